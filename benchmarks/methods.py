@@ -18,7 +18,7 @@ from benchmarks import harness
 from benchmarks.harness import Sample
 from composer.deltas.delta import Layout, LowRank, RowwiseDelta
 from composer.deltas.tensors import torch_threads
-from composer.formats.recipes.methods import PIPELINES, parse_settings
+from composer.formats.recipes.methods import parse_settings
 from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot
 
 HIDDEN, INNER, LAYERS, RANK, ADAPTERS = 4096, 11008, 32, 16, 3
@@ -69,10 +69,9 @@ def _table(layer: list[WeightSlot], rounds: int) -> None:
 def combine(method: str, places: list[WeightSlot]) -> None:
     """The whole of a method: in a basis its factors, in full space every row."""
     settings = parse_settings(method, {"rank": RANK} if method in IN_A_BASIS else {})
-    pipeline = PIPELINES[method]
 
     def one(place: WeightSlot) -> None:
-        added, _ = combine_slot(pipeline, place, settings, Selections())
+        added, _ = combine_slot(place, settings, Selections())
         for delta in added:
             if isinstance(delta, RowwiseDelta):
                 rows, columns = delta.stored_shape

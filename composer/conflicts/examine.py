@@ -1,12 +1,12 @@
 """Examines a set of adapters: gathers the strongest available evidence and builds the report on it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from composer.conflicts.evidence.activations import MAX_PROMPTS, Activations, activations
 from composer.conflicts.evidence.outcome import Limits
 from composer.conflicts.evidence.probe import Effort, Probed, ProbeResult, Progress, by_method, probe, weighted
-from composer.conflicts.report import ConflictReport, Method, conflicts
+from composer.conflicts.report import ConflictReport, conflicts
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import InvalidFile
 from composer.evaluation.calibration import Calibration
@@ -14,7 +14,7 @@ from composer.evaluation.model import LoadedModel
 from composer.findings import Severity
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.recipes.calibration_sets import used_in
-from composer.formats.recipes.methods import PIPELINES, effective_weights, parse_settings
+from composer.formats.recipes.methods import AnySettings, Regmean, effective_weights, parse_settings
 from composer.formats.recipes.policy import Policy
 from composer.formats.recipes.suite import MAX_TEXT_CHARS, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight, weights_of
@@ -42,7 +42,7 @@ class Evidence:
 def examine(
     adapters: Sequence[LoadedAdapter],
     weights: Sequence[Weight | float],
-    method: Method | None = None,
+    method: AnySettings | None = None,
     *,
     evidence: Evidence | None = None,
     base: Checkpoint | None = None,
@@ -52,9 +52,8 @@ def examine(
 
     Adapters that cannot be combined at all are not measured. Raises what `conflicts`, `probe` and `activations` do.
     """
-    how, rules = method or Method(), policy or Policy()
-    parsed, measured = parse_settings(how.name, how.settings), None
-    if evidence is not None and len(adapters) > 1 and not _blocked(adapters, weights, parsed):
+    how, rules, measured = method or parse_settings("stack"), policy or Policy(), None
+    if evidence is not None and len(adapters) > 1 and not _blocked(adapters, weights, how):
         measured = _measured(adapters, weights, how, evidence, rules)
     names = [adapter.name for adapter in adapters]
     suites = dict(zip(names, evidence.suites, strict=False)) if evidence is not None else {}
@@ -75,9 +74,7 @@ def parse_prompts(text: str, subject: str = "prompts") -> list[str]:
     return prompts
 
 
-def _blocked(
-    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], settings: Mapping[str, object]
-) -> bool:
+def _blocked(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], settings: AnySettings) -> bool:
     parts = participating(adapters, weights_of(weights), settings)
     return any(finding.severity is Severity.ERROR for finding in structural(parts, settings))
 
@@ -85,27 +82,26 @@ def _blocked(
 def _measured(
     adapters: Sequence[LoadedAdapter],
     weights: Sequence[Weight | float],
-    how: Method,
+    how: AnySettings,
     evidence: Evidence,
     policy: Policy,
 ) -> ProbeResult | Activations | None:
     suites = [suite for suite in evidence.suites if suite is not None]
-    parsed = parse_settings(how.name, how.settings)
     given = list(zip(adapters, weights, strict=True))
     if evidence.k and len(suites) == len(adapters):
         members = [
             Probed(one.name, one.deltas, weight, suite) for (one, weight), suite in zip(given, suites, strict=True)
         ]
-        if PIPELINES[how.name].fitted and evidence.calibration is None:
+        if isinstance(how, Regmean) and evidence.calibration is None:
             return None
         effort = Effort(evidence.k, max(evidence.k, evidence.most), Limits.of(policy))
-        combine = by_method(adapters, how.name, parsed, evidence.calibration)
+        combine = by_method(adapters, how, evidence.calibration)
         sets = evidence.calibration.sets if evidence.calibration else ()
         used_examples = used_in(sets, [*suites, *evidence.guards])
         return probe(evidence.load(), members, evidence.guards, effort, combine, used_examples, evidence.progress)
     if evidence.prompts:
-        own = effective_weights(weights, how.name, how.settings)
-        taking_part = projected_off_protected(adapters, weights_of(weights), parsed)
+        own = effective_weights(weights, how)
+        taking_part = projected_off_protected(adapters, weights_of(weights), how)
         alone = {one.name: weighted(one.deltas, weight) for one, weight in zip(taking_part, own, strict=True)}
         return activations(evidence.load(), alone, evidence.prompts)
     return None

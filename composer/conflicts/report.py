@@ -6,7 +6,7 @@ and only a policy can make them fail.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -36,12 +36,12 @@ from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.findings import HARD, Finding, Verdict
 from composer.formats.checkpoints.checkpoint import Checkpoint
-from composer.formats.recipes.methods import PIPELINES, Pipeline, effective_weights, parse_settings
+from composer.formats.recipes.methods import AnySettings, Pipeline, effective_weights, parse_settings
 from composer.formats.recipes.policy import Policy
 from composer.formats.recipes.suite import Contradiction
 from composer.formats.recipes.weights import Weight, weights_of
 from composer.merge.rounding_loss import total
-from composer.methods.combine import combine_deltas, participating, projected_off_protected, with_deltas
+from composer.methods.combine import combine_parsed, participating, projected_off_protected, with_deltas
 from composer.methods.structural import structural
 
 SCHEMA = 2
@@ -50,14 +50,6 @@ MAX_ROWS = 20_000
 """Module rows in the JSON, over all pairs. Beyond this, each pair keeps the modules with the largest shares."""
 
 _UNITS = {"probe": "nats per token", "activations": "strength beside the base's activations", "weights": None}
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How to combine the adapters: a name and settings from composer/formats/recipes/methods.py."""
-
-    name: str = "stack"
-    settings: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +162,7 @@ class ConflictReport:
 def conflicts(  # noqa: PLR0913
     adapters: Sequence[LoadedAdapter],
     weights: Sequence[Weight | float],
-    method: Method | None = None,
+    method: AnySettings | None = None,
     *,
     evidence: ProbeResult | Activations | None = None,
     base: Checkpoint | None = None,
@@ -183,23 +175,23 @@ def conflicts(  # noqa: PLR0913
     suites, by adapter name. With `base`, the deltas are compared in size with the base weights, from sampled rows.
     Deltas without factors are left out, and a finding names them.
     Conflicts are findings, never exceptions. Raises Mismatch only for a wrong call (no adapter, a name twice, a missing
-    weight, all weights 0), and whatever `combine_deltas` raises if the method cannot combine these adapters.
+    weight, all weights 0), and whatever `combine_parsed` raises if the method cannot combine these adapters.
     """
-    names, how, rules = [adapter.name for adapter in adapters], method or Method(), policy or Policy()
+    names, rules = [adapter.name for adapter in adapters], policy or Policy()
     _check_names(names, len(weights))
-    settings = parse_settings(how.name, how.settings)
+    settings = method or parse_settings("stack")
     hard = structural(participating(adapters, weights_of(weights), settings), settings)
-    if settings["replacements"] == "delta":
+    if settings.replacements == "delta":
         adapters = [with_deltas(adapter) for adapter in adapters]
     blocked = any(finding.code in HARD for finding in hard)
     taking_part = adapters if blocked else projected_off_protected(adapters, weights_of(weights), settings)
-    compared = compare_all(taking_part, effective_weights(weights, how.name, how.settings))
+    compared = compare_all(taking_part, effective_weights(weights, settings))
     rounded = at_base(compared, base) if base else {}
-    retention = [None] * len(names) if blocked else _retention(adapters, weights, how, compared.total)
+    retention = [None] * len(names) if blocked else _retention(adapters, weights, settings, compared.total)
     members = tuple(_member(compared, index, rounded, retention) for index in range(len(names)))
     by_prompts = of_contradictions(contradictions, rules)
     both = list(combinations(range(len(names)), 2))
-    pairs = tuple(_pair(compared, indices, evidence, by_prompts, rules, how.name) for indices in both)
+    pairs = tuple(_pair(compared, indices, evidence, by_prompts, rules, settings.method) for indices in both)
     findings = [
         *by_prompts,
         *hard,
@@ -225,7 +217,7 @@ def conflicts(  # noqa: PLR0913
         evidence=evidence,
         verdict=Verdict.worst(verdicts),
         limits=Limits.of(rules),
-        method=how.name,
+        method=settings.method,
     )
 
 
@@ -261,18 +253,17 @@ def _together(compared: Relations, rounded: Sequence[AtBase]) -> SetMetrics:
 
 
 def _retention(
-    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], method: Method, total: Relations
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], settings: AnySettings, total: Relations
 ) -> list[float | None]:
     """Reads the retention of a plain sum from the factors; otherwise compares the method's result with each adapter."""
-    pipeline = PIPELINES[method.name]
+    pipeline = settings.pipeline
     if pipeline.fitted:  # the result depends on the examples
         return [None] * len(adapters)
-    cut = any(method.settings.get(name) for name in ("rank", "energy", "protect"))
-    if pipeline in (Pipeline(), Pipeline(combine="mean")) and not cut:
+    if pipeline in (Pipeline(), Pipeline(combine="mean")) and not settings.alters:
         return [total.sums.retention(i) if total.sums.norm(i) else None for i in range(len(adapters))]
     if (pipeline.space == "full" or pipeline.parity) and too_large(adapters):
         return [None] * len(adapters)
-    return retained(adapters, combine_deltas(adapters, weights, method.name, method.settings).deltas)
+    return retained(adapters, combine_parsed(adapters, weights, settings).deltas)
 
 
 def _member(compared: Compared, index: int, rounded: Mapping[str, AtBase], retention: Sequence[float | None]) -> Member:

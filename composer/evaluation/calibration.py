@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import cast
 
 import torch
 from torch import nn
@@ -20,27 +19,20 @@ from composer.evaluation.model import LoadedModel
 from composer.evaluation.observe import Pass, Watch, observe
 from composer.evaluation.stack_inputs import Stack
 from composer.formats.recipes.calibration_sets import CalibrationSet
+from composer.formats.recipes.methods import Regmean
 from composer.methods.regmean import ModuleInputs
 
 
 @dataclass(frozen=True)
 class Calibration:
     """The calibration sets, one for each adapter, in order. `load` returns the base, the same one every time. At most
-    `tokens` of a member's tokens are used, chosen by `seed`. `progress` is called with each number of finished
-    examples."""
+    `settings.tokens` of a member's tokens are used, chosen by `settings.seed`. `progress` is called with each number of
+    finished examples."""
 
     load: Callable[[], LoadedModel]
     sets: Sequence[CalibrationSet]
-    tokens: int
-    seed: int = 0
+    settings: Regmean
     progress: Callable[[int], None] = lambda _count: None
-
-    @classmethod
-    def by(
-        cls, settings: Mapping[str, object], load: Callable[[], LoadedModel], sets: Sequence[CalibrationSet]
-    ) -> "Calibration":
-        """A calibration with the parsed settings of a fitted method."""
-        return cls(load, sets, cast(int, settings["tokens"]), cast(int, settings["seed"]))
 
     @property
     def model(self) -> LoadedModel:
@@ -71,7 +63,7 @@ class Calibration:
         for owner, parameters in stacks.items():
             observed = [(Stack.of(loaded.model, path), keys) for path, keys in parameters.items()]
             watches[owner] = collector.watch_stacks([(stack, keys) for stack, keys in observed if stack])
-        observe(loaded, examples, active, watches, _chosen(examples, self.tokens, self.seed))
+        observe(loaded, examples, active, watches, _chosen(examples, self.settings.tokens, self.settings.seed))
         self.progress(len(examples))
         return collector.inputs()
 

@@ -16,9 +16,9 @@ from composer.findings import Finding, Severity
 from composer.formats.adapters.provenance import adapter_use, files_of
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.hashing import identities
-from composer.formats.recipes.methods import PIPELINES, Pipeline, parse_settings
+from composer.formats.recipes.methods import AnySettings, parse_settings
 from composer.formats.recipes.weights import Weight, weights_of
-from composer.methods.combine import Compression, FitReport, combine_deltas, participating
+from composer.methods.combine import Compression, FitReport, combine_parsed, participating
 
 _SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
@@ -68,16 +68,16 @@ def combine(  # noqa: PLR0913
     Raises NotSupported for a full-space method without a rank, for anything but a sum of expert stacks without an
     architecture, and what a merge raises.
     """
-    parsed = parse_settings(method, settings or {})
+    parsed = parse_settings(method, settings)
     inputs = identities(files_of(path for path, _ in adapters))
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
-    if architecture is None and not _exact(PIPELINES[method], parsed):
+    if architecture is None and not _exact(parsed):
         _refuse_stacks(loaded, method)
-    refuse_uncombinable(loaded, [weight for _, weight in adapters], method, parsed)
+    refuse_uncombinable(loaded, [weight for _, weight in adapters], parsed)
     # An adapter does not change the weights, so a tied tensor has two sides here, whatever a merge would do with it.
-    untied, observe = {**parsed, "tied": "untie"}, calibration.observe if calibration else None
-    combined = combine_deltas(loaded, [weight for _, weight in adapters], method, untied, observe)
-    form = peft_form(combined.deltas, one_rank=parsed.get("rank") is not None)
+    untied, observe = parsed.with_tied("untie"), calibration.observe if calibration else None
+    combined = combine_parsed(loaded, [weight for _, weight in adapters], untied, observe)
+    form = peft_form(combined.deltas, one_rank=parsed.rank is not None)
     first = loaded[0].config.raw
     fields = {name: first.get(name) for name in _SHARED_FIELDS}
     fields["fan_in_fan_out"] = any(adapter.config.fan_in_fan_out for adapter in loaded)
@@ -85,8 +85,8 @@ def combine(  # noqa: PLR0913
         "made": "combine",
         "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
         "method": method,
-        "method_version": PIPELINES[method].version,
-        "settings": dict(parsed),
+        "method_version": parsed.pipeline.version,
+        "settings": parsed.to_json(),
         **({"calibration": calibration.to_json()} if calibration else {}),
         "note": dict(note or {}),
     }
@@ -106,23 +106,21 @@ def combine(  # noqa: PLR0913
 def refuse_uncombinable(
     loaded: Sequence[LoadedAdapter],
     weights: Sequence[Weight | float],
-    method: str,
-    settings: Mapping[str, object] | None = None,
+    settings: AnySettings,
 ) -> None:
     """Raises, before any work, what `combine` would raise in the end: Mismatch for a rule or protected input that does
     not exist, NotSupported for a sum that no adapter can hold."""
-    parsed, pipeline = parse_settings(method, settings or {}), PIPELINES[method]
-    cut = pipeline.compress or any(parsed.get(name) is not None for name in ("rank", "energy"))
-    dense = pipeline.space == "full" and not cut
-    for adapter in participating(loaded, weights_of(weights), parsed):
+    cut = settings.pipeline.compress or settings.cuts
+    dense = settings.pipeline.space == "full" and not cut
+    for adapter in participating(loaded, weights_of(weights), settings):
         refuse_unheld(adapter.deltas, cut=cut, dense=dense)
 
 
-def _exact(pipeline: Pipeline, parsed: Mapping[str, object]) -> bool:
+def _exact(settings: AnySettings) -> bool:
     """Whether the result is a sum, which does not depend on the boundaries between slots."""
+    pipeline = settings.pipeline
     steps = (pipeline.space, pipeline.sparsify, pipeline.calibrate, pipeline.parity)
-    changed = any(parsed.get(name) for name in ("rank", "energy", "protect"))
-    return steps == ("factors", "none", "none", "") and not changed
+    return steps == ("factors", "none", "none", "") and not settings.alters
 
 
 def _refuse_stacks(loaded: Sequence[LoadedAdapter], method: str) -> None:

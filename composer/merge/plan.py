@@ -41,7 +41,7 @@ from composer.merge.grown import Vocabulary, grown_vocabulary, refuse_uneven, wi
 from composer.merge.quantized.dequantized import Dequantized, dequantized
 from composer.merge.quantized.gap import quantized_bases
 from composer.merge.shards import ShardPlan
-from composer.methods.combine import combine_deltas
+from composer.methods.combine import combine_parsed
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -115,7 +115,7 @@ def plan_merge(
         raise NotSupported(
             "dtype", f"{dtype!r} is not an output dtype.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
         )
-    parsed = parse_settings(method, settings or {})
+    parsed = parse_settings(method, settings)
     source = dequantized(checkpoint)
     vocabulary = grown_vocabulary(checkpoint, [path for path, _ in adapters])
     files = [*checkpoint.shards, "config.json", INDEX_FILE, *side_files(checkpoint.path)]
@@ -127,7 +127,7 @@ def plan_merge(
     loaded = [with_new_rows(checkpoint, _tokens_on_own_head(checkpoint, one), vocabulary) for one in read]
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
-    combined = combine_deltas(loaded, [weight for _, weight in adapters], method, parsed)
+    combined = combine_parsed(loaded, [weight for _, weight in adapters], parsed)
     head = _untied_head(checkpoint, loaded) if combined.tied == "untie" else None
     deltas = _by_tensor(checkpoint, combined.deltas, head)
     refuse_uneven(vocabulary, deltas, head)
@@ -142,7 +142,7 @@ def plan_merge(
         config=_config(source.config, untied, dtype, vocabulary.rows),
         dtype=dtype,
         method=method,
-        settings={**parsed, "tied": combined.tied},
+        settings=parsed.with_tied(combined.tied).to_json(),
         adapters=tuple(use.result() for use in uses),
         findings=(
             *combined.findings,

@@ -5,16 +5,16 @@ B = Q_B R_B and A^T = Q_A R_A, the core of delta i is C_i = R_B[:, i] R_A[:, i]^
 (B, A), with the scale folded into B.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import cast
 
 import torch
 
 from composer.deltas.delta import Additive, LowRank
 from composer.deltas.lowrank import NOISE, numerical_rank
 from composer.errors import NotSupported
+from composer.formats.recipes.methods import Compressed, Ctm, Gauged, Knots
 
 _MOST_SWEEPS = 1000
 _STEADY = 1e-10
@@ -102,14 +102,18 @@ def cores(pairs: Sequence[Pair]) -> Cores:
     return Cores(Q_B, Q_A, list(R_B.split(ranks, dim=1)), list(R_A.split(ranks, dim=1)))
 
 
-def basis_of(space: str, pairs: Sequence[Pair], settings: Mapping[str, object]) -> Basis:
-    if space == "knots":
-        return knots(pairs, str(settings["side"]))
-    if space == "ctm":
-        wanted = cast("int | None", settings["ctm_rank"] or settings.get("rank"))
-        rank = wanted or max(B.shape[1] for B, _ in pairs)
-        return ctm(pairs, rank, cast(float, settings["beta"]))
-    return core([canonical(pair) for pair in pairs] if settings["gauge"] == "canonical" else pairs)
+def basis_of(settings: Compressed, pairs: Sequence[Pair]) -> Basis:
+    """The basis of the method's space; the core for a sum, which is the same in every basis."""
+    match settings:
+        case Knots():
+            return knots(pairs, settings.side)
+        case Ctm():
+            rank = settings.ctm_rank or settings.rank or max(B.shape[1] for B, _ in pairs)
+            return ctm(pairs, rank, settings.beta)
+        case Gauged(gauge="canonical"):
+            return core([canonical(pair) for pair in pairs])
+        case _:
+            return core(pairs)
 
 
 def core(pairs: Sequence[Pair]) -> Basis:

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 
@@ -21,7 +20,17 @@ from composer.errors import Mismatch
 from composer.findings import Finding, zero_deltas
 from composer.formats.adapters.facts import WEIGHTS_FILE
 from composer.formats.checkpoints.hashing import hash_file
-from composer.formats.recipes.methods import PIPELINES, Pipeline, divides, parse_settings
+from composer.formats.recipes.methods import (
+    AnySettings,
+    Combined,
+    Compressed,
+    Magnitude,
+    MethodSettings,
+    PeftCombination,
+    Regmean,
+    Tied,
+    parse_settings,
+)
 from composer.formats.recipes.weights import Weight, divisor, weights_of
 from composer.methods.effect import Tally
 from composer.methods.parity import Parity
@@ -44,7 +53,7 @@ class Combination:
     deltas: list[Delta]
     compressions: list[Compression]
     findings: list[Finding]
-    tied: str
+    tied: Tied
     fit: FitReport | None = None
 
 
@@ -55,15 +64,25 @@ def combine_deltas(
     settings: Mapping[str, object] | None = None,
     observe: Observe | None = None,
 ) -> Combination:
+    """Combines the deltas of all adapters by the method of that name. Raises what `combine_parsed` raises, and
+    NotSupported for an unknown method or setting."""
+    return combine_parsed(adapters, weights, parse_settings(method, settings), observe)
+
+
+def combine_parsed(
+    adapters: Sequence[LoadedAdapter],
+    weights: Sequence[Weight | float],
+    settings: AnySettings,
+    observe: Observe | None = None,
+) -> Combination:
     """Combines the deltas of all adapters by the method; replacements are copied.
 
     An untied head's delta addresses its own tensor (`<module>.weight`). `observe` gives a fitted method the modules'
     inputs on each adapter's examples.
 
     Raises Mismatch for a hard conflict, for a weight that scales a replacement, and for a fitted method without
-    `observe`. Raises NotSupported for an unknown method or setting, and if the method needs factors that are missing.
+    `observe`. Raises NotSupported if the method needs factors that are missing.
     """
-    parsed = parse_settings(method, settings or {})
     given = weights_of(weights)
     if len(adapters) != len(given) or not adapters:
         raise Mismatch(
@@ -72,31 +91,32 @@ def combine_deltas(
             subject="weights",
             next_step="Give one weight per adapter.",
         )
-    loaded = participating(adapters, given, parsed)
-    parsed["tied"] = tied = resolve_tied(loaded, parsed)
-    findings = structural(loaded, parsed)
+    loaded = participating(adapters, given, settings)
+    tied = resolve_tied(loaded, settings)
+    settings = settings.with_tied(tied)
+    findings = structural(loaded, settings)
     refuse_errors("These adapters cannot be combined", findings)
     findings += _left_out(adapters, loaded)
-    loaded = project_out_protected(loaded, given, parsed)
-    pipeline, fitted = PIPELINES[method], None
-    if pipeline.fitted:
-        fitted = _fitted(loaded, given, parsed, observe)
+    loaded = project_out_protected(loaded, given, settings)
+    fitted = None
+    if isinstance(settings, Regmean):
+        fitted = _fitted(loaded, given, settings, observe)
         loaded, given = fitted.adapters, [Weight()] * len(given)
-    heads = {} if pipeline.parity else heads_alike(loaded)  # PEFT combines each side separately
-    replaced, slots = _slots(loaded, given, method, parsed, heads)
-    tally, names = Tally(cast(float, parsed["lambda"])), [adapter.name for adapter in loaded]
-    if pipeline.parity:
-        made = _like_peft(loaded, slots, pipeline.parity, parsed, tally)
+    heads = {} if settings.pipeline.parity else heads_alike(loaded)  # PEFT combines each side separately
+    replaced, slots = _slots(loaded, given, settings, heads)
+    tally, names = Tally(settings.factor), [adapter.name for adapter in loaded]
+    if isinstance(settings, PeftCombination):
+        made = _like_peft(loaded, slots, settings, tally)
         deltas, findings = [*replaced, *(delta for delta, _ in made)], findings + tally.findings(names)
         return Combination(deltas, [lost for _, lost in made if lost is not None], findings, tied)
     with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "combine") as pool:
-        if parsed.get("scope") == "model":  # otherwise each slot is prepared in turn and released
-            slots = list(pool.map(lambda slot: prepared(pipeline, slot, parsed), slots))
-        selections = Selections.over(slots, pipeline, parsed)
+        if isinstance(settings, Magnitude) and settings.scope == "model":  # otherwise prepared in turn and released
+            slots = list(pool.map(lambda slot: prepared(slot, settings), slots))
+        selections = Selections.over(slots, settings)
         spill, results = SpillFile(), list[Result]()
         for begin in range(0, len(slots), TOGETHER):
             own = slots[begin : begin + TOGETHER]
-            finished = list(pool.map(lambda slot: _run(pipeline, slot, parsed, selections, tally), own))
+            finished = list(pool.map(lambda slot: _run(slot, settings, selections, tally), own))
             results += _spill_results(spill, own, finished)
     compressions = [compression for _, compression in results if compression is not None]
     deltas = [*replaced, *(delta for own, _ in results for delta in own)]
@@ -107,7 +127,7 @@ def combine_deltas(
 
 
 def _fitted(
-    loaded: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object], observe: Observe | None
+    loaded: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: Regmean, observe: Observe | None
 ) -> Fit:
     if observe is None:
         message = "regmean is fitted on each adapter's examples, and there are none."
@@ -115,16 +135,16 @@ def _fitted(
         raise Mismatch("needs_examples", message, subject="regmean", next_step=next_step)
     for adapter, weight in zip(loaded, weights, strict=True):
         for delta in (one for one in adapter.deltas if isinstance(one, Replacement)):
-            _refuse_scaled(adapter.name, delta, cast(float, parsed["lambda"]) * weight.of(*names_of(delta)))
-    return fit(loaded, weights, parsed, observe)
+            _refuse_scaled(adapter.name, delta, settings.factor * weight.of(*names_of(delta)))
+    return fit(loaded, weights, settings, observe)
 
 
 def participating(
-    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object]
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: MethodSettings
 ) -> list[LoadedAdapter]:
     """The adapters with their nonzero deltas. Raises Mismatch for requests that cannot have an effect."""
-    _refuse_idle(adapters, weights, parsed)
-    loaded = [with_deltas(adapter) for adapter in adapters] if parsed["replacements"] == "delta" else adapters
+    _refuse_idle(adapters, weights, settings)
+    loaded = [with_deltas(adapter) for adapter in adapters] if settings.replacements == "delta" else adapters
     kept = [without_zero_weights(adapter, weight) for adapter, weight in zip(loaded, weights, strict=True)]
     if not any(len(adapter.deltas) for adapter in kept):
         message = "Every weight is 0: nothing would be added."
@@ -140,22 +160,20 @@ def _left_out(adapters: Sequence[LoadedAdapter], participating: Sequence[LoadedA
 
 
 def projected_off_protected(
-    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object]
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: MethodSettings
 ) -> list[LoadedAdapter]:
     """The adapters projected off the protected ones, as for a combination; deltas with weight 0 remain. Raises what
     `participating` and `project_out_protected` raise."""
-    tied = resolve_tied(participating(adapters, weights, parsed), parsed)
-    return project_out_protected(adapters, weights, {**parsed, "tied": tied})
+    tied = resolve_tied(participating(adapters, weights, settings), settings)
+    return project_out_protected(adapters, weights, settings.with_tied(tied))
 
 
-def _run(
-    pipeline: Pipeline, slot: WeightSlot, parsed: Mapping[str, object], selections: Selections, tally: Tally
-) -> Result:
+def _run(slot: WeightSlot, settings: Compressed, selections: Selections, tally: Tally) -> Result:
     with decomposing(slot.module):
         tally.see(slot.parts)
-        slot = prepared(pipeline, slot, parsed)
-        tally.see_prepared(pipeline, slot)
-        return combine_slot(pipeline, slot, parsed, selections)
+        slot = prepared(slot, settings)
+        tally.see_prepared(slot, settings)
+        return combine_slot(slot, settings, selections)
 
 
 def _spill_results(spill: SpillFile, slots: Sequence[WeightSlot], results: Sequence[Result]) -> list[Result]:
@@ -167,9 +185,9 @@ def _spill_results(spill: SpillFile, slots: Sequence[WeightSlot], results: Seque
     return [([by_identity.get(id(delta), delta) for delta in deltas], lost) for deltas, lost in results]
 
 
-def _refuse_idle(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], parsed: Mapping[str, object]) -> None:
+def _refuse_idle(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: MethodSettings) -> None:
     """Refuses requests without an effect, which are mistakes: a rule for no module, the number of no input."""
-    for position in cast("tuple[int, ...]", parsed.get("protect", ())):
+    for position in settings.protect if isinstance(settings, Combined) else ():
         if position > len(adapters):
             message = f"protect names input {position}, but there are {len(adapters)}."
             raise Mismatch("protect_unknown", message, subject="protect", next_step="Inputs are counted from 1.")
@@ -207,26 +225,23 @@ def without_zero_weights(adapter: LoadedAdapter, weight: Weight) -> LoadedAdapte
 def _slots(
     loaded: Sequence[LoadedAdapter],
     weights: Sequence[Weight],
-    method: str,
-    parsed: Mapping[str, object],
+    settings: MethodSettings,
     heads: Mapping[str, str],
 ) -> tuple[list[Delta], list[WeightSlot]]:
     """(replacements, slots), without those of `heads`; only deltas that equal a head's are still marked as twins."""
-    pipeline = PIPELINES[method]
     parts: dict[tuple[str, int], list[SlotDelta]] = defaultdict(list)
     replaced: dict[str, Delta] = {}
-    factor = cast(float, parsed["lambda"])
     for index, (adapter, weight) in enumerate(zip(loaded, weights, strict=True)):
-        digest = hash_file(adapter.path / WEIGHTS_FILE) if pipeline.random else ""
+        digest = hash_file(adapter.path / WEIGHTS_FILE) if settings.pipeline.random else ""
         for original in adapter.deltas:
-            if is_tied_duplicate(original) and (parsed["tied"] != "untie" or original.weight in heads):
+            if is_tied_duplicate(original) and (settings.tied != "untie" or original.weight in heads):
                 continue
-            delta = on_own_head(original) if parsed["tied"] == "untie" else original
+            delta = on_own_head(original) if settings.tied == "untie" else original
             delta = delta if delta.weight in heads or not delta.twin else replace(delta, twin=False)
             own = weight.of(*names_of(delta))
             if isinstance(delta, Replacement):
-                divided = own / divisor(_total(weights, delta)) if divides(method, parsed) else own
-                _refuse_scaled(adapter.name, delta, factor * divided)
+                divided = own / divisor(_total(weights, delta)) if settings.divides else own
+                _refuse_scaled(adapter.name, delta, settings.factor * divided)
                 replaced[delta.weight] = delta
             else:
                 key = f"{digest}/{_own_name(delta)}/{delta.begin}"
@@ -248,12 +263,10 @@ def _total(weights: Sequence[Weight], delta: Delta) -> float:
 def _like_peft(
     loaded: Sequence[LoadedAdapter],
     slots: Sequence[WeightSlot],
-    combination: str,
-    parsed: Mapping[str, object],
+    settings: PeftCombination,
     tally: Tally,
 ) -> list[tuple[LowRank, Compression | None]]:
-    parity = Parity.of(combination, [adapter.config for adapter in loaded], parsed)
-    factor = cast(float, parsed["lambda"])
+    parity, factor = Parity.of(settings, [adapter.config for adapter in loaded]), settings.factor
     made: list[tuple[LowRank, Compression | None]] = []
     for slot in slots:
         tally.see(slot.parts)

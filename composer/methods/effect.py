@@ -7,7 +7,8 @@ from math import isinf
 
 from composer.deltas.delta import NOTHING, LowRank
 from composer.findings import Finding, Severity, zero_deltas
-from composer.methods.pipeline import Pipeline, SlotDelta, WeightSlot, cancelled
+from composer.formats.recipes.methods import MethodSettings
+from composer.methods.pipeline import SlotDelta, WeightSlot, cancelled
 
 _MOST_RESTORED = 10.0
 """Pico may restore the norm of a sum by this factor without a finding. Inputs that do not cancel need about 1."""
@@ -29,8 +30,8 @@ class Tally:
             if isinstance(part.delta, LowRank) and _vanishes(part.delta, part.weight * self.factor):
                 self.zero[part.adapter].append(part.delta.module)
 
-    def see_prepared(self, pipeline: Pipeline, slot: WeightSlot) -> None:
-        self.cancelled[slot.module] = cancelled(pipeline, slot)
+    def see_prepared(self, slot: WeightSlot, settings: MethodSettings) -> None:
+        self.cancelled[slot.module] = cancelled(slot, settings)
 
     def findings(self, names: Sequence[str]) -> list[Finding]:
         """The findings: zero_delta or zero_modules for an adapter, cancelled and restored_norm for the combination."""

@@ -3,13 +3,14 @@
 X_TMN are T deltas (rows of them), w_T their weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
 import torch
 
 from composer.deltas.delta import Additive, LowRank, RowwiseDelta
+from composer.formats.recipes.methods import Elect, MethodSettings
 from composer.formats.recipes.weights import divisor
 
 _NOTHING = 1e-3  # of the kept weights' magnitudes
@@ -18,12 +19,12 @@ Join = Callable[[torch.Tensor], torch.Tensor]
 """X_TMN -> X_MN."""
 
 
-def joined(step: str, weights: Sequence[float], total: float, settings: Mapping[str, object]) -> Join:
+def joined(settings: MethodSettings, weights: Sequence[float], total: float) -> Join:
     """The join of T deltas. `total` is the sum of all adapters' weights, including those without a delta here."""
-    if step == "elect":
-        return lambda X_TMN: elect(X_TMN, weights, str(settings["vote"]), str(settings["divide"]))
+    if isinstance(settings, Elect):
+        return lambda X_TMN: elect(X_TMN, weights, settings.vote, settings.divide)
     w_T = torch.tensor(weights, dtype=torch.float32)
-    if step == "mean":
+    if settings.divides:
         w_T = w_T / divisor(total)
     return lambda X_TMN: torch.tensordot(w_T, X_TMN, dims=1)
 

@@ -4,10 +4,9 @@ Its plain modes combine A and B separately, which adds cross terms: for two unre
 from the weighted sum by as much as the sum itself. The formulas follow PEFT 0.21 and are tested against it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import copysign, sqrt
-from typing import cast
 
 import torch
 
@@ -15,6 +14,7 @@ from composer.deltas.delta import LowRank
 from composer.deltas.lowrank import numerical_rank
 from composer.errors import Mismatch
 from composer.formats.adapters.config.config import AdapterConfig
+from composer.formats.recipes.methods import PeftCombination
 from composer.methods.basis import pair_of
 from composer.methods.join import elect
 from composer.methods.matrix import Matrix, largest
@@ -33,16 +33,16 @@ class Parity:
     generator: torch.Generator
 
     @classmethod
-    def of(cls, combination: str, configs: Sequence[AdapterConfig], settings: Mapping[str, object]) -> "Parity":
+    def of(cls, settings: PeftCombination, configs: Sequence[AdapterConfig]) -> "Parity":
         """The combination for these adapter configs. A single adapter is always combined linearly."""
-        combination = "linear" if len(configs) == 1 else combination
+        combination = "linear" if len(configs) == 1 else settings.pipeline.parity
         ranks = [max([config.rank, *config.rank_pattern.values()]) for config in configs]
-        asked = cast("int | None", settings["rank"]) if combination.endswith("svd") else None
+        asked = settings.rank if combination.endswith("svd") else None
         rank = asked or (sum(ranks) if combination == "cat" else max(ranks))
         # PEFT's new config keeps the first adapter's use_rslora with alpha = r, so its scale is √r and not 1.
         scale = sqrt(rank) if configs[0].use_rslora else 1.0
-        generator = torch.Generator().manual_seed(cast(int, settings["seed"]))
-        return cls(combination, cast(float, settings["density"]), rank, scale, generator)
+        generator = torch.Generator().manual_seed(settings.seed)
+        return cls(combination, settings.density, rank, scale, generator)
 
     def combined(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[LowRank, Compression | None]:
         """The combined delta of one slot, and the loss from truncation to the rank.

@@ -11,7 +11,7 @@ import torch
 
 from composer.deltas.delta import Additive, Layout, LowRank, RowwiseDelta
 from composer.errors import NotSupported
-from composer.formats.recipes.methods import Pipeline
+from composer.formats.recipes.methods import Compressed, Magnitude, MethodSettings, Pico, Pipeline
 from composer.formats.recipes.weights import divisor
 from composer.methods.basis import (
     Basis,
@@ -27,7 +27,7 @@ from composer.methods.basis import (
     restored,
     restoring_factor,
 )
-from composer.methods.join import Join, joined, one_after_the_other, scaled, sce, sce_weights, stack_factors
+from composer.methods.join import joined, one_after_the_other, scaled, sce, sce_weights, stack_factors
 from composer.methods.matrix import Largest, Matrix, largest, square_sum
 from composer.methods.sparsify import Keep, keeps
 from composer.methods.spectral import Compression, compress, compress_dense, iso, product, triples, tsv
@@ -77,10 +77,10 @@ class Selections:
     largest: Mapping[tuple[int, str, int], Largest] = field(default_factory=dict[tuple[int, str, int], Largest])
 
     @classmethod
-    def over(cls, slots: Sequence[WeightSlot], pipeline: Pipeline, settings: Mapping[str, object]) -> "Selections":
-        if settings.get("scope") != "model":
+    def over(cls, slots: Sequence[WeightSlot], settings: MethodSettings) -> "Selections":
+        if not isinstance(settings, Magnitude) or settings.scope != "model":
             return cls()
-        if pipeline.space != "full":
+        if settings.pipeline.space != "full":
             message = (
                 "scope=model selects entries of dense deltas, but this method works in a small basis of each module."
             )
@@ -91,7 +91,7 @@ class Selections:
             _refuse_reading(own)
             matrices = [_dense(part.delta, None) for part in own]
             entries = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
-            kept = largest(matrices, int(cast(float, settings["density"]) * entries))
+            kept = largest(matrices, int(settings.density * entries))
             for part, one in zip(own, kept, strict=True):
                 selected[adapter, part.delta.weight, part.delta.begin] = one
         return cls(selected)
@@ -107,41 +107,38 @@ def _refuse_reading(parts: Sequence[SlotDelta]) -> None:
             raise NotSupported("bad_setting", message, subject="scope", next_step="Use scope=tensor.")
 
 
-def prepared(pipeline: Pipeline, slot: WeightSlot, settings: Mapping[str, object]) -> WeightSlot:
+def prepared(slot: WeightSlot, settings: MethodSettings) -> WeightSlot:
     """The slot after calibration, as all later steps see it."""
-    if slot.is_prepared or pipeline.calibrate != "pico":
+    if slot.is_prepared or not isinstance(settings, Pico):
         return slot
     norms = [abs(part.weight) * norm_of(pair_of(part.low_rank)) for part in slot.parts]
-    wanted = sum(norms) / len(norms) if settings["restore"] == "merged" else None
+    wanted = sum(norms) / len(norms) if settings.restore == "merged" else None
     return replace(_calibrated(slot, settings), norm=wanted, is_prepared=True)
 
 
-def cancelled(pipeline: Pipeline, slot: WeightSlot) -> float:
+def cancelled(slot: WeightSlot, settings: MethodSettings) -> float:
     """How many times smaller the sum of a prepared slot is than the norm Pico restores. 1 for other methods and for an
     election, which sums nothing that cancels."""
-    if slot.norm is None or pipeline.combine == "elect":
+    if slot.norm is None or settings.pipeline.combine == "elect":
         return 1.0
     return cancellation([pair_of(part.low_rank) for part in slot.parts], slot.weights, slot.norm)
 
 
 def combine_slot(
-    pipeline: Pipeline, slot: WeightSlot, settings: Mapping[str, object], selections: Selections
+    slot: WeightSlot, settings: Compressed, selections: Selections
 ) -> tuple[list[Additive], Compression | None]:
     """The deltas to add at the slot, and the loss from compression, if there was any."""
-    slot = prepared(pipeline, slot, settings)
-    rank, energy = cast("int | None", settings.get("rank")), cast("float | None", settings.get("energy"))
-    if pipeline.compress and rank is None and energy is None:
-        rank = _usual_rank(slot)
-    compressing = rank is not None or energy is not None
-    if settings.get("sequential") and not compressing and _reads_base(slot):
-        return [_in_order(pipeline, slot, settings)], None
-    if pipeline.space == "full" or (compressing and _plain(pipeline) and _without_factors(slot)):
-        deltas, lost = _in_full(pipeline, slot, settings, selections, (rank, energy) if compressing else None)
-    elif pipeline.space == "factors" and not compressing:
-        deltas, lost = _summed(pipeline, slot, settings), None
+    slot, pipeline, factor = prepared(slot, settings), settings.pipeline, settings.factor
+    if pipeline.compress and not settings.cuts:
+        settings = settings.model_copy(update={"rank": _usual_rank(slot)})
+    if settings.in_order and not settings.cuts and _reads_base(slot):
+        return [_in_order(slot, settings)], None
+    if pipeline.space == "full" or (settings.cuts and _plain(pipeline) and _without_factors(slot)):
+        deltas, lost = _in_full(slot, settings, selections)
+    elif pipeline.space == "factors" and not settings.cuts:
+        deltas, lost = _summed(slot, settings), None
     else:
-        deltas, lost = _in_basis(pipeline, slot, settings, rank, energy)
-    factor = cast(float, settings["lambda"])
+        deltas, lost = _in_basis(slot, settings)
     if slot.norm is not None:
         deltas = _restored(deltas, slot.norm)
         lost = None if lost is None else lost.at(lost.norm * restoring_factor(lost.norm, slot.norm))
@@ -165,13 +162,13 @@ def _without_factors(slot: WeightSlot) -> bool:
     return any(isinstance(part.delta, RowwiseDelta) for part in slot.parts)
 
 
-def _calibrated(slot: WeightSlot, settings: Mapping[str, object]) -> WeightSlot:
+def _calibrated(slot: WeightSlot, settings: Pico) -> WeightSlot:
     pairs = [pair_of(part.low_rank) for part in slot.parts]
-    if settings["gauge"] == "canonical":
+    if settings.gauge == "canonical":
         # All of Σ goes into B: a direction is crowded by what is written into it.
         pairs = [canonical(pair, in_output=1.0) for pair in pairs]
     calibrated = pico(pairs)
-    if settings["restore"] == "each":
+    if settings.restore == "each":
         calibrated = restored(calibrated, [norm_of(pair) for pair in pairs])
     parts = [_with(part, pair) for part, pair in zip(slot.parts, calibrated, strict=True)]
     return replace(slot, parts=parts)
@@ -205,60 +202,55 @@ def _reads_base(slot: WeightSlot) -> bool:
     return any(isinstance(part.delta, RowwiseDelta) and part.delta.reads_base for part in slot.parts)
 
 
-def _in_order(pipeline: Pipeline, slot: WeightSlot, settings: Mapping[str, object]) -> RowwiseDelta:
+def _in_order(slot: WeightSlot, settings: Compressed) -> RowwiseDelta:
     """Applies each adapter's deltas to the base as changed by the adapters before it, which matters only for deltas
     that read the base. Uses the final weights, since such deltas do not scale linearly."""
     steps: dict[int, list[tuple[Additive, float]]] = {}
-    factor = cast(float, settings["lambda"])
-    for part, weight in zip(slot.parts, _weights(pipeline, slot, settings), strict=True):
-        steps.setdefault(part.adapter, []).append((part.delta, weight * factor))
+    for part, weight in zip(slot.parts, _weights(slot, settings), strict=True):
+        steps.setdefault(part.adapter, []).append((part.delta, weight * settings.factor))
     return one_after_the_other(list(steps.values()))
 
 
-def _weights(pipeline: Pipeline, slot: WeightSlot, settings: Mapping[str, object]) -> list[float]:
-    if pipeline.combine == "mean" or settings.get("normalize"):
+def _weights(slot: WeightSlot, settings: Compressed) -> list[float]:
+    if settings.divides:
         return [weight / divisor(slot.total) for weight in slot.weights]
     return slot.weights
 
 
-def _summed(pipeline: Pipeline, slot: WeightSlot, settings: Mapping[str, object]) -> list[Additive]:
-    weights = _weights(pipeline, slot, settings)
+def _summed(slot: WeightSlot, settings: Compressed) -> list[Additive]:
+    weights = _weights(slot, settings)
     if slot.norm is not None:  # the norm is that of the sum
         return stack_factors([part.delta for part in slot.parts], weights)
     return [_times(part.delta, weight) for part, weight in zip(slot.parts, weights, strict=True)]
 
 
-def _in_basis(
-    pipeline: Pipeline, slot: WeightSlot, settings: Mapping[str, object], rank: int | None, energy: float | None
-) -> tuple[list[Additive], Compression | None]:
+def _in_basis(slot: WeightSlot, settings: Compressed) -> tuple[list[Additive], Compression | None]:
     """Combines in a small shared basis; apart from the factors, nothing of the weight's size is formed."""
-    like = slot.parts[0].low_rank
+    like, pipeline = slot.parts[0].low_rank, settings.pipeline
     pairs = [pair_of(part.low_rank) for part in slot.parts]
-    known = {"gauge": "raw", **settings}
-    space = "core" if pipeline.space == "factors" else pipeline.space
     if pipeline.sparsify == "none" and pipeline.combine != "elect":
-        basis = basis_of(space, pairs, known)
+        basis = basis_of(settings, pairs)
     else:  # twice as precise, since noise could flip the decision about an entry
-        basis = basis_of(space, [(B.double(), A.double()) for B, A in pairs], known).for_entries()
+        basis = basis_of(settings, [(B.double(), A.double()) for B, A in pairs]).for_entries()
     if pipeline.combine == "tsv":
         X = tsv(basis.X, slot.weights, min(like.stored_shape))
     else:
-        X = _thin(pipeline, slot, known, basis)
+        X = _thin(slot, settings, basis)
     equal = iso(X) if pipeline.combine == "iso" else None
-    missed = _missed(pipeline, slot, settings, basis)
-    if rank is None and energy is None:
+    missed = _missed(slot, settings, basis)
+    if not settings.cuts:
         return [_named(like, basis.lift(X if equal is None else product(equal)))], missed
-    pair, lost = compress(slot.module, basis, triples(X) if equal is None else equal, rank, energy)
+    pair, lost = compress(slot.module, basis, triples(X) if equal is None else equal, settings.rank, settings.energy)
     if missed is not None:
         lost = replace(missed, rank=lost.rank, error=hypot(missed.error, lost.error))
     return [_named(like, pair)], lost
 
 
-def _missed(pipeline: Pipeline, slot: WeightSlot, settings: Mapping[str, object], basis: Basis) -> Compression | None:
+def _missed(slot: WeightSlot, settings: Compressed, basis: Basis) -> Compression | None:
     """The loss from a basis that is too small: for the sum, if there is one, else for the separate deltas."""
     if basis.exact is None:
         return None
-    total = divisor(slot.total) if pipeline.combine == "mean" or settings.get("normalize") else 1.0
+    total, pipeline = divisor(slot.total) if settings.divides else 1.0, settings.pipeline
     exact = [C.double() * (weight / total) for C, weight in zip(basis.exact, slot.weights, strict=True)]
     kept = [X.double() * (weight / total) for X, weight in zip(basis.X, slot.weights, strict=True)]
     if pipeline.combine in ("sum", "mean") and pipeline.sparsify == "none":
@@ -268,41 +260,32 @@ def _missed(pipeline: Pipeline, slot: WeightSlot, settings: Mapping[str, object]
     return Compression(slot.module, min(basis.X[0].shape), full_rank, norm, max(0.0, norm**2 - left**2) ** 0.5)
 
 
-def _thin(pipeline: Pipeline, slot: WeightSlot, settings: Mapping[str, object], basis: Basis) -> torch.Tensor:
+def _thin(slot: WeightSlot, settings: Compressed, basis: Basis) -> torch.Tensor:
     matrices = [Matrix.of(X) for X in basis.X]
-    keep = keeps(pipeline.sparsify, matrices, [part.key for part in slot.parts], settings)
+    keep = keeps(settings, matrices, [part.key for part in slot.parts])
     X_Tpq = torch.stack([keep_i(X, 0) for keep_i, X in zip(keep, basis.X, strict=True)])
-    return _join(pipeline, slot, settings)(X_Tpq)
-
-
-def _join(pipeline: Pipeline, slot: WeightSlot, settings: Mapping[str, object]) -> Join:
-    combine = "mean" if settings.get("normalize") else pipeline.combine
-    return joined("sum" if combine == "iso" else combine, slot.weights, slot.total, settings)
+    return joined(settings, slot.weights, slot.total)(X_Tpq)
 
 
 def _in_full(
-    pipeline: Pipeline,
-    slot: WeightSlot,
-    settings: Mapping[str, object],
-    selections: Selections,
-    budget: tuple[int | None, float | None] | None,
+    slot: WeightSlot, settings: Compressed, selections: Selections
 ) -> tuple[list[Additive], Compression | None]:
     """Combines entry by entry, so without factors: rows are made when written, or the matrix is compressed here."""
     first = slot.parts[0].delta
     reading = _reads_base(slot)
-    if budget is not None and reading:
+    if settings.cuts and reading:
         raise no_factors(slot.module)
-    if budget is not None:
+    if settings.cuts:
         with (
             _DENSE if _needs_all_rows(slot) else nullcontext()
         ):  # a delta made all at once stays in memory from the first pass on
-            matrix = _combined(pipeline, slot, settings, selections, None)
+            matrix = _combined(slot, settings, selections, None)
             with _DENSE:
-                return _compressed(slot, matrix, *budget)
-    made = _Once(lambda: _combined(pipeline, slot, settings, selections, None))
+                return _compressed(slot, matrix, settings)
+    made = _Once(lambda: _combined(slot, settings, selections, None))
 
     def rows(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
-        matrix = _combined(pipeline, slot, settings, selections, W_MN) if reading else made()
+        matrix = _combined(slot, settings, selections, W_MN) if reading else made()
         return matrix.rows(begin, begin + W_MN.shape[0]).to(W_MN)
 
     computed = RowwiseDelta(
@@ -313,11 +296,9 @@ def _in_full(
     return [computed], None
 
 
-def _compressed(
-    slot: WeightSlot, matrix: Matrix, rank: int | None, energy: float | None
-) -> tuple[list[Additive], Compression | None]:
+def _compressed(slot: WeightSlot, matrix: Matrix, settings: Compressed) -> tuple[list[Additive], Compression | None]:
     like = slot.parts[0].delta
-    (left, right), lost = compress_dense(slot.module, matrix, rank, energy)
+    (left, right), lost = compress_dense(slot.module, matrix, settings.rank, settings.energy)
     B_OR, A_RI = (left, right) if like.layout is Layout.LINEAR else (right.T, left.T)
     return [_named(like, (B_OR, A_RI))], lost
 
@@ -356,28 +337,22 @@ def _dense(delta: Additive, W_MN: torch.Tensor | None) -> Matrix:
     return Matrix((rows, columns), make)
 
 
-def _combined(
-    pipeline: Pipeline,
-    slot: WeightSlot,
-    settings: Mapping[str, object],
-    selections: Selections,
-    W_MN: torch.Tensor | None,
-) -> Matrix:
+def _combined(slot: WeightSlot, settings: Compressed, selections: Selections, W_MN: torch.Tensor | None) -> Matrix:
     """The sparsified and joined matrix. The selections and signs are determined here, in passes."""
-    weighted = pipeline.combine == "sce"
+    weighted = settings.pipeline.combine == "sce"
     matrices = [_dense(_times(part.delta, part.weight) if weighted else part.delta, W_MN) for part in slot.parts]
     chosen = [selections.of(part) for part in slot.parts]
     keep: list[Keep]
     if all(one is not None for one in chosen):
         keep = [cast(Largest, one).kept for one in chosen]
     else:
-        keep = keeps(pipeline.sparsify, matrices, [part.key for part in slot.parts], settings)
+        keep = keeps(settings, matrices, [part.key for part in slot.parts])
 
     def kept(first: int, last: int) -> torch.Tensor:
         return torch.stack([keep_i(X.rows(first, last), first) for keep_i, X in zip(keep, matrices, strict=True)])
 
     if not weighted:
-        join = _join(pipeline, slot, settings)
+        join = joined(settings, slot.weights, slot.total)
         return Matrix(matrices[0].shape, lambda first, last: join(kept(first, last)))
     sparse = [
         Matrix(X.shape, lambda first, last, X=X, keep_i=keep_i: keep_i(X.rows(first, last), first))

@@ -19,6 +19,7 @@ from composer.deltas.lowrank import NOISE, numerical_rank
 from composer.deltas.stored import SpillFile
 from composer.deltas.tensors import torch_threads
 from composer.deltas.variants.load import LoadedAdapter
+from composer.formats.recipes.methods import Combined, MethodSettings
 from composer.formats.recipes.weights import Weight
 from composer.methods.basis import factored, norm_of
 from composer.methods.spectral import decomposing
@@ -29,17 +30,19 @@ _At = tuple[int, int]  # adapter, index of the delta in it
 
 
 def project_out_protected(
-    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: Mapping[str, object]
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: MethodSettings
 ) -> list[LoadedAdapter]:
-    """Projects adapters off the subspaces of the protected ones, `settings["protect"]` (counted from 1).
+    """Projects adapters off the subspaces of those that the settings protect.
 
-    `settings["tied"]` is resolved (`resolve_tied`). Deltas with weight 0 protect nothing. Ranks do not change.
+    `settings.tied` is resolved (`resolve_tied`). Deltas with weight 0 protect nothing. Ranks do not change.
     Projected deltas are float32 and spilled to disk, so that memory holds a few slots. Raises NotSupported if a delta
     without factors shares a slot with a protected one, whichever of the two it is.
     """
-    chosen = {position - 1 for position in cast("tuple[int, ...]", settings.get("protect", ()))}
-    side, moved, spill = str(settings.get("protect_side")), [dict[int, LowRank]() for _ in adapters], SpillFile()
-    shared = _shared(adapters, weights, chosen, str(settings["tied"])) if chosen else []
+    if not isinstance(settings, Combined):
+        return list(adapters)
+    chosen = {position - 1 for position in settings.protect}
+    moved, spill = [dict[int, LowRank]() for _ in adapters], SpillFile()
+    shared = _shared(adapters, weights, chosen, settings.tied) if chosen else []
     if not shared:
         return list(adapters)
 
@@ -47,7 +50,7 @@ def project_out_protected(
         """(indices of the projected deltas, the inputs, the projected deltas)."""
         deltas = [(one, cast(Additive, adapters[one[0]].deltas[one[1]])) for one in slot]
         with decomposing(deltas[0][1].module):
-            room = _Room.beside([delta for (adapter, _), delta in deltas if adapter in chosen], side)
+            room = _Room.beside([delta for (adapter, _), delta in deltas if adapter in chosen], settings.protect_side)
             others = [(one, delta) for one, delta in deltas if one[0] not in chosen]
             made = [room.without(factored(delta)) for _, delta in others]
         return [one for one, _ in others], [delta for _, delta in deltas], made

@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from math import sqrt
-from typing import cast
 
 import torch
 
 from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, RowwiseDelta, names_of
 from composer.deltas.variants.load import LoadedAdapter
+from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.weights import Weight
 from composer.methods.join import scaled
 
@@ -144,16 +144,14 @@ class Module:
         return B_OR.T @ B_OR
 
 
-def fit(
-    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: Mapping[str, object], observe: Observe
-) -> Fit:
+def fit(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: Regmean, observe: Observe) -> Fit:
     """Fits the factors of the adapters' linear modules; every other delta gets the weight w0, and the report names it.
 
     The settings are `ridge` (rho), `steps` (1 or 2) and `form`: `input` fits A over the whole input side, `core` only
     recombines the rows of A (an R x R matrix). Raises what `observe` raises.
     """
-    ridge, steps = cast(float, settings["ridge"]), cast(int, settings["steps"])
-    solve = solve_core if settings["form"] == "core" else solve_input
+    ridge = settings.ridge
+    solve = solve_core if settings.form == "core" else solve_input
     members = [index for index, adapter in enumerate(adapters) if len(adapter.deltas)]
     own = [
         [_times(delta, weights[index].of(*names_of(delta))) for delta in adapters[index].deltas] for index in members
@@ -163,7 +161,7 @@ def fit(
     problem = _Problem.of(pairs, [observe(index, one, some) for index, one in zip(members, own, strict=True)])
     w0 = problem.common_weight(ridge)
     solved, errors = problem.solved(solve, w0, ridge)
-    for _ in range(1, steps):
+    for _ in range(1, settings.steps):
         merged = [delta for deltas in _with_factors(own, solved, w0) for delta in deltas]
         problem = _Problem.of(pairs, [observe(index, merged, some) for index in members])
         solved, errors = problem.solved(solve, w0, ridge)

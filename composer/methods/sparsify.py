@@ -4,12 +4,12 @@ p is the density (the share kept), n the number of entries. Shapes: M rows, N co
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from composer.formats.recipes.methods import Breadcrumbs, Dare, Della, Magnitude, MethodSettings, Sce
 from composer.methods.matrix import BLOCK_ROWS, Matrix, count_nonzero, largest, magnitude_bits
 
 Keep = Callable[[torch.Tensor, int], torch.Tensor]
@@ -18,19 +18,21 @@ Keep = Callable[[torch.Tensor, int], torch.Tensor]
 _DRAWS = 1 << 16
 
 
-def keeps(step: str, matrices: Sequence[Matrix], keys: Sequence[str], settings: Mapping[str, object]) -> list[Keep]:
+def keeps(settings: MethodSettings, matrices: Sequence[Matrix], keys: Sequence[str]) -> list[Keep]:
     """One Keep for each of the T deltas of a slot. `keys` identify them for the random steps: adapter, tensor, slot."""
-    if step == "magnitude":
-        return [largest([matrix], kept_entries(matrix, _density(settings)))[0].kept for matrix in matrices]
-    if step == "dare":
-        return [dare(_density(settings), _seed(settings), key) for key in keys]
-    if step == "della":
-        return [della(_density(settings), cast(float, settings["epsilon"]), _seed(settings), key) for key in keys]
-    if step == "breadcrumbs":
-        return [breadcrumbs(matrix, _density(settings), cast(float, settings["gamma"])) for matrix in matrices]
-    if step == "sce":
-        return [by_variance(matrices, _density(settings))] * len(matrices)
-    return [lambda X_MN, _begin: X_MN] * len(matrices)
+    match settings:
+        case Magnitude():
+            return [largest([matrix], kept_entries(matrix, settings.density))[0].kept for matrix in matrices]
+        case Dare():
+            return [dare(settings.density, settings.seed, key) for key in keys]
+        case Della():
+            return [della(settings.density, settings.epsilon, settings.seed, key) for key in keys]
+        case Breadcrumbs():
+            return [breadcrumbs(matrix, settings.density, settings.gamma) for matrix in matrices]
+        case Sce():
+            return [by_variance(matrices, settings.density)] * len(matrices)
+        case _:
+            return [lambda X_MN, _begin: X_MN] * len(matrices)
 
 
 def dare(density: float, seed: int, key: str) -> Keep:
@@ -125,11 +127,3 @@ def kept_entries(matrix: Matrix, density: float) -> int:
 
 def _entries(matrix: Matrix) -> int:
     return matrix.shape[0] * matrix.shape[1]
-
-
-def _density(settings: Mapping[str, object]) -> float:
-    return cast(float, settings["density"])
-
-
-def _seed(settings: Mapping[str, object]) -> int:
-    return cast(int, settings["seed"])

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -10,17 +10,17 @@ from composer.deltas.delta import Additive, Delta, Replacement, RowwiseDelta
 from composer.deltas.variants.load import LoadedAdapter
 from composer.findings import Finding, Severity
 from composer.formats.adapters.placement.naming import is_head, is_vocabulary
+from composer.formats.recipes.methods import MethodSettings, Tied
 
 _Touch = tuple[str, Delta]  # adapter name, what it does
 
 
-def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> list[Finding]:
+def structural(loaded: Sequence[LoadedAdapter], settings: MethodSettings) -> list[Finding]:
     """Finds hard conflicts between adapters, and between an adapter and a tied weight.
 
-    `settings["tied"]` is `auto` (default), `untie`, `shared` or `refuse`. With `settings["sequential"]`, the adapters
-    are applied in order. Error codes: replacement_conflict, replacement_and_delta, two_rescale, changed_base,
-    token_conflict, tied_weight, tied_both_sides, vocabulary_mismatch, shape_conflict. Notices: tied_shared,
-    tied_untied. A single adapter can conflict with itself: a fully saved tensor that also has a low-rank pair.
+    Error codes: replacement_conflict, replacement_and_delta, two_rescale, changed_base, token_conflict, tied_weight,
+    tied_both_sides, vocabulary_mismatch, shape_conflict. Notices: tied_shared, tied_untied. A single adapter can
+    conflict with itself: a fully saved tensor that also has a low-rank pair.
     """
     tied = resolve_tied(loaded, settings)
     touches: dict[tuple[str, str], list[_Touch]] = defaultdict(list)
@@ -33,7 +33,7 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
             touches[delta.weight, side].append((adapter.name, delta))
     findings: list[Finding] = []
     for (weight, _), touching in touches.items():
-        findings += _check_weight(weight, touching, in_order=bool(settings.get("sequential")))
+        findings += _check_weight(weight, touching, in_order=settings.in_order)
     one_sided = [
         (name, delta)
         for touching in touches.values()
@@ -43,12 +43,11 @@ def structural(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) 
     return _check_tied(one_sided, tied) + findings  # the first of several findings names the fix
 
 
-def resolve_tied(loaded: Sequence[LoadedAdapter], settings: Mapping[str, object]) -> str:
+def resolve_tied(loaded: Sequence[LoadedAdapter], settings: MethodSettings) -> Tied:
     """The setting, with `auto` resolved: `untie` if the two sides will differ, since the merged model would otherwise
     not be the adapted one; `shared` if not."""
-    tied = str(settings.get("tied", "auto"))
-    if tied != "auto":
-        return tied
+    if settings.tied != "auto":
+        return settings.tied
     return "untie" if any(delta.tied and not delta.twin for one in loaded for delta in one.deltas) else "shared"
 
 

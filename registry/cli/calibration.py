@@ -45,19 +45,19 @@ def calibration_of(
 ) -> "Calibration | None":
     """The calibration of a fitted method; None for other methods, and if an adapter has neither a suite nor prompts.
     Raises Usage for a suite that would have no examples left for evaluation."""
-    from composer.formats.recipes.methods import PIPELINES, parse_settings
+    from composer.formats.recipes.methods import PIPELINES, Regmean, parse_settings
 
-    if method not in PIPELINES or not PIPELINES[method].fitted:
+    parsed = parse_settings(method, settings) if method in PIPELINES else None
+    if not isinstance(parsed, Regmean):
         return None
     from composer.evaluation.calibration import Calibration
     from composer.formats.recipes.calibration_sets import CalibrationSet
 
-    parsed = parse_settings(method, settings)
-    count = int(str(parsed["examples"]))
-    sets = [CalibrationSet(prompts=one) for one in prompts] or [_set(suite, count) for suite in suites if suite]
+    sets = [CalibrationSet(prompts=one) for one in prompts]
+    sets = sets or [_set(suite, parsed.examples) for suite in suites if suite]
     if len(sets) < max(len(suites), len(prompts), 1):
         return None
-    return Calibration.by(parsed, cache(load), sets)
+    return Calibration(cache(load), sets, parsed)
 
 
 def local_calibration(
@@ -65,10 +65,9 @@ def local_calibration(
 ) -> "Calibration | None":
     """The calibration that the options of `combine` and `merge` describe. Raises Usage for these options with a method
     that is not fitted, for both suites and prompts, and for a fitted method without a base or without either."""
-    from composer.formats.recipes.methods import PIPELINES, parse_settings
+    from composer.formats.recipes.methods import parse_settings
 
-    parse_settings(method, settings)
-    if not PIPELINES[method].fitted:
+    if not parse_settings(method, settings).pipeline.fitted:
         if suites or prompts:
             message = f"--suite and --prompts have no effect: {method} is not fitted on examples."
             raise Usage("idle_option", message, subject="--suite", next_step="Leave them out, or add --method regmean.")
@@ -85,17 +84,13 @@ def local_calibration(
 
 
 @contextmanager
-def fitting(
-    calibration: "Calibration | None", method: str, settings: dict[str, object]
-) -> "Generator[Calibration | None]":
+def fitting(calibration: "Calibration | None") -> "Generator[Calibration | None]":
     """The calibration with a progress bar: each step runs every example once."""
     if calibration is None:
         yield None
         return
-    from composer.formats.recipes.methods import parse_settings
-
-    steps = int(str(parse_settings(method, settings)["steps"]))
-    with render.progress("fit", steps * sum(map(len, calibration.sets)), "examples") as bar:
+    examples = calibration.settings.steps * sum(map(len, calibration.sets))
+    with render.progress("fit", examples, "examples") as bar:
         yield replace(calibration, progress=bar)
 
 
@@ -145,7 +140,7 @@ def fitted_adapter(
     directory = output.with_name(f"{output.name}-adapter")
     if not directory.is_dir():
         architecture = open_checkpoint(base).architecture
-        with fitting(calibration, *how) as counted:
+        with fitting(calibration) as counted:
             report = combine(adapters, directory, architecture, *how, calibration=counted)
         for name, value in fit_lines(report.to_json()["fit"], [path.name for path, _ in adapters]):
             render.say(f"{name}: {value}")
@@ -153,7 +148,7 @@ def fitted_adapter(
     wanted: dict[str, Any] = {
         "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
         "method": how[0],
-        "settings": parse_settings(*how),
+        "settings": parse_settings(*how).to_json(),
         "calibration": calibration.to_json(),
     }
     note = json.loads(read_text(directory / NOTE_FILE, MAX_NOTE_BYTES))

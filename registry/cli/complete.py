@@ -36,9 +36,9 @@ def suites(incomplete: str) -> list[str]:
 
 
 def methods(incomplete: str) -> list[str]:
-    from composer.formats.recipes.methods import SETTINGS
+    from composer.formats.recipes.methods import PIPELINES
 
-    return [name for name in SETTINGS if name.startswith(incomplete)]
+    return [name for name in PIPELINES if name.startswith(incomplete)]
 
 
 def _versions(repository: str) -> list[str]:

@@ -190,7 +190,7 @@ def combine(  # noqa: PLR0913
     adapters, calibration = _weighted(adapter, rule), local_calibration(method, settings, base, suite, prompts)
     refuse_uneven(calibration, adapters)
     _warn(contradictions(calibration, [path.name for path, _ in adapters]))
-    with fitting(calibration, method, settings) as counted:
+    with fitting(calibration) as counted:
         report = combine_adapters(adapters, output, architecture, method, settings, calibration=counted)
     _warn(report.findings)
     document = report.to_json()

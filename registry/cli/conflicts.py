@@ -82,7 +82,7 @@ def conflicts(  # noqa: PLR0913
     """
     from composer.conflicts.examine import examine
     from composer.conflicts.render.text import document
-    from composer.conflicts.report import Method as Combination
+    from composer.formats.recipes.methods import parse_settings
     from composer.formats.recipes.policy import MAX_POLICY_CHARS, Policy, parse_policy
 
     if len(adapters) < 2:
@@ -100,7 +100,7 @@ def conflicts(  # noqa: PLR0913
         report = examine(
             group.load(),
             given,
-            Combination(method, settings),
+            parse_settings(method, settings),
             evidence=evidence,
             base=group.checkpoint(measured=bool(probe or prompts)),
             policy=rules,

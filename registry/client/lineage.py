@@ -49,7 +49,7 @@ class Composition:
 
     def own_settings(self) -> dict[str, Any]:
         """The settings, without common ones at their defaults."""
-        common = parse_settings("stack", {})
+        common = parse_settings("stack").to_json()
         settings = {name: value for name, value in self.settings.items() if value is not None and value != []}
         if settings.get("tied") == "refuse":  # the default before `auto`; equivalent for what passed
             del settings["tied"]

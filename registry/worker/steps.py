@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, local_directory, open_checkpoint
 from composer.formats.checkpoints.hashing import hash_file, verify_checkpoint
 from composer.formats.recipes.calibration_sets import CalibrationSet, used_in
-from composer.formats.recipes.methods import PIPELINES
+from composer.formats.recipes.methods import AnySettings, Regmean, parse_settings
 from composer.formats.recipes.policy import read_policy
 from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
 from composer.formats.recipes.suite import Suite as SuiteContent
@@ -74,6 +74,10 @@ class CompositionRun:
     files: list[list[ManifestFile]]
     member_suites: list[str | None]
     directory: Path
+
+    @property
+    def settings(self) -> AnySettings:
+        return parse_settings(self.lock.method, self.lock.settings)
 
     @property
     def adapter_directory(self) -> Path:
@@ -162,7 +166,6 @@ def check(held: JobRun) -> None:
     requires, and a combination that no adapter file can represent."""
     from composer.conflicts.examine import examine
     from composer.conflicts.render.text import document, summary
-    from composer.conflicts.report import Method
     from composer.deltas.variants.load import load_deltas
     from composer.export.combine import refuse_uncombinable
 
@@ -176,7 +179,7 @@ def check(held: JobRun) -> None:
     report = examine(
         loaded,
         [weight for _, weight in members],
-        Method(work.lock.method, work.lock.settings),
+        work.settings,
         evidence=_evidence(held, work),
         policy=policy,
     )
@@ -186,7 +189,7 @@ def check(held: JobRun) -> None:
         message = f"The verdict of the conflict check is {report.verdict}, and {policy.require} is required."
         raise Refused("verdict", message, subject="recipe", next_step=summary(report).fix or "Change the recipe.")
     if work.recipe.adapter:
-        refuse_uncombinable(loaded, [weight for _, weight in members], work.lock.method, work.lock.settings)
+        refuse_uncombinable(loaded, [weight for _, weight in members], work.settings)
 
 
 def combine(held: JobRun) -> None:
@@ -293,7 +296,7 @@ def merge(held: JobRun) -> None:
     if not work.recipe.model or work.model_directory.is_dir():
         return
     base, how = work.base_checkpoint(held), (work.lock.method, work.lock.settings)
-    if PIPELINES[work.lock.method].fitted:  # reuse the fitted factors: another fit would differ in the last bits
+    if work.settings.pipeline.fitted:  # reuse the fitted factors: another fit would differ in the last bits
         combine(held)
         plan = plan_merge(base, [(work.adapter_directory, 1.0)], dtype=work.lock.dtype, rounding=work.lock.rounding)
     else:
@@ -319,7 +322,7 @@ def publish(held: JobRun) -> None:
         actor = _creator(held, session)  # a role may have been revoked meanwhile
         made: list[Release] = []
         for new in prepared:
-            if made and PIPELINES[work.lock.method].fitted:  # the model is made from the fitted adapter
+            if made and work.settings.pipeline.fitted:  # the model is made from the fitted adapter
                 new = replace(new, inputs=[Input(made[0].id, 1.0)])
             made.append(publish_signed(held.resources.settings, session, actor, new))
         composition, _ = compositions.find(session, work.composition_id)
@@ -419,11 +422,12 @@ def _evidence(held: JobRun, work: CompositionRun) -> "Evidence":
 
 def _calibration(held: JobRun, work: CompositionRun, load: "Callable[[], LoadedModel]") -> "Calibration | None":
     """The calibration of a fitted method; loads the base on first use."""
-    if not PIPELINES[work.lock.method].fitted:
+    settings = work.settings
+    if not isinstance(settings, Regmean):
         return None
     from composer.evaluation.calibration import Calibration
 
-    return Calibration.by(work.lock.settings, load, work.calibration_sets(held))
+    return Calibration(load, work.calibration_sets(held), settings)
 
 
 def _suites(held: JobRun, names: Sequence[str]) -> list[SuiteContent]:

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from composer.conflicts.report import Method, conflicts
+from composer.conflicts.report import conflicts
 from composer.deltas.delta import LowRank, RowwiseDelta
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch
 from composer.export.combine import combine
 from composer.findings import Severity
 from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.methods import parse_settings
 from composer.merge.plan import plan_merge
 from composer.methods.basis import norm_of, pair_of
 from composer.methods.combine import combine_deltas
@@ -70,7 +71,7 @@ def test_adding_nothing_is_one_finding_in_merge_combine_and_conflicts(
     weight, settings = 1e-60 if cause == "weight" else 1.0, {"lambda": 0.0} if cause == "lambda" else {}
     plan = plan_merge(base, [(idle, weight)], method, settings)
     report = combine([(idle, weight)], tmp_path / "out", base.architecture, method, settings)
-    compared = conflicts([load_deltas(idle, base.architecture)], [weight], method=Method(method, settings))
+    compared = conflicts([load_deltas(idle, base.architecture)], [weight], method=parse_settings(method, settings))
     for findings in (plan.findings, report.findings, compared.findings):
         (found,) = [one for one in findings if one.code == "zero_delta"]
         assert (found.severity, found.subject) == (Severity.WARNING, "idle")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from composer.conflicts.examine import Evidence, examine
-from composer.conflicts.report import Method
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.evaluation.calibration import Calibration
@@ -16,20 +15,25 @@ from composer.evaluation.evaluate import evaluate
 from composer.evaluation.model import LoadedModel, load_model
 from composer.findings import Verdict
 from composer.formats.recipes.calibration_sets import CalibrationSet, used_in
+from composer.formats.recipes.methods import Regmean, parse_settings
 from composer.formats.recipes.suite import Example, Suite
 from composer.methods.combine import combine_deltas
 from tests.composer.small_model import Load, dense
 
 
 def suite(name: str, count: int = 10) -> Suite:
-    return Suite(name, "target", "", True, tuple(Example(f"{name} {n}", f"{n} {name}") for n in range(count)))
+    return Suite(
+        name=name, kind="target", chat=True, examples=tuple(Example(f"{name} {n}", f"{n} {name}") for n in range(count))
+    )
 
 
 RED, GREEN = suite("red"), suite("green")
 
 
 def calibration(loaded: LoadedModel, count: int = 3, tokens: int = 2048) -> Calibration:
-    return Calibration(lambda: loaded, [CalibrationSet(RED, count), CalibrationSet(GREEN, count)], tokens)
+    return Calibration(
+        lambda: loaded, [CalibrationSet(RED, count), CalibrationSet(GREEN, count)], Regmean(tokens=tokens)
+    )
 
 
 def test_both_forms_and_steps_lower_the_error_of_the_plain_sum(
@@ -59,7 +63,7 @@ def test_a_cut_of_the_tokens_is_the_same_every_time_and_another_with_another_see
     few = calibration(loaded, tokens=40)
 
     def fitted(seed: int) -> torch.Tensor:
-        observe = replace(few, seed=seed).observe
+        observe = replace(few, settings=few.settings.model_copy(update={"seed": seed})).observe
         return dense(combine_deltas([red, green], [1.0, 1.0], "regmean", {"steps": 1}, observe).deltas[0])
 
     assert torch.equal(fitted(1), fitted(1))
@@ -87,7 +91,7 @@ def test_a_prompt_beyond_the_context_is_refused_before_it_is_run(
 ) -> None:
     """A recipe of 200 kB could hold a worker for hours: attention takes the square of a prompt's length."""
     long = CalibrationSet(prompts=("red " * (loaded.model.config.max_position_embeddings + 1),))
-    observe = Calibration(lambda: loaded, [long, long], tokens=2048).observe
+    observe = Calibration(lambda: loaded, [long, long], settings=Regmean()).observe
     with pytest.raises(Mismatch, match="the model's context is") as caught:
         combine_deltas([red, green], [1.0, 1.0], "regmean", {}, observe)
     assert caught.value.code == "example_too_long"
@@ -105,7 +109,7 @@ def test_what_was_fitted_on_never_judges(loaded: LoadedModel, red: LoadedAdapter
     assert used_in([by_prompt], [RED]) == {RED.examples[0]}
 
     evidence = Evidence(load=lambda: loaded, suites=[RED, GREEN], k=10, most=10, calibration=calibration(loaded, 3))
-    report = examine([red, green], [1.0, 1.0], Method("regmean"), evidence=evidence)
+    report = examine([red, green], [1.0, 1.0], parse_settings("regmean"), evidence=evidence)
     assert report.probe is not None
     assert {effect.examples for effect in report.probe.overall.effects} == {7}
 
@@ -114,7 +118,7 @@ def test_a_fitted_method_without_examples_is_unmeasured(
     loaded: LoadedModel, red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
     evidence = Evidence(load=lambda: loaded, suites=[RED, GREEN], k=8)
-    assert examine([red, green], [1.0, 1.0], Method("regmean"), evidence=evidence).verdict is Verdict.UNMEASURED
+    assert examine([red, green], [1.0, 1.0], parse_settings("regmean"), evidence=evidence).verdict is Verdict.UNMEASURED
 
 
 def test_a_lock_names_the_examples_by_digests_that_do_not_follow_their_place(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from composer.conflicts.render import text
-from composer.conflicts.report import Method, conflicts
+from composer.conflicts.report import conflicts
 from composer.deltas.delta import Delta, LowRank
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.findings import Severity, Verdict
+from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.policy import parse_policy
 from tests.composer.small_model import Load, scaled
 from tests.composer.test_conflicts import codes
@@ -81,4 +82,4 @@ def test_a_mean_over_weights_that_cancel_is_refused_in_the_report_as_in_the_comb
 ) -> None:
     """0.1 + 0.2 - 0.3 is 5e-17, by which the report once divided."""
     with pytest.raises(Mismatch, match="a mean over them does not exist"):
-        conflicts([red, green, scaled(red, 1.0, "again")], [0.1, 0.2, -0.3], Method("mean"))
+        conflicts([red, green, scaled(red, 1.0, "again")], [0.1, 0.2, -0.3], parse_settings("mean"))

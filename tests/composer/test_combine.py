@@ -16,10 +16,10 @@ from composer.errors import InvalidFile, Mismatch, NotSupported, RefusedOutput
 from composer.export.combine import combine
 from composer.export.peft import peft_form, write_adapter
 from composer.formats.checkpoints.checkpoint import open_checkpoint
-from composer.formats.recipes.methods import SETTINGS, parse_settings
+from composer.formats.recipes.methods import PIPELINES, parse_settings, settings_of
 from composer.merge.plan import plan_merge
 from composer.merge.run import run_merge
-from composer.methods.combine import combine_deltas
+from composer.methods.combine import combine_parsed
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -203,7 +203,7 @@ def test_a_nan_in_a_factor_names_the_module(tmp_path: Path, make_model: MakeMode
     ("method", "settings", "says"),
     [
         ("averaging", {}, "Use one of stack, linear"),
-        ("stack", {"density": 0.2}, "It knows energy, lambda, protect"),
+        ("stack", {"density": 0.2}, "Known are lambda, tied, replacements"),
         ("linear", {"normalize": "perhaps"}, "'perhaps'"),
         ("stack", {"lambda": float("nan")}, "lambda is nan"),
         ("stack", {"tied": "maybe"}, "'maybe'"),
@@ -222,10 +222,10 @@ def test_unknown_methods_and_settings_name_the_known_ones(
         combine([(adapter, 1.0)], tmp_path / "out", method=method, settings=settings)
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", PIPELINES)
 def test_every_setting_says_what_it_takes(method: str) -> None:
     """In its own words, not Python's."""
-    for name in SETTINGS[method]:
+    for name in settings_of(method).field_names():
         for value in ("a1", "", [], {}, "nan", "1e400", 10**400):
             if name == "protect" and value == []:
                 continue
@@ -327,12 +327,12 @@ def test_an_input_that_is_replaced_meanwhile_is_refused_and_nothing_is_written(
     one, other = (make_adapter(base, name, seed=seed) for seed, name in enumerate("ab"))
 
     def replacing(*arguments: Any) -> Any:
-        combined = combine_deltas(*arguments)
+        combined = combine_parsed(*arguments)
         new = shutil.copyfile(one / "adapter_model.safetensors", tmp_path / "new")
         new.replace(other / "adapter_model.safetensors")
         return combined
 
-    monkeypatch.setattr("composer.export.combine.combine_deltas", replacing)
+    monkeypatch.setattr("composer.export.combine.combine_parsed", replacing)
     with pytest.raises(RefusedOutput, match=r"b/adapter_model\.safetensors changed") as caught:
         combine([(one, 1.0), (other, 1.0)], tmp_path / "out", None, method)
     assert caught.value.code == "inputs_changed"

@@ -11,13 +11,13 @@ from peft import LoraConfig
 from composer.conflicts.evidence.probe import Probed, probe
 from composer.conflicts.findings import of_pair
 from composer.conflicts.render import text
-from composer.conflicts.report import ConflictReport, Method, conflicts
+from composer.conflicts.report import ConflictReport, conflicts
 from composer.deltas.delta import LowRank, RowwiseDelta
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch, NotSupported
 from composer.evaluation.model import load_model
 from composer.findings import Severity, Verdict
-from composer.formats.recipes.methods import effective_weights
+from composer.formats.recipes.methods import effective_weights, parse_settings
 from composer.formats.recipes.policy import parse_policy
 from composer.formats.recipes.suite import Example, Suite
 from composer.formats.recipes.weights import Weight, WeightRule
@@ -227,7 +227,7 @@ def test_layers_are_sums_over_their_modules(red: LoadedAdapter, green: LoadedAda
 
 @pytest.mark.parametrize("method", ["ties", "core_tsv", "svd", "linear"])
 def test_retention_is_of_what_the_method_makes(red: LoadedAdapter, green: LoadedAdapter, method: str) -> None:
-    found = conflicts([red, green], [1.0, 0.5], Method(method))
+    found = conflicts([red, green], [1.0, 0.5], parse_settings(method))
     combined = combine_deltas([red, green], [1.0, 0.5], method).deltas
     everything = sorted({delta.module for one in (red, green) for delta in one.deltas})
     M = torch.cat([sum(dense(d) for d in combined if d.module == module).flatten() for module in everything])
@@ -247,18 +247,18 @@ def test_two_that_train_one_token_are_a_finding_whatever_the_method(
         load_deltas(save_adapted(base, LoraConfig(trainable_token_indices=rows), tmp_path / name), None)
         for name, rows in (("one", [1, 5]), ("two", [5, 9]))
     ]
-    found = conflicts(loaded, [1.0, 1.0], Method(method))
+    found = conflicts(loaded, [1.0, 1.0], parse_settings(method))
     assert [one.code for one in found.findings if one.severity is Severity.ERROR] == ["token_conflict"]
     assert found.verdict is Verdict.REFUSE
 
 
 def test_a_mean_tells_the_weights_that_it_comes_to(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    found = conflicts([red, green], [1.0, 3.0], Method("mean"))
+    found = conflicts([red, green], [1.0, 3.0], parse_settings("mean"))
     assert [member.to_json()["weight"] for member in found.members] == [0.25, 0.75]
     ruled = Weight(1.0, (WeightRule(0.0, modules="q_proj"),))
-    told = conflicts([red, green], [1.0, ruled], Method("mean")).members[0].to_json()
+    told = conflicts([red, green], [1.0, ruled], parse_settings("mean")).members[0].to_json()
     assert told["weight"] == {"value": 1.0, "rules": [], "among": [1.0, ruled.to_json()]}
-    assert effective_weights([1.0, 1.0], "mean", {})[0].times(2.0).of("m") == 1.0
+    assert effective_weights([1.0, 1.0], parse_settings("mean"))[0].times(2.0).of("m") == 1.0
 
 
 def test_deltas_without_factors_are_left_out_and_named(red: LoadedAdapter, green: LoadedAdapter) -> None:
@@ -288,7 +288,10 @@ def test_the_rows_of_a_report_are_bounded_and_the_modules_that_matter_stay(
 def test_a_real_probe_goes_into_the_report_of_its_own_adapters(
     base: Path, red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    suites = [Suite(name, "target", "", True, (Example("hi", name), Example("you", name))) for name in ("red", "green")]
+    suites = [
+        Suite(name=name, kind="target", chat=True, examples=(Example("hi", name), Example("you", name)))
+        for name in ("red", "green")
+    ]
     members = [Probed(one.name, one.deltas, 1.0, suite) for one, suite in zip((red, green), suites, strict=True)]
     found = conflicts([red, green], [1.0, 1.0], evidence=probe(load_model(base, device="cpu"), members, effort=2))
     assert found.pairs[0].evidence == "probe"

@@ -25,7 +25,7 @@ IDS = torch.tensor([[5, 9, 13, 20, 7, 2, 30], [8, 8, 1, 44, 3, 17, 6]])
 
 
 def suite(*pairs: tuple[str, str], chat: bool = True) -> Suite:
-    return Suite("letters", "target", "", chat, tuple(Example(*pair) for pair in pairs))
+    return Suite(name="letters", kind="target", chat=chat, examples=tuple(Example(*pair) for pair in pairs))
 
 
 SUITE = suite(("say ab", "ab"), ("say abc twice", "abc abc"), ("hello", "HA 12"), ("a longer prompt, again", "b."))

@@ -12,13 +12,14 @@ import torch
 
 from composer.conflicts.examine import Evidence, examine
 from composer.conflicts.render.text import document, summary
-from composer.conflicts.report import SCHEMA, Method, conflicts
+from composer.conflicts.report import SCHEMA, conflicts
 from composer.conflicts.retention import too_large
 from composer.deltas.delta import Layout, LowRank
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.evaluation.model import LoadedModel
 from composer.findings import Verdict
 from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.policy import parse_policy
 from composer.formats.recipes.suite import Example, Suite
 from tests.composer.small_model import Load, save_adapter
@@ -33,11 +34,14 @@ def adapters(load: Load) -> list[LoadedAdapter]:
 
 def suites(count: int) -> list[Suite]:
     names = ("red", "green", "blue")[:count]
-    return [Suite(name, "target", "", True, (Example(f"hi {name}", name), Example("you", "you"))) for name in names]
+    return [
+        Suite(name=name, kind="target", chat=True, examples=(Example(f"hi {name}", name), Example("you", "you")))
+        for name in names
+    ]
 
 
 def guard() -> Suite:
-    return Suite("general", "guard", "", True, (Example("who", "me"), Example("what", "that")))
+    return Suite(name="general", kind="guard", chat=True, examples=(Example("who", "me"), Example("what", "that")))
 
 
 def never() -> LoadedModel:
@@ -118,7 +122,7 @@ def test_members_that_answer_the_same_prompts_differently_are_named_before_anyth
 def test_a_method_is_probed_as_what_it_makes(adapters: list[LoadedAdapter], loaded: LoadedModel, method: str) -> None:
     def measured(name: str) -> list[float]:
         report = examine(
-            adapters, [1.0] * 3, Method(name), evidence=Evidence(load=lambda: loaded, suites=suites(3), k=2)
+            adapters, [1.0] * 3, parse_settings(name), evidence=Evidence(load=lambda: loaded, suites=suites(3), k=2)
         )
         assert report.probe is not None
         return [
@@ -133,7 +137,7 @@ def test_a_method_is_probed_as_what_it_makes(adapters: list[LoadedAdapter], load
 def test_a_protected_member_is_protected_in_its_pairs_and_in_the_whole(
     adapters: list[LoadedAdapter], loaded: LoadedModel
 ) -> None:
-    how = Method("stack", {"protect": [2]})
+    how = parse_settings("stack", {"protect": [2]})
     report = examine(adapters, [1.0] * 3, how, evidence=Evidence(load=lambda: loaded, suites=suites(3), k=2))
     plain = examine(adapters, [1.0] * 3, evidence=Evidence(load=lambda: loaded, suites=suites(3), k=2))
     assert report.probe is not None
@@ -156,7 +160,7 @@ def test_what_cannot_be_combined_is_not_measured(base: Path, loaded: LoadedModel
         saved.append(load_deltas(tmp_path / name, loaded.architecture))
     report = examine(saved, [1.0, 1.0], evidence=Evidence(load=never, suites=suites(2), k=2))
     assert report.verdict == "refuse"
-    as_deltas = Method("stack", {"replacements": "delta"})
+    as_deltas = parse_settings("stack", {"replacements": "delta"})
     measured = examine(saved, [1.0, 1.0], as_deltas, evidence=Evidence(load=lambda: loaded, suites=suites(2), k=2))
     assert measured.verdict != "refuse"
     assert measured.pairs[0].evidence == "probe"
@@ -177,7 +181,7 @@ def test_every_report_is_what_the_documented_schema_says(
     ]
     for made in evidences:
         for checkpoint in (None, open_checkpoint(base)):
-            report = examine(adapters, [1.0] * 3, Method("ties"), evidence=made(), base=checkpoint)
+            report = examine(adapters, [1.0] * 3, parse_settings("ties"), evidence=made(), base=checkpoint)
             told = json.loads(json.dumps(document(report), allow_nan=False))
             errors = [f"{list(error.instance_path)}: {error.message}" for error in validator.iter_errors(told)]
             assert errors == []
@@ -222,5 +226,8 @@ def test_dense_deltas_are_counted_before_they_are_made(adapters: list[LoadedAdap
     assert too_large(large)
     assert not too_large(adapters)
     for method in ("ties", "ties_svd", "peft_svd"):
-        assert [member.retention for member in conflicts(large, [1.0, 1.0], Method(method)).members] == [None, None]
-    assert conflicts(large, [1.0, 1.0], Method("knots_ties")).members[0].retention is not None
+        assert [member.retention for member in conflicts(large, [1.0, 1.0], parse_settings(method)).members] == [
+            None,
+            None,
+        ]
+    assert conflicts(large, [1.0, 1.0], parse_settings("knots_ties")).members[0].retention is not None

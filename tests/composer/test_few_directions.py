@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from composer.deltas.delta import LowRank
-from composer.formats.recipes.methods import PIPELINES, parse_settings
+from composer.formats.recipes.methods import parse_settings
 from composer.methods.join import elect
 from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot
 from tests.composer.test_methods import as_stored, combined, error, low_ranks
@@ -40,7 +40,7 @@ def test_a_cut_of_equal_singular_values_keeps_the_directions_that_the_sum_had_mo
 ) -> None:
     deltas = low_ranks()
     place = WeightSlot([SlotDelta(i, delta, 1.0, f"{i}") for i, delta in enumerate(deltas)], 3.0)
-    (cut,), lost = combine_slot(PIPELINES[method], place, parse_settings(method, budget), Selections())
+    (cut,), lost = combine_slot(place, parse_settings(method, budget), Selections())
     U, sigma, Vh = torch.linalg.svd(sum(map(as_stored, deltas), torch.zeros(deltas[0].stored_shape)))
     count = int((sigma > 1e-6 * sigma[0]).sum())
     kept = 3 if "rank" in budget else -(-count // 4)

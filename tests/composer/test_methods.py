@@ -8,7 +8,7 @@ import torch
 
 from composer.deltas.delta import Additive, Layout, LowRank, RowwiseDelta
 from composer.errors import ComposerError
-from composer.formats.recipes.methods import PIPELINES, parse_settings
+from composer.formats.recipes.methods import PIPELINES, parse_settings, settings_of
 from composer.methods.basis import ctm
 from composer.methods.join import elect
 from composer.methods.matrix import Matrix
@@ -41,7 +41,7 @@ def low_ranks(seed: int = 0, layout: Layout = Layout.LINEAR) -> list[LowRank]:
 
 def known(method: str, wanted: dict[str, object]) -> dict[str, object]:
     """Of the settings those that the method has."""
-    return {name: value for name, value in wanted.items() if name in parse_settings(method, {})}
+    return {name: value for name, value in wanted.items() if name in settings_of(method).field_names()}
 
 
 def combined(
@@ -51,7 +51,7 @@ def combined(
     parts = [SlotDelta(i, delta, weight, f"{i}") for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True))]
     place = WeightSlot(parts, sum(weights))
     parsed = parse_settings(method, settings or {})
-    added, _ = combine_slot(PIPELINES[method], place, parsed, Selections.over([place], PIPELINES[method], parsed))
+    added, _ = combine_slot(place, parsed, Selections.over([place], parsed))
     return sum((as_stored(delta) for delta in added), torch.zeros(added[0].stored_shape, dtype=torch.float64))
 
 
@@ -171,7 +171,7 @@ def test_the_order_of_adapters_does_not_matter(method: str) -> None:
     results = []
     for order in ((0, 1, 2), (2, 0, 1)):
         place = WeightSlot([parts[i] for i in order], sum(WEIGHTS))
-        added, _ = combine_slot(PIPELINES[method], place, parsed, Selections())
+        added, _ = combine_slot(place, parsed, Selections())
         results.append(sum(as_stored(delta) for delta in added))
     assert error(results[1], results[0]) < 1e-4
 
@@ -240,7 +240,7 @@ def test_a_compression_reports_the_error_that_it_made() -> None:
     for method in ("svd", "stack", "ties_svd"):
         parts = [SlotDelta(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(deltas, WEIGHTS, strict=True))]
         parsed = parse_settings(method, {"rank": 5, **known(method, {"density": 1.0, "divide": "none"})})
-        (made,), lost = combine_slot(PIPELINES[method], WeightSlot(parts, 0.8), parsed, Selections())
+        (made,), lost = combine_slot(WeightSlot(parts, 0.8), parsed, Selections())
         assert lost is not None
         assert isinstance(made, LowRank)
         assert (lost.rank, made.rank) == (5, 5)
@@ -272,8 +272,8 @@ def test_a_small_loss_of_a_dense_delta_is_told_as_well() -> None:
 def test_what_a_cut_loses_is_told_of_the_sum_also_where_its_norm_is_given_back(method: str, restore: str) -> None:
     parts = [SlotDelta(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
     cut, whole = (known(method, {"restore": restore, **more}) for more in ({"rank": 3}, {"ctm_rank": sum(RANKS)}))
-    (made,), lost = combine_slot(PIPELINES[method], WeightSlot(parts, 0.8), parse_settings(method, cut), Selections())
-    uncut, _ = combine_slot(PIPELINES[method], WeightSlot(parts, 0.8), parse_settings(method, whole), Selections())
+    (made,), lost = combine_slot(WeightSlot(parts, 0.8), parse_settings(method, cut), Selections())
+    uncut, _ = combine_slot(WeightSlot(parts, 0.8), parse_settings(method, whole), Selections())
     exact = sum(as_stored(delta) for delta in uncut)
     assert lost is not None
     assert lost.error == pytest.approx(float((as_stored(made) - exact).norm()), rel=1e-4)
@@ -285,9 +285,7 @@ def test_a_share_of_the_energy_decides_the_rank(method: str) -> None:
     parts = [SlotDelta(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
     ranks = []
     for energy in (0.5, 0.9, 0.99):
-        (made,), lost = combine_slot(
-            PIPELINES[method], WeightSlot(parts, 0.8), parse_settings(method, {"energy": energy}), Selections()
-        )
+        (made,), lost = combine_slot(WeightSlot(parts, 0.8), parse_settings(method, {"energy": energy}), Selections())
         assert lost is not None
         assert isinstance(made, LowRank)
         assert lost.relative**2 <= 1 - energy + 1e-5
@@ -300,9 +298,7 @@ def test_random_masks_depend_on_seed_and_adapter_and_not_on_rows_or_order() -> N
 
     def made(seed: int) -> Additive:
         parts = [SlotDelta(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(deltas, WEIGHTS, strict=True))]
-        (added,), _ = combine_slot(
-            PIPELINES["dare_ties"], WeightSlot(parts, 0.8), parse_settings("dare_ties", {"seed": seed}), Selections()
-        )
+        (added,), _ = combine_slot(WeightSlot(parts, 0.8), parse_settings("dare_ties", {"seed": seed}), Selections())
         return added
 
     one = made(1)
@@ -332,12 +328,11 @@ def test_ties_over_the_whole_model_trims_the_smaller_module_more() -> None:
         for deltas in (small, large)
     ]
     parsed = parse_settings("magnitude_prune", {"scope": "model", "density": 0.2})
-    pipeline = PIPELINES["magnitude_prune"]
-    selections = Selections.over(places, pipeline, parsed)
-    kept = [int(as_stored(combine_slot(pipeline, place, parsed, selections)[0][0]).count_nonzero()) for place in places]
+    selections = Selections.over(places, parsed)
+    kept = [int(as_stored(combine_slot(place, parsed, selections)[0][0]).count_nonzero()) for place in places]
     assert kept[0] < kept[1] / 10
     with pytest.raises(ComposerError, match="scope"):
-        Selections.over(places, PIPELINES["core_ties"], parse_settings("core_ties", {"scope": "model"}))
+        Selections.over(places, parse_settings("core_ties", {"scope": "model"}))
 
 
 def test_equal_magnitudes_are_kept_in_the_order_of_their_places() -> None:

@@ -11,7 +11,7 @@ from composer.deltas.delta import Delta, LowRank, Replacement, RowwiseDelta
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import ComposerError
 from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
-from composer.formats.recipes.methods import PIPELINES, effective_weights
+from composer.formats.recipes.methods import PIPELINES, effective_weights, parse_settings
 from composer.formats.recipes.weights import Weight, parse_rule
 from composer.methods.combine import combine_deltas
 from tests.composer.tiny import MakeAdapter, MakeModel, adapter_maker, model_maker, tensors_in
@@ -168,7 +168,7 @@ def test_the_model_wide_trim_counts_what_it_filters(make_model: MakeModel, make_
 
 
 def test_effective_weights_of_a_mean_follow_the_rules_of_all() -> None:
-    one, other = effective_weights([Weight(1.0, (parse_rule("0=3"),)), 1.0], "mean", {})
+    one, other = effective_weights([Weight(1.0, (parse_rule("0=3"),)), 1.0], parse_settings("mean"))
     assert (one.of("layers.0.q"), other.of("layers.0.q")) == (0.75, 0.25)
     assert (one.of("layers.1.q"), other.of("layers.1.q")) == (0.5, 0.5)
 

@@ -221,7 +221,10 @@ def test_a_pair_without_common_modules_has_no_map(tmp_path: Path) -> None:
 def test_the_probe_and_the_activations_have_tables_of_their_own(tmp_path: Path) -> None:
     loaded = load_model(save_llama(tmp_path / "base"), device="cpu")
     adapters = [adapter(tmp_path, name, seed, MODULES[:4]) for seed, name in ((1, "red"), (20, "blue"))]
-    suites = [Suite(f"{one}-exact", "target", "", True, (Example("hi", one), Example("you", one))) for one in "ab"]
+    suites = [
+        Suite(name=f"{one}-exact", kind="target", chat=True, examples=(Example("hi", one), Example("you", one)))
+        for one in "ab"
+    ]
     probed = Evidence(load=lambda: loaded, suites=suites, k=2)
     prompted = Evidence(load=lambda: loaded, prompts=["hello"])
     for evidence, title, other in ((probed, "Probe", "Activations"), (prompted, "Activations", "Probe")):

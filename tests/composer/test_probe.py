@@ -20,7 +20,7 @@ from composer.formats.recipes.weights import Weight, WeightRule
 
 def suite(name: str, kind: Kind = "target", count: int = 6) -> Suite:
     examples = tuple(Example(f"{name} question {number}", f"{number} {name} yes") for number in range(count))
-    return Suite(name, kind, "", True, examples)
+    return Suite(name=name, kind=kind, chat=True, examples=examples)
 
 
 def member(name: str, seed: int, weight: float = 1.0, size: float = 0.2) -> Probed:

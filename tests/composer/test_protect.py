@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer.conflicts.examine import Evidence, examine
-from composer.conflicts.report import Method, conflicts
+from composer.conflicts.report import conflicts
 from composer.deltas.delta import Delta, Layout, LowRank
 from composer.deltas.lowrank import Grams
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
@@ -43,7 +43,7 @@ def held(like: LoadedAdapter, pair: Pair, layout: Layout = Layout.LINEAR) -> Loa
 def moved(like: LoadedAdapter, pairs: Sequence[Pair], side: str, layout: Layout = Layout.LINEAR) -> torch.Tensor:
     """The first of the deltas, dense, off all others, which are protected."""
     protect = list(range(2, len(pairs) + 1))
-    parsed = parse_settings("stack", {"protect": protect, "protect_side": side}) | {"tied": "shared"}
+    parsed = parse_settings("stack", {"protect": protect, "protect_side": side}).with_tied("shared")
     adapters = [held(like, one, layout) for one in pairs]
     return dense(project_out_protected(adapters, weights_of([1.0] * len(pairs)), parsed)[0].deltas[0])
 
@@ -113,7 +113,7 @@ def test_an_untrained_protected_delta_changes_nothing(red: LoadedAdapter, seed: 
 def test_a_delta_that_lies_in_a_protected_one_becomes_zero(red: LoadedAdapter) -> None:
     """Not noise, of which every quotient in a report would be made."""
     assert float(moved(red, [pair(1, 3), pair(1, 3)], "both").norm()) == 0
-    report = conflicts([red, replace(red, name="again")], [1.0, 1.0], Method("stack", {"protect": 1}))
+    report = conflicts([red, replace(red, name="again")], [1.0, 1.0], parse_settings("stack", {"protect": 1}))
     assert report.pairs[0].numbers.cosine == 0
     assert report.members[1].size.norm == 0
 
@@ -122,7 +122,7 @@ def test_a_delta_that_lies_in_a_protected_one_becomes_zero(red: LoadedAdapter) -
 def test_an_embedding_and_a_head_of_one_tensor_are_turned_to_each_other(red: LoadedAdapter, side: str) -> None:
     """One's outputs are the other's inputs: `protect_side` is meant as the protected one has it."""
     (B, A), (B_head, A_head) = pair(1, 3), pair(2, 3)
-    parsed = parse_settings("stack", {"protect": 2, "protect_side": side}) | {"tied": "shared"}
+    parsed = parse_settings("stack", {"protect": 2, "protect_side": side}).with_tied("shared")
     adapters = [held(red, (A.T, B.T), Layout.EMBEDDING), held(red, (B_head, A_head))]
     found = project_out_protected(adapters, weights_of([1.0, 1.0]), parsed)[0].deltas[0]
     assert error(dense(found).T, reference([(B, A), (B_head, A_head)], side)) < 1e-5
@@ -151,7 +151,7 @@ def test_noise_in_the_factors_decides_on_nothing_beside_a_protected_one(red: Loa
 
 
 def test_only_what_is_moved_becomes_another_delta(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    parsed = parse_settings("stack", {"protect": 1}) | {"tied": "shared"}
+    parsed = parse_settings("stack", {"protect": 1}).with_tied("shared")
     one, other = project_out_protected([red, green], weights_of([1.0, 1.0]), parsed)
     assert one is red
     changed = {
@@ -169,7 +169,7 @@ def test_a_protected_adapter_that_does_not_take_part_is_refused(
         combine_deltas([red, green], given, "stack", {"protect": 2})
     assert refused.value.code == "protect_idle"
     with pytest.raises(Mismatch, match="nothing is protected"):
-        conflicts([red, green], given, Method("stack", {"protect": 2}))
+        conflicts([red, green], given, parse_settings("stack", {"protect": 2}))
 
 
 def test_where_a_rule_gives_a_protected_adapter_no_weight_nothing_is_protected(
@@ -207,8 +207,8 @@ def test_a_report_is_of_the_deltas_that_are_combined(
 ) -> None:
     adapters, weights = [red, green, load("blue", 3)], [1.0, 0.7, -0.5]
     told: dict[str, object] = {"protect": "1", "protect_side": side}
-    report = conflicts(adapters, weights, Method(method, told))
-    plain = conflicts(adapters, weights, Method(method))
+    report = conflicts(adapters, weights, parse_settings(method, told))
+    plain = conflicts(adapters, weights, parse_settings(method))
     assert report.together.norm == pytest.approx(norm(combine_deltas(adapters, weights, method, told).deltas))
     assert report.together.norm != pytest.approx(plain.together.norm, rel=1e-3)
     for one in report.pairs[:2]:
@@ -226,7 +226,7 @@ def test_the_norm_of_a_report_is_that_of_the_adapter_that_is_written(
     out = tmp_path_factory.mktemp("protect") / "out"
     combine([(red.path, 1.0), (green.path, 0.7)], out, None, "stack", {"protect": 2})
     written = load_deltas(out, None).deltas
-    report = conflicts([red, green], [1.0, 0.7], Method("stack", {"protect": 2}))
+    report = conflicts([red, green], [1.0, 0.7], parse_settings("stack", {"protect": 2}))
     assert report.together.norm == pytest.approx(norm(written), rel=1e-5)
 
 
@@ -234,8 +234,10 @@ def test_activations_are_those_of_the_deltas_that_are_combined(
     red: LoadedAdapter, green: LoadedAdapter, loaded: LoadedModel
 ) -> None:
     evidence = Evidence(load=lambda: loaded, prompts=["hi", "you"])
-    how = Method("stack", {"protect": 1})
-    (pair,), (plain,) = (examine([red, green], [1.0, 1.0], one, evidence=evidence).pairs for one in (how, Method()))
+    how = parse_settings("stack", {"protect": 1})
+    (pair,), (plain,) = (
+        examine([red, green], [1.0, 1.0], one, evidence=evidence).pairs for one in (how, parse_settings("stack"))
+    )
     assert (pair.evidence, plain.evidence) == ("activations", "activations")
     assert pair.risk != pytest.approx(plain.risk)
 

@@ -236,7 +236,7 @@ def test_a_mistake_of_the_plan_is_not_the_notes(
     base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = merged(base, adapters, tmp_path / "merged")
-    monkeypatch.setattr("composer.merge.plan.combine_deltas", None)
+    monkeypatch.setattr("composer.merge.plan.combine_parsed", None)
     with pytest.raises(TypeError):
         plan_rebuild(out, open_checkpoint(base), adapters)
 

@@ -92,8 +92,18 @@ def test_a_recipe_says_how_to_round_and_to_the_nearest_where_it_says_nothing(
 
 
 def lock(rounding: Rounding) -> Lock:
-    source = LockedInput("acme/sql", "1.0.0", "c" * 40, 0.5, {"adapter_config.json": "d" * 64})
-    return Lock("b" * 64, "linear", {"normalize": False}, "bfloat16", (source,), rounding)
+    return Lock(
+        base="b" * 64,
+        method="linear",
+        settings={"normalize": False},
+        dtype="bfloat16",
+        inputs=(source("c" * 40, 0.5, {"adapter_config.json": "d" * 64}),),
+        rounding=rounding,
+    )
+
+
+def source(commit: str, weight: float, files: dict[str, str]) -> LockedInput:
+    return LockedInput(repository="acme/sql", version="1.0.0", commit=commit, weight=weight, files=files)
 
 
 def test_a_lock_that_rounds_to_the_nearest_has_the_digest_it_had_before_it_could_say_so() -> None:
@@ -110,7 +120,7 @@ def test_a_lock_reads_back_as_it_was_written(rounding: Rounding) -> None:
 
 
 def test_a_method_of_the_first_version_leaves_the_digest_of_a_lock_as_it_was() -> None:
-    old = Lock("b", "ctm_mean", {}, None, (LockedInput("acme/sql", "1.0.0", "c", 1.0, {"a": "0"}),))
+    old = Lock(base="b", method="ctm_mean", settings={}, dtype=None, inputs=(source("c", 1.0, {"a": "0"}),))
     assert "method_version" not in old.to_json()
     assert Lock.from_json(old.to_json()) == old
     new = replace(old, method_version=2)

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from composer.deltas.delta import Delta, Layout, LowRank
 from composer.deltas.variants.load import LoadedAdapter
+from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.weights import Weight
 from composer.methods.regmean import Fit, Inputs, Module, ModuleInputs, dual, fit, primal, solve_core, solve_input
 
 INPUTS, OUTPUTS = 7, 5
 SEEDS = st.integers(0, 2**32 - 1)
-SETTINGS: dict[str, object] = {"ridge": 0.01, "steps": 1, "form": "input"}
+SETTINGS = Regmean(steps=1)
 
 
 def random(seed: int, *shape: int) -> torch.Tensor:
@@ -164,7 +165,7 @@ def test_a_module_whose_inputs_are_not_to_be_had_keeps_the_weighted_sum_and_is_n
 
 def test_a_member_without_a_delta_in_a_module_asks_it_to_stay_quiet_there():
     one, other = adapter(1), adapter(7, "other", modules=("a",))
-    fitted = fit([one, other], [Weight(), Weight()], {**SETTINGS, "ridge": 1e-6}, seeing(3, 4))
+    fitted = fit([one, other], [Weight(), Weight()], Regmean(steps=1, ridge=1e-6), seeing(3, 4))
     own, foreign = random(3 + 100, 6, INPUTS), random(4 + 100, 6, INPUTS)
     action, leaked = (X @ summed(fitted, "b").T for X in (own, foreign))
     alone = own @ summed(Fit([one], fitted.report), "b").T

@@ -18,6 +18,7 @@ from composer.evaluation.stack_inputs import Stack
 from composer.export.combine import combine
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.formats.recipes.calibration_sets import CalibrationSet
+from composer.formats.recipes.methods import Regmean
 from composer.methods.combine import combine_deltas
 from tests.composer.adapted import IDS, peft_logits, relative, save_adapted
 from tests.composer.small_model import save_tokenizer
@@ -43,7 +44,7 @@ def members_of(base: Path, tmp_path: Path, *parameters: str, **settings: Any) ->
 
 
 def calibration(loaded: LoadedModel) -> Calibration:
-    return Calibration(lambda: loaded, [CalibrationSet(prompts=own) for own in PROMPTS], tokens=2048)
+    return Calibration(lambda: loaded, [CalibrationSet(prompts=own) for own in PROMPTS], settings=Regmean())
 
 
 def loaded_adapters(base: Path, paths: list[Path]) -> list[LoadedAdapter]:

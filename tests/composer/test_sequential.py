@@ -77,4 +77,4 @@ def test_a_method_that_has_no_order_says_so(tmp_path: Path, make_model: MakeMode
     with pytest.raises(NotSupported, match="sequential") as caught:
         plan_merge(open_checkpoint(base), [(one, 1.0), (two, 1.0)], "ties", {"sequential": True})
     assert caught.value.code == "unknown_setting"
-    assert "sequential" not in parse_settings("stack", {"sequential": "false"})  # nor in a lock's digest
+    assert "sequential" not in parse_settings("stack", {"sequential": "false"}).to_json()  # nor in a lock's digest

@@ -41,7 +41,11 @@ def write(directory: Path, text: str, lines: str = '{"prompt": "p", "completion"
 def test_examples_come_from_the_file_beside_or_from_the_list_itself_with_one_digest(tmp_path: Path) -> None:
     beside = parse_suite(write(tmp_path, HEAD + "examples: sql-exact.jsonl\n"))
     inline = parse_suite(write(tmp_path, "examples: [{completion: c, prompt: p}]\n\n# reordered\n" + HEAD))
-    assert beside == inline == Suite("sql-exact", "target", "one line", True, (Example("p", "c"),))
+    assert (
+        beside
+        == inline
+        == Suite(name="sql-exact", kind="target", description="one line", chat=True, examples=(Example("p", "c"),))
+    )
     assert beside.digest == inline.digest
 
 
@@ -69,15 +73,23 @@ def test_a_larger_sample_contains_the_smaller_one(suite: Suite, count: int) -> N
 @pytest.mark.parametrize(
     ("text", "lines", "problem"),
     [
-        (HEAD, "", "field examples is missing"),
-        (HEAD + "examples: sql-exact.jsonl\nsuite: x\n", "", "unknown field 'suite'"),
+        (HEAD, "", "examples: it is missing"),
+        (HEAD + "examples: sql-exact.jsonl\nsuite: x\n", "", "there is no field 'suite'"),
         (HEAD + "examples: [\n", "", r"sql-exact\.yaml:6: not valid YAML"),
-        ("- a list\n", "", "a suite is a mapping"),
-        (HEAD.replace("sql-exact", "SQL exact") + "examples: sql-exact.jsonl\n", "{}", "name must be lower-case"),
-        (HEAD.replace("target", "other") + "examples: sql-exact.jsonl\n", "{}", "kind must be target or guard"),
-        (HEAD.replace("true", "maybe") + "examples: sql-exact.jsonl\n", "{}", "chat must be true or false"),
-        (HEAD + "examples: []\n", "", "examples must be 1 to"),
-        (HEAD + "examples: 3\n", "", "examples must be a list"),
+        ("- a list\n", "", "is not a mapping"),
+        (
+            HEAD.replace("sql-exact", "SQL exact") + "examples: sql-exact.jsonl\n",
+            "{}",
+            "name: .* is not a name of",
+        ),
+        (
+            HEAD.replace("target", "other") + "examples: sql-exact.jsonl\n",
+            "{}",
+            "kind: 'other' is not one of",
+        ),
+        (HEAD.replace("true", "maybe") + "examples: sql-exact.jsonl\n", "{}", "chat: 'maybe' is not true or false"),
+        (HEAD + "examples: []\n", "", "examples: it has 0 entries, and at least 1 is needed"),
+        (HEAD + "examples: 3\n", "", "examples: 3 is not a list"),
         (HEAD + "examples: ../sql-exact.jsonl\n", "", "outside the suite's directory"),
         (HEAD + 'examples: "a\\0b.jsonl"\n', "", "names no file that there can be"),
         (HEAD + 'examples: "\\uD800.jsonl"\n', "", "names no file that there can be"),
@@ -87,18 +99,22 @@ def test_a_larger_sample_contains_the_smaller_one(suite: Suite, count: int) -> N
             '{"prompt": "p", "completion": "c"}\n\n{"prompt"\n',
             r"jsonl:3: not valid",
         ),
-        (HEAD + "examples: sql-exact.jsonl\n", '\n{"prompt": "p"}\n', r"jsonl:2: an example has .*; found 'prompt'"),
+        (HEAD + "examples: sql-exact.jsonl\n", '\n{"prompt": "p"}\n', r"jsonl:2: completion: it is missing"),
         (
             HEAD + "examples: sql-exact.jsonl\n",
             '{"prompt": "p", "completion": ""}',
-            r"jsonl:1: completion must be text",
+            r"jsonl:1: completion: '' is not text of at least 1 character",
         ),
-        (HEAD + "examples: sql-exact.jsonl\n", '{"prompt": "\\ud800", "completion": "c"}', r"jsonl:1: prompt must be"),
+        (
+            HEAD + "examples: sql-exact.jsonl\n",
+            '{"prompt": "\\ud800", "completion": "c"}',
+            r"jsonl:1: prompt: .* is not text without",
+        ),
         (HEAD + "examples: sql-exact.jsonl\n", "[" * 100_000, r"jsonl:1: not valid JSON"),
         (HEAD + "examples: sql-exact.jsonl\n", "9" * 5000, r"jsonl:1: not valid JSON: Exceeds the limit"),
         (HEAD + "examples: " + "[" * 5000, "", r"not valid YAML"),
         (HEAD.replace("one line", "2024-13-41") + "examples: []\n", "", r"not valid YAML: month must be"),
-        (HEAD + "examples: [{prompt: p, completion: 3}]\n", "", "example 1: completion must be text"),
+        (HEAD + "examples: [{prompt: p, completion: 3}]\n", "", "example 1: completion: 3 is not text"),
     ],
 )
 def test_an_error_names_the_file_the_line_and_the_problem(tmp_path: Path, text: str, lines: str, problem: str) -> None:
@@ -150,12 +166,13 @@ def test_a_suite_may_say_that_its_completions_do_not_end(tmp_path: Path) -> None
     assert (suite.ends, suite.to_json()["ends"]) == (False, False)
     assert "ends" not in ending.to_json()
     assert suite.digest != ending.digest
-    with pytest.raises(InvalidFile, match="ends must be true or false"):
+    with pytest.raises(InvalidFile, match="ends: 1 is not true or false"):
         parse_suite(write(tmp_path, HEAD + "ends: 1\nexamples: sql-exact.jsonl\n"))
 
 
 def of_examples(*pairs: tuple[str, str], chat: bool = True) -> Suite:
-    return Suite("s", "target", "", chat, tuple(Example(prompt, completion) for prompt, completion in pairs))
+    examples = tuple(Example(prompt, completion) for prompt, completion in pairs)
+    return Suite(name="s", kind="target", chat=chat, examples=examples)
 
 
 def test_suites_that_ask_the_same_and_want_something_else_contradict_each_other() -> None:

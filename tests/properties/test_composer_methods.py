@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composer.deltas.delta import Layout, LowRank
-from composer.formats.recipes.methods import PIPELINES, parse_settings
+from composer.formats.recipes.methods import parse_settings
 from composer.methods.join import stack_factors
 from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot
 
@@ -44,7 +44,7 @@ def added(method: str, parts: list[tuple[LowRank, float]], **settings: object) -
     place = WeightSlot(
         [SlotDelta(i, delta, weight, f"{i}") for i, (delta, weight) in enumerate(parts)], sum(w for _, w in parts)
     )
-    deltas, _ = combine_slot(PIPELINES[method], place, parse_settings(method, settings), Selections())
+    deltas, _ = combine_slot(place, parse_settings(method, settings), Selections())
     return [delta for delta in deltas if isinstance(delta, LowRank)]
 
 

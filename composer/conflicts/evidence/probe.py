@@ -4,7 +4,7 @@ Of everything tried on real adapters (docs/study.md), only this predicts the dam
 four examples per suite and the loss on other examples. Nothing is written to disk.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from time import perf_counter
@@ -17,9 +17,10 @@ from composer.errors import Mismatch
 from composer.evaluation.calibration import Calibration
 from composer.evaluation.evaluate import Deltas, Encoded, Measured, encode, measure
 from composer.evaluation.model import LoadedModel
+from composer.formats.recipes.methods import AnySettings, Combined
 from composer.formats.recipes.suite import Example, Suite
 from composer.formats.recipes.weights import Weight, parse_weight
-from composer.methods.combine import combine_deltas
+from composer.methods.combine import combine_parsed
 from composer.methods.join import scaled
 
 USUAL_K = 8
@@ -110,28 +111,26 @@ def _times(delta: Delta, weight: float) -> Delta:
 
 def by_method(
     adapters: Sequence[LoadedAdapter],
-    method: str,
-    settings: Mapping[str, object],
+    settings: AnySettings,
     calibration: Calibration | None = None,
 ) -> Combine:
     """A function that combines some of the adapters with the method. For a pair, `protect` protects only its members,
     and a fitted method is fitted on the two members' sets in the `calibration`, which has one set per adapter.
 
     In memory, each side of a tied weight is a separate module, whatever a merge does with it. The returned function
-    raises what `combine_deltas` raises.
+    raises what `combine_parsed` raises.
     """
     loaded = {adapter.name: adapter for adapter in adapters}
     positions = {adapter.name: number for number, adapter in enumerate(adapters, start=1)}
 
     def combine(members: Sequence[Probed]) -> Deltas:
         chosen = [positions[member.name] for member in members]
-        own: dict[str, object] = {**settings, "tied": "untie"}
-        protected = settings.get("protect")
-        if isinstance(protected, list | tuple):
-            own["protect"] = [chosen.index(position) + 1 for position in protected if position in chosen]
+        own = settings.with_tied("untie")
+        if isinstance(own, Combined):
+            own = own.with_protected([chosen.index(one) + 1 for one in own.protect if one in chosen])
         weights = [member.weight for member in members]
         observe = calibration.pick([position - 1 for position in chosen]).observe if calibration else None
-        return combine_deltas([loaded[member.name] for member in members], weights, method, own, observe).deltas
+        return combine_parsed([loaded[member.name] for member in members], weights, own, observe).deltas
 
     return combine
 

@@ -5,10 +5,14 @@ calibrate -> space -> sparsify -> combine -> compress: a method is a choice of t
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator
 
 from composer.errors import NotSupported
-from composer.formats.recipes.weights import NormalizedWeight, Weight, factor, real, weights_of
+from composer.formats.recipes.documents import Document, Reader, problem_of
+from composer.formats.recipes.weights import Factor, NormalizedWeight, Weight, real, weights_of
 from composer.formats.untrusted import printable
 
 
@@ -36,10 +40,6 @@ class Pipeline:
         return self.sparsify in ("dare", "della")
 
 
-_Parse = Callable[[object], object]
-_Setting = tuple[object, _Parse]  # default, parser
-
-
 def _truth(value: object) -> bool:
     truths = {"true": True, "false": False}
     word = str(value).lower() if isinstance(value, bool | str) else ""
@@ -48,16 +48,7 @@ def _truth(value: object) -> bool:
     return truths[word]
 
 
-def _one_of(*words: str) -> _Parse:
-    def parse(value: object) -> str:
-        if value not in words:
-            raise ValueError(f"one of {', '.join(words)}")
-        return str(value)
-
-    return parse
-
-
-def _number(expected: str, holds: Callable[[float], bool]) -> Callable[[object], float]:
+def _number(expected: str, holds: Callable[[float], bool], **schema: float) -> Reader:
     def parse(value: object) -> float:
         try:
             number = real(value)
@@ -67,83 +58,244 @@ def _number(expected: str, holds: Callable[[float], bool]) -> Callable[[object],
             raise ValueError(expected)
         return number
 
-    return parse
+    return Reader(parse, {"type": "number", **schema})
 
 
-_share = _number("a number above 0, at most 1", lambda number: 0 < number <= 1)
-_below_one = _number("a number from 0 to below 1", lambda number: 0 <= number < 1)
-
-
-def _whole(least: int, most: int) -> Callable[[object], int]:
+def _whole(least: int, most: int) -> Reader:
     expected = f"a whole number from {least} to {most}"
-    parse = _number(expected, lambda number: number == int(number) and least <= number <= most)
+    number = _number(expected, lambda number: number == int(number) and least <= number <= most)
 
-    def whole(value: object) -> int:
+    def parse(value: object) -> int:
         if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
             value = int(value)
-        parsed = parse(value)  # a float, which has not every number above 2^53
+        parsed = cast(float, number.read(value))  # which has not every whole number above 2^53
         if isinstance(value, int) and value > most:
             raise ValueError(expected)
         return int(parsed)
 
-    return whole
+    return Reader(parse, {"type": "integer", "minimum": least, "maximum": most})
 
 
-def _optional(parse: _Parse) -> _Parse:
-    return lambda value: None if value is None else parse(value)
+_POSITION = _whole(1, 1000)
 
 
 def _positions(value: object) -> tuple[int, ...]:
     listed: object = value.split(",") if isinstance(value, str) else value
     try:
         each = cast("Sequence[object]", listed) if isinstance(listed, list | tuple) else [listed]
-        return tuple(map(_whole(1, 1000), each))
+        return tuple(cast(int, _POSITION.read(one)) for one in each)
     except ValueError as error:
         raise ValueError("the numbers of inputs, counted from 1: 1, or 1,3") from error
 
 
-_SEED: dict[str, _Setting] = {"seed": (0, _whole(0, 2**53))}
-_GAUGE: dict[str, _Setting] = {"gauge": ("canonical", _one_of("canonical", "raw"))}
-_EVERY: dict[str, _Setting] = {
-    "lambda": (1.0, factor),
-    "tied": ("auto", _one_of("auto", "untie", "shared", "refuse")),
-    "replacements": ("refuse", _one_of("refuse", "delta")),
+Truth = Annotated[bool, Reader(_truth, {"type": "boolean"})]
+Share = Annotated[
+    float, _number("a number above 0, at most 1", lambda number: 0 < number <= 1, exclusiveMinimum=0, maximum=1)
+]
+BelowOne = Annotated[
+    float, _number("a number from 0 to below 1", lambda number: 0 <= number < 1, minimum=0, exclusiveMaximum=1)
+]
+Ridge = Annotated[
+    float, _number("a number from 1e-6 to 1e6", lambda number: 1e-6 <= number <= 1e6, minimum=1e-6, maximum=1e6)
+]
+Rank = Annotated[int, _whole(1, 65_536)]
+Seed = Annotated[int, _whole(0, 2**53)]
+Positions = Annotated[
+    tuple[int, ...],
+    Reader(_positions, {"anyOf": [_POSITION.schema, {"type": "array", "items": _POSITION.schema}, {"type": "string"}]}),
+]
+Tied = Literal["auto", "untie", "shared", "refuse"]
+
+
+class MethodSettings(Document):
+    """What every method takes. Each method has a subclass, made of the settings of its steps, which knows its name and
+    its pipeline."""
+
+    method: ClassVar[str]
+    pipeline: ClassVar[Pipeline]
+
+    factor: Factor = Field(1.0, alias="lambda", description="Multiplies the result.")
+    tied: Tied = Field("auto", description="What becomes of a tensor that is both output head and input embedding.")
+    replacements: Literal["refuse", "delta"] = Field(
+        "refuse", description="Whether tensors that an adapter saves in full are refused where they cannot be copied."
+    )
+
+    @property
+    def divides(self) -> bool:
+        """Whether the sum is divided by the sum of the weights."""
+        return self.pipeline.combine == "mean"
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the adapters are applied one after the other."""
+        return False
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a rank or a share of the energy is set."""
+        return False
+
+    @property
+    def alters(self) -> bool:
+        """Whether deltas are cut, or projected, before they are added."""
+        return self.cuts
+
+    def with_tied(self, tied: Tied) -> Self:
+        return self.model_copy(update={"tied": tied})
+
+    def to_json(self) -> dict[str, Any]:
+        """All settings, as notes and locks have them."""
+        return self.model_dump(by_alias=True)
+
+
+class Compressed(MethodSettings):
+    """Of methods whose result can be cut to a rank."""
+
+    rank: Rank | None = Field(None, description="The most directions that are kept.")
+    energy: Share | None = Field(None, description="The share of |Δ|² that is kept.")
+
+    @property
+    def cuts(self) -> bool:
+        return self.rank is not None or self.energy is not None
+
+
+class Combined(Compressed):
+    """Of the methods of Adaptory's own that are made of steps."""
+
+    protect: Positions = Field((), description="The inputs that the others leave alone, counted from 1.")
+    protect_side: Literal["both", "input", "output"] = "both"
+
+    @property
+    def alters(self) -> bool:
+        return self.cuts or bool(self.protect)
+
+    def with_protected(self, positions: Sequence[int]) -> Self:
+        return self.model_copy(update={"protect": tuple(positions)})
+
+
+class Sum(Combined):
+    """The plain sum."""
+
+    sequential: Truth = Field(False, description="Whether the adapters are applied one after the other.")
+
+    @property
+    def in_order(self) -> bool:
+        return self.sequential
+
+    def to_json(self) -> dict[str, Any]:
+        """Without `sequential` where it is false, so that locks have the digests that they had before there was it."""
+        document = super().to_json()
+        return document if self.sequential else {name: document[name] for name in document if name != "sequential"}
+
+
+class Linear(Sum):
+    normalize: Truth = Field(False, description="Whether the sum is divided by the sum of the weights.")
+
+    @property
+    def divides(self) -> bool:
+        return self.normalize
+
+
+class Restoring(MethodSettings):
+    restore: Literal["merged", "each", "none"] = Field("merged", description="Whose norm is restored.")
+
+
+class Gauged(MethodSettings):
+    """`canonical` splits each delta into factors anew, so that nothing depends on how its adapter does."""
+
+    gauge: Literal["canonical", "raw"] = "canonical"
+
+
+class Pico(Gauged, Restoring):
+    pass
+
+
+class Knots(MethodSettings):
+    side: Literal["output", "input"] = "output"
+
+
+class Ctm(MethodSettings):
+    ctm_rank: Rank | None = Field(None, description="Of the bases; the rank, or the highest of the inputs, if not set.")
+    beta: BelowOne = Field(0.0, description="How much a delta's size counts in the choice of the bases.")
+
+
+class Magnitude(MethodSettings):
+    density: Share = Field(0.2, description="The share of the entries that is kept.")
+    scope: Literal["tensor", "model"] = Field("tensor", description="Where the largest entries are chosen from.")
+
+
+class Dare(MethodSettings):
+    density: Share = Field(0.5, description="The probability with which an entry is kept.")
+    seed: Seed = 0
+
+
+class Della(MethodSettings):
+    density: Share = Field(0.5, description="The mean probability with which an entry is kept.")
+    epsilon: BelowOne = Field(0.15, description="How far the probabilities lie from the mean.", validate_default=True)
+    seed: Seed = 0
+
+    @field_validator("epsilon")
+    @classmethod
+    def _check_probabilities(cls, epsilon: float, info: ValidationInfo) -> float:
+        density = info.data.get("density")
+        if density is not None and not epsilon < density < 1 - epsilon:
+            raise ValueError("a number below density and 1 - density, so that density ± epsilon is a probability")
+        return epsilon
+
+
+class Breadcrumbs(MethodSettings):
+    density: Share = Field(0.9, description="The share of the entries that is kept.")
+    gamma: BelowOne = Field(0.01, description="The share of the largest entries, which are dropped.")
+
+
+class Sce(MethodSettings):
+    density: Share = Field(0.1, description="The share of the entries that is kept: those that vary most.")
+
+
+class Elect(MethodSettings):
+    vote: Literal["plain", "weighted", "count"] = Field("plain", description="How an entry's sign is elected.")
+    divide: Literal["count", "weights", "none"] = Field("count", description="What the kept entries are divided by.")
+
+
+class _Fit(MethodSettings):
+    examples: Annotated[int, _whole(1, 64)] = Field(4, description="Of each input's suite that are fitted on.")
+    steps: Annotated[int, _whole(1, 2)] = 2
+    ridge: Ridge = 0.01
+    form: Literal["input", "core"] = "input"
+    tokens: Annotated[int, _whole(16, 65_536)] = Field(2048, description="The most that a module is fitted on.")
+    seed: Seed = 0
+
+
+class Regmean(Compressed, _Fit):
+    pass
+
+
+class PeftCombination(MethodSettings):
+    """Of PEFT's own combinations."""
+
+    density: Share = 0.2
+    rank: Rank | None = None
+    seed: Seed = 0
+
+    @property
+    def cuts(self) -> bool:
+        return self.rank is not None
+
+
+AnySettings = Compressed | PeftCombination
+
+_STEPS: dict[tuple[str, str], type[MethodSettings]] = {
+    ("sparsify", "magnitude"): Magnitude,
+    ("sparsify", "dare"): Dare,
+    ("sparsify", "della"): Della,
+    ("sparsify", "breadcrumbs"): Breadcrumbs,
+    ("sparsify", "sce"): Sce,
+    ("combine", "elect"): Elect,
+    ("space", "core"): Gauged,
+    ("space", "knots"): Knots,
+    ("space", "ctm"): Ctm,
+    ("calibrate", "pico"): Pico,
 }
-_OURS: dict[str, _Setting] = {
-    "rank": (None, _optional(_whole(1, 65_536))),
-    "energy": (None, _optional(_share)),
-    "protect": ((), _positions),
-    "protect_side": ("both", _one_of("both", "input", "output")),
-}
-_SEQUENTIAL: dict[str, _Setting] = {"sequential": (False, _truth)}
-_LEFT_OUT = frozenset(_SEQUENTIAL)
-"""At their defaults these are not there, so that locks have the digests that they had before there were such."""
-_STEPS: dict[tuple[str, str], dict[str, _Setting]] = {
-    ("sparsify", "magnitude"): {"density": (0.2, _share), "scope": ("tensor", _one_of("tensor", "model"))},
-    ("sparsify", "dare"): {"density": (0.5, _share), **_SEED},
-    ("sparsify", "della"): {"density": (0.5, _share), "epsilon": (0.15, _below_one), **_SEED},
-    ("sparsify", "breadcrumbs"): {"density": (0.9, _share), "gamma": (0.01, _below_one)},
-    ("sparsify", "sce"): {"density": (0.1, _share)},
-    ("combine", "elect"): {
-        "vote": ("plain", _one_of("plain", "weighted", "count")),
-        "divide": ("count", _one_of("count", "weights", "none")),
-    },
-    ("space", "core"): _GAUGE,
-    ("space", "knots"): {"side": ("output", _one_of("output", "input"))},
-    ("space", "ctm"): {"ctm_rank": (None, _optional(_whole(1, 65_536))), "beta": (0.0, _below_one)},
-    ("calibrate", "pico"): {"restore": ("merged", _one_of("merged", "each", "none")), **_GAUGE},
-}
-_FITTED: dict[str, _Setting] = {
-    "examples": (4, _whole(1, 64)),
-    "steps": (2, _whole(1, 2)),
-    "ridge": (0.01, _number("a number from 1e-6 to 1e6", lambda number: 1e-6 <= number <= 1e6)),
-    "form": ("input", _one_of("input", "core")),
-    "tokens": (2048, _whole(16, 65_536)),
-    **_SEED,
-    "rank": _OURS["rank"],
-    "energy": _OURS["energy"],
-}
-_PARITY: dict[str, _Setting] = {"density": (0.2, _share), "rank": (None, _optional(_whole(1, 65_536))), **_SEED}
 
 _FULL = {
     "ties": Pipeline("full", "magnitude", "elect"),
@@ -183,71 +335,58 @@ PIPELINES: dict[str, Pipeline] = {
     "regmean": Pipeline(fitted=True),
 }
 
-
-def _settings_of(name: str, pipeline: Pipeline) -> dict[str, _Setting]:
-    if pipeline.parity:
-        return {**_EVERY, **_PARITY}
-    if pipeline.fitted:
-        return {**_EVERY, **_FITTED}
-    steps = [(step, getattr(pipeline, step)) for step in ("calibrate", "space", "sparsify", "combine")]
-    known = {**_EVERY, **_OURS, **(_SEQUENTIAL if pipeline == Pipeline() else {})}
-    for step in steps:
-        known |= _STEPS.get(step, {})
-    return known | ({"normalize": (False, _truth)} if name == "linear" else {})
-
-
-SETTINGS: dict[str, dict[str, _Setting]] = {name: _settings_of(name, pipeline) for name, pipeline in PIPELINES.items()}
-
-METHOD_NAMES = ", ".join([*(name for name in SETTINGS if not name.startswith("pico_")), "pico_…"])
+METHOD_NAMES = ", ".join([*(name for name in PIPELINES if not name.startswith("pico_")), "pico_…"])
 """For a message: each name but those that Pico's calibration makes of the others."""
 
 
-def parse_settings(method: str, settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings of a method, complete and typed. Values may be text, as a command line has them.
+@cache
+def settings_of(method: str) -> type[AnySettings]:
+    """The settings of a method: those of its steps, the last step's first, since pydantic has a first base's fields
+    last. Raises KeyError for an unknown method."""
+    pipeline = PIPELINES[method]
+    if pipeline.parity:
+        bases = [PeftCombination]
+    elif pipeline.fitted:
+        bases = [Regmean]
+    else:
+        steps = [(step, getattr(pipeline, step)) for step in ("combine", "sparsify", "space", "calibrate")]
+        own = Linear if method == "linear" else Sum if pipeline == Pipeline() else Combined
+        bases = [*(_STEPS[step] for step in steps if step in _STEPS), own]
+    # Pico has the gauge too.
+    bases = [base for base in bases if not any(issubclass(other, base) for other in bases if other is not base)]
+    made = cast("type[AnySettings]", create_model(method, __base__=tuple(bases)))
+    made.method, made.pipeline = method, pipeline
+    return made
+
+
+def parse_settings(method: str, settings: Mapping[str, object] | None = None) -> AnySettings:
+    """A method with its settings. Values may be text, as a command line has them.
 
     Raises NotSupported for an unknown method, setting or value, naming the known ones.
     """
-    if method not in SETTINGS:
+    if method not in PIPELINES:
         raise NotSupported(
             "unknown_method",
             f"There is no method {printable(method)}.",
             subject=method,
             next_step=f"Use one of {METHOD_NAMES}.",
         )
-    known = SETTINGS[method]
-    parsed = {name: default for name, (default, _) in known.items()}
-    for name, value in settings.items():
-        if name not in known:
-            message = f"{method} has no setting {printable(name)}."
-            raise NotSupported(
-                "unknown_setting", message, subject=name, next_step=f"It knows {', '.join(sorted(known))}."
-            )
-        try:
-            parsed[name] = known[name][1](value)
-        except ValueError as error:
-            message = f"The setting {name} is {printable(value)}."
-            raise NotSupported("bad_setting", message, subject=name, next_step=f"It is {error}.") from error
-    _check_together(method, parsed)
-    return {name: value for name, value in parsed.items() if name not in _LEFT_OUT or value != known[name][0]}
+    try:
+        return settings_of(method).model_validate(dict(settings or {}))
+    except ValidationError as error:
+        problem = problem_of(error)
+        if problem.unknown:
+            name, message = str(problem.value), f"{method} has no setting {printable(problem.value)}."
+            raise NotSupported("unknown_setting", message, subject=name, next_step=problem.next_step) from error
+        message = f"The setting {problem.path} is {printable(problem.value)}."
+        next_step = f"It is {problem.expected}."
+        raise NotSupported("bad_setting", message, subject=problem.path, next_step=next_step) from error
 
 
-def _check_together(method: str, parsed: Mapping[str, object]) -> None:
-    density, epsilon = parsed.get("density"), parsed.get("epsilon")
-    if isinstance(density, float) and isinstance(epsilon, float) and not epsilon < density < 1 - epsilon:
-        message = f"{method} keeps an entry with a probability of density ± epsilon, which leaves 0 to 1 here."
-        raise NotSupported("bad_setting", message, subject="epsilon", next_step="Lower epsilon.")
-
-
-def effective_weights(weights: Sequence[Weight | float], method: str, settings: Mapping[str, object]) -> list[Weight]:
+def effective_weights(weights: Sequence[Weight | float], settings: MethodSettings) -> list[Weight]:
     """What each adapter is multiplied by in the end, the method's own factors included, where it is a plain sum."""
-    parsed = parse_settings(method, settings)
-    given = [weight.times(cast(float, parsed["lambda"])) for weight in weights_of(weights)]
-    if not divides(method, parsed):
+    given = [weight.times(settings.factor) for weight in weights_of(weights)]
+    if not settings.divides:
         return given
     among = tuple(weights_of(weights))
     return [NormalizedWeight(weight.value, weight.rules, among) for weight in given]
-
-
-def divides(method: str, parsed: Mapping[str, object]) -> bool:
-    """Whether the sum is divided by the sum of the weights."""
-    return bool(parsed.get("normalize")) or PIPELINES[method].combine == "mean"

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Annotated, Any
 
 import yaml
+from pydantic import ValidationError, create_model
 
 from composer.errors import InvalidFile
 from composer.findings import HARD, Finding, Severity, Verdict
+from composer.formats.recipes.documents import Document, Reader, Refusal, one_of, problem_of
 from composer.formats.recipes.weights import real
-from composer.formats.untrusted import printable
 
 MAX_POLICY_CHARS = 100_000
 
@@ -96,56 +97,66 @@ def parse_policy(text: str, subject: str = "policy") -> Policy:
 
 
 def read_policy(document: object, subject: str = "policy") -> Policy:
-    """A code of a finding and `notice`, `warning`, `error` or `ignore`; under `thresholds`, a code and a number, with
-    its word of MODES where that is meant; `require`, a verdict.
-
-    Raises InvalidFile naming the key: no mapping, another value, a number for a code that hangs on none, or a hard
-    conflict, which stays an error.
-    """
-    rows = _mapping(document, subject)
-    numbers = _mapping(rows.pop("thresholds", None), f"{subject}: thresholds")
-    require = rows.pop("require", None)
-    if require not in (None, *Verdict):
-        raise _bad(f"{subject}: require", f"{printable(require)} is none of {', '.join(Verdict)}")
-    modes = {code for code, value in numbers.items() if code in MODES and str(value).endswith(f" {MODES[code]}")}
-    plain = {code: str(value).removesuffix(MODES[code]) if code in modes else value for code, value in numbers.items()}
+    """The policy in a PolicyDocument; None is an empty one. Raises InvalidFile naming the field."""
+    try:
+        parsed = PolicyDocument.model_validate({} if document is None else document)
+    except ValidationError as error:
+        problem = problem_of(error)
+        raise _bad(problem.at(subject), problem.why, problem.next_step) from error
+    severities = parsed.given()
+    require, thresholds = severities.pop("require", None), severities.pop("thresholds", None)
+    numbers: dict[str, _Threshold] = thresholds.given() if thresholds else {}
     return Policy(
-        {code: _severity(code, value, subject) for code, value in rows.items()},
-        {code: _number(code, value, f"{subject}: thresholds") for code, value in plain.items()},
-        frozenset(modes),
-        None if require is None else Verdict(str(require)),
+        {code: None if severity == IGNORE else Severity(severity) for code, severity in severities.items()},
+        {code: threshold.number for code, threshold in numbers.items()},
+        frozenset(code for code, threshold in numbers.items() if threshold.has_word),
+        None if require is None else Verdict(require),
     )
 
 
-def _mapping(document: object, subject: str) -> dict[str, object]:
-    if not isinstance(document, dict | None):
-        raise _bad(subject, "it must be a mapping")
-    rows = cast("dict[object, object]", document or {})
-    for key in rows:
-        if not isinstance(key, str):
-            raise _bad(subject, f"{printable(key)} is no code")
-    return dict(cast("dict[str, object]", rows))
+@dataclass(frozen=True, slots=True)
+class _Threshold:
+    """A number, and whether its code's word in MODES follows it."""
+
+    number: float
+    has_word: bool
 
 
-def _severity(code: str, value: object, subject: str) -> Severity | None:
-    if code not in CODES:
-        raise _bad(f"{subject}: {printable(code)}", f"the codes are {', '.join(sorted(CODES))}")
-    words = [*Severity, IGNORE]
-    if value not in words:
-        raise _bad(f"{subject}: {printable(code)}", f"{printable(value)} is none of {', '.join(words)}")
-    if code in HARD and value != Severity.ERROR:
-        raise _bad(f"{subject}: {code}", "nothing can be merged with this conflict, so it stays an error")
-    return None if value == IGNORE else Severity(str(value))
+def _threshold(code: str) -> Any:
+    word = MODES.get(code)
+
+    def read(value: object) -> _Threshold:
+        has_word = word is not None and isinstance(value, str) and value.endswith(f" {word}")
+        try:
+            return _Threshold(real(str(value).removesuffix(str(word)) if has_word else value), has_word)
+        except ValueError as error:
+            raise ValueError(f"a finite number, alone or with `{word}`" if word else str(error)) from error
+
+    number, default = {"type": "number"}, THRESHOLDS[code]
+    schema = {"anyOf": [number, {"type": "string", "pattern": f" {word}$"}]} if word else number
+    return Annotated[_Threshold, Reader(read, schema | ({} if default is None else {"default": default}))]
 
 
-def _number(code: str, value: object, subject: str) -> float:
-    if code not in THRESHOLDS:
-        raise _bad(f"{subject}: {printable(code)}", f"the codes with a number are {', '.join(THRESHOLDS)}")
-    try:
-        return real(value)  # also `1e-3`, which YAML takes for a text
-    except ValueError as error:
-        raise _bad(f"{subject}: {code}", f"{printable(value)} is not a finite number") from error
+def _stays_an_error(value: object) -> object:
+    if value != Severity.ERROR:
+        raise Refusal("nothing can be merged with this conflict, so it stays an error")
+    return value
 
 
-def _bad(where: str, why: str) -> InvalidFile:
-    return InvalidFile("bad_policy", f"{where}: {why}.", subject=where, next_step="Correct the policy.")
+_NUMBERS: dict[str, Any] = {code: (_threshold(code), None) for code in THRESHOLDS}
+_Thresholds = create_model("Thresholds", __base__=Document, **_NUMBERS)
+_STAYS = Annotated[str, Reader(_stays_an_error, {"const": "error"})]
+_VERDICT = Annotated[str | None, one_of(*Verdict, None)]
+_SEVERITY = Annotated[str, one_of(*Severity, IGNORE)]
+_FIELDS: dict[str, Any] = {
+    "require": (_VERDICT, None),
+    "thresholds": (_Thresholds | None, None),
+    **{code: (_STAYS if code in HARD else _SEVERITY, None) for code in sorted(CODES)},
+}
+PolicyDocument = create_model("Policy", __base__=Document, **_FIELDS)
+"""A policy as it is written: the severity of findings by code, or `ignore`; `require`, the worst verdict that is
+accepted; under `thresholds` a code and a number, with its word of MODES where that is meant."""
+
+
+def _bad(where: str, why: str, next_step: str = "") -> InvalidFile:
+    return InvalidFile("bad_policy", f"{where}: {why}.", subject=where, next_step=next_step or "Correct the policy.")

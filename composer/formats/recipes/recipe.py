@@ -21,20 +21,23 @@ notes: one line
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Annotated, Any, Self, cast
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 
-from composer.errors import InvalidFile, NotSupported
-from composer.formats.recipes.methods import METHOD_NAMES, PIPELINES, SETTINGS, parse_settings
-from composer.formats.recipes.policy import read_policy
+from composer.errors import InvalidFile
+from composer.formats.recipes.documents import LISTED, Document, Reader, Refusal, one_of, problem_of
+from composer.formats.recipes.methods import METHOD_NAMES, PIPELINES, settings_of
+from composer.formats.recipes.policy import PolicyDocument
 from composer.formats.recipes.rounding import Mode, Rounding, parse_rounding
-from composer.formats.recipes.weights import Weight, WeightRule, parse_weight
+from composer.formats.recipes.weights import Factor, Rules, Weight, WeightRule, parse_weight
 from composer.formats.untrusted import LONE_SURROGATE, printable
 
 DTYPES = ("float32", "bfloat16", "float16")
+_CORRECT = "Correct the recipe."
 MAX_INPUTS = 64
 MAX_PROBE = 64
 MAX_PROMPTS = 64
@@ -42,33 +45,104 @@ MAX_VALUES = 10_000
 MAX_FILE_BYTES = 200_000  # YAML takes 300 times its text in memory, and a second for 100,000 bytes
 
 
-@dataclass(frozen=True, slots=True)
-class RecipeInput:
+def _refuse_blank(prompt: str) -> str:
+    if not prompt.strip():
+        raise Refusal("it is empty")
+    return prompt
+
+
+def _by_name(value: object) -> object:
+    return {"adapter": value} if isinstance(value, str) else value
+
+
+class RecipeInput(Document):
     """`adapter` is a reference; `suite` names the target suite that says what it is for: a probe and a fit take its
     examples. A fit takes `prompts` instead, where there are some."""
 
-    adapter: str
-    weight: float = 1.0
-    suite: str | None = None
-    rules: tuple[WeightRule, ...] = ()
-    prompts: tuple[str, ...] = ()
+    adapter: str = Field(description="A release: NAMESPACE/NAME:VERSION, or @CHANNEL.")
+    weight: Factor = 1.0
+    suite: str | None = Field(None, description="The target suite that says what the adapter is for.")
+    rules: Rules = Field((), description="Other weights in some layers or modules: the first rule that holds counts.")
+    prompts: Annotated[
+        tuple[Annotated[str, AfterValidator(_refuse_blank)], ...], Field(max_length=MAX_PROMPTS), LISTED
+    ] = Field((), description="What a fitted method is fitted on, instead of the suite.")
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    inputs: tuple[RecipeInput, ...]
-    method: str
-    base: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    adapter: str | None = None
-    model: str | None = None
-    dtype: str | None = None
-    probe: int = 8
-    evaluate: tuple[str, ...] = ()
-    gates: tuple[str, ...] | None = None
-    notes: str = ""
-    policy: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    rounding: Rounding = field(default_factory=Rounding)
+class _RoundingDocument(Document):
+    mode: Annotated[str | None, one_of(*Mode, None, "")] = None
+    seed: Annotated[int, Field(ge=0, le=2**64 - 1)] = 0
+
+    @model_validator(mode="after")
+    def _refuse_idle_seed(self) -> Self:
+        if self.mode != Mode.STOCHASTIC and "seed" in self.model_fields_set:
+            raise Refusal("it is for stochastic rounding", "Leave it out, or write mode: stochastic.", path=("seed",))
+        return self
+
+
+def _rounding(value: object) -> Rounding:
+    """Its mode alone, or a mapping."""
+    parsed = _RoundingDocument.model_validate({"mode": value} if isinstance(value, str | None) else value)
+    return Rounding(Mode(parsed.mode or Mode.NEAREST), parsed.seed)
+
+
+def _policy(value: object) -> object:
+    """As it was given, once it is known to be one."""
+    PolicyDocument.model_validate({} if value is None else value)
+    return value or {}
+
+
+def _settings(value: object, info: ValidationInfo) -> object:
+    """As they were given, once the method is known to have them."""
+    given: object = {} if value is None else value
+    if "method" in info.data:
+        settings_of(info.data["method"]).model_validate(given)
+    return given
+
+
+def _method(value: object) -> str:
+    if not isinstance(value, str) or value not in PIPELINES:
+        raise Refusal(f"there is no method {printable(value)}")
+    return value
+
+
+class Recipe(Document):
+    inputs: Annotated[
+        tuple[Annotated[RecipeInput, BeforeValidator(_by_name, json_schema_input_type=RecipeInput | str)], ...],
+        Field(min_length=1, max_length=MAX_INPUTS),
+        LISTED,
+    ]
+    method: Annotated[str, Reader(_method, {"enum": list(PIPELINES)})]
+    base: str | None = Field(None, description="The base of the inputs.")
+    settings: Annotated[dict[str, Any], BeforeValidator(_settings, json_schema_input_type=dict[str, Any] | None)] = (
+        Field(default_factory=dict[str, Any], description="Of the method.")
+    )
+    adapter: str | None = Field(None, description="The combined adapter's release: NAMESPACE/NAME:VERSION.")
+    model: str | None = Field(None, description="The merged checkpoint's release: NAMESPACE/NAME:VERSION.")
+    dtype: Annotated[str | None, one_of(*DTYPES, None)] = Field(
+        None, description="Of the merged checkpoint; the base's own when left out."
+    )
+    probe: Annotated[int, Field(ge=0, le=MAX_PROBE)] = Field(
+        8, description="Examples of each member's suite for the conflict report; 0 for none."
+    )
+    evaluate: Annotated[tuple[str, ...], LISTED] = Field((), description="Suites for the candidate.")
+    gates: Annotated[tuple[str, ...] | None, LISTED] = Field(
+        None, description="[] for none; those against the inputs are added unless one is named."
+    )
+    notes: Annotated[str, BeforeValidator(lambda value: "" if value is None else value)] = ""
+    policy: Annotated[dict[str, Any], BeforeValidator(_policy, json_schema_input_type=PolicyDocument | None)] = Field(
+        default_factory=dict[str, Any], description="Of the conflict report's findings."
+    )
+    rounding: Annotated[Rounding, BeforeValidator(_rounding, json_schema_input_type=_RoundingDocument | str | None)] = (
+        Field(default_factory=Rounding, description="Of the merged checkpoint's values; to the nearest when left out.")
+    )
+
+    @model_validator(mode="after")
+    def _refuse_idle_prompts(self) -> Self:
+        for index, source in enumerate(self.inputs):
+            if source.prompts and not PIPELINES[self.method].fitted:
+                why, path = f"{self.method} is not fitted on anything", ("inputs", index, "prompts")
+                raise Refusal(why, "Leave them out, or use regmean.", path=path)
+        return self
 
     def to_json(self) -> dict[str, Any]:
         inputs = [
@@ -98,7 +172,7 @@ class Recipe:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LockedInput:
     """`files` maps a path to its sha256."""
 
@@ -115,7 +189,7 @@ class LockedInput:
         return Weight(self.weight, self.rules)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lock:
     """Everything that decides the result, by digest: two equal locks give the same weights, but for the last bits of a
     method that is fitted. `calibration` has for each input the digests of the examples that it is fitted on. `gates`
@@ -169,26 +243,25 @@ class Lock:
     def from_json(cls, document: Mapping[str, Any]) -> "Lock":
         inputs = tuple(
             LockedInput(
-                i["repository"],
-                i["version"],
-                i["commit"],
-                i["weight"],
-                i["files"],
-                parse_weight({"rules": i.get("rules", [])}).rules,
+                repository=row["repository"],
+                version=row["version"],
+                commit=row["commit"],
+                weight=row["weight"],
+                files=row["files"],
+                rules=parse_weight({"rules": row.get("rules", [])}).rules,
             )
-            for i in document["inputs"]
+            for row in document["inputs"]
         )
-        rounding = parse_rounding(**document["rounding"]) if "rounding" in document else Rounding()
         return cls(
-            document["base"],
-            document["method"],
-            document["settings"],
-            document["dtype"],
-            inputs,
-            rounding,
-            tuple(document.get("calibration", ())),
-            tuple(document.get("gates", ())),
-            document.get("method_version", 1),
+            base=document["base"],
+            method=document["method"],
+            settings=document["settings"],
+            dtype=document["dtype"],
+            inputs=inputs,
+            rounding=parse_rounding(**document["rounding"]) if "rounding" in document else Rounding(),
+            calibration=tuple(document.get("calibration", ())),
+            gates=tuple(document.get("gates", ())),
+            method_version=document.get("method_version", 1),
         )
 
 
@@ -204,100 +277,14 @@ def load_recipe(text: str, subject: str = "recipe") -> Recipe:
 
 
 def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
-    """The recipe in a mapping. Raises InvalidFile naming the key: unknown, missing, or of another type."""
+    """The recipe in a mapping. Raises InvalidFile naming the field."""
     _check_texts(document, subject)
-    fields = _mapping(document, subject, set(Recipe.__dataclass_fields__))
-    inputs = _list(fields, "inputs", subject)
-    if not 1 <= len(inputs) <= MAX_INPUTS:
-        raise _bad(f"{subject}: inputs", f"1 to {MAX_INPUTS} adapters are needed")
-    method = _text(fields, "method", subject)
-    if method is None:
-        raise _bad(f"{subject}: method", "it is missing", f"Name one of {METHOD_NAMES}.")
-    if method not in SETTINGS:
-        raise _bad(f"{subject}: method", f"there is no method {printable(method)}", f"Use one of {METHOD_NAMES}.")
-    dtype = _text(fields, "dtype", subject)
-    if dtype is not None and dtype not in DTYPES:
-        raise _bad(f"{subject}: dtype", f"{printable(dtype)} is none of {', '.join(DTYPES)}")
-    probe = fields.get("probe", 8)
-    if type(probe) is not int or not 0 <= probe <= MAX_PROBE:
-        raise _bad(f"{subject}: probe", f"it must be a whole number from 0 to {MAX_PROBE}")
-    settings: object = fields.get("settings")
-    if not isinstance(settings, dict | None):
-        raise _bad(f"{subject}: settings", "it must be a mapping")
-    given = cast("dict[str, Any]", settings or {})
     try:
-        parse_settings(method, given)
-    except NotSupported as error:
-        raise _bad(f"{subject}: settings", error.message.rstrip("."), error.next_step) from error
-    parsed = tuple(_input(row, f"{subject}: inputs[{index}]") for index, row in enumerate(inputs))
-    _refuse_idle_prompts(method, parsed, subject)
-    return Recipe(
-        inputs=parsed,
-        method=method,
-        base=_text(fields, "base", subject),
-        settings=given,
-        adapter=_text(fields, "adapter", subject),
-        model=_text(fields, "model", subject),
-        dtype=dtype,
-        probe=probe,
-        evaluate=_texts(fields, "evaluate", subject),
-        gates=None if fields.get("gates") is None else _texts(fields, "gates", subject),
-        notes=_text(fields, "notes", subject) or "",
-        policy=_policy(fields.get("policy"), f"{subject}: policy"),
-        rounding=_rounding(fields.get("rounding"), f"{subject}: rounding"),
-    )
-
-
-def _refuse_idle_prompts(method: str, inputs: Sequence[RecipeInput], subject: str) -> None:
-    for index, source in enumerate(inputs):
-        where = f"{subject}: inputs[{index}]: prompts"
-        if source.prompts and not PIPELINES[method].fitted:
-            raise _bad(where, f"{method} is not fitted on anything", "Leave them out, or use regmean.")
-        if not all(prompt.strip() for prompt in source.prompts):
-            raise _bad(where, "one of them is empty")
-
-
-def _policy(document: object, subject: str) -> Mapping[str, Any]:
-    """As it was given, once it is known to be one."""
-    try:
-        read_policy(document, subject)
-    except InvalidFile as error:
-        raise _bad(error.subject, error.message.removeprefix(f"{error.subject}: ").rstrip(".")) from error
-    return cast("dict[str, Any]", document or {})
-
-
-def _rounding(document: object, subject: str) -> Rounding:
-    """Its mode alone, or a mapping."""
-    if document is None:
-        return Rounding()
-    fields = {"mode": document} if isinstance(document, str) else _mapping(document, subject, {"mode", "seed"})
-    seed = fields.get("seed", 0)
-    if type(seed) is not int:
-        raise _bad(f"{subject}: seed", "it must be a whole number")
-    mode = _text(fields, "mode", subject) or Mode.NEAREST
-    if mode == Mode.NEAREST and "seed" in fields:
-        raise _bad(f"{subject}: seed", "it is for stochastic rounding", "Leave it out, or write mode: stochastic.")
-    try:
-        return parse_rounding(mode, seed)
-    except NotSupported as error:
-        raise _bad(subject, error.message.rstrip("."), error.next_step) from error
-
-
-def _input(row: object, subject: str) -> RecipeInput:
-    if isinstance(row, str):
-        return RecipeInput(row)
-    fields = _mapping(row, subject, set(RecipeInput.__dataclass_fields__))
-    adapter, weight = _text(fields, "adapter", subject), fields.get("weight", 1.0)
-    if adapter is None:
-        raise _bad(f"{subject}: adapter", "it is missing")
-    try:
-        parsed = parse_weight({"value": weight, "rules": fields.get("rules", [])})
-    except NotSupported as error:
-        raise _bad(f"{subject}: weight", error.message.rstrip(".")) from error
-    prompts = _texts(fields, "prompts", subject)
-    if len(prompts) > MAX_PROMPTS:
-        raise _bad(f"{subject}: prompts", f"there are more than {MAX_PROMPTS}")
-    return RecipeInput(adapter, parsed.value, _text(fields, "suite", subject), parsed.rules, prompts)
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        problem = problem_of(error)
+        next_step = f"Use one of {METHOD_NAMES}." if problem.loc == ("method",) else problem.next_step
+        raise _bad(problem.at(subject), problem.why, next_step or _CORRECT) from error
 
 
 def _rules_json(rules: tuple[WeightRule, ...]) -> dict[str, Any]:
@@ -328,36 +315,5 @@ def _check_texts(document: object, subject: str) -> None:
     raise _bad(subject, f"it has more than {MAX_VALUES} values")
 
 
-def _mapping(document: object, subject: str, known: set[str]) -> dict[str, object]:
-    if not isinstance(document, dict):
-        raise _bad(subject, "it must be a mapping")
-    for key in cast("dict[object, object]", document):
-        if key not in known:
-            name = key[:100] if isinstance(key, str) else printable(key)
-            raise _bad(f"{subject}: {name}", f"the key is unknown; known are {', '.join(sorted(known))}")
-    return cast("dict[str, object]", document)
-
-
-def _list(fields: Mapping[str, object], key: str, subject: str) -> Sequence[object]:
-    value = fields.get(key, [])
-    if not isinstance(value, list):
-        raise _bad(f"{subject}: {key}", "it must be a list")
-    return cast("list[object]", value)
-
-
-def _text(fields: Mapping[str, object], key: str, subject: str) -> str | None:
-    value = fields.get(key)
-    if value is not None and not isinstance(value, str):
-        raise _bad(f"{subject}: {key}", "it must be text")
-    return value
-
-
-def _texts(fields: Mapping[str, object], key: str, subject: str) -> tuple[str, ...]:
-    values = _list(fields, key, subject)
-    if not all(isinstance(value, str) for value in values):
-        raise _bad(f"{subject}: {key}", "it must be a list of texts")
-    return tuple(str(value) for value in values)
-
-
-def _bad(where: str, why: str, next_step: str = "Correct the recipe.") -> InvalidFile:
+def _bad(where: str, why: str, next_step: str = _CORRECT) -> InvalidFile:
     return InvalidFile("bad_recipe", f"{where}: {why}.", subject=where, next_step=next_step)

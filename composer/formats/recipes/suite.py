@@ -9,61 +9,87 @@ examples: sql-exact.jsonl   # lines {"prompt": ..., "completion": ...}, beside t
 metrics: {rouge_l: higher}  # optional: which way is better of metrics that `adaptory eval` does not measure
 """
 
+import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import yaml
+from pydantic import ConfigDict, FailFast, Field, Strict, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from composer.errors import InvalidFile
-from composer.formats.untrusted import LONE_SURROGATE, printable, read_text
+from composer.formats.recipes.documents import LISTED, Document, Reader, path_of, problem_of, refuse_unknown
+from composer.formats.untrusted import LONE_SURROGATE, read_text
 
 Kind = Literal["target", "guard"]
+Better = Literal["higher", "lower"]
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_EXAMPLES = 100_000
 MAX_TEXT_CHARS = 100_000
 _SUITE = "A suite has name, kind and examples of {prompt, completion}."
 _EXAMPLE = "Write {prompt: …, completion: …}."
-FIELDS = ("name", "kind", "description", "chat", "ends", "examples", "metrics")
-_OPTIONAL = ("description", "ends", "metrics")
 # No dot: a score is addressed as `suite.metric`.
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 METRIC = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 MAX_METRICS = 100
-BETTER = {"higher": True, "lower": False}
 
 
-@dataclass(frozen=True, slots=True)
+def _named(pattern: re.Pattern[str], expected: str) -> Reader:
+    def read(value: object) -> str:
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise ValueError(expected)
+        return value
+
+    return Reader(read, {"type": "string", "pattern": f"^{pattern.pattern}$"})
+
+
+Name = Annotated[str, _named(NAME, "a name of lower-case letters, digits, - and _, at most 64")]
+Metric = Annotated[str, _named(METRIC, "a name of lower-case letters, digits and _, at most 64")]
+Text = Annotated[str, Strict(), Field(min_length=1, max_length=MAX_TEXT_CHARS)]
+
+
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Example:
     """One prompt and the completion that is scored. Neither is empty."""
 
-    prompt: str
-    completion: str
+    prompt: Text
+    completion: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, document: object) -> object:
+        return refuse_unknown(document, ["prompt", "completion"])
 
 
-@dataclass(frozen=True)
-class Suite:
+class Suite(Document):
     """A named set of examples. Two suites are the same version exactly when their `digest` is the same.
 
     With `ends` the end-of-sequence token after each completion is scored too. `metrics` says of each whether a higher
-    value is better. It isn't part of the digest: it says how scores are read, not how they are measured, so that
-    correcting it keeps them.
+    or a lower value is better. It isn't part of the digest: it says how scores are read, not how they are measured, so
+    that correcting it keeps them.
     """
 
-    name: str
-    kind: Kind
-    description: str
-    chat: bool
-    examples: tuple[Example, ...]
-    ends: bool = True
-    metrics: Mapping[str, bool] = field(default_factory=dict[str, bool])
+    name: Name
+    kind: Kind = Field(description="target: what an adapter is for; guard: what must not get worse.")
+    description: Annotated[str, Field(max_length=MAX_TEXT_CHARS)] = ""
+    chat: bool = Field(description="Whether a prompt is one user turn in the base's chat template, or plain text.")
+    examples: Annotated[tuple[Example, ...], FailFast(), Field(min_length=1, max_length=MAX_EXAMPLES), LISTED]
+    ends: bool = Field(True, description="Whether a model should stop after the completion.")
+    metrics: Annotated[dict[Metric, Better], Field(max_length=MAX_METRICS)] = Field(
+        default_factory=dict[Metric, Better],
+        description="Which way is better of metrics that `adaptory eval` does not measure.",
+    )
+
+    @property
+    def higher_is_better(self) -> dict[str, bool]:
+        return {metric: better == "higher" for metric, better in self.metrics.items()}
 
     @cached_property
     def digest(self) -> str:
@@ -100,27 +126,15 @@ class Suite:
         }
 
     def to_json(self) -> dict[str, object]:
-        better = {metric: "higher" if higher else "lower" for metric, higher in self.metrics.items()}
-        return self.content | ({"metrics": better} if better else {})
+        return self.content | ({"metrics": dict(self.metrics)} if self.metrics else {})
 
     @classmethod
     def from_json(cls, document: object, subject: str = "suite") -> "Suite":
         """The suite that `to_json` wrote. Raises InvalidFile naming `subject` and the field."""
-        fields = _fields(document, subject)
-        rows = fields["examples"]
-        if not isinstance(rows, list):
-            raise InvalidFile(
-                "suite_field",
-                f"{subject}: examples must be a list.",
-                subject=subject,
-                next_step=_SUITE,
-            )
-        listed = cast("list[object]", rows)
-        places = [f"{subject}, example {number}" for number in range(1, len(listed) + 1)]
-        return _suite(fields, list(zip(places, listed, strict=True)), subject)
+        return _validated(document, subject, lambda index: f"{subject}, example {index + 1}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Contradiction:
     """Two suites, by the names they were given, that ask `shared` prompts alike and want other completions for
     `different` of them, which is `share` of the smaller one's prompts."""
@@ -172,25 +186,26 @@ def parse_suite(path: Path | str) -> Suite:
         raise InvalidFile(
             "suite_yaml", f"{place}: not valid YAML: {problem}.", subject=str(path), next_step="Correct that line."
         ) from error
-    fields = _fields(document, str(path))
-    if not isinstance(fields["examples"], str):
-        return Suite.from_json(fields, str(path))
-    if "\0" in fields["examples"] or not _is_text(fields["examples"], least=1):
-        raise InvalidFile(
-            "suite_field",
-            f"{path}: examples names no file that there can be.",
-            subject=str(path),
-            next_step="Name a file beside the suite.",
+    fields = cast("dict[str, object]", document) if isinstance(document, dict) else {}
+    examples = fields.get("examples")
+    if not isinstance(examples, str):
+        return Suite.from_json(cast(object, document), str(path))
+    rows = _jsonl(_beside(path, examples))
+    content = fields | {"examples": [row for _, row in rows]}
+    return _validated(content, str(path), lambda index: rows[index][0])
+
+
+def _beside(path: Path, name: str) -> Path:
+    """The file of that name beside the suite."""
+    if not name or len(name) > MAX_TEXT_CHARS or "\0" in name or LONE_SURROGATE.search(name):
+        raise _bad(
+            f"{path}: examples", "it names no file that there can be", str(path), "Name a file beside the suite."
         )
-    relative = Path(fields["examples"])
+    relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts:
-        raise InvalidFile(
-            "suite_field",
-            f"{path}: examples names {relative}, outside the suite's directory.",
-            subject=str(path),
-            next_step="Put the examples beside the suite and name them by a relative path.",
-        )
-    return _suite(fields, _jsonl(path.parent / relative), str(path))
+        next_step = "Put the examples beside the suite and name them by a relative path."
+        raise _bad(f"{path}: examples", f"{relative} is outside the suite's directory", str(path), next_step)
+    return path.parent / relative
 
 
 def _jsonl(path: Path) -> list[tuple[str, object]]:
@@ -212,91 +227,24 @@ def _jsonl(path: Path) -> list[tuple[str, object]]:
     return rows
 
 
-def _fields(document: object, subject: str) -> Mapping[str, object]:
-    if not isinstance(document, dict):
-        raise InvalidFile(
-            "suite_field",
-            f"{subject}: a suite is a mapping.",
-            subject=subject,
-            next_step=_SUITE,
-        )
-    fields = cast("dict[str, object]", document)
-    unknown = sorted(printable(key) for key in fields if key not in FIELDS)
-    missing = [key for key in FIELDS if key not in fields and key not in _OPTIONAL]
-    if unknown or missing:
-        problem = f"unknown field {unknown[0]}" if unknown else f"field {missing[0]} is missing"
-        raise InvalidFile(
-            "suite_field", f"{subject}: {problem}.", subject=subject, next_step=f"The fields are {', '.join(FIELDS)}."
-        )
-    return fields
+def _validated(document: object, subject: str, place: Callable[[int], str]) -> Suite:
+    """The suite; `place` says where the example of that index is. Raises InvalidFile."""
+    try:
+        return Suite.model_validate(document)
+    except ValidationError as error:
+        problem = problem_of(error)
+        match problem.loc:
+            case ("examples", int(index), *rest):
+                where = place(index)
+                told = f"{where}: {path_of(tuple(rest))}" if rest else where
+                next_step = problem.next_step or _EXAMPLE
+                raise InvalidFile(
+                    "suite_example", f"{told}: {problem.why}.", subject=where, next_step=next_step
+                ) from error
+            case _:
+                told = f"{subject}: {problem.path}" if problem.loc else subject
+                raise _bad(told, problem.why, subject, problem.next_step or _SUITE) from error
 
 
-def _suite(fields: Mapping[str, object], rows: list[tuple[str, object]], subject: str) -> Suite:
-    name, kind, chat = fields["name"], fields["kind"], fields["chat"]
-    description, ends = fields.get("description", ""), fields.get("ends", True)
-    checks = {
-        "name must be lower-case letters, digits, - and _, at most 64": isinstance(name, str) and NAME.fullmatch(name),
-        "kind must be target or guard": kind in ("target", "guard"),
-        "chat must be true or false": isinstance(chat, bool),
-        "ends must be true or false": isinstance(ends, bool),
-        "description must be text": _is_text(description, least=0),
-        f"examples must be 1 to {MAX_EXAMPLES}": 1 <= len(rows) <= MAX_EXAMPLES,
-    }
-    for rule, holds in checks.items():
-        if not holds:
-            raise InvalidFile(
-                "suite_field",
-                f"{subject}: {rule}.",
-                subject=subject,
-                next_step=_SUITE,
-            )
-    examples = tuple(_example(row, place) for place, row in rows)
-    metrics = _metrics(fields.get("metrics", {}), subject)
-    return Suite(str(name), cast("Kind", kind), str(description), bool(chat), examples, bool(ends), metrics)
-
-
-def _metrics(value: object, subject: str) -> dict[str, bool]:
-    stated = cast("dict[object, object]", value) if isinstance(value, dict) else None
-    if stated is not None and len(stated) <= MAX_METRICS:
-        known = {m: BETTER[b] for m, b in stated.items() if isinstance(m, str) and isinstance(b, str) and b in BETTER}
-        if len(known) == len(stated) and all(map(METRIC.fullmatch, known)):
-            return known
-    raise InvalidFile(
-        "suite_field",
-        f"{subject}: metrics must map at most {MAX_METRICS} names (lower-case letters, digits, _) to higher or lower.",
-        subject=subject,
-        next_step="Write which way is better, as in metrics: {rouge_l: higher, seconds: lower}.",
-    )
-
-
-def _is_text(value: object, least: int) -> bool:
-    return isinstance(value, str) and least <= len(value) <= MAX_TEXT_CHARS and not LONE_SURROGATE.search(value)
-
-
-def _example(row: object, place: str) -> Example:
-    if not isinstance(row, dict):
-        raise InvalidFile(
-            "suite_example",
-            f"{place}: an example is a mapping.",
-            subject=place,
-            next_step=_EXAMPLE,
-        )
-    texts = cast("dict[str, object]", row)
-    if texts.keys() != {"prompt", "completion"}:
-        found = ", ".join(sorted(map(printable, texts))[:4]) or "nothing"
-        raise InvalidFile(
-            "suite_example",
-            f"{place}: an example has prompt and completion; found {found}.",
-            subject=place,
-            next_step=_EXAMPLE,
-        )
-    for key, text in texts.items():
-        if not _is_text(text, least=1):
-            limit = f"text of 1 to {MAX_TEXT_CHARS} characters"
-            raise InvalidFile(
-                "suite_example",
-                f"{place}: {key} must be {limit}.",
-                subject=place,
-                next_step=_EXAMPLE,
-            )
-    return Example(str(texts["prompt"]), str(texts["completion"]))
+def _bad(where: str, why: str, subject: str, next_step: str) -> InvalidFile:
+    return InvalidFile("suite_field", f"{where}: {why}.", subject=subject, next_step=next_step)

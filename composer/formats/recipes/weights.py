@@ -1,13 +1,16 @@
 """How strongly an adapter takes part: one number, with other numbers for some layers or modules. No torch."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isfinite
-from typing import Any, cast
+from typing import Annotated, Any, Self, TypeVar, cast
+
+from pydantic import Field, ValidationError, model_validator
 
 from composer.errors import Mismatch, NotSupported
+from composer.formats.recipes.documents import LISTED, Document, Reader, Refusal, problem_of
 from composer.formats.untrusted import printable
 
 MAX_RULES = 100
@@ -46,16 +49,46 @@ def layer_of(module: str) -> int | None:
     return int(match[1]) if match else None
 
 
-@dataclass(frozen=True, slots=True)
-class WeightRule:
+def _layers(value: object) -> tuple[int, int]:
+    match = _RANGE.fullmatch(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) else None
+    first = int(match[1]) if match else 0
+    last = int(match[2] or match[1]) if match else -1
+    if last < first:
+        raise ValueError("a range of layers, as 0-9, or 3")
+    return first, last
+
+
+def _glob(value: object) -> str:
+    if not isinstance(value, str) or not _GLOB.fullmatch(value):
+        raise ValueError("a glob of module names")
+    return value
+
+
+Factor = Annotated[float, Reader(factor, {"type": "number", "minimum": -LARGEST, "maximum": LARGEST})]
+Layers = Annotated[
+    tuple[int, int],
+    Reader(
+        _layers, {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": f"^{_RANGE.pattern}$"}]}
+    ),
+]
+Modules = Annotated[str, Reader(_glob, {"type": "string"})]
+
+
+class WeightRule(Document):
     """`weight` takes the adapter's own place in these layers (first and last) and in modules that the glob names.
 
     A glob is matched with the whole path or with an end of it at a dot: `q_proj`, `mlp.*`, `model.layers.3.*`.
     """
 
-    weight: float
-    layers: tuple[int, int] | None = None
-    modules: str | None = None
+    weight: Factor
+    layers: Layers | None = Field(None, description="The first and the last layer: 0-9, or 3.")
+    modules: Modules | None = Field(None, description="A glob of module names: q_proj, mlp.*, model.layers.3.*")
+
+    @model_validator(mode="after")
+    def _refuse_empty(self) -> Self:
+        if not self.model_fields_set & {"layers", "modules"}:
+            raise Refusal("it needs layers or modules that it is for")
+        return self
 
     def holds(self, module: str) -> bool:
         if self.layers is not None:
@@ -81,7 +114,7 @@ class Weight:
         return next((rule.weight for rule in self.rules if any(map(rule.holds, names))), self.value)
 
     def times(self, factor: float) -> "Weight":
-        rules = tuple(WeightRule(rule.weight * factor, rule.layers, rule.modules) for rule in self.rules)
+        rules = tuple(rule.model_copy(update={"weight": rule.weight * factor}) for rule in self.rules)
         return Weight(self.value * factor, rules)
 
     def to_json(self) -> float | dict[str, Any]:
@@ -122,6 +155,14 @@ def divisor(total: float) -> float:
     return total
 
 
+Rules = Annotated[tuple[WeightRule, ...], Field(max_length=MAX_RULES), LISTED]
+
+
+class _WeightDocument(Document):
+    value: Factor = 1.0
+    rules: Rules = ()
+
+
 def parse_weight(value: object) -> Weight:
     """A number, or {value: number, rules: [{layers: "0-9", modules: glob, weight: number}]}.
 
@@ -129,13 +170,9 @@ def parse_weight(value: object) -> Weight:
     """
     if isinstance(value, Weight):
         return value
-    if not isinstance(value, dict):
-        return Weight(_number(value))
-    given = _known(cast("dict[object, object]", value), {"value", "rules"})
-    rules = given.get("rules", [])
-    if not isinstance(rules, list) or len(cast("list[object]", rules)) > MAX_RULES:
-        raise _bad(f"rules are a list of at most {MAX_RULES}")
-    return Weight(_number(given.get("value", 1.0)), tuple(_rule(row) for row in cast("list[object]", rules)))
+    document = cast("dict[object, object]", value) if isinstance(value, dict) else {"value": value}
+    parsed = _validated(_WeightDocument, document)
+    return Weight(parsed.value, parsed.rules)
 
 
 def weights_of(values: Sequence[Weight | float]) -> list[Weight]:
@@ -151,45 +188,19 @@ def parse_rule(text: str) -> WeightRule:
         layers, modules = "", selector
     if not equals or not selector or (slash and not (layers and modules)):
         raise _bad(f"{printable(text)} is no rule; write 0-9=0.5, q_proj=0 or 0-9/mlp.*=0.5")
-    row: dict[str, object] = {"weight": weight}
-    return _rule(row | ({"layers": layers} if layers else {}) | ({"modules": modules} if modules else {}))
+    row = {"weight": weight} | ({"layers": layers} if layers else {}) | ({"modules": modules} if modules else {})
+    return _validated(WeightRule, row)
 
 
-def _rule(row: object) -> WeightRule:
-    if not isinstance(row, dict):
-        raise _bad("a rule is a mapping of layers, modules and weight")
-    given = _known(cast("dict[object, object]", row), {"layers", "modules", "weight"})
-    if "weight" not in given or not given.keys() & {"layers", "modules"}:
-        raise _bad("a rule has a weight, and layers or modules that it is for")
-    modules = given.get("modules")
-    if modules is not None and (not isinstance(modules, str) or not _GLOB.fullmatch(modules)):
-        raise _bad(f"{printable(modules)} is no glob of module names")
-    return WeightRule(_number(given["weight"]), _layers(given.get("layers")), modules)
+_D = TypeVar("_D", bound=Document)
 
 
-def _layers(value: object) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    match = _RANGE.fullmatch(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) else None
-    first = int(match[1]) if match else 0
-    last = int(match[2] or match[1]) if match else -1
-    if last < first:
-        raise _bad(f"{printable(value)} is no range of layers; write 0-9, or 3")
-    return first, last
-
-
-def _known(given: Mapping[object, object], known: set[str]) -> dict[str, object]:
-    for key in given:
-        if key not in known:
-            raise _bad(f"{printable(key)} is none of {', '.join(sorted(known))}")
-    return cast("dict[str, object]", dict(given))
-
-
-def _number(value: object) -> float:
+def _validated(model: type[_D], document: object) -> _D:
     try:
-        return factor(value)
-    except ValueError as error:
-        raise _bad(f"{printable(value)} is not {error}") from error
+        return model.model_validate(document)
+    except ValidationError as error:
+        problem = problem_of(error)
+        raise _bad(f"{problem.path}: {problem.why}".removeprefix(": ")) from error
 
 
 def _bad(why: str) -> NotSupported:

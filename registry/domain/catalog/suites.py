@@ -85,9 +85,9 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
     parse_name(content.name, "suite name")
     known = session.scalar(select(Suite).where(Suite.digest == content.digest))
     if known is not None and known.current:
-        if content.metrics.items() - metrics.stated(session, [known])[known.name].items():
+        if content.higher_is_better.items() - metrics.stated(session, [known])[known.name].items():
             refuse_other_owner(actor, f"suite/{content.name}", known.created_by)
-            metrics.state(session, actor, content.name, content.metrics)
+            metrics.state(session, actor, content.name, content.higher_is_better)
         return known, False
     replaced = session.scalar(select(Suite).where(Suite.name == content.name, Suite.current))
     refuse_other_owner(actor, f"suite/{content.name}", replaced.created_by if replaced else None)
@@ -104,7 +104,7 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
     suite.current = True
     session.add(suite)
     session.flush()
-    metrics.state(session, actor, content.name, content.metrics)
+    metrics.state(session, actor, content.name, content.higher_is_better)
     audit.record(
         session,
         actor,

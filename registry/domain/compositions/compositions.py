@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from composer.formats.recipes.calibration_sets import CalibrationSet
-from composer.formats.recipes.methods import PIPELINES, parse_settings
+from composer.formats.recipes.methods import AnySettings, Regmean, parse_settings
 from composer.formats.recipes.recipe import Lock, LockedInput, Recipe, parse_recipe
 from composer.formats.recipes.suite import Suite as SuiteContent
 from registry.database.tables import Base, Composition, Job, Namespace, Release, ReleaseInput
@@ -249,15 +249,15 @@ def _lock(session: Session, recipe: Recipe) -> Lock:
     settings = parse_settings(recipe.method, recipe.settings)
     own = member_suites(session, recipe, inputs)
     return Lock(
-        base.digest,
-        recipe.method,
-        settings,
-        recipe.dtype,
-        locked,
-        recipe.rounding,
-        _calibration(session, recipe, settings, own),
-        _gates_to_add(recipe, own),
-        PIPELINES[recipe.method].version,
+        base=base.digest,
+        method=recipe.method,
+        settings=settings.to_json(),
+        dtype=recipe.dtype,
+        inputs=locked,
+        rounding=recipe.rounding,
+        calibration=_calibration(session, recipe, settings, own),
+        gates=_gates_to_add(recipe, own),
+        method_version=settings.pipeline.version,
     )
 
 
@@ -286,11 +286,11 @@ def _gates_to_add(recipe: Recipe, own: Sequence[str | None]) -> tuple[str, ...]:
 
 
 def _calibration(
-    session: Session, recipe: Recipe, settings: Mapping[str, object], own: Sequence[str | None]
+    session: Session, recipe: Recipe, settings: AnySettings, own: Sequence[str | None]
 ) -> tuple[dict[str, object], ...]:
     """The examples that a fitted method uses: each input's prompts, or the first examples of its suite. Raises Refused
     if there are none, or none would be left for evaluation."""
-    if not PIPELINES[recipe.method].fitted:
+    if not isinstance(settings, Regmean):
         return ()
     if recipe.model and not recipe.adapter:
         raise Usage(
@@ -310,7 +310,7 @@ def _calibration(
                 subject=source.adapter,
                 next_step=f"Run `adaptory eval {source.adapter} --suite SUITE`, or give it a suite or prompts.",
             )
-        suite, count = suites.find(session, name), cast(int, settings["examples"])
+        suite, count = suites.find(session, name), settings.examples
         if suite.examples <= count:
             raise Refused(
                 "suite_too_small",

@@ -1,0 +1,203 @@
+"""Documents that users write, as pydantic models: unknown fields are refused and nothing is converted by pydantic.
+
+`problem_of` turns pydantic's errors into the one sentence of ours that a parser raises.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, ErrorDetails, core_schema
+
+from composer.formats.untrusted import printable
+
+Loc = tuple[int | str, ...]
+
+
+def _tuple_of(value: object) -> object:
+    return tuple(cast("list[object]", value)) if isinstance(value, list) else value
+
+
+LISTED = BeforeValidator(_tuple_of)
+"""The last annotation of a field that is a list in a document and a tuple here."""
+
+_WORD = re.compile(r"'([^']*)'")
+_MUST_BE = {
+    "string_type": "text",
+    "string_unicode": "text without half a surrogate pair",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "dataclass_type": "a mapping",
+    "less_than_equal": "at most {le}",
+    "greater_than_equal": "at least {ge}",
+    "string_too_short": "text of at least {min_length} character",
+    "string_too_long": "text of at most {max_length} characters",
+}
+
+
+class UnknownField(ValueError):
+    """A mapping has a key that is not one of `names`."""
+
+    def __init__(self, key: object, names: list[str]) -> None:
+        super().__init__("unknown field")  # pydantic prints this, and cannot print every text that a key may be
+        self.key, self.names = key, names
+
+
+class Refusal(ValueError):
+    """For a validator to raise where values do not go together: `why` ends the sentence that begins with the field."""
+
+    def __init__(self, why: str, next_step: str = "", *, path: Loc = ()) -> None:
+        super().__init__(why)
+        self.next_step, self.path = next_step, path
+
+
+class Document(BaseModel):
+    """A mapping with these fields and no others. Models are built on first use, since a command needs few of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """The names of the fields, as a document has them."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+    def given(self) -> dict[str, Any]:
+        """The fields that the document has."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, document: object) -> object:
+        """Refuses an unknown field before a missing one, which it may be the misspelling of."""
+        return refuse_unknown(document, cls.field_names())
+
+
+def refuse_unknown(document: object, names: list[str]) -> object:
+    """The document, if it is no mapping or has only these fields. Raises UnknownField."""
+    if isinstance(document, dict):
+        for key in cast("dict[object, object]", document):
+            if key not in names:
+                raise UnknownField(key, names)
+    return cast(object, document)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reader:
+    """Annotates a field whose value `read` makes, also from the text that a command line has; it raises ValueError,
+    saying what the value must be. `schema` is what an editor suggests."""
+
+    read: Callable[[object], object]
+    schema: dict[str, Any]
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return self.schema
+
+
+def one_of(*words: str | None) -> Reader:
+    """For a text that is one of these words; None stands for nothing."""
+    known = [None if word is None else str(word) for word in words]
+
+    def read(value: object) -> str | None:
+        if not isinstance(value, str | None) or value not in known:
+            raise ValueError(f"one of {', '.join(filter(None, known))}")
+        return value
+
+    return Reader(read, {"enum": known})
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The first thing that is wrong in a document: where, why, and what to do, where that is known. `value` is what is
+    there, and `expected` what must be, if that is the whole problem."""
+
+    loc: Loc
+    why: str
+    next_step: str = ""
+    value: object = None
+    expected: str = ""
+    unknown: bool = False
+
+    @property
+    def path(self) -> str:
+        """`inputs[0].weight`; empty for the document itself."""
+        return path_of(self.loc)
+
+    def at(self, subject: str) -> str:
+        """The field of a document that has this name."""
+        return f"{subject}: {self.path}" if self.loc else subject
+
+
+def problem_of(error: ValidationError) -> Problem:
+    """The first of pydantic's errors, in our words."""
+    first = error.errors(include_url=False)[0]
+    context, loc = first.get("ctx", {}), tuple(part for part in first["loc"] if part != "[key]")
+    match context.get("error"):
+        case UnknownField(key=key, names=names):
+            return _unknown(loc, key, names)
+        case ValidationError() as inner:  # of a document in this one
+            problem = problem_of(inner)
+            return replace(problem, loc=(*loc, *problem.loc))
+        case Refusal() as refusal:
+            return Problem((*loc, *refusal.path), str(refusal), refusal.next_step)
+        case _:
+            pass
+    match first["type"]:
+        case "missing":
+            return Problem(loc, "it is missing")
+        case "too_short":
+            return Problem(
+                loc, f"it has {context['actual_length']} entries, and at least {context['min_length']} is needed"
+            )
+        case "too_long":
+            return Problem(
+                loc, f"it has {context['actual_length']} entries, and at most {context['max_length']} are allowed"
+            )
+        case _:
+            value, expected = first["input"], _expected(first)
+            return Problem(loc, f"{printable(value)} is not {expected}", value=value, expected=expected)
+
+
+def _unknown(loc: Loc, key: object, names: list[str]) -> Problem:
+    near = get_close_matches(key.lower(), names, 1) if isinstance(key, str) else []
+    hint = f"Did you mean {near[0]}? " if near else ""
+    next_step = f"{hint}Known are {', '.join(names)}."
+    return Problem(loc, f"there is no field {printable(key)}", next_step, value=key, unknown=True)
+
+
+def _expected(error: ErrorDetails) -> str:
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "literal_error":
+            return f"one of {', '.join(_WORD.findall(context['expected']))}"
+        case "value_error":
+            return str(context["error"])
+        case kind:
+            return _MUST_BE[kind].format(**context) if kind in _MUST_BE else error["msg"]
+
+
+def path_of(loc: Loc) -> str:
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            path += f".{part if part.isidentifier() and len(part) < 100 else printable(part)}"
+    return path.removeprefix(".")
