@@ -1,17 +1,17 @@
 """Runs a merge plan: the kernel copies what no adapter touches, threads rewrite the rest, and everything is verified.
 
-Jobs run in file order with a bounded number in flight, so that memory holds a few chunks. The job that copies a piece
-also compares it, while it is cached. Disk waits have their own threads: syncing written data, and reading back samples
-of each finished tensor.
+Three stages, each with a bounded number of unfinished jobs, so that memory holds a few chunks:
+write    copies a piece and compares it while it is cached, or computes a chunk and writes it; in file order
+confirm  reads samples of a rewritten tensor back, once its last chunk is written
+sync     takes written data to the disk, and records a shard once all its jobs are done
 """
 
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from composer.deltas.tensors import tensor_bytes, torch_threads
@@ -22,15 +22,12 @@ from composer.merge.io.journal import Journal
 from composer.merge.io.output_file import OutputFile
 from composer.merge.io.source import write_all
 from composer.merge.rounding_loss import RoundingLoss, confirm, unconfirmed
+from composer.merge.stage import Stage
 
-_SYNC_THREADS = 4
-_CONFIRMING_THREADS = 2
-_MOST_WORKERS = 16  # two per core: one waits for the disk while the other computes; each has 8 MB of buffers
+_MOST_WRITERS = 16  # two per core: one waits for the disk while the other computes; each has 8 MB of buffers
 _MOST_UNCONFIRMED = 16  # tensors; the factors of each stay in memory until then
 
 Progress = Callable[[int], None]
-Job = Callable[[], Future[RoundingLoss] | None]
-Jobs = Sequence[tuple[str, Future[Future[RoundingLoss] | None]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +57,15 @@ class Written:
 
 
 class _Countdown:
-    """Detects the last of several threads."""
+    """Detects the end of the last of several jobs, in any thread."""
 
     def __init__(self, count: int) -> None:
         self._left = count
         self._lock = threading.Lock()
+
+    def more(self) -> None:
+        with self._lock:
+            self._left += 1
 
     def last(self) -> bool:
         with self._lock:
@@ -79,51 +80,38 @@ def write_shards(
 
     Raises what a job raises, once the running ones end.
     """
+    survivals: dict[str, RoundingLoss] = {}
+    resumed = sum(shard.size_bytes for shard in shards if journal.holds(shard.file))
     with ExitStack() as stack:
-        # Closed after the pools have ended: a closed descriptor may be reused while a job still writes to it.
+        # Closed after the stages have ended: a closed descriptor may be reused while a job still writes to it.
         files = stack.enter_context(ExitStack())
         sources = {path: _opened(path, files) for path in _paths(shards)}
-        # The pool is the parallelism: chunks are too small to share.
+        # The threads of a stage are the parallelism: chunks are too small to share.
         stack.enter_context(torch_threads(1))
-        workers = min(2 * max(2, os.cpu_count() or 1), _MOST_WORKERS)
-        pool = stack.enter_context(_cancelling_pool(workers, "merge"))
-        confirming = stack.enter_context(_cancelling_pool(_CONFIRMING_THREADS, "confirm"))
-        disk = stack.enter_context(_cancelling_pool(_SYNC_THREADS, "sync"))
-        changed = [tensor for shard in shards for tensor in shard.tensors if not tensor.copied]
-        works = (prepare(tensor, rewriter.device) for tensor in changed)
-        syncing: list[Future[None]] = []
-        queue = _Queue(pool, 2 * workers)
-        ends: list[Future[dict[str, RoundingLoss]]] = []
-        resumed = 0
+        writers = min(2 * max(2, os.cpu_count() or 1), _MOST_WRITERS)
+        sync = stack.enter_context(Stage("sync", threads=4, most=8))
+        confirming = stack.enter_context(Stage("confirm", threads=2, most=_MOST_UNCONFIRMED))
+        write = stack.enter_context(Stage("write", threads=writers, most=2 * writers))
 
-        def sync(file: int) -> None:
-            syncing.append(disk.submit(os.fdatasync, file))
+        def start_sync(file: int) -> None:
+            sync.submit(partial(os.fdatasync, file))
 
         for shard in shards:
-            fresh = not journal.holds(shard.file)
-            resumed += 0 if fresh else shard.size_bytes
-            target = OutputFile.opened(journal.directory / shard.file, fresh, sync, files)
-            run = _ShardRun(
-                shard=shard,
-                sources=sources,
-                target=target,
-                rewriter=rewriter,
-                confirming=confirming,
-                report=progress or (lambda count: None),
-            )
-            jobs = [(name, queue.submit(job)) for name, job in run.jobs(works)]
-            ends.append(disk.submit(_end, run, jobs, journal))
-        survivals = {name: one for end in ends for name, one in end.result().items()}
-        for one in syncing:
-            one.result()
+            target = OutputFile.opened(journal.directory / shard.file, not journal.holds(shard.file), start_sync, files)
+            _ShardRun(
+                shard=shard, sources=sources, target=target, rewriter=rewriter, journal=journal, write=write,
+                confirm=confirming, sync=sync, report=progress or (lambda count: None), survivals=survivals,
+            ).submit()  # fmt: skip
+        for stage in (write, confirming, sync):  # each submits to those after it
+            stage.drain()
     copied = sum(part.size_bytes for shard in shards for part in copied_ranges(shard.tensors))
-    rows = sum(one.rows for one in survivals.values())
+    changed = [tensor.target.name for shard in shards for tensor in shard.tensors if not tensor.copied]
     return Written(
         copied_bytes=copied,
         rewritten_bytes=sum(shard.size_bytes for shard in shards) - copied,
         resumed_bytes=resumed,
-        verified_rows=rows,
-        survivals=survivals,
+        verified_rows=sum(one.rows for one in survivals.values()),
+        survivals={name: survivals[name] for name in changed if name in survivals},
     )
 
 
@@ -139,35 +127,56 @@ def _opened(path: Path, stack: ExitStack) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ShardRun:
-    """The jobs of one shard. The last job of a tensor starts its confirmation and returns the future result."""
+    """The jobs of one shard. The last chunk of a tensor starts its confirmation, and the last job of all starts the
+    shard's end."""
 
     shard: ShardPlan
     sources: dict[Path, int]
     target: OutputFile
     rewriter: Rewriter
-    confirming: ThreadPoolExecutor
+    journal: Journal
+    write: Stage
+    confirm: Stage
+    sync: Stage
     report: Progress
+    survivals: dict[str, RoundingLoss]
+    unfinished: _Countdown = field(default_factory=lambda: _Countdown(1))
 
-    def jobs(self, works: Iterator[TensorWork]) -> Iterator[tuple[str, Job]]:
-        """Yields (tensor, job); takes this shard's tensors from `works`, where they come next."""
+    def submit(self) -> None:
         source = self.sources[self.shard.path]
         cloned = self.target.fresh and not self.shard.rewritten and clone_file(source, self.target.file)
         if self.target.fresh and not cloned:
             os.ftruncate(self.target.file, self.shard.size_bytes)
-        yield "", self._head
+        self._start(self.write, self._write_head)
         for part in copied_ranges(self.shard.tensors):
             for piece in pieces(part):
-                yield "", (lambda piece=piece: self._copied(piece, cloned))
+                self._start(self.write, partial(self._copy, piece, cloned))
         for tensor in self.shard.tensors:
             if not tensor.copied:
-                yield from self._rewriting(next(works))
+                chunks = list(chunks_of(prepare(tensor, self.rewriter.device)))
+                unwritten = _Countdown(len(chunks))
+                for chunk in chunks:
+                    self._start(self.write, partial(self._rewrite, chunk, unwritten))
+        self._end_job()
 
-    def _head(self) -> None:
+    def _start(self, stage: Stage, job: Callable[[], None]) -> None:
+        def run() -> None:
+            job()
+            self._end_job()
+
+        self.unfinished.more()
+        stage.submit(run)
+
+    def _end_job(self) -> None:
+        if self.unfinished.last():
+            self.sync.submit(self._end)
+
+    def _write_head(self) -> None:
         if self.target.fresh:
             write_all(self.target.file, memoryview(self.shard.head), 0)
         self.report(len(self.shard.head))
 
-    def _copied(self, part: Range, cloned: bool) -> None:
+    def _copy(self, part: Range, cloned: bool) -> None:
         """Copies and compares; cloned blocks are identical and need no comparison."""
         source = self.sources[part.path]
         if self.target.fresh and not cloned:
@@ -177,69 +186,24 @@ class _ShardRun:
         self.target.cached(part.size_bytes)
         self.report(part.size_bytes)
 
-    def _rewriting(self, work: TensorWork) -> Iterator[tuple[str, Job]]:
-        chunks = list(chunks_of(work))
-        countdown = _Countdown(len(chunks))
-        for chunk in chunks:
-            yield work.plan.target.name, (lambda chunk=chunk: self._rewritten(chunk, countdown))
-
-    def _rewritten(self, chunk: Chunk, countdown: _Countdown) -> Future[RoundingLoss] | None:
-        source = self.sources[chunk.work.plan.path]
+    def _rewrite(self, chunk: Chunk, unwritten: _Countdown) -> None:
         if self.target.fresh:
-            out_MN = self.rewriter.computed(chunk, source)
+            out_MN = self.rewriter.computed(chunk, self.sources[chunk.work.plan.path])
             self.target.write(tensor_bytes(out_MN), chunk.offset, out_MN.data_ptr())
         self.report(chunk.size_bytes)
-        if not countdown.last():
-            return None
-        chunk.work.rights.clear()
-        return self.confirming.submit(confirm, chunk.work, source, self.target.file, self.rewriter.rounding)
+        if unwritten.last():
+            chunk.work.rights.clear()
+            self._start(self.confirm, partial(self._confirm, chunk.work))
 
+    def _confirm(self, work: TensorWork) -> None:
+        source = self.sources[work.plan.path]
+        self.survivals[work.plan.target.name] = confirm(work, source, self.target.file, self.rewriter.rounding)
 
-def _end(run: _ShardRun, jobs: Jobs, journal: Journal) -> dict[str, RoundingLoss]:
-    """Waits for a shard's jobs, then verifies, syncs and records it."""
-    survivals = {name: later.result() for name, job in jobs if (later := job.result())}
-    path = journal.directory / run.shard.file
-    header = read_header(path)
-    if [*header.tensors.values()] != [tensor.target for tensor in run.shard.tensors]:
-        raise unconfirmed(run.shard.file, "its header is not the planned one")
-    if run.target.fresh:
-        os.fsync(run.target.file)
-        journal.finish(path)
-    return survivals
-
-
-class _Queue:
-    """Submits jobs to the pool, with at most `most` unfinished; each that ends makes room for the next."""
-
-    def __init__(self, pool: ThreadPoolExecutor, most: int) -> None:
-        self._pool = pool
-        self._room = threading.Semaphore(most)
-        self._begun: deque[Future[Future[RoundingLoss] | None]] = deque()
-        self._unconfirmed: deque[Future[RoundingLoss]] = deque()
-
-    def submit(self, job: Job) -> Future[Future[RoundingLoss] | None]:
-        """Submits a job once there is room. Raises what an earlier job or its confirmation raised."""
-        self._room.acquire()
-        while self._begun and self._begun[0].done():
-            if later := self._begun.popleft().result():
-                self._unconfirmed.append(later)
-        while self._unconfirmed and (self._unconfirmed[0].done() or len(self._unconfirmed) > _MOST_UNCONFIRMED):
-            self._unconfirmed.popleft().result()
-        self._begun.append(self._pool.submit(self._run, job))
-        return self._begun[-1]
-
-    def _run(self, job: Job) -> Future[RoundingLoss] | None:
-        try:
-            return job()
-        finally:
-            self._room.release()
-
-
-@contextmanager
-def _cancelling_pool(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """A pool that, if the block fails, starts no further jobs and waits for the running ones."""
-    pool = ThreadPoolExecutor(workers, name)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    def _end(self) -> None:
+        """Verifies, syncs and records a shard whose jobs are done."""
+        path = self.journal.directory / self.shard.file
+        if [*read_header(path).tensors.values()] != [tensor.target for tensor in self.shard.tensors]:
+            raise unconfirmed(self.shard.file, "its header is not the planned one")
+        if self.target.fresh:
+            os.fsync(self.target.file)
+            self.journal.finish(path)
