@@ -244,7 +244,7 @@ def test_a_chat_prompt_is_one_user_turn_and_the_completion_ends_with_eos(loaded:
 
 def test_a_suite_whose_completions_do_not_end_scores_no_end_of_sequence(loaded: LoadedModel) -> None:
     ending = suite(("say ab", "ab"), ("hello", "HA 12"))
-    cut = replace(ending, ends=False)
+    cut = Suite.from_json(ending.to_json() | {"ends": False})
     for example in cut.examples:
         whole = encode(loaded, example, True)
         assert encode(loaded, example, True, ends=False).ids == whole.ids[:-1]

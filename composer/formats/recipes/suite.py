@@ -80,8 +80,8 @@ class Suite(Document):
     kind: Kind = Field(description="target: what an adapter is for; guard: what must not get worse.")
     description: Annotated[str, Field(max_length=MAX_TEXT_CHARS)] = ""
     chat: bool = Field(description="Whether a prompt is one user turn in the base's chat template, or plain text.")
-    examples: Annotated[tuple[Example, ...], FailFast(), Field(min_length=1, max_length=MAX_EXAMPLES), LISTED]
     ends: bool = Field(True, description="Whether a model should stop after the completion.")
+    examples: Annotated[tuple[Example, ...], FailFast(), Field(min_length=1, max_length=MAX_EXAMPLES), LISTED]
     metrics: Annotated[dict[Metric, Better], Field(max_length=MAX_METRICS)] = Field(
         default_factory=dict[Metric, Better],
         description="Which way is better of metrics that `adaptory eval` does not measure.",
