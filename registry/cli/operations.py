@@ -4,6 +4,7 @@ import signal
 import socket
 import threading
 from contextlib import closing
+from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,8 @@ After = Annotated[str | None, typer.Option("--cursor", help="`next` of the previ
 AUDIT_ROWS = 1000
 """Default limit for a table, which people read."""
 BACKLOG = 2048
+SILENT_S = 90.0
+"""A running job's worker reports every 10 s; after a minute without, another takes the job over."""
 STOP_S = 30.0
 """How long a stopping server waits for its worker to requeue its job."""
 
@@ -170,7 +173,7 @@ def jobs(
         (
             row["id"],
             row["kind"],
-            row["state"],
+            _state(row),
             [f"{step['name']}: {_progress(step)}" for step in row["steps"]],
             row["created_by"],
         )
@@ -179,6 +182,16 @@ def jobs(
     document = items[0] if job else {"items": items, "next": more}
     render.document(document, json, lambda: render.table("", ("job", "kind", "state", "steps", "by"), rows))
     render.more(more, json)
+
+
+def _state(row: dict[str, Any]) -> str:
+    """A running job's state with its cancellation and a worker that fell silent, which the next worker ends."""
+    notes = ["to be cancelled"] if row["cancel_requested"] and row["state"] in ("queued", "running") else []
+    seen = row["heartbeat_at"]
+    if row["state"] == "running" and seen is not None:
+        silent_s = (datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds()
+        notes += [f"no sign of its worker for {silent_s / 60:.0f} min"] if silent_s > SILENT_S else []
+    return ", ".join([row["state"], *notes])
 
 
 def _progress(step: dict[str, Any]) -> str:

@@ -52,10 +52,14 @@ class CompositionOut(Wire):
 
 
 class JobOut(Wire):
+    """`heartbeat_at` is the worker's last sign of life while the job runs; of a queued job, when it is due."""
+
     id: int
     kind: str
     namespace: str | None
     state: str
+    cancel_requested: bool
+    heartbeat_at: datetime | None
     steps: list[StepOut]
     error: dict[str, Any] | None
     created_at: datetime
