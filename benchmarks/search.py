@@ -28,7 +28,7 @@ from registry.domain.catalog.release_rows import load_details
 from registry.domain.catalog.suites import parse_condition
 from registry.domain.search import search
 from registry.domain.search.ordering import NEWEST, VERSION, Order
-from registry.domain.search.search import Query
+from registry.domain.search.query import Query
 from registry.formats.references import RepositoryName
 
 SIZES = (1_000, 100_000)
@@ -64,10 +64,10 @@ QUERIES: dict[str, tuple[Query, str]] = {
     "base, rank, targets by score": (FITTING, "sql-exact.accuracy"),
     "base, rank, targets by version": (FITTING, VERSION),
     "base, rank, score": (
-        Query(base=BASE, max_rank=16, scores=(parse_condition("sql-exact.accuracy>=0.5"),)),
+        Query(base=BASE, max_rank=16, score=(parse_condition("sql-exact.accuracy>=0.5"),)),
         NEWEST,
     ),
-    "a score that none has": (Query(base=BASE, scores=(parse_condition("sql-exact.accuracy>=2"),)), NEWEST),
+    "a score that none has": (Query(base=BASE, score=(parse_condition("sql-exact.accuracy>=2"),)), NEWEST),
     "everything": (Query(), NEWEST),
     "what a channel serves": (Query(channel=stock.CHANNEL), NEWEST),
     "what a channel serves by version": (Query(channel=stock.CHANNEL), VERSION),
@@ -166,8 +166,8 @@ def _verbs(
 
 def _page(database: Database, actor: Actor, query: Query, order: str, limit: int) -> list[object]:
     with database.read() as session:
-        places = search.search(session, actor, query, Order(order, limit + 1)).places[:limit]
-        return [release_document(actor, one) for one in load_details(session, [place.release_id for place in places])]
+        hits = search.search(session, actor, query, Order(order, limit + 1)).hits[:limit]
+        return [release_document(actor, one) for one in load_details(session, [hit.release_id for hit in hits])]
 
 
 def _throughput(kind: str, ports: Mapping[int, int], rounds: int, seconds: float) -> None:

@@ -13,7 +13,7 @@ from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import yanks
 from registry.domain.search import search
 from registry.domain.search.ordering import Order
-from registry.domain.search.search import Query
+from registry.domain.search.query import Query
 from tests import services
 from tests.registry.shelf import HOST, SUITES, Item, stock
 

@@ -8,7 +8,7 @@ a table of a few pages whole, as it should: here those with a row for each repos
 import re
 import sqlite3
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
 
@@ -26,12 +26,13 @@ from registry.domain.access.roles import EVERYWHERE
 from registry.domain.catalog import bases, release_rows
 from registry.domain.catalog.suites import Condition
 from registry.domain.channels import resolve
-from registry.domain.search import search
+from registry.domain.search import access_paths, search
 from registry.domain.search.ordering import VERSION, Order, Position
-from registry.domain.search.search import Query
+from registry.domain.search.query import Query
 from registry.formats.references import RepositoryName, parse_reference
 from tests import services
 from tests.composer.small_model import save_llama
+from tests.registry.searches import plain_search
 
 RELEASES = 10_000
 WITH_RELEASES = ("release_words", "releases", "revisions", "scores")
@@ -144,15 +145,15 @@ NARROW: dict[str, tuple[Query, Order]] = {
     "what fits, by score": (FITTING, Order("sql-exact.accuracy")),
     "what fits, by score, the next page": (FITTING, Order("sql-exact.accuracy", after=Position(0.9, 5_000))),
     "what fits and scores": (
-        Query(base=BASE, max_rank=8, targets_exact=("q_proj", "v_proj"), scores=(ACCURATE,)),
+        Query(base=BASE, max_rank=8, targets_exact=("q_proj", "v_proj"), score=(ACCURATE,)),
         Order(),
     ),
     "two scores, by one of them": (
-        Query(scores=(Condition("sql-exact", "accuracy", ">=", 0.3), Condition("sql-exact", "nll", "<=", 0.2))),
+        Query(score=(Condition("sql-exact", "accuracy", ">=", 0.3), Condition("sql-exact", "nll", "<=", 0.2))),
         Order("sql-exact.nll"),
     ),
     "what nothing fits": (Query(base=BASE, max_rank=3), Order()),
-    "what scores as nothing does": (Query(base=BASE, scores=(Condition("sql-exact", "accuracy", ">=", 2.0),)), Order()),
+    "what scores as nothing does": (Query(base=BASE, score=(Condition("sql-exact", "accuracy", ">=", 2.0),)), Order()),
     "a repository": (Query(repository=RepositoryName("team-1", "adapter-26")), Order(VERSION)),
     "a namespace that is not there": (Query(namespace="nowhere"), Order()),
     "a channel that is not there": (Query(channel="nowhere"), Order()),
@@ -184,7 +185,7 @@ BROAD: dict[str, tuple[Query, Order]] = {
     "words of all by score": (Query(text="train ticket"), Order("sql-exact.accuracy")),
     "a trainer of all": (Query(provenance=("trainer:TRL 0.20",)), Order()),
     "the latest": (Query(base=BASE, latest=True), Order()),
-    "a score of many": (Query(scores=(ACCURATE,)), Order()),
+    "a score of many": (Query(score=(ACCURATE,)), Order()),
 }
 
 
@@ -211,11 +212,21 @@ def test_a_broad_search_reads_an_index_in_its_order_until_the_page_is_full(stock
         assert stocked.whole_tables(plan, in_order=True) == [], "\n".join([statement, *plan])
 
 
+@pytest.mark.parametrize("name", [*NARROW, *BROAD])
+def test_each_way_to_a_page_finds_what_the_plain_statement_finds(stocked: Stocked, name: str) -> None:
+    query, order = (NARROW | BROAD)[name]
+    actor = READER if "stranger" in name else HOST
+    with stocked.database.read() as session:
+        first = search.search(session, actor, query, replace(order, after=None)).hits
+        expected = plain_search(session, actor, query, order.name, not order.name.endswith("nll"))
+    assert [hit.release_id for hit in first] == expected[: order.limit]
+
+
 @pytest.mark.parametrize("order", ["newest", VERSION])
 def test_what_many_channels_of_a_name_give_out_is_read_in_order(
     stocked: Stocked, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "RARE", 100)
+    monkeypatch.setattr(access_paths, "RARE", 100)
     query = Query(channel=stock.CHANNEL)
     plans = stocked.plans(lambda session: search.search(session, HOST, query, Order(order)))
     for statement, plan in plans:
@@ -243,7 +254,7 @@ SHORT: dict[str, tuple[Actor, Query, Order, int]] = {
     "a beginning of a hundred such words": (HOST, Query(text="adapter 2"), Order(), 80_000),
     "a score that none has": (
         HOST,
-        Query(base=BASE, scores=(Condition("sql-exact", "accuracy", ">=", 2.0),)),
+        Query(base=BASE, score=(Condition("sql-exact", "accuracy", ">=", 2.0),)),
         Order(),
         1_000,
     ),

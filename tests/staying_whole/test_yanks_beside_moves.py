@@ -16,7 +16,7 @@ from registry.domain.channels import moves, yanks
 from registry.domain.channels.moves import PromotionRequest
 from registry.domain.search import search
 from registry.domain.search.ordering import Order
-from registry.domain.search.search import Query
+from registry.domain.search.query import Query
 from registry.errors import Refused
 from registry.formats.references import Version
 from registry.transfer.resources import Resources

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import QueryParams
 
-from composer.formats.adapters.serving import Profile, loads, parse_profile
+from composer.formats.adapters.serving import Profile, loads
 from registry.api.http.pagination import decode_cursor, encode_cursor
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route, ThreadedRoute, cached_by_query
@@ -30,15 +30,13 @@ from registry.database.engine import Session
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import suites
-from registry.domain.catalog.repositories import Kind
-from registry.domain.catalog.suites import parse_condition
 from registry.domain.channels import resolve
 from registry.domain.channels.resolve import ResolvedRow
 from registry.domain.search import search
 from registry.domain.search.ordering import NEWEST, VERSION, Hit, Order, Position
 from registry.domain.search.search import SearchResult
 from registry.errors import Usage
-from registry.formats.references import parse_name, parse_reference, parse_repository
+from registry.formats.references import parse_reference
 
 router = APIRouter(prefix="/v1", tags=["search"], route_class=Route)
 
@@ -59,7 +57,7 @@ def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
         read = SearchIn.model_validate(given)
     except ValidationError as error:
         raise RequestValidationError([{**one, "loc": ("query", *one["loc"])} for one in error.errors()]) from error
-    return read, _wanted(read)
+    return read, read.parse()
 
 
 def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> Response:
@@ -133,39 +131,9 @@ def _resolved(resolved: ResolvedRow) -> Json:
     return {"release": release, "warning": resolved.warning}
 
 
-def _wanted(query: SearchIn) -> search.Query:
-    return search.Query(
-        kind=Kind(query.kind),
-        namespace=query.namespace,
-        repository=parse_repository(query.repository) if query.repository else None,
-        base=query.base,
-        related="related" in query.include,
-        type=query.type,
-        variant=query.variant,
-        dtype=query.dtype,
-        license=query.license,
-        alpha=query.alpha,
-        min_rank=query.min_rank,
-        max_rank=query.max_rank,
-        targets_within=query.targets_within,
-        targets_include=query.targets_include,
-        targets_exact=query.targets_exact,
-        max_size_bytes=query.max_size_bytes,
-        scores=[parse_condition(text) for text in query.score],
-        channel=parse_name(query.channel, "channel") if query.channel else None,
-        text=query.text,
-        provenance=query.provenance,
-        loads_in=parse_profile(query.loads_in) if query.loads_in else None,
-        explain="refused" in query.include,
-        include_yanked=query.include_yanked,
-        stable=query.stable,
-        latest=query.latest,
-    )
-
-
 def _metrics(query: SearchIn, wanted: search.Query) -> list[tuple[str, str]]:
     """Suite and metric of each score in the conditions or the sort order."""
-    asked = [(condition.suite, condition.metric) for condition in wanted.scores]
+    asked = [(condition.suite, condition.metric) for condition in wanted.score]
     suite, dot, metric = query.sort.rpartition(".")
     return [*asked, (suite, metric)] if dot else asked
 

@@ -1,13 +1,18 @@
 """Schemas of search and resolve."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
+from composer.formats.adapters.serving import parse_profile
 from registry.api.schemas.catalog import BaseRef, FileRow, ReleaseOut
 from registry.api.schemas.wire import MAX_INT32, MAX_INT64, Wire
+from registry.domain.catalog.repositories import Kind
+from registry.domain.catalog.suites import parse_condition
+from registry.domain.search.query import REFUSED, RELATED, Query
 from registry.errors import Usage
+from registry.formats.references import parse_name, parse_repository
 
 Rank = Annotated[int | None, Field(ge=1, le=MAX_INT32)]
 Word = Annotated[str | None, Field(max_length=200)]
@@ -17,8 +22,16 @@ LISTS = ("include", "targets_within", "targets_include", "targets_exact")
 """Parameters with lists of names, which contain no commas."""
 UNSPLIT = ("score", "provenance")
 """Lists whose items may contain commas."""
-INCLUDED = {"related": "base", "refused": "loads_in"}
+INCLUDED = {RELATED: "base", REFUSED: "loads_in"}
 """The values of `include`, and the condition that each one needs."""
+PARSERS: dict[str, Callable[[Any], Any]] = {
+    "kind": Kind,
+    "repository": parse_repository,
+    "score": lambda texts: [parse_condition(text) for text in texts],
+    "channel": lambda text: parse_name(text, "channel"),
+    "loads_in": parse_profile,
+}
+"""Fields of a query that are not as on the wire."""
 
 
 class SearchIn(Wire):
@@ -95,6 +108,11 @@ class SearchIn(Wire):
                     next_step=f"Add {condition} (--{condition.replace('_', '-')}), or leave {added} out.",
                 )
         return self
+
+    def parse(self) -> Query:
+        """Raises Usage or NotSupported for a text that no field of a query can have."""
+        given = {name: getattr(self, name) for name in self.model_fields_set if name in Query.__dataclass_fields__}
+        return Query(**given | {name: parse(given[name]) for name, parse in PARSERS.items() if name in given})
 
 
 def _value(name: str, given: list[str]) -> str | list[str]:

@@ -131,6 +131,8 @@ class SortKey:
 
 
 def by_of(session: Session, order: Order, values: dict[str, Any]) -> SortKey:
+    """The shape of an order, whose values are added to `values`."""
+    values["limit"] = order.limit
     if order.after:
         values |= {"after_key": order.after.key, "after_id": order.after.release_id}
     goes_on = order.after is not None

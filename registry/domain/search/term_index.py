@@ -1,22 +1,20 @@
-"""Reads the newest releases with given words from the term index. It has each word's releases in order, so the cost
-depends on the page, not on how many releases have a word or how old they are.
+"""Reads the newest releases with given terms from the term index. It has each term's releases in order, so the cost
+depends on the page, not on how many releases have a term or how old they are.
 
 Namespaces are terms too, so a search by an actor who may read little costs no more than one by an admin.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import orjson
-from sqlalchemy import CTE, ColumnElement, bindparam, case, func, literal, select
+from sqlalchemy import CTE, bindparam, case, func, literal, select
 from sqlalchemy.orm import Session
 
 from registry.database.dialects import json_list, unnest
 from registry.database.prepared import Prepared, Query, prepared
 from registry.database.tables import ReleaseWord
-from registry.domain.search import filters
-from registry.domain.search.query import QueryShape
+from registry.domain.search.filters import QueryShape, Term, Values, has_other_terms
 
 MANY_WORDS = 128
 """Up to this many words with one prefix are merged; beyond it, all releases are read in order."""
@@ -33,12 +31,12 @@ _word = ReleaseWord.__table__.c
 
 @dataclass(frozen=True, slots=True)
 class TermMatches:
-    """The newest releases, at most `count`, below an id that have a word matching condition `number`.
+    """The newest releases, at most `count`, below an id that have a word matching the term.
 
     `words` is the number of matching words; if it exceeds `MANY_WORDS`, no releases were read.
     """
 
-    number: int
+    term: Term
     words: int
     count: int
     ids: Sequence[int]
@@ -49,18 +47,18 @@ class TermMatches:
 
 
 def most_selective_term(
-    session: Session, form: QueryShape, values: Mapping[str, Any]
-) -> tuple[TermMatches | None, tuple[int, ...]]:
+    session: Session, shape: QueryShape, values: Values
+) -> tuple[TermMatches | None, tuple[Term, ...]]:
     """The most selective term: the first that matches few releases, else the one whose newest matches are sparsest.
-    Also the numbers of conditions that match too many words to read this way."""
+    Also the terms that match too many words to read this way."""
     below = values.get("after_id") or END
     values = {**values, "below": below, "entries": ENTRIES * values["limit"], "most_words": MANY_WORDS}
     candidates: list[TermMatches] = []
-    left: list[int] = []
-    for number in range(form.entries):
-        newest = _newest(session, form, number, values)
+    left: list[Term] = []
+    for term in shape.terms:
+        newest = _newest(session, shape, term, values)
         if newest.words > MANY_WORDS:
-            left.append(number)
+            left.append(term)
         elif newest.are_all:
             return newest, ()
         else:
@@ -70,16 +68,14 @@ def most_selective_term(
     first = min(newest.ids[0] for newest in candidates)
     for index, newest in enumerate(candidates):
         if newest.ids[-1] > first:  # these releases cannot match the other terms
-            candidates[index] = _newest(
-                session, form, newest.number, {**values, "below": first + 1, "most_words": _ANY}
-            )
+            candidates[index] = _newest(session, shape, newest.term, {**values, "below": first + 1, "most_words": _ANY})
             if candidates[index].are_all:
                 return candidates[index], ()
     return max(candidates, key=lambda newest: newest.ids[0] - newest.ids[-1]), tuple(left)
 
 
-def id_bounds(session: Session, values: Mapping[str, Any]) -> dict[str, int]:
-    """The `lowest` and `highest` id of the releases in the namespaces to search, 0 for none.
+def id_bounds(session: Session, values: Values) -> dict[str, int]:
+    """The `lowest` and `highest` id of the releases in the namespaces of the list `homes`, 0 for none.
 
     With more than `MANY_WORDS` namespaces, the bounds of all ids: querying each would cost more than it saves.
     """
@@ -90,7 +86,7 @@ def id_bounds(session: Session, values: Mapping[str, Any]) -> dict[str, int]:
 
 
 def iterate_matches(
-    session: Session, form: QueryShape, newest: TermMatches, values: Mapping[str, Any]
+    session: Session, shape: QueryShape, newest: TermMatches, values: Values
 ) -> Iterator[Sequence[int]]:
     """All matches of the term in growing batches, without releases that lack other terms: the database skips those
     faster."""
@@ -98,37 +94,34 @@ def iterate_matches(
     while not newest.are_all:
         span = newest.ids[0] - newest.ids[-1] + 1
         further = {"below": newest.ids[-1], "entries": newest.count * MORE, "span": span * MORE, "most_words": _ANY}
-        newest = _newest(session, form, newest.number, {**values, **further}, with_others=True)
+        newest = _newest(session, shape, newest.term, {**values, **further}, with_others=True)
         yield newest.ids
 
 
 def _newest(
-    session: Session, form: QueryShape, number: int, values: Mapping[str, Any], *, with_others: bool = False
+    session: Session, shape: QueryShape, term: Term, values: Values, *, with_others: bool = False
 ) -> TermMatches:
-    if filters.ends_of(form, number) is None:
-        return _newest_at_home(session, form, number, values, with_others)
-    texts = _newest_of_each(form, number, with_others).column(session, values)
-    return _newest_of(number, texts, values)
+    statement = _newest_of_each(shape, term, with_others)
+    if term.match == "any":
+        return _newest_at_home(session, statement, term, values)
+    return _newest_of(term, statement.column(session, values), values)
 
 
-def _newest_of(number: int, texts: Sequence[str | None], values: Mapping[str, Any]) -> TermMatches:
+def _newest_of(term: Term, texts: Sequence[str | None], values: Values) -> TermMatches:
     ids = {release_id for text in texts if text for release_id in orjson.loads(text)}
-    return TermMatches(number, len(texts), values["entries"], sorted(ids, reverse=True)[: values["entries"]])
+    return TermMatches(term, len(texts), values["entries"], sorted(ids, reverse=True)[: values["entries"]])
 
 
-def _newest_at_home(
-    session: Session, form: QueryShape, number: int, values: Mapping[str, Any], with_others: bool
-) -> TermMatches:
+def _newest_at_home(session: Session, statement: Prepared, term: Term, values: Values) -> TermMatches:
     """Reads all namespaces down to the same id: reading a page of each would multiply the cost by their number."""
     homes = len(values["homes"])
     if homes > MANY_WORDS:
-        return TermMatches(number, homes, values["entries"], ())
+        return TermMatches(term, homes, values["entries"], ())
     below = min(values["below"], values["highest"] + 1)
-    span = values.get("span", ENTRIES * values["entries"]) if homes > 1 else below
+    span = values.get("span", ENTRIES * values["entries"])
     while True:
         above = below - span
-        texts = _newest_of_each(form, number, with_others).column(session, {**values, "below": below, "above": above})
-        newest = _newest_of(number, texts, values)
+        newest = _newest_of(term, statement.column(session, {**values, "below": below, "above": above}), values)
         if not newest.are_all or above < values["lowest"]:
             return newest
         span *= MORE
@@ -149,34 +142,32 @@ _ENDS_AT_HOME = _ends_at_home()
 
 
 @prepared
-def _newest_of_each(form: QueryShape, number: int, with_others: bool) -> Query:
+def _newest_of_each(shape: QueryShape, term: Term, with_others: bool) -> Query:
     """For each matching word, the newest releases that have it; NULL if there are many words.
 
     Each word is found from the previous one, and the index has each word's releases in order. Reading and sorting all
     entries of the prefix would take time proportional to their number.
     """
-    ends = filters.ends_of(form, number)
     entries = select(_word.release_id.label("id")).where(_word.release_id < bindparam("below"))
     entries = entries.order_by(_word.release_id.desc()).limit(bindparam("entries"))
-    if not ends:
+    if term.match == "any":
         entries = entries.where(_word.release_id > bindparam("above"))
     if with_others:
-        entries = entries.where(*filters.has_other_words(form, number))
-    if ends and ends[0] is ends[1]:
-        of_word = entries.where(_word.word == ends[0]).subquery("newest")
-        return select(json_list(of_word.c.id))
-    words = _words_between(*ends) if ends else select(unnest("homes").label("word")).cte("words")
+        entries = entries.where(*has_other_terms(shape, term))
+    if term.match == "exact":
+        return select(json_list(entries.where(term.matches(_word.word)).subquery("newest").c.id))
+    words = _words_of(term) if term.match == "prefix" else select(unnest(term.name).label("word")).cte("words")
     newest = entries.where(_word.word == words.c.word).correlate(words).subquery("newest")
     ids = select(json_list(newest.c.id)).scalar_subquery()
     count = select(func.count(words.c.word)).scalar_subquery()
     return select(case((count <= bindparam("most_words"), ids))).where(words.c.word.is_not(None))
 
 
-def _words_between(first: ColumnElement[str], last: ColumnElement[str]) -> CTE:
-    """The distinct words, at most `most_words` + 1, and NULL after the last."""
+def _words_of(term: Term) -> CTE:
+    """The distinct words of a prefix, at most `most_words` + 1, and NULL after the last."""
     least = select(literal(1).label("number"), func.min(_word.word).label("word"))
-    words = least.where(_word.word.between(first, last)).cte("words", recursive=True)
+    words = least.where(term.matches(_word.word)).cte("words", recursive=True)
     other = ReleaseWord.__table__.alias().c
-    following = select(func.min(other.word)).where(other.word > words.c.word, other.word <= last).correlate(words)
+    following = select(func.min(other.word)).where(other.word > words.c.word, other.word <= term.last).correlate(words)
     goes_on = words.c.word.is_not(None) & (words.c.number <= bindparam("most_words"))
     return words.union_all(select(words.c.number + 1, following.scalar_subquery()).where(goes_on))
