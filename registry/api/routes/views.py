@@ -1,30 +1,31 @@
 """Renders rows for the API. Call inside the transaction that read or wrote the rows."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from registry.api.routes.documents import move_document
 from registry.api.schemas.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
 from registry.api.schemas.quality import ChannelOut, MoveOut, ScoreOut, SuiteOut
-from registry.api.schemas.work import AuditOut, CompositionOut, JobOut, ResultRow, StepOut
-from registry.database.engine import Session
+from registry.api.schemas.wire import Wire
+from registry.api.schemas.work import AuditOut, CompositionOut, JobOut
+from registry.database.engine import Row, Session
 from registry.database.tables import AuditRow, Base, Channel, Composition, Job, Repository, Score, Suite
 from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.channels import moves, resolve
 from registry.domain.channels.moves import ChannelMove
 from registry.formats.references import RepositoryName
 
+W = TypeVar("W", bound=Wire)
+
+
+def _view(schema: type[W], row: Row, **fields: Any) -> W:
+    """The schema of a row: `fields`, and the columns with the names of its other fields."""
+    columns = {name: getattr(row, name) for name in schema.model_fields.keys() - fields.keys()}
+    return schema.model_validate(columns | fields)
+
 
 def score_view(row: Score) -> ScoreOut:
-    return ScoreOut(
-        suite=row.suite.name,
-        suite_digest=row.suite.digest,
-        metric=row.metric,
-        value=row.value,
-        stderr=row.stderr,
-        n=row.n,
-        higher_is_better=row.higher_is_better,
-        measured=row.measured_at,
-    )
+    return _view(ScoreOut, row, suite=row.suite.name, suite_digest=row.suite.digest, measured=row.measured_at)
 
 
 def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:
@@ -37,22 +38,14 @@ def base_page(session: Session, rows: Sequence[Base]) -> list[BaseOut]:
     aliases, locations = bases.aliases(session, *rows), bases.locations(session, *rows)
     origins, scores = bases.origins(session, *rows), suites.scores_of_bases(session, *rows)
     return [
-        BaseOut(
-            digest=row.digest,
-            architecture_digest=row.architecture_digest,
-            name=row.name,
+        _view(
+            BaseOut,
+            row,
             aliases=aliases[row.digest],
             locations=locations[row.digest],
-            model_type=row.model_type,
-            tied=row.tied,
-            parameters=row.parameters,
-            size_bytes=row.size_bytes,
-            tensor_count=row.tensor_count,
-            created_at=row.created_at,
-            created_by=row.created_by,
             scores=[score_view(score) for score in scores[row.digest]],
+            tensors=None,
             derived_from=BaseRef(digest=row.derived_from, name=origins[row.derived_from]) if row.derived_from else None,
-            relation=row.relation,
         )
         for row in rows
     ]
@@ -66,21 +59,21 @@ def repository_page(session: Session, rows: Sequence[Repository]) -> list[Reposi
     """Renders repositories with two queries, whatever the page length."""
     heads = resolve.heads(session, *rows)
     return [
-        RepositoryOut(
+        _view(
+            RepositoryOut,
+            row,
             repository=str(repositories.name_of(row)),
-            kind=row.kind,
             latest=heads[row.id].latest,
             channels=heads[row.id].channels,
-            created_at=row.created_at,
         )
         for row in rows
     ]
 
 
 def suite_page(session: Session, rows: Sequence[Suite]) -> list[SuiteOut]:
-    """Renders suites with one query for all their metrics."""
+    """Renders suites, without their examples, with one query for all their metrics."""
     stated = metrics.stated(session, rows)
-    return [_suite_view(row, stated[row.name]) for row in rows]
+    return [_view(SuiteOut, row, metrics=_directions(stated[row.name]), content=None) for row in rows]
 
 
 def suite_view(session: Session, row: Suite) -> SuiteOut:
@@ -89,17 +82,8 @@ def suite_view(session: Session, row: Suite) -> SuiteOut:
     return view.model_copy(update={"content": row.content})
 
 
-def _suite_view(row: Suite, stated: Mapping[str, bool]) -> SuiteOut:
-    return SuiteOut(
-        name=row.name,
-        digest=row.digest,
-        kind=row.kind,
-        examples=row.examples,
-        current=row.current,
-        metrics={metric: "higher" if better else "lower" for metric, better in stated.items()},
-        created_at=row.created_at,
-        created_by=row.created_by,
-    )
+def _directions(stated: Mapping[str, bool]) -> dict[str, str]:
+    return {metric: "higher" if better else "lower" for metric, better in stated.items()}
 
 
 def channel_view(session: Session, row: Channel, repository: Repository) -> ChannelOut:
@@ -121,51 +105,21 @@ def move_view(moved: ChannelMove, repository: RepositoryName, channel: str) -> M
 
 
 def job_view(row: Job) -> JobOut:
-    return JobOut(
-        id=row.id,
-        kind=row.kind,
-        namespace=row.namespace,
-        state=row.state,
-        steps=[StepOut(**step) for step in row.steps],
-        error=row.error,
-        created_at=row.created_at,
-        created_by=row.created_by,
-        finished_at=row.finished_at,
-    )
+    return _view(JobOut, row)
 
 
 def composition_view(row: Composition, job: Job) -> CompositionOut:
-    results = [ResultRow(**result) for result in row.results]
-    return CompositionOut(
-        id=row.id,
+    return _view(
+        CompositionOut,
+        row,
         job=job.id,
         state=job.state,
         plan=row.plan_only,
-        recipe=row.recipe,
-        lock=row.lock,
-        conflicts=row.conflicts,
-        candidate_scores=row.candidate_scores,
-        gates=row.gates,
-        merge=row.merge,
-        result=results[0] if results else None,
-        results=results,
-        steps=[StepOut(**step) for step in job.steps],
+        result=row.results[0] if row.results else None,
+        steps=job.steps,
         error=job.error,
     )
 
 
 def audit_view(row: AuditRow) -> AuditOut:
-    return AuditOut(
-        id=row.id,
-        at=row.at,
-        actor=row.actor,
-        token=row.token_id,
-        source=row.source,
-        act=row.act,
-        subject=row.subject,
-        namespace=row.namespace,
-        reason=row.reason,
-        before=row.before,
-        after=row.after,
-        detail=row.detail,
-    )
+    return _view(AuditOut, row, token=row.token_id)
