@@ -20,7 +20,7 @@ from composer.findings import Severity, Verdict
 from composer.formats.recipes.methods import effective_weights, parse_settings
 from composer.formats.recipes.policy import parse_policy
 from composer.formats.recipes.suite import Example, Suite
-from composer.formats.recipes.weights import Weight, WeightRule
+from composer.formats.recipes.weights import Weight, parse_rule
 from composer.methods.combine import combine_deltas
 from tests.composer.adapted import save_adapted
 from tests.composer.small_model import Load, dense, scaled
@@ -209,7 +209,7 @@ def test_an_adapter_of_weight_zero_drowns_in_nothing(red: LoadedAdapter, green: 
 
 
 def test_weights_by_module_count_in_every_weighted_number(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    silent = Weight(1.0, (WeightRule(0.0, modules="q_proj"),))
+    silent = Weight(1.0, (parse_rule("q_proj=0"),))
     found = conflicts([red, green], [1.0, silent])
     assert found.pairs[0].modules["model.layers.0.self_attn.q_proj"].dominance == 1.0
     assert found.pairs[0].numbers.interference == pytest.approx(1.0), "where both are, one has the weight 0"
@@ -255,7 +255,7 @@ def test_two_that_train_one_token_are_a_finding_whatever_the_method(
 def test_a_mean_tells_the_weights_that_it_comes_to(red: LoadedAdapter, green: LoadedAdapter) -> None:
     found = conflicts([red, green], [1.0, 3.0], parse_settings("mean"))
     assert [member.to_json()["weight"] for member in found.members] == [0.25, 0.75]
-    ruled = Weight(1.0, (WeightRule(0.0, modules="q_proj"),))
+    ruled = Weight(1.0, (parse_rule("q_proj=0"),))
     told = conflicts([red, green], [1.0, ruled], parse_settings("mean")).members[0].to_json()
     assert told["weight"] == {"value": 1.0, "rules": [], "among": [1.0, ruled.to_json()]}
     assert effective_weights([1.0, 1.0], parse_settings("mean"))[0].times(2.0).of("m") == 1.0

@@ -15,7 +15,7 @@ from composer.evaluation.evaluate import evaluate
 from composer.evaluation.model import LoadedModel
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Example, Kind, Suite
-from composer.formats.recipes.weights import Weight, WeightRule
+from composer.formats.recipes.weights import Weight, parse_rule
 
 
 def suite(name: str, kind: Kind = "target", count: int = 6) -> Suite:
@@ -191,7 +191,7 @@ def test_the_interval_holds_all_members_together_and_the_risk_is_of_the_worst(lo
 
 
 def test_weights_by_module_are_what_is_added_there(loaded: LoadedModel) -> None:
-    half = Weight(1.0, (WeightRule(0.5, layers=(0, 0)), WeightRule(0.0, modules="v_proj")))
+    half = Weight(1.0, (parse_rule("0=0.5"), parse_rule("v_proj=0")))
     found = {delta.module: delta for delta in weighted(MEMBERS[0].deltas, half) if isinstance(delta, LowRank)}
     assert found["model.layers.0.self_attn.q_proj"].scale == pytest.approx(0.1)
     assert found["model.layers.0.self_attn.v_proj"].scale == pytest.approx(0.1)

@@ -235,15 +235,12 @@ def _validated(document: object, subject: str, place: Callable[[int], str]) -> S
         problem = problem_of(error)
         match problem.loc:
             case ("examples", int(index), *rest):
-                where = place(index)
-                told = f"{where}: {path_of(tuple(rest))}" if rest else where
+                where, path = place(index), path_of(tuple(rest))
+                message = f"{where}: {path}: {problem.why}." if path else f"{where}: {problem.why}."
                 next_step = problem.next_step or _EXAMPLE
-                raise InvalidFile(
-                    "suite_example", f"{told}: {problem.why}.", subject=where, next_step=next_step
-                ) from error
+                raise InvalidFile("suite_example", message, subject=where, next_step=next_step) from error
             case _:
-                told = f"{subject}: {problem.path}" if problem.loc else subject
-                raise _bad(told, problem.why, subject, problem.next_step or _SUITE) from error
+                raise _bad(problem.at(subject), problem.why, subject, problem.next_step or _SUITE) from error
 
 
 def _bad(where: str, why: str, subject: str, next_step: str) -> InvalidFile:
