@@ -18,7 +18,7 @@ from composer.formats.recipes.methods import parse_settings
 from composer.merge.plan import plan_merge
 from composer.methods.basis import norm_of, pair_of
 from composer.methods.combine import combine_deltas
-from tests.composer.test_methods_on_models import Shared, loaded, shared
+from tests.composer.methods.test_methods_on_models import Shared, loaded, shared
 
 __all__ = ["shared"]
 SUMS = ["pico_stack", "pico_svd", "pico_tsv", "pico_iso", "pico_magnitude_prune_svd", "pico_dare_linear_svd"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.composer.test_page import Tree
+from tests.composer.conflicts.test_page import Tree
 from tests.scenarios.world import Cli, World
 
 PAIR = ("acme/sql:1.0.0", "acme/terraform:1.0.0")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import LlamaForCausalLM
 
-from tests.composer.test_merge_nf4 import pack
+from tests.composer.merge.test_merge_nf4 import pack
 from tests.scenarios.test_compositions import release_all, write_recipe
 from tests.scenarios.test_signatures import Keys
 from tests.scenarios.world import Cli, World

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.composer.adapted import logits, peft_logits, relative, save_adapted
-from tests.composer.test_convert import as_kohya
+from tests.composer.export.test_convert import as_kohya
 from tests.scenarios.world import Cli, World
 
 QV: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}

@@ -38,7 +38,7 @@ from composer.formats.adapters.serving import loads_in
 from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
 from composer.formats.checkpoints.header import TensorSpec
 from tests.composer.adapted import assert_all_close, merge
-from tests.composer.test_formats_adapter import facts_of
+from tests.composer.formats.test_adapter import facts_of
 from tests.composer.tiny import load_model, tensors_in
 
 TEXT: dict[str, Any] = {

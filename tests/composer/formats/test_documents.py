@@ -19,7 +19,7 @@ from composer.formats.recipes.policy import read_policy
 from composer.formats.recipes.recipe import parse_recipe
 from composer.formats.recipes.suite import Suite
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ROWS = [json.loads(line) for line in Path(__file__).with_name("documents.jsonl").read_text().splitlines()]
 
 

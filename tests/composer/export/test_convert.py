@@ -16,7 +16,7 @@ from composer.formats.adapters.inspection import inspect_foreign
 from composer.formats.adapters.layouts import recognise
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 from tests.composer.adapted import logits, merge, peft_logits, relative
-from tests.composer.test_variants_experts import mixtral, save_base
+from tests.composer.deltas.test_variants_experts import mixtral, save_base
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 
 Tensors = dict[str, torch.Tensor]

@@ -9,7 +9,7 @@ from registry.formats import compatibility
 from registry.formats.compatibility import Surface, breaking_changes, outside_caret_range, required_bump, surface
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, Version, parse_range, parse_version
-from tests.properties.test_names import near, stable, versions
+from tests.registry.formats.test_names import near, stable, versions
 
 CHANGES = ("breaking", "weights", "files")
 stable_versions = versions.filter(lambda version: version.stable)

@@ -21,8 +21,8 @@ from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import Regmean
 from composer.methods.combine import combine_deltas
 from tests.composer.adapted import IDS, peft_logits, relative, save_adapted
+from tests.composer.deltas.test_variants_experts import DOWN, GATE, gpt_oss, lora, mixtral, qwen3, save_base
 from tests.composer.small_model import save_tokenizer
-from tests.composer.test_variants_experts import DOWN, GATE, gpt_oss, lora, mixtral, qwen3, save_base
 
 MODELS: dict[str, Callable[..., PreTrainedConfig]] = {"Mixtral": mixtral, "Qwen3-MoE": qwen3, "GPT-OSS": gpt_oss}
 # Fewer tokens than a module has inputs: the members' parts of the fit are independent, and it can be exact.

@@ -12,8 +12,8 @@ from composer.conflicts.report import conflicts
 from composer.deltas.variants.load import LoadedAdapter
 from composer.findings import Severity, Verdict
 from composer.formats.recipes.policy import parse_policy
+from tests.composer.conflicts.test_conflicts import codes
 from tests.composer.small_model import Load
-from tests.composer.test_conflicts import codes
 
 
 def outcome(loss: float, kept: float, rise: float, stderr: float, k: int = 8) -> ProbeResult:

@@ -14,8 +14,8 @@ from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.evaluation.evaluate import Encoded, deltas_applied, encode_prompt
 from composer.evaluation.model import LoadedModel, load_model
 from tests.composer.adapted import save_adapted
+from tests.composer.deltas.test_variants_experts import DOWN, GATE, lora, qwen3, save_base
 from tests.composer.small_model import save_gemma, save_gpt2, save_tokenizer
-from tests.composer.test_variants_experts import DOWN, GATE, lora, qwen3, save_base
 
 PROMPTS = ["who are you", "abc", "is 12 or 3"]
 

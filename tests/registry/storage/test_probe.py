@@ -20,7 +20,7 @@ from registry.storage.blobs import IncomingUpload, Put
 from registry.storage.s3.bucket import open_bucket
 from registry.storage.s3.probe import NEVER, PROBE, STALE_S
 from registry.storage.s3.uploads import S3Arrivals
-from tests.contracts.corner import LARGE_BYTES, PART_BYTES, TOMORROW, Corner, relay, send
+from tests.registry.storage.corner import LARGE_BYTES, PART_BYTES, TOMORROW, Corner, relay, send
 from tests.s3_server import BUCKET, S3Server
 
 

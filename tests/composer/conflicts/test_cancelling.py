@@ -14,8 +14,8 @@ from composer.errors import Mismatch
 from composer.findings import Severity, Verdict
 from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.policy import parse_policy
+from tests.composer.conflicts.test_conflicts import codes
 from tests.composer.small_model import Load, scaled
-from tests.composer.test_conflicts import codes
 
 
 def summed_and_turned(adapters: list[LoadedAdapter]) -> list[Delta]:

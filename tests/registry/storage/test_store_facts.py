@@ -11,7 +11,7 @@ from registry.database.locks import exclusive_probe
 from registry.errors import Unavailable
 from registry.storage.s3.store import S3Store
 from registry.transfer.store_facts import DatabaseRecord
-from tests.contracts.corner import LARGE_BYTES, Corner, relay
+from tests.registry.storage.corner import LARGE_BYTES, Corner, relay
 from tests.s3_server import S3Server
 
 

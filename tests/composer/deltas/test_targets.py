@@ -7,7 +7,7 @@ from composer.deltas.variants.load import load_deltas
 from composer.errors import Mismatch
 from composer.findings import Severity
 from composer.formats.checkpoints.checkpoint import open_checkpoint
-from tests.composer.test_formats_adapter import change_config, placed_on
+from tests.composer.formats.test_adapter import change_config, placed_on
 from tests.composer.tiny import MakeAdapter, MakeModel, load_model
 
 

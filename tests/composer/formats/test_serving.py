@@ -18,7 +18,7 @@ from composer.formats.adapters.placement.naming import is_raw
 from composer.formats.adapters.serving import SERVERS, Loading, judge, loads, loads_in, parse_profile
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 from tests.composer.adapted import logits, peft_logits, relative
-from tests.composer.test_formats_adapter import Q0, change_tensors, facts_of, placed_on
+from tests.composer.formats.test_adapter import Q0, change_tensors, facts_of, placed_on
 from tests.composer.tiny import MakeAdapter, MakeModel, load_model
 
 LOADS: dict[str, tuple[dict[str, object], dict[str, str]]] = {

@@ -18,7 +18,7 @@ from composer.formats.recipes.suite import (
 )
 
 HEAD = "name: sql-exact\nkind: target\ndescription: one line\nchat: true\n"
-EXAMPLES = Path(__file__).parents[2] / "examples" / "suites"
+EXAMPLES = Path(__file__).parents[3] / "examples" / "suites"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 SUITES = st.builds(
     Suite,

@@ -10,7 +10,7 @@ import pytest
 from registry.errors import Conflict, Invalid
 from registry.formats.references import Digest
 from registry.storage.blobs import IncomingUpload, Part
-from tests.contracts.corner import LARGE_BYTES, PART_BYTES, TOMORROW, Corner, send
+from tests.registry.storage.corner import LARGE_BYTES, PART_BYTES, TOMORROW, Corner, send
 from tests.s3_server import BUCKET, S3Server
 
 

@@ -9,7 +9,7 @@ from composer.deltas.delta import LowRank
 from composer.formats.recipes.methods import parse_settings
 from composer.methods.join import elect
 from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot
-from tests.composer.test_methods import as_stored, combined, error, low_ranks
+from tests.composer.methods.test_methods import as_stored, combined, error, low_ranks
 
 
 def sharing() -> list[LowRank]:

@@ -24,9 +24,9 @@ from tests.composer.adapted import (
     save_adapted,
     save_adapted_layers,
 )
+from tests.composer.deltas.test_variants_experts import DOWN, GATE, gpt_oss, lora, mixtral, qwen3, save_base
+from tests.composer.deltas.test_variants_lora import Layers
 from tests.composer.handmade import random_factors, write_adapter
-from tests.composer.test_variants_experts import DOWN, GATE, gpt_oss, lora, mixtral, qwen3, save_base
-from tests.composer.test_variants_lora import Layers
 from tests.composer.tiny import tensors_in
 
 MODELS = {"Mixtral": mixtral, "Qwen3-MoE": qwen3, "GPT-OSS": gpt_oss}

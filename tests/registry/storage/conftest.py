@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.contracts.corner import Corner
+from tests.registry.storage.corner import Corner
 from tests.s3_server import S3Server
 
 

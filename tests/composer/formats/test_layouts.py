@@ -14,8 +14,8 @@ from composer.formats.adapters.facts import read_adapter
 from composer.formats.adapters.inspection import inspect_foreign
 from composer.formats.adapters.layouts import recognise
 from composer.formats.checkpoints.checkpoint import open_checkpoint
-from tests.composer.test_convert import LAYOUTS, as_kohya
-from tests.composer.test_convert_lokr import lokr_file
+from tests.composer.export.test_convert import LAYOUTS, as_kohya
+from tests.composer.export.test_convert_lokr import lokr_file
 from tests.composer.tiny import MakeAdapter, MakeModel
 
 
