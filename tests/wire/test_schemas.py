@@ -1,11 +1,56 @@
-"""The schemas that editors read: a change of what a document may say is a line in a diff."""
+"""The schemas that editors read: a change of what a document may say is a line in a diff. They know every field and its
+values, but not what a text that stands for a number may be, nor which setting belongs to which method."""
 
 import json
+from typing import Any
 
 import pytest
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 
-from composer.formats.recipes.schemas import schema_of
+from composer.formats.recipes.documents import Document
+from composer.formats.recipes.methods import PIPELINES, settings_of
+from composer.formats.recipes.policy import PolicyDocument
+from composer.formats.recipes.recipe import Recipe
+from composer.formats.recipes.suite import Suite
 from tests.wire import snapshots
+
+
+class _Plain(GenerateJsonSchema):
+    """Without titles, which say the name of a field again, and without null as a default, which few fields take."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        made = super().default_schema(schema)
+        return {name: value for name, value in made.items() if name != "default" or value is not None}
+
+    def generate(self, schema: CoreSchema, mode: Any = "validation") -> JsonSchemaValue:
+        return {"$schema": self.schema_dialect, **super().generate(schema, mode)}
+
+
+def schema_of(kind: str) -> dict[str, Any]:
+    """The schema of a `recipe`, a `suite` or a `policy`."""
+    model: type[Document] = {"recipe": Recipe, "suite": Suite, "policy": PolicyDocument}[kind]
+    schema = model.model_json_schema(schema_generator=_Plain)
+    fields = schema["properties"]
+    if kind == "recipe":
+        fields["settings"] = {"type": ["object", "null"], "properties": _settings(), "additionalProperties": False}
+    if kind == "suite":
+        fields["examples"] = {
+            "anyOf": [{"type": "string", "description": "A JSONL file beside it."}, fields["examples"]]
+        }
+    return schema | {"title": f"Adaptory {kind}"}
+
+
+def _settings() -> dict[str, Any]:
+    """Those of all methods together."""
+    known: dict[str, Any] = {}
+    for method in PIPELINES:
+        for name, schema in settings_of(method).model_json_schema(schema_generator=_Plain)["properties"].items():
+            known.setdefault(name, {key: value for key, value in schema.items() if key != "default"})
+    return known
 
 
 @pytest.mark.parametrize("kind", ["recipe", "suite", "policy"])
