@@ -102,15 +102,15 @@ class Api:
             yield Stream(str(response.url), response.iter_raw())
 
     def first(self, path: str, most: int, **query: Any) -> tuple[list[Json], str | None]:
-        """So many items of a list, and the cursor of what follows them, None where that is nothing."""
-        found: list[Json] = []
+        """At most `most` items of a list, and the cursor of the next ones; None if there are none."""
+        answer: list[Json] = []
         cursor: str | None = query.pop("cursor", None)
         while True:
-            page = self.get(path, cursor=cursor, limit=min(most - len(found), _PAGE), **query)
-            found += page["items"]
+            page = self.get(path, cursor=cursor, limit=min(most - len(answer), _PAGE), **query)
+            answer += page["items"]
             cursor = page["next"]
-            if cursor is None or len(found) >= most:
-                return found, cursor
+            if cursor is None or len(answer) >= most:
+                return answer, cursor
 
     def pages(self, path: str, **query: Any) -> Iterator[Json]:
         """Every item of a list, a page at a time."""
@@ -133,19 +133,19 @@ class Api:
 
     def resolve(self, reference: Reference) -> Json:
         """{release, warning}: what fetching it needs; GET its `release_path` for its facts and scores."""
-        found = self.get("/v1/resolve", ref=str(reference))
+        answer = self.get("/v1/resolve", ref=str(reference))
         with understood():
-            refuse_other_answer(reference, found["release"])
-        return found
+            refuse_other_answer(reference, answer["release"])
+        return answer
 
     def base(self, text: str) -> Json:
         return self.get(f"/v1/bases/{quote(text)}")
 
     def architecture(self, base: str) -> Architecture:
         """What an adapter is checked against before its bytes are sent."""
-        found = self.get(f"/v1/bases/{quote(base)}", tensors=True)
-        tensors = {row["name"]: TensorSpec(row["dtype"], tuple(row["shape"])) for row in found["tensors"]}
-        return Architecture(found["model_type"], found["tied"], tensors)
+        answer = self.get(f"/v1/bases/{quote(base)}", tensors=True)
+        tensors = {row["name"]: TensorSpec(row["dtype"], tuple(row["shape"])) for row in answer["tensors"]}
+        return Architecture(answer["model_type"], answer["tied"], tensors)
 
     def _call(
         self,

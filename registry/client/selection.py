@@ -79,7 +79,7 @@ _NUMBER = re.compile(r"(?<=[-_])\d+(?=/?$)")
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Paths relative to `directory`, with slashes. A directory of which nothing is included is one entry of `left_out`,
+    """Paths relative to `directory`, with slashes. A directory without included files is one entry of `left_out`,
     ending with a slash."""
 
     directory: Path
@@ -217,7 +217,7 @@ def _unfit(code: str, path: Path, what: str, next_step: str) -> Invalid:
 
 
 def _collapsed(there: Sequence[str], chosen: set[str]) -> Iterator[str]:
-    """The paths not chosen; for a top directory of which nothing was chosen, its name and a slash."""
+    """The paths not chosen; for a top directory without chosen files, its name and a slash."""
     kept = {path.partition("/")[0] for path in chosen}
     left = [path for path in there if path not in chosen]
     yield from dict.fromkeys(path if "/" not in path or _top(path) in kept else f"{_top(path)}/" for path in left)

@@ -237,7 +237,7 @@ def _bounds(text: str) -> tuple[_Bound, ...] | None:
 
 @dataclass(frozen=True, slots=True)
 class _Partial:
-    """A version of which only the first `known` numbers are given; the others are 0."""
+    """A version with only its first `known` numbers given; the others are 0."""
 
     version: Version
     known: int

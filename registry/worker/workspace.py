@@ -22,12 +22,12 @@ def sweep_work(resources: Resources) -> int:
     one that was begun here, and removed only what lay on its own disk.
     """
     names = (path.name.removeprefix(_WORK) for path in resources.work_directory.glob(f"{_WORK}*"))
-    found = {int(name) for name in names if name.isdecimal()}
-    if not found:
+    job_ids = {int(name) for name in names if name.isdecimal()}
+    if not job_ids:
         return 0
     with resources.read() as session:
         going_on = select(Composition.id).join(Job, Job.id == Composition.job_id).where(Job.state.not_in(FINISHED))
-        ended = found - set(session.scalars(going_on.where(Composition.id.in_(found))))
+        ended = job_ids - set(session.scalars(going_on.where(Composition.id.in_(job_ids))))
     for composition_id in ended:
         shutil.rmtree(work_of(resources, composition_id), ignore_errors=True)
     return len(ended)

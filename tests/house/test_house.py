@@ -140,3 +140,43 @@ def test_no_private_word_is_in_the_code_or_the_documentation() -> None:
         if PRIVATE_WORDS.search(line)
     ]
     assert found == []
+
+
+VAGUE_NAMES = re.compile(r"(?:^|_)(?:whole|place|found)(?:$|_)")
+"""Say total, overall or full; slot, path or position; and name the thing that was found."""
+PLACING = re.compile(r"^_?place(?:_[a-z]+)*$|(?:^|_)in_place$|^not_found$")
+"""The verb of placement, and the field's own terms."""
+PHRASES = re.compile(
+    r"\b(?:is no [a-z]+ of|(?<!, )of which|who (?:asks|takes)|so many|takes an admin|way out)\b", re.IGNORECASE
+)
+"""Constructions that a reader stumbles over: a free relative as subject, an inverted clause, `is no` for `is not a`."""
+
+
+def test_no_vague_name_is_in_the_code() -> None:
+    vague = {
+        f"{named(path, node.lineno)}: {name}"
+        for path in python_files("registry", "composer")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (name := _given_name(node)) and VAGUE_NAMES.search(name) and not PLACING.search(name)
+    }
+    assert vague == set()
+
+
+def _given_name(node: ast.AST) -> str:
+    """The name that a node gives to a function, a class, a parameter or a variable; else empty."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return node.name
+    if isinstance(node, ast.arg):
+        return node.arg
+    return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else ""
+
+
+def test_no_stumbling_phrase_is_in_the_code_or_the_documentation() -> None:
+    pages = [path for path in tracked() if path.suffix == ".md" and path.name != "CHANGELOG.md"]
+    phrases = [
+        f"{named(path, number)}: {match.group()}"
+        for path in (*python_files("registry", "composer"), *pages)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if (match := PHRASES.search(line))
+    ]
+    assert phrases == []

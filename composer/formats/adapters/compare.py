@@ -116,7 +116,7 @@ def compare(old: Adapter, new: Adapter, old_placed: PlacementResult, new_placed:
     """Every module of either adapter, the largest change first. Variants' additions to s B A (DoRA) are ignored; deltas
     of another form are left out."""
     before, after = _sides(old, old_placed), _sides(new, new_placed)
-    found: list[ModuleChange] = []
+    changes: list[ModuleChange] = []
     others = {module.module for placed in (old_placed, new_placed) for module in placed.adapted}
     left_out = sorted(others - {name for kind, name in {**before, **after} if kind == "delta"})
     for (kind, name), one, other in ((key, before.get(key), after.get(key)) for key in {**before, **after}):
@@ -130,10 +130,10 @@ def compare(old: Adapter, new: Adapter, old_placed: PlacementResult, new_placed:
         status = _status(one, other, change)
         if change and status == "same":
             change = Change(change.old, change.new, change.inner)
-        found.append(ModuleChange(name, kind, status, rank_old, rank_new, change))
-    overall = sum((row.change for row in found if row.change and row.kind == "delta"), Change())
-    found.sort(key=lambda row: row.change.difference if row.change else float("inf"), reverse=True)
-    return Comparison(tuple(found), overall, tuple(left_out))
+        changes.append(ModuleChange(name, kind, status, rank_old, rank_new, change))
+    overall = sum((row.change for row in changes if row.change and row.kind == "delta"), Change())
+    changes.sort(key=lambda row: row.change.difference if row.change else float("inf"), reverse=True)
+    return Comparison(tuple(changes), overall, tuple(left_out))
 
 
 def _sides(adapter: Adapter, placed: PlacementResult) -> dict[tuple[Kind, str], _Side]:

@@ -163,16 +163,16 @@ def _names(grouped: Mapping[str, object], layout: str, architecture: Architectur
             rest = path.removeprefix(root)
             known[rest if layout != KOHYA else rest.replace(".", "_")].add(path)
     root = {KOHYA: _KOHYA_ROOT, DIFFUSERS: DIFFUSERS_ROOT}.get(layout)
-    found: dict[str, str] = {}
+    resolved: dict[str, str] = {}
     lost: list[str] = []
     for raw in grouped:
         hits = known.get(raw, set()) or (known.get(root.sub("", raw, count=1), set()) if root else set[str]())
         if len(hits) == 1:
-            found[raw] = next(iter(hits))
+            resolved[raw] = next(iter(hits))
         else:
             lost.append(raw)
     _refuse_listed(lost, subject, f"modules that the base ({architecture.model_type}) does not have, or has several of")
-    return found
+    return resolved
 
 
 def _scale(settings: Mapping[str, Any], layout: str) -> float:
@@ -206,7 +206,7 @@ def _configs(header: Header) -> dict[str, AdapterConfig]:
     for name, value in cast("dict[str, object]", stated).items():
         component, _, field = name.rpartition(".")
         fields[component][field] = value
-    found: dict[str, AdapterConfig] = {}
+    resolved: dict[str, AdapterConfig] = {}
     for component, own in fields.items():
         subject = f"{_METADATA} of {component}" if component else _METADATA
         config = parse_config(json.dumps({**own, "peft_type": "LORA"}).encode(), subject)
@@ -214,8 +214,8 @@ def _configs(header: Header) -> dict[str, AdapterConfig]:
             message = f"{subject} says {', '.join(config.flags) or config.init}: no plain LoRA."
             next_step = "Merge it where it was trained, or train a plain LoRA."
             raise NotSupported("diffusers_variant", message, subject=subject, next_step=next_step)
-        found[component] = config
-    return found
+        resolved[component] = config
+    return resolved
 
 
 def _scale_of(
@@ -310,8 +310,8 @@ def _number(path: Path, entry: TensorEntry) -> float | None:
         return None
     with path.open("rb") as file:
         file.seek(entry.begin)
-        found = np.frombuffer(file.read(entry.size_bytes), dtype=NUMPY_DTYPES[entry.dtype])
-    return float(as_float64(found, entry.dtype)[0])
+        resolved = np.frombuffer(file.read(entry.size_bytes), dtype=NUMPY_DTYPES[entry.dtype])
+    return float(as_float64(resolved, entry.dtype)[0])
 
 
 def _most_common(numbers: Iterable[float]) -> float:

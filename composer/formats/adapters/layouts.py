@@ -82,8 +82,8 @@ def weights_in(path: Path) -> Path | None:
     for name in (MLX_FILE, WEIGHTS_FILE):
         if (path / name).is_file():
             return path / name
-    found = list(path.glob("*.safetensors"))
-    return found[0] if len(found) == 1 else None
+    files = list(path.glob("*.safetensors"))
+    return files[0] if len(files) == 1 else None
 
 
 def another_layout(name: str, layout: str) -> ComposerError:

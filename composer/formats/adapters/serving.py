@@ -95,11 +95,11 @@ def judge(
     mask = sum(1 << bit for bit, server in enumerate(SERVERS) if not problems[server])
     refusals = {
         server: {
-            "reasons": [reason for reason, _ in found],
-            "way_out": list(dict.fromkeys(way for _, way in found if way)),
+            "reasons": [reason for reason, _ in reasons],
+            "way_out": list(dict.fromkeys(way for _, way in reasons if way)),
         }
-        for server, found in problems.items()
-        if found
+        for server, reasons in problems.items()
+        if reasons
     }
     return mask, refusals
 
@@ -129,8 +129,8 @@ def _other_type(config: AdapterConfig) -> list[tuple[str, str]]:
 
 
 def _unknown(placed: PlacementResult) -> list[tuple[str, str]]:
-    found = [finding.subject for finding in placed.findings if finding.code == "unmatched_tensor"]
-    return [(f"tensors match nothing that is known ({found[0]})", "")] if found else []
+    unknown = [finding.subject for finding in placed.findings if finding.code == "unmatched_tensor"]
+    return [(f"tensors match nothing that is known ({unknown[0]})", "")] if unknown else []
 
 
 def _elsewhere(placed: PlacementResult) -> list[tuple[str, str]]:
@@ -188,11 +188,11 @@ def _common(config: AdapterConfig, facts: AdapterFacts, placed: PlacementResult)
                 "convert it to a plain LoRA with PEFT",
             )
         )
-    whole = sorted(
+    saved_in_full = sorted(
         {module.module for module in placed.modules if module.kind == "replacement" and not _is_bias(module.parts)}
     )
-    if whole and not (len(whole) == 1 and whole[0].split(".")[-1] in ("classifier", "score")):
-        problems.append((f"modules_to_save is refused ({', '.join(whole)})", _MERGE))
+    if saved_in_full and not (len(saved_in_full) == 1 and saved_in_full[0].split(".")[-1] in ("classifier", "score")):
+        problems.append((f"modules_to_save is refused ({', '.join(saved_in_full)})", _MERGE))
     if config.bias != "none":
         problems.append((f"bias={config.bias} is refused", _MERGE))
     if _convolutions(placed):

@@ -69,18 +69,18 @@ class Spectrum:
         """Notices about ranks that the next training run could save; not warnings, since no measurement shows what a
         lower rank would cost. And zero_delta for an adapter that adds nothing, unless that is `known`."""
         idle = not self.norm and not any(one.code == "zero_delta" for one in known)
-        found = zero_deltas("The adapter", [row.module for row in self.modules], len(self.modules)) if idle else []
+        findings = zero_deltas("The adapter", [row.module for row in self.modules], len(self.modules)) if idle else []
         if self.norm and self.rank_95 * 2 <= self.rank_max:
             message = (
                 f"Rank {self.rank_max}, but 95 % of the energy is in {self.rank_95} and 99 % in {self.rank_99}: "
                 "a lower rank may do."
             )
-            found.append(Finding("rank_unused", Severity.NOTICE, "rank", message, self.rank_95))
+            findings.append(Finding("rank_unused", Severity.NOTICE, "rank", message, self.rank_95))
         if near := self.near_zero:
             named = ", ".join(near[:5]) + (f" and {len(near) - 5} more" if len(near) > 5 else "")
             message = f"{len(near)} of {len(self.modules)} modules are near zero: {named}. These targets were wasted."
-            found.append(Finding("near_zero_modules", Severity.NOTICE, near[0], message, len(near)))
-        return found
+            findings.append(Finding("near_zero_modules", Severity.NOTICE, near[0], message, len(near)))
+        return findings
 
     def summary(self) -> dict[str, Any]:
         """The part that a list of releases shows."""
@@ -138,15 +138,15 @@ def spectrum(adapter: Adapter, placed: PlacementResult) -> Spectrum | None:
         )
     if not rows:
         return None
-    whole, rank_max = sum(row.norm**2 for row in rows), max(row.rank for row in rows)
+    energy, rank_max = sum(row.norm**2 for row in rows), max(row.rank for row in rows)
     return Spectrum(
         modules=tuple(rows),
-        norm=sqrt(whole),
+        norm=sqrt(energy),
         rank_max=rank_max,
         energy=_by_rank(by_direction, rank_max),
         rank_95=_directions(by_direction, 0.95),
         rank_99=_directions(by_direction, 0.99),
-        effective_rank=sum(row.effective_rank * row.norm**2 for row in rows) / whole if whole else 0.0,
+        effective_rank=sum(row.effective_rank * row.norm**2 for row in rows) / energy if energy else 0.0,
         left_out=tuple(left_out),
     )
 

@@ -44,12 +44,12 @@ def is_part(name: str) -> bool:
 def nf4_weights(names: Iterable[str], locate: Locate) -> dict[str, Nf4]:
     """The packed weights of a checkpoint by name. Raises InvalidFile naming one with an unusable description."""
     known = set(names)
-    found: dict[str, Nf4] = {}
+    weights: dict[str, Nf4] = {}
     for name in sorted(known):
         if name.endswith(NF4_STATE):
             weight = name.removesuffix(NF4_STATE)
-            found[weight] = _described(weight, known, locate)
-    return found
+            weights[weight] = _described(weight, known, locate)
+    return weights
 
 
 def _described(name: str, known: set[str], locate: Locate) -> Nf4:
@@ -67,9 +67,9 @@ def _described(name: str, known: set[str], locate: Locate) -> Nf4:
         raise _bad(name, "its quantization state is not an object")
     stated = cast("dict[str, Any]", state)
     shape = cast("list[Any]", stated.get("shape") if isinstance(stated.get("shape"), list) else [])
-    whole = len(shape) == 2 and all(type(side) is int and 0 < side < 2**31 for side in shape)
+    is_matrix = len(shape) == 2 and all(type(side) is int and 0 < side < 2**31 for side in shape)
     dtype = _DTYPES.get(str(stated.get("dtype")))
-    if not whole or dtype is None or not _positive(stated, "blocksize"):
+    if not is_matrix or dtype is None or not _positive(stated, "blocksize"):
         raise _bad(name, "its quantization state lacks a shape, dtype or block size that is known")
     packed = Nf4(name, (shape[0], shape[1]), dtype, stated["blocksize"], *_nested(name, stated))
     _check_sizes(packed, known, locate)

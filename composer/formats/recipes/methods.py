@@ -61,7 +61,7 @@ def _number(expected: str, holds: Callable[[float], bool], **schema: float) -> R
     return Reader(parse, {"type": "number", **schema})
 
 
-def _whole(least: int, most: int) -> Reader:
+def _integer(least: int, most: int) -> Reader:
     expected = f"a whole number from {least} to {most}"
     number = _number(expected, lambda number: number == int(number) and least <= number <= most)
 
@@ -76,7 +76,7 @@ def _whole(least: int, most: int) -> Reader:
     return Reader(parse, {"type": "integer", "minimum": least, "maximum": most})
 
 
-_POSITION = _whole(1, 1000)
+_POSITION = _integer(1, 1000)
 
 
 def _positions(value: object) -> tuple[int, ...]:
@@ -98,8 +98,8 @@ BelowOne = Annotated[
 Ridge = Annotated[
     float, _number("a number from 1e-6 to 1e6", lambda number: 1e-6 <= number <= 1e6, minimum=1e-6, maximum=1e6)
 ]
-Rank = Annotated[int, _whole(1, 65_536)]
-Seed = Annotated[int, _whole(0, 2**53)]
+Rank = Annotated[int, _integer(1, 65_536)]
+Seed = Annotated[int, _integer(0, 2**53)]
 Positions = Annotated[
     tuple[int, ...],
     Reader(_positions, {"anyOf": [_POSITION.schema, {"type": "array", "items": _POSITION.schema}, {"type": "string"}]}),
@@ -258,11 +258,11 @@ class Elect(MethodSettings):
 
 
 class _Fit(MethodSettings):
-    examples: Annotated[int, _whole(1, 64)] = Field(4, description="Of each input's suite that are fitted on.")
-    steps: Annotated[int, _whole(1, 2)] = 2
+    examples: Annotated[int, _integer(1, 64)] = Field(4, description="Of each input's suite that are fitted on.")
+    steps: Annotated[int, _integer(1, 2)] = 2
     ridge: Ridge = 0.01
     form: Literal["input", "core"] = "input"
-    tokens: Annotated[int, _whole(16, 65_536)] = Field(2048, description="The most that a module is fitted on.")
+    tokens: Annotated[int, _integer(16, 65_536)] = Field(2048, description="The most that a module is fitted on.")
     seed: Seed = 0
 
 

@@ -181,10 +181,10 @@ def parse_suite(path: Path | str) -> Suite:
         document: object = yaml.safe_load(read_text(path, MAX_FILE_BYTES))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        position = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error)
         raise InvalidFile(
-            "suite_yaml", f"{place}: not valid YAML: {problem}.", subject=str(path), next_step="Correct that line."
+            "suite_yaml", f"{position}: not valid YAML: {problem}.", subject=str(path), next_step="Correct that line."
         ) from error
     fields = cast("dict[str, object]", document) if isinstance(document, dict) else {}
     examples = fields.get("examples")
@@ -227,15 +227,15 @@ def _jsonl(path: Path) -> list[tuple[str, object]]:
     return rows
 
 
-def _validated(document: object, subject: str, place: Callable[[int], str]) -> Suite:
-    """The suite; `place` says where the example of that index is. Raises InvalidFile."""
+def _validated(document: object, subject: str, locate: Callable[[int], str]) -> Suite:
+    """The suite; `locate` gives the position of an example by its index. Raises InvalidFile."""
     try:
         return Suite.model_validate(document)
     except ValidationError as error:
         problem = problem_of(error)
         match problem.loc:
             case ("examples", int(index), *rest):
-                where, path = place(index), path_of(tuple(rest))
+                where, path = locate(index), path_of(tuple(rest))
                 message = f"{where}: {path}: {problem.why}." if path else f"{where}: {problem.why}."
                 next_step = problem.next_step or _EXAMPLE
                 raise InvalidFile("suite_example", message, subject=where, next_step=next_step) from error

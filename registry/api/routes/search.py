@@ -49,7 +49,7 @@ PARAMETERS = [
 
 @cached_by_query
 def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
-    """Parses the parameters. The framework would take longer for so many than most searches take in total."""
+    """Parses the parameters. The framework would take longer for this many than most searches take in total."""
     given: dict[str, list[str]] = {}
     for name, value in QueryParams(query).multi_items():
         given.setdefault(name, []).append(value)

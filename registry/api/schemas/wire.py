@@ -22,8 +22,8 @@ class Wire(BaseModel):
 
 
 class WireIn(Wire):
-    """A request body. Refuses NUL characters, which PostgreSQL does not accept, and objects with very many fields, each
-    of which would become a validation error."""
+    """A request body. Refuses NUL characters, which PostgreSQL does not accept, and objects with very many fields,
+    since each would become a validation error."""
 
     @model_validator(mode="before")
     @classmethod

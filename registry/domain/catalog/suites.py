@@ -257,11 +257,11 @@ def scores_of(session: Session, subject: Release | Base) -> list[Score]:
 
 def scores_of_bases(session: Session, *listed: Base) -> dict[str, list[Score]]:
     """As `scores_of`, by base digest, with one query for a page of bases."""
-    found: dict[str, list[Score]] = {base.digest: [] for base in listed}
-    query = select(Score).join(Suite).where(Score.base_digest.in_(found), Suite.current)
+    by_base: dict[str, list[Score]] = {base.digest: [] for base in listed}
+    query = select(Score).join(Suite).where(Score.base_digest.in_(by_base), Suite.current)
     for score in session.scalars(query.order_by(Suite.name, Score.metric)):
-        found[score.base_digest or ""].append(score)
-    return found
+        by_base[score.base_digest or ""].append(score)
+    return by_base
 
 
 def _of(subject: Release | Base) -> ColumnElement[bool]:

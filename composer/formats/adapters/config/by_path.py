@@ -66,15 +66,15 @@ class ByPath(Mapping[str, _Value]):
         return [name for number, name in enumerate(self._names) if number not in used]
 
     def _planted(self, number: int, pattern: str) -> bool:
-        found = _plain(pattern)
-        if found is None:
+        plain = _plain(pattern)
+        if plain is None:
             return False
         node = self._root
-        for part in reversed(_ANY.split(found[2])):
+        for part in reversed(_ANY.split(plain[2])):
             name = part.replace("\\.", ".")
             node.lengths.add(len(name))
             node = node.children.setdefault(name, _Node())
-        node.patterns.append((number, bool(found[1])))
+        node.patterns.append((number, bool(plain[1])))
         return True
 
     def _holding(self, path: str) -> Iterator[int]:
@@ -89,5 +89,5 @@ class ByPath(Mapping[str, _Value]):
                 begin = end - length
                 if begin:
                     nodes.append((child, begin - 1))
-                whole, at_a_dot = begin == 0, begin > 0 and path[begin - 1] == "."
-                yield from (number for number, anchored in child.patterns if whole or (at_a_dot and not anchored))
+                full, at_a_dot = begin == 0, begin > 0 and path[begin - 1] == "."
+                yield from (number for number, anchored in child.patterns if full or (at_a_dot and not anchored))

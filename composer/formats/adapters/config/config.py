@@ -283,7 +283,7 @@ def _positive_int(value: object, name: str, subject: str) -> int:
     return value
 
 
-def _whole_number(value: object, name: str, subject: str) -> int:
+def _integer(value: object, name: str, subject: str) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise _bad(subject, f"{name} is {printable(value)}, not a whole number")
     return value
@@ -351,7 +351,7 @@ def _option(raw: Mapping[str, Any], name: str, kind: AdapterType, subject: str) 
         return _flag(raw, name, subject)
     if isinstance(default, float):
         return _number(value, name, subject)
-    return _whole_number(value, name, subject)
+    return _integer(value, name, subject)
 
 
 def _blocks(value: object, subject: str) -> Blocks | None:
@@ -368,15 +368,15 @@ def _token_indices(value: object, name: str, subject: str) -> dict[str, tuple[in
     if not value:
         return {}
     groups = cast("dict[str, object]", value) if isinstance(value, dict) else {"": value}
-    found: dict[str, tuple[int, ...]] = {}
+    rows_by_name: dict[str, tuple[int, ...]] = {}
     for key, rows in groups.items():
         if not isinstance(rows, list):
             raise _bad(subject, f"{name} is not a list of token ids")
-        listed = [_whole_number(row, name, subject) for row in cast("list[object]", rows)]
+        listed = [_integer(row, name, subject) for row in cast("list[object]", rows)]
         if len(set(listed)) != len(listed):
             raise _bad(subject, f"{name} names a token twice")
-        found[key] = tuple(listed)
-    return found
+        rows_by_name[key] = tuple(listed)
+    return rows_by_name
 
 
 def _names(value: object, name: str, subject: str) -> tuple[str, ...]:

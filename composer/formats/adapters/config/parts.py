@@ -73,9 +73,9 @@ def lokr(shapes: Shapes, options: Options, base: Size) -> Size:
 
 def _kronecker(shapes: Shapes, name: str) -> Size:
     if name in shapes:
-        whole = shapes[name]
-        _require(len(whole) in ((2, 3, 4) if name == "lokr_w2" else (2,)), shapes, name)
-        return whole[0], prod(whole[1:])
+        shape = shapes[name]
+        _require(len(shape) in ((2, 3, 4) if name == "lokr_w2" else (2,)), shapes, name)
+        return shape[0], prod(shape[1:])
     first, second = _dims(shapes, f"{name}_a", 2), _dims(shapes, f"{name}_b", 2)
     if name == "lokr_w2" and "lokr_t2" in shapes:
         core = _dims(shapes, "lokr_t2", 4)
@@ -207,8 +207,8 @@ def road(shapes: Shapes, options: Options, base: Size) -> Size:
     group, variant = int(options["group_size"]), str(options["variant"])
     outputs = {"road_1": 2 * angles, "road_2": angles, "road_4": angles // 2}[variant]
     _require(angles == scales, shapes, "road_theta", "road_alpha")
-    whole = group > 0 and group % 2 == 0 and outputs % group == 0 and (variant != "road_4" or angles % 2 == 0)
-    _require(whole, shapes, "road_theta")
+    fits = group > 0 and group % 2 == 0 and outputs % group == 0 and (variant != "road_4" or angles % 2 == 0)
+    _require(fits, shapes, "road_theta")
     return outputs, base[1]
 
 

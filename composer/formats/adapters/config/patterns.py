@@ -62,9 +62,9 @@ class _Parser:
             raise ValueError(f"{self.pattern[self.at : self.at + 20]!r} in it cannot be matched in bounded time")
 
     def _take(self, form: re.Pattern[str]) -> re.Match[str] | None:
-        found = form.match(self.pattern, self.at)
-        self.at = found.end() if found else self.at
-        return found
+        match = form.match(self.pattern, self.at)
+        self.at = match.end() if match else self.at
+        return match
 
     def alternatives(self) -> _Step:
         branches = [self._sequence()]
@@ -86,10 +86,10 @@ class _Parser:
         return follow
 
     def _part(self) -> _Step | None:
-        if found := self._take(_BOUNDARY):
-            return _boundary(re.compile(found.group()))
-        if found := self._take(_CHARACTER):
-            return self._repeated(_character(re.compile(found.group())))
+        if match := self._take(_BOUNDARY):
+            return _boundary(re.compile(match.group()))
+        if match := self._take(_CHARACTER):
+            return self._repeated(_character(re.compile(match.group())))
         opened = self._take(_OPEN)
         return self._group(opened.group()) if opened else None
 
@@ -104,19 +104,19 @@ class _Parser:
         self.at += 1
         if opening[-1] in "=!":
             return _around(inner, ahead="<" not in opening, wanted=opening[-1] == "=")
-        found = self._take(_REPEAT)
-        if found is None:
+        match = self._take(_REPEAT)
+        if match is None:
             return inner
-        if found.group(1) != "?":
-            self.at = found.start()
+        if match.group(1) != "?":
+            self.at = match.start()
             self.end()
         return lambda text, starts, back: starts | inner(text, starts, back)
 
     def _repeated(self, step: _Step) -> _Step:
-        found = self._take(_REPEAT)
-        if found is None:
+        match = self._take(_REPEAT)
+        if match is None:
             return step
-        sign, least, comma, most = found.groups()
+        sign, least, comma, most = match.groups()
         low = int(least) if least else int(sign == "+")
         high = 1 if sign == "?" else int(most) if most else low if least and not comma else None
         # For all of them together: each is one more pass over all positions, however few characters it needs.

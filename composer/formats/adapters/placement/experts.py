@@ -174,9 +174,9 @@ def _transposed(placement: Placement, stack: _Stack, size: tuple[int, int]) -> b
 
 
 def find_stack(architecture: Architecture, owner: str, parameter: str) -> _Stack | None:
-    found = find_weight(owner, parameter, architecture)
-    if isinstance(found, Target):
-        return _Stack(found.weight, architecture.tensors[found.weight].shape, rule=found.rule)
+    target = find_weight(owner, parameter, architecture)
+    if isinstance(target, Target):
+        return _Stack(target.weight, architecture.tensors[target.weight].shape, rule=target.rule)
     for names in _SPLIT.get(parameter, ()):
         first = find_weight(f"{owner}.0.{names[0]}", "weight", architecture)
         if isinstance(first, Target):

@@ -17,24 +17,24 @@ PAIR_PARTS = FACTOR_PARTS | {*_EXTRAS, "lora_A_bias"}
 
 def place_pair(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
     """Places the pair of a module, if it has one."""
-    found = {part: key for part, key in parts.items() if part in PAIR_PARTS}
-    if not found:
+    keys = {part: key for part, key in parts.items() if part in PAIR_PARTS}
+    if not keys:
         return
     for a, b in FACTORS.items():
-        if (a in found) != (b in found):
-            there, missing = (a, b) if a in found else (b, a)
-            placement.error("missing_pair", module, f"{module} has {there} ({found[there]}) but no {missing}.")
+        if (a in keys) != (b in keys):
+            there, missing = (a, b) if a in keys else (b, a)
+            placement.error("missing_pair", module, f"{module} has {there} ({keys[there]}) but no {missing}.")
             return
-    pair = next(((a, b) for a, b in FACTORS.items() if a in found), None)
+    pair = next(((a, b) for a, b in FACTORS.items() if a in keys), None)
     if pair is None:
-        placement.error("missing_pair", module, f"{module} has {', '.join(found)} but no lora_A and lora_B.")
+        placement.error("missing_pair", module, f"{module} has {', '.join(keys)} but no lora_A and lora_B.")
         return
-    a_shape, b_shape = (placement.shape(found[part]) for part in pair)
+    a_shape, b_shape = (placement.shape(keys[part]) for part in pair)
     parameter = parameter_of(placement, module, a_shape, b_shape) if placement.config.target_parameters else None
     if parameter is not None and pair[0] == "lora_A":
-        place_experts(placement, module, parameter, found)
+        place_experts(placement, module, parameter, keys)
     elif _is_sound(placement, module, a_shape, b_shape):
-        _place_on(placement, module, found, a_shape, b_shape)
+        _place_on(placement, module, keys, a_shape, b_shape)
 
 
 def _is_sound(placement: Placement, module: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> bool:
@@ -64,32 +64,32 @@ def _make_a_pair(a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> bool:
 
 
 def _place_on(
-    placement: Placement, module: str, found: dict[str, str], a_shape: tuple[int, ...], b_shape: tuple[int, ...]
+    placement: Placement, module: str, keys: dict[str, str], a_shape: tuple[int, ...], b_shape: tuple[int, ...]
 ) -> None:
     config, owner = placement.config, owner_of(module)
     # The output projection inside a wrapped attention: `attn.base_layer.out_proj`.
     path, nested = module.replace(".base_layer", ""), module != owner
-    target = _target(placement, path, next(iter(found.values())))
+    target = _target(placement, path, next(iter(keys.values())))
     if target is None:
         return
     side = config.blocks.side(owner) if config.blocks is not None else ""
     outputs, inputs = b_shape[0], prod(a_shape[1:]) * (config.blocks.count if config.blocks and side == "A" else 1)
-    kind = _kind(placement, path, target, found, (outputs, inputs), len(a_shape))
+    kind = _kind(placement, path, target, keys, (outputs, inputs), len(a_shape))
     shape = (inputs, outputs) if kind in ("conv1d", "embedding") else (outputs, inputs)
     shape = (outputs, *a_shape[1:]) if kind == "convolution" else shape
     layout = kind if kind in ("conv1d", "embedding") else "linear"
-    if not placement.fits(path, target, shape) or not _extras_fit(placement, path, found, outputs):
+    if not placement.fits(path, target, shape) or not _extras_fit(placement, path, keys, outputs):
         return
     if side:
         kind = "block_diagonal"
     # PEFT applies the attention's output pair twice, in training as in merging.
     scale = config.scale_for(owner) * (2 if nested else 1)
     placed = PlacedModule(
-        path, target.weight, kind, target.tied, config.rank_for(owner), config.alpha_for(owner), scale, shape, found,
+        path, target.weight, kind, target.tied, config.rank_for(owner), config.alpha_for(owner), scale, shape, keys,
         target.rule, layout, nested=nested,
     )  # fmt: skip
     placement.modules.append(placed)
-    if "lora_B_bias" in found:
+    if "lora_B_bias" in keys:
         _place_bias(placement, placed, outputs)
 
 
@@ -102,26 +102,26 @@ def _target(placement: Placement, path: str, key: str) -> Target | None:
 
 
 def _kind(
-    placement: Placement, path: str, target: Target, found: Mapping[str, str], size: tuple[int, int], dimensions: int
+    placement: Placement, path: str, target: Target, keys: Mapping[str, str], size: tuple[int, int], dimensions: int
 ) -> str:
-    if "lora_embedding_A" in found:
+    if "lora_embedding_A" in keys:
         return "embedding"
     if dimensions > 2:
         return "convolution"
-    if "lora_diag" in found:
+    if "lora_diag" in keys:
         return "kasa"
     return "conv1d" if placement.transposed(path, target, size) else "linear"
 
 
-def _extras_fit(placement: Placement, path: str, found: Mapping[str, str], outputs: int) -> bool:
+def _extras_fit(placement: Placement, path: str, keys: Mapping[str, str], outputs: int) -> bool:
     """Checks that tensors and flags agree: PEFT ignores a magnitude without `use_dora`, and invents a missing one."""
     wanted = {part for part, flag in _EXTRAS.items() if flag in placement.config.flags}
-    for part in sorted((found.keys() - FACTOR_PARTS) ^ wanted):
+    for part in sorted((keys.keys() - FACTOR_PARTS) ^ wanted):
         flag = _EXTRAS.get(part, "no flag that is known")
-        code, has = ("unflagged_part", "has a") if part in found else ("missing_part", "lacks the")
+        code, has = ("unflagged_part", "has a") if part in keys else ("missing_part", "lacks the")
         placement.error(code, path, f"{path} {has} {part}, which goes with {flag}.")
         return False
-    key = found.get("magnitude")
+    key = keys.get("magnitude")
     if key is None or placement.header.tensors[key].spec.elements == outputs:
         return True
     message = f"{path} has a magnitude of shape {shape_text(placement.shape(key))} for {outputs} outputs."

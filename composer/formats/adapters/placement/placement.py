@@ -66,7 +66,7 @@ def place(
         else:
             _place_other(placement, module, parts, shared)
         place_tokens(placement, module, parts)
-        _place_whole_tensors(placement, module, parts)
+        _place_full_tensors(placement, module, parts)
     _check_shared(placement, shared)
     _check_prefix(placement, list(grouped), subject)
     _check_dtypes(placement)
@@ -117,11 +117,11 @@ def _place_other(placement: Placement, module: str, parts: Mapping[str, str], sh
     target = placement.find(module, "weight", next(iter(own.values()))) if own else None
     if target is None:
         return
-    found = {part: key for part, key in shared.items() if part in kind.shared} | own
+    keys = {part: key for part, key in shared.items() if part in kind.shared} | own
     base, layout = placement.base_shape(target), _layout(placement, module, target, own)
     rows, columns = (base[0], prod(base[1:])) if len(base) > 1 else (0, 0)
     size = (rows, columns) if layout == "linear" else (columns, rows)
-    shapes = {part: placement.shape(key) for part, key in found.items()}
+    shapes = {part: placement.shape(key) for part, key in keys.items()}
     if base and len(base) != 2 and not kind.convolutions:
         kept = f"of {placement.config.peft_type} only matrices are read: merge it with PEFT"
         message = f"{module} is stored as {shape_text(base)}; {kept}."
@@ -137,7 +137,7 @@ def _place_other(placement: Placement, module: str, parts: Mapping[str, str], sh
     else:
         shape = base or (made_for if layout == "linear" else made_for[::-1])
         placed = PlacedModule(
-            module, target.weight, "other", target.tied, 0, 0.0, 0.0, shape, found, target.rule, layout
+            module, target.weight, "other", target.tied, 0, 0.0, 0.0, shape, keys, target.rule, layout
         )
         _add_other(placement, placed, size, made_for)
 
@@ -177,7 +177,7 @@ def _check_shared(placement: Placement, shared: Mapping[str, str]) -> None:
             placement.error("unmatched_tensor", key, f"{key} is not a part of a {placement.config.peft_type} adapter.")
 
 
-def _place_whole_tensors(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
+def _place_full_tensors(placement: Placement, module: str, parts: Mapping[str, str]) -> None:
     own = _own_parts(placement.config)
     families = tuple(f"{part.partition('_')[0]}_" for part in own)
     for part, key in parts.items():
@@ -280,7 +280,7 @@ def _check_config_is_used(placement: Placement) -> None:
     if not adapted and placement.findings:
         return
     _check_targets(placement, adapted)
-    _check_saved_whole(placement)
+    _check_saved_modules(placement)
     if config.token_indices and not any(placed.kind == "tokens" for placed in placement.modules):
         placement.error("no_target", "token_indices", "The config names trained tokens, but no tensor has their rows.")
     for target in missing_parameters(placement):
@@ -309,7 +309,7 @@ def _check_targets(placement: Placement, adapted: set[str]) -> None:
             placement.error("no_target", target, f"{message}{where}.")
 
 
-def _check_saved_whole(placement: Placement) -> None:
+def _check_saved_modules(placement: Placement) -> None:
     """Finds fully trained modules of the base that the file lacks. PEFT names both `classifier` and `score`, of which a
     model has one; a head that is tied to the embedding is saved as one of the two."""
     base = placement.architecture
@@ -354,8 +354,8 @@ def _check_patterns(placement: Placement, paths: set[str]) -> None:
 def _targets_without_tensors(config: AdapterConfig, adapted: set[str]) -> list[str]:
     targets = config.target_modules
     if isinstance(targets, str):
-        found = targets == "all-linear" or any(matches_fully(targets, module) for module in adapted)
-        return [] if found else [targets]
+        matched = targets == "all-linear" or any(matches_fully(targets, module) for module in adapted)
+        return [] if matched else [targets]
     return [
         target
         for target in targets or ()

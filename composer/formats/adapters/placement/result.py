@@ -109,12 +109,12 @@ class Placement:
         """The parameter's tensor on disk; None, with a finding, if there is no single one."""
         if self.architecture is None:
             return Target(f"{module}.{parameter}", False)
-        found = find_weight(module, parameter, self.architecture)
-        if isinstance(found, Target):
-            self._note_elsewhere(module, found, self.architecture)
-            return found
-        if found:
-            what = f"could be any of {', '.join(found)}"
+        target = find_weight(module, parameter, self.architecture)
+        if isinstance(target, Target):
+            self._note_elsewhere(module, target, self.architecture)
+            return target
+        if target:
+            what = f"could be any of {', '.join(target)}"
             self.error("unmatched_tensor", module or key, f"{key}: {module}.{parameter} {what}.")
         else:
             self.not_found(module, parameter, key)
