@@ -7,13 +7,17 @@ DEMO ?= .demo
 # Many tests wait for a disk or a server.
 PYTEST_WORKERS ?= 4
 
-.PHONY: demo test coverage lint fix bench serve services services-stop migrate snapshots clean
+.PHONY: demo test test-long coverage lint fix bench serve services services-stop migrate snapshots clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --dir $(DEMO)
 
 test: lint
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
+
+# With the full dose: a hundred kills, and every story on PostgreSQL and S3 too.
+test-long: lint
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "long or not long"
 
 # Which lines no test runs. Not a part of `make test`: watching every line takes 40 % more time.
 coverage: $(VENV)/.dev

@@ -61,7 +61,10 @@ OF_WHAT_IS_THERE = {"spectrum_unknown", "score_unknown", "part_unknown", "blob_m
 """Codes with status 404 that are said of a thing that was found, for something that it has not."""
 
 
-@pytest.fixture(scope="module", params=services.PAIRINGS)
+PAIRINGS = [services.PAIRINGS[0], pytest.param(services.PAIRINGS[1], marks=pytest.mark.long)]
+
+
+@pytest.fixture(scope="module", params=PAIRINGS)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
     house = build_house(new_place(request.param, tmp_path_factory.mktemp("house")))
     house.close()
@@ -163,6 +166,7 @@ def api(embedded: Resources) -> Generator[Api]:
     opened.close()
 
 
+@pytest.mark.parametrize("pairing", PAIRINGS, indirect=True)
 def test_malformed_adapters_are_refused_by_the_registry_and_leave_nothing_published(
     embedded: Resources, api: Api, tmp_path: Path
 ) -> None:

@@ -12,6 +12,18 @@ from tests.scenarios.traces import traces
 from tests.scenarios.world import SMALL_PARTS, Cli, World, build_world, server
 
 USER = "mia"
+HARDLY_OF_THE_STORE = {
+    "test_bound_signatures", "test_breaking_changes", "test_conflicts", "test_diff", "test_hidden_inputs",
+    "test_lineage", "test_odd_releases", "test_provenance", "test_rebuild", "test_refused_pushes",
+    "test_regmean", "test_signatures", "test_types_of_adapters", "test_what_is_told", "test_worker_hosts",
+}  # fmt: skip
+"""Stories that the kind of database and store hardly takes part in: on the second kind `make test-long` runs them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in HARDLY_OF_THE_STORE and services.PAIRINGS[1] in item.name:
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")
