@@ -1,1 +1,1 @@
-"""What people write: recipes, methods and their settings, weights, suites, rounding, policies."""
+"""Documents that people write: recipes, methods and their settings, weights, suites, rounding, policies."""

@@ -1,4 +1,4 @@
-"""Which examples a method is fitted on, by digest: a lock names them, and nothing is judged by them."""
+"""The examples that a method is fitted on, by digest: a lock names them, and they are not used to judge."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from composer.formats.recipes.suite import Example, Suite
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSet:
-    """What one adapter's part of a fitted method is fitted on: the first `count` examples of a suite's chosen order, or
+    """The examples that one adapter is fitted on: the first `count` examples of a suite's fixed random order, or
     prompts without answers."""
 
     suite: Suite | None = None
@@ -25,13 +25,13 @@ class CalibrationSet:
         return len(self.examples) or len(self.prompts)
 
     def __contains__(self, example: object) -> bool:
-        """Was the example used, with its answer or as a prompt?"""
+        """Whether the example is used, with its answer or as a prompt."""
         if not isinstance(example, Example):
             return False
         return example in self.examples or example.prompt in self.prompts
 
     def to_json(self) -> dict[str, object]:
-        """For a lock: sha256 of what was used, over the canonical JSON of [prompt, completion] or of the prompt."""
+        """The digests for a lock: sha256 over the canonical JSON of [prompt, completion] or of the prompt."""
         if self.suite is None:
             return {"prompts": [_digest(prompt) for prompt in self.prompts]}
         used = [_digest([one.prompt, one.completion]) for one in self.examples]
@@ -39,7 +39,7 @@ class CalibrationSet:
 
 
 def used_in(sets: Iterable[CalibrationSet], suites: Iterable[Suite]) -> frozenset[Example]:
-    """The examples of the suites that one of the sets holds: what was fitted on them is judged on others."""
+    """The examples of the suites that are in one of the sets: results are judged on the others."""
     known = list(sets)
     return frozenset(one for suite in suites for one in suite.examples if any(one in used for used in known))
 

@@ -1,6 +1,7 @@
-"""Documents that users write, as pydantic models: unknown fields are refused and nothing is converted by pydantic.
+"""Documents that users write, as pydantic models.
 
-`problem_of` turns pydantic's errors into the one sentence of ours that a parser raises.
+Unknown fields are refused, and pydantic converts nothing. `problem_of` turns pydantic's errors into one sentence of our
+own, which a parser raises.
 """
 
 import re
@@ -30,7 +31,7 @@ def _tuple_of(value: object) -> object:
 
 
 LISTED = BeforeValidator(_tuple_of)
-"""The last annotation of a field that is a list in a document and a tuple here."""
+"""The last annotation of a field that is a list in a document and a tuple in the model."""
 
 _WORD = re.compile(r"'([^']*)'")
 _MUST_BE = {
@@ -59,7 +60,7 @@ class UnknownField(ValueError):
 
 
 class Refusal(ValueError):
-    """For a validator to raise where values do not go together: `why` ends the sentence that begins with the field."""
+    """Raised by a validator for values that contradict each other; `why` ends a sentence that begins with the field."""
 
     def __init__(self, why: str, next_step: str = "", *, path: Loc = ()) -> None:
         super().__init__(why)
@@ -73,22 +74,22 @@ class Document(BaseModel):
 
     @classmethod
     def field_names(cls) -> list[str]:
-        """The names of the fields, as a document has them."""
+        """The names of the fields in a document."""
         return [field.alias or name for name, field in cls.model_fields.items()]
 
     def given(self) -> dict[str, Any]:
-        """The fields that the document has."""
+        """The fields that are set in the document."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, document: object) -> object:
-        """Refuses an unknown field before a missing one, which it may be the misspelling of."""
+        """Refuses an unknown field before a missing one, since it may be its misspelling."""
         return refuse_unknown(document, cls.field_names())
 
 
 def refuse_unknown(document: object, names: list[str]) -> object:
-    """The document, if it is no mapping or has only these fields. Raises UnknownField."""
+    """Returns the document if it is not a mapping or has only these fields. Raises UnknownField."""
     if isinstance(document, dict):
         for key in cast("dict[object, object]", document):
             if key not in names:
@@ -98,8 +99,8 @@ def refuse_unknown(document: object, names: list[str]) -> object:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reader:
-    """Annotates a field whose value `read` makes, also from the text that a command line has; it raises ValueError,
-    saying what the value must be. `schema` is what an editor suggests."""
+    """Annotates a field that is parsed by `read`, also from a command line's text. `read` raises ValueError, saying
+    what the value must be. `schema` is what an editor suggests."""
 
     read: Callable[[object], object]
     schema: dict[str, Any]
@@ -112,7 +113,7 @@ class Reader:
 
 
 def one_of(*words: str | None) -> Reader:
-    """For a text that is one of these words; None stands for nothing."""
+    """Annotates a field for a text that is one of these words; None stands for the default."""
     known = [None if word is None else str(word) for word in words]
 
     def read(value: object) -> str | None:
@@ -125,8 +126,8 @@ def one_of(*words: str | None) -> Reader:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The first thing that is wrong in a document: where, why, and what to do, where that is known. `value` is what is
-    there, and `expected` what must be, if that is the whole problem."""
+    """The first error in a document: where, why and, if known, what to do. `value` is the wrong value, and `expected`
+    what it must be, if that is the entire problem."""
 
     loc: Loc
     why: str

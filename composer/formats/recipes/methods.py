@@ -18,12 +18,13 @@ from composer.formats.untrusted import printable
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """`space`: factors (side by side, exact), full (every entry of each delta), core, knots or ctm (a small shared
-    basis). `compress`: to the highest rank of the inputs where neither rank nor energy is set.
+    """The steps of a method.
 
-    `parity` is PEFT's `combination_type`, whose values are reproduced as they are. `fitted` says that the factors are
-    first fitted on what the modules see (composer/methods/regmean.py). `version` is raised when the same inputs give
-    other numbers, so that what an earlier one made is known as that.
+    `space`: factors (side by side, exact), full (every entry of each delta), core, knots or ctm (a small shared basis).
+    `compress`: to the highest rank of the inputs if neither rank nor energy is set. `parity` is PEFT's
+    `combination_type`, whose values are reproduced exactly. `fitted`: the factors are first fitted on the modules'
+    inputs (composer/methods/regmean.py). `version` is raised when the same inputs give other numbers, so that results
+    of earlier versions are recognized.
     """
 
     space: str = "factors"
@@ -68,7 +69,7 @@ def _integer(least: int, most: int) -> Reader:
     def parse(value: object) -> int:
         if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
             value = int(value)
-        parsed = cast(float, number.read(value))  # which has not every whole number above 2^53
+        parsed = cast(float, number.read(value))  # which cannot represent every integer above 2^53
         if isinstance(value, int) and value > most:
             raise ValueError(expected)
         return int(parsed)
@@ -108,8 +109,8 @@ Tied = Literal["auto", "untie", "shared", "refuse"]
 
 
 class MethodSettings(Document):
-    """What every method takes. Each method has a subclass, made of the settings of its steps, which knows its name and
-    its pipeline."""
+    """The settings of every method. Each method has a subclass, composed from the settings of its steps, with its name
+    and its pipeline."""
 
     method: ClassVar[str]
     pipeline: ClassVar[Pipeline]
@@ -137,19 +138,19 @@ class MethodSettings(Document):
 
     @property
     def alters(self) -> bool:
-        """Whether deltas are cut, or projected, before they are added."""
+        """Whether deltas are truncated or projected before they are added."""
         return self.cuts
 
     def with_tied(self, tied: Tied) -> Self:
         return self.model_copy(update={"tied": tied})
 
     def to_json(self) -> dict[str, Any]:
-        """All settings, as notes and locks have them."""
+        """All settings, in the form of notes and locks."""
         return self.model_dump(by_alias=True)
 
 
 class Compressed(MethodSettings):
-    """Of methods whose result can be cut to a rank."""
+    """Settings of methods whose result can be truncated to a rank."""
 
     rank: Rank | None = Field(None, description="The most directions that are kept.")
     energy: Share | None = Field(None, description="The share of |Δ|² that is kept.")
@@ -160,7 +161,7 @@ class Compressed(MethodSettings):
 
 
 class Combined(Compressed):
-    """Of the methods of Adaptory's own that are made of steps."""
+    """Settings of Adaptory's own methods, which are made of steps."""
 
     protect: Positions = Field((), description="The inputs that the others leave alone, counted from 1.")
     protect_side: Literal["both", "input", "output"] = "both"
@@ -174,7 +175,7 @@ class Combined(Compressed):
 
 
 class Sum(Combined):
-    """The plain sum."""
+    """Settings of the plain sum."""
 
     sequential: Truth = Field(False, description="Whether the adapters are applied one after the other.")
 
@@ -183,7 +184,8 @@ class Sum(Combined):
         return self.sequential
 
     def to_json(self) -> dict[str, Any]:
-        """Without `sequential` where it is false, so that locks have the digests that they had before there was it."""
+        """All settings, without a false `sequential`, so that locks keep the digests that they had before that setting
+        existed."""
         document = super().to_json()
         return document if self.sequential else {name: document[name] for name in document if name != "sequential"}
 
@@ -201,7 +203,7 @@ class Restoring(MethodSettings):
 
 
 class Gauged(MethodSettings):
-    """`canonical` splits each delta into factors anew, so that nothing depends on how its adapter does."""
+    """`canonical` splits each delta into factors again, so that nothing depends on the split in its file."""
 
     gauge: Literal["canonical", "raw"] = "canonical"
 
@@ -271,7 +273,7 @@ class Regmean(Compressed, _Fit):
 
 
 class PeftCombination(MethodSettings):
-    """Of PEFT's own combinations."""
+    """Settings of PEFT's own combinations."""
 
     density: Share = 0.2
     rank: Rank | None = None
@@ -336,13 +338,13 @@ PIPELINES: dict[str, Pipeline] = {
 }
 
 METHOD_NAMES = ", ".join([*(name for name in PIPELINES if not name.startswith("pico_")), "pico_…"])
-"""For a message: each name but those that Pico's calibration makes of the others."""
+"""The names for a message, without those that Pico's calibration derives from the others."""
 
 
 @cache
 def settings_of(method: str) -> type[AnySettings]:
-    """The settings of a method: those of its steps, the last step's first, since pydantic has a first base's fields
-    last. Raises KeyError for an unknown method."""
+    """The settings class of a method, composed from those of its steps: the last step's first, since pydantic puts a
+    first base's fields last. Raises KeyError for an unknown method."""
     pipeline = PIPELINES[method]
     if pipeline.parity:
         bases = [PeftCombination]
@@ -352,7 +354,7 @@ def settings_of(method: str) -> type[AnySettings]:
         steps = [(step, getattr(pipeline, step)) for step in ("combine", "sparsify", "space", "calibrate")]
         own = Linear if method == "linear" else Sum if pipeline == Pipeline() else Combined
         bases = [*(_STEPS[step] for step in steps if step in _STEPS), own]
-    # Pico has the gauge too.
+    # Pico already has the gauge.
     bases = [base for base in bases if not any(issubclass(other, base) for other in bases if other is not base)]
     made = cast("type[AnySettings]", create_model(method, __base__=tuple(bases)))
     made.method, made.pipeline = method, pipeline
@@ -360,10 +362,8 @@ def settings_of(method: str) -> type[AnySettings]:
 
 
 def parse_settings(method: str, settings: Mapping[str, object] | None = None) -> AnySettings:
-    """A method with its settings. Values may be text, as a command line has them.
-
-    Raises NotSupported for an unknown method, setting or value, naming the known ones.
-    """
+    """Parses a method with its settings. Values may be text, as on a command line. Raises NotSupported for an unknown
+    method, setting or value, naming the known ones."""
     if method not in PIPELINES:
         raise NotSupported(
             "unknown_method",
@@ -384,7 +384,7 @@ def parse_settings(method: str, settings: Mapping[str, object] | None = None) ->
 
 
 def effective_weights(weights: Sequence[Weight | float], settings: MethodSettings) -> list[Weight]:
-    """What each adapter is multiplied by in the end, the method's own factors included, where it is a plain sum."""
+    """The factor of each adapter in a plain sum, including the method's own factors."""
     given = [weight.times(settings.factor) for weight in weights_of(weights)]
     if not settings.divides:
         return given

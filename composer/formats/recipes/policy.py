@@ -1,4 +1,4 @@
-"""Which findings matter, and from which number on: YAML that a team keeps beside its recipes."""
+"""Policies: which findings matter, and their thresholds. YAML that a team keeps beside its recipes."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,30 +31,27 @@ THRESHOLDS: dict[str, float | None] = {
     "sign_conflict": None,
     "low_retention": None,
 }
-"""The codes that hang on a number, with the number from which on each is found, or for `cancelling` and
-`low_retention` below which; docs/composing.md says of what.
-
-None: no measurement backs a number, so there is no such finding unless a policy gives one.
-"""
+"""The codes with a threshold, and its default: found from it on, or below it for `cancelling` and `low_retention`;
+docs/composing.md says what is compared. None: no measurement backs a threshold, so there is no such finding unless a
+policy sets one."""
 
 MODES = {"probe_loss": "of gain", "probe_answers": "by interval"}
-"""What a policy may write after a number: `0.5 of gain` is a share of what a member had gained, not nats per token;
-`0.5 by interval` fails where a binomial test is sure, not by the share that was counted."""
+"""Words that may follow a threshold: `0.5 of gain` is a share of a member's gain, not nats per token; `0.5 by interval`
+fails if a binomial test is sure, not by the counted share."""
 
 CODES = frozenset({
     *THRESHOLDS, *HARD, "weak_evidence", "probe_open", "zero_delta", "zero_modules", "not_factors",
     "bf16_swallow", "f16_swallow", "tied_shared", "tied_untied",
 })  # fmt: skip
-"""Of the findings that a conflict report may have."""
+"""The severity of the findings that a conflict report may have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Which severity each finding code has in the end, None for none at all, and from which number on it is found.
+    """The final severity of each finding code, None for no finding, and its threshold.
 
-    A code not named keeps the severity its check gave it, and the number in THRESHOLDS. `modes` are the codes whose
-    number is followed by its word in MODES. `require` is the worst verdict that is accepted; None accepts all but
-    `refuse`.
+    A code that is not named keeps the severity of its check and the default of THRESHOLDS. `modes` are the codes whose
+    threshold has its word of MODES. `require` is the worst accepted verdict; None accepts all but `refuse`.
     """
 
     overrides: Mapping[str, Severity | None] = field(default_factory=dict[str, Severity | None])
@@ -66,7 +63,7 @@ class Policy:
         return self.thresholds.get(code, THRESHOLDS[code])
 
     def judged(self, findings: Iterable[Finding]) -> list[Finding]:
-        """The findings with the severities of this policy, without those it ignores."""
+        """The findings with the severities of this policy, without ignored ones."""
         severities = [(finding, self.overrides.get(finding.code, finding.severity)) for finding in findings]
         return [replace(finding, severity=severity) for finding, severity in severities if severity is not None]
 
@@ -74,7 +71,7 @@ class Policy:
         return self.overrides.get(code, Severity.NOTICE) is None
 
     def verdict(self, findings: Iterable[Finding], measured: Verdict = Verdict.OK) -> Verdict:
-        """The worse of what was measured and what the findings come to."""
+        """The worse of the measured verdict and that of the findings."""
         severities = {finding.severity for finding in self.judged(findings)}
         if Severity.ERROR in severities:
             return Verdict.REFUSE
@@ -86,7 +83,7 @@ class Policy:
 
 
 def parse_policy(text: str, subject: str = "policy") -> Policy:
-    """The policy in a YAML text. Raises InvalidFile where it is none or too long, and what `read_policy` raises."""
+    """Parses a policy in YAML. Raises InvalidFile if it is not one or too long, and what `read_policy` raises."""
     if len(text) > MAX_POLICY_CHARS:
         raise _bad(subject, f"it is longer than {MAX_POLICY_CHARS} characters")
     try:
@@ -97,7 +94,7 @@ def parse_policy(text: str, subject: str = "policy") -> Policy:
 
 
 def read_policy(document: object, subject: str = "policy") -> Policy:
-    """The policy in a PolicyDocument; None is an empty one. Raises InvalidFile naming the field."""
+    """Parses a policy document; None is an empty one. Raises InvalidFile naming the field."""
     try:
         parsed = PolicyDocument.model_validate({} if document is None else document)
     except ValidationError as error:
@@ -116,7 +113,7 @@ def read_policy(document: object, subject: str = "policy") -> Policy:
 
 @dataclass(frozen=True, slots=True)
 class _Threshold:
-    """A number, and whether its code's word in MODES follows it."""
+    """A threshold, and whether its code's word of MODES follows it."""
 
     number: float
     has_word: bool
@@ -154,8 +151,8 @@ _FIELDS: dict[str, Any] = {
     **{code: (_STAYS if code in HARD else _SEVERITY, None) for code in sorted(CODES)},
 }
 PolicyDocument = create_model("Policy", __base__=Document, **_FIELDS)
-"""A policy as it is written: the severity of findings by code, or `ignore`; `require`, the worst verdict that is
-accepted; under `thresholds` a code and a number, with its word of MODES where that is meant."""
+"""A policy document: the severity of findings by code, or `ignore`; `require`, the worst accepted verdict; and
+`thresholds`, by code, each with its word of MODES if wanted."""
 
 
 def _bad(where: str, why: str, next_step: str = "") -> InvalidFile:

@@ -42,7 +42,7 @@ MAX_INPUTS = 64
 MAX_PROBE = 64
 MAX_PROMPTS = 64
 MAX_VALUES = 10_000
-MAX_FILE_BYTES = 200_000  # YAML takes 300 times its text in memory, and a second for 100,000 bytes
+MAX_FILE_BYTES = 200_000  # YAML needs 300 times its text in memory, and a second for 100,000 bytes
 
 
 def _refuse_blank(prompt: str) -> str:
@@ -56,8 +56,8 @@ def _by_name(value: object) -> object:
 
 
 class RecipeInput(Document):
-    """`adapter` is a reference; `suite` names the target suite that says what it is for: a probe and a fit take its
-    examples. A fit takes `prompts` instead, where there are some."""
+    """An input. `adapter` is a reference; `suite` names its target suite, whose examples a probe and a fit use.
+    `prompts` replace them for a fit."""
 
     adapter: str = Field(description="A release: NAMESPACE/NAME:VERSION, or @CHANNEL.")
     weight: Factor = 1.0
@@ -80,19 +80,19 @@ class _RoundingDocument(Document):
 
 
 def _rounding(value: object) -> Rounding:
-    """Its mode alone, or a mapping."""
+    """Accepts the mode alone, or a mapping."""
     parsed = _RoundingDocument.model_validate({"mode": value} if isinstance(value, str | None) else value)
     return Rounding(Mode(parsed.mode or Mode.NEAREST), parsed.seed)
 
 
 def _policy(value: object) -> object:
-    """As it was given, once it is known to be one."""
+    """Returns the value unchanged if it is valid."""
     PolicyDocument.model_validate({} if value is None else value)
     return value or {}
 
 
 def _settings(value: object, info: ValidationInfo) -> object:
-    """As they were given, once the method is known to have them."""
+    """Returns the settings unchanged if the method has them."""
     given: object = {} if value is None else value
     if "method" in info.data:
         settings_of(info.data["method"]).model_validate(given)
@@ -174,7 +174,7 @@ class Recipe(Document):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LockedInput:
-    """`files` maps a path to its sha256."""
+    """A resolved input. `files` maps a path to its sha256."""
 
     repository: str
     version: str
@@ -191,11 +191,14 @@ class LockedInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lock:
-    """Everything that decides the result, by digest: two equal locks give the same weights, but for the last bits of a
-    method that is fitted. `calibration` has for each input the digests of the examples that it is fitted on. `gates`
-    are those that the recipe did not name, each member against the inputs on its own suite; they decide what is
-    published, not what it is, and the digest does not have them. `method_version` is that of
-    the method's pipeline; where it is 1 the digest does not have it, so that older locks keep theirs."""
+    """Everything that determines the result, by digest: equal locks give the same weights, except for the last bits of
+    a fitted method.
+
+    `calibration` has for each input the digests of the examples that it is fitted on. `gates` are the default ones:
+    each member against the inputs on its own suite. They decide whether the result is published, so the digest excludes
+    them. `method_version` is that of the method's pipeline; the digest excludes it if it is 1, so that older locks keep
+    theirs.
+    """
 
     base: str
     method: str
@@ -277,7 +280,7 @@ def load_recipe(text: str, subject: str = "recipe") -> Recipe:
 
 
 def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
-    """The recipe in a mapping. Raises InvalidFile naming the field."""
+    """Parses a recipe from a mapping. Raises InvalidFile naming the field."""
     _check_texts(document, subject)
     try:
         return Recipe.model_validate(document)
@@ -288,19 +291,19 @@ def parse_recipe(document: object, subject: str = "recipe") -> Recipe:
 
 
 def _rules_json(rules: tuple[WeightRule, ...]) -> dict[str, Any]:
-    """Nothing where there are none, so that a lock without rules has the digest it always had."""
+    """Rules for a lock; empty if there are none, so that such a lock keeps its digest."""
     return {"rules": [rule.to_json() for rule in rules]} if rules else {}
 
 
 def _rounding_json(rounding: Rounding) -> dict[str, Any]:
-    """Nothing where it is to the nearest, for the same reason."""
+    """Rounding for a lock; empty for `nearest`, for the same reason."""
     if rounding.mode is Mode.NEAREST:
         return {}
     return {"rounding": {"mode": rounding.mode.value, "seed": rounding.seed}}
 
 
 def _check_texts(document: object, subject: str) -> None:
-    """Every text can be stored, and there is an end to them: aliases make a small file endless."""
+    """Checks that every text can be stored and that the document is bounded: aliases make a small file endless."""
     pending = [document]
     for _ in range(MAX_VALUES):
         if not pending:

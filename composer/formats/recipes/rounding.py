@@ -1,8 +1,9 @@
-"""The one rounding of a merge, from float32 to the output's dtype: to the nearest value, or up or down by chance.
+"""The single rounding of a merge, from float32 to the output's dtype: to the nearest value, or stochastically up or
+down.
 
-Rounding to the nearest loses what is smaller than half a step of the weight it is added to. Stochastic rounding goes to
-the upper neighbour with the probability of its share of the way there, so that the mean over many weights is what was
-added (Gupta et al., arXiv 1502.02551): single values are less exact, sums over them more.
+Rounding to nearest loses what is smaller than half a step of the weight. Stochastic rounding goes to the upper
+neighbour with a probability equal to the share of the way there, so that the mean over many weights is what was added
+(Gupta et al., arXiv 1502.02551): single values are less exact, sums over them more.
 """
 
 from dataclasses import dataclass
@@ -19,23 +20,21 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """How values become the output's dtype; `seed` counts for the stochastic mode alone.
-
-    The chance at one value depends on the seed, the tensor's name and the value's place in it: not on chunks, threads,
-    the device or what else is merged.
-    """
+    """How values are rounded to the output's dtype; `seed` matters for the stochastic mode alone. The choice at a value
+    depends on the seed, the tensor's name and the value's position in it: not on chunks, threads, the device or other
+    adapters."""
 
     mode: Mode = Mode.NEAREST
     seed: int = 0
 
     @property
     def steps(self) -> float:
-        """How far from the exact value a rounded one may lie, in steps between neighbours."""
+        """The maximum distance of a rounded value from the exact one, in steps between neighbours."""
         return 0.5 if self.mode is Mode.NEAREST else 1.0
 
 
 def parse_rounding(mode: str, seed: int = 0) -> Rounding:
-    """Raises NotSupported for an unknown mode or a seed that is no 64-bit number."""
+    """Parses a rounding. Raises NotSupported for an unknown mode or a seed that is not a 64-bit number."""
     if mode not in list(Mode):
         message = f"There is no rounding {printable(mode)}."
         raise NotSupported("rounding", message, subject=mode, next_step=f"Use one of {', '.join(Mode)}.")

@@ -69,11 +69,11 @@ class Example:
 
 
 class Suite(Document):
-    """A named set of examples. Two suites are the same version exactly when their `digest` is the same.
+    """A named set of examples. Two suites are the same version exactly if their `digest` is the same.
 
     With `ends` the end-of-sequence token after each completion is scored too. `metrics` says of each whether a higher
-    or a lower value is better. It isn't part of the digest: it says how scores are read, not how they are measured, so
-    that correcting it keeps them.
+    or a lower value is better. The digest excludes it: it affects how scores are read, not how they are measured, so a
+    correction keeps them.
     """
 
     name: Name
@@ -98,10 +98,8 @@ class Suite(Document):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def sample(self, count: int | None, without: Container[Example] = ()) -> tuple[Example, ...]:
-        """`count` examples chosen by the suite's digest: the same ones everywhere, and k of them contain any fewer.
-
-        None, or more than there are, gives all in their own order. Those in `without` are left out.
-        """
+        """`count` examples chosen by the suite's digest: the same ones everywhere, and a larger count contains a
+        smaller one's. None, or more than there are, gives all in their own order. Leaves out those in `without`."""
         left = [index for index, example in enumerate(self.examples) if example not in without]
         if count is None or count >= len(left):
             return tuple(self.examples[index] for index in left)
@@ -113,8 +111,8 @@ class Suite(Document):
 
     @property
     def content(self) -> dict[str, object]:
-        """What is measured, as JSON: all but `metrics`. Without `ends` where that is true, as suites were written when
-        there was no such field."""
+        """The measured content as JSON: all but `metrics`, and without a true `ends`, as suites were written before
+        that field existed."""
         examples = [{"prompt": example.prompt, "completion": example.completion} for example in self.examples]
         return {
             "name": self.name,
@@ -130,14 +128,14 @@ class Suite(Document):
 
     @classmethod
     def from_json(cls, document: object, subject: str = "suite") -> "Suite":
-        """The suite that `to_json` wrote. Raises InvalidFile naming `subject` and the field."""
+        """Parses what `to_json` wrote. Raises InvalidFile naming `subject` and the field."""
         return _validated(document, subject, lambda index: f"{subject}, example {index + 1}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Contradiction:
-    """Two suites, by the names they were given, that ask `shared` prompts alike and want other completions for
-    `different` of them, which is `share` of the smaller one's prompts."""
+    """Two suites, by name, that share `shared` prompts and want other completions for `different` of them, which is
+    `share` of the smaller one's prompts."""
 
     a: str
     b: str
@@ -147,10 +145,8 @@ class Contradiction:
 
 
 def contradicting_suites(suites: Mapping[str, Suite]) -> list[Contradiction]:
-    """Every pair of suites that wants different completions for a same prompt: one model cannot give both.
-
-    A prompt that a suite asks twice is contradicted where no completion is in both suites.
-    """
+    """Every pair of suites that wants different completions for the same prompt: one model cannot give both. A prompt
+    that a suite has twice is contradicted if no completion is in both suites."""
     wanted = {name: _completions(suite) for name, suite in suites.items()}
     contradictions: list[Contradiction] = []
     for (a, of_a), (b, of_b) in combinations(wanted.items(), 2):
@@ -163,7 +159,7 @@ def contradicting_suites(suites: Mapping[str, Suite]) -> list[Contradiction]:
 
 
 def _completions(suite: Suite) -> dict[tuple[bool, str], set[str]]:
-    """By how and what is asked."""
+    """Completions by prompt and its form."""
     completions: dict[tuple[bool, str], set[str]] = {}
     for example in suite.examples:
         completions.setdefault((suite.chat, example.prompt), set()).add(example.completion)
@@ -171,11 +167,9 @@ def _completions(suite: Suite) -> dict[tuple[bool, str], set[str]]:
 
 
 def parse_suite(path: Path | str) -> Suite:
-    """Read a suite's YAML, and the JSONL beside it when `examples` names one.
-
-    Raises InvalidFile naming file and line: not readable, not YAML or JSON, unknown or missing field, a size over the
-    limits above, or an examples path that leaves the suite's directory.
-    """
+    """Reads a suite's YAML, and the JSONL beside it if `examples` names one. Raises InvalidFile naming file and line:
+    unreadable, not YAML or JSON, an unknown or missing field, a size over the limits above, or an examples path outside
+    the suite's directory."""
     path = Path(path)
     try:
         document: object = yaml.safe_load(read_text(path, MAX_FILE_BYTES))
@@ -196,7 +190,7 @@ def parse_suite(path: Path | str) -> Suite:
 
 
 def _beside(path: Path, name: str) -> Path:
-    """The file of that name beside the suite."""
+    """The file of that name in the suite's directory."""
     if not name or len(name) > MAX_TEXT_CHARS or "\0" in name or LONE_SURROGATE.search(name):
         raise _bad(
             f"{path}: examples", "it names no file that there can be", str(path), "Name a file beside the suite."

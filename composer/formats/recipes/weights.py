@@ -1,4 +1,4 @@
-"""How strongly an adapter takes part: one number, with other numbers for some layers or modules. No torch."""
+"""The weight of an adapter: one number, with other numbers for some layers or modules. No torch."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from composer.formats.untrusted import printable
 
 MAX_RULES = 100
 LARGEST = 1e12
-"""Of a factor: computing in float32 ends at 3.4e38, which squares and products of some reach."""
+"""Maximum factor: float32 ends at 3.4e38, which squares and products of such factors reach."""
 _SMALLEST_SUM = 1e-8
 _LAYER = re.compile(r"\.([0-9]{1,6})\.")
 _RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
@@ -23,7 +23,7 @@ _GLOB = re.compile(r"[\w.*?\[\]!-]{1,200}")
 
 
 def real(value: object) -> float:
-    """A finite number, also one spelled as text. Raises ValueError, saying so, for everything else."""
+    """Parses a finite number, also from text. Raises ValueError for everything else."""
     if isinstance(value, str) and ("_" in value or not value.isascii()):  # Python reads 1_0, and digits of any script
         raise ValueError("a finite number")
     try:
@@ -36,7 +36,7 @@ def real(value: object) -> float:
 
 
 def factor(value: object) -> float:
-    """A number that deltas can be multiplied by. Raises ValueError, saying so, for everything else."""
+    """Parses a number that deltas can be multiplied by. Raises ValueError for everything else."""
     number = real(value)
     if abs(number) > LARGEST:
         raise ValueError(f"a number of at most {LARGEST:g} in size")
@@ -44,7 +44,7 @@ def factor(value: object) -> float:
 
 
 def layer_of(module: str) -> int | None:
-    """The number of the layer that a module path lies in: the first number in it."""
+    """The layer number of a module path: the first number in it."""
     match = _LAYER.search(f"{module}.")
     return int(match[1]) if match else None
 
@@ -75,10 +75,8 @@ Modules = Annotated[str, Reader(_glob, {"type": "string"})]
 
 
 class WeightRule(Document):
-    """`weight` takes the adapter's own place in these layers (first and last) and in modules that the glob names.
-
-    A glob is matched with the whole path or with an end of it at a dot: `q_proj`, `mlp.*`, `model.layers.3.*`.
-    """
+    """A rule: `weight` replaces the adapter's own in these layers (first and last) and in modules that match the glob.
+    A glob matches the full path or an end of it after a dot: `q_proj`, `mlp.*`, `model.layers.3.*`."""
 
     weight: Factor
     layers: Layers | None = Field(None, description="The first and the last layer: 0-9, or 3.")
@@ -105,7 +103,7 @@ class WeightRule(Document):
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """`value`, except where a rule holds for one of the names: the first one that does decides."""
+    """The weight of a module: that of the first rule that matches one of its names, otherwise `value`."""
 
     value: float = 1.0
     rules: tuple[WeightRule, ...] = ()
@@ -118,7 +116,7 @@ class Weight:
         return Weight(self.value * factor, rules)
 
     def to_json(self) -> float | dict[str, Any]:
-        """A number where there are no rules: what most recipes say."""
+        """The weight for a document: a plain number if there are no rules."""
         if not self.rules:
             return self.value
         return {"value": self.value, "rules": [rule.to_json() for rule in self.rules]}
@@ -131,7 +129,7 @@ class NormalizedWeight(Weight):
     among: tuple[Weight, ...] = ()
 
     def of(self, *names: str) -> float:
-        """Raises Mismatch where the weights cancel."""
+        """The weight of a module. Raises Mismatch if the weights cancel."""
         own = Weight.of(self, *names)
         return own / divisor(sum(weight.of(*names) for weight in self.among)) if own else 0.0
 
@@ -140,7 +138,8 @@ class NormalizedWeight(Weight):
         return NormalizedWeight(plain.value, plain.rules, self.among)
 
     def to_json(self) -> float | dict[str, Any]:
-        """What it comes to; with rules, what has to be divided and `among` which weights, since modules differ."""
+        """The weight for a document: the quotient; with rules, the weight and the weights `among` which it is divided,
+        since modules differ."""
         if not any(weight.rules for weight in (self, *self.among)):
             return self.of()
         rules = [rule.to_json() for rule in self.rules]
@@ -148,7 +147,7 @@ class NormalizedWeight(Weight):
 
 
 def divisor(total: float) -> float:
-    """The sum of the weights as something to divide by. Raises Mismatch when it is nothing."""
+    """The sum of the weights, as a divisor. Raises Mismatch if it is zero."""
     if abs(total) < _SMALLEST_SUM:
         message = f"The weights add up to {total:g}; a mean over them does not exist."
         raise Mismatch("zero_weight_sum", message, subject="weights", next_step="Change a weight, or take the sum.")
@@ -164,10 +163,8 @@ class _WeightDocument(Document):
 
 
 def parse_weight(value: object) -> Weight:
-    """A number, or {value: number, rules: [{layers: "0-9", modules: glob, weight: number}]}.
-
-    Raises NotSupported naming what is wrong.
-    """
+    """Parses a number, or {value: number, rules: [{layers: "0-9", modules: glob, weight: number}]}. Raises NotSupported
+    naming what is wrong."""
     if isinstance(value, Weight):
         return value
     document = cast("dict[object, object]", value) if isinstance(value, dict) else {"value": value}
@@ -176,12 +173,14 @@ def parse_weight(value: object) -> Weight:
 
 
 def weights_of(values: Sequence[Weight | float]) -> list[Weight]:
-    """As Weight, whatever they came as."""
+    """The weights as `Weight`, from numbers or weights."""
     return [parse_weight(value) for value in values]
 
 
 def parse_rule(text: str) -> WeightRule:
-    """`SELECTOR=WEIGHT` of a command line, for layers (`0-9`, `3`), a glob of modules, or both (`0-9/mlp.*`)."""
+    """Parses `SELECTOR=WEIGHT` from a command line, for layers (`0-9`, `3`), a glob of modules, or both
+    (`0-9/mlp.*`).
+    """
     selector, equals, weight = text.rpartition("=")
     layers, slash, modules = selector.partition("/")
     if not slash and not _RANGE.fullmatch(selector):
