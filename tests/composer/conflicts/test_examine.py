@@ -94,14 +94,15 @@ def test_without_a_probe_a_set_is_unmeasured_and_two_examples_leave_it_undecided
 
 def larger(small: list[Suite]) -> list[Suite]:
     more = tuple(Example(f"prompt {number}", "yes") for number in range(8))
-    return [replace(suite, examples=(*suite.examples, *more)) for suite in small]
+    return [Suite(name=one.name, kind=one.kind, chat=True, examples=(*one.examples, *more)) for one in small]
 
 
 def test_members_that_answer_the_same_prompts_differently_are_named_before_anything_else(
     adapters: list[LoadedAdapter],
 ) -> None:
     own = suites(3)
-    own[2] = replace(own[2], examples=(Example("hi red", "something else"), Example("you", "you")))
+    asked_alike = (Example("hi red", "something else"), Example("you", "you"))
+    own[2] = Suite(name=own[2].name, kind="target", chat=True, examples=asked_alike)
     report = examine(adapters, [1.0] * 3, evidence=Evidence(load=never, suites=own))
     assert report.findings[0].code == "same_prompts"
     assert report.findings[0].subject == "red + blue"

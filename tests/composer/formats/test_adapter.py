@@ -155,7 +155,7 @@ MISPLACED: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     ),
     "one tensor of another model": (
         renamed("layers.2.self_attn.q", "layers.9.self_attn.q"),
-        *("unmatched_tensor", "layers.9.self_attn.q_proj", "no tensor of the base"),
+        *("unmatched_tensor", "layers.9.self_attn.q_proj", "not a tensor of the base"),
     ),
     "targets for nothing": (configured(target_modules=["w_pack", "qkv"]), "no_target", "w_pack", "matches"),
     "a target whose tensors were lost": (

@@ -129,7 +129,7 @@ def test_a_look_tells_the_type(
 def test_a_pipe_in_place_of_weights_is_not_waited_for(name: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     os.mkfifo(tmp_path / name)
-    with pytest.raises(InvalidFile, match="no regular file"):
+    with pytest.raises(InvalidFile, match="not a regular file"):
         recognise(tmp_path)
 
 

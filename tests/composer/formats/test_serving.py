@@ -168,7 +168,7 @@ def test_no_server_is_said_to_load_what_is_no_known_part(make_model: MakeModel, 
     change_tensors(adapter, lambda tensors: tensors | {f"{Q0}.lora_X.weight": torch.ones(4, 16)})
     seen = inspect(adapter, None)
     assert [(finding.code, finding.severity) for finding in seen.findings] == [("unmatched_tensor", Severity.ERROR)]
-    assert "q_proj.lora_X.weight is not a part of a LORA adapter" in seen.findings[0].message
+    assert "q_proj.lora_X.weight is not a known part of a LORA adapter" in seen.findings[0].message
     assert seen.facts.modules_to_save == ()
     for server in SERVERS:
         assert "q_proj.lora_X" in " ".join(loading_of(adapter, server).reasons)
