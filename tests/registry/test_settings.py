@@ -86,7 +86,7 @@ def test_a_token_is_taken_without_the_white_space_around_it_and_never_shown(tmp_
     refused(Cli(far | {"ADAPTORY_TOKEN": "adp_secret\r\n"})("list"), 7, "does not answer")
     for odd in ("adp secret", "adp_secret\nadp_secret", "adp_s\u00e9cret"):
         ran = Cli(far | {"ADAPTORY_TOKEN": odd})("list")
-        refused(ran, 2, "ADAPTORY_TOKEN", "it is no token")
+        refused(ran, 2, "ADAPTORY_TOKEN", "it is not a token")
         assert "cret" not in ran.err
 
 
