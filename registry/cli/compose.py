@@ -3,7 +3,6 @@
 import json as json_module
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,7 +94,7 @@ def compose(
 
     wanted = load_recipe(read_text(recipe, MAX_FILE_BYTES), str(recipe))
     if (verdict := required(require)) is not None:
-        wanted = replace(wanted, policy={**wanted.policy, "require": str(verdict)})
+        wanted = wanted.model_copy(update={"policy": {**wanted.policy, "require": str(verdict)}})
     with connected() as connection:
         composition = connection.api.post("/v1/compositions", {"recipe": wanted.to_json(), "plan": plan})
         if plan or follow or connection.resources is not None:

@@ -197,7 +197,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Cli:
     return cli
 
 
-@pytest.fixture(params=[FIRST, *FURTHER])
+@pytest.fixture(params=[FIRST, *(pytest.param(one, marks=pytest.mark.long) for one in FURTHER[:-1]), FURTHER[-1]])
 def revision(request: pytest.FixtureRequest) -> str:
     """Of each schema before today's."""
     return request.param
