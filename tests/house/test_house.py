@@ -154,7 +154,7 @@ PHRASES = re.compile(
 
 def test_no_vague_name_is_in_the_code() -> None:
     vague = {
-        f"{named(path, node.lineno)}: {name}"
+        f"{named(path, getattr(node, 'lineno', 0))}: {name}"
         for path in python_files("registry", "composer")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if (name := _given_name(node)) and VAGUE_NAMES.search(name) and not PLACING.search(name)
