@@ -57,7 +57,9 @@ def on_terminal(cli: Cli, *words: object, code: str = "") -> OnTerminal:
     """Starts the command; `code` runs before it."""
     terminal, inside = pty.openpty()
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
-    start = f"{code}\nfrom registry.cli.start import main; main()"
+    # What runs in the background of a shell ignores interrupts, and so do its children.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = f"{heed}\n{code}\nfrom registry.cli.start import main; main()"
     with environment(cli.environment, []):
         os.environ.pop("COLUMNS", None)
         os.environ["TERM"] = "xterm"
