@@ -89,8 +89,8 @@ class Limits:
     safetensors' own 100 MB; 90 000 tensors need 12 MB.
 
     One of empty lists took 35 times its bytes, and four seconds, most of them in the garbage collector. So `structure`
-    bounds its commas and opening brackets, of which a matrix has eight: 125 000 matrices with PEFT's names fill the 16
-    MB.
+    bounds its commas and opening brackets. A matrix has eight of these, and 125 000 matrices with PEFT's names fill the
+    16 MB.
     """
 
     header_bytes: int = 16_000_000

@@ -116,7 +116,7 @@ class Weight:
         return Weight(self.value * factor, rules)
 
     def to_json(self) -> float | dict[str, Any]:
-        """The weight for a document: a plain number if there are no rules."""
+        """The weight for a document: a plain number unless it has rules."""
         if not self.rules:
             return self.value
         return {"value": self.value, "rules": [rule.to_json() for rule in self.rules]}

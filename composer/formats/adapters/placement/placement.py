@@ -310,8 +310,8 @@ def _check_targets(placement: Placement, adapted: set[str]) -> None:
 
 
 def _check_saved_modules(placement: Placement) -> None:
-    """Finds fully trained modules of the base that the file lacks. PEFT names both `classifier` and `score`, of which a
-    model has one; a head that is tied to the embedding is saved as one of the two."""
+    """Finds fully trained modules of the base that the file lacks. PEFT names both `classifier` and `score`, and a
+    model has one of them; a head that is tied to the embedding is saved as one of the two."""
     base = placement.architecture
     if base is None:
         return

@@ -106,7 +106,7 @@ class Placement:
         return () if self.architecture is None else self.architecture.tensors[target.weight].shape
 
     def find(self, module: str, parameter: str, key: str) -> Target | None:
-        """The parameter's tensor on disk; None, with a finding, if there is no single one."""
+        """The parameter's tensor on disk. Adds a finding and returns None unless exactly one tensor matches."""
         if self.architecture is None:
             return Target(f"{module}.{parameter}", False)
         target = find_weight(module, parameter, self.architecture)
