@@ -1,12 +1,15 @@
 """What every test may ask for: a tiny real model with adapters, databases, and a registry driven as its users do."""
 
 import os
+import re
 import shutil
+from collections import defaultdict
 from collections.abc import Generator
 from functools import lru_cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+from zlib import crc32
 
 import botocore.session
 import pytest
@@ -41,9 +44,24 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(directory)
 
 
+WAY = re.compile(rf"(?<=[\[-])({'|'.join(('embedded', *services.PAIRINGS))})(?=[\]-])")
+"""Where the name of a test says in which way of running a registry it runs."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First those that take minutes: begun last, they would have the machine for themselves at the end."""
+    """By default a test that can run in several ways runs in one, which its name decides; the others are `long`.
+
+    Tests that take minutes come first: if they started last, the other processes would wait for them at the end.
+    """
     items.sort(key=lambda item: item.path.parent.name != "staying_whole")
+    ways: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        ways[WAY.sub("", item.nodeid)].append(item)
+    for name, several in ways.items():
+        del several[crc32(name.encode()) % len(several)]
+        for item in several:
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.hookimpl(optionalhook=True)

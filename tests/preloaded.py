@@ -14,4 +14,6 @@ import registry.storage.s3.store
 import registry.transfer.collect
 import registry.transfer.fsck
 import registry.worker.runner
-import registry.worker.steps  # noqa: F401
+import registry.worker.steps
+
+registry.api.app.routers()

@@ -61,10 +61,7 @@ OF_WHAT_IS_THERE = {"spectrum_unknown", "score_unknown", "part_unknown", "blob_m
 """Codes with status 404 that are said of a thing that was found, for something that it has not."""
 
 
-PAIRINGS = [services.PAIRINGS[0], pytest.param(services.PAIRINGS[1], marks=pytest.mark.long)]
-
-
-@pytest.fixture(scope="module", params=PAIRINGS)
+@pytest.fixture(scope="module", params=services.PAIRINGS)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
     house = build_house(new_place(request.param, tmp_path_factory.mktemp("house")))
     house.close()
@@ -166,7 +163,7 @@ def api(embedded: Resources) -> Generator[Api]:
     opened.close()
 
 
-@pytest.mark.parametrize("pairing", PAIRINGS, indirect=True)
+@pytest.mark.parametrize("pairing", services.PAIRINGS, indirect=True)
 def test_malformed_adapters_are_refused_by_the_registry_and_leave_nothing_published(
     embedded: Resources, api: Api, tmp_path: Path
 ) -> None:

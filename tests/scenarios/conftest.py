@@ -12,21 +12,6 @@ from tests.scenarios.traces import traces
 from tests.scenarios.world import SMALL_PARTS, Cli, World, build_world, server
 
 USER = "mia"
-HARDLY_OF_THE_WAY = {
-    "test_bound_signatures", "test_breaking_changes", "test_conflicts", "test_diff", "test_hidden_inputs",
-    "test_lineage", "test_odd_releases", "test_pickles", "test_provenance", "test_rebuild", "test_refused_pushes",
-    "test_regmean", "test_signatures", "test_types_of_adapters", "test_what_is_told", "test_worker_hosts",
-}  # fmt: skip
-"""Stories that the way of running a registry hardly takes part in: by default they run in one way, since
-`test_one_code_path.py` holds that the others say the same; `make test-long` runs them in each."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        served = "stocked" in getattr(item, "fixturenames", ()) or "cli" in getattr(item, "fixturenames", ())
-        left_out = services.PAIRINGS if served else services.PAIRINGS[1:]  # served, there is `embedded` besides
-        if item.path.stem in HARDLY_OF_THE_WAY and any(one in item.name for one in left_out):
-            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")
