@@ -8,6 +8,7 @@ import yaml
 from tasks import TASKS, Task
 
 SUITES = Path(__file__).parent / "suites"
+FOR_EDITORS = "# yaml-language-server: $schema=../../docs/schemas/suite.schema.json\n"
 
 
 def render(task: Task) -> dict[str, str]:
@@ -22,7 +23,7 @@ def render(task: Task) -> dict[str, str]:
     _, held_out = task.split()
     lines = [json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in held_out]
     return {
-        f"{task.suite}.yaml": yaml.safe_dump(description, sort_keys=False, width=120),
+        f"{task.suite}.yaml": FOR_EDITORS + yaml.safe_dump(description, sort_keys=False, width=120),
         f"{task.suite}.jsonl": "".join(lines),
     }
 
