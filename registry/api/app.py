@@ -14,7 +14,6 @@ from registry.api.http.callers import ActorCache
 from registry.api.http.exchanges import AccessLog, Exchanges
 from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
 from registry.api.routes.documents import RenderedReleaseCache
-from registry.api.routes.repository import REPOSITORY_PREFIXES
 from registry.transfer.resources import Resources
 
 DESCRIPTION = "The release registry for LoRA adapters."
@@ -91,15 +90,12 @@ class RoutesOnDemand:
         await self.app(scope, receive, send)
 
 
-def routers(entries: Sequence[Entry] = ROUTERS) -> list[tuple[str, APIRouter]]:
-    """Loads the entries and returns (prefix, router) pairs."""
-    return [
-        (prefix, getattr(import_module(f"registry.api.routes.{module}"), name))
-        for module, name, _ in entries
-        for prefix in (REPOSITORY_PREFIXES if name == "repository_routes" else ("",))
-    ]
+def routers(entries: Sequence[Entry] = ROUTERS) -> list[APIRouter]:
+    """Loads the entries' modules and returns their routers."""
+    return [getattr(import_module(f"registry.api.routes.{module}"), name) for module, name, _ in entries]
 
 
 def _include(app: FastAPI, entries: Sequence[Entry]) -> None:
-    for prefix, router in routers(entries):
-        app.include_router(router, prefix=prefix)
+    # `include_router` would build each route a second time, 4 ms each, to change nothing about it.
+    for router in routers(entries):
+        app.router.routes.extend(router.routes)

@@ -100,12 +100,11 @@ class Stock:
     def requests(self) -> list[tuple[str, str, dict[str, Any]]]:
         """One of each route, which would go through: (method, path, what httpx sends)."""
         found: list[tuple[str, str, dict[str, Any]]] = []
-        for prefix, router in routers():
+        for router in routers():
             for route in router.routes:
                 assert isinstance(route, APIRoute)
-                for method in sorted(route.methods or ()):
-                    template = prefix + route.path
-                    found.append((method, self._path(method, template), self.body(method, template)))
+                methods = sorted(route.methods or ())
+                found += [(method, self._path(method, route.path), self.body(method, route.path)) for method in methods]
         return found
 
     def _path(self, method: str, template: str) -> str:

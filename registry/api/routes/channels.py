@@ -2,14 +2,14 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import Header, Request, Response
 
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, decode_number, etag, expected_from, page
 from registry.api.http.request import RequestKey, ResourcesOf, idempotent_request
 from registry.api.http.routes import Route
 from registry.api.http.rules import Admin, Reader, Releaser
 from registry.api.routes.documents import json_response, move_document
-from registry.api.routes.repository import NamedRepository, RepositoryOf
+from registry.api.routes.repository import NamedRepository, RepositoryOf, RepositoryRouter
 from registry.api.routes.views import channel_view, move_view
 from registry.api.schemas.quality import ChannelOut, GatesIn, GatesOut, MoveOut, PromoteIn, RollbackIn
 from registry.api.schemas.wire import Page
@@ -19,7 +19,7 @@ from registry.domain.catalog import repositories
 from registry.domain.channels import gates, moves
 from registry.formats.references import parse_version
 
-repository_routes = APIRouter(tags=["channels"], route_class=Route)
+repository_routes = RepositoryRouter(tags=["channels"], route_class=Route)
 
 CHANNEL = "/{namespace}/{name}/channels/{channel}"
 IfMatch = Annotated[str | None, Header(description="The channel's ETag that you last saw.")]

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import Header, Request, Response
 
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, encode_cursor, page
 from registry.api.http.request import RequestKey, ResourcesOf, idempotent_request
@@ -11,7 +11,7 @@ from registry.api.http.rules import Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.routes.blobs import BYTES, file_response
 from registry.api.routes.documents import page_response, release_documents, release_view
-from registry.api.routes.repository import KindOf, RepositoryOf
+from registry.api.routes.repository import KindOf, RepositoryOf, RepositoryRouter
 from registry.api.routes.views import repository_page
 from registry.api.schemas.catalog import (
     NextOut,
@@ -34,7 +34,7 @@ from registry.domain.channels import yanks
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_digest, parse_version
 
-repository_routes = APIRouter(tags=["releases"], route_class=Route)
+repository_routes = RepositoryRouter(tags=["releases"], route_class=Route)
 """Mounted once under /v1/adapters and once under /v1/models."""
 
 

@@ -1,14 +1,22 @@
 """The path prefix that names a repository: /v1/adapters or /v1/models, then /{namespace}/{name}."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import APIRouter, Depends, Request
 
 from registry.domain.catalog.repositories import Kind
 from registry.formats.references import RepositoryName, parse_name
 
 REPOSITORY_PREFIXES = {"/v1/adapters": Kind.ADAPTER, "/v1/models": Kind.MODEL}
+
+
+class RepositoryRouter(APIRouter):
+    """Adds each of its routes below both prefixes."""
+
+    def add_api_route(self, path: str, *args: Any, **options: Any) -> None:
+        for prefix in REPOSITORY_PREFIXES:
+            super().add_api_route(prefix + path, *args, **options)
 
 
 @dataclass(frozen=True, slots=True)

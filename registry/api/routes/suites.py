@@ -10,7 +10,7 @@ from registry.api.http.pagination import Cursor, Limit, decode_number, page
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route
 from registry.api.http.rules import Contributor, Member, Publisher, Reader
-from registry.api.routes.repository import RepositoryOf
+from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.api.routes.views import score_view, suite_page, suite_view
 from registry.api.schemas.quality import ScoreIn, ScoreOut, ScoresIn, ScoresOut, SuiteOut
 from registry.api.schemas.wire import Page
@@ -19,7 +19,7 @@ from registry.domain.catalog.suites import Measurement
 from registry.formats.references import parse_version
 
 router = APIRouter(prefix="/v1", tags=["quality"], route_class=Route)
-repository_routes = APIRouter(tags=["quality"], route_class=Route)
+repository_routes = RepositoryRouter(tags=["quality"], route_class=Route)
 
 
 @router.post("/suites", status_code=201, responses={200: {"model": SuiteOut}})
