@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import ssl
 from collections import defaultdict
 from collections.abc import Generator
 from functools import lru_cache
@@ -83,11 +84,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _read_once() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
-    """What a command does once a process: build its options, read what S3 is from 2 MB of JSON. Here one process runs
-    thousands of commands, which took a half of the time of the shorter ones."""
+    """What a command does once a process: build its options, read what S3 is from 2 MB of JSON, and the machine's
+    certificates. Here one process runs thousands of commands, which took a half of the time of the shorter ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", lru_cache(typer.main.get_command))
         patch.setattr(botocore.session, "create_loader", lru_cache(botocore.session.create_loader))
+        patch.setattr(ssl, "create_default_context", lru_cache(ssl.create_default_context))
         yield
 
 

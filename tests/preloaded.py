@@ -1,8 +1,13 @@
 """Imported once by the process that the others are forked from."""
 
+import gc
+from functools import lru_cache
+
 import alembic.command  # noqa: F401
-import boto3  # noqa: F401
+import boto3
+import botocore.session
 import psycopg  # noqa: F401
+import typer.main
 import uvicorn.protocols.http.h11_impl
 import uvicorn.protocols.websockets.auto  # noqa: F401
 
@@ -17,3 +22,9 @@ import registry.worker.runner
 import registry.worker.steps
 
 registry.api.app.routers()
+# A process need not build the command line, read what S3 is from 2 MB of JSON, or collect what it was forked with.
+typer.main.get_command = lru_cache(typer.main.get_command)
+typer.main.get_command(registry.cli.main.app)
+botocore.session.create_loader = lru_cache(botocore.session.create_loader)
+boto3.Session().client("s3", region_name="us-east-1")
+gc.freeze()

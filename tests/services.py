@@ -21,6 +21,9 @@ from sqlalchemy import Connection, create_engine, text
 
 from registry.database.engine import Database
 from registry.database.migrate import migrate
+from registry.settings import Settings
+from registry.transfer.resources import open_resources
+from registry.transfer.store_facts import probe_if_unknown
 from tests import s3_server
 from tests.ports import free_ports
 from tests.s3_server import S3Server, locked
@@ -70,8 +73,7 @@ def pairing(name: str) -> dict[str, str]:
     """The environment of an empty registry's database and store, migrated; where none is named both are in its home."""
     if name == PAIRINGS[0]:
         return {}
-    store = shared_s3().environment(f"{uuid.uuid4().hex}/")
-    return {**store, "ADAPTORY_DATABASE_URL": new_database(migrated=True)}
+    return copied_pairing({"ADAPTORY_DATABASE_URL": _probed_database()})
 
 
 def copied_pairing(of: Mapping[str, str]) -> dict[str, str]:
@@ -80,6 +82,22 @@ def copied_pairing(of: Mapping[str, str]) -> dict[str, str]:
         return {}
     store = shared_s3().environment(f"{uuid.uuid4().hex}/")
     return {**store, "ADAPTORY_DATABASE_URL": copied_database(of["ADAPTORY_DATABASE_URL"])}
+
+
+def _probed_database() -> str:
+    """A migrated database that has the probe of the run's store: without it each first start takes a second longer."""
+    from tests.scenarios.world import environment
+
+    with locked(shared_directory() / "probed.lock"):
+        kept = shared_directory() / "probed.url"
+        if not kept.exists():
+            url = new_database(migrated=True)
+            with environment({**shared_s3().environment(), "ADAPTORY_DATABASE_URL": url}, []):
+                resources = open_resources(Settings())
+                probe_if_unknown(resources.store)
+                resources.close()
+            kept.write_text(url)
+        return kept.read_text()
 
 
 def new_database_of(kind: str, directory: Path, *, migrated: bool = False) -> str:
