@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 test: lint
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
-# With the full dose: a hundred kills, and every story on PostgreSQL and S3 too.
+# With the full dose: a hundred kills, and each story in every way of running a registry.
 test-long: lint
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "long or not long"
 

@@ -26,6 +26,8 @@ for _name in [name for name in os.environ if name.startswith("ADAPTORY_")]:
     if not _name.startswith(("ADAPTORY_TEST_", "ADAPTORY_REQUIRE_", "ADAPTORY_SNAPSHOTS")):
         del os.environ[_name]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Several test processes share the cores: threads that wait for each other's small matrices took 80 % of the time.
+os.environ["OMP_NUM_THREADS"] = "1"
 # How fast inputs are made says how busy the machine is, and how warm its imports: it fails no test.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
