@@ -17,7 +17,7 @@ from registry.api.routes.documents import RenderedReleaseCache
 from registry.transfer.resources import Resources
 
 DESCRIPTION = "The release registry for LoRA adapters."
-UPLOAD_THREADS = 32
+UPLOAD_THREADS, DOWNLOAD_THREADS = 32, 32
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
 Entry = tuple[str, str, tuple[str, ...]]
@@ -57,6 +57,7 @@ def create_app(
     )
     app.state.resources = resources
     app.state.uploads_limiter = CapacityLimiter(UPLOAD_THREADS)
+    app.state.downloads_limiter = CapacityLimiter(DOWNLOAD_THREADS)
     app.state.callers = ActorCache(resources, single_user=not tokens)
     app.state.documents = RenderedReleaseCache()
     problems.install(app)

@@ -1,9 +1,10 @@
 """A store that hangs: its routes are told 503 in good time, and all others do not notice."""
 
+import gc
 import threading
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import httpx2
 import pytest
 
 from registry.api.app import create_app
-from registry.api.http.threads import STORE_PATIENCE_S, STORE_ROOM, STORE_THREADS
+from registry.api.http.threads import PATIENCE_S, STORE_ROOM, STORE_THREADS
+from registry.api.schemas.transfer import UploadIn
 from registry.client.inprocess import InProcessTransport
 from tests import services
 from tests.access.house import PRIVATE, House, build_house, new_place
@@ -78,12 +80,11 @@ def hung(house: House, where: str) -> Generator[Hung]:
     store = HangingStore(house.resources.store, where)
     resources = replace(house.resources, store=store)
     behind = replace(house, resources=resources, transport=InProcessTransport(create_app(resources, tokens=True)))
-    with ThreadPoolExecutor(MANY + 10) as pool:
+    with closing(behind.transport), ThreadPoolExecutor(MANY + 10) as pool:
         try:
             yield Hung(behind, store, pool)
         finally:
             store.go_on.set()
-    behind.transport.close()
 
 
 @pytest.fixture(params=services.PAIRINGS)
@@ -97,7 +98,7 @@ def test_what_needs_no_store_does_not_wait_while_more_than_all_threads_ask_one_t
     with hung(house, "stat") as there:
         downloads = there.fill(MANY)
         there.assert_others_do_not_wait()
-        told, waiting = wait(downloads, timeout=STORE_PATIENCE_S + SOON_S)
+        told, waiting = wait(downloads, timeout=PATIENCE_S + SOON_S)
         assert len(waiting) == STORE_THREADS, "all were told but those that hang in the store"
         assert {(one.result().status_code, one.result().json()["code"]) for one in told} == {(503, "store_busy")}
         assert all(int(one.result().headers["Retry-After"]) > 0 for one in told)
@@ -125,7 +126,7 @@ def test_every_route_that_asks_the_store_is_told_when_its_threads_are_taken(hous
             )
         }
         for route, one in asked.items():
-            answer = one.result(STORE_PATIENCE_S + SOON_S)
+            answer = one.result(PATIENCE_S + SOON_S)
             assert (answer.status_code, "Retry-After" in answer.headers) == (503, True), route
 
 
@@ -133,10 +134,24 @@ def test_a_request_that_finds_all_threads_taken_gets_one_when_it_is_soon_free(ho
     with hung(house, "stat") as there:
         there.fill(STORE_THREADS)
         late = there.ask("reader", "GET", FILE)
-        _, waiting = wait([late], timeout=STORE_PATIENCE_S / 4)
+        _, waiting = wait([late], timeout=PATIENCE_S / 4)
         assert waiting
         there.store.go_on.set()
         assert late.result(60).status_code in (200, 307)
+
+
+@pytest.mark.parametrize("house", services.PAIRINGS[:1], indirect=True)
+def test_what_a_request_sent_that_found_no_thread_is_kept_no_longer(house: House) -> None:
+    """The threads' own queue drops those that gave up only when a thread is free, which may be hours later."""
+    files = [{"path": "weights.safetensors", "size_bytes": 15, "sha256": house.things[PRIVATE].announced}]
+    with hung(house, "stat") as there:
+        there.fill(STORE_THREADS)
+        late = [
+            there.ask("publisher", "POST", "/v1/uploads", json={"namespace": PRIVATE, "files": files}) for _ in range(8)
+        ]
+        assert {one.result(PATIENCE_S + SOON_S).status_code for one in late} == {503}
+        gc.collect()
+        assert not [one for one in gc.get_objects() if type(one) is UploadIn]
 
 
 @pytest.mark.parametrize("house", services.PAIRINGS[:1], indirect=True)

@@ -1,17 +1,17 @@
-"""Separate threads for routes that use the blob store.
+"""Thread pools for searches and for routes that use the blob store.
 
 All other routes share the framework's 40 threads. A hanging store blocks each thread that calls it for a minute or
 more: with shared threads, a hundred downloads would also stop resolve and search, which do not need the store.
 """
 
-import math
+import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from threading import Semaphore
+from typing import Any, ParamSpec, TypeVar, cast
 
-from anyio import CapacityLimiter, WouldBlock, move_on_after, to_thread
-from anyio.lowlevel import RunVar
+from anyio import CapacityLimiter, to_thread
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -22,90 +22,77 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BLOCK_BYTES = 1 << 20
-STORE_THREADS = 32
-STORE_ROOM = 64
-"""Maximum number of requests that wait for a thread; further ones get a 503 immediately."""
-STORE_PATIENCE_S = 5.0
-"""How long requests wait for a thread."""
+PATIENCE_S = 5.0
+"""How long requests wait for a thread: earlier ones may be waiting for the database or the store."""
+SEARCH_THREADS, SEARCH_ROOM = 16, 10_000
+"""Fewer threads than database connections, so that slow searches leave some for other requests. As many requests may
+wait as are answered within PATIENCE_S."""
+STORE_THREADS, STORE_ROOM = 32, 64
 
 
-@dataclass(frozen=True, slots=True)
-class _Threads:
-    """Requests wait for `slots`; with a slot they run under `unlimited`, so that they do not wait for a thread again.
+class Threads:
+    """A decorator for routes: runs them in `count` threads; place it below the route's path decorator.
 
-    `streams` are for running responses: a hundred downloads from a slow disk must not turn others away.
+    A request gets the 503 `busy` if `room` others wait for a thread already, or if it has waited for PATIENCE_S.
     """
 
-    slots: CapacityLimiter
-    streams: CapacityLimiter
-    unlimited: CapacityLimiter
+    def __init__(self, use: str, busy: str, count: int, room: int) -> None:
+        self._use, self._busy, self._count = use, busy, count
+        self._pool = ThreadPoolExecutor(count, use)
+        self._admission = Semaphore(count + room)
 
+    def __call__(self, route: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
+        @wraps(route)
+        async def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not self._admission.acquire(blocking=False):
+                raise self._unavailable()
+            try:
+                return await self._run(partial(route, *args, **kwargs))
+            finally:
+                self._admission.release()
 
-_threads: RunVar[_Threads] = RunVar("registry.api.http.threads")
-"""Per event loop, like the framework's own threads."""
+        return run
 
-
-def in_store_threads(route: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
-    """Decorator for routes that use the store; place it below the route's path decorator.
-
-    Answers 503 if too many others hold or await the store's threads. Adds no extra thread hop.
-    """
-
-    @wraps(route)
-    async def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        threads, borrower = _of_this_loop(), object()
+    async def _run(self, call: Callable[[], R]) -> R:
+        calls = [call]  # the pool keeps cancelled work until a thread is free, so it must not hold the request itself
+        future = self._pool.submit(lambda: calls.pop()())
+        timer = asyncio.get_running_loop().call_later(PATIENCE_S, future.cancel)  # no effect once it runs
         try:
-            threads.slots.acquire_on_behalf_of_nowait(borrower)
-        except WouldBlock:
-            await _wait_for_slot(threads.slots, borrower)
-        try:
-            return await to_thread.run_sync(partial(route, *args, **kwargs), limiter=threads.unlimited)
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if cast(asyncio.Task[Any], asyncio.current_task()).cancelling():  # the request, not the wait, was cancelled
+                raise
+            raise self._unavailable() from None
         finally:
-            threads.slots.release_on_behalf_of(borrower)
+            timer.cancel()
+            calls.clear()
 
-    return run
+    def _unavailable(self) -> Unavailable:
+        return Unavailable(
+            self._busy,
+            f"All {self._count} {self._use} threads are busy: the database or the store is slow, or overloaded.",
+            next_step="Try again after the seconds in Retry-After; /readyz tells whether both answer.",
+        )
+
+
+in_search_threads = Threads("search", "searches_busy", SEARCH_THREADS, SEARCH_ROOM)
+in_store_threads = Threads("store", "store_busy", STORE_THREADS, STORE_ROOM)
 
 
 class BlobResponse(StreamingResponse):
     """Streams bytes from the store. Closes the reader also if the client hangs up."""
 
     def __init__(self, reader: Reader, status: int, headers: Mapping[str, str]) -> None:
-        super().__init__(_blocks(reader), status, headers, "application/octet-stream")
+        super().__init__((), status, headers, "application/octet-stream")
         self._reader = reader
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.body_iterator = _blocks(self._reader, scope["app"].state.downloads_limiter)
         with self._reader:
             await super().__call__(scope, receive, send)
 
 
-async def _blocks(reader: Reader) -> AsyncIterator[bytes]:
+async def _blocks(reader: Reader, limiter: CapacityLimiter) -> AsyncIterator[bytes]:
     """Reads blocks, waiting for a thread as long as needed: once a response has started, a 503 is too late."""
-    streams = _of_this_loop().streams
-    while block := await to_thread.run_sync(reader.read, BLOCK_BYTES, limiter=streams):
+    while block := await to_thread.run_sync(reader.read, BLOCK_BYTES, limiter=limiter):
         yield block
-
-
-async def _wait_for_slot(slots: CapacityLimiter, borrower: object) -> None:
-    if slots.statistics().tasks_waiting >= STORE_ROOM:
-        raise _busy()
-    with move_on_after(STORE_PATIENCE_S):
-        await slots.acquire_on_behalf_of(borrower)
-        return
-    raise _busy()
-
-
-def _of_this_loop() -> _Threads:
-    try:
-        return _threads.get()
-    except LookupError:
-        made = _Threads(CapacityLimiter(STORE_THREADS), CapacityLimiter(STORE_THREADS), CapacityLimiter(math.inf))
-        _threads.set(made)
-        return made
-
-
-def _busy() -> Unavailable:
-    return Unavailable(
-        "store_busy",
-        f"{STORE_THREADS} requests are already waiting for the store: it is slow, unavailable or overloaded.",
-        next_step="Try again after the seconds in Retry-After; /readyz tells when the store answers again.",
-    )

@@ -14,8 +14,9 @@ from starlette.datastructures import QueryParams
 from composer.formats.adapters.serving import Profile, loads
 from registry.api.http.pagination import decode_cursor, encode_cursor
 from registry.api.http.request import ResourcesOf
-from registry.api.http.routes import Route, ThreadedRoute, cached_by_query
+from registry.api.http.routes import Route, cached_by_query, needs_only_request
 from registry.api.http.rules import Caller
+from registry.api.http.threads import in_search_threads
 from registry.api.routes.documents import (
     Json,
     RenderedRelease,
@@ -60,6 +61,14 @@ def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
     return read, read.parse()
 
 
+@router.get(
+    "/releases",
+    response_model=Page[FoundOut],
+    responses={422: {"model": Problem}},
+    openapi_extra={"parameters": PARAMETERS},
+)
+@needs_only_request
+@in_search_threads
 def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> Response:
     """Search the releases that the caller may read; all conditions must hold."""
     query, wanted = _parse_query(request.scope["query_string"])
@@ -76,16 +85,6 @@ def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> 
     items = [one.with_remarks(_remarks(one, result, wanted.loads_in)) for one in rendered]
     following = _cursor(query, result.hits[len(rendered) - 1]) if len(result.hits) > len(rendered) else None
     return page_response(items, following)
-
-
-router.add_api_route(
-    "/releases",
-    search_releases,
-    response_model=Page[FoundOut],
-    responses={422: {"model": Problem}},
-    openapi_extra={"parameters": PARAMETERS},
-    route_class_override=ThreadedRoute,
-)
 
 
 def _search(session: Session, actor: Actor, query: SearchIn, wanted: search.Query, order: Order) -> SearchResult:
