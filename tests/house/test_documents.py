@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from registry.cli.main import app
-from registry.settings import LocalStorage, S3Storage, Settings
+from registry.settings import STORAGES, Settings
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "adaptory.service"
@@ -33,7 +33,7 @@ def test_the_commands_of_the_tour_write_where_git_does_not_look() -> None:
 
 def test_operators_are_told_of_every_setting_and_no_document_names_one_that_is_not_there() -> None:
     settings = {f"ADAPTORY_{name}".upper() for name in Settings.model_fields}
-    for storage in (LocalStorage, S3Storage):
+    for storage in STORAGES:
         settings |= {f"ADAPTORY_STORAGE__{name}".upper() for name in storage.model_fields}
     named = {
         path.name: set(re.findall(r"ADAPTORY_[A-Z_0-9]*[A-Z0-9]", path.read_text()))
