@@ -128,7 +128,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bad_range": "Write a version (1.2.0) or an npm range (^1.2, ~1.2.3, >=1.0 <2.0).",
         "bad_relation": "Name a registered base, and a relation: cast, quantized, finetuned or merged.",
         "bad_repository": "Write it as namespace/name, as in acme/sql; a directory is only one when it is there.",
-        "bad_rule": "Write SUITE.METRIC>=NUMBER, … within NUMBER of served|base|inputs, or … keeps SHARE of inputs.",
+        "bad_rule": "Write it in one of the forms that docs/guide.md lists under Channels and gates.",
         "bad_scope": "Write NAMESPACE=ROLE.",
         "bad_score_name": "Write SUITE.METRIC, as in sql-exact.accuracy.",
         "bad_setting": "See the settings of the method in docs/methods.md.",

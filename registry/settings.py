@@ -182,9 +182,12 @@ def _kind_of(storage: object) -> str:
     return str(given.get("kind") or ("s3" if "bucket" in given else "local"))
 
 
+STORAGES: tuple[type[BaseModel], ...] = (LocalStorage, S3Storage)
+"""The members of `Storage`. registry/transfer/resources.py opens the store of each."""
+_KINDS = ", ".join(str(one.model_fields["kind"].default) for one in STORAGES)
 Storage = Annotated[
     Annotated[LocalStorage, Tag("local")] | Annotated[S3Storage, Tag("s3")],
-    Discriminator(_kind_of, custom_error_type="kind", custom_error_message="its KIND is neither local nor s3"),
+    Discriminator(_kind_of, custom_error_type="kind", custom_error_message=f"its KIND is not one of {_KINDS}"),
 ]
 
 
@@ -245,8 +248,8 @@ class Settings(BaseSettings):
     @classmethod
     def variables(cls) -> set[str]:
         """The names of all environment variables that are read."""
-        stores = LocalStorage.model_fields | S3Storage.model_fields
-        names = (set(cls.model_fields) - {"storage"}) | {f"storage__{name}" for name in stores}
+        stores = {f"storage__{name}" for one in STORAGES for name in one.model_fields}
+        names = (set(cls.model_fields) - {"storage"}) | stores
         return {f"ADAPTORY_{name}".upper() for name in names} | {"ADAPTORY_STORAGE"}
 
     @property

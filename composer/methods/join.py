@@ -21,12 +21,29 @@ Join = Callable[[torch.Tensor], torch.Tensor]
 
 def joined(settings: MethodSettings, weights: Sequence[float], total: float) -> Join:
     """The join of T deltas. `total` is the sum of all adapters' weights, including those without a delta here."""
-    if isinstance(settings, Elect):
-        return lambda X_TMN: elect(X_TMN, weights, settings.vote, settings.divide)
+    return _JOINS[settings.pipeline.combine](settings, weights, total)
+
+
+def _sum(settings: MethodSettings, weights: Sequence[float], total: float) -> Join:
     w_T = torch.tensor(weights, dtype=torch.float32)
     if settings.divides:
         w_T = w_T / divisor(total)
     return lambda X_TMN: torch.tensordot(w_T, X_TMN, dims=1)
+
+
+def _elect(settings: MethodSettings, weights: Sequence[float], total: float) -> Join:
+    own = cast(Elect, settings)
+    return lambda X_TMN: elect(X_TMN, weights, own.vote, own.divide)
+
+
+_JOINS: dict[str, Callable[[MethodSettings, Sequence[float], float], Join]] = {
+    "sum": _sum,
+    "mean": _sum,
+    "iso": _sum,
+    "elect": _elect,
+}
+"""By `combine` of a pipeline: all but `tsv`, which joins factors, and `sce`, whose weights come from the masked deltas
+(pipeline.py)."""
 
 
 def elect(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str = "plain", divide: str = "count") -> torch.Tensor:

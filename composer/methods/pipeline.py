@@ -32,6 +32,8 @@ from composer.methods.matrix import Largest, Matrix, largest, square_sum
 from composer.methods.sparsify import Keep, keeps
 from composer.methods.spectral import Compression, compress, compress_dense, iso, product, triples, tsv
 
+_OF_DIRECTIONS = ("sum", "mean", "tsv", "iso")
+"""The values of `combine` that decide nothing about single entries, where noise could flip a decision."""
 _DENSE = RLock()
 """Held while a slot has a matrix of its weight's size in memory: one slot at a time, in any number of threads."""
 
@@ -228,9 +230,9 @@ def _in_basis(slot: WeightSlot, settings: Compressed) -> tuple[list[Additive], C
     """Combines in a small shared basis; apart from the factors, nothing of the weight's size is formed."""
     like, pipeline = slot.parts[0].low_rank, settings.pipeline
     pairs = [pair_of(part.low_rank) for part in slot.parts]
-    if pipeline.sparsify == "none" and pipeline.combine != "elect":
+    if pipeline.sparsify == "none" and pipeline.combine in _OF_DIRECTIONS:
         basis = basis_of(settings, pairs)
-    else:  # twice as precise, since noise could flip the decision about an entry
+    else:  # twice as precise
         basis = basis_of(settings, [(B.double(), A.double()) for B, A in pairs]).for_entries()
     if pipeline.combine == "tsv":
         X = tsv(basis.X, slot.weights, min(like.stored_shape))

@@ -49,7 +49,7 @@ def check_storage(json: JsonFlag = False) -> None:
         verified = [("sha256 of files", "bodies"), ("sha256 of parts", "parts"), ("signed expiry", "signed_end")]
         rows = [(label, "verified by the store" if facts[name] else "not verified") for label, name in verified]
         uploads = "straight to their blobs" if in_place else "to incoming/, checked and copied"
-        render.lines("s3", [*rows, ("clients upload", uploads)])
+        render.lines(kind, [*rows, ("clients upload", uploads)])
 
     render.document(document, json, show)
 

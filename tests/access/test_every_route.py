@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from starlette.routing import compile_path
 
 from registry.api.app import ROUTERS, create_app, routers
 from registry.api.http.routes import Route
@@ -98,6 +99,15 @@ def _told(rule: Rule | None, stated: str) -> str:
         Where.ANYWHERE: f"{rule.role} somewhere",
         Where.INSIDE: inside,
     }[rule.where]
+
+
+def test_no_route_is_hidden_by_one_before_it() -> None:
+    """`/v1/bases/{base:path}` matches everything below it, so a route that comes after it would never be called."""
+    patterns = [(method, path, compile_path(path)[0]) for method, path, _ in ROUTES]
+    for method, path, _ in ROUTES:
+        requested = re.sub(r"\{[^}]*\}", "x", path)
+        first = next(other for own, other, pattern in patterns if own == method and pattern.match(requested))
+        assert first == path, f"{method} {path} is answered by {first}: put it before that"
 
 
 @pytest.mark.parametrize(("method", "path"), [*STATED], ids=[" ".join(route) for route in STATED])

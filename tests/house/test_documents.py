@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from registry.cli.main import app
-from registry.settings import LocalStorage, S3Storage, Settings
+from registry.settings import STORAGES, Settings
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "adaptory.service"
@@ -33,7 +33,7 @@ def test_the_commands_of_the_tour_write_where_git_does_not_look() -> None:
 
 def test_operators_are_told_of_every_setting_and_no_document_names_one_that_is_not_there() -> None:
     settings = {f"ADAPTORY_{name}".upper() for name in Settings.model_fields}
-    for storage in (LocalStorage, S3Storage):
+    for storage in STORAGES:
         settings |= {f"ADAPTORY_STORAGE__{name}".upper() for name in storage.model_fields}
     named = {
         path.name: set(re.findall(r"ADAPTORY_[A-Z_0-9]*[A-Z0-9]", path.read_text()))
@@ -45,3 +45,19 @@ def test_operators_are_told_of_every_setting_and_no_document_names_one_that_is_n
         assert {name for name in names if not name.startswith("ADAPTORY_TEST_")} - settings <= {
             "ADAPTORY_REQUIRE_SERVICES"
         }
+
+
+def test_the_recipes_for_contributors_name_files_and_names_that_are_there() -> None:
+    recipes = (ROOT / "docs" / "contributing.md").read_text().split("\n## ")[1:]
+    missing = [f"{recipe.splitlines()[0]}: {name}" for recipe in recipes for name in _missing(recipe)]
+    assert (missing, len(recipes)) == ([], 7)
+
+
+def _missing(recipe: str) -> list[str]:
+    quoted = re.findall(r"`([\w./]+)`", recipe.replace("\n", " "))
+    paths = [ROOT / name for name in quoted if "/" in name and "NAME" not in name]
+    files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path]) if file.is_file()]
+    text = "".join(file.read_text() for file in files)
+    known = {file.name for file in files} | set(re.findall(r"\w+", text))
+    absent = [str(path.relative_to(ROOT)) for path in paths if not path.exists()]
+    return absent + [name for name in quoted if "/" not in name and name not in known and name not in text]

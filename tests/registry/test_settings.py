@@ -64,7 +64,7 @@ def test_variables_that_others_make_of_the_name_are_let_pass(tmp_path: Path, nam
 @pytest.mark.parametrize(
     ("storage", "words"),
     [
-        ({"KIND": "s4"}, ("ADAPTORY_STORAGE", "neither local nor s3")),
+        ({"KIND": "s4"}, ("ADAPTORY_STORAGE", "is not one of")),
         ({"BUCKET": "b", "ENDPOINT_URL": "s3.example"}, ("ADAPTORY_STORAGE__ENDPOINT_URL", "https://s3.example")),
     ],
 )

@@ -21,7 +21,9 @@ def test_every_route_of_adapters_exists_for_models_too(tmp_path: Path) -> None:
     resources = open_resources(Settings(home=tmp_path))
     paths = create_app(resources).openapi()["paths"]
     resources.close()
-    adapters = {path.removeprefix("/v1/adapters"): set(item) for path, item in paths.items() if "/adapters" in path}
-    models = {path.removeprefix("/v1/models"): set(item) for path, item in paths.items() if "/models" in path}
+    adapters, models = (
+        {path.removeprefix(prefix): set(item) for path, item in paths.items() if path.startswith(prefix)}
+        for prefix in ("/v1/adapters", "/v1/models")
+    )
     assert adapters == models
     assert "/{namespace}/{name}/channels/{channel}/rollback" in models

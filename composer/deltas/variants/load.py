@@ -37,7 +37,7 @@ _KINDS: dict[str, Read] = {
     "tokens": lora.tokens,
     "kasa": rescaled.kasa,
 }
-_TYPES: dict[str, Read] = {
+READERS: dict[str, Read] = {
     "ADALORA": products.adalora,
     "LOHA": products.loha,
     "LOKR": products.lokr,
@@ -60,6 +60,7 @@ _TYPES: dict[str, Read] = {
     "SUPERTUNING": spectral.supertuning,
     "SHIRA": spectral.shira,
 }
+"""The types of composer/formats/adapters/config/types.py, and the functions that make their deltas."""
 NAME_BASE = "Name the base that it was trained on: --base."
 
 
@@ -201,7 +202,7 @@ def _reader(config: AdapterConfig, module: PlacedModule) -> Read:
         return lora.bias
     if module.kind in _KINDS:
         return rescaled.dora if "magnitude" in module.parts else _KINDS[module.kind]
-    return _TYPES[config.peft_type]
+    return READERS[config.peft_type]
 
 
 def _refuse_not_finite(module: Module) -> None:

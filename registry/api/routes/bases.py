@@ -53,6 +53,7 @@ def list_bases(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor:
         return page(base_page(session, rows), limit, [row.name for row in rows])
 
 
+# The last one: its path matches everything below /v1/bases.
 @router.get("/{base:path}")
 def show(
     base: str,

@@ -8,10 +8,11 @@ sql-exact.accuracy keeps 0.9 of inputs    at least 0.9 of the best input's exact
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -25,44 +26,7 @@ from registry.errors import Usage
 from registry.formats.references import parse_name
 
 MAX_RULES = 50
-_WITHIN = re.compile(
-    r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s+within\s+(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s+of\s+"
-    r"(served|base|inputs)\s*",
-    re.ASCII,
-)
-_KEEPS = re.compile(
-    r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s+keeps\s+(0(?:\.\d+)?|1(?:\.0+)?)\s+of\s+inputs\s*", re.ASCII
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Within:
-    """Not worse than the score of `other` by more than `margin`, in the units of the metric."""
-
-    suite: str
-    metric: str
-    margin: float
-    other: str
-
-    def __str__(self) -> str:
-        return f"{self.suite}.{self.metric} within {number_text(self.margin)} of {self.other}"
-
-
-@dataclass(frozen=True, slots=True)
-class Keeps:
-    """At least `share` of the best input's score, for a metric where higher is better."""
-
-    suite: str
-    metric: str
-    share: float
-
-    other = "inputs"
-
-    def __str__(self) -> str:
-        return f"{self.suite}.{self.metric} keeps {number_text(self.share)} of inputs"
-
-
-Rule = Condition | Within | Keeps
+_SCORE = r"\s*(?P<suite>[a-z0-9][a-z0-9._-]*)\.(?P<metric>[a-z_][a-z0-9_]*)\s+"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +41,74 @@ class Measured:
     def __str__(self) -> str:
         error = f" ± {self.stderr:.3g}" if self.stderr is not None else ""
         return f"{self.value:.4g}{error} (n={self.n})"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison(ABC):
+    """A rule that compares a score with that of `other`: what the channel has `served`, the `base`, or the best of the
+    `inputs`. A new one is named in COMPARISONS."""
+
+    suite: str
+    metric: str
+    number: float
+    other: str
+
+    form: ClassVar[str]
+    """How it is written, for messages."""
+    pattern: ClassVar[re.Pattern[str]]
+    """Has a group for each field."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The text that parses to this rule."""
+
+    @abstractmethod
+    def judge(self, own: Measured, other: Measured) -> tuple[bool, str]:
+        """Whether the rule passes, and why."""
+
+
+class Within(Comparison):
+    """Not worse than the other score by more than a margin, in the units of the metric."""
+
+    form = "SUITE.METRIC within NUMBER of served|base|inputs"
+    pattern = re.compile(
+        _SCORE + r"within\s+(?P<number>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s+of\s+(?P<other>served|base|inputs)\s*",
+        re.ASCII,
+    )
+
+    def __str__(self) -> str:
+        return f"{self.suite}.{self.metric} within {number_text(self.number)} of {self.other}"
+
+    def judge(self, own: Measured, other: Measured) -> tuple[bool, str]:
+        worse_by = (other.value - own.value) if own.higher_is_better else (own.value - other.value)
+        change = f"worse by {worse_by:.4g}" if worse_by > 0 else f"better by {-worse_by:.4g}"
+        # Decimal margins such as 0.1 have no exact binary form: a difference equal to the margin passes.
+        return worse_by <= self.number + 1e-9, f"{own} against {other}: {change}"
+
+
+class Keeps(Comparison):
+    """At least a share of the best input's score, for a metric where higher is better."""
+
+    form = "SUITE.METRIC keeps SHARE of inputs"
+    pattern = re.compile(_SCORE + r"keeps\s+(?P<number>0(?:\.\d+)?|1(?:\.0+)?)\s+of\s+(?P<other>inputs)\s*", re.ASCII)
+
+    def __str__(self) -> str:
+        return f"{self.suite}.{self.metric} keeps {number_text(self.number)} of {self.other}"
+
+    def judge(self, own: Measured, other: Measured) -> tuple[bool, str]:
+        if not own.higher_is_better:
+            return False, f"{self.metric} is better when lower: write `within NUMBER of inputs`"
+        share = f"{own.value / other.value:.0%} kept" if other.value > 0 else "the inputs have nothing to keep"
+        return own.value >= self.number * other.value - 1e-9, f"{own} against {other}: {share}"
+
+
+COMPARISONS: tuple[type[Comparison], ...] = (Within, Keeps)
+Rule = Condition | Comparison
+
+
+def compared_with(rule: Rule) -> str:
+    """Whose score the rule compares with; empty for a condition on the score itself."""
+    return rule.other if isinstance(rule, Comparison) else ""
 
 
 Scores = Mapping[tuple[str, str], Measured]
@@ -94,13 +126,10 @@ class GateResult:
 
 
 def parse_rule(text: str) -> Rule:
-    match = _WITHIN.fullmatch(text)
-    if match and isfinite(float(match.group(3))):
-        suite, metric, margin, other = match.groups()
-        return Within(suite, metric, float(margin), other)
-    if match := _KEEPS.fullmatch(text):
-        suite, metric, share = match.groups()
-        return Keeps(suite, metric, float(share))
+    for comparison in COMPARISONS:
+        match = comparison.pattern.fullmatch(text)
+        if match and isfinite(float(match["number"])):
+            return comparison(match["suite"], match["metric"], float(match["number"]), match["other"])
     try:
         return parse_condition(text)
     except Usage as error:
@@ -108,8 +137,8 @@ def parse_rule(text: str) -> Rule:
             "bad_rule",
             f"{text[:120]!r} is not a gate rule.",
             subject=text[:120],
-            next_step="Write SUITE.METRIC>=NUMBER, SUITE.METRIC<=NUMBER, SUITE.METRIC within NUMBER of "
-            "served|base|inputs or SUITE.METRIC keeps SHARE of inputs.",
+            next_step="Write SUITE.METRIC>=NUMBER, SUITE.METRIC<=NUMBER, "
+            f"{' or '.join(comparison.form for comparison in COMPARISONS)}.",
         ) from error
 
 
@@ -169,24 +198,10 @@ def _judge(rule: Rule, candidate: Scores, against: References) -> GateResult:
         missing = "no input has" if rule.other == "inputs" else f"the {rule.other} has no"
         measure = f"{rule.metric} on the current {rule.suite}: evaluate it first"
         return GateResult(str(rule), False, f"{own}, but {missing} {measure}")
-    result = _kept(rule, own, other) if isinstance(rule, Keeps) else _within(rule, own, other)
+    passed, detail = rule.judge(own, other)
     if rule.other == "inputs" and against.hides_inputs:
-        return replace(result, detail=f"{own}; the inputs' scores are not shown, since some are private")
-    return result
-
-
-def _kept(rule: Keeps, own: Measured, best: Measured) -> GateResult:
-    if not own.higher_is_better:
-        return GateResult(str(rule), False, f"{rule.metric} is better when lower: write `within NUMBER of inputs`")
-    share = f"{own.value / best.value:.0%} kept" if best.value > 0 else "the inputs have nothing to keep"
-    return GateResult(str(rule), own.value >= rule.share * best.value - 1e-9, f"{own} against {best}: {share}")
-
-
-def _within(rule: Within, own: Measured, other: Measured) -> GateResult:
-    worse_by = (other.value - own.value) if own.higher_is_better else (own.value - other.value)
-    change = f"worse by {worse_by:.4g}" if worse_by > 0 else f"better by {-worse_by:.4g}"
-    # Decimal margins such as 0.1 have no exact binary form: a difference equal to the margin passes.
-    return GateResult(str(rule), worse_by <= rule.margin + 1e-9, f"{own} against {other}: {change}")
+        detail = f"{own}; the inputs' scores are not shown, since some are private"
+    return GateResult(str(rule), passed, detail)
 
 
 def set_rules(session: Session, actor: Actor, repository: Repository, channel: str, texts: Sequence[str]) -> list[Rule]:

@@ -21,7 +21,6 @@ from registry.domain.catalog import bases, metrics, releases, repositories, suit
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import gates, resolve
-from registry.domain.channels.gates import Keeps, Within
 from registry.domain.jobs import queue
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, Usage
 from registry.formats.references import RepositoryName, Version, nearest, parse_reference
@@ -279,7 +278,7 @@ def _gates_to_add(recipe: Recipe, own: Sequence[str | None]) -> tuple[str, ...]:
     """The gates against the inputs to add; none if the recipe has `gates: []` or has such a gate itself. Inputs of zero
     or negative weight need not be kept."""
     rules = gates.parse_rules(recipe.gates or ())
-    if recipe.gates == () or any(rule.other == "inputs" for rule in rules if isinstance(rule, Within | Keeps)):
+    if recipe.gates == () or any(gates.compared_with(rule) == "inputs" for rule in rules):
         return ()
     kept = [name for source, name in zip(recipe.inputs, own, strict=True) if source.weight > 0]
     return tuple(gates_against_inputs(kept))
@@ -406,7 +405,7 @@ def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
     for rule in gates.parse_rules(recipe.gates or ()):
         suites.find(session, rule.suite)
         _refuse_unmeasured(rule)
-        if isinstance(rule, Within) and rule.other == "served":
+        if gates.compared_with(rule) == "served":
             raise Usage(
                 "no_channel",
                 f"{rule}: a composition has no channel.",
@@ -421,7 +420,7 @@ def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
                 next_step=f"Add {rule.suite} to `evaluate`.",
             )
         gates.refuse_keeping_losses(session, rule)
-        if isinstance(rule, Within) and rule.other == "base" and (rule.suite, rule.metric) not in measured:
+        if gates.compared_with(rule) == "base" and (rule.suite, rule.metric) not in measured:
             raise Refused(
                 "base_not_evaluated",
                 f"{rule}: the base {base.name} has no {rule.metric} on the current {rule.suite}, so this cannot pass.",

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from composer.deltas.delta import LowRank, RowwiseDelta
-from composer.deltas.variants.load import load_deltas
+from composer.deltas.variants.load import READERS, load_deltas
 from composer.errors import ComposerError, InvalidFile, Mismatch, NotSupported
+from composer.formats.adapters.config.types import TYPES
 from composer.formats.adapters.facts import read_adapter
 from composer.formats.adapters.inspection import inspect
 from composer.formats.checkpoints.checkpoint import open_checkpoint
@@ -97,6 +98,11 @@ GPT2_CASES: dict[str, peft.PeftConfig] = {
     "FourierFT": peft.FourierFTConfig(n_frequency=20, **GPT2),
     "LoRA with all biases, one of them saved twice": peft.LoraConfig(r=4, bias="all", modules_to_save=["ln_1"], **GPT2),
 }
+
+
+def test_every_type_that_is_read_has_a_case_and_a_function() -> None:
+    assert {config.peft_type.value for config in LLAMA_CASES.values()} == set(TYPES)
+    assert set(READERS) == set(TYPES) - {"TRAINABLE_TOKENS"}  # whose rows are read as LoRA's are
 
 
 @pytest.mark.parametrize("case", LLAMA_CASES)
