@@ -1,4 +1,4 @@
-"""Write the evaluation suites: `python examples/make_suites.py [DIR]`. The same files on every run."""
+"""Write the evaluation suites: `python examples/make_suites.py [DIR]`. Every run writes the same files."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ SUITES = Path(__file__).parent / "suites"
 
 
 def render(task: Task) -> dict[str, str]:
-    """File name -> text of one suite: its description (YAML) and the examples beside it (JSON lines)."""
+    """File name -> text of one suite: its description (YAML) and its examples (JSON lines)."""
     description = {
         "name": task.suite,
         "kind": task.kind,
