@@ -119,7 +119,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bad_digest": "Give 64 lower-case hexadecimal digits.",
         "bad_http": "Send HTTP/1.1, one request after the other.",
         "bad_kind": "Use adapter or model.",
-        "bad_lifetime": "Give a number of days with --expires-in-days, or leave it out for a token that does not expire.",
+        "bad_lifetime": "Give a number of days with --expires-in-days, or leave it out for no expiry.",
         "bad_location": "Begin it with a known scheme: file://, s3:// or hf://.",
         "bad_name": "Choose a descriptive name.",
         "bad_output": "Give the version to publish.",
@@ -286,7 +286,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "empty_adapter": "Save the adapter again after training.",
         "empty_directory": "Name the directory that training wrote.",
         "grouped_convolution": "Take the layer out of the adapter: it is not merged here.",
-        "hidden_file": "Release it without hidden files: programs act on some of them (.git, .envrc) wherever they are.",
+        "hidden_file": "Release it without hidden files: programs act on some (.git, .envrc) wherever they are.",
         "lineage_differs": "Do not serve it; ask its publisher.",
         "link_outside": "Copy the file there.",
         "link_to_directory": "Copy the directory there.",
@@ -370,9 +370,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "registry_unreachable": "Check that ADAPTORY_URL is right and the server runs.",
         "schema_new": "Install a newer adaptory; if it is installed, restart the running processes.",
         "schema_old": "Run `adaptory migrate`.",
-        "searches_busy": (
-            "Try again after the seconds in Retry-After; /readyz shows whether the database answers."
-        ),
+        "searches_busy": ("Try again after the seconds in Retry-After; /readyz shows whether the database answers."),
         "server_failed": "Read its output, and repeat.",
         "signing_key_missing": "Name a key in PEM that this process can read.",
         "store_busy": "Try again after the seconds in Retry-After; /readyz shows whether the store answers.",

@@ -165,7 +165,7 @@ class S3Storage(BaseModel):
     part_bytes: int = Field(default=64 * 2**20, ge=5 * 2**20)
     """The size of a part; larger if there would be more than 10,000."""
     checksums: Literal["when_supported", "when_required"] = "when_supported"
-    """Off for old stores, which do not understand the checksums that boto3 adds to its own requests."""
+    """`when_required` is for old stores, which do not understand the checksums that boto3 adds to its own requests."""
     hash_arrivals: bool = False
     """Read back and hash every file that arrives, even if the store was found to refuse wrong bytes."""
     direct: bool | Literal["auto"] = "auto"

@@ -47,8 +47,8 @@ def test_a_text_with_a_nul_is_refused_by_every_database_alike(stocked: Cli, worl
     [
         (("--weights", "1,1e13"), 2, "--weights 1,1e13 is not 2 numbers of magnitude 1e+12 at most"),
         (("--rule", "1" * 5000 + ":0=1"), 2, "the number of an adapter, 1 to 2"),
-        (("--rule", "1:0=1e13"), 2, "'1e13' is not a number of at most 1e+12 in size"),
-        (("--set", "lambda=1e13"), 2, "It is a number of at most 1e+12 in size"),
+        (("--rule", "1:0=1e13"), 2, "'1e13' is not a number of at most 1e+12 in magnitude"),
+        (("--set", "lambda=1e13"), 2, "It is a number of at most 1e+12 in magnitude"),
         (("--set", "lambda=" + "[" * 100_000), 2, "The setting lambda is '[["),
         (("--set", "lambda=1_0"), 2, "The setting lambda is '1_0'"),
         (("--method", "dare_ties", "--set", "seed=9007199254740993"), 2, "The setting seed is 9007199254740993"),

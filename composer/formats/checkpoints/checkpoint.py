@@ -288,7 +288,7 @@ def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
         raise _bad_index("has metadata that is not a mapping")
     for name, file in cast("dict[str, object]", stated).items():
         if not _is_name(file):
-            raise _bad_index(f"places {printable(name)} in {printable(file)}, which can be no shard")
+            raise _bad_index(f"places {printable(name)} in {printable(file)}, which is not a valid shard")
     return cast("dict[str, str]", stated)
 
 

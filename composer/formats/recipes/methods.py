@@ -217,7 +217,9 @@ class Knots(MethodSettings):
 
 
 class Ctm(MethodSettings):
-    ctm_rank: Rank | None = Field(None, description="Of the bases; the rank, or the highest of the inputs, if not set.")
+    ctm_rank: Rank | None = Field(
+        None, description="The rank of the bases; if not set, the rank, or the highest of the inputs."
+    )
     beta: BelowOne = Field(0.0, description="How much a delta's size counts in the choice of the bases.")
 
 
@@ -260,11 +262,15 @@ class Elect(MethodSettings):
 
 
 class _Fit(MethodSettings):
-    examples: Annotated[int, _integer(1, 64)] = Field(4, description="Of each input's suite that are fitted on.")
+    examples: Annotated[int, _integer(1, 64)] = Field(
+        4, description="The number of examples of each input's suite to fit on."
+    )
     steps: Annotated[int, _integer(1, 2)] = 2
     ridge: Ridge = 0.01
     form: Literal["input", "core"] = "input"
-    tokens: Annotated[int, _integer(16, 65_536)] = Field(2048, description="The most that a module is fitted on.")
+    tokens: Annotated[int, _integer(16, 65_536)] = Field(
+        2048, description="The most tokens that a module is fitted on."
+    )
     seed: Seed = 0
 
 

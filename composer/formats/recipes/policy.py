@@ -31,9 +31,9 @@ THRESHOLDS: dict[str, float | None] = {
     "sign_conflict": None,
     "low_retention": None,
 }
-"""The codes with a threshold, and its default: found from it on, or below it for `cancelling` and `low_retention`;
-docs/composing.md says what is compared. None: no measurement backs a threshold, so there is no such finding unless a
-policy sets one."""
+"""The codes with a threshold, and its default: a finding has at least this value, or less than it for `cancelling` and
+`low_retention`; docs/composing.md says what is compared. None: no measurement supports a threshold, so there is no such
+finding unless a policy sets one."""
 
 MODES = {"probe_loss": "of gain", "probe_answers": "by interval"}
 """Words that may follow a threshold: `0.5 of gain` is a share of a member's gain, not nats per token; `0.5 by interval`

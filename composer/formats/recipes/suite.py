@@ -192,9 +192,7 @@ def parse_suite(path: Path | str) -> Suite:
 def _beside(path: Path, name: str) -> Path:
     """The file of that name in the suite's directory."""
     if not name or len(name) > MAX_TEXT_CHARS or "\0" in name or LONE_SURROGATE.search(name):
-        raise _bad(
-            f"{path}: examples", "it names no file that there can be", str(path), "Name a file beside the suite."
-        )
+        raise _bad(f"{path}: examples", "it is not a valid file name", str(path), "Name a file beside the suite.")
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts:
         next_step = "Put the examples beside the suite and name them by a relative path."
@@ -216,7 +214,7 @@ def _jsonl(path: Path) -> list[tuple[str, object]]:
                 "suite_json",
                 f"{path}:{number}: not valid JSON: {problem}.",
                 subject=str(path),
-                next_step="Correct that line: JSON Lines has one object a line.",
+                next_step="Correct that line: JSON Lines has one object per line.",
             ) from error
     return rows
 

@@ -39,7 +39,7 @@ def factor(value: object) -> float:
     """Parses a number that deltas can be multiplied by. Raises ValueError for everything else."""
     number = real(value)
     if abs(number) > LARGEST:
-        raise ValueError(f"a number of at most {LARGEST:g} in size")
+        raise ValueError(f"a number of at most {LARGEST:g} in magnitude")
     return number
 
 
@@ -85,7 +85,7 @@ class WeightRule(Document):
     @model_validator(mode="after")
     def _refuse_empty(self) -> Self:
         if not self.model_fields_set & {"layers", "modules"}:
-            raise Refusal("it needs layers or modules that it is for")
+            raise Refusal("it needs layers or modules")
         return self
 
     def holds(self, module: str) -> bool:
@@ -186,7 +186,7 @@ def parse_rule(text: str) -> WeightRule:
     if not slash and not _RANGE.fullmatch(selector):
         layers, modules = "", selector
     if not equals or not selector or (slash and not (layers and modules)):
-        raise _bad(f"{printable(text)} is no rule; write 0-9=0.5, q_proj=0 or 0-9/mlp.*=0.5")
+        raise _bad(f"{printable(text)} is not a rule; write 0-9=0.5, q_proj=0 or 0-9/mlp.*=0.5")
     row = {"weight": weight} | ({"layers": layers} if layers else {}) | ({"modules": modules} if modules else {})
     return _validated(WeightRule, row)
 

@@ -177,7 +177,7 @@ class CallerLimits:
 
 
 def _whom(credentials: Credentials) -> str:
-    """Who is counted together, in words."""
+    """Whose requests are counted together, in words."""
     return "this token" if credentials.authorization else "no token, from this address"
 
 

@@ -12,7 +12,7 @@ from registry.database.engine import Row, UtcDateTime
 Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only in an INTEGER key
 
 
-ByteOrdered = String(200).with_variant(String(200, collation="C"), "postgresql")  # a locale would sort by its own mind
+ByteOrdered = String(200).with_variant(String(200, collation="C"), "postgresql")  # a locale has an order of its own
 
 
 def new_stamp() -> int:
