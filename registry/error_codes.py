@@ -402,6 +402,7 @@ _FAMILIES = {code: family for family, codes in REGISTER.items() for code in code
 
 
 def is_registered(code: str) -> bool:
+    """Whether the register has the code, or the prefix of a code that ends in a name from a file."""
     return code in _FAMILIES or code.startswith(tuple(PREFIXES))
 
 

@@ -24,6 +24,7 @@ def _login_name() -> str:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether the host is `localhost` or a loopback address."""
     if host == "localhost":
         return True
     try:

@@ -197,6 +197,7 @@ class _Bearer(httpx2.Auth):
 
 
 def line_path(name: RepositoryName, kind: str = "adapter") -> str:
+    """Path of a repository in the API."""
     return f"/v1/{kind}s/{name}"
 
 
@@ -210,6 +211,7 @@ def understood() -> Generator[None]:
 
 
 def untrusted(code: str, why: str) -> Invalid:
+    """The error for an answer that is malformed or not what was asked for."""
     return Invalid(
         code,
         f"The registry's answer cannot be trusted: {why.rstrip('.')}.",

@@ -59,14 +59,17 @@ class JobRun:
     _noted_s: float = 0.0
 
     def start_step(self, name: str) -> None:
+        """Records that the step runs. Raises JobLost or WorkerStopping like `progress`."""
         self._step, self._noted, self._noted_s = name, 0.0, 0.0
         self.check()
         self._note("running", 0.0)
 
     def finish_step(self) -> None:
+        """Records that the step is done. Raises JobLost if the job is no longer this worker's."""
         self._note("done", 1.0)
 
     def fail_step(self) -> None:
+        """Records that the current step failed, if one was started."""
         if self._step:
             self._write("failed", self._noted)
 

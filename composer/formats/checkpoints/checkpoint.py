@@ -51,6 +51,7 @@ class Checkpoint:
 
     @cached_property
     def architecture(self) -> Architecture:
+        """Model type, weight tying, and the shape and dtype of each tensor, with packed ones decoded."""
         tensors = {name: entry.spec for header in self.shards.values() for name, entry in header.tensors.items()}
         if self.packed:
             tensors = {name: spec for name, spec in tensors.items() if not is_part(name)}

@@ -195,6 +195,7 @@ def _expected(error: ErrorDetails) -> str:
 
 
 def path_of(loc: Loc) -> str:
+    """The path of a field, such as `inputs[0].weight`."""
     path = ""
     for part in loc:
         if isinstance(part, int):

@@ -60,6 +60,7 @@ class Policy:
     require: Verdict | None = None
 
     def threshold(self, code: str) -> float | None:
+        """The threshold of a finding, by default that of THRESHOLDS."""
         return self.thresholds.get(code, THRESHOLDS[code])
 
     def judged(self, findings: Iterable[Finding]) -> list[Finding]:
@@ -68,6 +69,7 @@ class Policy:
         return [replace(finding, severity=severity) for finding, severity in severities if severity is not None]
 
     def ignores(self, code: str) -> bool:
+        """Whether the policy drops findings of this code."""
         return self.overrides.get(code, Severity.NOTICE) is None
 
     def verdict(self, findings: Iterable[Finding], measured: Verdict = Verdict.OK) -> Verdict:
@@ -78,6 +80,7 @@ class Policy:
         return Verdict.worst([measured, Verdict.WARN if Severity.WARNING in severities else Verdict.OK])
 
     def accepts(self, verdict: Verdict) -> bool:
+        """Whether the verdict is no worse than `require`."""
         worst = self.require or Verdict.WARN
         return Verdict.worst([worst, verdict]) is worst
 

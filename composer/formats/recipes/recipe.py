@@ -216,6 +216,7 @@ class Lock:
 
     @property
     def digest(self) -> str:
+        """sha256 of the canonical JSON, without gates and without method version 1."""
         text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -244,6 +245,7 @@ class Lock:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Lock":
+        """Parses what `to_json` wrote, also in earlier versions."""
         inputs = tuple(
             LockedInput(
                 repository=row["repository"],

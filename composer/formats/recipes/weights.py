@@ -89,6 +89,7 @@ class WeightRule(Document):
         return self
 
     def holds(self, module: str) -> bool:
+        """Whether the module is in the rule's layers and matches its glob."""
         if self.layers is not None:
             layer = layer_of(module)
             if layer is None or not self.layers[0] <= layer <= self.layers[1]:
@@ -112,6 +113,7 @@ class Weight:
         return next((rule.weight for rule in self.rules if any(map(rule.holds, names))), self.value)
 
     def times(self, factor: float) -> "Weight":
+        """The weight and its rules, multiplied by a factor."""
         rules = tuple(rule.model_copy(update={"weight": rule.weight * factor}) for rule in self.rules)
         return Weight(self.value * factor, rules)
 

@@ -68,6 +68,7 @@ class BodyLimit:
 
 
 def headers_too_large(limit_bytes: int) -> TooLarge:
+    """The error for headers and query above the limit."""
     return TooLarge(
         "headers_too_large",
         f"Headers and query are longer than {limit_bytes:,} bytes.",

@@ -59,6 +59,7 @@ def problem_response(
 
 
 def install(app: FastAPI) -> None:
+    """Makes every error of the application a problem document, also in its OpenAPI document."""
     app.add_exception_handler(RegistryError, _registry_error)
     app.add_exception_handler(ComposerError, _composer_error)
     app.add_exception_handler(RequestValidationError, _validation_error)

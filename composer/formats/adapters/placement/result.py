@@ -68,6 +68,8 @@ class PlacedModule:
 
 @dataclass(frozen=True, slots=True)
 class PlacementResult:
+    """The placed modules, and what was found on the way."""
+
     modules: list[PlacedModule]
     findings: list[Finding]
 
@@ -155,6 +157,7 @@ class Placement:
         self.findings.append(Finding(OTHER_PATHS, Severity.WARNING, module, message))
 
     def fits(self, subject: str, target: Target, shape: tuple[int, ...]) -> bool:
+        """Whether the shape is that of the target in the base, or there is no base; records an error if it is not."""
         expected = self.base_shape(target)
         if self.architecture is None or shape == expected:
             return True
