@@ -34,7 +34,7 @@ from tests.s3_server import BUCKET, S3Server
 from tests.scenarios.world import Cli, build_world, nothing
 
 FILES, PARALLEL = 8, 8
-WHOLE = TransferConfig(multipart_threshold=256 << 20, use_threads=False)
+ONE_REQUEST = TransferConfig(multipart_threshold=256 << 20, use_threads=False)
 RAW, RAW_HASHED, RAW_PARTS = "boto3, 8 files at a time", "the same, hashed and synced", "boto3, its defaults"
 
 
@@ -161,7 +161,7 @@ def main() -> None:
         bench = Bench(s3, api, world.adapters["sql"], directory, file_bytes)
         before, _ = rss_bytes(process_id)
         pushes = {
-            RAW: lambda: bench.push_raw(WHOLE, PARALLEL),
+            RAW: lambda: bench.push_raw(ONE_REQUEST, PARALLEL),
             RAW_PARTS: lambda: bench.push_raw(TransferConfig(), 1),
             "adaptory": lambda: bench.push_ours(api),
             "adaptory, copied within the store": lambda: bench.push_ours(copying),
@@ -170,8 +170,8 @@ def main() -> None:
         bench.forget_pushed()
         cache = BlobCache(directory / "cache")
         pulls = {
-            RAW: lambda: bench.pull_raw(WHOLE, PARALLEL),
-            RAW_HASHED: lambda: bench.pull_raw(WHOLE, PARALLEL, hashed=True),
+            RAW: lambda: bench.pull_raw(ONE_REQUEST, PARALLEL),
+            RAW_HASHED: lambda: bench.pull_raw(ONE_REQUEST, PARALLEL, hashed=True),
             RAW_PARTS: lambda: bench.pull_raw(TransferConfig(), 1),
             "adaptory": bench.pull_ours,
             "adaptory, from its cache": lambda: bench.pull_ours(cache),

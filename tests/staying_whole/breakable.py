@@ -36,7 +36,7 @@ class Postgres:
         return services.start_postgres(self.directory)
 
     def stop(self) -> None:
-        """As a crash would: no connection is told goodbye."""
+        """As a crash would: no connection is closed properly."""
         services.stop_postgres(self.directory)
 
     def freeze(self) -> None:
@@ -99,14 +99,14 @@ class Stock:
 
     def requests(self) -> list[tuple[str, str, dict[str, Any]]]:
         """One of each route, which would go through: (method, path, what httpx sends)."""
-        found: list[tuple[str, str, dict[str, Any]]] = []
+        events: list[tuple[str, str, dict[str, Any]]] = []
         for prefix, router in routers():
             for route in router.routes:
                 assert isinstance(route, APIRoute)
                 for method in sorted(route.methods or ()):
                     template = prefix + route.path
-                    found.append((method, self._path(method, template), self.body(method, template)))
-        return found
+                    events.append((method, self._path(method, template), self.body(method, template)))
+        return events
 
     def _path(self, method: str, template: str) -> str:
         blob = self.announced if method == "PUT" else self.sha256

@@ -21,7 +21,7 @@ NORMED_EMBEDDINGS = frozenset(
 OTHER_PATHS = "other_paths"
 GROUPED = "grouped_convolution"
 LOW_RANK_KINDS = frozenset({"linear", "conv1d", "embedding", "convolution"})
-WHOLE_KINDS = frozenset({"replacement", "base_copy"})
+FULL_KINDS = frozenset({"replacement", "base_copy"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class PlacementResult:
     @property
     def adapted(self) -> list[PlacedModule]:
         """Modules whose weight gets a delta of any form, with what happens to their bias."""
-        return [module for module in self.modules if module.kind not in WHOLE_KINDS and module.kind != "bias"]
+        return [module for module in self.modules if module.kind not in FULL_KINDS and module.kind != "bias"]
 
 
 @dataclass
