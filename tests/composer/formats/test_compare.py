@@ -127,7 +127,7 @@ def test_replaced_tensors_are_compared_as_they_are(tmp_path: Path, dtypes: tuple
     one = random_factors(1)
     heads = [np.random.default_rng(seed).standard_normal((50, 20)) for seed in (1, 2)]
     old, new = (
-        write_adapter(tmp_path / str(n), {Q0: one}, dtype=dtype, overall={"lm_head.weight": head})
+        write_adapter(tmp_path / str(n), {Q0: one}, dtype=dtype, full={"lm_head.weight": head})
         for n, (dtype, head) in enumerate(zip(dtypes, heads, strict=True))
     )
     stored = [torch.from_numpy(head).to(dtype).double().numpy() for head, dtype in zip(heads, dtypes, strict=True)]
@@ -141,7 +141,7 @@ def test_replaced_tensors_are_compared_as_they_are(tmp_path: Path, dtypes: tuple
 def test_a_replaced_tensor_of_one_adapter_only_has_the_norm_of_its_weights(tmp_path: Path) -> None:
     one, head = random_factors(1), np.ones((5, 4))
     old = write_adapter(tmp_path / "old", {Q0: one})
-    new = write_adapter(tmp_path / "new", {Q0: one}, overall={"lm_head.weight": head})
+    new = write_adapter(tmp_path / "new", {Q0: one}, full={"lm_head.weight": head})
     (row,) = [row for row in compared(old, new).modules if row.kind == "replacement"]
     assert (row.status, row.to_json()["norm_new"], row.to_json()["energy_gained"]) == ("added", np.sqrt(20), 20)
 
