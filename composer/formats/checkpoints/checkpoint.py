@@ -111,7 +111,7 @@ def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -
     if not isinstance(stated, dict):
         raise InvalidFile(
             "bad_config",
-            f"config.json: quantization_config is {printable(stated)}, no mapping.",
+            f"config.json: quantization_config is {printable(stated)}, not a mapping.",
             subject="config.json",
             next_step="Save or download the checkpoint again.",
         )
@@ -153,7 +153,7 @@ def _refuse_another(path: Path, shards: Mapping[str, Header]) -> None:
             "two_checkpoints",
             f"{path.name} has weights twice: {SINGLE_FILE}, and the shards of {INDEX_FILE}.",
             subject=SINGLE_FILE,
-            next_step="Remove the one that you do not mean.",
+            next_step="Remove the one that you do not want.",
         )
 
 

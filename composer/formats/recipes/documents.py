@@ -36,7 +36,7 @@ LISTED = BeforeValidator(_tuple_of)
 _WORD = re.compile(r"'([^']*)'")
 _MUST_BE = {
     "string_type": "text",
-    "string_unicode": "text without half a surrogate pair",
+    "string_unicode": "text without an unpaired surrogate",
     "bool_type": "true or false",
     "int_type": "a whole number",
     "list_type": "a list",

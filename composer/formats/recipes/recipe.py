@@ -312,7 +312,7 @@ def _check_texts(document: object, subject: str) -> None:
             return
         value = pending.pop()
         if isinstance(value, str) and LONE_SURROGATE.search(value):
-            raise _bad(subject, f"{printable(value)} has half a surrogate pair")
+            raise _bad(subject, f"{printable(value)} has an unpaired surrogate")
         if isinstance(value, dict):
             pending += [part for item in cast("dict[object, object]", value).items() for part in item]
         elif isinstance(value, list | tuple | set):

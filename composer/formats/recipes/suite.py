@@ -6,7 +6,7 @@ description: one line
 chat: true                  # the prompt is one user turn in the base's chat template; false: plain text
 ends: true                  # a model should stop after the completion; false: it may go on, as after a cut answer
 examples: sql-exact.jsonl   # lines {"prompt": ..., "completion": ...}, beside this file; or the list itself
-metrics: {rouge_l: higher}  # optional: which way is better of metrics that `adaptory eval` does not measure
+metrics: {rouge_l: higher}  # optional: the better direction of metrics that `adaptory eval` does not measure
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ class Suite(Document):
     examples: Annotated[tuple[Example, ...], FailFast(), Field(min_length=1, max_length=MAX_EXAMPLES), LISTED]
     metrics: Annotated[dict[Metric, Better], Field(max_length=MAX_METRICS)] = Field(
         default_factory=dict[Metric, Better],
-        description="Which way is better of metrics that `adaptory eval` does not measure.",
+        description="The better direction of metrics that `adaptory eval` does not measure.",
     )
 
     @property

@@ -317,7 +317,7 @@ def test_modules_that_are_not_found_are_all_named(tmp_path: Path, make_model: Ma
 
 def test_a_checkpoint_is_not_taken_for_an_adapter(make_model: MakeModel) -> None:
     for shard in ("8KB", "1GB"):
-        with pytest.raises(InvalidFile, match="is a checkpoint, a whole model and no adapter") as caught:
+        with pytest.raises(InvalidFile, match="is a checkpoint: a complete model, not an adapter") as caught:
             recognise(make_model(shard=shard, name=shard))
         assert caught.value.next_step == "Name an adapter's directory."
 
