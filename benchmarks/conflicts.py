@@ -1,7 +1,9 @@
-"""The conflict report of three adapters at the shapes of a 7B model: all checks, and the pass over Gram matrices alone.
+"""Cost of a conflict report for three adapters at the shapes of a 7B model: all checks, and the pass over Gram matrices
+alone.
 
-The adapters are random bfloat16 factors of rank 16 on all 224 linear weights; what the checks cost does not depend on
-values. The floor is the two products of factors that everything stands on, one BLAS call a side and weight, in float64.
+The adapters are random bfloat16 factors of rank 16 on all 224 linear weights; the cost of the checks does not depend on
+values. The floor is the two products of factors that every check builds on, one BLAS call per side and weight, in
+float64.
 """
 
 import time
@@ -32,23 +34,23 @@ def main() -> None:
     harness.announce("conflicts", "torch")
     layers = 2 if chosen.quick else LAYERS
     adapters = [_adapter(number, layers) for number in range(ADAPTERS)]
-    places = [
+    deltas_of_weights = [
         [delta for delta in deltas if isinstance(delta, LowRank)]
         for deltas in zip(*(adapter.deltas for adapter in adapters), strict=True)
     ]
     factors = [
         (torch.cat([one.B_OR for one in deltas], 1).double(), torch.cat([one.A_RI for one in deltas]).double())
-        for deltas in places
+        for deltas in deltas_of_weights
     ]
     weights = [1.0] * ADAPTERS
     cases = {
         FLOOR: partial(_each, _products, factors),
-        GRAMS: partial(_each, lambda deltas: Grams.of(deltas).inner(), places),
+        GRAMS: partial(_each, lambda deltas: Grams.of(deltas).inner(), deltas_of_weights),
         "all checks": partial(conflicts, adapters, weights),
         "all checks, as JSON": lambda: conflicts(adapters, weights).to_json(),
     }
     results = harness.interleave({name: partial(_timed, case) for name, case in cases.items()}, chosen.rounds)
-    harness.report(f"{ADAPTERS} adapters of rank {RANK}, {len(places)} weights", results, FLOOR)
+    harness.report(f"{ADAPTERS} adapters of rank {RANK}, {len(deltas_of_weights)} weights", results, FLOOR)
     print("\n" + "\n".join(headlines(conflicts(adapters, weights))))
 
 

@@ -1,7 +1,7 @@
-"""The cost of evidence: a suite evaluated, three adapters compared by factors and by activations, and probed.
+"""Cost of evidence: evaluating a suite, comparing three adapters by factors and by activations, and probing them.
 
-The floor is a plain forward pass over the same 32 examples, batched in the same way, with all logits: what the
-evaluation stands on. Everything runs in one process, with one torch thread and with torch's own choice of them.
+The floor is a plain forward pass over the same 32 examples, batched in the same way, with all logits: what every
+evaluation needs. Everything runs in one process, with one torch thread and with torch's default number of threads.
 """
 
 import os
@@ -26,7 +26,7 @@ from composer.formats.recipes.suite import Suite, parse_suite
 OWN = {"sql-migration": "sql-exact", "terraform-review": "terraform-exact", "support-macros": "support-exact"}
 GUARD = "guard-general"
 FLOOR = "forward of 32 examples"
-WHOLE = "whole suites"
+SUITES = "whole suites"
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         harness.report(f"Evidence with {threads} torch thread{'s' * (threads > 1)}", results, FLOOR)
     if not chosen.quick:
         results = harness.interleave(_probes(loaded, adapters), 1)
-        harness.report("Three pairs and the three together: a probe, and whole suites of 32 examples", results, WHOLE)
+        harness.report("Three pairs and the three together: a probe, and whole suites of 32 examples", results, SUITES)
 
 
 def _cases(loaded: LoadedModel, adapters: list[LoadedAdapter]) -> dict[str, Case]:
@@ -65,7 +65,7 @@ def _cases(loaded: LoadedModel, adapters: list[LoadedAdapter]) -> dict[str, Case
 def _probes(loaded: LoadedModel, adapters: list[LoadedAdapter]) -> dict[str, Case]:
     suites = {name: parse_suite(Path(f"examples/suites/{name}.yaml")) for name in (*OWN.values(), GUARD)}
     members = [Probed(one.name, one.deltas, 1.0, suites[OWN[one.name]]) for one in adapters]
-    efforts = {WHOLE: 32, "probe, K = 4": 4, "probe, K = 2": 2, "probe, K = 2 to 16": Effort(2, 16)}
+    efforts = {SUITES: 32, "probe, K = 4": 4, "probe, K = 2": 2, "probe, K = 2 to 16": Effort(2, 16)}
     return {
         name: partial(_timed, partial(probe, loaded, members, [suites[GUARD]], effort))
         for name, effort in efforts.items()
@@ -80,7 +80,7 @@ def _timed(run: Callable[[], Any]) -> Sample:
 
 @torch.inference_mode()
 def _forward(loaded: LoadedModel, suite: Suite) -> None:
-    """Examples in order of length, right-padded, as many a batch as the evaluation takes."""
+    """Runs the examples ordered by length and right-padded, in batches of the evaluation's size."""
     encoded = sorted((encode(loaded, one, suite.chat).ids for one in suite.examples), key=len, reverse=True)
     while encoded:
         size = max(1, 1024 // len(encoded[0]))

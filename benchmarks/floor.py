@@ -1,7 +1,7 @@
-"""What the same libraries cost when they do next to nothing: FastAPI routes with one SQL query and no more.
+"""Cost of the same libraries when they do almost nothing: FastAPI routes with one SQL query each.
 
-`/releases/{number}` reads one row by its key. `/resolve` sends the very statement that a resolve of a channel sends
-and answers its row. `python -m benchmarks.floor DATABASE PORT` serves them.
+`/releases/{number}` reads one row by its key. `/resolve` runs the statement that a resolve of a channel runs and
+returns its row. `python -m benchmarks.floor DATABASE PORT` serves them.
 """
 
 import sys
@@ -17,7 +17,7 @@ from registry.domain.channels.resolve import OF_CHANNEL
 
 def create_app(database_url: str) -> FastAPI:
     app = FastAPI()
-    engine = Database(database_url).reading  # pragmas and pool of the registry, and no BEGIN, as that reads
+    engine = Database(database_url).reading  # the registry's pragmas and pool, and no BEGIN, as the registry reads
     one_row = text("SELECT version FROM releases WHERE id = :id")
 
     @app.get("/releases/{number}")

@@ -1,7 +1,8 @@
-"""How the cost of a merge grows: with the adapters (1 to 16), their rank (4 to 128) and the base (0.1 to 2.1 billion).
+"""How the cost of a merge grows with the number of adapters (1 to 16), their rank (4 to 128) and the size of the base
+(0.1 to 2.1 billion).
 
-Each point is a process of its own, timed without its imports, beside the copy of the same checkpoint in the same round.
-Writes the plot of docs/growth.svg.
+Each point runs in its own process, timed without imports, next to a copy of the same checkpoint in the same round.
+Writes the plot docs/growth.svg.
 """
 
 import subprocess
@@ -20,7 +21,7 @@ from benchmarks.models import Size
 
 ADAPTERS, RANKS = (1, 2, 4, 8, 16), (4, 16, 64, 128)
 SIZES = (Size(3, 1024), Size(2), Size(5), Size(11), Size(22), Size(44))
-"""Of the usual width the embeddings alone have 0.13 billion parameters."""
+"""At the usual width the embeddings alone have 0.13 billion parameters."""
 USUAL_SIZE, USUAL_RANK, USUAL_ADAPTERS = Size(11), 16, 3
 PLOT = Path("docs/growth.svg")
 Point = tuple[float, Sequence[Sample], Sequence[Sample]]
@@ -68,7 +69,7 @@ def _sized(directory: Path, size: Size, rounds: int) -> Point:
 
 @contextmanager
 def _made(directory: Path, size: Size, rank: int) -> Iterator[Path]:
-    """A base and its adapters, there for one series or point: all of them together would take 30 GB."""
+    """Yields a base and its adapters, which exist for one series or point: all of them together would take 30 GB."""
     with TemporaryDirectory(dir=directory) as name:
         made = Path(name) / "made"
         given = map(str, (made, size.layers, rank, size.width))
@@ -77,7 +78,7 @@ def _made(directory: Path, size: Size, rank: int) -> Iterator[Path]:
 
 
 def _point(x: float, made: Path, count: int, rounds: int) -> Point:
-    """`count` adapters: copies of the three that there are, since files that are the same share their memory."""
+    """`count` adapters: copies of the three available ones, since identical files would share their memory."""
     adapters = [_copied(made / MADE[number % len(MADE)], made / f"adapter-{number}") for number in range(count)]
     out = made / "out"
     cases: dict[str, Case] = {
@@ -89,7 +90,8 @@ def _point(x: float, made: Path, count: int, rounds: int) -> Point:
 
 
 def _copied(adapter: Path, copy: Path) -> Path:
-    """Written as who made it would: what is copied the kernel keeps in smaller pieces, which take less memory."""
+    """Copies by writing, as a trainer would: the kernel keeps copied files in smaller pieces of memory, which take less
+    of it."""
     if not copy.exists():
         copy.mkdir()
         for file in adapter.iterdir():
@@ -98,15 +100,15 @@ def _copied(adapter: Path, copy: Path) -> Path:
 
 
 def plot(series: Mapping[str, Sequence[Point]]) -> str:
-    """One panel a series: seconds of the merge and of the copy."""
+    """One panel per series: seconds of the merge and of the copy."""
     width, height, gap = 240, 190, 60
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {(width + gap) * len(series) + 20} {height + 80}" '
         'font-family="sans-serif" font-size="11">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
-    for place, (title, points) in enumerate(series.items()):
-        left, bottom = gap + place * (width + gap), height + 20
+    for panel, (title, points) in enumerate(series.items()):
+        left, bottom = gap + panel * (width + gap), height + 20
         lines = {
             "#2f7fd1": [(x, median(one.inside_s or 0.0 for one in merges)) for x, merges, _ in points],
             "#7a869a": [(x, median(one.seconds for one in copies)) for x, _, copies in points],

@@ -1,6 +1,7 @@
-"""Interleaved rounds: every case once a round, a ratio to the floor within each round, median and spread over rounds.
+"""Interleaved rounds: every case once per round, a ratio to the floor within each round, median and spread over rounds.
 
-Machines drift and neighbours come and go, so a ratio of two medians lies; a ratio of two runs a second apart does not.
+Machines drift and neighbours come and go, so a ratio of two medians misleads; a ratio of two runs a second apart does
+not.
 """
 
 import argparse
@@ -17,20 +18,19 @@ from pathlib import Path
 from statistics import median
 
 ADAPTORY = Path(sys.executable).with_name("adaptory")
-"""The installed command of this interpreter's environment."""
+"""The command installed in this interpreter's environment."""
 MB = 1e6
 _PER_SECOND = {"s": 1.0, "ms": 1e3}
 _COMPILED = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-"""Modules are compiled by the round that warms caches, as those of an installed package are."""
+"""The environment without PYTHONDONTWRITEBYTECODE: the warm-up round compiles modules, as an installed package's
+are.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One case in one round.
-
-    `inside_s` is what a process measured of itself, without its imports. `calls` are the seconds of each single call,
-    when `seconds` is their median.
-    """
+    """One case in one round. `inside_s` is the time that a process measured itself, without its imports. `calls` has
+    the seconds of each call, where `seconds` is their median."""
 
     seconds: float
     peak_rss_bytes: int | None = None
@@ -43,12 +43,13 @@ Rounds = Mapping[str, Sequence[Sample]]
 
 
 def options(description: str | None, rounds: int) -> argparse.Namespace:
-    """`--base`, `--rounds`, `--postgres`, `--quick`: the same everywhere, so that one command runs every benchmark."""
+    """Parses `--base`, `--rounds`, `--postgres` and `--quick`: the same options everywhere, so that one command runs
+    every benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--base", type=Path, default=Path(".demo/base"), help="what examples/make_base.py wrote")
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--postgres", help="URL of a server where databases may be made, for claims about both")
-    parser.add_argument("--quick", action="store_true", help="two rounds and less of everything: does it still run?")
+    parser.add_argument("--postgres", help="URL of a server that allows creating databases, for claims about both")
+    parser.add_argument("--quick", action="store_true", help="two rounds and small sizes: checks only that it runs")
     chosen = parser.parse_args()
     if not (chosen.base / "config.json").is_file():
         parser.error(f"there is no base in {chosen.base}: run `make demo`, or name one with --base")
@@ -58,7 +59,7 @@ def options(description: str | None, rounds: int) -> argparse.Namespace:
 
 
 def announce(module: str, *packages: str) -> None:
-    """What was run, when, and on what kind of machine: the head of every result."""
+    """Prints the head of every result: what was run, when, and on what kind of machine."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"## {' '.join(['python -m', f'benchmarks.{module}', *sys.argv[1:]])}\n")
@@ -67,10 +68,8 @@ def announce(module: str, *packages: str) -> None:
 
 
 def interleave(cases: Mapping[str, Case], rounds: int) -> dict[str, list[Sample]]:
-    """Runs every case once a round, after one round that warms caches and is thrown away.
-
-    Each round starts with another case, so that none always comes first.
-    """
+    """Runs every case once per round, after a warm-up round whose results are dropped. Each round starts with another
+    case, so that none always comes first."""
     names = list(cases)
     results: dict[str, list[Sample]] = {name: [] for name in names}
     for number in range(rounds + 1):
@@ -84,12 +83,12 @@ def interleave(cases: Mapping[str, Case], rounds: int) -> dict[str, list[Sample]
     return results
 
 
-def process(command: Sequence[str | Path], *, tells_seconds: bool = False) -> Sample:
-    """A command from start to exit, and the peak memory of it and of the children it waited for.
+def process(command: Sequence[str | Path], *, prints_seconds: bool = False) -> Sample:
+    """Runs a command from start to exit, with the peak memory of it and of the children it waited for.
 
-    With `tells_seconds` the last word of its output is `inside_s`. The kernel counts the memory of the forking process
-    too, up to exec: measure from a process that is small itself. Raises RuntimeError with the end of the output when
-    the command fails.
+    With `prints_seconds` the last word of its output is `inside_s`. The kernel counts the memory of the forking process
+    too, up to exec: measure from a small process. Raises RuntimeError with the end of the output when the command
+    fails.
     """
     started = time.perf_counter()
     child = subprocess.Popen(
@@ -103,11 +102,11 @@ def process(command: Sequence[str | Path], *, tells_seconds: bool = False) -> Sa
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise RuntimeError(f"{command[0]} ended with {child.returncode}:\n{output[-2000:]}")
-    return Sample(seconds, usage.ru_maxrss * 1024, float(output.split()[-1]) if tells_seconds else None)
+    return Sample(seconds, usage.ru_maxrss * 1024, float(output.split()[-1]) if prints_seconds else None)
 
 
 def calls(call: Callable[[], object], count: int) -> Sample:
-    """`count` calls in a row: their median, and each."""
+    """`count` calls in a row: their median, and each one."""
     times: list[float] = []
     for _ in range(count):
         started = time.perf_counter()

@@ -1,6 +1,7 @@
-"""The identity of a base beside `sha256sum`: a synthetic checkpoint of a gigabyte in the page cache, hashed by both.
+"""Throughput of a base's identity against `sha256sum`: both hash a synthetic checkpoint of a gigabyte in the page
+cache.
 
-`sha256sum` reads the same files, as many at a time as there are cores; it hashes whole files, we hash each tensor.
+`sha256sum` reads the same files, one process per core; it hashes whole files, we hash each tensor.
 """
 
 import json
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def write_checkpoint(directory: Path, layers: int) -> int:
-    """Shards of random bytes with headers as transformers writes them; returns the bytes of all tensors."""
+    """Writes shards of random bytes with headers like those of transformers; returns the bytes of all tensors."""
     matrix, total, weight_map = WIDTH * WIDTH * 2, 0, {}
     block = os.urandom(matrix)
     for shard in range(SHARDS):

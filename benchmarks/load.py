@@ -1,4 +1,4 @@
-"""Servers in processes of their own, and clients that cost them little: the other core's time is part of a figure."""
+"""Servers in their own processes, and clients that cost little: the other core's time is part of a figure."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 
 START_S = 120
 Request = Callable[[int], bytes]
-"""The number of a request -> all of its bytes."""
+"""Request number -> the request's bytes."""
 
 
 def get(path: str) -> Request:
@@ -55,7 +55,7 @@ def process(port: int, command: Sequence[str], **environment: str) -> Generator[
 
 
 def cpu_seconds(process_id: int) -> float:
-    """What a process and those that it started have computed so far: a figure that busy neighbours change little."""
+    """CPU seconds of a process and its children so far: a figure that busy neighbours hardly change."""
     ticks, parents = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -76,7 +76,7 @@ def _listens(port: int) -> bool:
 
 
 class Client:
-    """One kept connection, by the plainest client there is."""
+    """A minimal client: one keep-alive connection."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port))
@@ -86,7 +86,7 @@ class Client:
         self._socket.close()
 
     def call(self, request: bytes) -> bytes:
-        """The body of the answer. Raises RuntimeError for any status but 200 and 201."""
+        """Returns the body of the response. Raises RuntimeError for any status except 200 and 201."""
         self._socket.sendall(request)
         answer = self._socket.recv(1 << 18)
         while b"\r\n\r\n" not in answer:

@@ -1,13 +1,13 @@
-"""Merging three adapters into a checkpoint: the command, the library, PEFT, mergekit, and the floor of copying it.
+"""Cost of merging three adapters into a checkpoint: the command, the library, PEFT, mergekit, and a copy as the floor.
 
-Every case is a fresh process that writes a whole checkpoint, and starts with nothing dirty in the page cache. The
-floor is `cp` and an fsync of every file: less cannot be done for a checkpoint that must survive a power cut. PEFT's
-and mergekit's output is neither synced nor verified, so their figures flatter them a little.
+Every case is a fresh process that writes a complete checkpoint and starts with no dirty pages in the page cache. The
+floor is `cp` and an fsync of every file: a checkpoint that must survive a power cut cannot cost less. PEFT's and
+mergekit's output is neither synced nor verified, so their figures flatter them a little.
 
 Two checkpoints: `--base`, and one of 1.1 billion parameters made for the run, with adapters of rank 16 on every linear
 module; the command alone also merges one of twice the layers, for its memory. mergekit runs where an environment for it
-is named (`--mergekit-venv`, made when it is not there). It takes a LoRA as `model+lora`, merges each into a checkpoint
-of its own on the disk first, and then adds up the differences: that is what the same result costs with it.
+is named (`--mergekit-venv`, created if missing). It takes a LoRA as `model+lora`, first merges each into its own
+checkpoint on disk, and then adds up the differences: that is the cost of the same result with it.
 """
 
 import argparse
@@ -41,16 +41,16 @@ def main() -> None:
         directory = Path(name)
         small = chosen.base.resolve(strict=True)
         cases = _cases(small, directory / "out", ADAPTERS)
-        # Its `cat` gives up on the three: it takes the first one's layers for all, and one of them has other layers.
+        # PEFT's `cat` fails on the three: it takes the first one's layers for all, and one adapter has other layers.
         cases["PEFT: cat of two, merge"] = once("peft_cat", small, directory / "out", SQL, SUPPORT)
-        _told("Three adapters into the base", small, harness.interleave(cases, chosen.rounds))
+        _report("Three adapters into the base", small, harness.interleave(cases, chosen.rounds))
         layers, rounds = (2, 1) if chosen.quick else (LAYERS, min(chosen.rounds, BIG_ROUNDS))
         _large(directory, layers, rounds, mergekit)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
-    parser.add_argument("--mergekit-venv", type=Path, help="an environment with mergekit, to measure it too")
+    parser.add_argument("--mergekit-venv", type=Path, help="a virtual environment with mergekit, to measure it too")
     mine, others = parser.parse_known_args()
     given, sys.argv[1:] = sys.argv[1:], others
     chosen = harness.options(__doc__, rounds=7)
@@ -60,7 +60,7 @@ def _options() -> argparse.Namespace:
 
 
 def _environment(directory: Path) -> Path:
-    """The mergekit command; says which version it is."""
+    """The mergekit command; prints its version."""
     python = directory / "bin" / "python"
     if not python.with_name("mergekit-yaml").exists():
         subprocess.run([sys.executable, "-m", "venv", directory], check=True)
@@ -77,10 +77,10 @@ def _large(directory: Path, layers: int, rounds: int, mergekit: Path | None) -> 
     if mergekit:
         cases[MERGEKIT] = _mergekit(mergekit, base, out, adapters)
     cases[f"{OURS}, one adapter"] = _ours(base, out, adapters[:1])
-    _told(f"Three adapters of rank {RANK} on all linear modules", base, harness.interleave(cases, rounds))
+    _report(f"Three adapters of rank {RANK} on all linear modules", base, harness.interleave(cases, rounds))
     twice, *larger = _made(directory / "twice", 2 * layers)
     doubled = {FLOOR: floor(twice, out), OURS: _ours(twice, out, larger)}
-    _told("The same, twice the layers", twice, harness.interleave(doubled, rounds))
+    _report("The same, twice the layers", twice, harness.interleave(doubled, rounds))
 
 
 def _made(directory: Path, layers: int) -> list[Path]:
@@ -89,7 +89,7 @@ def _made(directory: Path, layers: int) -> list[Path]:
     return [directory / name for name in ("base", "one", "two", "three")]
 
 
-def _told(title: str, base: Path, results: Rounds) -> None:
+def _report(title: str, base: Path, results: Rounds) -> None:
     size = sum(file.stat().st_size for file in base.iterdir())
     print(f"\n{size / harness.MB:.0f} MB in {len(list(base.glob('*.safetensors')))} shards, in the page cache;")
     print(f"load average {os.getloadavg()[0]:.1f}")
@@ -124,7 +124,7 @@ def _ours(base: Path, out: Path, adapters: Sequence[Path]) -> Case:
 
 def once(how: str, base: Path, out: Path, *adapters: Path) -> Case:
     command = [sys.executable, "-m", "benchmarks.merge_once", how, base, out, *adapters]
-    return _fresh(out, lambda: harness.process(command, tells_seconds=True))
+    return _fresh(out, lambda: harness.process(command, prints_seconds=True))
 
 
 def _mergekit(command: Path, base: Path, out: Path, adapters: Sequence[Path]) -> Case:

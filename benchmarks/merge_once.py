@@ -1,6 +1,6 @@
-"""One merge in a process of its own: `python -m benchmarks.merge_once HOW BASE OUT ADAPTER...`.
+"""One merge in its own process: `python -m benchmarks.merge_once HOW BASE OUT ADAPTER...`.
 
-Prints the seconds it took after its imports. PEFT loads, merges and saves in bfloat16, as the checkpoint is.
+Prints the seconds it took without imports. PEFT loads, merges and saves in bfloat16, like the checkpoint.
 """
 
 import sys
@@ -21,7 +21,7 @@ def composer(base: Path, out: Path, adapters: Sequence[Path]) -> float:
 
 
 def imports(base: Path, out: Path, adapters: Sequence[Path]) -> float:
-    """What the process costs before it does anything."""
+    """What the process costs before it does anything: its imports."""
 
     return 0.0
 

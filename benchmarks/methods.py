@@ -1,8 +1,8 @@
-"""What combining three adapters costs at the shapes of a 7B model: every method, and PEFT's own SVD beside ours.
+"""Cost of combining three adapters at the shapes of a 7B model: every method, and PEFT's SVD against ours.
 
-The adapters are random, of rank 16 on all linear weights (224 of them); what a method costs does not depend on values,
-but for `ctm`, which iterates longest on adapters that share nothing. Methods of full space are timed by making every
-row of their result, as a merge does. PEFT is timed on one weight of 4096 x 4096 and its whole is extrapolated.
+The adapters are random, of rank 16 on all linear weights (224 of them). A method's cost does not depend on values,
+except for `ctm`, which iterates longest on adapters that share nothing. Full-space methods are timed by computing every
+row of their result, as a merge does. PEFT is timed on one weight of 4096 x 4096 and extrapolated to the model.
 """
 
 import time
@@ -29,28 +29,28 @@ SHAPES = {
 }
 IN_A_BASIS = ("svd", "core_ties", "core_tsv", "core_iso", "knots_ties", "ctm_ties", "pico_svd")
 IN_FULL = ("ties", "dare_ties", "della", "breadcrumbs_ties", "sce")
-QUICK = 1024  # PEFT's whole SVD of a 4096 x 4096 weight takes a minute on busy cores
+QUICK = 1024  # PEFT's full SVD of a 4096 x 4096 weight takes a minute on busy cores
 
 
 def main() -> None:
     chosen = harness.options(__doc__, rounds=3)
     harness.announce("methods", "torch", "peft")
     layers = 2 if chosen.quick else LAYERS
-    whole = [place for layer in range(layers) for place in _places(layer)]
+    slots = [slot for layer in range(layers) for slot in _slots(layer)]
     hidden = QUICK if chosen.quick else HIDDEN
     model = _peft_model(hidden)
     theirs = f"PEFT svd, one weight of {hidden} x {hidden}"
-    ours = f"svd to rank {RANK}, {len(whole)} weights"
+    ours = f"svd to rank {RANK}, {len(slots)} weights"
     results = harness.interleave(
-        {ours: lambda: _timed(partial(combine, "svd", whole)), theirs: lambda: _timed(partial(_peft_svd, model))},
+        {ours: lambda: _timed(partial(combine, "svd", slots)), theirs: lambda: _timed(partial(_peft_svd, model))},
         chosen.rounds,
     )
     harness.report("Three adapters of rank 16 as one of rank 16", results, ours)
     weights = layers * sum(o * i for o, i in SHAPES.values()) / hidden**2
     pairs = zip(results[ours], results[theirs], strict=True)
     times = [weights * slow.seconds / fast.seconds for fast, slow in pairs]
-    print(f"\nPEFT's whole is taken as {weights:.0f} times its weight: {harness.spread(times)} times ours")
-    layer = list(_places(0))
+    print(f"\nPEFT on the model is taken as {weights:.0f} times one weight: {harness.spread(times)} times ours")
+    layer = list(_slots(0))
     _table(layer[:1] if chosen.quick else layer, chosen.rounds)
 
 
@@ -66,12 +66,12 @@ def _table(layer: list[WeightSlot], rounds: int) -> None:
     harness.table(f"{ADAPTERS} adapters, {shown} ({rounds} rounds, {LAYERS} layers computed)", rows)
 
 
-def combine(method: str, places: list[WeightSlot]) -> None:
-    """The whole of a method: in a basis its factors, in full space every row."""
+def combine(method: str, slots: list[WeightSlot]) -> None:
+    """The complete result of a method: in a basis its factors, in full space every row."""
     settings = parse_settings(method, {"rank": RANK} if method in IN_A_BASIS else {})
 
-    def one(place: WeightSlot) -> None:
-        added, _ = combine_slot(place, settings, Selections())
+    def one(slot: WeightSlot) -> None:
+        added, _ = combine_slot(slot, settings, Selections())
         for delta in added:
             if isinstance(delta, RowwiseDelta):
                 rows, columns = delta.stored_shape
@@ -80,10 +80,10 @@ def combine(method: str, places: list[WeightSlot]) -> None:
                     delta.rows(torch.zeros(()).expand(count, columns), begin)
 
     with torch_threads(1), ThreadPoolExecutor(2) as pool:
-        list(pool.map(one, places))
+        list(pool.map(one, slots))
 
 
-def _places(layer: int) -> Iterator[WeightSlot]:
+def _slots(layer: int) -> Iterator[WeightSlot]:
     generator = torch.Generator().manual_seed(layer)
     for name, (outputs, inputs) in SHAPES.items():
         parts: list[SlotDelta] = []

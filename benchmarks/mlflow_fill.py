@@ -1,6 +1,6 @@
-"""Model versions for MLflow's registry, by its own models: `python mlflow_fill.py URI` in MLflow's environment.
+"""Fill MLflow's registry with model versions, by its own models: `python mlflow_fill.py URI` in MLflow's environment.
 
-Reads JSON lines [name, version, tags] on stdin. Written as rows, since its API takes 20 ms for each.
+Reads JSON lines [name, version, tags] on stdin. Inserts rows, since MLflow's API takes 20 ms for each.
 """
 
 import json
@@ -18,7 +18,7 @@ ALIAS = "prod"
 
 
 def main() -> None:
-    store = SqlAlchemyStore(sys.argv[1])  # makes the tables
+    store = SqlAlchemyStore(sys.argv[1])  # creates the tables
     versions = [json.loads(line) for line in sys.stdin]
     names = list(dict.fromkeys(name for name, _, _ in versions))
     rows = {

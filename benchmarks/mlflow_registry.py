@@ -1,12 +1,12 @@
-"""Search and a channel's move beside MLflow's model registry: the same 10,000 versions, eight clients, both databases.
+"""Search and channel moves against MLflow's model registry: the same 10,000 versions, eight clients, both databases.
 
-A version in MLflow has the facts and scores that a search of ours can ask for as tags, where its search looks, and a
-channel is an alias. Its server runs as it comes, with four processes, in an environment of its own (`--venv`, made when
-it is not there); ours is one process, and also two. Each is asked the same again and again: after the first time ours
-still finds releases in the database, but tells them from memory.
+A version in MLflow has, as tags, which its search reads, the facts and scores that our search can filter by; a channel
+is an alias. Its server runs with its defaults, four processes, in its own environment (`--venv`, created if missing);
+ours runs with one process, and also with two. Each gets the same requests repeatedly: after the first time ours still
+queries the database for releases, but renders them from memory.
 
-Beside them a bare FastAPI route answers the one statement of a resolve, whatever the others are asked: more than it can
-answer is not to be had from a server of this kind on this machine.
+For comparison, a bare FastAPI route answers the one statement of a resolve, whatever the others are asked: a server of
+this kind on this machine cannot answer more.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def _environment(directory: Path) -> Path:
 
 @contextmanager
 def _mlflow(python: Path, home: Path, postgres: str | None, kind: str, releases: int) -> Generator[tuple[int, int]]:
-    """Port and process id of a filled MLflow server on a database of that kind."""
+    """Port and process id of a filled MLflow server on a database of the given kind."""
     with stock.empty_database(postgres if kind == "PostgreSQL" else None, home / "mlflow.db") as named:
         url = named.replace("postgresql:", "postgresql+psycopg2:")
         seen: dict[str, int] = {}
@@ -95,21 +95,21 @@ def _mlflow(python: Path, home: Path, postgres: str | None, kind: str, releases:
 
 
 def _searches(releases: int) -> dict[str, str]:
-    """Target sets: the one that most versions of that base and rank have, and the one that fewest have."""
+    """Target sets: the most frequent and the rarest among versions of that base and rank."""
     tags = [tags for _, tags in stock.versions(releases)]
     listed = Counter(one["targets"] for one in tags if (one["base"], one["rank"]) == (BASE, str(RANK))).most_common()
     return {FULL_PAGE: listed[0][0], FEW: listed[-1][0]}
 
 
 def _mlflow_name(repository: str) -> str:
-    return repository.replace("/", "--")  # it takes no slash
+    return repository.replace("/", "--")  # MLflow allows no slash
 
 
 def _ours(url: str, searches: dict[str, str]) -> dict[str, Request]:
-    found: dict[str, Request] = {}
+    requests: dict[str, Request] = {}
     for name, targets in searches.items():
         asked = {"base": BASE, "min_rank": RANK, "max_rank": RANK, "targets_exact": targets, "limit": LIMIT}
-        found[name] = load.get(f"/v1/releases?{urlencode(asked)}&include_yanked=true")
+        requests[name] = load.get(f"/v1/releases?{urlencode(asked)}&include_yanked=true")
     targets_of_moves = _two_versions(url)
 
     def move(number: int) -> bytes:
@@ -118,15 +118,15 @@ def _ours(url: str, searches: dict[str, str]) -> dict[str, Request]:
         path = f"/v1/adapters/{repository}/channels/{stock.CHANNEL}"
         return load.send("PUT", path, lambda _: json.dumps({"version": version}).encode())(number)
 
-    return {**found, MOVE: move}
+    return {**requests, MOVE: move}
 
 
 def _theirs(url: str, searches: dict[str, str]) -> dict[str, Request]:
-    found: dict[str, Request] = {}
+    requests: dict[str, Request] = {}
     for name, targets in searches.items():
         condition = f"tags.base = '{BASE}' AND tags.rank = '{RANK}' AND tags.targets = '{targets}'"
         query = urlencode({"filter": condition, "max_results": LIMIT})
-        found[name] = load.get(f"/api/2.0/mlflow/model-versions/search?{query}")
+        requests[name] = load.get(f"/api/2.0/mlflow/model-versions/search?{query}")
     targets_of_moves = _two_versions(url)
 
     def move(number: int) -> bytes:
@@ -136,22 +136,22 @@ def _theirs(url: str, searches: dict[str, str]) -> dict[str, Request]:
         path = "/api/2.0/mlflow/registered-models/alias"
         return load.send("POST", path, lambda _: json.dumps(body).encode())(number)
 
-    return {**found, MOVE: move}
+    return {**requests, MOVE: move}
 
 
 def _two_versions(url: str) -> list[tuple[str, tuple[str, str]]]:
-    """Of each repository two versions that are not on its channel and not yanked, to move it between."""
+    """Two versions of each repository that are neither on its channel nor yanked, to move the channel between."""
     query = "SELECT namespace, name, version FROM releases JOIN repositories ON repositories.id = repository_id "
     query += "WHERE NOT yanked AND version <> '1.0.0' ORDER BY repositories.id, sort_key"
-    found: dict[str, list[str]] = {}
+    versions_of: dict[str, list[str]] = {}
     with closing(Database(url)) as database, database.read() as session:
         for namespace, name, version in session.execute(text(query)):
-            found.setdefault(f"{namespace}/{name}", []).append(version)
-    return [(name, (versions[0], versions[1])) for name, versions in found.items()]
+            versions_of.setdefault(f"{namespace}/{name}", []).append(version)
+    return [(name, (versions[0], versions[1])) for name, versions in versions_of.items()]
 
 
 def _check_answers(ports: dict[str, int], requests: dict[str, dict[str, Request]]) -> None:
-    """Both find the same number of versions: the figures are of the same question."""
+    """Checks that both return the same number of versions, so that the figures answer the same question."""
     for name in (FULL_PAGE, FEW):
         counts: dict[str, int] = {}
         for case, port in ports.items():
@@ -196,7 +196,8 @@ def _compare(
 
 
 def _counting(requests: dict[str, dict[str, Request]], name: str) -> dict[str, Request]:
-    """Each goes on where the round before ended, so that every move moves: on one database all count together."""
+    """Each continues where the previous round ended, so that every move changes something: on one database all share a
+    counter."""
     numbers = {id(one[name]): count() for one in requests.values()}
 
     def following(request: Request) -> Request:

@@ -1,11 +1,11 @@
-"""A checkpoint and adapters of a given size, made in seconds: TinyLlama's shapes, values as wide as trained weights'.
+"""A checkpoint and adapters of a given size, made in seconds: TinyLlama's shapes, values as wide as those of trained
+weights.
 
 22 layers of the usual width are 1.1 billion parameters. All values come from one block of normal bfloat16 numbers, read
-from another place for each tensor: no disk or compressor sees a pattern, and nothing here is as slow as a random
-generator.
+from another offset for each tensor: no disk or compressor sees a pattern, and no slow random generator is needed.
 
-`python -m benchmarks.models DIRECTORY LAYERS RANK [WIDTH]` writes `base` and adapters `one`, `two`, `three`: in a
-process of its own, since the kernel counts the memory of a benchmark as that of what it starts.
+`python -m benchmarks.models DIRECTORY LAYERS RANK [WIDTH]` writes `base` and adapters `one`, `two`, `three`: in its own
+process, since the kernel counts a benchmark's memory as that of its child processes.
 """
 
 import json
@@ -21,13 +21,13 @@ from composer.formats.checkpoints.header import TensorSpec, encode_header
 
 ADAPTERS = ("one", "two", "three")
 WIDTH, VOCABULARY = 2048, 32_000
-_BLOCK = 1 << 25  # values, more than the largest tensor but the embedding has
+_BLOCK = 1 << 25  # values: more than any tensor has, except the embedding
 _SHARDS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """`width` is that of the hidden states, a multiple of 512; the others follow from it as in TinyLlama."""
+    """`width` is the size of the hidden states, a multiple of 512; the other sizes follow from it as in TinyLlama."""
 
     layers: int
     width: int = WIDTH
@@ -81,7 +81,7 @@ def make_base(directory: Path, size: Size) -> Path:
 
 
 def make_adapter(directory: Path, size: Size, rank: int, seed: int) -> Path:
-    """A LoRA in bfloat16 on all seven linear modules of every layer, in PEFT's format."""
+    """A LoRA adapter in bfloat16 on all seven linear modules of every layer, in PEFT's format."""
     directory.mkdir()
     config = {
         "peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "task_type": "CAUSAL_LM", "bias": "none",
@@ -110,7 +110,7 @@ def _tensors(size: Size) -> Iterator[tuple[str, TensorSpec]]:
 
 
 class _Values:
-    """Bytes of normal bfloat16 values with the given deviation, another run of them for each tensor."""
+    """Bytes of normal bfloat16 values with the given deviation, at another offset for each tensor."""
 
     def __init__(self, deviation: float, seed: int = 0) -> None:
         self._random = np.random.default_rng(seed)

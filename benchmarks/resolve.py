@@ -1,7 +1,7 @@
-"""Resolving a channel: `adaptory serve` beside a bare FastAPI route with the same one statement, on both databases.
+"""Resolving a channel: `adaptory serve` against a bare FastAPI route with the same single statement, on both databases.
 
-Both answer over HTTP from a process of their own, with the same server, drivers, pool and pragmas; both are asked by
-the same clients, in turn, so that neither has the machine at a better moment.
+Both answer over HTTP from their own process, with the same server, drivers, pool and pragmas. The same clients call
+them in turn, so that neither runs at a better moment.
 """
 
 import os
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def floor(url: str, stack: ExitStack) -> tuple[int, int]:
-    """The port and the process id of the bare route over that database."""
+    """Port and process id of the bare route over that database."""
     port = load.free_port()
     command = [sys.executable, "-m", "benchmarks.floor", url, str(port)]
     return port, stack.enter_context(load.process(port, command))
@@ -44,12 +44,12 @@ def bare_path() -> str:
 
 
 def adaptory(url: str, home: Path, stack: ExitStack) -> int:
-    """The port of a server without a worker over that database."""
+    """Port of a server without a worker over that database."""
     return started(url, home, stack)[0]
 
 
 def started(url: str, home: Path, stack: ExitStack, processes: int = 1) -> tuple[int, int]:
-    """Its port and its process id."""
+    """Its port and process id."""
     port = load.free_port()
     command = [str(harness.ADAPTORY), "serve", "--port", str(port), "--no-worker", "--processes", str(processes)]
     environment = {"ADAPTORY_HOME": str(home), "ADAPTORY_DATABASE_URL": url}
@@ -69,9 +69,9 @@ def _compare(title: str, ports: dict[str, int], rounds: int, seconds: float) -> 
             if number:
                 rates[case, clients].append(rate)
     rows = [["case", "clients", "requests/s (min..max)", "of the bare route's"]]
-    for (case, clients), found in rates.items():
-        shares = [one / other for one, other in zip(found, rates[FLOOR, clients], strict=True)]
-        rows.append([case, str(clients), harness.spread(found), harness.spread(shares)])
+    for (case, clients), measured in rates.items():
+        shares = [one / other for one, other in zip(measured, rates[FLOOR, clients], strict=True)]
+        rows.append([case, str(clients), harness.spread(measured), harness.spread(shares)])
     harness.table(f"Resolve a channel, {title}, {seconds:g} s a round ({rounds} rounds)", rows)
     print(f"load average {os.getloadavg()[0]:.1f}")
 

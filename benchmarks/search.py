@@ -1,8 +1,8 @@
-"""A search over 1,000 releases and over 100,000, on both databases: what does the size of the registry cost?
+"""Search over 1,000 and over 100,000 releases, on both databases: what does the size of the registry cost?
 
-Each query is asked as a verb (search and the page's documents, in a read transaction) of each size in turn, so that a
-ratio is of two calls a moment apart; then by eight clients over HTTP. Words are sown besides, some of them in old
-releases alone; a page of those is short enough to be full at either size. A reader may read the oldest releases alone.
+Each query runs in process (search and the page's documents, in a read transaction) on each size in turn, so that a
+ratio compares two calls a moment apart; then by eight clients over HTTP. Extra words are added, some of them to old
+releases only; a page of those is short enough to be full at either size. One reader may read only the oldest releases.
 """
 
 import os
@@ -34,7 +34,7 @@ from registry.formats.references import RepositoryName
 SIZES = (1_000, 100_000)
 LIMIT, CLIENTS = 50, 8
 SHORT = 10
-"""A page of what one release in a hundred has, from the smaller registry."""
+"""A page of what one release in a hundred matches, in the smaller registry."""
 SOWN: dict[str, Callable[[int, int], bool]] = {
     "tenth": lambda number, _: number % 10 == 0,
     "fiftieth": lambda number, _: number % 50 == 0,
@@ -44,7 +44,7 @@ SOWN: dict[str, Callable[[int, int], bool]] = {
     "odd": lambda number, _: number % 2 == 1,
     "even": lambda number, _: number % 2 == 0,
 }
-"""word -> does the release of this number have it, of so many?"""
+"""Word -> whether release `number` of `releases` has it."""
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 HOST = Actor("host", NOW, {EVERYWHERE: "admin"})
 OF_THE_OLDEST = Actor("reader", NOW, {"team-0": "reader"})
@@ -154,10 +154,10 @@ def _verbs(
     rows = [["query", "found", f"ms at {small:,}", f"ms at {large:,}", "times"]]
     for name, asked in queries.items():
         few, many = results[f"{name}, {small:,}"], results[f"{name}, {large:,}"]
-        found = "/".join(str(len(_page(database, actor, *asked, limit))) for database in opened.values())
+        hits = "/".join(str(len(_page(database, actor, *asked, limit))) for database in opened.values())
         times = [one.seconds / other.seconds for one, other in zip(many, few, strict=True)]
         milliseconds = [harness.spread([sample.seconds * 1e3 for sample in samples]) for samples in (few, many)]
-        rows.append([name, found, *milliseconds, harness.spread(times)])
+        rows.append([name, hits, *milliseconds, harness.spread(times)])
     harness.table(
         f"{kind}: a page of {limit} as documents for the {actor.name}, in process ({rounds} rounds of {count})", rows
     )

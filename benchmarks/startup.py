@@ -1,6 +1,6 @@
-"""How long `adaptory --help` takes from a standing start, and which heavy modules stay out of it.
+"""How long `adaptory --help` takes from a cold start, and which heavy modules it must not load.
 
-The floor is the interpreter itself. Exits 1 when a module is loaded where it must not be: that is a fact, not a timing.
+The floor is the interpreter itself. Exits 1 when a module is loaded that must not be: that is a fact, not a timing.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ ALLOWED = {
     "import registry.api.app": ("import registry.api.app", ("numpy", "fastapi", "starlette", "sqlalchemy")),
     "import registry.client.api": ("import registry.client.api", ("httpx2",)),
 }
-"""What may be loaded where; everything else in HEAVY may not."""
+"""Modules that each command may load; everything else in HEAVY must stay out."""
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _loaded(code: str) -> list[str]:
-    """The heavy modules in a fresh process after `code`."""
+    """Heavy modules that a fresh process has loaded after running `code`."""
     program = f"{code}\nimport sys\nprint('loaded', *[name for name in {HEAVY!r} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     word, *names = run.stdout.splitlines()[-1].split()

@@ -1,7 +1,7 @@
-"""A registry with as many releases as a large company has, written as rows: made to be searched.
+"""A registry as large as a big company's, inserted as rows, for search benchmarks.
 
-Repositories of 20 releases, four bases, two suites with two metrics for each release, one channel a repository. Facts
-are as long as real ones; one release of ten is for PEFT alone.
+Repositories of 20 releases, four bases, two suites with two metrics for each release, one channel per repository. Facts
+are as long as real ones; one release in ten is for PEFT only.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ RELEASES_EACH = 20
 _PROJECTIONS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 TARGETS = dict(enumerate([targets for size in (7, 4, 2) for targets in combinations(_PROJECTIONS, size)], 1))
 _LIKED = [number for number, targets in TARGETS.items() if targets in (("q_proj", "v_proj"), _PROJECTIONS)]
-"""What most people train: two of three releases have one of these sets."""
+"""The target sets that most people train: two of three releases have one of these."""
 _RANKS = (4, 8, 16, 32, 64)
 _LAYERS = 30
 _FILES = {"README.md": 3_000, "adapter_config.json": 900, "adapter_model.safetensors": 660_000}
@@ -46,14 +46,14 @@ _Rows = Iterator[dict[str, Any]]
 
 
 def repository_name(number: int) -> str:
-    """Of the repository with this id: a team has 25."""
+    """Name of the repository with this id: a team has 25."""
     return f"team-{number // 25}/adapter-{number}"
 
 
 def fill(database: Database, checkpoint: Path, releases: int) -> None:
-    """Writes `releases` releases and all that they refer to, in one transaction; the same rows on every run.
+    """Writes `releases` releases and everything they refer to, in one transaction; the same rows on every run.
 
-    The bases get the tensor table of `checkpoint`, with hashes made up.
+    The bases get the tensor table of `checkpoint`, with invented hashes.
     """
     chance = random.Random(7)  # noqa: S311
     repositories = range(1, releases // RELEASES_EACH + 1)
@@ -84,12 +84,12 @@ def fill(database: Database, checkpoint: Path, releases: int) -> None:
     with database.write() as session:
         for table, rows in contents.items():
             _insert(session, table, iter(rows))
-            if not database.is_sqlite and "id" in table.__table__.c:  # rows that follow go on from there
+            if not database.is_sqlite and "id" in table.__table__.c:  # later rows continue from there
                 name = table.__tablename__
                 session.execute(text(f"SELECT setval(pg_get_serial_sequence('{name}', 'id'), max(id)) FROM {name}"))  # noqa: S608
         session.execute(_SERVE)
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        # What PostgreSQL does by itself some time later.
+        # PostgreSQL does this by itself some time later.
         connection.execute(text("ANALYZE" if database.is_sqlite else "VACUUM ANALYZE"))
 
 
@@ -99,12 +99,12 @@ _SERVE = update(Channel).values(
     served_id=_of_move.with_only_columns(Release.id).scalar_subquery(),
     served_key=_of_move.with_only_columns(Release.sort_key).scalar_subquery(),
 )
-"""Where the first release is yanked there is none below."""
+"""A channel whose first release is yanked serves none: there is no earlier release."""
 
 
 @contextmanager
 def databases(directory: Path, postgres: str | None, checkpoint: Path, releases: int) -> Generator[dict[str, str]]:
-    """A filled database of each kind: name -> URL. PostgreSQL only where there is a server."""
+    """Yields a filled database of each kind: name -> URL. PostgreSQL only where there is a server."""
     with ExitStack() as stack:
         urls = {"SQLite": stack.enter_context(empty_database(None, directory / f"{releases}.db"))}
         if postgres:
@@ -118,7 +118,7 @@ def databases(directory: Path, postgres: str | None, checkpoint: Path, releases:
 
 @contextmanager
 def empty_database(postgres: str | None, file: Path) -> Generator[str]:
-    """The URL of a database of its own on that server, dropped in the end, or of `file` in SQLite."""
+    """Yields the URL of a new database on that server, dropped at the end, or of the SQLite database `file`."""
     if postgres is None:
         yield f"sqlite:///{file}"
         return
@@ -138,18 +138,18 @@ def _administer(postgres: str, statement: str) -> None:
 
 
 def versions(releases: int) -> list[tuple[str, dict[str, str]]]:
-    """Of each release that `fill` writes: its repository and the facts and scores that can be searched, as tags."""
+    """For each release that `fill` writes: its repository, and its searchable facts and scores as tags."""
     chance = random.Random(7)  # noqa: S311
     made = [_facts(chance) for _ in range(releases // RELEASES_EACH * RELEASES_EACH)]
-    found: list[tuple[str, dict[str, str]]] = []
+    rows: list[tuple[str, dict[str, str]]] = []
     for number, facts in enumerate(made, 1):
         base, rank, target_set, _ = facts
         shared = ("type", "variant", "alpha", "dtype", "license", "servers")
         tags = {"base": base, "rank": str(rank), "targets": ",".join(TARGETS[target_set])}
         tags |= {name: str(value) for name, value in _columns(facts).items() if name in shared}
         tags |= {f"{SUITES[row['suite_id']]}.{row['metric']}": str(row["value"]) for row in _scores(number, 0, chance)}
-        found.append((repository_name(_repository_of(number)), tags))
-    return found
+        rows.append((repository_name(_repository_of(number)), tags))
+    return rows
 
 
 def _insert(session: Session, table: type[Row], rows: Iterator[Mapping[str, Any]]) -> None:
@@ -255,7 +255,7 @@ def _facts(chance: random.Random) -> _Facts:
 
 
 def _columns(facts: _Facts) -> dict[str, Any]:
-    """What a release and its traits both say."""
+    """Columns that a release and its traits share."""
     base, rank, target_set, servers = facts
     return {
         "base_digest": _digest(base),
@@ -278,7 +278,7 @@ def _release(number: int, facts: _Facts, traits: Mapping[_Facts, int], chance: r
     version = Version(1, (number - 1) % RELEASES_EACH, 0)
     _, rank, target_set, servers = facts
     modules = _LAYERS * len(TARGETS[target_set])
-    told = {
+    summary = {
         "type": "lora",
         "variant": "lora",
         "rank_max": rank,
@@ -306,8 +306,8 @@ def _release(number: int, facts: _Facts, traits: Mapping[_Facts, int], chance: r
         "stable": version.stable,
         **_columns(facts),
         "traits_id": traits[facts],
-        "size_bytes": told["size_bytes"],
-        "facts": told,
+        "size_bytes": summary["size_bytes"],
+        "facts": summary,
         "provenance": _provenance(number),
         "spectrum": None,
         "loading": {server: refusal for bit, server in enumerate(SERVERS) if not servers >> bit & 1},

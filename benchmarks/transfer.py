@@ -1,10 +1,11 @@
 """Push and pull of 1 GB in 8 files between our client and a real S3 server, against boto3 moving the same files.
 
-boto3 is asked twice: as the client does it (8 files at a time, each whole, where a download also needs ranges), and as
-it does by itself (one file after another, each in parts by 10 threads). Ours hashes every byte on its way, and syncs
+boto3 is measured twice: the way our client works (8 files at a time, each whole, though a download also needs ranges),
+and by its defaults (one file after another, each in parts by 10 threads). Ours hashes every byte on the way and syncs
 what it wrote; boto3 hashes what it sends over plain HTTP and nothing that it receives. Client, API and S3 server share
-the cores. Clients write blobs in place; `DIRECT=false` has each copied once within the store, as a store that is less
-trusted would. The resident memory of the API process, started by itself as on a server, is taken before and after.
+the cores. Clients write blobs under their final keys; with `DIRECT=false` each is copied once within the store, as for
+a store that is less trusted. The resident memory of the API process, started by itself as on a server, is measured
+before and after.
 """
 
 import os
@@ -33,7 +34,7 @@ from tests.s3_server import BUCKET, S3Server
 from tests.scenarios.world import Cli, build_world, nothing
 
 FILES, PARALLEL = 8, 8
-WHOLE = TransferConfig(multipart_threshold=256 << 20, use_threads=False)
+ONE_REQUEST = TransferConfig(multipart_threshold=256 << 20, use_threads=False)
 RAW, RAW_HASHED, RAW_PARTS = "boto3, 8 files at a time", "the same, hashed and synced", "boto3, its defaults"
 
 
@@ -89,7 +90,7 @@ class Bench:
         return sample
 
     def forget_pushed(self) -> None:
-        """Every round sends new bytes; the disk should not remember them all."""
+        """Changes the files, so that every round sends new bytes; the disk should not have them cached."""
         kept = {row["sha256"] for row in self.release["files"]}
         for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
             for row in page.get("Contents", ()):
@@ -119,7 +120,7 @@ def _each(parallel: int, function: Callable[[Any], None], items: Sequence[Any]) 
 
 
 def check_and_sync(path: Path, sha256: str) -> None:
-    """What the client does besides: the floor of a pull that may be relied on."""
+    """Hashes and syncs a file, as the client does: the floor of a pull that can be relied on."""
     if hash_file(path) != sha256:
         raise RuntimeError(f"{path} is damaged")
     with path.open("rb") as file:
@@ -127,7 +128,7 @@ def check_and_sync(path: Path, sha256: str) -> None:
 
 
 def serve(home: Path, stack: ExitStack, environment: Mapping[str, str]) -> tuple[str, int]:
-    """The address and the process id of an API without a worker."""
+    """Address and process id of an API without a worker."""
     port = load.free_port()
     command = [str(harness.ADAPTORY), "serve", "--port", str(port), "--no-worker"]
     process_id = stack.enter_context(load.process(port, command, ADAPTORY_HOME=str(home), **environment))
@@ -135,7 +136,7 @@ def serve(home: Path, stack: ExitStack, environment: Mapping[str, str]) -> tuple
 
 
 def rss_bytes(process_id: int) -> tuple[int, int]:
-    """Now, and at the highest."""
+    """Resident memory in bytes: now, and at its peak."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{process_id}/status").read_text().splitlines())
     return int(status["VmRSS"].split()[0]) * 1024, int(status["VmHWM"].split()[0]) * 1024
 
@@ -152,15 +153,15 @@ def main() -> None:
         world = build_world(directory / "world")
         cli = Cli({"ADAPTORY_HOME": str(directory / "home"), "ADAPTORY_URL": url})
         cli.ok("base", "add", world.base, "--name", "tiny")
-        aside = s3.environment("aside/") | {"ADAPTORY_STORAGE__DIRECT": "false"}
-        copying_url, _ = serve(directory / "aside", stack, aside)
+        copying = s3.environment("copied/") | {"ADAPTORY_STORAGE__DIRECT": "false"}
+        copying_url, _ = serve(directory / "copying", stack, copying)
         api, copying = Api(url), Api(copying_url)
         for one in (api, copying):
             stack.callback(one.close)
         bench = Bench(s3, api, world.adapters["sql"], directory, file_bytes)
         before, _ = rss_bytes(process_id)
         pushes = {
-            RAW: lambda: bench.push_raw(WHOLE, PARALLEL),
+            RAW: lambda: bench.push_raw(ONE_REQUEST, PARALLEL),
             RAW_PARTS: lambda: bench.push_raw(TransferConfig(), 1),
             "adaptory": lambda: bench.push_ours(api),
             "adaptory, copied within the store": lambda: bench.push_ours(copying),
@@ -169,8 +170,8 @@ def main() -> None:
         bench.forget_pushed()
         cache = BlobCache(directory / "cache")
         pulls = {
-            RAW: lambda: bench.pull_raw(WHOLE, PARALLEL),
-            RAW_HASHED: lambda: bench.pull_raw(WHOLE, PARALLEL, hashed=True),
+            RAW: lambda: bench.pull_raw(ONE_REQUEST, PARALLEL),
+            RAW_HASHED: lambda: bench.pull_raw(ONE_REQUEST, PARALLEL, hashed=True),
             RAW_PARTS: lambda: bench.pull_raw(TransferConfig(), 1),
             "adaptory": bench.pull_ours,
             "adaptory, from its cache": lambda: bench.pull_ours(cache),

@@ -45,4 +45,4 @@ class Interrupted(Exception):
 def became_shorter(subject: str) -> InvalidFile:
     """The error for a file that ends before its own header says."""
     message = f"{subject} became shorter while it was read."
-    return InvalidFile("cut_off", message, subject=subject, next_step="Try again when nobody writes to it.")
+    return InvalidFile("cut_off", message, subject=subject, next_step="Try again when no process is writing to it.")

@@ -28,6 +28,8 @@ _NEXT_STEPS = {
 
 
 class Severity(StrEnum):
+    """How serious a finding is; an error refuses the operation."""
+
     NOTICE = "notice"
     WARNING = "warning"
     ERROR = "error"

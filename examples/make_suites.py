@@ -1,4 +1,4 @@
-"""Write the evaluation suites: `python examples/make_suites.py [DIR]`. The same files on every run."""
+"""Write the evaluation suites: `python examples/make_suites.py [DIR]`. Every run writes the same files."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ FOR_EDITORS = "# yaml-language-server: $schema=../../docs/schemas/suite.schema.j
 
 
 def render(task: Task) -> dict[str, str]:
-    """File name -> text of one suite: its description (YAML) and the examples beside it (JSON lines)."""
+    """File name -> text of one suite: its description (YAML) and its examples (JSON lines)."""
     description = {
         "name": task.suite,
         "kind": task.kind,

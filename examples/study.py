@@ -1,12 +1,12 @@
-"""What predicts that two adapters hurt each other: every pair of a dozen small adapters, merged and measured.
+"""Measure what predicts that two adapters hurt each other: every pair of a dozen small adapters, merged and evaluated.
 
     python examples/train.py study --base BASE --out ADAPTERS
     python examples/study.py --base BASE --adapters ADAPTERS --out MINE.jsonl
 
-Writes one line of JSON an adapter and one a pair to `--out`, and goes on where an earlier run stopped. Every example of
-every suite is kept with its nats, tokens and whether it was answered word for word, so that `verdict_report.py` can
-replay the rule that `adaptory conflicts` decides by; `study_report.py` makes the tables of docs/study.md. The examples
-that a probe sees are held apart from those that the damage is measured on.
+Writes one line of JSON per adapter and one per pair to `--out`, and continues where an earlier run stopped. Every
+example of every suite is kept with its nats, its tokens and whether it was answered word for word, so that
+`verdict_report.py` can replay the rule by which `adaptory conflicts` decides; `study_report.py` makes the tables of
+docs/study.md. The examples that a probe sees are kept separate from those on which the damage is measured.
 """
 
 import argparse
@@ -40,8 +40,8 @@ GUARD = "guard"
 
 @dataclass(frozen=True)
 class Member:
-    """An adapter and all examples of its suite, in the order that a probe takes them: it sees the first ones, and the
-    last MEASURED are what its loss is measured on."""
+    """An adapter and all examples of its suite, in the order in which a probe takes them: it sees the first ones, and
+    the loss is measured on the last MEASURED."""
 
     adapter: LoadedAdapter
     examples: list[Encoded]
@@ -55,16 +55,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, required=True, help="the directory make_base.py wrote")
     parser.add_argument("--adapters", type=Path, required=True, help="where train.py put the study's adapters")
-    parser.add_argument("--out", type=Path, required=True, help="a file of rows, which is gone on with if it is there")
+    parser.add_argument("--out", type=Path, required=True, help="a file of rows; an existing one is continued")
     parser.add_argument("--only", nargs="+", default=[*OLDER, *SMALL], help="names of adapters; all by default")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS], help="all by default")
     chosen = parser.parse_args()
-    places = {name: ADAPTERS / name if name in OLDER else chosen.adapters / name for name in chosen.only}
-    for directory in (chosen.base, *places.values()):
+    directories = {name: ADAPTERS / name if name in OLDER else chosen.adapters / name for name in chosen.only}
+    for directory in (chosen.base, *directories.values()):
         if not directory.is_dir():
-            parser.error(f"{directory} is not there: make_base.py and train.py write the base and the adapters.")
+            parser.error(f"{directory} does not exist: make_base.py and train.py write the base and the adapters.")
     loaded = load_model(chosen.base, "cpu")
-    members = [_member(loaded, name, place) for name, place in places.items()]
+    members = [_member(loaded, name, directory) for name, directory in directories.items()]
     guard = [encode(loaded, example, chat=True) for example in _in_order(_suite(TASKS["guard"]))]
     done = _rows(chosen.out)
     with chosen.out.open("a") as out:
@@ -127,11 +127,11 @@ def _suite(task: Task) -> Suite:
     _, held_out = task.split()
     examples = tuple(Example(prompt, completion) for prompt, completion in held_out)
     kind: Any = task.kind
-    return Suite(task.suite, kind, task.description, True, examples)
+    return Suite(name=task.suite, kind=kind, description=task.description, chat=True, examples=examples)
 
 
 def _rows(path: Path) -> dict[Key, Any]:
-    """What an earlier run wrote, by the name of the adapter or the names of the pair."""
+    """Rows of an earlier run, by the name of the adapter or the names of the pair."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {(row["member"],) if "member" in row else (row["a"], row["b"]): row for row in rows}
 
@@ -148,7 +148,7 @@ def _kept(measured: Sequence[Measured]) -> dict[str, Any]:
 def combined(
     loaded: LoadedModel, pair: tuple[Member, Member], method: str, guard: list[Encoded]
 ) -> dict[str, dict[str, Any]]:
-    """Each member's examples and the guard's under what the method makes of the two."""
+    """Measures each member's examples and the guard's under the combination of the two."""
     name, weight = METHODS[method]
     deltas = combine_deltas([member.adapter for member in pair], [weight] * 2, name).deltas
     first, second = (len(member.examples) for member in pair)
@@ -158,15 +158,15 @@ def combined(
 
 
 def losses(pair: tuple[Member, Member], together: Mapping[str, Any], alone: Mapping[Key, Any]) -> dict[str, Any]:
-    """What each member loses, in nats per token: measured, and as a probe on the first k examples sees it."""
-    told: dict[str, Any] = {"measured": {}, "probe": {str(k): {} for k in PROBED}}
+    """Each member's loss in nats per token: measured, and as a probe on the first k examples sees it."""
+    row: dict[str, Any] = {"measured": {}, "probe": {str(k): {} for k in PROBED}}
     for member in pair:
         before, after = alone[member.name,]["alone"], together[member.name]
-        told["measured"][member.name] = _nll(after, slice(-MEASURED, None)) - _nll(before, slice(-MEASURED, None))
+        row["measured"][member.name] = _nll(after, slice(-MEASURED, None)) - _nll(before, slice(-MEASURED, None))
         for k in PROBED:
-            told["probe"][str(k)][member.name] = _nll(after, slice(k)) - _nll(before, slice(k))
+            row["probe"][str(k)][member.name] = _nll(after, slice(k)) - _nll(before, slice(k))
     worst_alone = max(_nll(alone[member.name,][GUARD]) for member in pair)
-    return told | {"worse": max(told["measured"].values()), GUARD: _nll(together[GUARD]) - worst_alone}
+    return row | {"worse": max(row["measured"].values()), GUARD: _nll(together[GUARD]) - worst_alone}
 
 
 def _nll(kept: Mapping[str, Any], part: slice = slice(None)) -> float:
@@ -174,7 +174,7 @@ def _nll(kept: Mapping[str, Any], part: slice = slice(None)) -> float:
 
 
 def weights_say(one: Member, other: Member) -> dict[str, Any]:
-    """Every number of the conflict report, for the whole model, and for each module what decides most."""
+    """Every number of the conflict report for the complete model, and the most decisive ones for each module."""
     (pair,) = conflicts([one.adapter, other.adapter], [1.0, 1.0]).pairs
     rows = [
         {"module": module, **{key: getattr(numbers, key) for key in ("norm_a", "norm_b", "cosine")}}
@@ -185,17 +185,17 @@ def weights_say(one: Member, other: Member) -> dict[str, Any]:
 
 
 def activations_say(loaded: LoadedModel, one: Member, other: Member) -> dict[str, Any]:
-    """Directed, on examples of the victim's suite, completions too: victim -> how strongly the other acts there."""
-    told: dict[str, Any] = {}
+    """Victim -> how strongly the other adapter acts on examples of the victim's suite, completions included."""
+    row: dict[str, Any] = {}
     for victim, intruder in ((one, other), (other, one)):
         examples = victim.examples[:WATCHED]
-        found = activation_interference(loaded, examples, victim.adapter.deltas, intruder.adapter.deltas)
-        told[victim.name] = asdict(found)
-    return told
+        interference = activation_interference(loaded, examples, victim.adapter.deltas, intruder.adapter.deltas)
+        row[victim.name] = asdict(interference)
+    return row
 
 
 def _line(row: dict[str, Any]) -> str:
-    """To five digits: more say nothing, and the rows of all modules are kept beside the tables made of them."""
+    """Rounds to five digits: more mean nothing, and the rows of all modules are kept beside the tables made of them."""
     short = json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.5g}"))
     return json.dumps(short) + "\n"
 

@@ -1,4 +1,4 @@
-"""The tables of docs/study.md from what study.py measured, and the plot: `python examples/study_report.py [JSONL]`.
+"""Make the tables and the plot of docs/study.md from what study.py measured: `python examples/study_report.py [JSONL]`.
 
 Every predictor is ranked against the measured loss by Spearman's correlation; the interval is a bootstrap over
 adapters, since the pairs of one adapter are not independent of each other.
@@ -36,12 +36,12 @@ class Ranked:
         return f"{self.rho:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
-def whole(name: str) -> Callable[[Row], float]:
+def overall(name: str) -> Callable[[Row], float]:
     return lambda row: float(row["weights"]["whole"][name])
 
 
 def worse(of: Callable[[Row, str, str], float]) -> Callable[[Row], float]:
-    """A directed predictor as one of the pair: that of the victim who is worse off."""
+    """A directed predictor as one of the pair: the larger of its two values, that of the victim who loses more."""
     return lambda row: max(of(row, row["a"], row["b"]), of(row, row["b"], row["a"]))
 
 
@@ -56,14 +56,14 @@ def norms(row: Row, victim: str, intruder: str) -> float:
 
 
 def on_the_victims_inputs(row: Row, victim: str, intruder: str) -> float:
-    """|Δ_j V_i V_i^T| / |Δ_i| over all modules: what the intruder does to what the victim reads, from weights."""
+    """|Δ_j V_i V_i^T| / |Δ_i| over all modules: the intruder's effect on the victim's inputs, from weights."""
     i, j = _side(row, victim), _side(row, intruder)
     caught = sum(one[f"norm_{j}"] ** 2 * one[f"input_{j}{i}"] for one in row["weights"]["modules"])
     return (caught / row["weights"]["whole"][f"norm_{i}"] ** 2) ** 0.5
 
 
 def by_late_layers(row: Row, victim: str, intruder: str) -> float:
-    """The same with every module weighted by its layer's number: late layers decide the answer."""
+    """The same, with every module weighted by its layer's number: late layers decide the answer."""
     i, j = _side(row, victim), _side(row, intruder)
     both = [
         (1 + _layer(one["module"]), one[f"norm_{j}"] ** 2 * one[f"input_{j}{i}"], one[f"norm_{i}"] ** 2)
@@ -78,21 +78,21 @@ def of_activations(name: str) -> Callable[[Row, str, str], float]:
 
 
 def strength(row: Row, victim: str, _intruder: str) -> float:
-    """|Δ_j x| / |W x| alone, its squares summed over modules: how much the intruder does on the victim's examples."""
-    told = row["activations"][victim]
-    # Rows without `combined` were written when this was divided by the number of modules that either touches.
-    return float(told["intruder"]) * (1.0 if "combined" in row else len(told["modules"]) ** 0.5)
+    """|Δ_j x| / |W x| alone, with its squares summed over modules: the intruder's effect on the victim's examples."""
+    interference = row["activations"][victim]
+    # In rows without `combined` this was still divided by the number of modules that either adapter touches.
+    return float(interference["intruder"]) * (1.0 if "combined" in row else len(interference["modules"]) ** 0.5)
 
 
 def mean_strength(row: Row, victim: str, intruder: str) -> float:
-    """The same as a mean over the modules that either touches."""
+    """The same, as a mean over the modules that either adapter touches."""
     return strength(row, victim, intruder) / max(1, len(row["activations"][victim]["modules"])) ** 0.5
 
 
 def in_the_way(row: Row, victim: str, _intruder: str) -> float:
     """The intruder's strength across the victim's direction, times how weak the victim itself is there."""
-    told = row["activations"][victim]
-    return float(told["across"]) * strength(row, victim, _intruder)
+    interference = row["activations"][victim]
+    return float(interference["across"]) * strength(row, victim, _intruder)
 
 
 DIRECTED: dict[str, tuple[str, Callable[[Row, str, str], float]]] = {
@@ -107,14 +107,14 @@ DIRECTED: dict[str, tuple[str, Callable[[Row, str, str], float]]] = {
 }
 PAIRED: dict[str, tuple[str, Callable[[Row], float]]] = {
     **{
-        {"crowding": "c_max (Pico)"}.get(name, name.replace("_", " ")): ("weights", whole(name))
+        {"crowding": "c_max (Pico)"}.get(name, name.replace("_", " ")): ("weights", overall(name))
         for name in (
             "cosine", "input_overlap", "input_excess", "output_overlap", "output_excess", "dominance", "interference",
             "crowding", "sign_excess", "sign_weighted",
         )
     },
     "input excess x dominance": (
-        "weights", lambda row: max(0.0, whole("input_excess")(row)) * whole("dominance")(row)
+        "weights", lambda row: max(0.0, overall("input_excess")(row)) * overall("dominance")(row)
     ),
     **{name: (kind, worse(of)) for name, (kind, of) in DIRECTED.items()},
 }  # fmt: skip
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=KEPT)
     results = parser.parse_args().results
     if not results.is_file():
-        parser.error(f"{results} is not there: study.py writes it.")
+        parser.error(f"{results} does not exist: study.py writes it.")
     rows = [row for row in map(json.loads, results.read_text().splitlines()) if "a" in row]
     names = sorted({row[side] for row in rows for side in "ab"})
     methods = [*rows[0]["losses"]]
@@ -133,16 +133,16 @@ def main() -> None:
     print(f"{len(names)} adapters, {len(rows)} pairs\n")
     ranked = {method: _paired(rows, names, method) for method in methods}
     print(f"| predictor of the worse member's loss | from{columns}")
-    for place, one in enumerate(ranked["sum"]):
-        print(f"| {one.name} | {one.kind} | " + " | ".join(str(ranked[m][place]) for m in methods) + " |")
+    for index, one in enumerate(ranked["sum"]):
+        print(f"| {one.name} | {one.kind} | " + " | ".join(str(ranked[m][index]) for m in methods) + " |")
     print(f"\n| who is hurt (victim <- intruder) | from{columns}")
     directed = {method: _directed(rows, names, method) for method in methods}
-    for place, one in enumerate(directed["sum"]):
-        print(f"| {one.name} | {one.kind} | " + " | ".join(str(directed[m][place]) for m in methods) + " |")
+    for index, one in enumerate(directed["sum"]):
+        print(f"| {one.name} | {one.kind} | " + " | ".join(str(directed[m][index]) for m in methods) + " |")
     print()
     for line in _damage(rows):
         print(line)
-    print("\nThe statistic of weights that ranks best on half of the adapters, on the pairs of the other half:")
+    print("\nThe weight statistic that ranks best on half of the adapters, on the pairs of the other half:")
     print(", ".join(f"{method} {_on_the_other_half(rows, names, method):+.2f}" for method in methods))
     if results == KEPT:
         PLOT.write_text(_plot(sorted(ranked["sum"], key=lambda one: -one.rho)))
@@ -151,34 +151,35 @@ def main() -> None:
 def _paired(rows: Sequence[Row], names: Sequence[str], method: str) -> list[Ranked]:
     loss = np.array([row["losses"][method]["worse"] for row in rows])
     pairs = [(row["a"], row["b"]) for row in rows]
-    found = [
+    predictors = [
         _rank(name, kind, np.array([of(row) for row in rows]), loss, pairs, names)
         for name, (kind, of) in PAIRED.items()
     ]
     for k in rows[0]["losses"][method]["probe"]:
         probed = np.array([max(row["losses"][method]["probe"][k].values()) for row in rows])
-        found.append(_rank(f"probe, k = {k}", "probe", probed, loss, pairs, names))
-    return found
+        predictors.append(_rank(f"probe, k = {k}", "probe", probed, loss, pairs, names))
+    return predictors
 
 
 def _directed(rows: Sequence[Row], names: Sequence[str], method: str) -> list[Ranked]:
     both = [(row, one, other) for row in rows for one, other in ((row["a"], row["b"]), (row["b"], row["a"]))]
     loss = np.array([row["losses"][method]["measured"][victim] for row, victim, _ in both])
     pairs = [(victim, intruder) for _, victim, intruder in both]
-    found = [
+    predictors = [
         _rank(name, kind, np.array([of(*one) for one in both]), loss, pairs, names)
         for name, (kind, of) in DIRECTED.items()
     ]
     for k in rows[0]["losses"][method]["probe"]:
         probed = np.array([row["losses"][method]["probe"][k][victim] for row, victim, _ in both])
-        found.append(_rank(f"probe, k = {k}", "probe", probed, loss, pairs, names))
-    return found
+        predictors.append(_rank(f"probe, k = {k}", "probe", probed, loss, pairs, names))
+    return predictors
 
 
 def _rank(
     name: str, kind: str, values: Floats, loss: Floats, pairs: Sequence[tuple[str, str]], names: Sequence[str]
 ) -> Ranked:
-    """A pair counts as often as both of its adapters were drawn; a pair of an adapter with itself does not exist."""
+    """Correlation with a bootstrap interval over adapters. A pair counts as often as both of its adapters were drawn;
+    there is no pair of an adapter with itself."""
     random = np.random.default_rng(0)
     drawn: list[float] = []
     for _ in range(DRAWS):
@@ -204,7 +205,7 @@ def _ranks(values: Floats) -> Floats:
 
 
 def _on_the_other_half(rows: Sequence[Row], names: Sequence[str], method: str) -> float:
-    """The median over random halves: what a statistic that was chosen on one set of adapters is worth on another."""
+    """Median over random halves: what a statistic chosen on one set of adapters is worth on another."""
     random = np.random.default_rng(0)
     weights = [of for kind, of in PAIRED.values() if kind == "weights"]
     values = [np.array([of(row) for row in rows]) for of in weights]
@@ -220,7 +221,7 @@ def _on_the_other_half(rows: Sequence[Row], names: Sequence[str], method: str) -
 
 
 def _damage(rows: Sequence[Row]) -> list[str]:
-    """What the methods cost: the share of a member's gain over the base that is left, and the guard's rise."""
+    """Cost of the methods: the share of a member's gain over the base that is left, and the guard's rise."""
     lines = ["| method | gain kept, mean | gain kept, worse member | guard, rise in nats |", "|---|---|---|---|"]
     for method in rows[0]["losses"]:
         kept = [[_kept(row, method, row[side]) for side in "ab"] for row in rows]
@@ -235,7 +236,7 @@ def _kept(row: Row, method: str, name: str) -> float:
 
 
 def _plot(ranked: Sequence[Ranked]) -> str:
-    """Bars with intervals as SVG: no library draws what thirty lines can."""
+    """Bars with intervals as SVG: thirty lines save a plotting library."""
     height, left, width = 18, 250, 380
     middle = left + width / 2
     colours = {"weights": "#7a869a", "activations": "#2f7fd1", "probe": "#1b8a5a"}
@@ -245,8 +246,8 @@ def _plot(ranked: Sequence[Ranked]) -> str:
         '<rect width="100%" height="100%" fill="white"/>',
         f'<line x1="{middle}" y1="8" x2="{middle}" y2="{height * (len(ranked) + 1)}" stroke="#bbb"/>',
     ]
-    for place, one in enumerate(ranked):
-        y = height * (place + 1)
+    for index, one in enumerate(ranked):
+        y = height * (index + 1)
         x = [middle + width / 2 * value for value in (one.low, one.rho, one.high)]
         parts += [
             f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{one.name}</text>',
@@ -256,8 +257,8 @@ def _plot(ranked: Sequence[Ranked]) -> str:
     y = height * (len(ranked) + 2)
     for value in (-1, -0.5, 0, 0.5, 1):
         parts.append(f'<text x="{middle + width / 2 * value}" y="{y - 8}" text-anchor="middle">{value}</text>')
-    for place, (kind, colour) in enumerate(colours.items()):
-        parts.append(f'<text x="{left + 120 * place}" y="{y + 10}" fill="{colour}">from {kind}</text>')
+    for index, (kind, colour) in enumerate(colours.items()):
+        parts.append(f'<text x="{left + 120 * index}" y="{y + 10}" fill="{colour}">from {kind}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 

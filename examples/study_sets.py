@@ -1,12 +1,12 @@
-"""What `regmean` keeps of each member beside a sum and a mean: sets of two and three study adapters, measured.
+"""Measure what `regmean` keeps of each member, against a sum and a mean: sets of two and three study adapters.
 
     python examples/train.py study --base BASE --out ADAPTERS
     python examples/train.py fresh --base BASE --out ADAPTERS
     python examples/study_sets.py --base BASE --adapters ADAPTERS --out ROWS.jsonl
 
-Four examples a member are fitted on; what is kept is measured on others, as they are and with their prompts wrapped in
-two polite sentences. Writes a line of JSON for each set and method, and prints the table of docs/study.md, whose rows
-are kept in sets.jsonl.
+The method is fitted on four examples per member; the kept gain is measured on others, as they are and with their
+prompts wrapped in two polite sentences. Writes a line of JSON for each set and method, and prints the table of
+docs/study.md, whose rows are kept in sets.jsonl.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from composer.evaluation.calibration import Calibration
 from composer.evaluation.evaluate import encode, measure, ratio
 from composer.evaluation.model import LoadedModel, load_model
 from composer.formats.recipes.calibration_sets import CalibrationSet
+from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.suite import Example, Suite
 from composer.methods.combine import combine_deltas
 
@@ -53,7 +54,7 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
 
 @dataclass(frozen=True)
 class Member:
-    """An adapter, the examples it is fitted on, and others: as they are, and with wrapped prompts."""
+    """An adapter, the examples it is fitted on, and unseen ones: as they are, and with wrapped prompts."""
 
     adapter: LoadedAdapter
     suite: Suite
@@ -72,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, required=True, help="the directory make_base.py wrote")
     parser.add_argument("--adapters", type=Path, required=True, help="where train.py put the study's adapters")
-    parser.add_argument("--out", type=Path, required=True, help="a file of rows, which is gone on with if it is there")
+    parser.add_argument("--out", type=Path, required=True, help="a file of rows; an existing one is continued")
     chosen = parser.parse_args()
     rows = [json.loads(line) for line in chosen.out.read_text().splitlines()] if chosen.out.exists() else []
     done = {(tuple(row["members"]), row["method"]) for row in rows}
@@ -102,13 +103,14 @@ def member(loaded: LoadedModel, directory: Path, name: str) -> Member:
 
 def suite_of(task: Task) -> Suite:
     kind: Any = task.kind
-    return Suite(task.suite, kind, task.description, True, tuple(Example(*pair) for pair in task.split()[1]))
+    examples = tuple(Example(*pair) for pair in task.split()[1])
+    return Suite(name=task.suite, kind=kind, description=task.description, chat=True, examples=examples)
 
 
 def measured(loaded: LoadedModel, members: Sequence[Member], guard: Sequence[Example]) -> dict[str, dict[str, Any]]:
-    """For each method: each member's kept share of its gain, exact answers of those it gives alone, the same on wrapped
-    prompts, and the guard's rise in nats over the worst member alone."""
-    calibration = Calibration(lambda: loaded, [CalibrationSet(one.suite, FITTED) for one in members], 2048)
+    """Results of each method: each member's kept share of its gain, its exact answers out of those it gives alone, the
+    same on wrapped prompts, and the guard's rise in nats over the worst member alone."""
+    calibration = Calibration(lambda: loaded, [CalibrationSet(one.suite, FITTED) for one in members], Regmean())
     alone = [
         (score(loaded, one.unseen, one.adapter.deltas), score(loaded, one.wrapped, one.adapter.deltas))
         for one in members
@@ -116,7 +118,7 @@ def measured(loaded: LoadedModel, members: Sequence[Member], guard: Sequence[Exa
     base = [(score(loaded, one.unseen, ()), score(loaded, one.wrapped, ())) for one in members]
     worst_guard = max(score(loaded, guard, one.adapter.deltas)[0] for one in members)
     adapters, weights = [one.adapter for one in members], [1.0] * len(members)
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, (method, settings) in METHODS.items():
         deltas = combine_deltas(adapters, weights, method, settings, calibration.observe).deltas
         after = [both(loaded, one, deltas) for one in members]
@@ -124,14 +126,14 @@ def measured(loaded: LoadedModel, members: Sequence[Member], guard: Sequence[Exa
             [(b[0] - c[0]) / max(b[0] - a[0], 0.05) for b, a, c in zip(base[i], alone[i], after[i], strict=True)]
             for i in range(len(members))
         ]
-        found[name] = {
+        results[name] = {
             "kept": [round(one[0], 3) for one in kept],
             "exact": [[after[i][0][1], alone[i][0][1]] for i in range(len(members))],
             "shifted": [round(one[1], 3) for one in kept],
             "shifted_exact": [[after[i][1][1], alone[i][1][1]] for i in range(len(members))],
             "guard": round(score(loaded, guard, deltas)[0] - worst_guard, 3),
         }
-    return found
+    return results
 
 
 def both(loaded: LoadedModel, member: Member, deltas: Sequence[Delta]) -> tuple[tuple[float, int], tuple[float, int]]:
@@ -139,13 +141,14 @@ def both(loaded: LoadedModel, member: Member, deltas: Sequence[Delta]) -> tuple[
 
 
 def score(loaded: LoadedModel, examples: Sequence[Example], deltas: Sequence[Delta]) -> tuple[float, int]:
-    """(nats a token, exact answers)."""
-    found = measure(loaded, [encode(loaded, one, chat=True) for one in examples], deltas)
-    return ratio([one.nats for one in found], [one.tokens for one in found])[0], sum(one.exact for one in found)
+    """(nats per token, exact answers)."""
+    scored = measure(loaded, [encode(loaded, one, chat=True) for one in examples], deltas)
+    return ratio([one.nats for one in scored], [one.tokens for one in scored])[0], sum(one.exact for one in scored)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The worst member's kept share / exact answers left of those given alone / guard; then for wrapped prompts."""
+    """Table of the worst member's kept share / exact answers left of those given alone / guard; then for wrapped
+    prompts."""
     lines = [f"| set | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
     by_set: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -162,7 +165,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def left(exact: Sequence[Sequence[int]]) -> str:
-    """Of the member that keeps least, the share of the exact answers that it gives alone."""
+    """Share of the exact answers given alone that is left, of the member that keeps least."""
     shares = [after / before for after, before in exact if before]
     return f"{min(shares):.2f}" if shares else "-"
 

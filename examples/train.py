@@ -1,7 +1,7 @@
 """Train the example adapters with PEFT: `python examples/train.py NAME|all|study|fresh --base DIR [--out DIR]`.
 
 `all` are the demo's adapters, `study` those of docs/study.md and `fresh` the three that check it. Each is written to
-OUT/NAME as ordinary PEFT files, with the scores of its held-out suite and of the guard suite, before and after, printed
+OUT/NAME as ordinary PEFT files. Its scores on its held-out suite and on the guard suite, before and after, are printed
 and put in the model card. One thread: a second one on a shared machine makes steps slower.
 """
 
@@ -61,7 +61,7 @@ RUNS = {
 }
 
 
-# Of several shapes, since pairs of unlike adapters are what a study of pairs is about.
+# Of several shapes, since a study of pairs is about pairs of unlike adapters.
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERYWHERE = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 STUDY = {
@@ -75,7 +75,7 @@ STUDY = {
     "cron": Run("cron", steps=50, lora={"target_modules": ATTENTION}),
     "sorting": Run("sorting", steps=50, learning_rate=2e-3, lora={"target_modules": ["up_proj", "down_proj"], "r": 8}),
 }
-# Trained after every limit and default was fixed, to hold what the study says against adapters that it has not seen.
+# Trained after every limit and default was fixed, to test the study's findings on adapters that it has not seen.
 FRESH = {
     "orders": Run("orders", steps=60),
     "travel": Run("travel", steps=40, lora={"target_modules": ATTENTION, "r": 8, "lora_alpha": 16}),
@@ -97,7 +97,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Share of completions reproduced exactly by greedy decoding, and NLL in nats per completion token."""
+    """Share of completions that greedy decoding reproduces exactly, and NLL in nats per completion token."""
 
     exact: float
     nll: float
@@ -193,7 +193,7 @@ def fit(model: Any, batches: list[Batch], rehearsed: list[tuple[Batch, torch.Ten
 
 
 def train(name: str, base: Path, out: Path) -> None:
-    """Trains one adapter and replaces `out` with it."""
+    """Trains one adapter and writes it to `out`, replacing what is there."""
     run = ALL_RUNS[name]
     torch.manual_seed(SEED)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
@@ -237,7 +237,7 @@ def save(adapted: Any, name: str, out: Path, rows: list[str]) -> None:
             parameter.data = parameter.data.bfloat16()
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = BASE_NAME
-    config.target_modules = sorted(config.target_modules)  # a set otherwise, in another order every run
+    config.target_modules = sorted(config.target_modules)  # otherwise a set, in another order on every run
     adapted.save_pretrained(out, save_embedding_layers=False)
     (out / "adapter_model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner only
     (out / "README.md").write_text(card(name, rows))
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ADAPTERS, help="the adapter goes to OUT/NAME")
     arguments = parser.parse_args()
     if not arguments.base.is_dir():
-        parser.error(f"{arguments.base} is not there: make_base.py writes it.")
+        parser.error(f"{arguments.base} does not exist: make_base.py writes it.")
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     for name in GROUPS.get(arguments.name, [arguments.name]):

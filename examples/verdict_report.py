@@ -1,8 +1,9 @@
-"""What the verdicts of `adaptory conflicts` are worth: `python examples/verdict_report.py [JSONL] [--most K]`.
+"""Measure what the verdicts of `adaptory conflicts` are worth: `python examples/verdict_report.py [JSONL] [--most K]`.
 
-Replays the product's own rule, when to measure more examples and what to say, on what study.py measured. Each pair is
-split at random many times: a probe sees one part of each suite, and what it said is held against the other part. A pair
-is harmed where a member keeps less than KEPT of the answers that it gives alone, of at least ANSWERED.
+Replays the product's own rule, when to measure more examples and which verdict to give, on what study.py measured. Each
+pair is split at random many times: a probe sees one part of each suite, and its verdict is compared with the other
+part. A pair is harmed if a member keeps less than KEPT of the answers that it gives alone, of which there must be at
+least ANSWERED.
 """
 
 import argparse
@@ -56,12 +57,12 @@ class Pair:
         return [self.suites[name].effect(name, slice(most, None)) for name in self.names]
 
     def harmed(self, most: int) -> bool | None:
-        """None where no member answers enough alone to say so."""
+        """None if no member answers enough alone to tell."""
         left = [one.answers_left for one in self.unseen(most) if one.answered >= ANSWERED]
         return any(share is not None and share < KEPT for share in left) if left else None
 
     def keeps_what_is_wanted(self, most: int, limits: Limits) -> bool:
-        """Both members, on the unseen examples, in answers and in nats."""
+        """Whether both members keep enough on the unseen examples, in answers and in nats."""
         unseen = self.unseen(most)
         left = [one.answers_left for one in unseen if one.answered >= ANSWERED]
         return all(share is None or share >= limits.answers for share in left) and all(
@@ -81,7 +82,7 @@ def main() -> None:
     alone = {row["member"]: row for row in rows if "member" in row}
     pairs = [row for row in rows if "combined" in row and (not chosen.fresh or {row["a"], row["b"]} & {*chosen.fresh})]
     if not pairs:
-        parser.error(f"{chosen.results} has no examples of pairs: study.py writes them.")
+        parser.error(f"{chosen.results} has no examples of pairs; study.py writes them.")
     by_method = {
         method: [pair for row in pairs for pair in _splits(row, method, alone, chosen.splits)]
         for method in chosen.methods or pairs[0]["combined"]
@@ -152,8 +153,8 @@ def _share(answers: Iterator[bool | None]) -> str:
 
 
 def _coverage(pairs: Sequence[Pair], k: int, most: int) -> float:
-    """How often both members' intervals on k examples hold what they lose on others. Those are few too: the interval is
-    as much wider as the error of a difference of two means is than that of one."""
+    """How often both members' intervals on k examples contain their loss on other examples. Those are few too, so the
+    interval is widened by the ratio between the error of a difference of two means and that of one mean."""
     held = 0
     for pair in pairs:
         both = list(zip(pair.outcome(k, guarded=False).effects, pair.unseen(max(k, most)), strict=True))

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""The errnos of a full disk and of a quota that is used up: freeing some space mends them, and nothing else does."""
+"""Errnos of a full disk and of an exhausted quota: only freeing space fixes them."""
 
 
 class RegistryError(Exception):
@@ -28,9 +28,9 @@ class RegistryError(Exception):
     status: ClassVar[int]
     title: ClassVar[str]
     family: ClassVar[str]
-    """Its name on the wire."""
+    """The family's name on the wire."""
     retry_after_s: int | None = None
-    """When asking again makes sense, in seconds; None where it does not. One error may know better than its family."""
+    """Seconds after which to retry; None if retrying is pointless. An error may set its own."""
 
     def __init__(
         self, code: str, detail: str, *, subject: str = "", next_step: str = "", findings: Sequence[dict[str, Any]] = ()
@@ -73,7 +73,7 @@ class NotAllowed(RegistryError):
 
 
 class Unauthenticated(NotAllowed):
-    """A NotAllowed for want of a valid token."""
+    """A NotAllowed because there is no valid token."""
 
     status, title, family = 401, "Unauthenticated", "unauthenticated"
 
@@ -83,7 +83,7 @@ class Invalid(RegistryError):
 
 
 class TooLarge(Invalid):
-    """An Invalid that was refused by its size alone, before it was read."""
+    """An Invalid that was refused by its size, before it was read."""
 
     status, title, family = 413, "Too large", "too_large"
 
@@ -94,7 +94,7 @@ class Unavailable(RegistryError):
 
 
 class TooMany(Unavailable):
-    """An Unavailable for this caller alone, who requests too much at once."""
+    """An Unavailable for this caller only, who sends too many requests at once."""
 
     status, title, family = 429, "Too many requests", "too_many"
     retry_after_s = 1

@@ -18,6 +18,7 @@ class OutageLog:
     _lock: Lock = field(default_factory=Lock)
 
     def warn(self, message: str, error: object) -> None:
+        """Logs a warning at most every EVERY_S seconds; the next one counts those left out."""
         with self._lock:
             now = time.monotonic()
             if now - self._last < EVERY_S:

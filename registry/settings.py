@@ -1,4 +1,4 @@
-"""One frozen value, built once from the environment and passed in."""
+"""The settings: one frozen value, built once from the environment and passed in."""
 
 import getpass
 import ipaddress
@@ -16,7 +16,7 @@ _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 
 
 def _login_name() -> str:
-    """A container may run under a number that no passwd file knows."""
+    """Returns the login name, or `uid-N` in a container that runs under an id without a passwd entry."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -24,6 +24,7 @@ def _login_name() -> str:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether the host is `localhost` or a loopback address."""
     if host == "localhost":
         return True
     try:
@@ -33,9 +34,9 @@ def is_loopback(host: str) -> bool:
 
 
 def registry_url(text: str) -> str:
-    """The address of a registry without a slash at its end; `/v1`, which requests add themselves, is taken off too.
+    """Returns the address of a registry without a trailing slash and without `/v1`, which requests add themselves.
 
-    Raises ValueError for another path, a query, or a name and password.
+    Raises ValueError for any other path, a query, or a name and password.
     """
     host = r"(?:[^/\s?#@:\\\[\]]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?"
     match = re.fullmatch(rf"(https?://{host})(?:/(?:v1/?)?)?", text.strip())
@@ -45,7 +46,7 @@ def registry_url(text: str) -> str:
 
 
 def _http_url(text: str) -> str:
-    """Empty says that there is none."""
+    """Empty means none."""
     try:
         return registry_url(text) if text else text
     except ValueError as error:
@@ -53,14 +54,15 @@ def _http_url(text: str) -> str:
 
 
 def _store_url(text: str) -> str | None:
-    """Empty says that it is S3's own."""
+    """Empty means S3's own."""
     if text and not re.match(r"https?://[^/\s]", text):
         raise PydanticCustomError("url", "it is not the address of a store, such as https://s3.example")
     return text or None
 
 
 def stripped_token(text: str) -> str:
-    """As a file or a shell gives it, with white space around. Not in any message: every reader could use it."""
+    """Strips surrounding white space, as from a file or a shell. The error does not contain the token: anyone who reads
+    it could use it."""
     if not re.fullmatch(r"[\x21-\x7e]*", text := text.strip()):
         raise ValueError("it is not a token: it has a space or a non-ASCII character")
     return text
@@ -74,12 +76,12 @@ def _token(token: SecretStr) -> SecretStr:
 
 
 def _profile(text: str) -> str | None:
-    """Empty says that there is none."""
+    """Empty means none."""
     return text or None
 
 
 def _database_url(text: str) -> str:
-    """Of the two databases and their drivers that there is code for; empty says that there is none."""
+    """Accepts the two supported databases and their drivers; empty means none."""
     from sqlalchemy.engine import make_url  # loaded only where a database is named
     from sqlalchemy.exc import ArgumentError
 
@@ -102,10 +104,10 @@ def _user(text: str) -> str:
 
 
 def _rate(text: str) -> str:
-    """Empty says that there is none."""
+    """Empty means none."""
     if text in ("", DEFAULT_RATE):
         return text
-    import limits  # takes a third of this module's time to import, and mostly the default stands
+    import limits  # a third of this module's import time, and most use the default
 
     try:
         rates = limits.parse_many(text)
@@ -117,7 +119,7 @@ def _rate(text: str) -> str:
 
 
 def _addresses(text: str) -> str:
-    """Empty says that there are none."""
+    """Empty means none."""
     for part in text.split(",") if text else ():
         try:
             ipaddress.ip_network(part.strip())
@@ -129,7 +131,8 @@ def _addresses(text: str) -> str:
 
 
 def _prefix(text: str) -> str:
-    """Empty says that there is none. Clients and proxies that tidy addresses up would ask for another place."""
+    """Empty means none. Refuses empty parts and dots: clients and proxies that normalize addresses would request
+    another key."""
     parts = text.removesuffix("/").split("/") if text else []
     if any(part in ("", ".", "..") for part in parts):
         raise PydanticCustomError(
@@ -157,25 +160,23 @@ class S3Storage(BaseModel):
     connect_timeout_s: float = Field(default=5.0, gt=0)
     read_timeout_s: float = Field(default=30.0, gt=0)
     attempts: int = Field(default=2, gt=0)
-    """How often a request is sent to a store that fails, the first time included."""
+    """Attempts per request to a failing store, including the first."""
     multipart_bytes: int = Field(default=256 * 2**20, gt=0, le=5 * 2**30)
-    """Files from this size on are sent in parts, so that a broken upload goes on where it stopped."""
+    """Files of at least this size are sent in parts, so that an interrupted upload resumes where it stopped."""
     part_bytes: int = Field(default=64 * 2**20, ge=5 * 2**20)
-    """The size of a part; larger where there would be more than 10,000."""
+    """The size of a part; larger if there would be more than 10,000."""
     checksums: Literal["when_supported", "when_required"] = "when_supported"
-    """Old stores do not understand the checksums that boto3 sends with its own requests."""
+    """`when_required` is for old stores, which do not understand the checksums that boto3 adds to its own requests."""
     hash_arrivals: bool = False
-    """Read back and hash every file that arrives, also where the store was found to refuse wrong bytes."""
+    """Read back and hash every file that arrives, even if the store was found to refuse wrong bytes."""
     direct: bool | Literal["auto"] = "auto"
-    """Let clients write under a blob's final key where the store refuses wrong bytes: spares it a copy of each file.
-
-    `auto`: where the store was seen to hold to the end that is signed. True is for publishers who trust each other: on
-    a store that takes another one, who sent a blob first could end it later.
-    """
+    """Let clients write directly under a blob's final key if the store refuses wrong bytes; saves the store a copy of
+    each file. `auto`: if the store was found to enforce a signed expiry. True is for publishers who trust each other:
+    on a store that accepts another expiry, the first sender of a blob could let it expire later."""
 
 
 def _kind_of(storage: object) -> str:
-    """What is not said follows from the rest: only S3 has a bucket."""
+    """Fills in what is not set: only S3 has a bucket."""
     if not isinstance(storage, dict):
         return str(getattr(storage, "kind", "local"))
     given = cast("dict[str, object]", storage)
@@ -197,57 +198,56 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ADAPTORY_", env_nested_delimiter="__", frozen=True, extra="ignore")
 
     home: Path = Path("~/.adaptory")
-    """Where the embedded registry keeps its database, its blobs and its work files."""
+    """Directory of the embedded registry's database, blobs and work files."""
     database_url: Annotated[str, AfterValidator(_database_url)] | None = None
     """A SQLAlchemy URL; `sqlite:///$ADAPTORY_HOME/registry.db` unless set."""
     database_connect_timeout_s: int = Field(default=5, ge=2)
-    """How long a connection to PostgreSQL is waited for."""
+    """Timeout for connecting to PostgreSQL."""
     database_timeout_s: float = Field(default=30.0, gt=0, le=24 * 3600)
-    """How long the database may take for one statement, the locks that it waits for included."""
+    """Timeout for one statement, including the locks that it waits for."""
     database_pool_size: int = Field(default=20, ge=2, le=1000)
-    """The most connections to PostgreSQL that one process has open: 4 processes leave room within its 100."""
+    """Maximum open connections to PostgreSQL per process: 4 processes stay below its limit of 100."""
     storage: Storage = LocalStorage()
     url: Annotated[str, AfterValidator(_http_url)] | None = None
-    """The registry that the command line talks to; without it, and without a profile in use, the registry in `home` is
+    """The registry that the command line talks to. Without it, and without an active profile, the registry in `home` is
     opened in this process."""
     profile: Annotated[str, AfterValidator(_profile)] | None = None
-    """A profile that `adaptory login` has made, or `local` for the embedded registry; as the option --profile."""
+    """A profile saved by `adaptory login`, or `local` for the embedded registry; like the option --profile."""
     max_file_bytes: int = Field(default=64 * 2**30, gt=0)
-    """The largest file a release may hold."""
+    """Maximum size of a file in a release."""
     upload_expires_s: int = Field(default=24 * 3600, gt=0, le=7 * 24 * 3600)
-    """How long the bytes of an announced upload are waited for; S3 signs requests for a week at most."""
+    """How long an announced upload may take to arrive; S3 signs requests for a week at most."""
     max_open_uploads: int = Field(default=10_000, gt=0)
-    """Announced uploads of one user whose bytes have not come yet."""
+    """Maximum announced uploads per user whose bytes have not arrived yet."""
     max_document_bytes: int = Field(default=16 * 2**20, gt=0)
-    """The largest JSON or YAML body: a tensor table, a suite, a recipe."""
+    """Maximum size of a JSON or YAML body: a tensor table, a suite, a recipe."""
     access: Literal["single", "tokens"] = "single"
-    """Who may use a server: `single` answers on loopback to its one user, `tokens` asks everybody for a token."""
+    """Who may use a server: `single` serves its one user on loopback, `tokens` requires a token from everyone."""
     access_cache_s: float = Field(default=5.0, ge=0, le=300)
-    """How long a server remembers whom a token stands for, and so how late another server may notice a revocation."""
+    """How long a server caches a token's user and roles, and thus how late another server may notice a revocation."""
     access_log: Literal["text", "json", "off"] = "text"
-    """One line on stderr for each request that a server answers: route, status, seconds, actor and request id."""
+    """Writes one line to stderr for each request: route, status, seconds, actor and request id."""
     download_expires_s: int = Field(default=300, ge=1, le=7 * 24 * 3600)
-    """How long an address that S3 gives out for a download is good for, whatever becomes of the token meanwhile."""
+    """How long a presigned download URL of S3 is valid, even if the token is revoked meanwhile."""
     rate_limit: Annotated[str, AfterValidator(_rate)] = DEFAULT_RATE
-    """Requests a token, or an address without one, may make of one server process; empty for no limit."""
+    """Maximum requests to one server process per token, or per address without one; empty for no limit."""
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = ""
-    """Addresses and networks, with commas between them, whose word on where a request comes from (`X-Forwarded-For`) a
-    server believes; nobody's unless set."""
+    """Comma-separated addresses and networks of proxies whose `X-Forwarded-For` a server trusts; none by default."""
     max_concurrent_uploads: int = Field(default=16, gt=0)
-    """Bodies of blobs that one token may be sending to one server process at a time."""
+    """Maximum blobs that one token may be sending to one server process at a time."""
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
-    """All headers of a request together."""
+    """Maximum total size of a request's headers."""
     signing_key: Path | None = None
-    """A key in PEM that signs what a composition publishes, where its namespace trusts it. Workers need the private
-    key; servers may have the public one, and then accept compositions where signatures are required."""
+    """A key in PEM that signs what compositions publish, if their namespace trusts it. Workers need the private key;
+    servers may have the public one, and then accept compositions where signatures are required."""
     token: Annotated[SecretStr, AfterValidator(_token)] | None = None
-    """Sent by the command line to the registry at `url`."""
+    """The token that the command line sends to the registry at `url`."""
     user: Annotated[str, AfterValidator(_user)] = Field(default_factory=_login_name, min_length=1, max_length=128)
-    """The name written into moves and audit rows in the embedded registry; the login name unless set."""
+    """The name recorded in moves and audit rows of the embedded registry; the login name by default."""
 
     @classmethod
     def variables(cls) -> set[str]:
-        """The names of all environment variables that are read."""
+        """Names of all environment variables that are read."""
         stores = {f"storage__{name}" for one in STORAGES for name in one.model_fields}
         names = (set(cls.model_fields) - {"storage"}) | stores
         return {f"ADAPTORY_{name}".upper() for name in names} | {"ADAPTORY_STORAGE"}

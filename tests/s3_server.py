@@ -222,12 +222,12 @@ class S3Server:
         """Those that still are what was started: numbers of processes get used again."""
         for child in _children:
             child.poll()
-        found: list[int] = []
+        ports: list[int] = []
         for name, pid in self.pids.items():
             with suppress(OSError):
                 if str(self._conf(name)).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                    found.append(pid)
-        return found
+                    ports.append(pid)
+        return ports
 
     def _save(self) -> None:
         state = self.directory / "state.json"
@@ -266,7 +266,7 @@ def load(directory: Path) -> S3Server:
 
 
 def started(directory: Path) -> S3Server:
-    """The running server of that directory; whoever asks first starts it."""
+    """The running server of that directory; the first caller starts it."""
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory / "lock"):
         server = load(directory)
@@ -312,12 +312,12 @@ def _configure(server: S3Server, python: Path, ports: Mapping[str, int]) -> None
     os.setxattr(devices, "user.adaptory", b"1")  # Swift keeps metadata there; better an error now than a 500 later
     # Part of every path on disk, hence fixed: data must outlive a restart.
     (etc / "swift.conf").write_text("[swift-hash]\nswift_hash_path_prefix = a\nswift_hash_path_suffix = a\n")
-    told = {"user": getpass.getuser(), "etc": etc, "devices": devices, "run": run}
+    settings = {"user": getpass.getuser(), "etc": etc, "devices": devices, "run": run}
     for name in _STORAGE:
-        conf = _STORAGE_CONF.format(name=name, port=ports[name], workers=2 if name == "object" else 0, **told)
+        conf = _STORAGE_CONF.format(name=name, port=ports[name], workers=2 if name == "object" else 0, **settings)
         server._conf(name).write_text(conf)
     conf = _PROXY_CONF.format(
-        port=ports["proxy"], filters=_FILTERS, region=REGION, secret=server.secret_key, user=told["user"], etc=etc
+        port=ports["proxy"], filters=_FILTERS, region=REGION, secret=server.secret_key, user=settings["user"], etc=etc
     )
     plain = {name for name in _FILTERS.split() if f"[filter:{name}]" not in conf}
     conf += "".join(f"[filter:{name}]\nuse = egg:swift#{name.replace('-', '_')}\n" for name in sorted(plain))

@@ -41,6 +41,7 @@ class Explanation:
 
     @property
     def causes(self) -> list[tuple[str, float]]:
+        """The modules with the largest shares, largest first."""
         return [(module, share) for module, share in self.shares.items() if share > 0][:_LISTED]
 
     def to_json(self) -> dict[str, object]:
@@ -73,6 +74,7 @@ class Case:
 
 
 def explain(case: Case, policy: Policy) -> Explanation:
+    """Explains a pair's risk: its meaning, the share of each module, and the advice."""
     shares = _shares(case)
     return Explanation(_meaning(case, policy), shares, tuple(_advice(case, policy, shares)))
 

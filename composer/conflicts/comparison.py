@@ -65,6 +65,7 @@ def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) ->
 
 
 def finite(delta: LowRank) -> bool:
+    """Whether both factors are finite."""
     return all_finite(delta.A_RI) and all_finite(delta.B_OR)
 
 

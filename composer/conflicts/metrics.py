@@ -131,6 +131,7 @@ class SetMetrics:
 
     @classmethod
     def of(cls, compared: Relations, lost_share: float | None) -> "SetMetrics":
+        """The metrics of all adapters together, from their pairwise sums."""
         return cls(
             norm=max(0.0, float(compared.sums.weighted.sum())) ** 0.5,
             spectral_norm=compared.spectral_norm,

@@ -110,6 +110,7 @@ class LowRank:
         out.mul_(self.scale)
 
     def stored_right_into(self, out: torch.Tensor) -> None:
+        """Reads the stored right factor, R x N in float32, into `out`."""
         read_into(out, self._right)
 
     def stored_rows(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,6 +66,7 @@ class MappedFile:
         return matrix if entry.begin % matrix.itemsize else StoredFactor(self, matrix)
 
     def at(self, begin: int, size_bytes: int, dtype: torch.dtype) -> torch.Tensor:
+        """`size_bytes` bytes from `begin` as a flat tensor; copied only if they are not aligned for the dtype."""
         part = self._bytes[begin : begin + size_bytes]
         return (part.clone() if begin % dtype.itemsize else part).view(dtype)
 

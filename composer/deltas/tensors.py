@@ -24,6 +24,7 @@ _asked: list[int] = []  # thread counts of open `torch_threads` blocks, after th
 
 
 def torch_dtype(name: str, subject: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype. Raises NotSupported, naming `subject`, for one without arithmetic."""
     if name not in TORCH_DTYPES:
         raise NotSupported(
             "dtype",

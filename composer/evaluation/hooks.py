@@ -83,7 +83,7 @@ def _in_memory(module: nn.Module, name: str, path: str) -> nn.Parameter | None:
             "streamed",
             f"{path}'s {name} is changed as a whole, and the base does not fit in memory.",
             subject=path,
-            next_step="Measure on a machine with more memory, or ask for the weight checks alone.",
+            next_step="Measure on a machine with more memory, or run only the weight checks.",
         )
     return old
 

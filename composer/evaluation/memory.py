@@ -24,6 +24,7 @@ _V2 = _Files("memory.max", "memory.current", "inactive_file")
 
 
 def free_bytes() -> int:
+    """Bytes that this process may still use, within the machine and all its control groups."""
     listing = _LISTING.read_text() if _LISTING.is_file() else ""
     return max(0, min([psutil.virtual_memory().available, *left_by_groups(listing, _MOUNT)]))
 

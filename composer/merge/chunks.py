@@ -37,6 +37,7 @@ class TensorPlan:
 
     @property
     def copied(self) -> bool:
+        """Whether the bytes are copied unchanged."""
         return not self.deltas and self.decoded is None and self.source.dtype == self.target.dtype
 
 
@@ -60,11 +61,13 @@ class Factors:
         return sum(part.rank for part in self.parts)
 
     def left_into(self, own: slice, out_MR: torch.Tensor) -> torch.Tensor:
+        """Reads rows `own` of the stacked left factors, M x R, into `out_MR`."""
         for part, columns in zip(self.parts, out_MR.split([one.rank for one in self.parts], dim=1), strict=True):
             part.stored_left_into(own, columns)
         return out_MR
 
     def right_into(self, out_RN: torch.Tensor) -> torch.Tensor:
+        """Reads the stacked right factors, R x N, into `out_RN`."""
         for part, rows in zip(self.parts, out_RN.split([one.rank for one in self.parts]), strict=True):
             part.stored_right_into(rows)
         return out_RN
@@ -128,6 +131,7 @@ class Chunk:
 
     @property
     def first_element(self) -> int:
+        """Position of the chunk's first value in the tensor."""
         return self.begin * self.work.columns
 
     @property
@@ -199,6 +203,7 @@ def _blocks(deltas: Sequence[LowRank]) -> Iterator[tuple[LowRank, ...]]:
 
 
 def chunks_of(work: TensorWork) -> Iterator[Chunk]:
+    """The tensor's rows in chunks of about _CHUNK_ELEMENTS values; in one if a delta needs all rows at once."""
     step = max(1, _CHUNK_ELEMENTS // max(1, work.columns))
     if any(one.all_rows for one in work.computed):
         step = max(1, work.rows)

@@ -65,6 +65,7 @@ def copied_ranges(tensors: Iterable[TensorPlan]) -> list[Range]:
 
 
 def pieces(part: Range) -> Iterator[Range]:
+    """The range in pieces of at most _COPY_BYTES."""
     for done in range(0, part.size_bytes, _COPY_BYTES):
         size = min(_COPY_BYTES, part.size_bytes - done)
         yield Range(part.path, part.source + done, part.target + done, size)

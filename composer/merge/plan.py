@@ -69,6 +69,7 @@ class MergePlan:
 
     @property
     def touched(self) -> list[str]:
+        """The tensors that a delta is added to."""
         return [tensor.target.name for shard in self.shards for tensor in shard.tensors if tensor.deltas]
 
     @property

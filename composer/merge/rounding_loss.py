@@ -66,6 +66,7 @@ class RoundingLoss(Summed):
 
 
 def total(survivals: Iterable[RoundingLoss]) -> RoundingLoss:
+    """The sum over tensors or shards."""
     return reduce(RoundingLoss.__add__, survivals, RoundingLoss())
 
 
@@ -116,6 +117,7 @@ def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> R
 
 
 def unconfirmed(subject: str, why: str) -> RefusedOutput:
+    """The error for output that differs from the plan when it is read back."""
     message = f"{subject} was not written as planned: {why}."
     next_step = "Check the disk and memory, and try again."
     return RefusedOutput("verification", message, subject=subject, next_step=next_step)

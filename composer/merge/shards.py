@@ -42,6 +42,7 @@ class ShardPlan:
 
     @property
     def rewritten(self) -> bool:
+        """Whether any tensor of the shard changes."""
         return not all(tensor.copied for tensor in self.tensors)
 
 

@@ -61,12 +61,14 @@ def factored(delta: Additive) -> LowRank:
 
 
 def no_factors(module: str) -> NotSupported:
+    """The error for a delta that a method in a basis cannot use."""
     message = f"The delta of {module} has no factors, which this method needs."
     next_step = "Use stack, linear or ties, without a rank and without protect."
     return NotSupported("no_factors", message, subject=module, next_step=next_step)
 
 
 def pair_of(delta: LowRank) -> Pair:
+    """The factors B (O x R, scaled) and A (R x I) in float32."""
     return delta.B_OR.float() * delta.scale, delta.A_RI.float()
 
 
@@ -91,6 +93,7 @@ class Cores:
 
     @property
     def each(self) -> list[torch.Tensor]:
+        """The core B A of each delta in the joint basis."""
         return [one @ other.T for one, other in zip(self.R_B, self.R_A, strict=True)]
 
 

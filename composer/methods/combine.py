@@ -186,7 +186,8 @@ def _spill_results(spill: SpillFile, slots: Sequence[WeightSlot], results: Seque
 
 
 def _refuse_idle(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: MethodSettings) -> None:
-    """Refuses requests without an effect, which are mistakes: a rule for no module, the number of no input."""
+    """Refuses requests that have no effect, which are mistakes: a rule that no module matches, the number of an input
+    that does not exist."""
     for position in settings.protect if isinstance(settings, Combined) else ():
         if position > len(adapters):
             message = f"protect names input {position}, but there are {len(adapters)}."

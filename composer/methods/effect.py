@@ -25,12 +25,14 @@ class Tally:
     cancelled: dict[str, float] = field(default_factory=dict[str, float])
 
     def see(self, parts: Iterable[SlotDelta]) -> None:
+        """Counts the modules that each adapter changes, and those where its weighted delta vanishes."""
         for part in parts:
             self.touched[part.adapter].append(part.delta.module)
             if isinstance(part.delta, LowRank) and _vanishes(part.delta, part.weight * self.factor):
                 self.zero[part.adapter].append(part.delta.module)
 
     def see_prepared(self, slot: WeightSlot, settings: MethodSettings) -> None:
+        """Records how far the prepared deltas of a slot cancel."""
         self.cancelled[slot.module] = cancelled(slot, settings)
 
     def findings(self, names: Sequence[str]) -> list[Finding]:

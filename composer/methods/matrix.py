@@ -30,15 +30,18 @@ class Matrix:
 
     @classmethod
     def of(cls, X_MN: torch.Tensor) -> "Matrix":
+        """A matrix that is in memory."""
         return cls((X_MN.shape[0], X_MN.shape[1]), lambda first, last: X_MN[first:last])
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows `begin` to `end`, computed in complete blocks."""
         first = begin - begin % BLOCK_ROWS
         blocks = [self.make(at, min(at + BLOCK_ROWS, self.shape[0])) for at in range(first, end, BLOCK_ROWS)]
         made = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return made[begin - first : end - first]
 
     def dense(self, pool: ThreadPoolExecutor) -> torch.Tensor:
+        """The complete matrix; its blocks are computed in the pool's threads."""
         X_MN = torch.empty(self.shape)
 
         def fill(first: int) -> None:

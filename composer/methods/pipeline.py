@@ -80,6 +80,8 @@ class Selections:
 
     @classmethod
     def over(cls, slots: Sequence[WeightSlot], settings: MethodSettings) -> "Selections":
+        """With `scope=model`, selects each adapter's largest entries over all slots; otherwise selects nothing. Raises
+        NotSupported for methods in a small basis."""
         if not isinstance(settings, Magnitude) or settings.scope != "model":
             return cls()
         if settings.pipeline.space != "full":
@@ -99,6 +101,7 @@ class Selections:
         return cls(selected)
 
     def of(self, part: SlotDelta) -> Largest | None:
+        """The selection for one delta; None unless `scope=model`."""
         return self.largest.get((part.adapter, part.delta.weight, part.delta.begin))
 
 

@@ -115,7 +115,7 @@ class _Room:
 
     @classmethod
     def beside(cls, protected: Sequence[Additive], side: str) -> "_Room":
-        """The room of several deltas, from each one's own basis, so that a large delta does not hide a small one."""
+        """The joint subspaces of several deltas, from each one's own basis: a large delta does not hide a small one."""
         rows, columns = list[torch.Tensor](), list[torch.Tensor]()
         for delta in map(factored, protected):
             U, V = _spans(delta)

@@ -46,6 +46,7 @@ class Compression:
 
     @property
     def relative(self) -> float:
+        """The error over the norm; 0 for a zero delta."""
         return self.error / self.norm if self.norm else 0.0
 
 
@@ -87,6 +88,7 @@ def _polar(U_pn: torch.Tensor) -> torch.Tensor:
 
 
 def triples(X: torch.Tensor) -> Triples:
+    """The thin SVD U, sigma, Vh."""
     return torch.linalg.svd(X, full_matrices=False)
 
 
@@ -102,6 +104,7 @@ def iso(X: torch.Tensor) -> Triples:
 
 
 def product(parts: Triples) -> torch.Tensor:
+    """U diag(sigma) Vh."""
     U, sigma, Vh = parts
     return (U * sigma) @ Vh
 

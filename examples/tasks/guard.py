@@ -1,4 +1,4 @@
-"""Short general questions with the answers the base already tends to give: nothing trains on them.
+"""Short general questions with the answers that the base already tends to give; no adapter trains on them.
 
 They measure side effects, by NLL more than by exact match: an adapter that answers everything in its own format makes
 these answers unlikely.

@@ -96,6 +96,7 @@ def _registered(connection: Connection, request: dict[str, Any]) -> dict[str, An
 
 
 def base_request(checkpoint: "Checkpoint", identity: "BaseIdentity", name: str, aliases: list[str]) -> dict[str, Any]:
+    """The body that registers the checkpoint in `POST /v1/bases`, with its directory as a location."""
     architecture = checkpoint.architecture
     return {
         "name": name,

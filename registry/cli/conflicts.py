@@ -161,7 +161,7 @@ def _write_page(path: Path, report: "ConflictReport") -> None:
 
 
 def _unwritable(path: Path, why: str) -> Usage:
-    message, next_step = f"{path} cannot be written: {why}.", "Name a file in a directory that may be written."
+    message, next_step = f"{path} cannot be written: {why}.", "Name a file in a writable directory."
     return Usage("page_unwritable", message, subject=str(path), next_step=next_step)
 
 

@@ -55,6 +55,7 @@ class Connection:
 
 
 def load_settings() -> "Settings":
+    """The settings from the environment. Raises Usage for an invalid value or a misspelt variable."""
     from pydantic import ValidationError
 
     from registry.settings import Settings
@@ -191,6 +192,7 @@ def release_directory(connection: Connection, release: dict[str, Any]) -> Path:
 
 
 def total_bytes(release: dict[str, Any]) -> int:
+    """Total size of a release's files. Raises Invalid for a malformed answer."""
     from registry.client.api import understood
 
     with understood():

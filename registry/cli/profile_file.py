@@ -20,6 +20,8 @@ _FILE_BYTES = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Profile:
+    """A saved registry: its URL and, if it has one, its token."""
+
     name: str
     url: str
     token: str | None
@@ -36,6 +38,7 @@ class Profiles:
             self._read()
 
     def find(self, name: str) -> Profile:
+        """The profile of that name. Raises NotFound, with the nearest name."""
         if name not in self.known:
             step = nearest(name, self.known, "`adaptory profile list` shows them, `adaptory login URL` makes one.")
             raise NotFound("profile_unknown", f"There is no profile {name!r}.", subject=name, next_step=step)

@@ -256,6 +256,7 @@ def _show_spectrum(ref: str, spectrum: Json) -> None:
 
 
 def used_ranks(facts: Json) -> str | None:
+    """The ranks that hold 95 % and 99 % of the energy, in words; None without a spectrum."""
     used = facts.get("spectrum")
     return f"95 % in rank {used['rank_95']}, 99 % in rank {used['rank_99']}" if used else None
 
@@ -320,6 +321,7 @@ def _show_release(release: Json, made: "Composition | None") -> None:
 
 
 def warn_of_move_since(move: Json, since: str | None) -> None:
+    """Warns that the channel was moved again after a move whose response was lost; `since` is its current version."""
     if since is not None:
         where = f"{move['repository']}@{move['channel']}"
         render.say(

@@ -155,6 +155,7 @@ def _width() -> int:
 
 
 def heading(text: str) -> None:
+    """Prints a heading in bold, cut to the terminal's width."""
     typer.secho(_fitted(text, sys.stdout), bold=True)
 
 
@@ -169,6 +170,7 @@ def escaped(document: str) -> str:
 
 
 def cell(value: Any) -> str:
+    """A value as the text of a table cell: four digits for floats, commas between items, `-` for nothing."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -204,10 +206,12 @@ def metric(name: str) -> str:
 
 
 def with_error(value: float, stderr: float | None) -> str:
+    """A value with its standard error, if it has one."""
     return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
 def size(count: int) -> str:
+    """A number of bytes in decimal units."""
     amount = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if amount < 1000:
@@ -231,6 +235,7 @@ def changes(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def gate_lines(report: Sequence[dict[str, Any]]) -> None:
+    """Prints one line per gate: pass, FAIL, or warn if it is not required."""
     for result in report:
         mark = "pass" if result["passed"] else "FAIL" if result.get("required", True) else "warn"
         line = f"  {mark}  {result['rule']}: {result['detail']}"
@@ -336,6 +341,7 @@ def fail(error: Failure, as_json: bool) -> int:
 
 
 def problem(error: Failure) -> dict[str, Any]:
+    """The error as a JSON document, for `--json`."""
     failure = _as_registry_error(error)
     return {
         "code": failure.code,

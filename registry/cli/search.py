@@ -79,6 +79,7 @@ def search(  # noqa: PLR0913
 
 
 def show_releases(releases: list[Json]) -> None:
+    """Prints releases as a table with their scores and remarks."""
     rows = [
         (
             f"{release['repository']}:{release['version']}",

@@ -1,4 +1,5 @@
-"""Calls to a registry, over HTTP or in process; answers are the wire's JSON objects, errors the seven families."""
+"""Calls to a registry, over HTTP or in process. Answers are the JSON objects of the wire; errors are of the seven
+families."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,21 +20,21 @@ from registry.formats.references import Reference, RepositoryName, parse_version
 
 Json = dict[str, Any]
 _PAGE = 500
-"""The most items that a page has."""
+"""Maximum items per page."""
 _UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 _TIMEOUT = httpx2.Timeout(30.0, read=300.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """`url` is where the bytes come from in the end: the next part may be had there directly."""
+    """A download. `url` is the final address of the bytes: the next part can be requested there directly."""
 
     url: str
     chunks: Iterator[bytes]
 
 
 class Api:
-    """`transport` is None for HTTP; `on_change` is called before each change. One `Api` serves several threads."""
+    """A registry's API. `transport` is None for HTTP; `on_change` is called before each change. Thread-safe."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class Api:
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.url, self._on_change = url, on_change
-        # Only our own address is in this process: a presigned link of the store leads out of it.
+        # Only the registry's own address is in this process; a presigned link leads to the store outside it.
         self._http = httpx2.Client(
             base_url=url,
             mounts={url: transport} if transport else None,
@@ -69,10 +70,10 @@ class Api:
         return self._call("DELETE", path)
 
     def send(self, put: Json, chunks: Iterable[bytes]) -> None:
-        """Makes a request of an upload's plan; its url is one of the registry, or of the store behind it.
+        """Sends a file as an upload's plan says; its url is the registry's, or that of the store behind it.
 
-        Raises Unavailable when the same may work in a moment, and Conflict when the store refuses it: then the request
-        has expired, or the bytes are not those that it was signed for. Raises Invalid for another number of bytes.
+        Raises Unavailable if a retry may succeed, and Conflict if the store refuses: then the request has expired, or
+        the bytes are not those that it was signed for. Raises Invalid for a different number of bytes.
         """
         content = _exactly(int(put["headers"]["Content-Length"]), chunks)
         with _translate_transport_errors(put["url"]):
@@ -87,7 +88,7 @@ class Api:
 
     @contextmanager
     def stream(self, url: str, start: int = 0, length: int | None = None) -> Generator[Stream]:
-        """The bytes at `url` from `start` on, at most `length` of them, as they arrive."""
+        """Yields the bytes at `url` from `start` on, at most `length` of them, as they arrive."""
         last = "" if length is None else str(start + length - 1)
         headers = {"Range": f"bytes={start}-{last}"} if start or length else {}
         with (
@@ -98,11 +99,11 @@ class Api:
                 response.read()
             _raise_problem(response)
             if start and response.status_code != 206:
-                raise Unavailable("range_ignored", f"{url} does not give parts of a file.", next_step="Pull again.")
+                raise Unavailable("range_ignored", f"{url} does not support ranges.", next_step="Pull again.")
             yield Stream(str(response.url), response.iter_raw())
 
     def first(self, path: str, most: int, **query: Any) -> tuple[list[Json], str | None]:
-        """At most `most` items of a list, and the cursor of the next ones; None if there are none."""
+        """At most `most` items of a list, and the cursor for further ones, or None."""
         answer: list[Json] = []
         cursor: str | None = query.pop("cursor", None)
         while True:
@@ -132,7 +133,8 @@ class Api:
             yield from _lines(response.iter_bytes())
 
     def resolve(self, reference: Reference) -> Json:
-        """{release, warning}: what fetching it needs; GET its `release_path` for its facts and scores."""
+        """Resolves a reference to {release, warning}: what is needed to fetch it; GET its `release_path` for facts and
+        scores."""
         answer = self.get("/v1/resolve", ref=str(reference))
         with understood():
             refuse_other_answer(reference, answer["release"])
@@ -142,7 +144,7 @@ class Api:
         return self.get(f"/v1/bases/{quote(text)}")
 
     def architecture(self, base: str) -> Architecture:
-        """What an adapter is checked against before its bytes are sent."""
+        """The base's tensors, which an adapter is checked against before its bytes are sent."""
         answer = self.get(f"/v1/bases/{quote(base)}", tensors=True)
         tensors = {row["name"]: TensorSpec(row["dtype"], tuple(row["shape"])) for row in answer["tensors"]}
         return Architecture(answer["model_type"], answer["tied"], tensors)
@@ -166,8 +168,8 @@ class Api:
 
 
 class _Outside(httpx2.BaseTransport):
-    """HTTP that is opened by its first request: to read the certificates takes 40 ms, and few commands leave the
-    process."""
+    """HTTP transport that is opened by its first request: reading the certificates takes 40 ms, and few commands leave
+    the process."""
 
     @cached_property
     def _transport(self) -> httpx2.HTTPTransport:
@@ -182,7 +184,7 @@ class _Outside(httpx2.BaseTransport):
 
 
 class _Bearer(httpx2.Auth):
-    """The token goes to the registry alone: a presigned link of a store refuses a second way of being asked."""
+    """Sends the token to the registry only: a store refuses a presigned link together with another authentication."""
 
     def __init__(self, url: str, token: str) -> None:
         self._home = httpx2.URL(url)
@@ -195,12 +197,13 @@ class _Bearer(httpx2.Auth):
 
 
 def line_path(name: RepositoryName, kind: str = "adapter") -> str:
+    """Path of a repository in the API."""
     return f"/v1/{kind}s/{name}"
 
 
 @contextmanager
 def understood() -> Generator[None]:
-    """Raises Invalid where a part of an answer is missing, or is of another type."""
+    """Raises Invalid if part of an answer is missing or has another type."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -208,17 +211,18 @@ def understood() -> Generator[None]:
 
 
 def untrusted(code: str, why: str) -> Invalid:
+    """The error for an answer that is malformed or not what was asked for."""
     return Invalid(
         code,
         f"The registry's answer cannot be trusted: {why.rstrip('.')}.",
-        next_step="Look at ADAPTORY_URL, and tell those who run the registry (adaptory fsck finds what is damaged).",
+        next_step="Check ADAPTORY_URL, and inform the registry's operators (adaptory fsck finds what is damaged).",
     )
 
 
 def refuse_other_answer(asked: Reference, release: Json) -> None:
     """Raises Invalid for a release that the reference does not name.
 
-    Which of the versions in a range, and which one a channel serves, is the registry's word.
+    Which version of a range is the highest, and which one a channel serves, only the registry knows.
     """
     repository, version, commit = (str(release[name]) for name in ("repository", "version", "commit"))
     is_asked = (
@@ -233,12 +237,12 @@ def refuse_other_answer(asked: Reference, release: Json) -> None:
 
 
 def release_path(release: Json) -> str:
-    """Of a release as the wire shows it."""
+    """The path of a release, given its wire document."""
     return f"/v1/{release['kind']}s/{release['repository']}/releases/{release['version']}"
 
 
 def _lines(chunks: Iterable[bytes]) -> Generator[str]:
-    """Split where the registry ends a line and nowhere else: JSON may hold what Unicode calls the end of one."""
+    """Splits at line feeds only: JSON may contain other characters that Unicode counts as line ends."""
     rest = b""
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
@@ -248,7 +252,8 @@ def _lines(chunks: Iterable[bytes]) -> Generator[str]:
 
 
 def _exactly(size_bytes: int, chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """A request that ends early would otherwise look like one that broke off."""
+    """Yields the chunks. Raises Invalid for a different number of bytes: a request that ends early would look like an
+    interrupted one."""
     left = size_bytes
     for chunk in chunks:
         left -= len(chunk)
@@ -259,7 +264,7 @@ def _exactly(size_bytes: int, chunks: Iterable[bytes]) -> Iterator[bytes]:
         raise Invalid(
             "size_differs",
             f"There are {'more' if left < 0 else 'fewer'} bytes to send than the {size_bytes:,} that were announced.",
-            next_step="See that nothing writes to the file, and push again.",
+            next_step="Check that no process is writing to the file, and push again.",
         )
 
 
@@ -272,12 +277,12 @@ def _translate_transport_errors(url: str, *, changes: bool = False) -> Generator
         raise Unavailable(
             "answer_lost" if lost else "registry_unreachable",
             f"{url.partition('?')[0]} does not answer: {str(error).rstrip('.')}.",
-            next_step=f"Look whether it runs, and {'whether it was done all the same' if lost else 'at ADAPTORY_URL'}.",
+            next_step=f"Check whether it runs, and {'whether it was done anyway' if lost else 'ADAPTORY_URL'}.",
         ) from error
 
 
 def answer_lost(error: Unavailable) -> bool:
-    """Whether nobody knows what became of a request: it broke off, or somebody on the way spoke for the registry."""
+    """Whether the outcome of a request is unknown: it was interrupted, or a proxy answered for the registry."""
     return error.code == "answer_lost" or error.code.startswith("http_5")
 
 
@@ -306,7 +311,7 @@ def _raise_problem(response: httpx2.Response) -> None:
 
 
 def _wait(retry_after: str) -> str:
-    """Seconds to wait, from a header that has seconds or a date; empty where it has neither."""
+    """The time to wait, from a header with seconds or a date; empty if it has neither."""
     if retry_after.strip().isdecimal():
         return f"{retry_after.strip()} s"
     try:
@@ -318,7 +323,7 @@ def _wait(retry_after: str) -> str:
 
 
 def _family(status: int, problem: Json) -> type[RegistryError]:
-    """As the problem says, or by the status of an answer that says none, as of an older server."""
+    """The family that the problem names, else (older servers) the one of the status."""
     if status >= 500:
         return Unavailable
     named = [family for family in FAMILIES if family.family == problem.get("family")]

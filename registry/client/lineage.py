@@ -80,6 +80,7 @@ def weight_words(weight: Weight) -> str:
 
 
 def rule_words(rule: WeightRule) -> str:
+    """A weight rule in words: `0.5 in layers 0-9 of mlp.*`."""
     first, last = rule.layers or (0, 0)
     layers = "" if rule.layers is None else f"layer {first}" if first == last else f"layers {first}-{last}"
     return f"{rule.weight:g} in {' of '.join(part for part in (layers, rule.modules) if part)}"

@@ -104,6 +104,8 @@ class PartialFile:
         return self.verdict()
 
     def verdict(self) -> bool | None:
+        """Hashes what has arrived in order. Returns whether the complete file has the right digest, to one caller only;
+        None while bytes are missing."""
         while not self._judged and self._next in self.done and self._hashing.acquire(blocking=False):
             try:
                 if not self._judged and self._next in self.done:

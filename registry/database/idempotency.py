@@ -50,10 +50,12 @@ def claim_key(session: Session, keyed: IdempotentRequest | None, at: datetime) -
 
 
 def store_answer(session: Session, keyed: IdempotentRequest | None, answer: Mapping[str, Any]) -> None:
+    """Stores the answer under the claimed key, if the request has one."""
     if keyed is not None:
         own = (KeptAnswer.user == keyed.user, KeptAnswer.key == keyed.key)
         session.execute(update(KeptAnswer).where(*own).values(answer=dict(answer)))
 
 
 def expire_keys(session: Session, now: datetime) -> None:
+    """Deletes the keys older than KEPT, with their answers."""
     session.execute(delete(KeptAnswer).where(KeptAnswer.at < now - KEPT))

@@ -38,6 +38,8 @@ class Connection(psycopg.Connection[Any]):
     longest_wait_s: float | None = None
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        """Waits at most `longest_wait_s` for the server. Raises OperationalError, and closes the connection, if it does
+        not answer by then."""
         try:
             return super().wait(gen, interval, self.longest_wait_s if timeout is None else timeout)
         except psycopg.OperationalError as error:

@@ -24,6 +24,8 @@ _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 @dataclass(frozen=True, slots=True)
 class ManifestFile:
+    """A file of a release: its path, size and digest."""
+
     path: str
     size_bytes: int
     sha256: Digest

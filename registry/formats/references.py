@@ -55,6 +55,7 @@ def nearest(text: str, known: Iterable[str], otherwise: str) -> str:
 
 
 def parse_digest(text: str) -> Digest:
+    """Parses a SHA-256 in hexadecimal. Raises Usage for anything else."""
     if not _DIGEST.fullmatch(text):
         raise Usage(
             "bad_digest", f"{text[:80]!r} is not a SHA-256.", next_step="Give 64 lower-case hexadecimal digits."
@@ -76,6 +77,8 @@ def parse_name(text: str, what: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RepositoryName:
+    """NAMESPACE/NAME."""
+
     namespace: str
     name: str
 
@@ -84,6 +87,7 @@ class RepositoryName:
 
 
 def parse_repository(text: str) -> RepositoryName:
+    """Parses `namespace/name`. Raises Usage for anything else."""
     namespace, slash, name = text.partition("/")
     if not slash or "/" in name or namespace in ("", ".", "..", "~"):
         raise Usage(
@@ -208,6 +212,7 @@ def _all_hold(bounds: tuple[_Bound, ...], version: Version) -> bool:
 
 
 def parse_range(text: str) -> Range:
+    """Parses an npm range: `^1.2`, `~1.2.3`, `>=1.0 <2.0 || 3.x`. Raises Usage for anything else."""
     if len(text) <= _MAX_RANGE_CHARS:
         alternatives = [_bounds(part) for part in text.split("||")]
         if text.strip() and None not in alternatives:
@@ -299,6 +304,8 @@ class Reference:
 
 
 def parse_reference(text: str) -> Reference:
+    """Parses a repository with at most one of `:VERSION`, `:RANGE`, `@CHANNEL` and `#COMMIT`. Raises Usage for anything
+    else."""
     match = re.search(r"[:@#]", text)
     if not match:
         return Reference(parse_repository(text))

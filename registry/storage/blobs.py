@@ -11,11 +11,14 @@ from registry.formats.references import Digest
 
 
 def blob_key(sha256: Digest) -> str:
+    """The key of a blob in every store."""
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
 
 
 @dataclass(frozen=True, slots=True)
 class BlobStat:
+    """A stored blob: its digest, its size and when it was written."""
+
     sha256: Digest
     size_bytes: int
     written_at: datetime
@@ -49,6 +52,7 @@ class IncomingUpload:
 
     @property
     def part_sizes(self) -> list[int]:
+        """The size of each part in bytes: all equal except a shorter last one."""
         full_parts, rest = divmod(self.size_bytes, self.part_bytes or self.size_bytes or 1)
         return [self.part_bytes or self.size_bytes] * full_parts + [rest] * bool(rest)
 

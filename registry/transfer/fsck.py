@@ -119,6 +119,7 @@ def _as_it_was(resources: Resources, stat: BlobStat) -> Generator[Session | None
 
 
 def extent(resources: Resources) -> Extent:
+    """Counts what a check covers: releases, revisions, channels and blobs."""
     with resources.read() as session:
         counts = {
             name: session.scalar(select(func.count()).select_from(table)) or 0

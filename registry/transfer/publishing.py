@@ -179,6 +179,7 @@ def materialise(resources: Resources, files: Sequence[ManifestFile], directory: 
 
 
 def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
+    """The files of a release's manifest."""
     return [
         ManifestFile(file.path, file.size_bytes, Digest(file.sha256))
         for file in releases.files_of(session, release)[release.revision_id]

@@ -21,6 +21,8 @@ def utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
+    """What a procedure needs: settings, database, blob store, work directory and clock."""
+
     settings: Settings
     database: Database
     store: BlobStore

@@ -1,1 +1,1 @@
-"""Jobs are done here: torch is imported inside steps, nothing answers HTTP."""
+"""Runs jobs. Steps import torch when they run; nothing here answers HTTP."""

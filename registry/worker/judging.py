@@ -36,6 +36,7 @@ class Examination:
     progress: Callable[[int], None]
 
     def count(self, suite: Suite) -> int:
+        """The number of the suite's examples that the candidate is measured on."""
         return len(suite.sample(None, self.used))
 
     def examples(self, members: Sequence[Member]) -> int:
@@ -45,6 +46,7 @@ class Examination:
         return candidate + sum(inputs)
 
     def scores(self, loaded: "LoadedModel", suite: Suite, deltas: "Sequence[Delta]") -> list[Row]:
+        """Evaluates the deltas on the suite's remaining examples."""
         from composer.evaluation.evaluate import evaluate
 
         scores = evaluate(loaded, suite, deltas, progress=self.progress, without=self.used)

@@ -1,4 +1,4 @@
-"""The executor: claims a job, keeps its heartbeat, runs its unfinished steps, says how it ended."""
+"""The executor: claims a job, keeps its heartbeat, runs its unfinished steps, records how it ended."""
 
 import logging
 import socket
@@ -24,16 +24,16 @@ BEAT_S = 10.0
 POLL_S = 1.0
 SWEEP_S = 600.0
 OTHERS_WAIT = timedelta(hours=1)
-"""A job that another host must do waits so long for it."""
+"""How long a job waits for another host that can do it."""
 _PROGRESS_STEP = 0.05
 _PROGRESS_S = 1.0
-"""What is done is written each time that this share was done, and where an amount is known this often as well."""
+"""Progress is written whenever this share more is done and, if an amount is known, this often as well."""
 
 log = logging.getLogger(__name__)
 
 
 class JobLost(Interrupted):
-    """The job was cancelled or taken over: this worker lets go of it."""
+    """The job was cancelled or taken over: this worker drops it."""
 
 
 class WorkerStopping(Interrupted):
@@ -42,9 +42,10 @@ class WorkerStopping(Interrupted):
 
 @dataclass(slots=True)
 class JobRun:
-    """A job in this worker's hands, as its steps see it.
+    """A claimed job, as its steps see it.
 
-    `passed` has the jobs that this worker has left to others, and since when; None where there are no others.
+    `passed` maps the jobs that this worker has left to other hosts to the time when it did; None if there are no other
+    hosts.
     """
 
     resources: Resources
@@ -58,29 +59,33 @@ class JobRun:
     _noted_s: float = 0.0
 
     def start_step(self, name: str) -> None:
+        """Records that the step runs. Raises JobLost or WorkerStopping like `progress`."""
         self._step, self._noted, self._noted_s = name, 0.0, 0.0
         self.check()
         self._note("running", 0.0)
 
     def finish_step(self) -> None:
+        """Records that the step is done. Raises JobLost if the job is no longer this worker's."""
         self._note("done", 1.0)
 
     def fail_step(self) -> None:
+        """Records that the current step failed, if one was started."""
         if self._step:
             self._write("failed", self._noted)
 
     def progress(self, done: float | Amount) -> None:
-        """Called often; written now and then. Raises JobLost or WorkerStopping when this worker is to let go."""
+        """Records progress; called often, written now and then. Raises JobLost or WorkerStopping if this worker must
+        stop."""
         self.check()
         share = done.share if isinstance(done, Amount) else done
         late = isinstance(done, Amount) and time.monotonic() - self._noted_s >= _PROGRESS_S
         if late or share - self._noted >= _PROGRESS_STEP:
             self._noted, self._noted_s = share, time.monotonic()
-            with suppress(Unavailable):  # a database that is away has to be there for the step's end, not for this
+            with suppress(Unavailable):  # the database must be back for the step's end, not for this
                 self._note("running", done)
 
     def check(self, _done: int = 0) -> None:
-        """Called often by what takes long, with what it has just done: raises as `progress`."""
+        """Raises like `progress`. Called often during long work, with what it has just done."""
         if self.lost.is_set():
             raise JobLost
         if self.stop.is_set():
@@ -100,7 +105,7 @@ Step = Callable[[JobRun], None]
 
 @dataclass(frozen=True, slots=True)
 class JobKind:
-    """Steps by name; `clean` runs before the job is said to have ended, and may run again."""
+    """Steps by name. `clean` runs before the job is recorded as ended, and may run again."""
 
     steps: Mapping[str, Step]
     clean: Step
@@ -109,9 +114,10 @@ class JobKind:
 def run_worker(
     resources: Resources, kinds: Mapping[str, JobKind], stop: threading.Event, *, alone: bool = False
 ) -> None:
-    """Works until `stop` is set; the job in hand is handed back at its next sign of life.
+    """Works until `stop` is set; the current job is then requeued at its next `check`.
 
-    What this host has not got ends a job at once when the worker is `alone`; else other hosts have time to take it.
+    A job that needs what this host lacks fails at once if the worker is `alone`; otherwise other hosts have time to
+    take it.
     """
     worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
     passed: dict[int, datetime] | None = None if alone else {}
@@ -123,9 +129,9 @@ def run_worker(
                 sweep_work(resources)
             worked = run_one(resources, kinds, worker, stop, passed)
         except Unavailable as error:
-            log.warning("The worker cannot reach its stores and waits: %s", error)
+            log.warning("The worker cannot reach its database or store, and waits: %s", error)
             worked = False
-        except Exception:  # a defect in one job must not end the worker; the job's lease runs out and it is tried again
+        except Exception:  # a defect in one job must not end the worker; the job's lease expires and it is retried
             log.exception("The worker lost a job")
             worked = False
         if not worked:
@@ -139,7 +145,7 @@ def run_one(
     stop: threading.Event | None = None,
     passed: dict[int, datetime] | None = None,
 ) -> bool:
-    """Does one job, if one waits; of those in `passed` only what other hosts have not taken in `OTHERS_WAIT`."""
+    """Runs one job if one is waiting; one in `passed` only if no other host has taken it within `OTHERS_WAIT`."""
     now = resources.clock()
     leave = [job_id for job_id, since in (passed or {}).items() if now - since < OTHERS_WAIT]
     with resources.write() as session:
@@ -166,7 +172,7 @@ def _run(held: JobRun, job: Job, kind: JobKind) -> None:
             cancelled = queue.find(session, held.job_id).cancel_requested
             if not cancelled:
                 queue.requeue(session, held.job_id, held.worker)
-        if cancelled:  # a command that is interrupted cancels its composition and stops its worker
+        if cancelled:  # an interrupted command cancels its composition and stops its worker
             _finish(held, kind, "cancelled", None)
     except JobLost:
         _finish(held, kind, "cancelled", None)
@@ -186,16 +192,16 @@ def _as_registry_error(error: RegistryError | ComposerError | OSError) -> Regist
         return error
     if isinstance(error, ComposerError):
         return of_composer(error)
-    log.warning("The disk of this worker", exc_info=error)
+    log.warning("This worker's disk failed", exc_info=error)
     return Unavailable(
         "disk_full" if error.errno in NO_SPACE else "disk_error",
         f"This worker cannot read or write its files: {error.strerror or error}.",
-        next_step="Look at its disk, and at its log.",
+        next_step="Check the worker's disk and its log.",
     )
 
 
 def _handle_failure(held: JobRun, job: Job, kind: JobKind, error: RegistryError) -> None:
-    """Puts the job off, leaves it to other hosts, or ends it."""
+    """Postpones the job, leaves it to other hosts, or ends it."""
     if error.code in RETRYABLE and job.attempts < queue.MAX_ATTEMPTS:
         _put_off(held, queue.PAUSES[job.attempts - 1], error)
         return
@@ -216,7 +222,7 @@ def _go_on(held: JobRun, job: Job, kind: JobKind) -> None:
         raise Unavailable(
             "worker_lost",
             f"The worker was lost {queue.MAX_ATTEMPTS} times.",
-            next_step="Look at its log, then start the work again.",
+            next_step="Look at the worker's log, then start the work again.",
         )
     for step in job.steps:
         if step["state"] != "done":
@@ -226,7 +232,9 @@ def _go_on(held: JobRun, job: Job, kind: JobKind) -> None:
 
 
 def _finish(held: JobRun, kind: JobKind, state: str, error: RegistryError | None) -> None:
-    """Cleans, then says so: a crash in between leaves a job to take over, never a job that ended and left its files."""
+    """Cleans up, then ends the job: after a crash in between, the job is taken over and never ends with its files
+    left.
+    """
     if not _cleaned(held, kind):
         return
     row = _as_row(error) if error is not None else None
@@ -244,7 +252,7 @@ def _leave_to_other_hosts(held: JobRun, passed: dict[int, datetime], kind: JobKi
 
 
 def _cleaned(held: JobRun, kind: JobKind) -> bool:
-    """False, with nothing removed, when the job is no longer this worker's."""
+    """Cleans up. Returns False and removes nothing if the job is no longer this worker's."""
     with held.resources.read() as session:
         if queue.find(session, held.job_id).worker != held.worker:
             return False
@@ -271,14 +279,14 @@ def _as_row(error: RegistryError) -> dict[str, Any]:
 
 
 def _beat(held: JobRun, done: threading.Event) -> None:
-    """Keeps the lease, and learns of a cancellation within a beat."""
+    """Extends the lease, and notices a cancellation within a beat."""
     wait = 0.5
     while not done.wait(wait):
         wait = min(BEAT_S, wait * 2)
         try:
             with held.resources.write() as session:
                 kept = queue.extend_lease(session, held.job_id, held.worker, held.resources.clock())
-        except Exception:  # whatever it was, the lease has time for another try
+        except Exception:  # whatever failed, the lease lasts for another attempt
             log.warning("No heartbeat for job %s", held.job_id, exc_info=True)
             continue
         if not kept:

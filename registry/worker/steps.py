@@ -103,6 +103,7 @@ class CompositionRun:
 
     @property
     def outputs(self) -> list[Output]:
+        """The adapter and the model to publish, as far as the recipe names them."""
         made = (
             (self.recipe.adapter, Kind.ADAPTER, self.adapter_directory),
             (self.recipe.model, Kind.MODEL, self.model_directory),

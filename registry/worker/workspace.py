@@ -13,14 +13,13 @@ _WORK = "composition-"
 
 
 def work_of(resources: Resources, composition_id: int) -> Path:
-    """Where this host's workers keep what the steps of a composition make."""
+    """Directory on this host for the results of a composition's steps."""
     return resources.work_directory / f"{_WORK}{composition_id}"
 
 
 def sweep_work(resources: Resources) -> int:
-    """Removes the work of compositions that have ended, and tells of how many: a worker of another host may have ended
-    one that was begun here, and removed only what lay on its own disk.
-    """
+    """Removes the work of compositions that have ended, and returns how many: a worker of another host may have ended
+    one that was begun here, and cleaned only its own disk."""
     names = (path.name.removeprefix(_WORK) for path in resources.work_directory.glob(f"{_WORK}*"))
     job_ids = {int(name) for name in names if name.isdecimal()}
     if not job_ids:

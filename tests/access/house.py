@@ -68,7 +68,7 @@ class Things:
 class House:
     """`place` is the environment that leads to its database and its store."""
 
-    place: Mapping[str, str]
+    environ: Mapping[str, str]
     resources: Resources
     things: dict[str, Things]
     secrets: dict[str, str]
@@ -96,40 +96,40 @@ class _Borrowed(httpx2.BaseTransport):
         return self._lender.handle_request(request)
 
 
-def new_place(pairing: str, home: Path) -> dict[str, str]:
+def new_environment(pairing: str, home: Path) -> dict[str, str]:
     """An empty one."""
     return {"ADAPTORY_HOME": str(home), **services.pairing(pairing)}
 
 
 def copy_of(house: House, home: Path) -> dict[str, str]:
     """The place of a copy of a house that is closed. Both keep their blobs under one prefix."""
-    shutil.copytree(house.place["ADAPTORY_HOME"], home)
-    place = {**house.place, "ADAPTORY_HOME": str(home)}
-    if url := place.get("ADAPTORY_DATABASE_URL"):
-        place["ADAPTORY_DATABASE_URL"] = services.copied_database(url)
-    return place
+    shutil.copytree(house.environ["ADAPTORY_HOME"], home)
+    environ = {**house.environ, "ADAPTORY_HOME": str(home)}
+    if url := environ.get("ADAPTORY_DATABASE_URL"):
+        environ["ADAPTORY_DATABASE_URL"] = services.copied_database(url)
+    return environ
 
 
-def opened(place: Mapping[str, str], **limits: object) -> Resources:
-    with environment(place, ["adaptory"]):
+def opened(environ: Mapping[str, str], **limits: object) -> Resources:
+    with environment(environ, ["adaptory"]):
         return open_resources(Settings(**{"access_cache_s": 0, **limits}))  # type: ignore[arg-type]
 
 
-def entered(house: House, place: Mapping[str, str], **limits: object) -> House:
+def entered(house: House, environ: Mapping[str, str], **limits: object) -> House:
     """The same things behind another server."""
-    resources = opened(place, **limits)
+    resources = opened(environ, **limits)
     transport = InProcessTransport(create_app(resources, tokens=True))
-    return House(place, resources, house.things, house.secrets, house.ids, transport)
+    return House(environ, resources, house.things, house.secrets, house.ids, transport)
 
 
-def build_house(place: Mapping[str, str]) -> House:
-    resources = opened(place)
+def build_house(environ: Mapping[str, str]) -> House:
+    resources = opened(environ)
     _publish_yardsticks(resources)
     things = {name: _furnish(resources, name) for name in (PRIVATE, PUBLIC, OTHER)}
     with resources.write() as session:
         namespaces.change(session, HOST, PUBLIC, Change(public=True))
     secrets, ids = _hand_out(resources)
-    return House(place, resources, things, secrets, ids, InProcessTransport(create_app(resources, tokens=True)))
+    return House(environ, resources, things, secrets, ids, InProcessTransport(create_app(resources, tokens=True)))
 
 
 def _publish_yardsticks(resources: Resources) -> None:

@@ -5,7 +5,7 @@
 `operator`           an admin of the whole registry
 `inside: reader`     the route itself looks at the thing first, then asks for that role in its namespace; `everybody`
                      is shown what each may read, `... somewhere` as above
-`open`               whoever asks
+`open`               anybody
 """
 
 _ROUTES = """
@@ -75,11 +75,11 @@ _KINDS = ("adapters", "models")
 
 
 def _stated() -> dict[tuple[str, str], str]:
-    found: dict[tuple[str, str], str] = {}
+    rules: dict[tuple[str, str], str] = {}
     for line in _ROUTES.strip().splitlines():
         method, path, whom = line.split(maxsplit=2)
-        found |= {(method, path.replace("{kind}", kind)): whom for kind in _KINDS}
-    return found
+        rules |= {(method, path.replace("{kind}", kind)): whom for kind in _KINDS}
+    return rules
 
 
 STATED = _stated()

@@ -29,7 +29,7 @@ from tests.access.house import (
     build_house,
     copy_of,
     entered,
-    new_place,
+    new_environment,
 )
 from tests.access.stated import STATED
 
@@ -39,7 +39,7 @@ RANK = {role: number for number, role in enumerate(Role)}
 
 @pytest.fixture(scope="module", params=services.PAIRINGS)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
-    house = build_house(new_place(request.param, tmp_path_factory.mktemp("house")))
+    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
     house.close()
     return house
 
@@ -54,14 +54,14 @@ def house(furnished: House, tmp_path: Path) -> Generator[House]:
 
 def routes() -> list[tuple[str, str, Rule | None]]:
     """Method, path and rule of every route of the application."""
-    found: list[tuple[str, str, Rule | None]] = []
+    listed: list[tuple[str, str, Rule | None]] = []
     for router in routers():
         for route in router.routes:
             assert isinstance(route, Route), f"{route} takes parameters that it does not know"
             rules = _rules(route.dependant)
             assert len(set(rules)) <= 1, f"{route.path} has several rules"
-            found += [(method, route.path, rules[0] if rules else None) for method in sorted(route.methods or ())]
-    return found
+            listed += [(method, route.path, rules[0] if rules else None) for method in sorted(route.methods or ())]
+    return listed
 
 
 def _rules(dependant: Any) -> list[Rule]:
@@ -86,10 +86,10 @@ def test_nothing_is_served_beside_them(house: House) -> None:
 
 
 def test_every_route_has_the_rule_that_is_stated() -> None:
-    assert {(method, path): _told(rule, STATED[method, path]) for method, path, rule in ROUTES} == STATED
+    assert {(method, path): _summary(rule, STATED[method, path]) for method, path, rule in ROUTES} == STATED
 
 
-def _told(rule: Rule | None, stated: str) -> str:
+def _summary(rule: Rule | None, stated: str) -> str:
     """As `STATED` says it; what a route decides for itself is not to be seen from outside."""
     if rule is None:
         return "open"
@@ -121,12 +121,12 @@ def test_a_route_answers_those_that_its_rule_names_and_nobody_else(method: str, 
                 **_body(method, path, house.things[namespace]),
             )
             expected = _expected(method, path, caller, namespace)
-            told = f"{caller} {method} {path} in {namespace}: {answer.status_code} {answer.text[:300]}"
+            seen = f"{caller} {method} {path} in {namespace}: {answer.status_code} {answer.text[:300]}"
             if expected == "allowed":
-                assert not _denied(answer), told
+                assert not _denied(answer), seen
             else:
-                assert answer.status_code == expected, told
-            assert answer.status_code < 500, told
+                assert answer.status_code == expected, seen
+            assert answer.status_code < 500, seen
 
 
 @pytest.mark.parametrize(("method", "path"), [*STATED], ids=[" ".join(route) for route in STATED])
@@ -257,7 +257,7 @@ def _body(method: str, path: str, things: Things) -> dict[str, Any]:
 
 
 def _without_ids(text: str, things: Things) -> str:
-    """Nor what it is told to mean: names near the one that it asked for, of what it may read."""
+    """Nor does a suggestion: it has names near the requested one, among those that the caller may read."""
     text = re.sub(r"Did you mean [^?]*\? ", "", text)
     for value in (things.sha256, things.announced, things.upload_id, things.namespace):
         text = text.replace(value, "<id>")

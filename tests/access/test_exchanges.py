@@ -22,7 +22,7 @@ from registry.domain.compositions import compositions
 from registry.errors import Invalid, Unavailable
 from registry.outages import OutageLog
 from tests import services
-from tests.access.house import HOST, House, build_house, new_place
+from tests.access.house import HOST, House, build_house, new_environment
 from tests.scenarios.world import server
 
 RELEASE = "/v1/adapters/acme/sql/releases/1.0.0"
@@ -30,14 +30,14 @@ RELEASE = "/v1/adapters/acme/sql/releases/1.0.0"
 
 @pytest.fixture
 def house(tmp_path: Path) -> Generator[House]:
-    furnished = build_house(new_place(services.PAIRINGS[0], tmp_path / "home"))
+    furnished = build_house(new_environment(services.PAIRINGS[0], tmp_path / "home"))
     yield furnished
     furnished.close()
 
 
 def logged(house: House, form: Any) -> House:
     transport = InProcessTransport(create_app(house.resources, tokens=True, access_log=form))
-    return House(house.place, house.resources, house.things, house.secrets, house.ids, transport)
+    return House(house.environ, house.resources, house.things, house.secrets, house.ids, transport)
 
 
 def test_every_answer_has_an_id_and_a_problem_repeats_it(house: House) -> None:
@@ -196,7 +196,7 @@ def test_what_is_not_http_is_answered_by_a_problem(tmp_path: Path) -> None:
 
 
 def test_an_address_of_a_download_ends_soon_and_pins_what_others_would_believe(tmp_path: Path) -> None:
-    furnished = build_house(new_place(services.PAIRINGS[1], tmp_path / "home"))
+    furnished = build_house(new_environment(services.PAIRINGS[1], tmp_path / "home"))
     answer = furnished.ask("reader", "GET", f"{RELEASE}/files/weights.safetensors")
     furnished.close()
     signed = httpx2.URL(answer.headers["location"]).params

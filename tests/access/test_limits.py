@@ -15,7 +15,7 @@ from registry.client.inprocess import InProcessTransport
 from registry.settings import Settings
 from registry.transfer.resources import open_resources
 from tests import services
-from tests.access.house import House, build_house, entered, new_place
+from tests.access.house import House, build_house, entered, new_environment
 
 BASE = {"name": "x", "model_type": "llama", "tied": False, "weights_digest": "0" * 64}
 
@@ -23,14 +23,14 @@ BASE = {"name": "x", "model_type": "llama", "tied": False, "weights_digest": "0"
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
     """Of a directory: bytes that go to S3 do not pass the server, and limits are its own and no database's."""
-    house = build_house(new_place(services.PAIRINGS[0], tmp_path_factory.mktemp("house")))
+    house = build_house(new_environment(services.PAIRINGS[0], tmp_path_factory.mktemp("house")))
     yield house
     house.close()
 
 
 def limited(furnished: House, **limits: object) -> House:
     """The same registry behind a server with these limits."""
-    return entered(furnished, furnished.place, **limits)
+    return entered(furnished, furnished.environ, **limits)
 
 
 def test_headers_that_are_too_long_are_answered_431(furnished: House) -> None:
@@ -108,7 +108,7 @@ def test_a_document_that_does_not_end_is_waited_for_so_long(furnished: House, mo
     assert (answer.status_code, answer.json()["code"]) == (400, "body_slow")
 
 
-def test_a_token_that_asks_too_often_is_told_when_to_come_back_and_others_are_not_held_up(furnished: House) -> None:
+def test_a_token_that_asks_too_often_learns_when_to_come_back_and_others_are_not_held_up(furnished: House) -> None:
     house = limited(furnished, rate_limit="5/minute")
     assert [house.ask("reader", "GET", "/v1/whoami").status_code for _ in range(5)] == [200] * 5
     answer = house.ask("reader", "GET", "/v1/whoami")
@@ -214,7 +214,7 @@ def test_guessed_tokens_are_counted_by_address_whatever_they_are_sent_with(
     house.close()
 
 
-def test_who_guesses_too_often_is_told_how_long_to_wait_and_may_guess_again_then(furnished: House) -> None:
+def test_too_many_guesses_get_a_time_to_wait_and_guessing_is_allowed_again_then(furnished: House) -> None:
     house = limited(furnished, rate_limit="3/3seconds")
     answers = guess(house, 5)
     assert [status for _, status in answers] == [401, 401, 401, 429, 429]

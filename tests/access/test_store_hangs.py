@@ -1,4 +1,4 @@
-"""A store that hangs: its routes are told 503 in good time, and all others do not notice."""
+"""A store that hangs: its routes answer 503 in good time, and all others do not notice."""
 
 import gc
 import threading
@@ -17,7 +17,7 @@ from registry.api.http.threads import PATIENCE_S, STORE_ROOM, STORE_THREADS
 from registry.api.schemas.transfer import UploadIn
 from registry.client.inprocess import InProcessTransport
 from tests import services
-from tests.access.house import PRIVATE, House, build_house, new_place
+from tests.access.house import PRIVATE, House, build_house, new_environment
 
 RELEASES = f"/v1/adapters/{PRIVATE}/sql/releases"
 FILE = f"{RELEASES}/1.0.0/files/weights.safetensors"
@@ -89,7 +89,7 @@ def hung(house: House, where: str) -> Generator[Hung]:
 
 @pytest.fixture(params=services.PAIRINGS)
 def house(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[House]:
-    built = build_house(new_place(request.param, tmp_path))
+    built = build_house(new_environment(request.param, tmp_path))
     yield built
     built.close()
 
@@ -98,16 +98,16 @@ def test_what_needs_no_store_does_not_wait_while_more_than_all_threads_ask_one_t
     with hung(house, "stat") as there:
         downloads = there.fill(MANY)
         there.assert_others_do_not_wait()
-        told, waiting = wait(downloads, timeout=PATIENCE_S + SOON_S)
-        assert len(waiting) == STORE_THREADS, "all were told but those that hang in the store"
-        assert {(one.result().status_code, one.result().json()["code"]) for one in told} == {(503, "store_busy")}
-        assert all(int(one.result().headers["Retry-After"]) > 0 for one in told)
+        refused, waiting = wait(downloads, timeout=PATIENCE_S + SOON_S)
+        assert len(waiting) == STORE_THREADS, "all were refused but those that hang in the store"
+        assert {(one.result().status_code, one.result().json()["code"]) for one in refused} == {(503, "store_busy")}
+        assert all(int(one.result().headers["Retry-After"]) > 0 for one in refused)
         there.store.go_on.set()
         assert {one.result(60).status_code for one in waiting} <= {200, 307}
         assert there.house.ask("reader", "GET", FILE).status_code in (200, 307), "the threads are free again"
 
 
-def test_every_route_that_asks_the_store_is_told_when_its_threads_are_taken(house: House) -> None:
+def test_every_route_that_asks_the_store_answers_503_when_its_threads_are_taken(house: House) -> None:
     things = house.things[PRIVATE]
     file = {"path": "weights.safetensors", "size_bytes": 15, "sha256": things.sha256}
     with hung(house, "stat") as there:
@@ -164,5 +164,5 @@ def test_a_directory_that_hangs_in_the_middle_of_downloads_holds_up_no_one_else(
             assert there.ask("reader", "HEAD" if "blobs" in path else "GET", path).result(SOON_S).status_code == 200
         there.store.go_on.set()
         answers = [one.result(60) for one in downloads]
-        whole = {answer.content for answer in answers if answer.status_code == 200}
-        assert whole == {f"weights of {PRIVATE}".encode()}
+        bodies = {answer.content for answer in answers if answer.status_code == 200}
+        assert bodies == {f"weights of {PRIVATE}".encode()}

@@ -19,12 +19,12 @@ from registry.domain.catalog import releases
 from registry.errors import Unauthenticated
 from registry.formats.references import RepositoryName, Version
 from tests import services
-from tests.access.house import HOST, NOW, OTHER, PRIVATE, PUBLIC, House, build_house, entered, new_place, opened
+from tests.access.house import HOST, NOW, OTHER, PRIVATE, PUBLIC, House, build_house, entered, new_environment, opened
 
 
 @pytest.fixture(params=services.PAIRINGS)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    built = build_house(new_place(request.param, tmp_path_factory.mktemp("house")))
+    built = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
     yield built
     built.close()
 
@@ -96,8 +96,8 @@ def test_a_token_that_is_narrowed_or_expires_makes_no_other(house: House) -> Non
 def test_a_search_does_not_tell_who_has_no_role_which_suites_there_are(house: House) -> None:
     for name in ("exact", "nothing"):
         for asked in ({"sort": f"{name}.odd"}, {"score": f"{name}.odd>=0"}):
-            found = house.ask("nobody", "GET", "/v1/releases", params=asked)
-            assert (found.status_code, found.json()) == (200, {"items": [], "next": None}), asked
+            answer = house.ask("nobody", "GET", "/v1/releases", params=asked)
+            assert (answer.status_code, answer.json()) == (200, {"items": [], "next": None}), asked
         assert house.ask("reader", "GET", "/v1/releases", params={"sort": f"{name}.odd"}).status_code == 404
 
 
@@ -129,18 +129,18 @@ def test_a_token_that_is_narrowed_or_expires_sees_and_revokes_itself_alone(
 def test_a_token_tells_its_user_alone_which_namespaces_its_scope_leaves_out(house: House) -> None:
     made = house.ask("publisher", "POST", "/v1/tokens", json={"scope": {PUBLIC: "reader"}}).json()
     house.secrets["weak"] = made["token"]
-    told = house.ask("weak", "GET", f"/v1/adapters/{PRIVATE}/sql").json()
-    assert told["status"] == 404
+    problem = house.ask("weak", "GET", f"/v1/adapters/{PRIVATE}/sql").json()
+    assert problem["status"] == 404
     assert (
-        told["detail"]
+        problem["detail"]
         == f"This token's scope excludes the namespace {PRIVATE}, where publisher has the role publisher."
     )
-    assert told["next"].endswith(f"Use a token whose scope includes {PRIVATE}=publisher.")
+    assert problem["next"].endswith(f"Use a token whose scope includes {PRIVATE}=publisher.")
     who = house.ask("weak", "GET", "/v1/whoami").json()
     assert (who["grants"], who["limited"]) == ({PUBLIC: "reader"}, {PUBLIC: "publisher", PRIVATE: "publisher"})
     for caller, namespace in (("weak", OTHER), ("weak", "ghost"), ("stranger", PRIVATE)):
-        told = house.ask(caller, "GET", f"/v1/adapters/{namespace}/sql").json()
-        assert (told["status"], told["detail"]) == (404, f"There is no namespace {namespace} that you may see.")
+        problem = house.ask(caller, "GET", f"/v1/adapters/{namespace}/sql").json()
+        assert (problem["status"], problem["detail"]) == (404, f"There is no namespace {namespace} that you may see.")
 
 
 def test_an_unknown_repository_is_answered_with_near_ones_of_what_the_caller_may_read(house: House) -> None:
@@ -148,8 +148,8 @@ def test_an_unknown_repository_is_answered_with_near_ones_of_what_the_caller_may
         for caller in ("reader", "operator"):
             assert f"{near}/sql" in house.ask(caller, "GET", path).json()["next"]
         for caller in ("nobody", "stranger", "narrowed"):
-            told = house.ask(caller, "GET", path).json()
-            assert f"{near}/" not in told["next"], "though it is near"
+            problem = house.ask(caller, "GET", path).json()
+            assert f"{near}/" not in problem["next"], "though it is near"
     assert f"Did you mean {OTHER}/sql" in house.ask("stranger", "GET", "/v1/adapters/othr/sql").json()["next"]
 
 
@@ -168,7 +168,7 @@ def test_only_an_admin_of_the_registry_makes_a_token_for_another(house: House) -
 def test_a_server_that_remembers_tokens_forgets_what_changes_through_it(
     house: House,
 ) -> None:
-    remembering = entered(house, house.place, access_cache_s=300)
+    remembering = entered(house, house.environ, access_cache_s=300)
     for caller in ("reader", "nobody"):
         assert remembering.ask(caller, "GET", "/v1/adapters/open/sql").status_code == 200
     remembering.ask("operator", "PUT", "/v1/namespaces/open", json={"public": False})
@@ -191,12 +191,12 @@ def test_a_token_never_has_more_than_its_user_nor_more_than_its_scope(
         {name: role.value for name, role in roles.items()}, {name: role.value for name, role in scope.items()}
     )
     acting = Actor("mia", NOW, caller)
-    whole = Actor("mia", NOW, {name: role.value for name, role in roles.items()})
+    actor = Actor("mia", NOW, {name: role.value for name, role in roles.items()})
     for namespace in ("acme", "open", "elsewhere"):
         for role in Role:
             if holds(acting, role, namespace):
                 own = [roles[name] for name in (namespace, EVERYWHERE) if name in roles]
-                assert any(list(Role).index(one) >= list(Role).index(role) for one in own), (whole, acting)
+                assert any(list(Role).index(one) >= list(Role).index(role) for one in own), (actor, acting)
                 limit = scope.get(namespace, scope.get(EVERYWHERE))
                 assert limit is not None
                 assert list(Role).index(limit) >= list(Role).index(role)

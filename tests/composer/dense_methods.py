@@ -28,11 +28,11 @@ def draws(shape: torch.Size, seed: int, key: str) -> torch.Tensor:
     """Uniform in [0, 2^16): Philox 4x64 of a key each, 64 rows a count, a row in whole 64-bit words."""
     words = np.frombuffer(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:16], dtype="<u8")
     quads = -(-shape[1] // 4)
-    found = [
+    parts = [
         np.random.Philox(key=words, counter=np.array([0, 0, 0, block], dtype=np.uint64)).random_raw(64 * quads)
         for block in range(-(-shape[0] // 64))
     ]
-    numbers = np.concatenate(found).astype("<u8").view("<u2").reshape(-1, 4 * quads)
+    numbers = np.concatenate(parts).astype("<u8").view("<u2").reshape(-1, 4 * quads)
     return torch.from_numpy(numbers[: shape[0], : shape[1]].astype(np.float64))
 
 

@@ -20,10 +20,10 @@ def write_adapter(
     modules: Mapping[str, Factors],
     *,
     dtype: torch.dtype = torch.float64,
-    whole: Mapping[str, npt.NDArray[np.float64]] | None = None,
+    full: Mapping[str, npt.NDArray[np.float64]] | None = None,
     **config: object,
 ) -> Inspection:
-    """`modules` maps module paths to factors, `whole` maps parameters to tensors that are saved whole."""
+    """`modules` maps module paths to factors, `full` maps parameters to tensors that are saved in full."""
     directory.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
@@ -31,7 +31,7 @@ def write_adapter(
         tensors[f"base_model.model.{module}.lora_A.weight"] = torch.from_numpy(A).to(dtype).contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = torch.from_numpy(B).to(dtype).contiguous()
         ranks[module] = A.shape[0]
-    for name, tensor in (whole or {}).items():
+    for name, tensor in (full or {}).items():
         tensors[f"base_model.model.{name}"] = torch.from_numpy(tensor).to(dtype).contiguous()
     save_file(tensors, directory / "adapter_model.safetensors")
     rank = max(ranks.values())

@@ -92,7 +92,7 @@ def save_adapter(model: torch.nn.Module, directory: Path, seed: int, **config: o
 
 
 def load_adapter(base: Path, directory: Path, seed: int, **config: object) -> LoadedAdapter:
-    """Such an adapter on the base, as the composer reads it: of rank 4 on q_proj and v_proj, unless told otherwise."""
+    """Such an adapter on the base, as the composer reads it: of rank 4 on q_proj and v_proj by default."""
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], **config}
     save_adapter(AutoModelForCausalLM.from_pretrained(base), directory, seed, **settings)
     return load_deltas(directory, open_checkpoint(base).architecture)

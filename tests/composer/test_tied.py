@@ -20,7 +20,7 @@ PAIRS: dict[str, object] = {"target_modules": ["q_proj", "embed_tokens"], "ensur
 RANDOM = sorted(name for name, pipeline in PIPELINES.items() if pipeline.random and not name.endswith("_svd"))
 
 
-def both_whole() -> dict[str, object]:
+def both_sides_saved() -> dict[str, object]:
     """Made anew each time: PEFT takes tied names out of the list that it is given."""
     return {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
 
@@ -116,7 +116,7 @@ def test_a_tensor_that_is_saved_whole_as_both_sides_stays_tied(
     tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
     base = make_model(tied=True, shard="1GB")
-    adapter = make_adapter(base, **both_whole(), ensure_weight_tying=True)
+    adapter = make_adapter(base, **both_sides_saved(), ensure_weight_tying=True)
     plan = merge(base, [adapter], tmp_path / "merged")
     assert HEAD not in tensors_in(tmp_path / "merged")
     assert load_model(tmp_path / "merged").config.tie_word_embeddings
@@ -135,7 +135,7 @@ def test_a_tensor_that_is_saved_whole_as_both_sides_is_one_difference(
     method: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
     base = make_model(tied=True, shard="1GB")
-    adapter = make_adapter(base, **both_whole(), ensure_weight_tying=True)
+    adapter = make_adapter(base, **both_sides_saved(), ensure_weight_tying=True)
     for tied in ("auto", "shared", "untie"):
         plan = merge(base, [adapter], tmp_path / tied, method, tied=tied, replacements="delta")
         assert plan.settings["tied"] == ("untie" if tied == "untie" else "shared")
@@ -147,7 +147,7 @@ def test_tensors_saved_whole_that_differ_untie_the_sides(
     tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
     base = make_model(tied=True, shard="1GB")
-    adapter = make_adapter(base, **both_whole())
+    adapter = make_adapter(base, **both_sides_saved())
     assert merge(base, [adapter], tmp_path / "merged").settings["tied"] == "untie"
     assert relative(logits(tmp_path / "merged"), peft_logits(base, adapter)) <= 1e-6
     with pytest.raises(Mismatch, match="only possible with tied=untie") as caught:

@@ -97,4 +97,4 @@ def test_a_broken_copy_differs_from_the_adapter_in_its_one_fault(fault: str) -> 
         "nan": any(tensor.isnan().any() for tensor in broken.values()),
         "shape": any(broken[name].shape != sound[name].shape for name in sound.keys() & broken.keys()),
     }
-    assert [name for name, found in differs.items() if found] == [fault]
+    assert [name for name, differs_so in differs.items() if differs_so] == [fault]

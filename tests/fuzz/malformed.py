@@ -241,14 +241,14 @@ def identity(draw: st.DrawFn, adapter: Adapter) -> None:
 
 
 def config_no_json(draw: st.DrawFn, adapter: Adapter) -> None:
-    whole = json.dumps(adapter.config).encode()
+    document = json.dumps(adapter.config).encode()
     adapter.config_bytes = draw(
-        st.integers(0, len(whole) - 1).map(lambda count: whole[:count])
+        st.integers(0, len(document) - 1).map(lambda count: document[:count])
         | st.integers(1_000, 60_000).map(lambda count: b'{"r":' * count)
         | st.binary(max_size=60)
-        | st.integers(4_301, 9_000).map(lambda digits: whole[:-1] + b', "r": ' + b"9" * digits + b"}")
+        | st.integers(4_301, 9_000).map(lambda digits: document[:-1] + b', "r": ' + b"9" * digits + b"}")
         | junk.filter(lambda value: not isinstance(value, dict)).map(lambda value: json.dumps(value).encode())
-        | st.just(b"\xef\xbb\xbf" + whole.replace(b"LORA", b"\xff\xfe"))
+        | st.just(b"\xef\xbb\xbf" + document.replace(b"LORA", b"\xff\xfe"))
     )
 
 

@@ -38,10 +38,10 @@ def directory() -> Generator[Path]:
 def errors_of(adapter: Path) -> list[tuple[str, str, str]]:
     """(code, subject, message) of what is wrong with it; anything but an error of ours is raised."""
     try:
-        found = inspect(adapter, BASE).findings
+        findings = inspect(adapter, BASE).findings
     except (InvalidFile, NotSupported, Mismatch) as error:
         return [(error.code, error.subject, error.message)]
-    return [(one.code, one.subject, one.message) for one in found if one.severity == "error"]
+    return [(one.code, one.subject, one.message) for one in findings if one.severity == "error"]
 
 
 def assert_clear(errors: list[tuple[str, str, str]], what: object) -> None:
@@ -98,12 +98,12 @@ CLAIMS = {
 @pytest.mark.parametrize("claim", CLAIMS)
 @pytest.mark.parametrize("sparse", [False, True], ids=["in a small file", "in a file of a terabyte of holes"])
 def test_what_a_header_claims_costs_nothing(directory: Path, claim: str, sparse: bool) -> None:
-    told = CLAIMS[claim]
+    claimed = CLAIMS[claim]
     adapter = Adapter()
-    if isinstance(told, bytes):
-        adapter.weights_bytes = told + b"{}"
+    if isinstance(claimed, bytes):
+        adapter.weights_bytes = claimed + b"{}"
     else:
-        adapter.header = {next(name for name in adapter.header if name.endswith("lora_A.weight")): told}
+        adapter.header = {next(name for name in adapter.header if name.endswith("lora_A.weight")): claimed}
     path = adapter.write(directory / "adapter")
     if sparse:
         os.truncate(path / "adapter_model.safetensors", 2**40)
@@ -122,8 +122,8 @@ def test_what_a_header_claims_costs_nothing(directory: Path, claim: str, sparse:
 )
 def test_any_model_card_is_provenance_and_warnings(body: bytes, value: object) -> None:
     for card in (body, b"---\n" + body + b"\n---\nHello", f"---\ndata: {json.dumps(value)}\n---\n".encode()):
-        told, findings = card_provenance(card)
-        json.dumps(told, allow_nan=False, ensure_ascii=False).encode()
+        fields, findings = card_provenance(card)
+        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
         for finding in findings:
             assert finding.severity == "warning"
             assert len(finding.message) <= MOST_CHARACTERS

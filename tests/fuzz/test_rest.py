@@ -35,7 +35,7 @@ from registry.formats.references import RepositoryName
 from registry.transfer.fsck import check
 from registry.transfer.resources import Resources
 from tests import services
-from tests.access.house import House, build_house, copy_of, new_place, opened
+from tests.access.house import House, build_house, copy_of, new_environment, opened
 from tests.access.test_every_route import ROUTES
 from tests.fuzz.malformed import Adapter, malformed
 from tests.scenarios.world import Cli
@@ -63,7 +63,7 @@ OF_WHAT_IS_THERE = {"spectrum_unknown", "score_unknown", "part_unknown", "blob_m
 
 @pytest.fixture(scope="module", params=services.PAIRINGS)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
-    house = build_house(new_place(request.param, tmp_path_factory.mktemp("house")))
+    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
     house.close()
     return house
 
@@ -149,9 +149,9 @@ def test_whatever_a_route_is_asked_its_answer_is_one_that_the_document_states(
 
 @pytest.fixture
 def embedded(pairing: dict[str, str], tmp_path: Path) -> Generator[Resources]:
-    place = {"ADAPTORY_HOME": str(tmp_path / "home"), **pairing}
-    Cli(place).ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
-    resources = opened(place)
+    environ = {"ADAPTORY_HOME": str(tmp_path / "home"), **pairing}
+    Cli(environ).ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
+    resources = opened(environ)
     yield resources
     resources.close()
 
@@ -174,11 +174,11 @@ def test_malformed_adapters_are_refused_by_the_registry_and_leave_nothing_publis
     @given(malformed())
     def try_to_push(adapter: Adapter) -> None:
         files = collect(select_files(adapter.write(tmp_path / "adapter")))
-        with pytest.raises((Invalid, Refused)) as told:
+        with pytest.raises((Invalid, Refused)) as raised:
             push(api, files, name, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
-        assert told.value.code
-        assert told.value.subject
-        refused.append(told.value.code)
+        assert raised.value.code
+        assert raised.value.subject
+        refused.append(raised.value.code)
 
     try_to_push()
     assert len(refused) >= 100 * FACTOR

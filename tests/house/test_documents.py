@@ -31,7 +31,7 @@ def test_the_commands_of_the_tour_write_where_git_does_not_look() -> None:
     assert "/.demo/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
-def test_operators_are_told_of_every_setting_and_no_document_names_one_that_is_not_there() -> None:
+def test_operators_can_read_of_every_setting_and_no_document_names_one_that_does_not_exist() -> None:
     settings = {f"ADAPTORY_{name}".upper() for name in Settings.model_fields}
     for storage in STORAGES:
         settings |= {f"ADAPTORY_STORAGE__{name}".upper() for name in storage.model_fields}

@@ -11,7 +11,7 @@ import registry
 from composer import errors
 from registry.errors import FAMILIES
 
-TOLD = ("subject", "next_step")
+USER_TEXTS = ("subject", "next_step")
 NAMES = {family.__name__ for family in (*FAMILIES, *errors.ComposerError.__subclasses__())}
 
 
@@ -22,24 +22,26 @@ def lines_without(source: str) -> list[int]:
     return [call.lineno for call in made if all(given.arg != "next_step" for given in call.keywords)]
 
 
-def places_of(source: str) -> dict[str, dict[int, str]]:
-    """Function -> which of its arguments by place is told to a user."""
+def user_arguments(source: str) -> dict[str, dict[int, str]]:
+    """Function -> its arguments that a user reads, by position."""
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     names = {one.name: [argument.arg for argument in one.args.args] for one in functions}
-    told = {name: {place: one for place, one in enumerate(own) if one in TOLD} for name, own in names.items()}
-    return {name: places for name, places in told.items() if places}
+    positions = {
+        name: {index: one for index, one in enumerate(own) if one in USER_TEXTS} for name, own in names.items()
+    }
+    return {name: indices for name, indices in positions.items() if indices}
 
 
-def lines_with_nothing(source: str, places: dict[str, dict[int, str]]) -> list[int]:
+def lines_with_nothing(source: str, positions: dict[str, dict[int, str]]) -> list[int]:
     """Where a subject or a next step is given that is empty."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    found: list[int] = []
+    empty: list[int] = []
     for call in calls:
-        own = places.get(call.func.id, {}) if isinstance(call.func, ast.Name) else {}
-        given = [keyword.value for keyword in call.keywords if keyword.arg in TOLD]
-        given += [value for place, value in enumerate(call.args) if place in own]
-        found += [value.lineno for value in given if isinstance(value, ast.Constant) and value.value == ""]
-    return found
+        own = positions.get(call.func.id, {}) if isinstance(call.func, ast.Name) else {}
+        given = [keyword.value for keyword in call.keywords if keyword.arg in USER_TEXTS]
+        given += [value for index, value in enumerate(call.args) if index in own]
+        empty += [value.lineno for value in given if isinstance(value, ast.Constant) and value.value == ""]
+    return empty
 
 
 def sources(package: ModuleType) -> dict[str, str]:
@@ -55,10 +57,12 @@ def test_every_error_says_what_to_do_next(package: ModuleType) -> None:
 
 @pytest.mark.parametrize("package", [composer, registry], ids=lambda package: package.__name__)
 def test_no_error_is_about_nothing_or_says_nothing(package: ModuleType) -> None:
-    places: dict[str, dict[int, str]] = {}
+    indices: dict[str, dict[int, str]] = {}
     for source in [*sources(composer).values(), *sources(registry).values()]:
-        places |= places_of(source)
-    empty = {file: lines_with_nothing(source, places | places_of(source)) for file, source in sources(package).items()}
+        indices |= user_arguments(source)
+    empty = {
+        file: lines_with_nothing(source, indices | user_arguments(source)) for file, source in sources(package).items()
+    }
     assert {file: lines for file, lines in empty.items() if lines} == {}
 
 
@@ -66,5 +70,5 @@ def test_an_error_that_says_none_would_be_seen() -> None:
     assert lines_without('raise Usage("code", "It makes no sense.")') == [1]
     assert lines_without('raise InvalidFile("code", "It is damaged.", subject="file")') == [1]
     reads = "def read(path, code, next_step):\n    ...\n"
-    assert lines_with_nothing(f'{reads}read(path, "missing", "")', places_of(reads)) == [3]
+    assert lines_with_nothing(f'{reads}read(path, "missing", "")', user_arguments(reads)) == [3]
     assert lines_with_nothing('raise Usage("code", "No.", subject="x", next_step="")', {}) == [1]

@@ -326,11 +326,11 @@ SCORE = {"suite_digest": "0" * 64, "metric": "nll", "value": 1.0, "n": 1, "highe
 
 def refused_as(answer: httpx2.Response, status: int) -> None:
     """One status in the answer and in its body, and what to do next."""
-    told = answer.json()
+    answered = answer.json()
     assert answer.headers["content-type"] == "application/problem+json", answer.url
-    assert {"type", "title", "status", "detail", "code", "subject", "next"} <= set(told)
-    assert (answer.status_code, told["status"]) == (status, status), told
-    assert told["next"], told
+    assert {"type", "title", "status", "detail", "code", "subject", "next"} <= set(answered)
+    assert (answer.status_code, answered["status"]) == (status, status), answered
+    assert answered["next"], answered
 
 
 def test_a_server_refuses_pages_of_other_sites_and_names_of_others(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_a_server_refuses_pages_of_other_sites_and_names_of_others(tmp_path: Pat
             assert httpx2.get(f"{url}/v1/bases", headers={"Host": own, "Origin": f"http://{own}"}).status_code == 200
 
 
-def test_a_disk_that_cannot_be_written_is_told_by_the_server(tmp_path: Path) -> None:
+def test_a_disk_that_cannot_be_written_is_named_by_the_server(tmp_path: Path) -> None:
     """Of a directory: bytes that go to S3 pass no disk of the server's."""
     content = b"some bytes"
     sha256 = hashlib.sha256(content).hexdigest()
@@ -364,8 +364,8 @@ def test_a_disk_that_cannot_be_written_is_told_by_the_server(tmp_path: Path) -> 
 def test_a_server_refuses_odd_requests_and_stays_well(pairing: dict[str, str], tmp_path: Path) -> None:
     with server(tmp_path / "home", ADAPTORY_MAX_DOCUMENT_BYTES="2000", **pairing) as (url, process):
         long = json.dumps({"recipe": {"notes": "x" * 3000}})
-        told = httpx2.post(f"{url}/v1/compositions", content=long, headers={"Content-Type": "application/json"})
-        assert (told.status_code, told.json()["code"]) == (413, "body_too_large")
+        answered = httpx2.post(f"{url}/v1/compositions", content=long, headers={"Content-Type": "application/json"})
+        assert (answered.status_code, answered.json()["code"]) == (413, "body_too_large")
         chunked = httpx2.post(f"{url}/v1/compositions", content=iter([long.encode()]))
         assert chunked.status_code == 413, "without a Content-Length it is refused as it arrives"
 

@@ -57,7 +57,7 @@ def test_files_that_were_signed_and_yanked_cannot_come_back_under_another_number
     assert cli("show", "acme/other").code == 3
 
 
-def test_whoever_verifies_asks_for_the_release_and_not_for_its_files(
+def test_verifying_asks_for_the_release_and_not_for_its_files(
     stocked_embedded: Cli, world: World, keys: Keys, tmp_path: Path
 ) -> None:
     """Of a registry that tells of another release than its signer did."""

@@ -67,7 +67,7 @@ def test_a_line_at_the_largest_number_is_not_bumped_beyond_what_can_be_asked_for
     stocked.ok("promote", "acme/sql", "--to", "prod")
 
 
-def test_a_version_that_nobody_can_ask_for_is_told_by_fsck(stocked_embedded: Cli, world: World) -> None:
+def test_a_version_that_nobody_can_ask_for_is_reported_by_fsck(stocked_embedded: Cli, world: World) -> None:
     cli = stocked_embedded
     cli.ok("push", world.adapters["sql"], "acme/sql:999999999999999999.0.0", "--base", "tiny")
     cli.ok("fsck")
@@ -75,9 +75,9 @@ def test_a_version_that_nobody_can_ask_for_is_told_by_fsck(stocked_embedded: Cli
     with held.write() as session:
         session.execute(update(Release).values(version="1000000000000000000.0.0"))
     held.close()
-    found = cli("fsck", "--json")
-    told = {finding["code"]: finding["subject"] for finding in found.json["findings"]}
-    assert (found.code, told["version_unreadable"]) == (1, "acme/sql:1000000000000000000.0.0")
+    ran = cli("fsck", "--json")
+    subjects = {finding["code"]: finding["subject"] for finding in ran.json["findings"]}
+    assert (ran.code, subjects["version_unreadable"]) == (1, "acme/sql:1000000000000000000.0.0")
 
 
 def test_auto_counts_up_what_the_change_needs(stocked: Cli, world: World, tmp_path: Path) -> None:
@@ -179,9 +179,13 @@ def test_files_of_an_older_release_get_a_number_of_their_own_and_move_no_channel
     assert release(cli, first, "acme/sql:1.0.0").code == 0
     assert release(cli, adapter(tmp_path / "second", seed=1), "acme/sql:1.1.0", "--channel", "prod").code == 0
     again = ("acme/sql", "--bump", "auto", "--notes", "back to the first run", "--channel", "prod", "--json")
-    told = release(cli, first, *again).json
-    assert (told["created"], told["release"]["version"], told["release"]["notes"]) == (True, "1.2.0", again[4])
-    assert (told["move"]["from_version"], told["move"]["to_version"]) == ("1.1.0", "1.2.0")
+    published = release(cli, first, *again).json
+    assert (published["created"], published["release"]["version"], published["release"]["notes"]) == (
+        True,
+        "1.2.0",
+        again[4],
+    )
+    assert (published["move"]["from_version"], published["move"]["to_version"]) == ("1.1.0", "1.2.0")
     retried = release(cli, first, *again).json
     assert (retried["created"], retried["release"]["version"]) == (False, "1.2.0")
 
@@ -196,7 +200,7 @@ def test_files_of_a_yanked_release_are_published_anew(stocked_embedded: Cli, tmp
     assert version_of(release(cli, large, "acme/sql", "--bump", "auto")) == "3.0.0"
 
 
-def test_a_refused_release_is_told_the_number_that_auto_gives_it(stocked_embedded: Cli, tmp_path: Path) -> None:
+def test_a_refused_release_learns_the_number_that_auto_gives_it(stocked_embedded: Cli, tmp_path: Path) -> None:
     cli = stocked_embedded
     for version, rank in (("1.0.0", 2), ("3.0.0", 4)):
         assert release(cli, adapter(tmp_path / version, rank), f"acme/sql:{version}").code == 0

@@ -69,9 +69,9 @@ def line(running: tuple[Cli, httpx2.Client], world: World) -> Line:
 def problem(answer: httpx2.Response, status: int, code: str) -> dict[str, Any]:
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
-    told = answer.json()
-    assert (told["code"], told["type"]) == (code, f"urn:adaptory:problem:{code}")
-    return told
+    document = answer.json()
+    assert (document["code"], document["type"]) == (code, f"urn:adaptory:problem:{code}")
+    return document
 
 
 def test_a_channel_moves_only_from_where_its_mover_saw_it(line: Line) -> None:
@@ -157,8 +157,8 @@ def test_history_comes_in_pages_the_newest_first(line: Line) -> None:
     for number in range(7):
         assert line.promote(VERSIONS[number % 3]).status_code == 200
     assert line.roll_back().status_code == 200
-    whole = line.history().json()
-    assert whole["next"] is None
+    history = line.history().json()
+    assert history["next"] is None
     pages, cursor = [], None
     while True:
         page = line.history(limit=3, **({"cursor": cursor} if cursor else {})).json()
@@ -168,8 +168,8 @@ def test_history_comes_in_pages_the_newest_first(line: Line) -> None:
             break
         line.promote(VERSIONS[len(pages) % 2])  # what happens meanwhile does not shift the pages
     assert [len(page) for page in pages] == [3, 3, 2]
-    assert [move for page in pages for move in page] == whole["items"]
-    assert [move["id"] for move in whole["items"]] == sorted((move["id"] for move in whole["items"]), reverse=True)
+    assert [move for page in pages for move in page] == history["items"]
+    assert [move["id"] for move in history["items"]] == sorted((move["id"] for move in history["items"]), reverse=True)
     problem(line.history(cursor="bm9uc2Vuc2U"), 400, "bad_cursor")
 
 
@@ -181,17 +181,17 @@ def test_gates_are_set_read_and_judged_with_numbers(line: Line) -> None:
     problem(line.http.put(f"{line.path}/gates", json={"channel": "prod", "rules": ["be nice"]}), 400, "bad_rule")
     assert line.http.get(f"{line.path}/gates").json() == {"gates": {"prod": rules}}
 
-    told = problem(line.promote("1.0.0"), 422, "gate_failed")
-    assert [gate["passed"] for gate in told["findings"]] == [False, False], "what was not measured was not passed"
+    refused = problem(line.promote("1.0.0"), 422, "gate_failed")
+    assert [gate["passed"] for gate in refused["findings"]] == [False, False], "what was not measured was not passed"
     problem(line.look(), 404, "channel_unknown")
     record(line, "1.0.0", {"sql-exact": 2.0, "guard-exact": 1.0})
     record(line, "1.1.0", {"sql-exact": 2.5, "guard-exact": 1.6})
     record(line, "1.2.0", {"sql-exact": 2.5, "guard-exact": 1.5})
     first = line.promote("1.0.0").json()
     assert [gate["passed"] for gate in first["gates"]] == [True, True]
-    told = problem(line.promote("1.1.0"), 422, "gate_failed")
-    assert [(gate["rule"], gate["passed"]) for gate in told["findings"]] == [(rules[0], True), (rules[1], False)]
-    assert "worse by 0.6" in told["findings"][1]["detail"]
+    refused = problem(line.promote("1.1.0"), 422, "gate_failed")
+    assert [(gate["rule"], gate["passed"]) for gate in refused["findings"]] == [(rules[0], True), (rules[1], False)]
+    assert "worse by 0.6" in refused["findings"][1]["detail"]
     assert line.promote("1.2.0").status_code == 200, "worse by just the margin passes"
     assert line.roll_back().status_code == 200, "going back is never held up by a gate"
     forced = line.http.put(line.prod, json={"version": "1.1.0", "reason": "demo at noon", "force": True}).json()

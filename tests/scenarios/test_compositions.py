@@ -63,11 +63,11 @@ def write_recipe(directory: Path, **changes: Any) -> Path:
 
 
 def settled(cli: Cli) -> Traces:
-    """Traces after the worker has cleaned up, which it does after it has told that the job is finished."""
+    """Traces after the worker has cleaned up, which it does after it has recorded that the job is finished."""
     deadline = time.monotonic() + 10
-    while (found := traces(cli)).work and time.monotonic() < deadline:
+    while (seen := traces(cli)).work and time.monotonic() < deadline:
         time.sleep(0.05)
-    return found
+    return seen
 
 
 def test_a_recipe_is_planned_composed_and_composed_again(team: Cli, world: World, tmp_path: Path) -> None:
@@ -269,8 +269,8 @@ def test_a_tied_weight_is_untied_unless_the_recipe_decides_otherwise(embedded: C
     with torch.no_grad():
         torch.testing.assert_close(untied(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
-    whole = theirs.merge_and_unload()
-    for name, tensor in whole.state_dict().items():
+    theirs_merged = theirs.merge_and_unload()
+    for name, tensor in theirs_merged.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
 
 

@@ -21,8 +21,8 @@ def test_evidence_grows_from_weights_over_activations_to_a_probe(team: Cli, tmp_
     for suite, ref in zip(("sql-exact", "terraform-exact"), PAIR, strict=True):
         team.ok("eval", ref, "--suite", suite)
     probed = team.json("conflicts", *PAIR, "--probe", "2", "--probe-max", "4", "--guard", "guard-exact")
-    found = [report["pairs"][0]["evidence"] for report in (weights, activations, fallen_back, probed)]
-    assert found == ["weights", "activations", "activations", "probe"]
+    evidence = [report["pairs"][0]["evidence"] for report in (weights, activations, fallen_back, probed)]
+    assert evidence == ["weights", "activations", "activations", "probe"]
     assert activations["activations"]["prompts"] == 2
     assert probed["pairs"][0]["probe"]["k"] in (2, 4)
     assert probed["pairs"][0]["risk_low"] <= probed["pairs"][0]["risk"] <= probed["pairs"][0]["risk_high"]
@@ -139,8 +139,8 @@ def test_the_page_is_one_file_with_the_same_verdict(team: Cli, tmp_path: Path) -
     ran = team.ok("conflicts", *PAIR, "--html", page, "--json")
     assert str(page) in ran.err
     tree = Tree(page.read_text(encoding="utf-8")).root
-    assert f"Verdict: {ran.json['verdict']}" in tree.whole()
-    assert "acme/sql:1.0.0" in tree.whole()
+    assert f"Verdict: {ran.json['verdict']}" in tree.full_text()
+    assert "acme/sql:1.0.0" in tree.full_text()
     assert team("conflicts", *PAIR, "--html", tmp_path / "no" / "report.html").code == 2
 
 
@@ -180,14 +180,14 @@ def test_a_probe_of_directories_takes_suites_from_files_and_needs_no_registry(wo
     (tmp_path / "home").write_text("no directory")
     cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home")})
     asked = ("conflicts", world.adapters["sql"], world.adapters["terraform"], "--base", world.base, "--probe", "2")
-    suites = [tmp_path / f"{name}.yaml" for name in ("one", "two", "aside")]
+    suites = [tmp_path / f"{name}.yaml" for name in ("one", "two", "general")]
     for path in suites:
         examples = [{"prompt": f"{path.stem} {number}", "completion": "yes"} for number in range(4)]
         path.write_text(yaml.safe_dump({"name": path.stem, "kind": "target", "chat": True, "examples": examples}))
     given = ("--suite", suites[0], "--suite", suites[1], "--guard", suites[2], "--probe-max", "2")
     probe = cli.json(*asked, *given, "--weights", "1,0.5")["pairs"][0]["probe"]
     assert [effect["suite"] for effect in probe["effects"]] == ["one", "two"]
-    assert [guard["suite"] for guard in probe["guards"]] == ["aside"]
+    assert [guard["suite"] for guard in probe["guards"]] == ["general"]
     assert probe["effects"][0]["alone_weighted"] is None
     assert probe["effects"][1]["alone_weighted"] > 0
     missing = cli(*asked, "--suite", suites[0], "--suite", tmp_path / "three.yaml")

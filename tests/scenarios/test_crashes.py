@@ -58,9 +58,9 @@ def team(cli: Cli, world: World) -> Cli:
 
 
 @contextmanager
-def resources_of(place: Mapping[str, str], later: timedelta = timedelta(0)) -> Generator[Resources]:
+def resources_of(environ: Mapping[str, str], later: timedelta = timedelta(0)) -> Generator[Resources]:
     """Of the registry that this environment leads to."""
-    with environment(place, ["adaptory"]):
+    with environment(environ, ["adaptory"]):
         opened = open_resources(Settings())
     try:
         yield replace(opened, clock=lambda: opened.clock() + later)
@@ -94,7 +94,7 @@ def begin(cli: Cli, tmp_path: Path) -> None:
 def test_a_worker_that_dies_before_it_notes_a_step_is_succeeded_by_one_that_ends_the_job_the_same(
     stocked_embedded: Cli, world: World, tmp_path: Path, last: str
 ) -> None:
-    cli, place = team(stocked_embedded, world), stocked_embedded.environment
+    cli, environ = team(stocked_embedded, world), stocked_embedded.environment
     begin(cli, tmp_path)
     first: list[str] = []
 
@@ -102,16 +102,16 @@ def test_a_worker_that_dies_before_it_notes_a_step_is_succeeded_by_one_that_ends
         if name == last:
             raise Killed
 
-    with resources_of(place) as resources, pytest.raises(Killed):
+    with resources_of(environ) as resources, pytest.raises(Killed):
         run_one(resources, watched(first, die), "first")
     assert first == STEPS[: STEPS.index(last) + 1]
     published = {release for release in traces(cli).releases if "both" in release or "merged" in release}
     assert published == ({"acme/both:1.0.0", "acme/merged:1.0.0"} if last == "publish" else set())
 
-    with resources_of(place) as resources:
+    with resources_of(environ) as resources:
         assert not run_one(resources, watched([]), "too early"), "the lease has not run out"
     second: list[str] = []
-    with resources_of(place, LATER) as resources:
+    with resources_of(environ, LATER) as resources:
         assert run_one(resources, watched(second), "second")
         assert not run_one(resources, watched([]), "third"), "it is done"
     assert second == STEPS[STEPS.index(last) :], "steps that were noted as done are not redone"
@@ -130,7 +130,7 @@ def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neith
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
     """The adapter's bytes are in the store and the model's are not: the next worker publishes both together."""
-    cli, place = team(stocked_embedded, world), stocked_embedded.environment
+    cli, environ = team(stocked_embedded, world), stocked_embedded.environment
     begin(cli, tmp_path)
 
     class DyingStore:
@@ -147,11 +147,11 @@ def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neith
                 raise Killed
             return self.store.put(sha256, source, move=move)
 
-    with resources_of(place) as resources, pytest.raises(Killed):
+    with resources_of(environ) as resources, pytest.raises(Killed):
         run_one(replace(resources, store=DyingStore(resources.store)), KINDS, "first")
     assert not {"acme/both:1.0.0", "acme/merged:1.0.0"} & set(traces(cli).releases)
     second: list[str] = []
-    with resources_of(place, LATER) as resources:
+    with resources_of(environ, LATER) as resources:
         assert run_one(resources, watched(second), "second")
     assert second == ["publish"]
     assert {"acme/both:1.0.0", "acme/merged:1.0.0"} <= set(traces(cli).releases)
@@ -159,16 +159,16 @@ def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neith
 
 
 def test_a_job_that_kills_every_worker_is_given_up(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
-    cli, place = team(stocked_embedded, world), stocked_embedded.environment
+    cli, environ = team(stocked_embedded, world), stocked_embedded.environment
     begin(cli, tmp_path)
 
     def die(_name: str) -> None:
         raise Killed
 
     for attempt in range(3):
-        with resources_of(place, attempt * LATER) as resources, pytest.raises(Killed):
+        with resources_of(environ, attempt * LATER) as resources, pytest.raises(Killed):
             run_one(resources, watched([], die), f"worker {attempt}")
-    with resources_of(place, 3 * LATER) as resources:
+    with resources_of(environ, 3 * LATER) as resources:
         assert run_one(resources, watched([]), "fourth"), "it ends the job and cleans up after it"
     job = cli.json("jobs", "1")
     assert (job["state"], job["error"]["code"]) == ("failed", "worker_lost")
@@ -179,8 +179,8 @@ def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(
     pairing: dict[str, str], world: World, tmp_path: Path
 ) -> None:
     home = tmp_path / "server"
-    place = {"ADAPTORY_USER": USER, **pairing}
-    with server(home, **place) as (url, process):
+    environ = {"ADAPTORY_USER": USER, **pairing}
+    with server(home, **environ) as (url, process):
         cli = team(stock(Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}), world), world)
         started = cli.json("compose", write_recipe(tmp_path))
         states = wait_for(url, started["id"], lambda states: states["evaluate"] == "running")
@@ -190,8 +190,8 @@ def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(
     candidate = home / "work" / f"composition-{started['id']}" / "adapter" / "adapter_model.safetensors"
     written = candidate.stat().st_mtime_ns
 
-    with server(home, **place) as (url, _):
-        cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=place)
+    with server(home, **environ) as (url, _):
+        cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=environ)
         assert set(traces(cli).releases) == {"acme/sql:1.0.0", "acme/support:1.0.0"}, "nothing is half published"
         assert cli.json("jobs", "1")["state"] == "running", "it is the dead worker's until its lease runs out"
         seen: list[str] = []
@@ -201,7 +201,7 @@ def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(
             if name == "evaluate":
                 kept.append(candidate.stat().st_mtime_ns)
 
-        with resources_of({"ADAPTORY_HOME": str(home), **place}, LATER) as resources:
+        with resources_of({"ADAPTORY_HOME": str(home), **environ}, LATER) as resources:
             assert run_one(resources, watched(seen, look), "successor")
         assert seen == ["evaluate", "gate", "merge", "publish"]
         assert kept == [written], "the candidate is the one that the dead worker made"
@@ -212,11 +212,11 @@ def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(
 def wait_for(url: str, composition: int, enough: Callable[[dict[str, str]], bool]) -> dict[str, str]:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        found = httpx2.get(f"{url}/v1/compositions/{composition}", timeout=30).json()
-        states = {step["name"]: step["state"] for step in found["steps"]}
+        document = httpx2.get(f"{url}/v1/compositions/{composition}", timeout=30).json()
+        states = {step["name"]: step["state"] for step in document["steps"]}
         if enough(states):
             return states
-        assert found["state"] in ("queued", "running"), found
+        assert document["state"] in ("queued", "running"), document
         time.sleep(0.005)
     raise AssertionError(f"the composition never came that far: {states}")
 
@@ -231,10 +231,10 @@ def heavy_adapter(world: World, directory: Path, seed: int) -> Path:
     return directory
 
 
-def bytes_below(*places: Path) -> int:
+def bytes_below(*directories: Path) -> int:
     total = 0
-    for place in places:
-        for path in place.rglob("*"):
+    for environ in directories:
+        for path in environ.rglob("*"):
             with suppress(FileNotFoundError):  # it was moved into place meanwhile
                 total += path.stat().st_size
     return total
@@ -354,20 +354,20 @@ def test_a_silent_worker_that_comes_back_cannot_end_a_job_that_another_has_taken
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
     """The first worker sleeps through its lease in `combine`; the second takes over and is the one that finishes."""
-    cli, place = team(stocked_embedded, world), stocked_embedded.environment
+    cli, environ = team(stocked_embedded, world), stocked_embedded.environment
     begin(cli, tmp_path)
     first: list[str] = []
     second: list[str] = []
 
     def oversleep(name: str) -> None:
         if name == "combine":
-            with resources_of(place, LATER) as later:
+            with resources_of(environ, LATER) as later:
                 assert run_one(later, watched(second), "second")
 
-    with resources_of(place) as resources:
+    with resources_of(environ) as resources:
         run_one(resources, watched(first, oversleep), "first")
     assert (first, second) == (["check", "combine"], STEPS[1:]), "the first lets go as soon as it looks"
-    with resources_of(place) as resources, resources.read() as session:
+    with resources_of(environ) as resources, resources.read() as session:
         job = session.get_one(Job, 1)
         assert (job.state, job.attempts) == ("done", 2)
         assert {step["state"] for step in job.steps} == {"done"}

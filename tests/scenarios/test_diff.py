@@ -36,22 +36,22 @@ def test_two_releases_are_compared_in_everything_they_say(stocked: Cli, world: W
     (changed / "notes.txt").write_text("new")
     cli.ok("push", changed, "acme/sql:1.1.0", "--base", "tiny", "--include", "*.txt")
 
-    told = cli.json("diff", "acme/sql:1.0.0", "acme/sql:1.1.0")
-    assert (told["old"], told["new"], told["change"]) == ("acme/sql:1.0.0", "acme/sql:1.1.0", "weights")
-    assert {"name": "license", "old": None, "new": "mit"} in told["provenance"]
-    assert told["files"] == {
+    document = cli.json("diff", "acme/sql:1.0.0", "acme/sql:1.1.0")
+    assert (document["old"], document["new"], document["change"]) == ("acme/sql:1.0.0", "acme/sql:1.1.0", "weights")
+    assert {"name": "license", "old": None, "new": "mit"} in document["provenance"]
+    assert document["files"] == {
         "added": ["notes.txt"],
         "removed": [],
         "changed": ["README.md", "adapter_model.safetensors"],
     }
     old, new = dense_deltas(world.adapters["sql"], 2.0), dense_deltas(changed, 2.0)
-    rows = {row["module"]: row for row in told["deltas"]["modules"]}
+    rows = {row["module"]: row for row in document["deltas"]["modules"]}
     assert set(rows) == set(old)
     for module, row in rows.items():
         assert row["norm_difference"] == pytest.approx(np.linalg.norm(new[module] - old[module]), rel=1e-9)
         assert row["energy_gained"] + row["energy_lost"] == pytest.approx(row["norm_difference"] ** 2, rel=1e-9)
-    whole = sum(np.linalg.norm(new[module] - old[module]) ** 2 for module in old)
-    assert told["deltas"]["whole"]["norm_difference"] ** 2 == pytest.approx(whole, rel=1e-9)
+    energy = sum(np.linalg.norm(new[module] - old[module]) ** 2 for module in old)
+    assert document["deltas"]["whole"]["norm_difference"] ** 2 == pytest.approx(energy, rel=1e-9)
     shown = cli.ok("diff", "acme/sql:1.0.0", "acme/sql:1.1.0").out
     assert "other weights" in shown
     assert "notes.txt" in shown
@@ -62,13 +62,13 @@ def test_a_breaking_change_is_called_one_with_its_reasons(stocked_embedded: Cli,
     cli = stocked_embedded
     for name in ("sql", "terraform"):
         cli.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
-    told = cli.json("diff", "acme/sql", "acme/terraform")
-    assert told["change"] == "breaking"
-    assert {finding["code"] for finding in told["breaking"]} == {"other_type", "more_targets"}
-    facts = {row["name"]: (row["old"], row["new"]) for row in told["facts"]}
+    document = cli.json("diff", "acme/sql", "acme/terraform")
+    assert document["change"] == "breaking"
+    assert {finding["code"] for finding in document["breaking"]} == {"other_type", "more_targets"}
+    facts = {row["name"]: (row["old"], row["new"]) for row in document["facts"]}
     assert facts["rank_max"] == (4, 2)
     assert facts["targets"] == (["q_proj", "v_proj"], ["o_proj", "q_proj"])
-    statuses = {row["module"].split(".")[-1]: row["status"] for row in told["deltas"]["modules"]}
+    statuses = {row["module"].split(".")[-1]: row["status"] for row in document["deltas"]["modules"]}
     assert statuses == {"q_proj": "changed", "v_proj": "removed", "o_proj": "added"}
 
 
@@ -99,9 +99,9 @@ def test_two_directories_need_no_registry(tmp_path: Path) -> None:
     write_adapter(tmp_path / "old", {Q0: one, Q1: one}, dtype=torch.float32)
     write_adapter(tmp_path / "new", {Q0: one, Q1: other}, dtype=torch.float32)
     cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": "http://127.0.0.1:1"})
-    told = cli.json("diff", tmp_path / "old", tmp_path / "new")
-    assert [(row["module"], row["status"]) for row in told["deltas"]["modules"]] == [(Q1, "changed"), (Q0, "same")]
-    assert told["change"] == "weights"
+    document = cli.json("diff", tmp_path / "old", tmp_path / "new")
+    assert [(row["module"], row["status"]) for row in document["deltas"]["modules"]] == [(Q1, "changed"), (Q0, "same")]
+    assert document["change"] == "weights"
     assert Q0 not in cli.ok("diff", tmp_path / "old", tmp_path / "new").out, "what did not change is not listed"
     assert Q0 in cli.ok("diff", tmp_path / "old", tmp_path / "new", "--all").out
     assert cli.json("diff", tmp_path / "old", tmp_path / "old")["change"] == "none"
@@ -115,14 +115,14 @@ def test_a_release_is_compared_with_what_would_follow_it(stocked_embedded: Cli, 
     tensors = load_file(edited / "adapter_model.safetensors")
     first = next(name for name in tensors if "lora_B" in name)
     save_file(tensors | {first: 2 * tensors[first]}, edited / "adapter_model.safetensors")
-    told = cli.json("diff", "acme/sql", edited)
-    (row,) = [row for row in told["deltas"]["modules"] if row["status"] == "changed"]
+    document = cli.json("diff", "acme/sql", edited)
+    (row,) = [row for row in document["deltas"]["modules"] if row["status"] == "changed"]
     assert row["cosine"] == pytest.approx(1)
     assert (row["energy_gained"], row["energy_lost"]) == (
         pytest.approx(row["norm_old"] ** 2),
         pytest.approx(0, abs=1e-9),
     )
-    assert told["breaking"] == [], "nobody knows the base of a directory"
+    assert document["breaking"] == [], "nobody knows the base of a directory"
 
 
 def test_a_damaged_directory_is_refused_and_named(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:

@@ -78,13 +78,13 @@ def texts(api: Api, line: str) -> Iterator[tuple[str, bytes]]:
 def test_no_file_of_an_output_names_what_went_into_it_or_the_other_output(house: House) -> None:
     house.compose("pia")
     house.work()
-    told = {
+    notes = {
         **{f"lab/{name}": content for name, content in texts(house.apis["rex"], "adapters/lab/both")},
         **{f"den/{name}": content for name, content in texts(house.apis["dan"], "models/den/merged")},
     }
-    assert {f"lab/{NOTE_FILE}", f"den/{NOTE_FILE}"} <= set(told)
+    assert {f"lab/{NOTE_FILE}", f"den/{NOTE_FILE}"} <= set(notes)
     names = (b"acme", b"sql", b"support", b"lab/", b"den/")
-    assert [(file, name) for file, content in told.items() for name in names if name in content] == []
+    assert [(file, name) for file, content in notes.items() for name in names if name in content] == []
 
 
 def test_an_output_still_tells_what_it_was_made_of_and_names_it_to_who_may_read_that(house: House) -> None:

@@ -166,7 +166,9 @@ def test_an_answer_that_does_not_hold_together_is_refused_before_anything_is_wri
 
 
 @pytest.mark.parametrize("path", [".git/config", "a/.envrc", "GIT~1/config"])
-def test_a_hidden_file_is_not_written_whoever_released_it(hostile: HostileRegistry, tmp_path: Path, path: str) -> None:
+def test_a_hidden_file_is_not_written_even_if_a_registry_releases_it(
+    hostile: HostileRegistry, tmp_path: Path, path: str
+) -> None:
     hostile.release, api = release_of(row(path)), Api(hostile.url)
     cache = tmp_path / "cache"
     for fetch in (

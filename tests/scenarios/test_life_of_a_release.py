@@ -32,7 +32,7 @@ def test_a_release_lives_from_push_to_rollback(stocked: Cli, world: World, tmp_p
     assert {score["metric"] for score in shown["scores"]} == {"nll", "accuracy"}
     assert all(score["stderr"] is not None for score in shown["scores"])
 
-    found = cli.json(
+    hits = cli.json(
         "search",
         "--base",
         "tiny",
@@ -43,7 +43,7 @@ def test_a_release_lives_from_push_to_rollback(stocked: Cli, world: World, tmp_p
         "--score",
         "sql-exact.nll<=99",
     )
-    assert [release["repository"] for release in found["items"]] == ["acme/sql"]
+    assert [release["repository"] for release in hits["items"]] == ["acme/sql"]
 
     cli.ok("promote", "acme/sql:1.0.0", "--to", "prod", "--reason", "ready")
     cli.ok("push", world.adapters["other-sql"], "acme/sql", "--bump", "minor", "--base", "tiny")
@@ -113,8 +113,8 @@ def test_a_yank_and_taking_it_back_are_refused_without_a_reason(stocked: Cli, wo
                 api.post(f"{release}/{act}", body)
         assert stocked.json("show", "acme/sql:1.0.0")["yanked"] == before
         stocked.ok(act, "acme/sql:1.0.0", "--reason", reason)
-    told = stocked.json("audit", "--subject", "acme/sql:1.0.0")["items"][:-1]
-    assert [(event["act"], event["reason"], event["after"]["yanked"]) for event in told] == [
+    events = stocked.json("audit", "--subject", "acme/sql:1.0.0")["items"][:-1]
+    assert [(event["act"], event["reason"], event["after"]["yanked"]) for event in events] == [
         ("release:unyank", "the names were invented", False),
         ("release:yank", "leaks customer names", True),
     ]
@@ -132,8 +132,8 @@ def test_a_yank_may_get_a_better_reason_and_one_that_is_not_there_leaves_no_trac
     with api_of(stocked) as api:
         again = api.post("/v1/adapters/acme/sql/releases/1.0.0/unyank", {"reason": "once more"})
     assert not again["yanked"]
-    told = stocked.json("audit", "--subject", "acme/sql:1.0.0")["items"][-2::-1]
-    assert [(event["act"], event["before"]["yank_reason"], event["reason"]) for event in told] == [
+    events = stocked.json("audit", "--subject", "acme/sql:1.0.0")["items"][-2::-1]
+    assert [(event["act"], event["before"]["yank_reason"], event["reason"]) for event in events] == [
         ("release:yank", None, "wrong data"),
         ("release:yank", "wrong data", "leaks customer names"),
         ("release:unyank", "leaks customer names", "the names were invented"),

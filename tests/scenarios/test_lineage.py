@@ -52,11 +52,11 @@ def test_plan_show_and_diff_tell_rules_method_and_settings(team: Cli, tmp_path: 
     team.ok("compose", recipe(tmp_path / "recipe.yaml", "1.1.0", 0.5, method="svd", settings={"rank": 4}))
     for name in ("both", "merged"):
         rows = team.json("diff", f"acme/{name}:1.0.0", f"acme/{name}:1.1.0")["composition"]
-        told = {row["name"]: (row["old"], row["new"]) for row in rows}
-        assert told["method"] == ("dare_ties_svd", "svd")
-        assert told["settings.density"] == (0.6, None)
-        assert told["settings.rank"] == (4, 4)
-        old, new = told["member acme/terraform"]
+        changes = {row["name"]: (row["old"], row["new"]) for row in rows}
+        assert changes["method"] == ("dare_ties_svd", "svd")
+        assert changes["settings.density"] == (0.6, None)
+        assert changes["settings.rank"] == (4, 4)
+        old, new = changes["member acme/terraform"]
         assert old.startswith("1 x 1.0.0 ")
         assert new.startswith("0.5 x 1.0.0 ")
     assert "member acme/terraform" in team.ok("diff", "acme/both:1.0.0", "acme/both:1.1.0").out
@@ -65,7 +65,7 @@ def test_plan_show_and_diff_tell_rules_method_and_settings(team: Cli, tmp_path: 
     assert team.json("diff", "acme/sql", "acme/terraform")["composition"] == []
 
 
-def test_members_are_told_in_the_recipes_order_with_its_method_whatever_was_published_first(
+def test_members_are_listed_in_the_recipes_order_with_its_method_whatever_was_published_first(
     team: Cli, tmp_path: Path
 ) -> None:
     turned = yaml.safe_load(recipe(tmp_path / "recipe.yaml", "1.0.0").read_text())["inputs"][::-1]
@@ -78,7 +78,7 @@ def test_members_are_told_in_the_recipes_order_with_its_method_whatever_was_publ
     assert [row for row in rows if row["old"] != row["new"]] == []
 
 
-def test_what_was_combined_without_a_registry_is_told_by_its_directory(
+def test_the_directory_of_a_local_combination_says_what_it_was_combined_from(
     embedded: Cli, world: World, tmp_path: Path
 ) -> None:
     pair = ["--adapter", world.adapters["sql"], "--adapter", f"{world.adapters['terraform']}=0.5"]
@@ -132,7 +132,7 @@ def test_a_note_that_is_none_tells_nothing(content: bytes) -> None:
     assert of_note(content) is None
 
 
-def test_two_members_of_one_repository_are_both_told() -> None:
+def test_two_members_of_one_repository_are_both_listed() -> None:
     rows = [{"name": "a", "digest": digest, "weight": 1} for digest in ("x", "y")]
     made = of_note(json.dumps({"note": {}, "adapters": rows, "method": "stack", "settings": {}}).encode())
     assert side_by_side(None, made)[-1] == {"name": "member a", "old": None, "new": "1 x x, 1 x y"}

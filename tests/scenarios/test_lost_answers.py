@@ -322,7 +322,7 @@ def test_a_promotion_without_an_answer_says_that_it_may_have_been_done(
 
 @remote
 @pytest.mark.parametrize(
-    ("told", "wait"),
+    ("retry_after", "wait"),
     [
         ("7", r"Wait 7 s"),
         ("Tue, 31 Dec 2999 07:28:00 GMT", r"Wait \d{2}(,\d{3}){3} s"),
@@ -330,15 +330,15 @@ def test_a_promotion_without_an_answer_says_that_it_may_have_been_done(
         ("soon", None),
     ],
 )
-def test_how_long_to_wait_is_told_in_seconds_whoever_says_it(
-    network: Network, stocked: Cli, told: str, wait: str | None
+def test_the_time_to_wait_is_shown_in_seconds_whatever_server_sends_it(
+    network: Network, stocked: Cli, retry_after: str, wait: str | None
 ) -> None:
     problem = {"code": "too_many", "detail": "Too many.", "next": "Wait as long as Retry-After says."}
     for kind, body, otherwise in (
         ("application/problem+json", json.dumps(problem).encode(), "Wait a while"),
         ("text/html", b"busy", "Look at the log of the server"),
     ):
-        network.loses(".*", reaches=False, answer=(429, {"Content-Type": kind, "Retry-After": told}), body=body)
+        network.loses(".*", reaches=False, answer=(429, {"Content-Type": kind, "Retry-After": retry_after}), body=body)
         refused = stocked("list")
         assert refused.code == 7
         assert re.search(wait or otherwise, refused.err), refused.err

@@ -48,9 +48,9 @@ def test_an_adapter_with_hundreds_of_targets_is_released_and_found(cli: Cli, ada
     add_base(cli, "wide")
     cli.ok("push", adapter, "acme/wide:1.0.0", "--base", "wide")
     cli.ok("push", adapter, "acme/twin:1.0.0", "--base", "wide")
-    found = cli.json("search", "--targets-include", TARGETS[-1])["items"]
-    assert sorted(release["repository"] for release in found) == ["acme/twin", "acme/wide"]
-    assert found[0]["adapter"]["targets"] == TARGETS
+    hits = cli.json("search", "--targets-include", TARGETS[-1])["items"]
+    assert sorted(release["repository"] for release in hits) == ["acme/twin", "acme/wide"]
+    assert hits[0]["adapter"]["targets"] == TARGETS
     assert cli.json("search", "--targets-within", ",".join(TARGETS[:100]))["items"] == []
 
 
@@ -72,11 +72,11 @@ def test_lists_of_bases_and_repositories_say_everything_page_by_page(cli: Cli, a
     cli.ok("push", adapter, "acme/a:1.1.0-rc.1", "--base", "wide", "--channel", "canary")
     cli.ok("yank", "acme/b:1.0.0", "--reason", "wrong")
     with api_of(cli) as api:
-        whole = api.get("/v1/adapters")["items"]
-        assert list(api.pages("/v1/adapters", limit=1)) == whole
+        items = api.get("/v1/adapters")["items"]
+        assert list(api.pages("/v1/adapters", limit=1)) == items
         assert api.get("/v1/bases")["items"][0]["tensor_count"] == len(TARGETS)
         assert len(api.get("/v1/bases/wide", tensors=True)["tensors"]) == len(TARGETS)
-    listed = {row["repository"]: (row["latest"], row["channels"]) for row in whole}
+    listed = {row["repository"]: (row["latest"], row["channels"]) for row in items}
     assert listed == {
         "acme/a": ("1.0.0", {"canary": "1.1.0-rc.1", "prod": "1.0.0"}),
         "acme/b": (None, {}),  # what it would give out is yanked

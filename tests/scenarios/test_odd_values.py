@@ -43,27 +43,27 @@ def test_a_text_with_a_nul_is_refused_by_every_database_alike(stocked: Cli, worl
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         (("--weights", "1,1e13"), 2, "--weights 1,1e13 is not 2 numbers of magnitude 1e+12 at most"),
         (("--rule", "1" * 5000 + ":0=1"), 2, "the number of an adapter, 1 to 2"),
-        (("--rule", "1:0=1e13"), 2, "'1e13' is not a number of at most 1e+12 in size"),
-        (("--set", "lambda=1e13"), 2, "It is a number of at most 1e+12 in size"),
+        (("--rule", "1:0=1e13"), 2, "'1e13' is not a number of at most 1e+12 in magnitude"),
+        (("--set", "lambda=1e13"), 2, "It is a number of at most 1e+12 in magnitude"),
         (("--set", "lambda=" + "[" * 100_000), 2, "The setting lambda is '[["),
         (("--set", "lambda=1_0"), 2, "The setting lambda is '1_0'"),
         (("--method", "dare_ties", "--set", "seed=9007199254740993"), 2, "The setting seed is 9007199254740993"),
     ],
 )
 def test_a_number_that_is_none_or_too_large_is_refused(
-    arguments: tuple[str, ...], code: int, told: str, on_disk: Cli, world: World
+    arguments: tuple[str, ...], code: int, message: str, on_disk: Cli, world: World
 ) -> None:
     ran = on_disk("conflicts", world.adapters["sql"], world.adapters["support"], *arguments)
     assert (ran.code, ran.out) == (code, "")
-    assert told in ran.err
+    assert message in ran.err
 
 
 @pytest.mark.parametrize(
-    ("recipe", "told"),
+    ("recipe", "message"),
     [
         ({"gates": ["sql-exact.accuracy keeps 0.\uff19 of inputs"]}, "is not a gate rule"),
         ({"gates": ["sql-exact.nll within \uff10.1 of base"]}, "is not a gate rule"),
@@ -74,7 +74,7 @@ def test_a_number_that_is_none_or_too_large_is_refused(
     ],
 )
 def test_a_composition_that_could_not_end_well_is_refused_before_any_work(
-    stocked_embedded: Cli, world: World, tmp_path: Path, recipe: dict[str, object], told: str
+    stocked_embedded: Cli, world: World, tmp_path: Path, recipe: dict[str, object], message: str
 ) -> None:
     cli, path = stocked_embedded, tmp_path / "recipe.yaml"
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
@@ -82,7 +82,7 @@ def test_a_composition_that_could_not_end_well_is_refused_before_any_work(
     path.write_text(yaml.safe_dump({**document, **recipe}))
     for words in (("compose", path, "--plan"), ("compose", path)):
         refused = cli(*words)
-        assert (refused.code != 0, told in refused.err) == (True, True), refused.err
+        assert (refused.code != 0, message in refused.err) == (True, True), refused.err
     assert cli.json("jobs")["items"] == []
 
 

@@ -39,8 +39,8 @@ def test_every_list_fits_80_columns_and_is_whole_with_wide(busy: Cli, world: Wor
         for line in narrow.splitlines():
             words = line.split()
             assert len(line) <= 80 or len(words) <= 2, f"{command}: {line}"
-        whole = busy.ok(*command, "--wide").out
-        lacking = {*re.findall(r"\w{5,}", whole)} - {*re.findall(r"\w{5,}", narrow)}
+        wide = busy.ok(*command, "--wide").out
+        lacking = {*re.findall(r"\w{5,}", wide)} - {*re.findall(r"\w{5,}", narrow)}
         assert lacking <= {"release", "module", "server", "suite", "channel", "repository", "self_attn"}, (
             "a record has its first column as its heading, and modules are cut"
         )

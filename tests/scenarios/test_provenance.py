@@ -48,9 +48,9 @@ def test_a_release_keeps_what_its_card_says_and_what_is_stated_wins(
     assert carded["hyperparameters"] == {"learning_rate": 1e-4, "epochs": 3}
     (tmp_path / "stated.yaml").write_text(STATED)
     cli.ok("push", documented, "acme/sql:1.0.1", "--base", "tiny", "--provenance", tmp_path / "stated.yaml")
-    told = cli.json("show", "acme/sql:1.0.1")["provenance"]
-    assert (told["license"], told["trainer"], told["base_model"]) == ("mit", "trl 0.20", "acme/tiny")
-    assert told["data"] == [{"name": "acme/queries", "digest": "sha256:ab12", "license": "cc-by-4.0"}]
+    provenance = cli.json("show", "acme/sql:1.0.1")["provenance"]
+    assert (provenance["license"], provenance["trainer"], provenance["base_model"]) == ("mit", "trl 0.20", "acme/tiny")
+    assert provenance["data"] == [{"name": "acme/queries", "digest": "sha256:ab12", "license": "cc-by-4.0"}]
     shown = cli.ok("show", "acme/sql:1.0.1").out
     for part in ("https://runs.example/17", "0123abc", "acme/queries sha256:ab12 cc-by-4.0", "learning_rate"):
         assert part in shown
@@ -81,20 +81,20 @@ def test_whatever_a_release_states_finds_it(stocked: Cli, world: World, document
         "tags:sql",
         "tags:two words",
     ):
-        assert _found(cli, "--provenance", text) == ["acme/sql"], text
+        assert _search(cli, "--provenance", text) == ["acme/sql"], text
     for text in ("trainer:trl", f"run_url:{run[:-1]}", "data:cc-by-4.0", "hyperparameters.learning_rate:3", "tags:two"):
-        assert _found(cli, "--provenance", text) == [], text
-    assert _found(cli, "--provenance", "trainer:trl 0.20", "--provenance", "tags:sql") == ["acme/sql"]
-    assert _found(cli, "--provenance", "trainer:trl 0.20", "--provenance", "tags:python") == []
-    assert _found(cli, "train", "--provenance", "tags:sql") == ["acme/sql"]
+        assert _search(cli, "--provenance", text) == [], text
+    assert _search(cli, "--provenance", "trainer:trl 0.20", "--provenance", "tags:sql") == ["acme/sql"]
+    assert _search(cli, "--provenance", "trainer:trl 0.20", "--provenance", "tags:python") == []
+    assert _search(cli, "train", "--provenance", "tags:sql") == ["acme/sql"]
     for words in ("trainer", "trl", "0123abc", "learning_rate", "= tags"):
-        assert _found(cli, words) == [], words
+        assert _search(cli, words) == [], words
     with api_of(cli) as api:
         both = api.get("/v1/releases", provenance=["data:acme/queries", "license:mit"])["items"]
         assert [item["provenance"]["trainer"] for item in both] == ["trl 0.20"]
 
 
-def _found(cli: Cli, *asked: object) -> list[str]:
+def _search(cli: Cli, *asked: object) -> list[str]:
     return [item["repository"] for item in cli.json("search", *asked)["items"]]
 
 
@@ -115,8 +115,8 @@ def test_long_lists_among_the_hyperparameters_hide_nothing_else(
         "push", documented, "acme/sql:1.0.0", "--base", "tiny", "--provenance", tmp_path / "stated.yaml"
     )
     for text in ("tags:sql", "trainer:trl", "hyperparameters.list_0:99"):
-        assert _found(stocked_embedded, "--provenance", text) == ["acme/sql"], text
-    assert _found(stocked_embedded, "--provenance", "hyperparameters.list_24:99") == []
+        assert _search(stocked_embedded, "--provenance", text) == ["acme/sql"], text
+    assert _search(stocked_embedded, "--provenance", "hyperparameters.list_24:99") == []
 
 
 def test_a_card_that_cannot_be_read_is_a_warning_and_no_obstacle(stocked_embedded: Cli, documented: Path) -> None:

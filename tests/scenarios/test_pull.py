@@ -257,7 +257,7 @@ def test_files_that_a_check_refuses_never_appear(stocked_embedded: Cli, world: W
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_a_lost_blob_is_told_by_the_registry(stocked: Cli, world: World, tmp_path: Path) -> None:
+def test_a_lost_blob_is_reported_by_the_registry(stocked: Cli, world: World, tmp_path: Path) -> None:
     digest = pushed(stocked, world)[WEIGHTS]
     with api_of(stocked) as api:
         release = stocked.json("show", "acme/sql")
@@ -303,8 +303,8 @@ def test_force_replaces_no_directory_that_holds_anything_else(
     (home / "thesis.tex").write_text("years")
     link.symlink_to(home)
     file.write_text("a file")
-    for place in (home, link, file):
-        refused = stocked_on_disk("pull", "acme/sql", "-o", place, "--force")
+    for path in (home, link, file):
+        refused = stocked_on_disk("pull", "acme/sql", "-o", path, "--force")
         assert (refused.code, "--force" in refused.err) == (4, False), refused.err
     assert (home / "thesis.tex").read_text() == "years"
 

@@ -88,10 +88,10 @@ def test_a_damaged_blob_is_healed_by_fsck_and_the_same_push_again(
         refused = stocked(*push)
         assert refused.code != 0
         assert "adaptory fsck --full --discard" in refused.err
-    found = beside(stocked)("fsck", "--full", "--discard", "--json")
-    assert (found.code, found.json["discarded"]) == (1, [sha256])
-    (told,) = beside(stocked).json("audit", "--act", "blob:discard")["items"]
-    assert (told["subject"], told["reason"]) == (sha256, "damaged")
+    checked = beside(stocked)("fsck", "--full", "--discard", "--json")
+    assert (checked.code, checked.json["discarded"]) == (1, [sha256])
+    (event,) = beside(stocked).json("audit", "--act", "blob:discard")["items"]
+    assert (event["subject"], event["reason"]) == (sha256, "damaged")
     mended = stocked.ok(*push).out
     assert mended.startswith("already published, its lost files sent again: acme/sql:1.0.0 "), mended
     assert stocked.ok(*push).out.startswith("already published, nothing to do: acme/sql:1.0.0 ")

@@ -26,11 +26,11 @@ def composed(stocked_embedded: Cli, world: World, tmp_path: Path) -> Cli:
 
 
 def test_a_composed_model_is_rebuilt_from_its_lineage(composed: Cli) -> None:
-    found = composed.json("verify", MODEL, "--rebuild")
-    assert found["rebuild"]["verdict"] == "same"
-    assert {"model.safetensors.index.json", "config.json", "tokenizer.json"} <= set(found["rebuild"]["same"])
-    assert found["rebuild"]["different"] == []
-    assert "signed_by" not in found
+    report = composed.json("verify", MODEL, "--rebuild")
+    assert report["rebuild"]["verdict"] == "same"
+    assert {"model.safetensors.index.json", "config.json", "tokenizer.json"} <= set(report["rebuild"]["same"])
+    assert report["rebuild"]["different"] == []
+    assert "signed_by" not in report
     assert "rebuilt: same" in composed.ok("verify", MODEL, "--rebuild").out
 
 
@@ -70,9 +70,9 @@ def test_every_output_tells_the_recipe_and_the_lock_that_it_came_from_by_commits
     recipe = yaml.safe_load(write_recipe(tmp_path, probe=0).read_text())
     of_releases = ("inputs", "adapter", "model")
     for output in ("acme/assistant:1.0.0", MODEL):
-        place = tmp_path / output.partition("/")[2]
-        composed.ok("pull", output, "-o", place)
-        note = json.loads((place / "adaptory.json").read_text())["note"]
+        directory = tmp_path / output.partition("/")[2]
+        composed.ok("pull", output, "-o", directory)
+        note = json.loads((directory / "adaptory.json").read_text())["note"]
         assert not set(of_releases) & set(note["recipe"])
         wanted = {name: value for name, value in recipe.items() if name not in of_releases}
         assert {name: note["recipe"][name] for name in wanted} == wanted
@@ -136,8 +136,8 @@ def test_what_merge_wrote_into_a_directory_is_made_again_from_the_base_and_adapt
     assert (weighted.code, "the weights come from" in weighted.err) == (2, True), weighted.err
     for more in ("adapter.safetensors", "pytorch_model.bin"):
         (merged / more).write_bytes(b"a loader may take it for the model")
-        told = stocked_embedded("verify", merged, "--rebuild", *named)
-        assert (told.code, f"{more} does not belong to this merge" in told.out) == (1, True), told.out
+        ran = stocked_embedded("verify", merged, "--rebuild", *named)
+        assert (ran.code, f"{more} does not belong to this merge" in ran.out) == (1, True), ran.out
         (merged / more).unlink()
     shard = max(merged.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
@@ -177,7 +177,7 @@ main()
 """
 
 
-def test_who_interrupts_a_merge_is_told_what_is_left_and_goes_on_with_it(world: World, tmp_path: Path) -> None:
+def test_an_interrupted_merge_says_what_is_left_and_is_resumed(world: World, tmp_path: Path) -> None:
     """The signal comes when the first shard is finished: the real command, in a process of its own."""
     merge = ["merge", "--base", world.base, "--adapter", world.adapters["sql"], "-o", tmp_path / "merged"]
     words = [sys.executable, "-c", INTERRUPTED, *map(str, merge)]
@@ -185,8 +185,8 @@ def test_who_interrupts_a_merge_is_told_what_is_left_and_goes_on_with_it(world: 
     (left,) = tmp_path.glob("merged.partial-*")
     assert (ran.returncode, ran.stdout) == (130, "")
     assert ran.stderr.splitlines()[-1].startswith(f"interrupted: finished parts are in {left}")
-    told = Cli({"ADAPTORY_HOME": str(tmp_path / "home")}).json(*merge)
-    assert told["resumed_bytes"] > 0
+    report = Cli({"ADAPTORY_HOME": str(tmp_path / "home")}).json(*merge)
+    assert report["resumed_bytes"] > 0
     assert not left.exists()
 
 
@@ -196,5 +196,5 @@ def test_what_a_merge_warns_of_is_in_its_document_too(world: World, tmp_path: Pa
     for file in base.glob("tokenizer*"):
         file.unlink()
     merge = ("merge", "--base", base, "--adapter", world.adapters["sql"], "-o", tmp_path / "merged")
-    told = Cli({"ADAPTORY_HOME": str(tmp_path / "home")}).json(*merge)
-    assert "no_tokenizer" in {finding["code"] for finding in told["findings"]}
+    report = Cli({"ADAPTORY_HOME": str(tmp_path / "home")}).json(*merge)
+    assert "no_tokenizer" in {finding["code"] for finding in report["findings"]}

@@ -153,8 +153,8 @@ def test_the_server_refuses_by_itself_whatever_a_client_sends(stocked: Cli, worl
             with pytest.raises(RegistryError) as raised:
                 push.push(api, files, name, "adapter", request, lambda _count: None)
             assert raised.value.exit_code == 6, f"{what}: {raised.value!r}"
-            told = f"{raised.value.subject} {raised.value}"
-            assert all(fragment in told for fragment in fragments), f"{what}: {told}"
+            message = f"{raised.value.subject} {raised.value}"
+            assert all(fragment in message for fragment in fragments), f"{what}: {message}"
         files = push.collect(select_files(world.adapters["sql"]))
         with pytest.raises(NotFound):
             push.push(api, files, name, "adapter", request | {"base": "huge"}, lambda _count: None)
@@ -181,7 +181,9 @@ def test_a_release_cannot_name_bytes_that_nobody_sent_or_a_pickle(stocked_embedd
     assert traces(stocked_embedded) == Traces(frozenset(), frozenset(), ())
 
 
-def test_a_release_that_names_a_stored_file_with_another_size_is_told_both(stocked: Cli, world: World) -> None:
+def test_a_release_that_names_a_stored_file_with_another_size_is_refused_with_both_sizes(
+    stocked: Cli, world: World
+) -> None:
     published = stocked.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")["release"]
     (weights,) = [row for row in published["files"] if row["path"] == WEIGHTS]
     files = [{**row, "size_bytes": 12_345} if row is weights else row for row in published["files"]]

@@ -26,16 +26,16 @@ def shelf(stocked: Cli, world: World) -> Cli:
     return stocked
 
 
-def found(cli: Cli, *asked: object) -> list[str]:
+def search(cli: Cli, *asked: object) -> list[str]:
     return [f"{item['repository']}:{item['version']}" for item in cli.json("search", *asked)["items"]]
 
 
 def test_a_platform_engineer_finds_what_the_server_loads_and_why_not_the_rest(shelf: Cli) -> None:
     asked = ("--base", "tiny", "--max-rank", "4", "--targets-within", "q_proj,v_proj,o_proj")
-    assert found(shelf, *asked) == ["beta/help:1.0.0", "acme/terraform:1.0.0", "acme/sql:1.0.0"]
-    assert found(shelf, *asked, "--loads-in", "vllm:8") == ["acme/terraform:1.0.0", "acme/sql:1.0.0"]
-    told = shelf.json("search", *asked, "--loads-in", "vllm:8", "--include", "refused")["items"]
-    loading = {item["repository"]: item["loads_in"] for item in told}
+    assert search(shelf, *asked) == ["beta/help:1.0.0", "acme/terraform:1.0.0", "acme/sql:1.0.0"]
+    assert search(shelf, *asked, "--loads-in", "vllm:8") == ["acme/terraform:1.0.0", "acme/sql:1.0.0"]
+    items = shelf.json("search", *asked, "--loads-in", "vllm:8", "--include", "refused")["items"]
+    loading = {item["repository"]: item["loads_in"] for item in items}
     assert loading["acme/sql"] == {"profile": "vllm:8", "loads": True, "reasons": [], "way_out": []}
     assert not loading["beta/help"]["loads"]
     assert "different scales" in loading["beta/help"]["reasons"][0]
@@ -46,32 +46,32 @@ def test_a_platform_engineer_finds_what_the_server_loads_and_why_not_the_rest(sh
 
 
 def test_words_facts_and_channels_narrow_a_search(shelf: Cli) -> None:
-    assert found(shelf, "tickets", "trained") == ["beta/help:1.0.0", "acme/terraform:1.0.0", "acme/sql:1.0.0"]
-    assert found(shelf, "terra") == ["acme/terraform:1.0.0"]
-    assert found(shelf, "SQL") == ["acme/sql:1.0.0"]
-    assert found(shelf, "sqlx") == []
-    assert found(shelf, "--targets-exact", "v_proj,q_proj") == ["acme/sql:1.0.0"]
-    assert found(shelf, "--targets-include", "o_proj") == ["acme/terraform:1.0.0"]
-    assert found(shelf, "--min-rank", "3", "--namespace", "acme") == ["acme/sql:1.0.0"]
-    assert found(shelf, "--repository", "beta/help") == ["beta/help:1.0.0"]
-    assert found(shelf, "--max-size-bytes", "10") == []
-    assert found(shelf, "--alpha", "0") == []
+    assert search(shelf, "tickets", "trained") == ["beta/help:1.0.0", "acme/terraform:1.0.0", "acme/sql:1.0.0"]
+    assert search(shelf, "terra") == ["acme/terraform:1.0.0"]
+    assert search(shelf, "SQL") == ["acme/sql:1.0.0"]
+    assert search(shelf, "sqlx") == []
+    assert search(shelf, "--targets-exact", "v_proj,q_proj") == ["acme/sql:1.0.0"]
+    assert search(shelf, "--targets-include", "o_proj") == ["acme/terraform:1.0.0"]
+    assert search(shelf, "--min-rank", "3", "--namespace", "acme") == ["acme/sql:1.0.0"]
+    assert search(shelf, "--repository", "beta/help") == ["beta/help:1.0.0"]
+    assert search(shelf, "--max-size-bytes", "10") == []
+    assert search(shelf, "--alpha", "0") == []
     shelf.ok("promote", "acme/sql", "--to", "prod")
-    assert found(shelf, "--channel", "prod") == ["acme/sql:1.0.0"]
+    assert search(shelf, "--channel", "prod") == ["acme/sql:1.0.0"]
     shelf.ok("yank", "acme/sql:1.0.0", "--reason", "wrong data")
-    assert found(shelf, "--channel", "prod") == []
-    assert found(shelf, "--namespace", "acme") == ["acme/terraform:1.0.0"]
-    assert found(shelf, "--namespace", "acme", "--include-yanked") == ["acme/terraform:1.0.0", "acme/sql:1.0.0"]
+    assert search(shelf, "--channel", "prod") == []
+    assert search(shelf, "--namespace", "acme") == ["acme/terraform:1.0.0"]
+    assert search(shelf, "--namespace", "acme", "--include-yanked") == ["acme/terraform:1.0.0", "acme/sql:1.0.0"]
 
 
 def test_a_channel_that_falls_back_is_searched_where_it_stands(stocked: Cli, world: World) -> None:
     for version, name in (("1.0.0", "sql"), ("1.0.1", "other-sql")):
         stocked.ok("push", world.adapters[name], f"acme/sql:{version}", "--base", "tiny", "--channel", "prod")
-    assert found(stocked, "--channel", "prod") == ["acme/sql:1.0.1"]
-    assert found(stocked, "--latest") == ["acme/sql:1.0.1"]
+    assert search(stocked, "--channel", "prod") == ["acme/sql:1.0.1"]
+    assert search(stocked, "--latest") == ["acme/sql:1.0.1"]
     stocked.ok("yank", "acme/sql:1.0.1", "--reason", "wrong data")
-    assert found(stocked, "--channel", "prod") == ["acme/sql:1.0.0"]
-    assert found(stocked, "--latest") == ["acme/sql:1.0.0"]
+    assert search(stocked, "--channel", "prod") == ["acme/sql:1.0.0"]
+    assert search(stocked, "--latest") == ["acme/sql:1.0.0"]
 
 
 def test_releases_for_a_cast_of_the_base_are_found_on_request_and_say_so(
@@ -86,15 +86,15 @@ def test_releases_for_a_cast_of_the_base_are_found_on_request_and_say_so(
     assert (added["derived_from"]["name"], added["relation"]) == ("tiny", "finetuned")
     shelf.ok("push", world.adapters["sql"], "acme/half:1.0.0", "--base", "tiny-half")
     shelf.ok("push", world.adapters["sql"], "acme/tuned:1.0.0", "--base", "tiny-tuned")
-    assert found(shelf, "--base", "tiny-half") == ["acme/half:1.0.0"]
-    told = shelf.json("search", "--base", "tiny-half", "--include", "related", "--namespace", "acme")["items"]
-    assert [(item["repository"], item["related"] and item["related"]["relation"]) for item in told] == [
+    assert search(shelf, "--base", "tiny-half") == ["acme/half:1.0.0"]
+    items = shelf.json("search", "--base", "tiny-half", "--include", "related", "--namespace", "acme")["items"]
+    assert [(item["repository"], item["related"] and item["related"]["relation"]) for item in items] == [
         ("acme/half", None), ("acme/terraform", "cast"), ("acme/sql", "cast"),
     ]  # fmt: skip
-    assert told[1]["related"]["base"]["name"] == "tiny-half"
-    assert told[1]["base"]["name"] == "tiny"
+    assert items[1]["related"]["base"]["name"] == "tiny-half"
+    assert items[1]["base"]["name"] == "tiny"
     assert "not for tiny-half: cast" in shelf.ok("search", "--base", "tiny-half", "--include", "related").out
-    assert "acme/tuned:1.0.0" not in found(shelf, "--base", "tiny", "--include", "related")
+    assert "acme/tuned:1.0.0" not in search(shelf, "--base", "tiny", "--include", "related")
 
 
 def test_a_relation_between_bases_is_checked(stocked: Cli, world: World, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_cursor_belongs_to_its_search(shelf: Cli) -> None:
     for other in (("--sort", "version"), ("--namespace", "acme"), ("--sort", "sql-exact.nll")):
         refused = shelf("search", "--limit", "1", "--cursor", cursor, *other)
         assert (refused.code, "does not belong to this search" in refused.err) == (2, True)
-    assert found(shelf, "--limit", "5", "--cursor", cursor) == ["acme/terraform:1.0.0", "acme/sql:1.0.0"]
+    assert search(shelf, "--limit", "5", "--cursor", cursor) == ["acme/terraform:1.0.0", "acme/sql:1.0.0"]
     for forged in ("x", "!!!", "W10", "WyJhIiwgbnVsbCwgMV0"):
         assert shelf("search", "--cursor", forged).code == 2
 
@@ -199,8 +199,8 @@ def test_a_condition_that_is_empty_is_refused_and_not_left_out(shelf: Cli) -> No
         error = refused.json["error"]
         assert (refused.code, error["code"]) == (2, "empty_parameter"), flag
         assert flag in error["next"]
-    assert len(found(shelf, "--targets-within", "q_proj,v_proj,")) == 2, "a comma too many does no harm"
-    assert len(found(shelf, "")) == 3
+    assert len(search(shelf, "--targets-within", "q_proj,v_proj,")) == 2, "a comma too many does no harm"
+    assert len(search(shelf, "")) == 3
 
 
 def test_a_metric_that_nobody_has_is_unknown_and_one_that_nobody_has_yet_finds_nothing(
@@ -210,13 +210,13 @@ def test_a_metric_that_nobody_has_is_unknown_and_one_that_nobody_has_yet_finds_n
         refused = shelf("search", *asked, "--json")
         assert (refused.code, refused.json["error"]["code"]) == (3, "metric_unknown")
         assert "accuracy" in refused.json["error"]["next"]
-    assert found(shelf, "--sort", "sql-exact.accuracy") == []
+    assert search(shelf, "--sort", "sql-exact.accuracy") == []
     (suite,) = [row for row in shelf.json("suite", "list")["items"] if row["name"] == "sql-exact"]
     score = {"suite_digest": suite["digest"], "metric": "f1", "value": 0.5, "n": 1, "higher_is_better": True}
     with api_of(shelf) as api:
         api.post("/v1/adapters/acme/sql/releases/1.0.0/scores", {"scores": [score]})
-    assert found(shelf, "--sort", "sql-exact.f1") == ["acme/sql:1.0.0"]
-    assert found(shelf, "--sort", "sql-exact.f1", "--namespace", "beta") == []
+    assert search(shelf, "--sort", "sql-exact.f1") == ["acme/sql:1.0.0"]
+    assert search(shelf, "--sort", "sql-exact.f1", "--namespace", "beta") == []
 
 
 def test_the_best_come_first_with_documents_that_keep_to_their_schema(
@@ -230,10 +230,10 @@ def test_the_best_come_first_with_documents_that_keep_to_their_schema(
             score = {"suite_digest": digest, "metric": "nll", "value": nll, "n": 6, "higher_is_better": False}
             posted = http.post(f"/v1/adapters/acme/{name}/releases/1.0.0/scores", json={"scores": [score]})
             assert posted.status_code == 200
-        assert found(cli, "--sort", "guard-exact.nll") == [
+        assert search(cli, "--sort", "guard-exact.nll") == [
             "acme/terraform:1.0.0", "acme/sql:1.0.0", "acme/support:1.0.0",
         ]  # fmt: skip
-        assert found(cli, "--sort", "guard-exact.nll", "--score", "guard-exact.nll>=0.5") == [
+        assert search(cli, "--sort", "guard-exact.nll", "--score", "guard-exact.nll>=0.5") == [
             "acme/sql:1.0.0", "acme/support:1.0.0",
         ]  # fmt: skip
         asked = {"base": "tiny", "loads_in": "vllm:8", "include": "refused,related"}

@@ -25,7 +25,7 @@ from tests import services
 from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli, server
 
-Found = TypeVar("Found")
+Seen = TypeVar("Seen")
 LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
 
 
@@ -44,13 +44,13 @@ def served(home: Path, *options: str, **settings: str) -> Generator[tuple[str, s
         process.wait(20)
 
 
-def eventually(look: Callable[[], Found], *, within_s: float = 60) -> Found:
+def eventually(look: Callable[[], Seen], *, within_s: float = 60) -> Seen:
     """What is found once it is true."""
     deadline = time.monotonic() + within_s
-    while not (found := look()):
+    while not (seen := look()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    return found
+    return seen
 
 
 def children(process: subprocess.Popen[str]) -> set[int]:
@@ -111,8 +111,8 @@ def test_a_process_that_dies_is_replaced_and_named(pairing: dict[str, str], tmp_
 def test_a_process_that_cannot_start_ends_all_and_says_why(pairing: dict[str, str], tmp_path: Path) -> None:
     with served(tmp_path / "home", "--processes", "2", **pairing) as (url, process, said):
         httpx2.get(f"{url}/healthz", timeout=30)
-        place = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), **pairing})
-        with closing(opened(place)) as resources, resources.write() as session:
+        registry = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), **pairing})
+        with closing(opened(registry)) as resources, resources.write() as session:
             session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
         os.kill(max(children(process)), signal.SIGKILL)
         assert process.wait(60) == 7
@@ -181,8 +181,8 @@ def test_an_answer_comes_as_one_packet_and_those_to_requests_sent_together_in_th
 
 def test_a_head_that_does_not_go_on_is_given_up(tmp_path: Path) -> None:
     with server(tmp_path / "home") as (url, _), ExitStack() as stack:
-        place = ("127.0.0.1", int(url.rpartition(":")[2]))
-        slow, later = (stack.enter_context(socket.create_connection(place, timeout=HEAD_S + 30)) for _ in range(2))
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        slow, later = (stack.enter_context(socket.create_connection(address, timeout=HEAD_S + 30)) for _ in range(2))
         for line in (slow, later):
             line.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
         later.sendall(b"\r\n")
@@ -198,13 +198,13 @@ CHUNKED = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunk
 def test_what_is_said_behind_a_body_is_no_header_and_costs_no_memory(tmp_path: Path) -> None:
     """It could else name another host, user or address than the head that a proxy has looked at."""
     with server(tmp_path / "home") as (url, process):
-        place, before = ("127.0.0.1", int(url.rpartition(":")[2])), resident_bytes(process.pid or 0)
+        address, before = ("127.0.0.1", int(url.rpartition(":")[2])), resident_bytes(process.pid or 0)
         for field in (b"Host: elsewhere.example", b"Origin: http://elsewhere.example"):
-            with socket.create_connection(place) as line:
+            with socket.create_connection(address) as line:
                 line.sendall(CHUNKED + field + b"\r\n\r\n")
                 assert line.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
         for more in (b"X-%d: %s\r\n", b"%d%s"):
-            with socket.create_connection(place) as line:
+            with socket.create_connection(address) as line:
                 line.sendall(CHUNKED)
                 sent = 0
                 try:
@@ -218,10 +218,10 @@ def test_what_is_said_behind_a_body_is_no_header_and_costs_no_memory(tmp_path: P
 
 def test_requests_that_come_before_the_answers_to_others_are_bounded(tmp_path: Path) -> None:
     with server(tmp_path / "home") as (url, process):
-        place, before = ("127.0.0.1", int(url.rpartition(":")[2])), resident_bytes(process.pid or 0)
+        address, before = ("127.0.0.1", int(url.rpartition(":")[2])), resident_bytes(process.pid or 0)
         asked = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
         for requests, answered in ((MAX_PIPELINED, MAX_PIPELINED), (1_000_000, 0)):
-            with socket.create_connection(place) as line:
+            with socket.create_connection(address) as line:
                 received = b""
                 with suppress(OSError):  # hung up
                     line.sendall(asked * requests)
@@ -261,17 +261,17 @@ def test_a_running_server_is_not_ready_while_its_database_has_another_schema(
     pairing: dict[str, str], tmp_path: Path
 ) -> None:
     with served(tmp_path / "home", **pairing) as (url, _, _):
-        place = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), **pairing})
-        with closing(opened(place)) as resources:
+        registry = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), **pairing})
+        with closing(opened(registry)) as resources:
             for schema, code, next_step in (
                 ("0001", "schema_old", "Run `adaptory migrate`"),
                 ("9999", "schema_new", "Install a newer adaptory"),
             ):
                 with resources.write() as session:
                     session.execute(text("UPDATE alembic_version SET version_num = :schema"), {"schema": schema})
-                told = httpx2.get(f"{url}/readyz", timeout=30)
-                assert (told.status_code, told.json()["code"]) == (503, code)
-                assert next_step in told.json()["next"]
+                ready = httpx2.get(f"{url}/readyz", timeout=30)
+                assert (ready.status_code, ready.json()["code"]) == (503, code)
+                assert next_step in ready.json()["next"]
                 assert httpx2.get(f"{url}/healthz").status_code == 200
             with resources.write() as session:
                 session.execute(text("UPDATE alembic_version SET version_num = :head"), {"head": head_revision()})
@@ -282,7 +282,7 @@ def resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_port_in_use_is_told_without_touching_the_registry(tmp_path: Path) -> None:
+def test_a_port_in_use_is_refused_without_touching_the_registry(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ran = Cli({"ADAPTORY_HOME": str(tmp_path / "home")})("serve", "--port", taken.getsockname()[1])
     assert ran.code == 7

@@ -58,10 +58,10 @@ def signed(world: World, keys: Keys, tmp_path: Path) -> Path:
 
 def stock_sign(directory: Path, keys: Keys) -> None:
     signer = stock_signing.Config().use_elliptic_key_signer(private_key=keys.private)
-    aside = directory.with_name("aside.sig")
+    signature = directory.with_name("other.sig")
     (directory / SIGNATURE_FILE).unlink(missing_ok=True)
-    signer.sign(directory, aside)
-    aside.rename(directory / SIGNATURE_FILE)
+    signer.sign(directory, signature)
+    signature.rename(directory / SIGNATURE_FILE)
 
 
 def require(cli: Cli, *trusted: Keys, required: bool = True, covers: str = "files") -> None:

@@ -1,4 +1,4 @@
-"""A store that hangs, dies and comes back: told as 503 in good time, nothing half done, no restart needed."""
+"""A store that hangs, dies and comes back: 503 in good time, nothing half done, no restart needed."""
 
 import os
 import shutil
@@ -35,14 +35,14 @@ PATIENCE = {
 }
 
 
-def place(own_s3: S3Server, tmp_path: Path) -> dict[str, str]:
+def environ(own_s3: S3Server, tmp_path: Path) -> dict[str, str]:
     """A new database, and a corner of the store that these tests take away."""
     return own_s3.environment(f"{tmp_path.name}/") | {"ADAPTORY_DATABASE_URL": services.new_database(migrated=True)}
 
 
 @pytest.fixture
 def registry(own_s3: S3Server, world: World, tmp_path: Path) -> Generator[Cli]:
-    with serving(place(own_s3, tmp_path) | PATIENCE | SMALL_PARTS, tmp_path) as cli:
+    with serving(environ(own_s3, tmp_path) | PATIENCE | SMALL_PARTS, tmp_path) as cli:
         stock(cli, world)
         cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
         yield cli
@@ -65,7 +65,7 @@ def crash(s3: S3Server) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("harm", [hang, crash])
-def test_a_store_that_is_away_is_told_in_time_and_is_used_again_when_it_is_back(
+def test_a_store_that_is_away_is_a_503_in_time_and_is_used_again_when_it_is_back(
     registry: Cli, own_s3: S3Server, world: World, tmp_path: Path, harm: Callable[[S3Server], Callable[[], None]]
 ) -> None:
     cli, url = registry, registry.environment["ADAPTORY_URL"]
@@ -194,7 +194,7 @@ class Workshop:
 
 @pytest.fixture
 def workshop(own_s3: S3Server, world: World, tmp_path: Path) -> Generator[Workshop]:
-    given = place(own_s3, tmp_path) | PATIENCE
+    given = environ(own_s3, tmp_path) | PATIENCE
     cli = stock(Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER, **given}), world)
     begin(team(cli, world), tmp_path)
     resources = opened(cli)
@@ -278,7 +278,7 @@ def test_a_base_that_is_on_another_host_is_no_outage(workshop: Workshop, world: 
 
 
 def test_the_registry_grows_by_nothing_while_weights_go_by_it(own_s3: S3Server, world: World, tmp_path: Path) -> None:
-    given = place(own_s3, tmp_path) | {"ADAPTORY_USER": USER}
+    given = environ(own_s3, tmp_path) | {"ADAPTORY_USER": USER}
     with server(tmp_path / "server", **given) as (url, process):
         cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=given)
         stock(cli, world)

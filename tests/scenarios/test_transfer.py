@@ -161,9 +161,9 @@ def test_a_cache_without_a_file_leaves_the_begun_one_alone(tmp_path: Path) -> No
     begun.write_bytes(b"half of it")
     assert not cache.take("0" * 64, begun)
     assert begun.read_bytes() == b"half of it"
-    whole = tmp_path / "whole"
-    whole.write_bytes(b"all of it")
-    cache.keep(hashlib.sha256(b"all of it").hexdigest(), whole)
+    complete = tmp_path / "complete"
+    complete.write_bytes(b"all of it")
+    cache.keep(hashlib.sha256(b"all of it").hexdigest(), complete)
     assert cache.take(hashlib.sha256(b"all of it").hexdigest(), begun)
     assert begun.read_bytes() == b"all of it"
-    assert not list((tmp_path / "cache").glob(".*")), "nothing aside is left"
+    assert not list((tmp_path / "cache").glob(".*")), "no staging file is left"

@@ -36,7 +36,9 @@ def test_it_is_pushed_shown_found_and_merged(kind: str, embedded: Cli, world: Wo
     assert (shown["variant"], shown["rank_max"]) == (variant, rank)
     assert {"q_proj", "v_proj"} <= set(shown["targets"])
     assert embedded.json("search", "--loads-in", "vllm:512")["items"] == []
-    assert [found["repository"] for found in embedded.json("search", "--loads-in", "peft")["items"]] == [f"acme/{kind}"]
+    assert [release["repository"] for release in embedded.json("search", "--loads-in", "peft")["items"]] == [
+        f"acme/{kind}"
+    ]
     embedded.ok("merge", "--base", world.base, "--adapter", adapter, "-o", tmp_path / "merged")
     assert relative(logits(tmp_path / "merged"), peft_logits(world.base, adapter)) <= 1e-5
 
@@ -47,10 +49,10 @@ def test_another_layout_is_looked_at_converted_and_elsewhere_named(embedded: Cli
     as_kohya(world.adapters["sql"], kohya)  # rank 4, alpha 8
     embedded.ok("base", "add", base, "--name", "small")
     for options in ((), ("--base", "small")):
-        told = embedded.json("inspect", kohya, *options)
-        facts = told["adapter"]
-        assert (told["layout"], facts["type"], facts["rank_max"], facts["alpha"]) == ("kohya", "lora", 4, 8.0)
-        assert {row["loads"] for row in told["loads_in"]} == {False}
+        report = embedded.json("inspect", kohya, *options)
+        facts = report["adapter"]
+        assert (report["layout"], facts["type"], facts["rank_max"], facts["alpha"]) == ("kohya", "lora", 4, 8.0)
+        assert {row["loads"] for row in report["loads_in"]} == {False}
     assert "`adaptory convert` makes PEFT's of it" in embedded.ok("inspect", kohya).out
     commands: list[tuple[object, ...]] = [
         ("merge", "--base", base, "--adapter", kohya, "-o", tmp_path / "out"),

@@ -1,4 +1,4 @@
-"""What the registry says of bases, channels, scores and times follows from what it knows, not from what it was told."""
+"""What the registry says of bases, channels, scores and times is derived, not claimed by a client."""
 
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -50,26 +50,28 @@ def test_what_a_base_was_made_from_before_a_correction_is_in_the_audit(cli: Cli)
         for origin in ("base-3", "base-4"):
             api.post("/v1/bases", base_of(ROWS, derived_from=origin, relation="finetuned"))
     rows = [row for row in cli.json("audit", "--act", "base:update")["items"] if "derived_from" in row["after"]]
-    told = sorted((row["id"], (row["before"] or {}).get("derived_from"), row["after"]["derived_from"]) for row in rows)
-    assert [row[1:] for row in told] == [(None, digests[0]), (digests[0], digests[1])]
+    origins = sorted(
+        (row["id"], (row["before"] or {}).get("derived_from"), row["after"]["derived_from"]) for row in rows
+    )
+    assert [row[1:] for row in origins] == [(None, digests[0]), (digests[0], digests[1])]
 
 
 def test_a_channel_tells_what_it_gives_out_and_what_it_passes_over(stocked: Cli, world: World) -> None:
     for name, version in (("sql", "1.0.0"), ("other-sql", "1.1.0")):
         stocked.ok("push", world.adapters[name], f"acme/sql:{version}", "--base", "tiny", "--channel", "prod")
 
-    def told() -> list[Any]:
+    def channel_state() -> list[Any]:
         with api_of(stocked) as api:
             one = api.get("/v1/adapters/acme/sql/channels/prod")
             assert api.get("/v1/adapters/acme/sql/channels")["items"] == [one]
             return [one["version"], one["passes_over"], api.get("/v1/adapters/acme/sql")["channels"]]
 
-    assert told() == ["1.1.0", None, {"prod": "1.1.0"}]
+    assert channel_state() == ["1.1.0", None, {"prod": "1.1.0"}]
     stocked.ok("yank", "acme/sql:1.1.0", "--reason", "leaks names")
-    assert told() == ["1.0.0", "1.1.0", {"prod": "1.0.0"}]
+    assert channel_state() == ["1.0.0", "1.1.0", {"prod": "1.0.0"}]
     assert stocked.json("show", "acme/sql@prod")["version"] == "1.0.0"
     stocked.ok("yank", "acme/sql:1.0.0", "--reason", "so does this one")
-    assert told() == [None, "1.1.0", {}]
+    assert channel_state() == [None, "1.1.0", {}]
 
 
 def test_the_first_score_of_its_author_says_which_way_a_metric_is_better(stocked: Cli, world: World) -> None:
@@ -87,20 +89,20 @@ def test_the_first_score_of_its_author_says_which_way_a_metric_is_better(stocked
         record("support", 0.9, True)
         with pytest.raises(Invalid):
             record("support", 0.9, False)
-    found = stocked.json("search", "--sort", f"{suite['name']}.f1")["items"]
-    assert [release["repository"] for release in found] == ["acme/support", "acme/sql"]
+    hits = stocked.json("search", "--sort", f"{suite['name']}.f1")["items"]
+    assert [release["repository"] for release in hits] == ["acme/support", "acme/sql"]
 
 
 def test_a_moment_is_the_same_in_every_zone(stocked: Cli, world: World) -> None:
     stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
     with api_of(stocked) as api:
         newest = max(datetime.fromisoformat(row["at"]) for row in api.get("/v1/audit")["items"])
-        for after, found in ((timedelta(minutes=-30), True), (timedelta(minutes=30), False)):
+        for after, expected in ((timedelta(minutes=-30), True), (timedelta(minutes=30), False)):
             for hours in (-2, 0, 5):
                 since = (newest + after).astimezone(timezone(timedelta(hours=hours)))
-                assert bool(api.get("/v1/audit", since=since.isoformat())["items"]) == found, since
+                assert bool(api.get("/v1/audit", since=since.isoformat())["items"]) == expected, since
             naive = (newest + after).replace(tzinfo=None)  # taken as UTC
-            assert bool(api.get("/v1/audit", since=naive.isoformat())["items"]) == found, naive
+            assert bool(api.get("/v1/audit", since=naive.isoformat())["items"]) == expected, naive
 
 
 def test_a_namespace_takes_no_key_that_is_too_long(cli: Cli) -> None:
@@ -116,15 +118,15 @@ def test_a_page_of_very_long_documents_ends_early_and_the_next_goes_on(
         cli.ok("push", world.adapters["sql"], f"acme/sql:1.{number}.0", "--base", "tiny")
     path = "/v1/adapters/acme/sql/releases"
     with api_of(cli) as api:
-        whole, found = (list(api.pages(one, limit=5)) for one in (path, "/v1/releases"))
+        releases, hits = (list(api.pages(one, limit=5)) for one in (path, "/v1/releases"))
         monkeypatch.setattr(documents, "PAGE_BYTES", 1)
-        for one, all_of_them in ((path, whole), ("/v1/releases", found)):
+        for one, all_of_them in ((path, releases), ("/v1/releases", hits)):
             assert len(api.get(one, limit=5)["items"]) == 1
             assert list(api.pages(one, limit=5)) == all_of_them
         monkeypatch.setattr(documents, "BATCH_SIZE", 2)
-        assert list(api.pages(path, limit=5)) == whole
+        assert list(api.pages(path, limit=5)) == releases
         monkeypatch.setattr(documents, "PAGE_BYTES", 1 << 30)
-        assert api.get(path, limit=5)["items"] == whole
+        assert api.get(path, limit=5)["items"] == releases
 
 
 def test_lists_of_names_may_have_spaces_and_say_a_name_twice(stocked: Cli, world: World) -> None:

@@ -123,7 +123,7 @@ def test_all_files_that_cannot_be_released_are_named_before_one_is_hashed(
         (directory / name).write_bytes(b"x")
     torch.save({}, directory / "notes.txt")
     (directory / "outside").symlink_to(tmp_path)
-    monkeypatch.setattr(transfer, "connected", None)  # whoever gets as far as the registry fails
+    monkeypatch.setattr(transfer, "connected", None)  # a command that gets as far as the registry fails
     refused = stocked_on_disk("push", directory, "acme/sql:1.0.0", "--base", "tiny", "--include", "*")
     assert refused.code == 6
     for name in ("optimizer.pt", "training_args.bin", "a.pkl", "notes.txt", "outside"):

@@ -103,7 +103,7 @@ def test_workers_without_the_base_leave_a_composition_to_one_that_has_it(site: S
     for number, passed in enumerate(others):
         assert run_one(site.resources, KINDS, f"without {number}", passed=passed)
         assert site.job == {"state": "queued", "code": "base_not_here"}
-        assert site.work == [], "whoever goes on has another disk"
+        assert site.work == [], "the next worker has another disk"
         assert not run_one(site.resources, KINDS, f"without {number}", passed=passed), "it was left to others"
     away.rename(site.base)
     assert run_one(site.resources, KINDS, "with", passed={})
@@ -173,9 +173,7 @@ def test_a_worker_removes_what_other_hosts_have_ended_and_nothing_that_is_not_it
 
 
 @pytest.mark.parametrize("name", ["check", "combine", "evaluate", "merge"])
-def test_a_step_that_is_told_to_stop_gives_its_job_back_before_it_has_read_or_measured_all(
-    name: str, site: Site
-) -> None:
+def test_a_stopped_step_gives_its_job_back_before_it_has_read_or_measured_all(name: str, site: Site) -> None:
     stop, ended = threading.Event(), list[str]()
     step = KINDS["composition"].steps[name]
 

@@ -1,4 +1,4 @@
-"""Workers that are told to stop, to let go, or to go on elsewhere; and what they refuse to begin."""
+"""Workers that stop, let go, or go on elsewhere; and what they refuse to begin."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def test_a_waiting_composition_is_cancelled_at_once(stocked_embedded: Cli, world
         assert not run_one(resources, watched([]), "worker")
 
 
-def test_a_worker_that_is_told_to_stop_hands_its_job_back_without_a_wait(
+def test_a_stopped_worker_hands_its_job_back_without_a_wait(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
     cli, stop = team(stocked_embedded, world), threading.Event()
@@ -72,7 +72,7 @@ def test_a_worker_that_is_told_to_stop_hands_its_job_back_without_a_wait(
     assert (first, second) == (["check", "combine"], ["evaluate", "gate", "merge", "publish"])
 
 
-def test_a_worker_that_is_told_to_stop_in_a_merge_leaves_what_is_finished_to_who_goes_on(
+def test_a_worker_stopped_in_a_merge_leaves_what_is_finished_to_the_next_one(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
     cli = team(stocked_embedded, world)
@@ -93,12 +93,12 @@ def test_a_worker_that_is_told_to_stop_in_a_merge_leaves_what_is_finished_to_who
 
 
 def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> None:
-    """How far a merge is can be told later: without this, all that it had finished would be thrown away."""
+    """A merge's progress can be recorded later: without this, all that it had finished would be thrown away."""
     on_disk.ok("list")
-    place = {**on_disk.environment, "ADAPTORY_DATABASE_TIMEOUT_S": "0.2"}
-    with resources_of(place) as resources:
+    environ = {**on_disk.environment, "ADAPTORY_DATABASE_TIMEOUT_S": "0.2"}
+    with resources_of(environ) as resources:
         held = JobRun(resources, "worker", 1, threading.Event())
-        other = sqlite3.connect(Path(place["ADAPTORY_HOME"]) / "registry.db", isolation_level=None)
+        other = sqlite3.connect(Path(environ["ADAPTORY_HOME"]) / "registry.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(Unavailable):
             held.finish_step()
@@ -212,9 +212,9 @@ def test_the_probe_measures_the_weights_that_the_method_ends_up_with(
     risks = []
     for recipe in (plain, plain | {"inputs": doubled, "settings": {"normalize": True}}):
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump(recipe))
-        found = cli.json("compose", tmp_path / "plan.yaml", "--plan")["conflicts"]
-        assert found["pairs"][0]["evidence"] == "probe"
-        risks.append(found["pairs"][0]["risk"])
+        report = cli.json("compose", tmp_path / "plan.yaml", "--plan")["conflicts"]
+        assert report["pairs"][0]["evidence"] == "probe"
+        risks.append(report["pairs"][0]["risk"])
     assert risks[0] == pytest.approx(risks[1], abs=1e-6)
 
 

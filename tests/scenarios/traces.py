@@ -78,10 +78,10 @@ def keeps_blobs_in_s3(cli: Cli) -> bool:
 
 def s3_of(cli: Cli) -> tuple[Any, str, str]:
     """boto3, bucket and prefix of the registry's store; past our own store class on purpose."""
-    told = cli.registry_environment
+    environ = cli.registry_environment
     names = ("ADAPTORY_STORAGE__ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-    client = _client(*(told[name] for name in names))
-    return client, told["ADAPTORY_STORAGE__BUCKET"], told["ADAPTORY_STORAGE__PREFIX"]
+    client = _client(*(environ[name] for name in names))
+    return client, environ["ADAPTORY_STORAGE__BUCKET"], environ["ADAPTORY_STORAGE__PREFIX"]
 
 
 @cache

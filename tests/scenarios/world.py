@@ -40,8 +40,8 @@ class World:
 
 def build_world(directory: Path) -> World:
     """A sharded llama of 60 kB with a tokenizer, three adapters for it, a target suite for each and a guard suite."""
-    whole = save_llama(directory / "whole", seed=3)
-    model = LlamaForCausalLM.from_pretrained(whole)
+    unsharded = save_llama(directory / "whole", seed=3)
+    model = LlamaForCausalLM.from_pretrained(unsharded)
     base = directory / "base"
     model.save_pretrained(base, max_shard_size="20KB")
     save_tokenizer(base)
@@ -59,7 +59,7 @@ def build_world(directory: Path) -> World:
     adapters: dict[str, Path] = {}
     for seed, (name, config) in enumerate(kinds.items()):
         adapters[name] = directory / name
-        save_adapter(LlamaForCausalLM.from_pretrained(whole), adapters[name], seed, **config)
+        save_adapter(LlamaForCausalLM.from_pretrained(unsharded), adapters[name], seed, **config)
     suites = {name: _suite(directory, name, "target") for name in ("sql", "terraform", "support")}
     return World(base, adapters, {**suites, "guard": _suite(directory, "guard", "guard")})
 

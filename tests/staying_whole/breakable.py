@@ -36,7 +36,7 @@ class Postgres:
         return services.start_postgres(self.directory)
 
     def stop(self) -> None:
-        """As a crash would: no connection is told goodbye."""
+        """As a crash would: no connection is closed properly."""
         services.stop_postgres(self.directory)
 
     def freeze(self) -> None:
@@ -99,13 +99,15 @@ class Stock:
 
     def requests(self) -> list[tuple[str, str, dict[str, Any]]]:
         """One of each route, which would go through: (method, path, what httpx sends)."""
-        found: list[tuple[str, str, dict[str, Any]]] = []
+        requests: list[tuple[str, str, dict[str, Any]]] = []
         for router in routers():
             for route in router.routes:
                 assert isinstance(route, APIRoute)
                 methods = sorted(route.methods or ())
-                found += [(method, self._path(method, route.path), self.body(method, route.path)) for method in methods]
-        return found
+                requests += [
+                    (method, self._path(method, route.path), self.body(method, route.path)) for method in methods
+                ]
+        return requests
 
     def _path(self, method: str, template: str) -> str:
         blob = self.announced if method == "PUT" else self.sha256

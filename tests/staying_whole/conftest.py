@@ -15,11 +15,11 @@ from tests.staying_whole.small import write_base
 
 
 @pytest.fixture
-def place(pairing: dict[str, str], tmp_path: Path) -> dict[str, str]:
+def environ(pairing: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """The environment of a registry that knows one base."""
-    found = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia", **pairing}
-    Cli(found).ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
-    return found
+    variables = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia", **pairing}
+    Cli(variables).ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
+    return variables
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +32,15 @@ def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Generator[Postgres
     own.stop()
 
 
-def opened(place: Mapping[str, str]) -> Resources:
-    with environment(place, ["adaptory"]):
+def opened(environ: Mapping[str, str]) -> Resources:
+    with environment(environ, ["adaptory"]):
         return open_resources(Settings())
 
 
-def broken_promises(place: Mapping[str, str], *, read_bytes: bool = False) -> list[str]:
-    resources = opened(place)
+def broken_promises(environ: Mapping[str, str], *, read_bytes: bool = False) -> list[str]:
+    resources = opened(environ)
     try:
-        found = check(resources, read_bytes=read_bytes)
+        findings = check(resources, read_bytes=read_bytes)
     finally:
         resources.close()
-    return [finding.message for finding in found if finding.severity == "error"]
+    return [finding.message for finding in findings if finding.severity == "error"]

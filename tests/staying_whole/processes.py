@@ -1,7 +1,7 @@
 """Processes to kill: a server, a client that works through it, a collector beside them.
 
-They are forked, so that one is back within a few milliseconds: a hundred kills then take a minute. None of them is told
-that it will die; each is ended by SIGKILL wherever it is.
+They are forked, so that one is back within a few milliseconds: a hundred kills then take a minute. Each is ended by
+SIGKILL wherever it is, without a warning.
 """
 
 import json
@@ -61,7 +61,7 @@ def collect_forever() -> None:
 
 @dataclass
 class Journal:
-    """What the client was about to do and what it was told: lines that outlive it."""
+    """What the client was about to do and what it was answered: lines that outlive it."""
 
     path: Path
 
@@ -140,8 +140,8 @@ class _Client:
     def _push(self, minor: int) -> dict[str, Any]:
         files = adapter_files(self.directory / str(minor), minor)
         request = {"version": f"1.{minor}.0", "base": "tiny"}
-        told = push(self.api, files, NAME, "adapter", request, lambda _count: None)
-        return {"commit": told["release"]["commit"]}
+        answer = push(self.api, files, NAME, "adapter", request, lambda _count: None)
+        return {"commit": answer["release"]["commit"]}
 
     def _etag(self) -> str:
         while True:

@@ -27,28 +27,30 @@ from tests.staying_whole.small import adapter_files
 
 @dataclass(frozen=True)
 class Backup:
-    """Of the registry in `place`, below `directory`; restored into another home, database and store."""
+    """Of the registry in `environ`, below `directory`; restored into another home, database and store."""
 
-    place: Mapping[str, str]
+    environ: Mapping[str, str]
     directory: Path
 
     @property
     def on_s3(self) -> bool:
-        return "AWS_ACCESS_KEY_ID" in self.place
+        return "AWS_ACCESS_KEY_ID" in self.environ
 
     def save_database(self) -> None:
         self.directory.mkdir(exist_ok=True)
         if not self.on_s3:
-            with closing(sqlite3.connect(Path(self.place["ADAPTORY_HOME"]) / "registry.db")) as database:
+            with closing(sqlite3.connect(Path(self.environ["ADAPTORY_HOME"]) / "registry.db")) as database:
                 database.execute("VACUUM INTO ?", [str(self.directory / "registry.db")])
             return
-        _postgres("pg_dump", "--format=custom", "--file", self.directory / "dump", self.place["ADAPTORY_DATABASE_URL"])
+        _postgres(
+            "pg_dump", "--format=custom", "--file", self.directory / "dump", self.environ["ADAPTORY_DATABASE_URL"]
+        )
 
     def save_blobs(self) -> None:
         if not self.on_s3:
-            shutil.copytree(Path(self.place["ADAPTORY_HOME"]) / "store" / "blobs", self.directory / "blobs")
+            shutil.copytree(Path(self.environ["ADAPTORY_HOME"]) / "store" / "blobs", self.directory / "blobs")
             return
-        _copy_objects(self.place["ADAPTORY_STORAGE__PREFIX"], f"backup-{self.place['ADAPTORY_STORAGE__PREFIX']}")
+        _copy_objects(self.environ["ADAPTORY_STORAGE__PREFIX"], f"backup-{self.environ['ADAPTORY_STORAGE__PREFIX']}")
 
     def restore(self, home: Path) -> dict[str, str]:
         """The environment of the registry that was made of it."""
@@ -56,13 +58,13 @@ class Backup:
         if not self.on_s3:
             shutil.copy(self.directory / "registry.db", home / "registry.db")
             shutil.copytree(self.directory / "blobs", home / "store" / "blobs")
-            return {**self.place, "ADAPTORY_HOME": str(home)}
+            return {**self.environ, "ADAPTORY_HOME": str(home)}
         url = services.new_database()
         _postgres("pg_restore", "--dbname", url, self.directory / "dump")
-        prefix = self.place["ADAPTORY_STORAGE__PREFIX"]
+        prefix = self.environ["ADAPTORY_STORAGE__PREFIX"]
         _copy_objects(f"backup-{prefix}", f"restored-{prefix}")
         return {
-            **self.place,
+            **self.environ,
             "ADAPTORY_HOME": str(home),
             "ADAPTORY_DATABASE_URL": url,
             "ADAPTORY_STORAGE__PREFIX": f"restored-{prefix}",
@@ -83,10 +85,10 @@ def _copy_objects(source: str, target: str) -> None:
 
 
 @contextmanager
-def busy(place: Mapping[str, str], directory: Path) -> Generator[list[str]]:
+def busy(environ: Mapping[str, str], directory: Path) -> Generator[list[str]]:
     """A client that pushes and promotes until the block ends; yields the versions pushed so far."""
     port, stop, pushed = services.free_port(), threading.Event(), list[str]()
-    server = start(serve, place, port)
+    server = start(serve, environ, port)
     wait_for_port(port)
     failures: list[RegistryError] = []
 
@@ -124,22 +126,22 @@ def _wait_for(pushed: list[str], count: int) -> None:
         time.sleep(0.01)
 
 
-def checked(place: Mapping[str, str]) -> tuple[int, Any]:
-    ran = Cli(dict(place))("fsck", "--full", "--json")
+def checked(environ: Mapping[str, str]) -> tuple[int, Any]:
+    ran = Cli(dict(environ))("fsck", "--full", "--json")
     return ran.code, ran.json
 
 
-def test_a_backup_of_a_busy_registry_database_first_is_restored_whole(place: dict[str, str], tmp_path: Path) -> None:
-    backup = Backup(place, tmp_path / "backup")
-    with busy(place, tmp_path / "adapters") as pushed:
+def test_a_backup_of_a_busy_registry_database_first_is_restored_whole(environ: dict[str, str], tmp_path: Path) -> None:
+    backup = Backup(environ, tmp_path / "backup")
+    with busy(environ, tmp_path / "adapters") as pushed:
         backup.save_database()
         _wait_for(pushed, len(pushed) + 2)
         backup.save_blobs()
         _wait_for(pushed, len(pushed) + 1)
     restored = backup.restore(tmp_path / "restored")
-    code, told = checked(restored)
-    assert (code, told["clean"]) == (0, True), told
-    assert {finding["code"] for finding in told["findings"]} == {"orphans"}, "blobs of what came after the dump"
+    code, report = checked(restored)
+    assert (code, report["clean"]) == (0, True), report
+    assert {finding["code"] for finding in report["findings"]} == {"orphans"}, "blobs of what came after the dump"
 
     cli = Cli(restored)
     versions = [row["version"] for row in cli.json("list", "acme/sql")["items"]]
@@ -158,30 +160,30 @@ def test_a_backup_of_a_busy_registry_database_first_is_restored_whole(place: dic
 
 
 def test_a_collection_between_the_two_halves_of_a_backup_takes_nothing_that_a_release_needs(
-    place: dict[str, str], tmp_path: Path
+    environ: dict[str, str], tmp_path: Path
 ) -> None:
-    backup = Backup(place, tmp_path / "backup")
-    shortly = Cli(place | {"ADAPTORY_UPLOAD_EXPIRES_S": "1"})
+    backup = Backup(environ, tmp_path / "backup")
+    shortly = Cli(environ | {"ADAPTORY_UPLOAD_EXPIRES_S": "1"})
     with busy(shortly.environment, tmp_path / "adapters"):
         backup.save_database()
         time.sleep(1.1)
         shortly.ok("gc", "--grace-hours", "0")
         backup.save_blobs()
-    code, told = checked(backup.restore(tmp_path / "restored"))
-    assert (code, told["clean"]) == (0, True), told
+    code, report = checked(backup.restore(tmp_path / "restored"))
+    assert (code, report["clean"]) == (0, True), report
 
 
-def test_a_backup_in_the_wrong_order_is_found_out_by_fsck(place: dict[str, str], tmp_path: Path) -> None:
-    backup = Backup(place, tmp_path / "backup")
+def test_a_backup_in_the_wrong_order_is_found_out_by_fsck(environ: dict[str, str], tmp_path: Path) -> None:
+    backup = Backup(environ, tmp_path / "backup")
     backup.directory.mkdir()
-    with busy(place, tmp_path / "adapters") as pushed:
+    with busy(environ, tmp_path / "adapters") as pushed:
         backup.save_blobs()
         _wait_for(pushed, len(pushed) + 2)
         backup.save_database()
     restored = backup.restore(tmp_path / "restored")
-    code, told = checked(restored)
-    assert (code, told["clean"]) == (1, False)
-    missing = [finding for finding in told["findings"] if finding["code"] == "blob_missing"]
+    code, report = checked(restored)
+    assert (code, report["clean"]) == (1, False)
+    missing = [finding for finding in report["findings"] if finding["code"] == "blob_missing"]
     assert "acme/sql:1." in missing[0]["message"], "it says which release is hit"
     refused = Cli(restored)("pull", f"acme/sql:{pushed[-2]}", "-o", tmp_path / "pulled")
     assert refused.code == 7, refused.err
@@ -189,10 +191,10 @@ def test_a_backup_in_the_wrong_order_is_found_out_by_fsck(place: dict[str, str],
 
 
 def test_a_damaged_copy_of_a_blob_is_found_out_by_fsck_and_never_delivered(
-    place: dict[str, str], tmp_path: Path
+    environ: dict[str, str], tmp_path: Path
 ) -> None:
-    backup = Backup(place, tmp_path / "backup")
-    with busy(place, tmp_path / "adapters"):
+    backup = Backup(environ, tmp_path / "backup")
+    with busy(environ, tmp_path / "adapters"):
         backup.save_database()
         backup.save_blobs()
     restored = backup.restore(tmp_path / "restored")
@@ -207,10 +209,10 @@ def test_a_damaged_copy_of_a_blob_is_found_out_by_fsck_and_never_delivered(
         path.chmod(0o644)
         path.write_bytes(bytes(size))
     assert Cli(restored)("fsck").code == 0, "its size is right"
-    code, told = checked(restored)
-    (found,) = [finding for finding in told["findings"] if finding["severity"] == "error"]
-    assert (code, found["code"], found["subject"]) == (1, "blob_corrupt", sha256)
-    assert "adapter_model.safetensors of acme/sql:1.0.0" in found["message"]
+    code, report = checked(restored)
+    (error,) = [finding for finding in report["findings"] if finding["severity"] == "error"]
+    assert (code, error["code"], error["subject"]) == (1, "blob_corrupt", sha256)
+    assert "adapter_model.safetensors of acme/sql:1.0.0" in error["message"]
     refused = Cli(restored)("pull", "acme/sql:1.0.0", "-o", tmp_path / "pulled")
     assert refused.code != 0
     assert "adapter_model.safetensors" in refused.err

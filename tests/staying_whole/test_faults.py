@@ -1,4 +1,4 @@
-"""Databases, disks and stores that are away, hang or are full: told in time, nothing half done, no restart needed."""
+"""Databases, disks and stores that are away, hang or are full: 503 in time, nothing half done, no restart needed."""
 
 import hashlib
 import random
@@ -43,10 +43,10 @@ DROP_OTHERS = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE
 
 @dataclass(frozen=True)
 class Registry:
-    """A server and a worker, each a process of its own; `place` is without their impatience, for who looks at it later.
-    `directory` is for what a client has."""
+    """A server and a worker, each a process of its own. `environ` is without their short timeouts, for later checks.
+    `directory` holds the client's files."""
 
-    place: Mapping[str, str]
+    environ: Mapping[str, str]
     url: str
     directory: Path
     stock: Stock
@@ -89,7 +89,7 @@ class Registry:
         assert self.pull("1.1.0") == (self.directory / "1.1.0" / "adapter_model.safetensors").read_bytes()
         made = self.plan("acme/sql:1.0.0", "acme/sql:1.1.0")
         assert self.watch(made, has_ended)["state"] == "done"
-        assert broken_promises(self.place, read_bytes=True) == []
+        assert broken_promises(self.environ, read_bytes=True) == []
 
 
 def has_ended(made: Json) -> bool:
@@ -97,25 +97,25 @@ def has_ended(made: Json) -> bool:
 
 
 @contextmanager
-def running(place: dict[str, str], directory: Path) -> Generator[Registry]:
-    place = place | {"ADAPTORY_USER": "mia"}
-    Cli(place).ok("base", "add", write_base(directory / "base"), "--name", "tiny")
+def running(environ: dict[str, str], directory: Path) -> Generator[Registry]:
+    environ = environ | {"ADAPTORY_USER": "mia"}
+    Cli(environ).ok("base", "add", write_base(directory / "base"), "--name", "tiny")
     port = services.free_port()
-    server = start(serve, place, port)
+    server = start(serve, environ, port)
     wait_for_port(port)
     url = f"http://127.0.0.1:{port}"
     stock = furnish(url, directory / "1.0.0")
-    worker = start(do_jobs, place, str(directory / "worker"))
+    worker = start(do_jobs, environ, str(directory / "worker"))
     while not (directory / "worker").exists():
         assert worker.is_alive()
         time.sleep(0.05)
-    patient = {name: value for name, value in place.items() if name not in PATIENCE}
+    patient = {name: value for name, value in environ.items() if name not in PATIENCE}
     yield Registry(patient, url, directory, stock)
     kill(worker)  # which fails when it has died before
     kill(server)
 
 
-def assert_told(answer: httpx2.Response, what: object, *codes: str) -> None:
+def assert_refused(answer: httpx2.Response, what: object, *codes: str) -> None:
     assert answer.status_code == 503, (what, answer.status_code, answer.text)
     assert int(answer.headers["Retry-After"]) > 0, what
     if answer.request.method != "HEAD":
@@ -123,16 +123,16 @@ def assert_told(answer: httpx2.Response, what: object, *codes: str) -> None:
 
 
 @pytest.fixture
-def place_on_postgres(own_postgres: Postgres, tmp_path: Path) -> dict[str, str]:
+def environment_on_postgres(own_postgres: Postgres, tmp_path: Path) -> dict[str, str]:
     url = services._create_database(own_postgres.start(), f"t{time.monotonic_ns()}")
-    place = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_DATABASE_URL": url, **PATIENCE}
-    Cli(place).ok("migrate")
-    return place
+    environ = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_DATABASE_URL": url, **PATIENCE}
+    Cli(environ).ok("migrate")
+    return environ
 
 
 @pytest.fixture
-def on_postgres(place_on_postgres: dict[str, str], tmp_path: Path) -> Generator[Registry]:
-    with running(place_on_postgres, tmp_path) as registry:
+def on_postgres(environment_on_postgres: dict[str, str], tmp_path: Path) -> Generator[Registry]:
+    with running(environment_on_postgres, tmp_path) as registry:
         yield registry
 
 
@@ -147,7 +147,7 @@ def hang(postgres: Postgres) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize("harm", [crash, hang])
-def test_a_database_that_is_away_is_told_by_every_route_and_is_used_again_when_it_is_back(
+def test_a_database_that_is_away_is_a_503_on_every_route_and_is_used_again_when_it_is_back(
     on_postgres: Registry, own_postgres: Postgres, harm: Callable[[Postgres], Callable[[], object]]
 ) -> None:
     url = on_postgres.url
@@ -161,7 +161,7 @@ def test_a_database_that_is_away_is_told_by_every_route_and_is_used_again_when_i
                 assert httpx2.get(f"{url}/healthz", timeout=2).status_code == 200, "others waiting are no excuse"
                 time.sleep(0.1)
             for request, answer in zip(requests, asked, strict=True):
-                assert_told(answer.result(), request, "database_unavailable", "database_busy")
+                assert_refused(answer.result(), request, "database_unavailable", "database_busy")
     finally:
         heal()
     on_postgres.assert_well()
@@ -191,17 +191,17 @@ def test_connections_that_drop_in_the_middle_of_moves_lose_none_that_was_accepte
                 administrator.execute(DROP_OTHERS)
                 time.sleep(0.1)
         accepted = [moved for mover in movers for moved in mover.result()]
-    assert set(refused) == {"database_unavailable"}, "of dropped connections the clients are told, of nothing else"
+    assert set(refused) == {"database_unavailable"}, "clients see dropped connections and nothing else"
     assert len(accepted) > 20
     history = list(Api(on_postgres.url).pages(f"{CHANNEL}/history", limit=500))
     assert set(accepted) <= {row["id"] for row in history}
-    assert broken_promises(on_postgres.place) == []
+    assert broken_promises(on_postgres.environ) == []
 
 
 def test_a_job_whose_database_crashes_is_ended_well_when_it_is_back(
-    place_on_postgres: dict[str, str], own_postgres: Postgres, tmp_path: Path
+    environment_on_postgres: dict[str, str], own_postgres: Postgres, tmp_path: Path
 ) -> None:
-    cli = Cli(place_on_postgres)
+    cli = Cli(environment_on_postgres)
     cli.ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
     cli.ok("push", write_adapter(tmp_path / "adapter", 1), NAME, "--bump", "minor", "--base", "tiny")
     with api_of(cli) as api:
@@ -212,7 +212,7 @@ def test_a_job_whose_database_crashes_is_ended_well_when_it_is_back(
         if name == "combine":
             own_postgres.stop()
 
-    held = opened(place_on_postgres)
+    held = opened(environment_on_postgres)
     with pytest.raises(Unavailable):  # which the loop of a worker waits out
         run_one(held, watched([], crash_then), "first")
     own_postgres.start()
@@ -225,10 +225,10 @@ def test_a_job_whose_database_crashes_is_ended_well_when_it_is_back(
     assert cli.json("log", "acme/both")["items"][0]["version"] == "1.0.0"
 
 
-def test_a_database_that_may_not_be_written_is_told_and_still_answers_questions(
+def test_a_database_that_may_not_be_written_refuses_changes_and_still_answers_questions(
     on_postgres: Registry, own_postgres: Postgres
 ) -> None:
-    name = on_postgres.place["ADAPTORY_DATABASE_URL"].rpartition("/")[2]
+    name = on_postgres.environ["ADAPTORY_DATABASE_URL"].rpartition("/")[2]
 
     def forbid(what: str) -> None:
         with services._administration(own_postgres.start()) as administrator:
@@ -237,25 +237,25 @@ def test_a_database_that_may_not_be_written_is_told_and_still_answers_questions(
 
     forbid("on")
     answer = httpx2.put(f"{on_postgres.url}{CHANNEL}", json={"version": "1.0.0"})
-    assert_told(answer, "promote", "database_unavailable")
+    assert_refused(answer, "promote", "database_unavailable")
     assert on_postgres.versions() == ["1.0.0"]
     forbid("off")
     on_postgres.assert_well()
 
 
-def test_a_statement_that_waits_for_a_lock_too_long_is_told(on_postgres: Registry, own_postgres: Postgres) -> None:
-    held = opened(on_postgres.place)
+def test_a_statement_that_waits_for_a_lock_too_long_is_a_503(on_postgres: Registry, own_postgres: Postgres) -> None:
+    held = opened(on_postgres.environ)
     with held.write() as session:
         session.execute(text("LOCK TABLE channels IN ACCESS EXCLUSIVE MODE"))
         started = time.monotonic()
         answer = httpx2.get(f"{on_postgres.url}{CHANNEL}", timeout=60)
-        assert_told(answer, "show", "database_unavailable")
+        assert_refused(answer, "show", "database_unavailable")
         assert time.monotonic() - started < 5
     held.close()
     assert httpx2.get(f"{on_postgres.url}{CHANNEL}").json()["version"] == "1.0.0"
 
 
-def test_a_sqlite_database_that_another_process_keeps_locked_is_told_and_read_meanwhile(tmp_path: Path) -> None:
+def test_a_sqlite_database_that_another_process_keeps_locked_is_a_503_and_read_meanwhile(tmp_path: Path) -> None:
     with running({"ADAPTORY_HOME": str(tmp_path / "home"), **PATIENCE}, tmp_path) as registry:
         other = sqlite3.connect(tmp_path / "home" / "registry.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
@@ -267,7 +267,7 @@ def test_a_sqlite_database_that_another_process_keeps_locked_is_told_and_read_me
             ]
             assert registry.versions() == ["1.0.0"], "readers do not wait for writers"
             for answer in asked:
-                assert_told(answer.result(), "promote", "database_unavailable", "database_busy")
+                assert_refused(answer.result(), "promote", "database_unavailable", "database_busy")
         assert time.monotonic() - started < 10
         other.execute("ROLLBACK")
         other.close()
@@ -296,24 +296,24 @@ def send_a_megabyte(url: str, seed: int) -> httpx2.Response:
     return httpx2.put(f"{url}{planned.json()['files'][0]['put']['url']}", content=content)
 
 
-def test_a_full_blob_store_is_told_and_is_used_again_when_there_is_space(disk: Disk, tmp_path: Path) -> None:
+def test_a_full_blob_store_is_a_503_and_is_used_again_when_there_is_space(disk: Disk, tmp_path: Path) -> None:
     store = {"ADAPTORY_STORAGE__KIND": "local", "ADAPTORY_STORAGE__DIRECTORY": str(disk.directory / "store")}
     with running({"ADAPTORY_HOME": str(tmp_path / "home"), **store, **PATIENCE}, tmp_path) as registry:
         disk.fill()
         for seed in range(3):
-            assert_told(send_a_megabyte(registry.url, seed), "upload", "store_full")
+            assert_refused(send_a_megabyte(registry.url, seed), "upload", "store_full")
         with pytest.raises(Unavailable, match="No space left"):
             registry.push("1.1.0", 11)
         assert registry.versions() == ["1.0.0"]
         assert registry.pull("1.0.0"), "reading needs no space"
-        assert broken_promises(registry.place, read_bytes=True) == []
+        assert broken_promises(registry.environ, read_bytes=True) == []
         assert list((disk.directory / "store" / "incoming").iterdir()) == []
         disk.free()
         assert send_a_megabyte(registry.url, 0).status_code == 201
         registry.assert_well()
 
 
-def test_a_full_disk_under_the_database_is_told_and_is_used_again_when_there_is_space(
+def test_a_full_disk_under_the_database_is_a_503_and_is_used_again_when_there_is_space(
     disk: Disk, tmp_path: Path
 ) -> None:
     home = disk.directory / "home"
@@ -325,19 +325,19 @@ def test_a_full_disk_under_the_database_is_told_and_is_used_again_when_there_is_
             answer = httpx2.put(f"{registry.url}{CHANNEL}", json=move)
             if answer.status_code == 503:
                 break
-        assert_told(answer, "promote", "database_unavailable")
-        assert_told(send_a_megabyte(registry.url, 1), "upload", "database_unavailable", "store_full", "disk_error")
+        assert_refused(answer, "promote", "database_unavailable")
+        assert_refused(send_a_megabyte(registry.url, 1), "upload", "database_unavailable", "store_full", "disk_error")
         history = httpx2.get(f"{registry.url}{CHANNEL}/history", params={"limit": 500}).json()["items"]
         assert len(history) == accepted, "what was answered with 503 was not done"
         disk.free()
-        assert broken_promises(registry.place) == []
+        assert broken_promises(registry.environ) == []
         registry.assert_well()
 
 
 @pytest.fixture
 def on_s3(own_s3: S3Server, tmp_path: Path) -> Generator[Registry]:
-    place = {"ADAPTORY_HOME": str(tmp_path / "home"), **own_s3.environment(f"{tmp_path.name}/"), **IMPATIENT_STORE}
-    with running(place, tmp_path) as registry:
+    environ = {"ADAPTORY_HOME": str(tmp_path / "home"), **own_s3.environment(f"{tmp_path.name}/"), **IMPATIENT_STORE}
+    with running(environ, tmp_path) as registry:
         yield registry
 
 
@@ -350,15 +350,15 @@ def test_a_store_that_goes_away_between_upload_and_publication_leaves_no_release
     own_s3.stop(kill=True)
     rows = [{"path": f.manifest.path, "size_bytes": f.manifest.size_bytes, "sha256": f.manifest.sha256} for f in files]
     body = {"version": "1.1.0", "base": "tiny", "files": rows}
-    assert_told(httpx2.post(f"{on_s3.url}{line_path(NAME)}/releases", json=body), "publish", "store_unavailable")
-    assert_told(httpx2.get(f"{on_s3.url}/readyz"), "readyz", "store_unavailable")
+    assert_refused(httpx2.post(f"{on_s3.url}{line_path(NAME)}/releases", json=body), "publish", "store_unavailable")
+    assert_refused(httpx2.get(f"{on_s3.url}/readyz"), "readyz", "store_unavailable")
     assert httpx2.get(f"{on_s3.url}/healthz").status_code == 200
     assert on_s3.versions() == ["1.0.0"]
     waiting = on_s3.watch(on_s3.plan("acme/sql:1.0.0"), lambda made: made["error"] is not None)
     assert (waiting["state"], waiting["error"]["code"]) == ("queued", "store_unavailable")
     for command in ("gc", "fsck"):
-        told = Cli(dict(on_s3.place))(command)
-        assert (told.code, "store" in told.err) == (7, True), told.err
+        ran = Cli(dict(on_s3.environ))(command)
+        assert (ran.code, "store" in ran.err) == (7, True), ran.err
     own_s3.start()
     on_s3.assert_well()
     assert on_s3.watch(waiting, has_ended)["state"] == "done", "the worker tries again by itself"
@@ -378,23 +378,23 @@ def test_a_collection_whose_store_goes_away_is_finished_by_the_next_one(on_s3: R
     api = Api(on_s3.url)
     unused = adapter_files(on_s3.directory / "unused", 12)
     send(api, "acme", unused, lambda _count: None)
-    held = opened(on_s3.place)
+    held = opened(on_s3.environ)
     assert isinstance(held.settings.storage, S3Storage)
-    with environment(on_s3.place, []):  # which has the credentials
+    with environment(on_s3.environ, []):  # which has the credentials
         dying = _DiesOfADelete(held.settings.storage)
     dying.server = own_s3
     later = replace(held, clock=lambda: datetime.now(UTC) + timedelta(days=2))
     with pytest.raises(Unavailable):
         collect.collect(replace(later, store=dying), grace=timedelta(0))
     own_s3.start()
-    assert broken_promises(on_s3.place, read_bytes=True) == []
-    told = Cli(dict(on_s3.place)).ok("fsck").out
-    assert "being removed" in told
+    assert broken_promises(on_s3.environ, read_bytes=True) == []
+    output = Cli(dict(on_s3.environ)).ok("fsck").out
+    assert "being removed" in output
     with pytest.raises(Unavailable) as leaving:
         send(api, "acme", unused, lambda _count: None)
     assert leaving.value.code == "blob_leaving"
     assert collect.collect(later, grace=timedelta(0)).blobs == 1  # the other file of the adapter is a release's too
     held.close()
-    assert "being removed" not in Cli(dict(on_s3.place)).ok("fsck").out
+    assert "being removed" not in Cli(dict(on_s3.environ)).ok("fsck").out
     send(api, "acme", unused, lambda _count: None)
     on_s3.assert_well()

@@ -28,9 +28,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def furnished(place: dict[str, str], tmp_path: Path) -> Cli:
+def furnished(environ: dict[str, str], tmp_path: Path) -> Cli:
     """Two releases of three different files and one channel."""
-    cli = Cli(place)
+    cli = Cli(environ)
     for seed, version in enumerate(("1.0.0", "1.1.0")):
         cli.ok("push", write_adapter(tmp_path / version, seed), f"acme/sql:{version}", "--base", "tiny")
     cli.ok("promote", "acme/sql:1.0.0", "--to", "prod")
@@ -51,29 +51,29 @@ def test_a_clean_registry_is_called_clean_with_what_was_looked_at(furnished: Cli
         "blobs": len(files),
         "size_bytes": size_bytes,
     }
-    told = furnished.ok("fsck").out
-    assert f"clean: 2 releases, 1 channels, {len(files)} blobs (" in told
-    assert "sizes only" in told
+    output = furnished.ok("fsck").out
+    assert f"clean: 2 releases, 1 channels, {len(files)} blobs (" in output
+    assert "sizes only" in output
     assert "all bytes read" in furnished.ok("fsck", "--full").out
 
 
-def test_a_registry_with_nothing_in_it_is_not_called_clean_without_more(place: dict[str, str]) -> None:
+def test_a_registry_with_nothing_in_it_is_not_called_clean_without_more(environ: dict[str, str]) -> None:
     """Who meant another database, or lost one, must see it."""
-    told = Cli(place).ok("fsck").out
-    assert "nothing to check" in told
-    assert place.get("ADAPTORY_DATABASE_URL", place["ADAPTORY_HOME"]).rpartition("/")[2] in told
-    assert set(Cli(place).json("fsck")["checked"].values()) == {0}
+    output = Cli(environ).ok("fsck").out
+    assert "nothing to check" in output
+    assert environ.get("ADAPTORY_DATABASE_URL", environ["ADAPTORY_HOME"]).rpartition("/")[2] in output
+    assert set(Cli(environ).json("fsck")["checked"].values()) == {0}
 
 
 def test_a_search_that_would_not_find_what_a_channel_gives_out_is_an_error(
-    furnished: Cli, place: dict[str, str]
+    furnished: Cli, environ: dict[str, str]
 ) -> None:
-    resources = opened(place)
+    resources = opened(environ)
     with resources.write() as session:
         session.execute(update(Channel).values(served_id=2))
     resources.close()
-    told = furnished("fsck")
-    assert (told.code, "the release that acme/sql@prod serves" in told.out) == (1, True), told
+    ran = furnished("fsck")
+    assert (ran.code, "the release that acme/sql@prod serves" in ran.out) == (1, True), ran
 
 
 @dataclass
@@ -94,7 +94,7 @@ class RestoredMeanwhile:
 
 
 def test_what_is_restored_between_the_last_look_at_its_bytes_and_its_removal_stays(
-    furnished: Cli, place: dict[str, str], tmp_path: Path
+    furnished: Cli, environ: dict[str, str], tmp_path: Path
 ) -> None:
     weights = tmp_path / "1.0.0" / WEIGHTS
     sha256 = hash_file(weights)
@@ -104,13 +104,13 @@ def test_what_is_restored_between_the_last_look_at_its_bytes_and_its_removal_sta
         time.sleep(1.1)  # S3 says in which second a blob was written
         stored.overwrite(furnished, sha256, weights.read_bytes())
 
-    held = opened(place)
-    found = fsck.check(held, read_bytes=True)
-    assert [finding.subject for finding in found] == [sha256]
-    assert list(fsck.discard(replace(held, store=RestoredMeanwhile(held.store, restore)), found)) == []
+    held = opened(environ)
+    findings = fsck.check(held, read_bytes=True)
+    assert [finding.subject for finding in findings] == [sha256]
+    assert list(fsck.discard(replace(held, store=RestoredMeanwhile(held.store, restore)), findings)) == []
     held.close()
     furnished.ok("fsck", "--full")
-    assert furnished.json("audit", "--act", "blob:discard")["items"] == [], "nothing is told that was not done"
+    assert furnished.json("audit", "--act", "blob:discard")["items"] == [], "the audit has nothing that was not done"
 
 
 @dataclass
@@ -128,35 +128,35 @@ class DiesOnceDeleted:
 
 
 def test_no_blob_is_discarded_without_an_audit_row_wherever_it_ends(
-    furnished: Cli, place: dict[str, str], tmp_path: Path
+    furnished: Cli, environ: dict[str, str], tmp_path: Path
 ) -> None:
     sha256 = hash_file(tmp_path / "1.0.0" / WEIGHTS)
     stored.damage(furnished, sha256)
-    held = opened(place)
-    found = fsck.check(held, read_bytes=True)
+    held = opened(environ)
+    findings = fsck.check(held, read_bytes=True)
     with pytest.raises(SystemExit):
-        list(fsck.discard(replace(held, store=DiesOnceDeleted(held.store)), found))
+        list(fsck.discard(replace(held, store=DiesOnceDeleted(held.store)), findings))
     assert held.store.stat(Digest(sha256)) is None
     held.close()
     (row,) = furnished.json("audit", "--act", "blob:discard")["items"]
     assert (row["subject"], row["reason"]) == (sha256, "damaged")
 
 
-def test_what_was_found_is_told_when_nothing_of_it_can_be_discarded(
-    furnished: Cli, place: dict[str, str], tmp_path: Path
+def test_damage_is_reported_when_nothing_of_it_can_be_discarded(
+    furnished: Cli, environ: dict[str, str], tmp_path: Path
 ) -> None:
     sha256 = hash_file(tmp_path / "1.0.0" / WEIGHTS)
     stored.damage(furnished, sha256)
-    impatient = Cli(place | {"ADAPTORY_DATABASE_TIMEOUT_S": "1"})
-    held = opened(place)
+    impatient = Cli(environ | {"ADAPTORY_DATABASE_TIMEOUT_S": "1"})
+    held = opened(environ)
     with held.write() as session:
         lock_blobs_shared(session)  # and is in the way for longer than fsck waits
-        told = impatient("fsck", "--full", "--discard", "--json")
+        ran = impatient("fsck", "--full", "--discard", "--json")
         shown = impatient("fsck", "--full", "--discard")
     held.close()
-    assert (told.code, told.json["clean"], told.json["discarded"]) == (7, False, [])
-    assert told.json["error"]["code"] == "database_unavailable"
-    assert [(finding["code"], finding["subject"]) for finding in told.json["findings"]] == [("blob_corrupt", sha256)]
+    assert (ran.code, ran.json["clean"], ran.json["discarded"]) == (7, False, [])
+    assert ran.json["error"]["code"] == "database_unavailable"
+    assert [(finding["code"], finding["subject"]) for finding in ran.json["findings"]] == [("blob_corrupt", sha256)]
     assert (shown.code, "discarded" in shown.out) == (7, False)
     assert f"{WEIGHTS} of acme/sql:1.0.0" in shown.out
     assert "The database cannot be used" in shown.err
@@ -164,14 +164,14 @@ def test_what_was_found_is_told_when_nothing_of_it_can_be_discarded(
 
 
 @pytest.mark.parametrize("pairing", ["SQLite and a directory"], indirect=True)
-def test_what_was_discarded_is_told_when_the_next_one_cannot_be(furnished: Cli, tmp_path: Path) -> None:
+def test_what_was_discarded_is_reported_when_the_next_one_cannot_be(furnished: Cli, tmp_path: Path) -> None:
     """In the place of the other is a directory: somebody has made a mistake while restoring."""
     first, other = sorted(hash_file(tmp_path / version / WEIGHTS) for version in ("1.0.0", "1.1.0"))
     stored.damage(furnished, first)
     stored.lose(furnished, other)
     (home_of(furnished) / "store" / "blobs" / "sha256" / other[:2] / other).mkdir()
-    told = furnished("fsck", "--full", "--discard", "--json")
-    assert (told.code, told.json["discarded"], told.json["error"]["code"]) == (7, [first], "disk_error")
-    assert {finding["subject"] for finding in told.json["findings"]} == {first, other}
+    ran = furnished("fsck", "--full", "--discard", "--json")
+    assert (ran.code, ran.json["discarded"], ran.json["error"]["code"]) == (7, [first], "disk_error")
+    assert {finding["subject"] for finding in ran.json["findings"]} == {first, other}
     (row,) = furnished.json("audit", "--act", "blob:discard")["items"]
     assert row["subject"] == first

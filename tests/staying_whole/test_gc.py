@@ -1,4 +1,4 @@
-"""What nobody refers to goes, after the grace and not before; what somebody refers to never goes, whoever pushes."""
+"""What nobody refers to goes, after the grace and not before; what somebody refers to never goes."""
 
 import hashlib
 import random
@@ -39,9 +39,13 @@ NONE = timedelta(0)
 
 
 @pytest.fixture
-def url(place: dict[str, str]) -> Generator[str]:
+def url(environ: dict[str, str]) -> Generator[str]:
     port = services.free_port()
-    server = start(serve, place | SMALL_PARTS if "AWS_ACCESS_KEY_ID" in place else place, port)
+    server = start(
+        serve,
+        environ | SMALL_PARTS if "AWS_ACCESS_KEY_ID" in environ else environ,
+        port,
+    )
     wait_for_port(port)
     yield f"http://127.0.0.1:{port}"
     kill(server)
@@ -55,8 +59,8 @@ def api(url: str) -> Generator[Api]:
 
 
 @pytest.fixture
-def held(place: dict[str, str]) -> Generator[Resources]:
-    resources = opened(place)
+def held(environ: dict[str, str]) -> Generator[Resources]:
+    resources = opened(environ)
     yield resources
     resources.close()
 
@@ -98,19 +102,19 @@ def test_an_unused_blob_goes_after_the_grace_and_not_before_and_a_release_keeps_
     assert collect_garbage(held, grace=NONE).blobs == 0, "its upload is still waited for"
     assert collect_garbage(after(held, 1.5 * DAY), grace=2 * DAY).blobs == 0
     assert digests(held) == everything
-    found = collect_garbage(after(held, 2.5 * DAY), grace=2 * DAY)
-    assert (found.blobs, found.size_bytes) == (1, 1_000)
+    removed = collect_garbage(after(held, 2.5 * DAY), grace=2 * DAY)
+    assert (removed.blobs, removed.size_bytes) == (1, 1_000)
     assert digests(held) == kept
     with held.read() as session:
-        (told,) = list_oldest_first(session, EventQuery(None, act=Act.BLOB_COLLECT))
-    assert (told.subject, told.namespace, told.before) == (unused[0].manifest.sha256, None, {"size_bytes": 1_000})
+        (event,) = list_oldest_first(session, EventQuery(None, act=Act.BLOB_COLLECT))
+    assert (event.subject, event.namespace, event.before) == (unused[0].manifest.sha256, None, {"size_bytes": 1_000})
     assert collect_garbage(after(held, 3650 * DAY), grace=NONE).blobs == 0, "what a release names never goes"
     assert fsck.check(held, read_bytes=True) == []
     send(api, "acme", unused, lambda _count: None)
     assert digests(held) == everything, "and it can come again"
 
 
-def test_an_upload_that_expires_before_its_bytes_come_is_told_to_its_namespace_and_one_that_came_is_not(
+def test_an_upload_that_expires_before_its_bytes_come_is_in_its_namespaces_audit_and_one_that_came_is_not(
     api: Api, held: Resources, tmp_path: Path
 ) -> None:
     send(api, "acme", notes(tmp_path / "sent", 2), lambda _count: None)
@@ -124,9 +128,9 @@ def test_an_upload_that_expires_before_its_bytes_come_is_told_to_its_namespace_a
     for _ in range(2):
         collect_garbage(after(held, 2 * DAY), grace=NONE)
     with held.read() as session:
-        (told,) = list_oldest_first(session, asked)
+        (event,) = list_oldest_first(session, asked)
     gone = {"size_bytes": 1_000, "created_by": "mia"}
-    assert (told.subject, told.namespace, told.actor, told.before) == (sha256, "acme", "mia", gone)
+    assert (event.subject, event.namespace, event.actor, event.before) == (sha256, "acme", "mia", gone)
 
 
 def test_a_yanked_release_keeps_its_blobs(api: Api, held: Resources, tmp_path: Path) -> None:
@@ -141,10 +145,10 @@ def test_a_dry_run_counts_what_would_go_and_removes_nothing(api: Api, held: Reso
     orphan(held, tmp_path, b"left by a crash")
     later = after(held, 2 * DAY)
     before = {stat.sha256 for stat in held.store.iterate()}
-    told = collect_garbage(later, grace=NONE, dry_run=True)
+    planned = collect_garbage(later, grace=NONE, dry_run=True)
     assert {stat.sha256 for stat in held.store.iterate()} == before
     done = collect_garbage(later, grace=NONE)
-    assert (told.blobs, told.size_bytes) == (done.blobs, done.size_bytes) == (2, 1_015)
+    assert (planned.blobs, planned.size_bytes) == (done.blobs, done.size_bytes) == (2, 1_015)
     assert digests(held) == set()
 
 
@@ -164,17 +168,17 @@ def collect_one(path: Path) -> ManifestFile:
     return collect(select_files(alone, "model"))[0].manifest
 
 
-def test_bytes_without_a_row_are_told_by_fsck_and_go_after_the_grace(
-    place: dict[str, str], held: Resources, tmp_path: Path
+def test_bytes_without_a_row_are_reported_by_fsck_and_go_after_the_grace(
+    environ: dict[str, str], held: Resources, tmp_path: Path
 ) -> None:
     sha256 = orphan(held, tmp_path, b"left by a crash")
-    (told,) = fsck.check(held)
-    assert (told.code, told.severity) == ("orphans", "notice")
+    (finding,) = fsck.check(held)
+    assert (finding.code, finding.severity) == ("orphans", "notice")
     assert collect_garbage(held, grace=DAY).blobs == 0
     assert held.store.stat(sha256) is not None
     assert collect_garbage(after(held, 2 * DAY), grace=DAY).blobs == 1
     assert held.store.stat(sha256) is None
-    assert broken_promises(place) == []
+    assert broken_promises(environ) == []
 
 
 def test_bytes_that_are_announced_wait_for_that_and_fsck_and_a_dry_run_say_so(
@@ -187,25 +191,25 @@ def test_bytes_that_are_announced_wait_for_that_and_fsck_and_a_dry_run_say_so(
     api.post("/v1/uploads", {"namespace": "acme", "files": [row]})
     with held.read() as session:
         until = session.scalars(select(Upload.expires_at)).one()
-    (told,) = fsck.check(held)
-    assert "2 blobs (30 bytes)" in told.message
-    assert f"the 1 that uploads have announced not before {until:%Y-%m-%d %H:%M} UTC" in told.message
+    (finding,) = fsck.check(held)
+    assert "2 blobs (30 bytes)" in finding.message
+    assert f"the 1 that uploads have announced not before {until:%Y-%m-%d %H:%M} UTC" in finding.message
     soon = after(held, timedelta(hours=1))
     assert collect_garbage(soon, grace=NONE, dry_run=True).blobs == 1
     assert collect_garbage(soon, grace=NONE).blobs == 1
     assert held.store.stat(sha256) is not None
     later = after(held, 1.5 * DAY)
-    (told,) = fsck.check(later)
-    assert "announced" not in told.message
+    (finding,) = fsck.check(later)
+    assert "announced" not in finding.message
     assert collect_garbage(later, grace=NONE).blobs == 1
     assert fsck.check(held) == []
 
 
 def test_pushes_arrive_whole_while_a_collection_without_any_grace_runs(
-    place: dict[str, str], url: str, api: Api, tmp_path: Path
+    environ: dict[str, str], url: str, api: Api, tmp_path: Path
 ) -> None:
     release(api, tmp_path, "0.1.0", 1)  # or the first of them would race for the namespace
-    collectors = [start(collect_forever, place) for _ in range(2)]
+    collectors = [start(collect_forever, environ) for _ in range(2)]
     pushes = 6
 
     def push_some(worker: int) -> None:
@@ -222,11 +226,11 @@ def test_pushes_arrive_whole_while_a_collection_without_any_grace_runs(
     for collector in collectors:
         kill(collector)
     assert len(list(api.pages(f"{line_path(NAME)}/releases"))) == 1 + 2 * pushes
-    assert broken_promises(place, read_bytes=True) == []
+    assert broken_promises(environ, read_bytes=True) == []
 
 
 def test_a_blob_that_a_dead_run_was_removing_cannot_be_relied_on_until_the_next_run_has_finished(
-    place: dict[str, str], api: Api, held: Resources, tmp_path: Path
+    environ: dict[str, str], api: Api, held: Resources, tmp_path: Path
 ) -> None:
     files = notes(tmp_path / "unused", 2)
     sha256 = files[0].manifest.sha256
@@ -238,7 +242,7 @@ def test_a_blob_that_a_dead_run_was_removing_cannot_be_relied_on_until_the_next_
     assert (refused.status_code, refused.json()["code"]) == (503, "blob_leaving")
     assert int(refused.headers["Retry-After"]) > 0
     assert "adaptory gc" in refused.json()["next"]
-    assert "adaptory gc` finishes that" in Cli(place).ok("fsck").out
+    assert "adaptory gc` finishes that" in Cli(environ).ok("fsck").out
     with exclusive_collection(held.database), pytest.raises(Conflict, match="Another collection"):
         collect_garbage(held, grace=DAY)  # the run may be at work still
     assert collect_garbage(held, grace=DAY).blobs == 1
@@ -268,7 +272,7 @@ def test_several_collections_at_once_remove_everything_once(api: Api, held: Reso
 
 @pytest.mark.parametrize("pairing", ["PostgreSQL and S3"], indirect=True)
 def test_an_upload_in_parts_that_nobody_goes_on_with_leaves_nothing(
-    place: dict[str, str], api: Api, held: Resources, tmp_path: Path
+    environ: dict[str, str], api: Api, held: Resources, tmp_path: Path
 ) -> None:
     (file,) = notes(tmp_path / "large", 3, size_bytes=12 << 20)
     row = {"path": "notes.txt", "size_bytes": file.manifest.size_bytes, "sha256": file.manifest.sha256}
@@ -276,23 +280,23 @@ def test_an_upload_in_parts_that_nobody_goes_on_with_leaves_nothing(
     first = file.source.read_bytes()[: planned["parts"][0]["size_bytes"]]
     part = f"/v1/uploads/{planned['upload']}/parts/1"
     api.send(api.post(part, {"sha256": hashlib.sha256(first).hexdigest()}), [first])
-    assert unfinished(place) == 1
+    assert unfinished(environ) == 1
     assert collect_garbage(held, grace=NONE).unfinished == 0, "it may go on"
-    assert unfinished(place) == 1
+    assert unfinished(environ) == 1
     assert collect_garbage(after(held, 2 * DAY), grace=NONE) == Collected(unfinished=1, leftovers=1)
-    assert unfinished(place) == 0
+    assert unfinished(environ) == 0
     with held.read() as session:
         assert session.scalar(select(func.count()).select_from(Upload)) == 0
     send(api, "acme", [file], lambda _count: None)
     assert digests(held) == {file.manifest.sha256}
 
 
-def unfinished(place: Mapping[str, str]) -> int:
+def unfinished(environ: Mapping[str, str]) -> int:
     client = services.shared_s3().client()
-    found = client.list_multipart_uploads(
-        Bucket=place["ADAPTORY_STORAGE__BUCKET"], Prefix=place["ADAPTORY_STORAGE__PREFIX"]
+    listed = client.list_multipart_uploads(
+        Bucket=environ["ADAPTORY_STORAGE__BUCKET"], Prefix=environ["ADAPTORY_STORAGE__PREFIX"]
     )
-    return len(found.get("Uploads", ()))
+    return len(listed.get("Uploads", ()))
 
 
 def test_scratch_files_of_processes_that_died_go_and_those_of_the_living_stay(held: Resources) -> None:
@@ -313,12 +317,12 @@ def test_running_a_registry_needs_the_registry_itself_and_not_its_address(tmp_pa
     assert not (tmp_path / "home").exists()
 
 
-def test_the_command_tells_what_it_removed(place: dict[str, str], api: Api, tmp_path: Path) -> None:
+def test_the_command_tells_what_it_removed(environ: dict[str, str], api: Api, tmp_path: Path) -> None:
     send(api, "acme", notes(tmp_path / "unused", 2), lambda _count: None)
-    shortly = Cli(place | {"ADAPTORY_UPLOAD_EXPIRES_S": "1"})
-    told = shortly.json("gc", "--grace-hours", "0", "--dry-run")
-    assert told == {"blobs": 0, "size_bytes": 0, "unfinished": 0, "leftovers": 0, "dry_run": True}
-    resources = opened(place)
+    shortly = Cli(environ | {"ADAPTORY_UPLOAD_EXPIRES_S": "1"})
+    planned = shortly.json("gc", "--grace-hours", "0", "--dry-run")
+    assert planned == {"blobs": 0, "size_bytes": 0, "unfinished": 0, "leftovers": 0, "dry_run": True}
+    resources = opened(environ)
     with resources.write() as session:
         session.execute(update(Upload).values(expires_at=datetime.now(UTC)))
     resources.close()
@@ -332,8 +336,8 @@ def test_the_command_tells_what_it_removed(place: dict[str, str], api: Api, tmp_
     }
 
 
-def test_uploads_that_expired_are_counted_however_many_there_are_and_each_is_told(
-    place: dict[str, str], api: Api, held: Resources, monkeypatch: pytest.MonkeyPatch
+def test_uploads_that_expired_are_counted_however_many_there_are_and_each_is_audited(
+    environ: dict[str, str], api: Api, held: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("registry.transfer.collect._UPLOADS_BATCH", 3)
     rows = [{"path": f"{n}.txt", "size_bytes": 1, "sha256": f"{n:064x}"} for n in range(7)]
@@ -343,5 +347,5 @@ def test_uploads_that_expired_are_counted_however_many_there_are_and_each_is_tol
     assert collect_garbage(later, grace=NONE, dry_run=True) == Collected(unfinished=7)
     assert collect_garbage(later, grace=NONE) == Collected(unfinished=7)
     assert collect_garbage(later, grace=NONE) == Collected()
-    told = Cli(place).json("audit", "--act", "upload:expire")["items"]
-    assert sorted(event["subject"] for event in told) == [row["sha256"] for row in rows]
+    events = Cli(environ).json("audit", "--act", "upload:expire")["items"]
+    assert sorted(event["subject"] for event in events) == [row["sha256"] for row in rows]

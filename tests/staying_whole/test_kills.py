@@ -23,26 +23,28 @@ LONGEST_LIFE_S = {"sqlite": 0.4, "postgresql": 1.0}
 
 @pytest.mark.parametrize("kills", [30, pytest.param(100, marks=pytest.mark.long)])
 def test_many_kills_lose_nothing_and_leave_nothing_torn(
-    place: dict[str, str], tmp_path: Path, record_property: Callable[[str, object], None], kills: int
+    environ: dict[str, str], tmp_path: Path, record_property: Callable[[str, object], None], kills: int
 ) -> None:
     seed = int(os.environ.get("ADAPTORY_TEST_SEED", random.SystemRandom().randrange(10**6)))
     record_property("ADAPTORY_TEST_SEED", seed)
     chance = random.Random(seed)
-    place |= {"ADAPTORY_UPLOAD_EXPIRES_S": "15"}  # so that there is garbage to collect, but none of what is on its way
+    environ |= {
+        "ADAPTORY_UPLOAD_EXPIRES_S": "15"
+    }  # so that there is garbage to collect, but none of what is on its way
     port, journal = services.free_port(), Journal(tmp_path / "journal")
     url = f"http://127.0.0.1:{port}"
 
     def begin(role: str) -> BaseProcess:
         if role == "server":
-            return start(serve, place, port)
+            return start(serve, environ, port)
         if role == "collector":
-            return start(collect_forever, place)
-        return start(work, place, url, str(journal.path), str(tmp_path / "adapters"), chance.randrange(10**6))
+            return start(collect_forever, environ)
+        return start(work, environ, url, str(journal.path), str(tmp_path / "adapters"), chance.randrange(10**6))
 
     alive = {"server": begin("server")}
     wait_for_port(port)
     alive["client"] = begin("client")
-    longest_s = LONGEST_LIFE_S["postgresql" if "ADAPTORY_DATABASE_URL" in place else "sqlite"]
+    longest_s = LONGEST_LIFE_S["postgresql" if "ADAPTORY_DATABASE_URL" in environ else "sqlite"]
     first_push_s = _first_push_s(journal)
     longest_s = max(longest_s, first_push_s)  # on a busy machine almost none would come to its end otherwise
     record_property("first_push_s", first_push_s)
@@ -52,7 +54,7 @@ def test_many_kills_lose_nothing_and_leave_nothing_torn(
         victim = chance.choices(["server", "client", "collector"], [4, 4, 2])[0]
         kill(alive[victim])
         if number % 20 == 19 or number == kills - 1:
-            assert broken_promises(place) == [], f"after {number + 1} kills, the last of the {victim}; seed {seed}"
+            assert broken_promises(environ) == [], f"after {number + 1} kills, the last of the {victim}; seed {seed}"
             if len(_pushes(journal)) <= (number + 1) / 10:
                 longest_s *= 2  # it has become busier since
         alive[victim] = begin(victim)
@@ -61,9 +63,9 @@ def test_many_kills_lose_nothing_and_leave_nothing_torn(
     _let_one_more_act_end(journal, alive)
     for process in alive.values():
         kill(process)
-    assert broken_promises(place, read_bytes=True) == []
+    assert broken_promises(environ, read_bytes=True) == []
     assert len(_pushes(journal)) > kills / 20
-    _assert_nothing_acknowledged_is_lost(place, journal)
+    _assert_nothing_acknowledged_is_lost(environ, journal)
 
 
 def _first_push_s(journal: Journal) -> float:
@@ -88,9 +90,9 @@ def _let_one_more_act_end(journal: Journal, alive: Mapping[str, BaseProcess]) ->
         time.sleep(0.05)
 
 
-def _assert_nothing_acknowledged_is_lost(place: Mapping[str, str], journal: Journal) -> None:
+def _assert_nothing_acknowledged_is_lost(environ: Mapping[str, str], journal: Journal) -> None:
     done = journal.done
-    resources = opened(place)
+    resources = opened(environ)
     with resources.read() as session:
         releases = {release.version: release for release in session.scalars(select(Release))}
         moves = {move.id: move.to_release.version for move in session.scalars(select(Move))}
@@ -109,12 +111,12 @@ def _assert_nothing_acknowledged_is_lost(place: Mapping[str, str], journal: Jour
 
 def _last_yanks(journal: Journal) -> dict[str, bool]:
     """Of each version whether it must be yanked now; one whose last yank was never answered is left out."""
-    found: dict[str, bool] = {}
+    complete: dict[str, bool] = {}
     for line in journal.read():
         if line["act"] in ("yank", "unyank"):
             version = f"1.{line['minor']}.0"
             if line["state"] == "done":
-                found[version] = line["act"] == "yank"
+                complete[version] = line["act"] == "yank"
             else:
-                found.pop(version, None)
-    return found
+                complete.pop(version, None)
+    return complete

@@ -34,10 +34,10 @@ WAITING_FOR_LOCKS = text(
 
 
 @pytest.fixture
-def url(place: dict[str, str]) -> Generator[str]:
+def url(environ: dict[str, str]) -> Generator[str]:
     """Two server processes over one registry: races are between machines, not only between threads."""
     ports = [services.free_port() for _ in range(2)]
-    servers = [start(serve, place, port) for port in ports]
+    servers = [start(serve, environ, port) for port in ports]
     for port in ports:
         wait_for_port(port)
     yield " ".join(f"http://127.0.0.1:{port}" for port in ports)
@@ -79,7 +79,7 @@ def together(apis: list[Api], act: Callable[[int, Api], object]) -> list[object]
 
 
 def test_sixteen_clients_move_one_channel_and_history_has_every_accepted_move_once_in_order(
-    place: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
     with clients(url) as apis:
         for number in range(VERSIONS):
@@ -95,42 +95,42 @@ def test_sixteen_clients_move_one_channel_and_history_has_every_accepted_move_on
                 version = f"1.{(number + turn) % VERSIONS}.0"
                 try:
                     if turn % 3 == 0:
-                        told = api.post(f"{CHANNEL}/rollback", {})
+                        answer = api.post(f"{CHANNEL}/rollback", {})
                     else:
-                        told = api.put(CHANNEL, {"version": version})
-                        assert asked.setdefault(told["id"], version) == version
+                        answer = api.put(CHANNEL, {"version": version})
+                        assert asked.setdefault(answer["id"], version) == version
                 except (Conflict, NotFound, Refused) as error:
                     if error.code not in ("channel_moved", "raced", "nothing_below", "channel_unknown"):
                         raise
                     continue
-                accepted[number].append(told["id"])
+                accepted[number].append(answer["id"])
                 if len({one for listed in accepted for one in listed}) >= MOVES:
                     enough.set()
 
         assert together(apis, move) == [None] * CLIENTS
         history = list(apis[0].pages(f"{CHANNEL}/history", limit=500))
 
-    resources = opened(place)
+    resources = opened(environ)
     with resources.read() as session:
         count = session.scalar(select(func.count()).select_from(Move))
-        told = session.scalars(select(AuditRow.after).where(AuditRow.act.like("channel:%"))).all()
+        moves = session.scalars(select(AuditRow.after).where(AuditRow.act.like("channel:%"))).all()
     resources.close()
     ids = [move["id"] for move in history]
     assert len(ids) == count >= MOVES
     assert ids == sorted(set(ids), reverse=True)
     assert {move for one in accepted for move in one} == set(ids)
-    assert sorted(after["move"] for after in told if after) == sorted(ids)
+    assert sorted(after["move"] for after in moves if after) == sorted(ids)
     for later, earlier in itertools.pairwise(history):
         assert later["from_version"] == earlier["to_version"]
     assert history[-1]["from_version"] is None
     assert asked.items() <= {move["id"]: move["to_version"] for move in history}.items()
     for one in accepted:
         assert one == sorted(one), "a client saw its moves in another order"
-    assert broken_promises(place) == []
+    assert broken_promises(environ) == []
 
 
-def test_of_many_different_pushes_of_one_version_one_wins_and_the_others_are_told(
-    place: dict[str, str], url: str, tmp_path: Path
+def test_of_many_different_pushes_of_one_version_one_wins_and_the_others_are_refused(
+    environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
     with clients(url) as apis:
         for version in ("1.0.0", "1.0.1", "1.0.2"):
@@ -146,11 +146,11 @@ def test_of_many_different_pushes_of_one_version_one_wins_and_the_others_are_tol
             assert {error.code for error in losers} == {"version_exists"}
             shown = apis[0].get(f"{line_path(NAME)}/releases/{version}")
             assert shown["commit"] == winners[0]["release"]["commit"]
-    assert broken_promises(place, read_bytes=True) == []
+    assert broken_promises(environ, read_bytes=True) == []
 
 
 def test_of_two_releases_at_once_that_break_each_other_only_one_is_published(
-    place: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
     """Each fits what was there before: N.1.0, of half the rank, and N.2.0, which would then raise it again."""
     with clients(url) as apis:
@@ -163,10 +163,12 @@ def test_of_two_releases_at_once_that_break_each_other_only_one_is_published(
 
             refused = [answer for answer in together(apis[:2], race) if isinstance(answer, Refused)]
             assert [error.code for error in refused] == ["breaking_change"]
-    assert broken_promises(place) == []
+    assert broken_promises(environ) == []
 
 
-def test_many_pushes_that_ask_for_the_next_number_get_one_each(place: dict[str, str], url: str, tmp_path: Path) -> None:
+def test_many_pushes_that_ask_for_the_next_number_get_one_each(
+    environ: dict[str, str], url: str, tmp_path: Path
+) -> None:
     with clients(url) as apis:
         push_version(apis[0], tmp_path, "1.0.0", 1_000)
         answers = together(apis, lambda number, api: push_numbered(api, tmp_path, {"bump": "patch"}, 2_000 + number))
@@ -174,11 +176,11 @@ def test_many_pushes_that_ask_for_the_next_number_get_one_each(place: dict[str, 
     assert refused == []
     given = [answer["release"]["version"] for answer in answers if isinstance(answer, dict)]
     assert sorted(given) == sorted(f"1.0.{patch}" for patch in range(1, len(apis) + 1))
-    assert broken_promises(place, read_bytes=True) == []
+    assert broken_promises(environ, read_bytes=True) == []
 
 
 def test_of_many_equal_pushes_one_makes_the_release_and_all_succeed(
-    place: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
     files = adapter_files(tmp_path / "adapter", 7)
     with clients(url) as apis:
@@ -189,15 +191,15 @@ def test_of_many_equal_pushes_one_makes_the_release_and_all_succeed(
         answers = together(apis, race)
         assert all(isinstance(answer, dict) for answer in answers), answers
         assert [answer["created"] for answer in answers].count(True) == 1  # type: ignore[index]
-    resources = opened(place)
+    resources = opened(environ)
     with resources.read() as session:
         assert session.scalar(select(func.count()).select_from(Release)) == 1
     resources.close()
-    assert broken_promises(place) == []
+    assert broken_promises(environ) == []
 
 
 def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_before(
-    place: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
     with clients(url) as apis:
         push_version(apis[0], tmp_path, "1.0.0", 7)
@@ -210,7 +212,7 @@ def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_be
             return None
 
         assert together(apis, race) == [None] * CLIENTS
-    resources = opened(place)
+    resources = opened(environ)
     with resources.read() as session:
         query = select(AuditRow.before, AuditRow.after).where(AuditRow.act.like("release:%yank"))
         changes = session.execute(query.order_by(AuditRow.id)).all()
@@ -218,10 +220,10 @@ def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_be
     assert len(changes) > CLIENTS
     for (_, earlier), (later, _) in itertools.pairwise(changes):
         assert later == earlier
-    assert broken_promises(place) == []
+    assert broken_promises(environ) == []
 
 
-def test_what_is_read_beside_yanks_is_of_one_moment(place: dict[str, str], url: str, tmp_path: Path) -> None:
+def test_what_is_read_beside_yanks_is_of_one_moment(environ: dict[str, str], url: str, tmp_path: Path) -> None:
     """1.1.0 is yanked and taken back all the time: at every moment all lead to it, or all to 1.0.0."""
     with clients(url) as apis:
         for seed, version in enumerate(("1.0.0", "1.1.0")):
@@ -239,10 +241,10 @@ def test_what_is_read_beside_yanks_is_of_one_moment(place: dict[str, str], url: 
             return [(one["version"], one["yanked"]) for one in api.get("/v1/releases", **asked)["items"]]
 
         def resolve(api: Api, reference: str) -> object:
-            found = api.get("/v1/resolve", ref=reference)
-            warned = f"{NAME}:1.1.0 is yanked" in found["warning"]
-            assert warned == (reference.startswith(f"{NAME}@") and found["release"]["version"] == "1.0.0")
-            return [(found["release"]["version"], found["release"]["yanked"])]
+            resolved = api.get("/v1/resolve", ref=reference)
+            warned = f"{NAME}:1.1.0 is yanked" in resolved["warning"]
+            assert warned == (reference.startswith(f"{NAME}@") and resolved["release"]["version"] == "1.0.0")
+            return [(resolved["release"]["version"], resolved["release"]["yanked"])]
 
         def heads(api: Api) -> object:
             shown = api.get(line_path(NAME))
@@ -258,10 +260,10 @@ def test_what_is_read_beside_yanks_is_of_one_moment(place: dict[str, str], url: 
         ]
 
         def look(api: Api, ask: Callable[[Api], object]) -> list[object]:
-            found: list[object] = []
+            served: list[object] = []
             while not over.is_set():
-                found.append(ask(api))
-            return found
+                served.append(ask(api))
+            return served
 
         with ThreadPoolExecutor(1 + len(looks)) as pool:
             yanked = pool.submit(yank, apis[0])
@@ -272,7 +274,7 @@ def test_what_is_read_beside_yanks_is_of_one_moment(place: dict[str, str], url: 
 
 
 def test_of_the_first_scores_of_a_metric_all_say_the_same_of_what_is_better(
-    place: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
     examples = [{"prompt": "1 + 1 =", "completion": " 2"}]
     suite = {"name": "sums", "kind": "target", "description": "", "chat": False, "examples": examples}
@@ -294,7 +296,7 @@ def test_of_the_first_scores_of_a_metric_all_say_the_same_of_what_is_better(
 
 
 def test_many_first_pushes_into_a_namespace_that_is_not_there_yet_all_arrive(
-    place: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
     with clients(url) as apis:
 
@@ -310,16 +312,16 @@ def test_many_first_pushes_into_a_namespace_that_is_not_there_yet_all_arrive(
 
         answers = together(apis, race)
         assert all(isinstance(answer, dict) for answer in answers), answers
-    assert broken_promises(place) == []
+    assert broken_promises(environ) == []
 
 
 @pytest.mark.parametrize("pairing", services.PAIRINGS[1:], indirect=True)
 def test_searches_that_wait_for_the_database_hold_up_nobody_else(
-    place: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
     with clients(url) as apis:
         push_version(apis[0], tmp_path, "1.0.0", 0)
-    held, addresses = opened(place), url.split()
+    held, addresses = opened(environ), url.split()
     with ThreadPoolExecutor(100) as pool:
         with held.write() as session:
             session.execute(text("LOCK TABLE traits IN ACCESS EXCLUSIVE MODE"))
@@ -329,13 +331,13 @@ def test_searches_that_wait_for_the_database_hold_up_nobody_else(
                 while looking.scalar(WAITING_FOR_LOCKS) < SEARCH_THREADS * len(addresses):
                     time.sleep(0.05)
             for address in addresses:
-                found = httpx2.get(f"{address}/v1/resolve", params={"ref": f"{NAME}:1.0.0"}, timeout=10)
-                assert found.json()["release"]["version"] == "1.0.0"
+                resolved = httpx2.get(f"{address}/v1/resolve", params={"ref": f"{NAME}:1.0.0"}, timeout=10)
+                assert resolved.json()["release"]["version"] == "1.0.0"
             while sum(search.done() for search in searches) < len(searches) - SEARCH_THREADS * len(addresses):
                 time.sleep(0.05)
         answers = [search.result() for search in searches]
     held.close()
-    found = [answer.json()["items"] for answer in answers if answer.status_code == 200]
-    assert [len(items) for items in found] == [1] * SEARCH_THREADS * len(addresses)
+    pages = [answer.json()["items"] for answer in answers if answer.status_code == 200]
+    assert [len(items) for items in pages] == [1] * SEARCH_THREADS * len(addresses)
     busy = {(answer.status_code, answer.json()["code"]) for answer in answers if answer.status_code != 200}
     assert busy == {(503, "searches_busy")}

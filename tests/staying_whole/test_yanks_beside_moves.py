@@ -62,45 +62,45 @@ class Two:
                     waiting.result(0.5)
             waiting.result(20)
 
-    def found(self, channel: str) -> list[str]:
+    def versions_on(self, channel: str) -> list[str]:
         with self.first.read() as session:
-            places = search.search(session, operator(), Query(channel=channel), Order()).hits
-            return [session.get_one(releases.Release, place.release_id).version for place in places]
+            hits = search.search(session, operator(), Query(channel=channel), Order()).hits
+            return [session.get_one(releases.Release, hit.release_id).version for hit in hits]
 
 
 @pytest.fixture
-def two(place: dict[str, str], tmp_path: Path) -> Generator[Two]:
+def two(environ: dict[str, str], tmp_path: Path) -> Generator[Two]:
     """Two releases, the first of which `prod` gives out."""
-    cli = Cli(place)
+    cli = Cli(environ)
     for seed, version in enumerate((FIRST, SECOND)):
         cli.ok("push", write_adapter(tmp_path / str(version), seed), f"{NAME}:{version}", "--base", "tiny")
     cli.ok("promote", f"{NAME}:{FIRST}", "--to", "prod")
-    pair = Two(opened(place), opened(place))
+    pair = Two(opened(environ), opened(environ))
     yield pair
     for one in (pair.first, pair.second):
         one.close()
 
 
 @pytest.mark.parametrize("channel", ["prod", "edge"])
-def test_a_move_waits_for_a_yank_and_then_sees_it(two: Two, place: dict[str, str], channel: str) -> None:
+def test_a_move_waits_for_a_yank_and_then_sees_it(two: Two, environ: dict[str, str], channel: str) -> None:
     with pytest.raises(Refused) as caught:
         two.do(yank, promote, channel)
     assert caught.value.code == "release_yanked"
-    assert two.found(channel) == (["1.0.0"] if channel == "prod" else [])
-    assert broken_promises(place) == []
+    assert two.versions_on(channel) == (["1.0.0"] if channel == "prod" else [])
+    assert broken_promises(environ) == []
 
 
 @pytest.mark.parametrize("channel", ["prod", "edge"])
 def test_a_yank_waits_for_a_move_and_the_channel_gives_out_what_lies_below(
-    two: Two, place: dict[str, str], channel: str
+    two: Two, environ: dict[str, str], channel: str
 ) -> None:
     two.do(promote, yank, channel)
-    assert two.found(channel) == (["1.0.0"] if channel == "prod" else [])
-    assert broken_promises(place) == []
+    assert two.versions_on(channel) == (["1.0.0"] if channel == "prod" else [])
+    assert broken_promises(environ) == []
 
 
 def test_moves_beside_yanks_leave_searches_with_what_the_channels_give_out(
-    place: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
     """Onto channels that are there and onto new ones: nobody can lock what another is about to make."""
     with clients(url) as apis:
@@ -123,6 +123,6 @@ def test_moves_beside_yanks_leave_searches_with_what_the_channels_give_out(
 
         assert together(apis, race) == [None] * CLIENTS
         for channel in apis[0].pages(f"{line_path(NAME)}/channels"):
-            found = [row["version"] for row in apis[0].pages("/v1/releases", channel=channel["channel"])]
-            assert found == [version for version in [channel["version"]] if version], channel
-    assert broken_promises(place) == []
+            versions = [row["version"] for row in apis[0].pages("/v1/releases", channel=channel["channel"])]
+            assert versions == [version for version in [channel["version"]] if version], channel
+    assert broken_promises(environ) == []

@@ -7,14 +7,14 @@ from pathlib import Path
 REWRITE = os.environ.get("ADAPTORY_SNAPSHOTS") == "1"
 
 
-def check(name: str, found: str) -> None:
+def check(name: str, text: str) -> None:
     """Compares `found` with the file `name`, a path from this folder, or writes it."""
     path = (Path(__file__).parent / name).resolve()
-    found = found.rstrip("\n") + "\n"
+    text = text.rstrip("\n") + "\n"
     if REWRITE:
-        path.write_text(found, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     expected = path.read_text(encoding="utf-8")
-    lines = difflib.unified_diff(expected.splitlines(), found.splitlines(), name, "now", lineterm="", n=2)
-    assert found == expected, "\n".join(
+    lines = difflib.unified_diff(expected.splitlines(), text.splitlines(), name, "now", lineterm="", n=2)
+    assert text == expected, "\n".join(
         ["the contract has changed; `ADAPTORY_SNAPSHOTS=1 python -m pytest tests/wire` writes it anew:", *lines]
     )

@@ -30,8 +30,8 @@ def documents(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """One document of each kind, from a registry in which everything has happened once."""
     directory: Path = tmp_path_factory.mktemp("shapes")
     world = build_world(directory)
-    place = services.pairing(request.param)
-    cli = stock(Cli({"ADAPTORY_HOME": str(directory / "home"), "ADAPTORY_USER": "mia", **place}), world)
+    environ = services.pairing(request.param)
+    cli = stock(Cli({"ADAPTORY_HOME": str(directory / "home"), "ADAPTORY_USER": "mia", **environ}), world)
     pushed = cli.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--notes", "first")
     evaluated = cli.json("eval", "acme/sql", "--suite", "sql-exact")
     cli.ok("gate", "acme/sql@prod", "--rule", "sql-exact.nll<=1000")

@@ -10,14 +10,14 @@ from registry.database.migrate import head_revision
 ROOT = Path(__file__).parents[2]
 
 
-def install(place: Path) -> Path:
+def install(directory: Path) -> Path:
     """The bin directory of an environment that has the wheel and what it depends on, nothing else."""
-    place.mkdir()
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", place, ROOT]
+    directory.mkdir()
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", directory, ROOT]
     subprocess.run(pip, check=True)
-    subprocess.run([sys.executable, "-m", "venv", place / "venv"], check=True)
-    binaries = place / "venv" / "bin"
-    (wheel,) = place.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", directory / "venv"], check=True)
+    binaries = directory / "venv" / "bin"
+    (wheel,) = directory.glob("*.whl")
     constraints = ROOT / "constraints.txt"
     subprocess.run([binaries / "python", "-m", "pip", "install", "--quiet", "-c", constraints, wheel], check=True)
     return binaries

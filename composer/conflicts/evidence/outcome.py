@@ -117,6 +117,7 @@ class Effect:
         return Verdict.WARN if too_few_left else Verdict.OK
 
     def verdict(self, limits: Limits) -> Verdict:
+        """The worst of the verdicts on loss and answers; at best undecided below LEAST_EXAMPLES examples."""
         enough = Verdict.OK if self.examples >= LEAST_EXAMPLES else Verdict.UNDECIDED
         return Verdict.worst([enough, self.of_loss(limits), self.of_answers(limits)])
 

@@ -50,7 +50,8 @@ Combine = Callable[[Sequence[Probed]], Deltas]
 class Progress(Protocol):
     """Called with the number of examples planned, again whenever it grows, and with the number just measured."""
 
-    def expect(self, total: int) -> None: ...
+    def expect(self, total: int) -> None:
+        """Sets the total number of examples, at the start or when it grows."""
 
     def __call__(self, count: int) -> None: ...
 
@@ -66,6 +67,7 @@ class ProbeResult:
     seconds: float
 
     def pair(self, a: str, b: str) -> Outcome | None:
+        """The outcome of the pair, in either order; None if it was not probed."""
         return next((outcome for outcome in self.pairs if set(outcome.members) == {a, b}), None)
 
     def to_json(self) -> dict[str, object]:

@@ -53,6 +53,7 @@ class Module:
 
     @property
     def stored_shape(self) -> tuple[int, int]:
+        """O x I; the dimensions of a convolution's kernel count as inputs."""
         shape = self.placed.shape
         return shape[0], prod(shape[1:])
 
@@ -72,6 +73,7 @@ class Module:
         return self[part].float()
 
     def low_rank(self, A: Factor, B: Factor, scale: float = 1.0) -> LowRank:
+        """The module's delta scale * B @ A, with A R x I and B O x R."""
         placed = self.placed
         return LowRank(
             module=placed.module, weight=placed.weight, layout=self.layout, A=A, B=B, scale=scale,

@@ -1,7 +1,7 @@
 """What changed between two adapters, module by module, from their factors alone. No torch.
 
-With D the old delta of a module and D' the new one, a = <D, D'> / |D|^2 and E = D' - a D (the part of D' that no
-multiple of D is), the change D' - D = (a - 1) D + E has orthogonal parts, and its energy is split into
+With D the old delta of a module and D' the new one, a = <D, D'> / |D|^2 and E = D' - a D (the part of D'
+orthogonal to D), the change D' - D = (a - 1) D + E has orthogonal parts, and its energy is split into
 
     lost    max(1 - a, 0)^2 |D|^2             how far D was weakened (or turned round)
     gained  max(a - 1, 0)^2 |D|^2 + |E|^2     how far it was amplified, and what is new

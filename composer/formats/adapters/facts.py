@@ -196,7 +196,7 @@ def _is_ungathered(entry: TensorEntry) -> bool:
 
 
 def _scan(path: Path, entry: TensorEntry) -> tuple[bool, bool]:
-    """(finite, all zero) of one tensor. Integers are finite, and reported as not zero, since nobody needs that."""
+    """(finite, all zero) of one tensor. Integers are finite, and reported as not zero, since no caller needs that."""
     if entry.dtype not in _FLOAT_BITS:
         return True, False
     kind, magnitude, exponent = _FLOAT_BITS[entry.dtype]

@@ -117,7 +117,7 @@ def _mlx_settings(path: Path) -> dict[str, Any]:
     if kind not in ("lora", "dora"):
         raise NotSupported(
             "mlx_full",
-            f"{path.name} was trained with fine_tune_type {printable(kind)}: it holds whole weights, no adapter.",
+            f"{path.name} was trained with fine_tune_type {printable(kind)}: it holds full weights, not an adapter.",
             subject=CONFIG_FILE,
             next_step="Release it as a model.",
         )
@@ -184,7 +184,7 @@ def _scale(settings: Mapping[str, Any], layout: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
         raise InvalidFile(
             "bad_config",
-            f"lora_parameters.scale is {printable(value)}, no number.",
+            f"lora_parameters.scale is {printable(value)}, not a number.",
             subject=CONFIG_FILE,
             next_step="Write the number that the adapter was trained with.",
         )

@@ -67,7 +67,7 @@ def recognise(path: Path) -> Recognised:
     if (path / CONFIG_FILE).is_file() and file is None:
         return Recognised(PEFT)
     if (path / "config.json").is_file():
-        message = f"{path.name} is a checkpoint, a whole model and no adapter."
+        message = f"{path.name} is a checkpoint: a complete model, not an adapter."
         raise InvalidFile("a_checkpoint", message, subject=str(path), next_step="Name an adapter's directory.")
     for other in sorted(path.iterdir()):
         if other.suffix in (".gguf", ".nemo") or re.fullmatch(r"adapter_.*\.pt", other.name):

@@ -25,10 +25,12 @@ class AdapterUse:
 
 
 def files_of(adapters: Iterable[Path]) -> list[Path]:
+    """The weights and config file of each adapter."""
     return [path / file for path in adapters for file in (WEIGHTS_FILE, CONFIG_FILE)]
 
 
 def adapter_use(path: Path, weight: Weight | float) -> AdapterUse:
+    """An adapter with its weight and the digests of its files, for a note."""
     name = path.resolve().name
     return AdapterUse(name, parse_weight(weight), hash_file(path / WEIGHTS_FILE), hash_file(path / CONFIG_FILE))
 

@@ -51,6 +51,7 @@ class Checkpoint:
 
     @cached_property
     def architecture(self) -> Architecture:
+        """Model type, weight tying, and the shape and dtype of each tensor, with packed ones decoded."""
         tensors = {name: entry.spec for header in self.shards.values() for name, entry in header.tensors.items()}
         if self.packed:
             tensors = {name: spec for name, spec in tensors.items() if not is_part(name)}
@@ -110,7 +111,7 @@ def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -
     if not isinstance(stated, dict):
         raise InvalidFile(
             "bad_config",
-            f"config.json: quantization_config is {printable(stated)}, no mapping.",
+            f"config.json: quantization_config is {printable(stated)}, not a mapping.",
             subject="config.json",
             next_step="Save or download the checkpoint again.",
         )
@@ -152,7 +153,7 @@ def _refuse_another(path: Path, shards: Mapping[str, Header]) -> None:
             "two_checkpoints",
             f"{path.name} has weights twice: {SINGLE_FILE}, and the shards of {INDEX_FILE}.",
             subject=SINGLE_FILE,
-            next_step="Remove the one that you do not mean.",
+            next_step="Remove the one that you do not want.",
         )
 
 
@@ -288,7 +289,7 @@ def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
         raise _bad_index("has metadata that is not a mapping")
     for name, file in cast("dict[str, object]", stated).items():
         if not _is_name(file):
-            raise _bad_index(f"places {printable(name)} in {printable(file)}, which can be no shard")
+            raise _bad_index(f"places {printable(name)} in {printable(file)}, which is not a valid shard")
     return cast("dict[str, str]", stated)
 
 

@@ -47,7 +47,7 @@ def refuse_changed(inputs: Mapping[Path, Identity]) -> None:
             "inputs_changed",
             f"{' and '.join(map(str, changed))} changed since this began.",
             subject=str(changed[0]),
-            next_step="Run it again when nobody writes to it.",
+            next_step="Run it again when no process is writing to it.",
         )
 
 
@@ -56,7 +56,7 @@ def hash_checkpoint(
 ) -> BaseIdentity:
     """Identity of the checkpoint. `progress` is called, from several threads, with each number of bytes hashed.
 
-    Memory is one block a worker. Raises InvalidFile when a shard became shorter since it was opened, and what
+    Memory is one block per worker. Raises InvalidFile when a shard became shorter since it was opened, and what
     `progress` raises.
     """
     tensors = [
@@ -92,7 +92,7 @@ def verify_checkpoint(checkpoint: Checkpoint, expected: str, progress: Progress 
             "base_changed",
             f"{checkpoint.path} does not hold the weights of the base {expected[:12]}.",
             subject=str(checkpoint.path),
-            next_step="Name the right directory with --base-dir, or register what it holds now as another base.",
+            next_step="Name the right directory with --base-dir, or register its current content as another base.",
         )
 
 

@@ -151,7 +151,7 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
             "unreadable",
             f"{path} cannot be read: {error.strerror}.",
             subject=path.name,
-            next_step="Look at the path and its permissions.",
+            next_step="Check the path and its permissions.",
         ) from error
 
 

@@ -16,7 +16,7 @@ NEVER_TIED = frozenset(
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _BLOCK_BYTES = 4 << 20
 
-Place = tuple[Path, TensorEntry]
+StoredTensor = tuple[Path, TensorEntry]
 
 
 def embedding_tensors(tensors: Iterable[str]) -> list[str]:
@@ -60,7 +60,7 @@ def _bad_config(why: str) -> InvalidFile:
     return InvalidFile("bad_config", f"config.json: {why}.", subject="config.json", next_step=next_step)
 
 
-def same_bytes(one: Place, other: Place) -> bool:
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors are equal, so that loading ties them. transformers (5.24) ties a head that is stored
     beside the embedding only then. Stops at the first block that differs; another dtype or shape needs no comparison.
     """

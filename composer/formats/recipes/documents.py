@@ -36,7 +36,7 @@ LISTED = BeforeValidator(_tuple_of)
 _WORD = re.compile(r"'([^']*)'")
 _MUST_BE = {
     "string_type": "text",
-    "string_unicode": "text without half a surrogate pair",
+    "string_unicode": "text without an unpaired surrogate",
     "bool_type": "true or false",
     "int_type": "a whole number",
     "list_type": "a list",
@@ -195,6 +195,7 @@ def _expected(error: ErrorDetails) -> str:
 
 
 def path_of(loc: Loc) -> str:
+    """The path of a field, such as `inputs[0].weight`."""
     path = ""
     for part in loc:
         if isinstance(part, int):

@@ -142,6 +142,7 @@ class MethodSettings(Document):
         return self.cuts
 
     def with_tied(self, tied: Tied) -> Self:
+        """A copy with this handling of tied weights."""
         return self.model_copy(update={"tied": tied})
 
     def to_json(self) -> dict[str, Any]:
@@ -157,6 +158,7 @@ class Compressed(MethodSettings):
 
     @property
     def cuts(self) -> bool:
+        """Whether the result is truncated."""
         return self.rank is not None or self.energy is not None
 
 
@@ -217,7 +219,9 @@ class Knots(MethodSettings):
 
 
 class Ctm(MethodSettings):
-    ctm_rank: Rank | None = Field(None, description="Of the bases; the rank, or the highest of the inputs, if not set.")
+    ctm_rank: Rank | None = Field(
+        None, description="The rank of the bases; if not set, the rank, or the highest of the inputs."
+    )
     beta: BelowOne = Field(0.0, description="How much a delta's size counts in the choice of the bases.")
 
 
@@ -260,11 +264,11 @@ class Elect(MethodSettings):
 
 
 class _Fit(MethodSettings):
-    examples: Annotated[int, _integer(1, 64)] = Field(4, description="Of each input's suite that are fitted on.")
+    examples: Annotated[int, _integer(1, 64)] = Field(4, description="Examples of each input's suite to fit on.")
     steps: Annotated[int, _integer(1, 2)] = 2
     ridge: Ridge = 0.01
     form: Literal["input", "core"] = "input"
-    tokens: Annotated[int, _integer(16, 65_536)] = Field(2048, description="The most that a module is fitted on.")
+    tokens: Annotated[int, _integer(16, 65_536)] = Field(2048, description="The most tokens to fit a module on.")
     seed: Seed = 0
 
 

@@ -31,9 +31,9 @@ THRESHOLDS: dict[str, float | None] = {
     "sign_conflict": None,
     "low_retention": None,
 }
-"""The codes with a threshold, and its default: found from it on, or below it for `cancelling` and `low_retention`;
-docs/composing.md says what is compared. None: no measurement backs a threshold, so there is no such finding unless a
-policy sets one."""
+"""The codes with a threshold, and its default: a finding has at least this value, or less than it for `cancelling` and
+`low_retention`; docs/composing.md says what is compared. None: no measurement supports a threshold, so there is no such
+finding unless a policy sets one."""
 
 MODES = {"probe_loss": "of gain", "probe_answers": "by interval"}
 """Words that may follow a threshold: `0.5 of gain` is a share of a member's gain, not nats per token; `0.5 by interval`
@@ -60,6 +60,7 @@ class Policy:
     require: Verdict | None = None
 
     def threshold(self, code: str) -> float | None:
+        """The threshold of a finding, by default that of THRESHOLDS."""
         return self.thresholds.get(code, THRESHOLDS[code])
 
     def judged(self, findings: Iterable[Finding]) -> list[Finding]:
@@ -68,6 +69,7 @@ class Policy:
         return [replace(finding, severity=severity) for finding, severity in severities if severity is not None]
 
     def ignores(self, code: str) -> bool:
+        """Whether the policy drops findings of this code."""
         return self.overrides.get(code, Severity.NOTICE) is None
 
     def verdict(self, findings: Iterable[Finding], measured: Verdict = Verdict.OK) -> Verdict:
@@ -78,6 +80,7 @@ class Policy:
         return Verdict.worst([measured, Verdict.WARN if Severity.WARNING in severities else Verdict.OK])
 
     def accepts(self, verdict: Verdict) -> bool:
+        """Whether the verdict is no worse than `require`."""
         worst = self.require or Verdict.WARN
         return Verdict.worst([worst, verdict]) is worst
 

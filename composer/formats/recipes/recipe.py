@@ -216,6 +216,7 @@ class Lock:
 
     @property
     def digest(self) -> str:
+        """sha256 of the canonical JSON, without gates and without method version 1."""
         text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -244,6 +245,7 @@ class Lock:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Lock":
+        """Parses what `to_json` wrote, also in earlier versions."""
         inputs = tuple(
             LockedInput(
                 repository=row["repository"],
@@ -310,7 +312,7 @@ def _check_texts(document: object, subject: str) -> None:
             return
         value = pending.pop()
         if isinstance(value, str) and LONE_SURROGATE.search(value):
-            raise _bad(subject, f"{printable(value)} has half a surrogate pair")
+            raise _bad(subject, f"{printable(value)} has an unpaired surrogate")
         if isinstance(value, dict):
             pending += [part for item in cast("dict[object, object]", value).items() for part in item]
         elif isinstance(value, list | tuple | set):

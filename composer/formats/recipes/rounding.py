@@ -1,9 +1,9 @@
 """The single rounding of a merge, from float32 to the output's dtype: to the nearest value, or stochastically up or
 down.
 
-Rounding to nearest loses what is smaller than half a step of the weight. Stochastic rounding goes to the upper
-neighbour with a probability equal to the share of the way there, so that the mean over many weights is what was added
-(Gupta et al., arXiv 1502.02551): single values are less exact, sums over them more.
+Rounding to nearest loses everything smaller than half a step of the weight. Stochastic rounding goes to the upper
+neighbour with a probability equal to the distance already covered towards it, so that the mean over many weights is
+what was added (Gupta et al., arXiv 1502.02551): single values are less exact, sums over them more.
 """
 
 from dataclasses import dataclass
@@ -40,6 +40,6 @@ def parse_rounding(mode: str, seed: int = 0) -> Rounding:
         raise NotSupported("rounding", message, subject=mode, next_step=f"Use one of {', '.join(Mode)}.")
     if not 0 <= seed < 2**64:
         raise NotSupported(
-            "seed", f"{seed} is no seed.", subject=str(seed), next_step="Use a whole number from 0 to 2^64 - 1."
+            "seed", f"{seed} is not a seed.", subject=str(seed), next_step="Use a whole number from 0 to 2^64 - 1."
         )
     return Rounding(Mode(mode), seed)

@@ -6,7 +6,7 @@ description: one line
 chat: true                  # the prompt is one user turn in the base's chat template; false: plain text
 ends: true                  # a model should stop after the completion; false: it may go on, as after a cut answer
 examples: sql-exact.jsonl   # lines {"prompt": ..., "completion": ...}, beside this file; or the list itself
-metrics: {rouge_l: higher}  # optional: which way is better of metrics that `adaptory eval` does not measure
+metrics: {rouge_l: higher}  # optional: the better direction of metrics that `adaptory eval` does not measure
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ class Suite(Document):
     examples: Annotated[tuple[Example, ...], FailFast(), Field(min_length=1, max_length=MAX_EXAMPLES), LISTED]
     metrics: Annotated[dict[Metric, Better], Field(max_length=MAX_METRICS)] = Field(
         default_factory=dict[Metric, Better],
-        description="Which way is better of metrics that `adaptory eval` does not measure.",
+        description="The better direction of metrics that `adaptory eval` does not measure.",
     )
 
     @property
@@ -192,9 +192,7 @@ def parse_suite(path: Path | str) -> Suite:
 def _beside(path: Path, name: str) -> Path:
     """The file of that name in the suite's directory."""
     if not name or len(name) > MAX_TEXT_CHARS or "\0" in name or LONE_SURROGATE.search(name):
-        raise _bad(
-            f"{path}: examples", "it names no file that there can be", str(path), "Name a file beside the suite."
-        )
+        raise _bad(f"{path}: examples", "it is not a valid file name", str(path), "Name a file beside the suite.")
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts:
         next_step = "Put the examples beside the suite and name them by a relative path."
@@ -216,7 +214,7 @@ def _jsonl(path: Path) -> list[tuple[str, object]]:
                 "suite_json",
                 f"{path}:{number}: not valid JSON: {problem}.",
                 subject=str(path),
-                next_step="Correct that line: JSON Lines has one object a line.",
+                next_step="Correct that line: JSON Lines has one object per line.",
             ) from error
     return rows
 

@@ -39,7 +39,7 @@ def factor(value: object) -> float:
     """Parses a number that deltas can be multiplied by. Raises ValueError for everything else."""
     number = real(value)
     if abs(number) > LARGEST:
-        raise ValueError(f"a number of at most {LARGEST:g} in size")
+        raise ValueError(f"a number of at most {LARGEST:g} in magnitude")
     return number
 
 
@@ -85,10 +85,11 @@ class WeightRule(Document):
     @model_validator(mode="after")
     def _refuse_empty(self) -> Self:
         if not self.model_fields_set & {"layers", "modules"}:
-            raise Refusal("it needs layers or modules that it is for")
+            raise Refusal("it needs layers or modules")
         return self
 
     def holds(self, module: str) -> bool:
+        """Whether the module is in the rule's layers and matches its glob."""
         if self.layers is not None:
             layer = layer_of(module)
             if layer is None or not self.layers[0] <= layer <= self.layers[1]:
@@ -112,6 +113,7 @@ class Weight:
         return next((rule.weight for rule in self.rules if any(map(rule.holds, names))), self.value)
 
     def times(self, factor: float) -> "Weight":
+        """The weight and its rules, multiplied by a factor."""
         rules = tuple(rule.model_copy(update={"weight": rule.weight * factor}) for rule in self.rules)
         return Weight(self.value * factor, rules)
 
@@ -186,7 +188,7 @@ def parse_rule(text: str) -> WeightRule:
     if not slash and not _RANGE.fullmatch(selector):
         layers, modules = "", selector
     if not equals or not selector or (slash and not (layers and modules)):
-        raise _bad(f"{printable(text)} is no rule; write 0-9=0.5, q_proj=0 or 0-9/mlp.*=0.5")
+        raise _bad(f"{printable(text)} is not a rule; write 0-9=0.5, q_proj=0 or 0-9/mlp.*=0.5")
     row = {"weight": weight} | ({"layers": layers} if layers else {}) | ({"modules": modules} if modules else {})
     return _validated(WeightRule, row)
 

@@ -56,6 +56,7 @@ def picked_rows(source: Source, rows: Sequence[int]) -> torch.Tensor:
 
 
 def write_all(file: int, buffer: memoryview, offset: int) -> None:
+    """Writes the complete buffer at the offset; a single pwrite may write less."""
     while buffer.nbytes:
         count = os.pwrite(file, buffer, offset)
         buffer = buffer[count:]

@@ -103,6 +103,7 @@ class ActorCache:
 
 
 def credentials_of(headers: dict[bytes, bytes], client: tuple[str, int] | None) -> Credentials:
+    """Credentials of a request: its Authorization header, and its address with the user agent."""
     agent = headers.get(b"user-agent", b"").decode("latin-1")
     source = f"{client[0] if client else 'unknown'} {agent}"
     return Credentials(headers.get(b"authorization", b"").decode("latin-1"), source[:_MAX_SOURCE_CHARACTERS])

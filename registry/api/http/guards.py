@@ -68,6 +68,7 @@ class BodyLimit:
 
 
 def headers_too_large(limit_bytes: int) -> TooLarge:
+    """The error for headers and query above the limit."""
     return TooLarge(
         "headers_too_large",
         f"Headers and query are longer than {limit_bytes:,} bytes.",
@@ -177,7 +178,7 @@ class CallerLimits:
 
 
 def _whom(credentials: Credentials) -> str:
-    """Who is counted together, in words."""
+    """Whose requests are counted together, in words."""
     return "this token" if credentials.authorization else "no token, from this address"
 
 

@@ -24,6 +24,7 @@ def encode_cursor(key: str | int) -> str:
 
 
 def decode_cursor(cursor: str | None) -> str:
+    """The text of a cursor; empty for none. Raises Usage for one that no list returned."""
     if not cursor:
         return ""
     try:
@@ -41,6 +42,7 @@ def decode_cursor(cursor: str | None) -> str:
 
 
 def decode_number(cursor: str | None) -> int:
+    """The row number of a cursor; 0 for none. Raises Usage for a cursor of another list."""
     text = decode_cursor(cursor) or "0"
     if not text.isdecimal() or len(text) > MAX_DIGITS:
         raise Usage(
@@ -58,6 +60,7 @@ def page(items: Sequence[Item], limit: int, keys: Sequence[str | int]) -> Page[I
 
 
 def etag(move_id: int) -> str:
+    """The ETag of a channel whose last move is this one."""
     return f'"{move_id}"'
 
 

@@ -1,4 +1,4 @@
-"""RFC 9457: every error leaves as `application/problem+json` with a stable type."""
+"""RFC 9457: every error is returned as `application/problem+json` with a stable type."""
 
 import logging
 import re
@@ -29,13 +29,14 @@ outages = OutageLog(log)
 MEDIA_TYPE = "application/problem+json"
 _OF_NAMES = frozenset({"repository_unknown", "namespace_unknown"})
 _CHOICES = frozenset({"literal_error", "enum"})
-"""Errors of pydantic about a word that is none of a list."""
+"""Pydantic's errors for a word that is not in a list of choices."""
 
 
 def problem_response(
     error: RegistryError, status: int | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """The status, in the answer and in its body, is that of the error's family unless HTTP has a closer one."""
+    """Returns an error as a problem document. The status, of the response and in its body, is that of the error's
+    family unless HTTP has a closer one."""
     status = status or error.status
     problem = Problem(
         type=f"urn:adaptory:problem:{error.code}",
@@ -58,6 +59,7 @@ def problem_response(
 
 
 def install(app: FastAPI) -> None:
+    """Makes every error of the application a problem document, also in its OpenAPI document."""
     app.add_exception_handler(RegistryError, _registry_error)
     app.add_exception_handler(ComposerError, _composer_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -69,7 +71,7 @@ def install(app: FastAPI) -> None:
 
 
 def _describe(app: FastAPI) -> None:
-    """In the OpenAPI document every operation may answer a problem, in place of the framework's own form of a 422."""
+    """In the OpenAPI document, every operation may return a problem, which replaces the framework's own 422 form."""
     of_framework = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -94,7 +96,7 @@ def _describe(app: FastAPI) -> None:
 
 
 def _describe_problems(operation: dict[str, Any], content: dict[str, Any]) -> None:
-    """The statuses that the route declares, and whatever else may come."""
+    """Describes the statuses that the route declares, and a default for all others."""
     responses: dict[str, Any] = operation["responses"]
     for status, response in responses.items():
         if status.isdecimal() and int(status) >= 400:
@@ -105,13 +107,14 @@ def _describe_problems(operation: dict[str, Any], content: dict[str, Any]) -> No
 async def _registry_error(request: Request, error: Exception) -> JSONResponse:
     failure = cast(RegistryError, error)
     if failure.code in _OF_NAMES and (actor := getattr(request.state, "actor", None)) is not None:
-        with suppress(RegistryError):  # a hint: what was asked for is answered without it
+        with suppress(RegistryError):  # only a hint: the error is returned without it
             await run_in_threadpool(_name_near_ones, request, failure, actor)
     return problem_response(failure)
 
 
 def _name_near_ones(request: Request, error: RegistryError, actor: Actor) -> None:
-    """Of what this caller may read, whether or not the thing itself is there: so the answer gives nothing away."""
+    """Suggests near names among those that this caller may read, whether or not the object exists: the response reveals
+    nothing."""
     asked = error.subject
     if "/" not in asked:
         name = request.path_params.get("name")
@@ -142,7 +145,7 @@ def _validation_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 def _wrong(error: Mapping[str, Any]) -> str:
-    """What is right instead is left to the next step, which lists it."""
+    """What is wrong; the next step lists the allowed values."""
     return f"{str(error['input'])[:100]!r} is unknown" if error["type"] in _CHOICES else str(error["msg"])
 
 
@@ -155,7 +158,7 @@ def _right_way(kind: str, context: Mapping[str, Any]) -> str:
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
-    """What the router itself refuses: an unknown path, a method that the path does not have."""
+    """Errors of the router itself: an unknown path, or a method that the path does not have."""
     raised = cast(HTTPException, error)
     family = next((family for family in FAMILIES if family.status == raised.status_code), Usage)
     failure = family(
@@ -167,14 +170,14 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _disk_error(request: Request, error: Exception) -> JSONResponse:
-    """A disk that is full, gone or not ours to write, wherever a route met it."""
+    """A disk that is full, gone or read-only, in any route."""
     outages.warn(f"The disk cannot be used, as in {request.method} {request.url.path[:200]!r}", error)
     reason = cast(OSError, error).strerror or type(error).__name__
     return problem_response(
         Unavailable(
             "disk_error",
             f"The registry cannot use its disk: {reason}.",
-            next_step="See that its home has space and may be written, then repeat.",
+            next_step="Check that its home is writable and has space, then repeat.",
         )
     )
 
@@ -184,11 +187,11 @@ def _defect(request: Request, error: Exception) -> JSONResponse:
     log.error("%s %r failed", request.method, request.url.path[:200], exc_info=error)
     failed = f"The registry failed ({type(error).__name__})."
     failure = Unavailable("internal_error", failed, next_step="Look at its log.")
-    return problem_response(failure, 500, {"X-Request-Id": request_id() or ""})  # it bypasses what adds the header
+    return problem_response(failure, 500, {"X-Request-Id": request_id() or ""})  # skips the middleware that adds the id
 
 
 def _unicode_error(_request: Request, _error: Exception) -> JSONResponse:
-    """JSON can spell half of a surrogate pair, which no database and no encoding takes."""
+    """JSON can spell an unpaired surrogate, which no database or encoding accepts."""
     return problem_response(
         Invalid("bad_text", "The text contains an unpaired surrogate.", next_step="Send valid Unicode.")
     )

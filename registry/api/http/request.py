@@ -84,6 +84,7 @@ async def document(request: Request) -> bytes:
 
 
 def content_length(request: Request) -> int:
+    """The size of the body in bytes. Raises Usage for a request without a Content-Length."""
     text = request.headers.get("content-length", "")
     if not text.isdecimal() or len(text) > MAX_DIGITS:
         raise Usage("length_missing", "The request has no Content-Length.", next_step="Send the size of the body.")

@@ -21,11 +21,14 @@ class RepositoryRouter(APIRouter):
 
 @dataclass(frozen=True, slots=True)
 class NamedRepository:
+    """The repository that a path names, not yet looked up."""
+
     name: RepositoryName
     kind: Kind
 
 
 async def kind_of(request: Request) -> Kind:
+    """The kind of repository, from the first part of the path: /v1/adapters or /v1/models."""
     return next(kind for prefix, kind in REPOSITORY_PREFIXES.items() if request.scope["path"].startswith(prefix))
 
 
@@ -33,6 +36,7 @@ KindOf = Annotated[Kind, Depends(kind_of)]
 
 
 async def repository_of(namespace: str, name: str, kind: KindOf) -> NamedRepository:
+    """The repository of the path. Raises Usage for a part that is not a name."""
     return NamedRepository(
         RepositoryName(parse_name(namespace, "namespace"), parse_name(name, "repository name")), kind
     )

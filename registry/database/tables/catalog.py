@@ -12,7 +12,7 @@ from registry.database.engine import Row, UtcDateTime
 Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only in an INTEGER key
 
 
-ByteOrdered = String(200).with_variant(String(200, collation="C"), "postgresql")  # a locale would sort by its own mind
+ByteOrdered = String(200).with_variant(String(200, collation="C"), "postgresql")  # a locale has an order of its own
 
 
 def new_stamp() -> int:
@@ -63,6 +63,8 @@ class BaseLocation(Row):
 
 
 class Repository(Row):
+    """A namespace's releases of one name; all are adapters, or all models."""
+
     __tablename__ = "repositories"
     __table_args__ = (UniqueConstraint("namespace", "name"),)
 
@@ -129,6 +131,8 @@ class Revision(Row):
 
 
 class RevisionFile(Row):
+    """A file of a revision, and the blob with its bytes."""
+
     __tablename__ = "revision_files"
 
     revision_id: Mapped[int] = mapped_column(ForeignKey("revisions.id"), primary_key=True)
@@ -147,6 +151,8 @@ class TargetSet(Row):
 
 
 class TargetSetMember(Row):
+    """A module name in a target set."""
+
     __tablename__ = "target_set_members"
 
     target_set_id: Mapped[int] = mapped_column(ForeignKey("target_sets.id"), primary_key=True)

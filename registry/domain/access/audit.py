@@ -39,6 +39,8 @@ def operator_actor(name: str, at: datetime) -> Actor:
 
 
 class Act(StrEnum):
+    """The kinds of change that the audit log records: `noun:verb`."""
+
     BASE_ADD = "base:add"
     BASE_UPDATE = "base:update"
     BLOB_COLLECT = "blob:collect"

@@ -30,6 +30,7 @@ class Change:
 
 
 def find(session: Session, name: str) -> Namespace:
+    """The namespace. Raises NotFound."""
     row = session.get(Namespace, name)
     if row is None:
         raise unknown_namespace(name)
@@ -67,6 +68,8 @@ def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
 
 
 def change(session: Session, actor: Actor, name: str, wanted: Change) -> Namespace:
+    """Changes the given settings of a namespace, creating it if needed. Waits for transactions that publish under the
+    current settings. Raises Refused if it would require signatures without a key."""
     row = find_or_create(session, actor, name)
     session.refresh(row, with_for_update=True)  # waits for transactions that publish under the current settings
     before = _settings(row)
@@ -105,6 +108,7 @@ def signing_keys(session: Session, name: str) -> list[str]:
 
 
 def public_names(session: Session) -> frozenset[str]:
+    """Names of the namespaces that everyone may read."""
     return frozenset(session.scalars(select(Namespace.name).where(Namespace.public)))
 
 

@@ -29,10 +29,12 @@ _ORDER = {role: rank for rank, role in enumerate(Role)}
 
 
 def min_role(one: str, other: str) -> Role:
+    """The role that may do less."""
     return min(Role(one), Role(other), key=_ORDER.__getitem__)
 
 
 def max_role(one: str, other: str) -> Role:
+    """The role that may do more."""
     return max(Role(one), Role(other), key=_ORDER.__getitem__)
 
 
@@ -71,7 +73,7 @@ def permit_somewhere(actor: Actor, role: Role) -> None:
             "role_missing",
             f"{actor.name} does not have the role {role} in any namespace.",
             subject=actor.name,
-            next_step=f"Use the token of a user who is {role} of a namespace, or ask an admin of yours for the role.",
+            next_step=f"Use the token of a {role} of a namespace, or ask an admin of your namespace for the role.",
         )
 
 
@@ -116,6 +118,7 @@ def refuse_other_owner(actor: Actor, subject: str, owner: str | None, way_out: s
 
 
 def unknown_namespace(namespace: str) -> NotFound:
+    """The error for a namespace that does not exist or that the actor may not see."""
     return NotFound(
         "namespace_unknown",
         f"There is no namespace {namespace[:64]} that you may see.",

@@ -114,6 +114,7 @@ def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list
 
 
 def exist(session: Session) -> bool:
+    """Whether there is a token that is not revoked."""
     return session.scalars(select(Token.id).where(Token.revoked_at.is_(None)).limit(1)).first() is not None
 
 

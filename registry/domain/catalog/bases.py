@@ -57,6 +57,8 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class NewBase:
+    """A base to register. `derived_from` names another base, and `relation` how it was made from that one."""
+
     name: str
     model_type: str
     tied: bool
@@ -211,6 +213,7 @@ def aliases(session: Session, *listed: Base) -> dict[str, list[str]]:
 
 
 def locations(session: Session, *listed: Base) -> dict[str, list[str]]:
+    """The locations of each base, by digest."""
     return _by_digest(session, BaseLocation.base_digest, BaseLocation.url, listed)
 
 
@@ -248,6 +251,7 @@ def related(session: Session, digest: str) -> dict[str, str]:
 
 
 def list_page(session: Session, *, after: str, limit: int) -> list[Base]:
+    """A page of bases by name, from the first name after `after` on."""
     return list(session.scalars(select(Base).where(Base.name > after).order_by(Base.name).limit(limit)))
 
 

@@ -126,6 +126,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
 
 
 def refuse_long_notes(notes: str, subject: str) -> None:
+    """Raises Invalid for notes longer than MAX_NOTES characters."""
     if len(notes) > MAX_NOTES:
         raise Invalid(
             "notes_too_long",
@@ -161,6 +162,7 @@ def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[Manife
 
 
 def find(session: Session, name: RepositoryName, version: Version, kind: Kind | None = None) -> Release:
+    """The release of that version. Raises NotFound."""
     release = _by_version(session, repositories.find(session, name, kind), version)
     if release is None:
         raise unknown(session, name, version)
@@ -203,6 +205,7 @@ def list_page(session: Session, repository: Repository, *, before: str, limit: i
 
 
 def find_file(session: Session, release: Release, path: str) -> RevisionFile:
+    """The file of a release at that path. Raises NotFound."""
     file = session.get(RevisionFile, (release.revision_id, path))
     if file is None:
         raise NotFound(
@@ -224,6 +227,7 @@ def files_of(session: Session, *listed: Release) -> dict[int, list[RevisionFile]
 
 
 def full_name(release: Release) -> str:
+    """NAMESPACE/NAME:VERSION."""
     return f"{repositories.name_of(release.repository)}:{release.version}"
 
 

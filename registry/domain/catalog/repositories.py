@@ -18,11 +18,14 @@ _LISTED = 20
 
 
 class Kind(StrEnum):
+    """What the releases of a repository are."""
+
     ADAPTER = "adapter"
     MODEL = "model"
 
 
 def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Repository:
+    """The repository. Raises NotFound, also if it is of another kind."""
     repository = _lookup(session, name)
     if repository is None or (kind and repository.kind != kind):
         raise NotFound(
@@ -57,6 +60,7 @@ def unknown_channel(session: Session, repository: Repository, channel: str) -> N
 
 
 def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: Kind) -> Repository:
+    """The repository, created with its namespace if needed. Raises Conflict if it is of another kind."""
     repository = _lookup(session, name)
     if repository is None:
         namespaces.find_or_create(session, actor, name.namespace)

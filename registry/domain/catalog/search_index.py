@@ -144,4 +144,5 @@ def _traits(session: Session, release: Release) -> int:
 
 
 def traits_key(facts: dict[str, str | int | float | None]) -> str:
+    """The key of a combination of traits: equal values have one row."""
     return sha256(json.dumps(list(facts.values())).encode()).hexdigest()

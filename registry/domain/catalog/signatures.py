@@ -66,11 +66,13 @@ def signer(
 
 
 def of_release(session: Session, release: Release) -> list[Signature]:
+    """The signatures of a release, oldest first."""
     query = select(Signature).where(Signature.release_id == release.id).order_by(Signature.created_at)
     return list(session.scalars(query))
 
 
 def keep(session: Session, actor: Actor, release: Release, signed_by: str, bundle: bytes) -> None:
+    """Stores a verified signature; replaces an earlier one by the same key."""
     session.flush()
     row = session.get(Signature, (release.id, signed_by)) or Signature(release_id=release.id, signed_by=signed_by)
     row.bundle, row.created_at, row.created_by = bundle.decode(), actor.at, actor.name

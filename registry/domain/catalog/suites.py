@@ -62,6 +62,7 @@ def number_text(value: float) -> str:
 
 
 def parse_condition(text: str) -> Condition:
+    """Parses `SUITE.METRIC>=NUMBER` or `<=`. Raises Usage for anything else."""
     match = _CONDITION.fullmatch(text)
     if match:
         suite, metric, operator, number = match.groups()
@@ -149,6 +150,7 @@ def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: st
 
 
 def list_page(session: Session, *, after: int, limit: int) -> list[Suite]:
+    """A page of current suites by id, from the first one after `after` on."""
     return list(session.scalars(select(Suite).where(Suite.id > after, Suite.current).order_by(Suite.id).limit(limit)))
 
 

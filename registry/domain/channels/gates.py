@@ -117,6 +117,8 @@ Scores = Mapping[tuple[str, str], Measured]
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
+    """The outcome of one rule; `detail` has the numbers."""
+
     rule: str
     passed: bool
     detail: str
@@ -126,6 +128,7 @@ class GateResult:
 
 
 def parse_rule(text: str) -> Rule:
+    """Parses a gate rule: a condition, or one of `COMPARISONS`. Raises Usage for anything else."""
     for comparison in COMPARISONS:
         match = comparison.pattern.fullmatch(text)
         if match and isfinite(float(match["number"])):
@@ -143,6 +146,7 @@ def parse_rule(text: str) -> Rule:
 
 
 def parse_rules(texts: Sequence[str]) -> list[Rule]:
+    """Parses the rules of a gate. Raises Usage for more than MAX_RULES."""
     if len(texts) > MAX_RULES:
         raise Usage("too_many_rules", f"A gate has at most {MAX_RULES} rules.", next_step="Leave some out.")
     return [parse_rule(text) for text in texts]
@@ -205,6 +209,8 @@ def _judge(rule: Rule, candidate: Scores, against: References) -> GateResult:
 
 
 def set_rules(session: Session, actor: Actor, repository: Repository, channel: str, texts: Sequence[str]) -> list[Rule]:
+    """Replaces a channel's gate rules; none removes the gate. Raises NotFound for an unknown suite or metric, Usage for
+    an invalid rule."""
     rules = parse_rules(texts)
     for rule in rules:
         suites.find(session, rule.suite)
@@ -241,6 +247,7 @@ def refuse_keeping_losses(session: Session, rule: Rule) -> None:
 
 
 def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]:
+    """The rules of each gated channel of a repository."""
     rows = session.scalars(select(Gate).where(Gate.repository_id == repository.id).order_by(Gate.channel))
     return {row.channel: parse_rules(row.rules) for row in rows}
 
@@ -257,6 +264,7 @@ def lineage(session: Session, release: Release) -> tuple[Scores | None, bool]:
 
 
 def scores(session: Session, subject: Release | Base) -> Scores:
+    """The current scores of a release or base, by suite and metric."""
     return {(row.suite.name, row.metric): measured(row) for row in suites.scores_of(session, subject)}
 
 

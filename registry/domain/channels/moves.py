@@ -273,6 +273,7 @@ def history(session: Session, channel: Channel, *, before: int, limit: int) -> l
 
 
 def find(session: Session, repository: Repository, name: str) -> Channel:
+    """The channel. Raises NotFound for one that was never moved."""
     channel = session.scalar(select(Channel).where(Channel.repository_id == repository.id, Channel.name == name))
     if channel is None or channel.move_id is None:
         raise repositories.unknown_channel(session, repository, name)

@@ -73,6 +73,8 @@ class ResolvedRow:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
+    """A resolved reference; `warning` says that the release is yanked."""
+
     release: Release
     warning: str = ""
 

@@ -121,6 +121,7 @@ def creator(session: Session, composition: Composition, now: datetime) -> Actor:
 
 
 def find(session: Session, composition_id: int) -> tuple[Composition, Job]:
+    """The composition and its job. Raises NotFound."""
     composition = session.get(Composition, composition_id)
     if composition is None:
         raise unknown(composition_id)
@@ -128,6 +129,7 @@ def find(session: Session, composition_id: int) -> tuple[Composition, Job]:
 
 
 def unknown(composition_id: int) -> NotFound:
+    """The error for a composition that does not exist or that the actor may not see."""
     return NotFound(
         "composition_unknown",
         f"There is no composition {composition_id}.",
@@ -170,6 +172,7 @@ def _read(lock: Mapping[str, Any]) -> set[str]:
 
 
 def cancel(session: Session, actor: Actor, composition_id: int) -> tuple[Composition, Job]:
+    """Requests cancellation of the composition's job. Raises Conflict for a finished one."""
     composition, job = find(session, composition_id)
     queue.request_cancel(session, job.id, actor.at)
     audit.record(session, actor, Act.COMPOSITION_CANCEL, subject(composition), namespace=job.namespace)
@@ -448,6 +451,7 @@ def _suite_names(recipe: Recipe) -> list[str]:
 
 
 def result_rows(releases_made: Sequence[Release]) -> list[dict[str, Any]]:
+    """The published releases, for the composition's document."""
     return [
         {
             "repository": full_name(release).rpartition(":")[0],

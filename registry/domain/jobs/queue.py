@@ -28,6 +28,7 @@ FINISHED = ("done", "refused", "failed", "cancelled")
 
 
 def enqueue(session: Session, actor: Actor, kind: str, steps: Sequence[str], namespace: str) -> Job:
+    """Adds a job with these steps. Raises TooMany if the user has MAX_QUEUED jobs waiting."""
     waiting = select(func.count()).select_from(Job).where(Job.state == "queued", Job.created_by == actor.name)
     if (session.scalar(waiting) or 0) >= MAX_QUEUED:
         raise TooMany(
@@ -56,6 +57,7 @@ def enqueue(session: Session, actor: Actor, kind: str, steps: Sequence[str], nam
 
 
 def find(session: Session, job_id: int) -> Job:
+    """The job. Raises NotFound."""
     job = session.get(Job, job_id)
     if job is None:
         raise unknown(job_id)
@@ -63,6 +65,7 @@ def find(session: Session, job_id: int) -> Job:
 
 
 def unknown(job_id: int) -> NotFound:
+    """The error for a job that does not exist or that the actor may not see."""
     return NotFound(
         "job_unknown", f"There is no job {job_id}.", subject=str(job_id), next_step="`adaptory jobs` lists them."
     )

@@ -64,6 +64,7 @@ class Search:
 
 
 def by_rare_term(session: Session, asked: Search) -> list[Hit] | None:
+    """Reads the releases with a term that few have, and checks the other conditions on those."""
     if asked.term and asked.term.are_all:
         return _among(session, asked, [asked.term.ids])
     return _first(_by_list(session, asked, _with_term(term, SIDE_BY_SIDE)) for term in asked.listed)
@@ -80,10 +81,12 @@ def by_rare_score(session: Session, asked: Search) -> list[Hit] | None:
 
 
 def by_channel(session: Session, asked: Search) -> list[Hit] | None:
+    """Reads what the channels of the requested name serve, if they are few."""
     return _by_list(session, asked, _on_channel(RARE)) if "channel" in asked.shape.filters else None
 
 
 def by_size(session: Session, asked: Search) -> list[Hit] | None:
+    """Reads the releases below the size limit, if they are few."""
     return _by_list(session, asked, _small(RARE)) if "max_size_bytes" in asked.shape.filters else None
 
 
@@ -105,6 +108,7 @@ def by_rare_traits(session: Session, asked: Search) -> list[Hit] | None:
 
 
 def by_term(session: Session, asked: Search) -> list[Hit] | None:
+    """Reads the releases with the most selective term, newest first, until the page is full."""
     if not asked.term:
         return None
     return _among(session, asked, iterate_matches(session, asked.shape, asked.term, asked.values))

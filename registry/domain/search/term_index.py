@@ -43,6 +43,7 @@ class TermMatches:
 
     @property
     def are_all(self) -> bool:
+        """Whether `ids` are all matches, not only the newest ones."""
         return len(self.ids) < self.count
 
 

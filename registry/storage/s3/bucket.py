@@ -40,9 +40,11 @@ class Bucket:
         return self.object(blob_key(sha256))
 
     def object(self, key: str) -> dict[str, str]:
+        """The bucket and full key of an object, as arguments of boto3's calls."""
         return {"Bucket": self.name, "Key": f"{self.prefix}{key}"}
 
     def head(self, named: dict[str, str]) -> dict[str, Any] | None:
+        """The object's headers; None if it is missing."""
         with translate_store_errors(named["Key"]):
             try:
                 return self.client.head_object(**named)
@@ -123,5 +125,6 @@ def translate_store_errors(subject: str) -> Generator[None]:
 
 
 def code_of(error: ClientError) -> str:
+    """The error code in the store's response; empty if it has none."""
     response: Any = error.response
     return str(response.get("Error", {}).get("Code", ""))

@@ -61,6 +61,7 @@ class Parts:
         return parts
 
     def join(self, upload: dict[str, str], there: Stored) -> None:
+        """Assembles the parts; does nothing if the upload is already completed."""
         parts = [
             {"PartNumber": number, **{key: there[number][key] for key in _NAMING if key in there[number]}}
             for number in sorted(there)
@@ -72,6 +73,7 @@ class Parts:
                 raise
 
     def abort(self, upload: dict[str, str]) -> None:
+        """Discards the parts; does nothing if the upload no longer exists."""
         try:
             self._bucket.client.abort_multipart_upload(**upload)
         except ClientError as error:

@@ -26,6 +26,8 @@ would believe."""
 
 
 class S3Store:
+    """A BlobStore in a bucket. A `record` keeps what the store was found to verify."""
+
     def __init__(self, storage: S3Storage, record: FactsRecord | None = None) -> None:
         self._bucket: Bucket = open_bucket(storage)
         self._client: Any = self._bucket.client

@@ -63,7 +63,7 @@ def captured(loaded: LoadedModel, victim: list[Delta]) -> dict[str, tuple[torch.
 
 def test_ratio_along_and_across_are_those_of_the_dense_products(loaded: LoadedModel) -> None:
     victim, intruder = deltas(1, MODULES[:2]), deltas(2, MODULES[1:], size=0.5)
-    found = activation_interference(loaded, encoded(loaded), victim, intruder)
+    measured = activation_interference(loaded, encoded(loaded), victim, intruder)
     own = other = common = 0.0
     for module, (X_NI, Y_NO) in captured(loaded, victim).items():
         moved = [
@@ -74,50 +74,50 @@ def test_ratio_along_and_across_are_those_of_the_dense_products(loaded: LoadedMo
         own += (moved[0].square().sum() / base).item()
         other += (moved[1].square().sum() / base).item()
         common += ((moved[0] * moved[1]).sum() / base).item()
-    assert found.ratio == pytest.approx((other / own) ** 0.5, rel=1e-4)
-    assert found.along == pytest.approx(common / own, rel=1e-3, abs=1e-5)
-    assert found.across == pytest.approx((other / own - (common / own) ** 2) ** 0.5, rel=1e-4)
-    assert sum(found.modules.values()) == pytest.approx(1.0)
-    assert found.modules[MODULES[0]] == pytest.approx(0.0), "the intruder does nothing there"
+    assert measured.ratio == pytest.approx((other / own) ** 0.5, rel=1e-4)
+    assert measured.along == pytest.approx(common / own, rel=1e-3, abs=1e-5)
+    assert measured.across == pytest.approx((other / own - (common / own) ** 2) ** 0.5, rel=1e-4)
+    assert sum(measured.modules.values()) == pytest.approx(1.0)
+    assert measured.modules[MODULES[0]] == pytest.approx(0.0), "the intruder does nothing there"
 
 
 def test_an_adapter_beside_itself_moves_activations_as_far_and_in_its_own_direction(loaded: LoadedModel) -> None:
     own = deltas(1, MODULES)
-    found = activation_interference(loaded, encoded(loaded), own, own)
-    assert (found.ratio, found.along) == pytest.approx((1.0, 1.0))
-    assert found.across == pytest.approx(0.0, abs=1e-3)
+    measured = activation_interference(loaded, encoded(loaded), own, own)
+    assert (measured.ratio, measured.along) == pytest.approx((1.0, 1.0))
+    assert measured.across == pytest.approx(0.0, abs=1e-3)
     opposite = [replace(delta, scale=-2 * delta.scale) for delta in own if isinstance(delta, LowRank)]
     against = activation_interference(loaded, encoded(loaded), own, opposite)
     assert (against.ratio, against.along) == pytest.approx((2.0, -2.0))
 
 
 def test_a_victim_that_does_nothing_has_nothing_to_lose(loaded: LoadedModel) -> None:
-    found = activation_interference(loaded, encoded(loaded), [], deltas(2, MODULES))
-    assert (found.ratio, found.along, found.across) == (0.0, 0.0, 0.0)
-    assert found.intruder > 0
+    measured = activation_interference(loaded, encoded(loaded), [], deltas(2, MODULES))
+    assert (measured.ratio, measured.along, measured.across) == (0.0, 0.0, 0.0)
+    assert measured.intruder > 0
     nothing = activation_interference(loaded, encoded(loaded), [], [])
     assert (nothing.ratio, nothing.modules) == (0.0, {})
 
 
-def test_every_ordered_pair_is_told_with_its_own_victim_active(loaded: LoadedModel) -> None:
+def test_every_ordered_pair_is_measured_with_its_own_victim_active(loaded: LoadedModel) -> None:
     members = {name: deltas(seed, MODULES, size=seed / 10) for seed, name in enumerate(("a", "b", "c"), start=1)}
-    found = activations(loaded, members, PROMPTS)
-    assert set(found.directed) == {(v, i) for v in members for i in members if v != i}
+    measured = activations(loaded, members, PROMPTS)
+    assert set(measured.directed) == {(v, i) for v in members for i in members if v != i}
     direct = activation_interference(loaded, encoded(loaded), members["b"], members["c"])
-    assert found.directed["b", "c"].ratio == pytest.approx(direct.ratio, rel=1e-4)
-    victim, worst = found.worse("a", "c")
-    assert (victim, worst) == ("a", found.directed["a", "c"]), "c is three times as strong"
+    assert measured.directed["b", "c"].ratio == pytest.approx(direct.ratio, rel=1e-4)
+    victim, worst = measured.worse("a", "c")
+    assert (victim, worst) == ("a", measured.directed["a", "c"]), "c is three times as strong"
 
 
-def test_a_pairs_activations_are_the_same_whoever_else_is_in_the_set(loaded: LoadedModel) -> None:
+def test_a_pairs_activations_do_not_depend_on_the_others_in_the_set(loaded: LoadedModel) -> None:
     pair = {"a": deltas(1, MODULES[:1]), "b": deltas(2, MODULES[:2])}
     alone = activations(loaded, pair, PROMPTS)
     beside = activations(loaded, {"c": deltas(3, MODULES[1:], size=0.5), **pair}, PROMPTS)
     for names, expected in alone.directed.items():
-        found = beside.directed[names]
+        measured = beside.directed[names]
         for number in ("ratio", "along", "across", "victim", "intruder"):
-            assert getattr(found, number) == pytest.approx(getattr(expected, number), rel=1e-4), number
-        assert found.modules == pytest.approx(expected.modules)
+            assert getattr(measured, number) == pytest.approx(getattr(expected, number), rel=1e-4), number
+        assert measured.modules == pytest.approx(expected.modules)
 
 
 def test_embeddings_and_transposed_weights_count_too(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -132,10 +132,10 @@ def test_embeddings_and_transposed_weights_count_too(tmp_path_factory: pytest.Te
         B=torch.randn(32, 2),
         scale=0.1,
     )
-    found = activations(gpt2, {"one": own, "two": [*own, embedding]}, PROMPTS)
-    assert set(found.directed["one", "two"].modules) == {"transformer.h.0.attn.c_attn", "transformer.wte"}
-    assert found.directed["one", "two"].along == pytest.approx(1.0)
-    assert found.directed["one", "two"].across > 0
+    measured = activations(gpt2, {"one": own, "two": [*own, embedding]}, PROMPTS)
+    assert set(measured.directed["one", "two"].modules) == {"transformer.h.0.attn.c_attn", "transformer.wte"}
+    assert measured.directed["one", "two"].along == pytest.approx(1.0)
+    assert measured.directed["one", "two"].across > 0
 
 
 @pytest.mark.parametrize("memory", [None, 20_000], ids=["in memory", "streamed"])
@@ -160,8 +160,8 @@ def test_an_embedding_that_scales_what_it_looks_up_scales_what_an_adapter_adds(
         with deltas_applied(gemma.model, [own]):
             moved = embedding(ids) - before
     expected = (moved.square().sum() / before.square().sum()).sqrt().item()
-    found = activation_interference(gemma, encoded(gemma), [own], [own])
-    assert (found.victim, found.intruder) == pytest.approx((expected, expected), rel=1e-4)
+    measured = activation_interference(gemma, encoded(gemma), [own], [own])
+    assert (measured.victim, measured.intruder) == pytest.approx((expected, expected), rel=1e-4)
 
 
 def test_nothing_stays_on_the_model(loaded: LoadedModel) -> None:
@@ -187,10 +187,10 @@ def test_prompts_are_lines_and_empty_ones_are_none() -> None:
 @pytest.fixture(scope="module")
 def streamed(loaded: LoadedModel) -> LoadedModel:
     """The same base, of which only the embedding and a layer fit in the memory that it is given."""
-    found = load_model(loaded.model.name_or_path, device="cpu", memory=60_000)
-    assert found.streamed
-    assert any(one.is_meta for one in found.model.parameters())
-    return found
+    measured = load_model(loaded.model.name_or_path, device="cpu", memory=60_000)
+    assert measured.streamed
+    assert any(one.is_meta for one in measured.model.parameters())
+    return measured
 
 
 def test_a_base_that_does_not_fit_in_memory_is_streamed_and_shows_the_same(
@@ -216,9 +216,9 @@ def test_prompts_of_different_lengths_share_the_reading_of_a_streamed_base(strea
 
 def test_a_delta_that_changes_a_weight_as_a_whole_is_refused_on_a_streamed_base(streamed: LoadedModel) -> None:
     name = "model.layers.1.mlp.down_proj"
-    whole = Replacement(module=name, weight=f"{name}.weight", tensor=torch.zeros(32, 48))
+    replacement = Replacement(module=name, weight=f"{name}.weight", tensor=torch.zeros(32, 48))
     with pytest.raises(NotSupported, match="does not fit in memory") as caught:
-        activations(streamed, {"a": [whole], "b": deltas(1, MODULES)}, PROMPTS)
+        activations(streamed, {"a": [replacement], "b": deltas(1, MODULES)}, PROMPTS)
     assert caught.value.subject == name
 
 
@@ -231,7 +231,7 @@ def test_fused_experts_act_and_are_not_looked_at(tmp_path: Path) -> None:
         name: load_deltas(save_adapted(base, lora(GATE, DOWN), tmp_path / name, seed), model.architecture).deltas
         for seed, name in enumerate(("red", "green"))
     }
-    found = activations(model, members, PROMPTS).directed["red", "green"]
-    assert sorted(found.modules) == [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    measured = activations(model, members, PROMPTS).directed["red", "green"]
+    assert sorted(measured.modules) == [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
     alone = {name: [one for one in own if "q_proj" in one.module] for name, own in members.items()}
-    assert found.ratio != pytest.approx(activations(model, alone, PROMPTS).directed["red", "green"].ratio, rel=1e-6)
+    assert measured.ratio != pytest.approx(activations(model, alone, PROMPTS).directed["red", "green"].ratio, rel=1e-6)

@@ -29,30 +29,30 @@ def weights_of(base: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in base.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def codes(found: ConflictReport) -> dict[str, Severity]:
-    return {finding.code: finding.severity for finding in found.findings}
+def codes(report: ConflictReport) -> dict[str, Severity]:
+    return {finding.code: finding.severity for finding in report.findings}
 
 
-def test_with_a_base_at_hand_sizes_are_told_beside_its_weights(
+def test_with_a_base_at_hand_sizes_are_compared_with_its_weights(
     base: Path, red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
     red, green = scaled(red, 0.3, "red"), scaled(green, 0.3, "green")
-    found = conflicts([red, green], [1.0, 0.5], base=open_checkpoint(base))
+    report = conflicts([red, green], [1.0, 0.5], base=open_checkpoint(base))
     weights = weights_of(base)
     norms = sum(weights[delta.weight].double().square().sum().item() for delta in low_rank(green))
     expected = 0.5 * (sum(dense(delta).square().sum().item() for delta in low_rank(green)) / norms) ** 0.5
-    assert found.members[1].size.amplification == pytest.approx(expected, rel=0.2), "a sample of rows stands for all"
+    assert report.members[1].size.amplification == pytest.approx(expected, rel=0.2), "a sample of rows stands for all"
     assert conflicts([red, green], [1.0, 1.0]).members[1].size.amplification is None
-    assert "amplified" not in codes(found)
-    told = found.members[1]
+    assert "amplified" not in codes(report)
+    member = report.members[1]
     ratios = {
         delta.module: 0.5 * float(np.linalg.norm(dense(delta), 2) / np.linalg.norm(weights[delta.weight], 2))
         for delta in low_rank(green)
     }
-    assert {module: size.spectral_amplification for module, size in told.modules.items()} == pytest.approx(
+    assert {module: size.spectral_amplification for module, size in member.modules.items()} == pytest.approx(
         ratios, rel=0.02
     )
-    assert told.size.spectral_amplification == pytest.approx(max(ratios.values()), rel=0.02)
+    assert member.size.spectral_amplification == pytest.approx(max(ratios.values()), rel=0.02)
     assert codes(conflicts([red, scaled(green, 50.0, "loud")], [1.0, 1.0], base=open_checkpoint(base)))["amplified"]
 
 
@@ -63,11 +63,11 @@ def test_a_direction_stronger_than_any_of_the_base_is_named(
     delta, *others = low_rank(red)
     loud = 3 * np.linalg.norm(weights[delta.weight], 2) / np.linalg.norm(dense(delta), 2)
     deltas = (replace(delta, scale=delta.scale * float(loud)), *others)
-    found = conflicts([replace(red, deltas=deltas), green], [1.0, 1.0], base=open_checkpoint(base))
-    (told,) = [one for one in found.findings if one.code == "amplified" and delta.module in one.subject]
-    assert told.measure == pytest.approx(3, rel=0.02)
-    assert f"{delta.module} is 3 times as strong" in told.message
-    assert "spectral norm" in str(tables(found))
+    report = conflicts([replace(red, deltas=deltas), green], [1.0, 1.0], base=open_checkpoint(base))
+    (finding,) = [one for one in report.findings if one.code == "amplified" and delta.module in one.subject]
+    assert finding.measure == pytest.approx(3, rel=0.02)
+    assert f"{delta.module} is 3 times as strong" in finding.message
+    assert "spectral norm" in str(tables(report))
 
 
 def test_only_as_many_weights_are_looked_at_as_there_is_time_for(
@@ -88,13 +88,13 @@ def test_only_as_many_weights_are_looked_at_as_there_is_time_for(
     assert some.size.spectral_amplification == pytest.approx(everything.size.spectral_amplification, rel=1e-6)
 
 
-def test_what_rounding_will_lose_is_told_before_the_merge(tmp_path: Path, red: LoadedAdapter) -> None:
+def test_what_rounding_will_lose_is_reported_before_the_merge(tmp_path: Path, red: LoadedAdapter) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path / "full"), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
-    found = conflicts([scaled(red, 1e-4, "faint")], [1.0], base=open_checkpoint(tmp_path / "half"))
-    assert codes(found)["bf16_swallow"] is Severity.WARNING
-    assert found.together.lost_share is not None
-    assert found.together.lost_share > 0.9
+    report = conflicts([scaled(red, 1e-4, "faint")], [1.0], base=open_checkpoint(tmp_path / "half"))
+    assert codes(report)["bf16_swallow"] is Severity.WARNING
+    assert report.together.lost_share is not None
+    assert report.together.lost_share > 0.9
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (40, 7), (300, 900), (256, 256), (1024, 1024)])
@@ -117,9 +117,9 @@ def test_the_largest_singular_value_is_numpys(
     )
     with path.open("rb") as file:
         source = Source(file.fileno(), read_header(path).tensors["weight"], shape[1])
-        found = amplification.largest_singular_value(amplification.BaseWeight("m", source, [(delta, 1.0)]))
+        largest = amplification.largest_singular_value(amplification.BaseWeight("m", source, [(delta, 1.0)]))
     exact = np.linalg.svd(W.double().numpy(), compute_uv=False)[0]
-    assert exact * 0.99 <= found <= exact * (1 + 1e-5)
+    assert exact * 0.99 <= largest <= exact * (1 + 1e-5)
 
 
 def test_a_weight_of_zeros_has_no_largest_direction(base: Path, red: LoadedAdapter, tmp_path: Path) -> None:
@@ -127,6 +127,6 @@ def test_a_weight_of_zeros_has_no_largest_direction(base: Path, red: LoadedAdapt
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.zero_()
     model.save_pretrained(tmp_path / "zeros")
-    found = conflicts([red], [1.0], base=open_checkpoint(tmp_path / "zeros")).members[0]
-    assert found.modules["model.layers.0.self_attn.q_proj"].spectral_amplification is None
-    assert found.size.spectral_amplification is not None
+    member = conflicts([red], [1.0], base=open_checkpoint(tmp_path / "zeros")).members[0]
+    assert member.modules["model.layers.0.self_attn.q_proj"].spectral_amplification is None
+    assert member.size.spectral_amplification is not None

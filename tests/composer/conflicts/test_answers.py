@@ -64,9 +64,11 @@ OLD = parse_policy("thresholds: {probe_loss: 0.5 of gain, probe_answers: 0.5 by 
 
 
 def answers_said(answered: int, still: int, policy: Policy) -> list[str]:
-    found = of_outcome(answering(answered, still), policy)
-    assert all(f"{still} of the {answered}" in finding.message for finding in found if finding.code == "probe_answers")
-    return [finding.code for finding in found if finding.code != "probe_loss"]
+    findings = of_outcome(answering(answered, still), policy)
+    assert all(
+        f"{still} of the {answered}" in finding.message for finding in findings if finding.code == "probe_answers"
+    )
+    return [finding.code for finding in findings if finding.code != "probe_loss"]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_an_open_question_makes_the_verdict_undecided_whatever_its_finding_is(
     assert unasked.verdict is Verdict.OK, "what a policy ignores is no question"
 
 
-def test_what_a_members_own_weight_takes_is_told_beside_its_loss(red: LoadedAdapter, green: LoadedAdapter) -> None:
+def test_what_a_members_own_weight_takes_is_reported_beside_its_loss(red: LoadedAdapter, green: LoadedAdapter) -> None:
     lowered = replace(answering(0, 0).effects[0], alone_weighted=0.3)
     outcome = Outcome(16, (lowered, answering(0, 0).effects[1]), ())
     report = conflicts([red, green], [0.7, 1.0], evidence=ProbeResult(16, (outcome,), outcome, 1.0))

@@ -38,13 +38,13 @@ def summed_and_turned(adapters: list[LoadedAdapter]) -> list[Delta]:
 
 @pytest.mark.parametrize(("size", "weights"), [(-1.0, [1.0, 1.0]), (1.0, [1.0, -1.0]), (-1.0, [-0.3, -0.3])])
 def test_deltas_that_cancel_are_a_warning(red: LoadedAdapter, size: float, weights: list[float]) -> None:
-    found = conflicts([red, scaled(red, size, "again")], weights)
-    assert found.verdict is Verdict.WARN
-    (told,) = [one for one in found.findings if one.code == "cancelling"]
-    assert (told.severity, told.subject) == (Severity.WARNING, "red + again")
-    assert told.measure == pytest.approx(0.0, abs=1e-9)
-    assert "0.00 times their separate energy" in told.message
-    assert "They cancel" in " ".join(text.advice(found))
+    report = conflicts([red, scaled(red, size, "again")], weights)
+    assert report.verdict is Verdict.WARN
+    (finding,) = [one for one in report.findings if one.code == "cancelling"]
+    assert (finding.severity, finding.subject) == (Severity.WARNING, "red + again")
+    assert finding.measure == pytest.approx(0.0, abs=1e-9)
+    assert "0.00 times their separate energy" in finding.message
+    assert "They cancel" in " ".join(text.advice(report))
     meant = conflicts([red, scaled(red, size, "again")], weights, policy=parse_policy("cancelling: ignore"))
     assert meant.verdict is Verdict.UNMEASURED
 
@@ -63,17 +63,17 @@ def test_those_that_cancel_only_together_are_found(red: LoadedAdapter, green: Lo
     norms = [member.size.norm for member in conflicts(four, [1.0] * 4).members]
     alone = [scaled(one, 1 / norm, one.name) for one, norm in zip(four, norms, strict=True)]
     minus = replace(scaled(red, 1.0, "minus"), deltas=tuple(summed_and_turned(alone)))
-    found = conflicts([*alone, minus], [1.0] * 5)
-    (told,) = [one for one in found.findings if one.code == "cancelling"]
-    assert told.subject == "red + green + blue + white + minus"
+    report = conflicts([*alone, minus], [1.0] * 5)
+    (finding,) = [one for one in report.findings if one.code == "cancelling"]
+    assert finding.subject == "red + green + blue + white + minus"
 
 
 def test_opposite_adapters_with_weights_of_different_sign_add_up(red: LoadedAdapter) -> None:
-    found = conflicts([red, scaled(red, -1.0, "opposite")], [1.0, -1.0])
-    assert found.together.interference == pytest.approx(2.0)
-    (told,) = [one for one in found.findings if one.code == "near_duplicate"]
-    assert told.measure == pytest.approx(1.0)
-    assert "one task trained twice" in told.message
+    report = conflicts([red, scaled(red, -1.0, "opposite")], [1.0, -1.0])
+    assert report.together.interference == pytest.approx(2.0)
+    (finding,) = [one for one in report.findings if one.code == "near_duplicate"]
+    assert finding.measure == pytest.approx(1.0)
+    assert "one task trained twice" in finding.message
     assert "near_duplicate" not in codes(conflicts([red, scaled(red, 1.0, "again")], [1.0, -1.0]))
 
 

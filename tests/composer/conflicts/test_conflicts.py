@@ -27,8 +27,8 @@ from tests.composer.small_model import Load, dense, scaled
 from tests.composer.tiny import MakeModel
 
 
-def codes(found: ConflictReport) -> dict[str, Severity]:
-    return {finding.code: finding.severity for finding in found.findings}
+def codes(report: ConflictReport) -> dict[str, Severity]:
+    return {finding.code: finding.severity for finding in report.findings}
 
 
 def stacked(adapter: LoadedAdapter, modules: list[str]) -> torch.Tensor:
@@ -53,22 +53,22 @@ def test_a_pairs_numbers_are_those_of_the_dense_deltas(red: LoadedAdapter, green
 def test_without_a_probe_the_verdict_is_unmeasured_and_no_risk_is_known(
     red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    found = conflicts([red, green], [1.0, 1.0])
-    assert found.verdict is found.pairs[0].verdict is Verdict.UNMEASURED
-    assert found.pairs[0].evidence == "weights"
-    assert found.pairs[0].risk is None
-    assert codes(found) == {"weak_evidence": Severity.NOTICE}
-    assert found.pairs[0].interval is None
-    assert "risk unknown" in text.headlines(found)[1]
+    report = conflicts([red, green], [1.0, 1.0])
+    assert report.verdict is report.pairs[0].verdict is Verdict.UNMEASURED
+    assert report.pairs[0].evidence == "weights"
+    assert report.pairs[0].risk is None
+    assert codes(report) == {"weak_evidence": Severity.NOTICE}
+    assert report.pairs[0].interval is None
+    assert "risk unknown" in text.headlines(report)[1]
 
 
 def test_the_same_adapter_twice_is_a_warning_since_the_sum_overshoots(red: LoadedAdapter) -> None:
-    found = conflicts([red, scaled(red, 1.1, "again")], [1.0, 1.0])
-    assert found.verdict is Verdict.WARN
-    assert found.pairs[0].numbers.cosine == pytest.approx(1.0)
-    assert found.together.interference == pytest.approx(1 + 2.2 / 2.21)
-    assert codes(found)["near_duplicate"] is Severity.WARNING
-    (same,) = [finding for finding in found.findings if finding.code == "near_duplicate"]
+    report = conflicts([red, scaled(red, 1.1, "again")], [1.0, 1.0])
+    assert report.verdict is Verdict.WARN
+    assert report.pairs[0].numbers.cosine == pytest.approx(1.0)
+    assert report.together.interference == pytest.approx(1 + 2.2 / 2.21)
+    assert codes(report)["near_duplicate"] is Severity.WARNING
+    (same,) = [finding for finding in report.findings if finding.code == "near_duplicate"]
     assert "point the same way (cosine 1.00)" in same.message
     assert "one task trained twice" in same.message
 
@@ -88,33 +88,33 @@ def test_a_lowered_threshold_makes_nobody_alike(
 ) -> None:
     """The policy may ask for the finding at any cosine; what is said of it has to be true all the same."""
     numbers = replace(conflicts([red, green], [1.0, 1.0]).pairs[0].numbers, dominance=0.5, interference=1 + cosine)
-    (found,) = of_pair(("red", "green"), numbers, None, parse_policy("thresholds: {near_duplicate: -1, dominance: 2}"))
-    assert said in found.message
-    assert f"{1 + cosine:.2f} times the energy" in found.message
-    assert ("one task trained twice" in found.message) is (cosine >= 0.5)
+    (report,) = of_pair(("red", "green"), numbers, None, parse_policy("thresholds: {near_duplicate: -1, dominance: 2}"))
+    assert said in report.message
+    assert f"{1 + cosine:.2f} times the energy" in report.message
+    assert ("one task trained twice" in report.message) is (cosine >= 0.5)
 
 
 def test_advice_to_keep_one_of_two_is_for_those_that_do_the_same(red: LoadedAdapter, green: LoadedAdapter) -> None:
     low = parse_policy("thresholds: {near_duplicate: -1}")
-    told = [conflicts([red, other], [1.0, 1.0], policy=low) for other in (green, scaled(red, 1.1, "again"))]
-    assert ["keep one" in " ".join(text.advice(one)) for one in told] == [False, True]
+    reports = [conflicts([red, other], [1.0, 1.0], policy=low) for other in (green, scaled(red, 1.1, "again"))]
+    assert ["keep one" in " ".join(text.advice(one)) for one in reports] == [False, True]
 
 
 def test_an_adapter_that_adds_nothing_is_named(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    found = conflicts([red, scaled(green, 0.0, "idle")], [1.0, 1.0])
-    (zero,) = [finding for finding in found.findings if finding.code == "zero_delta"]
+    report = conflicts([red, scaled(green, 0.0, "idle")], [1.0, 1.0])
+    (zero,) = [finding for finding in report.findings if finding.code == "zero_delta"]
     assert (zero.subject, zero.severity, zero.measure) == ("idle", Severity.WARNING, 4.0)
-    assert found.pairs[0].modules == {}
-    json.dumps(found.to_json(), allow_nan=False)
+    assert report.pairs[0].modules == {}
+    json.dumps(report.to_json(), allow_nan=False)
 
 
 def test_an_adapter_that_brings_most_of_the_energy_is_noticed_and_not_failed(
     red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    found = conflicts([red, scaled(green, 30.0, "loud")], [1.0, 1.0])
-    assert found.verdict is Verdict.UNMEASURED
-    assert codes(found)["dominance"] is Severity.NOTICE
-    assert found.members[1].share == pytest.approx(found.pairs[0].numbers.dominance)
+    report = conflicts([red, scaled(green, 30.0, "loud")], [1.0, 1.0])
+    assert report.verdict is Verdict.UNMEASURED
+    assert codes(report)["dominance"] is Severity.NOTICE
+    assert report.members[1].share == pytest.approx(report.pairs[0].numbers.dominance)
     assert "dominance" not in codes(conflicts([red, scaled(green, 30.0, "loud")], [30.0, 1.0]))
 
 
@@ -122,10 +122,10 @@ def test_a_nan_is_an_error_naming_the_module(red: LoadedAdapter, green: LoadedAd
     first = green.deltas[0]
     assert isinstance(first, LowRank)
     broken = replace(green, deltas=(replace(first, B=first.B_OR * float("nan")), *green.deltas[1:]))
-    found = conflicts([red, broken], [1.0, 1.0])
-    assert found.verdict is Verdict.REFUSE
-    assert [finding.subject for finding in found.findings if finding.code == "not_finite"] == [first.module]
-    json.dumps(found.to_json(), allow_nan=False)
+    report = conflicts([red, broken], [1.0, 1.0])
+    assert report.verdict is Verdict.REFUSE
+    assert [finding.subject for finding in report.findings if finding.code == "not_finite"] == [first.module]
+    json.dumps(report.to_json(), allow_nan=False)
 
 
 def test_numbers_too_large_to_compare_are_refused_with_the_module(red: LoadedAdapter) -> None:
@@ -138,9 +138,9 @@ def test_numbers_too_large_to_compare_are_refused_with_the_module(red: LoadedAda
 
 def test_two_whole_copies_of_one_tensor_refuse_and_are_remarked_first(load: Load) -> None:
     saved = [load(name, seed, modules_to_save=["lm_head"]) for name, seed in (("one", 3), ("two", 4))]
-    found = conflicts(saved, [1.0, 1.0])
-    assert found.verdict is Verdict.REFUSE
-    first = text.remarks(found.findings)[0]
+    report = conflicts(saved, [1.0, 1.0])
+    assert report.verdict is Verdict.REFUSE
+    first = text.remarks(report.findings)[0]
     assert first.startswith("error: ")
     assert "lm_head" in first
 
@@ -148,9 +148,9 @@ def test_two_whole_copies_of_one_tensor_refuse_and_are_remarked_first(load: Load
 def test_the_whole_set_and_every_pair_are_reported_for_three(
     load: Load, red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    found = conflicts([red, green, load("blue", 5)], [1.0, 1.0, 0.5])
-    assert [(pair.a, pair.b) for pair in found.pairs] == [("red", "green"), ("red", "blue"), ("green", "blue")]
-    assert sum(member.share for member in found.members) == pytest.approx(1.0)
+    report = conflicts([red, green, load("blue", 5)], [1.0, 1.0, 0.5])
+    assert [(pair.a, pair.b) for pair in report.pairs] == [("red", "green"), ("red", "blue"), ("green", "blue")]
+    assert sum(member.share for member in report.members) == pytest.approx(1.0)
 
 
 def test_a_report_has_the_contracts_shape(red: LoadedAdapter, green: LoadedAdapter) -> None:
@@ -178,8 +178,8 @@ def test_no_adapter_or_two_of_one_name_are_refused(red: LoadedAdapter) -> None:
 
 
 def test_one_adapter_alone_is_checked_for_what_it_cannot_be_merged_with(red: LoadedAdapter) -> None:
-    found = conflicts([red], [1.0])
-    assert (found.pairs, found.verdict) == ((), Verdict.UNMEASURED)
+    report = conflicts([red], [1.0])
+    assert (report.pairs, report.verdict) == ((), Verdict.UNMEASURED)
 
 
 @pytest.mark.parametrize("code", ["input_overlap", "output_overlap", "crowding", "sign_conflict", "low_retention"])
@@ -192,7 +192,7 @@ def test_a_number_without_evidence_warns_only_where_a_policy_gives_a_threshold(
     assert code not in codes(conflicts([red, green], [1.0, 1.0]))
 
 
-def test_a_loud_adapter_is_told_the_weight_that_makes_both_equally_loud(
+def test_a_loud_adapter_gets_advice_of_the_weight_that_makes_both_equally_loud(
     red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
     loud = scaled(green, 30.0, "loud")
@@ -203,19 +203,19 @@ def test_a_loud_adapter_is_told_the_weight_that_makes_both_equally_loud(
 
 
 def test_an_adapter_of_weight_zero_drowns_in_nothing(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    found = conflicts([red, green], [1.0, 0.0])
-    assert "dominance" not in codes(found)
-    assert not any("equally loud" in line for line in found.pairs[0].explanation.advice)
+    report = conflicts([red, green], [1.0, 0.0])
+    assert "dominance" not in codes(report)
+    assert not any("equally loud" in line for line in report.pairs[0].explanation.advice)
 
 
 def test_weights_by_module_count_in_every_weighted_number(red: LoadedAdapter, green: LoadedAdapter) -> None:
     silent = Weight(1.0, (parse_rule("q_proj=0"),))
-    found = conflicts([red, green], [1.0, silent])
-    assert found.pairs[0].modules["model.layers.0.self_attn.q_proj"].dominance == 1.0
-    assert found.pairs[0].numbers.interference == pytest.approx(1.0), "where both are, one has the weight 0"
-    assert found.members[0].retention == pytest.approx(1.0)
-    assert found.members[1].retention is not None
-    assert 0 < found.members[1].retention < 1
+    report = conflicts([red, green], [1.0, silent])
+    assert report.pairs[0].modules["model.layers.0.self_attn.q_proj"].dominance == 1.0
+    assert report.pairs[0].numbers.interference == pytest.approx(1.0), "where both are, one has the weight 0"
+    assert report.members[0].retention == pytest.approx(1.0)
+    assert report.members[1].retention is not None
+    assert 0 < report.members[1].retention < 1
 
 
 def test_layers_are_sums_over_their_modules(red: LoadedAdapter, green: LoadedAdapter) -> None:
@@ -227,11 +227,11 @@ def test_layers_are_sums_over_their_modules(red: LoadedAdapter, green: LoadedAda
 
 @pytest.mark.parametrize("method", ["ties", "core_tsv", "svd", "linear"])
 def test_retention_is_of_what_the_method_makes(red: LoadedAdapter, green: LoadedAdapter, method: str) -> None:
-    found = conflicts([red, green], [1.0, 0.5], parse_settings(method))
+    report = conflicts([red, green], [1.0, 0.5], parse_settings(method))
     combined = combine_deltas([red, green], [1.0, 0.5], method).deltas
     everything = sorted({delta.module for one in (red, green) for delta in one.deltas})
     M = torch.cat([sum(dense(d) for d in combined if d.module == module).flatten() for module in everything])
-    for member, adapter in zip(found.members, (red, green), strict=True):
+    for member, adapter in zip(report.members, (red, green), strict=True):
         own = {delta.module: dense(delta) for delta in adapter.deltas}
         shapes = {delta.module: dense(delta).shape for delta in combined}
         D = torch.cat([own.get(module, torch.zeros(shapes[module])).flatten() for module in everything])
@@ -247,17 +247,17 @@ def test_two_that_train_one_token_are_a_finding_whatever_the_method(
         load_deltas(save_adapted(base, LoraConfig(trainable_token_indices=rows), tmp_path / name), None)
         for name, rows in (("one", [1, 5]), ("two", [5, 9]))
     ]
-    found = conflicts(loaded, [1.0, 1.0], parse_settings(method))
-    assert [one.code for one in found.findings if one.severity is Severity.ERROR] == ["token_conflict"]
-    assert found.verdict is Verdict.REFUSE
+    report = conflicts(loaded, [1.0, 1.0], parse_settings(method))
+    assert [one.code for one in report.findings if one.severity is Severity.ERROR] == ["token_conflict"]
+    assert report.verdict is Verdict.REFUSE
 
 
 def test_a_mean_tells_the_weights_that_it_comes_to(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    found = conflicts([red, green], [1.0, 3.0], parse_settings("mean"))
-    assert [member.to_json()["weight"] for member in found.members] == [0.25, 0.75]
+    report = conflicts([red, green], [1.0, 3.0], parse_settings("mean"))
+    assert [member.to_json()["weight"] for member in report.members] == [0.25, 0.75]
     ruled = Weight(1.0, (parse_rule("q_proj=0"),))
-    told = conflicts([red, green], [1.0, ruled], parse_settings("mean")).members[0].to_json()
-    assert told["weight"] == {"value": 1.0, "rules": [], "among": [1.0, ruled.to_json()]}
+    member = conflicts([red, green], [1.0, ruled], parse_settings("mean")).members[0].to_json()
+    assert member["weight"] == {"value": 1.0, "rules": [], "among": [1.0, ruled.to_json()]}
     assert effective_weights([1.0, 1.0], parse_settings("mean"))[0].times(2.0).of("m") == 1.0
 
 
@@ -268,10 +268,10 @@ def test_deltas_without_factors_are_left_out_and_named(red: LoadedAdapter, green
         stored_shape=(48, 32),
         rows=lambda W, _: W,
     )
-    found = conflicts([red, replace(green, deltas=(*green.deltas, other))], [1.0, 1.0])
-    (told,) = [finding for finding in found.findings if finding.code == "not_factors"]
-    assert (told.subject, told.measure) == ("green", 1.0)
-    assert found.pairs[0].numbers == conflicts([red, green], [1.0, 1.0]).pairs[0].numbers
+    report = conflicts([red, replace(green, deltas=(*green.deltas, other))], [1.0, 1.0])
+    (finding,) = [finding for finding in report.findings if finding.code == "not_factors"]
+    assert (finding.subject, finding.measure) == ("green", 1.0)
+    assert report.pairs[0].numbers == conflicts([red, green], [1.0, 1.0]).pairs[0].numbers
     alone = conflicts([red, replace(green, deltas=(other,))], [1.0, 1.0]).members[1]
     assert (alone.retention, alone.size.norm) == (None, 0.0), "nothing is known of it, and no number says there is"
 
@@ -293,9 +293,9 @@ def test_a_real_probe_goes_into_the_report_of_its_own_adapters(
         for name in ("red", "green")
     ]
     members = [Probed(one.name, one.deltas, 1.0, suite) for one, suite in zip((red, green), suites, strict=True)]
-    found = conflicts([red, green], [1.0, 1.0], evidence=probe(load_model(base, device="cpu"), members, effort=2))
-    assert found.pairs[0].evidence == "probe"
-    assert "weak_evidence" not in codes(found)
-    document = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    report = conflicts([red, green], [1.0, 1.0], evidence=probe(load_model(base, device="cpu"), members, effort=2))
+    assert report.pairs[0].evidence == "probe"
+    assert "weak_evidence" not in codes(report)
+    document = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert document["pairs"][0]["probe"]["effects"][0]["member"] == "red"
     assert document["whole"]["probe"] == document["pairs"][0]["probe"]

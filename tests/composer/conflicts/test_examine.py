@@ -110,9 +110,9 @@ def test_members_that_answer_the_same_prompts_differently_are_named_before_anyth
     verdicts = {(pair.a, pair.b): pair.verdict for pair in report.pairs}
     assert verdicts == {("red", "green"): "unmeasured", ("red", "blue"): "warn", ("green", "blue"): "unmeasured"}
     assert report.verdict is Verdict.WARN
-    told = summary(report)
-    assert "want different answers to 1 of them: no single model serves both" in told.lines[0]
-    assert told.fix.startswith("Serve them separately and route")
+    headline = summary(report)
+    assert "want different answers to 1 of them: no single model serves both" in headline.lines[0]
+    assert headline.fix.startswith("Serve them separately and route")
     ignored = examine(
         adapters, [1.0] * 3, evidence=Evidence(load=never, suites=own), policy=parse_policy("same_prompts: ignore")
     )
@@ -183,8 +183,8 @@ def test_every_report_is_what_the_documented_schema_says(
     for made in evidences:
         for checkpoint in (None, open_checkpoint(base)):
             report = examine(adapters, [1.0] * 3, parse_settings("ties"), evidence=made(), base=checkpoint)
-            told = json.loads(json.dumps(document(report), allow_nan=False))
-            errors = [f"{list(error.instance_path)}: {error.message}" for error in validator.iter_errors(told)]
+            written = json.loads(json.dumps(document(report), allow_nan=False))
+            errors = [f"{list(error.instance_path)}: {error.message}" for error in validator.iter_errors(written)]
             assert errors == []
     assert_strict(schema)
 

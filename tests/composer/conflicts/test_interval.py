@@ -51,7 +51,7 @@ def test_a_share_is_surely_less_where_the_binomial_tail_says_so(
     assert surely_less(count, total, share) is expected
 
 
-def test_a_share_can_be_told_from_a_hundred_thousand_examples() -> None:
+def test_a_share_is_judged_from_a_hundred_thousand_examples() -> None:
     assert surely_less(49_000, 100_000, 0.5)
     assert not surely_less(49_900, 100_000, 0.5)
 

@@ -36,11 +36,11 @@ class Node:
     children: list["Node"] = field(default_factory=list["Node"])
 
     def find(self, tag: str) -> list["Node"]:
-        found = [self] if self.tag == tag else []
-        return found + [one for child in self.children for one in child.find(tag)]
+        elements = [self] if self.tag == tag else []
+        return elements + [one for child in self.children for one in child.find(tag)]
 
-    def whole(self) -> str:
-        return self.text + "".join(child.whole() for child in self.children)
+    def full_text(self) -> str:
+        return self.text + "".join(child.full_text() for child in self.children)
 
 
 class Tree(HTMLParser):
@@ -117,7 +117,7 @@ def test_what_strangers_named_is_text_and_never_markup(report: ConflictReport) -
     assert NASTY not in text
     assert len(Tree(text).root.find("style")) == 1
     (heading,) = Tree(text).root.find("h1")
-    assert heading.whole() == f"Conflicts of red, {NASTY}, blue"
+    assert heading.full_text() == f"Conflicts of red, {NASTY}, blue"
 
 
 def test_a_map_has_a_row_a_layer_a_column_a_kind_and_the_number_in_every_cell(report: ConflictReport) -> None:
@@ -126,30 +126,35 @@ def test_a_map_has_a_row_a_layer_a_column_a_kind_and_the_number_in_every_cell(re
     shown = {str(node.attributes["class"]).split()[-1]: node for node in reversed(maps(tree))}
     cosine = shown["m-cosine"]
     rows = cosine.find("tr")
-    assert [cell.whole() for cell in rows[0].find("th")] == ["layer", "self_attn.q_proj", "self_attn.v_proj", "lm_head"]
-    assert [row.find("th")[0].whole() for row in rows[1:]] == ["0", "1", "other"]
+    assert [cell.full_text() for cell in rows[0].find("th")] == [
+        "layer",
+        "self_attn.q_proj",
+        "self_attn.v_proj",
+        "lm_head",
+    ]
+    assert [row.find("th")[0].full_text() for row in rows[1:]] == ["0", "1", "other"]
     first = report.pairs[0]
     module = "model.layers.1.self_attn.v_proj"
     cell = rows[2].find("td")[1]
-    assert float(cell.whole()) == pytest.approx(first.modules[module].cosine, abs=0.0051)
+    assert float(cell.full_text()) == pytest.approx(first.modules[module].cosine, abs=0.0051)
     assert cell.attributes["title"] == f"{module}: {first.modules[module].cosine:.4g}"
-    assert [one.whole() for one in rows[3].find("td")[:2]] == ["", ""]
+    assert [one.full_text() for one in rows[3].find("td")[:2]] == ["", ""]
 
 
 def test_colour_follows_the_distance_from_chance_on_one_scale_for_all_maps(report: ConflictReport) -> None:
     shown = [node for node in maps(Tree(page(report)).root) if node.find("caption")]
-    for measure, told in MEASURES.items():
+    for measure, colouring in MEASURES.items():
         own = [node for node in shown if f"m-{measure}" in str(node.attributes["class"])]
-        (scale,) = {str(node.find("caption")[0].whole()) for node in own}
+        (scale,) = {str(node.find("caption")[0].full_text()) for node in own}
         most = float(re.search(r"the strongest ([\d.e+-]+) from there", scale).group(1))  # pyright: ignore
-        assert most >= told.least
+        assert most >= colouring.least
         for pair, node in zip(report.pairs, own, strict=True):
             for cell in (cell for cell in node.find("td") if cell.attributes):
                 module, _, value = str(cell.attributes["title"]).rpartition(": ")
-                chance = told.chance if told.chance is not None else pair.flat[module]
+                chance = colouring.chance if colouring.chance is not None else pair.flat[module]
                 if measure == "share":
                     chance = 1 / len(pair.modules)
-                distance = float(value) - chance if told.signed else max(0.0, float(value) - chance)
+                distance = float(value) - chance if colouring.signed else max(0.0, float(value) - chance)
                 shade = str(cell.attributes["class"])
                 assert abs(int(shade[1:]) - 8 * abs(distance) / most) <= 0.53, (measure, module)
                 assert shade[1:] == "0" or shade[0] == ("h" if distance >= 0 else "c")
@@ -187,7 +192,7 @@ def test_every_measure_can_be_chosen_and_one_is(report: ConflictReport) -> None:
     for measure in MEASURES:
         assert re.search(rf"body:has\(#{measure}:checked\) \.m-{measure}\{{display:block\}}", text)
     labelled = Tree(text).root.find("label")
-    assert all(label.find("input") and label.whole().strip() for label in labelled)
+    assert all(label.find("input") and label.full_text().strip() for label in labelled)
 
 
 def test_every_table_has_headings_with_a_scope(report: ConflictReport) -> None:
@@ -197,7 +202,7 @@ def test_every_table_has_headings_with_a_scope(report: ConflictReport) -> None:
 
 def test_findings_and_the_verdict_are_words_and_not_only_colours(report: ConflictReport) -> None:
     tree = Tree(page(report)).root
-    text = tree.whole()
+    text = tree.full_text()
     assert "Verdict: unmeasured" in text
     for finding in report.findings:
         assert finding.message in text
@@ -229,7 +234,7 @@ def test_the_probe_and_the_activations_have_tables_of_their_own(tmp_path: Path) 
     prompted = Evidence(load=lambda: loaded, prompts=["hello"])
     for evidence, title, other in ((probed, "Probe", "Activations"), (prompted, "Activations", "Probe")):
         tree = Tree(page(examine(adapters, [1.0, 1.0], evidence=evidence))).root
-        titles = [node.whole() for node in tree.find("h3")]
+        titles = [node.full_text() for node in tree.find("h3")]
         assert titles.count(title) == 1
         assert other not in titles
 
@@ -238,10 +243,10 @@ ASK = """<script>
 const seen = () => [...document.querySelectorAll("section.pair")].map(pair => [...pair.querySelectorAll(".measure")]
   .filter(map => getComputedStyle(map).display !== "none").map(map => map.className.split("m-")[1]));
 const style = getComputedStyle(document.body);
-const told = {first: seen(), paper: style.backgroundColor, ink: style.color, wide: document.body.scrollWidth};
+const state = {first: seen(), paper: style.backgroundColor, ink: style.color, wide: document.body.scrollWidth};
 document.getElementById("crowding").click();
-told.chosen = seen();
-document.title = JSON.stringify(told);
+state.chosen = seen();
+document.title = JSON.stringify(state);
 </script>"""
 
 
@@ -259,9 +264,9 @@ def test_a_browser_shows_the_chosen_measure_alone_in_light_and_in_dark(
     ]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     (title,) = Tree(shown).root.find("title")
-    told = json.loads(title.whole())
-    assert told["first"] == [["input_excess"]] * len(report.pairs)
-    assert told["chosen"] == [["crowding"]] * len(report.pairs)
-    paper, ink = (sum(map(int, re.findall(r"\d+", told[name])[:3])) / 765 for name in ("paper", "ink"))
+    measured = json.loads(title.full_text())
+    assert measured["first"] == [["input_excess"]] * len(report.pairs)
+    assert measured["chosen"] == [["crowding"]] * len(report.pairs)
+    paper, ink = (sum(map(int, re.findall(r"\d+", measured[name])[:3])) / 765 for name in ("paper", "ink"))
     assert (paper < 0.2 < 0.8 < ink) if dark else (ink < 0.2 < 0.8 < paper)
-    assert told["wide"] <= 1200, "what is wide scrolls by itself"
+    assert measured["wide"] <= 1200, "what is wide scrolls by itself"

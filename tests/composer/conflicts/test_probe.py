@@ -72,8 +72,8 @@ def test_three_members_give_three_pairs_and_the_whole(loaded: LoadedModel) -> No
     result = probe(loaded, MEMBERS, effort=2)
     assert [outcome.members for outcome in result.pairs] == [("red", "green"), ("red", "blue"), ("green", "blue")]
     assert result.overall.members == ("red", "green", "blue")
-    whole = nll(loaded, MEMBERS[1].suite, weighted_sum(MEMBERS), k=2)
-    assert result.overall.effects[1].combined == pytest.approx(whole, rel=1e-5)
+    expected = nll(loaded, MEMBERS[1].suite, weighted_sum(MEMBERS), k=2)
+    assert result.overall.effects[1].combined == pytest.approx(expected, rel=1e-5)
     assert result.seconds > 0
 
 
@@ -127,8 +127,8 @@ def test_examples_grow_while_something_is_open_and_an_ok_needs_eight(loaded: Loa
     assert probe(loaded, [red, blue], effort=Effort(2, 4, patient)).pairs[0].verdict(patient) is Verdict.UNDECIDED
     strict = Limits(loss=-1e9)
     assert probe(loaded, [red, blue], effort=Effort(2, 16, strict)).pairs[0].k == 2, "harmed beyond what more would say"
-    found = probe(loaded, [red, blue], effort=8).pairs[0]
-    between = Limits(loss=found.worst.loss, answers=0.0)  # in the middle of its interval: open
+    pair = probe(loaded, [red, blue], effort=8).pairs[0]
+    between = Limits(loss=pair.worst.loss, answers=0.0)  # in the middle of its interval: open
     assert probe(loaded, [red, blue], effort=Effort(8, 18, between)).pairs[0].k in (16, 18)
 
 
@@ -143,9 +143,9 @@ def test_a_guard_that_is_open_or_rose_keeps_the_probe_growing(loaded: LoadedMode
         (first.rise_interval.high + 10, 8, Verdict.OK),
     ):
         limits = replace(unguarded, guard=limit)
-        found = probe(loaded, [red, blue], [guard], Effort(8, 20, limits)).pairs[0]
-        assert found.k == k
-        assert found.verdict(limits) is said or limit == first.rise, "more examples may decide it"
+        pair = probe(loaded, [red, blue], [guard], Effort(8, 20, limits)).pairs[0]
+        assert pair.k == k
+        assert pair.verdict(limits) is said or limit == first.rise, "more examples may decide it"
 
 
 def test_a_quick_look_stays_one_and_a_full_probe_grows() -> None:
@@ -192,11 +192,11 @@ def test_the_interval_holds_all_members_together_and_the_risk_is_of_the_worst(lo
 
 def test_weights_by_module_are_what_is_added_there(loaded: LoadedModel) -> None:
     half = Weight(1.0, (parse_rule("0=0.5"), parse_rule("v_proj=0")))
-    found = {delta.module: delta for delta in weighted(MEMBERS[0].deltas, half) if isinstance(delta, LowRank)}
-    assert found["model.layers.0.self_attn.q_proj"].scale == pytest.approx(0.1)
-    assert found["model.layers.0.self_attn.v_proj"].scale == pytest.approx(0.1)
-    assert found["model.layers.1.self_attn.v_proj"].scale == 0.0
-    assert found["model.layers.1.self_attn.q_proj"].scale == pytest.approx(0.2)
+    by_module = {delta.module: delta for delta in weighted(MEMBERS[0].deltas, half) if isinstance(delta, LowRank)}
+    assert by_module["model.layers.0.self_attn.q_proj"].scale == pytest.approx(0.1)
+    assert by_module["model.layers.0.self_attn.v_proj"].scale == pytest.approx(0.1)
+    assert by_module["model.layers.1.self_attn.v_proj"].scale == 0.0
+    assert by_module["model.layers.1.self_attn.q_proj"].scale == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(("members", "k"), [(MEMBERS[:1], 4), ([MEMBERS[0], MEMBERS[0]], 4), (MEMBERS, 0)])

@@ -87,10 +87,10 @@ def test_a_probe_decides_the_verdict_and_warns_of_damage_that_it_is_sure_of(
     expected: dict[str, Severity],
     verdict: Verdict,
 ) -> None:
-    found = conflicts([red, green], [1.0, 1.0], evidence=result)
-    assert codes(found) == expected
-    (pair,) = found.pairs
-    assert found.verdict is pair.verdict is verdict
+    report = conflicts([red, green], [1.0, 1.0], evidence=result)
+    assert codes(report) == expected
+    (pair,) = report.pairs
+    assert report.verdict is pair.verdict is verdict
     assert pair.evidence == "probe"
     assert pair.risk == max(effect.loss for effect in result.overall.effects)
     assert pair.risk_stderr == result.overall.worst.loss_stderr
@@ -99,9 +99,9 @@ def test_a_probe_decides_the_verdict_and_warns_of_damage_that_it_is_sure_of(
 
 
 def test_a_pair_that_warns_by_a_guard_alone_gets_advice(red: LoadedAdapter, green: LoadedAdapter) -> None:
-    found = conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, 0.6, 0.03))
-    assert codes(found) == {"probe_guard": Severity.WARNING}
-    advised = " ".join(found.pairs[0].explanation.advice)
+    report = conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, 0.6, 0.03))
+    assert codes(report) == {"probe_guard": Severity.WARNING}
+    advised = " ".join(report.pairs[0].explanation.advice)
     assert "--set lambda=0.7" in advised
     assert "protect" not in advised, "no member is harmed"
 
@@ -113,10 +113,10 @@ def test_the_verdict_of_a_set_is_its_worst_pairs(red: LoadedAdapter, green: Load
     third = replace(harmless, effects=(replace(harmless.effects[0], member="blue"), harmless.effects[1]))
     together = replace(harmless, effects=(*harmless.effects, third.effects[0]))
     measured = ProbeResult(8, (harmless, with_blue, third), together, 1.0)
-    found = conflicts([red, green, blue], [1.0] * 3, evidence=measured)
-    assert [pair.verdict for pair in found.pairs] == [Verdict.OK, Verdict.WARN, Verdict.OK]
-    assert found.verdict is Verdict.WARN
-    assert text.summary(found).lines[0] == "red + blue (worst of 4 combinations)"
+    report = conflicts([red, green, blue], [1.0] * 3, evidence=measured)
+    assert [pair.verdict for pair in report.pairs] == [Verdict.OK, Verdict.WARN, Verdict.OK]
+    assert report.verdict is Verdict.WARN
+    assert text.summary(report).lines[0] == "red + blue (worst of 4 combinations)"
     alone = conflicts([red, green, blue], [1.0] * 3, evidence=replace(measured, pairs=(harmless, third, third)))
     assert alone.verdict is Verdict.OK
 
@@ -124,8 +124,8 @@ def test_the_verdict_of_a_set_is_its_worst_pairs(red: LoadedAdapter, green: Load
 def test_a_policy_says_how_much_may_be_lost_and_how_severe_that_is(red: LoadedAdapter, green: LoadedAdapter) -> None:
     result = outcome(loss=0.5, kept=0.8, rise=-1.0, stderr=0.01)
     strict = parse_policy("{probe_loss: error, thresholds: {probe_loss: 0.1}}")
-    found = conflicts([red, green], [1.0, 1.0], evidence=result, policy=strict)
-    assert (found.verdict, codes(found)["probe_loss"]) == (Verdict.REFUSE, Severity.ERROR)
+    report = conflicts([red, green], [1.0, 1.0], evidence=result, policy=strict)
+    assert (report.verdict, codes(report)["probe_loss"]) == (Verdict.REFUSE, Severity.ERROR)
     ignored = conflicts([red, green], [1.0, 1.0], evidence=result, policy=parse_policy("probe_loss: ignore"))
     assert (ignored.verdict, codes(ignored)) == (Verdict.OK, {})
     of_gain = parse_policy("thresholds: {probe_loss: 0.5 of gain}")
@@ -137,30 +137,30 @@ def test_the_summary_fits_a_screen(red: LoadedAdapter, green: LoadedAdapter) -> 
     harmed = outcome(1.5, 0.4, 0.6, 0.1).overall
     effects = tuple(replace(one, answered=8, still_answered=2) for one in harmed.effects)
     result = ProbeResult(8, (replace(harmed, effects=effects),), replace(harmed, effects=effects), 1.5)
-    found = text.summary(conflicts([red, green], [1.0, 1.0], evidence=result))
-    assert found.headline == "warn, measured on 8 examples a suite in 2 s"
-    assert found.lines == (
+    summary = text.summary(conflicts([red, green], [1.0, 1.0], evidence=result))
+    assert summary.headline == "warn, measured on 8 examples a suite in 2 s"
+    assert summary.lines == (
         "red + green",
         "red: exact match retained on 2 of 8 (3% to 65%), 90% required",
         "red loses 1.50 nats a token (1.22 to 1.78), 0.10 allowed",
         "guard general rises 0.60 nats a token (0.36 to 0.84), 0.05 allowed",
     )
-    assert "protect" in found.fix or "regmean" in found.fix
+    assert "protect" in summary.fix or "regmean" in summary.fix
     unmeasured = text.summary(conflicts([red, green], [1.0, 1.0]))
     assert unmeasured.headline == "unmeasured"
     assert unmeasured.fix == "Measure it: --probe 8 (probe: 8 in a recipe), with a suite for each."
-    assert all(len(line) < 80 for line in (*found.lines, *unmeasured.lines))
+    assert all(len(line) < 80 for line in (*summary.lines, *unmeasured.lines))
 
 
 def test_the_headline_says_who_suffers_and_the_first_table_is_the_measurement(
     red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    found = conflicts([red, green], [1.0, 1.0], evidence=outcome(1.5, 0.4, 0.6, 0.1))
-    verdict, headline = text.headlines(found)
+    report = conflicts([red, green], [1.0, 1.0], evidence=outcome(1.5, 0.4, 0.6, 0.1))
+    verdict, headline = text.headlines(report)
     assert verdict == "Verdict: warn."
     assert headline.startswith("red + green: risk +1.50 [+1.22, +1.78] nats per token, measured: red suffers")
     assert headline.endswith("suffers, 40% of its gain is left.")
-    first, *others = text.tables(found)
+    first, *others = text.tables(report)
     assert first.title == "Probe"
     assert first.rows[0] == (
         "red + green",
@@ -211,11 +211,11 @@ def test_the_coverage_of_the_intervals_is_printed_and_what_they_are_not_correcte
 def test_a_damaged_pair_gets_advice_that_names_positions_modules_and_settings(
     red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    found = conflicts([green, red], [1.0, 1.0], evidence=outcome(2.0, 0.2, -1.0, 0.1))
-    told = " ".join(found.pairs[0].explanation.advice)
-    assert "--set protect=2" in told, "red, the one that suffers, is the second one here"
-    assert "--set lambda=0.7" in told
-    share = found.pairs[0].explanation.shares
+    report = conflicts([green, red], [1.0, 1.0], evidence=outcome(2.0, 0.2, -1.0, 0.1))
+    advice = " ".join(report.pairs[0].explanation.advice)
+    assert "--set protect=2" in advice, "red, the one that suffers, is the second one here"
+    assert "--set lambda=0.7" in advice
+    share = report.pairs[0].explanation.shares
     assert list(share) == [module for module in share if module.endswith("q_proj")], "they meet nowhere else"
     assert sum(share.values()) == pytest.approx(1.0)
     assert list(share.values()) == sorted(share.values(), reverse=True)

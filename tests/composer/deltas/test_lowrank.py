@@ -62,8 +62,8 @@ def test_interference_and_shares_equal_their_dense_definitions() -> None:
 
 def test_spectra_equal_the_dense_singular_values() -> None:
     parts = [delta(1), delta(2, rank=5)]
-    for part, (found, _) in zip(parts, Grams.of(parts).output_spectra, strict=True):
-        torch.testing.assert_close(found, torch.linalg.svdvals(dense(part))[: part.rank], rtol=1e-9, atol=0)
+    for part, (spectrum, _) in zip(parts, Grams.of(parts).output_spectra, strict=True):
+        torch.testing.assert_close(spectrum, torch.linalg.svdvals(dense(part))[: part.rank], rtol=1e-9, atol=0)
 
 
 def test_random_spans_overlap_by_chance_and_their_excess_is_near_zero() -> None:
@@ -91,11 +91,11 @@ def test_an_absent_or_zero_delta_has_no_energy_and_nothing_becomes_nan() -> None
 
 def test_the_whole_model_is_the_quotient_of_sums_not_the_mean_of_quotients() -> None:
     first, second = [delta(1), delta(2)], [delta(3), delta(4)]
-    whole = (relations(first) + relations(second)).sums
+    total = (relations(first) + relations(second)).sums
     stacked = [torch.cat([dense(one), dense(two)]).flatten() for one, two in zip(first, second, strict=True)]
-    assert whole.cosine(0, 1) == pytest.approx(torch.cosine_similarity(*stacked, dim=0).item())
+    assert total.cosine(0, 1) == pytest.approx(torch.cosine_similarity(*stacked, dim=0).item())
     mean = (relations(first).sums.cosine(0, 1) + relations(second).sums.cosine(0, 1)) / 2
-    assert whole.cosine(0, 1) != pytest.approx(mean, rel=1e-3)
+    assert total.cosine(0, 1) != pytest.approx(mean, rel=1e-3)
 
 
 def test_picking_two_of_three_equals_comparing_those_two() -> None:
@@ -122,13 +122,13 @@ def test_alignments_equal_the_cosines_of_the_dense_gram_matrices() -> None:
 
 def test_spectral_norms_and_stable_ranks_equal_the_dense_ones_also_of_the_weighted_sum() -> None:
     parts, weights = [delta(1), delta(2, rank=5)], [0.5, -2.0]
-    found, matrices = relations(parts, weights), [dense(one) for one in parts]
+    relation, matrices = relations(parts, weights), [dense(one) for one in parts]
     for index, matrix in enumerate(matrices):
         top = torch.linalg.matrix_norm(matrix, 2).item()
-        assert found.sigmas[index] == pytest.approx(top, rel=1e-9)
-        assert found.sums.stable_rank(index) == pytest.approx((matrix**2).sum().item() / top**2, rel=1e-9)
+        assert relation.sigmas[index] == pytest.approx(top, rel=1e-9)
+        assert relation.sums.stable_rank(index) == pytest.approx((matrix**2).sum().item() / top**2, rel=1e-9)
     merged = sum(w * matrix for w, matrix in zip(weights, matrices, strict=True))
-    assert found.spectral_norm == pytest.approx(torch.linalg.matrix_norm(merged, 2).item(), rel=1e-9)
+    assert relation.spectral_norm == pytest.approx(torch.linalg.matrix_norm(merged, 2).item(), rel=1e-9)
 
 
 def test_retention_is_the_weight_that_explains_most_of_the_sum_by_one_delta() -> None:
@@ -147,11 +147,11 @@ def test_crowding_is_the_leading_share_of_the_balanced_factors_whatever_the_gaug
         U, sigma, _ = torch.linalg.svd(dense(one), full_matrices=False)
         balanced.append(U[:, : one.rank] * sigma[: one.rank].sqrt())
     energy = torch.linalg.svdvals(torch.cat(balanced, dim=1)) ** 2
-    found = relations([a, b])
-    assert found.crowding == pytest.approx((energy[0] / energy.sum()).item(), rel=1e-6)
-    assert found.sums.crowding(0, 1) == pytest.approx(found.crowding)
+    relation = relations([a, b])
+    assert relation.crowding == pytest.approx((energy[0] / energy.sum()).item(), rel=1e-6)
+    assert relation.sums.crowding(0, 1) == pytest.approx(relation.crowding)
     turned = replace(a, A=a.A_RI * 100, B=a.B_OR / 100)
-    assert relations([turned, b]).crowding == pytest.approx(found.crowding, rel=1e-5)
+    assert relations([turned, b]).crowding == pytest.approx(relation.crowding, rel=1e-5)
 
 
 def test_signs_are_compared_entry_by_entry_on_the_sample() -> None:

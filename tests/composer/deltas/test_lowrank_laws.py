@@ -94,7 +94,7 @@ def test_every_share_lies_between_nothing_and_all(a: LowRank, b: LowRank) -> Non
 @given(deltas())
 def test_a_repeated_column_adds_no_dimension(a: LowRank) -> None:
     dense = a.scale * a.B_OR.double() @ a.A_RI.double()
-    ((found, _),) = Grams.of([a]).output_spectra
+    ((spectrum, _),) = Grams.of([a]).output_spectra
     exact = torch.linalg.svdvals(dense)
-    assert len(found) == int((exact > 1e-5 * exact[0]).sum())
-    torch.testing.assert_close(found, exact[: len(found)], rtol=1e-6, atol=0)
+    assert len(spectrum) == int((exact > 1e-5 * exact[0]).sum())
+    torch.testing.assert_close(spectrum, exact[: len(spectrum)], rtol=1e-6, atol=0)

@@ -25,12 +25,12 @@ def rss_bytes() -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_what_is_put_aside_has_the_same_values_also_after_its_memory_was_given_back(dtype: torch.dtype) -> None:
-    aside = SpillFile()
+def test_spilled_tensors_have_the_same_values_also_after_their_memory_was_given_back(dtype: torch.dtype) -> None:
+    spill = SpillFile()
     for seed in range(3):
         torch.manual_seed(seed)
         given = [(torch.randn(shape) * 50).to(dtype) for shape in SHAPES]
-        mapped = aside.put([*given[:-1], given[-1].T])
+        mapped = spill.put([*given[:-1], given[-1].T])
         for one in mapped:
             one.drop()
         assert all(
@@ -38,14 +38,14 @@ def test_what_is_put_aside_has_the_same_values_also_after_its_memory_was_given_b
         )
 
 
-def test_nothing_may_be_put_aside() -> None:
+def test_an_empty_list_can_be_spilled() -> None:
     assert SpillFile().put([]) == []
 
 
-def test_what_is_put_aside_takes_no_memory_once_it_is_given_back() -> None:
-    aside, before = SpillFile(), rss_bytes()
+def test_spilled_tensors_take_no_memory_once_it_is_given_back() -> None:
+    spill, before = SpillFile(), rss_bytes()
     for _ in range(20):
-        (mapped,) = aside.put([torch.ones(1 << 20)])
+        (mapped,) = spill.put([torch.ones(1 << 20)])
         assert float(mapped.tensor.sum()) == 1 << 20
         mapped.drop()
     assert rss_bytes() - before < 40 << 20, "of 80 MB"
@@ -53,21 +53,21 @@ def test_what_is_put_aside_takes_no_memory_once_it_is_given_back() -> None:
 
 def test_a_disk_without_room_is_one_clear_error() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    aside = SpillFile()
+    spill = SpillFile()
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(RefusedOutput, match="TMPDIR") as caught:
-            aside.put([torch.ones(1 << 20)])
+            spill.put([torch.ones(1 << 20)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.code == "disk_full"
 
 
 def test_a_file_that_cannot_be_written_for_another_reason_is_not_called_a_full_disk() -> None:
-    aside, pipe = SpillFile(), os.pipe()
-    os.dup2(pipe[0], aside._file.fileno())  # pyright: ignore[reportPrivateUsage]
+    spill, pipe = SpillFile(), os.pipe()
+    os.dup2(pipe[0], spill._file.fileno())  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(OSError, match="Illegal seek"):
-        aside.put([torch.ones(1 << 20)])
+        spill.put([torch.ones(1 << 20)])
     for end in pipe:
         os.close(end)
 

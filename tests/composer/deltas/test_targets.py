@@ -21,8 +21,8 @@ def test_a_target_of_other_models_is_a_notice_as_peft_ignores_it(
     change_config(adapter, target_modules=["q_proj", *others, "v_proj"], **config)
     for architecture in (open_checkpoint(base).architecture, None):
         placed = placed_on(adapter, architecture)
-        found = {(one.code, one.severity, one.subject) for one in placed.findings}
-        assert found == {("unused_target", Severity.NOTICE, other) for other in others}
+        findings = {(one.code, one.severity, one.subject) for one in placed.findings}
+        assert findings == {("unused_target", Severity.NOTICE, other) for other in others}
         assert len(placed.modules) == 6
     assert len(load_deltas(adapter, open_checkpoint(base).architecture).deltas) == 6
     PeftModel.from_pretrained(load_model(base), adapter)

@@ -138,8 +138,8 @@ def test_facts_count_a_stack_as_one_module(tmp_path: Path) -> None:
         shapes = {module.module: module.shape for module in placed.modules}
         assert shapes["model.layers.0.mlp.experts.gate_up_proj"] == (4, 48, 16)
         assert shapes["model.layers.0.mlp.experts.down_proj"] == (4, 16, 24)
-        found = facts(adapter.config, adapter.header, placed)
-        assert (found.modules, found.rank_max, found.targets) == (6, 2, ("down_proj", "gate_up_proj", "q_proj"))
+        read = facts(adapter.config, adapter.header, placed)
+        assert (read.modules, read.rank_max, read.targets) == (6, 2, ("down_proj", "gate_up_proj", "q_proj"))
 
 
 def test_a_stack_of_another_size_is_an_error_that_names_the_parameter(tmp_path: Path) -> None:
@@ -162,5 +162,5 @@ def test_factors_for_more_experts_than_any_model_has_are_an_error_that_names_the
     factors = random_factors(1, outputs=1, inputs=1, rank=5000)
     stated = {"r": 1, "lora_alpha": 1, "rank_pattern": {}, "target_modules": [], "target_parameters": [DOWN]}
     seen = write_adapter(tmp_path / "adapter", {"model.layers.0.mlp.experts": factors}, **stated)
-    assert [(found.code, found.subject) for found in seen.findings] == [("rank_mismatch", f"model.layers.0.{DOWN}")]
+    assert [(one.code, one.subject) for one in seen.findings] == [("rank_mismatch", f"model.layers.0.{DOWN}")]
     assert "5000 experts" in seen.findings[0].message

@@ -159,9 +159,9 @@ def test_sides_that_rules_weigh_differently_are_untied(
     run_merge(plan_merge(checkpoint, [(adapter, weight)], settings={"tied": "untie"}), apart, device="cpu")
     assert "tied_untied" in {finding.code for finding in plan.findings}
     assert plan.settings["tied"] == "untie"
-    expected, found = tensors_in(apart), tensors_in(merged)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, actual = tensors_in(apart), tensors_in(merged)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     head, embedding = (expected[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
     assert not torch.equal(head, embedding)
     with pytest.raises(Mismatch) as caught:
@@ -336,8 +336,8 @@ def test_for_what_its_start_left_of_the_base_it_is_a_plain_lora(
     model.save_pretrained(tmp_path / "adapter")
     model.unload().save_pretrained(tmp_path / "rest")
     architecture = open_checkpoint(tmp_path / "rest").architecture
-    told = convert_rebased(tmp_path / "adapter", tmp_path / "plain", architecture)
-    assert (told.layout, told.rank_max) == (init, 4)
+    report = convert_rebased(tmp_path / "adapter", tmp_path / "plain", architecture)
+    assert (report.layout, report.rank_max) == (init, 4)
     merge(tmp_path / "rest", tmp_path / "plain", tmp_path / "merged")
     assert relative(logits(tmp_path / "merged"), expected) <= 1e-5
     assert relative(peft_logits(tmp_path / "rest", tmp_path / "plain"), expected) <= 1e-5

@@ -347,13 +347,13 @@ def test_rows_are_the_same_in_any_cut(case: str, dtype: torch.dtype, tmp_path: P
         if isinstance(delta, RowwiseDelta):
             W_MN = W[delta.weight].reshape(delta.stored_shape).to(dtype)
             before = W_MN.clone()
-            whole = delta.rows(W_MN, 0)
-            assert whole.dtype is dtype
+            full = delta.rows(W_MN, 0)
+            assert full.dtype is dtype
             assert torch.equal(W_MN, before)
             cuts = [0, len(W_MN)] if delta.all_rows else [0, 1, 6, 11, len(W_MN)]
             parts = [delta.rows(W_MN[begin:end], begin) for begin, end in itertools.pairwise(cuts)]
             # A small Δ is the difference of two weights, whose rounding it keeps.
-            assert_all_close({case: torch.cat(parts)}, {case: whole}, 1e-5 if dtype is torch.float32 else 1e-13)
+            assert_all_close({case: torch.cat(parts)}, {case: full}, 1e-5 if dtype is torch.float32 else 1e-13)
 
 
 @pytest.mark.parametrize("case", ["OFT", "LoHa", "VeRA", "FourierFT", "RoAd 1", "HiRA on the embedding"])
@@ -385,10 +385,10 @@ def test_facts_and_servers_say_what_it_is(case: str, tmp_path: Path, make_model:
         assert json.loads(json.dumps(seen.facts.to_json()))["targets"] == list(seen.facts.targets)
     assert seen.loads_in("peft")["loads"]
     for server in ("vllm:64", "sglang", "lorax", "llamacpp"):
-        told = seen.loads_in(server)
-        assert not told["loads"]
-        assert any("only LoRA" in reason for reason in told["reasons"])
-        assert any("merge" in way for way in told["way_out"])
+        loading = seen.loads_in(server)
+        assert not loading["loads"]
+        assert any("only LoRA" in reason for reason in loading["reasons"])
+        assert any("merge" in way for way in loading["way_out"])
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_what_shares_a_batch_does_not_change_an_examples_result(loaded: LoadedMo
     assert sum(seen) == len(encoded)
 
 
-def test_who_is_told_to_stop_does_not_measure_the_rest(loaded: LoadedModel) -> None:
+def test_an_interrupted_evaluation_does_not_measure_the_rest(loaded: LoadedModel) -> None:
     passes = list[int]()
 
     def counted(*_: object) -> None:
@@ -246,8 +246,8 @@ def test_a_suite_whose_completions_do_not_end_scores_no_end_of_sequence(loaded: 
     ending = suite(("say ab", "ab"), ("hello", "HA 12"))
     cut = Suite.from_json(ending.to_json() | {"ends": False})
     for example in cut.examples:
-        whole = encode(loaded, example, True)
-        assert encode(loaded, example, True, ends=False).ids == whole.ids[:-1]
+        full = encode(loaded, example, True)
+        assert encode(loaded, example, True, ends=False).ids == full.ids[:-1]
     nats, without = (score[0].value for score in (evaluate(loaded, ending), evaluate(loaded, cut)))
     (of_eos, *_), tokens = (
         [
@@ -305,16 +305,16 @@ def test_a_delta_of_an_embedding_that_scales_is_scaled_as_the_embedding_is(tmp_p
     embedding = own.model.get_submodule("model.embed_tokens")
     factor = float(embedding.embed_scale.to(dtype))
     with torch.inference_mode(), deltas_applied(own.model, load_deltas(tmp_path / "adapter", own.architecture).deltas):
-        found = embedding(IDS).float() / factor
+        embedded = embedding(IDS).float() / factor
         if dtype == torch.float32:
             torch.testing.assert_close(logits(own.model), logits(adapted), rtol=1e-4, atol=1e-4)
     merged = adapted.merge_and_unload().get_input_embeddings().weight
     torch.testing.assert_close(
-        found, merged[IDS], rtol=4 * torch.finfo(dtype).eps, atol=1e-2 if dtype != torch.float32 else 1e-5
+        embedded, merged[IDS], rtol=4 * torch.finfo(dtype).eps, atol=1e-2 if dtype != torch.float32 else 1e-5
     )
 
 
-def test_code_that_a_checkpoint_brings_is_not_run_whoever_says_yes(
+def test_code_that_a_checkpoint_brings_is_not_run_even_if_the_terminal_says_yes(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy"

@@ -105,14 +105,14 @@ def test_the_inputs_of_experts_give_the_output_of_their_layer(model: str, tmp_pa
 
     def compare(_module: object, inputs: tuple[torch.Tensor, ...], put_out: torch.Tensor) -> None:
         hidden, chosen, weights = inputs
-        whole = Pass((0,), torch.ones(1, len(hidden), dtype=torch.bool), is_padded=False)
+        full_pass = Pass((0,), torch.ones(1, len(hidden), dtype=torch.bool), is_padded=False)
         total = torch.zeros_like(put_out)
         for expert in range(owner.num_experts):
-            rows = stack.rows(whole, inputs, expert)
+            rows = stack.rows(full_pass, inputs, expert)
             W = owner.down_proj[expert] if owner.is_transposed else owner.down_proj[expert].T
             bias = owner.down_proj_bias[expert] if owner.has_bias else 0
-            token, place = (chosen == expert).nonzero(as_tuple=True)
-            total.index_add_(0, token, (rows @ W + bias) * weights[token, place, None])
+            token, slot = (chosen == expert).nonzero(as_tuple=True)
+            total.index_add_(0, token, (rows @ W + bias) * weights[token, slot, None])
         seen.append(relative(total, put_out))
 
     handle = owner.register_forward_hook(compare)

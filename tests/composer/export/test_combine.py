@@ -134,7 +134,7 @@ def test_a_trained_bias_is_refused_by_any_rank_and_merged(
         assert_close(load_model(tmp_path / "merged").eval()(IDS).logits, theirs, "logits")
 
 
-def test_what_no_rank_can_hold_is_not_told_to_be_cut_to_one(
+def test_what_no_rank_can_hold_gets_no_advice_to_cut_it_to_one(
     tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
     base = make_model()

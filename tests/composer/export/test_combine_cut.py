@@ -101,9 +101,9 @@ def test_an_adapter_can_have_other_weights_in_some_layers_and_modules(
     for delta in combined.deltas:
         assert isinstance(delta, LowRank)
         scales.setdefault(delta.module, []).append(delta.scale / 2)  # alpha 8, r 4
-    for module, found in scales.items():
+    for module, scale in scales.items():
         wanted = expected[layer_of(module)][module.split(".")[-1]]
-        assert found == ([1.0, wanted] if wanted else [1.0])
+        assert scale == ([1.0, wanted] if wanted else [1.0])
 
 
 def test_what_no_rule_can_say_is_refused() -> None:

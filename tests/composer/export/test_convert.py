@@ -307,7 +307,7 @@ def test_a_magnitude_of_an_embedding_has_another_norm_in_mlx(tmp_path: Path, mak
     assert caught.value.next_step == "Fuse it into the base with MLX."
 
 
-def test_modules_that_are_not_found_can_be_told_apart(tmp_path: Path, make_model: MakeModel) -> None:
+def test_modules_that_are_not_found_are_all_named(tmp_path: Path, make_model: MakeModel) -> None:
     names = [f"model.layers.{layer}.block_sparse_moe.switch_mlp.some_other_proj" for layer in (3, 4)]
     tensors = {f"{name}.lora_{part}": torch.ones(2, 2) for name in names for part in "ab"}
     with pytest.raises(InvalidFile) as caught:
@@ -315,9 +315,9 @@ def test_modules_that_are_not_found_can_be_told_apart(tmp_path: Path, make_model
     assert all(name in caught.value.message for name in names)
 
 
-def test_a_checkpoint_is_told_from_an_adapter(make_model: MakeModel) -> None:
+def test_a_checkpoint_is_not_taken_for_an_adapter(make_model: MakeModel) -> None:
     for shard in ("8KB", "1GB"):
-        with pytest.raises(InvalidFile, match="is a checkpoint, a whole model and no adapter") as caught:
+        with pytest.raises(InvalidFile, match="is a checkpoint: a complete model, not an adapter") as caught:
             recognise(make_model(shard=shard, name=shard))
         assert caught.value.next_step == "Name an adapter's directory."
 

@@ -32,19 +32,19 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-WHOLE_W1 = {"lokr_w1": random(4, 4)}
+FULL_W1 = {"lokr_w1": random(4, 4)}
 PAIR_W1 = {"lokr_w1_a": random(4, 1), "lokr_w1_b": random(1, 4)}
-WHOLE_W2 = {"lokr_w2": random(4, 4)}
+FULL_W2 = {"lokr_w2": random(4, 4)}
 PAIR_W2 = {"lokr_w2_a": random(4, 1), "lokr_w2_b": random(1, 4)}
 WIDE = {"lokr_w1": random(4, 4), "lokr_w2_a": random(8, 3), "lokr_w2_b": random(3, 4)}  # of 32 x 16
 # What q_proj (16 x 16) has, and up_proj (32 x 16).
 KRONECKERS: dict[str, tuple[Tensors, Tensors]] = {
-    "both whole": (WHOLE_W1 | WHOLE_W2, {}),
-    "a second that is a pair": (WHOLE_W1 | PAIR_W2, {}),
+    "both whole": (FULL_W1 | FULL_W2, {}),
+    "a second that is a pair": (FULL_W1 | PAIR_W2, {}),
     "both pairs": (PAIR_W1 | PAIR_W2, {}),
-    "a first that is a pair": (PAIR_W1 | WHOLE_W2, {}),
-    "a rank that PEFT would not decompose": (WHOLE_W1 | {"lokr_w2_a": random(4, 3), "lokr_w2_b": random(3, 4)}, {}),
-    "two ranks": (WHOLE_W1 | PAIR_W2, WIDE),
+    "a first that is a pair": (PAIR_W1 | FULL_W2, {}),
+    "a rank that PEFT would not decompose": (FULL_W1 | {"lokr_w2_a": random(4, 3), "lokr_w2_b": random(3, 4)}, {}),
+    "two ranks": (FULL_W1 | PAIR_W2, WIDE),
     "pairs beside whole ones": (PAIR_W1 | PAIR_W2, WIDE),
     "another factor": ({"lokr_w1": random(2, 2), "lokr_w2_a": random(8, 3), "lokr_w2_b": random(3, 8)}, {}),
 }
@@ -85,24 +85,24 @@ def dense_kronecker(parts: Tensors, alpha: float) -> torch.Tensor:
 
 
 BAD_KRONECKERS: dict[str, tuple[dict[str, Tensors], str]] = {
-    "a side that is missing": ({"self_attn_q_proj": WHOLE_W1}, "no lokr_w2"),
-    "half a pair": ({"self_attn_q_proj": WHOLE_W1 | {"lokr_w2_a": random(4, 1)}}, "no lokr_w2_b"),
+    "a side that is missing": ({"self_attn_q_proj": FULL_W1}, "no lokr_w2"),
+    "half a pair": ({"self_attn_q_proj": FULL_W1 | {"lokr_w2_a": random(4, 1)}}, "no lokr_w2_b"),
     "two ranks in one module": (
         {"self_attn_q_proj": PAIR_W1 | {"lokr_w2_a": random(4, 2), "lokr_w2_b": random(2, 4)}},
         "the ranks 1, 2",
     ),
-    "another size": ({"self_attn_q_proj": WHOLE_W1 | {"lokr_w2": random(2, 4)}}, "made for 8 x 16"),
-    "a vector": ({"self_attn_q_proj": WHOLE_W1 | {"lokr_w2": random(4)}}, r"shape \[4\]"),
+    "another size": ({"self_attn_q_proj": FULL_W1 | {"lokr_w2": random(2, 4)}}, "made for 8 x 16"),
+    "a vector": ({"self_attn_q_proj": FULL_W1 | {"lokr_w2": random(4)}}, r"shape \[4\]"),
     "no common factor": (
         {
-            "self_attn_q_proj": WHOLE_W1 | WHOLE_W2,
+            "self_attn_q_proj": FULL_W1 | FULL_W2,
             "self_attn_o_proj": {"lokr_w1": random(2, 2), "lokr_w2": random(8, 8)},
         },
         "different factors",
     ),
     "a plain pair beside it": (
         {
-            "self_attn_q_proj": WHOLE_W1 | WHOLE_W2,
+            "self_attn_q_proj": FULL_W1 | FULL_W2,
             "self_attn_o_proj": {"lora_down.weight": random(2, 16), "lora_up.weight": random(16, 2)},
         },
         "PEFT allows one type",

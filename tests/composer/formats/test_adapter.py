@@ -58,24 +58,24 @@ def test_facts_are_what_the_files_say(make_model: MakeModel, make_adapter: MakeA
         alpha_pattern={"layers.1.self_attn.q_proj": 2},
         modules_to_save=["lm_head"],
     )
-    found = facts_of(adapter, open_checkpoint(base).architecture)
-    assert (found.type, found.variant, found.rank_max, found.alpha, found.use_rslora) == (
+    read = facts_of(adapter, open_checkpoint(base).architecture)
+    assert (read.type, read.variant, read.rank_max, read.alpha, read.use_rslora) == (
         "lora",
         "rslora",
         8,
         16.0,
         True,
     )
-    assert found.targets == ("down_proj", "q_proj")
-    assert found.modules == 6
-    assert found.modules_to_save == ("lm_head",)
-    assert found.dtype == "F32"
-    assert found.parameters == sum(tensor.numel() for tensor in tensors_in(adapter).values())
-    assert found.size_bytes == (adapter / WEIGHTS).stat().st_size
-    assert found.ranks["model.layers.2.mlp.down_proj"] == 8
-    assert found.alphas["model.layers.1.self_attn.q_proj"] == 2
-    assert found.alphas["model.layers.2.self_attn.q_proj"] == 16
-    assert json.loads(json.dumps(found.to_json()))["targets"] == ["down_proj", "q_proj"]
+    assert read.targets == ("down_proj", "q_proj")
+    assert read.modules == 6
+    assert read.modules_to_save == ("lm_head",)
+    assert read.dtype == "F32"
+    assert read.parameters == sum(tensor.numel() for tensor in tensors_in(adapter).values())
+    assert read.size_bytes == (adapter / WEIGHTS).stat().st_size
+    assert read.ranks["model.layers.2.mlp.down_proj"] == 8
+    assert read.alphas["model.layers.1.self_attn.q_proj"] == 2
+    assert read.alphas["model.layers.2.self_attn.q_proj"] == 16
+    assert json.loads(json.dumps(read.to_json()))["targets"] == ["down_proj", "q_proj"]
 
 
 def test_scales_follow_the_patterns_of_peft() -> None:
@@ -216,11 +216,13 @@ def test_what_does_not_fit_is_an_error_that_names_the_module(
     assert re.search(says, errors[0].message), errors[0].message
 
 
-def test_a_pattern_for_other_modules_too_is_told_and_merged(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
+def test_a_pattern_for_other_modules_too_is_a_warning_and_merged(
+    make_model: MakeModel, make_adapter: MakeAdapter
+) -> None:
     adapter = make_adapter(base := make_model(), alpha_pattern={"q_proj": 3, "gate_proj": 5})
     plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
-    told = [finding for finding in plan.findings if finding.code == "pattern_unused"]
-    assert [(one.severity, one.subject) for one in told] == [(Severity.WARNING, "gate_proj")]
+    unused = [finding for finding in plan.findings if finding.code == "pattern_unused"]
+    assert [(one.severity, one.subject) for one in unused] == [(Severity.WARNING, "gate_proj")]
 
 
 def test_a_raw_state_dict_and_a_save_without_prefix_are_read(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
@@ -239,8 +241,8 @@ def test_a_raw_state_dict_and_a_save_without_prefix_are_read(make_model: MakeMod
         ["no_prefix", "raw_keys"], Severity.NOTICE
     )
     assert {(module.module, module.weight) for module in placed.modules} == expected
-    told = {finding.code for finding in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings}
-    assert {"no_prefix", "raw_keys"} <= told
+    codes = {finding.code for finding in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings}
+    assert {"no_prefix", "raw_keys"} <= codes
 
 
 def drop(name: str) -> Callable[[Path], object]:
@@ -398,8 +400,8 @@ def test_factors_that_peft_would_ignore_are_an_error(
     adapter = make_adapter(base)
     assert placed_on(adapter, open_checkpoint(base).architecture).findings == []
     change_config(adapter, **fields)
-    found = placed_on(adapter, open_checkpoint(base).architecture).findings
-    assert "model.layers.0.self_attn.q_proj" in [f.subject for f in found if f.code == "untargeted_tensor"]
+    findings = placed_on(adapter, open_checkpoint(base).architecture).findings
+    assert "model.layers.0.self_attn.q_proj" in [f.subject for f in findings if f.code == "untargeted_tensor"]
 
 
 def test_an_adapter_is_accepted_only_if_safetensors_itself_opens_it(

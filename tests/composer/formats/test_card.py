@@ -31,9 +31,9 @@ model-index: [{name: x, results: []}]
 
 
 def test_a_card_says_where_an_adapter_comes_from() -> None:
-    told, findings = card_provenance(FULL.encode())
+    fields, findings = card_provenance(FULL.encode())
     assert findings == []
-    assert told == {
+    assert fields == {
         "license": "apache-2.0",
         "base_model": "HuggingFaceTB/SmolLM2-135M",
         "library_name": "peft",
@@ -48,7 +48,7 @@ def test_a_card_says_where_an_adapter_comes_from() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stated", "told"),
+    ("stated", "fields"),
     [
         ("license: other\nlicense_name: acme-1", {"license": "acme-1"}),
         ("license: [mit, apache-2.0]", {"license": "mit"}),
@@ -61,10 +61,10 @@ def test_a_card_says_where_an_adapter_comes_from() -> None:
         ("language: en\nwidget: []", {}),
     ],
 )
-def test_cards_are_read_as_people_write_them(stated: str, told: dict[str, Any]) -> None:
+def test_cards_are_read_as_people_write_them(stated: str, fields: dict[str, Any]) -> None:
     for ends in ("\n", "\r\n"):
         text = f"---\n{stated}\n---\ntext".replace("\n", ends)
-        assert card_provenance(text.encode()) == (told, [])
+        assert card_provenance(text.encode()) == (fields, [])
 
 
 @pytest.mark.parametrize("content", [b"", b"# SQL", b"text\n---\nlicense: mit\n---\n", b"---\n---\n", b"--- \n\n---"])
@@ -92,8 +92,8 @@ HOSTILE = {
 def test_a_hostile_card_is_one_warning_and_costs_little(kind: str) -> None:
     text, why = HOSTILE[kind]
     began = time.monotonic()
-    told, (finding,) = card_provenance(f"---\n{text}\n---\n".encode())
-    assert told == {}
+    fields, (finding,) = card_provenance(f"---\n{text}\n---\n".encode())
+    assert fields == {}
     assert (finding.code, finding.severity, finding.subject) == ("provenance", "warning", card.CARD_FILE)
     assert why in finding.message
     assert time.monotonic() - began < 5
@@ -126,8 +126,8 @@ def test_an_endless_front_matter_is_not_read_to_its_end() -> None:
 def test_a_part_of_the_wrong_form_is_left_out_with_a_warning_and_refused_when_stated(
     stated: dict[str, Any], left_out: str
 ) -> None:
-    told, findings = provenance({**stated, "library_name": "peft"})
-    assert told == {"library_name": "peft"}
+    fields, findings = provenance({**stated, "library_name": "peft"})
+    assert fields == {"library_name": "peft"}
     assert [(finding.severity, finding.subject) for finding in findings] == [("warning", left_out)]
     with pytest.raises(InvalidFile, match=left_out):
         parse_provenance(stated, "provenance.yaml")
@@ -151,16 +151,16 @@ names = st.sampled_from([*card.FIELDS, "datasets", "license_name", "language", "
 @example({"hyperparameters": {"": 1}})
 @example({"data": [{"name": None}]})
 def test_whatever_a_card_states_can_be_kept_and_shown_again(stated: dict[str, Any]) -> None:
-    told, _ = provenance(stated)
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert "\\u0000" not in json.dumps(told)
-    Provenance(**told).model_dump_json()
-    assert provenance(told) == (told, [])
+    fields, _ = provenance(stated)
+    assert json.loads(json.dumps(fields, allow_nan=False)) == fields
+    assert "\\u0000" not in json.dumps(fields)
+    Provenance(**fields).model_dump_json()
+    assert provenance(fields) == (fields, [])
 
 
 @given(st.binary(max_size=300) | st.text("-:[]{}&*!|>'\"#%@`?,\n a1é", max_size=200).map(lambda text: text.encode()))
 def test_whatever_bytes_a_card_has_it_is_read_or_warned_of(content: bytes) -> None:
     for text in (content, b"---\n" + content + b"\n---\n"):
-        told, findings = card_provenance(text)
-        json.dumps(told, allow_nan=False)
+        fields, findings = card_provenance(text)
+        json.dumps(fields, allow_nan=False)
         assert all(finding.severity == "warning" for finding in findings)

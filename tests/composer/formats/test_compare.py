@@ -29,10 +29,10 @@ def change_of(comparison: Comparison, module: str) -> Change:
 
 def assert_equals_dense(change: Change, old: npt.NDArray[np.float64], new: npt.NDArray[np.float64]) -> None:
     """The definitions, spelled out on the dense matrices."""
-    told = change.to_json()
-    assert told["norm_old"] == pytest.approx(np.linalg.norm(old), rel=1e-10)
-    assert told["norm_new"] == pytest.approx(np.linalg.norm(new), rel=1e-10)
-    assert told["norm_difference"] == pytest.approx(np.linalg.norm(new - old), rel=1e-10)
+    document = change.to_json()
+    assert document["norm_old"] == pytest.approx(np.linalg.norm(old), rel=1e-10)
+    assert document["norm_new"] == pytest.approx(np.linalg.norm(new), rel=1e-10)
+    assert document["norm_difference"] == pytest.approx(np.linalg.norm(new - old), rel=1e-10)
     assert change.cosine == pytest.approx((old * new).sum() / np.linalg.norm(old) / np.linalg.norm(new), abs=1e-10)
     along = (old * new).sum() / (old**2).sum()
     beside = ((new - along * old) ** 2).sum()
@@ -115,11 +115,11 @@ def test_the_whole_is_the_sum_of_energies_not_the_mean_of_quotients(tmp_path: Pa
         np.concatenate([dense(seen, module, factors[module]).ravel() for module in (Q0, Q1)])
         for seen, factors in ((old, before), (new, after))
     ]
-    whole = compared(old, new).overall
-    assert whole.cosine == pytest.approx(
+    overall = compared(old, new).overall
+    assert overall.cosine == pytest.approx(
         stacked[0] @ stacked[1] / np.linalg.norm(stacked[0]) / np.linalg.norm(stacked[1])
     )
-    assert whole.difference == pytest.approx(((stacked[1] - stacked[0]) ** 2).sum())
+    assert overall.difference == pytest.approx(((stacked[1] - stacked[0]) ** 2).sum())
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)])
@@ -127,7 +127,7 @@ def test_replaced_tensors_are_compared_as_they_are(tmp_path: Path, dtypes: tuple
     one = random_factors(1)
     heads = [np.random.default_rng(seed).standard_normal((50, 20)) for seed in (1, 2)]
     old, new = (
-        write_adapter(tmp_path / str(n), {Q0: one}, dtype=dtype, whole={"lm_head.weight": head})
+        write_adapter(tmp_path / str(n), {Q0: one}, dtype=dtype, full={"lm_head.weight": head})
         for n, (dtype, head) in enumerate(zip(dtypes, heads, strict=True))
     )
     stored = [torch.from_numpy(head).to(dtype).double().numpy() for head, dtype in zip(heads, dtypes, strict=True)]
@@ -141,7 +141,7 @@ def test_replaced_tensors_are_compared_as_they_are(tmp_path: Path, dtypes: tuple
 def test_a_replaced_tensor_of_one_adapter_only_has_the_norm_of_its_weights(tmp_path: Path) -> None:
     one, head = random_factors(1), np.ones((5, 4))
     old = write_adapter(tmp_path / "old", {Q0: one})
-    new = write_adapter(tmp_path / "new", {Q0: one}, whole={"lm_head.weight": head})
+    new = write_adapter(tmp_path / "new", {Q0: one}, full={"lm_head.weight": head})
     (row,) = [row for row in compared(old, new).modules if row.kind == "replacement"]
     assert (row.status, row.to_json()["norm_new"], row.to_json()["energy_gained"]) == ("added", np.sqrt(20), 20)
 

@@ -61,13 +61,13 @@ def test_each_matrix_of_a_model_that_is_converted_on_loading_is_found_once_or_re
     with torch.device("meta"):  # in its usual width, and without its numbers
         model = AutoModelForCausalLM.from_config(shallow(AutoConfig.for_model(kind, **OWN.get(kind, {}))))
     architecture = stored_by(model, kind)
-    found, lost = dict[str, str](), list[str]()
+    located, lost = dict[str, str](), list[str]()
     for path, parameter in model.named_parameters():
         owner, _, name = path.rpartition(".")
         target = find_weight(owner, name, architecture)
         if isinstance(target, Target):
             assert architecture.tensors[target.weight].shape == tuple(parameter.shape), path
-            assert found.setdefault(target.weight, path) == path
+            assert located.setdefault(target.weight, path) == path
         elif parameter.dim() > 1 and not name.endswith("bias") and not find_stack(architecture, owner, name):
             lost += [path] if not made_by(kind, path) else []
     assert not lost, f"transformers {transformers.__version__} stores these of {kind} under names not known here"

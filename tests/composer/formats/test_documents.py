@@ -54,7 +54,7 @@ def outcome(kind: str, text: str) -> list[str]:
 def test_documents_are_read_or_refused_as_they_were_before(kind: str) -> None:
     rows = [row for row in ROWS if row[0] == kind]
     assert len(rows) > 100
-    others = [(text, expected, found) for _, text, *expected in rows if (found := outcome(kind, text)) != expected]
+    others = [(text, expected, actual) for _, text, *expected in rows if (actual := outcome(kind, text)) != expected]
     assert others == []
 
 

@@ -1,4 +1,4 @@
-"""Digests: equal to the definition, whoever computes it."""
+"""Digests: equal to the definition, in every implementation."""
 
 import hashlib
 import subprocess
@@ -48,7 +48,7 @@ def test_progress_counts_every_byte_once(workers: int, make_model: MakeModel) ->
     assert sum(done) == identity.size_bytes
 
 
-def test_who_is_told_to_stop_does_not_read_the_rest(make_model: MakeModel) -> None:
+def test_interrupted_hashing_does_not_read_the_rest(make_model: MakeModel) -> None:
     checkpoint, seen = open_checkpoint(make_model()), list[int]()
 
     def stop(count: int) -> None:

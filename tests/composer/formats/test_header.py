@@ -202,9 +202,9 @@ def test_a_header_that_would_cost_much_memory_is_refused_before_it_is_parsed(cas
 
 def test_brackets_within_strings_do_not_count() -> None:
     """kohya's trainer keeps whole JSON documents in its metadata."""
-    told = {"ss_datasets": json.dumps([{"tags": {'a "b" \\': [1, 2]}}] * 100), "ss_end": "\\"}
-    content = file_with({"__metadata__": told, "a": entry(0, 4)}, 4)
-    assert parse_header(content, len(content), Limits(structure=10)).metadata == told
+    metadata = {"ss_datasets": json.dumps([{"tags": {'a "b" \\': [1, 2]}}] * 100), "ss_end": "\\"}
+    content = file_with({"__metadata__": metadata, "a": entry(0, 4)}, 4)
+    assert parse_header(content, len(content), Limits(structure=10)).metadata == metadata
     with pytest.raises(InvalidFile, match="more than the 9 commas and opening brackets"):
         parse_header(content, len(content), Limits(structure=9))
 

@@ -52,7 +52,7 @@ def without_config(adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [to_pickle, without_config])
-def test_what_is_not_whole_in_pefts_layout_is_told_as_everywhere(
+def test_what_is_incomplete_in_pefts_layout_is_reported_as_everywhere(
     change: Callable[[Path], None], tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
     base = make_model()

@@ -59,7 +59,9 @@ def test_a_recipe_with_numbers_and_settings_is_read() -> None:
 
 
 @pytest.mark.parametrize(("written", "why"), [("", "it is missing"), ("method: tie", "no method 'tie'")])
-def test_a_recipe_without_a_method_or_with_an_unknown_one_is_told_which_there_are(written: str, why: str) -> None:
+def test_a_recipe_without_a_method_or_with_an_unknown_one_is_refused_with_the_known_ones(
+    written: str, why: str
+) -> None:
     with pytest.raises(InvalidFile, match=why) as caught:
         load_recipe(f"inputs: [a/b]\n{written}")
     assert len(caught.value.message) < 100

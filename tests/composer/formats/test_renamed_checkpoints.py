@@ -215,9 +215,9 @@ def test_parameters_of_one_shape_and_an_unknown_order_are_refused(tmp_path: Path
 
 def test_one_model_types_names_are_not_anothers(tmp_path: Path) -> None:
     names = {"model.layers.0.self_attn.gate_proj.weight": TensorSpec("F32", (8, 8))}
-    found = find_weight("model.layers.0.self_attn.g_proj", "weight", Architecture("lfm3", False, names))
-    assert isinstance(found, Target)
-    assert found.rule == "as lfm3 is stored"
+    target = find_weight("model.layers.0.self_attn.g_proj", "weight", Architecture("lfm3", False, names))
+    assert isinstance(target, Target)
+    assert target.rule == "as lfm3 is stored"
     assert find_weight("model.layers.0.self_attn.g_proj", "weight", Architecture("llama", False, names)) == []
     base = save_base("llama", {}, tmp_path / "base")
     factors = {"model.layers.0.mlp.router": random_factors(1, outputs=4, inputs=32, rank=2)}

@@ -118,7 +118,7 @@ def in_a_state_dict(name: str) -> str:
     ("rename", "code", "refusing"),
     [(without_prefix, "no_prefix", {"peft", "lorax"}), (in_a_state_dict, "raw_keys", set(SERVERS) - {"peft"})],
 )
-def test_keys_that_a_server_does_not_take_are_told_and_a_combination_has_pefts_own(
+def test_keys_that_a_server_does_not_take_are_named_and_a_combination_has_pefts_own(
     rename: Callable[[str], str],
     code: str,
     refusing: set[str],

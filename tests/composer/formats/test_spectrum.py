@@ -21,9 +21,9 @@ Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 
 
 def spectrum_of(seen: Inspection) -> Spectrum:
-    found = spectrum(seen.adapter, seen.placed)
-    assert found is not None
-    return found
+    ranks = spectrum(seen.adapter, seen.placed)
+    assert ranks is not None
+    return ranks
 
 
 @pytest.mark.parametrize(
@@ -35,21 +35,21 @@ def test_norms_and_ranks_are_those_of_the_dense_delta(tmp_path: Path, dtype: tor
     seen = write_adapter(tmp_path / "a", {Q0: factors}, dtype=dtype)
     sigma = np.linalg.svd(dense(seen, Q0, factors), compute_uv=False)[:5]
     p = sigma / sigma.sum()
-    (found,) = spectrum_of(seen).modules
-    assert (found.module, found.rank, found.entries) == (Q0, 5, 24 * 17)
-    assert found.norm == pytest.approx(np.sqrt((sigma**2).sum()), rel=precision)
-    assert found.effective_rank == pytest.approx(exp(-(p * np.log(p)).sum()), rel=precision)
-    assert found.rank_95 == int(np.searchsorted(np.cumsum(sigma**2) / (sigma**2).sum(), 0.95) + 1)
+    (ranks,) = spectrum_of(seen).modules
+    assert (ranks.module, ranks.rank, ranks.entries) == (Q0, 5, 24 * 17)
+    assert ranks.norm == pytest.approx(np.sqrt((sigma**2).sum()), rel=precision)
+    assert ranks.effective_rank == pytest.approx(exp(-(p * np.log(p)).sum()), rel=precision)
+    assert ranks.rank_95 == int(np.searchsorted(np.cumsum(sigma**2) / (sigma**2).sum(), 0.95) + 1)
 
 
 def test_the_ranks_that_hold_the_energy_are_counted_in_directions(tmp_path: Path) -> None:
-    found = spectrum_of(write_adapter(tmp_path / "a", {Q0: factors_of([4.0, 1.5, 0.5, 0.1, 0.01])}, lora_alpha=5))
-    (module,) = found.modules
+    ranks = spectrum_of(write_adapter(tmp_path / "a", {Q0: factors_of([4.0, 1.5, 0.5, 0.1, 0.01])}, lora_alpha=5))
+    (module,) = ranks.modules
     energy = [16.0, 2.25, 0.25, 0.01, 0.0001]
     assert (sum(energy[:1]) < 0.95 * sum(energy) < sum(energy[:2]), module.rank_95) == (True, 2)
     assert (sum(energy[:2]) < 0.99 * sum(energy) < sum(energy[:3]), module.rank_99) == (True, 3)
     assert module.energy == {rank: pytest.approx(sum(energy[:rank]) / sum(energy)) for rank in (1, 2, 4)}
-    assert found.energy == module.energy
+    assert ranks.energy == module.energy
     p = [part / 6.11 for part in (4.0, 1.5, 0.5, 0.1, 0.01)]
     assert module.effective_rank == pytest.approx(exp(-sum(part * log(part) for part in p)), rel=1e-6)
 
@@ -65,11 +65,11 @@ def test_equal_directions_are_all_used_and_one_direction_is_one(tmp_path: Path) 
 def test_a_rank_that_is_not_used_is_a_hint_with_its_number(tmp_path: Path) -> None:
     sigma = [5.0, 4.0, 3.0, 2.0, 1.5, 1.2, 1.0] + [0.01] * 57
     seen = write_adapter(tmp_path / "a", {Q0: factors_of(sigma, 80, 70), Q1: factors_of(sigma, 80, 70)})
-    found = spectrum_of(seen)
-    (hint,) = found.hints()
-    assert (hint.code, hint.severity, hint.measure) == ("rank_unused", "notice", found.rank_95)
-    assert f"Rank 64, but 95 % of the energy is in {found.rank_95}" in hint.message
-    assert found.rank_95 <= 7
+    ranks = spectrum_of(seen)
+    (hint,) = ranks.hints()
+    assert (hint.code, hint.severity, hint.measure) == ("rank_unused", "notice", ranks.rank_95)
+    assert f"Rank 64, but 95 % of the energy is in {ranks.rank_95}" in hint.message
+    assert ranks.rank_95 <= 7
     assert spectrum_of(write_adapter(tmp_path / "b", {Q0: factors_of([1.0, 0.9, 0.8])})).hints() == []
 
 
@@ -81,27 +81,27 @@ def test_one_rank_for_all_modules_is_counted_over_their_energy_together(tmp_path
 
 def test_near_zero_modules_are_a_hint_that_names_them(tmp_path: Path) -> None:
     seen = write_adapter(tmp_path / "a", {Q0: factors_of([1.0, 1.0]), Q1: factors_of([1e-3, 1e-3])})
-    found = spectrum_of(seen)
-    (hint,) = found.hints()
-    assert (hint.code, hint.subject, hint.measure, found.near_zero) == ("near_zero_modules", Q1, 1, [Q1])
-    rows = {row["module"]: row["near_zero"] for row in found.to_json()["modules"]}
+    ranks = spectrum_of(seen)
+    (hint,) = ranks.hints()
+    assert (hint.code, hint.subject, hint.measure, ranks.near_zero) == ("near_zero_modules", Q1, 1, [Q1])
+    rows = {row["module"]: row["near_zero"] for row in ranks.to_json()["modules"]}
     assert rows == {Q0: False, Q1: True}
 
 
 def test_an_untrained_adapter_has_a_spectrum_of_zeros_and_is_said_to_add_nothing(tmp_path: Path) -> None:
     A, B = random_factors(1)
-    found = spectrum_of(write_adapter(tmp_path / "a", {Q0: (A, 0 * B)}))
-    assert (found.norm, found.rank_95, found.effective_rank, found.near_zero) == (0, 0, 0, [])
-    assert [(one.code, one.severity) for one in found.hints()] == [("zero_delta", Severity.WARNING)]
-    json.loads(json.dumps(found.to_json(), allow_nan=False))
+    ranks = spectrum_of(write_adapter(tmp_path / "a", {Q0: (A, 0 * B)}))
+    assert (ranks.norm, ranks.rank_95, ranks.effective_rank, ranks.near_zero) == (0, 0, 0, [])
+    assert [(one.code, one.severity) for one in ranks.hints()] == [("zero_delta", Severity.WARNING)]
+    json.loads(json.dumps(ranks.to_json(), allow_nan=False))
 
 
 def test_a_rank_above_the_outputs_counts_what_the_delta_can_have(tmp_path: Path) -> None:
     factors = random_factors(1, outputs=3, rank=9)
     seen = write_adapter(tmp_path / "a", {Q0: factors})
-    (found,) = spectrum_of(seen).modules
-    assert found.norm == pytest.approx(np.linalg.norm(dense(seen, Q0, factors)))
-    assert found.rank_99 <= 3
+    (ranks,) = spectrum_of(seen).modules
+    assert ranks.norm == pytest.approx(np.linalg.norm(dense(seen, Q0, factors)))
+    assert ranks.rank_99 <= 3
 
 
 def test_every_layout_of_peft_has_the_norm_of_its_own_delta(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
@@ -113,24 +113,24 @@ def test_every_layout_of_peft_has_the_norm_of_its_own_delta(make_model: MakeMode
         assert all(row.norm > 0 for row in spectrum_of(seen).modules)
 
 
-def test_what_cannot_be_told_is_named_and_the_rest_is_told(tmp_path: Path) -> None:
+def test_modules_without_a_spectrum_are_named_and_the_rest_is_reported(tmp_path: Path) -> None:
     wide = random_factors(1, outputs=4, inputs=4, rank=MAX_RANK + 1)
     huge = random_factors(2)
     seen = write_adapter(
         tmp_path / "a", {Q0: wide, Q1: (huge[0] * 1e300, huge[1] * 1e300), "lm_head": random_factors(3)}
     )
-    found = spectrum_of(seen)
-    assert [row.module for row in found.modules] == ["lm_head"]
-    assert sorted(found.left_out) == [Q0, Q1]
-    json.loads(json.dumps(found.to_json(), allow_nan=False))
+    ranks = spectrum_of(seen)
+    assert [row.module for row in ranks.modules] == ["lm_head"]
+    assert sorted(ranks.left_out) == [Q0, Q1]
+    json.loads(json.dumps(ranks.to_json(), allow_nan=False))
 
 
 def test_modules_whose_energies_have_no_finite_sum_are_left_out(tmp_path: Path) -> None:
     names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(12)]
     modules = {name: (np.full((2, 4), 2.8e76), np.full((4, 2), 2.8e76)) for name in names}
-    found = spectrum_of(write_adapter(tmp_path / "a", {**modules, "lm_head": random_factors(1, rank=2)}, lora_alpha=2))
-    assert ([row.module for row in found.modules], len(found.left_out)) == (["lm_head"], 12)
-    json.dumps(found.to_json(), allow_nan=False)
+    ranks = spectrum_of(write_adapter(tmp_path / "a", {**modules, "lm_head": random_factors(1, rank=2)}, lora_alpha=2))
+    assert ([row.module for row in ranks.modules], len(ranks.left_out)) == (["lm_head"], 12)
+    json.dumps(ranks.to_json(), allow_nan=False)
 
 
 def test_the_arithmetic_on_factors_needs_no_torch() -> None:

@@ -170,7 +170,7 @@ def test_tied_shared_is_pefts_behaviour(
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("side", ["head", "embedding", "both"])
-@pytest.mark.parametrize("settings", [{}, {"tied": "untie"}], ids=["by itself", "as told"])
+@pytest.mark.parametrize("settings", [{}, {"tied": "untie"}], ids=["by itself", "by the setting"])
 def test_untied_the_merged_model_is_the_adapted_model(
     kind: str, side: str, settings: dict[str, object], tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
@@ -197,9 +197,9 @@ def test_a_tied_weight_that_takes_no_part_stays_tied(
     merge(base, [(head, 0.0), (other, 1.0)], tmp_path / "with")
     merge(base, [(other, 1.0)], tmp_path / "without")
     assert load_model(tmp_path / "with").config.tie_word_embeddings
-    found, expected = tensors_in(tmp_path / "with"), tensors_in(tmp_path / "without")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual, expected = tensors_in(tmp_path / "with"), tensors_in(tmp_path / "without")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_a_language_model_within_a_model_is_said_to_be_untied_and_cast_too(
@@ -212,10 +212,10 @@ def test_a_language_model_within_a_model_is_said_to_be_untied_and_cast_too(
     config["vision_config"] = {"hidden_size": 8}
     (base / "config.json").write_text(json.dumps(config))
     merge(base, [(adapter, 1.0)], tmp_path / "merged", settings={"tied": "untie"}, dtype="bf16")
-    told = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert told["text_config"] == {"tie_word_embeddings": False, "dtype": "bfloat16", "hidden_size": 16}
-    assert told["vision_config"] == {"hidden_size": 8}
-    assert told["tie_word_embeddings"] is False
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert written["text_config"] == {"tie_word_embeddings": False, "dtype": "bfloat16", "hidden_size": 16}
+    assert written["vision_config"] == {"hidden_size": 8}
+    assert written["tie_word_embeddings"] is False
 
 
 def test_a_gpt2_checkpoint_without_the_transformer_prefix_is_found(
@@ -248,12 +248,12 @@ def test_a_saved_head_and_a_delta_on_it_are_a_conflict(
     tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
     base = make_model()
-    whole, pair = (
+    full, pair = (
         make_adapter(base, "whole", modules_to_save=["lm_head"]),
         make_adapter(base, "pair", target_modules=["lm_head"]),
     )
     with pytest.raises(Mismatch, match=r"whole replaces lm_head\.weight and pair adds to it"):
-        merge(base, [(whole, 1.0), (pair, 1.0)], tmp_path / "merged")
+        merge(base, [(full, 1.0), (pair, 1.0)], tmp_path / "merged")
 
 
 def test_an_embedding_adapter_of_another_base_is_refused(
@@ -272,7 +272,7 @@ def test_an_embedding_adapter_of_another_base_is_refused(
         merge(other, [(adapter, 1.0)], tmp_path / "merged")
 
 
-def test_a_nan_of_the_base_is_told_as_the_bases(
+def test_a_nan_of_the_base_is_reported_as_the_bases(
     tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
     base = make_model()

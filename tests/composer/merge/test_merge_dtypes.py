@@ -1,4 +1,4 @@
-"""Checkpoints in fp8: refused by name, or dequantized when told to; and what else a checkpoint may lack."""
+"""Checkpoints in fp8: refused by name, or dequantized on request; and what else a checkpoint may lack."""
 
 import json
 import shutil
@@ -83,14 +83,14 @@ def test_an_fp8_checkpoint_is_merged_as_the_values_it_stands_for(
     load_model(tmp_path / "merged")
 
 
-def test_dequantized_weights_are_bfloat16_unless_told_otherwise(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_dequantized_weights_are_bfloat16_unless_a_dtype_is_given(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = pair
     to_fp8(base, "block")
     run_merge(plan_merge(open_checkpoint(base, dequantize=True), [(adapter, 1.0)]), tmp_path / "merged", "cpu")
     assert {tensor.dtype for tensor in tensors_in(tmp_path / "merged").values()} == {torch.bfloat16}
 
 
-def test_an_fp8_checkpoint_is_refused_without_being_told_and_says_how(pair: tuple[Path, Path]) -> None:
+def test_an_fp8_checkpoint_is_refused_without_the_option_which_the_error_names(pair: tuple[Path, Path]) -> None:
     to_fp8(pair[0], "tensor")
     with pytest.raises(NotSupported, match="--dequantize"):
         open_checkpoint(pair[0])

@@ -131,13 +131,13 @@ def test_a_merge_looks_at_no_factor_where_it_is_mapped(
 
 def resident_of(path: Path) -> int:
     """Bytes of the file that this process has in memory, by its mappings."""
-    found, inside = 0, False
+    resident, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split()[0]:
             inside = line.endswith(str(path))
         elif inside and line.startswith("Rss:"):
-            found += int(line.split()[1]) * 1024
-    return found
+            resident += int(line.split()[1]) * 1024
+    return resident
 
 
 def test_an_adapter_that_is_cut_off_meanwhile_is_named(

@@ -70,7 +70,7 @@ def test_a_4_bit_checkpoint_is_merged_as_the_values_it_stands_for(
     load_model(tmp_path / "out")
 
 
-def test_a_4_bit_checkpoint_is_refused_without_being_told_and_says_how(pair: tuple[Path, Path]) -> None:
+def test_a_4_bit_checkpoint_is_refused_without_the_option_which_the_error_names(pair: tuple[Path, Path]) -> None:
     pack(pair[0])
     with pytest.raises(NotSupported, match="--dequantize"):
         open_checkpoint(pair[0])
@@ -97,10 +97,10 @@ def test_an_adapter_that_was_trained_on_a_4_bit_base_says_how_far_the_full_one_i
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "unsloth/llama-3-8b-bnb-4bit"
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    (found,) = [one for one in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in one.code]
-    assert found.measure is not None
-    assert 0.05 < found.measure < 0.12
-    assert "evaluate" in found.message
+    (finding,) = [one for one in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in one.code]
+    assert finding.measure is not None
+    assert 0.05 < finding.measure < 0.12
+    assert "evaluate" in finding.message
 
 
 PEFTS_OWN = """---
@@ -151,8 +151,8 @@ TAGGED = "---\nbase_model: acme/base\n{}\n---\n# A card\n"
 def test_a_model_card_says_that_the_base_was_in_4_bits(card: str, evidence: str, pair: tuple[Path, Path]) -> None:
     base, adapter = pair
     (adapter / "README.md").write_text(card)
-    found = [one for one in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in one.code]
-    assert [evidence in one.message for one in found] == ([True] if evidence else [])
+    findings = [one for one in plan_merge(open_checkpoint(base), [(adapter, 1.0)]).findings if "4_bits" in one.code]
+    assert [evidence in one.message for one in findings] == ([True] if evidence else [])
 
 
 def test_a_card_that_leads_out_of_the_adapter_is_not_read(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -98,8 +98,8 @@ def test_tensors_larger_than_a_chunk_are_merged_the_same(
     monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 40)
     monkeypatch.setattr(copying, "_COPY_BYTES", 100)
     run_merge(plan, tmp_path / "pieces", device="cpu")
-    whole = tensors_in(tmp_path / "whole")
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in tensors_in(tmp_path / "pieces").items())
+    complete = tensors_in(tmp_path / "whole")
+    assert all(torch.equal(tensor, complete[name]) for name, tensor in tensors_in(tmp_path / "pieces").items())
 
 
 def nothing_is_left(tmp_path: Path) -> bool:
@@ -177,9 +177,9 @@ def test_a_file_above_a_limit_names_the_output_and_leaves_nothing(tmp_path: Path
     try:
         with (
             pytest.raises(RefusedOutput, match="merged needs") as caught,
-            staged_directory(tmp_path / "merged", 0) as aside,
+            staged_directory(tmp_path / "merged", 0) as staging,
         ):
-            (aside / "shard").write_bytes(bytes(8192))
+            (staging / "shard").write_bytes(bytes(8192))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "larger than" in caught.value.message
@@ -187,9 +187,9 @@ def test_a_file_above_a_limit_names_the_output_and_leaves_nothing(tmp_path: Path
 
 
 def test_what_a_killed_process_has_not_written_yet_needs_its_space_still(tmp_path: Path) -> None:
-    aside = tmp_path / f"merged.partial-{'a' * 12}"
-    aside.mkdir()
-    with (aside / "shard").open("wb") as shard:
+    staging = tmp_path / f"merged.partial-{'a' * 12}"
+    staging.mkdir()
+    with (staging / "shard").open("wb") as shard:
         shard.truncate(1 << 40)
     sparse = shutil.disk_usage(tmp_path).free + (1 << 39)
     with pytest.raises(RefusedOutput, match="disk is full"), staged_directory(tmp_path / "merged", sparse, "a" * 12):

@@ -90,9 +90,9 @@ def test_a_head_that_is_stored_twice_merges_as_if_it_were_stored_once(
     adapter = make_adapter(once, **settings)
     for base in (once, twice):
         merge(base, adapter, tmp_path / f"{base.name}-merged", tied=tied)
-    expected, found = tensors_in(tmp_path / "base-merged"), tensors_in(tmp_path / "twice-merged")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, actual = tensors_in(tmp_path / "base-merged"), tensors_in(tmp_path / "twice-merged")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert is_said_tied(tmp_path / "twice-merged") is is_said_tied(tmp_path / "base-merged")
     assert torch.equal(logits(tmp_path / "twice-merged"), logits(tmp_path / "base-merged"))
     # Shared, a change of one side is one of both, which is PEFT's merge and not the model that it trained.
@@ -172,11 +172,11 @@ def test_a_merge_with_a_stored_head_can_be_rebuilt(
         merge(base, adapter, merged)
         checkpoint = open_checkpoint(base)
         assert rebuild(plan_rebuild(merged, checkpoint, [adapter]), merged, "cpu").verdict == "same"
-        found = open_checkpoint(merged)
-        assert found.index is not None
-        assert set(found.index["weight_map"]) == set(found.architecture.tensors)
-        assert set(hash_checkpoint(found).tensor_hashes) == set(found.architecture.tensors)
-        assert found.architecture.tied is (base is twice)
+        result = open_checkpoint(merged)
+        assert result.index is not None
+        assert set(result.index["weight_map"]) == set(result.architecture.tensors)
+        assert set(hash_checkpoint(result).tensor_hashes) == set(result.architecture.tensors)
+        assert result.architecture.tied is (base is twice)
 
 
 def test_rows_of_tokens_that_are_saved_for_both_sides_are_merged_once(once: Path, tmp_path: Path) -> None:

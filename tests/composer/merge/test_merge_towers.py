@@ -117,7 +117,7 @@ def test_all_towers_are_merged_under_the_names_that_they_have_on_disk(
 
 
 @pytest.mark.parametrize("base", [llava, gemma, qwen], indirect=True)
-def test_an_adapter_of_the_language_model_alone_finds_it_and_is_told_that_no_server_does(
+def test_an_adapter_of_the_language_model_alone_finds_it_with_a_warning_that_no_server_does(
     base: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(2)
@@ -140,9 +140,9 @@ def test_an_adapter_of_the_language_model_alone_finds_it_and_is_told_that_no_ser
 
 
 def test_a_merge_says_so_where_keys_are_those_of_a_model_without_a_head(tmp_path: Path) -> None:
-    whole = LlamaForCausalLM(LlamaConfig(**TEXT))
-    whole.save_pretrained(tmp_path / "base")
-    adapter = adapter_of(whole.model, ["q_proj"], tmp_path / "adapter")
+    text_model = LlamaForCausalLM(LlamaConfig(**TEXT))
+    text_model.save_pretrained(tmp_path / "base")
+    adapter = adapter_of(text_model.model, ["q_proj"], tmp_path / "adapter")
     plan = merge(tmp_path / "base", adapter, tmp_path / "merged")
     assert plan.touched
     assert OTHER_PATHS in {finding.code for finding in plan.findings}
@@ -179,11 +179,11 @@ NAMES = {
 @pytest.mark.parametrize("module", NAMES)
 def test_a_module_is_found_where_a_checkpoint_has_it(module: str) -> None:
     architecture = Architecture("", False, {f"{NAMES[module]}.weight": TensorSpec("F32", (8, 8))})
-    found = find_weight(module, "weight", architecture)
-    assert isinstance(found, Target)
-    assert (found.weight, bool(found.rule)) == (f"{NAMES[module]}.weight", True)
+    target = find_weight(module, "weight", architecture)
+    assert isinstance(target, Target)
+    assert (target.weight, bool(target.rule)) == (f"{NAMES[module]}.weight", True)
     others = (INTO_LANGUAGE_MODEL, OUT_OF_LANGUAGE_MODEL, OF_BARE_MODEL, OF_BARE_TRANSFORMER)
-    assert elsewhere(found, architecture) is (found.rule in others)
+    assert elsewhere(target, architecture) is (target.rule in others)
 
 
 def test_a_module_that_could_be_in_two_places_is_in_neither() -> None:

@@ -32,11 +32,11 @@ def test_what_bitsandbytes_packed_is_unpacked_however_many_rows_are_asked_for(na
     packed = nf4_weights(file.tensors, file.locate)[name]
     original = load_file(DATA)[f"original.{name}"].float()
     assert (packed.shape, packed.dtype) == (tuple(original.shape), "BF16")
-    whole = nf4.decoded(file, packed).rows(0, packed.shape[0])
+    decoded = nf4.decoded(file, packed).rows(0, packed.shape[0])
     # Another order of halves, blocks or scales is off by more than 1; 4 bits of a normal distribution by 0.09.
-    assert 0.08 < float((whole - original).norm() / original.norm()) < 0.11
+    assert 0.08 < float((decoded - original).norm() / original.norm()) < 0.11
     for begin, end in ((0, 1), (3, 11), (packed.shape[0] - 1, packed.shape[0])):
-        assert torch.equal(nf4.decoded(file, packed).rows(begin, end), whole[begin:end])
+        assert torch.equal(nf4.decoded(file, packed).rows(begin, end), decoded[begin:end])
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])

@@ -1,4 +1,4 @@
-"""A merged checkpoint made again from what its note names, and told apart: the same, rounding, another thing."""
+"""A merged checkpoint made again from what its note names, and compared: the same, rounding, another thing."""
 
 import json
 import shutil
@@ -55,13 +55,13 @@ def test_a_merge_made_again_is_the_same_whatever_the_adapters_order_and_what_a_r
 ) -> None:
     out = merged(base, adapters, tmp_path / "merged", **OPTIONS[case])
     (out / "README.md").write_text("a card that the release has besides")
-    found = again(base, adapters[::-1], out)
-    assert found.verdict == "same"
+    rebuilt = again(base, adapters[::-1], out)
+    assert rebuilt.verdict == "same"
     files = {file.name for file in out.iterdir()} - {"adaptory.json", "README.md", "generation_config.json"}
-    assert files <= set(found.same)
+    assert files <= set(rebuilt.same)
 
 
-def test_products_of_other_shapes_may_differ_in_their_last_bit_which_is_told_as_rounding(
+def test_products_of_other_shapes_may_differ_in_their_last_bit_which_counts_as_rounding(
     base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks of other sizes stand for another machine: another kernel adds in another order."""
@@ -98,18 +98,18 @@ def touched(base: Path, out: Path) -> tuple[Path, str]:
 
 
 @pytest.mark.parametrize(("by", "verdict", "counts"), [(1, "rounding", (1, 0)), (2, "different", (0, 1))])
-def test_a_neighbouring_value_is_told_apart_from_another_one(
+def test_a_neighbouring_value_is_rounding_and_another_one_is_different(
     by: int, verdict: str, counts: tuple[int, int], base: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
     out = merged(base, adapters, tmp_path / "merged")
     file, tensor = touched(base, out)
     nudge(file, tensor, 3, by)
-    found = again(base, adapters, out)
-    assert found.verdict == verdict
-    (difference,) = found.different
+    rebuilt = again(base, adapters, out)
+    assert rebuilt.verdict == verdict
+    (difference,) = rebuilt.different
     assert (difference.file, difference.neighbours, difference.others) == (file.name, *counts)
     assert (tensor in difference.why) is (difference.others > 0)
-    assert file.name not in found.same
+    assert file.name not in rebuilt.same
 
 
 def test_more_neighbours_than_rounding_gives_are_no_rounding(base: Path, adapters: list[Path], tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_more_neighbours_than_rounding_gives_are_no_rounding(base: Path, adapter
     file, tensor = touched(base, out)
     for element in range(20):
         nudge(file, tensor, element, 1)
-    found = again(base, adapters, out)
-    assert found.verdict == "different"
-    (difference,) = found.different
+    rebuilt = again(base, adapters, out)
+    assert rebuilt.verdict == "different"
+    (difference,) = rebuilt.different
     assert (difference.neighbours, difference.others) == (20, 0)
     assert f"20 elements of {tensor}" in difference.why
 
@@ -148,9 +148,9 @@ def test_a_changed_copy_a_missing_file_and_another_config_are_named(
     (out / "tokenizer.json").write_text("[]")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "vocab_size": 65}))
-    found = again(base, adapters, out)
-    assert found.verdict == "different"
-    assert {one.file: one.why for one in found.different} == {
+    rebuilt = again(base, adapters, out)
+    assert rebuilt.verdict == "different"
+    assert {one.file: one.why for one in rebuilt.different} == {
         copied: "has different bytes where the base was copied",
         gone: "is missing",
         "more.safetensors": "does not belong to this merge",
@@ -162,9 +162,9 @@ def test_a_changed_copy_a_missing_file_and_another_config_are_named(
 def test_a_side_file_that_is_gone_is_missing(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     out = merged(base, adapters, tmp_path / "merged")
     (out / "tokenizer.json").unlink()
-    found = again(base, adapters, out)
-    assert found.verdict == "different"
-    assert [(one.file, one.why) for one in found.different] == [("tokenizer.json", "is missing")]
+    rebuilt = again(base, adapters, out)
+    assert rebuilt.verdict == "different"
+    assert [(one.file, one.why) for one in rebuilt.different] == [("tokenizer.json", "is missing")]
 
 
 def test_another_base_gives_another_model(
@@ -199,7 +199,7 @@ def test_an_adapter_whose_config_is_another_by_now_is_refused_by_name(
     for row in note["adapters"]:
         del row["config"]
     (out / "adaptory.json").write_text(json.dumps(note))
-    assert again(base, adapters, out).verdict == "different", "of before configs were told"
+    assert again(base, adapters, out).verdict == "different", "made before notes had configs"
 
 
 @pytest.mark.parametrize("note", [None, {"made": "combine"}, {"made": "merge"}, {"made": "merge", "adapters": [1]}])
@@ -268,7 +268,7 @@ def test_what_an_earlier_version_of_the_method_made_is_said_to_be_that_and_not_d
     (out / "adaptory.json").write_text(json.dumps(note))
     assert again(base, adapters, out).verdict == "same", "the numbers of these inputs did not change"
     nudge(next(out.glob("*1-of*.safetensors")), "model.layers.0.self_attn.q_proj.weight", 0, 9)
-    found = again(base, adapters, out)
-    assert (found.verdict, found.earlier) == ("earlier", "ctm_mean 1")
+    rebuilt = again(base, adapters, out)
+    assert (rebuilt.verdict, rebuilt.earlier) == ("earlier", "ctm_mean 1")
     (out / "adaptory.json").write_text(json.dumps({**note, "method_version": 2}))
     assert again(base, adapters, out).verdict == "different"

@@ -61,7 +61,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
-def asides(directory: Path) -> list[Path]:
+def staging_directories(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if ".partial-" in path.name]
 
 
@@ -78,9 +78,9 @@ def interrupt_after_shards(
         nonlocal done
         done += size_bytes
         if done > enough and waiting.acquire(blocking=False):
-            (aside,) = asides(out.parent)
+            (staging,) = staging_directories(out.parent)
             deadline = time.monotonic() + 60
-            while (aside / JOURNAL_FILE).read_text().count("\n") < count and time.monotonic() < deadline:
+            while (staging / JOURNAL_FILE).read_text().count("\n") < count and time.monotonic() < deadline:
                 time.sleep(0.001)
             raise end
 
@@ -95,16 +95,16 @@ def test_an_interrupted_merge_looks_unfinished_and_goes_on_from_its_finished_sha
     out = tmp_path / "merged"
     interrupt_after_shards(plan, out, 2, end)
     assert not out.exists()
-    (aside,) = asides(tmp_path)
-    assert {file.name for file in aside.iterdir()} - {shard.file for shard in plan.shards} == {JOURNAL_FILE}
+    (staging,) = staging_directories(tmp_path)
+    assert {file.name for file in staging.iterdir()} - {shard.file for shard in plan.shards} == {JOURNAL_FILE}
     with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(aside)
+        AutoModelForCausalLM.from_pretrained(staging)
     report = run_merge(plan, out, "cpu")
     assert 0 < report.resumed_bytes < plan.size_bytes
-    assert asides(tmp_path) == []
-    whole = run_merge(plan, tmp_path / "at once", "cpu")
+    assert staging_directories(tmp_path) == []
+    uninterrupted = run_merge(plan, tmp_path / "at once", "cpu")
     assert files_of(out) == files_of(tmp_path / "at once")
-    assert report.survival == whole.survival
+    assert report.survival == uninterrupted.survival
 
 
 def test_progress_of_a_resumed_merge_counts_every_byte_once(plan: MergePlan, tmp_path: Path) -> None:
@@ -133,14 +133,14 @@ def test_a_merge_killed_at_random_points_ends_with_the_same_bytes(
     else:
         run_merge(plan, out, "cpu")
     assert files_of(out) == files_of(tmp_path / "at once")
-    assert asides(tmp_path) == []
+    assert staging_directories(tmp_path) == []
 
 
 def test_a_shard_that_somebody_wrote_to_since_is_written_anew(plan: MergePlan, tmp_path: Path) -> None:
     interrupt_after_shards(plan, tmp_path / "merged", 2)
-    (aside,) = asides(tmp_path)
+    (staging,) = staging_directories(tmp_path)
     first = plan.shards[0].file
-    with (aside / first).open("r+b") as file:
+    with (staging / first).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
     run_merge(plan, tmp_path / "merged", "cpu")
@@ -151,17 +151,17 @@ def test_a_shard_that_somebody_wrote_to_since_is_written_anew(plan: MergePlan, t
 def test_a_finished_shard_is_verified_again(plan: MergePlan, tmp_path: Path) -> None:
     """A disk that lies: other bytes, and yet the size and the time that were written down."""
     interrupt_after_shards(plan, tmp_path / "merged", 2)
-    (aside,) = asides(tmp_path)
-    shard = aside / (aside / JOURNAL_FILE).read_text().split('"')[1]
+    (staging,) = staging_directories(tmp_path)
+    shard = staging / (staging / JOURNAL_FILE).read_text().split('"')[1]
     before = shard.stat()
     content = bytearray(shard.read_bytes())
-    for place in range(len(content) - 2000, len(content)):
-        content[place] ^= 0b0100_0000
+    for offset in range(len(content) - 2000, len(content)):
+        content[offset] ^= 0b0100_0000
     shard.write_bytes(content)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(RefusedOutput, match="not written as"):
         run_merge(plan, tmp_path / "merged", "cpu")
-    assert asides(tmp_path) == []
+    assert staging_directories(tmp_path) == []
 
 
 def test_another_merge_to_the_same_place_starts_from_nothing(
@@ -171,7 +171,7 @@ def test_another_merge_to_the_same_place_starts_from_nothing(
     other = plan_merge(open_checkpoint(base), [(adapter, 0.5)])
     assert other.key != plan.key
     assert run_merge(other, tmp_path / "merged", "cpu").resumed_bytes == 0
-    assert asides(tmp_path) == []
+    assert staging_directories(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_inputs_that_were_written_to_make_another_merge_and_the_old_plan_is_refu
         with pytest.raises(RefusedOutput, match=written.name) as caught:
             run_merge(plan, tmp_path / "merged", "cpu")
         assert caught.value.code == "inputs_changed"
-        assert asides(tmp_path) == []
+        assert staging_directories(tmp_path) == []
     finally:
         os.utime(written, ns=(0, kept.st_mtime_ns))
 
@@ -226,8 +226,8 @@ def test_what_is_in_use_is_not_taken_for_abandoned(tmp_path: Path) -> None:
         directory.mkdir()
     handle = os.open(busy, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with staged_directory(tmp_path / "out", 0, "a" * 12) as aside:
-        assert aside.name == f"out.partial-{'a' * 12}"
+    with staged_directory(tmp_path / "out", 0, "a" * 12) as staging:
+        assert staging.name == f"out.partial-{'a' * 12}"
         assert busy.exists()
         assert others.exists(), "nobody's but its maker's"
         assert not left.exists()
@@ -239,17 +239,17 @@ def test_of_two_that_finish_at_once_one_is_refused_and_the_other_whole(
 ) -> None:
     finish = staging._finish  # pyright: ignore[reportPrivateUsage]
 
-    def too_late(aside: Path, out_dir: Path) -> None:
+    def too_late(directory: Path, out_dir: Path) -> None:
         if not out_dir.exists():
             out_dir.mkdir()
             (out_dir / "theirs").touch()
-        finish(aside, out_dir)
+        finish(directory, out_dir)
 
     monkeypatch.setattr(staging, "_finish", too_late)
     with pytest.raises(RefusedOutput, match="exists"):
         run_merge(plan, tmp_path / "merged", "cpu")
     assert [file.name for file in (tmp_path / "merged").iterdir()] == ["theirs"]
-    assert asides(tmp_path) == []
+    assert staging_directories(tmp_path) == []
 
 
 @pytest.mark.parametrize("spoilt", [b'["b", 1', b"\0\0\0\n", b"[1]\n", b'[["b"], 1, 2, 3]\n', b'{"b": 1}\n'])

@@ -29,19 +29,19 @@ def rounded(exact: torch.Tensor, dtype: torch.dtype, rounding: Rounding = CHANCE
 def test_chance_chooses_one_of_the_two_neighbours_and_is_right_on_average(dtype: torch.dtype, size: float) -> None:
     exact = torch.full((200_000,), 1.2345678 * size)
     exact[::2] *= -1
-    found = rounded(exact, dtype).double()
+    actual = rounded(exact, dtype).double()
     low = torch.full((), 1.2345678 * size).to(dtype)
     neighbours = {
         float(low),
         float(torch.nextafter(low, torch.tensor(1e4, dtype=dtype))),
         float(torch.nextafter(low, torch.tensor(-1e4, dtype=dtype))),
     }
-    values = set(found.abs().unique().tolist())
+    values = set(actual.abs().unique().tolist())
     assert len(values) == 2
     assert values <= neighbours
     step = max(values) - min(values)
     allowed = 5 * step * 0.5 / 200_000**0.5
-    assert float(found.abs().mean()) == pytest.approx(float(exact[1]), abs=allowed)
+    assert float(actual.abs().mean()) == pytest.approx(float(exact[1]), abs=allowed)
 
 
 def test_double_precision_is_rounded_by_chance_too() -> None:
@@ -59,17 +59,17 @@ def test_what_the_dtype_holds_exactly_is_left_alone(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_nan_and_an_infinity_stay_what_they_are(dtype: torch.dtype) -> None:
-    found = rounded(torch.tensor([float("nan"), float("inf"), -float("inf")] * 50), dtype)
-    assert bool(found[::3].isnan().all())
-    assert bool((found[1::3] == float("inf")).all())
-    assert bool((found[2::3] == -float("inf")).all())
+    actual = rounded(torch.tensor([float("nan"), float("inf"), -float("inf")] * 50), dtype)
+    assert bool(actual[::3].isnan().all())
+    assert bool((actual[1::3] == float("inf")).all())
+    assert bool((actual[2::3] == -float("inf")).all())
 
 
 @pytest.mark.parametrize("begin", [0, 1, 15, 16, 17, 1000])
 def test_any_part_of_a_tensor_is_rounded_as_in_the_whole(begin: int) -> None:
     exact = torch.randn(2_000)
-    whole = rounded(exact, torch.bfloat16)
-    assert torch.equal(rounded(exact[begin : begin + 777], torch.bfloat16, begin=begin), whole[begin : begin + 777])
+    full = rounded(exact, torch.bfloat16)
+    assert torch.equal(rounded(exact[begin : begin + 777], torch.bfloat16, begin=begin), full[begin : begin + 777])
 
 
 def test_another_seed_or_tensor_is_another_chance() -> None:
@@ -106,21 +106,21 @@ def test_a_stochastic_merge_does_not_depend_on_how_it_is_cut(
     merged(tmp_path, *small, "whole", CHANCE)
     monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 40)
     merged(tmp_path, *small, "pieces", CHANCE)
-    whole, pieces = tensors_in(tmp_path / "whole"), tensors_in(tmp_path / "pieces")
+    full, pieces = tensors_in(tmp_path / "whole"), tensors_in(tmp_path / "pieces")
     # The chances are the same; a product of another shape may differ in float32's last bit, and seldom turns one.
-    differing = sum(int((tensor != pieces[name]).sum()) for name, tensor in whole.items())
-    assert differing <= sum(tensor.numel() for tensor in whole.values()) / 500
+    differing = sum(int((tensor != pieces[name]).sum()) for name, tensor in full.items())
+    assert differing <= sum(tensor.numel() for tensor in full.values()) / 500
 
 
-def test_a_delta_that_the_nearest_value_swallows_is_told_and_survives_stochastic_rounding_and_fp32(
+def test_a_delta_that_the_nearest_value_swallows_is_reported_and_survives_stochastic_rounding_and_fp32(
     small: tuple[Path, Path], tmp_path: Path
 ) -> None:
     nearest = merged(tmp_path, *small, "nearest", Rounding())
     (finding,) = nearest.findings
     assert (finding.code, finding.severity) == ("bf16_swallow", Severity.WARNING)
-    told = nearest.survival.to_json()
-    assert told["lost_share"] > 0.5
-    assert told["error"] > 0.4
+    survival = nearest.survival.to_json()
+    assert survival["lost_share"] > 0.5
+    assert survival["error"] > 0.4
     by_chance = merged(tmp_path, *small, "chance", CHANCE)
     assert by_chance.findings == ()
     assert by_chance.survival.to_json()["lost_share"] < nearest.survival.to_json()["lost_share"]
@@ -141,9 +141,9 @@ def test_the_survival_report_is_what_the_files_say(
     before, after, exact = (tensors_in(path) for path in (base, tmp_path / "merged", tmp_path / "exact"))
     names = [name for name in before if "v_proj" in name]
     W, M, E = (torch.cat([side[name].double() for name in names]) for side in (before, after, exact))
-    told = report.survival.to_json()
+    survival = report.survival.to_json()
     rows = sum(before[name].shape[0] for name in names)
-    assert told["sampled_rows"] <= rows
-    assert told["error"] == pytest.approx(float((M - E).norm() / (E - W).norm()), rel=0.3)
-    assert told["lost_share"] == pytest.approx(float(((M == W) & (E != W)).double().mean()), abs=0.1)
-    assert told["energy_kept"] == pytest.approx(float((M - W).norm() ** 2 / (E - W).norm() ** 2), rel=0.1)
+    assert survival["sampled_rows"] <= rows
+    assert survival["error"] == pytest.approx(float((M - E).norm() / (E - W).norm()), rel=0.3)
+    assert survival["lost_share"] == pytest.approx(float(((M == W) & (E != W)).double().mean()), abs=0.1)
+    assert survival["energy_kept"] == pytest.approx(float((M - W).norm() ** 2 / (E - W).norm() ** 2), rel=0.1)

@@ -42,10 +42,10 @@ class Inside:
         return step
 
 
-def factored(place: int) -> LowRank:
-    generator = torch.Generator().manual_seed(place)
+def factored(number: int) -> LowRank:
+    generator = torch.Generator().manual_seed(number)
     A, B = torch.randn(4, SIDE, generator=generator), torch.randn(SIDE, 4, generator=generator)
-    return LowRank(module=f"m{place}", weight=f"m{place}.weight", layout=Layout.LINEAR, A=A, B=B, scale=1.0)
+    return LowRank(module=f"m{number}", weight=f"m{number}.weight", layout=Layout.LINEAR, A=A, B=B, scale=1.0)
 
 
 @pytest.mark.parametrize("method", ["ties_svd", "dare_linear_svd", "sce_svd"])
@@ -54,8 +54,8 @@ def test_two_places_are_never_dense_at_once(red: LoadedAdapter, method: str, mon
     monkeypatch.setattr(pipeline, "compress_dense", inside.watched(compress_dense))
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     own = replace(red, deltas=tuple(map(factored, range(8))))
-    found = combine_deltas([own, own], [1.0, 0.5], method, {"rank": 4})
-    assert [one.rank for one in found.compressions] == [4] * 8
+    combined = combine_deltas([own, own], [1.0, 0.5], method, {"rank": 4})
+    assert [one.rank for one in combined.compressions] == [4] * 8
     assert (inside.most, inside.times) == (1, 8)
 
 
@@ -65,13 +65,13 @@ def test_deltas_that_are_only_made_whole_are_made_one_place_at_a_time(
     inside = Inside()
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
 
-    def whole(place: int) -> RowwiseDelta:
+    def rowwise(number: int) -> RowwiseDelta:
         rows = inside.watched(lambda W, begin: torch.eye(SIDE)[begin : begin + len(W)])
         return RowwiseDelta(
-            module=f"m{place}", weight=f"m{place}.weight", stored_shape=(SIDE, SIDE), rows=rows, all_rows=True
+            module=f"m{number}", weight=f"m{number}.weight", stored_shape=(SIDE, SIDE), rows=rows, all_rows=True
         )
 
-    own = replace(red, deltas=tuple(map(whole, range(6))))
+    own = replace(red, deltas=tuple(map(rowwise, range(6))))
     assert len(combine_deltas([own], [1.0], "ties_svd", {"rank": 2}).compressions) == 6
     assert (inside.most, inside.times) == (1, 6)
 
@@ -79,11 +79,11 @@ def test_deltas_that_are_only_made_whole_are_made_one_place_at_a_time(
 def test_a_dense_matrix_is_cut_to_the_same_bits_by_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(700, 30, generator=generator) @ torch.randn(30, 650, generator=generator)
-    found: dict[int, Mapping[str, torch.Tensor]] = {}
+    results: dict[int, Mapping[str, torch.Tensor]] = {}
     for threads in (1, 2, 5):
         monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
         (left, right), lost = compress_dense("m", Matrix.of(X), 20, None)
-        found[threads] = {"left": left, "right": right, "lost": torch.tensor([lost.norm, lost.error])}
+        results[threads] = {"left": left, "right": right, "lost": torch.tensor([lost.norm, lost.error])}
     with ThreadPoolExecutor(3) as pool:
         assert torch.equal(Matrix.of(X).dense(pool), X)
-    assert all(torch.equal(one[name], found[1][name]) for one in found.values() for name in one)
+    assert all(torch.equal(one[name], results[1][name]) for one in results.values() for name in one)

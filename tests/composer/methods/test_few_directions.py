@@ -39,8 +39,8 @@ def test_a_cut_of_equal_singular_values_keeps_the_directions_that_the_sum_had_mo
     method: str, budget: dict[str, object]
 ) -> None:
     deltas = low_ranks()
-    place = WeightSlot([SlotDelta(i, delta, 1.0, f"{i}") for i, delta in enumerate(deltas)], 3.0)
-    (cut,), lost = combine_slot(place, parse_settings(method, budget), Selections())
+    slot = WeightSlot([SlotDelta(i, delta, 1.0, f"{i}") for i, delta in enumerate(deltas)], 3.0)
+    (cut,), lost = combine_slot(slot, parse_settings(method, budget), Selections())
     U, sigma, Vh = torch.linalg.svd(sum(map(as_stored, deltas), torch.zeros(deltas[0].stored_shape)))
     count = int((sigma > 1e-6 * sigma[0]).sum())
     kept = 3 if "rank" in budget else -(-count // 4)

@@ -30,11 +30,11 @@ def matrices(draw: st.DrawFn) -> torch.Tensor:
 @given(matrices(), st.floats(0, 1))
 def test_the_largest_are_those_of_a_stable_sort(X: torch.Tensor, share: float) -> None:
     k = int(share * X.numel())
-    (found,) = largest([Matrix.of(X)], k)
+    (selected,) = largest([Matrix.of(X)], k)
     expected = by_sorting(X, k)
-    assert torch.equal(found.mask(X, 0), expected)
+    assert torch.equal(selected.mask(X, 0), expected)
     for begin, end in ((0, X.shape[0]), (X.shape[0] // 3, X.shape[0])):
-        assert torch.equal(found.kept(X[begin:end], begin), torch.where(expected, X, 0.0)[begin:end])
+        assert torch.equal(selected.kept(X[begin:end], begin), torch.where(expected, X, 0.0)[begin:end])
 
 
 @settings(max_examples=100)
@@ -44,11 +44,11 @@ def test_the_largest_of_two_matrices_are_those_of_both_in_a_row(
 ) -> None:
     both = torch.cat([one.flatten(), other.flatten()])
     k = int(share * both.numel())
-    found = [
+    selected = [
         kept.mask(X, 0).flatten()
         for kept, X in zip(largest([*map(Matrix.of, (one, other))], k), (one, other), strict=True)
     ]
-    assert torch.equal(torch.cat(found), by_sorting(both, k))
+    assert torch.equal(torch.cat(selected), by_sorting(both, k))
 
 
 @given(matrices(), st.integers(0, 200), st.integers(0, 200))

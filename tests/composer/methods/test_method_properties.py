@@ -41,10 +41,10 @@ def stored(delta: LowRank) -> torch.Tensor:
 
 
 def added(method: str, parts: list[tuple[LowRank, float]], **settings: object) -> list[LowRank]:
-    place = WeightSlot(
+    slot = WeightSlot(
         [SlotDelta(i, delta, weight, f"{i}") for i, (delta, weight) in enumerate(parts)], sum(w for _, w in parts)
     )
-    deltas, _ = combine_slot(place, parse_settings(method, settings), Selections())
+    deltas, _ = combine_slot(slot, parse_settings(method, settings), Selections())
     return [delta for delta in deltas if isinstance(delta, LowRank)]
 
 

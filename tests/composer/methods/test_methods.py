@@ -49,9 +49,9 @@ def combined(
 ) -> torch.Tensor:
     """What the method adds, dense and as stored, in float64."""
     parts = [SlotDelta(i, delta, weight, f"{i}") for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True))]
-    place = WeightSlot(parts, sum(weights))
+    slot = WeightSlot(parts, sum(weights))
     parsed = parse_settings(method, settings or {})
-    added, _ = combine_slot(place, parsed, Selections.over([place], parsed))
+    added, _ = combine_slot(slot, parsed, Selections.over([slot], parsed))
     return sum((as_stored(delta) for delta in added), torch.zeros(added[0].stored_shape, dtype=torch.float64))
 
 
@@ -121,8 +121,8 @@ def _between(P: torch.Tensor, Q: torch.Tensor, X: list[torch.Tensor], thinned: T
 
 
 def _in_knots(X: list[torch.Tensor], thinned: Thinned) -> torch.Tensor:
-    P, found = dense.in_knots(X, sum(RANKS))
-    return P @ dense.elected(thinned(found), WEIGHTS)
+    P, cores = dense.in_knots(X, sum(RANKS))
+    return P @ dense.elected(thinned(cores), WEIGHTS)
 
 
 def test_every_method_has_a_reference() -> None:
@@ -170,8 +170,8 @@ def test_the_order_of_adapters_does_not_matter(method: str) -> None:
     parsed = parse_settings(method, {})
     results = []
     for order in ((0, 1, 2), (2, 0, 1)):
-        place = WeightSlot([parts[i] for i in order], sum(WEIGHTS))
-        added, _ = combine_slot(place, parsed, Selections())
+        slot = WeightSlot([parts[i] for i in order], sum(WEIGHTS))
+        added, _ = combine_slot(slot, parsed, Selections())
         results.append(sum(as_stored(delta) for delta in added))
     assert error(results[1], results[0]) < 1e-4
 
@@ -196,10 +196,10 @@ def test_lambda_scales_the_result(method: str) -> None:
 def test_the_bases_of_ctm_are_those_that_alternating_converges_to() -> None:
     draw = torch.Generator().manual_seed(2)
     own = [(torch.randn(60, 8, generator=draw).double(), torch.randn(8, 40, generator=draw).double()) for _ in "abc"]
-    found = ctm(own, 8)
-    assert found.P is not None
-    assert found.Q is not None
-    deltas, V, P = [B @ A / (B @ A).norm() for B, A in own], found.Q, found.P
+    basis = ctm(own, 8)
+    assert basis.P is not None
+    assert basis.Q is not None
+    deltas, V, P = [B @ A / (B @ A).norm() for B, A in own], basis.Q, basis.P
     U = P
     for _ in range(500):
         U = torch.linalg.svd(torch.cat([D @ V for D in deltas], 1), full_matrices=False)[0][:, :8]
@@ -258,7 +258,7 @@ def test_compressing_a_large_dense_delta_loses_hardly_more_than_the_best_rank_do
     assert best <= lost.error * (1 + 1e-6) <= best * 1.005
 
 
-def test_a_small_loss_of_a_dense_delta_is_told_as_well() -> None:
+def test_a_small_loss_of_a_dense_delta_is_reported_as_well() -> None:
     draw = torch.Generator().manual_seed(5)
     product = torch.randn(600, 16, generator=draw) @ torch.randn(16, 500, generator=draw)
     X = product + torch.randn(600, 500, generator=draw) * 5e-4 * product.std()
@@ -269,11 +269,11 @@ def test_a_small_loss_of_a_dense_delta_is_told_as_well() -> None:
 
 @pytest.mark.parametrize("method", ["pico_stack", "pico_ties", "pico_knots_ties", "pico_ctm_mean", "ctm_mean"])
 @pytest.mark.parametrize("restore", ["merged", "each"])
-def test_what_a_cut_loses_is_told_of_the_sum_also_where_its_norm_is_given_back(method: str, restore: str) -> None:
+def test_what_a_cut_loses_is_reported_for_the_sum_also_where_its_norm_is_given_back(method: str, restore: str) -> None:
     parts = [SlotDelta(i, delta, w, f"{i}") for i, (delta, w) in enumerate(zip(low_ranks(), WEIGHTS, strict=True))]
-    cut, whole = (known(method, {"restore": restore, **more}) for more in ({"rank": 3}, {"ctm_rank": sum(RANKS)}))
+    cut, full = (known(method, {"restore": restore, **more}) for more in ({"rank": 3}, {"ctm_rank": sum(RANKS)}))
     (made,), lost = combine_slot(WeightSlot(parts, 0.8), parse_settings(method, cut), Selections())
-    uncut, _ = combine_slot(WeightSlot(parts, 0.8), parse_settings(method, whole), Selections())
+    uncut, _ = combine_slot(WeightSlot(parts, 0.8), parse_settings(method, full), Selections())
     exact = sum(as_stored(delta) for delta in uncut)
     assert lost is not None
     assert lost.error == pytest.approx(float((as_stored(made) - exact).norm()), rel=1e-4)
@@ -302,12 +302,12 @@ def test_random_masks_depend_on_seed_and_adapter_and_not_on_rows_or_order() -> N
         return added
 
     one = made(1)
-    whole = as_stored(one)
+    full = as_stored(one)
     assert not isinstance(one, LowRank)
     pieces = [one.rows(torch.zeros(end - begin, INPUTS), begin) for begin, end in ((0, 7), (7, 100), (100, OUTPUTS))]
-    assert torch.equal(torch.cat(pieces).double(), whole)
-    assert torch.equal(as_stored(made(1)), whole)
-    assert not torch.equal(as_stored(made(2)), whole)
+    assert torch.equal(torch.cat(pieces).double(), full)
+    assert torch.equal(as_stored(made(1)), full)
+    assert not torch.equal(as_stored(made(2)), full)
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
@@ -323,16 +323,16 @@ def test_ties_over_the_whole_model_trims_the_smaller_module_more() -> None:
     small = [
         LowRank(module="s", weight="s.weight", layout=d.layout, A=d.A_RI, B=d.B_OR, scale=d.scale / 10) for d in small
     ]
-    places = [
+    slots = [
         WeightSlot([SlotDelta(i, delta, 1.0, f"{i}") for i, delta in enumerate(deltas)], 3.0)
         for deltas in (small, large)
     ]
     parsed = parse_settings("magnitude_prune", {"scope": "model", "density": 0.2})
-    selections = Selections.over(places, parsed)
-    kept = [int(as_stored(combine_slot(place, parsed, selections)[0][0]).count_nonzero()) for place in places]
+    selections = Selections.over(slots, parsed)
+    kept = [int(as_stored(combine_slot(slot, parsed, selections)[0][0]).count_nonzero()) for slot in slots]
     assert kept[0] < kept[1] / 10
     with pytest.raises(ComposerError, match="scope"):
-        Selections.over(places, parse_settings("core_ties", {"scope": "model"}))
+        Selections.over(slots, parse_settings("core_ties", {"scope": "model"}))
 
 
 def test_equal_magnitudes_are_kept_in_the_order_of_their_places() -> None:

@@ -42,18 +42,18 @@ def loaded(base: Path, *adapters: Path) -> list[LoadedAdapter]:
 
 def merged(base: Path, deltas: list[Delta]) -> dict[str, torch.Tensor]:
     """The tensors that change, in float64."""
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for delta in deltas:
-        W = found.setdefault(delta.weight, tensors_in(base)[delta.weight].double())
+        W = weights.setdefault(delta.weight, tensors_in(base)[delta.weight].double())
         original = tensors_in(base)[delta.weight].double()
         if isinstance(delta, Replacement):
-            found[delta.weight] = delta.tensor.double()
+            weights[delta.weight] = delta.tensor.double()
         elif isinstance(delta, RowwiseDelta):
-            found[delta.weight] = W + delta.rows(original, 0)
+            weights[delta.weight] = W + delta.rows(original, 0)
         else:
             left, right = delta.stored_factors()
-            found[delta.weight] = W + left.double() @ right.double()
-    return found
+            weights[delta.weight] = W + left.double() @ right.double()
+    return weights
 
 
 @pytest.mark.parametrize(("method", "settings"), [("ties", {}), ("magnitude_prune", {}), ("dare_linear", {})])
@@ -105,11 +105,11 @@ def test_parity_modes_take_factors_of_any_dtype(method: str, make_model: MakeMod
 @pytest.mark.parametrize("method", ["peft_linear", "peft_cat", "peft_ties_svd", "ties", "svd"])
 def test_lambda_is_a_factor_on_every_result(method: str, shared: Shared) -> None:
     base, adapters = shared.base, shared.adapters[:2]
-    whole = merged(base, combine_deltas(loaded(base, *adapters), [1.0, 1.0], method).deltas)
+    expected = merged(base, combine_deltas(loaded(base, *adapters), [1.0, 1.0], method).deltas)
     tenth = merged(base, combine_deltas(loaded(base, *adapters), [1.0, 1.0], method, {"lambda": 0.1}).deltas)
     for name, W in tensors_in(base).items():
-        if name in whole:
-            assert torch.allclose(tenth[name] - W, 0.1 * (whole[name] - W), atol=1e-6)
+        if name in expected:
+            assert torch.allclose(tenth[name] - W, 0.1 * (expected[name] - W), atol=1e-6)
 
 
 def test_what_has_the_weight_0_is_as_if_it_were_not_there(make_model: MakeModel, make_adapter: MakeAdapter) -> None:

@@ -30,11 +30,11 @@ def of_peft(base: Path, adapters: list[Path], combination: str, rank: int | None
     model.add_weighted_adapter(
         names, list(WEIGHTS[: len(names)]), "all", combination_type=combination, density=0.4, **settings
     )
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for path, module in model.base_model.model.named_modules():
         if hasattr(module, "get_delta_weight"):
-            found[path] = module.get_delta_weight("all").detach()
-    return found
+            weights[path] = module.get_delta_weight("all").detach()
+    return weights
 
 
 def ours(base: Path, adapters: list[Path], combination: str, rank: int | None = None) -> dict[str, torch.Tensor]:
@@ -42,13 +42,13 @@ def ours(base: Path, adapters: list[Path], combination: str, rank: int | None = 
     loaded = [load_deltas(adapter, architecture) for adapter in adapters]
     settings = {"density": 0.4} | ({} if rank is None else {"rank": rank})
     combined = combine_deltas(loaded, list(WEIGHTS[: len(adapters)]), f"peft_{combination}", settings)
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for delta in combined.deltas:
         (one,) = stack_factors([delta], [1.0]) if isinstance(delta, LowRank) else ()
         assert isinstance(one, LowRank)
         left, right = one.stored_factors()
-        found[one.module] = left @ right
-    return found
+        weights[one.module] = left @ right
+    return weights
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
@@ -59,10 +59,10 @@ def test_a_parity_mode_has_the_values_of_peft(
     base = make_model(kind)
     targets = ["c_attn"] if kind == "gpt2" else ["q_proj", "down_proj"]
     adapters = [make_adapter(base, f"a{i}", seed=i + 1, target_modules=targets, lora_alpha=4 * i + 4) for i in (0, 1)]
-    theirs, found = of_peft(base, adapters, combination), ours(base, adapters, combination)
-    assert theirs.keys() == found.keys()
+    theirs, actual = of_peft(base, adapters, combination), ours(base, adapters, combination)
+    assert theirs.keys() == actual.keys()
     for module, expected in theirs.items():
-        error = (found[module] - expected).norm() / expected.norm()
+        error = (actual[module] - expected).norm() / expected.norm()
         assert error <= 1e-4, f"{module} differs by {error:.2e}"
 
 
@@ -78,9 +78,9 @@ def test_the_wrong_scale_that_peft_gives_rslora_is_reproduced(
             base, "a1", seed=2, use_rslora=True, r=8, target_modules=["q_proj"], rank_pattern={"0.*q_proj": 3}
         ),
     ]
-    theirs, found = of_peft(base, adapters, combination), ours(base, adapters, combination)
+    theirs, actual = of_peft(base, adapters, combination), ours(base, adapters, combination)
     for module, expected in theirs.items():
-        assert (found[module] - expected).norm() / expected.norm() <= 1e-4
+        assert (actual[module] - expected).norm() / expected.norm() <= 1e-4
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
@@ -90,9 +90,9 @@ def test_one_adapter_is_combined_linearly_whatever_was_asked(
     base = make_model()
     targets = ["q_proj", "down_proj"]
     adapters = [make_adapter(base, use_rslora=True, target_modules=targets, rank_pattern={"down_proj": 2})]
-    theirs, found = of_peft(base, adapters, combination), ours(base, adapters, combination)
+    theirs, actual = of_peft(base, adapters, combination), ours(base, adapters, combination)
     for module, expected in theirs.items():
-        assert_close(found[module], expected, module)
+        assert_close(actual[module], expected, module)
 
 
 @pytest.mark.parametrize("combination", [one for one in COMBINATIONS if one.endswith("svd")])
@@ -101,17 +101,19 @@ def test_a_cut_goes_to_the_highest_rank_of_any_module_and_tells_what_it_loses(
 ) -> None:
     base = make_model()
     adapters = [make_adapter(base, f"a{i}", seed=i + 1, rank_pattern={"q_proj": 2}) for i in (0, 1)]
-    theirs, found = of_peft(base, adapters, combination), ours(base, adapters, combination)
+    theirs, actual = of_peft(base, adapters, combination), ours(base, adapters, combination)
     for module, expected in theirs.items():
-        assert (found[module] - expected).norm() / expected.norm() <= 1e-4
+        assert (actual[module] - expected).norm() / expected.norm() <= 1e-4
     loaded = [load_deltas(adapter, open_checkpoint(base).architecture) for adapter in adapters]
-    told = combine_deltas(loaded, list(WEIGHTS), f"peft_{combination}", {"rank": 1, "density": 1.0}).compressions
+    compressions = combine_deltas(
+        loaded, list(WEIGHTS), f"peft_{combination}", {"rank": 1, "density": 1.0}
+    ).compressions
     cut = ours(base, adapters, combination, rank=1)
-    whole = ours(base, adapters, combination, rank=64)
-    assert len(told) == len(cut)
+    full = ours(base, adapters, combination, rank=64)
+    assert len(compressions) == len(cut)
     if combination == "svd":
-        for one in told:
-            lost = (whole[f"{one.module}"] - cut[one.module]).norm()
+        for one in compressions:
+            lost = (full[f"{one.module}"] - cut[one.module]).norm()
             assert one.error == pytest.approx(float(lost), rel=1e-3)
 
 
@@ -125,8 +127,8 @@ def test_random_masks_are_those_of_torch_when_peft_is_given_the_same_seed(
     for combination in ("dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"):
         torch.manual_seed(0)
         theirs = of_peft_seeded(base, adapters, combination)
-        found = ours(base, adapters, combination)
-        assert (found[target] - theirs[target]).norm() / theirs[target].norm() <= 1e-4, combination
+        actual = ours(base, adapters, combination)
+        assert (actual[target] - theirs[target]).norm() / theirs[target].norm() <= 1e-4, combination
 
 
 def of_peft_seeded(base: Path, adapters: list[Path], combination: str) -> dict[str, torch.Tensor]:

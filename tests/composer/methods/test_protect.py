@@ -1,4 +1,4 @@
-"""Room for protected adapters: what follows from their deltas alone, whoever asks for it, beside a dense reference."""
+"""Room for protected adapters: what follows from their deltas alone, beside a dense reference."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -71,7 +71,7 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_others_lose_what_a_dense_projection_takes(
     red: LoadedAdapter, seed: int, ranks: list[int], side: str, layout: Layout
 ) -> None:
-    pairs = [pair(seed + place, rank) for place, rank in enumerate((4, *ranks))]
+    pairs = [pair(seed + index, rank) for index, rank in enumerate((4, *ranks))]
     assert error(moved(red, pairs, side, layout), reference(pairs, side)) < 1e-5
 
 
@@ -124,8 +124,8 @@ def test_an_embedding_and_a_head_of_one_tensor_are_turned_to_each_other(red: Loa
     (B, A), (B_head, A_head) = pair(1, 3), pair(2, 3)
     parsed = parse_settings("stack", {"protect": 2, "protect_side": side}).with_tied("shared")
     adapters = [held(red, (A.T, B.T), Layout.EMBEDDING), held(red, (B_head, A_head))]
-    found = project_out_protected(adapters, weights_of([1.0, 1.0]), parsed)[0].deltas[0]
-    assert error(dense(found).T, reference([(B, A), (B_head, A_head)], side)) < 1e-5
+    actual = project_out_protected(adapters, weights_of([1.0, 1.0]), parsed)[0].deltas[0]
+    assert error(dense(actual).T, reference([(B, A), (B_head, A_head)], side)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,8 @@ def test_where_a_rule_gives_a_protected_adapter_no_weight_nothing_is_protected(
     red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
     weight = Weight(1.0, (parse_rule("0=0"),))
-    found = combine_deltas([red, green], [weight, 1.0], "stack", {"protect": 1}).deltas
-    ours = {delta.module: dense(delta) for delta in found if delta.module.endswith("0.self_attn.q_proj")}
+    actual = combine_deltas([red, green], [weight, 1.0], "stack", {"protect": 1}).deltas
+    ours = {delta.module: dense(delta) for delta in actual if delta.module.endswith("0.self_attn.q_proj")}
     theirs = {delta.module: dense(delta) for delta in green.deltas}
     assert ours
     assert all(torch.equal(own, theirs[module]) for module, own in ours.items())
@@ -196,8 +196,8 @@ def norm(deltas: Sequence[Delta]) -> float:
     """Of their sum, over all places."""
     own = [delta for delta in deltas if isinstance(delta, LowRank)]
     assert len(own) == len(deltas)
-    places = {delta.module: [one for one in own if one.module == delta.module] for delta in own}
-    return hypot(*(float(Grams.of(deltas).inner().sum()) ** 0.5 for deltas in places.values()))
+    by_module = {delta.module: [one for one in own if one.module == delta.module] for delta in own}
+    return hypot(*(float(Grams.of(deltas).inner().sum()) ** 0.5 for deltas in by_module.values()))
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -206,10 +206,10 @@ def test_a_report_is_of_the_deltas_that_are_combined(
     red: LoadedAdapter, green: LoadedAdapter, load: Load, method: str, side: str
 ) -> None:
     adapters, weights = [red, green, load("blue", 3)], [1.0, 0.7, -0.5]
-    told: dict[str, object] = {"protect": "1", "protect_side": side}
-    report = conflicts(adapters, weights, parse_settings(method, told))
+    settings: dict[str, object] = {"protect": "1", "protect_side": side}
+    report = conflicts(adapters, weights, parse_settings(method, settings))
     plain = conflicts(adapters, weights, parse_settings(method))
-    assert report.together.norm == pytest.approx(norm(combine_deltas(adapters, weights, method, told).deltas))
+    assert report.together.norm == pytest.approx(norm(combine_deltas(adapters, weights, method, settings).deltas))
     assert report.together.norm != pytest.approx(plain.together.norm, rel=1e-3)
     for one in report.pairs[:2]:
         assert one.numbers.cosine == pytest.approx(0, abs=1e-6)

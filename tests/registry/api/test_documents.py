@@ -1,4 +1,4 @@
-"""RenderedReleaseCache that are kept are those that would be made anew, whoever has changed what they tell of."""
+"""Cached documents are equal to newly rendered ones, in whatever process a release was changed."""
 
 from collections.abc import Callable, Generator
 
@@ -40,10 +40,10 @@ def elsewhere(url: str) -> Generator[Database]:
     opened.close()
 
 
-def told(database: Database, documents: RenderedReleaseCache, items: list[Item]) -> list[bytes]:
+def rendered(database: Database, documents: RenderedReleaseCache, items: list[Item]) -> list[bytes]:
     with database.read() as session:
-        found = search.search(session, HOST, Query(include_yanked=True), Order(limit=1_000)).hits
-        stamps = {place.release_id: place.stamp for place in found}
+        hits = search.search(session, HOST, Query(include_yanked=True), Order(limit=1_000)).hits
+        stamps = {hit.release_id: hit.stamp for hit in hits}
         return [one.document for one in documents.page(session, HOST, {item.id: stamps[item.id] for item in items})]
 
 
@@ -71,29 +71,29 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def test_a_change_made_elsewhere_is_told_at_once(database: Database, elsewhere: Database) -> None:
+def test_a_change_made_elsewhere_is_rendered_at_once(database: Database, elsewhere: Database) -> None:
     items, documents = stock(database, count=20), RenderedReleaseCache()
     changed = next(item for item in items if not item.yanked)
-    before = told(database, documents, items)
-    assert told(database, documents, items) == before
+    before = rendered(database, documents, items)
+    assert rendered(database, documents, items) == before
     for name, change in CHANGES.items():
         with elsewhere.write() as session:
             change(session, session.get_one(Release, changed.id))
-        after = told(database, documents, items)
-        assert after == told(database, RenderedReleaseCache(), items), name
+        after = rendered(database, documents, items)
+        assert after == rendered(database, RenderedReleaseCache(), items), name
         assert after[items.index(changed)] != before[items.index(changed)], name
         before = after
 
 
 def test_what_was_asked_for_last_is_kept_within_bounds(database: Database) -> None:
     items = stock(database, count=20)
-    asked, all_kept = told(database, RenderedReleaseCache(), items), RenderedReleaseCache()
-    assert told(database, all_kept, items) == asked
+    asked, all_kept = rendered(database, RenderedReleaseCache(), items), RenderedReleaseCache()
+    assert rendered(database, all_kept, items) == asked
     assert all_kept.kept_bytes > sum(map(len, asked)), "what is around the text takes memory too"
     few = RenderedReleaseCache(max_bytes=all_kept.kept_bytes // 5)
     for _ in range(2):
-        assert told(database, few, items) == asked
+        assert rendered(database, few, items) == asked
         assert 0 < few.kept_bytes <= few.max_bytes
     tiny = RenderedReleaseCache(max_bytes=10)
-    assert told(database, tiny, items) == asked
+    assert rendered(database, tiny, items) == asked
     assert tiny.kept_bytes == 0

@@ -36,8 +36,8 @@ def test_directions_become_those_of_the_authors_scores_and_others_decide_nothing
         session.execute(insert(tables.tables["scores"]), rows)
     migrate(database)
     with database.read() as session:
-        found = session.scalars(select(SuiteMetric).order_by(SuiteMetric.metric)).all()
-        assert [(row.suite, row.metric, row.higher_is_better, row.stated, row.by) for row in found] == [
+        metrics = session.scalars(select(SuiteMetric).order_by(SuiteMetric.metric)).all()
+        assert [(row.suite, row.metric, row.higher_is_better, row.stated, row.by) for row in metrics] == [
             ("exact", "f1", True, False, "mia"),
             ("exact", "seconds", False, False, "mia"),
         ]

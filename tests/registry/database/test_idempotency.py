@@ -1,4 +1,4 @@
-"""Of requests under one key one is done, whoever comes first; and a key is kept for a week."""
+"""Of requests under one key one is done, no matter which comes first; and a key is kept for a week."""
 
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +43,7 @@ def made(database: Database, asked: IdempotentRequest, number: int) -> Answer:
         return {"made": number}
 
 
-def test_of_many_at_once_one_is_done_and_all_are_told_what_it_made(database: Database) -> None:
+def test_of_many_at_once_one_is_done_and_all_get_its_answer(database: Database) -> None:
     together = Barrier(8)
 
     def ask(number: int) -> Answer:

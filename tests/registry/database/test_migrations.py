@@ -109,8 +109,8 @@ def test_an_empty_database_that_is_not_embedded_asks_for_adaptory_migrate(url: s
     refused = cli("list")
     assert refused.code == 7
     assert "adaptory migrate" in refused.err
-    told = cli.json("migrate")
-    assert (told["from"], told["to"]) == (None, head_revision())
+    report = cli.json("migrate")
+    assert (report["from"], report["to"]) == (None, head_revision())
     assert cli.json("list") == {"items": [], "next": None}
     again = cli.json("migrate")
     assert (again["from"], again["to"]) == (head_revision(), head_revision())
@@ -221,8 +221,8 @@ def earlier(filled: Cli, revision: str, database: Database, url: str, tmp_path: 
             if rows := [old for row in rows if (old := _as_it_was(table.name, row, today, revision))]:
                 then.execute(insert(table), rows)
             if not database.is_sqlite and "id" in table.c and isinstance(table.c["id"].type, Integer):
-                told = text("SELECT setval(pg_get_serial_sequence(:name, 'id'), :last)")
-                then.execute(told, {"name": table.name, "last": then.scalar(select(func.max(table.c.id)))})
+                set_sequence = text("SELECT setval(pg_get_serial_sequence(:name, 'id'), :last)")
+                then.execute(set_sequence, {"name": table.name, "last": then.scalar(select(func.max(table.c.id)))})
     source.close()
     home = tmp_path / "then"
     shutil.copytree(Path(filled.environment["ADAPTORY_HOME"]) / "store", home / "store")
@@ -270,8 +270,8 @@ def test_nothing_starts_on_an_earlier_schema_and_each_command_says_what_to_run(e
 def test_a_registry_of_an_earlier_schema_is_served_as_before_once_it_is_migrated(
     earlier: Cli, revision: str, filled: Cli
 ) -> None:
-    told = earlier.json("migrate")
-    assert (told["from"], told["to"]) == (revision, head_revision())
+    report = earlier.json("migrate")
+    assert (report["from"], report["to"]) == (revision, head_revision())
     checked = earlier.json("fsck", "--full")
     assert (checked["clean"], checked["findings"]) == (True, [])
     for command in (
@@ -289,7 +289,7 @@ def test_a_registry_of_an_earlier_schema_is_served_as_before_once_it_is_migrated
         ("search", "--namespace", "acme", "--sort", "version"),
         *(("search", "--channel", channel) for channel in ("prod", "canary", "edge")),
     ):
-        assert _told(earlier.json(*command)) == _told(filled.json(*command)), command
+        assert _shared_fields(earlier.json(*command)) == _shared_fields(filled.json(*command)), command
     assert [row["version"] for row in earlier.json("search", "TICKETS", "1")["items"]] == ["1.1.0"]
     assert len(earlier.json("search", "--namespace", "acme")["items"]) == 3
     for channel, served in {"prod": ["1.0.0"], "canary": ["1.1.0"], "edge": []}.items():  # 1.2.0 is yanked
@@ -301,7 +301,7 @@ def test_a_registry_of_an_earlier_schema_is_served_as_before_once_it_is_migrated
         assert api.get(f"{LINE}/gates") == {"gates": {"prod": ["exact.nll <= 9"]}}
 
 
-def test_what_was_done_before_a_migration_is_told_with_its_reason_and_its_change(
+def test_what_was_done_before_a_migration_is_shown_with_its_reason_and_its_change(
     earlier: Cli, revision: str, filled: Cli
 ) -> None:
     earlier.ok("migrate")
@@ -317,11 +317,11 @@ def test_what_was_done_before_a_migration_is_told_with_its_reason_and_its_change
             assert new["before"] == old["before"], old
         assert new["reason"] == (old["reason"] if old["act"] != "release:unyank" else None), old
     records = " ".join(earlier.ok("audit", "--namespace", "acme").out.split())
-    for told in ("better", "worse", "wrong data", "version 1.1.0", "yanked False -> True yank_reason wrong data"):
-        assert told in records, records
+    for text_shown in ("better", "worse", "wrong data", "version 1.1.0", "yanked False -> True yank_reason wrong data"):
+        assert text_shown in records, records
 
 
-def test_more_old_audit_rows_than_one_batch_has_are_told_with_their_reasons(database: Database) -> None:
+def test_more_old_audit_rows_than_one_batch_has_are_shown_with_their_reasons(database: Database) -> None:
     migrate(database, FIRST)
     earlier = MetaData()
     earlier.reflect(database.engine)
@@ -346,15 +346,15 @@ def _without(change: dict[str, Any] | None, lost: set[str]) -> dict[str, Any] | 
     return None if change is None else {name: value for name, value in change.items() if name not in lost}
 
 
-def _told(document: dict[str, Any]) -> dict[str, Any]:
+def _shared_fields(document: dict[str, Any]) -> dict[str, Any]:
     """Without what the first schema did not keep."""
     later = ("spectrum", "servers", "loading", "namespace")
     kept: dict[str, Any] = {}
     for name, value in document.items():
         if isinstance(value, dict):
-            kept[name] = _told(value)
+            kept[name] = _shared_fields(value)
         elif isinstance(value, list):
-            kept[name] = [_told(item) if isinstance(item, dict) else item for item in value]
+            kept[name] = [_shared_fields(item) if isinstance(item, dict) else item for item in value]
         elif name not in later:
             kept[name] = value
     return {name: value for name, value in kept.items() if name not in later}

@@ -64,8 +64,8 @@ def keep(session: Session, **columns: Any) -> None:
 def test_a_float_reads_back_as_the_same_number(database: Database, value: float) -> None:
     parameter: Any = bindparam("value", type_=Float())
     with database.read() as session:
-        [[found]] = Prepared(select(float_text(parameter))).rows(session, {"value": value})
-    assert float(found) == value
+        [[read]] = Prepared(select(float_text(parameter))).rows(session, {"value": value})
+    assert float(read) == value
 
 
 def test_a_float_that_is_not_there_stays_so(session: Session) -> None:
@@ -74,21 +74,21 @@ def test_a_float_that_is_not_there_stays_so(session: Session) -> None:
 
 
 @pytest.mark.parametrize(
-    ("at", "told"),
+    ("at", "expected"),
     [
         (datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "2026-01-02T03:04:05Z"),
         (datetime(2026, 1, 2, 3, 4, 5, 120_000, tzinfo=UTC), "2026-01-02T03:04:05.120000Z"),
         (datetime(2026, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC), "2026-12-31T23:59:59.999999Z"),
     ],
 )
-def test_a_moment_is_told_in_utc_as_documents_have_it(
-    database: Database, session: Session, at: datetime, told: str
+def test_a_moment_is_written_in_utc_as_documents_have_it(
+    database: Database, session: Session, at: datetime, expected: str
 ) -> None:
     keep(session, id=1, at=at)
     if not database.is_sqlite:
         session.execute(text("SET LOCAL TIME ZONE 'Asia/Kathmandu'"))
-    assert Prepared(select(timestamp_text(THINGS.c.at))).column(session, {}) == [told]
-    assert orjson.dumps(at, option=orjson.OPT_UTC_Z) == f'"{told}"'.encode()
+    assert Prepared(select(timestamp_text(THINGS.c.at))).column(session, {}) == [expected]
+    assert orjson.dumps(at, option=orjson.OPT_UTC_Z) == f'"{expected}"'.encode()
 
 
 def test_a_list_of_values_finds_those_and_no_others(session: Session) -> None:
@@ -112,14 +112,15 @@ def test_rows_come_as_one_text(session: Session) -> None:
     assert [sorted(orjson.loads(text)) for text in names.column(session, {})] == [sorted(NAMES)]
 
 
-@pytest.mark.parametrize(("highest", "found"), [(-1, []), (0, [0]), (2, [0, 1, 2])])
-def test_values_of_other_rows_find_those_and_no_others(session: Session, highest: int, found: list[int]) -> None:
+@pytest.mark.parametrize(("highest", "expected"), [(-1, []), (0, [0]), (2, [0, 1, 2])])
+def test_values_of_other_rows_find_those_and_no_others(session: Session, highest: int, expected: list[int]) -> None:
     for number, name in enumerate(NAMES):
         keep(session, id=number, name=name)
     low = THINGS.alias()
     those = in_subquery(THINGS.c.id, select(low.c.id).where(low.c.id <= bindparam("highest")))
     assert (
-        Prepared(select(THINGS.c.id).where(those).order_by(THINGS.c.id)).column(session, {"highest": highest}) == found
+        Prepared(select(THINGS.c.id).where(those).order_by(THINGS.c.id)).column(session, {"highest": highest})
+        == expected
     )
 
 
@@ -134,13 +135,13 @@ def test_more_releases_than_one_statement_takes_come_in_the_order_asked_for(data
     ids = [item.id for item in reversed(stock(database))]
     assert len(ids) > BATCH_SIZE
     with database.read() as session:
-        told = load_details(session, ids)
+        details = load_details(session, ids)
         kept = {number: scores_of(session, session.get_one(Release, number)) for number in ids}
         assert load_details(session, []) == []
-    assert [one.release.id for one in told] == ids
-    found = {one.release.id: [(*row[1:3], float(row[4]), row[6]) for row in one.scores] for one in told}
-    assert any(found.values())
-    assert found == {
+    assert [one.release.id for one in details] == ids
+    shown = {one.release.id: [(*row[1:3], float(row[4]), row[6]) for row in one.scores] for one in details}
+    assert any(shown.values())
+    assert shown == {
         number: [(score.suite.name, score.metric, score.value, score.n) for score in scores]
         for number, scores in kept.items()
     }

@@ -189,14 +189,14 @@ class ChannelMachine(RuleBasedStateMachine):
             channel = self.channel(session)
             mine = Move.channel_id == (channel.id if channel else None)
             recorded = session.scalars(select(Move).where(mine).order_by(Move.id)).all()
-            found = [
+            actual = [
                 (move.id, move.kind, move.from_release.version if move.from_release else None, move.to_release.version,
                  move.actor, move.reason, move.at) for move in recorded
             ]  # fmt: skip
-        assert found[: len(self.seen)] == self.seen
-        assert [row[1:4] for row in found] == [(m.kind, m.left, m.live[-1]) for m in self.moments]
-        assert (channel.move_id if channel else None) == (found[-1][0] if found else None)
-        self.seen = found
+        assert actual[: len(self.seen)] == self.seen
+        assert [row[1:4] for row in actual] == [(m.kind, m.left, m.live[-1]) for m in self.moments]
+        assert (channel.move_id if channel else None) == (actual[-1][0] if actual else None)
+        self.seen = actual
 
 
 def test_channels_follow_the_model_whatever_is_promoted_rolled_back_or_yanked(stocked: Database) -> None:

@@ -73,17 +73,17 @@ class Stocked:
             driver.set_progress_handler(None, 0)
         return 100 * len(counted)
 
-    def whole_tables(self, plan: Sequence[str], *, in_order: bool) -> list[str]:
+    def scanned_tables(self, plan: Sequence[str], *, in_order: bool) -> list[str]:
         """Lines of a plan that read a whole growing table. In its order one may be, where a page soon is full."""
         growing = (*WITH_RELEASES, *WITH_REPOSITORIES) if self.database.is_sqlite else WITH_RELEASES
         pattern = r"\bSCAN (\w+)" if self.database.is_sqlite else r"\bSeq Scan on (\w+)"
         ordered = self.database.is_sqlite and not any("TEMP B-TREE FOR ORDER BY" in line for line in plan)
-        found: list[str] = []
+        tables: list[str] = []
         for line in plan:
             match = re.search(pattern, line)
             if match and re.sub(r"_\d+$", "", match.group(1)) in growing and not (in_order and ordered):
-                found.append(line)
-        return found
+                tables.append(line)
+        return tables
 
 
 def _overheard(driver: Any) -> list[tuple[str, Any]]:
@@ -194,7 +194,7 @@ def test_a_narrow_search_reads_no_whole_table(stocked: Stocked, name: str) -> No
     query, order = NARROW[name]
     actor = READER if "stranger" in name else HOST
     for statement, plan in stocked.plans(lambda session: search.search(session, actor, query, order)):
-        assert stocked.whole_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
+        assert stocked.scanned_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
 
 
 @pytest.mark.parametrize("name", [name for name in NARROW if name.startswith("what fits") and "and scores" not in name])
@@ -209,7 +209,7 @@ def test_what_fits_is_found_by_an_index_of_traits(stocked: Stocked, name: str) -
 def test_a_broad_search_reads_an_index_in_its_order_until_the_page_is_full(stocked: Stocked, name: str) -> None:
     query, order = BROAD[name]
     for statement, plan in stocked.plans(lambda session: search.search(session, HOST, query, order)):
-        assert stocked.whole_tables(plan, in_order=True) == [], "\n".join([statement, *plan])
+        assert stocked.scanned_tables(plan, in_order=True) == [], "\n".join([statement, *plan])
 
 
 @pytest.mark.parametrize("name", [*NARROW, *BROAD])
@@ -230,21 +230,21 @@ def test_what_many_channels_of_a_name_give_out_is_read_in_order(
     query = Query(channel=stock.CHANNEL)
     plans = stocked.plans(lambda session: search.search(session, HOST, query, Order(order)))
     for statement, plan in plans:
-        assert stocked.whole_tables(plan, in_order=True) == [], "\n".join([statement, *plan])
+        assert stocked.scanned_tables(plan, in_order=True) == [], "\n".join([statement, *plan])
     assert f"ix_channels_{order}" in "".join(plans[-1][1])
 
 
 def test_a_page_is_read_by_its_ids(stocked: Stocked) -> None:
     for statement, plan in stocked.plans(lambda session: release_rows.load_details(session, list(range(7_000, 7_050)))):
-        assert stocked.whole_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
+        assert stocked.scanned_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
 
 
 def test_a_page_whose_documents_are_kept_is_one_statement(stocked: Stocked) -> None:
     documents = RenderedReleaseCache()
 
     def ask(session: Session) -> None:
-        found = search.search(session, HOST, FITTING, Order())
-        documents.page(session, HOST, {hit.release_id: hit.stamp for hit in found.hits})
+        page = search.search(session, HOST, FITTING, Order())
+        documents.page(session, HOST, {hit.release_id: hit.stamp for hit in page.hits})
 
     assert [len(stocked.plans(ask)) for _ in range(2)] == [2, 1]
 
@@ -279,7 +279,7 @@ def test_a_resolve_reads_no_whole_table(stocked: Stocked, suffix: str) -> None:
         commit = _locate(session, f"{stock.repository_name(77)}:1.3.0").row.commit
     reference = f"{stock.repository_name(77)}{suffix.format(commit=commit[:9])}"
     for statement, plan in stocked.plans(lambda session: _locate(session, reference)):
-        assert stocked.whole_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
+        assert stocked.scanned_tables(plan, in_order=False) == [], "\n".join([statement, *plan])
 
 
 def test_a_channel_is_resolved_with_one_statement(stocked: Stocked) -> None:

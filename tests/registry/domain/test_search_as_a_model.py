@@ -111,21 +111,21 @@ def test_the_model_and_the_registry_agree_on_something(shelf: Shelf, order: str)
         Query(loads_in=Profile("vllm", 16)),
         Query(score=(Condition("sql-exact", "accuracy", ">=", 0.5),)),
     ):
-        found = _all_pages(shelf.database, query, order, ACTORS[0], 7)
-        assert found == _expected(shelf, query, order, ACTORS[0])
-        assert found
+        listed = _all_pages(shelf.database, query, order, ACTORS[0], 7)
+        assert listed == _expected(shelf, query, order, ACTORS[0])
+        assert listed
 
 
 def _all_pages(database: Database, query: Query, order: str, actor: Actor, limit: int) -> list[int]:
-    found: list[int] = []
+    listed: list[int] = []
     after = None
     while True:
         with database.read() as session:
-            places = search.search(session, actor, query, Order(order, limit, after)).hits
-        found += [place.release_id for place in places]
-        if len(places) < limit:
-            return found
-        after = places[-1]
+            hits = search.search(session, actor, query, Order(order, limit, after)).hits
+        listed += [hit.release_id for hit in hits]
+        if len(hits) < limit:
+            return listed
+        after = hits[-1]
 
 
 def _expected(shelf: Shelf, query: Query, order: str, actor: Actor) -> list[int]:

@@ -175,8 +175,8 @@ EDGES = (
     ],
 )
 def test_a_range_holds_the_same_of_these_as_with_npm_itself(text: str, held: str) -> None:
-    found = parse_range(text)
-    assert [edge for edge in EDGES if parse_version(edge) in found] == held.split()
+    parsed = parse_range(text)
+    assert [edge for edge in EDGES if parse_version(edge) in parsed] == held.split()
 
 
 @pytest.mark.parametrize(

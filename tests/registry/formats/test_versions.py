@@ -95,9 +95,9 @@ def test_a_change_breaks_for_the_reasons_that_the_contract_names(old: Surface, n
 def test_replaced_modules_count_as_touched_and_only_weights_as_weights() -> None:
     facts = {"targets": ["q_proj"], "modules_to_save": ["lm_head", "model.score"], "rank_max": 4}
     files = [ManifestFile(path, 1, Digest("a" * 64)) for path in ("adapter_model.safetensors", "README.md")]
-    found = surface("b" * 64, facts, files)
-    assert found.touched == {"q_proj", "lm_head", "score"}
-    assert found.weights == {("adapter_model.safetensors", "a" * 64)}
+    actual = surface("b" * 64, facts, files)
+    assert actual.touched == {"q_proj", "lm_head", "score"}
+    assert actual.weights == {("adapter_model.safetensors", "a" * 64)}
     assert compatibility.breaking_changes(surface("b" * 64, {}, []), surface("b" * 64, {}, files)) == [], (
         "a model has no facts of ranks"
     )

@@ -68,7 +68,7 @@ class Corner:
         multipart_id = self.arrivals.begin(arrival)
         return replace(arrival, multipart_id=multipart_id)
 
-    def whole(self, arrival: IncomingUpload, *, known: bool = False) -> Put:
+    def sign_object(self, arrival: IncomingUpload, *, known: bool = False) -> Put:
         put = self.arrivals.sign_object(arrival, 600, sent_before=False, known=known)
         assert put is not None
         return put

@@ -27,7 +27,7 @@ def of_part(number: int, content: bytes) -> bytes:
 def test_what_is_sent_whole_becomes_a_blob_and_nothing_else_stays(corner: Corner) -> None:
     for content in (os.urandom(300_000), b""):
         arrival = corner.announce(content)
-        assert send(corner.whole(arrival), content) == 200
+        assert send(corner.sign_object(arrival), content) == 200
         stat = corner.arrivals.finish(arrival)
         assert (stat.sha256, stat.size_bytes) == (arrival.sha256, len(content))
         corner.arrivals.discard(arrival)
@@ -37,7 +37,7 @@ def test_what_is_sent_whole_becomes_a_blob_and_nothing_else_stays(corner: Corner
 
 def test_length_digest_and_upload_are_part_of_the_signature(corner: Corner) -> None:
     arrival = corner.announce(b"0123456789")
-    put = corner.whole(arrival)
+    put = corner.sign_object(arrival)
     signed = parse_qs(urlsplit(put.url).query)["X-Amz-SignedHeaders"][0].split(";")
     assert set(signed) == {"host", *(name.lower() for name in put.headers)}
     assert {"content-length", "x-amz-checksum-sha256", "x-amz-meta-upload"} <= set(signed)
@@ -58,7 +58,7 @@ def test_length_digest_and_upload_are_part_of_the_signature(corner: Corner) -> N
 
 def test_other_bytes_of_the_same_length_never_become_a_blob(corner: Corner) -> None:
     arrival = corner.announce(b"what was promised")
-    assert send(corner.whole(arrival), b"what was smuggled") == 400
+    assert send(corner.sign_object(arrival), b"what was smuggled") == 400
     with pytest.raises(Conflict):
         corner.arrivals.finish(arrival)
     assert corner.store.stat(arrival.sha256) is None
@@ -86,7 +86,7 @@ def test_finishing_twice_is_finishing_once(corner: Corner) -> None:
         if arrival.multipart_id:
             send_parts(corner, arrival, corner.missing_parts(arrival), content)
         else:
-            assert send(corner.whole(arrival), content) == 200
+            assert send(corner.sign_object(arrival), content) == 200
         corner.arrivals.finish(arrival)
         assert corner.arrivals.finish(arrival).size_bytes == len(content)
         corner.arrivals.discard(arrival)
@@ -98,13 +98,13 @@ def test_what_another_sent_does_not_finish_an_arrival(corner: Corner) -> None:
     """Who knows a digest has not shown that it has the bytes."""
     content = os.urandom(1000)
     mine, theirs = corner.announce(content), corner.announce(content)
-    assert send(corner.whole(theirs), content) == 200
+    assert send(corner.sign_object(theirs), content) == 200
     corner.arrivals.finish(theirs)
     corner.arrivals.discard(theirs)
     with pytest.raises(Conflict):
         corner.arrivals.finish(mine)
     written = corner.store.stat(mine.sha256)
-    assert send(corner.whole(mine, known=True), content) == 200
+    assert send(corner.sign_object(mine, known=True), content) == 200
     assert corner.arrivals.finish(mine) == written, "the blob that was there has not been touched"
     corner.arrivals.discard(mine)
     assert corner.left() == set()
@@ -113,7 +113,7 @@ def test_what_another_sent_does_not_finish_an_arrival(corner: Corner) -> None:
 def test_whether_a_file_has_arrived_is_known_before_it_is_finished(corner: Corner) -> None:
     arrival = corner.announce(b"0123456789")
     assert corner.arrivals.sign_object(arrival, 600, sent_before=True, known=False) is not None
-    assert send(corner.whole(arrival), b"0123456789") == 200
+    assert send(corner.sign_object(arrival), b"0123456789") == 200
     assert corner.arrivals.sign_object(arrival, 600, sent_before=True, known=False) is None
 
 
@@ -157,14 +157,14 @@ def test_an_upload_that_the_store_forgot_is_begun_again(corner: Corner) -> None:
 
 
 def test_a_sweep_removes_what_is_old_and_not_to_be_kept(corner: Corner) -> None:
-    whole, parts, kept = (corner.announce(os.urandom(size)) for size in (1000, LARGE_BYTES, LARGE_BYTES))
+    single, parts, kept = (corner.announce(os.urandom(size)) for size in (1000, LARGE_BYTES, LARGE_BYTES))
     blob = corner.announce(b"a blob")
-    assert send(corner.whole(blob), b"a blob") == 200
+    assert send(corner.sign_object(blob), b"a blob") == 200
     corner.arrivals.finish(blob)
     corner.arrivals.discard(blob)
-    corner.client.put_object(Bucket=BUCKET, Key=f"{corner.prefix}incoming/{whole.upload_id}", Body=b"x")
+    corner.client.put_object(Bucket=BUCKET, Key=f"{corner.prefix}incoming/{single.upload_id}", Body=b"x")
     before = corner.left()
-    assert {key.rpartition("/")[2] for key in before} == {whole.upload_id, parts.upload_id, kept.upload_id}
+    assert {key.rpartition("/")[2] for key in before} == {single.upload_id, parts.upload_id, kept.upload_id}
     assert corner.store.sweep(datetime.now(UTC) - timedelta(minutes=1), {kept.upload_id}) == 0
     assert corner.left() == before
     assert corner.store.sweep(TOMORROW, {kept.upload_id}) == 2
@@ -185,7 +185,7 @@ def test_parts_grow_with_the_file_so_that_there_are_never_more_than_10_000(corne
 def test_a_false_encoding_that_was_sent_with_a_blob_is_not_passed_on(s3: S3Server, credentials: None) -> None:
     corner = Corner(s3, direct=True)
     arrival = corner.announce(b"no gzip at all")
-    assert send(corner.whole(arrival), b"no gzip at all", **{"Content-Encoding": "gzip"}) == 200
+    assert send(corner.sign_object(arrival), b"no gzip at all", **{"Content-Encoding": "gzip"}) == 200
     corner.arrivals.finish(arrival)
     assert corner.client.head_object(Bucket=BUCKET, Key=corner.key(arrival))["ContentEncoding"] == "gzip"
     url = corner.store.url(arrival.sha256, 60)

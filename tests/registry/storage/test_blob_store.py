@@ -220,8 +220,8 @@ def test_a_full_disk_is_unavailable_and_nothing_of_the_blob_stays(tmp_path: Path
     ],
 )
 def test_only_a_full_disk_asks_for_space(number: int, code: str, advice: str) -> None:
-    told = unwritable("The upload", "x", OSError(number, os.strerror(number)))
-    assert (told.code, advice in told.next_step, os.strerror(number) in told.detail) == (code, True, True)
+    error = unwritable("The upload", "x", OSError(number, os.strerror(number)))
+    assert (error.code, advice in error.next_step, os.strerror(number) in error.detail) == (code, True, True)
 
 
 def test_a_directory_that_cannot_be_written_is_unavailable_and_not_full(tmp_path: Path, source: Path) -> None:
@@ -249,5 +249,5 @@ def small_disk(path: Path) -> Generator[Path]:
 
 
 def files_below(directory: Path) -> set[Path]:
-    found: Iterator[Path] = directory.rglob("*")
-    return {path for path in found if path.is_file()}
+    paths: Iterator[Path] = directory.rglob("*")
+    return {path for path in paths if path.is_file()}

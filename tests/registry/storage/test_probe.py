@@ -24,18 +24,18 @@ from tests.registry.storage.corner import LARGE_BYTES, PART_BYTES, TOMORROW, Cor
 from tests.s3_server import BUCKET, S3Server
 
 
-def in_place(corner: Corner) -> bool:
+def is_direct(corner: Corner) -> bool:
     """Whether the next file would be written under the key of its blob."""
-    path = urlsplit(corner.whole(corner.announce(os.urandom(100))).url).path
+    path = urlsplit(corner.sign_object(corner.announce(os.urandom(100))).url).path
     assert ("/blobs/sha256/" in path) != ("/incoming/" in path)
     return "/blobs/sha256/" in path
 
 
 def sent(corner: Corner) -> None:
-    """A file goes the way that it is told, and is a blob then."""
+    """A file goes the way that its plan says, and is a blob then."""
     content = os.urandom(1000)
     arrival = corner.announce(content)
-    assert send(corner.whole(arrival), content) == 200
+    assert send(corner.sign_object(arrival), content) == 200
     assert corner.arrivals.finish(arrival).size_bytes == 1000
     assert corner.read(arrival.sha256) == content
 
@@ -44,7 +44,7 @@ def test_a_store_that_holds_to_what_is_signed_gets_files_in_place_from_the_first
     s3: S3Server, credentials: None
 ) -> None:
     corner = Corner(s3)
-    assert in_place(corner)
+    assert is_direct(corner)
     sent(corner)
     assert corner.left() == set()
 
@@ -71,7 +71,7 @@ ATTACKS: Mapping[str, Callable[[Rows], Rows]] = {
 def test_who_sends_a_blob_once_more_with_headers_of_his_own_neither_ends_nor_changes_it(corner: Corner) -> None:
     content = os.urandom(1000)
     arrival = corner.announce(content)
-    put = corner.whole(arrival)
+    put = corner.sign_object(arrival)
     assert send(put, content) == 200
     corner.arrivals.finish(arrival)
     corner.client.put_object(Bucket=BUCKET, Key="other", Body=b"what another blob would become")
@@ -105,7 +105,7 @@ def test_where_the_end_could_be_another_than_the_signed_one_files_are_copied(
     """The real server behind a relay that changes headers, since no server for tests does so by itself."""
     with relay(s3.endpoint, changes) as endpoint:
         corner = Corner(s3, endpoint=endpoint)
-        assert not in_place(corner)
+        assert not is_direct(corner)
         sent(corner)
 
 
@@ -162,7 +162,7 @@ def test_where_the_sha256_of_parts_cannot_be_signed_their_length_alone_is(s3: S3
 
 
 def test_an_upload_goes_on_as_it_was_begun_whatever_another_process_found(s3: S3Server, credentials: None) -> None:
-    """AWS takes parts with a sha256 or without, as it was told at the beginning."""
+    """AWS takes parts with a sha256 or without, as the upload was begun."""
     content = os.urandom(LARGE_BYTES)
     with relay(s3.endpoint, {b"x-amz-checksum-sha256: ": b"x-nothing-of-interest: "}, PARTS) as endpoint:
         doubting = Corner(s3, endpoint=endpoint)
@@ -190,4 +190,4 @@ def test_trying_parts_leaves_nothing(corner: Corner) -> None:
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_an_operator_may_know_better(s3: S3Server, credentials: None, direct: bool) -> None:
-    assert in_place(Corner(s3, direct=direct)) is direct
+    assert is_direct(Corner(s3, direct=direct)) is direct

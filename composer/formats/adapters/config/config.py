@@ -106,13 +106,16 @@ class AdapterConfig:
     option_patterns: Mapping[str, ByPath[int]] = field(default_factory=dict[str, ByPath[int]])
 
     def options_for(self, module: str) -> Options:
+        """The type's options for a module, after the patterns."""
         patterns = self.option_patterns.items()
         return {**self.options, **{name: own.first(module, self.options[name]) for name, own in patterns}}
 
     def rank_for(self, module: str) -> int:
+        """The rank of a module, after `rank_pattern`."""
         return self.rank_pattern.first(module, self.rank)
 
     def alpha_for(self, module: str) -> float:
+        """The alpha of a module, after `alpha_pattern`."""
         return self.alpha_pattern.first(module, self.alpha)
 
     def scale_for(self, module: str) -> float:
@@ -127,6 +130,7 @@ class AdapterConfig:
 
     @property
     def flags(self) -> tuple[str, ...]:
+        """The variants and additions that the config turns on, such as `use_dora`."""
         return tuple(flag for flag in (*_VARIANTS, *_ADDITIONS) if self.raw.get(flag))
 
     @property

@@ -174,6 +174,8 @@ def _transposed(placement: Placement, stack: _Stack, size: tuple[int, int]) -> b
 
 
 def find_stack(architecture: Architecture, owner: str, parameter: str) -> _Stack | None:
+    """The stacked parameter of a layer's experts: one tensor in the checkpoint, or one per expert; None if the base has
+    neither."""
     target = find_weight(owner, parameter, architecture)
     if isinstance(target, Target):
         return _Stack(target.weight, architecture.tensors[target.weight].shape, rule=target.rule)

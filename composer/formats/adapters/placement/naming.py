@@ -74,6 +74,7 @@ class Target:
 
 @lru_cache(maxsize=8192)  # called three times for every key, and adapters of one model have the same keys
 def split_key(key: str) -> Key:
+    """Splits an adapter's key into module and part; the module is empty for an unknown part."""
     path = key.removeprefix(PEFT_PREFIX)
     for pattern, part in _PARTS:
         match = pattern.search(path)
@@ -131,10 +132,12 @@ def elsewhere(target: Target, architecture: Architecture) -> bool:
 
 
 def is_head(module: str) -> bool:
+    """Whether the path ends in a name of an output head or classifier."""
     return module.split(".")[-1] in (*HEADS, "score", "classifier")
 
 
 def is_embedding(module: str) -> bool:
+    """Whether the path ends in a name of an input embedding."""
     return module.split(".")[-1] in EMBEDDINGS
 
 

@@ -28,8 +28,8 @@ from composer.formats.adapters.placement.naming import (
 )
 from composer.formats.adapters.placement.pairs import PAIR_PARTS, place_pair, place_tokens
 from composer.formats.adapters.placement.result import (
+    FULL_KINDS,
     NORMED_EMBEDDINGS,
-    WHOLE_KINDS,
     PlacedModule,
     Placement,
     PlacementResult,
@@ -237,7 +237,7 @@ def _check_dtypes(placement: Placement) -> None:
         key: placed.module
         for placed in placement.modules
         for part, key in placed.parts.items()
-        if placed.kind not in WHOLE_KINDS and "indices" not in part
+        if placed.kind not in FULL_KINDS and "indices" not in part
     }
     for key, module in owners.items():
         dtype = placement.header.tensors[key].dtype
@@ -287,7 +287,7 @@ def _check_config_is_used(placement: Placement) -> None:
         message = f"target_parameters names {target!r}, but no tensor belongs to such a parameter."
         placement.error("no_target", target, message)
     for placed in placement.modules:
-        wrapped = placed.kind not in (*WHOLE_KINDS, "tokens", "bias") and placed.module in adapted
+        wrapped = placed.kind not in (*FULL_KINDS, "tokens", "bias") and placed.module in adapted
         if wrapped and surely_untargeted(config, placed.module):
             message = f"{placed.module} has factors, but the config does not target it: PEFT would ignore them."
             placement.error("untargeted_tensor", placed.module, message)

@@ -21,7 +21,7 @@ NORMED_EMBEDDINGS = frozenset(
 OTHER_PATHS = "other_paths"
 GROUPED = "grouped_convolution"
 LOW_RANK_KINDS = frozenset({"linear", "conv1d", "embedding", "convolution"})
-WHOLE_KINDS = frozenset({"replacement", "base_copy"})
+FULL_KINDS = frozenset({"replacement", "base_copy"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,8 @@ class PlacedModule:
 
 @dataclass(frozen=True, slots=True)
 class PlacementResult:
+    """The placed modules, and what was found on the way."""
+
     modules: list[PlacedModule]
     findings: list[Finding]
 
@@ -78,7 +80,7 @@ class PlacementResult:
     @property
     def adapted(self) -> list[PlacedModule]:
         """Modules whose weight gets a delta of any form, with what happens to their bias."""
-        return [module for module in self.modules if module.kind not in WHOLE_KINDS and module.kind != "bias"]
+        return [module for module in self.modules if module.kind not in FULL_KINDS and module.kind != "bias"]
 
 
 @dataclass
@@ -155,6 +157,7 @@ class Placement:
         self.findings.append(Finding(OTHER_PATHS, Severity.WARNING, module, message))
 
     def fits(self, subject: str, target: Target, shape: tuple[int, ...]) -> bool:
+        """Whether the shape is that of the target in the base, or there is no base; records an error if it is not."""
         expected = self.base_shape(target)
         if self.architecture is None or shape == expected:
             return True
