@@ -104,7 +104,7 @@ def _listen(host: str, port: int) -> socket.socket:
             "port_unusable",
             f"Cannot listen on {host}:{port}: {error.strerror or error}.",
             subject=f"{host}:{port}",
-            next_step="Choose another --port, or stop what listens there.",
+            next_step="Choose another --port, or stop the process that listens there.",
         ) from error
 
 

@@ -321,7 +321,7 @@ class _Pull:
             "blob_corrupt",
             f"{file.wanted.path} of {self._name} is damaged: the store lacks some of its bytes.",
             subject=file.wanted.path,
-            next_step="Tell the registry's operators: `adaptory fsck` lists what is damaged.",
+            next_step="Inform the registry's operators: `adaptory fsck` lists what is damaged.",
         )
 
     def _finish(self, file: PartialFile) -> None:

@@ -194,7 +194,7 @@ def refuse_damaged(stat: BlobStat, size_bytes: int, named: str) -> None:
             "blob_corrupt",
             f"{named} is damaged: it should have {size_bytes:,} bytes, but has {stat.size_bytes:,} in the store.",
             subject=stat.sha256,
-            next_step="Tell the registry's operators: `adaptory fsck` lists what is damaged.",
+            next_step="Inform the registry's operators: `adaptory fsck` lists what is damaged.",
         )
 
 

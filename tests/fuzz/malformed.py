@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.header import DTYPE_BITS, TensorSpec
-from tests.staying_whole.small import MODULE, RANK, SIZE
+from tests.durability.small import MODULE, RANK, SIZE
 
 BASE = Architecture("llama", False, {f"{MODULE}.weight": TensorSpec("F32", (SIZE, SIZE))})
 A, B = (f"base_model.model.{MODULE}.lora_{side}.weight" for side in "AB")

@@ -37,10 +37,10 @@ from registry.transfer.resources import Resources
 from tests import services
 from tests.access.house import House, build_house, copy_of, new_environment, opened
 from tests.access.test_every_route import ROUTES
+from tests.durability.breakable import Stock
+from tests.durability.small import write_base
 from tests.fuzz.malformed import Adapter, malformed
 from tests.scenarios.world import Cli
-from tests.staying_whole.breakable import Stock
-from tests.staying_whole.small import write_base
 
 FACTOR = int(os.environ.get("ADAPTORY_TEST_FUZZ", "1"))
 CHECKS = [

@@ -178,6 +178,11 @@ def _given_name(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else ""
 
 
+def test_no_test_has_a_vague_folder_or_file() -> None:
+    paths = [path.relative_to(ROOT) for path in python_files("tests")]
+    assert [str(path) for path in paths if VAGUE_NAMES.search("_".join(path.with_suffix("").parts))] == []
+
+
 def test_no_stumbling_phrase_is_in_the_code_or_the_documentation() -> None:
     pages = [path for path in tracked() if path.suffix == ".md" and path.name != "CHANGELOG.md"]
     phrases = [

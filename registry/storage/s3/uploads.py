@@ -219,7 +219,7 @@ def _incomplete(arrival: IncomingUpload) -> Conflict:
         "upload_incomplete",
         f"{arrival.sha256} has not completely arrived.",
         subject=arrival.sha256,
-        next_step="Ask again where to send it (POST /v1/uploads), and send what is missing.",
+        next_step="Request the upload again (POST /v1/uploads), and send what is missing.",
     )
 
 

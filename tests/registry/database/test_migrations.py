@@ -25,9 +25,9 @@ from registry.errors import Unavailable
 from registry.settings import Settings
 from registry.transfer.resources import open_resources
 from tests import services
+from tests.durability.small import write_adapter, write_base
 from tests.scenarios.traces import api_of, opened
 from tests.scenarios.world import Cli
-from tests.staying_whole.small import write_adapter, write_base
 
 
 @pytest.fixture(params=services.DATABASES)

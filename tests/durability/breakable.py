@@ -22,8 +22,8 @@ from registry.client.push import push
 from registry.worker.runner import run_worker
 from registry.worker.steps import KINDS
 from tests import services
-from tests.staying_whole.processes import CHANNEL, NAME, resources
-from tests.staying_whole.small import adapter_files
+from tests.durability.processes import CHANNEL, NAME, resources
+from tests.durability.small import adapter_files
 
 
 @dataclass

@@ -20,10 +20,10 @@ from registry.database.tables import AuditRow, Move, Release
 from registry.errors import Conflict, Invalid, NotFound, Refused, RegistryError
 from registry.formats.references import RepositoryName
 from tests import services
+from tests.durability.conftest import broken_promises, opened
+from tests.durability.processes import CHANNEL, NAME, kill, serve, wait_for_port
+from tests.durability.small import RANK, adapter_files
 from tests.forked import start
-from tests.staying_whole.conftest import broken_promises, opened
-from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, wait_for_port
-from tests.staying_whole.small import RANK, adapter_files
 
 CLIENTS = 16
 MOVES = 2_000

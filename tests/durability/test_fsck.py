@@ -18,11 +18,11 @@ from registry.database.tables import Channel
 from registry.formats.references import Digest
 from registry.storage.blobs import Reader
 from registry.transfer import fsck
+from tests.durability.conftest import opened
+from tests.durability.small import write_adapter
 from tests.scenarios import stored
 from tests.scenarios.traces import home_of
 from tests.scenarios.world import Cli
-from tests.staying_whole.conftest import opened
-from tests.staying_whole.small import write_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -13,9 +13,9 @@ from sqlalchemy import select
 
 from registry.database.tables import Move, Release
 from tests import services
+from tests.durability.conftest import broken_promises, opened
+from tests.durability.processes import Journal, collect_forever, kill, serve, wait_for_port, work
 from tests.forked import start
-from tests.staying_whole.conftest import broken_promises, opened
-from tests.staying_whole.processes import Journal, collect_forever, kill, serve, wait_for_port, work
 
 LONGEST_LIFE_S = {"sqlite": 0.4, "postgresql": 1.0}
 """What an act takes on an idle machine, and some more: with S3 a push is a dozen requests."""

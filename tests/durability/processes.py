@@ -24,7 +24,7 @@ from registry.formats.references import RepositoryName
 from registry.settings import Settings
 from registry.transfer.collect import collect as collect_garbage
 from registry.transfer.resources import Resources, open_resources
-from tests.staying_whole.small import adapter_files
+from tests.durability.small import adapter_files
 
 NAME = RepositoryName("acme", "sql")
 CHANNEL = f"{line_path(NAME)}/channels/prod"

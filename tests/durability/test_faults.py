@@ -26,15 +26,15 @@ from registry.storage.s3.store import S3Store
 from registry.transfer import collect
 from registry.worker.runner import run_one
 from tests import services
+from tests.durability.breakable import WITHOUT_DATABASE, Disk, Postgres, Stock, ask, do_jobs, furnish
+from tests.durability.conftest import broken_promises, opened
+from tests.durability.processes import CHANNEL, NAME, kill, serve, wait_for_port
+from tests.durability.small import adapter_files, write_adapter, write_base
 from tests.forked import start
 from tests.s3_server import S3Server
 from tests.scenarios.test_crashes import LATER, watched
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, environment
-from tests.staying_whole.breakable import WITHOUT_DATABASE, Disk, Postgres, Stock, ask, do_jobs, furnish
-from tests.staying_whole.conftest import broken_promises, opened
-from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, wait_for_port
-from tests.staying_whole.small import adapter_files, write_adapter, write_base
 
 PATIENCE = {"ADAPTORY_DATABASE_TIMEOUT_S": "2", "ADAPTORY_DATABASE_CONNECT_TIMEOUT_S": "2"}
 IMPATIENT_STORE = {"ADAPTORY_STORAGE__CONNECT_TIMEOUT_S": "1", "ADAPTORY_STORAGE__READ_TIMEOUT_S": "1"}

@@ -18,11 +18,11 @@ from registry.client.api import Api
 from registry.client.push import push
 from registry.errors import RegistryError
 from tests import services
+from tests.durability.processes import CHANNEL, NAME, kill, serve, wait_for_port
+from tests.durability.small import adapter_files
 from tests.forked import start
 from tests.s3_server import BUCKET
 from tests.scenarios.world import Cli
-from tests.staying_whole.processes import CHANNEL, NAME, kill, serve, wait_for_port
-from tests.staying_whole.small import adapter_files
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from registry.settings import Settings
 from registry.transfer.fsck import check
 from registry.transfer.resources import Resources, open_resources
 from tests import services
+from tests.durability.breakable import Postgres
+from tests.durability.small import write_base
 from tests.scenarios.world import Cli, environment
-from tests.staying_whole.breakable import Postgres
-from tests.staying_whole.small import write_base
 
 
 @pytest.fixture

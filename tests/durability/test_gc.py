@@ -28,11 +28,11 @@ from registry.transfer.collect import Collected
 from registry.transfer.collect import collect as collect_garbage
 from registry.transfer.resources import Resources
 from tests import services
+from tests.durability.conftest import broken_promises, opened
+from tests.durability.processes import NAME, collect_forever, kill, serve, wait_for_port
+from tests.durability.small import adapter_files
 from tests.forked import start
 from tests.scenarios.world import SMALL_PARTS, Cli
-from tests.staying_whole.conftest import broken_promises, opened
-from tests.staying_whole.processes import NAME, collect_forever, kill, serve, wait_for_port
-from tests.staying_whole.small import adapter_files
 
 DAY = timedelta(days=1)
 NONE = timedelta(0)

@@ -20,11 +20,11 @@ from registry.domain.search.query import Query
 from registry.errors import Refused
 from registry.formats.references import Version
 from registry.transfer.resources import Resources
+from tests.durability.conftest import broken_promises, opened
+from tests.durability.processes import NAME
+from tests.durability.small import write_adapter
+from tests.durability.test_many_at_once import CLIENTS, clients, push_version, together, url
 from tests.scenarios.world import Cli
-from tests.staying_whole.conftest import broken_promises, opened
-from tests.staying_whole.processes import NAME
-from tests.staying_whole.small import write_adapter
-from tests.staying_whole.test_many_at_once import CLIENTS, clients, push_version, together, url
 
 __all__ = ["url"]
 FIRST, SECOND = Version(1, 0, 0), Version(1, 1, 0)
