@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Tests that take minutes come first: if they started last, the other processes would wait for them at the end.
     """
-    items.sort(key=lambda item: item.path.parent.name != "staying_whole")
+    items.sort(key=lambda item: item.path.parent.name != "durability")
     ways: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         ways[WAY.sub("", item.nodeid)].append(item)

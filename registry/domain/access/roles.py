@@ -73,7 +73,7 @@ def permit_somewhere(actor: Actor, role: Role) -> None:
             "role_missing",
             f"{actor.name} does not have the role {role} in any namespace.",
             subject=actor.name,
-            next_step=f"Use the token of a {role} of a namespace, or ask an admin of your namespace for the role.",
+            next_step=f"Use a token that has the role {role} in a namespace, or ask an admin of your namespace for it.",
         )
 
 
