@@ -15,9 +15,9 @@ demo: $(VENV)/.demo
 test: lint
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
-# With the full dose: a hundred kills, and each story in every way of running a registry.
+# With the full dose: a hundred kills, five times as many malformed inputs, and each story in every way of running a registry.
 test-long: lint
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "long or not long"
+	ADAPTORY_TEST_FUZZ=5 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "long or not long"
 
 # Which lines no test runs. Not a part of `make test`: watching every line takes 40 % more time.
 coverage: $(VENV)/.dev

@@ -19,10 +19,10 @@ from composer.formats.recipes.recipe import load_recipe, parse_recipe
 from tests.fuzz.malformed import BASE, HARMS, Adapter, junk, malformed
 
 FACTOR = int(os.environ.get("ADAPTORY_TEST_FUZZ", "1"))
-"""How many times as long as usual to look."""
+"""How many times as long as usual to look; `make test-long` looks five times as long."""
 MOST_CHARACTERS = 4_000
 MANY = settings(
-    max_examples=1_000 * FACTOR, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=250 * FACTOR, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
 
 
@@ -56,11 +56,10 @@ def test_the_adapter_that_the_others_are_made_of_is_good(directory: Path) -> Non
     assert errors_of(Adapter().write(directory / "good")) == []
 
 
-@pytest.mark.parametrize("adapters", [1_000, pytest.param(5_000, marks=pytest.mark.long)])
-def test_thousands_of_malformed_adapters_are_one_clear_error_each(adapters: int, directory: Path) -> None:
+def test_a_thousand_malformed_adapters_are_one_clear_error_each(directory: Path) -> None:
     seen: Counter[str] = Counter()
 
-    @settings(MANY, max_examples=adapters * FACTOR)
+    @settings(MANY, max_examples=1_000 * FACTOR)
     @given(malformed())
     def look(adapter: Adapter) -> None:
         errors = errors_of(adapter.write(directory / "adapter"))
@@ -68,7 +67,7 @@ def test_thousands_of_malformed_adapters_are_one_clear_error_each(adapters: int,
         seen[adapter.wrong] += 1
 
     look()
-    assert seen.total() >= adapters * FACTOR
+    assert seen.total() >= 1_000 * FACTOR
     assert set(seen) == {harm.__name__ for harm in HARMS}
 
 
