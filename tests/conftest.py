@@ -21,7 +21,7 @@ from registry.database.engine import Database
 from tests import services
 from tests.s3_server import S3Server
 
-# Whoever has a server of their own set up in this shell does not mean the tests to use it.
+# A server that is set up in this shell is not meant for the tests.
 for _name in [name for name in os.environ if name.startswith("ADAPTORY_")]:
     if not _name.startswith(("ADAPTORY_TEST_", "ADAPTORY_REQUIRE_", "ADAPTORY_SNAPSHOTS")):
         del os.environ[_name]

@@ -42,8 +42,8 @@ def missing() -> dict[str, str]:
     return dict(_missing)
 
 
-def add_missing(found: dict[str, str]) -> None:
-    _missing.update(found)
+def add_missing(names: dict[str, str]) -> None:
+    _missing.update(names)
 
 
 def unavailable(name: str, hint: str) -> None:
@@ -167,9 +167,9 @@ def stop_all(directory: Path) -> None:
 
 
 def postgres_binaries() -> Path | None:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if found:
-        return found[-1].parent
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if installed:
+        return installed[-1].parent
     on_path = shutil.which("initdb")
     return Path(on_path).parent if on_path else None
 

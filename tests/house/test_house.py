@@ -130,8 +130,6 @@ def test_the_map_of_a_package_names_only_what_is_there_and_every_folder(package:
 # The brackets keep this file from using the words itself.
 PRIVATE_WORDS = re.compile(r"(?<![a-z])(?:[t]old|[a]side|[w]hoever)(?![a-z])", re.IGNORECASE)
 """Words that named a dozen things each: say translate, document, note, staging, spill, or who it is."""
-NOT_YET = {"tests/conftest.py", "tests/scenarios/conftest.py", "tests/services.py"}
-"""Files that still have some of these words."""
 
 
 def test_no_private_word_is_in_the_code_or_the_documentation() -> None:
@@ -139,7 +137,6 @@ def test_no_private_word_is_in_the_code_or_the_documentation() -> None:
     lines = [
         named(path, number)
         for path in (*python_files("registry", "composer", "benchmarks", "examples", "tests"), *pages)
-        if named(path) not in NOT_YET
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
         if PRIVATE_WORDS.search(line)
     ]
@@ -161,7 +158,6 @@ def test_no_vague_name_is_in_the_code() -> None:
     vague = {
         f"{named(path, getattr(node, 'lineno', 0))}: {name}"
         for path in python_files("registry", "composer", "benchmarks", "examples", "tests")
-        if named(path) not in NOT_YET
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if (name := _given_name(node)) and VAGUE_NAMES.search(name) and not PLACING.search(name)
         if not name.startswith("test_")
