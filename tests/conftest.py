@@ -47,17 +47,27 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(directory)
 
 
+TESTS = Path(__file__).parent
 WAY = re.compile(rf"(?<=[\[-])({'|'.join(('embedded', *services.PAIRINGS))})(?=[\]-])")
 """Where the name of a test says in which way of running a registry it runs."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """By default a test that can run in several ways runs in one, which its name decides; the others are `long`.
+SLOWEST_FIRST = ("durability", "scenarios", "access", "fuzz", "registry", "wire", "house", "examples", "composer")
+"""Tests that take minutes come before those that take milliseconds, which fill the time of all processes to the end."""
 
-    Tests that take minutes come first: if they started last, the other processes would wait for them at the end.
-    """
-    items.sort(key=lambda item: item.path.parent.name != "durability")
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
+    _mark_further_ways(items)
+    yield
+    items.sort(key=lambda item: SLOWEST_FIRST.index(item.path.relative_to(TESTS).parts[0]))
+    # Each test process begins with a continuous part of the list: deal the slow ones out to all.
+    processes = getattr(config, "workerinput", {"workercount": 1})["workercount"]
+    items[:] = [item for first in range(processes) for item in items[first::processes]]
+
+
+def _mark_further_ways(items: list[pytest.Item]) -> None:
+    """By default a test that can run in several ways runs in one, which its name decides; the others are `long`."""
     ways: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         ways[WAY.sub("", item.nodeid)].append(item)
