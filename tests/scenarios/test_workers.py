@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from registry.domain.jobs import queue
 from registry.errors import NotFound, Unavailable
+from registry.worker import runner
 from registry.worker.runner import JobRun, run_one
 from tests.scenarios.conftest import stock
 from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched, write_recipe
@@ -25,8 +26,9 @@ from tests.scenarios.world import Cli, World
 
 @pytest.mark.parametrize("step", ["check", "evaluate", "merge"])
 def test_a_cancelled_composition_publishes_nothing_and_leaves_nothing(
-    stocked_embedded: Cli, world: World, tmp_path: Path, step: str
+    stocked_embedded: Cli, world: World, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(runner, "BEAT_S", 0.5)
     cli = team(stocked_embedded, world)
     begin(cli, tmp_path)
     before = traces(cli)
@@ -34,7 +36,7 @@ def test_a_cancelled_composition_publishes_nothing_and_leaves_nothing(
     def cancel(name: str) -> None:
         if name == step:
             cli.ok("cancel", 1)
-            time.sleep(2)  # longer than the first beats, by which the worker learns of it
+            time.sleep(2)  # the worker learns of it by a beat
 
     with resources_of(cli.environment) as resources:
         assert run_one(resources, watched([], cancel), "worker")
