@@ -3,8 +3,11 @@
 The floor is the interpreter itself. Exits 1 when a module is loaded that must not be: that is a fact, not a timing.
 """
 
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from benchmarks import harness
 
@@ -21,6 +24,8 @@ HEAVY = (
     "boto3",
     "httpx2",
 )
+FRAMEWORKS = "import fastapi, httpx2, sqlalchemy.orm, typer"
+"""What an embedded command stands on: no command that runs the service in its own process can start in less."""
 HELP = "import sys; sys.argv = ['adaptory', '--help']\nfrom registry.cli.main import app\napp(standalone_mode=False)"
 ALLOWED = {
     "adaptory --help": (HELP, ()),
@@ -40,6 +45,15 @@ def main() -> None:
         "adaptory push --help": lambda: harness.process([harness.ADAPTORY, "push", "--help"]),
     }
     harness.report("Cold start, whole process", harness.interleave(cases, chosen.rounds), FLOOR, "ms")
+    home = Path(tempfile.mkdtemp())
+    listing = ["env", f"ADAPTORY_HOME={home}", harness.ADAPTORY, "list"]
+    harness.process(listing)  # makes the registry
+    embedded = {
+        FRAMEWORKS: lambda: harness.process([sys.executable, "-c", FRAMEWORKS]),
+        "adaptory list": lambda: harness.process(listing),
+    }
+    harness.report("An embedded command", harness.interleave(embedded, chosen.rounds), FRAMEWORKS, "ms")
+    shutil.rmtree(home)
     rows = [["what", "heavy modules loaded", "not allowed"]]
     for what, (code, allowed) in ALLOWED.items():
         loaded = _loaded(code)
