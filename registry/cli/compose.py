@@ -355,6 +355,11 @@ def _show(composition: Json) -> None:
         _show_conflicts(composition["conflicts"])
     if composition["candidate_scores"]:
         render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(composition["candidate_scores"]))
+    elif composition["results"]:
+        render.out(
+            "scores: none, so what the result keeps of its inputs is not known. Name suites under `evaluate`, or "
+            "evaluate each input: its suite then has gates."
+        )
     if composition["gates"]:
         render.gate_lines(composition["gates"])
     if composition["merge"]:

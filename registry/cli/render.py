@@ -9,6 +9,8 @@ import re
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from math import ceil
 from shutil import get_terminal_size
 from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
@@ -292,7 +294,7 @@ def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Pr
         yield Progress()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
     from rich.progress import Progress as Bars
     from rich.text import Text
 
@@ -300,15 +302,24 @@ def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Pr
         def render(self, task: Task) -> Text:
             if task.total is None:
                 return Text("")
-            steady = (task.elapsed or 0) > 1  # a single amount has no rate yet
-            rate = f" {_amount(task.speed, task)}/s" if task.speed and steady else ""
+            rate = f" {_amount(per_s, task)}/s" if (per_s := _per_s(task)) else ""
             unit = "" if task.fields["unit"] == "bytes" else f" {task.fields['unit']}"
             return Text(f"{_amount(task.completed, task)}/{_amount(task.total, task)}{unit}{rate}", no_wrap=True)
+
+    class Left(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            left_s = ((task.total or 0) - task.completed) / per_s if (per_s := _per_s(task)) else None
+            return Text("-:--:--" if left_s is None else str(timedelta(seconds=ceil(left_s))))
+
+    def _per_s(task: Task) -> float:
+        """The rate since the beginning, 0 in the first second. Not rich's: two amounts at one moment are no rate."""
+        elapsed_s = task.elapsed or 0
+        return task.completed / elapsed_s if elapsed_s > 1 else 0
 
     def _amount(count: float, task: Task) -> str:
         return size(int(count)) if task.fields["unit"] == "bytes" else f"{count:.3g}" if count % 1 else f"{count:.0f}"
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(14), Amount(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(14), Amount(), Left())
     bars = Bars(*columns, console=Console(stderr=True), transient=True)
     shown = _Bar(bars, label, total, unit)
     if total is not None:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import sys
+import time
 
 import pytest
 
@@ -56,15 +58,32 @@ def test_a_json_document_has_escapes_for_what_speaks_to_a_terminal_and_reads_bac
         assert all(one.isprintable() or one == "\n" for one in text)
 
 
-def test_the_label_of_a_bar_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setenv("TERM", "xterm")
+    return terminal
+
+
+def test_the_label_of_a_bar_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = bar_on_a_terminal(monkeypatch)
     with render.progress("compose", 2, unit="steps") as done:
         done.step("[/red] \x1b]0;title\x07 [bold]merge", 0, 2, "steps")
         done(1)
     assert "[/red]" in terminal.getvalue()
     assert "]0;title\x07" not in terminal.getvalue()
+
+
+def test_two_amounts_at_one_moment_are_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = bar_on_a_terminal(monkeypatch)
+    with render.progress("eval", 32, unit="examples") as done:
+        time.sleep(1.2)
+        done(8)
+        done(8)
+    rates = re.findall(r"16/32 examples ([\d.e+]+)/s", terminal.getvalue())
+    assert rates
+    assert all(5 < float(rate) < 16 for rate in rates)
