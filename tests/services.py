@@ -33,6 +33,8 @@ DIRECTORY = "ADAPTORY_TEST_SERVICES"
 """The environment variable that brings the directory of this run's services to every test process."""
 DATABASES = ("SQLite", "PostgreSQL")
 PAIRINGS = ("SQLite and a directory", "PostgreSQL and S3")
+NOT_RUNNING = 3
+"""The exit code of `pg_ctl status` for a cluster without a server."""
 _MIGRATED = "migrated"
 _missing: dict[str, str] = {}
 
@@ -195,8 +197,12 @@ def start_postgres(directory: Path, max_connections: int = 400) -> str:
 
 
 def stop_postgres(directory: Path) -> None:
-    if (directory / "pg" / "cluster" / "postmaster.pid").exists():
-        _as_postgres("pg_ctl", "-D", directory / "pg" / "cluster", "-w", "-m", "immediate", "stop")
+    """Stops the cluster, which a test may have stopped or killed before."""
+    cluster = directory / "pg" / "cluster"
+    if (cluster / "postmaster.pid").exists():
+        _as_postgres("pg_ctl", "-D", cluster, "-w", "-m", "immediate", "stop", may_fail=True)
+    if cluster.exists() and _as_postgres("pg_ctl", "-D", cluster, "status", may_fail=True) != NOT_RUNNING:
+        raise RuntimeError(f"The cluster in {cluster} does not stop: see {directory / 'pg' / 'log'}")
 
 
 def _start_postgres(data: Path, max_connections: int) -> None:
@@ -217,11 +223,12 @@ def _start_postgres(data: Path, max_connections: int) -> None:
     _as_postgres("pg_ctl", "-D", cluster, "-w", "-o", options, "-l", data / "log", "start")
 
 
-def _as_postgres(program: str, *arguments: object) -> None:
+def _as_postgres(program: str, *arguments: object, may_fail: bool = False) -> int:
     user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     command = [*user, f"{postgres_binaries()}/{program}", *map(str, arguments)]
     # Not through a pipe: the server would inherit it, and its end would never come.
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    run = subprocess.run(command, check=not may_fail, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    return run.returncode
 
 
 def _exports(directory: Path) -> Mapping[str, str]:

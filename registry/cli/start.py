@@ -1,5 +1,10 @@
 """The console entry point: handles interrupts before any heavy import, and starts and exits fast."""
 
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until interrupts are handled: a shell shows 130, and no traceback
+
 import atexit
 import gc
 import sys

@@ -112,18 +112,22 @@ class CompositionRun:
 
     @property
     def evaluated(self) -> list[str]:
-        """The recipe's suites, and those that the lock's gates use."""
-        return compositions.evaluated(self.recipe, self.lock)
+        """The recipe's suites, those that the lock's gates use, and with `gates: []` those of the inputs."""
+        own = [] if self.has_gates else [suite for suite in self.member_suites if suite]
+        return list(dict.fromkeys([*compositions.evaluated(self.recipe, self.lock), *own]))
+
+    @property
+    def has_gates(self) -> bool:
+        return self.recipe.gates is None or bool(self.recipe.gates)
 
     @property
     def rules(self) -> dict[str, bool]:
         """The gates, and whether each is required. If the recipe has none (`[]`), the comparison with the inputs only
         warns."""
         required = dict.fromkeys((*(self.recipe.gates or ()), *self.lock.gates), True)
-        if self.recipe.gates is None or self.recipe.gates:
+        if self.has_gates:
             return required
-        own = [suite for suite in self.member_suites if suite in self.evaluated]
-        return dict.fromkeys(compositions.gates_against_inputs(own), False)
+        return dict.fromkeys(compositions.gates_against_inputs(self.member_suites), False)
 
     def calibration_sets(self, held: JobRun) -> list[CalibrationSet]:
         """The examples that each input is fitted on, as the lock says."""

@@ -298,7 +298,9 @@ def test_a_model_alone_needs_no_factors_and_is_measured_as_it_is_published(
 
 
 def test_a_composition_without_scores_says_that_nothing_is_known(small_team: Cli, tmp_path: Path) -> None:
-    assert "scores: none, so what the result keeps" in small_team.ok("compose", write_recipe(tmp_path, probe=0)).out
+    unmeasured = [{"adapter": "acme/sql@prod"}, {"adapter": "acme/support"}]
+    shown = small_team.ok("compose", write_recipe(tmp_path, probe=0, inputs=unmeasured)).out
+    assert "scores: none, so what the result keeps" in shown
 
 
 def test_inputs_for_another_base_twice_or_yanked_are_refused_at_once(small_team: Cli, tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_a_module_is_cut_in_the_middle_before_a_table_becomes_records(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(render, "wide", False)  # a command before may have been asked for wide tables
     render.table("", ("module", "rank"), [(LONG, 8), ("short", 16)])
     header, cut, short = capsys.readouterr().out.splitlines()
     assert (len(header), len(cut), len(short)) == (60, 60, 60)

@@ -137,10 +137,9 @@ def test_a_recipe_names_no_gate_against_its_inputs_and_gets_them(team: Cli, tmp_
 
 def test_without_gates_the_comparison_with_the_inputs_warns(team: Cli, tmp_path: Path) -> None:
     harmed = [{"adapter": f"acme/{name}", "suite": f"{name}-exact", "weight": 30} for name in NAMES]
-    warned = team.json(
-        "compose", recipe(tmp_path, inputs=harmed, method="stack", settings={}, gates=[], evaluate=["sql-exact"])
-    )
+    warned = team.json("compose", recipe(tmp_path, inputs=harmed, method="stack", settings={}, gates=[]))
     assert warned["state"] == "done"
+    assert {gate["rule"].partition(".")[0] for gate in warned["gates"]} == {f"{name}-exact" for name in NAMES}
     assert {gate["required"] for gate in warned["gates"]} == {False}
     assert not all(gate["passed"] for gate in warned["gates"])
 
