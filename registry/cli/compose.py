@@ -350,6 +350,8 @@ def _step(steps: list[Json]) -> tuple[str, int | None, int | None, str | None]:
 def _show(composition: Json) -> None:
     what = "plan" if composition["plan"] else "composition"
     render.heading(f"{what} {composition['id']}: {composition['state']}")
+    if composition["state"] == "queued":
+        render.out(f"A worker of the server composes it: `adaptory jobs {composition['job']}` shows its progress.")
     _show_lock(composition["lock"])
     if composition["conflicts"]:
         _show_conflicts(composition["conflicts"])

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from composer.evaluation.evaluate import evaluate
 from composer.evaluation.model import load_model
 from composer.formats.recipes.suite import parse_suite
+from tests import services
 from tests.composer.small_model import save_adapter, save_llama
 from tests.scenarios.traces import Traces, traces
 from tests.scenarios.world import Cli, World
@@ -301,6 +302,11 @@ def test_a_composition_without_scores_says_that_nothing_is_known(small_team: Cli
     unmeasured = [{"adapter": "acme/sql@prod"}, {"adapter": "acme/support"}]
     shown = small_team.ok("compose", write_recipe(tmp_path, probe=0, inputs=unmeasured)).out
     assert "scores: none, so what the result keeps" in shown
+
+
+@pytest.mark.parametrize("stocked", [services.PAIRINGS[0]], indirect=True)
+def test_a_composition_that_nobody_waits_for_says_where_its_progress_is_shown(team: Cli, tmp_path: Path) -> None:
+    assert "`adaptory jobs 1` shows its progress" in team.ok("compose", write_recipe(tmp_path)).out
 
 
 def test_inputs_for_another_base_twice_or_yanked_are_refused_at_once(small_team: Cli, tmp_path: Path) -> None:
