@@ -73,7 +73,7 @@ class NotAllowed(RegistryError):
 
 
 class Unauthenticated(NotAllowed):
-    """A NotAllowed because there is no valid token."""
+    """A NotAllowed for a missing or invalid token."""
 
     status, title, family = 401, "Unauthenticated", "unauthenticated"
 

@@ -45,7 +45,7 @@ class Vocabulary:
         return [contained(self.tokenizer, name) for name in TOKENIZER_FILES if name in there] if self.tokenizer else []
 
     def findings(self) -> list[Finding]:
-        """A notice that the vocabulary grows, or a warning that there is no tokenizer for it."""
+        """A notice that the vocabulary grows, or a warning if its tokenizer is missing."""
         if not self.rows:
             return []
         message = f"The vocabulary grows to {self.rows} rows."

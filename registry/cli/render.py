@@ -312,7 +312,7 @@ def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Pr
             return Text("-:--:--" if left_s is None else str(timedelta(seconds=ceil(left_s))))
 
     def _per_s(task: Task) -> float:
-        """The rate since the beginning, 0 in the first second. Not rich's: two amounts at one moment are no rate."""
+        """The average rate since the start; 0 in the first second. rich's own jumps when two updates coincide."""
         elapsed_s = task.elapsed or 0
         return task.completed / elapsed_s if elapsed_s > 1 else 0
 

@@ -44,7 +44,7 @@ class WorkerStopping(Interrupted):
 class JobRun:
     """A claimed job, as its steps see it.
 
-    `passed` maps the jobs that this worker has left to other hosts to the time when it did; None if there are no other
+    `passed` maps the jobs that this worker has left to other hosts to the time when it did; None without other
     hosts.
     """
 

@@ -157,7 +157,7 @@ class Placement:
         self.findings.append(Finding(OTHER_PATHS, Severity.WARNING, module, message))
 
     def fits(self, subject: str, target: Target, shape: tuple[int, ...]) -> bool:
-        """Whether the shape is that of the target in the base, or there is no base; records an error if it is not."""
+        """Whether the shape matches the target in the base. True without a base; a mismatch is recorded as an error."""
         expected = self.base_shape(target)
         if self.architecture is None or shape == expected:
             return True
