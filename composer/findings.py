@@ -24,6 +24,7 @@ _NEXT_STEPS = {
     "token_conflict": "Leave one of the two out.",
     "vocabulary_mismatch": "Combine adapters that were trained with the same vocabulary.",
     "shape_conflict": "Combine adapters of one base. If they are, name it (--base).",
+    "zero_delta": "Leave it out, or correct its training, its lora_alpha, its weight or lambda.",
 }
 
 
@@ -72,7 +73,7 @@ class Finding:
 
 
 def next_step(code: str, otherwise: str) -> str:
-    """What to do about an error of this code that the file's owner or a setting can fix."""
+    """What to do about a finding of this code that the file's owner or a setting can fix."""
     return _NEXT_STEPS.get(code, otherwise)
 
 

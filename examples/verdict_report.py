@@ -2,8 +2,7 @@
 
 Replays the product's own rule, when to measure more examples and which verdict to give, on what study.py measured. Each
 pair is split at random many times: a probe sees one part of each suite, and its verdict is compared with the other
-part. A pair is harmed if a member keeps less than KEPT of the answers that it gives alone, of which there must be at
-least ANSWERED.
+part. A pair is harmed if a member that gives at least ANSWERED answers alone keeps less than KEPT of them.
 """
 
 import argparse

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import typer
 
-from registry.cli import render
+from registry.cli import complete, render
 from registry.cli.connect import Connection, connected
 from registry.cli.groups import Commands
 from registry.cli.render import JsonFlag
@@ -68,7 +68,10 @@ def list_bases(json: JsonFlag = False) -> None:
 
 
 @app.command()
-def show(base: Annotated[str, typer.Argument(help="Name, alias or digest.")], json: JsonFlag = False) -> None:
+def show(
+    base: Annotated[str, typer.Argument(help="Name, alias or digest.", autocompletion=complete.bases)],
+    json: JsonFlag = False,
+) -> None:
     """Show a base and its scores."""
     with connected() as connection:
         document = connection.api.base(base)

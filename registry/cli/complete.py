@@ -1,4 +1,4 @@
-"""Shell completion of references, channels, suites and methods. Completes nothing if the registry does not answer."""
+"""Shell completion of references and names. Completes nothing if the registry does not answer."""
 
 from contextlib import suppress
 from typing import Any
@@ -33,6 +33,12 @@ def channel_names(incomplete: str) -> list[str]:
 
 def suites(incomplete: str) -> list[str]:
     return [row["name"] for row in _rows("/v1/suites") if row["name"].startswith(incomplete)][:_MOST]
+
+
+def bases(incomplete: str) -> list[str]:
+    """Names and aliases."""
+    names = {name for row in _rows("/v1/bases") for name in (row["name"], *row["aliases"])}
+    return sorted(one for one in names if one.startswith(incomplete))[:_MOST]
 
 
 def methods(incomplete: str) -> list[str]:

@@ -357,6 +357,11 @@ def _show(composition: Json) -> None:
         _show_conflicts(composition["conflicts"])
     if composition["candidate_scores"]:
         render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(composition["candidate_scores"]))
+        if unjudged := _unjudged(composition):
+            render.out(
+                f"not compared: {', '.join(unjudged)}. What the result keeps of them is not known: name a suite for "
+                "each (`suite` of an input in the recipe)."
+            )
     elif composition["results"]:
         render.out(
             "scores: none, so what the result keeps of its inputs is not known. Name suites under `evaluate`, or "
@@ -369,6 +374,18 @@ def _show(composition: Json) -> None:
         render.out(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
     for row in composition["results"]:
         render.out(f"published {row['repository']}:{row['version']} {row['commit'][:12]}")
+
+
+def _unjudged(composition: Json) -> list[str]:
+    """The inputs to be kept that the candidate was not compared with on their own suite. Older compositions do not say
+    which suite is an input's own."""
+    compared = [one for score in composition["candidate_scores"] for one in score.get("inputs", [])]
+    if any("own_suite" not in one for one in compared):
+        return []
+    judged = {(one["repository"], one["version"]) for one in compared if one["own_suite"]}
+    inputs = [one for one in composition["lock"]["inputs"] if one["weight"] > 0]
+    missing = [one for one in inputs if (one["repository"], one["version"]) not in judged]
+    return [f"{one['repository']}:{one['version']}" for one in missing]
 
 
 def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:

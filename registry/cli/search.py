@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from registry.cli import render
+from registry.cli import complete, render
 from registry.cli.connect import connected
 from registry.cli.render import JsonFlag
 
@@ -22,7 +22,7 @@ WIRE_NAMES = {"adapter_type": "type", "license_": "license"}
 def search(  # noqa: PLR0913
     context: typer.Context,
     text: Annotated[list[str] | None, typer.Argument(help="Beginnings of words in the name or the notes.")] = None,
-    base: Annotated[str | None, typer.Option(help="Name, alias or digest.")] = None,
+    base: Annotated[str | None, typer.Option(help="Name, alias or digest.", autocompletion=complete.bases)] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(

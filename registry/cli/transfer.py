@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composer.formats.untrusted import read_text
-from registry.cli import render
+from registry.cli import complete, render
 from registry.cli.connect import Connection, connected, release_directory, resolved, total_bytes
 from registry.cli.fit import fitting_base
 from registry.cli.release import Ref, show_move, warn_of_move_since
@@ -28,6 +28,11 @@ Json = dict[str, Any]
 SigningKey = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the release with this private key.")]
 
 
+BaseName = Annotated[
+    str | None, typer.Option(help="The base model, if the config does not name it.", autocompletion=complete.bases)
+]
+
+
 def register(root: typer.Typer) -> None:
     for command in (push, pull, verify):
         root.command()(command)
@@ -38,7 +43,7 @@ def push(  # noqa: PLR0913
     target: Annotated[
         str, typer.Argument(metavar="REPO[:VERSION]", help="Such as acme/sql:1.0.0; without a version, give --bump.")
     ],
-    base: Annotated[str | None, typer.Option(help="The base model, if the config does not name it.")] = None,
+    base: BaseName = None,
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Further files to publish, such as '*.yaml'. May be repeated."),

@@ -70,7 +70,8 @@ class Examination:
 def with_inputs(
     candidate: Sequence[Row], examination: Examination, members: Sequence[Member], base: "Callable[[], LoadedModel]"
 ) -> list[Row]:
-    """The candidate's scores, each with those of the inputs on the same examples: recorded, or else measured now."""
+    """The candidate's scores, each with those of the inputs on the same examples: recorded, or else measured now.
+    `own_suite` says whether the suite is that input's own."""
     beside: dict[tuple[str, str], list[Row]] = {}
     for member in members:
         for suite in examination.suites:
@@ -87,6 +88,7 @@ def with_inputs(
                         "stderr": one.stderr,
                         "n": one.n,
                         "recorded": recorded,
+                        "own_suite": suite.name == member.suite,
                     }
                 )
     return [{**row, "inputs": beside.get((row["suite_digest"], row["metric"]), [])} for row in candidate]

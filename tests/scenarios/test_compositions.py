@@ -304,6 +304,13 @@ def test_a_composition_without_scores_says_that_nothing_is_known(small_team: Cli
     assert "scores: none, so what the result keeps" in shown
 
 
+def test_an_input_that_no_suite_judges_is_named(small_team: Cli, tmp_path: Path) -> None:
+    one_judged = [{"adapter": "acme/sql@prod", "suite": "sql-exact"}, {"adapter": "acme/support"}]
+    alone = write_recipe(tmp_path, probe=0, inputs=one_judged, evaluate=[], gates=[])
+    shown = small_team.ok("compose", alone).out
+    assert "not compared: acme/support:1.0.0." in shown
+
+
 @pytest.mark.parametrize("stocked", [services.PAIRINGS[0]], indirect=True)
 def test_a_composition_that_nobody_waits_for_says_where_its_progress_is_shown(team: Cli, tmp_path: Path) -> None:
     assert "`adaptory jobs 1` shows its progress" in team.ok("compose", write_recipe(tmp_path)).out

@@ -119,6 +119,7 @@ def test_the_shell_completes_references_channels_suites_and_methods(busy: Cli) -
         ("history acme/", "acme/sql@prod"),
         ("promote acme/sql --to p", "prod"),
         ("eval acme/sql --suite guard", "guard-exact"),
+        ("search --base ti", "tiny"),
         ("merge --method tie", "ties"),
     ):
         with environment(busy.environment, []):

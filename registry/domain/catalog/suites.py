@@ -127,7 +127,7 @@ def find(session: Session, text: str) -> Suite:
             "suite_unknown",
             f"There is no suite {text!r}.",
             subject=text,
-            next_step=nearest(text, _names(session), "Add it with `adaptory suite add FILE`."),
+            next_step=nearest(text, _names(session), "If it is new, add it with `adaptory suite add FILE`."),
         )
     return suite
 
