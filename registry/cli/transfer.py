@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 SigningKey = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the release with this private key.")]
-
-
 BaseName = Annotated[
     str | None, typer.Option(help="The base model, if the config does not name it.", autocompletion=complete.bases)
 ]

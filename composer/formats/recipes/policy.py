@@ -32,8 +32,8 @@ THRESHOLDS: dict[str, float | None] = {
     "low_retention": None,
 }
 """The codes with a threshold, and its default: a finding has at least this value, or less than it for `cancelling` and
-`low_retention`; docs/composing.md says what is compared. None: measurements support no threshold, so only a policy that sets one gets
-the finding."""
+`low_retention`; docs/composing.md says what is compared. None: measurements support no threshold, so
+only a policy that sets one gets the finding."""
 
 MODES = {"probe_loss": "of gain", "probe_answers": "by interval"}
 """Words that may follow a threshold: `0.5 of gain` is a share of a member's gain, not nats per token; `0.5 by interval`
