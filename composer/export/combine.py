@@ -18,7 +18,8 @@ from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.hashing import identities
 from composer.formats.recipes.methods import AnySettings, parse_settings
 from composer.formats.recipes.weights import Weight, weights_of
-from composer.methods.combine import Compression, FitReport, combine_parsed, participating
+from composer.methods.combine import FitReport, combine_parsed, participating
+from composer.methods.spectral import Compression, total_loss
 
 _SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
 
@@ -38,9 +39,8 @@ class CombineReport:
 
     @property
     def lost(self) -> float:
-        """|Δ - Δ'| / |Δ| over the whole model; 0 if nothing was compressed."""
-        norm = sum(one.norm**2 for one in self.compressions)
-        return (sum(one.error**2 for one in self.compressions) / norm) ** 0.5 if norm else 0.0
+        """|Δ - Δ'| / |Δ| over all compressed modules; 0 if nothing was compressed."""
+        return total_loss(self.compressions)
 
     def to_json(self) -> dict[str, Any]:
         rows = [asdict(one) | {"relative": one.relative} for one in self.compressions]

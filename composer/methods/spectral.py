@@ -1,7 +1,7 @@
 """Joins by singular vectors, and compression to a rank with its error. Shapes: p x q small, M x N dense."""
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ from composer.methods.basis import Basis, Pair
 from composer.methods.matrix import Matrix, square_sum
 
 _OVERSAMPLED = 16
+_FIRST_RANGE = 64  # directions
 _PASSES = 3
 _ROWS = 256
 _SMALL = 512  # up to this size an exact SVD costs less than a second
@@ -48,6 +49,13 @@ class Compression:
     def relative(self) -> float:
         """The error over the norm; 0 for a zero delta."""
         return self.error / self.norm if self.norm else 0.0
+
+
+def total_loss(compressions: Iterable[Compression]) -> float:
+    """|Δ - Δ'| / |Δ| over all the modules; 0 if there are none."""
+    parts = list(compressions)
+    norm = sum(one.norm**2 for one in parts)
+    return (sum(one.error**2 for one in parts) / norm) ** 0.5 if norm else 0.0
 
 
 @contextmanager
@@ -147,18 +155,29 @@ def _leading(X: torch.Tensor, size: int, pool: ThreadPoolExecutor) -> tuple[torc
     return Q @ U, sigma, Vh
 
 
+def _triples_for(
+    X: torch.Tensor, norm: float, rank: int | None, energy: float | None, pool: ThreadPoolExecutor
+) -> Triples:
+    """At least the leading triples that `kept_rank` keeps."""
+    size = (_FIRST_RANGE if energy is not None and rank is None else rank or min(X.shape)) + _OVERSAMPLED
+    while max(2 * size, _SMALL) < min(X.shape):
+        leading = _leading(X, size, pool)
+        if rank is not None or float(leading[1].double().norm()) ** 2 >= (energy or 1.0) * norm**2:
+            return leading
+        size *= 2
+    return torch.linalg.svd(X, full_matrices=False)
+
+
 def compress_dense(module: str, matrix: Matrix, rank: int | None, energy: float | None) -> tuple[Pair, Compression]:
     """Compresses a dense delta to rank r by a randomized range with power passes (arXiv 0909.4061). Measures the error.
 
-    Uses all cores and keeps the dense matrix in memory. If the matrix is small, or r is not a small part of it, the SVD
-    is exact and takes three times as much.
+    Uses all cores and keeps the dense matrix in memory. Without a rank, the range doubles until it holds the energy. If
+    the matrix is small, or the range is not a small part of it, the SVD is exact and takes three times as much.
     """
     with ThreadPoolExecutor(os.cpu_count() or 1, "dense") as pool:
         X = matrix.dense(pool)
         norm = square_sum(Matrix.of(X)) ** 0.5
-        size = (min(X.shape) if rank is None else rank) + _OVERSAMPLED
-        exact = max(2 * size, _SMALL) >= min(X.shape)
-        U, sigma, Vh = torch.linalg.svd(X, full_matrices=False) if exact else _leading(X, size, pool)
+        U, sigma, Vh = _triples_for(X, norm, rank, energy, pool)
     count = kept_rank(sigma, norm, rank, energy)
     root = sigma[:count].sqrt()
     left, right = U[:, :count] * root, root[:, None] * Vh[:count]

@@ -21,7 +21,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         "Compose",
-        ("conflicts", "compose", "merge", "combine", "convert"),
+        ("conflicts", "compose", "merge", "combine", "convert", "extract"),
         "adaptory conflicts acme/sql acme/support --probe 8",
     ),
     (

@@ -15,6 +15,7 @@ from registry.cli import (
     conflicts,
     diff,
     inspection,
+    local,
     maintenance,
     operations,
     profiles,
@@ -92,6 +93,7 @@ for part in (
     quality,
     conflicts,
     compose,
+    local,
     operations,
     maintenance,
 ):
