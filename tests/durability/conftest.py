@@ -1,7 +1,9 @@
 """Registries of both pairings whose processes the tests start and kill."""
 
+import os
 from collections.abc import Generator, Mapping
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -23,10 +25,11 @@ def environ(pairing: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Generator[Postgres]:
-    """A cluster that no other module uses: it may be stopped and frozen."""
+def own_postgres() -> Generator[Postgres]:
+    """A cluster that no other module uses: it may be stopped and frozen. Beside the shared one, since another run of
+    pytest closes pytest's directories to PostgreSQL's user."""
     services.shared_postgres()  # skips or fails where there is none
-    own = Postgres(tmp_path_factory.mktemp("postgres"))
+    own = Postgres(Path(mkdtemp(dir=os.environ[services.DIRECTORY])))
     own.start()
     yield own
     own.stop()

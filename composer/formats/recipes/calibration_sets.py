@@ -34,7 +34,7 @@ class CalibrationSet:
         """The digests for a lock: sha256 over the canonical JSON of [prompt, completion] or of the prompt."""
         if self.suite is None:
             return {"prompts": [_digest(prompt) for prompt in self.prompts]}
-        used = [_digest([one.prompt, one.completion]) for one in self.examples]
+        used = [example_digest(one) for one in self.examples]
         return {"suite": self.suite.name, "suite_digest": self.suite.digest, "examples": used}
 
 
@@ -42,6 +42,11 @@ def used_in(sets: Iterable[CalibrationSet], suites: Iterable[Suite]) -> frozense
     """The examples of the suites that are in one of the sets: results are judged on the others."""
     known = list(sets)
     return frozenset(one for suite in suites for one in suite.examples if any(one in used for used in known))
+
+
+def example_digest(example: Example) -> str:
+    """sha256 over the canonical JSON of [prompt, completion]."""
+    return _digest([example.prompt, example.completion])
 
 
 def _digest(content: object) -> str:

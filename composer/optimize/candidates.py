@@ -1,0 +1,107 @@
+"""The combinations that are tried, simplest first: an equal result of a simpler one wins.
+
+What is tried, and what is left out, follows what was measured on real adapters (docs/optimizing.md).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from composer.formats.recipes.methods import AnySettings, parse_settings
+from composer.formats.recipes.weights import Weight
+
+SUM_FACTORS = (1.0, 0.7, 0.5)
+MEMBER_FACTORS = (0.7, 0.5)
+RIDGES = (0.1, 0.01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A method with its settings, and a factor for the weight of each member. `family` groups alike ones."""
+
+    name: str
+    family: str
+    method: str
+    factors: tuple[float, ...]
+    settings: Mapping[str, object] = field(default_factory=dict[str, object])
+
+    @property
+    def key(self) -> str:
+        """Names the candidate in a journal: two with the same key give the same deltas."""
+        return json.dumps([self.method, dict(self.settings), self.factors], sort_keys=True, separators=(",", ":"))
+
+    @property
+    def parsed(self) -> AnySettings:
+        return parse_settings(self.method, self.settings)
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.parsed.pipeline.fitted
+
+    @property
+    def is_weighted_sum(self) -> bool:
+        """Whether the combination is Σ w_i Δ_i with the factors as w."""
+        return self.method == "stack" and not self.settings
+
+    def weights(self, own: Sequence[Weight]) -> list[Weight]:
+        """The members' weights times their factors."""
+        return [weight.times(factor) for weight, factor in zip(own, self.factors, strict=True)]
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "family": self.family,
+            "method": self.method,
+            "settings": dict(self.settings),
+            "factors": list(self.factors),
+        }
+
+
+def weighted_sum(name: str, family: str, factors: Sequence[float]) -> Candidate:
+    return Candidate(name=name, family=family, method="stack", factors=tuple(factors))
+
+
+def low_rank(count: int) -> list[Candidate]:
+    """The candidates that keep low rank, for `count` members: each takes a fraction of a second an example."""
+    ones = (1.0,) * count
+    mean = weighted_sum("mean", "mean", [1 / count] * count)
+    sums = [
+        weighted_sum("sum" if factor == 1 else f"sum x {factor:g}", "sum", [factor] * count) for factor in SUM_FACTORS
+    ]
+    single = [
+        weighted_sum(f"sum, {member + 1} x {factor:g}", "one weight", _with(ones, member, factor))
+        for member in range(count)
+        for factor in MEMBER_FACTORS
+    ]
+    protecting = [
+        Candidate(name=f"protect {member + 1}", family="protect", method="stack", factors=ones,
+                  settings={"protect": [member + 1]})
+        for member in range(count)
+    ]  # fmt: skip
+    joins = [Candidate(name=method, family=method, method=method, factors=ones) for method in ("iso", "tsv")]
+    return [mean, *sums, *single, *protecting, *joins]
+
+
+def fitted(count: int) -> list[Candidate]:
+    """RegMean with several ridges, in one and in two steps."""
+    return [
+        Candidate(
+            name=f"regmean, ridge {ridge:g}, {steps} step{'s' if steps > 1 else ''}",
+            family="regmean",
+            method="regmean",
+            factors=(1.0,) * count,
+            settings={"ridge": ridge, "steps": steps},
+        )
+        for steps in (1, 2)
+        for ridge in RIDGES
+    ]
+
+
+def full_space(count: int) -> list[Candidate]:
+    """Methods that decide about each entry of the full matrices: a hundred times as slow to make."""
+    settings = {"lambda": 0.7}
+    return [Candidate(name="ties x 0.7", family="ties", method="ties", factors=(1.0,) * count, settings=settings)]
+
+
+def _with(factors: tuple[float, ...], member: int, factor: float) -> tuple[float, ...]:
+    return (*factors[:member], factor, *factors[member + 1 :])

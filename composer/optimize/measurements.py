@@ -1,0 +1,98 @@
+"""Measures candidates on examples, each only once, and keeps the results in a journal from which a run resumes."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from composer.errors import RefusedOutput
+from composer.evaluation.evaluate import Deltas, Encoded, Measured, encode, measure
+from composer.evaluation.model import LoadedModel
+from composer.formats.recipes.calibration_sets import example_digest
+from composer.formats.recipes.suite import Example, Suite
+
+Asked = tuple[Suite, Example]
+_Key = tuple[str, str, str]
+"""Who was measured, the suite's digest, the example's digest."""
+
+
+class Journal:
+    """What was measured, one line of JSON each, appended as it comes. An unfinished last line is cut off.
+
+    The first line names the problem. Raises RefusedOutput if the file belongs to another one.
+    """
+
+    def __init__(self, path: Path | None, problem: str) -> None:
+        self.known: dict[_Key, Measured] = {}
+        self._path = path
+        if path is None:
+            return
+        head = json.dumps({"problem": problem})
+        lines = _complete_lines(path)
+        if not lines:
+            path.write_text(f"{head}\n", encoding="utf-8")
+            return
+        if lines[0] != head:
+            message = f"{path.name} holds the measurements of another problem."
+            raise RefusedOutput(
+                "inputs_changed", message, subject=str(path), next_step="Remove the file, and start again."
+            )
+        for line in lines[1:]:
+            who, suite, example, nats, tokens, exact = json.loads(line)
+            self.known[who, suite, example] = Measured(nats, tokens, exact)
+
+    def add(self, measured: Iterable[tuple[_Key, Measured]]) -> None:
+        """Records results, on disk before the call returns."""
+        rows = list(measured)
+        self.known |= dict(rows)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{json.dumps([*key, one.nats, one.tokens, one.exact])}\n" for key, one in rows)
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of the file, which is cut after the last complete one."""
+    content = b""
+    with suppress(FileNotFoundError):
+        content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return content[:end].decode().splitlines()
+
+
+class Measurements:
+    """Runs examples with deltas active; `passes` counts those that were run now, not before a restart."""
+
+    def __init__(
+        self,
+        load: Callable[[], LoadedModel],
+        journal: Journal,
+        progress: Callable[[int], None] = lambda _count: None,
+    ) -> None:
+        self._load, self._journal, self._progress = load, journal, progress
+        self._encoded: dict[tuple[str, str], Encoded] = {}
+        self.passes = 0
+
+    def of(self, who: str, deltas: Callable[[], Deltas], asked: Sequence[Asked]) -> list[Measured]:
+        """The results for the examples, in order. The missing ones are run together, in one pass of `who`'s deltas.
+
+        Raises what `encode`, `deltas_applied` and `deltas` raise.
+        """
+        keys = [(who, suite.digest, example_digest(example)) for suite, example in asked]
+        missing = [
+            (key, one) for key, one in dict(zip(keys, asked, strict=True)).items() if key not in self._journal.known
+        ]
+        if missing:
+            encoded = [self._encode(suite, example) for _, (suite, example) in missing]
+            measured = measure(self._load(), encoded, deltas(), progress=self._progress)
+            self.passes += len(missing)
+            self._journal.add((key, one) for (key, _), one in zip(missing, measured, strict=True))
+        return [self._journal.known[key] for key in keys]
+
+    def _encode(self, suite: Suite, example: Example) -> Encoded:
+        key = (suite.digest, example_digest(example))
+        if key not in self._encoded:
+            self._encoded[key] = encode(self._load(), example, suite.chat, suite.ends)
+        return self._encoded[key]

@@ -1,0 +1,143 @@
+"""What a search found, for people and for a lock."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from composer.conflicts.evidence.interval import share_interval
+from composer.conflicts.evidence.outcome import Effect, Limits, Outcome
+from composer.findings import Verdict
+from composer.formats.recipes.suite import Contradiction
+from composer.optimize.candidates import Candidate
+from composer.optimize.objective import Standing, kept_share
+
+SEPARATELY = "Serve them separately, and route each request to its adapter."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confirmed:
+    """A candidate on examples that the search has not seen; intervals of the best three hold together."""
+
+    candidate: Candidate
+    outcome: Outcome
+    verdict: Verdict
+
+    @property
+    def worst_kept(self) -> float:
+        return min(map(kept_share, self.outcome.effects))
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            **self.candidate.to_json(),
+            "verdict": str(self.verdict),
+            "worst_kept": self.worst_kept,
+            "examples": self.outcome.k,
+            "members": [_member(effect) for effect in self.outcome.effects],
+            "guards": [one.to_json() for one in self.outcome.guards],
+        }
+
+
+def _member(effect: Effect) -> dict[str, object]:
+    return {**effect.to_json(), "kept_share": kept_share(effect)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """A candidate's last standing in the search. `k` examples of each suite were seen."""
+
+    candidate: Candidate
+    k: int
+    worst_kept: float
+    excess: float
+
+    @classmethod
+    def of(cls, standing: Standing, limits: Limits) -> "Tried":
+        return cls(
+            candidate=standing.candidate,
+            k=standing.outcome.k,
+            worst_kept=min(standing.kept),
+            excess=standing.excess(limits),
+        )
+
+    def to_json(self) -> dict[str, object]:
+        return {**self.candidate.to_json(), "k": self.k, "worst_kept": self.worst_kept, "excess": self.excess}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizeReport:
+    """`choice` is the best candidate that breaks no limit on unseen examples; None if there is none. `best` are the
+    best three of the search and the mean, confirmed. Nothing is tried if `contradictions` show that the members answer
+    the same prompts differently. `searched` names the search examples of each suite by digest."""
+
+    members: tuple[str, ...]
+    choice: Candidate | None
+    best: tuple[Confirmed, ...]
+    tried: tuple[Tried, ...]
+    contradictions: tuple[Contradiction, ...]
+    searched: tuple[Mapping[str, object], ...]
+    passes: int
+    search_s: float
+    confirm_s: float
+    seed: int
+
+    @property
+    def chosen(self) -> Confirmed | None:
+        return next((one for one in self.best if one.candidate is self.choice), None)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "members": list(self.members),
+            "choice": self.choice.to_json() if self.choice else None,
+            "best": [one.to_json() for one in self.best],
+            "tried": [one.to_json() for one in self.tried],
+            "contradictions": [
+                {"a": one.a, "b": one.b, "shared": one.shared, "different": one.different}
+                for one in self.contradictions
+            ],
+            "searched": [dict(one) for one in self.searched],
+            "passes": self.passes,
+            "seconds": {"search": round(self.search_s, 1), "confirm": round(self.confirm_s, 1)},
+            "seed": self.seed,
+        }
+
+
+def headline(report: OptimizeReport) -> str:
+    """The answer in a sentence."""
+    if report.contradictions:
+        first = report.contradictions[0]
+        prompts = f"{first.different} of {first.shared} shared prompts"
+        return f"nothing was tried: {first.a} and {first.b} want different answers to {prompts}"
+    if report.choice is None:
+        return f"nothing fits: of {len(report.tried)} combinations none stays within the limits on unseen examples"
+    chosen = report.chosen
+    if chosen is None or chosen.verdict is not Verdict.OK:
+        return f"{report.choice.name}, not confirmed: more unseen examples are needed for a verdict"
+    return f"{report.choice.name}, confirmed on {chosen.outcome.k} unseen examples a suite"
+
+
+def member_lines(best: Confirmed) -> list[tuple[str, str, str, str]]:
+    """(member, kept share of its gain, exact match retained, loss in nats a token) for each member of a candidate."""
+    return [
+        (effect.member, f"{kept_share(effect):.0%}", _answers(effect), _loss(effect)) for effect in best.outcome.effects
+    ]
+
+
+def guard_lines(best: Confirmed) -> list[tuple[str, str]]:
+    """(guard, its rise over the worst member alone, in nats a token)."""
+    return [(one.suite, f"{one.rise:+.2f}") for one in best.outcome.guards]
+
+
+def _answers(effect: Effect) -> str:
+    if not effect.answered:
+        return "none alone"
+    share = share_interval(effect.still_answered, effect.answered)
+    return f"{effect.still_answered} of {effect.answered} ({share.low:.0%} to {share.high:.0%})"
+
+
+def _loss(effect: Effect) -> str:
+    sure = effect.loss_interval
+    return f"{effect.loss:+.2f} ({sure.low:+.2f} to {sure.high:+.2f})" if sure.to_json() else f"{effect.loss:+.2f}"
+
+
+def tried_lines(tried: Sequence[Tried]) -> list[tuple[str, int, str]]:
+    """(candidate, examples, worst kept share) of each, as they stood when they left."""
+    return [(one.candidate.name, one.k, f"{one.worst_kept:.0%}") for one in tried]
