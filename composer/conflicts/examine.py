@@ -13,7 +13,7 @@ from composer.evaluation.calibration import Calibration
 from composer.evaluation.model import LoadedModel
 from composer.findings import Severity
 from composer.formats.checkpoints.checkpoint import Checkpoint
-from composer.formats.recipes.calibration_sets import used_in
+from composer.formats.recipes.calibration_sets import CalibrationSet, used_in
 from composer.formats.recipes.methods import AnySettings, Regmean, effective_weights, parse_settings
 from composer.formats.recipes.policy import Policy
 from composer.formats.recipes.suite import MAX_TEXT_CHARS, Suite, contradicting_suites
@@ -27,7 +27,8 @@ class Evidence:
     """What may be measured. `load` returns the base when it is needed. With `k` and a suite for each adapter, they are
     probed on `k` to `most` examples, guards included. Otherwise, with prompts, their activations are compared. The
     suites' prompts are always compared. A fitted method is fitted on the `calibration` and probed on other examples;
-    without a calibration it is not measured. `progress` counts the probe's examples."""
+    without a calibration it is not measured. The probe also leaves out examples that are in `searched`. `progress`
+    counts the probe's examples."""
 
     load: Callable[[], LoadedModel]
     suites: Sequence[Suite | None] = ()
@@ -36,6 +37,7 @@ class Evidence:
     most: int = 0
     prompts: Sequence[str] = ()
     calibration: Calibration | None = None
+    searched: Sequence[CalibrationSet] = ()
     progress: Progress | None = None
 
 
@@ -96,7 +98,7 @@ def _measured(
             return None
         effort = Effort(evidence.k, max(evidence.k, evidence.most), Limits.of(policy))
         combine = by_method(adapters, how, evidence.calibration)
-        sets = evidence.calibration.sets if evidence.calibration else ()
+        sets = [*evidence.searched, *(evidence.calibration.sets if evidence.calibration else ())]
         used_examples = used_in(sets, [*suites, *evidence.guards])
         return probe(evidence.load(), members, evidence.guards, effort, combine, used_examples, evidence.progress)
     if evidence.prompts:

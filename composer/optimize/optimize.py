@@ -22,6 +22,7 @@ from composer.evaluation.model import LoadedModel
 from composer.findings import Severity, Verdict
 from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import Regmean
+from composer.formats.recipes.recipe import Optimize
 from composer.formats.recipes.suite import Example, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight
 from composer.methods.combine import combine_parsed, participating
@@ -31,7 +32,7 @@ from composer.optimize.candidates import Candidate, fitted, full_space, low_rank
 from composer.optimize.examples import Split, splits
 from composer.optimize.measurements import Asked, Journal, Measurements
 from composer.optimize.objective import LEAST_GAIN, Standing, simplest_of_the_best
-from composer.optimize.race import race
+from composer.optimize.race import LEAST_KEPT, race, rungs
 from composer.optimize.report import Confirmed, OptimizeReport, Tried
 from composer.optimize.surface import Point, proposed
 
@@ -51,7 +52,7 @@ class Member:
     weight: Weight = field(default_factory=Weight)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Effort:
     """`search` and `confirm` are examples of each suite. The search ends after `passes` measured examples or `seconds`,
     whichever comes first, and then confirms; the first round is always run. `seed` draws weights where a grid would be
@@ -62,6 +63,12 @@ class Effort:
     passes: float = inf
     seconds: float = inf
     seed: int = 0
+
+    @classmethod
+    def of(cls, asked: Optimize) -> "Effort":
+        """The effort that a recipe asks for."""
+        seconds = inf if asked.minutes is None else asked.minutes * 60
+        return cls(asked.search, asked.confirm, asked.passes or inf, seconds, asked.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +124,21 @@ def optimize(
         confirm_s=monotonic() - search.started - search.search_s,
         seed=problem.effort.seed,
     )
+
+
+def expected_passes(problem: Problem) -> int:
+    """The examples that a search measures at most, without what it proposes itself."""
+    count, suites = len(problem.members), problem.suites
+    split = splits(suites, problem.effort.search, problem.effort.confirm)
+    searched, total, done = next(iter(split.values())).searched, 0, 0
+    runners = len(low_rank(count)) + len(fitted(count)) + 1
+    for k in rungs(searched):
+        guards = k if k == min(_GUARDS_FROM, searched) else k - done if k > _GUARDS_FROM else 0
+        total += runners * (count * (k - done) + len(problem.guards) * guards)
+        runners, done = max(LEAST_KEPT, (runners + 1) // 2), k
+    confirmed = [len(one.confirm) for one in split.values()]
+    alone = count * (len(problem.guards) + 1) * (searched + max(confirmed))
+    return total + sum(confirmed) * (_BEST + 2) + searched * len(suites) + alone
 
 
 class _Search:

@@ -1,16 +1,13 @@
 """What a search found, for people and for a lock."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from composer.conflicts.evidence.interval import share_interval
 from composer.conflicts.evidence.outcome import Effect, Limits, Outcome
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Contradiction
 from composer.optimize.candidates import Candidate
 from composer.optimize.objective import Standing, kept_share
-
-SEPARATELY = "Serve them separately, and route each request to its adapter."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +97,11 @@ class OptimizeReport:
         }
 
 
+def document(report: OptimizeReport) -> dict[str, object]:
+    """The report as JSON, with its answer in a sentence."""
+    return {**report.to_json(), "headline": headline(report)}
+
+
 def headline(report: OptimizeReport) -> str:
     """The answer in a sentence."""
     if report.contradictions:
@@ -112,32 +114,3 @@ def headline(report: OptimizeReport) -> str:
     if chosen is None or chosen.verdict is not Verdict.OK:
         return f"{report.choice.name}, not confirmed: more unseen examples are needed for a verdict"
     return f"{report.choice.name}, confirmed on {chosen.outcome.k} unseen examples a suite"
-
-
-def member_lines(best: Confirmed) -> list[tuple[str, str, str, str]]:
-    """(member, kept share of its gain, exact match retained, loss in nats a token) for each member of a candidate."""
-    return [
-        (effect.member, f"{kept_share(effect):.0%}", _answers(effect), _loss(effect)) for effect in best.outcome.effects
-    ]
-
-
-def guard_lines(best: Confirmed) -> list[tuple[str, str]]:
-    """(guard, its rise over the worst member alone, in nats a token)."""
-    return [(one.suite, f"{one.rise:+.2f}") for one in best.outcome.guards]
-
-
-def _answers(effect: Effect) -> str:
-    if not effect.answered:
-        return "none alone"
-    share = share_interval(effect.still_answered, effect.answered)
-    return f"{effect.still_answered} of {effect.answered} ({share.low:.0%} to {share.high:.0%})"
-
-
-def _loss(effect: Effect) -> str:
-    sure = effect.loss_interval
-    return f"{effect.loss:+.2f} ({sure.low:+.2f} to {sure.high:+.2f})" if sure.to_json() else f"{effect.loss:+.2f}"
-
-
-def tried_lines(tried: Sequence[Tried]) -> list[tuple[str, int, str]]:
-    """(candidate, examples, worst kept share) of each, as they stood when they left."""
-    return [(one.candidate.name, one.k, f"{one.worst_kept:.0%}") for one in tried]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from composer.evaluation.model import LoadedModel
     from composer.findings import Finding
     from composer.formats.recipes.calibration_sets import CalibrationSet
+    from composer.formats.recipes.methods import AnySettings
     from composer.formats.recipes.suite import Suite
     from composer.formats.recipes.weights import Weight
 
@@ -37,27 +38,25 @@ MAX_NOTE_BYTES = 64 << 20
 
 
 def calibration_of(
-    method: str,
-    settings: dict[str, object],
+    settings: "AnySettings",
     load: "Callable[[], LoadedModel]",
     suites: "Sequence[Suite | None]",
     prompts: Sequence[tuple[str, ...]] = (),
 ) -> "Calibration | None":
     """The calibration of a fitted method; None for other methods, and if an adapter has neither a suite nor prompts.
     Raises Usage for a suite that would have no examples left for evaluation."""
-    from composer.formats.recipes.methods import PIPELINES, Regmean, parse_settings
+    from composer.formats.recipes.methods import Regmean
 
-    parsed = parse_settings(method, settings) if method in PIPELINES else None
-    if not isinstance(parsed, Regmean):
+    if not isinstance(settings, Regmean):
         return None
     from composer.evaluation.calibration import Calibration
     from composer.formats.recipes.calibration_sets import CalibrationSet
 
     sets = [CalibrationSet(prompts=one) for one in prompts]
-    sets = sets or [_set(suite, parsed.examples) for suite in suites if suite]
+    sets = sets or [_set(suite, settings.examples) for suite in suites if suite]
     if len(sets) < max(len(suites), len(prompts), 1):
         return None
-    return Calibration(cache(load), sets, parsed)
+    return Calibration(cache(load), sets, settings)
 
 
 def local_calibration(
@@ -67,7 +66,8 @@ def local_calibration(
     that is not fitted, for both suites and prompts, and for a fitted method without a base or without either."""
     from composer.formats.recipes.methods import parse_settings
 
-    if not parse_settings(method, settings).pipeline.fitted:
+    parsed = parse_settings(method, settings)
+    if not parsed.pipeline.fitted:
         if suites or prompts:
             message = f"--suite and --prompts have no effect: {method} is not fitted on examples."
             raise Usage("idle_option", message, subject="--suite", next_step="Leave them out, or add --method regmean.")
@@ -80,7 +80,7 @@ def local_calibration(
     from composer.formats.recipes.suite import MAX_FILE_BYTES, parse_suite
 
     asked = [tuple(parse_prompts(read_text(path, MAX_FILE_BYTES), str(path))) for path in prompts or []]
-    return calibration_of(method, settings, lambda: load_model(base), list(map(parse_suite, suites or [])), asked)
+    return calibration_of(parsed, lambda: load_model(base), list(map(parse_suite, suites or [])), asked)
 
 
 @contextmanager

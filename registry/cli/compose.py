@@ -10,6 +10,7 @@ import typer
 
 from composer.formats.untrusted import read_text
 from registry.cli import complete, render
+from registry.cli import optimize as optimizing
 from registry.cli.connect import Connection, connected
 from registry.cli.interrupt import interrupts
 from registry.cli.render import JsonFlag
@@ -58,6 +59,10 @@ def compose(
     plan: Annotated[
         bool, typer.Option("--plan", help="Resolve, lock and check for conflicts; change nothing.")
     ] = False,
+    optimize: Annotated[
+        bool,
+        typer.Option("--optimize", help="Find method, settings and weights on examples of the inputs' suites first."),
+    ] = False,
     follow: Annotated[
         bool, typer.Option("--follow", help="Wait until it ends; the embedded registry always does.")
     ] = False,
@@ -68,11 +73,13 @@ def compose(
 
     With --require, a worse conflict verdict ends the composition; `require` in the recipe's policy does the same.
     """
-    from composer.formats.recipes.recipe import MAX_FILE_BYTES, load_recipe
+    from composer.formats.recipes.recipe import MAX_FILE_BYTES, Optimize, load_recipe
 
     wanted = load_recipe(read_text(recipe, MAX_FILE_BYTES), str(recipe))
     if (verdict := required(require)) is not None:
         wanted = wanted.model_copy(update={"policy": {**wanted.policy, "require": str(verdict)}})
+    if optimize and wanted.optimize is None:
+        wanted = wanted.model_copy(update={"optimize": Optimize.model_validate({})})
     with connected() as connection:
         composition = connection.api.post("/v1/compositions", {"recipe": wanted.to_json(), "plan": plan})
         if plan or follow or connection.resources is not None:
@@ -157,6 +164,8 @@ def _show(composition: Json) -> None:
     render.heading(f"{what} {composition['id']}: {composition['state']}")
     if composition["state"] == "queued":
         render.out(f"A worker of the server composes it: `adaptory jobs {composition['job']}` shows its progress.")
+    if optimized := composition["lock"].get("optimized"):
+        optimizing.show(optimized)
     _show_lock(composition["lock"])
     if composition["conflicts"]:
         _show_conflicts(composition["conflicts"])

@@ -1,6 +1,6 @@
 """Conflicts between adapters, judged on the strongest evidence available."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, cached_property
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composer.formats.untrusted import read_text
+from registry.cli import optimize as optimizing
 from registry.cli import render
 from registry.cli.calibration import calibration_of
 from registry.cli.compose import Method, Require, Rules, Settings, required, settings_of, with_rules
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from composer.deltas.variants.load import LoadedAdapter
     from composer.findings import Verdict
     from composer.formats.checkpoints.checkpoint import Checkpoint
+    from composer.formats.recipes.methods import AnySettings
     from composer.formats.recipes.policy import Policy
     from composer.formats.recipes.suite import Suite
+    from composer.formats.recipes.weights import Weight
 
 Json = dict[str, Any]
 Probe = Annotated[
@@ -70,6 +73,9 @@ def conflicts(  # noqa: PLR0913
     policy: Annotated[Path | None, typer.Option(help="YAML: the severity and threshold of each finding.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as an HTML page.")] = None,
     require: Require = None,
+    optimize: Annotated[
+        bool, typer.Option("--optimize", help="Find the method, settings and weights that keep most of each adapter.")
+    ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Show the measurements behind the verdict.")] = False,
     modules: Annotated[int, typer.Option(min=0, help="With --explain: number of modules shown per pair.")] = 2,
     device: Device = "auto",
@@ -80,36 +86,54 @@ def conflicts(  # noqa: PLR0913
 
     The verdict is ok, undecided, unmeasured, warn or refuse. Exits 1 for refuse, or for less than --require.
     """
-    from composer.conflicts.examine import examine
     from composer.conflicts.render.text import document
     from composer.formats.recipes.methods import parse_settings
-    from composer.formats.recipes.policy import MAX_POLICY_CHARS, Policy, parse_policy
 
     if len(adapters) < 2:
         raise Usage("too_few", "Conflicts need two or more adapters.", next_step="Name at least two.")
-    given = with_rules(_weights(weights, len(adapters)), rule)
-    rules = parse_policy(read_text(policy, MAX_POLICY_CHARS), str(policy)) if policy else Policy()
-    rules = replace(rules, require=required(require) or rules.require)
+    given, rules = with_rules(_weights(weights, len(adapters)), rule), _policy(policy, require)
     with ExitStack() as stack:
         group = _Group(lambda: stack.enter_context(connected()), adapters, base, base_dir)
-        settings = settings_of(set_)
+        settings = parse_settings(method, settings_of(set_))
+        if optimize:
+            _refuse_idle({"--probe": probe, "--prompts": prompts, "--html": html, "--require": require})
+            evidence = group.evidence(suite or [], guard or [], (optimizing.SEARCHED, None), None, device)
+            optimizing.run(evidence, group.load(), given, settings, rules, json=json)
+            return
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), prompts, device)
-        calibration = calibration_of(method, settings, evidence.load, evidence.suites)
-        bar = stack.enter_context(render.progress("probe", None, "examples"))
-        evidence = replace(evidence, calibration=calibration, progress=bar)
-        report = examine(
-            group.load(),
-            given,
-            parse_settings(method, settings),
-            evidence=evidence,
-            base=group.checkpoint(measured=bool(probe or prompts)),
-            policy=rules,
-        )
+        report = _examined(group, given, settings, evidence, rules)
     if html:
         _write_page(html, report)
     rendered = document(report)
     render.document(rendered, json, lambda: _explain(report, modules) if explain else _show(rendered))
     _require(rules, report.verdict)
+
+
+def _policy(path: Path | None, require: str | None) -> "Policy":
+    from composer.formats.recipes.policy import MAX_POLICY_CHARS, Policy, parse_policy
+
+    rules = parse_policy(read_text(path, MAX_POLICY_CHARS), str(path)) if path else Policy()
+    return replace(rules, require=required(require) or rules.require)
+
+
+def _examined(
+    group: "_Group", weights: "Sequence[Weight]", settings: "AnySettings", evidence: "Evidence", rules: "Policy"
+) -> "ConflictReport":
+    from composer.conflicts.examine import examine
+
+    calibration = calibration_of(settings, evidence.load, evidence.suites)
+    checkpoint = group.checkpoint(measured=bool(evidence.k or evidence.prompts))
+    with render.progress("probe", None, "examples") as bar:
+        evidence = replace(evidence, calibration=calibration, progress=bar)
+        return examine(group.load(), weights, settings, evidence=evidence, base=checkpoint, policy=rules)
+
+
+def _refuse_idle(options: dict[str, object]) -> None:
+    """Raises Usage for an option that has no effect with --optimize."""
+    for name, value in options.items():
+        if value:
+            message = f"{name} has no effect with --optimize, which measures on examples of its own."
+            raise Usage("idle_option", message, subject=name, next_step="Leave one of the two out.")
 
 
 def _require(rules: "Policy", verdict: "Verdict") -> None:

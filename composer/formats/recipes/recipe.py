@@ -6,7 +6,7 @@ inputs:
   - adapter: acme/support-macros:^1.0
     weight: 0.7
     rules: [{layers: 0-9, modules: mlp.*, weight: 0.3}]   # other weights in places: the first rule that holds
-method: ties                         # any of docs/methods.md
+method: ties                         # any of docs/methods.md; may be left out with `optimize`
 settings: {density: 0.4, rank: 32}   # of the method; tied: auto | untie | shared | refuse
 adapter: acme/assistant:1.0.0        # the combined adapter's release
 model: acme/assistant-merged:1.0.0   # the merged checkpoint's release
@@ -16,6 +16,7 @@ probe: 8                             # examples of each member's suite for the c
 evaluate: [sql-exact, guard-general] # suites for the candidate
 gates: ["guard-general.nll within 0.2 of base"]   # [] for none; those against the inputs are added unless one is named
 policy: {near_duplicate: error, thresholds: {probe_loss: 0.1}}   # of the conflict report's findings
+optimize: {search: 8, confirm: 16}   # find method, settings and weights; passes, minutes and seed bound it
 notes: one line
 """
 
@@ -40,6 +41,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _CORRECT = "Correct the recipe."
 MAX_INPUTS = 64
 MAX_PROBE = 64
+MAX_CONFIRM = 1024
 MAX_PROMPTS = 64
 MAX_VALUES = 10_000
 MAX_FILE_BYTES = 200_000  # YAML needs 300 times its text in memory, and a second for 100,000 bytes
@@ -105,13 +107,31 @@ def _method(value: object) -> str:
     return value
 
 
+class Optimize(Document):
+    """How method, settings and weights are searched for, on examples of the inputs' suites."""
+
+    search: Annotated[int, Field(ge=2, le=MAX_PROBE)] = Field(
+        8, description="Examples of each suite that the search sees. No gate is judged on them."
+    )
+    confirm: Annotated[int, Field(ge=1, le=MAX_CONFIRM)] = Field(
+        16, description="Unseen examples of each suite that the best are measured on."
+    )
+    passes: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="The search ends once it has measured so many examples."
+    )
+    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="The search ends after so many minutes.")
+    seed: Annotated[int, Field(ge=0, le=2**53)] = 0
+
+
 class Recipe(Document):
     inputs: Annotated[
         tuple[Annotated[RecipeInput, BeforeValidator(_by_name, json_schema_input_type=RecipeInput | str)], ...],
         Field(min_length=1, max_length=MAX_INPUTS),
         LISTED,
     ]
-    method: Annotated[str, Reader(_method, {"enum": list(PIPELINES)})]
+    method: Annotated[str, Reader(_method, {"enum": list(PIPELINES)})] = Field(
+        "mean", description="Required unless `optimize` is given."
+    )
     base: str | None = Field(None, description="The base of the inputs.")
     settings: Annotated[dict[str, Any], BeforeValidator(_settings, json_schema_input_type=dict[str, Any] | None)] = (
         Field(default_factory=dict[str, Any], description="Of the method.")
@@ -135,6 +155,14 @@ class Recipe(Document):
     rounding: Annotated[Rounding, BeforeValidator(_rounding, json_schema_input_type=_RoundingDocument | str | None)] = (
         Field(default_factory=Rounding, description="Of the merged checkpoint's values; to the nearest when left out.")
     )
+
+    optimize: Optimize | None = Field(None, description="Find method, settings and weights; those given are tried too.")
+
+    @model_validator(mode="after")
+    def _refuse_missing_method(self) -> Self:
+        if self.optimize is None and "method" not in self.model_fields_set:
+            raise Refusal("it is missing", path=("method",))
+        return self
 
     @model_validator(mode="after")
     def _refuse_idle_prompts(self) -> Self:
@@ -168,6 +196,7 @@ class Recipe(Document):
             "gates": None if self.gates is None else list(self.gates),
             "notes": self.notes,
             **({"policy": dict(self.policy)} if self.policy else {}),
+            **({"optimize": self.optimize.model_dump()} if self.optimize else {}),
             **_rounding_json(self.rounding),
         }
 
@@ -197,7 +226,8 @@ class Lock:
     `calibration` has for each input the digests of the examples that it is fitted on. `gates` are the default ones:
     each member against the inputs on its own suite. They decide whether the result is published, so the digest excludes
     them. `method_version` is that of the method's pipeline; the digest excludes it if it is 1, so that older locks keep
-    theirs.
+    theirs. `optimized` is the evidence of the search that chose method, settings and weights, None without one; the
+    digest excludes it.
     """
 
     base: str
@@ -209,10 +239,12 @@ class Lock:
     calibration: tuple[Mapping[str, Any], ...] = ()
     gates: tuple[str, ...] = ()
     method_version: int = 1
+    optimized: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         gates = {"gates": list(self.gates)} if self.gates else {}
-        return {**self._content(), **gates, "digest": self.digest}
+        optimized = {"optimized": dict(self.optimized)} if self.optimized is not None else {}
+        return {**self._content(), **gates, **optimized, "digest": self.digest}
 
     @property
     def digest(self) -> str:
@@ -267,6 +299,7 @@ class Lock:
             calibration=tuple(document.get("calibration", ())),
             gates=tuple(document.get("gates", ())),
             method_version=document.get("method_version", 1),
+            optimized=document.get("optimized"),
         )
 
 

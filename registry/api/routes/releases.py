@@ -124,9 +124,9 @@ def show_target_suite(named: RepositoryOf, version: str, resources: ResourcesOf,
     """The target suite on which the release gained most over its base; probes use it."""
     with resources.read() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
-        from registry.domain.compositions import compositions
+        from registry.domain.compositions import locking
 
-        return TargetSuiteOut(target_suite=compositions.best_target_suite(session, release))
+        return TargetSuiteOut(target_suite=locking.best_target_suite(session, release))
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/spectrum")

@@ -1,6 +1,5 @@
 """Compositions: recipe -> lock -> durable steps, their results and lineage."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,25 +8,24 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from composer.formats.recipes.calibration_sets import CalibrationSet
-from composer.formats.recipes.methods import AnySettings, Regmean, parse_settings
-from composer.formats.recipes.recipe import Lock, LockedInput, Recipe, parse_recipe
-from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
 from registry.database.tables import Base, Composition, Job, Namespace, Release, ReleaseInput
 from registry.domain.access import audit, namespaces, tokens
 from registry.domain.access.audit import Act, Actor, EventQuery
 from registry.domain.access.roles import EVERYWHERE, Role, granted, may, may_read, permit, unknown_namespace
-from registry.domain.catalog import bases, metrics, releases, repositories, suites, versioning
+from registry.domain.catalog import metrics, releases, repositories, suites, versioning
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import gates, resolve
+from registry.domain.channels import gates
+from registry.domain.compositions import locking
 from registry.domain.jobs import queue
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, Usage
 from registry.formats.references import RepositoryName, Version, nearest, parse_reference
 from registry.formats.signatures import fingerprint
 
 STEPS = ("check", "combine", "evaluate", "gate", "merge", "publish")
-"""Resolving and locking happen with the request, so that a recipe that cannot work is refused immediately."""
+"""Resolving and locking happen with the request, so that a recipe that cannot work is refused immediately. With
+`optimize`, a search that chooses method and weights comes first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ def create(
     `signer` is the fingerprint of the workers' signing key, None without one.
     """
     releases.refuse_long_notes(recipe.notes, owner(recipe))
-    lock = _lock(session, recipe)
+    lock = locking.lock_of(session, recipe)
     for target in _targets(recipe, plan_only=plan_only):
         _check_target(session, recipe, lock, target)
         _refuse_namespace(session, actor, target.repository.namespace, signer)
@@ -55,6 +53,8 @@ def create(
         suites.find(session, name)
     _check_gates(session, recipe, lock)
     wanted = STEPS[:1] if plan_only else STEPS
+    if recipe.optimize:
+        wanted = ("optimize", *wanted)
     job = queue.enqueue(session, actor, "composition", wanted, owner(recipe))
     composition = Composition(
         job_id=job.id,
@@ -183,9 +183,7 @@ def inputs_of(session: Session, lock: Lock) -> list[Release]:
     """The releases that a lock names, in order; they are unchanged, but may have been yanked since."""
     releases_used: list[Release] = []
     for locked in lock.inputs:
-        release = resolve.resolve(
-            session, parse_reference(f"{locked.repository}:{locked.version}"), Kind.ADAPTER
-        ).release
+        release = locking.release_of(session, locked)
         if release.revision.commit != locked.commit:
             raise Invalid(
                 "lock_broken",
@@ -197,144 +195,10 @@ def inputs_of(session: Session, lock: Lock) -> list[Release]:
     return releases_used
 
 
-def member_suites(session: Session, recipe: Recipe, inputs: Sequence[Release]) -> list[str | None]:
-    """Each input's suite: named in the recipe, or the target suite on which it gained most."""
-    return [
-        source.suite or best_target_suite(session, release)
-        for source, release in zip(recipe.inputs, inputs, strict=True)
-    ]
-
-
-def best_target_suite(session: Session, release: Release) -> str | None:
-    """The target suite on which the release gained most over its base, in nats per token."""
-    base = gates.scores(session, release.base)
-    gains: list[tuple[float, str]] = []
-    for score in suites.scores_of(session, release):
-        before = base.get((score.suite.name, score.metric))
-        if score.metric == "nll" and score.suite.kind == "target":
-            gains.append((before.value - score.value if before else 0.0, score.suite.name))
-    return max(gains)[1] if gains else None
-
-
-def _lock(session: Session, recipe: Recipe) -> Lock:
-    inputs = [
-        resolve.resolve(session, parse_reference(source.adapter), Kind.ADAPTER).release for source in recipe.inputs
-    ]
-    _refuse_duplicates(inputs)
-    base: Base = bases.find(session, recipe.base) if recipe.base else inputs[0].base
-    for release in inputs:
-        if release.base_digest != base.digest:
-            raise Conflict(
-                "base_differs",
-                f"{full_name(release)} was trained on the base {release.base.name}, not on {base.name}.",
-                subject=full_name(release),
-                next_step="Compose adapters of the same base.",
-            )
-        if release.yanked:
-            raise Refused(
-                "release_yanked",
-                f"{full_name(release)} is yanked: {release.yank_reason}.",
-                subject=full_name(release),
-                next_step="Choose another version.",
-            )
-    locked = tuple(
-        LockedInput(
-            repository=full_name(release).rpartition(":")[0],
-            version=release.version,
-            commit=release.revision.commit,
-            weight=source.weight,
-            files={file.path: file.sha256 for file in releases.files_of(session, release)[release.revision_id]},
-            rules=source.rules,
-        )
-        for source, release in zip(recipe.inputs, inputs, strict=True)
-    )
-    settings = parse_settings(recipe.method, recipe.settings)
-    own = member_suites(session, recipe, inputs)
-    return Lock(
-        base=base.digest,
-        method=recipe.method,
-        settings=settings.to_json(),
-        dtype=recipe.dtype,
-        inputs=locked,
-        rounding=recipe.rounding,
-        calibration=_calibration(session, recipe, settings, own),
-        gates=_gates_to_add(recipe, own),
-        method_version=settings.pipeline.version,
-    )
-
-
 def evaluated(recipe: Recipe, lock: Lock) -> list[str]:
     """The suites that the candidate is measured on: the recipe's, and those that the lock's gates use."""
     added = [rule.suite for rule in gates.parse_rules(lock.gates)]
     return list(dict.fromkeys([*recipe.evaluate, *added]))
-
-
-def gates_against_inputs(own: Sequence[str | None]) -> list[str]:
-    """Gate rules that compare the candidate with each member on the member's own suite."""
-    names = list(dict.fromkeys(name for name in own if name))
-    return [
-        rule for name in names for rule in (f"{name}.accuracy keeps 0.9 of inputs", f"{name}.nll within 0.1 of inputs")
-    ]
-
-
-def _gates_to_add(recipe: Recipe, own: Sequence[str | None]) -> tuple[str, ...]:
-    """The gates against the inputs to add; none if the recipe has `gates: []` or has such a gate itself. Inputs of zero
-    or negative weight need not be kept."""
-    rules = gates.parse_rules(recipe.gates or ())
-    if recipe.gates == () or any(gates.compared_with(rule) == "inputs" for rule in rules):
-        return ()
-    kept = [name for source, name in zip(recipe.inputs, own, strict=True) if source.weight > 0]
-    return tuple(gates_against_inputs(kept))
-
-
-def _calibration(
-    session: Session, recipe: Recipe, settings: AnySettings, own: Sequence[str | None]
-) -> tuple[dict[str, object], ...]:
-    """The examples that a fitted method uses: each input's prompts, or the first examples of its suite. Raises Refused
-    if there are none, or none would be left for evaluation."""
-    if not isinstance(settings, Regmean):
-        return ()
-    if recipe.model and not recipe.adapter:
-        raise Usage(
-            "no_adapter",
-            f"{recipe.method} fits new factors, but the recipe publishes only a model.",
-            next_step="Add `adapter: NAMESPACE/NAME:VERSION`: the model is made from it.",
-        )
-    sets: list[CalibrationSet] = []
-    for source, name in zip(recipe.inputs, own, strict=True):
-        if source.prompts:
-            sets.append(CalibrationSet(prompts=source.prompts))
-            continue
-        if name is None:
-            raise Usage(
-                "needs_examples",
-                f"{recipe.method} is fitted on examples, but {source.adapter} has no score on a target suite.",
-                subject=source.adapter,
-                next_step=f"Run `adaptory eval {source.adapter} --suite SUITE`, or give it a suite or prompts.",
-            )
-        suite, count = suites.find(session, name), settings.examples
-        if suite.examples <= count:
-            raise Refused(
-                "suite_too_small",
-                f"{name} has {suite.examples} examples: fitting {recipe.method} on {count} leaves none to evaluate on.",
-                subject=name,
-                next_step="Add examples to the suite, or set fewer (settings: {examples: N}).",
-            )
-        sets.append(CalibrationSet(SuiteContent.from_json(suite.content), count))
-    return tuple(one.to_json() for one in sets)
-
-
-def _refuse_duplicates(inputs: Sequence[Release]) -> None:
-    """Raises Usage for an input named twice: lineage stores one weight per release."""
-    counts = Counter(map(full_name, inputs))
-    for name, count in counts.items():
-        if count > 1:
-            raise Usage(
-                "input_twice",
-                f"{name} is named {count} times among the recipe's inputs.",
-                subject=name,
-                next_step="Name it once, with the sum of the weights.",
-            )
 
 
 def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:

@@ -1,0 +1,93 @@
+"""Searches for the best combination, and shows what was found."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from composer.formats.untrusted import cut
+from registry.cli import render
+
+if TYPE_CHECKING:
+    from composer.conflicts.examine import Evidence
+    from composer.deltas.variants.load import LoadedAdapter
+    from composer.formats.recipes.methods import AnySettings
+    from composer.formats.recipes.policy import Policy
+    from composer.formats.recipes.weights import Weight
+
+Json = Mapping[str, Any]
+SEARCHED = 8
+"""Examples of each suite that the search sees."""
+
+
+def run(
+    evidence: "Evidence",
+    adapters: "Sequence[LoadedAdapter]",
+    weights: "Sequence[Weight]",
+    method: "AnySettings",
+    policy: "Policy",
+    *,
+    json: bool,
+) -> None:
+    """Searches, with the given method among the candidates, and shows the report. Exits 1 if nothing fits."""
+    from composer.conflicts.evidence.outcome import Limits
+    from composer.optimize.candidates import Candidate
+    from composer.optimize.optimize import Effort, Member, Problem, expected_passes, optimize
+    from composer.optimize.report import document
+
+    own = Candidate(
+        name="as given", family="given", method=method.method, factors=(1.0,) * len(adapters), settings=method.given()
+    )
+    problem = Problem(
+        load=evidence.load,
+        members=[
+            Member(adapter=adapter, suite=suite, weight=weight)
+            for adapter, suite, weight in zip(adapters, evidence.suites, weights, strict=True)
+            if suite
+        ],
+        guards=evidence.guards,
+        limits=Limits.of(policy),
+        effort=Effort(SEARCHED),
+    )
+    with render.progress("optimize", expected_passes(problem), "examples") as bar:
+        report = document(optimize(problem, [own], progress=bar))
+    render.document(report, json, lambda: show(report))
+    if report["choice"] is None:
+        raise typer.Exit(1)
+
+
+def show(report: Json) -> None:
+    """The answer, the best combinations on unseen examples, and how many were tried."""
+    render.heading(f"optimize: {report['headline']}")
+    for best in report["best"]:
+        render.out(f"{best['name']}, on {best['examples']} unseen examples a suite: {best['verdict']}")
+        for member in best["members"]:
+            render.out(_line(member["member"], _answers(member), f"{member['kept_share']:.0%}", _loss(member)))
+        for guard in best["guards"]:
+            rise = _spread(guard["rise"], guard["rise_interval"])
+            render.out(_line(guard["suite"], "guard", "", f"rises {rise}"))
+    if report["tried"]:
+        render.out("For each: exact match retained, share of the gain kept, loss in nats a token with its interval.")
+        seconds = report["seconds"]
+        render.out(
+            f"{len(report['tried'])} combinations tried in {seconds['search']:.0f} s, the best confirmed in "
+            f"{seconds['confirm']:.0f} s; {report['passes']} examples measured, seed {report['seed']}"
+        )
+    if report["choice"] is None:
+        render.out("fix: Serve them separately, and route each request to its adapter.")
+
+
+def _line(name: str, answers: str, kept: str, loss: str) -> str:
+    return f"  {cut(name, 34):<34}  {answers:<10}  {kept:>5}  {loss}"
+
+
+def _answers(member: Json) -> str:
+    return f"{member['still_answered']} of {member['answered']}" if member["answered"] else "none alone"
+
+
+def _loss(member: Json) -> str:
+    return _spread(member["loss"], member["loss_interval"])
+
+
+def _spread(value: float, sure: Json | None) -> str:
+    return f"{value:+.2f} ({sure['low']:+.2f} to {sure['high']:+.2f})" if sure else f"{value:+.2f}"

@@ -1,0 +1,214 @@
+"""Locks: a recipe's inputs, method, calibration examples and gates, resolved."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from composer.formats.recipes.calibration_sets import CalibrationSet
+from composer.formats.recipes.methods import AnySettings, Regmean, parse_settings
+from composer.formats.recipes.recipe import Lock, LockedInput, Recipe
+from composer.formats.recipes.suite import Suite as SuiteContent
+from registry.database.tables import Base, Release
+from registry.domain.catalog import bases, releases, suites
+from registry.domain.catalog.releases import full_name
+from registry.domain.catalog.repositories import Kind
+from registry.domain.channels import gates, resolve
+from registry.errors import Conflict, Refused, Usage
+from registry.formats.references import parse_reference
+
+
+def lock_of(session: Session, recipe: Recipe) -> Lock:
+    """The recipe with every input resolved. With `optimize`, method and weights are only a first choice.
+
+    Raises Usage, Conflict or Refused for inputs that cannot be combined, and for a method without examples.
+    """
+    inputs = [
+        resolve.resolve(session, parse_reference(source.adapter), Kind.ADAPTER).release for source in recipe.inputs
+    ]
+    _refuse_duplicates(inputs)
+    base: Base = bases.find(session, recipe.base) if recipe.base else inputs[0].base
+    for release in inputs:
+        if release.base_digest != base.digest:
+            raise Conflict(
+                "base_differs",
+                f"{full_name(release)} was trained on the base {release.base.name}, not on {base.name}.",
+                subject=full_name(release),
+                next_step="Compose adapters of the same base.",
+            )
+        if release.yanked:
+            raise Refused(
+                "release_yanked",
+                f"{full_name(release)} is yanked: {release.yank_reason}.",
+                subject=full_name(release),
+                next_step="Choose another version.",
+            )
+    locked = tuple(
+        LockedInput(
+            repository=full_name(release).rpartition(":")[0],
+            version=release.version,
+            commit=release.revision.commit,
+            weight=source.weight,
+            files={file.path: file.sha256 for file in releases.files_of(session, release)[release.revision_id]},
+            rules=source.rules,
+        )
+        for source, release in zip(recipe.inputs, inputs, strict=True)
+    )
+    settings = parse_settings(recipe.method, recipe.settings)
+    own = member_suites(session, recipe, inputs)
+    if recipe.optimize:
+        _refuse_unsearchable(recipe, own)
+    return Lock(
+        base=base.digest,
+        method=recipe.method,
+        settings=settings.to_json(),
+        dtype=recipe.dtype,
+        inputs=locked,
+        rounding=recipe.rounding,
+        calibration=() if recipe.optimize else _calibration(session, recipe, settings, own),
+        gates=_gates_to_add(recipe, own),
+        method_version=settings.pipeline.version,
+    )
+
+
+def _refuse_unsearchable(recipe: Recipe, own: Sequence[str | None]) -> None:
+    """Raises Usage for a search with fewer than two inputs, without an adapter to publish, or for an input without a
+    suite, by which it would be judged."""
+    if len(recipe.inputs) < 2:
+        message, step = "A search needs at least two inputs.", "Add an input, or leave out optimize."
+        raise Usage("too_few", message, subject="optimize", next_step=step)
+    if recipe.model and not recipe.adapter:
+        message = "A search may choose a fitted method, whose model is made from an adapter."
+        raise Usage("no_adapter", message, subject="optimize", next_step="Add `adapter: NAMESPACE/NAME:VERSION`.")
+    for source, name in zip(recipe.inputs, own, strict=True):
+        if name is None:
+            raise Usage(
+                "needs_examples",
+                f"A search is judged by each input's suite, but {source.adapter} has no score on a target suite.",
+                subject=source.adapter,
+                next_step=f"Run `adaptory eval {source.adapter} --suite SUITE`, or give it a suite.",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What a search found: `factors` multiply the inputs' weights, `evidence` is its report."""
+
+    method: str
+    settings: Mapping[str, object]
+    factors: Sequence[float]
+    evidence: Mapping[str, Any]
+
+
+def with_choice(session: Session, recipe: Recipe, lock: Lock, choice: Choice) -> Lock:
+    """The lock with the method, settings and weights that a search chose, and its evidence."""
+    settings = parse_settings(choice.method, choice.settings)
+    weighted = [one.weighted.times(factor) for one, factor in zip(lock.inputs, choice.factors, strict=True)]
+    inputs = [
+        replace(one, weight=weight.value, rules=weight.rules) for one, weight in zip(lock.inputs, weighted, strict=True)
+    ]
+    own = member_suites(session, recipe, [release_of(session, one) for one in lock.inputs])
+    calibration = _calibration(session, recipe, settings, own)
+    return replace(
+        lock,
+        method=choice.method,
+        settings=settings.to_json(),
+        inputs=tuple(inputs),
+        calibration=calibration,
+        method_version=settings.pipeline.version,
+        optimized=choice.evidence,
+    )
+
+
+def release_of(session: Session, locked: LockedInput) -> Release:
+    """The release that a locked input names. Raises NotFound."""
+    return resolve.resolve(session, parse_reference(f"{locked.repository}:{locked.version}"), Kind.ADAPTER).release
+
+
+def member_suites(session: Session, recipe: Recipe, inputs: Sequence[Release]) -> list[str | None]:
+    """Each input's suite: named in the recipe, or the target suite on which it gained most."""
+    return [
+        source.suite or best_target_suite(session, release)
+        for source, release in zip(recipe.inputs, inputs, strict=True)
+    ]
+
+
+def best_target_suite(session: Session, release: Release) -> str | None:
+    """The target suite on which the release gained most over its base, in nats per token."""
+    base = gates.scores(session, release.base)
+    gains: list[tuple[float, str]] = []
+    for score in suites.scores_of(session, release):
+        before = base.get((score.suite.name, score.metric))
+        if score.metric == "nll" and score.suite.kind == "target":
+            gains.append((before.value - score.value if before else 0.0, score.suite.name))
+    return max(gains)[1] if gains else None
+
+
+def gates_against_inputs(own: Sequence[str | None]) -> list[str]:
+    """Gate rules that compare the candidate with each member on the member's own suite."""
+    names = list(dict.fromkeys(name for name in own if name))
+    return [
+        rule for name in names for rule in (f"{name}.accuracy keeps 0.9 of inputs", f"{name}.nll within 0.1 of inputs")
+    ]
+
+
+def _gates_to_add(recipe: Recipe, own: Sequence[str | None]) -> tuple[str, ...]:
+    """The gates against the inputs to add; none if the recipe has `gates: []` or has such a gate itself. Inputs of zero
+    or negative weight need not be kept."""
+    rules = gates.parse_rules(recipe.gates or ())
+    if recipe.gates == () or any(gates.compared_with(rule) == "inputs" for rule in rules):
+        return ()
+    kept = [name for source, name in zip(recipe.inputs, own, strict=True) if source.weight > 0]
+    return tuple(gates_against_inputs(kept))
+
+
+def _calibration(
+    session: Session, recipe: Recipe, settings: AnySettings, own: Sequence[str | None]
+) -> tuple[dict[str, object], ...]:
+    """The examples that a fitted method uses: each input's prompts, or the first examples of its suite. Raises Refused
+    if there are none, or none would be left for evaluation."""
+    if not isinstance(settings, Regmean):
+        return ()
+    if recipe.model and not recipe.adapter:
+        raise Usage(
+            "no_adapter",
+            f"{recipe.method} fits new factors, but the recipe publishes only a model.",
+            next_step="Add `adapter: NAMESPACE/NAME:VERSION`: the model is made from it.",
+        )
+    sets: list[CalibrationSet] = []
+    for source, name in zip(recipe.inputs, own, strict=True):
+        if source.prompts:
+            sets.append(CalibrationSet(prompts=source.prompts))
+            continue
+        if name is None:
+            raise Usage(
+                "needs_examples",
+                f"{recipe.method} is fitted on examples, but {source.adapter} has no score on a target suite.",
+                subject=source.adapter,
+                next_step=f"Run `adaptory eval {source.adapter} --suite SUITE`, or give it a suite or prompts.",
+            )
+        suite, count = suites.find(session, name), settings.examples
+        if suite.examples <= count:
+            raise Refused(
+                "suite_too_small",
+                f"{name} has {suite.examples} examples: fitting {recipe.method} on {count} leaves none to evaluate on.",
+                subject=name,
+                next_step="Add examples to the suite, or set fewer (settings: {examples: N}).",
+            )
+        sets.append(CalibrationSet(SuiteContent.from_json(suite.content), count))
+    return tuple(one.to_json() for one in sets)
+
+
+def _refuse_duplicates(inputs: Sequence[Release]) -> None:
+    """Raises Usage for an input named twice: lineage stores one weight per release."""
+    counts = Counter(map(full_name, inputs))
+    for name, count in counts.items():
+        if count > 1:
+            raise Usage(
+                "input_twice",
+                f"{name} is named {count} times among the recipe's inputs.",
+                subject=name,
+                next_step="Name it once, with the sum of the weights.",
+            )

@@ -1,0 +1,203 @@
+"""A composition as its steps see it: read again by each step, so that any step can be the first after a crash."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, local_directory, open_checkpoint
+from composer.formats.checkpoints.hashing import verify_checkpoint
+from composer.formats.recipes.calibration_sets import CalibrationSet
+from composer.formats.recipes.methods import AnySettings, parse_settings
+from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
+from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.weights import Weight
+from registry.database.tables import Base
+from registry.domain.catalog import bases, suites
+from registry.domain.catalog.repositories import Kind
+from registry.domain.compositions import compositions, locking
+from registry.domain.jobs.queue import Amount
+from registry.errors import NotFound
+from registry.formats.manifest import ManifestFile
+from registry.transfer import publishing
+from registry.worker.runner import JobRun
+from registry.worker.workspace import work_of
+
+_NAMELESS = ("commit", "weight", "rules")
+"""The fields of an input that do not name it, which everyone may see."""
+_UNNOTED = ("digest", "optimized")
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """An output to publish; `target` is REPO:VERSION."""
+
+    target: str
+    kind: Kind
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class CompositionRun:
+    """A composition as its steps need it. Each step reads it again, so that any step can be the first."""
+
+    composition_id: int
+    recipe: Recipe
+    lock: Lock
+    architecture: Architecture
+    locations: list[str]
+    input_ids: list[int]
+    files: list[list[ManifestFile]]
+    member_suites: list[str | None]
+    directory: Path
+
+    @property
+    def settings(self) -> AnySettings:
+        return parse_settings(self.lock.method, self.lock.settings)
+
+    @property
+    def adapter_directory(self) -> Path:
+        return self.directory / "adapter"
+
+    @property
+    def model_directory(self) -> Path:
+        return self.directory / "model"
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """The lineage that goes into every output's adaptory.json.
+
+        It names inputs by commit, not by release: readers of an output need not be allowed to read its inputs or other
+        outputs. It omits the lock's digest, from which names could be guessed, and what a search measured.
+        """
+        recipe, lock = self.recipe.to_json(), self.lock.to_json()
+        inputs = [{name: row[name] for name in _NAMELESS if name in row} for row in lock["inputs"]]
+        return {
+            "recipe": {name: value for name, value in recipe.items() if name not in ("inputs", "adapter", "model")},
+            "lock": {name: value for name, value in lock.items() if name not in _UNNOTED} | {"inputs": inputs},
+        }
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The adapter and the model to publish, as far as the recipe names them."""
+        made = (
+            (self.recipe.adapter, Kind.ADAPTER, self.adapter_directory),
+            (self.recipe.model, Kind.MODEL, self.model_directory),
+        )
+        return [Output(target, kind, directory) for target, kind, directory in made if target]
+
+    @property
+    def evaluated(self) -> list[str]:
+        """The recipe's suites, those that the lock's gates use, and with `gates: []` those of the inputs."""
+        own = [] if self.has_gates else [suite for suite in self.member_suites if suite]
+        return list(dict.fromkeys([*compositions.evaluated(self.recipe, self.lock), *own]))
+
+    @property
+    def has_gates(self) -> bool:
+        return self.recipe.gates is None or bool(self.recipe.gates)
+
+    @property
+    def rules(self) -> dict[str, bool]:
+        """The gates, and whether each is required. If the recipe has none (`[]`), the comparison with the inputs only
+        warns."""
+        required = dict.fromkeys((*(self.recipe.gates or ()), *self.lock.gates), True)
+        if self.has_gates:
+            return required
+        return dict.fromkeys(locking.gates_against_inputs(self.member_suites), False)
+
+    def calibration_sets(self, held: JobRun) -> list[CalibrationSet]:
+        """The examples that each input is fitted on, as the lock says."""
+        sets: list[CalibrationSet] = []
+        for source, row in zip(self.recipe.inputs, self.lock.calibration, strict=False):
+            if "suite_digest" in row:
+                (content,) = suites_named(held, [row["suite_digest"]])
+                sets.append(CalibrationSet(content, len(row["examples"])))
+            else:
+                sets.append(CalibrationSet(prompts=source.prompts))
+        return sets
+
+    def searched(self, held: JobRun) -> list[CalibrationSet]:
+        """The examples that a search saw, on which nothing is judged."""
+        rows = (self.lock.optimized or {}).get("searched", [])
+        contents = suites_named(held, [row["suite_digest"] for row in rows])
+        return [CalibrationSet(content, len(row["examples"])) for content, row in zip(contents, rows, strict=True)]
+
+    def members(self, held: JobRun) -> list[tuple[Path, Weight]]:
+        """Each input's directory, with its files verified, and its weight with its rules."""
+        members: list[tuple[Path, Weight]] = []
+        for locked, files in zip(self.lock.inputs, self.files, strict=True):
+            held.check()
+            directory = self.directory / "inputs" / locked.commit  # this directory name ends up in adaptory.json
+            directory.mkdir(parents=True, exist_ok=True)
+            publishing.materialise(held.resources, files, directory)
+            members.append((directory, locked.weighted))
+        return members
+
+    def base_checkpoint(self, held: JobRun) -> Checkpoint:
+        """The base's checkpoint on this host. Verifies its weights: the files at a location may have changed."""
+        directory = local_directory(self.locations)
+        if directory is None:
+            raise NotFound(
+                "base_not_here",
+                f"This worker cannot find the base at any location ({', '.join(self.locations) or 'it has none'}).",
+                subject=self.lock.base,
+                next_step="Add one on that host: `adaptory base add DIR`.",
+            )
+        checkpoint = open_checkpoint(directory)
+        verify_checkpoint(checkpoint, self.lock.base, held.check)
+        return checkpoint
+
+
+def composition_of(held: JobRun) -> CompositionRun:
+    with held.resources.read() as session:
+        composition = compositions.find_by_job(session, held.job_id)
+        recipe, lock = parse_recipe(composition.recipe), Lock.from_json(composition.lock)
+        inputs = compositions.inputs_of(session, lock)
+        return CompositionRun(
+            composition_id=composition.id,
+            recipe=recipe,
+            lock=lock,
+            architecture=bases.architecture(session, lock.base),
+            locations=bases.locations(session, session.get_one(Base, lock.base))[lock.base],
+            input_ids=[release.id for release in inputs],
+            files=[publishing.manifest_files(session, release) for release in inputs],
+            member_suites=locking.member_suites(session, recipe, inputs),
+            directory=work_of(held.resources, composition.id),
+        )
+
+
+def suites_named(held: JobRun, names: Sequence[str]) -> list[SuiteContent]:
+    """The current contents of suites."""
+    with held.resources.read() as session:
+        return [SuiteContent.from_json(suites.find(session, name).content) for name in names]
+
+
+def store(held: JobRun, work: CompositionRun, **columns: Any) -> None:
+    """Writes columns of the composition's row."""
+    with held.resources.write() as session:
+        composition, _ = compositions.find(session, work.composition_id)
+        for name, value in columns.items():
+            setattr(composition, name, value)
+
+
+class ProgressCount:
+    """Counts bytes or examples done, from several threads, and writes the job's progress from one at a time."""
+
+    def __init__(self, held: JobRun, unit: str, total: int = 0) -> None:
+        self._held, self._unit, self._total, self._done = held, unit, total, 0
+        self._lock = threading.Lock()
+
+    def __call__(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            self._write()
+
+    def expect(self, total: int) -> None:
+        """Sets the total, at the start or when it grows."""
+        with self._lock:
+            self._total = total
+            self._write()
+
+    def _write(self) -> None:
+        self._held.progress(Amount(self._done, self._total, self._unit))
