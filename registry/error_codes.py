@@ -72,6 +72,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "not_rebuilt": "Rebuild only releases made by a composition.",
         "nothing_added": "Give one adapter a weight.",
         "nothing_below": "`adaptory history REPO@CHANNEL` shows its moves; promote another release.",
+        "nothing_fits": "Serve the adapters separately, and route each request to its own.",
         "nothing_to_extract": "Name the fine-tuned checkpoint.",
         "other_adapter": "Leave it out.",
         "padded": "Give one prompt, or measure on a machine where the base fits in memory.",

@@ -17,7 +17,8 @@ _Key = tuple[str, str, str]
 
 
 class Journal:
-    """What was measured, one line of JSON each, appended as it comes. An unfinished last line is cut off.
+    """What was measured: a line of JSON for each pass over a batch, appended as it comes. An unfinished last line is
+    cut off, so that its pass is run again as it was: in another batch the last bits would differ.
 
     The first line names the problem. Raises RefusedOutput if the file belongs to another one.
     """
@@ -38,16 +39,17 @@ class Journal:
                 "inputs_changed", message, subject=str(path), next_step="Remove the file, and start again."
             )
         for line in lines[1:]:
-            who, suite, example, nats, tokens, exact = json.loads(line)
-            self.known[who, suite, example] = Measured(nats, tokens, exact)
+            for who, suite, example, nats, tokens, exact in json.loads(line):
+                self.known[who, suite, example] = Measured(nats, tokens, exact)
 
     def add(self, measured: Iterable[tuple[_Key, Measured]]) -> None:
-        """Records results, on disk before the call returns."""
-        rows = list(measured)
-        self.known |= dict(rows)
+        """Records the results of a pass, in the file before the call returns."""
+        rows = dict(measured)
+        self.known |= rows
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{json.dumps([*key, one.nats, one.tokens, one.exact])}\n" for key, one in rows)
+                line = json.dumps([[*key, one.nats, one.tokens, one.exact] for key, one in rows.items()])
+                file.write(f"{line}\n")
 
 
 def _complete_lines(path: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Finds the method, settings and weights under which the worst member keeps most.
 
-The objective, the race and the candidates were chosen by what they kept on unseen examples (docs/optimizing.md).
+The objective, the race and the candidates were chosen by what they kept on unseen examples (docs/composing.md).
 """
 
 import json

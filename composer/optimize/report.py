@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from composer.conflicts.evidence.outcome import Effect, Limits, Outcome
+from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Effect, Limits, Outcome
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Contradiction
 from composer.optimize.candidates import Candidate
@@ -76,10 +76,6 @@ class OptimizeReport:
     confirm_s: float
     seed: int
 
-    @property
-    def chosen(self) -> Confirmed | None:
-        return next((one for one in self.best if one.candidate is self.choice), None)
-
     def to_json(self) -> dict[str, object]:
         return {
             "members": list(self.members),
@@ -106,11 +102,13 @@ def headline(report: OptimizeReport) -> str:
     """The answer in a sentence."""
     if report.contradictions:
         first = report.contradictions[0]
-        prompts = f"{first.different} of {first.shared} shared prompts"
-        return f"nothing was tried: {first.a} and {first.b} want different answers to {prompts}"
+        return f"nothing was tried: {first.different} of {first.shared} shared prompts have other answers"
     if report.choice is None:
-        return f"nothing fits: of {len(report.tried)} combinations none stays within the limits on unseen examples"
-    chosen = report.chosen
-    if chosen is None or chosen.verdict is not Verdict.OK:
-        return f"{report.choice.name}, not confirmed: more unseen examples are needed for a verdict"
-    return f"{report.choice.name}, confirmed on {chosen.outcome.k} unseen examples a suite"
+        return f"nothing fits: no combination of {len(report.tried)} keeps the limits"
+    chosen = next(one for one in report.best if one.candidate is report.choice)
+    count, name = chosen.outcome.k, report.choice.name
+    if chosen.verdict is Verdict.OK:
+        return f"{name}, confirmed on {count} unseen examples a suite"
+    if count < LEAST_EXAMPLES:
+        return f"{name}, not confirmed: only {count} unseen examples"
+    return f"{name}, undecided on {count} unseen examples a suite"

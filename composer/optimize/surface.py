@@ -60,11 +60,11 @@ def proposed(
 
 
 def _places(count: int, seed: int) -> np.ndarray:
-    """Weights from 0 to LARGEST: a grid, or random ones for more than a few members."""
+    """Weights from GRID_STEP to LARGEST: a grid, or random ones for more than a few members. None is left out."""
     if count <= _MOST_ON_A_GRID:
-        axis = np.arange(0.0, LARGEST + GRID_STEP / 2, GRID_STEP)
+        axis = np.arange(GRID_STEP, LARGEST + GRID_STEP / 2, GRID_STEP)
         return np.stack(np.meshgrid(*[axis] * count, indexing="ij"), axis=-1).reshape(-1, count)
-    return np.random.default_rng(seed).uniform(0.0, LARGEST, (_DRAWS, count))
+    return np.random.default_rng(seed).uniform(GRID_STEP, LARGEST, (_DRAWS, count))
 
 
 def _terms(weights_PT: np.ndarray) -> np.ndarray:

@@ -87,7 +87,8 @@ def compose(
                 composition = _follow_or_cancel(connection, composition)
     render.document(composition, json, lambda: _show(composition))
     if composition["state"] in ("refused", "failed", "cancelled"):
-        raise _error(composition)
+        # Not raised: with --json, stdout has the composition, and a second document would break its readers.
+        raise typer.Exit(render.fail(_error(composition), as_json=False))
 
 
 def with_rules(weights: Sequence[float], rules: list[str] | None) -> "list[Weight]":

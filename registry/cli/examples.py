@@ -16,7 +16,8 @@ EXAMPLES = {
     "convert": "adaptory convert kohya.safetensors --base .demo/base -o .demo/converted",
     "diff": "adaptory diff acme/sql-migration:1.0.0 acme/sql-migration:1.1.0",
     "eval": "adaptory eval acme/sql-migration --suite sql-exact",
-    "extract": "adaptory extract --base .demo/base --finetuned .demo/assistant -o .demo/extracted",
+    "extract": """adaptory extract --base .demo/base \\
+  --finetuned .demo/assistant -o .demo/extracted""",
     "fsck": "adaptory fsck --full",
     "gate": """adaptory gate acme/sql-migration@prod \\
   --rule 'sql-exact.accuracy >= 0.3'""",

@@ -60,25 +60,22 @@ def show(report: Json) -> None:
     """The answer, the best combinations on unseen examples, and how many were tried."""
     render.heading(f"optimize: {report['headline']}")
     for best in report["best"]:
-        render.out(f"{best['name']}, on {best['examples']} unseen examples a suite: {best['verdict']}")
+        render.out(f"{best['name']}: {best['verdict']} on {best['examples']} unseen examples a suite")
         for member in best["members"]:
             render.out(_line(member["member"], _answers(member), f"{member['kept_share']:.0%}", _loss(member)))
         for guard in best["guards"]:
-            rise = _spread(guard["rise"], guard["rise_interval"])
-            render.out(_line(guard["suite"], "guard", "", f"rises {rise}"))
+            render.out(_line(guard["suite"], "guard", "", _spread(guard["rise"], guard["rise_interval"])))
     if report["tried"]:
-        render.out("For each: exact match retained, share of the gain kept, loss in nats a token with its interval.")
+        render.out("Columns: exact match retained, gain kept, loss (a guard's rise) in nats a token.")
         seconds = report["seconds"]
-        render.out(
-            f"{len(report['tried'])} combinations tried in {seconds['search']:.0f} s, the best confirmed in "
-            f"{seconds['confirm']:.0f} s; {report['passes']} examples measured, seed {report['seed']}"
-        )
+        took = f"in {seconds['search']:.0f} s, the best confirmed in {seconds['confirm']:.0f} s"
+        render.out(f"{len(report['tried'])} combinations tried {took}; seed {report['seed']}")
     if report["choice"] is None:
         render.out("fix: Serve them separately, and route each request to its adapter.")
 
 
 def _line(name: str, answers: str, kept: str, loss: str) -> str:
-    return f"  {cut(name, 34):<34}  {answers:<10}  {kept:>5}  {loss}"
+    return f"  {cut(name, 30):<30}  {answers:<10}  {kept:>4}  {loss}"
 
 
 def _answers(member: Json) -> str:

@@ -1,0 +1,166 @@
+"""A search on a real, tiny model. Each member's suite has what the member itself answers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from composer.conflicts.evidence.outcome import Limits
+from composer.deltas.variants.load import LoadedAdapter
+from composer.errors import Interrupted, Mismatch
+from composer.evaluation.evaluate import generate
+from composer.evaluation.model import LoadedModel
+from composer.findings import Verdict
+from composer.formats.recipes.calibration_sets import example_digest
+from composer.formats.recipes.suite import Example, Kind, Suite
+from composer.optimize.candidates import Candidate
+from composer.optimize.examples import splits
+from composer.optimize.optimize import Effort, Member, Problem, expected_passes, optimize
+from composer.optimize.report import OptimizeReport, document
+from tests.composer.small_model import Load, scaled
+
+EFFORT = Effort(search=4, confirm=8)
+
+
+def suite_of(loaded: LoadedModel, adapter: LoadedAdapter, topic: str, kind: Kind = "target", count: int = 16) -> Suite:
+    prompts = [f"{topic} {number}" for number in range(count)]
+    answers = [generate(loaded, prompt, chat=False, deltas=adapter.deltas, max_new_tokens=4) for prompt in prompts]
+    examples = tuple(Example(prompt, answer or "none") for prompt, answer in zip(prompts, answers, strict=True))
+    return Suite(name=topic, kind=kind, chat=False, ends=False, examples=examples)
+
+
+@pytest.fixture(scope="module")
+def problem(loaded: LoadedModel, load: Load) -> Problem:
+    red, blue = (scaled(load(name, seed), 0.7, name) for name, seed in (("red", 1), ("blue", 2)))
+    members = [
+        Member(adapter=red, suite=suite_of(loaded, red, "red")),
+        Member(adapter=blue, suite=suite_of(loaded, blue, "blue")),
+    ]
+    guard = suite_of(loaded, red, "guard", "guard")
+    loose = Limits(loss=100.0, answers=0.0, guard=100.0)
+    return Problem(load=lambda: loaded, members=members, guards=[guard], limits=loose, effort=EFFORT)
+
+
+@pytest.fixture(scope="module")
+def report(problem: Problem) -> OptimizeReport:
+    return optimize(problem)
+
+
+def decided(report: OptimizeReport) -> dict[str, object]:
+    """What two runs of one search have in common: all but the time and the passes."""
+    return {name: value for name, value in document(report).items() if name not in ("seconds", "passes")}
+
+
+def test_the_choice_is_the_best_of_the_search_that_keeps_the_limits_on_unseen_examples(
+    report: OptimizeReport, problem: Problem
+) -> None:
+    assert report.choice is report.best[0].candidate
+    assert len({one.candidate.name for one in report.best}) == len(report.best) >= 3
+    assert {one.outcome.k for one in report.best} == {8}
+    assert "mean" in {one.candidate.name for one in report.tried}
+    assert report.passes <= expected_passes(problem) + 3 * 4 * len(problem.suites), "but for what a surface proposes"
+
+
+def test_the_report_is_json_and_names_the_examples_that_were_seen(report: OptimizeReport, problem: Problem) -> None:
+    said = json.loads(json.dumps(document(report)))
+    assert said["choice"]["method"] == report.choice.method  # pyright: ignore[reportOptionalMemberAccess]
+    seen = {row["suite"]: row["examples"] for row in said["searched"]}
+    for suite in problem.suites:
+        assert seen[suite.name] == [example_digest(one) for one in suite.sample(4)]
+
+
+def test_a_fit_is_never_scored_on_an_example_that_it_has_seen(problem: Problem, tmp_path: Path) -> None:
+    journal = tmp_path / "search.jsonl"
+    optimize(problem, journal=journal)
+    halves = {
+        digest: [{example_digest(one) for one in half.examples} for half in split.halves()]
+        for digest, split in splits(problem.suites, 4, 8).items()
+    }
+    rows = [row for line in journal.read_text().splitlines()[1:] for row in json.loads(line)]
+    scored = [(who, suite, example) for who, suite, example, *_ in rows if " half " in who]
+    assert scored
+    for who, suite, example in scored:
+        fitted_on = halves[suite][int(who[-1]) - 1]
+        assert example not in fitted_on
+
+
+def test_a_search_resumes_from_any_part_of_its_journal_with_the_same_choice(
+    problem: Problem, report: OptimizeReport, tmp_path: Path
+) -> None:
+    journal = tmp_path / "search.jsonl"
+    optimize(problem, journal=journal)
+    lines = journal.read_text().splitlines(keepends=True)
+    passes: list[int] = []
+    for kept in (1, len(lines) // 3, 2 * len(lines) // 3, len(lines)):
+        journal.write_text("".join(lines[:kept]) + '["torn')
+        again = optimize(problem, journal=journal)
+        assert decided(again) == decided(report)
+        passes.append(again.passes)
+    assert passes == sorted(passes, reverse=True)
+    assert passes[-1] == 0
+
+
+def test_an_interrupted_search_goes_on_where_it_was(problem: Problem, report: OptimizeReport, tmp_path: Path) -> None:
+    done: list[int] = []
+
+    def stop(count: int) -> None:
+        done.append(count)
+        if sum(done) > 60:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        optimize(problem, journal=tmp_path / "search.jsonl", progress=stop)
+    again = optimize(problem, journal=tmp_path / "search.jsonl")
+    assert decided(again) == decided(report)
+    assert again.passes < report.passes
+
+
+def test_two_of_the_same_adapter_are_averaged(problem: Problem, loaded: LoadedModel) -> None:
+    red = problem.members[0]
+    twin = Member(adapter=replace(red.adapter, name="twin"), suite=suite_of(loaded, red.adapter, "crimson"))
+    tight = replace(problem, members=[red, twin], guards=[], limits=Limits(loss=0.1, answers=0.9))
+    found = optimize(tight)
+    assert found.choice is not None
+    assert found.choice.name == "mean"
+    assert found.best[0].worst_kept == pytest.approx(1.0, abs=1e-3)
+
+
+def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: Problem) -> None:
+    impossible = optimize(replace(problem, limits=Limits(loss=-100.0, answers=0.0)))
+    assert impossible.choice is None
+    assert impossible.best
+    assert {one.verdict for one in impossible.best} == {Verdict.WARN}
+    assert "ties x 0.7" in {one.candidate.name for one in impossible.tried}, "full space is the last resort"
+    assert str(document(impossible)["headline"]).startswith("nothing fits")
+
+
+def test_members_that_answer_the_same_prompts_differently_are_not_searched(problem: Problem) -> None:
+    red, blue = problem.members
+    examples = tuple(replace(one, completion="another") for one in red.suite.examples)
+    other = Suite(name="blue", kind="target", chat=False, ends=False, examples=examples)
+    found = optimize(replace(problem, members=[red, replace(blue, suite=other)]))
+    assert (found.choice, found.tried, found.passes) == (None, (), 0)
+    assert "16 of 16 shared prompts have other answers" in str(document(found)["headline"])
+
+
+def test_a_budget_ends_the_search_and_the_best_so_far_are_confirmed(problem: Problem) -> None:
+    short = optimize(replace(problem, effort=replace(EFFORT, passes=1)))
+    assert {one.k for one in short.tried} == {2}
+    assert {one.outcome.k for one in short.best} == {8}
+
+
+def test_few_unseen_examples_confirm_nothing(problem: Problem) -> None:
+    few = optimize(replace(problem, effort=Effort(search=4, confirm=7)))
+    assert "not confirmed" in str(document(few)["headline"])
+
+
+def test_what_the_recipe_says_is_a_candidate_too(problem: Problem) -> None:
+    own = Candidate(name="as given", family="given", method="ctm_mean", factors=(1.0, 1.0))
+    found = optimize(replace(problem, effort=Effort(search=2, confirm=2)), [own])
+    assert "as given" in {one.candidate.name for one in found.tried}
+
+
+def test_a_search_needs_two_members(problem: Problem) -> None:
+    with pytest.raises(Mismatch, match="at least two members"):
+        optimize(replace(problem, members=problem.members[:1]))

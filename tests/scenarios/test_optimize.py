@@ -1,0 +1,110 @@
+"""A composition whose method, settings and weights are searched for, and the search without a registry."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from composer.formats.recipes.calibration_sets import example_digest
+from composer.formats.recipes.suite import parse_suite
+from tests.scenarios.test_compositions import release_all, write_recipe
+from tests.scenarios.world import Cli, World
+
+LOOSE = {"thresholds": {"probe_loss": 100, "probe_answers": 0, "probe_guard": 100}}
+INPUTS = [{"adapter": "acme/sql@prod", "suite": "sql-exact"}, {"adapter": "acme/support", "suite": "support-exact"}]
+
+
+@pytest.fixture
+def small_team(stocked_embedded: Cli, world: World) -> Cli:
+    return release_all(stocked_embedded, world)
+
+
+def recipe_of(directory: Path, **changes: Any) -> Path:
+    return write_recipe(
+        directory, **{"inputs": INPUTS, "evaluate": ["sql-exact", "guard-exact"], "policy": LOOSE, "probe": 0} | changes
+    )
+
+
+def test_a_searched_composition_is_published_with_its_evidence_and_judged_on_other_examples(
+    small_team: Cli, world: World, tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path, optimize={"search": 2, "confirm": 2})
+    done = small_team.json("compose", recipe)
+    assert [step["name"] for step in done["steps"]][:2] == ["optimize", "check"]
+    lock, evidence = done["lock"], done["lock"]["optimized"]
+    choice = evidence["choice"]
+    assert (lock["method"], evidence["seed"]) == (choice["method"], 0)
+    assert [one["weight"] for one in lock["inputs"]] == pytest.approx(choice["factors"])
+    suite = parse_suite(world.suites["sql"])
+    seen = next(row["examples"] for row in evidence["searched"] if row["suite"] == "sql-exact")
+    assert seen == [example_digest(one) for one in suite.sample(2)]
+    (judged,) = {row["n"] for row in done["candidate_scores"] if row["suite"] == "sql-exact"}
+    assert judged == len(suite.examples) - 2
+    small_team.ok("pull", "acme/assistant:1.0.0", "-o", tmp_path / "assistant")
+    note = json.loads((tmp_path / "assistant" / "adaptory.json").read_text())
+    assert note["method"] == choice["method"]
+    assert "optimized" not in note["note"]["lock"], "whoever reads an output need not be allowed to read its inputs"
+    shown = small_team.ok("compose", recipe).out
+    assert f"optimize: {evidence['headline']}" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_plan_searches_too_and_publishes_nothing(small_team: Cli, tmp_path: Path) -> None:
+    plan = small_team.json("compose", recipe_of(tmp_path), "--plan", "--optimize")
+    assert [step["name"] for step in plan["steps"]] == ["optimize", "check"]
+    assert plan["lock"]["optimized"]["choice"]
+    assert plan["results"] == []
+
+
+def test_if_nothing_fits_the_composition_is_refused_and_the_evidence_stays(small_team: Cli, tmp_path: Path) -> None:
+    impossible = {"thresholds": {"probe_loss": -100, "probe_answers": 0}}
+    recipe = recipe_of(tmp_path, policy=impossible, optimize={"search": 2, "confirm": 2})
+    refused = small_team("compose", recipe)
+    assert refused.code == 1
+    assert "nothing fits" in refused.err
+    assert "Serve the adapters separately" in refused.err
+    evidence = json.loads(small_team("compose", recipe, "--json").out)["lock"]["optimized"]
+    assert "ties x 0.7" in {row["name"] for row in evidence["tried"]}
+    assert small_team("show", "acme/assistant").code == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs": INPUTS[:1]}, "A search needs at least two inputs."),
+        ({"adapter": None}, "A search may choose a fitted method"),
+        ({"inputs": ["acme/sql@prod", "acme/support"]}, "has no score on a target suite"),
+        ({"optimize": {"search": 1}}, "optimize.search"),
+    ],
+)
+def test_a_search_that_cannot_work_is_refused_at_once(
+    changes: dict[str, Any], message: str, small_team: Cli, tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path, **{"optimize": {"search": 2, "confirm": 2}} | changes)
+    refused = small_team("compose", recipe)
+    assert refused.code in (2, 6)
+    assert message in refused.err
+
+
+def test_a_recipe_needs_a_method_only_without_a_search(small_team: Cli, tmp_path: Path) -> None:
+    text = recipe_of(tmp_path).read_text().replace("method: linear\n", "")
+    without = tmp_path / "without.yaml"
+    without.write_text(text)
+    assert "method: it is missing" in small_team("compose", without, "--plan").err
+    without.write_text(f"{text}optimize: {{search: 2, confirm: 2}}\n")
+    assert small_team.json("compose", without, "--plan")["lock"]["optimized"]
+
+
+def test_directories_are_searched_without_a_registry(world: World, on_disk: Cli, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(json.dumps(LOOSE))
+    directories = [world.adapters["sql"], world.adapters["support"]]
+    given = [*directories, "--base", world.base, "--suite", world.suites["sql"], "--suite", world.suites["support"]]
+    found = on_disk.json("conflicts", *given, "--optimize", "--policy", policy)
+    assert found["choice"]
+    assert found["members"] == [str(one) for one in directories]
+    shown = on_disk.ok("conflicts", *given, "--optimize", "--policy", policy).out
+    assert f"optimize: {found['headline']}" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "--probe has no effect" in on_disk("conflicts", *given, "--optimize", "--probe", "8").err
