@@ -26,6 +26,9 @@ FROM_WEIGHTS = (
 _CONCENTRATED = 0.4
 _LISTED = 5
 MEASURE = f"Measure it: --probe {USUAL_K} (probe: {USUAL_K} in a recipe), with a suite for each."
+FIND = "Find the combination that keeps most of each: --optimize (optimize: {} in a recipe)."
+MEAN = "Without a measurement, take the mean: --method mean. A sum of three or more keeps far less of the worst one."
+"""Over the study's eight sets a sum kept 0.43 of the worst member's gain, the mean 0.80."""
 FITTED = "regmean"
 _SHRINK = "Shrink the sum: --set lambda=0.7, or --method mean."
 
@@ -170,7 +173,7 @@ def of_outcome(outcome: Outcome, limits: Limits, method: str) -> list[str]:
     verdict = outcome.verdict(limits)
     if verdict is Verdict.UNDECIDED:
         return [_more_examples(outcome, limits)]
-    return [*_fit(method), _SHRINK] if verdict is Verdict.WARN else []
+    return [*_fit(method), FIND, _SHRINK] if verdict is Verdict.WARN else []
 
 
 def _fit(method: str) -> list[str]:
@@ -194,7 +197,7 @@ def _relief(case: Case, worst: Effect, limits: Limits, shares: Mapping[str, floa
     """Remedies in the order in which they helped on real adapters, where shrinking the sum mostly did more harm. None
     is certain, so each needs another probe."""
     victim, intruder = case.position(worst.member), case.position(case.other(worst.member))
-    advice = [] if case.contradict else _fit(case.method)
+    advice = [] if case.contradict else [*_fit(case.method), FIND]
     if case.factored and worst.verdict(limits) is Verdict.WARN:
         advice.append(f"Protect {worst.member}: --set protect={victim} removes the others from its directions.")
     advice.append(f"Let fewer entries meet: --method {'knots_ties' if case.factored else 'ties'}.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from composer.conflicts.advice import FROM_WEIGHTS, MEASURE, of_outcome
+from composer.conflicts.advice import FROM_WEIGHTS, MEAN, MEASURE, of_outcome
 from composer.conflicts.evidence.interval import Interval, share_interval
 from composer.conflicts.evidence.outcome import COVERAGE, NOTICEABLE_NATS, Effect, Limits, Outcome, SideEffect
 from composer.conflicts.evidence.probe import ProbeResult
@@ -64,7 +64,8 @@ def summary(report: ConflictReport) -> Summary:
         measured = _measured_lines(report)[1:3] if report.probe else ()
         return Summary(headline, (decisive.message, *measured), next_step(decisive.code, otherwise))
     if report.probe is None:
-        return Summary(headline, _unmeasured_lines(report), MEASURE)
+        summed = len(report.members) > 2 and report.method in ("stack", "linear")
+        return Summary(headline, _unmeasured_lines(report), f"{MEASURE} {MEAN}" if summed else MEASURE)
     return Summary(headline, _measured_lines(report), next(iter(advice(report, cut_names=True)), ""))
 
 

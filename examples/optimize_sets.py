@@ -1,0 +1,167 @@
+"""Measure what a search for a combination is worth: sets of two and three study adapters.
+
+    python examples/train.py fresh --base BASE --out ADAPTERS
+    python examples/optimize_sets.py --base BASE --adapters ADAPTERS --out ROWS.jsonl
+
+For each set, `adaptory conflicts --optimize` is run as a user would. Then every candidate is measured on the unseen
+examples, one half of which picks the best in hindsight and the other half values it: the regret is how much more of the
+worst member's gain that one keeps there than the search's choice. Writes a line of JSON for each set, and prints the
+table of docs/study.md, whose rows are kept in optimized.jsonl.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from study_sets import Member, member, suite_of
+from tasks import TASKS
+
+from composer.conflicts.evidence.outcome import Outcome, effect_of
+from composer.evaluation.calibration import Calibration
+from composer.evaluation.evaluate import Measured, encode, measure
+from composer.evaluation.model import LoadedModel, load_model
+from composer.formats.recipes.calibration_sets import CalibrationSet
+from composer.formats.recipes.methods import Regmean
+from composer.formats.recipes.suite import Example
+from composer.methods.combine import combine_parsed
+from composer.optimize import optimize as searching
+from composer.optimize.candidates import Candidate
+from composer.optimize.examples import splits
+from composer.optimize.objective import kept_share
+from composer.optimize.report import OptimizeReport, headline
+
+SETS = (
+    ("sql-migration-1.1", "terraform-review"),
+    ("terraform-review", "support-macros"),
+    ("alerts", "sorting"),
+    ("orders", "travel"),
+    ("bumps", "alerts"),
+    ("sorting", "travel"),
+    ("orders", "travel", "bumps"),
+    ("sql-migration-1.1", "terraform-review", "support-macros"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=Path, required=True, help="the directory make_base.py wrote")
+    parser.add_argument("--adapters", type=Path, required=True, help="where train.py put the study's adapters")
+    parser.add_argument("--out", type=Path, required=True, help="a file of rows; an existing one is continued")
+    chosen = parser.parse_args()
+    rows = [json.loads(line) for line in chosen.out.read_text().splitlines()] if chosen.out.exists() else []
+    done = {tuple(row["members"]) for row in rows}
+    loaded = load_model(chosen.base, "cpu")
+    with chosen.out.open("a") as out:
+        for names in (one for one in SETS if one not in done):
+            rows.append(searched(loaded, [member(loaded, chosen.adapters, name) for name in names], names))
+            out.write(json.dumps(rows[-1]) + "\n")
+            out.flush()
+            print(rows[-1], flush=True)
+    for line in table(rows):
+        print(line)
+
+
+def searched(loaded: LoadedModel, members: Sequence[Member], names: Sequence[str]) -> dict[str, Any]:
+    """The search's result on a set, and its regret."""
+    own = [
+        searching.Member(adapter=replace(one.adapter, name=name), suite=one.suite)
+        for one, name in zip(members, names, strict=True)
+    ]
+    problem = searching.Problem(load=lambda: loaded, members=own, guards=[suite_of(TASKS["guard"])])
+    report = searching.optimize(problem)
+    values = {one.candidate.key: unseen(loaded, problem, one.candidate) for one in report.tried}
+    first, second = ({key: value[half] for key, value in values.items()} for half in (0, 1))
+    picked = max(first, key=lambda key: first[key])
+    winner = next(one.candidate for one in report.tried if one.candidate.name == report.best[0].candidate.name)
+    return {
+        "members": list(names),
+        "headline": headline(report),
+        "choice": report.choice.name if report.choice else None,
+        "first": report.best[0].candidate.name,
+        "kept": worst_kept(report, report.best[0].candidate.name),
+        "exact": answers(report, report.best[0].candidate.name),
+        "mean_kept": worst_kept(report, "mean"),
+        "mean_exact": answers(report, "mean"),
+        "regret": round(second[picked] - second[winner.key], 4),
+        "best_in_hindsight": next(one.candidate.name for one in report.tried if one.candidate.key == picked),
+        "search_s": round(report.search_s),
+        "confirm_s": round(report.confirm_s),
+        "passes": report.passes,
+    }
+
+
+def worst_kept(report: OptimizeReport, name: str) -> float:
+    return round(next(one.worst_kept for one in report.best if one.candidate.name == name), 4)
+
+
+def answers(report: OptimizeReport, name: str) -> list[list[int]]:
+    """For each member: exact matches retained, and those that it gives alone."""
+    confirmed = next(one for one in report.best if one.candidate.name == name)
+    return [[effect.still_answered, effect.answered] for effect in confirmed.outcome.effects]
+
+
+def unseen(loaded: LoadedModel, problem: searching.Problem, candidate: Candidate) -> tuple[float, float]:
+    """The worst member's kept share on each half of the unseen examples."""
+    parts = splits(problem.suites, problem.effort.search, problem.effort.confirm)
+    settings = candidate.parsed.with_tied("untie")
+    observe = None
+    if isinstance(settings, Regmean):
+        count = next(iter(parts.values())).searched
+        sets = [CalibrationSet(one.suite, count) for one in problem.members]
+        observe = Calibration(problem.load, sets, settings).observe
+    weights = candidate.weights([one.weight for one in problem.members])
+    deltas = combine_parsed([one.adapter for one in problem.members], weights, settings, observe).deltas
+    halves: list[float] = []
+    for half in (0, 1):
+        effects = [
+            effect_of(
+                (one.adapter.name, one.suite.name),
+                *(run(loaded, examples, active) for active in ((), one.adapter.deltas, deltas)),
+                members=1,
+            )
+            for one in problem.members
+            for examples in [parts[one.suite.digest].confirm[half::2]]
+        ]
+        halves.append(min(map(kept_share, Outcome(1, tuple(effects), ()).effects)))
+    return halves[0], halves[1]
+
+
+_RUNS: dict[tuple[object, ...], list[Measured]] = {}
+
+
+def run(loaded: LoadedModel, examples: Sequence[Example], active: Any) -> list[Measured]:
+    """Measures the examples; those of the base and of members only once."""
+    key = (tuple(examples), id(active))
+    if active and isinstance(active, list):
+        return measure(loaded, [encode(loaded, one, chat=True) for one in examples], active)
+    if key not in _RUNS:
+        _RUNS[key] = measure(loaded, [encode(loaded, one, chat=True) for one in examples], active)
+    return _RUNS[key]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Markdown: what the search's first and the mean keep of the worst member, with exact matches, and the regret."""
+    lines = [
+        "| members | the search's first | kept | exact match | mean: kept | exact match | regret | search, confirm |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {' + '.join(row['members'])} | {row['first']}{'' if row['choice'] else ' (breaks a limit)'} "
+        f"| {row['kept']:.3f} | {_counts(row['exact'])} | {row['mean_kept']:.3f} | {_counts(row['mean_exact'])} "
+        f"| {row['regret']:+.3f} | {row['search_s']} s, {row['confirm_s']} s |"
+        for row in rows
+    ]
+    kept, regret = mean(row["kept"] for row in rows), mean(row["regret"] for row in rows)
+    return [*lines, "", f"mean: kept {kept:.3f}, regret {regret:+.4f}"]
+
+
+def _counts(exact: Sequence[Sequence[int]]) -> str:
+    return ", ".join(f"{left} of {alone}" for left, alone in exact)
+
+
+if __name__ == "__main__":
+    main()
