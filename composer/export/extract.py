@@ -4,7 +4,7 @@ Shapes: M x N a weight as stored, O outputs and I inputs of its module, R rank.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from composer.deltas.delta import Delta, Layout, LowRank, Replacement, spilled
 from composer.deltas.stored import MappedFile, SpillFile
 from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.export.peft import peft_form, write_adapter
+from composer.findings import Finding, Severity
 from composer.formats.adapters.placement.naming import TIED_HEAD, Target, find_weight, is_head
 from composer.formats.adapters.placement.result import CONV1D_MODELS, shape_text
 from composer.formats.checkpoints.checkpoint import Checkpoint
@@ -27,6 +28,8 @@ from composer.methods.tied import pair_for_head
 
 USUAL_RANK = 32
 """The rank if neither a rank nor a share of the energy is given."""
+MUCH_LOST = 0.3
+"""A relative error above this is a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,7 @@ class ExtractReport:
     unchanged: int
     size_bytes: int
     compressions: tuple[Compression, ...]
+    findings: tuple[Finding, ...]
 
     @property
     def lost(self) -> float:
@@ -79,11 +83,16 @@ def extract(
     for name, slot in _slots(base).items():
         work.take(name, slot)
         progress(base.architecture.tensors[name].size_bytes)
-    if not work.deltas:
-        message = f"{finetuned.path.name} has the same weights as {base.path.name}: there is nothing to extract."
+    if not work.compressions:
+        same = "has the same weights as" if not work.deltas else "differs in norms and biases alone from"
+        message = f"{finetuned.path.name} {same} {base.path.name}: there is no matrix to extract."
         raise Mismatch("nothing_to_extract", message, subject=finetuned.path.name, next_step="Name the fine-tuned one.")
     form = peft_form(work.deltas)
-    fields = {"task_type": "CAUSAL_LM", "fan_in_fan_out": base.architecture.model_type in CONV1D_MODELS}
+    fields = {
+        "base_model_name_or_path": str(base.path),
+        "task_type": "CAUSAL_LM",
+        "fan_in_fan_out": base.architecture.model_type in CONV1D_MODELS,
+    }
     note = {
         "made": "extract",
         "architecture_digest": architecture_digest(base.architecture),
@@ -101,7 +110,21 @@ def extract(
         unchanged=work.unchanged,
         size_bytes=size,
         compressions=tuple(work.compressions),
+        findings=tuple(_losses(finetuned.path.name, work.compressions)),
     )
+
+
+def _losses(name: str, compressions: Sequence[Compression]) -> list[Finding]:
+    """A warning if the cut to a rank lost much of what fine-tuning changed."""
+    lost = total_loss(compressions)
+    if lost <= MUCH_LOST:
+        return []
+    worst = max(compressions, key=lambda one: one.relative)
+    message = (
+        f"The adapter misses {lost:.0%} of what {name} changed (|Δ - Δ'| / |Δ|), and {worst.relative:.0%} at "
+        f"{worst.module}. Give a higher rank, or energy=0.99; what rounding to 16 bits changed has no low rank."
+    )
+    return [Finding("much_lost", Severity.WARNING, name, message, lost)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +156,9 @@ class _Extraction:
             file.drop_pages()
 
     def _compare(self, name: str, slot: _Slot, W: torch.Tensor, changed: torch.Tensor) -> None:
+        if not bool(torch.isfinite(changed).all()):
+            message = f"{name} of the fine-tuned checkpoint has a NaN or an infinite value."
+            raise InvalidFile("not_finite", message, subject=name, next_step="Use an earlier checkpoint of the run.")
         if _same(W, changed):
             self.unchanged += 1
         elif slot.layout is not None:
@@ -215,11 +241,15 @@ def _refuse_unlike(base: Checkpoint, finetuned: Checkpoint) -> None:
     for name in sorted(ours.keys() | theirs.keys()):
         if name in ours and name in theirs and ours[name].shape == theirs[name].shape:
             continue
+        both = name in ours and name in theirs
+        grown = both and len(ours[name].shape) == 2 and ours[name].shape[1:] == theirs[name].shape[1:]
         here = shape_text(ours[name].shape) if name in ours else "missing"
         there = shape_text(theirs[name].shape) if name in theirs else "missing"
         raise Mismatch(
             "architecture_differs",
             f"{name} is {here} in {base.path.name} and {there} in {finetuned.path.name}.",
             subject=name,
-            next_step="Name the checkpoint that it was fine-tuned from.",
+            next_step="A grown vocabulary cannot be extracted: use the checkpoint itself."
+            if grown
+            else "Name the checkpoint that it was fine-tuned from.",
         )

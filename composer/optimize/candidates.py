@@ -12,7 +12,8 @@ from composer.formats.recipes.weights import Weight
 
 SUM_FACTORS = (1.0, 0.7, 0.5)
 MEMBER_FACTORS = (0.7, 0.5)
-RIDGES = (0.1, 0.01)
+FITS = ((0.01, 1), (0.1, 2), (0.01, 2))
+"""(ridge, steps) of RegMean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def low_rank(count: int) -> list[Candidate]:
 
 
 def fitted(count: int) -> list[Candidate]:
-    """RegMean with several ridges, in one and in two steps."""
+    """RegMean in one step, and in two, which take twice as long."""
     return [
         Candidate(
             name=f"regmean, ridge {ridge:g}, {steps} step{'s' if steps > 1 else ''}",
@@ -92,8 +93,7 @@ def fitted(count: int) -> list[Candidate]:
             factors=(1.0,) * count,
             settings={"ridge": ridge, "steps": steps},
         )
-        for steps in (1, 2)
-        for ridge in RIDGES
+        for ridge, steps in FITS
     ]
 
 

@@ -191,7 +191,7 @@ class _Search:
         return not any(finding.severity is Severity.ERROR for finding in structural(parts, settings))
 
     def _affordable(self, examples: int) -> bool:
-        """Whether so many candidates times examples, each of every suite, are within the budget."""
+        """Whether `examples` more of every suite are within the budget, counted once for each candidate."""
         passes = self.measurements.passes + examples * len(self.splits)
         return passes <= self.effort.passes and monotonic() - self.started <= self.effort.seconds
 
@@ -200,7 +200,7 @@ class _Search:
         return [one.weight for one in self.members]
 
     def _refined(self, standings: Sequence[Standing]) -> list[Standing]:
-        """Weights that a response surface proposes, measured on all search examples, each of which improves it."""
+        """Weights that a response surface proposes, measured on all search examples; each measurement improves it."""
         sums, made = [one for one in standings if one.candidate.is_weighted_sum], list[Standing]()
         for _ in range(_SURFACE_ROUNDS):
             if not self._affordable(self.searched):

@@ -36,8 +36,8 @@ def proposed(
     `base` and `alone` are each member's nats without adapters and by itself.
     """
     count = len(base)
-    places = _places(count, seed)
-    kept, allowed = np.full(len(places), np.inf), np.ones(len(places), dtype=bool)
+    grid = _grid(count, seed)
+    kept, allowed = np.full(len(grid), np.inf), np.ones(len(grid), dtype=bool)
     for member in range(count):
         known = [(one.weights, nats) for one in points if (nats := one.nats[member]) is not None]
         if len(known) < unknowns(count):
@@ -49,17 +49,17 @@ def proposed(
         coefficients, *_ = np.linalg.lstsq(terms, logs, rcond=None)
         inverse = np.linalg.inv(terms.T @ terms)
         most = _leverage(terms, inverse).max()
-        here = _terms(places)
+        here = _terms(grid)
         allowed &= _leverage(here, inverse) <= most * (1 + 1e-9)
         gain = max(base[member] - alone[member], least_gain)
         kept = np.minimum(kept, (base[member] - np.exp(here @ coefficients)) / gain)
     if not allowed.any():
         return None
-    best = places[int(np.argmax(np.where(allowed, kept, -np.inf)))]
+    best = grid[int(np.argmax(np.where(allowed, kept, -np.inf)))]
     return tuple(round(float(weight), 4) for weight in best)
 
 
-def _places(count: int, seed: int) -> np.ndarray:
+def _grid(count: int, seed: int) -> np.ndarray:
     """Weights from GRID_STEP to LARGEST: a grid, or random ones for more than a few members. None is left out."""
     if count <= _MOST_ON_A_GRID:
         axis = np.arange(GRID_STEP, LARGEST + GRID_STEP / 2, GRID_STEP)

@@ -31,7 +31,10 @@ def add(
     name: Annotated[str, typer.Option(help="Short name, as in smollm2.")],
     alias: Annotated[list[str] | None, typer.Option(help="Another name, such as the hub id. May be repeated.")] = None,
     derived_from: Annotated[
-        str | None, typer.Option(metavar="BASE", help="The registered base that it was derived from.")
+        str | None,
+        typer.Option(
+            metavar="BASE", help="The registered base that it was derived from.", autocompletion=complete.bases
+        ),
     ] = None,
     relation: Annotated[
         str | None, typer.Option(help="How it was derived: cast, quantized, finetuned or merged.")

@@ -14,7 +14,7 @@ from registry.cli import optimize as optimizing
 from registry.cli.connect import Connection, connected
 from registry.cli.interrupt import interrupts
 from registry.cli.render import JsonFlag
-from registry.errors import FAMILIES, Usage
+from registry.errors import FAMILIES, RegistryError, Usage
 
 if TYPE_CHECKING:
     from composer.findings import Verdict
@@ -255,7 +255,7 @@ def required(verdict: str | None) -> "Verdict | None":
     return Verdict(verdict)
 
 
-def _error(composition: Json) -> Exception:
+def _error(composition: Json) -> RegistryError:
     error: Json = composition["error"] or {
         "code": "cancelled",
         "detail": "The composition was cancelled.",

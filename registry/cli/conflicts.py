@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composer.formats.untrusted import read_text
+from registry.cli import complete, render
 from registry.cli import optimize as optimizing
-from registry.cli import render
 from registry.cli.calibration import calibration_of
 from registry.cli.compose import Method, Require, Rules, Settings, required, settings_of, with_rules
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory, resolved
@@ -44,9 +44,28 @@ ProbeMax = Annotated[
 ]
 Suites = Annotated[
     list[str] | None,
-    typer.Option("--suite", metavar="NAME|FILE", help="For directories: the suite of each adapter, in order."),
+    typer.Option(
+        "--suite",
+        metavar="NAME|FILE",
+        help="For directories: the suite of each adapter, in order.",
+        autocompletion=complete.suites,
+    ),
 ]
-Guards = Annotated[list[str] | None, typer.Option("--guard", metavar="NAME|FILE", help="Guard suites to probe too.")]
+Adapters = Annotated[
+    list[str],
+    typer.Argument(metavar="REF|DIR...", help="Two or more adapters.", autocompletion=complete.references),
+]
+BaseOrDirectory = Annotated[
+    str | None,
+    typer.Option(
+        help="A registered base or a checkpoint directory; by default, the releases' own base.",
+        autocompletion=complete.bases,
+    ),
+]
+Guards = Annotated[
+    list[str] | None,
+    typer.Option("--guard", metavar="NAME|FILE", help="Guard suites to probe too.", autocompletion=complete.suites),
+]
 
 
 def register(root: typer.Typer) -> None:
@@ -54,11 +73,8 @@ def register(root: typer.Typer) -> None:
 
 
 def conflicts(  # noqa: PLR0913
-    adapters: Annotated[list[str], typer.Argument(metavar="REF|DIR...", help="Two or more adapters.")],
-    base: Annotated[
-        str | None,
-        typer.Option(help="A registered base or a checkpoint directory; by default, the releases' own base."),
-    ] = None,
+    adapters: Adapters,
+    base: BaseOrDirectory = None,
     weights: Annotated[str | None, typer.Option(help="1,0.5,... in the order of the adapters.")] = None,
     rule: Rules = None,
     method: Method = "stack",

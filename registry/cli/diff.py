@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from registry.cli import render
+from registry.cli import complete, render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.render import JsonFlag
 from registry.error_codes import refuse_errors
@@ -38,8 +38,8 @@ def register(root: typer.Typer) -> None:
 
 
 def diff(
-    old: Annotated[str, typer.Argument(metavar="REF|DIR", help="The old release.")],
-    new: Annotated[str, typer.Argument(metavar="REF|DIR", help="The new release.")],
+    old: Annotated[str, typer.Argument(metavar="REF|DIR", help="The old release.", autocompletion=complete.references)],
+    new: Annotated[str, typer.Argument(metavar="REF|DIR", help="The new release.", autocompletion=complete.references)],
     everything: Annotated[bool, typer.Option("--all", help="Show every module, not only the most changed.")] = False,
     json: JsonFlag = False,
 ) -> None:

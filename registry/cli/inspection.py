@@ -36,7 +36,9 @@ def inspect(
     base: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR|BASE", help="Check the fit to this base: a checkpoint directory or a registered base."
+            metavar="DIR|BASE",
+            help="Check the fit to this base: a checkpoint directory or a registered base.",
+            autocompletion=complete.bases,
         ),
     ] = None,
     server: Annotated[

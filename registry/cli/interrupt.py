@@ -22,6 +22,7 @@ _DESTRUCTOR_S = 0.02
 """Enough time to leave a destructor that was interrupted."""
 KEPT = {
     "push": "what was sent is kept; the same command sends the rest",
+    "extract": "nothing was written; the same command starts again",
     "pull": "what was fetched is kept; the same command fetches the rest",
     "merge": "the same command resumes with the shards that are finished",
     "eval": "no score was recorded; repeat the command",

@@ -168,7 +168,7 @@ def extract(
     ] = None,
     energy: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Keep this share of what each matrix changed by, at the lowest rank."),
+        typer.Option(min=0, max=1, help="Keep this share of the squared change of each matrix, at the lowest rank."),
     ] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -176,16 +176,22 @@ def extract(
     from composer.export.extract import extract as extract_adapter
     from composer.formats.checkpoints.checkpoint import open_checkpoint
 
+    if energy == 0:
+        raise Usage(
+            "bad_setting", "--energy is 0.", subject="--energy", next_step="Give a share above 0, such as 0.99."
+        )
     checkpoint = open_checkpoint(base)
     size_bytes = sum(spec.size_bytes for spec in checkpoint.architecture.tensors.values())
     with render.progress(f"extract {output.name}", size_bytes) as done:
         report = extract_adapter(
-            checkpoint, open_checkpoint(finetuned), output, rank=rank, energy=energy or None, progress=done
+            checkpoint, open_checkpoint(finetuned), output, rank=rank, energy=energy, progress=done
         )
     document = report.to_json()
-    shown = [(key, value) for key, value in document.items() if key not in ("compressions", "saved")]
+    _warn(report.findings)
+    shown = [(key, value) for key, value in document.items() if key not in ("compressions", "saved", "findings")]
     shown = [(key, _ranks(value) if key == "ranks" else value) for key, value in shown]
-    shown += [("saved in full", ", ".join(document["saved"]) or None)]
+    if saved := document["saved"]:
+        shown.append(("saved in full", f"{len(saved)}: {', '.join(saved[:3])}{', …' if len(saved) > 3 else ''}"))
     render.document(document, json, lambda: _show_cut(f"extracted to {output}", shown, document["compressions"]))
 
 

@@ -119,7 +119,7 @@ def fsck(
             render.out(f"{finding.severity}: {finding.message}")
         for sha256 in discarded:
             render.out(f"discarded the damaged blob {sha256}: push its files again")
-        verdict = f"{len(broken):,} errors" if broken else "clean"
+        verdict = f"{len(broken):,} error{'s' if len(broken) > 1 else ''}" if broken else "clean"
         if extent.steps:
             render.out(
                 f"{verdict}: {extent.releases:,} releases, {extent.channels:,} channels, {extent.blobs:,} blobs "

@@ -231,23 +231,25 @@ def verify(  # noqa: PLR0913
             refuse_narrow(signed, signature_covers)
             document |= _signature(signed)
     render.document(document, json, lambda: _show_verified(document))
-    if rebuild:
-        _refuse_not_rebuilt(what, directory, document["rebuild"])
+    if rebuild and (refused := _not_rebuilt(what, directory, document["rebuild"])):
+        # Not raised: with --json, stdout has the document, and a second one would break its readers.
+        raise typer.Exit(render.fail(refused, as_json=False))
 
 
-def _refuse_not_rebuilt(what: str, directory: Path, report: Json) -> None:
-    """Raises Refused when the files differ, and also when the note says that an earlier version of the method made
-    them: a note can claim that of anything."""
+def _not_rebuilt(what: str, directory: Path, report: Json) -> Refused | None:
+    """The error when the files differ, and also when the note says that an earlier version of the method made them: a
+    note can claim that of anything."""
     if report["verdict"] == "different":
         next_step = "Do not serve it; ask who published it."
         if directory == Path(what):
             next_step = "Check that base and adapters are those that were merged. If they are, do not serve it."
-        raise Refused("not_rebuilt", f"{what} differs from what its inputs give.", subject=what, next_step=next_step)
+        return Refused("not_rebuilt", f"{what} differs from what its inputs give.", subject=what, next_step=next_step)
     if report["verdict"] == "earlier":
         made = report["earlier"].split()[0]
-        message = f"{what} says that an earlier version of {made} made it, which this version cannot verify."
+        message = f"{what} says that it was made by an earlier version of {made}, which this version cannot verify."
         next_step = "Rebuild it with the Adaptory that made it, or compose it again."
-        raise Refused("earlier_method", message, subject=what, next_step=next_step)
+        return Refused("earlier_method", message, subject=what, next_step=next_step)
+    return None
 
 
 def _refuse_idle(options: Mapping[str, object], what: str) -> None:

@@ -44,7 +44,7 @@ def test_a_searched_composition_is_published_with_its_evidence_and_judged_on_oth
     small_team.ok("pull", "acme/assistant:1.0.0", "-o", tmp_path / "assistant")
     note = json.loads((tmp_path / "assistant" / "adaptory.json").read_text())
     assert note["method"] == choice["method"]
-    assert "optimized" not in note["note"]["lock"], "whoever reads an output need not be allowed to read its inputs"
+    assert "optimized" not in note["note"]["lock"], "readers of an output need not be allowed to read its inputs"
     shown = small_team.ok("compose", recipe).out
     assert f"optimize: {evidence['headline']}" in shown
     assert max(map(len, shown.splitlines())) <= 80
@@ -101,10 +101,10 @@ def test_directories_are_searched_without_a_registry(world: World, on_disk: Cli,
     policy.write_text(json.dumps(LOOSE))
     directories = [world.adapters["sql"], world.adapters["support"]]
     given = [*directories, "--base", world.base, "--suite", world.suites["sql"], "--suite", world.suites["support"]]
-    found = on_disk.json("conflicts", *given, "--optimize", "--policy", policy)
-    assert found["choice"]
-    assert found["members"] == [str(one) for one in directories]
+    result = on_disk.json("conflicts", *given, "--optimize", "--policy", policy)
+    assert result["choice"]
+    assert result["members"] == [str(one) for one in directories]
     shown = on_disk.ok("conflicts", *given, "--optimize", "--policy", policy).out
-    assert f"optimize: {found['headline']}" in shown
+    assert f"optimize: {result['headline']}" in shown
     assert max(map(len, shown.splitlines())) <= 80
     assert "--probe has no effect" in on_disk("conflicts", *given, "--optimize", "--probe", "8").err

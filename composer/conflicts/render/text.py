@@ -62,7 +62,9 @@ def summary(report: ConflictReport) -> Summary:
     if decisive is not None:
         otherwise = next((line for pair in by_verdict(report) for line in pair.explanation.advice), "")
         measured = _measured_lines(report)[1:3] if report.probe else ()
-        return Summary(headline, (decisive.message, *measured), next_step(decisive.code, otherwise))
+        alike = sum(one.code == decisive.code for one in report.findings) - 1
+        message = f"{decisive.message} ({alike} more like this: --explain)" if alike else decisive.message
+        return Summary(headline, (message, *measured), next_step(decisive.code, otherwise))
     if report.probe is None:
         summed = len(report.members) > 2 and report.method in ("stack", "linear")
         return Summary(headline, _unmeasured_lines(report), f"{MEASURE} {MEAN}" if summed else MEASURE)
@@ -110,7 +112,8 @@ def _answers_line(effect: Effect, limits: Limits) -> str:
         return f"{name} alone has no exact match on {_count(effect.examples, 'example')}: its loss decides"
     share = share_interval(effect.still_answered, effect.answered)
     kept = f"{effect.still_answered} of {effect.answered} ({share.low:.0%} to {share.high:.0%})"
-    return f"{name}: exact match retained on {kept}, {limits.answers:.0%} required"
+    required = f", {limits.answers:.0%} required" if limits.answers else ""
+    return f"{name}: exact match retained on {kept}{required}"
 
 
 def _loss_line(effect: Effect, limits: Limits) -> str:
@@ -132,7 +135,7 @@ def _unmeasured_lines(report: ConflictReport) -> tuple[str, ...]:
         return (
             compared,
             f"{who} act most on each other's prompts",
-            f"strength {worst.risk or 0.0:.2f} (weak evidence)",
+            f"strength {worst.risk or 0.0:.2f} (weak; checked only on members' own examples)",
         )
     meeting = [
         f"{cut(pair.a)} + {cut(pair.b)} meet most in {cut(module, 40)}"

@@ -117,9 +117,11 @@ class Optimize(Document):
         16, description="Unseen examples of each suite that the best are measured on."
     )
     passes: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="The search ends once it has measured so many examples."
+        None, description="The search ends once it has measured this number of examples."
     )
-    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="The search ends after so many minutes.")
+    minutes: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="The search ends after this number of minutes."
+    )
     seed: Annotated[int, Field(ge=0, le=2**53)] = 0
 
 

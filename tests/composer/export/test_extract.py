@@ -8,8 +8,9 @@ import torch
 from peft import PeftModel
 
 from composer.deltas.variants.load import load_deltas
-from composer.errors import Mismatch, NotSupported
+from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.export.extract import extract
+from composer.findings import Severity
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.merge.plan import plan_merge
 from composer.merge.run import run_merge
@@ -111,6 +112,31 @@ def test_equal_and_unlike_checkpoints_are_refused_and_leave_nothing(tmp_path: Pa
         extract(open_checkpoint(base), open_checkpoint(wider), tmp_path / "out")
     assert unlike.value.code == "architecture_differs"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_value_that_is_not_finite_is_refused_by_its_tensor(tmp_path: Path, make_model: MakeModel) -> None:
+    base, name = make_model(), "model.layers.1.self_attn.o_proj.weight"
+    finetuned = _finetuned(base, tmp_path / "finetuned", {name: torch.full((16, 16), float("nan"))})
+    with pytest.raises(InvalidFile, match=name) as refused:
+        extract(open_checkpoint(base), open_checkpoint(finetuned), tmp_path / "out")
+    assert refused.value.code == "not_finite"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cut_that_misses_much_of_the_change_is_a_warning(tmp_path: Path, make_model: MakeModel) -> None:
+    base, name = make_model(), "model.layers.1.self_attn.o_proj.weight"
+    change = torch.randn(16, 16, generator=torch.Generator().manual_seed(3)) * 0.1
+    finetuned = _finetuned(base, tmp_path / "finetuned", {name: change})
+    few = extract(open_checkpoint(base), open_checkpoint(finetuned), tmp_path / "few", rank=1)
+    assert [(one.code, one.severity) for one in few.findings] == [("much_lost", Severity.WARNING)]
+    assert extract(open_checkpoint(base), open_checkpoint(finetuned), tmp_path / "all", rank=16).findings == ()
+
+
+def test_norms_alone_are_no_adapter(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model()
+    finetuned = _finetuned(base, tmp_path / "finetuned", {"model.norm.weight": torch.full((16,), 0.5)})
+    with pytest.raises(Mismatch, match="differs in norms and biases alone"):
+        extract(open_checkpoint(base), open_checkpoint(finetuned), tmp_path / "out")
 
 
 def test_a_changed_expert_of_a_stack_is_refused_by_name(tmp_path: Path) -> None:

@@ -120,10 +120,10 @@ def test_two_of_the_same_adapter_are_averaged(problem: Problem, loaded: LoadedMo
     red = problem.members[0]
     twin = Member(adapter=replace(red.adapter, name="twin"), suite=suite_of(loaded, red.adapter, "crimson"))
     tight = replace(problem, members=[red, twin], guards=[], limits=Limits(loss=0.1, answers=0.9))
-    found = optimize(tight)
-    assert found.choice is not None
-    assert found.choice.name == "mean"
-    assert found.best[0].worst_kept == pytest.approx(1.0, abs=1e-3)
+    result = optimize(tight)
+    assert result.choice is not None
+    assert result.choice.name == "mean"
+    assert result.best[0].worst_kept == pytest.approx(1.0, abs=1e-3)
 
 
 def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: Problem) -> None:
@@ -139,9 +139,9 @@ def test_members_that_answer_the_same_prompts_differently_are_not_searched(probl
     red, blue = problem.members
     examples = tuple(replace(one, completion="another") for one in red.suite.examples)
     other = Suite(name="blue", kind="target", chat=False, ends=False, examples=examples)
-    found = optimize(replace(problem, members=[red, replace(blue, suite=other)]))
-    assert (found.choice, found.tried, found.passes) == (None, (), 0)
-    assert "16 of 16 shared prompts have other answers" in str(document(found)["headline"])
+    result = optimize(replace(problem, members=[red, replace(blue, suite=other)]))
+    assert (result.choice, result.tried, result.passes) == (None, (), 0)
+    assert "16 of 16 shared prompts have other answers" in str(document(result)["headline"])
 
 
 def test_a_budget_ends_the_search_and_the_best_so_far_are_confirmed(problem: Problem) -> None:
@@ -157,8 +157,8 @@ def test_few_unseen_examples_confirm_nothing(problem: Problem) -> None:
 
 def test_what_the_recipe_says_is_a_candidate_too(problem: Problem) -> None:
     own = Candidate(name="as given", family="given", method="ctm_mean", factors=(1.0, 1.0))
-    found = optimize(replace(problem, effort=Effort(search=2, confirm=2)), [own])
-    assert "as given" in {one.candidate.name for one in found.tried}
+    result = optimize(replace(problem, effort=Effort(search=2, confirm=2)), [own])
+    assert "as given" in {one.candidate.name for one in result.tried}
 
 
 def test_a_search_needs_two_members(problem: Problem) -> None:

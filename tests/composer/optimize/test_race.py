@@ -119,9 +119,9 @@ def test_the_surface_proposes_the_weights_where_the_worst_member_keeps_most() ->
         for a in axis
         for b in axis
     ]
-    found = proposed(points, (5.0, 5.0), (0.3, 0.3), LEAST_GAIN, seed=0)
-    assert found is not None
-    assert np.allclose(found, (0.7, 0.7), atol=0.051)
+    result = proposed(points, (5.0, 5.0), (0.3, 0.3), LEAST_GAIN, seed=0)
+    assert result is not None
+    assert np.allclose(result, (0.7, 0.7), atol=0.051)
 
 
 def test_too_few_points_or_points_on_a_line_give_no_surface() -> None:
