@@ -30,7 +30,6 @@ from composer.formats.recipes.suite import Example
 from composer.methods.combine import combine_parsed
 from composer.optimize import optimize as searching
 from composer.optimize.candidates import Candidate
-from composer.optimize.examples import splits
 from composer.optimize.objective import kept_share
 from composer.optimize.report import OptimizeReport, headline
 
@@ -106,12 +105,11 @@ def answers(report: OptimizeReport, name: str) -> list[list[int]]:
 
 def unseen(loaded: LoadedModel, problem: searching.Problem, candidate: Candidate) -> tuple[float, float]:
     """The worst member's kept share on each half of the unseen examples."""
-    parts = splits(problem.suites, problem.effort.search, problem.effort.confirm)
+    parts = problem.splits
     settings = candidate.parsed.with_tied("untie")
     observe = None
     if isinstance(settings, Regmean):
-        count = next(iter(parts.values())).searched
-        sets = [CalibrationSet(one.suite, count) for one in problem.members]
+        sets = [CalibrationSet(one.suite, problem.searched) for one in problem.members]
         observe = Calibration(problem.load, sets, settings).observe
     weights = candidate.weights([one.weight for one in problem.members])
     deltas = combine_parsed([one.adapter for one in problem.members], weights, settings, observe).deltas

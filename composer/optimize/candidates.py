@@ -83,24 +83,25 @@ def low_rank(count: int) -> list[Candidate]:
     return [mean, *sums, *single, *protecting, *joins]
 
 
-def fitted(count: int) -> list[Candidate]:
-    """RegMean in one step, and in two, which take twice as long."""
+def fitted(count: int, seed: int = 0) -> list[Candidate]:
+    """RegMean in one step, and in two, which take twice as long. `seed` chooses the tokens of long examples."""
     return [
         Candidate(
             name=f"regmean, ridge {ridge:g}, {steps} step{'s' if steps > 1 else ''}",
             family="regmean",
             method="regmean",
             factors=(1.0,) * count,
-            settings={"ridge": ridge, "steps": steps},
+            settings={"ridge": ridge, "steps": steps, **({"seed": seed} if seed else {})},
         )
         for ridge, steps in FITS
     ]
 
 
 def full_space(count: int) -> list[Candidate]:
-    """Methods that decide about each entry of the full matrices: a hundred times as slow to make."""
-    settings = {"lambda": 0.7}
-    return [Candidate(name="ties x 0.7", family="ties", method="ties", factors=(1.0,) * count, settings=settings)]
+    """Methods that decide about each entry of the full matrices, cut to a rank so that an adapter holds the result: a
+    hundred times as slow to make."""
+    ones, settings = (1.0,) * count, {"lambda": 0.7}
+    return [Candidate(name="ties_svd x 0.7", family="ties", method="ties_svd", factors=ones, settings=settings)]
 
 
 def _with(factors: tuple[float, ...], member: int, factor: float) -> tuple[float, ...]:

@@ -1,50 +1,44 @@
-"""Which examples of a suite a search may see, and which it is confirmed on. No example has two roles."""
+"""Which examples of a suite a search may see, and which the best are confirmed on.
+
+No example is in both. Gates are judged on all that the search did not see: confirmation only chooses among the best.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
+from composer.errors import Mismatch
 from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.suite import Example, Suite
 
 
 @dataclass(frozen=True)
 class Split:
-    """The first `searched` examples of the suite's fixed random order are for the search, the next `confirmed` for the
-    confirmation, the others for gates."""
+    """The first examples of the suite's fixed random order are for the search, later ones for the confirmation."""
 
     suite: Suite
-    searched: int
-    confirmed: int
+    search: tuple[Example, ...]
+    confirm: tuple[Example, ...]
 
-    @cached_property
-    def _order(self) -> tuple[Example, ...]:
-        """All examples in the order of `sample`, which gives all of them in the file's order."""
-        some = self.suite.sample(len(self.suite.examples) - 1)
-        return (*some, *(one for one in self.suite.examples if one not in some))
-
-    @property
-    def search(self) -> tuple[Example, ...]:
-        return self._order[: self.searched]
-
-    @property
-    def confirm(self) -> tuple[Example, ...]:
-        return self._order[self.searched : self.searched + self.confirmed]
-
-    def halves(self) -> tuple[Suite, Suite]:
-        """Two suites of the search examples: a method fitted on one is scored on the other."""
-        half = self.searched // 2
-        return self._with(self.search[:half]), self._with(self.search[half:])
-
-    def _with(self, examples: Sequence[Example]) -> Suite:
+    def part(self, examples: Sequence[Example]) -> Suite:
+        """A suite of some of the examples, for a fit."""
         return Suite(**{**self.suite.content, "examples": tuple(examples)})  # pyright: ignore[reportArgumentType]
 
     def to_json(self) -> dict[str, object]:
         """The digests of the search examples, in the form of a lock's calibration sets."""
-        return CalibrationSet(self.suite, self.searched).to_json()
+        return CalibrationSet(self.suite, len(self.search)).to_json()
 
 
-def splits(suites: Sequence[Suite], search: int, confirm: int) -> dict[str, Split]:
-    """A split of each suite by digest: as many search examples in each, at most half of the smallest one."""
-    searched = max(1, min(search, *(len(suite.examples) // 2 for suite in suites)))
-    return {suite.digest: Split(suite, searched, confirm) for suite in suites}
+def splits(members: Sequence[Suite], guards: Sequence[Suite], search: int, confirm: int) -> dict[str, Split]:
+    """A split of each suite by digest. The members' have equally many search examples, at most half of the smallest
+    one; a smaller guard has fewer. Raises Mismatch for a member's suite of fewer than two examples."""
+    for suite in members:
+        if len(suite.examples) < 2:
+            message = f"{suite.name} has only {len(suite.examples)} example: a search needs some to see and others."
+            raise Mismatch("suite_too_small", message, subject=suite.name, next_step="Add examples to the suite.")
+    searched = min(search, *(len(suite.examples) // 2 for suite in members))
+    seen = {suite.digest: suite.sample(min(searched, len(suite.examples) // 2)) for suite in (*members, *guards)}
+    anywhere = frozenset(one for examples in seen.values() for one in examples)
+    return {
+        suite.digest: Split(suite, seen[suite.digest], suite.sample(confirm, without=anywhere))
+        for suite in (*members, *guards)
+    }

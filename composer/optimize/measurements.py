@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from composer.errors import RefusedOutput
 from composer.evaluation.evaluate import Deltas, Encoded, Measured, encode, measure
 from composer.evaluation.model import LoadedModel
 from composer.formats.recipes.calibration_sets import example_digest
@@ -20,7 +19,7 @@ class Journal:
     """What was measured: a line of JSON for each pass over a batch, appended as it comes. An unfinished last line is
     cut off, so that its pass is run again as it was: in another batch the last bits would differ.
 
-    The first line names the problem. Raises RefusedOutput if the file belongs to another one.
+    The first line names the problem: measurements of another one, such as one with an older suite, are discarded.
     """
 
     def __init__(self, path: Path | None, problem: str) -> None:
@@ -30,14 +29,9 @@ class Journal:
             return
         head = json.dumps({"problem": problem})
         lines = _complete_lines(path)
-        if not lines:
+        if not lines or lines[0] != head:
             path.write_text(f"{head}\n", encoding="utf-8")
             return
-        if lines[0] != head:
-            message = f"{path.name} holds the measurements of another problem."
-            raise RefusedOutput(
-                "inputs_changed", message, subject=str(path), next_step="Remove the file, and start again."
-            )
         for line in lines[1:]:
             for who, suite, example, nats, tokens, exact in json.loads(line):
                 self.known[who, suite, example] = Measured(nats, tokens, exact)
@@ -65,7 +59,8 @@ def _complete_lines(path: Path) -> list[str]:
 
 
 class Measurements:
-    """Runs examples with deltas active; `passes` counts those that were run now, not before a restart."""
+    """Runs examples with deltas active. `passes` counts those that were asked for, each once, whether they were run now
+    or before a restart, so that a budget ends a resumed search where it ends any other; `run` counts those run now."""
 
     def __init__(
         self,
@@ -75,7 +70,8 @@ class Measurements:
     ) -> None:
         self._load, self._journal, self._progress = load, journal, progress
         self._encoded: dict[tuple[str, str], Encoded] = {}
-        self.passes = 0
+        self._asked: set[_Key] = set()
+        self.run = 0
 
     def of(self, who: str, deltas: Callable[[], Deltas], asked: Sequence[Asked]) -> list[Measured]:
         """The results for the examples, in order. The missing ones are run together, in one pass of `who`'s deltas.
@@ -83,15 +79,20 @@ class Measurements:
         Raises what `encode`, `deltas_applied` and `deltas` raise.
         """
         keys = [(who, suite.digest, example_digest(example)) for suite, example in asked]
+        self._asked.update(keys)
         missing = [
             (key, one) for key, one in dict(zip(keys, asked, strict=True)).items() if key not in self._journal.known
         ]
         if missing:
             encoded = [self._encode(suite, example) for _, (suite, example) in missing]
             measured = measure(self._load(), encoded, deltas(), progress=self._progress)
-            self.passes += len(missing)
+            self.run += len(missing)
             self._journal.add((key, one) for (key, _), one in zip(missing, measured, strict=True))
         return [self._journal.known[key] for key in keys]
+
+    @property
+    def passes(self) -> int:
+        return len(self._asked)
 
     def _encode(self, suite: Suite, example: Example) -> Encoded:
         key = (suite.digest, example_digest(example))

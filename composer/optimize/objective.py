@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 
-from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Effect, Limits, Outcome
+from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, NOTICEABLE_NATS, Effect, Limits, Outcome
 from composer.optimize.candidates import Candidate
 
 LEAST_GAIN = 0.05
@@ -29,12 +29,15 @@ class Standing:
         return [kept_share(effect) for effect in self.outcome.effects]
 
     def excess(self, limits: Limits) -> float:
-        """By how much the worst value exceeds its limit, relative to that limit; 0 if all are kept."""
-        allowed = [(one.loss, one.limit(limits)) for one in self.outcome.effects]
-        allowed += [(one.rise, limits.guard) for one in self.outcome.guards]
-        values = [value / max(limit, 1e-9) - 1 for value, limit in allowed if limit < inf]
+        """By how much the worst value exceeds its limit, relative to that limit; 0 if all are kept, and infinite for
+        nats that are not finite."""
+        effects, guards = self.outcome.effects, self.outcome.guards
+        if not all(isfinite(one.combined) for one in (*effects, *guards)):
+            return inf
+        allowed = [(one.loss, one.limit(limits)) for one in effects] + [(one.rise, limits.guard) for one in guards]
+        values = [(value - limit) / max(abs(limit), NOTICEABLE_NATS) for value, limit in allowed if limit < inf]
         if self.outcome.k >= LEAST_EXAMPLES and limits.answers > 0:
-            left = [one.answers_left for one in self.outcome.effects if one.answers_left is not None]
+            left = [one.answers_left for one in effects if one.answers_left is not None]
             values += [1 - share / limits.answers for share in left]
         return max([0.0, *values])
 
@@ -49,8 +52,7 @@ class Standing:
 
     def rank(self, limits: Limits) -> tuple[float, float]:
         """Sorts standings, the best first: those within the limits by value, then the others by what they exceed."""
-        excess = self.excess(limits)
-        return (excess, -self.value) if excess else (0.0, -self.value)
+        return self.excess(limits), -self.value
 
 
 def kept_share(effect: Effect) -> float:

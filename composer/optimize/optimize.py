@@ -4,30 +4,31 @@ The objective, the race and the candidates were chosen by what they kept on unse
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
 from pathlib import Path
 from time import monotonic
+from typing import Literal
 
 from composer.conflicts.evidence.outcome import Limits, Outcome, effect_of, side_effect_of
 from composer.deltas.delta import Delta, LowRank
-from composer.deltas.stored import StoredFactor
 from composer.deltas.variants.load import LoadedAdapter
-from composer.errors import Mismatch
+from composer.errors import Mismatch, NotSupported
 from composer.evaluation.calibration import Calibration
 from composer.evaluation.evaluate import Deltas, Measured
 from composer.evaluation.model import LoadedModel
-from composer.findings import Severity, Verdict
+from composer.export.combine import refuse_uncombinable
+from composer.findings import Verdict
 from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import Regmean
+from composer.formats.recipes.policy import THRESHOLDS, Policy
 from composer.formats.recipes.recipe import Optimize
-from composer.formats.recipes.suite import Example, Suite, contradicting_suites
+from composer.formats.recipes.suite import Contradiction, Example, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight
-from composer.methods.combine import combine_parsed, participating
+from composer.methods.combine import combine_parsed
 from composer.methods.regmean import ModuleInputs, Observe
-from composer.methods.structural import structural
 from composer.optimize.candidates import Candidate, fitted, full_space, low_rank, weighted_sum
 from composer.optimize.examples import Split, splits
 from composer.optimize.measurements import Asked, Journal, Measurements
@@ -40,12 +41,15 @@ SEARCH, CONFIRM = 8, 16
 """Default numbers of examples of each suite to search and to confirm on."""
 _BEST = 3
 _GUARDS_FROM = 4
-_SURFACE_FROM, _SURFACE_ROUNDS = 4, 3
+_SURFACE_AT, _SURFACE_ROUNDS = 4, 3
+
+FitOn = Literal["halves", "all"]
+"""A fitted candidate is fitted on one half of the search examples and measured on the other, or fitted on all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """An adapter to combine: its own weight, and the suite that says what it is for."""
+    """An adapter to combine: its own weight, which is positive, and the suite that says what it is for."""
 
     adapter: LoadedAdapter
     suite: Suite
@@ -55,8 +59,7 @@ class Member:
 @dataclass(frozen=True)
 class Effort:
     """`search` and `confirm` are examples of each suite. The search ends after `passes` measured examples or `seconds`,
-    whichever comes first, and then confirms; the first round is always run. `seed` draws weights where a grid would be
-    too large."""
+    whichever comes first, and then confirms; the first round is always run. `seed` is that of fits."""
 
     search: int = SEARCH
     confirm: int = CONFIRM
@@ -73,23 +76,62 @@ class Effort:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What to combine, and what counts. `load` returns the base, the same one every time."""
+    """What to combine, and what counts. `load` returns the base, the same one every time. With `as_adapter`, only what
+    one adapter can hold is tried. Members contradict each other if at least the share `same_prompts` of their prompts
+    have other answers."""
 
     load: Callable[[], LoadedModel]
     members: Sequence[Member]
     guards: Sequence[Suite] = ()
     limits: Limits = field(default_factory=Limits)
     effort: Effort = field(default_factory=Effort)
+    as_adapter: bool = False
+    same_prompts: float = THRESHOLDS["same_prompts"] or 0.0
+
+    def under(self, policy: Policy) -> "Problem":
+        """The problem with the policy's limits."""
+        share = policy.threshold("same_prompts")
+        ignored = share is None or policy.ignores("same_prompts")
+        return replace(self, limits=Limits.of(policy), same_prompts=inf if ignored or share is None else share)
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """The examples by suite digest. Raises Mismatch for a suite that is too small."""
+        members = [one.suite for one in self.members]
+        return splits(members, self.other_guards, self.effort.search, self.effort.confirm)
+
+    @cached_property
+    def other_guards(self) -> list[Suite]:
+        """The guards, each once, without those that are a member's suite."""
+        own = {one.suite.digest for one in self.members}
+        return [one for digest, one in {guard.digest: guard for guard in self.guards}.items() if digest not in own]
 
     @property
-    def suites(self) -> list[Suite]:
-        return [*(one.suite for one in self.members), *self.guards]
+    def searched(self) -> int:
+        """The search examples of each member's suite."""
+        return len(self.splits[self.members[0].suite.digest].search)
 
     @property
     def name(self) -> str:
         """Names the problem in a journal: what a result depends on beside the base's and the adapters' content."""
         members = [[one.adapter.name, one.weight.to_json(), one.suite.digest] for one in self.members]
-        return json.dumps([members, [guard.digest for guard in self.guards]])
+        return json.dumps([members, [guard.digest for guard in self.other_guards], self.effort.search])
+
+    def contradictions(self) -> list[Contradiction]:
+        """The pairs of members for which no single model can serve both."""
+        suites = {one.adapter.name: one.suite for one in self.members}
+        return [one for one in contradicting_suites(suites) if one.share >= self.same_prompts]
+
+    def check(self) -> None:
+        """Raises Mismatch for fewer than two members, a repeated name, and a weight that is not positive."""
+        names = [one.adapter.name for one in self.members]
+        if len(names) < 2 or len(set(names)) < len(names):
+            message = f"A search needs at least two members with different names, not {names}."
+            raise Mismatch("probe_members", message, subject="members", next_step="Give each member its own name.")
+        for one in self.members:
+            if one.weight.value <= 0:
+                message = f"{one.adapter.name} has the weight {one.weight.value:g}: there is nothing of it to keep."
+                raise Mismatch("weights", message, subject=one.adapter.name, next_step="Give it a positive weight.")
 
 
 def optimize(
@@ -101,15 +143,14 @@ def optimize(
     """Searches for the best combination of the members and confirms it on examples that the search did not see.
 
     `given` are candidates to try beside the usual ones. A run with the same `journal` resumes: what was measured is not
-    measured again, and the choice is the same. `progress` gets the number of examples just measured, and may raise.
+    measured again, and the choice is the same. `progress` gets the number of examples just measured, 0 from within
+    other work, and may raise.
 
-    Raises Mismatch for fewer than two members, and what `combine_parsed` and `encode` raise.
+    Raises what `Problem.check` and `encode` raise, and Mismatch or NotSupported if no candidate can be made.
     """
-    if len(problem.members) < 2:
-        message = f"A search needs at least two members, not {len(problem.members)}."
-        raise Mismatch("too_few", message, subject="members", next_step="Name at least two adapters.")
+    problem.check()
     search = _Search(problem, Journal(journal, problem.name), progress)
-    contradictions = contradicting_suites({one.adapter.name: one.suite for one in problem.members})
+    contradictions = problem.contradictions()
     best, tried = ([], []) if contradictions else search.run(given)
     choice = next((one.candidate for one in best[:_BEST] if one.verdict is not Verdict.WARN), None)
     return OptimizeReport(
@@ -117,9 +158,11 @@ def optimize(
         choice=choice,
         best=tuple(best),
         tried=tuple(tried),
+        left_out=search.left_out,
         contradictions=tuple(contradictions),
-        searched=tuple(split.to_json() for split in search.splits.values()),
+        searched=tuple(split.to_json() for split in problem.splits.values()),
         passes=search.measurements.passes,
+        run=search.measurements.run,
         search_s=search.search_s,
         confirm_s=monotonic() - search.started - search.search_s,
         seed=problem.effort.seed,
@@ -127,149 +170,170 @@ def optimize(
 
 
 def expected_passes(problem: Problem) -> int:
-    """The examples that a search measures at most, without what it proposes itself."""
-    count, suites = len(problem.members), problem.suites
-    split = splits(suites, problem.effort.search, problem.effort.confirm)
-    searched, total, done = next(iter(split.values())).searched, 0, 0
-    runners = len(low_rank(count)) + len(fitted(count)) + 1
+    """The examples that a search measures at most, without what a response surface proposes."""
+    count, guards, searched = len(problem.members), len(problem.other_guards), problem.searched
+    runners, total, done = len(low_rank(count)) + len(fitted(count)) + 1, 0, 0
     for k in rungs(searched):
-        guards = k if k == min(_GUARDS_FROM, searched) else k - done if k > _GUARDS_FROM else 0
-        total += runners * (count * (k - done) + len(problem.guards) * guards)
+        of_guards = k if k == min(_GUARDS_FROM, searched) else k - done if k > _GUARDS_FROM else 0
+        total += runners * (count * (k - done) + guards * of_guards)
         runners, done = max(LEAST_KEPT, (runners + 1) // 2), k
-    confirmed = [len(one.confirm) for one in split.values()]
-    alone = count * (len(problem.guards) + 1) * (searched + max(confirmed))
-    return total + sum(confirmed) * (_BEST + 2) + searched * len(suites) + alone
+    confirmed = [len(one.confirm) for one in problem.splits.values()]
+    alone = count * (guards + 1) * (searched + max(confirmed))
+    return total + sum(confirmed) * (_BEST + 2) + searched * (count + guards) + alone
 
 
 class _Search:
     """One search: combines, fits and measures candidates, and keeps what is needed again."""
 
     def __init__(self, problem: Problem, journal: Journal, progress: Callable[[int], None]) -> None:
-        self.started = monotonic()
-        self.members, self.guards, self.limits, self.effort = (
-            problem.members, problem.guards, problem.limits, problem.effort,
-        )  # fmt: skip
-        self.splits = splits(problem.suites, self.effort.search, self.effort.confirm)
-        self.searched = next(iter(self.splits.values())).searched
+        self.started, self.search_s = monotonic(), 0.0
+        self.problem, self.members, self.limits = problem, problem.members, problem.limits
         self.measurements = Measurements(problem.load, journal, progress)
-        self.search_s = 0.0
-        self._load = problem.load
+        self.left_out: dict[str, str] = {}
+        self._failure: Mismatch | NotSupported | None = None
+        self._progress = progress
         self._fitted: dict[tuple[str, str], list[Delta]] = {}
         self._observed: dict[tuple[object, ...], Mapping[str, ModuleInputs]] = {}
 
     def run(self, given: Sequence[Candidate]) -> tuple[list[Confirmed], list[Tried]]:
         """The best candidates, confirmed, and all that were tried."""
-        candidates = [one for one in self._candidates(given) if self._is_possible(one)]
-        history = race(candidates, self._standing, self.searched, self.limits, self._affordable)
-        latest = {one.candidate.key: one for standings in history for one in standings}
-        refined = self._refined([one for one in latest.values() if one.outcome.k >= min(_SURFACE_FROM, self.searched)])
-        finalists = [one for one in latest.values() if one.outcome.k == history[-1][0].outcome.k] + refined
-        nothing_fits = all(one.outcome.verdict(self.limits) is Verdict.WARN for one in finalists)
-        if nothing_fits and self._affordable(self.searched):
-            finalists += [self._standing(one, self.searched) for one in full_space(len(self.members))]
+        candidates = self._candidates(given)
+        history = race(candidates, self._standing, self.problem.searched, self.limits, self._affordable)
+        if not history:
+            raise self._failure or Mismatch("nothing_to_try", "There is no candidate.", next_step="Add one.")
+        finalists = self._finalists(history)
         order = {one.key: index for index, one in enumerate(candidates)}
         finalists.sort(key=lambda one: order.get(one.candidate.key, len(order)))
         chosen = [one.candidate for one in simplest_of_the_best(finalists, self.limits)[:_BEST]]
+        tried = {one.candidate.key: one for standings in (*history, finalists) for one in standings}
+        chosen += [one for one in candidates if one.family == "mean" and one.key in tried and one not in chosen]
         self.search_s = monotonic() - self.started
-        mean = [one for one in candidates if one.family == "mean" and one not in chosen]
-        tried = {**latest, **{one.candidate.key: one for one in finalists}}
-        return [self._confirmed(one) for one in (*chosen, *mean)], [
-            Tried.of(one, self.limits) for one in tried.values()
-        ]
+        self._observed.clear()
+        confirmed = [self._confirmed(one, len(chosen)) for one in chosen]
+        return [one for one in confirmed if one is not None], [Tried.of(one, self.limits) for one in tried.values()]
 
-    def _candidates(self, given: Sequence[Candidate]) -> Iterable[Candidate]:
-        """Each once, under its first name: the mean of two is half of their sum."""
+    def _candidates(self, given: Sequence[Candidate]) -> list[Candidate]:
+        """Each once, under its first name: the mean of two is half of their sum. How many examples to fit on is the
+        search's to say."""
         count, named = len(self.members), dict[str, Candidate]()
-        for one in (*low_rank(count), *(fitted(count) if self.searched > 1 else ()), *given):
-            named.setdefault(one.key, one)
-        return named.values()
+        fits = fitted(count, self.problem.effort.seed) if self.problem.searched > 1 else []
+        own = [replace(one, settings={k: v for k, v in one.settings.items() if k != "examples"}) for one in given]
+        for one in (*low_rank(count), *fits, *own):
+            if fits or not one.is_fitted:  # with a single search example there is none to fit on
+                named.setdefault(one.key, one)
+        return list(named.values())
 
-    def _is_possible(self, candidate: Candidate) -> bool:
-        """Whether the adapters can be combined so: `iso` and `tsv` need factors, and some findings refuse a method."""
-        weights, settings = candidate.weights(self._weights), candidate.parsed
-        parts = participating([one.adapter for one in self.members], weights, settings)
-        return not any(finding.severity is Severity.ERROR for finding in structural(parts, settings))
+    def _finalists(self, history: Sequence[Sequence[Standing]]) -> list[Standing]:
+        """What reached the last rung, refined weights and, if all of that is harmful, full-space methods: all on the
+        same examples."""
+        last = list(history[-1])
+        reached = last[0].outcome.k
+        last += self._refined(history, reached)
+        if all(one.outcome.verdict(self.limits) is Verdict.WARN for one in last) and self._affordable(reached):
+            made = [self._standing(one, reached) for one in full_space(len(self.members))]
+            last += [one for one in made if one is not None]
+        return last
 
     def _affordable(self, examples: int) -> bool:
         """Whether `examples` more of every suite are within the budget, counted once for each candidate."""
-        passes = self.measurements.passes + examples * len(self.splits)
-        return passes <= self.effort.passes and monotonic() - self.started <= self.effort.seconds
+        effort = self.problem.effort
+        passes = self.measurements.passes + examples * len(self.problem.splits)
+        return passes <= effort.passes and monotonic() - self.started <= effort.seconds
 
     @cached_property
     def _weights(self) -> list[Weight]:
         return [one.weight for one in self.members]
 
-    def _refined(self, standings: Sequence[Standing]) -> list[Standing]:
-        """Weights that a response surface proposes, measured on all search examples; each measurement improves it."""
-        sums, made = [one for one in standings if one.candidate.is_weighted_sum], list[Standing]()
+    def _refined(self, history: Sequence[Sequence[Standing]], reached: int) -> list[Standing]:
+        """Weights that a response surface proposes, measured as the finalists are; each measurement improves it."""
+        at = [one for standings in history for one in standings if one.outcome.k == _SURFACE_AT]
+        sums, made = [one for one in at if one.candidate.is_weighted_sum], list[Standing]()
         for _ in range(_SURFACE_ROUNDS):
-            if not self._affordable(self.searched):
-                break
-            weights = self._proposed([*sums, *made])
-            if weights is None or weights in {one.candidate.factors for one in (*sums, *made)}:
+            weights = self._proposed(sums) if self._affordable(reached) else None
+            if weights is None or weights in {one.candidate.factors for one in sums}:
                 break
             name = f"sum {' '.join(f'{weight:g}' for weight in weights)}"
-            made.append(self._standing(weighted_sum(name, "refined", weights), self.searched))
+            candidate = weighted_sum(name, "refined", weights)
+            point, final = self._standing(candidate, _SURFACE_AT), self._standing(candidate, reached)
+            if point is None or final is None:
+                break
+            sums.append(point)
+            made.append(final)
         return made
 
     def _proposed(self, sums: Sequence[Standing]) -> tuple[float, ...] | None:
         if not sums:
             return None
-        effects = sums[0].outcome.effects
+        effects, count = sums[0].outcome.effects, len(self.members)
         base, alone = [one.base for one in effects], [one.alone for one in effects]
-        count = len(effects)
         points = [
             Point(one.candidate.factors, tuple(effect.combined for effect in one.outcome.effects)) for one in sums
         ]
         points += [Point((0.0,) * count, tuple(base))]
-        points += [
-            Point(
-                tuple(float(member == other) for other in range(count)),
-                tuple(alone[member] if member == other else None for other in range(count)),
-            )
-            for member in range(count)
-        ]
-        return proposed(points, base, alone, LEAST_GAIN, self.effort.seed)
+        if all(weight == Weight() for weight in self._weights):  # with other weights, a member alone is another point
+            points += [
+                Point(
+                    tuple(float(member == other) for other in range(count)),
+                    tuple(alone[member] if member == other else None for other in range(count)),
+                )
+                for member in range(count)
+            ]
+        return proposed(points, base, alone, LEAST_GAIN)
 
-    def _standing(self, candidate: Candidate, k: int) -> Standing:
-        """The candidate on the first `k` search examples of each suite. Guards are asked once few candidates are left:
-        they rarely decide."""
+    def _standing(self, candidate: Candidate, k: int) -> Standing | None:
+        """The candidate on the first `k` search examples of each suite. Guards are measured once few candidates are
+        left: they rarely decide."""
         own = {one.suite.digest for one in self.members}
 
         def chosen(split: Split) -> tuple[Example, ...]:
-            return split.search[:k] if split.suite.digest in own or k >= min(_GUARDS_FROM, self.searched) else ()
+            measured = split.suite.digest in own or k >= min(_GUARDS_FROM, self.problem.searched)
+            return split.search[:k] if measured else ()
 
-        return Standing(candidate, self._outcome(candidate, chosen, 1))
+        outcome = self._outcome(candidate, chosen, "halves", 1)
+        return Standing(candidate, outcome) if outcome is not None else None
 
-    def _confirmed(self, candidate: Candidate) -> Confirmed:
-        """The candidate, fitted on all search examples, on the unseen ones."""
-        final = self._final(candidate)
-        outcome = self._outcome(final, lambda split: split.confirm, _BEST)
-        return Confirmed(candidate=final, outcome=outcome, verdict=outcome.verdict(self.limits))
+    def _confirmed(self, candidate: Candidate, claims: int) -> Confirmed | None:
+        """The candidate, fitted on all search examples, on the unseen ones. The intervals of `claims` candidates hold
+        together."""
+        if candidate.is_fitted:
+            candidate = replace(candidate, settings={**candidate.settings, "examples": self.problem.searched})
+        outcome = self._outcome(candidate, lambda split: split.confirm, "all", claims)
+        if outcome is None:
+            return None
+        unseen = min(one.examples for one in (*outcome.effects, *outcome.guards))
+        verdict = outcome.verdict(self.limits)
+        if len(outcome.guards) < len(self.problem.other_guards):  # a guard has no unseen example
+            verdict = Verdict.worst([verdict, Verdict.UNDECIDED])
+        return Confirmed(candidate=candidate, outcome=outcome, verdict=verdict, unseen=unseen)
 
-    def _final(self, candidate: Candidate) -> Candidate:
-        if not candidate.is_fitted:
-            return candidate
-        return replace(candidate, settings={**candidate.settings, "examples": self.searched})
-
-    def _outcome(self, candidate: Candidate, chosen: Callable[[Split], tuple[Example, ...]], claims: int) -> Outcome:
-        asked = {digest: [(split.suite, one) for one in chosen(split)] for digest, split in self.splits.items()}
-        guards = [one for guard in self.guards for one in asked[guard.digest]]
+    def _outcome(
+        self, candidate: Candidate, chosen: Callable[[Split], tuple[Example, ...]], fit_on: FitOn, claims: int
+    ) -> Outcome | None:
+        """What the candidate does on the chosen examples; None, with the reason in `left_out`, if it cannot be made."""
+        asked = {digest: [(split.suite, one) for one in chosen(split)] for digest, split in self.problem.splits.items()}
+        guards = [guard for guard in self.problem.other_guards if asked[guard.digest]]
+        of_guards = [one for guard in guards for one in asked[guard.digest]]
         base = self._by_suite("base", lambda: (), [one for rows in asked.values() for one in rows])
         alone = {
             one.adapter.name: self._by_suite(
-                f"alone: {one.adapter.name}", lambda one=one: one.adapter.deltas, [*asked[one.suite.digest], *guards]
+                f"alone: {one.adapter.name}", lambda one=one: one.adapter.deltas, [*asked[one.suite.digest], *of_guards]
             )
             for one in self.members
         }
-        combined = self._combined(candidate, asked)
+        try:
+            combined = self._combined(candidate, asked, fit_on)
+        except (Mismatch, NotSupported) as error:
+            self.left_out[candidate.name] = str(error)
+            self._failure = self._failure or error
+            return None
+        together = (len(self.members) + len(guards)) * claims
         effects = tuple(
             effect_of(
                 (one.adapter.name, one.suite.name),
                 base[one.suite.digest],
                 alone[one.adapter.name][one.suite.digest],
                 combined[one.suite.digest],
-                len(self.members) * claims,
+                together,
             )
             for one in self.members
         )
@@ -279,9 +343,9 @@ class _Search:
                 base[guard.digest],
                 {name: run[guard.digest] for name, run in alone.items()},
                 combined[guard.digest],
+                together,
             )
-            for guard in self.guards
-            if asked[guard.digest]
+            for guard in guards
         )
         return Outcome(max(map(len, asked.values())), effects, side_effects)
 
@@ -291,56 +355,67 @@ class _Search:
             results.setdefault(suite.digest, []).append(measured)
         return results
 
-    def _combined(self, candidate: Candidate, asked: Mapping[str, Sequence[Asked]]) -> dict[str, list[Measured]]:
-        """The combination's results by suite. While it is searched, a fitted one is fitted on one half of the search
-        examples and measured on the other."""
-        if not candidate.is_fitted or "examples" in candidate.settings:
+    def _combined(
+        self, candidate: Candidate, asked: Mapping[str, Sequence[Asked]], fit_on: FitOn
+    ) -> dict[str, list[Measured]]:
+        """The combination's results by suite."""
+        if not candidate.is_fitted or fit_on == "all":
             rows = [one for rows in asked.values() for one in rows]
-            sets = [CalibrationSet(one.suite, self.searched) for one in self.members]
+            sets = [CalibrationSet(one.suite, self.problem.searched) for one in self.members]
             return self._by_suite(candidate.key, lambda: self._deltas(candidate, sets, "all"), rows)
-        half = self.searched // 2
+        half = self.problem.searched // 2
         results: dict[str, list[Measured]] = {digest: [] for digest in asked}
-        for index, part in enumerate((slice(half), slice(half, None))):
-            rows = [one for rows in asked.values() for one in rows[part]]
-            others = [self.splits[one.suite.digest].halves()[1 - index] for one in self.members]
-            sets = [CalibrationSet(suite, len(suite.examples)) for suite in others]
+        for index, (scored, other) in enumerate(((slice(half), slice(half, None)), (slice(half, None), slice(half)))):
+            rows = [one for rows in asked.values() for one in rows[scored]]
             who = f"{candidate.key} half {2 - index}"
+            sets = self._sets(other, {example for _, example in rows})
             seen = self._by_suite(who, lambda sets=sets, who=who: self._deltas(candidate, sets, who), rows)
             for digest, measured in seen.items():
                 results[digest] += measured
         return results
+
+    def _sets(self, part: slice, scored: set[Example]) -> list[CalibrationSet]:
+        """Each member's examples to fit on: a part of its search examples, without those that are `scored`, since
+        suites may share some."""
+        sets: list[CalibrationSet] = []
+        for one in self.members:
+            split = self.problem.splits[one.suite.digest]
+            examples = [example for example in split.search[part] if example not in scored]
+            sets.append(CalibrationSet(split.part(examples), len(examples)) if examples else CalibrationSet())
+        return sets
 
     def _deltas(self, candidate: Candidate, sets: Sequence[CalibrationSet], fitted_on: str) -> Deltas:
         """The combined deltas; those of a fit are kept, since it takes seconds."""
         key = candidate.key, fitted_on
         if key in self._fitted:
             return self._fitted[key]
+        self._progress(0)
         adapters, settings = [one.adapter for one in self.members], candidate.parsed.with_tied("untie")
-        observe = self._observe(Calibration(self._load, sets, settings)) if isinstance(settings, Regmean) else None
-        made = combine_parsed(adapters, candidate.weights(self._weights), settings, observe).deltas
+        weights = candidate.weights(self._weights)
+        if self.problem.as_adapter:
+            refuse_uncombinable(adapters, weights, settings)
+        observe = None
+        if isinstance(settings, Regmean):
+            calibration = Calibration(self.problem.load, sets, settings, lambda _count: self._progress(0))
+            observe = self._observe(calibration, candidate)
+        made = combine_parsed(adapters, weights, settings, observe).deltas
         if observe is not None:
             self._fitted[key] = made
         return made
 
-    def _observe(self, calibration: Calibration) -> Observe:
-        """Observes inputs, and remembers those under a member's own deltas: every fit begins with them. Those are known
-        by their factors, which stay mapped from the adapter's file."""
-        own = {one for member in self.members for one in _addresses(member.adapter.deltas)}
+    def _observe(self, calibration: Calibration, candidate: Candidate) -> Observe:
+        """Observes inputs. Every fit begins with those under each member's own deltas, which are remembered: all fits
+        on the same examples share them."""
+        begun: set[int] = set()
+        tokens = (calibration.settings.tokens, calibration.settings.seed)
 
         def observe(member: int, active: Sequence[Delta], wanted: Mapping[str, LowRank]) -> Mapping[str, ModuleInputs]:
-            addresses = _addresses(active)
-            if len(addresses) < len(active) or not own.issuperset(addresses):
+            if member in begun:  # a second step, under the fitted deltas
                 return calibration.observe(member, active, wanted)
-            scales = tuple(delta.scale for delta in active if isinstance(delta, LowRank))
-            key = (member, str(calibration.sets[member].to_json()), (*addresses, *scales))
+            begun.add(member)
+            key = (member, json.dumps(calibration.sets[member].to_json()), tokens, candidate.factors)
             if key not in self._observed:
                 self._observed[key] = calibration.observe(member, active, wanted)
             return self._observed[key]
 
         return observe
-
-
-def _addresses(deltas: Iterable[Delta]) -> list[int]:
-    """The addresses of the mapped factors."""
-    pairs = [delta.A for delta in deltas if isinstance(delta, LowRank)]
-    return [factor.tensor.data_ptr() for factor in pairs if isinstance(factor, StoredFactor)]

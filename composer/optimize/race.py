@@ -12,8 +12,8 @@ from composer.optimize.objective import Standing, best_first
 
 LEAST_KEPT = 3
 
-Measure = Callable[[Candidate, int], Standing]
-"""(candidate, k) -> its standing on the first k search examples of each suite."""
+Measure = Callable[[Candidate, int], Standing | None]
+"""(candidate, k) -> its standing on the first k search examples of each suite; None if it cannot be made."""
 
 
 def rungs(most: int) -> list[int]:
@@ -32,13 +32,16 @@ def race(
     affordable: Callable[[int], bool] = lambda _examples: True,
 ) -> list[list[Standing]]:
     """Each rung's standings, best first; the last rung's are on `most` examples of each suite, unless the budget ended
-    before. `affordable` is asked with the number of candidates times added examples of a rung; the first rung is always
-    run."""
+    before. Empty if no candidate can be made. `affordable` is asked with the number of candidates times added examples
+    of a rung; the first rung is always run."""
     runners, history, done = list(candidates), list[list[Standing]](), 0
     for k in rungs(most):
         if history and not affordable(len(runners) * (k - done)):
             break
-        standings = best_first([measure(candidate, k) for candidate in runners], limits)
+        measured = [measure(candidate, k) for candidate in runners]
+        standings = best_first([one for one in measured if one is not None], limits)
+        if not standings:
+            break
         history.append(standings)
         kept = max(LEAST_KEPT, (len(standings) + 1) // 2)
         runners, done = [one.candidate for one in standings[:kept]], k

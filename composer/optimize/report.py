@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, Effect, Limits, Outcome
 from composer.findings import Verdict
@@ -12,11 +13,13 @@ from composer.optimize.objective import Standing, kept_share
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confirmed:
-    """A candidate on examples that the search has not seen; intervals of the best three hold together."""
+    """A candidate on examples that the search has not seen, at least `unseen` of each suite. The intervals of all
+    losses and rises of the confirmed candidates hold together."""
 
     candidate: Candidate
     outcome: Outcome
     verdict: Verdict
+    unseen: int
 
     @property
     def worst_kept(self) -> float:
@@ -27,7 +30,7 @@ class Confirmed:
             **self.candidate.to_json(),
             "verdict": str(self.verdict),
             "worst_kept": self.worst_kept,
-            "examples": self.outcome.k,
+            "examples": self.unseen,
             "members": [_member(effect) for effect in self.outcome.effects],
             "guards": [one.to_json() for one in self.outcome.guards],
         }
@@ -56,22 +59,27 @@ class Tried:
         )
 
     def to_json(self) -> dict[str, object]:
-        return {**self.candidate.to_json(), "k": self.k, "worst_kept": self.worst_kept, "excess": self.excess}
+        numbers = {"worst_kept": self.worst_kept, "excess": self.excess}
+        return {**self.candidate.to_json(), "k": self.k, **{k: v if isfinite(v) else None for k, v in numbers.items()}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizeReport:
     """`choice` is the best candidate that breaks no limit on unseen examples; None if there is none. `best` are the
-    best three of the search and the mean, confirmed. Nothing is tried if `contradictions` show that the members answer
-    the same prompts differently. `searched` names the search examples of each suite by digest."""
+    best three of the search and the mean, confirmed. `left_out` has candidates that cannot be made, and why. Nothing is
+    tried if `contradictions` show that the members answer the same prompts differently. `searched` names the search
+    examples of each suite by digest. `passes` examples were measured, `run` of them by this process, in `search_s` and
+    `confirm_s` seconds."""
 
     members: tuple[str, ...]
     choice: Candidate | None
     best: tuple[Confirmed, ...]
     tried: tuple[Tried, ...]
+    left_out: Mapping[str, str]
     contradictions: tuple[Contradiction, ...]
     searched: tuple[Mapping[str, object], ...]
     passes: int
+    run: int
     search_s: float
     confirm_s: float
     seed: int
@@ -82,12 +90,14 @@ class OptimizeReport:
             "choice": self.choice.to_json() if self.choice else None,
             "best": [one.to_json() for one in self.best],
             "tried": [one.to_json() for one in self.tried],
+            "left_out": dict(self.left_out),
             "contradictions": [
                 {"a": one.a, "b": one.b, "shared": one.shared, "different": one.different}
                 for one in self.contradictions
             ],
             "searched": [dict(one) for one in self.searched],
             "passes": self.passes,
+            "run": self.run,
             "seconds": {"search": round(self.search_s, 1), "confirm": round(self.confirm_s, 1)},
             "seed": self.seed,
         }
@@ -106,7 +116,7 @@ def headline(report: OptimizeReport) -> str:
     if report.choice is None:
         return f"nothing fits: no combination of {len(report.tried)} keeps the limits"
     chosen = next(one for one in report.best if one.candidate is report.choice)
-    count, name = chosen.outcome.k, report.choice.name
+    count, name = chosen.unseen, report.choice.name
     if chosen.verdict is Verdict.OK:
         return f"{name}, confirmed on {count} unseen examples a suite"
     if count < LEAST_EXAMPLES:

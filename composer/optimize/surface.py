@@ -10,8 +10,8 @@ import numpy as np
 
 GRID_STEP = 0.05
 LARGEST = 1.3
-_DRAWS = 20_000
-_MOST_ON_A_GRID = 3  # members
+MOST_MEMBERS = 3
+"""Beyond it, the candidates are too few for a surface, and a grid has too many points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +28,18 @@ def unknowns(count: int) -> int:
 
 
 def proposed(
-    points: Sequence[Point], base: Sequence[float], alone: Sequence[float], least_gain: float, seed: int
+    points: Sequence[Point], base: Sequence[float], alone: Sequence[float], least_gain: float
 ) -> tuple[float, ...] | None:
     """The weights at which the worst member's predicted kept share is largest, among those no further from the points
-    than the points are from each other (their leverage). None if the points do not determine a surface.
+    than the points are from each other (their leverage). None for more than MOST_MEMBERS members, and if the points do
+    not determine a surface.
 
     `base` and `alone` are each member's nats without adapters and by itself.
     """
     count = len(base)
-    grid = _grid(count, seed)
+    if count > MOST_MEMBERS:
+        return None
+    grid = _grid(count)
     kept, allowed = np.full(len(grid), np.inf), np.ones(len(grid), dtype=bool)
     for member in range(count):
         known = [(one.weights, nats) for one in points if (nats := one.nats[member]) is not None]
@@ -59,12 +62,10 @@ def proposed(
     return tuple(round(float(weight), 4) for weight in best)
 
 
-def _grid(count: int, seed: int) -> np.ndarray:
-    """Weights from GRID_STEP to LARGEST: a grid, or random ones for more than a few members. None is left out."""
-    if count <= _MOST_ON_A_GRID:
-        axis = np.arange(GRID_STEP, LARGEST + GRID_STEP / 2, GRID_STEP)
-        return np.stack(np.meshgrid(*[axis] * count, indexing="ij"), axis=-1).reshape(-1, count)
-    return np.random.default_rng(seed).uniform(GRID_STEP, LARGEST, (_DRAWS, count))
+def _grid(count: int) -> np.ndarray:
+    """All weights from GRID_STEP to LARGEST: none is left out."""
+    axis = np.arange(GRID_STEP, LARGEST + GRID_STEP / 2, GRID_STEP)
+    return np.stack(np.meshgrid(*[axis] * count, indexing="ij"), axis=-1).reshape(-1, count)
 
 
 def _terms(weights_PT: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Conflicts between adapters, judged on the strongest evidence available."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, cached_property
@@ -112,7 +112,8 @@ def conflicts(  # noqa: PLR0913
         group = _Group(lambda: stack.enter_context(connected()), adapters, base, base_dir)
         settings = parse_settings(method, settings_of(set_))
         if optimize:
-            _refuse_idle({"--probe": probe, "--prompts": prompts, "--html": html, "--require": require})
+            idle = {"--probe": probe, "--prompts": prompts, "--html": html, "--require": require, "--explain": explain}
+            _refuse_idle(idle)
             evidence = group.evidence(suite or [], guard or [], (optimizing.SEARCHED, None), None, device)
             optimizing.run(evidence, group.load(), given, settings, rules, json=json)
             return
@@ -144,7 +145,7 @@ def _examined(
         return examine(group.load(), weights, settings, evidence=evidence, base=checkpoint, policy=rules)
 
 
-def _refuse_idle(options: dict[str, object]) -> None:
+def _refuse_idle(options: Mapping[str, object]) -> None:
     """Raises Usage for an option that has no effect with --optimize."""
     for name, value in options.items():
         if value:

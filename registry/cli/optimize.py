@@ -30,25 +30,21 @@ def run(
     json: bool,
 ) -> None:
     """Searches, with the given method among the candidates, and shows the report. Exits 1 if nothing fits."""
-    from composer.conflicts.evidence.outcome import Limits
     from composer.optimize.candidates import Candidate
     from composer.optimize.optimize import Effort, Member, Problem, expected_passes, optimize
     from composer.optimize.report import document
 
+    stated = method.model_dump(by_alias=True, exclude_unset=True)
     own = Candidate(
-        name="as given", family="given", method=method.method, factors=(1.0,) * len(adapters), settings=method.given()
+        name="as given", family="given", method=method.method, factors=(1.0,) * len(adapters), settings=stated
     )
-    problem = Problem(
-        load=evidence.load,
-        members=[
-            Member(adapter=adapter, suite=suite, weight=weight)
-            for adapter, suite, weight in zip(adapters, evidence.suites, weights, strict=True)
-            if suite
-        ],
-        guards=evidence.guards,
-        limits=Limits.of(policy),
-        effort=Effort(SEARCHED),
-    )
+    members = [
+        Member(adapter=adapter, suite=suite, weight=weight)
+        for adapter, suite, weight in zip(adapters, evidence.suites, weights, strict=True)
+        if suite is not None
+    ]
+    problem = Problem(load=evidence.load, members=members, guards=evidence.guards, effort=Effort(SEARCHED))
+    problem = problem.under(policy)
     with render.progress("optimize", expected_passes(problem), "examples") as bar:
         report = document(optimize(problem, [own], progress=bar))
     render.document(report, json, lambda: show(report))

@@ -40,8 +40,9 @@ class Examination:
         return len(suite.sample(None, self.used))
 
     def examples(self, members: Sequence[Member]) -> int:
-        """The total number of examples that the candidate and the members are measured on."""
+        """The total number of examples that the candidate, the base and the members are measured on."""
         candidate = sum(self.count(suite) for suite in self.suites)
+        candidate += sum(count for suite in self.suites if (count := self.count(suite)) < len(suite.examples))
         inputs = (self.count(suite) for member in members for suite in self.suites if self.needs(member, suite))
         return candidate + sum(inputs)
 
@@ -70,8 +71,8 @@ class Examination:
 def with_inputs(
     candidate: Sequence[Row], examination: Examination, members: Sequence[Member], base: "Callable[[], LoadedModel]"
 ) -> list[Row]:
-    """The candidate's scores, each with those of the inputs on the same examples: recorded, or else measured now.
-    `own_suite` says whether the suite is that input's own."""
+    """The candidate's scores, each with those of the inputs and, where examples are left out, of the base on the same
+    examples: recorded, or else measured now. `own_suite` says whether the suite is that input's own."""
     beside: dict[tuple[str, str], list[Row]] = {}
     for member in members:
         for suite in examination.suites:
@@ -91,18 +92,36 @@ def with_inputs(
                         "own_suite": suite.name == member.suite,
                     }
                 )
-    return [{**row, "inputs": beside.get((row["suite_digest"], row["metric"]), [])} for row in candidate]
+    on_base = _of_base(examination, base)
+    return [
+        {
+            **row,
+            "inputs": beside.get((row["suite_digest"], row["metric"]), []),
+            **on_base.get((row["suite_digest"], row["metric"]), {}),
+        }
+        for row in candidate
+    ]
+
+
+def _of_base(examination: Examination, base: "Callable[[], LoadedModel]") -> dict[tuple[str, str], Row]:
+    """The base's scores on the suites that are measured without some examples: its recorded ones are of all of them."""
+    partial = [suite for suite in examination.suites if examination.count(suite) < len(suite.examples)]
+    rows = [row for suite in partial for row in examination.scores(base(), suite, ())]
+    named = ("value", "stderr", "n")
+    return {(row["suite_digest"], row["metric"]): {"base": {name: row[name] for name in named}} for row in rows}
 
 
 def judge(rules: Mapping[str, bool], rows: Sequence[Row], base: Scores) -> list[Row]:
-    """Each rule's result, and whether it is `required`; others only warn."""
+    """Each rule's result, and whether it is `required`; others only warn. `base` has the base's recorded scores, which
+    those on exactly the candidate's examples replace."""
     candidate = {(row["suite"], row["metric"]): _measured(row) for row in rows}
     members: dict[tuple[str, str], dict[tuple[str, str], Measured]] = {}
     for row in rows:
         for one in row.get("inputs", []):
             own = members.setdefault((one["repository"], one["version"]), {})
             own[row["suite"], row["metric"]] = _measured({**row, **one})
-    against = gates.References(base=base, inputs=gates.best_of(list(members.values())))
+    same = {(row["suite"], row["metric"]): _measured({**row, **row["base"]}) for row in rows if "base" in row}
+    against = gates.References(base={**base, **same}, inputs=gates.best_of(list(members.values())))
     results = gates.judge(gates.parse_rules(list(rules)), candidate, against)
     return [
         {**result.to_json(), "required": required} for result, required in zip(results, rules.values(), strict=True)

@@ -1,16 +1,14 @@
 """The step that searches for method, settings and weights, and writes its choice into the lock."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
 from composer.formats.recipes.policy import read_policy
-from composer.formats.recipes.recipe import Optimize
-from composer.formats.recipes.suite import Suite
-from registry.domain.compositions import locking
+from composer.formats.recipes.recipe import Lock, Optimize
+from registry.domain.compositions import compositions, locking
 from registry.domain.compositions.locking import Choice
 from registry.errors import Refused
-from registry.worker.composition import CompositionRun, ProgressCount, composition_of, store, suites_named
+from registry.worker.composition import CompositionRun, ProgressCount, composition_of, suites_named
 from registry.worker.runner import JobRun
 
 _JOURNAL = "search.jsonl"
@@ -22,8 +20,10 @@ def optimize(held: JobRun) -> None:
     Raises Refused if no combination stays within the limits.
     """
     work = composition_of(held)
-    if work.lock.optimized is None:
-        _lock_choice(held, work)
+    if work.lock.optimized is None and work.recipe.optimize is not None:
+        lock = _searched(held, work, work.recipe.optimize)
+        with held.resources.write() as session:
+            compositions.lock_choice(session, work.composition_id, lock, held.resources.clock())
         work = composition_of(held)
     if work.lock.optimized and work.lock.optimized["choice"] is None:
         raise Refused(
@@ -34,33 +34,31 @@ def optimize(held: JobRun) -> None:
         )
 
 
-def _lock_choice(held: JobRun, work: CompositionRun) -> None:
-    from composer.conflicts.evidence.outcome import Limits
+def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
+    """The lock with what the search chose and its evidence; without a choice, with the evidence alone."""
     from composer.deltas.variants.load import load_deltas
     from composer.evaluation.model import load_model
     from composer.optimize.candidates import Candidate
     from composer.optimize.optimize import Effort, Member, Problem, expected_passes, optimize
     from composer.optimize.report import document
 
-    suites = _by_name(held, [name for name in work.member_suites if name])
+    suites = suites_named(held, [name or "" for name in work.member_suites])
+    guards = [suite for suite in suites_named(held, work.recipe.evaluate) if suite.kind == "guard"]
     members = [
         Member(
             adapter=replace(load_deltas(directory, work.architecture), name=f"{locked.repository}:{locked.version}"),
-            suite=suites[name],
+            suite=suite,
             weight=weight,
         )
-        for (directory, weight), locked, name in zip(
-            work.members(held), work.lock.inputs, work.member_suites, strict=True
-        )
-        if name
+        for (directory, weight), locked, suite in zip(work.members(held), work.lock.inputs, suites, strict=True)
     ]
     problem = Problem(
         load=cache(lambda: load_model(work.base_checkpoint(held).path)),
         members=members,
-        guards=[suite for suite in _by_name(held, work.recipe.evaluate).values() if suite.kind == "guard"],
-        limits=Limits.of(read_policy(work.recipe.policy)),
-        effort=Effort.of(work.recipe.optimize or Optimize.model_validate({})),
-    )
+        guards=guards,
+        effort=Effort.of(asked),
+        as_adapter=True,
+    ).under(read_policy(work.recipe.policy))
     own = Candidate(
         name="the recipe's",
         family="given",
@@ -70,15 +68,17 @@ def _lock_choice(held: JobRun, work: CompositionRun) -> None:
     )
     done = ProgressCount(held, "examples", expected_passes(problem))
     report = optimize(problem, [own], work.directory / _JOURNAL, done)
-    choice, evidence = report.choice, document(report)
+    choice, lock, evidence = report.choice, work.lock, document(report)
     if choice is None:
-        lock = replace(work.lock, optimized=evidence)
-    else:
-        chosen = Choice(method=choice.method, settings=choice.settings, factors=choice.factors, evidence=evidence)
-        with held.resources.read() as session:
-            lock = locking.with_choice(session, work.recipe, work.lock, chosen)
-    store(held, work, lock=lock.to_json())
-
-
-def _by_name(held: JobRun, names: Sequence[str]) -> dict[str, Suite]:
-    return {suite.name: suite for suite in suites_named(held, list(dict.fromkeys(names)))}
+        return replace(lock, optimized=evidence)
+    fitted_on = [problem.splits[suite.digest].to_json() for suite in suites] if choice.is_fitted else []
+    return locking.with_choice(
+        lock,
+        Choice(
+            method=choice.method,
+            settings=choice.settings,
+            factors=choice.factors,
+            calibration=fitted_on,
+            evidence=evidence,
+        ),
+    )

@@ -243,9 +243,14 @@ def effect_of(
 
 
 def side_effect_of(
-    suite: str, base: Sequence[Measured], alone: Mapping[str, Sequence[Measured]], combined: Sequence[Measured]
+    suite: str,
+    base: Sequence[Measured],
+    alone: Mapping[str, Sequence[Measured]],
+    combined: Sequence[Measured],
+    claims: int = 1,
 ) -> SideEffect:
-    """The effect on a guard, from the same examples under the base, each member alone, and the combination."""
+    """The effect on a guard, from the same examples under the base, each member alone, and the combination. `claims`
+    intervals hold together."""
     each = {name: _nll(run) for name, run in alone.items()}
     rise, stderr = _difference(combined, alone[max(each, key=lambda name: each[name])])
     n = len(base)
@@ -256,7 +261,7 @@ def side_effect_of(
         combined=_nll(combined),
         rise=rise,
         rise_stderr=stderr,
-        rise_interval=interval(rise, stderr, n),
+        rise_interval=interval(rise, stderr, n, claims),
         examples=n,
     )
 

@@ -122,7 +122,7 @@ class Optimize(Document):
     minutes: Annotated[float, Field(gt=0)] | None = Field(
         None, description="The search ends after this number of minutes."
     )
-    seed: Annotated[int, Field(ge=0, le=2**53)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**53)] = Field(0, description="Of fits, which choose among many tokens.")
 
 
 class Recipe(Document):
@@ -169,6 +169,9 @@ class Recipe(Document):
     @model_validator(mode="after")
     def _refuse_idle_prompts(self) -> Self:
         for index, source in enumerate(self.inputs):
+            if source.prompts and self.optimize:
+                why, path = "a search is fitted on suites", ("inputs", index, "prompts")
+                raise Refusal(why, "Leave them out, or leave out optimize.", path=path)
             if source.prompts and not PIPELINES[self.method].fitted:
                 why, path = f"{self.method} is not fitted on anything", ("inputs", index, "prompts")
                 raise Refusal(why, "Leave them out, or use regmean.", path=path)

@@ -49,6 +49,7 @@ class Act(StrEnum):
     CHANNEL_ROLLBACK = "channel:rollback"
     COMPOSITION_CANCEL = "composition:cancel"
     COMPOSITION_CREATE = "composition:create"
+    COMPOSITION_LOCK = "composition:lock"
     GATE_SET = "gate:set"
     MEMBER_SET = "member:set"
     NAMESPACE_CREATE = "namespace:create"

@@ -138,6 +138,22 @@ def unknown(composition_id: int) -> NotFound:
     )
 
 
+def lock_choice(session: Session, composition_id: int, lock: Lock, now: datetime) -> None:
+    """Writes the lock that a search completed. The audit log has its digest, but for a plan, which it does not have."""
+    composition, job = find(session, composition_id)
+    before, composition.lock = composition.lock["digest"], lock.to_json()
+    if not composition.plan_only:
+        audit.record(
+            session,
+            creator(session, composition, now),
+            Act.COMPOSITION_LOCK,
+            subject(composition),
+            namespace=job.namespace,
+            before={"lock": before},
+            after={"lock": lock.digest},
+        )
+
+
 def find_by_job(session: Session, job_id: int) -> Composition:
     """The composition of a job; so far every job has one. Raises NotFound for an unknown job."""
     job = queue.find(session, job_id)

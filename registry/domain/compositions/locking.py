@@ -83,6 +83,9 @@ def _refuse_unsearchable(recipe: Recipe, own: Sequence[str | None]) -> None:
         message = "A search may choose a fitted method, whose model is made from an adapter."
         raise Usage("no_adapter", message, subject="optimize", next_step="Add `adapter: NAMESPACE/NAME:VERSION`.")
     for source, name in zip(recipe.inputs, own, strict=True):
+        if source.weight <= 0:
+            message = f"{source.adapter} has the weight {source.weight:g}: a search keeps what an input does."
+            raise Usage("bad_weight", message, subject=source.adapter, next_step="Give it a positive weight.")
         if name is None:
             raise Usage(
                 "needs_examples",
@@ -94,29 +97,29 @@ def _refuse_unsearchable(recipe: Recipe, own: Sequence[str | None]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What a search found: `factors` multiply the inputs' weights, `evidence` is its report."""
+    """What a search found: `factors` multiply the inputs' weights, `calibration` are the examples that the method is
+    fitted on, `evidence` is the search's report."""
 
     method: str
     settings: Mapping[str, object]
     factors: Sequence[float]
+    calibration: Sequence[Mapping[str, Any]]
     evidence: Mapping[str, Any]
 
 
-def with_choice(session: Session, recipe: Recipe, lock: Lock, choice: Choice) -> Lock:
+def with_choice(lock: Lock, choice: Choice) -> Lock:
     """The lock with the method, settings and weights that a search chose, and its evidence."""
     settings = parse_settings(choice.method, choice.settings)
     weighted = [one.weighted.times(factor) for one, factor in zip(lock.inputs, choice.factors, strict=True)]
     inputs = [
         replace(one, weight=weight.value, rules=weight.rules) for one, weight in zip(lock.inputs, weighted, strict=True)
     ]
-    own = member_suites(session, recipe, [release_of(session, one) for one in lock.inputs])
-    calibration = _calibration(session, recipe, settings, own)
     return replace(
         lock,
         method=choice.method,
         settings=settings.to_json(),
         inputs=tuple(inputs),
-        calibration=calibration,
+        calibration=tuple(choice.calibration),
         method_version=settings.pipeline.version,
         optimized=choice.evidence,
     )

@@ -14,8 +14,8 @@ from composer.evaluation.model import LoadedModel
 from composer.findings import Verdict
 from composer.formats.recipes.calibration_sets import example_digest
 from composer.formats.recipes.suite import Example, Kind, Suite
+from composer.formats.recipes.weights import Weight
 from composer.optimize.candidates import Candidate
-from composer.optimize.examples import splits
 from composer.optimize.optimize import Effort, Member, Problem, expected_passes, optimize
 from composer.optimize.report import OptimizeReport, document
 from tests.composer.small_model import Load, scaled
@@ -49,7 +49,7 @@ def report(problem: Problem) -> OptimizeReport:
 
 def decided(report: OptimizeReport) -> dict[str, object]:
     """What two runs of one search have in common: all but the time and the passes."""
-    return {name: value for name, value in document(report).items() if name not in ("seconds", "passes")}
+    return {name: value for name, value in document(report).items() if name not in ("seconds", "run")}
 
 
 def test_the_choice_is_the_best_of_the_search_that_keeps_the_limits_on_unseen_examples(
@@ -59,14 +59,14 @@ def test_the_choice_is_the_best_of_the_search_that_keeps_the_limits_on_unseen_ex
     assert len({one.candidate.name for one in report.best}) == len(report.best) >= 3
     assert {one.outcome.k for one in report.best} == {8}
     assert "mean" in {one.candidate.name for one in report.tried}
-    assert report.passes <= expected_passes(problem) + 3 * 4 * len(problem.suites), "but for what a surface proposes"
+    assert report.passes <= expected_passes(problem) + 3 * 8 * len(problem.splits), "but for what a surface proposes"
 
 
 def test_the_report_is_json_and_names_the_examples_that_were_seen(report: OptimizeReport, problem: Problem) -> None:
     said = json.loads(json.dumps(document(report)))
     assert said["choice"]["method"] == report.choice.method  # pyright: ignore[reportOptionalMemberAccess]
     seen = {row["suite"]: row["examples"] for row in said["searched"]}
-    for suite in problem.suites:
+    for suite in (*(one.suite for one in problem.members), *problem.guards):
         assert seen[suite.name] == [example_digest(one) for one in suite.sample(4)]
 
 
@@ -74,8 +74,8 @@ def test_a_fit_is_never_scored_on_an_example_that_it_has_seen(problem: Problem, 
     journal = tmp_path / "search.jsonl"
     optimize(problem, journal=journal)
     halves = {
-        digest: [{example_digest(one) for one in half.examples} for half in split.halves()]
-        for digest, split in splits(problem.suites, 4, 8).items()
+        digest: [{example_digest(one) for one in half} for half in (split.search[:2], split.search[2:])]
+        for digest, split in problem.splits.items()
     }
     rows = [row for line in journal.read_text().splitlines()[1:] for row in json.loads(line)]
     scored = [(who, suite, example) for who, suite, example, *_ in rows if " half " in who]
@@ -96,7 +96,7 @@ def test_a_search_resumes_from_any_part_of_its_journal_with_the_same_choice(
         journal.write_text("".join(lines[:kept]) + '["torn')
         again = optimize(problem, journal=journal)
         assert decided(again) == decided(report)
-        passes.append(again.passes)
+        passes.append(again.run)
     assert passes == sorted(passes, reverse=True)
     assert passes[-1] == 0
 
@@ -113,7 +113,7 @@ def test_an_interrupted_search_goes_on_where_it_was(problem: Problem, report: Op
         optimize(problem, journal=tmp_path / "search.jsonl", progress=stop)
     again = optimize(problem, journal=tmp_path / "search.jsonl")
     assert decided(again) == decided(report)
-    assert again.passes < report.passes
+    assert again.run < report.run
 
 
 def test_two_of_the_same_adapter_are_averaged(problem: Problem, loaded: LoadedModel) -> None:
@@ -131,7 +131,7 @@ def test_if_nothing_fits_there_is_no_choice_and_the_best_are_shown(problem: Prob
     assert impossible.choice is None
     assert impossible.best
     assert {one.verdict for one in impossible.best} == {Verdict.WARN}
-    assert "ties x 0.7" in {one.candidate.name for one in impossible.tried}, "full space is the last resort"
+    assert "ties_svd x 0.7" in {one.candidate.name for one in impossible.tried}, "full space is the last resort"
     assert str(document(impossible)["headline"]).startswith("nothing fits")
 
 
@@ -164,3 +164,36 @@ def test_what_the_recipe_says_is_a_candidate_too(problem: Problem) -> None:
 def test_a_search_needs_two_members(problem: Problem) -> None:
     with pytest.raises(Mismatch, match="at least two members"):
         optimize(replace(problem, members=problem.members[:1]))
+    with pytest.raises(Mismatch, match="different names"):
+        optimize(replace(problem, members=[problem.members[0]] * 2))
+    with pytest.raises(Mismatch, match="red has the weight -1"):
+        optimize(replace(problem, members=[replace(problem.members[0], weight=Weight(-1.0)), problem.members[1]]))
+
+
+def test_a_guard_that_is_a_members_suite_or_named_twice_counts_once(problem: Problem) -> None:
+    (guard,) = problem.guards
+    doubled = replace(problem, guards=[guard, problem.members[0].suite, guard], effort=Effort(search=2, confirm=2))
+    assert [one.suite for one in optimize(doubled).best[0].outcome.guards] == ["guard"]
+
+
+def test_a_given_fit_is_scored_on_examples_that_it_has_not_seen_however_many_it_asks_for(
+    problem: Problem, tmp_path: Path
+) -> None:
+    own = Candidate(name="own", family="given", method="regmean", factors=(1.0, 1.0), settings={"examples": 8})
+    optimize(replace(problem, effort=Effort(search=2, confirm=2)), [own], journal=tmp_path / "search.jsonl")
+    rows = [row for line in (tmp_path / "search.jsonl").read_text().splitlines()[1:] for row in json.loads(line)]
+    assert {who.rpartition(" ")[0][-4:] for who, *_ in rows if who.startswith('["regmean",{}')} == {"half"}
+
+
+def test_an_adapter_without_factors_leaves_the_methods_that_need_them_out(
+    problem: Problem, load: Load, loaded: LoadedModel
+) -> None:
+    dora = scaled_dora(load)
+    members = [problem.members[0], Member(adapter=dora, suite=suite_of(loaded, dora, "dora"))]
+    result = optimize(replace(problem, members=members, guards=[], effort=Effort(search=2, confirm=2)))
+    assert result.best
+    assert {"iso", "tsv"} <= result.left_out.keys()
+
+
+def scaled_dora(load: Load) -> LoadedAdapter:
+    return replace(load("dora", 3, use_dora=True), name="dora")
