@@ -200,7 +200,8 @@ class _Search:
         candidates = self._candidates(given)
         history = race(candidates, self._standing, self.problem.searched, self.limits, self._affordable)
         if not history:
-            raise self._failure or Mismatch("nothing_to_try", "There is no candidate.", next_step="Add one.")
+            message, step = "No combination of these members can be made.", "Serve them separately."
+            raise self._failure or Mismatch("conflict_members", message, subject="members", next_step=step)
         finalists = self._finalists(history)
         order = {one.key: index for index, one in enumerate(candidates)}
         finalists.sort(key=lambda one: order.get(one.candidate.key, len(order)))

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from registry.database.tables import Job
+from registry.domain.compositions import compositions
 from registry.settings import Settings
 from registry.transfer.resources import Resources, open_resources
 from registry.worker.runner import JobKind, JobRun, run_one
@@ -30,7 +31,7 @@ from tests.scenarios.conftest import USER, stock
 from tests.scenarios.traces import api_of, bytes_in_s3, home_of, keeps_blobs_in_s3, traces
 from tests.scenarios.world import Cli, World, environment, server
 
-STEPS = list(KINDS["composition"].steps)
+STEPS = list(compositions.STEPS)
 LATER = timedelta(minutes=2)
 """Longer than a lease: by then the dead worker's job is anybody's."""
 
