@@ -34,7 +34,7 @@ from composer.optimize.examples import Split, splits
 from composer.optimize.measurements import Asked, Journal, Measurements
 from composer.optimize.objective import LEAST_GAIN, Standing, simplest_of_the_best
 from composer.optimize.race import LEAST_KEPT, race, rungs
-from composer.optimize.report import Confirmed, OptimizeReport, Tried
+from composer.optimize.report import Confirmed, OptimizeReport, Tried, choose
 from composer.optimize.surface import Point, proposed
 
 SEARCH, CONFIRM = 8, 16
@@ -152,10 +152,9 @@ def optimize(
     search = _Search(problem, Journal(journal, problem.name), progress)
     contradictions = problem.contradictions()
     best, tried = ([], []) if contradictions else search.run(given)
-    choice = next((one.candidate for one in best[:_BEST] if one.verdict is not Verdict.WARN), None)
     return OptimizeReport(
         members=tuple(one.adapter.name for one in problem.members),
-        choice=choice,
+        choice=choose(best[:_BEST]),
         best=tuple(best),
         tried=tuple(tried),
         left_out=search.left_out,

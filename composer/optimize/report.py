@@ -1,6 +1,6 @@
 """What a search found, for people and for a lock."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -101,6 +101,11 @@ class OptimizeReport:
             "seconds": {"search": round(self.search_s, 1), "confirm": round(self.confirm_s, 1)},
             "seed": self.seed,
         }
+
+
+def choose(best: Sequence[Confirmed]) -> Candidate | None:
+    """The first that breaks no limit on unseen examples. None if all do."""
+    return next((one.candidate for one in best if one.verdict is not Verdict.WARN), None)
 
 
 def document(report: OptimizeReport) -> dict[str, object]:

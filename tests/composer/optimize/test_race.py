@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from composer.conflicts.evidence.outcome import Limits, Outcome, effect_of
 from composer.errors import Mismatch
 from composer.evaluation.evaluate import Measured
+from composer.findings import Verdict
 from composer.formats.recipes.suite import Example, Suite
 from composer.optimize.candidates import Candidate, fitted, low_rank, weighted_sum
 from composer.optimize.examples import splits
 from composer.optimize.measurements import Journal
 from composer.optimize.objective import LEAST_GAIN, Standing, simplest_of_the_best
 from composer.optimize.race import race, rungs
+from composer.optimize.report import Confirmed, choose
 from composer.optimize.surface import Point, proposed, unknowns
 
 LIMITS = Limits(loss=10.0, answers=0.0)
@@ -129,6 +131,19 @@ def test_of_nearly_equal_ones_the_simplest_wins_and_any_within_the_limits_beats_
 def test_a_member_that_gained_nothing_counts_as_if_it_had_gained_a_little() -> None:
     nothing = standing(weighted_sum("sum", "sum", [1]), [3.1] * 4, alone=3.0)
     assert nothing.kept == [pytest.approx(-0.1 / LEAST_GAIN)]
+
+
+def test_the_first_that_breaks_no_limit_is_chosen() -> None:
+    def confirmed(name: str, verdict: Verdict) -> Confirmed:
+        one = standing(weighted_sum(name, "sum", [1]), [0.5] * 8)
+        return Confirmed(candidate=one.candidate, outcome=one.outcome, verdict=verdict, unseen=8)
+
+    first, second, third = (
+        confirmed("a", Verdict.WARN), confirmed("b", Verdict.UNDECIDED), confirmed("c", Verdict.OK),
+    )  # fmt: skip
+    assert choose([first, second, third]) is second.candidate
+    assert choose([third, second]) is third.candidate
+    assert choose([first]) is None
 
 
 def test_the_surface_proposes_the_weights_where_the_worst_member_keeps_most() -> None:
