@@ -4,6 +4,7 @@ A search has several ways to its answer, so that a page costs little whatever is
 matter: each is also forced upon it.
 """
 
+import os
 import re
 import unicodedata
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from registry.domain.search.query import RELATED, Query
 from tests.registry.searches import NOWHERE, STATEMENTS, plain_search, queries
 from tests.registry.shelf import METRICS, Item, stock
 
+EXAMPLES = 20 * min(2, int(os.environ.get("ADAPTORY_TEST_FUZZ", "1")))
 NOW = datetime(2026, 2, 1, tzinfo=UTC)
 ACTORS = (
     Actor("host", NOW, {EVERYWHERE: "admin"}),
@@ -78,7 +80,7 @@ orders = st.sampled_from([NEWEST, VERSION, "sql-exact.accuracy", "guard.nll", "g
 
 
 @settings(
-    max_examples=40,
+    max_examples=EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
