@@ -155,7 +155,7 @@ def compose(story: Story) -> None:
     references = [f"acme/{team}@prod" for team in COMBINED]
     story.chapter("Would two of them fight if they were added up? Measured")
     story.run("conflicts", *references, "--probe", "8", "--guard", "guard-general")
-    story.chapter("The recipe: a search finds how to combine them; the gates judge on other examples")
+    story.chapter("The recipe: a search combines them, and gates judge on other examples")
     recipe = EXAMPLES / "assistant.yaml"
     print(recipe.read_text().rstrip())
     story.run("compose", recipe)
