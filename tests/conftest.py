@@ -61,19 +61,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _mark_further_ways(items)
     yield
     items.sort(key=lambda item: SLOWEST_FIRST.index(item.path.relative_to(TESTS).parts[0]))
+    # Each test process begins with a continuous part of the list: deal the slow ones out to all.
     processes = getattr(config, "workerinput", {"workercount": 1})["workercount"]
-    items[:] = _dealt(items, processes)
-
-
-def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
-    """Each test process begins with a continuous part of the list. Deals the slow tests out to all; the others stay
-    together by module, so that a model or a filled database is made by one process."""
-    units: dict[object, list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        slow = item.path.relative_to(TESTS).parts[0] in SLOWEST_FIRST[:4]
-        units[item.nodeid if slow else item.path].append(item)
-    several = list(units.values())
-    return [item for first in range(processes) for unit in several[first::processes] for item in unit]
+    items[:] = [item for first in range(processes) for item in items[first::processes]]
 
 
 def _mark_further_ways(items: list[pytest.Item]) -> None:
