@@ -3,10 +3,10 @@
     python examples/train.py fresh --base BASE --out ADAPTERS
     python examples/optimize_sets.py --base BASE --adapters ADAPTERS --out ROWS.jsonl
 
-For each set, `adaptory conflicts --optimize` is run as a user would. Then every candidate is measured on the unseen
-examples, one half of which picks the best in hindsight and the other half values it: the regret is how much more of the
-worst member's gain that one keeps there than the search's choice. Writes a line of JSON for each set, and prints the
-table of docs/study.md, whose rows are kept in optimized.jsonl.
+For each set, this runs the search of `adaptory conflicts --optimize`. Then it measures every candidate on the unseen
+examples: one half selects the best candidate in hindsight, and the other half scores it. The regret is the difference
+between its score there and that of the search's choice, as a share of the worst member's gain. Writes a line of JSON
+for each set, and prints the table that docs/study.md has, with the time of each search.
 """
 
 import argparse

@@ -84,8 +84,8 @@ def extract(
         work.take(name, slot)
         progress(base.architecture.tensors[name].size_bytes)
     if not work.compressions:
-        same = "has the same weights as" if not work.deltas else "differs in norms and biases alone from"
-        message = f"{finetuned.path.name} {same} {base.path.name}: there is no matrix to extract."
+        relation = "differs in norms and biases alone from" if work.deltas else "has the same weights as"
+        message = f"{finetuned.path.name} {relation} {base.path.name}, so there is no matrix to extract."
         raise Mismatch("nothing_to_extract", message, subject=finetuned.path.name, next_step="Name the fine-tuned one.")
     form = peft_form(work.deltas)
     fields = {
@@ -129,8 +129,8 @@ def _losses(name: str, compressions: Sequence[Compression]) -> list[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A stored tensor's owner in memory; `layout` is None for what is no linear layer or embedding. Without a `module`,
-    no module owns it alone, as no expert of a stack does."""
+    """The module that owns a stored tensor. `layout` is None unless it is the weight of a linear layer or an embedding;
+    `module` is empty for a tensor that shares its parameter with others, such as one expert of a stack."""
 
     module: str
     layout: Layout | None

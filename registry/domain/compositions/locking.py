@@ -87,12 +87,16 @@ def _refuse_unsearchable(recipe: Recipe, own: Sequence[str | None]) -> None:
             message = f"{source.adapter} has the weight {source.weight:g}: a search keeps what an input does."
             raise Usage("bad_weight", message, subject=source.adapter, next_step="Give it a positive weight.")
         if name is None:
-            raise Usage(
-                "needs_examples",
-                f"A search is judged by each input's suite, but {source.adapter} has no score on a target suite.",
-                subject=source.adapter,
-                next_step=f"Run `adaptory eval {source.adapter} --suite SUITE`, or give it a suite.",
-            )
+            raise _without_suite(source.adapter, "A search is judged by each input's suite", "a suite")
+
+
+def _without_suite(adapter: str, why: str, missing: str) -> Usage:
+    return Usage(
+        "needs_examples",
+        f"{why}, but {adapter} has no score on a target suite.",
+        subject=adapter,
+        next_step=f"Run `adaptory eval {adapter} --suite SUITE`, or give it {missing}.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,12 +190,7 @@ def _calibration(
             sets.append(CalibrationSet(prompts=source.prompts))
             continue
         if name is None:
-            raise Usage(
-                "needs_examples",
-                f"{recipe.method} is fitted on examples, but {source.adapter} has no score on a target suite.",
-                subject=source.adapter,
-                next_step=f"Run `adaptory eval {source.adapter} --suite SUITE`, or give it a suite or prompts.",
-            )
+            raise _without_suite(source.adapter, f"{recipe.method} is fitted on examples", "a suite or prompts")
         suite, count = suites.find(session, name), settings.examples
         if suite.examples <= count:
             raise Refused(
