@@ -8,6 +8,7 @@ import ssl
 from collections import defaultdict
 from collections.abc import Generator
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -15,6 +16,7 @@ from zlib import crc32
 
 import boto3
 import botocore.session
+import jinja2
 import pytest
 import typer.main
 from hypothesis import HealthCheck, settings
@@ -63,6 +65,9 @@ WAY = re.compile(rf"(?<=[\[-])({'|'.join(('embedded', *services.PAIRINGS))})(?=[
 SLOWEST_FIRST = ("durability", "scenarios", "access", "fuzz", "registry", "wire", "house", "examples", "composer")
 """Tests that take minutes come before those that take milliseconds, which fill the time of all processes to the end."""
 
+TOGETHER = ("test_query_plans.py", "test_search_as_a_model.py")
+"""What these tests share takes longer to make than the tests take: they stay in one process."""
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
@@ -71,7 +76,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: SLOWEST_FIRST.index(item.path.relative_to(TESTS).parts[0]))
     # Each test process begins with a continuous part of the list: deal the slow ones out to all.
     processes = getattr(config, "workerinput", {"workercount": 1})["workercount"]
-    items[:] = [item for first in range(processes) for item in items[first::processes]]
+    hands = [list(hand) for _, hand in groupby(items, lambda item: item.path if item.path.name in TOGETHER else item)]
+    items[:] = [item for first in range(processes) for hand in hands[first::processes] for item in hand]
 
 
 def pytest_collection_finish() -> None:
@@ -116,6 +122,7 @@ def _read_once() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
         patch.setattr(typer.main, "get_command", lru_cache(typer.main.get_command))
         patch.setattr(botocore.session, "create_loader", lru_cache(botocore.session.create_loader))
         patch.setattr(boto3, "Session", _s3_session)
+        patch.setattr(jinja2, "Template", lru_cache(jinja2.Template))  # PEFT writes a card beside each adapter
         patch.setattr(ssl, "create_default_context", lru_cache(ssl.create_default_context))
         # Statements are kept by dialect: those of two SQLite databases are as good as one.
         patch.setattr(DefaultDialect, "__eq__", lambda one, other: type(one) is type(other))
