@@ -326,6 +326,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "pickle": "Save the weights as safetensors.",
         "rank_mismatch": "Save or export the adapter again.",
         "relation_circular": "Name the original base.",
+        "scorer_settings": "Correct `scorer.settings` in the suite.",
         "shape_mismatch": "Name its true base with --base, or save the adapter again.",
         "size_differs": "Send the file that was announced.",
         "suite_example": "Give each example a prompt and a completion.",

@@ -33,7 +33,7 @@ class Examination:
 
     suites: Sequence[Suite]
     used: Container[Example]
-    scorers: Collection[str]
+    scorers: Collection[str] = ()
     progress: Callable[[int], None]
 
     def count(self, suite: Suite) -> int:
