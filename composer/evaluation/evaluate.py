@@ -28,10 +28,11 @@ MAX_ANSWER_CHARS = 2_000
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One metric of one suite. `stderr` is over the examples; None if there is only one."""
+    """One metric of one suite, and the suite's task. `stderr` is over the examples; None if there is only one."""
 
     suite: str
     suite_digest: str
+    task: str
     metric: str
     value: float
     stderr: float | None
@@ -116,7 +117,7 @@ def scores(suite: Suite, results: Sequence[Result]) -> list[Score]:
     if not results:
         message = f"Every example of {suite.name} was used to fit the method: none is left to judge it by."
         raise Mismatch("no_examples_left", message, subject=suite.name, next_step="Add examples, or fit on fewer.")
-    n = len(results)
+    n, asked = len(results), (suite.name, suite.digest, suite.task)
     nll, nll_stderr = ratio([one.nats for one in results], [one.tokens for one in results])
     answers = [one.score for one in results]
     accuracy = sum(answers) / n
@@ -124,8 +125,8 @@ def scores(suite: Suite, results: Sequence[Result]) -> list[Score]:
     if n > 1 and set(answers) <= {0, 1}:
         accuracy_stderr = sqrt(accuracy * (1 - accuracy) / n)
     return [
-        Score(suite.name, suite.digest, "nll", nll, nll_stderr, n, higher_is_better=False),
-        Score(suite.name, suite.digest, "accuracy", accuracy, accuracy_stderr, n, higher_is_better=True),
+        Score(*asked, "nll", nll, nll_stderr, n, higher_is_better=False),
+        Score(*asked, "accuracy", accuracy, accuracy_stderr, n, higher_is_better=True),
     ]
 
 

@@ -99,7 +99,7 @@ def evaluate(
         {"subject": subject.name, "recorded": limit is None, "scores": rows[subject.name]} for subject in subjects
     ]
     document = documents[0] if len(documents) == 1 else {"items": documents, "next": None}
-    render.document(document, json, lambda: _show(documents, suites))
+    render.document(document, json, lambda: _show(documents))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,21 +181,17 @@ def _measured(
 
 
 def _record(connection: Connection, task: Task, measured: "Sequence[Score]", results: "Sequence[Result]") -> None:
-    rows = [{name: value for name, value in score.to_json().items() if name != "suite"} for score in measured]
+    rows = [
+        {name: value for name, value in score.to_json().items() if name not in ("suite", "task")} for score in measured
+    ]
     examples = {"suite_digest": task.suite.digest, "examples": [one.to_json() for one in results]}
     connection.api.post(task.subject.scores_path, {"scores": rows, "results": [examples]})
 
 
-def _show(documents: Sequence[Json], suites: "Sequence[Suite]") -> None:
-    tasks = {suite.name: suite.task for suite in suites}
+def _show(documents: Sequence[Json]) -> None:
     for document in documents:
         rows = [
-            (
-                score["suite"],
-                render.metric(score["metric"]) if tasks[score["suite"]] == "teacher_forced" else score["metric"],
-                render.with_error(score["value"], score["stderr"]),
-                score["n"],
-            )
+            (score["suite"], render.metric(score), render.with_error(score["value"], score["stderr"]), score["n"])
             for score in document["scores"]
         ]
         render.table(document["subject"], ("suite", "metric", "value", "n"), rows)

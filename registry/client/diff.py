@@ -136,6 +136,7 @@ def _score(key: tuple[str, str], old: Json | None, new: Json | None) -> Json:
     is smaller, so a difference `beyond` it is real. None if a score is missing or the suite's content differs."""
     row: Json = {
         "suite": key[0],
+        "task": (new or old or {})["task"],
         "metric": key[1],
         "old": old["value"] if old else None,
         "old_stderr": old["stderr"] if old else None,

@@ -14,6 +14,7 @@ MAX_ANSWER_CHARS = 2_000
 class ScoreOut(Wire):
     suite: str
     suite_digest: str
+    task: str
     metric: str
     value: float
     stderr: float | None
