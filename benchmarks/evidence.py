@@ -19,7 +19,8 @@ from composer.conflicts.evidence.activations import activations
 from composer.conflicts.evidence.probe import Effort, Probed, probe
 from composer.conflicts.report import conflicts
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
-from composer.evaluation.evaluate import encode, evaluate
+from composer.evaluation.evaluate import evaluate
+from composer.evaluation.measure import encode
 from composer.evaluation.model import LoadedModel, load_model
 from composer.formats.recipes.suite import Suite, parse_suite
 

@@ -175,9 +175,9 @@ def generate(story: Story) -> None:
     torch.set_num_threads(1)  # one token at a time is too little work to share between threads, above all on busy cores
 
     from composer.deltas.variants.load import load_deltas
-    from composer.evaluation.evaluate import encode
-    from composer.evaluation.evaluate import generate as complete
+    from composer.evaluation.generation import generate as complete
     from composer.evaluation.hooks import deltas_applied
+    from composer.evaluation.measure import encode
     from composer.evaluation.model import load_model
     from composer.formats.recipes.suite import parse_suite
 

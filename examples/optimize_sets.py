@@ -22,7 +22,7 @@ from tasks import TASKS
 
 from composer.conflicts.evidence.outcome import Outcome, effect_of
 from composer.evaluation.calibration import Calibration
-from composer.evaluation.evaluate import Measured, encode, measure
+from composer.evaluation.measure import Measured, encode, measure
 from composer.evaluation.model import LoadedModel, load_model
 from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import Regmean

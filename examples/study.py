@@ -23,7 +23,7 @@ from train import ADAPTERS, ALL_RUNS, RUNS
 from composer.conflicts.evidence.activations import activation_interference
 from composer.conflicts.report import conflicts
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
-from composer.evaluation.evaluate import Encoded, Measured, encode, measure, ratio
+from composer.evaluation.measure import Encoded, Measured, encode, measure, ratio
 from composer.evaluation.model import LoadedModel, load_model
 from composer.formats.recipes.suite import Example, Suite
 from composer.methods.combine import combine_deltas

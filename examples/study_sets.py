@@ -23,7 +23,7 @@ from train import ADAPTERS
 from composer.deltas.delta import Delta
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.evaluation.calibration import Calibration
-from composer.evaluation.evaluate import encode, measure, ratio
+from composer.evaluation.measure import encode, measure, ratio
 from composer.evaluation.model import LoadedModel, load_model
 from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import Regmean

@@ -17,7 +17,7 @@ from typing import Any
 
 from composer.conflicts.evidence.outcome import Effect, Limits, Outcome, effect_of, side_effect_of
 from composer.conflicts.evidence.probe import USUAL_K, USUAL_MOST, Effort, grown
-from composer.evaluation.evaluate import Measured
+from composer.evaluation.measure import Measured
 from composer.findings import Verdict
 
 Row = Mapping[str, Any]

@@ -86,6 +86,9 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "replacement_conflict": "Leave one of the two out, or set replacements=delta.",
         "rounding": "Use nearest or stochastic.",
         "rule_unused": "List the adapter's modules with `adaptory inspect`.",
+        "scorer_disabled": "If you trust the scorer, name it in ADAPTORY_SCORERS where evaluations run.",
+        "scorer_failed": "Correct the scorer: it must give every answer a score from 0 to 1.",
+        "scorer_missing": "Install the package of the scorer where evaluations run.",
         "seed": "Use a whole number from 0 to 2^64 - 1.",
         "shape_conflict": "Combine adapters of one base.",
         "signature_files_only": "Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",
@@ -208,6 +211,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "profile_unknown": "Name one: `adaptory profile list`.",
         "release_unknown": "`adaptory log REPO` shows the releases.",
         "repository_unknown": "`adaptory list` shows the repositories, `adaptory whoami` what you may see.",
+        "results_unknown": "Record them: `adaptory eval REF --suite SUITE`.",
         "score_unknown": "`adaptory show` lists the scores; name one on older suite content by the suite's digest.",
         "spectrum_unknown": (
             "Only adapters have one, and only those released since spectra are computed: `adaptory inspect REF`."
@@ -233,6 +237,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "relation_known": "An admin of the registry can correct it.",
         "store_refused": "Push again.",
         "upload_incomplete": "Request the upload again (POST /v1/uploads), and send what is missing.",
+        "suite_version_differs": "Write the version that the content has, or leave it out.",
+        "suite_version_taken": "Raise `version` in the suite's file: a version labels one content.",
         "version_exists": "Publish it as the next version, or with --bump.",
     },
     Stale: {
@@ -276,6 +282,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bad_quantization": "Save the checkpoint again, or use the unquantized base.",
         "bad_recipe": "Correct the field that the message names; docs/composing.md has the fields.",
         "bad_request": "See /openapi.json for the fields of the request.",
+        "bad_results": "Record what `adaptory eval` measured: the results of all examples, with their scores.",
         "bad_safetensors": "Save or download the file again.",
         "bad_score": "Record what `adaptory eval` measured.",
         "bad_signature": "Sign it again.",
@@ -319,6 +326,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "pickle": "Save the weights as safetensors.",
         "rank_mismatch": "Save or export the adapter again.",
         "relation_circular": "Name the original base.",
+        "scorer_settings": "Correct `scorer.settings` in the suite.",
         "shape_mismatch": "Name its true base with --base, or save the adapter again.",
         "size_differs": "Send the file that was announced.",
         "suite_example": "Give each example a prompt and a completion.",
@@ -397,7 +405,7 @@ RETRYABLE = frozenset({
     "disk_full", "disk_error", "busy",
 })  # fmt: skip
 """Errors that pass, or that an operator fixes: a job that fails with one of them is retried."""
-ELSEWHERE = frozenset({"base_not_here"})
+ELSEWHERE = frozenset({"base_not_here", "scorer_disabled", "scorer_missing"})
 """What this host lacks and another may have: the job is left to other hosts."""
 PREFIXES: dict[str, type[RegistryError]] = {"layout_": Refused, "part_": Refused, "variant_": Refused}
 """Codes that end in a name from a file: a layout, a part or a variant of an adapter."""

@@ -130,6 +130,14 @@ def _addresses(text: str) -> str:
     return text
 
 
+def _scorers(text: str) -> str:
+    """Empty means none."""
+    for name in text.split(",") if text else ():
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name.strip()):
+            raise PydanticCustomError("scorers", "it is not a list of scorers, such as sql_results,unit_tests")
+    return text
+
+
 def _prefix(text: str) -> str:
     """Empty means none. Refuses empty parts and dots: clients and proxies that normalize addresses would request
     another key."""
@@ -237,6 +245,9 @@ class Settings(BaseSettings):
     """Maximum blobs that one token may be sending to one server process at a time."""
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
     """Maximum total size of a request's headers."""
+    scorers: Annotated[str, AfterValidator(_scorers)] = ""
+    """Comma-separated names of Python scorers (entry points `adaptory.scorers`) that evaluations on this machine may
+    run; none by default. Enable only code that you trust."""
     signing_key: Path | None = None
     """A key in PEM that signs what compositions publish, if their namespace trusts it. Workers need the private key;
     servers may have the public one, and then accept compositions where signatures are required."""
@@ -265,6 +276,10 @@ class Settings(BaseSettings):
         if isinstance(self.storage, LocalStorage) and self.storage.directory:
             return self.storage.directory.expanduser().resolve()
         return self.home_directory / "store"
+
+    @property
+    def enabled_scorers(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.scorers.split(",") if name.strip())
 
     @property
     def work_directory(self) -> Path:

@@ -13,8 +13,8 @@ from torch import nn
 
 from composer.deltas.delta import Delta, LowRank
 from composer.deltas.stored import SpillFile
-from composer.evaluation.evaluate import Encoded, encode, encode_prompt
 from composer.evaluation.hooks import module_of
+from composer.evaluation.measure import Encoded, encode, encode_prompt
 from composer.evaluation.model import LoadedModel
 from composer.evaluation.observe import Pass, Watch, observe
 from composer.evaluation.stack_inputs import Stack

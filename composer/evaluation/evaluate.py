@@ -1,29 +1,38 @@
-"""Suites turned into scores of a base with adapters active. Shapes: B batch, T tokens, V vocabulary."""
+"""Suites turned into scores of a base with adapters active, example by example."""
 
-import inspect
-import os
-from collections.abc import Callable, Container, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
-import torch
-from torch import nn
-
-from composer.deltas.tensors import torch_threads
 from composer.errors import Mismatch
-from composer.evaluation.hooks import Deltas, deltas_applied
+from composer.evaluation.generation import encode_for_generation, generate_batch, generation_batches
+from composer.evaluation.hooks import Deltas
+from composer.evaluation.measure import (
+    Encoded,
+    Measured,
+    batches_of,
+    encode,
+    measure_batch,
+    ratio,
+    run_batches,
+    spread_batches,
+)
 from composer.evaluation.model import LoadedModel
+from composer.evaluation.scorers.scorer import checked_score, scorer_named
 from composer.formats.recipes.suite import Example, Suite
+from composer.formats.recipes.tasks import LikelihoodSettings, ScorerChoice
+
+MAX_ANSWER_CHARS = 2_000
+"""Kept of an answer, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One metric of one suite. `stderr` is over the examples; None if there is only one."""
+    """One metric of one suite, and the suite's task. `stderr` is over the examples; None if there is only one."""
 
     suite: str
     suite_digest: str
+    task: str
     metric: str
     value: float
     stderr: float | None
@@ -35,235 +44,162 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """An example as token ids: `ids` is the prompt followed by what is scored, the completion and, unless the suite's
-    completions do not end, the tokenizer's eos."""
-
-    ids: tuple[int, ...]
-    prompt_tokens: int
-
-    @property
-    def completion_tokens(self) -> int:
-        return len(self.ids) - self.prompt_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One example under one model: nats over the whole completion, its tokens, and whether greedy decoding gives it."""
+class Result:
+    """One example under one model: nats over the whole completion, its tokens, and the score of the model's answer,
+    from 0 to 1. `answer` is what was generated or chosen, None if teacher-forced; `cut` if the limit ended it."""
 
     nats: float
     tokens: int
-    exact: bool
+    score: float
+    answer: str | None = None
+    cut: bool = False
+
+    def to_json(self) -> dict[str, object]:
+        """Without fields that have their defaults. A long answer is shortened; NUL becomes a replacement character."""
+        document: dict[str, object] = {"nats": self.nats, "tokens": self.tokens, "score": self.score}
+        if self.answer is not None:
+            document["answer"] = self.answer[:MAX_ANSWER_CHARS].replace("\0", "\ufffd")
+        return document | ({"cut": True} if self.cut else {})
 
 
-def encode(loaded: LoadedModel, example: Example, chat: bool, ends: bool = True) -> Encoded:
-    """The token ids that an adapter is trained and scored on: the prompt's, then the completion's and, if it `ends`,
-    the tokenizer's eos. With `chat` the prompt is one user turn of the base's template.
-
-    Raises Mismatch for a tokenizer without template or eos, for a completion without tokens, and for an example longer
-    than the model's context: truncating it would silently measure something else.
-    """
-    prompt = encode_prompt(loaded, example.prompt, chat)
-    completion = loaded.tokenizer(example.completion, add_special_tokens=False)["input_ids"]
-    scored = [*completion, _eos(loaded)] if ends else completion
-    if not scored:
-        raise Mismatch(
-            "empty_completion",
-            f"The completion {example.completion[:60]!r} has no tokens.",
-            subject="tokenizer",
-            next_step="Leave the example out of the suite.",
-        )
-    ids = (*prompt, *scored)
-    _refuse_beyond_context(loaded, len(ids), example.prompt)
-    return Encoded(ids, len(prompt))
-
-
-def _refuse_beyond_context(loaded: LoadedModel, tokens: int, prompt: str) -> None:
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
-        raise Mismatch(
-            "example_too_long",
-            f"An example has {tokens} tokens, the model's context is {limit}: {prompt[:60]!r}.",
-            subject=prompt[:60],
-            next_step="Shorten the example, or leave it out.",
-        )
-
-
-def _eos(loaded: LoadedModel) -> int:
-    eos: int | None = loaded.tokenizer.eos_token_id
-    if eos is None:
-        raise Mismatch(
-            "no_eos",
-            "The base's tokenizer has no end-of-sequence token.",
-            subject="tokenizer",
-            next_step="Set eos_token in the base's tokenizer_config.json, or `ends: false` in the suite.",
-        )
-    return eos
-
-
-def encode_prompt(loaded: LoadedModel, prompt: str, chat: bool) -> list[int]:
-    """The prompt's token ids, at least one. Raises Mismatch for `chat` without a chat template, and for a prompt longer
-    than the model's context."""
-    tokenizer = loaded.tokenizer
-    if not chat:
-        ids = tokenizer(prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
-        raise Mismatch(
-            "no_chat_template",
-            "The suite is a chat suite, and the base's tokenizer has no chat template.",
-            subject="tokenizer",
-            next_step="Set `chat: false` in the suite, or register the instruction-tuned base.",
-        )
-    else:
-        turn = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
-    if not ids:
-        raise Mismatch(
-            "empty_prompt", f"The prompt {prompt!r} has no tokens.", subject="tokenizer", next_step="Leave it out."
-        )
-    _refuse_beyond_context(loaded, len(ids), prompt)
-    return list(ids)
-
-
-def measure(
-    loaded: LoadedModel,
-    encoded: Sequence[Encoded],
-    deltas: Deltas = (),
-    batch_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> list[Measured]:
-    """One teacher-forced pass over every example, in order, with `deltas` active.
-
-    Greedy decoding reproduces a completion exactly if, given the completion up to there, every argmax is the reference
-    token, including a scored eos. So the same logits give both the loss and exact match, and nothing is generated.
-
-    Examples of similar length share a batch of at most `batch_tokens` padded tokens; on a CPU the batches share the
-    cores. `progress` gets the number of examples just finished; an exception from it ends the pass.
-    """
-    # A few examples are spread too: one batch over all cores would wait at barriers.
-    limit = min(batch_tokens or loaded.batch_tokens, sum(len(one.ids) for one in encoded) // loaded.passes + 1)
-    batches = list(batches_of(encoded, limit))
-    workers = max(1, min(loaded.passes, len(batches)))
-    results: dict[int, Measured] = {}
-    with (
-        deltas_applied(loaded.model, deltas),
-        torch_threads(max(1, (os.cpu_count() or 1) // workers)),
-        ThreadPoolExecutor(workers, "measure") as pool,
-    ):
-        measured = pool.map(lambda batch: _measure_batch(loaded, [encoded[index] for index in batch]), batches)
-        try:
-            for batch, results_of_batch in zip(batches, measured, strict=True):
-                results |= dict(zip(batch, results_of_batch, strict=True))
-                if progress:
-                    progress(len(batch))
-        finally:
-            pool.shutdown(cancel_futures=True)  # cancelled: do not wait for the other batches
-    return [results[index] for index in range(len(encoded))]
-
-
-def batches_of(encoded: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first: the peak of memory comes at the start or never."""
-    order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index].ids), index))
-    while order:
-        size = max(1, limit // len(encoded[order[0]].ids))
-        yield order[:size]
-        order = order[size:]
-
-
-@torch.inference_mode()
-def _measure_batch(loaded: LoadedModel, batch: Sequence[Encoded]) -> list[Measured]:
-    ids_BT = padded(batch).to(loaded.device)
-    first = min(one.prompt_tokens for one in batch) - 1
-    logits_BTV = _logits_from(loaded.model, ids_BT, first)
-    measured: list[Measured] = []
-    for row, one in enumerate(batch):
-        start = one.prompt_tokens - 1 - first
-        logits_TV = logits_BTV[row, start : start + one.completion_tokens].float()
-        target_T = ids_BT[row, one.prompt_tokens : len(one.ids)]
-        nats = nn.functional.cross_entropy(logits_TV, target_T, reduction="sum").item()
-        exact = bool((logits_TV.argmax(dim=-1) == target_T).all())
-        measured.append(Measured(nats, one.completion_tokens, exact))
-    return measured
-
-
-def padded(batch: Sequence[Encoded]) -> torch.Tensor:
-    """B x T ids. Padding is on the right, where a causal model's earlier positions cannot see it: no mask and no
-    shifted positions are needed."""
-    ids_BT = torch.zeros(len(batch), max(len(one.ids) for one in batch), dtype=torch.long)
-    for row, one in enumerate(batch):
-        ids_BT[row, : len(one.ids)] = torch.tensor(one.ids)
-    return ids_BT
-
-
-def _logits_from(model: Any, ids_BT: torch.Tensor, first: int) -> torch.Tensor:
-    """Logits from position `first` to the last but one: the head is the largest matrix, and the prompts do not need
-    it.
-    """
-    kept = torch.arange(first, ids_BT.shape[1] - 1, device=ids_BT.device)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(input_ids=ids_BT, use_cache=False, logits_to_keep=kept).logits
-    return model(input_ids=ids_BT, use_cache=False).logits[:, kept]
+Keep = Callable[[Mapping[int, Result]], None]
+"""Called with results by the indices of their examples, as batches end. An exception from it ends the pass."""
+_Run = Callable[[Sequence[int]], Sequence[Result]]
 
 
 def evaluate(
     loaded: LoadedModel,
     suite: Suite,
     deltas: Deltas = (),
-    limit: int | None = None,
-    progress: Callable[[int], None] | None = None,
-    without: Container[Example] = (),
+    examples: Sequence[Example] | None = None,
+    scorers: Collection[str] = (),
+    keep: Keep | None = None,
 ) -> list[Score]:
-    """The suite's scores with `deltas` active: `nll` in nats per completion token, `accuracy` the share that is exact.
+    """The suite's scores with `deltas` active, of all its examples or of these; see `examine` and `scores`."""
+    return scores(suite, examine(loaded, suite, deltas, examples, scorers, keep))
 
-    With `limit`, of `suite.sample(limit)`; examples in `without` are left out. nll is total nats over total tokens,
-    with the standard error of a ratio estimator; accuracy has the binomial one. The same input gives the same scores,
-    whatever else shares a batch, up to float rounding. Raises Mismatch where no example is left.
+
+def examine(
+    loaded: LoadedModel,
+    suite: Suite,
+    deltas: Deltas = (),
+    examples: Sequence[Example] | None = None,
+    scorers: Collection[str] = (),
+    keep: Keep | None = None,
+) -> list[Result]:
+    """The result of each example, in order, with `deltas` active. `scorers` are the Python scorers that may be used.
+
+    Every task has the loss of the reference completion. The score is 1 if greedy decoding reproduces the completion; if
+    its scorer says so of a generated answer; or if the completion is the likeliest choice. What shares a batch does not
+    change a result, up to float rounding. Raises what `encode` and `scorer_named` raise, before the first pass.
     """
-    encoded = [encode(loaded, example, suite.chat, suite.ends) for example in suite.sample(limit, without)]
-    if not encoded:
+    asked = suite.examples if examples is None else examples
+    prepare = {"generation": _generation, "multiple_choice": _choices}.get(suite.task, _teacher_forced)
+    batches, run = prepare(loaded, suite, asked, scorers)
+    results: dict[int, Result] = {}
+
+    def done(batch: Sequence[int], ended: Sequence[Result]) -> None:
+        new = dict(zip(batch, ended, strict=True))
+        results.update(new)
+        if keep:
+            keep(new)
+
+    run_batches(loaded, deltas, batches, run, done)
+    return [results[index] for index in range(len(asked))]
+
+
+def scores(suite: Suite, results: Sequence[Result]) -> list[Score]:
+    """`nll` in nats per completion token, `accuracy` the mean score of an answer.
+
+    nll is total nats over total tokens, with the standard error of a ratio estimator. That of accuracy is the binomial
+    one if every score is 0 or 1, otherwise that of a mean. Raises Mismatch without results.
+    """
+    if not results:
         message = f"Every example of {suite.name} was used to fit the method: none is left to judge it by."
         raise Mismatch("no_examples_left", message, subject=suite.name, next_step="Add examples, or fit on fewer.")
-    measured = measure(loaded, encoded, deltas, progress=progress)
-    n = len(measured)
-    nll, nll_stderr = ratio([one.nats for one in measured], [one.tokens for one in measured])
-    accuracy = sum(one.exact for one in measured) / n
-    accuracy_stderr = sqrt(accuracy * (1 - accuracy) / n) if n > 1 else None
+    n, asked = len(results), (suite.name, suite.digest, suite.task)
+    nll, nll_stderr = ratio([one.nats for one in results], [one.tokens for one in results])
+    answers = [one.score for one in results]
+    accuracy = sum(answers) / n
+    accuracy_stderr = ratio(answers, [1] * n)[1]
+    if n > 1 and set(answers) <= {0, 1}:
+        accuracy_stderr = sqrt(accuracy * (1 - accuracy) / n)
     return [
-        Score(suite.name, suite.digest, "nll", nll, nll_stderr, n, higher_is_better=False),
-        Score(suite.name, suite.digest, "accuracy", accuracy, accuracy_stderr, n, higher_is_better=True),
+        Score(*asked, "nll", nll, nll_stderr, n, higher_is_better=False),
+        Score(*asked, "accuracy", accuracy, accuracy_stderr, n, higher_is_better=True),
     ]
 
 
-def ratio(totals: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
-    """Sum of totals over sum of counts, and its standard error over the pairs (None for a single pair).
+def _teacher_forced(
+    loaded: LoadedModel, suite: Suite, examples: Sequence[Example], _scorers: Collection[str]
+) -> tuple[list[list[int]], _Run]:
+    encoded = [encode(loaded, one, suite.chat, suite.ends) for one in examples]
 
-    The linearised variance of a ratio estimator (Cochran, Sampling Techniques, section 2.11), since examples differ in
-    length: se^2 = n / (n - 1) * sum((total_i - r count_i)^2) / sum(count_i)^2.
-    """
-    n, count = len(totals), sum(counts)
-    value = sum(totals) / count
-    if n < 2:
-        return value, None
-    squares = sum((total - value * own) ** 2 for total, own in zip(totals, counts, strict=True))
-    return value, sqrt(n / (n - 1) * squares) / count
+    def run(batch: Sequence[int]) -> list[Result]:
+        measured = measure_batch(loaded, [encoded[index] for index in batch])
+        return [Result(one.nats, one.tokens, float(one.exact)) for one in measured]
+
+    return spread_batches(loaded, encoded), run
 
 
-@torch.inference_mode()
-def generate(loaded: LoadedModel, prompt: str, chat: bool = True, deltas: Deltas = (), max_new_tokens: int = 64) -> str:
-    """The greedy completion of a prompt with `deltas` active, without special tokens."""
-    prompt_ids = torch.tensor([encode_prompt(loaded, prompt, chat)], device=loaded.device)
-    with deltas_applied(loaded.model, deltas):
-        ids = loaded.model.generate(
-            input_ids=prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
-            do_sample=False,
-            # Settings of a checkpoint's generation_config that greedy decoding must not have.
-            repetition_penalty=1.0,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=loaded.tokenizer.eos_token_id,
-            pad_token_id=loaded.tokenizer.eos_token_id,
-        )
-    return loaded.tokenizer.decode(ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
+def _generation(
+    loaded: LoadedModel, suite: Suite, examples: Sequence[Example], scorers: Collection[str]
+) -> tuple[list[list[int]], _Run]:
+    chosen, settings = suite.scoring or ScorerChoice(name="match"), suite.generation
+    scorer = scorer_named(chosen, scorers)
+    encoded = [encode(loaded, one, suite.chat, suite.ends) for one in examples]
+    prompts = [encode_for_generation(loaded, one.prompt, suite.chat, settings) for one in examples]
+
+    def run(batch: Sequence[int]) -> list[Result]:
+        measured = _measured(loaded, [encoded[index] for index in batch])
+        answers = generate_batch(loaded, [prompts[index] for index in batch], settings)
+        return [
+            Result(
+                one.nats,
+                one.tokens,
+                checked_score(scorer, chosen.name, answer.text, examples[index]),
+                answer.text,
+                answer.cut,
+            )
+            for index, one, answer in zip(batch, measured, answers, strict=True)
+        ]
+
+    return generation_batches(loaded, prompts, settings), run
+
+
+def _choices(
+    loaded: LoadedModel, suite: Suite, examples: Sequence[Example], _scorers: Collection[str]
+) -> tuple[list[list[int]], _Run]:
+    per = LikelihoodSettings(**(suite.scoring.settings if suite.scoring else {})).per
+    encoded = [
+        [encode(loaded, Example(one.prompt, choice), suite.chat, suite.ends) for choice in one.choices]
+        for one in examples
+    ]
+
+    def run(batch: Sequence[int]) -> list[Result]:
+        measured = iter(_measured(loaded, [row for index in batch for row in encoded[index]]))
+        return [_likeliest(examples[index], [next(measured) for _ in examples[index].choices], per) for index in batch]
+
+    longest = [max(rows, key=lambda row: len(row.ids)) for rows in encoded]
+    return spread_batches(loaded, longest), run
+
+
+def _likeliest(example: Example, measured: Sequence[Measured], per: str) -> Result:
+    """Of equally likely choices, the first one is chosen."""
+    lengths = {
+        "choice": [1.0] * len(measured),
+        "token": [float(one.tokens) for one in measured],
+        "character": [float(len(choice)) for choice in example.choices],
+    }[per]
+    cost = [one.nats / length for one, length in zip(measured, lengths, strict=True)]
+    chosen = example.choices[cost.index(min(cost))]
+    right = measured[example.choices.index(example.completion)]
+    return Result(right.nats, right.tokens, float(chosen == example.completion), chosen)
+
+
+def _measured(loaded: LoadedModel, encoded: Sequence[Encoded]) -> list[Measured]:
+    """As `measure`, in this thread."""
+    results: dict[int, Measured] = {}
+    for batch in batches_of(encoded, loaded.batch_tokens):
+        results.update(zip(batch, measure_batch(loaded, [encoded[index] for index in batch]), strict=True))
+    return [results[index] for index in range(len(encoded))]

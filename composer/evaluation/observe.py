@@ -16,8 +16,8 @@ from torch import nn
 
 from composer.deltas.tensors import torch_threads
 from composer.errors import NotSupported
-from composer.evaluation.evaluate import Encoded, batches_of, padded
 from composer.evaluation.hooks import Deltas, deltas_applied
+from composer.evaluation.measure import Encoded, batches_of, padded
 from composer.evaluation.model import LoadedModel
 from composer.formats.adapters.placement.naming import is_head
 

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from composer.evaluation.evaluate import Deltas, Encoded, Measured, encode, measure
+from composer.evaluation.hooks import Deltas
+from composer.evaluation.journal import complete_lines
+from composer.evaluation.measure import Encoded, Measured, encode, measure
 from composer.evaluation.model import LoadedModel
 from composer.formats.recipes.calibration_sets import example_digest
 from composer.formats.recipes.suite import Example, Suite
@@ -28,7 +29,7 @@ class Journal:
         if path is None:
             return
         head = json.dumps({"problem": problem})
-        lines = _complete_lines(path)
+        lines = complete_lines(path)
         if not lines or lines[0] != head:
             path.write_text(f"{head}\n", encoding="utf-8")
             return
@@ -44,18 +45,6 @@ class Journal:
             with self._path.open("a", encoding="utf-8") as file:
                 line = json.dumps([[*key, one.nats, one.tokens, one.exact] for key, one in rows.items()])
                 file.write(f"{line}\n")
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of the file, which is cut after the last complete one."""
-    content = b""
-    with suppress(FileNotFoundError):
-        content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        with path.open("r+b") as file:
-            file.truncate(end)
-    return content[:end].decode().splitlines()
 
 
 class Measurements:

@@ -17,7 +17,8 @@ from composer.deltas.delta import Delta, LowRank
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch, NotSupported
 from composer.evaluation.calibration import Calibration
-from composer.evaluation.evaluate import Deltas, Measured
+from composer.evaluation.hooks import Deltas
+from composer.evaluation.measure import Measured
 from composer.evaluation.model import LoadedModel
 from composer.export.combine import refuse_uncombinable
 from composer.findings import Verdict

@@ -133,4 +133,4 @@ def _show(base: dict[str, Any]) -> None:
     render.lines(f"base {base['name']}", pairs)
     for score in base["scores"]:
         value = render.with_error(score["value"], score["stderr"])
-        render.out(f"  {score['suite']} {render.metric(score['metric'])}  {value}  (n={score['n']})")
+        render.out(f"  {score['suite']} {render.metric(score)}  {value}  (n={score['n']})")

@@ -1,16 +1,18 @@
 """Differences between two releases or directories: facts, factors, scores, files, provenance."""
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from composer.formats.untrusted import cut
 from registry.cli import complete, render
 from registry.cli.connect import Connection, connected, release_directory, resolved
 from registry.cli.render import JsonFlag
 from registry.error_codes import refuse_errors
-from registry.errors import Usage
+from registry.errors import NotFound, Usage
 
 if TYPE_CHECKING:
     from composer.formats.adapters.compare import Comparison
@@ -20,17 +22,19 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 TOP_MODULES = 20
+EXAMPLE_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One side: its release as the API shows it, its directory if its modules can be compared, and its lineage if it
-    is a composition."""
+    """One side: its release as the API shows it, its directory if its modules can be compared, its lineage if it is a
+    composition, and its results by suite digest, example by example."""
 
     name: str
     release: Json
     directory: Path | None
     made: "Composition | None"
+    results: dict[str, list[Json]] = field(default_factory=dict[str, list[Json]])
 
 
 def register(root: typer.Typer) -> None:
@@ -41,13 +45,20 @@ def diff(
     old: Annotated[str, typer.Argument(metavar="REF|DIR", help="The old release.", autocompletion=complete.references)],
     new: Annotated[str, typer.Argument(metavar="REF|DIR", help="The new release.", autocompletion=complete.references)],
     everything: Annotated[bool, typer.Option("--all", help="Show every module, not only the most changed.")] = False,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="List the examples of suites whose answer got better or worse.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Compare two releases or directories: facts, module deltas, scores with errors, files, provenance."""
-    from registry.client.diff import differences
+    """Compare two releases or directories: facts, module deltas, scores with errors, files, provenance.
+
+    Scores that were recorded with the result of each example are compared example by example: better, worse, or how
+    many examples would tell.
+    """
+    from registry.client.diff import changed_examples, differences
     from registry.client.lineage import side_by_side
 
-    before, after = _subjects(old, new)
+    before, after, suites = _subjects(old, new, with_suites=examples)
     if bool(before.release["adapter"]) != bool(after.release["adapter"]):
         raise Usage(
             "kinds_differ", f"{old} and {new} are an adapter and a model.", next_step="Compare two of the same kind."
@@ -56,19 +67,47 @@ def diff(
     document = {
         "old": before.name,
         "new": after.name,
-        **differences(before.release, after.release),
+        **differences(before.release, after.release, before.results, after.results),
         "composition": side_by_side(before.made, after.made),
         "deltas": deltas.to_json() if deltas else None,
     }
+    if examples:
+        document["examples"] = [
+            row
+            for suite in suites
+            for row in changed_examples(suite, before.results[suite["digest"]], after.results[suite["digest"]])
+        ]
     render.document(document, json, lambda: _show(document, everything=everything))
 
 
-def _subjects(*texts: str) -> list[Subject]:
-    """The two sides; two directories need no registry."""
-    if all(Path(text).is_dir() for text in texts):
-        return [_directory(Path(text)) for text in texts]
+def _subjects(old: str, new: str, *, with_suites: bool) -> tuple[Subject, Subject, list[Json]]:
+    """The two sides, and the suites that both have results on, if asked for; two directories need no registry."""
+    if Path(old).is_dir() and Path(new).is_dir():
+        return _directory(Path(old)), _directory(Path(new)), []
     with connected() as connection:
-        return [_directory(Path(text)) if Path(text).is_dir() else _release(connection, text) for text in texts]
+        before, after = (
+            _directory(Path(text)) if Path(text).is_dir() else _release(connection, text) for text in (old, new)
+        )
+        common = _digests(before) & _digests(after)
+        before, after = (replace(one, results=_results(connection, one, common)) for one in (before, after))
+        compared = sorted(before.results.keys() & after.results.keys()) if with_suites else []
+        return before, after, [connection.api.get(f"/v1/suites/{digest}") for digest in compared]
+
+
+def _digests(subject: Subject) -> set[str]:
+    return {score["suite_digest"] for score in subject.release["scores"]}
+
+
+def _results(connection: Connection, subject: Subject, digests: set[str]) -> dict[str, list[Json]]:
+    """The result of each example by suite digest, of those suites for which they were recorded."""
+    from registry.client.api import release_path
+
+    results: dict[str, list[Json]] = {}
+    for digest in sorted(digests):
+        with suppress(NotFound):
+            path = f"{release_path(subject.release)}/scores/{digest}/results"
+            results[digest] = connection.api.get(path)["examples"]
+    return results
 
 
 def _release(connection: Connection, text: str) -> Subject:
@@ -146,6 +185,8 @@ def _show(document: Json, *, everything: bool) -> None:
     _table(
         "scores", ("suite", "metric", "old", "new", "difference", ""), [_score_row(row) for row in document["scores"]]
     )
+    for row in document.get("examples", ()):
+        render.lines(f"{row['suite']}, example {row['example']}: {_change(row)}", _example_lines(row))
     _table("files", ("", "path"), [(how, path) for how, paths in document["files"].items() for path in paths])
 
 
@@ -180,6 +221,17 @@ def _ranks(row: Json) -> str:
     return render.cell(new) if old == new else f"{render.cell(old)} -> {render.cell(new)}"
 
 
+def _change(row: Json) -> str:
+    old, new = row["old"]["score"], row["new"]["score"]
+    return f"{'better' if new > old else 'worse'}, {render.cell(old)} -> {render.cell(new)}"
+
+
+def _example_lines(row: Json) -> list[tuple[str, Any]]:
+    texts = {"prompt": row["prompt"], "wanted": row["completion"]}
+    texts |= {side: row[side].get("answer") for side in ("old", "new")}
+    return [(name, cut(text, EXAMPLE_CHARS)) for name, text in texts.items() if text is not None]
+
+
 def _score_row(row: Json) -> tuple[Any, ...]:
     if row["difference"] is None:
         note = "on other examples" if row["old"] is not None and row["new"] is not None else ""
@@ -191,7 +243,11 @@ def _score_row(row: Json) -> tuple[Any, ...]:
         for side in ("old", "new")
     )
     difference = render.with_error(row["difference"], row["stderr"]) if row["difference"] is not None else None
-    return (row["suite"], render.metric(row["metric"]), old, new, difference, note)
+    if paired := row["paired"]:
+        difference, note = f"{row['difference']:+.3f}", paired["in_words"]
+        if paired["low"] is not None:
+            difference += f" ({paired['low']:+.3f} to {paired['high']:+.3f})"
+    return (row["suite"], render.metric(row), old, new, difference, note)
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[Any]) -> None:

@@ -15,7 +15,8 @@ EXAMPLES = {
     "conflicts": "adaptory conflicts acme/sql-migration acme/terraform-review --probe 8",
     "convert": "adaptory convert kohya.safetensors --base .demo/base -o .demo/converted",
     "diff": "adaptory diff acme/sql-migration:1.0.0 acme/sql-migration:1.1.0",
-    "eval": "adaptory eval acme/sql-migration --suite sql-exact",
+    "eval": """adaptory eval acme/sql-migration acme/terraform-review smollm2 \\
+  --suite sql-exact --suite guard-general""",
     "extract": """adaptory extract --base .demo/base \\
   --finetuned .demo/assistant -o .demo/extracted""",
     "fsck": "adaptory fsck --full",

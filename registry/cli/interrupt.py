@@ -25,7 +25,7 @@ KEPT = {
     "extract": "nothing was written; the same command starts again",
     "pull": "what was fetched is kept; the same command fetches the rest",
     "merge": "the same command resumes with the shards that are finished",
-    "eval": "no score was recorded; repeat the command",
+    "eval": "what was measured is kept; the same command goes on from there",
     "base": "nothing was registered; repeat the command",
     "compose": "a later `adaptory compose` goes on with a composition that had begun; `adaptory cancel JOB` ends it",
     "conflicts": "nothing was measured; repeat the command",

@@ -1,4 +1,4 @@
-"""Evidence: suite add, eval, score delete."""
+"""Suites and their scores: suite add and list, score delete."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,8 +6,8 @@ from urllib.parse import quote
 
 import typer
 
-from registry.cli import complete, render
-from registry.cli.connect import Connection, base_checkpoint, connected, release_directory, resolved
+from registry.cli import render
+from registry.cli.connect import Connection, connected, resolved
 from registry.cli.groups import Commands
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
@@ -27,7 +27,6 @@ Json = dict[str, Any]
 def register(root: typer.Typer) -> None:
     root.add_typer(suite_app, name="suite")
     root.add_typer(score_app, name="score")
-    root.command("eval")(evaluate)
 
 
 @suite_app.command()
@@ -60,7 +59,13 @@ def list_suites(json: JsonFlag = False) -> None:
 def _show_suites(suites: list[Json]) -> None:
     stated = [[f"{metric}: {better}" for metric, better in suite["metrics"].items()] for suite in suites]
     rows = [
-        (suite["name"], suite["kind"], suite["examples"], suite["digest"][:12], metrics)
+        (
+            f"{suite['name']}@{suite['version']}" if suite["version"] else suite["name"],
+            suite["kind"] if suite["task"] == "teacher_forced" else f"{suite['kind']}, {suite['task']}",
+            suite["examples"],
+            suite["digest"][:12],
+            metrics,
+        )
         for suite, metrics in zip(suites, stated, strict=True)
     ]
     render.table("", ("suite", "kind", "examples", "digest", "better"), rows)
@@ -82,76 +87,28 @@ def delete(
         next_step = "Write SUITE.METRIC, as in sql-exact.accuracy."
         raise Usage("bad_score_name", f"{score} does not name a score.", subject=score, next_step=next_step)
     with connected() as connection:
-        release, base = _release_or_base(connection, what)
+        release, base = release_or_base(connection, what)
         path = release_path(release) if release else f"/v1/bases/{base['digest']}"
         deleted = connection.api.delete(f"{path}/scores/{quote(suite, safe='')}/{quote(metric, safe='')}")
     render.document(deleted, json, lambda: render.out(f"deleted {score} = {render.cell(deleted['value'])} of {what}"))
 
 
-def evaluate(
-    what: Annotated[
-        str,
-        typer.Argument(metavar="REF|BASE", help="A release, or a base by name.", autocompletion=complete.references),
-    ],
-    suite: Annotated[
-        list[str], typer.Option("--suite", help="Name of a suite. May be repeated.", autocompletion=complete.suites)
-    ],
-    device: Device = "auto",
-    base_dir: BaseDir = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Maximum number of examples; such scores are not recorded.")
-    ] = None,
-    json: JsonFlag = False,
-) -> None:
-    """Run suites on a release or a base, and record the scores."""
-    from composer.deltas.variants.load import load_deltas
-    from composer.evaluation.evaluate import evaluate as evaluate_suite
-    from composer.evaluation.model import load_model
-    from registry.client.api import release_path
-
-    with connected() as connection:
-        suites = [fetch_suite(connection, name) for name in suite]
-        release, base = _release_or_base(connection, what)
-        if release and release["kind"] == "model":
-            model, deltas = load_model(release_directory(connection, release), device), ()
-        else:
-            model, deltas = load_model(base_checkpoint(base, base_dir).path, device), ()
-            if release:
-                deltas = load_deltas(release_directory(connection, release), model.architecture).deltas
-        scores: list[Json] = []
-        total = sum(min(limit or len(one.examples), len(one.examples)) for one in suites)
-        with render.progress(f"eval {what}", total, "examples") as done:
-            for one in suites:
-                scores += [score.to_json() for score in evaluate_suite(model, one, deltas, limit, done)]
-        if limit is None:
-            rows = [{k: v for k, v in score.items() if k != "suite"} for score in scores]
-            path = release_path(release) if release else f"/v1/bases/{base['digest']}"
-            connection.api.post(f"{path}/scores", {"scores": rows})
-    rows = [
-        (s["suite"], render.metric(s["metric"]), render.with_error(s["value"], s["stderr"]), s["n"]) for s in scores
-    ]
-    render.document(
-        {"subject": what, "recorded": limit is None, "scores": scores},
-        json,
-        lambda: render.table(what, ("suite", "metric", "value", "n"), rows),
-    )
-
-
 def fetch_suite(connection: Connection, name: str) -> "Suite":
     """Fetches a suite. Raises Usage for text that cannot be a name, before any request."""
-    from composer.formats.recipes.suite import NAME, Suite
+    from composer.formats.recipes.suite import NAME, VERSION, Suite
 
-    if not NAME.fullmatch(name):
+    plain, at, version = name.partition("@")
+    if not NAME.fullmatch(plain) or (at and not VERSION.fullmatch(version)):
         raise Usage(
             "suite_name",
-            f"{name} is not a suite name (lower-case letters, digits, - and _).",
+            f"{name} is not a suite name (lower-case letters, digits, - and _), or NAME@VERSION.",
             subject=name,
             next_step="Register its file with `adaptory suite add FILE`, and give the name in that file.",
         )
     return Suite.from_json(connection.api.get(f"/v1/suites/{quote(name, safe='')}")["content"], name)
 
 
-def _release_or_base(connection: Connection, what: str) -> tuple[Json | None, Json]:
+def release_or_base(connection: Connection, what: str) -> tuple[Json | None, Json]:
     """A release and its base, or a base alone. A base's alias may look like a repository."""
     try:
         release = resolved(connection, what)

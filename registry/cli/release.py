@@ -306,7 +306,7 @@ def _show_release(release: Json, made: "Composition | None") -> None:
         rows = [
             (
                 s["suite"],
-                render.metric(s["metric"]),
+                render.metric(s),
                 render.with_error(s["value"], s["stderr"]),
                 s["n"],
             )

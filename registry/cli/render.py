@@ -202,9 +202,10 @@ def summary(label: str, summary: dict[str, Any]) -> None:
             print(part)
 
 
-def metric(name: str) -> str:
-    """A metric's name for people."""
-    return "exact match" if name == "accuracy" else name
+def metric(score: Mapping[str, Any]) -> str:
+    """The name of a score's metric for people."""
+    teacher_forced = score.get("task", "teacher_forced") == "teacher_forced"  # compositions of before have no task
+    return "exact match" if score["metric"] == "accuracy" and teacher_forced else score["metric"]
 
 
 def with_error(value: float, stderr: float | None) -> str:

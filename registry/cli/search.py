@@ -87,7 +87,7 @@ def show_releases(releases: list[Json]) -> None:
             release["base"]["name"],
             (release["adapter"]["rank_max"] or None) if release["adapter"] else None,
             release["adapter"]["targets"] if release["adapter"] else None,
-            [f"{score['suite']} {render.metric(score['metric'])} {score['value']:.3f}" for score in release["scores"]],
+            [f"{score['suite']} {render.metric(score)} {score['value']:.3f}" for score in release["scores"]],
             "; ".join(_remarks(release)),
         )
         for release in releases

@@ -1,4 +1,4 @@
-"""Compares two releases, as the API shows them: facts, provenance, files and scores."""
+"""Compares two releases, as the API shows them: facts, provenance, files, and scores, example by example."""
 
 from collections.abc import Mapping
 from math import sqrt
@@ -15,7 +15,11 @@ STANDARD_ERRORS = 2.0
 """A score difference is significant beyond this many of its standard errors."""
 
 
-def differences(old: Json, new: Json) -> Json:
+Results = Mapping[str, list[Json]]
+"""The result of each example, by suite digest, of the suites for which they were recorded."""
+
+
+def differences(old: Json, new: Json, old_results: Results, new_results: Results) -> Json:
     """{change, breaking: [finding], facts, provenance: [{name, old, new}], files: {added, removed, changed}, scores}.
 
     Lists contain only what differs, except scores, which are complete. `change` is what the version number must
@@ -31,8 +35,19 @@ def differences(old: Json, new: Json) -> Json:
         "facts": _changed(_facts(old, new), _facts(new, old)),
         "provenance": _changed(stated_provenance(old), stated_provenance(new)),
         "files": files,
-        "scores": _scores(old["scores"], new["scores"]),
+        "scores": _scores(old["scores"], new["scores"], old_results, new_results),
     }
+
+
+def changed_examples(suite: Json, old: list[Json], new: list[Json]) -> list[Json]:
+    """The examples of a suite whose answer's score changed, those that lost most first."""
+    rows: list[Json] = [
+        {"suite": suite["name"], "example": index + 1, "prompt": example["prompt"]}
+        | {"completion": example["completion"], "old": before, "new": after}
+        for index, (example, before, after) in enumerate(zip(suite["content"]["examples"], old, new, strict=True))
+        if before["score"] != after["score"]
+    ]
+    return sorted(rows, key=lambda row: row["new"]["score"] - row["old"]["score"])
 
 
 def _surface(release: Json) -> compatibility.Surface:
@@ -92,9 +107,28 @@ def _files(old: Json, new: Json) -> dict[str, list[str]]:
     }
 
 
-def _scores(old: list[Json], new: list[Json]) -> list[Json]:
+def _scores(old: list[Json], new: list[Json], old_results: Results, new_results: Results) -> list[Json]:
+    """Each score's comparison, with `paired` where both releases have results on the same examples."""
     before, after = ({(row["suite"], row["metric"]): row for row in rows} for rows in (old, new))
-    return [_score(key, before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after])]
+    rows: list[Json] = []
+    for key in dict.fromkeys([*before, *after]):
+        row = _score(key, before.get(key), after.get(key))
+        digest = before[key]["suite_digest"] if row["difference"] is not None else ""
+        paired = _paired(key[1], old_results.get(digest), new_results.get(digest))
+        rows.append(row | {"paired": paired})
+    return rows
+
+
+def _paired(metric: str, old: list[Json] | None, new: list[Json] | None) -> Json | None:
+    from composer.evaluation.paired import compare_losses, compare_scores, describe
+
+    if old is None or new is None or metric not in ("nll", "accuracy"):
+        return None
+    if metric == "accuracy":
+        paired = compare_scores([row["score"] for row in old], [row["score"] for row in new])
+    else:
+        paired = compare_losses(*([(row["nats"], row["tokens"]) for row in rows] for rows in (old, new)))
+    return {**paired.to_json(), "in_words": describe(paired)}
 
 
 def _score(key: tuple[str, str], old: Json | None, new: Json | None) -> Json:
@@ -102,6 +136,7 @@ def _score(key: tuple[str, str], old: Json | None, new: Json | None) -> Json:
     is smaller, so a difference `beyond` it is real. None if a score is missing or the suite's content differs."""
     row: Json = {
         "suite": key[0],
+        "task": (new or old or {})["task"],
         "metric": key[1],
         "old": old["value"] if old else None,
         "old_stderr": old["stderr"] if old else None,

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from registry.database import idempotency
 from registry.database.locks import exclusive_collection, lock_blobs_exclusive
-from registry.database.tables import Blob, RevisionFile, Upload
+from registry.database.tables import Blob, RevisionFile, Score, Upload
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.formats.references import Digest
@@ -123,6 +123,7 @@ def _unused(before: datetime, now: datetime) -> tuple[ColumnElement[bool], ...]:
     return (
         Blob.created_at < before,
         ~exists().where(RevisionFile.sha256 == Blob.sha256),
+        ~exists().where(Score.results_sha256 == Blob.sha256),
         ~exists().where(Upload.sha256 == Blob.sha256, Upload.expires_at >= now),
     )
 

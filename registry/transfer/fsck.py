@@ -27,6 +27,7 @@ from registry.database.tables import (
     Repository,
     Revision,
     RevisionFile,
+    Score,
     Upload,
 )
 from registry.domain.access import audit
@@ -297,9 +298,13 @@ def _with_names(resources: Resources, finding: Finding) -> Finding:
     with resources.read() as session:
         rows = session.execute(query.order_by(Release.id).limit(_NAMED)).all()
         total = session.scalar(select(func.count()).select_from(query.subquery())) or 0
+        scored = select(func.count()).select_from(Score).where(Score.results_sha256 == finding.subject)
+        scores = session.scalar(scored) or 0
     named = [f"{path} of {namespace}/{name}:{version}" for namespace, name, version, path in rows]
     if total > len(named):
         named.append(f"{total - len(named):,} more")
+    if scores:
+        named.append(f"the results behind {scores} score{'s' * (scores > 1)}")
     if not named:
         return Finding(finding.code, Severity.NOTICE, finding.subject, f"{finding.message} No release names it.")
     return Finding(finding.code, finding.severity, finding.subject, f"{finding.message} It is {'; '.join(named)}.")

@@ -174,7 +174,7 @@ def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
     """The blob, if the actor may read one of the namespaces that hold it. Raises NotFound otherwise."""
     with resources.read() as session:
         holders = session.scalars(select(BlobHolder.namespace).where(BlobHolder.sha256 == sha256)).all()
-        size_bytes = session.scalar(select(Blob.size_bytes).where(Blob.sha256 == sha256)) or 0
+        size_bytes = size_of(session, sha256)
     stat = resources.store.stat(sha256) if any(may_read(actor, namespace) for namespace in holders) else None
     if stat is None:
         raise NotFound(
@@ -185,6 +185,11 @@ def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
         )
     refuse_damaged(stat, size_bytes, f"blob {sha256}")
     return stat
+
+
+def size_of(session: Session, sha256: str) -> int:
+    """The recorded size of a blob in bytes; 0 for an unknown one."""
+    return session.scalar(select(Blob.size_bytes).where(Blob.sha256 == sha256)) or 0
 
 
 def refuse_damaged(stat: BlobStat, size_bytes: int, named: str) -> None:

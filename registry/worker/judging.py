@@ -1,6 +1,6 @@
 """Measures a composition's candidate beside its inputs, and evaluates its gates."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,11 @@ class Member:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examination:
     """The suites that a candidate is measured on, without the examples in `used`, which the method was fitted on.
-    `progress` gets the number of examples just done."""
+    `scorers` are the Python scorers that may be used. `progress` gets the number of examples just done."""
 
     suites: Sequence[Suite]
     used: Container[Example]
+    scorers: Collection[str] = ()
     progress: Callable[[int], None]
 
     def count(self, suite: Suite) -> int:
@@ -50,7 +51,14 @@ class Examination:
         """Evaluates the deltas on the suite's remaining examples."""
         from composer.evaluation.evaluate import evaluate
 
-        scores = evaluate(loaded, suite, deltas, progress=self.progress, without=self.used)
+        scores = evaluate(
+            loaded,
+            suite,
+            deltas,
+            suite.sample(None, self.used),
+            self.scorers,
+            lambda results: self.progress(len(results)),
+        )
         return [score.to_json() for score in scores]
 
     def needs(self, member: Member, suite: Suite) -> bool:

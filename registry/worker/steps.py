@@ -114,7 +114,9 @@ def evaluate(held: JobRun) -> None:
     contents = suites_named(held, work.evaluated)
     done = ProgressCount(held, "examples")
     used = used_in([*work.calibration_sets(held), *work.searched(held)], contents)
-    examination, compared = Examination(suites=contents, used=used, progress=done), _compared(held, work)
+    scorers = held.resources.settings.enabled_scorers
+    examination = Examination(suites=contents, used=used, scorers=scorers, progress=done)
+    compared = _compared(held, work)
     done.expect(examination.examples(compared))
     scores = [score for suite in contents for score in examination.scores(model, suite, deltas)]
     base = (lambda: model) if work.recipe.adapter else cache(lambda: load_model(work.base_checkpoint(held).path))

@@ -33,12 +33,14 @@ POST   /v1/{kind}/{namespace}/{name}/releases/{version}/yank                    
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/unyank                  releaser
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  publisher
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  reader
+GET    /v1/{kind}/{namespace}/{name}/releases/{version}/scores/{suite}/results  reader
 DELETE /v1/{kind}/{namespace}/{name}/releases/{version}/scores/{suite}/{metric} publisher
 POST   /v1/suites                                                               publisher somewhere
 GET    /v1/suites                                                               reader somewhere
 GET    /v1/suites/{suite}                                                       reader somewhere
 POST   /v1/bases/{base:path}/scores                                             publisher somewhere
 GET    /v1/bases/{base:path}/scores                                             reader somewhere
+GET    /v1/bases/{base:path}/scores/{suite}/results                             reader somewhere
 DELETE /v1/bases/{base:path}/scores/{suite}/{metric}                            publisher somewhere
 POST   /v1/bases                                                                publisher somewhere
 DELETE /v1/bases/aliases/{alias:path}                                           publisher somewhere

@@ -45,11 +45,11 @@ transfer.resolved = destroys
 SLOWLY = """
 import time
 from composer.evaluation import evaluate
-quick = evaluate._measure_batch
+quick = evaluate.measure_batch
 def slow(*arguments):
     time.sleep(0.4)
     return quick(*arguments)
-evaluate._measure_batch = slow
+evaluate.measure_batch = slow
 """
 """An evaluation that takes some seconds, as those of real models do."""
 
@@ -148,16 +148,23 @@ def test_on_a_terminal_a_composition_shows_its_steps_and_the_examples_that_are_d
     assert max(len(line.rstrip()) for line in shown.lines) <= 80
 
 
-def test_an_interrupt_on_a_terminal_ends_an_evaluation_with_one_line(stocked_on_disk: Cli, world: World) -> None:
+def test_an_interrupted_evaluation_ends_with_one_line_and_goes_on_where_it_was(
+    stocked_on_disk: Cli, world: World
+) -> None:
     stocked_on_disk.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
-    running = on_terminal(stocked_on_disk, "eval", "acme/sql", "--suite", "sql-exact", code=SLOWLY)
-    running.read_until("/6 examples")
+    command = ("eval", "acme/sql", "--suite", "sql-exact", "--suite", "guard-exact")
+    running = on_terminal(stocked_on_disk, *command, code=SLOWLY)
+    running.read_until("6/12 examples")
     since = time.monotonic()
     running.process.send_signal(signal.SIGINT)
     assert running.end() == 130
     assert time.monotonic() - since < 3, "two, and what a busy machine takes to end a process"
-    assert running.lines[-1] == "interrupted: no score was recorded; repeat the command"
+    assert running.lines[-1] == "interrupted: what was measured is kept; the same command goes on from there"
     assert "Traceback" not in running.text
+    again = stocked_on_disk.ok(*command, "--json")
+    assert re.search(r"resumed: ([6-9]|1\d) of 12 examples", again.err)
+    assert [score["n"] for score in again.json["scores"]] == [6, 6, 6, 6]
+    assert "resumed" not in stocked_on_disk.ok(*command).err, "what is complete is measured anew"
 
 
 def test_an_interrupted_composition_of_this_process_is_cancelled(

@@ -19,8 +19,8 @@ from torch import nn
 
 from composer.deltas.delta import Delta, Layout, LowRank
 from composer.errors import Mismatch
-from composer.evaluation.evaluate import Encoded, encode_prompt
 from composer.evaluation.hooks import Deltas, acting_factor, module_of
+from composer.evaluation.measure import Encoded, encode_prompt
 from composer.evaluation.model import LoadedModel
 from composer.evaluation.observe import Pass, observe
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from math import inf
 
 from composer.conflicts.evidence.interval import Interval, interval, share_interval, surely_less
-from composer.evaluation.evaluate import Measured, ratio
+from composer.evaluation.measure import Measured, ratio
 from composer.findings import Verdict
 from composer.formats.recipes.policy import THRESHOLDS, Policy
 

@@ -15,7 +15,8 @@ from composer.deltas.delta import Delta, LowRank, RowwiseDelta, names_of
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.evaluation.calibration import Calibration
-from composer.evaluation.evaluate import Deltas, Encoded, Measured, encode, measure
+from composer.evaluation.hooks import Deltas
+from composer.evaluation.measure import Encoded, Measured, encode, measure
 from composer.evaluation.model import LoadedModel
 from composer.formats.recipes.methods import AnySettings, Combined
 from composer.formats.recipes.suite import Example, Suite

@@ -1,12 +1,16 @@
 """Evaluation suites: what a model is asked and the one answer that counts; YAML and JSONL, versioned by content.
 
 name: sql-exact
+version: 1.0.0              # optional: a label of this content
 kind: target                # target: what an adapter is for; guard: what must not get worse
 description: one line
 chat: true                  # the prompt is one user turn in the base's chat template; false: plain text
 ends: true                  # a model should stop after the completion; false: it may go on, as after a cut answer
 examples: sql-exact.jsonl   # lines {"prompt": ..., "completion": ...}, beside this file; or the list itself
 metrics: {rouge_l: higher}  # optional: the better direction of metrics that `adaptory eval` does not measure
+task: generation            # teacher_forced by default; multiple_choice: each example has `choices` too
+generation: {max_new_tokens: 64, stop: [";"], temperature: 0.7, seed: 1}
+scorer: json                # match by default, or one by entry point; {name: ..., settings: {...}}
 """
 
 import dataclasses
@@ -24,7 +28,8 @@ from pydantic import ConfigDict, FailFast, Field, Strict, ValidationError, model
 from pydantic.dataclasses import dataclass
 
 from composer.errors import InvalidFile
-from composer.formats.recipes.documents import LISTED, Document, Reader, path_of, problem_of, refuse_unknown
+from composer.formats.recipes.documents import LISTED, Document, Reader, Refusal, path_of, problem_of, refuse_unknown
+from composer.formats.recipes.tasks import TEACHER_FORCED, Generation, ScorerChoice, ScorerField, Task, scorer_of
 from composer.formats.untrusted import LONE_SURROGATE, read_text
 
 Kind = Literal["target", "guard"]
@@ -38,7 +43,10 @@ _EXAMPLE = "Write {prompt: …, completion: …}."
 # No dot: a score is addressed as `suite.metric`.
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 METRIC = re.compile(r"[a-z_][a-z0-9_]{0,63}")
+VERSION = re.compile(r"(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8})){2}(-[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?")
+MAX_VERSION_CHARS = 80
 MAX_METRICS = 100
+MAX_CHOICES = 26
 
 
 def _named(pattern: re.Pattern[str], expected: str) -> Reader:
@@ -55,17 +63,29 @@ Metric = Annotated[str, _named(METRIC, "a name of lower-case letters, digits and
 Text = Annotated[str, Strict(), Field(min_length=1, max_length=MAX_TEXT_CHARS)]
 
 
+def _read_version(value: object) -> str | None:
+    if value is None or (isinstance(value, str) and len(value) <= MAX_VERSION_CHARS and VERSION.fullmatch(value)):
+        return value
+    raise ValueError("a semantic version such as 1.2.0")
+
+
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Example:
-    """One prompt and the completion that is scored. Neither is empty."""
+    """One prompt and the completion that is scored. Neither is empty. `choices`, of a multiple-choice suite, has the
+    completion among them."""
 
     prompt: Text
     completion: Text
+    choices: Annotated[tuple[Text, ...], Field(max_length=MAX_CHOICES), LISTED] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, document: object) -> object:
-        return refuse_unknown(document, ["prompt", "completion"])
+        return refuse_unknown(document, ["prompt", "completion", "choices"])
+
+    def to_json(self) -> dict[str, object]:
+        document: dict[str, object] = {"prompt": self.prompt, "completion": self.completion}
+        return document | {"choices": list(self.choices)} if self.choices else document
 
 
 class Suite(Document):
@@ -73,10 +93,13 @@ class Suite(Document):
 
     With `ends` the end-of-sequence token after each completion is scored too. `metrics` says of each whether a higher
     or a lower value is better. The digest excludes it: it affects how scores are read, not how they are measured, so a
-    correction keeps them.
+    correction keeps them. It excludes `version`, the label of a digest, and every field that has its default.
     """
 
     name: Name
+    version: Annotated[
+        str | None, Reader(_read_version, {"type": ["string", "null"], "pattern": f"^{VERSION.pattern}$"})
+    ] = Field(None, description="A semantic version that labels this content.")
     kind: Kind = Field(description="target: what an adapter is for; guard: what must not get worse.")
     description: Annotated[str, Field(max_length=MAX_TEXT_CHARS)] = ""
     chat: bool = Field(description="Whether a prompt is one user turn in the base's chat template, or plain text.")
@@ -86,6 +109,30 @@ class Suite(Document):
         default_factory=dict[Metric, Better],
         description="The better direction of metrics that `adaptory eval` does not measure.",
     )
+    task: Task = Field(TEACHER_FORCED, description="What is asked: a loss, a generated answer, or a choice.")
+    generation: Generation = Field(default=Generation(), description="Of `task: generation`.")
+    scorer: ScorerField | None = Field(None, description="match, json, likelihood, or a Python entry point.")
+
+    @model_validator(mode="after")
+    def _check_task(self) -> "Suite":
+        if self.task != "generation" and "generation" in self.model_fields_set:
+            raise Refusal("it is set, and the task is not", "Add `task: generation`.", path=("generation",))
+        try:
+            scorer_of(self.task, self.scorer)
+        except ValidationError as error:
+            problem = problem_of(error)
+            raise Refusal(problem.why, problem.next_step, path=("scorer", "settings", *problem.loc)) from error
+        except Refusal as refusal:
+            raise Refusal(str(refusal), refusal.next_step, path=("scorer",)) from refusal
+        for index, example in enumerate(self.examples):
+            if why := _misfit(self.task, example):
+                raise Refusal(why, path=("examples", index, "choices"))
+        return self
+
+    @property
+    def scoring(self) -> ScorerChoice | None:
+        """The scorer of answers, without settings that have their defaults; None if teacher-forced."""
+        return scorer_of(self.task, self.scorer)
 
     @property
     def higher_is_better(self) -> dict[str, bool]:
@@ -111,25 +158,49 @@ class Suite(Document):
 
     @property
     def content(self) -> dict[str, object]:
-        """The measured content as JSON: all but `metrics`, and without a true `ends`, as suites were written before
-        that field existed."""
-        examples = [{"prompt": example.prompt, "completion": example.completion} for example in self.examples]
+        """The measured content as JSON: all but `version` and `metrics`, and without the defaults of fields that came
+        later, so that older suites keep their digests."""
         return {
             "name": self.name,
             "kind": self.kind,
             "description": self.description,
             "chat": self.chat,
             **({} if self.ends else {"ends": False}),
-            "examples": examples,
+            **self._asked(),
+            "examples": [example.to_json() for example in self.examples],
         }
 
+    def _asked(self) -> dict[str, object]:
+        """The task, how answers are generated and how they are scored, as far as these are not the defaults."""
+        if self.task == TEACHER_FORCED:
+            return {}
+        asked: dict[str, object] = {"task": self.task}
+        if generation := self.generation.model_dump(mode="json", exclude_defaults=True):
+            asked["generation"] = generation
+        scoring = self.scoring
+        if scoring and scoring != scorer_of(self.task, None):
+            asked["scorer"] = scoring.model_dump(exclude_defaults=True) if scoring.settings else scoring.name
+        return asked
+
     def to_json(self) -> dict[str, object]:
-        return self.content | ({"metrics": dict(self.metrics)} if self.metrics else {})
+        labels = {"version": self.version} if self.version else {}
+        return self.content | labels | ({"metrics": dict(self.metrics)} if self.metrics else {})
 
     @classmethod
     def from_json(cls, document: object, subject: str = "suite") -> "Suite":
         """Parses what `to_json` wrote. Raises InvalidFile naming `subject` and the field."""
         return _validated(document, subject, lambda index: f"{subject}, example {index + 1}")
+
+
+def _misfit(task: Task, example: Example) -> str:
+    """Why the example's choices do not fit the task; empty if they do."""
+    if task != "multiple_choice":
+        return "only multiple_choice has choices" if example.choices else ""
+    if len(example.choices) < 2:
+        return "a multiple-choice example has at least two choices"
+    if len(set(example.choices)) < len(example.choices):
+        return "two choices are the same"
+    return "" if example.completion in example.choices else "the completion is not among the choices"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

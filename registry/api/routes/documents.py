@@ -218,6 +218,7 @@ def _scores(described: ReleaseDetails) -> list[Json]:
         {
             "suite": suite,
             "suite_digest": digest,
+            "task": task,
             "metric": metric,
             "value": float(value),
             "stderr": None if stderr is None else float(stderr),
@@ -225,5 +226,5 @@ def _scores(described: ReleaseDetails) -> list[Json]:
             "higher_is_better": bool(higher_is_better),
             "measured": measured,
         }
-        for _, suite, metric, digest, value, stderr, n, higher_is_better, measured in described.scores
+        for _, suite, metric, digest, value, stderr, n, higher_is_better, measured, task in described.scores
     ]

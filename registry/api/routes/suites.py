@@ -1,6 +1,5 @@
 """Suites and scores."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -10,13 +9,17 @@ from registry.api.http.pagination import Cursor, Limit, decode_number, page
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route
 from registry.api.http.rules import Contributor, Member, Publisher, Reader
+from registry.api.http.threads import in_store_threads
 from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.api.routes.views import score_view, suite_page, suite_view
-from registry.api.schemas.quality import ScoreIn, ScoreOut, ScoresIn, ScoresOut, SuiteOut
+from registry.api.schemas.quality import ScoreIn, ScoreOut, ScoresIn, ScoresOut, SuiteOut, SuiteResultsOut
 from registry.api.schemas.wire import Page
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE, refuse_other_owner
 from registry.domain.catalog import bases, releases, suites
 from registry.domain.catalog.suites import Measurement
 from registry.formats.references import parse_version
+from registry.transfer.resources import Resources
 
 router = APIRouter(prefix="/v1", tags=["quality"], route_class=Route)
 repository_routes = RepositoryRouter(tags=["quality"], route_class=Route)
@@ -51,14 +54,17 @@ def show_suite(suite: str, resources: ResourcesOf, actor: Member) -> SuiteOut:
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/scores")
+@in_store_threads
 def record_release(
     named: RepositoryOf, version: str, body: ScoresIn, resources: ResourcesOf, actor: Publisher
 ) -> ScoresOut:
+    """Record scores and, for comparisons example by example, the results that they are made of."""
+    with resources.read() as session:
+        releases.find(session, named.name, parse_version(version), named.kind)
+    measurements = _measurements(resources, actor, named.name.namespace, body)
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
-        return ScoresOut(
-            scores=[score_view(row) for row in suites.record(session, actor, release, _measurements(body.scores))]
-        )
+        return ScoresOut(scores=[score_view(row) for row in suites.record(session, actor, release, measurements)])
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/scores")
@@ -66,6 +72,16 @@ def release_scores(named: RepositoryOf, version: str, resources: ResourcesOf, ac
     with resources.read() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
         return ScoresOut(scores=[score_view(row) for row in suites.scores_of(session, release)])
+
+
+@repository_routes.get("/{namespace}/{name}/releases/{version}/scores/{suite}/results", response_model=SuiteResultsOut)
+@in_store_threads
+def release_results(named: RepositoryOf, version: str, suite: str, resources: ResourcesOf, actor: Reader) -> Response:
+    """The result of each example on a suite, in its order. `suite` is a name, `NAME@VERSION` or digest."""
+    with resources.read() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        sha256 = suites.results_of(session, release, suite)
+    return _document(resources, sha256)
 
 
 @repository_routes.delete("/{namespace}/{name}/releases/{version}/scores/{suite}/{metric}")
@@ -79,10 +95,24 @@ def delete_release_score(
 
 
 @router.post("/bases/{base:path}/scores")
+@in_store_threads
 def record_base(base: str, body: ScoresIn, resources: ResourcesOf, actor: Contributor) -> ScoresOut:
+    """Record scores and, for comparisons example by example, the results that they are made of."""
+    with resources.read() as session:
+        refuse_other_owner(actor, f"base {base}", bases.find(session, base).created_by)
+    measurements = _measurements(resources, actor, EVERYWHERE, body)
     with resources.write() as session:
-        rows = suites.record(session, actor, bases.find(session, base), _measurements(body.scores))
+        rows = suites.record(session, actor, bases.find(session, base), measurements)
         return ScoresOut(scores=[score_view(row) for row in rows])
+
+
+@router.get("/bases/{base:path}/scores/{suite}/results", response_model=SuiteResultsOut)
+@in_store_threads
+def base_results(base: str, suite: str, resources: ResourcesOf, actor: Member) -> Response:
+    """The result of each example on a suite, in its order. `suite` is a name, `NAME@VERSION` or digest."""
+    with resources.read() as session:
+        sha256 = suites.results_of(session, bases.find(session, base), suite)
+    return _document(resources, sha256)
 
 
 @router.get("/bases/{base:path}/scores")
@@ -98,15 +128,27 @@ def delete_base_score(base: str, suite: str, metric: str, resources: ResourcesOf
         return score_view(suites.delete(session, actor, bases.find(session, base), suite, metric))
 
 
-def _measurements(rows: Sequence[ScoreIn]) -> list[Measurement]:
-    return [
-        Measurement(
-            suite_digest=row.suite_digest,
-            metric=row.metric,
-            value=row.value,
-            stderr=row.stderr,
-            n=row.n,
-            higher_is_better=row.higher_is_better,
-        )
-        for row in rows
-    ]
+def _document(resources: Resources, sha256: str) -> Response:
+    from registry.transfer import results
+
+    return Response(results.load(resources, sha256), media_type="application/json")
+
+
+def _measurements(resources: Resources, actor: Actor, namespace: str, body: ScoresIn) -> list[Measurement]:
+    """The measurements, with the stored results that came with them."""
+    from registry.transfer import results
+
+    measured = [_measurement(row) for row in body.scores]
+    rows = {one.suite_digest: [row.model_dump(exclude_defaults=True) for row in one.examples] for one in body.results}
+    return results.store(resources, actor, namespace, measured, rows) if rows else measured
+
+
+def _measurement(row: ScoreIn) -> Measurement:
+    return Measurement(
+        suite_digest=row.suite_digest,
+        metric=row.metric,
+        value=row.value,
+        stderr=row.stderr,
+        n=row.n,
+        higher_is_better=row.higher_is_better,
+    )

@@ -25,7 +25,8 @@ def _view(schema: type[W], row: Row, **fields: Any) -> W:
 
 
 def score_view(row: Score) -> ScoreOut:
-    return _view(ScoreOut, row, suite=row.suite.name, suite_digest=row.suite.digest, measured=row.measured_at)
+    suite = row.suite
+    return _view(ScoreOut, row, suite=suite.name, suite_digest=suite.digest, task=suite.task, measured=row.measured_at)
 
 
 def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:

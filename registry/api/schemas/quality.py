@@ -5,12 +5,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from composer.formats.recipes.suite import MAX_EXAMPLES
 from registry.api.schemas.wire import MAX_INT32, Wire, WireIn
+
+MAX_ANSWER_CHARS = 2_000
 
 
 class ScoreOut(Wire):
     suite: str
     suite_digest: str
+    task: str
     metric: str
     value: float
     stderr: float | None
@@ -28,8 +32,33 @@ class ScoreIn(Wire):
     higher_is_better: bool
 
 
+class ExampleResult(Wire):
+    """One example: nats and tokens of the reference completion, the score of the answer from 0 to 1, and the generated
+    or chosen answer. `cut` if the limit of tokens ended it."""
+
+    nats: float = Field(allow_inf_nan=False, ge=0)
+    tokens: int = Field(ge=1, le=MAX_INT32)
+    score: float = Field(ge=0, le=1)
+    answer: str | None = Field(default=None, max_length=MAX_ANSWER_CHARS)
+    cut: bool = False
+
+
+class SuiteResults(Wire):
+    """The results of all examples of a suite, in its order."""
+
+    suite_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    examples: list[ExampleResult] = Field(min_length=1, max_length=MAX_EXAMPLES)
+
+
+class SuiteResultsOut(SuiteResults):
+    suite: str
+
+
 class ScoresIn(WireIn):
+    """`results` are those that the scores of their suites are made of; optional."""
+
     scores: list[ScoreIn] = Field(min_length=1, max_length=1000)
+    results: list[SuiteResults] = Field(default=[], max_length=1000)
 
 
 class ScoresOut(Wire):
@@ -41,7 +70,9 @@ class SuiteOut(Wire):
 
     name: str
     digest: str
+    version: str | None
     kind: str
+    task: str
     examples: int
     current: bool
     metrics: dict[str, Literal["higher", "lower"]]

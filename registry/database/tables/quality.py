@@ -12,17 +12,20 @@ from registry.database.tables.catalog import ByteOrdered, Id, Release
 
 class Suite(Row):
     """A suite is its content: a changed example makes another digest under the same name. The last one added is
-    current."""
+    current. A `version` labels one content of its name."""
 
     __tablename__ = "suites"
     __table_args__ = (
         Index("uq_suites_name", "name", unique=True, sqlite_where=text("current"), postgresql_where=text("current")),
+        Index("uq_suites_version", "name", "version", unique=True),
     )
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     name: Mapped[str] = mapped_column(String(64))
     digest: Mapped[str] = mapped_column(String(64), unique=True)
+    version: Mapped[str | None] = mapped_column(String(80))
     kind: Mapped[str] = mapped_column(String(16))
+    task: Mapped[str] = mapped_column(String(32), server_default="teacher_forced")
     examples: Mapped[int]
     content: Mapped[dict[str, Any]] = mapped_column(JSON, deferred=True)
     current: Mapped[bool]
@@ -46,7 +49,8 @@ class SuiteMetric(Row):
 
 class Score(Row):
     """One metric of one suite for one release or one base. A new measurement replaces it, and the audit log keeps both.
-    `traits_id` is the release's, so that the best of those with some traits are found without reading others."""
+    `traits_id` is the release's, so that the best of those with some traits are found without reading others.
+    `results_sha256` is the blob with the results of each example, if these were recorded."""
 
     __tablename__ = "scores"
     __table_args__ = (
@@ -56,6 +60,7 @@ class Score(Row):
         # The best first, for releases with the same traits and for all.
         Index("ix_scores_traits_best", "suite_id", "metric", "traits_id", "value", "release_id"),
         Index("ix_scores_best", "suite_id", "metric", "value", "release_id"),
+        Index("ix_scores_results", "results_sha256"),
         CheckConstraint("(release_id IS NULL) <> (base_digest IS NULL)", name="one_subject"),
     )
 
@@ -69,6 +74,7 @@ class Score(Row):
     stderr: Mapped[float | None]
     n: Mapped[int]
     higher_is_better: Mapped[bool]
+    results_sha256: Mapped[str | None] = mapped_column(String(64))
     provenance: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)  # read by nothing, and to be dropped
     measured_at: Mapped[datetime] = mapped_column(UtcDateTime)
     measured_by: Mapped[str] = mapped_column(String(128))

@@ -52,7 +52,8 @@ class ReleaseRow(NamedTuple):
 
 
 ScoreRow = list[Any]
-"""Release id, suite, metric, digest of the suite, value, standard error or None, n, whether higher is better, when."""
+"""Release id, suite, metric, digest of the suite, value, standard error or None, n, whether higher is better, when,
+task of the suite."""
 InputRow = list[Any]
 """Id of the composed release and of the input; the input's namespace, repository, version, commit, weight."""
 
@@ -105,6 +106,7 @@ _SCORES = (
             _score.n,
             _score.higher_is_better,
             timestamp_text(_score.measured_at),
+            _suite.task,
         )
     )
     .select_from(Score.__table__.join(Suite.__table__, _suite.id == _score.suite_id + 0))

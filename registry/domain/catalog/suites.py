@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds, refuse_other_owner
 from registry.domain.catalog import metrics
-from registry.errors import Invalid, NotAllowed, NotFound, Usage
+from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Usage
 from registry.formats.references import MAX_NEAR, nearest, parse_name
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -30,7 +30,8 @@ RANGES = {"nll": (0.0, math.inf), "accuracy": (0.0, 1.0)}
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One metric of one suite; `stderr` in the units of `value`, `n` examples."""
+    """One metric of one suite; `stderr` in the units of `value`, `n` examples. `results_sha256` is the stored blob with
+    the results of each example."""
 
     suite_digest: str
     metric: str
@@ -38,6 +39,7 @@ class Measurement:
     stderr: float | None
     n: int
     higher_is_better: bool
+    results_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,17 @@ def parse_condition(text: str) -> Condition:
 
 
 def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, bool]:
-    """Adds a suite. Returns it and whether it is new. The version added last, even if known, becomes current. Its
-    statements about metrics hold for all versions."""
+    """Adds a suite. Returns it and whether it is new. The content added last, even if known, becomes current. Its
+    statements about metrics hold for all contents of its name.
+
+    A version labels one content: raises Conflict if another content has it, or this content another one.
+    """
     parse_name(content.name, "suite name")
     known = session.scalar(select(Suite).where(Suite.digest == content.digest))
+    _refuse_other_label(session, content, known)
+    if known is not None and content.version and known.version is None:
+        refuse_other_owner(actor, f"suite/{content.name}", known.created_by)
+        known.version = content.version
     if known is not None and known.current:
         if content.higher_is_better.items() - metrics.stated(session, [known])[known.name].items():
             refuse_other_owner(actor, f"suite/{content.name}", known.created_by)
@@ -96,7 +105,9 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
     suite = known or Suite(
         name=content.name,
         digest=content.digest,
+        version=content.version,
         kind=content.kind,
+        task=content.task,
         examples=len(content.examples),
         content=content.content,
         created_at=actor.at,
@@ -112,15 +123,44 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
         Act.SUITE_ADD,
         f"suite/{content.name}",
         namespace=None,
-        before={"digest": replaced.digest} if replaced else None,
-        after={"digest": content.digest, "examples": len(content.examples)},
+        before=_labels(replaced) if replaced else None,
+        after={**_labels(suite), "examples": len(content.examples)},
     )
     return suite, known is None
 
 
+def _labels(suite: Suite) -> dict[str, str]:
+    return {"digest": suite.digest, **({"version": suite.version} if suite.version else {})}
+
+
+def _refuse_other_label(session: Session, content: SuiteContent, known: Suite | None) -> None:
+    if content.version is None:
+        return
+    query = select(Suite).where(Suite.name == content.name, Suite.version == content.version)
+    labelled = session.scalar(query)
+    if labelled is not None and labelled.digest != content.digest:
+        raise Conflict(
+            "suite_version_taken",
+            f"{content.name} {content.version} is other content ({labelled.digest[:12]}).",
+            subject=f"{content.name}@{content.version}",
+            next_step="Raise `version` in the suite's file: a version labels one content.",
+        )
+    if known is not None and known.version not in (None, content.version):
+        raise Conflict(
+            "suite_version_differs",
+            f"This content is {content.name} {known.version} already.",
+            subject=f"{content.name}@{content.version}",
+            next_step=f"Write `version: {known.version}`, or leave it out.",
+        )
+
+
 def find(session: Session, text: str) -> Suite:
-    """Finds a suite by digest, or the current one by name. Its content is loaded lazily."""
-    named = Suite.digest == text if _DIGEST.fullmatch(text) else (Suite.name == text) & Suite.current
+    """Finds a suite by digest, by `NAME@VERSION`, or the current one by name. Its content is loaded lazily."""
+    name, at, version = text.partition("@")
+    if _DIGEST.fullmatch(text):
+        named = Suite.digest == text
+    else:
+        named = (Suite.name == name) & (Suite.version == version if at else Suite.current)
     suite = session.scalar(select(Suite).where(named))
     if suite is None:
         raise NotFound(
@@ -172,6 +212,7 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
         score = score or Score(suite=suite, metric=measurement.metric, **_owner_columns(subject))
         score.value, score.stderr, score.n = measurement.value, measurement.stderr, measurement.n
         score.higher_is_better = measurement.higher_is_better
+        score.results_sha256 = measurement.results_sha256
         score.measured_at, score.measured_by = actor.at, actor.name
         session.add(score)
         session.flush()
@@ -249,6 +290,40 @@ def delete(session: Session, actor: Actor, subject: Release | Base, named: str, 
         metric=metric,
     )
     return score
+
+
+def results_of(session: Session, subject: Release | Base, named: str) -> str:
+    """The digest of the blob with the results of each example on a suite, by name (its current content),
+    `NAME@VERSION` or digest. Raises NotFound."""
+    suite = find(session, named)
+    recorded = (_of(subject), Score.suite_id == suite.id, Score.results_sha256.is_not(None))
+    sha256 = session.scalar(select(Score.results_sha256).where(*recorded).order_by(Score.metric).limit(1))
+    if sha256 is None:
+        raise NotFound(
+            "results_unknown",
+            f"{_subject_name(subject)} has no results by example on {suite.name}.",
+            subject=suite.name,
+            next_step=f"Record them: `adaptory eval REF --suite {suite.name}`.",
+        )
+    return sha256
+
+
+def earlier_scores(session: Session, subject: Release | Base) -> dict[tuple[str, str], Score]:
+    """The subject's newest score on an older content of each suite, by suite and metric."""
+    query = select(Score).join(Suite).where(_of(subject), ~Suite.current).order_by(Suite.id)
+    return {(score.suite.name, score.metric): score for score in session.scalars(query)}
+
+
+def label(suite: Suite) -> str:
+    """How messages name a content: by its version, or else by its digest."""
+    return suite.version or suite.digest[:12]
+
+
+def current_labels(session: Session, names: Collection[str]) -> dict[str, str]:
+    """The label of each suite's current content, by name."""
+    return {
+        suite.name: label(suite) for suite in session.scalars(select(Suite).where(Suite.name.in_(names), Suite.current))
+    }
 
 
 def scores_of(session: Session, subject: Release | Base) -> list[Score]:

@@ -10,7 +10,7 @@ sql-exact.accuracy keeps 0.9 of inputs    at least 0.9 of the best input's exact
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, ClassVar
 
@@ -113,6 +113,8 @@ def compared_with(rule: Rule) -> str:
 
 Scores = Mapping[tuple[str, str], Measured]
 """By suite name and metric; only scores on the suite's current content."""
+Earlier = Mapping[tuple[str, str], str]
+"""By suite name and metric, of scores on a content that another one has replaced: what was measured, and on what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +158,19 @@ def parse_rules(texts: Sequence[str]) -> list[Rule]:
 class References:
     """What a candidate is compared with. `served` is None for an empty channel. `inputs` is the best input's score for
     each suite and metric, None without lineage. With `hides_inputs`, results do not show these scores, only whether the
-    rule passes: not every reader may read every input."""
+    rule passes: not every reader may read every input. `earlier` has scores on replaced contents, of the `candidate`,
+    of `served` and of the `base`: rules compare one content only, and say that a suite has moved on."""
 
     base: Scores
     served: Scores | None = None
     inputs: Scores | None = None
     hides_inputs: bool = False
+    earlier: Mapping[str, Earlier] = field(default_factory=dict[str, Earlier])
+
+    def moved_on(self, side: str, key: tuple[str, str]) -> str:
+        """What a message adds if the side has a score on a replaced content; otherwise nothing."""
+        before = self.earlier.get(side, {}).get(key)
+        return f" (the suite has moved on: {before})" if before else ""
 
 
 def best_of(members: Sequence[Scores]) -> Scores:
@@ -186,7 +195,8 @@ def _judge(rule: Rule, candidate: Scores, against: References) -> GateResult:
         return GateResult(
             str(rule),
             False,
-            f"no {rule.metric} on the current {rule.suite}: run `adaptory eval REF --suite {rule.suite}`",
+            f"no {rule.metric} on the current {rule.suite}{against.moved_on('candidate', key)}: "
+            f"run `adaptory eval REF --suite {rule.suite}`",
         )
     if isinstance(rule, Condition):
         return GateResult(str(rule), rule.holds(own.value), str(own))
@@ -200,7 +210,7 @@ def _judge(rule: Rule, candidate: Scores, against: References) -> GateResult:
     other = (against.base if rule.other == "base" else scores).get(key)
     if other is None:
         missing = "no input has" if rule.other == "inputs" else f"the {rule.other} has no"
-        measure = f"{rule.metric} on the current {rule.suite}: evaluate it first"
+        measure = f"{rule.metric} on the current {rule.suite}{against.moved_on(rule.other, key)}: evaluate it first"
         return GateResult(str(rule), False, f"{own}, but {missing} {measure}")
     passed, detail = rule.judge(own, other)
     if rule.other == "inputs" and against.hides_inputs:
@@ -266,6 +276,15 @@ def lineage(session: Session, release: Release) -> tuple[Scores | None, bool]:
 def scores(session: Session, subject: Release | Base) -> Scores:
     """The current scores of a release or base, by suite and metric."""
     return {(row.suite.name, row.metric): measured(row) for row in suites.scores_of(session, subject)}
+
+
+def earlier(session: Session, subject: Release | Base) -> Earlier:
+    """The scores of a release or base on contents of suites that have been replaced, as messages name them."""
+    rows = suites.earlier_scores(session, subject)
+    current = suites.current_labels(session, {suite for suite, _ in rows})
+    return {
+        key: f"{measured(row)} on {suites.label(row.suite)}, now {current[row.suite.name]}" for key, row in rows.items()
+    }
 
 
 def measured(row: Score) -> Measured:

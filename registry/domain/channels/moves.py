@@ -386,9 +386,15 @@ def _judge(session: Session, release: Any, texts: Sequence[str] | None) -> list[
     served = gates.scores(session, given.to_release) if given else None
     candidate = session.get_one(Release, release.id)
     inputs, hides = gates.lineage(session, candidate)
-    base = gates.scores(session, session.get_one(Base, release.base_digest))
-    against = gates.References(base=base, served=served, inputs=inputs, hides_inputs=hides)
-    return gates.judge(rules, gates.scores(session, candidate), against)
+    base = session.get_one(Base, release.base_digest)
+    against = gates.References(base=gates.scores(session, base), served=served, inputs=inputs, hides_inputs=hides)
+    own = gates.scores(session, candidate)
+    results = gates.judge(rules, own, against)
+    if all(result.passed for result in results):
+        return results
+    sides = {"candidate": candidate, "base": base, **({"served": given.to_release} if given else {})}
+    earlier = {side: gates.earlier(session, subject) for side, subject in sides.items()}
+    return gates.judge(rules, own, replace(against, earlier=earlier))
 
 
 def _locked(repository: Repository, name: str) -> Select[Channel]:

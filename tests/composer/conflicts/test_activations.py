@@ -11,7 +11,8 @@ from composer.conflicts.examine import parse_prompts
 from composer.deltas.delta import Delta, Layout, LowRank, Replacement
 from composer.deltas.variants.load import load_deltas
 from composer.errors import InvalidFile, Mismatch, NotSupported
-from composer.evaluation.evaluate import Encoded, deltas_applied, encode_prompt
+from composer.evaluation.hooks import deltas_applied
+from composer.evaluation.measure import Encoded, encode_prompt
 from composer.evaluation.model import LoadedModel, load_model
 from tests.composer.adapted import save_adapted
 from tests.composer.deltas.test_variants_experts import DOWN, GATE, lora, qwen3, save_base

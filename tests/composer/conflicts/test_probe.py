@@ -45,7 +45,7 @@ GUARD = suite("guard", "guard")
 
 
 def nll(loaded: LoadedModel, measured: Suite, deltas: object = (), k: int = 3) -> float:
-    return evaluate(loaded, measured, deltas, limit=k)[0].value  # pyright: ignore[reportArgumentType]
+    return evaluate(loaded, measured, deltas, measured.sample(k))[0].value  # pyright: ignore[reportArgumentType]
 
 
 def test_every_number_of_a_probe_is_the_evaluation_it_stands_for(loaded: LoadedModel) -> None:

@@ -102,9 +102,9 @@ def test_what_was_fitted_on_never_judges(loaded: LoadedModel, red: LoadedAdapter
     used = used_in(sets, [RED, GREEN])
     assert len(used) == 6
     assert not used & set(RED.sample(None, used))
-    assert {score.n for score in evaluate(loaded, RED, without=used)} == {7}
+    assert {score.n for score in evaluate(loaded, RED, examples=RED.sample(None, used))} == {7}
     with pytest.raises(Mismatch, match="none is left"):
-        evaluate(loaded, RED, without=frozenset(RED.examples))
+        evaluate(loaded, RED, examples=())
     by_prompt = CalibrationSet(prompts=(RED.examples[0].prompt,))
     assert used_in([by_prompt], [RED]) == {RED.examples[0]}
 

@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM
 from composer.deltas.delta import Layout, LowRank, Replacement
 from composer.deltas.variants.load import load_deltas
 from composer.errors import ComposerError, InvalidFile, Mismatch, NotSupported
-from composer.evaluation.evaluate import Encoded, deltas_applied, encode, evaluate, generate, measure, ratio
+from composer.evaluation.evaluate import evaluate
+from composer.evaluation.generation import generate
+from composer.evaluation.hooks import deltas_applied
+from composer.evaluation.measure import Encoded, encode, measure, ratio
 from composer.evaluation.model import LoadedModel, load_model
 from composer.formats.recipes.suite import Example, Suite
 from tests.composer.small_model import save_adapter, save_gemma, save_gpt2, save_llama, save_tokenizer
@@ -223,8 +226,8 @@ def test_a_suite_gives_loss_and_exact_match_with_counts_errors_and_direction(loa
     assert (nll.metric, nll.n, nll.higher_is_better, nll.suite_digest) == ("nll", 4, False, SUITE.digest)
     assert (accuracy.metric, accuracy.value, accuracy.higher_is_better) == ("accuracy", 0.0, True)
     assert nll.to_json()["suite"] == "letters"
-    assert evaluate(loaded, SUITE, limit=1)[0].stderr is None
-    assert evaluate(loaded, SUITE, limit=2)[0].n == 2
+    assert evaluate(loaded, SUITE, examples=SUITE.sample(1))[0].stderr is None
+    assert evaluate(loaded, SUITE, examples=SUITE.sample(2))[0].n == 2
 
 
 def test_the_ratios_error_is_the_usual_one_when_all_examples_are_equally_long() -> None:

@@ -37,16 +37,30 @@ SUITE: dict[str, Any] = {
     "examples": [{"prompt": "p", "completion": "c"}],
     "metrics": {"rouge_l": "higher"},
 }
+ASKED: dict[str, Any] = SUITE | {
+    "version": "1.0.0",
+    "task": "generation",
+    "generation": {"max_new_tokens": 8, "stop": [";"], "temperature": 0.5, "top_p": 0.9, "seed": 1},
+    "scorer": {"name": "match", "settings": {"case": True}},
+}
+CHOSEN: dict[str, Any] = SUITE | {
+    "task": "multiple_choice",
+    "scorer": {"name": "likelihood", "settings": {"per": "token"}},
+    "examples": [{"prompt": "p", "completion": "c", "choices": ["c", "d"]}],
+}
 READERS: list[tuple[dict[str, Any], Callable[[object], object]]] = [
     (RECIPE, parse_recipe),
     (SUITE, Suite.from_json),
+    (ASKED, Suite.from_json),
+    (CHOSEN, Suite.from_json),
     (RECIPE["policy"], read_policy),
 ]
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.dates(), st.binary(max_size=3), st.text(max_size=5),
     st.sampled_from(["\ud800", 10**400, -0.0, "1", "true", "0.5 of gain", 2**64]),
 )  # fmt: skip
-KEYS = st.one_of(st.sampled_from([*RECIPE, *SUITE, "adapter", "weight", "layers", "mode", "density"]), SCALARS)
+NAMES = [*RECIPE, *ASKED, "choices", "adapter", "weight", "layers", "mode", "density"]
+KEYS = st.one_of(st.sampled_from(NAMES), SCALARS)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=5
 )

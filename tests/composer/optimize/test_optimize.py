@@ -9,7 +9,7 @@ import pytest
 from composer.conflicts.evidence.outcome import Limits
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Interrupted, Mismatch
-from composer.evaluation.evaluate import generate
+from composer.evaluation.generation import generate
 from composer.evaluation.model import LoadedModel
 from composer.findings import Verdict
 from composer.formats.recipes.calibration_sets import example_digest

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from composer.conflicts.evidence.outcome import Limits, Outcome, effect_of
 from composer.errors import Mismatch
-from composer.evaluation.evaluate import Measured
+from composer.evaluation.measure import Measured
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Example, Suite
 from composer.optimize.candidates import Candidate, fitted, low_rank, weighted_sum

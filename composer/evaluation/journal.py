@@ -1,0 +1,85 @@
+"""Results kept in a file as they come, from which an interrupted evaluation resumes at the example where it stopped."""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from composer.evaluation.evaluate import Result, examine
+from composer.evaluation.hooks import Deltas
+from composer.evaluation.model import LoadedModel
+from composer.formats.recipes.suite import Example, Suite
+
+
+class ResultJournal:
+    """The results of one model on one suite: a line of JSON for each batch. A torn last line is cut off, so that its
+    batch is run again.
+
+    The first line is `subject`, which must name the model's weights and the suite's content: results of others are
+    discarded.
+    """
+
+    def __init__(self, path: Path, subject: str) -> None:
+        self.known: dict[Example, Result] = {}
+        self._path = path
+        head = json.dumps({"results": 1, "subject": subject})
+        lines = complete_lines(path)
+        if not lines or lines[0] != head:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{head}\n", encoding="utf-8")
+            return
+        for line in lines[1:]:
+            for prompt, completion, choices, *result in json.loads(line):
+                self.known[Example(prompt, completion, tuple(choices))] = Result(*result)
+
+    def add(self, results: Mapping[Example, Result]) -> None:
+        """Records a batch, in the file before the call returns."""
+        self.known.update(results)
+        rows = [
+            [one.prompt, one.completion, one.choices, own.nats, own.tokens, own.score, own.answer, own.cut]
+            for one, own in results.items()
+        ]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(rows)}\n")
+
+    def missing(self, examples: Collection[Example]) -> list[Example]:
+        """The examples without a result, each once."""
+        return [one for one in dict.fromkeys(examples) if one not in self.known]
+
+    def discard(self) -> None:
+        """Removes the file."""
+        self._path.unlink(missing_ok=True)
+
+
+def examine_rest(
+    model: Callable[[], tuple[LoadedModel, Deltas]],
+    suite: Suite,
+    examples: Collection[Example],
+    journal: ResultJournal,
+    scorers: Collection[str] = (),
+    progress: Callable[[int], None] = lambda _count: None,
+) -> list[Result]:
+    """As `examine`, without the examples that the journal has. `model` is called if any is missing, for the base and
+    the deltas on it; `progress` gets the number of examples just done."""
+    missing = journal.missing(examples)
+
+    def keep(results: Mapping[int, Result]) -> None:
+        journal.add({missing[index]: result for index, result in results.items()})
+        progress(len(results))
+
+    if missing:
+        loaded, deltas = model()
+        examine(loaded, suite, deltas, missing, scorers, keep)
+    return [journal.known[example] for example in examples]
+
+
+def complete_lines(path: Path) -> list[str]:
+    """The lines of the file, which is cut after the last complete one; none without a file."""
+    content = b""
+    with suppress(FileNotFoundError):
+        content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return content[:end].decode().splitlines()

@@ -1,0 +1,1 @@
+"""Scorers of generated answers, a file for each family."""

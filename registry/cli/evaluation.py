@@ -1,0 +1,197 @@
+"""Runs suites on releases and bases, and records the scores with the result of each example."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry.cli import complete, render
+from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
+from registry.cli.quality import BaseDir, Device, fetch_suite, release_or_base
+from registry.cli.render import JsonFlag
+
+if TYPE_CHECKING:
+    from composer.deltas.delta import Delta
+    from composer.evaluation.evaluate import Result, Score
+    from composer.evaluation.journal import ResultJournal
+    from composer.evaluation.model import LoadedModel
+    from composer.formats.recipes.suite import Example, Suite
+
+Json = dict[str, Any]
+
+
+def register(root: typer.Typer) -> None:
+    root.command("eval")(evaluate)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A release or a base that suites are run on; `release` is None for a base."""
+
+    name: str
+    release: Json | None
+    base: Json
+
+    @property
+    def is_model(self) -> bool:
+        return self.release is not None and self.release["kind"] == "model"
+
+    @property
+    def weights(self) -> str:
+        """Names what must be in memory: the base, or a merged model of its own."""
+        return self.identity if self.is_model else self.base["digest"]
+
+    @property
+    def identity(self) -> str:
+        """Names the bytes that are measured."""
+        release = self.release
+        return f"{self.base['digest']}+{release['repository']}#{release['commit']}" if release else self.base["digest"]
+
+    @property
+    def scores_path(self) -> str:
+        from registry.client.api import release_path
+
+        return f"{release_path(self.release) if self.release else '/v1/bases/' + self.base['digest']}/scores"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One subject on one suite: a subject, a suite, the examples and what an interrupted run has measured."""
+
+    subject: Subject
+    suite: "Suite"
+    examples: "Sequence[Example]"
+    journal: "ResultJournal"
+
+
+def evaluate(
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="REF|BASE...", help="Releases, or bases by name.", autocompletion=complete.references),
+    ],
+    suite: Annotated[
+        list[str],
+        typer.Option("--suite", help="Name of a suite, or NAME@VERSION. Repeatable.", autocompletion=complete.suites),
+    ],
+    device: Device = "auto",
+    base_dir: BaseDir = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of examples; such scores are not recorded.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Run suites on releases or bases, and record the scores.
+
+    Each base is loaded once for all its adapters. An interrupted run, started again, continues at the example where it
+    stopped.
+    """
+    with connected() as connection:
+        suites = [fetch_suite(connection, name) for name in dict.fromkeys(suite)]
+        subjects = [Subject(name, *release_or_base(connection, name)) for name in dict.fromkeys(what)]
+        tasks = [_task(connection, subject, one, limit) for subject in subjects for one in suites]
+        rows = _run(connection, tasks, _Where(device, base_dir), recorded=limit is None)
+        for task in tasks:
+            task.journal.discard()
+    documents = [
+        {"subject": subject.name, "recorded": limit is None, "scores": rows[subject.name]} for subject in subjects
+    ]
+    document = documents[0] if len(documents) == 1 else {"items": documents, "next": None}
+    render.document(document, json, lambda: _show(documents))
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """Where the weights are, and the device that they are loaded to."""
+
+    device: str
+    base_dir: Path | None
+
+
+def _task(connection: Connection, subject: Subject, suite: "Suite", limit: int | None) -> Task:
+    from composer.evaluation.journal import ResultJournal
+    from composer.evaluation.scorers.scorer import scorer_named
+
+    if suite.task == "generation" and suite.scoring:
+        scorer_named(suite.scoring, connection.settings.enabled_scorers)  # before anything is fetched and measured
+    identity = f"{subject.identity} {suite.digest}"
+    path = connection.settings.home_directory / "cache" / "eval" / f"{sha256(identity.encode()).hexdigest()[:32]}.jsonl"
+    return Task(subject, suite, suite.sample(limit), ResultJournal(path, identity))
+
+
+def _run(connection: Connection, tasks: Sequence[Task], where: _Where, *, recorded: bool) -> dict[str, list[Json]]:
+    """The scores by subject. Records those of each task as it ends. Everything is fetched before the first pass."""
+    left = sum(len(task.journal.missing(task.examples)) for task in tasks)
+    known = sum(len(set(task.examples)) for task in tasks) - left
+    if known:
+        render.say(f"resumed: {known} of {known + left} examples were measured before")
+    rows: dict[str, list[Json]] = {task.subject.name: [] for task in tasks}
+    label = f"eval {next(iter(rows))}" if len(rows) == 1 else f"eval {len(rows)} subjects"
+    models = _Models(connection, [task.subject for task in tasks if task.journal.missing(task.examples)], where)
+    with render.progress(label, left, "examples") as done:
+        for task in sorted(tasks, key=lambda task: task.subject.weights):
+            measured, results = _measured(connection, task, models, done)
+            if recorded:
+                _record(connection, task, measured, results)
+            rows[task.subject.name] += [score.to_json() for score in measured]
+    return rows
+
+
+class _Models:
+    """Fetches the files of all subjects, and loads the weights of one after the other: those in memory stay there for
+    all subjects that use them."""
+
+    def __init__(self, connection: Connection, subjects: Sequence[Subject], where: _Where) -> None:
+        self._device = where.device
+        self._current: tuple[Path, LoadedModel] | None = None
+        self._releases = {one.name: release_directory(connection, one.release) for one in subjects if one.release}
+        bases = {one.weights: one.base for one in subjects if not one.is_model}
+        self._bases = {key: base_checkpoint(base, where.base_dir).path for key, base in bases.items()}
+
+    def of(self, subject: Subject) -> "tuple[LoadedModel, Sequence[Delta]]":
+        """The model in memory and the subject's deltas on it."""
+        from composer.deltas.variants.load import load_deltas
+
+        release = self._releases.get(subject.name)
+        if release is None or subject.is_model:
+            return self._loaded(release or self._bases[subject.weights]), ()
+        loaded = self._loaded(self._bases[subject.weights])
+        return loaded, load_deltas(release, loaded.architecture).deltas
+
+    def _loaded(self, directory: Path) -> "LoadedModel":
+        from composer.evaluation.model import load_model
+
+        if self._current is None or self._current[0] != directory:
+            self._current = None  # two models may not fit in memory
+            self._current = (directory, load_model(directory, self._device))
+        return self._current[1]
+
+
+def _measured(
+    connection: Connection, task: Task, models: _Models, done: Callable[[int], None]
+) -> "tuple[list[Score], list[Result]]":
+    from composer.evaluation.evaluate import scores
+    from composer.evaluation.journal import examine_rest
+
+    scorers = connection.settings.enabled_scorers
+    results = examine_rest(lambda: models.of(task.subject), task.suite, task.examples, task.journal, scorers, done)
+    return scores(task.suite, results), results
+
+
+def _record(connection: Connection, task: Task, measured: "Sequence[Score]", results: "Sequence[Result]") -> None:
+    rows = [
+        {name: value for name, value in score.to_json().items() if name not in ("suite", "task")} for score in measured
+    ]
+    examples = {"suite_digest": task.suite.digest, "examples": [one.to_json() for one in results]}
+    connection.api.post(task.subject.scores_path, {"scores": rows, "results": [examples]})
+
+
+def _show(documents: Sequence[Json]) -> None:
+    for document in documents:
+        rows = [
+            (score["suite"], render.metric(score), render.with_error(score["value"], score["stderr"]), score["n"])
+            for score in document["scores"]
+        ]
+        render.table(document["subject"], ("suite", "metric", "value", "n"), rows)

@@ -1,0 +1,83 @@
+"""The results of each example behind a score, kept as a blob."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from math import isclose
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import suites
+from registry.domain.catalog.suites import Measurement
+from registry.errors import Invalid, Unavailable
+from registry.formats.references import Digest
+from registry.transfer import uploads
+from registry.transfer.resources import Resources
+
+Row = Mapping[str, Any]
+"""An example's `nats`, `tokens`, `score` and, unless teacher-forced, `answer` and `cut`."""
+
+
+def store(
+    resources: Resources,
+    actor: Actor,
+    namespace: str,
+    measurements: Sequence[Measurement],
+    results: Mapping[str, Sequence[Row]],
+) -> list[Measurement]:
+    """Stores results by suite digest, each as a blob of the namespace, and returns the measurements with these blobs'
+    digests. Raises Invalid for results that are not of all examples, or that a measurement is not made of."""
+    blobs: dict[str, Digest] = {}
+    for digest, rows in results.items():
+        with resources.read() as session:
+            suite = suites.find(session, digest)
+        _check(suite.name, suite.examples, rows, [one for one in measurements if one.suite_digest == digest])
+        document = {"suite": suite.name, "suite_digest": digest, "examples": rows}
+        blobs[digest] = _stored(resources, actor, namespace, json.dumps(document, separators=(",", ":")).encode())
+    return [replace(one, results_sha256=blobs.get(one.suite_digest)) for one in measurements]
+
+
+def load(resources: Resources, digest: str) -> bytes:
+    """The stored document: {suite, suite_digest, examples}. Raises Unavailable if the store has lost it."""
+    with resources.read() as session:
+        size_bytes = uploads.size_of(session, digest)
+    stat = resources.store.stat(Digest(digest))
+    if stat is None:
+        raise Unavailable(
+            "blob_lost",
+            f"The store has lost the results {digest}.",
+            subject=digest,
+            next_step="Restore the blob from a backup, or run `adaptory eval` again.",
+        )
+    uploads.refuse_damaged(stat, size_bytes, "the results")
+    with resources.store.open(stat.sha256) as reader:
+        return reader.read()
+
+
+def _stored(resources: Resources, actor: Actor, namespace: str, content: bytes) -> Digest:
+    digest = Digest(sha256(content).hexdigest())
+    with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
+        path = Path(directory) / "results.json"
+        path.write_bytes(content)
+        uploads.store_file(resources, actor, namespace, digest, path, move=True)
+    return digest
+
+
+def _check(suite: str, count: int, rows: Sequence[Row], measurements: Sequence[Measurement]) -> None:
+    values = {
+        "nll": sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows),
+        "accuracy": sum(row["score"] for row in rows) / len(rows),
+    }
+    made = {one.metric: one for one in measurements if one.metric in values}
+    differing = [name for name, one in made.items() if not isclose(one.value, values[name], rel_tol=1e-6, abs_tol=1e-9)]
+    if len(rows) != count or not made or differing:
+        raise Invalid(
+            "bad_results",
+            f"These are results of {len(rows)} of {count} examples of {suite}"
+            + (f", and {', '.join(differing)} is not made of them." if differing else "."),
+            subject=suite,
+            next_step="Record what `adaptory eval` measured: all examples, with the scores made of them.",
+        )

@@ -1,0 +1,119 @@
+"""Suites with versions and tasks; several releases on several suites; releases compared example by example."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.scenarios.traces import api_of, traces
+from tests.scenarios.world import Cli, World
+
+
+def write_suite(directory: Path, name: str, **fields: Any) -> Path:
+    examples = [{"prompt": f"say {number}", "completion": f"{number}"} for number in range(8)]
+    document = {"name": name, "kind": "target", "chat": True, "examples": examples} | fields
+    path = directory / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def push_both(cli: Cli, world: World) -> None:
+    for version, adapter in (("1.0.0", "sql"), ("1.1.0", "other-sql")):
+        cli.ok("push", world.adapters[adapter], f"acme/sql:{version}", "--base", "tiny")
+
+
+def test_a_version_labels_one_content_and_a_gate_says_when_its_suite_has_moved_on(
+    stocked: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked
+    first = cli.json("suite", "add", write_suite(tmp_path, "said", version="1.0.0"))
+    assert (first["version"], first["task"]) == ("1.0.0", "teacher_forced")
+    other = write_suite(tmp_path, "said", version="1.0.0", ends=False)
+    taken = cli("suite", "add", other)
+    assert (taken.code, "Raise `version`" in taken.err) == (4, True)
+    relabelled = cli("suite", "add", write_suite(tmp_path, "said", version="2.0.0"))
+    assert (relabelled.code, "said 1.0.0 already" in relabelled.err) == (4, True)
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    cli.ok("eval", "acme/sql:1.0.0", "--suite", "said")
+    cli.ok("gate", "acme/sql@prod", "--rule", "said.nll <= 1000")
+
+    second = cli.json("suite", "add", write_suite(tmp_path, "said", version="1.1.0", ends=False))
+    assert second["digest"] != first["digest"]
+    assert "said@1.1.0" in cli.ok("suite", "list").out
+    refused = cli("promote", "acme/sql:1.0.0", "--to", "prod")
+    assert refused.code == 1
+    assert "the suite has moved on" in refused.err
+    assert "on 1.0.0, now 1.1.0" in refused.err.replace("\n        ", " ")
+    old = cli.json("eval", "acme/sql:1.0.0", "--suite", "said@1.0.0")
+    assert old["scores"][0]["suite_digest"] == first["digest"]
+    assert cli("promote", "acme/sql:1.0.0", "--to", "prod").code == 1, "a rule compares the current content alone"
+    assert cli("eval", "acme/sql:1.0.0", "--suite", "said@3.0.0").code == 3
+    cli.ok("eval", "acme/sql:1.0.0", "--suite", "said")
+    cli.ok("promote", "acme/sql:1.0.0", "--to", "prod")
+
+
+def test_a_suite_that_gets_its_first_version_keeps_its_digest_and_scores(stocked_embedded: Cli, tmp_path: Path) -> None:
+    before = stocked_embedded.json("suite", "add", write_suite(tmp_path, "said"))
+    after = stocked_embedded.json("suite", "add", write_suite(tmp_path, "said", version="1.0.0"))
+    assert (before["version"], after["version"]) == (None, "1.0.0")
+    assert before["digest"] == after["digest"]
+
+
+def test_several_releases_and_their_base_are_evaluated_on_several_suites_at_once(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked_embedded
+    push_both(cli, world)
+    cli.ok("suite", "add", write_suite(tmp_path, "spoken", task="generation", generation={"max_new_tokens": 4}))
+    choices = [{"prompt": f"say {n}", "completion": f"{n}", "choices": ["0", "1", "2"]} for n in range(3)]
+    cli.ok("suite", "add", write_suite(tmp_path, "chosen", task="multiple_choice", examples=choices))
+    command = ("eval", "acme/sql:1.0.0", "acme/sql:1.1.0", "tiny", "--suite", "spoken", "--suite", "chosen")
+    together = cli.json(*command)["items"]
+    assert [one["subject"] for one in together] == ["acme/sql:1.0.0", "acme/sql:1.1.0", "tiny"]
+    for one in together:
+        named = {(score["suite"], score["metric"]): score for score in one["scores"]}
+        assert {key: score["n"] for key, score in named.items()} == {
+            ("spoken", "nll"): 8, ("spoken", "accuracy"): 8, ("chosen", "nll"): 3, ("chosen", "accuracy"): 3,
+        }  # fmt: skip
+    alone = cli.json("eval", "acme/sql:1.1.0", "--suite", "spoken", "--suite", "chosen")
+    assert alone == together[1]
+    shown = cli.json("show", "acme/sql:1.1.0")["scores"]
+    assert {score["suite"] for score in shown} == {"spoken", "chosen"}
+    assert "exact match" not in cli.ok("show", "acme/sql:1.1.0").out, "answers were generated and chosen"
+    with api_of(cli) as api:
+        path = f"/v1/bases/{cli.json('base', 'show', 'tiny')['digest']}/scores/spoken/results"
+        answers = [row["answer"] for row in api.get(path)["examples"]]
+        assert len(answers) == 8
+        assert all(len(answer) <= 4 for answer in answers)
+
+
+def test_a_python_scorer_that_the_operator_has_not_enabled_does_not_run(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked_embedded
+    cli.ok("suite", "add", write_suite(tmp_path, "queries", task="generation", scorer="sql_results"))
+    refused = cli("eval", "tiny", "--suite", "queries")
+    assert refused.code == 1
+    assert "ADAPTORY_SCORERS=sql_results" in refused.err
+
+
+def test_releases_are_compared_example_by_example_and_the_results_outlive_a_collection(
+    stocked: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked
+    push_both(cli, world)
+    cli.ok("eval", "acme/sql:1.0.0", "acme/sql:1.1.0", "--suite", "sql-exact")
+    stored = traces(cli).blobs
+    cli.ok("gc", "--grace-hours", "0") if cli.environment.get("ADAPTORY_URL") is None else None
+    document = cli.json("diff", "acme/sql:1.0.0", "acme/sql:1.1.0", "--examples")
+    rows = {row["metric"]: row for row in document["scores"]}
+    nll, accuracy = rows["nll"]["paired"], rows["accuracy"]["paired"]
+    assert nll["difference"] == pytest.approx(rows["nll"]["difference"])
+    assert nll["low"] < nll["difference"] < nll["high"]
+    assert nll["n"] == nll["gained"] + nll["lost"] == 6
+    assert (accuracy["gained"], accuracy["lost"], accuracy["verdict"]) == (0, 0, "undecided")
+    assert accuracy["in_words"] == "the same on all 6 examples"
+    assert document["examples"] == []
+    assert nll["in_words"] in " ".join(cli.ok("diff", "acme/sql:1.0.0", "acme/sql:1.1.0").out.split())
+    assert traces(cli).blobs == stored
