@@ -3,6 +3,7 @@
 import typer
 
 EXAMPLES = {
+    "approve": "adaptory approve acme/sql-migration:1.1.0 --to prod",
     "audit": "adaptory audit --subject 'acme/sql-migration@*'",
     "base add": "adaptory base add .demo/base --name smollm2",
     "base list": "adaptory base list",
@@ -37,9 +38,13 @@ EXAMPLES = {
     "namespace members": "adaptory namespace members acme",
     "namespace revoke": "adaptory namespace revoke acme pia",
     "namespace set": "adaptory namespace set acme --public",
+    "policy set": "adaptory policy set acme/sql-migration@prod examples/prod-policy.yaml",
+    "policy show": "adaptory policy show acme/sql-migration@prod",
     "profile list": "adaptory profile list",
     "profile use": "adaptory profile use local",
     "promote": "adaptory promote acme/sql-migration:1.1.0 --to prod",
+    "promotion cancel": "adaptory promotion cancel acme/sql-migration@prod",
+    "promotion list": "adaptory promotion list acme/sql-migration@prod",
     "pull": "adaptory pull acme/sql-migration@prod -o .demo/pulled",
     "push": """adaptory push examples/adapters/sql-migration \\
   acme/sql-migration:1.0.0 --base smollm2""",

@@ -1,4 +1,4 @@
-"""Releases and channels: list, log, show, promote, rollback, history, gate, yank, unyank."""
+"""Releases and channels: list, log, show, rollback, history, gate, yank, unyank."""
 
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +27,7 @@ Json = dict[str, Any]
 
 
 def register(root: typer.Typer) -> None:
-    for command in (log, show, promote, history, gate, yank, unyank):
+    for command in (log, show, history, gate, yank, unyank):
         root.command()(command)
     root.command("list")(list_repositories)
     root.command("rollback")(roll_back)
@@ -61,7 +61,7 @@ def log(
 ) -> None:
     """List a repository's releases, highest version first."""
     with connected() as connection:
-        line = _line(connection, str(parse_repository(repository)))
+        line = repository_path(connection, str(parse_repository(repository)))
         items = list(connection.api.pages(f"{line}/releases"))
     render.document({"items": items, "next": None}, json, lambda: show_releases(items))
 
@@ -88,22 +88,6 @@ def show(
     render.document(release, json, lambda: _show_release(release, made))
 
 
-def promote(
-    ref: Ref,
-    to: Annotated[str, typer.Option("--to", help="The channel.", autocompletion=complete.channel_names)],
-    reason: Reason = "",
-    force: Annotated[bool, typer.Option("--force", help="Promote even if a gate fails; requires --reason.")] = False,
-    json: JsonFlag = False,
-) -> None:
-    """Move a channel to a release; evaluates and prints every gate."""
-    from registry.client import channel_moves
-
-    with connected() as connection:
-        move, since = channel_moves.promote(connection.api, resolved(connection, ref), to, reason, force=force)
-    render.document(move, json, lambda: show_move(move))
-    warn_of_move_since(move, since)
-
-
 def roll_back(
     channel: Channel,
     to: Annotated[str | None, typer.Option("--to", help="A version that the channel has served before.")] = None,
@@ -115,7 +99,7 @@ def roll_back(
 
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        line = _line(connection, str(repository))
+        line = repository_path(connection, str(repository))
         move, since = channel_moves.roll_back(connection.api, line, name, {"to": to, "reason": reason})
     render.document(move, json, lambda: show_move(move))
     warn_of_move_since(move, since)
@@ -125,7 +109,7 @@ def history(channel: Channel, json: JsonFlag = False) -> None:
     """List every move of a channel, newest first."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        moves = list(connection.api.pages(f"{_line(connection, str(repository))}/channels/{name}/history"))
+        moves = list(connection.api.pages(f"{repository_path(connection, str(repository))}/channels/{name}/history"))
     rows = [
         (
             move["id"],
@@ -158,7 +142,7 @@ def gate(
     """Show a channel's gates, or replace all of them."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        path = f"{_line(connection, str(repository))}/gates"
+        path = f"{repository_path(connection, str(repository))}/gates"
         document = (
             connection.api.put(path, {"channel": name, "rules": rule or []})
             if rule or clear
@@ -217,7 +201,7 @@ def _path(release: Json) -> str:
     return release_path(release)
 
 
-def _line(connection: Connection, repository: str) -> str:
+def repository_path(connection: Connection, repository: str) -> str:
     """The route of a repository; its name does not tell its kind."""
     adapters, models = f"/v1/adapters/{repository}", f"/v1/models/{repository}"
     try:

@@ -223,7 +223,8 @@ def _scores(described: ReleaseDetails) -> list[Json]:
             "stderr": None if stderr is None else float(stderr),
             "n": n,
             "higher_is_better": bool(higher_is_better),
+            "reported": bool(reported),
             "measured": measured,
         }
-        for _, suite, metric, digest, value, stderr, n, higher_is_better, measured in described.scores
+        for _, suite, metric, digest, value, stderr, n, higher_is_better, reported, measured in described.scores
     ]

@@ -17,6 +17,7 @@ from registry.api.schemas.wire import Page
 from registry.domain.catalog import bases, releases, suites
 from registry.domain.catalog.suites import Measurement
 from registry.formats.references import parse_version
+from registry.transfer.promotions import settle_on_base
 
 router = APIRouter(prefix="/v1", tags=["quality"], route_class=Route)
 repository_routes = RepositoryRouter(tags=["quality"], route_class=Route)
@@ -56,9 +57,10 @@ def record_release(
 ) -> ScoresOut:
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
-        return ScoresOut(
-            scores=[score_view(row) for row in suites.record(session, actor, release, _measurements(body.scores))]
-        )
+        rows, digest = suites.record(session, actor, release, _measurements(body.scores)), release.base_digest
+        answer = ScoresOut(scores=[score_view(row) for row in rows])
+    settle_on_base(resources, digest)
+    return answer
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/scores")
@@ -81,8 +83,11 @@ def delete_release_score(
 @router.post("/bases/{base:path}/scores")
 def record_base(base: str, body: ScoresIn, resources: ResourcesOf, actor: Contributor) -> ScoresOut:
     with resources.write() as session:
-        rows = suites.record(session, actor, bases.find(session, base), _measurements(body.scores))
-        return ScoresOut(scores=[score_view(row) for row in rows])
+        subject = bases.find(session, base)
+        rows, digest = suites.record(session, actor, subject, _measurements(body.scores)), subject.digest
+        answer = ScoresOut(scores=[score_view(row) for row in rows])
+    settle_on_base(resources, digest)
+    return answer
 
 
 @router.get("/bases/{base:path}/scores")
@@ -107,6 +112,7 @@ def _measurements(rows: Sequence[ScoreIn]) -> list[Measurement]:
             stderr=row.stderr,
             n=row.n,
             higher_is_better=row.higher_is_better,
+            reported=row.reported,
         )
         for row in rows
     ]

@@ -52,7 +52,8 @@ class ReleaseRow(NamedTuple):
 
 
 ScoreRow = list[Any]
-"""Release id, suite, metric, digest of the suite, value, standard error or None, n, whether higher is better, when."""
+"""Release id, suite, metric, digest of the suite, value, standard error or None, n, whether higher is better, whether
+it is only reported, when."""
 InputRow = list[Any]
 """Id of the composed release and of the input; the input's namespace, repository, version, commit, weight."""
 
@@ -104,6 +105,7 @@ _SCORES = (
             float_text(_score.stderr),
             _score.n,
             _score.higher_is_better,
+            _score.reported,
             timestamp_text(_score.measured_at),
         )
     )
