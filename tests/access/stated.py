@@ -16,6 +16,13 @@ GET    /v1/{kind}/{namespace}/{name}/channels/{channel}                         
 PUT    /v1/{kind}/{namespace}/{name}/channels/{channel}                         releaser
 POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/rollback                releaser
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/history                 reader
+GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/promotions              reader
+GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/promotions/{promotion_id} reader
+POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/promotions/{promotion_id}/cancel releaser
+POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/approvals               publisher
+DELETE /v1/{kind}/{namespace}/{name}/channels/{channel}/approvals/{version}     publisher
+GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/policy                  reader
+PUT    /v1/{kind}/{namespace}/{name}/channels/{channel}/policy                  admin
 GET    /v1/{kind}/{namespace}/{name}/gates                                      reader
 PUT    /v1/{kind}/{namespace}/{name}/gates                                      admin
 GET    /v1/{kind}                                                               inside: everybody
