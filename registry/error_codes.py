@@ -176,6 +176,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "nothing_to_verify": "Add --key PUB.pem or --rebuild.",
         "one_repository": "Give one of them another name.",
         "page_unwritable": "Name a file in a writable directory.",
+        "own_successor": "Name another one, or none.",
         "policy_missing": "Name the policy's file, or --clear.",
         "reason_missing": "Say why with --reason.",
         "repeated_parameter": "Give the parameter once.",

@@ -1,4 +1,4 @@
-"""policies of channels, promotions that wait, approvals, evaluations by workers
+"""policies of channels, promotions that wait, approvals, evaluations by workers; deprecations and licences
 
 Gates of before are rules alone, and are read as a policy that refuses what lacks a score.
 """
@@ -16,6 +16,10 @@ def upgrade() -> None:
     op.add_column("gates", sa.Column("policy", sa.JSON()))
     op.add_column("gates", sa.Column("revision", sa.Integer(), nullable=False, server_default="1"))
     op.add_column("scores", sa.Column("reported", sa.Boolean(), nullable=False, server_default=sa.false()))
+    for table, length in (("bases", 64), ("releases", 300)):
+        op.add_column(table, sa.Column("deprecated_reason", sa.String()))
+        op.add_column(table, sa.Column("successor", sa.String(length)))
+    op.add_column("bases", sa.Column("license", sa.String(100)))
     op.create_table(
         "promotions",
         sa.Column("id", ROW_ID, nullable=False),

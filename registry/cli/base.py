@@ -9,6 +9,7 @@ import typer
 from registry.cli import complete, render
 from registry.cli.connect import Connection, connected
 from registry.cli.groups import Commands
+from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
 from registry.cli.render import JsonFlag
 from registry.errors import NotAllowed
 
@@ -26,7 +27,7 @@ def register(root: typer.Typer) -> None:
 
 
 @app.command()
-def add(
+def add(  # noqa: PLR0913
     directory: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint.")],
     name: Annotated[str, typer.Option(help="Short name, as in smollm2.")],
     alias: Annotated[list[str] | None, typer.Option(help="Another name, such as the hub id. May be repeated.")] = None,
@@ -38,6 +39,9 @@ def add(
     ] = None,
     relation: Annotated[
         str | None, typer.Option(help="How it was derived: cast, quantized, finetuned or merged.")
+    ] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="Of the base, as in apache-2.0; that of its README.md by default.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -51,7 +55,8 @@ def add(
         identity = hash_checkpoint(checkpoint, done)
     with connected() as connection:
         request = base_request(checkpoint, identity, name, alias or [])
-        document = _registered(connection, {**request, "derived_from": derived_from, "relation": relation})
+        request |= {"derived_from": derived_from, "relation": relation, "license": license_ or _license_of(directory)}
+        document = _registered(connection, request)
     render.document(document, json, lambda: _show(document))
 
 
@@ -89,6 +94,23 @@ def unalias(alias: Annotated[str, typer.Argument(help="As `base list` shows it."
     render.document(document, json, lambda: render.out(f"{alias} no longer names a base; {document['name']} stays"))
 
 
+@app.command()
+def deprecate(
+    base: Annotated[str, typer.Argument(help="Name, alias or digest.", autocompletion=complete.bases)],
+    reason: Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")] = None,
+    successor: Annotated[
+        str | None, typer.Option(metavar="BASE", help="What to use instead.", autocompletion=complete.bases)
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Mark a base as deprecated: its releases say so too, and nothing is blocked. Only for its creator and admins."""
+    body = deprecation_body(base, reason, successor, undo=undo)
+    with connected() as connection:
+        document = connection.api.post(f"/v1/bases/{quote(base)}/deprecate", body)
+    render.document(document, json, lambda: show_deprecation(document["name"], document))
+
+
 def _registered(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
     """Registers the base. If it belongs to someone else, who alone may add locations, retries without this one."""
     try:
@@ -96,9 +118,17 @@ def _registered(connection: Connection, request: dict[str, Any]) -> dict[str, An
     except NotAllowed as error:
         if error.code != "not_yours":
             raise
-        document = connection.api.post("/v1/bases", {**request, "locations": []})
+        document = connection.api.post("/v1/bases", {**request, "locations": [], "license": None})
         render.say(f"note: {error.detail} {', '.join(request['locations'])} was not added to its locations.")
         return document
+
+
+def _license_of(directory: Path) -> str | None:
+    """The licence that the checkpoint's model card states."""
+    from composer.formats.checkpoints.card import CARD_FILE, card_provenance
+
+    card = directory / CARD_FILE
+    return card_provenance(card.read_bytes())[0].get("license") if card.is_file() else None
 
 
 def base_request(checkpoint: "Checkpoint", identity: "BaseIdentity", name: str, aliases: list[str]) -> dict[str, Any]:
@@ -124,6 +154,8 @@ def _show(base: dict[str, Any]) -> None:
         ("architecture", base["architecture_digest"]),
         ("aliases", base["aliases"] or None),
         ("model type", base["model_type"]),
+        ("license", base["license"]),
+        ("deprecated", deprecation_words(base["deprecated"])),
         ("tensors", base["tensor_count"]),
         ("parameters", f"{base['parameters']:,}"),
         ("size", render.size(base["size_bytes"])),

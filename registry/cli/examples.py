@@ -6,6 +6,7 @@ EXAMPLES = {
     "approve": "adaptory approve acme/sql-migration:1.1.0 --to prod",
     "audit": "adaptory audit --subject 'acme/sql-migration@*'",
     "base add": "adaptory base add .demo/base --name smollm2",
+    "base deprecate": "adaptory base deprecate smollm2 --reason 'smollm3 is out'",
     "base list": "adaptory base list",
     "base show": "adaptory base show smollm2",
     "base unalias": "adaptory base unalias HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -15,6 +16,8 @@ EXAMPLES = {
     "compose": "adaptory compose examples/assistant.yaml --plan",
     "conflicts": "adaptory conflicts acme/sql-migration acme/terraform-review --probe 8",
     "convert": "adaptory convert kohya.safetensors --base .demo/base -o .demo/converted",
+    "deprecate": """adaptory deprecate acme/sql-migration:1.0.0 --reason 'old dialect' \\
+  --successor acme/sql-migration:1.1.0""",
     "diff": "adaptory diff acme/sql-migration:1.0.0 acme/sql-migration:1.1.0",
     "eval": "adaptory eval acme/sql-migration --suite sql-exact",
     "extract": """adaptory extract --base .demo/base \\

@@ -10,7 +10,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "Release",
         (
             "push", "pull", "promote", "approve", "promotion", "rollback", "gate", "policy", "history", "yank",
-            "unyank", "eval", "score", "sign", "verify", "base", "suite",
+            "unyank", "deprecate", "eval", "score", "sign", "verify", "base", "suite",
         ),
         "adaptory push ./out acme/sql --bump auto --channel canary",
     ),

@@ -10,6 +10,10 @@ missing: evaluate                    # a score that is missing is measured, and 
 soak: [{channel: staging, hours: 24}]   # served there this long, and not rolled back
 approval: {role: releaser, count: 1} # of people other than the one who promotes
 signature: release                   # by a key of the namespace; or `files`
+licenses:                            # of the base, the adapter and its data; of a composition, of its inputs too
+  stated: [adapter, data]            # must be known
+  allow: [Apache-2.0, MIT, CC-BY-4.0]
+  refuse: [CC-BY-NC-4.0, {base: llama3.1, adapter: Apache-2.0}]   # a name, or a combination
 verdict: ok                          # the worst accepted verdict of a composed release's conflict check
 force: admin                         # the role that may force a promotion; or `never`
 expires_hours: 24                    # how long a promotion waits for what it lacks
@@ -18,10 +22,10 @@ expires_hours: 24                    # how long a promotion waits for what it la
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from composer.findings import Verdict
-from composer.formats.recipes.documents import LISTED, Document, Reader, one_of, problem_of
+from composer.formats.recipes.documents import LISTED, Document, Reader, Refusal, one_of, problem_of
 from registry.errors import Invalid
 
 VERSION = 1
@@ -67,6 +71,47 @@ def _version(value: object) -> int:
     return VERSION
 
 
+LicenseName = Annotated[str, Field(min_length=1, max_length=200)]
+Part = Literal["base", "adapter", "data"]
+
+
+class Combination(Document):
+    """Licences that must not come together; each that is given must be there."""
+
+    base: LicenseName | None = None
+    adapter: LicenseName | None = None
+    data: LicenseName | None = None
+
+    @model_validator(mode="after")
+    def _refuse_empty(self) -> Self:
+        if not self.given():
+            raise Refusal("it names no licence", "Name one of base, adapter or data.")
+        return self
+
+
+def _refused(value: object) -> str | Combination:
+    if not isinstance(value, str):
+        return Combination.model_validate(value)
+    if not value.strip():
+        raise Refusal("it is empty")
+    return value
+
+
+class Licenses(Document):
+    """What licences a release may have: those of its base, of itself, and of its data. SPDX names match however they
+    are spelled."""
+
+    stated: Annotated[tuple[Part, ...], LISTED] = Field((), description="The parts whose licence must be known.")
+    allow: Annotated[tuple[LicenseName, ...] | None, LISTED] = Field(
+        None, description="The only licences that are allowed, of any part."
+    )
+    refuse: Annotated[
+        tuple[Annotated[Any, BeforeValidator(_refused, json_schema_input_type=Combination | LicenseName)], ...],
+        Field(max_length=100),
+        LISTED,
+    ] = Field((), description="Licences that are refused for any part, and combinations of parts.")
+
+
 def _with_conditions(value: object) -> object:
     return {"rule": value} if isinstance(value, str) else value
 
@@ -92,6 +137,7 @@ class ChannelPolicy(Document):
     signature: Literal["release", "files"] | None = Field(
         None, description="What a signature by one of the namespace's keys must cover."
     )
+    licenses: Licenses | None = Field(None, description="Of the base, the adapter and its data.")
     verdict: Annotated[str | None, one_of(*(one for one in Verdict if one is not Verdict.REFUSE), None)] = Field(
         None, description="The worst accepted verdict of a composed release's conflict check."
     )

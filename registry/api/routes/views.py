@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from registry.api.routes.documents import move_document
+from registry.api.routes.documents import deprecation, move_document
 from registry.api.schemas.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
 from registry.api.schemas.quality import ChannelOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
 from registry.api.schemas.wire import Wire
@@ -45,6 +45,7 @@ def base_page(session: Session, rows: Sequence[Base]) -> list[BaseOut]:
             locations=locations[row.digest],
             scores=[score_view(score) for score in scores[row.digest]],
             tensors=None,
+            deprecated=deprecation(row.deprecated_reason, origins[row.successor] if row.successor else None),
             derived_from=BaseRef(digest=row.derived_from, name=origins[row.derived_from]) if row.derived_from else None,
         )
         for row in rows

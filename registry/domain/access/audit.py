@@ -42,6 +42,7 @@ class Act(StrEnum):
     """The kinds of change that the audit log records: `noun:verb`."""
 
     BASE_ADD = "base:add"
+    BASE_DEPRECATE = "base:deprecate"
     BASE_UPDATE = "base:update"
     BLOB_COLLECT = "blob:collect"
     BLOB_DISCARD = "blob:discard"
@@ -60,6 +61,7 @@ class Act(StrEnum):
     PROMOTION_CANCEL = "promotion:cancel"
     PROMOTION_END = "promotion:end"
     PROMOTION_REQUEST = "promotion:request"
+    RELEASE_DEPRECATE = "release:deprecate"
     RELEASE_PUBLISH = "release:publish"
     RELEASE_SIGN = "release:sign"
     RELEASE_UNYANK = "release:unyank"

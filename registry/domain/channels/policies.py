@@ -114,7 +114,7 @@ def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]
 
 def is_empty(policy: ChannelPolicy) -> bool:
     """Whether every release passes."""
-    return not (policy.rules or policy.soak or policy.approval or policy.signature or policy.verdict)
+    return not (policy.rules or policy.soak or policy.approval or policy.signature or policy.verdict or policy.licenses)
 
 
 def judge(session: Session, policy: ChannelPolicy, question: Question) -> Report:

@@ -13,6 +13,7 @@ from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, at_least
 from registry.domain.catalog import signatures
+from registry.domain.channels import licensing
 from registry.domain.channels.gates import GateResult
 from registry.formats.channel_policy import Approval as NeededApproval
 from registry.formats.channel_policy import ChannelPolicy, Soak
@@ -47,6 +48,8 @@ def judge(session: Session, policy: ChannelPolicy, question: Question) -> list[G
         results.append(_approval(session, policy.approval, question))
     if policy.signature is not None:
         results.append(_signature(session, policy.signature, release))
+    if policy.licenses is not None:
+        results += licensing.judge(session, policy.licenses, release)
     if policy.verdict is not None:
         results.append(_verdict(session, Verdict(policy.verdict), release))
     return results
