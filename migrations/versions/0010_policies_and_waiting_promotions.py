@@ -74,6 +74,7 @@ def upgrade() -> None:
         sa.Column("source", sa.String(200)),
         sa.Column("wanted", sa.JSON(), nullable=False),
         sa.Column("results", sa.JSON(), nullable=False),
+        sa.Column("upgrade", sa.JSON()),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_evaluations_job_id_jobs")),
         sa.PrimaryKeyConstraint("job_id", name=op.f("pk_evaluations")),
     )

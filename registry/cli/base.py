@@ -1,5 +1,6 @@
-"""adaptory base add | list | show | unalias"""
+"""adaptory base add | list | show | unalias | deprecate | upgrade"""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
@@ -9,13 +10,17 @@ import typer
 from registry.cli import complete, render
 from registry.cli.connect import Connection, connected
 from registry.cli.groups import Commands
+from registry.cli.interrupt import interrupts
 from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
 from registry.cli.render import JsonFlag
+from registry.error_codes import family_of
 from registry.errors import NotAllowed
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
     from composer.formats.checkpoints.hashing import BaseIdentity
+
+_POLL_S = 0.5
 
 app = typer.Typer(
     cls=Commands, help="Manage base models, which adapters are trained on.", no_args_is_help=True, rich_markup_mode=None
@@ -109,6 +114,81 @@ def deprecate(
     with connected() as connection:
         document = connection.api.post(f"/v1/bases/{quote(base)}/deprecate", body)
     render.document(document, json, lambda: show_deprecation(document["name"], document))
+
+
+@app.command()
+def upgrade(
+    old: Annotated[str, typer.Argument(help="The base that adapters stand on.", autocompletion=complete.bases)],
+    new: Annotated[str, typer.Argument(help="The base to follow it.", autocompletion=complete.bases)],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure on this suite instead of each adapter's own. May be repeated.", autocompletion=complete.suites
+        ),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only list the adapters, and which of them fit.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the evaluation, and report.")] = True,
+    json: JsonFlag = False,
+) -> None:
+    """List the adapters on a base that still fit a new one, measure them there, and report.
+
+    Their scores on the new base are only reported: a release stays on the base that it was made for.
+    """
+    body = {"old": old, "new": new, "suites": suite or [], "evaluate": not plan}
+    with connected() as connection:
+        document = connection.api.post("/v1/upgrades", body)
+        if document["job"] is not None and wait:
+            with connection.worker():
+                document = _followed(connection, document)
+    render.document(document, json, lambda: _show_upgrade(document))
+    if document["error"] is not None:
+        error = document["error"]
+        family = family_of(error["code"])
+        raise family(error["code"], error["detail"], subject=error["subject"], next_step=error["next"])
+
+
+def _followed(connection: Connection, document: dict[str, Any]) -> dict[str, Any]:
+    """Waits until the upgrade's evaluation ends; returns the complete report."""
+    interrupts.kept = f"job {document['job']} goes on; `adaptory jobs {document['job']}` shows it"
+    with render.progress("upgrade", None) as bar:
+        while document["state"] in ("queued", "running"):
+            time.sleep(_POLL_S)
+            for step in connection.api.get(f"/v1/jobs/{document['job']}")["steps"]:
+                if step["state"] == "running":
+                    bar.step(step["name"], step["done"], step["total"], step["unit"])
+            document = connection.api.get(f"/v1/upgrades/{document['job']}")
+    return document
+
+
+def _show_upgrade(document: dict[str, Any]) -> None:
+    fitting = sum(row["fits"] for row in document["adapters"])
+    render.heading(
+        f"{len(document['adapters'])} adapters on {document['old']['name']}, {fitting} fit {document['new']['name']}"
+    )
+    rows = [
+        (
+            f"{row['repository']}:{row['version']}",
+            row["channels"],
+            "fits" if row["fits"] else "does not fit",
+            row["why"] or "; ".join(row["errors"]),
+        )
+        for row in document["adapters"]
+    ]
+    render.table("", ("adapter", "channels", "", "why"), rows)
+    scores = [
+        (f"{row['repository']}:{row['version']}", one["suite"], render.metric(one["metric"]), *_values(one))
+        for row in document["adapters"]
+        for one in row["scores"]
+    ]
+    if scores:
+        columns = ("adapter", "suite", "metric", "old", "new", "gain", "new base alone", "n")
+        render.table("scores", columns, scores)
+    elif document["job"] is not None:
+        render.out(f"job {document['job']} is {document['state']}")
+
+
+def _values(score: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(score[name] for name in ("old", "new", "gain", "base", "n"))
 
 
 def _registered(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ EXAMPLES = {
     "base list": "adaptory base list",
     "base show": "adaptory base show smollm2",
     "base unalias": "adaptory base unalias HuggingFaceTB/SmolLM2-135M-Instruct",
+    "base upgrade": "adaptory base upgrade smollm2 smollm3 --plan",
     "cancel": "adaptory cancel 1",
     "combine": """adaptory combine --adapter examples/adapters/sql-migration \\
   --adapter examples/adapters/terraform-review -o .demo/both""",

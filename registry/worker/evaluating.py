@@ -2,13 +2,13 @@
 after a crash with the next one."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from composer.errors import ComposerError
 from composer.formats.checkpoints.checkpoint import Checkpoint
-from composer.formats.recipes.suite import Suite as SuiteContent
 from registry.database.tables import Base, Release
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds
@@ -41,10 +41,11 @@ def measure(held: JobRun) -> None:
         base = cache(partial(_base, held, digest))
         of_base = [one for one in left if one.base == digest]
         for release in dict.fromkeys(one.release for one in of_base):
-            model, deltas = _subject(held, release, digest, base)
-            for one in of_base:
-                if one.release == release:
-                    _measure(held, one, contents[one.suite], model, deltas, count)
+            model, deltas, error = _subject(held, release, digest, base)
+            for one in (one for one in of_base if one.release == release):
+                examination = Examination(suites=(contents[one.suite],), used=(), progress=count)
+                scores = [] if error else examination.scores(model, contents[one.suite], deltas)
+                _keep(held, one, scores, error)
 
 
 def record(held: JobRun) -> None:
@@ -85,26 +86,21 @@ def _rows(held: JobRun) -> tuple[list[Wanted], set[Wanted]]:
         return [Wanted(**one) for one in row.wanted], done
 
 
-def _measure(
-    held: JobRun,
-    wanted: Wanted,
-    suite: SuiteContent,
-    model: "LoadedModel",
-    deltas: "Sequence[Delta]",
-    count: ProgressCount,
-) -> None:
-    scores = Examination(suites=(suite,), used=(), progress=count).scores(model, suite, deltas)
-    result = {"release": wanted.release, "base": wanted.base, "suite": wanted.suite, "scores": scores}
+def _keep(held: JobRun, wanted: Wanted, scores: Sequence[Row], error: str | None = None) -> None:
+    result = {"release": wanted.release, "base": wanted.base, "suite": wanted.suite, "scores": scores, "error": error}
     with held.resources.write() as session:
         evaluations.add_result(session, held.job_id, result)
 
 
-def _subject(held: JobRun, release: int | None, digest: str, base: Any) -> "tuple[LoadedModel, Sequence[Delta]]":
-    """The model to measure, and the deltas to add to it."""
+def _subject(
+    held: JobRun, release: int | None, digest: str, base: "Callable[[], LoadedModel]"
+) -> "tuple[LoadedModel, Sequence[Delta], str | None]":
+    """The model to measure, the deltas to add to it, and why a release cannot be measured on this base, which keeps no
+    other from being measured."""
     from composer.deltas.variants.load import load_deltas
 
     if release is None:
-        return base(), ()
+        return base(), (), None
     with held.resources.read() as session:
         row = session.get_one(Release, release)
         kind, files = Kind(row.repository.kind), publishing.manifest_files(session, row)
@@ -113,8 +109,12 @@ def _subject(held: JobRun, release: int | None, digest: str, base: Any) -> "tupl
     directory.mkdir(parents=True, exist_ok=True)
     publishing.materialise(held.resources, files, directory)
     if kind is Kind.MODEL:
-        return _load(directory), ()
-    return base(), load_deltas(directory, architecture).deltas
+        return _load(directory), (), None
+    model = base()
+    try:
+        return model, load_deltas(directory, architecture).deltas, None
+    except ComposerError as error:
+        return model, (), f"{error.message} {error.next_step}".strip()
 
 
 def _base(held: JobRun, digest: str) -> "LoadedModel":

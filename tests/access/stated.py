@@ -51,6 +51,10 @@ POST   /v1/bases                                                                
 DELETE /v1/bases/aliases/{alias:path}                                           publisher somewhere
 GET    /v1/bases                                                                reader somewhere
 GET    /v1/bases/{base:path}                                                    reader somewhere
+POST   /v1/bases/{base:path}/deprecate                                          publisher somewhere
+POST   /v1/{kind}/{namespace}/{name}/releases/{version}/deprecate               releaser
+POST   /v1/upgrades                                                             publisher somewhere
+GET    /v1/upgrades/{job_id}                                                    inside: everybody
 POST   /v1/uploads                                                              inside: publisher
 POST   /v1/uploads/{upload_id}/parts/{number}                                   inside: publisher
 POST   /v1/uploads/{upload_id}/complete                                         inside: publisher

@@ -77,7 +77,8 @@ class Composition(Row):
 class Evaluation(Row):
     """Releases and bases that a job measures. `wanted` are [{release, base, suite}]: a release's id, or None for the
     base alone; the digest of the base to measure on; a suite's digest. `results` has the scores of those that are done,
-    {release, base, suite, scores, recorded, error}."""
+    {release, base, suite, scores, error}. `upgrade` is set for an upgrade of a base: {old, new, adapters: [{release,
+    fits, why}]}, with digests of bases and ids of releases."""
 
     __tablename__ = "evaluations"
 
@@ -86,6 +87,7 @@ class Evaluation(Row):
     source: Mapped[str | None] = mapped_column(String(200))
     wanted: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     results: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    upgrade: Mapped[dict[str, Any] | None] = mapped_column(JSON)
 
 
 class ReleaseInput(Row):

@@ -240,8 +240,10 @@ def _given_up(session: Session, promotion: Promotion) -> Mapping[Lack, str]:
     why = f"job {job.id} is {job.state}"
     if job.error:
         why += f": {job.error['detail']}"
-    rows = evaluations.find(session, job.id).wanted
-    return {Lack(row["release"], row["base"], row["suite"]): why for row in rows}
+    row = evaluations.find(session, job.id)
+    lacks = {Lack(one["release"], one["base"], one["suite"]): why for one in row.wanted}
+    failed = [one for one in row.results if one["error"]]
+    return lacks | {Lack(one["release"], one["base"], one["suite"]): one["error"] for one in failed}
 
 
 def _locked(session: Session, promotion_id: int) -> Promotion:

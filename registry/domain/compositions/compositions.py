@@ -167,6 +167,8 @@ def permit_look(actor: Actor, composition: Composition, job: Job, hidden: NotFou
 def permit_job(session: Session, actor: Actor, job: Job) -> None:
     """Raises unless the actor may see the job. One that is not a composition's reveals nothing of its releases."""
     hidden = queue.unknown(job.id)
+    if job.kind == evaluations.KIND and job.created_by == actor.name:
+        return
     if job.kind == evaluations.KIND:
         permit(actor, Role.PUBLISHER, job.namespace or EVERYWHERE, hidden=hidden)
     else:

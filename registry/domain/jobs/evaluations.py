@@ -26,11 +26,18 @@ class Wanted:
     suite: str
 
 
-def create(session: Session, actor: Actor, namespace: str, wanted: Sequence[Wanted]) -> Job:
+def create(
+    session: Session,
+    actor: Actor,
+    namespace: str | None,
+    wanted: Sequence[Wanted],
+    upgrade: dict[str, Any] | None = None,
+) -> Job:
     """Queues an evaluation. Raises TooMany as `queue.enqueue`."""
     job = queue.enqueue(session, actor, KIND, STEPS, namespace)
     rows = [asdict(one) for one in dict.fromkeys(wanted)]
-    session.add(Evaluation(job_id=job.id, token_id=actor.token_id, source=actor.source, wanted=rows, results=[]))
+    asked = {"token_id": actor.token_id, "source": actor.source}
+    session.add(Evaluation(job_id=job.id, wanted=rows, results=[], upgrade=upgrade, **asked))
     session.flush()
     return job
 
