@@ -1,6 +1,7 @@
 """Policies of channels, promotions that wait, and approvals: policy set | show, promotion list | cancel, approve."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,10 +86,10 @@ def _show_job(connection: Connection, promotion: Json, bar: render.Progress) -> 
     """Moves the bar to the running step of the promotion's evaluation."""
     if promotion["job"] is None or promotion["state"] != "pending":
         return
-    steps = connection.api.get(f"/v1/jobs/{promotion['job']}")["steps"]
-    for step in steps:
-        if step["state"] == "running":
-            bar.step(step["name"], step["done"], step["total"], step["unit"])
+    with suppress(NotFound):  # another namespace's job, which measures the same
+        for step in connection.api.get(f"/v1/jobs/{promotion['job']}")["steps"]:
+            if step["state"] == "running":
+                bar.step(step["name"], step["done"], step["total"], step["unit"])
 
 
 def _error(promotion: Json) -> RegistryError:
@@ -119,6 +120,9 @@ def show_promotion(promotion: Json) -> None:
     else:
         render.out(f"promotion {promotion['id']} of {promotion['version']} to {where}: {promotion['state']}")
     render.gate_lines(promotion["gates"])
+    if promotion["state"] == "pending" and promotion["job"] is not None:
+        job = promotion["job"]
+        render.out(f"A worker measures what is missing: `adaptory jobs {job}` shows its progress.")
     if promotion["error"]:
         render.out(promotion["error"]["detail"])
 

@@ -33,8 +33,8 @@ def test_a_policy_names_the_licences_that_it_refuses_and_search_finds_them(
     assert cli.json("show", "acme/mixed")["licenses"] == {
         "base": "Apache-2.0", "adapter": "Apache-2.0", "data": ["CC-BY-NC-4.0"],
     }  # fmt: skip
-    found = cli.json("search", "--license", "Apache-2.0", "--base-license", "apache-2.0")["items"]
-    assert [release["repository"] for release in found] == ["acme/mixed"]
+    hits = cli.json("search", "--license", "Apache-2.0", "--base-license", "apache-2.0")["items"]
+    assert [release["repository"] for release in hits] == ["acme/mixed"]
     licenses = {"stated": ["base", "adapter"], "refuse": [{"data": "CC-BY-NC-4.0", "adapter": "Apache-2.0"}, "GPL-3.0"]}
     (tmp_path / "policy.yaml").write_text(yaml.safe_dump({"version": 1, "licenses": licenses}))
     for name in ("open", "mixed", "both"):

@@ -197,10 +197,10 @@ def attempt(  # noqa: PLR0913
     report = _judge(session, actor, release, policy, given_up or {})
     if report.failed and force:
         refusals.refuse_force(actor, policy, wanted)
-    elif report.waits:
+    elif report.waits and current.to_release_id != release.id:
         seen, mapped = current.move_id or NOTHING_YET, session.get_one(Release, release.id)
         return Waiting(channel_id=release.channel_id, release=mapped, seen=seen, policy=policy, report=report)
-    elif report.failed:
+    elif report.failed and not report.waits:
         raise refusals.gate_failed(wanted, report)
     if current.to_release_id == release.id:
         return ChannelMove.of_row(current)

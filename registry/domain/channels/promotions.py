@@ -13,7 +13,7 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds, permit
 from registry.domain.catalog import repositories
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import moves, pending, policies
+from registry.domain.channels import moves, pending, policies, requirements
 from registry.domain.channels.moves import ChannelMove, Expected, Waiting
 from registry.domain.channels.pending import PENDING
 from registry.domain.channels.policies import Report
@@ -165,9 +165,9 @@ def approve(session: Session, actor: Actor, release: Release, channel: str, reas
             next_step=f"Ask somebody else with the role {policy.approval.role}.",
         )
     row = session.get(Approval, (release.id, channel, actor.name))
-    known = row is not None and (row.reason, row.token_id) == (reason, actor.token_id)
+    counts = row in requirements.unspent_approvals(session, release, channel)
     row = row or Approval(release_id=release.id, channel=channel, user=actor.name)
-    if not known:
+    if not counts or row.reason != reason:
         row.token_id, row.reason, row.at = actor.token_id, reason, actor.at
         session.add(row)
         session.flush()

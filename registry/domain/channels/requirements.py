@@ -91,7 +91,7 @@ def _last_moves(session: Session, release: Release, channel: str) -> tuple[Move,
 def _approval(session: Session, needed: NeededApproval, question: Question) -> GateResult:
     people = f"{needed.count} other people" if needed.count > 1 else "another person"
     rule = f"approval by {people} with the role {needed.role}"
-    given = approvals(session, question.release, question.channel.name)
+    given = unspent_approvals(session, question.release, question.channel.name)
     others = [one for one in given if one.user != question.actor.name]
     names = [one.user for one in others if _has_role(session, one, question.release, Role(needed.role))]
     detail = f"{len(names)} of {needed.count}" + (f": {', '.join(names)}" if names else "")
@@ -101,10 +101,13 @@ def _approval(session: Session, needed: NeededApproval, question: Question) -> G
     return GateResult(rule, passed, detail, waiting=not passed)
 
 
-def approvals(session: Session, release: Release, channel: str) -> list[Approval]:
-    """The approvals of a release for a channel, oldest first."""
+def unspent_approvals(session: Session, release: Release, channel: str) -> list[Approval]:
+    """The approvals of a release for a channel, oldest first. A move to the release spends those before it: after a
+    rollback, it needs new ones."""
     query = select(Approval).where(Approval.release_id == release.id, Approval.channel == channel)
-    return list(session.scalars(query.order_by(Approval.at, Approval.user)))
+    last = _last_moves(session, release, channel)
+    given = session.scalars(query.order_by(Approval.at, Approval.user))
+    return [one for one in given if last is None or one.at > last[0].at]
 
 
 def _has_role(session: Session, approval: Approval, release: Release, role: Role) -> bool:

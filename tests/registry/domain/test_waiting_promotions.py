@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from registry.database.tables import Composition, Job, Move, Promotion, Release, ReleaseInput
+from registry.database.tables import Composition, Gate, Job, Move, Promotion, Release, ReleaseInput
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor, EventQuery, list_oldest_first
 from registry.domain.access.roles import Role
@@ -51,7 +51,8 @@ def house(furnished: House, tmp_path: Path) -> Generator[House]:
 
 
 def person(house: House, user: str = "releaser", at: datetime = NOW) -> Actor:
-    return Actor(user, at, {PRIVATE: user}, token_id=house.ids[user])
+    role = "releaser" if user == "publisher" else user
+    return Actor(user, at, {PRIVATE: role}, token_id=house.ids[user])
 
 
 def demand(house: House, channel: str = "prod", **fields: Any) -> None:
@@ -206,6 +207,62 @@ def test_rights_and_the_policy_are_judged_again_when_it_completes(house: House) 
         second = promotions.request(session, person(house), wanted)
     settle(house.resources, second.id)
     assert seen(house, second.id) == ("refused", "role_lost")
+
+
+def test_rules_that_a_gate_had_before_policies_refuse_what_lacks_a_score(house: House) -> None:
+    with house.resources.write() as session:
+        repository = repositories.find(session, NAME)
+        session.add(Gate(repository_id=repository.id, channel="prod", rules=["exact.accuracy >= 0.5"], policy=None))
+    assert refusal(house) == [
+        "exact.accuracy >= 0.5: no accuracy on the current exact: run `adaptory eval REF --suite exact`"
+    ]
+    with house.resources.write() as session:
+        policies.set_rules(session, HOST, repository, "prod", ["exact.nll <= 9"])
+        assert policies.find(session, repository, "prod")[0].missing == "refuse"
+    assert isinstance(promote(house), ChannelMove)
+    demand(house, rules=["exact.accuracy >= 0.5"], approval={})
+    with house.resources.write() as session:
+        policies.set_rules(session, HOST, repository, "prod", [])
+        policy, revision = policies.find(session, repository, "prod")
+        assert (policy.rules, policy.approval is not None, revision) == ((), True, 4)
+
+
+def test_a_repeated_request_gets_the_promotion_that_it_began(house: House) -> None:
+    demand(house, approval={})
+    path = f"/v1/adapters/{NAME}/channels/prod"
+    sent = {"json": {"version": str(OLD)}, "headers": {"Idempotency-Key": "k1"}}
+    first, again = (house.ask("releaser", "PUT", path, **sent) for _ in range(2))
+    assert (first.status_code, again.status_code, first.json()) == (202, 202, again.json())
+    cancelled = house.ask("releaser", "POST", f"{path}/promotions/{first.json()['id']}/cancel")
+    assert (cancelled.status_code, cancelled.json()["state"]) == (200, "cancelled")
+    assert house.ask("releaser", "PUT", path, **sent).json()["state"] == "cancelled"
+    (row,) = house.ask("reader", "GET", f"{path}/promotions").json()["items"]
+    assert row["error"]["code"] == "promotion_cancelled"
+
+
+def test_an_approval_is_for_one_promotion_and_can_be_withdrawn(house: House) -> None:
+    demand(house, approval={"count": 2})
+    hour = iter(range(1, 9))
+
+    def approve(user: str) -> None:
+        with house.resources.write() as session:
+            release = releases.find(session, NAME, OLD)
+            promotions.approve(session, person(house, user, NOW + next(hour) * HOUR), release, "prod", "")
+
+    with house.resources.write() as session:
+        namespaces.set_member(session, HOST, PRIVATE, "publisher", Role.RELEASER)
+    for user in ("admin", "publisher"):
+        approve(user)
+    with house.resources.write() as session:
+        assert promotions.withdraw(session, person(house, "admin"), releases.find(session, NAME, OLD), "prod")
+    first = waiting(house, at=NOW + 3 * HOUR)
+    approve("admin")
+    settle(later(house, NOW + 4 * HOUR), first)
+    assert seen(house, first)[0] == "completed"
+    assert isinstance(promote(house, at=NOW + 4 * HOUR), ChannelMove), "it is there already"
+    with house.resources.write() as session:
+        moves.roll_back(session, person(house, at=NOW + 5 * HOUR), repositories.find(session, NAME), "prod")
+    assert isinstance(promote(house, at=NOW + 6 * HOUR), Promotion)
 
 
 def test_an_evaluation_that_fails_ends_the_promotion_with_its_reason(house: House) -> None:
