@@ -188,7 +188,7 @@ def test_rights_and_the_policy_are_judged_again_when_it_completes(house: House) 
         release = releases.find(session, NAME, OLD)
         with pytest.raises(NotAllowed, match="another person"):
             promotions.approve(session, person(house), release, "prod", "")
-        promotions.approve(session, person(house, "admin"), release, "prod", "")
+        promotions.approve(session, person(house, "admin", NOW + HOUR), release, "prod", "")
         namespaces.set_member(session, HOST, PRIVATE, "admin", Role.PUBLISHER)
     settle(house.resources, first)
     with house.resources.read() as session:
