@@ -6,7 +6,6 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from composer.deltas.tensors import torch_threads
 from composer.errors import Mismatch
 from composer.evaluation.hooks import Deltas, deltas_applied
 from composer.evaluation.model import LoadedModel
+from composer.evaluation.prefix import Prefix
 from composer.formats.recipes.suite import Example, Suite
 
 
@@ -45,6 +45,14 @@ class Encoded:
     @property
     def completion_tokens(self) -> int:
         return len(self.ids) - self.prompt_tokens
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.ids[: self.prompt_tokens]
+
+    def after(self, prefix: int) -> "Encoded":
+        """What follows the first `prefix` tokens of the prompt."""
+        return Encoded(self.ids[prefix:], self.prompt_tokens - prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +148,11 @@ def measure(
     Examples of similar length share a batch of at most `batch_tokens` padded tokens; on a CPU the batches share the
     cores. `progress` gets the number of examples just finished; an exception from it ends the pass.
     """
+    prefix = Prefix.of(loaded, [one.prompt for one in encoded])
+    rest = [one.after(len(prefix.ids)) for one in encoded]
     # A few examples are spread too: one batch over all cores would wait at barriers.
-    limit = min(batch_tokens or loaded.batch_tokens, sum(len(one.ids) for one in encoded) // loaded.passes + 1)
-    batches = list(batches_of(encoded, limit))
+    limit = min(batch_tokens or loaded.batch_tokens, sum(len(one.ids) for one in rest) // loaded.passes + 1)
+    batches = list(batches_of(rest, limit))
     workers = max(1, min(loaded.passes, len(batches)))
     results: dict[int, Measured] = {}
     with (
@@ -150,7 +160,7 @@ def measure(
         torch_threads(max(1, (os.cpu_count() or 1) // workers)),
         ThreadPoolExecutor(workers, "measure") as pool,
     ):
-        measured = pool.map(lambda batch: _measure_batch(loaded, [encoded[index] for index in batch]), batches)
+        measured = pool.map(lambda batch: _measure_batch(prefix, [rest[index] for index in batch]), batches)
         try:
             for batch, results_of_batch in zip(batches, measured, strict=True):
                 results |= dict(zip(batch, results_of_batch, strict=True))
@@ -171,10 +181,11 @@ def batches_of(encoded: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def _measure_batch(loaded: LoadedModel, batch: Sequence[Encoded]) -> list[Measured]:
-    ids_BT = padded(batch).to(loaded.device)
+def _measure_batch(prefix: Prefix, batch: Sequence[Encoded]) -> list[Measured]:
+    """A forward pass over what follows the prefix in the batch's examples."""
+    ids_BT = padded(batch).to(prefix.loaded.device)
     first = min(one.prompt_tokens for one in batch) - 1
-    logits_BTV = _logits_from(loaded.model, ids_BT, first)
+    logits_BTV = _logits_from(prefix, ids_BT, first)
     measured: list[Measured] = []
     for row, one in enumerate(batch):
         start = one.prompt_tokens - 1 - first
@@ -195,14 +206,15 @@ def padded(batch: Sequence[Encoded]) -> torch.Tensor:
     return ids_BT
 
 
-def _logits_from(model: Any, ids_BT: torch.Tensor, first: int) -> torch.Tensor:
+def _logits_from(prefix: Prefix, ids_BT: torch.Tensor, first: int) -> torch.Tensor:
     """Logits from position `first` to the last but one: the head is the largest matrix, and the prompts do not need
     it.
     """
+    model, after = prefix.loaded.model, prefix.arguments(len(ids_BT))
     kept = torch.arange(first, ids_BT.shape[1] - 1, device=ids_BT.device)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(input_ids=ids_BT, use_cache=False, logits_to_keep=kept).logits
-    return model(input_ids=ids_BT, use_cache=False).logits[:, kept]
+        return model(input_ids=ids_BT, logits_to_keep=kept, **after).logits
+    return model(input_ids=ids_BT, **after).logits[:, kept]
 
 
 def evaluate(
