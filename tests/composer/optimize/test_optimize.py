@@ -16,7 +16,8 @@ from composer.formats.recipes.calibration_sets import example_digest
 from composer.formats.recipes.suite import Example, Kind, Suite
 from composer.formats.recipes.weights import Weight
 from composer.optimize.candidates import Candidate
-from composer.optimize.optimize import Effort, Member, Problem, expected_passes, optimize
+from composer.optimize.optimize import expected_passes, optimize
+from composer.optimize.problem import Effort, Member, Problem
 from composer.optimize.report import OptimizeReport, document
 from tests.composer.small_model import Load, scaled
 
@@ -78,10 +79,10 @@ def test_a_fit_is_never_scored_on_an_example_that_it_has_seen(problem: Problem, 
         for digest, split in problem.splits.items()
     }
     rows = [row for line in journal.read_text().splitlines()[1:] for row in json.loads(line)]
-    scored = [(who, suite, example) for who, suite, example, *_ in rows if " half " in who]
+    scored = [(who, suite, example) for who, suite, example, *_ in rows if who.endswith(" half")]
     assert scored
     for who, suite, example in scored:
-        fitted_on = halves[suite][int(who[-1]) - 1]
+        fitted_on = halves[suite][0 if who.endswith("first half") else 1]
         assert example not in fitted_on
 
 
@@ -182,7 +183,7 @@ def test_a_given_fit_is_scored_on_examples_that_it_has_not_seen_however_many_it_
     own = Candidate(name="own", family="given", method="regmean", factors=(1.0, 1.0), settings={"examples": 8})
     optimize(replace(problem, effort=Effort(search=2, confirm=2)), [own], journal=tmp_path / "search.jsonl")
     rows = [row for line in (tmp_path / "search.jsonl").read_text().splitlines()[1:] for row in json.loads(line)]
-    assert {who.rpartition(" ")[0][-4:] for who, *_ in rows if who.startswith('["regmean",{}')} == {"half"}
+    assert {who[-4:] for who, *_ in rows if who.startswith('["regmean",{}')} == {"half"}
 
 
 def test_an_adapter_without_factors_leaves_the_methods_that_need_them_out(
