@@ -135,21 +135,29 @@ class _Search:
         return passes <= effort.passes and monotonic() - self.started <= effort.seconds
 
     def _refined(self, history: Sequence[Sequence[Standing]], reached: int) -> list[Standing]:
-        """Weights that a response surface proposes, measured as the finalists are; each measurement improves it."""
-        at = [one for standings in history for one in standings if one.outcome.k == _SURFACE_AT]
-        sums, made = [one for one in at if one.candidate.is_weighted_sum], list[Standing]()
+        """Weights that a response surface proposes, measured as the finalists are; each measurement improves it. They
+        are worth it if some sum is a finalist. Then the surface is fitted on all sums, those that left early too."""
+        if not any(one.candidate.is_weighted_sum for one in history[-1]):
+            return []
+        all_sums = [one.candidate for one in history[0] if one.candidate.is_weighted_sum]
+        if not self._affordable(_SURFACE_AT * len(all_sums)):
+            return []
+        sums, made = [one for one in map(self._on_surface, all_sums) if one is not None], list[Standing]()
         for _ in range(_SURFACE_ROUNDS):
             weights = self._proposed(sums) if self._affordable(reached) else None
             if weights is None or weights in {one.candidate.factors for one in sums}:
                 break
             name = f"sum {' '.join(f'{weight:g}' for weight in weights)}"
             candidate = weighted_sum(name, "refined", weights).with_settings(self.problem.result_settings)
-            point, final = self._standing(candidate, _SURFACE_AT), self._standing(candidate, reached)
+            point, final = self._on_surface(candidate), self._standing(candidate, reached)
             if point is None or final is None:
                 break
             sums.append(point)
             made.append(final)
         return made
+
+    def _on_surface(self, candidate: Candidate) -> Standing | None:
+        return self._standing(candidate, min(_SURFACE_AT, self.problem.searched))
 
     def _proposed(self, sums: Sequence[Standing]) -> tuple[float, ...] | None:
         if not sums:
