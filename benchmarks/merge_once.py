@@ -31,6 +31,30 @@ def peft_in_turn(base: Path, out: Path, adapters: Sequence[Path]) -> float:
     return _peft(base, out, adapters, lambda model, names: model.merge_and_unload(adapter_names=names))
 
 
+def peft_mean(base: Path, out: Path, adapters: Sequence[Path]) -> float:
+    """Each adapter at the scale 1 / n, one after the other."""
+    from peft.tuners.lora import LoraLayer
+
+    def merged(model: Any, names: list[str]) -> Any:
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                for name in set(names) & module.scaling.keys():
+                    module.set_scale(name, 1 / len(names))
+        return model.merge_and_unload(adapter_names=names)
+
+    return _peft(base, out, adapters, merged)
+
+
+def peft_ties(base: Path, out: Path, adapters: Sequence[Path]) -> float:
+    """PEFT's own TIES, on the factors."""
+
+    def merged(model: Any, names: list[str]) -> Any:
+        model.add_weighted_adapter(names, [1.0] * len(names), "elected", combination_type="ties", density=0.5)
+        return model.merge_and_unload(adapter_names=["elected"])
+
+    return _peft(base, out, adapters, merged)
+
+
 def peft_cat(base: Path, out: Path, adapters: Sequence[Path]) -> float:
     """Stacks the adapters first and rounds once."""
 
@@ -59,6 +83,6 @@ def _peft(base: Path, out: Path, adapters: Sequence[Path], merged: Callable[[Any
 
 
 if __name__ == "__main__":
-    how = {"composer": composer, "imports": imports, "peft_in_turn": peft_in_turn, "peft_cat": peft_cat}
+    how = {one.__name__: one for one in (composer, imports, peft_in_turn, peft_mean, peft_ties, peft_cat)}
     _, chosen, given_base, given_out, *given_adapters = sys.argv
     print(how[chosen](Path(given_base), Path(given_out), [Path(adapter) for adapter in given_adapters]))
