@@ -39,7 +39,7 @@ LAYERS, RANK, BIG_ROUNDS = 22, 16, 3
 def main() -> None:
     chosen = _options()
     harness.announce("merge", "torch", "peft", "transformers")
-    mergekit = _environment(chosen.mergekit_venv) if chosen.mergekit_venv else None
+    mergekit = mergekit_environment(chosen.mergekit_venv) if chosen.mergekit_venv else None
     with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-merge-") as name:
         directory = Path(name)
         small = chosen.base.resolve(strict=True)
@@ -63,7 +63,7 @@ def _options() -> argparse.Namespace:
     return chosen
 
 
-def _environment(directory: Path) -> Path:
+def mergekit_environment(directory: Path) -> Path:
     """The mergekit command; prints its version."""
     python = directory / "bin" / "python"
     if not python.with_name("mergekit-yaml").exists():

@@ -60,6 +60,30 @@ def peft_in_turn(device: str, base: Path, out: Path, adapters: Sequence[Path]) -
     return _peft(device, base, out, adapters, lambda model, names: model.merge_and_unload(adapter_names=names))
 
 
+def peft_mean(device: str, base: Path, out: Path, adapters: Sequence[Path]) -> float:
+    """Each adapter at the scale 1 / n, one after the other."""
+    from peft.tuners.lora import LoraLayer
+
+    def merged(model: Any, names: list[str]) -> Any:
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                for name in set(names) & module.scaling.keys():
+                    module.set_scale(name, 1 / len(names))
+        return model.merge_and_unload(adapter_names=names)
+
+    return _peft(device, base, out, adapters, merged)
+
+
+def peft_ties(device: str, base: Path, out: Path, adapters: Sequence[Path]) -> float:
+    """PEFT's own TIES, on the factors."""
+
+    def merged(model: Any, names: list[str]) -> Any:
+        model.add_weighted_adapter(names, [1.0] * len(names), "elected", combination_type="ties", density=0.5)
+        return model.merge_and_unload(adapter_names=["elected"])
+
+    return _peft(device, base, out, adapters, merged)
+
+
 def peft_cat(device: str, base: Path, out: Path, adapters: Sequence[Path]) -> float:
     """Stacks the adapters first and rounds once."""
 
@@ -90,6 +114,6 @@ def _peft(
 
 
 if __name__ == "__main__":
-    how = {one.__name__: one for one in (composer, device_copy, imports, peft_in_turn, peft_cat)}
+    how = {one.__name__: one for one in (composer, device_copy, imports, peft_in_turn, peft_mean, peft_ties, peft_cat)}
     _, chosen, on, given_base, given_out, *given_adapters = sys.argv
     print(how[chosen](on, Path(given_base), Path(given_out), [Path(adapter) for adapter in given_adapters]))

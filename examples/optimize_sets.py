@@ -15,22 +15,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
+from time import process_time
 from typing import Any
 
-from study_sets import Member, member, suite_of
+import study_sets
+from study_sets import member, suite_of
 from tasks import TASKS
 
-from composer.conflicts.evidence.outcome import Outcome, effect_of
-from composer.evaluation.calibration import Calibration
-from composer.evaluation.measure import Measured, encode, measure
+from composer.conflicts.evidence.bench import Bench, Probed, Runner
+from composer.conflicts.evidence.outcome import Effect, effect_of
 from composer.evaluation.model import LoadedModel, load_model
-from composer.formats.recipes.calibration_sets import CalibrationSet
-from composer.formats.recipes.methods import Regmean
-from composer.formats.recipes.suite import Example
-from composer.methods.combine import combine_parsed
-from composer.optimize import optimize as searching
 from composer.optimize.candidates import Candidate
+from composer.optimize.combiner import Combiner
+from composer.optimize.journal import Journal
 from composer.optimize.objective import kept_share
+from composer.optimize.optimize import optimize
+from composer.optimize.problem import Member, Problem
 from composer.optimize.report import OptimizeReport, headline
 
 SETS = (
@@ -40,6 +41,7 @@ SETS = (
     ("orders", "travel"),
     ("bumps", "alerts"),
     ("sorting", "travel"),
+    ("records", "cron"),
     ("orders", "travel", "bumps"),
     ("sql-migration-1.1", "terraform-review", "support-macros"),
 )
@@ -64,15 +66,21 @@ def main() -> None:
         print(line)
 
 
-def searched(loaded: LoadedModel, members: Sequence[Member], names: Sequence[str]) -> dict[str, Any]:
+def searched(loaded: LoadedModel, members: Sequence[study_sets.Member], names: Sequence[str]) -> dict[str, Any]:
     """The search's result on a set, and its regret."""
     own = [
-        searching.Member(adapter=replace(one.adapter, name=name), suite=one.suite)
+        Member(adapter=replace(one.adapter, name=name), suite=one.suite)
         for one, name in zip(members, names, strict=True)
     ]
-    problem = searching.Problem(load=lambda: loaded, members=own, guards=[suite_of(TASKS["guard"])])
-    report = searching.optimize(problem)
-    values = {one.candidate.key: unseen(loaded, problem, one.candidate) for one in report.tried}
+    problem = Problem(load=lambda: loaded, members=own, guards=[suite_of(TASKS["guard"])])
+    with TemporaryDirectory() as directory:
+        journal = Path(directory) / "search.jsonl"
+        begun = process_time()
+        report = optimize(problem, journal=journal)
+        cpu_s = process_time() - begun
+        bench = Bench(Runner(problem.load), Journal(journal, problem.name))
+        combiner = Combiner(problem, lambda _count: None)
+        values = {one.candidate.key: unseen(bench, combiner, problem, one.candidate) for one in report.tried}
     first, second = ({key: value[half] for key, value in values.items()} for half in (0, 1))
     picked = max(first, key=lambda key: first[key])
     winner = next(one.candidate for one in report.tried if one.candidate.name == report.best[0].candidate.name)
@@ -89,6 +97,7 @@ def searched(loaded: LoadedModel, members: Sequence[Member], names: Sequence[str
         "best_in_hindsight": next(one.candidate.name for one in report.tried if one.candidate.key == picked),
         "search_s": round(report.search_s),
         "confirm_s": round(report.confirm_s),
+        "cpu_s": round(cpu_s),
         "passes": report.passes,
     }
 
@@ -103,42 +112,24 @@ def answers(report: OptimizeReport, name: str) -> list[list[int]]:
     return [[effect.still_answered, effect.answered] for effect in confirmed.outcome.effects]
 
 
-def unseen(loaded: LoadedModel, problem: searching.Problem, candidate: Candidate) -> tuple[float, float]:
-    """The worst member's kept share on each half of the unseen examples."""
-    parts = problem.splits
-    settings = candidate.parsed.with_tied("untie")
-    observe = None
-    if isinstance(settings, Regmean):
-        sets = [CalibrationSet(one.suite, problem.searched) for one in problem.members]
-        observe = Calibration(problem.load, sets, settings).observe
-    weights = candidate.weights([one.weight for one in problem.members])
-    deltas = combine_parsed([one.adapter for one in problem.members], weights, settings, observe).deltas
+def unseen(bench: Bench, combiner: Combiner, problem: Problem, candidate: Candidate) -> tuple[float, float]:
+    """The worst member's kept share on each half of the unseen examples, fitted on all search examples. What the
+    search has confirmed is in the bench's record."""
+    if candidate.is_fitted:
+        candidate = replace(candidate, settings={**candidate.settings, "examples": problem.searched})
+    members = [Probed(one.adapter.name, one.adapter.deltas, 1.0, one.suite) for one in problem.members]
+    references = bench.references(members, [], lambda suite: problem.splits[suite.digest].confirm)
+    combined = bench.run(candidate.key, lambda: combiner.deltas(candidate), references.rows)
     halves: list[float] = []
-    for half in (0, 1):
-        effects = [
-            effect_of(
-                (one.adapter.name, one.suite.name),
-                *(run(loaded, examples, active) for active in ((), one.adapter.deltas, deltas)),
-                members=1,
+    for half in (slice(0, None, 2), slice(1, None, 2)):
+        effects: list[Effect] = []
+        for one in members:
+            base, alone, together = (
+                run[one.suite.digest][half] for run in (references.base, references.alone[one.name], combined)
             )
-            for one in problem.members
-            for examples in [parts[one.suite.digest].confirm[half::2]]
-        ]
-        halves.append(min(map(kept_share, Outcome(1, tuple(effects), ()).effects)))
+            effects.append(effect_of((one.name, one.suite.name), base, alone, together, members=1))
+        halves.append(min(map(kept_share, effects)))
     return halves[0], halves[1]
-
-
-_RUNS: dict[tuple[object, ...], list[Measured]] = {}
-
-
-def run(loaded: LoadedModel, examples: Sequence[Example], active: Any) -> list[Measured]:
-    """Measures the examples; those of the base and of members only once."""
-    key = (tuple(examples), id(active))
-    if active and isinstance(active, list):
-        return measure(loaded, [encode(loaded, one, chat=True) for one in examples], active)
-    if key not in _RUNS:
-        _RUNS[key] = measure(loaded, [encode(loaded, one, chat=True) for one in examples], active)
-    return _RUNS[key]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -15,9 +15,11 @@ from composer.evaluation.measure import (
     measure_batch,
     ratio,
     run_batches,
+    split_prefix,
     spread_batches,
 )
 from composer.evaluation.model import LoadedModel
+from composer.evaluation.prefix import Prefix
 from composer.evaluation.scorers.scorer import checked_score, scorer_named
 from composer.formats.recipes.suite import Example, Suite
 from composer.formats.recipes.tasks import LikelihoodSettings, ScorerChoice
@@ -133,13 +135,13 @@ def scores(suite: Suite, results: Sequence[Result]) -> list[Score]:
 def _teacher_forced(
     loaded: LoadedModel, suite: Suite, examples: Sequence[Example], _scorers: Collection[str]
 ) -> tuple[list[list[int]], _Run]:
-    encoded = [encode(loaded, one, suite.chat, suite.ends) for one in examples]
+    prefix, rest = split_prefix(loaded, [encode(loaded, one, suite.chat, suite.ends) for one in examples])
 
     def run(batch: Sequence[int]) -> list[Result]:
-        measured = measure_batch(loaded, [encoded[index] for index in batch])
+        measured = measure_batch(prefix, [rest[index] for index in batch])
         return [Result(one.nats, one.tokens, float(one.exact)) for one in measured]
 
-    return spread_batches(loaded, encoded), run
+    return spread_batches(loaded, rest), run
 
 
 def _generation(
@@ -201,5 +203,5 @@ def _measured(loaded: LoadedModel, encoded: Sequence[Encoded]) -> list[Measured]
     """As `measure`, in this thread."""
     results: dict[int, Measured] = {}
     for batch in batches_of(encoded, loaded.batch_tokens):
-        results.update(zip(batch, measure_batch(loaded, [encoded[index] for index in batch]), strict=True))
+        results.update(zip(batch, measure_batch(Prefix(loaded, ()), [encoded[index] for index in batch]), strict=True))
     return [results[index] for index in range(len(encoded))]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from composer.deltas.tensors import torch_threads
 from composer.errors import Mismatch
 from composer.evaluation.hooks import Deltas, deltas_applied
 from composer.evaluation.model import LoadedModel
+from composer.evaluation.prefix import Prefix
 from composer.formats.recipes.suite import Example
 
 R = TypeVar("R")
@@ -31,6 +32,14 @@ class Encoded:
     @property
     def completion_tokens(self) -> int:
         return len(self.ids) - self.prompt_tokens
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.ids[: self.prompt_tokens]
+
+    def after(self, prefix: int) -> "Encoded":
+        """What follows the first `prefix` tokens of the prompt."""
+        return Encoded(self.ids[prefix:], self.prompt_tokens - prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,18 +136,25 @@ def measure(
     Examples of similar length share a batch of at most `batch_tokens` padded tokens; on a CPU the batches share the
     cores. `progress` gets the number of examples just finished; an exception from it ends the pass.
     """
+    prefix, rest = split_prefix(loaded, encoded)
     results: dict[int, Measured] = {}
 
     def run(batch: Sequence[int]) -> list[Measured]:
-        return measure_batch(loaded, [encoded[index] for index in batch])
+        return measure_batch(prefix, [rest[index] for index in batch])
 
     def done(batch: Sequence[int], measured: list[Measured]) -> None:
         results.update(zip(batch, measured, strict=True))
         if progress:
             progress(len(batch))
 
-    run_batches(loaded, deltas, spread_batches(loaded, encoded, batch_tokens), run, done)
+    run_batches(loaded, deltas, spread_batches(loaded, rest, batch_tokens), run, done)
     return [results[index] for index in range(len(encoded))]
+
+
+def split_prefix(loaded: LoadedModel, encoded: Sequence[Encoded]) -> tuple[Prefix, list[Encoded]]:
+    """What all examples begin with, and what follows it in each."""
+    prefix = Prefix.of(loaded, [one.prompt for one in encoded])
+    return prefix, [one.after(len(prefix.ids)) for one in encoded]
 
 
 def run_batches(
@@ -180,11 +196,11 @@ def batches_of(encoded: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def measure_batch(loaded: LoadedModel, batch: Sequence[Encoded]) -> list[Measured]:
-    """One teacher-forced forward pass."""
-    ids_BT = padded(batch).to(loaded.device)
+def measure_batch(prefix: Prefix, batch: Sequence[Encoded]) -> list[Measured]:
+    """One teacher-forced forward pass over what follows the prefix in the batch's examples."""
+    ids_BT = padded(batch).to(prefix.loaded.device)
     first = min(one.prompt_tokens for one in batch) - 1
-    logits_BTV = _logits_from(loaded.model, ids_BT, first)
+    logits_BTV = _logits_from(prefix, ids_BT, first)
     measured: list[Measured] = []
     for row, one in enumerate(batch):
         start = one.prompt_tokens - 1 - first
@@ -205,14 +221,15 @@ def padded(batch: Sequence[Encoded]) -> torch.Tensor:
     return ids_BT
 
 
-def _logits_from(model: Any, ids_BT: torch.Tensor, first: int) -> torch.Tensor:
+def _logits_from(prefix: Prefix, ids_BT: torch.Tensor, first: int) -> torch.Tensor:
     """Logits from position `first` to the last but one: the head is the largest matrix, and the prompts do not need
     it.
     """
+    model, after = prefix.loaded.model, prefix.arguments(len(ids_BT))
     kept = torch.arange(first, ids_BT.shape[1] - 1, device=ids_BT.device)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(input_ids=ids_BT, use_cache=False, logits_to_keep=kept).logits
-    return model(input_ids=ids_BT, use_cache=False).logits[:, kept]
+        return model(input_ids=ids_BT, logits_to_keep=kept, **after).logits
+    return model(input_ids=ids_BT, **after).logits[:, kept]
 
 
 def ratio(totals: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:

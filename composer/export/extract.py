@@ -22,6 +22,7 @@ from composer.formats.adapters.placement.naming import TIED_HEAD, Target, find_w
 from composer.formats.adapters.placement.result import CONV1D_MODELS, shape_text
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.checkpoints.hashing import architecture_digest, identities
+from composer.formats.checkpoints.staging import refuse_existing
 from composer.methods.matrix import Matrix
 from composer.methods.spectral import Compression, compress_dense, total_loss
 from composer.methods.tied import pair_for_head
@@ -71,9 +72,11 @@ def extract(
     share `energy` of |Δ|² (USUAL_RANK if neither is given). Norms and biases that changed are saved in full. One matrix
     at a time is in memory. `progress` gets the bytes of the base just compared.
 
-    Raises Mismatch for checkpoints of different architectures and for equal ones, NotSupported for a changed tensor
-    that no adapter can hold, and what `write_adapter` raises.
+    Raises RefusedOutput for an existing `out_dir`, before anything is read; Mismatch for checkpoints of different
+    architectures and for equal ones; InvalidFile for a value that is not finite; NotSupported for a changed tensor that
+    no adapter can hold; and what `write_adapter` raises.
     """
+    refuse_existing(out_dir)
     _refuse_unlike(base, finetuned)
     if rank is None and energy is None:
         rank = USUAL_RANK
@@ -156,9 +159,8 @@ class _Extraction:
             file.drop_pages()
 
     def _compare(self, name: str, slot: _Slot, W: torch.Tensor, changed: torch.Tensor) -> None:
-        if not bool(torch.isfinite(changed).all()):
-            message = f"{name} of the fine-tuned checkpoint has a NaN or an infinite value."
-            raise InvalidFile("not_finite", message, subject=name, next_step="Use an earlier checkpoint of the run.")
+        _refuse_not_finite(changed, name, "the fine-tuned checkpoint", "Use an earlier checkpoint of the run.")
+        _refuse_not_finite(W, name, "the base", "Download the base again.")
         if _same(W, changed):
             self.unchanged += 1
         elif slot.layout is not None:
@@ -185,6 +187,12 @@ class _Extraction:
             delta = replace(delta, twin=True)
             self.deltas.append(pair_for_head(delta, TIED_HEAD))
         self.deltas.append(delta)
+
+
+def _refuse_not_finite(values: torch.Tensor, name: str, owner: str, next_step: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        message = f"{name} of {owner} has a NaN or an infinite value."
+        raise InvalidFile("not_finite", message, subject=name, next_step=next_step)
 
 
 def _same(W: torch.Tensor, changed: torch.Tensor) -> bool:

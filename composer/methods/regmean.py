@@ -14,16 +14,20 @@ Shapes: O outputs and I inputs of a module, r_i rank of member i, R their sum, T
 N their sum. Everything is computed in float64.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
-from math import sqrt
+from itertools import accumulate, groupby
+from math import fsum, sqrt
+from typing import TypeVar
 
 import torch
 
 from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, RowwiseDelta, names_of
+from composer.deltas.tensors import torch_threads
 from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.weights import Weight
@@ -31,6 +35,9 @@ from composer.methods.join import scaled
 
 _CUT = 1e-12
 """Relative to the largest eigenvalue; below this, the core form's R x R system counts as singular in a direction."""
+_ROWS_BYTES = 1 << 30
+"""The inputs that are held in memory at once, in float64."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,25 +272,42 @@ class _Problem:
         none = {name: ModuleInputs([torch.zeros(0, count)], 0.0) for name, count in columns.items()}
         inner = [torch.zeros(len(seen), len(seen), dtype=torch.float64) for _ in seen]
         problem = cls(pairs, seen := [{**none, **one} for one in seen], inner)
-        for name, module in problem.modules():
+        members = range(len(seen))
+        for name, own in problem.each(lambda _name, module: [module.inner(member) for member in members]):
             for member, one in enumerate(seen):
                 if one[name].base_energy > 0:
-                    inner[member] += module.inner(member) / one[name].base_energy
+                    inner[member] += own[member] / one[name].base_energy
         return problem
 
-    def modules(self) -> Iterator[tuple[str, Module]]:
-        """Yields the modules one at a time, in float64."""
-        latest: tuple[list[int], Inputs] | None = None
-        for name, pairs in self.pairs.items():
-            rows = [one[name] for one in self.seen]
-            same = [id(part) for one in rows for part in one.parts]
-            if latest is None or latest[0] != same:
-                latest = (same, Inputs([one.rows for one in rows]))
-            some = next(iter(pairs.values()))
-            A, B = [some.A_RI[:0].double()] * len(self.seen), [some.B_OR[:, :0].double()] * len(self.seen)
-            for member, pair in pairs.items():
-                A[member], B[member] = pair.A_RI.double(), pair.B_OR.double() * pair.scale
-            yield name, Module(A, B, latest[1])
+    def each(self, compute: Callable[[str, Module], T]) -> Iterator[tuple[str, T]]:
+        """`compute` of each module, in order. Modules with the same inputs (q, k and v) follow each other and share
+        products; others are computed side by side, on a thread each."""
+
+        def computed(names: Sequence[str]) -> list[tuple[str, T]]:
+            inputs = Inputs([one[names[0]].rows for one in self.seen])
+            return [(name, compute(name, self._module(name, inputs))) for name in names]
+
+        def inputs_of(name: str) -> list[int]:
+            return [id(part) for one in self.seen for part in one[name].parts]
+
+        groups = [list(names) for _, names in groupby(self.pairs, inputs_of)]
+        with torch_threads(1), ThreadPoolExecutor(self._side_by_side(), "regmean") as pool:
+            for group in pool.map(computed, groups):
+                yield from group
+
+    def _side_by_side(self) -> int:
+        """How many modules may be computed at once: one for each core, if their rows fit in _ROWS_BYTES."""
+        sizes = [8 * sum(part.numel() for one in self.seen for part in one[name].parts) for name in self.pairs]
+        return max(1, min(os.cpu_count() or 1, _ROWS_BYTES // max(sizes, default=1)))
+
+    def _module(self, name: str, inputs: Inputs) -> Module:
+        """The module's factors in float64."""
+        pairs = self.pairs[name]
+        some = next(iter(pairs.values()))
+        A, B = [some.A_RI[:0].double()] * len(self.seen), [some.B_OR[:, :0].double()] * len(self.seen)
+        for member, pair in pairs.items():
+            A[member], B[member] = pair.A_RI.double(), pair.B_OR.double() * pair.scale
+        return Module(A, B, inputs)
 
     def alpha(self, name: str) -> list[float]:
         """a_m = 1 / (|W X_m|² t_m); 0 if the base does nothing. A member that does nothing has no t_m."""
@@ -308,15 +332,16 @@ class _Problem:
 
     def solved(self, solve: Solve, w0: float, ridge: float) -> tuple[dict[str, list[torch.Tensor]], list[float]]:
         """Each module's fitted A by member, in float32, and each member's relative error on the inputs."""
-        solved: dict[str, list[torch.Tensor]] = {}
-        squares = [0.0] * len(self.seen)
-        for name, module in self.modules():
+
+        def fitted(name: str, module: Module) -> tuple[list[torch.Tensor], list[float]]:
             alpha = self.alpha(name)
-            fitted = solve(module, alpha, w0, ridge)
-            solved[name] = [A.float() for A in fitted]
-            for member, one in enumerate(alpha):
-                squares[member] += one * module.error(fitted, member)
-        return solved, list(map(sqrt, squares))
+            factors = solve(module, alpha, w0, ridge)
+            errors = [one * module.error(factors, member) for member, one in enumerate(alpha)]
+            return [A.float() for A in factors], errors
+
+        solved = dict(self.each(fitted))
+        squares = [fsum(errors[member] for _, errors in solved.values()) for member in range(len(self.seen))]
+        return {name: factors for name, (factors, _) in solved.items()}, list(map(sqrt, squares))
 
     def errors_of_sum(self, w0: float) -> Iterator[float]:
         """Each member's relative error under w0 Σ Δ_i: |Σ_i c_i Δ_i X_m|² with c_i = w0, but c_m = w0 - 1."""

@@ -5,7 +5,7 @@ What is tried, and what is left out, follows what was measured on real adapters 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from composer.formats.recipes.methods import AnySettings, parse_settings
 from composer.formats.recipes.weights import Weight
@@ -41,8 +41,13 @@ class Candidate:
 
     @property
     def is_weighted_sum(self) -> bool:
-        """Whether the combination is Σ w_i Δ_i with the factors as w."""
-        return self.method == "stack" and not self.settings
+        """Whether the combination is Σ w_i Δ_i with the factors as w, possibly cut to a rank."""
+        return self.method == "stack" and "protect" not in self.settings
+
+    def with_settings(self, settings: Mapping[str, object]) -> "Candidate":
+        """The candidate with those of the settings that its method has, beside its own."""
+        known = type(self.parsed).model_fields.keys()
+        return replace(self, settings={**{k: v for k, v in settings.items() if k in known}, **self.settings})
 
     def weights(self, own: Sequence[Weight]) -> list[Weight]:
         """The members' weights times their factors."""

@@ -31,7 +31,8 @@ def run(
 ) -> None:
     """Searches, with the given method among the candidates, and shows the report. Exits 1 if nothing fits."""
     from composer.optimize.candidates import Candidate
-    from composer.optimize.optimize import Effort, Member, Problem, expected_passes, optimize
+    from composer.optimize.optimize import expected_passes, optimize
+    from composer.optimize.problem import Effort, Member, Problem
     from composer.optimize.report import document
 
     stated = method.model_dump(by_alias=True, exclude_unset=True)
@@ -43,9 +44,10 @@ def run(
         for adapter, suite, weight in zip(adapters, evidence.suites, weights, strict=True)
         if suite is not None
     ]
-    problem = Problem(load=evidence.load, members=members, guards=evidence.guards, effort=Effort(SEARCHED))
+    effort = Effort(SEARCHED)
+    problem = Problem(load=evidence.load, members=members, guards=evidence.guards, effort=effort, settings=own.settings)
     problem = problem.under(policy)
-    with render.progress("optimize", expected_passes(problem), "examples") as bar:
+    with render.progress("optimize", expected_passes(problem, [own]), "examples") as bar:
         report = document(optimize(problem, [own], progress=bar))
     render.document(report, json, lambda: show(report))
     if report["choice"] is None:

@@ -39,7 +39,8 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     from composer.deltas.variants.load import load_deltas
     from composer.evaluation.model import load_model
     from composer.optimize.candidates import Candidate
-    from composer.optimize.optimize import Effort, Member, Problem, expected_passes, optimize
+    from composer.optimize.optimize import expected_passes, optimize
+    from composer.optimize.problem import Effort, Member, Problem
     from composer.optimize.report import document
 
     suites = suites_named(held, [name or "" for name in work.member_suites])
@@ -58,6 +59,7 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
         guards=guards,
         effort=Effort.of(asked),
         as_adapter=True,
+        settings=work.recipe.settings,
     ).under(read_policy(work.recipe.policy))
     own = Candidate(
         name="the recipe's",
@@ -66,7 +68,7 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
         factors=(1.0,) * len(members),
         settings=work.recipe.settings,
     )
-    done = ProgressCount(held, "examples", expected_passes(problem))
+    done = ProgressCount(held, "examples", expected_passes(problem, [own]))
     report = optimize(problem, [own], work.directory / _JOURNAL, done)
     choice, lock, evidence = report.choice, work.lock, document(report)
     if choice is None:

@@ -127,6 +127,36 @@ def test_a_worker_that_dies_before_it_notes_a_step_is_succeeded_by_one_that_ends
     )
 
 
+def test_a_search_whose_choice_is_locked_is_not_repeated_by_the_next_worker(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli, environ = team(stocked_embedded, world), stocked_embedded.environment
+    recipe = yaml.safe_load(write_recipe(tmp_path).read_text())
+    inputs = [one | {"suite": f"{name}-exact"} for name, one in zip(("sql", "support"), recipe["inputs"], strict=True)]
+    loose = {"thresholds": {"probe_loss": 100, "probe_answers": 0, "probe_guard": 100}}
+    searched = {"inputs": inputs, "policy": loose, "optimize": {"search": 2, "confirm": 2}}
+    with api_of(cli) as api:
+        started = api.post("/v1/compositions", {"recipe": recipe | searched, "plan": True})
+
+    def die(name: str) -> None:
+        raise Killed(name)
+
+    with resources_of(environ) as resources, pytest.raises(Killed, match="optimize"):
+        run_one(resources, watched([], die), "first")
+    locked = cli.json("jobs", str(started["id"]))
+    seen: list[str] = []
+    with resources_of(environ, LATER) as resources:
+        journal = resources.settings.home / "work" / f"composition-{started['id']}" / "search.jsonl"
+        journal.unlink()  # a search that ran again would write it again
+        assert run_one(resources, watched(seen), "second")
+        assert seen == ["optimize", "check"]
+        assert not journal.exists()
+    assert locked["state"] == "running"
+    with api_of(cli) as api:
+        evidence = api.get(f"/v1/compositions/{started['id']}")["lock"]["optimized"]
+    assert evidence["choice"]
+
+
 def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neither(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:

@@ -26,6 +26,9 @@ interval of a loss is narrower than this on either side. One in twelve of the st
 uniform examples without a failure give far too narrow an interval. With this floor the intervals have their stated
 coverage; what Student's t alone missed lay within it."""
 
+_ROUNDING_NATS = 1e-5
+"""A smaller difference may come from rounding: an example's last bits depend on what shares its pass."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -234,7 +237,7 @@ def effect_of(
         loss=loss,
         loss_stderr=stderr,
         loss_interval=Interval(min(sure.low, loss - NOTICEABLE_NATS), max(sure.high, loss + NOTICEABLE_NATS)),
-        kept=(before - after) / (before - own) if before > own else None,
+        kept=(before - after) / (before - own) if before - own > _ROUNDING_NATS else None,
         answered=len(answered),
         still_answered=sum(one.exact for one in answered),
         examples=len(alone),

@@ -4,25 +4,24 @@ Of everything tried on real adapters (docs/study.md), only this predicts the dam
 four examples per suite and the loss on other examples. Nothing is written to disk.
 """
 
+import json
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from time import perf_counter
 from typing import Protocol
 
-from composer.conflicts.evidence.outcome import Limits, Outcome, effect_of, side_effect_of
-from composer.deltas.delta import Delta, LowRank, RowwiseDelta, names_of
+from composer.conflicts.evidence.bench import Bench, Probed, Runner, not_run, weighted
+from composer.conflicts.evidence.outcome import Limits, Outcome
+from composer.deltas.delta import Delta
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.evaluation.calibration import Calibration
 from composer.evaluation.hooks import Deltas
-from composer.evaluation.measure import Encoded, Measured, encode, measure
 from composer.evaluation.model import LoadedModel
 from composer.formats.recipes.methods import AnySettings, Combined
 from composer.formats.recipes.suite import Example, Suite
-from composer.formats.recipes.weights import Weight, parse_weight
 from composer.methods.combine import combine_parsed
-from composer.methods.join import scaled
 
 USUAL_K = 8
 USUAL_MOST = 24
@@ -33,16 +32,6 @@ def usual_most(k: int) -> int:
     """The default maximum for a probe that starts with `k` examples. Below USUAL_K, the probe is a quick look at
     `k`."""
     return max(k, USUAL_MOST) if k >= USUAL_K else k
-
-
-@dataclass(frozen=True)
-class Probed:
-    """An adapter to combine: its deltas, its weight, and the target suite that defines its task."""
-
-    name: str
-    deltas: Deltas
-    weight: Weight | float
-    suite: Suite
 
 
 Combine = Callable[[Sequence[Probed]], Deltas]
@@ -100,18 +89,6 @@ def weighted_sum(members: Sequence[Probed]) -> Deltas:
     return [delta for member in members for delta in weighted(member.deltas, member.weight)]
 
 
-def weighted(deltas: Deltas, weight: Weight | float) -> list[Delta]:
-    """The deltas times the weight of their modules; a fully saved tensor is unchanged."""
-    own = parse_weight(weight)
-    return [_times(delta, own.of(*names_of(delta))) for delta in deltas]
-
-
-def _times(delta: Delta, weight: float) -> Delta:
-    if isinstance(delta, LowRank):
-        return replace(delta, scale=delta.scale * weight)
-    return scaled(delta, weight) if isinstance(delta, RowwiseDelta) else delta
-
-
 def by_method(
     adapters: Sequence[LoadedAdapter],
     settings: AnySettings,
@@ -163,118 +140,48 @@ def probe(  # noqa: PLR0913
         message = f"A probe needs at least two members with different names and k >= 1, not {names} and {wanted.k}."
         raise Mismatch("probe_members", message, subject="members", next_step="Give each member its own name.")
     started = perf_counter()
-    bench = _Bench(loaded, combine, used, progress)
+    run = _Probe(guards, combine, used, progress, Bench(Runner(lambda: loaded, progress)))
     for chosen in (*combinations(members, 2), members):
-        bench.expect(chosen, guards, wanted.k)
-
-    def outcome(chosen: Sequence[Probed]) -> Outcome:
-        available = max(len(suite.examples) for suite in (*(member.suite for member in chosen), *guards))
-        return grown(lambda k: bench.outcome(chosen, guards, k), wanted, available)
-
-    pairs = tuple(outcome(pair) for pair in combinations(members, 2))
-    overall = outcome(members) if len(members) > 2 else pairs[0]
+        run.expect(chosen, wanted.k)
+    pairs = tuple(run.grown(pair, wanted) for pair in combinations(members, 2))
+    overall = run.grown(members, wanted) if len(members) > 2 else pairs[0]
     return ProbeResult(wanted.k, pairs, overall, perf_counter() - started)
 
 
-def _together(chosen: Sequence[Probed]) -> tuple[str, ...]:
-    return ("combined", *(member.name for member in chosen))
+@dataclass
+class _Probe:
+    guards: Sequence[Suite]
+    combine: Combine
+    used: Container[Example]
+    progress: Progress | None
+    bench: Bench
+    planned: Bench = field(default_factory=lambda: Bench(not_run))
+    _made: tuple[tuple[str, ...], list[Delta]] = ((), [])
 
+    def grown(self, chosen: Sequence[Probed], effort: Effort) -> Outcome:
+        available = max(len(suite.examples) for suite in (*(one.suite for one in chosen), *self.guards))
 
-_Run = dict[str, list[Measured]]  # by suite digest
+        def measured(k: int) -> Outcome:
+            self.expect(chosen, k)
+            return self.outcome(self.bench, chosen, k)
 
+        return grown(measured, effort, available)
 
-class _Bench:
-    """Runs examples with the base, a member or a combination active, each only once, and keeps the results."""
+    def expect(self, chosen: Sequence[Probed], k: int) -> None:
+        """Announces the examples that `outcome` will measure, with those that were announced before."""
+        self.outcome(self.planned, chosen, k)
+        if self.progress is not None:
+            self.progress.expect(self.planned.passes)
 
-    def __init__(
-        self, loaded: LoadedModel, combine: Combine, used: Container[Example], progress: Progress | None
-    ) -> None:
-        self._loaded, self._combine, self._used, self._progress = loaded, combine, used, progress
-        self._wanted: set[tuple[tuple[str, ...], str, Example]] = set()
-        self._latest: tuple[tuple[str, ...], list[Delta]] | None = None
-        self._encoded: dict[tuple[str, Example], Encoded] = {}
-        self._measured: dict[tuple[tuple[str, ...], str, Example], Measured] = {}
-
-    def expect(self, chosen: Sequence[Probed], guards: Sequence[Suite], k: int) -> None:
-        """Announces the examples that `outcome` will measure and that were not announced before."""
-        everything = [*(member.suite for member in chosen), *guards]
-        runs = [((), everything), (_together(chosen), everything)]
-        runs += [((member.name,), [member.suite, *guards]) for member in chosen]
-        runs += [(("weighted", one.name), [one.suite]) for one in chosen if parse_weight(one.weight) != Weight()]
-        for who, suites in runs:
-            self._wanted |= {(who, one.digest, example) for one in suites for example in one.sample(k, self._used)}
-        if self._progress is not None:
-            self._progress.expect(len(self._wanted))
-
-    def outcome(self, chosen: Sequence[Probed], guards: Sequence[Suite], k: int) -> Outcome:
-        self.expect(chosen, guards, k)
-        own = [member.suite for member in chosen]
-        base = self._run((), lambda: (), [*own, *guards], k)
-        alone = {
-            member.name: self._run((member.name,), lambda member=member: member.deltas, [member.suite, *guards], k)
-            for member in chosen
-        }
-        as_weighted = {
-            member.name: self._run(
-                ("weighted", member.name),
-                lambda member=member: weighted(member.deltas, member.weight),
-                [member.suite],
-                k,
-            )
-            for member in chosen
-            if parse_weight(member.weight) != Weight()
-        }
-        combined = self._run(_together(chosen), lambda: self._combined(chosen), [*own, *guards], k)
-        return Outcome(
-            k,
-            tuple(
-                effect_of(
-                    (member.name, member.suite.name),
-                    base[member.suite.digest],
-                    alone[member.name][member.suite.digest],
-                    combined[member.suite.digest],
-                    len(chosen),
-                    as_weighted[member.name][member.suite.digest] if member.name in as_weighted else None,
-                )
-                for member in chosen
-            ),
-            tuple(
-                side_effect_of(
-                    guard.name,
-                    base[guard.digest],
-                    {name: run[guard.digest] for name, run in alone.items()},
-                    combined[guard.digest],
-                )
-                for guard in guards
-            ),
-        )
-
-    def _run(self, who: tuple[str, ...], deltas: Callable[[], Deltas], suites: Sequence[Suite], k: int) -> _Run:
-        examples = {suite.digest: [(suite, example) for example in suite.sample(k, self._used)] for suite in suites}
-        missing = [
-            (suite, example)
-            for rows in examples.values()
-            for suite, example in rows
-            if (who, suite.digest, example) not in self._measured
-        ]
-        if missing:
-            encoded = [self._encode(suite, example) for suite, example in missing]
-            measured = measure(self._loaded, encoded, deltas(), progress=self._progress)
-            for (suite, example), result in zip(missing, measured, strict=True):
-                self._measured[who, suite.digest, example] = result
-        return {
-            digest: [self._measured[who, digest, example] for _, example in rows] for digest, rows in examples.items()
-        }
+    def outcome(self, bench: Bench, chosen: Sequence[Probed], k: int) -> Outcome:
+        references = bench.references(chosen, self.guards, lambda suite: suite.sample(k, self.used))
+        who = f"combined: {json.dumps([one.name for one in chosen])}"
+        results = bench.run(who, lambda: self._combined(chosen), references.rows)
+        return references.outcome(k, results, len(chosen))
 
     def _combined(self, chosen: Sequence[Probed]) -> Deltas:
         """The combined deltas, made once while the examples grow, since a fit takes seconds."""
-        names = tuple(member.name for member in chosen)
-        if self._latest is None or self._latest[0] != names:
-            self._latest = (names, list(self._combine(chosen)))
-        return self._latest[1]
-
-    def _encode(self, suite: Suite, example: Example) -> Encoded:
-        key = (suite.digest, example)
-        if key not in self._encoded:
-            self._encoded[key] = encode(self._loaded, example, suite.chat, suite.ends)
-        return self._encoded[key]
+        names = tuple(one.name for one in chosen)
+        if self._made[0] != names:
+            self._made = (names, list(self.combine(chosen)))
+        return self._made[1]

@@ -47,7 +47,7 @@ def staged_directory(out_dir: Path, size_bytes: int, key: str | None = None) -> 
     same key gets it back, with everything in it. Such directories of other keys are removed, unless in use. Keys have
     12 hexadecimal digits: a directory with another name beside `out_dir` belongs to somebody else.
     """
-    _refuse_existing(out_dir)
+    refuse_existing(out_dir)
     parent = out_dir.absolute().parent
     if not parent.is_dir():
         raise RefusedOutput(
@@ -83,7 +83,7 @@ def _finish(staging: Path, out_dir: Path) -> None:
     try:
         staging.rename(out_dir)
     except OSError:
-        _refuse_existing(out_dir)  # another process has finished first
+        refuse_existing(out_dir)  # another process has finished first
         raise
     sync(out_dir.absolute().parent)
 
@@ -110,7 +110,7 @@ def _held(staging: Path, out_dir: Path) -> Generator[None]:
             raise RefusedOutput("busy", message, subject=str(out_dir), next_step="Wait for it to end.")
         # Between the check and the lock it may have finished and been renamed.
         if not staging.is_dir() or not os.path.samestat(os.fstat(handle), staging.stat()):
-            _refuse_existing(out_dir)
+            refuse_existing(out_dir)
             raise RefusedOutput(
                 "busy", f"Another process wrote {out_dir} meanwhile.", subject=str(out_dir), next_step="Try again."
             )
@@ -141,7 +141,7 @@ def _remove_abandoned(out_dir: Path, staging: Path) -> None:
             os.close(handle)
 
 
-def _refuse_existing(out_dir: Path) -> None:
+def refuse_existing(out_dir: Path) -> None:
     if out_dir.exists() or out_dir.is_symlink():
         raise RefusedOutput(
             "exists", f"{out_dir} exists.", subject=str(out_dir), next_step="Choose another output directory."

@@ -166,7 +166,9 @@ def test_what_was_grown_is_what_a_larger_start_would_have_measured(loaded: Loade
 
 def test_no_example_is_measured_twice(loaded: LoadedModel) -> None:
     passed: list[int] = []
-    handle = loaded.model.register_forward_hook(lambda _model, _inputs, output: passed.append(output.logits.shape[0]))
+    handle = loaded.model.register_forward_hook(
+        lambda _model, _inputs, output: passed.append(output.logits.shape[0]) if output.logits.shape[1] > 1 else None
+    )
     try:
         probe(loaded, MEMBERS, [GUARD], Effort(2, 4, Limits(loss=-1e9)))
         start = sum(passed)

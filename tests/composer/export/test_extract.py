@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from composer.deltas.variants.load import load_deltas
-from composer.errors import InvalidFile, Mismatch, NotSupported
+from composer.errors import InvalidFile, Mismatch, NotSupported, RefusedOutput
 from composer.export.extract import extract
 from composer.findings import Severity
 from composer.formats.checkpoints.checkpoint import open_checkpoint
@@ -117,10 +117,20 @@ def test_equal_and_unlike_checkpoints_are_refused_and_leave_nothing(tmp_path: Pa
 def test_a_value_that_is_not_finite_is_refused_by_its_tensor(tmp_path: Path, make_model: MakeModel) -> None:
     base, name = make_model(), "model.layers.1.self_attn.o_proj.weight"
     finetuned = _finetuned(base, tmp_path / "finetuned", {name: torch.full((16, 16), float("nan"))})
-    with pytest.raises(InvalidFile, match=name) as refused:
-        extract(open_checkpoint(base), open_checkpoint(finetuned), tmp_path / "out")
-    assert refused.value.code == "not_finite"
-    assert not (tmp_path / "out").exists()
+    for first, second, owner in ((base, finetuned, "the fine-tuned checkpoint"), (finetuned, base, "the base")):
+        with pytest.raises(InvalidFile, match=f"{name} of {owner} has a NaN") as refused:
+            extract(open_checkpoint(first), open_checkpoint(second), tmp_path / "out")
+        assert (refused.value.code, refused.value.subject) == ("not_finite", name)
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_output_is_refused_before_anything_is_read(tmp_path: Path, make_model: MakeModel) -> None:
+    base, out = open_checkpoint(make_model()), tmp_path / "out"
+    out.mkdir()
+    read: list[int] = []
+    with pytest.raises(RefusedOutput, match="exists"):
+        extract(base, base, out, progress=read.append)
+    assert not read
 
 
 def test_a_cut_that_misses_much_of_the_change_is_a_warning(tmp_path: Path, make_model: MakeModel) -> None:

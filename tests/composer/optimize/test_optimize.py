@@ -10,15 +10,18 @@ from composer.conflicts.evidence.outcome import Limits
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Interrupted, Mismatch
 from composer.evaluation.generation import generate
-from composer.evaluation.model import LoadedModel
+from composer.evaluation.measure import encode, measure
+from composer.evaluation.model import LoadedModel, load_model
 from composer.findings import Verdict
 from composer.formats.recipes.calibration_sets import example_digest
 from composer.formats.recipes.suite import Example, Kind, Suite
-from composer.formats.recipes.weights import Weight
+from composer.formats.recipes.weights import Weight, parse_rule
+from composer.methods.combine import combine_parsed
 from composer.optimize.candidates import Candidate
-from composer.optimize.optimize import Effort, Member, Problem, expected_passes, optimize
+from composer.optimize.optimize import expected_passes, optimize
+from composer.optimize.problem import Effort, Member, Problem
 from composer.optimize.report import OptimizeReport, document
-from tests.composer.small_model import Load, scaled
+from tests.composer.small_model import Load, load_adapter, save_llama, scaled
 
 EFFORT = Effort(search=4, confirm=8)
 
@@ -60,6 +63,7 @@ def test_the_choice_is_the_best_of_the_search_that_keeps_the_limits_on_unseen_ex
     assert {one.outcome.k for one in report.best} == {8}
     assert "mean" in {one.candidate.name for one in report.tried}
     assert report.passes <= expected_passes(problem) + 3 * 8 * len(problem.splits), "but for what a surface proposes"
+    assert report.passes >= 0.8 * expected_passes(problem)
 
 
 def test_the_report_is_json_and_names_the_examples_that_were_seen(report: OptimizeReport, problem: Problem) -> None:
@@ -78,10 +82,10 @@ def test_a_fit_is_never_scored_on_an_example_that_it_has_seen(problem: Problem, 
         for digest, split in problem.splits.items()
     }
     rows = [row for line in journal.read_text().splitlines()[1:] for row in json.loads(line)]
-    scored = [(who, suite, example) for who, suite, example, *_ in rows if " half " in who]
+    scored = [(who, suite, example) for who, suite, example, *_ in rows if who.endswith(" half")]
     assert scored
     for who, suite, example in scored:
-        fitted_on = halves[suite][int(who[-1]) - 1]
+        fitted_on = halves[suite][0 if who.endswith("first half") else 1]
         assert example not in fitted_on
 
 
@@ -150,6 +154,81 @@ def test_a_budget_ends_the_search_and_the_best_so_far_are_confirmed(problem: Pro
     assert {one.outcome.k for one in short.best} == {8}
 
 
+def test_a_search_with_a_budget_resumes_with_the_same_choice_and_stops_where_it_would_have(
+    problem: Problem, tmp_path: Path
+) -> None:
+    journal = tmp_path / "search.jsonl"
+    limited = replace(problem, effort=replace(EFFORT, passes=90))
+    fresh = optimize(limited, journal=journal)
+    assert {one.k for one in fresh.tried} == {2}, "the second round would have been beyond the budget"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[: len(lines) // 2]))
+    assert decided(optimize(limited, journal=journal)) == decided(fresh)
+
+
+def test_weights_between_the_tried_ones_are_tried_as_a_family_of_their_own(report: OptimizeReport) -> None:
+    refined = [one.candidate for one in report.tried if one.candidate.family == "refined"]
+    assert refined
+    assert all(one.method == "stack" for one in refined)
+    sums = [one.candidate.factors for one in report.tried if one.candidate.is_weighted_sum]
+    assert len(set(sums)) == len(sums), "none is tried twice"
+
+
+def test_the_members_own_weights_and_rules_are_part_of_what_is_chosen(problem: Problem) -> None:
+    """At factors 2 and 4, weights of a half and a quarter are those of the plain adapters."""
+    red, blue = problem.members
+    rule = parse_rule("*v_proj=0.25")
+    weights = Weight(0.5), Weight(0.25, (rule,))
+    members = [replace(one, weight=weight) for one, weight in zip((red, blue), weights, strict=True)]
+    plain = Candidate(name="plain", family="given", method="stack", factors=(1.0, 1.0))
+    undone = replace(plain, name="undone", factors=(2.0, 4.0))
+    effort = Effort(search=2, confirm=2)
+    own = optimize(replace(problem, members=members, effort=effort), [undone])
+    reference = optimize(replace(problem, effort=effort), [plain])
+
+    def kept(result: OptimizeReport, name: str) -> float:
+        return next(one.worst_kept for one in result.tried if one.candidate.name == name)
+
+    assert kept(own, "undone") == pytest.approx(kept(reference, "sum"), abs=1e-4)
+    assert kept(own, "sum") != pytest.approx(kept(reference, "sum"), abs=1e-4)
+
+
+def test_a_rank_that_the_recipe_asks_for_holds_for_every_candidate(problem: Problem) -> None:
+    asked = {"rank": 3, "tied": "untie", "protect": [1]}
+    result = optimize(replace(problem, settings=asked, effort=Effort(search=2, confirm=2)))
+    assert len(result.tried) > 8
+    for one in result.tried:
+        assert (one.candidate.settings["rank"], one.candidate.settings["tied"]) == (3, "untie")
+    assert {tuple(one.candidate.settings["protect"]) for one in result.tried if one.candidate.family == "protect"} == {  # pyright: ignore[reportArgumentType]
+        (1,), (2,),
+    }  # fmt: skip
+
+
+def test_adapters_of_a_tied_embedding_are_searched_as_they_are_merged(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "tied", tied=True)
+    loaded = load_model(base, device="cpu")
+    adapters = [
+        replace(load_adapter(base, tmp_path / name, seed, target_modules=["embed_tokens", "q_proj"]), name=name)
+        for seed, name in enumerate(("red", "blue"), start=1)
+    ]
+    members = [Member(adapter=one, suite=suite_of(loaded, one, one.name, count=4)) for one in adapters]
+    loose = Limits(loss=100.0, answers=0.0)
+    settings = {"tied": "untie"}
+    result = optimize(
+        Problem(
+            load=lambda: loaded, members=members, limits=loose, effort=Effort(search=2, confirm=2), settings=settings
+        )
+    )
+    assert result.choice is not None
+    assert result.choice.settings["tied"] == "untie"
+    combined = combine_parsed(adapters, result.choice.weights([Weight()] * 2), result.choice.parsed, None).deltas
+    first = members[0].suite
+    unseen = [example for example in first.sample(4) if example not in first.sample(2)]
+    measured = measure(loaded, [encode(loaded, one, chat=False, ends=False) for one in unseen], combined)
+    nats = sum(one.nats for one in measured) / sum(one.tokens for one in measured)
+    assert result.best[0].outcome.effects[0].combined == pytest.approx(nats, abs=1e-4)
+
+
 def test_few_unseen_examples_confirm_nothing(problem: Problem) -> None:
     few = optimize(replace(problem, effort=Effort(search=4, confirm=7)))
     assert "not confirmed" in str(document(few)["headline"])
@@ -182,7 +261,7 @@ def test_a_given_fit_is_scored_on_examples_that_it_has_not_seen_however_many_it_
     own = Candidate(name="own", family="given", method="regmean", factors=(1.0, 1.0), settings={"examples": 8})
     optimize(replace(problem, effort=Effort(search=2, confirm=2)), [own], journal=tmp_path / "search.jsonl")
     rows = [row for line in (tmp_path / "search.jsonl").read_text().splitlines()[1:] for row in json.loads(line)]
-    assert {who.rpartition(" ")[0][-4:] for who, *_ in rows if who.startswith('["regmean",{}')} == {"half"}
+    assert {who[-4:] for who, *_ in rows if who.startswith('["regmean",{}')} == {"half"}
 
 
 def test_an_adapter_without_factors_leaves_the_methods_that_need_them_out(

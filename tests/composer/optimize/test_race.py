@@ -15,7 +15,7 @@ from composer.findings import Verdict
 from composer.formats.recipes.suite import Example, Suite
 from composer.optimize.candidates import Candidate, fitted, low_rank, weighted_sum
 from composer.optimize.examples import splits
-from composer.optimize.measurements import Journal
+from composer.optimize.journal import Journal
 from composer.optimize.objective import LEAST_GAIN, Standing, simplest_of_the_best
 from composer.optimize.race import race, rungs
 from composer.optimize.report import Confirmed, choose

@@ -1,0 +1,163 @@
+"""Adaptory, PEFT and mergekit at equal recipes: the time and memory of a merged checkpoint, and what it keeps.
+
+Each recipe is run by each tool as a fresh process, on a pair and on three of the repository's adapters. Kept is the
+share of the worst member's gain over the base that is left on 16 examples of its suite, and below it how many of the
+answers that it gives alone. Equal recipes should keep equally much; the last row is what only one of the tools has,
+`regmean`, fitted on four other examples of each member.
+
+PEFT's mean sets each adapter's scale: its `cat` and `linear` need adapters of the same layers or the same rank. Its
+`ties` works on the factors A and B, the others' on the products. mergekit runs where an environment for it is named
+(`--mergekit-venv`, created if missing) and merges each adapter into a checkpoint of its own first.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.harness import Case, Sample
+from benchmarks.merge import mergekit_environment
+
+ADAPTERS = {
+    "sql-migration-1.1": "sql-exact",
+    "terraform-review": "terraform-exact",
+    "support-macros": "support-exact",
+}
+SETS = (("sql-migration-1.1", "terraform-review"), ("sql-migration-1.1", "terraform-review", "support-macros"))
+OURS, PEFT, MERGEKIT = "adaptory", "PEFT", "mergekit"
+DENSITY = 0.5
+
+
+def main() -> None:
+    chosen = _options()
+    harness.announce("peft_mergekit", "torch", "peft", "transformers")
+    mergekit = mergekit_environment(chosen.mergekit_venv) if chosen.mergekit_venv else None
+    with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-peft-mergekit-") as name:
+        for number, members in enumerate(SETS[:1] if chosen.quick else SETS):
+            directory = Path(name) / str(number)
+            directory.mkdir()
+            _compare(chosen.base.resolve(strict=True), members, directory, mergekit, chosen.rounds)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--mergekit-venv", type=Path, help="a virtual environment with mergekit, to measure it too")
+    mine, sys.argv[1:] = parser.parse_known_args()
+    chosen = harness.options(__doc__, rounds=3)
+    chosen.mergekit_venv = mine.mergekit_venv
+    return chosen
+
+
+def _compare(base: Path, members: Sequence[str], directory: Path, mergekit: Path | None, rounds: int) -> None:
+    adapters = [Path(f"examples/adapters/{name}").resolve(strict=True) for name in members]
+    outs = {name: directory / name.replace(" ", "-").replace(":", "") for name in _names(mergekit)}
+    commands = _commands(base, adapters, outs, mergekit)
+    failed: dict[str, str] = {}
+    cases = {name: _case(name, command, outs[name], failed) for name, command in commands.items()}
+    print(f"\nload average {os.getloadavg()[0]:.1f}")
+    results = harness.interleave(cases, rounds)
+    made = [name for name in results if name not in failed]
+    kept = dict(zip(made, _kept(base, members, adapters, [outs[name] for name in made]), strict=True))
+    rows = [["recipe and tool", "s (min..max)", "peak RSS, MB", "worst member kept", "answers left"]]
+    for name, samples in results.items():
+        if name in failed:
+            rows.append([name, "fails", "", failed[name], ""])
+            continue
+        seconds = harness.spread([one.seconds for one in samples])
+        memory = harness.figure(max(one.peak_rss_bytes or 0 for one in samples) / harness.MB)
+        answers = ", ".join(f"{left} of {alone}" for left, alone in kept[name]["exact"])
+        rows.append([name, seconds, memory, f"{min(kept[name]['kept']):.3f}", answers])
+    harness.table(f"{' + '.join(members)} ({rounds} rounds)", rows)
+
+
+def _names(mergekit: Path | None) -> list[str]:
+    tools = [OURS, PEFT, *([MERGEKIT] if mergekit else [])]
+    return [*(f"{recipe}: {tool}" for recipe in ("sum", "mean", "ties") for tool in tools), f"regmean: {OURS}"]
+
+
+def _commands(
+    base: Path, adapters: Sequence[Path], outs: dict[str, Path], mergekit: Path | None
+) -> dict[str, list[str | Path]]:
+    share = 1 / len(adapters)
+    suites = [word for adapter in adapters for word in ("--suite", f"examples/suites/{ADAPTERS[adapter.name]}.yaml")]
+    recipes: dict[str, tuple[list[str], float, str]] = {
+        "sum": (["--method", "stack"], 1.0, "task_arithmetic"),
+        "mean": (["--method", "stack"], share, "task_arithmetic"),
+        "ties": (["--method", "ties", "--set", f"density={DENSITY}"], 1.0, "ties"),
+    }
+    commands: dict[str, list[str | Path]] = {}
+
+    def ours(name: str, words: Sequence[str], weight: float) -> None:
+        given = [word for adapter in adapters for word in ("--adapter", f"{adapter}={weight}")]
+        commands[name] = [harness.ADAPTORY, "merge", "--base", base, *given, *words, "-o", outs[name]]
+
+    for recipe, (words, weight, theirs) in recipes.items():
+        ours(f"{recipe}: {OURS}", words, weight)
+        out = outs[f"{recipe}: {PEFT}"]
+        how = {"sum": "peft_in_turn", "mean": "peft_mean", "ties": "peft_ties"}[recipe]
+        commands[f"{recipe}: {PEFT}"] = [
+            sys.executable,
+            "-m",
+            "benchmarks.merge_once",
+            how,
+            "cpu",
+            base,
+            out,
+            *adapters,
+        ]
+        if mergekit:
+            name = f"{recipe}: {MERGEKIT}"
+            commands[name] = _mergekit(mergekit, base, outs[name], adapters, theirs, weight)
+    ours(f"regmean: {OURS}", ["--method", "regmean", *suites], 1.0)
+    return commands
+
+
+def _mergekit(
+    command: Path, base: Path, out: Path, adapters: Sequence[Path], method: str, weight: float
+) -> list[str | Path]:
+    parameters: dict[str, float] = {"weight": weight} | ({"density": DENSITY} if method == "ties" else {})
+    recipe = out.with_suffix(".json")
+    wanted: dict[str, Any] = {
+        "merge_method": method,
+        "base_model": str(base),
+        "models": [{"model": f"{base}+{adapter}", "parameters": parameters} for adapter in adapters],
+        "parameters": {"normalize": False},
+        "dtype": "bfloat16",
+    }
+    recipe.write_text(json.dumps(wanted))  # YAML too
+    return [command, recipe, out, "--lora-merge-cache", f"{out}-cache", "--quiet"]
+
+
+def _case(name: str, command: Sequence[str | Path], out: Path, failed: dict[str, str]) -> Case:
+    def run() -> Sample:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(f"{out}-cache", ignore_errors=True)
+        os.sync()
+        try:
+            return harness.process(command)
+        except RuntimeError as error:
+            failed[name] = str(error).strip().splitlines()[-1][:100]
+            return Sample(0.0)
+
+    return run
+
+
+def _kept(base: Path, members: Sequence[str], adapters: Sequence[Path], outs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Measured in a process of its own: the memory of this one would count as its children's."""
+    pairs = [
+        f"{adapter}=examples/suites/{ADAPTERS[name]}.yaml" for name, adapter in zip(members, adapters, strict=True)
+    ]
+    command = [sys.executable, "-m", "benchmarks.kept_once", base, *pairs, "--", *outs]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+if __name__ == "__main__":
+    main()

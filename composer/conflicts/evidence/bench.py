@@ -1,0 +1,179 @@
+"""The measuring loop of probes and searches: an example is run once for each set of deltas, and compared by outcome."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from composer.conflicts.evidence.outcome import Outcome, effect_of, side_effect_of
+from composer.deltas.delta import Delta, LowRank, RowwiseDelta, names_of
+from composer.evaluation.hooks import Deltas
+from composer.evaluation.measure import Encoded, Measured, encode, measure
+from composer.evaluation.model import LoadedModel
+from composer.formats.recipes.calibration_sets import example_digest
+from composer.formats.recipes.suite import Example, Suite
+from composer.formats.recipes.weights import Weight, parse_weight
+from composer.methods.join import scaled
+
+Asked = tuple[Suite, Example]
+Key = tuple[str, str, str]
+"""Which deltas, the suite's digest, the example's digest."""
+Results = Mapping[str, Sequence[Measured]]
+"""By the suite's digest, in the order of the examples."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """An adapter to combine: its deltas, its weight, and the target suite that defines its task."""
+
+    name: str
+    deltas: Deltas
+    weight: Weight | float
+    suite: Suite
+
+    @property
+    def is_weighted(self) -> bool:
+        return parse_weight(self.weight) != Weight()
+
+
+def weighted(deltas: Deltas, weight: Weight | float) -> list[Delta]:
+    """The deltas times the weight of their modules; a fully saved tensor is unchanged."""
+    own = parse_weight(weight)
+    return [_times(delta, own.of(*names_of(delta))) for delta in deltas]
+
+
+def _times(delta: Delta, weight: float) -> Delta:
+    if isinstance(delta, LowRank):
+        return replace(delta, scale=delta.scale * weight)
+    return scaled(delta, weight) if isinstance(delta, RowwiseDelta) else delta
+
+
+Measure = Callable[[Callable[[], Deltas], Sequence[Asked]], Sequence[Measured]]
+"""(deltas, examples) -> the results with the deltas active, in order."""
+
+
+class Runner:
+    """Measures on a base, which `load` returns, the same one every time. `progress` gets the number of examples just
+    measured. Raises what `encode`, `deltas_applied` and `deltas` raise."""
+
+    def __init__(self, load: Callable[[], LoadedModel], progress: Callable[[int], None] | None = None) -> None:
+        self._load, self._progress = load, progress
+        self._encoded: dict[tuple[str, Example], Encoded] = {}
+
+    def __call__(self, deltas: Callable[[], Deltas], asked: Sequence[Asked]) -> list[Measured]:
+        loaded = self._load()
+        for suite, example in asked:
+            if (suite.digest, example) not in self._encoded:
+                self._encoded[suite.digest, example] = encode(loaded, example, suite.chat, suite.ends)
+        encoded = [self._encoded[suite.digest, example] for suite, example in asked]
+        return measure(loaded, encoded, deltas(), progress=self._progress)
+
+
+def not_run(_deltas: Callable[[], Deltas], asked: Sequence[Asked]) -> list[Measured]:
+    """Takes the place of a Runner to count the passes: every example has the same result, and nothing is run."""
+    return [Measured(1.0, 1, exact=False) for _ in asked]
+
+
+class Record:
+    """The results so far."""
+
+    def __init__(self) -> None:
+        self.known: dict[Key, Measured] = {}
+
+    def add(self, measured: Iterable[tuple[Key, Measured]]) -> None:
+        self.known |= dict(measured)
+
+
+class Bench:
+    """Measures what is not in the record yet. `passes` counts the results that were asked for, each once, whether they
+    were run now or were in the record, so that a budget ends a resumed search where it ends any other; `run_now` counts
+    those run now."""
+
+    def __init__(self, measure: Measure, record: Record | None = None) -> None:
+        self._measure, self._record = measure, record or Record()
+        self._asked: set[Key] = set()
+        self.run_now = 0
+
+    @property
+    def passes(self) -> int:
+        return len(self._asked)
+
+    def run(self, who: str, deltas: Callable[[], Deltas], asked: Sequence[Asked]) -> Results:
+        """The results for the examples. The missing ones are run together, in one pass of `who`'s deltas."""
+        keys = [(who, suite.digest, example_digest(example)) for suite, example in asked]
+        self._asked.update(keys)
+        every = dict(zip(keys, asked, strict=True))
+        missing = {key: one for key, one in every.items() if key not in self._record.known}
+        if missing:
+            measured = self._measure(deltas, list(missing.values()))
+            self.run_now += len(missing)
+            self._record.add(zip(missing, measured, strict=True))
+        results: dict[str, list[Measured]] = {suite.digest: [] for suite, _ in asked}
+        for key in keys:
+            results[key[1]].append(self._record.known[key])
+        return results
+
+    def references(
+        self, members: Sequence[Probed], guards: Sequence[Suite], examples: Callable[[Suite], Sequence[Example]]
+    ) -> "References":
+        """Runs the base, each member alone and, if it has a weight, at that weight. `examples` are a suite's."""
+        by_suite = {suite.digest: suite for suite in (*(one.suite for one in members), *guards)}
+        asked = {digest: [(suite, one) for one in examples(suite)] for digest, suite in by_suite.items()}
+        of_guards = [row for guard in guards for row in asked[guard.digest]]
+
+        def own(name: str, deltas: Callable[[], Deltas], member: Probed, others: Sequence[Asked] = ()) -> Results:
+            return self.run(name, deltas, [*asked[member.suite.digest], *others])
+
+        rows = [row for rows in asked.values() for row in rows]
+        return References(
+            members=members,
+            guards=guards,
+            asked=asked,
+            base=self.run("base", lambda: (), rows),
+            alone={one.name: own(f"alone: {one.name}", lambda one=one: one.deltas, one, of_guards) for one in members},
+            at_weight={
+                one.name: own(f"weighted: {one.name}", lambda one=one: weighted(one.deltas, one.weight), one)
+                for one in members
+                if one.is_weighted
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """What a combination of the members is compared with: results on the same examples without it. `asked` has the
+    examples by their suite's digest."""
+
+    members: Sequence[Probed]
+    guards: Sequence[Suite]
+    asked: Mapping[str, Sequence[Asked]]
+    base: Results
+    alone: Mapping[str, Results]
+    at_weight: Mapping[str, Results]
+
+    @property
+    def rows(self) -> list[Asked]:
+        return [row for rows in self.asked.values() for row in rows]
+
+    def outcome(self, k: int, combined: Results, member_claims: int, guard_claims: int = 1) -> Outcome:
+        """What the combination does. Intervals of so many claims hold together."""
+        effects = tuple(
+            effect_of(
+                (one.name, one.suite.name),
+                self.base[one.suite.digest],
+                self.alone[one.name][one.suite.digest],
+                combined[one.suite.digest],
+                member_claims,
+                self.at_weight[one.name][one.suite.digest] if one.name in self.at_weight else None,
+            )
+            for one in self.members
+        )
+        side_effects = tuple(
+            side_effect_of(
+                guard.name,
+                self.base[guard.digest],
+                {name: run[guard.digest] for name, run in self.alone.items()},
+                combined[guard.digest],
+                guard_claims,
+            )
+            for guard in self.guards
+        )
+        return Outcome(k, effects, side_effects)

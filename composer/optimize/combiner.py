@@ -1,0 +1,83 @@
+"""Combines the members as a candidate says. Fits take seconds, so they are kept."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from composer.deltas.delta import Delta, LowRank
+from composer.evaluation.calibration import Calibration
+from composer.evaluation.hooks import Deltas
+from composer.export.combine import refuse_uncombinable
+from composer.formats.recipes.calibration_sets import CalibrationSet
+from composer.formats.recipes.methods import Regmean
+from composer.methods.combine import combine_parsed
+from composer.methods.regmean import ModuleInputs, Observe
+from composer.optimize.candidates import Candidate
+from composer.optimize.problem import Problem
+
+FitOn = Literal["first half", "second half", "all"]
+"""The search examples that a candidate is fitted on."""
+
+
+class Combiner:
+    """Makes the deltas of candidates. `progress` is called with 0 before each, and may raise."""
+
+    def __init__(self, problem: Problem, progress: Callable[[int], None]) -> None:
+        self._problem, self._progress = problem, progress
+        self._fitted: dict[tuple[str, FitOn], list[Delta]] = {}
+        self._observed: dict[tuple[object, ...], Mapping[str, ModuleInputs]] = {}
+
+    def deltas(self, candidate: Candidate, fit_on: FitOn = "all") -> Deltas:
+        """The combined deltas; those of a fit are kept. Raises what `combine_parsed` and `refuse_uncombinable`
+        raise."""
+        key = candidate.key, fit_on
+        if key in self._fitted:
+            return self._fitted[key]
+        self._progress(0)
+        members = self._problem.members
+        # In memory, each side of a tied weight is a separate module, whatever a merge does with it.
+        adapters, settings = [one.adapter for one in members], candidate.parsed.with_tied("untie")
+        weights = candidate.weights([one.weight for one in members])
+        if self._problem.as_adapter:
+            refuse_uncombinable(adapters, weights, settings)
+        if not isinstance(settings, Regmean):
+            return combine_parsed(adapters, weights, settings).deltas
+        calibration = Calibration(self._problem.load, self._sets(fit_on), settings, lambda _count: self._progress(0))
+        self._fitted[key] = combine_parsed(adapters, weights, settings, self._observe(calibration, candidate)).deltas
+        return self._fitted[key]
+
+    def forget_inputs(self) -> None:
+        """Drops the inputs that fits on the same examples share."""
+        self._observed.clear()
+
+    def _sets(self, fit_on: FitOn) -> list[CalibrationSet]:
+        """Each member's examples to fit on. Those of a half leave out the other half's, since suites may share some."""
+        problem = self._problem
+        if fit_on == "all":
+            return [CalibrationSet(one.suite, problem.searched) for one in problem.members]
+        first, second = slice(problem.searched // 2), slice(problem.searched // 2, None)
+        part, other = (first, second) if fit_on == "first half" else (second, first)
+        scored = {example for split in problem.splits.values() for example in split.search[other]}
+        sets: list[CalibrationSet] = []
+        for one in problem.members:
+            split = problem.splits[one.suite.digest]
+            examples = [example for example in split.search[part] if example not in scored]
+            sets.append(CalibrationSet(split.part(examples), len(examples)) if examples else CalibrationSet())
+        return sets
+
+    def _observe(self, calibration: Calibration, candidate: Candidate) -> Observe:
+        """Observes inputs. Every fit begins with those under each member's own deltas, which are remembered: all fits
+        on the same examples share them."""
+        begun: set[int] = set()
+        tokens = (calibration.settings.tokens, calibration.settings.seed)
+
+        def observe(member: int, active: Sequence[Delta], wanted: Mapping[str, LowRank]) -> Mapping[str, ModuleInputs]:
+            if member in begun:  # a second step, under the fitted deltas
+                return calibration.observe(member, active, wanted)
+            begun.add(member)
+            key = (member, json.dumps(calibration.sets[member].to_json()), tokens, candidate.factors)
+            if key not in self._observed:
+                self._observed[key] = calibration.observe(member, active, wanted)
+            return self._observed[key]
+
+        return observe

@@ -1,0 +1,115 @@
+"""What is to be combined, what counts, and how long the search may take."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import inf
+
+from composer.conflicts.evidence.outcome import Limits
+from composer.deltas.variants.load import LoadedAdapter
+from composer.errors import Mismatch
+from composer.evaluation.model import LoadedModel
+from composer.formats.recipes.policy import THRESHOLDS, Policy
+from composer.formats.recipes.recipe import Optimize
+from composer.formats.recipes.suite import Contradiction, Suite, contradicting_suites
+from composer.formats.recipes.weights import Weight
+from composer.optimize.examples import Split, splits
+
+SEARCH, CONFIRM = 8, 16
+"""Default numbers of examples of each suite to search and to confirm on."""
+_OF_THE_RESULT = ("rank", "energy", "tied")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """An adapter to combine: its own weight, which is positive, and the suite that says what it is for."""
+
+    adapter: LoadedAdapter
+    suite: Suite
+    weight: Weight = field(default_factory=Weight)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """`search` and `confirm` are examples of each suite. The search ends after `passes` measured examples or `seconds`,
+    whichever comes first, and then confirms; the first round is always run. `seed` is that of fits."""
+
+    search: int = SEARCH
+    confirm: int = CONFIRM
+    passes: float = inf
+    seconds: float = inf
+    seed: int = 0
+
+    @classmethod
+    def of(cls, asked: Optimize) -> "Effort":
+        """The effort that a recipe asks for."""
+        seconds = inf if asked.minutes is None else asked.minutes * 60
+        return cls(asked.search, asked.confirm, asked.passes or inf, seconds, asked.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What to combine, and what counts. `load` returns the base, the same one every time. With `as_adapter`, only what
+    one adapter can hold is tried. `settings` are the recipe's: what they say about the result (rank, energy, tied)
+    holds for every candidate. Members contradict each other if at least the share `same_prompts` of their prompts have
+    other answers."""
+
+    load: Callable[[], LoadedModel]
+    members: Sequence[Member]
+    guards: Sequence[Suite] = ()
+    limits: Limits = field(default_factory=Limits)
+    effort: Effort = field(default_factory=Effort)
+    as_adapter: bool = False
+    settings: Mapping[str, object] = field(default_factory=dict[str, object])
+    same_prompts: float = THRESHOLDS["same_prompts"] or 0.0
+
+    def under(self, policy: Policy) -> "Problem":
+        """The problem with the policy's limits."""
+        share = policy.threshold("same_prompts")
+        ignored = share is None or policy.ignores("same_prompts")
+        return replace(self, limits=Limits.of(policy), same_prompts=inf if ignored or share is None else share)
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """The examples by suite digest. Raises Mismatch for a suite that is too small."""
+        members = [one.suite for one in self.members]
+        return splits(members, self.other_guards, self.effort.search, self.effort.confirm)
+
+    @cached_property
+    def other_guards(self) -> list[Suite]:
+        """The guards, each once, without those that are a member's suite."""
+        own = {one.suite.digest for one in self.members}
+        return [one for digest, one in {guard.digest: guard for guard in self.guards}.items() if digest not in own]
+
+    @property
+    def searched(self) -> int:
+        """The search examples of each member's suite."""
+        return len(self.splits[self.members[0].suite.digest].search)
+
+    @property
+    def name(self) -> str:
+        """Names the problem in a journal: what a result depends on beside the base's and the adapters' content."""
+        members = [[one.adapter.name, one.weight.to_json(), one.suite.digest] for one in self.members]
+        return json.dumps([members, [guard.digest for guard in self.other_guards], self.effort.search])
+
+    @property
+    def result_settings(self) -> dict[str, object]:
+        """The settings that every candidate gets, where its method has them."""
+        return {name: value for name, value in self.settings.items() if name in _OF_THE_RESULT}
+
+    def contradictions(self) -> list[Contradiction]:
+        """The pairs of members for which no single model can serve both."""
+        suites = {one.adapter.name: one.suite for one in self.members}
+        return [one for one in contradicting_suites(suites) if one.share >= self.same_prompts]
+
+    def check(self) -> None:
+        """Raises Mismatch for fewer than two members, a repeated name, and a weight that is not positive."""
+        names = [one.adapter.name for one in self.members]
+        if len(names) < 2 or len(set(names)) < len(names):
+            message = f"A search needs at least two members with different names, not {names}."
+            raise Mismatch("probe_members", message, subject="members", next_step="Give each member its own name.")
+        for one in self.members:
+            if one.weight.value <= 0:
+                message = f"{one.adapter.name} has the weight {one.weight.value:g}: there is nothing of it to keep."
+                raise Mismatch("weights", message, subject=one.adapter.name, next_step="Give it a positive weight.")
