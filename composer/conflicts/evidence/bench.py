@@ -154,7 +154,7 @@ class References:
         return [row for rows in self.asked.values() for row in rows]
 
     def outcome(self, k: int, combined: Results, member_claims: int, guard_claims: int = 1) -> Outcome:
-        """What the combination does. Intervals of so many claims hold together."""
+        """What the combination does. The intervals of that number of claims hold together."""
         effects = tuple(
             effect_of(
                 (one.name, one.suite.name),
