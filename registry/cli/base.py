@@ -181,7 +181,7 @@ def _show_upgrade(document: dict[str, Any]) -> None:
         for one in row["scores"]
     ]
     if scores:
-        columns = ("adapter", "suite", "metric", "old", "new", "gain", "new base alone", "n")
+        columns = ("adapter", "suite", "metric", "old", "new", "gain", "base", "n")
         render.table("scores", columns, scores)
     elif document["job"] is not None:
         render.out(f"job {document['job']} is {document['state']}")
