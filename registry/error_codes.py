@@ -184,6 +184,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "reason_missing": "Say why with --reason.",
         "repeated_parameter": "Give the parameter once.",
         "sent_directly": "Send them to the url that POST /v1/uploads names.",
+        "successor_missing": "Name the new base.",
         "suite_missing": "Name one: `--suite NAME` for each adapter, or `suite:` in the recipe.",
         "suite_name": "Register its file with `adaptory suite add FILE`, and use the name in the file.",
         "suites_uneven": "Name one suite for each adapter, in the same order.",

@@ -14,7 +14,7 @@ from registry.cli.interrupt import interrupts
 from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
 from registry.cli.render import JsonFlag
 from registry.error_codes import family_of
-from registry.errors import NotAllowed
+from registry.errors import NotAllowed, Usage
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
@@ -119,7 +119,14 @@ def deprecate(
 @app.command()
 def upgrade(
     old: Annotated[str, typer.Argument(help="The base that adapters stand on.", autocompletion=complete.bases)],
-    new: Annotated[str, typer.Argument(help="The base to follow it.", autocompletion=complete.bases)],
+    new: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NEW]",
+            help="The base to follow it; by default its successor, if it is deprecated.",
+            autocompletion=complete.bases,
+        ),
+    ] = None,
     suite: Annotated[
         list[str] | None,
         typer.Option(
@@ -134,8 +141,9 @@ def upgrade(
 
     Their scores on the new base are only reported: a release stays on the base that it was made for.
     """
-    body = {"old": old, "new": new, "suites": suite or [], "evaluate": not plan}
     with connected() as connection:
+        following = new or _successor(connection, old)
+        body = {"old": old, "new": following, "suites": suite or [], "evaluate": not plan}
         document = connection.api.post("/v1/upgrades", body)
         if document["job"] is not None and wait:
             with connection.worker():
@@ -145,6 +153,19 @@ def upgrade(
         error = document["error"]
         family = family_of(error["code"])
         raise family(error["code"], error["detail"], subject=error["subject"], next_step=error["next"])
+
+
+def _successor(connection: Connection, old: str) -> str:
+    """The successor of a deprecated base. Raises Usage if it has none."""
+    deprecated = connection.api.base(old)["deprecated"]
+    if not deprecated or not deprecated["successor"]:
+        raise Usage(
+            "successor_missing",
+            f"{old} has no successor.",
+            subject=old,
+            next_step=f"Name the new base: `adaptory base upgrade {old} NEW`.",
+        )
+    return deprecated["successor"]
 
 
 def _followed(connection: Connection, document: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +202,7 @@ def _show_upgrade(document: dict[str, Any]) -> None:
         for one in row["scores"]
     ]
     if scores:
-        columns = ("adapter", "suite", "metric", "old", "new", "gain", "new base alone", "n")
+        columns = ("adapter", "suite", "metric", "old", "new", "gain", "base", "n")
         render.table("scores", columns, scores)
     elif document["job"] is not None:
         render.out(f"job {document['job']} is {document['state']}")

@@ -22,7 +22,7 @@ expires_hours: 24                    # how long a promotion waits for what it la
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from composer.findings import Verdict
 from composer.formats.recipes.documents import LISTED, Document, Reader, Refusal, one_of, problem_of
@@ -71,7 +71,13 @@ def _version(value: object) -> int:
     return VERSION
 
 
-LicenseName = Annotated[str, Field(min_length=1, max_length=200)]
+def _name(value: str) -> str:
+    if not value.strip() or not value.isprintable():
+        raise Refusal("it is not a name of printable characters")
+    return value
+
+
+LicenseName = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_name)]
 Part = Literal["base", "adapter", "data"]
 
 
@@ -92,9 +98,7 @@ class Combination(Document):
 def _refused(value: object) -> str | Combination:
     if not isinstance(value, str):
         return Combination.model_validate(value)
-    if not value.strip():
-        raise Refusal("it is empty")
-    return value
+    return _name(value)
 
 
 class Licenses(Document):

@@ -116,6 +116,7 @@ class Stock:
             "{base:path}": "tiny", "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob,
             "{job_id}": self.job_id, "{composition_id}": self.composition_id, "{upload_id}": self.upload_id,
             "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing", "{number}": 1, "{metric}": "nll",
+            "{promotion_id}": 1,
         }  # fmt: skip
         for name, value in values.items():
             template = template.replace(name, str(value))
@@ -151,6 +152,10 @@ class Stock:
             "{channel}": {"version": self.version},
             "{number}": {"sha256": self.announced},
             "gates": {"channel": "prod", "rules": ["exact.nll <= 9"]},
+            "policy": {"version": 1, "rules": ["exact.nll <= 9"], "approval": {}},
+            "approvals": {"version": self.version, "reason": "because"},
+            "deprecate": {"reason": "because", "successor": None},
+            "/v1/upgrades": {"old": "tiny", "new": "tiny"},
         }  # fmt: skip
         return {"json": bodies.get(template, bodies.get(template.rpartition("/")[2], {}))}
 

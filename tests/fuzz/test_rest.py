@@ -57,7 +57,14 @@ GOOD = Stock("1.0.0", 1, 1, "", "", "")
 
 ANNOUNCED = hashlib.sha256(b"acme!").hexdigest()
 """The sha256 of the upload in the house whose bytes have not come."""
-OF_WHAT_IS_THERE = {"spectrum_unknown", "score_unknown", "part_unknown", "blob_missing"}
+OF_WHAT_IS_THERE = {
+    "spectrum_unknown",
+    "score_unknown",
+    "part_unknown",
+    "blob_missing",
+    "promotion_unknown",
+    "upgrade_unknown",
+}
 """Codes with status 404 that are said of a thing that was found, for something that it has not."""
 
 
@@ -100,7 +107,7 @@ def site(furnished: House, document: dict[str, Any], tmp_path: Path) -> Generato
         "upload_id": things.upload_id, "token_id": furnished.ids["expired"], "path": "weights.safetensors",
         "ref": "acme/sql:1.0.0", "upload": things.upload_id, "suite_digest": suite, "metric": "nll", "user": "reader",
         "repository": "acme/sql", "to": "1.0.0", "derived_from": "tiny", "size_bytes": 15, "method": "stack",
-        "alias": "tiny-alias", "number": 1,
+        "alias": "tiny-alias", "number": 1, "old": "tiny", "new": "tiny-alias", "promotion_id": 1, "successor": None,
     }  # fmt: skip
     app = create_app(resources, tokens=True)
     app.openapi_schema = document

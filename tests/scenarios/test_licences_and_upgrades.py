@@ -88,7 +88,8 @@ def test_an_upgrade_lists_what_fits_the_next_base_and_measures_it_in_one_job(
         save_file(tensors, shard, metadata={"format": "pt"})
     cli.ok("base", "add", following, "--name", "following")
     cli.ok("base", "deprecate", "tiny", "--reason", "old", "--successor", "following")
-    report = cli.json("base", "upgrade", "tiny", "following")
+    assert "following has no successor" in cli("base", "upgrade", "following").err
+    report = cli.json("base", "upgrade", "tiny")
     sql, support = report["adapters"]
     assert (report["state"], sql["repository"], sql["channels"], sql["fits"]) == ("done", "acme/sql", ["prod"], True)
     assert (support["fits"], support["scores"]) == (True, []), "it has no scores, so no suite is its own"

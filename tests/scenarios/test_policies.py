@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from registry.worker.runner import run_worker
+from registry.domain.jobs import evaluations
+from registry.worker.runner import run_one, run_worker
 from registry.worker.steps import KINDS
 from tests.scenarios.test_a_company_with_tokens import Company, company
 from tests.scenarios.traces import opened
@@ -112,3 +113,32 @@ def test_a_promotion_that_another_person_must_approve_waits_for_it(
     rolf.ok("promote", "acme/sql:1.0.0", "--to", "prod")
     acts = {row["act"]: row["actor"] for row in olga.json("audit", "--subject", "acme/sql@prod")["items"]}
     assert acts["promotion:approve"] == "rosa"
+
+
+def test_an_evaluation_that_is_stopped_goes_on_with_what_is_not_measured(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked_embedded
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    rules = ["sql-exact.nll <= 99", "guard-exact.nll within 5 of base"]
+    cli.ok("policy", "set", "acme/sql@prod", policy(tmp_path, rules=rules))
+    job = cli.json("promote", "acme/sql:1.0.0", "--to", "prod", "--no-wait")["job"]
+    resources = opened(cli)
+
+    def results() -> list[tuple[int | None, str]]:
+        with resources.read() as session:
+            return [(row["release"], row["suite"]) for row in evaluations.find(session, job).results]
+
+    class OnceOneIsMeasured(threading.Event):
+        def is_set(self) -> bool:
+            return bool(results())
+
+    assert run_one(resources, KINDS, "first", OnceOneIsMeasured())
+    begun = results()
+    assert (len(begun), cli.json("jobs", job)["state"]) == (1, "queued")
+    assert run_one(resources, KINDS, "second")
+    assert results()[:1] == begun
+    assert len(set(results())) == len(results()) == 3, "the candidate on both suites, and the base on one"
+    (promotion,) = cli.json("promotion", "list", "acme/sql@prod")["items"]
+    assert (promotion["state"], cli.json("jobs", job)["state"]) == ("completed", "done")
+    resources.close()

@@ -248,6 +248,14 @@ def judge_rule(rule: Rule, candidate: Scores, against: References, needs: Needs 
     return GateResult(text, passed, detail)
 
 
+def lacking(rule: Rule, candidate: Scores, against: References, needs: Needs) -> list[str]:
+    """All whose score the rule uses and that have none that counts, as `GateResult.lacks` names them."""
+    key, other = (rule.suite, rule.metric), compared_with(rule)
+    compared = {"base": against.base, "served": against.served, "inputs": against.inputs}.get(other)
+    used = {"candidate": candidate} | ({} if compared is None else {other: compared})
+    return [name for name, scores in used.items() if key not in needs.counting(scores)]
+
+
 def refuse_unknown(session: Session, actor: Actor, rule: Rule) -> None:
     """Raises NotFound for a rule on an unknown suite or metric, Usage for one that no release can pass."""
     suites.find(session, rule.suite)

@@ -146,28 +146,36 @@ def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -
         if result.lacks:  # the score may be there, on a content of the suite that another has replaced
             result = gates.judge_rule(rule, own, replace(against, earlier=earlier()), needs)
         if result.lacks and policy.missing == "evaluate":
-            result, lacks = _awaited(session, question, rule, needs, result, inputs or ())
+            named = gates.lacking(rule, own, against, needs)
+            subjects = [one for name in named for one in _subjects(question, name, inputs or ())]
+            result, lacks = _awaited(session, question, rule, needs, result, subjects)
             lacking |= dict.fromkeys(lacks)
         results.append(result)
     return results, list(lacking)
 
 
 def _awaited(
-    session: Session, question: Question, rule: Rule, needs: Needs, result: GateResult, inputs: Sequence[Release]
+    session: Session,
+    question: Question,
+    rule: Rule,
+    needs: Needs,
+    result: GateResult,
+    subjects: Sequence[tuple[int | None, str]],
 ) -> tuple[GateResult, list[Lack]]:
-    """The result, waiting if the missing score can still come, and what is to be measured for it."""
+    """The result, waiting if the missing scores of the subjects can still come, and what is to be measured for it."""
     suite = suites.find(session, rule.suite)
     if suite.examples < needs.min_n:
         why = f"{result.detail}; {suite.name} has {suite.examples} examples, and {needs.min_n} are needed"
         return replace(result, detail=why), []
-    lacks = [Lack(one, base, suite.digest) for one, base in _subjects(question, result.lacks, inputs)]
+    lacks = [Lack(one, base, suite.digest) for one, base in subjects]
     if over := next((question.given_up[lack] for lack in lacks if lack in question.given_up), ""):
         return replace(result, detail=f"{result.detail} ({over})"), []
     if not lacks:
         return result, []
+    missing = f"a score of {rule.metric} on the current {rule.suite} is missing"
     if rule.metric not in metrics.HIGHER_IS_BETTER:
-        return replace(result, waiting=True, detail=f"no {rule.metric} on the current {rule.suite}: to be recorded"), []
-    return replace(result, waiting=True, detail=f"{rule.metric} on {rule.suite} is being measured"), lacks
+        return replace(result, waiting=True, detail=f"{missing}: to be recorded"), []
+    return replace(result, waiting=True, detail=f"{missing}: to be measured"), lacks
 
 
 def _subjects(question: Question, lacks: str, inputs: Sequence[Release]) -> list[tuple[int | None, str]]:

@@ -35,6 +35,8 @@ def test_gate_rules_alone_are_a_policy_that_refuses_what_lacks_a_score() -> None
         ("version: 1\nrules: [{rule: a.b>=1, least: 3}]", "rules[0]: there is no field 'least'"),
         ("version: 1\nlicenses: {refuse: [{}]}", "licenses.refuse[0]: it names no licence"),
         ("version: 1\nlicenses: {refuse: [{dat: x}]}", "licenses.refuse[0]: there is no field 'dat'"),
+        ('version: 1\nlicenses: {allow: ["a\\0b"]}', "licenses.allow[0]: it is not a name"),
+        ('version: 1\nlicenses: {refuse: [{data: "\\t"}]}', "licenses.refuse[0].data: it is not a name"),
         ("version: 1\nexpires_hours: .inf", "expires_hours"),
         ("[", "it is not YAML"),
         ("- 1", "a mapping"),
