@@ -82,7 +82,7 @@ def _point(x: float, made: Path, count: int, rounds: int) -> Point:
     adapters = [_copied(made / MADE[number % len(MADE)], made / f"adapter-{number}") for number in range(count)]
     out = made / "out"
     cases: dict[str, Case] = {
-        "merge": once("composer", made / "base", out, *adapters),
+        "merge": once("composer", made / "base", out, adapters),
         "copy": floor(made / "base", out),
     }
     results = harness.interleave(cases, rounds)

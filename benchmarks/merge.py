@@ -8,6 +8,9 @@ Two checkpoints: `--base`, and one of 1.1 billion parameters made for the run, w
 module; the command alone also merges one of twice the layers, for its memory. mergekit runs where an environment for it
 is named (`--mergekit-venv`, created if missing). It takes a LoRA as `model+lora`, first merges each into its own
 checkpoint on disk, and then adds up the differences: that is the cost of the same result with it.
+
+With `--device cuda` our merge and PEFT's compute on a GPU, and a copy of the same bytes to the GPU and back is one more
+floor.
 """
 
 import argparse
@@ -40,22 +43,23 @@ def main() -> None:
     with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-merge-") as name:
         directory = Path(name)
         small = chosen.base.resolve(strict=True)
-        cases = _cases(small, directory / "out", ADAPTERS)
+        cases = _cases(small, directory / "out", ADAPTERS, chosen.device)
         # PEFT's `cat` fails on the three: it takes the first one's layers for all, and one adapter has other layers.
-        cases["PEFT: cat of two, merge"] = once("peft_cat", small, directory / "out", SQL, SUPPORT)
+        cases["PEFT: cat of two, merge"] = once("peft_cat", small, directory / "out", (SQL, SUPPORT), chosen.device)
         _report("Three adapters into the base", small, harness.interleave(cases, chosen.rounds))
         layers, rounds = (2, 1) if chosen.quick else (LAYERS, min(chosen.rounds, BIG_ROUNDS))
-        _large(directory, layers, rounds, mergekit)
+        _large(directory, layers, rounds, mergekit, chosen.device)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument("--mergekit-venv", type=Path, help="a virtual environment with mergekit, to measure it too")
+    parser.add_argument("--device", default="cpu", help="where the merges compute: cpu or cuda:N")
     mine, others = parser.parse_known_args()
     given, sys.argv[1:] = sys.argv[1:], others
     chosen = harness.options(__doc__, rounds=7)
     sys.argv[1:] = given
-    chosen.mergekit_venv = mine.mergekit_venv
+    chosen.mergekit_venv, chosen.device = mine.mergekit_venv, mine.device
     return chosen
 
 
@@ -70,16 +74,16 @@ def _environment(directory: Path) -> Path:
     return python.with_name("mergekit-yaml")
 
 
-def _large(directory: Path, layers: int, rounds: int, mergekit: Path | None) -> None:
+def _large(directory: Path, layers: int, rounds: int, mergekit: Path | None, device: str) -> None:
     base, *adapters = _made(directory / "large", layers)
     out = directory / "out"
-    cases = _cases(base, out, adapters)
+    cases = _cases(base, out, adapters, device)
     if mergekit:
         cases[MERGEKIT] = _mergekit(mergekit, base, out, adapters)
-    cases[f"{OURS}, one adapter"] = _ours(base, out, adapters[:1])
+    cases[f"{OURS}, one adapter"] = _ours(base, out, adapters[:1], device)
     _report(f"Three adapters of rank {RANK} on all linear modules", base, harness.interleave(cases, rounds))
     twice, *larger = _made(directory / "twice", 2 * layers)
-    doubled = {FLOOR: floor(twice, out), OURS: _ours(twice, out, larger)}
+    doubled = {FLOOR: floor(twice, out), OURS: _ours(twice, out, larger, device)}
     _report("The same, twice the layers", twice, harness.interleave(doubled, rounds))
 
 
@@ -101,13 +105,15 @@ def _report(title: str, base: Path, results: Rounds) -> None:
         harness.report("The same, without the time of imports", {FLOOR: floor, **inside}, FLOOR)
 
 
-def _cases(base: Path, out: Path, adapters: Sequence[Path]) -> dict[str, Case]:
+def _cases(base: Path, out: Path, adapters: Sequence[Path], device: str) -> dict[str, Case]:
+    on_device = {} if device == "cpu" else {"to the device and back": once("device_copy", base, out, (), device)}
     return {
         FLOOR: floor(base, out),
-        OURS: _ours(base, out, adapters),
-        LIBRARY: once("composer", base, out, *adapters),
-        "composer: imports alone": once("imports", base, out),
-        PEFT: once("peft_in_turn", base, out, *adapters),
+        **on_device,
+        OURS: _ours(base, out, adapters, device),
+        LIBRARY: once("composer", base, out, adapters, device),
+        "composer: imports alone": once("imports", base, out, (), device),
+        PEFT: once("peft_in_turn", base, out, adapters, device),
     }
 
 
@@ -116,14 +122,14 @@ def floor(base: Path, out: Path) -> Case:
     return _fresh(out, lambda: harness.process(copy))
 
 
-def _ours(base: Path, out: Path, adapters: Sequence[Path]) -> Case:
-    command = [harness.ADAPTORY, "merge", "--base", base, "-o", out]
+def _ours(base: Path, out: Path, adapters: Sequence[Path], device: str) -> Case:
+    command = [harness.ADAPTORY, "merge", "--base", base, "-o", out, "--device", device]
     command += [word for adapter in adapters for word in ("--adapter", adapter)]
     return _fresh(out, lambda: harness.process(command))
 
 
-def once(how: str, base: Path, out: Path, *adapters: Path) -> Case:
-    command = [sys.executable, "-m", "benchmarks.merge_once", how, base, out, *adapters]
+def once(how: str, base: Path, out: Path, adapters: Sequence[Path] = (), device: str = "cpu") -> Case:
+    command = [sys.executable, "-m", "benchmarks.merge_once", how, device, base, out, *adapters]
     return _fresh(out, lambda: harness.process(command, prints_seconds=True))
 
 

@@ -1,5 +1,6 @@
 """What every test may ask for: a tiny real model with adapters, databases, and a registry driven as its users do."""
 
+import gc
 import os
 import re
 import shutil
@@ -7,20 +8,29 @@ import ssl
 from collections import defaultdict
 from collections.abc import Generator
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 from zlib import crc32
 
+import boto3
 import botocore.session
+import jinja2
 import pytest
 import typer.main
 from hypothesis import HealthCheck, settings
+from sqlalchemy import Engine
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.util import LRUCache
 
+from registry.cli.start import OBJECTS_TO_COLLECT
 from registry.database.engine import Database
 from tests import services
 from tests.s3_server import S3Server
 
+# 770,000 objects last as long as the tests do: scanning them again and again took a sixth of their time.
+gc.set_threshold(OBJECTS_TO_COLLECT)
 # A server that is set up in this shell is not meant for the tests.
 for _name in [name for name in os.environ if name.startswith("ADAPTORY_")]:
     if not _name.startswith(("ADAPTORY_TEST_", "ADAPTORY_REQUIRE_", "ADAPTORY_SNAPSHOTS")):
@@ -55,6 +65,9 @@ WAY = re.compile(rf"(?<=[\[-])({'|'.join(('embedded', *services.PAIRINGS))})(?=[
 SLOWEST_FIRST = ("durability", "scenarios", "access", "fuzz", "registry", "wire", "house", "examples", "composer")
 """Tests that take minutes come before those that take milliseconds, which fill the time of all processes to the end."""
 
+TOGETHER = ("test_query_plans.py", "test_search_as_a_model.py")
+"""What these tests share takes longer to make than the tests take: they stay in one process."""
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
@@ -63,7 +76,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: SLOWEST_FIRST.index(item.path.relative_to(TESTS).parts[0]))
     # Each test process begins with a continuous part of the list: deal the slow ones out to all.
     processes = getattr(config, "workerinput", {"workercount": 1})["workercount"]
-    items[:] = [item for first in range(processes) for item in items[first::processes]]
+    hands = [list(hand) for _, hand in groupby(items, lambda item: item.path if item.path.name in TOGETHER else item)]
+    items[:] = [item for first in range(processes) for hand in hands[first::processes] for item in hand]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 def _mark_further_ways(items: list[pytest.Item]) -> None:
@@ -97,12 +115,32 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _read_once() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
     """What a command does once a process: build its options, read what S3 is from 2 MB of JSON, and the machine's
-    certificates. Here one process runs thousands of commands, which took a half of the time of the shorter ones."""
+    certificates, compile its SQL. Here one process runs thousands of commands, which took a half of the time of the
+    shorter ones."""
+    statements = LRUCache[Any, Any](5000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", lru_cache(typer.main.get_command))
         patch.setattr(botocore.session, "create_loader", lru_cache(botocore.session.create_loader))
+        patch.setattr(boto3, "Session", _s3_session)
+        patch.setattr(jinja2, "Template", lru_cache(jinja2.Template))  # PEFT writes a card beside each adapter
         patch.setattr(ssl, "create_default_context", lru_cache(ssl.create_default_context))
+        # Statements are kept by dialect: those of two SQLite databases are as good as one.
+        patch.setattr(DefaultDialect, "__eq__", lambda one, other: type(one) is type(other))
+        patch.setattr(DefaultDialect, "__hash__", lambda dialect: hash(type(dialect)))
+        patch.setattr(Engine, "_compiled_cache", property(lambda _: statements, lambda *_: None), raising=False)
         yield
+
+
+def _s3_session() -> boto3.Session:
+    return _s3_session_for(tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
+
+
+@lru_cache
+def _s3_session_for(_environment: tuple[tuple[str, str], ...]) -> boto3.Session:
+    return _NewSession()
+
+
+_NewSession = boto3.Session
 
 
 @pytest.fixture(scope="session")

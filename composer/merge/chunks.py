@@ -160,7 +160,7 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
     columns = 1 if replacement is not None or not shapes else shapes[-1][1]
     rows = tensor.target.spec.elements // max(1, columns)
     # Once per tensor, not per chunk; the copy ends before any chunk's own stream uses it.
-    uploaded = [one.to(device) for one in factors] if device.type == "cuda" and not computed else factors
+    uploaded = [one.to(device) for one in factors] if device.type == "cuda" else factors
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
         for delta in additions:
@@ -239,7 +239,7 @@ class Rewriter:
         W_MN = self._source(chunk, source)
         out_MN = self._buffer("out", chunk.shape, torch_dtype(target.dtype, target.name), chunk.offset)
         # Random numbers are drawn on the CPU, so that they are the same on every device.
-        on_cuda = self.device.type == "cuda" and not chunk.work.computed and self.rounding.mode is Mode.NEAREST
+        on_cuda = self.device.type == "cuda" and self.rounding.mode is Mode.NEAREST
         finite = self._on_cuda(chunk, W_MN, out_MN) if on_cuda else self._on_cpu(chunk, W_MN, out_MN)
         if not finite:
             raise _not_finite(target, W_MN)
@@ -262,10 +262,6 @@ class Rewriter:
             return all_finite(out_MN)
         sum_MN = self._buffer("sum", W_MN.shape, _accumulator(W_MN.dtype))
         sum_MN.copy_(W_MN)
-        # All computed deltas read the base's own rows, so they come before anything is added.
-        computed = [(rows, delta.rows(sum_MN[rows], own.start)) for rows, own, delta in _computed_within(chunk)]
-        for rows, delta_MN in computed:
-            sum_MN[rows] += delta_MN
         self._add(chunk.work.factors, chunk, sum_MN)
         round_into(self.rounding, out_MN, sum_MN, name, chunk.first_element)
         return _fits(sum_MN, out_MN.dtype) or all_finite(out_MN)
@@ -275,7 +271,7 @@ class Rewriter:
             self._local.stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(self._local.stream):
             sum_MN = W_MN.to(self.device, non_blocking=True)
-            if chunk.work.uploaded:
+            if chunk.work.uploaded or chunk.work.computed:
                 sum_MN = sum_MN.to(_accumulator(W_MN.dtype))
             self._add(chunk.work.uploaded, chunk, sum_MN)
             rounded_MN = sum_MN.to(out_MN.dtype)
@@ -285,6 +281,11 @@ class Rewriter:
         return finite
 
     def _add(self, factors: Sequence[Factors], chunk: Chunk, sum_MN: torch.Tensor) -> None:
+        """Adds every delta to the base's rows, on their device; `factors` are there too."""
+        # All computed deltas read the base's own rows, so they come before anything is added.
+        computed = [(rows, delta.rows(sum_MN[rows], own.start)) for rows, own, delta in _computed_within(chunk)]
+        for rows, delta_MN in computed:
+            sum_MN[rows] += delta_MN
         for one in factors:
             if common := one.within(chunk):
                 rows, own = common

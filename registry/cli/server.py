@@ -1,6 +1,7 @@
 """Server processes: this one alone, or several on one socket, supervised by this one."""
 
 import gc
+import json
 import logging
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from registry.cli import render
@@ -22,6 +24,25 @@ if TYPE_CHECKING:
     from registry.settings import Settings
     from registry.transfer.resources import Resources
 
+
+class JsonLines(logging.Formatter):
+    """Writes log records as the access log writes its lines: a JSON object each."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        row = {"at": at, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            row["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(row)
+
+
+JSON_LOG = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"json": {"()": JsonLines}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
+    "root": {"handlers": ["stderr"], "level": "WARNING"},
+}
 HUNG_S = 30
 """A process that has not answered a health check for this long is replaced."""
 
@@ -92,9 +113,12 @@ def child_application() -> "FastAPI":
 
 def _options(settings: "Settings") -> dict[str, Any]:
     """Options for every server process."""
+    from uvicorn.config import LOGGING_CONFIG
+
     from registry.api.http.protocol import BoundedHttp
 
     return {
+        "log_config": JSON_LOG if settings.access_log == "json" else LOGGING_CONFIG,
         "http": BoundedHttp,
         "log_level": "warning",
         "access_log": False,  # it contains paths and queries; ours is `registry.api.http.exchanges`

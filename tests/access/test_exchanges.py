@@ -4,6 +4,8 @@ import json
 import logging
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -159,6 +161,26 @@ def test_the_next_line_of_an_outage_counts_what_was_left_out(caplog: pytest.LogC
         "It is away: gone",
         "It is away: gone (4 more like this since the last line)",
     ]
+
+
+def test_beside_a_json_access_log_every_warning_is_an_object_too() -> None:
+    code = """
+import logging.config
+from registry.cli.server import JSON_LOG
+from registry.outages import OutageLog
+logging.config.dictConfig(JSON_LOG)
+OutageLog(logging.getLogger("registry.storage")).warn("The store is away", "gone\\nGET /forged 200")
+try:
+    raise RuntimeError("a defect")
+except RuntimeError:
+    logging.getLogger("uvicorn.error").exception("Exception in ASGI application")
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    outage, defect = (json.loads(line) for line in said.splitlines())
+    assert (outage["level"], outage["logger"]) == ("warning", "registry.storage")
+    assert outage["message"] == "The store is away: gone\nGET /forged 200"
+    assert "RuntimeError: a defect" in defect["traceback"]
+    assert [*outage][:1] == ["at"]
 
 
 def test_a_stream_of_events_says_that_it_lives(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

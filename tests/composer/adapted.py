@@ -3,12 +3,16 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from composer.deltas.delta import RowwiseDelta
 from composer.deltas.variants.load import load_deltas
 from composer.evaluation.hooks import deltas_applied
 from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
@@ -30,6 +34,25 @@ def save_adapted(base: Path, config: PeftConfig, directory: Path, seed: int = 1,
 def save_adapted_layers(layers: nn.Module, config: PeftConfig, directory: Path) -> Weights:
     """An adapter of layers that are no language model; what PEFT's merge makes of their tensors."""
     return _adapted(layers, config, directory, 0.3).merge_and_unload().state_dict()
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails where an operation mixes devices. Copies may, and indices may be on the CPU."""
+
+    MAY_MIX = ("copy_", "_to_copy", "index", "index_put_")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor) and one.dim()]
+        assert len({one.device for one in tensors}) <= 1 or func.overloadpacket.__name__ in self.MAY_MIX, func
+        return func(*args, **(kwargs or {}))
+
+
+def assert_rows_follow_the_device(delta: RowwiseDelta) -> None:
+    """Rows of a weight on a second device are computed there. `meta` is one that every machine has; its tensors have no
+    values."""
+    with OneDevice():
+        rows_MN = delta.rows(torch.empty(delta.stored_shape, device="meta"), 0)
+    assert (rows_MN.device.type, tuple(rows_MN.shape)) == ("meta", delta.stored_shape), delta.module
 
 
 def _adapted(model: nn.Module, config: PeftConfig, directory: Path, size: float) -> PeftModel:

@@ -105,6 +105,12 @@ def test_a_signature_of_files_alone_says_so_and_is_refused_where_it_has_to_cover
     cli.ok("pull", "acme/sql", "-o", tmp_path / "strict", *strict)
     (row,) = cli.json("audit", "--act", "release:sign")["items"]
     assert (row["before"]["signature_covers"], row["after"]["signature_covers"]) == ("files", "release")
+    later = Keys(tmp_path, "later")
+    cli.ok("namespace", "set", "acme", "--signing-key", keys.public, "--signing-key", later.public)
+    cli.ok("sign", "acme/sql:1.0.0", "--key", later.private)
+    row = cli.json("audit", "--act", "release:sign")["items"][0]
+    assert row["before"]["signatures"] == [fingerprint(keys.pem)]
+    assert row["after"]["signatures"] == [fingerprint(keys.pem), fingerprint(later.pem)]
 
 
 def test_a_release_is_signed_afterwards_by_a_key_that_its_namespace_trusts(

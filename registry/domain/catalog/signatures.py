@@ -44,13 +44,15 @@ def add(session: Session, actor: Actor, release: Release, signed: Signed, bundle
         releases.signable(str(repositories.name_of(release.repository)), release.version, release.base_digest, files),
     )
     refuse_tampered(signed, {file.path: file.sha256 for file in files})
-    before = {"signed_by": release.signed_by, "signature_covers": release.signature_covers}
-    after = {"signed_by": signed.fingerprint, "signature_covers": signed.covers}
+    signers = [release.signed_by, *(row.signed_by for row in of_release(session, release))]
+    known = [key for key in dict.fromkeys(signers) if key and key != signed.fingerprint]
+    before = {"signatures": known, "signature_covers": release.signature_covers}
     keep(session, actor, release, signed.fingerprint, bundle)
     trusted = namespaces.find_for_share(session, namespace).signing_keys
     if release.signature_covers != "release" or not is_key_of(trusted, release.signed_by):
         release.signed_by, release.signature_covers = signed.fingerprint, signed.covers
     session.flush()
+    after = {"signatures": [*known, signed.fingerprint], "signature_covers": release.signature_covers}
     audit.record(session, actor, Act.RELEASE_SIGN, name, namespace=namespace, before=before, after=after)
 
 

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from torch import nn
 
+from composer.deltas.delta import RowwiseDelta
 from composer.deltas.variants.load import load_deltas
 from composer.errors import Mismatch, NotSupported
 from composer.evaluation.hooks import deltas_applied
@@ -22,6 +23,7 @@ from tests.composer.adapted import (
     IDS,
     assert_all_close,
     assert_merged_like_peft,
+    assert_rows_follow_the_device,
     change_config,
     change_tensors,
     changed_by,
@@ -68,11 +70,16 @@ def lora(**settings: Any) -> LoraConfig:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_merge_equals_pefts_own(case: str, tmp_path: Path, make_model: MakeModel) -> None:
+def test_a_merge_equals_pefts_own_and_rows_are_computed_where_the_weight_is(
+    case: str, tmp_path: Path, make_model: MakeModel
+) -> None:
     kind, settings, tolerance = CASES[case]
     base = make_model(kind, shard="1GB")
     adapter = save_adapted(base, lora(**settings), tmp_path / "adapter")
     assert_merged_like_peft(base, adapter, tmp_path / "merged", tolerance)
+    for delta in load_deltas(adapter, open_checkpoint(base).architecture).deltas:
+        if isinstance(delta, RowwiseDelta):
+            assert_rows_follow_the_device(delta)
 
 
 @pytest.mark.parametrize("case", ["DoRA on every linear layer", "DoRA on Conv1D", "a bias of B", "trained tokens"])

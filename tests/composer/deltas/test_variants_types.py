@@ -23,6 +23,7 @@ from composer.formats.checkpoints.checkpoint import open_checkpoint
 from tests.composer.adapted import (
     assert_all_close,
     assert_merged_like_peft,
+    assert_rows_follow_the_device,
     change_config,
     change_tensors,
     changed_by,
@@ -339,7 +340,9 @@ def test_an_adapter_of_another_base_is_an_error_that_names_the_module(tmp_path: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", LLAMA_CASES)
-def test_rows_are_the_same_in_any_cut(case: str, dtype: torch.dtype, tmp_path: Path, make_model: MakeModel) -> None:
+def test_rows_are_the_same_in_any_cut_and_computed_where_the_weight_is(
+    case: str, dtype: torch.dtype, tmp_path: Path, make_model: MakeModel
+) -> None:
     base = make_model(shard="1GB")
     W = tensors_in(base)
     adapter = save_adapted(base, LLAMA_CASES[case], tmp_path / "adapter")
@@ -354,6 +357,7 @@ def test_rows_are_the_same_in_any_cut(case: str, dtype: torch.dtype, tmp_path: P
             parts = [delta.rows(W_MN[begin:end], begin) for begin, end in itertools.pairwise(cuts)]
             # A small Δ is the difference of two weights, whose rounding it keeps.
             assert_all_close({case: torch.cat(parts)}, {case: full}, 1e-5 if dtype is torch.float32 else 1e-13)
+            assert_rows_follow_the_device(delta)
 
 
 @pytest.mark.parametrize("case", ["OFT", "LoHa", "VeRA", "FourierFT", "RoAd 1", "HiRA on the embedding"])

@@ -165,12 +165,14 @@ def test_a_factor_that_was_given_back_may_be_merged_again(
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
 def test_a_merge_on_cuda_is_deterministic_and_at_most_a_step_from_the_cpus(
-    targets: object, make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
+    targets: object, use_dora: bool, make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     base = make_model(dtype=torch.bfloat16)
-    plan = plan_merge(open_checkpoint(base), [(make_adapter(base, target_modules=targets), 1.0)])
+    adapter = make_adapter(base, target_modules=targets, use_dora=use_dora)
+    plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
     for name, device in (("cpu", "cpu"), ("one", "cuda"), ("two", "cuda")):
         run_merge(plan, tmp_path / name, device)
     cpu, one, two = (tensors_in(tmp_path / name) for name in ("cpu", "one", "two"))

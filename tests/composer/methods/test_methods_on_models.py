@@ -14,6 +14,7 @@ from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoin
 from composer.formats.recipes.methods import PIPELINES, effective_weights, parse_settings
 from composer.formats.recipes.weights import Weight, parse_rule
 from composer.methods.combine import combine_deltas
+from tests.composer.adapted import assert_rows_follow_the_device
 from tests.composer.tiny import MakeAdapter, MakeModel, adapter_maker, model_maker, tensors_in
 
 PARITY = [name for name in PIPELINES if name.startswith("peft_")]
@@ -133,6 +134,14 @@ def test_an_adapter_of_weight_0_is_absent_from_every_method(method: str, shared:
     without = merged(base, combine_deltas(loaded(base, one, two), [1.0, 0.5], method).deltas)
     assert with_it.keys() == without.keys()
     assert all(torch.equal(with_it[name], without[name]) for name in without)
+
+
+@pytest.mark.parametrize("method", [name for name, pipeline in PIPELINES.items() if not pipeline.fitted])
+def test_what_a_method_makes_is_added_on_the_device_of_the_weight(method: str, shared: Shared) -> None:
+    one, two, _ = shared.adapters
+    for delta in combine_deltas(loaded(shared.base, one, two), [1.0, 0.5], method).deltas:
+        if isinstance(delta, RowwiseDelta):
+            assert_rows_follow_the_device(delta)
 
 
 def test_slips_in_weights_and_settings_are_refused(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
