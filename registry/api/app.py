@@ -30,6 +30,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("suites", "repository_routes", ("scores", "target-suite")),
     ("suites", "router", ("suites", "bases")),
     ("bases", "router", ("bases",)),
+    ("upgrades", "router", ("upgrades",)),
     ("blobs", "router", ("uploads", "blobs")),
     ("compositions", "router", ("compositions",)),
     ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz")),

@@ -1,5 +1,6 @@
-"""adaptory base add | list | show | unalias"""
+"""adaptory base add | list | show | unalias | deprecate | upgrade"""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
@@ -9,12 +10,17 @@ import typer
 from registry.cli import complete, render
 from registry.cli.connect import Connection, connected
 from registry.cli.groups import Commands
+from registry.cli.interrupt import interrupts
+from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
 from registry.cli.render import JsonFlag
+from registry.error_codes import family_of
 from registry.errors import NotAllowed
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
     from composer.formats.checkpoints.hashing import BaseIdentity
+
+_POLL_S = 0.5
 
 app = typer.Typer(
     cls=Commands, help="Manage base models, which adapters are trained on.", no_args_is_help=True, rich_markup_mode=None
@@ -26,7 +32,7 @@ def register(root: typer.Typer) -> None:
 
 
 @app.command()
-def add(
+def add(  # noqa: PLR0913
     directory: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint.")],
     name: Annotated[str, typer.Option(help="Short name, as in smollm2.")],
     alias: Annotated[list[str] | None, typer.Option(help="Another name, such as the hub id. May be repeated.")] = None,
@@ -38,6 +44,9 @@ def add(
     ] = None,
     relation: Annotated[
         str | None, typer.Option(help="How it was derived: cast, quantized, finetuned or merged.")
+    ] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="Of the base, as in apache-2.0; that of its README.md by default.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -51,7 +60,8 @@ def add(
         identity = hash_checkpoint(checkpoint, done)
     with connected() as connection:
         request = base_request(checkpoint, identity, name, alias or [])
-        document = _registered(connection, {**request, "derived_from": derived_from, "relation": relation})
+        request |= {"derived_from": derived_from, "relation": relation, "license": license_ or _license_of(directory)}
+        document = _registered(connection, request)
     render.document(document, json, lambda: _show(document))
 
 
@@ -89,6 +99,98 @@ def unalias(alias: Annotated[str, typer.Argument(help="As `base list` shows it."
     render.document(document, json, lambda: render.out(f"{alias} no longer names a base; {document['name']} stays"))
 
 
+@app.command()
+def deprecate(
+    base: Annotated[str, typer.Argument(help="Name, alias or digest.", autocompletion=complete.bases)],
+    reason: Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")] = None,
+    successor: Annotated[
+        str | None, typer.Option(metavar="BASE", help="What to use instead.", autocompletion=complete.bases)
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Mark a base as deprecated: its releases say so too, and nothing is blocked. Only for its creator and admins."""
+    body = deprecation_body(base, reason, successor, undo=undo)
+    with connected() as connection:
+        document = connection.api.post(f"/v1/bases/{quote(base)}/deprecate", body)
+    render.document(document, json, lambda: show_deprecation(document["name"], document))
+
+
+@app.command()
+def upgrade(
+    old: Annotated[str, typer.Argument(help="The base that adapters stand on.", autocompletion=complete.bases)],
+    new: Annotated[str, typer.Argument(help="The base to follow it.", autocompletion=complete.bases)],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure on this suite instead of each adapter's own. May be repeated.", autocompletion=complete.suites
+        ),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only list the adapters, and which of them fit.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the evaluation, and report.")] = True,
+    json: JsonFlag = False,
+) -> None:
+    """List the adapters on a base that still fit a new one, measure them there, and report.
+
+    Their scores on the new base are only reported: a release stays on the base that it was made for.
+    """
+    body = {"old": old, "new": new, "suites": suite or [], "evaluate": not plan}
+    with connected() as connection:
+        document = connection.api.post("/v1/upgrades", body)
+        if document["job"] is not None and wait:
+            with connection.worker():
+                document = _followed(connection, document)
+    render.document(document, json, lambda: _show_upgrade(document))
+    if document["error"] is not None:
+        error = document["error"]
+        family = family_of(error["code"])
+        raise family(error["code"], error["detail"], subject=error["subject"], next_step=error["next"])
+
+
+def _followed(connection: Connection, document: dict[str, Any]) -> dict[str, Any]:
+    """Waits until the upgrade's evaluation ends; returns the complete report."""
+    interrupts.kept = f"job {document['job']} goes on; `adaptory jobs {document['job']}` shows it"
+    with render.progress("upgrade", None) as bar:
+        while document["state"] in ("queued", "running"):
+            time.sleep(_POLL_S)
+            for step in connection.api.get(f"/v1/jobs/{document['job']}")["steps"]:
+                if step["state"] == "running":
+                    bar.step(step["name"], step["done"], step["total"], step["unit"])
+            document = connection.api.get(f"/v1/upgrades/{document['job']}")
+    return document
+
+
+def _show_upgrade(document: dict[str, Any]) -> None:
+    fitting = sum(row["fits"] for row in document["adapters"])
+    render.heading(
+        f"{len(document['adapters'])} adapters on {document['old']['name']}, {fitting} fit {document['new']['name']}"
+    )
+    rows = [
+        (
+            f"{row['repository']}:{row['version']}",
+            row["channels"],
+            "fits" if row["fits"] else "does not fit",
+            row["why"] or "; ".join(row["errors"]),
+        )
+        for row in document["adapters"]
+    ]
+    render.table("", ("adapter", "channels", "", "why"), rows)
+    scores = [
+        (f"{row['repository']}:{row['version']}", one["suite"], render.metric(one["metric"]), *_values(one))
+        for row in document["adapters"]
+        for one in row["scores"]
+    ]
+    if scores:
+        columns = ("adapter", "suite", "metric", "old", "new", "gain", "new base alone", "n")
+        render.table("scores", columns, scores)
+    elif document["job"] is not None:
+        render.out(f"job {document['job']} is {document['state']}")
+
+
+def _values(score: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(score[name] for name in ("old", "new", "gain", "base", "n"))
+
+
 def _registered(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
     """Registers the base. If it belongs to someone else, who alone may add locations, retries without this one."""
     try:
@@ -96,9 +198,17 @@ def _registered(connection: Connection, request: dict[str, Any]) -> dict[str, An
     except NotAllowed as error:
         if error.code != "not_yours":
             raise
-        document = connection.api.post("/v1/bases", {**request, "locations": []})
+        document = connection.api.post("/v1/bases", {**request, "locations": [], "license": None})
         render.say(f"note: {error.detail} {', '.join(request['locations'])} was not added to its locations.")
         return document
+
+
+def _license_of(directory: Path) -> str | None:
+    """The licence that the checkpoint's model card states."""
+    from composer.formats.checkpoints.card import CARD_FILE, card_provenance
+
+    card = directory / CARD_FILE
+    return card_provenance(card.read_bytes())[0].get("license") if card.is_file() else None
 
 
 def base_request(checkpoint: "Checkpoint", identity: "BaseIdentity", name: str, aliases: list[str]) -> dict[str, Any]:
@@ -124,6 +234,8 @@ def _show(base: dict[str, Any]) -> None:
         ("architecture", base["architecture_digest"]),
         ("aliases", base["aliases"] or None),
         ("model type", base["model_type"]),
+        ("license", base["license"]),
+        ("deprecated", deprecation_words(base["deprecated"])),
         ("tensors", base["tensor_count"]),
         ("parameters", f"{base['parameters']:,}"),
         ("size", render.size(base["size_bytes"])),

@@ -3,17 +3,22 @@
 import typer
 
 EXAMPLES = {
+    "approve": "adaptory approve acme/sql-migration:1.1.0 --to prod",
     "audit": "adaptory audit --subject 'acme/sql-migration@*'",
     "base add": "adaptory base add .demo/base --name smollm2",
+    "base deprecate": "adaptory base deprecate smollm2 --reason 'smollm3 is out'",
     "base list": "adaptory base list",
     "base show": "adaptory base show smollm2",
     "base unalias": "adaptory base unalias HuggingFaceTB/SmolLM2-135M-Instruct",
+    "base upgrade": "adaptory base upgrade smollm2 smollm3 --plan",
     "cancel": "adaptory cancel 1",
     "combine": """adaptory combine --adapter examples/adapters/sql-migration \\
   --adapter examples/adapters/terraform-review -o .demo/both""",
     "compose": "adaptory compose examples/assistant.yaml --plan",
     "conflicts": "adaptory conflicts acme/sql-migration acme/terraform-review --probe 8",
     "convert": "adaptory convert kohya.safetensors --base .demo/base -o .demo/converted",
+    "deprecate": """adaptory deprecate acme/sql-migration:1.0.0 --reason 'old dialect' \\
+  --successor acme/sql-migration:1.1.0""",
     "diff": "adaptory diff acme/sql-migration:1.0.0 acme/sql-migration:1.1.0",
     "eval": """adaptory eval acme/sql-migration acme/terraform-review smollm2 \\
   --suite sql-exact --suite guard-general""",
@@ -38,9 +43,13 @@ EXAMPLES = {
     "namespace members": "adaptory namespace members acme",
     "namespace revoke": "adaptory namespace revoke acme pia",
     "namespace set": "adaptory namespace set acme --public",
+    "policy set": "adaptory policy set acme/sql-migration@prod examples/prod-policy.yaml",
+    "policy show": "adaptory policy show acme/sql-migration@prod",
     "profile list": "adaptory profile list",
     "profile use": "adaptory profile use local",
     "promote": "adaptory promote acme/sql-migration:1.1.0 --to prod",
+    "promotion cancel": "adaptory promotion cancel acme/sql-migration@prod",
+    "promotion list": "adaptory promotion list acme/sql-migration@prod",
     "pull": "adaptory pull acme/sql-migration@prod -o .demo/pulled",
     "push": """adaptory push examples/adapters/sql-migration \\
   acme/sql-migration:1.0.0 --base smollm2""",

@@ -21,6 +21,7 @@ _ONE_S = 0.5
 _DESTRUCTOR_S = 0.02
 """Enough time to leave a destructor that was interrupted."""
 KEPT = {
+    "promote": "nothing was moved, unless `adaptory history` shows it",
     "push": "what was sent is kept; the same command sends the rest",
     "extract": "nothing was written; the same command starts again",
     "pull": "what was fetched is kept; the same command fetches the rest",

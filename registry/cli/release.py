@@ -1,4 +1,4 @@
-"""Releases and channels: list, log, show, promote, rollback, history, gate, yank, unyank."""
+"""Releases and channels: list, log, show, rollback, history, gate, yank, unyank, deprecate."""
 
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +27,7 @@ Json = dict[str, Any]
 
 
 def register(root: typer.Typer) -> None:
-    for command in (log, show, promote, history, gate, yank, unyank):
+    for command in (log, show, history, gate, yank, unyank, deprecate):
         root.command()(command)
     root.command("list")(list_repositories)
     root.command("rollback")(roll_back)
@@ -61,7 +61,7 @@ def log(
 ) -> None:
     """List a repository's releases, highest version first."""
     with connected() as connection:
-        line = _line(connection, str(parse_repository(repository)))
+        line = repository_path(connection, str(parse_repository(repository)))
         items = list(connection.api.pages(f"{line}/releases"))
     render.document({"items": items, "next": None}, json, lambda: show_releases(items))
 
@@ -88,22 +88,6 @@ def show(
     render.document(release, json, lambda: _show_release(release, made))
 
 
-def promote(
-    ref: Ref,
-    to: Annotated[str, typer.Option("--to", help="The channel.", autocompletion=complete.channel_names)],
-    reason: Reason = "",
-    force: Annotated[bool, typer.Option("--force", help="Promote even if a gate fails; requires --reason.")] = False,
-    json: JsonFlag = False,
-) -> None:
-    """Move a channel to a release; evaluates and prints every gate."""
-    from registry.client import channel_moves
-
-    with connected() as connection:
-        move, since = channel_moves.promote(connection.api, resolved(connection, ref), to, reason, force=force)
-    render.document(move, json, lambda: show_move(move))
-    warn_of_move_since(move, since)
-
-
 def roll_back(
     channel: Channel,
     to: Annotated[str | None, typer.Option("--to", help="A version that the channel has served before.")] = None,
@@ -115,7 +99,7 @@ def roll_back(
 
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        line = _line(connection, str(repository))
+        line = repository_path(connection, str(repository))
         move, since = channel_moves.roll_back(connection.api, line, name, {"to": to, "reason": reason})
     render.document(move, json, lambda: show_move(move))
     warn_of_move_since(move, since)
@@ -125,7 +109,7 @@ def history(channel: Channel, json: JsonFlag = False) -> None:
     """List every move of a channel, newest first."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        moves = list(connection.api.pages(f"{_line(connection, str(repository))}/channels/{name}/history"))
+        moves = list(connection.api.pages(f"{repository_path(connection, str(repository))}/channels/{name}/history"))
     rows = [
         (
             move["id"],
@@ -158,7 +142,7 @@ def gate(
     """Show a channel's gates, or replace all of them."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        path = f"{_line(connection, str(repository))}/gates"
+        path = f"{repository_path(connection, str(repository))}/gates"
         document = (
             connection.api.put(path, {"channel": name, "rules": rule or []})
             if rule or clear
@@ -197,6 +181,53 @@ def unyank(
     render.document(release, json, lambda: render.out(line))
 
 
+def deprecate(
+    ref: Ref,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")] = None,
+    successor: Annotated[
+        str | None, typer.Option(metavar="REF", help="What to use instead.", autocompletion=complete.references)
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Mark a release as deprecated, which is shown wherever it is, and blocks nothing."""
+    body = deprecation_body(ref, reason, successor, undo=undo)
+    with connected() as connection:
+        release = connection.api.post(f"{_path(_exactly(connection, ref, warned=True))}/deprecate", body)
+    render.document(release, json, lambda: show_deprecation(f"{release['repository']}:{release['version']}", release))
+
+
+def deprecation_body(what: str, reason: str | None, successor: str | None, *, undo: bool) -> Json:
+    """The request of a deprecation. Raises Usage unless there is a reason, or `undo` alone."""
+    if undo is (reason is not None) or (undo and successor):
+        raise Usage(
+            "reason_missing",
+            "A deprecation needs a reason, and undoing one needs nothing else.",
+            subject=what,
+            next_step="Say why with --reason, or give --undo alone.",
+        )
+    return {"reason": reason, "successor": successor}
+
+
+def show_deprecation(name: str, document: Json) -> None:
+    words = deprecation_words(document["deprecated"])
+    render.out(f"{name} is deprecated: {words}" if words else f"{name} is not deprecated")
+
+
+def deprecation_words(deprecated: Json | None) -> str | None:
+    """Why something is deprecated and what follows it; None if it is not."""
+    if deprecated is None:
+        return None
+    return deprecated["reason"] + (f"; use {deprecated['successor']}" if deprecated["successor"] else "")
+
+
+def license_words(licenses: Json) -> list[str] | None:
+    """`base MIT`, `adapter Apache-2.0`, …; None if nothing is stated."""
+    stated = [(part, licenses[part]) for part in ("base", "adapter") if licenses[part]]
+    stated += [("data", name) for name in licenses["data"]]
+    return [f"{part} {name}" for part, name in stated] or None
+
+
 def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> Json:
     """The release that an exact reference names. Raises Usage for a moving one: repeating the command would hit the
     next release."""
@@ -217,7 +248,7 @@ def _path(release: Json) -> str:
     return release_path(release)
 
 
-def _line(connection: Connection, repository: str) -> str:
+def repository_path(connection: Connection, repository: str) -> str:
     """The route of a repository; its name does not tell its kind."""
     adapters, models = f"/v1/adapters/{repository}", f"/v1/models/{repository}"
     try:
@@ -281,6 +312,7 @@ def _show_release(release: Json, made: "Composition | None") -> None:
         ("commit", release["commit"]),
         ("base", f"{release['base']['name']} ({release['base']['digest'][:12]})"),
         ("breaking", release["breaking_reason"]),
+        ("licenses", license_words(release["licenses"])),
         ("signed by", signer(release)),
         ("type", ", ".join(dict.fromkeys([facts["type"], facts["variant"]]))),
         ("rank", facts.get("rank_max") or None),
@@ -294,6 +326,8 @@ def _show_release(release: Json, made: "Composition | None") -> None:
         ("size", render.size(sum(row["size_bytes"] for row in release["files"]))),
         ("notes", release["notes"]),
         ("yanked", release["yank_reason"] if release["yanked"] else None),
+        ("deprecated", deprecation_words(release["deprecated"])),
+        ("base deprecated", deprecation_words(release["base_deprecated"])),
         ("published", f"{release['created_at'][:19]} by {release['created_by']}"),
         ("inputs", list(map(str, made.members)) if made else None),
         ("method", made.how if made else None),

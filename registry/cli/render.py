@@ -238,9 +238,9 @@ def changes(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def gate_lines(report: Sequence[dict[str, Any]]) -> None:
-    """Prints one line per gate: pass, FAIL, or warn if it is not required."""
+    """Prints one line per gate, with its mark."""
     for result in report:
-        mark = "pass" if result["passed"] else "FAIL" if result.get("required", True) else "warn"
+        mark = _mark(result)
         line = f"  {mark}  {result['rule']}: {result['detail']}"
         if len(line) <= _width():
             out(line)
@@ -248,6 +248,13 @@ def gate_lines(report: Sequence[dict[str, Any]]) -> None:
         out(f"  {mark}  {result['rule']}:")
         for part in _wrapped(plain(result["detail"]), _width() - 8):
             print(f"        {part}")
+
+
+def _mark(result: Mapping[str, Any]) -> str:
+    """Of a gate: `wait` if it may still pass by itself, `warn` if it is not required."""
+    if result["passed"]:
+        return "pass"
+    return "wait" if result.get("waiting") else "FAIL" if result.get("required", True) else "warn"
 
 
 class Progress:
@@ -340,8 +347,7 @@ def fail(error: Failure, as_json: bool) -> int:
     say(f"error: {detail}")
     for finding in failure.findings:
         if "rule" in finding:
-            mark = "pass" if finding["passed"] else "FAIL"
-            say(f"  {mark}  {finding['rule']}: {finding['detail']}")
+            say(f"  {_mark(finding)}  {finding['rule']}: {finding['detail']}")
         elif finding.get("severity") != "notice" and str(finding.get("message")) not in failure.detail:
             say(f"  {finding.get('severity')}: {finding.get('message')}")
     next_step = _next_step(failure)

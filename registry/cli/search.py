@@ -38,8 +38,9 @@ def search(  # noqa: PLR0913
     dtype: Annotated[str | None, typer.Option(help="F32, BF16, F16, …")] = None,
     license_: Annotated[
         str | None,
-        typer.Option("--license", help="As the card writes it; to ignore case, use --provenance license:…"),
+        typer.Option("--license", help="Of the release: an SPDX name also finds what cards write for it."),
     ] = None,
+    base_license: Annotated[str | None, typer.Option(help="Of the release's base, as in Apache-2.0.")] = None,
     provenance: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME:VALUE", help="trainer:axolotl, hyperparameters.epochs:3, …; may be repeated."),
@@ -98,6 +99,9 @@ def show_releases(releases: list[Json]) -> None:
 def _remarks(release: Json) -> list[str]:
     """Notes on why a hit needs care: it is yanked, for another base, or refused by the server."""
     remarks = ["yanked"] if release["yanked"] else []
+    for what, deprecated in (("deprecated", release["deprecated"]), ("base deprecated", release["base_deprecated"])):
+        if deprecated:
+            remarks.append(f"{what}: use {deprecated['successor']}" if deprecated["successor"] else what)
     if related := release.get("related"):
         remarks.append(f"not for {related['base']['name']}: {related['relation']}")
     if (loading := release.get("loads_in")) and not loading["loads"]:

@@ -13,6 +13,7 @@ from composer.formats.untrusted import read_text
 from registry.cli import complete, render
 from registry.cli.connect import Connection, connected, release_directory, resolved, total_bytes
 from registry.cli.fit import fitting_base
+from registry.cli.promotion import show_promotion
 from registry.cli.release import Ref, show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
 from registry.cli.sign import SignatureCovers, refuse_narrow
@@ -91,18 +92,27 @@ def push(  # noqa: PLR0913
             _show_push(published)  # before the channel moves: the release is published even if that fails
         document: Json = {**published, "left_out": list(selection.left_out), "move": None}
         failure = _promote(connection, document, channel) if channel else None
-    render.document(document, json, lambda: show_move(document["move"]) if document["move"] else None)
+    render.document(document, json, lambda: _show_moved(document))
     if failure is not None:
         raise typer.Exit(render.fail(failure, as_json=False))
 
 
+def _show_moved(document: Json) -> None:
+    if document["move"]:
+        show_move(document["move"])
+    elif "promotion" in document:
+        show_promotion(document["promotion"])
+
+
 def _promote(connection: Connection, document: Json, channel: str) -> RegistryError | None:
-    """Moves the channel to the published release and adds the move, or the error, to the document."""
+    """Moves the channel to the published release, and adds the move to the document, or the promotion that waits, or
+    the error."""
     from registry.client.channel_moves import promote
 
     try:
-        document["move"], since = promote(connection.api, document["release"], channel)
-        warn_of_move_since(document["move"], since)
+        answer, since = promote(connection.api, document["release"], channel)
+        document["promotion" if "state" in answer else "move"] = answer
+        warn_of_move_since(answer, since)
     except RegistryError as error:
         document["error"] = render.problem(error)
         return error

@@ -9,8 +9,8 @@ from registry.errors import Unavailable
 
 
 def promote(api: Api, release: Json, channel: str, reason: str = "", *, force: bool = False) -> tuple[Json, str | None]:
-    """Promotes `release`, as the API shows it. Returns the move and, if a response was lost and others have moved the
-    channel since, the version it is at now."""
+    """Promotes `release`, as the API shows it. Returns the move, or the promotion that waits, which has a `state`. Also
+    returns the version that the channel is at if a response was lost and others have moved it since."""
     path = f"/v1/{release['kind']}s/{release['repository']}/channels/{channel}"
     body = {"version": release["version"], "reason": reason, "force": force}
     return _moved(api, path, f"{release['repository']}@{channel}", lambda headers: api.put(path, body, headers))
@@ -25,7 +25,7 @@ def roll_back(api: Api, line: str, channel: str, body: Json) -> tuple[Json, str 
 
 def _moved(api: Api, path: str, full: str, ask: Callable[[dict[str, str]], Json]) -> tuple[Json, str | None]:
     move, lost = send_once(ask, f"adaptory history {full}")
-    if not lost:
+    if not lost or "state" in move:
         return move, None
     with suppress(Unavailable):  # the move was made in any case
         now = with_retries(lambda: api.get(path), iter(PAUSES_S))

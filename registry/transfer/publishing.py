@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from composer.errors import ComposerError
 from composer.findings import Finding, Severity
 from composer.formats.adapters.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.adapters.inspection import inspect
@@ -28,7 +29,7 @@ from registry.domain.catalog import bases, releases, repositories, signatures, v
 from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.error_codes import refuse_errors
-from registry.errors import Invalid, Refused, Unavailable
+from registry.errors import Invalid, Refused, RegistryError, Unavailable
 from registry.formats import compatibility
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
 from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle_content, refuse_pickle_name
@@ -241,6 +242,20 @@ def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _I
         wanted = (CONFIG_FILE, WEIGHTS_FILE)
         materialise(resources, [file for file in push.files if file.path in wanted], adapter_directory)
         return _inspect_adapter(adapter_directory, architecture, str(push.repository), card)
+
+
+def misfit(resources: Resources, name: str, files: Sequence[ManifestFile], architecture: Architecture) -> str:
+    """Why a stored adapter does not fit the architecture; empty if it does. Reads only headers."""
+    with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
+        wanted = [file for file in files if file.path in (CONFIG_FILE, WEIGHTS_FILE)]
+        _materialise_headers(resources, wanted, Path(directory))
+        try:
+            refuse_errors(inspect(Path(directory), architecture).findings, name)
+        except ComposerError as error:
+            return error.message
+        except RegistryError as error:
+            return error.detail
+    return ""
 
 
 def _inspect_adapter(directory: Path, architecture: Architecture, subject: str, card: bytes) -> _Inspected:

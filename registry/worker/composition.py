@@ -140,18 +140,23 @@ class CompositionRun:
         return members
 
     def base_checkpoint(self, held: JobRun) -> Checkpoint:
-        """The base's checkpoint on this host. Verifies its weights: the files at a location may have changed."""
-        directory = local_directory(self.locations)
-        if directory is None:
-            raise NotFound(
-                "base_not_here",
-                f"This worker cannot find the base at any location ({', '.join(self.locations) or 'it has none'}).",
-                subject=self.lock.base,
-                next_step="Add one on that host: `adaptory base add DIR`.",
-            )
-        checkpoint = open_checkpoint(directory)
-        verify_checkpoint(checkpoint, self.lock.base, held.check)
-        return checkpoint
+        """The base's checkpoint on this host."""
+        return verified_base(held, self.lock.base, self.locations)
+
+
+def verified_base(held: JobRun, digest: str, locations: Sequence[str]) -> Checkpoint:
+    """A base's checkpoint on this host. Verifies its weights: the files at a location may have changed."""
+    directory = local_directory(locations)
+    if directory is None:
+        raise NotFound(
+            "base_not_here",
+            f"This worker cannot find the base at any location ({', '.join(locations) or 'it has none'}).",
+            subject=digest,
+            next_step="Add one on that host: `adaptory base add DIR`.",
+        )
+    checkpoint = open_checkpoint(directory)
+    verify_checkpoint(checkpoint, digest, held.check)
+    return checkpoint
 
 
 def composition_of(held: JobRun) -> CompositionRun:

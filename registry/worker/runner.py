@@ -17,11 +17,14 @@ from registry.domain.jobs import queue
 from registry.domain.jobs.queue import Amount
 from registry.error_codes import ELSEWHERE, RETRYABLE, of_composer
 from registry.errors import NO_SPACE, RegistryError, Unavailable
+from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
 from registry.worker.workspace import sweep_work
 
 BEAT_S = 10.0
 POLL_S = 1.0
+SETTLE_S = 2.0
+"""How often waiting promotions are looked at."""
 SWEEP_S = 600.0
 OTHERS_WAIT = timedelta(hours=1)
 """How long a job waits for another host that can do it."""
@@ -117,8 +120,25 @@ def run_worker(
     """Works until `stop` is set; the current job is then requeued at its next `check`.
 
     A job that needs what this host lacks fails at once if the worker is `alone`; otherwise other hosts have time to
-    take it.
+    take it. Waiting promotions are judged in a thread of their own, also while a job runs.
     """
+    settling = threading.Thread(target=_settle_promotions, args=(resources, stop), daemon=True, name="promotions")
+    settling.start()
+    try:
+        _work(resources, kinds, stop, alone=alone)
+    finally:
+        settling.join()
+
+
+def _settle_promotions(resources: Resources, stop: threading.Event) -> None:
+    while not stop.wait(SETTLE_S):
+        try:
+            settle_due(resources)
+        except Exception:  # the next turn tries again
+            log.warning("Waiting promotions could not be judged", exc_info=True)
+
+
+def _work(resources: Resources, kinds: Mapping[str, JobKind], stop: threading.Event, *, alone: bool) -> None:
     worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
     passed: dict[int, datetime] | None = None if alone else {}
     sweep_at = 0.0

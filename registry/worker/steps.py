@@ -26,12 +26,14 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import gates
 from registry.domain.compositions import compositions
+from registry.domain.jobs import evaluations
 from registry.error_codes import refuse_errors
 from registry.errors import Refused
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, parse_reference
 from registry.transfer import publishing, results, uploads
 from registry.transfer.publishing import Push
+from registry.worker import evaluating
 from registry.worker.composition import CompositionRun, Output, ProgressCount, composition_of, store, suites_named
 from registry.worker.judging import Examination, Member, judge, with_inputs
 from registry.worker.optimizing import optimize
@@ -242,7 +244,8 @@ KINDS = {
             "publish": publish,
         },
         clean=clean,
-    )
+    ),
+    evaluations.KIND: evaluating.KIND,
 }
 
 

@@ -1,4 +1,4 @@
-"""Directories that compositions work in."""
+"""Directories that compositions and evaluations work in."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from registry.database.tables import Composition, Job
 from registry.domain.jobs.queue import FINISHED
 from registry.transfer.resources import Resources
 
-_WORK = "composition-"
+_WORK, _EVALUATION = "composition-", "evaluation-"
 
 
 def work_of(resources: Resources, composition_id: int) -> Path:
@@ -17,16 +17,30 @@ def work_of(resources: Resources, composition_id: int) -> Path:
     return resources.work_directory / f"{_WORK}{composition_id}"
 
 
+def evaluation_work_of(resources: Resources, job_id: int) -> Path:
+    """Directory on this host for the releases that an evaluation measures."""
+    return resources.work_directory / f"{_EVALUATION}{job_id}"
+
+
 def sweep_work(resources: Resources) -> int:
-    """Removes the work of compositions that have ended, and returns how many: a worker of another host may have ended
-    one that was begun here, and cleaned only its own disk."""
-    names = (path.name.removeprefix(_WORK) for path in resources.work_directory.glob(f"{_WORK}*"))
-    job_ids = {int(name) for name in names if name.isdecimal()}
-    if not job_ids:
+    """Removes the work of compositions and evaluations that have ended, and returns how many: a worker of another host
+    may have ended one that was begun here, and cleaned only its own disk."""
+    composed, evaluated = _numbers(resources, _WORK), _numbers(resources, _EVALUATION)
+    if not composed | evaluated:
         return 0
     with resources.read() as session:
         going_on = select(Composition.id).join(Job, Job.id == Composition.job_id).where(Job.state.not_in(FINISHED))
-        ended = job_ids - set(session.scalars(going_on.where(Composition.id.in_(job_ids))))
+        ended = composed - set(session.scalars(going_on.where(Composition.id.in_(composed))))
+        running = select(Job.id).where(Job.id.in_(evaluated), Job.state.not_in(FINISHED))
+        measured = evaluated - set(session.scalars(running))
     for composition_id in ended:
         shutil.rmtree(work_of(resources, composition_id), ignore_errors=True)
-    return len(ended)
+    for job_id in measured:
+        shutil.rmtree(evaluation_work_of(resources, job_id), ignore_errors=True)
+    return len(ended) + len(measured)
+
+
+def _numbers(resources: Resources, prefix: str) -> set[int]:
+    """The ids that have a directory with this prefix here."""
+    names = (path.name.removeprefix(prefix) for path in resources.work_directory.glob(f"{prefix}*"))
+    return {int(name) for name in names if name.isdecimal()}

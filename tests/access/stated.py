@@ -16,6 +16,13 @@ GET    /v1/{kind}/{namespace}/{name}/channels/{channel}                         
 PUT    /v1/{kind}/{namespace}/{name}/channels/{channel}                         releaser
 POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/rollback                releaser
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/history                 reader
+GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/promotions              reader
+GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/promotions/{promotion_id} reader
+POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/promotions/{promotion_id}/cancel releaser
+POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/approvals               publisher
+DELETE /v1/{kind}/{namespace}/{name}/channels/{channel}/approvals/{version}     publisher
+GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/policy                  reader
+PUT    /v1/{kind}/{namespace}/{name}/channels/{channel}/policy                  admin
 GET    /v1/{kind}/{namespace}/{name}/gates                                      reader
 PUT    /v1/{kind}/{namespace}/{name}/gates                                      admin
 GET    /v1/{kind}                                                               inside: everybody
@@ -46,6 +53,10 @@ POST   /v1/bases                                                                
 DELETE /v1/bases/aliases/{alias:path}                                           publisher somewhere
 GET    /v1/bases                                                                reader somewhere
 GET    /v1/bases/{base:path}                                                    reader somewhere
+POST   /v1/bases/{base:path}/deprecate                                          publisher somewhere
+POST   /v1/{kind}/{namespace}/{name}/releases/{version}/deprecate               releaser
+POST   /v1/upgrades                                                             publisher somewhere
+GET    /v1/upgrades/{job_id}                                                    inside: everybody
 POST   /v1/uploads                                                              inside: publisher
 POST   /v1/uploads/{upload_id}/parts/{number}                                   inside: publisher
 POST   /v1/uploads/{upload_id}/complete                                         inside: publisher

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, ScalarSelect, and_, func, select
 from sqlalchemy.orm import Session, aliased
 
 from composer.formats.adapters.serving import PROFILES, parse_profile
-from registry.database.tables import Channel, Release, ReleaseWord, Repository, Score, Suite, TargetSetMember
+from registry.database.tables import Base, Channel, Release, ReleaseWord, Repository, Score, Suite, TargetSetMember
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import readable
 from registry.domain.catalog import bases
@@ -18,6 +18,7 @@ from registry.domain.catalog.search_index import parse_stated, text_terms
 from registry.domain.catalog.suites import Condition
 from registry.domain.search.ordering import NEWEST, VERSION
 from registry.domain.search.query import REFUSED, RELATED, Query
+from registry.formats.licenses import spdx
 from registry.formats.references import RepositoryName
 from tests.registry.shelf import BASES, CHANNELS, METRICS, NAMESPACES, SUITES, TARGETS
 
@@ -59,7 +60,8 @@ queries = st.builds(
     type=maybe(st.sampled_from(["lora", "loha", "other"])),
     variant=maybe(st.sampled_from(["lora", "dora"])),
     dtype=maybe(st.sampled_from(["BF16", "F32"])),
-    license=maybe(st.sampled_from(["apache-2.0", "llama3"])),
+    license=maybe(st.sampled_from(["apache-2.0", "Apache-2.0", "llama3"])),
+    base_license=maybe(st.sampled_from(["mit", "Apache-2.0"])),
     alpha=maybe(st.sampled_from([4.0, 8.0, 5.0])),
     min_rank=maybe(st.sampled_from([1, 8, 16])),
     max_rank=maybe(st.sampled_from([3, 8, 64])),
@@ -135,9 +137,10 @@ CONDITIONS: dict[str, Callable[[Any], ColumnElement[bool]]] = {
     "namespace": lambda name: Repository.namespace == name,
     "repository": lambda name: and_(Repository.namespace == name.namespace, Repository.name == name.name),
     **{
-        name: lambda value, name=name: getattr(Release, name) == value
-        for name in ("type", "variant", "dtype", "license", "alpha")
+        name: lambda value, name=name: getattr(Release, name) == value for name in ("type", "variant", "dtype", "alpha")
     },
+    "license": lambda name: Release.license.in_({name, spdx(name), spdx(name).lower()}),
+    "base_license": lambda name: Release.base_digest.in_(select(Base.digest).where(Base.license == spdx(name))),
     "min_rank": lambda rank: Release.rank_max >= rank,
     "max_rank": lambda rank: Release.rank_max <= rank,
     "targets_within": lambda names: and_(_targets() > 0, _targets_in(names) == _targets()),

@@ -83,7 +83,8 @@ def _bases(session: Session) -> dict[str, str]:
         rows = [TensorRow("w", "F32", (2, 2), sha256)]
         digest = Digest(weights_digest((row.name, row.dtype, row.shape, row.sha256) for row in rows))
         made_from, relation = RELATIONS.get(name, (None, None))
-        new = NewBase(name, "llama", False, rows, digest, [f"Hub/{name}"], [], made_from, relation)
+        license_ = "mit" if name == BASES[0] else None
+        new = NewBase(name, "llama", False, rows, digest, [f"Hub/{name}"], [], made_from, relation, license_)
         digests[name] = bases.register(session, HOST, new)[0].digest
     return digests
 

@@ -13,6 +13,7 @@ from composer.formats.recipes.methods import PIPELINES, settings_of
 from composer.formats.recipes.policy import PolicyDocument
 from composer.formats.recipes.recipe import Recipe
 from composer.formats.recipes.suite import Suite
+from registry.formats.channel_policy import ChannelPolicy
 from tests.wire import snapshots
 
 
@@ -31,8 +32,13 @@ class _Plain(GenerateJsonSchema):
 
 
 def schema_of(kind: str) -> dict[str, Any]:
-    """The schema of a `recipe`, a `suite` or a `policy`."""
-    model: type[Document] = {"recipe": Recipe, "suite": Suite, "policy": PolicyDocument}[kind]
+    """The schema of a `recipe`, a `suite`, a `policy` or a `channel-policy`."""
+    model: type[Document] = {
+        "recipe": Recipe,
+        "suite": Suite,
+        "policy": PolicyDocument,
+        "channel-policy": ChannelPolicy,
+    }[kind]
     schema = model.model_json_schema(schema_generator=_Plain)
     fields = schema["properties"]
     if kind == "recipe":
@@ -41,7 +47,7 @@ def schema_of(kind: str) -> dict[str, Any]:
         fields["examples"] = {
             "anyOf": [{"type": "string", "description": "A JSONL file beside it."}, fields["examples"]]
         }
-    return schema | {"title": f"Adaptory {kind}"}
+    return schema | {"title": f"Adaptory {kind.replace('-', ' ')}"}
 
 
 def _settings() -> dict[str, Any]:
@@ -53,6 +59,6 @@ def _settings() -> dict[str, Any]:
     return known
 
 
-@pytest.mark.parametrize("kind", ["recipe", "suite", "policy"])
+@pytest.mark.parametrize("kind", ["recipe", "suite", "policy", "channel-policy"])
 def test_the_published_schema_is_that_of_the_model(kind: str) -> None:
     snapshots.check(f"../../docs/schemas/{kind}.schema.json", json.dumps(schema_of(kind), indent=2, ensure_ascii=False))

@@ -45,6 +45,7 @@ _MUST_BE = {
     "model_type": "a mapping",
     "dataclass_type": "a mapping",
     "less_than_equal": "at most {le}",
+    "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
     "string_too_short": "text of at least {min_length} character",
     "string_too_long": "text of at most {max_length} characters",

@@ -9,7 +9,7 @@ from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route
 from registry.api.http.rules import Contributor, Member
 from registry.api.routes.views import base_page, base_view
-from registry.api.schemas.catalog import BaseIn, BaseOut
+from registry.api.schemas.catalog import BaseIn, BaseOut, DeprecateIn
 from registry.api.schemas.wire import Page
 from registry.domain.catalog import bases
 from registry.domain.catalog.bases import NewBase, TensorRow
@@ -32,6 +32,7 @@ def register(body: BaseIn, resources: ResourcesOf, actor: Contributor, response:
         locations=body.locations,
         derived_from=body.derived_from,
         relation=body.relation,
+        license=body.license,
     )
     with resources.write() as session:
         base, created = bases.register(session, actor, new)
@@ -44,6 +45,14 @@ def remove_alias(alias: str, resources: ResourcesOf, actor: Contributor) -> Base
     """Remove an alias and return the base. Only for the base's creator and registry admins."""
     with resources.write() as session:
         return base_view(session, bases.remove_alias(session, actor, alias))
+
+
+@router.post("/{base:path}/deprecate")
+def deprecate(base: str, body: DeprecateIn, resources: ResourcesOf, actor: Contributor) -> BaseOut:
+    """Deprecate a base, or undo that with a null reason. Only for the base's creator and registry admins."""
+    with resources.write() as session:
+        row = bases.find(session, base)
+        return base_view(session, bases.deprecate(session, actor, row, body.reason, body.successor))
 
 
 @router.get("")

@@ -1,23 +1,37 @@
 """Channels, their moves and gates, for both adapters and models."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Header, Request, Response
 
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, decode_number, etag, expected_from, page
-from registry.api.http.request import RequestKey, ResourcesOf, idempotent_request
+from registry.api.http.request import RequestKey, ResourcesOf, RowId, idempotent_request
 from registry.api.http.routes import Route
-from registry.api.http.rules import Admin, Reader, Releaser
+from registry.api.http.rules import Admin, Publisher, Reader, Releaser
 from registry.api.routes.documents import json_response, move_document
 from registry.api.routes.repository import NamedRepository, RepositoryOf, RepositoryRouter
-from registry.api.routes.views import channel_view, move_view
-from registry.api.schemas.quality import ChannelOut, GatesIn, GatesOut, MoveOut, PromoteIn, RollbackIn
+from registry.api.routes.views import channel_view, move_view, promotion_view
+from registry.api.schemas.quality import (
+    ApprovalIn,
+    ApprovalOut,
+    ChannelOut,
+    GatesIn,
+    GatesOut,
+    MoveOut,
+    PolicyOut,
+    PromoteIn,
+    PromotionOut,
+    RollbackIn,
+)
 from registry.api.schemas.wire import Page
 from registry.database import idempotency
 from registry.database.engine import Session
-from registry.domain.catalog import repositories
-from registry.domain.channels import gates, moves
-from registry.formats.references import parse_version
+from registry.database.tables import Promotion
+from registry.domain.catalog import releases, repositories
+from registry.domain.channels import moves, pending, policies, promotions
+from registry.formats.channel_policy import read_policy
+from registry.formats.references import parse_name, parse_version
+from registry.transfer.promotions import settle
 
 repository_routes = RepositoryRouter(tags=["channels"], route_class=Route)
 
@@ -48,7 +62,7 @@ def show_channel(
         return channel_view(session, row, repository)
 
 
-@repository_routes.put(CHANNEL, response_model=MoveOut)
+@repository_routes.put(CHANNEL, response_model=MoveOut, responses={202: {"model": PromotionOut}})
 def promote(  # noqa: PLR0913
     named: RepositoryOf,
     channel: str,
@@ -60,17 +74,32 @@ def promote(  # noqa: PLR0913
     if_none_match: IfNoneMatch = None,
     key: RequestKey = None,
 ) -> Response:
-    """422 with the numbers if a gate fails; 412 if the channel no longer has the given ETag."""
+    """422 with the numbers if a gate fails; 412 if the channel no longer has the given ETag. 202 if the release lacks
+    only what may still come, such as a score: the promotion then completes or fails by itself."""
     expected, asked = expected_from(if_match, if_none_match), idempotent_request(request, actor, key, body)
     wanted = moves.PromotionRequest(named.name, parse_version(body.version), channel, named.kind)
     with resources.write() as session:
         made = idempotency.claim_key(session, asked, actor.at)
         if made:
-            move = _move(session, named, channel, made["move"])
+            outcome = _made(session, named, channel, made)
         else:
-            move = moves.promote(session, actor, wanted, reason=body.reason, force=body.force, expected=expected)
-            idempotency.store_answer(session, asked, {"move": move.id})
-    return json_response(move_document(move, named.name, channel), ETag=etag(move.id))
+            outcome = promotions.request(
+                session, actor, wanted, reason=body.reason, force=body.force, expected=expected
+            )
+            kind = "move" if isinstance(outcome, moves.ChannelMove) else "promotion"
+            idempotency.store_answer(session, asked, {kind: outcome.id})
+        if isinstance(outcome, Promotion):
+            return Response(promotion_view(outcome).model_dump_json(), 202, media_type="application/json")
+    return json_response(move_document(outcome, named.name, channel), ETag=etag(outcome.id))
+
+
+def _made(
+    session: Session, named: NamedRepository, channel: str, made: dict[str, int]
+) -> moves.ChannelMove | Promotion:
+    """What an earlier request with the same key led to."""
+    if "move" in made:
+        return _move(session, named, channel, made["move"])
+    return pending.find(session, repositories.find(session, named.name, named.kind), channel, made["promotion"])
 
 
 @repository_routes.post(CHANNEL + "/rollback", response_model=MoveOut)
@@ -114,10 +143,96 @@ def history(
         return page([move_view(move, named.name, channel) for move in rows], limit, [move.id for move in rows])
 
 
+@repository_routes.get(CHANNEL + "/promotions")
+def list_promotions(
+    named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader, limit: Limit = 50, cursor: Cursor = None
+) -> Page[PromotionOut]:
+    """List the promotions to the channel that wait or have waited, newest first."""
+    with resources.read() as session:
+        repository = repositories.find(session, named.name, named.kind)
+        rows = pending.list_page(session, repository, channel, before=decode_number(cursor), limit=limit + 1)
+        return page([promotion_view(row) for row in rows], limit, [row.id for row in rows])
+
+
+@repository_routes.get(CHANNEL + "/promotions/{promotion_id}")
+def show_promotion(
+    named: RepositoryOf, channel: str, promotion_id: RowId, resources: ResourcesOf, actor: Reader
+) -> PromotionOut:
+    with resources.read() as session:
+        repository = repositories.find(session, named.name, named.kind)
+        return promotion_view(pending.find(session, repository, channel, promotion_id))
+
+
+@repository_routes.post(CHANNEL + "/promotions/{promotion_id}/cancel")
+def cancel_promotion(
+    named: RepositoryOf, channel: str, promotion_id: RowId, resources: ResourcesOf, actor: Releaser
+) -> PromotionOut:
+    """Cancel a waiting promotion, and its evaluation if nothing else needs that."""
+    with resources.write() as session:
+        repository = repositories.find(session, named.name, named.kind)
+        promotion = pending.find(session, repository, channel, promotion_id)
+        return promotion_view(promotions.cancel(session, actor, promotion))
+
+
+@repository_routes.post(CHANNEL + "/approvals")
+def approve(
+    named: RepositoryOf, channel: str, body: ApprovalIn, resources: ResourcesOf, actor: Publisher
+) -> ApprovalOut:
+    """Approve a release for the channel, with the role that its policy asks for. A promotion that waits for it is
+    judged again."""
+    with resources.write() as session:
+        release = releases.find(session, named.name, parse_version(body.version), named.kind)
+        given = promotions.approve(session, actor, release, parse_name(channel, "channel"), body.reason)
+        waiting = promotions.waiting_for(session, release, channel)
+        waiting_id = waiting.id if waiting else None
+    settle(resources, waiting_id)
+    with resources.read() as session:
+        promotion = None if waiting_id is None else promotion_view(session.get_one(Promotion, waiting_id))
+    name = str(named.name)
+    return ApprovalOut(
+        repository=name,
+        channel=channel,
+        version=body.version,
+        user=given.user,
+        reason=given.reason,
+        at=given.at,
+        promotion=promotion,
+    )
+
+
+@repository_routes.delete(CHANNEL + "/approvals/{version}")
+def withdraw(
+    named: RepositoryOf, channel: str, version: str, resources: ResourcesOf, actor: Publisher
+) -> dict[str, bool]:
+    """Withdraw one's own approval; `withdrawn` says whether there was one."""
+    with resources.write() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        return {"withdrawn": promotions.withdraw(session, actor, release, channel)}
+
+
+@repository_routes.get(CHANNEL + "/policy")
+def show_policy(named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader) -> PolicyOut:
+    with resources.read() as session:
+        policy, revision = policies.find(session, repositories.find(session, named.name, named.kind), channel)
+        return PolicyOut(channel=channel, revision=revision, policy=policy.to_json())
+
+
+@repository_routes.put(CHANNEL + "/policy")
+def set_policy(
+    named: RepositoryOf, channel: str, body: dict[str, Any], resources: ResourcesOf, actor: Admin
+) -> PolicyOut:
+    """Replace the channel's policy, gate rules included. A promotion that waits is judged by the new one."""
+    policy = read_policy(body, "policy")
+    with resources.write() as session:
+        repository = repositories.find(session, named.name, named.kind)
+        revision = policies.set_policy(session, actor, repository, channel, policy)
+        return PolicyOut(channel=channel, revision=revision, policy=policy.to_json())
+
+
 @repository_routes.get("/{namespace}/{name}/gates")
 def show_gates(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> GatesOut:
     with resources.read() as session:
-        rules = gates.all_rules(session, repositories.find(session, named.name, named.kind))
+        rules = policies.all_rules(session, repositories.find(session, named.name, named.kind))
         return GatesOut(gates={channel: [str(rule) for rule in listed] for channel, listed in rules.items()})
 
 
@@ -126,6 +241,6 @@ def set_gates(named: RepositoryOf, body: GatesIn, resources: ResourcesOf, actor:
     """Replace the rules of one channel."""
     with resources.write() as session:
         repository = repositories.find(session, named.name, named.kind)
-        gates.set_rules(session, actor, repository, body.channel, body.rules)
-        rules = gates.all_rules(session, repository)
+        policies.set_rules(session, actor, repository, body.channel, body.rules)
+        rules = policies.all_rules(session, repository)
         return GatesOut(gates={channel: [str(rule) for rule in listed] for channel, listed in rules.items()})

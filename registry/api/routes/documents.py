@@ -21,9 +21,10 @@ from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import may_read
-from registry.domain.catalog.release_rows import BATCH_SIZE, ReleaseDetails, Stamp, load_details
+from registry.domain.catalog.release_rows import BATCH_SIZE, ReleaseDetails, ReleaseRow, Stamp, load_details
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels.moves import ChannelMove
+from registry.formats.licenses import spdx
 from registry.formats.references import RepositoryName
 
 Json = dict[str, Any]
@@ -180,6 +181,8 @@ def release_document(actor: Actor, described: ReleaseDetails) -> Json:
         "scores": _scores(described),
         "yanked": bool(row.yanked),
         "yank_reason": row.yank_reason,
+        "deprecated": deprecation(row.deprecated_reason, row.successor),
+        "base_deprecated": deprecation(row.base_deprecated_reason, row.base_successor),
         "notes": row.notes,
         "created_at": row.created_at,
         "created_by": row.created_by,
@@ -194,12 +197,30 @@ def release_document(actor: Actor, described: ReleaseDetails) -> Json:
             for _, _, namespace, repository, version, commit, weight in described.inputs
         ],
         "provenance": _NO_PROVENANCE if row.provenance == "{}" else _NO_PROVENANCE | orjson.loads(row.provenance),
+        "licenses": _licenses(row),
         "servers": _servers(row.servers),
         "loading": orjson.Fragment(row.loading),
         "signed_by": row.signed_by,
         "signature_covers": row.signature_covers,
         "breaking_reason": row.breaking_reason,
     }
+
+
+def _licenses(row: ReleaseRow) -> Json:
+    """Licences of the base, the adapter and its data, as LicensesOut."""
+    stated: Json = {} if row.provenance == "{}" else orjson.loads(row.provenance)
+    base, own = row.base_license or stated.get("base_license"), stated.get("license")
+    data = [one["license"] for one in stated.get("data", ()) if one.get("license")]
+    return {
+        "base": spdx(base) if base else None,
+        "adapter": spdx(own) if own else None,
+        "data": list(dict.fromkeys(map(spdx, data))),
+    }
+
+
+def deprecation(reason: str | None, successor: str | None) -> Json | None:
+    """The document of a deprecation, as DeprecationOut."""
+    return None if reason is None else {"reason": reason, "successor": successor}
 
 
 @lru_cache(1 << len(SERVERS))
@@ -224,7 +245,8 @@ def _scores(described: ReleaseDetails) -> list[Json]:
             "stderr": None if stderr is None else float(stderr),
             "n": n,
             "higher_is_better": bool(higher_is_better),
+            "reported": bool(reported),
             "measured": measured,
         }
-        for _, suite, metric, digest, value, stderr, n, higher_is_better, measured, task in described.scores
+        for _, suite, metric, digest, value, stderr, n, higher_is_better, reported, measured, task in described.scores
     ]

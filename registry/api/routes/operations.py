@@ -48,9 +48,7 @@ def show_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
 @router.post("/v1/jobs/{job_id}/cancel")
 def cancel_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
     with resources.write() as session:
-        _job(session, actor, job_id)
-        _, job = compositions.cancel(session, actor, compositions.find_by_job(session, job_id).id)
-        return job_view(job)
+        return job_view(compositions.cancel_job(session, actor, _job(session, actor, job_id)))
 
 
 def event_query(  # noqa: PLR0913
@@ -103,9 +101,9 @@ def _lines(resources: Resources, wanted: EventQuery) -> Iterator[str]:
 
 
 def _job(session: Session, actor: Actor, job_id: int) -> Job:
-    """The job, if the caller may see its composition."""
+    """The job, if the caller may see it."""
     job = queue.find(session, job_id)
-    compositions.permit_look(actor, compositions.find_by_job(session, job_id), job, hidden=queue.unknown(job_id))
+    compositions.permit_job(session, actor, job)
     return job
 
 

@@ -14,6 +14,7 @@ from registry.api.routes.documents import page_response, release_documents, rele
 from registry.api.routes.repository import KindOf, RepositoryOf, RepositoryRouter
 from registry.api.routes.views import repository_page
 from registry.api.schemas.catalog import (
+    DeprecateIn,
     NextOut,
     PublishedOut,
     ReleaseIn,
@@ -29,7 +30,7 @@ from registry.api.schemas.catalog import (
 from registry.api.schemas.wire import Page
 from registry.database.tables import Release
 from registry.domain.access.roles import Role, permit
-from registry.domain.catalog import releases, repositories, signatures
+from registry.domain.catalog import deprecations, releases, repositories, signatures
 from registry.domain.channels import yanks
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_digest, parse_version
@@ -170,6 +171,18 @@ def list_signatures(named: RepositoryOf, version: str, resources: ResourcesOf, a
         release = releases.find(session, named.name, parse_version(version), named.kind)
         rows = signatures.of_release(session, release)
         return SignaturesOut(signatures=[SignatureOut.model_validate(row, from_attributes=True) for row in rows])
+
+
+@repository_routes.post("/{namespace}/{name}/releases/{version}/deprecate")
+def deprecate(
+    named: RepositoryOf, version: str, body: DeprecateIn, resources: ResourcesOf, actor: Releaser
+) -> ReleaseOut:
+    """Deprecate a release, or undo that with a null reason. It is shown wherever the release is, and blocks nothing."""
+    with resources.write() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        return release_view(
+            session, actor, deprecations.deprecate(session, actor, release, body.reason, body.successor)
+        )
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/yank")

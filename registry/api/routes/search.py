@@ -21,6 +21,7 @@ from registry.api.routes.documents import (
     Json,
     RenderedRelease,
     RenderedReleaseCache,
+    deprecation,
     files_of,
     json_response,
     page_response,
@@ -124,6 +125,8 @@ def _resolved(resolved: ResolvedRow) -> Json:
         "base": {"digest": row.base_digest, "name": row.base_name},
         "yanked": row.yanked,
         "yank_reason": row.yank_reason,
+        "deprecated": deprecation(row.deprecated_reason, row.successor),
+        "base_deprecated": deprecation(row.base_deprecated_reason, row.base_successor),
         "size_bytes": row.size_bytes,
         "files": files_of(row.manifest),
     }

@@ -19,6 +19,7 @@ from registry.domain.access.roles import EVERYWHERE, refuse_other_owner
 from registry.domain.catalog import bases, releases, suites
 from registry.domain.catalog.suites import Measurement
 from registry.formats.references import parse_version
+from registry.transfer.promotions import settle_on_base
 from registry.transfer.resources import Resources
 
 router = APIRouter(prefix="/v1", tags=["quality"], route_class=Route)
@@ -64,7 +65,10 @@ def record_release(
     measurements = _measurements(resources, actor, named.name.namespace, body)
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
-        return ScoresOut(scores=[score_view(row) for row in suites.record(session, actor, release, measurements)])
+        rows, digest = suites.record(session, actor, release, measurements), release.base_digest
+        answer = ScoresOut(scores=[score_view(row) for row in rows])
+    settle_on_base(resources, digest)
+    return answer
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/scores")
@@ -102,8 +106,11 @@ def record_base(base: str, body: ScoresIn, resources: ResourcesOf, actor: Contri
         refuse_other_owner(actor, f"base {base}", bases.find(session, base).created_by)
     measurements = _measurements(resources, actor, EVERYWHERE, body)
     with resources.write() as session:
-        rows = suites.record(session, actor, bases.find(session, base), measurements)
-        return ScoresOut(scores=[score_view(row) for row in rows])
+        subject = bases.find(session, base)
+        rows, digest = suites.record(session, actor, subject, measurements), subject.digest
+        answer = ScoresOut(scores=[score_view(row) for row in rows])
+    settle_on_base(resources, digest)
+    return answer
 
 
 @router.get("/bases/{base:path}/scores/{suite}/results", response_model=SuiteResultsOut)
@@ -151,4 +158,5 @@ def _measurement(row: ScoreIn) -> Measurement:
         stderr=row.stderr,
         n=row.n,
         higher_is_better=row.higher_is_better,
+        reported=row.reported,
     )

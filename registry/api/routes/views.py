@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from registry.api.routes.documents import move_document
+from registry.api.routes.documents import deprecation, move_document
 from registry.api.schemas.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
-from registry.api.schemas.quality import ChannelOut, MoveOut, ScoreOut, SuiteOut
+from registry.api.schemas.quality import ChannelOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
 from registry.api.schemas.wire import Wire
 from registry.api.schemas.work import AuditOut, CompositionOut, JobOut
 from registry.database.engine import Row, Session
-from registry.database.tables import AuditRow, Base, Channel, Composition, Job, Repository, Score, Suite
+from registry.database.tables import AuditRow, Base, Channel, Composition, Job, Promotion, Repository, Score, Suite
 from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.channels import moves, resolve
 from registry.domain.channels.moves import ChannelMove
@@ -46,6 +46,7 @@ def base_page(session: Session, rows: Sequence[Base]) -> list[BaseOut]:
             locations=locations[row.digest],
             scores=[score_view(score) for score in scores[row.digest]],
             tensors=None,
+            deprecated=deprecation(row.deprecated_reason, origins[row.successor] if row.successor else None),
             derived_from=BaseRef(digest=row.derived_from, name=origins[row.derived_from]) if row.derived_from else None,
         )
         for row in rows
@@ -105,6 +106,18 @@ def channel_view(session: Session, row: Channel, repository: Repository) -> Chan
 
 def move_view(moved: ChannelMove, repository: RepositoryName, channel: str) -> MoveOut:
     return MoveOut.model_validate(move_document(moved, repository, channel))
+
+
+def promotion_view(row: Promotion) -> PromotionOut:
+    return _view(
+        PromotionOut,
+        row,
+        repository=str(repositories.name_of(row.release.repository)),
+        channel=row.channel.name,
+        version=row.release.version,
+        move=row.move_id,
+        job=row.job_id,
+    )
 
 
 def job_view(row: Job) -> JobOut:

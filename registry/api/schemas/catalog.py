@@ -13,6 +13,13 @@ Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 Count = Annotated[int, Field(ge=0, le=MAX_INT64)]
 
 
+class DeprecationOut(Wire):
+    """Nothing is blocked: it says why not to begin with this, and what to use instead."""
+
+    reason: str
+    successor: str | None
+
+
 class TensorRow(Wire):
     name: str = Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")
     dtype: str = Field(pattern="^[A-Z0-9_]{1,16}$")
@@ -32,6 +39,7 @@ class BaseIn(WireIn):
         default=None, max_length=200, description="Digest, name or alias of a registered base."
     )
     relation: Literal["cast", "quantized", "finetuned", "merged"] | None = None
+    license: str | None = Field(default=None, min_length=1, max_length=100)
 
 
 class BaseRef(Wire):
@@ -56,6 +64,8 @@ class BaseOut(Wire):
     tensors: list[TensorRow] | None = None
     derived_from: BaseRef | None
     relation: str | None
+    license: str | None
+    deprecated: DeprecationOut | None
 
 
 class FileRow(Wire):
@@ -182,6 +192,15 @@ class InputOut(Wire):
     weight: float
 
 
+class LicensesOut(Wire):
+    """As SPDX names where it has them, else as stated; null and empty where nothing is stated. `adapter` is that of the
+    release itself, also of a model."""
+
+    base: str | None
+    adapter: str | None
+    data: list[str]
+
+
 class ReleaseOut(Wire):
     """`servers` can load it if its rank is within their limit; `loading` says why others cannot.
 
@@ -199,12 +218,15 @@ class ReleaseOut(Wire):
     scores: list[ScoreOut]
     yanked: bool
     yank_reason: str | None
+    deprecated: DeprecationOut | None
+    base_deprecated: DeprecationOut | None
     notes: str
     created_at: datetime
     created_by: str
     files: list[FileRow]
     inputs: list[InputOut]
     provenance: Provenance
+    licenses: LicensesOut
     servers: list[str]
     loading: dict[str, Refusal]
     signed_by: str | None
@@ -255,6 +277,13 @@ class TargetSuiteOut(Wire):
     """Null if no target suite has been measured on the release."""
 
     target_suite: str | None
+
+
+class DeprecateIn(WireIn):
+    """A null reason undoes a deprecation. `successor` is a release or a repository; of a base, another base."""
+
+    reason: str | None = Field(min_length=1, max_length=1000)
+    successor: str | None = Field(default=None, min_length=1, max_length=200)
 
 
 class YankIn(WireIn):

@@ -20,6 +20,7 @@ class ScoreOut(Wire):
     stderr: float | None
     n: int
     higher_is_better: bool
+    reported: bool
     measured: datetime
 
 
@@ -30,6 +31,7 @@ class ScoreIn(Wire):
     stderr: float | None = Field(default=None, allow_inf_nan=False, ge=0)
     n: int = Field(ge=1, le=MAX_INT32)
     higher_is_better: bool
+    reported: bool = Field(default=False, description="Somebody's word, not measured on the suite by an evaluation.")
 
 
 class ExampleResult(Wire):
@@ -119,6 +121,59 @@ class PromoteIn(WireIn):
     version: str = Field(max_length=100)
     reason: str = Field(default="", max_length=1000)
     force: bool = False
+
+
+class PromotionGateOut(GateResultOut):
+    """A `waiting` rule does not pass yet, but may by itself."""
+
+    waiting: bool
+
+
+class PromotionOut(Wire):
+    """A promotion that waits, or has waited: `state` is pending, completed, refused, conflict, replaced, cancelled or
+    expired. It completes only while the channel's last move is `expected_move` (0: none). `error` says why it ended
+    without a move, `job` measures what is missing, `gates` is the last report."""
+
+    id: int
+    repository: str
+    channel: str
+    version: str
+    state: str
+    actor: str
+    reason: str
+    expected_move: int
+    move: int | None
+    job: int | None
+    gates: list[PromotionGateOut]
+    error: dict[str, Any] | None
+    created_at: datetime
+    expires_at: datetime
+    ended_at: datetime | None
+
+
+class ApprovalIn(WireIn):
+    version: str = Field(max_length=100)
+    reason: str = Field(default="", max_length=1000)
+
+
+class ApprovalOut(Wire):
+    """A person's approval of a release for a channel. `promotion` waits for it, as it is afterwards, if one does."""
+
+    repository: str
+    channel: str
+    version: str
+    user: str
+    reason: str
+    at: datetime
+    promotion: PromotionOut | None
+
+
+class PolicyOut(Wire):
+    """`policy` is as in registry/formats/channel_policy.py; `revision` counts its changes, 0 if none was ever set."""
+
+    channel: str
+    revision: int
+    policy: dict[str, Any]
 
 
 class RollbackIn(WireIn):

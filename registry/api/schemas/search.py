@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import Field, model_validator
 
 from composer.formats.adapters.serving import parse_profile
-from registry.api.schemas.catalog import BaseRef, FileRow, ReleaseOut
+from registry.api.schemas.catalog import BaseRef, DeprecationOut, FileRow, ReleaseOut
 from registry.api.schemas.wire import MAX_INT32, MAX_INT64, Wire
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import parse_condition
@@ -51,9 +51,8 @@ class SearchIn(Wire):
     type: Word = None
     variant: Word = None
     dtype: Word = None
-    license: Word = Field(
-        default=None, description="As the release states it; to ignore case, use provenance=license:…"
-    )
+    license: Word = Field(default=None, description="Of the release. An SPDX name also finds what cards write for it.")
+    base_license: Word = Field(default=None, description="Of the release's base, as an SPDX name if it has one.")
     alpha: float | None = Field(default=None, allow_inf_nan=False)
     min_rank: Rank = None
     max_rank: Rank = Field(default=None, description="The highest rank of any module.")
@@ -165,12 +164,15 @@ class ResolvedRelease(Wire):
     base: BaseRef
     yanked: bool
     yank_reason: str | None
+    deprecated: DeprecationOut | None
+    base_deprecated: DeprecationOut | None
     size_bytes: int
     files: list[FileRow]
 
 
 class ResolvedOut(Wire):
-    """`warning` says if the reference resolved to something other than expected, or to a yanked release."""
+    """`warning` says if the reference resolved to something other than expected, or to a yanked or deprecated release,
+    or to one on a deprecated base."""
 
     release: ResolvedRelease
     warning: str

@@ -1,10 +1,11 @@
 """Schemas of compositions, jobs and audit rows."""
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from registry.api.schemas.catalog import BaseRef
 from registry.api.schemas.wire import Wire, WireIn
 
 
@@ -65,6 +66,52 @@ class JobOut(Wire):
     created_at: datetime
     created_by: str
     finished_at: datetime | None
+
+
+class UpgradeIn(WireIn):
+    """Two bases, each by digest, name or alias. Without `suites`, each adapter is measured on those that it has scores
+    on."""
+
+    old: str = Field(min_length=1, max_length=200)
+    new: str = Field(min_length=1, max_length=200)
+    suites: list[Annotated[str, Field(max_length=64)]] = Field(default=[], max_length=50)
+    evaluate: bool = Field(default=True, description="Measure the adapters that fit; otherwise only list.")
+
+
+class UpgradeScore(Wire):
+    """A score on the new base beside those on the old base and of the new base alone, null if not recorded. `gain` is
+    positive where the new one is better than the old one."""
+
+    suite: str
+    metric: str
+    n: int
+    old: float | None
+    new: float
+    base: float | None
+    gain: float | None
+
+
+class UpgradeAdapter(Wire):
+    """`why` says why it does not fit the new base; `errors` why it could not be measured."""
+
+    repository: str
+    version: str
+    channels: list[str]
+    fits: bool
+    why: str
+    scores: list[UpgradeScore]
+    errors: list[str]
+
+
+class UpgradeOut(Wire):
+    """`job` measures the adapters that fit, null if there is nothing to measure; `state` and `error` are its own."""
+
+    old: BaseRef
+    new: BaseRef
+    job: int | None
+    state: str | None
+    error: dict[str, Any] | None
+    adapters: list[UpgradeAdapter]
 
 
 class AuditOut(Wire):

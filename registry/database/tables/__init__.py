@@ -18,10 +18,11 @@ from registry.database.tables.catalog import (
     Traits,
     Upload,
 )
-from registry.database.tables.quality import Channel, Gate, Move, Score, Suite, SuiteMetric
-from registry.database.tables.work import AuditRow, Composition, Job, ReleaseInput, StoreFactsRow
+from registry.database.tables.quality import Approval, Channel, Gate, Move, Promotion, Score, Suite, SuiteMetric
+from registry.database.tables.work import AuditRow, Composition, Evaluation, Job, ReleaseInput, StoreFactsRow
 
 __all__ = [
+    "Approval",
     "AuditRow",
     "Base",
     "BaseAlias",
@@ -30,12 +31,14 @@ __all__ = [
     "BlobHolder",
     "Channel",
     "Composition",
+    "Evaluation",
     "Gate",
     "Job",
     "KeptAnswer",
     "Member",
     "Move",
     "Namespace",
+    "Promotion",
     "Release",
     "ReleaseInput",
     "ReleaseWord",

@@ -25,7 +25,8 @@ _ASKED = ("yanked", "stable", "size_bytes", "repository_id")
 
 
 class Base(Row):
-    """The identity of a base model. `tensors` is its table: [[name, dtype, [shape], sha256], ...] sorted by name."""
+    """The identity of a base model. `tensors` is its table: [[name, dtype, [shape], sha256], ...] sorted by name. A
+    deprecated base has a reason, and perhaps the digest of its `successor`."""
 
     __tablename__ = "bases"
 
@@ -40,6 +41,9 @@ class Base(Row):
     tensors: Mapped[list[Any]] = mapped_column(JSON, deferred=True)
     derived_from: Mapped[str | None] = mapped_column(ForeignKey("bases.digest"), index=True)
     relation: Mapped[str | None] = mapped_column(String(16))
+    license: Mapped[str | None] = mapped_column(String(100))
+    deprecated_reason: Mapped[str | None]
+    successor: Mapped[str | None] = mapped_column(String(64))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128))
 
@@ -202,7 +206,8 @@ class Release(Row):
     `composer.formats.adapters.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
     `breaking_reason` is set when a breaking change was let through; `signed_by` is the fingerprint of the signer's key,
     `signature_covers` says whether it signed the `release` or its `files` alone.
-    `stamp` changes whenever its document changes: by a yank, or by a score.
+    A deprecated release has a reason, and perhaps the name of its `successor`.
+    `stamp` changes whenever its document changes: by a yank, by a score, or with its base.
     """
 
     __tablename__ = "releases"
@@ -245,6 +250,8 @@ class Release(Row):
     notes: Mapped[str]
     yanked: Mapped[bool] = mapped_column(default=False)
     yank_reason: Mapped[str | None]
+    deprecated_reason: Mapped[str | None]
+    successor: Mapped[str | None] = mapped_column(String(300))
     stamp: Mapped[int] = mapped_column(BigInteger, default=new_stamp, onupdate=new_stamp, server_default=text("0"))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128))

@@ -1,9 +1,9 @@
-"""Suites and scores, channels, their moves and their gates."""
+"""Suites and scores, channels, their moves, policies and waiting promotions."""
 
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, UniqueConstraint, text
+from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, UniqueConstraint, false, text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.database.engine import Row, UtcDateTime
@@ -50,7 +50,8 @@ class SuiteMetric(Row):
 class Score(Row):
     """One metric of one suite for one release or one base. A new measurement replaces it, and the audit log keeps both.
     `traits_id` is the release's, so that the best of those with some traits are found without reading others.
-    `results_sha256` is the blob with the results of each example, if these were recorded."""
+    `results_sha256` is the blob with the results of each example, if these were recorded. `reported` scores are
+    somebody's word: they were not measured on the suite by an evaluation."""
 
     __tablename__ = "scores"
     __table_args__ = (
@@ -75,6 +76,7 @@ class Score(Row):
     n: Mapped[int]
     higher_is_better: Mapped[bool]
     results_sha256: Mapped[str | None] = mapped_column(String(64))
+    reported: Mapped[bool] = mapped_column(default=False, server_default=false())
     provenance: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)  # read by nothing, and to be dropped
     measured_at: Mapped[datetime] = mapped_column(UtcDateTime)
     measured_by: Mapped[str] = mapped_column(String(128))
@@ -129,10 +131,69 @@ class Move(Row):
 
 
 class Gate(Row):
-    """The rules that a promotion to one channel of one repository must pass, as written."""
+    """The policy of one channel of one repository, in the form of `registry.formats.channel_policy`. `revision` counts
+    its changes. `rules` are its gate rules, for processes of before it; without a `policy`, they are all of it."""
 
     __tablename__ = "gates"
 
     repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"), primary_key=True)
     channel: Mapped[str] = mapped_column(String(64), primary_key=True)
     rules: Mapped[list[str]] = mapped_column(JSON)
+    policy: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    revision: Mapped[int] = mapped_column(default=1, server_default="1")
+
+
+class Promotion(Row):
+    """A promotion that waits, or has waited, for something: scores, a soak, an approval.
+
+    pending -> completed | refused | conflict | replaced | cancelled | expired. A channel has at most one that is
+    pending. It completes only while the channel is at `expected_move` (0 for no move yet). `gates` is the last report;
+    `due_at` is when it is to be judged again by itself; `error` says why it ended without a move.
+    """
+
+    __tablename__ = "promotions"
+    __table_args__ = (
+        Index(
+            "uq_promotions_channel_id",
+            "channel_id",
+            unique=True,
+            sqlite_where=text("state = 'pending'"),
+            postgresql_where=text("state = 'pending'"),
+        ),
+        Index("ix_promotions_channel_id", "channel_id", "id"),
+        Index("ix_promotions_state", "state", "due_at"),
+    )
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    channel_id: Mapped[int] = mapped_column(ForeignKey("channels.id"))
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"))
+    state: Mapped[str] = mapped_column(String(16))
+    expected_move: Mapped[int] = mapped_column(Id)
+    actor: Mapped[str] = mapped_column(String(128))
+    token_id: Mapped[str | None] = mapped_column(String(16))
+    source: Mapped[str | None] = mapped_column(String(200))
+    reason: Mapped[str]
+    gates: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    job_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"))
+    move_id: Mapped[int | None] = mapped_column(ForeignKey("moves.id"))
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    due_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    channel: Mapped[Channel] = relationship(lazy="joined", innerjoin=True)
+    release: Mapped[Release] = relationship(lazy="joined", innerjoin=True)
+
+
+class Approval(Row):
+    """Somebody's approval of a release for one channel of its repository. `token_id` is None for a registry without
+    tokens."""
+
+    __tablename__ = "approvals"
+
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), primary_key=True)
+    channel: Mapped[str] = mapped_column(String(64), primary_key=True)
+    user: Mapped[str] = mapped_column(String(128), primary_key=True)
+    token_id: Mapped[str | None] = mapped_column(String(16))
+    reason: Mapped[str]
+    at: Mapped[datetime] = mapped_column(UtcDateTime)

@@ -74,6 +74,22 @@ class Composition(Row):
     results: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
 
 
+class Evaluation(Row):
+    """Releases and bases that a job measures. `wanted` are [{release, base, suite}]: a release's id, or None for the
+    base alone; the digest of the base to measure on; a suite's digest. `results` has the scores of those that are done,
+    {release, base, suite, scores, error}. `upgrade` is set for an upgrade of a base: {old, new, adapters: [{release,
+    fits, why}]}, with digests of bases and ids of releases."""
+
+    __tablename__ = "evaluations"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), primary_key=True, autoincrement=False)
+    token_id: Mapped[str | None] = mapped_column(String(16))
+    source: Mapped[str | None] = mapped_column(String(200))
+    wanted: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    results: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    upgrade: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+
+
 class ReleaseInput(Row):
     """Lineage: a release that a composition made, and one release that went into it."""
 

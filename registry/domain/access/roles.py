@@ -38,10 +38,15 @@ def max_role(one: str, other: str) -> Role:
     return max(Role(one), Role(other), key=_ORDER.__getitem__)
 
 
+def at_least(one: str, role: Role) -> bool:
+    """Whether a role includes another."""
+    return _ORDER[Role(one)] >= _ORDER[role]
+
+
 def holds(actor: Actor, role: Role, namespace: str = EVERYWHERE) -> bool:
     """Whether a grant gives the role; public namespaces grant nothing."""
     granted = actor.grants.get(namespace, actor.grants.get(EVERYWHERE))
-    return granted is not None and _ORDER[Role(granted)] >= _ORDER[role]
+    return granted is not None and at_least(granted, role)
 
 
 def may(actor: Actor, role: Role, namespace: str) -> bool:

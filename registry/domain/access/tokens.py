@@ -148,6 +148,15 @@ def grants_of(session: Session, token_id: str) -> dict[str, str]:
     return {} if row.revoked_at else effective_grants(namespaces.roles_of(session, row.user), row.scope)
 
 
+def actor_now(session: Session, user: str, token_id: str | None, source: str | None, now: datetime) -> Actor:
+    """Who asked for work that continues after the request, with the token's current grants.
+
+    Without a token, it was the user of a registry without access control, who may do everything.
+    """
+    grants = grants_of(session, token_id) if token_id else {EVERYWHERE: Role.ADMIN.value}
+    return Actor(user, now, grants, namespaces.public_names(session), token_id, source)
+
+
 def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict[str, str]:
     """For each namespace, the lower of the user's role and the token's."""
     grants: dict[str, str] = {}

@@ -5,17 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, literal, or_, select
+from sqlalchemy import ColumnElement, literal, or_, select, update
 from sqlalchemy.orm import Session, undefer
 
 from composer.formats.checkpoints.checkpoint import Architecture, TensorSpec
 from composer.formats.checkpoints.hashing import architecture_digest, weights_digest
 from composer.formats.checkpoints.header import DTYPE_BITS
-from registry.database.tables import Base, BaseAlias, BaseLocation
+from registry.database.tables import Base, BaseAlias, BaseLocation, Release
+from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds, refuse_other_owner
 from registry.errors import Conflict, Invalid, NotFound, Usage
+from registry.formats.licenses import spdx
 from registry.formats.references import MAX_NEAR, Digest, nearest, parse_name
 
 RELATIONS = ("quantized", "cast", "finetuned", "merged")
@@ -68,6 +70,7 @@ class NewBase:
     locations: Sequence[str] = field(default=())
     derived_from: str | None = None
     relation: str | None = None
+    license: str | None = None
 
 
 def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
@@ -92,6 +95,7 @@ def register(session: Session, actor: Actor, new: NewBase) -> tuple[Base, bool]:
     _add_aliases(session, actor, base, new.aliases if created else [*new.aliases, new.name])
     _add_locations(session, actor, base, new.locations)
     _add_relation(session, actor, base, new)
+    _set_license(session, actor, base, new.license)
     session.flush()
     return base, created
 
@@ -148,6 +152,52 @@ def _insert(session: Session, actor: Actor, new: NewBase, architecture: Architec
     session.flush()
     audit.record(session, actor, Act.BASE_ADD, base.digest, namespace=None, after={"name": base.name})
     return base
+
+
+def _set_license(session: Session, actor: Actor, base: Base, license_: str | None) -> None:
+    if license_ is None or spdx(license_) == base.license:
+        return
+    _refuse_stranger(actor, base)
+    before = {"license": base.license} if base.license else None
+    base.license = spdx(license_)
+    _touch_releases(session, base)
+    after = {"license": base.license}
+    audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, before=before, after=after)
+
+
+def deprecate(session: Session, actor: Actor, base: Base, reason: str | None, successor: str | None) -> Base:
+    """Deprecates a base, which blocks nothing; None as the reason undoes it. Only for its owner and registry admins."""
+    _refuse_stranger(actor, base)
+    follower = find(session, successor).digest if successor and reason is not None else None
+    if follower == base.digest:
+        raise Usage(
+            "own_successor",
+            f"{base.name} cannot be its own successor.",
+            subject=base.name,
+            next_step="Name another one, or none.",
+        )
+    before = {"deprecated": base.deprecated_reason, "successor": base.successor}
+    after = {"deprecated": reason, "successor": follower}
+    if before != after:
+        base.deprecated_reason, base.successor = reason, follower
+        _touch_releases(session, base)
+        audit.record(
+            session,
+            actor,
+            Act.BASE_DEPRECATE,
+            base.digest,
+            namespace=None,
+            reason=reason,
+            before=before,
+            after=after,
+        )
+    return base
+
+
+def _touch_releases(session: Session, base: Base) -> None:
+    """The documents of its releases say something about the base."""
+    session.flush()
+    session.execute(update(Release).where(Release.base_digest == base.digest).values(stamp=new_stamp()))
 
 
 def remove_alias(session: Session, actor: Actor, alias: str) -> Base:
@@ -218,8 +268,9 @@ def locations(session: Session, *listed: Base) -> dict[str, list[str]]:
 
 
 def origins(session: Session, *listed: Base) -> dict[str, str]:
-    """Names of the bases that these were derived from, by their digests."""
-    query = select(Base.digest, Base.name).where(Base.digest.in_({base.derived_from for base in listed}))
+    """Names of the bases that these were derived from, and of their successors, by their digests."""
+    named = {digest for base in listed for digest in (base.derived_from, base.successor)}
+    query = select(Base.digest, Base.name).where(Base.digest.in_(named))
     return dict(session.execute(query).all())
 
 

@@ -22,6 +22,8 @@ _base, _input, _release, _repository, _revision, _score, _suite = (
     table.__table__.c for table in (Base, ReleaseInput, Release, Repository, Revision, Score, Suite)
 )
 
+_follower = Base.__table__.alias("follower")
+
 
 class ReleaseRow(NamedTuple):
     """`manifest`, `facts`, `provenance` and `loading` are JSON text; `created_at` is formatted as in documents."""
@@ -46,14 +48,19 @@ class ReleaseRow(NamedTuple):
     notes: str
     yanked: bool
     yank_reason: str | None
+    deprecated_reason: str | None
+    successor: str | None
+    base_deprecated_reason: str | None
+    base_successor: str | None
+    base_license: str | None
     created_at: str
     created_by: str
     stamp: int
 
 
 ScoreRow = list[Any]
-"""Release id, suite, metric, digest of the suite, value, standard error or None, n, whether higher is better, when,
-task of the suite."""
+"""Release id, suite, metric, digest of the suite, value, standard error or None, n, whether higher is better, whether
+it is only reported, when, task of the suite."""
 InputRow = list[Any]
 """Id of the composed release and of the input; the input's namespace, repository, version, commit, weight."""
 
@@ -85,12 +92,21 @@ _RELEASES = (
             _release.notes,
             _release.yanked,
             _release.yank_reason,
+            _release.deprecated_reason,
+            _release.successor,
+            _base.deprecated_reason,
+            _follower.c.name,
+            _base.license,
             timestamp_text(_release.created_at),
             _release.created_by,
             _release.stamp,
         )
     )
-    .select_from(_NAMED.join(Base.__table__, _base.digest == _release.base_digest))
+    .select_from(
+        _NAMED.join(Base.__table__, _base.digest == _release.base_digest).outerjoin(
+            _follower, _follower.c.digest == _base.successor
+        )
+    )
     .where(in_list(_release.id, "ids"))
 )
 # `+ 0` keeps SQLite from scanning all scores of each suite.
@@ -105,6 +121,7 @@ _SCORES = (
             float_text(_score.stderr),
             _score.n,
             _score.higher_is_better,
+            _score.reported,
             timestamp_text(_score.measured_at),
             _suite.task,
         )

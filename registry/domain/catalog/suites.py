@@ -40,6 +40,7 @@ class Measurement:
     n: int
     higher_is_better: bool
     results_sha256: str | None = None
+    reported: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +212,7 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
         before = {"value": score.value, "n": score.n} if score else None
         score = score or Score(suite=suite, metric=measurement.metric, **_owner_columns(subject))
         score.value, score.stderr, score.n = measurement.value, measurement.stderr, measurement.n
-        score.higher_is_better = measurement.higher_is_better
+        score.higher_is_better, score.reported = measurement.higher_is_better, measurement.reported
         score.results_sha256 = measurement.results_sha256
         score.measured_at, score.measured_by = actor.at, actor.name
         session.add(score)

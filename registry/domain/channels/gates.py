@@ -11,19 +11,19 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from math import isfinite
 from typing import Any, ClassVar
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Base, Gate, Release, ReleaseInput, Repository, Score
-from registry.domain.access import audit, namespaces
-from registry.domain.access.audit import Act, Actor
+from registry.database.tables import Base, Release, ReleaseInput, Score
+from registry.domain.access import namespaces
+from registry.domain.access.audit import Actor
 from registry.domain.catalog import metrics, suites
 from registry.domain.catalog.suites import Condition, number_text, parse_condition
 from registry.errors import Usage
-from registry.formats.references import parse_name
 
 MAX_RULES = 50
 _SCORE = r"\s*(?P<suite>[a-z0-9][a-z0-9._-]*)\.(?P<metric>[a-z_][a-z0-9_]*)\s+"
@@ -37,6 +37,7 @@ class Measured:
     stderr: float | None
     n: int
     higher_is_better: bool
+    reported: bool = False
 
     def __str__(self) -> str:
         error = f" ± {self.stderr:.3g}" if self.stderr is not None else ""
@@ -102,6 +103,28 @@ class Keeps(Comparison):
         return own.value >= self.number * other.value - 1e-9, f"{own} against {other}: {share}"
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Conditions on every score that a rule uses: at least `min_n` examples, and not a `reported` one."""
+
+    min_n: int = 1
+    measured: bool = False
+
+    def __str__(self) -> str:
+        words = [f"n >= {self.min_n}"] * (self.min_n > 1) + ["measured"] * self.measured
+        return f" ({', '.join(words)})" if words else ""
+
+    def objection(self, score: Measured) -> str:
+        """Why the score does not count; empty if it does."""
+        if self.measured and score.reported:
+            return "it is reported, not measured"
+        return f"n = {score.n}, and at least {self.min_n} are needed" if score.n < self.min_n else ""
+
+    def counting(self, scores: "Scores") -> "Scores":
+        """The scores that count."""
+        return {key: score for key, score in scores.items() if not self.objection(score)}
+
+
 COMPARISONS: tuple[type[Comparison], ...] = (Within, Keeps)
 Rule = Condition | Comparison
 
@@ -119,14 +142,22 @@ Earlier = Mapping[tuple[str, str], str]
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """The outcome of one rule; `detail` has the numbers."""
+    """The outcome of one rule; `detail` has the numbers. `lacks` names whose score is missing: the `candidate`, `base`,
+    `served` or `inputs`. A `waiting` rule does not pass yet, but may by itself, at `until` if that is known."""
 
     rule: str
     passed: bool
     detail: str
+    lacks: str = ""
+    waiting: bool = False
+    until: datetime | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"rule": self.rule, "passed": self.passed, "detail": self.detail}
+
+    def with_waiting(self) -> dict[str, Any]:
+        """As `to_json`, with whether it waits."""
+        return {**self.to_json(), "waiting": self.waiting}
 
 
 def parse_rule(text: str) -> Rule:
@@ -185,64 +216,43 @@ def best_of(members: Sequence[Scores]) -> Scores:
 
 def judge(rules: Sequence[Rule], candidate: Scores, against: References) -> list[GateResult]:
     """Evaluates the rules. A missing score fails its rule."""
-    return [_judge(rule, candidate, against) for rule in rules]
+    return [judge_rule(rule, candidate, against) for rule in rules]
 
 
-def _judge(rule: Rule, candidate: Scores, against: References) -> GateResult:
-    key = (rule.suite, rule.metric)
+def judge_rule(rule: Rule, candidate: Scores, against: References, needs: Needs = Needs()) -> GateResult:
+    """Evaluates one rule on the scores that count."""
+    key, text = (rule.suite, rule.metric), f"{rule}{needs}"
     own = candidate.get(key)
     if own is None:
-        return GateResult(
-            str(rule),
-            False,
-            f"no {rule.metric} on the current {rule.suite}{against.moved_on('candidate', key)}: "
-            f"run `adaptory eval REF --suite {rule.suite}`",
-        )
+        detail = f"no {rule.metric} on the current {rule.suite}{against.moved_on('candidate', key)}"
+        return GateResult(text, False, f"{detail}: run `adaptory eval REF --suite {rule.suite}`", lacks="candidate")
+    if objection := needs.objection(own):
+        return GateResult(text, False, f"{own}: {objection}", lacks="candidate")
     if isinstance(rule, Condition):
-        return GateResult(str(rule), rule.holds(own.value), str(own))
+        return GateResult(text, rule.holds(own.value), str(own))
     if rule.other == "served" and against.served is None:
-        return GateResult(str(rule), True, f"{own}; the channel serves nothing yet")
+        return GateResult(text, True, f"{own}; the channel serves nothing yet")
     if rule.other == "inputs" and against.inputs is None:
-        return GateResult(
-            str(rule), False, f"{own}, but it is not a composition, so there are no inputs to compare with"
-        )
+        return GateResult(text, False, f"{own}, but it is not a composition, so there are no inputs to compare with")
     scores = {"served": against.served, "inputs": against.inputs}.get(rule.other) or {}
     other = (against.base if rule.other == "base" else scores).get(key)
     if other is None:
         missing = "no input has" if rule.other == "inputs" else f"the {rule.other} has no"
         measure = f"{rule.metric} on the current {rule.suite}{against.moved_on(rule.other, key)}: evaluate it first"
-        return GateResult(str(rule), False, f"{own}, but {missing} {measure}")
+        return GateResult(text, False, f"{own}, but {missing} {measure}", lacks=rule.other)
+    if objection := needs.objection(other):
+        return GateResult(text, False, f"{own} against {other} of the {rule.other}: {objection}", lacks=rule.other)
     passed, detail = rule.judge(own, other)
     if rule.other == "inputs" and against.hides_inputs:
         detail = f"{own}; the inputs' scores are not shown, since some are private"
-    return GateResult(str(rule), passed, detail)
+    return GateResult(text, passed, detail)
 
 
-def set_rules(session: Session, actor: Actor, repository: Repository, channel: str, texts: Sequence[str]) -> list[Rule]:
-    """Replaces a channel's gate rules; none removes the gate. Raises NotFound for an unknown suite or metric, Usage for
-    an invalid rule."""
-    rules = parse_rules(texts)
-    for rule in rules:
-        suites.find(session, rule.suite)
-        suites.refuse_unknown_metric(session, actor, rule.suite, rule.metric)
-        refuse_keeping_losses(session, rule)
-    row = session.get(Gate, (repository.id, parse_name(channel, "channel")))
-    before = list(row.rules) if row else []
-    row = row or Gate(repository_id=repository.id, channel=channel)
-    row.rules = [str(rule) for rule in rules]
-    session.add(row)
-    session.flush()
-    subject = f"{repository.namespace}/{repository.name}@{channel}"
-    audit.record(
-        session,
-        actor,
-        Act.GATE_SET,
-        subject,
-        namespace=repository.namespace,
-        before={"rules": before},
-        after={"rules": row.rules},
-    )
-    return rules
+def refuse_unknown(session: Session, actor: Actor, rule: Rule) -> None:
+    """Raises NotFound for a rule on an unknown suite or metric, Usage for one that no release can pass."""
+    suites.find(session, rule.suite)
+    suites.refuse_unknown_metric(session, actor, rule.suite, rule.metric)
+    refuse_keeping_losses(session, rule)
 
 
 def refuse_keeping_losses(session: Session, rule: Rule) -> None:
@@ -256,21 +266,16 @@ def refuse_keeping_losses(session: Session, rule: Rule) -> None:
         )
 
 
-def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]:
-    """The rules of each gated channel of a repository."""
-    rows = session.scalars(select(Gate).where(Gate.repository_id == repository.id).order_by(Gate.channel))
-    return {row.channel: parse_rules(row.rules) for row in rows}
-
-
-def lineage(session: Session, release: Release) -> tuple[Scores | None, bool]:
-    """The best scores of the release's inputs (None without lineage), and whether any input is in a private namespace
-    other than the release's own."""
+def inputs_of(session: Session, release: Release) -> list[Release] | None:
+    """The releases that the release was composed from, None without lineage."""
     rows = session.scalars(select(ReleaseInput.input_id).where(ReleaseInput.release_id == release.id)).all()
-    if not rows:
-        return None, False
-    inputs = [session.get_one(Release, row) for row in rows]
+    return [session.get_one(Release, row) for row in rows] if rows else None
+
+
+def hides(session: Session, release: Release, inputs: Sequence[Release]) -> bool:
+    """Whether any input is in a private namespace other than the release's own."""
     others = {one.repository.namespace for one in inputs} - {release.repository.namespace}
-    return best_of([scores(session, one) for one in inputs]), bool(others - namespaces.public_names(session))
+    return bool(others - namespaces.public_names(session))
 
 
 def scores(session: Session, subject: Release | Base) -> Scores:
@@ -288,4 +293,4 @@ def earlier(session: Session, subject: Release | Base) -> Earlier:
 
 
 def measured(row: Score) -> Measured:
-    return Measured(row.value, row.stderr, row.n, row.higher_is_better)
+    return Measured(row.value, row.stderr, row.n, row.higher_is_better, row.reported)

@@ -5,26 +5,28 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import Select, Table, bindparam, insert, select, update
+from sqlalchemy import Select, Table, bindparam, insert, literal_column, select, update
 from sqlalchemy.orm import Session
 
 from registry.database.engine import insert_if_absent
-from registry.database.tables import Base, Channel, Gate, Move, Namespace, Release, Repository, Revision
+from registry.database.tables import Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import releases, repositories, signatures
 from registry.domain.catalog.releases import full_name
-from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import gates
-from registry.domain.channels.gates import GateResult
-from registry.errors import Refused, Stale, Usage
-from registry.formats.references import RepositoryName, Version, parse_name
+from registry.domain.channels import pending, policies, refusals
+from registry.domain.channels.policies import Report
+from registry.domain.channels.refusals import PromotionRequest
+from registry.domain.channels.requirements import Lack, Question
+from registry.errors import Refused, Stale
+from registry.formats.channel_policy import ChannelPolicy
+from registry.formats.references import Version, parse_name
 
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
 
-_channel, _gate, _move, _namespace, _release, _repository, _revision = (
-    table.__table__.c for table in (Channel, Gate, Move, Namespace, Release, Repository, Revision)
+_channel, _gate, _move, _namespace, _promotion, _release, _repository, _revision = (
+    table.__table__.c for table in (Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision)
 )
 _left = Release.__table__.alias("left")
 
@@ -64,9 +66,21 @@ _MOVED = [_move.id, _move.kind, *_VERSIONS, _move.actor, _move.reason, _move.for
 """The columns of a `ChannelMove`, named as its fields."""
 _asked_for = Release.__table__.alias("asked_for")
 _STATE = (
-    select(_asked_for.c.yank_reason, _channel.move_id, _gate.rules, _move.to_release_id, _revision.commit, *_MOVED)
+    select(
+        _asked_for.c.yank_reason,
+        _channel.move_id,
+        _gate.rules,
+        _gate.policy,
+        _promotion.id.label("pending_id"),
+        _move.to_release_id,
+        _revision.commit,
+        *_MOVED,
+    )
     .select_from(Channel.__table__)
     .outerjoin(Gate.__table__, (_gate.repository_id == _channel.repository_id) & (_gate.channel == _channel.name))
+    .outerjoin(
+        Promotion.__table__, (_promotion.channel_id == _channel.id) & (_promotion.state == literal_column("'pending'"))
+    )
     .outerjoin(Move.__table__, _move.id == _channel.move_id)
     .outerjoin(Release.__table__, _release.id == _move.to_release_id)
     .outerjoin(Revision.__table__, _revision.id == _release.revision_id)
@@ -74,7 +88,8 @@ _STATE = (
     .outerjoin(_asked_for, (_asked_for.c.id == bindparam("release")) & _asked_for.c.yanked)
     .where(_channel.id == bindparam("channel"))
 )
-"""A channel's rules and current move, and why the release is yanked: read after the lock is acquired."""
+"""A channel's policy, current move and waiting promotion, and why the release is yanked: read after the lock is
+acquired."""
 _HISTORY = (
     select(*_MOVED)
     .select_from(Move.__table__)
@@ -126,22 +141,15 @@ class ChannelMove:
         return cls(id=move_id, from_version=from_version, to_version=to_version, **own)
 
 
-@dataclass(frozen=True, slots=True)
-class PromotionRequest:
-    """The release to promote and the channel. If `kind` is given, repositories of another kind are not found."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """A promotion that no rule refuses, and that lacks something which may still come. `seen` is the channel's move."""
 
-    repository: RepositoryName
-    version: Version
-    channel: str
-    kind: Kind | None = None
-
-    @property
-    def release(self) -> str:
-        return f"{self.repository}:{self.version}"
-
-    @property
-    def subject(self) -> str:
-        return f"{self.repository}@{self.channel}"
+    channel_id: int
+    release: Release
+    seen: int
+    policy: ChannelPolicy
+    report: Report
 
 
 def promote(
@@ -153,26 +161,66 @@ def promote(
     force: bool = False,
     expected: Expected | None = None,
 ) -> ChannelMove:
-    """Moves the channel to the release if every gate passes. `force` overrides failed gates, and needs a reason.
+    """As `attempt`; what would wait is refused."""
+    outcome = attempt(session, actor, wanted, reason=reason, force=force, expected=expected)
+    if isinstance(outcome, Waiting):
+        raise refusals.gate_failed(wanted, outcome.report)
+    return outcome
 
-    If the channel already serves the release, returns its current move.
+
+def attempt(  # noqa: PLR0913
+    session: Session,
+    actor: Actor,
+    wanted: PromotionRequest,
+    *,
+    reason: str = "",
+    force: bool = False,
+    expected: Expected | None = None,
+    completing: int | None = None,
+    given_up: Mapping[Lack, str] | None = None,
+) -> ChannelMove | Waiting:
+    """Moves the channel to the release if every rule of its policy passes. `force` overrides failed ones, and needs a
+    reason. Returns `Waiting`, and changes nothing, if the release lacks only what may still come.
+
+    If the channel already serves the release, returns its current move. `completing` is the waiting promotion that this
+    completes; a move ends any other one of the channel. `given_up` are scores that will not come.
     """
     release = _load_release_and_policy(session, wanted)
-    namespace = wanted.repository.namespace
     _refuse_unsigned(session, release, wanted)
     current = session.execute(_STATE, {"channel": release.channel_id, "release": release.id}).one()
-    _refuse_unpromotable(current.yank_reason, wanted, reason, force=force)
+    refusals.refuse_unpromotable(current.yank_reason, wanted, reason, force=force)
     _check_expected(current.move_id, expected, wanted.subject)
     actor = replace(
         actor, at=max(actor.at, current.at or actor.at)
     )  # a request that waited here may be older than the last move
-    report = _judge(session, release, current.rules)
-    failed = sum(not result.passed for result in report)
-    results = [result.to_json() for result in report]
-    if failed and not force:
-        raise _gate_failed(wanted, failed, results)
+    policy = policies.of_columns(current.rules, current.policy)
+    report = _judge(session, actor, release, policy, given_up or {})
+    if report.failed and force:
+        refusals.refuse_force(actor, policy, wanted)
+    elif report.waits and current.to_release_id != release.id:
+        seen, mapped = current.move_id or NOTHING_YET, session.get_one(Release, release.id)
+        return Waiting(channel_id=release.channel_id, release=mapped, seen=seen, policy=policy, report=report)
+    elif report.failed and not report.waits:
+        raise refusals.gate_failed(wanted, report)
     if current.to_release_id == release.id:
         return ChannelMove.of_row(current)
+    move = _record_promotion(session, actor, wanted, release, current, report, reason, completing)
+    if current.pending_id not in (None, completing):
+        pending.end_moved(session, actor, current.pending_id)
+    return move
+
+
+def _record_promotion(  # noqa: PLR0913
+    session: Session,
+    actor: Actor,
+    wanted: PromotionRequest,
+    release: Any,
+    current: Any,
+    report: Report,
+    reason: str,
+    completing: int | None,
+) -> ChannelMove:
+    results = [result.to_json() for result in report.results]
     values = {
         "channel_id": release.channel_id,
         "kind": "promote",
@@ -181,7 +229,7 @@ def promote(
         "below_id": current.move_id,
         "actor": actor.name,
         "reason": reason,
-        "forced": failed > 0,
+        "forced": bool(report.failed),
         "gates": results,
         "at": actor.at,
     }
@@ -191,12 +239,13 @@ def promote(
         actor,
         Act.CHANNEL_PROMOTE,
         wanted.subject,
-        namespace=namespace,
+        namespace=wanted.repository.namespace,
         reason=reason,
         before=_serves(current.move_id, current.to_version, current.commit) if current.move_id else None,
         after=_serves(move_id, str(wanted.version), release.commit),
-        forced=failed > 0,
+        forced=bool(report.failed),
         gates=results,
+        **({"promotion": completing} if completing else {}),
     )
     return ChannelMove.recorded(move_id, values, current.to_version, str(wanted.version))
 
@@ -239,6 +288,8 @@ def roll_back(  # noqa: PLR0913
         "at": actor.at,
     }
     move_id = _record_move(session, values, target.to_release.sort_key, current.id, subject)
+    if waiting := pending.of_channel(session, channel.id):
+        pending.end_moved(session, actor, waiting.id)
     left, reached = current.to_release, target.to_release
     audit.record(
         session,
@@ -344,57 +395,26 @@ def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
     return row
 
 
-def _gate_failed(wanted: PromotionRequest, failed: int, results: list[dict[str, Any]]) -> Refused:
-    return Refused(
-        "gate_failed",
-        f"{wanted.release} fails {failed} of {len(results)} gates of {wanted.subject}.",
-        subject=wanted.subject,
-        next_step="Check the numbers; a releaser may use --force with a --reason.",
-        findings=results,
-    )
-
-
 def _refuse_unsigned(session: Session, release: Any, wanted: PromotionRequest) -> None:
     if release.require_signature:
         signed = signatures.signer(session, release.id, release.signing_keys, (release.signed_by, release.covers))
         releases.refuse_without_signature(wanted.repository.namespace, release, *signed, wanted.release)
 
 
-def _refuse_unpromotable(yanked: str | None, wanted: PromotionRequest, reason: str, *, force: bool) -> None:
-    if yanked is not None:
-        raise Refused(
-            "release_yanked",
-            f"{wanted.release} is yanked: {yanked}.",
-            subject=wanted.release,
-            next_step="Promote another release.",
-        )
-    if force and not reason.strip():
-        raise Usage(
-            "reason_missing",
-            "A forced promotion needs a reason.",
-            subject=wanted.subject,
-            next_step="Say why with --reason.",
-        )
-
-
-def _judge(session: Session, release: Any, texts: Sequence[str] | None) -> list[GateResult]:
-    rules = gates.parse_rules(texts or ())
-    if not rules:
-        return []
+def _judge(session: Session, actor: Actor, release: Any, policy: ChannelPolicy, given_up: Mapping[Lack, str]) -> Report:
+    if policies.is_empty(policy):
+        return Report([], [])
     # Compare with what users get: not with a yanked release on the channel.
-    given = effective_move(session, session.get_one(Channel, release.channel_id, populate_existing=True))
-    served = gates.scores(session, given.to_release) if given else None
-    candidate = session.get_one(Release, release.id)
-    inputs, hides = gates.lineage(session, candidate)
-    base = session.get_one(Base, release.base_digest)
-    against = gates.References(base=gates.scores(session, base), served=served, inputs=inputs, hides_inputs=hides)
-    own = gates.scores(session, candidate)
-    results = gates.judge(rules, own, against)
-    if all(result.passed for result in results):
-        return results
-    sides = {"candidate": candidate, "base": base, **({"served": given.to_release} if given else {})}
-    earlier = {side: gates.earlier(session, subject) for side, subject in sides.items()}
-    return gates.judge(rules, own, replace(against, earlier=earlier))
+    channel = session.get_one(Channel, release.channel_id, populate_existing=True)
+    given = effective_move(session, channel)
+    question = Question(
+        actor=actor,
+        release=session.get_one(Release, release.id),
+        channel=channel,
+        served=given.to_release if given else None,
+        given_up=given_up,
+    )
+    return policies.judge(session, policy, question)
 
 
 def _locked(repository: Repository, name: str) -> Select[Channel]:

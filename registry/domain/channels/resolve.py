@@ -18,6 +18,7 @@ _base, _channel, _move, _release, _repository, _revision = (
     table.__table__.c for table in (Base, Channel, Move, Release, Repository, Revision)
 )
 """Tables, not mapped classes: mapping rows would cost as much as the statement itself."""
+_follower = Base.__table__.alias("follower")
 
 _RELEASES = (
     select(
@@ -33,12 +34,17 @@ _RELEASES = (
         _base.name.label("base_name"),
         _release.yanked,
         _release.yank_reason,
+        _release.deprecated_reason,
+        _release.successor,
+        _base.deprecated_reason.label("base_deprecated_reason"),
+        _follower.c.name.label("base_successor"),
         _release.size_bytes,
     )
     .select_from(Release.__table__)
     .join(Repository.__table__, _repository.id == _release.repository_id)
     .join(Revision.__table__, _revision.id == _release.revision_id)
     .join(Base.__table__, _base.digest == _release.base_digest)
+    .outerjoin(_follower, _follower.c.digest == _base.successor)
 )
 """Everything needed to fetch a release, in one statement: serving nodes need nothing else."""
 
@@ -61,19 +67,36 @@ _BY_ID = Prepared(_RELEASES.where(_release.id == bindparam("named")))
 
 @dataclass(frozen=True, slots=True)
 class ResolvedRow:
-    """A row of `_RELEASES`. `warning` says if it is yanked or replaces a yanked release."""
+    """A row of `_RELEASES`. `remark` says if it is yanked or replaces a yanked release."""
 
     row: Any
-    warning: str = ""
+    remark: str = ""
+
+    @property
+    def warning(self) -> str:
+        """The remark, and whether the release or its base is deprecated."""
+        row = self.row
+        if row.deprecated_reason is None and row.base_deprecated_reason is None:
+            return self.remark
+        own = deprecation_text(self.full_name, row.deprecated_reason, row.successor)
+        base = deprecation_text(f"The base {row.base_name}", row.base_deprecated_reason, row.base_successor)
+        return " ".join(filter(None, (self.remark, own, base)))
 
     @property
     def full_name(self) -> str:
         return f"{self.row.namespace}/{self.row.repository}:{self.row.version}"
 
 
+def deprecation_text(what: str, reason: str | None, successor: str | None) -> str:
+    """What a deprecation says; empty without one."""
+    if reason is None:
+        return ""
+    return f"{what} is deprecated: {reason}" + (f"; use {successor}." if successor else ".")
+
+
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A resolved reference; `warning` says that the release is yanked."""
+    """A resolved reference; `warning` says that the release is yanked or deprecated."""
 
     release: Release
     warning: str = ""

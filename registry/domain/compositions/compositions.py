@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
 from registry.database.tables import Base, Composition, Job, Namespace, Release, ReleaseInput
-from registry.domain.access import audit, namespaces, tokens
+from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor, EventQuery
 from registry.domain.access.roles import EVERYWHERE, Role, granted, may, may_read, permit, unknown_namespace
 from registry.domain.catalog import metrics, releases, repositories, suites, versioning
@@ -18,7 +18,7 @@ from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import gates
 from registry.domain.compositions import locking
-from registry.domain.jobs import queue
+from registry.domain.jobs import evaluations, queue
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, Usage
 from registry.formats.references import RepositoryName, Version, nearest, parse_reference
 from registry.formats.signatures import fingerprint
@@ -100,15 +100,11 @@ def roles_needed(recipe: Recipe) -> list[tuple[Role, str]]:
 
 
 def creator(session: Session, composition: Composition, now: datetime) -> Actor:
-    """The composition's creator, with the current grants of the token used then. Raises NotAllowed if they no longer
-    suffice.
-
-    The audit row names the token; without one, it was the registry's single user, who may do everything.
-    """
+    """The composition's creator, with the current grants of the token used then, which the audit row names. Raises
+    NotAllowed if they no longer suffice."""
     asked_for = EventQuery(None, subject=subject(composition), act=Act.COMPOSITION_CREATE)
     (asked,) = audit.list_oldest_first(session, asked_for, limit=1)
-    grants = tokens.grants_of(session, asked.token_id) if asked.token_id else {EVERYWHERE: Role.ADMIN.value}
-    actor = Actor(asked.actor, now, grants, namespaces.public_names(session), asked.token_id, asked.source)
+    actor = tokens.actor_now(session, asked.actor, asked.token_id, asked.source, now)
     for role, namespace in roles_needed(parse_recipe(composition.recipe)):
         if not may(actor, role, namespace):
             raise NotAllowed(
@@ -155,7 +151,7 @@ def lock_choice(session: Session, composition_id: int, lock: Lock, now: datetime
 
 
 def find_by_job(session: Session, job_id: int) -> Composition:
-    """The composition of a job; so far every job has one. Raises NotFound for an unknown job."""
+    """The composition of a job of that kind. Raises NotFound for an unknown job."""
     job = queue.find(session, job_id)
     return session.scalars(select(Composition).where(Composition.job_id == job.id)).one()
 
@@ -168,14 +164,34 @@ def permit_look(actor: Actor, composition: Composition, job: Job, hidden: NotFou
         permit(actor, Role.READER, namespace, hidden=hidden)
 
 
+def permit_job(session: Session, actor: Actor, job: Job) -> None:
+    """Raises unless the actor may see the job. One that is not a composition's reveals nothing of its releases."""
+    hidden = queue.unknown(job.id)
+    if job.kind == evaluations.KIND and job.created_by == actor.name:
+        return
+    if job.kind == evaluations.KIND:
+        permit(actor, Role.PUBLISHER, job.namespace or EVERYWHERE, hidden=hidden)
+    else:
+        permit_look(actor, find_by_job(session, job.id), job, hidden)
+
+
+def cancel_job(session: Session, actor: Actor, job: Job) -> Job:
+    """Requests cancellation of a job. Raises Conflict for a finished one."""
+    if job.kind != evaluations.KIND:
+        return cancel(session, actor, find_by_job(session, job.id).id)[1]
+    job = queue.request_cancel(session, job.id, actor.at)
+    audit.record(session, actor, Act.JOB_CANCEL, f"job/{job.id}", namespace=job.namespace)
+    return job
+
+
 def list_jobs(session: Session, actor: Actor, *, before: int, limit: int) -> list[Job]:
-    """Jobs, newest first, of the compositions that `permit_look` allows the actor to see."""
+    """Jobs, newest first, that `permit_job` allows the actor to see."""
     jobs: list[Job] = []
     while len(jobs) < limit:
         rows = queue.list_page(session, granted(actor, Role.PUBLISHER), before=before, limit=limit)
         locks = select(Composition.job_id, Composition.lock).where(Composition.job_id.in_([job.id for job in rows]))
         seen = {job for job, lock in session.execute(locks) if all(may_read(actor, name) for name in _read(lock))}
-        jobs += [job for job in rows if job.id in seen]
+        jobs += [job for job in rows if job.id in seen or job.kind == evaluations.KIND]
         if len(rows) < limit:
             break
         before = rows[-1].id

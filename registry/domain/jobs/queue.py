@@ -27,7 +27,7 @@ MAX_QUEUED = 100
 FINISHED = ("done", "refused", "failed", "cancelled")
 
 
-def enqueue(session: Session, actor: Actor, kind: str, steps: Sequence[str], namespace: str) -> Job:
+def enqueue(session: Session, actor: Actor, kind: str, steps: Sequence[str], namespace: str | None) -> Job:
     """Adds a job with these steps. Raises TooMany if the user has MAX_QUEUED jobs waiting."""
     waiting = select(func.count()).select_from(Job).where(Job.state == "queued", Job.created_by == actor.name)
     if (session.scalar(waiting) or 0) >= MAX_QUEUED:

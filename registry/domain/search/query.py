@@ -14,17 +14,18 @@ from sqlalchemy import BindParameter, ColumnElement, Select, not_, select
 
 from composer.formats.adapters.serving import Profile
 from registry.database.dialects import in_list, in_subquery
-from registry.database.tables import Channel, Release, Repository, TargetSet, TargetSetMember, Traits
+from registry.database.tables import Base, Channel, Release, Repository, TargetSet, TargetSetMember, Traits
 from registry.domain.catalog import bases
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.search_index import target_set_key
 from registry.domain.catalog.suites import Condition
+from registry.formats.licenses import spdx, spellings
 from registry.formats.references import RepositoryName
 
 RELATED, REFUSED = "related", "refused"
 
-_channel, _member, _release, _repository, _set, _traits = (
-    table.__table__.c for table in (Channel, TargetSetMember, Release, Repository, TargetSet, Traits)
+_base, _channel, _member, _release, _repository, _set, _traits = (
+    table.__table__.c for table in (Base, Channel, TargetSetMember, Release, Repository, TargetSet, Traits)
 )
 
 
@@ -46,6 +47,7 @@ class Query:
     variant: str | None = None
     dtype: str | None = None
     license: str | None = None
+    base_license: str | None = None
     alpha: float | None = None
     min_rank: int | None = None
     max_rank: int | None = None
@@ -134,11 +136,20 @@ def _newer_stable_exists() -> ColumnElement[bool]:
     return select(higher.id).where(same, higher.stable, ~higher.yanked).exists()
 
 
+def _spellings(license_: str | None) -> list[str] | None:
+    return spellings(license_) if license_ else None
+
+
 ON_TRAITS: dict[str, Filter] = {
     "kind": Filter(lambda kind: _traits.kind == kind, lambda query: str(query.kind)),
     "base_name": Filter(lambda name: _traits.base_digest == bases.digest_of(name)),
     "base_digests": Filter(lambda digests: in_list(_traits.base_digest, digests.key), lambda _: None),
-    **{name: Filter(partial(eq, _traits[name])) for name in ("type", "variant", "dtype", "license", "alpha")},
+    **{name: Filter(partial(eq, _traits[name])) for name in ("type", "variant", "dtype", "alpha")},
+    "license": Filter(lambda names: in_list(_traits.license, names.key), lambda query: _spellings(query.license)),
+    "base_license": Filter(
+        lambda name: in_subquery(_traits.base_digest, select(_base.digest).where(_base.license == name)),
+        lambda query: query.base_license and spdx(query.base_license),
+    ),
     "min_rank": Filter(lambda rank: _traits.rank_max >= rank),
     "max_rank": Filter(lambda rank: _traits.rank_max <= rank),
     "server": Filter(

@@ -1,0 +1,122 @@
+"""Promotions that wait: found, and ended in the transaction that decides about them."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Channel, Promotion, Release, Repository
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.domain.catalog import repositories
+from registry.errors import Conflict, NotFound, RegistryError, Stale
+
+PENDING = "pending"
+
+
+def find(session: Session, repository: Repository, channel: str, promotion_id: int) -> Promotion:
+    """The promotion of that channel. Raises NotFound."""
+    row = session.get(Promotion, promotion_id)
+    if row is None or row.channel.repository_id != repository.id or row.channel.name != channel:
+        subject = f"{repositories.name_of(repository)}@{channel}"
+        raise NotFound(
+            "promotion_unknown",
+            f"{subject} has no waiting promotion {promotion_id}.",
+            subject=subject,
+            next_step=f"`adaptory promotion list {subject}` shows those that wait or have waited.",
+        )
+    return row
+
+
+def of_channel(session: Session, channel_id: int) -> Promotion | None:
+    """The promotion that the channel waits for."""
+    return session.scalar(select(Promotion).where(Promotion.channel_id == channel_id, Promotion.state == PENDING))
+
+
+def list_page(session: Session, repository: Repository, channel: str, *, before: int, limit: int) -> list[Promotion]:
+    """The channel's promotions that wait or have waited, newest first."""
+    query = select(Promotion).join(Channel, Channel.id == Promotion.channel_id)
+    query = query.where(Channel.repository_id == repository.id, Channel.name == channel)
+    if before:
+        query = query.where(Promotion.id < before)
+    return list(session.scalars(query.order_by(Promotion.id.desc()).limit(limit)))
+
+
+def due(session: Session, now: datetime) -> list[int]:
+    """The promotions that are to be judged again."""
+    query = select(Promotion.id).where(Promotion.state == PENDING, Promotion.due_at <= now)
+    return list(session.scalars(query.order_by(Promotion.due_at)))
+
+
+def on_base(session: Session, digest: str) -> list[int]:
+    """The waiting promotions whose rules may use scores measured on this base."""
+    query = select(Promotion.id).join(Release, Release.id == Promotion.release_id)
+    return list(session.scalars(query.where(Promotion.state == PENDING, Release.base_digest == digest)))
+
+
+def subject(promotion: Promotion) -> str:
+    return f"{repositories.name_of(promotion.release.repository)}@{promotion.channel.name}"
+
+
+def end(
+    session: Session,
+    actor: Actor,
+    promotion: Promotion,
+    state: str,
+    error: RegistryError | None = None,
+    move_id: int | None = None,
+) -> None:
+    """Ends the promotion. Its channel must be locked."""
+    promotion.state, promotion.ended_at, promotion.move_id = state, actor.at, move_id
+    promotion.error = None if error is None else as_row(error)
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        Act.PROMOTION_CANCEL if state == "cancelled" else Act.PROMOTION_END,
+        subject(promotion),
+        namespace=promotion.release.repository.namespace,
+        before={"state": PENDING},
+        after={"state": state, **({"move": move_id} if move_id else {})},
+        promotion=promotion.id,
+        version=promotion.release.version,
+        error=as_row(error) if error else None,
+    )
+
+
+def end_moved(session: Session, actor: Actor, promotion_id: int) -> None:
+    """Ends a promotion whose channel was moved first."""
+    promotion = session.get_one(Promotion, promotion_id)
+    named = subject(promotion)
+    error = Stale(
+        "channel_moved",
+        f"{named} was moved by {actor.name} while the promotion of {promotion.release.version} waited.",
+        subject=named,
+        next_step=f"Look at `adaptory history {named}`, and decide.",
+    )
+    end(session, actor, promotion, "conflict", error)
+
+
+def end_replaced(session: Session, actor: Actor, promotion: Promotion, version: str) -> None:
+    """Ends a promotion for which a newer request came."""
+    named = subject(promotion)
+    error = Conflict(
+        "promotion_replaced",
+        f"{actor.name} asked for {version} on {named} while the promotion of {promotion.release.version} waited.",
+        subject=named,
+        next_step=f"`adaptory promotion list {named}` shows both.",
+    )
+    end(session, actor, promotion, "replaced", error)
+
+
+def as_row(error: RegistryError) -> dict[str, Any]:
+    """An error as it is kept."""
+    return {
+        "code": error.code,
+        "detail": error.detail,
+        "subject": error.subject,
+        "next": error.next_step,
+        "exit_code": error.exit_code,
+        "findings": error.findings,
+    }

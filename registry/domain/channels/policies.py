@@ -1,0 +1,182 @@
+"""Policies of channels: set, read, and judged for a release that is to be promoted."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cache
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Base, Gate, Release, Repository
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import Role, holds
+from registry.domain.catalog import metrics, repositories, suites
+from registry.domain.channels import gates, requirements
+from registry.domain.channels.gates import GateResult, Needs, Rule
+from registry.domain.channels.requirements import Lack, Question
+from registry.formats.channel_policy import ChannelPolicy, ScoreRule, of_rules, read_policy
+from registry.formats.references import parse_name
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The results of a policy's rules, and the scores that they wait for."""
+
+    results: Sequence[GateResult]
+    lacking: Sequence[Lack]
+
+    @property
+    def failed(self) -> list[GateResult]:
+        """The results that do not pass, those that wait included."""
+        return [result for result in self.results if not result.passed]
+
+    @property
+    def waits(self) -> bool:
+        """Whether all that is not passed may still pass by itself."""
+        return bool(self.failed) and all(result.waiting for result in self.failed)
+
+    @property
+    def until(self) -> datetime | None:
+        """The first moment at which a rule may pass by itself."""
+        return min((result.until for result in self.results if result.until is not None), default=None)
+
+
+def of_columns(rules: Sequence[str] | None, policy: Mapping[str, object] | None) -> ChannelPolicy:
+    """The policy in the columns of `Gate`; both are None for a channel without a policy."""
+    return read_policy(policy, "policy") if policy else of_rules(list(rules or ()))
+
+
+def find(session: Session, repository: Repository, channel: str) -> tuple[ChannelPolicy, int]:
+    """A channel's policy and its revision; 0 if none was ever set."""
+    row = session.get(Gate, (repository.id, parse_name(channel, "channel")))
+    return (of_columns(row.rules, row.policy), row.revision) if row else (of_rules([]), 0)
+
+
+def set_policy(session: Session, actor: Actor, repository: Repository, channel: str, policy: ChannelPolicy) -> int:
+    """Replaces a channel's policy; returns its revision. Raises NotFound for an unknown suite or metric, Usage for an
+    invalid rule."""
+    rules = gates.parse_rules([row.rule for row in policy.rules])
+    for rule in rules:
+        gates.refuse_unknown(session, actor, rule)
+    for soak in policy.soak:
+        parse_name(soak.channel, "channel")
+    return _store(session, actor, repository, channel, policy, rules, Act.POLICY_SET)
+
+
+def set_rules(session: Session, actor: Actor, repository: Repository, channel: str, texts: Sequence[str]) -> list[Rule]:
+    """Replaces the gate rules of a channel's policy; none removes them. Raises as `set_policy`."""
+    rules = gates.parse_rules(texts)
+    for rule in rules:
+        gates.refuse_unknown(session, actor, rule)
+    kept, _ = find(session, repository, channel)
+    policy = kept.model_copy(update={"rules": tuple(ScoreRule.of(str(rule)) for rule in rules)})
+    _store(session, actor, repository, channel, policy, rules, Act.GATE_SET)
+    return rules
+
+
+def _store(  # noqa: PLR0913
+    session: Session,
+    actor: Actor,
+    repository: Repository,
+    channel: str,
+    policy: ChannelPolicy,
+    rules: Sequence[Rule],
+    act: Act,
+) -> int:
+    key = (repository.id, parse_name(channel, "channel"))
+    row = session.get(Gate, key, with_for_update=True)
+    named = act is Act.GATE_SET
+    document = policy.to_json()
+    before = ({"rules": list(row.rules)} if named else of_columns(row.rules, row.policy).to_json()) if row else None
+    row = row or Gate(repository_id=repository.id, channel=channel, revision=0)
+    row.rules, row.policy, row.revision = [str(rule) for rule in rules], document, row.revision + 1
+    session.add(row)
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        act,
+        f"{repositories.name_of(repository)}@{channel}",
+        namespace=repository.namespace,
+        before=before or ({"rules": []} if named else None),
+        after={"rules": row.rules} if named else document,
+        revision=row.revision,
+    )
+    return row.revision
+
+
+def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]:
+    """The gate rules of each channel of a repository that has a policy."""
+    rows = session.scalars(select(Gate).where(Gate.repository_id == repository.id).order_by(Gate.channel))
+    return {row.channel: gates.parse_rules(row.rules) for row in rows}
+
+
+def is_empty(policy: ChannelPolicy) -> bool:
+    """Whether every release passes."""
+    return not (policy.rules or policy.soak or policy.approval or policy.signature or policy.verdict or policy.licenses)
+
+
+def judge(session: Session, policy: ChannelPolicy, question: Question) -> Report:
+    """Judges the release by the policy."""
+    results, lacking = _judge_scores(session, policy, question)
+    return Report([*results, *requirements.judge(session, policy, question)], lacking)
+
+
+def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -> tuple[list[GateResult], list[Lack]]:
+    if not policy.rules:
+        return [], []
+    release = question.release
+    base = session.get_one(Base, release.base_digest)
+    inputs = gates.inputs_of(session, release)
+    own, of_base = gates.scores(session, release), gates.scores(session, base)
+    served = gates.scores(session, question.served) if question.served else None
+    of_inputs = None if inputs is None else [gates.scores(session, one) for one in inputs]
+    hidden = inputs is not None and gates.hides(session, release, inputs)
+    sides = {"candidate": release, "base": base, **({"served": question.served} if question.served else {})}
+    earlier = cache(lambda: {side: gates.earlier(session, subject) for side, subject in sides.items()})
+    results: list[GateResult] = []
+    lacking: dict[Lack, None] = {}
+    for row in policy.rules:
+        rule, needs = gates.parse_rule(row.rule), Needs(*policy.of_rule(row))
+        best = None if of_inputs is None else gates.best_of([needs.counting(one) for one in of_inputs])
+        against = gates.References(base=of_base, served=served, inputs=best, hides_inputs=hidden)
+        result = gates.judge_rule(rule, own, against, needs)
+        if result.lacks:  # the score may be there, on a content of the suite that another has replaced
+            result = gates.judge_rule(rule, own, replace(against, earlier=earlier()), needs)
+        if result.lacks and policy.missing == "evaluate":
+            result, lacks = _awaited(session, question, rule, needs, result, inputs or ())
+            lacking |= dict.fromkeys(lacks)
+        results.append(result)
+    return results, list(lacking)
+
+
+def _awaited(
+    session: Session, question: Question, rule: Rule, needs: Needs, result: GateResult, inputs: Sequence[Release]
+) -> tuple[GateResult, list[Lack]]:
+    """The result, waiting if the missing score can still come, and what is to be measured for it."""
+    suite = suites.find(session, rule.suite)
+    if suite.examples < needs.min_n:
+        why = f"{result.detail}; {suite.name} has {suite.examples} examples, and {needs.min_n} are needed"
+        return replace(result, detail=why), []
+    lacks = [Lack(one, base, suite.digest) for one, base in _subjects(question, result.lacks, inputs)]
+    if over := next((question.given_up[lack] for lack in lacks if lack in question.given_up), ""):
+        return replace(result, detail=f"{result.detail} ({over})"), []
+    if not lacks:
+        return result, []
+    if rule.metric not in metrics.HIGHER_IS_BETTER:
+        return replace(result, waiting=True, detail=f"no {rule.metric} on the current {rule.suite}: to be recorded"), []
+    return replace(result, waiting=True, detail=f"{rule.metric} on {rule.suite} is being measured"), lacks
+
+
+def _subjects(question: Question, lacks: str, inputs: Sequence[Release]) -> list[tuple[int | None, str]]:
+    """Whose score is missing: (release id, base digest). None for inputs whose scores the actor may not record."""
+    release = question.release
+    if lacks == "base":
+        return [(None, release.base_digest)]
+    if lacks == "inputs":
+        may = all(holds(question.actor, Role.PUBLISHER, one.repository.namespace) for one in inputs)
+        return [(one.id, one.base_digest) for one in inputs] if may else []
+    one = question.served if lacks == "served" else release
+    return [(one.id, one.base_digest)] if one is not None else []

@@ -1,0 +1,287 @@
+"""Promotions that wait for scores, a soak or an approval: requested, judged again, completed, cancelled."""
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Approval, Channel, Promotion, Release
+from registry.domain.access import audit, tokens
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import Role, holds, permit
+from registry.domain.catalog import repositories
+from registry.domain.catalog.repositories import Kind
+from registry.domain.channels import moves, pending, policies, requirements
+from registry.domain.channels.moves import ChannelMove, Expected, Waiting
+from registry.domain.channels.pending import PENDING
+from registry.domain.channels.policies import Report
+from registry.domain.channels.refusals import PromotionRequest
+from registry.domain.channels.requirements import Lack
+from registry.domain.jobs import evaluations, queue
+from registry.domain.jobs.evaluations import Wanted
+from registry.errors import Conflict, NotAllowed, Refused, RegistryError, Stale, Unavailable
+from registry.formats.references import parse_version
+
+RECHECK = timedelta(seconds=15)
+"""A waiting promotion is judged again at least this often: its evaluation may have failed."""
+
+
+def request(
+    session: Session,
+    actor: Actor,
+    wanted: PromotionRequest,
+    *,
+    reason: str = "",
+    force: bool = False,
+    expected: Expected | None = None,
+) -> ChannelMove | Promotion:
+    """Promotes, or starts to wait for what the release lacks, as `moves.attempt` does. A channel waits for one
+    promotion: this one replaces an earlier one."""
+    outcome = moves.attempt(session, actor, wanted, reason=reason, force=force, expected=expected)
+    if isinstance(outcome, ChannelMove):
+        return outcome
+    earlier = pending.of_channel(session, outcome.channel_id)
+    if earlier is not None:
+        pending.end_replaced(session, actor, earlier, str(wanted.version))
+    promotion = Promotion(
+        channel=session.get_one(Channel, outcome.channel_id),
+        release=outcome.release,
+        state=PENDING,
+        expected_move=outcome.seen,
+        actor=actor.name,
+        token_id=actor.token_id,
+        source=actor.source,
+        reason=reason,
+        gates=_rows(outcome.report),
+        job_id=None,
+        move_id=None,
+        error=None,
+        created_at=actor.at,
+        due_at=actor.at,
+        expires_at=actor.at + timedelta(hours=outcome.policy.expires_hours),
+        ended_at=None,
+    )
+    session.add(promotion)
+    session.flush()
+    _wait(session, actor, promotion, outcome)
+    audit.record(
+        session,
+        actor,
+        Act.PROMOTION_REQUEST,
+        wanted.subject,
+        namespace=wanted.repository.namespace,
+        reason=reason,
+        after={"version": str(wanted.version), "move": outcome.seen, "job": promotion.job_id},
+        promotion=promotion.id,
+        gates=promotion.gates,
+    )
+    return promotion
+
+
+def settle(session: Session, promotion_id: int, now: datetime) -> Promotion:
+    """Judges a waiting promotion again, with the rights that its requester has now: completes it, ends it, or lets it
+    wait. The move, if any, is recorded in this transaction, under the lock that all moves of the channel take."""
+    promotion = _locked(session, promotion_id)
+    if promotion.state != PENDING:
+        return promotion
+    wanted = _wanted(promotion)
+    actor = tokens.actor_now(session, promotion.actor, promotion.token_id, promotion.source, now)
+    try:
+        _refuse_expired(promotion, now)
+        _refuse_without_role(actor, promotion, wanted)
+        with session.begin_nested():
+            outcome = moves.attempt(
+                session,
+                actor,
+                wanted,
+                reason=promotion.reason,
+                expected=Expected(promotion.expected_move),
+                completing=promotion.id,
+                given_up=_given_up(session, promotion),
+            )
+    except Unavailable:
+        raise
+    except RegistryError as error:
+        if error.findings:
+            promotion.gates = list(error.findings)
+        pending.end(session, actor, promotion, _ended_by(error), error)
+        return promotion
+    if isinstance(outcome, Waiting):
+        _wait(session, actor, promotion, outcome)
+        return promotion
+    promotion.gates = [{**row, "waiting": False} for row in outcome.gates]
+    pending.end(session, actor, promotion, "completed", move_id=outcome.id)
+    return promotion
+
+
+def cancel(session: Session, actor: Actor, promotion: Promotion) -> Promotion:
+    """Cancels a waiting promotion, and its evaluation if nobody else needs that. Raises Conflict for one that ended."""
+    promotion = _locked(session, promotion.id)
+    subject = pending.subject(promotion)
+    if promotion.state != PENDING:
+        raise Conflict(
+            "promotion_ended",
+            f"Promotion {promotion.id} of {subject} is already {promotion.state}.",
+            subject=subject,
+            next_step="There is nothing to cancel.",
+        )
+    error = Conflict(
+        "promotion_cancelled",
+        f"{actor.name} cancelled the promotion of {promotion.release.version} to {subject}.",
+        subject=subject,
+        next_step="Promote it again if that was a mistake.",
+    )
+    pending.end(session, actor, promotion, "cancelled", error)
+    others = select(Promotion.id).where(Promotion.job_id == promotion.job_id, Promotion.state == PENDING)
+    if promotion.job_id is not None and session.scalars(others.limit(1)).first() is None:
+        job = queue.find(session, promotion.job_id)
+        if job.state not in queue.FINISHED:
+            queue.request_cancel(session, job.id, actor.at)
+    return promotion
+
+
+def approve(session: Session, actor: Actor, release: Release, channel: str, reason: str) -> Approval:
+    """Approves a release for a channel. Raises Refused if its policy asks for no approval, NotAllowed without the role
+    or for one's own promotion."""
+    repository = release.repository
+    policy, _ = policies.find(session, repository, channel)
+    subject = f"{repositories.name_of(repository)}@{channel}"
+    if policy.approval is None:
+        raise Refused(
+            "approval_not_needed",
+            f"The policy of {subject} asks for no approval.",
+            subject=subject,
+            next_step=f"`adaptory policy show {subject}` shows what it asks for.",
+        )
+    permit(actor, Role(policy.approval.role), repository.namespace)
+    own = waiting_for(session, release, channel)
+    if own is not None and own.actor == actor.name:
+        raise NotAllowed(
+            "own_promotion",
+            f"{actor.name} promotes {release.version} to {subject}, so another person approves it.",
+            subject=subject,
+            next_step=f"Ask somebody else with the role {policy.approval.role}.",
+        )
+    row = session.get(Approval, (release.id, channel, actor.name))
+    counts = row in requirements.unspent_approvals(session, release, channel)
+    row = row or Approval(release_id=release.id, channel=channel, user=actor.name)
+    if not counts or row.reason != reason:
+        row.token_id, row.reason, row.at = actor.token_id, reason, actor.at
+        session.add(row)
+        session.flush()
+        audit.record(
+            session,
+            actor,
+            Act.PROMOTION_APPROVE,
+            subject,
+            namespace=repository.namespace,
+            reason=reason,
+            after={"version": release.version},
+        )
+    return row
+
+
+def withdraw(session: Session, actor: Actor, release: Release, channel: str) -> bool:
+    """Withdraws the actor's own approval; returns whether there was one."""
+    row = session.get(Approval, (release.id, channel, actor.name))
+    if row is not None:
+        session.delete(row)
+        session.flush()
+        audit.record(
+            session,
+            actor,
+            Act.PROMOTION_APPROVE,
+            f"{repositories.name_of(release.repository)}@{channel}",
+            namespace=release.repository.namespace,
+            before={"version": release.version},
+        )
+    return row is not None
+
+
+def waiting_for(session: Session, release: Release, channel: str) -> Promotion | None:
+    """The promotion of the release that the channel waits for."""
+    query = select(Promotion).join(Channel, Channel.id == Promotion.channel_id)
+    query = query.where(Channel.name == channel, Promotion.state == PENDING, Promotion.release_id == release.id)
+    return session.scalar(query)
+
+
+def _wait(session: Session, actor: Actor, promotion: Promotion, outcome: Waiting) -> None:
+    """Keeps the report, queues what is to be measured, and says when to look again."""
+    promotion.gates = _rows(outcome.report)
+    wanted = [Wanted(lack.release_id, lack.base, lack.suite) for lack in outcome.report.lacking]
+    if wanted:
+        job = evaluations.under_way(session, wanted)
+        job = job or evaluations.create(session, actor, promotion.release.repository.namespace, wanted)
+        promotion.job_id = job.id
+    until = outcome.report.until or promotion.expires_at
+    promotion.due_at = min(until, promotion.expires_at, actor.at + RECHECK)
+    session.flush()
+
+
+def _ended_by(error: RegistryError) -> str:
+    if isinstance(error, Stale):
+        return "conflict"
+    return "expired" if error.code == "promotion_expired" else "refused"
+
+
+def _rows(report: Report) -> list[dict[str, Any]]:
+    return [result.with_waiting() for result in report.results]
+
+
+def _given_up(session: Session, promotion: Promotion) -> Mapping[Lack, str]:
+    """What the promotion's evaluation was to measure, once it has ended: what is still missing will not come."""
+    if promotion.job_id is None:
+        return {}
+    job = queue.find(session, promotion.job_id)
+    if job.state not in queue.FINISHED:
+        return {}
+    why = f"job {job.id} is {job.state}"
+    if job.error:
+        why += f": {job.error['detail']}"
+    row = evaluations.find(session, job.id)
+    lacks = {Lack(one["release"], one["base"], one["suite"]): why for one in row.wanted}
+    failed = [one for one in row.results if one["error"]]
+    return lacks | {Lack(one["release"], one["base"], one["suite"]): one["error"] for one in failed}
+
+
+def _locked(session: Session, promotion_id: int) -> Promotion:
+    """The promotion as it is once its channel is locked, for which moves wait."""
+    promotion = session.get_one(Promotion, promotion_id)
+    lock = select(Channel).where(Channel.id == promotion.channel_id).with_for_update()
+    session.scalars(lock.execution_options(populate_existing=True)).one()
+    session.refresh(promotion)
+    return promotion
+
+
+def _wanted(promotion: Promotion) -> PromotionRequest:
+    repository = promotion.release.repository
+    name, version = repositories.name_of(repository), parse_version(promotion.release.version)
+    return PromotionRequest(name, version, promotion.channel.name, Kind(repository.kind))
+
+
+def _refuse_expired(promotion: Promotion, now: datetime) -> None:
+    if now < promotion.expires_at:
+        return
+    open_rules = "; ".join(row["rule"] for row in promotion.gates if not row["passed"])
+    raise Refused(
+        "promotion_expired",
+        f"The promotion of {promotion.release.version} has waited since {promotion.created_at:%Y-%m-%d %H:%M} UTC for: "
+        f"{open_rules}.",
+        subject=pending.subject(promotion),
+        next_step="Promote it again once that is there; `expires_hours` in the policy says how long a promotion waits.",
+        findings=[{**row, "waiting": False} for row in promotion.gates],
+    )
+
+
+def _refuse_without_role(actor: Actor, promotion: Promotion, wanted: PromotionRequest) -> None:
+    namespace = wanted.repository.namespace
+    if not holds(actor, Role.RELEASER, namespace):
+        raise NotAllowed(
+            "role_lost",
+            f"{actor.name}, who asked for the promotion of {promotion.release.version}, is no longer a {Role.RELEASER} "
+            f"in {namespace}.",
+            subject=namespace,
+            next_step="Promote it with a token that has the role.",
+        )

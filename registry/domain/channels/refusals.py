@@ -1,0 +1,68 @@
+"""What is to be promoted, and why it is refused."""
+
+from dataclasses import dataclass
+
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role, holds
+from registry.domain.catalog.repositories import Kind
+from registry.domain.channels.policies import Report
+from registry.errors import NotAllowed, Refused, Usage
+from registry.formats.channel_policy import ChannelPolicy
+from registry.formats.references import RepositoryName, Version
+
+
+@dataclass(frozen=True, slots=True)
+class PromotionRequest:
+    """The release to promote and the channel. If `kind` is given, repositories of another kind are not found."""
+
+    repository: RepositoryName
+    version: Version
+    channel: str
+    kind: Kind | None = None
+
+    @property
+    def release(self) -> str:
+        return f"{self.repository}:{self.version}"
+
+    @property
+    def subject(self) -> str:
+        return f"{self.repository}@{self.channel}"
+
+
+def gate_failed(wanted: PromotionRequest, report: Report) -> Refused:
+    return Refused(
+        "gate_failed",
+        f"{wanted.release} fails {len(report.failed)} of {len(report.results)} gates of {wanted.subject}.",
+        subject=wanted.subject,
+        next_step="Check the numbers; a releaser may use --force with a --reason.",
+        findings=[result.with_waiting() for result in report.results],
+    )
+
+
+def refuse_force(actor: Actor, policy: ChannelPolicy, wanted: PromotionRequest) -> None:
+    """Raises NotAllowed if the policy does not let the actor force a promotion."""
+    if policy.force == "never" or not holds(actor, Role(policy.force), wanted.repository.namespace):
+        who = "nobody" if policy.force == "never" else f"only the role {policy.force}"
+        raise NotAllowed(
+            "force_not_allowed",
+            f"The policy of {wanted.subject} lets {who} force a promotion.",
+            subject=wanted.subject,
+            next_step="Promote without --force to see what fails.",
+        )
+
+
+def refuse_unpromotable(yanked: str | None, wanted: PromotionRequest, reason: str, *, force: bool) -> None:
+    if yanked is not None:
+        raise Refused(
+            "release_yanked",
+            f"{wanted.release} is yanked: {yanked}.",
+            subject=wanted.release,
+            next_step="Promote another release.",
+        )
+    if force and not reason.strip():
+        raise Usage(
+            "reason_missing",
+            "A forced promotion needs a reason.",
+            subject=wanted.subject,
+            next_step="Say why with --reason.",
+        )

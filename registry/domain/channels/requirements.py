@@ -1,0 +1,154 @@
+"""What a policy asks for besides scores: a soak in another channel, approvals, a signature, a verdict."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from composer.findings import Verdict
+from registry.database.tables import Approval, Channel, Composition, Move, Namespace, Release, ReleaseInput
+from registry.domain.access import namespaces
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE, Role, at_least
+from registry.domain.catalog import signatures
+from registry.domain.channels import licensing
+from registry.domain.channels.gates import GateResult
+from registry.formats.channel_policy import Approval as NeededApproval
+from registry.formats.channel_policy import ChannelPolicy, Soak
+from registry.formats.signatures import is_key_of
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """A score that is missing: of a release, or of a base alone, measured on a base and a suite, by their digests."""
+
+    release_id: int | None
+    base: str
+    suite: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A promotion to be judged. `served` is the release that the channel serves. `given_up` maps scores that nobody
+    will measure any more to the reason."""
+
+    actor: Actor
+    release: Release
+    channel: Channel
+    served: Release | None
+    given_up: Mapping[Lack, str] = field(default_factory=dict[Lack, str])
+
+
+def judge(session: Session, policy: ChannelPolicy, question: Question) -> list[GateResult]:
+    """The results of all that the policy asks for besides scores."""
+    release, results = question.release, [_soak(session, policy, soak, question) for soak in policy.soak]
+    if policy.approval is not None:
+        results.append(_approval(session, policy.approval, question))
+    if policy.signature is not None:
+        results.append(_signature(session, policy.signature, release))
+    if policy.licenses is not None:
+        results += licensing.judge(session, policy.licenses, release)
+    if policy.verdict is not None:
+        results.append(_verdict(session, Verdict(policy.verdict), release))
+    return results
+
+
+def _soak(session: Session, policy: ChannelPolicy, soak: Soak, question: Question) -> GateResult:
+    """The last stretch of time in which the channel served the release. One that a rollback ended does not count."""
+    rule = f"{soak.hours:g} h in {soak.channel}"
+    moves = _last_moves(session, question.release, soak.channel)
+    if moves is None:
+        return GateResult(rule, False, f"{soak.channel} has never served it")
+    began, left = moves
+    now = question.actor.at
+    if left is not None and left.kind == "rollback":
+        return GateResult(rule, False, f"{soak.channel} was rolled back from it at {left.at:%Y-%m-%d %H:%M} UTC")
+    served = (left.at if left is not None else now) - began.at
+    needed = timedelta(hours=soak.hours)
+    detail = f"{soak.channel} {'served' if left else 'has served'} it for {_hours(served)} of {soak.hours:g} h"
+    if served >= needed:
+        return GateResult(rule, True, detail)
+    if left is not None:
+        return GateResult(rule, False, detail)
+    until = began.at + needed
+    if until - now > timedelta(hours=policy.expires_hours):
+        return GateResult(rule, False, f"{detail}; a promotion waits for {policy.expires_hours:g} h at most")
+    return GateResult(rule, False, f"{detail}, until {_moment(until)}", waiting=True, until=until)
+
+
+def _last_moves(session: Session, release: Release, channel: str) -> tuple[Move, Move | None] | None:
+    """The last move of the channel to the release, and the one after it, if any. None if there was none."""
+    of_channel = (Channel.repository_id == release.repository_id, Channel.name == channel)
+    moves = select(Move).join(Channel, Channel.id == Move.channel_id).where(*of_channel)
+    began = session.scalars(moves.where(Move.to_release_id == release.id).order_by(Move.id.desc()).limit(1)).first()
+    if began is None:
+        return None
+    return began, session.scalars(moves.where(Move.id > began.id).order_by(Move.id).limit(1)).first()
+
+
+def _approval(session: Session, needed: NeededApproval, question: Question) -> GateResult:
+    people = f"{needed.count} other people" if needed.count > 1 else "another person"
+    rule = f"approval by {people} with the role {needed.role}"
+    given = unspent_approvals(session, question.release, question.channel.name)
+    others = [one for one in given if one.user != question.actor.name]
+    names = [one.user for one in others if _has_role(session, one, question.release, Role(needed.role))]
+    detail = f"{len(names)} of {needed.count}" + (f": {', '.join(names)}" if names else "")
+    lost = sorted({one.user for one in others} - set(names))
+    detail += f"; {', '.join(lost)} no longer {'has' if len(lost) == 1 else 'have'} the role" if lost else ""
+    passed = len(names) >= needed.count
+    return GateResult(rule, passed, detail, waiting=not passed)
+
+
+def unspent_approvals(session: Session, release: Release, channel: str) -> list[Approval]:
+    """The approvals of a release for a channel, oldest first. A move to the release spends those before it: after a
+    rollback, it needs new ones."""
+    query = select(Approval).where(Approval.release_id == release.id, Approval.channel == channel)
+    last = _last_moves(session, release, channel)
+    given = session.scalars(query.order_by(Approval.at, Approval.user))
+    return [one for one in given if last is None or one.at > last[0].at]
+
+
+def _has_role(session: Session, approval: Approval, release: Release, role: Role) -> bool:
+    """Whether the approver has the role now. Without a token, it was a user of a registry without access control."""
+    if approval.token_id is None:
+        return True
+    roles = namespaces.roles_of(session, approval.user)
+    return any(at_least(roles[name], role) for name in (release.repository.namespace, EVERYWHERE) if name in roles)
+
+
+def _signature(session: Session, covers: str, release: Release) -> GateResult:
+    namespace = session.get_one(Namespace, release.repository.namespace)
+    named = (release.signed_by, release.signature_covers)
+    signed_by, covered = signatures.signer(session, release.id, namespace.signing_keys, named)
+    rule = f"signature of the {covers}"
+    if not is_key_of(namespace.signing_keys, signed_by):
+        keys = len(namespace.signing_keys)
+        return GateResult(rule, False, f"none of the {keys} keys of {namespace.name} has signed it")
+    passed = covered == "release" or covers == "files"
+    detail = f"signed by {(signed_by or '')[:16]}"
+    return GateResult(rule, passed, detail if passed else f"{detail}, which covers only files")
+
+
+def _verdict(session: Session, worst: Verdict, release: Release) -> GateResult:
+    """A release that no composition of this registry made passes."""
+    rule = f"verdict {worst}" if worst is Verdict.OK else f"verdict {worst} or better"
+    made = select(Composition.conflicts).join(ReleaseInput, ReleaseInput.composition_id == Composition.id)
+    row = session.execute(made.where(ReleaseInput.release_id == release.id).limit(1)).first()
+    if row is None:
+        return GateResult(rule, True, "not composed here")
+    if row.conflicts is None:
+        return GateResult(rule, False, "its composition has no conflict report")
+    verdict = Verdict(row.conflicts["verdict"])
+    return GateResult(
+        rule, Verdict.worst([worst, verdict]) is worst, f"the conflict check of its inputs says {verdict}"
+    )
+
+
+def _hours(time: timedelta) -> str:
+    return f"{time.total_seconds() / 3600:.3g}"
+
+
+def _moment(at: datetime) -> str:
+    return f"{at:%Y-%m-%d %H:%M} UTC"

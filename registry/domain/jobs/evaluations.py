@@ -1,0 +1,68 @@
+"""Evaluations that workers do: releases and bases on suites. Their results are scores, or only a report."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Evaluation, Job
+from registry.domain.access import tokens
+from registry.domain.access.audit import Actor
+from registry.domain.jobs import queue
+
+KIND = "evaluation"
+STEPS = ("measure", "record")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to measure: a release, None for the base alone, on a base and a suite, by their digests."""
+
+    release: int | None
+    base: str
+    suite: str
+
+
+def create(
+    session: Session,
+    actor: Actor,
+    namespace: str | None,
+    wanted: Sequence[Wanted],
+    upgrade: dict[str, Any] | None = None,
+) -> Job:
+    """Queues an evaluation. Raises TooMany as `queue.enqueue`."""
+    job = queue.enqueue(session, actor, KIND, STEPS, namespace)
+    rows = [asdict(one) for one in dict.fromkeys(wanted)]
+    asked = {"token_id": actor.token_id, "source": actor.source}
+    session.add(Evaluation(job_id=job.id, wanted=rows, results=[], upgrade=upgrade, **asked))
+    session.flush()
+    return job
+
+
+def under_way(session: Session, wanted: Sequence[Wanted]) -> Job | None:
+    """An unfinished job that measures all of this."""
+    query = select(Evaluation, Job).join(Job, Job.id == Evaluation.job_id).where(Job.state.not_in(queue.FINISHED))
+    for evaluation, job in session.execute(query.order_by(Job.id)):
+        if not job.cancel_requested and set(wanted) <= {Wanted(**row) for row in evaluation.wanted}:
+            return job
+    return None
+
+
+def find(session: Session, job_id: int) -> Evaluation:
+    """The evaluation of a job."""
+    return session.get_one(Evaluation, job_id)
+
+
+def requester(session: Session, job_id: int, now: datetime) -> Actor:
+    """Who asked for the evaluation, with the current grants."""
+    row, job = find(session, job_id), queue.find(session, job_id)
+    return tokens.actor_now(session, job.created_by, row.token_id, row.source, now)
+
+
+def add_result(session: Session, job_id: int, result: dict[str, Any]) -> None:
+    """Keeps the result of one release and suite."""
+    row = session.get_one(Evaluation, job_id, with_for_update=True, populate_existing=True)
+    row.results = [*row.results, result]

@@ -1,0 +1,195 @@
+"""The policy of a channel: what a promotion to it needs.
+
+version: 1                           # of this format
+rules:                               # as `adaptory gate` takes them, or with conditions of their own
+  - guard-general.nll within 0.1 of served
+  - {rule: sql-exact.accuracy >= 0.5, min_n: 200, measured: true}
+min_n: 50                            # the least number of examples behind any score that a rule uses
+measured: true                       # no rule uses a score that was only reported
+missing: evaluate                    # a score that is missing is measured, and the promotion waits; or `refuse`
+soak: [{channel: staging, hours: 24}]   # served there this long, and not rolled back
+approval: {role: releaser, count: 1} # of people other than the one who promotes
+signature: release                   # by a key of the namespace; or `files`
+licenses:                            # of the base, the adapter and its data; of a composition, of its inputs too
+  stated: [adapter, data]            # must be known
+  allow: [Apache-2.0, MIT, CC-BY-4.0]
+  refuse: [CC-BY-NC-4.0, {base: llama3.1, adapter: Apache-2.0}]   # a name, or a combination
+verdict: ok                          # the worst accepted verdict of a composed release's conflict check
+force: admin                         # the role that may force a promotion; or `never`
+expires_hours: 24                    # how long a promotion waits for what it lacks
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from composer.findings import Verdict
+from composer.formats.recipes.documents import LISTED, Document, Reader, Refusal, one_of, problem_of
+from registry.errors import Invalid
+
+VERSION = 1
+MAX_CHARS = 50_000
+MAX_RULES = 50
+MAX_HOURS = 24 * 90
+
+Rule = Annotated[str, Field(min_length=1, max_length=300)]
+MinN = Annotated[int, Field(ge=1, le=2**31 - 1)]
+ChannelName = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class ScoreRule(Document):
+    """A gate rule, with conditions on the scores that it uses."""
+
+    rule: Rule = Field(description="As `adaptory gate` takes it: sql-exact.accuracy >= 0.5")
+    min_n: MinN | None = Field(None, description="The least number of examples; that of the policy when left out.")
+    measured: bool | None = Field(None, description="No score that was only reported; as the policy when left out.")
+
+    @classmethod
+    def of(cls, rule: str) -> Self:
+        """The rule without conditions."""
+        return cls.model_validate({"rule": rule})
+
+
+class Soak(Document):
+    """How long another channel must have served the release."""
+
+    channel: ChannelName
+    hours: Annotated[float, Field(gt=0, le=MAX_HOURS)]
+
+
+class Approval(Document):
+    """Approvals by people other than the one who promotes."""
+
+    role: Literal["publisher", "releaser", "admin"] = Field("releaser", description="The lowest role that counts.")
+    count: Annotated[int, Field(ge=1, le=20)] = Field(1, description="The number of people.")
+
+
+def _version(value: object) -> int:
+    if value != VERSION or isinstance(value, bool):
+        raise ValueError(f"{VERSION}, the version that this registry reads")
+    return VERSION
+
+
+LicenseName = Annotated[str, Field(min_length=1, max_length=200)]
+Part = Literal["base", "adapter", "data"]
+
+
+class Combination(Document):
+    """Licences that must not come together; each that is given must be there."""
+
+    base: LicenseName | None = None
+    adapter: LicenseName | None = None
+    data: LicenseName | None = None
+
+    @model_validator(mode="after")
+    def _refuse_empty(self) -> Self:
+        if not self.given():
+            raise Refusal("it names no licence", "Name one of base, adapter or data.")
+        return self
+
+
+def _refused(value: object) -> str | Combination:
+    if not isinstance(value, str):
+        return Combination.model_validate(value)
+    if not value.strip():
+        raise Refusal("it is empty")
+    return value
+
+
+class Licenses(Document):
+    """What licences a release may have: those of its base, of itself, and of its data. SPDX names match however they
+    are spelled."""
+
+    stated: Annotated[tuple[Part, ...], LISTED] = Field((), description="The parts whose licence must be known.")
+    allow: Annotated[tuple[LicenseName, ...] | None, LISTED] = Field(
+        None, description="The only licences that are allowed, of any part."
+    )
+    refuse: Annotated[
+        tuple[Annotated[Any, BeforeValidator(_refused, json_schema_input_type=Combination | LicenseName)], ...],
+        Field(max_length=100),
+        LISTED,
+    ] = Field((), description="Licences that are refused for any part, and combinations of parts.")
+
+
+def _with_conditions(value: object) -> object:
+    return {"rule": value} if isinstance(value, str) else value
+
+
+class ChannelPolicy(Document):
+    """What a promotion to one channel needs. All of it must hold; rollbacks need none of it."""
+
+    version: Annotated[int, Reader(_version, {"const": VERSION})] = Field(description="Of this format.")
+    rules: Annotated[
+        tuple[Annotated[ScoreRule, BeforeValidator(_with_conditions, json_schema_input_type=ScoreRule | Rule)], ...],
+        Field(max_length=MAX_RULES),
+        LISTED,
+    ] = Field((), description="Gate rules.")
+    min_n: MinN | None = Field(None, description="The least number of examples behind any score that a rule uses.")
+    measured: bool = Field(False, description="No rule uses a score that was only reported.")
+    missing: Literal["evaluate", "refuse"] = Field(
+        "evaluate", description="What to do about a score that is missing: measure it and wait, or refuse."
+    )
+    soak: Annotated[tuple[Soak, ...], Field(max_length=10), LISTED] = Field(
+        (), description="Channels that must have served the release for a time, and not have rolled it back."
+    )
+    approval: Approval | None = Field(None, description="Approvals by people other than the one who promotes.")
+    signature: Literal["release", "files"] | None = Field(
+        None, description="What a signature by one of the namespace's keys must cover."
+    )
+    licenses: Licenses | None = Field(None, description="Of the base, the adapter and its data.")
+    verdict: Annotated[str | None, one_of(*(one for one in Verdict if one is not Verdict.REFUSE), None)] = Field(
+        None, description="The worst accepted verdict of a composed release's conflict check."
+    )
+    force: Literal["releaser", "admin", "never"] = Field(
+        "releaser", description="The lowest role that may force a promotion."
+    )
+    expires_hours: Annotated[float, Field(gt=0, le=MAX_HOURS)] = Field(
+        24.0, description="How long a promotion waits for what it lacks."
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        """The document, without the fields that it leaves out; a rule without conditions is its text."""
+        document = self.model_dump(mode="json", exclude_unset=True)
+        if "rules" in document:
+            document["rules"] = [row["rule"] if len(row) == 1 else row for row in document["rules"]]
+        return document
+
+    def of_rule(self, row: ScoreRule) -> tuple[int, bool]:
+        """The least number of examples of a rule, and whether its scores must be measured."""
+        least = self.min_n if row.min_n is None else row.min_n
+        return least or 1, self.measured if row.measured is None else row.measured
+
+
+def of_rules(rules: list[str]) -> ChannelPolicy:
+    """The policy that says what gate rules alone do."""
+    return ChannelPolicy.model_validate({"version": VERSION, "missing": "refuse", "rules": rules})
+
+
+def parse_policy(text: str, subject: str) -> ChannelPolicy:
+    """Parses a policy in YAML. Raises Invalid if it is not one, naming the field."""
+    if len(text) > MAX_CHARS:
+        raise _bad(subject, f"it is longer than {MAX_CHARS:,} characters")
+    try:
+        document: object = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _bad(subject, f"it is not YAML: {getattr(error, 'problem', None) or error}") from error
+    return read_policy(document, subject)
+
+
+def read_policy(document: object, subject: str) -> ChannelPolicy:
+    """Parses a policy from a mapping. Raises Invalid naming the field."""
+    try:
+        return ChannelPolicy.model_validate(document)
+    except ValidationError as error:
+        problem = problem_of(error)
+        raise _bad(problem.at(subject), problem.why, problem.next_step) from error
+
+
+def _bad(where: str, why: str, next_step: str = "") -> Invalid:
+    return Invalid(
+        "bad_channel_policy",
+        f"{where}: {why}.",
+        subject=where,
+        next_step=next_step or "Correct the policy; docs/schemas/channel-policy.schema.json has its fields.",
+    )

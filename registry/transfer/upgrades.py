@@ -1,0 +1,168 @@
+"""Upgrades of a base: which adapters fit the new one, and what they are worth there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from composer.formats.checkpoints.checkpoint import Architecture
+from registry.database.tables import Base, Job, Release
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE, Role, holds, may_read
+from registry.domain.catalog import bases, repositories, suites, upgrades
+from registry.domain.catalog.releases import full_name
+from registry.domain.channels import gates
+from registry.domain.channels.gates import Measured
+from registry.domain.jobs import evaluations, queue
+from registry.domain.jobs.evaluations import Wanted
+from registry.errors import NotFound, Usage
+from registry.formats.manifest import ManifestFile
+from registry.transfer import publishing
+from registry.transfer.resources import Resources
+
+Json = dict[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Adapter:
+    """An adapter on the old base; `suites` are the digests of those that it is to be measured on."""
+
+    release: int
+    name: str
+    files: list[ManifestFile]
+    measurable: bool
+    suites: list[str]
+    why: str = ""
+
+
+@dataclass(slots=True)
+class _Plan:
+    old: str
+    new: str
+    same: bool
+    architecture: Architecture
+    adapters: list[_Adapter] = field(default_factory=list[_Adapter])
+
+
+def begin(
+    resources: Resources, actor: Actor, old: str, new: str, suite_names: Sequence[str], *, evaluate: bool
+) -> Json:
+    """Lists the adapters that stand on the old base and whether they fit the new one; queues the evaluation of those
+    that do. Returns the report. Raises NotFound, and Usage for one base twice."""
+    with resources.read() as session:
+        plan = _plan(session, actor, old, new, suite_names)
+    for adapter in plan.adapters:
+        if not plan.same:
+            adapter.why = publishing.misfit(resources, adapter.name, adapter.files, plan.architecture)
+    rows = [{"release": one.release, "fits": not one.why, "why": one.why} for one in plan.adapters]
+    upgrade = {"old": plan.old, "new": plan.new, "adapters": rows}
+    fitting = [one for one in plan.adapters if not one.why and one.measurable]
+    wanted = [Wanted(one.release, plan.new, suite) for one in fitting for suite in one.suites]
+    if not evaluate or not wanted:
+        with resources.read() as session:
+            return _report(session, actor, upgrade, None, [])
+    with resources.write() as session:
+        measured = {score.suite.digest for score in suites.scores_of(session, session.get_one(Base, plan.new))}
+        alone = [Wanted(None, plan.new, suite) for suite in {one.suite for one in wanted} - measured]
+        names = {session.get_one(Release, one.release).repository.namespace for one in fitting if one.suites}
+        namespace = names.pop() if len(names) == 1 else None
+        job = evaluations.create(session, actor, namespace, [*sorted(alone, key=str), *wanted], upgrade)
+        return _report(session, actor, upgrade, job, [])
+
+
+def report(session: Session, actor: Actor, job_id: int) -> Json:
+    """The report of an upgrade, as far as it is done. Only for who began it and registry admins."""
+    job = session.get(Job, job_id)
+    row = evaluations.find(session, job_id) if job is not None and job.kind == evaluations.KIND else None
+    may = job is not None and (job.created_by == actor.name or holds(actor, Role.ADMIN, EVERYWHERE))
+    if row is None or row.upgrade is None or not may:
+        raise NotFound(
+            "upgrade_unknown",
+            f"There is no upgrade {job_id} of yours.",
+            subject=str(job_id),
+            next_step="Begin one with `adaptory base upgrade OLD NEW`.",
+        )
+    return _report(session, actor, row.upgrade, queue.find(session, job_id), row.results)
+
+
+def _plan(session: Session, actor: Actor, old: str, new: str, suite_names: Sequence[str]) -> _Plan:
+    before, after = bases.find(session, old), bases.find(session, new)
+    if before.digest == after.digest:
+        raise Usage(
+            "own_successor",
+            f"{old} and {new} are the same base.",
+            subject=new,
+            next_step="Name two bases; `adaptory base list` shows them.",
+        )
+    named = [suites.find(session, name).digest for name in suite_names]
+    same = before.architecture_digest == after.architecture_digest and before.model_type == after.model_type
+    plan = _Plan(before.digest, after.digest, same, bases.architecture(session, after.digest))
+    for release in upgrades.standing_on(session, actor, before):
+        own = dict.fromkeys(score.suite.digest for score in suites.scores_of(session, release))
+        plan.adapters.append(
+            _Adapter(
+                release=release.id,
+                name=full_name(release),
+                files=publishing.manifest_files(session, release),
+                measurable=holds(actor, Role.PUBLISHER, release.repository.namespace),
+                suites=named or list(own),
+            )
+        )
+    return plan
+
+
+def _report(session: Session, actor: Actor, upgrade: Json, job: Job | None, results: Sequence[Json]) -> Json:
+    old, new = (session.get_one(Base, upgrade[name]) for name in ("old", "new"))
+    of_new = gates.scores(session, new)
+    adapters: list[Json] = []
+    for row in upgrade["adapters"]:
+        release = session.get_one(Release, row["release"])
+        if not may_read(actor, release.repository.namespace):
+            continue
+        own = [one for one in results if one["release"] == release.id]
+        adapters.append(
+            {
+                "repository": str(repositories.name_of(release.repository)),
+                "version": release.version,
+                "channels": upgrades.channels_of(session, release),
+                "fits": row["fits"],
+                "why": row["why"],
+                "scores": _compared(gates.scores(session, release), of_new, own),
+                "errors": [one["error"] for one in own if one["error"]],
+            }
+        )
+    return {
+        "old": {"digest": old.digest, "name": old.name},
+        "new": {"digest": new.digest, "name": new.name},
+        "job": job.id if job else None,
+        "state": job.state if job else None,
+        "error": job.error if job else None,
+        "adapters": adapters,
+    }
+
+
+def _compared(before: gates.Scores, base: gates.Scores, results: Sequence[Json]) -> list[Json]:
+    """Each score on the new base beside the one on the old base and that of the new base alone. `gain` is positive
+    where the new one is better than the old one."""
+    rows: list[Json] = []
+    for score in (score for result in results for score in result["scores"]):
+        key = (score["suite"], score["metric"])
+        was, alone = before.get(key), base.get(key)
+        sign = 1 if score["higher_is_better"] else -1
+        rows.append(
+            {
+                "suite": score["suite"],
+                "metric": score["metric"],
+                "n": score["n"],
+                "old": _value(was),
+                "new": score["value"],
+                "base": _value(alone),
+                "gain": None if was is None else sign * (score["value"] - was.value),
+            }
+        )
+    return rows
+
+
+def _value(score: Measured | None) -> float | None:
+    return None if score is None else score.value

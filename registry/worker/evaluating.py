@@ -1,0 +1,152 @@
+"""The steps of an evaluation: measure -> record. Each release and suite is kept when it is done, so that a job goes on
+after a crash with the next one."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer.errors import ComposerError
+from composer.formats.checkpoints.checkpoint import Checkpoint
+from registry.database.tables import Base, Release
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE, Role, holds
+from registry.domain.catalog import bases, suites
+from registry.domain.catalog.repositories import Kind
+from registry.domain.catalog.suites import Measurement
+from registry.domain.jobs import evaluations
+from registry.domain.jobs.evaluations import Wanted
+from registry.errors import NotAllowed
+from registry.transfer import promotions, publishing
+from registry.worker.composition import ProgressCount, suites_named, verified_base
+from registry.worker.judging import Examination
+from registry.worker.runner import JobKind, JobRun
+from registry.worker.workspace import evaluation_work_of
+
+if TYPE_CHECKING:
+    from composer.deltas.delta import Delta
+    from composer.evaluation.model import LoadedModel
+
+Row = dict[str, Any]
+
+
+def measure(held: JobRun) -> None:
+    """Measures what is not measured yet, base by base: each is loaded once."""
+    rows, done = _rows(held)
+    left = [one for one in rows if one not in done]
+    contents = {content.digest: content for content in suites_named(held, list({one.suite for one in left}))}
+    count = ProgressCount(held, "examples", sum(len(contents[one.suite].examples) for one in left))
+    for digest in dict.fromkeys(one.base for one in left):
+        base = cache(partial(_base, held, digest))
+        of_base = [one for one in left if one.base == digest]
+        for release in dict.fromkeys(one.release for one in of_base):
+            model, deltas, error = _subject(held, release, digest, base)
+            for one in (one for one in of_base if one.release == release):
+                examination = Examination(suites=(contents[one.suite],), used=(), progress=count)
+                scores = [] if error else examination.scores(model, contents[one.suite], deltas)
+                _keep(held, one, scores, error)
+
+
+def record(held: JobRun) -> None:
+    """Records the scores of releases on their own base and of bases, then judges the promotions that wait for them.
+
+    Uses the requester's current roles. Raises NotAllowed, and records nothing, if a required one was revoked.
+    """
+    with held.resources.write() as session:
+        actor = evaluations.requester(session, held.job_id, held.resources.clock())
+        results = evaluations.find(session, held.job_id).results
+        for row in results:
+            subject = session.get_one(Base, row["base"])
+            if row["release"] is not None:
+                release = session.get_one(Release, row["release"])
+                if release.base_digest != row["base"]:
+                    continue  # of an upgrade: such a score is not the release's
+                _refuse_without_role(actor, release.repository.namespace)
+                suites.record(session, actor, release, _measurements(row))
+            else:  # what a worker measures of a base is as good as what its owner does
+                suites.record(session, _as_owner(actor), subject, _measurements(row))
+    for digest in dict.fromkeys(row["base"] for row in results):
+        promotions.settle_on_base(held.resources, digest)
+
+
+def clean(held: JobRun) -> None:
+    """Deletes the releases' files."""
+    shutil.rmtree(evaluation_work_of(held.resources, held.job_id), ignore_errors=True)
+
+
+KIND = JobKind(steps={"measure": measure, "record": record}, clean=clean)
+
+
+def _rows(held: JobRun) -> tuple[list[Wanted], set[Wanted]]:
+    """All that is wanted, and what of it is measured."""
+    with held.resources.read() as session:
+        row = evaluations.find(session, held.job_id)
+        done = {Wanted(one["release"], one["base"], one["suite"]) for one in row.results}
+        return [Wanted(**one) for one in row.wanted], done
+
+
+def _keep(held: JobRun, wanted: Wanted, scores: Sequence[Row], error: str | None = None) -> None:
+    result = {"release": wanted.release, "base": wanted.base, "suite": wanted.suite, "scores": scores, "error": error}
+    with held.resources.write() as session:
+        evaluations.add_result(session, held.job_id, result)
+
+
+def _subject(
+    held: JobRun, release: int | None, digest: str, base: "Callable[[], LoadedModel]"
+) -> "tuple[LoadedModel, Sequence[Delta], str | None]":
+    """The model to measure, the deltas to add to it, and why a release cannot be measured on this base, which keeps no
+    other from being measured."""
+    from composer.deltas.variants.load import load_deltas
+
+    if release is None:
+        return base(), (), None
+    with held.resources.read() as session:
+        row = session.get_one(Release, release)
+        kind, files = Kind(row.repository.kind), publishing.manifest_files(session, row)
+        architecture = bases.architecture(session, digest)
+    directory = evaluation_work_of(held.resources, held.job_id) / str(release)
+    directory.mkdir(parents=True, exist_ok=True)
+    publishing.materialise(held.resources, files, directory)
+    if kind is Kind.MODEL:
+        return _load(directory), (), None
+    model = base()
+    try:
+        return model, load_deltas(directory, architecture).deltas, None
+    except ComposerError as error:
+        return model, (), f"{error.message} {error.next_step}".strip()
+
+
+def _base(held: JobRun, digest: str) -> "LoadedModel":
+    return _load(_checkpoint(held, digest).path)
+
+
+def _load(directory: Path) -> "LoadedModel":
+    from composer.evaluation.model import load_model
+
+    return load_model(directory)
+
+
+def _checkpoint(held: JobRun, digest: str) -> Checkpoint:
+    with held.resources.read() as session:
+        urls = bases.locations(session, session.get_one(Base, digest))[digest]
+    return verified_base(held, digest, urls)
+
+
+def _refuse_without_role(actor: Actor, namespace: str) -> None:
+    if not holds(actor, Role.PUBLISHER, namespace):
+        raise NotAllowed(
+            "role_lost",
+            f"{actor.name}, who asked for this evaluation, is no longer a {Role.PUBLISHER} in {namespace}.",
+            subject=namespace,
+            next_step=f"Ask an admin of {namespace} for the role, and ask again.",
+        )
+
+
+def _as_owner(actor: Actor) -> Actor:
+    return Actor(actor.name, actor.at, {EVERYWHERE: Role.ADMIN.value}, actor.public, actor.token_id, actor.source)
+
+
+def _measurements(row: Row) -> list[Measurement]:
+    names = ("suite_digest", "metric", "value", "stderr", "n", "higher_is_better")
+    return [Measurement(*(score[name] for name in names)) for score in row["scores"]]

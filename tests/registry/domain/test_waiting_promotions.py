@@ -1,0 +1,348 @@
+"""Promotions that wait: what ends them, who may, and that no crash and no race makes a move twice or none."""
+
+import os
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+
+from registry.database.tables import Composition, Gate, Job, Move, Promotion, Release, ReleaseInput
+from registry.domain.access import namespaces, tokens
+from registry.domain.access.audit import Actor, EventQuery, list_oldest_first
+from registry.domain.access.roles import Role
+from registry.domain.catalog import bases, releases, repositories, suites
+from registry.domain.catalog.suites import Measurement
+from registry.domain.channels import moves, pending, policies, promotions
+from registry.domain.channels.moves import ChannelMove, PromotionRequest
+from registry.errors import NotAllowed, Refused, RegistryError
+from registry.formats.channel_policy import read_policy
+from registry.formats.references import RepositoryName, Version
+from registry.transfer.promotions import settle, settle_due, settle_on_base
+from registry.worker.runner import run_one
+from registry.worker.steps import KINDS
+from tests import services
+from tests.access.house import HOST, NOW, PRIVATE, House, build_house, copy_of, entered, new_environment, opened
+from tests.forked import start
+
+NAME = RepositoryName(PRIVATE, "sql")
+OLD, NEW = Version(1, 0, 0), Version(1, 1, 0)
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture(scope="module", params=services.PAIRINGS)
+def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
+    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
+    house.close()
+    return house
+
+
+@pytest.fixture
+def house(furnished: House, tmp_path: Path) -> Generator[House]:
+    """`prod` serves 1.1.0 above 1.0.0; both have a score `exact.nll` of 0.5 on one example."""
+    copy = entered(furnished, copy_of(furnished, tmp_path / "home"))
+    copy.resources = later(copy, NOW)
+    yield copy
+    copy.close()
+
+
+def person(house: House, user: str = "releaser", at: datetime = NOW) -> Actor:
+    role = "releaser" if user == "publisher" else user
+    return Actor(user, at, {PRIVATE: role}, token_id=house.ids[user])
+
+
+def demand(house: House, channel: str = "prod", **fields: Any) -> None:
+    with house.resources.write() as session:
+        repository = repositories.find(session, NAME)
+        policies.set_policy(session, HOST, repository, channel, read_policy({"version": 1, **fields}, "policy"))
+
+
+def promote(
+    house: House, version: Version = OLD, channel: str = "prod", at: datetime = NOW, **options: Any
+) -> ChannelMove | Promotion:
+    with house.resources.write() as session:
+        wanted = PromotionRequest(NAME, version, channel)
+        return promotions.request(session, person(house, at=at), wanted, **options)
+
+
+def waiting(house: House, *asked: Any, **options: Any) -> int:
+    outcome = promote(house, *asked, **options)
+    assert isinstance(outcome, Promotion)
+    return outcome.id
+
+
+def seen(house: House, promotion_id: int) -> tuple[str, str]:
+    """State and error code of a promotion."""
+    with house.resources.read() as session:
+        row = session.get_one(Promotion, promotion_id)
+        return row.state, (row.error or {}).get("code", "")
+
+
+def later(house: House, at: datetime) -> Any:
+    return replace(house.resources, clock=lambda: at)
+
+
+def refusal(house: House, *asked: Any, **options: Any) -> list[str]:
+    """What is said of each rule that a promotion fails."""
+    with pytest.raises(Refused) as caught:
+        promote(house, *asked, **options)
+    assert caught.value.code == "gate_failed"
+    return [f"{one['rule']}: {one['detail']}" for one in caught.value.findings if not one["passed"]]
+
+
+def test_a_soak_is_waited_for_unless_it_was_rolled_back_or_takes_too_long(house: House) -> None:
+    demand(house, soak=[{"channel": "staging", "hours": 3}])
+    assert refusal(house) == ["3 h in staging: staging has never served it"]
+    promote(house, OLD, "staging")
+    began = waiting(house, at=NOW + HOUR)
+    settle_due(later(house, NOW + 2 * HOUR))
+    assert seen(house, began)[0] == "pending"
+    settle_due(later(house, NOW + 3 * HOUR))
+    assert seen(house, began)[0] == "completed"
+    promote(house, NEW, "staging", at=NOW + 4 * HOUR)
+    promote(house, OLD, at=NOW + 4 * HOUR)  # staging served it long enough before
+    with house.resources.write() as session:
+        moves.roll_back(session, person(house, at=NOW + 5 * HOUR), repositories.find(session, NAME), "staging")
+    assert refusal(house, NEW) == ["3 h in staging: staging was rolled back from it at 2026-01-01 05:00 UTC"]
+    demand(house, soak=[{"channel": "staging", "hours": 48}], expires_hours=10)
+    (why,) = refusal(house, at=NOW + 9 * HOUR)
+    assert why == "48 h in staging: staging has served it for 4 of 48 h; a promotion waits for 10 h at most"
+
+
+def test_each_rule_is_named_with_its_numbers(house: House) -> None:
+    rules = [{"rule": "exact.nll <= 9", "min_n": 5}, "exact.nll within 0.1 of base", "exact.nll <= 0.1"]
+    demand(house, rules=rules, missing="refuse", signature="release", verdict="ok")
+    with house.resources.write() as session:
+        made = session.scalars(select(Composition)).first()
+        assert made is not None
+        made.conflicts = {"verdict": "warn"}
+        release = releases.find(session, NAME, OLD)
+        session.add(ReleaseInput(release_id=release.id, input_id=release.id + 1, composition_id=made.id, weight=1.0))
+    assert refusal(house) == [
+        "exact.nll <= 9 (n >= 5): 0.5 (n=1): n = 1, and at least 5 are needed",
+        "exact.nll within 0.1 of base: 0.5 (n=1), but the base has no nll on the current exact: evaluate it first",
+        "exact.nll <= 0.1: 0.5 (n=1)",
+        "signature of the release: none of the 0 keys of acme has signed it",
+        "verdict ok: the conflict check of its inputs says warn",
+    ]
+    assert not [rule for rule in refusal(house, NEW) if rule.startswith("verdict")], "others pass"
+
+
+def test_a_reported_score_does_not_count_where_a_measured_one_is_asked_for(house: House) -> None:
+    demand(house, rules=["exact.nll <= 9"], measured=True)
+    with house.resources.write() as session:
+        release, suite = releases.find(session, NAME, OLD), suites.find(session, "exact")
+        reported = Measurement(suite.digest, "nll", 0.1, None, 1, False, reported=True)
+        suites.record(session, person(house), release, [reported])
+    began = waiting(house)
+    with house.resources.write() as session:
+        suites.record(session, person(house), session.get_one(Release, release.id), [replace(reported, reported=False)])
+    settle_on_base(house.resources, release.base_digest)
+    assert seen(house, began)[0] == "completed"
+    with house.resources.read() as session:
+        (job,) = session.scalars(select(Job).where(Job.kind == "evaluation"))
+        assert job.state == "queued"
+
+
+def test_a_move_that_comes_first_ends_it_as_a_conflict_and_a_rollback_is_never_blocked(house: House) -> None:
+    demand(house, rules=["exact.accuracy >= 0.5"])
+    first = waiting(house)
+    with house.resources.write() as session:
+        moves.roll_back(session, person(house), repositories.find(session, NAME), "prod")
+    assert seen(house, first) == ("conflict", "channel_moved")
+    second = waiting(house, NEW)
+    promote(house, NEW, force=True, reason="now")
+    assert seen(house, second) == ("conflict", "channel_moved")
+    with house.resources.read() as session:
+        rows = list_oldest_first(session, EventQuery(None, subject=f"{NAME}@prod", act="promotion:end"))
+        assert [(row.actor, row.after) for row in rows] == [("releaser", {"state": "conflict"})] * 2
+
+
+def test_a_newer_request_replaces_it_and_it_can_be_cancelled_and_expires(house: House) -> None:
+    demand(house, rules=["exact.accuracy >= 0.5"])
+    first, second = waiting(house), waiting(house)
+    assert (seen(house, first), seen(house, second)) == (("replaced", "promotion_replaced"), ("pending", ""))
+    with house.resources.write() as session:
+        job_id = session.get_one(Promotion, second).job_id
+        assert session.get_one(Promotion, first).job_id == job_id, "what is being measured is not queued again"
+        promotions.cancel(session, person(house), session.get_one(Promotion, second))
+        with pytest.raises(RegistryError) as caught:
+            promotions.cancel(session, person(house), session.get_one(Promotion, second))
+        assert (caught.value.code, session.get_one(Job, job_id).state) == ("promotion_ended", "cancelled")
+    assert seen(house, second) == ("cancelled", "promotion_cancelled")
+    third = waiting(house)
+    settle_due(later(house, NOW + 23 * HOUR))
+    assert seen(house, third)[0] == "pending"
+    settle_due(later(house, NOW + 24 * HOUR))
+    assert seen(house, third) == ("expired", "promotion_expired")
+
+
+def test_rights_and_the_policy_are_judged_again_when_it_completes(house: House) -> None:
+    demand(house, approval={"role": "releaser"})
+    first = waiting(house)
+    with house.resources.write() as session:
+        release = releases.find(session, NAME, OLD)
+        with pytest.raises(NotAllowed, match="another person"):
+            promotions.approve(session, person(house), release, "prod", "")
+        promotions.approve(session, person(house, "admin", NOW + HOUR), release, "prod", "")
+        namespaces.set_member(session, HOST, PRIVATE, "admin", Role.PUBLISHER)
+    settle(house.resources, first)
+    with house.resources.read() as session:
+        (result,) = session.get_one(Promotion, first).gates
+        assert (result["waiting"], result["detail"]) == (True, "0 of 1; admin no longer has the role")
+    demand(house, rules=["exact.nll <= 0.1"])
+    settle(house.resources, first)
+    assert seen(house, first) == ("refused", "gate_failed")
+    demand(house, approval={"role": "publisher"})
+    with house.resources.write() as session:
+        tokens.revoke(session, replace(HOST, name="operator"), house.ids["releaser"])
+        wanted = PromotionRequest(NAME, OLD, "edge")
+        policies.set_policy(
+            session, HOST, repositories.find(session, NAME), "edge", read_policy({"version": 1, "approval": {}}, "p")
+        )
+        second = promotions.request(session, person(house), wanted)
+    settle(house.resources, second.id)
+    assert seen(house, second.id) == ("refused", "role_lost")
+
+
+def test_rules_that_a_gate_had_before_policies_refuse_what_lacks_a_score(house: House) -> None:
+    with house.resources.write() as session:
+        repository = repositories.find(session, NAME)
+        session.add(Gate(repository_id=repository.id, channel="prod", rules=["exact.accuracy >= 0.5"], policy=None))
+    assert refusal(house) == [
+        "exact.accuracy >= 0.5: no accuracy on the current exact: run `adaptory eval REF --suite exact`"
+    ]
+    with house.resources.write() as session:
+        policies.set_rules(session, HOST, repository, "prod", ["exact.nll <= 9"])
+        assert policies.find(session, repository, "prod")[0].missing == "refuse"
+    assert isinstance(promote(house), ChannelMove)
+    demand(house, rules=["exact.accuracy >= 0.5"], approval={})
+    with house.resources.write() as session:
+        policies.set_rules(session, HOST, repository, "prod", [])
+        policy, revision = policies.find(session, repository, "prod")
+        assert (policy.rules, policy.approval is not None, revision) == ((), True, 4)
+
+
+def test_a_repeated_request_gets_the_promotion_that_it_began(house: House) -> None:
+    demand(house, approval={})
+    path = f"/v1/adapters/{NAME}/channels/prod"
+    sent = {"json": {"version": str(OLD)}, "headers": {"Idempotency-Key": "k1"}}
+    first, again = (house.ask("releaser", "PUT", path, **sent) for _ in range(2))
+    assert (first.status_code, again.status_code, first.json()) == (202, 202, again.json())
+    cancelled = house.ask("releaser", "POST", f"{path}/promotions/{first.json()['id']}/cancel")
+    assert (cancelled.status_code, cancelled.json()["state"]) == (200, "cancelled")
+    assert house.ask("releaser", "PUT", path, **sent).json()["state"] == "cancelled"
+    (row,) = house.ask("reader", "GET", f"{path}/promotions").json()["items"]
+    assert row["error"]["code"] == "promotion_cancelled"
+
+
+def test_an_approval_is_for_one_promotion_and_can_be_withdrawn(house: House) -> None:
+    demand(house, approval={"count": 2})
+    hour = iter(range(1, 9))
+
+    def approve(user: str) -> None:
+        with house.resources.write() as session:
+            release = releases.find(session, NAME, OLD)
+            promotions.approve(session, person(house, user, NOW + next(hour) * HOUR), release, "prod", "")
+
+    with house.resources.write() as session:
+        namespaces.set_member(session, HOST, PRIVATE, "publisher", Role.RELEASER)
+    for user in ("admin", "publisher"):
+        approve(user)
+    with house.resources.write() as session:
+        assert promotions.withdraw(session, person(house, "admin"), releases.find(session, NAME, OLD), "prod")
+    first = waiting(house, at=NOW + 3 * HOUR)
+    approve("admin")
+    settle(later(house, NOW + 4 * HOUR), first)
+    assert seen(house, first)[0] == "completed"
+    assert isinstance(promote(house, at=NOW + 4 * HOUR), ChannelMove), "it is there already"
+    with house.resources.write() as session:
+        moves.roll_back(session, person(house, at=NOW + 5 * HOUR), repositories.find(session, NAME), "prod")
+    assert isinstance(promote(house, at=NOW + 6 * HOUR), Promotion)
+
+
+def test_an_evaluation_that_fails_ends_the_promotion_with_its_reason(house: House) -> None:
+    demand(house, rules=["exact.accuracy >= 0.5"])
+    began = waiting(house)
+    assert run_one(house.resources, KINDS, "worker")
+    settle(house.resources, began)
+    assert seen(house, began) == ("refused", "gate_failed")
+    with house.resources.read() as session:
+        (result,) = session.get_one(Promotion, began).gates
+        assert "job" in result["detail"]
+        assert "cannot find the base" in result["detail"]
+
+
+def test_a_metric_that_workers_do_not_measure_is_waited_for_without_a_job(house: House) -> None:
+    with house.resources.write() as session:
+        release, suite = releases.find(session, NAME, OLD), suites.find(session, "exact")
+        score = Measurement(suite.digest, "rouge_l", 0.4, None, 1, True)
+        suites.record(session, HOST, releases.find(session, NAME, NEW), [score])
+    demand(house, rules=["exact.rouge_l >= 0.5"])
+    began = waiting(house)
+    with house.resources.write() as session:
+        assert session.get_one(Promotion, began).job_id is None
+        suites.record(session, person(house), session.get_one(Release, release.id), [replace(score, value=0.3)])
+        digest = bases.find(session, "tiny").digest
+    settle_on_base(house.resources, digest)
+    assert seen(house, began) == ("refused", "gate_failed")
+
+
+def test_of_many_that_complete_it_one_does_and_a_rollback_beside_them_ends_it_or_follows(house: House) -> None:
+    for turn in range(8):
+        demand(house)
+        promote(house, NEW)
+        demand(house, approval={})
+        began = waiting(house, OLD)
+        demand(house)  # no rule is left: the next to judge it completes it
+
+        def roll_back(turn: int = turn) -> None:
+            with house.resources.write() as session:
+                moves.roll_back(session, person(house), repositories.find(session, NAME), "prod", reason=f"{turn}")
+
+        with ThreadPoolExecutor(5) as pool:
+            jobs = [pool.submit(settle, house.resources, began) for _ in range(4)]
+            jobs.insert(turn % 4, pool.submit(roll_back))
+            for job in jobs:
+                job.result()
+        with house.resources.read() as session:
+            row = session.get_one(Promotion, began)
+            back = session.scalars(select(Move).where(Move.reason == f"{turn}")).one()
+            newer = (Move.channel_id == row.channel_id, Move.id > row.expected_move)
+            made = session.scalars(select(Move).where(*newer).order_by(Move.id)).all()
+            if row.state == "completed":
+                assert [one.id for one in made] == [row.move_id, back.id]
+                assert (made[0].to_release_id, made[0].below_id) == (row.release_id, row.expected_move)
+            else:
+                assert (row.state, row.move_id, [one.id for one in made]) == ("conflict", None, [back.id])
+
+
+def _settle_and_die(environ: dict[str, str], promotion_id: int) -> None:
+    resources = opened(environ)
+    with resources.write() as session:
+        row = promotions.settle(session, promotion_id, NOW)
+        assert (row.state, row.move_id is not None) == ("completed", True)
+        os._exit(9)
+
+
+def test_a_process_that_dies_while_it_completes_one_leaves_it_waiting_for_the_next(house: House) -> None:
+    demand(house, approval={})
+    began = waiting(house)
+    demand(house)
+    with house.resources.read() as session:
+        before = session.scalar(select(func.count()).select_from(Move))
+    process = start(_settle_and_die, house.environ, dict(house.environ), began)
+    process.join(60)
+    assert process.exitcode == 9
+    with house.resources.read() as session:
+        assert (session.scalar(select(func.count()).select_from(Move)), seen(house, began)[0]) == (before, "pending")
+    settle(house.resources, began)
+    settle(house.resources, began)
+    with house.resources.read() as session:
+        assert session.scalar(select(func.count()).select_from(Move)) == (before or 0) + 1
+        assert pending.list_page(session, repositories.find(session, NAME), "prod", before=0, limit=9)[0].id == began
+    assert seen(house, began)[0] == "completed"

@@ -1,0 +1,114 @@
+"""A channel's policy: what lacks only a score or an approval waits for it, and then completes or fails by itself."""
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from registry.worker.runner import run_worker
+from registry.worker.steps import KINDS
+from tests.scenarios.test_a_company_with_tokens import Company, company
+from tests.scenarios.traces import opened
+from tests.scenarios.world import Cli, World
+
+__all__ = ["company"]
+
+
+def policy(directory: Path, **fields: Any) -> Path:
+    path = directory / "policy.yaml"
+    path.write_text(yaml.safe_dump({"version": 1, **fields}))
+    return path
+
+
+@contextmanager
+def working(cli: Cli) -> Generator[None]:
+    """A worker of the embedded registry, as `adaptory worker` runs it."""
+    resources, stop = opened(cli), threading.Event()
+    worker = threading.Thread(target=partial(run_worker, resources, KINDS, stop, alone=True))
+    worker.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        worker.join()
+        resources.close()
+
+
+def within(seconds: float, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_promotion_waits_for_the_scores_that_it_lacks_and_then_completes_or_fails_by_itself(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked_embedded
+    for version, name in (("1.0.0", "sql"), ("1.1.0", "other-sql")):
+        cli.ok("push", world.adapters[name], f"acme/sql:{version}", "--base", "tiny")
+    rules = ["sql-exact.nll <= 99", {"rule": "guard-exact.nll within 5 of base", "min_n": 6, "measured": True}]
+    cli.ok("policy", "set", "acme/sql@prod", policy(tmp_path, rules=rules))
+    move = cli.json("promote", "acme/sql:1.0.0", "--to", "prod", "--reason", "ready")
+    assert (move["to_version"], [gate["passed"] for gate in move["gates"]]) == ("1.0.0", [True, True])
+    assert "of base (n >= 6, measured)" in move["gates"][1]["rule"]
+    measured = {(score["suite"], score["n"]) for score in cli.json("show", "acme/sql:1.0.0")["scores"]}
+    assert measured == {("sql-exact", 6), ("guard-exact", 6)}
+    assert cli.json("base", "show", "tiny")["scores"][0]["suite"] == "guard-exact"
+
+    cli.ok("policy", "set", "acme/sql@prod", policy(tmp_path, rules=["sql-exact.accuracy >= 0.99"]))
+    waiting = cli.json("promote", "acme/sql:1.1.0", "--to", "prod", "--no-wait")
+    assert (waiting["state"], waiting["gates"][0]["waiting"], waiting["expected_move"]) == ("pending", True, move["id"])
+    assert cli.json("jobs", waiting["job"])["kind"] == "evaluation"
+    shown = [row["state"] for row in cli.json("promotion", "list", "acme/sql@prod")["items"]]
+    with working(cli):
+        within(60, lambda: cli.json("promotion", "list", "acme/sql@prod")["items"][0]["state"] != "pending")
+    ended, completed = cli.json("promotion", "list", "acme/sql@prod")["items"]
+    assert shown == ["pending", "completed"]
+    assert (completed["state"], completed["move"]) == ("completed", move["id"])
+    assert (ended["state"], ended["error"]["code"]) == ("refused", "gate_failed")
+    assert "(n=6)" in ended["gates"][0]["detail"]
+    assert cli.json("show", "acme/sql@prod")["version"] == "1.0.0"
+    refused = cli("promote", "acme/sql:1.1.0", "--to", "prod")
+    assert (refused.code, "FAIL  sql-exact.accuracy >= 0.99: 0 ± 0 (n=6)" in refused.err) == (1, True), refused.err
+    acts = [row["act"] for row in cli.json("audit", "--subject", "acme/sql@prod")["items"]]
+    assert acts == [
+        "promotion:end", "promotion:request", "policy:set", "promotion:end", "channel:promote", "promotion:request",
+        "policy:set",
+    ]  # fmt: skip
+
+
+def test_a_promotion_that_another_person_must_approve_waits_for_it(
+    company: Company, world: World, tmp_path: Path
+) -> None:
+    olga = company.person("olga")
+    olga.ok("namespace", "set", "acme")
+    for user, role in {"pia": "publisher", "rolf": "releaser", "rosa": "releaser"}.items():
+        olga.ok("namespace", "grant", "acme", user, role)
+    pia, rolf, rosa = (company.person(user) for user in ("pia", "rolf", "rosa"))
+    pia.ok("base", "add", world.base, "--name", "tiny")
+    pia.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    nothing_asked = rosa("approve", "acme/sql:1.0.0", "--to", "prod")
+    assert (nothing_asked.code, "asks for no approval" in nothing_asked.err) == (1, True)
+    olga.ok("policy", "set", "acme/sql@prod", policy(tmp_path, approval={"role": "releaser"}, force="admin"))
+    waiting = rolf.ok("promote", "acme/sql:1.0.0", "--to", "prod", "--reason", "ready", "--no-wait")
+    assert "wait  approval by another person with the role releaser: 0 of 1" in waiting.out
+    forced = rolf("promote", "acme/sql:1.0.0", "--to", "prod", "--force", "--reason", "now")
+    assert (forced.code, "only the role admin" in forced.err) == (5, True)
+    own, unentitled = (
+        rolf("approve", "acme/sql:1.0.0", "--to", "prod"),
+        pia("approve", "acme/sql:1.0.0", "--to", "prod"),
+    )
+    assert (own.code, unentitled.code) == (5, 5)
+    approved = rosa.json("approve", "acme/sql:1.0.0", "--to", "prod", "--reason", "looked at it")
+    assert approved["promotion"]["state"] == "completed"
+    (move,) = rolf.json("history", "acme/sql@prod")["items"]
+    assert (move["actor"], move["gates"][0]["detail"]) == ("rolf", "1 of 1: rosa")
+    rolf.ok("promote", "acme/sql:1.0.0", "--to", "prod")
+    acts = {row["act"]: row["actor"] for row in olga.json("audit", "--subject", "acme/sql@prod")["items"]}
+    assert acts["promotion:approve"] == "rosa"
