@@ -65,6 +65,11 @@ class CompositionRun:
         return self.directory / "model"
 
     @property
+    def results_file(self) -> Path:
+        """The candidate's result of each example, by suite digest, where it was measured on all examples."""
+        return self.directory / "results.json"
+
+    @property
     def note(self) -> dict[str, Any]:
         """The lineage that goes into every output's adaptory.json.
 

@@ -1,5 +1,5 @@
-"""The steps of an evaluation: measure -> record. Each release and suite is kept when it is done, so that a job goes on
-after a crash with the next one."""
+"""The steps of an evaluation: measure -> record. A measured example is kept on this host, a measured release and suite
+in the database, so that a job goes on after a crash with the next one."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from composer.errors import ComposerError
 from composer.formats.checkpoints.checkpoint import Checkpoint
+from composer.formats.recipes.suite import Suite as SuiteContent
 from registry.database.tables import Base, Release
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds
@@ -18,9 +19,8 @@ from registry.domain.catalog.suites import Measurement
 from registry.domain.jobs import evaluations
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import NotAllowed
-from registry.transfer import promotions, publishing
+from registry.transfer import promotions, publishing, results
 from registry.worker.composition import ProgressCount, suites_named, verified_base
-from registry.worker.judging import Examination
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.workspace import evaluation_work_of
 
@@ -43,9 +43,9 @@ def measure(held: JobRun) -> None:
         for release in dict.fromkeys(one.release for one in of_base):
             model, deltas, error = _subject(held, release, digest, base)
             for one in (one for one in of_base if one.release == release):
-                examination = Examination(suites=(contents[one.suite],), used=(), progress=count)
-                scores = [] if error else examination.scores(model, contents[one.suite], deltas)
-                _keep(held, one, scores, error)
+                content, model_and_deltas = contents[one.suite], (model, deltas)
+                scores, kept = ([], None) if error else _measured(held, one, content, model_and_deltas, count)
+                _keep(held, one, scores, error, kept)
 
 
 def record(held: JobRun) -> None:
@@ -55,8 +55,8 @@ def record(held: JobRun) -> None:
     """
     with held.resources.write() as session:
         actor = evaluations.requester(session, held.job_id, held.resources.clock())
-        results = evaluations.find(session, held.job_id).results
-        for row in results:
+        rows = evaluations.find(session, held.job_id).results
+        for row in rows:
             subject = session.get_one(Base, row["base"])
             if row["release"] is not None:
                 release = session.get_one(Release, row["release"])
@@ -66,7 +66,7 @@ def record(held: JobRun) -> None:
                 suites.record(session, actor, release, _measurements(row))
             else:  # what a worker measures of a base is as good as what its owner does
                 suites.record(session, _as_owner(actor), subject, _measurements(row))
-    for digest in dict.fromkeys(row["base"] for row in results):
+    for digest in dict.fromkeys(row["base"] for row in rows):
         promotions.settle_on_base(held.resources, digest)
 
 
@@ -86,8 +86,47 @@ def _rows(held: JobRun) -> tuple[list[Wanted], set[Wanted]]:
         return [Wanted(**one) for one in row.wanted], done
 
 
-def _keep(held: JobRun, wanted: Wanted, scores: Sequence[Row], error: str | None = None) -> None:
+def _measured(
+    held: JobRun,
+    wanted: Wanted,
+    suite: SuiteContent,
+    model: "tuple[LoadedModel, Sequence[Delta]]",
+    progress: Callable[[int], None],
+) -> tuple[list[Row], str | None]:
+    """The scores, and the digest of the stored results of each example, if the scores will be recorded."""
+    from composer.evaluation.evaluate import scores
+    from composer.evaluation.journal import ResultJournal, examine_rest
+
+    name = f"{wanted.release or 'base'}-{wanted.base[:16]}-{wanted.suite[:16]}.jsonl"
+    path = evaluation_work_of(held.resources, held.job_id) / name
+    journal = ResultJournal(path, f"{wanted.release} {wanted.base} {wanted.suite}")
+    progress(len(suite.examples) - len(journal.missing(suite.examples)))
+    scorers = held.resources.settings.enabled_scorers
+    results = examine_rest(lambda: model, suite, suite.examples, journal, scorers, progress)
+    rows = [score.to_json() for score in scores(suite, results)]
+    return rows, _stored(held, wanted, rows, [one.to_json() for one in results])
+
+
+def _stored(held: JobRun, wanted: Wanted, scores: list[Row], examples: list[Row]) -> str | None:
+    namespace = EVERYWHERE
+    with held.resources.read() as session:
+        actor = evaluations.requester(session, held.job_id, held.resources.clock())
+        if wanted.release is not None:
+            release = session.get_one(Release, wanted.release)
+            namespace = release.repository.namespace
+            if release.base_digest != wanted.base:
+                return None  # of an upgrade: such a score is not the release's
+    measured = results.store(
+        held.resources, actor, namespace, _measurements({"scores": scores}), {wanted.suite: examples}
+    )
+    return measured[0].results_sha256
+
+
+def _keep(
+    held: JobRun, wanted: Wanted, scores: Sequence[Row], error: str | None = None, results_sha256: str | None = None
+) -> None:
     result = {"release": wanted.release, "base": wanted.base, "suite": wanted.suite, "scores": scores, "error": error}
+    result |= {"results_sha256": results_sha256}
     with held.resources.write() as session:
         evaluations.add_result(session, held.job_id, result)
 
@@ -149,4 +188,5 @@ def _as_owner(actor: Actor) -> Actor:
 
 def _measurements(row: Row) -> list[Measurement]:
     names = ("suite_digest", "metric", "value", "stderr", "n", "higher_is_better")
-    return [Measurement(*(score[name] for name in names)) for score in row["scores"]]
+    kept: str | None = row.get("results_sha256")
+    return [Measurement(*(score[name] for name in names), results_sha256=kept) for score in row["scores"]]

@@ -10,6 +10,7 @@ from registry.domain.channels.gates import Measured, Scores
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
+    from composer.evaluation.evaluate import Result
     from composer.evaluation.model import LoadedModel
 
 Row = dict[str, Any]
@@ -49,17 +50,17 @@ class Examination:
 
     def scores(self, loaded: "LoadedModel", suite: Suite, deltas: "Sequence[Delta]") -> list[Row]:
         """Evaluates the deltas on the suite's remaining examples."""
-        from composer.evaluation.evaluate import evaluate
+        return self.measured(loaded, suite, deltas)[0]
 
-        scores = evaluate(
-            loaded,
-            suite,
-            deltas,
-            suite.sample(None, self.used),
-            self.scorers,
-            lambda results: self.progress(len(results)),
-        )
-        return [score.to_json() for score in scores]
+    def measured(
+        self, loaded: "LoadedModel", suite: Suite, deltas: "Sequence[Delta]"
+    ) -> "tuple[list[Row], list[Result]]":
+        """The scores of the deltas on the suite's remaining examples, and the results that they are made of."""
+        from composer.evaluation.evaluate import examine, scores
+
+        left = suite.sample(None, self.used)
+        results = examine(loaded, suite, deltas, left, self.scorers, lambda batch: self.progress(len(batch)))
+        return [score.to_json() for score in scores(suite, results)], results
 
     def needs(self, member: Member, suite: Suite) -> bool:
         """Whether the input must be measured: the suite is its own or a guard, and no score on exactly these examples

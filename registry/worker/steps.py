@@ -5,6 +5,7 @@ If the recipe has no adapter, nothing is combined and the merged model is evalua
 Each step can be repeated after a crash: finished results are in the work directory or the database.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +31,7 @@ from registry.error_codes import refuse_errors
 from registry.errors import Refused
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, parse_reference
-from registry.transfer import publishing, uploads
+from registry.transfer import publishing, results, uploads
 from registry.transfer.publishing import Push
 from registry.worker import evaluating
 from registry.worker.composition import CompositionRun, Output, ProgressCount, composition_of, store, suites_named
@@ -120,7 +121,11 @@ def evaluate(held: JobRun) -> None:
     examination = Examination(suites=contents, used=used, scorers=scorers, progress=done)
     compared = _compared(held, work)
     done.expect(examination.examples(compared))
-    scores = [score for suite in contents for score in examination.scores(model, suite, deltas)]
+    measured = {suite.digest: examination.measured(model, suite, deltas) for suite in contents}
+    scores = [row for rows, _ in measured.values() for row in rows]
+    complete = [suite.digest for suite in contents if examination.count(suite) == len(suite.examples)]
+    by_example = {digest: [one.to_json() for one in measured[digest][1]] for digest in complete}
+    work.results_file.write_text(json.dumps({"scores": scores, "results": by_example}), encoding="utf-8")
     base = (lambda: model) if work.recipe.adapter else cache(lambda: load_model(work.base_checkpoint(held).path))
     store(held, work, candidate_scores=with_inputs(scores, examination, compared, base))
 
@@ -204,6 +209,7 @@ def publish(held: JobRun) -> None:
     merge(held)
     work = composition_of(held)
     prepared = [publishing.prepare(held.resources, _upload(held, actor, work, output))[0] for output in work.outputs]
+    measured = _measured(held, actor, work)
     held.check()
     with held.resources.write() as session:
         actor = _creator(held, session)  # a role may have been revoked meanwhile
@@ -214,7 +220,6 @@ def publish(held: JobRun) -> None:
             made.append(publish_signed(held.resources.settings, session, actor, new))
         composition, _ = compositions.find(session, work.composition_id)
         composition.results = compositions.result_rows(made)
-        measured = [_measurement(score) for score in composition.candidate_scores or []]
         for release in made:
             if release.repository.kind == Kind.ADAPTER:
                 suites.record(session, actor, release, measured)
@@ -301,6 +306,20 @@ def _upload(held: JobRun, actor: Actor, work: CompositionRun, output: Output) ->
         inputs=[Input(row_id, locked.weight) for row_id, locked in zip(work.input_ids, work.lock.inputs, strict=True)],
         composition_id=work.composition_id,
     )
+
+
+def _measured(held: JobRun, actor: Actor, work: CompositionRun) -> list[Measurement]:
+    """The candidate's scores; with the stored results of each example, unless another host has measured them."""
+    with held.resources.read() as session:
+        scores = compositions.find(session, work.composition_id)[0].candidate_scores or []
+    measured = [_measurement(score) for score in scores]
+    if not work.recipe.adapter or not work.results_file.is_file():
+        return measured
+    kept = json.loads(work.results_file.read_text(encoding="utf-8"))
+    if [_measurement(score) for score in kept["scores"]] != measured:
+        return measured
+    namespace = parse_reference(work.recipe.adapter).repository.namespace
+    return results.store(held.resources, actor, namespace, measured, kept["results"])
 
 
 def _measurement(score: dict[str, Any]) -> Measurement:

@@ -19,7 +19,7 @@ from composer.evaluation.model import load_model
 from composer.formats.recipes.suite import parse_suite
 from tests import services
 from tests.composer.small_model import save_adapter, save_llama
-from tests.scenarios.traces import Traces, traces
+from tests.scenarios.traces import Traces, api_of, traces
 from tests.scenarios.world import Cli, World
 
 WEIGHTS = {"sql": 0.5, "terraform": -0.25, "support": 1.5}
@@ -101,6 +101,9 @@ def test_a_recipe_is_planned_composed_and_composed_again(team: Cli, world: World
         ("sql-exact", "nll"), ("sql-exact", "accuracy"), ("guard-exact", "nll"), ("guard-exact", "accuracy"),
     }  # fmt: skip
     check_lineage(team, done)
+    with api_of(team) as api:
+        path = "/v1/adapters/acme/assistant/releases/1.0.0/scores/sql-exact/results"
+        assert len(api.get(path)["examples"]) == 6, "to compare the next release with it, example by example"
 
     team.ok("pull", "acme/assistant:1.0.0", "-o", tmp_path / "adapter")
     team.ok("pull", "acme/assistant-merged", "-o", tmp_path / "model")

@@ -1,12 +1,18 @@
 """Suites with versions and tasks; several releases on several suites; releases compared example by example."""
 
+import json
+import threading
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.scenarios.traces import api_of, traces
+from registry.worker.runner import run_one
+from registry.worker.steps import KINDS
+from tests.scenarios.traces import api_of, opened, traces
 from tests.scenarios.world import Cli, World
 
 
@@ -117,3 +123,46 @@ def test_releases_are_compared_example_by_example_and_the_results_outlive_a_coll
     assert document["examples"] == []
     assert nll["in_words"] in " ".join(cli.ok("diff", "acme/sql:1.0.0", "acme/sql:1.1.0").out.split())
     assert traces(cli).blobs == stored
+
+
+def test_a_job_whose_worker_stops_inside_a_suite_goes_on_at_the_example_where_it_stopped(
+    stocked_on_disk: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked_on_disk
+    examples = [{"prompt": f"say {number}", "completion": "0"} for number in range(960)]
+    generation = {"max_new_tokens": 8}
+    cli.ok("suite", "add", write_suite(tmp_path, "long", task="generation", generation=generation, examples=examples))
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    asked = tmp_path / "policy.yaml"
+    asked.write_text(yaml.safe_dump({"version": 1, "rules": ["long.nll <= 99"]}))
+    cli.ok("policy", "set", "acme/sql@prod", asked)
+    waiting = cli.json("promote", "acme/sql:1.0.0", "--to", "prod", "--no-wait")
+    stop, work = threading.Event(), Path(cli.environment["ADAPTORY_HOME"]) / "work"
+
+    def journal() -> Path:
+        deadline = time.monotonic() + 60
+        while not (seen := [*work.glob("evaluation-*/*.jsonl")]) or seen[0].read_text().count("\n") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        stop.set()
+        return seen[0]
+
+    with closing(opened(cli)) as resources:
+        watching = threading.Thread(target=journal)
+        watching.start()
+        assert run_one(resources, KINDS, "first", stop)
+        watching.join()
+        assert cli.json("jobs", waiting["job"])["state"] == "queued"
+        [path] = work.glob("evaluation-*/*.jsonl")
+        head, batch, *rest = path.read_text().splitlines()
+        assert len(rest) < 50, "of 60 batches"
+        rows = json.loads(batch)
+        rows[0][6] = "measured before"
+        path.write_text("\n".join([head, json.dumps(rows), *rest, ""]))
+        assert run_one(resources, KINDS, "second")
+    assert cli.json("jobs", waiting["job"])["state"] == "done"
+    assert cli.json("show", "acme/sql@prod")["version"] == "1.0.0"
+    with api_of(cli) as api:
+        results = api.get("/v1/adapters/acme/sql/releases/1.0.0/scores/long/results")["examples"]
+    assert len(results) == 960
+    assert [row["answer"] for row in results].count("measured before") == 1

@@ -74,6 +74,8 @@ def test_a_promotion_waits_for_the_scores_that_it_lacks_and_then_completes_or_fa
     assert (completed["state"], completed["move"]) == ("completed", move["id"])
     assert (ended["state"], ended["error"]["code"]) == ("refused", "gate_failed")
     assert "(n=6)" in ended["gates"][0]["detail"]
+    compared = {row["suite"]: row["paired"] for row in cli.json("diff", "acme/sql:1.0.0", "acme/sql:1.1.0")["scores"]}
+    assert compared["sql-exact"]["n"] == 6, "workers keep the result of each example too"
     assert cli.json("show", "acme/sql@prod")["version"] == "1.0.0"
     refused = cli("promote", "acme/sql:1.1.0", "--to", "prod")
     assert (refused.code, "FAIL  sql-exact.accuracy >= 0.99: 0 ± 0 (n=6)" in refused.err) == (1, True), refused.err
