@@ -30,6 +30,7 @@ from composer.formats.checkpoints.checkpoint import open_checkpoint
 
 LAYERS, WIDTH, RANK = 4, 1024, 16
 OURS, MERGEKIT = "adaptory extract", "mergekit-extract-lora"
+_QUIET = ("--quiet", "--no-write-model-card")  # the card asks the hub for the base, and fails without a network
 
 
 def main() -> None:
@@ -77,7 +78,7 @@ def _command(tool: str, base: Path, finetuned: Path, out: Path, mergekit: Path |
         given = ["--base", base, "--finetuned", finetuned, "--rank", str(RANK), "-o", out]
         return [harness.ADAPTORY, "extract", *given]
     given = ["--model", finetuned, "--base-model", base, "--out-path", out, "--max-rank", str(RANK)]
-    return [mergekit.with_name("mergekit-extract-lora"), *given, "-e", "embed_tokens|lm_head|norm", "--quiet"]
+    return [mergekit.with_name("mergekit-extract-lora"), *given, "-e", "embed_tokens|lm_head|norm", *_QUIET]
 
 
 def _case(command: Sequence[str | Path], out: Path) -> Case:

@@ -31,6 +31,7 @@ USUAL_RANK = 32
 """The rank if neither a rank nor a share of the energy is given."""
 MUCH_LOST = 0.3
 """A relative error above this is a warning."""
+_CHECKED_TOGETHER = 1 << 22  # values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +191,8 @@ class _Extraction:
 
 
 def _refuse_not_finite(values: torch.Tensor, name: str, owner: str, next_step: str) -> None:
-    if not bool(torch.isfinite(values).all()):
+    # In parts, whose intermediate results are small: an embedding may have a billion values.
+    if not all(bool(torch.isfinite(part).all()) for part in values.flatten().split(_CHECKED_TOGETHER)):
         message = f"{name} of {owner} has a NaN or an infinite value."
         raise InvalidFile("not_finite", message, subject=name, next_step=next_step)
 
