@@ -102,7 +102,7 @@ def _peft(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     started = time.perf_counter()
-    names = [adapter.name for adapter in adapters]
+    names = [adapter.name.replace(".", "-") for adapter in adapters]  # torch allows no dot in a name
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, local_files_only=True).to(device)
     model = PeftModel.from_pretrained(model, adapters[0], adapter_name=names[0])
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
