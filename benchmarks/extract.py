@@ -8,7 +8,6 @@ mergekit runs where an environment for it is named (`--mergekit-venv`, created i
 embeddings too, which are equal here: they are excluded, which saves it time.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -34,7 +33,7 @@ _QUIET = ("--quiet", "--no-write-model-card")  # the card asks the hub for the b
 
 
 def main() -> None:
-    chosen = _options()
+    chosen = harness.options(__doc__, rounds=3)
     harness.announce("extract", "torch")
     mergekit = mergekit_environment(chosen.mergekit_venv) if chosen.mergekit_venv else None
     with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-extract-") as name:
@@ -51,15 +50,6 @@ def main() -> None:
         for title, base, finetuned, outs in made:
             rows += [[tool, title, f"{_error(base, finetuned, out):.5f}"] for tool, out in outs.items()]
         harness.table("|Δ - BA| / |Δ|", rows)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--mergekit-venv", type=Path, help="a virtual environment with mergekit, to measure it too")
-    mine, sys.argv[1:] = parser.parse_known_args()
-    chosen = harness.options(__doc__, rounds=3)
-    chosen.mergekit_venv = mine.mergekit_venv
-    return chosen
 
 
 def _made(directory: Path, layers: int) -> tuple[Path, Path]:

@@ -43,12 +43,13 @@ Rounds = Mapping[str, Sequence[Sample]]
 
 
 def options(description: str | None, rounds: int) -> argparse.Namespace:
-    """Parses `--base`, `--rounds`, `--postgres` and `--quick`: the same options everywhere, so that one command runs
-    every benchmark."""
+    """Parses the options, which are the same everywhere, so that one command runs every benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--base", type=Path, default=Path(".demo/base"), help="what examples/make_base.py wrote")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--postgres", help="URL of a server that allows creating databases, for claims about both")
+    parser.add_argument("--device", default="cpu", help="where merges compute: cpu or cuda:N")
+    parser.add_argument("--mergekit-venv", type=Path, help="a virtual environment with mergekit, to measure it too")
     parser.add_argument("--quick", action="store_true", help="two rounds and small sizes: checks only that it runs")
     chosen = parser.parse_args()
     if not (chosen.base / "config.json").is_file():

@@ -13,7 +13,6 @@ With `--device cuda` our merge and PEFT's compute on a GPU, and a copy of the sa
 floor.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -37,7 +36,7 @@ LAYERS, RANK, BIG_ROUNDS = 22, 16, 3
 
 
 def main() -> None:
-    chosen = _options()
+    chosen = harness.options(__doc__, rounds=7)
     harness.announce("merge", "torch", "peft", "transformers")
     mergekit = mergekit_environment(chosen.mergekit_venv) if chosen.mergekit_venv else None
     with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-merge-") as name:
@@ -49,18 +48,6 @@ def main() -> None:
         _report("Three adapters into the base", small, harness.interleave(cases, chosen.rounds))
         layers, rounds = (2, 1) if chosen.quick else (LAYERS, min(chosen.rounds, BIG_ROUNDS))
         _large(directory, layers, rounds, mergekit, chosen.device)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False)
-    parser.add_argument("--mergekit-venv", type=Path, help="a virtual environment with mergekit, to measure it too")
-    parser.add_argument("--device", default="cpu", help="where the merges compute: cpu or cuda:N")
-    mine, others = parser.parse_known_args()
-    given, sys.argv[1:] = sys.argv[1:], others
-    chosen = harness.options(__doc__, rounds=7)
-    sys.argv[1:] = given
-    chosen.mergekit_venv, chosen.device = mine.mergekit_venv, mine.device
-    return chosen
 
 
 def mergekit_environment(directory: Path) -> Path:

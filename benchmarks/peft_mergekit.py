@@ -10,7 +10,6 @@ PEFT's mean sets each adapter's scale: its `cat` and `linear` need adapters of t
 (`--mergekit-venv`, created if missing) and merges each adapter into a checkpoint of its own first.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -36,7 +35,7 @@ DENSITY = 0.5
 
 
 def main() -> None:
-    chosen = _options()
+    chosen = harness.options(__doc__, rounds=3)
     harness.announce("peft_mergekit", "torch", "peft", "transformers")
     mergekit = mergekit_environment(chosen.mergekit_venv) if chosen.mergekit_venv else None
     with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-peft-mergekit-") as name:
@@ -44,15 +43,6 @@ def main() -> None:
             directory = Path(name) / str(number)
             directory.mkdir()
             _compare(chosen.base.resolve(strict=True), members, directory, mergekit, chosen.rounds)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--mergekit-venv", type=Path, help="a virtual environment with mergekit, to measure it too")
-    mine, sys.argv[1:] = parser.parse_known_args()
-    chosen = harness.options(__doc__, rounds=3)
-    chosen.mergekit_venv = mine.mergekit_venv
-    return chosen
 
 
 def _compare(base: Path, members: Sequence[str], directory: Path, mergekit: Path | None, rounds: int) -> None:

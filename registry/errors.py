@@ -45,6 +45,17 @@ class RegistryError(Exception):
     def __str__(self) -> str:
         return f"{self.detail} {self.next_step}".strip()
 
+    def to_row(self) -> dict[str, Any]:
+        """The error as jobs and promotions keep it."""
+        return {
+            "code": self.code,
+            "detail": self.detail,
+            "subject": self.subject,
+            "next": self.next_step,
+            "exit_code": self.exit_code,
+            "findings": self.findings,
+        }
+
 
 class Refused(RegistryError):
     exit_code, status, title, family = 1, 422, "Refused by a check", "refused"

@@ -43,7 +43,7 @@ EXAMPLES = {
     "namespace members": "adaptory namespace members acme",
     "namespace revoke": "adaptory namespace revoke acme pia",
     "namespace set": "adaptory namespace set acme --public",
-    "policy set": "adaptory policy set acme/sql-migration@prod examples/prod-policy.yaml",
+    "policy set": "adaptory policy set acme/sql-migration@prod examples/policies/prod.yaml",
     "policy show": "adaptory policy show acme/sql-migration@prod",
     "profile list": "adaptory profile list",
     "profile use": "adaptory profile use local",

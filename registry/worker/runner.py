@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
 
 from composer.errors import ComposerError, Interrupted
 from registry.database.tables import Job
@@ -257,7 +256,7 @@ def _finish(held: JobRun, kind: JobKind, state: str, error: RegistryError | None
     """
     if not _cleaned(held, kind):
         return
-    row = _as_row(error) if error is not None else None
+    row = error.to_row() if error is not None else None
     with held.resources.write() as session:
         queue.finish(session, held.job_id, held.worker, state, held.resources.clock(), row)
 
@@ -267,7 +266,7 @@ def _leave_to_other_hosts(held: JobRun, passed: dict[int, datetime], kind: JobKi
     log.warning("Job %s is left to a worker on another host: %s", held.job_id, error)
     if _cleaned(held, kind):
         with held.resources.write() as session:
-            queue.requeue(session, held.job_id, held.worker, _as_row(error))
+            queue.requeue(session, held.job_id, held.worker, error.to_row())
         passed[held.job_id] = held.resources.clock()
 
 
@@ -284,18 +283,7 @@ def _put_off(held: JobRun, pause: timedelta, error: RegistryError) -> None:
     """The next worker continues from the finished steps."""
     log.warning("Job %s waits for %s and is tried again: %s", held.job_id, pause, error)
     with held.resources.write() as session:
-        queue.retry_later(session, held.job_id, held.worker, held.resources.clock() + pause, _as_row(error))
-
-
-def _as_row(error: RegistryError) -> dict[str, Any]:
-    return {
-        "code": error.code,
-        "detail": error.detail,
-        "subject": error.subject,
-        "next": error.next_step,
-        "exit_code": error.exit_code,
-        "findings": error.findings,
-    }
+        queue.retry_later(session, held.job_id, held.worker, held.resources.clock() + pause, error.to_row())
 
 
 def _beat(held: JobRun, done: threading.Event) -> None:

@@ -58,6 +58,7 @@ GOOD = Stock("1.0.0", 1, 1, "", "", "")
 ANNOUNCED = hashlib.sha256(b"acme!").hexdigest()
 """The sha256 of the upload in the house whose bytes have not come."""
 OF_WHAT_IS_THERE = {
+    "results_unknown",
     "spectrum_unknown",
     "score_unknown",
     "part_unknown",

@@ -1,7 +1,6 @@
 """Promotions that wait: found, and ended in the transaction that decides about them."""
 
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -69,7 +68,7 @@ def end(
 ) -> None:
     """Ends the promotion. Its channel must be locked."""
     promotion.state, promotion.ended_at, promotion.move_id = state, actor.at, move_id
-    promotion.error = None if error is None else as_row(error)
+    promotion.error = None if error is None else error.to_row()
     session.flush()
     audit.record(
         session,
@@ -81,7 +80,7 @@ def end(
         after={"state": state, **({"move": move_id} if move_id else {})},
         promotion=promotion.id,
         version=promotion.release.version,
-        error=as_row(error) if error else None,
+        error=error.to_row() if error else None,
     )
 
 
@@ -108,15 +107,3 @@ def end_replaced(session: Session, actor: Actor, promotion: Promotion, version: 
         next_step=f"`adaptory promotion list {named}` shows both.",
     )
     end(session, actor, promotion, "replaced", error)
-
-
-def as_row(error: RegistryError) -> dict[str, Any]:
-    """An error as it is kept."""
-    return {
-        "code": error.code,
-        "detail": error.detail,
-        "subject": error.subject,
-        "next": error.next_step,
-        "exit_code": error.exit_code,
-        "findings": error.findings,
-    }

@@ -90,6 +90,7 @@ def test_an_error_names_the_path_of_the_field_and_what_is_allowed(
 EXAMPLES = [
     *(("recipe", path) for path in sorted((ROOT / "examples").glob("*.yaml"))),
     *(("suite", path) for path in sorted((ROOT / "examples/suites").glob("*.yaml"))),
+    *(("channel-policy", path) for path in sorted((ROOT / "examples/policies").glob("*.yaml"))),
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 from registry.errors import Invalid
 from registry.formats.channel_policy import of_rules, parse_policy, read_policy
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "prod-policy.yaml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "policies/prod.yaml"
 
 
 def test_a_policy_is_the_same_after_it_was_kept() -> None:
