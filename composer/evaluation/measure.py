@@ -1,4 +1,4 @@
-"""Examples as token ids, and teacher-forced passes over them. Shapes: B batch, T tokens, V vocabulary."""
+"""Encodes examples as token ids and runs teacher-forced passes over them. Shapes: B batch, T tokens, V vocabulary."""
 
 import inspect
 import os

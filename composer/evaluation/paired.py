@@ -52,7 +52,7 @@ class Paired:
 
 
 def compare_scores(old: Sequence[float], new: Sequence[float]) -> Paired:
-    """Compares the answers' scores, of which higher is better."""
+    """Compares the scores of the answers; higher is better."""
     change = np.asarray(new, dtype=np.float64) - np.asarray(old, dtype=np.float64)
     counts = int((change > 0).sum()), int((change < 0).sum())
     binary = {*old, *new} <= {0.0, 1.0}

@@ -88,8 +88,8 @@ def extract(
         work.take(name, slot)
         progress(base.architecture.tensors[name].size_bytes)
     if not work.compressions:
-        relation = "differs in norms and biases alone from" if work.deltas else "has the same weights as"
-        message = f"{finetuned.path.name} {relation} {base.path.name}, so there is no matrix to extract."
+        relation = "differs only in norms and biases from" if work.deltas else "has the same weights as"
+        message = f"{finetuned.path.name} {relation} {base.path.name}: no matrix has changed."
         raise Mismatch("nothing_to_extract", message, subject=finetuned.path.name, next_step="Name the fine-tuned one.")
     form = peft_form(work.deltas)
     fields = {

@@ -189,7 +189,9 @@ def approve(
 
 def _show_approval(name: str, channel: str, document: Json) -> None:
     if "withdrawn" in document:
-        render.out(f"{name} is no longer approved for {channel}" if document["withdrawn"] else "nothing to withdraw")
+        render.out(
+            f"approval of {name} for {channel} withdrawn" if document["withdrawn"] else "no approval to withdraw"
+        )
         return
     render.out(f"{document['user']} approves {name} for {channel}")
     if document["promotion"]:

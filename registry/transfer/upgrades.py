@@ -79,7 +79,7 @@ def report(session: Session, actor: Actor, job_id: int) -> Json:
     if row is None or row.upgrade is None or not may:
         raise NotFound(
             "upgrade_unknown",
-            f"There is no upgrade {job_id} of yours.",
+            f"You have no upgrade {job_id}.",
             subject=str(job_id),
             next_step="Begin one with `adaptory base upgrade OLD NEW`.",
         )

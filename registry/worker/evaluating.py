@@ -176,7 +176,7 @@ def _refuse_without_role(actor: Actor, namespace: str) -> None:
     if not holds(actor, Role.PUBLISHER, namespace):
         raise NotAllowed(
             "role_lost",
-            f"{actor.name}, who asked for this evaluation, is no longer a {Role.PUBLISHER} in {namespace}.",
+            f"{actor.name} requested this evaluation but no longer has the role {Role.PUBLISHER} in {namespace}.",
             subject=namespace,
             next_step=f"Ask an admin of {namespace} for the role, and ask again.",
         )

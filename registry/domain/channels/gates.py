@@ -233,7 +233,7 @@ def judge_rule(rule: Rule, candidate: Scores, against: References, needs: Needs 
     if rule.other == "served" and against.served is None:
         return GateResult(text, True, f"{own}; the channel serves nothing yet")
     if rule.other == "inputs" and against.inputs is None:
-        return GateResult(text, False, f"{own}, but it is not a composition, so there are no inputs to compare with")
+        return GateResult(text, False, f"{own}; the release is not a composition and has no inputs to compare with")
     scores = {"served": against.served, "inputs": against.inputs}.get(rule.other) or {}
     other = (against.base if rule.other == "base" else scores).get(key)
     if other is None:
