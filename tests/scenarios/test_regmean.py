@@ -161,4 +161,4 @@ def test_a_promotion_is_gated_by_what_went_into_the_release(team: Cli, tmp_path:
     team.ok("promote", "acme/both:1.0.0", "--to", "prod")
     team.ok("gate", "acme/sql@prod", "--rule", "sql-exact.nll within 1000 of inputs")
     refused = team("promote", "acme/sql:1.0.0", "--to", "prod")
-    assert (refused.code, "there are no inputs to compare with" in refused.err + refused.out) == (1, True)
+    assert (refused.code, "no inputs to compare with" in refused.err + refused.out) == (1, True)
