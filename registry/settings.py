@@ -152,7 +152,7 @@ def _prefix(text: str) -> str:
 class LocalStorage(BaseModel):
     """Blobs in a directory. `directory` is `$ADAPTORY_HOME/store` unless set."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
     kind: Literal["local"] = "local"
     directory: Path | None = None
 
@@ -160,7 +160,7 @@ class LocalStorage(BaseModel):
 class S3Storage(BaseModel):
     """Blobs in S3 or a compatible store; credentials come from boto3's usual chain, never from here."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
     kind: Literal["s3"] = "s3"
     bucket: str
     prefix: Annotated[str, AfterValidator(_prefix)] = ""

@@ -18,7 +18,7 @@ MAX_FIELDS = 1_000
 class Wire(BaseModel):
     """Refuses unknown fields: a misspelt option would otherwise be dropped silently."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
 
 class WireIn(Wire):

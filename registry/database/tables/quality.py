@@ -16,7 +16,8 @@ class Suite(Row):
 
     __tablename__ = "suites"
     __table_args__ = (
-        Index("uq_suites_name", "name", unique=True, sqlite_where=text("current"), postgresql_where=text("current")),
+        # The migrations give PostgreSQL the same condition: naming it here would import its dialect on SQLite, too.
+        Index("uq_suites_name", "name", unique=True, sqlite_where=text("current")),
         Index("uq_suites_version", "name", "version", unique=True),
     )
 
@@ -158,7 +159,6 @@ class Promotion(Row):
             "channel_id",
             unique=True,
             sqlite_where=text("state = 'pending'"),
-            postgresql_where=text("state = 'pending'"),
         ),
         Index("ix_promotions_channel_id", "channel_id", "id"),
         Index("ix_promotions_state", "state", "due_at"),
