@@ -30,6 +30,7 @@ REGION = "us-east-1"
 ACCESS_KEY = "adaptory:test"
 _STORAGE = ("account", "container", "object")
 _START_TIMEOUT_S = 180
+_OWN_FILTERS = Path(__file__).parent / "swift"
 
 _STORAGE_CONF = """
 [DEFAULT]
@@ -57,8 +58,8 @@ use = egg:swift#{name}
 """
 
 _FILTERS = (
-    "catch_errors gatekeeper healthcheck proxy-logging listing_formats s3api tempauth copy slo dlo versioned_writes "
-    "symlink proxy-logging"
+    "catch_errors gatekeeper metadata_cache listing_formats s3api tempauth copy slo "
+    "versioned_writes symlink"
 )
 _PROXY_CONF = """
 [DEFAULT]
@@ -69,7 +70,6 @@ swift_dir = {etc}
 workers = 2
 log_level = WARNING
 [pipeline:main]
-# Without a cache: no memcached to run, and no answer older than the store.
 pipeline = {filters} proxy-server
 [app:proxy-server]
 use = egg:swift#proxy
@@ -79,6 +79,8 @@ node_timeout = 60
 recoverable_node_timeout = 60
 client_chunk_size = 1048576
 object_chunk_size = 1048576
+[filter:metadata_cache]
+paste.filter_factory = metadata_cache:filter_factory
 [filter:s3api]
 use = egg:swift#s3api
 location = {region}
@@ -175,7 +177,12 @@ class S3Server:
             command = [python, python.with_name(f"swift-{name}-server"), self._conf(name)]
             with (self.directory / "run" / f"{name}.log").open("ab") as log:
                 process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    env={**os.environ, "PYTHONPATH": str(_OWN_FILTERS)},
                 )
             self.pids[name] = process.pid
             _children.append(process)
