@@ -57,10 +57,7 @@ pipeline = {name}-server
 use = egg:swift#{name}
 """
 
-_FILTERS = (
-    "catch_errors gatekeeper metadata_cache listing_formats s3api tempauth copy slo "
-    "versioned_writes symlink"
-)
+_FILTERS = "catch_errors gatekeeper metadata_cache listing_formats s3api tempauth copy slo versioned_writes symlink"
 _PROXY_CONF = """
 [DEFAULT]
 bind_ip = 127.0.0.1

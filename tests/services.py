@@ -218,7 +218,9 @@ def _start_postgres(data: Path, max_connections: int) -> None:
     remembered = data / "port"  # clients find a cluster again that was stopped
     port = free_ports(1, first=int(remembered.read_text()) if remembered.exists() else 0)[0]
     remembered.write_text(str(port))
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections={max_connections}"
+    options = (
+        f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections={max_connections}"
+    )
     # No machine fails here, and a run makes a thousand databases: nothing is written twice, nothing tidied.
     options += " -c fsync=off -c full_page_writes=off -c autovacuum=off -c max_wal_size=8GB"
     _as_postgres("pg_ctl", "-D", cluster, "-w", "-o", options, "-l", data / "log", "start")

@@ -8,11 +8,24 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tests.scenarios.world import Cli, environment
 
 COLUMNS = 80
+_END = "end of command, status"
+_ONE_AFTER_ANOTHER = """
+import sys
+from registry.cli.main import main
+for words in {commands}:
+    sys.argv = ["adaptory", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        print("{end}", ended.code or 0, flush=True)
+sys.exit()
+"""
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -68,3 +81,20 @@ def on_terminal(cli: Cli, *words: object, code: str = "") -> OnTerminal:
         )
     os.close(inside)
     return OnTerminal(process, terminal)
+
+
+def one_after_another(cli: Cli, commands: Iterable[tuple[object, ...]]) -> list[tuple[int, list[str]]]:
+    """The exit status and the lines of each command, all in one process: a process each takes seconds to start."""
+    words = [[*map(str, command)] for command in commands]
+    shown = on_terminal(cli, code=_ONE_AFTER_ANOTHER.format(commands=words, end=_END))
+    shown.end()
+    ended: list[tuple[int, list[str]]] = []
+    lines: list[str] = []
+    for line in shown.lines:
+        if line.startswith(_END):
+            ended.append((int(line.removeprefix(_END)), lines))
+            lines = []
+        else:
+            lines.append(line)
+    assert len(ended) == len(words), shown.text
+    return ended

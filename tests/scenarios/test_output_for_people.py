@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from registry.cli import render
-from tests.scenarios.terminal import on_terminal
+from tests.scenarios.terminal import one_after_another
 from tests.scenarios.world import Cli, World, environment
 
 LONG = "model.layers.17.self_attn.some_very_long_module_name_of_a_tower.q_proj"
@@ -52,17 +52,17 @@ def test_on_a_terminal_of_80_columns_no_line_is_longer(busy: Cli, world: World, 
     inputs = [{"adapter": "acme/sql"}, {"adapter": "acme/a-terraform-adapter"}]
     content = {"inputs": inputs, "method": "stack", "adapter": "acme/sql-and-terraform:1.0.0", "probe": 0}
     recipe.write_text(yaml.safe_dump({**content, "evaluate": ["sql-exact"], "gates": ["sql-exact.nll <= 10000"]}))
-    for command in (
+    commands = (
         ("compose", recipe, "--plan"), ("compose", recipe), ("conflicts", "acme/sql", "acme/a-terraform-adapter"),
         ("conflicts", "acme/sql", "acme/a-terraform-adapter", "--explain"), ("show", "acme/sql"), ("search",),
         ("show", "acme/sql-and-terraform"), ("diff", "acme/sql", "acme/sql-and-terraform"), ("audit", "--limit", "5"),
         ("eval", "acme/a-terraform-adapter", "--suite", "terraform-exact"), ("history", "acme/sql@prod"), ("jobs",),
         ("inspect", "acme/a-terraform-adapter"), ("fsck", "--full"), ("show", "acme/nothing-of-such-a-long-name"),
-    ):  # fmt: skip
-        shown = on_terminal(busy, *command)
-        assert shown.end() in (0, 1, 3), shown.text
-        assert len(shown.lines) >= 2, shown.text
-        assert [line for line in shown.lines if len(line.rstrip()) > 80] == [], command
+    )  # fmt: skip
+    for command, (status, lines) in zip(commands, one_after_another(busy, commands), strict=True):
+        assert status in (0, 1, 3), (command, lines)
+        assert len(lines) >= 2, (command, lines)
+        assert [line for line in lines if len(line.rstrip()) > 80] == [], command
 
 
 def test_models_are_listed_beside_adapters_and_scores_have_a_line_each(busy: Cli) -> None:

@@ -25,6 +25,9 @@ class WireIn(Wire):
     """A request body. Refuses NUL characters, which PostgreSQL does not accept, and objects with very many fields,
     since each would become a validation error."""
 
+    # FastAPI silences pydantic's warning about a body's alias as it declares the route, which builds the schema.
+    model_config = ConfigDict(defer_build=False)
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_odd(cls, given: Any) -> Any:
