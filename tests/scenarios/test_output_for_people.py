@@ -111,27 +111,37 @@ def test_modules_that_differ_in_their_middle_only_stay_apart_when_they_are_cut(
     assert (len(first), "…" in first, first != second) == (32, True, True)
 
 
+COMPLETIONS = {
+    "show acme/s": "acme/sql",
+    "show acme/sql:": "acme/sql:1.0.0",
+    "pull acme/sql@": "acme/sql@prod",
+    "history acme/": "acme/sql@prod",
+    "promote acme/sql --to p": "prod",
+    "eval acme/sql --suite guard": "guard-exact",
+    "search --base ti": "tiny",
+    "merge --method tie": "ties",
+}
+COMPLETE = """
+import os, sys
+from registry.cli.main import main
+for words in sys.argv[1:]:
+    os.environ.update(COMP_WORDS=f"adaptory {words}", COMP_CWORD=str(len(words.split())))
+    try:
+        main()
+    except SystemExit:
+        print("end", flush=True)
+"""
+
+
 def test_the_shell_completes_references_channels_suites_and_methods(busy: Cli) -> None:
-    for words, expected in (
-        ("show acme/s", "acme/sql"),
-        ("show acme/sql:", "acme/sql:1.0.0"),
-        ("pull acme/sql@", "acme/sql@prod"),
-        ("history acme/", "acme/sql@prod"),
-        ("promote acme/sql --to p", "prod"),
-        ("eval acme/sql --suite guard", "guard-exact"),
-        ("search --base ti", "tiny"),
-        ("merge --method tie", "ties"),
-    ):
-        with environment(busy.environment, []):
-            given = os.environ | {
-                "_ADAPTORY_COMPLETE": "complete_bash",
-                "COMP_WORDS": f"adaptory {words}",
-                "COMP_CWORD": str(len(words.split())),
-            }
-            ran = subprocess.run(
-                [sys.executable, "-m", "registry.cli.start"], env=given, capture_output=True, text=True, check=False
-            )
-        assert expected in ran.stdout.split(), (words, ran)
+    """All in one process, which a shell starts for each."""
+    with environment(busy.environment, []):
+        given = os.environ | {"_ADAPTORY_COMPLETE": "complete_bash"}
+        command = [sys.executable, "-c", COMPLETE, *COMPLETIONS]
+        ran = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+    answers = [answer.split() for answer in ran.stdout.split("end\n")[:-1]]
+    for (words, expected), answer in zip(COMPLETIONS.items(), answers, strict=True):
+        assert expected in answer, (words, ran)
 
 
 def test_the_version_is_shown_and_commands_stand_in_groups_with_an_example_each(on_disk: Cli, tmp_path: Path) -> None:
