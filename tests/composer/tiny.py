@@ -1,7 +1,12 @@
 """Tiny real models: what the tests of this directory share."""
 
+import hashlib
+import shutil
 from collections.abc import Callable
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -32,12 +37,19 @@ def model_maker(directory: Path) -> MakeModel:
         name: str = "base",
         vocabulary: int = 64,
     ) -> Path:
-        torch.manual_seed(7)
-        model = AutoModelForCausalLM.from_config(build_config(kind, tied, vocabulary)).to(dtype)
-        model.save_pretrained(directory / name, max_shard_size=shard)
+        shutil.copytree(_made_once(kind, tied, dtype, shard, vocabulary).name, directory / name)
         return directory / name
 
     return make
+
+
+@lru_cache
+def _made_once(kind: str, tied: bool, dtype: torch.dtype, shard: str, vocabulary: int) -> TemporaryDirectory[str]:
+    made = TemporaryDirectory(prefix="adaptory-model-")
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(build_config(kind, tied, vocabulary)).to(dtype)
+    model.save_pretrained(made.name, max_shard_size=shard)
+    return made
 
 
 def adapter_maker(directory: Path) -> MakeAdapter:
@@ -55,8 +67,22 @@ def adapter_maker(directory: Path) -> MakeAdapter:
     return make
 
 
+_LOADED: dict[str, PreTrainedModel] = {}
+_KEPT = 8
+
+
 def load_model(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    """A model of one's own. The same bytes are loaded once: loading took a quarter of the composer's tests."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    loaded = _LOADED.pop(digest.hexdigest(), None) or AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    _LOADED[digest.hexdigest()] = loaded  # the last one used comes last
+    if len(_LOADED) > _KEPT:
+        del _LOADED[next(iter(_LOADED))]
+    model = deepcopy(loaded)
+    model.name_or_path = str(path)  # an adapter's config says which model it was trained on
+    return model
 
 
 def tensors_in(path: Path) -> dict[str, torch.Tensor]:
