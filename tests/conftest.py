@@ -7,7 +7,8 @@ import shutil
 import ssl
 from collections import defaultdict
 from collections.abc import Generator
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from tempfile import mkdtemp
@@ -24,9 +25,14 @@ from sqlalchemy import Engine
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.util import LRUCache
 
+import registry.api.app
+import registry.client.api
+import registry.storage.s3.store
 from registry.cli.start import OBJECTS_TO_COLLECT
 from registry.database.engine import Database
-from tests import services
+from registry.settings import S3Storage
+from registry.storage.s3.bucket import Bucket, open_bucket
+from tests import s3_server, services
 from tests.s3_server import S3Server
 
 # 770,000 objects last as long as the tests do: scanning them again and again took a sixth of their time.
@@ -121,7 +127,10 @@ def _read_once() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", lru_cache(typer.main.get_command))
         patch.setattr(botocore.session, "create_loader", lru_cache(botocore.session.create_loader))
+        for module in (registry.api.app, registry.client.api):
+            patch.setattr(module, "version", lru_cache(version))
         patch.setattr(boto3, "Session", _s3_session)
+        patch.setattr(registry.storage.s3.store, "open_bucket", partial(_bucket, services.shared_directory() / "s3"))
         patch.setattr(jinja2, "Template", lru_cache(jinja2.Template))  # PEFT writes a card beside each adapter
         patch.setattr(ssl, "create_default_context", lru_cache(ssl.create_default_context))
         # Statements are kept by dialect: those of two SQLite databases are as good as one.
@@ -133,6 +142,18 @@ def _read_once() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
 
 def _s3_session() -> boto3.Session:
     return _s3_session_for(tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
+
+
+def _bucket(shared: Path, storage: S3Storage) -> Bucket:
+    """One client for the run's store; other stores are stopped and killed, and so are their connections."""
+    if storage.endpoint_url == s3_server.load(shared).endpoint:
+        return _bucket_for(storage, tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
+    return open_bucket(storage)
+
+
+@lru_cache
+def _bucket_for(storage: S3Storage, _environment: tuple[tuple[str, str], ...]) -> Bucket:
+    return open_bucket(storage)
 
 
 @lru_cache
