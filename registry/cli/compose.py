@@ -71,7 +71,7 @@ def compose(
 ) -> None:
     """Combine adapters by a recipe: lock, check, evaluate, gate, merge, publish.
 
-    With --require, a worse conflict verdict ends the composition; `require` in the recipe's policy does the same.
+    A conflict verdict worse than `require` of the recipe's policy ends the composition; --require replaces it.
     """
     from composer.formats.recipes.recipe import MAX_FILE_BYTES, Optimize, load_recipe
 

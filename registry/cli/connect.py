@@ -76,14 +76,17 @@ def load_settings() -> "Settings":
 
 def _refuse_misspelt(known: set[str]) -> None:
     """Raises Usage for a misspelt setting: `ADAPTORY_ACESS=tokens` would otherwise leave a server open. Other unknown
-    names pass: container runtimes set some of their own (`ADAPTORY_PORT` for a service of that name)."""
+    names pass: container runtimes set some of their own (`ADAPTORY_PORT` for a service of that name), but none of the
+    form `ADAPTORY_STORAGE__ENDPOINT`."""
     unknown = sorted(name for name in os.environ if name.upper().startswith("ADAPTORY_") and name.upper() not in known)
     if not unknown:
         return
     from difflib import get_close_matches
 
     for name in unknown:
-        if meant := get_close_matches(name.upper(), known, n=1, cutoff=_ALIKE):
+        nested = "__" in name
+        candidates = [one for one in known if "__" in one] if nested else known
+        if meant := get_close_matches(name.upper(), candidates, n=1, cutoff=0.0 if nested else _ALIKE):
             raise Usage(
                 "unknown_setting",
                 f"{name} is not a setting.",

@@ -1,6 +1,7 @@
 """The command list of `adaptory --help`: grouped by task, one example per group."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from typer.core import TyperGroup
@@ -36,9 +37,21 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
 )  # fmt: skip
 
+_LISTED = 8
+"""Commands that an error lists; `--help` shows more of them better."""
+
 
 class Commands(TyperGroup):
     """Lists its commands, each with its complete first sentence."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is named first. An unknown name that resembles none is answered with those there are, if
+        one line holds them."""
+        name, known = args[0], self.list_commands(ctx)
+        is_named = name in known or name.startswith("-") or get_close_matches(name, known)
+        if not (is_named or ctx.resilient_parsing) and len(known) <= _LISTED:
+            ctx.fail(f"No such command {name!r}. The commands are {', '.join(known)}.")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):

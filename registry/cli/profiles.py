@@ -29,7 +29,9 @@ def register(root: typer.Typer) -> None:
 
 def login(
     url: Annotated[str, typer.Argument(metavar="URL", help="Address of the registry.")],
-    name: Annotated[str | None, typer.Option(help="Name of the profile; by default, the registry's host.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the profile; by default, that of --profile, or the registry's host.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Save a registry's URL and token in a profile, and use it from now on.
@@ -45,7 +47,8 @@ def login(
     except ValueError as error:
         shown = "URL" if "@" in url else url  # may contain a password
         raise Usage("bad_url", f"{shown}: {error}.", subject=shown, next_step="Write https://HOST[:PORT].") from error
-    profile_name = _profile_name(name, address)
+    settings = load_settings()
+    profile_name = _profile_name(name or settings.profile, address)
     if profile_name == LOCAL:
         raise Usage("bad_profile", "local is the embedded registry.", subject=LOCAL, next_step="Choose another name.")
     api = Api(address, token=(token := _read_token()))
@@ -53,7 +56,7 @@ def login(
         user = api.get("/v1/whoami")["user"]
     finally:
         api.close()
-    profiles = Profiles(load_settings().home_directory)
+    profiles = Profiles(settings.home_directory)
     profiles.known[profile_name] = Profile(profile_name, address, token)
     profiles.current = profile_name
     profiles.save()
@@ -62,12 +65,17 @@ def login(
 
 
 def logout(
-    name: Annotated[str | None, typer.Argument(metavar="[PROFILE]", help="By default, the one in use.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[PROFILE]", help="By default, that of --profile, or the one in use.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Remove a profile and its token from this machine."""
-    profiles = _profiles()
-    chosen = name or profiles.current
+    from registry.cli.connect import load_settings
+
+    settings = load_settings()
+    profiles = Profiles(settings.home_directory)
+    chosen = name or settings.profile or profiles.current
     if chosen is None:
         raise NotFound("profile_unknown", "No profile is in use.", next_step="Name one: `adaptory profile list`.")
     removed = profiles.find(chosen)

@@ -348,7 +348,7 @@ def fail(error: Failure, as_json: bool) -> int:
     for finding in failure.findings:
         if "rule" in finding:
             say(f"  {_mark(finding)}  {finding['rule']}: {finding['detail']}")
-        elif finding.get("severity") != "notice" and str(finding.get("message")) not in failure.detail:
+        elif finding.get("severity") != "notice" and f" {finding.get('message')}" not in f" {failure.detail}":
             say(f"  {finding.get('severity')}: {finding.get('message')}")
     next_step = _next_step(failure)
     if next_step:

@@ -76,6 +76,7 @@ def test_the_access_log_says_who_asked_what_and_how_it_went_and_no_secret(
         asked.ask("publisher", "GET", f"{RELEASE}?secret=hush"),
         asked.ask("publisher", "GET", "/v1/adapters/acme/sql/releases"),
         asked.ask("nobody", "GET", "/v1/bases/hush"),
+        asked.ask("reader", "GET", "/openapi.json"),
         asked.ask("reader", "GET", "/hush"),
     ]
     text, deadline = capfd.readouterr().err, time.monotonic() + 10
@@ -92,6 +93,7 @@ def test_the_access_log_says_who_asked_what_and_how_it_went_and_no_secret(
         ("400", "/v1/adapters/{namespace}/{name}/releases/{version}", none),
         ("200", "/v1/adapters/{namespace}/{name}/releases", "publisher"),
         ("401", "/v1/bases/{base}", "anonymous"),
+        ("200", "/openapi.json", none),
         ("404", none, none),
     ]
     assert [row["request_id"] for row in rows] == [answer.headers["X-Request-Id"] for answer in answers]

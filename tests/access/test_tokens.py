@@ -135,7 +135,7 @@ def test_a_token_tells_its_user_alone_which_namespaces_its_scope_leaves_out(hous
         problem["detail"]
         == f"This token's scope excludes the namespace {PRIVATE}, where publisher has the role publisher."
     )
-    assert problem["next"].endswith(f"Use a token whose scope includes {PRIVATE}=publisher.")
+    assert problem["next"].endswith(f"Use a token whose scope includes {PRIVATE}=reader.")
     who = house.ask("weak", "GET", "/v1/whoami").json()
     assert (who["grants"], who["limited"]) == ({PUBLIC: "reader"}, {PUBLIC: "publisher", PRIVATE: "publisher"})
     for caller, namespace in (("weak", OTHER), ("weak", "ghost"), ("stranger", PRIVATE)):

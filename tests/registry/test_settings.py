@@ -43,6 +43,7 @@ def test_an_environment_variable_that_makes_no_sense_is_named(tmp_path: Path) ->
     ("name", "meant"),
     [
         ("ADAPTORY_ACESS", "ADAPTORY_ACCESS"),
+        ("ADAPTORY_STORAGE__ENDPOINT", "ADAPTORY_STORAGE__ENDPOINT_URL"),
         ("adaptory_tokens", "ADAPTORY_TOKEN"),
         ("ADAPTORY_STORAGE_BUCKET", "ADAPTORY_STORAGE__BUCKET"),
     ],

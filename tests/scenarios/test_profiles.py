@@ -43,6 +43,11 @@ def test_login_saves_a_profile_that_every_later_command_uses(
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert token not in logged_in.out + logged_in.err
 
+    also = with_stdin(cli, token, "login", url, "--profile", "again", monkeypatch=monkeypatch)
+    assert "(profile again)" in also.out, "--profile names it too"
+    assert cli.json("logout", "--profile", "again")["profile"] == "again"
+    cli.ok("profile", "use", "work")
+
     assert cli.json("whoami")["user"] == "mia", "the profile in use"
     assert cli.json("whoami", "--profile", "local")["user"] == "local-user"
     assert cli.json("--profile=local", "whoami")["user"] == "local-user"

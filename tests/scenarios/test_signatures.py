@@ -133,7 +133,7 @@ def test_an_unsigned_release_is_refused_by_policy_and_by_who_verifies(
     require(cli, keys)
     assert not cli.json(*push_it)["created"], "what is released stays released"
     for options, why in (
-        ((), "next: Push with --sign KEY.pem;"),
+        ((), "next: Push with --sign KEY.pem."),
         (("--sign", stranger.private), "a key that is trusted"),
     ):
         refused = cli("push", world.adapters["other-sql"], "acme/sql:1.1.0", "--base", "tiny", *options)

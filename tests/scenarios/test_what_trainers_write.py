@@ -165,14 +165,16 @@ def test_all_files_that_cannot_be_released_are_named_before_one_is_hashed(
     stocked_on_disk: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = shutil.copytree(world.adapters["sql"], tmp_path / "out")
-    for name in ("optimizer.pt", "training_args.bin", "a.pkl"):
+    for name in ("optimizer.pt", "training_args.bin", "z.pkl"):
         (directory / name).write_bytes(b"x")
     torch.save({}, directory / "notes.txt")
+    (directory / "a").mkdir()
+    (directory / "a/optimizer.pt").write_bytes(b"x")
     (directory / "outside").symlink_to(tmp_path)
     monkeypatch.setattr(transfer, "connected", None)  # a command that gets as far as the registry fails
     refused = stocked_on_disk("push", directory, "acme/sql:1.0.0", "--base", "tiny", "--include", "*")
     assert refused.code == 6
-    for name in ("optimizer.pt", "training_args.bin", "a.pkl", "notes.txt", "outside"):
+    for name in ("a/optimizer.pt", " optimizer.pt", "training_args.bin", "z.pkl", "notes.txt", "outside"):
         assert name in refused.err
 
 

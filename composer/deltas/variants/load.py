@@ -3,7 +3,7 @@
 Each variant has a function from a placed module to its deltas, in one file per family in this folder.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -15,7 +15,7 @@ from composer.deltas.delta import Delta, LowRank, Replacement, spilled
 from composer.deltas.stored import MappedFile, SpillFile
 from composer.deltas.tensors import all_finite, torch_threads
 from composer.deltas.variants import lora, products, rescaled, rotations, shared, spectral
-from composer.deltas.variants.source import Module
+from composer.deltas.variants.source import Module, Read
 from composer.deltas.variants.tied import mark_tied_pairs
 from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.findings import Finding, Severity, next_step
@@ -24,8 +24,6 @@ from composer.formats.adapters.facts import Adapter, read_adapter
 from composer.formats.adapters.placement.placement import place
 from composer.formats.adapters.placement.result import PlacedModule, PlacementResult
 from composer.formats.checkpoints.checkpoint import Architecture
-
-Read = Callable[[Module], list[Delta]]
 
 _KINDS: dict[str, Read] = {
     "linear": lora.pair,
@@ -38,28 +36,8 @@ _KINDS: dict[str, Read] = {
     "kasa": rescaled.kasa,
 }
 READERS: dict[str, Read] = {
-    "ADALORA": products.adalora,
-    "LOHA": products.loha,
-    "LOKR": products.lokr,
-    "DELORA": products.delora,
-    "GRALORA": products.gralora,
-    "MISS": products.miss,
-    "IA3": rescaled.ia3,
-    "HIRA": rescaled.hira,
-    "OFT": rotations.oft,
-    "BOFT": rotations.boft,
-    "HRA": rotations.hra,
-    "ROAD": rotations.road,
-    "VERA": shared.vera,
-    "PVERA": shared.vera,
-    "RANDLORA": shared.randlora,
-    "VBLORA": shared.vblora,
-    "UNILORA": shared.unilora,
-    "FOURIERFT": spectral.fourierft,
-    "C3A": spectral.c3a,
-    "SUPERTUNING": spectral.supertuning,
-    "SHIRA": spectral.shira,
-}
+    **products.READERS, **rescaled.READERS, **rotations.READERS, **shared.READERS, **spectral.READERS,
+}  # fmt: skip
 """The types of composer/formats/adapters/config/types.py, and the functions that make their deltas."""
 NAME_BASE = "Name the base that it was trained on: --base."
 

@@ -6,7 +6,7 @@ Shapes: O outputs, I inputs, R rank, G blocks of GraLoRA.
 import torch
 
 from composer.deltas.delta import Delta
-from composer.deltas.variants.source import Module
+from composer.deltas.variants.source import Module, Read
 
 
 def adalora(module: Module) -> list[Delta]:
@@ -112,3 +112,14 @@ def _kronecker(module: Module, name: str) -> torch.Tensor:
             "ij...,ip,jr->pr...", module.value("lokr_t2"), module.value(f"{name}_a"), module.value(f"{name}_b")
         )
     return module.value(f"{name}_a") @ module.value(f"{name}_b")
+
+
+READERS: dict[str, Read] = {
+    "ADALORA": adalora,
+    "LOHA": loha,
+    "LOKR": lokr,
+    "DELORA": delora,
+    "GRALORA": gralora,
+    "MISS": miss,
+}
+"""The adapter types of this family."""

@@ -4,7 +4,7 @@ import torch
 
 from composer.deltas.delta import Delta
 from composer.deltas.variants.lora import factors
-from composer.deltas.variants.source import Module
+from composer.deltas.variants.source import Module, Read
 
 
 def dora(module: Module) -> list[Delta]:
@@ -54,3 +54,10 @@ def hira(module: Module) -> list[Delta]:
         return W_OI * (B_OR[begin : begin + len(W_OI)].to(W_OI) @ A_RI.to(W_OI))
 
     return [module.computed(rows)]
+
+
+READERS: dict[str, Read] = {
+    "IA3": ia3,
+    "HIRA": hira,
+}
+"""The adapter types of this family."""

@@ -6,7 +6,7 @@ K blocks of B x B on a diagonal.
 import torch
 
 from composer.deltas.delta import Delta
-from composer.deltas.variants.source import Module
+from composer.deltas.variants.source import Module, Read
 from composer.formats.adapters.config.parts import oft_block
 
 
@@ -116,3 +116,12 @@ def _within(Q_KBB: torch.Tensor, eps: float) -> torch.Tensor:
 def _gram_schmidt(u_IR: torch.Tensor) -> torch.Tensor:
     """Orthonormal columns with the same successive spans; the signs are QR's, which do not matter for reflections."""
     return torch.linalg.qr(u_IR).Q
+
+
+READERS: dict[str, Read] = {
+    "OFT": oft,
+    "BOFT": boft,
+    "HRA": hra,
+    "ROAD": road,
+}
+"""The adapter types of this family."""

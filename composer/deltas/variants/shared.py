@@ -6,7 +6,7 @@ Shapes: O outputs, I inputs, R rank, K bases of RandLoRA; T tiles, L the length 
 import torch
 
 from composer.deltas.delta import Delta
-from composer.deltas.variants.source import Module
+from composer.deltas.variants.source import Module, Read
 
 
 def vera(module: Module) -> list[Delta]:
@@ -63,3 +63,13 @@ def unilora(module: Module) -> list[Delta]:
         for side in "AB"
     )
     return [module.low_rank(A_RI, B_OR)]
+
+
+READERS: dict[str, Read] = {
+    "VERA": vera,
+    "PVERA": vera,
+    "RANDLORA": randlora,
+    "VBLORA": vblora,
+    "UNILORA": unilora,
+}
+"""The adapter types of this family."""

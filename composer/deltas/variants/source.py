@@ -3,13 +3,13 @@
 Shapes: O outputs and I inputs of the module (a kernel's elements counted), R rank; a stored matrix is M x N.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
-from composer.deltas.delta import Layout, LowRank, Rows, RowwiseDelta
+from composer.deltas.delta import Delta, Layout, LowRank, Rows, RowwiseDelta
 from composer.deltas.stored import Factor, MappedFile
 from composer.errors import InvalidFile
 from composer.formats.adapters.config.config import AdapterConfig
@@ -113,3 +113,7 @@ class Module:
                 next_step="Save the adapter again, or name the base it was trained on.",
             )
         return indices
+
+
+Read = Callable[[Module], list[Delta]]
+"""Makes the deltas of a placed module."""

@@ -4,7 +4,7 @@ of the weight."""
 import torch
 
 from composer.deltas.delta import Delta
-from composer.deltas.variants.source import Module
+from composer.deltas.variants.source import Module, Read
 
 
 def fourierft(module: Module) -> list[Delta]:
@@ -74,3 +74,12 @@ def _scattered(positions: torch.Tensor, values: torch.Tensor, W_OI: torch.Tensor
     delta_OI = torch.zeros(W_OI.shape, dtype=W_OI.dtype, device=W_OI.device)
     delta_OI.view(-1).index_add_(0, (positions[own] - first).to(W_OI.device), values[own].to(W_OI))
     return delta_OI
+
+
+READERS: dict[str, Read] = {
+    "FOURIERFT": fourierft,
+    "C3A": c3a,
+    "SUPERTUNING": supertuning,
+    "SHIRA": shira,
+}
+"""The adapter types of this family."""

@@ -87,7 +87,10 @@ class Exchanges:
 
 
 def _template(scope: Scope) -> str | None:
-    """The route template, None if no route matched. Repository routes are mounted twice and lack their prefix."""
+    """The route template, None if no route matched. Repository routes are mounted twice and lack their prefix. The
+    framework does not say that it matched its own route, that of the OpenAPI document."""
+    if scope["path"] == scope["app"].openapi_url:
+        return str(scope["path"])
     route = scope.get("route")
     template: str | None = getattr(route, "path_format", getattr(route, "path", None))
     if template is None or template.startswith("/v1") or not scope["path"].startswith("/v1/"):

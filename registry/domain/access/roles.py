@@ -68,7 +68,7 @@ def permit(actor: Actor, role: Role, namespace: str = EVERYWHERE, *, hidden: Not
         return
     if namespace == EVERYWHERE or may_read(actor, namespace):
         raise _denied(actor, role, namespace)
-    raise hidden or _out_of_scope(actor, namespace) or unknown_namespace(namespace)
+    raise hidden or _out_of_scope(actor, role, namespace) or unknown_namespace(namespace)
 
 
 def permit_somewhere(actor: Actor, role: Role) -> None:
@@ -132,8 +132,8 @@ def unknown_namespace(namespace: str) -> NotFound:
     )
 
 
-def _out_of_scope(actor: Actor, namespace: str) -> NotFound | None:
-    """Says what the user's role is, but not whether the namespace exists."""
+def _out_of_scope(actor: Actor, role: Role, namespace: str) -> NotFound | None:
+    """Says what the user's role is and which is needed, but not whether the namespace exists."""
     own = actor.hidden.get(namespace, actor.hidden.get(EVERYWHERE))
     if own is None:
         return None
@@ -141,7 +141,7 @@ def _out_of_scope(actor: Actor, namespace: str) -> NotFound | None:
         "namespace_unknown",
         f"This token's scope excludes the namespace {namespace[:64]}, where {actor.name} has the role {own}.",
         subject=namespace[:64],
-        next_step=f"Use a token whose scope includes {namespace[:64]}={own}.",
+        next_step=f"Use a token whose scope includes {namespace[:64]}={role}.",
     )
 
 

@@ -249,7 +249,7 @@ def refuse_without_signature(
         _refuse_files_only(namespace, policy.signature_covers, covers, published)
         return
     detail = f"{namespace} accepts only releases signed by one of its keys"
-    next_step = "Push with --sign KEY.pem; if it is published already, as another version."
+    next_step = "Push with --sign KEY.pem. A published version is signed with `adaptory sign REF --key KEY.pem`."
     if published is not None:
         detail += f", and none of them has signed {published}"
         next_step = f"Its publisher or an admin: run `adaptory sign {published} --key KEY.pem`; then promote it."

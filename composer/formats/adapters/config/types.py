@@ -1,7 +1,7 @@
 """Every adapter type of PEFT: its settings and parts, or why it is refused.
 
-A setting in none of a type's columns may belong to a newer variant: it is refused unless it is off. READERS of
-composer/deltas/variants/load.py has the function that makes a type's deltas.
+A setting in none of a type's columns may belong to a newer variant: it is refused unless it is off. READERS of a file
+in composer/deltas/variants has the function that makes a type's deltas.
 """
 
 from collections.abc import Callable, Mapping
