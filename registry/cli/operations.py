@@ -247,7 +247,7 @@ def _show_events(events: list[dict[str, Any]]) -> None:
         pairs = [
             ("event", row["act"]),
             ("subject", row["subject"]),
-            ("user", row["actor"]),
+            ("by", row["actor"]),
             ("from", row["source"]),
             *((name, value) for name, value in row["detail"].items() if value not in ([], {})),
             *render.changes(row),

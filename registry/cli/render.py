@@ -362,6 +362,7 @@ def problem(error: Failure) -> dict[str, Any]:
     """The error as a JSON document, for `--json`."""
     failure = _as_registry_error(error)
     return {
+        "family": failure.family,
         "code": failure.code,
         "detail": failure.detail,
         "subject": failure.subject,

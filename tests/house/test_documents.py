@@ -41,6 +41,9 @@ def test_operators_can_read_of_every_setting_and_no_document_names_one_that_does
     }
     assert named["operating.md"] - settings == set()
     assert {name for name in settings if "STORAGE__" not in name} - named["operating.md"] == {"ADAPTORY_STORAGE"}
+    of_stores = "".join((ROOT / "docs" / name).read_text() for name in ("operating.md", "storage.md"))
+    described = set(re.findall(r"([A-Z_]+)[`=]", of_stores.replace("ADAPTORY_STORAGE__", "")))
+    assert {name.upper() for storage in STORAGES for name in storage.model_fields} - described == set()
     for names in named.values():
         assert {name for name in names if not name.startswith("ADAPTORY_TEST_")} - settings <= {
             "ADAPTORY_REQUIRE_SERVICES"
