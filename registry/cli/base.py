@@ -197,7 +197,7 @@ def _show_upgrade(document: dict[str, Any]) -> None:
     ]
     render.table("", ("adapter", "channels", "", "why"), rows)
     scores = [
-        (f"{row['repository']}:{row['version']}", one["suite"], render.metric(one["metric"]), *_values(one))
+        (f"{row['repository']}:{row['version']}", one["suite"], render.metric(one), *_values(one))
         for row in document["adapters"]
         for one in row["scores"]
     ]

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from registry.cli import complete, render
+from registry.cli import complete, queued_evaluation, render
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
 from registry.cli.quality import BaseDir, Device, fetch_suite, release_or_base
 from registry.cli.render import JsonFlag
+from registry.errors import Usage
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
@@ -67,7 +69,7 @@ class Task:
     journal: "ResultJournal"
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913
     what: Annotated[
         list[str],
         typer.Argument(metavar="REF|BASE...", help="Releases, or bases by name.", autocompletion=complete.references),
@@ -81,6 +83,10 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of examples; such scores are not recorded.")
     ] = None,
+    queue: Annotated[
+        bool, typer.Option("--queue", help="Let a worker of the registry measure, in one job, and wait for it.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="With --queue: wait for the job.")] = True,
     json: JsonFlag = False,
 ) -> None:
     """Run suites on releases or bases, and record the scores.
@@ -88,7 +94,14 @@ def evaluate(
     Each base is loaded once for all its adapters. An interrupted run, started again, continues at the example where it
     stopped.
     """
+    if queue:
+        _refuse_idle({"--device": device != "auto", "--base-dir": base_dir, "--limit": limit})
+        _queue(what, suite, wait=wait, json=json)
+        return
+    from registry.transfer.collect import sweep_journals
+
     with connected() as connection:
+        sweep_journals(connection.settings, datetime.now(UTC))
         suites = [fetch_suite(connection, name) for name in dict.fromkeys(suite)]
         subjects = [Subject(name, *release_or_base(connection, name)) for name in dict.fromkeys(what)]
         tasks = [_task(connection, subject, one, limit) for subject in subjects for one in suites]
@@ -102,6 +115,29 @@ def evaluate(
     render.document(document, json, lambda: _show(documents))
 
 
+def _queue(what: Sequence[str], suites: Sequence[str], *, wait: bool, json: bool) -> None:
+    with connected() as connection:
+        document = queued_evaluation.queue(
+            connection, list(dict.fromkeys(what)), list(dict.fromkeys(suites)), wait=wait
+        )
+    render.document(document, json, lambda: queued_evaluation.show(document))
+    if wait and (error := queued_evaluation.error_of(document)):
+        # Not raised: with --json, stdout has the report, and a second document would break its readers.
+        raise typer.Exit(render.fail(error, as_json=False))
+
+
+def _refuse_idle(options: dict[str, object]) -> None:
+    """Raises Usage for an option that a worker would not see."""
+    idle = [name for name, value in options.items() if value]
+    if idle:
+        raise Usage(
+            "idle_option",
+            f"{idle[0]} has no effect with --queue: a worker measures all examples on its own machine.",
+            subject=idle[0],
+            next_step=f"Leave out {idle[0]} or --queue.",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Where:
     """Where the weights are, and the device that they are loaded to."""
@@ -113,11 +149,12 @@ class _Where:
 def _task(connection: Connection, subject: Subject, suite: "Suite", limit: int | None) -> Task:
     from composer.evaluation.journal import ResultJournal
     from composer.evaluation.scorers.scorer import scorer_named
+    from registry.transfer.collect import evaluation_journals
 
     if suite.task == "generation" and suite.scoring:
         scorer_named(suite.scoring, connection.settings.enabled_scorers)  # before anything is fetched and measured
     identity = f"{subject.identity} {suite.digest}"
-    path = connection.settings.home_directory / "cache" / "eval" / f"{sha256(identity.encode()).hexdigest()[:32]}.jsonl"
+    path = evaluation_journals(connection.settings) / f"{sha256(identity.encode()).hexdigest()[:32]}.jsonl"
     return Task(subject, suite, suite.sample(limit), ResultJournal(path, identity))
 
 

@@ -57,6 +57,8 @@ POST   /v1/bases/{base:path}/deprecate                                          
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/deprecate               releaser
 POST   /v1/upgrades                                                             publisher somewhere
 GET    /v1/upgrades/{job_id}                                                    inside: everybody
+POST   /v1/evaluations                                                          inside: publisher
+GET    /v1/evaluations/{job_id}                                                 inside: everybody
 POST   /v1/uploads                                                              inside: publisher
 POST   /v1/uploads/{upload_id}/parts/{number}                                   inside: publisher
 POST   /v1/uploads/{upload_id}/complete                                         inside: publisher

@@ -28,6 +28,10 @@ RANGES = {"nll": (0.0, math.inf), "accuracy": (0.0, 1.0)}
 """Valid values of the built-in metrics."""
 
 
+ELSEWHERE = {"harness": "a task of an evaluation harness", "reported": "a benchmark that scores are only reported of"}
+"""Tasks of suites whose examples the registry does not have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One metric of one suite; `stderr` in the units of `value`, `n` examples. `results_sha256` is the stored blob with
