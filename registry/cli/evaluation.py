@@ -227,8 +227,4 @@ def _record(connection: Connection, task: Task, measured: "Sequence[Score]", res
 
 def _show(documents: Sequence[Json]) -> None:
     for document in documents:
-        rows = [
-            (score["suite"], render.metric(score), render.with_error(score["value"], score["stderr"]), score["n"])
-            for score in document["scores"]
-        ]
-        render.table(document["subject"], ("suite", "metric", "value", "n"), rows)
+        render.score_table(document["subject"], document["scores"])

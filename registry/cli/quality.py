@@ -1,4 +1,4 @@
-"""Suites and their scores: suite add and list, score delete."""
+"""Suites and their scores: suite add and list, score delete and import."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import typer
 
-from registry.cli import render
+from registry.cli import complete, render
 from registry.cli.connect import Connection, connected, resolved
 from registry.cli.groups import Commands
 from registry.cli.render import JsonFlag
@@ -91,6 +91,32 @@ def delete(
         path = release_path(release) if release else f"/v1/bases/{base['digest']}"
         deleted = connection.api.delete(f"{path}/scores/{quote(suite, safe='')}/{quote(metric, safe='')}")
     render.document(deleted, json, lambda: render.out(f"deleted {score} = {render.cell(deleted['value'])} of {what}"))
+
+
+@score_app.command("import")
+def import_scores(
+    ref: Annotated[str, typer.Argument(help="A release.", autocompletion=complete.references)], json: JsonFlag = False
+) -> None:
+    """Record the scores that a release's README.md and .eval_results report, as `push` does.
+
+    They are shown as reported. They never replace measured scores, and a policy with `measured: true` ignores them.
+    """
+    from registry.client.api import release_path
+
+    with connected() as connection:
+        release = resolved(connection, ref)
+        imported = connection.api.post(f"{release_path(release)}/scores/import")
+    for finding in imported["warnings"]:
+        render.say(f"{finding['severity']}: {finding['message']}")
+    title = f"{release['repository']}:{release['version']}"
+
+    def show() -> None:
+        if imported["scores"]:
+            render.score_table(title, imported["scores"])
+        else:
+            render.out(f"{title} reports no scores that can be recorded.")
+
+    render.document(imported, json, show)
 
 
 def fetch_suite(connection: Connection, name: str) -> "Suite":

@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Base, Job, Release, Suite
+from registry.database.tables import Base, Job, Release
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds, may_read, permit, permit_somewhere, refuse_other_owner
@@ -43,7 +43,7 @@ def request(
     with resources.write() as session:
         releases = [resolve.resolve(session, reference).release for reference in references]
         named = [_own_base(session, actor, name) for name in base_names]
-        wanted_suites = [_runnable(suites.find(session, name)) for name in on]
+        wanted_suites = [suites.with_examples(suites.find(session, name, actor)) for name in on]
         subjects = [(one.id, one.base_digest) for one in releases] + [(None, one.digest) for one in named]
         wanted = [Wanted(release, base, suite.digest) for release, base in subjects for suite in wanted_suites]
         job = evaluations.create(session, actor, _namespace(references), wanted)
@@ -88,17 +88,6 @@ def _own_base(session: Session, actor: Actor, name: str) -> Base:
     base = bases.find(session, name)
     refuse_other_owner(actor, f"base {base.name}", base.created_by)
     return base
-
-
-def _runnable(suite: Suite) -> Suite:
-    if suite.task in suites.ELSEWHERE:
-        raise Usage(
-            "suite_elsewhere",
-            f"{suite.name} has no examples that a worker could run: it is {suites.ELSEWHERE[suite.task]}.",
-            subject=suite.name,
-            next_step="Run the task of a harness on a machine that has it: `adaptory eval REF --harness TASK`.",
-        )
-    return suite
 
 
 def _namespace(references: Sequence[Reference]) -> str | None:

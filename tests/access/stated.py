@@ -39,6 +39,7 @@ GET    /v1/{kind}/{namespace}/{name}/releases/{version}/signatures              
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/yank                    releaser
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/unyank                  releaser
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  publisher
+POST   /v1/{kind}/{namespace}/{name}/releases/{version}/scores/import           publisher
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  reader
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/scores/{suite}/results  reader
 DELETE /v1/{kind}/{namespace}/{name}/releases/{version}/scores/{suite}/{metric} publisher

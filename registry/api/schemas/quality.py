@@ -12,6 +12,9 @@ MAX_ANSWER_CHARS = 2_000
 
 
 class ScoreOut(Wire):
+    """`n` is 0 if a reported score does not state it. `source` is the harness that measured it, with its version, or
+    the file that reports it; null for the evaluations of this registry."""
+
     suite: str
     suite_digest: str
     task: str
@@ -21,6 +24,7 @@ class ScoreOut(Wire):
     n: int
     higher_is_better: bool
     reported: bool
+    source: str | None
     measured: datetime
 
 
@@ -32,6 +36,7 @@ class ScoreIn(Wire):
     n: int = Field(ge=1, le=MAX_INT32)
     higher_is_better: bool
     reported: bool = Field(default=False, description="Somebody's word, not measured on the suite by an evaluation.")
+    source: str | None = Field(default=None, min_length=1, max_length=300, description="What measured or reports it.")
 
 
 class ExampleResult(Wire):
@@ -65,6 +70,13 @@ class ScoresIn(WireIn):
 
 class ScoresOut(Wire):
     scores: list[ScoreOut]
+
+
+class ScoresImported(Wire):
+    """The reported scores that are recorded, and a warning for each that is not."""
+
+    scores: list[ScoreOut]
+    warnings: list[dict[str, Any]]
 
 
 class SuiteOut(Wire):
