@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from registry.cli import complete, queued_evaluation, render
+from registry.cli import harness as harnesses
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
+from registry.cli.harness import HarnessChoice
 from registry.cli.quality import BaseDir, Device, fetch_suite, release_or_base
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
@@ -75,9 +77,21 @@ def evaluate(  # noqa: PLR0913
         typer.Argument(metavar="REF|BASE...", help="Releases, or bases by name.", autocompletion=complete.references),
     ],
     suite: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option("--suite", help="Name of a suite, or NAME@VERSION. Repeatable.", autocompletion=complete.suites),
-    ],
+    ] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK[,TASK]",
+            help="Tasks or groups of lm-evaluation-harness (extra `eval`). Repeatable.",
+            autocompletion=complete.harness_tasks,
+        ),
+    ] = None,
+    harness_path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Run tasks of the YAML files in DIR, and the code that they name."),
+    ] = None,
     device: Device = "auto",
     base_dir: BaseDir = None,
     limit: Annotated[
@@ -94,20 +108,32 @@ def evaluate(  # noqa: PLR0913
     Each base is loaded once for all its adapters. An interrupted run, started again, continues at the example where it
     stopped.
     """
+    tasks_of_harness = [name for text in harness or () for name in text.split(",") if name]
+    if not suite and not tasks_of_harness:
+        raise Usage("nothing_to_run", "Nothing is to be run.", next_step="Add --suite NAME or --harness TASK.")
     if queue:
-        _refuse_idle({"--device": device != "auto", "--base-dir": base_dir, "--limit": limit})
-        _queue(what, suite, wait=wait, json=json)
+        local = {"--device": device != "auto", "--base-dir": base_dir, "--limit": limit}
+        _refuse_idle({"--harness": harness, "--harness-path": harness_path, **local})
+        _queue(what, suite or [], wait=wait, json=json)
         return
     from registry.transfer.collect import sweep_journals
 
     with connected() as connection:
         sweep_journals(connection.settings, datetime.now(UTC))
-        suites = [fetch_suite(connection, name) for name in dict.fromkeys(suite)]
+        choice = HarnessChoice(tasks_of_harness, harness_path, limit)
+        plan = harnesses.load(choice) if tasks_of_harness else None
+        suites = [fetch_suite(connection, name) for name in dict.fromkeys(suite or ())]
         subjects = [Subject(name, *release_or_base(connection, name)) for name in dict.fromkeys(what)]
         tasks = [_task(connection, subject, one, limit) for subject in subjects for one in suites]
-        rows = _run(connection, tasks, _Where(device, base_dir), recorded=limit is None)
+        unmeasured = [task.subject for task in tasks if task.journal.missing(task.examples)]
+        models = _Models(connection, subjects if plan else unmeasured, _Where(device, base_dir))
+        rows = _run(connection, tasks, models, recorded=limit is None)
         for task in tasks:
             task.journal.discard()
+        if plan:
+            last = sorted(subjects, key=lambda subject: subject.weights, reverse=True)  # what is in memory comes first
+            scored = harnesses.evaluate(connection, choice, plan, last, models.of)
+            rows = {subject.name: [*rows.get(subject.name, []), *scored[subject.name]] for subject in subjects}
     documents = [
         {"subject": subject.name, "recorded": limit is None, "scores": rows[subject.name]} for subject in subjects
     ]
@@ -158,7 +184,7 @@ def _task(connection: Connection, subject: Subject, suite: "Suite", limit: int |
     return Task(subject, suite, suite.sample(limit), ResultJournal(path, identity))
 
 
-def _run(connection: Connection, tasks: Sequence[Task], where: _Where, *, recorded: bool) -> dict[str, list[Json]]:
+def _run(connection: Connection, tasks: Sequence[Task], models: "_Models", *, recorded: bool) -> dict[str, list[Json]]:
     """The scores by subject. Records those of each task as it ends. Everything is fetched before the first pass."""
     left = sum(len(task.journal.missing(task.examples)) for task in tasks)
     known = sum(len(set(task.examples)) for task in tasks) - left
@@ -166,7 +192,6 @@ def _run(connection: Connection, tasks: Sequence[Task], where: _Where, *, record
         render.say(f"resumed: {known} of {known + left} examples were measured before")
     rows: dict[str, list[Json]] = {task.subject.name: [] for task in tasks}
     label = f"eval {next(iter(rows))}" if len(rows) == 1 else f"eval {len(rows)} subjects"
-    models = _Models(connection, [task.subject for task in tasks if task.journal.missing(task.examples)], where)
     with render.progress(label, left, "examples") as done:
         for task in sorted(tasks, key=lambda task: task.subject.weights):
             measured, results = _measured(connection, task, models, done)

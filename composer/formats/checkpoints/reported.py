@@ -39,8 +39,8 @@ SCORE = "score"
 
 @dataclass(frozen=True, slots=True)
 class ReportedScore:
-    """One reported value: of a data set, with its configuration and split if they are stated, in the units of whoever
-    reports it. `revision` is the data set's; `source` is the file."""
+    """One reported value: of a data set, with its configuration and split if they are stated, in the units of
+    its source. `revision` is the data set's; `source` is the file."""
 
     dataset: str
     config: str | None

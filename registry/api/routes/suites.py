@@ -168,7 +168,10 @@ def _measurements(resources: Resources, actor: Actor, namespace: str, body: Scor
     from registry.transfer import results
 
     measured = [_measurement(row) for row in body.scores]
-    rows = {one.suite_digest: [row.model_dump(exclude_defaults=True) for row in one.examples] for one in body.results}
+    rows = {
+        one.suite_digest: results.Results([row.model_dump(exclude_defaults=True) for row in one.examples], one.metric)
+        for one in body.results
+    }
     return results.store(resources, actor, namespace, measured, rows) if rows else measured
 
 

@@ -41,19 +41,20 @@ class ScoreIn(Wire):
 
 class ExampleResult(Wire):
     """One example: nats and tokens of the reference completion, the score of the answer from 0 to 1, and the generated
-    or chosen answer. `cut` if the limit of tokens ended it."""
+    or chosen answer. `cut` if the limit of tokens ended it. A harness gives no nats and tokens."""
 
-    nats: float = Field(allow_inf_nan=False, ge=0)
-    tokens: int = Field(ge=1, le=MAX_INT32)
+    nats: float | None = Field(default=None, allow_inf_nan=False, ge=0)
+    tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
     score: float = Field(ge=0, le=1)
     answer: str | None = Field(default=None, max_length=MAX_ANSWER_CHARS)
     cut: bool = False
 
 
 class SuiteResults(Wire):
-    """The results of all examples of a suite, in its order."""
+    """The results of all examples of a suite, in its order. The mean of their scores is `metric`."""
 
     suite_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    metric: str = Field(default="accuracy", pattern=r"^[a-z_][a-z0-9_]{0,63}$")
     examples: list[ExampleResult] = Field(min_length=1, max_length=MAX_EXAMPLES)
 
 

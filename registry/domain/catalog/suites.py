@@ -241,7 +241,7 @@ def find(session: Session, text: str, reader: Actor | None = None) -> Suite:
 
 
 def find_any(session: Session, text: str) -> Suite | None:
-    """As `find`, whatever it is and whoever asks; None if there is none."""
+    """As `find`, whatever it is, for any reader; None if there is none."""
     name, at, version = text.partition("@")
     if _DIGEST.fullmatch(text):
         named = Suite.digest == text
@@ -323,7 +323,7 @@ def _of_measurement(session: Session, measurement: Measurement) -> Suite:
 
 def _check_measurement(measurement: Measurement, suite: Suite) -> None:
     """Raises Invalid for a score that cannot come from the suite. Values that are only reported of a benchmark are in
-    the units of whoever reports them."""
+    the units of their source."""
     open_range = (-math.inf, math.inf)
     least, most = open_range if suite.task == REPORTED else RANGES.get(measurement.metric, open_range)
     fewest = 0 if measurement.reported else 1
