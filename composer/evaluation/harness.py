@@ -93,6 +93,11 @@ def load_tasks(names: Sequence[str], directory: Path | None = None) -> Plan:
     """
     from lm_eval.tasks import TaskManager
 
+    if directory and not directory.is_dir():
+        message = f"{directory} is not a directory."
+        raise Mismatch(
+            "harness_task_unknown", message, subject=str(directory), next_step="Name one of task YAML files."
+        )
     manager = TaskManager(include_path=str(directory) if directory else None, include_defaults=directory is None)
     tasks: dict[str, LoadedTask] = {}
     groups: dict[str, LoadedGroup] = {}

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 
 from composer.evaluation.journal import complete_lines
 from composer.evaluation.model import LoadedModel
 
+HFLM: Any = huggingface.HFLM  # its decorator hides the class from type checkers
 _ROW_TOKENS = 512
 _MIN_ROWS = 4
 _BATCHES = 8

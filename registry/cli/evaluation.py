@@ -13,7 +13,7 @@ from registry.cli import complete, queued_evaluation, render
 from registry.cli import harness as harnesses
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
 from registry.cli.harness import HarnessChoice
-from registry.cli.quality import BaseDir, Device, fetch_suite, release_or_base
+from registry.cli.quality import BaseDir, Device, Subject, fetch_suite, release_or_base
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
 
@@ -29,36 +29,6 @@ Json = dict[str, Any]
 
 def register(root: typer.Typer) -> None:
     root.command("eval")(evaluate)
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A release or a base that suites are run on; `release` is None for a base."""
-
-    name: str
-    release: Json | None
-    base: Json
-
-    @property
-    def is_model(self) -> bool:
-        return self.release is not None and self.release["kind"] == "model"
-
-    @property
-    def weights(self) -> str:
-        """Names what must be in memory: the base, or a merged model of its own."""
-        return self.identity if self.is_model else self.base["digest"]
-
-    @property
-    def identity(self) -> str:
-        """Names the bytes that are measured."""
-        release = self.release
-        return f"{self.base['digest']}+{release['repository']}#{release['commit']}" if release else self.base["digest"]
-
-    @property
-    def scores_path(self) -> str:
-        from registry.client.api import release_path
-
-        return f"{release_path(self.release) if self.release else '/v1/bases/' + self.base['digest']}/scores"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from composer.evaluation.harness_model import HarnessModel
     from composer.evaluation.model import LoadedModel
     from composer.formats.recipes.elsewhere import HarnessTask
-    from registry.cli.evaluation import Subject
+    from registry.cli.quality import Subject
 
 Json = dict[str, Any]
 

@@ -1,5 +1,6 @@
 """Suites and their scores: suite add and list, score delete and import."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
@@ -22,6 +23,36 @@ score_app = typer.Typer(cls=Commands, help="Recorded scores.", no_args_is_help=T
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
 BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Directory of the base's weights on this machine.")]
 Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A release or a base that suites are run on; `release` is None for a base."""
+
+    name: str
+    release: Json | None
+    base: Json
+
+    @property
+    def is_model(self) -> bool:
+        return self.release is not None and self.release["kind"] == "model"
+
+    @property
+    def weights(self) -> str:
+        """Names what must be in memory: the base, or a merged model of its own."""
+        return self.identity if self.is_model else self.base["digest"]
+
+    @property
+    def identity(self) -> str:
+        """Names the bytes that are measured."""
+        release = self.release
+        return f"{self.base['digest']}+{release['repository']}#{release['commit']}" if release else self.base["digest"]
+
+    @property
+    def scores_path(self) -> str:
+        from registry.client.api import release_path
+
+        return f"{release_path(self.release) if self.release else '/v1/bases/' + self.base['digest']}/scores"
 
 
 def register(root: typer.Typer) -> None:
