@@ -78,37 +78,45 @@ def evaluate(  # noqa: PLR0913
     Each base is loaded once for all its adapters. An interrupted run, started again, continues at the example where it
     stopped.
     """
-    tasks_of_harness = [name for text in harness or () for name in text.split(",") if name]
-    if not suite and not tasks_of_harness:
+    choice = HarnessChoice([name for text in harness or () for name in text.split(",") if name], harness_path, limit)
+    if not suite and not choice.names:
         raise Usage("nothing_to_run", "Nothing is to be run.", next_step="Add --suite NAME or --harness TASK.")
     if queue:
         local = {"--device": device != "auto", "--base-dir": base_dir, "--limit": limit}
-        _refuse_idle({"--harness": harness, "--harness-path": harness_path, **local})
+        why = "with --queue: a worker measures all examples on its own machine"
+        _refuse_idle({"--harness": harness, "--harness-path": harness_path, **local}, why)
         _queue(what, suite or [], wait=wait, json=json)
         return
+    _refuse_idle({"--no-wait": not wait}, "without --queue")
+    _refuse_idle({"--harness-path": harness_path and not choice.names}, "without --harness")
+    rows = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, _Where(device, base_dir))
+    documents = [{"subject": name, "recorded": limit is None, "scores": scores} for name, scores in rows.items()]
+    document = documents[0] if len(documents) == 1 else {"items": documents, "next": None}
+    render.document(document, json, lambda: _show(documents))
+
+
+def _evaluated(
+    what: Sequence[str], suite_names: Sequence[str], choice: HarnessChoice, where: "_Where"
+) -> dict[str, list[Json]]:
+    """The scores by subject: of the suites, then of the harness' tasks."""
     from registry.transfer.collect import sweep_journals
 
     with connected() as connection:
         sweep_journals(connection.settings, datetime.now(UTC))
-        choice = HarnessChoice(tasks_of_harness, harness_path, limit)
-        plan = harnesses.load(choice) if tasks_of_harness else None
-        suites = [fetch_suite(connection, name) for name in dict.fromkeys(suite or ())]
-        subjects = [Subject(name, *release_or_base(connection, name)) for name in dict.fromkeys(what)]
-        tasks = [_task(connection, subject, one, limit) for subject in subjects for one in suites]
+        plan = harnesses.load(choice) if choice.names else None
+        suites = [fetch_suite(connection, name) for name in suite_names]
+        subjects = [Subject(name, *release_or_base(connection, name)) for name in what]
+        tasks = [_task(connection, subject, one, choice.limit) for subject in subjects for one in suites]
         unmeasured = [task.subject for task in tasks if task.journal.missing(task.examples)]
-        models = _Models(connection, subjects if plan else unmeasured, _Where(device, base_dir))
-        rows = _run(connection, tasks, models, recorded=limit is None)
+        models = _Models(connection, subjects if plan else unmeasured, where)
+        rows = {name: list[Json]() for name in what} | _run(connection, tasks, models, recorded=choice.recorded)
         for task in tasks:
             task.journal.discard()
         if plan:
             last = sorted(subjects, key=lambda subject: subject.weights, reverse=True)  # what is in memory comes first
             scored = harnesses.evaluate(connection, choice, plan, last, models.of)
-            rows = {subject.name: [*rows.get(subject.name, []), *scored[subject.name]] for subject in subjects}
-    documents = [
-        {"subject": subject.name, "recorded": limit is None, "scores": rows[subject.name]} for subject in subjects
-    ]
-    document = documents[0] if len(documents) == 1 else {"items": documents, "next": None}
-    render.document(document, json, lambda: _show(documents))
+            rows = {name: [*own, *scored[name]] for name, own in rows.items()}
+    return rows
 
 
 def _queue(what: Sequence[str], suites: Sequence[str], *, wait: bool, json: bool) -> None:
@@ -122,16 +130,12 @@ def _queue(what: Sequence[str], suites: Sequence[str], *, wait: bool, json: bool
         raise typer.Exit(render.fail(error, as_json=False))
 
 
-def _refuse_idle(options: dict[str, object]) -> None:
-    """Raises Usage for an option that a worker would not see."""
+def _refuse_idle(options: dict[str, object], why: str) -> None:
+    """Raises Usage for an option that would be ignored silently."""
     idle = [name for name, value in options.items() if value]
     if idle:
-        raise Usage(
-            "idle_option",
-            f"{idle[0]} has no effect with --queue: a worker measures all examples on its own machine.",
-            subject=idle[0],
-            next_step=f"Leave out {idle[0]} or --queue.",
-        )
+        message = f"{idle[0]} has no effect {why}."
+        raise Usage("idle_option", message, subject=idle[0], next_step="See `adaptory eval --help`.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """`eval --harness`: tasks of lm-evaluation-harness on releases and bases, recorded with the harness' version."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from registry.cli import render
 from registry.cli.connect import Connection
 from registry.errors import Conflict
-from registry.transfer.collect import evaluation_journals
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
     from composer.evaluation.harness import Outcome, Plan
-    from composer.evaluation.harness_model import HarnessModel
+    from composer.evaluation.harness_model import AnswerJournal, HarnessModel
     from composer.evaluation.model import LoadedModel
     from composer.formats.recipes.elsewhere import HarnessTask
     from registry.cli.quality import Subject
@@ -58,7 +57,12 @@ def evaluate(
     if choice.recorded:
         for suite in plan.suites:
             _register(connection, suite)
-    return {subject.name: _Run(connection, choice, plan, subject, model_of).scores() for subject in subjects}
+    runs = [_Run(connection, choice, plan, subject, model_of) for subject in subjects]
+    scores = {run.subject.name: run.scores() for run in runs}
+    for run in runs:
+        for journal in run.journals:
+            journal.discard()
+    return scores
 
 
 @dataclass(slots=True)
@@ -70,6 +74,7 @@ class _Run:
     plan: "Plan"
     subject: "Subject"
     model_of: "Callable[[Subject], tuple[LoadedModel, Sequence[Delta]]]"
+    journals: "list[AnswerJournal]" = field(default_factory=list["AnswerJournal"])
 
     def scores(self) -> list[Json]:
         """Measures and records; returns the scores of tasks, then those of groups."""
@@ -89,11 +94,13 @@ class _Run:
     def _measured(self, model: "HarnessModel", name: str, deltas: "Sequence[Delta]", bar: render.Progress) -> "Outcome":
         from composer.evaluation.harness import run_task
         from composer.evaluation.harness_model import AnswerJournal
+        from registry.transfer.collect import evaluation_journals
 
         task = self.plan.tasks[name]
         identity = f"{self.subject.identity} {task.suite.digest} {self.choice.limit or 'all'}"
         file = f"{sha256(identity.encode()).hexdigest()[:32]}.jsonl"
         journal = AnswerJournal(evaluation_journals(self.connection.settings) / file, identity)
+        self.journals.append(journal)
         if journal.known:
             render.say(f"resumed: {len(journal.known)} requests of {name} were answered before")
 
@@ -103,7 +110,6 @@ class _Run:
         outcome = run_task(model, task, deltas, journal, progress, self.choice.limit)
         for line in outcome.skipped:
             render.say(f"note: {line}")
-        journal.discard()
         return outcome
 
     def _recorded(self, suite: "HarnessTask", outcome: "Outcome") -> list[Json]:
