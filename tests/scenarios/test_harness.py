@@ -59,6 +59,15 @@ def test_harness_tasks_are_recorded_as_suites_with_the_version_of_the_harness(
     refused = team("eval", "acme/sql", "--suite", "colours")
     assert (refused.code, "--harness colours" in refused.err) == (2, True)
     assert team("eval", "acme/sql", "--suite", "colours", "--queue").code == 2
+    recipe = {
+        "adapter": "acme/both:1.0.0",
+        "base": "tiny",
+        "inputs": [{"adapter": "acme/sql:1.0.0"}],
+        "method": "stack",
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": ["colours"]}))
+    planned = team("compose", tmp_path / "recipe.yaml", "--plan")
+    assert (planned.code, "it is a task of an evaluation harness" in planned.err) == (2, True)
 
 
 def test_the_content_of_a_task_is_its_configuration_and_documents_wherever_these_are(team: Cli, tmp_path: Path) -> None:

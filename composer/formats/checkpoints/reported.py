@@ -88,19 +88,29 @@ def doubt(subject: str, message: str) -> Finding:
 
 
 def _of_card(path: str, content: bytes) -> Iterator[ReportedScore | Finding]:
-    stated = front_matter(content).get("model-index")
-    if stated is None:
-        return
-    for model in _list(stated):
-        for result in _list(_field(model, "results")):
+    stated, source = front_matter(content).get("model-index"), f"{path} (model-index)"
+    for model in () if stated is None else _items(stated, source, "it"):
+        if isinstance(model, Finding):
+            yield model
+            continue
+        for result in _items(_field(model, "results"), source, "`results` of a model"):
+            if isinstance(result, Finding):
+                yield result
+                continue
             data = _field(result, "dataset")
-            for metric in _list(_field(result, "metrics")):
+            for metric in _items(_field(result, "metrics"), source, "`metrics` of a result"):
+                if isinstance(metric, Finding):
+                    yield metric
+                    continue
                 name = _field(metric, "type") or _field(metric, "name")
-                yield _entry(f"{path} (model-index)", data, name, _field(metric, "value"), _field(data, "config"))
+                yield _entry(source, data, name, _field(metric, "value"), _field(data, "config"))
 
 
 def _of_results(path: str, content: bytes) -> Iterator[ReportedScore | Finding]:
-    for entry in _list(load_bounded(content.decode("utf-8", "replace"), path)):
+    for entry in _items(load_bounded(content.decode("utf-8", "replace"), path), path, "it"):
+        if isinstance(entry, Finding):
+            yield entry
+            continue
         data = _field(entry, "dataset")
         task = _field(data, "task_id")
         yield _entry(path, data, SCORE, _field(entry, "value"), None if task == "default" else task)
@@ -131,8 +141,16 @@ def _field(value: object, name: str) -> object:
     return cast("dict[object, object]", value).get(name) if isinstance(value, dict) else None
 
 
-def _list(value: object) -> list[object]:
-    return cast("list[object]", value) if isinstance(value, list) else []
+def _items(value: object, source: str, what: str) -> Iterator[object]:
+    """The mappings of a list, and a finding for anything else."""
+    if not isinstance(value, list):
+        yield doubt(source, f"{source}: {what} is not a list.")
+        return
+    for item in cast("list[object]", value):
+        if isinstance(item, dict):
+            yield cast(object, item)
+        else:
+            yield doubt(source, f"{source}: {printable(item)} in {what} is not a mapping.")
 
 
 def _number(value: object) -> float:

@@ -64,6 +64,15 @@ def test_what_cannot_be_used_is_said_in_one_sentence_each() -> None:
         "whether higher or lower fancy is better is not known.",
         "'!' is not the name of a metric.",
     ]
+    for document, why in (
+        ("x", "it is not a list"),
+        ([{"name": "x"}], "`results` of a model is not a list"),
+        ([{"name": "x", "results": [{"metrics": 3}]}], "`metrics` of a result is not a list"),
+        ([1], "1 in it is not a mapping"),
+    ):
+        front = f"---\n{yaml.safe_dump({'model-index': document})}---\n".encode()
+        ((doubt,),) = (reported_scores({"README.md": front})[1],)
+        assert doubt.message == f"README.md (model-index): {why}."
     many = [result(f"d{number}", value="?") for number in range(50)]
     assert len(reported_scores({"README.md": card(*many)})[1]) == MAX_FINDINGS + 1
     several = [result(f"d{number}") for number in range(MAX_SCORES + 5)]
