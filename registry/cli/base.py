@@ -197,7 +197,7 @@ def _show_upgrade(document: dict[str, Any]) -> None:
     ]
     render.table("", ("adapter", "channels", "", "why"), rows)
     scores = [
-        (f"{row['repository']}:{row['version']}", one["suite"], render.metric(one["metric"]), *_values(one))
+        (f"{row['repository']}:{row['version']}", one["suite"], render.metric(one), *_values(one))
         for row in document["adapters"]
         for one in row["scores"]
     ]
@@ -266,4 +266,8 @@ def _show(base: dict[str, Any]) -> None:
     render.lines(f"base {base['name']}", pairs)
     for score in base["scores"]:
         value = render.with_error(score["value"], score["stderr"])
-        render.out(f"  {score['suite']} {render.metric(score)}  {value}  (n={score['n']})")
+        notes = filter(
+            None,
+            [f"n={score['n']}" if score["n"] else "", "reported" if score.get("reported") else "", score.get("source")],
+        )
+        render.out(f"  {score['suite']} {render.metric(score)}  {value}  ({', '.join(notes)})")

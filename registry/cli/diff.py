@@ -34,7 +34,7 @@ class Subject:
     release: Json
     directory: Path | None
     made: "Composition | None"
-    results: dict[str, list[Json]] = field(default_factory=dict[str, list[Json]])
+    results: dict[str, Json] = field(default_factory=dict[str, Json])
 
 
 def register(root: typer.Typer) -> None:
@@ -98,15 +98,15 @@ def _digests(subject: Subject) -> set[str]:
     return {score["suite_digest"] for score in subject.release["scores"]}
 
 
-def _results(connection: Connection, subject: Subject, digests: set[str]) -> dict[str, list[Json]]:
-    """The result of each example by suite digest, of those suites for which they were recorded."""
+def _results(connection: Connection, subject: Subject, digests: set[str]) -> dict[str, Json]:
+    """The results by suite digest, of those suites for which they were recorded."""
     from registry.client.api import release_path
 
-    results: dict[str, list[Json]] = {}
+    results: dict[str, Json] = {}
     for digest in sorted(digests):
         with suppress(NotFound):
             path = f"{release_path(subject.release)}/scores/{digest}/results"
-            results[digest] = connection.api.get(path)["examples"]
+            results[digest] = connection.api.get(path)
     return results
 
 
@@ -239,7 +239,9 @@ def _score_row(row: Json) -> tuple[Any, ...]:
         better = "better" if row["better"] else "worse" if row["difference"] else "the same"
         note = {True: better, False: f"{better}, within its error", None: better}[row["beyond"]]
     old, new = (
-        render.with_error(row[side], row[f"{side}_stderr"]) if row[side] is not None else None
+        render.with_error(row[side], row[f"{side}_stderr"]) + " reported" * row[f"{side}_reported"]
+        if row[side] is not None
+        else None
         for side in ("old", "new")
     )
     difference = render.with_error(row["difference"], row["stderr"]) if row["difference"] is not None else None

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from registry.cli import complete, render
+from registry.cli import complete, queued_evaluation, render
+from registry.cli import harness as harnesses
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
-from registry.cli.quality import BaseDir, Device, fetch_suite, release_or_base
+from registry.cli.harness import HarnessChoice
+from registry.cli.quality import BaseDir, Device, Subject, fetch_suite, release_or_base
 from registry.cli.render import JsonFlag
+from registry.errors import Usage
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
@@ -28,36 +32,6 @@ def register(root: typer.Typer) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """A release or a base that suites are run on; `release` is None for a base."""
-
-    name: str
-    release: Json | None
-    base: Json
-
-    @property
-    def is_model(self) -> bool:
-        return self.release is not None and self.release["kind"] == "model"
-
-    @property
-    def weights(self) -> str:
-        """Names what must be in memory: the base, or a merged model of its own."""
-        return self.identity if self.is_model else self.base["digest"]
-
-    @property
-    def identity(self) -> str:
-        """Names the bytes that are measured."""
-        release = self.release
-        return f"{self.base['digest']}+{release['repository']}#{release['commit']}" if release else self.base["digest"]
-
-    @property
-    def scores_path(self) -> str:
-        from registry.client.api import release_path
-
-        return f"{release_path(self.release) if self.release else '/v1/bases/' + self.base['digest']}/scores"
-
-
-@dataclass(frozen=True, slots=True)
 class Task:
     """One subject on one suite: a subject, a suite, the examples and what an interrupted run has measured."""
 
@@ -67,20 +41,36 @@ class Task:
     journal: "ResultJournal"
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913
     what: Annotated[
         list[str],
         typer.Argument(metavar="REF|BASE...", help="Releases, or bases by name.", autocompletion=complete.references),
     ],
     suite: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option("--suite", help="Name of a suite, or NAME@VERSION. Repeatable.", autocompletion=complete.suites),
-    ],
+    ] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK[,TASK]",
+            help="Tasks or groups of lm-evaluation-harness (extra `eval`). Repeatable.",
+            autocompletion=complete.harness_tasks,
+        ),
+    ] = None,
+    harness_path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Run tasks of the YAML files in DIR, and the code that they name."),
+    ] = None,
     device: Device = "auto",
     base_dir: BaseDir = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of examples; such scores are not recorded.")
     ] = None,
+    queue: Annotated[
+        bool, typer.Option("--queue", help="Let a worker of the registry measure, in one job, and wait for it.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="With --queue: wait for the job.")] = True,
     json: JsonFlag = False,
 ) -> None:
     """Run suites on releases or bases, and record the scores.
@@ -88,18 +78,64 @@ def evaluate(
     Each base is loaded once for all its adapters. An interrupted run, started again, continues at the example where it
     stopped.
     """
-    with connected() as connection:
-        suites = [fetch_suite(connection, name) for name in dict.fromkeys(suite)]
-        subjects = [Subject(name, *release_or_base(connection, name)) for name in dict.fromkeys(what)]
-        tasks = [_task(connection, subject, one, limit) for subject in subjects for one in suites]
-        rows = _run(connection, tasks, _Where(device, base_dir), recorded=limit is None)
-        for task in tasks:
-            task.journal.discard()
-    documents = [
-        {"subject": subject.name, "recorded": limit is None, "scores": rows[subject.name]} for subject in subjects
-    ]
+    choice = HarnessChoice([name for text in harness or () for name in text.split(",") if name], harness_path, limit)
+    if not suite and not choice.names:
+        raise Usage("nothing_to_run", "Nothing is to be run.", next_step="Add --suite NAME or --harness TASK.")
+    if queue:
+        local = {"--device": device != "auto", "--base-dir": base_dir, "--limit": limit}
+        why = "with --queue: a worker measures all examples on its own machine"
+        _refuse_idle({"--harness": harness, "--harness-path": harness_path, **local}, why)
+        _queue(what, suite or [], wait=wait, json=json)
+        return
+    _refuse_idle({"--no-wait": not wait}, "without --queue")
+    _refuse_idle({"--harness-path": harness_path and not choice.names}, "without --harness")
+    rows = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, _Where(device, base_dir))
+    documents = [{"subject": name, "recorded": limit is None, "scores": scores} for name, scores in rows.items()]
     document = documents[0] if len(documents) == 1 else {"items": documents, "next": None}
     render.document(document, json, lambda: _show(documents))
+
+
+def _evaluated(
+    what: Sequence[str], suite_names: Sequence[str], choice: HarnessChoice, where: "_Where"
+) -> dict[str, list[Json]]:
+    """The scores by subject: of the suites, then of the harness' tasks."""
+    from registry.transfer.collect import sweep_journals
+
+    with connected() as connection:
+        sweep_journals(connection.settings, datetime.now(UTC))
+        plan = harnesses.load(choice) if choice.names else None
+        suites = [fetch_suite(connection, name) for name in suite_names]
+        subjects = [Subject(name, *release_or_base(connection, name)) for name in what]
+        tasks = [_task(connection, subject, one, choice.limit) for subject in subjects for one in suites]
+        unmeasured = [task.subject for task in tasks if task.journal.missing(task.examples)]
+        models = _Models(connection, subjects if plan else unmeasured, where)
+        rows = {name: list[Json]() for name in what} | _run(connection, tasks, models, recorded=choice.recorded)
+        for task in tasks:
+            task.journal.discard()
+        if plan:
+            last = sorted(subjects, key=lambda subject: subject.weights, reverse=True)  # what is in memory comes first
+            scored = harnesses.evaluate(connection, choice, plan, last, models.of)
+            rows = {name: [*own, *scored[name]] for name, own in rows.items()}
+    return rows
+
+
+def _queue(what: Sequence[str], suites: Sequence[str], *, wait: bool, json: bool) -> None:
+    with connected() as connection:
+        document = queued_evaluation.queue(
+            connection, list(dict.fromkeys(what)), list(dict.fromkeys(suites)), wait=wait
+        )
+    render.document(document, json, lambda: queued_evaluation.show(document))
+    if wait and (error := queued_evaluation.error_of(document)):
+        # Not raised: with --json, stdout has the report, and a second document would break its readers.
+        raise typer.Exit(render.fail(error, as_json=False))
+
+
+def _refuse_idle(options: dict[str, object], why: str) -> None:
+    """Raises Usage for an option that would be ignored silently."""
+    idle = [name for name, value in options.items() if value]
+    if idle:
+        message = f"{idle[0]} has no effect {why}."
+        raise Usage("idle_option", message, subject=idle[0], next_step="See `adaptory eval --help`.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +149,16 @@ class _Where:
 def _task(connection: Connection, subject: Subject, suite: "Suite", limit: int | None) -> Task:
     from composer.evaluation.journal import ResultJournal
     from composer.evaluation.scorers.scorer import scorer_named
+    from registry.transfer.collect import evaluation_journals
 
     if suite.task == "generation" and suite.scoring:
         scorer_named(suite.scoring, connection.settings.enabled_scorers)  # before anything is fetched and measured
     identity = f"{subject.identity} {suite.digest}"
-    path = connection.settings.home_directory / "cache" / "eval" / f"{sha256(identity.encode()).hexdigest()[:32]}.jsonl"
+    path = evaluation_journals(connection.settings) / f"{sha256(identity.encode()).hexdigest()[:32]}.jsonl"
     return Task(subject, suite, suite.sample(limit), ResultJournal(path, identity))
 
 
-def _run(connection: Connection, tasks: Sequence[Task], where: _Where, *, recorded: bool) -> dict[str, list[Json]]:
+def _run(connection: Connection, tasks: Sequence[Task], models: "_Models", *, recorded: bool) -> dict[str, list[Json]]:
     """The scores by subject. Records those of each task as it ends. Everything is fetched before the first pass."""
     left = sum(len(task.journal.missing(task.examples)) for task in tasks)
     known = sum(len(set(task.examples)) for task in tasks) - left
@@ -129,7 +166,6 @@ def _run(connection: Connection, tasks: Sequence[Task], where: _Where, *, record
         render.say(f"resumed: {known} of {known + left} examples were measured before")
     rows: dict[str, list[Json]] = {task.subject.name: [] for task in tasks}
     label = f"eval {next(iter(rows))}" if len(rows) == 1 else f"eval {len(rows)} subjects"
-    models = _Models(connection, [task.subject for task in tasks if task.journal.missing(task.examples)], where)
     with render.progress(label, left, "examples") as done:
         for task in sorted(tasks, key=lambda task: task.subject.weights):
             measured, results = _measured(connection, task, models, done)
@@ -190,8 +226,4 @@ def _record(connection: Connection, task: Task, measured: "Sequence[Score]", res
 
 def _show(documents: Sequence[Json]) -> None:
     for document in documents:
-        rows = [
-            (score["suite"], render.metric(score), render.with_error(score["value"], score["stderr"]), score["n"])
-            for score in document["scores"]
-        ]
-        render.table(document["subject"], ("suite", "metric", "value", "n"), rows)
+        render.score_table(document["subject"], document["scores"])

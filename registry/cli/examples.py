@@ -55,6 +55,7 @@ EXAMPLES = {
   acme/sql-migration:1.0.0 --base smollm2""",
     "rollback": "adaptory rollback acme/sql-migration@prod --reason 'wrong quoting'",
     "score delete": "adaptory score delete acme/sql-migration sql-exact.accuracy",
+    "score import": "adaptory score import acme/sql-migration:1.0.0",
     "search": "adaptory search --base smollm2 --score 'sql-exact.accuracy>=0.3'",
     "serve": "adaptory serve --port 8470",
     "show": "adaptory show acme/sql-migration@prod",

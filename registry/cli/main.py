@@ -34,8 +34,8 @@ from registry.cli.interrupt import INTERRUPTED, interrupts
 from registry.errors import RegistryError, Unavailable
 
 EXTRAS = {
-    "torch": "composer", "transformers": "eval", "boto3": "s3", "botocore": "s3", "psycopg": "postgres",
-    "cryptography": "sign",
+    "torch": "composer", "transformers": "models", "boto3": "s3", "botocore": "s3", "psycopg": "postgres",
+    "cryptography": "sign", "lm_eval": "eval", "datasets": "eval",
 }  # fmt: skip
 """The extra that installs each lazily imported package."""
 
@@ -43,8 +43,12 @@ THREADS = {"OPENBLAS_NUM_THREADS": "1"}
 """Read when numpy is imported. Its products here are small: on busy cores, waiting for a second thread made comparing
 two adapters of a 7B model take 31 s instead of 3 s."""
 
-QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-"""Read when transformers is imported: stderr is for our own progress and messages."""
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error", "DISABLE_MULTIPROC": "1",
+}  # fmt: skip
+"""Read when transformers and the evaluation harness are imported: stderr is for our own progress and messages, and the
+harness starts no processes for its standard errors."""
 
 
 def _show_version(wanted: bool) -> None:

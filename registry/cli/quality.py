@@ -1,12 +1,13 @@
-"""Suites and their scores: suite add and list, score delete."""
+"""Suites and their scores: suite add and list, score delete and import."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import typer
 
-from registry.cli import render
+from registry.cli import complete, render
 from registry.cli.connect import Connection, connected, resolved
 from registry.cli.groups import Commands
 from registry.cli.render import JsonFlag
@@ -22,6 +23,36 @@ score_app = typer.Typer(cls=Commands, help="Recorded scores.", no_args_is_help=T
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
 BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Directory of the base's weights on this machine.")]
 Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A release or a base that suites are run on; `release` is None for a base."""
+
+    name: str
+    release: Json | None
+    base: Json
+
+    @property
+    def is_model(self) -> bool:
+        return self.release is not None and self.release["kind"] == "model"
+
+    @property
+    def weights(self) -> str:
+        """Names what must be in memory: the base, or a merged model of its own."""
+        return self.identity if self.is_model else self.base["digest"]
+
+    @property
+    def identity(self) -> str:
+        """Names the bytes that are measured."""
+        release = self.release
+        return f"{self.base['digest']}+{release['repository']}#{release['commit']}" if release else self.base["digest"]
+
+    @property
+    def scores_path(self) -> str:
+        from registry.client.api import release_path
+
+        return f"{release_path(self.release) if self.release else '/v1/bases/' + self.base['digest']}/scores"
 
 
 def register(root: typer.Typer) -> None:
@@ -93,9 +124,54 @@ def delete(
     render.document(deleted, json, lambda: render.out(f"deleted {score} = {render.cell(deleted['value'])} of {what}"))
 
 
+@score_app.command("import")
+def import_scores(
+    ref: Annotated[str, typer.Argument(help="A release.", autocompletion=complete.references)], json: JsonFlag = False
+) -> None:
+    """Record the scores that a release's README.md and .eval_results report, as `push` does.
+
+    They are shown as reported. They never replace measured scores, and a policy with `measured: true` ignores them.
+    """
+    from registry.client.api import release_path
+
+    with connected() as connection:
+        release = resolved(connection, ref)
+        imported = connection.api.post(f"{release_path(release)}/scores/import")
+    for finding in imported["warnings"]:
+        render.say(f"{finding['severity']}: {finding['message']}")
+    title = f"{release['repository']}:{release['version']}"
+
+    def show() -> None:
+        if imported["scores"]:
+            render.score_table(title, imported["scores"])
+        else:
+            render.out(f"{title} reports no scores that can be recorded.")
+
+    render.document(imported, json, show)
+
+
 def fetch_suite(connection: Connection, name: str) -> "Suite":
-    """Fetches a suite. Raises Usage for text that cannot be a name, before any request."""
-    from composer.formats.recipes.suite import NAME, VERSION, Suite
+    """Fetches a suite. Raises Usage for text that cannot be a name, before any request, and for a suite whose examples
+    the registry does not have."""
+    from composer.formats.recipes.suite import Suite
+
+    refuse_bad_suite_name(name)
+    document = connection.api.get(f"/v1/suites/{quote(name, safe='')}")
+    if document["task"] in ("harness", "reported"):
+        raise Usage(
+            "suite_elsewhere",
+            f"The registry does not have the examples of {name}.",
+            subject=name,
+            next_step=f"Run the task of a harness by its name: `adaptory eval REF --harness {document['name']}`."
+            if document["task"] == "harness"
+            else "Scores on it are only reported; register a suite with its examples to measure some.",
+        )
+    return Suite.from_json(document["content"], name)
+
+
+def refuse_bad_suite_name(name: str) -> None:
+    """Raises Usage for text that cannot be the name of a suite, or NAME@VERSION."""
+    from composer.formats.recipes.suite import NAME, VERSION
 
     plain, at, version = name.partition("@")
     if not NAME.fullmatch(plain) or (at and not VERSION.fullmatch(version)):
@@ -105,7 +181,6 @@ def fetch_suite(connection: Connection, name: str) -> "Suite":
             subject=name,
             next_step="Register its file with `adaptory suite add FILE`, and give the name in that file.",
         )
-    return Suite.from_json(connection.api.get(f"/v1/suites/{quote(name, safe='')}")["content"], name)
 
 
 def release_or_base(connection: Connection, what: str) -> tuple[Json | None, Json]:

@@ -337,16 +337,7 @@ def _show_release(release: Json, made: "Composition | None") -> None:
     if stated := [(name, value) for name, value in stated_provenance(release).items() if value not in (None, [])]:
         render.lines("provenance", stated)
     if release["scores"]:
-        rows = [
-            (
-                s["suite"],
-                render.metric(s),
-                render.with_error(s["value"], s["stderr"]),
-                s["n"],
-            )
-            for s in release["scores"]
-        ]
-        render.table("", ("suite", "metric", "value", "n"), rows)
+        render.score_table("", release["scores"])
     render.table(
         "",
         ("file", "size", "sha256"),

@@ -213,6 +213,24 @@ def with_error(value: float, stderr: float | None) -> str:
     return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
+def score_table(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
+    """A table of scores. Those that somebody only reports are marked, with the file that reports them; others have the
+    harness that measured them, if any."""
+    rows = [
+        (
+            score["suite"],
+            metric(score),
+            with_error(score["value"], score["stderr"]),
+            score["n"] or "",
+            " ".join(filter(None, ["reported" if score.get("reported") else "", score.get("source")])),
+        )
+        for score in scores
+    ]
+    noted = any(row[-1] for row in rows)
+    columns = ("suite", "metric", "value", "n", *(("note",) if noted else ()))
+    table(title, columns, [row[: len(columns)] for row in rows])
+
+
 def size(count: int) -> str:
     """A number of bytes in decimal units."""
     amount = float(count)

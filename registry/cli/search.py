@@ -88,7 +88,7 @@ def show_releases(releases: list[Json]) -> None:
             release["base"]["name"],
             (release["adapter"]["rank_max"] or None) if release["adapter"] else None,
             release["adapter"]["targets"] if release["adapter"] else None,
-            [f"{score['suite']} {render.metric(score)} {score['value']:.3f}" for score in release["scores"]],
+            [_score(score) for score in release["scores"]],
             "; ".join(_remarks(release)),
         )
         for release in releases
@@ -107,3 +107,7 @@ def _remarks(release: Json) -> list[str]:
     if (loading := release.get("loads_in")) and not loading["loads"]:
         remarks.append(f"{loading['profile']} refuses it: {', '.join(loading['reasons'])}")
     return remarks
+
+
+def _score(score: Json) -> str:
+    return f"{score['suite']} {render.metric(score)} {score['value']:.3f}{' reported' if score.get('reported') else ''}"

@@ -15,8 +15,9 @@ STANDARD_ERRORS = 2.0
 """A score difference is significant beyond this many of its standard errors."""
 
 
-Results = Mapping[str, list[Json]]
-"""The result of each example, by suite digest, of the suites for which they were recorded."""
+Results = Mapping[str, Json]
+"""{metric, examples} by suite digest, of the suites for which the result of each example was recorded; the mean of
+their scores is the metric, `accuracy` if it is not named."""
 
 
 def differences(old: Json, new: Json, old_results: Results, new_results: Results) -> Json:
@@ -39,12 +40,15 @@ def differences(old: Json, new: Json, old_results: Results, new_results: Results
     }
 
 
-def changed_examples(suite: Json, old: list[Json], new: list[Json]) -> list[Json]:
-    """The examples of a suite whose answer's score changed, those that lost most first."""
+def changed_examples(suite: Json, old: Json, new: Json) -> list[Json]:
+    """The examples of a suite whose answer's score changed, those that lost most first. The registry does not have the
+    prompts of a harness."""
+    pairs = list(zip(old["examples"], new["examples"], strict=True))
+    known: list[Json] = suite["content"].get("examples") or [{}] * len(pairs)
     rows: list[Json] = [
-        {"suite": suite["name"], "example": index + 1, "prompt": example["prompt"]}
-        | {"completion": example["completion"], "old": before, "new": after}
-        for index, (example, before, after) in enumerate(zip(suite["content"]["examples"], old, new, strict=True))
+        {"suite": suite["name"], "example": index + 1, "prompt": example.get("prompt")}
+        | {"completion": example.get("completion"), "old": before, "new": after}
+        for index, (example, (before, after)) in enumerate(zip(known, pairs, strict=True))
         if before["score"] != after["score"]
     ]
     return sorted(rows, key=lambda row: row["new"]["score"] - row["old"]["score"])
@@ -119,15 +123,18 @@ def _scores(old: list[Json], new: list[Json], old_results: Results, new_results:
     return rows
 
 
-def _paired(metric: str, old: list[Json] | None, new: list[Json] | None) -> Json | None:
+def _paired(metric: str, old: Json | None, new: Json | None) -> Json | None:
     from composer.evaluation.paired import compare_losses, compare_scores, describe
 
-    if old is None or new is None or metric not in ("nll", "accuracy"):
+    if old is None or new is None:
         return None
-    if metric == "accuracy":
-        paired = compare_scores([row["score"] for row in old], [row["score"] for row in new])
+    before, after = old["examples"], new["examples"]
+    if metric == (new.get("metric") or "accuracy"):
+        paired = compare_scores([row["score"] for row in before], [row["score"] for row in after])
+    elif metric == "nll" and all(row.get("nats") is not None for row in (*before, *after)):
+        paired = compare_losses(*([(row["nats"], row["tokens"]) for row in rows] for rows in (before, after)))
     else:
-        paired = compare_losses(*([(row["nats"], row["tokens"]) for row in rows] for rows in (old, new)))
+        return None
     return {**paired.to_json(), "in_words": describe(paired)}
 
 
@@ -140,8 +147,10 @@ def _score(key: tuple[str, str], old: Json | None, new: Json | None) -> Json:
         "metric": key[1],
         "old": old["value"] if old else None,
         "old_stderr": old["stderr"] if old else None,
+        "old_reported": bool(old and old.get("reported")),
         "new": new["value"] if new else None,
         "new_stderr": new["stderr"] if new else None,
+        "new_reported": bool(new and new.get("reported")),
         "difference": None,
         "stderr": None,
         "better": None,

@@ -14,6 +14,7 @@ from pathlib import Path
 from composer.findings import Finding, Severity
 from composer.formats.adapters.facts import read_adapter
 from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
+from composer.formats.checkpoints.reported import DIRECTORY, is_results_file
 from registry.error_codes import refuse_errors
 from registry.errors import Invalid, RegistryError, Usage
 from registry.formats.manifest import check_path, check_paths, refuse_hidden
@@ -40,6 +41,9 @@ ADAPTER_FILES = (
     "*processor_config.json",
     "chat_template.*",
     "additional_chat_templates/*.jinja",
+    # scores that Hugging Face keeps beside a model
+    ".eval_results/*.yaml",
+    ".eval_results/*.yml",
     # what people read
     "readme.md",
     "licen[sc]e*",
@@ -137,13 +141,19 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 
 
 def _files_below(directory: Path) -> Iterator[str]:
-    """Paths of all files and links, also links to directories, except hidden ones."""
+    """Paths of all files and links, also links to directories, except hidden ones; but with those of Hugging Face's
+    `.eval_results`."""
+    yield from sorted(f"{DIRECTORY}{path.name}" for path in (directory / DIRECTORY).glob("*") if _is_result(path.name))
     for parent, directories, files in os.walk(directory):
         directories[:] = [name for name in directories if not name.startswith(".")]
         links = [name for name in directories if (Path(parent) / name).is_symlink()]
         for name in (*files, *links):
             if not name.startswith("."):
                 yield (Path(parent) / name).relative_to(directory).as_posix()
+
+
+def _is_result(name: str) -> bool:
+    return is_results_file(f"{DIRECTORY}{name}")
 
 
 def _refuse_idle(include: Sequence[str], there: Sequence[str]) -> None:

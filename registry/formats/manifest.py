@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import PurePosixPath
 
+from composer.formats.checkpoints.reported import is_results_file
 from registry.errors import Invalid
 from registry.formats.references import Digest
 
@@ -56,9 +57,9 @@ def check_path(path: str) -> str:
 
 
 def refuse_hidden(path: str) -> None:
-    """Raises Invalid for hidden files, which programs may run wherever they are. Releases from before this check may
-    have some."""
-    if any(_HIDDEN.match(part) for part in path.split("/")):
+    """Raises Invalid for hidden files, which programs may run wherever they are, but for `.eval_results/*.yaml`, where
+    Hugging Face keeps reported scores. Releases from before this check may have some."""
+    if not is_results_file(path) and any(_HIDDEN.match(part) for part in path.split("/")):
         raise Invalid(
             "hidden_file",
             f"{path[:120]!r} is hidden or in a hidden directory.",

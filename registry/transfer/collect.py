@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import islice
+from pathlib import Path
 
 from sqlalchemy import ColumnElement, and_, delete, exists, func, insert, or_, select, update
 from sqlalchemy.orm import Session
@@ -20,6 +21,7 @@ from registry.database.tables import Blob, RevisionFile, Score, Upload
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.formats.references import Digest
+from registry.settings import Settings
 from registry.storage.blobs import BlobStat
 from registry.storage.local import remove_stale
 from registry.transfer.resources import Resources
@@ -29,6 +31,8 @@ _BATCH = 100
 _UPLOADS_BATCH = 1_000
 _SCRATCH = ("upload-*", "inspect-*", "signature-*")
 _UNTRACKED = {"synchronize_session": False}
+_JOURNALS = ("cache", "eval")
+"""Below the home directory."""
 
 
 @dataclass(slots=True)
@@ -92,7 +96,19 @@ def sweep(resources: Resources, now: datetime) -> Swept:
     leftovers = resources.store.sweep(before, live)
     for pattern in _SCRATCH:
         leftovers += remove_stale(resources.work_directory.glob(pattern), before)
+    leftovers += sweep_journals(resources.settings, now)
     return Swept(forgotten, leftovers)
+
+
+def evaluation_journals(settings: Settings) -> Path:
+    """The directory of what interrupted evaluations on this machine have measured."""
+    return settings.home_directory.joinpath(*_JOURNALS)
+
+
+def sweep_journals(settings: Settings, now: datetime) -> int:
+    """Removes journals of evaluations that nobody has gone on with for the upload expiry. Returns their number."""
+    before = now - timedelta(seconds=settings.upload_expires_s)
+    return remove_stale(evaluation_journals(settings).glob("*.jsonl"), before)
 
 
 def _count_expired(session: Session, now: datetime) -> int:

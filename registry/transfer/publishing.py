@@ -26,6 +26,7 @@ from registry.database.tables import Release
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, releases, repositories, signatures, versioning
+from registry.domain.catalog import reported as reported_scores
 from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.error_codes import refuse_errors
@@ -43,6 +44,7 @@ from registry.formats.signatures import (
     unverifiable_signature,
 )
 from registry.storage.blobs import BlobStore
+from registry.transfer import reported
 from registry.transfer.resources import Resources
 
 _BLOCK_BYTES = 1 << 20
@@ -88,11 +90,14 @@ def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentReq
         if known is not None:
             return Published(**known)
     new, findings = prepare(resources, push)
+    stated, doubts = reported.read(resources, push.files)
     with resources.write() as session:
         known = idempotency.claim_key(session, keyed, actor.at)
         if known is not None:
             return Published(**known)
         release, created = releases.publish(session, actor, new)
+        if created:
+            findings += [*doubts, *reported_scores.record(session, actor, release, stated)[1]]
         published = Published(release.id, created, [finding.to_json() for finding in findings])
         idempotency.store_answer(session, keyed, asdict(published))
         return published
@@ -165,6 +170,19 @@ def add_signature(
             )
         signatures.add(session, actor, release, open_signature(bundle, keys), bundle)
         return release.id
+
+
+def import_scores(
+    resources: Resources, actor: Actor, target: tuple[RepositoryName, Version, Kind]
+) -> tuple[list[int], list[Finding]]:
+    """Records what the files of a published release report, as its publication does. Returns the ids of the scores,
+    and a warning for each that is not kept."""
+    with resources.read() as session:
+        files = manifest_files(session, releases.find(session, *target))
+    stated, doubts = reported.read(resources, files)
+    with resources.write() as session:
+        rows, refused = reported_scores.record(session, actor, releases.find(session, *target), stated)
+        return [row.id for row in rows], [*doubts, *refused]
 
 
 def materialise(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:

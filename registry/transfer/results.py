@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import isclose
 from pathlib import Path
@@ -18,7 +18,15 @@ from registry.transfer import uploads
 from registry.transfer.resources import Resources
 
 Row = Mapping[str, Any]
-"""An example's `nats`, `tokens`, `score` and, unless teacher-forced, `answer` and `cut`."""
+"""An example's `nats`, `tokens`, `score` and, unless teacher-forced, `answer` and `cut`. A harness gives no `nats`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The rows of all examples of a suite; the mean of their scores is `metric`."""
+
+    examples: Sequence[Row]
+    metric: str = "accuracy"
 
 
 def store(
@@ -26,16 +34,17 @@ def store(
     actor: Actor,
     namespace: str,
     measurements: Sequence[Measurement],
-    results: Mapping[str, Sequence[Row]],
+    results: Mapping[str, Results],
 ) -> list[Measurement]:
     """Stores results by suite digest, each as a blob of the namespace, and returns the measurements with these blobs'
     digests. Raises Invalid for results that are not of all examples, or that a measurement is not made of."""
     blobs: dict[str, Digest] = {}
-    for digest, rows in results.items():
+    for digest, own in results.items():
         with resources.read() as session:
             suite = suites.find(session, digest)
-        _check(suite.name, suite.examples, rows, [one for one in measurements if one.suite_digest == digest])
-        document = {"suite": suite.name, "suite_digest": digest, "examples": rows}
+        _check(suite.name, suite.examples, own, [one for one in measurements if one.suite_digest == digest])
+        metric = {} if own.metric == "accuracy" else {"metric": own.metric}
+        document = {"suite": suite.name, "suite_digest": digest, **metric, "examples": own.examples}
         blobs[digest] = _stored(resources, actor, namespace, json.dumps(document, separators=(",", ":")).encode())
     return [replace(one, results_sha256=blobs.get(one.suite_digest)) for one in measurements]
 
@@ -66,11 +75,11 @@ def _stored(resources: Resources, actor: Actor, namespace: str, content: bytes) 
     return digest
 
 
-def _check(suite: str, count: int, rows: Sequence[Row], measurements: Sequence[Measurement]) -> None:
-    values = {
-        "nll": sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows),
-        "accuracy": sum(row["score"] for row in rows) / len(rows),
-    }
+def _check(suite: str, count: int, results: Results, measurements: Sequence[Measurement]) -> None:
+    rows = results.examples
+    values = {results.metric: sum(row["score"] for row in rows) / len(rows)}
+    if all("nats" in row and "tokens" in row for row in rows):
+        values["nll"] = sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows)
     made = {one.metric: one for one in measurements if one.metric in values}
     differing = [name for name, one in made.items() if not isclose(one.value, values[name], rel_tol=1e-6, abs_tol=1e-9)]
     if len(rows) != count or not made or differing:

@@ -95,11 +95,12 @@ def _plan(session: Session, actor: Actor, old: str, new: str, suite_names: Seque
             subject=new,
             next_step="Name two bases; `adaptory base list` shows them.",
         )
-    named = [suites.find(session, name).digest for name in suite_names]
+    named = [suites.with_examples(suites.find(session, name, actor)).digest for name in suite_names]
     same = before.architecture_digest == after.architecture_digest and before.model_type == after.model_type
     plan = _Plan(before.digest, after.digest, same, bases.architecture(session, after.digest))
     for release in upgrades.standing_on(session, actor, before):
-        own = dict.fromkeys(score.suite.digest for score in suites.scores_of(session, release))
+        scored = [score.suite for score in suites.scores_of(session, release)]
+        own = dict.fromkeys(suite.digest for suite in scored if suite.task not in suites.ELSEWHERE)
         plan.adapters.append(
             _Adapter(
                 release=release.id,

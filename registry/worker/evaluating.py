@@ -117,7 +117,7 @@ def _stored(held: JobRun, wanted: Wanted, scores: list[Row], examples: list[Row]
             if release.base_digest != wanted.base:
                 return None  # of an upgrade: such a score is not the release's
     measured = results.store(
-        held.resources, actor, namespace, _measurements({"scores": scores}), {wanted.suite: examples}
+        held.resources, actor, namespace, _measurements({"scores": scores}), {wanted.suite: results.Results(examples)}
     )
     return measured[0].results_sha256
 

@@ -69,12 +69,12 @@ class Examination:
         return compared and not self.known(member, suite)
 
     def known(self, member: Member, suite: Suite) -> dict[str, Measured]:
-        """The input's recorded scores, by metric, on exactly the examples that the candidate is measured on."""
+        """The input's measured scores, by metric, on exactly the examples that the candidate is measured on."""
         count = self.count(suite)
         if count < len(suite.examples):
             return {}
         recorded = [(metric, one) for (digest, metric), one in member.recorded.items() if digest == suite.digest]
-        return {metric: one for metric, one in recorded if one.n == count}
+        return {metric: one for metric, one in recorded if one.n == count and not one.reported}
 
 
 def with_inputs(

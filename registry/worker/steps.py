@@ -319,7 +319,8 @@ def _measured(held: JobRun, actor: Actor, work: CompositionRun) -> list[Measurem
     if [_measurement(score) for score in kept["scores"]] != measured:
         return measured
     namespace = parse_reference(work.recipe.adapter).repository.namespace
-    return results.store(held.resources, actor, namespace, measured, kept["results"])
+    rows = {digest: results.Results(examples) for digest, examples in kept["results"].items()}
+    return results.store(held.resources, actor, namespace, measured, rows)
 
 
 def _measurement(score: dict[str, Any]) -> Measurement:

@@ -39,6 +39,7 @@ GET    /v1/{kind}/{namespace}/{name}/releases/{version}/signatures              
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/yank                    releaser
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/unyank                  releaser
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  publisher
+POST   /v1/{kind}/{namespace}/{name}/releases/{version}/scores/import           publisher
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  reader
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/scores/{suite}/results  reader
 DELETE /v1/{kind}/{namespace}/{name}/releases/{version}/scores/{suite}/{metric} publisher
@@ -57,6 +58,8 @@ POST   /v1/bases/{base:path}/deprecate                                          
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/deprecate               releaser
 POST   /v1/upgrades                                                             publisher somewhere
 GET    /v1/upgrades/{job_id}                                                    inside: everybody
+POST   /v1/evaluations                                                          inside: publisher
+GET    /v1/evaluations/{job_id}                                                 inside: everybody
 POST   /v1/uploads                                                              inside: publisher
 POST   /v1/uploads/{upload_id}/parts/{number}                                   inside: publisher
 POST   /v1/uploads/{upload_id}/complete                                         inside: publisher

@@ -249,6 +249,8 @@ def _body(method: str, path: str, things: Things) -> dict[str, Any]:
             "adapter": f"{things.namespace}/sum:1.0.0",
         }
         return {"json": {"recipe": recipe, "plan": False}}
+    if (method, path) == ("POST", "/v1/evaluations"):
+        return {"json": {"releases": [f"{things.namespace}/sql:1.0.0"], "suites": ["exact"]}}
     if path == "/v1/uploads/{upload_id}/parts/{number}":
         return {"json": {"sha256": things.announced}}
     if method == "PUT" and path.startswith("/v1/blobs/"):

@@ -156,6 +156,7 @@ class Stock:
             "approvals": {"version": self.version, "reason": "because"},
             "deprecate": {"reason": "because", "successor": None},
             "/v1/upgrades": {"old": "tiny", "new": "tiny"},
+            "/v1/evaluations": {"releases": ["acme/sql:1.0.0"], "suites": ["exact"]},
         }  # fmt: skip
         return {"json": bodies.get(template, bodies.get(template.rpartition("/")[2], {}))}
 

@@ -65,6 +65,7 @@ OF_WHAT_IS_THERE = {
     "blob_missing",
     "promotion_unknown",
     "upgrade_unknown",
+    "evaluation_unknown",
 }
 """Codes with status 404 that are said of a thing that was found, for something that it has not."""
 
@@ -109,6 +110,7 @@ def site(furnished: House, document: dict[str, Any], tmp_path: Path) -> Generato
         "ref": "acme/sql:1.0.0", "upload": things.upload_id, "suite_digest": suite, "metric": "nll", "user": "reader",
         "repository": "acme/sql", "to": "1.0.0", "derived_from": "tiny", "size_bytes": 15, "method": "stack",
         "alias": "tiny-alias", "number": 1, "old": "tiny", "new": "tiny-alias", "promotion_id": 1, "successor": None,
+        "releases": ["acme/sql:1.0.0"], "bases": ["tiny"], "suites": ["exact"],
     }  # fmt: skip
     app = create_app(resources, tokens=True)
     app.openapi_schema = document

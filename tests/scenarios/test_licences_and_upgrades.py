@@ -99,6 +99,7 @@ def test_an_upgrade_lists_what_fits_the_next_base_and_measures_it_in_one_job(
     assert nll["old"] != nll["new"]
     recorded = next(score for score in cli.json("show", "acme/sql")["scores"] if score["metric"] == "nll")
     assert recorded["value"] == nll["old"], "a release stays on the base that it was made for"
+    assert "acme/sql:1.0.0" in cli.ok("--wide", "base", "upgrade", "tiny").out.partition("scores")[2]
     other = save_gpt2(tmp_path / "other")
     cli.ok("base", "add", other, "--name", "other")
     listed = cli.ok("base", "upgrade", "tiny", "other", "--plan").out

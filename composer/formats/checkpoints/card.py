@@ -50,16 +50,21 @@ _Loader.yaml_implicit_resolvers = {
 
 def load_mapping(text: str, subject: str) -> dict[str, Any]:
     """A YAML mapping whose keys are text, read with the bounds of a front matter. Raises InvalidFile."""
+    value = load_bounded(text, subject)
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in cast("dict[object, object]", value)):
+        raise _bad(subject, "it is not a mapping of names")
+    return cast("dict[str, Any]", value)
+
+
+def load_bounded(text: str, subject: str) -> object:
+    """A YAML document, read with the bounds of a front matter. Raises InvalidFile."""
     if len(text.encode("utf-8", "replace")) > FRONT_MATTER_BYTES:
         raise _bad(subject, f"it has more than {FRONT_MATTER_BYTES:,} bytes")
     try:
         _refuse_tricks(text, subject)
-        value: object = yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
+        return cast(object, yaml.load(text, _Loader))  # noqa: S506  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise _bad(subject, f"it is not YAML: {getattr(error, 'problem', None) or type(error).__name__}") from error
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in cast("dict[object, object]", value)):
-        raise _bad(subject, "it is not a mapping of names")
-    return cast("dict[str, Any]", value)
 
 
 def _refuse_tricks(text: str, subject: str) -> None:

@@ -69,6 +69,11 @@ def _read_version(value: object) -> str | None:
     raise ValueError("a semantic version such as 1.2.0")
 
 
+VersionLabel = Annotated[
+    str | None, Reader(_read_version, {"type": ["string", "null"], "pattern": f"^{VERSION.pattern}$"})
+]
+
+
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Example:
     """One prompt and the completion that is scored. Neither is empty. `choices`, of a multiple-choice suite, has the
@@ -97,9 +102,7 @@ class Suite(Document):
     """
 
     name: Name
-    version: Annotated[
-        str | None, Reader(_read_version, {"type": ["string", "null"], "pattern": f"^{VERSION.pattern}$"})
-    ] = Field(None, description="A semantic version that labels this content.")
+    version: VersionLabel = Field(None, description="A semantic version that labels this content.")
     kind: Kind = Field(description="target: what an adapter is for; guard: what must not get worse.")
     description: Annotated[str, Field(max_length=MAX_TEXT_CHARS)] = ""
     chat: bool = Field(description="Whether a prompt is one user turn in the base's chat template, or plain text.")
@@ -133,6 +136,11 @@ class Suite(Document):
     def scoring(self) -> ScorerChoice | None:
         """The scorer of answers, without settings that have their defaults; None if teacher-forced."""
         return scorer_of(self.task, self.scorer)
+
+    @property
+    def count(self) -> int:
+        """The number of examples."""
+        return len(self.examples)
 
     @property
     def higher_is_better(self) -> dict[str, bool]:

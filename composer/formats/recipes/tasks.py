@@ -87,13 +87,15 @@ def _read_settings(value: object) -> dict[str, Any]:
     return cast("dict[str, Any]", json.loads(text))
 
 
+JsonMapping = Annotated[dict[str, Any], Reader(_read_settings, {"type": "object"})]
+"""JSON values of at most MAX_SETTINGS_CHARS."""
+
+
 class ScorerChoice(Document):
     """The scorer of answers, by name, and its settings."""
 
     name: Annotated[str, Reader(_read_name, {"type": "string", "pattern": f"^{SCORER_NAME.pattern}$"})]
-    settings: Annotated[dict[str, Any], Reader(_read_settings, {"type": "object"})] = Field(
-        default_factory=dict[str, Any]
-    )
+    settings: JsonMapping = Field(default_factory=dict[str, Any])
 
 
 ScorerField = Annotated[ScorerChoice, BeforeValidator(_named, json_schema_input_type=str | ScorerChoice)]

@@ -246,7 +246,10 @@ def _scores(described: ReleaseDetails) -> list[Json]:
             "n": n,
             "higher_is_better": bool(higher_is_better),
             "reported": bool(reported),
+            "source": source,
             "measured": measured,
         }
-        for _, suite, metric, digest, value, stderr, n, higher_is_better, reported, measured, task in described.scores
-    ]
+        for (
+            _, suite, metric, digest, value, stderr, n, higher_is_better, reported, measured, task, source
+        ) in described.scores
+    ]  # fmt: skip

@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.elsewhere import parse_content
 from registry.api.http.pagination import Cursor, Limit, decode_number, page
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route
@@ -12,7 +12,15 @@ from registry.api.http.rules import Contributor, Member, Publisher, Reader
 from registry.api.http.threads import in_store_threads
 from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.api.routes.views import score_view, suite_page, suite_view
-from registry.api.schemas.quality import ScoreIn, ScoreOut, ScoresIn, ScoresOut, SuiteOut, SuiteResultsOut
+from registry.api.schemas.quality import (
+    ScoreIn,
+    ScoreOut,
+    ScoresImported,
+    ScoresIn,
+    ScoresOut,
+    SuiteOut,
+    SuiteResultsOut,
+)
 from registry.api.schemas.wire import Page
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, refuse_other_owner
@@ -28,11 +36,12 @@ repository_routes = RepositoryRouter(tags=["quality"], route_class=Route)
 
 @router.post("/suites", status_code=201, responses={200: {"model": SuiteOut}})
 def add_suite(body: dict[str, Any], resources: ResourcesOf, actor: Contributor, response: Response) -> SuiteOut:
-    """Add a suite with its examples, as in a suite file. Its author corrects `metrics` by adding it again.
+    """Add a suite with its examples, as in a suite file, or a task of a harness, which has none. Its author corrects
+    `metrics` by adding it again.
 
     201 for new content; 200 for known content, which becomes current again if it was an older version.
     """
-    content = SuiteContent.from_json(body)
+    content = parse_content(body)
     with resources.write() as session:
         suite, created = suites.add(session, actor, content)
         response.status_code = 201 if created else 200
@@ -51,7 +60,7 @@ def list_suites(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor
 def show_suite(suite: str, resources: ResourcesOf, actor: Member) -> SuiteOut:
     """Show a suite with its examples, by name (the current content) or digest."""
     with resources.read() as session:
-        return suite_view(session, suites.find(session, suite))
+        return suite_view(session, suites.find(session, suite, actor))
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/scores")
@@ -69,6 +78,19 @@ def record_release(
         answer = ScoresOut(scores=[score_view(row) for row in rows])
     settle_on_base(resources, digest)
     return answer
+
+
+@repository_routes.post("/{namespace}/{name}/releases/{version}/scores/import")
+@in_store_threads
+def import_scores(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Publisher) -> ScoresImported:
+    """Record the scores that the release's README.md (`model-index`) and `.eval_results/*.yaml` report, as publishing
+    it does. They are `reported`, and never replace measured ones."""
+    from registry.transfer import publishing
+
+    ids, doubts = publishing.import_scores(resources, actor, (named.name, parse_version(version), named.kind))
+    with resources.read() as session:
+        scores = [score_view(row) for row in suites.with_ids(session, ids)]
+    return ScoresImported(scores=scores, warnings=[finding.to_json() for finding in doubts])
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/scores")
@@ -146,7 +168,10 @@ def _measurements(resources: Resources, actor: Actor, namespace: str, body: Scor
     from registry.transfer import results
 
     measured = [_measurement(row) for row in body.scores]
-    rows = {one.suite_digest: [row.model_dump(exclude_defaults=True) for row in one.examples] for one in body.results}
+    rows = {
+        one.suite_digest: results.Results([row.model_dump(exclude_defaults=True) for row in one.examples], one.metric)
+        for one in body.results
+    }
     return results.store(resources, actor, namespace, measured, rows) if rows else measured
 
 
@@ -159,4 +184,5 @@ def _measurement(row: ScoreIn) -> Measurement:
         n=row.n,
         higher_is_better=row.higher_is_better,
         reported=row.reported,
+        source=row.source,
     )

@@ -12,6 +12,9 @@ MAX_ANSWER_CHARS = 2_000
 
 
 class ScoreOut(Wire):
+    """`n` is 0 if a reported score does not state it. `source` is the harness that measured it, with its version, or
+    the file that reports it; null for the evaluations of this registry."""
+
     suite: str
     suite_digest: str
     task: str
@@ -21,6 +24,7 @@ class ScoreOut(Wire):
     n: int
     higher_is_better: bool
     reported: bool
+    source: str | None
     measured: datetime
 
 
@@ -32,23 +36,25 @@ class ScoreIn(Wire):
     n: int = Field(ge=1, le=MAX_INT32)
     higher_is_better: bool
     reported: bool = Field(default=False, description="Somebody's word, not measured on the suite by an evaluation.")
+    source: str | None = Field(default=None, min_length=1, max_length=300, description="What measured or reports it.")
 
 
 class ExampleResult(Wire):
     """One example: nats and tokens of the reference completion, the score of the answer from 0 to 1, and the generated
-    or chosen answer. `cut` if the limit of tokens ended it."""
+    or chosen answer. `cut` if the limit of tokens ended it. A harness gives no nats and tokens."""
 
-    nats: float = Field(allow_inf_nan=False, ge=0)
-    tokens: int = Field(ge=1, le=MAX_INT32)
+    nats: float | None = Field(default=None, allow_inf_nan=False, ge=0)
+    tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
     score: float = Field(ge=0, le=1)
     answer: str | None = Field(default=None, max_length=MAX_ANSWER_CHARS)
     cut: bool = False
 
 
 class SuiteResults(Wire):
-    """The results of all examples of a suite, in its order."""
+    """The results of all examples of a suite, in its order. The mean of their scores is `metric`."""
 
     suite_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    metric: str = Field(default="accuracy", pattern=r"^[a-z_][a-z0-9_]{0,63}$")
     examples: list[ExampleResult] = Field(min_length=1, max_length=MAX_EXAMPLES)
 
 
@@ -65,6 +71,13 @@ class ScoresIn(WireIn):
 
 class ScoresOut(Wire):
     scores: list[ScoreOut]
+
+
+class ScoresImported(Wire):
+    """The reported scores that are recorded, and a warning for each that is not."""
+
+    scores: list[ScoreOut]
+    warnings: list[dict[str, Any]]
 
 
 class SuiteOut(Wire):

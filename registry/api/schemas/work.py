@@ -114,6 +114,47 @@ class UpgradeOut(Wire):
     adapters: list[UpgradeAdapter]
 
 
+class EvaluationIn(WireIn):
+    """What a worker is to measure: releases by reference, bases by digest, name or alias, on suites by name,
+    `NAME@VERSION` or digest. At most 1,000 pairs."""
+
+    releases: list[Annotated[str, Field(min_length=1, max_length=300)]] = Field(default=[], max_length=100)
+    bases: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(default=[], max_length=100)
+    suites: list[Annotated[str, Field(min_length=1, max_length=150)]] = Field(min_length=1, max_length=50)
+
+
+class EvaluatedScore(Wire):
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
+    higher_is_better: bool
+
+
+class EvaluatedPair(Wire):
+    """A release, or with null `repository` and `version` a base alone, on a suite. `scores` is null until it is
+    measured; `error` says why it could not be. Scores are recorded when all of the job is measured."""
+
+    repository: str | None
+    version: str | None
+    base: BaseRef
+    suite: str
+    suite_digest: str
+    task: str
+    scores: list[EvaluatedScore] | None
+    error: str | None
+
+
+class EvaluationOut(Wire):
+    """`state`, `steps` and `error` are those of the job."""
+
+    job: int
+    state: str
+    steps: list[StepOut]
+    error: dict[str, Any] | None
+    items: list[EvaluatedPair]
+
+
 class AuditOut(Wire):
     """`before` and `after` are what changed; `source` is the caller's address and client."""
 

@@ -52,7 +52,8 @@ class Score(Row):
     """One metric of one suite for one release or one base. A new measurement replaces it, and the audit log keeps both.
     `traits_id` is the release's, so that the best of those with some traits are found without reading others.
     `results_sha256` is the blob with the results of each example, if these were recorded. `reported` scores are
-    somebody's word: they were not measured on the suite by an evaluation."""
+    somebody's word: they were not measured on the suite by an evaluation, and their `n` is 0 if it is not known.
+    `source` is the harness that measured it, with its version, or the file that reports it."""
 
     __tablename__ = "scores"
     __table_args__ = (
@@ -78,6 +79,7 @@ class Score(Row):
     higher_is_better: Mapped[bool]
     results_sha256: Mapped[str | None] = mapped_column(String(64))
     reported: Mapped[bool] = mapped_column(default=False, server_default=false())
+    source: Mapped[str | None] = mapped_column(String(300))
     provenance: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)  # read by nothing, and to be dropped
     measured_at: Mapped[datetime] = mapped_column(UtcDateTime)
     measured_by: Mapped[str] = mapped_column(String(128))

@@ -51,6 +51,7 @@ class Act(StrEnum):
     COMPOSITION_CANCEL = "composition:cancel"
     COMPOSITION_CREATE = "composition:create"
     COMPOSITION_LOCK = "composition:lock"
+    EVALUATION_REQUEST = "evaluation:request"
     GATE_SET = "gate:set"
     JOB_CANCEL = "job:cancel"
     MEMBER_SET = "member:set"

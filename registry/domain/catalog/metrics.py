@@ -6,7 +6,7 @@ private scores reveal of a metric is not shown to those who may not read them.
 
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
 from registry.database.engine import insert_if_absent
@@ -69,8 +69,8 @@ def _align(session: Session, suite: str, metric: str, better: bool) -> None:
     session.execute(update(Score).where(wrong).values(higher_is_better=better))
 
 
-def check(session: Session, actor: Actor, suite: Suite, metric: str, better: bool) -> None:
-    """Checks a score's direction. The author's first score of a metric fixes it.
+def check(session: Session, actor: Actor, suite: Suite, metric: str, better: bool, *, fixes: bool = True) -> None:
+    """Checks a score's direction. The author's first score of a metric fixes it if `fixes`; a reported one never does.
 
     Raises Invalid for a different direction, and for a metric that the suite does not state as far as the actor sees.
     """
@@ -78,7 +78,7 @@ def check(session: Session, actor: Actor, suite: Suite, metric: str, better: boo
         expected = HIGHER_IS_BETTER[metric]
     elif (visible := _visible(session, actor, suite.name, metric)) is not None:
         expected = visible
-    elif not is_author(session, actor, suite.name):
+    elif not fixes or not is_author(session, actor, suite.name):
         raise Invalid(
             "metric_unstated",
             f"{suite.name} does not state whether higher or lower {metric} is better.",
@@ -132,7 +132,16 @@ def known(session: Session, actor: Actor, suite: str) -> list[str]:
 
 def is_measured(session: Session, actor: Actor, suite: str, metric: str) -> bool:
     """Whether there is a score of a base, which every member may read, or of a release that the actor may read."""
-    scores = select(Score.id).join(Suite).where(Suite.name == suite, Score.metric == metric)
+    return _readable(session, actor, (Suite.name == suite) & (Score.metric == metric))
+
+
+def has_readable_score(session: Session, actor: Actor, suite: Suite) -> bool:
+    """As `is_measured`, of any metric, on this content."""
+    return _readable(session, actor, Score.suite_id == suite.id)
+
+
+def _readable(session: Session, actor: Actor, condition: ColumnElement[bool]) -> bool:
+    scores = select(Score.id).join(Suite).where(condition)
     if (readable := readable_names(actor)) is not None:
         scores = scores.outerjoin(Release, Release.id == Score.release_id)
         scores = scores.outerjoin(Repository, Repository.id == Release.repository_id)

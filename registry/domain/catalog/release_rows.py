@@ -60,7 +60,7 @@ class ReleaseRow(NamedTuple):
 
 ScoreRow = list[Any]
 """Release id, suite, metric, digest of the suite, value, standard error or None, n, whether higher is better, whether
-it is only reported, when, task of the suite."""
+it is only reported, when, task of the suite, source."""
 InputRow = list[Any]
 """Id of the composed release and of the input; the input's namespace, repository, version, commit, weight."""
 
@@ -124,6 +124,7 @@ _SCORES = (
             _score.reported,
             timestamp_text(_score.measured_at),
             _suite.task,
+            _score.source,
         )
     )
     .select_from(Score.__table__.join(Suite.__table__, _suite.id == _score.suite_id + 0))

@@ -9,8 +9,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
-from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.elsewhere import ReportedBenchmark, SuiteContent
 from composer.formats.recipes.weights import real
+from registry.database.engine import insert_if_absent
 from registry.database.tables import Base, Release, Score, Suite
 from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
@@ -28,10 +29,16 @@ RANGES = {"nll": (0.0, math.inf), "accuracy": (0.0, 1.0)}
 """Valid values of the built-in metrics."""
 
 
+REPORTED = "reported"
+ELSEWHERE = {"harness": "a task of an evaluation harness", REPORTED: "a benchmark that scores are only reported of"}
+"""Tasks of suites whose examples the registry does not have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One metric of one suite; `stderr` in the units of `value`, `n` examples. `results_sha256` is the stored blob with
-    the results of each example."""
+    """One metric of one suite; `stderr` in the units of `value`, `n` examples, 0 if a reported score does not say it.
+    `results_sha256` is the stored blob with the results of each example. `source` is the harness that measured it and
+    its version, or the file that reports it."""
 
     suite_digest: str
     metric: str
@@ -41,6 +48,7 @@ class Measurement:
     higher_is_better: bool
     results_sha256: str | None = None
     reported: bool = False
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +95,13 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
     """Adds a suite. Returns it and whether it is new. The content added last, even if known, becomes current. Its
     statements about metrics hold for all contents of its name.
 
-    A version labels one content: raises Conflict if another content has it, or this content another one.
+    A version labels one content: raises Conflict if another content has it, or this content another one. A suite with
+    examples and a task of a harness do not replace each other.
     """
     parse_name(content.name, "suite name")
     known = session.scalar(select(Suite).where(Suite.digest == content.digest))
     _refuse_other_label(session, content, known)
+    _refuse_other_origin(session, content)
     if known is not None and content.version and known.version is None:
         refuse_other_owner(actor, f"suite/{content.name}", known.created_by)
         known.version = content.version
@@ -109,7 +119,7 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
         version=content.version,
         kind=content.kind,
         task=content.task,
-        examples=len(content.examples),
+        examples=content.count,
         content=content.content,
         created_at=actor.at,
         created_by=actor.name,
@@ -125,7 +135,7 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
         f"suite/{content.name}",
         namespace=None,
         before=_labels(replaced) if replaced else None,
-        after={**_labels(suite), "examples": len(content.examples)},
+        after={**_labels(suite), "examples": content.count},
     )
     return suite, known is None
 
@@ -155,15 +165,72 @@ def _refuse_other_label(session: Session, content: SuiteContent, known: Suite | 
         )
 
 
-def find(session: Session, text: str) -> Suite:
-    """Finds a suite by digest, by `NAME@VERSION`, or the current one by name. Its content is loaded lazily."""
-    name, at, version = text.partition("@")
-    if _DIGEST.fullmatch(text):
-        named = Suite.digest == text
-    else:
-        named = (Suite.name == name) & (Suite.version == version if at else Suite.current)
-    suite = session.scalar(select(Suite).where(named))
+def _refuse_other_origin(session: Session, content: SuiteContent) -> None:
+    """A harness' task named as somebody's suite would otherwise take its name, and gates would lose its scores."""
+    replaced = session.scalar(select(Suite).where(Suite.name == content.name, Suite.current))
+    if replaced is None or ELSEWHERE.get(replaced.task) == ELSEWHERE.get(content.task):
+        return
+    raise Conflict(
+        "suite_name_taken",
+        f"{content.name} is {ELSEWHERE.get(replaced.task, 'a suite with examples')}, registered by "
+        f"{replaced.created_by}.",
+        subject=content.name,
+        next_step="Give the suite or the task another name.",
+    )
+
+
+def with_examples(suite: Suite) -> Suite:
+    """The suite, if the registry has its examples. Raises Usage for a task of a harness and for what is only reported,
+    which no worker can run."""
+    if suite.task in ELSEWHERE:
+        raise Usage(
+            "suite_elsewhere",
+            f"{suite.name} has no examples here: it is {ELSEWHERE[suite.task]}.",
+            subject=suite.name,
+            next_step="Run the task of a harness on a machine that has it: `adaptory eval REF --harness TASK`.",
+        )
+    return suite
+
+
+def add_reported(session: Session, actor: Actor, benchmark: ReportedBenchmark) -> Suite:
+    """The suite of a benchmark that scores are only reported of; nobody owns it. Raises Conflict if its name is another
+    content's."""
+    added = insert_if_absent(
+        session,
+        Suite,
+        name=benchmark.name,
+        digest=benchmark.digest,
+        kind="target",
+        task=REPORTED,
+        examples=0,
+        content=benchmark.content,
+        current=True,
+        created_at=actor.at,
+        created_by=actor.name,
+    )
+    suite = find_any(session, benchmark.digest)
     if suite is None:
+        raise Conflict(
+            "suite_name_taken",
+            f"{benchmark.name} is the name of another suite.",
+            subject=benchmark.name,
+            next_step="Give the data set its full name, as in owner/name.",
+        )
+    if added:
+        after = {"digest": benchmark.digest, "examples": 0}
+        audit.record(session, actor, Act.SUITE_ADD, f"suite/{benchmark.name}", namespace=None, after=after)
+    return suite
+
+
+def find(session: Session, text: str, reader: Actor | None = None) -> Suite:
+    """Finds a suite by digest, by `NAME@VERSION`, or the current one by name. Its content is loaded lazily.
+
+    The files of private releases name the benchmarks that scores are only reported of: these are found only for a
+    `reader` who may read such a score.
+    """
+    suite = find_any(session, text)
+    hidden = suite is not None and suite.task == REPORTED
+    if suite is None or (hidden and not (reader and metrics.has_readable_score(session, reader, suite))):
         raise NotFound(
             "suite_unknown",
             f"There is no suite {text!r}.",
@@ -173,13 +240,24 @@ def find(session: Session, text: str) -> Suite:
     return suite
 
 
+def find_any(session: Session, text: str) -> Suite | None:
+    """As `find`, whatever it is, for any reader; None if there is none."""
+    name, at, version = text.partition("@")
+    if _DIGEST.fullmatch(text):
+        named = Suite.digest == text
+    else:
+        named = (Suite.name == name) & (Suite.version == version if at else Suite.current)
+    return session.scalar(select(Suite).where(named))
+
+
 def _names(session: Session) -> list[str]:
-    return list(session.scalars(select(Suite.name).where(Suite.current).order_by(Suite.name).limit(MAX_NEAR)))
+    listed = select(Suite.name).where(Suite.current, Suite.task != REPORTED).order_by(Suite.name)
+    return list(session.scalars(listed.limit(MAX_NEAR)))
 
 
 def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: str) -> None:
     """Raises NotFound unless the metric is built in, stated by the suite, or the actor may read a score of it."""
-    if not metrics.is_known(session, actor, find(session, suite).name, metric):
+    if not metrics.is_known(session, actor, find(session, suite, actor).name, metric):
         known = metrics.known(session, actor, suite)
         recorded = ", ".join(metrics.HIGHER_IS_BETTER)
         raise NotFound(
@@ -191,8 +269,9 @@ def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: st
 
 
 def list_page(session: Session, *, after: int, limit: int) -> list[Suite]:
-    """A page of current suites by id, from the first one after `after` on."""
-    return list(session.scalars(select(Suite).where(Suite.id > after, Suite.current).order_by(Suite.id).limit(limit)))
+    """A page of current suites by id, from the first one after `after` on, without those that are only reported of."""
+    listed = select(Suite).where(Suite.id > after, Suite.current, Suite.task != REPORTED)
+    return list(session.scalars(listed.order_by(Suite.id).limit(limit)))
 
 
 def record(session: Session, actor: Actor, subject: Release | Base, measurements: Sequence[Measurement]) -> list[Score]:
@@ -202,10 +281,13 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
     else:
         subject.stamp = new_stamp()
     rows: list[Score] = []
-    used = [find(session, measurement.suite_digest) for measurement in measurements]
+    used = [_of_measurement(session, measurement) for measurement in measurements]
     for measurement, suite in zip(measurements, used, strict=True):
         _check_measurement(measurement, suite)
-        metrics.check(session, actor, suite, measurement.metric, measurement.higher_is_better)
+        if suite.task != REPORTED:
+            metrics.check(
+                session, actor, suite, measurement.metric, measurement.higher_is_better, fixes=not measurement.reported
+            )
         score = session.scalar(
             select(Score).where(_of(subject), Score.suite_id == suite.id, Score.metric == measurement.metric)
         )
@@ -213,7 +295,7 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
         score = score or Score(suite=suite, metric=measurement.metric, **_owner_columns(subject))
         score.value, score.stderr, score.n = measurement.value, measurement.stderr, measurement.n
         score.higher_is_better, score.reported = measurement.higher_is_better, measurement.reported
-        score.results_sha256 = measurement.results_sha256
+        score.results_sha256, score.source = measurement.results_sha256, measurement.source
         score.measured_at, score.measured_by = actor.at, actor.name
         session.add(score)
         session.flush()
@@ -227,15 +309,25 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
             after={"value": measurement.value, "n": measurement.n},
             suite=suite.name,
             metric=measurement.metric,
+            **({"reported": True} if measurement.reported else {}),
+            **({"source": measurement.source} if measurement.source else {}),
         )
         rows.append(score)
     return rows
 
 
+def _of_measurement(session: Session, measurement: Measurement) -> Suite:
+    suite = find_any(session, measurement.suite_digest) if measurement.reported else None
+    return suite or find(session, measurement.suite_digest)
+
+
 def _check_measurement(measurement: Measurement, suite: Suite) -> None:
-    """Raises Invalid for a score that cannot come from the suite."""
-    least, most = RANGES.get(measurement.metric, (-math.inf, math.inf))
-    if not math.isfinite(measurement.value) or not least <= measurement.value <= most or measurement.n < 1:
+    """Raises Invalid for a score that cannot come from the suite. Values that are only reported of a benchmark are in
+    the units of their source."""
+    open_range = (-math.inf, math.inf)
+    least, most = open_range if suite.task == REPORTED else RANGES.get(measurement.metric, open_range)
+    fewest = 0 if measurement.reported else 1
+    if not math.isfinite(measurement.value) or not least <= measurement.value <= most or measurement.n < fewest:
         raise Invalid(
             "bad_score",
             f"{measurement.metric} = {measurement.value} on n = {measurement.n} is not a score.",
@@ -257,7 +349,7 @@ def delete(session: Session, actor: Actor, subject: Release | Base, named: str, 
     Only for its recorder and admins: of the namespace, or of the registry for a base's score. Raises NotFound and
     NotAllowed.
     """
-    suite, name = find(session, named), _subject_name(subject)
+    suite, name = find(session, named, actor), _subject_name(subject)
     owned = select(Score).where(_of(subject), Score.suite_id == suite.id, Score.metric == metric)
     score = session.scalar(owned.with_for_update(of=Score))
     if score is None:
@@ -331,6 +423,11 @@ def scores_of(session: Session, subject: Release | Base) -> list[Score]:
     """The scores on current suites, by suite and metric."""
     query = select(Score).join(Suite).where(_of(subject), Suite.current)
     return list(session.scalars(query.order_by(Suite.name, Score.metric)))
+
+
+def with_ids(session: Session, ids: Sequence[int]) -> list[Score]:
+    """The scores of these ids that are still there, by suite and metric."""
+    return list(session.scalars(select(Score).join(Suite).where(Score.id.in_(ids)).order_by(Suite.name, Score.metric)))
 
 
 def scores_of_bases(session: Session, *listed: Base) -> dict[str, list[Score]]:

@@ -31,7 +31,7 @@ _SCORE = r"\s*(?P<suite>[a-z0-9][a-z0-9._-]*)\.(?P<metric>[a-z_][a-z0-9_]*)\s+"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The parts of a score that a gate needs."""
+    """The parts of a score that a gate needs; `n` is 0 if a reported one does not state it."""
 
     value: float
     stderr: float | None
@@ -41,7 +41,8 @@ class Measured:
 
     def __str__(self) -> str:
         error = f" ± {self.stderr:.3g}" if self.stderr is not None else ""
-        return f"{self.value:.4g}{error} (n={self.n})"
+        notes = [f"n={self.n}"] * (self.n > 0) + ["reported"] * self.reported
+        return f"{self.value:.4g}{error} ({', '.join(notes)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,9 @@ class Needs:
         """Why the score does not count; empty if it does."""
         if self.measured and score.reported:
             return "it is reported, not measured"
-        return f"n = {score.n}, and at least {self.min_n} are needed" if score.n < self.min_n else ""
+        if self.min_n > 1 and not score.n:
+            return f"n is not stated, and at least {self.min_n} are needed"
+        return f"n = {score.n}, and at least {self.min_n} are needed" if 0 < score.n < self.min_n else ""
 
     def counting(self, scores: "Scores") -> "Scores":
         """The scores that count."""
@@ -258,7 +261,7 @@ def lacking(rule: Rule, candidate: Scores, against: References, needs: Needs) ->
 
 def refuse_unknown(session: Session, actor: Actor, rule: Rule) -> None:
     """Raises NotFound for a rule on an unknown suite or metric, Usage for one that no release can pass."""
-    suites.find(session, rule.suite)
+    suites.find(session, rule.suite, actor)
     suites.refuse_unknown_metric(session, actor, rule.suite, rule.metric)
     refuse_keeping_losses(session, rule)
 

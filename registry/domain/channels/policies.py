@@ -163,7 +163,9 @@ def _awaited(
     subjects: Sequence[tuple[int | None, str]],
 ) -> tuple[GateResult, list[Lack]]:
     """The result, waiting if the missing scores of the subjects can still come, and what is to be measured for it."""
-    suite = suites.find(session, rule.suite)
+    suite = suites.find_any(session, rule.suite)
+    if suite is None or suite.task == suites.REPORTED:  # nobody can measure it
+        return result, []
     if suite.examples < needs.min_n:
         why = f"{result.detail}; {suite.name} has {suite.examples} examples, and {needs.min_n} are needed"
         return replace(result, detail=why), []
@@ -173,7 +175,7 @@ def _awaited(
     if not lacks:
         return result, []
     missing = f"a score of {rule.metric} on the current {rule.suite} is missing"
-    if rule.metric not in metrics.HIGHER_IS_BETTER:
+    if rule.metric not in metrics.HIGHER_IS_BETTER or suite.task in suites.ELSEWHERE:
         return replace(result, waiting=True, detail=f"{missing}: to be recorded"), []
     return replace(result, waiting=True, detail=f"{missing}: to be measured"), lacks
 

@@ -50,7 +50,7 @@ def create(
         _check_target(session, recipe, lock, target)
         _refuse_namespace(session, actor, target.repository.namespace, signer)
     for name in _suite_names(recipe):
-        suites.find(session, name)
+        suites.with_examples(suites.find(session, name))
     _check_gates(session, recipe, lock)
     wanted = STEPS[:1] if plan_only else STEPS
     if recipe.optimize:

@@ -148,7 +148,8 @@ def best_target_suite(session: Session, release: Release) -> str | None:
     gains: list[tuple[float, str]] = []
     for score in suites.scores_of(session, release):
         before = base.get((score.suite.name, score.metric))
-        if score.metric == "nll" and score.suite.kind == "target":
+        usable = not score.reported and score.suite.task not in suites.ELSEWHERE
+        if usable and score.metric == "nll" and score.suite.kind == "target":
             gains.append((before.value - score.value if before else 0.0, score.suite.name))
     return max(gains)[1] if gains else None
 

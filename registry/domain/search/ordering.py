@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from registry.database.dialects import float_text, json_rows
 from registry.database.prepared import Rows
 from registry.database.tables import Channel, Release, Score
+from registry.domain.access.audit import Actor
 from registry.domain.catalog import metrics, suites
 from registry.domain.catalog.release_rows import CURRENT_SUITES, Stamp
 from registry.errors import Usage
@@ -130,7 +131,7 @@ class SortKey:
         return [Hit(None if by_id else key, number, (stamp, suites)) for key, number, stamp in rows[:limit]]
 
 
-def by_of(session: Session, order: Order, values: dict[str, Any]) -> SortKey:
+def by_of(session: Session, actor: Actor, order: Order, values: dict[str, Any]) -> SortKey:
     """The shape of an order, whose values are added to `values`."""
     values["limit"] = order.limit
     if order.after:
@@ -146,6 +147,6 @@ def by_of(session: Session, order: Order, values: dict[str, Any]) -> SortKey:
             subject=order.name[:80],
             next_step="Sort by newest, version or SUITE.METRIC.",
         )
-    suite = suites.find(session, suite_name)
+    suite = suites.find(session, suite_name, actor)
     values |= {"by_suite": suite.id, "by_metric": metric}
     return SortKey("value", metrics.is_higher_better(session, suite.name, metric), goes_on)

@@ -40,9 +40,9 @@ def search(session: Session, actor: Actor, query: Query, order: Order) -> Search
 def _search(session: Session, actor: Actor, query: Query, order: Order) -> SearchResult:
     base = bases.identify(session, query.base) if query.base and not query.base_name else None
     relations = bases.related(session, base[0]) if base and RELATED in query.include else {base[0]: ""} if base else {}
-    scored = [suites.find(session, condition.suite).id for condition in query.score]
+    scored = [suites.find(session, condition.suite, actor).id for condition in query.score]
     shape, values = bind(actor, query, list(relations), scored)
-    by = by_of(session, order, values)
+    by = by_of(session, actor, order, values)
     hits = [] if values.get("namespaces") == [] else _first_page(session, shape, by, values)
     if query.base_name and not hits:
         bases.identify(session, query.base_name)  # no matches: raises if the base is unknown

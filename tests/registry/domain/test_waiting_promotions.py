@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
+from composer.formats.recipes.elsewhere import parse_content
+from composer.formats.recipes.suite import Example, Suite
 from registry.database.tables import Composition, Gate, Job, Move, Promotion, Release, ReleaseInput
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor, EventQuery, list_oldest_first
@@ -19,7 +21,7 @@ from registry.domain.catalog import bases, releases, repositories, suites
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import moves, pending, policies, promotions
 from registry.domain.channels.moves import ChannelMove, PromotionRequest
-from registry.errors import NotAllowed, Refused, RegistryError
+from registry.errors import Conflict, NotAllowed, Refused, RegistryError
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import RepositoryName, Version
 from registry.transfer.promotions import settle, settle_due, settle_on_base
@@ -290,6 +292,26 @@ def test_a_metric_that_workers_do_not_measure_is_waited_for_without_a_job(house:
         digest = bases.find(session, "tiny").digest
     settle_on_base(house.resources, digest)
     assert seen(house, began) == ("refused", "gate_failed")
+
+
+def test_a_task_of_a_harness_is_waited_for_without_a_job_that_could_not_run_it(house: House) -> None:
+    harness = {"name": "lm-eval", "version": "0.4.13"}
+    documents = {"count": 10, "sha256": "0" * 64}
+    task = parse_content({"name": "arc", "task": "harness", "harness": harness, "config": {}, "documents": documents})
+    with house.resources.write() as session:
+        suites.add(session, HOST, task)
+        older = releases.find(session, NAME, OLD).id
+        score = Measurement(task.digest, "accuracy", 0.6, None, 10, True, source="lm-eval 0.4.13")
+    demand(house, rules=["arc.accuracy >= 0.5"], min_n=10)
+    began = waiting(house)
+    with house.resources.write() as session:
+        assert session.get_one(Promotion, began).job_id is None
+        suites.record(session, person(house), session.get_one(Release, older), [score])
+        digest = bases.find(session, "tiny").digest
+        with pytest.raises(Conflict, match="arc is a task of an evaluation harness"):
+            suites.add(session, HOST, Suite(name="arc", kind="target", chat=False, examples=(Example("a", "b"),)))
+    settle_on_base(house.resources, digest)
+    assert seen(house, began) == ("completed", "")
 
 
 def test_of_many_that_complete_it_one_does_and_a_rollback_beside_them_ends_it_or_follows(house: House) -> None:

@@ -1,0 +1,87 @@
+"""`eval --queue`: a worker of the server measures, in one job."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from registry.cli import render
+from registry.cli.connect import Connection
+from registry.cli.interrupt import interrupts
+from registry.cli.quality import refuse_bad_suite_name, release_or_base
+from registry.errors import RegistryError
+
+Json = dict[str, Any]
+_POLL_S = 0.5
+_UNFINISHED = ("queued", "running")
+
+
+def queue(connection: Connection, what: Sequence[str], suites: Sequence[str], *, wait: bool) -> Json:
+    """Asks for the evaluation and, with `wait`, follows it to its end. Returns its report."""
+    for name in suites:
+        refuse_bad_suite_name(name)
+    releases: list[str] = []
+    bases: list[str] = []
+    for name in what:
+        release, base = release_or_base(connection, name)
+        if release is None:
+            bases.append(base["digest"])
+        else:
+            releases.append(f"{release['repository']}:{release['version']}")
+    body = {"releases": releases, "bases": bases, "suites": list(suites)}
+    document = connection.api.post("/v1/evaluations", body)
+    if not wait:
+        return document
+    with connection.worker():
+        return _followed(connection, document)
+
+
+def _followed(connection: Connection, document: Json) -> Json:
+    job = document["job"]
+    interrupts.kept = f"job {job} goes on; `adaptory jobs {job}` shows it, `adaptory cancel {job}` ends it"
+    with render.progress("eval", None) as bar:
+        while document["state"] in _UNFINISHED:
+            for step in document["steps"]:
+                if step["state"] == "running":
+                    bar.step(step["name"], step["done"], step["total"], step["unit"])
+            time.sleep(_POLL_S)
+            document = connection.api.get(f"/v1/evaluations/{job}")
+    interrupts.kept = ""
+    return document
+
+
+def show(document: Json) -> None:
+    """Shows the scores of each pair that is measured, and why others were not."""
+    render.heading(f"evaluation {document['job']}: {document['state']}")
+    if document["state"] in _UNFINISHED:
+        render.out(f"A worker of the server measures it: `adaptory jobs {document['job']}` shows its progress.")
+    rows: list[tuple[Any, ...]] = []
+    for item in document["items"]:
+        subject = f"{item['repository']}:{item['version']}" if item["repository"] else item["base"]["name"]
+        for score in item["scores"] or ():
+            metric = render.metric({**score, "task": item["task"]})
+            rows.append(
+                (subject, item["suite"], metric, render.with_error(score["value"], score["stderr"]), score["n"])
+            )
+        if item["error"]:
+            rows.append((subject, item["suite"], "", item["error"], ""))
+    if rows:
+        render.table("", ("subject", "suite", "metric", "value", "n"), rows)
+
+
+def error_of(document: Json) -> RegistryError | None:
+    """Why the job did not end well, if it did not."""
+    from registry.error_codes import family_of
+    from registry.errors import Refused
+
+    if document["error"] is not None:
+        error: Json = document["error"]
+        code = error["code"]
+        return family_of(code)(code, error["detail"], subject=error["subject"], next_step=error["next"])
+    if document["state"] == "cancelled":
+        job = str(document["job"])
+        return Refused("evaluation_cancelled", f"Job {job} was cancelled.", subject=job, next_step="Ask for it again.")
+    failed = [item for item in document["items"] if item["error"]]
+    if failed:
+        detail = f"{len(failed)} of {len(document['items'])} could not be measured: {failed[0]['error']}"
+        return Refused("not_measured", detail, subject=str(document["job"]), next_step="The others are recorded.")
+    return None

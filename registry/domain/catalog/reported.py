@@ -1,0 +1,80 @@
+"""Scores that a release's own files report. They are recorded as reported, and never in the place of a measured one.
+
+A data set that is named as a suite of this registry is that suite, if a stated revision is its current version or
+digest. Any other gets a suite of its own, `reported-…`, which nobody owns and which has no examples.
+"""
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from composer.findings import Finding
+from composer.formats.checkpoints.reported import ReportedScore, doubt
+from composer.formats.recipes.elsewhere import ReportedBenchmark
+from composer.formats.recipes.suite import NAME
+from registry.database.tables import Release, Score, Suite
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import suites
+from registry.domain.catalog.suites import Measurement
+from registry.errors import Conflict, Invalid
+
+
+def record(
+    session: Session, actor: Actor, release: Release, reported: Sequence[ReportedScore]
+) -> tuple[list[Score], list[Finding]]:
+    """Records the scores; returns them, and a warning for each that is not kept."""
+    rows: list[Score] = []
+    doubts: list[Finding] = []
+    for one in reported:
+        named = f"{one.source}: {one.metric} = {one.value:g} of {one.dataset}"
+        try:
+            suite = _suite(session, actor, one)
+            if _is_measured(session, release, suite, one.metric):
+                doubts.append(doubt(one.source, f"{named} is not kept: {suite.name}.{one.metric} is measured."))
+                continue
+            rows += suites.record(session, actor, release, [_measurement(suite, one)])
+        except (Conflict, Invalid) as error:
+            doubts.append(doubt(one.source, f"{named} is not kept: {error.detail}"))
+    return rows, doubts
+
+
+def _suite(session: Session, actor: Actor, reported: ReportedScore) -> Suite:
+    """The suite that the score is of. Raises Conflict for another revision of a suite of this registry."""
+    if own := _own_suite(session, reported.dataset):
+        if reported.revision not in (None, own.version, own.digest):
+            raise Conflict(
+                "suite_moved_on",
+                f"It is of revision {reported.revision}, and {own.name} is now {suites.label(own)}.",
+                subject=own.name,
+                next_step="Measure it again.",
+            )
+        return own
+    benchmark = ReportedBenchmark(dataset=reported.dataset, config=reported.config, split=reported.split)
+    return suites.add_reported(session, actor, benchmark)
+
+
+def _own_suite(session: Session, dataset: str) -> Suite | None:
+    """The current suite of exactly that name, unless it is itself only one that scores are reported of."""
+    if not NAME.fullmatch(dataset):
+        return None
+    return session.scalar(select(Suite).where(Suite.name == dataset, Suite.current, Suite.task != suites.REPORTED))
+
+
+def _is_measured(session: Session, release: Release, suite: Suite, metric: str) -> bool:
+    of_metric = (Score.release_id == release.id, Score.suite_id == suite.id, Score.metric == metric)
+    return session.scalar(select(Score.id).where(*of_metric, ~Score.reported)) is not None
+
+
+def _measurement(suite: Suite, reported: ReportedScore) -> Measurement:
+    revision = f", revision {reported.revision}" if reported.revision else ""
+    return Measurement(
+        suite_digest=suite.digest,
+        metric=reported.metric,
+        value=reported.value,
+        stderr=None,
+        n=0,
+        higher_is_better=reported.higher_is_better,
+        reported=True,
+        source=f"{reported.source}{revision}"[:300],
+    )

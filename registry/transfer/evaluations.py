@@ -1,0 +1,128 @@
+"""Evaluations by a worker that somebody asks for: releases and bases on suites, in one job."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Base, Job, Release
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import EVERYWHERE, Role, holds, may_read, permit, permit_somewhere, refuse_other_owner
+from registry.domain.catalog import bases, repositories, suites
+from registry.domain.catalog.releases import full_name
+from registry.domain.channels import resolve
+from registry.domain.jobs import evaluations
+from registry.domain.jobs.evaluations import Wanted
+from registry.errors import NotFound, Usage
+from registry.formats.references import Reference, parse_reference
+from registry.transfer.resources import Resources
+
+Json = dict[str, Any]
+
+MAX_SUBJECTS = 100
+MAX_SUITES = 50
+MAX_PAIRS = 1_000
+"""Maximum number of subjects times suites in one job."""
+
+
+def request(
+    resources: Resources, actor: Actor, release_names: Sequence[str], base_names: Sequence[str], on: Sequence[str]
+) -> Json:
+    """Queues the evaluation of releases and bases on suites; each base is loaded once. Returns its report.
+
+    Needs what recording the scores needs: the publisher role for each release, and each base to be the actor's own.
+    Raises NotFound, NotAllowed, TooMany, and Usage for too many or for a suite that workers cannot run.
+    """
+    references = [parse_reference(name) for name in dict.fromkeys(release_names)]
+    _refuse_too_many(len(references) + len(base_names), len(on))
+    for namespace in dict.fromkeys(one.repository.namespace for one in references):
+        permit(actor, Role.PUBLISHER, namespace)
+    if base_names:
+        permit_somewhere(actor, Role.PUBLISHER)
+    with resources.write() as session:
+        releases = [resolve.resolve(session, reference).release for reference in references]
+        named = [_own_base(session, actor, name) for name in base_names]
+        wanted_suites = [suites.with_examples(suites.find(session, name, actor)) for name in on]
+        subjects = [(one.id, one.base_digest) for one in releases] + [(None, one.digest) for one in named]
+        wanted = [Wanted(release, base, suite.digest) for release, base in subjects for suite in wanted_suites]
+        job = evaluations.create(session, actor, _namespace(references), wanted)
+        subject_names = [full_name(one) for one in releases] + [one.name for one in named]
+        audit.record(
+            session,
+            actor,
+            Act.EVALUATION_REQUEST,
+            f"job/{job.id}",
+            namespace=job.namespace,
+            after={"subjects": subject_names, "suites": [suite.name for suite in wanted_suites]},
+        )
+        return _report(session, actor, job)
+
+
+def report(session: Session, actor: Actor, job_id: int) -> Json:
+    """An evaluation as far as it is done. Only for who asked for it and registry admins."""
+    job = session.get(Job, job_id)
+    may = job is not None and (job.created_by == actor.name or holds(actor, Role.ADMIN, EVERYWHERE))
+    if job is None or job.kind != evaluations.KIND or not may:
+        raise NotFound(
+            "evaluation_unknown",
+            f"You have no evaluation {job_id}.",
+            subject=str(job_id),
+            next_step="Ask for one with `adaptory eval REF --suite SUITE --queue`.",
+        )
+    return _report(session, actor, job)
+
+
+def _refuse_too_many(subjects: int, on: int) -> None:
+    pairs = subjects * on
+    if not pairs or subjects > MAX_SUBJECTS or on > MAX_SUITES or pairs > MAX_PAIRS:
+        raise Usage(
+            "bad_evaluation",
+            f"{subjects} subjects on {on} suites: an evaluation has 1 to {MAX_SUBJECTS} on 1 to {MAX_SUITES}, and at "
+            f"most {MAX_PAIRS:,} pairs.",
+            next_step="Ask for several evaluations.",
+        )
+
+
+def _own_base(session: Session, actor: Actor, name: str) -> Base:
+    base = bases.find(session, name)
+    refuse_other_owner(actor, f"base {base.name}", base.created_by)
+    return base
+
+
+def _namespace(references: Sequence[Reference]) -> str | None:
+    """The job's namespace, if it has only one."""
+    names = {one.repository.namespace for one in references}
+    return names.pop() if len(names) == 1 else None
+
+
+def _report(session: Session, actor: Actor, job: Job) -> Json:
+    row = evaluations.find(session, job.id)
+    done = {Wanted(one["release"], one["base"], one["suite"]): one for one in row.results}
+    items = [_item(session, actor, one, done.get(one)) for one in (Wanted(**wanted) for wanted in row.wanted)]
+    return {
+        "job": job.id,
+        "state": job.state,
+        "steps": job.steps,
+        "error": job.error,
+        "items": [item for item in items if item is not None],
+    }
+
+
+def _item(session: Session, actor: Actor, wanted: Wanted, result: Json | None) -> Json | None:
+    """None for a release that the actor may no longer read."""
+    release = None if wanted.release is None else session.get_one(Release, wanted.release)
+    if release is not None and not may_read(actor, release.repository.namespace):
+        return None
+    base, suite = session.get_one(Base, wanted.base), suites.find(session, wanted.suite)
+    names = ("metric", "value", "stderr", "n", "higher_is_better")
+    return {
+        "repository": None if release is None else str(repositories.name_of(release.repository)),
+        "version": None if release is None else release.version,
+        "base": {"digest": base.digest, "name": base.name},
+        "suite": suite.name,
+        "suite_digest": suite.digest,
+        "task": suite.task,
+        "scores": None if result is None else [{name: one[name] for name in names} for one in result["scores"]],
+        "error": None if result is None else result["error"],
+    }
