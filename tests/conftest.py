@@ -18,6 +18,7 @@ import boto3
 import botocore.session
 import jinja2
 import pytest
+import torch
 import typer.main
 from hypothesis import HealthCheck, settings
 from sqlalchemy import Engine
@@ -26,7 +27,7 @@ from sqlalchemy.util import LRUCache
 
 from registry.cli.start import OBJECTS_TO_COLLECT
 from registry.database.engine import Database
-from tests import services
+from tests import second_device, services
 from tests.s3_server import S3Server
 
 # 770,000 objects last as long as the tests do: scanning them again and again took a sixth of their time.
@@ -42,6 +43,29 @@ os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tests compute: cpu, cuda, cuda:N or second")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test with tensors computes; `second` is tests/second_device.py."""
+    name = str(request.config.getoption("--device"))
+    if name == second_device.NAME:
+        second_device.register()
+    return name
+
+
+WITHOUT_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(params=[second_device.NAME, pytest.param("cuda", marks=[pytest.mark.cuda, WITHOUT_CUDA])])
+def accelerator(request: pytest.FixtureRequest) -> str:
+    """A device to compare with the CPU: one that every machine has, and a GPU where there is one."""
+    second_device.register()
+    return request.param
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -88,6 +88,12 @@ class LowRank:
         """Whether both factors lie in files."""
         return isinstance(self.A, StoredFactor) and isinstance(self.B, StoredFactor)
 
+    def to(self, device: torch.device) -> "LowRank":
+        """The delta with its factors on a device. On the CPU, stored factors stay in their files."""
+        if device.type == "cpu" and isinstance(self.A, StoredFactor) and isinstance(self.B, StoredFactor):
+            return self
+        return replace(self, A=self.A_RI.to(device), B=self.B_OR.to(device))
+
     def drop_pages(self) -> None:
         """Drops the resident pages of the files behind the factors."""
         for factor in (self.A, self.B):

@@ -185,7 +185,7 @@ class SpillFile:
         try:
             for begin, tensor in zip(begins, tensors, strict=False):
                 self._file.seek(self._end + begin)
-                self._file.write(tensor_bytes(tensor))
+                self._file.write(tensor_bytes(tensor.cpu()))
             self._file.truncate(self._end + size)
         except OSError as error:
             if error.errno not in DISK_FULL_ERRNOS:

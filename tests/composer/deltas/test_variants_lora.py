@@ -71,7 +71,7 @@ def lora(**settings: Any) -> LoraConfig:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_merge_equals_pefts_own_and_rows_are_computed_where_the_weight_is(
-    case: str, tmp_path: Path, make_model: MakeModel
+    case: str, accelerator: str, tmp_path: Path, make_model: MakeModel
 ) -> None:
     kind, settings, tolerance = CASES[case]
     base = make_model(kind, shard="1GB")
@@ -79,7 +79,7 @@ def test_a_merge_equals_pefts_own_and_rows_are_computed_where_the_weight_is(
     assert_merged_like_peft(base, adapter, tmp_path / "merged", tolerance)
     for delta in load_deltas(adapter, open_checkpoint(base).architecture).deltas:
         if isinstance(delta, RowwiseDelta):
-            assert_rows_follow_the_device(delta)
+            assert_rows_follow_the_device(delta, accelerator)
 
 
 @pytest.mark.parametrize("case", ["DoRA on every linear layer", "DoRA on Conv1D", "a bias of B", "trained tokens"])
