@@ -5,7 +5,7 @@ same result as on the CPU leaves nothing behind on the CPU; whether the kernels 
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,49 +20,59 @@ _BELOW_PYTHON = ("copy_", "detach", "alias", "lift_fresh")
 
 
 class _OnSecondDevice(torch.Tensor):
-    """A tensor of the second device; `values` is the CPU's tensor behind it, of the same shape and strides."""
+    """A tensor of the second device; `host` is the CPU's tensor behind it, of the same shape and strides."""
 
-    values: torch.Tensor
+    host: torch.Tensor
 
     @staticmethod
-    def __new__(cls, values: torch.Tensor) -> "_OnSecondDevice":
+    def __new__(cls, host: torch.Tensor) -> "_OnSecondDevice":
         made = torch.Tensor._make_wrapper_subclass(
             cls,
-            values.shape,
-            strides=values.stride(),
-            storage_offset=values.storage_offset(),
-            dtype=values.dtype,
+            host.shape,
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
             device=torch.device(NAME, 0),
         )
-        made.values = values
+        made.host = host
         return made
 
     def __repr__(self, **_options: object) -> str:
-        return f"second({self.values})"
+        return f"{NAME}({self.host})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled() and _is_composite(func):  # outside of it, torch has done it
+            return func.decompose(*args, **(kwargs or {}))
         return _run(func, *args, **(kwargs or {}))
 
 
+@cache
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
 def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Runs an operator on the values behind our tensors. Fails where a GPU would."""
-    given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-    ours = {id(one.values): one for one in given if isinstance(one, _OnSecondDevice)}
-    others = [one for one in given if not isinstance(one, _OnSecondDevice) and one.dim()]
+    """Runs an operator on the tensors behind ours. Fails where a GPU would."""
+    leaves = tree_leaves((args, kwargs))
+    given = [one for one in leaves if isinstance(one, torch.Tensor)]
+    ours = {id(one.host): one for one in given if isinstance(one, _OnSecondDevice)}
     name = func.overloadpacket.__name__
-    if ours and others and name not in _MAY_MIX:
+    if ours and name not in _MAY_MIX and any(one.dim() and not isinstance(one, _OnSecondDevice) for one in given):
         raise RuntimeError(f"{func} mixes tensors of {NAME} with the CPU's")
-    target = kwargs.get("device")
-    here = bool(ours) if target is None else torch.device(target).type == NAME
-    if target is not None:
-        kwargs["device"] = torch.device("cpu")
-    args, kwargs = tree_map(lambda one: one.values if isinstance(one, _OnSecondDevice) else one, (args, kwargs))
+    asked = [one.type == NAME for one in leaves if isinstance(one, torch.device)]
+    args, kwargs = tree_map(_on_host, (args, kwargs))
     with torch.inference_mode(False), torch.no_grad():
         results = func(*args, **kwargs)
         if name == "copy_":
             return given[0]
-        return tree_map(partial(_placed, here=here, ours=ours), results)
+        return tree_map(partial(_placed, here=asked[0] if asked else bool(ours), ours=ours), results)
+
+
+def _on_host(argument: Any) -> Any:
+    if isinstance(argument, torch.device):
+        return torch.device("cpu")
+    return argument.host if isinstance(argument, _OnSecondDevice) else argument
 
 
 def _placed(result: Any, *, here: bool, ours: Mapping[int, torch.Tensor]) -> Any:

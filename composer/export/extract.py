@@ -15,6 +15,7 @@ from torch import nn
 
 from composer.deltas.delta import Delta, Layout, LowRank, Replacement, spilled
 from composer.deltas.stored import MappedFile, SpillFile
+from composer.deltas.tensors import torch_device
 from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.export.peft import peft_form, write_adapter
 from composer.findings import Finding, Severity
@@ -58,20 +59,22 @@ class ExtractReport:
         return asdict(self) | {"compressions": rows, "lost": self.lost}
 
 
-def extract(
+def extract(  # noqa: PLR0913
     base: Checkpoint,
     finetuned: Checkpoint,
     out_dir: Path,
     *,
     rank: int | None = None,
     energy: float | None = None,
+    device: str = "auto",
     progress: Callable[[int], None] = lambda _count: None,
 ) -> ExtractReport:
     """Writes what `finetuned` adds to `base` as one PEFT adapter in float32, with s = 1.
 
     The weight of each linear layer and embedding becomes a pair of at most `rank` directions, or as many as hold the
     share `energy` of |Δ|² (USUAL_RANK if neither is given). Norms and biases that changed are saved in full. One matrix
-    at a time is in memory. `progress` gets the bytes of the base just compared.
+    at a time is in memory, and decomposed on `device` (auto, cpu or cuda:N). `progress` gets the bytes of the base just
+    compared.
 
     Raises RefusedOutput for an existing `out_dir`, before anything is read; Mismatch for checkpoints of different
     architectures and for equal ones; InvalidFile for a value that is not finite; NotSupported for a changed tensor that
@@ -83,7 +86,7 @@ def extract(
         rank = USUAL_RANK
     files = [one.path / shard for one in (base, finetuned) for shard in one.shards]
     inputs = identities([*files, *(one.path / "config.json" for one in (base, finetuned))])
-    work = _Extraction(base, finetuned, rank, energy)
+    work = _Extraction(base, finetuned, (rank, energy), torch_device(device))
     for name, slot in _slots(base).items():
         work.take(name, slot)
         progress(base.architecture.tensors[name].size_bytes)
@@ -144,8 +147,10 @@ class _Slot:
 class _Extraction:
     """The deltas and losses so far. Factors are kept on disk."""
 
-    def __init__(self, base: Checkpoint, finetuned: Checkpoint, rank: int | None, energy: float | None) -> None:
-        self._base, self._finetuned, self._rank, self._energy = base, finetuned, rank, energy
+    def __init__(
+        self, base: Checkpoint, finetuned: Checkpoint, kept: tuple[int | None, float | None], device: torch.device
+    ) -> None:
+        self._base, self._finetuned, self._kept, self._device = base, finetuned, kept, device
         self._spill, self._mapped = SpillFile(), cache(MappedFile.open)
         self.deltas: list[Delta] = []
         self.compressions: list[Compression] = []
@@ -178,8 +183,8 @@ class _Extraction:
             )
 
     def _add_pair(self, name: str, slot: _Slot, layout: Layout, W: torch.Tensor, changed: torch.Tensor) -> None:
-        (rows, columns), blocks = W.shape, _difference(W, changed)
-        (left, right), loss = compress_dense(slot.module, Matrix((rows, columns), blocks), self._rank, self._energy)
+        (rows, columns), blocks = W.shape, _difference(W, changed, self._device)
+        (left, right), loss = compress_dense(slot.module, Matrix((rows, columns), blocks), *self._kept, self._device)
         A, B = (right, left) if layout is Layout.LINEAR else (left.T, right.T)
         delta = LowRank(module=slot.module, weight=name, layout=layout, A=A, B=B, scale=1.0, tied=slot.tied)
         (delta,) = spilled(self._spill, [delta])
@@ -202,8 +207,10 @@ def _same(W: torch.Tensor, changed: torch.Tensor) -> bool:
     return torch.equal(W, changed) if W.dtype == changed.dtype else torch.equal(W.float(), changed.float())
 
 
-def _difference(W_MN: torch.Tensor, changed_MN: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
-    return lambda first, last: changed_MN[first:last].float() - W_MN[first:last].float()
+def _difference(
+    W_MN: torch.Tensor, changed_MN: torch.Tensor, device: torch.device
+) -> Callable[[int, int], torch.Tensor]:
+    return lambda first, last: changed_MN[first:last].to(device).float() - W_MN[first:last].to(device).float()
 
 
 def _slots(base: Checkpoint) -> dict[str, _Slot]:
