@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "second"
@@ -82,6 +83,18 @@ def _placed(result: Any, *, here: bool, ours: Mapping[int, torch.Tensor]) -> Any
     if here:
         return ours[id(result)] if id(result) in ours else _OnSecondDevice(result)
     return result.clone() if id(result) in ours else result
+
+
+class NoArithmeticOnCpu(TorchDispatchMode):
+    """Refuses products and decompositions of the CPU's tensors in this thread: what should run on a device, does."""
+
+    REFUSED = ("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "_linalg_svd", "linalg_qr", "linalg_cholesky_ex")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.REFUSED:
+            devices = {one.device.type for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+            assert "cpu" not in devices, f"{func} on the CPU"
+        return func(*args, **(kwargs or {}))
 
 
 _registered: list[torch.library.Library] = []

@@ -418,4 +418,4 @@ def _restored(deltas: list[Additive], norm: float) -> list[Additive]:
 
 def _ratio(delta: RowwiseDelta, norm: float, device: torch.device) -> Matrix:
     now = square_sum(_dense(delta, nothing(delta, device))) ** 0.5
-    return Matrix.of(torch.tensor([[restoring_factor(now, norm)]], device=device))
+    return Matrix.of(torch.full((1, 1), restoring_factor(now, norm), device=device))

@@ -14,6 +14,7 @@ from composer.deltas.tensors import torch_device
 from composer.deltas.variants.load import LoadedAdapter
 from composer.evaluation.calibration import Calibration
 from composer.evaluation.evaluate import examine as measure
+from composer.evaluation.hooks import deltas_applied
 from composer.evaluation.model import LoadedModel, load_model
 from composer.export.combine import combine
 from composer.export.extract import extract
@@ -32,6 +33,7 @@ from composer.optimize.problem import Effort, Member, Problem
 from tests.composer.adapted import relative
 from tests.composer.small_model import Load, dense
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
+from tests.second_device import NoArithmeticOnCpu
 
 CASES: dict[str, tuple[dict[str, object], str, dict[str, object]]] = {
     "a sum": ({"target_modules": "all-linear"}, "stack", {}),
@@ -152,6 +154,8 @@ EVALUATIONS: dict[str, tuple[Task, dict[str, object]]] = {
 def test_each_task_has_the_cpus_results(case: str, there: LoadedModel, here: LoadedModel, load: Load) -> None:
     task, config = EVALUATIONS[case]
     deltas, asked = load(case, 3, **config).deltas, suite("red", task, 3)
+    with NoArithmeticOnCpu(), deltas_applied(there.model, deltas):
+        pass
     for ours, theirs in zip(measure(there, asked, deltas), measure(here, asked, deltas), strict=True):
         assert ours.nats == pytest.approx(theirs.nats, rel=1e-4)
         assert (ours.score, ours.answer) == (theirs.score, theirs.answer)
