@@ -4,6 +4,7 @@ Its tensors mix with the CPU's in no operation but copies and indices, and have 
 same result as on the CPU leaves nothing behind on the CPU; whether the kernels of a GPU agree, only a GPU shows.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -18,6 +19,10 @@ _MAY_MIX = ("copy_", "_to_copy", "index", "index_put_", "_index_put_impl_")
 """Copies, and indices, which CUDA takes from the CPU too."""
 _BELOW_PYTHON = ("copy_", "detach", "alias", "lift_fresh")
 """Operators that torch calls with our tensors after it has left Python, as in `torch.tensor(values, device=...)`."""
+
+
+CALLS: Counter[str] = Counter()
+"""How often each operator has run on the second device, in any thread."""
 
 
 class _OnSecondDevice(torch.Tensor):
@@ -61,6 +66,7 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     name = func.overloadpacket.__name__
     if ours and name not in _MAY_MIX and any(one.dim() and not isinstance(one, _OnSecondDevice) for one in given):
         raise RuntimeError(f"{func} mixes tensors of {NAME} with the CPU's")
+    CALLS[name] += bool(ours)
     asked = [one.type == NAME for one in leaves if isinstance(one, torch.device)]
     args, kwargs = tree_map(_on_host, (args, kwargs))
     with torch.inference_mode(False), torch.no_grad():

@@ -12,9 +12,10 @@ from composer.deltas.tensors import torch_device
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import ComposerError
 from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
-from composer.formats.recipes.methods import PIPELINES, effective_weights, parse_settings
+from composer.formats.recipes.methods import PIPELINES, Compressed, Pico, effective_weights, parse_settings
 from composer.formats.recipes.weights import Weight, parse_rule
 from composer.methods.combine import combine_deltas
+from tests import second_device
 from tests.composer.adapted import assert_rows_follow_the_device, relative
 from tests.composer.tiny import MakeAdapter, MakeModel, adapter_maker, model_maker, tensors_in
 
@@ -144,7 +145,11 @@ def test_a_method_computes_on_a_device_what_it_computes_on_the_cpu(
     """Its factors at once, its elections with the rows that they are about."""
     one, two, _ = shared.adapters
     both, settings = loaded(shared.base, one, two), {"protect": 1} if method == "stack" else {}
+    parsed, before = parse_settings(method, settings), second_device.CALLS["mm"]
     there = combine_deltas(both, [1.0, 0.5], method, settings, device=torch_device(accelerator)).deltas
+    if accelerator == second_device.NAME and isinstance(parsed, Compressed) and parsed.pipeline.space != "full":
+        computed = parsed.pipeline.space != "factors" or "protect" in settings or isinstance(parsed, Pico)
+        assert (second_device.CALLS["mm"] > before) == computed
     for delta, expected in zip(there, combine_deltas(both, [1.0, 0.5], method, settings).deltas, strict=True):
         if isinstance(delta, RowwiseDelta):
             assert_rows_follow_the_device(delta, accelerator)
