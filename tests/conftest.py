@@ -46,16 +46,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where tests compute: cpu, cuda, cuda:N or second")
-
-
-@pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> str:
-    """Where a test with tensors computes; `second` is tests/second_device.py."""
-    name = str(request.config.getoption("--device"))
-    if name == second_device.NAME:
-        second_device.register()
-    return name
+    parser.addoption("--device", default="cpu", help="where tests of tensor code compute: cpu, cuda, cuda:N or second")
 
 
 WITHOUT_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -70,6 +61,7 @@ def accelerator(request: pytest.FixtureRequest) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     """The process that outlives the others owns the services; test processes started by it inherit the place."""
+    os.environ["ADAPTORY_TEST_DEVICE"] = str(config.getoption("--device"))  # read by tests/device.py
     if not hasattr(config, "workerinput"):
         os.environ[services.DIRECTORY] = mkdtemp(prefix="adaptory-services-")
 

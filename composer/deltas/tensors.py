@@ -107,6 +107,12 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def wait_for(device: torch.device) -> None:
+    """Waits until this thread's work on the device is done, so that threads with streams of their own may use it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def workers_on(device: torch.device) -> int:
     """The threads that keep a device busy: one for each core, but at least two, since they read files too. An
     accelerator does one thread's work at a time, and some of its libraries may not be started by two at once."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from composer.deltas.delta import Delta, LowRank, Replacement, RowwiseDelta
-from composer.deltas.tensors import all_finite, torch_dtype
+from composer.deltas.tensors import all_finite, torch_dtype, wait_for
 from composer.errors import RefusedOutput
 from composer.formats.checkpoints.header import TensorEntry
 from composer.formats.recipes.rounding import Mode, Rounding
@@ -160,8 +160,7 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
     columns = 1 if replacement is not None or not shapes else shapes[-1][1]
     rows = tensor.target.spec.elements // max(1, columns)
     uploaded = [one.to(device) for one in factors]  # once per tensor, not per chunk
-    if device.type == "cuda":  # the copy ends before any chunk's own stream uses it
-        torch.cuda.current_stream(device).synchronize()
+    wait_for(device)
     if device.type != "cpu":
         for delta in additions:
             if isinstance(delta, LowRank):

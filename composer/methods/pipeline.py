@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from composer.deltas.delta import Additive, Layout, LowRank, RowwiseDelta
-from composer.deltas.tensors import CPU
+from composer.deltas.tensors import CPU, wait_for
 from composer.errors import NotSupported
 from composer.formats.recipes.methods import Compressed, Magnitude, MethodSettings, Pico, Pipeline
 from composer.formats.recipes.weights import divisor
@@ -341,6 +341,7 @@ class _Once:
         with self._lock:
             if device not in self._made:
                 self._made[device] = self._make(device)
+                wait_for(device)
             return self._made[device]
 
 

@@ -17,6 +17,7 @@ from composer.formats.checkpoints.header import TensorSpec
 from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.run import run_merge
 from tests.composer.tiny import load_model
+from tests.device import DEVICE
 from tests.second_device import NoArithmeticOnCpu
 
 IDS = torch.arange(20).reshape(2, 10)
@@ -93,7 +94,7 @@ def logits(checkpoint: Path) -> torch.Tensor:
 
 def merge(base: Path, adapter: Path, out: Path, **settings: object) -> MergePlan:
     plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)], settings=settings)
-    run_merge(plan, out, device="cpu")
+    run_merge(plan, out, device=DEVICE)
     return plan
 
 

@@ -19,6 +19,7 @@ from composer.merge.plan import plan_merge
 from composer.merge.rebuild import steps_apart
 from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
+from tests.device import DEVICE
 
 MB = 1 << 20
 
@@ -125,7 +126,7 @@ def test_a_merge_looks_at_no_factor_where_it_is_mapped(
             assert isinstance(factor, LowRank)
             factor.drop_pages()
         assert resident_of(path / "adapter_model.safetensors") == 0
-    run_merge(plan, tmp_path / "merged", "cpu")
+    run_merge(plan, tmp_path / "merged", DEVICE)
     assert [resident_of(path / "adapter_model.safetensors") for path, _ in adapters] == [0, 0, 0]
 
 
@@ -148,7 +149,7 @@ def test_an_adapter_that_is_cut_off_meanwhile_is_named(
     plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
     os.truncate(adapter / "adapter_model.safetensors", 4_096)
     with pytest.raises(InvalidFile, match=r"adapter_model\.safetensors became shorter"):
-        run_merge(plan, tmp_path / "merged", "cpu")
+        run_merge(plan, tmp_path / "merged", DEVICE)
     assert not (tmp_path / "merged").exists()
 
 
@@ -158,7 +159,7 @@ def test_a_factor_that_was_given_back_may_be_merged_again(
     base = make_model()
     plan = plan_merge(open_checkpoint(base), [(make_adapter(base), 1.0)])
     for name in ("one", "two"):
-        run_merge(plan, tmp_path / name, "cpu")
+        run_merge(plan, tmp_path / name, DEVICE)
     two = tensors_in(tmp_path / "two")
     assert all(torch.equal(tensor, two[name]) for name, tensor in tensors_in(tmp_path / "one").items())
 
