@@ -161,10 +161,6 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
     rows = tensor.target.spec.elements // max(1, columns)
     uploaded = [one.to(device) for one in factors]  # once per tensor, not per chunk
     wait_for(device)
-    if device.type != "cpu":
-        for delta in additions:
-            if isinstance(delta, LowRank):
-                delta.drop_pages()
     return TensorWork(
         plan=tensor,
         rows=rows,

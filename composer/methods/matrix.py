@@ -129,7 +129,7 @@ def _cut(matrix: Matrix, threshold: int, ties: int) -> tuple[tuple[int, int], in
     for first, X_MN in matrix.blocks():
         rows_and_columns = (magnitude_bits(X_MN) == threshold).nonzero()
         if len(rows_and_columns) >= ties:
-            row, column = rows_and_columns[ties - 1].tolist()
+            row, column = rows_and_columns[ties - 1].cpu().tolist()
             return (first + row, column), 0
         ties -= len(rows_and_columns)
     return _all_of(matrix), ties

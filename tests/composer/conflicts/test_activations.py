@@ -53,7 +53,7 @@ def captured(loaded: LoadedModel, victim: list[Delta]) -> dict[str, tuple[torch.
     ]
     with torch.inference_mode(), deltas_applied(loaded.model, victim):
         for one in encoded(loaded):
-            loaded.model(input_ids=torch.tensor([one.ids]))
+            loaded.model(input_ids=torch.tensor([one.ids], device=loaded.device))
     for handle in handles:
         handle.remove()
     both: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

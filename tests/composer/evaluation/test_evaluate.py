@@ -37,7 +37,7 @@ SUITE = suite(("say ab", "ab"), ("say abc twice", "abc abc"), ("hello", "HA 12")
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.inference_mode():
-        return model(input_ids=IDS).logits
+        return model(input_ids=IDS.to(model.device)).logits.cpu()  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def proj_delta(module: str, outputs: int = 32, inputs: int = 32, scale: float = 0.5) -> LowRank:
@@ -80,11 +80,11 @@ def test_a_delta_of_a_tied_head_leaves_the_embedding_as_it_is(tmp_path: Path) ->
     own = load_model(base, device=DEVICE)
     vocabulary = own.model.lm_head.weight.shape[0]
     head = replace(proj_delta("lm_head", outputs=vocabulary), weight="model.embed_tokens.weight", tied=True)
-    hidden = own.model.model(input_ids=IDS).last_hidden_state
+    hidden = own.model.model(input_ids=IDS.to(DEVICE)).last_hidden_state
     with deltas_applied(own.model, [head]):
-        torch.testing.assert_close(own.model.model(input_ids=IDS).last_hidden_state, hidden, rtol=0, atol=0)
-        changed = own.model.lm_head.weight + 0.5 * head.B_OR @ head.A_RI
-        torch.testing.assert_close(logits(own.model), hidden @ changed.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(own.model.model(input_ids=IDS.to(DEVICE)).last_hidden_state, hidden, rtol=0, atol=0)
+        changed = own.model.lm_head.weight.cpu() + 0.5 * head.B_OR @ head.A_RI
+        torch.testing.assert_close(logits(own.model), hidden.cpu() @ changed.T, rtol=1e-4, atol=1e-4)
 
 
 def test_deltas_on_one_module_add_up_like_their_dense_sum(loaded: LoadedModel, base: Path) -> None:
@@ -92,7 +92,7 @@ def test_deltas_on_one_module_add_up_like_their_dense_sum(loaded: LoadedModel, b
     parts = [proj_delta(path, scale=0.4), proj_delta(path, scale=-1.1)]
     dense = load_model(base, device=DEVICE).model
     with torch.no_grad():
-        dense.get_submodule(path).weight += sum(part.scale * part.B_OR @ part.A_RI for part in parts)
+        dense.get_submodule(path).weight += sum(part.scale * part.B_OR @ part.A_RI for part in parts).to(DEVICE)
     with deltas_applied(loaded.model, parts):
         torch.testing.assert_close(logits(loaded.model), logits(dense), rtol=1e-4, atol=1e-4)
 
@@ -141,11 +141,12 @@ def test_one_teacher_forced_pass_says_exactly_whether_greedy_decoding_gives_the_
     generator = torch.Generator().manual_seed(11)
     for _ in range(20):
         prompt = torch.randint(3, 45, (int(torch.randint(2, 12, (), generator=generator)),), generator=generator)
+        prompt = prompt.to(DEVICE)
         output = loaded.model.generate(
             input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=6, min_new_tokens=6,
             do_sample=False, eos_token_id=None, pad_token_id=2,
         )  # fmt: skip
-        ids = output[0].tolist()
+        ids = output[0].cpu().tolist()
         position = int(torch.randint(len(prompt), len(ids), (), generator=generator))
         other = [*ids[:position], (ids[position] + 1) % 48, *ids[position + 1 :]]
         same, changed = measure(loaded, [Encoded(tuple(ids), len(prompt)), Encoded(tuple(other), len(prompt))])
@@ -154,7 +155,8 @@ def test_one_teacher_forced_pass_says_exactly_whether_greedy_decoding_gives_the_
 
 def eos_after(loaded: LoadedModel, ids: torch.Tensor) -> LowRank:
     """A delta of the head that makes eos the answer after `ids`, and leaves the answer before its last token alone."""
-    before, last = loaded.model.model(input_ids=ids[None]).last_hidden_state[0, -2:].detach()
+    hidden = loaded.model.model(input_ids=ids[None].to(DEVICE)).last_hidden_state
+    before, last = hidden[0, -2:].detach().cpu()
     direction = last - before * (before @ last) / (before @ before)
     push = torch.zeros(loaded.model.lm_head.weight.shape[0], 1)
     push[loaded.tokenizer.eos_token_id] = 100.0
@@ -181,7 +183,7 @@ def test_an_exact_match_needs_the_end_of_the_sequence_as_greedy_decoding_does(lo
 def test_the_loss_is_transformers_own_loss_on_the_completion(loaded: LoadedModel) -> None:
     encoded = [encode(loaded, example, SUITE.chat) for example in SUITE.examples]
     for one, measured in zip(encoded, measure(loaded, encoded), strict=True):
-        ids = torch.tensor([one.ids])
+        ids = torch.tensor([one.ids], device=DEVICE)
         labels = ids.clone()
         labels[:, : one.prompt_tokens] = -100
         with torch.inference_mode():
@@ -309,7 +311,7 @@ def test_a_delta_of_an_embedding_that_scales_is_scaled_as_the_embedding_is(tmp_p
     embedding = own.model.get_submodule("model.embed_tokens")
     factor = float(embedding.embed_scale.to(dtype))
     with torch.inference_mode(), deltas_applied(own.model, load_deltas(tmp_path / "adapter", own.architecture).deltas):
-        embedded = embedding(IDS).float() / factor
+        embedded = embedding(IDS.to(DEVICE)).float().cpu() / factor
         if dtype == torch.float32:
             torch.testing.assert_close(logits(own.model), logits(adapted), rtol=1e-4, atol=1e-4)
     merged = adapted.merge_and_unload().get_input_embeddings().weight

@@ -43,13 +43,13 @@ def answers(
 
 
 def by_transformers(loaded: LoadedModel, prompt: str, count: int, deltas: Sequence[Delta]) -> str:
-    ids = torch.tensor([encode_prompt(loaded, prompt, True)])
+    ids = torch.tensor([encode_prompt(loaded, prompt, True)], device=loaded.device)
     with deltas_applied(loaded.model, deltas), torch.inference_mode():
         output = loaded.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count,
             eos_token_id=loaded.tokenizer.eos_token_id, pad_token_id=loaded.tokenizer.eos_token_id,
         )  # fmt: skip
-    return loaded.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return loaded.tokenizer.decode(output[0, ids.shape[1] :].cpu(), skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("size", [1, 4, 99])
