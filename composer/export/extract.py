@@ -85,9 +85,7 @@ def extract(  # noqa: PLR0913
     no adapter can hold; and what `write_adapter` raises.
     """
     refuse_existing(out_dir)
-    model = _skeleton(base)
-    slots = _slots(model, base, finetuned)
-    _refuse_unlike(base, finetuned, slots, _unread(finetuned, model))
+    slots = _slots(base, finetuned)
     if rank is None and energy is None:
         rank = USUAL_RANK
     files = [one.path / shard for one in (base, finetuned) for shard in one.shards]
@@ -97,12 +95,8 @@ def extract(  # noqa: PLR0913
         if slot.theirs:
             work.take(name, slot)
         progress(base.architecture.tensors[name].size_bytes)
-    if not work.compressions:
-        relation = "differs only in norms and biases from" if work.deltas else "has the same weights as"
-        message = f"{finetuned.path.name} {relation} {base.path.name}: no matrix has changed."
-        raise Mismatch("nothing_to_extract", message, subject=finetuned.path.name, next_step="Name the fine-tuned one.")
-    work.complete(slots)
-    form = peft_form(work.deltas)
+    _refuse_no_matrix(work, base, finetuned)
+    form = peft_form(work.complete(slots))
     fields = {
         "base_model_name_or_path": str(base.path),
         "task_type": "CAUSAL_LM",
@@ -127,6 +121,13 @@ def extract(  # noqa: PLR0913
         compressions=tuple(work.compressions),
         findings=tuple(_losses(finetuned.path.name, work.compressions)),
     )
+
+
+def _refuse_no_matrix(work: "_Extraction", base: Checkpoint, finetuned: Checkpoint) -> None:
+    if not work.compressions:
+        relation = "differs only in norms and biases from" if work.deltas else "has the same weights as"
+        message = f"{finetuned.path.name} {relation} {base.path.name}: no matrix has changed."
+        raise Mismatch("nothing_to_extract", message, subject=finetuned.path.name, next_step="Name the fine-tuned one.")
 
 
 def _losses(name: str, compressions: Sequence[Compression]) -> list[Finding]:
@@ -185,13 +186,15 @@ class _Extraction:
                 next_step="Use the fine-tuned checkpoint itself: push it with --kind model.",
             )
 
-    def complete(self, slots: Mapping[str, _Slot]) -> None:
-        """Saves the unchanged parameters of modules whose weight is saved: PEFT loads such a module only in full."""
+    def complete(self, slots: Mapping[str, _Slot]) -> list[Delta]:
+        """The deltas, with the unchanged parameters of modules whose weight is saved: PEFT loads such a module only in
+        full."""
         held = {one.weight: one.module for one in self.deltas if isinstance(one, Replacement)}
         full = {module for name, module in held.items() if name.endswith(".weight")}
         for name, slot in slots.items():
             if slot.module in full and name not in held:
                 self._save(name, slot)
+        return self.deltas
 
     def _save(self, name: str, slot: _Slot) -> None:
         shard, entry = self._finetuned.locate(slot.theirs)
@@ -239,9 +242,11 @@ def _refuse_not_finite(values: torch.Tensor, name: str, owner: str, next_step: s
         raise InvalidFile("not_finite", message, subject=name, next_step=next_step)
 
 
-def _slots(model: nn.Module, base: Checkpoint, finetuned: Checkpoint) -> dict[str, _Slot]:
+def _slots(base: Checkpoint, finetuned: Checkpoint) -> dict[str, _Slot]:
     """Every stored tensor of the base with its owner. What a module is called, and its class, only its code knows. The
-    two checkpoints may have different names for one parameter, as GPT-2's have with and without `transformer.`."""
+    two checkpoints may have different names for one parameter, as GPT-2's have with and without `transformer.`. Raises
+    Mismatch unless both have the same parameters, of the same shapes."""
+    model = _skeleton(base)
     ours, theirs = base.architecture, finetuned.architecture
     unread = _unread(base, model)
     slots = {name: _Slot("", None, "" if unread(name) else name) for name in ours.tensors}
@@ -254,6 +259,7 @@ def _slots(model: nn.Module, base: Checkpoint, finetuned: Checkpoint) -> dict[st
             own = path if layout or target.weight.endswith(f".{parameter}") else ""
             name = other.weight if isinstance(other, Target) else target.weight
             slots[target.weight] = _Slot(own, layout, name, target.tied)
+    _refuse_unlike(base, finetuned, slots, _unread(finetuned, model))
     return slots
 
 
