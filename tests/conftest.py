@@ -163,13 +163,15 @@ def _s3_session() -> boto3.Session:
 def _bucket(shared: Path, storage: S3Storage) -> Bucket:
     """One client for the run's store; other stores are stopped and killed, and so are their connections."""
     if storage.endpoint_url == s3_server.load(shared).endpoint:
-        return _bucket_for(storage, tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
+        return _bucket_for(
+            storage.model_dump_json(), tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+        )
     return open_bucket(storage)
 
 
 @lru_cache
-def _bucket_for(storage: S3Storage, _environment: tuple[tuple[str, str], ...]) -> Bucket:
-    return open_bucket(storage)
+def _bucket_for(storage: str, _environment: tuple[tuple[str, str], ...]) -> Bucket:
+    return open_bucket(S3Storage.model_validate_json(storage))
 
 
 @lru_cache
