@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Approval, Channel, Promotion, Release
+from registry.database.tables import Approval, Channel, Job, Promotion, Release
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds, permit
@@ -137,7 +137,7 @@ def cancel(session: Session, actor: Actor, promotion: Promotion) -> Promotion:
     others = select(Promotion.id).where(Promotion.job_id == promotion.job_id, Promotion.state == PENDING)
     if promotion.job_id is not None and session.scalars(others.limit(1)).first() is None:
         job = queue.find(session, promotion.job_id)
-        if job.state not in queue.FINISHED:
+        if job.state not in queue.FINISHED and _began_by_promotion(session, job):
             queue.request_cancel(session, job.id, actor.at)
     return promotion
 
@@ -218,6 +218,12 @@ def _wait(session: Session, actor: Actor, promotion: Promotion, outcome: Waiting
     until = outcome.report.until or promotion.expires_at
     promotion.due_at = min(until, promotion.expires_at, actor.at + RECHECK)
     session.flush()
+
+
+def _began_by_promotion(session: Session, job: Job) -> bool:
+    """Whether a promotion queued the evaluation, rather than a user whose evaluation a promotion joined later."""
+    began = (Promotion.job_id == job.id, Promotion.actor == job.created_by, Promotion.created_at <= job.created_at)
+    return session.scalar(select(Promotion.id).where(*began).limit(1)) is not None
 
 
 def _ended_by(error: RegistryError) -> str:

@@ -24,6 +24,7 @@ from registry.domain.channels.moves import ChannelMove, PromotionRequest
 from registry.errors import Conflict, NotAllowed, Refused, RegistryError
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import RepositoryName, Version
+from registry.transfer import evaluations
 from registry.transfer.promotions import settle, settle_due, settle_on_base
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
@@ -135,10 +136,10 @@ def test_each_rule_is_named_with_its_numbers(house: House) -> None:
 
 
 def test_a_reported_score_does_not_count_where_a_measured_one_is_asked_for(house: House) -> None:
-    demand(house, rules=["exact.nll <= 9"], measured=True)
+    demand(house, rules=["exact.accuracy >= 0.5"], measured=True)
     with house.resources.write() as session:
         release, suite = releases.find(session, NAME, OLD), suites.find(session, "exact")
-        reported = Measurement(suite.digest, "nll", 0.1, None, 1, False, reported=True)
+        reported = Measurement(suite.digest, "accuracy", 0.9, None, 1, True, reported=True)
         suites.record(session, person(house), release, [reported])
     began = waiting(house)
     with house.resources.write() as session:
@@ -148,6 +149,8 @@ def test_a_reported_score_does_not_count_where_a_measured_one_is_asked_for(house
     with house.resources.read() as session:
         (job,) = session.scalars(select(Job).where(Job.kind == "evaluation"))
         assert job.state == "queued"
+    with house.resources.write() as session, pytest.raises(Conflict, match="is measured"):
+        suites.record(session, person(house), session.get_one(Release, release.id), [reported])
 
 
 def test_a_move_that_comes_first_ends_it_as_a_conflict_and_a_rollback_is_never_blocked(house: House) -> None:
@@ -181,6 +184,19 @@ def test_a_newer_request_replaces_it_and_it_can_be_cancelled_and_expires(house: 
     assert seen(house, third)[0] == "pending"
     settle_due(later(house, NOW + 24 * HOUR))
     assert seen(house, third) == ("expired", "promotion_expired")
+
+
+def test_cancelling_a_promotion_leaves_the_evaluation_that_somebody_else_asked_for(house: House) -> None:
+    demand(house, rules=["exact.accuracy >= 0.5"])
+    asked = evaluations.request(
+        later(house, NOW - HOUR), person(house, at=NOW - HOUR), [f"{NAME}:{OLD}"], [], ["exact"]
+    )
+    began = waiting(house)
+    with house.resources.write() as session:
+        promotion = session.get_one(Promotion, began)
+        assert promotion.job_id == asked["job"]
+        promotions.cancel(session, person(house), promotion)
+        assert session.get_one(Job, asked["job"]).state == "queued"
 
 
 def test_rights_and_the_policy_are_judged_again_when_it_completes(house: House) -> None:
