@@ -286,8 +286,8 @@ def _refuse_without_role(actor: Actor, promotion: Promotion, wanted: PromotionRe
     if not holds(actor, Role.RELEASER, namespace):
         raise NotAllowed(
             "role_lost",
-            f"{actor.name} requested the promotion of {promotion.release.version} but no longer has the role "
-            f"{Role.RELEASER} in {namespace}.",
+            f"{actor.name} requested the promotion of {promotion.release.version} with a token that no longer has the "
+            f"role {Role.RELEASER} in {namespace}.",
             subject=namespace,
             next_step="Promote it with a token that has the role.",
         )

@@ -245,6 +245,16 @@ def test_rules_that_a_gate_had_before_policies_refuse_what_lacks_a_score(house: 
         assert (policy.rules, policy.approval is not None, revision) == ((), True, 4)
 
 
+@pytest.mark.parametrize(
+    ("force", "advice"), [("releaser", "a releaser may"), ("admin", "an admin may"), ("never", "lets nobody force")]
+)
+def test_a_refusal_advises_a_force_that_the_policy_allows(house: House, force: str, advice: str) -> None:
+    demand(house, rules=["exact.nll <= 0.1"], force=force)
+    with pytest.raises(Refused) as caught:
+        promote(house)
+    assert advice in caught.value.next_step
+
+
 def test_a_repeated_request_gets_the_promotion_that_it_began(house: House) -> None:
     demand(house, approval={})
     path = f"/v1/adapters/{NAME}/channels/prod"
