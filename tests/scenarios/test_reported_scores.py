@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from composer.formats.recipes.suite import Example, Suite
+from composer.formats.recipes.elsewhere import parse_content
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import releases, suites
 from registry.domain.catalog.repositories import Kind
@@ -129,7 +129,8 @@ def test_the_benchmarks_of_a_private_card_are_found_only_by_those_who_may_read_i
         assert [score.suite.task for score in suites.scores_of(session, release)] == ["reported"]
     with closing(opened(cli)) as resources, resources.write() as session:
         for name in ("reported-acme-secret", "reported-no-such"):  # the same answer: it betrays neither
-            content = Suite(name=name, kind="target", chat=False, examples=(Example(prompt="a", completion="b"),))
+            examples = [{"prompt": "a", "completion": "b"}]
+            content = parse_content({"name": name, "kind": "target", "chat": False, "examples": examples})
             with pytest.raises(Conflict, match="Names that begin with reported- are"):
                 suites.add(session, stranger, content)
     refused = cli("eval", "acme/sql", "--suite", "reported-acme-secret")

@@ -1,6 +1,6 @@
 """Promotions that wait for scores, a soak or an approval: requested, judged again, completed, cancelled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -213,7 +213,7 @@ def _wait(session: Session, actor: Actor, promotion: Promotion, outcome: Waiting
     wanted = [Wanted(lack.release_id, lack.base, lack.suite) for lack in outcome.report.lacking]
     if wanted:
         job = evaluations.under_way(session, wanted)
-        job = job or evaluations.create(session, actor, promotion.release.repository.namespace, wanted)
+        job = job or evaluations.create(session, actor, _shared_namespace(session, promotion, wanted), wanted)
         promotion.job_id = job.id
     until = outcome.report.until or promotion.expires_at
     promotion.due_at = min(until, promotion.expires_at, actor.at + RECHECK)
@@ -224,6 +224,14 @@ def _began_by_promotion(session: Session, job: Job) -> bool:
     """Whether a promotion queued the evaluation, rather than a user whose evaluation a promotion joined later."""
     began = (Promotion.job_id == job.id, Promotion.actor == job.created_by, Promotion.created_at <= job.created_at)
     return session.scalar(select(Promotion.id).where(*began).limit(1)) is not None
+
+
+def _shared_namespace(session: Session, promotion: Promotion, wanted: Sequence[Wanted]) -> str | None:
+    """The namespace whose publishers may see the evaluation: that of the promotion, unless an input is in another. The
+    job's error may name that one."""
+    own = promotion.release.repository.namespace
+    measured = select(Release).where(Release.id.in_([one.release for one in wanted if one.release is not None]))
+    return own if all(one.repository.namespace == own for one in session.scalars(measured)) else None
 
 
 def _ended_by(error: RegistryError) -> str:
@@ -237,18 +245,20 @@ def _rows(report: Report) -> list[dict[str, Any]]:
 
 
 def _given_up(session: Session, promotion: Promotion) -> Mapping[Lack, str]:
-    """What the promotion's evaluation was to measure, once it has ended: what is still missing will not come."""
+    """What the promotion's evaluation was to measure, once it has ended: what is still missing will not come. Has
+    the errors of a job within the promotion's namespace only."""
     if promotion.job_id is None:
         return {}
     job = queue.find(session, promotion.job_id)
     if job.state not in queue.FINISHED:
         return {}
     why = f"job {job.id} is {job.state}"
-    if job.error:
+    shown = job.namespace == promotion.release.repository.namespace
+    if job.error and shown:
         why += f": {job.error['detail']}"
     row = evaluations.find(session, job.id)
     lacks = {Lack(one["release"], one["base"], one["suite"]): why for one in row.wanted}
-    failed = [one for one in row.results if one["error"]]
+    failed = [one for one in row.results if one["error"] and shown]
     return lacks | {Lack(one["release"], one["base"], one["suite"]): one["error"] for one in failed}
 
 

@@ -21,7 +21,8 @@ from registry.domain.catalog import bases, releases, repositories, suites
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import moves, pending, policies, promotions
 from registry.domain.channels.moves import ChannelMove, PromotionRequest
-from registry.errors import Conflict, NotAllowed, Refused, RegistryError
+from registry.domain.compositions import compositions
+from registry.errors import Conflict, NotAllowed, NotFound, Refused, RegistryError
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import RepositoryName, Version
 from registry.transfer import evaluations
@@ -29,7 +30,7 @@ from registry.transfer.promotions import settle, settle_due, settle_on_base
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests import services
-from tests.access.house import HOST, NOW, PRIVATE, House, build_house, copy_of, entered, new_environment, opened
+from tests.access.house import HOST, NOW, OTHER, PRIVATE, House, build_house, copy_of, entered, new_environment, opened
 from tests.forked import start
 
 NAME = RepositoryName(PRIVATE, "sql")
@@ -303,6 +304,28 @@ def test_an_evaluation_that_fails_ends_the_promotion_with_its_reason(house: Hous
         (result,) = session.get_one(Promotion, began).gates
         assert "job" in result["detail"]
         assert "cannot find the base" in result["detail"]
+
+
+def test_the_evaluation_of_an_input_of_another_namespace_is_shown_to_its_requester_alone(house: House) -> None:
+    with house.resources.write() as session:
+        release, made = releases.find(session, NAME, OLD), session.scalars(select(Composition)).first()
+        used = releases.find(session, RepositoryName(OTHER, "sql"), OLD)
+        assert made is not None
+        session.add(ReleaseInput(release_id=release.id, input_id=used.id, composition_id=made.id, weight=1.0))
+    demand(house, rules=["exact.accuracy within 1 of inputs"])
+    both = replace(person(house), grants={PRIVATE: "releaser", OTHER: "publisher"})
+    with house.resources.write() as session:
+        began = promotions.request(session, both, PromotionRequest(NAME, OLD, "prod"))
+        assert isinstance(began, Promotion)
+        job = session.get_one(Job, began.job_id)
+        assert (job.kind, job.namespace) == ("evaluation", None)
+        job.state, job.error = "failed", {"detail": f"a role in {OTHER} was lost"}
+        with pytest.raises(NotFound):
+            compositions.permit_job(session, replace(person(house), name="colleague"), job)
+        compositions.permit_job(session, both, job)
+    settle(house.resources, began.id)
+    with house.resources.read() as session:
+        assert OTHER not in str(session.get_one(Promotion, began.id).gates)
 
 
 def test_a_metric_that_workers_do_not_measure_is_waited_for_without_a_job(house: House) -> None:
