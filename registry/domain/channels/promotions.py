@@ -252,6 +252,8 @@ def _given_up(session: Session, promotion: Promotion) -> Mapping[Lack, str]:
     job = queue.find(session, promotion.job_id)
     if job.state not in queue.FINISHED:
         return {}
+    if job.state != "done" and job.created_by != promotion.actor:  # joined, and ended for reasons of its requester
+        return {}
     why = f"job {job.id} is {job.state}"
     shown = job.namespace == promotion.release.repository.namespace
     if job.error and shown:

@@ -328,6 +328,20 @@ def test_the_evaluation_of_an_input_of_another_namespace_is_shown_to_its_request
         assert OTHER not in str(session.get_one(Promotion, began.id).gates)
 
 
+def test_a_promotion_does_not_fail_with_an_evaluation_that_somebody_else_asked_for_and_cancels(house: House) -> None:
+    demand(house, rules=["exact.accuracy >= 0.5"])
+    asked = evaluations.request(house.resources, person(house, "admin"), [f"{NAME}:{OLD}"], [], ["exact"])["job"]
+    began = waiting(house)
+    with house.resources.write() as session:
+        assert session.get_one(Promotion, began).job_id == asked
+        compositions.cancel_job(session, person(house, "admin"), session.get_one(Job, asked))
+    settle(house.resources, began)
+    with house.resources.read() as session:
+        promotion = session.get_one(Promotion, began)
+        assert (promotion.state, promotion.job_id) == ("pending", asked + 1)
+        assert session.get_one(Job, asked + 1).created_by == "releaser"
+
+
 def test_a_metric_that_workers_do_not_measure_is_waited_for_without_a_job(house: House) -> None:
     with house.resources.write() as session:
         release, suite = releases.find(session, NAME, OLD), suites.find(session, "exact")
