@@ -29,6 +29,8 @@ RANGES = {"nll": (0.0, math.inf), "accuracy": (0.0, 1.0)}
 """Valid values of the built-in metrics."""
 
 
+MAX_VALUE = 1e100
+"""The largest value and standard error: the square of a larger one would not be finite."""
 REPORTED = "reported"
 REPORTED_PREFIX = f"{REPORTED}-"
 ELSEWHERE = {"harness": "a task of an evaluation harness", REPORTED: "a benchmark that scores are only reported of"}
@@ -351,12 +353,14 @@ def _check_measurement(measurement: Measurement, suite: Suite) -> None:
     open_range = (-math.inf, math.inf)
     least, most = open_range if suite.task == REPORTED else RANGES.get(measurement.metric, open_range)
     fewest = 0 if measurement.reported else 1
-    if not math.isfinite(measurement.value) or not least <= measurement.value <= most or measurement.n < fewest:
+    in_range = least <= measurement.value <= most and abs(measurement.value) <= MAX_VALUE
+    if not in_range or (measurement.stderr or 0) > MAX_VALUE or measurement.n < fewest:
         raise Invalid(
             "bad_score",
             f"{measurement.metric} = {measurement.value} on n = {measurement.n} is not a score.",
             subject=measurement.metric,
-            next_step=f"Record a finite value from {least:g} to {most:g}, measured on one or more examples.",
+            next_step=f"Record a value from {max(least, -MAX_VALUE):g} to {min(most, MAX_VALUE):g} and an error up "
+            f"to {MAX_VALUE:g}, measured on one or more examples.",
         )
     if measurement.n > suite.examples:
         raise Invalid(
