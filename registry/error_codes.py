@@ -252,6 +252,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "pull_running": "Wait for it, or name another directory.",
         "raced": "Run the command again.",
         "relation_known": "An admin of the registry can correct it.",
+        "score_measured": "Delete the measured score first if it is wrong: `adaptory score delete`.",
         "store_refused": "Push again.",
         "upload_incomplete": "Request the upload again (POST /v1/uploads), and send what is missing.",
         "suite_moved_on": "Measure it again.",

@@ -1,7 +1,7 @@
 """Compares two releases, as the API shows them: facts, provenance, files, and scores, example by example."""
 
 from collections.abc import Mapping
-from math import sqrt
+from math import hypot
 from typing import Any, cast
 
 from composer.findings import Finding
@@ -173,6 +173,6 @@ def _score(key: tuple[str, str], old: Json | None, new: Json | None) -> Json:
     row["difference"] = new["value"] - old["value"]
     row["better"] = (row["difference"] > 0) == new["higher_is_better"] if row["difference"] else None
     if old["stderr"] is not None and new["stderr"] is not None:
-        row["stderr"] = sqrt(old["stderr"] ** 2 + new["stderr"] ** 2)
+        row["stderr"] = hypot(old["stderr"], new["stderr"])
         row["beyond"] = abs(row["difference"]) > STANDARD_ERRORS * row["stderr"]
     return row

@@ -31,6 +31,7 @@ from registry.errors import Invalid
 VERSION = 1
 MAX_CHARS = 50_000
 MAX_RULES = 50
+MAX_LICENSES = 100
 MAX_HOURS = 24 * 90
 
 Rule = Annotated[str, Field(min_length=1, max_length=300)]
@@ -105,13 +106,15 @@ class Licenses(Document):
     """What licences a release may have: those of its base, of itself, and of its data. SPDX names match however they
     are spelled."""
 
-    stated: Annotated[tuple[Part, ...], LISTED] = Field((), description="The parts whose licence must be known.")
-    allow: Annotated[tuple[LicenseName, ...] | None, LISTED] = Field(
+    stated: Annotated[tuple[Part, ...], Field(max_length=3), LISTED] = Field(
+        (), description="The parts whose licence must be known."
+    )
+    allow: Annotated[tuple[LicenseName, ...] | None, Field(max_length=MAX_LICENSES), LISTED] = Field(
         None, description="The only licences that are allowed, of any part."
     )
     refuse: Annotated[
         tuple[Annotated[Any, BeforeValidator(_refused, json_schema_input_type=Combination | LicenseName)], ...],
-        Field(max_length=100),
+        Field(max_length=MAX_LICENSES),
         LISTED,
     ] = Field((), description="Licences that are refused for any part, and combinations of parts.")
 

@@ -8,7 +8,8 @@ from sqlalchemy.orm import Session
 
 from composer.formats.checkpoints.checkpoint import Architecture
 from registry.database.tables import Base, Job, Release
-from registry.domain.access.audit import Actor
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds, may_read
 from registry.domain.catalog import bases, repositories, suites, upgrades
 from registry.domain.catalog.releases import full_name
@@ -68,6 +69,15 @@ def begin(
         names = {session.get_one(Release, one.release).repository.namespace for one in fitting if one.suites}
         namespace = names.pop() if len(names) == 1 else None
         job = evaluations.create(session, actor, namespace, [*sorted(alone, key=str), *wanted], upgrade)
+        subjects = [one.name for one in fitting if one.suites]
+        audit.record(
+            session,
+            actor,
+            Act.EVALUATION_REQUEST,
+            f"job/{job.id}",
+            namespace=namespace,
+            after={"subjects": subjects, "base": plan.new, "upgrade_of": plan.old},
+        )
         return _report(session, actor, upgrade, job, [])
 
 

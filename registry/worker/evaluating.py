@@ -176,9 +176,10 @@ def _refuse_without_role(actor: Actor, namespace: str) -> None:
     if not holds(actor, Role.PUBLISHER, namespace):
         raise NotAllowed(
             "role_lost",
-            f"{actor.name} requested this evaluation but no longer has the role {Role.PUBLISHER} in {namespace}.",
+            f"{actor.name} requested this evaluation with a token that no longer has the role {Role.PUBLISHER} in "
+            f"{namespace}.",
             subject=namespace,
-            next_step=f"Ask an admin of {namespace} for the role, and ask again.",
+            next_step="Request it again with a token that has the role.",
         )
 
 

@@ -126,6 +126,7 @@ def run_worker(
     try:
         _work(resources, kinds, stop, alone=alone)
     finally:
+        stop.set()  # after an exit inside a job, the thread would go on alone, and the process look alive
         settling.join()
 
 

@@ -47,6 +47,19 @@ def test_who_records_a_metric_first_decides_nothing_and_its_author_does(house: H
     assert record(house, "releaser", "acme", better=True).status_code == 200
 
 
+@pytest.mark.parametrize("number", [{"value": 1e101}, {"value": -1e101}, {"stderr": 1e101}, {"nats": 1e101}])
+def test_numbers_whose_squares_are_not_finite_are_refused(house: House, number: dict[str, float]) -> None:
+    assert record(house, "publisher", "acme", better=True).status_code == 200
+    digest = house.ask("publisher", "GET", "/v1/suites/long").json()["digest"]
+    score = {"suite_digest": digest, "metric": "f1", "value": 0.5, "n": 1, "higher_is_better": True}
+    body: dict[str, Any] = {"scores": [{**score, **number}]}
+    if "nats" in number:
+        example = {"tokens": 1, "score": 0.5, **number}
+        body = {"scores": [score], "results": [{"suite_digest": digest, "metric": "f1", "examples": [example]}]}
+    refused = house.ask("publisher", "POST", "/v1/adapters/acme/sql/releases/1.0.0/scores", json=body)
+    assert (refused.status_code, refused.json()["code"]) == (422, "bad_request" if "nats" in number else "bad_score")
+
+
 def test_a_stranger_is_answered_alike_whatever_was_measured_in_private(house: House) -> None:
     asked = [(caller, better) for caller in ("stranger", "narrowed") for better in (True, False)]
 

@@ -117,6 +117,35 @@ def test_an_answer_reads_and_does_nothing_else(answer: str, tmp_path: Path) -> N
     assert own(WANTED, Example("?", WANTED)) == 1, "the database is as it was"
 
 
+@pytest.mark.parametrize(
+    "setup",
+    [
+        "ATTACH DATABASE '{path}' AS other; CREATE TABLE other.t (id)",
+        "CREATE TABLE t (id); VACUUM INTO '{path}'",
+        "PRAGMA temp_store_directory = '/'",
+        "SELECT load_extension('{path}')",
+        "CREATE TABLE t AS {numbers} SELECT i FROM n",
+        "CREATE TABLE t (text); {numbers} INSERT INTO t SELECT printf('%9000d', i) FROM n LIMIT 100000",
+    ],
+)
+def test_the_setup_of_a_suite_opens_no_file_and_is_bounded(setup: str, tmp_path: Path) -> None:
+    file, began_s = tmp_path / "written", time.thread_time()
+    with pytest.raises(ComposerError, match="setup: "):
+        scorer(setup=setup.format(path=file, numbers=NUMBERS))
+    assert not file.exists()
+    assert time.thread_time() - began_s < 20
+
+
+def test_a_setup_makes_fills_and_changes_tables() -> None:
+    more = "BEGIN; CREATE VIEW v AS SELECT 1; DROP VIEW v; ALTER TABLE orders ADD COLUMN paid; COMMIT;"
+    more += (
+        "CREATE INDEX i ON orders (customer); UPDATE orders SET total = 1 WHERE id = 1; DELETE FROM orders WHERE id = 2"
+    )
+    assert score(
+        "SELECT 1, 'ada', 1.0, NULL UNION SELECT 3, 'ada', 5.0, NULL", "SELECT * FROM orders", setup=f"{SETUP}{more}"
+    )
+
+
 def test_a_suite_that_cannot_be_scored_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ComposerError, match="setup: "):
         scorer(setup="CREATE TABEL x")

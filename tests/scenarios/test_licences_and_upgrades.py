@@ -90,6 +90,9 @@ def test_an_upgrade_lists_what_fits_the_next_base_and_measures_it_in_one_job(
     cli.ok("base", "deprecate", "tiny", "--reason", "old", "--successor", "following")
     assert "following has no successor" in cli("base", "upgrade", "following").err
     report = cli.json("base", "upgrade", "tiny")
+    event = cli.json("audit", "--event", "evaluation:request")["items"][0]
+    assert (event["subject"], event["after"]["upgrade_of"]) == (f"job/{report['job']}", report["old"]["digest"])
+    assert "acme/sql:1.0.0" in event["after"]["subjects"]
     sql, support = report["adapters"]
     assert (report["state"], sql["repository"], sql["channels"], sql["fits"]) == ("done", "acme/sql", ["prod"], True)
     assert (support["fits"], support["scores"]) == (True, []), "it has no scores, so no suite is its own"

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from composer.formats.recipes.elsewhere import parse_content
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import releases, suites
 from registry.domain.catalog.repositories import Kind
-from registry.errors import NotFound
+from registry.errors import Conflict, NotFound
 from registry.formats.references import parse_repository, parse_version
 from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli, World
@@ -126,5 +127,11 @@ def test_the_benchmarks_of_a_private_card_are_found_only_by_those_who_may_read_i
                 suites.find(session, "reported-acme-secret", actor)
         release = releases.find(session, parse_repository("acme/sql"), parse_version("1.0.0"), Kind.ADAPTER)
         assert [score.suite.task for score in suites.scores_of(session, release)] == ["reported"]
+    with closing(opened(cli)) as resources, resources.write() as session:
+        for name in ("reported-acme-secret", "reported-no-such"):  # the same answer: it betrays neither
+            examples = [{"prompt": "a", "completion": "b"}]
+            content = parse_content({"name": name, "kind": "target", "chat": False, "examples": examples})
+            with pytest.raises(Conflict, match="Names that begin with reported- are"):
+                suites.add(session, stranger, content)
     refused = cli("eval", "acme/sql", "--suite", "reported-acme-secret")
     assert (refused.code, "does not have the examples" in refused.err) == (2, True)

@@ -74,6 +74,29 @@ def test_a_stopped_worker_hands_its_job_back_without_a_wait(
     assert (first, second) == (["check", "combine"], ["evaluate", "gate", "merge", "publish"])
 
 
+def test_code_that_exits_the_process_ends_the_worker_instead_of_silencing_it(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli, caught = team(stocked_embedded, world), list[BaseException]()
+    begin(cli, tmp_path)
+
+    def leave(_name: str) -> None:
+        sys.exit(3)
+
+    def work() -> None:
+        try:
+            runner.run_worker(resources, watched([], leave), threading.Event())
+        except SystemExit as error:
+            caught.append(error)
+
+    with resources_of(cli.environment) as resources:
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        worker.join(30)
+        assert not worker.is_alive()
+    assert [error.args for error in caught] == [(3,)]
+
+
 def test_a_worker_stopped_in_a_merge_leaves_what_is_finished_to_the_next_one(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:

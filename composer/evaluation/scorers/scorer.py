@@ -67,7 +67,7 @@ def checked_score(scorer: Scorer, name: str, answer: str, example: Example) -> f
     measured must not be recorded as 0."""
     try:
         score = float(scorer(answer, example))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(name, f"{type(error).__name__}: {error}") from error
     if not isfinite(score) or not 0 <= score <= 1:
         raise _failed(name, f"it returned {score}, which is not from 0 to 1")

@@ -156,7 +156,7 @@ def _items(value: object, source: str, what: str) -> Iterator[object]:
 def _number(value: object) -> float:
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300 or not isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e100 or not isfinite(value):
         raise ValueError(f"{printable(value)} is not a number")
     return float(value)
 

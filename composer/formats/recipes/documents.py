@@ -39,6 +39,8 @@ _MUST_BE = {
     "string_unicode": "text without an unpaired surrogate",
     "bool_type": "true or false",
     "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
     "list_type": "a list",
     "tuple_type": "a list",
     "dict_type": "a mapping",

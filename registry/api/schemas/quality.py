@@ -9,6 +9,8 @@ from composer.formats.recipes.suite import MAX_EXAMPLES
 from registry.api.schemas.wire import MAX_INT32, Wire, WireIn
 
 MAX_ANSWER_CHARS = 2_000
+MAX_NATS = 1e100
+"""Beyond any model's, and small enough for sums and squares to be finite."""
 
 
 class ScoreOut(Wire):
@@ -43,7 +45,7 @@ class ExampleResult(Wire):
     """One example: nats and tokens of the reference completion, the score of the answer from 0 to 1, and the generated
     or chosen answer. `cut` if the limit of tokens ended it. A harness gives no nats and tokens."""
 
-    nats: float | None = Field(default=None, allow_inf_nan=False, ge=0)
+    nats: float | None = Field(default=None, allow_inf_nan=False, ge=0, le=MAX_NATS)
     tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
     score: float = Field(ge=0, le=1)
     answer: str | None = Field(default=None, max_length=MAX_ANSWER_CHARS)

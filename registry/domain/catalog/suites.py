@@ -29,7 +29,10 @@ RANGES = {"nll": (0.0, math.inf), "accuracy": (0.0, 1.0)}
 """Valid values of the built-in metrics."""
 
 
+MAX_VALUE = 1e100
+"""The largest value and standard error: the square of a larger one would not be finite."""
 REPORTED = "reported"
+REPORTED_PREFIX = f"{REPORTED}-"
 ELSEWHERE = {"harness": "a task of an evaluation harness", REPORTED: "a benchmark that scores are only reported of"}
 """Tasks of suites whose examples the registry does not have."""
 
@@ -99,6 +102,7 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
     examples and a task of a harness do not replace each other.
     """
     parse_name(content.name, "suite name")
+    _refuse_reserved(content.name)
     known = session.scalar(select(Suite).where(Suite.digest == content.digest))
     _refuse_other_label(session, content, known)
     _refuse_other_origin(session, content)
@@ -142,6 +146,17 @@ def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, b
 
 def _labels(suite: Suite) -> dict[str, str]:
     return {"digest": suite.digest, **({"version": suite.version} if suite.version else {})}
+
+
+def _refuse_reserved(name: str) -> None:
+    """Whether such a name is taken would say which benchmarks private releases report."""
+    if name.startswith(REPORTED_PREFIX):
+        raise Conflict(
+            "suite_name_taken",
+            f"Names that begin with {REPORTED_PREFIX} are those of benchmarks that scores are only reported of.",
+            subject=name,
+            next_step="Give the suite or the task another name.",
+        )
 
 
 def _refuse_other_label(session: Session, content: SuiteContent, known: Suite | None) -> None:
@@ -275,7 +290,8 @@ def list_page(session: Session, *, after: int, limit: int) -> list[Suite]:
 
 
 def record(session: Session, actor: Actor, subject: Release | Base, measurements: Sequence[Measurement]) -> list[Score]:
-    """Records scores. Recording again replaces a score; the audit row keeps the old value."""
+    """Records scores. Recording again replaces a score; the audit row keeps the old value. Raises Conflict for a
+    reported one in the place of a measured one."""
     if isinstance(subject, Base):
         refuse_other_owner(actor, f"base {subject.name}", subject.created_by)
     else:
@@ -291,6 +307,14 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
         score = session.scalar(
             select(Score).where(_of(subject), Score.suite_id == suite.id, Score.metric == measurement.metric)
         )
+        if score is not None and measurement.reported and not score.reported:
+            raise Conflict(
+                "score_measured",
+                f"{suite.name}.{measurement.metric} of {_subject_name(subject)} is measured. A reported score does not "
+                "replace it.",
+                subject=f"{suite.name}.{measurement.metric}",
+                next_step="Delete the measured score first if it is wrong: `adaptory score delete`.",
+            )
         before = {"value": score.value, "n": score.n} if score else None
         score = score or Score(suite=suite, metric=measurement.metric, **_owner_columns(subject))
         score.value, score.stderr, score.n = measurement.value, measurement.stderr, measurement.n
@@ -317,7 +341,9 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
 
 
 def _of_measurement(session: Session, measurement: Measurement) -> Suite:
-    suite = find_any(session, measurement.suite_digest) if measurement.reported else None
+    """Only scores read from a release's own files, which have no `n`, are of benchmarks that `find` hides."""
+    of_file = measurement.reported and measurement.n == 0
+    suite = find_any(session, measurement.suite_digest) if of_file else None
     return suite or find(session, measurement.suite_digest)
 
 
@@ -327,12 +353,14 @@ def _check_measurement(measurement: Measurement, suite: Suite) -> None:
     open_range = (-math.inf, math.inf)
     least, most = open_range if suite.task == REPORTED else RANGES.get(measurement.metric, open_range)
     fewest = 0 if measurement.reported else 1
-    if not math.isfinite(measurement.value) or not least <= measurement.value <= most or measurement.n < fewest:
+    in_range = least <= measurement.value <= most and abs(measurement.value) <= MAX_VALUE
+    if not in_range or (measurement.stderr or 0) > MAX_VALUE or measurement.n < fewest:
         raise Invalid(
             "bad_score",
             f"{measurement.metric} = {measurement.value} on n = {measurement.n} is not a score.",
             subject=measurement.metric,
-            next_step=f"Record a finite value from {least:g} to {most:g}, measured on one or more examples.",
+            next_step=f"Record a value from {max(least, -MAX_VALUE):g} to {min(most, MAX_VALUE):g} and an error up "
+            f"to {MAX_VALUE:g}, measured on one or more examples.",
         )
     if measurement.n > suite.examples:
         raise Invalid(

@@ -164,7 +164,7 @@ def promote(
     """As `attempt`; what would wait is refused."""
     outcome = attempt(session, actor, wanted, reason=reason, force=force, expected=expected)
     if isinstance(outcome, Waiting):
-        raise refusals.gate_failed(wanted, outcome.report)
+        raise refusals.gate_failed(wanted, outcome.report, outcome.policy)
     return outcome
 
 
@@ -201,7 +201,7 @@ def attempt(  # noqa: PLR0913
         seen, mapped = current.move_id or NOTHING_YET, session.get_one(Release, release.id)
         return Waiting(channel_id=release.channel_id, release=mapped, seen=seen, policy=policy, report=report)
     elif report.failed and not report.waits:
-        raise refusals.gate_failed(wanted, report)
+        raise refusals.gate_failed(wanted, report, policy)
     if current.to_release_id == release.id:
         return ChannelMove.of_row(current)
     move = _record_promotion(session, actor, wanted, release, current, report, reason, completing)

@@ -1,13 +1,13 @@
 """Promotions that wait for scores, a soak or an approval: requested, judged again, completed, cancelled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Approval, Channel, Promotion, Release
+from registry.database.tables import Approval, Channel, Job, Promotion, Release
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds, permit
@@ -137,7 +137,7 @@ def cancel(session: Session, actor: Actor, promotion: Promotion) -> Promotion:
     others = select(Promotion.id).where(Promotion.job_id == promotion.job_id, Promotion.state == PENDING)
     if promotion.job_id is not None and session.scalars(others.limit(1)).first() is None:
         job = queue.find(session, promotion.job_id)
-        if job.state not in queue.FINISHED:
+        if job.state not in queue.FINISHED and _began_by_promotion(session, job):
             queue.request_cancel(session, job.id, actor.at)
     return promotion
 
@@ -213,11 +213,25 @@ def _wait(session: Session, actor: Actor, promotion: Promotion, outcome: Waiting
     wanted = [Wanted(lack.release_id, lack.base, lack.suite) for lack in outcome.report.lacking]
     if wanted:
         job = evaluations.under_way(session, wanted)
-        job = job or evaluations.create(session, actor, promotion.release.repository.namespace, wanted)
+        job = job or evaluations.create(session, actor, _shared_namespace(session, promotion, wanted), wanted)
         promotion.job_id = job.id
     until = outcome.report.until or promotion.expires_at
     promotion.due_at = min(until, promotion.expires_at, actor.at + RECHECK)
     session.flush()
+
+
+def _began_by_promotion(session: Session, job: Job) -> bool:
+    """Whether a promotion queued the evaluation, rather than a user whose evaluation a promotion joined later."""
+    began = (Promotion.job_id == job.id, Promotion.actor == job.created_by, Promotion.created_at <= job.created_at)
+    return session.scalar(select(Promotion.id).where(*began).limit(1)) is not None
+
+
+def _shared_namespace(session: Session, promotion: Promotion, wanted: Sequence[Wanted]) -> str | None:
+    """The namespace whose publishers may see the evaluation: that of the promotion, unless an input is in another. The
+    job's error may name that one."""
+    own = promotion.release.repository.namespace
+    measured = select(Release).where(Release.id.in_([one.release for one in wanted if one.release is not None]))
+    return own if all(one.repository.namespace == own for one in session.scalars(measured)) else None
 
 
 def _ended_by(error: RegistryError) -> str:
@@ -231,18 +245,22 @@ def _rows(report: Report) -> list[dict[str, Any]]:
 
 
 def _given_up(session: Session, promotion: Promotion) -> Mapping[Lack, str]:
-    """What the promotion's evaluation was to measure, once it has ended: what is still missing will not come."""
+    """What the promotion's evaluation was to measure, once it has ended: what is still missing will not come. Has
+    the errors of a job within the promotion's namespace only."""
     if promotion.job_id is None:
         return {}
     job = queue.find(session, promotion.job_id)
     if job.state not in queue.FINISHED:
         return {}
+    if job.state != "done" and job.created_by != promotion.actor:  # joined, and ended for reasons of its requester
+        return {}
     why = f"job {job.id} is {job.state}"
-    if job.error:
+    shown = job.namespace == promotion.release.repository.namespace
+    if job.error and shown:
         why += f": {job.error['detail']}"
     row = evaluations.find(session, job.id)
     lacks = {Lack(one["release"], one["base"], one["suite"]): why for one in row.wanted}
-    failed = [one for one in row.results if one["error"]]
+    failed = [one for one in row.results if one["error"] and shown]
     return lacks | {Lack(one["release"], one["base"], one["suite"]): one["error"] for one in failed}
 
 
@@ -280,8 +298,8 @@ def _refuse_without_role(actor: Actor, promotion: Promotion, wanted: PromotionRe
     if not holds(actor, Role.RELEASER, namespace):
         raise NotAllowed(
             "role_lost",
-            f"{actor.name} requested the promotion of {promotion.release.version} but no longer has the role "
-            f"{Role.RELEASER} in {namespace}.",
+            f"{actor.name} requested the promotion of {promotion.release.version} with a token that no longer has the "
+            f"role {Role.RELEASER} in {namespace}.",
             subject=namespace,
             next_step="Promote it with a token that has the role.",
         )

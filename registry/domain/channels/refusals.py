@@ -29,12 +29,19 @@ class PromotionRequest:
         return f"{self.repository}@{self.channel}"
 
 
-def gate_failed(wanted: PromotionRequest, report: Report) -> Refused:
+_FORCED_BY = {
+    "releaser": "a releaser may use --force with a --reason",
+    "admin": "an admin may use --force with a --reason",
+    "never": "the policy lets nobody force a promotion",
+}
+
+
+def gate_failed(wanted: PromotionRequest, report: Report, policy: ChannelPolicy) -> Refused:
     return Refused(
         "gate_failed",
         f"{wanted.release} fails {len(report.failed)} of {len(report.results)} gates of {wanted.subject}.",
         subject=wanted.subject,
-        next_step="Check the numbers; a releaser may use --force with a --reason.",
+        next_step=f"Check the numbers; {_FORCED_BY[policy.force]}.",
         findings=[result.with_waiting() for result in report.results],
     )
 

@@ -12,7 +12,7 @@ from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
 from registry.database.tables import Base, Composition, Job, Namespace, Release, ReleaseInput
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor, EventQuery
-from registry.domain.access.roles import EVERYWHERE, Role, granted, may, may_read, permit, unknown_namespace
+from registry.domain.access.roles import EVERYWHERE, Role, granted, holds, may, may_read, permit, unknown_namespace
 from registry.domain.catalog import metrics, releases, repositories, suites, versioning
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
@@ -165,11 +165,14 @@ def permit_look(actor: Actor, composition: Composition, job: Job, hidden: NotFou
 
 
 def permit_job(session: Session, actor: Actor, job: Job) -> None:
-    """Raises unless the actor may see the job. One that is not a composition's reveals nothing of its releases."""
+    """Raises unless the actor may see the job. An evaluation of releases in several namespaces is its
+    requester's and that of publishers of the whole registry."""
     hidden = queue.unknown(job.id)
     if job.kind == evaluations.KIND and job.created_by == actor.name:
         return
     if job.kind == evaluations.KIND:
+        if job.namespace is None and not holds(actor, Role.PUBLISHER):
+            raise hidden
         permit(actor, Role.PUBLISHER, job.namespace or EVERYWHERE, hidden=hidden)
     else:
         permit_look(actor, find_by_job(session, job.id), job, hidden)

@@ -1,6 +1,7 @@
 """Scorers of generated answers."""
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from decimal import Decimal
@@ -96,12 +97,17 @@ def raises(_answer: str, _example: Example) -> float:
     raise RuntimeError("no database")
 
 
+def leaves(_answer: str, _example: Example) -> float:
+    sys.exit(3)
+
+
 @pytest.mark.parametrize(
     ("call", "code"),
     [
         (lambda: scorer_named(ScorerChoice(name="sql_results"), ()), "scorer_disabled"),
         (lambda: scorer_named(ScorerChoice(name="not_there"), ("not_there",)), "scorer_missing"),
         (lambda: checked_score(raises, "mine", "a", Example("p", "c")), "scorer_failed"),
+        (lambda: checked_score(leaves, "mine", "a", Example("p", "c")), "scorer_failed"),
         (lambda: checked_score(lambda *_: 2.0, "mine", "a", Example("p", "c")), "scorer_failed"),
         (lambda: checked_score(lambda *_: float("nan"), "mine", "a", Example("p", "c")), "scorer_failed"),
         (lambda: score("1", "not JSON", "json"), "scorer_failed"),

@@ -21,14 +21,16 @@ from registry.domain.catalog import bases, releases, repositories, suites
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import moves, pending, policies, promotions
 from registry.domain.channels.moves import ChannelMove, PromotionRequest
-from registry.errors import Conflict, NotAllowed, Refused, RegistryError
+from registry.domain.compositions import compositions
+from registry.errors import Conflict, NotAllowed, NotFound, Refused, RegistryError
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import RepositoryName, Version
+from registry.transfer import evaluations
 from registry.transfer.promotions import settle, settle_due, settle_on_base
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests import services
-from tests.access.house import HOST, NOW, PRIVATE, House, build_house, copy_of, entered, new_environment, opened
+from tests.access.house import HOST, NOW, OTHER, PRIVATE, House, build_house, copy_of, entered, new_environment, opened
 from tests.forked import start
 
 NAME = RepositoryName(PRIVATE, "sql")
@@ -135,10 +137,10 @@ def test_each_rule_is_named_with_its_numbers(house: House) -> None:
 
 
 def test_a_reported_score_does_not_count_where_a_measured_one_is_asked_for(house: House) -> None:
-    demand(house, rules=["exact.nll <= 9"], measured=True)
+    demand(house, rules=["exact.accuracy >= 0.5"], measured=True)
     with house.resources.write() as session:
         release, suite = releases.find(session, NAME, OLD), suites.find(session, "exact")
-        reported = Measurement(suite.digest, "nll", 0.1, None, 1, False, reported=True)
+        reported = Measurement(suite.digest, "accuracy", 0.9, None, 1, True, reported=True)
         suites.record(session, person(house), release, [reported])
     began = waiting(house)
     with house.resources.write() as session:
@@ -148,6 +150,8 @@ def test_a_reported_score_does_not_count_where_a_measured_one_is_asked_for(house
     with house.resources.read() as session:
         (job,) = session.scalars(select(Job).where(Job.kind == "evaluation"))
         assert job.state == "queued"
+    with house.resources.write() as session, pytest.raises(Conflict, match="is measured"):
+        suites.record(session, person(house), session.get_one(Release, release.id), [reported])
 
 
 def test_a_move_that_comes_first_ends_it_as_a_conflict_and_a_rollback_is_never_blocked(house: House) -> None:
@@ -181,6 +185,19 @@ def test_a_newer_request_replaces_it_and_it_can_be_cancelled_and_expires(house: 
     assert seen(house, third)[0] == "pending"
     settle_due(later(house, NOW + 24 * HOUR))
     assert seen(house, third) == ("expired", "promotion_expired")
+
+
+def test_cancelling_a_promotion_leaves_the_evaluation_that_somebody_else_asked_for(house: House) -> None:
+    demand(house, rules=["exact.accuracy >= 0.5"])
+    asked = evaluations.request(
+        later(house, NOW - HOUR), person(house, at=NOW - HOUR), [f"{NAME}:{OLD}"], [], ["exact"]
+    )
+    began = waiting(house)
+    with house.resources.write() as session:
+        promotion = session.get_one(Promotion, began)
+        assert promotion.job_id == asked["job"]
+        promotions.cancel(session, person(house), promotion)
+        assert session.get_one(Job, asked["job"]).state == "queued"
 
 
 def test_rights_and_the_policy_are_judged_again_when_it_completes(house: House) -> None:
@@ -227,6 +244,16 @@ def test_rules_that_a_gate_had_before_policies_refuse_what_lacks_a_score(house: 
         policies.set_rules(session, HOST, repository, "prod", [])
         policy, revision = policies.find(session, repository, "prod")
         assert (policy.rules, policy.approval is not None, revision) == ((), True, 4)
+
+
+@pytest.mark.parametrize(
+    ("force", "advice"), [("releaser", "a releaser may"), ("admin", "an admin may"), ("never", "lets nobody force")]
+)
+def test_a_refusal_advises_a_force_that_the_policy_allows(house: House, force: str, advice: str) -> None:
+    demand(house, rules=["exact.nll <= 0.1"], force=force)
+    with pytest.raises(Refused) as caught:
+        promote(house)
+    assert advice in caught.value.next_step
 
 
 def test_a_repeated_request_gets_the_promotion_that_it_began(house: House) -> None:
@@ -277,6 +304,42 @@ def test_an_evaluation_that_fails_ends_the_promotion_with_its_reason(house: Hous
         (result,) = session.get_one(Promotion, began).gates
         assert "job" in result["detail"]
         assert "cannot find the base" in result["detail"]
+
+
+def test_the_evaluation_of_an_input_of_another_namespace_is_shown_to_its_requester_alone(house: House) -> None:
+    with house.resources.write() as session:
+        release, made = releases.find(session, NAME, OLD), session.scalars(select(Composition)).first()
+        used = releases.find(session, RepositoryName(OTHER, "sql"), OLD)
+        assert made is not None
+        session.add(ReleaseInput(release_id=release.id, input_id=used.id, composition_id=made.id, weight=1.0))
+    demand(house, rules=["exact.accuracy within 1 of inputs"])
+    both = replace(person(house), grants={PRIVATE: "releaser", OTHER: "publisher"})
+    with house.resources.write() as session:
+        began = promotions.request(session, both, PromotionRequest(NAME, OLD, "prod"))
+        assert isinstance(began, Promotion)
+        job = session.get_one(Job, began.job_id)
+        assert (job.kind, job.namespace) == ("evaluation", None)
+        job.state, job.error = "failed", {"detail": f"a role in {OTHER} was lost"}
+        with pytest.raises(NotFound):
+            compositions.permit_job(session, replace(person(house), name="colleague"), job)
+        compositions.permit_job(session, both, job)
+    settle(house.resources, began.id)
+    with house.resources.read() as session:
+        assert OTHER not in str(session.get_one(Promotion, began.id).gates)
+
+
+def test_a_promotion_does_not_fail_with_an_evaluation_that_somebody_else_asked_for_and_cancels(house: House) -> None:
+    demand(house, rules=["exact.accuracy >= 0.5"])
+    asked = evaluations.request(house.resources, person(house, "admin"), [f"{NAME}:{OLD}"], [], ["exact"])["job"]
+    began = waiting(house)
+    with house.resources.write() as session:
+        assert session.get_one(Promotion, began).job_id == asked
+        compositions.cancel_job(session, person(house, "admin"), session.get_one(Job, asked))
+    settle(house.resources, began)
+    with house.resources.read() as session:
+        promotion = session.get_one(Promotion, began)
+        assert (promotion.state, promotion.job_id) == ("pending", asked + 1)
+        assert session.get_one(Job, asked + 1).created_by == "releaser"
 
 
 def test_a_metric_that_workers_do_not_measure_is_waited_for_without_a_job(house: House) -> None:

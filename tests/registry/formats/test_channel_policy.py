@@ -38,6 +38,8 @@ def test_gate_rules_alone_are_a_policy_that_refuses_what_lacks_a_score() -> None
         ('version: 1\nlicenses: {allow: ["a\\0b"]}', "licenses.allow[0]: it is not a name"),
         ('version: 1\nlicenses: {refuse: [{data: "\\t"}]}', "licenses.refuse[0].data: it is not a name"),
         ("version: 1\nexpires_hours: .inf", "expires_hours"),
+        ("version: 1\nexpires_hours: true", "expires_hours: True is not a number"),
+        (f"version: 1\nlicenses: {{allow: [{'MIT, ' * 101}]}}", "licenses.allow: it has 101 entries"),
         ("[", "it is not YAML"),
         ("- 1", "a mapping"),
         ("# " + "x" * 50_001, "it is longer than"),
