@@ -128,7 +128,8 @@ def _mergekit(
 def _case(name: str, command: Sequence[str | Path], out: Path, failed: dict[str, str]) -> Case:
     def run() -> Sample:
         shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(f"{out}-cache", ignore_errors=True)
+        for beside in ("cache", "adapter"):  # the merged adapters of mergekit; the fitted one, which a repeated merge takes
+            shutil.rmtree(f"{out}-{beside}", ignore_errors=True)
         os.sync()
         try:
             return harness.process(command)
