@@ -98,7 +98,7 @@ def _namespace(references: Sequence[Reference]) -> str | None:
 
 def _report(session: Session, actor: Actor, job: Job) -> Json:
     row = evaluations.find(session, job.id)
-    done = {Wanted(one["release"], one["base"], one["suite"]): one for one in row.results}
+    done = {Wanted.of(one): one for one in row.results}
     items = [_item(session, actor, one, done.get(one)) for one in (Wanted(**wanted) for wanted in row.wanted)]
     return {
         "job": job.id,

@@ -82,7 +82,7 @@ def _rows(held: JobRun) -> tuple[list[Wanted], set[Wanted]]:
     """All that is wanted, and what of it is measured."""
     with held.resources.read() as session:
         row = evaluations.find(session, held.job_id)
-        done = {Wanted(one["release"], one["base"], one["suite"]) for one in row.results}
+        done = {Wanted.of(one) for one in row.results}
         return [Wanted(**one) for one in row.wanted], done
 
 

@@ -18,7 +18,6 @@ from registry.domain.channels.moves import ChannelMove, Expected, Waiting
 from registry.domain.channels.pending import PENDING
 from registry.domain.channels.policies import Report
 from registry.domain.channels.refusals import PromotionRequest
-from registry.domain.channels.requirements import Lack
 from registry.domain.jobs import evaluations, queue
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import Conflict, NotAllowed, Refused, RegistryError, Stale, Unavailable
@@ -210,8 +209,7 @@ def waiting_for(session: Session, release: Release, channel: str) -> Promotion |
 def _wait(session: Session, actor: Actor, promotion: Promotion, outcome: Waiting) -> None:
     """Keeps the report, queues what is to be measured, and says when to look again."""
     promotion.gates = _rows(outcome.report)
-    wanted = [Wanted(lack.release_id, lack.base, lack.suite) for lack in outcome.report.lacking]
-    if wanted:
+    if wanted := outcome.report.lacking:
         job = evaluations.under_way(session, wanted)
         job = job or evaluations.create(session, actor, promotion.release.repository.namespace, wanted)
         promotion.job_id = job.id
@@ -230,7 +228,7 @@ def _rows(report: Report) -> list[dict[str, Any]]:
     return [result.with_waiting() for result in report.results]
 
 
-def _given_up(session: Session, promotion: Promotion) -> Mapping[Lack, str]:
+def _given_up(session: Session, promotion: Promotion) -> Mapping[Wanted, str]:
     """What the promotion's evaluation was to measure, once it has ended: what is still missing will not come."""
     if promotion.job_id is None:
         return {}
@@ -241,9 +239,10 @@ def _given_up(session: Session, promotion: Promotion) -> Mapping[Lack, str]:
     if job.error:
         why += f": {job.error['detail']}"
     row = evaluations.find(session, job.id)
-    lacks = {Lack(one["release"], one["base"], one["suite"]): why for one in row.wanted}
-    failed = [one for one in row.results if one["error"]]
-    return lacks | {Lack(one["release"], one["base"], one["suite"]): one["error"] for one in failed}
+    return {
+        **{Wanted(**one): why for one in row.wanted},
+        **{Wanted.of(one): one["error"] for one in row.results if one["error"]},
+    }
 
 
 def _locked(session: Session, promotion_id: int) -> Promotion:

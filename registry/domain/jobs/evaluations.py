@@ -1,9 +1,9 @@
 """Evaluations that workers do: releases and bases on suites. Their results are scores, or only a report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -19,11 +19,16 @@ STEPS = ("measure", "record")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to measure: a release, None for the base alone, on a base and a suite, by their digests."""
+    """What to measure: a release by its row's id, None for the base alone, on a base and a suite, by their digests."""
 
     release: int | None
     base: str
     suite: str
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Self:
+        """What a result that `add_result` keeps was measured of."""
+        return cls(result["release"], result["base"], result["suite"])
 
 
 def create(
