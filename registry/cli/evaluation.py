@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -149,13 +148,13 @@ class _Where:
 def _task(connection: Connection, subject: Subject, suite: "Suite", limit: int | None) -> Task:
     from composer.evaluation.journal import ResultJournal
     from composer.evaluation.scorers.scorer import scorer_named
-    from registry.transfer.collect import evaluation_journals
+    from registry.transfer.collect import evaluation_journal
 
     if suite.task == "generation" and suite.scoring:
         scorer_named(suite.scoring, connection.settings.enabled_scorers)  # before anything is fetched and measured
     identity = f"{subject.identity} {suite.digest}"
-    path = evaluation_journals(connection.settings) / f"{sha256(identity.encode()).hexdigest()[:32]}.jsonl"
-    return Task(subject, suite, suite.sample(limit), ResultJournal(path, identity))
+    journal = ResultJournal(evaluation_journal(connection.settings, identity), identity)
+    return Task(subject, suite, suite.sample(limit), journal)
 
 
 def _run(connection: Connection, tasks: Sequence[Task], models: "_Models", *, recorded: bool) -> dict[str, list[Json]]:
@@ -169,9 +168,11 @@ def _run(connection: Connection, tasks: Sequence[Task], models: "_Models", *, re
     with render.progress(label, left, "examples") as done:
         for task in sorted(tasks, key=lambda task: task.subject.weights):
             measured, results = _measured(connection, task, models, done)
+            scores = [score.to_json() for score in measured]
             if recorded:
-                _record(connection, task, measured, results)
-            rows[task.subject.name] += [score.to_json() for score in measured]
+                examples = {"suite_digest": task.suite.digest, "examples": [one.to_json() for one in results]}
+                task.subject.record(connection, scores, [examples])
+            rows[task.subject.name] += scores
     return rows
 
 
@@ -214,14 +215,6 @@ def _measured(
     scorers = connection.settings.enabled_scorers
     results = examine_rest(lambda: models.of(task.subject), task.suite, task.examples, task.journal, scorers, done)
     return scores(task.suite, results), results
-
-
-def _record(connection: Connection, task: Task, measured: "Sequence[Score]", results: "Sequence[Result]") -> None:
-    rows = [
-        {name: value for name, value in score.to_json().items() if name not in ("suite", "task")} for score in measured
-    ]
-    examples = {"suite_digest": task.suite.digest, "examples": [one.to_json() for one in results]}
-    connection.api.post(task.subject.scores_path, {"scores": rows, "results": [examples]})
 
 
 def _show(documents: Sequence[Json]) -> None:
