@@ -187,6 +187,4 @@ def _as_owner(actor: Actor) -> Actor:
 
 
 def _measurements(row: Row) -> list[Measurement]:
-    names = ("suite_digest", "metric", "value", "stderr", "n", "higher_is_better")
-    kept: str | None = row.get("results_sha256")
-    return [Measurement(*(score[name] for name in names), results_sha256=kept) for score in row["scores"]]
+    return [Measurement.of(score, row.get("results_sha256")) for score in row["scores"]]

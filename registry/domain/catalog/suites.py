@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
@@ -49,6 +49,12 @@ class Measurement:
     results_sha256: str | None = None
     reported: bool = False
     source: str | None = None
+
+    @classmethod
+    def of(cls, score: Mapping[str, Any], results_sha256: str | None = None) -> Self:
+        """What a worker measured, from the JSON of a score."""
+        names = ("suite_digest", "metric", "value", "stderr", "n", "higher_is_better")
+        return cls(**{name: score[name] for name in names}, results_sha256=results_sha256)
 
 
 @dataclass(frozen=True, slots=True)
