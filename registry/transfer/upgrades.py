@@ -65,14 +65,13 @@ def begin(
     with resources.write() as session:
         measured = {score.suite.digest for score in suites.scores_of(session, session.get_one(Base, plan.new))}
         alone = [Wanted(None, plan.new, suite) for suite in {one.suite for one in wanted} - measured]
-        names = {session.get_one(Release, one.release).repository.namespace for one in fitting if one.suites}
-        namespace = names.pop() if len(names) == 1 else None
-        job = evaluations.create(session, actor, namespace, [*sorted(alone, key=str), *wanted], upgrade)
+        namespaces = {session.get_one(Release, one.release).repository.namespace for one in fitting if one.suites}
+        job = evaluations.create(session, actor, namespaces, [*sorted(alone, key=str), *wanted], upgrade)
         return _report(session, actor, upgrade, job, [])
 
 
 def report(session: Session, actor: Actor, job_id: int) -> Json:
-    """The report of an upgrade, as far as it is done. Only for who began it and registry admins."""
+    """The report of an upgrade, as far as it is done. Only for the user who began it and registry admins."""
     job = session.get(Job, job_id)
     row = evaluations.find(session, job_id) if job is not None and job.kind == evaluations.KIND else None
     may = job is not None and (job.created_by == actor.name or holds(actor, Role.ADMIN, EVERYWHERE))

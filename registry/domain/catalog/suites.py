@@ -24,11 +24,6 @@ from registry.formats.references import MAX_NEAR, nearest, parse_name
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=)\s*(\S+)\s*")
 
-
-RANGES = {"nll": (0.0, math.inf), "accuracy": (0.0, 1.0)}
-"""Valid values of the built-in metrics."""
-
-
 REPORTED = "reported"
 ELSEWHERE = {"harness": "a task of an evaluation harness", REPORTED: "a benchmark that scores are only reported of"}
 """Tasks of suites whose examples the registry does not have."""
@@ -199,8 +194,7 @@ def with_examples(suite: Suite) -> Suite:
 
 
 def add_reported(session: Session, actor: Actor, benchmark: ReportedBenchmark) -> Suite:
-    """The suite of a benchmark that scores are only reported of; nobody owns it. Raises Conflict if its name is another
-    content's."""
+    """The suite for the reported scores of a benchmark; it has no owner. Raises Conflict if its name is taken."""
     added = insert_if_absent(
         session,
         Suite,
@@ -247,7 +241,7 @@ def find(session: Session, text: str, reader: Actor | None = None) -> Suite:
 
 
 def find_any(session: Session, text: str) -> Suite | None:
-    """As `find`, whatever it is, for any reader; None if there is none."""
+    """As `find`, benchmarks of reported scores included; None if there is none."""
     name, at, version = text.partition("@")
     if _DIGEST.fullmatch(text):
         named = Suite.digest == text
@@ -331,7 +325,7 @@ def _check_measurement(measurement: Measurement, suite: Suite) -> None:
     """Raises Invalid for a score that cannot come from the suite. Values that are only reported of a benchmark are in
     the units of their source."""
     open_range = (-math.inf, math.inf)
-    least, most = open_range if suite.task == REPORTED else RANGES.get(measurement.metric, open_range)
+    least, most = open_range if suite.task == REPORTED else metrics.RANGES.get(measurement.metric, open_range)
     fewest = 0 if measurement.reported else 1
     if not math.isfinite(measurement.value) or not least <= measurement.value <= most or measurement.n < fewest:
         raise Invalid(

@@ -211,7 +211,7 @@ def _wait(session: Session, actor: Actor, promotion: Promotion, outcome: Waiting
     promotion.gates = _rows(outcome.report)
     if wanted := outcome.report.lacking:
         job = evaluations.under_way(session, wanted)
-        job = job or evaluations.create(session, actor, promotion.release.repository.namespace, wanted)
+        job = job or evaluations.create(session, actor, {promotion.release.repository.namespace}, wanted)
         promotion.job_id = job.id
     until = outcome.report.until or promotion.expires_at
     promotion.due_at = min(until, promotion.expires_at, actor.at + RECHECK)

@@ -1,6 +1,6 @@
 """Evaluations that workers do: releases and bases on suites. Their results are scores, or only a report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Self
@@ -34,12 +34,13 @@ class Wanted:
 def create(
     session: Session,
     actor: Actor,
-    namespace: str | None,
+    namespaces: Collection[str],
     wanted: Sequence[Wanted],
     upgrade: dict[str, Any] | None = None,
 ) -> Job:
-    """Queues an evaluation. Raises TooMany as `queue.enqueue`."""
-    job = queue.enqueue(session, actor, KIND, STEPS, namespace)
+    """Queues an evaluation; the job belongs to the namespace of the releases if they have only one. Raises TooMany as
+    `queue.enqueue`."""
+    job = queue.enqueue(session, actor, KIND, STEPS, next(iter(namespaces)) if len(namespaces) == 1 else None)
     rows = [asdict(one) for one in dict.fromkeys(wanted)]
     asked = {"token_id": actor.token_id, "source": actor.source}
     session.add(Evaluation(job_id=job.id, wanted=rows, results=[], upgrade=upgrade, **asked))
