@@ -112,9 +112,11 @@ def conflicts(  # noqa: PLR0913
         group = _Group(lambda: stack.enter_context(connected()), adapters, base, base_dir)
         settings = parse_settings(method, settings_of(set_))
         if optimize:
+            from composer.formats.recipes.recipe import SEARCH
+
             idle = {"--probe": probe, "--prompts": prompts, "--html": html, "--require": require, "--explain": explain}
             _refuse_idle(idle)
-            evidence = group.evidence(suite or [], guard or [], (optimizing.SEARCHED, None), None, device)
+            evidence = group.evidence(suite or [], guard or [], (SEARCH, None), None, device)
             optimizing.run(evidence, group.load(), given, settings, rules, json=json)
             return
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), prompts, device)
