@@ -12,6 +12,7 @@ from registry.cli import complete, queued_evaluation, render
 from registry.cli import harness as harnesses
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
 from registry.cli.harness import HarnessChoice
+from registry.cli.idle import refuse_idle
 from registry.cli.quality import BaseDir, Device, Subject, fetch_suite, release_or_base
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from composer.formats.recipes.suite import Example, Suite
 
 Json = dict[str, Any]
+_HELP = "See `adaptory eval --help`."
 
 
 def register(root: typer.Typer) -> None:
@@ -83,11 +85,11 @@ def evaluate(  # noqa: PLR0913
     if queue:
         local = {"--device": device != "auto", "--base-dir": base_dir, "--limit": limit}
         why = "with --queue: a worker measures all examples on its own machine"
-        _refuse_idle({"--harness": harness, "--harness-path": harness_path, **local}, why)
+        refuse_idle({"--harness": harness, "--harness-path": harness_path, **local}, why, _HELP)
         _queue(what, suite or [], wait=wait, json=json)
         return
-    _refuse_idle({"--no-wait": not wait}, "without --queue")
-    _refuse_idle({"--harness-path": harness_path and not choice.names}, "without --harness")
+    refuse_idle({"--no-wait": not wait}, "without --queue", _HELP)
+    refuse_idle({"--harness-path": harness_path and not choice.names}, "without --harness", _HELP)
     rows = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, _Where(device, base_dir))
     documents = [{"subject": name, "recorded": limit is None, "scores": scores} for name, scores in rows.items()]
     document = documents[0] if len(documents) == 1 else {"items": documents, "next": None}
@@ -127,14 +129,6 @@ def _queue(what: Sequence[str], suites: Sequence[str], *, wait: bool, json: bool
     if wait and (error := queued_evaluation.error_of(document)):
         # Not raised: with --json, stdout has the report, and a second document would break its readers.
         raise typer.Exit(render.fail(error, as_json=False))
-
-
-def _refuse_idle(options: dict[str, object], why: str) -> None:
-    """Raises Usage for an option that would be ignored silently."""
-    idle = [name for name, value in options.items() if value]
-    if idle:
-        message = f"{idle[0]} has no effect {why}."
-        raise Usage("idle_option", message, subject=idle[0], next_step="See `adaptory eval --help`.")
 
 
 @dataclass(frozen=True, slots=True)
