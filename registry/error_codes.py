@@ -190,6 +190,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "policy_missing": "Name the policy's file, or --clear.",
         "reason_missing": "Say why with --reason.",
         "repeated_parameter": "Give the parameter once.",
+        "same_base": "Name two bases; `adaptory base list` shows them.",
         "sent_directly": "Send them to the url that POST /v1/uploads names.",
         "successor_missing": "Name the new base.",
         "suite_elsewhere": "Run the task of a harness on a machine that has it: `adaptory eval REF --harness TASK`.",

@@ -89,7 +89,7 @@ def _plan(session: Session, actor: Actor, old: str, new: str, suite_names: Seque
     before, after = bases.find(session, old), bases.find(session, new)
     if before.digest == after.digest:
         raise Usage(
-            "own_successor",
+            "same_base",
             f"{old} and {new} are the same base.",
             subject=new,
             next_step="Name two bases; `adaptory base list` shows them.",

@@ -90,6 +90,7 @@ def test_an_upgrade_lists_what_fits_the_next_base_and_measures_it_in_one_job(
     cli.ok("base", "add", following, "--name", "following")
     cli.ok("base", "deprecate", "tiny", "--reason", "old", "--successor", "following")
     assert "following has no successor" in cli("base", "upgrade", "following").err
+    assert json.loads(cli("base", "upgrade", "tiny", "tiny", "--json").out)["error"]["code"] == "same_base"
     report = cli.json("base", "upgrade", "tiny")
     sql, support = report["adapters"]
     assert (report["state"], sql["repository"], sql["channels"], sql["fits"]) == ("done", "acme/sql", ["prod"], True)
