@@ -90,6 +90,11 @@ def _report(title: str, base: Path, results: Rounds) -> None:
     if inside:
         floor = [replace(sample, peak_rss_bytes=None) for sample in results[FLOOR]]
         harness.report("The same, without the time of imports", {FLOOR: floor, **inside}, FLOOR)
+        speeds = [
+            [name, harness.spread([size / harness.MB / one.seconds for one in samples])]
+            for name, samples in ({FLOOR: floor} | inside).items()
+        ]
+        harness.table("Weights a second, without imports", [["case", "MB/s (min..max)"], *speeds])
 
 
 def _cases(base: Path, out: Path, adapters: Sequence[Path], device: str) -> dict[str, Case]:

@@ -19,7 +19,8 @@ def composer(device: str, base: Path, out: Path, adapters: Sequence[Path]) -> fl
     from composer.merge.run import run_merge
 
     started = time.perf_counter()
-    run_merge(plan_merge(open_checkpoint(base), [(adapter, 1.0) for adapter in adapters]), out, device)
+    plan = plan_merge(open_checkpoint(base), [(adapter, 1.0) for adapter in adapters], device=device)
+    run_merge(plan, out, device)
     return time.perf_counter() - started
 
 

@@ -19,6 +19,7 @@ import boto3
 import botocore.session
 import jinja2
 import pytest
+import torch
 import typer.main
 from hypothesis import HealthCheck, settings
 from sqlalchemy import Engine
@@ -32,7 +33,7 @@ from registry.cli.start import OBJECTS_TO_COLLECT
 from registry.database.engine import Database
 from registry.settings import S3Storage
 from registry.storage.s3.bucket import Bucket, open_bucket
-from tests import s3_server, services
+from tests import s3_server, second_device, services
 from tests.s3_server import S3Server
 
 # 770,000 objects last as long as the tests do: scanning them again and again took a sixth of their time.
@@ -50,8 +51,23 @@ settings.load_profile("house")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tests of tensor code compute: cpu, cuda, cuda:N or second")
+
+
+WITHOUT_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(params=[second_device.NAME, pytest.param("cuda", marks=[pytest.mark.cuda, WITHOUT_CUDA])])
+def accelerator(request: pytest.FixtureRequest) -> str:
+    """A device to compare with the CPU: one that every machine has, and a GPU where there is one."""
+    second_device.register()
+    return request.param
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The process that outlives the others owns the services; test processes started by it inherit the place."""
+    os.environ["ADAPTORY_TEST_DEVICE"] = str(config.getoption("--device"))  # read by tests/device.py
     if not hasattr(config, "workerinput"):
         os.environ[services.DIRECTORY] = mkdtemp(prefix="adaptory-services-")
 
@@ -147,13 +163,15 @@ def _s3_session() -> boto3.Session:
 def _bucket(shared: Path, storage: S3Storage) -> Bucket:
     """One client for the run's store; other stores are stopped and killed, and so are their connections."""
     if storage.endpoint_url == s3_server.load(shared).endpoint:
-        return _bucket_for(storage, tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
+        return _bucket_for(
+            storage.model_dump_json(), tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+        )
     return open_bucket(storage)
 
 
 @lru_cache
-def _bucket_for(storage: S3Storage, _environment: tuple[tuple[str, str], ...]) -> Bucket:
-    return open_bucket(storage)
+def _bucket_for(storage: str, _environment: tuple[tuple[str, str], ...]) -> Bucket:
+    return open_bucket(S3Storage.model_validate_json(storage))
 
 
 @lru_cache

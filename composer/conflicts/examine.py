@@ -97,13 +97,14 @@ def _measured(
         if isinstance(how, Regmean) and evidence.calibration is None:
             return None
         effort = Effort(evidence.k, max(evidence.k, evidence.most), Limits.of(policy))
-        combine = by_method(adapters, how, evidence.calibration)
+        loaded = evidence.load()
+        combine = by_method(adapters, how, evidence.calibration, loaded.device)
         sets = [*evidence.searched, *(evidence.calibration.sets if evidence.calibration else ())]
         used_examples = used_in(sets, [*suites, *evidence.guards])
-        return probe(evidence.load(), members, evidence.guards, effort, combine, used_examples, evidence.progress)
+        return probe(loaded, members, evidence.guards, effort, combine, used_examples, evidence.progress)
     if evidence.prompts:
         own = effective_weights(weights, how)
-        taking_part = projected_off_protected(adapters, weights_of(weights), how)
+        taking_part = projected_off_protected(adapters, weights_of(weights), how, evidence.load().device)
         alone = {one.name: weighted(one.deltas, weight) for one, weight in zip(taking_part, own, strict=True)}
         return activations(evidence.load(), alone, evidence.prompts)
     return None

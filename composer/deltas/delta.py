@@ -16,7 +16,7 @@ from enum import StrEnum
 
 import torch
 
-from composer.deltas.stored import Factor, SpillFile, StoredFactor, read_into, tensor_of
+from composer.deltas.stored import Factor, SpillFile, StoredFactor, factor_on, read_into, tensor_of
 
 _AT_ONCE = 1 << 20  # bytes
 NOTHING = 1e-20
@@ -87,6 +87,12 @@ class LowRank:
     def stored(self) -> bool:
         """Whether both factors lie in files."""
         return isinstance(self.A, StoredFactor) and isinstance(self.B, StoredFactor)
+
+    def to(self, device: torch.device) -> "LowRank":
+        """The delta with its factors on a device. On the CPU, stored factors stay in their files."""
+        if device.type == "cpu" and self.stored:
+            return self
+        return replace(self, A=factor_on(device, self.A), B=factor_on(device, self.B))
 
     def drop_pages(self) -> None:
         """Drops the resident pages of the files behind the factors."""

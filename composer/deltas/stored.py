@@ -158,6 +158,16 @@ def tensor_of(factor: Factor) -> torch.Tensor:
     return factor.tensor if isinstance(factor, StoredFactor) else factor
 
 
+def factor_on(device: torch.device, factor: Factor) -> torch.Tensor:
+    """The factor on a device. A stored one is read, not mapped: touching a mapping of a file that
+    has become shorter kills the process. Raises InvalidFile for such a file."""
+    if isinstance(factor, StoredFactor):
+        read = torch.empty(factor.shape, dtype=factor.tensor.dtype)
+        factor.read_into(read)
+        return read.to(device)
+    return factor.to(device)
+
+
 def read_into(out: torch.Tensor, factor: Factor) -> None:
     """Copies the values of the factor to `out`, in its dtype. Raises InvalidFile if its file has become shorter."""
     if isinstance(factor, StoredFactor):
@@ -185,7 +195,7 @@ class SpillFile:
         try:
             for begin, tensor in zip(begins, tensors, strict=False):
                 self._file.seek(self._end + begin)
-                self._file.write(tensor_bytes(tensor))
+                self._file.write(tensor_bytes(tensor.cpu()))
             self._file.truncate(self._end + size)
         except OSError as error:
             if error.errno not in DISK_FULL_ERRNOS:

@@ -127,11 +127,11 @@ def _changed(module: nn.Module, name: str, deltas: Sequence[tuple[Additive, int]
             subject=path,
             next_step="Use the base that the adapter was trained on.",
         )
-    W_MN = old.detach().reshape(-1, columns).float().cpu()
+    W_MN = old.detach().reshape(-1, columns).float()
     changed_MN = W_MN.clone()
     for delta, begin in deltas:
         own = slice(begin, begin + delta.stored_shape[0])
-        changed_MN[own] += delta.rows(W_MN[own], 0) if isinstance(delta, RowwiseDelta) else _product(delta)
+        changed_MN[own] += delta.rows(W_MN[own], 0) if isinstance(delta, RowwiseDelta) else _product(delta, W_MN.device)
     module._parameters[name] = nn.Parameter(changed_MN.reshape(old.shape).to(old), requires_grad=False)
     try:
         yield
@@ -139,9 +139,9 @@ def _changed(module: nn.Module, name: str, deltas: Sequence[tuple[Additive, int]
         module._parameters[name] = old
 
 
-def _product(delta: LowRank) -> torch.Tensor:
-    left, right = delta.stored_factors()
-    return (left @ right).cpu()
+def _product(delta: LowRank, device: torch.device) -> torch.Tensor:
+    left, right = delta.to(device).stored_factors()
+    return left @ right
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from composer.deltas.tensors import torch_device
 from composer.deltas.variants.load import NAME_BASE, LoadedAdapter, load_deltas
 from composer.errors import NotSupported
 from composer.evaluation.calibration import Calibration
@@ -56,6 +57,7 @@ def combine(  # noqa: PLR0913
     settings: Mapping[str, object] | None = None,
     note: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
+    device: str = "auto",
 ) -> CombineReport:
     """Writes the combination of (adapter directory, weight) pairs as one PEFT adapter in float32.
 
@@ -63,7 +65,7 @@ def combine(  # noqa: PLR0913
     the energy, with each module's error in the report. Alpha equals the rank (s = 1, no rsLoRA); patterns cover
     differing ranks. If a rank is given, all modules have it, padded with zeros. Without an architecture, adapters are
     matched only by their own module names and shapes. A fitted method is fitted on `calibration`, with one set per
-    adapter.
+    adapter. Factors are computed on `device` (auto, cpu or cuda:N).
 
     Raises NotSupported for a full-space method without a rank, for anything but a sum of expert stacks without an
     architecture, and what a merge raises.
@@ -76,7 +78,7 @@ def combine(  # noqa: PLR0913
     refuse_uncombinable(loaded, [weight for _, weight in adapters], parsed)
     # An adapter does not change the weights, so a tied tensor has two sides here, whatever a merge would do with it.
     untied, observe = parsed.with_tied("untie"), calibration.observe if calibration else None
-    combined = combine_parsed(loaded, [weight for _, weight in adapters], untied, observe)
+    combined = combine_parsed(loaded, [weight for _, weight in adapters], untied, observe, torch_device(device))
     form = peft_form(combined.deltas, one_rank=parsed.rank is not None)
     first = loaded[0].config.raw
     fields = {name: first.get(name) for name in _SHARED_FIELDS}

@@ -3,18 +3,20 @@
 Shapes: M x N a weight as stored, O outputs and I inputs of its module, R rank.
 """
 
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from composer.deltas.delta import Delta, Layout, LowRank, Replacement, spilled
-from composer.deltas.stored import MappedFile, SpillFile
+from composer.deltas.stored import Factor, MappedFile, SpillFile, read_into
+from composer.deltas.tensors import torch_device
 from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.export.peft import peft_form, write_adapter
 from composer.findings import Finding, Severity
@@ -23,6 +25,7 @@ from composer.formats.adapters.placement.result import CONV1D_MODELS, shape_text
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.checkpoints.hashing import architecture_digest, identities
 from composer.formats.checkpoints.staging import refuse_existing
+from composer.formats.checkpoints.tying import head_tensors
 from composer.methods.matrix import Matrix
 from composer.methods.spectral import Compression, compress_dense, total_loss
 from composer.methods.tied import pair_for_head
@@ -31,7 +34,9 @@ USUAL_RANK = 32
 """The rank if neither a rank nor a share of the energy is given."""
 MUCH_LOST = 0.3
 """A relative error above this is a warning."""
-_CHECKED_TOGETHER = 1 << 22  # values
+_CHECKED_TOGETHER = 1 << 20  # values
+_NEVER_READ = (r"attn\.masked_bias$", r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+"""Buffers that old versions of transformers stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,40 +63,40 @@ class ExtractReport:
         return asdict(self) | {"compressions": rows, "lost": self.lost}
 
 
-def extract(
+def extract(  # noqa: PLR0913
     base: Checkpoint,
     finetuned: Checkpoint,
     out_dir: Path,
     *,
     rank: int | None = None,
     energy: float | None = None,
+    device: str = "auto",
     progress: Callable[[int], None] = lambda _count: None,
 ) -> ExtractReport:
     """Writes what `finetuned` adds to `base` as one PEFT adapter in float32, with s = 1.
 
     The weight of each linear layer and embedding becomes a pair of at most `rank` directions, or as many as hold the
     share `energy` of |Δ|² (USUAL_RANK if neither is given). Norms and biases that changed are saved in full. One matrix
-    at a time is in memory. `progress` gets the bytes of the base just compared.
+    at a time is in memory, and decomposed on `device` (auto, cpu or cuda:N). `progress` gets the bytes of the base just
+    compared.
 
     Raises RefusedOutput for an existing `out_dir`, before anything is read; Mismatch for checkpoints of different
     architectures and for equal ones; InvalidFile for a value that is not finite; NotSupported for a changed tensor that
     no adapter can hold; and what `write_adapter` raises.
     """
     refuse_existing(out_dir)
-    _refuse_unlike(base, finetuned)
+    slots = _slots(base, finetuned)
     if rank is None and energy is None:
         rank = USUAL_RANK
     files = [one.path / shard for one in (base, finetuned) for shard in one.shards]
     inputs = identities([*files, *(one.path / "config.json" for one in (base, finetuned))])
-    work = _Extraction(base, finetuned, rank, energy)
-    for name, slot in _slots(base).items():
-        work.take(name, slot)
+    work = _Extraction(base, finetuned, (rank, energy), torch_device(device))
+    for name, slot in slots.items():
+        if slot.theirs:
+            work.take(name, slot)
         progress(base.architecture.tensors[name].size_bytes)
-    if not work.compressions:
-        relation = "differs only in norms and biases from" if work.deltas else "has the same weights as"
-        message = f"{finetuned.path.name} {relation} {base.path.name}: no matrix has changed."
-        raise Mismatch("nothing_to_extract", message, subject=finetuned.path.name, next_step="Name the fine-tuned one.")
-    form = peft_form(work.deltas)
+    _refuse_no_matrix(work, base, finetuned)
+    form = peft_form(work.complete(slots))
     fields = {
         "base_model_name_or_path": str(base.path),
         "task_type": "CAUSAL_LM",
@@ -118,6 +123,13 @@ def extract(
     )
 
 
+def _refuse_no_matrix(work: "_Extraction", base: Checkpoint, finetuned: Checkpoint) -> None:
+    if not work.compressions:
+        relation = "differs only in norms and biases from" if work.deltas else "has the same weights as"
+        message = f"{finetuned.path.name} {relation} {base.path.name}: no matrix has changed."
+        raise Mismatch("nothing_to_extract", message, subject=finetuned.path.name, next_step="Name the fine-tuned one.")
+
+
 def _losses(name: str, compressions: Sequence[Compression]) -> list[Finding]:
     """A warning if the cut to a rank lost much of what fine-tuning changed."""
     lost = total_loss(compressions)
@@ -134,18 +146,22 @@ def _losses(name: str, compressions: Sequence[Compression]) -> list[Finding]:
 @dataclass(frozen=True, slots=True)
 class _Slot:
     """The module that owns a stored tensor. `layout` is None unless it is the weight of a linear layer or an embedding;
-    `module` is empty for a tensor that shares its parameter with others, such as one expert of a stack."""
+    `module` is empty for a tensor that shares its parameter with others, such as one expert of a stack. `theirs` is the
+    tensor's name in the fine-tuned checkpoint, empty for one that a loader does not read."""
 
     module: str
     layout: Layout | None
+    theirs: str
     tied: bool = False
 
 
 class _Extraction:
     """The deltas and losses so far. Factors are kept on disk."""
 
-    def __init__(self, base: Checkpoint, finetuned: Checkpoint, rank: int | None, energy: float | None) -> None:
-        self._base, self._finetuned, self._rank, self._energy = base, finetuned, rank, energy
+    def __init__(
+        self, base: Checkpoint, finetuned: Checkpoint, kept: tuple[int | None, float | None], device: torch.device
+    ) -> None:
+        self._base, self._finetuned, self._kept, self._device = base, finetuned, kept, device
         self._spill, self._mapped = SpillFile(), cache(MappedFile.open)
         self.deltas: list[Delta] = []
         self.compressions: list[Compression] = []
@@ -153,22 +169,15 @@ class _Extraction:
 
     def take(self, name: str, slot: _Slot) -> None:
         """Compares one tensor, and adds its delta if it changed. Raises NotSupported for one that no adapter holds."""
-        (shard, entry), (other_shard, other) = self._base.locate(name), self._finetuned.locate(name)
+        (shard, entry), (other_shard, other) = self._base.locate(name), self._finetuned.locate(slot.theirs)
         files = self._mapped(shard), self._mapped(other_shard)
-        self._compare(name, slot, files[0].tensor(entry), files[1].tensor(other))
-        for file in files:
-            file.drop_pages()
-
-    def _compare(self, name: str, slot: _Slot, W: torch.Tensor, changed: torch.Tensor) -> None:
-        _refuse_not_finite(changed, name, "the fine-tuned checkpoint", "Use an earlier checkpoint of the run.")
-        _refuse_not_finite(W, name, "the base", "Download the base again.")
-        if _same(W, changed):
+        W, changed = files[0].tensor(entry), files[1].tensor(other)
+        if _same(name, W, changed, files):
             self.unchanged += 1
         elif slot.layout is not None:
-            self._add_pair(name, slot, slot.layout, W, changed)
-        elif slot.module and name.startswith(f"{slot.module}."):
-            tensor = changed.to(torch.float32, copy=True)
-            self.deltas.append(Replacement(module=slot.module, weight=name, tensor=tensor))
+            self._add_pair(name, slot, slot.layout, (files[0].factor(entry), files[1].factor(other)))
+        elif slot.module:
+            self._save(name, slot)
         else:
             raise NotSupported(
                 "not_extractable",
@@ -177,9 +186,25 @@ class _Extraction:
                 next_step="Use the fine-tuned checkpoint itself: push it with --kind model.",
             )
 
-    def _add_pair(self, name: str, slot: _Slot, layout: Layout, W: torch.Tensor, changed: torch.Tensor) -> None:
-        (rows, columns), blocks = W.shape, _difference(W, changed)
-        (left, right), loss = compress_dense(slot.module, Matrix((rows, columns), blocks), self._rank, self._energy)
+    def complete(self, slots: Mapping[str, _Slot]) -> list[Delta]:
+        """The deltas, with the unchanged parameters of modules whose weight is saved: PEFT loads such a module only in
+        full."""
+        held = {one.weight: one.module for one in self.deltas if isinstance(one, Replacement)}
+        full = {module for name, module in held.items() if name.endswith(".weight")}
+        for name, slot in slots.items():
+            if slot.module in full and name not in held:
+                self._save(name, slot)
+        return self.deltas
+
+    def _save(self, name: str, slot: _Slot) -> None:
+        shard, entry = self._finetuned.locate(slot.theirs)
+        tensor = self._mapped(shard).tensor(entry).to(torch.float32, copy=True)
+        self.deltas.append(Replacement(module=slot.module, weight=name, tensor=tensor))
+
+    def _add_pair(self, name: str, slot: _Slot, layout: Layout, both: tuple[Factor, Factor]) -> None:
+        shape = (both[0].shape[0], both[0].shape[1])
+        matrix = Matrix(shape, lambda first, last: self._rows(both[1], first, last) - self._rows(both[0], first, last))
+        (left, right), loss = compress_dense(slot.module, matrix, *self._kept, self._device)
         A, B = (right, left) if layout is Layout.LINEAR else (left.T, right.T)
         delta = LowRank(module=slot.module, weight=name, layout=layout, A=A, B=B, scale=1.0, tied=slot.tied)
         (delta,) = spilled(self._spill, [delta])
@@ -189,39 +214,66 @@ class _Extraction:
             self.deltas.append(pair_for_head(delta, TIED_HEAD))
         self.deltas.append(delta)
 
+    def _rows(self, factor: Factor, first: int, last: int) -> torch.Tensor:
+        """Rows of a weight in float32 on the device, read without keeping pages of its file."""
+        rows_BN = torch.empty(last - first, factor.shape[1])
+        read_into(rows_BN, factor[first:last])
+        return rows_BN.to(self._device)
+
+
+def _same(name: str, W: torch.Tensor, changed: torch.Tensor, files: tuple[MappedFile, MappedFile]) -> bool:
+    """Whether the values are equal, whatever the dtypes. Looks at a part at a time and drops its pages: an embedding
+    may have a billion values. Raises InvalidFile for one that is not finite."""
+    same = True
+    parts = zip(W.flatten().split(_CHECKED_TOGETHER), changed.flatten().split(_CHECKED_TOGETHER), strict=True)
+    for ours, theirs in parts:
+        _refuse_not_finite(theirs, name, "the fine-tuned checkpoint", "Use an earlier checkpoint of the run.")
+        _refuse_not_finite(ours, name, "the base", "Download the base again.")
+        alike = (ours, theirs) if ours.dtype == theirs.dtype else (ours.float(), theirs.float())
+        same = same and torch.equal(*alike)
+        for file in files:
+            file.drop_pages()
+    return same
+
 
 def _refuse_not_finite(values: torch.Tensor, name: str, owner: str, next_step: str) -> None:
-    # In parts, whose intermediate results are small: an embedding may have a billion values.
-    if not all(bool(torch.isfinite(part).all()) for part in values.flatten().split(_CHECKED_TOGETHER)):
+    if not bool(torch.isfinite(values).all()):
         message = f"{name} of {owner} has a NaN or an infinite value."
         raise InvalidFile("not_finite", message, subject=name, next_step=next_step)
 
 
-def _same(W: torch.Tensor, changed: torch.Tensor) -> bool:
-    """Whether the values are equal, whatever the dtypes."""
-    return torch.equal(W, changed) if W.dtype == changed.dtype else torch.equal(W.float(), changed.float())
-
-
-def _difference(W_MN: torch.Tensor, changed_MN: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
-    return lambda first, last: changed_MN[first:last].float() - W_MN[first:last].float()
-
-
-def _slots(base: Checkpoint) -> dict[str, _Slot]:
-    """Every stored tensor with its owner. What a module is called, and its class, only its code knows: the model is
-    built without weights."""
-    architecture = base.architecture
-    slots = {name: _Slot("", None) for name in architecture.tensors}
-    for path, module in _skeleton(base).named_modules():
+def _slots(base: Checkpoint, finetuned: Checkpoint) -> dict[str, _Slot]:
+    """Every stored tensor of the base with its owner. What a module is called, and its class, only its code knows. The
+    two checkpoints may have different names for one parameter, as GPT-2's have with and without `transformer.`. Raises
+    Mismatch unless both have the same parameters, of the same shapes."""
+    model = _skeleton(base)
+    ours, theirs = base.architecture, finetuned.architecture
+    unread = _unread(base, model)
+    slots = {name: _Slot("", None, "" if unread(name) else name) for name in ours.tensors}
+    for path, module in model.named_modules():
         for parameter in module._parameters:
-            target = find_weight(path, parameter, architecture)
-            if not isinstance(target, Target) or (architecture.tied and is_head(path)):
+            target, other = (find_weight(path, parameter, one) for one in (ours, theirs))
+            if not isinstance(target, Target) or (ours.tied and is_head(path)):
                 continue
             layout = _layout(module) if parameter == "weight" else None
-            slots[target.weight] = _Slot(path, layout, target.tied)
+            own = path if layout or target.weight.endswith(f".{parameter}") else ""
+            name = other.weight if isinstance(other, Target) else target.weight
+            slots[target.weight] = _Slot(own, layout, name, target.tied)
+    _refuse_unlike(base, finetuned, slots, _unread(finetuned, model))
     return slots
 
 
+def _unread(checkpoint: Checkpoint, model: nn.Module) -> Callable[[str], bool]:
+    """Whether loading the model skips a tensor that belongs to none of its parameters: a mask that old versions stored,
+    or the copy of a tied head."""
+    masks = cast("Iterable[str]", getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    patterns = [re.compile(mask) for mask in (*masks, *_NEVER_READ)]
+    copies = head_tensors(checkpoint.architecture.tensors) if checkpoint.architecture.tied else []
+    return lambda name: name in copies or any(pattern.search(name) for pattern in patterns)
+
+
 def _skeleton(base: Checkpoint) -> nn.Module:
+    """The model without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -245,16 +297,20 @@ def _layout(module: nn.Module) -> Layout | None:
     return Layout.LINEAR if isinstance(module, nn.Linear) else None
 
 
-def _refuse_unlike(base: Checkpoint, finetuned: Checkpoint) -> None:
+def _refuse_unlike(
+    base: Checkpoint, finetuned: Checkpoint, slots: Mapping[str, _Slot], unread: Callable[[str], bool]
+) -> None:
     """Raises Mismatch unless both have the same tensors, of the same shapes."""
     ours, theirs = base.architecture.tensors, finetuned.architecture.tensors
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name in ours and name in theirs and ours[name].shape == theirs[name].shape:
+    pairs = {name: slot.theirs for name, slot in slots.items() if slot.theirs}
+    pairs |= {name: name for name in theirs.keys() - set(pairs.values()) if not unread(name)}
+    for name, other in sorted(pairs.items()):
+        if name in ours and other in theirs and ours[name].shape == theirs[other].shape:
             continue
-        both = name in ours and name in theirs
-        grown = both and len(ours[name].shape) == 2 and ours[name].shape[1:] == theirs[name].shape[1:]
+        both = name in ours and other in theirs
+        grown = both and len(ours[name].shape) == 2 and ours[name].shape[1:] == theirs[other].shape[1:]
         here = shape_text(ours[name].shape) if name in ours else "missing"
-        there = shape_text(theirs[name].shape) if name in theirs else "missing"
+        there = shape_text(theirs[other].shape) if other in theirs else "missing"
         raise Mismatch(
             "architecture_differs",
             f"{name} is {here} in {base.path.name} and {there} in {finetuned.path.name}.",

@@ -5,14 +5,15 @@ GIL. W, left and right are as stored on disk. Shapes: M rows, N columns, R rank.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from composer.deltas.delta import Delta, LowRank, Replacement, RowwiseDelta
-from composer.deltas.tensors import all_finite, torch_dtype
+from composer.deltas.tensors import all_finite, torch_dtype, wait_for
 from composer.errors import RefusedOutput
 from composer.formats.checkpoints.header import TensorEntry
 from composer.formats.recipes.rounding import Mode, Rounding
@@ -73,8 +74,7 @@ class Factors:
         return out_RN
 
     def to(self, device: torch.device) -> "Factors":
-        parts = (replace(part, A=part.A_RI.to(device), B=part.B_OR.to(device)) for part in self.parts)
-        return replace(self, parts=tuple(parts))
+        return replace(self, parts=tuple(part.to(device) for part in self.parts))
 
 
 class _Rights:
@@ -151,7 +151,7 @@ class Chunk:
 
 
 def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
-    """Prepares the work on a tensor. On CUDA its factors are uploaded; otherwise nothing is read yet."""
+    """Prepares the work on a tensor. Its factors are uploaded to an accelerator; on the CPU, nothing is read yet."""
     additions = [delta for delta in tensor.deltas if not isinstance(delta, Replacement)]
     replacement = next((delta.tensor.reshape(-1, 1) for delta in tensor.deltas if isinstance(delta, Replacement)), None)
     computed = [one for one in additions if isinstance(one, RowwiseDelta)]
@@ -159,13 +159,8 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
     shapes = [one.stored_shape for one in additions] + ([tensor.decoded.shape] if tensor.decoded else [])
     columns = 1 if replacement is not None or not shapes else shapes[-1][1]
     rows = tensor.target.spec.elements // max(1, columns)
-    # Once per tensor, not per chunk; the copy ends before any chunk's own stream uses it.
-    uploaded = [one.to(device) for one in factors] if device.type == "cuda" else factors
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-        for delta in additions:
-            if isinstance(delta, LowRank):
-                delta.drop_pages()
+    uploaded = [one.to(device) for one in factors]  # once per tensor, not per chunk
+    wait_for(device)
     return TensorWork(
         plan=tensor,
         rows=rows,
@@ -221,7 +216,8 @@ def _common(chunk: Chunk, begin: int, rows: int) -> tuple[slice, slice] | None:
 class Rewriter:
     """Computes chunks on one device. Each thread keeps its own buffers (fresh ones cost a page fault per 4 kB); on CUDA
     they are pinned and each thread has its own stream, so that copies overlap with other threads' work. One thread
-    computes each chunk from start to end, so its bytes do not depend on any order.
+    computes each chunk from start to end, so its bytes do not depend on any order. The random numbers of stochastic
+    rounding are drawn on the CPU, so that they are the same on every device; what they round is computed on it.
     """
 
     def __init__(self, device: torch.device, rounding: Rounding) -> None:
@@ -238,9 +234,7 @@ class Rewriter:
         target = chunk.work.plan.target
         W_MN = self._source(chunk, source)
         out_MN = self._buffer("out", chunk.shape, torch_dtype(target.dtype, target.name), chunk.offset)
-        # Random numbers are drawn on the CPU, so that they are the same on every device.
-        on_cuda = self.device.type == "cuda" and self.rounding.mode is Mode.NEAREST
-        finite = self._on_cuda(chunk, W_MN, out_MN) if on_cuda else self._on_cpu(chunk, W_MN, out_MN)
+        finite = self._on_cpu(chunk, W_MN, out_MN) if self.device.type == "cpu" else self._on_gpu(chunk, W_MN, out_MN)
         if not finite:
             raise _not_finite(target, W_MN)
         return out_MN
@@ -255,30 +249,47 @@ class Rewriter:
         return source_rows(work.source(source), chunk.begin, chunk.end, stored)
 
     def _on_cpu(self, chunk: Chunk, W_MN: torch.Tensor, out_MN: torch.Tensor) -> bool:
-        name = chunk.work.plan.target.name
-        plain = self.rounding.mode is Mode.NEAREST or out_MN.dtype == W_MN.dtype or not out_MN.is_floating_point()
-        if plain and not chunk.work.changed:
+        if not chunk.work.changed and self._is_plain(W_MN, out_MN):
             out_MN.copy_(W_MN)
             return all_finite(out_MN)
         sum_MN = self._buffer("sum", W_MN.shape, _accumulator(W_MN.dtype))
         sum_MN.copy_(W_MN)
         self._add(chunk.work.factors, chunk, sum_MN)
-        round_into(self.rounding, out_MN, sum_MN, name, chunk.first_element)
+        return self._rounded(chunk, sum_MN, out_MN)
+
+    def _is_plain(self, W_MN: torch.Tensor, out_MN: torch.Tensor) -> bool:
+        """Whether unchanged values need no random number."""
+        return self.rounding.mode is Mode.NEAREST or out_MN.dtype == W_MN.dtype or not out_MN.is_floating_point()
+
+    def _rounded(self, chunk: Chunk, sum_MN: torch.Tensor, out_MN: torch.Tensor) -> bool:
+        """Rounds a sum on the CPU into `out_MN`, and returns whether all of it is finite."""
+        round_into(self.rounding, out_MN, sum_MN, chunk.work.plan.target.name, chunk.first_element)
         return _fits(sum_MN, out_MN.dtype) or all_finite(out_MN)
 
-    def _on_cuda(self, chunk: Chunk, W_MN: torch.Tensor, out_MN: torch.Tensor) -> bool:
+    def _on_gpu(self, chunk: Chunk, W_MN: torch.Tensor, out_MN: torch.Tensor) -> bool:
+        with self._stream():
+            sum_MN = W_MN.to(self.device, non_blocking=True)
+            if chunk.work.changed:
+                sum_MN = sum_MN.to(_accumulator(W_MN.dtype))
+            self._add(chunk.work.uploaded, chunk, sum_MN)
+            if self.rounding.mode is Mode.NEAREST or (not chunk.work.changed and self._is_plain(W_MN, out_MN)):
+                rounded_MN = sum_MN.to(out_MN.dtype)
+                out_MN.copy_(rounded_MN, non_blocking=True)
+                return all_finite(rounded_MN)
+            exact_MN = self._buffer("sum", W_MN.shape, sum_MN.dtype).copy_(sum_MN, non_blocking=True)
+        return self._rounded(chunk, exact_MN, out_MN)
+
+    @contextmanager
+    def _stream(self) -> Generator[None]:
+        """This thread's own stream on CUDA, whose work has ended when the block has."""
+        if self.device.type != "cuda":
+            yield
+            return
         if not hasattr(self._local, "stream"):
             self._local.stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(self._local.stream):
-            sum_MN = W_MN.to(self.device, non_blocking=True)
-            if chunk.work.uploaded or chunk.work.computed:
-                sum_MN = sum_MN.to(_accumulator(W_MN.dtype))
-            self._add(chunk.work.uploaded, chunk, sum_MN)
-            rounded_MN = sum_MN.to(out_MN.dtype)
-            out_MN.copy_(rounded_MN, non_blocking=True)
-            finite = all_finite(rounded_MN)
+            yield
             self._local.stream.synchronize()
-        return finite
 
     def _add(self, factors: Sequence[Factors], chunk: Chunk, sum_MN: torch.Tensor) -> None:
         """Adds every delta to the base's rows, on their device; `factors` are there too."""
@@ -315,7 +326,7 @@ class Rewriter:
         flat = getattr(self._local, key, None)
         spare = BLOCK_BYTES // dtype.itemsize
         if flat is None or flat.numel() < shape.numel() + spare:
-            pinned = self.device.type == "cuda" and role in ("in", "out")
+            pinned = self.device.type == "cuda" and role in ("in", "sum", "out")
             flat = torch.empty(max(_CHUNK_ELEMENTS, shape.numel()) + spare, dtype=dtype, pin_memory=pinned)
             setattr(self._local, key, flat)
         first = (offset - flat.data_ptr()) % BLOCK_BYTES // dtype.itemsize

@@ -13,7 +13,7 @@ import torch
 
 from composer.deltas.delta import Delta, Replacement, RowwiseDelta
 from composer.deltas.stored import map_tensor
-from composer.deltas.tensors import TORCH_DTYPES
+from composer.deltas.tensors import TORCH_DTYPES, torch_device
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding, Severity
@@ -98,16 +98,18 @@ class MergePlan:
         }
 
 
-def plan_merge(
+def plan_merge(  # noqa: PLR0913
     checkpoint: Checkpoint,
     adapters: Sequence[tuple[Path, Weight | float]],
     method: str = "stack",
     settings: Mapping[str, object] | None = None,
     dtype: str | None = None,
     rounding: Rounding | None = None,
+    device: str = "auto",
 ) -> MergePlan:
     """Plans the merge of (adapter directory, weight) pairs into a checkpoint. Reads the adapters' factors, and a few
-    rows of the base only if an adapter was trained on a quantized base.
+    rows of the base only if an adapter was trained on a quantized base. A method that computes factors does so on
+    `device`, as `run_merge` has it.
 
     `dtype` (bf16, fp16, fp32) casts every float tensor; None keeps each tensor's own. `rounding` defaults to the
     nearest value. Raises Mismatch, NotSupported or InvalidFile for anything that cannot be merged faithfully.
@@ -128,7 +130,7 @@ def plan_merge(
     loaded = [with_new_rows(checkpoint, _tokens_on_own_head(checkpoint, one), vocabulary) for one in read]
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
-    combined = combine_parsed(loaded, [weight for _, weight in adapters], parsed)
+    combined = combine_parsed(loaded, [weight for _, weight in adapters], parsed, device=torch_device(device))
     head = _untied_head(checkpoint, loaded) if combined.tied == "untie" else None
     deltas = _by_tensor(checkpoint, combined.deltas, head)
     refuse_uneven(vocabulary, deltas, head)

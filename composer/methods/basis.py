@@ -40,7 +40,7 @@ class Basis:
     def lift(self, X: torch.Tensor) -> Pair:
         """(B, A) with B A = P X Q^T; the rank is the smaller side of X."""
         if self.Q is None:
-            return (self.P, X) if self.P is not None else (X, torch.eye(X.shape[1]))
+            return (self.P, X) if self.P is not None else (X, torch.eye(X.shape[1], device=X.device))
         return (X if self.P is None else self.P @ X), self.Q.T
 
     def for_entries(self) -> "Basis":

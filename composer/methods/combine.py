@@ -4,7 +4,6 @@ A slot is a checkpoint tensor, or one expert's rows of it. Names and settings ar
 steps of the pipeline calibrate -> space -> sparsify -> combine -> compress have their own files in this folder.
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import torch
 
 from composer.deltas.delta import Additive, Delta, LowRank, Replacement, RowwiseDelta, names_of, spilled
 from composer.deltas.stored import SpillFile
-from composer.deltas.tensors import torch_threads
+from composer.deltas.tensors import CPU, torch_threads, workers_on
 from composer.deltas.variants.load import LoadedAdapter, refuse_errors
 from composer.errors import Mismatch
 from composer.findings import Finding, zero_deltas
@@ -34,7 +33,7 @@ from composer.formats.recipes.methods import (
 from composer.formats.recipes.weights import Weight, divisor, weights_of
 from composer.methods.effect import Tally
 from composer.methods.parity import Parity
-from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot, prepared
+from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot, computes, prepared
 from composer.methods.protect import TOGETHER, drop_pages_of, project_out_protected
 from composer.methods.regmean import Fit, FitReport, Observe, fit
 from composer.methods.spectral import Compression, decomposing
@@ -63,10 +62,11 @@ def combine_deltas(
     method: str = "stack",
     settings: Mapping[str, object] | None = None,
     observe: Observe | None = None,
+    device: torch.device = CPU,
 ) -> Combination:
     """Combines the deltas of all adapters by the method of that name. Raises what `combine_parsed` raises, and
     NotSupported for an unknown method or setting."""
-    return combine_parsed(adapters, weights, parse_settings(method, settings), observe)
+    return combine_parsed(adapters, weights, parse_settings(method, settings), observe, device)
 
 
 def combine_parsed(
@@ -74,11 +74,13 @@ def combine_parsed(
     weights: Sequence[Weight | float],
     settings: AnySettings,
     observe: Observe | None = None,
+    device: torch.device = CPU,
 ) -> Combination:
     """Combines the deltas of all adapters by the method; replacements are copied.
 
-    An untied head's delta addresses its own tensor (`<module>.weight`). `observe` gives a fitted method the modules'
-    inputs on each adapter's examples.
+    Factors are computed on `device`, and kept on the CPU or on disk. A method that decides about single entries
+    computes them later, on the device of the weight that they are added to. An untied head's delta addresses its own
+    tensor (`<module>.weight`). `observe` gives a fitted method the modules' inputs on each adapter's examples.
 
     Raises Mismatch for a hard conflict, for a weight that scales a replacement, and for a fitted method without
     `observe`. Raises NotSupported if the method needs factors that are missing.
@@ -97,26 +99,26 @@ def combine_parsed(
     findings = structural(loaded, settings)
     refuse_errors("These adapters cannot be combined", findings)
     findings += _left_out(adapters, loaded)
-    loaded = project_out_protected(loaded, given, settings)
+    loaded = project_out_protected(loaded, given, settings, device)
     fitted = None
     if isinstance(settings, Regmean):
-        fitted = _fitted(loaded, given, settings, observe)
+        fitted = _fitted(loaded, given, settings, observe, device)
         loaded, given = fitted.adapters, [Weight()] * len(given)
     heads = {} if settings.pipeline.parity else heads_alike(loaded)  # PEFT combines each side separately
     replaced, slots = _slots(loaded, given, settings, heads)
     tally, names = Tally(settings.factor), [adapter.name for adapter in loaded]
     if isinstance(settings, PeftCombination):
-        made = _like_peft(loaded, slots, settings, tally)
+        made = _like_peft(loaded, slots, settings, tally, device)
         deltas, findings = [*replaced, *(delta for delta, _ in made)], findings + tally.findings(names)
         return Combination(deltas, [lost for _, lost in made if lost is not None], findings, tied)
-    with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "combine") as pool:
+    with torch_threads(1), ThreadPoolExecutor(workers_on(device), "combine") as pool:
         if isinstance(settings, Magnitude) and settings.scope == "model":  # otherwise prepared in turn and released
-            slots = list(pool.map(lambda slot: prepared(slot, settings), slots))
-        selections = Selections.over(slots, settings)
+            slots = list(pool.map(lambda slot: prepared(slot.to(device), settings).to(CPU), slots))
+        selections = Selections.over(slots, settings, device)
         spill, results = SpillFile(), list[Result]()
         for begin in range(0, len(slots), TOGETHER):
             own = slots[begin : begin + TOGETHER]
-            finished = list(pool.map(lambda slot: _run(slot, settings, selections, tally), own))
+            finished = list(pool.map(lambda slot: _run(slot, settings, selections, tally, device), own))
             results += _spill_results(spill, own, finished)
     compressions = [compression for _, compression in results if compression is not None]
     deltas = [*replaced, *(delta for own, _ in results for delta in own)]
@@ -127,7 +129,11 @@ def combine_parsed(
 
 
 def _fitted(
-    loaded: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: Regmean, observe: Observe | None
+    loaded: Sequence[LoadedAdapter],
+    weights: Sequence[Weight],
+    settings: Regmean,
+    observe: Observe | None,
+    device: torch.device,
 ) -> Fit:
     if observe is None:
         message = "regmean is fitted on each adapter's examples, and there are none."
@@ -136,7 +142,7 @@ def _fitted(
     for adapter, weight in zip(loaded, weights, strict=True):
         for delta in (one for one in adapter.deltas if isinstance(one, Replacement)):
             _refuse_scaled(adapter.name, delta, settings.factor * weight.of(*names_of(delta)))
-    return fit(loaded, weights, settings, observe)
+    return fit(loaded, weights, settings, observe, device)
 
 
 def participating(
@@ -160,16 +166,17 @@ def _left_out(adapters: Sequence[LoadedAdapter], participating: Sequence[LoadedA
 
 
 def projected_off_protected(
-    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: MethodSettings
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: MethodSettings, device: torch.device = CPU
 ) -> list[LoadedAdapter]:
     """The adapters projected off the protected ones, as for a combination; deltas with weight 0 remain. Raises what
     `participating` and `project_out_protected` raise."""
     tied = resolve_tied(participating(adapters, weights, settings), settings)
-    return project_out_protected(adapters, weights, settings.with_tied(tied))
+    return project_out_protected(adapters, weights, settings.with_tied(tied), device)
 
 
-def _run(slot: WeightSlot, settings: Compressed, selections: Selections, tally: Tally) -> Result:
+def _run(slot: WeightSlot, settings: Compressed, selections: Selections, tally: Tally, device: torch.device) -> Result:
     with decomposing(slot.module):
+        slot = slot.to(device) if computes(settings) else slot
         tally.see(slot.parts)
         slot = prepared(slot, settings)
         tally.see_prepared(slot, settings)
@@ -266,14 +273,15 @@ def _like_peft(
     slots: Sequence[WeightSlot],
     settings: PeftCombination,
     tally: Tally,
+    device: torch.device,
 ) -> list[tuple[LowRank, Compression | None]]:
     parity, factor = Parity.of(settings, [adapter.config for adapter in loaded]), settings.factor
     made: list[tuple[LowRank, Compression | None]] = []
     for slot in slots:
         tally.see(slot.parts)
-        delta, lost = parity.combined([(part.low_rank, part.weight) for part in slot.parts])
+        delta, lost = parity.combined([(part.low_rank, part.weight) for part in slot.to(device).parts])
         lost = None if lost is None else lost.times(parity.scale * factor)
-        made.append((replace(delta, scale=delta.scale * factor), lost))
+        made.append((replace(delta, scale=delta.scale * factor).to(CPU), lost))
     return made
 
 

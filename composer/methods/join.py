@@ -28,7 +28,7 @@ def _sum(settings: MethodSettings, weights: Sequence[float], total: float) -> Jo
     w_T = torch.tensor(weights, dtype=torch.float32)
     if settings.divides:
         w_T = w_T / divisor(total)
-    return lambda X_TMN: torch.tensordot(w_T, X_TMN, dims=1)
+    return lambda X_TMN: torch.tensordot(w_T.to(X_TMN.device), X_TMN, dims=1)
 
 
 def _elect(settings: MethodSettings, weights: Sequence[float], total: float) -> Join:
@@ -65,7 +65,7 @@ def elect(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str = "plain", divide
 
 def _votes(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str) -> torch.Tensor:
     if vote == "weighted":
-        return torch.tensordot(torch.tensor(w_T, dtype=X_TMN.dtype), X_TMN, dims=1)
+        return torch.tensordot(X_TMN.new_tensor(w_T), X_TMN, dims=1)
     plain_MN = X_TMN.sum(0)
     if vote == "plain":
         return plain_MN

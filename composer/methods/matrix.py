@@ -42,13 +42,15 @@ class Matrix:
 
     def dense(self, pool: ThreadPoolExecutor) -> torch.Tensor:
         """The complete matrix; its blocks are computed in the pool's threads."""
-        X_MN = torch.empty(self.shape)
+        first_BN = self.make(0, min(BLOCK_ROWS, self.shape[0]))
+        X_MN = first_BN.new_empty(self.shape)
+        X_MN[: len(first_BN)] = first_BN
 
         def fill(first: int) -> None:
             last = min(first + BLOCK_ROWS, self.shape[0])
             X_MN[first:last] = self.make(first, last)
 
-        for _ in pool.map(fill, range(0, self.shape[0], BLOCK_ROWS)):
+        for _ in pool.map(fill, range(BLOCK_ROWS, self.shape[0], BLOCK_ROWS)):
             pass
         return X_MN
 
@@ -127,7 +129,7 @@ def _cut(matrix: Matrix, threshold: int, ties: int) -> tuple[tuple[int, int], in
     for first, X_MN in matrix.blocks():
         rows_and_columns = (magnitude_bits(X_MN) == threshold).nonzero()
         if len(rows_and_columns) >= ties:
-            row, column = rows_and_columns[ties - 1].tolist()
+            row, column = rows_and_columns[ties - 1].cpu().tolist()
             return (first + row, column), 0
         ties -= len(rows_and_columns)
     return _all_of(matrix), ties
@@ -149,7 +151,7 @@ def _guess(matrices: Sequence[Matrix], share: float) -> tuple[int, int]:
 
 def _search(matrices: Sequence[Matrix], k: int, low: int, high: int) -> tuple[int, int, int] | None:
     """(bits of the k-th magnitude, equal ones that belong, equal ones in total); None if outside the bracket."""
-    above, at_high, at_low, inside = 0, 0, 0, [torch.empty(0, dtype=torch.int32)]
+    above, at_high, at_low, inside = 0, 0, 0, list[torch.Tensor]()
     for matrix in matrices:
         for _, X_MN in matrix.blocks():
             bits = magnitude_bits(X_MN)
@@ -173,7 +175,14 @@ def _search(matrices: Sequence[Matrix], k: int, low: int, high: int) -> tuple[in
 
 
 def _descending(bits: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.sort(bits.numpy())).flip(0)  # numpy sorts integers ten times as fast as torch
+    return sorted_rows(bits).flip(0)
+
+
+def sorted_rows(values: torch.Tensor) -> torch.Tensor:
+    """Integers in ascending order along the last dimension."""
+    if values.device.type != "cpu":
+        return values.sort().values
+    return torch.from_numpy(np.sort(values.numpy()))  # numpy sorts integers ten times as fast as torch
 
 
 def _certain(matrices: Sequence[Matrix], k: int) -> tuple[int, int]:
@@ -181,7 +190,8 @@ def _certain(matrices: Sequence[Matrix], k: int) -> tuple[int, int]:
     counts = np.zeros(1 << 16, dtype=np.int64)
     for matrix in matrices:
         for _, X_MN in matrix.blocks():
-            counts += np.bincount((magnitude_bits(X_MN) >> _LOW_BITS).reshape(-1).numpy(), minlength=len(counts))
+            upper_bits = (magnitude_bits(X_MN) >> _LOW_BITS).reshape(-1)
+            counts += upper_bits.bincount(minlength=len(counts)).cpu().numpy()
     from_top = np.cumsum(counts[::-1])
     upper = len(counts) - 1 - int(np.searchsorted(from_top, k))
     return upper << _LOW_BITS, ((upper + 1) << _LOW_BITS) - 1

@@ -85,13 +85,16 @@ class Parity:
         elif step in ("ties", "magnitude_prune"):
             tensors = [self._trimmed(tensor) for tensor in tensors]
         X_TMN = torch.stack(list(tensors))
-        return elect(X_TMN, weights) if step.endswith("ties") else torch.tensordot(torch.tensor(weights), X_TMN, dims=1)
+        if step.endswith("ties"):
+            return elect(X_TMN, weights)
+        return torch.tensordot(X_TMN.new_tensor(weights), X_TMN, dims=1)
 
     def _pruned(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.density >= 1:
             return tensor
-        mask = torch.bernoulli(torch.full_like(tensor, self.density), generator=self.generator)
-        return tensor * mask / self.density
+        # Drawn on the CPU, so that the mask is the same on every device.
+        mask = torch.bernoulli(torch.full(tensor.shape, self.density), generator=self.generator)
+        return tensor * mask.to(tensor.device) / self.density
 
     def _trimmed(self, tensor: torch.Tensor) -> torch.Tensor:
         (kept,) = largest([Matrix.of(tensor)], int(self.density * tensor.numel()))

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 
 from composer.deltas.delta import Additive, Layout, LowRank, RowwiseDelta
+from composer.deltas.tensors import CPU, wait_for
 from composer.errors import NotSupported
 from composer.formats.recipes.methods import Compressed, Magnitude, MethodSettings, Pico, Pipeline
 from composer.formats.recipes.weights import divisor
@@ -52,6 +53,9 @@ class SlotDelta:
         """The delta if it has factors. Raises NotSupported otherwise."""
         return factored(self.delta)
 
+    def to(self, device: torch.device) -> "SlotDelta":
+        return replace(self, delta=self.delta.to(device)) if isinstance(self.delta, LowRank) else self
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
@@ -71,6 +75,10 @@ class WeightSlot:
     def weights(self) -> list[float]:
         return [part.weight for part in self.parts]
 
+    def to(self, device: torch.device) -> "WeightSlot":
+        """The slot with its factors on a device; rows are made on the device of the weight anyway."""
+        return replace(self, parts=[part.to(device) for part in self.parts])
+
 
 @dataclass(frozen=True, slots=True)
 class Selections:
@@ -79,9 +87,9 @@ class Selections:
     largest: Mapping[tuple[int, str, int], Largest] = field(default_factory=dict[tuple[int, str, int], Largest])
 
     @classmethod
-    def over(cls, slots: Sequence[WeightSlot], settings: MethodSettings) -> "Selections":
-        """With `scope=model`, selects each adapter's largest entries over all slots; otherwise selects nothing. Raises
-        NotSupported for methods in a small basis."""
+    def over(cls, slots: Sequence[WeightSlot], settings: MethodSettings, device: torch.device = CPU) -> "Selections":
+        """With `scope=model`, selects each adapter's largest entries over all slots on the device; otherwise selects
+        nothing. Raises NotSupported for methods in a small basis."""
         if not isinstance(settings, Magnitude) or settings.scope != "model":
             return cls()
         if settings.pipeline.space != "full":
@@ -93,7 +101,7 @@ class Selections:
         for adapter in sorted({part.adapter for slot in slots for part in slot.parts}):
             own = [part for slot in slots for part in slot.parts if part.adapter == adapter]
             _refuse_reading(own)
-            matrices = [_dense(part.delta, None) for part in own]
+            matrices = [_dense(part.to(device).delta, nothing(part.delta, device)) for part in own]
             entries = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
             kept = largest(matrices, int(settings.density * entries))
             for part, one in zip(own, kept, strict=True):
@@ -129,10 +137,18 @@ def cancelled(slot: WeightSlot, settings: MethodSettings) -> float:
     return cancellation([pair_of(part.low_rank) for part in slot.parts], slot.weights, slot.norm)
 
 
+def computes(settings: Compressed) -> bool:
+    """Whether a combination computes its factors at once. Otherwise it only joins them, or every entry is decided when
+    its row is written, on the device of the weight."""
+    pipeline = settings.pipeline
+    return isinstance(settings, Pico) or settings.cuts or pipeline.compress or pipeline.space not in ("full", "factors")
+
+
 def combine_slot(
     slot: WeightSlot, settings: Compressed, selections: Selections
 ) -> tuple[list[Additive], Compression | None]:
-    """The deltas to add at the slot, and the loss from compression, if there was any."""
+    """The deltas to add at the slot, and the loss from compression, if there was any. Factors are computed on the
+    slot's device."""
     slot, pipeline, factor = prepared(slot, settings), settings.pipeline, settings.factor
     if pipeline.compress and not settings.cuts:
         settings = settings.model_copy(update={"rank": _usual_rank(slot)})
@@ -284,13 +300,15 @@ def _in_full(
         with (
             _DENSE if _needs_all_rows(slot) else nullcontext()
         ):  # a delta made all at once stays in memory from the first pass on
-            matrix = _combined(slot, settings, selections, None)
+            matrix = _combined(slot, settings, selections, nothing(first, _device_of(slot)))
             with _DENSE:
                 return _compressed(slot, matrix, settings)
-    made = _Once(lambda: _combined(slot, settings, selections, None))
+    kept = slot.to(CPU)  # until the merge, on whatever device that is
+    made = _Once(lambda device: _combined(kept.to(device), settings, selections, nothing(first, device)))
 
     def rows(W_MN: torch.Tensor, begin: int) -> torch.Tensor:
-        matrix = _combined(slot, settings, selections, W_MN) if reading else made()
+        device = W_MN.device
+        matrix = _combined(kept.to(device), settings, selections, W_MN) if reading else made(device)
         return matrix.rows(begin, begin + W_MN.shape[0]).to(W_MN)
 
     computed = RowwiseDelta(
@@ -303,7 +321,7 @@ def _in_full(
 
 def _compressed(slot: WeightSlot, matrix: Matrix, settings: Compressed) -> tuple[list[Additive], Compression | None]:
     like = slot.parts[0].delta
-    (left, right), lost = compress_dense(slot.module, matrix, settings.rank, settings.energy)
+    (left, right), lost = compress_dense(slot.module, matrix, settings.rank, settings.energy, _device_of(slot))
     B_OR, A_RI = (left, right) if like.layout is Layout.LINEAR else (right.T, left.T)
     return [_named(like, (B_OR, A_RI))], lost
 
@@ -313,37 +331,45 @@ def _needs_all_rows(slot: WeightSlot) -> bool:
 
 
 class _Once:
-    """A matrix made on first use, by whichever thread comes first."""
+    """A matrix made on first use on a device, by whichever thread comes first."""
 
-    def __init__(self, make: Callable[[], Matrix]) -> None:
+    def __init__(self, make: Callable[[torch.device], Matrix]) -> None:
         self._make, self._lock = make, Lock()
-        self._made: Matrix | None = None
+        self._made: dict[torch.device, Matrix] = {}
 
-    def __call__(self) -> Matrix:
+    def __call__(self, device: torch.device) -> Matrix:
         with self._lock:
-            if self._made is None:
-                self._made = self._make()
-            return self._made
+            if device not in self._made:
+                self._made[device] = self._make(device)
+                wait_for(device)
+            return self._made[device]
 
 
-def _dense(delta: Additive, W_MN: torch.Tensor | None) -> Matrix:
-    """The delta as stored, with rows made on demand. `W_MN` is the complete base matrix, if the delta reads it."""
+def nothing(delta: Additive, device: torch.device) -> torch.Tensor:
+    """A base matrix of zeros, for deltas that do not read the base; it takes no memory."""
+    return torch.zeros((), device=device).expand(delta.stored_shape)
+
+
+def _device_of(slot: WeightSlot) -> torch.device:
+    """The device of the slot's factors; the CPU if it has none."""
+    factors = (part.delta.A_RI.device for part in slot.parts if isinstance(part.delta, LowRank))
+    return next(factors, CPU)
+
+
+def _dense(delta: Additive, W_MN: torch.Tensor) -> Matrix:
+    """The delta as stored, with rows made on demand. `W_MN` is the complete base matrix, on the delta's device."""
     rows, columns = delta.stored_shape
     if isinstance(delta, LowRank):
         left, right = delta.stored_factors()
         return Matrix((rows, columns), lambda first, last: left[first:last] @ right)
     if delta.all_rows:
-        return Matrix.of(delta.rows(torch.zeros(()).expand(rows, columns) if W_MN is None else W_MN, 0).float())
-
-    def make(first: int, last: int) -> torch.Tensor:
-        base = torch.zeros(()).expand(last - first, columns) if W_MN is None else W_MN[first:last]
-        return delta.rows(base.float(), first)
-
-    return Matrix((rows, columns), make)
+        return Matrix.of(delta.rows(W_MN, 0).float())
+    return Matrix((rows, columns), lambda first, last: delta.rows(W_MN[first:last].float(), first))
 
 
-def _combined(slot: WeightSlot, settings: Compressed, selections: Selections, W_MN: torch.Tensor | None) -> Matrix:
-    """The sparsified and joined matrix. The selections and signs are determined here, in passes."""
+def _combined(slot: WeightSlot, settings: Compressed, selections: Selections, W_MN: torch.Tensor) -> Matrix:
+    """The sparsified and joined matrix, on the device of `W_MN` and the slot's factors. The selections and signs are
+    determined here, in passes."""
     weighted = settings.pipeline.combine == "sce"
     matrices = [_dense(_times(part.delta, part.weight) if weighted else part.delta, W_MN) for part in slot.parts]
     chosen = [selections.of(part) for part in slot.parts]
@@ -381,15 +407,16 @@ def _restored(deltas: list[Additive], norm: float) -> list[Additive]:
             now = norm_of(pair_of(delta))
             restored.append(_times(delta, restoring_factor(now, norm)))
             continue
-        ratio = _Once(lambda delta=delta: _ratio(delta, norm))
+        ratio = _Once(lambda device, delta=delta: _ratio(delta, norm, device))
         restored.append(
             replace(
-                delta, rows=lambda W, begin, delta=delta, ratio=ratio: delta.rows(W, begin) * ratio().rows(0, 1).to(W)
+                delta,
+                rows=lambda W, begin, delta=delta, ratio=ratio: delta.rows(W, begin) * ratio(W.device).rows(0, 1).to(W),
             )
         )
     return restored
 
 
-def _ratio(delta: RowwiseDelta, norm: float) -> Matrix:
-    now = square_sum(_dense(delta, None)) ** 0.5
-    return Matrix.of(torch.tensor([[restoring_factor(now, norm)]]))
+def _ratio(delta: RowwiseDelta, norm: float, device: torch.device) -> Matrix:
+    now = square_sum(_dense(delta, nothing(delta, device))) ** 0.5
+    return Matrix.of(torch.full((1, 1), restoring_factor(now, norm), device=device))

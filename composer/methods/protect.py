@@ -5,7 +5,6 @@ it no longer writes where that one writes. The subspaces depend only on the delt
 a stored delta: M rows, N columns, rank r, K directions of all protected deltas together. No M x N matrix is formed.
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import torch
 from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, names_of, spilled
 from composer.deltas.lowrank import NOISE, numerical_rank
 from composer.deltas.stored import SpillFile
-from composer.deltas.tensors import torch_threads
+from composer.deltas.tensors import CPU, torch_threads, workers_on
 from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.recipes.methods import Combined, MethodSettings
 from composer.formats.recipes.weights import Weight
@@ -30,13 +29,13 @@ _At = tuple[int, int]  # adapter, index of the delta in it
 
 
 def project_out_protected(
-    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: MethodSettings
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: MethodSettings, device: torch.device = CPU
 ) -> list[LoadedAdapter]:
     """Projects adapters off the subspaces of those that the settings protect.
 
     `settings.tied` is resolved (`resolve_tied`). Deltas with weight 0 protect nothing. Ranks do not change.
-    Projected deltas are float32 and spilled to disk, so that memory holds a few slots. Raises NotSupported if a delta
-    without factors shares a slot with a protected one, whichever of the two it is.
+    Projected deltas are float32, computed on `device` and spilled to disk, so that memory holds a few slots. Raises
+    NotSupported if a delta without factors shares a slot with a protected one, whichever of the two it is.
     """
     if not isinstance(settings, Combined):
         return list(adapters)
@@ -50,12 +49,13 @@ def project_out_protected(
         """(indices of the projected deltas, the inputs, the projected deltas)."""
         deltas = [(one, cast(Additive, adapters[one[0]].deltas[one[1]])) for one in slot]
         with decomposing(deltas[0][1].module):
-            room = _Room.beside([delta for (adapter, _), delta in deltas if adapter in chosen], settings.protect_side)
+            protected = [factored(delta).to(device) for (adapter, _), delta in deltas if adapter in chosen]
+            room = _Room.beside(protected, settings.protect_side)
             others = [(one, delta) for one, delta in deltas if one[0] not in chosen]
-            made = [room.without(factored(delta)) for _, delta in others]
+            made = [room.without(factored(delta).to(device)) for _, delta in others]
         return [one for one, _ in others], [delta for _, delta in deltas], made
 
-    with torch_threads(1), ThreadPoolExecutor(max(2, os.cpu_count() or 1), "protect") as pool:
+    with torch_threads(1), ThreadPoolExecutor(workers_on(device), "protect") as pool:
         for begin in range(0, len(shared), TOGETHER):
             for indices, inputs, made in list(pool.map(at, shared[begin : begin + TOGETHER])):
                 for (adapter, number), delta in zip(indices, spilled(spill, made), strict=True):
@@ -114,10 +114,10 @@ class _Room:
     columns: torch.Tensor | None
 
     @classmethod
-    def beside(cls, protected: Sequence[Additive], side: str) -> "_Room":
+    def beside(cls, protected: Sequence[LowRank], side: str) -> "_Room":
         """The joint subspaces of several deltas, from each one's own basis: a large delta does not hide a small one."""
         rows, columns = list[torch.Tensor](), list[torch.Tensor]()
-        for delta in map(factored, protected):
+        for delta in protected:
             U, V = _spans(delta)
             if side == "both" or (side == "output") == (delta.layout is Layout.LINEAR):
                 rows.append(U)

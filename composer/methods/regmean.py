@@ -27,7 +27,7 @@ from typing import TypeVar
 import torch
 
 from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, RowwiseDelta, names_of
-from composer.deltas.tensors import torch_threads
+from composer.deltas.tensors import CPU, torch_threads
 from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.weights import Weight
@@ -151,8 +151,15 @@ class Module:
         return B_OR.T @ B_OR
 
 
-def fit(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: Regmean, observe: Observe) -> Fit:
-    """Fits the factors of the adapters' linear modules; every other delta gets the weight w0, and the report names it.
+def fit(
+    adapters: Sequence[LoadedAdapter],
+    weights: Sequence[Weight],
+    settings: Regmean,
+    observe: Observe,
+    device: torch.device = CPU,
+) -> Fit:
+    """Fits the factors of the adapters' linear modules on the device; every other delta gets the weight w0, and the
+    report names it.
 
     The settings are `ridge` (rho), `steps` (1 or 2) and `form`: `input` fits A over the whole input side, `core` only
     recombines the rows of A (an R x R matrix). Raises what `observe` raises.
@@ -165,12 +172,12 @@ def fit(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], settings: 
     ]
     pairs = _factored(own)
     some = {key: next(iter(own.values())) for key, own in pairs.items()}
-    problem = _Problem.of(pairs, [observe(index, one, some) for index, one in zip(members, own, strict=True)])
+    problem = _Problem.of(pairs, [observe(index, one, some) for index, one in zip(members, own, strict=True)], device)
     w0 = problem.common_weight(ridge)
     solved, errors = problem.solved(solve, w0, ridge)
     for _ in range(1, settings.steps):
         merged = [delta for deltas in _with_factors(own, solved, w0) for delta in deltas]
-        problem = _Problem.of(pairs, [observe(index, merged, some) for index in members])
+        problem = _Problem.of(pairs, [observe(index, merged, some) for index in members], device)
         solved, errors = problem.solved(solve, w0, ridge)
     fitted = dict(zip(members, _with_factors(own, solved, w0), strict=True))
     additive = [one for deltas in own for one in deltas if not isinstance(one, Replacement)]
@@ -210,8 +217,9 @@ def primal(module: Module, a: Sequence[float], w0: float, rho: float) -> list[to
 
 def dual(module: Module, a: Sequence[float], w0: float, rho: float) -> list[torch.Tensor]:
     """A*_i = w0 A_i + A_i Y^T (E_i - w0) (Y Y^T + rho)^-1 Y,  Y = [√a_m X_m] (N x I),  E_i is 1 on i's rows, else 0."""
-    owner_N = torch.tensor([member for member, X in enumerate(module.X) for _ in range(len(X))])
-    root_N = torch.tensor(a, dtype=torch.float64).sqrt()[owner_N]
+    some = module.X[0]
+    owner_N = torch.tensor([member for member, X in enumerate(module.X) for _ in range(len(X))], device=some.device)
+    root_N = some.new_tensor(a).sqrt()[owner_N]
     factor = _factor(module.inputs.products * torch.outer(root_N, root_N), rho)
     Y_NI = torch.cat(module.X) * root_N[:, None]
     fitted: list[torch.Tensor] = []
@@ -223,7 +231,7 @@ def dual(module: Module, a: Sequence[float], w0: float, rho: float) -> list[torc
 
 def _factor(system: torch.Tensor, rho: float) -> torch.Tensor:
     """The Cholesky factor of system + rho."""
-    return torch.linalg.cholesky(system + rho * torch.eye(len(system), dtype=system.dtype))
+    return torch.linalg.cholesky(system + rho * torch.eye(len(system), dtype=system.dtype, device=system.device))
 
 
 def solve_core(module: Module, a: Sequence[float], w0: float, ridge: float) -> list[torch.Tensor]:
@@ -255,7 +263,8 @@ Solve = Callable[[Module, Sequence[float], float, float], list[torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """One step's fit: for each matrix that can be fitted, the pairs by member and the inputs.
+    """One step's fit: for each matrix that can be fitted, the pairs by member and the inputs. Each is computed on
+    `device`; results are on the CPU.
 
     `inner` has Σ over modules G_m / |W X_m|² (T x T) for each member; its diagonal gives t_m.
     """
@@ -263,17 +272,23 @@ class _Problem:
     pairs: Mapping[str, Mapping[int, LowRank]]
     seen: Sequence[Mapping[str, ModuleInputs]]
     inner: list[torch.Tensor]
+    device: torch.device
 
     @classmethod
-    def of(cls, pairs: Mapping[str, Mapping[int, LowRank]], seen: Sequence[Mapping[str, ModuleInputs]]) -> "_Problem":
+    def of(
+        cls,
+        pairs: Mapping[str, Mapping[int, LowRank]],
+        seen: Sequence[Mapping[str, ModuleInputs]],
+        device: torch.device,
+    ) -> "_Problem":
         pairs = {name: own for name, own in pairs.items() if any(name in one for one in seen)}
         # An expert that gets no token of a member's examples has no rows there.
         columns = {name: next(iter(own.values())).A_RI.shape[1] for name, own in pairs.items()}
         none = {name: ModuleInputs([torch.zeros(0, count)], 0.0) for name, count in columns.items()}
         inner = [torch.zeros(len(seen), len(seen), dtype=torch.float64) for _ in seen]
-        problem = cls(pairs, seen := [{**none, **one} for one in seen], inner)
+        problem = cls(pairs, seen := [{**none, **one} for one in seen], inner, device)
         members = range(len(seen))
-        for name, own in problem.each(lambda _name, module: [module.inner(member) for member in members]):
+        for name, own in problem.each(lambda _name, module: [module.inner(member).cpu() for member in members]):
             for member, one in enumerate(seen):
                 if one[name].base_energy > 0:
                     inner[member] += own[member] / one[name].base_energy
@@ -284,7 +299,7 @@ class _Problem:
         products; others are computed side by side, on a thread each."""
 
         def computed(names: Sequence[str]) -> list[tuple[str, T]]:
-            inputs = Inputs([one[names[0]].rows for one in self.seen])
+            inputs = Inputs([one[names[0]].rows.to(self.device) for one in self.seen])
             return [(name, compute(name, self._module(name, inputs))) for name in names]
 
         def inputs_of(name: str) -> list[int]:
@@ -296,13 +311,16 @@ class _Problem:
                 yield from group
 
     def _side_by_side(self) -> int:
-        """How many modules may be computed at once: one for each core, if their rows fit in _ROWS_BYTES."""
+        """How many modules may be computed at once: one for each core, if their rows fit in _ROWS_BYTES; on an
+        accelerator, one."""
+        if self.device.type != "cpu":
+            return 1
         sizes = [8 * sum(part.numel() for one in self.seen for part in one[name].parts) for name in self.pairs]
         return max(1, min(os.cpu_count() or 1, _ROWS_BYTES // max(sizes, default=1)))
 
     def _module(self, name: str, inputs: Inputs) -> Module:
         """The module's factors in float64."""
-        pairs = self.pairs[name]
+        pairs = {member: pair.to(self.device) for member, pair in self.pairs[name].items()}
         some = next(iter(pairs.values()))
         A, B = [some.A_RI[:0].double()] * len(self.seen), [some.B_OR[:, :0].double()] * len(self.seen)
         for member, pair in pairs.items():
@@ -337,7 +355,7 @@ class _Problem:
             alpha = self.alpha(name)
             factors = solve(module, alpha, w0, ridge)
             errors = [one * module.error(factors, member) for member, one in enumerate(alpha)]
-            return [A.float() for A in factors], errors
+            return [A.float().cpu() for A in factors], errors
 
         solved = dict(self.each(fitted))
         squares = [fsum(errors[member] for _, errors in solved.values()) for member in range(len(self.seen))]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from composer.formats.recipes.methods import Breadcrumbs, Dare, Della, Magnitude, MethodSettings, Sce
-from composer.methods.matrix import BLOCK_ROWS, Matrix, count_nonzero, largest, magnitude_bits
+from composer.methods.matrix import BLOCK_ROWS, Matrix, count_nonzero, largest, magnitude_bits, sorted_rows
 
 Keep = Callable[[torch.Tensor, int], torch.Tensor]
 """(X_MN, first row) -> X_MN with dropped entries set to zero; pure."""
@@ -67,9 +67,9 @@ def _ranks(X_MN: torch.Tensor) -> torch.Tensor:
 
     Sorts magnitude and column as one number, which is twice as fast as a stable argsort.
     """
-    columns = torch.arange(X_MN.shape[1])
+    columns = torch.arange(X_MN.shape[1], device=X_MN.device)
     keys = magnitude_bits(X_MN).long() << 32 | columns
-    order = torch.from_numpy(np.sort(keys.numpy(), axis=1)) & 0xFFFF_FFFF
+    order = sorted_rows(keys) & 0xFFFF_FFFF
     return torch.empty_like(order).scatter_(1, order, columns.expand_as(order))
 
 
@@ -107,7 +107,8 @@ def by_variance(matrices: Sequence[Matrix], density: float) -> Keep:
 
 
 def _draws(X_MN: torch.Tensor, begin: int, seed: int, key: str) -> torch.Tensor:
-    """Uniform integers below 2^16, one per entry. Philox is counter-based, so a block does not need earlier blocks."""
+    """Uniform integers below 2^16, one per entry. Philox is counter-based, so a block does not need earlier blocks.
+    Drawn on the CPU, so that they are the same on every device."""
     words = np.frombuffer(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:16], dtype="<u8")
     rows, columns = X_MN.shape
     first, quads = begin - begin % BLOCK_ROWS, -(-columns // 4)
@@ -117,7 +118,7 @@ def _draws(X_MN: torch.Tensor, begin: int, seed: int, key: str) -> torch.Tensor:
         raw = np.random.Philox(key=words, counter=counter).random_raw(BLOCK_ROWS * quads)
         drawn.append(raw.astype("<u8", copy=False).view("<u2").reshape(BLOCK_ROWS, 4 * quads))
     chosen = np.concatenate(drawn)[begin - first : begin - first + rows, :columns]
-    return torch.from_numpy(chosen.astype(np.int32))
+    return torch.from_numpy(chosen.astype(np.int32)).to(X_MN.device)
 
 
 def kept_entries(matrix: Matrix, density: float) -> int:

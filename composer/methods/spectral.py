@@ -1,6 +1,5 @@
 """Joins by singular vectors, and compression to a rank with its error. Shapes: p x q small, M x N dense."""
 
-import os
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from composer.deltas.lowrank import numerical_rank
+from composer.deltas.tensors import CPU, workers_on
 from composer.errors import NotSupported
 from composer.methods.basis import Basis, Pair
 from composer.methods.matrix import Matrix, square_sum
@@ -147,7 +147,8 @@ def _leading(X: torch.Tensor, size: int, pool: ThreadPoolExecutor) -> tuple[torc
         """X Y in fixed parts, so that the last bits do not depend on the number of threads."""
         return torch.cat(list(pool.map(lambda rows: rows @ Y, X.split(_ROWS))))
 
-    Y = product(X, torch.randn(X.shape[1], size, generator=torch.Generator().manual_seed(0)))
+    # Drawn on the CPU, so that the numbers are the same on every device.
+    Y = product(X, torch.randn(X.shape[1], size, generator=torch.Generator().manual_seed(0)).to(X.device))
     for _ in range(_PASSES):
         Y = product(X, torch.linalg.qr(product(X.T, torch.linalg.qr(Y)[0]))[0])
     Q = torch.linalg.qr(Y)[0]
@@ -168,13 +169,15 @@ def _triples_for(
     return torch.linalg.svd(X, full_matrices=False)
 
 
-def compress_dense(module: str, matrix: Matrix, rank: int | None, energy: float | None) -> tuple[Pair, Compression]:
+def compress_dense(
+    module: str, matrix: Matrix, rank: int | None, energy: float | None, device: torch.device = CPU
+) -> tuple[Pair, Compression]:
     """Compresses a dense delta to rank r by a randomized range with power passes (arXiv 0909.4061). Measures the error.
 
     Uses all cores and keeps the dense matrix in memory. Without a rank, the range doubles until it holds the energy. If
     the matrix is small, or the range is not a small part of it, the SVD is exact and takes three times as much.
     """
-    with ThreadPoolExecutor(os.cpu_count() or 1, "dense") as pool:
+    with ThreadPoolExecutor(workers_on(device), "dense") as pool:
         X = matrix.dense(pool)
         norm = square_sum(Matrix.of(X)) ** 0.5
         U, sigma, Vh = _triples_for(X, norm, rank, energy, pool)

@@ -40,10 +40,12 @@ class Combiner:
         weights = candidate.weights([one.weight for one in members])
         if self._problem.as_adapter:
             refuse_uncombinable(adapters, weights, settings)
+        device = self._problem.load().device
         if not isinstance(settings, Regmean):
-            return combine_parsed(adapters, weights, settings).deltas
+            return combine_parsed(adapters, weights, settings, device=device).deltas
         calibration = Calibration(self._problem.load, self._sets(fit_on), settings, lambda _count: self._progress(0))
-        self._fitted[key] = combine_parsed(adapters, weights, settings, self._observe(calibration, candidate)).deltas
+        observe = self._observe(calibration, candidate)
+        self._fitted[key] = combine_parsed(adapters, weights, settings, observe, device).deltas
         return self._fitted[key]
 
     def forget_inputs(self) -> None:

@@ -60,7 +60,12 @@ def calibration_of(
 
 
 def local_calibration(
-    method: str, settings: dict[str, object], base: Path | None, suites: list[Path] | None, prompts: list[Path] | None
+    method: str,
+    settings: dict[str, object],
+    base: Path | None,
+    suites: list[Path] | None,
+    prompts: list[Path] | None,
+    device: str,
 ) -> "Calibration | None":
     """The calibration that the options of `combine` and `merge` describe. Raises Usage for these options with a method
     that is not fitted, for both suites and prompts, and for a fitted method without a base or without either."""
@@ -80,7 +85,7 @@ def local_calibration(
     from composer.formats.recipes.suite import MAX_FILE_BYTES, parse_suite
 
     asked = [tuple(parse_prompts(read_text(path, MAX_FILE_BYTES), str(path))) for path in prompts or []]
-    return calibration_of(parsed, lambda: load_model(base), list(map(parse_suite, suites or [])), asked)
+    return calibration_of(parsed, lambda: load_model(base, device), list(map(parse_suite, suites or [])), asked)
 
 
 @contextmanager
@@ -128,6 +133,7 @@ def fitted_adapter(
     output: Path,
     how: tuple[str, dict[str, object]],
     calibration: "Calibration",
+    device: str,
 ) -> Path:
     """The adapter that a merge with a fitted method adds: `OUTPUT-adapter`, fitted now or by an earlier run of the same
     command. Raises Conflict if something else has that name."""
@@ -141,7 +147,7 @@ def fitted_adapter(
     if not directory.is_dir():
         architecture = open_checkpoint(base).architecture
         with fitting(calibration) as counted:
-            report = combine(adapters, directory, architecture, *how, calibration=counted)
+            report = combine(adapters, directory, architecture, *how, calibration=counted, device=device)
         for name, value in fit_lines(report.to_json()["fit"], [path.name for path, _ in adapters]):
             render.say(f"{name}: {value}")
         return directory

@@ -9,7 +9,8 @@ import typer
 
 from composer.formats.untrusted import cut
 from registry.cli import complete, render
-from registry.cli.connect import Connection, connected, release_directory, resolved
+from registry.cli.connect import Connection, connected, release_directory
+from registry.cli.quality import release_or_base
 from registry.cli.render import JsonFlag
 from registry.error_codes import refuse_errors
 from registry.errors import NotFound, Usage
@@ -28,12 +29,15 @@ EXAMPLE_CHARS = 300
 @dataclass(frozen=True, slots=True)
 class Subject:
     """One side: its release as the API shows it, its directory if its modules can be compared, its lineage if it is a
-    composition, and its results by suite digest, example by example."""
+    composition, and its results by suite digest, example by example. Of a base, `release` has the scores, and `path`
+    is that of the base; a directory has no `path`."""
 
     name: str
     release: Json
     directory: Path | None
     made: "Composition | None"
+    path: str = ""
+    is_base: bool = False
     results: dict[str, Json] = field(default_factory=dict[str, Json])
 
 
@@ -42,8 +46,14 @@ def register(root: typer.Typer) -> None:
 
 
 def diff(
-    old: Annotated[str, typer.Argument(metavar="REF|DIR", help="The old release.", autocompletion=complete.references)],
-    new: Annotated[str, typer.Argument(metavar="REF|DIR", help="The new release.", autocompletion=complete.references)],
+    old: Annotated[
+        str,
+        typer.Argument(metavar="REF|DIR|BASE", help="The old release, or a base.", autocompletion=complete.references),
+    ],
+    new: Annotated[
+        str,
+        typer.Argument(metavar="REF|DIR|BASE", help="The new release, or a base.", autocompletion=complete.references),
+    ],
     everything: Annotated[bool, typer.Option("--all", help="Show every module, not only the most changed.")] = False,
     examples: Annotated[
         bool, typer.Option("--examples", help="List the examples of suites whose answer got better or worse.")
@@ -53,21 +63,25 @@ def diff(
     """Compare two releases or directories: facts, module deltas, scores with errors, files, provenance.
 
     Scores that were recorded with the result of each example are compared example by example: better, worse, or how
-    many examples would tell.
+    many examples would tell. A release and a base are compared by their scores alone.
     """
-    from registry.client.diff import changed_examples, differences
+    from registry.client.diff import changed_examples, differences, differences_in_scores
     from registry.client.lineage import side_by_side
 
     before, after, suites = _subjects(old, new, with_suites=examples)
-    if bool(before.release["adapter"]) != bool(after.release["adapter"]):
+    with_base = before.is_base or after.is_base
+    if with_base:
+        _warn_of_base(before, after)
+    elif bool(before.release["adapter"]) != bool(after.release["adapter"]):
         raise Usage(
             "kinds_differ", f"{old} and {new} are an adapter and a model.", next_step="Compare two of the same kind."
         )
-    deltas = _compare(before.directory, after.directory)
+    deltas = None if with_base else _compare(before.directory, after.directory)
+    compare = differences_in_scores if with_base else differences
     document = {
         "old": before.name,
         "new": after.name,
-        **differences(before.release, after.release, before.results, after.results),
+        **compare(before.release, after.release, before.results, after.results),
         "composition": side_by_side(before.made, after.made),
         "deltas": deltas.to_json() if deltas else None,
     }
@@ -86,7 +100,7 @@ def _subjects(old: str, new: str, *, with_suites: bool) -> tuple[Subject, Subjec
         return _directory(Path(old)), _directory(Path(new)), []
     with connected() as connection:
         before, after = (
-            _directory(Path(text)) if Path(text).is_dir() else _release(connection, text) for text in (old, new)
+            _directory(Path(text)) if Path(text).is_dir() else _registered(connection, text) for text in (old, new)
         )
         common = _digests(before) & _digests(after)
         before, after = (replace(one, results=_results(connection, one, common)) for one in (before, after))
@@ -98,27 +112,41 @@ def _digests(subject: Subject) -> set[str]:
     return {score["suite_digest"] for score in subject.release["scores"]}
 
 
+def _warn_of_base(before: Subject, after: Subject) -> None:
+    """Raises Usage for a directory, which has no scores. Says so if the release stands on another base, and which
+    command records what is missing."""
+    for one, other in ((before, after), (after, before)):
+        if not one.path:
+            raise Usage("kinds_differ", f"{other.name} is a base, {one.name} a directory.", next_step="Name a release.")
+        if one.is_base and not other.is_base and other.release["base"]["digest"] != one.release["digest"]:
+            render.say(f"warning: {other.name} stands on {other.release['base']['name']}, not on {one.name}")
+    if not _digests(before) & _digests(after):
+        render.say(f"no suite has scores of both: adaptory eval {before.name} {after.name} --suite NAME records them")
+
+
 def _results(connection: Connection, subject: Subject, digests: set[str]) -> dict[str, Json]:
     """The results by suite digest, of those suites for which they were recorded."""
-    from registry.client.api import release_path
-
     results: dict[str, Json] = {}
     for digest in sorted(digests):
         with suppress(NotFound):
-            path = f"{release_path(subject.release)}/scores/{digest}/results"
-            results[digest] = connection.api.get(path)
+            results[digest] = connection.api.get(f"{subject.path}/scores/{digest}/results")
     return results
 
 
-def _release(connection: Connection, text: str) -> Subject:
+def _registered(connection: Connection, text: str) -> Subject:
+    """A release or a base."""
     from registry.client.api import release_path
     from registry.client.lineage import fetch_note, of_note, of_release
 
-    release = connection.api.get(release_path(resolved(connection, text)))
+    named, base = release_or_base(connection, text)
+    if named is None:
+        return Subject(text, base, None, None, f"/v1/bases/{base['digest']}", is_base=True)
+    path = release_path(named)
+    release = connection.api.get(path)
     directory = release_directory(connection, release) if release["kind"] == "adapter" else None
     note = _note(directory) if directory else fetch_note(connection.api, release)
     made = of_release(release, note) or of_note(note)
-    return Subject(f"{release['repository']}:{release['version']}", release, directory, made)
+    return Subject(f"{release['repository']}:{release['version']}", release, directory, made, path)
 
 
 def _note(directory: Path) -> bytes:
@@ -191,6 +219,8 @@ def _show(document: Json, *, everything: bool) -> None:
 
 
 def _verdict(document: Json) -> str:
+    if document["change"] is None:
+        return "scores"
     return {
         "breaking": "a breaking change",
         "weights": "other weights",

@@ -17,6 +17,7 @@ from registry.cli.calibration import (
     refuse_uneven,
 )
 from registry.cli.compose import Method, Rules, Settings, settings_of, with_rules
+from registry.cli.quality import Device
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
 
@@ -50,7 +51,7 @@ def merge(  # noqa: PLR0913
     method: Method = "stack",
     set_: Settings = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default, the base's own.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    device: Device = "auto",
     rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
     seed: Annotated[int | None, typer.Option(help="Seed of stochastic rounding; 0 by default.")] = None,
     sequential: Sequential = False,
@@ -77,13 +78,13 @@ def merge(  # noqa: PLR0913
         raise Usage("idle_option", message, subject="--seed", next_step="Leave it out, or add --rounding stochastic.")
     checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed or 0)
     adapters, settings = _weighted(adapter, rule), settings_of(set_, sequential=sequential)
-    calibration = local_calibration(method, settings, base, suite, prompts)
+    calibration = local_calibration(method, settings, base, suite, prompts, device)
     if calibration is not None:
         refuse_uneven(calibration, adapters)
         _warn(contradictions(calibration, [path.name for path, _ in adapters]))
-        adapters = [(fitted_adapter(base, adapters, output, (method, settings), calibration), Weight())]
+        adapters = [(fitted_adapter(base, adapters, output, (method, settings), calibration, device), Weight())]
         method, settings = "stack", {}
-    merging = plan_merge(checkpoint, adapters, method, settings, dtype, rounded)
+    merging = plan_merge(checkpoint, adapters, method, settings, dtype, rounded, device)
     _warn(merging.findings)
     with render.progress(f"merge {output.name}", merging.size_bytes) as done:
         report = run_merge(merging, output, device, done)
@@ -111,6 +112,7 @@ def combine(  # noqa: PLR0913
     rule: Rules = None,
     suite: Suites = None,
     prompts: Prompts = None,
+    device: Device = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Combine local adapters into one PEFT adapter, without a registry; reports what truncation to a rank lost."""
@@ -124,11 +126,12 @@ def combine(  # noqa: PLR0913
         message = f"--{twice[0]} and --set {twice[0]} say the same thing twice."
         raise Usage("two_settings", message, subject=f"--{twice[0]}", next_step="Leave one of them out.")
     settings |= budget
-    adapters, calibration = _weighted(adapter, rule), local_calibration(method, settings, base, suite, prompts)
+    adapters = _weighted(adapter, rule)
+    calibration = local_calibration(method, settings, base, suite, prompts, device)
     refuse_uneven(calibration, adapters)
     _warn(contradictions(calibration, [path.name for path, _ in adapters]))
     with fitting(calibration) as counted:
-        report = combine_adapters(adapters, output, architecture, method, settings, calibration=counted)
+        report = combine_adapters(adapters, output, architecture, method, settings, calibration=counted, device=device)
     _warn(report.findings)
     document = report.to_json()
     shown = [(key, value) for key, value in document.items() if key not in ("findings", "compressions", "fit")]
@@ -159,7 +162,7 @@ def convert(
     render.document(document, json, lambda: render.lines(f"converted to {output}", list(document.items())))
 
 
-def extract(
+def extract(  # noqa: PLR0913
     base: Annotated[Path, typer.Option(help="The base's checkpoint directory.")],
     finetuned: Annotated[Path, typer.Option(help="The directory of a checkpoint fine-tuned from it.")],
     output: Output,
@@ -170,6 +173,7 @@ def extract(
         float | None,
         typer.Option(min=0, max=1, help="Keep this share of the squared change of each matrix, at the lowest rank."),
     ] = None,
+    device: Device = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Extract an adapter from a fine-tuned checkpoint, and report what the cut to a rank lost."""
@@ -184,7 +188,7 @@ def extract(
     size_bytes = sum(spec.size_bytes for spec in checkpoint.architecture.tensors.values())
     with render.progress(f"extract {output.name}", size_bytes) as done:
         report = extract_adapter(
-            checkpoint, open_checkpoint(finetuned), output, rank=rank, energy=energy, progress=done
+            checkpoint, open_checkpoint(finetuned), output, rank=rank, energy=energy, device=device, progress=done
         )
     document = report.to_json()
     _warn(report.findings)

@@ -36,7 +36,19 @@ def differences(old: Json, new: Json, old_results: Results, new_results: Results
         "facts": _changed(_facts(old, new), _facts(new, old)),
         "provenance": _changed(stated_provenance(old), stated_provenance(new)),
         "files": files,
-        "scores": _scores(old["scores"], new["scores"], old_results, new_results),
+        "scores": score_differences(old["scores"], new["scores"], old_results, new_results),
+    }
+
+
+def differences_in_scores(old: Json, new: Json, old_results: Results, new_results: Results) -> Json:
+    """What `differences` returns, of a base and a release, which have nothing but scores in common."""
+    return {
+        "change": None,
+        "breaking": [],
+        "facts": [],
+        "provenance": [],
+        "files": {"added": [], "removed": [], "changed": []},
+        "scores": score_differences(old["scores"], new["scores"], old_results, new_results),
     }
 
 
@@ -111,8 +123,8 @@ def _files(old: Json, new: Json) -> dict[str, list[str]]:
     }
 
 
-def _scores(old: list[Json], new: list[Json], old_results: Results, new_results: Results) -> list[Json]:
-    """Each score's comparison, with `paired` where both releases have results on the same examples."""
+def score_differences(old: list[Json], new: list[Json], old_results: Results, new_results: Results) -> list[Json]:
+    """Each score's comparison, with `paired` where both sides have results on the same examples."""
     before, after = ({(row["suite"], row["metric"]): row for row in rows} for rows in (old, new))
     rows: list[Json] = []
     for key in dict.fromkeys([*before, *after]):

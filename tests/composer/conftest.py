@@ -29,7 +29,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(base: Path) -> LoadedModel:
-    return load_for_measuring(base, device="cpu")
+    from tests.device import DEVICE  # this file is imported before the option is known
+
+    return load_for_measuring(base, device=DEVICE)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.run import run_merge
 from tests.composer.adapted import logits, peft_logits, relative
 from tests.composer.tiny import MakeAdapter, MakeModel, load_model, tensors_in
+from tests.device import DEVICE
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PAIRS: dict[str, object] = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
@@ -27,7 +28,7 @@ def both_sides_saved() -> dict[str, object]:
 
 def merge(base: Path, adapters: list[Path], out: Path, method: str = "stack", **settings: object) -> MergePlan:
     plan = plan_merge(open_checkpoint(base), [(path, 1.0) for path in adapters], method, settings)
-    run_merge(plan, out, device="cpu")
+    run_merge(plan, out, device=DEVICE)
     return plan
 
 

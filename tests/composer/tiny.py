@@ -61,7 +61,7 @@ def adapter_maker(directory: Path) -> MakeAdapter:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * size)
-        model.save_pretrained(directory / name)
+        model.save_pretrained(str(directory / name))
         return directory / name
 
     return make

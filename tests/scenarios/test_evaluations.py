@@ -92,6 +92,20 @@ def test_several_releases_and_their_base_are_evaluated_on_several_suites_at_once
         answers = [row["answer"] for row in api.get(path)["examples"]]
         assert len(answers) == 8
         assert all(len(answer) <= 4 for answer in answers)
+    document = cli.json("diff", "tiny", "acme/sql:1.1.0", "--examples")
+    values = {(row["suite"], row["metric"]): row["value"] for row in together[1]["scores"]}
+    assert (document["old"], document["change"], document["deltas"]) == ("tiny", None, None)
+    assert {(row["suite"], row["metric"]): row["new"] for row in document["scores"]} == values
+    paired = {row["suite"]: row["paired"] for row in document["scores"] if row["metric"] == "nll"}
+    assert {suite: one["n"] for suite, one in paired.items()} == {"spoken": 8, "chosen": 3}
+    back = cli.json("diff", "acme/sql:1.1.0", "tiny")["scores"]
+    assert [row["difference"] for row in back] == [pytest.approx(-row["difference"]) for row in document["scores"]]
+    shown = cli.ok("diff", "tiny", "acme/sql:1.1.0").out
+    assert paired["spoken"]["in_words"] in " ".join(shown.split())
+    refused = cli("diff", "tiny", world.adapters["sql"])
+    assert (refused.code, "a base" in refused.err, "Name a release" in refused.err) == (2, True, True)
+    cli.ok("push", world.adapters["sql"], "acme/new:1.0.0", "--base", "tiny")
+    assert "adaptory eval tiny acme/new:1.0.0 --suite" in cli.ok("diff", "tiny", "acme/new:1.0.0").err
 
 
 def test_a_python_scorer_that_the_operator_has_not_enabled_does_not_run(

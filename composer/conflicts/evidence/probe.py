@@ -11,9 +11,12 @@ from itertools import combinations
 from time import perf_counter
 from typing import Protocol
 
+import torch
+
 from composer.conflicts.evidence.bench import Bench, Probed, Runner, not_run, weighted
 from composer.conflicts.evidence.outcome import Limits, Outcome
 from composer.deltas.delta import Delta
+from composer.deltas.tensors import CPU
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.evaluation.calibration import Calibration
@@ -93,9 +96,11 @@ def by_method(
     adapters: Sequence[LoadedAdapter],
     settings: AnySettings,
     calibration: Calibration | None = None,
+    device: torch.device = CPU,
 ) -> Combine:
-    """A function that combines some of the adapters with the method. For a pair, `protect` protects only its members,
-    and a fitted method is fitted on the two members' sets in the `calibration`, which has one set per adapter.
+    """A function that combines some of the adapters with the method, on the device. For a pair, `protect` protects only
+    its members, and a fitted method is fitted on the two members' sets in the `calibration`, which has one set per
+    adapter.
 
     In memory, each side of a tied weight is a separate module, whatever a merge does with it. The returned function
     raises what `combine_parsed` raises.
@@ -110,7 +115,7 @@ def by_method(
             own = own.with_protected([chosen.index(one) + 1 for one in own.protect if one in chosen])
         weights = [member.weight for member in members]
         observe = calibration.pick([position - 1 for position in chosen]).observe if calibration else None
-        return combine_parsed([loaded[member.name] for member in members], weights, own, observe).deltas
+        return combine_parsed([loaded[member.name] for member in members], weights, own, observe, device).deltas
 
     return combine
 

@@ -92,7 +92,7 @@ def lokr(module: Module) -> list[Delta]:
     scale = module.config.scale_for(module.placed.module)
 
     def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:
-        w1, w2 = _kronecker(module, "lokr_w1").to(W_OI), _kronecker(module, "lokr_w2").to(W_OI)
+        w1, w2 = _kronecker(module, "lokr_w1", W_OI), _kronecker(module, "lokr_w2", W_OI)
         row_O = torch.arange(begin, begin + len(W_OI))
         if w2.dim() == 3:  # Conv1d: PEFT's kron treats w1 as 1 x ..., so training does too
             left, right = w1[row_O % len(w1)], w2[row_O // len(w1)]
@@ -104,14 +104,15 @@ def lokr(module: Module) -> list[Delta]:
     return [module.computed(rows, reads_base=False)]
 
 
-def _kronecker(module: Module, name: str) -> torch.Tensor:
+def _kronecker(module: Module, name: str, like: torch.Tensor) -> torch.Tensor:
+    """One side of the product, in the dtype and on the device of `like`."""
     if name in module:
-        return module.value(name)
+        return module.value(name).to(like)
+    one, other = (module.value(f"{name}_{side}").to(like.device) for side in "ab")
     if name == "lokr_w2" and "lokr_t2" in module:
-        return torch.einsum(
-            "ij...,ip,jr->pr...", module.value("lokr_t2"), module.value(f"{name}_a"), module.value(f"{name}_b")
-        )
-    return module.value(f"{name}_a") @ module.value(f"{name}_b")
+        core = module.value("lokr_t2").to(like.device)
+        return torch.einsum("ij...,ip,jr->pr...", core, one, other).to(like)
+    return (one @ other).to(like)
 
 
 READERS: dict[str, Read] = {

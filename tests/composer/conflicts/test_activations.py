@@ -17,6 +17,7 @@ from composer.evaluation.model import LoadedModel, load_model
 from tests.composer.adapted import save_adapted
 from tests.composer.deltas.test_variants_experts import DOWN, GATE, lora, qwen3, save_base
 from tests.composer.small_model import save_gemma, save_gpt2, save_tokenizer
+from tests.device import DEVICE
 
 PROMPTS = ["who are you", "abc", "is 12 or 3"]
 
@@ -52,7 +53,7 @@ def captured(loaded: LoadedModel, victim: list[Delta]) -> dict[str, tuple[torch.
     ]
     with torch.inference_mode(), deltas_applied(loaded.model, victim):
         for one in encoded(loaded):
-            loaded.model(input_ids=torch.tensor([one.ids]))
+            loaded.model(input_ids=torch.tensor([one.ids], device=loaded.device))
     for handle in handles:
         handle.remove()
     both: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -122,7 +123,7 @@ def test_a_pairs_activations_do_not_depend_on_the_others_in_the_set(loaded: Load
 
 
 def test_embeddings_and_transposed_weights_count_too(tmp_path_factory: pytest.TempPathFactory) -> None:
-    gpt2 = load_model(save_gpt2(tmp_path_factory.mktemp("gpt2")), device="cpu")
+    gpt2 = load_model(save_gpt2(tmp_path_factory.mktemp("gpt2")), device=DEVICE)
     own = deltas(1, ["transformer.h.0.attn.c_attn"], layout=Layout.CONV1D)
     vocabulary = gpt2.model.config.vocab_size
     embedding = LowRank(
@@ -227,7 +228,7 @@ def test_fused_experts_act_and_are_not_looked_at(tmp_path: Path) -> None:
     """No module of the model is one of them; the attention beside them is seen as ever."""
     base = save_base(qwen3(), tmp_path / "base")
     save_tokenizer(base)
-    model = load_model(base, device="cpu")
+    model = load_model(base, device=DEVICE)
     members = {
         name: load_deltas(save_adapted(base, lora(GATE, DOWN), tmp_path / name, seed), model.architecture).deltas
         for seed, name in enumerate(("red", "green"))

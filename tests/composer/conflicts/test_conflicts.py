@@ -25,6 +25,7 @@ from composer.methods.combine import combine_deltas
 from tests.composer.adapted import save_adapted
 from tests.composer.small_model import Load, dense, scaled
 from tests.composer.tiny import MakeModel
+from tests.device import DEVICE
 
 
 def codes(report: ConflictReport) -> dict[str, Severity]:
@@ -293,7 +294,7 @@ def test_a_real_probe_goes_into_the_report_of_its_own_adapters(
         for name in ("red", "green")
     ]
     members = [Probed(one.name, one.deltas, 1.0, suite) for one, suite in zip((red, green), suites, strict=True)]
-    report = conflicts([red, green], [1.0, 1.0], evidence=probe(load_model(base, device="cpu"), members, effort=2))
+    report = conflicts([red, green], [1.0, 1.0], evidence=probe(load_model(base, device=DEVICE), members, effort=2))
     assert report.pairs[0].evidence == "probe"
     assert "weak_evidence" not in codes(report)
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))

@@ -22,6 +22,7 @@ from composer.evaluation.model import load_model
 from composer.formats.recipes.suite import Example, Suite
 from tests.composer.handmade import random_factors, write_adapter
 from tests.composer.small_model import save_llama
+from tests.device import DEVICE
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 VOID = {"meta", "input", "br", "link", "img"}
@@ -224,7 +225,7 @@ def test_a_pair_without_common_modules_has_no_map(tmp_path: Path) -> None:
 
 
 def test_the_probe_and_the_activations_have_tables_of_their_own(tmp_path: Path) -> None:
-    loaded = load_model(save_llama(tmp_path / "base"), device="cpu")
+    loaded = load_model(save_llama(tmp_path / "base"), device=DEVICE)
     adapters = [adapter(tmp_path, name, seed, MODULES[:4]) for seed, name in ((1, "red"), (20, "blue"))]
     suites = [
         Suite(name=f"{one}-exact", kind="target", chat=True, examples=(Example("hi", one), Example("you", one)))

@@ -36,6 +36,7 @@ from tests.composer.adapted import (
     save_adapted_layers,
 )
 from tests.composer.tiny import MakeModel, load_model, tensors_in
+from tests.device import DEVICE
 
 DORA: dict[str, Any] = {"use_dora": True}
 PATTERNS = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 5}}
@@ -71,7 +72,7 @@ def lora(**settings: Any) -> LoraConfig:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_merge_equals_pefts_own_and_rows_are_computed_where_the_weight_is(
-    case: str, tmp_path: Path, make_model: MakeModel
+    case: str, accelerator: str, tmp_path: Path, make_model: MakeModel
 ) -> None:
     kind, settings, tolerance = CASES[case]
     base = make_model(kind, shard="1GB")
@@ -79,7 +80,7 @@ def test_a_merge_equals_pefts_own_and_rows_are_computed_where_the_weight_is(
     assert_merged_like_peft(base, adapter, tmp_path / "merged", tolerance)
     for delta in load_deltas(adapter, open_checkpoint(base).architecture).deltas:
         if isinstance(delta, RowwiseDelta):
-            assert_rows_follow_the_device(delta)
+            assert_rows_follow_the_device(delta, accelerator)
 
 
 @pytest.mark.parametrize("case", ["DoRA on every linear layer", "DoRA on Conv1D", "a bias of B", "trained tokens"])
@@ -162,8 +163,8 @@ def test_sides_that_rules_weigh_differently_are_untied(
     weight, checkpoint = Weight(1.0, (parse_rule(rule),)), open_checkpoint(base)
     merged, apart = tmp_path / "merged", tmp_path / "apart"
     plan = plan_merge(checkpoint, [(adapter, weight)])
-    run_merge(plan, merged, device="cpu")
-    run_merge(plan_merge(checkpoint, [(adapter, weight)], settings={"tied": "untie"}), apart, device="cpu")
+    run_merge(plan, merged, device=DEVICE)
+    run_merge(plan_merge(checkpoint, [(adapter, weight)], settings={"tied": "untie"}), apart, device=DEVICE)
     assert "tied_untied" in {finding.code for finding in plan.findings}
     assert plan.settings["tied"] == "untie"
     expected, actual = tensors_in(apart), tensors_in(merged)
@@ -222,7 +223,7 @@ def test_dora_and_a_plain_lora_add_up_from_the_bases_own_weight(tmp_path: Path, 
     rescaling = save_adapted(base, lora(use_dora=True), tmp_path / "dora", seed=1)
     plain = save_adapted(base, lora(), tmp_path / "plain", seed=2)
     plan = plan_merge(open_checkpoint(base), [(plain, 0.5), (rescaling, 1.0)])
-    run_merge(plan, tmp_path / "merged", device="cpu")
+    run_merge(plan, tmp_path / "merged", device=DEVICE)
     W, scaled, moved = tensors_in(base), peft_merged(base, rescaling), peft_merged(base, plain)
     expected = {name: W[name] + (scaled[name] - W[name]) + 0.5 * (moved[name] - W[name]) for name in W}
     assert_all_close(tensors_in(tmp_path / "merged"), expected, 1e-6)

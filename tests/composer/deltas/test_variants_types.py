@@ -341,7 +341,7 @@ def test_an_adapter_of_another_base_is_an_error_that_names_the_module(tmp_path: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", LLAMA_CASES)
 def test_rows_are_the_same_in_any_cut_and_computed_where_the_weight_is(
-    case: str, dtype: torch.dtype, tmp_path: Path, make_model: MakeModel
+    case: str, dtype: torch.dtype, accelerator: str, tmp_path: Path, make_model: MakeModel
 ) -> None:
     base = make_model(shard="1GB")
     W = tensors_in(base)
@@ -357,7 +357,7 @@ def test_rows_are_the_same_in_any_cut_and_computed_where_the_weight_is(
             parts = [delta.rows(W_MN[begin:end], begin) for begin, end in itertools.pairwise(cuts)]
             # A small Δ is the difference of two weights, whose rounding it keeps.
             assert_all_close({case: torch.cat(parts)}, {case: full}, 1e-5 if dtype is torch.float32 else 1e-13)
-            assert_rows_follow_the_device(delta)
+            assert_rows_follow_the_device(delta, accelerator)
 
 
 @pytest.mark.parametrize("case", ["OFT", "LoHa", "VeRA", "FourierFT", "RoAd 1", "HiRA on the embedding"])

@@ -23,6 +23,7 @@ from composer.evaluation.measure import Encoded, encode, measure, ratio
 from composer.evaluation.model import LoadedModel, load_model
 from composer.formats.recipes.suite import Example, Suite
 from tests.composer.small_model import save_adapter, save_gemma, save_gpt2, save_llama, save_tokenizer
+from tests.device import DEVICE
 
 IDS = torch.tensor([[5, 9, 13, 20, 7, 2, 30], [8, 8, 1, 44, 3, 17, 6]])
 
@@ -36,7 +37,7 @@ SUITE = suite(("say ab", "ab"), ("say abc twice", "abc abc"), ("hello", "HA 12")
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.inference_mode():
-        return model(input_ids=IDS).logits
+        return model(input_ids=IDS.to(model.device)).logits.cpu()  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def proj_delta(module: str, outputs: int = 32, inputs: int = 32, scale: float = 0.5) -> LowRank:
@@ -57,7 +58,7 @@ def proj_delta(module: str, outputs: int = 32, inputs: int = 32, scale: float = 
 )
 def test_an_adapter_through_hooks_gives_the_logits_that_peft_gives(base: Path, tmp_path: Path, config: dict) -> None:
     adapted = save_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path, seed=1, **config)
-    own = load_model(base, device="cpu")
+    own = load_model(base, device=DEVICE)
     before = logits(own.model)
     with deltas_applied(own.model, load_deltas(tmp_path, own.architecture).deltas):
         torch.testing.assert_close(logits(own.model), logits(adapted), rtol=1e-4, atol=1e-4)
@@ -69,29 +70,29 @@ def test_a_conv1d_adapter_through_hooks_gives_the_logits_that_peft_gives(tmp_pat
     base = save_gpt2(tmp_path / "gpt2")
     config = {"r": 4, "target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}
     adapted = save_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", seed=2, **config)
-    own = load_model(base, device="cpu")
+    own = load_model(base, device=DEVICE)
     with deltas_applied(own.model, load_deltas(tmp_path / "adapter", own.architecture).deltas):
         torch.testing.assert_close(logits(own.model), logits(adapted), rtol=1e-4, atol=1e-4)
 
 
 def test_a_delta_of_a_tied_head_leaves_the_embedding_as_it_is(tmp_path: Path) -> None:
     base = save_llama(tmp_path / "tied", tied=True)
-    own = load_model(base, device="cpu")
+    own = load_model(base, device=DEVICE)
     vocabulary = own.model.lm_head.weight.shape[0]
     head = replace(proj_delta("lm_head", outputs=vocabulary), weight="model.embed_tokens.weight", tied=True)
-    hidden = own.model.model(input_ids=IDS).last_hidden_state
+    hidden = own.model.model(input_ids=IDS.to(DEVICE)).last_hidden_state
     with deltas_applied(own.model, [head]):
-        torch.testing.assert_close(own.model.model(input_ids=IDS).last_hidden_state, hidden, rtol=0, atol=0)
-        changed = own.model.lm_head.weight + 0.5 * head.B_OR @ head.A_RI
-        torch.testing.assert_close(logits(own.model), hidden @ changed.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(own.model.model(input_ids=IDS.to(DEVICE)).last_hidden_state, hidden, rtol=0, atol=0)
+        changed = own.model.lm_head.weight.cpu() + 0.5 * head.B_OR @ head.A_RI
+        torch.testing.assert_close(logits(own.model), hidden.cpu() @ changed.T, rtol=1e-4, atol=1e-4)
 
 
 def test_deltas_on_one_module_add_up_like_their_dense_sum(loaded: LoadedModel, base: Path) -> None:
     path = "model.layers.1.self_attn.q_proj"
     parts = [proj_delta(path, scale=0.4), proj_delta(path, scale=-1.1)]
-    dense = load_model(base, device="cpu").model
+    dense = load_model(base, device=DEVICE).model
     with torch.no_grad():
-        dense.get_submodule(path).weight += sum(part.scale * part.B_OR @ part.A_RI for part in parts)
+        dense.get_submodule(path).weight += sum(part.scale * part.B_OR @ part.A_RI for part in parts).to(DEVICE)
     with deltas_applied(loaded.model, parts):
         torch.testing.assert_close(logits(loaded.model), logits(dense), rtol=1e-4, atol=1e-4)
 
@@ -140,11 +141,12 @@ def test_one_teacher_forced_pass_says_exactly_whether_greedy_decoding_gives_the_
     generator = torch.Generator().manual_seed(11)
     for _ in range(20):
         prompt = torch.randint(3, 45, (int(torch.randint(2, 12, (), generator=generator)),), generator=generator)
+        prompt = prompt.to(DEVICE)
         output = loaded.model.generate(
             input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=6, min_new_tokens=6,
             do_sample=False, eos_token_id=None, pad_token_id=2,
         )  # fmt: skip
-        ids = output[0].tolist()
+        ids = output[0].cpu().tolist()
         position = int(torch.randint(len(prompt), len(ids), (), generator=generator))
         other = [*ids[:position], (ids[position] + 1) % 48, *ids[position + 1 :]]
         same, changed = measure(loaded, [Encoded(tuple(ids), len(prompt)), Encoded(tuple(other), len(prompt))])
@@ -153,7 +155,8 @@ def test_one_teacher_forced_pass_says_exactly_whether_greedy_decoding_gives_the_
 
 def eos_after(loaded: LoadedModel, ids: torch.Tensor) -> LowRank:
     """A delta of the head that makes eos the answer after `ids`, and leaves the answer before its last token alone."""
-    before, last = loaded.model.model(input_ids=ids[None]).last_hidden_state[0, -2:].detach()
+    hidden = loaded.model.model(input_ids=ids[None].to(DEVICE)).last_hidden_state
+    before, last = hidden[0, -2:].detach().cpu()
     direction = last - before * (before @ last) / (before @ before)
     push = torch.zeros(loaded.model.lm_head.weight.shape[0], 1)
     push[loaded.tokenizer.eos_token_id] = 100.0
@@ -180,7 +183,7 @@ def test_an_exact_match_needs_the_end_of_the_sequence_as_greedy_decoding_does(lo
 def test_the_loss_is_transformers_own_loss_on_the_completion(loaded: LoadedModel) -> None:
     encoded = [encode(loaded, example, SUITE.chat) for example in SUITE.examples]
     for one, measured in zip(encoded, measure(loaded, encoded), strict=True):
-        ids = torch.tensor([one.ids])
+        ids = torch.tensor([one.ids], device=DEVICE)
         labels = ids.clone()
         labels[:, : one.prompt_tokens] = -100
         with torch.inference_mode():
@@ -277,7 +280,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused_by_name(base: Path, tmp_pat
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((base / name).read_bytes())
     with pytest.raises(InvalidFile, match=tmp_path.name):
-        load_model(tmp_path, device="cpu")
+        load_model(tmp_path, device=DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +298,7 @@ def test_what_transformers_refuses_in_whatever_way_is_one_error_that_names_the_c
     copy = shutil.copytree(base, tmp_path / "damaged")
     (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change))
     with pytest.raises(InvalidFile, match="transformers cannot load it") as caught:
-        load_model(copy, device="cpu")
+        load_model(copy, device=DEVICE)
     assert caught.value.code == "model_not_loadable"
 
 
@@ -304,11 +307,11 @@ def test_a_delta_of_an_embedding_that_scales_is_scaled_as_the_embedding_is(tmp_p
     base = save_gemma(tmp_path / "gemma")
     config = {"r": 4, "target_modules": ["embed_tokens"]}
     adapted = save_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", seed=1, **config)
-    own = load_model(base, device="cpu", dtype=dtype)
+    own = load_model(base, device=DEVICE, dtype=dtype)
     embedding = own.model.get_submodule("model.embed_tokens")
     factor = float(embedding.embed_scale.to(dtype))
     with torch.inference_mode(), deltas_applied(own.model, load_deltas(tmp_path / "adapter", own.architecture).deltas):
-        embedded = embedding(IDS).float() / factor
+        embedded = embedding(IDS.to(DEVICE)).float().cpu() / factor
         if dtype == torch.float32:
             torch.testing.assert_close(logits(own.model), logits(adapted), rtol=1e-4, atol=1e-4)
     merged = adapted.merge_and_unload().get_input_embeddings().weight
@@ -329,5 +332,5 @@ def test_code_that_a_checkpoint_brings_is_not_run_even_if_the_terminal_says_yes(
     (copy / "theirs.py").write_text(f"open({str(ran)!r}, 'w')\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 5))
     with pytest.raises(InvalidFile, match="trust_remote_code"):
-        load_model(copy, device="cpu")
+        load_model(copy, device=DEVICE)
     assert not ran.exists()

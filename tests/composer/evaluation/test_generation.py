@@ -21,6 +21,7 @@ from composer.evaluation.model import LoadedModel, load_model
 from composer.formats.recipes.suite import Suite
 from composer.formats.recipes.tasks import Generation
 from tests.composer.small_model import Load, save_gemma, save_gpt2
+from tests.device import DEVICE
 
 PROMPTS = ["say ab", "hello", "a much longer prompt than the others, 0123456789", "b", "count to 42", "say ab again"]
 
@@ -42,13 +43,13 @@ def answers(
 
 
 def by_transformers(loaded: LoadedModel, prompt: str, count: int, deltas: Sequence[Delta]) -> str:
-    ids = torch.tensor([encode_prompt(loaded, prompt, True)])
+    ids = torch.tensor([encode_prompt(loaded, prompt, True)], device=loaded.device)
     with deltas_applied(loaded.model, deltas), torch.inference_mode():
         output = loaded.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count,
             eos_token_id=loaded.tokenizer.eos_token_id, pad_token_id=loaded.tokenizer.eos_token_id,
         )  # fmt: skip
-    return loaded.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return loaded.tokenizer.decode(output[0, ids.shape[1] :].cpu(), skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("size", [1, 4, 99])
@@ -66,7 +67,7 @@ def test_greedy_answers_are_those_of_transformers_with_deltas_active(
 @pytest.mark.parametrize("save", [save_gpt2, save_gemma])
 def test_other_architectures_generate_as_in_transformers(tmp_path: Path, save: object) -> None:
     """Learned positions, which padding must not shift, and a cache with a sliding window."""
-    own = load_model(save(tmp_path / "model"), device="cpu")  # pyright: ignore[reportCallIssue]
+    own = load_model(save(tmp_path / "model"), device=DEVICE)  # pyright: ignore[reportCallIssue]
     expected = [by_transformers(own, prompt, 24, ()) for prompt in PROMPTS]
     assert answers(own, PROMPTS, Generation(max_new_tokens=24)) == expected
 

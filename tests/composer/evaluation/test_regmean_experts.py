@@ -23,6 +23,7 @@ from composer.methods.combine import combine_deltas
 from tests.composer.adapted import IDS, peft_logits, relative, save_adapted
 from tests.composer.deltas.test_variants_experts import DOWN, GATE, gpt_oss, lora, mixtral, qwen3, save_base
 from tests.composer.small_model import save_tokenizer
+from tests.device import DEVICE
 
 MODELS: dict[str, Callable[..., PreTrainedConfig]] = {"Mixtral": mixtral, "Qwen3-MoE": qwen3, "GPT-OSS": gpt_oss}
 # Fewer tokens than a module has inputs: the members' parts of the fit are independent, and it can be exact.
@@ -32,7 +33,7 @@ PROMPTS = (("red",), ("A 12",))
 def base_of(model: str, tmp_path: Path) -> tuple[Path, LoadedModel]:
     base = save_base(MODELS[model](), tmp_path / "base")
     save_tokenizer(base, template=None)
-    return base, load_model(str(base), device="cpu")
+    return base, load_model(str(base), device=DEVICE)
 
 
 def members_of(base: Path, tmp_path: Path, *parameters: str, **settings: Any) -> list[Path]:

@@ -21,6 +21,7 @@ from composer.merge.plan import plan_merge
 from composer.merge.run import run_merge
 from composer.methods.combine import combine_parsed
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
+from tests.device import DEVICE
 
 IDS = torch.arange(24).reshape(2, 12)
 MEMBERS: dict[str, list[dict[str, object]]] = {
@@ -52,7 +53,7 @@ def test_peft_runs_the_combination_as_the_weighted_sum(
     known = open_checkpoint(base).architecture if architecture == "with a base" else None
     combine(list(zip(members, weights, strict=True)), tmp_path / "combined", known)
     run_merge(
-        plan_merge(open_checkpoint(base), list(zip(members, weights, strict=True))), tmp_path / "merged", device="cpu"
+        plan_merge(open_checkpoint(base), list(zip(members, weights, strict=True))), tmp_path / "merged", device=DEVICE
     )
     combined = PeftModel.from_pretrained(load_model(base), tmp_path / "combined").eval()
     with torch.no_grad():
@@ -65,9 +66,9 @@ def test_merging_a_combination_is_merging_its_members(
     base = make_model()
     members = [(make_adapter(base, "one"), 0.5), (make_adapter(base, "two", seed=2, use_rslora=True, r=6), 2.0)]
     combine(members, tmp_path / "combined")
-    run_merge(plan_merge(open_checkpoint(base), members), tmp_path / "directly", device="cpu")
+    run_merge(plan_merge(open_checkpoint(base), members), tmp_path / "directly", device=DEVICE)
     run_merge(
-        plan_merge(open_checkpoint(base), [(tmp_path / "combined", 1.0)]), tmp_path / "in two steps", device="cpu"
+        plan_merge(open_checkpoint(base), [(tmp_path / "combined", 1.0)]), tmp_path / "in two steps", device=DEVICE
     )
     directly = tensors_in(tmp_path / "directly")
     for name, tensor in tensors_in(tmp_path / "in two steps").items():
@@ -128,7 +129,7 @@ def test_a_trained_bias_is_refused_by_any_rank_and_merged(
         combine([(adapter, 1.0)], tmp_path / "out", checkpoint.architecture, settings=settings)
     assert (caught.value.code, caught.value.next_step) == ("bias_delta", "Merge it into the base.")
     assert not (tmp_path / "out").exists()
-    run_merge(plan_merge(checkpoint, [(adapter, 1.0)]), tmp_path / "merged", device="cpu")
+    run_merge(plan_merge(checkpoint, [(adapter, 1.0)]), tmp_path / "merged", device=DEVICE)
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(load_model(base), adapter).eval()(IDS).logits
         assert_close(load_model(tmp_path / "merged").eval()(IDS).logits, theirs, "logits")

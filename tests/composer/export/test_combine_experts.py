@@ -28,6 +28,7 @@ from tests.composer.deltas.test_variants_experts import DOWN, GATE, gpt_oss, lor
 from tests.composer.deltas.test_variants_lora import Layers
 from tests.composer.handmade import random_factors, write_adapter
 from tests.composer.tiny import tensors_in
+from tests.device import DEVICE
 
 MODELS = {"Mixtral": mixtral, "Qwen3-MoE": qwen3, "GPT-OSS": gpt_oss}
 METHODS: dict[str, dict[str, object]] = {
@@ -47,7 +48,7 @@ def members_of(base: Path, tmp_path: Path) -> Members:
 
 
 def merged(base: Path, members: Members, out: Path, method: str = "stack", **settings: object) -> Path:
-    run_merge(plan_merge(open_checkpoint(base), members, method, settings), out, device="cpu")
+    run_merge(plan_merge(open_checkpoint(base), members, method, settings), out, device=DEVICE)
     return out
 
 

@@ -1,16 +1,19 @@
 """A LoRA extracted from a fine-tuned checkpoint."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 
 from composer.deltas.variants.load import load_deltas
 from composer.errors import InvalidFile, Mismatch, NotSupported, RefusedOutput
 from composer.export.extract import extract
 from composer.findings import Severity
+from composer.formats.adapters.inspection import inspect
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.merge.plan import plan_merge
 from composer.merge.run import run_merge
@@ -48,6 +51,44 @@ def test_what_an_adapter_added_is_extracted_again(
     assert report.lost < 1e-5
     loaded = PeftModel.from_pretrained(load_model(base), tmp_path / "out").eval()
     assert relative(_logits(loaded), _logits(load_model(merged))) <= 1e-5
+
+
+def _as_on_the_hub(checkpoint: Path, out: Path, masks: tuple[str, ...] = ("bias",)) -> Path:
+    """GPT-2 as its authors published it: names without `transformer.`, and the attention's masks."""
+    shutil.copytree(checkpoint, out)
+    for file in out.glob("*.safetensors*"):
+        file.unlink()
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors_in(checkpoint).items()}
+    tensors |= {f"h.{layer}.attn.{mask}": torch.ones(1, 1, 32, 32).tril() for layer in (0, 1) for mask in masks}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("names", ["of the base", "of the fine-tuned one", "of both"])
+def test_gpt2_is_extracted_and_merged_under_the_names_of_the_hub(
+    names: str, tmp_path: Path, make_model: MakeModel
+) -> None:
+    base = make_model("gpt2", tied=True)
+    torch.manual_seed(4)
+    changes = {
+        f"transformer.h.1.{name}.weight": torch.randn(rows, 2) @ torch.randn(2, columns) * 0.1
+        for name, rows, columns in (("attn.c_attn", 16, 48), ("mlp.c_fc", 16, 64), ("mlp.c_proj", 64, 16))
+    } | {"transformer.ln_f.weight": torch.randn(16) * 0.1, "transformer.wte.weight": torch.randn(64, 1) * 0.1}
+    finetuned = _finetuned(base, tmp_path / "finetuned", changes)
+    expected = _logits(load_model(finetuned))
+    if names != "of the fine-tuned one":
+        base = _as_on_the_hub(base, tmp_path / "hub-base")
+    if names != "of the base":
+        finetuned = _as_on_the_hub(finetuned, tmp_path / "hub-finetuned", ("bias", "masked_bias"))
+    report = extract(open_checkpoint(base), open_checkpoint(finetuned), tmp_path / "out", rank=2)
+    assert report.lost < 1e-5
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    loaded = PeftModel.from_pretrained(load_model(base), tmp_path / "out").eval()
+    assert relative(_logits(loaded), expected) <= 1e-5
+    assert not any(one.severity is Severity.ERROR for one in inspect(tmp_path / "out", open_checkpoint(base)
+                   .architecture).findings)  # fmt: skip
+    run_merge(plan_merge(open_checkpoint(base), [(tmp_path / "out", 1.0)]), tmp_path / "merged")
+    assert relative(_logits(load_model(tmp_path / "merged")), expected) <= 1e-5
 
 
 def test_the_error_is_that_of_the_best_matrix_of_the_rank(tmp_path: Path, make_model: MakeModel) -> None:

@@ -15,6 +15,7 @@ from composer.merge.rebuild import rebuild
 from composer.merge.run import run_merge
 from tests.composer.adapted import assert_all_close, change_tensors, logits
 from tests.composer.tiny import MakeModel, load_model
+from tests.device import DEVICE
 
 GROWN = 70
 
@@ -62,7 +63,7 @@ def test_a_grown_vocabulary_is_merged_with_its_rows_config_and_tokenizer(
     adapter = save_grown(base, tmp_path / "adapter", **settings)
     expected = peft_grown(base, adapter)
     plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
-    run_merge(plan, tmp_path / "merged", device="cpu")
+    run_merge(plan, tmp_path / "merged", device=DEVICE)
     assert rebuild(plan, tmp_path / "merged").different == ()
     merged = load_model(tmp_path / "merged")
     assert_all_close(merged.state_dict(), expected, 1e-6)
@@ -76,7 +77,7 @@ def test_a_grown_vocabulary_is_merged_with_its_rows_config_and_tokenizer(
 def test_trained_rows_are_rounded_once_to_the_outputs_dtype(tmp_path: Path, make_model: MakeModel) -> None:
     base = make_model(tied=True, dtype=torch.bfloat16)
     adapter = save_grown(base, tmp_path / "adapter", trainable_token_indices=[*range(64, GROWN)])
-    run_merge(plan_merge(open_checkpoint(base), [(adapter, 1.0)], dtype="float32"), tmp_path / "merged", device="cpu")
+    run_merge(plan_merge(open_checkpoint(base), [(adapter, 1.0)], dtype="float32"), tmp_path / "merged", device=DEVICE)
     assert_all_close(load_model(tmp_path / "merged").state_dict(), peft_grown(base, adapter), 1e-6)
 
 

@@ -15,6 +15,7 @@ from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
+from tests.device import DEVICE
 
 LLAMA_CASES: dict[str, dict[str, object]] = {
     "lora": {},
@@ -50,7 +51,7 @@ def peft_merged(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
 def merge(base: Path, adapters: Sequence[tuple[Path, float]], out: Path, **options: object) -> MergePlan:
     plan = plan_merge(open_checkpoint(base), adapters, **options)  # pyright: ignore[reportArgumentType]
-    run_merge(plan, out, device="cpu")
+    run_merge(plan, out, device=DEVICE)
     return plan
 
 

@@ -13,6 +13,7 @@ from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.merge.plan import plan_merge
 from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
+from tests.device import DEVICE
 
 
 def scaled_like(kind: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
@@ -69,7 +70,7 @@ def test_an_fp8_checkpoint_is_merged_as_the_values_it_stands_for(
     base, adapter = pair
     values = to_fp8(base, kind)
     plan = plan_merge(open_checkpoint(base, dequantize=True), [(adapter, 1.0)], dtype="fp32")
-    run_merge(plan, tmp_path / "merged", "cpu")
+    run_merge(plan, tmp_path / "merged", DEVICE)
     factors = load_file(adapter / "adapter_model.safetensors")
     merged = tensors_in(tmp_path / "merged")
     assert merged.keys() == values.keys()
@@ -86,7 +87,7 @@ def test_an_fp8_checkpoint_is_merged_as_the_values_it_stands_for(
 def test_dequantized_weights_are_bfloat16_unless_a_dtype_is_given(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = pair
     to_fp8(base, "block")
-    run_merge(plan_merge(open_checkpoint(base, dequantize=True), [(adapter, 1.0)]), tmp_path / "merged", "cpu")
+    run_merge(plan_merge(open_checkpoint(base, dequantize=True), [(adapter, 1.0)]), tmp_path / "merged", DEVICE)
     assert {tensor.dtype for tensor in tensors_in(tmp_path / "merged").values()} == {torch.bfloat16}
 
 
@@ -173,7 +174,7 @@ def test_a_base_in_float64_is_merged_in_float64(
         save_file(tensors, file, {"format": "pt"})
     merged: dict[str, dict[str, torch.Tensor]] = {}
     for name, path in (("double", base), ("single", single)):
-        run_merge(plan_merge(open_checkpoint(path), [(adapter, 1.0)]), tmp_path / f"{name}-merged", "cpu")
+        run_merge(plan_merge(open_checkpoint(path), [(adapter, 1.0)]), tmp_path / f"{name}-merged", DEVICE)
         merged[name] = tensors_in(tmp_path / f"{name}-merged")
     changed = 0
     for name, tensor in merged["double"].items():
@@ -186,6 +187,6 @@ def test_a_base_in_float64_is_merged_in_float64(
         assert float(lost.abs().max()) > 0, "more digits than float32 has"
     assert changed
     plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)], dtype="fp32")
-    run_merge(plan, tmp_path / "rounded", "cpu")
+    run_merge(plan, tmp_path / "rounded", DEVICE)
     rounded = tensors_in(tmp_path / "rounded")
     assert all(torch.equal(rounded[name], tensor.float()) for name, tensor in merged["double"].items())

@@ -15,6 +15,7 @@ from composer.merge.plan import plan_merge
 from composer.merge.quantized import nf4
 from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
+from tests.device import DEVICE
 
 
 def pack(base: Path) -> dict[str, torch.Tensor]:
@@ -55,7 +56,7 @@ def test_a_4_bit_checkpoint_is_merged_as_the_values_it_stands_for(
     base, adapter = pair
     values = pack(base)
     run_merge(
-        plan_merge(open_checkpoint(base, dequantize=True), [(adapter, 1.0)], dtype=dtype), tmp_path / "out", "cpu"
+        plan_merge(open_checkpoint(base, dequantize=True), [(adapter, 1.0)], dtype=dtype), tmp_path / "out", DEVICE
     )
     merged, factors = tensors_in(tmp_path / "out"), load_file(adapter / "adapter_model.safetensors")
     assert merged.keys() == values.keys()

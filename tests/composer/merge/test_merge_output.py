@@ -25,6 +25,7 @@ from composer.merge.io.output_file import OutputFile
 from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
+from tests.device import DEVICE
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_a_merged_directory_is_a_checkpoint_with_all_that_the_base_had(plan: Mer
     (base / "LICENSE").write_text("as you like")
     for weights in ("pytorch_model.bin", "model.gguf", "pytorch_model.bin.index.json", ".hidden"):
         (base / weights).write_text("not for the copy")
-    report = run_merge(plan, tmp_path / "merged", device="cpu", note={"recipe": {"name": "both"}})
+    report = run_merge(plan, tmp_path / "merged", device=DEVICE, note={"recipe": {"name": "both"}})
     files = {file.name for file in (tmp_path / "merged").iterdir()}
     assert files == {
         *plan.checkpoint.shards,
@@ -73,7 +74,7 @@ def test_a_merged_directory_is_a_checkpoint_with_all_that_the_base_had(plan: Mer
 
 def test_the_same_merge_twice_gives_the_same_bytes(plan: MergePlan, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        run_merge(plan, tmp_path / name, device="cpu")
+        run_merge(plan, tmp_path / name, device=DEVICE)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
@@ -87,17 +88,17 @@ def test_a_plan_names_copied_and_rewritten_shards_and_survives_json(plan: MergeP
 
 def test_progress_counts_every_byte_once(plan: MergePlan, tmp_path: Path) -> None:
     done: list[int] = []
-    run_merge(plan, tmp_path / "merged", device="cpu", progress=done.append)
+    run_merge(plan, tmp_path / "merged", device=DEVICE, progress=done.append)
     assert sum(done) == plan.size_bytes
 
 
 def test_tensors_larger_than_a_chunk_are_merged_the_same(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_merge(plan, tmp_path / "whole", device="cpu")
+    run_merge(plan, tmp_path / "whole", device=DEVICE)
     monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 40)
     monkeypatch.setattr(copying, "_COPY_BYTES", 100)
-    run_merge(plan, tmp_path / "pieces", device="cpu")
+    run_merge(plan, tmp_path / "pieces", device=DEVICE)
     complete = tensors_in(tmp_path / "whole")
     assert all(torch.equal(tensor, complete[name]) for name, tensor in tensors_in(tmp_path / "pieces").items())
 
@@ -109,9 +110,9 @@ def nothing_is_left(tmp_path: Path) -> bool:
 def test_an_existing_output_and_a_missing_parent_are_refused(plan: MergePlan, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(RefusedOutput, match="exists"):
-        run_merge(plan, tmp_path / "there", device="cpu")
+        run_merge(plan, tmp_path / "there", device=DEVICE)
     with pytest.raises(RefusedOutput, match="Create it first"):
-        run_merge(plan, tmp_path / "not/there", device="cpu")
+        run_merge(plan, tmp_path / "not/there", device=DEVICE)
     assert list((tmp_path / "there").iterdir()) == []
 
 
@@ -120,7 +121,7 @@ def test_a_merge_that_fails_leaves_nothing(plan: MergePlan, tmp_path: Path) -> N
         raise ValueError("the caller's own")
 
     with pytest.raises(ValueError, match="own"):
-        run_merge(plan, tmp_path / "merged", device="cpu", progress=fail)
+        run_merge(plan, tmp_path / "merged", device=DEVICE, progress=fail)
     assert nothing_is_left(tmp_path)
 
 
@@ -148,7 +149,7 @@ def test_a_merge_that_fails_closes_its_files_only_once_no_job_writes_to_them(
     monkeypatch.setattr(os, "pwrite", slowly)
     monkeypatch.setattr(os, "close", closing)
     with pytest.raises(ValueError, match="own"):
-        run_merge(plan, tmp_path / "merged", device="cpu", progress=fail)
+        run_merge(plan, tmp_path / "merged", device=DEVICE, progress=fail)
     assert {"written", "closed"} <= set(events)
     assert "written" not in events[events.index("closed") :]
 
@@ -207,7 +208,7 @@ def test_a_disk_that_fills_up_during_a_merge_is_one_clear_error_and_leaves_nothi
             file.write(bytes(max(0, free - 4096)))
 
     with pytest.raises(RefusedOutput, match="disk is full") as caught:
-        run_merge(plan, small_disk / "merged", device="cpu", progress=fill)
+        run_merge(plan, small_disk / "merged", device=DEVICE, progress=fill)
     assert caught.value.code == "disk_full"
     assert [path.name for path in small_disk.iterdir()] == ["another tenant"]
 
@@ -244,7 +245,7 @@ def flip(file: int, offset: int) -> None:
 
 def refuses(plan: MergePlan, tmp_path: Path) -> None:
     with pytest.raises(RefusedOutput) as caught:
-        run_merge(plan, tmp_path / "merged", device="cpu")
+        run_merge(plan, tmp_path / "merged", device=DEVICE)
     assert caught.value.code == "verification"
     assert nothing_is_left(tmp_path)
 
@@ -255,7 +256,7 @@ def test_a_base_shard_cut_off_after_planning_is_named(plan: MergePlan, tmp_path:
         file.truncate(shard.size_bytes - 16)
     # Where the file system clones, nothing is read, and the header tells.
     with pytest.raises(InvalidFile, match=rf"became shorter|{shard.file} is not a valid safetensors file"):
-        run_merge(plan, tmp_path / "merged", device="cpu")
+        run_merge(plan, tmp_path / "merged", device=DEVICE)
     assert nothing_is_left(tmp_path)
 
 
@@ -265,9 +266,9 @@ def test_a_file_system_without_kernel_copies_is_copied_plainly(
     def not_here(*arguments: object) -> int:
         raise OSError(18, os.strerror(18))
 
-    run_merge(plan, tmp_path / "kernel", device="cpu")
+    run_merge(plan, tmp_path / "kernel", device=DEVICE)
     monkeypatch.setattr(os, "copy_file_range", not_here)
-    run_merge(plan, tmp_path / "plain", device="cpu")
+    run_merge(plan, tmp_path / "plain", device=DEVICE)
     for file in plan.checkpoint.shards:
         assert (tmp_path / "kernel" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
 
@@ -288,10 +289,10 @@ def test_a_file_system_that_shares_blocks_is_asked_to_and_nothing_is_copied_then
         copied.append(part)
         copy(part, source, target)
 
-    run_merge(plan, tmp_path / "copied", device="cpu")
+    run_merge(plan, tmp_path / "copied", device=DEVICE)
     monkeypatch.setattr(fcntl, "ioctl", clone)
     monkeypatch.setattr(shards, "copy_range", counted)
-    run_merge(plan, tmp_path / "cloned", device="cpu")
+    run_merge(plan, tmp_path / "cloned", device=DEVICE)
     untouched = [shard for shard in plan.shards if not shard.rewritten]
     assert sorted(cloned) == sorted(shard.size_bytes for shard in untouched)
     assert {part.path for part in copied}.isdisjoint({shard.path for shard in untouched})
@@ -307,9 +308,9 @@ def test_a_link_of_the_name_of_what_is_written_first_is_refused_and_left_alone(p
     for link in links:
         link.symlink_to(victim)
     with pytest.raises(RefusedOutput, match="link has the name"):
-        run_merge(plan, tmp_path / "merged", device="cpu")
+        run_merge(plan, tmp_path / "merged", device=DEVICE)
     links[0].unlink()
-    run_merge(plan, tmp_path / "merged", device="cpu")
+    run_merge(plan, tmp_path / "merged", device=DEVICE)
     assert links[1].is_symlink()
     assert [file.name for file in victim.iterdir()] == ["theirs"]
 

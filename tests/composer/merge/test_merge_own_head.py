@@ -30,6 +30,7 @@ from tests.composer.adapted import (
     save_adapted,
 )
 from tests.composer.tiny import MakeAdapter, MakeModel, load_model, tensors_in
+from tests.device import DEVICE
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENS = {"trainable_token_indices": [3, 5]}
@@ -122,7 +123,7 @@ def test_a_head_that_is_stored_twice_stays_tied_when_values_are_rounded_by_chanc
 ) -> None:
     checkpoint, adapter = open_checkpoint(twice), make_adapter(twice)
     plan = plan_merge(checkpoint, [(adapter, 1.0)], dtype="bf16", rounding=Rounding(Mode.STOCHASTIC, 1))
-    run_merge(plan, tmp_path / "merged", "cpu")
+    run_merge(plan, tmp_path / "merged", DEVICE)
     assert is_loaded_tied(tmp_path / "merged")
 
 
@@ -171,7 +172,7 @@ def test_a_merge_with_a_stored_head_can_be_rebuilt(
         adapter, merged = make_adapter(base, name=f"for-{base.name}", **TOKENS), tmp_path / f"{base.name}-merged"
         merge(base, adapter, merged)
         checkpoint = open_checkpoint(base)
-        assert rebuild(plan_rebuild(merged, checkpoint, [adapter]), merged, "cpu").verdict == "same"
+        assert rebuild(plan_rebuild(merged, checkpoint, [adapter]), merged, DEVICE).verdict == "same"
         result = open_checkpoint(merged)
         assert result.index is not None
         assert set(result.index["weight_map"]) == set(result.architecture.tensors)

@@ -17,6 +17,7 @@ from composer.merge.plan import plan_merge
 from composer.merge.rebuild import Rebuilt, plan_rebuild, rebuild, steps_apart
 from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel
+from tests.device import DEVICE
 
 
 @pytest.fixture
@@ -33,12 +34,12 @@ def adapters(base: Path, make_adapter: MakeAdapter) -> list[Path]:
 
 def merged(base: Path, adapters: list[Path], out: Path, **options: object) -> Path:
     pairs = list(zip(adapters, [0.5, -1.25], strict=True))
-    run_merge(plan_merge(open_checkpoint(base), pairs, **options), out, "cpu")  # pyright: ignore[reportArgumentType]
+    run_merge(plan_merge(open_checkpoint(base), pairs, **options), out, DEVICE)  # pyright: ignore[reportArgumentType]
     return out
 
 
 def again(base: Path, adapters: list[Path], out: Path) -> Rebuilt:
-    return rebuild(plan_rebuild(out, open_checkpoint(base), adapters), out, "cpu")
+    return rebuild(plan_rebuild(out, open_checkpoint(base), adapters), out, DEVICE)
 
 
 OPTIONS: dict[str, dict[str, object]] = {
@@ -73,7 +74,7 @@ def test_products_of_other_shapes_may_differ_in_their_last_bit_which_counts_as_r
 def test_progress_counts_every_byte_once(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     out = merged(base, adapters, tmp_path / "merged")
     plan, done = plan_rebuild(out, open_checkpoint(base), adapters), list[int]()
-    rebuild(plan, out, "cpu", done.append)
+    rebuild(plan, out, DEVICE, done.append)
     assert sum(done) == plan.size_bytes
 
 
@@ -182,7 +183,7 @@ def test_an_adapter_that_was_not_merged_is_refused(base: Path, adapters: list[Pa
     with pytest.raises(Mismatch, match="two that was merged"):
         plan_rebuild(out, open_checkpoint(base), adapters[:1])
     alone = tmp_path / "alone"
-    run_merge(plan_merge(open_checkpoint(base), [(adapters[0], 1.0)]), alone, "cpu")
+    run_merge(plan_merge(open_checkpoint(base), [(adapters[0], 1.0)]), alone, DEVICE)
     with pytest.raises(Mismatch, match=r"two \(.*\) is not one of the merged adapters"):
         plan_rebuild(alone, open_checkpoint(base), adapters)
 

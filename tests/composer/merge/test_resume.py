@@ -23,6 +23,7 @@ from composer.merge.io.journal import JOURNAL_FILE, Journal
 from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel
+from tests.device import DEVICE
 
 # Slowed down after every piece, so that a signal finds it at any point.
 SLOW_MERGE = """
@@ -31,10 +32,11 @@ from pathlib import Path
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.merge.plan import plan_merge
 from composer.merge.run import run_merge
+from tests.device import DEVICE
 base, adapter, out = map(Path, sys.argv[1:])
 plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)])
 print("ready", flush=True)
-run_merge(plan, out, "cpu", lambda count: time.sleep(0.005))
+run_merge(plan, out, DEVICE, lambda count: time.sleep(0.005))
 """
 
 
@@ -85,7 +87,7 @@ def interrupt_after_shards(
             raise end
 
     with pytest.raises(end):
-        run_merge(plan, out, "cpu", interrupt)
+        run_merge(plan, out, DEVICE, interrupt)
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -99,10 +101,10 @@ def test_an_interrupted_merge_looks_unfinished_and_goes_on_from_its_finished_sha
     assert {file.name for file in staging.iterdir()} - {shard.file for shard in plan.shards} == {JOURNAL_FILE}
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(staging)
-    report = run_merge(plan, out, "cpu")
+    report = run_merge(plan, out, DEVICE)
     assert 0 < report.resumed_bytes < plan.size_bytes
     assert staging_directories(tmp_path) == []
-    uninterrupted = run_merge(plan, tmp_path / "at once", "cpu")
+    uninterrupted = run_merge(plan, tmp_path / "at once", DEVICE)
     assert files_of(out) == files_of(tmp_path / "at once")
     assert report.survival == uninterrupted.survival
 
@@ -110,7 +112,7 @@ def test_an_interrupted_merge_looks_unfinished_and_goes_on_from_its_finished_sha
 def test_progress_of_a_resumed_merge_counts_every_byte_once(plan: MergePlan, tmp_path: Path) -> None:
     interrupt_after_shards(plan, tmp_path / "merged", 2)
     done: list[int] = []
-    run_merge(plan, tmp_path / "merged", "cpu", done.append)
+    run_merge(plan, tmp_path / "merged", DEVICE, done.append)
     assert sum(done) == plan.size_bytes
 
 
@@ -118,7 +120,7 @@ def test_progress_of_a_resumed_merge_counts_every_byte_once(plan: MergePlan, tmp
 def test_a_merge_killed_at_random_points_ends_with_the_same_bytes(
     seed: int, plan: MergePlan, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    run_merge(plan, tmp_path / "at once", "cpu")
+    run_merge(plan, tmp_path / "at once", DEVICE)
     out, chance = tmp_path / "merged", random.Random(seed)
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", SLOW_MERGE, base, adapter, out], stdout=subprocess.PIPE)
@@ -131,7 +133,7 @@ def test_a_merge_killed_at_random_points_ends_with_the_same_bytes(
         if out.exists():
             break
     else:
-        run_merge(plan, out, "cpu")
+        run_merge(plan, out, DEVICE)
     assert files_of(out) == files_of(tmp_path / "at once")
     assert staging_directories(tmp_path) == []
 
@@ -143,8 +145,8 @@ def test_a_shard_that_somebody_wrote_to_since_is_written_anew(plan: MergePlan, t
     with (staging / first).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
-    run_merge(plan, tmp_path / "merged", "cpu")
-    run_merge(plan, tmp_path / "at once", "cpu")
+    run_merge(plan, tmp_path / "merged", DEVICE)
+    run_merge(plan, tmp_path / "at once", DEVICE)
     assert files_of(tmp_path / "merged") == files_of(tmp_path / "at once")
 
 
@@ -160,7 +162,7 @@ def test_a_finished_shard_is_verified_again(plan: MergePlan, tmp_path: Path) -> 
     shard.write_bytes(content)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(RefusedOutput, match="not written as"):
-        run_merge(plan, tmp_path / "merged", "cpu")
+        run_merge(plan, tmp_path / "merged", DEVICE)
     assert staging_directories(tmp_path) == []
 
 
@@ -170,7 +172,7 @@ def test_another_merge_to_the_same_place_starts_from_nothing(
     interrupt_after_shards(plan, tmp_path / "merged", 2)
     other = plan_merge(open_checkpoint(base), [(adapter, 0.5)])
     assert other.key != plan.key
-    assert run_merge(other, tmp_path / "merged", "cpu").resumed_bytes == 0
+    assert run_merge(other, tmp_path / "merged", DEVICE).resumed_bytes == 0
     assert staging_directories(tmp_path) == []
 
 
@@ -188,7 +190,7 @@ def test_inputs_that_were_written_to_make_another_merge_and_the_old_plan_is_refu
         os.utime(written, ns=(0, kept.st_mtime_ns + 1))
         assert plan_merge(open_checkpoint(base), [(adapter, 1.0)]).key != plan.key
         with pytest.raises(RefusedOutput, match=written.name) as caught:
-            run_merge(plan, tmp_path / "merged", "cpu")
+            run_merge(plan, tmp_path / "merged", DEVICE)
         assert caught.value.code == "inputs_changed"
         assert staging_directories(tmp_path) == []
     finally:
@@ -200,7 +202,7 @@ def test_a_base_written_to_during_the_merge_is_refused(plan: MergePlan, base: Pa
         os.utime(base / plan.shards[-1].file, ns=(0, 1))
 
     with pytest.raises(RefusedOutput) as caught:
-        run_merge(plan, tmp_path / "merged", "cpu", touch)
+        run_merge(plan, tmp_path / "merged", DEVICE, touch)
     assert caught.value.code == "inputs_changed"
 
 
@@ -212,11 +214,11 @@ def test_two_processes_on_one_output_do_not_meet(plan: MergePlan, base: Path, ad
     while not list(tmp_path.glob(f"*.partial-*/{JOURNAL_FILE}")) and process.poll() is None:
         time.sleep(0.001)
     with pytest.raises(RefusedOutput) as caught:
-        run_merge(plan, out, "cpu")
+        run_merge(plan, out, DEVICE)
     assert caught.value.code in ("busy", "exists")
     assert process.wait() == 0
     process.stdout.close()
-    run_merge(plan, tmp_path / "at once", "cpu")
+    run_merge(plan, tmp_path / "at once", DEVICE)
     assert files_of(out) == files_of(tmp_path / "at once")
 
 
@@ -247,7 +249,7 @@ def test_of_two_that_finish_at_once_one_is_refused_and_the_other_whole(
 
     monkeypatch.setattr(staging, "_finish", too_late)
     with pytest.raises(RefusedOutput, match="exists"):
-        run_merge(plan, tmp_path / "merged", "cpu")
+        run_merge(plan, tmp_path / "merged", DEVICE)
     assert [file.name for file in (tmp_path / "merged").iterdir()] == ["theirs"]
     assert staging_directories(tmp_path) == []
 

@@ -14,6 +14,7 @@ from composer.merge.io.rounding import round_into
 from composer.merge.plan import plan_merge
 from composer.merge.run import MergeReport, run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
+from tests.device import DEVICE
 
 CHANCE = Rounding(Mode.STOCHASTIC, seed=7)
 
@@ -90,7 +91,7 @@ def merged(
     tmp_path: Path, base: Path, adapter: Path, name: str, rounding: Rounding, dtype: str | None = None
 ) -> MergeReport:
     plan = plan_merge(open_checkpoint(base), [(adapter, 1.0)], dtype=dtype, rounding=rounding)
-    return run_merge(plan, tmp_path / name, "cpu")
+    return run_merge(plan, tmp_path / name, DEVICE)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.run import run_merge
 from tests.composer.adapted import assert_all_close, change_tensors, peft_merged, relative, save_adapted
 from tests.composer.tiny import MakeModel, load_model, tensors_in
+from tests.device import DEVICE
 
 DORA: dict[str, Any] = {"use_dora": True}
 
@@ -50,7 +51,7 @@ def test_a_stated_order_is_that_of_merging_one_and_then_the_other_with_peft(
     first.save_pretrained(tmp_path / "first")
     expected = peft_merged(tmp_path / "first", two)
     for name, order in (("merged", [one, two]), ("reversed", [two, one])):
-        run_merge(in_order(base, [(adapter, 1.0) for adapter in order]), tmp_path / name, device="cpu")
+        run_merge(in_order(base, [(adapter, 1.0) for adapter in order]), tmp_path / name, device=DEVICE)
     merged = load_model(tmp_path / "merged").state_dict()
     assert_all_close(merged, expected, 1e-6)
     name = next(name for name in expected if "q_proj.weight" in name or "c_attn.weight" in name)
@@ -64,10 +65,10 @@ def in_order(base: Path, adapters: list[tuple[Path, float]], **settings: object)
 def test_weights_and_lambda_scale_each_step_of_an_order(tmp_path: Path, make_model: MakeModel) -> None:
     base = make_model(shard="1GB")
     one, two = (save_adapted(base, lora(use_dora=True), tmp_path / str(seed), seed=seed) for seed in (1, 2))
-    run_merge(in_order(base, [(one, 1.0), (two, 0.8)], **{"lambda": 0.5}), tmp_path / "merged", device="cpu")
+    run_merge(in_order(base, [(one, 1.0), (two, 0.8)], **{"lambda": 0.5}), tmp_path / "merged", device=DEVICE)
     halfway = plan_merge(open_checkpoint(base), [(one, 0.5)])
-    run_merge(halfway, tmp_path / "halfway", device="cpu")
-    run_merge(plan_merge(open_checkpoint(tmp_path / "halfway"), [(two, 0.4)]), tmp_path / "apart", device="cpu")
+    run_merge(halfway, tmp_path / "halfway", device=DEVICE)
+    run_merge(plan_merge(open_checkpoint(tmp_path / "halfway"), [(two, 0.4)]), tmp_path / "apart", device=DEVICE)
     assert_all_close(tensors_in(tmp_path / "merged"), tensors_in(tmp_path / "apart"), 1e-6)
 
 

@@ -8,13 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from composer.deltas.delta import Delta, LowRank, Replacement, RowwiseDelta
+from composer.deltas.tensors import torch_device
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import ComposerError
 from composer.formats.checkpoints.checkpoint import Architecture, open_checkpoint
-from composer.formats.recipes.methods import PIPELINES, effective_weights, parse_settings
+from composer.formats.recipes.methods import PIPELINES, Compressed, Pico, effective_weights, parse_settings
 from composer.formats.recipes.weights import Weight, parse_rule
 from composer.methods.combine import combine_deltas
-from tests.composer.adapted import assert_rows_follow_the_device
+from tests import second_device
+from tests.composer.adapted import assert_rows_follow_the_device, relative
 from tests.composer.tiny import MakeAdapter, MakeModel, adapter_maker, model_maker, tensors_in
 
 PARITY = [name for name in PIPELINES if name.startswith("peft_")]
@@ -137,11 +139,26 @@ def test_an_adapter_of_weight_0_is_absent_from_every_method(method: str, shared:
 
 
 @pytest.mark.parametrize("method", [name for name, pipeline in PIPELINES.items() if not pipeline.fitted])
-def test_what_a_method_makes_is_added_on_the_device_of_the_weight(method: str, shared: Shared) -> None:
+def test_a_method_computes_on_a_device_what_it_computes_on_the_cpu(
+    method: str, accelerator: str, shared: Shared
+) -> None:
+    """Its factors at once, its elections with the rows that they are about."""
     one, two, _ = shared.adapters
-    for delta in combine_deltas(loaded(shared.base, one, two), [1.0, 0.5], method).deltas:
+    both, settings = loaded(shared.base, one, two), {"protect": 1} if method == "stack" else {}
+    parsed, before = parse_settings(method, settings), second_device.CALLS["mm"]
+    there = combine_deltas(both, [1.0, 0.5], method, settings, device=torch_device(accelerator)).deltas
+    if accelerator == second_device.NAME and isinstance(parsed, Compressed) and parsed.pipeline.space != "full":
+        computed = parsed.pipeline.space != "factors" or "protect" in settings or isinstance(parsed, Pico)
+        assert (second_device.CALLS["mm"] > before) == computed
+    for delta, expected in zip(there, combine_deltas(both, [1.0, 0.5], method, settings).deltas, strict=True):
         if isinstance(delta, RowwiseDelta):
-            assert_rows_follow_the_device(delta)
+            assert_rows_follow_the_device(delta, accelerator)
+        else:
+            assert isinstance(delta, LowRank)
+            assert isinstance(expected, LowRank)
+            assert delta.A_RI.device.type == delta.B_OR.device.type == "cpu", "factors wait on the CPU or on disk"
+            ours, theirs = (left @ right for left, right in (delta.stored_factors(), expected.stored_factors()))
+            assert relative(ours, theirs) < 1e-5
 
 
 def test_slips_in_weights_and_settings_are_refused(make_model: MakeModel, make_adapter: MakeAdapter) -> None:

@@ -22,6 +22,7 @@ from composer.optimize.optimize import expected_passes, optimize
 from composer.optimize.problem import Effort, Member, Problem
 from composer.optimize.report import OptimizeReport, document
 from tests.composer.small_model import Load, load_adapter, save_llama, scaled
+from tests.device import DEVICE
 
 EFFORT = Effort(search=4, confirm=8)
 
@@ -206,7 +207,7 @@ def test_a_rank_that_the_recipe_asks_for_holds_for_every_candidate(problem: Prob
 
 def test_adapters_of_a_tied_embedding_are_searched_as_they_are_merged(tmp_path: Path) -> None:
     base = save_llama(tmp_path / "tied", tied=True)
-    loaded = load_model(base, device="cpu")
+    loaded = load_model(base, device=DEVICE)
     adapters = [
         replace(load_adapter(base, tmp_path / name, seed, target_modules=["embed_tokens", "q_proj"]), name=name)
         for seed, name in enumerate(("red", "blue"), start=1)

@@ -1,0 +1,118 @@
+"""A second device on every machine, `second`: it computes on the CPU, but refuses what a GPU would refuse.
+
+Its tensors mix with the CPU's in no operation but copies and indices, and have no NumPy view. What runs on it with the
+same result as on the CPU leaves nothing behind on the CPU; whether the kernels of a GPU agree, only a GPU shows.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "second"
+_MAY_MIX = ("copy_", "_to_copy", "index", "index_put_", "_index_put_impl_")
+"""Copies, and indices, which CUDA takes from the CPU too."""
+_BELOW_PYTHON = ("copy_", "detach", "alias", "lift_fresh")
+"""Operators that torch calls with our tensors after it has left Python, as in `torch.tensor(values, device=...)`."""
+
+
+CALLS: Counter[str] = Counter()
+"""How often each operator has run on the second device, in any thread."""
+
+
+class _OnSecondDevice(torch.Tensor):
+    """A tensor of the second device; `host` is the CPU's tensor behind it, of the same shape and strides."""
+
+    host: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, host: torch.Tensor) -> "_OnSecondDevice":
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            host.shape,
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            device=torch.device(NAME, 0),
+        )
+        made.host = host
+        return made
+
+    def __repr__(self, **_options: object) -> str:
+        return f"{NAME}({self.host})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled() and _is_composite(func):  # outside of it, torch has done it
+            return func.decompose(*args, **(kwargs or {}))
+        return _run(func, *args, **(kwargs or {}))
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs an operator on the tensors behind ours. Fails where a GPU would."""
+    leaves = tree_leaves((args, kwargs))
+    given = [one for one in leaves if isinstance(one, torch.Tensor)]
+    ours = {id(one.host): one for one in given if isinstance(one, _OnSecondDevice)}
+    name = func.overloadpacket.__name__
+    if ours and name not in _MAY_MIX and any(one.dim() and not isinstance(one, _OnSecondDevice) for one in given):
+        raise RuntimeError(f"{func} mixes tensors of {NAME} with the CPU's")
+    CALLS[name] += bool(ours)
+    asked = [one.type == NAME for one in leaves if isinstance(one, torch.device)]
+    args, kwargs = tree_map(_on_host, (args, kwargs))
+    with torch.inference_mode(False), torch.no_grad():
+        results = func(*args, **kwargs)
+        if name == "copy_":
+            return given[0]
+        return tree_map(partial(_placed, here=asked[0] if asked else bool(ours), ours=ours), results)
+
+
+def _on_host(argument: Any) -> Any:
+    if isinstance(argument, torch.device):
+        return torch.device("cpu")
+    return argument.host if isinstance(argument, _OnSecondDevice) else argument
+
+
+def _placed(result: Any, *, here: bool, ours: Mapping[int, torch.Tensor]) -> Any:
+    """A result on the device where it belongs. What an operator changed in place keeps its tensor."""
+    if not isinstance(result, torch.Tensor):
+        return result
+    if here:
+        return ours[id(result)] if id(result) in ours else _OnSecondDevice(result)
+    return result.clone() if id(result) in ours else result
+
+
+class NoArithmeticOnCpu(TorchDispatchMode):
+    """Refuses products and decompositions of the CPU's tensors in this thread: what should run on a device, does."""
+
+    REFUSED = ("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "_linalg_svd", "linalg_qr", "linalg_cholesky_ex")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.REFUSED:
+            devices = {one.device.type for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)}
+            assert "cpu" not in devices, f"{func} on the CPU"
+        return func(*args, **(kwargs or {}))
+
+
+_registered: list[torch.library.Library] = []
+
+
+def register() -> None:
+    """Makes `second` known to torch, once in a process."""
+    if _registered:
+        return
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
+    every, some = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    every.fallback(_run, "PrivateUse1")
+    for name in _BELOW_PYTHON:
+        some.impl(name, partial(_run, getattr(torch.ops.aten, name).default), "PrivateUse1")
+    _registered.extend((every, some))
