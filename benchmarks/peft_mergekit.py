@@ -128,7 +128,8 @@ def _mergekit(
 def _case(name: str, command: Sequence[str | Path], out: Path, failed: dict[str, str]) -> Case:
     def run() -> Sample:
         shutil.rmtree(out, ignore_errors=True)
-        for beside in ("cache", "adapter"):  # the merged adapters of mergekit; the fitted one, which a repeated merge takes
+        # mergekit's merged adapters, and our fitted one: a repeated merge would take it.
+        for beside in ("cache", "adapter"):
             shutil.rmtree(f"{out}-{beside}", ignore_errors=True)
         os.sync()
         try:

@@ -4,12 +4,14 @@ A code has one family, hence one exit code and one HTTP status. docs/errors.md i
 test checks every `raise` against it. A message says what to do in its own case; the text here holds for every case.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from composer.errors import ComposerError
 from composer.findings import Finding, Severity
 from composer.findings import next_step as advice
 from registry.errors import (
+    FAMILIES,
     Conflict,
     Invalid,
     NotAllowed,
@@ -36,6 +38,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "breaking_change": "Publish it as the next major version, or say why with --allow-breaking.",
         "changed_base": "Leave out either it or all others.",
         "changed_base_layer": "Merge it into the base it was trained on.",
+        "composition_cancelled": "Compose again if that was a mistake.",
         "conflict_members": "Give each adapter a weight and its own name.",
         "diffusers_variant": "Save it with PEFT, or merge it where it was trained.",
         "dora": "Fuse it into the base with MLX.",
@@ -187,6 +190,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "policy_missing": "Name the policy's file, or --clear.",
         "reason_missing": "Say why with --reason.",
         "repeated_parameter": "Give the parameter once.",
+        "same_base": "Name two bases; `adaptory base list` shows them.",
         "sent_directly": "Send them to the url that POST /v1/uploads names.",
         "successor_missing": "Name the new base.",
         "suite_elsewhere": "Run the task of a harness on a machine that has it: `adaptory eval REF --harness TASK`.",
@@ -452,6 +456,17 @@ def family_of(code: str) -> type[RegistryError]:
 def of_composer(error: ComposerError) -> RegistryError:
     """An error of the library in the family of its code."""
     return family_of(error.code)(error.code, error.message, subject=error.subject, next_step=error.next_step)
+
+
+def of_row(row: Mapping[str, Any]) -> RegistryError:
+    """The error that `to_row` kept. A code of a newer server has the family of its exit code."""
+    code = row["code"]
+    family = (
+        family_of(code)
+        if is_registered(code)
+        else next(family for family in FAMILIES if family.exit_code == row["exit_code"])
+    )
+    return family(code, row["detail"], subject=row["subject"], next_step=row["next"], findings=row["findings"])
 
 
 def refuse_errors(

@@ -14,7 +14,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.models import huggingface
 
-from composer.evaluation.journal import complete_lines
+from composer.evaluation.journal import JournalFile
 from composer.evaluation.model import LoadedModel
 
 HFLM: Any = huggingface.HFLM  # its decorator hides the class from type checkers
@@ -24,34 +24,18 @@ _BATCHES = 8
 """Batches between two writes to the journal."""
 
 
-class AnswerJournal:
-    """The answers of one model to requests: a line of JSON for each part. A torn last line is cut off.
-
-    The first line is `subject`, which must name the model's weights and the task's content: answers of others are
-    discarded.
-    """
+class AnswerJournal(JournalFile):
+    """The answers of one model to requests, part by part. `subject` must name the model's weights and the task's
+    content."""
 
     def __init__(self, path: Path, subject: str) -> None:
-        self.known: dict[str, Any] = {}
-        self._path = path
-        head = json.dumps({"answers": 1, "subject": subject})
-        lines = complete_lines(path)
-        if not lines or lines[0] != head:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{head}\n", encoding="utf-8")
-            return
-        for line in lines[1:]:
-            self.known |= json.loads(line)
+        super().__init__(path, {"answers": 1, "subject": subject})
+        self.known: dict[str, Any] = {key: answer for part in self.rows for key, answer in part.items()}
 
     def add(self, answers: dict[str, Any]) -> None:
         """Records answers by key, in the file before the call returns."""
         self.known |= answers
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(answers)}\n")
-
-    def discard(self) -> None:
-        """Removes the file."""
-        self._path.unlink(missing_ok=True)
+        self.append(answers)
 
 
 class HarnessModel(HFLM):

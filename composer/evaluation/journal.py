@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from composer.evaluation.evaluate import Result, examine
 from composer.evaluation.hooks import Deltas
@@ -11,44 +12,57 @@ from composer.evaluation.model import LoadedModel
 from composer.formats.recipes.suite import Example, Suite
 
 
-class ResultJournal:
-    """The results of one model on one suite: a line of JSON for each batch. A torn last line is cut off, so that its
-    batch is run again.
-
-    The first line is `subject`, which must name the model's weights and the suite's content: results of others are
-    discarded.
+class JournalFile:
+    """A file of JSON lines that grows as work is done. The first line is `head`, which names what was worked on: the
+    rows of anything else are discarded. A torn last line is cut off, so that its work is done again as it was.
     """
 
-    def __init__(self, path: Path, subject: str) -> None:
-        self.known: dict[Example, Result] = {}
+    def __init__(self, path: Path, head: object) -> None:
         self._path = path
-        head = json.dumps({"results": 1, "subject": subject})
-        lines = complete_lines(path)
-        if not lines or lines[0] != head:
+        first, *rows = _complete_lines(path) or [""]
+        self.rows: list[Any] = []
+        """The rows that were in the file."""
+        if first == json.dumps(head):
+            self.rows = [json.loads(row) for row in rows]
+        else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{head}\n", encoding="utf-8")
-            return
-        for line in lines[1:]:
-            for prompt, completion, choices, *result in json.loads(line):
-                self.known[Example(prompt, completion, tuple(choices))] = Result(*result)
+            path.write_text(f"{json.dumps(head)}\n", encoding="utf-8")
 
-    def add(self, results: Mapping[Example, Result]) -> None:
-        """Records a batch, in the file before the call returns."""
-        self.known.update(results)
-        rows = [
-            [one.prompt, one.completion, one.choices, own.nats, own.tokens, own.score, own.answer, own.cut]
-            for one, own in results.items()
-        ]
+    def append(self, row: object) -> None:
+        """Writes a row before the call returns."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(rows)}\n")
-
-    def missing(self, examples: Collection[Example]) -> list[Example]:
-        """The examples without a result, each once."""
-        return [one for one in dict.fromkeys(examples) if one not in self.known]
+            file.write(f"{json.dumps(row)}\n")
 
     def discard(self) -> None:
         """Removes the file."""
         self._path.unlink(missing_ok=True)
+
+
+class ResultJournal(JournalFile):
+    """The results of one model on one suite, batch by batch. `subject` must name the model's weights and the suite's
+    content."""
+
+    def __init__(self, path: Path, subject: str) -> None:
+        super().__init__(path, {"results": 1, "subject": subject})
+        self.known = {
+            Example(prompt, completion, tuple(choices)): Result(*result)
+            for row in self.rows
+            for prompt, completion, choices, *result in row
+        }
+
+    def add(self, results: Mapping[Example, Result]) -> None:
+        """Records a batch, in the file before the call returns."""
+        self.known.update(results)
+        self.append(
+            [
+                [one.prompt, one.completion, one.choices, own.nats, own.tokens, own.score, own.answer, own.cut]
+                for one, own in results.items()
+            ]
+        )
+
+    def missing(self, examples: Collection[Example]) -> list[Example]:
+        """The examples without a result, each once."""
+        return [one for one in dict.fromkeys(examples) if one not in self.known]
 
 
 def examine_rest(
@@ -73,7 +87,7 @@ def examine_rest(
     return [journal.known[example] for example in examples]
 
 
-def complete_lines(path: Path) -> list[str]:
+def _complete_lines(path: Path) -> list[str]:
     """The lines of the file, which is cut after the last complete one; none without a file."""
     content = b""
     with suppress(FileNotFoundError):

@@ -11,13 +11,11 @@ from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.evaluation.model import LoadedModel
 from composer.formats.recipes.policy import THRESHOLDS, Policy
-from composer.formats.recipes.recipe import Optimize
+from composer.formats.recipes.recipe import CONFIRM, SEARCH, Optimize
 from composer.formats.recipes.suite import Contradiction, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight
 from composer.optimize.examples import Split, splits
 
-SEARCH, CONFIRM = 8, 16
-"""Default numbers of examples of each suite to search and to confirm on."""
 _OF_THE_RESULT = ("rank", "energy", "tied")
 
 

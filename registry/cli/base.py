@@ -13,7 +13,7 @@ from registry.cli.groups import Commands
 from registry.cli.interrupt import interrupts
 from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
 from registry.cli.render import JsonFlag
-from registry.error_codes import family_of
+from registry.error_codes import of_row
 from registry.errors import NotAllowed, Usage
 
 if TYPE_CHECKING:
@@ -150,9 +150,8 @@ def upgrade(
                 document = _followed(connection, document)
     render.document(document, json, lambda: _show_upgrade(document))
     if document["error"] is not None:
-        error = document["error"]
-        family = family_of(error["code"])
-        raise family(error["code"], error["detail"], subject=error["subject"], next_step=error["next"])
+        # Not raised: with --json, stdout has the report, and a second document would break its readers.
+        raise typer.Exit(render.fail(of_row(document["error"]), as_json=False))
 
 
 def _successor(connection: Connection, old: str) -> str:
@@ -174,9 +173,7 @@ def _followed(connection: Connection, document: dict[str, Any]) -> dict[str, Any
     with render.progress("upgrade", None) as bar:
         while document["state"] in ("queued", "running"):
             time.sleep(_POLL_S)
-            for step in connection.api.get(f"/v1/jobs/{document['job']}")["steps"]:
-                if step["state"] == "running":
-                    bar.step(step["name"], step["done"], step["total"], step["unit"])
+            bar.show_running(connection.api.get(f"/v1/jobs/{document['job']}")["steps"])
             document = connection.api.get(f"/v1/upgrades/{document['job']}")
     return document
 

@@ -14,7 +14,8 @@ from registry.cli import optimize as optimizing
 from registry.cli.connect import Connection, connected
 from registry.cli.interrupt import interrupts
 from registry.cli.render import JsonFlag
-from registry.errors import FAMILIES, RegistryError, Usage
+from registry.error_codes import of_row
+from registry.errors import Refused, RegistryError, Usage
 
 if TYPE_CHECKING:
     from composer.findings import Verdict
@@ -256,10 +257,11 @@ def required(verdict: str | None) -> "Verdict | None":
 
 
 def _error(composition: Json) -> RegistryError:
-    error: Json = composition["error"] or {
-        "code": "cancelled",
-        "detail": "The composition was cancelled.",
-        "exit_code": 1,
-    }
-    family = next(family for family in FAMILIES if family.exit_code == error["exit_code"])
-    return family(error["code"], error["detail"], subject=error.get("subject", ""), next_step=error.get("next", ""))
+    """Why it ended; without the findings, which are shown with the composition."""
+    if composition["error"] is None:
+        return Refused(
+            "composition_cancelled",
+            "The composition was cancelled.",
+            next_step="Compose again if that was a mistake.",
+        )
+    return of_row({**composition["error"], "findings": []})

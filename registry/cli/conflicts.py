@@ -1,6 +1,6 @@
 """Conflicts between adapters, judged on the strongest evidence available."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, cached_property
@@ -16,6 +16,7 @@ from registry.cli import optimize as optimizing
 from registry.cli.calibration import calibration_of
 from registry.cli.compose import Method, Require, Rules, Settings, required, settings_of, with_rules
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory, resolved
+from registry.cli.idle import refuse_idle
 from registry.cli.quality import BaseDir, Device, fetch_suite
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
@@ -112,9 +113,11 @@ def conflicts(  # noqa: PLR0913
         group = _Group(lambda: stack.enter_context(connected()), adapters, base, base_dir)
         settings = parse_settings(method, settings_of(set_))
         if optimize:
+            from composer.formats.recipes.recipe import SEARCH
+
             idle = {"--probe": probe, "--prompts": prompts, "--html": html, "--require": require, "--explain": explain}
-            _refuse_idle(idle)
-            evidence = group.evidence(suite or [], guard or [], (optimizing.SEARCHED, None), None, device)
+            refuse_idle(idle, "with --optimize, which measures on examples of its own", "Leave one of the two out.")
+            evidence = group.evidence(suite or [], guard or [], (SEARCH, None), None, device)
             optimizing.run(evidence, group.load(), given, settings, rules, json=json)
             return
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), prompts, device)
@@ -143,14 +146,6 @@ def _examined(
     with render.progress("probe", None, "examples") as bar:
         evidence = replace(evidence, calibration=calibration, progress=bar)
         return examine(group.load(), weights, settings, evidence=evidence, base=checkpoint, policy=rules)
-
-
-def _refuse_idle(options: Mapping[str, object]) -> None:
-    """Raises Usage for an option that has no effect with --optimize."""
-    for name, value in options.items():
-        if value:
-            message = f"{name} has no effect with --optimize, which measures on examples of its own."
-            raise Usage("idle_option", message, subject=name, next_step="Leave one of the two out.")
 
 
 def _require(rules: "Policy", verdict: "Verdict") -> None:

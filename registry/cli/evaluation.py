@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,7 @@ from registry.cli import complete, queued_evaluation, render
 from registry.cli import harness as harnesses
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
 from registry.cli.harness import HarnessChoice
+from registry.cli.idle import refuse_idle
 from registry.cli.quality import BaseDir, Device, Subject, fetch_suite, release_or_base
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from composer.formats.recipes.suite import Example, Suite
 
 Json = dict[str, Any]
+_HELP = "See `adaptory eval --help`."
 
 
 def register(root: typer.Typer) -> None:
@@ -84,11 +85,11 @@ def evaluate(  # noqa: PLR0913
     if queue:
         local = {"--device": device != "auto", "--base-dir": base_dir, "--limit": limit}
         why = "with --queue: a worker measures all examples on its own machine"
-        _refuse_idle({"--harness": harness, "--harness-path": harness_path, **local}, why)
+        refuse_idle({"--harness": harness, "--harness-path": harness_path, **local}, why, _HELP)
         _queue(what, suite or [], wait=wait, json=json)
         return
-    _refuse_idle({"--no-wait": not wait}, "without --queue")
-    _refuse_idle({"--harness-path": harness_path and not choice.names}, "without --harness")
+    refuse_idle({"--no-wait": not wait}, "without --queue", _HELP)
+    refuse_idle({"--harness-path": harness_path and not choice.names}, "without --harness", _HELP)
     rows = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, _Where(device, base_dir))
     documents = [{"subject": name, "recorded": limit is None, "scores": scores} for name, scores in rows.items()]
     document = documents[0] if len(documents) == 1 else {"items": documents, "next": None}
@@ -130,14 +131,6 @@ def _queue(what: Sequence[str], suites: Sequence[str], *, wait: bool, json: bool
         raise typer.Exit(render.fail(error, as_json=False))
 
 
-def _refuse_idle(options: dict[str, object], why: str) -> None:
-    """Raises Usage for an option that would be ignored silently."""
-    idle = [name for name, value in options.items() if value]
-    if idle:
-        message = f"{idle[0]} has no effect {why}."
-        raise Usage("idle_option", message, subject=idle[0], next_step="See `adaptory eval --help`.")
-
-
 @dataclass(frozen=True, slots=True)
 class _Where:
     """Where the weights are, and the device that they are loaded to."""
@@ -149,13 +142,13 @@ class _Where:
 def _task(connection: Connection, subject: Subject, suite: "Suite", limit: int | None) -> Task:
     from composer.evaluation.journal import ResultJournal
     from composer.evaluation.scorers.scorer import scorer_named
-    from registry.transfer.collect import evaluation_journals
+    from registry.transfer.collect import evaluation_journal
 
     if suite.task == "generation" and suite.scoring:
         scorer_named(suite.scoring, connection.settings.enabled_scorers)  # before anything is fetched and measured
     identity = f"{subject.identity} {suite.digest}"
-    path = evaluation_journals(connection.settings) / f"{sha256(identity.encode()).hexdigest()[:32]}.jsonl"
-    return Task(subject, suite, suite.sample(limit), ResultJournal(path, identity))
+    journal = ResultJournal(evaluation_journal(connection.settings, identity), identity)
+    return Task(subject, suite, suite.sample(limit), journal)
 
 
 def _run(connection: Connection, tasks: Sequence[Task], models: "_Models", *, recorded: bool) -> dict[str, list[Json]]:
@@ -169,9 +162,11 @@ def _run(connection: Connection, tasks: Sequence[Task], models: "_Models", *, re
     with render.progress(label, left, "examples") as done:
         for task in sorted(tasks, key=lambda task: task.subject.weights):
             measured, results = _measured(connection, task, models, done)
+            scores = [score.to_json() for score in measured]
             if recorded:
-                _record(connection, task, measured, results)
-            rows[task.subject.name] += [score.to_json() for score in measured]
+                examples = {"suite_digest": task.suite.digest, "examples": [one.to_json() for one in results]}
+                task.subject.record(connection, scores, [examples])
+            rows[task.subject.name] += scores
     return rows
 
 
@@ -214,14 +209,6 @@ def _measured(
     scorers = connection.settings.enabled_scorers
     results = examine_rest(lambda: models.of(task.subject), task.suite, task.examples, task.journal, scorers, done)
     return scores(task.suite, results), results
-
-
-def _record(connection: Connection, task: Task, measured: "Sequence[Score]", results: "Sequence[Result]") -> None:
-    rows = [
-        {name: value for name, value in score.to_json().items() if name not in ("suite", "task")} for score in measured
-    ]
-    examples = {"suite_digest": task.suite.digest, "examples": [one.to_json() for one in results]}
-    connection.api.post(task.subject.scores_path, {"scores": rows, "results": [examples]})
 
 
 def _show(documents: Sequence[Json]) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +93,11 @@ class _Run:
     def _measured(self, model: "HarnessModel", name: str, deltas: "Sequence[Delta]", bar: render.Progress) -> "Outcome":
         from composer.evaluation.harness import run_task
         from composer.evaluation.harness_model import AnswerJournal
-        from registry.transfer.collect import evaluation_journals
+        from registry.transfer.collect import evaluation_journal
 
         task = self.plan.tasks[name]
         identity = f"{self.subject.identity} {task.suite.digest} {self.choice.limit or 'all'}"
-        file = f"{sha256(identity.encode()).hexdigest()[:32]}.jsonl"
-        journal = AnswerJournal(evaluation_journals(self.connection.settings) / file, identity)
+        journal = AnswerJournal(evaluation_journal(self.connection.settings, identity), identity)
         self.journals.append(journal)
         if journal.known:
             render.say(f"resumed: {len(journal.known)} requests of {name} were answered before")
@@ -118,11 +116,8 @@ class _Run:
 
         rows = [{**score.to_json(), "source": source()} for score in outcome.scores]
         if self.choice.recorded and rows:
-            body = [{key: value for key, value in row.items() if key not in ("suite", "task")} for row in rows]
             results = {"suite_digest": suite.digest, "metric": outcome.metric, "examples": outcome.examples}
-            self.connection.api.post(
-                self.subject.scores_path, {"scores": body, "results": [results] if outcome.examples else []}
-            )
+            self.subject.record(self.connection, rows, [results] if outcome.examples else [])
         return rows
 
 

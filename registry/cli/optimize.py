@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from composer.formats.recipes.weights import Weight
 
 Json = Mapping[str, Any]
-SEARCHED = 8
-"""Examples of each suite that the search sees."""
 
 
 def run(
@@ -32,7 +30,7 @@ def run(
     """Searches, with the given method among the candidates, and shows the report. Exits 1 if nothing fits."""
     from composer.optimize.candidates import Candidate
     from composer.optimize.optimize import expected_passes, optimize
-    from composer.optimize.problem import Effort, Member, Problem
+    from composer.optimize.problem import Member, Problem
     from composer.optimize.report import document
 
     stated = method.model_dump(by_alias=True, exclude_unset=True)
@@ -44,8 +42,7 @@ def run(
         for adapter, suite, weight in zip(adapters, evidence.suites, weights, strict=True)
         if suite is not None
     ]
-    effort = Effort(SEARCHED)
-    problem = Problem(load=evidence.load, members=members, guards=evidence.guards, effort=effort, settings=own.settings)
+    problem = Problem(load=evidence.load, members=members, guards=evidence.guards, settings=own.settings)
     problem = problem.under(policy)
     with render.progress("optimize", expected_passes(problem, [own]), "examples") as bar:
         report = document(optimize(problem, [own], progress=bar))

@@ -13,7 +13,8 @@ from registry.cli.groups import Commands
 from registry.cli.interrupt import interrupts
 from registry.cli.release import Channel, Ref, repository_path, show_move
 from registry.cli.render import JsonFlag
-from registry.errors import NotFound, RegistryError, Usage
+from registry.error_codes import of_row
+from registry.errors import NotFound, Usage
 from registry.formats.references import parse_channel_reference
 
 Json = dict[str, Any]
@@ -78,7 +79,7 @@ def _followed(connection: Connection, release: Json, promotion: Json) -> Json:
         interrupts.kept = f"promotion {promotion['id']} goes on waiting; `adaptory promotion cancel {where}` cancels it"
         raise
     if promotion["state"] != "completed":
-        raise _error(promotion)
+        raise of_row(promotion["error"])
     return next(move for move in connection.api.pages(f"{path}/history") if move["id"] == promotion["move"])
 
 
@@ -87,18 +88,7 @@ def _show_job(connection: Connection, promotion: Json, bar: render.Progress) -> 
     if promotion["job"] is None or promotion["state"] != "pending":
         return
     with suppress(NotFound):  # another namespace's job, which measures the same
-        for step in connection.api.get(f"/v1/jobs/{promotion['job']}")["steps"]:
-            if step["state"] == "running":
-                bar.step(step["name"], step["done"], step["total"], step["unit"])
-
-
-def _error(promotion: Json) -> RegistryError:
-    from registry.error_codes import family_of
-
-    error: Json = promotion["error"]
-    return family_of(error["code"])(
-        error["code"], error["detail"], subject=error["subject"], next_step=error["next"], findings=error["findings"]
-    )
+        bar.show_running(connection.api.get(f"/v1/jobs/{promotion['job']}")["steps"])
 
 
 def _headline(promotion: Json) -> str:

@@ -1,5 +1,6 @@
 """Suites and their scores: suite add and list, score delete and import."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,6 +54,11 @@ class Subject:
         from registry.client.api import release_path
 
         return f"{release_path(self.release) if self.release else '/v1/bases/' + self.base['digest']}/scores"
+
+    def record(self, connection: Connection, scores: Sequence[Json], results: Sequence[Json]) -> None:
+        """Records scores as `eval` prints them, and the results of each example behind them."""
+        rows = [{key: value for key, value in row.items() if key not in ("suite", "task")} for row in scores]
+        connection.api.post(self.scores_path, {"scores": rows, "results": results})
 
 
 def register(root: typer.Typer) -> None:
@@ -111,16 +117,13 @@ def delete(
     json: JsonFlag = False,
 ) -> None:
     """Delete a score that you recorded; admins may delete any. The audit log keeps the value."""
-    from registry.client.api import release_path
-
     suite, _, metric = score.rpartition(".")
     if "/" in score or not suite or not metric:
         next_step = "Write SUITE.METRIC, as in sql-exact.accuracy."
         raise Usage("bad_score_name", f"{score} does not name a score.", subject=score, next_step=next_step)
     with connected() as connection:
-        release, base = release_or_base(connection, what)
-        path = release_path(release) if release else f"/v1/bases/{base['digest']}"
-        deleted = connection.api.delete(f"{path}/scores/{quote(suite, safe='')}/{quote(metric, safe='')}")
+        path = Subject(what, *release_or_base(connection, what)).scores_path
+        deleted = connection.api.delete(f"{path}/{quote(suite, safe='')}/{quote(metric, safe='')}")
     render.document(deleted, json, lambda: render.out(f"deleted {score} = {render.cell(deleted['value'])} of {what}"))
 
 

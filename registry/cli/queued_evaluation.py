@@ -8,7 +8,8 @@ from registry.cli import render
 from registry.cli.connect import Connection
 from registry.cli.interrupt import interrupts
 from registry.cli.quality import refuse_bad_suite_name, release_or_base
-from registry.errors import RegistryError
+from registry.error_codes import of_row
+from registry.errors import Refused, RegistryError
 
 Json = dict[str, Any]
 _POLL_S = 0.5
@@ -40,9 +41,7 @@ def _followed(connection: Connection, document: Json) -> Json:
     interrupts.kept = f"job {job} goes on; `adaptory jobs {job}` shows it, `adaptory cancel {job}` ends it"
     with render.progress("eval", None) as bar:
         while document["state"] in _UNFINISHED:
-            for step in document["steps"]:
-                if step["state"] == "running":
-                    bar.step(step["name"], step["done"], step["total"], step["unit"])
+            bar.show_running(document["steps"])
             time.sleep(_POLL_S)
             document = connection.api.get(f"/v1/evaluations/{job}")
     interrupts.kept = ""
@@ -70,13 +69,8 @@ def show(document: Json) -> None:
 
 def error_of(document: Json) -> RegistryError | None:
     """Why the job did not end well, if it did not."""
-    from registry.error_codes import family_of
-    from registry.errors import Refused
-
     if document["error"] is not None:
-        error: Json = document["error"]
-        code = error["code"]
-        return family_of(code)(code, error["detail"], subject=error["subject"], next_step=error["next"])
+        return of_row(document["error"])
     if document["state"] == "cancelled":
         job = str(document["job"])
         return Refused("evaluation_cancelled", f"Job {job} was cancelled.", subject=job, next_step="Ask for it again.")

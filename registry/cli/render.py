@@ -287,6 +287,12 @@ class Progress:
     def step(self, label: str, done: int | None, total: int | None, unit: str | None) -> None:
         """Starts or updates the bar of the current step, indeterminate if no total is known."""
 
+    def show_running(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        """As `step`, for the running one of a job's steps, if there is one."""
+        for step in steps:
+            if step["state"] == "running":
+                self.step(step["name"], step["done"], step["total"], step["unit"])
+
 
 class _Bar(Progress):
     def __init__(self, bars: "Bars", label: str, total: int | None, unit: str) -> None:

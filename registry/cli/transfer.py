@@ -1,6 +1,5 @@
 """Transfers: push, pull and verify."""
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from composer.formats.untrusted import read_text
 from registry.cli import complete, render
 from registry.cli.connect import Connection, connected, release_directory, resolved, total_bytes
 from registry.cli.fit import fitting_base
+from registry.cli.idle import refuse_idle
 from registry.cli.promotion import show_promotion
 from registry.cli.release import Ref, show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
@@ -30,6 +30,9 @@ SigningKey = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign t
 BaseName = Annotated[
     str | None, typer.Option(help="The base model, if the config does not name it.", autocompletion=complete.bases)
 ]
+
+
+_HELP = "Leave it out, or see `adaptory verify --help`."
 
 
 def register(root: typer.Typer) -> None:
@@ -218,7 +221,7 @@ def verify(  # noqa: PLR0913
     public_key, directory = read_public_key(key) if key else None, Path(what)
     local = {"--adapter": adapter, "--dequantize": dequantize}
     if not rebuild:
-        _refuse_idle({"--base-dir": base_dir, **local}, "merges that are rebuilt with --rebuild")
+        refuse_idle({"--base-dir": base_dir, **local}, "here: it is for merges that are rebuilt with --rebuild", _HELP)
     document: Json = {"what": what}
     release: Json | None = None
     connection: Connection | None = None
@@ -226,7 +229,7 @@ def verify(  # noqa: PLR0913
         if not directory.is_dir():
             connection = stack.enter_context(connected())
             release = resolved(connection, what)
-            _refuse_idle(local, "local merges, with DIR --rebuild")
+            refuse_idle(local, "here: it is for local merges, with DIR --rebuild", _HELP)
             directory = release_directory(connection, release)
             if rebuild:
                 document["rebuild"] = rebuilt(connection, release, directory, base_dir)
@@ -260,18 +263,6 @@ def _not_rebuilt(what: str, directory: Path, report: Json) -> Refused | None:
         next_step = "Rebuild it with the Adaptory that made it, or compose it again."
         return Refused("earlier_method", message, subject=what, next_step=next_step)
     return None
-
-
-def _refuse_idle(options: Mapping[str, object], what: str) -> None:
-    """Raises Usage for an option that would be ignored silently because it only applies to `what`."""
-    idle = [name for name, value in options.items() if value]
-    if idle:
-        raise Usage(
-            "idle_option",
-            f"{idle[0]} has no effect here: it is for {what}.",
-            subject=idle[0],
-            next_step=f"Leave {idle[0]} out, or see `adaptory verify --help`.",
-        )
 
 
 def _signature(signed: Signed | None) -> Json:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
@@ -100,15 +101,19 @@ def sweep(resources: Resources, now: datetime) -> Swept:
     return Swept(forgotten, leftovers)
 
 
-def evaluation_journals(settings: Settings) -> Path:
-    """The directory of what interrupted evaluations on this machine have measured."""
+def evaluation_journal(settings: Settings, identity: str) -> Path:
+    """The file of what an interrupted evaluation on this machine has measured."""
+    return _evaluation_journals(settings) / f"{sha256(identity.encode()).hexdigest()[:32]}.jsonl"
+
+
+def _evaluation_journals(settings: Settings) -> Path:
     return settings.home_directory.joinpath(*_JOURNALS)
 
 
 def sweep_journals(settings: Settings, now: datetime) -> int:
     """Removes journals of evaluations that nobody has gone on with for the upload expiry. Returns their number."""
     before = now - timedelta(seconds=settings.upload_expires_s)
-    return remove_stale(evaluation_journals(settings).glob("*.jsonl"), before)
+    return remove_stale(_evaluation_journals(settings).glob("*.jsonl"), before)
 
 
 def _count_expired(session: Session, now: datetime) -> int:
@@ -184,8 +189,8 @@ def _claim_orphans(resources: Resources, run: str, now: datetime, sizes: dict[Di
 
 
 def _remove(resources: Resources, run: str, claimed: dict[Digest, int], collected: Collected) -> None:
-    for sha256 in claimed:
-        resources.store.delete(sha256)
+    for digest in claimed:
+        resources.store.delete(digest)
     operator = audit.operator_actor(resources.settings.user, resources.clock())
     with resources.write() as session:
         session.execute(delete(Blob).where(Blob.sha256.in_(claimed), Blob.removing_by == run))

@@ -1,4 +1,4 @@
-"""Evaluations by a worker that somebody asks for: releases and bases on suites, in one job."""
+"""Evaluations that users queue for a worker: releases and bases on suites, in one job."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from registry.domain.channels import resolve
 from registry.domain.jobs import evaluations
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import NotFound, Usage
-from registry.formats.references import Reference, parse_reference
+from registry.formats.references import parse_reference
 from registry.transfer.resources import Resources
 
 Json = dict[str, Any]
@@ -36,7 +36,8 @@ def request(
     """
     references = [parse_reference(name) for name in dict.fromkeys(release_names)]
     _refuse_too_many(len(references) + len(base_names), len(on))
-    for namespace in dict.fromkeys(one.repository.namespace for one in references):
+    namespaces = dict.fromkeys(one.repository.namespace for one in references)
+    for namespace in namespaces:
         permit(actor, Role.PUBLISHER, namespace)
     if base_names:
         permit_somewhere(actor, Role.PUBLISHER)
@@ -46,7 +47,7 @@ def request(
         wanted_suites = [suites.with_examples(suites.find(session, name, actor)) for name in on]
         subjects = [(one.id, one.base_digest) for one in releases] + [(None, one.digest) for one in named]
         wanted = [Wanted(release, base, suite.digest) for release, base in subjects for suite in wanted_suites]
-        job = evaluations.create(session, actor, _namespace(references), wanted)
+        job = evaluations.create(session, actor, namespaces, wanted)
         subject_names = [full_name(one) for one in releases] + [one.name for one in named]
         audit.record(
             session,
@@ -60,7 +61,7 @@ def request(
 
 
 def report(session: Session, actor: Actor, job_id: int) -> Json:
-    """An evaluation as far as it is done. Only for who asked for it and registry admins."""
+    """The report of an evaluation, as far as it is done. Only for the user who asked for it and registry admins."""
     job = session.get(Job, job_id)
     may = job is not None and (job.created_by == actor.name or holds(actor, Role.ADMIN, EVERYWHERE))
     if job is None or job.kind != evaluations.KIND or not may:
@@ -90,15 +91,9 @@ def _own_base(session: Session, actor: Actor, name: str) -> Base:
     return base
 
 
-def _namespace(references: Sequence[Reference]) -> str | None:
-    """The job's namespace, if it has only one."""
-    names = {one.repository.namespace for one in references}
-    return names.pop() if len(names) == 1 else None
-
-
 def _report(session: Session, actor: Actor, job: Job) -> Json:
     row = evaluations.find(session, job.id)
-    done = {Wanted(one["release"], one["base"], one["suite"]): one for one in row.results}
+    done = {Wanted.of(one): one for one in row.results}
     items = [_item(session, actor, one, done.get(one)) for one in (Wanted(**wanted) for wanted in row.wanted)]
     return {
         "job": job.id,

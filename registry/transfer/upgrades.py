@@ -10,7 +10,7 @@ from composer.formats.checkpoints.checkpoint import Architecture
 from registry.database.tables import Base, Job, Release
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import EVERYWHERE, Role, holds, may_read
+from registry.domain.access.roles import EVERYWHERE, Role, holds, may_read, owns
 from registry.domain.catalog import bases, repositories, suites, upgrades
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import gates
@@ -50,7 +50,8 @@ def begin(
     resources: Resources, actor: Actor, old: str, new: str, suite_names: Sequence[str], *, evaluate: bool
 ) -> Json:
     """Lists the adapters that stand on the old base and whether they fit the new one; queues the evaluation of those
-    that do. Returns the report. Raises NotFound, and Usage for one base twice."""
+    that do, and of the new base if the actor may record its scores. Returns the report. Raises NotFound, and Usage
+    for one base twice."""
     with resources.read() as session:
         plan = _plan(session, actor, old, new, suite_names)
     for adapter in plan.adapters:
@@ -64,25 +65,26 @@ def begin(
         with resources.read() as session:
             return _report(session, actor, upgrade, None, [])
     with resources.write() as session:
-        measured = {score.suite.digest for score in suites.scores_of(session, session.get_one(Base, plan.new))}
-        alone = [Wanted(None, plan.new, suite) for suite in {one.suite for one in wanted} - measured]
-        names = {session.get_one(Release, one.release).repository.namespace for one in fitting if one.suites}
-        namespace = names.pop() if len(names) == 1 else None
-        job = evaluations.create(session, actor, namespace, [*sorted(alone, key=str), *wanted], upgrade)
+        base = session.get_one(Base, plan.new)
+        measured = {score.suite.digest for score in suites.scores_of(session, base)}
+        lacking = {one.suite for one in wanted} - measured if owns(actor, base.created_by) else set[str]()
+        alone = [Wanted(None, plan.new, suite) for suite in lacking]
+        namespaces = {session.get_one(Release, one.release).repository.namespace for one in fitting if one.suites}
+        job = evaluations.create(session, actor, namespaces, [*sorted(alone, key=str), *wanted], upgrade)
         subjects = [one.name for one in fitting if one.suites]
         audit.record(
             session,
             actor,
             Act.EVALUATION_REQUEST,
             f"job/{job.id}",
-            namespace=namespace,
+            namespace=job.namespace,
             after={"subjects": subjects, "base": plan.new, "upgrade_of": plan.old},
         )
         return _report(session, actor, upgrade, job, [])
 
 
 def report(session: Session, actor: Actor, job_id: int) -> Json:
-    """The report of an upgrade, as far as it is done. Only for who began it and registry admins."""
+    """The report of an upgrade, as far as it is done. Only for the user who began it and registry admins."""
     job = session.get(Job, job_id)
     row = evaluations.find(session, job_id) if job is not None and job.kind == evaluations.KIND else None
     may = job is not None and (job.created_by == actor.name or holds(actor, Role.ADMIN, EVERYWHERE))
@@ -100,7 +102,7 @@ def _plan(session: Session, actor: Actor, old: str, new: str, suite_names: Seque
     before, after = bases.find(session, old), bases.find(session, new)
     if before.digest == after.digest:
         raise Usage(
-            "own_successor",
+            "same_base",
             f"{old} and {new} are the same base.",
             subject=new,
             next_step="Name two bases; `adaptory base list` shows them.",

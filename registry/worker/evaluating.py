@@ -3,6 +3,7 @@ in the database, so that a job goes on after a crash with the next one."""
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,10 +42,9 @@ def measure(held: JobRun) -> None:
         base = cache(partial(_base, held, digest))
         of_base = [one for one in left if one.base == digest]
         for release in dict.fromkeys(one.release for one in of_base):
-            model, deltas, error = _subject(held, release, digest, base)
+            subject, error = _subject(held, release, digest, base)
             for one in (one for one in of_base if one.release == release):
-                content, model_and_deltas = contents[one.suite], (model, deltas)
-                scores, kept = ([], None) if error else _measured(held, one, content, model_and_deltas, count)
+                scores, kept = ([], None) if error else _measured(held, one, contents[one.suite], subject, count)
                 _keep(held, one, scores, error, kept)
 
 
@@ -61,10 +61,10 @@ def record(held: JobRun) -> None:
             if row["release"] is not None:
                 release = session.get_one(Release, row["release"])
                 if release.base_digest != row["base"]:
-                    continue  # of an upgrade: such a score is not the release's
+                    continue  # of an upgrade, whose scores are only reported
                 _refuse_without_role(actor, release.repository.namespace)
                 suites.record(session, actor, release, _measurements(row))
-            else:  # what a worker measures of a base is as good as what its owner does
+            else:  # a worker's measurement of a base counts as its owner's
                 suites.record(session, _as_owner(actor), subject, _measurements(row))
     for digest in dict.fromkeys(row["base"] for row in rows):
         promotions.settle_on_base(held.resources, digest)
@@ -82,7 +82,7 @@ def _rows(held: JobRun) -> tuple[list[Wanted], set[Wanted]]:
     """All that is wanted, and what of it is measured."""
     with held.resources.read() as session:
         row = evaluations.find(session, held.job_id)
-        done = {Wanted(one["release"], one["base"], one["suite"]) for one in row.results}
+        done = {Wanted.of(one) for one in row.results}
         return [Wanted(**one) for one in row.wanted], done
 
 
@@ -90,7 +90,7 @@ def _measured(
     held: JobRun,
     wanted: Wanted,
     suite: SuiteContent,
-    model: "tuple[LoadedModel, Sequence[Delta]]",
+    subject: "tuple[LoadedModel, Sequence[Delta]]",
     progress: Callable[[int], None],
 ) -> tuple[list[Row], str | None]:
     """The scores, and the digest of the stored results of each example, if the scores will be recorded."""
@@ -102,7 +102,7 @@ def _measured(
     journal = ResultJournal(path, f"{wanted.release} {wanted.base} {wanted.suite}")
     progress(len(suite.examples) - len(journal.missing(suite.examples)))
     scorers = held.resources.settings.enabled_scorers
-    results = examine_rest(lambda: model, suite, suite.examples, journal, scorers, progress)
+    results = examine_rest(lambda: subject, suite, suite.examples, journal, scorers, progress)
     rows = [score.to_json() for score in scores(suite, results)]
     return rows, _stored(held, wanted, rows, [one.to_json() for one in results])
 
@@ -115,31 +115,28 @@ def _stored(held: JobRun, wanted: Wanted, scores: list[Row], examples: list[Row]
             release = session.get_one(Release, wanted.release)
             namespace = release.repository.namespace
             if release.base_digest != wanted.base:
-                return None  # of an upgrade: such a score is not the release's
+                return None  # of an upgrade, whose scores are only reported
     measured = results.store(
         held.resources, actor, namespace, _measurements({"scores": scores}), {wanted.suite: results.Results(examples)}
     )
     return measured[0].results_sha256
 
 
-def _keep(
-    held: JobRun, wanted: Wanted, scores: Sequence[Row], error: str | None = None, results_sha256: str | None = None
-) -> None:
-    result = {"release": wanted.release, "base": wanted.base, "suite": wanted.suite, "scores": scores, "error": error}
-    result |= {"results_sha256": results_sha256}
+def _keep(held: JobRun, wanted: Wanted, scores: Sequence[Row], error: str | None, results_sha256: str | None) -> None:
+    result = {**asdict(wanted), "scores": scores, "error": error, "results_sha256": results_sha256}
     with held.resources.write() as session:
         evaluations.add_result(session, held.job_id, result)
 
 
 def _subject(
     held: JobRun, release: int | None, digest: str, base: "Callable[[], LoadedModel]"
-) -> "tuple[LoadedModel, Sequence[Delta], str | None]":
-    """The model to measure, the deltas to add to it, and why a release cannot be measured on this base, which keeps no
-    other from being measured."""
+) -> "tuple[tuple[LoadedModel, Sequence[Delta]], str | None]":
+    """The model with the deltas to add to it, and an error if the release cannot be measured on this base. The others
+    still are."""
     from composer.deltas.variants.load import load_deltas
 
     if release is None:
-        return base(), (), None
+        return (base(), ()), None
     with held.resources.read() as session:
         row = session.get_one(Release, release)
         kind, files = Kind(row.repository.kind), publishing.manifest_files(session, row)
@@ -148,12 +145,12 @@ def _subject(
     directory.mkdir(parents=True, exist_ok=True)
     publishing.materialise(held.resources, files, directory)
     if kind is Kind.MODEL:
-        return _load(directory), (), None
+        return (_load(directory), ()), None
     model = base()
     try:
-        return model, load_deltas(directory, architecture).deltas, None
+        return (model, load_deltas(directory, architecture).deltas), None
     except ComposerError as error:
-        return model, (), f"{error.message} {error.next_step}".strip()
+        return (model, ()), f"{error.message} {error.next_step}".strip()
 
 
 def _base(held: JobRun, digest: str) -> "LoadedModel":
@@ -188,6 +185,4 @@ def _as_owner(actor: Actor) -> Actor:
 
 
 def _measurements(row: Row) -> list[Measurement]:
-    names = ("suite_digest", "metric", "value", "stderr", "n", "higher_is_better")
-    kept: str | None = row.get("results_sha256")
-    return [Measurement(*(score[name] for name in names), results_sha256=kept) for score in row["scores"]]
+    return [Measurement.of(score, row.get("results_sha256")) for score in row["scores"]]

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
 
@@ -312,23 +312,12 @@ def _measured(held: JobRun, actor: Actor, work: CompositionRun) -> list[Measurem
     """The candidate's scores; with the stored results of each example, unless another host has measured them."""
     with held.resources.read() as session:
         scores = compositions.find(session, work.composition_id)[0].candidate_scores or []
-    measured = [_measurement(score) for score in scores]
+    measured = [Measurement.of(score) for score in scores]
     if not work.recipe.adapter or not work.results_file.is_file():
         return measured
     kept = json.loads(work.results_file.read_text(encoding="utf-8"))
-    if [_measurement(score) for score in kept["scores"]] != measured:
+    if [Measurement.of(score) for score in kept["scores"]] != measured:
         return measured
     namespace = parse_reference(work.recipe.adapter).repository.namespace
     rows = {digest: results.Results(examples) for digest, examples in kept["results"].items()}
     return results.store(held.resources, actor, namespace, measured, rows)
-
-
-def _measurement(score: dict[str, Any]) -> Measurement:
-    return Measurement(
-        suite_digest=score["suite_digest"],
-        metric=score["metric"],
-        value=score["value"],
-        stderr=score["stderr"],
-        n=score["n"],
-        higher_is_better=score["higher_is_better"],
-    )

@@ -3,9 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
@@ -17,6 +14,7 @@ from tests import services
 from tests.scenarios.conftest import stock
 from tests.scenarios.traces import api_of, traces
 from tests.scenarios.world import Cli, Ran, World, server
+from tests.small_disk import small_disk
 
 
 def refused(ran: Ran, code: int, *fragments: str) -> None:
@@ -230,20 +228,6 @@ def test_an_output_that_exists_is_never_touched(with_release: Cli, world: World,
         refused(with_release(*command), 4, str(out), "exists")
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [("thesis.txt", "years of work")]
     assert {path.name for path in tmp_path.iterdir()} == {"mine"}
-
-
-@contextmanager
-def small_disk(path: Path, size: str) -> Generator[Path]:
-    path.mkdir()
-    mounted = subprocess.run(
-        ["/bin/mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        yield path
-    finally:
-        subprocess.run(["/bin/umount", path], check=True)
 
 
 def test_a_full_disk_ends_a_merge_and_leaves_nothing(on_disk: Cli, world: World, tmp_path: Path) -> None:

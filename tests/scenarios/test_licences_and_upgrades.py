@@ -1,5 +1,6 @@
 """Facts that a release manager decides on: licences, deprecations, and what an adapter is worth on the next base."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def test_an_upgrade_lists_what_fits_the_next_base_and_measures_it_in_one_job(
     cli.ok("base", "add", following, "--name", "following")
     cli.ok("base", "deprecate", "tiny", "--reason", "old", "--successor", "following")
     assert "following has no successor" in cli("base", "upgrade", "following").err
+    assert json.loads(cli("base", "upgrade", "tiny", "tiny", "--json").out)["error"]["code"] == "same_base"
     report = cli.json("base", "upgrade", "tiny")
     event = cli.json("audit", "--event", "evaluation:request")["items"][0]
     assert (event["subject"], event["after"]["upgrade_of"]) == (f"job/{report['job']}", report["old"]["digest"])
@@ -107,3 +109,9 @@ def test_an_upgrade_lists_what_fits_the_next_base_and_measures_it_in_one_job(
     cli.ok("base", "add", other, "--name", "other")
     listed = cli.ok("base", "upgrade", "tiny", "other", "--plan").out
     assert "2 adapters on tiny, 0 fit other" in listed
+    for shard in following.glob("*.safetensors"):
+        save_file({key: tensor * 2 for key, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    failed = cli("base", "upgrade", "tiny", "--json")
+    document = json.loads(failed.out)
+    assert (document["state"], failed.code) == ("refused", 1), "one document, and the exit code of what ended the job"
+    assert document["error"]["detail"] in failed.err

@@ -1,8 +1,7 @@
 """A channel's policy: what lacks only a score or an approval waits for it, and then completes or fails by itself."""
 
 import threading
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from registry.domain.jobs import evaluations
 from registry.worker.runner import run_one, run_worker
 from registry.worker.steps import KINDS
+from tests.eventually import eventually
 from tests.scenarios.test_a_company_with_tokens import Company, company
 from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli, World
@@ -40,13 +40,6 @@ def working(cli: Cli) -> Generator[None]:
         resources.close()
 
 
-def within(seconds: float, holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def test_a_promotion_waits_for_the_scores_that_it_lacks_and_then_completes_or_fails_by_itself(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
@@ -68,7 +61,7 @@ def test_a_promotion_waits_for_the_scores_that_it_lacks_and_then_completes_or_fa
     assert cli.json("jobs", waiting["job"])["kind"] == "evaluation"
     shown = [row["state"] for row in cli.json("promotion", "list", "acme/sql@prod")["items"]]
     with working(cli):
-        within(60, lambda: cli.json("promotion", "list", "acme/sql@prod")["items"][0]["state"] != "pending")
+        eventually(lambda: cli.json("promotion", "list", "acme/sql@prod")["items"][0]["state"] != "pending")
     ended, completed = cli.json("promotion", "list", "acme/sql@prod")["items"]
     assert shown == ["pending", "completed"]
     assert (completed["state"], completed["move"]) == ("completed", move["id"])

@@ -1,19 +1,23 @@
 """Evaluations that a worker does on request, and what abandoned ones leave behind."""
 
 import os
+import shutil
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from registry.database.tables import Release
 from registry.domain.access.audit import Actor
+from registry.domain.jobs.evaluations import find
 from registry.errors import NotAllowed, NotFound, Usage
-from registry.transfer import evaluations
+from registry.transfer import evaluations, upgrades
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests.scenarios.traces import opened
-from tests.scenarios.world import Cli
+from tests.scenarios.world import Cli, World
 
 
 def test_a_worker_measures_several_releases_and_their_base_on_several_suites_in_one_job(team: Cli) -> None:
@@ -72,6 +76,22 @@ def test_an_evaluation_needs_what_recording_its_scores_needs_and_is_bounded(team
             report = evaluations.report(session, publisher, job)
     assert (report["state"], report["error"]["code"]) == ("failed", "role_lost")
     assert team.json("show", "acme/sql:1.0.0")["scores"] == []
+
+
+def test_an_upgrade_measures_the_new_base_for_its_owner_alone(team: Cli, world: World, tmp_path: Path) -> None:
+    following = tmp_path / "following"
+    shutil.copytree(world.base, following)
+    for shard in following.glob("*.safetensors"):
+        tensors = {name: tensor * 1.01 for name, tensor in load_file(shard).items()}
+        save_file(tensors, shard, metadata={"format": "pt"})
+    team.ok("base", "add", following, "--name", "following")
+    with closing(opened(team)) as resources:
+        for name, measured in (("pia", {"acme/sql", "acme/terraform"}), ("mia", {"acme/sql", "acme/terraform", None})):
+            actor = Actor(name, datetime.now(UTC), {"acme": "publisher"})
+            job = upgrades.begin(resources, actor, "tiny", "following", ["sql-exact"], evaluate=True)["job"]
+            with resources.read() as session:
+                wanted = [session.get(Release, one["release"]) for one in find(session, job).wanted]
+                assert {one and f"acme/{one.repository.name}" for one in wanted} == measured
 
 
 @pytest.mark.parametrize("command", [("gc",), ("eval", "tiny", "--suite", "sql-exact")], ids=["gc", "eval"])

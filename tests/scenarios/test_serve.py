@@ -9,10 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import httpx2
 import pytest
@@ -22,10 +21,10 @@ from registry.api.http.protocol import HEAD_S, MAX_PIPELINED
 from registry.cli.server import HUNG_S
 from registry.database.migrate import head_revision
 from tests import services
+from tests.eventually import eventually
 from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli, server
 
-Seen = TypeVar("Seen")
 LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
 
 
@@ -42,15 +41,6 @@ def served(home: Path, *options: str, **settings: str) -> Generator[tuple[str, s
     finally:
         process.kill()
         process.wait(20)
-
-
-def eventually(look: Callable[[], Seen], *, within_s: float = 60) -> Seen:
-    """What is found once it is true."""
-    deadline = time.monotonic() + within_s
-    while not (seen := look()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return seen
 
 
 def children(process: subprocess.Popen[str]) -> set[int]:

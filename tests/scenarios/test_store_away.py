@@ -22,6 +22,7 @@ from registry.formats.references import parse_repository
 from registry.transfer.resources import Resources
 from registry.worker.runner import run_one
 from tests import services
+from tests.eventually import eventually
 from tests.s3_server import S3Server
 from tests.scenarios.conftest import USER, serving, stock
 from tests.scenarios.test_crashes import STEPS, begin, team, watched
@@ -126,10 +127,8 @@ def test_a_hundred_downloads_from_a_store_that_hangs_do_not_hold_up_resolving_an
     assert {answer.status_code for answer in answers} == {503}
     assert {answer.json()["code"] for answer in answers} == {"store_busy", "store_unavailable"}
     assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers)
-    deadline = time.monotonic() + 60  # the server itself has a hundred requests to forget first
-    while httpx2.get(download, timeout=60).status_code != 307:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    # The server itself has a hundred requests to forget first.
+    eventually(lambda: httpx2.get(download, timeout=60).status_code == 307, every_s=0.2)
 
 
 def test_a_store_that_crashes_in_the_middle_of_a_push_is_waited_for(

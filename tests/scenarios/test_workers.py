@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from registry.domain.jobs import queue
 from registry.errors import NotFound, Unavailable
 from registry.worker import runner
 from registry.worker.runner import JobRun, run_one
+from tests.eventually import eventually
 from tests.scenarios.conftest import stock
 from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched, write_recipe
 from tests.scenarios.traces import traces
@@ -148,7 +148,7 @@ def test_a_worker_process_that_is_terminated_hands_its_job_back(
 
         worker = subprocess.Popen([sys.executable, "-m", "registry.cli.start", "worker"], env=values | cli.environment)
         try:
-            within(60, lambda: state() == "running")
+            eventually(lambda: state() == "running", every_s=0.01)
             worker.terminate()
             assert worker.wait(60) == 0
         finally:
@@ -156,13 +156,6 @@ def test_a_worker_process_that_is_terminated_hands_its_job_back(
         assert state() == "queued"
         assert run_one(resources, watched(second), "second"), "it is taken at once, without waiting for a lease"
     assert second[-1] == "publish"
-
-
-def within(seconds: float, holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(

@@ -42,6 +42,8 @@ _CORRECT = "Correct the recipe."
 MAX_INPUTS = 64
 MAX_PROBE = 64
 MAX_CONFIRM = 1024
+SEARCH, CONFIRM = 8, 16
+"""Default numbers of examples of each suite to search and to confirm on."""
 MAX_PROMPTS = 64
 MAX_VALUES = 10_000
 MAX_FILE_BYTES = 200_000  # YAML needs 300 times its text in memory, and a second for 100,000 bytes
@@ -111,10 +113,10 @@ class Optimize(Document):
     """How method, settings and weights are searched for, on examples of the inputs' suites."""
 
     search: Annotated[int, Field(ge=2, le=MAX_PROBE)] = Field(
-        8, description="Examples of each suite that the search sees. No gate is judged on them."
+        SEARCH, description="Examples of each suite that the search sees. No gate is judged on them."
     )
     confirm: Annotated[int, Field(ge=1, le=MAX_CONFIRM)] = Field(
-        16, description="Unseen examples of each suite that the best are measured on."
+        CONFIRM, description="Unseen examples of each suite that the best are measured on."
     )
     passes: Annotated[int, Field(ge=1)] | None = Field(
         None, description="The search ends once it has measured this number of examples."

@@ -13,7 +13,6 @@ from registry.api.http.threads import in_store_threads
 from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.api.routes.views import score_view, suite_page, suite_view
 from registry.api.schemas.quality import (
-    ScoreIn,
     ScoreOut,
     ScoresImported,
     ScoresIn,
@@ -167,22 +166,9 @@ def _measurements(resources: Resources, actor: Actor, namespace: str, body: Scor
     """The measurements, with the stored results that came with them."""
     from registry.transfer import results
 
-    measured = [_measurement(row) for row in body.scores]
+    measured = [Measurement(**row.model_dump()) for row in body.scores]
     rows = {
         one.suite_digest: results.Results([row.model_dump(exclude_defaults=True) for row in one.examples], one.metric)
         for one in body.results
     }
     return results.store(resources, actor, namespace, measured, rows) if rows else measured
-
-
-def _measurement(row: ScoreIn) -> Measurement:
-    return Measurement(
-        suite_digest=row.suite_digest,
-        metric=row.metric,
-        value=row.value,
-        stderr=row.stderr,
-        n=row.n,
-        higher_is_better=row.higher_is_better,
-        reported=row.reported,
-        source=row.source,
-    )

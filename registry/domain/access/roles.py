@@ -111,9 +111,14 @@ def refuse_reserved(user: str) -> None:
         )
 
 
+def owns(actor: Actor, owner: str | None) -> bool:
+    """Whether the actor may change what everyone relies on: a base, its scores, a suite."""
+    return owner is None or owner == actor.name or holds(actor, Role.ADMIN)
+
+
 def refuse_other_owner(actor: Actor, subject: str, owner: str | None, way_out: str = "choose another name") -> None:
-    """Raises NotAllowed unless the actor owns the subject: everyone relies on bases, their scores and suites."""
-    if owner is not None and owner != actor.name and not holds(actor, Role.ADMIN):
+    """Raises NotAllowed unless the actor owns the subject."""
+    if not owns(actor, owner):
         raise NotAllowed(
             "not_yours",
             f"{subject} belongs to {owner}.",

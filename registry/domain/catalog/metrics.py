@@ -5,6 +5,7 @@ private scores reveal of a metric is not shown to those who may not read them.
 """
 
 from collections.abc import Mapping, Sequence
+from math import inf
 
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
@@ -19,6 +20,8 @@ from registry.errors import Invalid
 
 HIGHER_IS_BETTER = {"nll": False, "accuracy": True}
 """The metrics that `adaptory eval` measures, on every suite."""
+RANGES = {"nll": (0.0, inf), "accuracy": (0.0, 1.0)}
+"""The valid values of these metrics."""
 
 
 def state(session: Session, actor: Actor, suite: str, metrics: Mapping[str, bool]) -> None:

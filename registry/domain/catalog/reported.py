@@ -1,7 +1,7 @@
-"""Scores that a release's own files report. They are recorded as reported, and never in the place of a measured one.
+"""Scores that a release's own files report. They are recorded as reported, and never replace a measured one.
 
-A data set that is named as a suite of this registry is that suite, if a stated revision is its current version or
-digest. Any other gets a suite of its own, `reported-…`, which nobody owns and which has no examples.
+A data set with the name of a suite of this registry is that suite, unless the file states a revision that is neither
+the suite's current version nor its digest. Any other gets a suite of its own, `reported-…`, without owner or examples.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def _suite(session: Session, actor: Actor, reported: ReportedScore) -> Suite:
 
 
 def _own_suite(session: Session, dataset: str) -> Suite | None:
-    """The current suite of exactly that name, unless it is itself only one that scores are reported of."""
+    """The current suite of exactly that name; None for one that was made for reported scores."""
     if not NAME.fullmatch(dataset):
         return None
     return session.scalar(select(Suite).where(Suite.name == dataset, Suite.current, Suite.task != suites.REPORTED))

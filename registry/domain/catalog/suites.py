@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
@@ -23,11 +23,6 @@ from registry.formats.references import MAX_NEAR, nearest, parse_name
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CONDITION = re.compile(r"\s*([a-z0-9][a-z0-9._-]*)\.([a-z_][a-z0-9_]*)\s*(>=|<=)\s*(\S+)\s*")
-
-
-RANGES = {"nll": (0.0, math.inf), "accuracy": (0.0, 1.0)}
-"""Valid values of the built-in metrics."""
-
 
 MAX_VALUE = 1e100
 """The largest value and standard error: the square of a larger one would not be finite."""
@@ -52,6 +47,12 @@ class Measurement:
     results_sha256: str | None = None
     reported: bool = False
     source: str | None = None
+
+    @classmethod
+    def of(cls, score: Mapping[str, Any], results_sha256: str | None = None) -> Self:
+        """What a worker measured, from the JSON of a score."""
+        names = ("suite_digest", "metric", "value", "stderr", "n", "higher_is_better")
+        return cls(**{name: score[name] for name in names}, results_sha256=results_sha256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +209,7 @@ def with_examples(suite: Suite) -> Suite:
 
 
 def add_reported(session: Session, actor: Actor, benchmark: ReportedBenchmark) -> Suite:
-    """The suite of a benchmark that scores are only reported of; nobody owns it. Raises Conflict if its name is another
-    content's."""
+    """The suite for the reported scores of a benchmark; it has no owner. Raises Conflict if its name is taken."""
     added = insert_if_absent(
         session,
         Suite,
@@ -256,7 +256,7 @@ def find(session: Session, text: str, reader: Actor | None = None) -> Suite:
 
 
 def find_any(session: Session, text: str) -> Suite | None:
-    """As `find`, whatever it is, for any reader; None if there is none."""
+    """As `find`, benchmarks of reported scores included; None if there is none."""
     name, at, version = text.partition("@")
     if _DIGEST.fullmatch(text):
         named = Suite.digest == text
@@ -351,7 +351,7 @@ def _check_measurement(measurement: Measurement, suite: Suite) -> None:
     """Raises Invalid for a score that cannot come from the suite. Values that are only reported of a benchmark are in
     the units of their source."""
     open_range = (-math.inf, math.inf)
-    least, most = open_range if suite.task == REPORTED else RANGES.get(measurement.metric, open_range)
+    least, most = open_range if suite.task == REPORTED else metrics.RANGES.get(measurement.metric, open_range)
     fewest = 0 if measurement.reported else 1
     in_range = least <= measurement.value <= most and abs(measurement.value) <= MAX_VALUE
     if not in_range or (measurement.stderr or 0) > MAX_VALUE or measurement.n < fewest:

@@ -1,4 +1,4 @@
-"""Licences of a release, its base and its data, and what a policy says about them."""
+"""Licences of a release, its base and its data, judged by a policy."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -17,7 +17,8 @@ from registry.domain.catalog.releases import full_name
 from registry.domain.channels import pending, policies, refusals
 from registry.domain.channels.policies import Report
 from registry.domain.channels.refusals import PromotionRequest
-from registry.domain.channels.requirements import Lack, Question
+from registry.domain.channels.requirements import Question
+from registry.domain.jobs.evaluations import Wanted
 from registry.errors import Refused, Stale
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import Version, parse_name
@@ -177,7 +178,7 @@ def attempt(  # noqa: PLR0913
     force: bool = False,
     expected: Expected | None = None,
     completing: int | None = None,
-    given_up: Mapping[Lack, str] | None = None,
+    given_up: Mapping[Wanted, str] | None = None,
 ) -> ChannelMove | Waiting:
     """Moves the channel to the release if every rule of its policy passes. `force` overrides failed ones, and needs a
     reason. Returns `Waiting`, and changes nothing, if the release lacks only what may still come.
@@ -401,7 +402,9 @@ def _refuse_unsigned(session: Session, release: Any, wanted: PromotionRequest) -
         releases.refuse_without_signature(wanted.repository.namespace, release, *signed, wanted.release)
 
 
-def _judge(session: Session, actor: Actor, release: Any, policy: ChannelPolicy, given_up: Mapping[Lack, str]) -> Report:
+def _judge(
+    session: Session, actor: Actor, release: Any, policy: ChannelPolicy, given_up: Mapping[Wanted, str]
+) -> Report:
     if policies.is_empty(policy):
         return Report([], [])
     # Compare with what users get: not with a yanked release on the channel.

@@ -1,4 +1,4 @@
-"""Promotions that wait: found, and ended in the transaction that decides about them."""
+"""Waiting promotions: listed, and ended within the transaction that decides about them."""
 
 from datetime import datetime
 

@@ -15,7 +15,8 @@ from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import metrics, repositories, suites
 from registry.domain.channels import gates, requirements
 from registry.domain.channels.gates import GateResult, Needs, Rule
-from registry.domain.channels.requirements import Lack, Question
+from registry.domain.channels.requirements import Question
+from registry.domain.jobs.evaluations import Wanted
 from registry.formats.channel_policy import ChannelPolicy, ScoreRule, of_rules, read_policy
 from registry.formats.references import parse_name
 
@@ -25,7 +26,7 @@ class Report:
     """The results of a policy's rules, and the scores that they wait for."""
 
     results: Sequence[GateResult]
-    lacking: Sequence[Lack]
+    lacking: Sequence[Wanted]
 
     @property
     def failed(self) -> list[GateResult]:
@@ -124,7 +125,7 @@ def judge(session: Session, policy: ChannelPolicy, question: Question) -> Report
     return Report([*results, *requirements.judge(session, policy, question)], lacking)
 
 
-def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -> tuple[list[GateResult], list[Lack]]:
+def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -> tuple[list[GateResult], list[Wanted]]:
     if not policy.rules:
         return [], []
     release = question.release
@@ -137,7 +138,7 @@ def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -
     sides = {"candidate": release, "base": base, **({"served": question.served} if question.served else {})}
     earlier = cache(lambda: {side: gates.earlier(session, subject) for side, subject in sides.items()})
     results: list[GateResult] = []
-    lacking: dict[Lack, None] = {}
+    lacking: dict[Wanted, None] = {}
     for row in policy.rules:
         rule, needs = gates.parse_rule(row.rule), Needs(*policy.of_rule(row))
         best = None if of_inputs is None else gates.best_of([needs.counting(one) for one in of_inputs])
@@ -161,7 +162,7 @@ def _awaited(
     needs: Needs,
     result: GateResult,
     subjects: Sequence[tuple[int | None, str]],
-) -> tuple[GateResult, list[Lack]]:
+) -> tuple[GateResult, list[Wanted]]:
     """The result, waiting if the missing scores of the subjects can still come, and what is to be measured for it."""
     suite = suites.find_any(session, rule.suite)
     if suite is None or suite.task == suites.REPORTED:  # nobody can measure it
@@ -169,7 +170,7 @@ def _awaited(
     if suite.examples < needs.min_n:
         why = f"{result.detail}; {suite.name} has {suite.examples} examples, and {needs.min_n} are needed"
         return replace(result, detail=why), []
-    lacks = [Lack(one, base, suite.digest) for one, base in subjects]
+    lacks = [Wanted(one, base, suite.digest) for one, base in subjects]
     if over := next((question.given_up[lack] for lack in lacks if lack in question.given_up), ""):
         return replace(result, detail=f"{result.detail} ({over})"), []
     if not lacks:

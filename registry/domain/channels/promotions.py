@@ -18,7 +18,6 @@ from registry.domain.channels.moves import ChannelMove, Expected, Waiting
 from registry.domain.channels.pending import PENDING
 from registry.domain.channels.policies import Report
 from registry.domain.channels.refusals import PromotionRequest
-from registry.domain.channels.requirements import Lack
 from registry.domain.jobs import evaluations, queue
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import Conflict, NotAllowed, Refused, RegistryError, Stale, Unavailable
@@ -210,10 +209,9 @@ def waiting_for(session: Session, release: Release, channel: str) -> Promotion |
 def _wait(session: Session, actor: Actor, promotion: Promotion, outcome: Waiting) -> None:
     """Keeps the report, queues what is to be measured, and says when to look again."""
     promotion.gates = _rows(outcome.report)
-    wanted = [Wanted(lack.release_id, lack.base, lack.suite) for lack in outcome.report.lacking]
-    if wanted:
+    if wanted := outcome.report.lacking:
         job = evaluations.under_way(session, wanted)
-        job = job or evaluations.create(session, actor, _shared_namespace(session, promotion, wanted), wanted)
+        job = job or evaluations.create(session, actor, _namespaces(session, promotion, wanted), wanted)
         promotion.job_id = job.id
     until = outcome.report.until or promotion.expires_at
     promotion.due_at = min(until, promotion.expires_at, actor.at + RECHECK)
@@ -226,12 +224,11 @@ def _began_by_promotion(session: Session, job: Job) -> bool:
     return session.scalar(select(Promotion.id).where(*began).limit(1)) is not None
 
 
-def _shared_namespace(session: Session, promotion: Promotion, wanted: Sequence[Wanted]) -> str | None:
-    """The namespace whose publishers may see the evaluation: that of the promotion, unless an input is in another. The
-    job's error may name that one."""
-    own = promotion.release.repository.namespace
+def _namespaces(session: Session, promotion: Promotion, wanted: Sequence[Wanted]) -> set[str]:
+    """Those of the promotion and of what is measured. If an input is in another one, the job belongs to none: its error
+    may name that input."""
     measured = select(Release).where(Release.id.in_([one.release for one in wanted if one.release is not None]))
-    return own if all(one.repository.namespace == own for one in session.scalars(measured)) else None
+    return {promotion.release.repository.namespace, *(one.repository.namespace for one in session.scalars(measured))}
 
 
 def _ended_by(error: RegistryError) -> str:
@@ -244,7 +241,7 @@ def _rows(report: Report) -> list[dict[str, Any]]:
     return [result.with_waiting() for result in report.results]
 
 
-def _given_up(session: Session, promotion: Promotion) -> Mapping[Lack, str]:
+def _given_up(session: Session, promotion: Promotion) -> Mapping[Wanted, str]:
     """What the promotion's evaluation was to measure, once it has ended: what is still missing will not come. Has
     the errors of a job within the promotion's namespace only."""
     if promotion.job_id is None:
@@ -259,9 +256,10 @@ def _given_up(session: Session, promotion: Promotion) -> Mapping[Lack, str]:
     if job.error and shown:
         why += f": {job.error['detail']}"
     row = evaluations.find(session, job.id)
-    lacks = {Lack(one["release"], one["base"], one["suite"]): why for one in row.wanted}
-    failed = [one for one in row.results if one["error"] and shown]
-    return lacks | {Lack(one["release"], one["base"], one["suite"]): one["error"] for one in failed}
+    return {
+        **{Wanted(**one): why for one in row.wanted},
+        **{Wanted.of(one): one["error"] for one in row.results if one["error"] and shown},
+    }
 
 
 def _locked(session: Session, promotion_id: int) -> Promotion:

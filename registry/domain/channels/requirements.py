@@ -15,18 +15,10 @@ from registry.domain.access.roles import EVERYWHERE, Role, at_least
 from registry.domain.catalog import signatures
 from registry.domain.channels import licensing
 from registry.domain.channels.gates import GateResult
+from registry.domain.jobs.evaluations import Wanted
 from registry.formats.channel_policy import Approval as NeededApproval
 from registry.formats.channel_policy import ChannelPolicy, Soak
 from registry.formats.signatures import is_key_of
-
-
-@dataclass(frozen=True, slots=True)
-class Lack:
-    """A score that is missing: of a release, or of a base alone, measured on a base and a suite, by their digests."""
-
-    release_id: int | None
-    base: str
-    suite: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +30,7 @@ class Question:
     release: Release
     channel: Channel
     served: Release | None
-    given_up: Mapping[Lack, str] = field(default_factory=dict[Lack, str])
+    given_up: Mapping[Wanted, str] = field(default_factory=dict[Wanted, str])
 
 
 def judge(session: Session, policy: ChannelPolicy, question: Question) -> list[GateResult]:

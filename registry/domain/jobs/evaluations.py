@@ -1,9 +1,9 @@
 """Evaluations that workers do: releases and bases on suites. Their results are scores, or only a report."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -19,22 +19,28 @@ STEPS = ("measure", "record")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to measure: a release, None for the base alone, on a base and a suite, by their digests."""
+    """What to measure: a release by its row's id, None for the base alone, on a base and a suite, by their digests."""
 
     release: int | None
     base: str
     suite: str
 
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Self:
+        """What a result that `add_result` keeps was measured of."""
+        return cls(result["release"], result["base"], result["suite"])
+
 
 def create(
     session: Session,
     actor: Actor,
-    namespace: str | None,
+    namespaces: Collection[str],
     wanted: Sequence[Wanted],
     upgrade: dict[str, Any] | None = None,
 ) -> Job:
-    """Queues an evaluation. Raises TooMany as `queue.enqueue`."""
-    job = queue.enqueue(session, actor, KIND, STEPS, namespace)
+    """Queues an evaluation; the job belongs to the namespace of the releases if they have only one. Raises TooMany as
+    `queue.enqueue`."""
+    job = queue.enqueue(session, actor, KIND, STEPS, next(iter(namespaces)) if len(namespaces) == 1 else None)
     rows = [asdict(one) for one in dict.fromkeys(wanted)]
     asked = {"token_id": actor.token_id, "source": actor.source}
     session.add(Evaluation(job_id=job.id, wanted=rows, results=[], upgrade=upgrade, **asked))

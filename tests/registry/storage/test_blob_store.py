@@ -3,10 +3,8 @@
 import errno
 import hashlib
 import os
-import subprocess
 import uuid
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from registry.storage.blobs import BlobStore, blob_key
 from registry.storage.local import LocalStore, unwritable
 from registry.storage.s3.store import S3Store
 from tests.s3_server import BUCKET, S3Server
+from tests.small_disk import small_disk
 
 ABSENT = Digest("0" * 64)
 
@@ -231,21 +230,6 @@ def test_a_directory_that_cannot_be_written_is_unavailable_and_not_full(tmp_path
     with pytest.raises(Unavailable, match="cannot be written") as raised:
         store.put(sha256, source)
     assert raised.value.code == "store_unavailable"
-
-
-@contextmanager
-def small_disk(path: Path) -> Generator[Path]:
-    """A file system of 1 MB."""
-    path.mkdir()
-    mounted = subprocess.run(
-        ["/bin/mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        yield path
-    finally:
-        subprocess.run(["/bin/umount", path], check=True)
 
 
 def files_below(directory: Path) -> set[Path]:
