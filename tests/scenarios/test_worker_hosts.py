@@ -18,9 +18,9 @@ from registry.transfer.resources import Resources
 from registry.worker.runner import JobKind, JobRun, run_one, run_worker
 from registry.worker.steps import KINDS
 from registry.worker.workspace import sweep_work
+from tests.eventually import eventually
 from tests.scenarios.conftest import stock
 from tests.scenarios.test_crashes import begin, resources_of, team, watched, write_recipe
-from tests.scenarios.test_workers import within
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World
 
@@ -165,7 +165,7 @@ def test_a_worker_removes_what_other_hosts_have_ended_and_nothing_that_is_not_it
     worker = threading.Thread(target=run_worker, args=(site.resources, KINDS, stop))
     worker.start()
     try:
-        within(30, lambda: site.work == ["composition-mine"])
+        eventually(lambda: site.work == ["composition-mine"], within_s=30)
     finally:
         stop.set()
         worker.join()
