@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= .demo
 # Many tests wait for a disk or a server.
-PYTEST_WORKERS ?= 6
+PYTEST_WORKERS ?= 4
 
 .PHONY: demo test test-long coverage lint fix bench serve services services-stop migrate snapshots clean
 
