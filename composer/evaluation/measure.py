@@ -181,9 +181,13 @@ def run_batches(
 
 
 def spread_batches(loaded: LoadedModel, encoded: Sequence[Encoded], batch_tokens: int | None = None) -> list[list[int]]:
-    """Batches for all cores: a few examples are spread too, since one batch over all cores would wait at barriers."""
-    total = sum(len(one.ids) for one in encoded)
-    return list(batches_of(encoded, min(batch_tokens or loaded.batch_tokens, total // loaded.passes + 1)))
+    """Batches for all cores: a few examples are spread too, since one batch over all cores would wait at barriers. They
+    become one batch a core where they can: with a third batch on two cores, one core waits."""
+    most = batch_tokens or loaded.batch_tokens
+    limit = min(most, sum(len(one.ids) for one in encoded) // loaded.passes + 1)
+    while len(batches := list(batches_of(encoded, limit))) > loaded.passes and limit < most:
+        limit = min(most, limit + limit // 8 + 1)
+    return batches
 
 
 def batches_of(encoded: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
