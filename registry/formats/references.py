@@ -164,9 +164,14 @@ def _identifier_key(identifier: str) -> str:
     return f"0{_number_key(int(identifier))}!" if identifier.isdigit() else f"1{identifier}!"
 
 
+def is_version(text: str) -> bool:
+    """Whether `parse_version` takes the text."""
+    return _match_version(text) is not None
+
+
 def parse_version(text: str) -> Version:
     """Parses a version, with or without the `v` of a git tag."""
-    match = _VERSION.fullmatch(text) if len(text.removeprefix("v")) <= MAX_VERSION_CHARS else None
+    match = _match_version(text)
     if match is None:
         raise Usage(
             "bad_version",
@@ -176,6 +181,10 @@ def parse_version(text: str) -> Version:
         )
     major, minor, patch, prerelease = match.groups()
     return Version(int(major), int(minor), int(patch), tuple(prerelease.split(".")) if prerelease else ())
+
+
+def _match_version(text: str) -> re.Match[str] | None:
+    return _VERSION.fullmatch(text) if len(text.removeprefix("v")) <= MAX_VERSION_CHARS else None
 
 
 @dataclass(frozen=True, slots=True)

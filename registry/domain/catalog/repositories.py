@@ -11,7 +11,7 @@ from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import readable
 from registry.errors import Conflict, NotFound
-from registry.formats.references import MAX_NEAR, RepositoryName
+from registry.formats.references import MAX_NEAR, RepositoryName, is_version
 
 _LISTED = 20
 """Maximum number of channels that an error lists."""
@@ -56,6 +56,8 @@ def unknown_channel(session: Session, repository: Repository, channel: str) -> N
     full = f"{name_of(repository)}@{channel}"
     has = f"The channels of {name_of(repository)}: {', '.join(there)}." if there else "It has none yet."
     step = f"{has} To create it, promote a release with --to {channel}."
+    if is_version(channel):
+        step = f"{has} For the version, write {name_of(repository)}:{channel}."
     return NotFound("channel_unknown", f"There is no channel {full}.", subject=full, next_step=step)
 
 
