@@ -1,6 +1,7 @@
 """The release registry for LoRA adapters. Imports go down this list; the first folder says what a line may touch.
 
-cli/        commands: call the API through client/, in this process where no server is named, and print
+cli/        commands: call the API through client/, and print
+sdk/        registries as Python objects: opens the one of a URL, or the embedded one in this process
 api/        REST under /v1: the app, callers, limits and problems, routes, schemas
 worker/     jobs: the steps of a composition
 transfer/   bytes and rows together: uploads, publishing, collection, fsck

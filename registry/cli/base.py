@@ -8,13 +8,14 @@ from urllib.parse import quote
 import typer
 
 from registry.cli import complete, render
-from registry.cli.connect import Connection, connected
+from registry.cli.connect import connected
 from registry.cli.groups import Commands
 from registry.cli.interrupt import interrupts
 from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
 from registry.cli.render import JsonFlag
 from registry.error_codes import of_row
 from registry.errors import NotAllowed, Usage
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint

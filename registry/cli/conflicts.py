@@ -15,11 +15,12 @@ from registry.cli import complete, render
 from registry.cli import optimize as optimizing
 from registry.cli.calibration import calibration_of
 from registry.cli.compose import Method, Require, Rules, Settings, required, settings_of, with_rules
-from registry.cli.connect import Connection, base_checkpoint, connected, release_directory, resolved
+from registry.cli.connect import base_checkpoint, connected, release_directory, resolved
 from registry.cli.idle import refuse_idle
 from registry.cli.quality import BaseDir, Device, fetch_suite
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.conflicts.examine import Evidence

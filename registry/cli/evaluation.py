@@ -10,12 +10,13 @@ import typer
 
 from registry.cli import complete, queued_evaluation, render
 from registry.cli import harness as harnesses
-from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
+from registry.cli.connect import base_checkpoint, connected, release_directory
 from registry.cli.harness import HarnessChoice
 from registry.cli.idle import refuse_idle
 from registry.cli.quality import BaseDir, Device, Subject, fetch_suite, release_or_base
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.cli import render
-from registry.cli.connect import Connection
 from registry.errors import Conflict
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta

@@ -35,7 +35,7 @@ def run(
     from composer.optimize.optimize import expected_passes, optimize
     from composer.optimize.problem import Member, Problem
     from composer.optimize.report import document
-    from registry.cli.connect import load_settings
+    from registry.sdk.connection import load_settings
     from registry.transfer.collect import evaluation_journal
 
     stated = method.model_dump(by_alias=True, exclude_unset=True)

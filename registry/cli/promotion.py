@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from registry.cli import complete, render
-from registry.cli.connect import Connection, connected, resolved
+from registry.cli.connect import connected, resolved
 from registry.cli.groups import Commands
 from registry.cli.interrupt import interrupts
 from registry.cli.release import Channel, Ref, repository_path, show_move
@@ -16,6 +16,7 @@ from registry.cli.render import JsonFlag
 from registry.error_codes import of_row
 from registry.errors import NotFound, Usage
 from registry.formats.references import parse_channel_reference
+from registry.sdk.connection import Connection
 
 Json = dict[str, Any]
 _POLL_S = 0.5

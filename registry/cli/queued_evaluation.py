@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from registry.cli import render
-from registry.cli.connect import Connection
 from registry.cli.interrupt import interrupts
 from registry.cli.quality import refuse_bad_suite_name, release_or_base
 from registry.error_codes import of_row
 from registry.errors import Refused, RegistryError
+from registry.sdk.connection import Connection
 
 Json = dict[str, Any]
 _POLL_S = 0.5

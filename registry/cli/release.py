@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from registry.cli import complete, render
-from registry.cli.connect import Connection, connected, resolved
+from registry.cli.connect import connected, resolved
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
 from registry.cli.sign import signer
 from registry.errors import NotFound, RegistryError, Usage
 from registry.formats.references import parse_channel_reference, parse_reference, parse_repository
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from registry.client.lineage import Composition

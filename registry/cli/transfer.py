@@ -10,8 +10,7 @@ import typer
 
 from composer.formats.untrusted import read_text
 from registry.cli import complete, render
-from registry.cli.connect import Connection, connected, release_directory, resolved, total_bytes
-from registry.cli.fit import fitting_base
+from registry.cli.connect import connected, release_directory, resolved, total_bytes
 from registry.cli.idle import refuse_idle
 from registry.cli.promotion import show_promotion
 from registry.cli.release import Ref, show_move, warn_of_move_since
@@ -20,6 +19,8 @@ from registry.cli.sign import SignatureCovers, refuse_narrow
 from registry.errors import Refused, RegistryError, Usage
 from registry.formats.references import Reference, parse_name, parse_reference
 from registry.formats.signatures import Signed
+from registry.sdk.connection import Connection
+from registry.sdk.fit import fitting_base
 
 if TYPE_CHECKING:
     from registry.client.selection import Selection
@@ -87,7 +88,7 @@ def push(  # noqa: PLR0913
     if selection.left_out:
         render.say(f"left out: {selection.summary()} (take more with --include GLOB)")
     with connected() as connection:
-        request["base"] = fitting_base(connection, directory, base, kind)
+        request["base"] = fitting_base(connection.api, directory, base, kind)
         published = _publish(connection, selection, reference, request, (kind, sign))
         for finding in published["warnings"]:
             render.say(f"{finding['severity']}: {finding['message']}")
