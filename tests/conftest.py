@@ -46,6 +46,7 @@ for _name in [name for name in os.environ if name.startswith("ADAPTORY_")]:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Several test processes share the cores: threads that wait for each other's small matrices took 80 % of the time.
 os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 # How fast inputs are made says how busy the machine is, and how warm its imports: it fails no test.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")

@@ -221,7 +221,7 @@ def test_a_search_measures_the_cpus_numbers(
     tried: list[dict[str, float]] = []
     for loaded in (there, here):
         problem = Problem(
-            load=lambda loaded=loaded: loaded, members=members, limits=loose, effort=Effort(2, 4, passes=1)
+            load=lambda loaded=loaded: loaded, members=members, limits=loose, effort=Effort(search=2, confirm=4)
         )
         report = optimize(problem)
         tried.append({one.candidate.name: one.outcome.effects[0].combined for one in report.best})
