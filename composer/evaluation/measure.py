@@ -1,7 +1,6 @@
 """Encodes examples as token ids and runs teacher-forced passes over them. Shapes: B batch, T tokens, V vocabulary."""
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from composer.deltas.tensors import torch_threads
+from composer.deltas.tensors import most_threads, torch_threads
 from composer.errors import Mismatch
 from composer.evaluation.hooks import Deltas, deltas_applied
 from composer.evaluation.model import LoadedModel
@@ -169,7 +168,7 @@ def run_batches(
     workers = max(1, min(loaded.passes, len(batches)))
     with (
         deltas_applied(loaded.model, deltas),
-        torch_threads(max(1, (os.cpu_count() or 1) // workers)),
+        torch_threads(max(1, most_threads() // workers)),
         ThreadPoolExecutor(workers, "measure") as pool,
     ):
         results = pool.map(run, batches)
