@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from composer.errors import ComposerError
 from registry.cli import complete, queued_evaluation, render
 from registry.cli import harness as harnesses
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
@@ -15,7 +16,8 @@ from registry.cli.harness import HarnessChoice
 from registry.cli.idle import refuse_idle
 from registry.cli.quality import BaseDir, Device, Subject, fetch_suite, release_or_base
 from registry.cli.render import JsonFlag
-from registry.errors import Usage
+from registry.error_codes import RETRYABLE, of_composer
+from registry.errors import RegistryError, Usage
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
@@ -90,16 +92,20 @@ def evaluate(  # noqa: PLR0913
         return
     refuse_idle({"--no-wait": not wait}, "without --queue", _HELP)
     refuse_idle({"--harness-path": harness_path and not choice.names}, "without --harness", _HELP)
-    rows = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, _Where(device, base_dir))
+    where = _Where(device, base_dir)
+    rows, failed = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, where)
     documents = [{"subject": name, "recorded": limit is None, "scores": scores} for name, scores in rows.items()]
     document = documents[0] if len(documents) == 1 else {"items": documents, "next": None}
     render.document(document, json, lambda: _show(documents))
+    if failed:
+        # Not raised: with --json, stdout has the scores, and a second document would break its readers.
+        raise typer.Exit(render.fail(failed, as_json=False))
 
 
 def _evaluated(
     what: Sequence[str], suite_names: Sequence[str], choice: HarnessChoice, where: "_Where"
-) -> dict[str, list[Json]]:
-    """The scores by subject: of the suites, then of the harness' tasks."""
+) -> tuple[dict[str, list[Json]], RegistryError | None]:
+    """The scores by subject: of the suites, then of the harness' tasks; and why some could not be measured."""
     from registry.transfer.collect import sweep_journals
 
     with connected() as connection:
@@ -110,14 +116,15 @@ def _evaluated(
         tasks = [_task(connection, subject, one, choice.limit) for subject in subjects for one in suites]
         unmeasured = [task.subject for task in tasks if task.journal.missing(task.examples)]
         models = _Models(connection, subjects if plan else unmeasured, where)
-        rows = {name: list[Json]() for name in what} | _run(connection, tasks, models, recorded=choice.recorded)
-        for task in tasks:
+        done, failed = _run(connection, tasks, models, recorded=choice.recorded)
+        rows = {name: list[Json]() for name in what} | done
+        for task in tasks if failed is None else ():
             task.journal.discard()
         if plan:
             last = sorted(subjects, key=lambda subject: subject.weights, reverse=True)  # what is in memory comes first
             scored = harnesses.evaluate(connection, choice, plan, last, models.of)
             rows = {name: [*own, *scored[name]] for name, own in rows.items()}
-    return rows
+    return rows, failed
 
 
 def _queue(what: Sequence[str], suites: Sequence[str], *, wait: bool, json: bool) -> None:
@@ -141,33 +148,59 @@ class _Where:
 
 def _task(connection: Connection, subject: Subject, suite: "Suite", limit: int | None) -> Task:
     from composer.evaluation.journal import ResultJournal
-    from composer.evaluation.scorers.scorer import scorer_named
+    from composer.evaluation.scorers.process import open_scorer
     from registry.transfer.collect import evaluation_journal
 
     if suite.task == "generation" and suite.scoring:
-        scorer_named(suite.scoring, connection.settings.enabled_scorers)  # before anything is fetched and measured
+        with open_scorer(suite.scoring, connection.settings.enabled_scorers):  # before anything is fetched and measured
+            pass
     identity = f"{subject.identity} {suite.digest}"
     journal = ResultJournal(evaluation_journal(connection.settings, identity), identity)
     return Task(subject, suite, suite.sample(limit), journal)
 
 
-def _run(connection: Connection, tasks: Sequence[Task], models: "_Models", *, recorded: bool) -> dict[str, list[Json]]:
-    """The scores by subject. Records those of each task as it ends. Everything is fetched before the first pass."""
+def _run(
+    connection: Connection, tasks: Sequence[Task], models: "_Models", *, recorded: bool
+) -> tuple[dict[str, list[Json]], RegistryError | None]:
+    """The scores by subject, and the first error. Records the scores of each task as it ends. Everything is fetched
+    before the first pass.
+
+    A task that fails does not keep the others from being measured. Raises the error if it is the only task.
+    """
     left = sum(len(task.journal.missing(task.examples)) for task in tasks)
     known = sum(len(set(task.examples)) for task in tasks) - left
     if known:
         render.say(f"resumed: {known} of {known + left} examples were measured before")
     rows: dict[str, list[Json]] = {task.subject.name: [] for task in tasks}
+    failed: list[tuple[Task, ComposerError]] = []
     label = f"eval {next(iter(rows))}" if len(rows) == 1 else f"eval {len(rows)} subjects"
     with render.progress(label, left, "examples") as done:
         for task in sorted(tasks, key=lambda task: task.subject.weights):
-            measured, results = _measured(connection, task, models, done)
+            try:
+                measured, results = _measured(connection, task, models, done)
+            except ComposerError as error:
+                if error.code in RETRYABLE or len(tasks) == 1:
+                    raise
+                failed.append((task, error))
+                continue
             scores = [score.to_json() for score in measured]
             if recorded:
                 examples = {"suite_digest": task.suite.digest, "examples": [one.to_json() for one in results]}
                 task.subject.record(connection, scores, [examples])
             rows[task.subject.name] += scores
-    return rows
+    return rows, _first(failed, len(tasks))
+
+
+def _first(failed: "Sequence[tuple[Task, ComposerError]]", count: int) -> RegistryError | None:
+    """The first error, with the release and the suite that it is about."""
+    if not failed:
+        return None
+    task, first = failed[0]
+    error = of_composer(first)
+    error.detail = (
+        f"{task.subject.name} on {task.suite.name}: {error.detail} {len(failed)} of {count} could not be measured."
+    )
+    return error
 
 
 class _Models:
