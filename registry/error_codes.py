@@ -52,6 +52,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "file_tampered": "Do not use it: a file differs from the signed one.",
         "fp8_scale": "Use the unquantized base, or --dequantize.",
         "gate_failed": "Look at the numbers; a releaser may use --force with a --reason.",
+        "harness_differs": "Install the same version of lm-eval where workers run, with the same data.",
+        "harness_missing": "Install adaptory with its extra `eval` where workers run.",
         "layout_peft": "Use it as it is.",
         "loha_rank": "Merge it where it was trained.",
         "lokr_factors": "Merge it where it was trained, or train with one factor.",
@@ -437,6 +439,9 @@ RETRYABLE = frozenset({
 """Errors that pass, or that an operator fixes: a job that fails with one of them is retried."""
 ELSEWHERE: Mapping[str, timedelta] = {
     "base_not_here": timedelta(hours=1),
+    "harness_differs": timedelta(minutes=10),
+    "harness_missing": timedelta(minutes=10),
+    "harness_task_unknown": timedelta(minutes=10),
     "scorer_disabled": timedelta(minutes=10),
     "scorer_missing": timedelta(minutes=10),
 }

@@ -253,6 +253,9 @@ class Settings(BaseSettings):
     run; none by default. Enable only code that you trust."""
     scorer_timeout_s: float = Field(default=30.0, gt=0, le=24 * 3600)
     """How long a Python scorer may take for one example; its process is then killed."""
+    harness_path: Path | None = None
+    """A directory of YAML files of lm-evaluation-harness tasks that evaluations on this machine run, in place of those
+    that come with the harness, and the code that they name."""
     signing_key: Path | None = None
     """A key in PEM that signs what compositions publish, if their namespace trusts it. Workers need the private key;
     servers may have the public one, and then accept compositions where signatures are required."""

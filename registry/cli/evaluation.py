@@ -12,7 +12,7 @@ from composer.errors import ComposerError
 from registry.cli import complete, queued_evaluation, render
 from registry.cli import harness as harnesses
 from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
-from registry.cli.harness import HarnessChoice
+from registry.cli.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
 from registry.cli.idle import refuse_idle
 from registry.cli.quality import BaseDir, Device, Subject, fetch_suite, release_or_base
 from registry.cli.render import JsonFlag
@@ -53,18 +53,10 @@ def evaluate(  # noqa: PLR0913
         list[str] | None,
         typer.Option("--suite", help="Name of a suite, or NAME@VERSION. Repeatable.", autocompletion=complete.suites),
     ] = None,
-    harness: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TASK[,TASK]",
-            help="Tasks or groups of lm-evaluation-harness (extra `eval`). Repeatable.",
-            autocompletion=complete.harness_tasks,
-        ),
-    ] = None,
-    harness_path: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Run tasks of the YAML files in DIR, and the code that they name."),
-    ] = None,
+    harness: TaskNames = None,
+    harness_path: TaskDirectory = None,
+    num_fewshot: NumFewshot = None,
+    apply_chat_template: ChatTemplate = False,
     device: Device = "auto",
     base_dir: BaseDir = None,
     limit: Annotated[
@@ -81,17 +73,18 @@ def evaluate(  # noqa: PLR0913
     Each base is loaded once for all its adapters. An interrupted run, started again, continues at the example where it
     stopped.
     """
-    choice = HarnessChoice([name for text in harness or () for name in text.split(",") if name], harness_path, limit)
+    names = [name for text in harness or () for name in text.split(",") if name]
+    choice = HarnessChoice(names, harness_path, limit, num_fewshot, apply_chat_template)
+    choice.refuse_idle(_HELP)
     if not suite and not choice.names:
         raise Usage("nothing_to_run", "Nothing is to be run.", next_step="Add --suite NAME or --harness TASK.")
     if queue:
         local = {"--device": device != "auto", "--base-dir": base_dir, "--limit": limit}
         why = "with --queue: a worker measures all examples on its own machine"
-        refuse_idle({"--harness": harness, "--harness-path": harness_path, **local}, why, _HELP)
-        _queue(what, suite or [], wait=wait, json=json)
+        refuse_idle(local, why, _HELP)
+        _queue(what, suite or [], choice, wait=wait, json=json)
         return
     refuse_idle({"--no-wait": not wait}, "without --queue", _HELP)
-    refuse_idle({"--harness-path": harness_path and not choice.names}, "without --harness", _HELP)
     where = _Where(device, base_dir)
     rows, failed = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, where)
     documents = [{"subject": name, "recorded": limit is None, "scores": scores} for name, scores in rows.items()]
@@ -127,11 +120,11 @@ def _evaluated(
     return rows, failed
 
 
-def _queue(what: Sequence[str], suites: Sequence[str], *, wait: bool, json: bool) -> None:
+def _queue(what: Sequence[str], suites: Sequence[str], choice: HarnessChoice, *, wait: bool, json: bool) -> None:
     with connected() as connection:
-        document = queued_evaluation.queue(
-            connection, list(dict.fromkeys(what)), list(dict.fromkeys(suites)), wait=wait
-        )
+        registered = harnesses.register(connection, harnesses.load(choice)) if choice.names else []
+        on = list(dict.fromkeys([*suites, *registered]))
+        document = queued_evaluation.queue(connection, list(dict.fromkeys(what)), on, wait=wait)
     render.document(document, json, lambda: queued_evaluation.show(document))
     if wait and (error := queued_evaluation.error_of(document)):
         # Not raised: with --json, stdout has the report, and a second document would break its readers.

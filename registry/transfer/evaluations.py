@@ -45,7 +45,8 @@ def request(
     with resources.write() as session:
         releases = [resolve.resolve(session, reference).release for reference in references]
         named = [_own_base(session, actor, name) for name in base_names]
-        wanted_suites = [suites.with_examples(suites.find(session, name, actor)) for name in on]
+        named_suites = [suites.find(session, name, actor) for name in on]
+        wanted_suites = [one if one.task == suites.HARNESS else suites.with_examples(one) for one in named_suites]
         for suite in wanted_suites:
             scorers.refuse_disabled(suite, resources.settings.enabled_scorers.names)
         subjects = [(one.id, one.base_digest) for one in releases] + [(None, one.digest) for one in named]

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from composer.errors import ComposerError
 from composer.formats.checkpoints.checkpoint import Checkpoint
-from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.elsewhere import HarnessTask, SuiteContent, parse_content
 from registry.database.tables import Base, Release
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds
@@ -25,7 +25,9 @@ from registry.domain.jobs.evaluations import Wanted
 from registry.error_codes import ELSEWHERE, RETRYABLE, of_composer, of_row
 from registry.errors import NotAllowed, RegistryError
 from registry.transfer import promotions, publishing, results
-from registry.worker.composition import ProgressCount, suites_named, verified_base
+from registry.transfer.results import Results
+from registry.worker.composition import ProgressCount, verified_base
+from registry.worker.harness import Harness
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.workspace import evaluation_work_of
 
@@ -45,15 +47,18 @@ def measure(held: JobRun) -> None:
     """
     rows, done = _rows(held)
     left = [one for one in rows if one not in done]
-    contents = {content.digest: content for content in suites_named(held, list({one.suite for one in left}))}
-    count = ProgressCount(held, "examples", sum(len(contents[one.suite].examples) for one in left))
+    with held.resources.read() as session:
+        digests = {one.suite for one in left}
+        contents = {digest: parse_content(suites.find(session, digest).content) for digest in digests}
+    harness = Harness(held.resources.settings.harness_path)
+    count = ProgressCount(held, "examples", sum(contents[one.suite].count for one in left))
     lacking: list[RegistryError] = []
     for digest in dict.fromkeys(one.base for one in left):
         base = cache(partial(_base, held, digest))
         for release in dict.fromkeys(one.release for one in left if one.base == digest):
             subject = cache(partial(_subject, held, release, digest, base))
             for one in (one for one in left if (one.base, one.release) == (digest, release)):
-                error = _evaluate(held, one, contents[one.suite], subject, count)
+                error = _evaluate(held, one, contents[one.suite], subject, harness, count)
                 lacking += [error] if error else []
     if lacking:
         raise lacking[0]
@@ -61,11 +66,16 @@ def measure(held: JobRun) -> None:
 
 
 def _evaluate(
-    held: JobRun, wanted: Wanted, suite: SuiteContent, subject: _Subject, progress: Callable[[int], None]
+    held: JobRun,
+    wanted: Wanted,
+    suite: SuiteContent,
+    subject: _Subject,
+    harness: Harness,
+    progress: Callable[[int], None],
 ) -> RegistryError | None:
     """Measures and records, or keeps why that is not possible. Returns what only this host lacks."""
     try:
-        scores, results_sha256 = _measured(held, wanted, suite, subject, progress)
+        scores, results_sha256 = _measured(held, wanted, suite, subject, harness, progress)
     except (ComposerError, RegistryError) as caught:
         error = of_composer(caught) if isinstance(caught, ComposerError) else caught
         if error.code in ELSEWHERE:
@@ -137,23 +147,33 @@ def _measured(
     wanted: Wanted,
     suite: SuiteContent,
     subject: _Subject,
+    harness: Harness,
     progress: Callable[[int], None],
 ) -> tuple[list[Row], str | None]:
-    """The scores, and the digest of the stored results of each example, if the scores will be recorded."""
+    """The scores, and the digest of the stored results of each example, if there are any and the scores will be
+    recorded."""
     from composer.evaluation.evaluate import scores
     from composer.evaluation.journal import ResultJournal, examine_rest
 
-    name = f"{wanted.release or 'base'}-{wanted.base[:16]}-{wanted.suite[:16]}.jsonl"
-    path = evaluation_work_of(held.resources, held.job_id) / name
-    journal = ResultJournal(path, f"{wanted.release} {wanted.base} {wanted.suite}")
-    progress(len(suite.examples) - len(journal.missing(suite.examples)))
+    def journal(digest: str) -> tuple[Path, str]:
+        name = f"{wanted.release or 'base'}-{wanted.base[:16]}-{digest[:16]}.jsonl"
+        path = evaluation_work_of(held.resources, held.job_id) / name
+        return path, f"{wanted.release} {wanted.base} {digest}"
+
+    if isinstance(suite, HarnessTask):
+        rows, outcome = harness.measure(suite, subject, journal, progress)
+        return rows, _stored(held, wanted, rows, Results(outcome.examples, outcome.metric))
+    measured = ResultJournal(*journal(suite.digest))
+    progress(len(suite.examples) - len(measured.missing(suite.examples)))
     scorers = held.resources.settings.enabled_scorers
-    results = examine_rest(subject, suite, suite.examples, journal, scorers, progress)
-    rows = [score.to_json() for score in scores(suite, results)]
-    return rows, _stored(held, wanted, rows, [one.to_json() for one in results])
+    examples = examine_rest(subject, suite, suite.examples, measured, scorers, progress)
+    rows = [score.to_json() for score in scores(suite, examples)]
+    return rows, _stored(held, wanted, rows, Results([one.to_json() for one in examples]))
 
 
-def _stored(held: JobRun, wanted: Wanted, scores: list[Row], examples: list[Row]) -> str | None:
+def _stored(held: JobRun, wanted: Wanted, scores: list[Row], by_example: Results) -> str | None:
+    if not by_example.examples:
+        return None
     namespace = EVERYWHERE
     with held.resources.read() as session:
         actor = evaluations.requester(session, held.job_id, held.resources.clock())
@@ -167,7 +187,7 @@ def _stored(held: JobRun, wanted: Wanted, scores: list[Row], examples: list[Row]
         actor,
         namespace,
         [Measurement.of(score) for score in scores],
-        {wanted.suite: results.Results(examples)},
+        {wanted.suite: by_example},
     )
     return measured[0].results_sha256
 
