@@ -5,6 +5,7 @@ test checks every `raise` against it. A message says what to do in its own case;
 """
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from composer.errors import ComposerError
@@ -51,6 +52,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "file_tampered": "Do not use it: a file differs from the signed one.",
         "fp8_scale": "Use the unquantized base, or --dequantize.",
         "gate_failed": "Look at the numbers; a releaser may use --force with a --reason.",
+        "harness_differs": "Install the same version of lm-eval where workers run, with the same data.",
+        "harness_missing": "Install adaptory with its extra `eval` where workers run.",
         "layout_peft": "Use it as it is.",
         "loha_rank": "Merge it where it was trained.",
         "lokr_factors": "Merge it where it was trained, or train with one factor.",
@@ -72,7 +75,6 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "no_rank": "Set rank or energy.",
         "not_decomposable": "Look for NaN or far too large values with `adaptory inspect`.",
         "not_extractable": "Use the fine-tuned checkpoint itself: push it with --kind model.",
-        "not_measured": "Look at the error of each; the others are recorded.",
         "not_quantized": "Leave --dequantize out.",
         "not_rebased": "Use it on its base as it is.",
         "not_rebuilt": "Rebuild only releases made by a composition.",
@@ -96,6 +98,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "scorer_disabled": "If you trust the scorer, name it in ADAPTORY_SCORERS where evaluations run.",
         "scorer_failed": "Correct the scorer: it must give every answer a score from 0 to 1.",
         "scorer_missing": "Install the package of the scorer where evaluations run.",
+        "scorer_timeout": "Bound the time that the scorer takes, or give it more: ADAPTORY_SCORER_TIMEOUT_S.",
         "seed": "Use a whole number from 0 to 2^64 - 1.",
         "shape_conflict": "Combine adapters of one base.",
         "signature_files_only": "Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",
@@ -434,8 +437,15 @@ RETRYABLE = frozenset({
     "disk_full", "disk_error", "busy",
 })  # fmt: skip
 """Errors that pass, or that an operator fixes: a job that fails with one of them is retried."""
-ELSEWHERE = frozenset({"base_not_here", "scorer_disabled", "scorer_missing"})
-"""What this host lacks and another may have: the job is left to other hosts."""
+ELSEWHERE: Mapping[str, timedelta] = {
+    "base_not_here": timedelta(hours=1),
+    "harness_differs": timedelta(minutes=10),
+    "harness_missing": timedelta(minutes=10),
+    "harness_task_unknown": timedelta(minutes=10),
+    "scorer_disabled": timedelta(minutes=10),
+    "scorer_missing": timedelta(minutes=10),
+}
+"""What this host lacks and another may have: for how long the job is left to other hosts."""
 PREFIXES: dict[str, type[RegistryError]] = {"layout_": Refused, "part_": Refused, "variant_": Refused}
 """Codes that end in a name from a file: a layout, a part or a variant of an adapter."""
 

@@ -96,6 +96,15 @@ def _eos(loaded: LoadedModel) -> int:
     return eos
 
 
+def no_chat_template(suite: str) -> Mismatch:
+    return Mismatch(
+        "no_chat_template",
+        f"{suite} is a chat suite, and the base's tokenizer has no chat template.",
+        subject="tokenizer",
+        next_step="Set `chat: false` in the suite, or register the instruction-tuned base.",
+    )
+
+
 def encode_prompt(loaded: LoadedModel, prompt: str, chat: bool) -> list[int]:
     """The prompt's token ids, at least one. Raises Mismatch for `chat` without a chat template, and for a prompt longer
     than the model's context."""
@@ -103,12 +112,7 @@ def encode_prompt(loaded: LoadedModel, prompt: str, chat: bool) -> list[int]:
     if not chat:
         ids = tokenizer(prompt)["input_ids"]
     elif tokenizer.chat_template is None:
-        raise Mismatch(
-            "no_chat_template",
-            "The suite is a chat suite, and the base's tokenizer has no chat template.",
-            subject="tokenizer",
-            next_step="Set `chat: false` in the suite, or register the instruction-tuned base.",
-        )
+        raise no_chat_template("The suite")
     else:
         turn = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]

@@ -74,8 +74,4 @@ def error_of(document: Json) -> RegistryError | None:
     if document["state"] == "cancelled":
         job = str(document["job"])
         return Refused("evaluation_cancelled", f"Job {job} was cancelled.", subject=job, next_step="Ask for it again.")
-    failed = [item for item in document["items"] if item["error"]]
-    if failed:
-        detail = f"{len(failed)} of {len(document['items'])} could not be measured: {failed[0]['error']}"
-        return Refused("not_measured", detail, subject=str(document["job"]), next_step="The others are recorded.")
     return None
