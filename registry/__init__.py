@@ -1,7 +1,7 @@
 """The release registry for LoRA adapters. Imports go down this list; the first folder says what a line may touch.
 
 cli/        commands: call the API through client/, in this process where no server is named, and print
-api/        REST under /v1: the app, callers, limits and problems, routes, schemas
+api/        REST under /v1: the app, callers, limits and problems, routes, schemas; the hub API in api.hub
 worker/     jobs: the steps of a composition
 transfer/   bytes and rows together: uploads, publishing, collection, fsck
 domain/     rules over rows: access, catalog, channels, search, jobs, compositions

@@ -221,6 +221,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "harness_task_unknown": "`lm-eval ls tasks` lists its own tasks; --harness-path DIR names others.",
         "job_unknown": "`adaptory jobs` lists the jobs.",
         "metric_unknown": "`adaptory eval` records nll and accuracy; a suite may state others under `metrics`.",
+        "hub_route_unknown": "docs/hub.md lists what the hub API does; the REST API is under /v1.",
         "namespace_unknown": "Check its spelling, and ADAPTORY_TOKEN.",
         "no_match": "Promote a release to it.",
         "part_unknown": "Send the parts that POST /v1/uploads names.",
@@ -229,6 +230,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "promotion_unknown": "List them with `adaptory promotion list REPO@CHANNEL`.",
         "release_unknown": "`adaptory log REPO` shows the releases.",
         "repository_unknown": "`adaptory list` shows the repositories, `adaptory whoami` what you may see.",
+        "revision_unknown": "`adaptory log REPO` shows the versions, commits and channels.",
         "results_unknown": "Record them: `adaptory eval REF --suite SUITE`.",
         "score_unknown": "`adaptory show` lists the scores; name one on older suite content by the suite's digest.",
         "spectrum_unknown": (
