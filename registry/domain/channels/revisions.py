@@ -68,7 +68,7 @@ def list_refs(session: Session, named: str) -> Refs:
 def _readings(named: str) -> Iterator[tuple[RepositoryName, str]]:
     """The repositories that a name may stand for, each with the revision behind it: the longest repository first."""
     namespace, _, name = named.partition("/")
-    ends = [len(name), *(index for index in range(len(name) - 1, 0, -1) if name[index] == ".")]
+    ends = [len(name), *(index for index in range(len(name) - 2, 0, -1) if name[index] == ".")]
     for end in ends:
         repository = _parsed(f"{namespace}/{name[:end]}")
         if repository is not None:
