@@ -178,6 +178,11 @@ def parse_version(text: str) -> Version:
     return Version(int(major), int(minor), int(patch), tuple(prerelease.split(".")) if prerelease else ())
 
 
+def is_version(text: str) -> bool:
+    """Whether `parse_version` accepts the text."""
+    return len(text.removeprefix("v")) <= MAX_VERSION_CHARS and _VERSION.fullmatch(text) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Range:
     """An npm range: alternatives of bounds that must all hold.

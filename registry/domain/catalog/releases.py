@@ -89,6 +89,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
         return _retry(existing, new, commit), False
     if new.version is None and (same := versioning.unchanged_release(session, repository, commit, new.base_digest)):
         return same, False
+    repositories.refuse_shadowed(session, new.repository, str(version))
     bound = signable(str(new.repository), str(version), new.base_digest, new.files)
     if new.signed is not None:
         refuse_other_release(new.signed, bound)

@@ -13,7 +13,7 @@ from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import readable
 from registry.errors import Conflict, NotFound
-from registry.formats.references import MAX_NEAR, RepositoryName
+from registry.formats.references import MAX_NEAR, RepositoryName, is_version
 
 _LISTED = 20
 """Maximum number of channels that an error lists."""
@@ -75,6 +75,7 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
     """The repository, created with its namespace if needed. Raises Conflict if it is of another kind."""
     repository = _lookup(session, name)
     if repository is None:
+        _refuse_revision(session, name)
         namespaces.find_or_create(session, actor, name.namespace)
         values = {"namespace": name.namespace, "name": name.name, "kind": kind, "created_at": actor.at}
         if insert_if_absent(session, Repository, **values):
@@ -83,6 +84,39 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
         repository = find(session, name)
     _check_kind(repository, kind)
     return repository
+
+
+def _refuse_revision(session: Session, name: RepositoryName) -> None:
+    """Raises Conflict for a new repository whose name already stands for a revision of another, such as `sql.prod`."""
+    for index in (index for index, character in enumerate(name.name) if character == "."):
+        shorter, revision = RepositoryName(name.namespace, name.name[:index]), name.name[index + 1 :]
+        repository = _lookup(session, shorter)
+        if repository is not None and (is_version(revision) or _has_channel(session, repository, revision)):
+            raise Conflict(
+                "name_is_revision",
+                f"{name} stands for {shorter} at {revision} in clients that cannot name a revision.",
+                subject=str(name),
+                next_step="Choose another name, such as one with '-' instead of the dot.",
+            )
+
+
+def refuse_shadowed(session: Session, name: RepositoryName, revision: str) -> None:
+    """Raises Conflict for a new version or channel if a repository has the name that would stand for it."""
+    for suffix in (revision, f"v{revision}") if is_version(revision) else (revision,):
+        longer = RepositoryName(name.namespace, f"{name.name}.{suffix}")
+        if exists(session, longer):
+            raise Conflict(
+                "revision_is_name",
+                f"{name} cannot have {revision}: in clients that cannot name a revision, the repository {longer} would "
+                "be taken for it.",
+                subject=str(longer),
+                next_step="Choose another version or channel name.",
+            )
+
+
+def _has_channel(session: Session, repository: Repository, name: str) -> bool:
+    query = select(Channel.id).where(Channel.repository_id == repository.id, Channel.name == name)
+    return session.scalar(query.where(Channel.move_id.is_not(None))) is not None
 
 
 def find_if_any(session: Session, name: RepositoryName, kind: Kind) -> Repository | None:
