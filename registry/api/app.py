@@ -38,6 +38,8 @@ ROUTERS: tuple[Entry, ...] = (
     ("access", "router", ("whoami", "tokens", "namespaces")),
 )
 """Module, router, and path parts; each path of the router contains one of them."""
+HUB: tuple[str, ...] = ("files", "models")
+"""Modules of the hub API, which only servers have. They come last: their paths begin with a namespace, or with /api."""
 
 
 def create_app(
@@ -74,6 +76,8 @@ def create_app(
     app.add_middleware(Exchanges, access_log=access_log)
     if not on_demand:
         _include(app, ROUTERS)
+        for router in hub_routers():
+            app.router.routes.extend(router.routes)
     return app
 
 
@@ -96,6 +100,11 @@ class RoutesOnDemand:
 def routers(entries: Sequence[Entry] = ROUTERS) -> list[APIRouter]:
     """Loads the entries' modules and returns their routers."""
     return [getattr(import_module(f"registry.api.routes.{module}"), name) for module, name, _ in entries]
+
+
+def hub_routers() -> list[APIRouter]:
+    """The routers of the hub API."""
+    return [import_module(f"registry.api.hub.{module}").router for module in HUB]
 
 
 def _include(app: FastAPI, entries: Sequence[Entry]) -> None:

@@ -4,8 +4,9 @@
 `reader somewhere`   in any namespace
 `operator`           an admin of the whole registry
 `inside: reader`     the route itself looks at the thing first, then asks for that role in its namespace; `everybody`
-                     is shown what each may read, `... somewhere` as above
+                     is shown what each may read, `user` is who has a token, `... somewhere` as above
 `open`               anybody
+`absent`             nobody: there is no such thing here
 """
 
 _ROUTES = """
@@ -86,6 +87,29 @@ GET    /v1/namespaces/{namespace}                                               
 PUT    /v1/namespaces/{namespace}                                               admin
 GET    /v1/namespaces/{namespace}/members                                       admin
 PUT    /v1/namespaces/{namespace}/members                                       admin
+HEAD   /{namespace}/{name}/resolve/{revision}/{path:path}                       reader
+GET    /{namespace}/{name}/resolve/{revision}/{path:path}                       reader
+GET    /{name}/resolve/{revision}/{path:path}                                   absent
+HEAD   /{name}/resolve/{revision}/{path:path}                                   absent
+GET    /api/whoami-v2                                                           inside: user
+GET    /api/models                                                              inside: everybody
+GET    /api/models/{namespace}/{name}                                           reader
+GET    /api/models/{namespace}/{name}/revision/{revision:path}                  reader
+GET    /api/models/{namespace}/{name}/refs                                      reader
+GET    /api/models/{namespace}/{name}/commits/{revision:path}                   reader
+GET    /api/models/{namespace}/{name}/tree/{revision}                           reader
+GET    /api/models/{namespace}/{name}/tree/{revision}/{directory:path}          reader
+POST   /api/models/{namespace}/{name}/paths-info/{revision:path}                reader
+GET    /api/models/{namespace}/{name}/auth-check                                reader
+GET    /api/models/{namespace}/{name}/auth-check/write                          publisher
+GET    /api/models/{name}                                                       absent
+GET    /api/models/{name}/revision/{revision:path}                              absent
+GET    /api/{path:path}                                                         absent
+HEAD   /api/{path:path}                                                         absent
+POST   /api/{path:path}                                                         absent
+PUT    /api/{path:path}                                                         absent
+PATCH  /api/{path:path}                                                         absent
+DELETE /api/{path:path}                                                         absent
 """
 _KINDS = ("adapters", "models")
 

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 outages = OutageLog(log)
 
 MEDIA_TYPE = "application/problem+json"
+MAX_TEXT = 1_000
+"""Maximum characters of an error's text in a header."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _OF_NAMES = frozenset({"repository_unknown", "namespace_unknown"})
 _CHOICES = frozenset({"literal_error", "enum"})
 """Pydantic's errors for a word that is not in a list of choices."""
@@ -50,12 +53,23 @@ def problem_response(
         findings=error.findings,
         request_id=request_id(),
     )
-    more = dict(headers or {})
+    more = {"X-Error-Message": error_text(error), **(headers or {})}  # printed by clients of the Hugging Face Hub
     if error.retry_after_s is not None and status == error.status:
         more["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, Unauthenticated):
         more["WWW-Authenticate"] = "Bearer"
     return JSONResponse(problem.model_dump(), status_code=status, media_type=MEDIA_TYPE, headers=more)
+
+
+def error_text(error: RegistryError) -> str:
+    """What is wrong and what to do, as the value of a header."""
+    return header_text(str(error))
+
+
+def header_text(text: str) -> str:
+    """A text as the value of a header: one line, with `?` for characters that a header cannot have."""
+    line = " ".join(text.split())[:MAX_TEXT].encode("latin-1", "replace").decode("latin-1")
+    return _CONTROL.sub("?", line)
 
 
 def install(app: FastAPI) -> None:

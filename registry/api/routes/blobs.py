@@ -89,7 +89,7 @@ def download(
 @in_store_threads
 def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
     stat = uploads.readable(resources, actor, parse_digest(sha256))
-    return Response(headers=_headers(stat.sha256, stat.size_bytes))
+    return Response(headers=blob_headers(stat.sha256, stat.size_bytes))
 
 
 def file_response(resources: Resources, file: RevisionFile, named: str, byte_range: str | None) -> Response:
@@ -115,7 +115,7 @@ def blob_response(resources: Resources, stat: BlobStat, byte_range: str | None) 
     if span is None:
         return Response(status_code=416, headers={"Content-Range": f"bytes */{stat.size_bytes}"})
     start, length = span
-    headers = _headers(stat.sha256, length)
+    headers = blob_headers(stat.sha256, length)
     if byte_range and length < stat.size_bytes:
         headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{stat.size_bytes}"
     reader = resources.store.open(stat.sha256, start, length)
@@ -140,7 +140,8 @@ def _put_out(put: Put) -> PutOut:
     return PutOut(url=put.url, headers=dict(put.headers))
 
 
-def _headers(sha256: Digest, length: int) -> dict[str, str]:
+def blob_headers(sha256: Digest, length: int) -> dict[str, str]:
+    """The headers of a blob, or of `length` bytes of it."""
     return {
         "ETag": f'"{sha256}"',
         "Content-Length": str(length),

@@ -31,6 +31,7 @@ from registry.api.schemas.wire import Page
 from registry.database.tables import Release
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import deprecations, releases, repositories, signatures
+from registry.domain.catalog.repositories import Wanted
 from registry.domain.channels import yanks
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_digest, parse_version
@@ -45,7 +46,7 @@ def list_repositories(
 ) -> Page[RepositoryOut]:
     """List the repositories that the caller may read."""
     with resources.snapshot() as session:
-        rows = repositories.list_page(session, actor, kind, after=decode_cursor(cursor), limit=limit + 1)
+        rows = repositories.list_page(session, actor, Wanted([kind]), after=decode_cursor(cursor), limit=limit + 1)
         return page(repository_page(session, rows), limit, [str(repositories.name_of(row)) for row in rows])
 
 

@@ -82,6 +82,12 @@ def permit_somewhere(actor: Actor, role: Role) -> None:
         )
 
 
+def refuse_anonymous(actor: Actor) -> None:
+    """Raises Unauthenticated for a caller without a token."""
+    if error := _anonymous(actor):
+        raise error
+
+
 def readable(actor: Actor, namespace: InstrumentedAttribute[Any]) -> ColumnElement[bool]:
     """A SQL condition on a namespace column: the actor may read it."""
     names = readable_names(actor)

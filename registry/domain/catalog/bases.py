@@ -1,7 +1,7 @@
 """Base models: identified by their weights, found by digest, name or alias."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -259,12 +259,17 @@ def architecture(session: Session, digest: str) -> Architecture:
 
 def aliases(session: Session, *listed: Base) -> dict[str, list[str]]:
     """Aliases by digest, with one query for a page of bases, as in the functions below."""
-    return _by_digest(session, BaseAlias.base_digest, BaseAlias.alias, listed)
+    return aliases_by_digest(session, [base.digest for base in listed])
+
+
+def aliases_by_digest(session: Session, digests: Collection[str]) -> dict[str, list[str]]:
+    """As `aliases`, for bases known by digest alone."""
+    return _by_digest(session, BaseAlias.base_digest, BaseAlias.alias, digests)
 
 
 def locations(session: Session, *listed: Base) -> dict[str, list[str]]:
     """The locations of each base, by digest."""
-    return _by_digest(session, BaseLocation.base_digest, BaseLocation.url, listed)
+    return _by_digest(session, BaseLocation.base_digest, BaseLocation.url, [base.digest for base in listed])
 
 
 def origins(session: Session, *listed: Base) -> dict[str, str]:
@@ -274,8 +279,8 @@ def origins(session: Session, *listed: Base) -> dict[str, str]:
     return dict(session.execute(query).all())
 
 
-def _by_digest(session: Session, digest: Any, text: Any, listed: Sequence[Base]) -> dict[str, list[str]]:
-    texts: dict[str, list[str]] = {base.digest: [] for base in listed}
+def _by_digest(session: Session, digest: Any, text: Any, digests: Collection[str]) -> dict[str, list[str]]:
+    texts: dict[str, list[str]] = {one: [] for one in digests}
     for of, one in session.execute(select(digest, text).where(digest.in_(texts)).order_by(text)):
         texts[of].append(one)
     return texts

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import Row, Select, func, select
 from sqlalchemy.orm import Session
 
 from registry.database.locks import lock_blobs_shared
@@ -88,6 +89,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
         return _retry(existing, new, commit), False
     if new.version is None and (same := versioning.unchanged_release(session, repository, commit, new.base_digest)):
         return same, False
+    repositories.refuse_shadowed(session, new.repository, str(version))
     bound = signable(str(new.repository), str(version), new.base_digest, new.files)
     if new.signed is not None:
         refuse_other_release(new.signed, bound)
@@ -206,15 +208,78 @@ def list_page(session: Session, repository: Repository, *, before: str, limit: i
 
 def find_file(session: Session, release: Release, path: str) -> RevisionFile:
     """The file of a release at that path. Raises NotFound."""
-    file = session.get(RevisionFile, (release.revision_id, path))
+    return find_revision_file(session, release.revision_id, path, full_name(release))
+
+
+def find_revision_file(session: Session, revision_id: int, path: str, release: str) -> RevisionFile:
+    """As `find_file`, by the id of the revision; `release` is the name that an error gives to the release."""
+    file = session.get(RevisionFile, (revision_id, path)) if "\0" not in path else None
     if file is None:
-        raise NotFound(
-            "file_unknown",
-            f"{full_name(release)} has no file {path[:200]!r}.",
-            subject=path[:200],
-            next_step=f"`adaptory show {full_name(release)}` lists its files.",
-        )
+        raise unknown_file(release, path)
     return file
+
+
+def unknown_file(release: str, path: str) -> NotFound:
+    """The error for a path that the release with that name does not have."""
+    return NotFound(
+        "file_unknown",
+        f"{release} has no file {path[:200]!r}.",
+        subject=path[:200],
+        next_step=f"`adaptory show {release}` lists its files.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A release as an entry of its repository's history."""
+
+    id: int
+    version: str
+    commit: str
+    notes: str
+    created_at: datetime
+    created_by: str
+
+
+def list_history(session: Session, name: RepositoryName, *, before: int, limit: int) -> list[Published]:
+    """A repository's releases with ids below `before`, in reverse order of publication."""
+    query = _history(name).where(Release.id < before).order_by(Release.id.desc()).limit(limit)
+    return [Published(*row) for row in session.execute(query)]
+
+
+def list_versions(session: Session, name: RepositoryName) -> dict[str, str]:
+    """The commit of each version, highest version first."""
+    query = _history(name).order_by(Release.sort_key.desc())
+    return {row.version: row.commit for row in session.execute(query)}
+
+
+def list_introductions(session: Session, name: RepositoryName, release_id: int) -> dict[str, Published]:
+    """For each file of a release, the first release of the repository that had it with this content, by path."""
+    file, earlier = RevisionFile.__table__.alias("file"), Release.__table__.alias("earlier")
+    of_release = select(RevisionFile.path, RevisionFile.sha256).join(
+        Release, Release.revision_id == RevisionFile.revision_id
+    )
+    wanted = of_release.where(Release.id == release_id).subquery()
+    first = (
+        select(wanted.c.path, func.min(earlier.c.id).label("first"))
+        .join(file, (file.c.path == wanted.c.path) & (file.c.sha256 == wanted.c.sha256))
+        .join(earlier, earlier.c.revision_id == file.c.revision_id)
+        .join(Repository, Repository.id == earlier.c.repository_id)
+        .where(Repository.namespace == name.namespace, Repository.name == name.name)
+        .group_by(wanted.c.path)
+    )
+    ids = dict(session.execute(first).all())
+    rows = session.execute(_history(name).where(Release.id.in_(set(ids.values()))))
+    published = {row.id: Published(*row) for row in rows}
+    return {path: published[number] for path, number in ids.items()}
+
+
+def _history(name: RepositoryName) -> Select[int, str, str, str, datetime, str]:
+    """The columns of `Published`, of a repository's releases."""
+    columns = (Release.id, Release.version, Revision.commit, Release.notes, Release.created_at, Release.created_by)
+    query = select(*columns).join(Revision, Revision.id == Release.revision_id)
+    query = query.join(Repository, Repository.id == Release.repository_id)
+    return query.where(Repository.namespace == name.namespace, Repository.name == name.name)
 
 
 def files_of(session: Session, *listed: Release) -> dict[int, list[RevisionFile]]:

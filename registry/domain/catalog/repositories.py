@@ -1,12 +1,14 @@
 """Repositories, found or created by name. Each holds releases of one kind."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
-from sqlalchemy import select, tuple_
+from sqlalchemy import ColumnElement, select, tuple_
 from sqlalchemy.orm import Session
 
 from registry.database.engine import insert_if_absent
-from registry.database.tables import Channel, Repository
+from registry.database.tables import Channel, Release, Repository
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import readable
@@ -28,13 +30,23 @@ def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Re
     """The repository. Raises NotFound, also if it is of another kind."""
     repository = _lookup(session, name)
     if repository is None or (kind and repository.kind != kind):
-        raise NotFound(
-            "repository_unknown",
-            f"There is no {kind or 'repository'} {name}.",
-            subject=str(name),
-            next_step="`adaptory list` shows the repositories, `adaptory whoami` your roles.",
-        )
+        raise unknown(str(name), kind)
     return repository
+
+
+def unknown(name: str, kind: Kind | None = None) -> NotFound:
+    """The error for an unknown repository, or one of another kind."""
+    return NotFound(
+        "repository_unknown",
+        f"There is no {kind or 'repository'} {name[:160]}.",
+        subject=name[:160],
+        next_step="`adaptory list` shows the repositories, `adaptory whoami` your roles.",
+    )
+
+
+def exists(session: Session, name: RepositoryName) -> bool:
+    """Whether there is a repository of that name."""
+    return _lookup(session, name) is not None
 
 
 def beside(session: Session, actor: Actor, name: str) -> list[str]:
@@ -65,6 +77,7 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
     """The repository, created with its namespace if needed. Raises Conflict if it is of another kind."""
     repository = _lookup(session, name)
     if repository is None:
+        _refuse_revision(session, name)
         namespaces.find_or_create(session, actor, name.namespace)
         values = {"namespace": name.namespace, "name": name.name, "kind": kind, "created_at": actor.at}
         if insert_if_absent(session, Repository, **values):
@@ -73,6 +86,39 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
         repository = find(session, name)
     _check_kind(repository, kind)
     return repository
+
+
+def _refuse_revision(session: Session, name: RepositoryName) -> None:
+    """Raises Conflict for a new repository whose name already stands for a revision of another, such as `sql.prod`."""
+    for index in (index for index, character in enumerate(name.name) if character == "."):
+        shorter, revision = RepositoryName(name.namespace, name.name[:index]), name.name[index + 1 :]
+        repository = _lookup(session, shorter)
+        if repository is not None and (is_version(revision) or _has_channel(session, repository, revision)):
+            raise Conflict(
+                "name_is_revision",
+                f"{name} stands for {shorter} at {revision} in clients that cannot name a revision.",
+                subject=str(name),
+                next_step="Choose another name, such as one with '-' instead of the dot.",
+            )
+
+
+def refuse_shadowed(session: Session, name: RepositoryName, revision: str) -> None:
+    """Raises Conflict for a new version or channel if a repository has the name that would stand for it."""
+    for suffix in (revision, f"v{revision}") if is_version(revision) else (revision,):
+        longer = RepositoryName(name.namespace, f"{name.name}.{suffix}")
+        if exists(session, longer):
+            raise Conflict(
+                "revision_is_name",
+                f"{name} cannot have {revision}: in clients that cannot name a revision, the repository {longer} would "
+                "be taken for it.",
+                subject=str(longer),
+                next_step="Choose another version or channel name.",
+            )
+
+
+def _has_channel(session: Session, repository: Repository, name: str) -> bool:
+    query = select(Channel.id).where(Channel.repository_id == repository.id, Channel.name == name)
+    return session.scalar(query.where(Channel.move_id.is_not(None))) is not None
 
 
 def find_if_any(session: Session, name: RepositoryName, kind: Kind) -> Repository | None:
@@ -94,14 +140,41 @@ def _check_kind(repository: Repository, kind: Kind) -> None:
         )
 
 
-def list_page(session: Session, actor: Actor, kind: Kind, *, after: str, limit: int) -> list[Repository]:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which repositories to list. All conditions must hold; None and () mean no condition.
+
+    `words` are parts of NAMESPACE/NAME, in lower case. A repository has a base or a licence, each in several spellings,
+    if one of its releases that is not yanked has it.
+    """
+
+    kinds: Sequence[Kind] = ()
+    namespace: str | None = None
+    words: Sequence[str] = ()
+    base_digests: Sequence[str] = ()
+    licenses: Sequence[Sequence[str]] = ()
+
+    def conditions(self) -> list[ColumnElement[bool]]:
+        full_name = Repository.namespace + "/" + Repository.name
+        conditions = [full_name.contains(word, autoescape=True) for word in self.words]
+        conditions += [Repository.kind == kind for kind in self.kinds]
+        if self.namespace is not None:
+            conditions.append(Repository.namespace == self.namespace)
+        of_releases = [Release.base_digest == digest for digest in self.base_digests]
+        of_releases += [Release.license.in_(names) for names in self.licenses]
+        for condition in of_releases:
+            live = select(Release.id).where(Release.repository_id == Repository.id, ~Release.yanked, condition)
+            conditions.append(live.exists())
+        return conditions
+
+
+def list_page(session: Session, actor: Actor, wanted: Wanted, *, after: str, limit: int) -> list[Repository]:
     """The repositories that the actor may read, by full name; `after` is the last one of the previous page."""
     namespace, _, name = after.partition("/")
     key = tuple_(Repository.namespace, Repository.name)
-    query = select(Repository).where(
-        Repository.kind == kind, key > tuple_(namespace, name), readable(actor, Repository.namespace)
-    )
-    return list(session.scalars(query.order_by(Repository.namespace, Repository.name).limit(limit)))
+    query = select(Repository).where(key > tuple_(namespace, name), readable(actor, Repository.namespace))
+    query = query.where(*wanted.conditions()).order_by(Repository.namespace, Repository.name)
+    return list(session.scalars(query.limit(limit)))
 
 
 def name_of(repository: Repository) -> RepositoryName:

@@ -370,6 +370,7 @@ def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
         release = releases.find(session, name, wanted.version, wanted.kind)
         namespaces.find_for_share(session, name.namespace)
         repositories.lock(session, release.repository_id)  # a yank locks all existing channels
+        repositories.refuse_shadowed(session, name, wanted.channel)
         # If several create it at once, one succeeds and the others wait for its result.
         insert_if_absent(session, Channel, repository_id=release.repository_id, name=wanted.channel, move_id=None)
         row = session.execute(_ASKED, values).one()

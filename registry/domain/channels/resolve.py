@@ -62,6 +62,7 @@ OF_CHANNEL = (
 )
 _OF_CHANNEL = Prepared(OF_CHANNEL)
 _HIGHEST_STABLE = Prepared(_HIGHEST_FIRST.where(_release.stable, ~_release.yanked).limit(1))
+_HIGHEST = Prepared(_HIGHEST_FIRST.where(~_release.yanked).limit(1))
 _BY_ID = Prepared(_RELEASES.where(_release.id == bindparam("named")))
 
 
@@ -143,6 +144,22 @@ def resolve_exact(session: Session, reference: Reference) -> ResolvedRow | None:
         return ResolvedRow(rows[0]) if rows and not rows[0].yanked else None
     rows = _rows(session, _HIGHEST_STABLE, reference.repository)
     return ResolvedRow(rows[0]) if rows else None
+
+
+def newest(session: Session, repository: RepositoryName) -> ResolvedRow | None:
+    """The highest stable release or, without one, the highest pre-release; never a yanked one."""
+    rows = _rows(session, _HIGHEST_STABLE, repository) or _rows(session, _HIGHEST, repository)
+    return ResolvedRow(rows[0]) if rows else None
+
+
+def newest_ids(session: Session, *listed: Repository) -> dict[int, int]:
+    """The id of each repository's `newest` release, by repository id, with one query for a page."""
+    first = (Release.stable.desc(), Release.sort_key.desc())
+    order = func.row_number().over(partition_by=Release.repository_id, order_by=first).label("order")
+    ranked = select(Release.id, Release.repository_id, order)
+    ranked = ranked.where(Release.repository_id.in_([row.id for row in listed]), ~Release.yanked).subquery()
+    query = select(ranked.c.repository_id, ranked.c.id).where(ranked.c.order == 1)
+    return dict(session.execute(query).all())
 
 
 def heads(session: Session, *listed: Repository) -> dict[int, Heads]:

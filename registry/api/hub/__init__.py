@@ -1,0 +1,1 @@
+"""The read side of the Hugging Face Hub's API, for its own clients."""

@@ -1,0 +1,154 @@
+"""Renders rows as the hub's client reads them. Call inside the transaction that read the rows."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from registry.api.hub.wire import date
+from registry.database.engine import Session
+from registry.database.tables import Repository
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE, Role, granted
+from registry.domain.catalog import bases, releases, repositories
+from registry.domain.catalog.release_rows import ReleaseRow, load_details
+from registry.domain.catalog.releases import Published
+from registry.domain.catalog.repositories import Kind
+from registry.domain.catalog.tags import LIBRARIES, list_tags
+from registry.domain.channels import resolve
+from registry.domain.channels.resolve import ResolvedRow
+from registry.domain.channels.revisions import MAIN, Refs
+from registry.formats.licenses import spdx
+from registry.formats.manifest import ManifestFile, parse_manifest
+from registry.formats.references import RepositoryName
+from registry.formats.tree import TreeEntry
+
+Json = dict[str, Any]
+POINTER_BYTES = 134
+"""The size of the Git LFS pointer that a file would have; the client requires the field."""
+_OID_DIGITS = 40
+
+
+def whoami(actor: Actor) -> Json:
+    namespaces = sorted(name for name in actor.grants if name != EVERYWHERE)
+    role = "read" if granted(actor, Role.PUBLISHER) == [] else "write"
+    return {
+        "type": "user",
+        "name": actor.name,
+        "fullname": actor.name,
+        "orgs": [{"type": "org", "name": name} for name in namespaces],
+        "auth": {"type": "access_token", "accessToken": {"displayName": actor.token_id or "", "role": role}},
+    }
+
+
+def model_info(session: Session, actor: Actor, located: ResolvedRow, *, blobs: bool) -> Json:
+    """One model with its files; with `blobs`, also their sizes and digests."""
+    [details] = load_details(session, [located.row.id])
+    row = details.release
+    repository = repositories.find(session, RepositoryName(row.namespace, row.repository))
+    files = parse_manifest(row.manifest)
+    siblings = [_sibling(file) if blobs else {"rfilename": file.path} for file in files]
+    aliases = bases.aliases_by_digest(session, [row.base_digest])
+    return {**_summary(actor, repository), **_of_release(row, aliases[row.base_digest]), "siblings": siblings}
+
+
+def model_page(session: Session, actor: Actor, listed: Sequence[Repository]) -> list[Json]:
+    """Models at their `main`, without their files, with three queries for a page."""
+    newest = resolve.newest_ids(session, *listed)
+    details = load_details(session, list(newest.values()))
+    rows = dict(zip(newest, (one.release for one in details), strict=True))
+    aliases = bases.aliases_by_digest(session, {row.base_digest for row in rows.values()})
+    return [
+        {**_summary(actor, one), **(_of_release(row, aliases[row.base_digest]) if (row := rows.get(one.id)) else {})}
+        for one in listed
+    ]
+
+
+def _summary(actor: Actor, repository: Repository) -> Json:
+    name = str(repositories.name_of(repository))
+    return {
+        "id": name,
+        "modelId": name,
+        "author": repository.namespace,
+        "private": repository.namespace not in actor.public,
+        "gated": False,
+        "disabled": False,
+        "downloads": 0,
+        "likes": 0,
+        "createdAt": date(repository.created_at),
+    }
+
+
+def _of_release(row: ReleaseRow, aliases: Sequence[str]) -> Json:
+    kind, names = Kind(row.kind), [*aliases, row.base_name]
+    stated = orjson.loads(row.provenance).get("license")
+    card: Json = {"base_model": names[0], "library_name": LIBRARIES[kind]}
+    return {
+        "sha": row.commit,
+        "lastModified": date(datetime.fromisoformat(row.created_at)),
+        "library_name": LIBRARIES[kind],
+        "tags": list_tags(kind, names, stated),
+        "cardData": {**card, "license": spdx(stated).lower()} if stated else card,
+    }
+
+
+def _sibling(file: ManifestFile) -> Json:
+    lfs = {"sha256": file.sha256, "size": file.size_bytes, "pointerSize": POINTER_BYTES}
+    return {"rfilename": file.path, "size": file.size_bytes, "blobId": file.sha256[:_OID_DIGITS], "lfs": lfs}
+
+
+def tree_page(session: Session, located: ResolvedRow, entries: Sequence[TreeEntry], *, expand: bool) -> list[Json]:
+    """Files and directories; with `expand`, with the release that brought each."""
+    rendered = [_tree_entry(entry, located.row.commit) for entry in entries]
+    if not expand:
+        return rendered
+    name = RepositoryName(located.row.namespace, located.row.repository)
+    brought = releases.list_introductions(session, name, located.row.id)
+    return [one | {"lastCommit": _last_commit(entry, brought)} for one, entry in zip(rendered, entries, strict=True)]
+
+
+def _tree_entry(entry: TreeEntry, commit: str) -> Json:
+    """Every file is described as an LFS file, so that the client compares its sha256."""
+    file = entry.file
+    if file is None:
+        return {"type": "directory", "path": entry.path, "oid": commit, "size": 0}
+    lfs = {"oid": file.sha256, "size": file.size_bytes, "pointerSize": POINTER_BYTES}
+    oid = file.sha256[:_OID_DIGITS]
+    return {"type": "file", "path": entry.path, "oid": oid, "size": file.size_bytes, "lfs": lfs}
+
+
+def _last_commit(entry: TreeEntry, brought: Mapping[str, Published]) -> Json:
+    """The release that brought a file; for a directory, the last one that brought a file below it."""
+    if entry.file:
+        last = brought[entry.path]
+    else:
+        below = (one for path, one in brought.items() if path.startswith(f"{entry.path}/"))
+        last = max(below, key=lambda one: one.id)
+    return {"id": last.commit, "title": last.version, "date": date(last.created_at)}
+
+
+def refs(named: Refs, *, pull_requests: bool) -> Json:
+    """Channels and `main` as branches, versions as tags."""
+    heads = {MAIN: named.main, **named.channels} if named.main else named.channels
+    document: Json = {
+        "branches": [_ref("heads", name, commit) for name, commit in heads.items()],
+        "tags": [_ref("tags", name, commit) for name, commit in named.versions.items()],
+        "converts": [],
+    }
+    return {**document, "pullRequests": []} if pull_requests else document
+
+
+def _ref(kind: str, name: str, commit: str | None) -> Json:
+    return {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit}
+
+
+def commit_view(published: Published) -> Json:
+    """A release as a commit: its title is the version, its message the notes."""
+    return {
+        "id": published.commit,
+        "title": published.version,
+        "message": published.notes,
+        "authors": [{"user": published.created_by, "avatar": ""}],
+        "date": date(published.created_at),
+    }

@@ -1,0 +1,198 @@
+"""Models: repositories at their revisions, as lists, trees, references and commits."""
+
+from typing import Annotated
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from registry.api.http.pagination import decode_cursor, decode_number, encode_cursor
+from registry.api.http.request import ResourcesOf, document
+from registry.api.http.rules import Caller, Publisher, Reader
+from registry.api.hub import documents
+from registry.api.hub.wire import HubRoute, next_page, revision_headers
+from registry.api.schemas.wire import MAX_INT64
+from registry.domain.access.roles import refuse_anonymous
+from registry.domain.catalog import releases, repositories
+from registry.domain.catalog.repositories import Wanted
+from registry.domain.catalog.tags import narrow
+from registry.domain.channels import revisions
+from registry.domain.channels.revisions import MAIN
+from registry.errors import NotFound
+from registry.formats.manifest import parse_manifest
+from registry.formats.references import RepositoryName
+from registry.formats.tree import list_directory, select_entries
+
+router = APIRouter(prefix="/api", route_class=HubRoute)
+
+PAGE, TREE_PAGE = 100, 1_000
+MODEL = "/models/{namespace}/{name}"
+Values = Annotated[list[str], Query()]
+
+
+async def named_in_path(namespace: str, name: str) -> str:
+    """NAMESPACE/NAME of the path, which may be an alias."""
+    return f"{namespace}/{name}"
+
+
+Named = Annotated[str, Depends(named_in_path)]
+
+
+@router.get("/whoami-v2")
+def whoami(actor: Caller) -> Response:
+    refuse_anonymous(actor)
+    return JSONResponse(documents.whoami(actor))
+
+
+@router.get("/models")
+def list_models(  # noqa: PLR0913
+    request: Request,
+    resources: ResourcesOf,
+    actor: Caller,
+    author: str | None = None,
+    search: Values = [],  # noqa: B006
+    filters: Annotated[list[str], Query(alias="filter")] = [],  # noqa: B006
+    limit: Annotated[int, Query(ge=1)] = PAGE,
+    cursor: str | None = None,
+) -> Response:
+    """Lists the models that the caller may read, by name."""
+    size = min(limit, PAGE)
+    with resources.snapshot() as session:
+        words = [word.lower() for word in search]
+        wanted, after = narrow(session, Wanted(namespace=author, words=words), filters), decode_cursor(cursor)
+        rows = repositories.list_page(session, actor, wanted, after=after, limit=size + 1) if wanted else []
+        items = documents.model_page(session, actor, rows[:size])
+    more = next_page(request, encode_cursor(items[-1]["id"])) if len(rows) > size else {}
+    return JSONResponse(items, headers=more)
+
+
+@router.get(MODEL)
+@router.get(MODEL + "/revision/{revision:path}")
+def show_model(  # noqa: PLR0913
+    request: Request,
+    named: Named,
+    resources: ResourcesOf,
+    actor: Reader,
+    revision: str = MAIN,
+    blobs: bool = False,
+    expand: Values = [],  # noqa: B006
+) -> Response:
+    """Shows a model at a revision; with `expand`, only those fields."""
+    with resources.snapshot() as session:
+        located = revisions.locate(session, named, revision)
+        info = documents.model_info(session, actor, located, blobs=blobs)
+    if expand:
+        info = {name: value for name, value in info.items() if name == "id" or name in expand}
+    return JSONResponse(info, headers=revision_headers(request, located))
+
+
+@router.get(MODEL + "/refs")
+def list_refs(named: Named, resources: ResourcesOf, actor: Reader, include_prs: bool = False) -> Response:
+    with resources.snapshot() as session:
+        refs = revisions.list_refs(session, named)
+    return JSONResponse(documents.refs(refs, pull_requests=include_prs))
+
+
+@router.get(MODEL + "/commits/{revision:path}")
+def list_commits(  # noqa: PLR0913
+    request: Request,
+    named: Named,
+    revision: str,
+    resources: ResourcesOf,
+    actor: Reader,
+    limit: Annotated[int, Query(ge=1)] = PAGE,
+    cursor: str | None = None,
+) -> Response:
+    """Lists the releases up to a revision, the newest first."""
+    size = min(limit, PAGE)
+    with resources.snapshot() as session:
+        located = revisions.locate(session, named, revision)
+        name = RepositoryName(located.row.namespace, located.row.repository)
+        before = min(decode_number(cursor) or MAX_INT64, located.row.id + 1)
+        rows = releases.list_history(session, name, before=before, limit=size + 1)
+    more = next_page(request, encode_cursor(rows[size - 1].id)) if len(rows) > size else {}
+    return JSONResponse([documents.commit_view(row) for row in rows[:size]], headers=more)
+
+
+@router.get(MODEL + "/tree/{revision}")
+@router.get(MODEL + "/tree/{revision}/{directory:path}")
+def list_tree(  # noqa: PLR0913
+    request: Request,
+    named: Named,
+    revision: str,
+    resources: ResourcesOf,
+    actor: Reader,
+    directory: str = "",
+    recursive: bool = False,
+    expand: bool = False,
+    limit: Annotated[int, Query(ge=1)] = TREE_PAGE,
+    cursor: str | None = None,
+) -> Response:
+    """Lists a directory of a revision; with `expand`, also the release that brought each entry."""
+    size, after = min(limit, TREE_PAGE), decode_cursor(cursor)
+    with resources.snapshot() as session:
+        located = revisions.locate(session, named, revision)
+        headers = revision_headers(request, located)
+        entries = list_directory(parse_manifest(located.row.manifest), directory.strip("/"), recursive=recursive)
+        if not entries:
+            raise releases.unknown_file(located.full_name, directory)
+        entries = [entry for entry in entries if entry.path > after]
+        rendered = documents.tree_page(session, located, entries[:size], expand=expand)
+    if len(entries) > size:
+        headers |= next_page(request, encode_cursor(entries[size - 1].path))
+    return JSONResponse(rendered, headers=headers)
+
+
+async def form_of(request: Request) -> dict[str, list[str]]:
+    """The fields of a form, which the client sends instead of JSON."""
+    return parse_qs((await document(request)).decode("utf-8", "replace"))
+
+
+@router.post(MODEL + "/paths-info/{revision:path}")
+def list_paths(
+    request: Request,
+    named: Named,
+    revision: str,
+    resources: ResourcesOf,
+    actor: Reader,
+    form: Annotated[dict[str, list[str]], Depends(form_of)],
+) -> Response:
+    """Shows the files and directories with the given paths; leaves out those that are absent."""
+    with resources.snapshot() as session:
+        located = revisions.locate(session, named, revision)
+        entries = select_entries(parse_manifest(located.row.manifest), form.get("paths", []))
+        expand = form.get("expand", [""])[0].lower() == "true"
+        rendered = documents.tree_page(session, located, entries, expand=expand)
+    return JSONResponse(rendered, headers=revision_headers(request, located))
+
+
+@router.get(MODEL + "/auth-check")
+def check_read(named: Named, resources: ResourcesOf, actor: Reader) -> Response:
+    with resources.snapshot() as session:
+        revisions.list_refs(session, named)
+    return JSONResponse({})
+
+
+@router.get(MODEL + "/auth-check/write")
+def check_write(named: Named, resources: ResourcesOf, actor: Publisher) -> Response:
+    with resources.snapshot() as session:
+        revisions.list_refs(session, named)
+    return JSONResponse({})
+
+
+@router.get("/models/{name}")
+@router.get("/models/{name}/revision/{revision:path}")
+def show_nameless(name: str) -> Response:
+    """Models without a namespace, such as gpt2: this registry has none."""
+    raise repositories.unknown(name)
+
+
+@router.api_route("/{path:path}", methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"])
+def answer_nothing(request: Request, path: str) -> Response:
+    """All other calls of the client."""
+    raise NotFound(
+        "hub_route_unknown",
+        f"This registry does not support {request.method} /api/{path[:120]}.",
+        subject=path[:120],
+        next_step="It can be read through this API; to publish, use `adaptory push`.",
+    )

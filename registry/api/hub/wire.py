@@ -1,0 +1,100 @@
+"""What all answers of the hub API have in common: errors, dates, links and pages, as `huggingface_hub` reads them."""
+
+from collections.abc import Callable, Coroutine
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from registry.api.http.problems import error_text, header_text, problem_response
+from registry.domain.channels.resolve import ResolvedRow
+from registry.domain.channels.revisions import COMMIT_DIGITS
+from registry.errors import Invalid, RegistryError, Unauthenticated
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+EXCEPTIONS = {
+    "repository_unknown": "RepoNotFound",
+    "namespace_unknown": "RepoNotFound",
+    "revision_unknown": "RevisionNotFound",
+    "no_match": "RevisionNotFound",
+    "file_unknown": "EntryNotFound",
+}
+"""The client's exception for each code that has one."""
+WRONG_TOKEN = "Invalid credentials in Authorization header"  # noqa: S105
+"""By this text the client tells a wrong token from a repository that needs one."""
+
+
+class HubRoute(APIRoute):
+    """Answers errors with the headers that the client takes its exception and its message from.
+
+    Ignores unknown parameters, since each version of the client sends others. Not in the OpenAPI document.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "include_in_schema": False})
+
+    def get_route_handler(self) -> Handler:
+        answer = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                _refuse_nul(request)
+                return await answer(request)
+            except RegistryError as error:
+                return refusal(request, error)
+
+        return handle
+
+
+def _refuse_nul(request: Request) -> None:
+    """Raises Invalid for a NUL in the query, which PostgreSQL does not accept."""
+    for name, value in request.query_params.multi_items():
+        if "\0" in name + value:
+            raise Invalid("bad_value", f"{name[:80]!r} contains a NUL character.", next_step="Leave it out.")
+
+
+def refusal(request: Request, error: RegistryError) -> Response:
+    """The problem document of an error, for the client."""
+    headers = {"X-Error-Message": error_text(error).replace("ADAPTORY_TOKEN", "HF_TOKEN")}
+    if isinstance(error, Unauthenticated) and error.code == "token_invalid":
+        headers["X-Error-Message"] = WRONG_TOKEN
+    if error.code in EXCEPTIONS:
+        headers["X-Error-Code"] = EXCEPTIONS[error.code]
+    if commit := getattr(request.state, "commit", None):  # the client then remembers that the file is absent
+        headers["X-Repo-Commit"] = commit
+    return problem_response(error, headers=headers)
+
+
+def revision_headers(request: Request, located: ResolvedRow) -> dict[str, str]:
+    """The headers of an answer about a revision; an error after this call has its commit too."""
+    request.state.commit = located.row.commit
+    headers = {"X-Repo-Commit": located.row.commit}
+    if located.warning:
+        headers["X-HF-Warning"] = f"release; {header_text(located.warning)}"
+    return headers
+
+
+def is_movable(revision: str, located: ResolvedRow) -> bool:
+    """Whether the revision may stand for another commit later."""
+    return len(revision) != COMMIT_DIGITS or revision != located.row.commit
+
+
+def file_url(request: Request, located: ResolvedRow, path: str) -> str:
+    """The address of a file at its commit, on the host that the client used."""
+    row = located.row
+    return f"{request.base_url}{row.namespace}/{row.repository}/resolve/{row.commit}/{quote(path)}"
+
+
+def next_page(request: Request, cursor: str) -> dict[str, str]:
+    """The header that leads to the next page."""
+    query = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
+    path = request.scope["raw_path"].decode("ascii").removeprefix("/")
+    return {"Link": f'<{request.base_url}{path}?{urlencode([*query, ("cursor", cursor)])}>; rel="next"'}
+
+
+def date(moment: datetime) -> str:
+    """A moment in UTC as the client parses it: with milliseconds and Z."""
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"

@@ -1,0 +1,150 @@
+"""The Hugging Face Hub's own clients, unmodified, with HF_ENDPOINT set to a server with tokens."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import services
+from tests.scenarios.conftest import USER, Templates
+from tests.scenarios.hub_client import CONFIG, WEIGHTS
+from tests.scenarios.traces import hashes
+from tests.scenarios.world import Cli, World, server
+
+ROOT = Path(__file__).parents[2]
+LONG = pytest.mark.long
+VERSIONS = ["0.24.7", *(pytest.param(one, marks=LONG) for one in ("0.36.2", "1.0.0", "1.20.0")), "2.4.0"]
+STORES = {"directory": services.PAIRINGS[0], "S3": services.PAIRINGS[1]}
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A server with `acme/sql`, whose 1.0.0 is in prod and 1.1.0 is newer, and the model `acme/merged`."""
+
+    url: str
+    token: str
+    log: Path
+    pushed: dict[str, Any]
+
+    def run(self, python: Path, script: str, directory: Path, *more: Path) -> Any:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ADAPTORY_"))}
+        environment |= {
+            "HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HOME": str(directory / "cache"),
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        }  # fmt: skip
+        program = [python, Path(__file__).with_name(script), directory, *more]
+        ran = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout)
+
+    def requests(self) -> Counter[tuple[str, str]]:
+        """The number of successful requests by method and route, since the server began."""
+        rows = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return Counter((row["method"], row["route"]) for row in rows if row["status"] < 400)
+
+
+@pytest.fixture(scope="module", params=STORES)
+def hub(
+    request: pytest.FixtureRequest, templates: Templates, world: World, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[Hub]:
+    home = tmp_path_factory.mktemp("hub") / "server"
+    environment = templates.copy(STORES[request.param], home)
+    environment |= {"ADAPTORY_ACCESS": "tokens", "ADAPTORY_USER": USER, "ADAPTORY_ACCESS_LOG": "json"}
+    cli = Cli({"ADAPTORY_HOME": str(home), **environment})
+    pushed = {
+        "1.0.0": cli.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--channel", "prod"),
+        "1.1.0": cli.json("push", world.adapters["other-sql"], "acme/sql:1.1.0", "--base", "tiny"),
+        "merged": cli.json("push", world.base, "acme/merged:1.0.0", "--base", "tiny", "--kind", "model"),
+    }
+    cli.ok("namespace", "grant", "acme", "rita", "reader")
+    token = cli.ok("token", "create", "--user", "rita").out.strip()
+    with server(home, **environment) as (url, _):
+        yield Hub(url, token, home.with_name("server.log"), {name: one["release"] for name, one in pushed.items()})
+
+
+def client(version: str) -> Path:
+    """The Python of the environment with that version of `huggingface_hub`, which the Makefile makes."""
+    environment = ROOT / f".venv-hub-{version}"
+    if not (environment / ".ready").exists():
+        services.unavailable(f"huggingface_hub {version}", f"make {environment.name}/.ready")
+    return environment / "bin" / "python"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_client_reads_what_adaptory_has_published(hub: Hub, world: World, version: str, tmp_path: Path) -> None:
+    before = hub.requests()
+    seen = hub.run(client(version), "hub_client.py", tmp_path)
+    assert seen["version"] == version
+    digests = {name: {row["path"]: row["sha256"] for row in one["files"]} for name, one in hub.pushed.items()}
+    commits = {name: one["commit"] for name, one in hub.pushed.items()}
+    old, new = digests["1.0.0"], digests["1.1.0"]
+
+    described = seen["described"]
+    sizes = {row["path"]: row["size_bytes"] for row in hub.pushed["1.0.0"]["files"]}
+    assert described == {
+        "whoami": ["rita", ["acme"]],
+        "info": {path: [sizes[path], sha256] for path, sha256 in old.items()},
+        "id": ["acme/sql", True, "peft", "Acme/Tiny-Llama"],
+        "tree": sizes,
+        "brought": dict.fromkeys(sizes, "1.0.0"),
+        "paths": [WEIGHTS],
+        "branches": {"main": commits["1.1.0"], "prod": commits["1.0.0"]},
+        "tags": {"1.1.0": commits["1.1.0"], "1.0.0": commits["1.0.0"]},
+        "commits": [[version, commits[version]] for version in ("1.1.0", "1.0.0")],
+        "models": ["acme/merged", "acme/sql"],
+        "searched": ["acme/sql"],
+        "limited": 1,
+        "exists": [True, False, False],
+        "revision_exists": [True, True, False],
+        "file_exists": [True, False],
+    }
+
+    downloaded = seen["downloaded"]
+    first = dict.fromkeys(("prod", "1.0.0", "commit", "short"), old[WEIGHTS])
+    assert downloaded["files"] == first | dict.fromkeys(("v1.1.0", "main"), new[WEIGHTS])
+    assert downloaded["snapshot"] == downloaded["alias"] == old
+    assert downloaded["directory"] == new
+    assert (downloaded["alias_file"], seen["command"]) == (new[CONFIG], old[CONFIG])
+    assert downloaded["listed"] == sorted(old)
+    assert downloaded["part"] == (world.adapters["sql"] / WEIGHTS).read_bytes()[8:24].hex()
+    fetched = (hub.requests() - before)["GET", "/{namespace}/{name}/resolve/{revision}/{path}"]
+    once = len(old) + 1  # the snapshot of 1.0.0, the weights of 1.1.0
+    of_aliases, of_directory, ranges = len(old) + 1, len(new) - 1, 1  # the weights are in the cache
+    assert fetched == once + of_aliases + of_directory + ranges, "nothing is fetched that the client has"
+
+    _refusals_are_readable(seen["errors"])
+
+
+def _refusals_are_readable(errors: Mapping[str, tuple[str, str]]) -> None:
+    classes = {name: family for name, (family, _) in errors.items()}
+    texts = {name: text for name, (_, text) in errors.items()}
+    assert classes == {
+        "repository": "RepositoryNotFoundError",
+        "anonymous": "RepositoryNotFoundError",
+        "revision": "RevisionNotFoundError",
+        "commit": "RevisionNotFoundError",
+        "file": "EntryNotFoundError",
+        "directory": "EntryNotFoundError",
+        "wrong": "HfHubHTTPError",
+        "create": "HfHubHTTPError",
+    }
+    for name, words in {
+        "repository": "no repository acme/ghost", "revision": "It has prod, 1.1.0", "file": "no file 'absent.txt'",
+        "anonymous": "HF_TOKEN", "wrong": "Invalid credentials", "create": "adaptory push",
+    }.items():  # fmt: skip
+        assert words in texts[name], texts[name]
+
+
+@pytest.mark.parametrize("hub", [pytest.param("directory", marks=LONG), "S3"], indirect=True)
+def test_peft_and_transformers_load_releases_by_their_names(hub: Hub, world: World, tmp_path: Path) -> None:
+    seen = hub.run(Path(sys.executable), "hub_peft.py", tmp_path, world.base)
+    assert seen["merged"] == seen["base"]
+    assert seen["prod"] == seen["alias"] != seen["main"]
+    assert hashes(world.adapters["sql"])[WEIGHTS] == seen["weights"]
