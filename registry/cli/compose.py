@@ -14,7 +14,7 @@ from registry.cli import optimize as optimizing
 from registry.cli.connect import connected
 from registry.cli.interrupt import interrupts
 from registry.cli.render import JsonFlag
-from registry.error_codes import of_row
+from registry.error_families import of_row
 from registry.errors import Refused, RegistryError, Usage
 from registry.sdk.connection import Connection
 

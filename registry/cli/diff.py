@@ -12,7 +12,7 @@ from registry.cli import complete, render
 from registry.cli.connect import connected, release_directory
 from registry.cli.quality import release_or_base
 from registry.cli.render import JsonFlag
-from registry.error_codes import refuse_errors
+from registry.error_families import refuse_errors
 from registry.errors import NotFound, Usage
 from registry.sdk.connection import Connection
 

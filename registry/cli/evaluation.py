@@ -16,7 +16,8 @@ from registry.cli.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDi
 from registry.cli.idle import refuse_idle
 from registry.cli.quality import BaseDir, Device, Subject, fetch_suite, release_or_base
 from registry.cli.render import JsonFlag
-from registry.error_codes import RETRYABLE, of_composer
+from registry.error_codes import RETRYABLE
+from registry.error_families import of_composer
 from registry.errors import RegistryError, Usage
 from registry.sdk.connection import Connection
 

@@ -13,7 +13,7 @@ from registry.cli.groups import Commands
 from registry.cli.interrupt import interrupts
 from registry.cli.release import Channel, Ref, repository_path, show_move
 from registry.cli.render import JsonFlag
-from registry.error_codes import of_row
+from registry.error_families import of_row
 from registry.errors import NotFound, Usage
 from registry.formats.references import parse_channel_reference
 from registry.sdk.connection import Connection

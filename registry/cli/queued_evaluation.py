@@ -7,7 +7,7 @@ from typing import Any
 from registry.cli import render
 from registry.cli.interrupt import interrupts
 from registry.cli.quality import refuse_bad_suite_name, release_or_base
-from registry.error_codes import of_row
+from registry.error_families import of_row
 from registry.errors import Refused, RegistryError
 from registry.sdk.connection import Connection
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
-from registry.error_codes import refuse_errors
+from registry.error_families import refuse_errors
 from registry.errors import Invalid, NotFound, Usage
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
 from registry.domain.jobs import evaluations
 from registry.domain.jobs.evaluations import Wanted
-from registry.error_codes import ELSEWHERE, RETRYABLE, of_composer, of_row
+from registry.error_codes import ELSEWHERE, RETRYABLE
+from registry.error_families import of_composer, of_row
 from registry.errors import NotAllowed, RegistryError
 from registry.transfer import promotions, publishing, results
 from registry.transfer.results import Results

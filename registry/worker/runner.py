@@ -14,7 +14,8 @@ from composer.errors import ComposerError, Interrupted
 from registry.database.tables import Job
 from registry.domain.jobs import queue
 from registry.domain.jobs.queue import Amount
-from registry.error_codes import ELSEWHERE, RETRYABLE, of_composer
+from registry.error_codes import ELSEWHERE, RETRYABLE
+from registry.error_families import of_composer
 from registry.errors import NO_SPACE, RegistryError, Unavailable
 from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
