@@ -17,7 +17,7 @@ from registry.cli.release import Ref, show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
 from registry.cli.sign import SignatureCovers, refuse_narrow
 from registry.errors import Refused, RegistryError, Usage
-from registry.formats.references import Reference, parse_name, parse_reference
+from registry.formats.references import Reference, parse_name, parse_reference, single_version
 from registry.formats.signatures import Signed
 from registry.sdk.connection import Connection
 from registry.sdk.fit import fitting_base
@@ -74,7 +74,7 @@ def push(  # noqa: PLR0913
     """
     from registry.client.selection import select_files
 
-    reference = _single_version(target, bump)
+    reference = single_version(target, bump)
     if channel:
         parse_name(channel, "channel")  # before publishing, which cannot be undone
     request = {
@@ -290,19 +290,6 @@ def _show_verified(document: Json) -> None:
         for row in rebuild["different"]:
             counts = f"{row['neighbours']} elements by one step, {row['others']} by more"
             render.out(f"  {row['file']} {row['why'] or f'differs in {counts}'}")
-
-
-def _single_version(target: str, bump: str | None) -> Reference:
-    reference = parse_reference(target)
-    if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
-        both = f" and --bump {bump} do" if bump else " does"
-        raise Usage(
-            "bad_target",
-            f"{target}{both} not name a single version.",
-            subject=target,
-            next_step="Write REPO:VERSION, or REPO and --bump.",
-        )
-    return reference
 
 
 def _provenance(path: Path) -> Json:

@@ -335,6 +335,20 @@ def parse_reference(text: str) -> Reference:
     return Reference(repository, range=parse_range(rest))
 
 
+def single_version(target: str, bump: str | None) -> Reference:
+    """Parses REPO:VERSION, or REPO if a `bump` will find the version. Raises Usage for anything else."""
+    reference = parse_reference(target)
+    if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
+        both = f" and --bump {bump} do" if bump else " does"
+        raise Usage(
+            "bad_target",
+            f"{target}{both} not name a single version.",
+            subject=target,
+            next_step="Write REPO:VERSION, or REPO and --bump.",
+        )
+    return reference
+
+
 def parse_channel_reference(text: str) -> tuple[RepositoryName, str]:
     """Parses `REPO@CHANNEL`, the argument of rollback, history and gate."""
     reference = parse_reference(text)

@@ -53,15 +53,15 @@ class Connection:
             thread.join()
 
 
-def load_settings() -> "Settings":
-    """The settings from the environment. Raises Usage for an invalid value or a misspelt variable."""
+def load_settings(**given: str | None) -> "Settings":
+    """The settings from the environment, or as given. Raises Usage for an invalid value or a misspelt variable."""
     from pydantic import ValidationError
 
     from registry.settings import Settings
 
     _refuse_misspelt(Settings.variables())
     try:
-        return Settings()
+        return Settings(**given)  # pyright: ignore[reportArgumentType]
     except ValidationError as error:
         name = _variable(error.errors()[0]["loc"])
         messages = [str(one["msg"]) for one in error.errors() if _variable(one["loc"]) == name]
