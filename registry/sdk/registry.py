@@ -194,7 +194,8 @@ class Registry:
         if document["error"] is not None:
             raise of_row(document["error"])
         if document["state"] == "cancelled":
-            raise Refused("composition_cancelled", f"The composition {document['id']} was cancelled.")
+            message = f"The composition {document['id']} was cancelled."
+            raise Refused("composition_cancelled", message, next_step="Compose again if that was a mistake.")
         return Composition.of(document)
 
     def _resolved(self, ref: str | Release) -> Json:
