@@ -91,7 +91,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "rounding": "Use nearest or stochastic.",
         "rule_unused": "List the adapter's modules with `adaptory inspect`.",
         "scorer_disabled": "If you trust the scorer, name it in ADAPTORY_SCORERS where evaluations run.",
-        "scorer_failed": "Correct the scorer: it must give every answer a score from 0 to 1.",
+        "scorer_failed": "Correct the scorer or the suite: every answer must have a score from 0 to 1.",
         "scorer_missing": "Install the package of the scorer where evaluations run.",
         "scorer_timeout": "Bound the time that the scorer takes, or give it more: ADAPTORY_SCORER_TIMEOUT_S.",
         "seed": "Use a whole number from 0 to 2^64 - 1.",

@@ -113,7 +113,7 @@ def _evaluated(
         models = _Models(connection, subjects if plan else unmeasured, where)
         done, failed = _run(connection, tasks, models, recorded=choice.recorded)
         rows = {name: list[Json]() for name in what} | done
-        for task in tasks if failed is None else ():
+        for task in tasks:
             task.journal.discard()
         if plan:
             last = sorted(subjects, key=lambda subject: subject.weights, reverse=True)  # what is in memory comes first
@@ -174,7 +174,10 @@ def _run(
             try:
                 measured, results = _measured(connection, task, models, done)
             except ComposerError as error:
-                if error.code in RETRYABLE or len(tasks) == 1:
+                if error.code in RETRYABLE:
+                    raise
+                task.journal.discard()  # a scorer that was corrected scores all answers again
+                if len(tasks) == 1:
                     raise
                 failed.append((task, error))
                 continue

@@ -80,7 +80,7 @@ def _evaluate(
     except (ComposerError, RegistryError) as caught:
         error = of_composer(caught) if isinstance(caught, ComposerError) else caught
         if error.code in ELSEWHERE:
-            error.detail = f"{suite.name}: {error.detail}"
+            error.detail = error.detail if suite.name in error.detail else f"{suite.name}: {error.detail}"
             return error
         if error.code in RETRYABLE or isinstance(caught, RegistryError):
             raise

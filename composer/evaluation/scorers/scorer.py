@@ -133,5 +133,5 @@ def scorer_failed(name: str, where: str, why: str) -> NotSupported:
         "scorer_failed",
         f"The scorer {name} failed{f' on {where}' if where else ''}: {why[:500]}.",
         subject=name,
-        next_step="Correct the scorer: it must give every answer a score from 0 to 1.",
+        next_step="Correct the scorer or the suite: every answer must have a score from 0 to 1.",
     )
