@@ -17,14 +17,18 @@ from registry.client.push import collect, push
 from registry.client.selection import select_files
 from registry.client.signing import Publication, push_signed, read_public_key, verify_release
 from registry.error_families import of_row
-from registry.errors import Refused
+from registry.errors import Refused, Usage
 from registry.formats.references import parse_channel_reference, parse_reference, single_version
+from registry.sdk.conflicts import AdapterGroup
 from registry.sdk.connection import Connection, load_settings, open_registry
+from registry.sdk.display import Quiet
 from registry.sdk.fit import fitting_base
 from registry.sdk.results import Composition, Move, Promotion, Release, Score
 
 if TYPE_CHECKING:
-    pass
+    from composer.conflicts.report import ConflictReport
+    from composer.formats.recipes.policy import Policy
+    from composer.formats.recipes.weights import Weight
 
 Json = dict[str, Any]
 _POLL_S = 0.5
@@ -172,6 +176,46 @@ class Registry:
             own = {name: getattr(score, name) for name in Score.__slots__ if name != "suite"}
             rows.append({"suite_digest": digests[score.suite], **own})
         self._api.post(f"{release_path(self._resolved(ref))}/scores", {"scores": rows, "results": []})
+
+    def conflicts(  # noqa: PLR0913
+        self,
+        *adapters: str | Release | Path,
+        weights: "Sequence[float | Weight] | None" = None,
+        method: str = "stack",
+        settings: Mapping[str, Any] | None = None,
+        probe: int = 0,
+        probe_max: int | None = None,
+        suites: Sequence[str | Path] = (),
+        guards: Sequence[str | Path] = (),
+        prompts: Sequence[str] = (),
+        base: str | Path | None = None,
+        base_directory: Path | str | None = None,
+        policy: "Policy | None" = None,
+        device: str = "auto",
+    ) -> "ConflictReport":
+        """What two or more adapters, releases or directories, would do to each other, combined by the method with the
+        weights. Needs the extra `composer`; a measurement needs `models` and the base's weights on this machine.
+
+        With `probe`, measures on that many examples of each adapter's suite (`ok` needs 8 or more), and on `probe_max`
+        if those are inconclusive. `suites` are names or files, one for each adapter; by default those that the releases
+        were evaluated on. `prompts` compare activations where no suites are known. Changes nothing.
+
+            report = registry.conflicts("acme/sql:1.0.0", "acme/terraform@prod", weights=[1.0, 0.5])
+            print(report.verdict, [finding.message for finding in report.findings])
+        """
+        from composer.formats.recipes.methods import parse_settings
+        from composer.formats.recipes.policy import Policy
+
+        names = [str(adapter) for adapter in adapters]
+        given = [1.0] * len(names) if weights is None else list(weights)
+        if len(given) != len(names):
+            message = f"{len(given)} weights were given for {len(names)} adapters."
+            raise Usage("bad_weights", message, next_step="Give one for each adapter, in their order.")
+        where = Path(base_directory) if base_directory else None
+        group = AdapterGroup(lambda: self._connection, names, str(base) if base else None, where, Quiet())
+        effort = (probe, probe_max)
+        evidence = group.evidence(list(map(str, suites)), list(map(str, guards)), effort, prompts, device)
+        return group.examine(given, parse_settings(method, settings or {}), evidence, policy or Policy())
 
     def compose(self, recipe: Path | str | Mapping[str, Any], *, plan: bool = False, wait: bool = True) -> Composition:
         """Combines adapters by a recipe, a YAML file or its content: lock, check, evaluate, gate, merge, publish. With
