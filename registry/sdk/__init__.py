@@ -7,6 +7,8 @@ needs transformers.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from registry.composer_name import refuse_other_composer
+
 if TYPE_CHECKING:
     from registry.sdk.registry import Registry
     from registry.sdk.results import Composition, Move, Promotion, Release, Score
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AdaptoryCallback", "Composition", "Move", "Promotion", "Registry", "Release", "Score"]
 _MODULES = {"AdaptoryCallback": "training", "Registry": "registry"}
+
+
+refuse_other_composer()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from registry.client import channel_moves
-from registry.client.api import release_path
+from registry.client.api import Api, release_path
 from registry.client.cache import BlobCache
 from registry.client.pull import cached, pull
 from registry.client.push import collect, push
@@ -54,7 +54,8 @@ class Registry:
             named["profile"] = None
         self._stack = ExitStack()
         self._connection: Connection = self._stack.enter_context(open_registry(load_settings(**named)))
-        self._api = self._connection.api
+        self.api: Api = self._connection.api
+        """The REST client, for what has no method here."""
 
     def close(self) -> None:
         """Closes the connections; an embedded registry's database too."""
@@ -69,7 +70,7 @@ class Registry:
     def resolve(self, ref: str | Release) -> Release:
         """The release that REPO, REPO:VERSION, REPO:RANGE, REPO@CHANNEL or REPO#COMMIT names, with facts and scores.
         Warns of a yanked or deprecated one."""
-        return Release.of(self._api.get(release_path(self._resolved(ref))))
+        return Release.of(self.api.get(release_path(self._resolved(ref))))
 
     def push(  # noqa: PLR0913
         self,
@@ -98,15 +99,15 @@ class Registry:
             "notes": notes,
             "allow_breaking": allow_breaking,
             "provenance": provenance,
-            "base": fitting_base(self._api, Path(directory), base, kind),
+            "base": fitting_base(self.api, Path(directory), base, kind),
         }
         files = collect(select_files(Path(directory), kind, include))
         with TemporaryDirectory() as staging:
             if sign is None:
-                published = push(self._api, files, reference.repository, kind, request, _ignore)
+                published = push(self.api, files, reference.repository, kind, request, _ignore)
             else:
                 wanted = Publication(reference.repository, kind, request)
-                published = push_signed(self._api, files, wanted, Path(sign), Path(staging), _ignore)
+                published = push_signed(self.api, files, wanted, Path(sign), Path(staging), _ignore)
         for finding in published["warnings"]:
             warnings.warn(finding["message"], stacklevel=2)
         return Release.of(published["release"])
@@ -126,19 +127,19 @@ class Registry:
 
         def check(directory: Path) -> None:
             if key:
-                verify_release(self._api, release, parse_reference(str(ref)), directory, key)
+                verify_release(self.api, release, parse_reference(str(ref)), directory, key)
 
         if output is None:
-            directory = cached(self._api, release, self._connection.cache, _ignore)
+            directory = cached(self.api, release, self._connection.cache, _ignore)
             check(directory)
             return directory
         blobs = BlobCache(self._connection.cache / "blobs")
-        return pull(self._api, release, Path(output), _ignore, blobs, check, replace=force)
+        return pull(self.api, release, Path(output), _ignore, blobs, check, replace=force)
 
     def search(self, *words: str, **filters: Any) -> Iterator[Release]:
         """The matching releases, best first, fetched a page at a time. `filters` are those of GET /v1/releases:
         `base="smollm2", max_rank=16, score="sql-exact.accuracy>=0.8", loads_in="vllm:32", latest=True`."""
-        yield from map(Release.of, self._api.pages("/v1/releases", text=" ".join(words) or None, **filters))
+        yield from map(Release.of, self.api.pages("/v1/releases", text=" ".join(words) or None, **filters))
 
     def promote(
         self, ref: str | Release, channel: str, *, reason: str = "", force: bool = False, wait: bool = True
@@ -149,22 +150,22 @@ class Registry:
         otherwise the promotion, which goes on by itself.
         """
         release = self._resolved(ref)
-        answer, _ = channel_moves.promote(self._api, release, channel, reason, force=force)
+        answer, _ = channel_moves.promote(self.api, release, channel, reason, force=force)
         if "state" in answer and wait:
             with self._connection.worker():
-                answer = channel_moves.wait_for(self._api, answer, release["kind"])
+                answer = channel_moves.wait_for(self.api, answer, release["kind"])
         return Promotion.of(answer) if "state" in answer else Move.of(answer)
 
     def rollback(self, channel: str, *, to: str | None = None, reason: str = "") -> Move:
         """Returns REPO@CHANNEL to the release that it served before, or to the version `to` that it has served."""
         line, name = self._line(channel)
-        move, _ = channel_moves.roll_back(self._api, line, name, {"to": to, "reason": reason})
+        move, _ = channel_moves.roll_back(self.api, line, name, {"to": to, "reason": reason})
         return Move.of(move)
 
     def history(self, channel: str) -> Iterator[Move]:
         """The moves of REPO@CHANNEL, the newest first."""
         line, name = self._line(channel)
-        yield from map(Move.of, self._api.pages(f"{line}/channels/{name}/history"))
+        yield from map(Move.of, self.api.pages(f"{line}/channels/{name}/history"))
 
     def record_scores(self, ref: str | Release, scores: Iterable[Score]) -> None:
         """Records scores of a release on registered suites, each on the suite's current content."""
@@ -172,10 +173,10 @@ class Registry:
         rows: list[Json] = []
         for score in scores:
             if score.suite not in digests:
-                digests[score.suite] = self._api.get(f"/v1/suites/{quote(score.suite, safe='')}")["digest"]
+                digests[score.suite] = self.api.get(f"/v1/suites/{quote(score.suite, safe='')}")["digest"]
             own = {name: getattr(score, name) for name in Score.__slots__ if name != "suite"}
             rows.append({"suite_digest": digests[score.suite], **own})
-        self._api.post(f"{release_path(self._resolved(ref))}/scores", {"scores": rows, "results": []})
+        self.api.post(f"{release_path(self._resolved(ref))}/scores", {"scores": rows, "results": []})
 
     def conflicts(  # noqa: PLR0913
         self,
@@ -229,12 +230,12 @@ class Registry:
             if isinstance(recipe, Mapping)
             else load_recipe(read_text(Path(recipe), MAX_FILE_BYTES), str(recipe))
         )
-        document = self._api.post("/v1/compositions", {"recipe": given.to_json(), "plan": plan})
+        document = self.api.post("/v1/compositions", {"recipe": given.to_json(), "plan": plan})
         if wait or plan or self._connection.resources is not None:
             with self._connection.worker():
                 while document["state"] in ("queued", "running"):
                     time.sleep(_POLL_S)
-                    document = self._api.get(f"/v1/compositions/{document['id']}")
+                    document = self.api.get(f"/v1/compositions/{document['id']}")
         if document["error"] is not None:
             raise of_row(document["error"])
         if document["state"] == "cancelled":
@@ -243,7 +244,7 @@ class Registry:
         return Composition.of(document)
 
     def _resolved(self, ref: str | Release) -> Json:
-        answer = self._api.resolve(parse_reference(str(ref)))
+        answer = self.api.resolve(parse_reference(str(ref)))
         if answer["warning"]:
             warnings.warn(answer["warning"], stacklevel=3)
         return answer["release"]
@@ -251,7 +252,7 @@ class Registry:
     def _line(self, channel: str) -> tuple[str, str]:
         """The route of the repository of REPO@CHANNEL, and the channel's name."""
         repository, name = parse_channel_reference(channel)
-        return self._api.repository_path(str(repository)), name
+        return self.api.repository_path(str(repository)), name
 
 
 def _ignore(_count: int) -> None:
