@@ -160,3 +160,9 @@ def test_trl_publishes_every_save_of_ten_steps_with_a_bump(cli: Cli, world: Worl
     assert release.document["provenance"]["trainer"].startswith("trl 1.")
     assert release.document["provenance"]["hyperparameters"]["eval_mean_token_accuracy"] > 0
     PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world.base), pulled)
+
+    trainer.save_model()
+    pushed = cli.ok("push", tmp_path / "out", "acme/sql:1.0.0", "--base", "tiny")
+    assert "left out: checkpoint-*/, training_args.bin" in pushed.err
+    published = {row["path"] for row in cli.json("show", "acme/sql:1.0.0")["files"]}
+    assert published >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json"}
