@@ -41,10 +41,10 @@ class Registry:
     Use it in a `with` statement, or close it. Every method raises the errors of `registry.errors`, whose `code` is
     stable (docs/errors.md).
 
-        with Registry() as registry:
-            release = registry.push("out", "acme/sql", bump="auto", base="smollm2")
-            registry.promote(release, "prod")
-            directory = registry.pull("acme/sql@prod")
+    >>> with Registry() as registry:
+    ...     release = registry.push("out", "acme/sql", bump="auto", base="smollm2")
+    ...     registry.promote(release, "prod")
+    ...     directory = registry.pull("acme/sql@prod")
     """
 
     def __init__(self, url: str | None = None, token: str | None = None, profile: str | None = None) -> None:
@@ -71,8 +71,8 @@ class Registry:
         """The release that REPO, REPO:VERSION, REPO:RANGE, REPO@CHANNEL or REPO#COMMIT names, with facts and scores.
         Warns of a yanked or deprecated one.
 
-            release = registry.resolve("acme/sql@prod")
-            print(release.version, release.base, release.document["facts"]["rank_max"])
+        >>> release = registry.resolve("acme/sql@prod")
+        >>> print(release.version, release.base, release.document["facts"]["rank_max"])
         """
         return Release.of(self.api.get(release_path(self._resolved(ref))))
 
@@ -96,7 +96,7 @@ class Registry:
         `adaptory push --provenance`; `include` are globs of further files; `sign` is a private key. Pushing the same
         files to the same version again changes nothing.
 
-            registry.push("out", "acme/sql:1.1.0", base="smollm2", provenance={"data": [{"name": "acme/queries"}]})
+        >>> registry.push("out", "acme/sql:1.1.0", base="smollm2", provenance={"data": [{"name": "acme/queries"}]})
         """
         reference = single_version(target, bump)
         request: Json = {
@@ -130,7 +130,7 @@ class Registry:
         to be changed. The same release into the same place is only verified. `verify` is the public key that must have
         signed it; `force` replaces a different release in `output`.
 
-            directory = registry.pull("acme/sql@prod")
+        >>> directory = registry.pull("acme/sql@prod")
         """
         release, key = self._resolved(ref), read_public_key(Path(verify)) if verify else None
 
@@ -149,7 +149,7 @@ class Registry:
         """The matching releases, best first, fetched a page at a time. `filters` are those of GET /v1/releases:
         `base`, `max_rank`, `score` ("sql-exact.accuracy>=0.8"), `loads_in`, `latest` and more.
 
-            names = [str(one) for one in registry.search("migration", base="smollm2", max_rank=16, loads_in="vllm:32")]
+        >>> names = [str(one) for one in registry.search("migration", base="smollm2", max_rank=16, loads_in="vllm:32")]
         """
         yield from map(Release.of, self.api.pages("/v1/releases", text=" ".join(words) or None, **filters))
 
@@ -161,7 +161,7 @@ class Registry:
         A release that lacks only what may still come waits for it. With `wait`, returns the move once that is there;
         otherwise the promotion, which goes on by itself.
 
-            move = registry.promote("acme/sql:1.1.0", "prod", reason="better on joins")
+        >>> move = registry.promote("acme/sql:1.1.0", "prod", reason="better on joins")
         """
         release = self._resolved(ref)
         answer, _ = channel_moves.promote(self.api, release, channel, reason, force=force)
@@ -173,7 +173,7 @@ class Registry:
     def rollback(self, channel: str, *, to: str | None = None, reason: str = "") -> Move:
         """Returns REPO@CHANNEL to the release that it served before, or to the version `to` that it has served.
 
-            registry.rollback("acme/sql@prod", reason="wrong quoting")
+        >>> registry.rollback("acme/sql@prod", reason="wrong quoting")
         """
         line, name = self._line(channel)
         move, _ = channel_moves.roll_back(self.api, line, name, {"to": to, "reason": reason})
@@ -182,8 +182,8 @@ class Registry:
     def history(self, channel: str) -> Iterator[Move]:
         """The moves of REPO@CHANNEL, the newest first.
 
-            for move in registry.history("acme/sql@prod"):
-                print(move.at, move.kind, move.to_version, move.actor, move.reason)
+        >>> for move in registry.history("acme/sql@prod"):
+        ...     print(move.at, move.kind, move.to_version, move.actor, move.reason)
         """
         line, name = self._line(channel)
         yield from map(Move.of, self.api.pages(f"{line}/channels/{name}/history"))
@@ -191,7 +191,7 @@ class Registry:
     def record_scores(self, ref: str | Release, scores: Iterable[Score]) -> None:
         """Records scores of a release on registered suites, each on the suite's current content.
 
-            registry.record_scores("acme/sql:1.1.0", [Score(suite="sql-exact", metric="accuracy", value=0.8, n=200)])
+        >>> registry.record_scores("acme/sql:1.1.0", [Score(suite="sql-exact", metric="accuracy", value=0.8, n=200)])
         """
         digests: dict[str, str] = {}
         rows: list[Json] = []
@@ -225,8 +225,8 @@ class Registry:
         if those are inconclusive. `suites` are names or files, one for each adapter; by default those that the releases
         were evaluated on. `prompts` compare activations where no suites are known. Changes nothing.
 
-            report = registry.conflicts("acme/sql@prod", "acme/terraform@prod", weights=[1.0, 0.5])
-            print(report.verdict, [finding.message for finding in report.findings])
+        >>> report = registry.conflicts("acme/sql@prod", "acme/terraform@prod", weights=[1.0, 0.5])
+        >>> print(report.verdict, [finding.message for finding in report.findings])
         """
         from composer.formats.recipes.methods import parse_settings
         from composer.formats.recipes.policy import Policy
@@ -247,9 +247,9 @@ class Registry:
         `plan`, only locks and checks. Waits for the end, or leaves it to the server's workers; an embedded registry
         always waits. Raises the error that ended it.
 
-            planned = registry.compose("assistant.yaml", plan=True)
-            composition = registry.compose("assistant.yaml")
-            print(planned.verdict, composition.published)
+        >>> planned = registry.compose("assistant.yaml", plan=True)
+        >>> composition = registry.compose("assistant.yaml")
+        >>> print(planned.verdict, composition.published)
         """
         from composer.formats.recipes.recipe import MAX_FILE_BYTES, load_recipe, parse_recipe
         from composer.formats.untrusted import read_text

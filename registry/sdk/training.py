@@ -49,14 +49,14 @@ class AdaptoryCallback(TrainerCallback):
     Only rank 0 publishes. Before the training starts, it raises what would fail at its end: NotFound for an unknown
     base or suite, Conflict for an existing version, Usage for a model without an adapter.
 
-        from peft import LoraConfig
-        from trl import SFTTrainer
+    >>> from peft import LoraConfig
+    >>> from trl import SFTTrainer
 
-        callback = AdaptoryCallback("acme/sql", bump="minor", base="smollm2", data=["acme/queries"])
-        lora = LoraConfig(task_type="CAUSAL_LM")
-        trainer = SFTTrainer("base", args, train_dataset=train, peft_config=lora, callbacks=[callback])
-        trainer.train()
-        print(callback.releases)
+    >>> callback = AdaptoryCallback("acme/sql", bump="minor", base="smollm2", data=["acme/queries"])
+    >>> lora = LoraConfig(task_type="CAUSAL_LM")
+    >>> trainer = SFTTrainer("base", args, train_dataset=train, peft_config=lora, callbacks=[callback])
+    >>> trainer.train()
+    >>> print(callback.releases)
     """
 
     def __init__(  # noqa: PLR0913

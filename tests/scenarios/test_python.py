@@ -4,6 +4,7 @@ import inspect
 import re
 import shutil
 from collections.abc import Generator, Iterator
+from doctest import DocTestParser
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ def live(registry: Registry, cli: Cli, world: World, directory: Path) -> None:
     assert registry.pull(first) == pulled
     output = registry.pull(first, directory / "served")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (output / file).read_bytes() == (pulled / file).read_bytes() == (world.adapters["sql"] / file).read_bytes()
+        assert (
+            (output / file).read_bytes() == (pulled / file).read_bytes() == (world.adapters["sql"] / file).read_bytes()
+        )
     with pytest.raises(Conflict):
         registry.pull(second, output)
     assert registry.pull(second, output, force=True) == output
@@ -128,12 +131,20 @@ def combinations(registry: Registry, world: World) -> None:
     suites = ["sql-exact", "terraform-exact"]
     probed = registry.conflicts(*pair, suites=suites, guards=["guard-exact"], probe=2, probe_max=2, device="cpu")
     assert probed.to_json()["pairs"][0]["evidence"] == "probe"
-    directories = registry.conflicts(*(world.adapters[name] for name in ("sql", "terraform")), prompts=["a"], base="tiny")
+    directories = registry.conflicts(
+        *(world.adapters[name] for name in ("sql", "terraform")), prompts=["a"], base="tiny"
+    )
     assert directories.to_json()["activations"]["prompts"] == 1
     for wrong in (lambda: registry.conflicts(pair[0]), lambda: registry.conflicts(*pair, weights=[1.0])):
         with pytest.raises(Usage):
             wrong()
-    recipe = {"inputs": [{"adapter": ref} for ref in pair], "method": "stack", "adapter": "acme/both:1.0.0", "probe": 0}
+    recipe = {
+        "inputs": [{"adapter": ref} for ref in pair],
+        "method": "stack",
+        "adapter": "acme/both:1.0.0",
+        "probe": 0,
+        "gates": [],
+    }
     planned = registry.compose(recipe, plan=True)
     assert (planned.verdict, planned.published) == ("unmeasured", ())
     assert registry.compose(recipe).published == ("acme/both:1.0.0",)
@@ -146,27 +157,28 @@ def fenced(name: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL))
 
 
-def indented() -> Iterator[tuple[str, str]]:
-    """The examples of the docstrings of what the package exports: what is indented in them."""
+def of_docstrings() -> Iterator[tuple[str, str]]:
+    """The examples of the docstrings of what the package exports, each as a program."""
     for name in ("Registry", "AdaptoryCallback"):
         exported = getattr(sdk, name)
-        for described in (exported, *vars(exported).values()):
-            text = inspect.getdoc(described) if callable(described) and described.__module__ == exported.__module__ else ""
-            if code := "\n".join(line[4:] for line in (text or "").splitlines() if line.startswith("    ")):
-                yield described.__qualname__, code
+        for described in (exported, *filter(inspect.isfunction, vars(exported).values())):
+            if examples := DocTestParser().get_examples(inspect.getdoc(described) or ""):
+                yield described.__qualname__, "".join(example.source for example in examples)
 
 
 @pytest.fixture
-def desk(stocked_embedded: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[dict[str, Any]]:
+def desk(
+    stocked_embedded: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Generator[dict[str, Any]]:
     """The files and names that the examples have before them, and where they run."""
     monkeypatch.chdir(tmp_path)
     stocked_embedded.ok("base", "add", world.base, "--name", "tiny", "--alias", "smollm2")
-    shutil.copytree(world.adapters["sql"], "out")
+    shutil.copytree(world.adapters["other-sql"], "out")
     Path("base").symlink_to(world.base)
     for name in ("sql", "terraform"):
         stocked_embedded.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny", "--channel", "prod")
     inputs = [{"adapter": f"acme/{name}@prod"} for name in ("sql", "terraform")]
-    recipe = {"inputs": inputs, "method": "stack", "adapter": "acme/assistant:1.0.0", "probe": 0}
+    recipe = {"inputs": inputs, "method": "stack", "adapter": "acme/assistant:1.0.0", "probe": 0, "gates": []}
     Path("assistant.yaml").write_text(yaml.safe_dump(recipe))
     rows = Dataset.from_list([{"prompt": f"select {number}", "completion": " from t"} for number in range(4)])
     with environment(stocked_embedded.environment, []):
@@ -179,7 +191,7 @@ def test_the_page_about_python_runs_as_one_program(desk: dict[str, Any], capsys:
 
 
 def test_every_example_of_a_docstring_runs(desk: dict[str, Any]) -> None:
-    examples = dict(indented())
+    examples = dict(of_docstrings())
     methods = {f"Registry.{name}" for name, one in vars(Registry).items() if inspect.isfunction(one) and name[0] != "_"}
     assert methods - {"Registry.close"} <= examples.keys()
     assert "AdaptoryCallback" in examples

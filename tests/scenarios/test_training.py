@@ -1,6 +1,8 @@
 """Somebody trains an adapter: the trainer publishes it, with what it was trained on and how it did."""
 
+import os
 import subprocess
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
@@ -21,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 
 from registry.errors import Conflict, NotFound, Usage
 from registry.sdk import AdaptoryCallback, Registry
+from tests import services
 from tests.scenarios.world import Cli, World, environment
 
 LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
@@ -137,6 +142,38 @@ def test_what_would_fail_at_the_end_fails_before_the_first_step(cli: Cli, world:
     trainer = trainer_of(world, tmp_path / "out", AdaptoryCallback("acme/sql", bump="auto"), adapted=False)
     with pytest.raises(Usage, match="no PEFT adapter"):
         trainer.train()
+
+
+def test_other_ranks_ask_no_registry(tmp_path: Path) -> None:
+    callback = AdaptoryCallback("acme/sql", bump="auto", every_save=True, url="http://127.0.0.1:9")
+    arguments, state = TrainingArguments(str(tmp_path)), TrainerState(is_world_process_zero=False)
+    for event in (callback.on_train_begin, callback.on_save, callback.on_train_end):
+        event(arguments, state, TrainerControl())
+    assert callback.releases == []
+
+
+RANKS = """
+import os, sys
+from pathlib import Path
+from tests.scenarios.test_training import trainer_of
+from tests.scenarios.world import World
+from registry.sdk import AdaptoryCallback
+
+callback = AdaptoryCallback("acme/sql:1.0.0", base="tiny", every_save=True)
+trainer_of(World(Path(sys.argv[1]), {}, {}), Path("out"), callback, ddp_backend="gloo").train()
+Path(f"published-{os.environ['RANK']}").write_text(" ".join(map(str, callback.releases)))
+"""
+
+
+@pytest.mark.long
+def test_of_two_processes_one_publishes(cli: Cli, world: World, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(RANKS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [*launch, f"--master-port={services.free_port()}", "train.py", str(world.base)]
+    subprocess.run(command, cwd=tmp_path, env=where, check=True)
+    published = [(tmp_path / f"published-{rank}").read_text() for rank in range(2)]
+    assert published == ["acme/sql:1.0.0-step.5 acme/sql:1.0.0-step.10 acme/sql:1.0.0", ""]
 
 
 def test_trl_publishes_every_save_of_ten_steps_with_a_bump(cli: Cli, world: World, tmp_path: Path) -> None:
