@@ -41,10 +41,11 @@ class AdaptoryCallback(TrainerCallback):
     on. At the end the error is raised, after the adapter was saved in `OUTPUT_DIR/adaptory`.
 
     The release says which arguments it was trained with (SETTINGS, overridden by `hyperparameters`), the steps, the
-    last evaluation's metrics, the names of the `data`, the trainer with its version, and the commit of the git
-    repository around the working directory. `provenance` adds the rest, such as `license` and `run_url`, and wins.
-    `suite` is a registered suite that the evaluations are of: those of their metrics that its file declares (`metrics:
-    {loss: lower}`) are recorded as reported scores. `url`, `token` and `profile` are those of `Registry`.
+    last evaluation until then and its step, the names of the `data`, the trainer with its version, and the commit of
+    the git repository around the working directory. `provenance` adds the rest, such as `license` and `run_url`, and
+    wins. `suite` is a registered suite that the evaluations are of: the metrics that its file declares (`metrics:
+    {loss: lower}`) are recorded as reported scores, if they were evaluated at the published step. `url`, `token` and
+    `profile` are those of `Registry`.
 
     Only rank 0 publishes. Before the training starts, it raises what would fail at its end: NotFound for an unknown
     base or suite, Conflict for an existing version, Usage for a model without an adapter.
@@ -84,7 +85,7 @@ class AdaptoryCallback(TrainerCallback):
         self._data = [{"name": one} if isinstance(one, str) else dict(one) for one in data]
         self._where = {"url": url, "token": token, "profile": profile}
         self._commit: str | None = None
-        self._evaluation = _Evaluation()
+        self._evaluations: dict[int, _Evaluation] = {}
         self._directions = {"accuracy": True, "nll": False}  # of every suite
         self._published_step = -1
         self.releases: list[Release] = []
@@ -113,10 +114,9 @@ class AdaptoryCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Keeps the metrics of the last evaluation; those of several data sets come one after the other."""
-        if self._evaluation.step != state.global_step:
-            self._evaluation = _Evaluation(state.global_step)
-        self._evaluation.add(context["metrics"], context.get("eval_dataloader"))
+        """Keeps the metrics; those of several data sets come one after the other."""
+        step = state.global_step
+        self._evaluations.setdefault(step, _Evaluation(step)).add(context["metrics"], context.get("eval_dataloader"))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any) -> None:
         """Publishes the checkpoint, or warns that it could not."""
@@ -125,7 +125,7 @@ class AdaptoryCallback(TrainerCallback):
         step = state.global_step
         target = f"{self._target}-step.{step}" if self._stated else self._target
         try:
-            self._publish(Path(args.output_dir or ".") / f"checkpoint-{step}", target, args, state)
+            self._publish(Path(args.output_dir or ".") / f"checkpoint-{step}", target, args, step)
         except (RegistryError, ComposerError, OSError) as error:
             warnings.warn(f"The adapter of step {step} was not published: {error}", stacklevel=2)
         else:
@@ -138,23 +138,30 @@ class AdaptoryCallback(TrainerCallback):
         that."""
         if not state.is_world_process_zero:
             return
-        if not self._stated and self._published_step == state.global_step and not args.load_best_model_at_end:
+        best = getattr(state, "best_global_step", None) if args.load_best_model_at_end else None  # new in 4.50
+        step = state.global_step if best is None else best
+        if not self._stated and self._published_step == step:
             return  # the last checkpoint is this adapter
         directory = Path(args.output_dir or ".") / "adaptory"
         context["model"].save_pretrained(directory)
         if (processing := context.get("processing_class")) is not None:
             processing.save_pretrained(directory)
         try:
-            self._publish(directory, self._target, args, state)
+            self._publish(directory, self._target, args, step)
         except (RegistryError, ComposerError, OSError) as error:
             bump = f" --bump {self._bump}" if self._bump else ""
             error.add_note(f"The adapter is in {directory}: adaptory push {directory} {self._target}{bump}")
             raise
         shutil.rmtree(directory)
 
-    def _publish(self, directory: Path, target: str, args: TrainingArguments, state: TrainerState) -> None:
+    def _publish(self, directory: Path, target: str, args: TrainingArguments, step: int) -> None:
+        """Publishes the adapter as it was after a step."""
         trainer = _trainer(args)
-        measured = {"steps": state.global_step, **self._evaluation.metrics}
+        before = [one for one in self._evaluations if one <= step]
+        evaluation = self._evaluations[max(before)] if before else None
+        measured: dict[str, float] = {"steps": step}
+        if evaluation is not None:
+            measured |= evaluation.metrics | {"eval_step": evaluation.step}
         known = {
             "trainer": trainer,
             "code_commit": self._commit,
@@ -165,20 +172,20 @@ class AdaptoryCallback(TrainerCallback):
         with Registry(**self._where) as registry:
             release = registry.push(directory, target, bump=self._bump, base=self._base, provenance=stated)
             self.releases.append(release)
-            if scores := self._scores(trainer):
+            if evaluation is not None and evaluation.step == step and (scores := self._scores(evaluation, trainer)):
                 registry.record_scores(release, scores)
 
-    def _scores(self, source: str) -> list[Score]:
-        """The last evaluation as scores on the suite; none of a data set whose size is not known."""
-        if self._suite is None or not self._evaluation.examples:
+    def _scores(self, evaluation: "_Evaluation", source: str) -> list[Score]:
+        """The evaluation as scores on the suite; none of a data set whose size is not known."""
+        if self._suite is None or not evaluation.examples:
             return []
-        metrics = {name.removeprefix(_PREFIX): value for name, value in self._evaluation.metrics.items()}
+        metrics = {name.removeprefix(_PREFIX): value for name, value in evaluation.metrics.items()}
         return [
             Score(
                 suite=self._suite,
                 metric=name,
                 value=value,
-                n=self._evaluation.examples,
+                n=evaluation.examples,
                 higher_is_better=self._directions[name],
                 reported=True,
                 source=source,
@@ -191,7 +198,7 @@ class AdaptoryCallback(TrainerCallback):
 class _Evaluation:
     """The metrics of the evaluation after a step, and the number of its examples, 0 if that is not known."""
 
-    def __init__(self, step: int = -1) -> None:
+    def __init__(self, step: int) -> None:
         self.step = step
         self.metrics: dict[str, float] = {}
         self.examples = 0

@@ -102,6 +102,20 @@ def test_ten_steps_of_training_are_published_at_each_save_and_at_the_end(
     torch.testing.assert_close(loaded(IDS).logits, trainer.model.eval()(IDS).logits)
 
 
+def test_the_best_adapter_is_published_with_the_evaluation_that_made_it_the_best(
+    cli: Cli, world: World, tmp_path: Path
+) -> None:
+    callback = AdaptoryCallback("acme/sql", bump="auto", base="tiny", suite="sql-exact")
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = trainer_of(world, tmp_path / "out", callback, **best)
+    trainer.train()
+    (release,) = callback.releases
+    settings = release.document["provenance"]["hyperparameters"]
+    first, last = (row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row)
+    assert (settings["steps"], settings["eval_step"], settings["eval_loss"]) == (5, 5, first)
+    assert first != last
+
+
 class Meanwhile(TrainerCallback):
     """Somebody else publishes that version during the training."""
 
