@@ -138,7 +138,9 @@ class AdaptoryCallback(TrainerCallback):
         that."""
         if not state.is_world_process_zero:
             return
-        best = getattr(state, "best_global_step", None) if args.load_best_model_at_end else None  # new in 4.50
+        best = (
+            getattr(state, "best_global_step", None) if args.load_best_model_at_end else None
+        )  # older versions lack it
         step = state.global_step if best is None else best
         if not self._stated and self._published_step == step:
             return  # the last checkpoint is this adapter
