@@ -72,7 +72,7 @@ class Registry:
         Warns of a yanked or deprecated one.
 
         >>> release = registry.resolve("acme/sql@prod")
-        >>> print(release.version, release.base, release.document["facts"]["rank_max"])
+        >>> print(release.version, release.base, release.document["adapter"]["rank_max"])
         """
         return Release.of(self.api.get(release_path(self._resolved(ref))))
 

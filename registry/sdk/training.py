@@ -53,7 +53,7 @@ class AdaptoryCallback(TrainerCallback):
     >>> from peft import LoraConfig
     >>> from trl import SFTTrainer
 
-    >>> callback = AdaptoryCallback("acme/sql", bump="minor", base="smollm2", data=["acme/queries"])
+    >>> callback = AdaptoryCallback("acme/support", bump="auto", base="smollm2", data=["acme/tickets"])
     >>> lora = LoraConfig(task_type="CAUSAL_LM")
     >>> trainer = SFTTrainer("base", args, train_dataset=train, peft_config=lora, callbacks=[callback])
     >>> trainer.train()
@@ -87,6 +87,7 @@ class AdaptoryCallback(TrainerCallback):
         self._commit: str | None = None
         self._evaluations: dict[int, _Evaluation] = {}
         self._directions = {"accuracy": True, "nll": False}  # of every suite
+        self._suite_examples = 0
         self._published_step = -1
         self.releases: list[Release] = []
         """What was published, the oldest first."""
@@ -107,6 +108,7 @@ class AdaptoryCallback(TrainerCallback):
                 base_by_name_or_location(registry.api, self._base)
             if self._suite is not None:
                 suite = registry.api.get(f"/v1/suites/{quote(self._suite, safe='')}")
+                self._suite_examples = suite["examples"]
                 self._directions |= {name: better == "higher" for name, better in suite["metrics"].items()}
             if self._stated:
                 _refuse_existing(registry, self._target)
@@ -178,8 +180,13 @@ class AdaptoryCallback(TrainerCallback):
                 registry.record_scores(release, scores)
 
     def _scores(self, evaluation: "_Evaluation", source: str) -> list[Score]:
-        """The evaluation as scores on the suite; none of a data set whose size is not known."""
+        """The evaluation as scores on the suite; none of a data set whose size is not known, or that has more examples
+        than the suite."""
         if self._suite is None or not evaluation.examples:
+            return []
+        if evaluation.examples > self._suite_examples:
+            message = f"The evaluation has {evaluation.examples} examples, {self._suite} only {self._suite_examples}"
+            warnings.warn(f"{message}: it is not recorded as scores on that.", stacklevel=2)
             return []
         metrics = {name.removeprefix(_PREFIX): value for name, value in evaluation.metrics.items()}
         return [

@@ -18,6 +18,7 @@ from registry.errors import Conflict, NotFound, Refused, Usage
 from registry.sdk import Move, Promotion, Registry, Score
 from tests import services
 from tests.scenarios.conftest import USER, Templates
+from tests.scenarios.test_profiles import with_stdin
 from tests.scenarios.world import Cli, World, environment, server
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -40,14 +41,16 @@ def test_a_release_lives_in_this_process(stocked_embedded: Cli, world: World, tm
         live(registry, stocked_embedded, world, tmp_path)
 
 
-def test_a_release_lives_on_a_server_that_wants_a_token(person: Cli, world: World, tmp_path: Path) -> None:
+def test_a_release_lives_on_a_server_that_wants_a_token(
+    person: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, token = person.environment["ADAPTORY_URL"], person.environment["ADAPTORY_TOKEN"]
     with environment({"ADAPTORY_HOME": person.environment["ADAPTORY_HOME"]}, []):
         with Registry(url, token) as registry:
             live(registry, person, world, tmp_path)
         with Registry(url) as nobody, pytest.raises(NotFound):
             nobody.resolve("acme/sql")
-        person.ok("login", url, "--profile", "work", "--token", token)
+        with_stdin(person, token, "login", url, "--profile", "work", monkeypatch=monkeypatch)
         with Registry(profile="work") as registry:
             assert registry.resolve("acme/sql:1.0.0").repository == "acme/sql"
 
@@ -148,8 +151,9 @@ def combinations(registry: Registry, world: World) -> None:
     planned = registry.compose(recipe, plan=True)
     assert (planned.verdict, planned.published) == ("unmeasured", ())
     assert registry.compose(recipe).published == ("acme/both:1.0.0",)
+    failing = {"evaluate": ["sql-exact"], "gates": ["sql-exact.nll <= 0"]}
     with pytest.raises(Refused):
-        registry.compose({**recipe, "adapter": "acme/other:1.0.0", "gates": ["sql-exact.nll <= 0"]})
+        registry.compose({**recipe, "adapter": "acme/other:1.0.0", **failing})
 
 
 def fenced(name: str) -> str:
@@ -180,6 +184,11 @@ def desk(
     inputs = [{"adapter": f"acme/{name}@prod"} for name in ("sql", "terraform")]
     recipe = {"inputs": inputs, "method": "stack", "adapter": "acme/assistant:1.0.0", "probe": 0, "gates": []}
     Path("assistant.yaml").write_text(yaml.safe_dump(recipe))
+    examples = [{"prompt": f"sql {number}", "completion": str(number)} for number in range(200)]
+    Path("suite.yaml").write_text(
+        yaml.safe_dump({"name": "sql-exact", "kind": "target", "chat": False, "examples": examples})
+    )
+    stocked_embedded.ok("suite", "add", "suite.yaml")
     rows = Dataset.from_list([{"prompt": f"select {number}", "completion": " from t"} for number in range(4)])
     with environment(stocked_embedded.environment, []):
         yield {"train": rows, "held_out": rows, "args": SFTConfig("trained", max_steps=1, use_cpu=True)}
