@@ -191,8 +191,8 @@ def test_of_two_processes_one_publishes(cli: Cli, world: World, tmp_path: Path) 
 
 
 def test_trl_publishes_every_save_of_ten_steps_with_a_bump(cli: Cli, world: World, tmp_path: Path) -> None:
-    rows = Dataset.from_list([{"prompt": f"select {number}", "completion": " from t"} for number in range(4)])
-    callback = AdaptoryCallback("acme/sql", bump="minor", base="tiny", every_save=True)
+    rows = Dataset.from_list([{"prompt": f"select {number}", "completion": " from t"} for number in range(7)])
+    callback = AdaptoryCallback("acme/sql", bump="minor", base="tiny", every_save=True, suite="sql-exact")
     trainer = SFTTrainer(
         str(world.base),
         SFTConfig(
@@ -204,10 +204,12 @@ def test_trl_publishes_every_save_of_ten_steps_with_a_bump(cli: Cli, world: Worl
         peft_config=LoraConfig(**LORA),
         callbacks=[callback],
     )  # fmt: skip
-    trainer.train()
+    with pytest.warns(UserWarning, match="The evaluation has 7 examples, sql-exact only 6"):
+        trainer.train()
     assert [str(one) for one in callback.releases] == ["acme/sql:0.1.0", "acme/sql:0.2.0"]
     with Registry() as registry:
         release, pulled = registry.resolve("acme/sql"), registry.pull("acme/sql")
+    assert release.scores == ()
     assert release.document["provenance"]["trainer"].startswith("trl 1.")
     assert release.document["provenance"]["hyperparameters"]["eval_mean_token_accuracy"] > 0
     PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world.base), pulled)
