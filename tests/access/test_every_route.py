@@ -27,10 +27,9 @@ from tests.access.house import (
     ROLES,
     House,
     Things,
-    build_house,
     copy_of,
     entered,
-    new_environment,
+    furnished_house,
 )
 from tests.access.stated import STATED
 
@@ -40,9 +39,7 @@ RANK = {role: number for number, role in enumerate(Role)}
 
 @pytest.fixture(scope="module", params=services.PAIRINGS)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
-    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
-    house.close()
-    return house
+    return furnished_house(request.param, tmp_path_factory.mktemp("house"))
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from registry.formats.references import RepositoryName
 from registry.transfer.fsck import check
 from registry.transfer.resources import Resources
 from tests import services
-from tests.access.house import House, build_house, copy_of, new_environment, opened
+from tests.access.house import House, copy_of, furnished_house, opened
 from tests.access.test_every_route import ROUTES
 from tests.durability.breakable import Stock
 from tests.durability.small import write_base
@@ -72,9 +72,7 @@ OF_WHAT_IS_THERE = {
 
 @pytest.fixture(scope="module", params=services.PAIRINGS)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
-    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
-    house.close()
-    return house
+    return furnished_house(request.param, tmp_path_factory.mktemp("house"))
 
 
 @dataclass(frozen=True)
