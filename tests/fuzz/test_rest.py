@@ -51,6 +51,8 @@ CHECKS = [
     response_schema_conformance,
 ]
 
+STATED = [(method, path) for method, path, _ in ROUTES if path.startswith(("/v1/", "/healthz", "/readyz"))]
+"""The routes of the OpenAPI document."""
 GOOD = Stock("1.0.0", 1, 1, "", "", "")
 """Of which the bodies are used: they lead past the checks of single fields."""
 
@@ -129,7 +131,7 @@ def led_further(value: Any, known: Mapping[str, Any], choose: Choose) -> Any:
     return [led_further(item, known, choose) for item in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize(("method", "path"), [row[:2] for row in ROUTES], ids=[f"{row[0]} {row[1]}" for row in ROUTES])
+@pytest.mark.parametrize(("method", "path"), STATED, ids=[" ".join(route) for route in STATED])
 def test_whatever_a_route_is_asked_its_answer_is_one_that_the_document_states(
     site: Site, method: str, path: str
 ) -> None:
