@@ -8,5 +8,6 @@ transfer/   bytes and rows together: uploads, publishing, collection, fsck
 domain/     rules over rows: access, catalog, channels, search, jobs, compositions
 storage/    blobs in a directory or in S3; client/ speaks to a server, for the trainer's process too
 database/   engine, tables, locks, migrations; formats/ parses references, manifests and signatures
-errors      an exit code a family; error_codes has every code, error_families makes the errors; settings; outages
+errors      an exit code a family; error_codes has every code, error_families makes the errors; settings; outages;
+            composer_name refuses another package of that name
 """

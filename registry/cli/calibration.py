@@ -1,10 +1,9 @@
 """Calibration examples for the fitted methods of `combine`, `merge` and `conflicts`."""
 
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,15 +11,12 @@ import typer
 
 from composer.formats.untrusted import read_text
 from registry.cli import render
-from registry.errors import Conflict, Refused, Usage
+from registry.errors import Conflict, Usage
+from registry.sdk.conflicts import calibration_of
 
 if TYPE_CHECKING:
     from composer.evaluation.calibration import Calibration
-    from composer.evaluation.model import LoadedModel
     from composer.findings import Finding
-    from composer.formats.recipes.calibration_sets import CalibrationSet
-    from composer.formats.recipes.methods import AnySettings
-    from composer.formats.recipes.suite import Suite
     from composer.formats.recipes.weights import Weight
 
 Suites = Annotated[
@@ -35,28 +31,6 @@ Prompts = Annotated[
 ]
 
 MAX_NOTE_BYTES = 64 << 20
-
-
-def calibration_of(
-    settings: "AnySettings",
-    load: "Callable[[], LoadedModel]",
-    suites: "Sequence[Suite | None]",
-    prompts: Sequence[tuple[str, ...]] = (),
-) -> "Calibration | None":
-    """The calibration of a fitted method; None for other methods, and if an adapter has neither a suite nor prompts.
-    Raises Usage for a suite that would have no examples left for evaluation."""
-    from composer.formats.recipes.methods import Regmean
-
-    if not isinstance(settings, Regmean):
-        return None
-    from composer.evaluation.calibration import Calibration
-    from composer.formats.recipes.calibration_sets import CalibrationSet
-
-    sets = [CalibrationSet(prompts=one) for one in prompts]
-    sets = sets or [_set(suite, settings.examples) for suite in suites if suite]
-    if len(sets) < max(len(suites), len(prompts), 1):
-        return None
-    return Calibration(cache(load), sets, settings)
 
 
 def local_calibration(
@@ -164,12 +138,3 @@ def fitted_adapter(
             "output_exists", message, subject=str(directory), next_step="Move it away, or choose another -o."
         )
     return directory
-
-
-def _set(suite: "Suite", count: int) -> "CalibrationSet":
-    from composer.formats.recipes.calibration_sets import CalibrationSet
-
-    if len(suite.examples) <= count:
-        message = f"{suite.name} has {len(suite.examples)} examples: fitting on {count} leaves none to evaluate on."
-        raise Refused("suite_too_small", message, subject=suite.name, next_step="Add examples, or --set examples=N.")
-    return CalibrationSet(suite, count)

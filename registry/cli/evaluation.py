@@ -14,12 +14,13 @@ from registry.cli import harness as harnesses
 from registry.cli.connect import base_checkpoint, connected, release_directory
 from registry.cli.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
 from registry.cli.idle import refuse_idle
-from registry.cli.quality import BaseDir, Device, Subject, fetch_suite, release_or_base
+from registry.cli.quality import BaseDir, Device, Subject, release_or_base
 from registry.cli.render import JsonFlag
 from registry.error_codes import RETRYABLE
 from registry.error_families import of_composer
 from registry.errors import RegistryError, Usage
 from registry.sdk.connection import Connection
+from registry.sdk.suites import fetch_suite
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta

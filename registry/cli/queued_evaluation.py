@@ -6,10 +6,11 @@ from typing import Any
 
 from registry.cli import render
 from registry.cli.interrupt import interrupts
-from registry.cli.quality import refuse_bad_suite_name, release_or_base
+from registry.cli.quality import release_or_base
 from registry.error_families import of_row
 from registry.errors import Refused, RegistryError
 from registry.sdk.connection import Connection
+from registry.sdk.suites import refuse_bad_suite_name
 
 Json = dict[str, Any]
 _POLL_S = 0.5

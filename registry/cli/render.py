@@ -51,6 +51,11 @@ def say(message: str) -> None:
     print(_fitted(message, sys.stderr), file=sys.stderr)
 
 
+def warn(message: str) -> None:
+    """Prints a warning to stderr."""
+    say(f"warning: {message}")
+
+
 def out(text: str) -> None:
     """Prints to stdout, as `say` does to stderr."""
     print(_fitted(text, sys.stdout))

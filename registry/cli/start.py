@@ -21,6 +21,7 @@ def main() -> None:
     gc.set_threshold(OBJECTS_TO_COLLECT)
     atexit.register(gc.freeze)  # process exit frees everything; collecting cycles took 0.4 s
     interrupts.install()
+    _refuse_other_composer()
     from registry.cli.main import main as run
 
     try:
@@ -34,6 +35,18 @@ def main() -> None:
             raise
         interrupts.say()  # any error follows from the interrupt: a half-imported module, a closed socket
         sys.exit(INTERRUPTED)
+
+
+def _refuse_other_composer() -> None:
+    """Ends with one sentence if another package has the name that everything below imports from."""
+    from registry.composer_name import refuse_other_composer
+    from registry.errors import Unavailable
+
+    try:
+        refuse_other_composer()
+    except Unavailable as error:
+        print(f"error: {error.detail}\nnext: {error.next_step}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import typer
 
 from composer.formats.untrusted import read_text
 from registry.cli import complete, render
-from registry.cli.connect import connected, release_directory, resolved, total_bytes
+from registry.cli.connect import connected, release_directory, resolved
 from registry.cli.idle import refuse_idle
 from registry.cli.promotion import show_promotion
 from registry.cli.release import Ref, show_move, warn_of_move_since
@@ -21,6 +21,7 @@ from registry.formats.references import Reference, parse_name, parse_reference, 
 from registry.formats.signatures import Signed
 from registry.sdk.connection import Connection
 from registry.sdk.fit import fitting_base
+from registry.sdk.local_files import total_bytes
 
 if TYPE_CHECKING:
     from registry.client.selection import Selection

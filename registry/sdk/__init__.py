@@ -1,1 +1,27 @@
-"""The Python API: registries, releases and a callback for trainers."""
+"""The Python API: registries, releases and a callback for trainers (docs/python.md).
+
+Names are imported when they are used: the command line, which stands on this package, starts faster, and the callback
+needs transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from registry.composer_name import refuse_other_composer
+
+if TYPE_CHECKING:
+    from registry.sdk.registry import Registry
+    from registry.sdk.results import Composition, Move, Promotion, Release, Score
+    from registry.sdk.training import AdaptoryCallback
+
+__all__ = ["AdaptoryCallback", "Composition", "Move", "Promotion", "Registry", "Release", "Score"]
+_MODULES = {"AdaptoryCallback": "training", "Registry": "registry"}
+
+
+refuse_other_composer()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'results')}"), name)

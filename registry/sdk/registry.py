@@ -10,21 +10,25 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from registry.client import channel_moves
-from registry.client.api import release_path
+from registry.client.api import Api, release_path
 from registry.client.cache import BlobCache
 from registry.client.pull import cached, pull
 from registry.client.push import collect, push
 from registry.client.selection import select_files
 from registry.client.signing import Publication, push_signed, read_public_key, verify_release
 from registry.error_families import of_row
-from registry.errors import Refused
+from registry.errors import Refused, Usage
 from registry.formats.references import parse_channel_reference, parse_reference, single_version
+from registry.sdk.conflicts import AdapterGroup
 from registry.sdk.connection import Connection, load_settings, open_registry
+from registry.sdk.display import Quiet
 from registry.sdk.fit import fitting_base
 from registry.sdk.results import Composition, Move, Promotion, Release, Score
 
 if TYPE_CHECKING:
-    pass
+    from composer.conflicts.report import ConflictReport
+    from composer.formats.recipes.policy import Policy
+    from composer.formats.recipes.weights import Weight
 
 Json = dict[str, Any]
 _POLL_S = 0.5
@@ -37,10 +41,10 @@ class Registry:
     Use it in a `with` statement, or close it. Every method raises the errors of `registry.errors`, whose `code` is
     stable (docs/errors.md).
 
-        with Registry() as registry:
-            release = registry.push("out", "acme/sql", bump="auto", base="smollm2")
-            registry.promote(release, "prod")
-            directory = registry.pull("acme/sql@prod")
+    >>> with Registry() as registry:
+    ...     release = registry.push("out", "acme/sql", bump="auto", base="smollm2")
+    ...     registry.promote(release, "prod")
+    ...     directory = registry.pull("acme/sql@prod")
     """
 
     def __init__(self, url: str | None = None, token: str | None = None, profile: str | None = None) -> None:
@@ -50,7 +54,8 @@ class Registry:
             named["profile"] = None
         self._stack = ExitStack()
         self._connection: Connection = self._stack.enter_context(open_registry(load_settings(**named)))
-        self._api = self._connection.api
+        self.api: Api = self._connection.api
+        """The REST client, for what has no method here."""
 
     def close(self) -> None:
         """Closes the connections; an embedded registry's database too."""
@@ -64,8 +69,12 @@ class Registry:
 
     def resolve(self, ref: str | Release) -> Release:
         """The release that REPO, REPO:VERSION, REPO:RANGE, REPO@CHANNEL or REPO#COMMIT names, with facts and scores.
-        Warns of a yanked or deprecated one."""
-        return Release.of(self._api.get(release_path(self._resolved(ref))))
+        Warns of a yanked or deprecated one.
+
+        >>> release = registry.resolve("acme/sql@prod")
+        >>> print(release.version, release.base, release.document["adapter"]["rank_max"])
+        """
+        return Release.of(self.api.get(release_path(self._resolved(ref))))
 
     def push(  # noqa: PLR0913
         self,
@@ -86,6 +95,8 @@ class Registry:
         `target` is REPO:VERSION, or REPO with a `bump` (auto, patch, minor or major). `provenance` has the keys of
         `adaptory push --provenance`; `include` are globs of further files; `sign` is a private key. Pushing the same
         files to the same version again changes nothing.
+
+        >>> registry.push("out", "acme/sql:1.1.0", base="smollm2", provenance={"data": [{"name": "acme/queries"}]})
         """
         reference = single_version(target, bump)
         request: Json = {
@@ -94,15 +105,15 @@ class Registry:
             "notes": notes,
             "allow_breaking": allow_breaking,
             "provenance": provenance,
-            "base": fitting_base(self._api, Path(directory), base, kind),
+            "base": fitting_base(self.api, Path(directory), base, kind),
         }
         files = collect(select_files(Path(directory), kind, include))
         with TemporaryDirectory() as staging:
             if sign is None:
-                published = push(self._api, files, reference.repository, kind, request, _ignore)
+                published = push(self.api, files, reference.repository, kind, request, _ignore)
             else:
                 wanted = Publication(reference.repository, kind, request)
-                published = push_signed(self._api, files, wanted, Path(sign), Path(staging), _ignore)
+                published = push_signed(self.api, files, wanted, Path(sign), Path(staging), _ignore)
         for finding in published["warnings"]:
             warnings.warn(finding["message"], stacklevel=2)
         return Release.of(published["release"])
@@ -117,24 +128,30 @@ class Registry:
     ) -> Path:
         """Fetches a release, verifies every file, and returns its directory: `output`, or one in the cache that is not
         to be changed. The same release into the same place is only verified. `verify` is the public key that must have
-        signed it; `force` replaces a different release in `output`."""
+        signed it; `force` replaces a different release in `output`.
+
+        >>> directory = registry.pull("acme/sql@prod")
+        """
         release, key = self._resolved(ref), read_public_key(Path(verify)) if verify else None
 
         def check(directory: Path) -> None:
             if key:
-                verify_release(self._api, release, parse_reference(str(ref)), directory, key)
+                verify_release(self.api, release, parse_reference(str(ref)), directory, key)
 
         if output is None:
-            directory = cached(self._api, release, self._connection.cache, _ignore)
+            directory = cached(self.api, release, self._connection.cache, _ignore)
             check(directory)
             return directory
         blobs = BlobCache(self._connection.cache / "blobs")
-        return pull(self._api, release, Path(output), _ignore, blobs, check, replace=force)
+        return pull(self.api, release, Path(output), _ignore, blobs, check, replace=force)
 
     def search(self, *words: str, **filters: Any) -> Iterator[Release]:
         """The matching releases, best first, fetched a page at a time. `filters` are those of GET /v1/releases:
-        `base="smollm2", max_rank=16, score="sql-exact.accuracy>=0.8", loads_in="vllm:32", latest=True`."""
-        yield from map(Release.of, self._api.pages("/v1/releases", text=" ".join(words) or None, **filters))
+        `base`, `max_rank`, `score` ("sql-exact.accuracy>=0.8"), `loads_in`, `latest` and more.
+
+        >>> names = [str(one) for one in registry.search("migration", base="smollm2", max_rank=16, loads_in="vllm:32")]
+        """
+        yield from map(Release.of, self.api.pages("/v1/releases", text=" ".join(words) or None, **filters))
 
     def promote(
         self, ref: str | Release, channel: str, *, reason: str = "", force: bool = False, wait: bool = True
@@ -143,40 +160,97 @@ class Registry:
 
         A release that lacks only what may still come waits for it. With `wait`, returns the move once that is there;
         otherwise the promotion, which goes on by itself.
+
+        >>> move = registry.promote("acme/sql:1.1.0", "prod", reason="better on joins")
         """
         release = self._resolved(ref)
-        answer, _ = channel_moves.promote(self._api, release, channel, reason, force=force)
+        answer, _ = channel_moves.promote(self.api, release, channel, reason, force=force)
         if "state" in answer and wait:
             with self._connection.worker():
-                answer = channel_moves.wait_for(self._api, answer, release["kind"])
+                answer = channel_moves.wait_for(self.api, answer, release["kind"])
         return Promotion.of(answer) if "state" in answer else Move.of(answer)
 
     def rollback(self, channel: str, *, to: str | None = None, reason: str = "") -> Move:
-        """Returns REPO@CHANNEL to the release that it served before, or to the version `to` that it has served."""
+        """Returns REPO@CHANNEL to the release that it served before, or to the version `to` that it has served.
+
+        >>> registry.rollback("acme/sql@prod", reason="wrong quoting")
+        """
         line, name = self._line(channel)
-        move, _ = channel_moves.roll_back(self._api, line, name, {"to": to, "reason": reason})
+        move, _ = channel_moves.roll_back(self.api, line, name, {"to": to, "reason": reason})
         return Move.of(move)
 
     def history(self, channel: str) -> Iterator[Move]:
-        """The moves of REPO@CHANNEL, the newest first."""
+        """The moves of REPO@CHANNEL, the newest first.
+
+        >>> for move in registry.history("acme/sql@prod"):
+        ...     print(move.at, move.kind, move.to_version, move.actor, move.reason)
+        """
         line, name = self._line(channel)
-        yield from map(Move.of, self._api.pages(f"{line}/channels/{name}/history"))
+        yield from map(Move.of, self.api.pages(f"{line}/channels/{name}/history"))
 
     def record_scores(self, ref: str | Release, scores: Iterable[Score]) -> None:
-        """Records scores of a release on registered suites, each on the suite's current content."""
+        """Records scores of a release on registered suites, each on the suite's current content.
+
+        >>> registry.record_scores("acme/sql:1.1.0", [Score(suite="sql-exact", metric="accuracy", value=0.8, n=200)])
+        """
         digests: dict[str, str] = {}
         rows: list[Json] = []
         for score in scores:
             if score.suite not in digests:
-                digests[score.suite] = self._api.get(f"/v1/suites/{quote(score.suite, safe='')}")["digest"]
+                digests[score.suite] = self.api.get(f"/v1/suites/{quote(score.suite, safe='')}")["digest"]
             own = {name: getattr(score, name) for name in Score.__slots__ if name != "suite"}
             rows.append({"suite_digest": digests[score.suite], **own})
-        self._api.post(f"{release_path(self._resolved(ref))}/scores", {"scores": rows, "results": []})
+        self.api.post(f"{release_path(self._resolved(ref))}/scores", {"scores": rows, "results": []})
+
+    def conflicts(  # noqa: PLR0913
+        self,
+        *adapters: str | Release | Path,
+        weights: "Sequence[float | Weight] | None" = None,
+        method: str = "stack",
+        settings: Mapping[str, Any] | None = None,
+        probe: int = 0,
+        probe_max: int | None = None,
+        suites: Sequence[str | Path] = (),
+        guards: Sequence[str | Path] = (),
+        prompts: Sequence[str] = (),
+        base: str | Path | None = None,
+        base_directory: Path | str | None = None,
+        policy: "Policy | None" = None,
+        device: str = "auto",
+    ) -> "ConflictReport":
+        """What two or more adapters, releases or directories, would do to each other, combined by the method with the
+        weights. Needs the extra `composer`; a measurement needs `models` and the base's weights on this machine.
+
+        With `probe`, measures on that many examples of each adapter's suite (`ok` needs 8 or more), and on `probe_max`
+        if those are inconclusive. `suites` are names or files, one for each adapter; by default those that the releases
+        were evaluated on. `prompts` compare activations where no suites are known. Changes nothing.
+
+        >>> report = registry.conflicts("acme/sql@prod", "acme/terraform@prod", weights=[1.0, 0.5])
+        >>> print(report.verdict, [finding.message for finding in report.findings])
+        """
+        from composer.formats.recipes.methods import parse_settings
+        from composer.formats.recipes.policy import Policy
+
+        names = [str(adapter) for adapter in adapters]
+        given = [1.0] * len(names) if weights is None else list(weights)
+        if len(given) != len(names):
+            message = f"{len(given)} weights were given for {len(names)} adapters."
+            raise Usage("bad_weights", message, next_step="Give one for each adapter, in their order.")
+        where = Path(base_directory) if base_directory else None
+        group = AdapterGroup(lambda: self._connection, names, str(base) if base else None, where, Quiet())
+        effort = (probe, probe_max)
+        evidence = group.evidence(list(map(str, suites)), list(map(str, guards)), effort, prompts, device)
+        return group.examine(given, parse_settings(method, settings or {}), evidence, policy or Policy())
 
     def compose(self, recipe: Path | str | Mapping[str, Any], *, plan: bool = False, wait: bool = True) -> Composition:
         """Combines adapters by a recipe, a YAML file or its content: lock, check, evaluate, gate, merge, publish. With
         `plan`, only locks and checks. Waits for the end, or leaves it to the server's workers; an embedded registry
-        always waits. Raises the error that ended it."""
+        always waits. Raises the error that ended it.
+
+        >>> planned = registry.compose("assistant.yaml", plan=True)
+        >>> composition = registry.compose("assistant.yaml")
+        >>> print(planned.verdict, composition.published)
+        """
         from composer.formats.recipes.recipe import MAX_FILE_BYTES, load_recipe, parse_recipe
         from composer.formats.untrusted import read_text
 
@@ -185,12 +259,12 @@ class Registry:
             if isinstance(recipe, Mapping)
             else load_recipe(read_text(Path(recipe), MAX_FILE_BYTES), str(recipe))
         )
-        document = self._api.post("/v1/compositions", {"recipe": given.to_json(), "plan": plan})
+        document = self.api.post("/v1/compositions", {"recipe": given.to_json(), "plan": plan})
         if wait or plan or self._connection.resources is not None:
             with self._connection.worker():
                 while document["state"] in ("queued", "running"):
                     time.sleep(_POLL_S)
-                    document = self._api.get(f"/v1/compositions/{document['id']}")
+                    document = self.api.get(f"/v1/compositions/{document['id']}")
         if document["error"] is not None:
             raise of_row(document["error"])
         if document["state"] == "cancelled":
@@ -199,7 +273,7 @@ class Registry:
         return Composition.of(document)
 
     def _resolved(self, ref: str | Release) -> Json:
-        answer = self._api.resolve(parse_reference(str(ref)))
+        answer = self.api.resolve(parse_reference(str(ref)))
         if answer["warning"]:
             warnings.warn(answer["warning"], stacklevel=3)
         return answer["release"]
@@ -207,7 +281,7 @@ class Registry:
     def _line(self, channel: str) -> tuple[str, str]:
         """The route of the repository of REPO@CHANNEL, and the channel's name."""
         repository, name = parse_channel_reference(channel)
-        return self._api.repository_path(str(repository)), name
+        return self.api.repository_path(str(repository)), name
 
 
 def _ignore(_count: int) -> None:

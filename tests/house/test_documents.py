@@ -24,6 +24,17 @@ def test_the_unit_starts_the_server_and_runs_nothing_before_it() -> None:
     assert adaptory.commands[name].make_context(name, options, parent).params["port"] == 8470  # type: ignore[attr-defined]
 
 
+def test_the_commands_from_training_to_serving_are_commands_of_ours() -> None:
+    text = (ROOT / "docs" / "serving.md").read_text()
+    lines = re.findall(r"(?:^|\$\(|`)adaptory ([^`)\n]+)", text, re.MULTILINE)
+    adaptory = typer.main.get_command(app)
+    for name, *words in (shlex.split(line.partition(" #")[0]) for line in lines):
+        command = adaptory.commands[name]  # type: ignore[attr-defined]
+        if words:
+            command.make_context(name, words, adaptory.make_context("adaptory", [name]))
+    assert len(lines) > 15
+
+
 def test_the_commands_of_the_tour_write_where_git_does_not_look() -> None:
     targets = re.findall(r"(?:adaptory|openssl) .* -(?:o|out) ([^\s)]+)", (ROOT / "docs" / "tour.md").read_text())
     assert len(targets) >= 4
@@ -53,7 +64,7 @@ def test_operators_can_read_of_every_setting_and_no_document_names_one_that_does
 def test_the_recipes_for_contributors_name_files_and_names_that_are_there() -> None:
     recipes = (ROOT / "docs" / "contributing.md").read_text().split("\n## ")[1:]
     missing = [f"{recipe.splitlines()[0]}: {name}" for recipe in recipes for name in _missing(recipe)]
-    assert (missing, len(recipes)) == ([], 8)
+    assert (missing, len(recipes)) == ([], 9)
 
 
 def _missing(recipe: str) -> list[str]:

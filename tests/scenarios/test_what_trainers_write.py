@@ -1,9 +1,6 @@
 """A trainer's output directory is pushed as it is: the adapter goes, what the trainer keeps for itself stays."""
 
 import shutil
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,49 +83,6 @@ def test_the_output_of_a_trainer_is_pushed_at_the_first_try(stocked_on_disk: Cli
     cli.ok("pull", "acme/sql:1.0.0", "-o", tmp_path / "pulled")
     PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world.base), tmp_path / "pulled")
     cli.ok("push", output / "checkpoint-2", "acme/sql", "--bump", "patch", "--base", "tiny")
-
-
-SFT = """
-import sys
-from datasets import Dataset
-from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
-
-base, output = sys.argv[1:]
-options = SFTConfig(output, max_steps=2, save_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True)
-trainer = SFTTrainer(
-    base,
-    args=options,
-    train_dataset=Dataset.from_list([{"prompt": f"select {number}", "completion": " from t"} for number in range(4)]),
-    peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-)
-trainer.train()
-trainer.save_model()
-"""
-
-
-@pytest.mark.long
-def test_what_trl_writes_is_pushed_at_the_first_try(stocked_on_disk: Cli, world: World, tmp_path: Path) -> None:
-    python, output = _with_trl(tmp_path / "venv"), tmp_path / "out"
-    subprocess.run([python, "-c", SFT, world.base, output], cwd=tmp_path, check=True)
-    stocked_on_disk.ok("base", "add", world.base, "--name", "tiny", "--alias", "local/tiny")
-    pushed = stocked_on_disk.ok("push", output, "acme/sql:1.0.0", "--base", "tiny")
-    assert "left out: checkpoint-*/, training_args.bin" in pushed.err
-    published = {row["path"] for row in stocked_on_disk.json("show", "acme/sql:1.0.0")["files"]}
-    assert published >= {WEIGHTS, CONFIG, CARD, "tokenizer.json"}
-    stocked_on_disk.ok("pull", "acme/sql:1.0.0", "-o", tmp_path / "pulled")
-    PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world.base), tmp_path / "pulled")
-
-
-def _with_trl(directory: Path) -> Path:
-    """The interpreter of an environment with TRL beside this environment's packages."""
-    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
-    python = directory / "bin" / "python"
-    paths = {name: str(directory) for name in ("base", "platbase")}
-    Path(sysconfig.get_path("purelib", vars=paths), "beside.pth").write_text(sysconfig.get_path("purelib"))
-    constraints = Path(__file__).parents[2] / "constraints.txt"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", constraints, "trl>=1.16"], check=True)
-    return python
 
 
 @pytest.mark.parametrize("trainer", LISTINGS)

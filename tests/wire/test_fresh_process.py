@@ -33,3 +33,12 @@ def test_help_loads_nothing_that_it_does_not_print() -> None:
 def test_the_trainers_client_loads_no_server_and_no_database() -> None:
     loaded = loaded_by("import registry.client.push, registry.client.pull")
     assert not loaded & {*HEAVY, "fastapi", "sqlalchemy", "uvicorn"}
+
+
+def test_a_remote_registry_in_python_loads_no_server_and_no_database_and_no_torch() -> None:
+    loaded = loaded_by(
+        "from registry.sdk import Composition, Move, Promotion, Registry, Release, Score\n"
+        "with Registry('http://127.0.0.1:9', token='adp_x'):\n    pass"
+    )
+    assert "httpx2" in loaded
+    assert not loaded & {*HEAVY, "fastapi", "sqlalchemy", "starlette", "uvicorn"}

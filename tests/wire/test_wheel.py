@@ -1,13 +1,35 @@
 """The wheel alone, in an empty environment: what `pip install adaptory` gives."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from registry.database.migrate import head_revision
 
 ROOT = Path(__file__).parents[2]
+
+
+TYPED = """# pyright: strict
+from composer.conflicts.report import ConflictReport
+from registry.sdk import Move, Registry, Release
+
+with Registry() as registry:
+    released: {} = registry.resolve("acme/sql@prod")
+    report: ConflictReport = registry.conflicts("acme/sql", "acme/terraform", weights=[1.0, 0.5])
+    names: list[str] = [str(one) for one in registry.search(base="smollm2", max_rank=16)]
+    _ = Move, Release
+"""
+
+
+def types_of(installed: Path, program: Path) -> Any:
+    """What a type checker says of a program that uses the installed package, without its dependencies' extras."""
+    pyright = Path(sys.executable).with_name("pyright")
+    command = [pyright, "--pythonpath", installed / "python", "--outputjson", program]
+    checked = subprocess.run(command, cwd=program.parent, capture_output=True, text=True, check=False)
+    return json.loads(checked.stdout)
 
 
 def installed_wheel(directory: Path) -> Path:
@@ -39,6 +61,11 @@ def test_the_wheel_brings_command_packages_and_migrations_and_says_which_extra_i
     assert f"schema none -> {head_revision()}" in migrated.stdout
     subprocess.run([installed / "python", "-c", "import registry, composer"], cwd=tmp_path, check=True)
     assert run(installed, tmp_path, "list").returncode == 0
+    for name, wrong in (("right", "Release"), ("wrong", "Move")):
+        (tmp_path / f"{name}.py").write_text(TYPED.format(wrong))
+    checked = [types_of(installed, tmp_path / f"{name}.py") for name in ("right", "wrong")]
+    assert [report["summary"]["errorCount"] for report in checked] == [0, 1], checked
+    assert checked[1]["generalDiagnostics"][0]["rule"] == "reportAssignmentType"
     refused = run(installed, tmp_path, "merge", "--base", "x", "--adapter", "y", "-o", "z")
     assert refused.returncode == 7
     assert "Install adaptory with its extra `composer`." in refused.stderr

@@ -1,0 +1,60 @@
+"""Files of releases and bases on this machine, verified."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from registry.errors import NotFound
+from registry.formats.references import parse_reference
+from registry.sdk.connection import Connection
+from registry.sdk.display import Display
+
+if TYPE_CHECKING:
+    from composer.formats.checkpoints.checkpoint import Checkpoint
+
+Json = dict[str, Any]
+
+
+def resolved(connection: Connection, ref: str, warn: Callable[[str], None]) -> Json:
+    """The release that `ref` names. Warns of a yanked or deprecated one."""
+    resolution = connection.api.resolve(parse_reference(ref))
+    if resolution["warning"]:
+        warn(resolution["warning"])
+    return resolution["release"]
+
+
+def release_directory(connection: Connection, release: Json, display: Display) -> Path:
+    """The directory of the release's files on this machine, just verified."""
+    from registry.client.pull import cached
+
+    with display.progress(f"pull {release['repository']}:{release['version']}", total_bytes(release)) as done:
+        return cached(connection.api, release, connection.cache, done)
+
+
+def total_bytes(release: Json) -> int:
+    """Total size of a release's files. Raises Invalid for a malformed answer."""
+    from registry.client.api import understood
+
+    with understood():
+        return sum(row["size_bytes"] for row in release["files"])
+
+
+def base_checkpoint(base: Json, override: Path | None, display: Display) -> "Checkpoint":
+    """The base's weights on this machine, verified by hash: a path does not prove what was measured. Raises NotFound
+    if no location of the base is on this machine, Mismatch for other weights."""
+    from composer.formats.checkpoints.checkpoint import local_directory, open_checkpoint
+    from composer.formats.checkpoints.hashing import verify_checkpoint
+
+    directory = override or local_directory(base["locations"])
+    if directory is None:
+        raise NotFound(
+            "base_not_here",
+            f"No location of {base['name']} is on this machine.",
+            subject=base["name"],
+            next_step="Name its directory with --base-dir, or run `adaptory base add DIR` here.",
+        )
+    checkpoint = open_checkpoint(directory)
+    total = sum(header.size_bytes for header in checkpoint.shards.values())
+    with display.progress(f"verify {base['name']}", total) as done:
+        verify_checkpoint(checkpoint, base["digest"], done)
+    return checkpoint
