@@ -193,8 +193,13 @@ def _gitlab_ref(claims: Claims) -> str | None:
 
 
 def _text(claims: Claims, name: str) -> str | None:
+    """A claim that rules compare, None without one. Raises Unauthenticated for a value that no rule can have."""
     value = claims.get(name)
-    return value if isinstance(value, str) and value else None
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or len(value) > _MAX_ID or not value.isprintable():
+        raise invalid(f"its {name} is not a short printable text")
+    return value
 
 
 def _number(claims: Claims, name: str) -> str | None:

@@ -27,8 +27,10 @@ from registry.settings import Settings
 from registry.transfer.issuer_keys import IssuerKeys
 from registry.transfer.resources import Resources
 
-MAX_UNVERIFIED = 60
-"""Audit rows a minute and process for refused tokens of which nothing could be verified: anyone can send them."""
+MAX_REFUSALS = 60
+"""Audit rows a minute and process for refused tokens whose job is known, and as many for others: anyone can send them,
+and a token can be sent again and again."""
+_MINUTE_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class TokenExchange:
 
     resources: Resources
     keys: IssuerKeys = field(default_factory=IssuerKeys)
-    _unverified: deque[float] = field(default_factory=lambda: deque[float](maxlen=MAX_UNVERIFIED))
+    _recorded: dict[bool, deque[float]] = field(default_factory=lambda: {known: deque() for known in (False, True)})
     _lock: Lock = field(default_factory=Lock)
 
     def exchange(self, text: str, repository: RepositoryName, source: str) -> Exchanged:
@@ -90,7 +92,7 @@ class TokenExchange:
         return Assertion(id_tokens.job_of(token, layout), id_tokens.replay_key(token), expires_at)
 
     def _record(self, actor: Actor, repository: RepositoryName, error: NotAllowed, job: Job | None) -> None:
-        if job is None and not self._may_record():
+        if not self._may_record(known=job is not None):
             return
         detail: dict[str, Any] = {"code": error.code}
         if job is not None:
@@ -101,12 +103,15 @@ class TokenExchange:
                 session, actor, Act.TOKEN_REFUSE, repository, namespace=namespace, reason=error.detail, **detail
             )
 
-    def _may_record(self) -> bool:
+    def _may_record(self, *, known: bool) -> bool:
         now = time.monotonic()
         with self._lock:
-            if len(self._unverified) == MAX_UNVERIFIED and now - self._unverified[0] < 60:
+            recorded = self._recorded[known]
+            while recorded and now - recorded[0] >= _MINUTE_S:
+                recorded.popleft()
+            if len(recorded) >= MAX_REFUSALS:
                 return False
-            self._unverified.append(now)
+            recorded.append(now)
             return True
 
 
