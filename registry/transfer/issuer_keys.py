@@ -87,10 +87,10 @@ def _fetch_keys(issuer: str) -> dict[str, Mapping[str, Any]]:
     deadline = time.monotonic() + FETCH_S
     headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
     with httpx2.Client(timeout=_STEP_S, follow_redirects=False, headers=headers) as http:
-        found = _get(http, f"{issuer}/.well-known/openid-configuration", deadline)
-        if found.get("issuer") != issuer:
+        discovery = _get(http, f"{issuer}/.well-known/openid-configuration", deadline)
+        if discovery.get("issuer") != issuer:
             raise ValueError("its discovery document is of another issuer")
-        address = found.get("jwks_uri")
+        address = discovery.get("jwks_uri")
         if not isinstance(address, str) or urlsplit(address)[:2] != urlsplit(issuer)[:2]:
             raise ValueError("its keys are not on its own host")
         rows = _get(http, address, deadline).get("keys")

@@ -82,7 +82,7 @@ def test_a_job_publishes_in_its_repository_and_nowhere_else(house: House, ci: Is
     upload = {"namespace": PRIVATE, "files": [file]}
     score = {"suite_digest": "0" * 64, "metric": "nll", "value": 1, "n": 1, "higher_is_better": False}
     for method, path, body, status, code in (
-        ("POST", f"/v1/adapters/{REPOSITORY}/releases", release, 422, "blob_missing"),  # let in
+        ("POST", f"/v1/adapters/{REPOSITORY}/releases", release, 404, "blob_missing"),  # let in
         ("POST", "/v1/uploads", upload, 200, None),
         ("GET", f"/api/models/{REPOSITORY}/auth-check/write", None, 200, None),
         ("GET", f"/v1/models/{PRIVATE}/merged", None, 200, None),

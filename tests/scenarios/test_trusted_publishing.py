@@ -45,7 +45,7 @@ def test_a_job_publishes_with_the_token_that_the_client_got_for_it(
             pushed = job.json("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
             assert pushed["release"]["created_by"] == user == f"{ci.url[7:]}/acme/training"
             elsewhere = job("push", world.adapters["sql"], "acme/other:1.0.0", "--base", "tiny")
-            assert (elsewhere.code, "role_missing" in elsewhere.err) == (5, True)
+            assert (elsewhere.code, "does not have the role publisher in acme" in elsewhere.err) == (5, True)
     [listed] = host.json("publisher", "list", "acme/sql")["items"]
     assert (listed["id"], listed["project_id"]) == (made["id"], "4711")
     assert "acme/training" in host.ok("publisher", "list", "acme/sql").out
