@@ -227,7 +227,7 @@ def _filled(method: str, path: str, things: Things, house: House) -> str:
         "{base:path}": "tiny", "{suite}": "exact", "{metric}": "none",
         "{sha256}": things.sha256, "{job_id}": str(things.job_id),
         "{composition_id}": str(things.composition_id), "{upload_id}": things.upload_id, "{number}": "1",
-        "{token_id}": "aaaaaaaaaaaa", "{promotion_id}": "4000",
+        "{token_id}": "aaaaaaaaaaaa", "{publisher_id}": "aaaaaaaaaaaa", "{promotion_id}": "4000",
         "{revision}": "prod", "{revision:path}": "main", "{directory:path}": "weights",
     }  # fmt: skip
     for name, value in values.items():
