@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag
 from pydantic_core import PydanticCustomError
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from composer.evaluation.scorers.scorer import PythonScorers
 
 DEFAULT_RATE = "6000/minute"
+DEFAULT_ISSUERS = "github:https://token.actions.githubusercontent.com,gitlab:https://gitlab.com"
+Claims = Literal["github", "gitlab", "other"]
+"""Whose claims an issuer's ID tokens have."""
 _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 
 
@@ -133,6 +137,21 @@ def _addresses(text: str) -> str:
     return text
 
 
+def _issuers(text: str) -> str:
+    """Empty means none."""
+    for part in text.split(",") if text else ():
+        url = urlsplit(re.sub(r"^(?:github|gitlab):(?=http)", "", part.strip()))
+        secure = url.scheme == "https" or (url.scheme == "http" and is_loopback(url.hostname or ""))
+        plain = re.fullmatch(r"https?://[A-Za-z0-9.:\[\]/_~-]{1,180}", url.geturl()) and not url.path.endswith("/")
+        if not (secure and plain and url.hostname):
+            raise PydanticCustomError(
+                "issuers",
+                "it is not a list of issuers, such as github:https://token.actions.githubusercontent.com,"
+                "gitlab:https://gitlab.example,https://ci.example (https, without a slash at the end)",
+            )
+    return text
+
+
 def _scorers(text: str) -> str:
     """Empty means none."""
     for name in text.split(",") if text else ():
@@ -244,6 +263,12 @@ class Settings(BaseSettings):
     """Maximum requests to one server process per token, or per address without one; empty for no limit."""
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = ""
     """Comma-separated addresses and networks of proxies whose `X-Forwarded-For` a server trusts; none by default."""
+    oidc_audience: Annotated[str, AfterValidator(_http_url)] = ""
+    """This registry's address, as clients have it in `HF_ENDPOINT`: ID tokens of continuous integration must be meant
+    for it. Without it, none is exchanged for a token."""
+    oidc_issuers: Annotated[str, AfterValidator(_issuers)] = DEFAULT_ISSUERS
+    """Comma-separated issuers whose ID tokens trusted publishers may have; `github:` and `gitlab:` before the address
+    say whose claims their tokens have, and for others the project is the subject (`sub`)."""
     max_concurrent_uploads: int = Field(default=16, gt=0)
     """Maximum blobs that one token may be sending to one server process at a time."""
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
@@ -291,6 +316,16 @@ class Settings(BaseSettings):
 
         names = tuple(name.strip() for name in self.scorers.split(",") if name.strip())
         return PythonScorers(names, self.scorer_timeout_s)
+
+    @property
+    def issuers(self) -> dict[str, Claims]:
+        """The issuers whose ID tokens are accepted, with whose claims their tokens have."""
+        named: dict[str, Claims] = {}
+        for part in self.oidc_issuers.split(",") if self.oidc_issuers else ():
+            claims, colon, url = part.strip().partition(":")
+            known = colon and claims in ("github", "gitlab")
+            named[url if known else part.strip()] = cast(Claims, claims) if known else "other"
+        return named
 
     @property
     def work_directory(self) -> Path:

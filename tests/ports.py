@@ -1,11 +1,15 @@
 """Ports that nothing listens on."""
 
+import os
 import random
 import socket
 from contextlib import ExitStack, suppress
 
-_RANGE = range(20_000, 32_000)
-"""Below those of outgoing connections: one of them could hold the port of a server that is about to come back."""
+_PROCESSES = 8
+_OWN = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _PROCESSES
+_RANGE = range(20_000 + _OWN, 32_000, _PROCESSES)
+"""Below those of outgoing connections, and others for each test process: either could take the port of a server that is
+about to come back."""
 
 
 def free_ports(count: int, first: int = 0) -> list[int]:

@@ -15,6 +15,7 @@ from registry.api.http.exchanges import AccessLog, Exchanges
 from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
 from registry.api.routes.documents import RenderedReleaseCache
 from registry.transfer.resources import Resources
+from registry.transfer.token_exchange import TokenExchange
 
 DESCRIPTION = "The release registry for LoRA adapters."
 UPLOAD_THREADS, DOWNLOAD_THREADS = 32, 32
@@ -36,9 +37,10 @@ ROUTERS: tuple[Entry, ...] = (
     ("compositions", "router", ("compositions",)),
     ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz")),
     ("access", "router", ("whoami", "tokens", "namespaces")),
+    ("publishers", "router", ("publishers",)),
 )
 """Module, router, and path parts; each path of the router contains one of them."""
-HUB: tuple[str, ...] = ("files", "models")
+HUB: tuple[str, ...] = ("oauth", "files", "models")
 """Modules of the hub API, which only servers have. They come last: their paths begin with a namespace, or with /api."""
 
 
@@ -63,6 +65,7 @@ def create_app(
     app.state.uploads_limiter = CapacityLimiter(UPLOAD_THREADS)
     app.state.downloads_limiter = CapacityLimiter(DOWNLOAD_THREADS)
     app.state.callers = ActorCache(resources, single_user=not tokens)
+    app.state.token_exchange = TokenExchange(resources)
     app.state.documents = RenderedReleaseCache()
     problems.install(app)
     if on_demand:

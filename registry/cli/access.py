@@ -89,10 +89,11 @@ def list_tokens(json: JsonFlag = False) -> None:
             [f"{namespace}={role}" for namespace, role in row["scope"].items()],
             (row["expires_at"] or "")[:19],
             (row["revoked_at"] or "")[:19],
+            (row["last_used_at"] or "")[:16],
         )
         for row in items
     ]
-    columns = ("token", "user", "name", "scope", "expires", "revoked")
+    columns = ("token", "user", "name", "scope", "expires", "revoked", "last used")
     render.document({"items": items, "next": None}, json, lambda: render.table("", columns, rows))
 
 

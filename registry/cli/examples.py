@@ -50,6 +50,10 @@ EXAMPLES = {
     "promote": "adaptory promote acme/sql-migration:1.1.0 --to prod",
     "promotion cancel": "adaptory promotion cancel acme/sql-migration@prod",
     "promotion list": "adaptory promotion list acme/sql-migration@prod",
+    "publisher add": """adaptory publisher add acme/sql-migration --issuer github \\
+  --project acme/training --ref refs/heads/main --environment release""",
+    "publisher list": "adaptory publisher list acme/sql-migration",
+    "publisher remove": "adaptory publisher remove acme/sql-migration 1a2b3c4d5e6f",
     "pull": "adaptory pull acme/sql-migration@prod -o .demo/pulled",
     "push": """adaptory push examples/adapters/sql-migration \\
   acme/sql-migration:1.0.0 --base smollm2""",

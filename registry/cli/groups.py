@@ -32,7 +32,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         "Admin",
-        ("login", "logout", "profile", "whoami", "token", "namespace", "audit"),
+        ("login", "logout", "profile", "whoami", "token", "publisher", "namespace", "audit"),
         "adaptory login https://adapters.example",
     ),
 )  # fmt: skip

@@ -21,6 +21,7 @@ from registry.cli import (
     operations,
     profiles,
     promotion,
+    publisher,
     quality,
     release,
     render,
@@ -35,7 +36,7 @@ from registry.errors import RegistryError, Unavailable
 
 EXTRAS = {
     "torch": "composer", "transformers": "models", "boto3": "s3", "botocore": "s3", "psycopg": "postgres",
-    "cryptography": "sign", "lm_eval": "eval", "datasets": "eval",
+    "cryptography": "sign", "joserfc": "oidc", "lm_eval": "eval", "datasets": "eval",
 }  # fmt: skip
 """The extra that installs each lazily imported package."""
 
@@ -90,6 +91,7 @@ for part in (
     base,
     profiles,
     access,
+    publisher,
     transfer,
     sign,
     release,

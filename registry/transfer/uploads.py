@@ -17,7 +17,7 @@ from registry.database.engine import insert_if_absent
 from registry.database.locks import lock_blobs_shared
 from registry.database.tables import Blob, BlobHolder, RevisionFile, Upload
 from registry.domain.access.audit import Actor
-from registry.domain.access.roles import Role, may_read, permit
+from registry.domain.access.roles import may_read, permit_uploads
 from registry.errors import Conflict, Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
 from registry.formats.pickles import refuse_pickle_name
@@ -352,7 +352,7 @@ def _find(resources: Resources, actor: Actor, upload_id: str) -> Upload:
         row = session.get(Upload, upload_id)
     if row is None or row.expires_at < actor.at:
         raise _unknown(upload_id)
-    permit(actor, Role.PUBLISHER, row.namespace, hidden=_unknown(upload_id))
+    permit_uploads(actor, row.namespace, hidden=_unknown(upload_id))
     return row
 
 

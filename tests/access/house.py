@@ -122,6 +122,13 @@ def entered(house: House, environ: Mapping[str, str], **limits: object) -> House
     return House(environ, resources, house.things, house.secrets, house.ids, transport)
 
 
+def furnished_house(pairing: str, home: Path) -> House:
+    """One that is closed, to be copied for each test."""
+    house = build_house(new_environment(pairing, home))
+    house.close()
+    return house
+
+
 def build_house(environ: Mapping[str, str]) -> House:
     resources = opened(environ)
     _publish_yardsticks(resources)

@@ -87,6 +87,10 @@ GET    /v1/namespaces/{namespace}                                               
 PUT    /v1/namespaces/{namespace}                                               admin
 GET    /v1/namespaces/{namespace}/members                                       admin
 PUT    /v1/namespaces/{namespace}/members                                       admin
+GET    /v1/publishers/{namespace}/{name}                                        admin
+POST   /v1/publishers/{namespace}/{name}                                        admin
+DELETE /v1/publishers/{namespace}/{name}/{publisher_id}                         admin
+POST   /oauth/token                                                             open
 HEAD   /{namespace}/{name}/resolve/{revision}/{path:path}                       reader
 GET    /{namespace}/{name}/resolve/{revision}/{path:path}                       reader
 GET    /{name}/resolve/{revision}/{path:path}                                   absent

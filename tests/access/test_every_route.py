@@ -27,10 +27,9 @@ from tests.access.house import (
     ROLES,
     House,
     Things,
-    build_house,
     copy_of,
     entered,
-    new_environment,
+    furnished_house,
 )
 from tests.access.stated import STATED
 
@@ -40,9 +39,7 @@ RANK = {role: number for number, role in enumerate(Role)}
 
 @pytest.fixture(scope="module", params=services.PAIRINGS)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
-    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
-    house.close()
-    return house
+    return furnished_house(request.param, tmp_path_factory.mktemp("house"))
 
 
 @pytest.fixture
@@ -230,7 +227,7 @@ def _filled(method: str, path: str, things: Things, house: House) -> str:
         "{base:path}": "tiny", "{suite}": "exact", "{metric}": "none",
         "{sha256}": things.sha256, "{job_id}": str(things.job_id),
         "{composition_id}": str(things.composition_id), "{upload_id}": things.upload_id, "{number}": "1",
-        "{token_id}": "aaaaaaaaaaaa", "{promotion_id}": "4000",
+        "{token_id}": "aaaaaaaaaaaa", "{publisher_id}": "aaaaaaaaaaaa", "{promotion_id}": "4000",
         "{revision}": "prod", "{revision:path}": "main", "{directory:path}": "weights",
     }  # fmt: skip
     for name, value in values.items():

@@ -1,6 +1,7 @@
 """Identifies callers: the single user of an embedded registry, the user of a token, or anonymous."""
 
 import hashlib
+import logging
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import ANONYMOUS, EVERYWHERE, Role
 from registry.domain.access.tokens import Caller
-from registry.errors import Unauthenticated
+from registry.errors import Unauthenticated, Unavailable
 from registry.transfer.resources import Resources
+
+log = logging.getLogger(__name__)
 
 MAX_REMEMBERED = 10_000
 _MAX_TOKEN_CHARACTERS = 200
@@ -75,10 +78,19 @@ class ActorCache:
         with self.resources.read() as session:
             public = namespaces.public_names(session)
             caller = tokens.authenticate(session, _bearer(credentials), now) if credentials.authorization else None
+        if caller is not None and tokens.is_first_use(caller, now):
+            self._record_use(caller, now)
         self._remember(generation, credentials, public, caller)
         if caller is None:
             return Actor(ANONYMOUS, now, {}, public, source=credentials.source)
         return _actor(caller, now, public, credentials)
+
+    def _record_use(self, caller: Caller, now: datetime) -> None:
+        try:
+            with self.resources.write() as session:
+                tokens.record_use(session, caller.token_id, now)
+        except Unavailable as error:  # a database that only reads still answers
+            log.warning("The use of the token %s was not recorded: %s", caller.token_id, error.detail)
 
     def forget(self) -> None:
         """Called after a change of tokens, members or namespaces has been committed."""

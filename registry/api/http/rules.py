@@ -5,6 +5,7 @@ def list_bases(actor: Member, ...)                    anyone with a role in any 
 def show_job(actor: Caller, ...)                      the route loads the row first, then calls `permit`
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, cast
@@ -45,7 +46,7 @@ class Rule:
         if (exchange := current.get()) is not None:
             exchange.actor = actor.name
         if self.where is Where.NAMESPACE:
-            permit(actor, self.role, request.path_params["namespace"])
+            permit(actor, self.role, _place(request.path_params))
         elif self.where is Where.ANYWHERE:
             permit_somewhere(actor, self.role)
         return actor
@@ -63,6 +64,11 @@ def rules_of(dependant: Dependant) -> list[Rule]:
     """All rules among a route's dependencies, at any depth."""
     own = [child.call for child in dependant.dependencies if isinstance(child.call, Rule)]
     return own + [rule for child in dependant.dependencies for rule in rules_of(child)]
+
+
+def _place(path_params: Mapping[str, str]) -> str:
+    """The repository that a path names, or the namespace."""
+    return "/".join(path_params[part] for part in ("namespace", "name") if part in path_params)
 
 
 def callers_of(request: Request) -> ActorCache:

@@ -10,7 +10,7 @@ from registry.api.hub.wire import date
 from registry.database.engine import Session
 from registry.database.tables import Repository
 from registry.domain.access.audit import Actor
-from registry.domain.access.roles import EVERYWHERE, Role, granted
+from registry.domain.access.roles import EVERYWHERE, Role, at_least, namespaces_of
 from registry.domain.catalog import bases, releases, repositories
 from registry.domain.catalog.release_rows import ReleaseRow, load_details
 from registry.domain.catalog.releases import Published
@@ -31,8 +31,8 @@ _OID_DIGITS = 40
 
 
 def whoami(actor: Actor) -> Json:
-    namespaces = sorted(name for name in actor.grants if name != EVERYWHERE)
-    role = "read" if granted(actor, Role.PUBLISHER) == [] else "write"
+    namespaces = sorted(name for name in namespaces_of(actor) if name != EVERYWHERE)
+    role = "write" if any(at_least(one, Role.PUBLISHER) for one in actor.grants.values()) else "read"
     return {
         "type": "user",
         "name": actor.name,

@@ -14,7 +14,7 @@ from registry.api.http.rules import Caller
 from registry.api.http.threads import BlobResponse, in_store_threads
 from registry.api.schemas.transfer import CompletedOut, PartIn, PartOut, PutOut, UploadIn, UploadOut, UploadRow
 from registry.database.tables import RevisionFile
-from registry.domain.access.roles import Role, permit
+from registry.domain.access.roles import permit_uploads
 from registry.errors import Unavailable
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, parse_digest, parse_name
@@ -42,7 +42,7 @@ _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> UploadOut:
     """For each file: whether it is present, or where and how to PUT its bytes. Call again to resume after a failure."""
     namespace = parse_name(body.namespace, "namespace")
-    permit(actor, Role.PUBLISHER, namespace)
+    permit_uploads(actor, namespace)
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
     return UploadOut(files=[_upload_row(one) for one in uploads.plan(resources, actor, namespace, files)])
 

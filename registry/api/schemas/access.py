@@ -29,12 +29,39 @@ class TokenOut(Wire):
     created_by: str
     expires_at: datetime | None
     revoked_at: datetime | None
+    publisher_id: str | None = Field(description="The trusted publisher whose job it was given to.")
+    last_used_at: datetime | None = Field(description="The hour in which it was last used.")
 
 
 class NewTokenOut(TokenOut):
     """`token` is the secret, shown only once."""
 
     token: str
+
+
+class PublisherIn(WireIn):
+    """`issuer` is an address, or `github` or `gitlab`; `ref` may end in `*`. `ref`, `environment` or both are needed.
+    Without `project_id`, the first exchange sets it."""
+
+    issuer: str = Field(max_length=200)
+    project: str = Field(max_length=100)
+    project_id: str | None = Field(default=None, max_length=20)
+    ref: str | None = Field(default=None, max_length=200)
+    environment: str | None = Field(default=None, max_length=200)
+
+
+class PublisherOut(Wire):
+    """Jobs of `project`, at `ref` and in `environment` where these are given, may publish in `repository`."""
+
+    id: str
+    repository: str
+    issuer: str
+    project: str
+    project_id: str | None
+    ref: str | None
+    environment: str | None
+    created_at: datetime
+    created_by: str
 
 
 class NamespaceIn(WireIn):

@@ -1,6 +1,6 @@
 """Tables only."""
 
-from registry.database.tables.access import KeptAnswer, Member, Namespace, Token
+from registry.database.tables.access import KeptAnswer, Member, Namespace, Token, TrustedPublisher, UsedIdToken
 from registry.database.tables.catalog import (
     Base,
     BaseAlias,
@@ -54,5 +54,7 @@ __all__ = [
     "TargetSetMember",
     "Token",
     "Traits",
+    "TrustedPublisher",
     "Upload",
+    "UsedIdToken",
 ]

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, String
+from sqlalchemy import JSON, Index, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from registry.database.engine import Row, UtcDateTime
@@ -47,7 +47,11 @@ class KeptAnswer(Row):
 
 
 class Token(Row):
-    """A secret that acts for a user, kept as its sha256. `scope` maps namespaces, or `*`, to its highest role there."""
+    """A secret that acts for a user, kept as its sha256. `scope` maps namespaces, or `*`, to its highest role there.
+
+    A token of a trusted publisher (`publisher_id`) has no user's roles: `scope` is what it may do, as long as the rule
+    exists. `last_used_at` is exact to the hour.
+    """
 
     __tablename__ = "tokens"
 
@@ -60,3 +64,37 @@ class Token(Row):
     created_by: Mapped[str] = mapped_column(String(128))
     expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    publisher_id: Mapped[str | None] = mapped_column(String(16))
+    last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class TrustedPublisher(Row):
+    """A rule: jobs of this project, at this ref and in this environment, may publish in one repository.
+
+    The repository need not exist yet. `project_id` is the issuer's own number of the project, which another project
+    that later gets the same name does not have; the first exchange sets it. Ids are random, so that no token of a
+    removed rule belongs to a later one.
+    """
+
+    __tablename__ = "trusted_publishers"
+    __table_args__ = (Index("ix_trusted_publishers_namespace", "namespace", "repository"),)
+
+    id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    namespace: Mapped[str] = mapped_column(String(64))
+    repository: Mapped[str] = mapped_column(String(64))
+    issuer: Mapped[str] = mapped_column(String(200), index=True)
+    project: Mapped[str] = mapped_column(String(100))
+    project_id: Mapped[str | None] = mapped_column(String(64))
+    ref: Mapped[str | None] = mapped_column(String(200))
+    environment: Mapped[str | None] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
+
+
+class UsedIdToken(Row):
+    """An ID token that was exchanged, by the sha256 of its issuer and id, until it expires."""
+
+    __tablename__ = "used_id_tokens"
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)

@@ -18,8 +18,8 @@ _audit = cast(Table, AuditRow.__table__)
 class Actor:
     """Who acts, when, with which token and from where. `registry.domain.access.roles` says what the grants allow.
 
-    `grants` maps a namespace, or `*` for all, to a role; `public` are the namespaces that everyone may read. `mints`
-    says whether the actor may create tokens, which a scoped or expiring token may not.
+    `grants` maps a namespace, `*` for all, or one repository (NAMESPACE/NAME) to a role; `public` are the namespaces
+    that everyone may read. `mints` says whether the actor may create tokens, which a scoped or expiring token may not.
     """
 
     name: str
@@ -58,6 +58,8 @@ class Act(StrEnum):
     NAMESPACE_CREATE = "namespace:create"
     NAMESPACE_SET = "namespace:set"
     POLICY_SET = "policy:set"
+    PUBLISHER_ADD = "publisher:add"
+    PUBLISHER_REMOVE = "publisher:remove"
     PROMOTION_APPROVE = "promotion:approve"
     PROMOTION_CANCEL = "promotion:cancel"
     PROMOTION_END = "promotion:end"
@@ -73,6 +75,8 @@ class Act(StrEnum):
     SUITE_ADD = "suite:add"
     SUITE_METRIC = "suite:metric"
     TOKEN_CREATE = "token:create"  # noqa: S105  (the name of an act)
+    TOKEN_EXCHANGE = "token:exchange"  # noqa: S105
+    TOKEN_REFUSE = "token:refuse"  # noqa: S105
     TOKEN_REVOKE = "token:revoke"  # noqa: S105
     UPLOAD_EXPIRE = "upload:expire"
 

@@ -43,37 +43,47 @@ def at_least(one: str, role: Role) -> bool:
     return _ORDER[Role(one)] >= _ORDER[role]
 
 
-def holds(actor: Actor, role: Role, namespace: str = EVERYWHERE) -> bool:
-    """Whether a grant gives the role; public namespaces grant nothing."""
-    granted = actor.grants.get(namespace, actor.grants.get(EVERYWHERE))
+def holds(actor: Actor, role: Role, place: str = EVERYWHERE) -> bool:
+    """Whether a grant gives the role in a namespace or in NAMESPACE/NAME; public namespaces grant nothing."""
+    granted = actor.grants.get(place) or actor.grants.get(_namespace(place)) or actor.grants.get(EVERYWHERE)
     return granted is not None and at_least(granted, role)
 
 
-def may(actor: Actor, role: Role, namespace: str) -> bool:
+def may(actor: Actor, role: Role, place: str) -> bool:
     """Whether the actor has the role by a grant, or as a reader of a public namespace."""
-    return holds(actor, role, namespace) or (role is Role.READER and namespace in actor.public)
+    return holds(actor, role, place) or (role is Role.READER and _namespace(place) in actor.public)
 
 
 def may_read(actor: Actor, namespace: str) -> bool:
     return may(actor, Role.READER, namespace)
 
 
-def permit(actor: Actor, role: Role, namespace: str = EVERYWHERE, *, hidden: NotFound | None = None) -> None:
-    """Raises unless the actor has the role in the namespace.
+def permit(actor: Actor, role: Role, place: str = EVERYWHERE, *, hidden: NotFound | None = None) -> None:
+    """Raises unless the actor has the role in a namespace, or in the repository NAMESPACE/NAME.
 
     If the actor may not even read there, raises `hidden`, the NotFound of the requested object. Without `hidden`, the
     caller named the namespace itself, and the error says which of its own roles the token's scope hides.
     """
-    if may(actor, role, namespace):
+    if may(actor, role, place):
         return
+    namespace = _namespace(place)
     if namespace == EVERYWHERE or may_read(actor, namespace):
         raise _denied(actor, role, namespace)
     raise hidden or _out_of_scope(actor, role, namespace) or unknown_namespace(namespace)
 
 
+def permit_uploads(actor: Actor, namespace: str, *, hidden: NotFound | None = None) -> None:
+    """Raises unless the actor may publish in the namespace or in a repository of it, whose files are uploaded to the
+    namespace."""
+    places = (place for place in actor.grants if _namespace(place) == namespace)
+    if not any(holds(actor, Role.PUBLISHER, place) for place in places):
+        permit(actor, Role.PUBLISHER, namespace, hidden=hidden)
+
+
 def permit_somewhere(actor: Actor, role: Role) -> None:
-    """Raises unless the actor has the role in any namespace: for bases and suites, which no namespace owns."""
-    if not any(holds(actor, role, namespace) for namespace in actor.grants):
+    """Raises unless the actor has the role in any namespace: for bases and suites, which no namespace owns. A grant for
+    one repository is not enough."""
+    if not any(holds(actor, role, namespace) for namespace in namespaces_of(actor)):
         raise _anonymous(actor) or NotAllowed(
             "role_missing",
             f"{actor.name} does not have the role {role} in any namespace.",
@@ -96,14 +106,19 @@ def readable(actor: Actor, namespace: InstrumentedAttribute[Any]) -> ColumnEleme
 
 def readable_names(actor: Actor) -> set[str] | None:
     """The namespaces that the actor may read; None for all."""
-    return None if EVERYWHERE in actor.grants else {*actor.grants, *actor.public}
+    return None if EVERYWHERE in actor.grants else {*namespaces_of(actor), *actor.public}
 
 
 def granted(actor: Actor, role: Role) -> list[str] | None:
     """The namespaces where the actor has the role; None for all."""
     if holds(actor, role):
         return None
-    return sorted(namespace for namespace in actor.grants if holds(actor, role, namespace))
+    return sorted(namespace for namespace in namespaces_of(actor) if holds(actor, role, namespace))
+
+
+def namespaces_of(actor: Actor) -> list[str]:
+    """The namespaces, or `*`, for which the actor has a grant, without the grants for single repositories."""
+    return [place for place in actor.grants if "/" not in place]
 
 
 def refuse_reserved(user: str) -> None:
@@ -141,6 +156,10 @@ def unknown_namespace(namespace: str) -> NotFound:
         subject=namespace[:64],
         next_step="Check the spelling, and ADAPTORY_TOKEN.",
     )
+
+
+def _namespace(place: str) -> str:
+    return place.partition("/")[0]
 
 
 def _out_of_scope(actor: Actor, role: Role, namespace: str) -> NotFound | None:

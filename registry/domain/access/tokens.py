@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, select, true
+from sqlalchemy import ColumnElement, or_, select, true, update
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Token
+from registry.database.tables import Token, TrustedPublisher
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds, max_role, min_role, refuse_reserved
@@ -52,6 +52,7 @@ class Caller:
     expires_at: datetime | None
     hidden: Mapping[str, str]
     """The user's own roles where the scope allows a lower one or none."""
+    last_used_at: datetime | None = None
 
 
 def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
@@ -67,24 +68,39 @@ def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
             next_step="Use a token without scope and expiry; a token for another user requires a registry admin.",
         )
     refuse_reserved(new.user)
-    token_id = base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
+    row, text = add(session, actor, new, _checked_scope(new.scope))
+    after = {"user": row.user, "scope": row.scope, "expires_at": row.expires_at.isoformat() if row.expires_at else None}
+    audit.record(session, actor, Act.TOKEN_CREATE, f"token/{row.id}", namespace=None, after=after)
+    return row, text
+
+
+def add(
+    session: Session, actor: Actor, new: NewToken, scope: Mapping[str, str], publisher_id: str | None = None
+) -> tuple[Token, str]:
+    """Adds the row of a token, without a check and without an audit row. Returns it and its secret text."""
+    token_id = random_id()
     body = f"adp_{token_id}_{secrets.token_hex(32)}"
     row = Token(
         id=token_id,
         user=new.user,
         name=new.name,
         secret_sha256=_hash(body),
-        scope=_checked_scope(new.scope),
+        scope=dict(scope),
         created_at=actor.at,
         created_by=actor.name,
         expires_at=actor.at + new.lifetime if new.lifetime is not None else None,
         revoked_at=None,
+        publisher_id=publisher_id,
+        last_used_at=None,
     )
     session.add(row)
     session.flush()
-    after = {"user": row.user, "scope": row.scope, "expires_at": row.expires_at.isoformat() if row.expires_at else None}
-    audit.record(session, actor, Act.TOKEN_CREATE, f"token/{row.id}", namespace=None, after=after)
     return row, body + _checksum(body)
+
+
+def random_id() -> str:
+    """Twelve characters with 60 random bits."""
+    return base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
 
 
 def revoke(session: Session, actor: Actor, token_id: str) -> Token:
@@ -130,21 +146,42 @@ def authenticate(session: Session, text: str, now: datetime) -> Caller:
         raise _invalid("was revoked")
     if row.expires_at is not None and row.expires_at <= now:
         raise _invalid("has expired")
+    if row.publisher_id is not None:
+        if session.get(TrustedPublisher, row.publisher_id) is None:
+            raise _invalid("came from a trusted publisher that was removed")
+        return Caller(row.user, row.id, row.scope, False, row.expires_at, {}, row.last_used_at)
     mints = row.scope == FULL_SCOPE and row.expires_at is None
     roles = namespaces.roles_of(session, row.user)
     grants, own = effective_grants(roles, row.scope), effective_grants(roles, FULL_SCOPE)
     everywhere = own.get(EVERYWHERE, "")
     roles_there = {name: own.get(name, everywhere) for name in {*grants, *own}}
     hidden = {name: role for name, role in roles_there.items() if grants.get(name) != role}
-    return Caller(row.user, row.id, grants, mints, row.expires_at, hidden)
+    return Caller(row.user, row.id, grants, mints, row.expires_at, hidden, row.last_used_at)
+
+
+def is_first_use(caller: Caller, now: datetime) -> bool:
+    """Whether the token was not used before in this hour."""
+    return caller.last_used_at is None or caller.last_used_at < _hour(now)
+
+
+def record_use(session: Session, token_id: str, now: datetime) -> None:
+    """Records that the token was used in this hour, once an hour: a write for each request would cost more than the
+    requests."""
+    unrecorded = or_(Token.last_used_at.is_(None), Token.last_used_at < _hour(now))
+    session.execute(update(Token).where(Token.id == token_id, unrecorded).values(last_used_at=_hour(now)))
 
 
 def grants_of(session: Session, token_id: str) -> dict[str, str]:
-    """The token's current grants; none once it is revoked.
+    """The token's current grants; none once it is revoked, or was removed after it had expired.
 
     For work that continues after the request: expiry since then is ignored.
     """
-    row = session.get_one(Token, token_id)
+    row = session.get(Token, token_id)
+    if row is None:
+        return {}
+    if row.publisher_id is not None:
+        known = not row.revoked_at and session.get(TrustedPublisher, row.publisher_id) is not None
+        return dict(row.scope) if known else {}
     return {} if row.revoked_at else effective_grants(namespaces.roles_of(session, row.user), row.scope)
 
 
@@ -182,6 +219,10 @@ def _checked_scope(scope: Mapping[str, Role]) -> dict[str, str]:
         namespace if namespace == EVERYWHERE else parse_name(namespace, "namespace"): role.value
         for namespace, role in scope.items()
     }
+
+
+def _hour(now: datetime) -> datetime:
+    return now.replace(minute=0, second=0, microsecond=0)
 
 
 def _invalid(what: str) -> Unauthenticated:

@@ -30,7 +30,7 @@ from registry.transfer.promotions import settle, settle_due, settle_on_base
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests import services
-from tests.access.house import HOST, NOW, OTHER, PRIVATE, House, build_house, copy_of, entered, new_environment, opened
+from tests.access.house import HOST, NOW, OTHER, PRIVATE, House, copy_of, entered, furnished_house, opened
 from tests.forked import start
 
 NAME = RepositoryName(PRIVATE, "sql")
@@ -40,9 +40,7 @@ HOUR = timedelta(hours=1)
 
 @pytest.fixture(scope="module", params=services.PAIRINGS)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
-    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
-    house.close()
-    return house
+    return furnished_house(request.param, tmp_path_factory.mktemp("house"))
 
 
 @pytest.fixture

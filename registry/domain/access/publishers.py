@@ -1,0 +1,225 @@
+"""Trusted publishers: rules by which a job of continuous integration gets a token for one repository, for an hour.
+
+The job proves who it is with an ID token of its issuer, which somebody else verifies. Rules are added by admins of the
+namespace, may precede their repository, and end their tokens when they are removed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from registry.database.engine import insert_if_absent
+from registry.database.tables import Token, TrustedPublisher, UsedIdToken
+from registry.domain.access import audit, namespaces, tokens
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import Role
+from registry.domain.access.tokens import NewToken
+from registry.errors import Invalid, NotAllowed, NotFound, Unauthenticated
+from registry.formats.id_tokens import Job
+from registry.formats.references import RepositoryName
+
+LIFETIME = timedelta(hours=1)
+MAX_PUBLISHERS = 50
+"""Of one repository."""
+_KEPT = timedelta(days=7)
+"""How long the row of an expired token of a job stays; the audit log names it longer."""
+MAX_USER = 128
+_MAX_NAME = 100
+_SHORT = {"https://token.actions.githubusercontent.com": "github", "https://gitlab.com": "gitlab"}
+
+
+@dataclass(frozen=True, slots=True)
+class NewPublisher:
+    """A rule. `ref` is compared completely, or up to a `*` at its end; None allows any, as `environment` does."""
+
+    issuer: str
+    project: str
+    project_id: str | None
+    ref: str | None
+    environment: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Assertion:
+    """A verified ID token: its job, what identifies it, and until when it has to be remembered."""
+
+    job: Job
+    replay_key: str
+    expires_at: datetime
+
+
+def add(session: Session, actor: Actor, repository: RepositoryName, new: NewPublisher) -> tuple[TrustedPublisher, bool]:
+    """Adds a rule. Returns it, and whether it is new: the same again changes nothing.
+
+    Raises Invalid for a rule that any job of the project meets, also one on a pull request's branch.
+    """
+    namespaces.find_for_share(session, repository.namespace)
+    if new.ref is None and new.environment is None:
+        raise bad_publisher("it names neither a ref nor an environment, so every job of the project could publish")
+    rows = list_of(session, repository)
+    for row in rows:
+        same = replace(new, project_id=None) == NewPublisher(row.issuer, row.project, None, row.ref, row.environment)
+        if same and new.project_id in (None, row.project_id):
+            return row, False
+    if len(rows) >= MAX_PUBLISHERS:
+        raise bad_publisher(f"{repository} has {MAX_PUBLISHERS} trusted publishers, the most there may be")
+    row = TrustedPublisher(
+        id=tokens.random_id(),
+        namespace=repository.namespace,
+        repository=repository.name,
+        issuer=new.issuer,
+        project=new.project,
+        project_id=new.project_id,
+        ref=new.ref,
+        environment=new.environment,
+        created_at=actor.at,
+        created_by=actor.name,
+    )
+    session.add(row)
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        Act.PUBLISHER_ADD,
+        repository,
+        namespace=repository.namespace,
+        after=_rule(row),
+        publisher=row.id,
+    )
+    return row, True
+
+
+def list_of(session: Session, repository: RepositoryName) -> list[TrustedPublisher]:
+    """A repository's rules, the oldest first."""
+    query = select(TrustedPublisher).where(
+        TrustedPublisher.namespace == repository.namespace, TrustedPublisher.repository == repository.name
+    )
+    return list(session.scalars(query.order_by(TrustedPublisher.created_at, TrustedPublisher.id)))
+
+
+def remove(session: Session, actor: Actor, repository: RepositoryName, publisher_id: str) -> TrustedPublisher:
+    """Removes a rule, and thereby ends its tokens. Raises NotFound."""
+    row = session.get(TrustedPublisher, publisher_id, with_for_update=True)
+    if row is None or (row.namespace, row.repository) != (repository.namespace, repository.name):
+        raise NotFound(
+            "publisher_unknown",
+            f"{repository} has no trusted publisher {publisher_id[:16]}.",
+            subject=publisher_id[:16],
+            next_step=f"`adaptory publisher list {repository}` shows them.",
+        )
+    session.delete(row)
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        Act.PUBLISHER_REMOVE,
+        repository,
+        namespace=repository.namespace,
+        before=_rule(row),
+        publisher=row.id,
+    )
+    return row
+
+
+def uses(session: Session, issuer: str) -> bool:
+    """Whether a rule names the issuer."""
+    query = select(TrustedPublisher.id).where(TrustedPublisher.issuer == issuer).limit(1)
+    return session.scalar(query) is not None
+
+
+def exchange(session: Session, actor: Actor, repository: RepositoryName, assertion: Assertion) -> tuple[Token, str]:
+    """Gives a job a token for the repository. Returns it and its secret text, which is not stored.
+
+    Raises NotAllowed if no rule of the repository allows the job, also if there is no such repository, and
+    Unauthenticated for an ID token that was exchanged before. A refused one can be sent again.
+    """
+    _expire(session, actor.at)
+    job = assertion.job
+    row = _matching(session, repository, job)
+    used = {"sha256": assertion.replay_key, "expires_at": assertion.expires_at}
+    if not insert_if_absent(session, UsedIdToken, **used):
+        raise Unauthenticated(
+            "id_token_used",
+            "The ID token was exchanged before.",
+            next_step="Request a new one for each exchange; the token that you get is valid for an hour.",
+        )
+    if row.project_id is None:
+        row.project_id = job.project_id
+    new = NewToken(actor.name, f"{job.project} {job.ref or ''}".strip()[:_MAX_NAME], {}, LIFETIME)
+    scope = {repository.namespace: Role.READER.value, str(repository): Role.PUBLISHER.value}
+    token, text = tokens.add(session, actor, new, scope, row.id)
+    detail: dict[str, Any] = {"token": token.id, "publisher": row.id, "claims": claims_of(job)}
+    audit.record(session, actor, Act.TOKEN_EXCHANGE, repository, namespace=repository.namespace, **detail)
+    return token, text
+
+
+def job_name(issuer: str, project: str) -> str:
+    """The user name of a project's jobs, such as github/acme/training. No other user's name has a slash."""
+    return f"{_SHORT.get(issuer, issuer.partition('//')[2])}/{project}"
+
+
+def claims_of(job: Job) -> Mapping[str, str | None]:
+    """What an audit row says of a job."""
+    return {
+        "issuer": job.issuer,
+        "project": job.project,
+        "project_id": job.project_id,
+        "ref": job.ref,
+        "environment": job.environment,
+        **job.details,
+    }
+
+
+def _matching(session: Session, repository: RepositoryName, job: Job) -> TrustedPublisher:
+    """The rule that allows the job, locked. Raises NotAllowed."""
+    renamed = False
+    for row in list_of(session, repository):
+        if not _allows(row, job):
+            continue
+        # Waits for another first exchange, and for a removal.
+        locked = session.get(TrustedPublisher, row.id, with_for_update=True, populate_existing=True)
+        if locked is not None and locked.project_id in (None, job.project_id):
+            return locked
+        renamed = locked is not None
+    place = f"{job.project}, ref {job.ref or 'none'}, environment {job.environment or 'none'}"
+    what = f"its number {job.project_id} is not that of the project of this name that was trusted" if renamed else place
+    raise NotAllowed(
+        "publisher_refused",
+        f"No trusted publisher of {repository} is this job: {what}.",
+        subject=str(repository),
+        next_step=f"An admin of {repository.namespace} adds it: `adaptory publisher add {repository} …`.",
+    )
+
+
+def _allows(row: TrustedPublisher, job: Job) -> bool:
+    if row.ref is None or job.ref is None:
+        same_ref = row.ref is None
+    elif row.ref.endswith("*"):
+        same_ref = job.ref.startswith(row.ref.removesuffix("*"))
+    else:
+        same_ref = job.ref == row.ref
+    same_project = (row.issuer, row.project) == (job.issuer, job.project)
+    return same_project and same_ref and row.environment in (None, job.environment)
+
+
+def _expire(session: Session, now: datetime) -> None:
+    """Removes what is remembered of ID tokens that have expired, and jobs' tokens that did so long ago."""
+    session.execute(delete(UsedIdToken).where(UsedIdToken.expires_at < now))
+    old = (Token.expires_at < now - _KEPT) & Token.publisher_id.is_not(None)
+    session.execute(delete(Token).where(old))
+
+
+def _rule(row: TrustedPublisher) -> dict[str, str | None]:
+    return {name: getattr(row, name) for name in ("issuer", "project", "project_id", "ref", "environment")}
+
+
+def bad_publisher(why: str) -> Invalid:
+    return Invalid(
+        "bad_publisher",
+        f"The trusted publisher cannot be added: {why}.",
+        next_step="Correct it; `adaptory publisher add --help` has examples.",
+    )

@@ -1,0 +1,146 @@
+"""Exchanges the ID token of a job of continuous integration for a token of this registry (RFC 8693)."""
+
+import re
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from threading import Lock
+from typing import Any
+
+from registry.domain.access import audit, publishers
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.publishers import (
+    LIFETIME,
+    MAX_USER,
+    Assertion,
+    NewPublisher,
+    bad_publisher,
+    job_name,
+)
+from registry.domain.access.roles import ANONYMOUS
+from registry.errors import Invalid, NotAllowed, Refused, Unauthenticated
+from registry.formats import id_tokens
+from registry.formats.id_tokens import Job, shown
+from registry.formats.references import RepositoryName
+from registry.settings import Settings
+from registry.transfer.issuer_keys import IssuerKeys
+from registry.transfer.resources import Resources
+
+MAX_REFUSALS = 60
+"""Audit rows a minute and process for refused tokens whose job is known, and as many for others: anyone can send them,
+and a token can be sent again and again."""
+_MINUTE_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """`token` is the secret."""
+
+    token: str
+    expires_in_s: int
+
+
+@dataclass(slots=True)
+class TokenExchange:
+    """One for each process: it caches the keys of issuers."""
+
+    resources: Resources
+    keys: IssuerKeys = field(default_factory=IssuerKeys)
+    _recorded: dict[bool, deque[float]] = field(default_factory=lambda: {known: deque() for known in (False, True)})
+    _lock: Lock = field(default_factory=Lock)
+
+    def exchange(self, text: str, repository: RepositoryName, source: str) -> Exchanged:
+        """Verifies the ID token and gives its job a token. Every refusal of the token has an audit row.
+
+        Raises Unauthenticated for a token that is not valid here, NotAllowed for a job that may not publish in the
+        repository, Unavailable if its issuer cannot be asked, and Refused where no tokens are exchanged.
+        """
+        resources, audience = self.resources, self.resources.settings.oidc_audience
+        if not audience:
+            raise Refused(
+                "exchange_disabled",
+                "This registry exchanges no ID tokens.",
+                next_step="An operator sets ADAPTORY_OIDC_AUDIENCE to the registry's address.",
+            )
+        actor, job = Actor(ANONYMOUS, resources.clock(), {}, source=source), None
+        try:
+            assertion = self._verified(text, audience, actor.at)
+            job = assertion.job
+            actor = replace(actor, name=job_name(job.issuer, job.project)[:MAX_USER])
+            with resources.write() as session:
+                _, secret = publishers.exchange(session, actor, repository, assertion)
+        except NotAllowed as error:
+            self._record(actor, repository, error, job)
+            raise
+        return Exchanged(secret, int(LIFETIME.total_seconds()))
+
+    def _verified(self, text: str, audience: str, now: datetime) -> Assertion:
+        token = id_tokens.parse(text)
+        layout = self.resources.settings.issuers.get(token.issuer)
+        with self.resources.read() as session:
+            known = layout is not None and publishers.uses(session, token.issuer)
+        if layout is None or not known:
+            raise Unauthenticated(
+                "id_token_issuer",
+                f"No trusted publisher is of the issuer {shown(token.issuer)}.",
+                subject=shown(token.issuer),
+                next_step="Check the rules (`adaptory publisher list REPO`) and ADAPTORY_OIDC_ISSUERS.",
+            )
+        id_tokens.verify(token, self.keys.find(token.issuer, token.key_id))
+        expires_at = id_tokens.check(token, audience, now)
+        return Assertion(id_tokens.job_of(token, layout), id_tokens.replay_key(token), expires_at)
+
+    def _record(self, actor: Actor, repository: RepositoryName, error: NotAllowed, job: Job | None) -> None:
+        if not self._may_record(known=job is not None):
+            return
+        detail: dict[str, Any] = {"code": error.code}
+        if job is not None:
+            detail["claims"] = publishers.claims_of(job)
+        with self.resources.write() as session:
+            namespace = repository.namespace
+            audit.record(
+                session, actor, Act.TOKEN_REFUSE, repository, namespace=namespace, reason=error.detail, **detail
+            )
+
+    def _may_record(self, *, known: bool) -> bool:
+        now = time.monotonic()
+        with self._lock:
+            recorded = self._recorded[known]
+            while recorded and now - recorded[0] >= _MINUTE_S:
+                recorded.popleft()
+            if len(recorded) >= MAX_REFUSALS:
+                return False
+            recorded.append(now)
+            return True
+
+
+def parse_publisher(settings: Settings, new: NewPublisher) -> NewPublisher:
+    """A rule as it was written, with the issuer's address in place of its short name. Raises Invalid for a rule that no
+    job could meet."""
+    issuer = next((url for url, layout in settings.issuers.items() if layout == new.issuer != "other"), new.issuer)
+    if issuer not in settings.issuers:
+        raise Invalid(
+            "issuer_unknown",
+            f"{shown(new.issuer)} is not an issuer that this registry accepts.",
+            subject=shown(new.issuer),
+            next_step=f"ADAPTORY_OIDC_ISSUERS of the server has {', '.join(settings.issuers) or 'none'}.",
+        )
+    named = settings.issuers[issuer] != "other"
+    rule = replace(new, issuer=issuer)
+    texts = [text for text in (rule.project, rule.project_id, rule.ref, rule.environment) if text is not None]
+    if not all(text and text.isprintable() and text == text.strip() for text in texts):
+        raise bad_publisher("a value is empty, or has spaces around it or unprintable characters")
+    if len(job_name(issuer, rule.project)) > MAX_USER:
+        raise bad_publisher("the name of the project is too long")
+    if rule.ref is not None and "*" in rule.ref.removesuffix("*"):
+        raise bad_publisher("its ref has a * that is not at the end")
+    if named and rule.ref is not None and not rule.ref.startswith(("refs/heads/", "refs/tags/")):
+        raise bad_publisher("its ref begins with neither refs/heads/ nor refs/tags/")
+    if named and not re.fullmatch(r"[^/\s]+(/[^/\s]+)+", rule.project):
+        raise bad_publisher("its project is not written as OWNER/NAME")
+    if rule.project_id is not None and not (named and re.fullmatch(r"[0-9]{1,20}", rule.project_id)):
+        raise bad_publisher(
+            "its project has another kind of id: GitHub's and GitLab's are numbers, other issuers have none"
+        )
+    return rule
