@@ -57,6 +57,8 @@ GOOD = Stock("1.0.0", 1, 1, "", "", "")
 
 ANNOUNCED = hashlib.sha256(b"acme!").hexdigest()
 """The sha256 of the upload in the house whose bytes have not come."""
+DESCRIBED = [row[:2] for row in ROUTES if row[1].startswith(("/v1/", "/healthz", "/readyz"))]
+"""The routes of the document, which leaves out the hub API."""
 OF_WHAT_IS_THERE = {
     "results_unknown",
     "spectrum_unknown",
@@ -64,6 +66,7 @@ OF_WHAT_IS_THERE = {
     "part_unknown",
     "blob_missing",
     "promotion_unknown",
+    "publisher_unknown",
     "upgrade_unknown",
     "evaluation_unknown",
 }
@@ -131,7 +134,7 @@ def led_further(value: Any, known: Mapping[str, Any], choose: Choose) -> Any:
     return [led_further(item, known, choose) for item in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize(("method", "path"), [row[:2] for row in ROUTES], ids=[f"{row[0]} {row[1]}" for row in ROUTES])
+@pytest.mark.parametrize(("method", "path"), DESCRIBED, ids=[" ".join(route) for route in DESCRIBED])
 def test_whatever_a_route_is_asked_its_answer_is_one_that_the_document_states(
     site: Site, method: str, path: str
 ) -> None:
