@@ -46,7 +46,7 @@ class Rule:
         if (exchange := current.get()) is not None:
             exchange.actor = actor.name
         if self.where is Where.NAMESPACE:
-            permit(actor, self.role, _place(request.path_params))
+            permit(actor, self.role, _resource(request.path_params))
         elif self.where is Where.ANYWHERE:
             permit_somewhere(actor, self.role)
         return actor
@@ -66,7 +66,7 @@ def rules_of(dependant: Dependant) -> list[Rule]:
     return own + [rule for child in dependant.dependencies for rule in rules_of(child)]
 
 
-def _place(path_params: Mapping[str, str]) -> str:
+def _resource(path_params: Mapping[str, str]) -> str:
     """The repository that a path names, or the namespace."""
     return "/".join(path_params[part] for part in ("namespace", "name") if part in path_params)
 

@@ -185,8 +185,12 @@ def _matching(session: Session, repository: RepositoryName, job: Job) -> Trusted
         if locked is not None and locked.project_id in (None, job.project_id):
             return locked
         renamed = locked is not None
-    place = f"{job.project}, ref {job.ref or 'none'}, environment {job.environment or 'none'}"
-    what = f"its number {job.project_id} is not that of the project of this name that was trusted" if renamed else place
+    described = f"{job.project}, ref {job.ref or 'none'}, environment {job.environment or 'none'}"
+    what = (
+        f"its number {job.project_id} is not that of the project of this name that was trusted"
+        if renamed
+        else described
+    )
     raise NotAllowed(
         "publisher_refused",
         f"No trusted publisher of {repository} is this job: {what}.",

@@ -43,30 +43,30 @@ def at_least(one: str, role: Role) -> bool:
     return _ORDER[Role(one)] >= _ORDER[role]
 
 
-def holds(actor: Actor, role: Role, place: str = EVERYWHERE) -> bool:
+def holds(actor: Actor, role: Role, resource: str = EVERYWHERE) -> bool:
     """Whether a grant gives the role in a namespace or in NAMESPACE/NAME; public namespaces grant nothing."""
-    granted = actor.grants.get(place) or actor.grants.get(_namespace(place)) or actor.grants.get(EVERYWHERE)
+    granted = actor.grants.get(resource) or actor.grants.get(_namespace(resource)) or actor.grants.get(EVERYWHERE)
     return granted is not None and at_least(granted, role)
 
 
-def may(actor: Actor, role: Role, place: str) -> bool:
+def may(actor: Actor, role: Role, resource: str) -> bool:
     """Whether the actor has the role by a grant, or as a reader of a public namespace."""
-    return holds(actor, role, place) or (role is Role.READER and _namespace(place) in actor.public)
+    return holds(actor, role, resource) or (role is Role.READER and _namespace(resource) in actor.public)
 
 
 def may_read(actor: Actor, namespace: str) -> bool:
     return may(actor, Role.READER, namespace)
 
 
-def permit(actor: Actor, role: Role, place: str = EVERYWHERE, *, hidden: NotFound | None = None) -> None:
+def permit(actor: Actor, role: Role, resource: str = EVERYWHERE, *, hidden: NotFound | None = None) -> None:
     """Raises unless the actor has the role in a namespace, or in the repository NAMESPACE/NAME.
 
     If the actor may not even read there, raises `hidden`, the NotFound of the requested object. Without `hidden`, the
     caller named the namespace itself, and the error says which of its own roles the token's scope hides.
     """
-    if may(actor, role, place):
+    if may(actor, role, resource):
         return
-    namespace = _namespace(place)
+    namespace = _namespace(resource)
     if namespace == EVERYWHERE or may_read(actor, namespace):
         raise _denied(actor, role, namespace)
     raise hidden or _out_of_scope(actor, role, namespace) or unknown_namespace(namespace)
@@ -75,8 +75,8 @@ def permit(actor: Actor, role: Role, place: str = EVERYWHERE, *, hidden: NotFoun
 def permit_uploads(actor: Actor, namespace: str, *, hidden: NotFound | None = None) -> None:
     """Raises unless the actor may publish in the namespace or in a repository of it, whose files are uploaded to the
     namespace."""
-    places = (place for place in actor.grants if _namespace(place) == namespace)
-    if not any(holds(actor, Role.PUBLISHER, place) for place in places):
+    resources = (resource for resource in actor.grants if _namespace(resource) == namespace)
+    if not any(holds(actor, Role.PUBLISHER, resource) for resource in resources):
         permit(actor, Role.PUBLISHER, namespace, hidden=hidden)
 
 
@@ -118,7 +118,7 @@ def granted(actor: Actor, role: Role) -> list[str] | None:
 
 def namespaces_of(actor: Actor) -> list[str]:
     """The namespaces, or `*`, for which the actor has a grant, without the grants for single repositories."""
-    return [place for place in actor.grants if "/" not in place]
+    return [resource for resource in actor.grants if "/" not in resource]
 
 
 def refuse_reserved(user: str) -> None:
@@ -158,8 +158,8 @@ def unknown_namespace(namespace: str) -> NotFound:
     )
 
 
-def _namespace(place: str) -> str:
-    return place.partition("/")[0]
+def _namespace(resource: str) -> str:
+    return resource.partition("/")[0]
 
 
 def _out_of_scope(actor: Actor, role: Role, namespace: str) -> NotFound | None:
