@@ -124,6 +124,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "zero_weight_sum": "Change a weight, or take the sum.",
     },
     Usage: {
+        "not_main": "Commit to main, and create a tag.",
+        "bad_commit_line": "Use a version of huggingface_hub that docs/hub.md names.",
         "bad_alias": "Use letters, digits and . _ - /, but not the form of a digest.",
         "bad_channel": "Write it as namespace/name@channel, as in acme/sql@prod.",
         "bad_commit": "Give 7 to 40 lower-case hexadecimal digits.",
@@ -270,9 +272,11 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "version_exists": "Publish it as the next version, or with --bump.",
     },
     Stale: {
+        "head_moved": "Look at main, and commit again.",
         "channel_moved": "Look at the channel and decide again.",
     },
     NotAllowed: {
+        "namespace_public": "Use a private namespace.",
         "force_not_allowed": "Promote without --force to see what fails.",
         "hidden_input": "Ask an administrator of their namespace.",
         "no_tokens": "On this machine: `adaptory namespace grant '*' YOU admin`, `adaptory token create --user YOU`.",
@@ -292,6 +296,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "token_missing": "Set ADAPTORY_TOKEN, or send Authorization: Bearer TOKEN.",
     },
     Invalid: {
+        "base_not_stated": "Name a registered base in adapter_config.json or in the model card.",
         "a_checkpoint": "Name an adapter's directory.",
         "another_layout": "Convert it first: `adaptory convert SOURCE --base BASE -o DIR`.",
         "bad_alpha": "Export the adapter again.",
@@ -385,6 +390,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "wrong_prefix": "Save the adapter with PEFT, or name its true base with --base.",
     },
     TooLarge: {
+        "commit_too_large": "Commit fewer files at a time.",
         "body_too_large": "Use a token that has a role; see ADAPTORY_TOKEN.",
         "file_too_large": "ADAPTORY_MAX_FILE_BYTES sets the limit.",
         "headers_too_large": "Send less, or let an operator raise ADAPTORY_MAX_HEADER_BYTES.",

@@ -38,7 +38,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("access", "router", ("whoami", "tokens", "namespaces")),
 )
 """Module, router, and path parts; each path of the router contains one of them."""
-HUB: tuple[str, ...] = ("files", "models")
+HUB: tuple[str, ...] = ("files", "push", "models")
 """Modules of the hub API, which only servers have. They come last: their paths begin with a namespace, or with /api."""
 
 

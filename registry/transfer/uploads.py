@@ -133,6 +133,36 @@ def receive_body(
             subject=sha256,
             next_step="Send them to the URL that POST /v1/uploads returns.",
         )
+    _receive(resources, actor, row, chunks, size_bytes)
+
+
+def announce(
+    resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]
+) -> dict[Digest, str | None]:
+    """Announces files whose bytes pass the API, on any store: the id of each upload, None for those that the namespace
+    holds. The id is a secret that lets its holder send these bytes."""
+    for file in files:
+        _check_size(resources, file.path, file.size_bytes)
+    with resources.read() as session:
+        held = set(_held(session, namespace, {file.sha256 for file in files}))
+    stored = {file.sha256 for file in files if file.sha256 in held and _is_stored(resources, file)}
+    rows = _announce(resources, actor, namespace, [file for file in files if file.sha256 not in stored])
+    return {file.sha256: rows[file.sha256][0].id if file.sha256 in rows else None for file in files}
+
+
+def receive_announced(resources: Resources, upload_id: str, chunks: Iterable[bytes], size_bytes: int) -> None:
+    """Receives the bytes of an upload from a client that shows its id alone. The right bytes can do no harm."""
+    now = resources.clock()
+    with resources.read() as session:
+        row = session.get(Upload, upload_id)
+    if row is None or row.expires_at < now:
+        raise _unknown(upload_id)
+    actor = Actor(row.created_by, now, {row.namespace: Role.PUBLISHER.value})
+    _receive(resources, actor, row, chunks, size_bytes)
+
+
+def _receive(resources: Resources, actor: Actor, row: Upload, chunks: Iterable[bytes], size_bytes: int) -> None:
+    sha256 = Digest(row.sha256)
     if size_bytes != row.size_bytes:
         raise Invalid(
             "size_differs",

@@ -1,7 +1,9 @@
 """The Hugging Face Hub's own clients, unmodified, with HF_ENDPOINT set to a server with tokens."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from registry.domain.catalog.commits import EMPTY
 from tests import services
 from tests.scenarios.conftest import USER, Templates
 from tests.scenarios.hub_client import CONFIG, WEIGHTS
@@ -30,13 +33,15 @@ class Hub:
 
     url: str
     token: str
+    publisher: str
+    cli: Cli
     log: Path
     pushed: dict[str, Any]
 
-    def run(self, python: Path, script: str, directory: Path, *more: Path) -> Any:
+    def run(self, python: Path, script: str, directory: Path, *more: Path, token: str = "") -> Any:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ADAPTORY_"))}
         environment |= {
-            "HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HOME": str(directory / "cache"),
+            "HF_ENDPOINT": self.url, "HF_TOKEN": token or self.token, "HF_HOME": str(directory / "cache"),
             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         }  # fmt: skip
         program = [python, Path(__file__).with_name(script), directory, *more]
@@ -64,9 +69,17 @@ def hub(
         "merged": cli.json("push", world.base, "acme/merged:1.0.0", "--base", "tiny", "--kind", "model"),
     }
     cli.ok("namespace", "grant", "acme", "rita", "reader")
-    token = cli.ok("token", "create", "--user", "rita").out.strip()
+    cli.ok("namespace", "grant", "acme", "pia", "publisher")
+    token, publisher = (cli.ok("token", "create", "--user", user).out.strip() for user in ("rita", "pia"))
     with server(home, **environment) as (url, _):
-        yield Hub(url, token, home.with_name("server.log"), {name: one["release"] for name, one in pushed.items()})
+        yield Hub(
+            url,
+            token,
+            publisher,
+            cli,
+            home.with_name("server.log"),
+            {name: one["release"] for name, one in pushed.items()},
+        )
 
 
 def client(version: str) -> Path:
@@ -148,3 +161,32 @@ def test_peft_and_transformers_load_releases_by_their_names(hub: Hub, world: Wor
     assert seen["merged"] == seen["base"]
     assert seen["prod"] == seen["alias"] != seen["main"]
     assert hashes(world.adapters["sql"])[WEIGHTS] == seen["weights"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_trainer_pushes_commits_and_tags_a_release(hub: Hub, world: World, version: str, tmp_path: Path) -> None:
+    trained = shutil.copytree(world.adapters["sql"], tmp_path / "trained")
+    config = json.loads((trained / CONFIG).read_text()) | {"base_model_name_or_path": "Acme/Tiny-Llama"}
+    (trained / CONFIG).write_text(json.dumps(config))
+    (trained / "tokenizer.json").write_text(json.dumps({"text": "x" * (3 << 20)}))
+    repository = f"acme/trained-{version.replace('.', '-')}"
+    seen = hub.run(client(version), "hub_push.py", tmp_path, trained, Path(repository), token=hub.publisher)
+
+    assert seen["names"] == [repository, repository]
+    first, repeated, second, third = seen["commits"]
+    assert first == repeated == third != second
+    assert seen["empty"] == [EMPTY, []]
+    assert seen["log"] == ["No notes", "Notes", "Trained"]
+    assert seen["tags"] == {"1.0.0": first}
+    assert seen["branches"] == {"main": first}
+    assert seen["released"] == hashes(trained)
+    assert seen["unreleased"] == hashes(trained) | {"notes.txt": hashlib.sha256(b"some notes").hexdigest()}
+    texts = {name: text for name, (_, text) in seen["errors"].items()}
+    for name, words in {
+        "stale": "not at", "pickle": "a.pkl", "hidden": ".envrc", "tag": "exists already",
+        "version": "not a semantic version", "channel": "Commits go to main", "absent": "doesn't exist",
+    }.items():  # fmt: skip
+        assert words in texts[name], texts[name]
+    shown = hub.cli.json("show", f"{repository}:1.0.0")
+    assert (shown["commit"], shown["created_by"], shown["notes"]) == (first, "pia", "The first")
+    assert shown["base"]["name"] == "tiny"

@@ -67,6 +67,7 @@ class Act(StrEnum):
     RELEASE_SIGN = "release:sign"
     RELEASE_UNYANK = "release:unyank"
     RELEASE_YANK = "release:yank"
+    REPOSITORY_COMMIT = "repository:commit"
     REPOSITORY_CREATE = "repository:create"
     SCORE_DELETE = "score:delete"
     SCORE_RECORD = "score:record"

@@ -44,6 +44,11 @@ def unknown(name: str, kind: Kind | None = None) -> NotFound:
     )
 
 
+def find_if_exists(session: Session, name: RepositoryName) -> Repository | None:
+    """The repository, or None."""
+    return _lookup(session, name)
+
+
 def exists(session: Session, name: RepositoryName) -> bool:
     """Whether there is a repository of that name."""
     return _lookup(session, name) is not None
@@ -82,6 +87,8 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
             after = {"kind": str(kind)}
             audit.record(session, actor, Act.REPOSITORY_CREATE, name, namespace=name.namespace, after=after)
         repository = find(session, name)
+    if repository.kind != kind and not _has_release(session, repository):
+        repository.kind = kind  # created by a client of the Hugging Face Hub, before its first release
     _check_kind(repository, kind)
     return repository
 
@@ -112,6 +119,11 @@ def refuse_shadowed(session: Session, name: RepositoryName, revision: str) -> No
                 subject=str(longer),
                 next_step="Choose another version or channel name.",
             )
+
+
+def _has_release(session: Session, repository: Repository) -> bool:
+    query = select(Release.id).where(Release.repository_id == repository.id).limit(1)
+    return session.scalar(query) is not None
 
 
 def _has_channel(session: Session, repository: Repository, name: str) -> bool:

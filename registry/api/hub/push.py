@@ -1,0 +1,160 @@
+"""What clients of the hub write: repositories, commits, and tags, which are releases."""
+
+import re
+from functools import partial
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.responses import JSONResponse
+
+from registry.api.http.request import ResourcesOf, body_chunks, content_length, uploads_limiter
+from registry.api.http.rules import Caller, Publisher
+from registry.api.http.threads import in_store_threads
+from registry.api.hub.models import MODEL
+from registry.api.hub.schemas import BatchIn, PlanIn, RepositoryIn, TagIn
+from registry.api.hub.wire import HubRoute
+from registry.domain.access.roles import Role, permit
+from registry.domain.catalog import commits
+from registry.domain.channels import revisions
+from registry.domain.channels.revisions import MAIN
+from registry.errors import NotAllowed, TooLarge, Usage
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
+from registry.transfer import uploads
+
+router = APIRouter(route_class=HubRoute)
+INLINE_BYTES, MAX_INLINE_BYTES = 1 << 20, 200 << 20
+MAX_COMMIT_BYTES = 400 << 20
+_WITH_XET = (1, 20)
+"""From this version on, the client sends an `lfs` file by Xet or not at all."""
+_AGENT = re.compile(r"hf_hub/(\d+)\.(\d+)")
+
+
+@router.post("/api/repos/create")
+def create(body: RepositoryIn, request: Request, resources: ResourcesOf, actor: Caller) -> Response:
+    """Creates an empty repository. Names are lowered, since trainers make them of directories."""
+    namespace = (body.organization or actor.name).lower()
+    repository = RepositoryName(parse_name(namespace, "namespace"), parse_name(body.name.lower(), "repository name"))
+    permit(actor, Role.PUBLISHER, namespace)
+    if (body.private or body.visibility == "private") and namespace in actor.public:
+        raise NotAllowed(
+            "namespace_public",
+            f"The namespace {namespace} is public, and so is everything in it.",
+            subject=namespace,
+            next_step="Leave private=True out, or use a private namespace.",
+        )
+    with resources.write() as session:
+        created = commits.create_repository(session, actor, repository)
+    document = {"url": f"{request.base_url}{repository}", "name": str(repository), "id": str(repository)}
+    if created:
+        return JSONResponse(document)
+    error = f"{repository} exists already."
+    return JSONResponse({**document, "error": error}, 409, headers={"X-Error-Message": error})
+
+
+@router.post("/api/validate-yaml")
+def validate_card() -> Response:
+    """Cards are read when a release is made; their faults are warnings."""
+    return JSONResponse({"errors": [], "warnings": []})
+
+
+@router.post("/api" + MODEL + "/preupload/{revision:path}")
+def plan_commit(  # noqa: PLR0913
+    namespace: str,
+    name: str,
+    revision: str,
+    body: PlanIn,
+    resources: ResourcesOf,
+    actor: Publisher,
+    agent: Annotated[str, Header(alias="User-Agent")] = "",
+) -> Response:
+    """Says of each file whether it comes in the commit or before it; refuses names before any byte is sent."""
+    with resources.snapshot() as session:
+        located = revisions.locate(session, f"{namespace}/{name}", _main_only(revision))
+    inline = _inline_bytes(agent)
+    for file in body.files:
+        commits.refuse_name(file.path)
+    modes = {file.path: "regular" if file.size <= inline else "lfs" for file in body.files}
+    files = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
+    return JSONResponse({"files": files}, headers={"X-Repo-Commit": located.commit})
+
+
+@router.post("/{namespace}/{name}.git/info/lfs/objects/batch")
+@in_store_threads
+def plan_uploads(
+    namespace: str, name: str, body: BatchIn, request: Request, resources: ResourcesOf, actor: Publisher
+) -> Response:
+    """How to send files before a commit: through the API, by an address that is the permission."""
+    files = [ManifestFile(one.oid, one.size, parse_digest(one.oid)) for one in body.objects]
+    planned = uploads.announce(resources, actor, namespace, files)
+    objects = [_lfs_object(request, file, planned[file.sha256]) for file in files]
+    return JSONResponse({"transfer": "basic", "objects": objects}, media_type="application/vnd.git-lfs+json")
+
+
+@router.put("/api/lfs/{upload_id}")
+async def upload(upload_id: str, request: Request, resources: ResourcesOf) -> Response:
+    """The client sends no token here: the address is the permission."""
+    receive = partial(uploads.receive_announced, resources, upload_id, body_chunks(request), content_length(request))
+    await to_thread.run_sync(receive, limiter=uploads_limiter(request))
+    return Response(status_code=200)
+
+
+@router.post("/api" + MODEL + "/commit/{revision:path}")
+async def commit(
+    namespace: str, name: str, revision: str, request: Request, resources: ResourcesOf, actor: Publisher
+) -> Response:
+    from registry.transfer import commits as transfers
+
+    repository = parse_repository(f"{namespace}/{name}")
+    _main_only(revision)
+    if content_length(request) > MAX_COMMIT_BYTES:
+        raise TooLarge(
+            "commit_too_large",
+            f"The commit is longer than {MAX_COMMIT_BYTES:,} bytes.",
+            next_step="Commit fewer files at a time, or use `adaptory push`.",
+        )
+    receive = partial(transfers.receive, resources, actor, repository, body_chunks(request))
+    commit_id = await to_thread.run_sync(receive, limiter=uploads_limiter(request))
+    url = f"{request.base_url}{repository}/commit/{commit_id}"
+    return JSONResponse({"commitOid": commit_id, "commitUrl": url, "success": True})
+
+
+@router.post("/api" + MODEL + "/tag/{revision:path}")
+@in_store_threads
+def create_tag(
+    namespace: str, name: str, revision: str, body: TagIn, resources: ResourcesOf, actor: Publisher
+) -> Response:
+    """Publishes the files of a commit as a release."""
+    from registry.transfer import commits as transfers
+
+    version = parse_version(body.tag)
+    repository = parse_repository(f"{namespace}/{name}")
+    transfers.release(resources, actor, repository, revision, version, body.message or "")
+    return JSONResponse({})
+
+
+def _lfs_object(request: Request, file: ManifestFile, upload_id: str | None) -> dict[str, Any]:
+    described: dict[str, Any] = {"oid": file.sha256, "size": file.size_bytes}
+    if upload_id is None:
+        return described
+    return {**described, "actions": {"upload": {"href": f"{request.base_url}api/lfs/{upload_id}", "header": {}}}}
+
+
+def _main_only(revision: str) -> str:
+    """Raises Usage for a commit to anything but `main`."""
+    if revision != MAIN:
+        raise Usage(
+            "not_main",
+            f"Commits go to main, not to {revision[:80]!r}.",
+            subject=revision[:80],
+            next_step="Commit to main and tag a version; a channel moves by `adaptory promote`.",
+        )
+    return MAIN
+
+
+def _inline_bytes(agent: str) -> int:
+    """The size up to which a file comes inside the commit."""
+    match = _AGENT.search(agent)
+    version = tuple(map(int, match.groups())) if match else _WITH_XET
+    return MAX_INLINE_BYTES if version >= _WITH_XET else INLINE_BYTES

@@ -1,0 +1,33 @@
+"""What the client sends; it adds fields that are not used here."""
+
+from pydantic import BaseModel, Field
+
+
+class RepositoryIn(BaseModel):
+    name: str
+    organization: str | None = None
+    private: bool | None = None
+    visibility: str | None = None
+
+
+class PlannedFile(BaseModel):
+    path: str
+    size: int = Field(ge=0)
+
+
+class PlanIn(BaseModel):
+    files: list[PlannedFile] = []
+
+
+class LfsObject(BaseModel):
+    oid: str
+    size: int = Field(ge=0)
+
+
+class BatchIn(BaseModel):
+    objects: list[LfsObject] = []
+
+
+class TagIn(BaseModel):
+    tag: str
+    message: str | None = None
