@@ -28,6 +28,7 @@ from registry.errors import (
 
 REGISTER: dict[type[RegistryError], dict[str, str]] = {
     Refused: {
+        "never_deleted": "Yank the release, or roll the channel back.",
         "adapter_type": "Merge it where it was trained; the message says why it is not merged here.",
         "already_served": "There is nothing to do.",
         "approval_not_needed": "There is nothing to approve.",
@@ -124,6 +125,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "zero_weight_sum": "Change a weight, or take the sum.",
     },
     Usage: {
+        "not_released": "Create a tag first.",
         "not_main": "Commit to main, and create a tag.",
         "bad_commit_line": "Use a version of huggingface_hub that docs/hub.md names.",
         "bad_alias": "Use letters, digits and . _ - /, but not the form of a digest.",
@@ -390,7 +392,6 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "wrong_prefix": "Save the adapter with PEFT, or name its true base with --base.",
     },
     TooLarge: {
-        "commit_too_large": "Commit fewer files at a time.",
         "body_too_large": "Use a token that has a role; see ADAPTORY_TOKEN.",
         "file_too_large": "ADAPTORY_MAX_FILE_BYTES sets the limit.",
         "headers_too_large": "Send less, or let an operator raise ADAPTORY_MAX_HEADER_BYTES.",

@@ -33,6 +33,7 @@ from registry.transfer.resources import Resources
 MAX_LINE_BYTES = 1 << 20
 """Maximum length of a line without the content of its file."""
 _CONTENT = re.compile(rb'"content"\s*:\s*"')
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _MAX_DOCUMENT_BYTES = 1 << 20
 
 
@@ -99,15 +100,14 @@ def _parse(lines: "_Lines") -> tuple[Change, list[Addition]]:
     operations: list[Addition | Deletion] = []
     for key, value, content in lines:
         if key == "header":
-            parent = value.get("parentCommit")
-            change = Change(_text(value, "summary"), str(value.get("description") or ""), parent and str(parent))
+            change = Change(_text(value, "summary"), str(value.get("description") or ""), _parent(value))
         elif key == "file" and content is not None:
             commits.refuse_name(_text(value, "path"))
             inline.append(replace(content, path=_text(value, "path")))
             operations.append(inline[-1])
         elif key == "lfsFile":
             commits.refuse_name(_text(value, "path"))
-            operations.append(Addition(_text(value, "path"), parse_digest(_text(value, "oid")), value.get("size")))
+            operations.append(Addition(_text(value, "path"), parse_digest(_text(value, "oid")), _size(value)))
         elif key in ("deletedFile", "deletedFolder"):
             operations.append(Deletion(_text(value, "path"), key == "deletedFolder"))
         else:
@@ -119,6 +119,20 @@ def _text(value: dict[str, Any], name: str) -> str:
     if not isinstance(text := value.get(name), str):
         raise _bad(f"{name} is missing")
     return text
+
+
+def _parent(value: dict[str, Any]) -> str | None:
+    parent = value.get("parentCommit")
+    if parent is not None and not (isinstance(parent, str) and _COMMIT.fullmatch(parent)):
+        raise _bad("parentCommit is not a commit")
+    return parent
+
+
+def _size(value: dict[str, Any]) -> int | None:
+    size = value.get("size")
+    if size is not None and type(size) is not int:
+        raise _bad("size is not a number")
+    return size
 
 
 def _bad(why: str) -> Usage:
@@ -209,10 +223,12 @@ class _Lines:
 
 
 def _document(line: bytes) -> tuple[str, dict[str, Any]]:
+    if rb"\u0000" in line:
+        raise _bad("it contains a NUL character")
     try:
         document = json.loads(line)
         key, value = document["key"], document["value"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _bad("a line is not an object with key and value") from error
     if not isinstance(key, str) or not isinstance(value, dict):
         raise _bad("a line is not an object with key and value")

@@ -91,6 +91,16 @@ HEAD   /{namespace}/{name}/resolve/{revision}/{path:path}                       
 GET    /{namespace}/{name}/resolve/{revision}/{path:path}                       reader
 GET    /{name}/resolve/{revision}/{path:path}                                   absent
 HEAD   /{name}/resolve/{revision}/{path:path}                                   absent
+POST   /api/repos/create                                                        inside: publisher
+POST   /api/validate-yaml                                                       open
+POST   /api/models/{namespace}/{name}/preupload/{revision:path}                 publisher
+POST   /{namespace}/{name}.git/info/lfs/objects/batch                           publisher
+PUT    /api/lfs/{upload_id}                                                     open
+POST   /api/models/{namespace}/{name}/commit/{revision:path}                    publisher
+POST   /api/models/{namespace}/{name}/tag/{revision:path}                       publisher
+POST   /api/models/{namespace}/{name}/branch/{channel}                          releaser
+DELETE /api/models/{namespace}/{name}/tag/{revision}                            reader
+DELETE /api/models/{namespace}/{name}/branch/{revision}                         reader
 GET    /api/whoami-v2                                                           inside: user
 GET    /api/models                                                              inside: everybody
 GET    /api/models/{namespace}/{name}                                           reader

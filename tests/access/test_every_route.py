@@ -260,6 +260,10 @@ def _body(method: str, path: str, things: Things) -> dict[str, Any]:
         return {"json": {"releases": [f"{things.namespace}/sql:1.0.0"], "suites": ["exact"]}}
     if path == "/v1/uploads/{upload_id}/parts/{number}":
         return {"json": {"sha256": things.announced}}
+    if path.startswith(("/api/repos/create", "/api/models/{namespace}/{name}/tag")):
+        return {"json": {"name": "new", "organization": things.namespace, "tag": "9.0.0"}}
+    if path.endswith("/commit/{revision:path}"):
+        return {"content": b""}
     if method == "PUT" and path.startswith("/v1/blobs/"):
         return {"content": b"x", "headers": {"Content-Length": "1"}}
     return {"json": {}} if method in ("PUT", "POST") else {}

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from peft import PeftModel
+from huggingface_hub import HfApi, hf_hub_download
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WEIGHTS = "adapter_model.safetensors"
@@ -26,6 +26,15 @@ def adapted(repository: str, tokens: torch.Tensor, revision: str | None = None) 
     return logits(PeftModel.from_pretrained(base, repository, revision=revision), tokens)
 
 
+def pushed(name: str) -> str:
+    """The commit of a new adapter that PEFT has pushed and a tag has released."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained("acme/merged")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).push_to_hub(name)
+    HfApi().create_tag(name, tag="0.1.0")
+    return str(HfApi().model_info(name, revision="0.1.0").sha)
+
+
 def main() -> None:
     base = Path(sys.argv[2])
     tokens = AutoTokenizer.from_pretrained("acme/merged")("a b c", return_tensors="pt").input_ids
@@ -35,6 +44,7 @@ def main() -> None:
         "prod": adapted("acme/sql", tokens, "prod"),
         "alias": adapted("acme/sql.prod", tokens),
         "main": adapted("acme/sql", tokens),
+        "pushed": pushed("acme/trained-by-peft"),
         "weights": hashlib.sha256(Path(hf_hub_download("acme/sql", WEIGHTS, revision="prod")).read_bytes()).hexdigest(),
     }
     sys.stdout.write(json.dumps(seen))

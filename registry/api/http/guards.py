@@ -132,7 +132,7 @@ class CallerLimits:
         error = await self._refusal(rate, credentials) if rate else None
         if error is not None:
             await problem_response(error)(scope, receive, send)
-        elif scope["method"] == "PUT" and scope["path"].startswith(BLOB_PATHS):
+        elif scope["method"] in ("PUT", "POST") and STREAMED.match(scope["path"]):
             await self._upload(credentials, scope, receive, count_guesses)
         else:
             await self.app(scope, receive, count_guesses)

@@ -190,5 +190,5 @@ def answer_nothing(request: Request, path: str) -> Response:
         "hub_route_unknown",
         f"This registry does not support {request.method} /api/{path[:120]}.",
         subject=path[:120],
-        next_step="It can be read through this API; to publish, use `adaptory push`.",
+        next_step="docs/hub.md lists what the hub API does.",
     )

@@ -8,17 +8,20 @@ from anyio import to_thread
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import JSONResponse
 
+from registry.api.http.problems import header_text
 from registry.api.http.request import ResourcesOf, body_chunks, content_length, uploads_limiter
-from registry.api.http.rules import Caller, Publisher
+from registry.api.http.rules import Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import MODEL
-from registry.api.hub.schemas import BatchIn, PlanIn, RepositoryIn, TagIn
+from registry.api.hub.schemas import BatchIn, BranchIn, PlanIn, RepositoryIn, TagIn
 from registry.api.hub.wire import HubRoute
+from registry.client.selection import is_trainer_file
+from registry.database.tables import Promotion
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import commits
-from registry.domain.channels import revisions
+from registry.domain.channels import moves, promotions, revisions
 from registry.domain.channels.revisions import MAIN
-from registry.errors import NotAllowed, TooLarge, Usage
+from registry.errors import NotAllowed, Refused, TooLarge, Usage
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
 from registry.transfer import uploads
@@ -48,7 +51,10 @@ def create(body: RepositoryIn, request: Request, resources: ResourcesOf, actor: 
         created = commits.create_repository(session, actor, repository)
     document = {"url": f"{request.base_url}{repository}", "name": str(repository), "id": str(repository)}
     if created:
-        return JSONResponse(document)
+        visible = body.private is False or body.visibility == "public"
+        stays = visible and namespace not in actor.public
+        warning = {"X-HF-Warning": f"private; {repository} is private, as everything in {namespace}."} if stays else {}
+        return JSONResponse(document, headers=warning)
     error = f"{repository} exists already."
     return JSONResponse({**document, "error": error}, 409, headers={"X-Error-Message": error})
 
@@ -69,15 +75,25 @@ def plan_commit(  # noqa: PLR0913
     actor: Publisher,
     agent: Annotated[str, Header(alias="User-Agent")] = "",
 ) -> Response:
-    """Says of each file whether it comes in the commit or before it; refuses names before any byte is sent."""
+    """Says whether each file comes in the commit, before it or not at all. Refuses names before any byte is sent."""
     with resources.snapshot() as session:
         located = revisions.locate(session, f"{namespace}/{name}", _main_only(revision))
-    inline = _inline_bytes(agent)
+    inline, left_out = _inline_bytes(agent), [file.path for file in body.files if _is_left_out(file.path)]
     for file in body.files:
-        commits.refuse_name(file.path)
-    modes = {file.path: "regular" if file.size <= inline else "lfs" for file in body.files}
-    files = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
-    return JSONResponse({"files": files}, headers={"X-Repo-Commit": located.commit})
+        if file.path not in left_out:
+            commits.refuse_name(file.path)
+    files = [
+        {
+            "path": file.path,
+            "uploadMode": "regular" if file.size <= inline else "lfs",
+            "shouldIgnore": file.path in left_out,
+        }
+        for file in body.files
+    ]
+    headers = {"X-Repo-Commit": located.commit}
+    if left_out:
+        headers["X-HF-Warning"] = header_text(f"left-out; Not published: {', '.join(left_out)}.")
+    return JSONResponse({"files": files}, headers=headers)
 
 
 @router.post("/{namespace}/{name}.git/info/lfs/objects/batch")
@@ -108,9 +124,11 @@ async def commit(
 
     repository = parse_repository(f"{namespace}/{name}")
     _main_only(revision)
+    if request.query_params.get("create_pr"):
+        raise Usage("not_main", "There are no pull requests here.", next_step="Commit to main.")
     if content_length(request) > MAX_COMMIT_BYTES:
         raise TooLarge(
-            "commit_too_large",
+            "body_too_large",
             f"The commit is longer than {MAX_COMMIT_BYTES:,} bytes.",
             next_step="Commit fewer files at a time, or use `adaptory push`.",
         )
@@ -132,6 +150,40 @@ def create_tag(
     repository = parse_repository(f"{namespace}/{name}")
     transfers.release(resources, actor, repository, revision, version, body.message or "")
     return JSONResponse({})
+
+
+@router.post("/api" + MODEL + "/branch/{channel}")
+def create_branch(
+    namespace: str, name: str, channel: str, body: BranchIn, resources: ResourcesOf, actor: Releaser
+) -> Response:
+    """Promotes a release to a new channel; its gates and its policy hold as for every promotion."""
+    repository = parse_repository(f"{namespace}/{name}")
+    with resources.write() as session:
+        version = revisions.released_version(session, repository, body.startingPoint or MAIN)
+        wanted = moves.PromotionRequest(repository, version, parse_name(channel, "channel"))
+        expected = moves.Expected(moves.NOTHING_YET)
+        outcome = promotions.request(session, actor, wanted, reason="", force=False, expected=expected)
+        waits = isinstance(outcome, Promotion)
+    warning = (
+        {"X-HF-Warning": f"promotion; {repository}@{channel} waits for what its policy asks for."} if waits else {}
+    )
+    return JSONResponse({}, headers=warning)
+
+
+@router.delete("/api" + MODEL + "/tag/{revision}")
+@router.delete("/api" + MODEL + "/branch/{revision}")
+def refuse_deletion(revision: str, actor: Reader) -> Response:
+    raise Refused(
+        "never_deleted",
+        f"{revision[:80]!r} cannot be deleted: releases are yanked, and channels keep their history.",
+        subject=revision[:80],
+        next_step="Use `adaptory yank` or `adaptory rollback`.",
+    )
+
+
+def _is_left_out(path: str) -> bool:
+    """Whether a push leaves the file out: trainers and git keep it for themselves."""
+    return is_trainer_file(path) or path in (".gitattributes", ".gitignore")
 
 
 def _lfs_object(request: Request, file: ManifestFile, upload_id: str | None) -> dict[str, Any]:

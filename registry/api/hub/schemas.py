@@ -31,3 +31,7 @@ class BatchIn(BaseModel):
 class TagIn(BaseModel):
     tag: str
     message: str | None = None
+
+
+class BranchIn(BaseModel):
+    startingPoint: str | None = None  # noqa: N815

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
+from registry.database.tables import Release
 from registry.domain.catalog import commits, releases, repositories
 from registry.domain.channels import resolve
 from registry.domain.channels.resolve import ResolvedRow
 from registry.errors import NotFound, Usage
-from registry.formats.references import Reference, RepositoryName, parse_reference
+from registry.formats.references import Reference, RepositoryName, Version, parse_reference, parse_version
 
 MAIN = "main"
 COMMIT_DIGITS = 40
@@ -61,6 +62,19 @@ def locate(session: Session, named: str, revision: str) -> Located:
                 raise _unknown(session, repository, revision)
             return row
     raise repositories.unknown(named)
+
+
+def released_version(session: Session, repository: RepositoryName, revision: str) -> Version:
+    """The version of the release at a revision. Raises Usage if its files are not released."""
+    located = locate(session, str(repository), revision)
+    if located.release_id is None:
+        raise Usage(
+            "not_released",
+            f"{located.full_name} is not a release.",
+            subject=located.full_name,
+            next_step="Create a tag first: a version, such as 1.0.0.",
+        )
+    return parse_version(session.get_one(Release, located.release_id).version)
 
 
 def list_refs(session: Session, named: str) -> Refs:
