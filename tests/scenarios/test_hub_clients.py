@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from registry.domain.catalog.commits import EMPTY
@@ -194,3 +195,7 @@ def test_a_trainer_pushes_commits_and_tags_a_release(hub: Hub, world: World, ver
     shown = hub.cli.json("show", f"{repository}:1.0.0")
     assert (shown["commit"], shown["created_by"], shown["notes"]) == (first, "pia", "The first")
     assert shown["base"]["name"] == "tiny"
+    pushed = hub.cli.json("push", world.adapters["other-sql"], f"{repository}:2.0.0", "--base", "tiny")["release"]
+    bearer = {"Authorization": f"Bearer {hub.token}"}
+    info = httpx2.get(f"{hub.url}/api/models/{repository}", headers=bearer).json()
+    assert info["sha"] == pushed["commit"], "what is pushed otherwise is the head of main"

@@ -93,6 +93,8 @@ def plan_commit(  # noqa: PLR0913
     headers = {"X-Repo-Commit": located.commit}
     if left_out:
         headers["X-HF-Warning"] = header_text(f"left-out; Not published: {', '.join(left_out)}.")
+    elif inline == MAX_INLINE_BYTES and any(file.size > inline for file in body.files):
+        headers["X-HF-Warning"] = f"large; Files above {inline >> 20} MB need HF_HUB_DISABLE_XET=1, or `adaptory push`."
     return JSONResponse({"files": files}, headers=headers)
 
 
