@@ -95,8 +95,7 @@ def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentReq
         known = idempotency.claim_key(session, keyed, actor.at)
         if known is not None:
             return Published(**known)
-        release, created = releases.publish(session, actor, new)
-        commits.follow_release(session, actor, release)
+        release, created = commits.publish(session, actor, new)
         if created:
             findings += [*doubts, *reported_scores.record(session, actor, release, stated)[1]]
         published = Published(release.id, created, [finding.to_json() for finding in findings])

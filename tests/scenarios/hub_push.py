@@ -29,6 +29,7 @@ def main() -> None:
     api.create_commit(name, [CommitOperationDelete("notes.txt")], commit_message="No notes")
     third = api.model_info(name).sha
     api.create_tag(name, tag="1.0.0", tag_message="The first")
+    api.create_tag(name, tag="1.1.0-rc.1", revision=second)
     refs = api.list_repo_refs(name)
     seen = {
         "names": [name, again],

@@ -182,8 +182,8 @@ def test_a_trainer_pushes_commits_and_tags_a_release(hub: Hub, world: World, ver
     assert first == repeated == third != second
     assert seen["empty"] == [EMPTY, []]
     assert seen["log"] == ["No notes", "Notes", "Trained"]
-    assert seen["tags"] == {"1.0.0": first}
-    assert seen["branches"] == {"main": first}
+    assert seen["tags"] == {"1.1.0-rc.1": second, "1.0.0": first}
+    assert seen["branches"] == {"main": first}, "a tag does not move it"
     assert seen["released"] == hashes(trained)
     assert seen["unreleased"] == hashes(trained) | {"notes.txt": hashlib.sha256(b"some notes").hexdigest()}
     texts = {name: text for name, (_, text) in seen["errors"].items()}

@@ -16,6 +16,7 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import releases, repositories
+from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.errors import NotFound, Stale
 from registry.formats.manifest import (
@@ -130,10 +131,15 @@ def _file(added: Addition, sizes: Mapping[str, int]) -> ManifestFile:
     return ManifestFile(added.path, size, added.sha256)
 
 
-def follow_release(session: Session, actor: Actor, release: Release) -> None:
-    """Makes a release that was not made from `main` the head of a repository that has commits."""
-    if last(session, release.repository) not in (None, release.revision.commit):
-        _record(session, actor, release.repository, release.revision, (release.version, release.notes))
+def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, bool]:
+    """As `releases.publish`; in a repository with commits, a release whose files are not those of a commit becomes the
+    head of `main`."""
+    release, created = releases.publish(session, actor, new)
+    if created and last(session, release.repository) is not None:
+        made_from = select(Commit.id).where(Commit.revision_id == release.revision_id).limit(1)
+        if session.scalar(made_from) is None:
+            _record(session, actor, release.repository, release.revision, (release.version, release.notes))
+    return release, created
 
 
 def _record(session: Session, actor: Actor, repository: Repository, revision: Revision, text: tuple[str, str]) -> None:
