@@ -1,11 +1,12 @@
 """The release registry for LoRA adapters. Imports go down this list; the first folder says what a line may touch.
 
-cli/        commands: call the API through client/, in this process where no server is named, and print
+cli/        commands: call the API through client/, and print
+sdk/        registries as Python objects: opens the one of a URL, or the embedded one in this process
 api/        REST under /v1: the app, callers, limits and problems, routes, schemas; the hub API in api.hub
 worker/     jobs: the steps of a composition
 transfer/   bytes and rows together: uploads, publishing, collection, fsck
 domain/     rules over rows: access, catalog, channels, search, jobs, compositions
 storage/    blobs in a directory or in S3; client/ speaks to a server, for the trainer's process too
 database/   engine, tables, locks, migrations; formats/ parses references, manifests and signatures
-errors      an exit code a family; error_codes has every code; settings; outages, logged once a second
+errors      an exit code a family; error_codes has every code, error_families makes the errors; settings; outages
 """

@@ -4,14 +4,10 @@ A code has one family, hence one exit code and one HTTP status. docs/errors.md i
 test checks every `raise` against it. A message says what to do in its own case; the text here holds for every case.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from datetime import timedelta
 
-from composer.errors import ComposerError
-from composer.findings import Finding, Severity
-from composer.findings import next_step as advice
 from registry.errors import (
-    FAMILIES,
     Conflict,
     Invalid,
     NotAllowed,
@@ -52,6 +48,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "file_tampered": "Do not use it: a file differs from the signed one.",
         "fp8_scale": "Use the unquantized base, or --dequantize.",
         "gate_failed": "Look at the numbers; a releaser may use --force with a --reason.",
+        "harness_differs": "Install the same version of lm-eval where workers run, with the same data.",
+        "harness_missing": "Install adaptory with its extra `eval` where workers run.",
         "layout_peft": "Use it as it is.",
         "loha_rank": "Merge it where it was trained.",
         "lokr_factors": "Merge it where it was trained, or train with one factor.",
@@ -73,7 +71,6 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "no_rank": "Set rank or energy.",
         "not_decomposable": "Look for NaN or far too large values with `adaptory inspect`.",
         "not_extractable": "Use the fine-tuned checkpoint itself: push it with --kind model.",
-        "not_measured": "Look at the error of each; the others are recorded.",
         "not_quantized": "Leave --dequantize out.",
         "not_rebased": "Use it on its base as it is.",
         "not_rebuilt": "Rebuild only releases made by a composition.",
@@ -95,8 +92,9 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "rounding": "Use nearest or stochastic.",
         "rule_unused": "List the adapter's modules with `adaptory inspect`.",
         "scorer_disabled": "If you trust the scorer, name it in ADAPTORY_SCORERS where evaluations run.",
-        "scorer_failed": "Correct the scorer: it must give every answer a score from 0 to 1.",
+        "scorer_failed": "Correct the scorer or the suite: every answer must have a score from 0 to 1.",
         "scorer_missing": "Install the package of the scorer where evaluations run.",
+        "scorer_timeout": "Bound the time that the scorer takes, or give it more: ADAPTORY_SCORER_TIMEOUT_S.",
         "seed": "Use a whole number from 0 to 2^64 - 1.",
         "shape_conflict": "Combine adapters of one base.",
         "signature_files_only": "Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",
@@ -445,56 +443,14 @@ RETRYABLE = frozenset({
     "disk_full", "disk_error", "busy",
 })  # fmt: skip
 """Errors that pass, or that an operator fixes: a job that fails with one of them is retried."""
-ELSEWHERE = frozenset({"base_not_here", "scorer_disabled", "scorer_missing"})
-"""What this host lacks and another may have: the job is left to other hosts."""
+ELSEWHERE: Mapping[str, timedelta] = {
+    "base_not_here": timedelta(hours=1),
+    "harness_differs": timedelta(minutes=10),
+    "harness_missing": timedelta(minutes=10),
+    "harness_task_unknown": timedelta(minutes=10),
+    "scorer_disabled": timedelta(minutes=10),
+    "scorer_missing": timedelta(minutes=10),
+}
+"""What this host lacks and another may have: for how long the job is left to other hosts."""
 PREFIXES: dict[str, type[RegistryError]] = {"layout_": Refused, "part_": Refused, "variant_": Refused}
 """Codes that end in a name from a file: a layout, a part or a variant of an adapter."""
-
-_FAMILIES = {code: family for family, codes in REGISTER.items() for code in codes}
-
-
-def is_registered(code: str) -> bool:
-    """Whether the register has the code, or the prefix of a code that ends in a name from a file."""
-    return code in _FAMILIES or code.startswith(tuple(PREFIXES))
-
-
-def family_of(code: str) -> type[RegistryError]:
-    """The family of a code. Refused for a finding that is an error only because a policy says so."""
-    by_prefix = (family for prefix, family in PREFIXES.items() if code.startswith(prefix))
-    return _FAMILIES.get(code) or next(by_prefix, Refused)
-
-
-def of_composer(error: ComposerError) -> RegistryError:
-    """An error of the library in the family of its code."""
-    return family_of(error.code)(error.code, error.message, subject=error.subject, next_step=error.next_step)
-
-
-def of_row(row: Mapping[str, Any]) -> RegistryError:
-    """The error that `to_row` kept. A code of a newer server has the family of its exit code."""
-    code = row["code"]
-    family = (
-        family_of(code)
-        if is_registered(code)
-        else next(family for family in FAMILIES if family.exit_code == row["exit_code"])
-    )
-    return family(code, row["detail"], subject=row["subject"], next_step=row["next"], findings=row["findings"])
-
-
-def refuse_errors(
-    findings: Sequence[Finding],
-    subject: str,
-    next_step: str = "Correct the adapter, or name its true base with --base.",
-) -> None:
-    """Raises an error that names the first error's module and carries all findings; returns if none is an error."""
-    errors = [finding for finding in findings if finding.severity is Severity.ERROR]
-    if not errors:
-        return
-    first = errors[0]
-    more = f" ({len(errors) - 1} more like this.)" if len(errors) > 1 else ""
-    raise family_of(first.code)(
-        first.code,
-        f"{first.message}{more}",
-        subject=first.subject or subject,
-        next_step=advice(first.code, next_step),
-        findings=[finding.to_json() for finding in findings],
-    )

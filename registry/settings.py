@@ -5,11 +5,14 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+if TYPE_CHECKING:
+    from composer.evaluation.scorers.scorer import PythonScorers
 
 DEFAULT_RATE = "6000/minute"
 _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
@@ -248,6 +251,11 @@ class Settings(BaseSettings):
     scorers: Annotated[str, AfterValidator(_scorers)] = ""
     """Comma-separated names of Python scorers (entry points `adaptory.scorers`) that evaluations on this machine may
     run; none by default. Enable only code that you trust."""
+    scorer_timeout_s: float = Field(default=30.0, gt=0, le=24 * 3600)
+    """How long a Python scorer may take for one example; its process is then killed."""
+    harness_path: Path | None = None
+    """A directory of YAML files of lm-evaluation-harness tasks that evaluations on this machine run, in place of those
+    that come with the harness, and the code that they name."""
     signing_key: Path | None = None
     """A key in PEM that signs what compositions publish, if their namespace trusts it. Workers need the private key;
     servers may have the public one, and then accept compositions where signatures are required."""
@@ -278,8 +286,11 @@ class Settings(BaseSettings):
         return self.home_directory / "store"
 
     @property
-    def enabled_scorers(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.scorers.split(",") if name.strip())
+    def enabled_scorers(self) -> "PythonScorers":
+        from composer.evaluation.scorers.scorer import PythonScorers  # loaded only where something is evaluated
+
+        names = tuple(name.strip() for name in self.scorers.split(",") if name.strip())
+        return PythonScorers(names, self.scorer_timeout_s)
 
     @property
     def work_directory(self) -> Path:

@@ -29,6 +29,7 @@ from sqlalchemy.util import LRUCache
 import registry.api.app
 import registry.client.api
 import registry.storage.s3.store
+import registry.transfer.resources
 from registry.cli.start import OBJECTS_TO_COLLECT
 from registry.database.engine import Database
 from registry.settings import S3Storage
@@ -45,6 +46,7 @@ for _name in [name for name in os.environ if name.startswith("ADAPTORY_")]:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Several test processes share the cores: threads that wait for each other's small matrices took 80 % of the time.
 os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 # How fast inputs are made says how busy the machine is, and how warm its imports: it fails no test.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
@@ -137,8 +139,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _read_once() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
     """What a command does once a process: build its options, read what S3 is from 2 MB of JSON, and the machine's
-    certificates, compile its SQL. Here one process runs thousands of commands, which took a half of the time of the
-    shorter ones."""
+    certificates, compile its SQL; and once a registry: migrate. Here one process runs thousands of commands, which took
+    a half of the time of the shorter ones."""
     statements = LRUCache[Any, Any](5000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", lru_cache(typer.main.get_command))
@@ -146,6 +148,8 @@ def _read_once() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
         for module in (registry.api.app, registry.client.api):
             patch.setattr(module, "version", lru_cache(version))
         patch.setattr(boto3, "Session", _s3_session)
+        copied = partial(services.ensure_schema_by_copy, services.shared_directory())
+        patch.setattr(registry.transfer.resources, "ensure_schema", copied)
         patch.setattr(registry.storage.s3.store, "open_bucket", partial(_bucket, services.shared_directory() / "s3"))
         patch.setattr(jinja2, "Template", lru_cache(jinja2.Template))  # PEFT writes a card beside each adapter
         patch.setattr(ssl, "create_default_context", lru_cache(ssl.create_default_context))

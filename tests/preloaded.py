@@ -1,7 +1,7 @@
 """Imported once by the process that the others are forked from."""
 
 import gc
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import alembic.command  # noqa: F401
 import boto3
@@ -18,11 +18,15 @@ import registry.client.push
 import registry.storage.s3.store
 import registry.transfer.collect
 import registry.transfer.fsck
+import registry.transfer.resources
 import registry.worker.runner
 import registry.worker.steps
+from tests import services
 
 registry.api.app.routers()
-# A process need not build the command line, read what S3 is from 2 MB of JSON, or collect what it was forked with.
+# A process need not build the command line, read what S3 is from 2 MB of JSON, migrate, or collect what it was forked
+# with.
+registry.transfer.resources.ensure_schema = partial(services.ensure_schema_by_copy, services.shared_directory())
 typer.main.get_command = lru_cache(typer.main.get_command)
 typer.main.get_command(registry.cli.main.app)
 botocore.session.create_loader = lru_cache(botocore.session.create_loader)

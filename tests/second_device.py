@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 NAME = "second"
 _MAY_MIX = ("copy_", "_to_copy", "index", "index_put_", "_index_put_impl_")
@@ -60,35 +60,50 @@ def _is_composite(func: Any) -> bool:
 
 def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs an operator on the tensors behind ours. Fails where a GPU would."""
-    leaves = tree_leaves((args, kwargs))
-    given = [one for one in leaves if isinstance(one, torch.Tensor)]
+    given: list[torch.Tensor] = []
+    asked: list[bool] = []
+    on_host = [_on_host(one, given, asked) for one in args]
+    named = {name: _on_host(one, given, asked) for name, one in kwargs.items()}
     ours = {id(one.host): one for one in given if isinstance(one, _OnSecondDevice)}
     name = func.overloadpacket.__name__
     if ours and name not in _MAY_MIX and any(one.dim() and not isinstance(one, _OnSecondDevice) for one in given):
         raise RuntimeError(f"{func} mixes tensors of {NAME} with the CPU's")
     CALLS[name] += bool(ours)
-    asked = [one.type == NAME for one in leaves if isinstance(one, torch.device)]
-    args, kwargs = tree_map(_on_host, (args, kwargs))
     with torch.inference_mode(False), torch.no_grad():
-        results = func(*args, **kwargs)
+        results = _histogram(*on_host, **named) if name == "histc" else func(*on_host, **named)
         if name == "copy_":
             return given[0]
-        return tree_map(partial(_placed, here=asked[0] if asked else bool(ours), ours=ours), results)
+        return _placed(results, here=asked[0] if asked else bool(ours), ours=ours)
 
 
-def _on_host(argument: Any) -> Any:
+def _histogram(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Of integers too, as on a GPU: a mixture of experts counts its tokens so."""
+    return torch.histc(tensor.double(), *args, **kwargs).to(tensor.dtype)
+
+
+def _on_host(argument: Any, given: list[torch.Tensor], asked: list[bool]) -> Any:
+    """The argument for the CPU. Adds its tensors to `given`, and for a device whether it is ours to `asked`: by hand,
+    since torch's own trees took two thirds of an operator's time."""
+    if isinstance(argument, torch.Tensor):
+        given.append(argument)
+        return argument.host if isinstance(argument, _OnSecondDevice) else argument
+    if isinstance(argument, (list, tuple)):
+        return [_on_host(one, given, asked) for one in argument]
     if isinstance(argument, torch.device):
+        asked.append(argument.type == NAME)
         return torch.device("cpu")
-    return argument.host if isinstance(argument, _OnSecondDevice) else argument
+    return argument
 
 
 def _placed(result: Any, *, here: bool, ours: Mapping[int, torch.Tensor]) -> Any:
-    """A result on the device where it belongs. What an operator changed in place keeps its tensor."""
-    if not isinstance(result, torch.Tensor):
-        return result
-    if here:
-        return ours[id(result)] if id(result) in ours else _OnSecondDevice(result)
-    return result.clone() if id(result) in ours else result
+    """Results on the device where they belong. What an operator changed in place keeps its tensor."""
+    if isinstance(result, torch.Tensor):
+        if here:
+            return ours[id(result)] if id(result) in ours else _OnSecondDevice(result)
+        return result.clone() if id(result) in ours else result
+    if isinstance(result, (list, tuple)):
+        return type(result)(_placed(one, here=here, ours=ours) for one in result)
+    return result
 
 
 class NoArithmeticOnCpu(TorchDispatchMode):

@@ -85,6 +85,12 @@ def torch_threads(count: int) -> Generator[None]:
                 _asked.clear()
 
 
+def most_threads() -> int:
+    """How many threads an operator uses outside of `torch_threads`: the cores, or fewer if OMP_NUM_THREADS says so."""
+    with _ASKING:
+        return _asked[0] if _asked else torch.get_num_threads()
+
+
 def execution_device(model: torch.nn.Module) -> torch.device:
     """The device of a model's input: that of its first parameter in memory, not left on disk."""
     return next((one.device for one in model.parameters() if not one.is_meta), torch.device("cpu"))

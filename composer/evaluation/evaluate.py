@@ -1,7 +1,9 @@
 """Suites turned into scores of a base with adapters active, example by example."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 
 from composer.errors import Mismatch
@@ -20,7 +22,8 @@ from composer.evaluation.measure import (
 )
 from composer.evaluation.model import LoadedModel
 from composer.evaluation.prefix import Prefix
-from composer.evaluation.scorers.scorer import checked_score, scorer_named
+from composer.evaluation.scorers.process import open_scorer
+from composer.evaluation.scorers.scorer import NO_PYTHON, PythonScorers, Scorer, checked_score
 from composer.formats.recipes.suite import Example, Suite
 from composer.formats.recipes.tasks import LikelihoodSettings, ScorerChoice
 
@@ -67,6 +70,7 @@ class Result:
 Keep = Callable[[Mapping[int, Result]], None]
 """Called with results by the indices of their examples, as batches end. An exception from it ends the pass."""
 _Run = Callable[[Sequence[int]], Sequence[Result]]
+_Open = Callable[[ScorerChoice], Scorer]
 
 
 def evaluate(
@@ -74,7 +78,7 @@ def evaluate(
     suite: Suite,
     deltas: Deltas = (),
     examples: Sequence[Example] | None = None,
-    scorers: Collection[str] = (),
+    scorers: PythonScorers = NO_PYTHON,
     keep: Keep | None = None,
 ) -> list[Score]:
     """The suite's scores with `deltas` active, of all its examples or of these; see `examine` and `scores`."""
@@ -86,18 +90,17 @@ def examine(
     suite: Suite,
     deltas: Deltas = (),
     examples: Sequence[Example] | None = None,
-    scorers: Collection[str] = (),
+    scorers: PythonScorers = NO_PYTHON,
     keep: Keep | None = None,
 ) -> list[Result]:
     """The result of each example, in order, with `deltas` active. `scorers` are the Python scorers that may be used.
 
     Every task has the loss of the reference completion. The score is 1 if greedy decoding reproduces the completion; if
     its scorer says so of a generated answer; or if the completion is the likeliest choice. What shares a batch does not
-    change a result, up to float rounding. Raises what `encode` and `scorer_named` raise, before the first pass.
+    change a result, up to float rounding. Raises what `encode` and `open_scorer` raise, before the first pass.
     """
     asked = suite.examples if examples is None else examples
     prepare = {"generation": _generation, "multiple_choice": _choices}.get(suite.task, _teacher_forced)
-    batches, run = prepare(loaded, suite, asked, scorers)
     results: dict[int, Result] = {}
 
     def done(batch: Sequence[int], ended: Sequence[Result]) -> None:
@@ -106,7 +109,11 @@ def examine(
         if keep:
             keep(new)
 
-    run_batches(loaded, deltas, batches, run, done)
+    with ExitStack() as until_done:
+        batches, run = prepare(
+            loaded, suite, asked, lambda chosen: until_done.enter_context(open_scorer(chosen, scorers))
+        )
+        run_batches(loaded, deltas, batches, run, done)
     return [results[index] for index in range(len(asked))]
 
 
@@ -133,7 +140,7 @@ def scores(suite: Suite, results: Sequence[Result]) -> list[Score]:
 
 
 def _teacher_forced(
-    loaded: LoadedModel, suite: Suite, examples: Sequence[Example], _scorers: Collection[str]
+    loaded: LoadedModel, suite: Suite, examples: Sequence[Example], _open: _Open
 ) -> tuple[list[list[int]], _Run]:
     prefix, rest = split_prefix(loaded, [encode(loaded, one, suite.chat, suite.ends) for one in examples])
 
@@ -145,10 +152,10 @@ def _teacher_forced(
 
 
 def _generation(
-    loaded: LoadedModel, suite: Suite, examples: Sequence[Example], scorers: Collection[str]
+    loaded: LoadedModel, suite: Suite, examples: Sequence[Example], open_one: _Open
 ) -> tuple[list[list[int]], _Run]:
     chosen, settings = suite.scoring or ScorerChoice(name="match"), suite.generation
-    scorer = scorer_named(chosen, scorers)
+    scorer = open_one(chosen)
     encoded = [encode(loaded, one, suite.chat, suite.ends) for one in examples]
     prompts = [encode_for_generation(loaded, one.prompt, suite.chat, settings) for one in examples]
 
@@ -159,7 +166,7 @@ def _generation(
             Result(
                 one.nats,
                 one.tokens,
-                checked_score(scorer, chosen.name, answer.text, examples[index]),
+                checked_score(scorer, chosen.name, answer.text, examples[index], partial(_named, suite)),
                 answer.text,
                 answer.cut,
             )
@@ -169,8 +176,13 @@ def _generation(
     return generation_batches(loaded, prompts, settings), run
 
 
+def _named(suite: Suite, example: Example) -> str:
+    """An example, by its number in the suite."""
+    return f"example {suite.examples.index(example) + 1} of {suite.name} ({example.prompt[:60]!r})"
+
+
 def _choices(
-    loaded: LoadedModel, suite: Suite, examples: Sequence[Example], _scorers: Collection[str]
+    loaded: LoadedModel, suite: Suite, examples: Sequence[Example], _open: _Open
 ) -> tuple[list[list[int]], _Run]:
     per = LikelihoodSettings(**(suite.scoring.settings if suite.scoring else {})).per
     encoded = [

@@ -17,9 +17,10 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from composer.errors import ComposerError, Interrupted, InvalidFile, Mismatch
+from composer.errors import ComposerError, Interrupted, InvalidFile, Mismatch, NotSupported
 from composer.evaluation.evaluate import MAX_ANSWER_CHARS, Score
 from composer.evaluation.hooks import Deltas, deltas_applied
+from composer.evaluation.measure import no_chat_template
 from composer.formats.recipes.elsewhere import Documents, HarnessTask, HarnessVersion
 from composer.formats.recipes.suite import METRIC, NAME
 
@@ -33,6 +34,7 @@ SEEDS = (0, 1234)
 BOOTSTRAPS = 1_000
 _ELSEWHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata", "tag", "task_alias", "custom_dataset")
 """Fields of a configuration that say where documents come from, which are identified by their content, and labels."""
+_IDENTITY = ("harness", "config", "documents")
 _UNFIT = re.compile(r"[^a-z0-9_]+")
 _NUMBERS = re.compile(r"\d{1,9}")
 
@@ -40,11 +42,29 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """How documents are asked: after `num_fewshot` examples, by default the task's own number, and with `chat` in the
+    turns of the base's chat template. The harness keeps a task's own number if it is 0."""
+
+    num_fewshot: int | None = None
+    chat: bool = False
+
+    @property
+    def config(self) -> Json:
+        """What it adds to the content of a suite."""
+        return {"apply_chat_template": True} if self.chat else {}
+
+
+PLAINLY = Asked()
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedTask:
-    """A task that the harness has loaded, and the suite that it is."""
+    """A task that the harness has loaded, how it is asked, and the suite that it is."""
 
     suite: HarnessTask
     task: Any
+    chat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +105,27 @@ def source() -> str:
     return f"{HARNESS} {version(HARNESS)}"
 
 
-def load_tasks(names: Sequence[str], directory: Path | None = None) -> Plan:
+def load_suite(suite: HarnessTask, directory: Path | None = None) -> Plan:
+    """Loads the task or the group that a suite was made of, as `load_tasks`. Raises NotSupported if that has other
+    content here: another version of the harness, other documents or another configuration."""
+    name = suite.config.get("group", suite.config.get("task"))
+    asked = Asked(suite.config.get("num_fewshot"), bool(suite.config.get("apply_chat_template")))
+    plan = load_tasks([str(name)], directory, asked)
+    here = next((one for one in plan.suites if one.name == suite.name), None)
+    if here is None or here.digest != suite.digest:
+        differs = [one for one in _IDENTITY if here is not None and getattr(here, one) != getattr(suite, one)]
+        why = f": {' and '.join(differs)} differ" if differs else ""
+        raise NotSupported(
+            "harness_differs",
+            f"{suite.name} was recorded with {suite.harness.name} {suite.harness.version}; here {source()} makes other "
+            f"content of it{why}.",
+            subject=suite.name,
+            next_step="Install the same version where workers run, with the same data; or record the task again.",
+        )
+    return plan
+
+
+def load_tasks(names: Sequence[str], directory: Path | None = None, asked: Asked = PLAINLY) -> Plan:
     """Loads tasks and groups by name: those that come with the harness or, with `directory`, those of the YAML files in
     it, whose `!function` runs code of that directory.
 
@@ -111,10 +151,10 @@ def load_tasks(names: Sequence[str], directory: Path | None = None) -> Plan:
         loaded = _loaded(manager, name)
         for own, task in loaded["tasks"].items():
             if own not in tasks:
-                tasks[own] = _task(own, task)
+                tasks[own] = _task(own, task, asked)
         for own, group in loaded.get("groups", {}).items():
             if group.has_aggregation and own not in groups:
-                groups[own] = _group(own, group, tasks)
+                groups[own] = _group(own, group, tasks, asked)
     if len(tasks) > MAX_TASKS:
         message = f"{', '.join(names)} are {len(tasks)} tasks, and at most {MAX_TASKS} are run at once."
         raise Mismatch("harness_task_unusable", message, subject=names[0], next_step="Name fewer.")
@@ -140,9 +180,17 @@ def run_task(
     torch.manual_seed(SEEDS[1])
     model.journal, model.progress = journal, progress
     name = loaded.task.task_name
+    if loaded.chat and model.tokenizer.chat_template is None:
+        raise no_chat_template(loaded.suite.name)
     with deltas_applied(model.model, deltas), redirect_stdout(sys.stderr), _translated(loaded.suite.name, "run"):
         results: Any = evaluate(
-            model, {"tasks": {name: loaded.task}}, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True
+            model,
+            {"tasks": {name: loaded.task}},
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=True,
+            apply_chat_template=loaded.chat,
+            fewshot_as_multiturn=loaded.chat,  # the default of `lm-eval run`
         )
     outcome = _outcome(loaded.suite, results["results"][name], loaded.task.higher_is_better())
     _add_examples(outcome, loaded.task, results["samples"][name])
@@ -181,40 +229,46 @@ def _loaded(manager: Any, name: str) -> Any:
         return manager.load([name])
 
 
-def _task(name: str, task: Any) -> LoadedTask:
-    if task.get_config("num_fewshot") is None:
-        task.set_config(key="num_fewshot", value=0)
+def _task(name: str, task: Any, asked: Asked) -> LoadedTask:
+    stated = task.get_config("num_fewshot")
+    own = stated or 0
+    shots = own if asked.num_fewshot is None or stated == 0 else asked.num_fewshot
+    task.set_config(key="num_fewshot", value=shots)
     task.set_fewshot_seed(seed=SEEDS[1])
     with redirect_stdout(sys.stderr), _translated(name, "load"):
         config = {key: own for key, own in task.dump_config().items() if key not in _ELSEWHERE}
         documents = _documents(task.eval_docs)
         if task.get_config("num_fewshot"):
             config["fewshot_documents"] = _documents(task.fewshot_docs() or []).sha256
-        config = json.loads(json.dumps(config, sort_keys=True, default=_name_of))
+        config = json.loads(json.dumps(config | asked.config, sort_keys=True, default=_name_of))
     filters = [ensemble.name for ensemble in getattr(task, "_filters", [])] or ["none"]
     pairs = [(metric, one) for metric in task.higher_is_better() for one in filters]
-    return LoadedTask(_suite(name, task.VERSION, config, documents, task.higher_is_better(), pairs), task)
+    label = _label(task.VERSION, shots if shots != own else None, chat=asked.chat)
+    return LoadedTask(_suite(name, label, config, documents, task.higher_is_better(), pairs), task, asked.chat)
 
 
-def _group(name: str, group: Any, tasks: Mapping[str, LoadedTask]) -> LoadedGroup:
+def _group(name: str, group: Any, tasks: Mapping[str, LoadedTask], asked: Asked) -> LoadedGroup:
     members = tuple(task.task_name for task in group.get_all_tasks())
     own = {member: tasks[member].suite.digest for member in members}
     counts = sum(tasks[member].suite.count for member in members)
     digest = sha256("".join(tasks[member].suite.documents.sha256 for member in members).encode()).hexdigest()
     aggregated = json.loads(json.dumps(group.aggregate_metric_list, sort_keys=True, default=_fields_of))
-    config = {"group": name, "members": own, "aggregate": aggregated}
+    config: Json = {"group": name, "members": own, "aggregate": aggregated} | asked.config
+    if asked.num_fewshot is not None:
+        config["num_fewshot"] = asked.num_fewshot
     directions: dict[str, bool] = {}
     pairs: dict[tuple[str, str], None] = {}
     for member in members:
         directions |= tasks[member].task.higher_is_better()
         pairs |= {(metric, ensemble.name): None for metric in directions for ensemble in tasks[member].task._filters}
     documents = Documents(count=counts, sha256=digest)
-    return LoadedGroup(_suite(name, group.version, config, documents, directions, list(pairs)), group, members)
+    label = _label(group.version, asked.num_fewshot, chat=asked.chat)
+    return LoadedGroup(_suite(name, label, config, documents, directions, list(pairs)), group, members)
 
 
 def _suite(
     name: str,
-    task_version: object,
+    label: str,
     config: Json,
     documents: Documents,
     directions: Mapping[str, Any],
@@ -225,13 +279,12 @@ def _suite(
         for pair in pairs
         if directions[pair[0]] is not None
     }
-    harness = version(HARNESS)
     return HarnessTask.model_validate(
         {
             "name": _suite_name(name),
-            "version": _label(task_version, harness),
+            "version": label,
             "task": "harness",
-            "harness": HarnessVersion(name=HARNESS, version=harness),
+            "harness": HarnessVersion(name=HARNESS, version=version(HARNESS)),
             "config": config,
             "documents": documents,
             "metrics": {metric: better for metric, better in stated.items() if metric not in ("nll", "accuracy")},
@@ -250,11 +303,13 @@ def _suite_name(name: str) -> str:
     return text
 
 
-def _label(task_version: object, harness: str) -> str:
-    """A semantic version: the task's, as far as it is one, with that of the harness as its pre-release."""
+def _label(task_version: object, shots: int | None, *, chat: bool) -> str:
+    """A semantic version: the task's, as far as it is one, with that of the harness as its pre-release, and how it is
+    asked if that is not the task's own way."""
     numbers = [str(int(one)) for one in _NUMBERS.findall(str(task_version))][:3] if task_version is not None else []
-    build = ".".join(re.sub(r"[^0-9A-Za-z-]", "-", part) for part in harness.split(".") if part)
-    return f"{'.'.join([*numbers, '0', '0', '0'][:3])}-{HARNESS}.{build}"
+    build = ".".join(re.sub(r"[^0-9A-Za-z-]", "-", part) for part in version(HARNESS).split(".") if part)
+    how = (f".{shots}-shot" if shots is not None else "") + (".chat" if chat else "")
+    return f"{'.'.join([*numbers, '0', '0', '0'][:3])}-{HARNESS}.{build}{how}"
 
 
 def _documents(documents: Iterable[Any]) -> Documents:

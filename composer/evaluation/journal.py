@@ -9,6 +9,7 @@ from typing import Any
 from composer.evaluation.evaluate import Result, examine
 from composer.evaluation.hooks import Deltas
 from composer.evaluation.model import LoadedModel
+from composer.evaluation.scorers.scorer import NO_PYTHON, PythonScorers
 from composer.formats.recipes.suite import Example, Suite
 
 
@@ -70,7 +71,7 @@ def examine_rest(
     suite: Suite,
     examples: Collection[Example],
     journal: ResultJournal,
-    scorers: Collection[str] = (),
+    scorers: PythonScorers = NO_PYTHON,
     progress: Callable[[int], None] = lambda _count: None,
 ) -> list[Result]:
     """As `examine`, without the examples that the journal has. `model` is called if any is missing, for the base and

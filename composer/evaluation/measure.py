@@ -1,7 +1,6 @@
 """Encodes examples as token ids and runs teacher-forced passes over them. Shapes: B batch, T tokens, V vocabulary."""
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from composer.deltas.tensors import torch_threads
+from composer.deltas.tensors import most_threads, torch_threads
 from composer.errors import Mismatch
 from composer.evaluation.hooks import Deltas, deltas_applied
 from composer.evaluation.model import LoadedModel
@@ -97,6 +96,15 @@ def _eos(loaded: LoadedModel) -> int:
     return eos
 
 
+def no_chat_template(suite: str) -> Mismatch:
+    return Mismatch(
+        "no_chat_template",
+        f"{suite} is a chat suite, and the base's tokenizer has no chat template.",
+        subject="tokenizer",
+        next_step="Set `chat: false` in the suite, or register the instruction-tuned base.",
+    )
+
+
 def encode_prompt(loaded: LoadedModel, prompt: str, chat: bool) -> list[int]:
     """The prompt's token ids, at least one. Raises Mismatch for `chat` without a chat template, and for a prompt longer
     than the model's context."""
@@ -104,12 +112,7 @@ def encode_prompt(loaded: LoadedModel, prompt: str, chat: bool) -> list[int]:
     if not chat:
         ids = tokenizer(prompt)["input_ids"]
     elif tokenizer.chat_template is None:
-        raise Mismatch(
-            "no_chat_template",
-            "The suite is a chat suite, and the base's tokenizer has no chat template.",
-            subject="tokenizer",
-            next_step="Set `chat: false` in the suite, or register the instruction-tuned base.",
-        )
+        raise no_chat_template("The suite")
     else:
         turn = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -169,7 +172,7 @@ def run_batches(
     workers = max(1, min(loaded.passes, len(batches)))
     with (
         deltas_applied(loaded.model, deltas),
-        torch_threads(max(1, (os.cpu_count() or 1) // workers)),
+        torch_threads(max(1, most_threads() // workers)),
         ThreadPoolExecutor(workers, "measure") as pool,
     ):
         results = pool.map(run, batches)
@@ -181,9 +184,13 @@ def run_batches(
 
 
 def spread_batches(loaded: LoadedModel, encoded: Sequence[Encoded], batch_tokens: int | None = None) -> list[list[int]]:
-    """Batches for all cores: a few examples are spread too, since one batch over all cores would wait at barriers."""
-    total = sum(len(one.ids) for one in encoded)
-    return list(batches_of(encoded, min(batch_tokens or loaded.batch_tokens, total // loaded.passes + 1)))
+    """Batches for all cores: a few examples are spread too, since one batch over all cores would wait at barriers. They
+    become one batch a core where they can: with a third batch on two cores, one core waits."""
+    most = batch_tokens or loaded.batch_tokens
+    limit = min(most, sum(len(one.ids) for one in encoded) // loaded.passes + 1)
+    while len(batches := list(batches_of(encoded, limit))) > loaded.passes and limit < most:
+        limit = min(most, limit + limit // 8 + 1)
+    return batches
 
 
 def batches_of(encoded: Sequence[Encoded], limit: int) -> Iterator[list[int]]:

@@ -4,7 +4,6 @@ Shapes: B examples of P positions in a batch, N selected tokens.
 """
 
 import inspect
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from composer.deltas.tensors import torch_threads
+from composer.deltas.tensors import most_threads, torch_threads
 from composer.errors import NotSupported
 from composer.evaluation.hooks import Deltas, deltas_applied
 from composer.evaluation.measure import Encoded, batches_of, padded
@@ -74,7 +73,7 @@ def observe(
         # What one pass costs beside its tokens is reading the weights: from memory, next to nothing.
         batches = batches_of(examples, loaded.batch_tokens if loaded.streamed else 1)
         workers = max(1, min(loaded.passes, len(examples)))
-        undo.enter_context(torch_threads(max(1, (os.cpu_count() or 1) // workers)))
+        undo.enter_context(torch_threads(max(1, most_threads() // workers)))
         pool = undo.enter_context(ThreadPoolExecutor(workers, "observe"))
         heads = any(is_head(path) for path in watches)
         list(pool.map(lambda batch: _run(loaded, batch, examples, looked_at, with_head=heads), batches))

@@ -7,14 +7,14 @@ from urllib.parse import quote
 
 import typer
 
-from registry.cli import complete, render
-from registry.cli.connect import Connection, connected
+from registry.cli import complete, queued_evaluation, render
+from registry.cli.connect import connected
 from registry.cli.groups import Commands
 from registry.cli.interrupt import interrupts
 from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
 from registry.cli.render import JsonFlag
-from registry.error_codes import of_row
 from registry.errors import NotAllowed, Usage
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
@@ -149,9 +149,9 @@ def upgrade(
             with connection.worker():
                 document = _followed(connection, document)
     render.document(document, json, lambda: _show_upgrade(document))
-    if document["error"] is not None:
+    if wait and (error := queued_evaluation.error_of(document)):
         # Not raised: with --json, stdout has the report, and a second document would break its readers.
-        raise typer.Exit(render.fail(of_row(document["error"]), as_json=False))
+        raise typer.Exit(render.fail(error, as_json=False))
 
 
 def _successor(connection: Connection, old: str) -> str:

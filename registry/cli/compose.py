@@ -11,11 +11,12 @@ import typer
 from composer.formats.untrusted import read_text
 from registry.cli import complete, render
 from registry.cli import optimize as optimizing
-from registry.cli.connect import Connection, connected
+from registry.cli.connect import connected
 from registry.cli.interrupt import interrupts
 from registry.cli.render import JsonFlag
-from registry.error_codes import of_row
+from registry.error_families import of_row
 from registry.errors import Refused, RegistryError, Usage
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.findings import Verdict

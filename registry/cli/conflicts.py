@@ -15,11 +15,12 @@ from registry.cli import complete, render
 from registry.cli import optimize as optimizing
 from registry.cli.calibration import calibration_of
 from registry.cli.compose import Method, Require, Rules, Settings, required, settings_of, with_rules
-from registry.cli.connect import Connection, base_checkpoint, connected, release_directory, resolved
+from registry.cli.connect import base_checkpoint, connected, release_directory, resolved
 from registry.cli.idle import refuse_idle
 from registry.cli.quality import BaseDir, Device, fetch_suite
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.conflicts.examine import Evidence
@@ -118,7 +119,9 @@ def conflicts(  # noqa: PLR0913
             idle = {"--probe": probe, "--prompts": prompts, "--html": html, "--require": require, "--explain": explain}
             refuse_idle(idle, "with --optimize, which measures on examples of its own", "Leave one of the two out.")
             evidence = group.evidence(suite or [], guard or [], (SEARCH, None), None, device)
-            optimizing.run(evidence, group.load(), given, settings, rules, json=json)
+            content = f"{group.content()} {device}"
+            weighted = list(zip(group.load(), given, strict=True))
+            optimizing.run(evidence, weighted, settings, rules, content=content, json=json)
             return
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), prompts, device)
         report = _examined(group, given, settings, evidence, rules)
@@ -246,6 +249,19 @@ class _Group:
             replace(load_deltas(directory, architecture), name=name)
             for directory, name in zip(directories, self.names, strict=True)
         ]
+
+    def content(self) -> str:
+        """Names the contents of the base and the adapters by their digests."""
+        from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
+        from composer.formats.checkpoints.checkpoint import open_checkpoint
+        from composer.formats.checkpoints.hashing import hash_checkpoint, hash_file
+
+        adapters = [
+            release["commit"] if release else [hash_file(Path(name) / file) for file in (CONFIG_FILE, WEIGHTS_FILE)]
+            for name, release in zip(self.names, self.releases, strict=True)
+        ]
+        base = self.base["digest"] if self.base else hash_checkpoint(open_checkpoint(self._directory)).weights_digest
+        return f"{base} {adapters}"
 
     def evidence(
         self, own: list[str], guards: list[str], effort: tuple[int, int | None], prompts: Path | None, device: str

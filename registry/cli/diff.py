@@ -9,11 +9,12 @@ import typer
 
 from composer.formats.untrusted import cut
 from registry.cli import complete, render
-from registry.cli.connect import Connection, connected, release_directory
+from registry.cli.connect import connected, release_directory
 from registry.cli.quality import release_or_base
 from registry.cli.render import JsonFlag
-from registry.error_codes import refuse_errors
+from registry.error_families import refuse_errors
 from registry.errors import NotFound, Usage
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.formats.adapters.compare import Comparison

@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from composer.errors import ComposerError
 from registry.cli import complete, queued_evaluation, render
 from registry.cli import harness as harnesses
-from registry.cli.connect import Connection, base_checkpoint, connected, release_directory
-from registry.cli.harness import HarnessChoice
+from registry.cli.connect import base_checkpoint, connected, release_directory
+from registry.cli.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
 from registry.cli.idle import refuse_idle
 from registry.cli.quality import BaseDir, Device, Subject, fetch_suite, release_or_base
 from registry.cli.render import JsonFlag
-from registry.errors import Usage
+from registry.error_codes import RETRYABLE
+from registry.error_families import of_composer
+from registry.errors import RegistryError, Usage
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
@@ -51,18 +55,10 @@ def evaluate(  # noqa: PLR0913
         list[str] | None,
         typer.Option("--suite", help="Name of a suite, or NAME@VERSION. Repeatable.", autocompletion=complete.suites),
     ] = None,
-    harness: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TASK[,TASK]",
-            help="Tasks or groups of lm-evaluation-harness (extra `eval`). Repeatable.",
-            autocompletion=complete.harness_tasks,
-        ),
-    ] = None,
-    harness_path: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Run tasks of the YAML files in DIR, and the code that they name."),
-    ] = None,
+    harness: TaskNames = None,
+    harness_path: TaskDirectory = None,
+    num_fewshot: NumFewshot = None,
+    apply_chat_template: ChatTemplate = False,
     device: Device = "auto",
     base_dir: BaseDir = None,
     limit: Annotated[
@@ -79,27 +75,32 @@ def evaluate(  # noqa: PLR0913
     Each base is loaded once for all its adapters. An interrupted run, started again, continues at the example where it
     stopped.
     """
-    choice = HarnessChoice([name for text in harness or () for name in text.split(",") if name], harness_path, limit)
+    names = [name for text in harness or () for name in text.split(",") if name]
+    choice = HarnessChoice(names, harness_path, limit, num_fewshot, apply_chat_template)
+    choice.refuse_idle(_HELP)
     if not suite and not choice.names:
         raise Usage("nothing_to_run", "Nothing is to be run.", next_step="Add --suite NAME or --harness TASK.")
     if queue:
         local = {"--device": device != "auto", "--base-dir": base_dir, "--limit": limit}
         why = "with --queue: a worker measures all examples on its own machine"
-        refuse_idle({"--harness": harness, "--harness-path": harness_path, **local}, why, _HELP)
-        _queue(what, suite or [], wait=wait, json=json)
+        refuse_idle(local, why, _HELP)
+        _queue(what, suite or [], choice, wait=wait, json=json)
         return
     refuse_idle({"--no-wait": not wait}, "without --queue", _HELP)
-    refuse_idle({"--harness-path": harness_path and not choice.names}, "without --harness", _HELP)
-    rows = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, _Where(device, base_dir))
+    where = _Where(device, base_dir)
+    rows, failed = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, where)
     documents = [{"subject": name, "recorded": limit is None, "scores": scores} for name, scores in rows.items()]
     document = documents[0] if len(documents) == 1 else {"items": documents, "next": None}
     render.document(document, json, lambda: _show(documents))
+    if failed:
+        # Not raised: with --json, stdout has the scores, and a second document would break its readers.
+        raise typer.Exit(render.fail(failed, as_json=False))
 
 
 def _evaluated(
     what: Sequence[str], suite_names: Sequence[str], choice: HarnessChoice, where: "_Where"
-) -> dict[str, list[Json]]:
-    """The scores by subject: of the suites, then of the harness' tasks."""
+) -> tuple[dict[str, list[Json]], RegistryError | None]:
+    """The scores by subject: of the suites, then of the harness' tasks; and why some could not be measured."""
     from registry.transfer.collect import sweep_journals
 
     with connected() as connection:
@@ -110,21 +111,22 @@ def _evaluated(
         tasks = [_task(connection, subject, one, choice.limit) for subject in subjects for one in suites]
         unmeasured = [task.subject for task in tasks if task.journal.missing(task.examples)]
         models = _Models(connection, subjects if plan else unmeasured, where)
-        rows = {name: list[Json]() for name in what} | _run(connection, tasks, models, recorded=choice.recorded)
+        done, failed = _run(connection, tasks, models, recorded=choice.recorded)
+        rows = {name: list[Json]() for name in what} | done
         for task in tasks:
             task.journal.discard()
         if plan:
             last = sorted(subjects, key=lambda subject: subject.weights, reverse=True)  # what is in memory comes first
             scored = harnesses.evaluate(connection, choice, plan, last, models.of)
             rows = {name: [*own, *scored[name]] for name, own in rows.items()}
-    return rows
+    return rows, failed
 
 
-def _queue(what: Sequence[str], suites: Sequence[str], *, wait: bool, json: bool) -> None:
+def _queue(what: Sequence[str], suites: Sequence[str], choice: HarnessChoice, *, wait: bool, json: bool) -> None:
     with connected() as connection:
-        document = queued_evaluation.queue(
-            connection, list(dict.fromkeys(what)), list(dict.fromkeys(suites)), wait=wait
-        )
+        registered = harnesses.register(connection, harnesses.load(choice)) if choice.names else []
+        on = list(dict.fromkeys([*suites, *registered]))
+        document = queued_evaluation.queue(connection, list(dict.fromkeys(what)), on, wait=wait)
     render.document(document, json, lambda: queued_evaluation.show(document))
     if wait and (error := queued_evaluation.error_of(document)):
         # Not raised: with --json, stdout has the report, and a second document would break its readers.
@@ -141,33 +143,62 @@ class _Where:
 
 def _task(connection: Connection, subject: Subject, suite: "Suite", limit: int | None) -> Task:
     from composer.evaluation.journal import ResultJournal
-    from composer.evaluation.scorers.scorer import scorer_named
+    from composer.evaluation.scorers.process import open_scorer
     from registry.transfer.collect import evaluation_journal
 
     if suite.task == "generation" and suite.scoring:
-        scorer_named(suite.scoring, connection.settings.enabled_scorers)  # before anything is fetched and measured
+        with open_scorer(suite.scoring, connection.settings.enabled_scorers):  # before anything is fetched and measured
+            pass
     identity = f"{subject.identity} {suite.digest}"
     journal = ResultJournal(evaluation_journal(connection.settings, identity), identity)
     return Task(subject, suite, suite.sample(limit), journal)
 
 
-def _run(connection: Connection, tasks: Sequence[Task], models: "_Models", *, recorded: bool) -> dict[str, list[Json]]:
-    """The scores by subject. Records those of each task as it ends. Everything is fetched before the first pass."""
+def _run(
+    connection: Connection, tasks: Sequence[Task], models: "_Models", *, recorded: bool
+) -> tuple[dict[str, list[Json]], RegistryError | None]:
+    """The scores by subject, and the first error. Records the scores of each task as it ends. Everything is fetched
+    before the first pass.
+
+    A task that fails does not keep the others from being measured. Raises the error if it is the only task.
+    """
     left = sum(len(task.journal.missing(task.examples)) for task in tasks)
     known = sum(len(set(task.examples)) for task in tasks) - left
     if known:
         render.say(f"resumed: {known} of {known + left} examples were measured before")
     rows: dict[str, list[Json]] = {task.subject.name: [] for task in tasks}
+    failed: list[tuple[Task, ComposerError]] = []
     label = f"eval {next(iter(rows))}" if len(rows) == 1 else f"eval {len(rows)} subjects"
     with render.progress(label, left, "examples") as done:
         for task in sorted(tasks, key=lambda task: task.subject.weights):
-            measured, results = _measured(connection, task, models, done)
+            try:
+                measured, results = _measured(connection, task, models, done)
+            except ComposerError as error:
+                if error.code in RETRYABLE:
+                    raise
+                task.journal.discard()  # a scorer that was corrected scores all answers again
+                if len(tasks) == 1:
+                    raise
+                failed.append((task, error))
+                continue
             scores = [score.to_json() for score in measured]
             if recorded:
                 examples = {"suite_digest": task.suite.digest, "examples": [one.to_json() for one in results]}
                 task.subject.record(connection, scores, [examples])
             rows[task.subject.name] += scores
-    return rows
+    return rows, _first(failed, len(tasks))
+
+
+def _first(failed: "Sequence[tuple[Task, ComposerError]]", count: int) -> RegistryError | None:
+    """The first error, with the release and the suite that it is about."""
+    if not failed:
+        return None
+    task, first = failed[0]
+    error = of_composer(first)
+    error.detail = (
+        f"{task.subject.name} on {task.suite.name}: {error.detail} {len(failed)} of {count} could not be measured."
+    )
+    return error
 
 
 class _Models:

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from registry.cli import render
-from registry.cli.connect import Connection
+import typer
+
+from registry.cli import complete, render
+from registry.cli.idle import refuse_idle
 from registry.errors import Conflict
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
@@ -20,14 +23,48 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 
+TaskNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--harness",
+        metavar="TASK[,TASK]",
+        help="Tasks or groups of lm-evaluation-harness (extra `eval`). Repeatable.",
+        autocompletion=complete.harness_tasks,
+    ),
+]
+TaskDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        "--harness-path", metavar="DIR", help="Run tasks of the YAML files in DIR, and the code that they name."
+    ),
+]
+NumFewshot = Annotated[
+    int | None,
+    typer.Option(
+        "--num-fewshot", metavar="N", min=0, help="Ask --harness tasks after N examples, instead of their own number."
+    ),
+]
+ChatTemplate = Annotated[
+    bool, typer.Option("--apply-chat-template", help="Ask --harness tasks in turns of the base's chat template.")
+]
+
+
 @dataclass(frozen=True, slots=True)
 class HarnessChoice:
     """The tasks to run, by name, from a directory of YAML files or those of the harness; `limit` is the maximum number
-    of documents."""
+    of documents. `num_fewshot` and `chat` say how they are asked."""
 
     names: Sequence[str]
     directory: Path | None = None
     limit: int | None = None
+    num_fewshot: int | None = None
+    chat: bool = False
+
+    def refuse_idle(self, next_step: str) -> None:
+        """Raises Usage for options that say how tasks are run, if there are none."""
+        options = {"--harness-path": self.directory, "--num-fewshot": self.num_fewshot is not None}
+        if not self.names:
+            refuse_idle(options | {"--apply-chat-template": self.chat}, "without --harness", next_step)
 
     @property
     def recorded(self) -> bool:
@@ -38,10 +75,10 @@ def load(choice: HarnessChoice) -> "Plan":
     """Loads the tasks, before anything is fetched and measured."""
     import logging
 
-    from composer.evaluation.harness import load_tasks
+    from composer.evaluation.harness import Asked, load_tasks
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return load_tasks(choice.names, choice.directory)
+    return load_tasks(choice.names, choice.directory, Asked(choice.num_fewshot, choice.chat))
 
 
 def evaluate(
@@ -54,8 +91,7 @@ def evaluate(
     """The scores by subject. Records those of each task as it ends; an interrupted run resumes at the request where it
     stopped."""
     if choice.recorded:
-        for suite in plan.suites:
-            _register(connection, suite)
+        register(connection, plan)
     runs = [_Run(connection, choice, plan, subject, model_of) for subject in subjects]
     scores = {run.subject.name: run.scores() for run in runs}
     for run in runs:
@@ -119,6 +155,13 @@ class _Run:
             results = {"suite_digest": suite.digest, "metric": outcome.metric, "examples": outcome.examples}
             self.subject.record(self.connection, rows, [results] if outcome.examples else [])
         return rows
+
+
+def register(connection: Connection, plan: "Plan") -> list[str]:
+    """Registers the tasks and groups as suites; returns their digests."""
+    for suite in plan.suites:
+        _register(connection, suite)
+    return [suite.digest for suite in plan.suites]
 
 
 def _register(connection: Connection, suite: "HarnessTask") -> None:

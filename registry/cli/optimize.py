@@ -20,32 +20,38 @@ Json = Mapping[str, Any]
 
 def run(
     evidence: "Evidence",
-    adapters: "Sequence[LoadedAdapter]",
-    weights: "Sequence[Weight]",
+    weighted: "Sequence[tuple[LoadedAdapter, Weight]]",
     method: "AnySettings",
     policy: "Policy",
     *,
+    content: str,
     json: bool,
 ) -> None:
-    """Searches, with the given method among the candidates, and shows the report. Exits 1 if nothing fits."""
+    """Searches, with the given method among the candidates, and shows the report. Exits 1 if nothing fits.
+
+    `content` names the contents of the base and the adapters: a search of the same resumes where one was interrupted.
+    """
     from composer.optimize.candidates import Candidate
     from composer.optimize.optimize import expected_passes, optimize
     from composer.optimize.problem import Member, Problem
     from composer.optimize.report import document
+    from registry.sdk.connection import load_settings
+    from registry.transfer.collect import evaluation_journal
 
     stated = method.model_dump(by_alias=True, exclude_unset=True)
     own = Candidate(
-        name="as given", family="given", method=method.method, factors=(1.0,) * len(adapters), settings=stated
+        name="as given", family="given", method=method.method, factors=(1.0,) * len(weighted), settings=stated
     )
     members = [
         Member(adapter=adapter, suite=suite, weight=weight)
-        for adapter, suite, weight in zip(adapters, evidence.suites, weights, strict=True)
+        for (adapter, weight), suite in zip(weighted, evidence.suites, strict=True)
         if suite is not None
     ]
     problem = Problem(load=evidence.load, members=members, guards=evidence.guards, settings=own.settings)
     problem = problem.under(policy)
+    journal = evaluation_journal(load_settings(), f"search {content} {problem.name}")
     with render.progress("optimize", expected_passes(problem, [own]), "examples") as bar:
-        report = document(optimize(problem, [own], progress=bar))
+        report = document(optimize(problem, [own], journal, bar))
     render.document(report, json, lambda: show(report))
     if report["choice"] is None:
         raise typer.Exit(1)
@@ -65,6 +71,8 @@ def show(report: Json) -> None:
         seconds = report["seconds"]
         took = f"in {seconds['search']:.0f} s, the best confirmed in {seconds['confirm']:.0f} s"
         render.out(f"{len(report['tried'])} combinations tried {took}; seed {report['seed']}")
+        if before := report["passes"] - report["run"]:
+            render.out(f"resumed: {before} of {report['passes']} examples were measured by an earlier run.")
     if report["choice"] is None:
         render.out("fix: Serve them separately, and route each request to its adapter.")
 

@@ -13,10 +13,10 @@ import typer
 
 from registry.cli import render
 from registry.cli.groups import Commands
-from registry.cli.profile_file import LOCAL, Profile, Profiles
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
 from registry.formats.references import parse_name
+from registry.sdk.profile_file import LOCAL, Profile, Profiles
 
 app = typer.Typer(cls=Commands, help="Manage saved registries and tokens.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -38,8 +38,8 @@ def login(
 
     Prompts for the token, or reads it from stdin if that is not a terminal.
     """
-    from registry.cli.connect import load_settings
     from registry.client.api import Api
+    from registry.sdk.connection import load_settings
     from registry.settings import registry_url
 
     try:
@@ -71,7 +71,7 @@ def logout(
     json: JsonFlag = False,
 ) -> None:
     """Remove a profile and its token from this machine."""
-    from registry.cli.connect import load_settings
+    from registry.sdk.connection import load_settings
 
     settings = load_settings()
     profiles = Profiles(settings.home_directory)
@@ -114,7 +114,7 @@ def use(
 
 
 def _profiles() -> Profiles:
-    from registry.cli.connect import load_settings
+    from registry.sdk.connection import load_settings
 
     return Profiles(load_settings().home_directory)
 

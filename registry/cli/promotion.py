@@ -1,6 +1,5 @@
 """Policies of channels, promotions that wait, and approvals: policy set | show, promotion list | cancel, approve."""
 
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,17 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from registry.cli import complete, render
-from registry.cli.connect import Connection, connected, resolved
+from registry.cli.connect import connected, resolved
 from registry.cli.groups import Commands
 from registry.cli.interrupt import interrupts
-from registry.cli.release import Channel, Ref, repository_path, show_move
+from registry.cli.release import Channel, Ref, show_move
 from registry.cli.render import JsonFlag
-from registry.error_codes import of_row
 from registry.errors import NotFound, Usage
 from registry.formats.references import parse_channel_reference
+from registry.sdk.connection import Connection
 
 Json = dict[str, Any]
-_POLL_S = 0.5
 
 policy_app = typer.Typer(
     cls=Commands, help="What a promotion to a channel needs.", no_args_is_help=True, rich_markup_mode=None
@@ -63,24 +61,21 @@ def promote(
 
 
 def _followed(connection: Connection, release: Json, promotion: Json) -> Json:
-    """Waits until the promotion ends; returns its move. Raises the error that ended it otherwise."""
-    path = f"/v1/{release['kind']}s/{promotion['repository']}/channels/{promotion['channel']}"
+    """Waits until the promotion ends, with its evaluation's bar; returns its move."""
+    from registry.client import channel_moves
+
     render.say(_headline(promotion))
     for line in _open_rules(promotion):
         render.say(f"  {line}")
-    where = f"{promotion['repository']}@{promotion['channel']}"
     try:
         with render.progress("promote", None) as bar:
-            while promotion["state"] == "pending":
-                time.sleep(_POLL_S)
-                promotion = connection.api.get(f"{path}/promotions/{promotion['id']}")
-                _show_job(connection, promotion, bar)
+            return channel_moves.wait_for(
+                connection.api, promotion, release["kind"], lambda seen: _show_job(connection, seen, bar)
+            )
     except KeyboardInterrupt:
+        where = f"{promotion['repository']}@{promotion['channel']}"
         interrupts.kept = f"promotion {promotion['id']} goes on waiting; `adaptory promotion cancel {where}` cancels it"
         raise
-    if promotion["state"] != "completed":
-        raise of_row(promotion["error"])
-    return next(move for move in connection.api.pages(f"{path}/history") if move["id"] == promotion["move"])
 
 
 def _show_job(connection: Connection, promotion: Json, bar: render.Progress) -> None:
@@ -122,7 +117,7 @@ def list_promotions(channel: Channel, json: JsonFlag = False) -> None:
     """List the promotions to a channel that wait or have waited, newest first."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        path = f"{repository_path(connection, str(repository))}/channels/{name}/promotions"
+        path = f"{connection.api.repository_path(str(repository))}/channels/{name}/promotions"
         items = list(connection.api.pages(path))
     rows = [
         (
@@ -145,7 +140,7 @@ def cancel(channel: Channel, json: JsonFlag = False) -> None:
     """Cancel the promotion that a channel waits for."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        path = f"{repository_path(connection, str(repository))}/channels/{name}/promotions"
+        path = f"{connection.api.repository_path(str(repository))}/channels/{name}/promotions"
         waiting = next((row for row in connection.api.pages(path) if row["state"] == "pending"), None)
         if waiting is None:
             raise NotFound(
@@ -206,7 +201,7 @@ def set_policy(
     policy = parse_policy(read_text(file, 4 * MAX_CHARS), str(file)).to_json() if file else {"version": 1}
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        path = f"{repository_path(connection, str(repository))}/channels/{name}/policy"
+        path = f"{connection.api.repository_path(str(repository))}/channels/{name}/policy"
         document = connection.api.put(path, policy)
     render.document(document, json, lambda: _show_policy(channel, document))
 
@@ -216,7 +211,7 @@ def show(channel: Channel, json: JsonFlag = False) -> None:
     """Show a channel's policy in YAML, as `policy set` takes it."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        document = connection.api.get(f"{repository_path(connection, str(repository))}/channels/{name}/policy")
+        document = connection.api.get(f"{connection.api.repository_path(str(repository))}/channels/{name}/policy")
     render.document(document, json, lambda: _show_policy(channel, document))
 
 

@@ -9,10 +9,11 @@ from urllib.parse import quote
 import typer
 
 from registry.cli import complete, render
-from registry.cli.connect import Connection, connected, resolved
+from registry.cli.connect import connected, resolved
 from registry.cli.groups import Commands
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from composer.formats.recipes.suite import Suite

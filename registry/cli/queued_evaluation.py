@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from registry.cli import render
-from registry.cli.connect import Connection
 from registry.cli.interrupt import interrupts
 from registry.cli.quality import refuse_bad_suite_name, release_or_base
-from registry.error_codes import of_row
+from registry.error_families import of_row
 from registry.errors import Refused, RegistryError
+from registry.sdk.connection import Connection
 
 Json = dict[str, Any]
 _POLL_S = 0.5
@@ -74,8 +74,4 @@ def error_of(document: Json) -> RegistryError | None:
     if document["state"] == "cancelled":
         job = str(document["job"])
         return Refused("evaluation_cancelled", f"Job {job} was cancelled.", subject=job, next_step="Ask for it again.")
-    failed = [item for item in document["items"] if item["error"]]
-    if failed:
-        detail = f"{len(failed)} of {len(document['items'])} could not be measured: {failed[0]['error']}"
-        return Refused("not_measured", detail, subject=str(document["job"]), next_step="The others are recorded.")
     return None

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from registry.cli import render
-from registry.cli.connect import Connection, base_checkpoint, release_directory, resolved
+from registry.cli.connect import base_checkpoint, release_directory, resolved
 from registry.errors import Invalid, NotAllowed, Refused, Usage
+from registry.sdk.connection import Connection
 
 Json = dict[str, Any]
 

@@ -1,17 +1,17 @@
 """Releases and channels: list, log, show, rollback, history, gate, yank, unyank, deprecate."""
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from registry.cli import complete, render
-from registry.cli.connect import Connection, connected, resolved
+from registry.cli.connect import connected, resolved
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
 from registry.cli.sign import signer
-from registry.errors import NotFound, RegistryError, Usage
+from registry.errors import RegistryError, Usage
 from registry.formats.references import parse_channel_reference, parse_reference, parse_repository
+from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from registry.client.lineage import Composition
@@ -61,7 +61,7 @@ def log(
 ) -> None:
     """List a repository's releases, highest version first."""
     with connected() as connection:
-        line = repository_path(connection, str(parse_repository(repository)))
+        line = connection.api.repository_path(str(parse_repository(repository)))
         items = list(connection.api.pages(f"{line}/releases"))
     render.document({"items": items, "next": None}, json, lambda: show_releases(items))
 
@@ -99,7 +99,7 @@ def roll_back(
 
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        line = repository_path(connection, str(repository))
+        line = connection.api.repository_path(str(repository))
         move, since = channel_moves.roll_back(connection.api, line, name, {"to": to, "reason": reason})
     render.document(move, json, lambda: show_move(move))
     warn_of_move_since(move, since)
@@ -109,7 +109,7 @@ def history(channel: Channel, json: JsonFlag = False) -> None:
     """List every move of a channel, newest first."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        moves = list(connection.api.pages(f"{repository_path(connection, str(repository))}/channels/{name}/history"))
+        moves = list(connection.api.pages(f"{connection.api.repository_path(str(repository))}/channels/{name}/history"))
     rows = [
         (
             move["id"],
@@ -142,7 +142,7 @@ def gate(
     """Show a channel's gates, or replace all of them."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        path = f"{repository_path(connection, str(repository))}/gates"
+        path = f"{connection.api.repository_path(str(repository))}/gates"
         document = (
             connection.api.put(path, {"channel": name, "rules": rule or []})
             if rule or clear
@@ -246,22 +246,6 @@ def _path(release: Json) -> str:
     from registry.client.api import release_path
 
     return release_path(release)
-
-
-def repository_path(connection: Connection, repository: str) -> str:
-    """The route of a repository; its name does not tell its kind."""
-    adapters, models = f"/v1/adapters/{repository}", f"/v1/models/{repository}"
-    try:
-        connection.api.get(adapters)
-    except NotFound as unknown:
-        if unknown.code != "repository_unknown":
-            raise
-        with suppress(NotFound):
-            connection.api.get(models)
-            return models
-        detail = f"There is no repository {repository} that you may see."
-        raise NotFound(unknown.code, detail, subject=repository, next_step=unknown.next_step) from unknown
-    return adapters
 
 
 def _show_spectrum(ref: str, spectrum: Json) -> None:

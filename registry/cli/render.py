@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 import typer
 
 from composer.errors import ComposerError
-from registry.error_codes import of_composer
+from registry.error_families import of_composer
 from registry.errors import RegistryError, Unavailable
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from registry.cli import render
-from registry.cli.connect import load_settings
 from registry.errors import RegistryError, Unavailable
+from registry.sdk.connection import load_settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

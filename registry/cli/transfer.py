@@ -10,16 +10,17 @@ import typer
 
 from composer.formats.untrusted import read_text
 from registry.cli import complete, render
-from registry.cli.connect import Connection, connected, release_directory, resolved, total_bytes
-from registry.cli.fit import fitting_base
+from registry.cli.connect import connected, release_directory, resolved, total_bytes
 from registry.cli.idle import refuse_idle
 from registry.cli.promotion import show_promotion
 from registry.cli.release import Ref, show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
 from registry.cli.sign import SignatureCovers, refuse_narrow
 from registry.errors import Refused, RegistryError, Usage
-from registry.formats.references import Reference, parse_name, parse_reference
+from registry.formats.references import Reference, parse_name, parse_reference, single_version
 from registry.formats.signatures import Signed
+from registry.sdk.connection import Connection
+from registry.sdk.fit import fitting_base
 
 if TYPE_CHECKING:
     from registry.client.selection import Selection
@@ -73,7 +74,7 @@ def push(  # noqa: PLR0913
     """
     from registry.client.selection import select_files
 
-    reference = _single_version(target, bump)
+    reference = single_version(target, bump)
     if channel:
         parse_name(channel, "channel")  # before publishing, which cannot be undone
     request = {
@@ -87,7 +88,7 @@ def push(  # noqa: PLR0913
     if selection.left_out:
         render.say(f"left out: {selection.summary()} (take more with --include GLOB)")
     with connected() as connection:
-        request["base"] = fitting_base(connection, directory, base, kind)
+        request["base"] = fitting_base(connection.api, directory, base, kind)
         published = _publish(connection, selection, reference, request, (kind, sign))
         for finding in published["warnings"]:
             render.say(f"{finding['severity']}: {finding['message']}")
@@ -289,19 +290,6 @@ def _show_verified(document: Json) -> None:
         for row in rebuild["different"]:
             counts = f"{row['neighbours']} elements by one step, {row['others']} by more"
             render.out(f"  {row['file']} {row['why'] or f'differs in {counts}'}")
-
-
-def _single_version(target: str, bump: str | None) -> Reference:
-    reference = parse_reference(target)
-    if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
-        both = f" and --bump {bump} do" if bump else " does"
-        raise Usage(
-            "bad_target",
-            f"{target}{both} not name a single version.",
-            subject=target,
-            next_step="Write REPO:VERSION, or REPO and --bump.",
-        )
-    return reference
 
 
 def _provenance(path: Path) -> Json:

@@ -2,7 +2,7 @@
 families."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -15,7 +15,7 @@ import httpx2
 
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.header import TensorSpec
-from registry.errors import FAMILIES, Conflict, Invalid, RegistryError, Unavailable
+from registry.errors import FAMILIES, Conflict, Invalid, NotFound, RegistryError, Unavailable
 from registry.formats.references import Reference, RepositoryName, parse_version
 
 Json = dict[str, Any]
@@ -139,6 +139,21 @@ class Api:
         with understood():
             refuse_other_answer(reference, answer["release"])
         return answer
+
+    def repository_path(self, repository: str) -> str:
+        """The route of a repository; its name does not tell its kind. Raises NotFound."""
+        adapters, models = f"/v1/adapters/{repository}", f"/v1/models/{repository}"
+        try:
+            self.get(adapters)
+        except NotFound as unknown:
+            if unknown.code != "repository_unknown":
+                raise
+            with suppress(NotFound):
+                self.get(models)
+                return models
+            detail = f"There is no repository {repository} that you may see."
+            raise NotFound(unknown.code, detail, subject=repository, next_step=unknown.next_step) from unknown
+        return adapters
 
     def base(self, text: str) -> Json:
         return self.get(f"/v1/bases/{quote(text)}")

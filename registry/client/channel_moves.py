@@ -1,11 +1,15 @@
 """Channel moves, each made exactly once however often the request is retried."""
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from registry.client.api import Api, Json
 from registry.client.retries import PAUSES_S, send_once, with_retries
+from registry.error_families import of_row
 from registry.errors import Unavailable
+
+_POLL_S = 0.5
 
 
 def promote(api: Api, release: Json, channel: str, reason: str = "", *, force: bool = False) -> tuple[Json, str | None]:
@@ -14,6 +18,19 @@ def promote(api: Api, release: Json, channel: str, reason: str = "", *, force: b
     path = f"/v1/{release['kind']}s/{release['repository']}/channels/{channel}"
     body = {"version": release["version"], "reason": reason, "force": force}
     return _moved(api, path, f"{release['repository']}@{channel}", lambda headers: api.put(path, body, headers))
+
+
+def wait_for(api: Api, promotion: Json, kind: str, seen: Callable[[Json], None] = lambda _promotion: None) -> Json:
+    """Waits until a promotion ends; returns its move. `kind` is its release's; `seen` gets the promotion at each look.
+    Raises the error that ended it without a move."""
+    path = f"/v1/{kind}s/{promotion['repository']}/channels/{promotion['channel']}"
+    while promotion["state"] == "pending":
+        time.sleep(_POLL_S)
+        promotion = api.get(f"{path}/promotions/{promotion['id']}")
+        seen(promotion)
+    if promotion["state"] != "completed":
+        raise of_row(promotion["error"])
+    return next(move for move in api.pages(f"{path}/history") if move["id"] == promotion["move"])
 
 
 def roll_back(api: Api, line: str, channel: str, body: Json) -> tuple[Json, str | None]:

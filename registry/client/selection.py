@@ -15,7 +15,7 @@ from composer.findings import Finding, Severity
 from composer.formats.adapters.facts import read_adapter
 from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.checkpoints.reported import DIRECTORY, is_results_file
-from registry.error_codes import refuse_errors
+from registry.error_families import refuse_errors
 from registry.errors import Invalid, RegistryError, Usage
 from registry.formats.manifest import check_path, check_paths, refuse_hidden
 from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle_content, refuse_pickle_name

@@ -164,9 +164,14 @@ def _identifier_key(identifier: str) -> str:
     return f"0{_number_key(int(identifier))}!" if identifier.isdigit() else f"1{identifier}!"
 
 
+def is_version(text: str) -> bool:
+    """Whether `parse_version` takes the text."""
+    return _match_version(text) is not None
+
+
 def parse_version(text: str) -> Version:
     """Parses a version, with or without the `v` of a git tag."""
-    match = _VERSION.fullmatch(text) if len(text.removeprefix("v")) <= MAX_VERSION_CHARS else None
+    match = _match_version(text)
     if match is None:
         raise Usage(
             "bad_version",
@@ -178,9 +183,8 @@ def parse_version(text: str) -> Version:
     return Version(int(major), int(minor), int(patch), tuple(prerelease.split(".")) if prerelease else ())
 
 
-def is_version(text: str) -> bool:
-    """Whether `parse_version` accepts the text."""
-    return len(text.removeprefix("v")) <= MAX_VERSION_CHARS and _VERSION.fullmatch(text) is not None
+def _match_version(text: str) -> re.Match[str] | None:
+    return _VERSION.fullmatch(text) if len(text.removeprefix("v")) <= MAX_VERSION_CHARS else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +333,20 @@ def parse_reference(text: str) -> Reference:
     if _EXACT.fullmatch(rest):
         return Reference(repository, version=parse_version(rest))
     return Reference(repository, range=parse_range(rest))
+
+
+def single_version(target: str, bump: str | None) -> Reference:
+    """Parses REPO:VERSION, or REPO if a `bump` will find the version. Raises Usage for anything else."""
+    reference = parse_reference(target)
+    if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
+        both = f" and --bump {bump} do" if bump else " does"
+        raise Usage(
+            "bad_target",
+            f"{target}{both} not name a single version.",
+            subject=target,
+            next_step="Write REPO:VERSION, or REPO and --bump.",
+        )
+    return reference
 
 
 def parse_channel_reference(text: str) -> tuple[RepositoryName, str]:

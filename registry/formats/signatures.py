@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from composer.findings import Finding, Severity
-from registry.error_codes import refuse_errors
+from registry.error_families import refuse_errors
 from registry.errors import Invalid, Refused, Unavailable
 
 if TYPE_CHECKING:

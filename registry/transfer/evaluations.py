@@ -9,7 +9,7 @@ from registry.database.tables import Base, Job, Release
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds, may_read, permit, permit_somewhere, refuse_other_owner
-from registry.domain.catalog import bases, repositories, suites
+from registry.domain.catalog import bases, repositories, scorers, suites
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import resolve
 from registry.domain.jobs import evaluations
@@ -32,7 +32,8 @@ def request(
     """Queues the evaluation of releases and bases on suites; each base is loaded once. Returns its report.
 
     Needs what recording the scores needs: the publisher role for each release, and each base to be the actor's own.
-    Raises NotFound, NotAllowed, TooMany, and Usage for too many or for a suite that workers cannot run.
+    Raises NotFound, NotAllowed, TooMany, Refused for a scorer that is not enabled, and Usage
+    for too many or for a suite that workers cannot run.
     """
     references = [parse_reference(name) for name in dict.fromkeys(release_names)]
     _refuse_too_many(len(references) + len(base_names), len(on))
@@ -44,7 +45,10 @@ def request(
     with resources.write() as session:
         releases = [resolve.resolve(session, reference).release for reference in references]
         named = [_own_base(session, actor, name) for name in base_names]
-        wanted_suites = [suites.with_examples(suites.find(session, name, actor)) for name in on]
+        named_suites = [suites.find(session, name, actor) for name in on]
+        wanted_suites = [one if one.task == suites.HARNESS else suites.with_examples(one) for one in named_suites]
+        for suite in wanted_suites:
+            scorers.refuse_disabled(suite, resources.settings.enabled_scorers.names)
         subjects = [(one.id, one.base_digest) for one in releases] + [(None, one.digest) for one in named]
         wanted = [Wanted(release, base, suite.digest) for release, base in subjects for suite in wanted_suites]
         job = evaluations.create(session, actor, namespaces, wanted)

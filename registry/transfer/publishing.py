@@ -29,7 +29,7 @@ from registry.domain.catalog import bases, commits, releases, repositories, sign
 from registry.domain.catalog import reported as reported_scores
 from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
-from registry.error_codes import refuse_errors
+from registry.error_families import refuse_errors
 from registry.errors import Invalid, Refused, RegistryError, Unavailable
 from registry.formats import compatibility
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden

@@ -1,6 +1,6 @@
 """Upgrades of a base: which adapters fit the new one, and what they are worth there."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from registry.database.tables import Base, Job, Release
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds, may_read, owns
-from registry.domain.catalog import bases, repositories, suites, upgrades
+from registry.domain.catalog import bases, repositories, scorers, suites, upgrades
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import gates
 from registry.domain.channels.gates import Measured
@@ -50,10 +50,10 @@ def begin(
     resources: Resources, actor: Actor, old: str, new: str, suite_names: Sequence[str], *, evaluate: bool
 ) -> Json:
     """Lists the adapters that stand on the old base and whether they fit the new one; queues the evaluation of those
-    that do, and of the new base if the actor may record its scores. Returns the report. Raises NotFound, and Usage
-    for one base twice."""
+    that do, and of the new base if the actor may record its scores. Returns the report. Raises NotFound, Usage
+    for one base twice, and Refused for a suite whose scorer is not enabled."""
     with resources.read() as session:
-        plan = _plan(session, actor, old, new, suite_names)
+        plan = _plan(session, actor, old, new, suite_names, resources.settings.enabled_scorers.names)
     for adapter in plan.adapters:
         if not plan.same:
             adapter.why = publishing.misfit(resources, adapter.name, adapter.files, plan.architecture)
@@ -98,7 +98,11 @@ def report(session: Session, actor: Actor, job_id: int) -> Json:
     return _report(session, actor, row.upgrade, queue.find(session, job_id), row.results)
 
 
-def _plan(session: Session, actor: Actor, old: str, new: str, suite_names: Sequence[str]) -> _Plan:
+def _plan(
+    session: Session, actor: Actor, old: str, new: str, suite_names: Sequence[str], enabled: Collection[str]
+) -> _Plan:
+    """`enabled` are the Python scorers that workers run: suites with others are refused if they are named, and left out
+    otherwise."""
     before, after = bases.find(session, old), bases.find(session, new)
     if before.digest == after.digest:
         raise Usage(
@@ -107,19 +111,22 @@ def _plan(session: Session, actor: Actor, old: str, new: str, suite_names: Seque
             subject=new,
             next_step="Name two bases; `adaptory base list` shows them.",
         )
-    named = [suites.with_examples(suites.find(session, name, actor)).digest for name in suite_names]
+    named = [suites.with_examples(suites.find(session, name, actor)) for name in suite_names]
+    for suite in named:
+        scorers.refuse_disabled(suite, enabled)
     same = before.architecture_digest == after.architecture_digest and before.model_type == after.model_type
     plan = _Plan(before.digest, after.digest, same, bases.architecture(session, after.digest))
     for release in upgrades.standing_on(session, actor, before):
         scored = [score.suite for score in suites.scores_of(session, release)]
-        own = dict.fromkeys(suite.digest for suite in scored if suite.task not in suites.ELSEWHERE)
+        usable = [suite for suite in scored if suite.task not in suites.ELSEWHERE]
+        own = dict.fromkeys(suite.digest for suite in usable if not scorers.disabled(suite, enabled))
         plan.adapters.append(
             _Adapter(
                 release=release.id,
                 name=full_name(release),
                 files=publishing.manifest_files(session, release),
                 measurable=holds(actor, Role.PUBLISHER, release.repository.namespace),
-                suites=named or list(own),
+                suites=[suite.digest for suite in named] or list(own),
             )
         )
     return plan

@@ -1,5 +1,5 @@
-"""The steps of an evaluation: measure -> record. A measured example is kept on this host, a measured release and suite
-in the database, so that a job goes on after a crash with the next one."""
+"""The step of an evaluation. A measured example is kept on this host, the scores of a release and suite in the database
+as soon as they are complete, so that a job goes on after a crash with the next one."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -8,20 +8,27 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.orm import Session
+
 from composer.errors import ComposerError
 from composer.formats.checkpoints.checkpoint import Checkpoint
-from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.elsewhere import HarnessTask, SuiteContent, parse_content
 from registry.database.tables import Base, Release
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds
 from registry.domain.catalog import bases, suites
+from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
 from registry.domain.jobs import evaluations
 from registry.domain.jobs.evaluations import Wanted
-from registry.errors import NotAllowed
+from registry.error_codes import ELSEWHERE, RETRYABLE
+from registry.error_families import of_composer, of_row
+from registry.errors import NotAllowed, RegistryError
 from registry.transfer import promotions, publishing, results
-from registry.worker.composition import ProgressCount, suites_named, verified_base
+from registry.transfer.results import Results
+from registry.worker.composition import ProgressCount, verified_base
+from registry.worker.harness import Harness
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.workspace import evaluation_work_of
 
@@ -30,44 +37,94 @@ if TYPE_CHECKING:
     from composer.evaluation.model import LoadedModel
 
 Row = dict[str, Any]
+_Subject = Callable[[], "tuple[LoadedModel, Sequence[Delta]]"]
 
 
 def measure(held: JobRun) -> None:
-    """Measures what is not measured yet, base by base: each is loaded once."""
+    """Measures what is not measured yet, base by base: each is loaded once. Records each score as it is measured.
+
+    What cannot be measured does not keep the others from being measured: raises its error at the end. Raises first what
+    this host lacks and another may have.
+    """
     rows, done = _rows(held)
     left = [one for one in rows if one not in done]
-    contents = {content.digest: content for content in suites_named(held, list({one.suite for one in left}))}
-    count = ProgressCount(held, "examples", sum(len(contents[one.suite].examples) for one in left))
+    with held.resources.read() as session:
+        digests = {one.suite for one in left}
+        contents = {digest: parse_content(suites.find(session, digest).content) for digest in digests}
+    harness = Harness(held.resources.settings.harness_path)
+    count = ProgressCount(held, "examples", sum(contents[one.suite].count for one in left))
+    lacking: list[RegistryError] = []
     for digest in dict.fromkeys(one.base for one in left):
         base = cache(partial(_base, held, digest))
-        of_base = [one for one in left if one.base == digest]
-        for release in dict.fromkeys(one.release for one in of_base):
-            subject, error = _subject(held, release, digest, base)
-            for one in (one for one in of_base if one.release == release):
-                scores, kept = ([], None) if error else _measured(held, one, contents[one.suite], subject, count)
-                _keep(held, one, scores, error, kept)
+        for release in dict.fromkeys(one.release for one in left if one.base == digest):
+            subject = cache(partial(_subject, held, release, digest, base))
+            for one in (one for one in left if (one.base, one.release) == (digest, release)):
+                error = _evaluate(held, one, contents[one.suite], subject, harness, count)
+                lacking += [error] if error else []
+    if lacking:
+        raise lacking[0]
+    _refuse_failed(held)
 
 
-def record(held: JobRun) -> None:
-    """Records the scores of releases on their own base and of bases, then judges the promotions that wait for them.
-
-    Uses the requester's current roles. Raises NotAllowed, and records nothing, if a required one was revoked.
-    """
+def _evaluate(
+    held: JobRun,
+    wanted: Wanted,
+    suite: SuiteContent,
+    subject: _Subject,
+    harness: Harness,
+    progress: Callable[[int], None],
+) -> RegistryError | None:
+    """Measures and records, or keeps why that is not possible. Returns what only this host lacks."""
+    try:
+        scores, results_sha256 = _measured(held, wanted, suite, subject, harness, progress)
+    except (ComposerError, RegistryError) as caught:
+        error = of_composer(caught) if isinstance(caught, ComposerError) else caught
+        if error.code in ELSEWHERE:
+            error.detail = error.detail if suite.name in error.detail else f"{suite.name}: {error.detail}"
+            return error
+        if error.code in RETRYABLE or isinstance(caught, RegistryError):
+            raise
+        row: Row = {"scores": [], "error": f"{error.detail} {error.next_step}".strip(), "failure": error.to_row()}
+        with held.resources.write() as session:
+            evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
+        return None
     with held.resources.write() as session:
-        actor = evaluations.requester(session, held.job_id, held.resources.clock())
-        rows = evaluations.find(session, held.job_id).results
-        for row in rows:
-            subject = session.get_one(Base, row["base"])
-            if row["release"] is not None:
-                release = session.get_one(Release, row["release"])
-                if release.base_digest != row["base"]:
-                    continue  # of an upgrade, whose scores are only reported
-                _refuse_without_role(actor, release.repository.namespace)
-                suites.record(session, actor, release, _measurements(row))
-            else:  # a worker's measurement of a base counts as its owner's
-                suites.record(session, _as_owner(actor), subject, _measurements(row))
-    for digest in dict.fromkeys(row["base"] for row in rows):
-        promotions.settle_on_base(held.resources, digest)
+        row = {"scores": scores, "error": None, "results_sha256": results_sha256}
+        evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
+        _record(held, session, wanted, [Measurement.of(score, results_sha256) for score in scores])
+    promotions.settle_on_base(held.resources, wanted.base)
+    return None
+
+
+def _record(held: JobRun, session: Session, wanted: Wanted, measurements: list[Measurement]) -> None:
+    """Records scores of a release on its own base, or of a base, with the requester's current roles. Raises NotAllowed
+    if a required one was revoked."""
+    actor = evaluations.requester(session, held.job_id, held.resources.clock())
+    if wanted.release is None:  # a worker's measurement of a base counts as its owner's
+        suites.record(session, _as_owner(actor), session.get_one(Base, wanted.base), measurements)
+        return
+    release = session.get_one(Release, wanted.release)
+    if release.base_digest == wanted.base:  # else it is of an upgrade, whose scores are only reported
+        _refuse_without_role(actor, release.repository.namespace)
+        suites.record(session, actor, release, measurements)
+
+
+def _refuse_failed(held: JobRun) -> None:
+    """Raises the error of the first release and suite that could not be measured."""
+    with held.resources.read() as session:
+        row = evaluations.find(session, held.job_id)
+        failed = [one for one in row.results if one.get("failure")]
+        if not failed:
+            return
+        first, count = failed[0], len(row.wanted)
+        release = None if first["release"] is None else session.get_one(Release, first["release"])
+        subject = session.get_one(Base, first["base"]).name if release is None else full_name(release)
+        suite = suites.find(session, first["suite"]).name
+    error = of_row(first["failure"])
+    error.detail = f"{subject} on {suite}: {error.detail}"
+    if count > 1:
+        error.detail += f" {len(failed)} of {count} could not be measured; the scores of the others are recorded."
+    raise error
 
 
 def clean(held: JobRun) -> None:
@@ -75,7 +132,7 @@ def clean(held: JobRun) -> None:
     shutil.rmtree(evaluation_work_of(held.resources, held.job_id), ignore_errors=True)
 
 
-KIND = JobKind(steps={"measure": measure, "record": record}, clean=clean)
+KIND = JobKind(steps={"measure": measure}, clean=clean)
 
 
 def _rows(held: JobRun) -> tuple[list[Wanted], set[Wanted]]:
@@ -90,24 +147,34 @@ def _measured(
     held: JobRun,
     wanted: Wanted,
     suite: SuiteContent,
-    subject: "tuple[LoadedModel, Sequence[Delta]]",
+    subject: _Subject,
+    harness: Harness,
     progress: Callable[[int], None],
 ) -> tuple[list[Row], str | None]:
-    """The scores, and the digest of the stored results of each example, if the scores will be recorded."""
+    """The scores, and the digest of the stored results of each example, if there are any and the scores will be
+    recorded."""
     from composer.evaluation.evaluate import scores
     from composer.evaluation.journal import ResultJournal, examine_rest
 
-    name = f"{wanted.release or 'base'}-{wanted.base[:16]}-{wanted.suite[:16]}.jsonl"
-    path = evaluation_work_of(held.resources, held.job_id) / name
-    journal = ResultJournal(path, f"{wanted.release} {wanted.base} {wanted.suite}")
-    progress(len(suite.examples) - len(journal.missing(suite.examples)))
+    def journal(digest: str) -> tuple[Path, str]:
+        name = f"{wanted.release or 'base'}-{wanted.base[:16]}-{digest[:16]}.jsonl"
+        path = evaluation_work_of(held.resources, held.job_id) / name
+        return path, f"{wanted.release} {wanted.base} {digest}"
+
+    if isinstance(suite, HarnessTask):
+        rows, outcome = harness.measure(suite, subject, journal, progress)
+        return rows, _stored(held, wanted, rows, Results(outcome.examples, outcome.metric))
+    measured = ResultJournal(*journal(suite.digest))
+    progress(len(suite.examples) - len(measured.missing(suite.examples)))
     scorers = held.resources.settings.enabled_scorers
-    results = examine_rest(lambda: subject, suite, suite.examples, journal, scorers, progress)
-    rows = [score.to_json() for score in scores(suite, results)]
-    return rows, _stored(held, wanted, rows, [one.to_json() for one in results])
+    examples = examine_rest(subject, suite, suite.examples, measured, scorers, progress)
+    rows = [score.to_json() for score in scores(suite, examples)]
+    return rows, _stored(held, wanted, rows, Results([one.to_json() for one in examples]))
 
 
-def _stored(held: JobRun, wanted: Wanted, scores: list[Row], examples: list[Row]) -> str | None:
+def _stored(held: JobRun, wanted: Wanted, scores: list[Row], by_example: Results) -> str | None:
+    if not by_example.examples:
+        return None
     namespace = EVERYWHERE
     with held.resources.read() as session:
         actor = evaluations.requester(session, held.job_id, held.resources.clock())
@@ -117,26 +184,23 @@ def _stored(held: JobRun, wanted: Wanted, scores: list[Row], examples: list[Row]
             if release.base_digest != wanted.base:
                 return None  # of an upgrade, whose scores are only reported
     measured = results.store(
-        held.resources, actor, namespace, _measurements({"scores": scores}), {wanted.suite: results.Results(examples)}
+        held.resources,
+        actor,
+        namespace,
+        [Measurement.of(score) for score in scores],
+        {wanted.suite: by_example},
     )
     return measured[0].results_sha256
 
 
-def _keep(held: JobRun, wanted: Wanted, scores: Sequence[Row], error: str | None, results_sha256: str | None) -> None:
-    result = {**asdict(wanted), "scores": scores, "error": error, "results_sha256": results_sha256}
-    with held.resources.write() as session:
-        evaluations.add_result(session, held.job_id, result)
-
-
 def _subject(
     held: JobRun, release: int | None, digest: str, base: "Callable[[], LoadedModel]"
-) -> "tuple[tuple[LoadedModel, Sequence[Delta]], str | None]":
-    """The model with the deltas to add to it, and an error if the release cannot be measured on this base. The others
-    still are."""
+) -> "tuple[LoadedModel, Sequence[Delta]]":
+    """The model, and the deltas to add to it. Raises ComposerError if the release does not fit this base."""
     from composer.deltas.variants.load import load_deltas
 
     if release is None:
-        return (base(), ()), None
+        return base(), ()
     with held.resources.read() as session:
         row = session.get_one(Release, release)
         kind, files = Kind(row.repository.kind), publishing.manifest_files(session, row)
@@ -145,12 +209,8 @@ def _subject(
     directory.mkdir(parents=True, exist_ok=True)
     publishing.materialise(held.resources, files, directory)
     if kind is Kind.MODEL:
-        return (_load(directory), ()), None
-    model = base()
-    try:
-        return (model, load_deltas(directory, architecture).deltas), None
-    except ComposerError as error:
-        return (model, ()), f"{error.message} {error.next_step}".strip()
+        return _load(directory), ()
+    return base(), load_deltas(directory, architecture).deltas
 
 
 def _base(held: JobRun, digest: str) -> "LoadedModel":
@@ -182,7 +242,3 @@ def _refuse_without_role(actor: Actor, namespace: str) -> None:
 
 def _as_owner(actor: Actor) -> Actor:
     return Actor(actor.name, actor.at, {EVERYWHERE: Role.ADMIN.value}, actor.public, actor.token_id, actor.source)
-
-
-def _measurements(row: Row) -> list[Measurement]:
-    return [Measurement.of(score, row.get("results_sha256")) for score in row["scores"]]

@@ -1,9 +1,10 @@
 """Measures a composition's candidate beside its inputs, and evaluates its gates."""
 
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from composer.evaluation.scorers.scorer import NO_PYTHON, PythonScorers
 from composer.formats.recipes.suite import Example, Suite
 from registry.domain.channels import gates
 from registry.domain.channels.gates import Measured, Scores
@@ -34,7 +35,7 @@ class Examination:
 
     suites: Sequence[Suite]
     used: Container[Example]
-    scorers: Collection[str] = ()
+    scorers: PythonScorers = NO_PYTHON
     progress: Callable[[int], None]
 
     def count(self, suite: Suite) -> int:

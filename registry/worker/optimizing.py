@@ -8,10 +8,9 @@ from composer.formats.recipes.recipe import Lock, Optimize
 from registry.domain.compositions import compositions, locking
 from registry.domain.compositions.locking import Choice
 from registry.errors import Refused
+from registry.transfer.collect import evaluation_journal
 from registry.worker.composition import CompositionRun, ProgressCount, composition_of, suites_named
 from registry.worker.runner import JobRun
-
-_JOURNAL = "search.jsonl"
 
 
 def optimize(held: JobRun) -> None:
@@ -69,7 +68,8 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
         settings=work.recipe.settings,
     )
     done = ProgressCount(held, "examples", expected_passes(problem, [own]))
-    report = optimize(problem, [own], work.directory / _JOURNAL, done)
+    content = f"search {work.lock.base} {[one.commit for one in work.lock.inputs]} {problem.name}"
+    report = optimize(problem, [own], evaluation_journal(held.resources.settings, content), done)
     choice, lock, evidence = report.choice, work.lock, document(report)
     if choice is None:
         return replace(lock, optimized=evidence)

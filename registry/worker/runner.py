@@ -14,7 +14,8 @@ from composer.errors import ComposerError, Interrupted
 from registry.database.tables import Job
 from registry.domain.jobs import queue
 from registry.domain.jobs.queue import Amount
-from registry.error_codes import ELSEWHERE, RETRYABLE, of_composer
+from registry.error_codes import ELSEWHERE, RETRYABLE
+from registry.error_families import of_composer
 from registry.errors import NO_SPACE, RegistryError, Unavailable
 from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
@@ -25,8 +26,6 @@ POLL_S = 1.0
 SETTLE_S = 2.0
 """How often waiting promotions are looked at."""
 SWEEP_S = 600.0
-OTHERS_WAIT = timedelta(hours=1)
-"""How long a job waits for another host that can do it."""
 _PROGRESS_STEP = 0.05
 _PROGRESS_S = 1.0
 """Progress is written whenever this share more is done and, if an amount is known, this often as well."""
@@ -46,8 +45,8 @@ class WorkerStopping(Interrupted):
 class JobRun:
     """A claimed job, as its steps see it.
 
-    `passed` maps the jobs that this worker has left to other hosts to the time when it did; None without other
-    hosts.
+    `passed` maps the jobs that this worker has left to other hosts to the time until which it does; None without
+    other hosts.
     """
 
     resources: Resources
@@ -165,9 +164,9 @@ def run_one(
     stop: threading.Event | None = None,
     passed: dict[int, datetime] | None = None,
 ) -> bool:
-    """Runs one job if one is waiting; one in `passed` only if no other host has taken it within `OTHERS_WAIT`."""
+    """Runs one job if one is waiting; one in `passed` only if no other host has taken it in time."""
     now = resources.clock()
-    leave = [job_id for job_id, since in (passed or {}).items() if now - since < OTHERS_WAIT]
+    leave = [job_id for job_id, until in (passed or {}).items() if now < until]
     with resources.write() as session:
         job = queue.claim(session, worker, now, leave)
     if job is None:
@@ -229,8 +228,8 @@ def _handle_failure(held: JobRun, job: Job, kind: JobKind, error: RegistryError)
         if held.passed.pop(job.id, None) is None:
             _leave_to_other_hosts(held, held.passed, kind, error)
             return
-        minutes = OTHERS_WAIT.total_seconds() / 60
-        error.detail += f" No worker that finds one took the job within {minutes:.0f} minutes."
+        minutes = ELSEWHERE[error.code].total_seconds() / 60
+        error.detail += f" No worker that has it took the job within {minutes:.0f} minutes."
     held.fail_step()
     _finish(held, kind, "refused" if error.exit_code == 1 else "failed", error)
 
@@ -268,7 +267,7 @@ def _leave_to_other_hosts(held: JobRun, passed: dict[int, datetime], kind: JobKi
     if _cleaned(held, kind):
         with held.resources.write() as session:
             queue.requeue(session, held.job_id, held.worker, error.to_row())
-        passed[held.job_id] = held.resources.clock()
+        passed[held.job_id] = held.resources.clock() + ELSEWHERE[error.code]
 
 
 def _cleaned(held: JobRun, kind: JobKind) -> bool:

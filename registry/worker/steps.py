@@ -27,7 +27,7 @@ from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import gates
 from registry.domain.compositions import compositions
 from registry.domain.jobs import evaluations
-from registry.error_codes import refuse_errors
+from registry.error_families import refuse_errors
 from registry.errors import Refused
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, parse_reference

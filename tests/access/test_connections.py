@@ -106,7 +106,7 @@ def test_pg_dump_and_the_command_line_get_in_while_four_processes_are_loaded(url
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
             while not ended.is_set():
                 statuses.append(http.get("/v1/suites").status_code)
-                ended.wait(1)  # the connections stay open meanwhile, and a small machine has time for the others
+                ended.wait(4)  # the connections stay open meanwhile, and a small machine has time for the others
 
     try:
         _wait_until_ready(port)

@@ -1,14 +1,30 @@
 """Real, tiny models and adapters: built from a config, saved by transformers and PEFT, no download."""
 
+import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
+from composer.deltas.tensors import torch_device
 from composer.deltas.variants.load import LoadedAdapter
 from composer.evaluation.model import LoadedModel
 from composer.evaluation.model import load_model as load_for_measuring
+from tests import second_device
 from tests.composer.small_model import Load, load_adapter, save_llama
 from tests.composer.tiny import MakeAdapter, MakeModel, adapter_maker, model_maker
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _auto_is_the_tests_device() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
+    """What a test leaves to choose by itself is computed on the fake device too, if `pytest --device` says so."""
+    from tests.device import DEVICE  # this file is imported before the option is known
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in list(sys.modules.items()):
+            if DEVICE == second_device.NAME and name.startswith("composer.") and hasattr(module, "torch_device"):
+                patch.setattr(module, "torch_device", lambda name: torch_device(DEVICE if name == "auto" else name))
+        yield
 
 
 @pytest.fixture

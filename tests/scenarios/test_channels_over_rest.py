@@ -74,6 +74,11 @@ def problem(answer: httpx2.Response, status: int, code: str) -> dict[str, Any]:
     return document
 
 
+def test_a_version_written_as_a_channel_is_answered_with_how_to_write_it(line: Line) -> None:
+    missing = problem(line.http.get(f"{line.path}/channels/1.0.0"), 404, "channel_unknown")
+    assert ":1.0.0" in missing["next"]
+
+
 def test_a_channel_moves_only_from_where_its_mover_saw_it(line: Line) -> None:
     problem(line.look(), 404, "channel_unknown")
     problem(line.promote("1.0.0", If_Match='"12345"'), 412, "channel_moved")

@@ -58,7 +58,6 @@ def test_harness_tasks_are_recorded_as_suites_with_the_version_of_the_harness(
     team.ok("promote", "acme/sql:1.0.0", "--to", "prod")
     refused = team("eval", "acme/sql", "--suite", "colours")
     assert (refused.code, "--harness colours" in refused.err) == (2, True)
-    assert team("eval", "acme/sql", "--suite", "colours", "--queue").code == 2
     recipe = {
         "adapter": "acme/both:1.0.0",
         "base": "tiny",
@@ -100,8 +99,9 @@ def test_a_harness_task_does_not_take_the_name_of_a_suite_and_errors_are_said_in
     broken = team("eval", "acme/sql", "--harness", "broken", "--harness-path", tasks)
     assert (broken.code, "lm-eval cannot load broken: ZeroDivisionError" in broken.err) == (6, True)
     assert team("eval", "acme/sql").code == 2
-    queued = team("eval", "acme/sql", "--harness", "broken", "--queue")
-    assert (queued.code, "--harness has no effect with --queue" in queued.err) == (2, True)
+    for option in (("--num-fewshot", "0"), ("--apply-chat-template",)):
+        idle = team("eval", "acme/sql", "--suite", "sql-exact", *option)
+        assert (idle.code, f"{option[0]} has no effect without --harness" in idle.err) == (2, True)
 
 
 def test_a_run_on_the_first_documents_alone_is_not_recorded(team: Cli, tmp_path: Path) -> None:
@@ -124,3 +124,48 @@ def test_a_group_has_the_score_that_the_harness_makes_of_its_tasks(team: Cli, tm
     rows = {(row["suite"], row["metric"]): row for row in done["scores"]}
     mean = (3 * rows["warm", "acc"]["value"] + rows["cold", "acc"]["value"]) / 4
     assert (rows["hues", "acc"]["value"], rows["hues", "acc"]["n"]) == (pytest.approx(mean), 4)
+
+
+def test_how_a_task_is_asked_is_a_part_of_its_content_and_of_its_version(team: Cli, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks"
+    write_task(tasks, "colours", CHOICES, [0, 1, 2, 0, 1])
+    write_task(tasks, "fixed", CHOICES | {"num_fewshot": 0}, [0, 1, 2])
+    asked = ("eval", "acme/sql", "--harness", "colours,fixed", "--harness-path", tasks)
+    scores: dict[str, float] = {}
+    for options in ((), ("--num-fewshot", "2"), ("--apply-chat-template",), ("--num-fewshot", "0")):
+        rows = team.json(*asked, *options)["scores"]
+        assert [row["n"] for row in rows] == [5, 5, 3, 3]
+        scores[" ".join(options)] = rows[1]["suite_digest"]
+        current = {row["name"]: row["version"] for row in team.json("suite", "list")["items"]}
+        how = {"--num-fewshot 2": ".2-shot", "--apply-chat-template": ".chat"}.get(" ".join(options), "")
+        assert (current["colours"] or "").partition("lm-eval.0.4.")[2].lstrip("0123456789") == how
+    assert scores["--num-fewshot 0"] == scores[""], "the task's own number"
+    assert len(set(scores.values())) == 3
+
+
+def test_a_worker_runs_a_task_if_it_makes_the_same_content_of_it(team: Cli, tmp_path: Path) -> None:
+    tasks, others = tmp_path / "tasks", tmp_path / "others"
+    for directory, answers in ((tasks, [0, 1, 2, 0, 1]), (others, [0, 1, 2, 0, 2])):
+        write_task(directory, "colours", CHOICES, answers)
+        write_task(directory, "Words", WORDS, ["a", "b"])
+        group = {"group": "hues", "task": ["colours"], "aggregate_metric_list": [{"metric": "acc"}]}
+        (directory / "hues.yaml").write_text(yaml.safe_dump(group))
+    asked = ("--harness", "hues,Words", "--harness-path", tasks, "--num-fewshot", "1")
+    here = team.json("eval", "acme/terraform", *asked)["scores"]
+    worker = Cli(team.environment | {"ADAPTORY_HARNESS_PATH": str(tasks)}, team.served_with)
+    done = worker.json("eval", "acme/terraform", "acme/sql", *asked, "--queue", "--suite", "sql-exact")
+    assert done["state"] == "done"
+    measured = {(one["repository"], one["suite"]): one["scores"] for one in done["items"]}
+    assert {suite for _, suite in measured} == {"sql-exact", "colours", "words", "hues"}
+    for row in here:
+        again = next(one for one in measured["acme/terraform", row["suite"]] if one["metric"] == row["metric"])
+        assert again["value"] == pytest.approx(row["value"], rel=1e-5)
+    shown = {(row["suite"], row["metric"]): row for row in team.json("show", "acme/sql")["scores"]}
+    assert shown["hues", "acc"]["source"].startswith("lm-eval 0.")
+    with api_of(team) as api:
+        assert len(api.get("/v1/adapters/acme/sql/releases/1.0.0/scores/colours/results")["examples"]) == 5
+
+    worker.ok("eval", "acme/sql", "--suite", "colours", "--queue")
+    elsewhere = Cli(team.environment | {"ADAPTORY_HARNESS_PATH": str(others)}, team.served_with)
+    refused = elsewhere("eval", "acme/sql", "--suite", "colours", "--suite", "words", "--queue")
+    assert (refused.code, "documents differ" in " ".join(refused.err.split())) == (1, True)

@@ -106,5 +106,6 @@ def test_directories_are_searched_without_a_registry(world: World, on_disk: Cli,
     assert result["members"] == [str(one) for one in directories]
     shown = on_disk.ok("conflicts", *given, "--optimize", "--policy", policy).out
     assert f"optimize: {result['headline']}" in shown
+    assert f"resumed: {result['passes']} of {result['passes']} examples" in shown, "of the same members and suites"
     assert max(map(len, shown.splitlines())) <= 80
     assert "--probe has no effect" in on_disk("conflicts", *given, "--optimize", "--probe", "8").err

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,13 +12,26 @@ from safetensors.torch import load_file, save_file
 
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
+from registry.domain.jobs import queue
 from registry.domain.jobs.evaluations import find
 from registry.errors import NotAllowed, NotFound, Usage
 from registry.transfer import evaluations, upgrades
+from registry.transfer.resources import Resources
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
+from tests.eventually import eventually
+from tests.scenarios.test_evaluations import write_suite
 from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli, World
+
+
+def scaled(base: Path, directory: Path) -> Path:
+    """A base with other weights."""
+    shutil.copytree(base, directory)
+    for shard in directory.glob("*.safetensors"):
+        tensors = {name: tensor * 1.01 for name, tensor in load_file(shard).items()}
+        save_file(tensors, shard, metadata={"format": "pt"})
+    return directory
 
 
 def test_a_worker_measures_several_releases_and_their_base_on_several_suites_in_one_job(team: Cli) -> None:
@@ -28,7 +42,7 @@ def test_a_worker_measures_several_releases_and_their_base_on_several_suites_in_
     team.ok("cancel", waiting["job"])
     done = team.json(*asked, "--queue")
     assert (done["state"], [item["error"] for item in done["items"]]) == ("done", [None] * 6)
-    assert [step["name"] for step in done["steps"]] == ["measure", "record"]
+    assert [step["name"] for step in done["steps"]] == ["measure"]
     assert [row["id"] for row in team.json("jobs")["items"]] == [done["job"], waiting["job"]], "one job for all"
     for name, subject in (("acme/sql", "acme/sql"), ("tiny", None)):
         item = next(one for one in done["items"] if (one["repository"], one["suite"]) == (subject, "guard-exact"))
@@ -79,11 +93,7 @@ def test_an_evaluation_needs_what_recording_its_scores_needs_and_is_bounded(team
 
 
 def test_an_upgrade_measures_the_new_base_for_its_owner_alone(team: Cli, world: World, tmp_path: Path) -> None:
-    following = tmp_path / "following"
-    shutil.copytree(world.base, following)
-    for shard in following.glob("*.safetensors"):
-        tensors = {name: tensor * 1.01 for name, tensor in load_file(shard).items()}
-        save_file(tensors, shard, metadata={"format": "pt"})
+    following = scaled(world.base, tmp_path / "following")
     team.ok("base", "add", following, "--name", "following")
     with closing(opened(team)) as resources:
         for name, measured in (("pia", {"acme/sql", "acme/terraform"}), ("mia", {"acme/sql", "acme/terraform", None})):
@@ -92,6 +102,36 @@ def test_an_upgrade_measures_the_new_base_for_its_owner_alone(team: Cli, world: 
             with resources.read() as session:
                 wanted = [one["release"] and session.get(Release, one["release"]) for one in find(session, job).wanted]
                 assert {one and f"acme/{one.repository.name}" for one in wanted} == measured
+
+
+def test_an_upgrade_whose_job_is_cancelled_exits_as_an_evaluation_does(
+    stocked_on_disk: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked_on_disk
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    following = scaled(world.base, tmp_path / "following")
+    cli.ok("base", "add", following, "--name", "following")
+    examples = [{"prompt": f"say {number}", "completion": "0"} for number in range(960)]
+    cli.ok("suite", "add", write_suite(tmp_path, "long", task="generation", examples=examples))
+    for command in (("base", "upgrade", "tiny", "following"), ("eval", "acme/sql", "--queue")):
+        with closing(opened(cli)) as resources:
+            cancelling = threading.Thread(target=_cancel_the_next_job, args=(resources,))
+            cancelling.start()
+            ended = cli(*command, "--suite", "long")
+            cancelling.join()
+        assert (ended.code, "was cancelled. Ask for it again" in ended.err.replace("\nnext:", "")) == (1, True)
+
+
+def _cancel_the_next_job(resources: Resources) -> None:
+    def cancelled() -> bool:
+        with resources.write() as session:
+            jobs = queue.list_page(session, None, before=0, limit=1)
+            if not jobs or jobs[0].state in queue.FINISHED:
+                return False
+            queue.request_cancel(session, jobs[0].id, resources.clock())
+            return True
+
+    eventually(cancelled, within_s=60)
 
 
 @pytest.mark.parametrize("command", [("gc",), ("eval", "tiny", "--suite", "sql-exact")], ids=["gc", "eval"])

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import composer
-from registry.error_codes import PREFIXES, REGISTER, family_of, is_registered
+from registry.error_codes import PREFIXES, REGISTER
+from registry.error_families import family_of, is_registered
 from registry.errors import FAMILIES, RegistryError
 from tests.wire import snapshots
 

@@ -15,12 +15,13 @@ def installed_wheel(directory: Path) -> Path:
     directory.mkdir()
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", directory, ROOT]
     subprocess.run(pip, check=True)
-    subprocess.run([sys.executable, "-m", "venv", directory / "venv"], check=True)
+    # This environment's pip installs into the other one: an own pip would take as long as all the rest.
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory / "venv"], check=True)
     binaries = directory / "venv" / "bin"
     (wheel,) = directory.glob("*.whl")
-    constraints = ROOT / "constraints.txt"
-    install = [binaries / "python", "-m", "pip", "install", "--quiet", "--no-compile", "-c", constraints, wheel]
-    subprocess.run(install, check=True)
+    pip = [sys.executable, "-m", "pip", "--python", binaries / "python"]
+    install = ["install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt", wheel]
+    subprocess.run([*pip, *install], check=True)
     return binaries
 
 

@@ -1,7 +1,8 @@
 """What scores an answer: one of Adaptory's scorers, or one by entry point that the operator has enabled."""
 
 from collections.abc import Callable, Collection, Mapping
-from importlib.metadata import entry_points
+from dataclasses import dataclass
+from importlib.metadata import EntryPoints, entry_points
 from math import isfinite
 from typing import Any, Protocol
 
@@ -15,6 +16,20 @@ GROUP = "adaptory.scorers"
 """The group of entry points: each is called with the suite's settings as keywords, and returns a scorer."""
 
 
+LIMIT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class PythonScorers:
+    """The Python scorers that the operator has enabled, and the seconds that one may take for an example."""
+
+    names: Collection[str] = ()
+    limit_s: float = LIMIT_S
+
+
+NO_PYTHON = PythonScorers()
+
+
 class Scorer(Protocol):
     """Scores one answer after the other."""
 
@@ -24,60 +39,99 @@ class Scorer(Protocol):
         ...
 
 
-_BUILT_IN: Mapping[str, Callable[[dict[str, Any]], Scorer]] = {
+class ScorerFailure(Exception):
+    """A scorer in another process failed, on `example` unless that is None; the message says why."""
+
+    example: Example | None = None
+
+
+class ScorerTimeout(ScorerFailure):
+    """A scorer took longer than its limit, in seconds, and is ended."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"it took longer than {limit_s:g} s")
+        self.limit_s = limit_s
+
+
+def prompt_of(example: Example) -> str:
+    return f"{example.prompt[:60]!r}"
+
+
+BUILT_IN: Mapping[str, Callable[[dict[str, Any]], Scorer]] = {
     "match": lambda settings: TextMatch(MatchSettings(**settings)),
     "json": lambda settings: JsonMatch(JsonSettings(**settings)),
 }
 
 
 def scorer_named(chosen: ScorerChoice, enabled: Collection[str]) -> Scorer:
-    """The scorer of that name. Raises NotSupported for a Python scorer that is not `enabled` or not installed, and
-    InvalidFile for settings that it does not take."""
-    if chosen.name in _BUILT_IN:
-        return _BUILT_IN[chosen.name](chosen.settings)
-    if chosen.name not in enabled:
-        raise NotSupported(
-            "scorer_disabled",
-            f"The scorer {chosen.name} is Python code, which is not enabled here.",
-            subject=chosen.name,
-            next_step=f"If you trust it, install it and set ADAPTORY_SCORERS={','.join([*enabled, chosen.name])}.",
-        )
-    known = entry_points(group=GROUP)
-    if chosen.name not in known.names:
-        raise NotSupported(
-            "scorer_missing",
-            f"No installed package has a scorer {chosen.name} (entry points {GROUP}).",
-            subject=chosen.name,
-            next_step=f"Install its package; installed are {', '.join(sorted(known.names)) or 'none'}.",
-        )
-    make: Callable[..., Scorer] = known[chosen.name].load()
+    """The scorer of that name, in this process. Raises NotSupported for a Python scorer that is not `enabled` or not
+    installed, and InvalidFile for settings that it does not take."""
+    if chosen.name in BUILT_IN:
+        return BUILT_IN[chosen.name](chosen.settings)
+    make: Callable[..., Scorer] = installed_scorers(chosen.name, enabled)[chosen.name].load()
     try:
         return make(**chosen.settings)
     except (TypeError, ValueError) as error:
-        raise InvalidFile(
-            "scorer_settings",
-            f"The scorer {chosen.name} does not take these settings: {error}",
-            subject=chosen.name,
-            next_step="Correct `scorer.settings` in the suite.",
-        ) from error
+        raise settings_refused(chosen.name, str(error)) from error
 
 
-def checked_score(scorer: Scorer, name: str, answer: str, example: Example) -> float:
-    """The answer's score. Raises NotSupported if the scorer fails or returns something else: a score that was not
-    measured must not be recorded as 0."""
+def settings_refused(name: str, why: str) -> InvalidFile:
+    return InvalidFile(
+        "scorer_settings",
+        f"The scorer {name} does not take these settings: {why}",
+        subject=name,
+        next_step="Correct `scorer.settings` in the suite.",
+    )
+
+
+def installed_scorers(name: str, enabled: Collection[str]) -> EntryPoints:
+    """The installed scorers. Raises NotSupported if that of this name is not enabled, or not among them."""
+    if name not in enabled:
+        raise NotSupported(
+            "scorer_disabled",
+            f"The scorer {name} is Python code, which is not enabled here.",
+            subject=name,
+            next_step=f"If you trust it, install it and set ADAPTORY_SCORERS={','.join([*enabled, name])}.",
+        )
+    known = entry_points(group=GROUP)
+    if name not in known.names:
+        raise NotSupported(
+            "scorer_missing",
+            f"No installed package has a scorer {name} (entry points {GROUP}).",
+            subject=name,
+            next_step=f"Install its package; installed are {', '.join(sorted(known.names)) or 'none'}.",
+        )
+    return known
+
+
+def checked_score(
+    scorer: Scorer, name: str, answer: str, example: Example, named: Callable[[Example], str] = prompt_of
+) -> float:
+    """The answer's score; `named` names an example in errors. Raises NotSupported if the scorer fails, takes too long
+    or returns something else: a score that was not measured must not be recorded as 0."""
     try:
         score = float(scorer(answer, example))
+    except ScorerTimeout as error:
+        late = named(error.example or example)
+        raise NotSupported(
+            "scorer_timeout",
+            f"The scorer {name} was ended: it gave {late} no score within {error.limit_s:g} s.",
+            subject=name,
+            next_step="Bound the time that the scorer takes, or give it more: ADAPTORY_SCORER_TIMEOUT_S.",
+        ) from error
+    except ScorerFailure as error:
+        raise scorer_failed(name, named(error.example or example), str(error)) from error
     except (Exception, SystemExit) as error:
-        raise _failed(name, f"{type(error).__name__}: {error}") from error
+        raise scorer_failed(name, named(example), f"{type(error).__name__}: {error}") from error
     if not isfinite(score) or not 0 <= score <= 1:
-        raise _failed(name, f"it returned {score}, which is not from 0 to 1")
+        raise scorer_failed(name, named(example), f"it returned {score}, which is not from 0 to 1")
     return score
 
 
-def _failed(name: str, why: str) -> NotSupported:
+def scorer_failed(name: str, where: str, why: str) -> NotSupported:
     return NotSupported(
         "scorer_failed",
-        f"The scorer {name} failed: {why[:500]}.",
+        f"The scorer {name} failed{f' on {where}' if where else ''}: {why[:500]}.",
         subject=name,
-        next_step="Correct the scorer: it must give every answer a score from 0 to 1.",
+        next_step="Correct the scorer or the suite: every answer must have a score from 0 to 1.",
     )

@@ -17,7 +17,7 @@ from registry.api.http.exchanges import request_id
 from registry.api.schemas.wire import Problem
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
-from registry.error_codes import of_composer
+from registry.error_families import of_composer
 from registry.errors import FAMILIES, Invalid, RegistryError, Unauthenticated, Unavailable, Usage
 from registry.formats.references import nearest
 from registry.outages import OutageLog

@@ -162,10 +162,9 @@ def create_branch(
     repository = parse_repository(f"{namespace}/{name}")
     with resources.write() as session:
         version = revisions.released_version(session, repository, body.startingPoint or MAIN)
-        wanted = moves.PromotionRequest(repository, version, parse_name(channel, "channel"))
         expected = moves.Expected(moves.NOTHING_YET)
-        outcome = promotions.request(session, actor, wanted, reason="", force=False, expected=expected)
-        waits = isinstance(outcome, Promotion)
+        wanted = moves.PromotionRequest(repository, version, parse_name(channel, "channel"), expected=expected)
+        waits = isinstance(promotions.request(session, actor, wanted), Promotion)
     warning = (
         {"X-HF-Warning": f"promotion; {repository}@{channel} waits for what its policy asks for."} if waits else {}
     )

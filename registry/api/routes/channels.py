@@ -76,16 +76,22 @@ def promote(  # noqa: PLR0913
 ) -> Response:
     """422 with the numbers if a gate fails; 412 if the channel no longer has the given ETag. 202 if the release lacks
     only what may still come, such as a score: the promotion then completes or fails by itself."""
-    expected, asked = expected_from(if_match, if_none_match), idempotent_request(request, actor, key, body)
-    wanted = moves.PromotionRequest(named.name, parse_version(body.version), channel, named.kind)
+    asked = idempotent_request(request, actor, key, body)
+    wanted = moves.PromotionRequest(
+        named.name,
+        parse_version(body.version),
+        channel,
+        named.kind,
+        reason=body.reason,
+        force=body.force,
+        expected=expected_from(if_match, if_none_match),
+    )
     with resources.write() as session:
         made = idempotency.claim_key(session, asked, actor.at)
         if made:
             outcome = _made(session, named, channel, made)
         else:
-            outcome = promotions.request(
-                session, actor, wanted, reason=body.reason, force=body.force, expected=expected
-            )
+            outcome = promotions.request(session, actor, wanted)
             kind = "move" if isinstance(outcome, moves.ChannelMove) else "promotion"
             idempotency.store_answer(session, asked, {kind: outcome.id})
         if isinstance(outcome, Promotion):

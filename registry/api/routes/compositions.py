@@ -42,7 +42,12 @@ def create(body: CompositionIn, resources: ResourcesOf, actor: Caller) -> Compos
         permit(actor, role, namespace)
     with resources.write() as session:
         composition = compositions.create(
-            session, actor, recipe, plan_only=body.plan, signer=signer_of(resources.settings)
+            session,
+            actor,
+            recipe,
+            plan_only=body.plan,
+            signer=signer_of(resources.settings),
+            enabled=resources.settings.enabled_scorers.names,
         )
         return composition_view(*compositions.find(session, composition.id))
 

@@ -73,6 +73,8 @@ def unknown_channel(session: Session, repository: Repository, channel: str) -> N
     full = f"{name_of(repository)}@{channel}"
     has = f"The channels of {name_of(repository)}: {', '.join(there)}." if there else "It has none yet."
     step = f"{has} To create it, promote a release with --to {channel}."
+    if is_version(channel):
+        step = f"{has} For the version, write {name_of(repository)}:{channel}."
     return NotFound("channel_unknown", f"There is no channel {full}.", subject=full, next_step=step)
 
 

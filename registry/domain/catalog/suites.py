@@ -28,7 +28,8 @@ MAX_VALUE = 1e100
 """The largest value and standard error: the square of a larger one would not be finite."""
 REPORTED = "reported"
 REPORTED_PREFIX = f"{REPORTED}-"
-ELSEWHERE = {"harness": "a task of an evaluation harness", REPORTED: "a benchmark that scores are only reported of"}
+HARNESS = "harness"
+ELSEWHERE = {HARNESS: "a task of an evaluation harness", REPORTED: "a benchmark that scores are only reported of"}
 """Tasks of suites whose examples the registry does not have."""
 
 
@@ -52,7 +53,8 @@ class Measurement:
     def of(cls, score: Mapping[str, Any], results_sha256: str | None = None) -> Self:
         """What a worker measured, from the JSON of a score."""
         names = ("suite_digest", "metric", "value", "stderr", "n", "higher_is_better")
-        return cls(**{name: score[name] for name in names}, results_sha256=results_sha256)
+        source = score.get("source")
+        return cls(**{name: score[name] for name in names}, results_sha256=results_sha256, source=source)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from registry.domain.catalog import releases, repositories, signatures
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import pending, policies, refusals
 from registry.domain.channels.policies import Report
-from registry.domain.channels.refusals import PromotionRequest
+from registry.domain.channels.refusals import Expected, PromotionRequest
 from registry.domain.channels.requirements import Question
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import Refused, Stale
@@ -107,13 +107,6 @@ _POINT = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """The id of the channel's move that the caller last saw, from its ETag; `NOTHING_YET` for no channel."""
-
-    move_id: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelMove:
     """A channel's move; `gates` are the recorded results."""
@@ -153,35 +146,24 @@ class Waiting:
     report: Report
 
 
-def promote(
-    session: Session,
-    actor: Actor,
-    wanted: PromotionRequest,
-    *,
-    reason: str = "",
-    force: bool = False,
-    expected: Expected | None = None,
-) -> ChannelMove:
+def promote(session: Session, actor: Actor, wanted: PromotionRequest) -> ChannelMove:
     """As `attempt`; what would wait is refused."""
-    outcome = attempt(session, actor, wanted, reason=reason, force=force, expected=expected)
+    outcome = attempt(session, actor, wanted)
     if isinstance(outcome, Waiting):
         raise refusals.gate_failed(wanted, outcome.report, outcome.policy)
     return outcome
 
 
-def attempt(  # noqa: PLR0913
+def attempt(
     session: Session,
     actor: Actor,
     wanted: PromotionRequest,
     *,
-    reason: str = "",
-    force: bool = False,
-    expected: Expected | None = None,
     completing: int | None = None,
     given_up: Mapping[Wanted, str] | None = None,
 ) -> ChannelMove | Waiting:
-    """Moves the channel to the release if every rule of its policy passes. `force` overrides failed ones, and needs a
-    reason. Returns `Waiting`, and changes nothing, if the release lacks only what may still come.
+    """Moves the channel to the release if every rule of its policy passes, or is overridden by force. Returns
+    `Waiting`, and changes nothing, if the release lacks only what may still come.
 
     If the channel already serves the release, returns its current move. `completing` is the waiting promotion that this
     completes; a move ends any other one of the channel. `given_up` are scores that will not come.
@@ -189,14 +171,13 @@ def attempt(  # noqa: PLR0913
     release = _load_release_and_policy(session, wanted)
     _refuse_unsigned(session, release, wanted)
     current = session.execute(_STATE, {"channel": release.channel_id, "release": release.id}).one()
-    refusals.refuse_unpromotable(current.yank_reason, wanted, reason, force=force)
-    _check_expected(current.move_id, expected, wanted.subject)
-    actor = replace(
-        actor, at=max(actor.at, current.at or actor.at)
-    )  # a request that waited here may be older than the last move
+    refusals.refuse_unpromotable(current.yank_reason, wanted)
+    _check_expected(current.move_id, wanted.expected, wanted.subject)
+    # A request that waited here may be older than the last move.
+    actor = replace(actor, at=max(actor.at, current.at or actor.at))
     policy = policies.of_columns(current.rules, current.policy)
     report = _judge(session, actor, release, policy, given_up or {})
-    if report.failed and force:
+    if report.failed and wanted.force:
         refusals.refuse_force(actor, policy, wanted)
     elif report.waits and current.to_release_id != release.id:
         seen, mapped = current.move_id or NOTHING_YET, session.get_one(Release, release.id)
@@ -205,7 +186,7 @@ def attempt(  # noqa: PLR0913
         raise refusals.gate_failed(wanted, report, policy)
     if current.to_release_id == release.id:
         return ChannelMove.of_row(current)
-    move = _record_promotion(session, actor, wanted, release, current, report, reason, completing)
+    move = _record_promotion(session, actor, wanted, release, current, report, completing)
     if current.pending_id not in (None, completing):
         pending.end_moved(session, actor, current.pending_id)
     return move
@@ -218,7 +199,6 @@ def _record_promotion(  # noqa: PLR0913
     release: Any,
     current: Any,
     report: Report,
-    reason: str,
     completing: int | None,
 ) -> ChannelMove:
     results = [result.to_json() for result in report.results]
@@ -229,7 +209,7 @@ def _record_promotion(  # noqa: PLR0913
         "to_release_id": release.id,
         "below_id": current.move_id,
         "actor": actor.name,
-        "reason": reason,
+        "reason": wanted.reason,
         "forced": bool(report.failed),
         "gates": results,
         "at": actor.at,
@@ -241,7 +221,7 @@ def _record_promotion(  # noqa: PLR0913
         Act.CHANNEL_PROMOTE,
         wanted.subject,
         namespace=wanted.repository.namespace,
-        reason=reason,
+        reason=wanted.reason,
         before=_serves(current.move_id, current.to_version, current.commit) if current.move_id else None,
         after=_serves(move_id, str(wanted.version), release.commit),
         forced=bool(report.failed),

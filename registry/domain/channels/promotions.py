@@ -14,10 +14,10 @@ from registry.domain.access.roles import Role, holds, permit
 from registry.domain.catalog import repositories
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves, pending, policies, requirements
-from registry.domain.channels.moves import ChannelMove, Expected, Waiting
+from registry.domain.channels.moves import ChannelMove, Waiting
 from registry.domain.channels.pending import PENDING
 from registry.domain.channels.policies import Report
-from registry.domain.channels.refusals import PromotionRequest
+from registry.domain.channels.refusals import Expected, PromotionRequest
 from registry.domain.jobs import evaluations, queue
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import Conflict, NotAllowed, Refused, RegistryError, Stale, Unavailable
@@ -27,18 +27,10 @@ RECHECK = timedelta(seconds=15)
 """A waiting promotion is judged again at least this often: its evaluation may have failed."""
 
 
-def request(
-    session: Session,
-    actor: Actor,
-    wanted: PromotionRequest,
-    *,
-    reason: str = "",
-    force: bool = False,
-    expected: Expected | None = None,
-) -> ChannelMove | Promotion:
+def request(session: Session, actor: Actor, wanted: PromotionRequest) -> ChannelMove | Promotion:
     """Promotes, or starts to wait for what the release lacks, as `moves.attempt` does. A channel waits for one
     promotion: this one replaces an earlier one."""
-    outcome = moves.attempt(session, actor, wanted, reason=reason, force=force, expected=expected)
+    outcome = moves.attempt(session, actor, wanted)
     if isinstance(outcome, ChannelMove):
         return outcome
     earlier = pending.of_channel(session, outcome.channel_id)
@@ -52,7 +44,7 @@ def request(
         actor=actor.name,
         token_id=actor.token_id,
         source=actor.source,
-        reason=reason,
+        reason=wanted.reason,
         gates=_rows(outcome.report),
         job_id=None,
         move_id=None,
@@ -71,7 +63,7 @@ def request(
         Act.PROMOTION_REQUEST,
         wanted.subject,
         namespace=wanted.repository.namespace,
-        reason=reason,
+        reason=wanted.reason,
         after={"version": str(wanted.version), "move": outcome.seen, "job": promotion.job_id},
         promotion=promotion.id,
         gates=promotion.gates,
@@ -91,15 +83,8 @@ def settle(session: Session, promotion_id: int, now: datetime) -> Promotion:
         _refuse_expired(promotion, now)
         _refuse_without_role(actor, promotion, wanted)
         with session.begin_nested():
-            outcome = moves.attempt(
-                session,
-                actor,
-                wanted,
-                reason=promotion.reason,
-                expected=Expected(promotion.expected_move),
-                completing=promotion.id,
-                given_up=_given_up(session, promotion),
-            )
+            given_up = _given_up(session, promotion)
+            outcome = moves.attempt(session, actor, wanted, completing=promotion.id, given_up=given_up)
     except Unavailable:
         raise
     except RegistryError as error:
@@ -274,7 +259,14 @@ def _locked(session: Session, promotion_id: int) -> Promotion:
 def _wanted(promotion: Promotion) -> PromotionRequest:
     repository = promotion.release.repository
     name, version = repositories.name_of(repository), parse_version(promotion.release.version)
-    return PromotionRequest(name, version, promotion.channel.name, Kind(repository.kind))
+    return PromotionRequest(
+        name,
+        version,
+        promotion.channel.name,
+        Kind(repository.kind),
+        reason=promotion.reason,
+        expected=Expected(promotion.expected_move),
+    )
 
 
 def _refuse_expired(promotion: Promotion, now: datetime) -> None:

@@ -12,13 +12,24 @@ from registry.formats.references import RepositoryName, Version
 
 
 @dataclass(frozen=True, slots=True)
+class Expected:
+    """The id of the channel's move that the caller last saw, from its ETag; `NOTHING_YET` of `moves` for no channel."""
+
+    move_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class PromotionRequest:
-    """The release to promote and the channel. If `kind` is given, repositories of another kind are not found."""
+    """The release to promote and the channel. `force` overrides failed rules, and needs a reason. If `kind` is given,
+    repositories of another kind are not found."""
 
     repository: RepositoryName
     version: Version
     channel: str
     kind: Kind | None = None
+    reason: str = ""
+    force: bool = False
+    expected: Expected | None = None
 
     @property
     def release(self) -> str:
@@ -58,7 +69,7 @@ def refuse_force(actor: Actor, policy: ChannelPolicy, wanted: PromotionRequest) 
         )
 
 
-def refuse_unpromotable(yanked: str | None, wanted: PromotionRequest, reason: str, *, force: bool) -> None:
+def refuse_unpromotable(yanked: str | None, wanted: PromotionRequest) -> None:
     if yanked is not None:
         raise Refused(
             "release_yanked",
@@ -66,7 +77,7 @@ def refuse_unpromotable(yanked: str | None, wanted: PromotionRequest, reason: st
             subject=wanted.release,
             next_step="Promote another release.",
         )
-    if force and not reason.strip():
+    if wanted.force and not wanted.reason.strip():
         raise Usage(
             "reason_missing",
             "A forced promotion needs a reason.",

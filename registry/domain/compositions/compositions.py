@@ -1,6 +1,6 @@
 """Compositions: recipe -> lock -> durable steps, their results and lineage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -13,7 +13,7 @@ from registry.database.tables import Base, Composition, Job, Namespace, Release,
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor, EventQuery
 from registry.domain.access.roles import EVERYWHERE, Role, granted, holds, may, may_read, permit, unknown_namespace
-from registry.domain.catalog import metrics, releases, repositories, suites, versioning
+from registry.domain.catalog import metrics, releases, repositories, scorers, suites, versioning
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import gates
@@ -38,11 +38,18 @@ class _Target:
 
 
 def create(
-    session: Session, actor: Actor, recipe: Recipe, *, plan_only: bool, signer: str | None = None
+    session: Session,
+    actor: Actor,
+    recipe: Recipe,
+    *,
+    plan_only: bool,
+    signer: str | None = None,
+    enabled: Collection[str] = (),
 ) -> Composition:
     """Resolves and locks the recipe and enqueues its steps; a plan has only the check, and publishes nothing.
 
-    `signer` is the fingerprint of the workers' signing key, None without one.
+    `signer` is the fingerprint of the workers' signing key, None without one. `enabled` are the Python
+    scorers that workers run.
     """
     releases.refuse_long_notes(recipe.notes, owner(recipe))
     lock = locking.lock_of(session, recipe)
@@ -51,6 +58,8 @@ def create(
         _refuse_namespace(session, actor, target.repository.namespace, signer)
     for name in _suite_names(recipe):
         suites.with_examples(suites.find(session, name))
+    for name in () if plan_only else evaluated(recipe, lock):
+        scorers.refuse_disabled(suites.find(session, name), enabled)
     _check_gates(session, recipe, lock)
     wanted = STEPS[:1] if plan_only else STEPS
     if recipe.optimize:

@@ -14,7 +14,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.jobs import queue
 
 KIND = "evaluation"
-STEPS = ("measure", "record")
+STEPS = ("measure",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,9 @@ def requester(session: Session, job_id: int, now: datetime) -> Actor:
 
 
 def add_result(session: Session, job_id: int, result: dict[str, Any]) -> None:
-    """Keeps the result of one release and suite."""
+    """Keeps the result of one release and suite, unless there is one: two workers may have measured it, if one of them
+    was thought to be dead."""
     row = session.get_one(Evaluation, job_id, with_for_update=True, populate_existing=True)
+    if Wanted.of(result) in {Wanted.of(one) for one in row.results}:
+        return
     row.results = [*row.results, result]

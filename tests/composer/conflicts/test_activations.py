@@ -58,8 +58,8 @@ def captured(loaded: LoadedModel, victim: list[Delta]) -> dict[str, tuple[torch.
         handle.remove()
     both: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in MODULES:
-        X_NI = torch.cat(inputs[module]).double()
-        both[module] = X_NI, X_NI @ loaded.model.get_submodule(module).weight.double().T
+        X_NI = torch.cat(inputs[module]).cpu().double()
+        both[module] = X_NI, X_NI @ loaded.model.get_submodule(module).weight.cpu().double().T
     return both
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from composer.evaluation import model
 from composer.evaluation.evaluate import Result, evaluate, examine, scores
 from composer.evaluation.journal import ResultJournal, examine_rest
 from composer.evaluation.model import LoadedModel
@@ -23,8 +24,9 @@ class Stopped(Exception):
 
 
 def test_a_stopped_evaluation_measures_only_the_rest_and_ends_with_the_same_scores(
-    loaded: LoadedModel, tmp_path: Path
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(model, "BATCH_TOKENS", {"cpu": 100})  # several batches, whatever the device
     path, batches = tmp_path / "results" / "one.jsonl", list[int]()
 
     def stop(count: int) -> None:

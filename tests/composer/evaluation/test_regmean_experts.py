@@ -54,7 +54,8 @@ def loaded_adapters(base: Path, paths: list[Path]) -> list[LoadedAdapter]:
 
 def output(loaded: LoadedModel, prompt: str, deltas: list[Delta]) -> torch.Tensor:
     with torch.inference_mode(), deltas_applied(loaded.model, deltas):
-        return loaded.model(torch.tensor([loaded.tokenizer(prompt)["input_ids"]])).logits
+        ids = torch.tensor([loaded.tokenizer(prompt)["input_ids"]], device=loaded.device)
+        return loaded.model(ids).logits.cpu()
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -62,7 +63,7 @@ def test_the_fit_does_on_each_members_prompts_what_the_member_does_alone(model: 
     base, loaded = base_of(model, tmp_path)
     adapters = loaded_adapters(base, members_of(base, tmp_path, GATE, DOWN))
     settings = {"ridge": 1e-4, "steps": 2}
-    combined = combine_deltas(adapters, [1.0, 1.0], "regmean", settings, calibration(loaded).observe)
+    combined = combine_deltas(adapters, [1.0, 1.0], "regmean", settings, calibration(loaded).observe, loaded.device)
     assert combined.fit is not None
     assert combined.fit.fitted == 6  # q_proj and two stacks, in two layers
     assert all("experts" in name for name in combined.fit.kept_at_sum), "only experts that no token reached"
@@ -79,16 +80,18 @@ def test_the_fitted_stacks_are_packed_and_load_in_peft(model: str, tmp_path: Pat
     base, loaded = base_of(model, tmp_path)
     paths, known = members_of(base, tmp_path, GATE, DOWN), open_checkpoint(base).architecture
     both = tmp_path / "both"
-    combine([(path, 1.0) for path in paths], both, known, "regmean", calibration=calibration(loaded))
-    deltas = combine_deltas(loaded_adapters(base, paths), [1.0, 1.0], "regmean", {}, calibration(loaded).observe).deltas
+    combine([(path, 1.0) for path in paths], both, known, "regmean", calibration=calibration(loaded), device=DEVICE)
+    deltas = combine_deltas(
+        loaded_adapters(base, paths), [1.0, 1.0], "regmean", {}, calibration(loaded).observe, loaded.device
+    ).deltas
     with torch.inference_mode(), deltas_applied(loaded.model, deltas):
-        assert relative(loaded.model(IDS).logits, peft_logits(base, both)) < 1e-5
+        assert relative(loaded.model(IDS.to(loaded.device)).logits.cpu(), peft_logits(base, both)) < 1e-5
 
 
 def test_a_routers_weight_is_fitted_on_what_the_router_sees(tmp_path: Path) -> None:
     base, loaded = base_of("Mixtral", tmp_path)
     adapters = loaded_adapters(base, members_of(base, tmp_path, "mlp.gate.weight"))
-    fit = combine_deltas(adapters, [1.0, 1.0], "regmean", {}, calibration(loaded).observe).fit
+    fit = combine_deltas(adapters, [1.0, 1.0], "regmean", {}, calibration(loaded).observe, loaded.device).fit
     assert fit is not None
     assert (fit.fitted, fit.kept_at_sum) == (4, ())
 

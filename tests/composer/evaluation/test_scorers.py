@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from hypothesis import strategies as some
 
 from composer.errors import ComposerError
 from composer.evaluation.scorers.json_match import MAX_CHARS
-from composer.evaluation.scorers.scorer import checked_score, scorer_named
+from composer.evaluation.scorers.process import open_scorer
+from composer.evaluation.scorers.scorer import PythonScorers, checked_score, scorer_named
 from composer.formats.recipes.suite import Example
 from composer.formats.recipes.tasks import ScorerChoice
+from tests.composer.scorers import install_scorer
 
 
 def score(answer: str, completion: str, name: str = "match", **settings: object) -> float:
@@ -118,3 +121,47 @@ def test_a_scorer_that_cannot_score_is_an_error_and_never_a_zero(call: Callable[
         call()
     assert caught.value.code == code
     assert caught.value.next_step
+
+
+@pytest.fixture
+def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+    install_scorer(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("_installed")
+def test_a_python_scorer_runs_in_a_process_that_ends_with_it_and_is_killed_when_it_takes_too_long(
+    tmp_path: Path,
+) -> None:
+    chosen = ScorerChoice(name="obedient", settings={"marker": str(tmp_path / "pid")})
+
+    def asked(*answers: str, limit_s: float = 30) -> list[float | ComposerError]:
+        scores: list[float | ComposerError] = []
+        with open_scorer(chosen, PythonScorers(("obedient",), limit_s)) as scorer:
+            for answer in answers:
+                try:
+                    example = Example("p", "c", ("c", "d"))
+                    scores.append(checked_score(scorer, "obedient", answer, example, lambda _: "example 1 of queries"))
+                except ComposerError as error:
+                    scores.append(error)
+        assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists(), "nothing goes on"
+        return scores
+
+    answers = ("c", "prints", "raises", "leaves", "returns None", "d", "dies")
+    whys = ("example 1 of queries: RuntimeError: no database", "SystemExit: 3", "TypeError")
+    right, wrong, *failed, after, died = asked(*answers)
+    assert (right, wrong, after) == (1, 0, 1)
+    for error, why in zip([*failed, died], [*whys, "its process ended with -9"], strict=True):
+        assert isinstance(error, ComposerError)
+        assert (error.code, why in error.message) == ("scorer_failed", True)
+    for answer in ("sleeps", "loops"):
+        began_s = time.monotonic()
+        (late,) = asked(answer, limit_s=0.3)
+        assert isinstance(late, ComposerError)
+        assert (late.code, time.monotonic() - began_s < 20) == ("scorer_timeout", True)
+        assert "example 1 of queries no score within 0.3 s" in late.message
+    for settings, code in (({"marker": "x", "other": 1}, "scorer_settings"), ({"marker": ""}, "scorer_failed")):
+        wrong = ScorerChoice(name="obedient", settings=settings)
+        with pytest.raises(ComposerError) as caught, open_scorer(wrong, PythonScorers(("obedient",))):
+            pass
+        assert caught.value.code == code

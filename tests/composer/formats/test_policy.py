@@ -56,7 +56,7 @@ def test_an_empty_policy_changes_nothing() -> None:
         ("near_duplicate: fatal", "'fatal' is not one of notice, warning, error, ignore"),
         ("near_duplicate: 1", "1 is not one of"),
         ("near_duplicat: error", "'near_duplicat'"),
-        ("1: error", "there is no field 1"),
+        ("1: error", "unknown field 1"),
         ("thresholds: 3", "thresholds"),
         ("thresholds: {zero_delta: 3}", "'zero_delta'"),
         ("thresholds: {probe_guard: 0.5 of gain}", "not a finite number"),

@@ -74,7 +74,7 @@ def test_a_larger_sample_contains_the_smaller_one(suite: Suite, count: int) -> N
     ("text", "lines", "problem"),
     [
         (HEAD, "", "examples: it is missing"),
-        (HEAD + "examples: sql-exact.jsonl\nsuite: x\n", "", "there is no field 'suite'"),
+        (HEAD + "examples: sql-exact.jsonl\nsuite: x\n", "", "unknown field 'suite'"),
         (HEAD + "examples: [\n", "", r"sql-exact\.yaml:6: not valid YAML"),
         ("- a list\n", "", "is not a mapping"),
         (

@@ -17,6 +17,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Integer, MetaData, func, insert, select, text
 from sqlalchemy.exc import ProgrammingError
 
+import registry.transfer.resources
 from composer.formats.adapters.facts import WEIGHTS_FILE
 from registry.database import tables
 from registry.database.engine import Database, Row
@@ -126,7 +127,10 @@ def test_an_older_database_asks_for_adaptory_migrate(database: Database, url: st
     assert "adaptory migrate" in refused.err
 
 
-def test_the_embedded_database_is_made_ready_without_being_asked(tmp_path: Path) -> None:
+def test_the_embedded_database_is_made_ready_without_being_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.transfer.resources, "ensure_schema", ensure_schema)  # elsewhere tests copy one
     resources = open_resources(Settings(home=tmp_path / "home"))
     assert schema_revision(resources.database) == head_revision()
     with resources.database.engine.connect() as connection:

@@ -32,7 +32,8 @@ from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves, yanks
-from registry.domain.channels.moves import ChannelMove, Expected, PromotionRequest
+from registry.domain.channels.moves import ChannelMove
+from registry.domain.channels.refusals import Expected, PromotionRequest
 from registry.errors import NotFound, Refused, RegistryError, Stale
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, parse_version
@@ -127,8 +128,8 @@ class ChannelMachine(RuleBasedStateMachine):
         expected = self.expectation(honest)
 
         def change(session: Any, actor: Actor) -> ChannelMove:
-            wanted = PromotionRequest(self.name, parse_version(version), "prod")
-            return moves.promote(session, actor, wanted, reason="r", expected=expected)
+            wanted = PromotionRequest(self.name, parse_version(version), "prod", reason="r", expected=expected)
+            return moves.promote(session, actor, wanted)
 
         self.attempt(change, refusal)
         if refusal is None and self.live[-1:] != (version,):

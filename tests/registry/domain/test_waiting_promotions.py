@@ -69,8 +69,8 @@ def promote(
     house: House, version: Version = OLD, channel: str = "prod", at: datetime = NOW, **options: Any
 ) -> ChannelMove | Promotion:
     with house.resources.write() as session:
-        wanted = PromotionRequest(NAME, version, channel)
-        return promotions.request(session, person(house, at=at), wanted, **options)
+        wanted = PromotionRequest(NAME, version, channel, **options)
+        return promotions.request(session, person(house, at=at), wanted)
 
 
 def waiting(house: House, *asked: Any, **options: Any) -> int:

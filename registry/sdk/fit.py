@@ -5,51 +5,51 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
-from registry.cli.connect import Connection
-from registry.error_codes import refuse_errors
+from registry.error_families import refuse_errors
 from registry.errors import Invalid, NotFound, Usage
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Architecture
+    from registry.client.api import Api
 
 Json = dict[str, Any]
 _TRIED = 50
 """Maximum number of registered bases to try an adapter on: each costs a table of tensors."""
 
 
-def fitting_base(connection: Connection, directory: Path, base: str | None, kind: str) -> str:
+def fitting_base(api: "Api", directory: Path, base: str | None, kind: str) -> str:
     """The name or digest of the base that an adapter or merged model is pushed for, after checking the fit.
 
     Raises Usage if nothing names a base, NotFound for an unknown one, Invalid if the files do not fit it.
     """
     if kind == "model":
-        return _base_of_model(connection, directory, base)
+        return _base_of_model(api, directory, base)
     from composer.formats.adapters.inspection import inspect
 
     named = base or inspect(directory, None).facts.base_model_name_or_path
     if not named:
         raise _unnamed(directory, "was trained on")
     try:
-        known = base_by_name_or_location(connection, named)
+        known = base_by_name_or_location(api, named)
     except NotFound as unknown:
-        fitting = [] if base else _fitting(connection, directory)
+        fitting = [] if base else _fitting(api, directory)
         fits = f"It fits {', '.join(fitting)}: name one with --base. " if fitting else ""
         raise NotFound(
             unknown.code, unknown.detail, subject=unknown.subject, next_step=f"{fits}{unknown.next_step}"
         ) from None
-    seen = inspect(directory, connection.api.architecture(known["digest"]))
+    seen = inspect(directory, api.architecture(known["digest"]))
     if any(finding.severity == "error" for finding in seen.findings):
-        _refuse_wrong_base(connection, directory, known)
+        _refuse_wrong_base(api, directory, known)
         refuse_errors(seen.findings, str(directory))
     return base or known["digest"]
 
 
-def _base_of_model(connection: Connection, directory: Path, base: str | None) -> str:
+def _base_of_model(api: "Api", directory: Path, base: str | None) -> str:
     from registry.transfer.publishing import inspect_model
 
     if not base:
         raise _unnamed(directory, "was merged into")
-    inspect_model(directory, connection.api.architecture(base))
+    inspect_model(directory, api.architecture(base))
     return base
 
 
@@ -57,16 +57,16 @@ def _unnamed(directory: Path, what: str) -> Usage:
     return Usage("base_missing", f"{directory} does not say which base it {what}.", next_step="Name it with --base.")
 
 
-def base_by_name_or_location(connection: Connection, text: str) -> Json:
+def base_by_name_or_location(api: "Api", text: str) -> Json:
     """A registered base by name, alias, digest, or the directory that it was registered from.
 
     Trainers write the path they loaded the base from into `base_model_name_or_path`. Raises NotFound.
     """
     try:
-        return connection.api.get(f"/v1/bases/{quote(text.lstrip('/'))}")
+        return api.get(f"/v1/bases/{quote(text.lstrip('/'))}")
     except NotFound as error:
         wanted = Path(text).expanduser().resolve()
-        for base in connection.api.pages("/v1/bases"):
+        for base in api.pages("/v1/bases"):
             if any(_directory(location) == wanted for location in base["locations"]):
                 return base
         step = error.next_step
@@ -80,12 +80,12 @@ def _directory(location: str) -> Path | None:
     return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
 
-def _refuse_wrong_base(connection: Connection, directory: Path, base: Json) -> None:
+def _refuse_wrong_base(api: "Api", directory: Path, base: Json) -> None:
     """Raises Invalid if the adapter fits another registered base: then the base is wrong, not the adapter's keys.
 
     Returns if it fits none, or if the adapter is faulty on any base.
     """
-    if fitting := _fitting(connection, directory, base["digest"]):
+    if fitting := _fitting(api, directory, base["digest"]):
         raise Invalid(
             "wrong_base",
             f"{directory} does not fit the base {base['name']}: modules are missing there or differ in shape.",
@@ -94,7 +94,7 @@ def _refuse_wrong_base(connection: Connection, directory: Path, base: Json) -> N
         )
 
 
-def _fitting(connection: Connection, directory: Path, without: str = "") -> list[str]:
+def _fitting(api: "Api", directory: Path, without: str = "") -> list[str]:
     """Names of the registered bases that the adapter fits; none if the adapter is faulty on every base."""
     from composer.formats.adapters.inspection import inspect
 
@@ -103,5 +103,5 @@ def _fitting(connection: Connection, directory: Path, without: str = "") -> list
 
     if not fits(None):
         return []
-    others = [one for one in islice(connection.api.pages("/v1/bases"), _TRIED) if one["digest"] != without]
-    return [one["name"] for one in others if fits(connection.api.architecture(one["digest"]))]
+    others = [one for one in islice(api.pages("/v1/bases"), _TRIED) if one["digest"] != without]
+    return [one["name"] for one in others if fits(api.architecture(one["digest"]))]

@@ -1,0 +1,1 @@
+"""The Python API: registries, releases and a callback for trainers."""

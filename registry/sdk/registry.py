@@ -1,0 +1,214 @@
+"""A registry as a Python object."""
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from registry.client import channel_moves
+from registry.client.api import release_path
+from registry.client.cache import BlobCache
+from registry.client.pull import cached, pull
+from registry.client.push import collect, push
+from registry.client.selection import select_files
+from registry.client.signing import Publication, push_signed, read_public_key, verify_release
+from registry.error_families import of_row
+from registry.errors import Refused
+from registry.formats.references import parse_channel_reference, parse_reference, single_version
+from registry.sdk.connection import Connection, load_settings, open_registry
+from registry.sdk.fit import fitting_base
+from registry.sdk.results import Composition, Move, Promotion, Release, Score
+
+if TYPE_CHECKING:
+    pass
+
+Json = dict[str, Any]
+_POLL_S = 0.5
+
+
+class Registry:
+    """The registry at `url`, of a profile that `adaptory login` saved, of the environment (`ADAPTORY_URL`,
+    `ADAPTORY_PROFILE`, `ADAPTORY_TOKEN`), of the profile in use, or else the embedded one: the first that is given.
+
+    Use it in a `with` statement, or close it. Every method raises the errors of `registry.errors`, whose `code` is
+    stable (docs/errors.md).
+
+        with Registry() as registry:
+            release = registry.push("out", "acme/sql", bump="auto", base="smollm2")
+            registry.promote(release, "prod")
+            directory = registry.pull("acme/sql@prod")
+    """
+
+    def __init__(self, url: str | None = None, token: str | None = None, profile: str | None = None) -> None:
+        given = {"url": url, "token": token, "profile": profile}
+        named: dict[str, str | None] = {name: value for name, value in given.items() if value is not None}
+        if url is not None:
+            named["profile"] = None
+        self._stack = ExitStack()
+        self._connection: Connection = self._stack.enter_context(open_registry(load_settings(**named)))
+        self._api = self._connection.api
+
+    def close(self) -> None:
+        """Closes the connections; an embedded registry's database too."""
+        self._stack.close()
+
+    def __enter__(self) -> "Registry":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def resolve(self, ref: str | Release) -> Release:
+        """The release that REPO, REPO:VERSION, REPO:RANGE, REPO@CHANNEL or REPO#COMMIT names, with facts and scores.
+        Warns of a yanked or deprecated one."""
+        return Release.of(self._api.get(release_path(self._resolved(ref))))
+
+    def push(  # noqa: PLR0913
+        self,
+        directory: Path | str,
+        target: str,
+        *,
+        bump: str | None = None,
+        base: str | None = None,
+        kind: str = "adapter",
+        include: Sequence[str] = (),
+        notes: str = "",
+        provenance: Mapping[str, Any] | None = None,
+        allow_breaking: str | None = None,
+        sign: Path | str | None = None,
+    ) -> Release:
+        """Checks an adapter (or a merged model) against its base, sends what the store lacks, publishes the release.
+
+        `target` is REPO:VERSION, or REPO with a `bump` (auto, patch, minor or major). `provenance` has the keys of
+        `adaptory push --provenance`; `include` are globs of further files; `sign` is a private key. Pushing the same
+        files to the same version again changes nothing.
+        """
+        reference = single_version(target, bump)
+        request: Json = {
+            "version": str(reference.version) if reference.version else None,
+            "bump": bump,
+            "notes": notes,
+            "allow_breaking": allow_breaking,
+            "provenance": provenance,
+            "base": fitting_base(self._api, Path(directory), base, kind),
+        }
+        files = collect(select_files(Path(directory), kind, include))
+        with TemporaryDirectory() as staging:
+            if sign is None:
+                published = push(self._api, files, reference.repository, kind, request, _ignore)
+            else:
+                wanted = Publication(reference.repository, kind, request)
+                published = push_signed(self._api, files, wanted, Path(sign), Path(staging), _ignore)
+        for finding in published["warnings"]:
+            warnings.warn(finding["message"], stacklevel=2)
+        return Release.of(published["release"])
+
+    def pull(
+        self,
+        ref: str | Release,
+        output: Path | str | None = None,
+        *,
+        verify: Path | str | None = None,
+        force: bool = False,
+    ) -> Path:
+        """Fetches a release, verifies every file, and returns its directory: `output`, or one in the cache that is not
+        to be changed. The same release into the same place is only verified. `verify` is the public key that must have
+        signed it; `force` replaces a different release in `output`."""
+        release, key = self._resolved(ref), read_public_key(Path(verify)) if verify else None
+
+        def check(directory: Path) -> None:
+            if key:
+                verify_release(self._api, release, parse_reference(str(ref)), directory, key)
+
+        if output is None:
+            directory = cached(self._api, release, self._connection.cache, _ignore)
+            check(directory)
+            return directory
+        blobs = BlobCache(self._connection.cache / "blobs")
+        return pull(self._api, release, Path(output), _ignore, blobs, check, replace=force)
+
+    def search(self, *words: str, **filters: Any) -> Iterator[Release]:
+        """The matching releases, best first, fetched a page at a time. `filters` are those of GET /v1/releases:
+        `base="smollm2", max_rank=16, score="sql-exact.accuracy>=0.8", loads_in="vllm:32", latest=True`."""
+        yield from map(Release.of, self._api.pages("/v1/releases", text=" ".join(words) or None, **filters))
+
+    def promote(
+        self, ref: str | Release, channel: str, *, reason: str = "", force: bool = False, wait: bool = True
+    ) -> Move | Promotion:
+        """Moves a channel to a release if the channel's policy lets it; raises Refused with each rule otherwise.
+
+        A release that lacks only what may still come waits for it. With `wait`, returns the move once that is there;
+        otherwise the promotion, which goes on by itself.
+        """
+        release = self._resolved(ref)
+        answer, _ = channel_moves.promote(self._api, release, channel, reason, force=force)
+        if "state" in answer and wait:
+            with self._connection.worker():
+                answer = channel_moves.wait_for(self._api, answer, release["kind"])
+        return Promotion.of(answer) if "state" in answer else Move.of(answer)
+
+    def rollback(self, channel: str, *, to: str | None = None, reason: str = "") -> Move:
+        """Returns REPO@CHANNEL to the release that it served before, or to the version `to` that it has served."""
+        line, name = self._line(channel)
+        move, _ = channel_moves.roll_back(self._api, line, name, {"to": to, "reason": reason})
+        return Move.of(move)
+
+    def history(self, channel: str) -> Iterator[Move]:
+        """The moves of REPO@CHANNEL, the newest first."""
+        line, name = self._line(channel)
+        yield from map(Move.of, self._api.pages(f"{line}/channels/{name}/history"))
+
+    def record_scores(self, ref: str | Release, scores: Iterable[Score]) -> None:
+        """Records scores of a release on registered suites, each on the suite's current content."""
+        digests: dict[str, str] = {}
+        rows: list[Json] = []
+        for score in scores:
+            if score.suite not in digests:
+                digests[score.suite] = self._api.get(f"/v1/suites/{quote(score.suite, safe='')}")["digest"]
+            own = {name: getattr(score, name) for name in Score.__slots__ if name != "suite"}
+            rows.append({"suite_digest": digests[score.suite], **own})
+        self._api.post(f"{release_path(self._resolved(ref))}/scores", {"scores": rows, "results": []})
+
+    def compose(self, recipe: Path | str | Mapping[str, Any], *, plan: bool = False, wait: bool = True) -> Composition:
+        """Combines adapters by a recipe, a YAML file or its content: lock, check, evaluate, gate, merge, publish. With
+        `plan`, only locks and checks. Waits for the end, or leaves it to the server's workers; an embedded registry
+        always waits. Raises the error that ended it."""
+        from composer.formats.recipes.recipe import MAX_FILE_BYTES, load_recipe, parse_recipe
+        from composer.formats.untrusted import read_text
+
+        given = (
+            parse_recipe(dict(recipe))
+            if isinstance(recipe, Mapping)
+            else load_recipe(read_text(Path(recipe), MAX_FILE_BYTES), str(recipe))
+        )
+        document = self._api.post("/v1/compositions", {"recipe": given.to_json(), "plan": plan})
+        if wait or plan or self._connection.resources is not None:
+            with self._connection.worker():
+                while document["state"] in ("queued", "running"):
+                    time.sleep(_POLL_S)
+                    document = self._api.get(f"/v1/compositions/{document['id']}")
+        if document["error"] is not None:
+            raise of_row(document["error"])
+        if document["state"] == "cancelled":
+            message = f"The composition {document['id']} was cancelled."
+            raise Refused("composition_cancelled", message, next_step="Compose again if that was a mistake.")
+        return Composition.of(document)
+
+    def _resolved(self, ref: str | Release) -> Json:
+        answer = self._api.resolve(parse_reference(str(ref)))
+        if answer["warning"]:
+            warnings.warn(answer["warning"], stacklevel=3)
+        return answer["release"]
+
+    def _line(self, channel: str) -> tuple[str, str]:
+        """The route of the repository of REPO@CHANNEL, and the channel's name."""
+        repository, name = parse_channel_reference(channel)
+        return self._api.repository_path(str(repository)), name
+
+
+def _ignore(_count: int) -> None:
+    """Progress that nobody watches."""
