@@ -57,6 +57,7 @@ def release(
     """Publishes the files at a revision, by the function of every push; the base is the one that they name."""
     with resources.snapshot() as session:
         files = parse_manifest(revisions.locate(session, str(name), revision).manifest)
+    uploads.keep(resources, actor, name.namespace, files)  # a collection may forget the commit meanwhile
     kind = Kind.ADAPTER if any(file.path == CONFIG_FILE for file in files) else Kind.MODEL
     push = Push(name, kind, version, None, _base_of(resources, files), files, notes)
     if not publishing.publish(resources, actor, push).created:

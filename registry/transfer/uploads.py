@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from registry.database.engine import insert_if_absent
 from registry.database.locks import lock_blobs_shared
-from registry.database.tables import Blob, BlobHolder, RevisionFile, Upload
+from registry.database.tables import Blob, BlobHolder, Release, RevisionFile, Upload
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, may_read, permit
 from registry.errors import Conflict, Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
@@ -143,11 +143,22 @@ def announce(
     holds. The id is a secret that lets its holder send these bytes."""
     for file in files:
         _check_size(resources, file.path, file.size_bytes)
+    rows = keep(resources, actor, namespace, files)
     with resources.read() as session:
         held = set(_held(session, namespace, {file.sha256 for file in files}))
     stored = {file.sha256 for file in files if file.sha256 in held and _is_stored(resources, file)}
-    rows = _announce(resources, actor, namespace, [file for file in files if file.sha256 not in stored])
-    return {file.sha256: rows[file.sha256][0].id if file.sha256 in rows else None for file in files}
+    lost = [file for file in files if file.sha256 not in stored and file.sha256 not in rows]
+    rows = {**rows, **_announce(resources, actor, namespace, lost)}
+    return {file.sha256: None if file.sha256 in stored else rows[file.sha256][0].id for file in files}
+
+
+def keep(
+    resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]
+) -> Mapping[str, tuple[Upload, bool]]:
+    """Announces files, stored or not, so that no collection removes their bytes before a commit or a release names
+    them. Leaves out those that a release names already."""
+    kept = _kept_for_good(resources, namespace, {file.sha256 for file in files})
+    return _announce(resources, actor, namespace, [file for file in files if file.sha256 not in kept])
 
 
 def receive_announced(resources: Resources, upload_id: str, chunks: Iterable[bytes], size_bytes: int) -> None:
@@ -239,10 +250,11 @@ def _held(session: Session, namespace: str, digests: Iterable[str]) -> list[Dige
 
 
 def _kept_for_good(resources: Resources, namespace: str, digests: Iterable[str]) -> set[str]:
-    """The digests that the namespace holds and some release names, which are never deleted."""
+    """The digests that the namespace holds and some release names, which are never deleted; commits may be."""
     with resources.read() as session:
         held = _held(session, namespace, digests)
-        return set(session.scalars(select(RevisionFile.sha256).where(RevisionFile.sha256.in_(held))))
+        released = select(RevisionFile.sha256).join(Release, Release.revision_id == RevisionFile.revision_id)
+        return set(session.scalars(released.where(RevisionFile.sha256.in_(held))))
 
 
 def _register_blob(resources: Resources, actor: Actor, namespace: str, stat: BlobStat) -> None:

@@ -69,6 +69,7 @@ class Act(StrEnum):
     RELEASE_YANK = "release:yank"
     REPOSITORY_COMMIT = "repository:commit"
     REPOSITORY_CREATE = "repository:create"
+    REPOSITORY_FORGET = "repository:forget"
     SCORE_DELETE = "score:delete"
     SCORE_RECORD = "score:record"
     SUITE_ADD = "suite:add"

@@ -1,17 +1,18 @@
 """Commits to a repository's `main`: sets of files that may become releases.
 
 A commit id is the digest of the files alone, so repeating a commit has the same result. Commits of one repository wait
-for each other. gc keeps the files of every commit, since they are files of a revision.
+for each other. gc keeps the files of every commit, since they are files of a revision, until `forget` removes it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, delete, exists, select
+from sqlalchemy.orm import Session, aliased
 
-from registry.database.tables import Blob, Commit, Release, Repository, Revision
+from registry.database.locks import lock_blobs_exclusive
+from registry.database.tables import Blob, Commit, Release, Repository, Revision, RevisionFile
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, permit
@@ -150,6 +151,38 @@ def _record(session: Session, actor: Actor, repository: Repository, revision: Re
     name = repositories.name_of(repository)
     after = {"commit": revision.commit}
     audit.record(session, actor, Act.REPOSITORY_COMMIT, name, namespace=repository.namespace, after=after)
+
+
+def forgettable(before: datetime) -> Select[int]:
+    """The ids of the revisions that no release names and that were followed by another commit before that time, each
+    time they were the head. The head of a repository is never among them."""
+    later = aliased(Commit)
+    followed = exists().where(
+        later.repository_id == Commit.repository_id, later.id > Commit.id, later.created_at < before
+    )
+    committed = exists().where(Commit.revision_id == Revision.id)
+    return select(Revision.id).where(
+        committed,
+        ~committed.where(~followed),
+        ~exists().where(Release.revision_id == Revision.id),
+    )
+
+
+def forget(session: Session, operator: Actor, before: datetime, limit: int) -> int:
+    """Removes up to `limit` forgettable revisions with their commits, and returns their number. Their blobs are unused
+    then, if nothing else names them. Nobody publishes or commits a revision meanwhile."""
+    lock_blobs_exclusive(session)
+    query = select(Revision.id, Revision.commit, Repository.namespace, Repository.name)
+    query = query.join(Repository, Repository.id == Revision.repository_id).where(Revision.id.in_(forgettable(before)))
+    rows = session.execute(query.order_by(Revision.id).limit(limit)).all()
+    ids = [row.id for row in rows]
+    for column in (Commit.revision_id, RevisionFile.revision_id, Revision.id):
+        session.execute(delete(column.class_).where(column.in_(ids)), execution_options={"synchronize_session": False})
+    for row in rows:
+        subject = RepositoryName(row.namespace, row.name)
+        gone = {"commit": row.commit}
+        audit.record(session, operator, Act.REPOSITORY_FORGET, subject, namespace=row.namespace, before=gone)
+    return len(rows)
 
 
 @dataclass(frozen=True, slots=True)

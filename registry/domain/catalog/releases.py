@@ -392,10 +392,10 @@ def find_or_create_revision(
     manifest = canonical_manifest(files)
     commit = commit_id(manifest)
     query = select(Revision).where(Revision.repository_id == repository.id, Revision.commit == commit)
+    lock_blobs_shared(session)  # a collection forgets revisions too
     known = session.scalar(query)
     if known is not None:
         return known
-    lock_blobs_shared(session)
     refuse_absent_blobs(session, repository.namespace, files)
     revision = Revision(repository_id=repository.id, commit=commit, manifest=manifest.decode(), created_at=actor.at)
     session.add(revision)
