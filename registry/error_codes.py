@@ -24,7 +24,6 @@ from registry.errors import (
 
 REGISTER: dict[type[RegistryError], dict[str, str]] = {
     Refused: {
-        "never_deleted": "Yank the release, or roll the channel back.",
         "adapter_type": "Merge it where it was trained; the message says why it is not merged here.",
         "already_served": "There is nothing to do.",
         "approval_not_needed": "There is nothing to approve.",
@@ -124,6 +123,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
     },
     Usage: {
         "not_released": "Create a tag first.",
+        "namespace_reserved": "Choose another name.",
         "not_main": "Commit to main, and create a tag.",
         "bad_commit_line": "Use a version of huggingface_hub that docs/hub.md names.",
         "bad_alias": "Use letters, digits and . _ - /, but not the form of a digest.",
@@ -242,6 +242,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "token_unknown": (
             "`adaptory token list` shows yours; a token with a scope or an expiry can revoke only itself."
         ),
+        "upload_address_invalid": "Push again.",
         "upload_unknown": "Announce the file again (POST /v1/uploads).",
     },
     Conflict: {
@@ -277,6 +278,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
     },
     NotAllowed: {
         "namespace_public": "Use a private namespace.",
+        "never_deleted": "Yank the release, or roll the channel back.",
+        "settings_of_namespace": "Change the namespace, or use another one.",
         "force_not_allowed": "Promote without --force to see what fails.",
         "hidden_input": "Ask an administrator of their namespace.",
         "no_tokens": "On this machine: `adaptory namespace grant '*' YOU admin`, `adaptory token create --user YOU`.",

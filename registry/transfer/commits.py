@@ -14,17 +14,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-from composer.formats.adapters.facts import CONFIG_FILE
+from composer.formats.adapters.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.checkpoints.card import CARD_FILE, card_provenance
 from composer.formats.checkpoints.checkpoint import read_json
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import commits, releases
+from registry.domain.catalog import bases, commits, releases
 from registry.domain.catalog.commits import Addition, Change, Deletion
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import revisions
 from registry.errors import Conflict, Invalid, Usage
 from registry.formats.manifest import ManifestFile, parse_manifest
 from registry.formats.references import RepositoryName, Version, parse_digest
+from registry.formats.signatures import SIGNATURE_FILE
 from registry.storage.local import unwritable
 from registry.transfer import publishing, uploads
 from registry.transfer.publishing import Push
@@ -35,6 +36,7 @@ MAX_LINE_BYTES = 1 << 20
 _CONTENT = re.compile(rb'"content"\s*:\s*"')
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _MAX_DOCUMENT_BYTES = 1 << 20
+_ADAPTER = {CONFIG_FILE, WEIGHTS_FILE}
 
 
 def receive(resources: Resources, actor: Actor, name: RepositoryName, chunks: Iterable[bytes]) -> str:
@@ -47,8 +49,28 @@ def receive(resources: Resources, actor: Actor, name: RepositoryName, chunks: It
         files = commits.added_files(session, change)
         releases.refuse_absent_blobs(session, name.namespace, files)  # before their bytes are read
     publishing.refuse_pickled(resources, files)
-    with resources.write() as session:
-        return commits.append(session, actor, name, change)
+    while True:  # a commit beside this one may leave another adapter than the one that was checked
+        with resources.snapshot() as session:
+            files = commits.files_after(session, name, change)
+        _check_adapter(resources, name, change, files)
+        with resources.write() as session:
+            made = commits.append(session, actor, name, change, files)
+        if made is not None:
+            return made
+
+
+def _check_adapter(resources: Resources, name: RepositoryName, change: Change, files: list[ManifestFile]) -> None:
+    """Checks an adapter as its release will be, if the change adds a part of it, and it names a registered base.
+    Its signature may come later."""
+    added = {one.path for one in change.operations if isinstance(one, Addition)}
+    if not added & _ADAPTER or not {file.path for file in files} >= _ADAPTER:
+        return
+    base = _stated_base(resources, files)
+    with resources.read() as session:
+        if base is None or not bases.is_known(session, base):
+            return
+    unsigned = [file for file in files if file.path != SIGNATURE_FILE]
+    publishing.prepare(resources, Push(name, Kind.ADAPTER, None, None, base, unsigned))
 
 
 def release(
@@ -70,6 +92,19 @@ def release(
 
 
 def _base_of(resources: Resources, files: list[ManifestFile]) -> str:
+    """The base that the files name. Raises Invalid if they name none."""
+    stated = _stated_base(resources, files)
+    if stated is None:
+        raise Invalid(
+            "base_not_stated",
+            f"Neither {CONFIG_FILE} nor the front matter of {CARD_FILE} names the base.",
+            subject=CONFIG_FILE,
+            next_step="Set base_model_name_or_path, or `base_model` in the card, to the name of a registered base.",
+        )
+    return stated
+
+
+def _stated_base(resources: Resources, files: list[ManifestFile]) -> str | None:
     """The base that the adapter's configuration or the model card names."""
     by_path = {file.path: file for file in files if file.size_bytes <= _MAX_DOCUMENT_BYTES}
     stated: Any = None
@@ -80,14 +115,7 @@ def _base_of(resources: Resources, files: list[ManifestFile]) -> str:
         stated = document.get("base_model_name_or_path")
     if not stated and (card := by_path.get(CARD_FILE)):
         stated = card_provenance(_read(resources, card))[0].get("base_model")
-    if not isinstance(stated, str) or not stated:
-        raise Invalid(
-            "base_not_stated",
-            f"Neither {CONFIG_FILE} nor the front matter of {CARD_FILE} names the base.",
-            subject=CONFIG_FILE,
-            next_step="Set base_model_name_or_path, or `base_model` in the card, to the name of a registered base.",
-        )
-    return stated
+    return stated if isinstance(stated, str) and stated else None
 
 
 def _read(resources: Resources, file: ManifestFile) -> bytes:

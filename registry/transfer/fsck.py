@@ -24,6 +24,7 @@ from registry.database.tables import (
     Channel,
     Commit,
     Move,
+    Namespace,
     Release,
     Repository,
     Revision,
@@ -37,7 +38,7 @@ from registry.domain.catalog.releases import full_name
 from registry.domain.channels.moves import effective_move
 from registry.errors import RegistryError
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
-from registry.formats.references import ABSENT, Digest, parse_version
+from registry.formats.references import ABSENT, RESERVED_NAMESPACES, Digest, parse_version
 from registry.storage.blobs import BlobStat
 from registry.transfer.resources import Resources
 
@@ -79,7 +80,7 @@ def check(resources: Resources, *, read_bytes: bool = False, progress: Progress 
         findings = [*_check_database(session)]
         for step in (_check_revisions, _check_channels, _check_releases):
             findings += step(session, progress)
-        findings += [*_check_commits(session), *_find_leaving(session)]
+        findings += [*_check_commits(session), *_check_names(session), *_find_leaving(session)]
     resources.store.stat(ABSENT)
     findings += _check_blobs(resources, read_bytes=read_bytes, progress=progress)
     findings += _find_orphans(resources)
@@ -192,6 +193,16 @@ def _check_commits(session: Session) -> Iterator[Finding]:
     for revision in session.scalars(nameless):
         name = names[revision.repository_id]
         yield _error("revision_unused", name, f"Nothing in {name} names its files {revision.commit[:12]}.")
+
+
+def _check_names(session: Session) -> Iterator[Finding]:
+    """Names from before they were refused."""
+    for name in session.scalars(select(Namespace.name).where(Namespace.name.in_(RESERVED_NAMESPACES))):
+        message = f"The server has addresses of its own below /{name}: clients of the hub may not see this namespace."
+        yield Finding("namespace_reserved", Severity.NOTICE, name, message)
+    for row in session.scalars(select(Repository).where(Repository.name.endswith(".git"))):
+        name = f"{row.namespace}/{row.name}"
+        yield Finding("name_reserved", Severity.NOTICE, name, f"Clients of the Hugging Face Hub cannot name {name}.")
 
 
 def _check_channels(session: Session, progress: Progress) -> Iterator[Finding]:

@@ -92,10 +92,14 @@ GET    /{namespace}/{name}/resolve/{revision}/{path:path}                       
 GET    /{name}/resolve/{revision}/{path:path}                                   absent
 HEAD   /{name}/resolve/{revision}/{path:path}                                   absent
 POST   /api/repos/create                                                        inside: publisher
+DELETE /api/repos/delete                                                        inside: reader
+POST   /api/repos/move                                                          inside: reader
+PUT    /api/models/{namespace}/{name}/settings                                  reader
 POST   /api/validate-yaml                                                       open
 POST   /api/models/{namespace}/{name}/preupload/{revision:path}                 publisher
 POST   /{namespace}/{name}.git/info/lfs/objects/batch                           publisher
-PUT    /api/lfs/{upload_id}                                                     open
+PUT    /api/lfs/{namespace}/{sha256}                                            open
+POST   /api/lfs/{namespace}/{sha256}                                            open
 POST   /api/models/{namespace}/{name}/commit/{revision:path}                    publisher
 POST   /api/models/{namespace}/{name}/tag/{revision:path}                       publisher
 POST   /api/models/{namespace}/{name}/branch/{channel}                          releaser

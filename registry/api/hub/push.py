@@ -3,9 +3,10 @@
 import re
 from functools import partial
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
 from anyio import to_thread
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
 
 from registry.api.http.problems import header_text
@@ -13,18 +14,20 @@ from registry.api.http.request import ResourcesOf, body_chunks, content_length, 
 from registry.api.http.rules import Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import MODEL
-from registry.api.hub.schemas import BatchIn, BranchIn, PlanIn, RepositoryIn, TagIn
+from registry.api.hub.schemas import BatchIn, BranchIn, MoveIn, PlanIn, RepositoryIn, TagIn
 from registry.api.hub.wire import HubRoute
 from registry.client.selection import is_trainer_file
 from registry.database.tables import Promotion
+from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, permit
-from registry.domain.catalog import commits
+from registry.domain.catalog import commits, repositories
 from registry.domain.channels import moves, promotions, revisions
 from registry.domain.channels.revisions import MAIN
-from registry.errors import NotAllowed, Refused, TooLarge, Usage
+from registry.errors import NotAllowed, TooLarge, Usage
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
-from registry.transfer import uploads
+from registry.transfer import lfs
+from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=HubRoute)
 INLINE_BYTES, MAX_INLINE_BYTES = 1 << 20, 200 << 20
@@ -103,19 +106,37 @@ def plan_commit(  # noqa: PLR0913
 def plan_uploads(
     namespace: str, name: str, body: BatchIn, request: Request, resources: ResourcesOf, actor: Publisher
 ) -> Response:
-    """How to send files before a commit: through the API, by an address that is the permission."""
+    """How to send files before a commit: to the store or through the API, by addresses that are the permission."""
     files = [ManifestFile(one.oid, one.size, parse_digest(one.oid)) for one in body.objects]
-    planned = uploads.announce(resources, actor, namespace, files)
+    planned = lfs.plan(resources, actor, namespace, files, in_parts="multipart" in body.transfers)
     objects = [_lfs_object(request, file, planned[file.sha256]) for file in files]
-    return JSONResponse({"transfer": "basic", "objects": objects}, media_type="application/vnd.git-lfs+json")
+    transfer = "multipart" if any(one and one.parts for one in planned.values()) else "basic"
+    return JSONResponse({"transfer": transfer, "objects": objects}, media_type="application/vnd.git-lfs+json")
 
 
-@router.put("/api/lfs/{upload_id}")
-async def upload(upload_id: str, request: Request, resources: ResourcesOf) -> Response:
-    """The client sends no token here: the address is the permission."""
-    receive = partial(uploads.receive_announced, resources, upload_id, body_chunks(request), content_length(request))
+def permit_of(
+    namespace: str, sha256: str, act: lfs.Act, expires: int, signature: str, multipart: str = ""
+) -> lfs.Permit:
+    """The permission in an address. The client sends no token with it."""
+    return lfs.Permit(act, parse_name(namespace, "namespace"), parse_digest(sha256), expires, multipart, signature)
+
+
+PermitOf = Annotated[lfs.Permit, Depends(permit_of)]
+
+
+@router.put("/api/lfs/{namespace}/{sha256}")
+async def upload(permit: PermitOf, request: Request, resources: ResourcesOf) -> Response:
+    receive = partial(lfs.receive, resources, permit, body_chunks(request), content_length(request))
     await to_thread.run_sync(receive, limiter=uploads_limiter(request))
     return Response(status_code=200)
+
+
+@router.post("/api/lfs/{namespace}/{sha256}")
+@in_store_threads
+def finish_upload(permit: PermitOf, resources: ResourcesOf) -> Response:
+    """Verifies what the store has received."""
+    lfs.finish(resources, permit)
+    return JSONResponse({})
 
 
 @router.post("/api" + MODEL + "/commit/{revision:path}")
@@ -174,11 +195,49 @@ def create_branch(
 @router.delete("/api" + MODEL + "/tag/{revision}")
 @router.delete("/api" + MODEL + "/branch/{revision}")
 def refuse_deletion(revision: str, actor: Reader) -> Response:
-    raise Refused(
+    raise NotAllowed(
         "never_deleted",
         f"{revision[:80]!r} cannot be deleted: releases are yanked, and channels keep their history.",
         subject=revision[:80],
         next_step="Use `adaptory yank` or `adaptory rollback`.",
+    )
+
+
+@router.delete("/api/repos/delete")
+def refuse_removal(body: RepositoryIn, resources: ResourcesOf, actor: Caller) -> Response:
+    namespace = (body.organization or actor.name).lower()
+    raise _permanent(resources, actor, f"{namespace}/{body.name.lower()}", "deleted")
+
+
+@router.post("/api/repos/move")
+def refuse_move(body: MoveIn, resources: ResourcesOf, actor: Caller) -> Response:
+    raise _permanent(resources, actor, body.fromRepo.lower(), "renamed")
+
+
+def _permanent(resources: Resources, actor: Actor, named: str, what: str) -> NotAllowed:
+    """The refusal to delete or rename a repository. Raises NotFound for one that the caller does not see."""
+    repository = parse_repository(named)
+    unknown = repositories.unknown(named)
+    permit(actor, Role.READER, repository.namespace, hidden=unknown)
+    with resources.read() as session:
+        if not repositories.exists(session, repository):
+            raise unknown
+    return NotAllowed(
+        "never_deleted",
+        f"{repository} cannot be {what}: channels and compositions name its releases.",
+        subject=named,
+        next_step="Yank its releases, or use another repository.",
+    )
+
+
+@router.put("/api" + MODEL + "/settings")
+def refuse_settings(namespace: str, name: str, actor: Reader) -> Response:
+    visible = "public" if namespace in actor.public else "private"
+    raise NotAllowed(
+        "settings_of_namespace",
+        f"{namespace}/{name} is {visible}, as everything in {namespace}; a repository has no settings of its own.",
+        subject=f"{namespace}/{name}",
+        next_step=f"An admin can change {namespace}: `adaptory namespace set`.",
     )
 
 
@@ -187,11 +246,26 @@ def _is_left_out(path: str) -> bool:
     return is_trainer_file(path) or path in (".gitattributes", ".gitignore")
 
 
-def _lfs_object(request: Request, file: ManifestFile, upload_id: str | None) -> dict[str, Any]:
+def _lfs_object(request: Request, file: ManifestFile, sending: lfs.Sending | None) -> dict[str, Any]:
     described: dict[str, Any] = {"oid": file.sha256, "size": file.size_bytes}
-    if upload_id is None:
+    if sending is None:
         return described
-    return {**described, "actions": {"upload": {"href": f"{request.base_url}api/lfs/{upload_id}", "header": {}}}}
+    finish = {"href": _permitted_url(request, sending.finish)} if sending.finish else {}
+    if sending.parts:
+        parts = {f"{number:05}": url for number, url in enumerate(sending.parts, start=1)}
+        in_parts = {**finish, "header": {"chunk_size": str(sending.part_bytes), **parts}}
+        return {**described, "actions": {"upload": in_parts}}
+    href = sending.put or _permitted_url(request, sending.send)
+    actions: dict[str, Any] = {"upload": {"href": href, "header": {}}}
+    return {**described, "actions": {**actions, "verify": finish} if finish else actions}
+
+
+def _permitted_url(request: Request, permit: lfs.Permit | None) -> str:
+    if permit is None:
+        return ""
+    query = {"act": permit.act, "expires": permit.expires, "signature": permit.signature}
+    query |= {"multipart": permit.multipart_id} if permit.multipart_id else {}
+    return f"{request.base_url}api/lfs/{permit.namespace}/{permit.sha256}?{urlencode(query)}"
 
 
 def _main_only(revision: str) -> str:

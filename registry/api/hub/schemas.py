@@ -10,6 +10,10 @@ class RepositoryIn(BaseModel):
     visibility: str | None = None
 
 
+class MoveIn(BaseModel):
+    fromRepo: str  # noqa: N815
+
+
 class PlannedFile(BaseModel):
     path: str
     size: int = Field(ge=0)
@@ -26,6 +30,7 @@ class LfsObject(BaseModel):
 
 class BatchIn(BaseModel):
     objects: list[LfsObject] = []
+    transfers: list[str] = ["basic"]
 
 
 class TagIn(BaseModel):

@@ -91,33 +91,57 @@ def head(session: Session, repository: Repository) -> Revision | None:
     return release.revision if release else None
 
 
-def append(session: Session, actor: Actor, name: RepositoryName, change: Change) -> str:
-    """Applies a change to `main` and returns the new commit id. Returns the head's id, and records nothing, if the
-    head has the resulting files already: a client that lost the answer sends a commit again.
+def files_after(session: Session, name: RepositoryName, change: Change) -> list[ManifestFile]:
+    """The files of `main` after a change. Raises as `append`."""
+    return _plan(session, repositories.find(session, name), change).files
+
+
+def append(
+    session: Session, actor: Actor, name: RepositoryName, change: Change, checked: Sequence[ManifestFile]
+) -> str | None:
+    """Applies a change to `main` and returns the new commit id; None if it does not make the files that the caller has
+    checked, since `main` has moved. Returns the head's id, and records nothing, if the head has the resulting files
+    already: a client that lost the answer sends a commit again.
 
     Raises Stale if `main` is no longer at the parent.
     """
     permit(actor, Role.PUBLISHER, name.namespace)
     repository = repositories.find(session, name)
     repositories.lock(session, repository.id)
+    plan = _plan(session, repository, change)
+    if set(plan.files) != set(checked):
+        return None
+    if plan.unchanged is not None:
+        return plan.unchanged
+    revision = releases.find_or_create_revision(session, actor, repository, plan.files)
+    _record(session, actor, repository, revision, (change.title, change.message))
+    return revision.commit
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The files that a change leaves, and the head's id if it has them already."""
+
+    files: list[ManifestFile]
+    unchanged: str | None = None
+
+
+def _plan(session: Session, repository: Repository, change: Change) -> _Plan:
     current = head(session, repository)
-    is_parent = change.parent is None or (current.commit if current else EMPTY).startswith(change.parent)
+    at = current.commit if current else EMPTY
+    is_parent = change.parent is None or at.startswith(change.parent)
     start = current if is_parent else _by_prefix(session, repository, change.parent or "")
     files = _applied(session, parse_manifest(start.manifest) if start else [], change.operations)
-    if current and files and commit_id(canonical_manifest(files)) == current.commit:
-        return current.commit
+    if files and commit_id(canonical_manifest(files)) == at:
+        return _Plan(files, at)
     if not is_parent:
         raise Stale(
             "head_moved",
-            f"main of {name} is at {current.commit if current else EMPTY}, not at {change.parent}.",
-            subject=str(name),
+            f"main of {repositories.name_of(repository)} is at {at}, not at {change.parent}.",
+            subject=str(repositories.name_of(repository)),
             next_step="Look at what was committed meanwhile, and commit again.",
         )
-    if not change.operations and current is None:
-        return EMPTY
-    revision = releases.find_or_create_revision(session, actor, repository, files)
-    _record(session, actor, repository, revision, (change.title, change.message))
-    return revision.commit
+    return _Plan(files, EMPTY if not change.operations and current is None else None)
 
 
 def added_files(session: Session, change: Change) -> list[ManifestFile]:
@@ -176,8 +200,12 @@ def forget(session: Session, operator: Actor, before: datetime, limit: int) -> i
     query = query.join(Repository, Repository.id == Revision.repository_id).where(Revision.id.in_(forgettable(before)))
     rows = session.execute(query.order_by(Revision.id).limit(limit)).all()
     ids = [row.id for row in rows]
-    for column in (Commit.revision_id, RevisionFile.revision_id, Revision.id):
-        session.execute(delete(column.class_).where(column.in_(ids)), execution_options={"synchronize_session": False})
+    for removal in (
+        delete(Commit).where(Commit.revision_id.in_(ids)),
+        delete(RevisionFile).where(RevisionFile.revision_id.in_(ids)),
+        delete(Revision).where(Revision.id.in_(ids)),
+    ):
+        session.execute(removal, execution_options={"synchronize_session": False})
     for row in rows:
         subject = RepositoryName(row.namespace, row.name)
         gone = {"commit": row.commit}

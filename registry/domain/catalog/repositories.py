@@ -13,7 +13,7 @@ from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import readable
 from registry.errors import Conflict, NotFound
-from registry.formats.references import MAX_NEAR, RepositoryName, is_version
+from registry.formats.references import MAX_NEAR, RepositoryName, is_version, refuse_git_name
 
 _LISTED = 20
 """Maximum number of channels that an error lists."""
@@ -82,6 +82,7 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
     """The repository, created with its namespace if needed. Raises Conflict if it is of another kind."""
     repository = _lookup(session, name)
     if repository is None:
+        refuse_git_name(name)
         _refuse_revision(session, name)
         namespaces.find_or_create(session, actor, name.namespace)
         values = {"namespace": name.namespace, "name": name.name, "kind": kind, "created_at": actor.at}
