@@ -4,6 +4,9 @@ Run as hub_client.py, with the directory of an adapter.
 """
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +14,26 @@ from hub_client import error, files
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 api = HfApi()
+
+
+def pushed_by_command(name: str, adapter: Path) -> dict[str, str]:
+    """What the command line that comes with the library has uploaded."""
+    command = Path(sys.executable).with_name("hf")
+    command = command if command.exists() else command.with_name("huggingface-cli")
+    subprocess.run([command, "upload", name, adapter, "."], check=True, capture_output=True, env=os.environ)
+    return uploaded(name)
+
+
+def pushed_as_large(name: str, adapter: Path, directory: Path) -> dict[str, str]:
+    """What the upload for large folders has uploaded, in the versions that have it. It writes into the folder."""
+    if not hasattr(api, "upload_large_folder"):
+        return {}
+    api.upload_large_folder(name, shutil.copytree(adapter, directory / "large"), repo_type="model", print_report=False)
+    return uploaded(name)
+
+
+def uploaded(name: str) -> dict[str, str]:
+    return {one.path: one.lfs["sha256"] for one in api.list_repo_tree(name, recursive=True) if hasattr(one, "lfs")}
 
 
 def main() -> None:
@@ -40,6 +63,8 @@ def main() -> None:
         "tags": {one.name: one.target_commit for one in refs.tags},
         "branches": {one.name: one.target_commit for one in refs.branches},
         "released": files(api.snapshot_download(name, revision="1.0.0", cache_dir=directory / "released")),
+        "command": pushed_by_command(f"{name}-by-command", adapter),
+        "large": pushed_as_large(f"{name}-large", adapter, directory),
         "errors": {
             "stale": stale,
             "pickle": error(lambda: api.upload_file(repo_id=name, path_in_repo="a.pkl", path_or_fileobj=b"x")),
