@@ -123,6 +123,10 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "zero_weight_sum": "Change a weight, or take the sum.",
     },
     Usage: {
+        "not_released": "Create a tag first.",
+        "namespace_reserved": "Choose another name.",
+        "not_main": "Commit to main, and create a tag.",
+        "bad_commit_line": "Use a version of huggingface_hub that docs/hub.md names.",
         "bad_alias": "Use letters, digits and . _ - /, but not the form of a digest.",
         "bad_channel": "Write it as namespace/name@channel, as in acme/sql@prod.",
         "bad_commit": "Give 7 to 40 lower-case hexadecimal digits.",
@@ -242,6 +246,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "token_unknown": (
             "`adaptory token list` shows yours; a token with a scope or an expiry can revoke only itself."
         ),
+        "upload_address_invalid": "Push again.",
         "upload_unknown": "Announce the file again (POST /v1/uploads).",
     },
     Conflict: {
@@ -272,9 +277,13 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "version_exists": "Publish it as the next version, or with --bump.",
     },
     Stale: {
+        "head_moved": "Look at main, and commit again.",
         "channel_moved": "Look at the channel and decide again.",
     },
     NotAllowed: {
+        "namespace_public": "Use a private namespace.",
+        "never_deleted": "Yank the release, or roll the channel back.",
+        "settings_of_namespace": "Change the namespace, or use another one.",
         "force_not_allowed": "Promote without --force to see what fails.",
         "hidden_input": "Ask an administrator of their namespace.",
         "no_tokens": "On this machine: `adaptory namespace grant '*' YOU admin`, `adaptory token create --user YOU`.",
@@ -300,6 +309,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "token_missing": "Set ADAPTORY_TOKEN, or send Authorization: Bearer TOKEN.",
     },
     Invalid: {
+        "base_not_stated": "Name a registered base in adapter_config.json or in the model card.",
         "a_checkpoint": "Name an adapter's directory.",
         "another_layout": "Convert it first: `adaptory convert SOURCE --base BASE -o DIR`.",
         "bad_alpha": "Export the adapter again.",

@@ -247,6 +247,8 @@ class Settings(BaseSettings):
     """Maximum size of a file in a release."""
     upload_expires_s: int = Field(default=24 * 3600, gt=0, le=7 * 24 * 3600)
     """How long an announced upload may take to arrive; S3 signs requests for a week at most."""
+    commit_retention_days: float = Field(default=30.0, ge=0, le=36_500)
+    """How long `gc` keeps a commit without a release after another commit has followed it."""
     max_open_uploads: int = Field(default=10_000, gt=0)
     """Maximum announced uploads per user whose bytes have not arrived yet."""
     max_document_bytes: int = Field(default=16 * 2**20, gt=0)

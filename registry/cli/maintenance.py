@@ -58,10 +58,10 @@ def gc(
     grace_hours: Annotated[
         float, typer.Option(min=0, help="Keep anything younger; no push may take longer than this.")
     ] = 24.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count blobs and uploads.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count commits, blobs and uploads.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Remove unfinished uploads and unreferenced blobs. Safe while others push and pull."""
+    """Remove old commits without a release, unfinished uploads and unused blobs. Safe while others push and pull."""
     from registry.transfer.collect import collect
     from registry.worker.workspace import sweep_work
 
@@ -70,6 +70,7 @@ def gc(
         if not dry_run:
             removed.leftovers += sweep_work(resources)
     document = {
+        "commits": removed.commits,
         "blobs": removed.blobs,
         "size_bytes": removed.size_bytes,
         "unfinished": removed.unfinished,
@@ -79,6 +80,7 @@ def gc(
     verb = "would remove" if dry_run else "removed"
     counts = f"{removed.blobs:,} blobs ({render.size(removed.size_bytes)}), {removed.unfinished:,} unfinished uploads"
     more = f", {removed.leftovers:,} leftovers" if removed.leftovers else ""
+    more += f", {removed.commits:,} commits" if removed.commits else ""
     render.document(document, json, lambda: render.out(f"{verb} {counts}{more}"))
 
 

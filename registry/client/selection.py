@@ -133,7 +133,12 @@ def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] 
 def _is_taken(path: str, kind: str) -> bool:
     if kind == "adapter":
         return _matches(path.lower(), [one for one in ADAPTER_FILES if one.count("/") == path.count("/")])
-    return not _matches(path, TRAINER_FILES)
+    return not is_trainer_file(path)
+
+
+def is_trainer_file(path: str) -> bool:
+    """Whether trainers keep such a file beside a checkpoint, and no push includes it."""
+    return _matches(path, TRAINER_FILES)
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:

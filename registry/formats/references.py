@@ -18,6 +18,14 @@ from registry.errors import Usage
 _PART = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+RESERVED_NAMESPACES = frozenset(
+    (
+        *("account", "api", "assets", "audit", "bases", "buckets", "compose", "compositions", "conflicts", "datasets"),
+        *("docs", "healthz", "jobs", "login", "logout", "metrics", "models", "oauth", "openapi.json", "readyz"),
+        *("robots.txt", "search", "spaces", "static", "suites", "v1", "v2", "xet"),
+    )
+)
+"""Names that addresses of a server begin with, or that clients of the Hugging Face Hub do not take for a namespace."""
 _NUMBER_DIGITS = 18
 _NUMBER = rf"(?:0|[1-9][0-9]{{0,{_NUMBER_DIGITS - 1}}})"  # not \d, which takes the digits of every script
 _IDENTIFIER = rf"(?:{_NUMBER}|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
@@ -97,6 +105,28 @@ def parse_repository(text: str) -> RepositoryName:
             next_step="Write it as namespace/name, as in acme/sql; for a directory, check that it exists.",
         )
     return RepositoryName(parse_name(namespace, "namespace"), parse_name(name, "repository name"))
+
+
+def refuse_reserved_namespace(name: str) -> None:
+    """Raises Usage for a name that no new namespace may have."""
+    if name in RESERVED_NAMESPACES:
+        raise Usage(
+            "namespace_reserved",
+            f"No namespace can be called {name}: addresses of the server begin with it.",
+            subject=name,
+            next_step="Choose another name.",
+        )
+
+
+def refuse_git_name(name: RepositoryName) -> None:
+    """Raises Usage for a new repository that clients of the Hugging Face Hub could not name."""
+    if name.name.endswith(".git"):
+        raise Usage(
+            "bad_name",
+            f"{name} cannot be a repository: its name ends in .git.",
+            subject=str(name),
+            next_step="Leave the .git out.",
+        )
 
 
 @total_ordering

@@ -42,13 +42,16 @@ class Reader(Protocol):
 @dataclass(frozen=True, slots=True)
 class IncomingUpload:
     """Bytes that a client announced. `upload_id` is unique to the upload; the rest is what the client claims.
-    `multipart_id` and `part_bytes` are set if they come in parts of that size, the last one shorter."""
+    `multipart_id` and `part_bytes` are set if they come in parts of that size, the last one shorter. `unchecked` bytes
+    are sent without headers, so that the store cannot compare a digest: they have a place of their own, and are hashed.
+    """
 
     upload_id: str
     sha256: Digest
     size_bytes: int
     multipart_id: str | None = None
     part_bytes: int | None = None
+    unchecked: bool = False
 
     @property
     def part_sizes(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Garbage collection of unfinished uploads, unused blobs and bytes without a row. Safe while others push.
+"""Garbage collection of old commits, unfinished uploads, unused blobs and bytes without a row. Safe while others push.
 
 A blob is removed in three steps: its row is marked in a transaction that checks again that nothing refers to it; then
 its bytes are deleted; then its row, in one transaction with an audit row. A marked blob cannot be used again, so after
@@ -13,7 +13,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, exists, false, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from registry.database import idempotency
@@ -21,6 +21,7 @@ from registry.database.locks import exclusive_collection, lock_blobs_exclusive
 from registry.database.tables import Blob, RevisionFile, Score, Upload
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
+from registry.domain.catalog import commits
 from registry.formats.references import Digest
 from registry.settings import Settings
 from registry.storage.blobs import BlobStat
@@ -41,6 +42,7 @@ class Collected:
     """What a collection removed. `unfinished` and `leftovers` are those of `Swept`; a caller may add leftovers of its
     own."""
 
+    commits: int = 0
     blobs: int = 0
     size_bytes: int = 0
     unfinished: int = 0
@@ -50,14 +52,19 @@ class Collected:
 def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) -> Collected:
     """Removes what has been unused for `grace`; with `dry_run`, only counts blobs and uploads.
 
-    The grace period is how long a push may take from checking a blob to publishing a release that names it.
+    The grace period is how long a push may take from checking a blob to publishing a release that names it. Commits
+    without a release are kept for `commit_retention_days` after another commit has followed them.
     """
     now, run = resources.clock(), uuid.uuid4().hex
     before = now - grace
+    followed_before = now - timedelta(days=resources.settings.commit_retention_days)
     collected = Collected()
     if dry_run:
         with resources.read() as session:
-            sizes = list(session.scalars(select(Blob.size_bytes).where(*_unused(before, now))))
+            forgotten = commits.forgettable(followed_before)
+            collected.commits = session.scalar(select(func.count()).select_from(forgotten.subquery())) or 0
+            unused = _unused(before, now, RevisionFile.revision_id.in_(forgotten))
+            sizes = list(session.scalars(select(Blob.size_bytes).where(*unused)))
             collected.unfinished = _count_expired(session, now)
         sizes += [stat.size_bytes for batch in _orphans(resources, before, now) for stat in batch]
         collected.blobs, collected.size_bytes = len(sizes), sum(sizes)
@@ -65,6 +72,8 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
     with exclusive_collection(resources.database):
         swept = sweep(resources, now)
         collected.unfinished, collected.leftovers = swept.uploads, swept.leftovers
+        while count := _forget_commits(resources, followed_before):
+            collected.commits += count
         while claimed := _claim(resources, run, before, now):
             _remove(resources, run, claimed, collected)
         for batch in _orphans(resources, before, now):
@@ -140,10 +149,19 @@ def _forget_expired(resources: Resources, now: datetime) -> int | None:
     return len(unfinished)
 
 
-def _unused(before: datetime, now: datetime) -> tuple[ColumnElement[bool], ...]:
+def _forget_commits(resources: Resources, followed_before: datetime) -> int:
+    operator = audit.operator_actor(resources.settings.user, resources.clock())
+    with resources.write() as session:
+        return commits.forget(session, operator, followed_before, _BATCH)
+
+
+def _unused(
+    before: datetime, now: datetime, forgotten: ColumnElement[bool] | None = None
+) -> tuple[ColumnElement[bool], ...]:
+    """The conditions of a blob that nothing names; files that are `forgotten` name nothing."""
     return (
         Blob.created_at < before,
-        ~exists().where(RevisionFile.sha256 == Blob.sha256),
+        ~exists().where(RevisionFile.sha256 == Blob.sha256, ~(false() if forgotten is None else forgotten)),
         ~exists().where(Score.results_sha256 == Blob.sha256),
         ~exists().where(Upload.sha256 == Blob.sha256, Upload.expires_at >= now),
     )

@@ -1,7 +1,7 @@
 """Integrity checks: `check` reads everything, changes nothing, and reports what is broken.
 
 Every file of every revision is complete in the store; a commit is the hash of its manifest; a channel is where its last
-move put it and its moves form a chain; every release and every move has its audit row.
+move put it and its moves form a chain; every release, every move and every commit to `main` has its audit row.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TypeVar
 
-from sqlalchemy import Select, func, select, text
+from sqlalchemy import Select, exists, func, select, text
 from sqlalchemy.orm import Session, selectinload
 
 from composer.findings import Finding, Severity
@@ -22,7 +22,9 @@ from registry.database.tables import (
     Blob,
     BlobHolder,
     Channel,
+    Commit,
     Move,
+    Namespace,
     Release,
     Repository,
     Revision,
@@ -36,7 +38,7 @@ from registry.domain.catalog.releases import full_name
 from registry.domain.channels.moves import effective_move
 from registry.errors import RegistryError
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
-from registry.formats.references import ABSENT, Digest, parse_version
+from registry.formats.references import ABSENT, RESERVED_NAMESPACES, Digest, parse_version
 from registry.storage.blobs import BlobStat
 from registry.transfer.resources import Resources
 
@@ -78,7 +80,7 @@ def check(resources: Resources, *, read_bytes: bool = False, progress: Progress 
         findings = [*_check_database(session)]
         for step in (_check_revisions, _check_channels, _check_releases):
             findings += step(session, progress)
-        findings += _find_leaving(session)
+        findings += [*_check_commits(session), *_check_names(session), *_find_leaving(session)]
     resources.store.stat(ABSENT)
     findings += _check_blobs(resources, read_bytes=read_bytes, progress=progress)
     findings += _find_orphans(resources)
@@ -152,7 +154,7 @@ def _check_revisions(session: Session, progress: Progress) -> Iterator[Finding]:
         progress(1)
     leaving = select(RevisionFile.path, Blob.sha256).join(Blob, Blob.sha256 == RevisionFile.sha256)
     for path, sha256 in session.execute(leaving.where(Blob.removing_at.is_not(None))):
-        yield _error("blob_leaving", path, f"{path} ({sha256[:12]}) is being removed although a release names it.")
+        yield _error("blob_leaving", path, f"{path} ({sha256[:12]}) is being removed although it is in use.")
     unheld = (
         select(Repository.namespace, RevisionFile.path, RevisionFile.sha256)
         .join(Revision, Revision.id == RevisionFile.revision_id)
@@ -171,6 +173,36 @@ def _is_manifest(manifest: bytes, files: Sequence[ManifestFile]) -> bool:
         return canonical_manifest(files) == manifest
     except RegistryError:  # no client could pull such files
         return False
+
+
+def _check_commits(session: Session) -> Iterator[Finding]:
+    recorded = {
+        (row.subject, (row.after or {}).get("commit"))
+        for row in _stream(session, select(AuditRow).where(AuditRow.act == Act.REPOSITORY_COMMIT))
+    }
+    names = {row.id: f"{row.namespace}/{row.name}" for row in session.scalars(select(Repository))}
+    for commit in _stream(session, select(Commit).order_by(Commit.id)):
+        name, made = names[commit.repository_id], commit.revision.commit
+        if commit.revision.repository_id != commit.repository_id:
+            yield _error("commit_adrift", name, f"A commit of {name} has the files of another repository.")
+        elif (name, made) not in recorded:
+            yield _error("audit_differs", name, f"No audit row says who made the commit {made[:12]} of {name}.")
+    nameless = select(Revision).where(
+        ~exists().where(Release.revision_id == Revision.id), ~exists().where(Commit.revision_id == Revision.id)
+    )
+    for revision in session.scalars(nameless):
+        name = names[revision.repository_id]
+        yield _error("revision_unused", name, f"Nothing in {name} names its files {revision.commit[:12]}.")
+
+
+def _check_names(session: Session) -> Iterator[Finding]:
+    """Names from before they were refused."""
+    for name in session.scalars(select(Namespace.name).where(Namespace.name.in_(RESERVED_NAMESPACES))):
+        message = f"The server has addresses of its own below /{name}: clients of the hub may not see this namespace."
+        yield Finding("namespace_reserved", Severity.NOTICE, name, message)
+    for row in session.scalars(select(Repository).where(Repository.name.endswith(".git"))):
+        name = f"{row.namespace}/{row.name}"
+        yield Finding("name_reserved", Severity.NOTICE, name, f"Clients of the Hugging Face Hub cannot name {name}.")
 
 
 def _check_channels(session: Session, progress: Progress) -> Iterator[Finding]:
@@ -295,18 +327,26 @@ def _with_names(resources: Resources, finding: Finding) -> Finding:
         .join(RevisionFile, RevisionFile.revision_id == Release.revision_id)
         .where(RevisionFile.sha256 == finding.subject)
     )
+    committed = (
+        select(Repository.namespace, Repository.name, Revision.commit, RevisionFile.path)
+        .join(Revision, Revision.repository_id == Repository.id)
+        .join(RevisionFile, RevisionFile.revision_id == Revision.id)
+        .where(RevisionFile.sha256 == finding.subject, ~exists().where(Release.revision_id == Revision.id))
+    )
     with resources.read() as session:
         rows = session.execute(query.order_by(Release.id).limit(_NAMED)).all()
-        total = session.scalar(select(func.count()).select_from(query.subquery())) or 0
+        commits = session.execute(committed.order_by(Revision.id.desc()).limit(_NAMED - len(rows))).all()
+        total = sum(session.scalar(select(func.count()).select_from(one.subquery())) or 0 for one in (query, committed))
         scored = select(func.count()).select_from(Score).where(Score.results_sha256 == finding.subject)
         scores = session.scalar(scored) or 0
     named = [f"{path} of {namespace}/{name}:{version}" for namespace, name, version, path in rows]
+    named += [f"{path} of {namespace}/{name}#{commit[:12]}" for namespace, name, commit, path in commits]
     if total > len(named):
         named.append(f"{total - len(named):,} more")
     if scores:
         named.append(f"the results behind {scores} score{'s' * (scores > 1)}")
     if not named:
-        return Finding(finding.code, Severity.NOTICE, finding.subject, f"{finding.message} No release names it.")
+        return Finding(finding.code, Severity.NOTICE, finding.subject, f"{finding.message} Nothing names it.")
     return Finding(finding.code, finding.severity, finding.subject, f"{finding.message} It is {'; '.join(named)}.")
 
 

@@ -25,7 +25,7 @@ from registry.database.idempotency import IdempotentRequest
 from registry.database.tables import Release
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import bases, releases, repositories, signatures, versioning
+from registry.domain.catalog import bases, commits, releases, repositories, signatures, versioning
 from registry.domain.catalog import reported as reported_scores
 from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
@@ -95,7 +95,7 @@ def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentReq
         known = idempotency.claim_key(session, keyed, actor.at)
         if known is not None:
             return Published(**known)
-        release, created = releases.publish(session, actor, new)
+        release, created = commits.publish(session, actor, new)
         if created:
             findings += [*doubts, *reported_scores.record(session, actor, release, stated)[1]]
         published = Published(release.id, created, [finding.to_json() for finding in findings])
@@ -116,7 +116,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before their bytes are read
         twin = _yanked_twin(session, push)
     parsed = {WEIGHTS_FILE} if push.kind is Kind.ADAPTER else set[str]()  # its inspection parses it
-    _refuse_pickled(resources, [file for file in push.files if file.path not in parsed])
+    refuse_pickled(resources, [file for file in push.files if file.path not in parsed])
     signed, doubted = _judge_signature(resources, push, keys)
     seen = _inspect(resources, push, architecture)
     stated, doubts = card_provenance(seen.card) if seen.card else ({}, [])
@@ -218,7 +218,7 @@ class _Inspected:
     loading: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-def _refuse_pickled(resources: Resources, files: Sequence[ManifestFile]) -> None:
+def refuse_pickled(resources: Resources, files: Sequence[ManifestFile]) -> None:
     """Inspects every file. A file named safetensors must be one: loaders that ignore names would run a pickle of that
     name. No other file may be a pickle."""
 

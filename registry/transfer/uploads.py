@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from registry.database.engine import insert_if_absent
 from registry.database.locks import lock_blobs_shared
-from registry.database.tables import Blob, BlobHolder, RevisionFile, Upload
+from registry.database.tables import Blob, BlobHolder, Release, RevisionFile, Upload
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import may_read, permit_uploads
 from registry.errors import Conflict, Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
@@ -51,23 +51,23 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
     for file in files:
         check_path(file.path)
         refuse_hidden(file.path)
-        _check_size(resources, file.path, file.size_bytes)
+        check_size(resources, file.path, file.size_bytes)
         refuse_pickle_name(file.path)
     wanted = {file.sha256: file for file in files}
     kept = _kept_for_good(resources, namespace, wanted)
     # Announced before it is checked: from here on nobody removes a blob that no release names yet.
-    rows = _announce(resources, actor, namespace, [file for file in wanted.values() if file.sha256 not in kept])
+    rows = announce(resources, actor, namespace, [file for file in wanted.values() if file.sha256 not in kept])
     with resources.read() as session:
-        held = _held(session, namespace, wanted)
+        held = held_by(session, namespace, wanted)
         known = set(session.scalars(select(Blob.sha256).where(Blob.sha256.in_(wanted))))
 
     def is_stored(sha256: Digest) -> bool:
-        return _is_stored(resources, wanted[sha256])
+        return has_bytes(resources, wanted[sha256])
 
     with ThreadPoolExecutor(_PARALLEL, "plan") as pool:
         stored = {sha256 for sha256, there in zip(held, pool.map(is_stored, held), strict=True) if there}
         lost = [wanted[sha256] for sha256 in held if sha256 not in stored]
-        rows = {**rows, **_announce(resources, actor, namespace, lost)}
+        rows = {**rows, **announce(resources, actor, namespace, lost)}
         absent = [file for sha256, file in wanted.items() if sha256 not in stored]
         known -= {file.sha256 for file in lost}
 
@@ -100,9 +100,9 @@ def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile
     row = _find(resources, actor, upload_id)
     file = ManifestFile("", row.size_bytes, Digest(row.sha256))
     with resources.read() as session:
-        held = bool(_held(session, row.namespace, [file.sha256]))
+        held = bool(held_by(session, row.namespace, [file.sha256]))
     arrivals = resources.store.arrivals
-    if held and _is_stored(resources, file):
+    if held and has_bytes(resources, file):
         if arrivals is not None:  # another client completed it while this one was still sending
             arrivals.discard(_arrival(row))
         return file
@@ -114,7 +114,7 @@ def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile
             next_step=f"PUT them to /v1/blobs/{file.sha256}?upload={upload_id}.",
         )
     stat = arrivals.finish(_arrival(row))
-    _register_blob(resources, actor, row.namespace, stat)
+    register_blob(resources, actor, row.namespace, stat)
     arrivals.discard(_arrival(row))
     return file
 
@@ -133,6 +133,21 @@ def receive_body(
             subject=sha256,
             next_step="Send them to the URL that POST /v1/uploads returns.",
         )
+    receive_file(resources, actor, row, chunks, size_bytes)
+
+
+def keep(
+    resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]
+) -> Mapping[str, tuple[Upload, bool]]:
+    """Announces files, stored or not, so that no collection removes their bytes before a commit or a release names
+    them. Leaves out those that a release names already."""
+    kept = _kept_for_good(resources, namespace, {file.sha256 for file in files})
+    return announce(resources, actor, namespace, [file for file in files if file.sha256 not in kept])
+
+
+def receive_file(resources: Resources, actor: Actor, row: Upload, chunks: Iterable[bytes], size_bytes: int) -> None:
+    """Receives the bytes of an announced upload into a file, checks them, and stores them."""
+    sha256 = Digest(row.sha256)
     if size_bytes != row.size_bytes:
         raise Invalid(
             "size_differs",
@@ -166,8 +181,8 @@ def receive_body(
 def store_file(resources: Resources, actor: Actor, namespace: str, sha256: Digest, path: Path, *, move: bool) -> None:
     """Puts a verified file into the store, then writes its rows: a crash in between leaves only an orphan. It is
     announced first, so that no collection removes the bytes in between."""
-    _announce(resources, actor, namespace, [ManifestFile(path.name, path.stat().st_size, sha256)])
-    _register_blob(resources, actor, namespace, resources.store.put(sha256, path, move=move))
+    announce(resources, actor, namespace, [ManifestFile(path.name, path.stat().st_size, sha256)])
+    register_blob(resources, actor, namespace, resources.store.put(sha256, path, move=move))
 
 
 def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
@@ -203,19 +218,22 @@ def refuse_damaged(stat: BlobStat, size_bytes: int, named: str) -> None:
         )
 
 
-def _held(session: Session, namespace: str, digests: Iterable[str]) -> list[Digest]:
+def held_by(session: Session, namespace: str, digests: Iterable[str]) -> list[Digest]:
+    """The digests among these whose bytes the namespace has sent."""
     query = select(BlobHolder.sha256).where(BlobHolder.namespace == namespace, BlobHolder.sha256.in_(list(digests)))
     return [Digest(sha256) for sha256 in session.scalars(query)]
 
 
 def _kept_for_good(resources: Resources, namespace: str, digests: Iterable[str]) -> set[str]:
-    """The digests that the namespace holds and some release names, which are never deleted."""
+    """The digests that the namespace holds and some release names, which are never deleted; commits may be."""
     with resources.read() as session:
-        held = _held(session, namespace, digests)
-        return set(session.scalars(select(RevisionFile.sha256).where(RevisionFile.sha256.in_(held))))
+        held = held_by(session, namespace, digests)
+        released = select(RevisionFile.sha256).join(Release, Release.revision_id == RevisionFile.revision_id)
+        return set(session.scalars(released.where(RevisionFile.sha256.in_(held))))
 
 
-def _register_blob(resources: Resources, actor: Actor, namespace: str, stat: BlobStat) -> None:
+def register_blob(resources: Resources, actor: Actor, namespace: str, stat: BlobStat) -> None:
+    """Makes a blob of bytes in the store, held by the namespace."""
     with resources.write() as session:
         lock_blobs_shared(session)
         _refuse_leaving(session, [stat.sha256])
@@ -235,13 +253,13 @@ def _refuse_leaving(session: Session, digests: Sequence[str]) -> None:
         )
 
 
-def _is_stored(resources: Resources, file: ManifestFile) -> bool:
-    """The blobs that the store really has: it may have lost some that have rows."""
+def has_bytes(resources: Resources, file: ManifestFile) -> bool:
+    """Whether the store really has the bytes: it may have lost some that have rows."""
     stat = resources.store.stat(file.sha256)
     return stat is not None and stat.size_bytes == file.size_bytes
 
 
-def _announce(
+def announce(
     resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]
 ) -> Mapping[str, tuple[Upload, bool]]:
     """Maps each sha256 to its upload, new or announced before, and whether it existed before."""
@@ -256,7 +274,7 @@ def _announce(
         before = {row.sha256: row.expires_at for row in session.scalars(mine)}
         open_still = {sha256 for sha256, expires_at in before.items() if expires_at >= actor.at}
         more = {file.sha256 for file in files} - open_still
-        more.difference_update(_held(session, namespace, more))
+        more.difference_update(held_by(session, namespace, more))
         _refuse_too_many(session, actor, len(more), resources.settings.max_open_uploads)
         for file in files:
             if file.sha256 not in before:
@@ -365,7 +383,8 @@ def _unknown(upload_id: str) -> NotFound:
     )
 
 
-def _check_size(resources: Resources, subject: str, size_bytes: int) -> None:
+def check_size(resources: Resources, subject: str, size_bytes: int) -> None:
+    """Raises TooLarge for a file above the limit."""
     limit = resources.settings.max_file_bytes
     if not 0 <= size_bytes <= limit:
         raise TooLarge(

@@ -95,6 +95,20 @@ HEAD   /{namespace}/{name}/resolve/{revision}/{path:path}                       
 GET    /{namespace}/{name}/resolve/{revision}/{path:path}                       reader
 GET    /{name}/resolve/{revision}/{path:path}                                   absent
 HEAD   /{name}/resolve/{revision}/{path:path}                                   absent
+POST   /api/repos/create                                                        inside: publisher
+DELETE /api/repos/delete                                                        inside: reader
+POST   /api/repos/move                                                          inside: reader
+PUT    /api/models/{namespace}/{name}/settings                                  reader
+POST   /api/validate-yaml                                                       open
+POST   /api/models/{namespace}/{name}/preupload/{revision:path}                 publisher
+POST   /{namespace}/{name}.git/info/lfs/objects/batch                           publisher
+PUT    /api/lfs/{namespace}/{sha256}                                            open
+POST   /api/lfs/{namespace}/{sha256}                                            open
+POST   /api/models/{namespace}/{name}/commit/{revision:path}                    publisher
+POST   /api/models/{namespace}/{name}/tag/{revision:path}                       publisher
+POST   /api/models/{namespace}/{name}/branch/{channel}                          releaser
+DELETE /api/models/{namespace}/{name}/tag/{revision}                            reader
+DELETE /api/models/{namespace}/{name}/branch/{revision}                         reader
 GET    /api/whoami-v2                                                           inside: user
 GET    /api/models                                                              inside: everybody
 GET    /api/models/{namespace}/{name}                                           reader

@@ -1,26 +1,33 @@
 """The Hugging Face Hub's own clients, unmodified, with HF_ENDPOINT set to a server with tokens."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
+from registry.domain.catalog.commits import EMPTY
 from tests import services
 from tests.scenarios.conftest import USER, Templates
 from tests.scenarios.hub_client import CONFIG, WEIGHTS
 from tests.scenarios.traces import hashes
-from tests.scenarios.world import Cli, World, server
+from tests.scenarios.world import SMALL_PARTS, Cli, World, server
 
 ROOT = Path(__file__).parents[2]
 LONG = pytest.mark.long
 VERSIONS = ["0.24.7", *(pytest.param(one, marks=LONG) for one in ("0.36.2", "1.0.0", "1.20.0")), "2.4.0"]
+WITH_XET = ("1.20.0", "2.4.0")
+"""Their large files come inside the commit, up to 200 MB."""
 STORES = {"directory": services.PAIRINGS[0], "S3": services.PAIRINGS[1]}
 
 
@@ -30,15 +37,21 @@ class Hub:
 
     url: str
     token: str
+    publisher: str
+    cli: Cli
     log: Path
     pushed: dict[str, Any]
+    direct: bool
 
-    def run(self, python: Path, script: str, directory: Path, *more: Path) -> Any:
+    def run(
+        self, python: Path, script: str, directory: Path, *more: Path, token: str = "", environ: Mapping[str, str] = {}
+    ) -> Any:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ADAPTORY_"))}
         environment |= {
-            "HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HOME": str(directory / "cache"),
+            "HF_ENDPOINT": self.url, "HF_TOKEN": token or self.token, "HF_HOME": str(directory / "cache"),
             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         }  # fmt: skip
+        environment |= environ
         program = [python, Path(__file__).with_name(script), directory, *more]
         ran = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert ran.returncode == 0, ran.stderr
@@ -56,6 +69,7 @@ def hub(
 ) -> Generator[Hub]:
     home = tmp_path_factory.mktemp("hub") / "server"
     environment = templates.copy(STORES[request.param], home)
+    environment |= SMALL_PARTS if request.param == "S3" else {}
     environment |= {"ADAPTORY_ACCESS": "tokens", "ADAPTORY_USER": USER, "ADAPTORY_ACCESS_LOG": "json"}
     cli = Cli({"ADAPTORY_HOME": str(home), **environment})
     pushed = {
@@ -64,9 +78,19 @@ def hub(
         "merged": cli.json("push", world.base, "acme/merged:1.0.0", "--base", "tiny", "--kind", "model"),
     }
     cli.ok("namespace", "grant", "acme", "rita", "reader")
-    token = cli.ok("token", "create", "--user", "rita").out.strip()
+    cli.ok("base", "add", world.base, "--name", "tiny", "--alias", "acme/merged")
+    cli.ok("namespace", "grant", "acme", "pia", "publisher")
+    token, publisher = (cli.ok("token", "create", "--user", user).out.strip() for user in ("rita", "pia"))
     with server(home, **environment) as (url, _):
-        yield Hub(url, token, home.with_name("server.log"), {name: one["release"] for name, one in pushed.items()})
+        yield Hub(
+            url,
+            token,
+            publisher,
+            cli,
+            home.with_name("server.log"),
+            {name: one["release"] for name, one in pushed.items()},
+            direct=request.param == "S3",
+        )
 
 
 def client(version: str) -> Path:
@@ -87,6 +111,7 @@ def test_a_client_reads_what_adaptory_has_published(hub: Hub, world: World, vers
     old, new = digests["1.0.0"], digests["1.1.0"]
 
     described = seen["described"]
+    described["models"] = [name for name in described["models"] if "trained" not in name]  # by the test below
     sizes = {row["path"]: row["size_bytes"] for row in hub.pushed["1.0.0"]["files"]}
     assert described == {
         "whoami": ["rita", ["acme"]],
@@ -137,14 +162,92 @@ def _refusals_are_readable(errors: Mapping[str, tuple[str, str]]) -> None:
     }
     for name, words in {
         "repository": "no repository acme/ghost", "revision": "It has prod, 1.1.0", "file": "no file 'absent.txt'",
-        "anonymous": "HF_TOKEN", "wrong": "Invalid credentials", "create": "adaptory push",
+        "anonymous": "HF_TOKEN", "wrong": "Invalid credentials", "create": "the role publisher",
     }.items():  # fmt: skip
         assert words in texts[name], texts[name]
 
 
 @pytest.mark.parametrize("hub", [pytest.param("directory", marks=LONG), "S3"], indirect=True)
 def test_peft_and_transformers_load_releases_by_their_names(hub: Hub, world: World, tmp_path: Path) -> None:
-    seen = hub.run(Path(sys.executable), "hub_peft.py", tmp_path, world.base)
+    seen = hub.run(Path(sys.executable), "hub_peft.py", tmp_path, world.base, token=hub.publisher)
     assert seen["merged"] == seen["base"]
     assert seen["prod"] == seen["alias"] != seen["main"]
     assert hashes(world.adapters["sql"])[WEIGHTS] == seen["weights"]
+    shown = hub.cli.json("show", "acme/trained-by-peft:0.1.0")
+    assert (shown["commit"], shown["base"]["name"]) == (seen["pushed"], "tiny")
+    _is_released_as_trained(hub, "acme/trained-by-trainer", seen["trained"])
+
+
+def _is_released_as_trained(hub: Hub, repository: str, seen: list[Any]) -> None:
+    name, files, released = seen
+    assert name == repository, "names are lowered"
+    assert {CONFIG, WEIGHTS, "README.md"} <= set(files)
+    assert "training_args.bin" not in files, "a pickle"
+    assert hub.cli.json("show", f"{name}:1.0.0")["commit"] == released
+
+
+@LONG
+@pytest.mark.parametrize("hub", ["S3"], indirect=True)
+def test_a_trainer_of_trl_pushes_what_it_has_trained(hub: Hub, tmp_path: Path) -> None:
+    if find_spec("trl") is None:
+        services.unavailable("trl", "pip install trl")
+    seen = hub.run(Path(sys.executable), "hub_trl.py", tmp_path, token=hub.publisher)
+    _is_released_as_trained(hub, "acme/trained-by-trl", seen)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_trainer_pushes_commits_and_tags_a_release(hub: Hub, world: World, version: str, tmp_path: Path) -> None:
+    trained = shutil.copytree(world.adapters["sql"], tmp_path / "trained")
+    config = json.loads((trained / CONFIG).read_text()) | {"base_model_name_or_path": "Acme/Tiny-Llama"}
+    (trained / CONFIG).write_text(json.dumps(config))
+    (trained / "tokenizer.json").write_text(json.dumps({"text": "x" * (12 << 20)}))
+    repository = f"acme/trained-{version.replace('.', '-')}"
+    before = hub.requests()
+    seen = hub.run(client(version), "hub_push.py", tmp_path, trained, Path(repository), token=hub.publisher)
+    sent = hub.requests() - before
+    by_lfs = version not in WITH_XET
+    through_the_api, to_the_store = (sent[method, "/api/lfs/{namespace}/{sha256}"] > 0 for method in ("PUT", "POST"))
+    assert (through_the_api, to_the_store) == (by_lfs and not hub.direct, by_lfs and hub.direct)
+
+    assert seen["names"] == [repository, repository]
+    first, repeated, second, third = seen["commits"]
+    assert first == repeated == third != second
+    assert seen["empty"] == [EMPTY, []]
+    assert seen["command"] == hashes(trained)
+    assert seen["large"] in ({}, hashes(trained))
+    assert seen["log"] == ["No notes", "Notes", "Trained"]
+    assert seen["tags"] == {"1.1.0-rc.1": second, "1.0.0": first}
+    assert seen["branches"] == {"main": first}, "a tag does not move it"
+    assert seen["released"] == hashes(trained)
+    assert seen["unreleased"] == hashes(trained) | {"notes.txt": hashlib.sha256(b"some notes").hexdigest()}
+    texts = {name: text for name, (_, text) in seen["errors"].items()}
+    for name, words in {
+        "stale": "not at", "pickle": "a.pkl", "hidden": ".envrc", "tag": "exists already",
+        "version": "not a semantic version", "channel": "Commits go to main", "absent": "doesn't exist",
+    }.items():  # fmt: skip
+        assert words in texts[name], texts[name]
+    shown = hub.cli.json("show", f"{repository}:1.0.0")
+    assert (shown["commit"], shown["created_by"], shown["notes"]) == (first, "pia", "The first")
+    assert shown["base"]["name"] == "tiny"
+    pushed = hub.cli.json("push", world.adapters["other-sql"], f"{repository}:2.0.0", "--base", "tiny")["release"]
+    bearer = {"Authorization": f"Bearer {hub.token}"}
+    info = httpx2.get(f"{hub.url}/api/models/{repository}", headers=bearer).json()
+    assert info["sha"] == pushed["commit"], "what is pushed otherwise is the head of main"
+
+
+@LONG
+@pytest.mark.parametrize("version", ["0.24.7", "1.20.0", "2.4.0"])
+def test_a_file_above_200_mb_goes_by_lfs_with_every_version(hub: Hub, version: str, tmp_path: Path) -> None:
+    repository, size = f"acme/large-{version.replace('.', '-')}", 201 << 20
+    with (tmp_path / "large.dat").open("wb") as file:
+        file.write(version.encode())
+        file.truncate(size)
+    before = hub.requests()
+    without_xet = {"HF_HUB_DISABLE_XET": "1"}
+    seen = hub.run(
+        client(version), "hub_large.py", tmp_path, Path(repository), token=hub.publisher, environ=without_xet
+    )
+    assert seen == {"large.dat": [size, hashes(tmp_path)["large.dat"]]}
+    sent = hub.requests() - before
+    counts = tuple(sent[method, "/api/lfs/{namespace}/{sha256}"] for method in ("PUT", "POST"))
+    assert counts == ((0, 1) if hub.direct else (1, 0))

@@ -1,5 +1,6 @@
 """Middleware that refuses requests before any route: oversized bodies and headers, floods, other hosts and sites."""
 
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from limits import RateLimitItem
 
 BLOB_PATHS = "/v1/blobs/"
-"""Limited by `max_file_bytes` instead, when they are received."""
+STREAMED = re.compile(rf"{BLOB_PATHS}|/api/lfs/|/api/models/[^/]+/[^/]+/commit/")
+"""Limited when they are received: they never are in memory."""
 HEALTH_PATHS = ("/healthz", "/readyz")
 """Not counted: probes are frequent, and share the address of a proxy in front."""
 
@@ -32,7 +34,7 @@ class BodyLimit:
         self.limit_bytes = limit_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(BLOB_PATHS):
+        if scope["type"] != "http" or STREAMED.match(scope["path"]):
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
@@ -130,7 +132,7 @@ class CallerLimits:
         error = await self._refusal(rate, credentials) if rate else None
         if error is not None:
             await problem_response(error)(scope, receive, send)
-        elif scope["method"] == "PUT" and scope["path"].startswith(BLOB_PATHS):
+        elif scope["method"] in ("PUT", "POST") and STREAMED.match(scope["path"]):
             await self._upload(credentials, scope, receive, count_guesses)
         else:
             await self.app(scope, receive, count_guesses)

@@ -1,1 +1,1 @@
-"""The read side of the Hugging Face Hub's API, for its own clients."""
+"""The API of the Hugging Face Hub, for its own clients."""

@@ -11,17 +11,16 @@ from registry.database.engine import Session
 from registry.database.tables import Repository
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, at_least, namespaces_of
-from registry.domain.catalog import bases, releases, repositories
+from registry.domain.catalog import bases, commits, releases, repositories
+from registry.domain.catalog.commits import Entry
 from registry.domain.catalog.release_rows import ReleaseRow, load_details
 from registry.domain.catalog.releases import Published
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.tags import LIBRARIES, list_tags
 from registry.domain.channels import resolve
-from registry.domain.channels.resolve import ResolvedRow
-from registry.domain.channels.revisions import MAIN, Refs
+from registry.domain.channels.revisions import MAIN, Located, Refs
 from registry.formats.licenses import spdx
 from registry.formats.manifest import ManifestFile, parse_manifest
-from registry.formats.references import RepositoryName
 from registry.formats.tree import TreeEntry
 
 Json = dict[str, Any]
@@ -42,15 +41,17 @@ def whoami(actor: Actor) -> Json:
     }
 
 
-def model_info(session: Session, actor: Actor, located: ResolvedRow, *, blobs: bool) -> Json:
+def model_info(session: Session, actor: Actor, located: Located, *, blobs: bool) -> Json:
     """One model with its files; with `blobs`, also their sizes and digests."""
-    [details] = load_details(session, [located.row.id])
-    row = details.release
-    repository = repositories.find(session, RepositoryName(row.namespace, row.repository))
-    files = parse_manifest(row.manifest)
+    repository = repositories.find(session, located.repository)
+    files = parse_manifest(located.manifest)
     siblings = [_sibling(file) if blobs else {"rfilename": file.path} for file in files]
-    aliases = bases.aliases_by_digest(session, [row.base_digest])
-    return {**_summary(actor, repository), **_of_release(row, aliases[row.base_digest]), "siblings": siblings}
+    info = {**_summary(actor, repository), "sha": located.commit, "tags": [], "siblings": siblings}
+    if located.release_id is None:
+        return info
+    [details] = load_details(session, [located.release_id])
+    aliases = bases.aliases_by_digest(session, [details.release.base_digest])
+    return {**info, **_of_release(details.release, aliases[details.release.base_digest])}
 
 
 def model_page(session: Session, actor: Actor, listed: Sequence[Repository]) -> list[Json]:
@@ -98,14 +99,17 @@ def _sibling(file: ManifestFile) -> Json:
     return {"rfilename": file.path, "size": file.size_bytes, "blobId": file.sha256[:_OID_DIGITS], "lfs": lfs}
 
 
-def tree_page(session: Session, located: ResolvedRow, entries: Sequence[TreeEntry], *, expand: bool) -> list[Json]:
+def tree_page(session: Session, located: Located, entries: Sequence[TreeEntry], *, expand: bool) -> list[Json]:
     """Files and directories; with `expand`, with the release that brought each."""
-    rendered = [_tree_entry(entry, located.row.commit) for entry in entries]
+    rendered = [_tree_entry(entry, located.commit) for entry in entries]
     if not expand:
         return rendered
-    name = RepositoryName(located.row.namespace, located.row.repository)
-    brought = releases.list_introductions(session, name, located.row.id)
-    return [one | {"lastCommit": _last_commit(entry, brought)} for one, entry in zip(rendered, entries, strict=True)]
+    brought = releases.list_introductions(session, located.repository, located.revision_id)
+    brought_by = [_last_commit(entry, brought) for entry in entries]
+    if None in brought_by:  # the files of commits that are not released yet
+        own = commit_view(commits.list_history(session, located.repository, located.commit)[0])
+        brought_by = [one or {name: own[name] for name in ("id", "title", "date")} for one in brought_by]
+    return [one | {"lastCommit": last} for one, last in zip(rendered, brought_by, strict=True)]
 
 
 def _tree_entry(entry: TreeEntry, commit: str) -> Json:
@@ -118,13 +122,15 @@ def _tree_entry(entry: TreeEntry, commit: str) -> Json:
     return {"type": "file", "path": entry.path, "oid": oid, "size": file.size_bytes, "lfs": lfs}
 
 
-def _last_commit(entry: TreeEntry, brought: Mapping[str, Published]) -> Json:
+def _last_commit(entry: TreeEntry, brought: Mapping[str, Published]) -> Json | None:
     """The release that brought a file; for a directory, the last one that brought a file below it."""
     if entry.file:
-        last = brought[entry.path]
+        last = brought.get(entry.path)
     else:
         below = (one for path, one in brought.items() if path.startswith(f"{entry.path}/"))
-        last = max(below, key=lambda one: one.id)
+        last = max(below, key=lambda one: one.id, default=None)
+    if last is None:
+        return None
     return {"id": last.commit, "title": last.version, "date": date(last.created_at)}
 
 
@@ -143,12 +149,11 @@ def _ref(kind: str, name: str, commit: str | None) -> Json:
     return {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit}
 
 
-def commit_view(published: Published) -> Json:
-    """A release as a commit: its title is the version, its message the notes."""
+def commit_view(entry: Entry) -> Json:
     return {
-        "id": published.commit,
-        "title": published.version,
-        "message": published.notes,
-        "authors": [{"user": published.created_by, "avatar": ""}],
-        "date": date(published.created_at),
+        "id": entry.commit,
+        "title": entry.title,
+        "message": entry.message,
+        "authors": [{"user": entry.author, "avatar": ""}],
+        "date": date(entry.created_at),
     }

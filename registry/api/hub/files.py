@@ -14,7 +14,7 @@ from registry.database.engine import Session
 from registry.database.tables import RevisionFile
 from registry.domain.catalog import releases, repositories
 from registry.domain.channels import revisions
-from registry.domain.channels.resolve import ResolvedRow
+from registry.domain.channels.revisions import Located
 from registry.formats.references import Digest
 
 router = APIRouter(route_class=HubRoute)
@@ -69,11 +69,11 @@ def find_nameless(name: str, revision: str, path: str) -> Response:
     raise repositories.unknown(name)
 
 
-def _find(session: Session, located: ResolvedRow, path: str) -> RevisionFile:
-    return releases.find_revision_file(session, located.row.revision_id, path, located.full_name)
+def _find(session: Session, located: Located, path: str) -> RevisionFile:
+    return releases.find_revision_file(session, located.revision_id, path, located.full_name)
 
 
-def _headers(revision: str, located: ResolvedRow, file: RevisionFile) -> dict[str, str]:
+def _headers(revision: str, located: Located, file: RevisionFile) -> dict[str, str]:
     """Digest and size, which a redirect to the store hides, and how long the answer holds."""
     linked = {"X-Linked-ETag": f'"{file.sha256}"', "X-Linked-Size": str(file.size_bytes)}
     return linked | ({"Cache-Control": "private, no-cache"} if is_movable(revision, located) else {})

@@ -11,16 +11,14 @@ from registry.api.http.request import ResourcesOf, document
 from registry.api.http.rules import Caller, Publisher, Reader
 from registry.api.hub import documents
 from registry.api.hub.wire import HubRoute, next_page, revision_headers
-from registry.api.schemas.wire import MAX_INT64
 from registry.domain.access.roles import refuse_anonymous
-from registry.domain.catalog import releases, repositories
+from registry.domain.catalog import commits, releases, repositories
 from registry.domain.catalog.repositories import Wanted
 from registry.domain.catalog.tags import narrow
 from registry.domain.channels import revisions
 from registry.domain.channels.revisions import MAIN
 from registry.errors import NotFound
 from registry.formats.manifest import parse_manifest
-from registry.formats.references import RepositoryName
 from registry.formats.tree import list_directory, select_entries
 
 router = APIRouter(prefix="/api", route_class=HubRoute)
@@ -103,14 +101,12 @@ def list_commits(  # noqa: PLR0913
     limit: Annotated[int, Query(ge=1)] = PAGE,
     cursor: str | None = None,
 ) -> Response:
-    """Lists the releases up to a revision, the newest first."""
-    size = min(limit, PAGE)
+    """Lists the commits and releases up to a revision, the newest first."""
+    size, start = min(limit, PAGE), decode_number(cursor)
     with resources.snapshot() as session:
         located = revisions.locate(session, named, revision)
-        name = RepositoryName(located.row.namespace, located.row.repository)
-        before = min(decode_number(cursor) or MAX_INT64, located.row.id + 1)
-        rows = releases.list_history(session, name, before=before, limit=size + 1)
-    more = next_page(request, encode_cursor(rows[size - 1].id)) if len(rows) > size else {}
+        rows = commits.list_history(session, located.repository, located.commit)[start : start + size + 1]
+    more = next_page(request, encode_cursor(start + size)) if len(rows) > size else {}
     return JSONResponse([documents.commit_view(row) for row in rows[:size]], headers=more)
 
 
@@ -133,7 +129,7 @@ def list_tree(  # noqa: PLR0913
     with resources.snapshot() as session:
         located = revisions.locate(session, named, revision)
         headers = revision_headers(request, located)
-        entries = list_directory(parse_manifest(located.row.manifest), directory.strip("/"), recursive=recursive)
+        entries = list_directory(parse_manifest(located.manifest), directory.strip("/"), recursive=recursive)
         if not entries:
             raise releases.unknown_file(located.full_name, directory)
         entries = [entry for entry in entries if entry.path > after]
@@ -160,7 +156,7 @@ def list_paths(
     """Shows the files and directories with the given paths; leaves out those that are absent."""
     with resources.snapshot() as session:
         located = revisions.locate(session, named, revision)
-        entries = select_entries(parse_manifest(located.row.manifest), form.get("paths", []))
+        entries = select_entries(parse_manifest(located.manifest), form.get("paths", []))
         expand = form.get("expand", [""])[0].lower() == "true"
         rendered = documents.tree_page(session, located, entries, expand=expand)
     return JSONResponse(rendered, headers=revision_headers(request, located))
@@ -194,5 +190,5 @@ def answer_nothing(request: Request, path: str) -> Response:
         "hub_route_unknown",
         f"This registry does not support {request.method} /api/{path[:120]}.",
         subject=path[:120],
-        next_step="It can be read through this API; to publish, use `adaptory push`.",
+        next_step="docs/hub.md lists what the hub API does.",
     )

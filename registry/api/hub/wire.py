@@ -9,8 +9,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from registry.api.http.problems import error_text, header_text, problem_response
-from registry.domain.channels.resolve import ResolvedRow
-from registry.domain.channels.revisions import COMMIT_DIGITS
+from registry.domain.channels.revisions import COMMIT_DIGITS, Located
 from registry.errors import Invalid, RegistryError, Unauthenticated
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -68,24 +67,23 @@ def refusal(request: Request, error: RegistryError) -> Response:
     return problem_response(error, headers=headers)
 
 
-def revision_headers(request: Request, located: ResolvedRow) -> dict[str, str]:
+def revision_headers(request: Request, located: Located) -> dict[str, str]:
     """The headers of an answer about a revision; an error after this call has its commit too."""
-    request.state.commit = located.row.commit
-    headers = {"X-Repo-Commit": located.row.commit}
+    request.state.commit = located.commit
+    headers = {"X-Repo-Commit": located.commit}
     if located.warning:
         headers["X-HF-Warning"] = f"release; {header_text(located.warning)}"
     return headers
 
 
-def is_movable(revision: str, located: ResolvedRow) -> bool:
+def is_movable(revision: str, located: Located) -> bool:
     """Whether the revision may stand for another commit later."""
-    return len(revision) != COMMIT_DIGITS or revision != located.row.commit
+    return len(revision) != COMMIT_DIGITS or revision != located.commit
 
 
-def file_url(request: Request, located: ResolvedRow, path: str) -> str:
+def file_url(request: Request, located: Located, path: str) -> str:
     """The address of a file at its commit, on the host that the client used."""
-    row = located.row
-    return f"{request.base_url}{row.namespace}/{row.repository}/resolve/{row.commit}/{quote(path)}"
+    return f"{request.base_url}{located.repository}/resolve/{located.commit}/{quote(path)}"
 
 
 def next_page(request: Request, cursor: str) -> dict[str, str]:

@@ -145,6 +145,23 @@ class RevisionFile(Row):
     sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256"), index=True)
 
 
+class Commit(Row):
+    """A step of a repository's `main`, made by a client of the Hugging Face Hub or by a release; rows are only added.
+    The last one is the head."""
+
+    __tablename__ = "commits"
+    __table_args__ = (Index("ix_commits_repository_id", "repository_id", "id"),)
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"))
+    revision_id: Mapped[int] = mapped_column(ForeignKey("revisions.id"), index=True)
+    title: Mapped[str] = mapped_column(String(400))
+    message: Mapped[str] = mapped_column(Text)
+    author: Mapped[str] = mapped_column(String(128))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    revision: Mapped[Revision] = relationship(lazy="joined", innerjoin=True)
+
+
 class TargetSet(Row):
     """An interned set of target names, by sha256: thousands of releases share a few dozen sets."""
 

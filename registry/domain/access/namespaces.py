@@ -13,7 +13,7 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, permit, readable, refuse_reserved, unknown_namespace
 from registry.errors import Invalid, Refused
-from registry.formats.references import parse_name
+from registry.formats.references import parse_name, refuse_reserved_namespace
 from registry.formats.signatures import Covers, fingerprint
 
 MAX_SIGNING_KEYS = 20
@@ -50,6 +50,7 @@ def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
     row = session.get(Namespace, name)
     if row is None:
         permit(actor, Role.ADMIN, EVERYWHERE, hidden=unknown_namespace(name))
+        refuse_reserved_namespace(name)
         new = insert_if_absent(
             session,
             Namespace,

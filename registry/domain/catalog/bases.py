@@ -223,6 +223,12 @@ def find(session: Session, text: str) -> Base:
     return session.get_one(Base, identify(session, text)[0])
 
 
+def is_known(session: Session, text: str) -> bool:
+    """Whether `find` finds a base."""
+    wanted = _called(literal(text)) if is_name(text) else _base.digest.between(text, text.ljust(64, "g"))
+    return len(session.execute(select(_base.digest).where(wanted).limit(2)).all()) == 1
+
+
 def identify(session: Session, text: str) -> tuple[str, str]:
     """(digest, name) of the base that `find` finds."""
     wanted = _called(literal(text)) if is_name(text) else _base.digest.between(text, text.ljust(64, "g"))

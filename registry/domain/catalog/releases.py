@@ -101,7 +101,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
     if policy.require_signature:
         refuse_yanked_files(session, new.repository.namespace, new.files)
     breaking_reason = versioning.refuse_breaking(session, repository, version, surface, commit, new.allow_breaking)
-    revision = _revision(session, actor, repository, commit, new.files)
+    revision = find_or_create_revision(session, actor, repository, new.files)
     release = _insert(session, actor, new, version, repository, revision)
     release.breaking_reason = breaking_reason
     release.signed_by, release.signature_covers = new.signed_by, covers
@@ -241,10 +241,9 @@ class Published:
     created_by: str
 
 
-def list_history(session: Session, name: RepositoryName, *, before: int, limit: int) -> list[Published]:
-    """A repository's releases with ids below `before`, in reverse order of publication."""
-    query = _history(name).where(Release.id < before).order_by(Release.id.desc()).limit(limit)
-    return [Published(*row) for row in session.execute(query)]
+def list_history(session: Session, name: RepositoryName) -> list[Published]:
+    """A repository's releases in reverse order of publication."""
+    return [Published(*row) for row in session.execute(_history(name).order_by(Release.id.desc()))]
 
 
 def list_versions(session: Session, name: RepositoryName) -> dict[str, str]:
@@ -253,13 +252,11 @@ def list_versions(session: Session, name: RepositoryName) -> dict[str, str]:
     return {row.version: row.commit for row in session.execute(query)}
 
 
-def list_introductions(session: Session, name: RepositoryName, release_id: int) -> dict[str, Published]:
-    """For each file of a release, the first release of the repository that had it with this content, by path."""
+def list_introductions(session: Session, name: RepositoryName, revision_id: int) -> dict[str, Published]:
+    """For each file of a revision, the first release of the repository that had it with this content, by path; without
+    those that none has."""
     file, earlier = RevisionFile.__table__.alias("file"), Release.__table__.alias("earlier")
-    of_release = select(RevisionFile.path, RevisionFile.sha256).join(
-        Release, Release.revision_id == RevisionFile.revision_id
-    )
-    wanted = of_release.where(Release.id == release_id).subquery()
+    wanted = select(RevisionFile.path, RevisionFile.sha256).where(RevisionFile.revision_id == revision_id).subquery()
     first = (
         select(wanted.c.path, func.min(earlier.c.id).label("first"))
         .join(file, (file.c.path == wanted.c.path) & (file.c.sha256 == wanted.c.sha256))
@@ -388,17 +385,19 @@ def _by_version(session: Session, repository: Repository, version: Version) -> R
     )
 
 
-def _revision(
-    session: Session, actor: Actor, repository: Repository, commit: str, files: Sequence[ManifestFile]
+def find_or_create_revision(
+    session: Session, actor: Actor, repository: Repository, files: Sequence[ManifestFile]
 ) -> Revision:
+    """The repository's revision with these files, whose blobs its namespace must hold."""
+    manifest = canonical_manifest(files)
+    commit = commit_id(manifest)
     query = select(Revision).where(Revision.repository_id == repository.id, Revision.commit == commit)
+    lock_blobs_shared(session)  # a collection forgets revisions too
     known = session.scalar(query)
     if known is not None:
         return known
-    lock_blobs_shared(session)
     refuse_absent_blobs(session, repository.namespace, files)
-    manifest = canonical_manifest(files).decode()
-    revision = Revision(repository_id=repository.id, commit=commit, manifest=manifest, created_at=actor.at)
+    revision = Revision(repository_id=repository.id, commit=commit, manifest=manifest.decode(), created_at=actor.at)
     session.add(revision)
     session.flush()
     for file in files:

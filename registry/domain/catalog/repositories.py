@@ -13,7 +13,7 @@ from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import readable
 from registry.errors import Conflict, NotFound
-from registry.formats.references import MAX_NEAR, RepositoryName, is_version
+from registry.formats.references import MAX_NEAR, RepositoryName, is_version, refuse_git_name
 
 _LISTED = 20
 """Maximum number of channels that an error lists."""
@@ -42,6 +42,11 @@ def unknown(name: str, kind: Kind | None = None) -> NotFound:
         subject=name[:160],
         next_step="`adaptory list` shows the repositories, `adaptory whoami` your roles.",
     )
+
+
+def find_if_exists(session: Session, name: RepositoryName) -> Repository | None:
+    """The repository, or None."""
+    return _lookup(session, name)
 
 
 def exists(session: Session, name: RepositoryName) -> bool:
@@ -77,6 +82,7 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
     """The repository, created with its namespace if needed. Raises Conflict if it is of another kind."""
     repository = _lookup(session, name)
     if repository is None:
+        refuse_git_name(name)
         _refuse_revision(session, name)
         namespaces.find_or_create(session, actor, name.namespace)
         values = {"namespace": name.namespace, "name": name.name, "kind": kind, "created_at": actor.at}
@@ -84,6 +90,8 @@ def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: K
             after = {"kind": str(kind)}
             audit.record(session, actor, Act.REPOSITORY_CREATE, name, namespace=name.namespace, after=after)
         repository = find(session, name)
+    if repository.kind != kind and not _has_release(session, repository):
+        repository.kind = kind  # created by a client of the Hugging Face Hub, before its first release
     _check_kind(repository, kind)
     return repository
 
@@ -114,6 +122,11 @@ def refuse_shadowed(session: Session, name: RepositoryName, revision: str) -> No
                 subject=str(longer),
                 next_step="Choose another version or channel name.",
             )
+
+
+def _has_release(session: Session, repository: Repository) -> bool:
+    query = select(Release.id).where(Release.repository_id == repository.id).limit(1)
+    return session.scalar(query) is not None
 
 
 def _has_channel(session: Session, repository: Repository, name: str) -> bool:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
-from registry.domain.catalog import releases, repositories
+from registry.database.tables import Release
+from registry.domain.catalog import commits, releases, repositories
 from registry.domain.channels import resolve
 from registry.domain.channels.resolve import ResolvedRow
 from registry.errors import NotFound, Usage
-from registry.formats.references import Reference, RepositoryName, parse_reference
+from registry.formats.references import Reference, RepositoryName, Version, parse_reference, parse_version
 
 MAIN = "main"
 COMMIT_DIGITS = 40
@@ -30,8 +31,21 @@ class Refs:
     versions: dict[str, str]
 
 
-def locate(session: Session, named: str, revision: str) -> ResolvedRow:
-    """The release at a revision of the repository `named`, or of the repository that `named` is an alias in. Raises
+@dataclass(frozen=True, slots=True)
+class Located:
+    """The files at a revision. `release_id` is None if they are not released, and `full_name` is for messages."""
+
+    repository: RepositoryName
+    revision_id: int
+    commit: str
+    manifest: str
+    full_name: str
+    release_id: int | None = None
+    warning: str = ""
+
+
+def locate(session: Session, named: str, revision: str) -> Located:
+    """The files at a revision of the repository `named`, or of the repository that `named` is an alias in. Raises
     NotFound.
 
     A repository of exactly that name comes first. With an alias, `main` is the revision that the alias names.
@@ -50,19 +64,32 @@ def locate(session: Session, named: str, revision: str) -> ResolvedRow:
     raise repositories.unknown(named)
 
 
+def released_version(session: Session, repository: RepositoryName, revision: str) -> Version:
+    """The version of the release at a revision. Raises Usage if its files are not released."""
+    located = locate(session, str(repository), revision)
+    if located.release_id is None:
+        raise Usage(
+            "not_released",
+            f"{located.full_name} is not a release.",
+            subject=located.full_name,
+            next_step="Create a tag first: a version, such as 1.0.0.",
+        )
+    return parse_version(session.get_one(Release, located.release_id).version)
+
+
 def list_refs(session: Session, named: str) -> Refs:
     """All names of commits in a repository, or in the one that `named` is an alias in. Call it in a snapshot."""
     exact = _parsed(named)
     if exact and repositories.exists(session, exact.repository):
         repository = exact.repository
     else:
-        row = locate(session, named, MAIN).row
-        repository = RepositoryName(row.namespace, row.repository)
-    row, newest = repositories.find(session, repository), resolve.newest(session, repository)
+        row = locate(session, named, MAIN)
+        repository = row.repository
+    row, main = repositories.find(session, repository), _main(session, repository)
     versions = releases.list_versions(session, repository)
     channels = resolve.heads(session, row)[row.id].channels
     served = {name: versions[version] for name, version in channels.items() if name != MAIN}
-    return Refs(newest.row.commit if newest else None, served, versions)
+    return Refs(main.commit if main else None, served, versions)
 
 
 def _readings(named: str) -> Iterator[tuple[RepositoryName, str]]:
@@ -75,24 +102,57 @@ def _readings(named: str) -> Iterator[tuple[RepositoryName, str]]:
             yield repository.repository, name[end + 1 :]
 
 
-def _at(session: Session, repository: RepositoryName, revision: str) -> ResolvedRow | None:
-    """The release at a revision. A full commit comes first, since clients rely on its meaning."""
+def _at(session: Session, repository: RepositoryName, revision: str) -> Located | None:
+    """The files at a revision. A full commit comes first, since clients rely on its meaning."""
     if revision == MAIN:
-        return resolve.newest(session, repository)
+        return _main(session, repository)
     commit = _parsed(f"{repository}#{revision}")
-    if commit and len(revision) == COMMIT_DIGITS and (row := resolve.resolve_exact(session, commit)):
-        return row
-    return _pinned(session, repository, revision) or (commit and resolve.resolve_exact(session, commit))
+    if commit and len(revision) == COMMIT_DIGITS and (located := _of_commit(session, commit)):
+        return located
+    return _pinned(session, repository, revision) or (commit and _of_commit(session, commit))
 
 
-def _pinned(session: Session, repository: RepositoryName, revision: str) -> ResolvedRow | None:
+def _main(session: Session, repository: RepositoryName) -> Located | None:
+    """The last commit; before the first one, the newest release, or nothing if there is no release."""
+    row = repositories.find_if_exists(session, repository)
+    if row is None:
+        return None
+    if commit := commits.last(session, row):
+        return _of_commit(session, Reference(repository, commit=commit))
+    if newest := resolve.newest(session, repository):
+        return _of_release(newest)
+    if releases.list_versions(session, repository):
+        return None
+    return Located(repository, 0, commits.EMPTY, commits.EMPTY_MANIFEST, str(repository))
+
+
+def _of_commit(session: Session, reference: Reference) -> Located | None:
+    if released := resolve.resolve_exact(session, reference):
+        return _of_release(released)
+    if not repositories.exists(session, reference.repository):
+        return None
+    revision = commits.find_revision(session, reference.repository, reference.commit or "")
+    if revision is None:
+        return None
+    full_name = f"{reference.repository}#{revision.commit[:12]}"
+    return Located(reference.repository, revision.id, revision.commit, revision.manifest, full_name)
+
+
+def _of_release(resolved: ResolvedRow) -> Located:
+    row = resolved.row
+    repository = RepositoryName(row.namespace, row.repository)
+    named = resolved.full_name
+    return Located(repository, row.revision_id, row.commit, row.manifest, named, row.id, resolved.warning)
+
+
+def _pinned(session: Session, repository: RepositoryName, revision: str) -> Located | None:
     """The release with a version, which comes first since it never moves, or in a channel. Raises NotFound for a
     channel that serves only yanked releases."""
     version, channel = _parsed(f"{repository}:{revision}"), _parsed(f"{repository}@{revision}")
-    if version and version.version and (row := resolve.resolve_exact(session, version)):
-        return row
+    if version and version.version and (resolved := resolve.resolve_exact(session, version)):
+        return _of_release(resolved)
     try:
-        return resolve.locate(session, channel) if channel else None
+        return _of_release(resolve.locate(session, channel)) if channel else None
     except NotFound as error:
         if error.code == "no_match":
             raise

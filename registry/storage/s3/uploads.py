@@ -16,6 +16,8 @@ from registry.storage.s3.multipart import Parts, checksum
 from registry.storage.s3.probe import NEVER, PROBE, STALE_S, FactsRecord, StoreProbe
 
 INCOMING = "incoming/"
+UNCHECKED = ".lfs"
+"""Ending of the key of an upload that comes without headers."""
 CHECKED = "sha256:"
 """Prefix of the `multipart_id` of an upload whose parts come with their sha256: all of them do, or none."""
 _MAX_PARTS = 10_000
@@ -35,9 +37,9 @@ class S3Arrivals:
     on by then, by adding a header (`X-Delete-After`). So that header is signed, with a time that nobody will see
     (`NEVER`).
 
-    Everything else goes to `incoming/` and is read back, hashed and copied: files in parts, whose total SHA-256 no
-    store knows; files of an existing blob, since the sender must prove to have the bytes and must not touch the blob;
-    and all files if the store does not verify.
+    Everything else goes to `incoming/` and is read back, hashed and copied: files that clients send without headers;
+    files in parts, whose total SHA-256 no store knows; files of an existing blob, since the sender must prove to have
+    the bytes and must not touch the blob; and all files if the store does not verify.
     """
 
     def __init__(
@@ -59,13 +61,17 @@ class S3Arrivals:
         return max(self._storage.part_bytes, -(-least // _MIB) * _MIB)
 
     def begin(self, arrival: IncomingUpload) -> str:
-        checked = self.probe.checks_parts()
+        checked = self.probe.checks_parts() and not arrival.unchecked
         with translate_store_errors(arrival.sha256):
             return (CHECKED if checked else "") + self._parts.begin(self._incoming(arrival), checked=checked)
 
     def sign_object(self, arrival: IncomingUpload, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
         if sent_before and self._arrived(arrival) is not None:
             return None
+        if arrival.unchecked:
+            params = {**self._incoming(arrival), "ContentLength": arrival.size_bytes}
+            url = self._bucket.signed_url("put_object", params, expires_s)
+            return Put(url, {"Content-Length": str(arrival.size_bytes)})
         if not known and self.probe.allows_in_place():
             return self._put_of(arrival, self._bucket.blob(arrival.sha256), expires_s, NEVER)
         return self._put_of(arrival, self._incoming(arrival), expires_s)
@@ -116,7 +122,7 @@ class S3Arrivals:
         removed, probes_before = 0, self._now() - timedelta(seconds=STALE_S)
 
         def is_left(key: str, since: datetime) -> bool:
-            upload_id = key.rpartition("/")[2]
+            upload_id = key.rpartition("/")[2].removesuffix(UNCHECKED)
             return since < (probes_before if upload_id.startswith(PROBE) else before) and upload_id not in keep
 
         with translate_store_errors(self._bucket.name):
@@ -133,7 +139,7 @@ class S3Arrivals:
         return removed
 
     def _incoming(self, arrival: IncomingUpload) -> dict[str, str]:
-        return self._bucket.object(f"{INCOMING}{arrival.upload_id}")
+        return self._bucket.object(f"{INCOMING}{arrival.upload_id}{UNCHECKED if arrival.unchecked else ''}")
 
     def _upload(self, arrival: IncomingUpload) -> dict[str, str]:
         return {**self._incoming(arrival), "UploadId": (arrival.multipart_id or "").removeprefix(CHECKED)}
@@ -159,6 +165,8 @@ class S3Arrivals:
         head = self._bucket.head(self._incoming(arrival))
         if head is not None:
             return {**head, "incoming": True}
+        if arrival.unchecked:
+            return None
         head = self._bucket.head(self._bucket.blob(arrival.sha256))
         if head is not None and _upload_of(head) == arrival.upload_id and self.probe.checks_bodies():
             return {**head, "incoming": False}
@@ -183,7 +191,7 @@ class S3Arrivals:
 
     def _accept(self, arrival: IncomingUpload, etag: str) -> None:
         """Copies exactly the bytes that were hashed: the holder of the signed request could write again meanwhile."""
-        if arrival.multipart_id is not None or not self.probe.checks_bodies():
+        if arrival.unchecked or arrival.multipart_id is not None or not self.probe.checks_bodies():
             self._check_digest(arrival, etag)
         named = self._bucket.blob(arrival.sha256)
         if self._bucket.head(named) is not None:

@@ -1,0 +1,287 @@
+"""What clients of the hub write: repositories, commits, and tags, which are releases."""
+
+import re
+from functools import partial
+from typing import Annotated, Any
+from urllib.parse import urlencode
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi.responses import JSONResponse
+
+from registry.api.http.problems import header_text
+from registry.api.http.request import ResourcesOf, body_chunks, content_length, uploads_limiter
+from registry.api.http.rules import Caller, Publisher, Reader, Releaser
+from registry.api.http.threads import in_store_threads
+from registry.api.hub.models import MODEL
+from registry.api.hub.schemas import BatchIn, BranchIn, MoveIn, PlanIn, RepositoryIn, TagIn
+from registry.api.hub.wire import HubRoute
+from registry.client.selection import is_trainer_file
+from registry.database.tables import Promotion
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role, permit
+from registry.domain.catalog import commits, repositories
+from registry.domain.channels import moves, promotions, revisions
+from registry.domain.channels.revisions import MAIN
+from registry.errors import NotAllowed, TooLarge, Usage
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
+from registry.transfer import lfs
+from registry.transfer.resources import Resources
+
+router = APIRouter(route_class=HubRoute)
+INLINE_BYTES, MAX_INLINE_BYTES = 1 << 20, 200 << 20
+MAX_COMMIT_BYTES = 400 << 20
+_WITH_XET = (1, 20)
+"""From this version on, the client sends an `lfs` file by Xet or not at all."""
+_AGENT = re.compile(r"hf_hub/(\d+)\.(\d+)")
+
+
+@router.post("/api/repos/create")
+def create(body: RepositoryIn, request: Request, resources: ResourcesOf, actor: Caller) -> Response:
+    """Creates an empty repository. Names are lowered, since trainers make them of directories."""
+    namespace = (body.organization or actor.name).lower()
+    repository = RepositoryName(parse_name(namespace, "namespace"), parse_name(body.name.lower(), "repository name"))
+    permit(actor, Role.PUBLISHER, str(repository))
+    if (body.private or body.visibility == "private") and namespace in actor.public:
+        raise NotAllowed(
+            "namespace_public",
+            f"The namespace {namespace} is public, and so is everything in it.",
+            subject=namespace,
+            next_step="Leave private=True out, or use a private namespace.",
+        )
+    with resources.write() as session:
+        created = commits.create_repository(session, actor, repository)
+    document = {"url": f"{request.base_url}{repository}", "name": str(repository), "id": str(repository)}
+    if created:
+        visible = body.private is False or body.visibility == "public"
+        stays = visible and namespace not in actor.public
+        warning = {"X-HF-Warning": f"private; {repository} is private, as everything in {namespace}."} if stays else {}
+        return JSONResponse(document, headers=warning)
+    error = f"{repository} exists already."
+    return JSONResponse({**document, "error": error}, 409, headers={"X-Error-Message": error})
+
+
+@router.post("/api/validate-yaml")
+def validate_card() -> Response:
+    """Cards are read when a release is made; their faults are warnings."""
+    return JSONResponse({"errors": [], "warnings": []})
+
+
+@router.post("/api" + MODEL + "/preupload/{revision:path}")
+def plan_commit(  # noqa: PLR0913
+    namespace: str,
+    name: str,
+    revision: str,
+    body: PlanIn,
+    resources: ResourcesOf,
+    actor: Publisher,
+    agent: Annotated[str, Header(alias="User-Agent")] = "",
+) -> Response:
+    """Says whether each file comes in the commit, before it or not at all. Refuses names before any byte is sent."""
+    with resources.snapshot() as session:
+        located = revisions.locate(session, f"{namespace}/{name}", _main_only(revision))
+    inline, left_out = _inline_bytes(agent), [file.path for file in body.files if _is_left_out(file.path)]
+    for file in body.files:
+        if file.path not in left_out:
+            commits.refuse_name(file.path)
+    files = [
+        {
+            "path": file.path,
+            "uploadMode": "regular" if file.size <= inline else "lfs",
+            "shouldIgnore": file.path in left_out,
+        }
+        for file in body.files
+    ]
+    headers = {"X-Repo-Commit": located.commit}
+    if left_out:
+        headers["X-HF-Warning"] = header_text(f"left-out; Not published: {', '.join(left_out)}.")
+    elif inline == MAX_INLINE_BYTES and any(file.size > inline for file in body.files):
+        headers["X-HF-Warning"] = f"large; Files above {inline >> 20} MB need HF_HUB_DISABLE_XET=1, or `adaptory push`."
+    return JSONResponse({"files": files}, headers=headers)
+
+
+@router.post("/{namespace}/{name}.git/info/lfs/objects/batch")
+@in_store_threads
+def plan_uploads(
+    namespace: str, name: str, body: BatchIn, request: Request, resources: ResourcesOf, actor: Publisher
+) -> Response:
+    """How to send files before a commit: to the store or through the API, by addresses that are the permission."""
+    files = [ManifestFile(one.oid, one.size, parse_digest(one.oid)) for one in body.objects]
+    planned = lfs.plan(resources, actor, namespace, files, in_parts="multipart" in body.transfers)
+    objects = [_lfs_object(request, file, planned[file.sha256]) for file in files]
+    transfer = "multipart" if any(one and one.parts for one in planned.values()) else "basic"
+    return JSONResponse({"transfer": transfer, "objects": objects}, media_type="application/vnd.git-lfs+json")
+
+
+def permit_of(
+    namespace: str, sha256: str, act: lfs.Act, expires: int, signature: str, multipart: str = ""
+) -> lfs.Permit:
+    """The permission in an address. The client sends no token with it."""
+    return lfs.Permit(act, parse_name(namespace, "namespace"), parse_digest(sha256), expires, multipart, signature)
+
+
+PermitOf = Annotated[lfs.Permit, Depends(permit_of)]
+
+
+@router.put("/api/lfs/{namespace}/{sha256}")
+async def upload(permit: PermitOf, request: Request, resources: ResourcesOf) -> Response:
+    receive = partial(lfs.receive, resources, permit, body_chunks(request), content_length(request))
+    await to_thread.run_sync(receive, limiter=uploads_limiter(request))
+    return Response(status_code=200)
+
+
+@router.post("/api/lfs/{namespace}/{sha256}")
+@in_store_threads
+def finish_upload(permit: PermitOf, resources: ResourcesOf) -> Response:
+    """Verifies what the store has received."""
+    lfs.finish(resources, permit)
+    return JSONResponse({})
+
+
+@router.post("/api" + MODEL + "/commit/{revision:path}")
+async def commit(
+    namespace: str, name: str, revision: str, request: Request, resources: ResourcesOf, actor: Publisher
+) -> Response:
+    from registry.transfer import commits as transfers
+
+    repository = parse_repository(f"{namespace}/{name}")
+    _main_only(revision)
+    if request.query_params.get("create_pr"):
+        raise Usage("not_main", "There are no pull requests here.", next_step="Commit to main.")
+    if content_length(request) > MAX_COMMIT_BYTES:
+        raise TooLarge(
+            "body_too_large",
+            f"The commit is longer than {MAX_COMMIT_BYTES:,} bytes.",
+            next_step="Commit fewer files at a time, or use `adaptory push`.",
+        )
+    receive = partial(transfers.receive, resources, actor, repository, body_chunks(request))
+    commit_id = await to_thread.run_sync(receive, limiter=uploads_limiter(request))
+    url = f"{request.base_url}{repository}/commit/{commit_id}"
+    return JSONResponse({"commitOid": commit_id, "commitUrl": url, "success": True})
+
+
+@router.post("/api" + MODEL + "/tag/{revision:path}")
+@in_store_threads
+def create_tag(
+    namespace: str, name: str, revision: str, body: TagIn, resources: ResourcesOf, actor: Publisher
+) -> Response:
+    """Publishes the files of a commit as a release."""
+    from registry.transfer import commits as transfers
+
+    version = parse_version(body.tag)
+    repository = parse_repository(f"{namespace}/{name}")
+    transfers.release(resources, actor, repository, revision, version, body.message or "")
+    return JSONResponse({})
+
+
+@router.post("/api" + MODEL + "/branch/{channel}")
+def create_branch(
+    namespace: str, name: str, channel: str, body: BranchIn, resources: ResourcesOf, actor: Releaser
+) -> Response:
+    """Promotes a release to a new channel; its gates and its policy hold as for every promotion."""
+    repository = parse_repository(f"{namespace}/{name}")
+    with resources.write() as session:
+        version = revisions.released_version(session, repository, body.startingPoint or MAIN)
+        expected = moves.Expected(moves.NOTHING_YET)
+        wanted = moves.PromotionRequest(repository, version, parse_name(channel, "channel"), expected=expected)
+        waits = isinstance(promotions.request(session, actor, wanted), Promotion)
+    warning = (
+        {"X-HF-Warning": f"promotion; {repository}@{channel} waits for what its policy asks for."} if waits else {}
+    )
+    return JSONResponse({}, headers=warning)
+
+
+@router.delete("/api" + MODEL + "/tag/{revision}")
+@router.delete("/api" + MODEL + "/branch/{revision}")
+def refuse_deletion(revision: str, actor: Reader) -> Response:
+    raise NotAllowed(
+        "never_deleted",
+        f"{revision[:80]!r} cannot be deleted: releases are yanked, and channels keep their history.",
+        subject=revision[:80],
+        next_step="Use `adaptory yank` or `adaptory rollback`.",
+    )
+
+
+@router.delete("/api/repos/delete")
+def refuse_removal(body: RepositoryIn, resources: ResourcesOf, actor: Caller) -> Response:
+    namespace = (body.organization or actor.name).lower()
+    raise _permanent(resources, actor, f"{namespace}/{body.name.lower()}", "deleted")
+
+
+@router.post("/api/repos/move")
+def refuse_move(body: MoveIn, resources: ResourcesOf, actor: Caller) -> Response:
+    raise _permanent(resources, actor, body.fromRepo.lower(), "renamed")
+
+
+def _permanent(resources: Resources, actor: Actor, named: str, what: str) -> NotAllowed:
+    """The refusal to delete or rename a repository. Raises NotFound for one that the caller does not see."""
+    repository = parse_repository(named)
+    unknown = repositories.unknown(named)
+    permit(actor, Role.READER, repository.namespace, hidden=unknown)
+    with resources.read() as session:
+        if not repositories.exists(session, repository):
+            raise unknown
+    return NotAllowed(
+        "never_deleted",
+        f"{repository} cannot be {what}: channels and compositions name its releases.",
+        subject=named,
+        next_step="Yank its releases, or use another repository.",
+    )
+
+
+@router.put("/api" + MODEL + "/settings")
+def refuse_settings(namespace: str, name: str, actor: Reader) -> Response:
+    visible = "public" if namespace in actor.public else "private"
+    raise NotAllowed(
+        "settings_of_namespace",
+        f"{namespace}/{name} is {visible}, as everything in {namespace}; a repository has no settings of its own.",
+        subject=f"{namespace}/{name}",
+        next_step=f"An admin can change {namespace}: `adaptory namespace set`.",
+    )
+
+
+def _is_left_out(path: str) -> bool:
+    """Whether a push leaves the file out: trainers and git keep it for themselves."""
+    return is_trainer_file(path) or path in (".gitattributes", ".gitignore")
+
+
+def _lfs_object(request: Request, file: ManifestFile, sending: lfs.Sending | None) -> dict[str, Any]:
+    described: dict[str, Any] = {"oid": file.sha256, "size": file.size_bytes}
+    if sending is None:
+        return described
+    finish = {"href": _permitted_url(request, sending.finish)} if sending.finish else {}
+    if sending.parts:
+        parts = {f"{number:05}": url for number, url in enumerate(sending.parts, start=1)}
+        in_parts = {**finish, "header": {"chunk_size": str(sending.part_bytes), **parts}}
+        return {**described, "actions": {"upload": in_parts}}
+    href = sending.put or _permitted_url(request, sending.send)
+    actions: dict[str, Any] = {"upload": {"href": href, "header": {}}}
+    return {**described, "actions": {**actions, "verify": finish} if finish else actions}
+
+
+def _permitted_url(request: Request, permit: lfs.Permit | None) -> str:
+    if permit is None:
+        return ""
+    query = {"act": permit.act, "expires": permit.expires, "signature": permit.signature}
+    query |= {"multipart": permit.multipart_id} if permit.multipart_id else {}
+    return f"{request.base_url}api/lfs/{permit.namespace}/{permit.sha256}?{urlencode(query)}"
+
+
+def _main_only(revision: str) -> str:
+    """Raises Usage for a commit to anything but `main`."""
+    if revision != MAIN:
+        raise Usage(
+            "not_main",
+            f"Commits go to main, not to {revision[:80]!r}.",
+            subject=revision[:80],
+            next_step="Commit to main and tag a version; a channel moves by `adaptory promote`.",
+        )
+    return MAIN
+
+
+def _inline_bytes(agent: str) -> int:
+    """The size up to which a file comes inside the commit."""
+    match = _AGENT.search(agent)
+    version = tuple(map(int, match.groups())) if match else _WITH_XET
+    return MAX_INLINE_BYTES if version >= _WITH_XET else INLINE_BYTES

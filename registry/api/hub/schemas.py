@@ -1,0 +1,42 @@
+"""What the client sends; it adds fields that are not used here."""
+
+from pydantic import BaseModel, Field
+
+
+class RepositoryIn(BaseModel):
+    name: str
+    organization: str | None = None
+    private: bool | None = None
+    visibility: str | None = None
+
+
+class MoveIn(BaseModel):
+    fromRepo: str  # noqa: N815
+
+
+class PlannedFile(BaseModel):
+    path: str
+    size: int = Field(ge=0)
+
+
+class PlanIn(BaseModel):
+    files: list[PlannedFile] = []
+
+
+class LfsObject(BaseModel):
+    oid: str
+    size: int = Field(ge=0)
+
+
+class BatchIn(BaseModel):
+    objects: list[LfsObject] = []
+    transfers: list[str] = ["basic"]
+
+
+class TagIn(BaseModel):
+    tag: str
+    message: str | None = None
+
+
+class BranchIn(BaseModel):
+    startingPoint: str | None = None  # noqa: N815

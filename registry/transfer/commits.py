@@ -1,0 +1,264 @@
+"""Commits and releases by clients of the Hugging Face Hub: bytes into the store first, then the rows.
+
+A commit is lines of JSON, in which files are base64. They are decoded piece by piece into files: no file is in memory.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+from composer.formats.adapters.facts import CONFIG_FILE, WEIGHTS_FILE
+from composer.formats.checkpoints.card import CARD_FILE, card_provenance
+from composer.formats.checkpoints.checkpoint import read_json
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import bases, commits, releases
+from registry.domain.catalog.commits import Addition, Change, Deletion
+from registry.domain.catalog.repositories import Kind
+from registry.domain.channels import revisions
+from registry.errors import Conflict, Invalid, Usage
+from registry.formats.manifest import ManifestFile, parse_manifest
+from registry.formats.references import RepositoryName, Version, parse_digest
+from registry.formats.signatures import SIGNATURE_FILE
+from registry.storage.local import unwritable
+from registry.transfer import publishing, uploads
+from registry.transfer.publishing import Push
+from registry.transfer.resources import Resources
+
+MAX_LINE_BYTES = 1 << 20
+"""Maximum length of a line without the content of its file."""
+_CONTENT = re.compile(rb'"content"\s*:\s*"')
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+_MAX_DOCUMENT_BYTES = 1 << 20
+_ADAPTER = {CONFIG_FILE, WEIGHTS_FILE}
+
+
+def receive(resources: Resources, actor: Actor, name: RepositoryName, chunks: Iterable[bytes]) -> str:
+    """Reads a commit, stores its files, and applies it to `main`. Returns the commit id."""
+    with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
+        change, added = _parse(_Lines(chunks, Path(directory)))
+        for file in added:
+            uploads.store_file(resources, actor, name.namespace, file.sha256, Path(directory) / file.sha256, move=True)
+    with resources.read() as session:
+        files = commits.added_files(session, change)
+        releases.refuse_absent_blobs(session, name.namespace, files)  # before their bytes are read
+    publishing.refuse_pickled(resources, files)
+    while True:  # a commit beside this one may leave another adapter than the one that was checked
+        with resources.snapshot() as session:
+            files = commits.files_after(session, name, change)
+        _check_adapter(resources, name, change, files)
+        with resources.write() as session:
+            made = commits.append(session, actor, name, change, files)
+        if made is not None:
+            return made
+
+
+def _check_adapter(resources: Resources, name: RepositoryName, change: Change, files: list[ManifestFile]) -> None:
+    """Checks an adapter as its release will be, if the change adds a part of it, and it names a registered base.
+    Its signature may come later."""
+    added = {one.path for one in change.operations if isinstance(one, Addition)}
+    if not added & _ADAPTER or not {file.path for file in files} >= _ADAPTER:
+        return
+    base = _stated_base(resources, files)
+    with resources.read() as session:
+        if base is None or not bases.is_known(session, base):
+            return
+    unsigned = [file for file in files if file.path != SIGNATURE_FILE]
+    publishing.prepare(resources, Push(name, Kind.ADAPTER, None, None, base, unsigned))
+
+
+def release(
+    resources: Resources, actor: Actor, name: RepositoryName, revision: str, version: Version, notes: str
+) -> None:
+    """Publishes the files at a revision, by the function of every push; the base is the one that they name."""
+    with resources.snapshot() as session:
+        files = parse_manifest(revisions.locate(session, str(name), revision).manifest)
+    uploads.keep(resources, actor, name.namespace, files)  # a collection may forget the commit meanwhile
+    kind = Kind.ADAPTER if any(file.path == CONFIG_FILE for file in files) else Kind.MODEL
+    push = Push(name, kind, version, None, _base_of(resources, files), files, notes)
+    if not publishing.publish(resources, actor, push).created:
+        raise Conflict(
+            "version_exists",
+            f"{name}:{version} exists already, with the same files.",
+            subject=f"{name}:{version}",
+            next_step="There is nothing to do.",
+        )
+
+
+def _base_of(resources: Resources, files: list[ManifestFile]) -> str:
+    """The base that the files name. Raises Invalid if they name none."""
+    stated = _stated_base(resources, files)
+    if stated is None:
+        raise Invalid(
+            "base_not_stated",
+            f"Neither {CONFIG_FILE} nor the front matter of {CARD_FILE} names the base.",
+            subject=CONFIG_FILE,
+            next_step="Set base_model_name_or_path, or `base_model` in the card, to the name of a registered base.",
+        )
+    return stated
+
+
+def _stated_base(resources: Resources, files: list[ManifestFile]) -> str | None:
+    """The base that the adapter's configuration or the model card names."""
+    by_path = {file.path: file for file in files if file.size_bytes <= _MAX_DOCUMENT_BYTES}
+    stated: Any = None
+    if config := by_path.get(CONFIG_FILE):
+        with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
+            publishing.materialise(resources, [config], Path(directory))
+            document = read_json(Path(directory) / CONFIG_FILE, "missing_config", "Save the adapter again with PEFT.")
+        stated = document.get("base_model_name_or_path")
+    if not stated and (card := by_path.get(CARD_FILE)):
+        stated = card_provenance(_read(resources, card))[0].get("base_model")
+    return stated if isinstance(stated, str) and stated else None
+
+
+def _read(resources: Resources, file: ManifestFile) -> bytes:
+    with resources.store.open(file.sha256) as source:
+        return source.read()
+
+
+def _parse(lines: "_Lines") -> tuple[Change, list[Addition]]:
+    """The change, and the files that came with it."""
+    change, inline = Change(""), list[Addition]()
+    operations: list[Addition | Deletion] = []
+    for key, value, content in lines:
+        if key == "header":
+            change = Change(_text(value, "summary"), str(value.get("description") or ""), _parent(value))
+        elif key == "file" and content is not None:
+            commits.refuse_name(_text(value, "path"))
+            inline.append(replace(content, path=_text(value, "path")))
+            operations.append(inline[-1])
+        elif key == "lfsFile":
+            commits.refuse_name(_text(value, "path"))
+            operations.append(Addition(_text(value, "path"), parse_digest(_text(value, "oid")), _size(value)))
+        elif key in ("deletedFile", "deletedFolder"):
+            operations.append(Deletion(_text(value, "path"), key == "deletedFolder"))
+        else:
+            raise _bad(f"{key!r} is not supported")
+    return replace(change, operations=operations), inline
+
+
+def _text(value: dict[str, Any], name: str) -> str:
+    if not isinstance(text := value.get(name), str):
+        raise _bad(f"{name} is missing")
+    return text
+
+
+def _parent(value: dict[str, Any]) -> str | None:
+    parent = value.get("parentCommit")
+    if parent is not None and not (isinstance(parent, str) and _COMMIT.fullmatch(parent)):
+        raise _bad("parentCommit is not a commit")
+    return parent
+
+
+def _size(value: dict[str, Any]) -> int | None:
+    size = value.get("size")
+    if size is not None and type(size) is not int:
+        raise _bad("size is not a number")
+    return size
+
+
+def _bad(why: str) -> Usage:
+    return Usage("bad_commit_line", f"The commit cannot be read: {why}.", next_step="Use another huggingface_hub.")
+
+
+@dataclass(slots=True)
+class _Lines:
+    """The lines of a commit: key, value, and the content of a file, which is in `directory` under its sha256."""
+
+    chunks: Iterable[bytes]
+    directory: Path
+    _source: Iterator[bytes] = field(init=False)
+    _buffer: bytes = b""
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any], Addition | None]]:
+        self._source = iter(self.chunks)
+        while self._fill():
+            head, content = self._head(), None
+            if not head.endswith(b"\n"):
+                content = self._content()
+                head += self._until(b"\n")
+            if head.strip():
+                yield *_document(head), content
+
+    def _fill(self) -> bool:
+        """Reads on if the buffer is empty. Returns whether there is more."""
+        while not self._buffer and (chunk := next(self._source, None)) is not None:
+            self._buffer = chunk
+        return bool(self._buffer)
+
+    def _head(self) -> bytes:
+        """A line with its end, or its beginning up to the content of a file."""
+        while True:
+            end, content = self._buffer.find(b"\n"), _CONTENT.search(self._buffer)
+            if content is not None and (end < 0 or content.end() <= end):
+                return self._take(content.end())
+            if end >= 0:
+                return self._take(end + 1)
+            chunk = next(self._source, None)
+            if chunk is None:
+                return self._take(len(self._buffer)) + b"\n"
+            self._buffer += chunk
+            if len(self._buffer) > MAX_LINE_BYTES and not _CONTENT.search(self._buffer):
+                raise _bad("a line is too long")
+
+    def _content(self) -> Addition:
+        """Decodes base64 up to the closing quote, which stays, into a file."""
+        digest, size, path = hashlib.sha256(), 0, self.directory / "content"
+        try:
+            with path.open("wb") as file:
+                for data in self._decoded():
+                    digest.update(data)
+                    size += len(data)
+                    file.write(data)
+            path.replace(self.directory / digest.hexdigest())
+        except OSError as error:
+            raise unwritable("The commit", "content", error) from error
+        return Addition("", parse_digest(digest.hexdigest()), size)
+
+    def _decoded(self) -> Iterator[bytes]:
+        rest = b""
+        while self._fill():
+            end = self._buffer.find(b'"')
+            rest += self._take(len(self._buffer) if end < 0 else end)
+            usable = len(rest) if end >= 0 else len(rest) // 4 * 4
+            try:
+                yield base64.b64decode(rest[:usable], validate=True)
+            except binascii.Error as error:
+                raise _bad("the content of a file is not base64") from error
+            rest = rest[usable:]
+            if end >= 0:
+                return
+        raise _bad("it ends within a file")
+
+    def _until(self, mark: bytes) -> bytes:
+        text = b""
+        while self._fill():
+            end = self._buffer.find(mark)
+            text += self._take(len(self._buffer) if end < 0 else end + 1)
+            if end >= 0 or len(text) > MAX_LINE_BYTES:
+                break
+        return text
+
+    def _take(self, count: int) -> bytes:
+        taken, self._buffer = self._buffer[:count], self._buffer[count:]
+        return taken
+
+
+def _document(line: bytes) -> tuple[str, dict[str, Any]]:
+    if rb"\u0000" in line:
+        raise _bad("it contains a NUL character")
+    try:
+        document = json.loads(line)
+        key, value = document["key"], document["value"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _bad("a line is not an object with key and value") from error
+    if not isinstance(key, str) or not isinstance(value, dict):
+        raise _bad("a line is not an object with key and value")
+    return key, cast("dict[str, Any]", value)

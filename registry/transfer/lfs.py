@@ -1,0 +1,163 @@
+"""Uploads by LFS clients of the Hugging Face Hub. They send bytes without a token, and without headers of our choice.
+
+So every address carries its permission. With a store that clients send to, the bytes go to a place of their own, which
+nothing else uses, and are always hashed there before they become a blob. Otherwise they pass the API, which is
+permitted for an hour.
+"""
+
+import hmac
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from enum import StrEnum
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Upload
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role
+from registry.errors import Conflict, NotFound
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest
+from registry.storage.blobs import IncomingUpload
+from registry.transfer import uploads
+from registry.transfer.resources import Resources
+
+PERMIT_S = 3600
+"""How long bytes may be sent through the API; the client asks for another address then."""
+
+
+class Act(StrEnum):
+    """What an address permits: to send the bytes to the API, or to say that the store has them."""
+
+    SEND = "send"
+    FINISH = "finish"
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """The permission in an address. The key of its signature is the id of the upload, which no address contains."""
+
+    act: Act
+    namespace: str
+    sha256: Digest
+    expires: int
+    multipart_id: str = ""
+    signature: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """How to send a file: in one request to the address `put`, in parts of `part_bytes` to their addresses, or with
+    `send` through the API. `finish` is called when the store has the bytes."""
+
+    file: ManifestFile
+    put: str | None = None
+    parts: Sequence[str] = ()
+    part_bytes: int = 0
+    send: Permit | None = None
+    finish: Permit | None = None
+
+
+def plan(
+    resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile], *, in_parts: bool
+) -> dict[Digest, Sending | None]:
+    """How to send each file; None if the namespace holds it. `in_parts`: the client can send parts."""
+    for file in files:
+        uploads.check_size(resources, file.path, file.size_bytes)
+    rows = uploads.keep(resources, actor, namespace, files)
+    with resources.read() as session:
+        held = set(uploads.held_by(session, namespace, {file.sha256 for file in files}))
+    stored = {file.sha256 for file in files if file.sha256 in held and uploads.has_bytes(resources, file)}
+    lost = [file for file in files if file.sha256 not in stored and file.sha256 not in rows]
+    rows = {**rows, **uploads.announce(resources, actor, namespace, lost)}
+    return {
+        file.sha256: None
+        if file.sha256 in stored
+        else _sending(resources, actor, file, rows[file.sha256][0], in_parts=in_parts)
+        for file in files
+    }
+
+
+def receive(resources: Resources, permit: Permit, chunks: Iterable[bytes], size_bytes: int) -> None:
+    """Receives the bytes of a file. The right bytes can do no harm. Raises NotFound if the permit is not valid."""
+    row, actor = _permitted(resources, permit)
+    uploads.receive_file(resources, actor, row, chunks, size_bytes)
+
+
+def finish(resources: Resources, permit: Permit) -> None:
+    """Checks what arrived in the store and makes a blob of it. May be repeated. Raises Conflict if bytes are missing,
+    Invalid if they are not those announced, and NotFound if the permit is not valid."""
+    row, actor = _permitted(resources, permit)
+    file = ManifestFile("", row.size_bytes, Digest(row.sha256))
+    arrivals, arrival = resources.store.arrivals, _arrival(row, permit.multipart_id or None)
+    with resources.read() as session:
+        held = bool(uploads.held_by(session, row.namespace, [file.sha256]))
+    if held and uploads.has_bytes(resources, file):
+        if arrivals is not None:
+            arrivals.discard(arrival)
+        return
+    if arrivals is None:
+        raise Conflict(
+            "upload_incomplete",
+            f"No bytes have arrived for {file.sha256}.",
+            subject=file.sha256,
+            next_step="Send the file again.",
+        )
+    stat = arrivals.finish(arrival)
+    uploads.register_blob(resources, actor, row.namespace, stat)
+    arrivals.discard(arrival)
+
+
+def _sending(resources: Resources, actor: Actor, file: ManifestFile, row: Upload, *, in_parts: bool) -> Sending:
+    arrivals = resources.store.arrivals
+    if arrivals is None:
+        return Sending(file, send=_signed(row, Act.SEND, int(actor.at.timestamp()) + PERMIT_S))
+    expires_s = resources.settings.upload_expires_s
+    expires = int((actor.at + timedelta(seconds=expires_s)).timestamp())
+    if row.part_bytes is None or not in_parts:
+        put = arrivals.sign_object(_arrival(row, None), expires_s, sent_before=False, known=True)
+        return Sending(file, put=put.url if put else None, finish=_signed(row, Act.FINISH, expires))
+    arrival = _arrival(row, arrivals.begin(_arrival(row, None)))
+    numbers = range(1, len(arrival.part_sizes) + 1)
+    parts = [arrivals.sign_part(arrival, number, file.sha256, expires_s).url for number in numbers]
+    finish_permit = _signed(row, Act.FINISH, expires, arrival.multipart_id or "")
+    return Sending(file, parts=parts, part_bytes=row.part_bytes, finish=finish_permit)
+
+
+def _arrival(row: Upload, multipart_id: str | None) -> IncomingUpload:
+    """The bytes in the place that only LFS clients use."""
+    part_bytes = row.part_bytes if multipart_id else None
+    return IncomingUpload(row.id, Digest(row.sha256), row.size_bytes, multipart_id, part_bytes, unchecked=True)
+
+
+def _signed(row: Upload, act: Act, expires: int, multipart_id: str = "") -> Permit:
+    permit = Permit(act, row.namespace, Digest(row.sha256), expires, multipart_id)
+    return replace(permit, signature=_signature(row, permit))
+
+
+def _signature(row: Upload, permit: Permit) -> str:
+    text = "\n".join((permit.act, permit.namespace, permit.sha256, str(permit.expires), permit.multipart_id))
+    return hmac.new(row.id.encode(), text.encode(), "sha256").hexdigest()
+
+
+def _permitted(resources: Resources, permit: Permit) -> tuple[Upload, Actor]:
+    """The upload, and the user who announced it."""
+    now = resources.clock()
+    with resources.read() as session:
+        row = _find(session, permit)
+    late = row is None or row.expires_at < now or permit.expires < now.timestamp()
+    if row is None or late or not hmac.compare_digest(_signature(row, permit).encode(), permit.signature.encode()):
+        raise NotFound(
+            "upload_address_invalid",
+            "The address of this upload is not valid, or no longer.",
+            subject=permit.sha256,
+            next_step="Push again: the client asks for a new address.",
+        )
+    return row, Actor(row.created_by, now, {row.namespace: Role.PUBLISHER.value})
+
+
+def _find(session: Session, permit: Permit) -> Upload | None:
+    query = select(Upload).where(Upload.namespace == permit.namespace, Upload.sha256 == permit.sha256)
+    return session.scalar(query)

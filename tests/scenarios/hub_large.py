@@ -1,0 +1,22 @@
+"""Uploads one large file: prints what the hub then says about it.
+
+Run as hub_client.py, with the name of a repository.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+
+def main() -> None:
+    api, name = HfApi(), sys.argv[2]
+    api.create_repo(name)
+    api.upload_file(repo_id=name, path_in_repo="large.dat", path_or_fileobj=Path(sys.argv[1]) / "large.dat")
+    files = api.list_repo_tree(name)
+    sys.stdout.write(json.dumps({one.path: [one.size, one.lfs["sha256"]] for one in files}))
+
+
+if __name__ == "__main__":
+    main()
