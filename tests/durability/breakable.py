@@ -116,7 +116,7 @@ class Stock:
             "{base:path}": "tiny", "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob,
             "{job_id}": self.job_id, "{composition_id}": self.composition_id, "{upload_id}": self.upload_id,
             "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing", "{number}": 1, "{metric}": "nll",
-            "{promotion_id}": 1,
+            "{promotion_id}": 1, "{publisher_id}": "aaaaaaaaaaaa",
         }  # fmt: skip
         for name, value in values.items():
             template = template.replace(name, str(value))
@@ -143,6 +143,7 @@ class Stock:
             "/v1/uploads": {"namespace": "acme", "files": [file]},
             "/v1/compositions": {"recipe": {"inputs": ["acme/sql"], "method": "stack"}, "plan": True},
             "/v1/namespaces/{namespace}/members": {"user": "ann", "role": "reader"},
+            "/v1/publishers/{namespace}/{name}": {"issuer": "github", "project": "acme/ci", "ref": "refs/heads/main"},
             "releases": {"version": "9.0.0", "base": "tiny", "files": [file]},
             "next-version": {"bump": "minor", "base": "tiny", "files": [file]},
             "signatures": {"bundle": "{}"},

@@ -68,6 +68,7 @@ OF_WHAT_IS_THERE = {
     "promotion_unknown",
     "upgrade_unknown",
     "evaluation_unknown",
+    "publisher_unknown",
 }
 """Codes with status 404 that are said of a thing that was found, for something that it has not."""
 
