@@ -16,7 +16,7 @@ class TreeEntry:
 
 def list_directory(files: Sequence[ManifestFile], directory: str, *, recursive: bool) -> list[TreeEntry]:
     """The entries of a directory ("" is the root) by path; with `recursive`, those of its subdirectories too. Empty if
-    there is no such directory."""
+    the directory does not exist."""
     prefix = f"{directory}/" if directory else ""
     entries: dict[str, TreeEntry] = {}
     for file in files:

@@ -72,7 +72,7 @@ def _run(
     journal: Callable[[str], tuple[Path, str]],
     progress: Callable[[int], None],
 ) -> "Outcome":
-    """Runs a task. Its requests count as documents, of which it has as many as its suite says."""
+    """Runs a task. Reports progress in documents of the suite, although the harness counts requests."""
     from composer.evaluation.harness import run_task
     from composer.evaluation.harness_model import AnswerJournal
 

@@ -6,7 +6,7 @@
 `inside: reader`     the route itself looks at the thing first, then asks for that role in its namespace; `everybody`
                      is shown what each may read, `user` is who has a token, `... somewhere` as above
 `open`               anybody
-`absent`             nobody: there is no such thing here
+`absent`             nobody: the answer is always 404
 """
 
 _ROUTES = """

@@ -25,8 +25,8 @@ with Registry() as registry:
 
 
 def errors_of_types(installed: Path, directory: Path) -> list[dict[str, Any]]:
-    """What a type checker finds in two programs that use the installed package, one of which takes a release for a
-    move. It reads no source of packages that do not declare themselves typed."""
+    """Type-check errors of two programs that use the installed package, one of which treats a release as a move.
+    The type checker reads no source of packages that do not declare themselves typed."""
     directory.mkdir()
     (directory / "pyrightconfig.json").write_text('{"useLibraryCodeForTypes": false}')
     for name, kind in (("right", "Release"), ("wrong", "Move")):

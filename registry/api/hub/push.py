@@ -148,7 +148,7 @@ async def commit(
     repository = parse_repository(f"{namespace}/{name}")
     _main_only(revision)
     if request.query_params.get("create_pr"):
-        raise Usage("not_main", "There are no pull requests here.", next_step="Commit to main.")
+        raise Usage("not_main", "Pull requests are not supported.", next_step="Commit to main.")
     if content_length(request) > MAX_COMMIT_BYTES:
         raise TooLarge(
             "body_too_large",

@@ -103,7 +103,7 @@ def append(
     checked, since `main` has moved. Returns the head's id, and records nothing, if the head has the resulting files
     already: a client that lost the answer sends a commit again.
 
-    Raises Stale if `main` is no longer at the parent.
+    Raises Stale if `main` has moved past the parent.
     """
     permit(actor, Role.PUBLISHER, str(name))
     repository = repositories.find(session, name)

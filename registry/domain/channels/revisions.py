@@ -113,7 +113,7 @@ def _at(session: Session, repository: RepositoryName, revision: str) -> Located 
 
 
 def _main(session: Session, repository: RepositoryName) -> Located | None:
-    """The last commit; before the first one, the newest release, or nothing if there is no release."""
+    """The last commit, the newest release if there are no commits, or None if there are neither."""
     row = repositories.find_if_exists(session, repository)
     if row is None:
         return None
