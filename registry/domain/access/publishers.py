@@ -134,8 +134,8 @@ def uses(session: Session, issuer: str) -> bool:
 def exchange(session: Session, actor: Actor, repository: RepositoryName, assertion: Assertion) -> tuple[Token, str]:
     """Gives a job a token for the repository. Returns it and its secret text, which is not stored.
 
-    Raises NotAllowed if no rule of the repository allows the job, and Unauthenticated for an ID token that was exchanged
-    before. A refused one can be sent again.
+    Raises NotAllowed if no rule of the repository allows the job, and Unauthenticated for an ID token that was
+    exchanged before. A refused one can be sent again.
     """
     _expire(session, actor.at)
     job = assertion.job
