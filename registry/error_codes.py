@@ -42,6 +42,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "empty_completion": "Leave the example out of the suite.",
         "empty_prompt": "Leave it out.",
         "evaluation_cancelled": "Ask for it again.",
+        "evolution_missing": "Install adaptory with its extra `optimize` where workers run, or leave `evolve` out.",
         "example_too_long": "Shorten the example, or leave it out.",
         "exchange_disabled": "An operator sets ADAPTORY_OIDC_AUDIENCE to the registry's address.",
         "experts": "Merge them into the base.",
@@ -462,6 +463,7 @@ RETRYABLE = frozenset({
 """Errors that pass, or that an operator fixes: a job that fails with one of them is retried."""
 ELSEWHERE: Mapping[str, timedelta] = {
     "base_not_here": timedelta(hours=1),
+    "evolution_missing": timedelta(minutes=10),
     "harness_differs": timedelta(minutes=10),
     "harness_missing": timedelta(minutes=10),
     "harness_task_unknown": timedelta(minutes=10),

@@ -18,9 +18,10 @@ from composer.formats.recipes.suite import Example
 from composer.formats.recipes.weights import Weight
 from composer.optimize.candidates import Candidate, fitted, full_space, low_rank, weighted_sum
 from composer.optimize.combiner import Combiner, FitOn
+from composer.optimize.evolution import Evolution
 from composer.optimize.examples import Split
 from composer.optimize.journal import Journal
-from composer.optimize.objective import LEAST_GAIN, Standing, simplest_of_the_best
+from composer.optimize.objective import LEAST_GAIN, Standing, best_first, simplest_of_the_best
 from composer.optimize.problem import Problem
 from composer.optimize.race import race
 from composer.optimize.report import Confirmed, OptimizeReport, Tried, choose
@@ -122,6 +123,7 @@ class _Search:
         last = list(history[-1])
         reached = last[0].outcome.k
         last += self._refined(history, reached)
+        last += self._evolved(history, reached)
         if all(one.outcome.verdict(self.limits) is Verdict.WARN for one in last) and self._affordable(reached):
             result = self.problem.result_settings
             made = [self._standing(one.with_settings(result), reached) for one in full_space(len(self.members))]
@@ -155,6 +157,27 @@ class _Search:
             sums.append(point)
             made.append(final)
         return made
+
+    def _evolved(self, history: Sequence[Sequence[Standing]], reached: int) -> list[Standing]:
+        """The best weights of an evolution strategy that begins with the best sum of the first round, measured as the
+        finalists are. A generation is measured on as many examples as a surface's points."""
+        evolve, sums = self.problem.effort.evolve, [one for one in history[0] if one.candidate.is_weighted_sum]
+        if not evolve or not sums:
+            return []
+        evolution = Evolution(best_first(sums, self.limits)[0].candidate.factors, self.problem.effort.seed)
+        found: list[Standing] = []
+        while len(found) < evolve and self._affordable(_SURFACE_AT * evolution.population + reached):
+            named = [(f"evolved {' '.join(f'{one:g}' for one in weights)}", weights) for weights in evolution.ask()]
+            made = [weighted_sum(name, "evolved", weights) for name, weights in named]
+            generation = [self._on_surface(one.with_settings(self.problem.result_settings)) for one in made]
+            standings = [one for one in generation if one is not None]
+            if len(standings) < len(generation):
+                break
+            order = sorted(range(len(standings)), key=lambda index: standings[index].rank(self.limits))
+            evolution.tell(order)
+            found += standings
+        best = self._standing(best_first(found, self.limits)[0].candidate, reached) if found else None
+        return [best] if best is not None else []
 
     def _on_surface(self, candidate: Candidate) -> Standing | None:
         return self._standing(candidate, min(_SURFACE_AT, self.problem.searched))

@@ -14,6 +14,7 @@ from composer.formats.recipes.policy import THRESHOLDS, Policy
 from composer.formats.recipes.recipe import CONFIRM, SEARCH, Optimize
 from composer.formats.recipes.suite import Contradiction, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight
+from composer.optimize.evolution import require_cmaes
 from composer.optimize.examples import Split, splits
 
 _OF_THE_RESULT = ("rank", "energy", "tied")
@@ -31,19 +32,21 @@ class Member:
 @dataclass(frozen=True)
 class Effort:
     """`search` and `confirm` are examples of each suite. The search ends after `passes` measured examples or `seconds`,
-    whichever comes first, and then confirms; the first round is always run. `seed` is that of fits."""
+    whichever comes first, and then confirms; the first round is always run. `evolve` is the number of weighted sums
+    that an evolution strategy tries, of whole generations. `seed` is that of fits and of the strategy."""
 
     search: int = SEARCH
     confirm: int = CONFIRM
     passes: float = inf
     seconds: float = inf
     seed: int = 0
+    evolve: int = 0
 
     @classmethod
     def of(cls, asked: Optimize) -> "Effort":
         """The effort that a recipe asks for."""
         seconds = inf if asked.minutes is None else asked.minutes * 60
-        return cls(asked.search, asked.confirm, asked.passes or inf, seconds, asked.seed)
+        return cls(asked.search, asked.confirm, asked.passes or inf, seconds, asked.seed, asked.evolve)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,10 @@ class Problem:
         return [one for one in contradicting_suites(suites) if one.share >= self.same_prompts]
 
     def check(self) -> None:
-        """Raises Mismatch for fewer than two members, a repeated name, and a weight that is not positive."""
+        """Raises Mismatch for fewer than two members, a repeated name, and a weight that is not positive, and
+        NotSupported if the package that evolves weights is missing."""
+        if self.effort.evolve:
+            require_cmaes()
         names = [one.adapter.name for one in self.members]
         if len(names) < 2 or len(set(names)) < len(names):
             message = f"A search needs at least two members with different names, not {names}."

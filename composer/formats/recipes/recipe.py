@@ -41,6 +41,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _CORRECT = "Correct the recipe."
 MAX_INPUTS = 64
 MAX_PROBE = 64
+MAX_EVOLVE = 10_000
 MAX_CONFIRM = 1024
 SEARCH, CONFIRM = 8, 16
 """Default numbers of examples of each suite to search and to confirm on."""
@@ -125,6 +126,9 @@ class Optimize(Document):
         None, description="The search ends after this number of minutes."
     )
     seed: Annotated[int, Field(ge=0, le=2**53)] = Field(0, description="Of fits, which choose among many tokens.")
+    evolve: Annotated[int, Field(ge=0, le=MAX_EVOLVE)] = Field(
+        0, description="Weighted sums that an evolution strategy (CMA-ES) tries: for more than six inputs."
+    )
 
 
 class Recipe(Document):

@@ -1,6 +1,7 @@
 """A search on a real, tiny model. Each member's suite has what the member itself answers."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from composer.conflicts.evidence.outcome import Limits
 from composer.deltas.variants.load import LoadedAdapter
-from composer.errors import Interrupted, Mismatch
+from composer.errors import Interrupted, Mismatch, NotSupported
 from composer.evaluation.generation import generate
 from composer.evaluation.measure import encode, measure
 from composer.evaluation.model import LoadedModel, load_model
@@ -277,3 +278,28 @@ def test_an_adapter_without_factors_leaves_the_methods_that_need_them_out(
 
 def scaled_dora(load: Load) -> LoadedAdapter:
     return replace(load("dora", 3, use_dora=True), name="dora")
+
+
+def test_evolved_weights_are_tried_when_asked_and_a_resumed_search_asks_for_the_same(
+    problem: Problem, tmp_path: Path
+) -> None:
+    evolving = replace(problem, effort=replace(EFFORT, evolve=7))
+    journal = tmp_path / "search.jsonl"
+    first = optimize(evolving, journal=journal)
+    evolved = [one.candidate for one in first.tried if one.candidate.family == "evolved"]
+    assert len(evolved) >= 1
+    assert len({one.factors for one in evolved}) == len(evolved)
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[: 3 * len(lines) // 4]))
+    again = optimize(evolving, journal=journal)
+    assert decided(again) == decided(first)
+    assert 0 < again.run < first.run
+    assert expected_passes(evolving) > expected_passes(problem)
+
+
+def test_evolving_weights_without_the_package_is_refused_before_anything_is_measured(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cmaes", None)
+    with pytest.raises(NotSupported, match="extra `optimize`"):
+        optimize(replace(problem, effort=replace(EFFORT, evolve=7)))
