@@ -52,5 +52,5 @@ class Evolution:
 
     def tell(self, best_first: Sequence[int]) -> None:
         """Says which of the generation were the best: indices into it."""
-        places = np.argsort(best_first)
-        self._strategy.tell([(one, float(place)) for one, place in zip(self._asked, places, strict=True)])
+        ranks = np.argsort(best_first)
+        self._strategy.tell([(one, float(rank)) for one, rank in zip(self._asked, ranks, strict=True)])

@@ -165,8 +165,8 @@ class _Search:
         if not evolve or not sums:
             return []
         evolution = Evolution(best_first(sums, self.limits)[0].candidate.factors, self.problem.effort.seed)
-        found: list[Standing] = []
-        while len(found) < evolve and self._affordable(_SURFACE_AT * evolution.population + reached):
+        tried: list[Standing] = []
+        while len(tried) < evolve and self._affordable(_SURFACE_AT * evolution.population + reached):
             named = [(f"evolved {' '.join(f'{one:g}' for one in weights)}", weights) for weights in evolution.ask()]
             made = [weighted_sum(name, "evolved", weights) for name, weights in named]
             generation = [self._on_surface(one.with_settings(self.problem.result_settings)) for one in made]
@@ -175,8 +175,8 @@ class _Search:
                 break
             order = sorted(range(len(standings)), key=lambda index: standings[index].rank(self.limits))
             evolution.tell(order)
-            found += standings
-        best = self._standing(best_first(found, self.limits)[0].candidate, reached) if found else None
+            tried += standings
+        best = self._standing(best_first(tried, self.limits)[0].candidate, reached) if tried else None
         return [best] if best is not None else []
 
     def _on_surface(self, candidate: Candidate) -> Standing | None:
