@@ -307,6 +307,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "id_token_issuer": "Add a trusted publisher of that issuer: `adaptory publisher add REPO --issuer URL …`.",
         "id_token_used": "Request a new one for each exchange.",
         "token_invalid": "Send Authorization: Bearer TOKEN.",
+        "upload_token_invalid": "Push again.",
         "token_missing": "Set ADAPTORY_TOKEN, or send Authorization: Bearer TOKEN.",
     },
     Invalid: {
@@ -338,8 +339,10 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bad_safetensors": "Save or download the file again.",
         "bad_score": "Record what `adaptory eval` measured.",
         "bad_signature": "Sign it again.",
+        "bad_shard": "Push again, or with HF_HUB_DISABLE_XET=1.",
         "bad_text": "Send valid Unicode.",
         "bad_value": "Leave it out.",
+        "bad_xorb": "Push again, or with HF_HUB_DISABLE_XET=1.",
         "base_too_large": "Check the shapes.",
         "commit_differs": "Check ADAPTORY_URL, and inform the registry's operators.",
         "cut_off": "Try again when no process is writing to the file.",
@@ -409,6 +412,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "body_too_large": "Use a token that has a role; see ADAPTORY_TOKEN.",
         "file_too_large": "ADAPTORY_MAX_FILE_BYTES sets the limit.",
         "headers_too_large": "Send less, or let an operator raise ADAPTORY_MAX_HEADER_BYTES.",
+        "push_too_large": "Push fewer files at a time.",
         "too_many_files": "Announce and send them in parts, or raise the limit (ADAPTORY_MAX_OPEN_UPLOADS).",
     },
     Unavailable: {

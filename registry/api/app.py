@@ -40,7 +40,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("publishers", "router", ("publishers",)),
 )
 """Module, router, and path parts; each path of the router contains one of them."""
-HUB: tuple[str, ...] = ("oauth", "files", "push", "models")
+HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come last: their paths begin with a namespace, or with /api."""
 
 

@@ -26,6 +26,7 @@ from registry.formats.references import Digest
 from registry.settings import Settings
 from registry.storage.blobs import BlobStat
 from registry.storage.local import remove_stale
+from registry.transfer import xet
 from registry.transfer.resources import Resources
 from registry.transfer.uploads import ARRIVED
 
@@ -101,6 +102,7 @@ def sweep(resources: Resources, now: datetime) -> Swept:
         forgotten += count
     with resources.write() as session:
         idempotency.expire_keys(session, now)
+    xet.forget_expired(resources, now)
     with resources.read() as session:
         live = set(session.scalars(select(Upload.id)))
     leftovers = resources.store.sweep(before, live)

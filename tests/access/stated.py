@@ -91,6 +91,10 @@ GET    /v1/publishers/{namespace}/{name}                                        
 POST   /v1/publishers/{namespace}/{name}                                        admin
 DELETE /v1/publishers/{namespace}/{name}/{publisher_id}                         admin
 POST   /oauth/token                                                             open
+GET    /api/models/{namespace}/{name}/xet-write-token/{revision:path}           publisher
+POST   /xet/{upload}/v1/xorbs/default/{xorb}                                    open
+POST   /xet/{upload}/v1/shards                                                  open
+POST   /xet/{upload}/shards                                                     open
 HEAD   /{namespace}/{name}/resolve/{revision}/{path:path}                       reader
 GET    /{namespace}/{name}/resolve/{revision}/{path:path}                       reader
 GET    /{name}/resolve/{revision}/{path:path}                                   absent

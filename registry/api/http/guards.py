@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from limits import RateLimitItem
 
 BLOB_PATHS = "/v1/blobs/"
-STREAMED = re.compile(rf"{BLOB_PATHS}|/api/lfs/|/api/models/[^/]+/[^/]+/commit/")
+STREAMED = re.compile(rf"{BLOB_PATHS}|/api/lfs/|/api/models/[^/]+/[^/]+/commit/|/xet/")
 """Limited when they are received: they never are in memory."""
 HEALTH_PATHS = ("/healthz", "/readyz")
 """Not counted: probes are frequent, and share the address of a proxy in front."""

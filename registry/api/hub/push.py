@@ -1,12 +1,12 @@
 """What clients of the hub write: repositories, commits, and tags, which are releases."""
 
-import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from registry.api.http.problems import header_text
@@ -14,7 +14,7 @@ from registry.api.http.request import ResourcesOf, body_chunks, content_length, 
 from registry.api.http.rules import Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import MODEL
-from registry.api.hub.schemas import BatchIn, BranchIn, MoveIn, PlanIn, RepositoryIn, TagIn
+from registry.api.hub.schemas import BatchIn, BranchIn, MoveIn, PlanIn, PlannedFile, RepositoryIn, TagIn
 from registry.api.hub.wire import HubRoute
 from registry.client.selection import is_trainer_file
 from registry.database.tables import Promotion
@@ -24,17 +24,15 @@ from registry.domain.catalog import commits, repositories
 from registry.domain.channels import moves, promotions, revisions
 from registry.domain.channels.revisions import MAIN
 from registry.errors import NotAllowed, TooLarge, Usage
-from registry.formats.manifest import ManifestFile
+from registry.formats.manifest import ManifestFile, parse_manifest
 from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
-from registry.transfer import lfs
+from registry.transfer import lfs, uploads
 from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=HubRoute)
-INLINE_BYTES, MAX_INLINE_BYTES = 1 << 20, 200 << 20
+INLINE_BYTES = 1 << 20
+"""The size up to which a file comes inside the commit."""
 MAX_COMMIT_BYTES = 400 << 20
-_WITH_XET = (1, 20)
-"""From this version on, the client sends an `lfs` file by Xet or not at all."""
-_AGENT = re.compile(r"hf_hub/(\d+)\.(\d+)")
 
 
 @router.post("/api/repos/create")
@@ -69,35 +67,22 @@ def validate_card() -> Response:
 
 
 @router.post("/api" + MODEL + "/preupload/{revision:path}")
-def plan_commit(  # noqa: PLR0913
-    namespace: str,
-    name: str,
-    revision: str,
-    body: PlanIn,
-    resources: ResourcesOf,
-    actor: Publisher,
-    agent: Annotated[str, Header(alias="User-Agent")] = "",
+def plan_commit(
+    namespace: str, name: str, revision: str, body: PlanIn, resources: ResourcesOf, actor: Publisher
 ) -> Response:
     """Says whether each file comes in the commit, before it or not at all. Refuses names before any byte is sent."""
     with resources.snapshot() as session:
-        located = revisions.locate(session, f"{namespace}/{name}", _main_only(revision))
-    inline, left_out = _inline_bytes(agent), [file.path for file in body.files if _is_left_out(file.path)]
+        located = revisions.locate(session, f"{namespace}/{name}", main_only(revision))
+    left_out = [file.path for file in body.files if _is_left_out(file.path)]
     for file in body.files:
         if file.path not in left_out:
             commits.refuse_name(file.path)
-    files = [
-        {
-            "path": file.path,
-            "uploadMode": "regular" if file.size <= inline else "lfs",
-            "shouldIgnore": file.path in left_out,
-        }
-        for file in body.files
-    ]
+            uploads.check_size(resources, file.path, file.size)  # a client with hf_xet would not show a later refusal
+    head = {(file.path, file.size_bytes): file.sha256 for file in parse_manifest(located.manifest)}
+    files = [_planned(file, head.get((file.path, file.size)), left_out) for file in body.files]
     headers = {"X-Repo-Commit": located.commit}
     if left_out:
         headers["X-HF-Warning"] = header_text(f"left-out; Not published: {', '.join(left_out)}.")
-    elif inline == MAX_INLINE_BYTES and any(file.size > inline for file in body.files):
-        headers["X-HF-Warning"] = f"large; Files above {inline >> 20} MB need HF_HUB_DISABLE_XET=1, or `adaptory push`."
     return JSONResponse({"files": files}, headers=headers)
 
 
@@ -146,7 +131,7 @@ async def commit(
     from registry.transfer import commits as transfers
 
     repository = parse_repository(f"{namespace}/{name}")
-    _main_only(revision)
+    main_only(revision)
     if request.query_params.get("create_pr"):
         raise Usage("not_main", "Pull requests are not supported.", next_step="Commit to main.")
     if content_length(request) > MAX_COMMIT_BYTES:
@@ -246,6 +231,13 @@ def _is_left_out(path: str) -> bool:
     return is_trainer_file(path) or path in (".gitattributes", ".gitignore")
 
 
+def _planned(file: PlannedFile, sha256: str | None, left_out: Sequence[str]) -> dict[str, Any]:
+    """How to send a file. The client does not send a large one that has the `sha256` of that in `main`."""
+    mode = "regular" if file.size <= INLINE_BYTES else "lfs"
+    unchanged = {"oid": sha256} if sha256 and mode == "lfs" else {}
+    return {"path": file.path, "uploadMode": mode, "shouldIgnore": file.path in left_out, **unchanged}
+
+
 def _lfs_object(request: Request, file: ManifestFile, sending: lfs.Sending | None) -> dict[str, Any]:
     described: dict[str, Any] = {"oid": file.sha256, "size": file.size_bytes}
     if sending is None:
@@ -268,7 +260,7 @@ def _permitted_url(request: Request, permit: lfs.Permit | None) -> str:
     return f"{request.base_url}api/lfs/{permit.namespace}/{permit.sha256}?{urlencode(query)}"
 
 
-def _main_only(revision: str) -> str:
+def main_only(revision: str) -> str:
     """Raises Usage for a commit to anything but `main`."""
     if revision != MAIN:
         raise Usage(
@@ -278,10 +270,3 @@ def _main_only(revision: str) -> str:
             next_step="Commit to main and tag a version; a channel moves by `adaptory promote`.",
         )
     return MAIN
-
-
-def _inline_bytes(agent: str) -> int:
-    """The size up to which a file comes inside the commit."""
-    match = _AGENT.search(agent)
-    version = tuple(map(int, match.groups())) if match else _WITH_XET
-    return MAX_INLINE_BYTES if version >= _WITH_XET else INLINE_BYTES

@@ -18,6 +18,8 @@ from registry.database.tables.catalog import (
     TargetSetMember,
     Traits,
     Upload,
+    XetUpload,
+    XetXorb,
 )
 from registry.database.tables.quality import Approval, Channel, Gate, Move, Promotion, Score, Suite, SuiteMetric
 from registry.database.tables.work import AuditRow, Composition, Evaluation, Job, ReleaseInput, StoreFactsRow
@@ -59,4 +61,6 @@ __all__ = [
     "TrustedPublisher",
     "Upload",
     "UsedIdToken",
+    "XetUpload",
+    "XetXorb",
 ]

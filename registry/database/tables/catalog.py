@@ -4,7 +4,7 @@ from datetime import datetime
 from secrets import randbits
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, UniqueConstraint, text
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.database.engine import Row, UtcDateTime
@@ -118,6 +118,34 @@ class Upload(Row):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128), index=True)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class XetUpload(Row):
+    """A push by a client with `hf_xet`: who may send what it consists of, to which repository, and until when. Its
+    token is stored as a hash. `sent_bytes` have arrived, and files of `made_bytes` were made of them."""
+
+    __tablename__ = "xet_uploads"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    secret_sha256: Mapped[str] = mapped_column(String(64))
+    namespace: Mapped[str] = mapped_column(String(64))
+    repository: Mapped[str] = mapped_column(String(64))
+    sent_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    made_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class XetXorb(Row):
+    """A xorb of a push: the blob that has its bytes, and the headers of its chunks. `hash` is the client's."""
+
+    __tablename__ = "xet_xorbs"
+
+    upload_id: Mapped[str] = mapped_column(ForeignKey("xet_uploads.id"), primary_key=True)
+    hash: Mapped[str] = mapped_column(String(64), primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64))
+    headers: Mapped[bytes] = mapped_column(LargeBinary)
 
 
 class Revision(Row):

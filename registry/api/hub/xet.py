@@ -1,0 +1,56 @@
+"""The upload endpoint for clients with `hf_xet`, which is theirs for every large file from version 1.20 on.
+
+What they ask besides (chunks that others have sent, newer forms of these calls, telemetry) is answered with 404.
+"""
+
+from functools import partial
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
+
+from registry.api.http.request import ResourcesOf, body_chunks, uploads_limiter
+from registry.api.http.rules import Publisher
+from registry.api.hub.models import MODEL
+from registry.api.hub.push import main_only
+from registry.api.hub.wire import HubRoute
+from registry.formats.references import parse_repository
+from registry.transfer import xet
+from registry.transfer.xet import Push
+
+router = APIRouter(route_class=HubRoute)
+
+
+@router.get("/api" + MODEL + "/xet-write-token/{revision:path}")
+def begin(
+    namespace: str, name: str, revision: str, request: Request, resources: ResourcesOf, actor: Publisher
+) -> JSONResponse:
+    """A token for one push, and the address of its own to send to."""
+    main_only(revision)
+    permit = xet.begin(resources, actor, parse_repository(f"{namespace}/{name}"))
+    address = f"{request.base_url}xet/{permit.upload_id}"
+    return JSONResponse({"accessToken": permit.token, "exp": permit.expires, "casUrl": address})
+
+
+def push_of(upload: str, request: Request, resources: ResourcesOf) -> Push:
+    """The push at an address, for the holder of a token for it."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return xet.authenticate(resources, upload, token if scheme.lower() == "bearer" else "")
+
+
+PushOf = Annotated[Push, Depends(push_of)]
+
+
+@router.post("/xet/{upload}/v1/xorbs/default/{xorb}")
+async def receive_xorb(xorb: str, push: PushOf, request: Request, resources: ResourcesOf) -> JSONResponse:
+    receive = partial(xet.receive_xorb, resources, push, xorb, body_chunks(request))
+    return JSONResponse({"was_inserted": await to_thread.run_sync(receive, limiter=uploads_limiter(request))})
+
+
+@router.post("/xet/{upload}/v1/shards")
+@router.post("/xet/{upload}/shards")
+async def receive_shard(push: PushOf, request: Request, resources: ResourcesOf) -> JSONResponse:
+    receive = partial(xet.receive_shard, resources, push, body_chunks(request))
+    await to_thread.run_sync(receive, limiter=uploads_limiter(request))
+    return JSONResponse({"result": 1})
