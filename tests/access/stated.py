@@ -6,6 +6,7 @@
 `inside: reader`     the route itself looks at the thing first, then asks for that role in its namespace; `everybody`
                      is shown what each may read, `user` is who has a token, `... somewhere` as above
 `open`               anybody
+`token of a push`    who has begun it, with the token that the registry then made; not those of users
 `absent`             nobody: the answer is always 404
 """
 
@@ -92,9 +93,9 @@ POST   /v1/publishers/{namespace}/{name}                                        
 DELETE /v1/publishers/{namespace}/{name}/{publisher_id}                         admin
 POST   /oauth/token                                                             open
 GET    /api/models/{namespace}/{name}/xet-write-token/{revision:path}           publisher
-POST   /xet/{upload}/v1/xorbs/default/{xorb}                                    open
-POST   /xet/{upload}/v1/shards                                                  open
-POST   /xet/{upload}/shards                                                     open
+POST   /xet/{upload}/v1/xorbs/default/{xorb}                                    token of a push
+POST   /xet/{upload}/v1/shards                                                  token of a push
+POST   /xet/{upload}/shards                                                     token of a push
 HEAD   /{namespace}/{name}/resolve/{revision}/{path:path}                       reader
 GET    /{namespace}/{name}/resolve/{revision}/{path:path}                       reader
 GET    /{name}/resolve/{revision}/{path:path}                                   absent

@@ -33,7 +33,8 @@ from tests.access.house import (
 )
 from tests.access.stated import STATED
 
-EVERYBODY = "everybody"
+EVERYBODY, OWN_TOKEN = "everybody", "token of a push"
+FOR_ALL: dict[str, int | str] = {"open": "allowed", "absent": 404, OWN_TOKEN: 401}
 RANK = {role: number for number, role in enumerate(Role)}
 
 
@@ -91,7 +92,7 @@ def test_every_route_has_the_rule_that_is_stated() -> None:
 def _summary(rule: Rule | None, stated: str) -> str:
     """As `STATED` says it; what a route decides for itself is not to be seen from outside."""
     if rule is None:
-        return "absent" if stated == "absent" else "open"
+        return stated if stated in ("absent", OWN_TOKEN) else "open"
     inside = stated if stated.startswith("inside: ") else "inside"
     return {
         Where.NAMESPACE: str(rule.role),
@@ -133,7 +134,12 @@ def test_a_private_thing_and_one_that_is_not_there_answer_a_stranger_alike(
     method: str, path: str, house: House
 ) -> None:
     whom = STATED[method, path]
-    if whom in ("open", "absent", "operator") or whom.endswith(" somewhere") or "{" not in path or "token_id" in path:
+    if (
+        whom in ("open", "absent", "operator", OWN_TOKEN)
+        or whom.endswith(" somewhere")
+        or "{" not in path
+        or "token_id" in path
+    ):
         pytest.skip("not about a thing of one namespace")
     absent = Things("ghost", "0" * 64, 4_000, 4_000, "upload-ghost", "1" * 64)
     there, gone = house.things[PRIVATE], absent
@@ -186,10 +192,8 @@ def _denied(answer: httpx2.Response) -> bool:
 def _expected(method: str, path: str, caller: str, namespace: str) -> int | str:
     """A status, or that the caller is allowed in."""
     whom = STATED[method, path]
-    if whom == "open":
-        return "allowed"
-    if whom == "absent":
-        return 404
+    if whom in FOR_ALL:
+        return FOR_ALL[whom]
     if caller in ("revoked", "expired"):
         return 401
     wanted = whom.removeprefix("inside: ")
@@ -230,6 +234,7 @@ def _filled(method: str, path: str, things: Things, house: House) -> str:
         "{sha256}": things.sha256, "{job_id}": str(things.job_id),
         "{composition_id}": str(things.composition_id), "{upload_id}": things.upload_id, "{number}": "1",
         "{token_id}": "aaaaaaaaaaaa", "{publisher_id}": "aaaaaaaaaaaa", "{promotion_id}": "4000",
+        "{upload}": "0" * 32, "{xorb}": things.sha256,
         "{revision}": "prod", "{revision:path}": "main", "{directory:path}": "weights",
     }  # fmt: skip
     for name, value in values.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 
 from registry.domain.catalog.commits import EMPTY
@@ -27,7 +28,8 @@ ROOT = Path(__file__).parents[2]
 LONG = pytest.mark.long
 VERSIONS = ["0.24.7", *(pytest.param(one, marks=LONG) for one in ("0.36.2", "1.0.0", "1.20.0")), "2.4.0"]
 WITH_XET = ("1.20.0", "2.4.0")
-"""Their large files come inside the commit, up to 200 MB."""
+"""They send large files by Xet, unless it is disabled."""
+XORBS = ("POST", "/xet/{upload}/v1/xorbs/default/{xorb}")
 STORES = {"directory": services.PAIRINGS[0], "S3": services.PAIRINGS[1]}
 
 
@@ -42,6 +44,7 @@ class Hub:
     log: Path
     pushed: dict[str, Any]
     direct: bool
+    process_id: int
 
     def run(
         self, python: Path, script: str, directory: Path, *more: Path, token: str = "", environ: Mapping[str, str] = {}
@@ -81,7 +84,7 @@ def hub(
     cli.ok("base", "add", world.base, "--name", "tiny", "--alias", "acme/merged")
     cli.ok("namespace", "grant", "acme", "pia", "publisher")
     token, publisher = (cli.ok("token", "create", "--user", user).out.strip() for user in ("rita", "pia"))
-    with server(home, **environment) as (url, _):
+    with server(home, **environment) as (url, process):
         yield Hub(
             url,
             token,
@@ -90,6 +93,7 @@ def hub(
             home.with_name("server.log"),
             {name: one["release"] for name, one in pushed.items()},
             direct=request.param == "S3",
+            process_id=process.pid or 0,
         )
 
 
@@ -206,6 +210,7 @@ def test_a_trainer_pushes_commits_and_tags_a_release(hub: Hub, world: World, ver
     seen = hub.run(client(version), "hub_push.py", tmp_path, trained, Path(repository), token=hub.publisher)
     sent = hub.requests() - before
     by_lfs = version not in WITH_XET
+    assert (sent[XORBS] > 0) is not by_lfs
     through_the_api, to_the_store = (sent[method, "/api/lfs/{namespace}/{sha256}"] > 0 for method in ("PUT", "POST"))
     assert (through_the_api, to_the_store) == (by_lfs and not hub.direct, by_lfs and hub.direct)
 
@@ -237,7 +242,7 @@ def test_a_trainer_pushes_commits_and_tags_a_release(hub: Hub, world: World, ver
 
 @LONG
 @pytest.mark.parametrize("version", ["0.24.7", "1.20.0", "2.4.0"])
-def test_a_file_above_200_mb_goes_by_lfs_with_every_version(hub: Hub, version: str, tmp_path: Path) -> None:
+def test_a_large_file_goes_by_lfs_where_xet_is_disabled(hub: Hub, version: str, tmp_path: Path) -> None:
     repository, size = f"acme/large-{version.replace('.', '-')}", 201 << 20
     with (tmp_path / "large.dat").open("wb") as file:
         file.write(version.encode())
@@ -251,3 +256,61 @@ def test_a_file_above_200_mb_goes_by_lfs_with_every_version(hub: Hub, version: s
     sent = hub.requests() - before
     counts = tuple(sent[method, "/api/lfs/{namespace}/{sha256}"] for method in ("PUT", "POST"))
     assert counts == ((0, 1) if hub.direct else (1, 0))
+
+
+def _write_bytes_of_each_kind(directory: Path, size: int) -> Path:
+    """Random bytes, text, weights in bfloat16, and zeros, as of an untrained matrix."""
+    chance = np.random.default_rng(size)
+    directory.mkdir()
+    (directory / "random.dat").write_bytes(chance.bytes(size))
+    (directory / "text.dat").write_bytes(b"".join(b"line %d\n" % number for number in range(size // 12)))
+    weights = chance.normal(scale=0.02, size=size // 2).astype(np.float32).view(np.uint32) >> 16
+    (directory / "bf16.dat").write_bytes(weights.astype(np.uint16).tobytes())
+    (directory / "zeros.dat").write_bytes(bytes(size + 1))
+    (directory / "small.json").write_text("{}")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("hub", "version"),
+    [
+        ("directory", "2.4.0"),
+        *(pytest.param(*way, marks=LONG) for way in (("S3", "2.4.0"), ("directory", "1.20.0"), ("S3", "1.20.0"))),
+    ],
+    indirect=["hub"],
+)
+def test_a_client_with_xet_sends_files_of_every_kind(hub: Hub, version: str, tmp_path: Path) -> None:
+    repository, pushed = (
+        f"acme/xet-{version.replace('.', '-')}",
+        _write_bytes_of_each_kind(tmp_path / "pushed", 3 << 20),
+    )
+    before = hub.requests()
+    seen = hub.run(
+        client(version), "hub_xet.py", tmp_path, pushed, Path(repository), Path(hub.token), token=hub.publisher
+    )
+    sent = hub.requests() - before
+    assert seen["files"] == seen["pulled"] == seen["again"] == hashes(pushed)
+    first, second, again = seen["commits"]
+    assert first == again != second, "a repeated push changes nothing"
+    assert sent[XORBS] > 0
+    assert "the role publisher" in seen["reader"], "refused before anything is sent"
+
+
+@LONG
+@pytest.mark.parametrize("version", ["1.20.0", "2.4.0"])
+def test_a_large_file_by_xet_is_not_in_the_memory_of_the_server(hub: Hub, version: str, tmp_path: Path) -> None:
+    repository, chance = f"acme/large-by-xet-{version.replace('.', '-')}", np.random.default_rng(len(version))
+    with (tmp_path / "large.dat").open("wb") as file:
+        for _ in range(25):
+            file.write(chance.bytes(10 << 20))
+    Path(f"/proc/{hub.process_id}/clear_refs").write_text("5")  # the peak begins anew
+    before = _peak_bytes(hub.process_id)
+    seen = hub.run(client(version), "hub_large.py", tmp_path, Path(repository), token=hub.publisher)
+    assert seen == {"large.dat": [250 << 20, hashes(tmp_path)["large.dat"]]}
+    grown = _peak_bytes(hub.process_id) - before
+    assert grown < 64 << 20, f"{grown:,} bytes"
+
+
+def _peak_bytes(process_id: int) -> int:
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process_id}/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024

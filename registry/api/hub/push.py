@@ -1,6 +1,5 @@
 """What clients of the hub write: repositories, commits, and tags, which are releases."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 from urllib.parse import urlencode
@@ -14,7 +13,7 @@ from registry.api.http.request import ResourcesOf, body_chunks, content_length, 
 from registry.api.http.rules import Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import MODEL
-from registry.api.hub.schemas import BatchIn, BranchIn, MoveIn, PlanIn, PlannedFile, RepositoryIn, TagIn
+from registry.api.hub.schemas import BatchIn, BranchIn, MoveIn, PlanIn, RepositoryIn, TagIn
 from registry.api.hub.wire import HubRoute
 from registry.client.selection import is_trainer_file
 from registry.database.tables import Promotion
@@ -24,7 +23,7 @@ from registry.domain.catalog import commits, repositories
 from registry.domain.channels import moves, promotions, revisions
 from registry.domain.channels.revisions import MAIN
 from registry.errors import NotAllowed, TooLarge, Usage
-from registry.formats.manifest import ManifestFile, parse_manifest
+from registry.formats.manifest import ManifestFile
 from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
 from registry.transfer import lfs, uploads
 from registry.transfer.resources import Resources
@@ -78,8 +77,14 @@ def plan_commit(
         if file.path not in left_out:
             commits.refuse_name(file.path)
             uploads.check_size(resources, file.path, file.size)  # a client with hf_xet would not show a later refusal
-    head = {(file.path, file.size_bytes): file.sha256 for file in parse_manifest(located.manifest)}
-    files = [_planned(file, head.get((file.path, file.size)), left_out) for file in body.files]
+    files = [
+        {
+            "path": file.path,
+            "uploadMode": "regular" if file.size <= INLINE_BYTES else "lfs",
+            "shouldIgnore": file.path in left_out,
+        }
+        for file in body.files
+    ]
     headers = {"X-Repo-Commit": located.commit}
     if left_out:
         headers["X-HF-Warning"] = header_text(f"left-out; Not published: {', '.join(left_out)}.")
@@ -229,13 +234,6 @@ def refuse_settings(namespace: str, name: str, actor: Reader) -> Response:
 def _is_left_out(path: str) -> bool:
     """Whether a push leaves the file out: trainers and git keep it for themselves."""
     return is_trainer_file(path) or path in (".gitattributes", ".gitignore")
-
-
-def _planned(file: PlannedFile, sha256: str | None, left_out: Sequence[str]) -> dict[str, Any]:
-    """How to send a file. The client does not send a large one that has the `sha256` of that in `main`."""
-    mode = "regular" if file.size <= INLINE_BYTES else "lfs"
-    unchanged = {"oid": sha256} if sha256 and mode == "lfs" else {}
-    return {"path": file.path, "uploadMode": mode, "shouldIgnore": file.path in left_out, **unchanged}
 
 
 def _lfs_object(request: Request, file: ManifestFile, sending: lfs.Sending | None) -> dict[str, Any]:
