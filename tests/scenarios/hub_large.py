@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 
 def main() -> None:
     api, name = HfApi(), sys.argv[2]
-    api.create_repo(name)
+    api.create_repo(name, exist_ok=True)
     api.upload_file(repo_id=name, path_in_repo="large.dat", path_or_fileobj=Path(sys.argv[1]) / "large.dat")
     files = api.list_repo_tree(name)
     sys.stdout.write(json.dumps({one.path: [one.size, one.lfs["sha256"]] for one in files}))
