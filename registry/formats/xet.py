@@ -98,8 +98,8 @@ class Chunks:
     def of(cls, headers: bytes) -> "Chunks":
         """From the headers that a `ChunkScanner` has collected."""
         table: npt.NDArray[Any] = np.frombuffer(headers, _CHUNK)
-        places = np.array([1, 1 << 8, 1 << 16], np.int64)
-        stored, plain = table["stored"] @ places, table["plain"] @ places
+        weights = np.array([1, 1 << 8, 1 << 16], np.int64)
+        stored, plain = table["stored"] @ weights, table["plain"] @ weights
         return cls(_starts(stored + HEADER_BYTES), _starts(plain), table["scheme"])
 
     def __len__(self) -> int:

@@ -91,17 +91,17 @@ def test_files_are_put_together_of_chunks_and_committed(house: House, named: str
     push = begin(house, repository=named)
     assert push.xorb(xorb).json() == {"was_inserted": True}
     assert push.xorb(xorb).json() == {"was_inserted": False}
-    name, whole = name_of(xorb), b"".join(chunks)
+    name, content = name_of(xorb), b"".join(chunks)
     turned = chunks[4] + b"".join(chunks[1:4]) + chunks[4]
-    segments = [Segment(name, 0, 6, len(whole))]
+    segments = [Segment(name, 0, 6, len(content))]
     others = [Segment(name, *one, CHUNK * (one[1] - one[0])) for one in ((4, 5), (1, 4), (4, 5))]
     document = shard(
-        (segments, sha256(whole) if stated else None), (others, sha256(turned) if stated else None), checks=stated
+        (segments, sha256(content) if stated else None), (others, sha256(turned) if stated else None), checks=stated
     )
     for _ in range(2):  # the answer may be lost
         assert push.post(shards, document).json() == {"result": 1}
-    commit(house, named, lfs("whole.dat", whole), lfs("turned.dat", turned)).raise_for_status()
-    assert (read(house, named, "whole.dat"), read(house, named, "turned.dat")) == (whole, turned)
+    commit(house, named, lfs("whole.dat", content), lfs("turned.dat", turned)).raise_for_status()
+    assert (read(house, named, "whole.dat"), read(house, named, "turned.dat")) == (content, turned)
 
 
 def test_servers_beside_each_other_take_parts_of_one_push(house: House, named: str, tmp_path: Path) -> None:
@@ -113,11 +113,11 @@ def test_servers_beside_each_other_take_parts_of_one_push(house: House, named: s
         beside = replace(push, house=other)
         push.xorb(first).raise_for_status()
         beside.xorb(second).raise_for_status()
-        whole = b"".join(pieces(named, 2))
+        content = b"".join(pieces(named, 2))
         segments = [Segment(name_of(one), 0, 1, CHUNK) for one in (first, second)]
-        beside.post("v1/shards", shard((segments, sha256(whole)))).raise_for_status()
-        commit(house, named, lfs("w.dat", whole)).raise_for_status()
-        assert read(house, named, "w.dat") == whole
+        beside.post("v1/shards", shard((segments, sha256(content)))).raise_for_status()
+        commit(house, named, lfs("w.dat", content)).raise_for_status()
+        assert read(house, named, "w.dat") == content
     finally:
         other.close()
 
