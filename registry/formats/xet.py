@@ -16,7 +16,7 @@ from registry.errors import Invalid, Unavailable
 
 HEADER_BYTES = 8
 """Of a chunk: version 0, length as stored (3 bytes), scheme, plain length (3 bytes); little endian."""
-MAX_CHUNK_BYTES, MAX_CHUNKS = 1 << 20, 8192
+MAX_CHUNK_BYTES, MAX_CHUNKS = 256 << 10, 8192
 """Clients make chunks of at most 128 KiB, and at most 8,192 for a xorb."""
 MAX_SEGMENTS = 100_000
 """Of one file. A file of 64 GiB has about a thousand."""

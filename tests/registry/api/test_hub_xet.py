@@ -192,8 +192,8 @@ def test_a_xorb_that_cannot_be_is_refused(house: House, content: bytes, words: s
 
 def test_a_xorb_is_cut_off_at_its_limit(house: House) -> None:
     def endless() -> Iterator[bytes]:
-        piece = chunk(bytes(1 << 20), PLAIN)
-        for _ in range(80):
+        piece = chunk(bytes(MAX_CHUNK_BYTES), PLAIN)
+        for _ in range(320):
             yield piece
 
     answer = begin(house).post(f"v1/xorbs/default/{name_of(b'')}", endless())
