@@ -7,6 +7,7 @@ small upload could otherwise become a huge file.
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -141,6 +142,11 @@ def _decompress_frame(stored: bytes, plain_bytes: int) -> bytes:
     if len(data) != plain_bytes or not decoder.eof or decoder.unused_data:
         raise _bad_xorb(f"a chunk does not have the {plain_bytes:,} plain bytes of its header")
     return data
+
+
+def has_lz4() -> bool:
+    """Whether this server can read what clients with `hf_xet` send."""
+    return find_spec("lz4") is not None
 
 
 def require_lz4() -> Any:

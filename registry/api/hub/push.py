@@ -25,6 +25,7 @@ from registry.domain.channels.revisions import MAIN
 from registry.errors import NotAllowed, TooLarge, Usage
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
+from registry.formats.xet import has_lz4
 from registry.transfer import lfs, uploads
 from registry.transfer.resources import Resources
 
@@ -88,6 +89,8 @@ def plan_commit(
     headers = {"X-Repo-Commit": located.commit}
     if left_out:
         headers["X-HF-Warning"] = header_text(f"left-out; Not published: {', '.join(left_out)}.")
+    elif not has_lz4() and any(file.size > INLINE_BYTES for file in body.files):  # its refusal would not be shown
+        headers["X-HF-Warning"] = "xet; This server lacks the package lz4: push with HF_HUB_DISABLE_XET=1."
     return JSONResponse({"files": files}, headers=headers)
 
 

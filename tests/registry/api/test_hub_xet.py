@@ -340,3 +340,6 @@ def test_a_server_without_lz4_says_so(house: House, monkeypatch: pytest.MonkeyPa
     answer = house.ask("publisher", "GET", "/api/models/acme/sql/xet-write-token/main")
     assert (answer.status_code, answer.json()["code"]) == (503, "extra_missing")
     assert "HF_HUB_DISABLE_XET=1" in answer.headers["X-Error-Message"]
+    body = {"files": [{"path": "w.dat", "size": 5 << 20}]}
+    planned = house.ask("publisher", "POST", "/api/models/acme/sql/preupload/main", json=body)
+    assert "HF_HUB_DISABLE_XET=1" in planned.headers["X-HF-Warning"], "a client with hf_xet shows no other refusal"
