@@ -9,7 +9,7 @@ from registry.cli import render
 from registry.cli.connect import connected
 from registry.cli.release import Ref
 from registry.cli.render import JsonFlag
-from registry.cli.transfer import BaseName, SigningKey, show_push
+from registry.cli.transfer import BaseName, SigningKey, show_push, show_warnings
 from registry.formats.references import single_version
 
 Json = dict[str, Any]
@@ -68,8 +68,7 @@ def import_(  # noqa: PLR0913
         imported = import_release(connection, wanted, render)
     if imported["left_out"]:
         render.say(f"left out: {Selection(Path(), (), tuple(imported['left_out'])).summary()}")
-    for finding in imported["warnings"]:
-        render.say(f"{finding['severity']}: {finding['message']}")
+    show_warnings(imported)
 
     def show() -> None:
         show_push(imported)

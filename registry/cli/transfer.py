@@ -90,8 +90,7 @@ def push(  # noqa: PLR0913
         request["base"] = fitting_base(connection.api, directory, base, kind)
         publication = Publication(reference.repository, kind, request)
         published = publish(connection.api, selection, publication, render, sign)
-        for finding in published["warnings"]:
-            render.say(f"{finding['severity']}: {finding['message']}")
+        show_warnings(published)
         if not json:
             show_push(published)  # before the channel moves: the release is published even if that fails
         document: Json = {**published, "left_out": list(selection.left_out), "move": None}
@@ -278,6 +277,12 @@ def _provenance(path: Path) -> Json:
     from composer.formats.checkpoints.card import FRONT_MATTER_BYTES, load_mapping, parse_provenance
 
     return parse_provenance(load_mapping(read_text(path, FRONT_MATTER_BYTES), path.name), path.name)
+
+
+def show_warnings(published: Json) -> None:
+    """Shows what a push warns of."""
+    for finding in published["warnings"]:
+        render.say(f"{finding['severity']}: {finding['message']}")
 
 
 def show_push(published: Json) -> None:

@@ -2,7 +2,7 @@
 
 A card of the release is kept: only what it lacks is added to its front matter. Scores that this registry has measured
 are written in both forms that hubs know; reported ones stay where the release reports them. `.eval_results` has only
-metrics of which more is better: leaderboards are made of it, and it does not say which way is better.
+metrics for which higher is better: leaderboards are made from it, and an entry does not state a direction.
 """
 
 import re

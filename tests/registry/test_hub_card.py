@@ -118,7 +118,7 @@ def test_a_front_matter_that_cannot_be_read_is_an_error(block: str) -> None:
         card(f"---\n{block}---\n")
 
 
-def test_results_have_metrics_of_which_more_is_better() -> None:
+def test_results_have_metrics_for_which_higher_is_better() -> None:
     assert results_file(release(score("squad", "f1", 0.9, reported=True), score("sql-exact", "nll", 1.5))) is None
     written = results_file(release(score("sql-exact", "accuracy", 0.5, stderr=0.125), score("sql-exact", "nll", 1.5)))
     assert written is not None
