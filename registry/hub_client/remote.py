@@ -210,6 +210,8 @@ def _library() -> "tuple[type[HfApi], str]":
     try:
         from huggingface_hub import HfApi, constants
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "huggingface_hub":
+            raise
         raise Unavailable(
             "extra_missing",
             "A Hugging Face Hub is read with its own client, huggingface_hub, which is not installed.",
