@@ -61,7 +61,7 @@ def _of_answer(endpoint: str, what: str, error: Exception, status: int) -> Regis
 def _unavailable(endpoint: str, what: str, error: BaseException) -> Unavailable:
     return Unavailable(
         "hub_unavailable",
-        f"{endpoint} cannot be read for {what}: {_text(error)}",
+        f"{endpoint} failed at {what}: {_text(error)}",
         subject=what,
         next_step="Try again; what has arrived is kept.",
     )

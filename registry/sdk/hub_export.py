@@ -79,11 +79,8 @@ def _contents(connection: Connection, release: Json, display: Display) -> dict[s
     if results is not None:
         path, content = results
         files[path] = content
-    signed = files.pop(SIGNATURE_FILE, None)
-    if signed is not None and results is None and files.get(CARD_FILE) in (existing, card):
-        files[SIGNATURE_FILE] = signed
-    elif signed is not None:
-        display.warn(f"{SIGNATURE_FILE} is left out: the card and the scores that are added are not signed.")
+    if files.pop(SIGNATURE_FILE, None):
+        display.warn(f"{SIGNATURE_FILE} is left out: it signs this registry's release, without what is added to it.")
     return files
 
 

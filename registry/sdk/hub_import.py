@@ -13,6 +13,7 @@ from registry.errors import Invalid, NotFound, RegistryError
 from registry.formats.manifest import check_paths, refuse_hidden
 from registry.formats.pickles import refuse_pickle_name
 from registry.formats.references import Reference
+from registry.formats.signatures import SIGNATURE_FILE
 from registry.hub_client.address import HubAddress
 from registry.hub_client.remote import Hub, Snapshot
 from registry.sdk.connection import Connection
@@ -111,7 +112,7 @@ def _included(snapshot: Snapshot, kind: str) -> Iterator[str]:
             refuse_hidden(path)
         except RegistryError:  # .gitattributes and its kind, which a push does not see either
             continue
-        if is_included(path, kind):
+        if is_included(path, kind) and path != SIGNATURE_FILE:  # it signs all files there, and perhaps their repository
             yield path
 
 

@@ -26,6 +26,7 @@ from tests.scenarios.conftest import USER, Templates
 from tests.scenarios.hub_client import CONFIG, WEIGHTS
 from tests.scenarios.small_hub import SmallHub, small_hub
 from tests.scenarios.test_crashes import resources_of
+from tests.scenarios.test_signatures import Keys
 from tests.scenarios.traces import api_of, hashes, traces
 from tests.scenarios.world import Cli, Ran, World, server
 
@@ -423,3 +424,41 @@ def test_a_private_export_is_not_made_where_everybody_reads_it(
         me.ok("export", "acme/sql:1.0.0", "hf://closed/sql", "--private")
         me.ok("export", "acme/sql:1.0.0", "hf://open/sql")
         me.ok("import", "hf://closed/sql@1.0.0", "acme/copy:1.0.0")
+
+
+def test_what_is_left_out_or_left_alone_is_said(
+    stocked_on_disk: Cli, far: Far, hub: SmallHub, world: World, tmp_path: Path
+) -> None:
+    me = online(stocked_on_disk, tmp_path / "me")
+    keys = Keys(tmp_path, "mia")
+    trained = shutil.copytree(world.adapters["sql"], tmp_path / "out")
+    stocked_on_disk.ok("push", trained, "acme/signed:1.0.0", "--base", "tiny", "--sign", keys.private)
+    signed = me.ok("export", "acme/signed:1.0.0", "hf://far/signed", *far.endpoint)
+    assert "warning: model.sig is left out" in signed.err
+    hub.put("acme/signed", stored(trained) | {"model.sig": b"{}", CARD: card_of(BASE_ID)})
+    imported = me.ok("import", "hf://acme/signed", "acme/signed:2.0.0", "--endpoint", hub.url, "--sign", keys.private)
+    assert "left out: model.sig" in imported.err
+    stocked_on_disk.ok("verify", "acme/signed:2.0.0", "--key", keys.public)
+
+    card = "---\n- not a mapping\n---\nText"
+    config = json.loads((trained / CONFIG).read_text()) | {"base_model_name_or_path": BASE_ID}
+    (trained / CONFIG).write_text(json.dumps(config))
+    (trained / CARD).write_text(card)
+    stocked_on_disk.ok("push", trained, "acme/odd:1.0.0", "--base", "tiny")
+    odd = me.ok("export", "acme/odd:1.0.0", "hf://far/odd", *far.endpoint)
+    assert "It is exported as it is, without base and scores." in odd.err
+    far.cli.ok("pull", "far/odd:1.0.0", "-o", tmp_path / "pulled")
+    assert (tmp_path / "pulled" / CARD).read_text() == card
+
+
+def test_an_export_that_ended_before_its_tag_is_completed(
+    stocked_on_disk: Cli, far: Far, world: World, tmp_path: Path
+) -> None:
+    me = online(stocked_on_disk, tmp_path / "me")
+    trained = carded(world, tmp_path / "out", {"base_model": BASE_ID})
+    for version in ("1.0.0", "2.0.0"):
+        stocked_on_disk.ok("push", trained, f"acme/sql:{version}", "--base", "tiny")
+    first = me.json("export", "acme/sql:1.0.0", "hf://far/resumed", *far.endpoint)
+    second = me.json("export", "acme/sql:2.0.0", "hf://far/resumed", *far.endpoint)
+    assert (second["created"], second["exported_to"]) == (True, first["exported_to"]), "main has these files already"
+    assert [row["version"] for row in far.cli.json("list", "far/resumed")["items"]] == ["2.0.0", "1.0.0"]
