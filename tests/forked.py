@@ -17,9 +17,12 @@ def start(work: Callable[..., None], environment: Mapping[str, str], *arguments:
     return process
 
 
-def start_command(words: list[str], environment: Mapping[str, str], log: Path) -> BaseProcess:
-    """`adaptory …` as a shell would run it with this environment alone, what it says in the log."""
-    return start(_command, environment, words, dict(environment), str(log))
+def start_command(
+    words: list[str], environment: Mapping[str, str], log: Path, errors: Path | None = None
+) -> BaseProcess:
+    """`adaptory …` as a shell would run it with this environment alone. What it prints is in `log`, also what goes to
+    stderr unless there is a file of `errors`."""
+    return start(_command, environment, words, dict(environment), str(log), str(errors or log))
 
 
 def _run(work: Callable[..., None], environment: dict[str, str], arguments: tuple[object, ...]) -> None:
@@ -27,13 +30,13 @@ def _run(work: Callable[..., None], environment: dict[str, str], arguments: tupl
     work(*arguments)
 
 
-def _command(words: list[str], environment: dict[str, str], log: str) -> None:
+def _command(words: list[str], environment: dict[str, str], log: str, errors: str) -> None:
     from registry.cli.main import main
 
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    os.dup2(handle if errors == log else os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.argv = ["adaptory", *words]
     main()

@@ -13,7 +13,7 @@ from registry.cli.groups import Commands
 from registry.cli.interrupt import interrupts
 from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
 from registry.cli.render import JsonFlag
-from registry.errors import NotAllowed, Usage
+from registry.errors import NotAllowed, NotFound, Usage
 from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
@@ -33,7 +33,12 @@ def register(root: typer.Typer) -> None:
 
 @app.command()
 def add(  # noqa: PLR0913
-    directory: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|hf://ORG/NAME[@REV]", help="A Hugging Face checkpoint: its directory, or on the hub."
+        ),
+    ],
     name: Annotated[str, typer.Option(help="Short name, as in smollm2.")],
     alias: Annotated[list[str] | None, typer.Option(help="Another name, such as the hub id. May be repeated.")] = None,
     derived_from: Annotated[
@@ -50,19 +55,53 @@ def add(  # noqa: PLR0913
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Hash a checkpoint and register it. No weights are uploaded."""
+    """Hash a checkpoint and register it. No weights are uploaded.
+
+    One on the hub is downloaded into the hub's own cache, which transformers reads too, and its commit becomes the
+    location: workers download it from there. The hub is the one of HF_ENDPOINT.
+    """
     from composer.formats.checkpoints.checkpoint import open_checkpoint
     from composer.formats.checkpoints.hashing import hash_checkpoint
 
+    directory, location, hub_name = _checkpoint_of(source)
     checkpoint = open_checkpoint(directory)
     total = sum(header.size_bytes for header in checkpoint.shards.values())
-    with render.progress(f"hash {directory.name}", total) as done:
+    with render.progress(f"hash {hub_name or directory.name}", total) as done:
         identity = hash_checkpoint(checkpoint, done)
     with connected() as connection:
-        request = base_request(checkpoint, identity, name, alias or [])
+        names = [*(alias or []), *_free_name(connection, hub_name, identity.weights_digest)]
+        request = base_request(checkpoint, identity, name, names, location)
         request |= {"derived_from": derived_from, "relation": relation, "license": license_ or _license_of(directory)}
         document = _registered(connection, request)
     render.document(document, json, lambda: _show(document))
+
+
+def _checkpoint_of(source: str) -> tuple[Path, str, str | None]:
+    """The checkpoint's directory on this machine, its location, and its name on the hub if it is from there."""
+    from registry.hub_client.address import SCHEME, parse_hub_address
+    from registry.hub_client.bases import download_base
+
+    if not source.startswith(SCHEME):
+        directory = Path(source)
+        return directory, directory.resolve().as_uri(), None
+    address = parse_hub_address(source)
+    with render.progress(f"download {address.repository}", None):
+        pinned, directory = download_base(address)
+    return directory, str(pinned), address.repository
+
+
+def _free_name(connection: Connection, hub_name: str | None, digest: str) -> list[str]:
+    """The name on the hub as an alias, by which adapters name their base; nothing if another base has it."""
+    if hub_name is None:
+        return []
+    try:
+        known = connection.api.base(hub_name)
+    except NotFound:
+        return [hub_name]
+    if known["digest"] == digest:
+        return [hub_name]
+    render.say(f"note: {hub_name} is an alias of {known['name']}, whose weights differ, and stays one.")
+    return []
 
 
 @app.command("list")
@@ -229,8 +268,10 @@ def _license_of(directory: Path) -> str | None:
     return card_provenance(card.read_bytes())[0].get("license") if card.is_file() else None
 
 
-def base_request(checkpoint: "Checkpoint", identity: "BaseIdentity", name: str, aliases: list[str]) -> dict[str, Any]:
-    """The body that registers the checkpoint in `POST /v1/bases`, with its directory as a location."""
+def base_request(
+    checkpoint: "Checkpoint", identity: "BaseIdentity", name: str, aliases: list[str], location: str
+) -> dict[str, Any]:
+    """The body that registers the checkpoint in `POST /v1/bases`."""
     architecture = checkpoint.architecture
     return {
         "name": name,
@@ -242,7 +283,7 @@ def base_request(checkpoint: "Checkpoint", identity: "BaseIdentity", name: str, 
             for tensor, spec in architecture.tensors.items()
         ],
         "aliases": aliases,
-        "locations": [checkpoint.path.resolve().as_uri()],
+        "locations": [location],
     }
 
 

@@ -22,6 +22,7 @@ EXAMPLES = {
     "diff": "adaptory diff acme/sql-migration:1.0.0 acme/sql-migration:1.1.0",
     "eval": """adaptory eval acme/sql-migration acme/terraform-review smollm2 \\
   --suite sql-exact --suite guard-general""",
+    "export": "adaptory export acme/sql-migration:1.0.0 hf://acme/sql-migration --private",
     "extract": """adaptory extract --base .demo/base \\
   --finetuned .demo/assistant -o .demo/extracted""",
     "fsck": "adaptory fsck --full",
@@ -29,6 +30,7 @@ EXAMPLES = {
   --rule 'sql-exact.accuracy >= 0.3'""",
     "gc": "adaptory gc --dry-run",
     "history": "adaptory history acme/sql-migration@prod",
+    "import": "adaptory import hf://acme/sql-lora@main acme/sql-lora:1.0.0",
     "inspect": "adaptory inspect examples/adapters/sql-migration --base .demo/base",
     "jobs": "adaptory jobs --limit 5",
     "list": "adaptory list",

@@ -10,8 +10,8 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "Release",
         (
-            "push", "pull", "promote", "approve", "promotion", "rollback", "gate", "policy", "history", "yank",
-            "unyank", "deprecate", "eval", "score", "sign", "verify", "base", "suite",
+            "push", "pull", "import", "export", "promote", "approve", "promotion", "rollback", "gate", "policy",
+            "history", "yank", "unyank", "deprecate", "eval", "score", "sign", "verify", "base", "suite",
         ),
         "adaptory push ./out acme/sql --bump auto --channel canary",
     ),

@@ -3,8 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,14 +16,11 @@ from registry.cli.release import Ref, show_move, warn_of_move_since
 from registry.cli.render import JsonFlag
 from registry.cli.sign import SignatureCovers, refuse_narrow
 from registry.errors import Refused, RegistryError, Usage
-from registry.formats.references import Reference, parse_name, parse_reference, single_version
+from registry.formats.references import parse_name, parse_reference, single_version
 from registry.formats.signatures import Signed
 from registry.sdk.connection import Connection
 from registry.sdk.fit import fitting_base
 from registry.sdk.local_files import total_bytes
-
-if TYPE_CHECKING:
-    from registry.client.selection import Selection
 
 Json = dict[str, Any]
 
@@ -74,6 +70,8 @@ def push(  # noqa: PLR0913
     Includes the adapter's own files, tokenizer, card and licence, and lists what it leaves out, such as checkpoints.
     """
     from registry.client.selection import select_files
+    from registry.client.signing import Publication
+    from registry.sdk.publishing import publish
 
     reference = single_version(target, bump)
     if channel:
@@ -90,11 +88,11 @@ def push(  # noqa: PLR0913
         render.say(f"left out: {selection.summary()} (take more with --include GLOB)")
     with connected() as connection:
         request["base"] = fitting_base(connection.api, directory, base, kind)
-        published = _publish(connection, selection, reference, request, (kind, sign))
-        for finding in published["warnings"]:
-            render.say(f"{finding['severity']}: {finding['message']}")
+        publication = Publication(reference.repository, kind, request)
+        published = publish(connection.api, selection, publication, render, sign)
+        show_warnings(published)
         if not json:
-            _show_push(published)  # before the channel moves: the release is published even if that fails
+            show_push(published)  # before the channel moves: the release is published even if that fails
         document: Json = {**published, "left_out": list(selection.left_out), "move": None}
         failure = _promote(connection, document, channel) if channel else None
     render.document(document, json, lambda: _show_moved(document))
@@ -122,24 +120,6 @@ def _promote(connection: Connection, document: Json, channel: str) -> RegistryEr
         document["error"] = render.problem(error)
         return error
     return None
-
-
-def _publish(
-    connection: Connection, selection: "Selection", reference: Reference, request: Json, how: tuple[str, Path | None]
-) -> Json:
-    """Hashes, signs and uploads the files, and publishes the release; `how` is its kind and the signing key."""
-    from registry.client import push as client
-    from registry.client.signing import Publication, push_signed
-
-    kind, key = how
-    with TemporaryDirectory() as staging:
-        with render.progress("hash", selection.size_bytes) as done:
-            files = client.collect(selection, done)
-        with render.progress(f"push {reference}", sum(file.manifest.size_bytes for file in files)) as done:
-            if key:
-                publication = Publication(reference.repository, kind, request)
-                return push_signed(connection.api, files, publication, key, Path(staging), done)
-            return client.push(connection.api, files, reference.repository, kind, request, done)
 
 
 def _kind(text: str) -> str:
@@ -299,7 +279,14 @@ def _provenance(path: Path) -> Json:
     return parse_provenance(load_mapping(read_text(path, FRONT_MATTER_BYTES), path.name), path.name)
 
 
-def _show_push(published: Json) -> None:
+def show_warnings(published: Json) -> None:
+    """Shows what a push warns of."""
+    for finding in published["warnings"]:
+        render.say(f"{finding['severity']}: {finding['message']}")
+
+
+def show_push(published: Json) -> None:
+    """Shows what a push has published, or that it was there already."""
     release, done = published["release"], "published"
     if not published["created"]:
         done = (

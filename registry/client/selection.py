@@ -118,7 +118,7 @@ def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] 
         )
     there = sorted(_files_below(directory))
     _refuse_idle(include, there)
-    chosen = tuple(path for path in there if _is_taken(path, kind) or _matches(path, include))
+    chosen = tuple(path for path in there if is_included(path, kind) or _matches(path, include))
     _refuse_another_kind(directory, there, kind)
     problems = [problem for path in chosen if (problem := _problem(directory, path))]
     if problems:
@@ -130,7 +130,8 @@ def select_files(directory: Path, kind: str = "adapter", include: Sequence[str] 
     return Selection(directory, chosen, tuple(_collapsed(there, set(chosen))))
 
 
-def _is_taken(path: str, kind: str) -> bool:
+def is_included(path: str, kind: str) -> bool:
+    """Whether a push of this kind includes a file of this path that is not hidden."""
     if kind == "adapter":
         return _matches(path.lower(), [one for one in ADAPTER_FILES if one.count("/") == path.count("/")])
     return not is_trainer_file(path)

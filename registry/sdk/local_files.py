@@ -40,16 +40,21 @@ def total_bytes(release: Json) -> int:
 
 
 def base_checkpoint(base: Json, override: Path | None, display: Display) -> "Checkpoint":
-    """The base's weights on this machine, verified by hash: a path does not prove what was measured. Raises NotFound
-    if no location of the base is on this machine, Mismatch for other weights."""
-    from composer.formats.checkpoints.checkpoint import local_directory, open_checkpoint
+    """The base's weights on this machine, verified by hash: a path does not prove what was measured. Downloads
+    them from an address on a hub if they are not here. Raises NotFound if no location gives them, Mismatch for other
+    weights."""
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
     from composer.formats.checkpoints.hashing import verify_checkpoint
+    from registry.hub_client.bases import find_base
 
-    directory = override or local_directory(base["locations"])
+    directory, reasons = override, list[str]()
+    if directory is None:
+        with display.progress(f"find {base['name']}", None):
+            directory, reasons = find_base(base["locations"], base["size_bytes"])
     if directory is None:
         raise NotFound(
             "base_not_here",
-            f"No location of {base['name']} is on this machine.",
+            " ".join([f"No location of {base['name']} is on this machine.", *reasons]),
             subject=base["name"],
             next_step="Name its directory with --base-dir, or run `adaptory base add DIR` here.",
         )

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -13,9 +12,8 @@ from registry.client import channel_moves
 from registry.client.api import Api, release_path
 from registry.client.cache import BlobCache
 from registry.client.pull import cached, pull
-from registry.client.push import collect, push
 from registry.client.selection import select_files
-from registry.client.signing import Publication, push_signed, read_public_key, verify_release
+from registry.client.signing import Publication, read_public_key, verify_release
 from registry.error_families import of_row
 from registry.errors import Refused, Usage
 from registry.formats.references import parse_channel_reference, parse_reference, single_version
@@ -23,6 +21,7 @@ from registry.sdk.conflicts import AdapterGroup
 from registry.sdk.connection import Connection, load_settings, open_registry
 from registry.sdk.display import Quiet
 from registry.sdk.fit import fitting_base
+from registry.sdk.publishing import publish
 from registry.sdk.results import Composition, Move, Promotion, Release, Score
 
 if TYPE_CHECKING:
@@ -107,13 +106,9 @@ class Registry:
             "provenance": provenance,
             "base": fitting_base(self.api, Path(directory), base, kind),
         }
-        files = collect(select_files(Path(directory), kind, include))
-        with TemporaryDirectory() as staging:
-            if sign is None:
-                published = push(self.api, files, reference.repository, kind, request, _ignore)
-            else:
-                wanted = Publication(reference.repository, kind, request)
-                published = push_signed(self.api, files, wanted, Path(sign), Path(staging), _ignore)
+        selection = select_files(Path(directory), kind, include)
+        wanted = Publication(reference.repository, kind, request)
+        published = publish(self.api, selection, wanted, Quiet(), Path(sign) if sign else None)
         for finding in published["warnings"]:
             warnings.warn(finding["message"], stacklevel=2)
         return Release.of(published["release"])

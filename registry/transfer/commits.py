@@ -105,17 +105,20 @@ def _base_of(resources: Resources, files: list[ManifestFile]) -> str:
 
 
 def _stated_base(resources: Resources, files: list[ManifestFile]) -> str | None:
-    """The base that the adapter's configuration or the model card names."""
+    """The base that the adapter's configuration names, or else the model card; the first that is registered, since
+    trainers write directories of their machine. If none is, the first."""
     by_path = {file.path: file for file in files if file.size_bytes <= _MAX_DOCUMENT_BYTES}
-    stated: Any = None
+    stated: list[Any] = []
     if config := by_path.get(CONFIG_FILE):
         with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
             publishing.materialise(resources, [config], Path(directory))
             document = read_json(Path(directory) / CONFIG_FILE, "missing_config", "Save the adapter again with PEFT.")
-        stated = document.get("base_model_name_or_path")
-    if not stated and (card := by_path.get(CARD_FILE)):
-        stated = card_provenance(_read(resources, card))[0].get("base_model")
-    return stated if isinstance(stated, str) and stated else None
+        stated.append(document.get("base_model_name_or_path"))
+    if card := by_path.get(CARD_FILE):
+        stated.append(card_provenance(_read(resources, card))[0].get("base_model"))
+    names = [name for name in stated if isinstance(name, str) and name]
+    with resources.read() as session:
+        return next((name for name in names if bases.is_known(session, name)), names[0] if names else None)
 
 
 def _read(resources: Resources, file: ManifestFile) -> bytes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, local_directory, open_checkpoint
+from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, open_checkpoint
 from composer.formats.checkpoints.hashing import verify_checkpoint
 from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import AnySettings, parse_settings
@@ -20,6 +20,7 @@ from registry.domain.compositions import compositions, locking
 from registry.domain.jobs.queue import Amount
 from registry.errors import NotFound
 from registry.formats.manifest import ManifestFile
+from registry.hub_client.bases import find_base
 from registry.transfer import publishing
 from registry.worker.runner import JobRun
 from registry.worker.workspace import work_of
@@ -141,16 +142,19 @@ class CompositionRun:
 
     def base_checkpoint(self, held: JobRun) -> Checkpoint:
         """The base's checkpoint on this host."""
-        return verified_base(held, self.lock.base, self.locations)
+        size_bytes = sum(spec.size_bytes for spec in self.architecture.tensors.values())
+        return verified_base(held, self.lock.base, self.locations, size_bytes)
 
 
-def verified_base(held: JobRun, digest: str, locations: Sequence[str]) -> Checkpoint:
-    """A base's checkpoint on this host. Verifies its weights: the files at a location may have changed."""
-    directory = local_directory(locations)
+def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_bytes: int) -> Checkpoint:
+    """A base's checkpoint on this host, downloaded if a location is on a hub. Verifies its weights: the files at a
+    location may have changed."""
+    directory, reasons = find_base(locations, size_bytes)
     if directory is None:
+        missing = f"This worker cannot find the base at any location ({', '.join(locations) or 'it has none'})."
         raise NotFound(
             "base_not_here",
-            f"This worker cannot find the base at any location ({', '.join(locations) or 'it has none'}).",
+            " ".join([missing, *reasons]),
             subject=digest,
             next_step="Add one on that host: `adaptory base add DIR`.",
         )

@@ -225,8 +225,9 @@ def _load(directory: Path) -> "LoadedModel":
 
 def _checkpoint(held: JobRun, digest: str) -> Checkpoint:
     with held.resources.read() as session:
-        urls = bases.locations(session, session.get_one(Base, digest))[digest]
-    return verified_base(held, digest, urls)
+        base = session.get_one(Base, digest)
+        urls, size_bytes = bases.locations(session, base)[digest], base.size_bytes
+    return verified_base(held, digest, urls, size_bytes)
 
 
 def _refuse_without_role(actor: Actor, namespace: str) -> None:

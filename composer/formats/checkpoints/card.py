@@ -23,7 +23,10 @@ MAX_TEXT = 1_000
 MAX_ITEMS = 100
 MAX_HYPERPARAMETERS = 200
 
-TEXTS = ("trainer", "run_url", "code_commit", "base_license", "license", "license_link", "library_name", "base_model")
+TEXTS = (
+    "trainer", "run_url", "code_commit", "base_license", "license", "license_link", "library_name", "base_model",
+    "imported_from", "imported_endpoint",
+)  # fmt: skip
 """Fields of the provenance that are one short text."""
 FIELDS = (*TEXTS, "data", "hyperparameters", "tags")
 _LICENSE_CHARS = 100
@@ -105,7 +108,7 @@ def card_provenance(content: bytes) -> tuple[dict[str, Any], list[Finding]]:
 
 def provenance(stated: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
     """{trainer, run_url, code_commit, data: [{name, digest, license}], hyperparameters: {…}, base_license, license,
-    license_link, library_name, base_model, tags: […]}, with only what is stated.
+    license_link, library_name, base_model, imported_from, imported_endpoint, tags: […]}, with only what is stated.
 
     Hugging Face's own names are understood: `datasets` for `data`, and `license_name` where `license` is `other`.
     Everything else on a card is not provenance and is ignored; a malformed part is a warning.

@@ -113,7 +113,10 @@ def _of_results(path: str, content: bytes) -> Iterator[ReportedScore | Finding]:
             continue
         data = _field(entry, "dataset")
         task = _field(data, "task_id")
-        yield _entry(path, data, SCORE, _field(entry, "value"), None if task == "default" else task)
+        if _is_metric(task):
+            yield _entry(path, data, task, _field(entry, "value"), None)
+        else:
+            yield _entry(path, data, SCORE, _field(entry, "value"), None if task == "default" else task)
 
 
 def _entry(source: str, data: object, metric: object, value: object, config: object) -> ReportedScore | Finding:
@@ -167,6 +170,11 @@ def _metric(value: object) -> str:
     if not name or not (name[0].isalpha() or name[0] == "_") or len(name) > _MAX_METRIC:
         raise ValueError(f"{printable(value)} is not the name of a metric")
     return name
+
+
+def _is_metric(task: object) -> bool:
+    """Whether the task of an entry is a metric's name, as in the files that `adaptory export` writes."""
+    return isinstance(task, str) and bool(_LOWER.fullmatch(task) or _HIGHER.fullmatch(task))
 
 
 def _direction(metric: str) -> bool:

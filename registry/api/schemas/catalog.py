@@ -97,6 +97,8 @@ class Provenance(Wire):
     license: str | None = Field(default=None, min_length=1, max_length=100)
     license_link: Text | None = None
     library_name: Text | None = None
+    imported_from: Text | None = None
+    imported_endpoint: Text | None = None
     data: list[DataRow] = Field(default=[], max_length=MAX_ITEMS)
     hyperparameters: dict[Text, Setting | Annotated[list[Setting], Field(max_length=MAX_ITEMS)]] = Field(
         default={}, max_length=MAX_HYPERPARAMETERS

@@ -1,0 +1,96 @@
+"""Checkpoints in the hub's own cache, which transformers and vLLM share: one copy on a machine.
+
+A base's location `hf://ORG/NAME@COMMIT` is read from there, and downloaded if it is not there yet.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from composer.errors import ComposerError
+from composer.formats.checkpoints.checkpoint import local_directory, open_checkpoint
+from composer.formats.checkpoints.header import CONVERT, PICKLE_SUFFIXES
+from registry.errors import Invalid, RegistryError
+from registry.hub_client.address import SCHEME, HubAddress, parse_hub_address
+from registry.hub_client.remote import Hub, Snapshot
+
+_TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
+_WEIGHTS = ".safetensors"
+_HEADER_SHARE, _HEADER_BYTES = 1.1, 100 << 20
+"""What files may be larger than the tensors in them."""
+
+
+def download_base(address: HubAddress, at_most_bytes: int | None = None) -> tuple[HubAddress, Path]:
+    """The checkpoint at the address in the hub's own cache, complete, and its pinned address.
+
+    `at_most_bytes` is the size of its tensors, if known. Raises NotFound, NotAllowed or Unavailable, Invalid before a
+    download of more than that, and for a repository that has its weights only as pickles."""
+    hub = Hub()
+    if address.pinned and (directory := hub.cached(address)) and _is_complete(directory):
+        return address, directory
+    snapshot = hub.snapshot(address)
+    paths = list(_checkpoint_files(snapshot))
+    if at_most_bytes is not None:
+        _refuse_larger(snapshot, paths, at_most_bytes)
+    return snapshot.address, hub.bring_into_cache(snapshot, paths)
+
+
+def find_base(locations: Sequence[str], size_bytes: int) -> tuple[Path | None, list[str]]:
+    """A base's checkpoint on this machine: in a directory, in the hub's cache, or downloaded into that; or None, and
+    why each address on a hub gives none. `size_bytes` is the size of its tensors."""
+    if directory := local_directory(locations):
+        return directory, []
+    reasons: list[str] = []
+    for url in locations:
+        if not url.startswith(SCHEME):
+            continue
+        try:
+            address = parse_hub_address(url)
+            if not address.pinned:
+                reasons.append(f"{url} names no commit")
+                continue
+            return download_base(address, size_bytes)[1], []
+        except RegistryError as error:
+            reasons.append(error.detail)
+    return None, reasons
+
+
+def _is_complete(directory: Path) -> bool:
+    """Whether all that it names is there: a download may have been interrupted."""
+    try:
+        open_checkpoint(directory)
+    except ComposerError:
+        return False
+    return True
+
+
+def _checkpoint_files(snapshot: Snapshot) -> Iterator[str]:
+    """The files of a checkpoint. Weights under other names, or in directories, are copies for other programs."""
+    here = [path for path in snapshot.files if "/" not in path and not path.startswith(".")]
+    weights = [path for path in here if path.startswith("model") and path.endswith(_WEIGHTS)]
+    if not weights:
+        _refuse_pickles(snapshot, here)
+    yield from weights
+    yield from (path for path in here if path.lower().endswith(_TEXTS) or path.lower().startswith("licen"))
+
+
+def _refuse_pickles(snapshot: Snapshot, paths: Sequence[str]) -> None:
+    if pickled := sorted(path for path in paths if Path(path).suffix in PICKLE_SUFFIXES):
+        message = f"{snapshot.address} has its weights only as a pickle ({pickled[0]}), which runs code when opened."
+        raise Invalid("pickle", message, subject=pickled[0], next_step=CONVERT)
+    raise Invalid(
+        "missing_weights",
+        f"{snapshot.address} has no model.safetensors.",
+        subject="model.safetensors",
+        next_step="Name a repository that has its weights as safetensors.",
+    )
+
+
+def _refuse_larger(snapshot: Snapshot, paths: Sequence[str], at_most_bytes: int) -> None:
+    total = sum(snapshot.files[path].size_bytes for path in paths)
+    if total > at_most_bytes * _HEADER_SHARE + _HEADER_BYTES:
+        raise Invalid(
+            "too_large",
+            f"{snapshot.address} has {total:,} bytes, and the base's tensors have {at_most_bytes:,}.",
+            subject=str(snapshot.address),
+            next_step="It is not this base: register the commit that has it.",
+        )

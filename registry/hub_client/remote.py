@@ -1,0 +1,233 @@
+"""A Hugging Face Hub: what a revision contains, its files, and the commit and tag of an export.
+
+Only the hub that HF_ENDPOINT names (https://huggingface.co by default) gets a token: HF_TOKEN, or the one that
+`hf auth login` has stored. Any other endpoint is asked without one, and no hub gets a token of Adaptory.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from composer.formats.checkpoints.hashing import hash_file
+from registry.errors import Conflict, Invalid, NotAllowed, Unavailable, Usage
+from registry.hub_client.address import HubAddress
+from registry.hub_client.errors import translate_hub_errors
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Content = bytes | Path
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file as a hub lists it: by its sha256, or for a small one in git by the sha1 of its blob."""
+
+    path: str
+    size_bytes: int
+    sha256: str | None
+    git_blob: str
+
+    def holds(self, content: Content) -> bool:
+        """Whether it has this content."""
+        if self.sha256 is not None:
+            sha256 = hash_file(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+            return sha256 == self.sha256
+        if isinstance(content, Path):
+            if content.stat().st_size != self.size_bytes:
+                return False
+            content = content.read_bytes()  # small: a hub keeps large ones outside git
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+        return blob.hexdigest() == self.git_blob
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The files of one commit. `address` is pinned to it."""
+
+    address: HubAddress
+    files: Mapping[str, HubFile]
+
+
+class Hub:
+    """The hub at `endpoint`, by default the one that HF_ENDPOINT names. Raises Unavailable without the extra `hub`,
+    Usage for what is not an address."""
+
+    def __init__(self, endpoint: str | None = None) -> None:
+        api_class, own = _library()
+        self.endpoint = own if endpoint is None else _address_of(endpoint)
+        token = None if self.endpoint == own else False
+        self._api: HfApi = api_class(endpoint=self.endpoint, token=token, library_name="adaptory")
+
+    def snapshot(self, address: HubAddress) -> Snapshot:
+        """The commit that the address names now, and its files. Raises NotFound, NotAllowed, Unavailable."""
+        with self._translated(address):
+            commit = self._api.model_info(address.repository, revision=address.revision).sha
+        pinned = address.at(commit or "")
+        if not pinned.pinned:
+            raise self._malformed(address, "does not say which commit it is at")
+        with self._translated(pinned):
+            return Snapshot(pinned, self._list(pinned))
+
+    def download(self, snapshot: Snapshot, paths: Iterable[str], directory: Path) -> None:
+        """Brings these files of the snapshot into the directory; resumes what an earlier call has left there.
+
+        Raises Invalid for a file whose content is not the one that the hub lists."""
+        wanted = list(paths)
+        self._download(snapshot, wanted, directory)
+        for path in wanted:
+            self._refuse_other_content(snapshot, directory / path, snapshot.files[path])
+
+    def exclusive(self, directory: Path) -> AbstractContextManager[object]:
+        """Keeps other processes from downloading into the same directory."""
+        from huggingface_hub.utils import WeakFileLock
+
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        return WeakFileLock(directory.with_name(f"{directory.name}.lock"))
+
+    def cached(self, address: HubAddress) -> Path | None:
+        """The snapshot of a pinned address in the hub's own cache, perhaps without some files; asks no server."""
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        name = f"models--{address.repository.replace('/', '--')}"
+        directory = Path(HF_HUB_CACHE).expanduser() / name / "snapshots" / str(address.revision)
+        return directory if directory.is_dir() else None
+
+    def bring_into_cache(self, snapshot: Snapshot, paths: Iterable[str]) -> Path:
+        """Brings these files of the snapshot into the hub's own cache, and returns its directory there."""
+        return self._download(snapshot, list(paths), None)
+
+    def create(self, address: HubAddress, *, private: bool) -> None:
+        """Makes the repository unless it exists. Raises NotAllowed if it is to be private and exists publicly."""
+        with self._translated(address):
+            self._api.create_repo(address.repository, private=private or None, exist_ok=True)
+            public = private and not self._api.model_info(address.repository, expand=["private"]).private
+        if public:
+            raise NotAllowed(
+                "hub_public",
+                f"{address} at {self.endpoint} exists already, and is public.",
+                subject=str(address),
+                next_step="Make it private there, or leave --private out.",
+            )
+
+    def tagged(self, address: HubAddress) -> Snapshot | None:
+        """The commit that the tag of this name has, and its files; None without such a tag."""
+        with self._translated(address):
+            tags = self._api.list_repo_refs(address.repository).tags
+            commits = [tag.target_commit for tag in tags if tag.name == address.revision]
+            return self.snapshot(address) if commits else None
+
+    def write(
+        self, address: HubAddress, files: Mapping[str, Content], removed: Sequence[str], message: tuple[str, str]
+    ) -> str:
+        """Commits the files to the main branch of the address's repository, and tags the commit with its revision.
+
+        `message` has a title and a text. `removed` are deleted if they are there. What the branch has already is not
+        sent again. Returns the commit. Raises Conflict if somebody else writes at the same time."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        title, text = message
+        with self._translated(address):
+            head = self._api.model_info(address.repository).sha
+            operations: list[Any] = [CommitOperationAdd(path, content) for path, content in files.items()]
+            operations += [CommitOperationDelete(path) for path in removed]
+            commit = self._api.create_commit(
+                address.repository, operations, commit_message=title, commit_description=text, parent_commit=head
+            ).oid
+            self._api.create_tag(
+                address.repository, tag=str(address.revision), revision=commit, tag_message=text or title
+            )
+        return commit
+
+    def head(self, address: HubAddress) -> Mapping[str, HubFile]:
+        """The files of the main branch; none in a repository without commits."""
+        with self._translated(address):
+            if not self._api.model_info(address.repository).siblings:
+                return {}
+            return self._list(HubAddress(address.repository))
+
+    def _list(self, address: HubAddress) -> dict[str, HubFile]:
+        from huggingface_hub.hf_api import RepoFile
+
+        entries = self._api.list_repo_tree(address.repository, recursive=True, revision=address.revision)
+        files = [one for one in entries if isinstance(one, RepoFile)]
+        return {
+            one.path: HubFile(one.path, one.size, one.lfs.sha256 if one.lfs else None, one.blob_id) for one in files
+        }
+
+    def _download(self, snapshot: Snapshot, paths: Sequence[str], directory: Path | None) -> Path:
+        """Downloads into the directory, or into the cache. Raises Unavailable for a snapshot without some of the files:
+        the client returns such a one, with a warning, if it cannot reach the server."""
+        from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+
+        with self._translated(snapshot.address):
+            directory = Path(
+                snapshot_download(  # pyright: ignore[reportUnknownArgumentType]
+                    snapshot.address.repository,
+                    revision=snapshot.address.revision,
+                    allow_patterns=[escape(path) for path in paths],
+                    local_dir=directory,
+                    endpoint=self._api.endpoint,
+                    token=self._api.token,
+                    library_name="adaptory",
+                )
+            )
+        if missing := [path for path in paths if not (directory / path).is_file()]:
+            raise Unavailable(
+                "hub_unavailable",
+                f"{missing[0]} of {snapshot.address} has not arrived from {self.endpoint}.",
+                subject=missing[0],
+                next_step="Try again; what has arrived is kept.",
+            )
+        return directory
+
+    def _refuse_other_content(self, snapshot: Snapshot, path: Path, listed: HubFile) -> None:
+        if listed.holds(path):
+            return
+        path.unlink()  # or the next download would take it for complete
+        raise Invalid(
+            "digest_differs",
+            f"{listed.path} of {snapshot.address} is not what {self.endpoint} lists.",
+            subject=listed.path,
+            next_step="Try again. If it stays so, do not use the repository.",
+        )
+
+    def _malformed(self, address: HubAddress, what: str) -> Conflict:
+        message = f"{self.endpoint} {what} with {address}."
+        return Conflict("hub_conflict", message, subject=str(address), next_step="Name a commit of 40 digits.")
+
+    def _translated(self, address: HubAddress) -> AbstractContextManager[None]:
+        return translate_hub_errors(self.endpoint, str(address))
+
+
+def _library() -> "tuple[type[HfApi], str]":
+    """The client's class, and the address of its own hub."""
+    try:
+        from huggingface_hub import HfApi, constants
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "huggingface_hub":
+            raise
+        raise Unavailable(
+            "extra_missing",
+            "A Hugging Face Hub is read with its own client, huggingface_hub, which is not installed.",
+            subject="huggingface_hub",
+            next_step="Install it: pip install 'adaptory[hub]'.",
+        ) from error
+    return HfApi, constants.ENDPOINT.rstrip("/")
+
+
+def _address_of(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("https", "http") or not parts.hostname or parts.username or parts.query or parts.fragment:
+        raise Usage(
+            "bad_endpoint",
+            f"{text[:200]!r} is not the address of a hub.",
+            subject=text[:200],
+            next_step="Write it as https://hub.example.org, without a name or a password.",
+        )
+    return text.rstrip("/")

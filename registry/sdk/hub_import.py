@@ -1,0 +1,151 @@
+"""Import: the files of one commit of a Hugging Face Hub, published by the same push as a directory's."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from registry.client.selection import Selection, is_included, select_files
+from registry.client.signing import Publication
+from registry.errors import Invalid, NotFound, RegistryError
+from registry.formats.manifest import check_paths, refuse_hidden
+from registry.formats.pickles import refuse_pickle_name
+from registry.formats.references import Reference
+from registry.formats.signatures import SIGNATURE_FILE
+from registry.hub_client.address import HubAddress
+from registry.hub_client.remote import Hub, Snapshot
+from registry.sdk.connection import Connection
+from registry.sdk.display import Display
+from registry.sdk.fit import fitting_base
+from registry.sdk.publishing import publish
+
+if TYPE_CHECKING:
+    from registry.client.api import Api
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Import:
+    """What to import: `source` on the hub at `endpoint` becomes `target`. `request` is that of a release, without its
+    base, files and provenance; `base` overrides the base that the files name; `key` signs the release."""
+
+    source: HubAddress
+    target: Reference
+    request: Json
+    endpoint: str | None = None
+    base: str | None = None
+    key: Path | None = None
+
+
+def import_release(connection: Connection, wanted: Import, display: Display) -> Json:
+    """Downloads what a push includes, checks and publishes it. Returns the registry's answer, with `imported_from`,
+    `endpoint`, and `left_out`, which names the files of the hub that are not published.
+
+    The commit is resolved once. What has been downloaded stays in the cache until it is published.
+    """
+    hub = Hub(wanted.endpoint)
+    snapshot = hub.snapshot(wanted.source)
+    kind = _kind(snapshot)
+    selection = _selected(snapshot, kind, connection.cache / "imports" / _folder(hub, snapshot))
+    with hub.exclusive(selection.directory):
+        size_bytes = sum(snapshot.files[path].size_bytes for path in selection.paths)
+        with display.progress(f"download {snapshot.address.repository}", size_bytes) as done:
+            hub.download(snapshot, selection.paths, selection.directory)
+            done(size_bytes)
+        stated = {"imported_from": str(snapshot.address), "imported_endpoint": hub.endpoint}
+        base = _base(connection.api, selection.directory, wanted.base, kind)
+        publication = Publication(
+            wanted.target.repository, kind, {**wanted.request, "base": base, "provenance": stated}
+        )
+        published = publish(connection.api, select_files(selection.directory, kind), publication, display, wanted.key)
+        shutil.rmtree(selection.directory)
+    return {
+        **published,
+        "imported_from": str(snapshot.address),
+        "endpoint": hub.endpoint,
+        "left_out": list(selection.left_out),
+    }
+
+
+def _kind(snapshot: Snapshot) -> str:
+    """A repository with an adapter's configuration or weights is one; otherwise one with a `config.json` is a model."""
+    is_adapter = any(path.startswith(("adapter_config.", "adapter_model.")) for path in snapshot.files)
+    return "model" if "config.json" in snapshot.files and not is_adapter else "adapter"
+
+
+def _folder(hub: Hub, snapshot: Snapshot) -> str:
+    """The same commit of two hubs need not be the same files."""
+    place = hashlib.sha256(f"{hub.endpoint} {snapshot.address}".encode()).hexdigest()[:12]
+    return f"{snapshot.address.repository.rpartition('/')[2]}-{place}"
+
+
+def _selected(snapshot: Snapshot, kind: str, directory: Path) -> Selection:
+    """The files of the snapshot that a push includes, by name, before any is read. Pickles beside safetensors are left
+    out. Raises Invalid for a repository with nothing but pickles, and for names that no release can have."""
+    chosen, pickles = list[str](), list[str]()
+    for path in _included(snapshot, kind):
+        try:
+            refuse_pickle_name(path)
+        except RegistryError:
+            pickles.append(path)
+        else:
+            chosen.append(path)
+    weights = [path for path in (*snapshot.files,) if _is_pickled(path)]
+    if weights and not any(path.endswith(".safetensors") for path in chosen):
+        raise Invalid(
+            "pickle",
+            f"{snapshot.address} has its weights only as a pickle ({weights[0]}), which runs code when opened.",
+            subject=weights[0],
+            next_step="Ask its author for safetensors, or convert it yourself and push the directory.",
+        )
+    check_paths(chosen)
+    kept = {*chosen, ".gitattributes"}
+    return Selection(directory, tuple(chosen), tuple(path for path in snapshot.files if path not in kept))
+
+
+def _included(snapshot: Snapshot, kind: str) -> Iterator[str]:
+    for path in snapshot.files:
+        try:
+            refuse_hidden(path)
+        except RegistryError:  # .gitattributes and its kind, which a push does not see either
+            continue
+        if is_included(path, kind) and path != SIGNATURE_FILE:  # it signs all files there, and perhaps their repository
+            yield path
+
+
+def _is_pickled(path: str) -> bool:
+    try:
+        refuse_pickle_name(path)
+    except RegistryError:
+        return path.startswith(("adapter_model", "pytorch_model", "model"))
+    return False
+
+
+def _base(api: "Api", directory: Path, given: str | None, kind: str) -> str:
+    """The base: as given, or the one that the card names, or else the one that the configuration names.
+
+    Raises as `fitting_base` does."""
+    stated = None if given else _stated_base(directory)
+    if stated is None:
+        return fitting_base(api, directory, given, kind)
+    try:
+        known = api.base(stated)["digest"]
+    except NotFound as unknown:
+        try:
+            return fitting_base(api, directory, None, kind)
+        except RegistryError as error:
+            raise (unknown if error.code == "base_missing" else error) from None
+    return fitting_base(api, directory, known, kind)
+
+
+def _stated_base(directory: Path) -> str | None:
+    from composer.formats.checkpoints.card import CARD_FILE, FRONT_MATTER_BYTES, card_provenance
+
+    card = directory / CARD_FILE
+    if not card.is_file():
+        return None
+    with card.open("rb") as file:
+        return card_provenance(file.read(2 * FRONT_MATTER_BYTES))[0].get("base_model")
