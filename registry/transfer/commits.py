@@ -8,12 +8,14 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
+from composer.findings import Finding, Severity
 from composer.formats.adapters.facts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.checkpoints.card import CARD_FILE, card_provenance
 from composer.formats.checkpoints.checkpoint import read_json
@@ -37,10 +39,16 @@ _CONTENT = re.compile(rb'"content"\s*:\s*"')
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _MAX_DOCUMENT_BYTES = 1 << 20
 _ADAPTER = {CONFIG_FILE, WEIGHTS_FILE}
+_MAX_COMPARED_BYTES = 200 << 20
+"""How much of a commit's files is read to compare them with the client's, before it sends them."""
+_BLOCK_BYTES, _PARALLEL = 1 << 20, 8
 
 
-def receive(resources: Resources, actor: Actor, name: RepositoryName, chunks: Iterable[bytes]) -> str:
-    """Reads a commit, stores its files, and applies it to `main`. Returns the commit id."""
+def receive(
+    resources: Resources, actor: Actor, name: RepositoryName, chunks: Iterable[bytes]
+) -> tuple[str, list[Finding]]:
+    """Reads a commit, stores its files, and applies it to `main`. Returns the commit id, and what is doubtful about an
+    adapter that it adds."""
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         change, added = _parse(_Lines(chunks, Path(directory)))
         for file in added:
@@ -52,43 +60,75 @@ def receive(resources: Resources, actor: Actor, name: RepositoryName, chunks: It
     while True:  # a commit beside this one may leave another adapter than the one that was checked
         with resources.snapshot() as session:
             files = commits.files_after(session, name, change)
-        _check_adapter(resources, name, change, files)
+        findings = _check_adapter(resources, name, change, files)
         with resources.write() as session:
             made = commits.append(session, actor, name, change, files)
         if made is not None:
-            return made
+            return made, findings
 
 
-def _check_adapter(resources: Resources, name: RepositoryName, change: Change, files: list[ManifestFile]) -> None:
+def _check_adapter(
+    resources: Resources, name: RepositoryName, change: Change, files: list[ManifestFile]
+) -> list[Finding]:
     """Checks an adapter as its release will be, if the change adds a part of it, and it names a registered base.
-    Its signature may come later."""
+    Its signature may come later. Returns the findings that do not refuse it."""
     added = {one.path for one in change.operations if isinstance(one, Addition)}
     if not added & _ADAPTER or not {file.path for file in files} >= _ADAPTER:
-        return
+        return []
     base = _stated_base(resources, files)
     with resources.read() as session:
-        if base is None or not bases.is_known(session, base):
-            return
+        known = base is not None and bases.is_known(session, base)
+    if base is None or not known:
+        what = f"its base {base[:200]} is not registered" if base else f"{CONFIG_FILE} does not name its base"
+        message = f"The adapter was not checked: {what}. It cannot be released before it is."
+        return [Finding("unchecked", Severity.WARNING, CONFIG_FILE, message)]
     unsigned = [file for file in files if file.path != SIGNATURE_FILE]
-    publishing.prepare(resources, Push(name, Kind.ADAPTER, None, None, base, unsigned))
+    return publishing.prepare(resources, Push(name, Kind.ADAPTER, None, None, base, unsigned))[1]
+
+
+def git_oids(resources: Resources, files: Sequence[ManifestFile]) -> dict[str, str]:
+    """The names that git would give the contents, by path. They are made by reading the files, so those beyond a bound
+    are left out, as are those that the store has lost: the client then sends them again."""
+    compared, read_bytes = list[ManifestFile](), 0
+    for file in sorted(files, key=lambda one: one.size_bytes):
+        read_bytes += file.size_bytes
+        if read_bytes > _MAX_COMPARED_BYTES:
+            break
+        compared.append(file)
+
+    def named(file: ManifestFile) -> str | None:
+        if not uploads.has_bytes(resources, file):
+            return None
+        digest = hashlib.sha1(b"blob %d\0" % file.size_bytes, usedforsecurity=False)
+        with resources.store.open(file.sha256) as source:
+            while block := source.read(_BLOCK_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(_PARALLEL, "compare") as pool:
+        oids = zip(compared, pool.map(named, compared), strict=True)
+        return {file.path: oid for file, oid in oids if oid is not None}
 
 
 def release(
     resources: Resources, actor: Actor, name: RepositoryName, revision: str, version: Version, notes: str
-) -> None:
-    """Publishes the files at a revision, by the function of every push; the base is the one that they name."""
+) -> list[dict[str, Any]]:
+    """Publishes the files at a revision, by the function of every push; the base is the one that they name. Returns
+    the findings that did not prevent it."""
     with resources.snapshot() as session:
         files = parse_manifest(revisions.locate(session, str(name), revision).manifest)
     uploads.keep(resources, actor, name.namespace, files)  # a collection may forget the commit meanwhile
     kind = Kind.ADAPTER if any(file.path == CONFIG_FILE for file in files) else Kind.MODEL
     push = Push(name, kind, version, None, _base_of(resources, files), files, notes)
-    if not publishing.publish(resources, actor, push).created:
+    published = publishing.publish(resources, actor, push)
+    if not published.created:
         raise Conflict(
             "version_exists",
             f"{name}:{version} exists already, with the same files.",
             subject=f"{name}:{version}",
             next_step="There is nothing to do.",
         )
+    return published.warnings
 
 
 def _base_of(resources: Resources, files: list[ManifestFile]) -> str:

@@ -49,6 +49,7 @@ class Hub:
     def run(
         self, python: Path, script: str, directory: Path, *more: Path, token: str = "", environ: Mapping[str, str] = {}
     ) -> Any:
+        """What the script printed. What it logged is in `log` of the directory."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ADAPTORY_"))}
         environment |= {
             "HF_ENDPOINT": self.url, "HF_TOKEN": token or self.token, "HF_HOME": str(directory / "cache"),
@@ -58,6 +59,7 @@ class Hub:
         program = [python, Path(__file__).with_name(script), directory, *more]
         ran = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert ran.returncode == 0, ran.stderr
+        (directory / "log").write_text(ran.stderr)
         return json.loads(ran.stdout)
 
     def requests(self) -> Counter[tuple[str, str]]:
@@ -180,6 +182,9 @@ def test_peft_and_transformers_load_releases_by_their_names(hub: Hub, world: Wor
     shown = hub.cli.json("show", "acme/trained-by-peft:0.1.0")
     assert (shown["commit"], shown["base"]["name"]) == (seen["pushed"], "tiny")
     _is_released_as_trained(hub, "acme/trained-by-trainer", seen["trained"])
+    logged = (tmp_path / "log").read_text()
+    assert "Not published: training_args.bin" in logged
+    assert "The adapter adds nothing" in logged, "its B is zero, which the commit does not refuse"
 
 
 def _is_released_as_trained(hub: Hub, repository: str, seen: list[Any]) -> None:
@@ -197,6 +202,7 @@ def test_a_trainer_of_trl_pushes_what_it_has_trained(hub: Hub, tmp_path: Path) -
         services.unavailable("trl", "pip install trl")
     seen = hub.run(Path(sys.executable), "hub_trl.py", tmp_path, token=hub.publisher)
     _is_released_as_trained(hub, "acme/trained-by-trl", seen)
+    assert "training_args.bin" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -214,6 +220,8 @@ def test_a_trainer_pushes_commits_and_tags_a_release(hub: Hub, world: World, ver
     through_the_api, to_the_store = (sent[method, "/api/lfs/{namespace}/{sha256}"] > 0 for method in ("PUT", "POST"))
     assert (through_the_api, to_the_store) == (by_lfs and not hub.direct, by_lfs and hub.direct)
 
+    commits = sent["POST", "/api/models/{namespace}/{name}/commit/{revision}"]
+    assert commits == 4 + bool(seen["large"]), "the client does not send again what has not changed"
     assert seen["names"] == [repository, repository]
     first, repeated, second, third = seen["commits"]
     assert first == repeated == third != second

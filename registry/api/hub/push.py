@@ -14,7 +14,7 @@ from registry.api.http.rules import Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import MODEL
 from registry.api.hub.schemas import BatchIn, BranchIn, MoveIn, PlanIn, RepositoryIn, TagIn
-from registry.api.hub.wire import HubRoute
+from registry.api.hub.wire import HubRoute, with_findings
 from registry.client.selection import is_trainer_file
 from registry.database.tables import Promotion
 from registry.domain.access.audit import Actor
@@ -23,7 +23,7 @@ from registry.domain.catalog import commits, repositories
 from registry.domain.channels import moves, promotions, revisions
 from registry.domain.channels.revisions import MAIN
 from registry.errors import NotAllowed, TooLarge, Usage
-from registry.formats.manifest import ManifestFile
+from registry.formats.manifest import ManifestFile, parse_manifest
 from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
 from registry.formats.xet import has_lz4
 from registry.transfer import lfs, uploads
@@ -67,10 +67,12 @@ def validate_card() -> Response:
 
 
 @router.post("/api" + MODEL + "/preupload/{revision:path}")
+@in_store_threads
 def plan_commit(
     namespace: str, name: str, revision: str, body: PlanIn, resources: ResourcesOf, actor: Publisher
 ) -> Response:
-    """Says whether each file comes in the commit, before it or not at all. Refuses names before any byte is sent."""
+    """Says whether each file comes in the commit, before it or not at all, and what `main` has under its name. Refuses
+    names before any byte is sent."""
     with resources.snapshot() as session:
         located = revisions.locate(session, f"{namespace}/{name}", main_only(revision))
     left_out = [file.path for file in body.files if _is_left_out(file.path)]
@@ -78,11 +80,15 @@ def plan_commit(
         if file.path not in left_out:
             commits.refuse_name(file.path)
             uploads.check_size(resources, file.path, file.size)  # a client with hf_xet would not show a later refusal
+    held = {file.path: file for file in parse_manifest(located.manifest)}
+    same = [held[one.path] for one in body.files if one.path in held and held[one.path].size_bytes == one.size]
+    oids = _oids(resources, [file for file in same if file.path not in left_out])
     files = [
         {
             "path": file.path,
             "uploadMode": "regular" if file.size <= INLINE_BYTES else "lfs",
             "shouldIgnore": file.path in left_out,
+            **({"oid": oids[file.path]} if file.path in oids else {}),
         }
         for file in body.files
     ]
@@ -149,9 +155,10 @@ async def commit(
             next_step="Commit fewer files at a time, or use `adaptory push`.",
         )
     receive = partial(transfers.receive, resources, actor, repository, body_chunks(request))
-    commit_id = await to_thread.run_sync(receive, limiter=uploads_limiter(request))
+    commit_id, findings = await to_thread.run_sync(receive, limiter=uploads_limiter(request))
     url = f"{request.base_url}{repository}/commit/{commit_id}"
-    return JSONResponse({"commitOid": commit_id, "commitUrl": url, "success": True})
+    response = JSONResponse({"commitOid": commit_id, "commitUrl": url, "success": True})
+    return with_findings(response, commit_id, [finding.to_json() for finding in findings])
 
 
 @router.post("/api" + MODEL + "/tag/{revision:path}")
@@ -164,8 +171,8 @@ def create_tag(
 
     version = parse_version(body.tag)
     repository = parse_repository(f"{namespace}/{name}")
-    transfers.release(resources, actor, repository, revision, version, body.message or "")
-    return JSONResponse({})
+    findings = transfers.release(resources, actor, repository, revision, version, body.message or "")
+    return with_findings(JSONResponse({}), f"{repository}:{version}", findings)
 
 
 @router.post("/api" + MODEL + "/branch/{channel}")
@@ -237,6 +244,16 @@ def refuse_settings(namespace: str, name: str, actor: Reader) -> Response:
 def _is_left_out(path: str) -> bool:
     """Whether a push leaves the file out: trainers and git keep it for themselves."""
     return is_trainer_file(path) or path in (".gitattributes", ".gitignore")
+
+
+def _oids(resources: Resources, held: list[ManifestFile]) -> dict[str, str]:
+    """What the client compares its files with, to leave out those that have not changed: the sha256 of one that would
+    come before the commit, git's name for one that would come in it."""
+    from registry.transfer import commits as transfers
+
+    large = [file for file in held if file.size_bytes > INLINE_BYTES and uploads.has_bytes(resources, file)]
+    small = [file for file in held if file.size_bytes <= INLINE_BYTES]
+    return {file.path: file.sha256 for file in large} | transfers.git_oids(resources, small)
 
 
 def _lfs_object(request: Request, file: ManifestFile, sending: lfs.Sending | None) -> dict[str, Any]:

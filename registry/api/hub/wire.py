@@ -1,6 +1,6 @@
 """What all answers of the hub API have in common: errors, dates, links and pages, as `huggingface_hub` reads them."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -24,6 +24,8 @@ EXCEPTIONS = {
 """The client's exception for each code that has one."""
 WRONG_TOKEN = "Invalid credentials in Authorization header"  # noqa: S105
 """By this text the client tells a wrong token from a repository that needs one."""
+_MAX_WARNINGS, _MAX_WARNING = 4, 300
+"""Proxies accept a few kilobytes of headers."""
 
 
 class HubRoute(APIRoute):
@@ -74,6 +76,17 @@ def revision_headers(request: Request, located: Located) -> dict[str, str]:
     if located.warning:
         headers["X-HF-Warning"] = f"release; {header_text(located.warning)}"
     return headers
+
+
+def with_findings(response: Response, about: str, findings: Sequence[Mapping[str, Any]]) -> Response:
+    """The response with the findings as warnings. The client logs one for each topic, so the topic is what they are
+    about, with a number."""
+    for number, finding in enumerate(findings[:_MAX_WARNINGS]):
+        text = header_text(f"{finding['severity']}: {finding['message']}")[:_MAX_WARNING]
+        response.headers.append("X-HF-Warning", f"{about} {number}; {text}")
+    if more := len(findings[_MAX_WARNINGS:]):
+        response.headers.append("X-HF-Warning", f"{about} more; Findings not listed here: {more}.")
+    return response
 
 
 def is_movable(revision: str, located: Located) -> bool:

@@ -299,7 +299,9 @@ def test_an_adapter_that_does_not_fit_is_refused_at_the_commit_that_completes_it
     refused = configured("tiny")
     assert (refused.status_code, "absent" in refused.headers["X-Error-Message"]) == (422, True), refused.text
     assert paths(house, named) == [WEIGHTS]
-    assert configured("elsewhere/unknown").status_code == 200, "the base may be registered later"
+    unknown = configured("elsewhere/unknown")
+    assert unknown.status_code == 200, "the base may be registered later"
+    assert "its base elsewhere/unknown is not registered" in unknown.headers["X-HF-Warning"]
     assert commit(house, named, file("README.md", b"# A card")).status_code == 200
     tag = house.ask("publisher", "POST", f"/api/models/{named}/tag/main", json={"tag": "1.0.0"})
     assert (tag.status_code, tag.json()["code"]) == (404, "base_unknown")
@@ -337,6 +339,28 @@ def test_a_plan_leaves_out_what_trainers_keep_and_refuses_other_pickles(house: H
     assert (plan("model.pkl").status_code, plan(".envrc").status_code) == (422, 422)
     other = house.ask("publisher", "POST", f"/api/models/{named}/preupload/prod", json={"files": []})
     assert (other.status_code, "Commits go to main" in other.headers["X-Error-Message"]) == (400, True)
+
+
+def test_a_plan_names_what_main_has_so_that_the_client_does_not_send_it_again(house: House, named: str) -> None:
+    contents = {"a.json": b"{}", "large.dat": bytes(2 << 20), "other.json": b"[]"}
+    commit(house, named, *[file(path, content) for path, content in contents.items()]).raise_for_status()
+
+    def plan(agent: str, **sizes: int) -> dict[str, str | None]:
+        body = {"files": [{"path": path.replace("_", "."), "size": size} for path, size in sizes.items()]}
+        answer = house.ask(
+            "publisher", "POST", f"/api/models/{named}/preupload/main", json=body, headers={"User-Agent": agent}
+        )
+        return {one["path"]: one.get("oid") for one in answer.json()["files"]}
+
+    sizes = {"a_json": 2, "large_dat": 2 << 20, "other_json": 3, "new_json": 2}
+    small = "9e26dfeeb6e641a33dae4961196235bdb965b21b"  # git hash-object
+    large = hashlib.sha256(contents["large.dat"]).hexdigest()
+    expected = {"a.json": small, "large.dat": large, "other.json": None, "new.json": None}
+    assert plan("hf_hub/0.24.7", **sizes) == expected
+    inline = hashlib.sha1(b"blob 2097152\0" + contents["large.dat"], usedforsecurity=False).hexdigest()
+    assert plan("hf_hub/2.4.0", **sizes) == expected | {"large.dat": inline}
+    house.resources.store.delete(Digest(large))
+    assert plan("hf_hub/0.24.7", **sizes) == plan("hf_hub/2.4.0", **sizes) == expected | {"large.dat": None}, "lost"
 
 
 def test_a_repository_is_as_private_as_its_namespace(house: House) -> None:
