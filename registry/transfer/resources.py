@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from registry.database.migrate import ensure_schema
 from registry.settings import LocalStorage, Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.local import LocalStore
+from registry.storage.recent import RecentStats
 
 
 def utc_now() -> datetime:
@@ -21,13 +22,15 @@ def utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a procedure needs: settings, database, blob store, work directory and clock."""
+    """What a procedure needs: settings, database, blob store, work directory and clock. `recent` is for downloads
+    that the store itself serves."""
 
     settings: Settings
     database: Database
     store: BlobStore
     work_directory: Path
     clock: Callable[[], datetime] = utc_now
+    recent: RecentStats = field(default_factory=RecentStats)
 
     def read(self) -> AbstractContextManager[Session]:
         return self.database.read()

@@ -21,7 +21,7 @@ from tests.access.house import PRIVATE, House, build_house, new_environment
 
 RELEASES = f"/v1/adapters/{PRIVATE}/sql/releases"
 FILE = f"{RELEASES}/1.0.0/files/weights.safetensors"
-MANY = 2 * (STORE_THREADS + STORE_ROOM)
+MANY = STORE_THREADS + STORE_ROOM + 50
 SOON_S = 5.0
 """Far more than an answer takes that waits for nothing, even here and now; the store is let go on much later."""
 WITHOUT_STORE = (f"/v1/resolve?ref={PRIVATE}/sql@prod", f"/v1/releases?namespace={PRIVATE}", RELEASES, "/v1/whoami")

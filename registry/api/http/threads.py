@@ -27,7 +27,8 @@ PATIENCE_S = 5.0
 SEARCH_THREADS, SEARCH_ROOM = 16, 10_000
 """Fewer threads than database connections, so that slow searches leave some for other requests. As many requests may
 wait as are answered within PATIENCE_S."""
-STORE_THREADS, STORE_ROOM = 32, 64
+STORE_THREADS, STORE_ROOM = 32, 512
+"""64 clients of the hub fetch 8 files each at once."""
 
 
 class Threads:

@@ -94,7 +94,9 @@ def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
 
 def file_response(resources: Resources, file: RevisionFile, named: str, byte_range: str | None) -> Response:
     """As `blob_response`, for a caller who may read a release containing this file; `named` is its name there."""
-    stat = resources.store.stat(Digest(file.sha256))
+    sha256 = Digest(file.sha256)
+    url = resources.store.url(sha256, resources.settings.download_expires_s)
+    stat = resources.recent.stat(resources.store, sha256) if url else resources.store.stat(sha256)
     if stat is None:
         raise Unavailable(
             "blob_lost",
@@ -103,14 +105,16 @@ def file_response(resources: Resources, file: RevisionFile, named: str, byte_ran
             next_step="Restore the blob from a backup, or push the same file again.",
         )
     uploads.refuse_damaged(stat, file.size_bytes, named)
-    return blob_response(resources, stat, byte_range)
+    return RedirectResponse(url, status_code=307) if url else _bytes(resources, stat, byte_range)
 
 
 def blob_response(resources: Resources, stat: BlobStat, byte_range: str | None) -> Response:
     """The bytes, a range of them, or a redirect if the store has download addresses."""
     url = resources.store.url(stat.sha256, resources.settings.download_expires_s)
-    if url is not None:
-        return RedirectResponse(url, status_code=307)
+    return RedirectResponse(url, status_code=307) if url else _bytes(resources, stat, byte_range)
+
+
+def _bytes(resources: Resources, stat: BlobStat, byte_range: str | None) -> Response:
     span = _span(byte_range, stat.size_bytes)
     if span is None:
         return Response(status_code=416, headers={"Content-Range": f"bytes */{stat.size_bytes}"})

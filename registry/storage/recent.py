@@ -1,0 +1,35 @@
+"""Remembers for seconds that a store has a blob, for many clients that download one release at the same time."""
+
+import time
+from collections.abc import Callable
+
+from registry.formats.references import Digest
+from registry.storage.blobs import BlobStat, BlobStore
+
+REMEMBERED_S = 5.0
+_MOST = 10_000
+
+
+class RecentStats:
+    """What a store has said about blobs that it has. `clock` counts seconds.
+
+    A blob that is lost meanwhile is noticed REMEMBERED_S later; until then its address leads to the store's own 404.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: dict[Digest, tuple[float, BlobStat]] = {}
+
+    def stat(self, store: BlobStore, sha256: Digest) -> BlobStat | None:
+        """As `store.stat`, which it asks again once the answer is old. Absent blobs are not remembered."""
+        asked_at, known = self._known.get(sha256, (0.0, None))
+        if known is not None and self._clock() - asked_at < REMEMBERED_S:
+            return known
+        stat = store.stat(sha256)
+        if len(self._known) >= _MOST:
+            self._known = {}
+        if stat is None:
+            self._known.pop(sha256, None)
+        else:
+            self._known[sha256] = self._clock(), stat
+        return stat
