@@ -1,4 +1,4 @@
-"""Remembers for seconds that a store has a blob, for many clients that download one release at the same time."""
+"""Remembers for half a minute that a store has a blob, for many clients that download one release at the same time."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from registry.formats.references import Digest
 from registry.storage.blobs import BlobStat, BlobStore
 
-REMEMBERED_S = 5.0
+REMEMBERED_S = 30.0
 _MOST = 10_000
 
 
@@ -21,10 +21,13 @@ class RecentStats:
         self._known: dict[Digest, tuple[float, BlobStat]] = {}
 
     def stat(self, store: BlobStore, sha256: Digest) -> BlobStat | None:
-        """As `store.stat`, which it asks again once the answer is old. Absent blobs are not remembered."""
+        """As `store.stat`. An old answer is renewed by one caller, since a busy store may take longer than clients wait.
+        Absent blobs are not remembered."""
         asked_at, known = self._known.get(sha256, (0.0, None))
-        if known is not None and self._clock() - asked_at < REMEMBERED_S:
-            return known
+        if known is not None:
+            if self._clock() - asked_at < REMEMBERED_S:
+                return known
+            self._known[sha256] = self._clock(), known  # for the others meanwhile
         stat = store.stat(sha256)
         if len(self._known) >= _MOST:
             self._known = {}

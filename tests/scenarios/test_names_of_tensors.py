@@ -1,0 +1,37 @@
+"""The table of docs/asks.md: under which names of its tensors an adapter is refused, and whether a server loads it."""
+
+import shutil
+from pathlib import Path
+
+from safetensors.numpy import load_file, save_file
+
+from tests.scenarios.hub_client import WEIGHTS
+from tests.scenarios.world import Cli, World
+
+PREFIX, REFUSED = "base_model.model.", "No tensor matches the base: keys look like"
+CASES: dict[str, tuple[str, str, str, bool]] = {
+    "peft": (PREFIX, PREFIX, "", True),
+    "compiled": (PREFIX, f"{PREFIX}_orig_mod.", REFUSED, False),
+    "another-family": (".layers.", ".layer.", REFUSED, False),
+    "twice": (PREFIX, PREFIX * 2, REFUSED, False),
+    "wrapper": ("model.layers.", "model.language_model.layers.", "no server looks there", False),
+    "raw": (".weight", ".default.weight", "has the adapter's name in it", False),
+    "bare": (PREFIX, "", "without which PEFT itself loads nothing", True),
+}
+"""What is replaced by what, what a push says, and whether vLLM loads the adapter."""
+
+
+def test_a_push_says_under_which_names_an_adapter_would_do_nothing(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    for case, (old, new, said, loads) in CASES.items():
+        directory = shutil.copytree(world.adapters["sql"], tmp_path / case)
+        tensors = {name.replace(old, new): tensor for name, tensor in load_file(directory / WEIGHTS).items()}
+        save_file(tensors, directory / WEIGHTS)
+        pushed = stocked_embedded("push", directory, f"acme/{case}:1.0.0", "--base", "tiny")
+        assert (pushed.code, said in pushed.err) == (6 if said == REFUSED else 0, True), (case, pushed.err)
+        if pushed.code == 0:
+            [vllm] = stocked_embedded.json("inspect", f"acme/{case}:1.0.0", "--loads-in", "vllm:16")["loads_in"]
+            assert vllm["loads"] is loads, case
+    found = stocked_embedded.json("search", "--loads-in", "vllm:16")["items"]
+    assert {row["repository"] for row in found} == {"acme/peft", "acme/bare"}
