@@ -7,23 +7,21 @@ are processes with tokens and caches of their own; they, the server and the S3 s
 less than the server's own CPU time.
 """
 
-import multiprocessing
+import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx2
-from huggingface_hub import snapshot_download
-from huggingface_hub.utils import disable_progress_bars
 
 from benchmarks import harness, load
 from benchmarks.harness import Sample
@@ -72,21 +70,20 @@ class Server:
 class Clients:
     """Processes that wait to download: what a test of a server should not measure, they have done before."""
 
-    def __init__(self, count: int, directory: Path, token: str) -> None:
-        fork = multiprocessing.get_context("fork")
-        self._directory, self._ends = directory, list[Connection]()
-        for number in range(count):
-            ours, theirs = fork.Pipe()
-            target = partial(_download_when_asked, theirs, token, directory / str(number))
-            fork.Process(target=target, daemon=True).start()
-            self._ends.append(ours)
+    def __init__(self, directory: Path, token: str, stack: ExitStack) -> None:
+        command = [sys.executable, "-m", "benchmarks.snapshots", str(CLIENTS), REPOSITORY, token, str(directory)]
+        self._directory = directory
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        stack.callback(self._process.communicate)  # the end of its input is its end, and that of its children
 
     def download(self, server: Server) -> Sample:
         """Lets all of them download at once. Raises RuntimeError if none succeeds."""
         used, started = load.cpu_seconds(server.process_id), time.perf_counter()
-        for end in self._ends:
-            end.send(server.url)
-        answers = [end.recv() for end in self._ends]
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{server.url}\n")
+        self._process.stdin.flush()
+        answers: list[float | str] = json.loads(self._process.stdout.readline())
         seconds = time.perf_counter() - started
         server.cpu_seconds.append(load.cpu_seconds(server.process_id) - used)
         server.errors.append([answer for answer in answers if isinstance(answer, str)])
@@ -94,16 +91,6 @@ class Clients:
             raise RuntimeError(f"All downloads from {server.url} failed: {answers[0]}")
         shutil.rmtree(self._directory)
         return Sample(seconds, calls=tuple(answer for answer in answers if not isinstance(answer, str)))
-
-
-def _download_when_asked(end: Connection, token: str, cache: Path) -> None:
-    while True:
-        url, started = end.recv(), time.perf_counter()
-        try:
-            snapshot_download(REPOSITORY, endpoint=url, token=token, cache_dir=cache)
-            end.send(time.perf_counter() - started)
-        except Exception as error:
-            end.send(repr(error))
 
 
 def publish(directory: Path, environment: Mapping[str, str]) -> tuple[Cli, str]:
@@ -202,7 +189,7 @@ def compare(directory: Path, storage: Mapping[str, str], names: Mapping[str, str
     directory.mkdir()
     cli, token = publish(directory, {"ADAPTORY_ACCESS": "tokens", "ADAPTORY_RATE_LIMIT": "", **storage})
     with ExitStack() as running:
-        clients = Clients(CLIENTS, directory / "caches", token)
+        clients = Clients(directory / "caches", token, running)
         origin = serve(cli, running)
         plain = running.enter_context(nginx(directory / "nginx", origin, token, redirect=bool(storage)))
         report({names["floor"]: plain, names["ours"]: origin}, names["floor"], clients, rounds)
@@ -213,7 +200,6 @@ def main() -> None:
     if shutil.which("nginx") is None:
         raise SystemExit("nginx is not installed: `apt-get install nginx-light`.")
     harness.announce("hub_downloads", "huggingface_hub", "uvicorn")
-    disable_progress_bars()
     with ExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="adaptory-hub-")))
         s3 = s3_server.started(directory / "services")

@@ -33,5 +33,5 @@ def test_a_push_says_under_which_names_an_adapter_would_do_nothing(
         if pushed.code == 0:
             [vllm] = stocked_embedded.json("inspect", f"acme/{case}:1.0.0", "--loads-in", "vllm:16")["loads_in"]
             assert vllm["loads"] is loads, case
-    found = stocked_embedded.json("search", "--loads-in", "vllm:16")["items"]
-    assert {row["repository"] for row in found} == {"acme/peft", "acme/bare"}
+    loaded = stocked_embedded.json("search", "--loads-in", "vllm:16")["items"]
+    assert {row["repository"] for row in loaded} == {"acme/peft", "acme/bare"}
