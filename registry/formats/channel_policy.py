@@ -15,6 +15,7 @@ licenses:                            # of the base, the adapter and its data; of
   allow: [Apache-2.0, MIT, CC-BY-4.0]
   refuse: [CC-BY-NC-4.0, {base: llama3.1, adapter: Apache-2.0}]   # a name, or a combination
 verdict: ok                          # the worst accepted verdict of a composed release's conflict check
+loads_in: ["vllm:16", peft]          # servers that must load an adapter as it is
 force: admin                         # the role that may force a promotion; or `never`
 expires_hours: 24                    # how long a promotion waits for what it lacks
 """
@@ -24,7 +25,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
+from composer.errors import NotSupported
 from composer.findings import Verdict
+from composer.formats.adapters.serving import parse_profile
 from composer.formats.recipes.documents import LISTED, Document, Reader, Refusal, one_of, problem_of
 from registry.errors import Invalid
 
@@ -123,6 +126,13 @@ def _with_conditions(value: object) -> object:
     return {"rule": value} if isinstance(value, str) else value
 
 
+def _server(value: str) -> str:
+    try:
+        return str(parse_profile(value))
+    except NotSupported as error:
+        raise Refusal(error.message.rstrip("."), error.next_step) from error
+
+
 class ChannelPolicy(Document):
     """What a promotion to one channel needs. All of it must hold; rollbacks need none of it."""
 
@@ -147,6 +157,10 @@ class ChannelPolicy(Document):
     licenses: Licenses | None = Field(None, description="Of the base, the adapter and its data.")
     verdict: Annotated[str | None, one_of(*(one for one in Verdict if one is not Verdict.REFUSE), None)] = Field(
         None, description="The worst accepted verdict of a composed release's conflict check."
+    )
+    loads_in: Annotated[tuple[Annotated[str, AfterValidator(_server)], ...], Field(max_length=10), LISTED] = Field(
+        (),
+        description="Servers that must load an adapter as it is: vllm:<max_lora_rank>, sglang, lorax, llamacpp, peft.",
     )
     force: Literal["releaser", "admin", "never"] = Field(
         "releaser", description="The lowest role that may force a promotion."

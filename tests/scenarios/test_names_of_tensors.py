@@ -21,7 +21,7 @@ CASES: dict[str, tuple[str, str, str, bool]] = {
 """What is replaced by what, what a push says, and whether vLLM loads the adapter."""
 
 
-def test_a_push_says_under_which_names_an_adapter_would_do_nothing(
+def test_a_push_says_under_which_names_an_adapter_would_do_nothing_and_a_channel_can_refuse_it(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
     for case, (old, new, said, loads) in CASES.items():
@@ -35,3 +35,17 @@ def test_a_push_says_under_which_names_an_adapter_would_do_nothing(
             assert vllm["loads"] is loads, case
     loaded = stocked_embedded.json("search", "--loads-in", "vllm:16")["items"]
     assert {row["repository"] for row in loaded} == {"acme/peft", "acme/bare"}
+    policy = tmp_path / "policy.yaml"
+    policy.write_text('version: 1\nloads_in: ["vllm:16"]\n')
+    for case, code in {"peft": 0, "wrapper": 1}.items():
+        stocked_embedded.ok("policy", "set", f"acme/{case}@prod", policy)
+        promoted = stocked_embedded("promote", f"acme/{case}:1.0.0", "--to", "prod")
+        refusal = "FAIL  loads in vllm:16: its paths are those of another model"
+        assert (promoted.code, refusal in promoted.err) == (code, bool(code)), promoted.err
+
+
+def test_a_policy_names_a_server_that_there_is(stocked_embedded: Cli, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("version: 1\nloads_in: [vllm:17]\n")
+    refused = stocked_embedded("policy", "set", "acme/sql@prod", policy)
+    assert (refused.code, "'vllm:17' is not a profile" in refused.err) == (6, True), refused.err

@@ -20,6 +20,10 @@ from registry.domain.jobs.evaluations import Wanted
 from registry.formats.channel_policy import ChannelPolicy, ScoreRule, of_rules, read_policy
 from registry.formats.references import parse_name
 
+_HOW = {"version", "min_n", "measured", "missing", "force", "expires_hours"}
+"""Fields of a policy that ask for nothing by themselves."""
+_REQUIREMENTS = tuple(name for name in ChannelPolicy.model_fields if name not in _HOW)
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -116,7 +120,7 @@ def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]
 
 def is_empty(policy: ChannelPolicy) -> bool:
     """Whether every release passes."""
-    return not (policy.rules or policy.soak or policy.approval or policy.signature or policy.verdict or policy.licenses)
+    return not any(getattr(policy, name) for name in _REQUIREMENTS)
 
 
 def judge(session: Session, policy: ChannelPolicy, question: Question) -> Report:

@@ -1,4 +1,4 @@
-"""What a policy asks for besides scores: a soak in another channel, approvals, a signature, a verdict."""
+"""What a policy asks for besides scores: a soak in another channel, approvals, a signature, a verdict, servers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from composer.findings import Verdict
+from composer.formats.adapters.serving import Profile, loads, parse_profile
 from registry.database.tables import Approval, Channel, Composition, Move, Namespace, Release, ReleaseInput
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
@@ -44,7 +45,7 @@ def judge(session: Session, policy: ChannelPolicy, question: Question) -> list[G
         results += licensing.judge(session, policy.licenses, release)
     if policy.verdict is not None:
         results.append(_verdict(session, Verdict(policy.verdict), release))
-    return results
+    return results + [_loads(release, parse_profile(server)) for server in policy.loads_in]
 
 
 def _soak(session: Session, policy: ChannelPolicy, soak: Soak, question: Question) -> GateResult:
@@ -136,6 +137,15 @@ def _verdict(session: Session, worst: Verdict, release: Release) -> GateResult:
     return GateResult(
         rule, Verdict.worst([worst, verdict]) is worst, f"the conflict check of its inputs says {verdict}"
     )
+
+
+def _loads(release: Release, server: Profile) -> GateResult:
+    """A model passes: servers load it as a checkpoint, not as an adapter."""
+    rule = f"loads in {server}"
+    if release.rank_max is None:
+        return GateResult(rule, True, "a model")
+    loading = loads(release.servers, release.loading, release.rank_max, server)
+    return GateResult(rule, loading.loads, "; ".join(loading.reasons) or "as it is")
 
 
 def _hours(time: timedelta) -> str:
