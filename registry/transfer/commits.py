@@ -24,7 +24,7 @@ from registry.domain.catalog import bases, commits, releases
 from registry.domain.catalog.commits import Addition, Change, Deletion
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import revisions
-from registry.errors import Conflict, Invalid, Usage
+from registry.errors import Conflict, Invalid, NotFound, Usage
 from registry.formats.manifest import ManifestFile, parse_manifest
 from registry.formats.references import RepositoryName, Version, parse_digest
 from registry.formats.signatures import SIGNATURE_FILE
@@ -51,8 +51,8 @@ def receive(
     adapter that it adds."""
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         change, added = _parse(_Lines(chunks, Path(directory)))
-        for file in added:
-            uploads.store_file(resources, actor, name.namespace, file.sha256, Path(directory) / file.sha256, move=True)
+        for sha256 in {file.sha256 for file in added}:  # files of a commit may have the same content
+            uploads.store_file(resources, actor, name.namespace, sha256, Path(directory) / sha256, move=True)
     with resources.read() as session:
         files = commits.added_files(session, change)
         releases.refuse_absent_blobs(session, name.namespace, files)  # before their bytes are read
@@ -132,7 +132,7 @@ def release(
 
 
 def _base_of(resources: Resources, files: list[ManifestFile]) -> str:
-    """The base that the files name. Raises Invalid if they name none."""
+    """The base that the files name. Raises Invalid if they name none, NotFound if it is not registered."""
     stated = _stated_base(resources, files)
     if stated is None:
         raise Invalid(
@@ -141,7 +141,12 @@ def _base_of(resources: Resources, files: list[ManifestFile]) -> str:
             subject=CONFIG_FILE,
             next_step="Set base_model_name_or_path, or `base_model` in the card, to the name of a registered base.",
         )
-    return stated
+    try:
+        with resources.read() as session:
+            return bases.identify(session, stated)[1]
+    except NotFound as error:
+        step = f"{error.next_step} To name another, set `base_model` in {CARD_FILE}."
+        raise NotFound(error.code, error.detail, subject=error.subject, next_step=step) from None
 
 
 def _stated_base(resources: Resources, files: list[ManifestFile]) -> str | None:

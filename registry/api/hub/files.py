@@ -48,6 +48,7 @@ def download_file(  # noqa: PLR0913
     actor: Reader,
     byte_range: Annotated[str | None, Header(alias="Range")] = None,
     known: Annotated[str | None, Header(alias="If-None-Match")] = None,
+    begun: Annotated[str | None, Header(alias="If-Range")] = None,
 ) -> Response:
     """The bytes, a range of them, a redirect to the store, or 304 for a client that has them."""
     with resources.read() as session:
@@ -57,6 +58,8 @@ def download_file(  # noqa: PLR0913
     headers |= _headers(revision, located, file)
     if known is not None and file.sha256 in known:
         return Response(status_code=304, headers=headers | {"ETag": f'"{file.sha256}"'})
+    if begun is not None and file.sha256 not in begun:  # the name stands for other bytes by now: all of them
+        byte_range = None
     response = file_response(resources, file, f"{path} of {located.full_name}", byte_range)
     response.headers.update(headers)
     return response

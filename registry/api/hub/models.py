@@ -55,9 +55,9 @@ def list_models(  # noqa: PLR0913
 ) -> Response:
     """Lists the models that the caller may read, by name."""
     size = min(limit, PAGE)
+    asked, after = Wanted(author and author.lower(), [word.lower() for word in search]), decode_cursor(cursor)
     with resources.snapshot() as session:
-        words = [word.lower() for word in search]
-        wanted, after = narrow(session, Wanted(namespace=author, words=words), filters), decode_cursor(cursor)
+        wanted = narrow(session, asked, filters)
         rows = repositories.list_page(session, actor, wanted, after=after, limit=size + 1) if wanted else []
         items = documents.model_page(session, actor, rows[:size])
     more = next_page(request, encode_cursor(items[-1]["id"])) if len(rows) > size else {}
@@ -130,7 +130,7 @@ def list_tree(  # noqa: PLR0913
         located = revisions.locate(session, named, revision)
         headers = revision_headers(request, located)
         entries = list_directory(parse_manifest(located.manifest), directory.strip("/"), recursive=recursive)
-        if not entries:
+        if not entries and directory:
             raise releases.unknown_file(located.full_name, directory)
         entries = [entry for entry in entries if entry.path > after]
         rendered = documents.tree_page(session, located, entries[:size], expand=expand)

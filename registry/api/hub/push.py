@@ -14,15 +14,15 @@ from registry.api.http.rules import Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import MODEL
 from registry.api.hub.schemas import BatchIn, BranchIn, MoveIn, PlanIn, RepositoryIn, TagIn
-from registry.api.hub.wire import HubRoute, with_findings
+from registry.api.hub.wire import CREATE, HubRoute, with_findings
 from registry.client.selection import is_trainer_file
 from registry.database.tables import Promotion
 from registry.domain.access.audit import Actor
-from registry.domain.access.roles import Role, permit
+from registry.domain.access.roles import Role, may, permit
 from registry.domain.catalog import commits, repositories
 from registry.domain.channels import moves, promotions, revisions
 from registry.domain.channels.revisions import MAIN
-from registry.errors import NotAllowed, TooLarge, Usage
+from registry.errors import NotAllowed, NotFound, TooLarge, Usage
 from registry.formats.manifest import ManifestFile, parse_manifest
 from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
 from registry.formats.xet import has_lz4
@@ -35,9 +35,13 @@ INLINE_BYTES = 1 << 20
 MAX_COMMIT_BYTES = 400 << 20
 
 
-@router.post("/api/repos/create")
+@router.post(CREATE)
 def create(body: RepositoryIn, request: Request, resources: ResourcesOf, actor: Caller) -> Response:
     """Creates an empty repository. Names are lowered, since trainers make them of directories."""
+    if body.type not in (None, "model"):
+        raise _not_a_model(body.type)
+    if not body.organization and not may(actor, Role.PUBLISHER, actor.name):
+        parse_repository(body.name)  # says that a namespace is missing
     namespace = (body.organization or actor.name).lower()
     repository = RepositoryName(parse_name(namespace, "namespace"), parse_name(body.name.lower(), "repository name"))
     permit(actor, Role.PUBLISHER, str(repository))
@@ -238,6 +242,15 @@ def refuse_settings(namespace: str, name: str, actor: Reader) -> Response:
         f"{namespace}/{name} is {visible}, as everything in {namespace}; a repository has no settings of its own.",
         subject=f"{namespace}/{name}",
         next_step=f"An admin can change {namespace}: `adaptory namespace set`.",
+    )
+
+
+def _not_a_model(kind: str) -> NotFound:
+    return NotFound(
+        "hub_route_unknown",
+        f"This registry has no repositories of type {kind[:80]!r}.",
+        subject=kind[:80],
+        next_step="Leave the type out: adapters are models too.",
     )
 
 

@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 class RepositoryIn(BaseModel):
     name: str
     organization: str | None = None
+    type: str | None = None
     private: bool | None = None
     visibility: str | None = None
 

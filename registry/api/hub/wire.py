@@ -1,5 +1,6 @@
 """What all answers of the hub API have in common: errors, dates, links and pages, as `huggingface_hub` reads them."""
 
+import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -8,9 +9,9 @@ from urllib.parse import quote, urlencode
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from registry.api.http.problems import error_text, header_text, problem_response
+from registry.api.http.problems import header_text, problem_response
 from registry.domain.channels.revisions import COMMIT_DIGITS, Located
-from registry.errors import Invalid, RegistryError, Unauthenticated
+from registry.errors import Invalid, NotAllowed, RegistryError, Unauthenticated
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -22,8 +23,10 @@ EXCEPTIONS = {
     "file_unknown": "EntryNotFound",
 }
 """The client's exception for each code that has one."""
+CREATE = "/api/repos/create"
 WRONG_TOKEN = "Invalid credentials in Authorization header"  # noqa: S105
 """By this text the client tells a wrong token from a repository that needs one."""
+_PRERELEASE = re.compile(r"\.v?\d+\.\d+\.\d+-.*\Z")
 _MAX_WARNINGS, _MAX_WARNING = 4, 300
 """Proxies accept a few kilobytes of headers."""
 
@@ -41,6 +44,7 @@ class HubRoute(APIRoute):
         answer = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
+            _lower_names(request)
             try:
                 _refuse_nul(request)
                 return await answer(request)
@@ -48,6 +52,17 @@ class HubRoute(APIRoute):
                 return refusal(request, error)
 
         return handle
+
+
+def _lower_names(request: Request) -> None:
+    """Lowers the repository in the path as `create` does, since a program goes on with the name that it was given. Not
+    the pre-release of an alias such as acme/sql.1.0.0-RC.1."""
+    names = request.path_params
+    if "namespace" in names:
+        names["namespace"] = names["namespace"].lower()
+    if "name" in names:
+        kept = _PRERELEASE.search(names["name"])
+        names["name"] = names["name"][: kept and kept.start()].lower() + (kept[0] if kept else "")
 
 
 def _refuse_nul(request: Request) -> None:
@@ -59,14 +74,22 @@ def _refuse_nul(request: Request) -> None:
 
 def refusal(request: Request, error: RegistryError) -> Response:
     """The problem document of an error, for the client."""
-    headers = {"X-Error-Message": error_text(error).replace("ADAPTORY_TOKEN", "HF_TOKEN")}
+    text = " ".join([error.detail, *_failed_rules(error), error.next_step]).replace("ADAPTORY_TOKEN", "HF_TOKEN")
+    if error.status == NotAllowed.status:
+        text = text.removesuffix(".")  # the client adds one
+    headers = {"X-Error-Message": header_text(text)}
     if isinstance(error, Unauthenticated) and error.code == "token_invalid":
         headers["X-Error-Message"] = WRONG_TOKEN
-    if error.code in EXCEPTIONS:
+    if error.code in EXCEPTIONS and request.url.path != CREATE:  # the client would say to create what it creates
         headers["X-Error-Code"] = EXCEPTIONS[error.code]
     if commit := getattr(request.state, "commit", None):  # the client then remembers that the file is absent
         headers["X-Repo-Commit"] = commit
     return problem_response(error, headers=headers)
+
+
+def _failed_rules(error: RegistryError) -> list[str]:
+    """The gate rules behind a refusal, with their numbers: the client shows no findings."""
+    return [f"{one['rule']}: {one['detail']}." for one in error.findings if one.get("passed") is False]
 
 
 def revision_headers(request: Request, located: Located) -> dict[str, str]:

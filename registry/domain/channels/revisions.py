@@ -104,8 +104,10 @@ def _readings(named: str) -> Iterator[tuple[RepositoryName, str]]:
 
 def _at(session: Session, repository: RepositoryName, revision: str) -> Located | None:
     """The files at a revision. A full commit comes first, since clients rely on its meaning."""
-    if revision == MAIN:
-        return _main(session, repository)
+    if revision in (MAIN, commits.EMPTY):
+        main = _main(session, repository)
+        if main is None or revision in (MAIN, main.commit):
+            return main
     commit = _parsed(f"{repository}#{revision}")
     if commit and len(revision) == COMMIT_DIGITS and (located := _of_commit(session, commit)):
         return located

@@ -108,6 +108,13 @@ def test_a_commit_is_read_in_whatever_pieces_it_comes(house: House, named: str, 
     assert head(house, named) == oid
 
 
+def test_files_of_the_same_content_come_in_one_commit(house: House, named: str) -> None:
+    """PEFT saves each adapter of a model in a directory of its own, with the same configuration and card."""
+    contents = {CONFIG: b"{}", f"prod/{CONFIG}": b"{}", "README.md": b"x", "prod/README.md": b"x"}
+    commit(house, named, *(file(path, content) for path, content in contents.items())).raise_for_status()
+    assert {path: read(house, named, path) for path in paths(house, named)} == contents
+
+
 def test_operations_apply_in_their_order(house: House, named: str) -> None:
     commit(house, named, file("logs/a.txt", b"a"), file("logs/b.txt", b"b"), file("keep.txt", b"k")).raise_for_status()
     commit(house, named, deleted("logs/", folder=True), file("logs/c.txt", b"c")).raise_for_status()
@@ -368,7 +375,38 @@ def test_a_repository_is_as_private_as_its_namespace(house: House) -> None:
     assert (again.status_code, again.json()["url"]) == (409, "http://registry/acme/mixed-case")
     assert create(name="x", organization="open", private=True).status_code == 403
     assert create(name="x", organization="open", visibility="public").status_code == 200
-    assert create(name="x", organization="other").status_code == 404
+
+
+def test_a_refusal_to_create_is_shown_in_its_words(house: House) -> None:
+    """For a missing repository the client has words of its own: how to create it."""
+
+    def refused(**body: str) -> tuple[int, str]:
+        answer = house.ask("publisher", "POST", "/api/repos/create", json=body)
+        assert "X-Error-Code" not in answer.headers
+        return answer.status_code, answer.headers["X-Error-Message"]
+
+    status, words = refused(name="x", organization="other")
+    assert (status, "no namespace other that you may see" in words) == (404, True)
+    status, words = refused(name="mine")
+    assert (status, "Write it as namespace/name" in words) == (400, True)
+    status, words = refused(name="tables", organization="acme", type="dataset")
+    assert (status, "no repositories of type 'dataset'" in words) == (404, True)
+
+
+def test_an_empty_repository_has_an_empty_tree(house: House, named: str) -> None:
+    """A push that replaces files lists them first."""
+    tree = house.ask("reader", "GET", f"/api/models/{named}/tree/main?recursive=true")
+    assert (tree.status_code, tree.json()) == (200, [])
+    tree = house.ask("reader", "GET", f"/api/models/{named}/tree/{EMPTY}")
+    assert (tree.status_code, tree.json()) == (200, []), "the commit that a snapshot pins"
+    assert house.ask("reader", "GET", f"/api/models/{named}/tree/main/deep").headers["X-Error-Code"] == "EntryNotFound"
+
+
+def test_a_gate_refuses_a_branch_with_its_numbers(house: House) -> None:
+    gates = {"channel": "guarded", "rules": ["exact.nll <= 0.001"]}
+    house.ask("admin", "PUT", "/v1/adapters/acme/sql/gates", json=gates).raise_for_status()
+    answer = house.ask("releaser", "POST", "/api/models/acme/sql/branch/guarded", json={"startingPoint": "1.0.0"})
+    assert (answer.status_code, "exact.nll <= 0.001: " in answer.headers["X-Error-Message"]) == (422, True)
 
 
 def test_a_release_made_elsewhere_is_a_step_of_main(house: House) -> None:
