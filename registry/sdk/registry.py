@@ -186,7 +186,7 @@ class Registry:
     def record_scores(self, ref: str | Release, scores: Iterable[Score]) -> None:
         """Records scores of a release on registered suites, each on the suite's current content.
 
-        >>> registry.record_scores("acme/sql:1.1.0", [Score(suite="sql-exact", metric="accuracy", value=0.8, n=200)])
+        >>> registry.record_scores("acme/sql:1.1.0", [Score(suite="sql-exact", metric="accuracy", value=0.8, n=32)])
         """
         digests: dict[str, str] = {}
         rows: list[Json] = []

@@ -184,7 +184,7 @@ def desk(
     inputs = [{"adapter": f"acme/{name}@prod"} for name in ("sql", "terraform")]
     recipe = {"inputs": inputs, "method": "stack", "adapter": "acme/assistant:1.0.0", "probe": 0, "gates": []}
     Path("assistant.yaml").write_text(yaml.safe_dump(recipe))
-    examples = [{"prompt": f"sql {number}", "completion": str(number)} for number in range(200)]
+    examples = [{"prompt": f"sql {number}", "completion": str(number)} for number in range(32)]
     Path("suite.yaml").write_text(
         yaml.safe_dump({"name": "sql-exact", "kind": "target", "chat": False, "examples": examples})
     )

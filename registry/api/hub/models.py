@@ -55,9 +55,9 @@ def list_models(  # noqa: PLR0913
 ) -> Response:
     """Lists the models that the caller may read, by name."""
     size = min(limit, PAGE)
-    asked, after = Wanted(author and author.lower(), [word.lower() for word in search]), decode_cursor(cursor)
+    asked = Wanted(namespace=author and author.lower(), words=[word.lower() for word in search])
     with resources.snapshot() as session:
-        wanted = narrow(session, asked, filters)
+        wanted, after = narrow(session, asked, filters), decode_cursor(cursor)
         rows = repositories.list_page(session, actor, wanted, after=after, limit=size + 1) if wanted else []
         items = documents.model_page(session, actor, rows[:size])
     more = next_page(request, encode_cursor(items[-1]["id"])) if len(rows) > size else {}
