@@ -114,12 +114,15 @@ def release(
     resources: Resources, actor: Actor, name: RepositoryName, revision: str, version: Version, notes: str
 ) -> list[dict[str, Any]]:
     """Publishes the files at a revision, by the function of every push; the base is the one that they name. Returns
-    the findings that did not prevent it."""
+    the findings that did not prevent it.
+
+    `main` stays where it is, also if the revision is an older release, or a collection forgets the commit meanwhile.
+    """
     with resources.snapshot() as session:
         files = parse_manifest(revisions.locate(session, str(name), revision).manifest)
     uploads.keep(resources, actor, name.namespace, files)  # a collection may forget the commit meanwhile
     kind = Kind.ADAPTER if any(file.path == CONFIG_FILE for file in files) else Kind.MODEL
-    push = Push(name, kind, version, None, _base_of(resources, files), files, notes)
+    push = Push(name, kind, version, None, _base_of(resources, files), files, notes, moves_main=False)
     published = publishing.publish(resources, actor, push)
     if not published.created:
         raise Conflict(

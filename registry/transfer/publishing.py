@@ -56,7 +56,8 @@ _PARALLEL = 8
 class Push:
     """A release to publish; `version` or `bump` is set, and the bytes of `files` are in the store.
 
-    `provenance` is stated by the publisher; it overrides the model card.
+    `provenance` is stated by the publisher; it overrides the model card. `moves_main`: files that no commit has become
+    the head of `main`.
     """
 
     repository: RepositoryName
@@ -70,6 +71,7 @@ class Push:
     composition_id: int | None = None
     allow_breaking: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    moves_main: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentReq
         known = idempotency.claim_key(session, keyed, actor.at)
         if known is not None:
             return Published(**known)
-        release, created = commits.publish(session, actor, new)
+        release, created = commits.publish(session, actor, new, moves_main=push.moves_main)
         if created:
             findings += [*doubts, *reported_scores.record(session, actor, release, stated)[1]]
         published = Published(release.id, created, [finding.to_json() for finding in findings])

@@ -13,6 +13,7 @@ from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,7 +27,7 @@ from registry.errors import Conflict, NotFound, RegistryError, Unavailable
 from registry.formats.manifest import parse_manifest
 from registry.formats.references import RepositoryName, parse_version
 from registry.transfer import commits as transfers
-from registry.transfer import fsck
+from registry.transfer import fsck, uploads
 from registry.transfer.collect import Collected
 from registry.transfer.collect import collect as collect_garbage
 from registry.transfer.resources import Resources
@@ -70,7 +71,7 @@ def commit(held: Resources, files: Mapping[str, bytes], name: RepositoryName = N
         value = {"content": base64.b64encode(content).decode(), "path": path, "encoding": "base64"}
         lines.append({"key": "file", "value": value})
     body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-    return transfers.receive(held, actor(held), name, [body])
+    return transfers.receive(held, actor(held), name, [body])[0]
 
 
 def tag(held: Resources, version: str, revision: str, name: RepositoryName = NAME) -> None:
@@ -212,6 +213,27 @@ def test_a_tag_beside_a_collection_makes_a_complete_release_or_none(held: Resour
         assert is_complete(held, "main")
     assert all(is_complete(held, version) for version in released)
     assert [finding for finding in fsck.check(held, read_bytes=True) if finding.severity == "error"] == []
+
+
+def test_a_tag_of_a_commit_that_is_being_forgotten_leaves_main_where_it_is(
+    held: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collection forgets the commit while it is tagged."""
+    create(held)
+    first = commit(held, adapter(1))
+    head = commit(held, adapter(2) | {"notes.txt": b"2"})
+    keep = uploads.keep
+
+    def keep_and_forget(*arguments: Any) -> Any:
+        with held.write() as session:
+            assert commits.forget(session, actor(held), held.clock() + DAY, 10) == 1
+        return keep(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(uploads, "keep", keep_and_forget)
+        tag(held, "1.0.0", first)
+    with held.snapshot() as session:
+        assert [revisions.locate(session, str(NAME), name).commit for name in ("1.0.0", "main")] == [first, head]
 
 
 def commit_and_tag(journal_path: str, seed: int) -> None:

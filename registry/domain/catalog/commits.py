@@ -156,11 +156,11 @@ def _file(added: Addition, sizes: Mapping[str, int]) -> ManifestFile:
     return ManifestFile(added.path, size, added.sha256)
 
 
-def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, bool]:
+def publish(session: Session, actor: Actor, new: NewRelease, *, moves_main: bool = True) -> tuple[Release, bool]:
     """As `releases.publish`; in a repository with commits, a release whose files are not those of a commit becomes the
-    head of `main`."""
+    head of `main`, if it `moves_main`."""
     release, created = releases.publish(session, actor, new)
-    if created and last(session, release.repository) is not None:
+    if created and moves_main and last(session, release.repository) is not None:
         made_from = select(Commit.id).where(Commit.revision_id == release.revision_id).limit(1)
         if session.scalar(made_from) is None:
             _record(session, actor, release.repository, release.revision, (release.version, release.notes))
