@@ -4,9 +4,10 @@ import base64
 import hashlib
 import hmac
 import json
+import threading
 import time
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx2
 import pytest
 from sqlalchemy import select, update
 
+from registry.api.http.threads import EXCHANGE_THREADS
 from registry.database.tables import AuditRow, Token, UsedIdToken
 from registry.errors import Unauthenticated, Unavailable
 from registry.transfer.issuer_keys import MAX_AGE_S, MIN_INTERVAL_S, RETRY_S, IssuerKeys
@@ -355,6 +357,30 @@ def test_an_issuer_leads_the_server_nowhere_else() -> None:
         ci.serve(discovery, good)
         with pytest.raises(Unauthenticated):
             IssuerKeys().find(ci.url, "rsa")
+
+
+def test_an_issuer_that_hangs_stops_only_exchanges(
+    house: House, ci: Issuer, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anyone can send tokens that name it: each waits for its keys."""
+    waiting, go_on = threading.Semaphore(0), threading.Event()
+
+    def hang(*_: object) -> None:
+        waiting.release()
+        go_on.wait(60)
+        raise Unavailable("issuer_unavailable", "It does not answer.", next_step="Try again.")
+
+    monkeypatch.setattr(IssuerKeys, "find", hang)
+    with ThreadPoolExecutor(61) as pool:
+        asked = [pool.submit(exchange, house, ci.token()) for _ in range(60)]
+        try:
+            for _ in range(EXCHANGE_THREADS):
+                assert waiting.acquire(timeout=30)
+            assert pool.submit(house.ask, "reader", "GET", "/v1/whoami").result(4).status_code == 200
+        finally:
+            refused = next(one for one in as_completed(asked)).result()
+            go_on.set()
+    assert (refused.status_code, refused.json()["code"]) == (503, "exchanges_busy"), refused.text
 
 
 def test_a_registry_without_an_audience_exchanges_nothing(house: House, ci: Issuer) -> None:

@@ -1,4 +1,4 @@
-"""Thread pools for searches and for routes that use the blob store.
+"""Thread pools for searches, for routes that use the blob store, and for exchanges of ID tokens.
 
 All other routes share the framework's 40 threads. A hanging store blocks each thread that calls it for a minute or
 more: with shared threads, a hundred downloads would also stop resolve and search, which do not need the store.
@@ -29,6 +29,8 @@ SEARCH_THREADS, SEARCH_ROOM = 16, 10_000
 wait as are answered within PATIENCE_S."""
 STORE_THREADS, STORE_ROOM = 32, 512
 """64 clients of the hub fetch 8 files each at once."""
+EXCHANGE_THREADS, EXCHANGE_ROOM = 8, 64
+"""An issuer that hangs blocks each thread that needs its keys, and anyone can send a token that names it."""
 
 
 class Threads:
@@ -37,8 +39,8 @@ class Threads:
     A request gets the 503 `busy` if `room` others wait for a thread already, or if it has waited for PATIENCE_S.
     """
 
-    def __init__(self, use: str, busy: str, count: int, room: int) -> None:
-        self._use, self._busy, self._count = use, busy, count
+    def __init__(self, use: str, busy: str, count: int, room: int, slow: str = "the database or the store") -> None:
+        self._use, self._busy, self._count, self._slow = use, busy, count, slow
         self._pool = ThreadPoolExecutor(count, use)
         self._admission = Semaphore(count + room)
 
@@ -71,13 +73,14 @@ class Threads:
     def _unavailable(self) -> Unavailable:
         return Unavailable(
             self._busy,
-            f"All {self._count} {self._use} threads are busy: the database or the store is slow, or overloaded.",
-            next_step="Try again after the seconds in Retry-After; /readyz tells whether both answer.",
+            f"All {self._count} {self._use} threads are busy: {self._slow} is slow, or overloaded.",
+            next_step="Try again after the seconds in Retry-After; /readyz tells whether database and store answer.",
         )
 
 
 in_search_threads = Threads("search", "searches_busy", SEARCH_THREADS, SEARCH_ROOM)
 in_store_threads = Threads("store", "store_busy", STORE_THREADS, STORE_ROOM)
+in_exchange_threads = Threads("exchange", "exchanges_busy", EXCHANGE_THREADS, EXCHANGE_ROOM, "an issuer of ID tokens")
 
 
 class BlobResponse(StreamingResponse):

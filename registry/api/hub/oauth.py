@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from registry.api.http.callers import credentials_of
 from registry.api.http.request import content_length, document
 from registry.api.http.rules import MAX_STRANGERS_BYTES, callers_of
+from registry.api.http.threads import in_exchange_threads
 from registry.api.hub.wire import HubRoute, refusal
 from registry.errors import NotAllowed, Refused, RegistryError, TooLarge, Usage
 from registry.formats.references import parse_repository
@@ -44,6 +45,7 @@ async def fields_of(request: Request) -> dict[str, str]:
 
 
 @router.post("/oauth/token")
+@in_exchange_threads
 def exchange_token(request: Request, fields: Annotated[dict[str, str], Depends(fields_of)]) -> JSONResponse:
     """Exchange an ID token for a token that publishes in one repository, for an hour."""
     try:
