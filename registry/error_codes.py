@@ -422,7 +422,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "file_too_large": "ADAPTORY_MAX_FILE_BYTES sets the limit.",
         "headers_too_large": "Send less, or let an operator raise ADAPTORY_MAX_HEADER_BYTES.",
         "push_too_large": "Push fewer files at a time.",
-        "too_many_files": "Announce and send them in parts, or raise the limit (ADAPTORY_MAX_OPEN_UPLOADS).",
+        "too_many_files": "Send fewer files at a time, or raise the limit (ADAPTORY_MAX_OPEN_UPLOADS).",
     },
     Unavailable: {
         "answer_lost": "Check whether it was done (the message says where), and repeat it if not.",
@@ -438,6 +438,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "database_unavailable": "Try again; check that the database runs.",
         "disk_error": "Check that the registry's home is writable and has space, then repeat.",
         "disk_full": "Free some space or choose another disk.",
+        "exchanges_busy": "Try again after the seconds in Retry-After.",
         "extra_missing": "Install adaptory with the extra that the message names.",
         "home_unusable": "Set ADAPTORY_HOME to a writable directory.",
         "hub_unavailable": "Try again; what has arrived is kept.",

@@ -24,7 +24,7 @@ from registry.domain.catalog import bases, commits, releases
 from registry.domain.catalog.commits import Addition, Change, Deletion
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import revisions
-from registry.errors import Conflict, Invalid, NotFound, Usage
+from registry.errors import Conflict, Invalid, NotFound, TooLarge, Usage
 from registry.formats.manifest import ManifestFile, parse_manifest
 from registry.formats.references import RepositoryName, Version, parse_digest
 from registry.formats.signatures import SIGNATURE_FILE
@@ -35,6 +35,8 @@ from registry.transfer.resources import Resources
 
 MAX_LINE_BYTES = 1 << 20
 """Maximum length of a line without the content of its file."""
+MAX_LINES = 10_000
+"""Of one commit, empty ones included: five times the files of a release."""
 _CONTENT = re.compile(rb'"content"\s*:\s*"')
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _MAX_DOCUMENT_BYTES = 1 << 20
@@ -227,10 +229,19 @@ class _Lines:
     directory: Path
     _source: Iterator[bytes] = field(init=False)
     _buffer: bytes = b""
+    _start: int = 0
+    """Where the unread part of the buffer starts: cutting it off after each line would copy the rest each time."""
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any], Addition | None]]:
-        self._source = iter(self.chunks)
+        self._source, count = iter(self.chunks), 0
         while self._fill():
+            count += 1
+            if count > MAX_LINES:
+                raise TooLarge(
+                    "too_many_files",
+                    f"The commit has more than {MAX_LINES:,} lines, one for each file.",
+                    next_step="Commit fewer files at a time.",
+                )
             head, content = self._head(), None
             if not head.endswith(b"\n"):
                 content = self._content()
@@ -240,24 +251,28 @@ class _Lines:
 
     def _fill(self) -> bool:
         """Reads on if the buffer is empty. Returns whether there is more."""
-        while not self._buffer and (chunk := next(self._source, None)) is not None:
-            self._buffer = chunk
-        return bool(self._buffer)
+        while self._start == len(self._buffer) and (chunk := next(self._source, None)) is not None:
+            self._buffer, self._start = chunk, 0
+        return self._start < len(self._buffer)
 
     def _head(self) -> bytes:
         """A line with its end, or its beginning up to the content of a file."""
         while True:
-            end, content = self._buffer.find(b"\n"), _CONTENT.search(self._buffer)
-            if content is not None and (end < 0 or content.end() <= end):
+            end = self._find(b"\n")
+            content = _CONTENT.search(self._buffer, self._start, end if end >= 0 else len(self._buffer))
+            if content is not None:
                 return self._take(content.end())
             if end >= 0:
                 return self._take(end + 1)
             chunk = next(self._source, None)
             if chunk is None:
                 return self._take(len(self._buffer)) + b"\n"
-            self._buffer += chunk
+            self._buffer, self._start = self._buffer[self._start :] + chunk, 0
             if len(self._buffer) > MAX_LINE_BYTES and not _CONTENT.search(self._buffer):
                 raise _bad("a line is too long")
+
+    def _find(self, mark: bytes) -> int:
+        return self._buffer.find(mark, self._start)
 
     def _content(self) -> Addition:
         """Decodes base64 up to the closing quote, which stays, into a file."""
@@ -276,7 +291,7 @@ class _Lines:
     def _decoded(self) -> Iterator[bytes]:
         rest = b""
         while self._fill():
-            end = self._buffer.find(b'"')
+            end = self._find(b'"')
             rest += self._take(len(self._buffer) if end < 0 else end)
             usable = len(rest) if end >= 0 else len(rest) // 4 * 4
             try:
@@ -291,14 +306,15 @@ class _Lines:
     def _until(self, mark: bytes) -> bytes:
         text = b""
         while self._fill():
-            end = self._buffer.find(mark)
+            end = self._find(mark)
             text += self._take(len(self._buffer) if end < 0 else end + 1)
             if end >= 0 or len(text) > MAX_LINE_BYTES:
                 break
         return text
 
-    def _take(self, count: int) -> bytes:
-        taken, self._buffer = self._buffer[:count], self._buffer[count:]
+    def _take(self, end: int) -> bytes:
+        """The unread bytes up to a position in the buffer."""
+        taken, self._start = self._buffer[self._start : end], end
         return taken
 
 

@@ -71,9 +71,7 @@ class Route(APIRoute):
             if query and not is_known(query):
                 raise _refusal(request, known)
             if rules is not None:
-                for rule in rules:
-                    await rule.before_document(request)
-                _refuse_many_values(await document(request), limit_bytes(request) // BYTES_A_VALUE)
+                await check_document(request, rules)
             return await answer(request)
 
         return handle
@@ -82,6 +80,14 @@ class Route(APIRoute):
         """The query parameters that the route declares or parses itself."""
         described = (self.openapi_extra or {}).get("parameters", [])
         return (*_declared(self.dependant), *(one["name"] for one in described if one["in"] == "query"))
+
+
+async def check_document(request: Request, rules: Sequence[Rule]) -> None:
+    """Authorizes the caller before the body is read, and counts its values before it is parsed: the framework would
+    do both the other way round."""
+    for rule in rules:
+        await rule.before_document(request)
+    _refuse_many_values(await document(request), limit_bytes(request) // BYTES_A_VALUE)
 
 
 def _answer_directly(dependant: Dependant) -> Handler:

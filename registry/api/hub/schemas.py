@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, Field
 
+from registry.formats.manifest import MAX_FILES
+
 
 class RepositoryIn(BaseModel):
     name: str
@@ -21,7 +23,7 @@ class PlannedFile(BaseModel):
 
 
 class PlanIn(BaseModel):
-    files: list[PlannedFile] = []
+    files: list[PlannedFile] = Field(default=[], max_length=MAX_FILES)
 
 
 class LfsObject(BaseModel):
@@ -30,7 +32,7 @@ class LfsObject(BaseModel):
 
 
 class BatchIn(BaseModel):
-    objects: list[LfsObject] = []
+    objects: list[LfsObject] = Field(default=[], max_length=MAX_FILES)
     transfers: list[str] = ["basic"]
 
 

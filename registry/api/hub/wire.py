@@ -10,6 +10,8 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from registry.api.http.problems import header_text, problem_response
+from registry.api.http.routes import check_document
+from registry.api.http.rules import rules_of
 from registry.domain.channels.revisions import COMMIT_DIGITS, Located
 from registry.errors import Invalid, NotAllowed, RegistryError, Unauthenticated
 
@@ -34,7 +36,8 @@ _MAX_WARNINGS, _MAX_WARNING = 4, 300
 class HubRoute(APIRoute):
     """Answers errors with the headers that the client takes its exception and its message from.
 
-    Ignores unknown parameters, since each version of the client sends others. Not in the OpenAPI document.
+    Ignores unknown parameters, since each version of the client sends others. Reads a body only after authorization.
+    Not in the OpenAPI document.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -42,11 +45,14 @@ class HubRoute(APIRoute):
 
     def get_route_handler(self) -> Handler:
         answer = super().get_route_handler()
+        rules = rules_of(self.dependant) if self.body_field else None
 
         async def handle(request: Request) -> Response:
             _lower_names(request)
             try:
                 _refuse_nul(request)
+                if rules is not None:
+                    await check_document(request, rules)
                 return await answer(request)
             except RegistryError as error:
                 return refusal(request, error)

@@ -4,11 +4,13 @@ import base64
 import hashlib
 import itertools
 import json
+import time
 import tracemalloc
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -22,12 +24,13 @@ from registry.database.tables import Namespace, Repository
 from registry.domain.access.audit import Actor
 from registry.domain.catalog.commits import EMPTY
 from registry.errors import NotFound
-from registry.formats.manifest import ManifestFile
+from registry.formats.manifest import MAX_FILES, ManifestFile
 from registry.formats.references import Digest, parse_repository
 from registry.transfer import commits as transfers
 from registry.transfer import fsck
 from registry.transfer import lfs as lfs_transfers
 from registry.transfer.collect import collect
+from registry.transfer.commits import MAX_LINES, _Lines
 from registry.transfer.lfs import Act
 from tests import services
 from tests.access.house import House, build_house, new_environment
@@ -172,6 +175,26 @@ def test_a_line_that_cannot_be_is_refused_and_nothing_recorded(
     answer = commit(house, named, line)
     assert (answer.status_code, words in answer.headers["X-Error-Message"]) == (status, True), answer.text
     assert head(house, named) == EMPTY
+
+
+@pytest.mark.parametrize("line", [b"\n", json.dumps(deleted("absent")).encode() + b"\n"], ids=["empty", "deletion"])
+def test_a_commit_of_many_lines_is_refused_before_it_costs_much(house: House, named: str, line: bytes) -> None:
+    """Each line used to be searched for in all that had arrived: a megabyte of them took minutes."""
+    lines = _Lines([line * MAX_LINES], Path())
+    started = time.thread_time()
+    for _ in lines:
+        pass
+    assert time.thread_time() - started < 2
+    answer = commit(house, named, *[deleted("absent")] * MAX_LINES)
+    assert (answer.status_code, answer.json()["code"]) == (413, "too_many_files"), answer.text
+
+
+@pytest.mark.parametrize("path", ["preupload/main", "objects"])
+def test_a_plan_of_more_files_than_a_release_has_is_refused(house: House, named: str, path: str) -> None:
+    many = [{"path": str(number), "oid": f"{number:064x}", "size": 2} for number in range(MAX_FILES + 1)]
+    url = f"/api/models/{named}/{path}" if "/" in path else f"/{named}.git/info/lfs/objects/batch"
+    answer = house.ask("publisher", "POST", url, json={"files": many, "objects": many})
+    assert (answer.status_code, str(MAX_FILES) in answer.headers["X-Error-Message"]) == (422, True), answer.text
 
 
 def announce(house: House, named: str, content: bytes, *, transfers: Sequence[str] = ("basic",)) -> dict[str, Any]:

@@ -294,6 +294,37 @@ def test_an_error_has_the_exception_and_the_words_of_the_client(
         assert answer.headers["X-Repo-Commit"] == commit_of(house, "prod")
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/api/repos/create"),
+        ("POST", "/api/models/acme/tables/preupload/main"),
+        ("POST", "/acme/tables.git/info/lfs/objects/batch"),
+        ("POST", "/api/models/acme/tables/tag/main"),
+        ("DELETE", "/api/repos/delete"),
+    ],
+)
+def test_a_body_is_read_after_its_caller_is_known_and_parsed_only_if_it_has_few_values(
+    house: House, method: str, path: str
+) -> None:
+    lists = b'{"name": "x", "values": [' + b",".join([b"[]"] * 2_000_000) + b"]}"
+    headers = {"Content-Type": "application/json"}
+    stranger = house.ask("nobody", method, path, content=b"{" + b" " * 100_000, headers=headers)
+    assert (stranger.status_code, stranger.json()["code"]) in {(404, "namespace_unknown"), (413, "body_too_large")}
+    answer = house.ask("publisher", method, path, content=lists, headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large"), answer.text
+
+
+def test_what_anyone_may_ask_is_bounded(house: House) -> None:
+    for name in ("search", "filter"):
+        query = "&".join([f"{name}=license:a"] * 1_500)
+        answer = house.ask("nobody", "GET", f"/api/models?{query}")
+        assert (answer.status_code, name in answer.headers["X-Error-Message"]) == (422, True), answer.text
+    form = b"&".join([b"paths=a"] * 200_000)
+    answer = house.ask("nobody", "POST", "/api/models/open/sql/paths-info/main", content=form)
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large"), answer.text
+
+
 def test_a_yanked_release_comes_with_a_warning(house: House) -> None:
     warning = ask(house, "/acme/tables/resolve/1.2.0/weights.safetensors", "HEAD").headers["X-HF-Warning"]
     assert warning == "release; acme/tables:1.2.0 is yanked: wrong data."
