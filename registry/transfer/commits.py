@@ -53,6 +53,8 @@ def receive(
     adapter that it adds."""
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         change, added = _parse(_Lines(chunks, Path(directory)))
+        with resources.snapshot() as session:
+            commits.files_after(session, name, change)  # refuses most of what it would refuse later, before it stores
         for sha256 in {file.sha256 for file in added}:  # files of a commit may have the same content
             uploads.store_file(resources, actor, name.namespace, sha256, Path(directory) / sha256, move=True)
     with resources.read() as session:

@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import save
 
 from registry.api.hub.push import permit_of
-from registry.database.tables import Namespace, Repository
+from registry.database.tables import Blob, Namespace, Repository
 from registry.domain.access.audit import Actor
 from registry.domain.catalog.commits import EMPTY
 from registry.errors import NotFound
@@ -179,7 +179,7 @@ def test_a_line_that_cannot_be_is_refused_and_nothing_recorded(
 
 @pytest.mark.parametrize("line", [b"\n", json.dumps(deleted("absent")).encode() + b"\n"], ids=["empty", "deletion"])
 def test_a_commit_of_many_lines_is_refused_before_it_costs_much(house: House, named: str, line: bytes) -> None:
-    """Each line used to be searched for in all that had arrived: a megabyte of them took minutes."""
+    """Each line used to be searched for in all that had arrived: a megabyte of them took more than a minute."""
     lines = _Lines([line * MAX_LINES], Path())
     started = time.thread_time()
     for _ in lines:
@@ -195,6 +195,21 @@ def test_a_plan_of_more_files_than_a_release_has_is_refused(house: House, named:
     url = f"/api/models/{named}/{path}" if "/" in path else f"/{named}.git/info/lfs/objects/batch"
     answer = house.ask("publisher", "POST", url, json={"files": many, "objects": many})
     assert (answer.status_code, str(MAX_FILES) in answer.headers["X-Error-Message"]) == (422, True), answer.text
+
+
+def test_a_commit_that_is_refused_has_not_stored_its_files(house: House, named: str) -> None:
+    def is_stored(content: bytes) -> bool:
+        with house.resources.read() as session:
+            return session.get(Blob, hashlib.sha256(content).hexdigest()) is not None
+
+    many = [file(f"{number}.txt", f"{named} {number}".encode()) for number in range(MAX_FILES + 1)]
+    for repository, lines, parent, code in (
+        (named, many, None, "bad_manifest"),
+        (named, [file("a.txt", b"stale " + named.encode())], "0" * 40, "head_moved"),
+        ("acme/absent", [file("a.txt", b"absent " + named.encode())], None, "repository_unknown"),
+    ):
+        assert commit(house, repository, *lines, parent=parent).json()["code"] == code
+    assert not any(map(is_stored, (f"{named} 0".encode(), b"stale " + named.encode(), b"absent " + named.encode())))
 
 
 def announce(house: House, named: str, content: bytes, *, transfers: Sequence[str] = ("basic",)) -> dict[str, Any]:
