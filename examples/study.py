@@ -124,7 +124,7 @@ def _in_order(suite: Suite) -> list[Example]:
 
 
 def _suite(task: Task) -> Suite:
-    _, held_out = task.split()
+    held_out = task.unseen()
     examples = tuple(Example(prompt, completion) for prompt, completion in held_out)
     kind: Any = task.kind
     return Suite(name=task.suite, kind=kind, description=task.description, chat=True, examples=examples)

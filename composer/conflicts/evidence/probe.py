@@ -27,7 +27,7 @@ from composer.formats.recipes.suite import Example, Suite
 from composer.methods.combine import combine_parsed
 
 USUAL_K = 8
-USUAL_MOST = 24
+USUAL_MOST = 32
 """Default numbers of examples per suite to start and end with. With 8, the first verdict can be `ok`."""
 
 
