@@ -195,7 +195,7 @@ def test_answering_as_well_as_alone_is_said_of_intervals(red: LoadedAdapter, gre
     open_ = conflicts([red, green], [1.0, 1.0], evidence=outcome(0.0, 1.0, -1.0, 0.1))
     assert text.headlines(open_)[1].endswith("no certain loss on 8 examples.")
     assert text.advice(open_) == [
-        "red + green: Undecided: measure more examples (--probe-max 24), if red-exact has them."
+        "red + green: Undecided: measure more examples (--probe-max 32), if red-exact has them."
     ]
 
 
