@@ -126,6 +126,8 @@ def register() -> None:
     if _registered:
         return
     backend_registration._setup_privateuseone_for_python_backend(NAME)
+    # Trainers in this process ask each accelerator that torch knows for its autocast, also to leave it off.
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     every, some = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     every.fallback(_run, "PrivateUse1")
     for name in _BELOW_PYTHON:

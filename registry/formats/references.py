@@ -194,6 +194,17 @@ def _identifier_key(identifier: str) -> str:
     return f"0{_number_key(int(identifier))}!" if identifier.isdigit() else f"1{identifier}!"
 
 
+def refuse_ambiguous_channel(name: str) -> None:
+    """Raises Usage for the name of a new channel that reads as a version or a commit."""
+    if is_version(name) or _COMMIT.fullmatch(name):
+        raise Usage(
+            "bad_name",
+            f"{name!r} is not a name for a channel: it reads as a {'version' if is_version(name) else 'commit'}.",
+            subject=name,
+            next_step="Name the channel after its use, such as prod.",
+        )
+
+
 def is_version(text: str) -> bool:
     """Whether `parse_version` takes the text."""
     return _match_version(text) is not None

@@ -37,7 +37,8 @@ class Act(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """The permission in an address. The key of its signature is the id of the upload, which no address contains."""
+    """The permission in an address. The key of its signature is the id of the upload. Only a store's address contains
+    that; who has one may send the bytes anyway, and they are hashed before they become a blob."""
 
     act: Act
     namespace: str

@@ -21,7 +21,7 @@ from registry.domain.channels.requirements import Question
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import Refused, Stale
 from registry.formats.channel_policy import ChannelPolicy
-from registry.formats.references import Version, parse_name
+from registry.formats.references import Version, parse_name, refuse_ambiguous_channel
 
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
@@ -370,6 +370,7 @@ def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
         release = releases.find(session, name, wanted.version, wanted.kind)
         namespaces.find_for_share(session, name.namespace)
         repositories.lock(session, release.repository_id)  # a yank locks all existing channels
+        refuse_ambiguous_channel(wanted.channel)
         repositories.refuse_shadowed(session, name, wanted.channel)
         # If several create it at once, one succeeds and the others wait for its result.
         insert_if_absent(session, Channel, repository_id=release.repository_id, name=wanted.channel, move_id=None)
