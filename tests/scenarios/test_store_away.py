@@ -125,7 +125,8 @@ def test_a_hundred_downloads_from_a_store_that_hangs_do_not_hold_up_resolving_an
         finally:
             heal()
     assert {answer.status_code for answer in answers} == {503}
-    assert {answer.json()["code"] for answer in answers} == {"store_busy", "store_unavailable"}
+    codes = {answer.json()["code"] for answer in answers}
+    assert {"store_unavailable"} <= codes <= {"store_busy", "store_unavailable"}
     assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers)
     # The server itself has a hundred requests to forget first.
     eventually(lambda: httpx2.get(download, timeout=60).status_code == 307, every_s=0.2)

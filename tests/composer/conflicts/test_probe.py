@@ -149,7 +149,7 @@ def test_a_guard_that_is_open_or_rose_keeps_the_probe_growing(loaded: LoadedMode
 
 
 def test_a_quick_look_stays_one_and_a_full_probe_grows() -> None:
-    assert [usual_most(k) for k in (0, 4, 7, 8, 40)] == [0, 4, 7, 24, 40]
+    assert [usual_most(k) for k in (0, 4, 7, 8, 40)] == [0, 4, 7, 32, 40]
 
 
 def test_what_was_grown_is_what_a_larger_start_would_have_measured(loaded: LoadedModel) -> None:
