@@ -458,10 +458,8 @@ def test_a_release_made_elsewhere_is_a_step_of_main(house: House) -> None:
     assert house.ask("releaser", "POST", "/api/models/acme/sql/branch/canary", json={"startingPoint": "1.0.0"}).is_error
     assert house.ask("releaser", "POST", "/api/models/acme/sql/branch/next", json={}).status_code == 400
     for name in ("9.9.9", "v2.0.0", "c0ffee0"):
-        confusing = house.ask(
-            "releaser", "POST", f"/api/models/acme/sql/branch/{name}", json={"startingPoint": "1.0.0"}
-        )
-        assert (confusing.status_code, "it reads as a" in confusing.headers["X-Error-Message"]) == (400, True), name
+        answer = house.ask("releaser", "POST", f"/api/models/acme/sql/branch/{name}", json={"startingPoint": "v1.0.0"})
+        assert (answer.status_code, "it reads as a" in answer.headers["X-Error-Message"]) == (400, True), name
     refs = house.ask("reader", "GET", "/api/models/acme/sql/refs").json()
     assert {one["name"] for one in refs["branches"]} == {"main", "prod", "canary"}
     gone = house.ask("releaser", "DELETE", "/api/models/acme/sql/tag/1.0.0")
