@@ -11,7 +11,7 @@ import yaml
 from break_adapter import FAULTS
 from make_suites import SUITES, render
 from safetensors.torch import load_file
-from tasks import TASKS, Task
+from tasks import FURTHER, HELD_OUT, STUDY_TASKS, TASKS, Task
 from train import ADAPTERS, BASE_NAME, RUNS
 
 EXAMPLES = SUITES.parent
@@ -55,6 +55,14 @@ def test_neither_a_prompt_nor_an_answer_of_a_suite_is_trained_on(task: Task) -> 
     assert len(training) > 400
     for column in (0, 1):
         assert {pair[column] for pair in training}.isdisjoint({pair[column] for pair in held_out})
+
+
+@pytest.mark.parametrize("task", STUDY_TASKS.values(), ids=STUDY_TASKS)
+def test_what_judges_the_study_has_trained_no_adapter(task: Task) -> None:
+    training, suite = task.split()
+    unseen = task.unseen()
+    assert (len(set(unseen)), unseen[:HELD_OUT]) == (HELD_OUT + FURTHER, suite)
+    assert {prompt for prompt, _ in training}.isdisjoint({prompt for prompt, _ in unseen})
 
 
 @tasks
