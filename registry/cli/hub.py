@@ -9,7 +9,7 @@ from registry.cli import render
 from registry.cli.connect import connected
 from registry.cli.release import Ref
 from registry.cli.render import JsonFlag
-from registry.cli.transfer import BaseName, SigningKey, show_push, show_warnings
+from registry.cli.transfer import AllowBreaking, BaseName, Bump, SigningKey, Target, show_push, show_warnings
 from registry.formats.references import single_version
 
 Json = dict[str, Any]
@@ -28,19 +28,11 @@ def import_(  # noqa: PLR0913
     source: Annotated[
         str, typer.Argument(metavar="hf://ORG/NAME[@REV]", help="A repository, and a branch, tag or commit of it.")
     ],
-    target: Annotated[
-        str, typer.Argument(metavar="REPO[:VERSION]", help="Such as acme/sql:1.0.0; without a version, give --bump.")
-    ],
+    target: Target,
     endpoint: Endpoint = None,
     base: BaseName = None,
-    bump: Annotated[
-        str | None,
-        typer.Option(help="auto, patch, minor or major, instead of a version; auto finds the right one."),
-    ] = None,
-    allow_breaking: Annotated[
-        str | None,
-        typer.Option(metavar="REASON", help="Allow a breaking change under a compatible version, and why."),
-    ] = None,
+    bump: Bump = None,
+    allow_breaking: AllowBreaking = None,
     sign: SigningKey = None,
     notes: Annotated[str, typer.Option(help="Release notes.")] = "",
     json: JsonFlag = False,

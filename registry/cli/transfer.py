@@ -28,6 +28,15 @@ SigningKey = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign t
 BaseName = Annotated[
     str | None, typer.Option(help="The base model, if the config does not name it.", autocompletion=complete.bases)
 ]
+Target = Annotated[
+    str, typer.Argument(metavar="REPO[:VERSION]", help="Such as acme/sql:1.0.0; without a version, give --bump.")
+]
+Bump = Annotated[
+    str | None, typer.Option(help="auto, patch, minor or major, instead of a version; auto finds the right one.")
+]
+AllowBreaking = Annotated[
+    str | None, typer.Option(metavar="REASON", help="Allow a breaking change under a compatible version, and why.")
+]
 
 
 _HELP = "Leave it out, or see `adaptory verify --help`."
@@ -40,23 +49,15 @@ def register(root: typer.Typer) -> None:
 
 def push(  # noqa: PLR0913
     directory: Annotated[Path, typer.Argument(help="The training output, with adapter_config.json in it.")],
-    target: Annotated[
-        str, typer.Argument(metavar="REPO[:VERSION]", help="Such as acme/sql:1.0.0; without a version, give --bump.")
-    ],
+    target: Target,
     base: BaseName = None,
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Further files to publish, such as '*.yaml'. May be repeated."),
     ] = None,
     kind: Annotated[str, typer.Option(help="adapter, or model for a merged checkpoint.")] = "adapter",
-    bump: Annotated[
-        str | None,
-        typer.Option(help="auto, patch, minor or major, instead of a version; auto finds the right one."),
-    ] = None,
-    allow_breaking: Annotated[
-        str | None,
-        typer.Option(metavar="REASON", help="Allow a breaking change under a compatible version, and why."),
-    ] = None,
+    bump: Bump = None,
+    allow_breaking: AllowBreaking = None,
     provenance: Annotated[
         Path | None, typer.Option(help="YAML: trainer, run_url, code_commit, data, hyperparameters, license, …")
     ] = None,

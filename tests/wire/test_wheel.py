@@ -25,8 +25,8 @@ with Registry() as registry:
 
 
 def errors_of_types(installed: Path, directory: Path) -> list[dict[str, Any]]:
-    """Type-check errors of two programs that use the installed package, one of which treats a release as a move.
-    The type checker reads no source of packages that do not declare themselves typed."""
+    """Type-checks two programs that use the installed package, one of them wrongly, and returns the errors. The type
+    checker ignores the source of packages that do not declare themselves typed."""
     directory.mkdir()
     (directory / "pyrightconfig.json").write_text('{"useLibraryCodeForTypes": false}')
     for name, kind in (("right", "Release"), ("wrong", "Move")):

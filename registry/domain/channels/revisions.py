@@ -115,7 +115,7 @@ def _at(session: Session, repository: RepositoryName, revision: str) -> Located 
 
 
 def _main(session: Session, repository: RepositoryName) -> Located | None:
-    """The last commit, the newest release if there are no commits, or None if there are neither."""
+    """The files of `main`: those of the last commit, else of the newest release. None in an empty repository."""
     row = repositories.find_if_exists(session, repository)
     if row is None:
         return None
