@@ -38,7 +38,10 @@ from tests.scenarios.world import Cli, environment
 
 PATIENCE = {"ADAPTORY_DATABASE_TIMEOUT_S": "2", "ADAPTORY_DATABASE_CONNECT_TIMEOUT_S": "2"}
 IMPATIENT_STORE = {"ADAPTORY_STORAGE__CONNECT_TIMEOUT_S": "1", "ADAPTORY_STORAGE__READ_TIMEOUT_S": "1"}
-DROP_OTHERS = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+# Waits for each to end: a connection that is still about to end looks usable to the pool that holds it.
+DROP_OTHERS = text(
+    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname IS NOT NULL AND pid <> pg_backend_pid()"
+)
 
 
 @dataclass(frozen=True)
