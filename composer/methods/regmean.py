@@ -8,7 +8,7 @@ This is RegMean (2212.09849) for the factors of LoRA (IterIS, 2411.15231). In a 
 merged model while the targets stay (RegMean++, 2508.03121). The rank is that of a stack, R = Σ r_i. No matrix of size
 I x I or O x I is formed. a_m = 1 / (|W X_m|² t_m) with t_m = Σ over modules |Δ_m X_m|² / |W X_m|² makes the members'
 relative errors count equally. rho is relative to the mean eigenvalue of Σ a_m X_m X_m^T. w0 is the mean of the
-least-squares weights.
+least-squares weights, which the form `weights` takes as they are instead of a fitted A.
 
 Shapes: O outputs and I inputs of a module, r_i rank of member i, R their sum, T members; N_m rows (tokens) of member m,
 N their sum. Everything is computed in float64.
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
 from math import fsum, sqrt
+from statistics import fmean
 from typing import TypeVar
 
 import torch
@@ -60,11 +61,13 @@ member's examples. Matrices whose inputs cannot be observed (packed projections)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
     """The result of a fit. `errors` has √(Σ over modules |(D - Δ_m) X_m|² / |W X_m|² / t_m) for each member m, on the
-    inputs of the last step; `errors_of_sum` has the same for the weighted sum w0 Σ Δ_i. `fitted` counts modules and
-    expert stacks. Those in `kept_at_sum` keep the weighted sum (a stack, in at least one expert): their inputs cannot
+    inputs of the last step; `errors_of_sum` has the same for the weighted sum w0 Σ Δ_i. `weights` are the members'
+    least-squares weights, w0 their mean. `fitted` counts modules and expert stacks. Those in `kept_at_sum` keep the
+    weighted sum (a stack, in at least one expert): their inputs cannot
     be observed, no example reached them, or an adapter has no factors there."""
 
     w0: float
+    weights: tuple[float, ...]
     errors: tuple[float, ...]
     errors_of_sum: tuple[float, ...]
     fitted: int
@@ -162,10 +165,9 @@ def fit(
     report names it.
 
     The settings are `ridge` (rho), `steps` (1 or 2) and `form`: `input` fits A over the whole input side, `core` only
-    recombines the rows of A (an R x R matrix). Raises what `observe` raises.
+    recombines the rows of A (an R x R matrix), `weights` fits one weight for each adapter, which its other deltas get
+    too. Raises what `observe` raises.
     """
-    ridge = settings.ridge
-    solve = solve_core if settings.form == "core" else solve_input
     members = [index for index, adapter in enumerate(adapters) if len(adapter.deltas)]
     own = [
         [_times(delta, weights[index].of(*names_of(delta))) for delta in adapters[index].deltas] for index in members
@@ -173,16 +175,21 @@ def fit(
     pairs = _factored(own)
     some = {key: next(iter(own.values())) for key, own in pairs.items()}
     problem = _Problem.of(pairs, [observe(index, one, some) for index, one in zip(members, own, strict=True)], device)
-    w0 = problem.common_weight(ridge)
-    solved, errors = problem.solved(solve, w0, ridge)
+    fitted_T = problem.weights(settings.ridge)
+    w0 = fmean(fitted_T)
+    w_T = fitted_T if settings.form == "weights" else [w0] * len(members)
+    solved, errors = problem.solved(_solver(settings, w_T))
     for _ in range(1, settings.steps):
-        merged = [delta for deltas in _with_factors(own, solved, w0) for delta in deltas]
+        merged = [delta for deltas in _with_factors(own, solved, w_T) for delta in deltas]
         problem = _Problem.of(pairs, [observe(index, merged, some) for index in members], device)
-        solved, errors = problem.solved(solve, w0, ridge)
-    fitted = dict(zip(members, _with_factors(own, solved, w0), strict=True))
+        if settings.form == "weights":
+            w_T = fitted_T = problem.weights(settings.ridge)
+        solved, errors = problem.solved(_solver(settings, w_T))
+    fitted = dict(zip(members, _with_factors(own, solved, w_T), strict=True))
     additive = [one for deltas in own for one in deltas if not isinstance(one, Replacement)]
     report = FitReport(
         w0=w0,
+        weights=tuple(fitted_T),
         errors=tuple(errors),
         errors_of_sum=tuple(problem.errors_of_sum(w0)),
         fitted=len(
@@ -258,7 +265,16 @@ def solve_core(module: Module, a: Sequence[float], w0: float, ridge: float) -> l
     return [M_RR[block] @ A_RI for block in module.blocks]
 
 
-Solve = Callable[[Module, Sequence[float], float, float], list[torch.Tensor]]
+Solve = Callable[[Module, Sequence[float]], list[torch.Tensor]]
+"""(a module, each member's a) -> A* of each member."""
+
+
+def _solver(settings: Regmean, w_T: Sequence[float]) -> Solve:
+    """How the settings say that a module is solved. Unless they ask for the weights alone, those are equal."""
+    if settings.form == "weights":
+        return lambda module, _a: [w * A for w, A in zip(w_T, module.A, strict=True)]
+    solve = solve_core if settings.form == "core" else solve_input
+    return lambda module, a: solve(module, a, w_T[0] if w_T else 0.0, settings.ridge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,11 +348,11 @@ class _Problem:
         energies = [one[name].base_energy for one in self.seen]
         return [1 / (one * (t or 1.0)) if one > 0 else 0.0 for one, t in zip(energies, self._t(), strict=True)]
 
-    def common_weight(self, ridge: float) -> float:
-        """w0: the mean of the weights w that minimize Σ_m a_m |Σ_i w_i Δ_i X_m - Δ_m X_m|² over all modules together,
+    def weights(self, ridge: float) -> list[float]:
+        """The weights w that minimize Σ_m a_m |Σ_i w_i Δ_i X_m - Δ_m X_m|² over all modules together,
 
         (Σ_m G_m / t_m + r) w = Σ_m G_m[:, m] / t_m + r / T  (2605.29101), with r relative to the mean eigenvalue. 1 / T
-        if there were no inputs.
+        each if there were no inputs.
         """
         count = len(self.seen)
         grams = [one / (t or 1.0) for one, t in zip(self.inner, self._t(), strict=True)]
@@ -344,16 +360,16 @@ class _Problem:
         wanted_T = torch.stack([one[:, member] for member, one in enumerate(grams)]).sum(0)
         r = ridge * float(system_TT.trace()) / count
         if r <= 0:
-            return 1 / count
+            return [1 / count] * count
         identity = torch.eye(count, dtype=torch.float64)
-        return float(torch.linalg.solve(system_TT + r * identity, wanted_T + r / count).mean())
+        return torch.linalg.solve(system_TT + r * identity, wanted_T + r / count).tolist()
 
-    def solved(self, solve: Solve, w0: float, ridge: float) -> tuple[dict[str, list[torch.Tensor]], list[float]]:
+    def solved(self, solve: Solve) -> tuple[dict[str, list[torch.Tensor]], list[float]]:
         """Each module's fitted A by member, in float32, and each member's relative error on the inputs."""
 
         def fitted(name: str, module: Module) -> tuple[list[torch.Tensor], list[float]]:
             alpha = self.alpha(name)
-            factors = solve(module, alpha, w0, ridge)
+            factors = solve(module, alpha)
             errors = [one * module.error(factors, member) for member, one in enumerate(alpha)]
             return [A.float().cpu() for A in factors], errors
 
@@ -410,14 +426,14 @@ def _times(delta: Delta, factor: float) -> Delta:
 
 
 def _with_factors(
-    own: Sequence[Sequence[Delta]], solved: Mapping[str, list[torch.Tensor]], w0: float
+    own: Sequence[Sequence[Delta]], solved: Mapping[str, list[torch.Tensor]], w_T: Sequence[float]
 ) -> list[list[Delta]]:
-    """Each member's deltas with the fitted A; those that were not fitted, times w0."""
+    """Each member's deltas with the fitted A; those that were not fitted, times the member's weight."""
     return [
         [
             replace(delta, A=solved[_key(delta)][member])
             if isinstance(delta, LowRank) and _key(delta) in solved
-            else _times(delta, w0)
+            else _times(delta, w_T[member])
             for delta in deltas
         ]
         for member, deltas in enumerate(own)

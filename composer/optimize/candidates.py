@@ -89,16 +89,26 @@ def low_rank(count: int) -> list[Candidate]:
 
 
 def fitted(count: int, seed: int = 0) -> list[Candidate]:
-    """RegMean in one step, and in two, which take twice as long. `seed` chooses the tokens of long examples."""
-    return [
-        Candidate(
-            name=f"regmean, ridge {ridge:g}, {steps} step{'s' if steps > 1 else ''}",
-            family="regmean",
-            method="regmean",
-            factors=(1.0,) * count,
-            settings={"ridge": ridge, "steps": steps, **({"seed": seed} if seed else {})},
+    """What is fitted on inputs: one weight for each member, then RegMean in one step, and in two, which take twice as
+    long. `seed` chooses the tokens of long examples."""
+    weights = ("least-squares weights", "fitted weights", {"form": "weights", "steps": 1})
+    regmean = [
+        (
+            f"regmean, ridge {ridge:g}, {steps} step{'s' if steps > 1 else ''}",
+            "regmean",
+            {"ridge": ridge, "steps": steps},
         )
         for ridge, steps in FITS
+    ]
+    return [
+        Candidate(
+            name=name,
+            family=family,
+            method="regmean",
+            factors=(1.0,) * count,
+            settings={**settings, **({"seed": seed} if seed else {})},
+        )
+        for name, family, settings in (weights, *regmean)
     ]
 
 

@@ -267,7 +267,7 @@ class _Fit(MethodSettings):
     examples: Annotated[int, _integer(1, 64)] = Field(4, description="Examples of each input's suite to fit on.")
     steps: Annotated[int, _integer(1, 2)] = 2
     ridge: Ridge = 0.01
-    form: Literal["input", "core"] = "input"
+    form: Literal["input", "core", "weights"] = "input"
     tokens: Annotated[int, _integer(16, 65_536)] = Field(2048, description="The most tokens to fit a module on.")
     seed: Seed = 0
 

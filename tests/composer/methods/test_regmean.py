@@ -189,3 +189,43 @@ def test_the_errors_of_the_report_are_those_of_the_objective():
         assert fitted.report.errors[member] == pytest.approx((lost / own_energy) ** 0.5, rel=1e-4)
         assert fitted.report.errors_of_sum[member] == pytest.approx((lost_by_sum / own_energy) ** 0.5, rel=1e-4)
     assert max(fitted.report.errors) < max(fitted.report.errors_of_sum)
+
+
+@given(SEEDS, st.integers(1, 3))
+def test_fitted_weights_are_those_of_a_dense_least_squares_problem(seed: int, count: int):
+    seed %= 10**6
+    members = [adapter(seed + 7 * index, f"m{index}") for index in range(count)]
+    seeds = [seed + 31 * index for index in range(count)]
+    settings = Regmean(steps=1, form="weights", ridge=0.01)
+    fitted = fit(members, [Weight()] * count, settings, seeing(*seeds))
+    columns, wanted = list[torch.Tensor](), list[torch.Tensor]()
+    for member, own_seed in enumerate(seeds):
+        own = [alone(members[member], path) for path in ("a", "b")]
+        rows = [random(own_seed + 100 * index, 6, INPUTS) for index in range(2)]
+        energies = [float(X.square().sum()) for X in rows]
+        t = sum(float((X @ D.T).square().sum()) / one for X, D, one in zip(rows, own, energies, strict=True))
+        for index, path in enumerate(("a", "b")):
+            scale = (energies[index] * t) ** -0.5
+            columns.append(torch.stack([(rows[index] @ alone(one, path).T).flatten() for one in members], 1) * scale)
+            wanted.append((rows[index] @ own[index].T).flatten() * scale)
+    root = (0.01 * float(torch.cat(columns).square().sum()) / count) ** 0.5
+    system = torch.cat([*columns, root * torch.eye(count, dtype=torch.float64)])
+    right = torch.cat([*wanted, torch.full((count,), root / count, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(system, right[:, None], driver="gelsd").solution.flatten()
+    assert fitted.report.weights == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-8)
+    weighted = sum((w * alone(one, "a") for w, one in zip(expected, members, strict=True)), torch.zeros(()))
+    torch.testing.assert_close(summed(fitted, "a"), weighted, rtol=1e-4, atol=1e-5)
+
+
+def alone(one: LoadedAdapter, module_name: str) -> torch.Tensor:
+    [delta] = [d for d in one.deltas if isinstance(d, LowRank) and d.module == module_name]
+    return delta.scale * delta.B_OR.double() @ delta.A_RI.double()
+
+
+def test_a_module_that_cannot_be_fitted_gets_the_fitted_weight_of_its_member():
+    one, other = adapter(1), adapter(7, "other")
+    settings = Regmean(steps=1, form="weights")
+    fitted = fit([one, other], [Weight(), Weight()], settings, seeing(3, 4, hidden=["b"]))
+    first, second = fitted.report.weights
+    torch.testing.assert_close(summed(fitted, "b"), first * alone(one, "b") + second * alone(other, "b"))
+    assert first != pytest.approx(second)
