@@ -168,7 +168,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bases_differ": "Compare adapters of one base.",
         "body_cut": "Send it again.",
         "body_silent": "Send the file again.",
-        "body_slow": "Send it again.",
+        "body_slow": "Send it again, faster.",
         "commit_ambiguous": "Give more digits.",
         "device": "Use auto, cpu, cuda or cuda:N.",
         "dtype": "Use the unquantized base, or a dtype that a base can have.",

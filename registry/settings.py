@@ -272,7 +272,7 @@ class Settings(BaseSettings):
     """Comma-separated issuers whose ID tokens trusted publishers may have; `github:` and `gitlab:` before the address
     say whose claims their tokens have, and for others the project is the subject (`sub`)."""
     max_concurrent_uploads: int = Field(default=16, gt=0)
-    """Maximum blobs that one token may be sending to one server process at a time."""
+    """Maximum bodies that one user may be sending to one server process at a time."""
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
     """Maximum total size of a request's headers."""
     scorers: Annotated[str, AfterValidator(_scorers)] = ""

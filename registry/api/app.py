@@ -13,12 +13,13 @@ from registry.api.http import problems
 from registry.api.http.callers import ActorCache
 from registry.api.http.exchanges import AccessLog, Exchanges
 from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
+from registry.api.http.threads import UploadThreads
 from registry.api.routes.documents import RenderedReleaseCache
 from registry.transfer.resources import Resources
 from registry.transfer.token_exchange import TokenExchange
 
 DESCRIPTION = "The release registry for LoRA adapters."
-UPLOAD_THREADS, DOWNLOAD_THREADS = 32, 32
+DOWNLOAD_THREADS = 32
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
 Entry = tuple[str, str, tuple[str, ...]]
@@ -62,7 +63,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.resources = resources
-    app.state.uploads_limiter = CapacityLimiter(UPLOAD_THREADS)
+    app.state.uploads = UploadThreads(resources.settings.max_concurrent_uploads if tokens else None)
     app.state.downloads_limiter = CapacityLimiter(DOWNLOAD_THREADS)
     app.state.callers = ActorCache(resources, single_user=not tokens)
     app.state.token_exchange = TokenExchange(resources)

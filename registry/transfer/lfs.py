@@ -49,6 +49,14 @@ class Permit:
 
 
 @dataclass(frozen=True, slots=True)
+class Permitted:
+    """An announced upload, and the user who announced it."""
+
+    row: Upload
+    actor: Actor
+
+
+@dataclass(frozen=True, slots=True)
 class Sending:
     """How to send a file: in one request to the address `put`, in parts of `part_bytes` to their addresses, or with
     `send` through the API. `finish` is called when the store has the bytes."""
@@ -81,16 +89,16 @@ def plan(
     }
 
 
-def receive(resources: Resources, permit: Permit, chunks: Iterable[bytes], size_bytes: int) -> None:
-    """Receives the bytes of a file. The right bytes can do no harm. Raises NotFound if the permit is not valid."""
-    row, actor = _permitted(resources, permit)
-    uploads.receive_file(resources, actor, row, chunks, size_bytes)
+def receive(resources: Resources, permitted: Permitted, chunks: Iterable[bytes], size_bytes: int) -> None:
+    """Receives the bytes of a file. The right bytes can do no harm."""
+    uploads.receive_file(resources, permitted.actor, permitted.row, chunks, size_bytes)
 
 
 def finish(resources: Resources, permit: Permit) -> None:
     """Checks what arrived in the store and makes a blob of it. May be repeated. Raises Conflict if bytes are missing,
     Invalid if they are not those announced, and NotFound if the permit is not valid."""
-    row, actor = _permitted(resources, permit)
+    upload = permitted(resources, permit)
+    row, actor = upload.row, upload.actor
     file = ManifestFile("", row.size_bytes, Digest(row.sha256))
     arrivals, arrival = resources.store.arrivals, _arrival(row, permit.multipart_id or None)
     with resources.read() as session:
@@ -143,8 +151,8 @@ def _signature(row: Upload, permit: Permit) -> str:
     return hmac.new(row.id.encode(), text.encode(), "sha256").hexdigest()
 
 
-def _permitted(resources: Resources, permit: Permit) -> tuple[Upload, Actor]:
-    """The upload, and the user who announced it."""
+def permitted(resources: Resources, permit: Permit) -> Permitted:
+    """What the permit is for. Raises NotFound if it is not valid."""
     now = resources.clock()
     with resources.read() as session:
         row = _find(session, permit)
@@ -156,7 +164,7 @@ def _permitted(resources: Resources, permit: Permit) -> tuple[Upload, Actor]:
             subject=permit.sha256,
             next_step="Push again: the client asks for a new address.",
         )
-    return row, Actor(row.created_by, now, {row.namespace: Role.PUBLISHER.value})
+    return Permitted(row, Actor(row.created_by, now, {row.namespace: Role.PUBLISHER.value}))
 
 
 def _find(session: Session, permit: Permit) -> Upload | None:

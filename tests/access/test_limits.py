@@ -10,7 +10,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from registry.api.app import UPLOAD_THREADS, create_app
+from registry.api.app import create_app
+from registry.api.http import request as bodies
+from registry.api.http.threads import UPLOAD_THREADS
 from registry.client.inprocess import InProcessTransport
 from registry.settings import Settings
 from registry.transfer.resources import open_resources
@@ -137,7 +139,7 @@ def test_a_token_that_does_not_exist_is_counted_too(furnished: House) -> None:
     house.close()
 
 
-def test_uploads_at_a_time_are_limited_by_token_and_free_again_when_they_end(furnished: House) -> None:
+def test_uploads_at_a_time_are_limited_by_user_and_free_again_when_they_end(furnished: House) -> None:
     house = limited(furnished, max_concurrent_uploads=1)
     things = house.things["acme"]
     path = f"/v1/blobs/{things.announced}?upload={things.upload_id}"
@@ -159,7 +161,7 @@ def test_uploads_at_a_time_are_limited_by_token_and_free_again_when_they_end(fur
     assert began.wait(20)
     refused = house.ask("publisher", "PUT", path, content=b"acme!")
     assert (refused.status_code, refused.json()["code"]) == (429, "too_many_uploads")
-    assert refused.json()["detail"] == "1 uploads are already running with this token."
+    assert refused.json()["subject"] == "publisher"
     assert int(refused.headers["Retry-After"]) >= 1
     assert house.ask("admin", "PUT", path, content=b"acme!").status_code == 201
     go_on.set()
@@ -167,6 +169,45 @@ def test_uploads_at_a_time_are_limited_by_token_and_free_again_when_they_end(fur
     assert [answer.status_code for answer in answers] == [201]
     assert house.ask("publisher", "PUT", path, content=b"acme!").status_code == 201
     house.close()
+
+
+def test_another_token_does_not_let_a_user_send_more_at_a_time(furnished: House) -> None:
+    house = limited(furnished, max_concurrent_uploads=1)
+    house.secrets["again"] = house.ask("publisher", "POST", "/v1/tokens", json={"name": "again"}).json()["token"]
+    things, began, go_on = house.things["acme"], threading.Event(), threading.Event()
+    path = f"/v1/blobs/{things.announced}?upload={things.upload_id}"
+
+    def slowly() -> Iterator[bytes]:
+        yield b"acm"
+        began.set()
+        go_on.wait(20)
+        yield b"e!"
+
+    headers = {"Content-Length": "5"}
+    thread = threading.Thread(target=lambda: house.ask("publisher", "PUT", path, content=slowly(), headers=headers))
+    thread.start()
+    assert began.wait(20)
+    refused = house.ask("again", "PUT", path, content=b"acme!")
+    assert (refused.status_code, refused.json()["code"]) == (429, "too_many_uploads")
+    go_on.set()
+    thread.join(20)
+    assert house.ask("again", "PUT", path, content=b"acme!").status_code == 201
+    house.close()
+
+
+def test_a_body_that_trickles_is_ended(furnished: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "BODY_SILENCE_S", 0.3)
+    things = furnished.things["acme"]
+    path = f"/v1/blobs/{things.announced}?upload={things.upload_id}"
+
+    def trickle() -> Iterator[bytes]:
+        for byte in b"acme!":
+            time.sleep(0.1)
+            yield bytes([byte])
+
+    answer = furnished.ask("publisher", "PUT", path, content=trickle(), headers={"Content-Length": "5"})
+    assert (answer.status_code, answer.json()["code"]) == (400, "body_slow")
+    assert furnished.ask("publisher", "PUT", path, content=b"acme!").status_code == 201
 
 
 def test_the_limits_stay_out_of_the_way_of_the_single_user(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import re
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -95,7 +94,7 @@ class HeaderLimit:
 
 
 class CallerLimits:
-    """Answers 429 to a caller with too many requests or concurrent uploads, counted by token, else by address.
+    """Answers 429 to a caller with too many requests, counted by token, else by address.
 
     Invalid tokens are also counted by address, since anyone can make up any number of them. After too many of those,
     the token of each request from the address is checked first. Valid tokens are then counted alone, since others may
@@ -110,12 +109,10 @@ class CallerLimits:
         from limits.strategies import FixedWindowRateLimiter
 
         self.app = app
-        settings = callers.resources.settings
+        rate = callers.resources.settings.rate_limit
         self._callers = callers
-        self._rate = limits.parse(settings.rate_limit) if settings.rate_limit else None
+        self._rate = limits.parse(rate) if rate else None
         self._window = FixedWindowRateLimiter(MemoryStorage())
-        self._max_uploads = settings.max_concurrent_uploads
-        self._uploads: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in HEALTH_PATHS:
@@ -132,8 +129,6 @@ class CallerLimits:
         error = await self._refusal(rate, credentials) if rate else None
         if error is not None:
             await problem_response(error)(scope, receive, send)
-        elif scope["method"] in ("PUT", "POST") and STREAMED.match(scope["path"]):
-            await self._upload(credentials, scope, receive, count_guesses)
         else:
             await self.app(scope, receive, count_guesses)
 
@@ -159,24 +154,6 @@ class CallerLimits:
             next_step="Wait for the time in Retry-After; ADAPTORY_RATE_LIMIT sets the limit.",
         )
         return error.again_in(self._window.get_window_stats(rate, key).reset_time - time.time())
-
-    async def _upload(self, credentials: Credentials, scope: Scope, receive: Receive, send: Send) -> None:
-        key = credentials.key
-        if self._uploads[key] >= self._max_uploads:
-            error = TooMany(
-                "too_many_uploads",
-                f"{self._max_uploads} uploads are already running with {_whom(credentials)}.",
-                next_step="Send fewer files at a time; ADAPTORY_MAX_CONCURRENT_UPLOADS sets the limit.",
-            )
-            await problem_response(error)(scope, receive, send)
-            return
-        self._uploads[key] += 1
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            self._uploads[key] -= 1
-            if not self._uploads[key]:
-                del self._uploads[key]
 
 
 def _whom(credentials: Credentials) -> str:

@@ -1,22 +1,28 @@
 """Request dependencies: the process's resources, the body as a stream, parameters."""
 
 import hashlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from datetime import UTC, datetime
-from typing import Annotated, cast
+from time import monotonic
+from typing import Annotated, TypeVar, cast
 
-from anyio import CapacityLimiter, fail_after, from_thread
+from anyio import fail_after, from_thread
 from fastapi import Depends, Header, Path, Request
 from pydantic import AfterValidator, BaseModel
 from starlette.requests import ClientDisconnect
 
+from registry.api.http.threads import UploadThreads
 from registry.api.schemas.wire import MAX_INT64
 from registry.database.idempotency import IdempotentRequest
 from registry.domain.access.audit import Actor
 from registry.errors import Usage
 from registry.transfer.resources import Resources
 
+R = TypeVar("R")
+
 BODY_SILENCE_S = 60
+LEAST_BYTES_PER_S = 16 << 10
+"""Of a body that takes longer than BODY_SILENCE_S, on average."""
 DOCUMENT_S = 300
 MAX_DIGITS = 18
 """A number of this many digits fits a 64-bit column, and `int` can parse it."""
@@ -36,21 +42,34 @@ def idempotent_request(request: Request, actor: Actor, key: str | None, body: Ba
     return IdempotentRequest(actor.name, key, hashlib.sha256(asked.encode()).hexdigest())
 
 
-def uploads_limiter(request: Request) -> CapacityLimiter:
-    """Threads only for request bodies: slow senders hold up other senders, not other requests."""
-    return cast(CapacityLimiter, request.app.state.uploads_limiter)
+async def receive_body(request: Request, actor: Actor, receive: Callable[[], R]) -> R:
+    """Calls what reads `body_chunks`, in a thread for bodies. Raises TooMany for a user who sends many at a time."""
+    uploads: UploadThreads = request.app.state.uploads
+    return await uploads.run(actor.name, receive)
 
 
 def body_chunks(request: Request) -> Iterator[bytes]:
-    """The body in chunks, never all in memory, for a route that runs in a worker thread."""
-    stream = request.stream()
-    while (chunk := from_thread.run(_next_chunk, stream)) is not None:
+    """The body in chunks, never all in memory, for a route that runs in a worker thread. Raises Usage for a sender that
+    stalls, or is slower than LEAST_BYTES_PER_S: it would keep the thread."""
+    stream, waited_s, taken = request.stream(), 0.0, 0
+    while True:
+        asked = monotonic()
+        chunk = from_thread.run(_next_chunk, stream)
+        if chunk is None:
+            return
+        waited_s, taken = waited_s + monotonic() - asked, taken + len(chunk)
+        if waited_s > BODY_SILENCE_S and taken < waited_s * LEAST_BYTES_PER_S:
+            raise Usage(
+                "body_slow",
+                f"{taken:,} bytes of the body have arrived in {waited_s:.0f} s.",
+                next_step=f"Send the file again with at least {LEAST_BYTES_PER_S:,} bytes per second.",
+            )
         if chunk:
             yield chunk
 
 
 async def _next_chunk(stream: AsyncGenerator[bytes]) -> bytes | None:
-    """The next chunk, None at the end. Times out, so that a stalled sender does not hold a thread forever."""
+    """The next chunk, None at the end. Raises Usage if none arrives."""
     try:
         with fail_after(BODY_SILENCE_S):
             return await anext(stream, None)

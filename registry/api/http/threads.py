@@ -1,10 +1,11 @@
-"""Thread pools for searches, for routes that use the blob store, and for exchanges of ID tokens.
+"""Thread pools for searches, for routes that use the blob store, for bodies, and for exchanges of ID tokens.
 
 All other routes share the framework's 40 threads. A hanging store blocks each thread that calls it for a minute or
 more: with shared threads, a hundred downloads would also stop resolve and search, which do not need the store.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
@@ -15,7 +16,7 @@ from anyio import CapacityLimiter, to_thread
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from registry.errors import Unavailable
+from registry.errors import TooMany, Unavailable
 from registry.storage.blobs import Reader
 
 P = ParamSpec("P")
@@ -29,6 +30,7 @@ SEARCH_THREADS, SEARCH_ROOM = 16, 10_000
 wait as are answered within PATIENCE_S."""
 STORE_THREADS, STORE_ROOM = 32, 512
 """64 clients of the hub fetch 8 files each at once."""
+UPLOAD_THREADS = 32
 EXCHANGE_THREADS, EXCHANGE_ROOM = 8, 64
 """An issuer that hangs blocks each thread that needs its keys, and anyone can send a token that names it."""
 
@@ -76,6 +78,34 @@ class Threads:
             f"All {self._count} {self._use} threads are busy: {self._slow} is slow, or overloaded.",
             next_step="Try again after the seconds in Retry-After; /readyz tells whether database and store answer.",
         )
+
+
+class UploadThreads:
+    """Threads that receive bodies, so that slow senders hold up other senders and not other requests.
+
+    One user has at most `per_user` of them, whatever tokens it sends with; with None, all of them.
+    """
+
+    def __init__(self, per_user: int | None) -> None:
+        self._limiter, self._per_user = CapacityLimiter(UPLOAD_THREADS), per_user
+        self._running: Counter[str] = Counter()
+
+    async def run(self, user: str, receive: Callable[[], R]) -> R:
+        """Calls `receive` in a thread. Raises TooMany if the user has its share of them already."""
+        if self._per_user is not None and self._running[user] >= self._per_user:
+            raise TooMany(
+                "too_many_uploads",
+                f"{user} is sending {self._per_user} files already.",
+                subject=user,
+                next_step="Send fewer files at a time; ADAPTORY_MAX_CONCURRENT_UPLOADS sets the limit.",
+            )
+        self._running[user] += 1
+        try:
+            return await to_thread.run_sync(receive, limiter=self._limiter)
+        finally:
+            self._running[user] -= 1
+            if not self._running[user]:
+                del self._running[user]
 
 
 in_search_threads = Threads("search", "searches_busy", SEARCH_THREADS, SEARCH_ROOM)

@@ -4,12 +4,11 @@ from functools import partial
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from registry.api.http.problems import header_text
-from registry.api.http.request import ResourcesOf, body_chunks, content_length, uploads_limiter
+from registry.api.http.request import ResourcesOf, body_chunks, content_length, receive_body
 from registry.api.http.rules import Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import MODEL
@@ -127,10 +126,17 @@ def permit_of(
 PermitOf = Annotated[lfs.Permit, Depends(permit_of)]
 
 
+def permitted(permit: PermitOf, resources: ResourcesOf) -> lfs.Permitted:
+    """The upload of an address, and the user who announced it."""
+    return lfs.permitted(resources, permit)
+
+
 @router.put("/api/lfs/{namespace}/{sha256}")
-async def upload(permit: PermitOf, request: Request, resources: ResourcesOf) -> Response:
-    receive = partial(lfs.receive, resources, permit, body_chunks(request), content_length(request))
-    await to_thread.run_sync(receive, limiter=uploads_limiter(request))
+async def upload(
+    upload: Annotated[lfs.Permitted, Depends(permitted)], request: Request, resources: ResourcesOf
+) -> Response:
+    receive = partial(lfs.receive, resources, upload, body_chunks(request), content_length(request))
+    await receive_body(request, upload.actor, receive)
     return Response(status_code=200)
 
 
@@ -159,7 +165,7 @@ async def commit(
             next_step="Commit fewer files at a time, or use `adaptory push`.",
         )
     receive = partial(transfers.receive, resources, actor, repository, body_chunks(request))
-    commit_id, findings = await to_thread.run_sync(receive, limiter=uploads_limiter(request))
+    commit_id, findings = await receive_body(request, actor, receive)
     url = f"{request.base_url}{repository}/commit/{commit_id}"
     response = JSONResponse({"commitOid": commit_id, "commitUrl": url, "success": True})
     return with_findings(response, commit_id, [finding.to_json() for finding in findings])

@@ -6,11 +6,10 @@ What they ask besides (chunks that others have sent, newer forms of these calls,
 from functools import partial
 from typing import Annotated
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
-from registry.api.http.request import ResourcesOf, body_chunks, uploads_limiter
+from registry.api.http.request import ResourcesOf, body_chunks, receive_body
 from registry.api.http.rules import Publisher
 from registry.api.hub.models import MODEL
 from registry.api.hub.push import main_only
@@ -45,12 +44,12 @@ PushOf = Annotated[Push, Depends(push_of)]
 @router.post("/xet/{upload}/v1/xorbs/default/{xorb}")
 async def receive_xorb(xorb: str, push: PushOf, request: Request, resources: ResourcesOf) -> JSONResponse:
     receive = partial(xet.receive_xorb, resources, push, xorb, body_chunks(request))
-    return JSONResponse({"was_inserted": await to_thread.run_sync(receive, limiter=uploads_limiter(request))})
+    return JSONResponse({"was_inserted": await receive_body(request, push.actor, receive)})
 
 
 @router.post("/xet/{upload}/v1/shards")
 @router.post("/xet/{upload}/shards")
 async def receive_shard(push: PushOf, request: Request, resources: ResourcesOf) -> JSONResponse:
     receive = partial(xet.receive_shard, resources, push, body_chunks(request))
-    await to_thread.run_sync(receive, limiter=uploads_limiter(request))
+    await receive_body(request, push.actor, receive)
     return JSONResponse({"result": 1})

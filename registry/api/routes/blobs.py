@@ -4,11 +4,10 @@ import re
 from functools import partial
 from typing import Annotated, Any
 
-from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
-from registry.api.http.request import ResourcesOf, body_chunks, content_length, uploads_limiter
+from registry.api.http.request import ResourcesOf, body_chunks, content_length, receive_body
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller
 from registry.api.http.threads import BlobResponse, in_store_threads
@@ -73,7 +72,7 @@ async def upload(
     """Upload the bytes through the API, for stores without upload addresses."""
     digest, size = parse_digest(sha256), content_length(request)
     receive = partial(uploads.receive_body, resources, actor, upload_id, digest, body_chunks(request), size)
-    await to_thread.run_sync(receive, limiter=uploads_limiter(request))
+    await receive_body(request, actor, receive)
     return Response(status_code=201)
 
 

@@ -269,7 +269,7 @@ def test_an_address_serves_for_its_file_alone_and_for_its_time(house: House, nam
     late = replace(house.resources, clock=lambda: datetime.now(UTC) + timedelta(days=1, minutes=1))
     late = late if method == "POST" else replace(late, clock=lambda: datetime.now(UTC) + timedelta(minutes=61))
     with pytest.raises(NotFound, match="no longer"):
-        lfs_transfers.receive(late, permit, [content], len(content))
+        lfs_transfers.receive(late, lfs_transfers.permitted(late, permit), [content], len(content))
     if method == "PUT":
         lfs_transfers.receive(hour, permit, [content], len(content))
 
@@ -322,7 +322,7 @@ def test_no_file_is_in_the_memory_of_the_server(house: House, named: str) -> Non
     tracemalloc.start()
     try:
         if sending.send:
-            lfs_transfers.receive(house.resources, sending.send, pieces, size)
+            lfs_transfers.receive(house.resources, lfs_transfers.permitted(house.resources, sending.send), pieces, size)
         if sending.finish:
             lfs_transfers.finish(house.resources, sending.finish)
         transfers.receive(house.resources, publisher, parse_repository(named), body())
