@@ -20,7 +20,11 @@ def translate_hub_errors(endpoint: str, what: str) -> Generator[None]:
     except errors.HFValidationError as error:
         next_step = "Write hf://ORG/NAME, or hf://ORG/NAME@REVISION."
         raise Usage("bad_hub_address", f"{what}: {_text(error)}", subject=what, next_step=next_step) from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+    except errors.OfflineModeIsEnabled as error:
+        message = f"{what} is not in the hub's cache here, and HF_HUB_OFFLINE is set."
+        next_step = "Unset HF_HUB_OFFLINE, or download it before."
+        raise Unavailable("hub_unavailable", message, subject=what, next_step=next_step) from error
+    except errors.LocalEntryNotFoundError as error:
         raise _unavailable(endpoint, what, error) from error
     except errors.HfHubHTTPError as error:
         raise _of_answer(endpoint, what, error, error.response.status_code) from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from registry.errors import Unavailable, Usage
 from registry.sdk.profile_file import LOCAL, Profiles
@@ -129,7 +130,7 @@ def open_registry(
             ) from error
         stack.callback(resources.close)
         transport = InProcessTransport(create_app(resources, on_demand=True))
-        api = Api(EMBEDDED_URL, transport, on_change=cache(partial(announce, f"local, {settings.home_directory}")))
+        api = Api(EMBEDDED_URL, transport, on_change=cache(partial(announce, f"local, {_embedded(settings)}")))
         stack.callback(api.close)
         yield Connection(api, settings, resources)
 
@@ -146,6 +147,14 @@ def _remote(settings: "Settings") -> tuple[str, str | None, str] | None:
         return None
     profile = profiles.find(name)
     return profile.url, profile.token, f" (profile {name})"
+
+
+def _embedded(settings: "Settings") -> str:
+    """Where the embedded registry keeps its rows: the home, or the database without its credentials."""
+    if settings.database_url is None:
+        return str(settings.home_directory)
+    url = urlsplit(settings.database_url)
+    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
 
 
 def _variable(location: tuple[int | str, ...]) -> str:

@@ -83,6 +83,10 @@ def test_a_change_says_which_registry_it_goes_to_and_a_narrow_scope_which_role_i
     assert "registry:" not in denied.err, "nothing is changed"
     local = cli.ok("namespace", "set", "own", "--public", "--profile", "local")
     assert f"registry: local, {tmp_path / 'home'}" in local.err
+    database = f"sqlite:///{tmp_path / 'rows.db'}"
+    other = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_DATABASE_URL": database})
+    other.ok("migrate")
+    assert f"registry: local, {database}" in other.ok("namespace", "set", "own", "--public", "--profile", "local").err
 
 
 @pytest.mark.parametrize(
