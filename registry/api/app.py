@@ -42,7 +42,9 @@ ROUTERS: tuple[Entry, ...] = (
 )
 """Module, router, and path parts; each path of the router contains one of them."""
 HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
-"""Modules of the hub API, which only servers have. They come last: their paths begin with a namespace, or with /api."""
+"""Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
+PAGES: tuple[str, ...] = ("assets", "search", "release", "repository")
+"""Modules of the pages, which only servers have. They come last: they answer every path of one to three parts."""
 
 
 def create_app(
@@ -80,7 +82,7 @@ def create_app(
     app.add_middleware(Exchanges, access_log=access_log)
     if not on_demand:
         _include(app, ROUTERS)
-        for router in hub_routers():
+        for router in (*hub_routers(), *page_routers()):
             app.router.routes.extend(router.routes)
     return app
 
@@ -109,6 +111,11 @@ def routers(entries: Sequence[Entry] = ROUTERS) -> list[APIRouter]:
 def hub_routers() -> list[APIRouter]:
     """The routers of the hub API."""
     return [import_module(f"registry.api.hub.{module}").router for module in HUB]
+
+
+def page_routers() -> list[APIRouter]:
+    """The routers of the pages."""
+    return [import_module(f"registry.api.pages.{module}").router for module in PAGES]
 
 
 def _include(app: FastAPI, entries: Sequence[Entry]) -> None:

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from starlette.routing import compile_path
 
-from registry.api.app import ROUTERS, create_app, hub_routers, routers
+from registry.api.app import ROUTERS, create_app, hub_routers, page_routers, routers
 from registry.api.http.routes import Route
 from registry.api.http.rules import Rule, Where
 from registry.api.hub.wire import HubRoute
@@ -80,7 +80,7 @@ def test_the_application_serves_these_routes_and_no_others(house: House) -> None
 
 def test_nothing_is_served_beside_them(house: House) -> None:
     """What is put on the application itself could be hidden from its description."""
-    known = {id(route) for router in (*routers(), *hub_routers()) for route in router.routes}
+    known = {id(route) for router in (*routers(), *hub_routers(), *page_routers()) for route in router.routes}
     beside = [route for route in create_app(house.resources, tokens=True).routes if id(route) not in known]
     assert [getattr(route, "path", route) for route in beside] == ["/openapi.json"]
 

@@ -146,15 +146,18 @@ def _composer_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 def _validation_error(_request: Request, error: Exception) -> JSONResponse:
-    first = cast(RequestValidationError, error).errors()[0]
+    return problem_response(of_validation(cast(RequestValidationError, error)))
+
+
+def of_validation(error: RequestValidationError) -> Invalid:
+    """The first thing that is wrong with a request."""
+    first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return problem_response(
-        Invalid(
-            "bad_request",
-            f"{where}: {_wrong(first)}.",
-            subject=where,
-            next_step=_right_way(first["type"], first.get("ctx", {})),
-        )
+    return Invalid(
+        "bad_request",
+        f"{where}: {_wrong(first)}.",
+        subject=where,
+        next_step=_right_way(first["type"], first.get("ctx", {})),
     )
 
 

@@ -14,7 +14,7 @@ from fastapi import Depends, Request
 from fastapi.dependencies.models import Dependant
 from starlette.concurrency import run_in_threadpool
 
-from registry.api.http.callers import ActorCache, credentials_of
+from registry.api.http.callers import ActorCache, Credentials, credentials_of
 from registry.api.http.exchanges import current
 from registry.api.http.request import content_length
 from registry.domain.access.audit import Actor
@@ -39,8 +39,7 @@ class Rule:
 
     async def __call__(self, request: Request) -> Actor:
         callers = callers_of(request)
-        client = cast(tuple[str, int] | None, request.scope.get("client"))
-        credentials = credentials_of(dict(request.scope["headers"]), client)
+        credentials = self.credentials(request)
         actor = callers.remembered(credentials) or await run_in_threadpool(callers.ask, credentials)
         request.state.actor = actor  # for errors that suggest alternatives
         if (exchange := current.get()) is not None:
@@ -50,6 +49,11 @@ class Rule:
         elif self.where is Where.ANYWHERE:
             permit_somewhere(actor, self.role)
         return actor
+
+    def credentials(self, request: Request) -> Credentials:
+        """The caller by the Authorization header."""
+        client = cast(tuple[str, int] | None, request.scope.get("client"))
+        return credentials_of(dict(request.scope["headers"]), client)
 
     async def before_document(self, request: Request) -> None:
         """Authorizes before the body is read, since its values take many times its size in memory. If the route itself

@@ -39,6 +39,7 @@ from registry.domain.search.ordering import NEWEST, VERSION, Hit, Order, Positio
 from registry.domain.search.search import SearchResult
 from registry.errors import Usage
 from registry.formats.references import parse_reference
+from registry.transfer.resources import Resources
 
 router = APIRouter(prefix="/v1", tags=["search"], route_class=Route)
 
@@ -72,20 +73,27 @@ def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
 @in_search_threads
 def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> Response:
     """Search the releases that the caller may read; all conditions must hold."""
-    query, wanted = _parse_query(request.scope["query_string"])
+    return page_response(*find_releases(resources, actor, request.scope["query_string"], _documents(request)))
+
+
+def find_releases(
+    resources: Resources, actor: Actor, asked: bytes, documents: RenderedReleaseCache
+) -> tuple[list[bytes], str | None]:
+    """The documents that a query string asks for, as FoundOut, and the cursor of the next page."""
+    query, wanted = _parse_query(asked)
     order = Order(query.sort, query.limit + 1, _position(query))
     # Conditions on a release's neighbours are evaluated in one statement and checked in another.
     at_one_moment = wanted.channel is not None or wanted.latest
     with resources.snapshot() if at_one_moment else resources.read() as session:
         result = _search(session, actor, query, wanted, order)
-        rendered = _render(session, actor, _documents(request), result, query.limit)
+        rendered = _render(session, actor, documents, result, query.limit)
     if any(one.stamp != hit.stamp for one, hit in zip(rendered, result.hits, strict=False)):  # changed in between
         with resources.snapshot() as session:
             result = _search(session, actor, query, wanted, order)
-            rendered = _render(session, actor, _documents(request), result, query.limit)
+            rendered = _render(session, actor, documents, result, query.limit)
     items = [one.with_remarks(_remarks(one, result, wanted.loads_in)) for one in rendered]
     following = _cursor(query, result.hits[len(rendered) - 1]) if len(result.hits) > len(rendered) else None
-    return page_response(items, following)
+    return items, following
 
 
 def _search(session: Session, actor: Actor, query: SearchIn, wanted: search.Query, order: Order) -> SearchResult:

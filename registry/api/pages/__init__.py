@@ -1,0 +1,1 @@
+"""Pages for people: the facts of REST as HTML, which reads without JavaScript."""

@@ -1,0 +1,117 @@
+"""A release: can it be promoted, what does it change, where does it come from, where is it served."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import RedirectResponse
+
+from composer.formats.adapters.serving import SERVERS
+from registry.api.http.request import ResourcesOf
+from registry.api.http.threads import in_store_threads
+from registry.api.pages import card, scores
+from registry.api.pages.render import link, page
+from registry.api.pages.wire import PageReader, PageRoute
+from registry.api.routes.documents import release_documents
+from registry.api.routes.views import channel_view, score_view
+from registry.api.schemas.quality import ChannelOut
+from registry.database.engine import Session
+from registry.database.tables import Release
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import releases, suites
+from registry.domain.channels import moves, resolve
+from registry.formats.references import RepositoryName, is_version, parse_reference, parse_repository, parse_version
+from registry.storage.blobs import BlobStore
+
+router = APIRouter(route_class=PageRoute)
+
+CARD = "README.md"
+MAX_CHANNELS = 100
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A release and what its page puts beside it. `before` is the next lower version that is not yanked."""
+
+    release: Json
+    before: Json | None
+    base_scores: Sequence[Json]
+    spectrum: Mapping[str, Any] | None
+    channels: Sequence[ChannelOut]
+    latest: str | None
+
+
+@router.get("/{namespace}/{name}/{version}")
+@in_store_threads
+def show_release(
+    namespace: str, name: str, version: str, request: Request, resources: ResourcesOf, actor: PageReader
+) -> Response:
+    named = parse_repository(f"{namespace}/{name}")
+    if not is_version(version):  # a range or `latest`
+        reference = parse_reference(str(named) if version == "latest" else f"{named}:{version}")
+        with resources.snapshot() as session:
+            return RedirectResponse(link(str(named), resolve.locate(session, reference).row.version), 302)
+    with resources.snapshot() as session:
+        shown = _shown(session, actor, named, releases.find(session, named, parse_version(version)))
+    release = shown.release
+    compared = scores.lines(release["scores"], shown.before["scores"] if shown.before else [], shown.base_scores)
+    return page(
+        request,
+        "release.html",
+        release=release,
+        repository=str(named),
+        namespace=named.namespace,
+        name=named.name,
+        serving=[one for one in shown.channels if one.version == release["version"]],
+        highest=shown.latest == release["version"],
+        before=shown.before,
+        scores=compared,
+        spectrum=shown.spectrum,
+        sizes=layers(shown.spectrum, "norm"),
+        ranks=layers(shown.spectrum, "rank_95"),
+        loading=[(server, release["loading"].get(server)) for server in SERVERS],
+        card=_card(resources.store, release),
+        json_address=f"/v1/{release['kind']}s/{named}/releases/{release['version']}",
+    )
+
+
+def layers(spectrum: Mapping[str, Any] | None, measure: str) -> dict[tuple[str, int], float]:
+    """A measure of the modules by kind and layer; modules outside of layers are left to the table."""
+    cells: dict[tuple[str, int], float] = {}
+    for module in spectrum["modules"] if spectrum else ():
+        if match := _LAYER.search(module["module"]):
+            cells[match[2].removeprefix("self_attn.").removeprefix("mlp."), int(match[1])] = float(module[measure])
+    return cells
+
+
+def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release) -> Shown:
+    repository = row.repository
+    lower = releases.list_page(session, repository, before=row.sort_key, limit=10)
+    before = next((one for one in lower if not one.yanked), None)
+    documents = release_documents(session, actor, [row.id, *([before.id] if before else [])])
+    read = [orjson.loads(one) for one in documents]
+    listed = moves.list_page(session, repository, after="", limit=MAX_CHANNELS)
+    base_scores = suites.scores_of_bases(session, row.base)[row.base_digest]
+    newest = resolve.heads(session, repository)[repository.id].latest
+    return Shown(
+        release=read[0],
+        before=read[1] if len(read) > 1 else None,
+        base_scores=[score_view(one).model_dump(mode="json") for one in base_scores],
+        spectrum=row.spectrum,
+        channels=[channel_view(session, one, repository) for one in listed],
+        latest=newest,
+    )
+
+
+def _card(store: BlobStore, release: Json) -> Any:
+    """The model card, if there is one of a size that a person reads."""
+    for file in release["files"]:
+        if file["path"] == CARD and file["size_bytes"] <= card.MAX_BYTES:
+            with store.open(file["sha256"], 0, file["size_bytes"]) as reader:
+                return card.rendered(reader.read(file["size_bytes"]).decode(errors="replace"))
+    return None

@@ -1,0 +1,96 @@
+"""Renders templates into answers, with the headers that protect them."""
+
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import HTMLResponse, RedirectResponse
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from registry.api.pages import assets, drawings
+from registry.domain.access.roles import ANONYMOUS
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "private, no-store",
+    "Vary": "Cookie, Accept",
+}
+_MINUS = "\N{MINUS SIGN}"
+
+
+def page(request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
+    """A page; a redirect to the same facts as JSON for a caller who wants those. Every template knows the viewer (None
+    for a stranger) and the address."""
+    actor = getattr(request.state, "actor", None)
+    viewer = actor.name if actor is not None and actor.name != ANONYMOUS else None
+    json_address = values.pop("json_address", None)
+    if json_address and request.headers.get("accept", "").startswith("application/json"):
+        return RedirectResponse(json_address, 302, {"Vary": "Accept"})
+    text = (
+        _environment()
+        .get_template(template)
+        .render(viewer=viewer, path=request.url.path, json_address=json_address, **values)
+    )
+    return HTMLResponse(text, status, headers=_HEADERS)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names: dict[str, Any] = {"asset": assets.address, "draw": drawings}
+    filters: dict[str, Any] = {"moment": moment, "machine": machine, "size": size, "fixed": fixed, "change": change}
+    environment.globals.update(names)  # pyright: ignore[reportUnknownMemberType]  (jinja2 leaves them untyped)
+    environment.filters.update(filters)  # pyright: ignore[reportUnknownMemberType]
+    return environment
+
+
+def moment(at: datetime | str) -> str:
+    """A time for people: `28 Nov 2026 09:05 UTC`."""
+    return f"{_parsed(at):%-d %b %Y %H:%M} UTC"
+
+
+def machine(at: datetime | str) -> str:
+    """A time for the attribute `datetime`."""
+    return _parsed(at).isoformat()
+
+
+def _parsed(at: datetime | str) -> datetime:
+    parsed = datetime.fromisoformat(at) if isinstance(at, str) else at
+    return parsed.astimezone(UTC)
+
+
+def size(size_bytes: float) -> str:
+    """Bytes with a decimal unit: `476.3 kB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.1f} {unit}" if unit != "bytes" else f"{size_bytes:.0f} bytes"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def fixed(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}".replace("-", _MINUS)
+
+
+def change(value: float, digits: int = 3) -> str:
+    """A difference with its sign."""
+    return f"{value:+.{digits}f}".replace("-", _MINUS)
+
+
+def link(repository: str, version: str | None = None, channel: str | None = None) -> str:
+    """The address of a repository, a release or a channel."""
+    return f"/{repository}" + (f"/{version}" if version else "") + (f"@{channel}" if channel else "")

@@ -1,0 +1,93 @@
+"""Scores as a release page shows them: beside those of the release before and of the base, with what can be said."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+from markupsafe import Markup
+
+from registry.api.pages import drawings
+from registry.api.pages.drawings import Interval
+
+Z = 1.96
+"""95 % of a normal distribution lie within this number of standard errors."""
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreLine:
+    """A suite's metric: values, and whether this release is `better` or `worse` than the one before, `none shown` if
+    the difference is within its error, empty without one before."""
+
+    name: str
+    n: int
+    reported: bool
+    value: float
+    before: float | None
+    base: float | None
+    comparison: str
+    drawing: Markup
+
+    @property
+    def change(self) -> float | None:
+        return None if self.before is None else self.value - self.before
+
+
+def interval(score: Json) -> tuple[float, float]:
+    """The 95 % interval of a score: Wilson's for a share of examples, which holds at 0 and 1 too, else the normal one;
+    the value itself without an error."""
+    value, n = float(score["value"]), int(score["n"])
+    if score["metric"] == "accuracy" and n and 0 <= value <= 1:
+        centre = (value + Z * Z / (2 * n)) / (1 + Z * Z / n)
+        half = Z * sqrt(value * (1 - value) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
+        return centre - half, centre + half
+    error = float(score["stderr"] or 0.0)
+    return value - Z * error, value + Z * error
+
+
+def compare(now: Json, before: Json) -> str:
+    """`better` or `worse` if the difference is beyond 1.96 of its unpaired standard error, else `none shown`."""
+    if now["stderr"] is None or before["stderr"] is None:
+        return "none shown"
+    difference = float(now["value"]) - float(before["value"])
+    low, high = interval(now)
+    other_low, other_high = interval(before)
+    # Half widths of intervals, so that a share of 0 or 1 has an error too.
+    error = sqrt(((high - low) / 2) ** 2 + ((other_high - other_low) / 2) ** 2)
+    if abs(difference) <= error:
+        return "none shown"
+    return "better" if (difference > 0) == bool(now["higher_is_better"]) else "worse"
+
+
+def lines(now: Sequence[Json], before: Sequence[Json], base: Sequence[Json]) -> list[ScoreLine]:
+    """A line for each score of this release, in the order of suites; others are compared on the same content only."""
+    earlier, of_base = _by_key(before), _by_key(base)
+    return [_line(score, earlier.get(_key(score)), of_base.get(_key(score))) for score in now]
+
+
+def _line(score: Json, before: Json | None, base: Json | None) -> ScoreLine:
+    given = [("base", base), ("before", before), ("now", score)]
+    rows = [Interval(float(one["value"]), *interval(one), kind) for kind, one in given if one is not None]
+    share = score["metric"] == "accuracy"
+    low = 0.0 if share else min(0.0, *(row.low for row in rows))
+    high = 1.0 if share else drawings.axis_end([row.high for row in rows])
+    name = f"{score['suite']}.{score['metric']}"
+    return ScoreLine(
+        name=name,
+        n=score["n"],
+        reported=score["reported"],
+        value=score["value"],
+        before=None if before is None else before["value"],
+        base=None if base is None else base["value"],
+        comparison="" if before is None else compare(score, before),
+        drawing=drawings.intervals(name, rows, low, high),
+    )
+
+
+def _key(score: Json) -> tuple[str, str]:
+    return score["suite_digest"], score["metric"]
+
+
+def _by_key(scores: Sequence[Json]) -> dict[tuple[str, str], Json]:
+    return {_key(score): score for score in scores}
