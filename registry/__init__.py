@@ -2,7 +2,7 @@
 
 cli/        commands: call the API through client/, and print
 sdk/        registries as Python objects: opens the one of a URL, or the embedded one in this process
-api/        REST under /v1: the app, callers, limits, problems, routes, schemas; the hub API in api.hub, HTML in api.pages
+api/        REST under /v1: the app, callers, limits, problems, routes, schemas; hub API in api.hub, pages in api.pages
 worker/     jobs: the steps of a composition
 transfer/   bytes and rows together: uploads, publishing, collection, fsck
 domain/     rules over rows: access, catalog, channels, search, jobs, compositions
