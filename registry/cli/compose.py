@@ -176,8 +176,8 @@ def _show(composition: Json) -> None:
         render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(composition["candidate_scores"]))
         if unjudged := _unjudged(composition):
             render.out(
-                f"not compared: {', '.join(unjudged)}. What the result keeps of them is not known: name a suite for "
-                "each (`suite` of an input in the recipe)."
+                f"not compared on a suite of their own: {', '.join(unjudged)}. What the result keeps of them is "
+                "not known: name a suite for each (`suite` of an input in the recipe)."
             )
     elif composition["results"]:
         render.out(

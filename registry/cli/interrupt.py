@@ -29,7 +29,7 @@ KEPT = {
     "eval": "what was measured is kept; the same command goes on from there",
     "base": "nothing was registered; repeat the command",
     "compose": "a later `adaptory compose` goes on with a composition that had begun; `adaptory cancel JOB` ends it",
-    "conflicts": "nothing was measured; repeat the command",
+    "conflicts": "nothing is kept; repeat the command",
 }
 """What remains of an interrupted command, if the command does not say so itself."""
 

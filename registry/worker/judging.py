@@ -46,8 +46,7 @@ class Examination:
         """The total number of examples that the candidate, the base and the members are measured on."""
         candidate = sum(self.count(suite) for suite in self.suites)
         candidate += sum(count for suite in self.suites if (count := self.count(suite)) < len(suite.examples))
-        inputs = (self.count(suite) for member in members for suite in self.suites if self.needs(member, suite))
-        return candidate + sum(inputs)
+        return candidate + sum(self.count(suite) for _, suite in self.missing(members))
 
     def scores(self, loaded: "LoadedModel", suite: Suite, deltas: "Sequence[Delta]") -> list[Row]:
         """Evaluates the deltas on the suite's remaining examples."""
@@ -63,11 +62,17 @@ class Examination:
         results = examine(loaded, suite, deltas, left, self.scorers, lambda batch: self.progress(len(batch)))
         return [score.to_json() for score in scores(suite, results)], results
 
-    def needs(self, member: Member, suite: Suite) -> bool:
-        """Whether the input must be measured: the suite is its own or a guard, and no score on exactly these examples
-        is recorded."""
-        compared = suite.name == member.suite or suite.kind == "guard"
-        return compared and not self.known(member, suite)
+    def missing(self, members: Sequence[Member]) -> list[tuple[Member, Suite]]:
+        """The inputs to measure, with the suites: their own, guards and those that are no input's own, unless a score
+        on exactly these examples is recorded."""
+        owned = {member.suite for member in members}
+        return [
+            (member, suite)
+            for member in members
+            for suite in self.suites
+            if suite.kind == "guard" or suite.name == member.suite or suite.name not in owned
+            if not self.known(member, suite)
+        ]
 
     def known(self, member: Member, suite: Suite) -> dict[str, Measured]:
         """The input's measured scores, by metric, on exactly the examples that the candidate is measured on."""
@@ -84,10 +89,11 @@ def with_inputs(
     """The candidate's scores, each with those of the inputs and, where examples are left out, of the base on the same
     examples: recorded, or else measured now. `own_suite` says whether the suite is that input's own."""
     beside: dict[tuple[str, str], list[Row]] = {}
+    missing = examination.missing(members)
     for member in members:
         for suite in examination.suites:
             rows = [(metric, one, True) for metric, one in examination.known(member, suite).items()]
-            if examination.needs(member, suite):
+            if (member, suite) in missing:
                 measured = examination.scores(base(), suite, member.deltas())
                 rows = [(row["metric"], _measured(row), False) for row in measured]
             for metric, one, recorded in rows:

@@ -311,7 +311,7 @@ def test_an_input_that_no_suite_judges_is_named(small_team: Cli, tmp_path: Path)
     one_judged = [{"adapter": "acme/sql@prod", "suite": "sql-exact"}, {"adapter": "acme/support"}]
     alone = write_recipe(tmp_path, probe=0, inputs=one_judged, evaluate=[], gates=[])
     shown = small_team.ok("compose", alone).out
-    assert "not compared: acme/support:1.0.0." in shown
+    assert "not compared on a suite of their own: acme/support:1.0.0." in shown
 
 
 @pytest.mark.parametrize("stocked", [services.PAIRINGS[0]], indirect=True)

@@ -143,8 +143,8 @@ def test_on_a_terminal_a_composition_shows_its_steps_and_the_examples_that_are_d
     recipe.write_text(yaml.safe_dump({**content, "evaluate": ["sql-exact", "support-exact"], "gates": []}))
     shown = on_terminal(stocked_on_disk, "compose", recipe, code=SLOWLY)
     assert shown.end() == 0, shown.text
-    assert re.search(r"3/6 evaluate .* [1-9]\d*/12 examples", shown.text), shown.text
-    assert not re.search(r"2/6 combine [^\r\n]*/12", shown.text), "of a step without an amount none is shown"
+    assert re.search(r"3/6 evaluate .* [1-9]\d*/36 examples", shown.text), shown.text
+    assert not re.search(r"2/6 combine [^\r\n]*/36", shown.text), "of a step without an amount none is shown"
     assert max(len(line.rstrip()) for line in shown.lines) <= 80
 
 

@@ -144,6 +144,17 @@ def test_without_gates_the_comparison_with_the_inputs_warns(team: Cli, tmp_path:
     assert not all(gate["passed"] for gate in warned["gates"])
 
 
+def test_inputs_are_measured_on_a_suite_that_is_no_inputs_own(team: Cli, tmp_path: Path) -> None:
+    gates = ["terraform-exact.nll within 1000 of inputs"]
+    changes = {"method": "stack", "settings": {}, "evaluate": ["sql-exact", "terraform-exact"], "gates": gates}
+    done = team.json("compose", recipe(tmp_path, **changes))
+    assert [gate["passed"] for gate in done["gates"]] == [True]
+    compared = {(row["suite"], one["repository"]) for row in done["candidate_scores"] for one in row["inputs"]}
+    assert compared == {
+        ("terraform-exact", "acme/sql"), ("terraform-exact", "acme/support"), ("sql-exact", "acme/sql"),
+    }  # fmt: skip
+
+
 def test_a_fitted_recipe_needs_examples_and_an_adapter_to_publish(team: Cli, tmp_path: Path) -> None:
     unknown = team("compose", recipe(tmp_path, inputs=["acme/sql", "acme/support"]), "--plan")
     assert (unknown.code, "has no score on a target suite" in unknown.err) == (2, True)

@@ -1,7 +1,7 @@
 """The header of a safetensors file: from bytes and limits to a header, or one precise `InvalidFile`.
 
 A file is 8 bytes N (little endian), N bytes of JSON, then the tensors' bytes without a gap. Accepted adapters are
-opened by safetensors' own reader too (inspection.py). This reader does what that one does not: it bounds untrusted
+opened by safetensors' own reader too (adapters/facts.py). This reader does what that one does not: it bounds untrusted
 input before allocating anything, checks a header that comes without its file (byte ranges of a store), and gives the
 byte offsets of tensors, so that a merge lets the kernel copy them.
 """
