@@ -29,7 +29,7 @@ _Z_POWER = _Z + NormalDist().inv_cdf(POWER)
 Values = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
     """New minus old on `n` common examples, with its interval, None where too few leave it open. `gained` and `lost`
     count the examples that are better and worse under the new model.
@@ -129,7 +129,9 @@ def _paired(
     if not decided and difference and spread:
         wanted = max(n + 1, ceil((_Z_POWER * spread / difference) ** 2))
         needed = wanted if wanted <= MAX_NEEDED else None
-    return Paired(n, difference, low, high, counts[0], counts[1], verdict, needed)
+    return Paired(
+        n=n, difference=difference, low=low, high=high, gained=counts[0], lost=counts[1], verdict=verdict, needed=needed
+    )
 
 
 def describe(paired: Paired) -> str:

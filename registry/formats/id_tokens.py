@@ -45,7 +45,7 @@ class IdToken:
     claims: Claims
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """The job that a token was made for, as far as rules compare it. `project_id` is the issuer's own number of the
     project, if its tokens have one."""
@@ -166,7 +166,14 @@ def job_of(token: IdToken, layout: Layout) -> Job:
     if layout != "other" and number is None:
         raise invalid("it does not have the number of its project")
     kept = {name: shown(claims[name]) for name in details if name in claims}
-    return Job(token.issuer, project, number, ref, _text(claims, "environment"), kept)
+    return Job(
+        issuer=token.issuer,
+        project=project,
+        project_id=number,
+        ref=ref,
+        environment=_text(claims, "environment"),
+        details=kept,
+    )
 
 
 def shown(value: object) -> str:

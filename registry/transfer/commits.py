@@ -87,7 +87,9 @@ def _check_adapter(
         message = f"The adapter was not checked: {what}. It cannot be released before it is."
         return [Finding("unchecked", Severity.WARNING, CONFIG_FILE, message)]
     unsigned = [file for file in files if file.path != SIGNATURE_FILE]
-    return publishing.prepare(resources, Push(name, Kind.ADAPTER, None, None, base, unsigned))[1]
+    return publishing.prepare(
+        resources, Push(repository=name, kind=Kind.ADAPTER, version=None, bump=None, base=base, files=unsigned)
+    )[1]
 
 
 def git_oids(resources: Resources, files: Sequence[ManifestFile]) -> dict[str, str]:
@@ -126,7 +128,16 @@ def release(
         files = parse_manifest(revisions.locate(session, str(name), revision).manifest)
     uploads.keep(resources, actor, name.namespace, files)  # a collection may forget the commit meanwhile
     kind = Kind.ADAPTER if any(file.path == CONFIG_FILE for file in files) else Kind.MODEL
-    push = Push(name, kind, version, None, _base_of(resources, files), files, notes, moves_main=False)
+    push = Push(
+        repository=name,
+        kind=kind,
+        version=version,
+        bump=None,
+        base=_base_of(resources, files),
+        files=files,
+        notes=notes,
+        moves_main=False,
+    )
     published = publishing.publish(resources, actor, push)
     if not published.created:
         raise Conflict(

@@ -35,7 +35,7 @@ class Act(StrEnum):
     FINISH = "finish"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Permit:
     """The permission in an address. The key of its signature is the id of the upload. Only a store's address contains
     that; who has one may send the bytes anyway, and they are hashed before they become a blob."""
@@ -142,7 +142,9 @@ def _arrival(row: Upload, multipart_id: str | None) -> IncomingUpload:
 
 
 def _signed(row: Upload, act: Act, expires: int, multipart_id: str = "") -> Permit:
-    permit = Permit(act, row.namespace, Digest(row.sha256), expires, multipart_id)
+    permit = Permit(
+        act=act, namespace=row.namespace, sha256=Digest(row.sha256), expires=expires, multipart_id=multipart_id
+    )
     return replace(permit, signature=_signature(row, permit))
 
 

@@ -52,7 +52,7 @@ _CARD_BYTES = 1_000_000
 _PARALLEL = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Push:
     """A release to publish; `version` or `bump` is set, and the bytes of `files` are in the store.
 

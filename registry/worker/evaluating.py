@@ -242,4 +242,11 @@ def _refuse_without_role(actor: Actor, namespace: str) -> None:
 
 
 def _as_owner(actor: Actor) -> Actor:
-    return Actor(actor.name, actor.at, {EVERYWHERE: Role.ADMIN.value}, actor.public, actor.token_id, actor.source)
+    return Actor(
+        actor.name,
+        actor.at,
+        {EVERYWHERE: Role.ADMIN.value},
+        public=actor.public,
+        token_id=actor.token_id,
+        source=actor.source,
+    )

@@ -45,7 +45,7 @@ class WorkerStopping(Interrupted):
 class JobRun:
     """A claimed job, as its steps see it.
 
-    `passed` maps the jobs that this worker has left to other hosts to the time until which it does; None without
+    `declined` maps the jobs that this worker has left to other hosts to the time until which it does; None without
     other hosts.
     """
 
@@ -53,7 +53,7 @@ class JobRun:
     worker: str
     job_id: int
     stop: threading.Event
-    passed: dict[int, datetime] | None = None
+    declined: dict[int, datetime] | None = None
     lost: threading.Event = field(default_factory=threading.Event)
     _step: str = ""
     _noted: float = 0.0
@@ -139,14 +139,14 @@ def _settle_promotions(resources: Resources, stop: threading.Event) -> None:
 
 def _work(resources: Resources, kinds: Mapping[str, JobKind], stop: threading.Event, *, alone: bool) -> None:
     worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
-    passed: dict[int, datetime] | None = None if alone else {}
+    declined: dict[int, datetime] | None = None if alone else {}
     sweep_at = 0.0
     while not stop.is_set():
         try:
             if time.monotonic() >= sweep_at:
                 sweep_at = time.monotonic() + SWEEP_S
                 sweep_work(resources)
-            worked = run_one(resources, kinds, worker, stop, passed)
+            worked = run_one(resources, kinds, worker, stop, declined)
         except Unavailable as error:
             log.warning("The worker cannot reach its database or store, and waits: %s", error)
             worked = False
@@ -162,16 +162,16 @@ def run_one(
     kinds: Mapping[str, JobKind],
     worker: str,
     stop: threading.Event | None = None,
-    passed: dict[int, datetime] | None = None,
+    declined: dict[int, datetime] | None = None,
 ) -> bool:
-    """Runs one job if one is waiting; one in `passed` only if no other host has taken it in time."""
+    """Runs one job if one is waiting; one in `declined` only if no other host has taken it in time."""
     now = resources.clock()
-    leave = [job_id for job_id, until in (passed or {}).items() if now < until]
+    leave = [job_id for job_id, until in (declined or {}).items() if now < until]
     with resources.write() as session:
         job = queue.claim(session, worker, now, leave)
     if job is None:
         return False
-    held = JobRun(resources, worker, job.id, stop or threading.Event(), passed)
+    held = JobRun(resources, worker, job.id, stop or threading.Event(), declined)
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(held, done), daemon=True, name=f"beat-{job.id}")
     heart.start()
@@ -224,9 +224,9 @@ def _handle_failure(held: JobRun, job: Job, kind: JobKind, error: RegistryError)
     if error.code in RETRYABLE and job.attempts < queue.MAX_ATTEMPTS:
         _put_off(held, queue.PAUSES[job.attempts - 1], error)
         return
-    if error.code in ELSEWHERE and held.passed is not None:
-        if held.passed.pop(job.id, None) is None:
-            _leave_to_other_hosts(held, held.passed, kind, error)
+    if error.code in ELSEWHERE and held.declined is not None:
+        if held.declined.pop(job.id, None) is None:
+            _leave_to_other_hosts(held, held.declined, kind, error)
             return
         minutes = ELSEWHERE[error.code].total_seconds() / 60
         error.detail += f" No worker that has it took the job within {minutes:.0f} minutes."
@@ -261,13 +261,13 @@ def _finish(held: JobRun, kind: JobKind, state: str, error: RegistryError | None
         queue.finish(session, held.job_id, held.worker, state, held.resources.clock(), row)
 
 
-def _leave_to_other_hosts(held: JobRun, passed: dict[int, datetime], kind: JobKind, error: RegistryError) -> None:
+def _leave_to_other_hosts(held: JobRun, declined: dict[int, datetime], kind: JobKind, error: RegistryError) -> None:
     """The next worker runs on another host, so this host's files are removed."""
     log.warning("Job %s is left to a worker on another host: %s", held.job_id, error)
     if _cleaned(held, kind):
         with held.resources.write() as session:
             queue.requeue(session, held.job_id, held.worker, error.to_row())
-        passed[held.job_id] = held.resources.clock() + ELSEWHERE[error.code]
+        declined[held.job_id] = held.resources.clock() + ELSEWHERE[error.code]
 
 
 def _cleaned(held: JobRun, kind: JobKind) -> bool:

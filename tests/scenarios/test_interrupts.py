@@ -90,7 +90,8 @@ def test_an_interrupt_ends_what_is_stuck_within_two_seconds(stocked_on_disk: Cli
     process.send_signal(signal.SIGINT)
     exit_code, lines, seconds = ended(process, since)
     assert exit_code == 130
-    assert lines == ["interrupted: what was fetched is kept; the same command fetches the rest"]
+    assert len(lines) == 1
+    assert lines[0].startswith("interrupted: what was fetched is kept")
     assert seconds < 3, "two, and what a busy machine takes to end a process"
 
 
@@ -159,7 +160,7 @@ def test_an_interrupted_evaluation_ends_with_one_line_and_goes_on_where_it_was(
     running.process.send_signal(signal.SIGINT)
     assert running.end() == 130
     assert time.monotonic() - since < 3, "two, and what a busy machine takes to end a process"
-    assert running.lines[-1] == "interrupted: what was measured is kept; the same command goes on from there"
+    assert running.lines[-1].startswith("interrupted: what was measured is kept")
     assert "Traceback" not in running.text
     again = stocked_on_disk.ok(*command, "--json")
     assert re.search(r"resumed: ([6-9]|1\d) of 12 examples", again.err)
@@ -178,7 +179,7 @@ def test_an_interrupted_composition_of_this_process_is_cancelled(
     running.read_until("3/6 evaluate")
     running.process.send_signal(signal.SIGINT)
     assert running.end() == 130
-    assert running.lines[-1] == "interrupted: composition 1 is cancelled, and nothing was published"
+    assert running.lines[-1].startswith("interrupted: composition 1 is cancelled")
     job = stocked_on_disk.json("jobs", "1")
     assert job["cancel_requested"]
     assert job["state"] in ("cancelled", "running"), (

@@ -100,33 +100,33 @@ def test_a_disk_that_stays_full_ends_a_composition_at_its_third_attempt(site: Si
 def test_workers_without_the_base_leave_a_composition_to_one_that_has_it(site: Site) -> None:
     away = site.base.rename(site.base.with_name("away"))
     others: list[dict[int, datetime]] = [{} for _ in range(5)]
-    for number, passed in enumerate(others):
-        assert run_one(site.resources, KINDS, f"without {number}", passed=passed)
+    for number, declined in enumerate(others):
+        assert run_one(site.resources, KINDS, f"without {number}", declined=declined)
         assert site.job == {"state": "queued", "code": "base_not_here"}
         assert site.work == [], "the next worker has another disk"
-        assert not run_one(site.resources, KINDS, f"without {number}", passed=passed), "it was left to others"
+        assert not run_one(site.resources, KINDS, f"without {number}", declined=declined), "it was left to others"
     away.rename(site.base)
-    assert run_one(site.resources, KINDS, "with", passed={})
+    assert run_one(site.resources, KINDS, "with", declined={})
     assert site.job == {"state": "done", "code": None}
 
 
 def test_a_composition_whose_base_nobody_has_ends_after_an_hour_and_says_so(site: Site) -> None:
     site.base.rename(site.base.with_name("away"))
-    passed: dict[int, datetime] = {}
-    assert run_one(site.resources, KINDS, "worker", passed=passed)
-    assert not run_one(site.at(timedelta(minutes=59)), KINDS, "worker", passed=passed)
-    assert run_one(site.at(timedelta(minutes=61)), KINDS, "worker", passed=passed)
+    declined: dict[int, datetime] = {}
+    assert run_one(site.resources, KINDS, "worker", declined=declined)
+    assert not run_one(site.at(timedelta(minutes=59)), KINDS, "worker", declined=declined)
+    assert run_one(site.at(timedelta(minutes=61)), KINDS, "worker", declined=declined)
     assert site.job == {"state": "failed", "code": "base_not_here"}
     assert "took the job within 60 minutes" in site.cli.json("jobs", 1)["error"]["detail"]
 
 
 def test_a_composition_that_was_left_to_others_can_be_cancelled_at_once(site: Site) -> None:
     site.base.rename(site.base.with_name("away"))
-    passed: dict[int, datetime] = {}
-    assert run_one(site.resources, KINDS, "worker", passed=passed)
+    declined: dict[int, datetime] = {}
+    assert run_one(site.resources, KINDS, "worker", declined=declined)
     site.cli.ok("cancel", 1)
     if site.job["state"] == "queued":
-        assert run_one(site.resources, KINDS, "worker", passed=passed)
+        assert run_one(site.resources, KINDS, "worker", declined=declined)
     assert site.job == {"state": "cancelled", "code": None}
 
 

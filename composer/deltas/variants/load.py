@@ -93,6 +93,10 @@ class StoredDeltas(Sequence[Delta]):
             if id(module) in self._made:
                 return self._made[id(module)]
             deltas = _read(Module(self._adapter, self._file, module))
+            if len(deltas) != _count(self._adapter, module):
+                raise RuntimeError(
+                    f"the reader of {module.module} makes {len(deltas)} deltas: add up those of one weight"
+                )
             fresh = [delta for delta in deltas if isinstance(delta, LowRank) and not delta.stored]
             if not fresh:
                 return deltas

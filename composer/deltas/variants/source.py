@@ -116,4 +116,4 @@ class Module:
 
 
 Read = Callable[[Module], list[Delta]]
-"""Makes the deltas of a placed module."""
+"""Makes the deltas of a placed module: one with all that it adds to its weight, or one for each piece of experts."""

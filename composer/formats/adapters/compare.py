@@ -31,7 +31,7 @@ Kind = Literal["delta", "replacement"]
 Status = Literal["changed", "same", "added", "removed", "reshaped"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Change(Summed):
     """Energies (squares of Frobenius norms) of two deltas. They add up over modules; quotients are taken last."""
 
@@ -50,7 +50,7 @@ class Change(Summed):
 
     @property
     def finite(self) -> bool:
-        """In sum with others too."""
+        """Whether all sums are small enough that sums over many modules stay finite too."""
         return all(abs(getattr(self, field.name)) <= MAX_ENERGY for field in fields(self))
 
     def to_json(self) -> dict[str, float | None]:
@@ -64,7 +64,7 @@ class Change(Summed):
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleChange:
     """One module, in one adapter or in both. `change` is None if the two shapes cannot be compared. A `replacement` (a
     tensor saved in full) is compared as a tensor: its norms are those of the weights."""
@@ -129,8 +129,10 @@ def compare(old: Adapter, new: Adapter, old_placed: PlacementResult, new_placed:
         rank_old, rank_new = (side.placed.rank if side and kind == "delta" else None for side in (one, other))
         status = _status(one, other, change)
         if change and status == "same":
-            change = Change(change.old, change.new, change.inner)
-        changes.append(ModuleChange(name, kind, status, rank_old, rank_new, change))
+            change = Change(old=change.old, new=change.new, inner=change.inner)
+        changes.append(
+            ModuleChange(module=name, kind=kind, status=status, rank_old=rank_old, rank_new=rank_new, change=change)
+        )
     overall = sum((row.change for row in changes if row.change and row.kind == "delta"), Change())
     changes.sort(key=lambda row: row.change.difference if row.change else float("inf"), reverse=True)
     return Comparison(tuple(changes), overall, tuple(left_out))
@@ -195,7 +197,7 @@ def _split(old: float, new: float, inner: float, difference: float) -> Change:
     rescaled = (along - 1) ** 2 * old
     beside = max(difference - rescaled, 0.0)
     gained, lost = (beside + rescaled, 0.0) if along > 1 else (beside, rescaled)
-    return Change(old, new, inner, difference, gained, lost)
+    return Change(old=old, new=new, inner=inner, difference=difference, gained=gained, lost=lost)
 
 
 def _elements(side: _Side | None) -> Iterator[Float64]:

@@ -37,7 +37,9 @@ class Generation(Document):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
         default=1.0, description="Draw from the likeliest tokens that together have this probability."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="Each example draws its own from it.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="Each example's own seed is drawn from it."
+    )
 
 
 class MatchSettings(Document):

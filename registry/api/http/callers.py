@@ -66,7 +66,7 @@ class ActorCache:
         if until < time.monotonic():
             return None
         if not credentials.authorization:
-            return Actor(ANONYMOUS, now, {}, public, source=credentials.source)
+            return Actor(ANONYMOUS, now, {}, public=public, source=credentials.source)
         known = self._known.get(credentials.key)
         if known is None or known[0] < time.monotonic() or not _in_force(known[1], now):
             return None
@@ -82,7 +82,7 @@ class ActorCache:
             self._record_use(caller, now)
         self._remember(generation, credentials, public, caller)
         if caller is None:
-            return Actor(ANONYMOUS, now, {}, public, source=credentials.source)
+            return Actor(ANONYMOUS, now, {}, public=public, source=credentials.source)
         return _actor(caller, now, public, credentials)
 
     def _record_use(self, caller: Caller, now: datetime) -> None:
@@ -136,5 +136,12 @@ def _in_force(caller: Caller, now: datetime) -> bool:
 
 def _actor(caller: Caller, now: datetime, public: frozenset[str], credentials: Credentials) -> Actor:
     return Actor(
-        caller.user, now, caller.grants, public, caller.token_id, credentials.source, caller.mints, caller.hidden
+        caller.user,
+        now,
+        caller.grants,
+        public=public,
+        token_id=caller.token_id,
+        source=credentials.source,
+        mints=caller.mints,
+        hidden=caller.hidden,
     )

@@ -120,7 +120,14 @@ def permit_of(
     namespace: str, sha256: str, act: lfs.Act, expires: int, signature: str, multipart: str = ""
 ) -> lfs.Permit:
     """The permission in an address. The client sends no token with it."""
-    return lfs.Permit(act, parse_name(namespace, "namespace"), parse_digest(sha256), expires, multipart, signature)
+    return lfs.Permit(
+        act=act,
+        namespace=parse_name(namespace, "namespace"),
+        sha256=parse_digest(sha256),
+        expires=expires,
+        multipart_id=multipart,
+        signature=signature,
+    )
 
 
 PermitOf = Annotated[lfs.Permit, Depends(permit_of)]

@@ -84,7 +84,7 @@ def _how_many_fit(sizes: Iterable[int]) -> int:
     return max(1, sum(total <= PAGE_BYTES for total in accumulate(sizes)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RenderedRelease:
     """A release's document, and the columns that a search comments on."""
 
@@ -131,7 +131,14 @@ class RenderedReleaseCache:
         for one in load_details(session, [number for number in stamps if number not in rendered]):
             row = one.release
             document = _dumped(release_document(actor, one))
-            new = RenderedRelease(one.stamp, document, row.base_digest, row.rank_max, row.servers, row.loading)
+            new = RenderedRelease(
+                stamp=one.stamp,
+                document=document,
+                base_digest=row.base_digest,
+                rank_max=row.rank_max,
+                servers=row.servers,
+                loading=row.loading,
+            )
             rendered[row.id] = new
             if not one.inputs:
                 self._keep(row.id, new)

@@ -61,7 +61,15 @@ def event_query(  # noqa: PLR0913
     until: Moment | None = None,
 ) -> EventQuery:
     """A registry admin reads all rows, an admin of namespaces those of their namespaces."""
-    return EventQuery(granted(actor, Role.ADMIN), namespace, subject, by, act, since, until)
+    return EventQuery(
+        namespaces=granted(actor, Role.ADMIN),
+        namespace=namespace,
+        subject=subject,
+        actor=by,
+        act=act,
+        since=since,
+        until=until,
+    )
 
 
 @router.get("/v1/audit")

@@ -99,7 +99,9 @@ def next_version(named: RepositoryOf, body: ReleaseIn, resources: ResourcesOf, a
     files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in body.files]
     from registry.transfer import publishing
 
-    push = publishing.Push(named.name, named.kind, None, body.bump, body.base, files)
+    push = publishing.Push(
+        repository=named.name, kind=named.kind, version=None, bump=body.bump, base=body.base, files=files
+    )
     return NextOut(version=str(publishing.next_version(resources, push)))
 
 

@@ -1,7 +1,7 @@
 """The audit log: typed acts and their records."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, cast
@@ -25,6 +25,7 @@ class Actor:
     name: str
     at: datetime
     grants: Mapping[str, str]
+    _: KW_ONLY
     public: frozenset[str] = field(default=frozenset())
     token_id: str | None = None
     source: str | None = None
@@ -113,7 +114,7 @@ def record(  # noqa: PLR0913
     session.execute(insert(_audit), values)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventQuery:
     """`namespaces` is None for a registry admin, who sees all. A subject ending in `*` is a prefix."""
 

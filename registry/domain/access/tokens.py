@@ -41,7 +41,7 @@ class NewToken:
     lifetime: timedelta | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
     """The user of a token and its grants; server processes may cache it for some seconds."""
 
@@ -149,14 +149,30 @@ def authenticate(session: Session, text: str, now: datetime) -> Caller:
     if row.publisher_id is not None:
         if session.get(TrustedPublisher, row.publisher_id) is None:
             raise _invalid("came from a trusted publisher that was removed")
-        return Caller(row.user, row.id, row.scope, False, row.expires_at, {}, row.last_used_at)
+        return Caller(
+            user=row.user,
+            token_id=row.id,
+            grants=row.scope,
+            mints=False,
+            expires_at=row.expires_at,
+            hidden={},
+            last_used_at=row.last_used_at,
+        )
     mints = row.scope == FULL_SCOPE and row.expires_at is None
     roles = namespaces.roles_of(session, row.user)
     grants, own = effective_grants(roles, row.scope), effective_grants(roles, FULL_SCOPE)
     everywhere = own.get(EVERYWHERE, "")
     roles_there = {name: own.get(name, everywhere) for name in {*grants, *own}}
     hidden = {name: role for name, role in roles_there.items() if grants.get(name) != role}
-    return Caller(row.user, row.id, grants, mints, row.expires_at, hidden, row.last_used_at)
+    return Caller(
+        user=row.user,
+        token_id=row.id,
+        grants=grants,
+        mints=mints,
+        expires_at=row.expires_at,
+        hidden=hidden,
+        last_used_at=row.last_used_at,
+    )
 
 
 def is_first_use(caller: Caller, now: datetime) -> bool:
@@ -191,7 +207,7 @@ def actor_now(session: Session, user: str, token_id: str | None, source: str | N
     Without a token, it was the user of a registry without access control, who may do everything.
     """
     grants = grants_of(session, token_id) if token_id else {EVERYWHERE: Role.ADMIN.value}
-    return Actor(user, now, grants, namespaces.public_names(session), token_id, source)
+    return Actor(user, now, grants, public=namespaces.public_names(session), token_id=token_id, source=source)
 
 
 def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict[str, str]:

@@ -31,7 +31,7 @@ class Refs:
     versions: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
     """The files at a revision. `release_id` is None if they are not released, and `full_name` is for messages."""
 
@@ -125,7 +125,13 @@ def _main(session: Session, repository: RepositoryName) -> Located | None:
         return _of_release(newest)
     if releases.list_versions(session, repository):
         return None
-    return Located(repository, 0, commits.EMPTY, commits.EMPTY_MANIFEST, str(repository))
+    return Located(
+        repository=repository,
+        revision_id=0,
+        commit=commits.EMPTY,
+        manifest=commits.EMPTY_MANIFEST,
+        full_name=str(repository),
+    )
 
 
 def _of_commit(session: Session, reference: Reference) -> Located | None:
@@ -137,14 +143,28 @@ def _of_commit(session: Session, reference: Reference) -> Located | None:
     if revision is None:
         return None
     full_name = f"{reference.repository}#{revision.commit[:12]}"
-    return Located(reference.repository, revision.id, revision.commit, revision.manifest, full_name)
+    return Located(
+        repository=reference.repository,
+        revision_id=revision.id,
+        commit=revision.commit,
+        manifest=revision.manifest,
+        full_name=full_name,
+    )
 
 
 def _of_release(resolved: ResolvedRow) -> Located:
     row = resolved.row
     repository = RepositoryName(row.namespace, row.repository)
     named = resolved.full_name
-    return Located(repository, row.revision_id, row.commit, row.manifest, named, row.id, resolved.warning)
+    return Located(
+        repository=repository,
+        revision_id=row.revision_id,
+        commit=row.commit,
+        manifest=row.manifest,
+        full_name=named,
+        release_id=row.id,
+        warning=resolved.warning,
+    )
 
 
 def _pinned(session: Session, repository: RepositoryName, revision: str) -> Located | None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from composer.deltas.delta import LowRank, RowwiseDelta
+from composer.deltas.variants import rescaled
 from composer.deltas.variants.load import READERS, load_deltas
 from composer.errors import ComposerError, InvalidFile, Mismatch, NotSupported
 from composer.formats.adapters.config.types import TYPES
@@ -104,6 +105,16 @@ GPT2_CASES: dict[str, peft.PeftConfig] = {
 def test_every_type_that_is_read_has_a_case_and_a_function() -> None:
     assert {config.peft_type.value for config in LLAMA_CASES.values()} == set(TYPES)
     assert set(READERS) == set(TYPES) - {"TRAINABLE_TOKENS"}  # whose rows are read as LoRA's are
+
+
+def test_a_reader_that_makes_two_deltas_of_one_weight_is_an_error(
+    tmp_path: Path, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model()
+    adapter = save_adapted(base, LLAMA_CASES["HiRA"], tmp_path / "adapter")
+    monkeypatch.setitem(READERS, "HIRA", lambda module: 2 * rescaled.hira(module))
+    with pytest.raises(RuntimeError, match="makes 2 deltas"):
+        merge(base, adapter, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("case", LLAMA_CASES)

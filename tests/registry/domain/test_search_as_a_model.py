@@ -29,7 +29,7 @@ EXAMPLES = 20 * min(2, int(os.environ.get("ADAPTORY_TEST_FUZZ", "1")))
 NOW = datetime(2026, 2, 1, tzinfo=UTC)
 ACTORS = (
     Actor("host", NOW, {EVERYWHERE: "admin"}),
-    Actor("reader", NOW, {"acme": "reader"}, frozenset({"open"})),
+    Actor("reader", NOW, {"acme": "reader"}, public=frozenset({"open"})),
     Actor("nobody", NOW, {}),
 )
 

@@ -142,10 +142,20 @@ def place_experts(placement: Placement, module: str, parameter: str, parts: dict
         return
     placement.modules.append(
         PlacedModule(
-            path, stack.weight, "experts", False, rank, config.alpha_for(path), config.scale_for(path), stack.shape,
-            parts, stack.rule, "conv1d" if transposed else "linear", tuple(_pieces(stack, experts, size, rows)),
+            module=path,
+            weight=stack.weight,
+            kind="experts",
+            tied=False,
+            rank=rank,
+            alpha=config.alpha_for(path),
+            scale=config.scale_for(path),
+            shape=stack.shape,
+            parts=parts,
+            rule=stack.rule,
+            layout="conv1d" if transposed else "linear",
+            pieces=tuple(_pieces(stack, experts, size, rows)),
         )
-    )  # fmt: skip
+    )
 
 
 def missing_parameters(placement: Placement) -> list[str]:

@@ -85,9 +85,19 @@ def _place_on(
     # PEFT applies the attention's output pair twice, in training as in merging.
     scale = config.scale_for(owner) * (2 if nested else 1)
     placed = PlacedModule(
-        path, target.weight, kind, target.tied, config.rank_for(owner), config.alpha_for(owner), scale, shape, keys,
-        target.rule, layout, nested=nested,
-    )  # fmt: skip
+        module=path,
+        weight=target.weight,
+        kind=kind,
+        tied=target.tied,
+        rank=config.rank_for(owner),
+        alpha=config.alpha_for(owner),
+        scale=scale,
+        shape=shape,
+        parts=keys,
+        rule=target.rule,
+        layout=layout,
+        nested=nested,
+    )
     placement.modules.append(placed)
     if "lora_B_bias" in keys:
         _place_bias(placement, placed, outputs)
@@ -166,7 +176,17 @@ def place_tokens(placement: Placement, module: str, parts: Mapping[str, str]) ->
     saved = (split_key(name) for name in placement.header.tensors)
     twin = target.tied and not any(one.part == TOKENS and is_head(one.module) for one in saved)
     placed = PlacedModule(
-        module, target.weight, "tokens", target.tied, 0, 0.0, 0.0, base, {TOKENS: key}, target.rule, twin=twin
+        module=module,
+        weight=target.weight,
+        kind="tokens",
+        tied=target.tied,
+        rank=0,
+        alpha=0.0,
+        scale=0.0,
+        shape=base,
+        parts={TOKENS: key},
+        rule=target.rule,
+        twin=twin,
     )
     placement.modules.append(placed)
     if twin:

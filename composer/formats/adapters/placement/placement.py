@@ -137,7 +137,17 @@ def _place_other(placement: Placement, module: str, parts: Mapping[str, str], sh
     else:
         shape = base or (made_for if layout == "linear" else made_for[::-1])
         placed = PlacedModule(
-            module, target.weight, "other", target.tied, 0, 0.0, 0.0, shape, keys, target.rule, layout
+            module=module,
+            weight=target.weight,
+            kind="other",
+            tied=target.tied,
+            rank=0,
+            alpha=0.0,
+            scale=0.0,
+            shape=shape,
+            parts=keys,
+            rule=target.rule,
+            layout=layout,
         )
         _add_other(placement, placed, size, made_for)
 
@@ -194,7 +204,18 @@ def _place_full_tensors(placement: Placement, module: str, parts: Mapping[str, s
             continue
         kind = "base_copy" if part == "base_layer.weight" else "replacement"
         placement.modules.append(
-            PlacedModule(module, target.weight, kind, target.tied, 0, 0.0, 0.0, shape, {part: key}, target.rule)
+            PlacedModule(
+                module=module,
+                weight=target.weight,
+                kind=kind,
+                tied=target.tied,
+                rank=0,
+                alpha=0.0,
+                scale=0.0,
+                shape=shape,
+                parts={part: key},
+                rule=target.rule,
+            )
         )
 
 

@@ -36,7 +36,7 @@ class Piece:
     last: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedModule:
     """A module of the adapter and the checkpoint tensor `weight` that it acts on.
 
