@@ -1,6 +1,5 @@
 """A release: can it be promoted, what does it change, where does it come from, where is it served."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from composer.formats.adapters.serving import SERVERS
 from registry.api.http.request import ResourcesOf
 from registry.api.http.threads import in_store_threads
 from registry.api.pages import card, scores
+from registry.api.pages.modules import cells
 from registry.api.pages.render import link, page
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.documents import release_documents
@@ -30,7 +30,6 @@ router = APIRouter(route_class=PageRoute)
 
 CARD = "README.md"
 MAX_CHANNELS = 100
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")
 Json = dict[str, Any]
 
 
@@ -72,21 +71,12 @@ def show_release(
         before=shown.before,
         scores=compared,
         spectrum=shown.spectrum,
-        sizes=layers(shown.spectrum, "norm"),
-        ranks=layers(shown.spectrum, "rank_95"),
+        sizes=cells(shown.spectrum, "norm"),
+        ranks=cells(shown.spectrum, "rank_95"),
         loading=[(server, release["loading"].get(server)) for server in SERVERS],
         card=_card(resources.store, release),
         json_address=f"/v1/{release['kind']}s/{named}/releases/{release['version']}",
     )
-
-
-def layers(spectrum: Mapping[str, Any] | None, measure: str) -> dict[tuple[str, int], float]:
-    """A measure of the modules by kind and layer; modules outside of layers are left to the table."""
-    cells: dict[tuple[str, int], float] = {}
-    for module in spectrum["modules"] if spectrum else ():
-        if match := _LAYER.search(module["module"]):
-            cells[match[2].removeprefix("self_attn.").removeprefix("mlp."), int(match[1])] = float(module[measure])
-    return cells
 
 
 def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release) -> Shown:

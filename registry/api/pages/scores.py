@@ -46,6 +46,13 @@ def interval(score: Json) -> tuple[float, float]:
     return value - Z * error, value + Z * error
 
 
+def axis(metric: str, rows: Sequence[Interval]) -> tuple[float, float]:
+    """The ends of an axis that holds all rows: 0 to 1 for a share of examples."""
+    if metric == "accuracy":
+        return 0.0, 1.0
+    return min(0.0, *(row.low for row in rows)), drawings.axis_end([row.high for row in rows])
+
+
 def compare(now: Json, before: Json) -> str:
     """`better` or `worse` if the difference is beyond 1.96 of its unpaired standard error, else `none shown`."""
     if now["stderr"] is None or before["stderr"] is None:
@@ -69,9 +76,7 @@ def lines(now: Sequence[Json], before: Sequence[Json], base: Sequence[Json]) -> 
 def _line(score: Json, before: Json | None, base: Json | None) -> ScoreLine:
     given = [("base", base), ("before", before), ("now", score)]
     rows = [Interval(float(one["value"]), *interval(one), kind) for kind, one in given if one is not None]
-    share = score["metric"] == "accuracy"
-    low = 0.0 if share else min(0.0, *(row.low for row in rows))
-    high = 1.0 if share else drawings.axis_end([row.high for row in rows])
+    low, high = axis(score["metric"], rows)
     name = f"{score['suite']}.{score['metric']}"
     return ScoreLine(
         name=name,
