@@ -18,6 +18,7 @@ GET    /v1/{kind}/{namespace}/{name}/channels/{channel}                         
 PUT    /v1/{kind}/{namespace}/{name}/channels/{channel}                         releaser
 POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/rollback                releaser
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/history                 reader
+GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/judgement               reader
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/promotions              reader
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/promotions/{promotion_id} reader
 POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/promotions/{promotion_id}/cancel releaser

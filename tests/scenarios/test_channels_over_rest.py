@@ -204,12 +204,34 @@ def test_gates_are_set_read_and_judged_with_numbers(line: Line) -> None:
     assert [gate["passed"] for gate in forced["gates"]] == [True, False]
 
 
-def record(line: Line, version: str, values: dict[str, float]) -> None:
+def test_each_result_has_its_numbers_its_limit_and_whether_the_error_stays_on_its_side(line: Line) -> None:
+    rules = ["sql-exact.nll <= 3", "guard-exact.nll within 0.5 of served"]
+    line.http.put(f"{line.path}/gates", json={"channel": "prod", "rules": rules})
+    record(line, "1.0.0", {"sql-exact": 2.0, "guard-exact": 1.0}, stderr=0.1)
+    record(line, "1.1.0", {"sql-exact": 2.9, "guard-exact": 1.6}, stderr=0.1)
+    first = line.promote("1.0.0").json()["gates"]
+    own = {"value": 2.0, "stderr": 0.1, "n": 6, "higher_is_better": False}
+    assert first[0] == {
+        "rule": rules[0], "passed": True, "detail": "2 ± 0.1 (n=6)", **own,
+        "limit": 3.0, "at_least": False, "other": None, "sure": True,
+    }  # fmt: skip
+    assert (first[1]["value"], first[1]["limit"], first[1]["other"], first[1]["sure"]) == (1.0, None, None, None)
+    near, beside = problem(line.promote("1.1.0"), 422, "gate_failed")["findings"]
+    assert (near["passed"], near["sure"]) == (True, False), "2.9 ± 0.196 reaches beyond 3"
+    assert (beside["passed"], beside["limit"]) == (False, 1.5)
+    assert beside["other"] == {"value": 1.0, "stderr": 0.1, "n": 6}
+    assert beside["sure"] is False, "1.6 against 1.5, and both scores have an error"
+    record(line, "1.1.0", {"guard-exact": 1.8}, stderr=0.1)
+    assert problem(line.promote("1.1.0"), 422, "gate_failed")["findings"][1]["sure"] is True
+    record(line, "1.1.0", {"guard-exact": 1.8})
+    assert problem(line.promote("1.1.0"), 422, "gate_failed")["findings"][1]["sure"] is None, "no error, no interval"
+    assert line.history().json()["items"][0]["gates"] == first, "and it is recorded with the move"
+
+
+def record(line: Line, version: str, values: dict[str, float], stderr: float | None = None) -> None:
     digests = {suite["name"]: suite["digest"] for suite in line.http.get("/v1/suites").json()["items"]}
-    rows = [
-        {"suite_digest": digests[suite], "metric": "nll", "value": value, "n": 6, "higher_is_better": False}
-        for suite, value in values.items()
-    ]
+    row = {"metric": "nll", "stderr": stderr, "n": 6, "higher_is_better": False}
+    rows = [{"suite_digest": digests[suite], "value": value, **row} for suite, value in values.items()]
     assert line.http.post(f"{line.path}/releases/{version}/scores", json={"scores": rows}).status_code == 200
 
 

@@ -15,7 +15,7 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import releases, repositories, signatures
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import pending, policies, refusals
-from registry.domain.channels.policies import Report
+from registry.domain.channels.policies import Report, Verdict
 from registry.domain.channels.refusals import Expected, PromotionRequest
 from registry.domain.channels.requirements import Question
 from registry.domain.jobs.evaluations import Wanted
@@ -169,20 +169,21 @@ def attempt(
     completes; a move ends any other one of the channel. `given_up` are scores that will not come.
     """
     release = _load_release_and_policy(session, wanted)
-    _refuse_unsigned(session, release, wanted)
+    refuse_unsigned(session, release.id, release, (release.signed_by, release.covers), wanted)
     current = session.execute(_STATE, {"channel": release.channel_id, "release": release.id}).one()
     refusals.refuse_unpromotable(current.yank_reason, wanted)
     _check_expected(current.move_id, wanted.expected, wanted.subject)
     # A request that waited here may be older than the last move.
     actor = replace(actor, at=max(actor.at, current.at or actor.at))
     policy = policies.of_columns(current.rules, current.policy)
-    report = _judge(session, actor, release, policy, given_up or {})
+    report = judge(session, actor, release.id, wanted.channel, release.channel_id, policy, given_up or {})
+    verdict = report.verdict(served=current.to_release_id == release.id)
     if report.failed and wanted.force:
         refusals.refuse_force(actor, policy, wanted)
-    elif report.waits and current.to_release_id != release.id:
+    elif verdict is Verdict.WAITS:
         seen, mapped = current.move_id or NOTHING_YET, session.get_one(Release, release.id)
         return Waiting(channel_id=release.channel_id, release=mapped, seen=seen, policy=policy, report=report)
-    elif report.failed and not report.waits:
+    elif verdict is Verdict.REFUSED:
         raise refusals.gate_failed(wanted, report, policy)
     if current.to_release_id == release.id:
         return ChannelMove.of_row(current)
@@ -378,24 +379,35 @@ def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
     return row
 
 
-def _refuse_unsigned(session: Session, release: Any, wanted: PromotionRequest) -> None:
-    if release.require_signature:
-        signed = signatures.signer(session, release.id, release.signing_keys, (release.signed_by, release.covers))
-        releases.refuse_without_signature(wanted.repository.namespace, release, *signed, wanted.release)
+def refuse_unsigned(
+    session: Session, release_id: int, policy: Any, named: tuple[str | None, str | None], wanted: PromotionRequest
+) -> None:
+    """Raises Refused if the namespace requires a signature that the release lacks. `policy` has the namespace's columns
+    about signatures, `named` the signer and the extent that the release's own row names."""
+    if policy.require_signature:
+        signed = signatures.signer(session, release_id, policy.signing_keys, named)
+        releases.refuse_without_signature(wanted.repository.namespace, policy, *signed, wanted.release)
 
 
-def _judge(
-    session: Session, actor: Actor, release: Any, policy: ChannelPolicy, given_up: Mapping[Wanted, str]
+def judge(  # noqa: PLR0913
+    session: Session,
+    actor: Actor,
+    release_id: int,
+    name: str,
+    channel_id: int | None,
+    policy: ChannelPolicy,
+    given_up: Mapping[Wanted, str],
 ) -> Report:
+    """Judges a release by the policy of the channel `name`, whose id is None before its first promotion."""
     if policies.is_empty(policy):
         return Report([], [])
     # Compare with what users get: not with a yanked release on the channel.
-    channel = session.get_one(Channel, release.channel_id, populate_existing=True)
-    given = effective_move(session, channel)
+    channel = None if channel_id is None else session.get_one(Channel, channel_id, populate_existing=True)
+    given = effective_move(session, channel) if channel else None
     question = Question(
         actor=actor,
-        release=session.get_one(Release, release.id),
-        channel=channel,
+        release=session.get_one(Release, release_id),
+        channel=name,
         served=given.to_release if given else None,
         given_up=given_up,
     )
