@@ -8,15 +8,15 @@ from markupsafe import Markup
 
 from registry.api.pages import drawings
 from registry.api.pages.drawings import Interval
-from registry.api.pages.scores import Z
+from registry.domain.catalog import intervals
 
 Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateLine:
-    """A rule's result. `kind` is that of its mark; value, limit, error and drawing are None where a move has kept only
-    the sentence `detail`."""
+    """A rule's result. `kind` is that of its mark; value, limit and drawing are None where there is only
+    the sentence `detail`: of a rule without a score, or of a move from before results had numbers."""
 
     rule: str
     kind: str
@@ -56,13 +56,13 @@ def _line(gate: Json) -> GateLine:
 
 
 def _drawing(gate: Json, value: float, limit: float, other: Json | None) -> Markup:
-    rows = [Interval(value, *_interval(value, gate.get("stderr")), "now")]
+    metric = str(gate["rule"]).partition(" ")[0].rpartition(".")[2]
+    rows = [Interval(value, *_interval(metric, gate), "now")]
     if other is not None:
-        rows.append(Interval(other["value"], *_interval(other["value"], other.get("stderr")), "before"))
-    above = (value > limit) == bool(gate["passed"]) if value != limit else bool(gate.get("higher_is_better"))
-    return drawings.against_limit(gate["rule"], rows, limit, above=above)
+        rows.append(Interval(other["value"], *_interval(metric, other), "before"))
+    return drawings.against_limit(gate["rule"], rows, limit, above=bool(gate["at_least"]))
 
 
-def _interval(value: float, stderr: float | None) -> tuple[float, float]:
-    error = Z * (stderr or 0.0)
-    return value - error, value + error
+def _interval(metric: str, score: Json) -> tuple[float, float]:
+    value = float(score["value"])
+    return intervals.interval(metric, value, score["stderr"], score["n"]) or (value, value)

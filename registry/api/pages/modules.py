@@ -6,6 +6,8 @@ from typing import Any
 
 from registry.api.pages.drawings import Cell
 
+MAX_ROWS = 256
+"""Modules in the table of a release's page, of 40 kB; more have a page of their own."""
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")
 
 
