@@ -27,7 +27,7 @@ Entry = tuple[str, str, tuple[str, ...]]
 ROUTERS: tuple[Entry, ...] = (
     # Tried in order, most used first. Suites before bases: /v1/bases/{base:path} matches everything.
     ("search", "router", ("releases", "resolve")),
-    ("channels", "repository_routes", ("channels", "gates")),
+    ("channels", "repository_routes", ("channels", "gates", "moves")),
     ("releases", "repository_routes", ("adapters", "models")),
     ("suites", "repository_routes", ("scores", "target-suite")),
     ("suites", "router", ("suites", "bases")),

@@ -178,6 +178,33 @@ def test_history_comes_in_pages_the_newest_first(line: Line) -> None:
     problem(line.history(cursor="bm9uc2Vuc2U"), 400, "bad_cursor")
 
 
+def test_a_version_has_the_channels_that_serve_it_and_its_moves(line: Line) -> None:
+    for channel, version in (("prod", "1.0.0"), ("canary", "1.1.0"), ("prod", "1.1.0"), ("prod", "1.2.0")):
+        body = {"version": version, "reason": "because"}
+        assert line.http.put(f"{line.path}/channels/{channel}", json=body).status_code == 200
+
+    def serving(version: str) -> list[tuple[str, str]]:
+        items = line.http.get(f"{line.path}/channels", params={"version": version}).json()["items"]
+        return [(item["channel"], item["moved_at"]) for item in items]
+
+    def moved(version: str, **query: Any) -> list[tuple[str, str | None, str]]:
+        items = line.http.get(f"{line.path}/releases/{version}/moves", params=query).json()["items"]
+        return [(item["channel"], item["from_version"], item["to_version"]) for item in items]
+
+    assert serving("1.0.0") == []
+    assert serving("1.2.0") == [("prod", line.look().json()["moved_at"])]
+    assert moved("1.1.0") == [("prod", "1.1.0", "1.2.0"), ("prod", "1.0.0", "1.1.0"), ("canary", None, "1.1.0")]
+    assert moved("1.1.0", limit=1) == [("prod", "1.1.0", "1.2.0")]
+    first = line.http.get(f"{line.path}/releases/1.1.0/moves", params={"limit": 1}).json()
+    assert moved("1.1.0", limit=1, cursor=first["next"]) == [("prod", "1.0.0", "1.1.0")]
+    yank = line.http.post(f"{line.path}/releases/1.2.0/yank", json={"reason": "leaks"})
+    assert yank.status_code == 200
+    assert [name for name, _ in serving("1.1.0")] == ["canary", "prod"], "what the channel serves instead"
+    assert serving("1.2.0") == []
+    for path in ("channels?version=9.9.9", "releases/9.9.9/moves"):
+        problem(line.http.get(f"{line.path}/{path}"), 404, "release_unknown")
+
+
 def test_gates_are_set_read_and_judged_with_numbers(line: Line) -> None:
     assert line.http.get(f"{line.path}/gates").json() == {"gates": {}}
     rules = ["sql-exact.nll <= 3", "guard-exact.nll within 0.5 of served"]

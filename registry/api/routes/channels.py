@@ -44,11 +44,17 @@ IfNoneMatch = Annotated[str | None, Header(description="`*`: only if the channel
 
 @repository_routes.get("/{namespace}/{name}/channels")
 def list_channels(
-    named: RepositoryOf, resources: ResourcesOf, actor: Reader, limit: Limit = 50, cursor: Cursor = None
+    named: RepositoryOf,
+    resources: ResourcesOf,
+    actor: Reader,
+    version: Annotated[str | None, Query(max_length=100, description="Only channels that serve it.")] = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
 ) -> Page[ChannelOut]:
     with resources.snapshot() as session:
         repository = repositories.find(session, named.name, named.kind)
-        rows = moves.list_page(session, repository, after=decode_cursor(cursor), limit=limit + 1)
+        served = releases.find(session, named.name, parse_version(version), named.kind) if version else None
+        rows = moves.list_page(session, repository, served=served, after=decode_cursor(cursor), limit=limit + 1)
         items = [channel_view(session, row, repository) for row in rows]
         return page(items, limit, [row.name for row in rows])
 
@@ -149,6 +155,23 @@ def history(
         row = moves.find(session, repository, channel)
         rows = moves.history(session, row, before=decode_number(cursor), limit=limit + 1)
         return page([move_view(move, named.name, channel) for move in rows], limit, [move.id for move in rows])
+
+
+@repository_routes.get("/{namespace}/{name}/releases/{version}/moves")
+def list_moves_of_release(
+    named: RepositoryOf,
+    version: str,
+    resources: ResourcesOf,
+    actor: Reader,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+) -> Page[MoveOut]:
+    """List the moves of all channels to this release and away from it, newest first."""
+    with resources.read() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        rows = moves.of_release(session, release, before=decode_number(cursor), limit=limit + 1)
+        items = [move_view(move, named.name, channel) for channel, move in rows]
+        return page(items, limit, [move.id for _, move in rows])
 
 
 @repository_routes.get(CHANNEL + "/judgement")

@@ -99,6 +99,18 @@ _HISTORY = (
     .where(_move.channel_id == bindparam("channel"))
     .order_by(_move.id.desc())
 )
+_OF_RELEASE = (
+    select(_channel.name.label("channel"), *_MOVED)
+    .select_from(Channel.__table__)
+    .join(Move.__table__, _move.channel_id == _channel.id)
+    .join(Release.__table__, _release.id == _move.to_release_id)
+    .outerjoin(_left, _left.c.id == _move.from_release_id)
+    .where(
+        _channel.repository_id == bindparam("repository"),
+        (_move.to_release_id == bindparam("release")) | (_move.from_release_id == bindparam("release")),
+    )
+    .order_by(_move.id.desc())
+)
 _INSERT = insert(cast(Table, Move.__table__)).returning(_move.id)
 _POINT = (
     update(cast(Table, Channel.__table__))
@@ -305,6 +317,14 @@ def history(session: Session, channel: Channel, *, before: int, limit: int) -> l
     return [ChannelMove.of_row(row) for row in session.execute(query.limit(limit), {"channel": channel.id})]
 
 
+def of_release(session: Session, release: Release, *, before: int, limit: int) -> list[tuple[str, ChannelMove]]:
+    """The moves of all channels to a release and away from it, each with its channel, newest first; `before` as in
+    `history`."""
+    query = _OF_RELEASE.where(_move.id < before) if before else _OF_RELEASE
+    named = {"repository": release.repository_id, "release": release.id}
+    return [(row.channel, ChannelMove.of_row(row)) for row in session.execute(query.limit(limit), named)]
+
+
 def find(session: Session, repository: Repository, name: str) -> Channel:
     """The channel. Raises NotFound for one that was never moved."""
     channel = session.scalar(select(Channel).where(Channel.repository_id == repository.id, Channel.name == name))
@@ -313,9 +333,13 @@ def find(session: Session, repository: Repository, name: str) -> Channel:
     return channel
 
 
-def list_page(session: Session, repository: Repository, *, after: str, limit: int) -> Sequence[Channel]:
-    """Channels by name; `after` is the last one of the previous page."""
+def list_page(
+    session: Session, repository: Repository, *, served: Release | None = None, after: str, limit: int
+) -> Sequence[Channel]:
+    """Channels by name, only those that serve `served` if given; `after` is the last one of the previous page."""
     query = select(Channel).where(Channel.repository_id == repository.id, Channel.move_id.is_not(None))
+    if served is not None:
+        query = query.where(Channel.served_id == served.id)
     return session.scalars(query.where(Channel.name > after).order_by(Channel.name).limit(limit)).all()
 
 
