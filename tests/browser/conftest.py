@@ -122,8 +122,8 @@ def _compose(cli: Cli, directory: Path) -> int:
 
 @pytest.fixture(scope="session")
 def browser() -> Generator[Browser]:
-    if not CHROMIUM.exists() and not services.REQUIRED:
-        pytest.skip(f"{CHROMIUM} is missing")
+    if not CHROMIUM.exists():
+        services.unavailable("chromium", f"{CHROMIUM} is missing; install Debian's package chromium")
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)

@@ -11,7 +11,7 @@ from tests.browser.conftest import Site
 
 PAGES = (
     "/",
-    "/search?base=tiny&loads_in=vllm:2",
+    "/search?base=tiny&loads_in=vllm:8",
     "/search?score=nonsense",
     "/acme",
     "/acme/sql",

@@ -37,34 +37,37 @@ class Answer:
     others: Sequence[str] = field(default=())
 
 
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """A repository's channels, those that serve the release, and the one that the reader asked about."""
+
+    names: Sequence[str]
+    serving: Sequence[ChannelOut]
+    asked: str | None
+
+    @property
+    def preferred(self) -> list[str]:
+        """The order in which a promotion is judged for one: prod first."""
+        return sorted(self.names, key=lambda name: name != FIRST_CHOICE)
+
+
 def moves_of(session: Session, named: RepositoryName, release: Release, limit: int) -> list[Json]:
     """The moves to a release and away from it, newest first."""
     rows = moves.of_release(session, release, before=0, limit=limit)
     return [move_view(move, named, channel).model_dump(mode="json") for channel, move in rows]
 
 
-def serving(channels: Sequence[ChannelOut], version: str) -> list[ChannelOut]:
-    return [one for one in channels if one.version == version]
-
-
-def answer(  # noqa: PLR0913
-    session: Session,
-    actor: Actor,
-    release: Release,
-    channels: Sequence[ChannelOut],
-    moved: Sequence[Json],
-    wanted: str | None,
-) -> Answer:
-    """The answer for the channel `wanted`, or else for one that serves the release, or for prod, or the first one."""
+def answer(session: Session, actor: Actor, release: Release, channels: Channels, moved: Sequence[Json]) -> Answer:
+    """The answer for the channel that was asked for, or else for one that serves the release, or for prod, or the first
+    one. `moved` are its moves, newest first."""
     if release.yanked:
         return Answer(kind="bad", sentence="This release is yanked.", detail=release.yank_reason or "")
-    names = [one.channel for one in channels]
-    served_by = [one.channel for one in serving(channels, release.version)]
-    preferred = [wanted] if wanted else [*served_by, *(one for one in names if one == FIRST_CHOICE), *names]
-    if not preferred:
+    serving = [one.channel for one in channels.serving]
+    channel = channels.asked or next(iter((*serving, *channels.preferred)), None)
+    if channel is None:
         return Answer(kind="", sentence="No channel serves this release; there is none yet.")
-    channel, others = preferred[0], [one for one in names if one != preferred[0]]
-    if channel in served_by:
+    others = [one for one in channels.names if one != channel]
+    if channel in serving:
         return _served(release.version, channel, moved, others)
     return _judged(session, actor, release, channel, others)
 

@@ -63,9 +63,7 @@ def show_audit(  # noqa: PLR0913
     given = {name: str(value) for name, value in {**asked, "until": _text(until)}.items() if value}
     more = urlencode({**given, "cursor": encode_cursor(rows[SHOWN - 1].id)}) if len(rows) > SHOWN else None
     address = "/v1/audit" + (f"?{urlencode(given)}" if given else "")
-    return page(
-        request, "audit.html", events=listed, asked=given, acts=list(Act), more=more, json_address=address
-    )
+    return page(request, "audit.html", events=listed, asked=given, acts=list(Act), more=more, json_address=address)
 
 
 def _text(at: datetime | None) -> str | None:

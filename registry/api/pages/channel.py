@@ -1,5 +1,7 @@
 """A channel: what it serves since when and why, what a promotion to it needs, and every move."""
 
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
 
 from registry.api.http.pagination import Cursor, decode_number, encode_cursor
@@ -38,7 +40,7 @@ def show_channel(  # noqa: PLR0913
         needed, revision = policies.find(session, repository, channel)
         waiting = pending.of_channel(session, row.id)
         current = moves.history(session, row, before=0, limit=1)[0] if cursor else rows[0]
-        values = {
+        values: dict[str, Any] = {
             "serving": channel_view(session, row, repository),
             "move": move_view(current, named, channel),
             "since": served.at if served else None,

@@ -49,9 +49,7 @@ def compare(
     with resources.snapshot() as session:
         rows = [releases.find(session, named, parse_version(one)) for one in wanted]
         spectra = [row.spectrum for row in rows]
-        shown: list[Json] = [
-            orjson.loads(one) for one in release_documents(session, actor, [row.id for row in rows])
-        ]
+        shown: list[Json] = [orjson.loads(one) for one in release_documents(session, actor, [row.id for row in rows])]
     sizes = [cells(one, "norm") for one in spectra]
     return page(
         request,
@@ -109,8 +107,8 @@ def _measured(score: Json | None, first: Json | None) -> Measured | None:
 def _facts(release: Json) -> dict[str, Any]:
     """What a release is, by the names that its page uses."""
     facts, stated = release["adapter"] or release["model"], release["provenance"]
-    spectrum = facts.get("spectrum") or {}
-    listed = {
+    spectrum: Json = facts.get("spectrum") or {}
+    listed: dict[str, Any] = {
         "Base": release["base"]["name"],
         "Base's digest": release["base"]["digest"][:12],
         "Type": facts["type"],

@@ -56,7 +56,7 @@ def intervals(named: str, rows: Sequence[Interval], low: float, high: float) -> 
 
 
 def against_limit(named: str, rows: Sequence[Interval], limit: float, *, above: bool) -> Markup:
-    """Values with error bars beside a limit, a dashed line. The zone that passes is shaded: above the limit or below."""
+    """Values with error bars beside a limit, a dashed line. The zone that passes, above or below it, is shaded."""
     ends = [limit, *(end for row in rows for end in (row.low, row.high))]
     margin = 0.08 * ((max(ends) - min(ends)) or abs(limit) or 1.0)
     low, high = min(ends) - margin, max(ends) + margin

@@ -42,9 +42,7 @@ class Compared:
 
 
 @router.get("/jobs")
-def list_jobs(
-    request: Request, resources: ResourcesOf, actor: PageContributor, cursor: Cursor = None
-) -> Response:
+def list_jobs(request: Request, resources: ResourcesOf, actor: PageContributor, cursor: Cursor = None) -> Response:
     """Those that REST lists, newest first."""
     with resources.read() as session:
         rows = compositions.list_jobs(session, actor, before=decode_number(cursor), limit=SHOWN + 1)
@@ -63,15 +61,11 @@ def show_job(job_id: RowId, request: Request, resources: ResourcesOf, actor: Pag
             made = compositions.find_by_job(session, job_id).id
             return RedirectResponse(f"/compositions/{made}", 302)
         view = job_view(row)
-    return page(
-        request, "job.html", job=view, finished=view.state in FINISHED, json_address=f"/v1/jobs/{job_id}"
-    )
+    return page(request, "job.html", job=view, finished=view.state in FINISHED, json_address=f"/v1/jobs/{job_id}")
 
 
 @router.get("/compositions/{composition_id}")
-def show_composition(
-    composition_id: RowId, request: Request, resources: ResourcesOf, actor: PageCaller
-) -> Response:
+def show_composition(composition_id: RowId, request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
     with resources.read() as session:
         pair = compositions.find(session, composition_id)
         compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
@@ -107,8 +101,7 @@ def _together(score: Mapping[str, Any]) -> list[Compared]:
         rows.append(("base", None, score["base"], "base"))
     measured = [{"metric": score["metric"], **one} for _, _, one, _ in rows]
     bars = [
-        Interval(one["value"], *scores.interval(one), kind)
-        for one, (_, _, _, kind) in zip(measured, rows, strict=True)
+        Interval(one["value"], *scores.interval(one), kind) for one, (_, _, _, kind) in zip(measured, rows, strict=True)
     ]
     low, high = scores.axis(score["metric"], bars)
     return [

@@ -12,7 +12,7 @@ from composer.formats.adapters.serving import SERVERS
 from registry.api.http.request import ResourcesOf
 from registry.api.http.threads import in_store_threads
 from registry.api.pages import answers, card, scores
-from registry.api.pages.answers import Answer
+from registry.api.pages.answers import Answer, Channels
 from registry.api.pages.modules import MAX_ROWS, cells
 from registry.api.pages.render import link, page
 from registry.api.pages.wire import PageReader, PageRoute
@@ -32,7 +32,7 @@ from registry.storage.blobs import BlobStore
 router = APIRouter(route_class=PageRoute)
 
 CARD = "README.md"
-MAX_CHANNELS, MAX_MOVES, MAX_DESCENDANTS = 100, 20, 10
+MAX_CHANNELS, MAX_SERVING, MAX_MOVES, MAX_DESCENDANTS = 100, 10, 20, 10
 Json = dict[str, Any]
 ChannelQuery = Annotated[str | None, Query(max_length=64, description="The channel that a promotion is judged for.")]
 
@@ -45,7 +45,7 @@ class Shown:
     before: Json | None
     base_scores: Sequence[Json]
     spectrum: Mapping[str, Any] | None
-    channels: Sequence[ChannelOut]
+    serving: Sequence[ChannelOut]
     moves: Sequence[Json]
     answer: Answer
     descendants: Sequence[Descendant]
@@ -80,7 +80,7 @@ def show_release(  # noqa: PLR0913
         namespace=named.namespace,
         name=named.name,
         answer=shown.answer,
-        serving=answers.serving(shown.channels, release["version"]),
+        serving=shown.serving,
         moves=shown.moves[:MAX_MOVES],
         more_moves=len(shown.moves) > MAX_MOVES,
         highest=shown.latest == release["version"],
@@ -133,17 +133,19 @@ def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, 
     documents = release_documents(session, actor, [row.id, *([before.id] if before else [])])
     read = [orjson.loads(one) for one in documents]
     listed = moves.list_page(session, repository, after="", limit=MAX_CHANNELS)
-    channels = [channel_view(session, one, repository) for one in listed]
+    served_by = moves.list_page(session, repository, served=row, after="", limit=MAX_SERVING)
+    serving = [channel_view(session, one, repository) for one in served_by]
     moved = answers.moves_of(session, named, row, limit=MAX_MOVES + 1)
+    names = [one.name for one in listed]
     base_scores = suites.scores_of_bases(session, row.base)[row.base_digest]
     return Shown(
         release=read[0],
         before=read[1] if len(read) > 1 else None,
         base_scores=[score_view(one).model_dump(mode="json") for one in base_scores],
         spectrum=row.spectrum,
-        channels=channels,
+        serving=serving,
         moves=moved,
-        answer=answers.answer(session, actor, row, channels, moved, channel),
+        answer=answers.answer(session, actor, row, Channels(names, serving, channel), moved),
         descendants=lineage.descendants(session, actor, row, before=0, limit=MAX_DESCENDANTS + 1),
         latest=resolve.heads(session, repository)[repository.id].latest,
     )

@@ -53,7 +53,14 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     names: dict[str, Any] = {"asset": assets.address, "draw": drawings}
-    filters: dict[str, Any] = {"moment": moment, "machine": machine, "size": size, "fixed": fixed, "change": change, "document": document}
+    filters: dict[str, Any] = {
+        "moment": moment,
+        "machine": machine,
+        "size": size,
+        "fixed": fixed,
+        "change": change,
+        "document": document,
+    }
     environment.globals.update(names)  # pyright: ignore[reportUnknownMemberType]  (jinja2 leaves them untyped)
     environment.filters.update(filters)  # pyright: ignore[reportUnknownMemberType]
     return environment
