@@ -134,6 +134,7 @@ def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, 
     read = [orjson.loads(one) for one in documents]
     listed = moves.list_page(session, repository, after="", limit=MAX_CHANNELS)
     served_by = moves.list_page(session, repository, served=row, after="", limit=MAX_SERVING)
+    _kept = moves.load_current(session, *served_by)
     serving = [channel_view(session, one, repository) for one in served_by]
     moved = answers.moves_of(session, named, row, limit=MAX_MOVES + 1)
     names = [one.name for one in listed]
