@@ -107,6 +107,31 @@ def test_longer_lists_take_no_more_statements(house: House) -> None:
     assert max(after.values()) <= MAX_STATEMENTS, after
 
 
+@pytest.mark.parametrize(
+    ("page", "document"),
+    [
+        ("/{}/sql@prod", "/v1/adapters/{}/sql/channels/prod"),
+        ("/{}/sql/1.1.0", "/v1/adapters/{}/sql/releases/1.1.0"),
+        ("/{}/sql/compare/1.0.0...1.1.0", "/v1/adapters/{}/sql/releases/1.0.0"),
+        ("/{}/sql/1.1.0/modules", "/v1/adapters/{}/sql/releases/1.1.0/spectrum"),
+        ("/bases", "/v1/bases"),
+        ("/bases/tiny", "/v1/bases/tiny"),
+        ("/suites", "/v1/suites"),
+        ("/suites/exact", "/v1/suites/exact"),
+        ("/jobs", "/v1/jobs"),
+        ("/jobs/1", "/v1/jobs/1"),
+        ("/compositions/1", "/v1/compositions/1"),
+        ("/audit", "/v1/audit"),
+    ],
+)
+def test_a_stranger_sees_of_a_page_what_rest_shows(house: House, page: str, document: str) -> None:
+    for namespace in ("acme", "open"):
+        shown = house.ask("nobody", "GET", page.format(namespace), headers={"Accept": "text/html"})
+        stated = house.ask("nobody", "GET", document.format(namespace))
+        assert shown.status_code == stated.status_code, (shown.text, stated.text)
+        assert "{" not in page or namespace == "open" or shown.status_code == 404
+
+
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
 def test_a_template_has_nothing_that_the_policy_refuses(template: Path) -> None:
     text = template.read_text(encoding="utf-8")
