@@ -37,7 +37,7 @@ def test_rules_and_dashboard_use_metrics_that_a_server_has_and_strangers_do_not_
     finally:
         house.close()
     assert 'adaptory_http_requests_total{method="GET",route="/v1/resolve",status="200"} 1.0' in text
-    assert 'method="other"' in text, "whoever invents methods makes no new series"
+    assert 'method="other"' in text, "invented methods make no new series"
     assert "acme" not in text
     known = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
     used = set(_METRIC.findall((DEPLOY / "prometheus" / "alerts.yaml").read_text()))
