@@ -134,6 +134,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bad_alias": "Use letters, digits and . _ - /, but not the form of a digest.",
         "bad_channel": "Write it as namespace/name@channel, as in acme/sql@prod.",
         "bad_commit": "Give 7 to 40 lower-case hexadecimal digits.",
+        "bad_comparison": "Write two to four versions of one repository, as in 1.0.0...1.1.0.",
         "bad_condition": "Write SUITE.METRIC>=NUMBER or SUITE.METRIC<=NUMBER, as in sql-exact.accuracy>=0.5.",
         "bad_covers": "Use --signature-covers release.",
         "bad_cursor": "Use `next` of the previous page unchanged.",

@@ -27,7 +27,7 @@ Entry = tuple[str, str, tuple[str, ...]]
 ROUTERS: tuple[Entry, ...] = (
     # Tried in order, most used first. Suites before bases: /v1/bases/{base:path} matches everything.
     ("search", "router", ("releases", "resolve")),
-    ("channels", "repository_routes", ("channels", "gates")),
+    ("channels", "repository_routes", ("channels", "gates", "moves")),
     ("releases", "repository_routes", ("adapters", "models")),
     ("suites", "repository_routes", ("scores", "target-suite")),
     ("suites", "router", ("suites", "bases")),
@@ -44,7 +44,7 @@ ROUTERS: tuple[Entry, ...] = (
 """Module, router, and path parts; each path of the router contains one of them."""
 HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
-PAGES: tuple[str, ...] = ("assets", "search", "release", "repository")
+PAGES: tuple[str, ...] = ("assets", "search", "catalog", "jobs", "audit", "channel", "compare", "release", "repository")
 """Modules of the pages, which only servers have. They come last: they answer every path of one to three parts."""
 
 

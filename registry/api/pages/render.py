@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import orjson
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -52,7 +53,14 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     names: dict[str, Any] = {"asset": assets.address, "draw": drawings}
-    filters: dict[str, Any] = {"moment": moment, "machine": machine, "size": size, "fixed": fixed, "change": change}
+    filters: dict[str, Any] = {
+        "moment": moment,
+        "machine": machine,
+        "size": size,
+        "fixed": fixed,
+        "change": change,
+        "document": document,
+    }
     environment.globals.update(names)  # pyright: ignore[reportUnknownMemberType]  (jinja2 leaves them untyped)
     environment.filters.update(filters)  # pyright: ignore[reportUnknownMemberType]
     return environment
@@ -89,6 +97,11 @@ def fixed(value: float, digits: int = 3) -> str:
 def change(value: float, digits: int = 3) -> str:
     """A difference with its sign."""
     return f"{value:+.{digits}f}".replace("-", _MINUS)
+
+
+def document(value: Any) -> str:
+    """A JSON document for people."""
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()
 
 
 def link(repository: str, version: str | None = None, channel: str | None = None) -> str:
