@@ -260,6 +260,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "alias_taken": "Choose another alias.",
         "base_differs": "Register other weights under another name; compose adapters of one base.",
         "base_name_taken": "Choose another --name.",
+        "channel_exists": "Move it with `adaptory promote`.",
         "collecting": "Wait until the other collection has ended.",
         "exists": "Choose another output directory.",
         "hub_conflict": "Try again.",

@@ -81,6 +81,7 @@ POST   /v1/jobs/{job_id}/cancel                                                 
 GET    /v1/audit                                                                admin somewhere
 GET    /v1/audit.jsonl                                                          admin somewhere
 GET    /healthz                                                                 open
+GET    /metrics                                                                 reader somewhere
 GET    /readyz                                                                  open
 GET    /v1/whoami                                                               inside: everybody
 POST   /v1/tokens                                                               reader somewhere
