@@ -1,0 +1,26 @@
+"""Whom every page lets in, written down by hand as `stated` does for routes of REST.
+
+`everybody`   strangers too, who see what is public
+`user`        who has signed in
+`reader`      who has that role, or a higher one, in the namespace of the path
+`open`        anybody, without a look at who that is
+"""
+
+_PAGES = """
+GET    /static/{digest}/{name}                  open
+GET    /login                                   everybody
+POST   /login                                   everybody
+POST   /logout                                  everybody
+GET    /account                                 user
+POST   /account/tokens                          user
+POST   /account/tokens/{token_id}/revoke        user
+POST   /{namespace}/-/members                   admin
+GET    /                                        everybody
+GET    /search                                  everybody
+GET    /{namespace}/{name}/{version}            reader
+GET    /{namespace}                             reader
+GET    /{namespace}/{name}                      reader
+"""
+
+STATED_PAGES = {(line.split()[0], line.split()[1]): line.split()[2] for line in _PAGES.strip().splitlines()}
+"""(method, path) -> whom it lets in."""
