@@ -99,6 +99,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "scorer_timeout": "Bound the time that the scorer takes, or give it more: ADAPTORY_SCORER_TIMEOUT_S.",
         "seed": "Use a whole number from 0 to 2^64 - 1.",
         "shape_conflict": "Combine adapters of one base.",
+        "sign_in_disabled": "docs/operating.md says what the server needs for it.",
+        "sign_in_insecure": "Use the https address of this registry.",
         "signature_files_only": "Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",
         "signature_of_other_release": (
             "Ask its signer to sign this release with `adaptory sign REF`, or with a push that has --sign KEY.pem."
@@ -296,6 +298,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "namespace_public": "Use a private namespace.",
         "never_deleted": "Yank the release, or roll the channel back.",
         "settings_of_namespace": "Change the namespace, or use another one.",
+        "form_token": "Load the page again, and repeat what you did there.",
         "force_not_allowed": "Promote without --force to see what fails.",
         "hidden_input": "Ask an administrator of their namespace.",
         "no_tokens": "On this machine: `adaptory namespace grant '*' YOU admin`, `adaptory token create --user YOU`.",
@@ -316,6 +319,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "id_token_expired": "Request a new one just before you exchange it.",
         "id_token_invalid": "Send the ID token as the issuer made it; the message says what is wrong with it.",
         "id_token_issuer": "Add a trusted publisher of that issuer: `adaptory publisher add REPO --issuer URL …`.",
+        "session_ended": "Sign in again.",
         "id_token_used": "Request a new one for each exchange.",
         "token_invalid": "Send Authorization: Bearer TOKEN.",
         "upload_token_invalid": "Push again.",

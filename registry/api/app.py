@@ -16,6 +16,7 @@ from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameS
 from registry.api.http.threads import UploadThreads
 from registry.api.routes.documents import RenderedReleaseCache
 from registry.transfer.resources import Resources
+from registry.transfer.sign_in import SignIn
 from registry.transfer.token_exchange import TokenExchange
 
 DESCRIPTION = "The release registry for LoRA adapters."
@@ -44,7 +45,10 @@ ROUTERS: tuple[Entry, ...] = (
 """Module, router, and path parts; each path of the router contains one of them."""
 HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
-PAGES: tuple[str, ...] = ("assets", "search", "catalog", "jobs", "audit", "channel", "compare", "release", "repository")
+PAGES: tuple[str, ...] = (
+    *("assets", "login", "account", "members", "search", "catalog", "jobs", "audit"),
+    *("channel", "compare", "release", "repository"),
+)
 """Modules of the pages, which only servers have. They come last: they answer every path of one to three parts."""
 
 
@@ -70,6 +74,7 @@ def create_app(
     app.state.downloads_limiter = CapacityLimiter(DOWNLOAD_THREADS)
     app.state.callers = ActorCache(resources, single_user=not tokens)
     app.state.token_exchange = TokenExchange(resources)
+    app.state.sign_in = SignIn(resources)
     app.state.documents = RenderedReleaseCache()
     problems.install(app)
     if on_demand:

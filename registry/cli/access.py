@@ -85,6 +85,7 @@ def list_tokens(json: JsonFlag = False) -> None:
         (
             row["id"],
             row["user"],
+            "session" if row["session"] else "token",
             row["name"],
             [f"{namespace}={role}" for namespace, role in row["scope"].items()],
             (row["expires_at"] or "")[:19],
@@ -93,7 +94,7 @@ def list_tokens(json: JsonFlag = False) -> None:
         )
         for row in items
     ]
-    columns = ("token", "user", "name", "scope", "expires", "revoked", "last used")
+    columns = ("id", "user", "kind", "name", "scope", "expires", "revoked", "last used")
     render.document({"items": items, "next": None}, json, lambda: render.table("", columns, rows))
 
 

@@ -1,11 +1,8 @@
 """Exchanges the ID token of a job of continuous integration for a token of this registry (RFC 8693)."""
 
 import re
-import time
-from collections import deque
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from threading import Lock
 from typing import Any
 
 from registry.domain.access import audit, publishers
@@ -25,12 +22,8 @@ from registry.formats.id_tokens import Job, shown
 from registry.formats.references import RepositoryName
 from registry.settings import Settings
 from registry.transfer.issuer_keys import IssuerKeys
+from registry.transfer.refusals import RefusalBudget
 from registry.transfer.resources import Resources
-
-MAX_REFUSALS = 60
-"""Audit rows a minute and process for refused tokens whose job is known, and as many for others: anyone can send them,
-and a token can be sent again and again."""
-_MINUTE_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +40,10 @@ class TokenExchange:
 
     resources: Resources
     keys: IssuerKeys = field(default_factory=IssuerKeys)
-    _recorded: dict[bool, deque[float]] = field(default_factory=lambda: {known: deque() for known in (False, True)})
-    _lock: Lock = field(default_factory=Lock)
+    _refusals: dict[bool, RefusalBudget] = field(
+        default_factory=lambda: {known: RefusalBudget() for known in (False, True)}
+    )
+    """Apart for tokens whose job is known, which can be sent again and again."""
 
     def exchange(self, text: str, repository: RepositoryName, source: str) -> Exchanged:
         """Verifies the ID token and gives its job a token. Every refusal of the token has an audit row.
@@ -92,7 +87,7 @@ class TokenExchange:
         return Assertion(id_tokens.job_of(token, layout), id_tokens.replay_key(token), expires_at)
 
     def _record(self, actor: Actor, repository: RepositoryName, error: NotAllowed, job: Job | None) -> None:
-        if not self._may_record(known=job is not None):
+        if not self._refusals[job is not None].spend():
             return
         detail: dict[str, Any] = {"code": error.code}
         if job is not None:
@@ -102,17 +97,6 @@ class TokenExchange:
             audit.record(
                 session, actor, Act.TOKEN_REFUSE, repository, namespace=namespace, reason=error.detail, **detail
             )
-
-    def _may_record(self, *, known: bool) -> bool:
-        now = time.monotonic()
-        with self._lock:
-            recorded = self._recorded[known]
-            while recorded and now - recorded[0] >= _MINUTE_S:
-                recorded.popleft()
-            if len(recorded) >= MAX_REFUSALS:
-                return False
-            recorded.append(now)
-            return True
 
 
 def parse_publisher(settings: Settings, new: NewPublisher) -> NewPublisher:

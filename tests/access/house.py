@@ -86,6 +86,11 @@ class House:
         self.resources.close()
 
 
+def borrowed(house: House) -> httpx2.BaseTransport:
+    """The way to its server, for a client of one's own."""
+    return _Borrowed(house.transport)
+
+
 class _Borrowed(httpx2.BaseTransport):
     """A client closes its transport with itself."""
 

@@ -19,7 +19,7 @@ from registry.api.http.threads import EXCHANGE_THREADS
 from registry.database.tables import AuditRow, Token, UsedIdToken
 from registry.errors import Unauthenticated, Unavailable
 from registry.transfer.issuer_keys import MAX_AGE_S, MIN_INTERVAL_S, RETRY_S, IssuerKeys
-from registry.transfer.token_exchange import MAX_REFUSALS
+from registry.transfer.refusals import MAX_REFUSALS
 from tests import services
 from tests.access.house import OTHER, PRIVATE, House, build_house, entered, new_environment
 from tests.access.issuer import AUDIENCE, GITHUB_JOB, KEYS, Issuer, issuer, signed

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from threading import Lock
 
-from registry.domain.access import namespaces, tokens
+from registry.domain.access import namespaces, sessions, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import ANONYMOUS, EVERYWHERE, Role
 from registry.domain.access.tokens import Caller
@@ -24,14 +24,18 @@ _MAX_SOURCE_CHARACTERS = 200
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """A request's Authorization header, address and client."""
+    """A request's Authorization header, or the secret of its browser session, with its address and client."""
 
     authorization: str
     source: str
+    session: str = ""
+    """The cookie of a page's request. Only pages look at it, and they ignore the header."""
 
     @property
     def key(self) -> str:
-        """The key for rate limits: a digest of the token, or the address of a caller without one."""
+        """The key for caches and rate limits: a digest of the secret, or the address of a caller without one."""
+        if self.session:  # never that of a header, whatever text that has
+            return f"session {hashlib.sha256(self.session.encode()).hexdigest()}"
         if self.authorization:
             scheme, _, text = self.authorization.partition(" ")  # one token, however the header is written
             return hashlib.sha256(f"{scheme.lower()} {text.strip()}".encode()).hexdigest()
@@ -65,7 +69,7 @@ class ActorCache:
         until, public = self._public
         if until < time.monotonic():
             return None
-        if not credentials.authorization:
+        if not (credentials.authorization or credentials.session):
             return Actor(ANONYMOUS, now, {}, public=public, source=credentials.source)
         known = self._known.get(credentials.key)
         if known is None or known[0] < time.monotonic() or not _in_force(known[1], now):
@@ -73,11 +77,14 @@ class ActorCache:
         return _actor(known[1], now, public, credentials)
 
     def ask(self, credentials: Credentials) -> Actor:
-        """The actor, from the database. Raises Unauthenticated for a token that is not in force."""
-        generation, now = self._generation, self.resources.clock()
+        """The actor, from the database. Raises Unauthenticated for a token or a session that is not in force."""
+        generation, now, caller = self._generation, self.resources.clock(), None
         with self.resources.read() as session:
             public = namespaces.public_names(session)
-            caller = tokens.authenticate(session, _bearer(credentials), now) if credentials.authorization else None
+            if credentials.session:
+                caller = sessions.authenticate(session, credentials.session[:_MAX_TOKEN_CHARACTERS], now)
+            elif credentials.authorization:
+                caller = tokens.authenticate(session, _bearer(credentials), now)
         if caller is not None and tokens.is_first_use(caller, now):
             self._record_use(caller, now)
         self._remember(generation, credentials, public, caller)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BLOB_PATHS = "/v1/blobs/"
 STREAMED = re.compile(rf"{BLOB_PATHS}|/api/lfs/|/api/models/[^/]+/[^/]+/commit/|/xet/")
 """Limited when they are received: they never are in memory."""
+SIGN_IN_PATH = "/login"
 HEALTH_PATHS = ("/healthz", "/readyz")
 """Not counted: probes are frequent, and share the address of a proxy in front."""
 
@@ -100,6 +101,8 @@ class CallerLimits:
     the token of each request from the address is checked first. Valid tokens are then counted alone, since others may
     share the address.
 
+    A wrong token that somebody signs in with is counted so too; after too many, nobody signs in from the address.
+
     Each server process counts separately.
     """
 
@@ -119,22 +122,27 @@ class CallerLimits:
             await self.app(scope, receive, send)
             return
         credentials, rate = credentials_of(dict(scope["headers"]), scope.get("client")), self._rate
+        signs_in = scope["path"] == SIGN_IN_PATH and scope["method"] == "POST"
 
         async def count_guesses(message: Message) -> None:
             denied = message["type"] == "http.response.start" and message["status"] == 401
-            if denied and rate and credentials.authorization:
+            if denied and rate and (credentials.authorization or signs_in):
                 self._window.hit(rate, _guesses(credentials))
             await send(message)
 
-        error = await self._refusal(rate, credentials) if rate else None
+        error = await self._refusal(rate, credentials, signs_in=signs_in) if rate else None
         if error is not None:
             await problem_response(error)(scope, receive, send)
         else:
             await self.app(scope, receive, count_guesses)
 
-    async def _refusal(self, rate: "RateLimitItem", credentials: Credentials) -> RegistryError | None:
+    async def _refusal(
+        self, rate: "RateLimitItem", credentials: Credentials, *, signs_in: bool
+    ) -> RegistryError | None:
         """Counts the request. Returns the error if it is refused."""
         guesses = _guesses(credentials)
+        if signs_in and not self._window.test(rate, guesses):
+            return self._too_many(rate, guesses, "invalid tokens from this address")
         if credentials.authorization and not self._window.test(rate, guesses):
             try:
                 if self._callers.remembered(credentials) is None:

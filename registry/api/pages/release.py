@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import RedirectResponse
 
 from composer.formats.adapters.serving import SERVERS
 from registry.api.http.request import ResourcesOf
@@ -14,7 +13,7 @@ from registry.api.http.threads import in_store_threads
 from registry.api.pages import answers, card, scores
 from registry.api.pages.answers import Answer, Channels
 from registry.api.pages.modules import MAX_ROWS, cells
-from registry.api.pages.render import link, page
+from registry.api.pages.render import link, page, redirect
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.documents import release_documents
 from registry.api.routes.views import channel_view, score_view
@@ -67,7 +66,7 @@ def show_release(  # noqa: PLR0913
     if not is_version(version):  # a range or `latest`
         reference = parse_reference(str(named) if version == "latest" else f"{named}:{version}")
         with resources.snapshot() as session:
-            return RedirectResponse(link(str(named), resolve.locate(session, reference).row.version), 302)
+            return redirect(link(str(named), resolve.locate(session, reference).row.version))
     with resources.snapshot() as session:
         shown = _shown(session, actor, named, releases.find(session, named, parse_version(version)), channel)
     release = shown.release

@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import orjson
 from fastapi import Request, Response
@@ -11,6 +12,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from registry.api.pages import assets, drawings
+from registry.api.pages.forms import SAFE_METHODS, form_token
 from registry.domain.access.roles import ANONYMOUS
 
 POLICY = (
@@ -29,18 +31,28 @@ _MINUS = "\N{MINUS SIGN}"
 
 def page(request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
     """A page; a redirect to the same facts as JSON for a caller who wants those. Every template knows the viewer (None
-    for a stranger) and the address."""
+    for a stranger), the address, where to sign in, and the token of its forms (`parts.csrf()`)."""
     actor = getattr(request.state, "actor", None)
     viewer = actor.name if actor is not None and actor.name != ANONYMOUS else None
     json_address = values.pop("json_address", None)
     if json_address and request.headers.get("accept", "").startswith("application/json"):
         return RedirectResponse(json_address, 302, {"Vary": "Accept"})
-    text = (
-        _environment()
-        .get_template(template)
-        .render(viewer=viewer, path=request.url.path, json_address=json_address, **values)
-    )
+    known = {"viewer": viewer, "path": request.url.path, "json_address": json_address}
+    forms = {"sign_in": _sign_in(request), "form_token": form_token(request)}
+    text = _environment().get_template(template).render(**known, **forms, **values)
     return HTMLResponse(text, status, headers=_HEADERS)
+
+
+def redirect(address: str) -> Response:
+    """Where a form leads to: the browser loads a page, and does not post again when that is loaded again."""
+    return RedirectResponse(address, 303, _HEADERS)
+
+
+def _sign_in(request: Request) -> str:
+    """The address of the login page, which leads back to this one."""
+    here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    returns = request.method in SAFE_METHODS and here != "/" and not here.startswith(("/login", "/logout"))
+    return f"/login?{urlencode({'next': here})}" if returns else "/login"
 
 
 @cache

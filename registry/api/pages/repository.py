@@ -9,6 +9,7 @@ from registry.api.pages.render import page
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.documents import release_documents
 from registry.api.routes.views import channel_view, repository_page
+from registry.domain.access import namespaces
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.repositories import Wanted
@@ -29,10 +30,10 @@ def show_namespace(
     with resources.snapshot() as session:
         rows = repositories.list_page(session, actor, wanted, after=decode_cursor(cursor), limit=SHOWN + 1)
         listed = [one.model_dump(mode="json") for one in repository_page(session, rows[:SHOWN])]
+        members = namespaces.members(session, name) if holds(actor, Role.ADMIN, name) else None
     more = encode_cursor(str(repositories.name_of(rows[SHOWN - 1]))) if len(rows) > SHOWN else None
-    return page(
-        request, "namespace.html", namespace=name, repositories=listed, more=more, admin=holds(actor, Role.ADMIN, name)
-    )
+    roles = [role.value for role in Role]
+    return page(request, "namespace.html", namespace=name, repositories=listed, more=more, members=members, roles=roles)
 
 
 @router.get("/{namespace}/{name}")

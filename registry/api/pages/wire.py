@@ -1,4 +1,4 @@
-"""Routes of pages: who may see them, and errors as pages."""
+"""Routes of pages: who may see them, which forms they take, and errors as pages."""
 
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
@@ -10,14 +10,14 @@ from fastapi.exceptions import RequestValidationError
 from registry.api.http.callers import Credentials
 from registry.api.http.problems import of_validation
 from registry.api.http.routes import Route
-from registry.api.http.rules import Rule, Where
+from registry.api.http.rules import Rule, Where, rules_of
+from registry.api.pages.forms import COOKIE, SAFE_METHODS, drop_session, read_form, refuse_other_site, session_of
 from registry.api.pages.render import page
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role
 from registry.errors import RegistryError
 
-COOKIE = "__Host-adaptory"
-"""Browsers send it only by https, to this host alone, and no script reads it."""
+__all__ = ["COOKIE", "PageAdmin", "PageCaller", "PageReader", "PageRoute", "PageRule", "error_page"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,26 +25,35 @@ class PageRule(Rule):
     """A rule for a page: the cookie alone says who the caller is. Tokens are for REST."""
 
     def credentials(self, request: Request) -> Credentials:
-        session = request.cookies.get(COOKIE, "")
-        return replace(Rule.credentials(self, request), authorization=f"Bearer {session}" if session else "")
+        return replace(Rule.credentials(self, request), authorization="", session=session_of(request))
 
 
 PageReader = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.READER))]
+PageAdmin = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.ADMIN))]
 PageCaller = Annotated[Actor, Depends(PageRule(Where.INSIDE))]
 
 
 class PageRoute(Route):
-    """Shows errors as pages, to those who ask for pages."""
+    """Shows errors as pages, to those who ask for pages. Takes a form only from a page of this server and of the
+    caller's own session (`forms`), and reads it only for callers whom the route's rule lets in."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "include_in_schema": False})
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        answer = super().get_route_handler()
+        answer, rules = super().get_route_handler(), rules_of(self.dependant)
+
+        async def checked(request: Request) -> Response:
+            if request.method not in SAFE_METHODS:
+                refuse_other_site(request)
+                for rule in rules:
+                    await rule(request)
+                request.state.form = await read_form(request)
+            return await answer(request)
 
         async def handle(request: Request) -> Response:
             try:
-                return await answer(request)
+                return await checked(request)
             except (RegistryError, RequestValidationError) as error:
                 if "text/html" not in request.headers.get("accept", ""):
                     raise  # a program gets the problem document
@@ -55,4 +64,7 @@ class PageRoute(Route):
 
 def error_page(request: Request, error: RegistryError) -> Response:
     """What is wrong and what to do. What a caller may not see does not exist, so it says 404 too."""
-    return page(request, "error.html", status=error.status, error=error)
+    response = page(request, "error.html", status=error.status, error=error)
+    if error.code == "session_ended":
+        drop_session(response)
+    return response

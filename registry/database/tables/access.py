@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, Index, String
+from sqlalchemy import JSON, Index, String, false
 from sqlalchemy.orm import Mapped, mapped_column
 
 from registry.database.engine import Row, UtcDateTime
@@ -51,6 +51,10 @@ class Token(Row):
 
     A token of a trusted publisher (`publisher_id`) has no user's roles: `scope` is what it may do, as long as the rule
     exists. `last_used_at` is exact to the hour.
+
+    A browser session (`session`) is valid on pages alone. `parent_id` is the token that it was begun with, which it
+    does not outlive; without one it was begun by an OpenID provider. Its user then has, besides the own roles,
+    `session_roles`, which map namespaces to roles.
     """
 
     __tablename__ = "tokens"
@@ -66,6 +70,9 @@ class Token(Row):
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     publisher_id: Mapped[str | None] = mapped_column(String(16))
     last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    session: Mapped[bool] = mapped_column(default=False, server_default=false())
+    parent_id: Mapped[str | None] = mapped_column(String(16), index=True)
+    session_roles: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class TrustedPublisher(Row):

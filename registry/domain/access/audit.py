@@ -75,6 +75,9 @@ class Act(StrEnum):
     REPOSITORY_FORGET = "repository:forget"
     SCORE_DELETE = "score:delete"
     SCORE_RECORD = "score:record"
+    SESSION_BEGIN = "session:begin"
+    SESSION_END = "session:end"
+    SESSION_REFUSE = "session:refuse"
     SUITE_ADD = "suite:add"
     SUITE_METRIC = "suite:metric"
     TOKEN_CREATE = "token:create"  # noqa: S105  (the name of an act)

@@ -2,6 +2,7 @@
 
     adp_<id: 12 of a-z2-7>_<secret: 64 hexadecimal digits><checksum: 8 hexadecimal digits>
 
+Secrets of browser sessions begin with `ads_` instead, and are checked by pages alone (`sessions`).
 The id finds the row. The secret has 256 random bits, so a plain SHA-256 protects it. The checksum detects a mistyped
 token, or a token in a leaked file, without asking the registry.
 """
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, or_, select, true, update
+from sqlalchemy import ColumnElement, false, or_, select, true, update
 from sqlalchemy.orm import Session
 
 from registry.database.tables import Token, TrustedPublisher
@@ -28,7 +29,9 @@ from registry.formats.references import parse_name
 
 FULL_SCOPE = {EVERYWHERE: Role.ADMIN.value}
 """The scope of a token that may do everything its user may."""
-_SHAPE = re.compile(r"(adp_([a-z2-7]{12})_[0-9a-f]{64})([0-9a-f]{8})")
+TOKEN, SESSION = "adp", "ads"
+"""What secrets begin with. It is hashed with the rest, so that neither passes for the other."""
+_SHAPE = re.compile(r"((ad[ps])_([a-z2-7]{12})_[0-9a-f]{64})([0-9a-f]{8})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +81,12 @@ def add(
     session: Session, actor: Actor, new: NewToken, scope: Mapping[str, str], publisher_id: str | None = None
 ) -> tuple[Token, str]:
     """Adds the row of a token, without a check and without an audit row. Returns it and its secret text."""
-    token_id = random_id()
-    body = f"adp_{token_id}_{secrets.token_hex(32)}"
+    token_id, sha256, text = new_secret(TOKEN)
     row = Token(
         id=token_id,
         user=new.user,
         name=new.name,
-        secret_sha256=_hash(body),
+        secret_sha256=sha256,
         scope=dict(scope),
         created_at=actor.at,
         created_by=actor.name,
@@ -95,7 +97,14 @@ def add(
     )
     session.add(row)
     session.flush()
-    return row, body + _checksum(body)
+    return row, text
+
+
+def new_secret(kind: str) -> tuple[str, str, str]:
+    """The id of a new token or session, what is stored of its secret, and the text that its user gets."""
+    token_id = random_id()
+    body = f"{kind}_{token_id}_{secrets.token_hex(32)}"
+    return token_id, _hash(body), body + _checksum(body)
 
 
 def random_id() -> str:
@@ -104,9 +113,9 @@ def random_id() -> str:
 
 
 def revoke(session: Session, actor: Actor, token_id: str) -> Token:
-    """Revokes one of the actor's tokens, or any token for a registry admin. Idempotent.
+    """Revokes one of the actor's tokens, or any token for a registry admin, and the sessions begun with it. Idempotent.
 
-    A scoped or expiring token can revoke only itself: a leaked one must not lock its user out.
+    A scoped or expiring token can revoke only itself and its sessions: a leaked one must not lock its user out.
     """
     row = session.scalar(select(Token).where(Token.id == token_id, _in_reach(actor)))
     if row is None:
@@ -119,6 +128,8 @@ def revoke(session: Session, actor: Actor, token_id: str) -> Token:
     if row.revoked_at is None:
         row.revoked_at = actor.at
         session.flush()
+        begun = (Token.parent_id == row.id) & Token.revoked_at.is_(None)
+        session.execute(update(Token).where(begun).values(revoked_at=actor.at))
         audit.record(session, actor, Act.TOKEN_REVOKE, f"token/{row.id}", namespace=None, before={"user": row.user})
     return row
 
@@ -129,23 +140,22 @@ def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list
     return list(session.scalars(query))
 
 
+def list_own_in_force(session: Session, actor: Actor, *, limit: int) -> list[Token]:
+    """The actor's own tokens and sessions that it may revoke and that have not ended, newest first."""
+    in_force = Token.revoked_at.is_(None) & or_(Token.expires_at.is_(None), Token.expires_at > actor.at)
+    query = select(Token).where(_in_reach(actor), Token.user == actor.name, in_force)
+    return list(session.scalars(query.order_by(Token.created_at.desc(), Token.id).limit(limit)))
+
+
 def exist(session: Session) -> bool:
     """Whether there is a token that is not revoked."""
-    return session.scalars(select(Token.id).where(Token.revoked_at.is_(None)).limit(1)).first() is not None
+    query = select(Token.id).where(Token.revoked_at.is_(None), ~Token.session).limit(1)
+    return session.scalars(query).first() is not None
 
 
 def authenticate(session: Session, text: str, now: datetime) -> Caller:
     """The caller of a token. Raises Unauthenticated for anything but a valid token."""
-    match = _SHAPE.fullmatch(text)
-    if match is None or _checksum(match.group(1)) != match.group(3):
-        raise _invalid("is not a token: a character is missing or mistyped")
-    row = session.get(Token, match.group(2))
-    if row is None or not hmac.compare_digest(row.secret_sha256, _hash(match.group(1))):
-        raise _invalid("is not known here")
-    if row.revoked_at is not None:
-        raise _invalid("was revoked")
-    if row.expires_at is not None and row.expires_at <= now:
-        raise _invalid("has expired")
+    row = find_secret(session, text, now, TOKEN)
     if row.publisher_id is not None:
         if session.get(TrustedPublisher, row.publisher_id) is None:
             raise _invalid("came from a trusted publisher that was removed")
@@ -158,8 +168,34 @@ def authenticate(session: Session, text: str, now: datetime) -> Caller:
             hidden={},
             last_used_at=row.last_used_at,
         )
-    mints = row.scope == FULL_SCOPE and row.expires_at is None
-    roles = namespaces.roles_of(session, row.user)
+    return caller_of(session, row, mints=mints(row))
+
+
+def find_secret(session: Session, text: str, now: datetime, kind: str) -> Token:
+    """The row of a token or a session by its secret. Raises Unauthenticated unless it is in force."""
+    match = _SHAPE.fullmatch(text)
+    if match is None or _checksum(match.group(1)) != match.group(4):
+        raise _invalid("is not a token: a character is missing or mistyped")
+    if match.group(2) != kind:
+        raise _invalid("is not one: it is the secret of a browser session, which pages alone take")
+    row = session.get(Token, match.group(3))
+    if row is None or not hmac.compare_digest(row.secret_sha256, _hash(match.group(1))):
+        raise _invalid("is not known here")
+    if row.revoked_at is not None:
+        raise _invalid("was revoked")
+    if row.expires_at is not None and row.expires_at <= now:
+        raise _invalid("has expired")
+    return row
+
+
+def mints(row: Token) -> bool:
+    """Whether the token may create others."""
+    return row.scope == FULL_SCOPE and row.expires_at is None
+
+
+def caller_of(session: Session, row: Token, *, mints: bool) -> Caller:
+    """Who acts by a token of a user, or by a session."""
+    roles = _roles(session, row)
     grants, own = effective_grants(roles, row.scope), effective_grants(roles, FULL_SCOPE)
     everywhere = own.get(EVERYWHERE, "")
     roles_there = {name: own.get(name, everywhere) for name in {*grants, *own}}
@@ -198,7 +234,7 @@ def grants_of(session: Session, token_id: str) -> dict[str, str]:
     if row.publisher_id is not None:
         known = not row.revoked_at and session.get(TrustedPublisher, row.publisher_id) is not None
         return dict(row.scope) if known else {}
-    return {} if row.revoked_at else effective_grants(namespaces.roles_of(session, row.user), row.scope)
+    return {} if row.revoked_at else effective_grants(_roles(session, row), row.scope)
 
 
 def actor_now(session: Session, user: str, token_id: str | None, source: str | None, now: datetime) -> Actor:
@@ -208,6 +244,15 @@ def actor_now(session: Session, user: str, token_id: str | None, source: str | N
     """
     grants = grants_of(session, token_id) if token_id else {EVERYWHERE: Role.ADMIN.value}
     return Actor(user, now, grants, public=namespaces.public_names(session), token_id=token_id, source=source)
+
+
+def _roles(session: Session, row: Token) -> dict[str, str]:
+    """The user's role by namespace; for a session, the higher of it and the one that its provider gives."""
+    roles = namespaces.roles_of(session, row.user)
+    given: Mapping[str, str] = row.session_roles or {}
+    for namespace, role in given.items():
+        roles[namespace] = max_role(roles.get(namespace, role), role).value
+    return roles
 
 
 def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict[str, str]:
@@ -225,8 +270,10 @@ def effective_grants(roles: Mapping[str, str], scope: Mapping[str, str]) -> dict
 
 def _in_reach(actor: Actor) -> ColumnElement[bool]:
     """The tokens that the actor may see and revoke."""
+    if actor.token_id is None and not actor.mints:
+        return false()
     if not actor.mints:
-        return Token.id == actor.token_id
+        return or_(Token.id == actor.token_id, Token.parent_id == actor.token_id)
     return true() if holds(actor, Role.ADMIN) else Token.user == actor.name
 
 

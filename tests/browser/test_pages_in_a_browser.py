@@ -33,6 +33,8 @@ PAGES = (
     "/compositions/{composition}",
     "/audit",
     "/audit?act=channel:promote&since=2020-01-01",
+    "/account",
+    "/login",
     "/nobody/nothing",
 )
 STATUS = {"/nobody/nothing": 404, "/search?score=nonsense": 400}

@@ -1,0 +1,125 @@
+"""The cookie of a session, and forms: only those of this server's own pages, and of the session that loaded them.
+
+`PageRoute` checks every request that changes something. Templates put `parts.csrf()` into each form that is posted.
+"""
+
+import hashlib
+import hmac
+import multiprocessing
+import re
+from datetime import datetime
+from typing import Annotated, cast
+from urllib.parse import parse_qsl
+
+from fastapi import Depends, Request, Response
+from starlette.datastructures import ImmutableMultiDict
+
+from registry.api.http.request import content_length, document
+from registry.api.http.rules import callers_of
+from registry.errors import Invalid, NotAllowed, TooLarge
+from registry.settings import is_loopback
+
+COOKIE = "__Host-adaptory"
+"""Browsers send it only by https, to this host alone, and no script reads it."""
+FORM_TOKEN = "form_token"  # noqa: S105  (the name of a field)
+MAX_FORM_BYTES = 64 << 10
+MAX_FIELDS = 200
+MAX_NEXT = 2000
+SAFE_METHODS = frozenset({"GET", "HEAD"})
+
+_OWN_PATH = re.compile(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]*")
+"""ASCII without spaces and backslashes: browsers read `/\\host` and `//host` as other servers."""
+
+Form = ImmutableMultiDict[str, str]
+
+
+def session_of(request: Request) -> str:
+    """The secret in the cookie; empty for a stranger."""
+    return request.cookies.get(COOKIE, "")
+
+
+def keep_session(response: Response, secret: str, expires_at: datetime | None, now: datetime) -> None:
+    """Gives the browser the cookie of a session, for as long as that lasts."""
+    lasts_s = int((expires_at - now).total_seconds()) if expires_at is not None else None
+    _set_cookie(response, COOKIE, secret, lasts_s)
+
+
+def drop_session(response: Response) -> None:
+    _set_cookie(response, COOKIE, "", 0)
+
+
+def _set_cookie(response: Response, name: str, value: str, lasts_s: int | None) -> None:
+    response.set_cookie(name, value, max_age=lasts_s, path="/", secure=True, httponly=True, samesite="lax")
+
+
+def is_private(request: Request) -> bool:
+    """Whether a browser keeps the cookie, and nobody on the way reads the secret: by https, or within this machine.
+    `ADAPTORY_TRUSTED_PROXIES` says whose word the server takes for the scheme."""
+    return request.url.scheme == "https" or is_loopback(request.url.hostname or "")
+
+
+def form_token(request: Request) -> str:
+    """What a posted form has to carry: bound to the session's secret, and for the only user of a server to one of its
+    processes. A stranger has nothing to protect, and an empty one."""
+    if callers_of(request).single_user:
+        secret = bytes(multiprocessing.current_process().authkey)  # random, and the same in processes started by one
+    else:
+        secret = session_of(request).encode()
+    return hmac.new(secret, b"form of a page", hashlib.sha256).hexdigest() if secret else ""
+
+
+async def read_form(request: Request) -> Form:
+    """The fields of a form of this server's own pages. Raises NotAllowed for one of another site or session."""
+    if content_length(request) > MAX_FORM_BYTES:
+        message = f"The form is longer than {MAX_FORM_BYTES:,} bytes."
+        raise TooLarge("body_too_large", message, next_step="Send less; the command line has no such limit.")
+    form = _parsed(request, await document(request))
+    if not hmac.compare_digest(form.get(FORM_TOKEN, "").encode(), form_token(request).encode()):
+        raise NotAllowed(
+            "form_token",
+            "The form is not of your present session.",
+            next_step="Load the page again, and repeat what you did there.",
+        )
+    return form
+
+
+def refuse_other_site(request: Request) -> None:
+    """Raises NotAllowed unless a page of this server sent the request: every browser says so in one of two headers."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    own = f"{request.url.scheme}://{request.headers.get('host', '')}"
+    if site in (None, "same-origin") and origin in (None, own) and (site or origin):
+        return
+    raise NotAllowed(
+        "other_site",
+        f"The form was not sent by a page of {own[:200]}.",
+        subject=(origin or "")[:200],
+        next_step="Use a page of this registry. Behind a proxy, an operator sets ADAPTORY_TRUSTED_PROXIES, and the "
+        "proxy passes on Host and X-Forwarded-Proto.",
+    )
+
+
+def own_path(text: str) -> str:
+    """The path where somebody goes on after signing in: of this server, or else the first page."""
+    return text if len(text) <= MAX_NEXT and _OWN_PATH.fullmatch(text) else "/"
+
+
+def _parsed(request: Request, content: bytes) -> Form:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip()
+    try:
+        if media_type != "application/x-www-form-urlencoded":
+            raise ValueError("its type is not application/x-www-form-urlencoded")
+        fields = parse_qsl(content.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict")
+        if any("\0" in part for field in fields for part in field):
+            raise ValueError("it contains a NUL character")
+    except ValueError as error:
+        reason = str(error) if not isinstance(error, UnicodeError) else "it is not UTF-8"
+        raise Invalid("bad_request", f"The form cannot be read: {reason}.", next_step="Use the page.") from error
+    return ImmutableMultiDict(fields)
+
+
+async def _form_of(request: Request) -> Form:
+    return cast(Form, request.state.form)
+
+
+FormOf = Annotated[Form, Depends(_form_of)]
+"""The fields of the request, which `PageRoute` has checked and read."""

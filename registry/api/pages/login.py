@@ -1,0 +1,83 @@
+"""Sign in with a token, and out. A token is posted, so that it is in no address and in no log."""
+
+from typing import Annotated, cast
+
+from fastapi import APIRouter, Query, Request, Response
+
+from registry.api.http.request import ResourcesOf
+from registry.api.http.rules import CallersOf
+from registry.api.pages.forms import MAX_NEXT, FormOf, drop_session, is_private, keep_session, own_path
+from registry.api.pages.render import page, redirect
+from registry.api.pages.wire import PageCaller, PageRoute
+from registry.domain.access import sessions
+from registry.domain.access.audit import Actor
+from registry.errors import Refused, Unauthenticated
+from registry.transfer.sign_in import SignedIn, SignIn
+
+router = APIRouter(route_class=PageRoute)
+
+Next = Annotated[str, Query(max_length=MAX_NEXT)]
+
+
+@router.get("/login")
+def show_login(request: Request, actor: PageCaller, callers: CallersOf, next: Next = "/") -> Response:  # noqa: A002
+    """The form for a token, or why this server has none."""
+    return _login_page(request, 200, next, single_user=callers.single_user)
+
+
+@router.post("/login")
+def log_in(request: Request, actor: PageCaller, form: FormOf, callers: CallersOf) -> Response:
+    """Begin a session, and go back to where somebody was."""
+    refuse_to_sign_in(request, single_user=callers.single_user)
+    following = own_path(form.get("next", "/"))
+    try:
+        signed_in = sign_in_of(request).with_token(form.get("token", "").strip(), actor)
+    except Unauthenticated as error:
+        if "text/html" not in request.headers.get("accept", ""):
+            raise
+        return _login_page(request, error.status, following, error=error.detail)
+    return begun(signed_in, actor, following)
+
+
+@router.post("/logout")
+def log_out(resources: ResourcesOf, actor: PageCaller, callers: CallersOf, form: FormOf) -> Response:
+    """End the session."""
+    with resources.write() as session:
+        sessions.end(session, actor)
+    callers.forget()
+    response = redirect("/login")
+    drop_session(response)
+    return response
+
+
+def sign_in_of(request: Request) -> SignIn:
+    return cast(SignIn, request.app.state.sign_in)
+
+
+def refuse_to_sign_in(request: Request, *, single_user: bool) -> None:
+    """Raises Refused where a session cannot begin."""
+    if single_user:
+        message = "This server has one user, who needs no session."
+        raise Refused("sign_in_disabled", message, next_step="Set ADAPTORY_ACCESS=tokens on the server.")
+    if not is_private(request):
+        raise Refused(
+            "sign_in_insecure",
+            "This page was not loaded by https, so nobody signs in here.",
+            next_step="Use the https address of this registry. Behind a proxy, an operator names it in "
+            "ADAPTORY_TRUSTED_PROXIES, and it sets X-Forwarded-Proto.",
+        )
+
+
+def begun(signed_in: SignedIn, actor: Actor, following: str) -> Response:
+    """Goes to a path of this server, with the cookie of a session that has begun."""
+    response = redirect(following)
+    keep_session(response, signed_in.secret, signed_in.expires_at, actor.at)
+    return response
+
+
+def _login_page(
+    request: Request, status: int, following: str, *, single_user: bool = False, error: str | None = None
+) -> Response:
+    private = is_private(request)
+    values = {"following": own_path(following), "private": private, "single_user": single_user, "error": error}
+    return page(request, "login.html", status=status, by_https=request.url.scheme == "https", **values)

@@ -1,0 +1,110 @@
+"""Browser sessions: begun with a token or by an OpenID provider, for half a day, on pages alone.
+
+A session is a token of its own kind: listed and revoked as one. It may do what its parent token may, and ends with it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from sqlalchemy import delete
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Token
+from registry.domain.access import audit, tokens
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import Role, refuse_reserved
+from registry.domain.access.tokens import FULL_SCOPE, SESSION, Caller
+from registry.errors import NotAllowed, Unauthenticated
+
+LIFETIME = timedelta(hours=12)
+_KEPT = timedelta(days=30)
+"""How long the row of a session stays after its end: what it has asked for may still wait. The audit log names it
+longer."""
+_MAX_NAME = 100
+
+
+def begin_with_token(session: Session, actor: Actor, text: str) -> tuple[Token, str]:
+    """Begins a session with the token `text`. Returns it and its secret, which is not stored.
+
+    Raises Unauthenticated for anything but a token in force, and NotAllowed for one of continuous integration.
+    """
+    parent = session.get_one(Token, tokens.authenticate(session, text, actor.at).token_id)
+    if parent.publisher_id is not None:
+        raise NotAllowed(
+            "token_not_allowed",
+            "A job of continuous integration does not sign in to pages.",
+            subject=parent.user,
+            next_step="Sign in with a token of your own.",
+        )
+    tokens.record_use(session, parent.id, actor.at)
+    return _begin(session, replace(actor, name=parent.user, token_id=parent.id), parent, {})
+
+
+def begin_with_roles(session: Session, actor: Actor, user: str, roles: Mapping[str, Role]) -> tuple[Token, str]:
+    """Begins a session of a user that a provider vouches for, with the roles that it gives there, beside the own ones.
+    Returns it and its secret, which is not stored. Raises Invalid for the reserved name."""
+    refuse_reserved(user)
+    return _begin(session, replace(actor, name=user), None, roles)
+
+
+def authenticate(session: Session, text: str, now: datetime) -> Caller:
+    """The caller of a session. Raises Unauthenticated unless it and the token that it was begun with are in force."""
+    try:
+        row = tokens.find_secret(session, text, now, SESSION)
+    except Unauthenticated as error:
+        raise _ended() from error
+    if row.parent_id is None:
+        return tokens.caller_of(session, row, mints=True)
+    parent = session.get(Token, row.parent_id)
+    if parent is None or parent.revoked_at is not None:
+        raise _ended()
+    return tokens.caller_of(session, row, mints=tokens.mints(parent))
+
+
+def end(session: Session, actor: Actor) -> None:
+    """Ends the actor's session. What it has asked for goes on, which a revocation would stop."""
+    row = session.get(Token, actor.token_id) if actor.token_id else None
+    if row is None or not row.session:
+        return
+    row.expires_at = actor.at
+    session.flush()
+    audit.record(session, actor, Act.SESSION_END, f"token/{row.id}", namespace=None)
+
+
+def _begin(session: Session, actor: Actor, parent: Token | None, roles: Mapping[str, Role]) -> tuple[Token, str]:
+    session.execute(delete(Token).where(Token.session, Token.expires_at < actor.at - _KEPT))
+    token_id, sha256, text = tokens.new_secret(SESSION)
+    until = actor.at + LIFETIME
+    row = Token(
+        id=token_id,
+        user=actor.name,
+        name=_name(actor.source),
+        secret_sha256=sha256,
+        scope=dict(parent.scope) if parent else dict(FULL_SCOPE),
+        created_at=actor.at,
+        created_by=actor.name,
+        expires_at=min(until, parent.expires_at) if parent and parent.expires_at else until,
+        revoked_at=None,
+        publisher_id=None,
+        last_used_at=None,
+        session=True,
+        parent_id=parent.id if parent else None,
+        session_roles={namespace: role.value for namespace, role in roles.items()} or None,
+    )
+    session.add(row)
+    session.flush()
+    after = {"user": row.user, "expires_at": row.expires_at.isoformat() if row.expires_at else None}
+    more = {"roles": row.session_roles} if row.session_roles else {}
+    audit.record(session, actor, Act.SESSION_BEGIN, f"token/{row.id}", namespace=None, after={**after, **more})
+    return row, text
+
+
+def _name(source: str | None) -> str:
+    """Where a session was begun: its address and browser. Browsers say what they like."""
+    text = (source or "")[:_MAX_NAME]
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _ended() -> Unauthenticated:
+    return Unauthenticated("session_ended", "Your session has ended, or was revoked.", next_step="Sign in again.")

@@ -1,0 +1,61 @@
+"""Signs users in to pages: begins a session, and leaves an audit row for every refusal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Token
+from registry.domain.access import audit, sessions, tokens
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import ANONYMOUS
+from registry.errors import RegistryError
+from registry.transfer.refusals import RefusalBudget
+from registry.transfer.resources import Resources
+
+
+@dataclass(frozen=True, slots=True)
+class SignedIn:
+    """A session that has begun. `secret` goes into its cookie, and is stored nowhere else."""
+
+    user: str
+    secret: str
+    expires_at: datetime | None
+
+
+@dataclass(slots=True)
+class SignIn:
+    """One for each process."""
+
+    resources: Resources
+    _refusals: RefusalBudget = field(default_factory=RefusalBudget)
+
+    def with_token(self, text: str, before: Actor) -> SignedIn:
+        """Begins a session with a token, and ends the one that the request came with. Raises Unauthenticated for
+        anything but a token in force, and NotAllowed for one of continuous integration."""
+        try:
+            with self.resources.read() as session:  # wrong ones need no lock for writing
+                tokens.authenticate(session, text, before.at)
+            return self._begin(before, lambda session, actor: sessions.begin_with_token(session, actor, text))
+        except RegistryError as error:
+            self._record(before, error)
+            raise
+
+    def _begin(self, before: Actor, begin: Callable[[Session, Actor], tuple[Token, str]]) -> SignedIn:
+        with self.resources.write() as session:
+            row, secret = begin(session, _anonymous(before))
+            sessions.end(session, before)
+            return SignedIn(row.user, secret, row.expires_at)
+
+    def _record(self, before: Actor, error: RegistryError) -> None:
+        if self._refusals.spend():
+            with self.resources.write() as session:
+                actor, code = _anonymous(before), error.code
+                audit.record(
+                    session, actor, Act.SESSION_REFUSE, "sign-in", namespace=None, reason=error.detail, code=code
+                )
+
+
+def _anonymous(before: Actor) -> Actor:
+    return Actor(ANONYMOUS, before.at, {}, source=before.source)

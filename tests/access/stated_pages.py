@@ -1,0 +1,38 @@
+"""Whom every page lets in, written down by hand as `stated` does for routes of REST.
+
+`everybody`   strangers too, who see what is public
+`user`        who has signed in
+`reader`      who has that role, or a higher one, in the namespace of the path
+`reader +`    who has that role, or a higher one, in any namespace
+`open`        anybody, without a look at who that is
+"""
+
+_PAGES = """
+GET    /static/{digest}/{name}                  open
+GET    /login                                   everybody
+POST   /login                                   everybody
+POST   /logout                                  everybody
+GET    /account                                 user
+POST   /account/tokens                          user
+POST   /account/tokens/{token_id}/revoke        user
+POST   /{namespace}/-/members                   admin
+GET    /                                        everybody
+GET    /search                                  everybody
+GET    /bases                                   reader +
+GET    /bases/{base:path}                       reader +
+GET    /suites                                  reader +
+GET    /suites/{suite}                          reader +
+GET    /jobs                                    publisher +
+GET    /jobs/{job_id}                           publisher
+GET    /compositions/{composition_id}           publisher
+GET    /audit                                   admin +
+GET    /{namespace}/{name}@{channel}            reader
+GET    /{namespace}/{name}/compare/{versions}   reader
+GET    /{namespace}/{name}/{version}            reader
+GET    /{namespace}/{name}/{version}/modules    reader
+GET    /{namespace}                             reader
+GET    /{namespace}/{name}                      reader
+"""
+
+STATED_PAGES = {(line.split()[0], line.split()[1]): " ".join(line.split()[2:]) for line in _PAGES.strip().splitlines()}
+"""(method, path) -> whom it lets in."""

@@ -1,0 +1,208 @@
+"""Every page, with every kind of caller, on a private namespace and a public one; every form, as other sites send it.
+
+The pages are those of the application: a new one is tried without anybody thinking of it, and fails when it has no
+rule, or another one than `STATED_PAGES` says.
+"""
+
+import re
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from registry.api.app import page_routers
+from registry.api.http.rules import Where, rules_of
+from registry.api.pages import render
+from registry.api.pages.forms import SAFE_METHODS
+from registry.api.pages.wire import PageRoute, PageRule
+from registry.domain.access.roles import Role
+from tests import services
+from tests.access.browser import Browser
+from tests.access.house import CALLERS, PRIVATE, PUBLIC, ROLES, House, copy_of, entered, furnished_house
+from tests.access.stated_pages import STATED_PAGES
+
+SIGNED_IN = tuple(caller for caller in CALLERS if caller not in ("nobody", "revoked", "expired"))
+SOMEWHERE = "+"
+ELSEWHERE = {"stranger": Role.ADMIN, "narrowed": Role.READER}
+"""Roles in a namespace that no page here is about."""
+RANK = {role: number for number, role in enumerate(Role)}
+TEMPLATES = Path(render.__file__).parent / "templates"
+
+
+@pytest.fixture(scope="module", params=services.PAIRINGS)
+def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
+    return furnished_house(request.param, tmp_path_factory.mktemp("house"))
+
+
+@pytest.fixture
+def house(furnished: House, tmp_path: Path) -> Generator[House]:
+    copy = entered(furnished, copy_of(furnished, tmp_path / "home"))
+    yield copy
+    copy.close()
+
+
+def pages() -> list[tuple[str, Any]]:
+    """Method and route of each page."""
+    routes = [route for router in page_routers() for route in router.routes]
+    return [(method, route) for route in routes for method in sorted(getattr(route, "methods", ()) or ())]
+
+
+PAGES = pages()
+FORMS = [route.path for method, route in PAGES if method not in SAFE_METHODS]
+
+
+def test_every_page_has_the_rule_that_is_stated() -> None:
+    assert {(method, route.path): _summary(method, route) for method, route in PAGES} == STATED_PAGES
+
+
+def _summary(method: str, route: Any) -> str:
+    """As it is stated; what a page decides for itself is not to be seen from outside."""
+    rules = rules_of(route.dependant)
+    if not rules:
+        return "open"
+    assert all(isinstance(rule, PageRule) for rule in rules), f"{route.path} is a page, and takes tokens"
+    assert len(set(rules)) == 1, f"{route.path} has several rules"
+    inside, role = STATED_PAGES.get((method, route.path), ""), str(rules[0].role)
+    return {Where.NAMESPACE: role, Where.ANYWHERE: f"{role} {SOMEWHERE}"}.get(rules[0].where, inside)
+
+
+def test_whatever_changes_something_is_a_page_route() -> None:
+    """That is the one place where forms are checked."""
+    changing = [(method, route) for method, route in PAGES if method not in SAFE_METHODS]
+    assert changing
+    for method, route in changing:
+        assert (method, type(route)) == ("POST", PageRoute), route.path
+
+
+def test_every_form_that_is_posted_carries_its_token_and_goes_to_a_page() -> None:
+    forms = [
+        (path.name, match.group(0))
+        for path in TEMPLATES.glob("*.html")
+        for match in re.finditer(r"<form\b[^>]*>.*?</form>", path.read_text(), re.DOTALL)
+    ]
+    posting = re.compile(r"<form[^>]*method=\W?post", re.IGNORECASE)
+    posted = [(name, text) for name, text in forms if posting.match(text)]
+    assert len(posted) >= 6
+    for name, text in posted:
+        assert text.count("{{ parts.csrf() }}") == 1, f"{name}: {text[:80]}"
+        action = re.sub(r"\{\{.*?\}\}", "x", text.partition('action="')[2].partition('"')[0])
+        assert any(re.fullmatch(re.sub(r"\{[^}]*\}", "[^/]+", path), action) for path in FORMS), action
+    assert not any("csrf" in text for form in forms if form not in posted for text in form), "a token in an address"
+
+
+@pytest.mark.parametrize("path", FORMS)
+def test_a_form_is_refused_without_its_token_and_from_other_sites(path: str, house: House) -> None:
+    """Of a route that is found here without being named, by a caller who may use each of them."""
+    with Browser(house) as browser:
+        browser.sign_in(house.secrets["operator"])
+        filled = _filled(path, PRIVATE)
+        without = browser.post(filled, {"form_token": ""})
+        assert (without.status_code, "form_token" in without.text) == (403, True), without.text
+        for headers in ({}, {"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+            foreign = browser.post(filled, headers=headers)
+            assert (foreign.status_code, "other_site" in foreign.text) == (403, True), headers
+        assert not (browser.post(filled).status_code == 403 and path != "/login"), "it is let in with both"
+
+
+@pytest.mark.parametrize(("method", "path"), [*STATED_PAGES], ids=[" ".join(page) for page in STATED_PAGES])
+def test_a_page_answers_those_that_its_rule_names_and_nobody_else(method: str, path: str, house: House) -> None:
+    for caller in ("nobody", *SIGNED_IN):
+        for namespace in (PRIVATE, PUBLIC):
+            with Browser(house) as browser:
+                if caller == "nobody":
+                    browser.open("/login")
+                else:
+                    browser.sign_in(house.secrets[caller])
+                filled = _filled(path, namespace)
+                answer = browser.open(filled) if method == "GET" else browser.post(filled, {"user": "x", "role": ""})
+            seen = f"{caller} {method} {filled}: {answer.status_code} {answer.text[:2000]}"
+            expected = _expected(STATED_PAGES[method, path], caller, namespace)
+            assert answer.status_code < 500, seen
+            if expected == "allowed":
+                assert not _denied(answer), seen
+            else:
+                assert answer.status_code == expected, seen
+            _is_protected(answer, path)
+
+
+def _is_protected(answer: httpx2.Response, path: str) -> None:
+    if not path.startswith("/static/"):
+        assert answer.headers["cache-control"] == "private, no-store"
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+
+
+def _expected(whom: str, caller: str, namespace: str) -> int | str:
+    if whom in ("open", "everybody"):
+        return "allowed"
+    if whom == "user":
+        return 401 if caller == "nobody" else "allowed"
+    role, somewhere = Role(whom.removesuffix(f" {SOMEWHERE}")), whom.endswith(SOMEWHERE)
+    held = ROLES.get(caller) or (somewhere and ELSEWHERE.get(caller)) or None
+    if caller == "operator" or (held and RANK[held] >= RANK[role]):
+        return "allowed"
+    if not (somewhere or caller in ROLES or namespace == PUBLIC):
+        return 404
+    if role == Role.READER and not somewhere:
+        return "allowed"
+    return 401 if caller == "nobody" else 403
+
+
+def _denied(answer: httpx2.Response) -> bool:
+    """A token that does not work, one that is not the caller's to revoke, and a release without a spectrum are no
+    denial of the page."""
+    for code in ("token_invalid", "token_unknown", "token_not_allowed", "spectrum_unknown"):
+        if f"<code>{code}</code>" in answer.text or "You are not signed in" in answer.text:
+            return False
+    return answer.status_code in (401, 403, 404) and "content-security-policy" in answer.headers
+
+
+def _filled(path: str, namespace: str) -> str:
+    values = {"{namespace}": namespace, "{name}": "sql", "{version}": "1.0.0", "{token_id}": "aaaaaaaaaaaa"}
+    values |= {"{base:path}": "tiny", "{suite}": "exact", "{channel}": "prod", "{versions}": "1.0.0...1.1.0"}
+    number = str((PRIVATE, PUBLIC).index(namespace) + 1)  # in the order in which the house was furnished
+    values |= {"{job_id}": number, "{composition_id}": number}
+    for name, value in {**values, "{digest}": "0" * 16}.items():
+        path = path.replace(name, value)
+    assert "{" not in path, f"say here what {path} is filled with"
+    return path
+
+
+def test_a_private_page_and_one_that_is_not_there_answer_a_stranger_alike(house: House) -> None:
+    for caller in ("nobody", "stranger", "narrowed"):
+        with Browser(house) as browser:
+            if caller != "nobody":
+                browser.sign_in(house.secrets[caller])
+            for path in ("/{}", "/{}/sql", "/{}/sql/1.0.0"):
+                seen = [browser.open(path.format(name)) for name in (PRIVATE, "ghost")]
+                assert [answer.status_code for answer in seen] == [404, 404], (caller, path)
+                assert seen[0].text.replace(PRIVATE, "ghost") == seen[1].text, (caller, path)
+
+
+def test_the_only_user_of_a_server_needs_no_session_and_its_forms_are_checked_too(
+    furnished: House, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    from registry.api.app import create_app
+    from registry.client.inprocess import InProcessTransport
+
+    house = entered(furnished, copy_of(furnished, tmp_path / "home"))
+    house.transport.close()
+    single = replace(house, transport=InProcessTransport(create_app(house.resources)))
+    with Browser(single, "http://127.0.0.1:8000") as browser:
+        user = house.resources.settings.user
+        assert f'<a href="/account">{user}</a>' in browser.open(f"/{PRIVATE}").text
+        assert "needs no token here" in browser.open("/login").text
+        browser.open(f"/{PRIVATE}")
+        member = {"user": "new", "role": "reader"}
+        assert browser.post("/login", {"token": house.secrets["reader"]}).status_code == 422
+        assert browser.post(f"/{PRIVATE}/-/members", member).status_code == 303
+        for refused in (
+            browser.post(f"/{PRIVATE}/-/members", {**member, "form_token": ""}),
+            browser.post(f"/{PRIVATE}/-/members", member, headers={}),
+            browser.post(f"/{PRIVATE}/-/members", member, headers={"Origin": "http://localhost:9000"}),
+        ):
+            assert refused.status_code == 403
+    single.close()
