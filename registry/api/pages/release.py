@@ -31,7 +31,7 @@ from registry.storage.blobs import BlobStore
 router = APIRouter(route_class=PageRoute)
 
 CARD = "README.md"
-MAX_CHANNELS, MAX_SERVING, MAX_MOVES, MAX_DESCENDANTS = 100, 10, 20, 10
+MAX_CHANNELS, MAX_SERVING, MAX_MOVES, MAX_DESCENDANTS, MAX_FILES = 100, 10, 20, 10, 100
 Json = dict[str, Any]
 ChannelQuery = Annotated[str | None, Query(max_length=64, description="The channel that a promotion is judged for.")]
 
@@ -88,6 +88,7 @@ def show_release(  # noqa: PLR0913
         spectrum=shown.spectrum,
         maps=_maps(shown.spectrum),
         max_rows=MAX_ROWS,
+        max_files=MAX_FILES,
         descendants=shown.descendants[:MAX_DESCENDANTS],
         more_descendants=len(shown.descendants) > MAX_DESCENDANTS,
         loading=[(server, release["loading"].get(server)) for server in SERVERS],
