@@ -74,7 +74,9 @@ ROUTES = routes()
 def test_the_application_serves_these_routes_and_no_others(house: House) -> None:
     served = house.ask("operator", "GET", "/openapi.json").json()["paths"]
     listed = {(method.upper(), path) for path, methods in served.items() for method in methods}
-    rest = [(method, path) for method, path, _ in ROUTES if path.startswith(("/v1/", "/healthz", "/readyz", "/metrics"))]
+    rest = [
+        (method, path) for method, path, _ in ROUTES if path.startswith(("/v1/", "/healthz", "/readyz", "/metrics"))
+    ]
     assert listed == {(method, path.replace(":path}", "}")) for method, path in rest}
 
 

@@ -82,9 +82,12 @@ def test_a_page_reads_in_both_themes_and_all_widths(site: Site, tab: Page, compl
         across = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert across == 0, f"{path} scrolls sideways by {across} px at {width}"
         if width != 800:  # one and two columns; the tablet differs only in the side
-            found = Axe().run(tab).response["violations"]
+            violations = Axe().run(tab).response["violations"]
             grave = [
-                f"{one['id']}: {node['html'][:200]}" for one in found if one["impact"] in GRAVE for node in one["nodes"]
+                f"{one['id']}: {node['html'][:200]}"
+                for one in violations
+                if one["impact"] in GRAVE
+                for node in one["nodes"]
             ]
             assert not grave, f"{path}, {theme}, {width} px: {grave}"
     expected = [said for said in complaints if status != 200 and f"status of {status}" in said]
