@@ -87,7 +87,8 @@ WAY = re.compile(rf"(?<=[\[-])({'|'.join(('embedded', *services.PAIRINGS))})(?=[
 
 
 SLOWEST_FIRST = (
-    "browser", "durability", "scenarios", "access", "fuzz", "registry", "wire", "deploy", "house", "examples", "composer",
+    "browser", "durability", "scenarios", "access", "fuzz", "registry",
+    "wire", "deploy", "house", "examples", "composer",
 )  # fmt: skip
 """Tests that take minutes come before those that take milliseconds, which fill the time of all processes to the end."""
 
