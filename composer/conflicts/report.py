@@ -207,21 +207,19 @@ def conflicts(  # noqa: PLR0913
     ]
     judged = rules.judged(findings)
     verdicts = [rules.verdict(findings, _of_evidence(evidence, rules)), *(pair.verdict for pair in pairs)]
+    advice = _advice(pairs, compared.total, judged, evidence, rules, settings.method)
     return ConflictReport(
         members=members,
         pairs=pairs,
-        together=_together(compared.total, list(rounded.values())),
-        layers={layer: _together(one, []) for layer, one in compared.layers.items()},
-        modules={
-            module: _together(one, list(filter(None, [rounded.get(module)])))
-            for module, one in compared.modules.items()
-        },
+        together=_together(compared.total, *rounded.values()),
+        layers={layer: _together(one) for layer, one in compared.layers.items()},
+        modules={name: _together(one, *filter(None, [rounded.get(name)])) for name, one in compared.modules.items()},
         findings=tuple(judged),
         evidence=evidence,
         verdict=Verdict.worst(verdicts),
         limits=Limits.of(rules),
         method=settings.method,
-        advice=tuple(dict.fromkeys(_advice(pairs, compared.total, judged, evidence, rules, settings.method))),
+        advice=tuple(dict.fromkeys(advice)),
     )
 
 
@@ -279,7 +277,7 @@ def _of_set(
     return [*findings, *(of_outcome(evidence.overall, policy) if isinstance(evidence, ProbeResult) else [])]
 
 
-def _together(compared: Relations, rounded: Sequence[AtBase]) -> SetMetrics:
+def _together(compared: Relations, *rounded: AtBase) -> SetMetrics:
     survival = total(one.survival for one in rounded)
     return SetMetrics.of(compared, survival.lost_share if survival.entries else None)
 

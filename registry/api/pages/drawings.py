@@ -141,8 +141,8 @@ def _in_paths(cells: Mapping[Cell, float], kinds: Sequence[str], layers: int, si
 def _points(cells: Mapping[Cell, float], kinds: Sequence[str], layers: int, side: int) -> str:
     """Points where there is no value, in one path."""
     absent = [(row, layer) for row, kind in enumerate(kinds) for layer in range(layers) if (kind, layer) not in cells]
-    corners = (_at(row, layer, side) for row, layer in absent)
-    points = "".join(f"M{x + side // 2} {y + side // 2}h1" for x, y in corners)
+    positions = (_at(row, layer, side) for row, layer in absent)
+    points = "".join(f"M{x + side // 2} {y + side // 2}h1" for x, y in positions)
     return f'<path class="axis" d="{points}"/>' if points else ""
 
 

@@ -13,8 +13,8 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")
 
 def cells(spectrum: Mapping[str, Any] | None, measure: str) -> dict[Cell, float]:
     """A measure of the modules by kind and layer; modules outside of layers are left to the table."""
-    values: dict[Cell, float] = {}
+    cells: dict[Cell, float] = {}
     for module in spectrum["modules"] if spectrum else ():
         if match := _LAYER.search(module["module"]):
-            values[match[2].removeprefix("self_attn.").removeprefix("mlp."), int(match[1])] = float(module[measure])
-    return values
+            cells[match[2].removeprefix("self_attn.").removeprefix("mlp."), int(match[1])] = float(module[measure])
+    return cells

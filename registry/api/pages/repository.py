@@ -44,9 +44,9 @@ def show_repository(
     named = parse_repository(f"{namespace}/{name}")
     with resources.snapshot() as session:
         row = repositories.find(session, named)
-        listed_channels = moves.list_page(session, row, after="", limit=MAX_CHANNELS)
-        _kept = moves.load_current(session, *listed_channels)
-        channels = [channel_view(session, one, row) for one in listed_channels]
+        served = moves.list_page(session, row, after="", limit=MAX_CHANNELS)
+        _kept = moves.load_current(session, *served)
+        channels = [channel_view(session, one, row) for one in served]
         rows = releases.list_page(session, row, before=decode_cursor(cursor), limit=SHOWN + 1)
         listed = [orjson.loads(one) for one in release_documents(session, actor, [one.id for one in rows[:SHOWN]])]
         summary = repository_page(session, [row])[0]
