@@ -19,12 +19,14 @@ from registry.client.lineage import of_lock, rule_words
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role
 from registry.domain.compositions import compositions
-from registry.domain.jobs import evaluations, queue
+from registry.domain.jobs import queue
 from registry.domain.jobs.queue import FINISHED
 
 router = APIRouter(route_class=PageRoute)
 
 SHOWN = 25
+COMPOSITION = "composition"
+"""The kind of job that has the composition's page; others show their steps."""
 PageContributor = Annotated[Actor, Depends(PageRule(Where.ANYWHERE, Role.PUBLISHER))]
 
 
@@ -56,7 +58,7 @@ def show_job(job_id: RowId, request: Request, resources: ResourcesOf, actor: Pag
     with resources.read() as session:
         row = queue.find(session, job_id)
         compositions.permit_job(session, actor, row)
-        if row.kind != evaluations.KIND:
+        if row.kind == COMPOSITION:
             made = compositions.find_by_job(session, job_id).id
             return redirect(f"/compositions/{made}")
         view = job_view(row)
