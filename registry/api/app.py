@@ -37,6 +37,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("evaluations", "router", ("evaluations",)),
     ("blobs", "router", ("uploads", "blobs")),
     ("compositions", "router", ("compositions",)),
+    ("conflicts", "router", ("conflicts",)),
     ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz")),
     ("access", "router", ("whoami", "tokens", "namespaces")),
     ("publishers", "router", ("publishers",)),
