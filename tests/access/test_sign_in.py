@@ -369,31 +369,44 @@ def test_an_admin_adds_changes_and_removes_a_member_on_the_page(house: House, br
     assert browser.post("/nothing-there/-/members", {"user": "x", "role": "reader"}).status_code == 404
 
 
+def post_members(http: httpx2.Client, role: str, own: dict[str, str]) -> set[int]:
+    """The statuses of forms of one page, each over a connection of its own: every process answers some."""
+    carried = http.get(f"/{PRIVATE}").text.partition('name="form_token" value="')[2][:64]
+    forms = [{"form_token": carried, "user": f"new{number}", "role": role} for number in range(8)]
+    header = {**own, "Connection": "close"}
+    return {http.post(f"/{PRIVATE}/-/members", data=form, headers=header).status_code for form in forms}
+
+
+def home_of(house: House, home: Path) -> dict[str, str]:
+    return {name: value for name, value in copy_of(house, home).items() if name != "ADAPTORY_HOME"}
+
+
 def test_a_proxy_says_how_a_page_was_loaded_and_any_process_takes_its_forms(house: House, tmp_path: Path) -> None:
     """A real server of two processes, behind one that speaks https with browsers."""
     house.resources.database.engine.dispose()
-    environ = {name: value for name, value in copy_of(house, tmp_path / "home").items() if name != "ADAPTORY_HOME"}
+    environ = home_of(house, tmp_path / "home")
     tls = {"X-Forwarded-Proto": "https", "Host": "registry.example"}
-    with served(tmp_path / "home", "--processes", "2", **environ, **PROXIED) as (url, _, _):
-        with httpx2.Client(base_url=url, headers={**HTML, **tls}, timeout=30) as http:
-            assert 'name="token"' in http.get("/login").text
-            own = {"Origin": "https://registry.example", "Sec-Fetch-Site": "same-origin"}
-            form = {"token": house.secrets["admin"], "next": f"/{PRIVATE}"}
-            assert http.post("/login", data=form, headers={"Origin": "http://registry.example"}).status_code == 403
-            begun = http.post("/login", data=form, headers=own)
-            assert begun.status_code == 303, begun.text
-            cookie = {"Cookie": begun.headers["set-cookie"].partition(";")[0]}
-            carried = http.get(f"/{PRIVATE}", headers=cookie).text.partition('name="form_token" value="')[2][:64]
-            for number in range(8):  # of which each process answers some
-                sent = {"form_token": carried, "user": f"new{number}", "role": "reader"}
-                header = own | cookie | {"Connection": "close"}
-                answer = http.post(f"/{PRIVATE}/-/members", data=sent, headers=header)
-                assert answer.status_code == 303, answer.text
-    with served(tmp_path / "home", "--processes", "2", **{**environ, "ADAPTORY_ACCESS": "single"}) as (url, _, _):
-        with httpx2.Client(base_url=url, headers=HTML, timeout=30) as http:
-            carried = http.get(f"/{PRIVATE}").text.partition('name="form_token" value="')[2][:64]
-            for number in range(8):
-                sent = {"form_token": carried, "user": f"new{number}", "role": ""}
-                header = {"Origin": url, "Connection": "close"}
-                answer = http.post(f"/{PRIVATE}/-/members", data=sent, headers=header)
-                assert answer.status_code == 303, answer.text
+    with (
+        served(tmp_path / "home", "--processes", "2", **environ, **PROXIED) as (url, _, _),
+        httpx2.Client(base_url=url, headers={**HTML, **tls}, timeout=30) as http,
+    ):
+        assert 'name="token"' in http.get("/login").text
+        own = {"Origin": "https://registry.example", "Sec-Fetch-Site": "same-origin"}
+        form = {"token": house.secrets["admin"], "next": f"/{PRIVATE}"}
+        assert http.post("/login", data=form, headers={"Origin": "http://registry.example"}).status_code == 403
+        begun = http.post("/login", data=form, headers=own)
+        assert begun.status_code == 303, begun.text
+        http.headers["Cookie"] = begun.headers["set-cookie"].partition(";")[0]
+        assert post_members(http, "reader", own) == {303}
+
+
+@pytest.mark.long
+def test_any_process_of_a_server_with_one_user_takes_its_forms(house: House, tmp_path: Path) -> None:
+    house.resources.database.engine.dispose()
+    environ = home_of(house, tmp_path / "home")
+    with (
+        served(tmp_path / "home", "--processes", "2", **environ) as (url, _, _),
+        httpx2.Client(base_url=url, headers=HTML, timeout=30) as http,
+    ):
+        assert post_members(http, "reader", {"Origin": url}) == {303}
+        assert post_members(http, "reader", {"Origin": "http://localhost:9"}) == {403}
