@@ -320,6 +320,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "id_token_expired": "Request a new one just before you exchange it.",
         "id_token_invalid": "Send the ID token as the issuer made it; the message says what is wrong with it.",
         "id_token_issuer": "Add a trusted publisher of that issuer: `adaptory publisher add REPO --issuer URL …`.",
+        "sign_in_refused": "Sign in again; if it stays, an operator compares the provider with docs/operating.md.",
         "session_ended": "Sign in again.",
         "id_token_used": "Request a new one for each exchange.",
         "token_invalid": "Send Authorization: Bearer TOKEN.",

@@ -152,6 +152,24 @@ def _issuers(text: str) -> str:
     return text
 
 
+def _issuer(text: str) -> str:
+    """One issuer; some have a slash at the end of their name."""
+    _issuers(text.strip().removesuffix("/"))
+    if not text or "," in text or text.startswith(("github:", "gitlab:")):
+        raise PydanticCustomError("issuer", "it is not an issuer, such as https://login.example (https, one address)")
+    return text.strip()
+
+
+def _group_roles(text: str) -> str:
+    """Empty means none."""
+    for part in text.split(",") if text else ():
+        if not re.fullmatch(r"[^,]+=(\*|[a-z0-9][a-z0-9._-]*):(reader|publisher|releaser|admin)", part.strip()):
+            raise PydanticCustomError(
+                "roles", "it is not a list of roles by group, such as ml-team=acme:publisher,platform=*:admin"
+            )
+    return text
+
+
 def _scorers(text: str) -> str:
     """Empty means none."""
     for name in text.split(",") if text else ():
@@ -222,6 +240,29 @@ Storage = Annotated[
 ]
 
 
+class SignInSettings(BaseModel):
+    """The OpenID provider whose users sign in to pages."""
+
+    model_config = ConfigDict(frozen=True, defer_build=True)
+    issuer: Annotated[str, AfterValidator(_issuer)]
+    """Its address, exactly as its ID tokens name it."""
+    client_id: str = Field(min_length=1)
+    client_secret: SecretStr | None = None
+    """None for a public client, which PKCE alone protects."""
+    user_claim: str = "preferred_username"
+    """The claim of an ID token that is the user's name here. Users must not be able to choose another's."""
+    groups_claim: str = "groups"
+    scopes: str = "openid profile email"
+    roles: Annotated[str, AfterValidator(_group_roles)] = ""
+    """Comma-separated GROUP=NAMESPACE:ROLE: what members of a group may do while they are signed in."""
+
+    @property
+    def group_roles(self) -> list[tuple[str, str, str]]:
+        """Groups with a namespace, or `*`, and the role there."""
+        parts = [part.strip().rpartition("=") for part in self.roles.split(",")] if self.roles else []
+        return [(group, *cast("tuple[str, str]", tuple(right.split(":")))) for group, _, right in parts]
+
+
 class Settings(BaseSettings):
     """Environment variables start with `ADAPTORY_`; nested fields are joined by `__` (`ADAPTORY_STORAGE__KIND`)."""
 
@@ -271,6 +312,8 @@ class Settings(BaseSettings):
     oidc_issuers: Annotated[str, AfterValidator(_issuers)] = DEFAULT_ISSUERS
     """Comma-separated issuers whose ID tokens trusted publishers may have; `github:` and `gitlab:` before the address
     say whose claims their tokens have, and for others the project is the subject (`sub`)."""
+    sign_in: SignInSettings | None = None
+    """An OpenID provider whose users sign in to pages, beside the holders of tokens; none by default."""
     max_concurrent_uploads: int = Field(default=16, gt=0)
     """Maximum bodies that one user may be sending to one server process at a time."""
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
@@ -295,7 +338,8 @@ class Settings(BaseSettings):
     def variables(cls) -> set[str]:
         """Names of all environment variables that are read."""
         stores = {f"storage__{name}" for one in STORAGES for name in one.model_fields}
-        names = (set(cls.model_fields) - {"storage"}) | stores
+        sign_in = {f"sign_in__{name}" for name in SignInSettings.model_fields}
+        names = (set(cls.model_fields) - {"storage", "sign_in"}) | stores | sign_in
         return {f"ADAPTORY_{name}".upper() for name in names} | {"ADAPTORY_STORAGE"}
 
     @property

@@ -15,6 +15,7 @@ from registry.api.http.exchanges import AccessLog, Exchanges, Observe
 from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
 from registry.api.http.threads import UploadThreads
 from registry.api.routes.documents import RenderedReleaseCache
+from registry.transfer.openid import OpenIdProvider
 from registry.transfer.resources import Resources
 from registry.transfer.sign_in import SignIn
 from registry.transfer.token_exchange import TokenExchange
@@ -47,7 +48,7 @@ ROUTERS: tuple[Entry, ...] = (
 HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
 PAGES: tuple[str, ...] = (
-    *("assets", "login", "account", "members", "search", "catalog", "jobs", "audit"),
+    *("assets", "login", "provider", "account", "members", "search", "catalog", "jobs", "audit"),
     *("channel", "compare", "release", "repository"),
 )
 """Modules of the pages, which only servers have. They come last: they answer every path of one to three parts."""
@@ -75,7 +76,8 @@ def create_app(
     app.state.downloads_limiter = CapacityLimiter(DOWNLOAD_THREADS)
     app.state.callers = ActorCache(resources, single_user=not tokens)
     app.state.token_exchange = TokenExchange(resources)
-    app.state.sign_in = SignIn(resources)
+    provider = resources.settings.sign_in
+    app.state.sign_in = SignIn(resources, OpenIdProvider(provider) if provider is not None else None)
     app.state.documents = RenderedReleaseCache()
     problems.install(app)
     if on_demand:

@@ -86,7 +86,7 @@ def verify(token: IdToken, key: Mapping[str, Any]) -> None:
     except ModuleNotFoundError as error:
         raise Unavailable(
             "extra_missing",
-            "Tokens of trusted publishers need joserfc.",
+            "Verifying ID tokens needs joserfc.",
             next_step="Install adaptory with its extra `oidc` on the server.",
         ) from error
     key_type = KEY_TYPES[token.algorithm]

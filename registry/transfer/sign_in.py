@@ -1,6 +1,6 @@
 """Signs users in to pages: begins a session, and leaves an audit row for every refusal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -11,6 +11,7 @@ from registry.domain.access import audit, sessions, tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import ANONYMOUS
 from registry.errors import RegistryError
+from registry.transfer.openid import Attempt, OpenIdProvider
 from registry.transfer.refusals import RefusalBudget
 from registry.transfer.resources import Resources
 
@@ -29,6 +30,7 @@ class SignIn:
     """One for each process."""
 
     resources: Resources
+    provider: OpenIdProvider | None = None
     _refusals: RefusalBudget = field(default_factory=RefusalBudget)
 
     def with_token(self, text: str, before: Actor) -> SignedIn:
@@ -38,6 +40,19 @@ class SignIn:
             with self.resources.read() as session:  # wrong ones need no lock for writing
                 tokens.authenticate(session, text, before.at)
             return self._begin(before, lambda session, actor: sessions.begin_with_token(session, actor, text))
+        except RegistryError as error:
+            self._record(before, error)
+            raise
+
+    def with_provider(self, attempt: Attempt, answer: Mapping[str, str], redirect_uri: str, before: Actor) -> SignedIn:
+        """Begins a session of the user that the provider's answer vouches for, as `with_token` does. Raises
+        Unauthenticated for an answer that does not, and Unavailable if the provider cannot be asked."""
+        assert self.provider is not None  # noqa: S101
+        try:
+            known = self.provider.identify(attempt, answer, redirect_uri, before.at)
+            return self._begin(
+                before, lambda session, actor: sessions.begin_with_roles(session, actor, known.user, known.roles)
+            )
         except RegistryError as error:
             self._record(before, error)
             raise

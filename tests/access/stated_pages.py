@@ -11,6 +11,8 @@ _PAGES = """
 GET    /static/{digest}/{name}                  open
 GET    /login                                   everybody
 POST   /login                                   everybody
+GET    /login/provider                          everybody
+GET    /login/callback                          everybody
 POST   /logout                                  everybody
 GET    /account                                 user
 POST   /account/tokens                          user

@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Generator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from sqlalchemy import select, text, update
 
@@ -15,8 +17,11 @@ from registry.domain.access import tokens
 from registry.domain.access.sessions import LIFETIME
 from registry.transfer.refusals import MAX_REFUSALS
 from tests import services
-from tests.access.browser import ORIGIN, Browser
-from tests.access.house import OTHER, PRIVATE, PUBLIC, House, build_house, entered, new_environment
+from tests.access.browser import HTML, ORIGIN, Browser
+from tests.access.house import OTHER, PRIVATE, PUBLIC, House, build_house, copy_of, entered, new_environment
+from tests.scenarios.test_serve import served
+
+PROXIED = {"ADAPTORY_ACCESS": "tokens", "ADAPTORY_TRUSTED_PROXIES": "127.0.0.1"}
 
 
 @pytest.fixture(scope="module", params=services.PAIRINGS)
@@ -362,3 +367,46 @@ def test_an_admin_adds_changes_and_removes_a_member_on_the_page(house: House, br
     assert "Add a member" not in browser.open(f"/{PRIVATE}").text
     browser.sign_in(house.secrets["operator"])
     assert browser.post("/nothing-there/-/members", {"user": "x", "role": "reader"}).status_code == 404
+
+
+def post_members(http: httpx2.Client, role: str, own: dict[str, str]) -> set[int]:
+    """The statuses of forms of one page, each over a connection of its own: every process answers some."""
+    carried = http.get(f"/{PRIVATE}").text.partition('name="form_token" value="')[2][:64]
+    forms = [{"form_token": carried, "user": f"new{number}", "role": role} for number in range(8)]
+    header = {**own, "Connection": "close"}
+    return {http.post(f"/{PRIVATE}/-/members", data=form, headers=header).status_code for form in forms}
+
+
+def home_of(house: House, home: Path) -> dict[str, str]:
+    return {name: value for name, value in copy_of(house, home).items() if name != "ADAPTORY_HOME"}
+
+
+def test_a_proxy_says_how_a_page_was_loaded_and_any_process_takes_its_forms(house: House, tmp_path: Path) -> None:
+    """A real server of two processes, behind one that speaks https with browsers."""
+    house.resources.database.engine.dispose()
+    environ = home_of(house, tmp_path / "home")
+    tls = {"X-Forwarded-Proto": "https", "Host": "registry.example"}
+    with (
+        served(tmp_path / "home", "--processes", "2", **environ, **PROXIED) as (url, _, _),
+        httpx2.Client(base_url=url, headers={**HTML, **tls}, timeout=30) as http,
+    ):
+        assert 'name="token"' in http.get("/login").text
+        own = {"Origin": "https://registry.example", "Sec-Fetch-Site": "same-origin"}
+        form = {"token": house.secrets["admin"], "next": f"/{PRIVATE}"}
+        assert http.post("/login", data=form, headers={"Origin": "http://registry.example"}).status_code == 403
+        begun = http.post("/login", data=form, headers=own)
+        assert begun.status_code == 303, begun.text
+        http.headers["Cookie"] = begun.headers["set-cookie"].partition(";")[0]
+        assert post_members(http, "reader", own) == {303}
+
+
+@pytest.mark.long
+def test_any_process_of_a_server_with_one_user_takes_its_forms(house: House, tmp_path: Path) -> None:
+    house.resources.database.engine.dispose()
+    environ = home_of(house, tmp_path / "home")
+    with (
+        served(tmp_path / "home", "--processes", "2", **environ) as (url, _, _),
+        httpx2.Client(base_url=url, headers=HTML, timeout=30) as http,
+    ):
+        assert post_members(http, "reader", {"Origin": url}) == {303}
+        assert post_members(http, "reader", {"Origin": "http://localhost:9"}) == {403}

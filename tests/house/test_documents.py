@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from registry.cli.main import app
-from registry.settings import STORAGES, Settings
+from registry.settings import STORAGES, Settings, SignInSettings
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "adaptory.service"
@@ -46,12 +46,16 @@ def test_operators_can_read_of_every_setting_and_no_document_names_one_that_does
     settings = {f"ADAPTORY_{name}".upper() for name in Settings.model_fields}
     for storage in STORAGES:
         settings |= {f"ADAPTORY_STORAGE__{name}".upper() for name in storage.model_fields}
+    settings |= {f"ADAPTORY_SIGN_IN__{name}".upper() for name in SignInSettings.model_fields}
     named = {
         path.name: set(re.findall(r"ADAPTORY_[A-Z_0-9]*[A-Z0-9]", path.read_text()))
         for path in (UNIT, *(ROOT / "docs").glob("*.md"))
     }
     assert named["operating.md"] - settings == set()
-    assert {name for name in settings if "STORAGE__" not in name} - named["operating.md"] == {"ADAPTORY_STORAGE"}
+    assert {name for name in settings if "STORAGE__" not in name} - named["operating.md"] == {
+        "ADAPTORY_STORAGE",
+        "ADAPTORY_SIGN_IN",
+    }
     of_stores = "".join((ROOT / "docs" / name).read_text() for name in ("operating.md", "storage.md"))
     described = set(re.findall(r"([A-Z_]+)[`=]", of_stores.replace("ADAPTORY_STORAGE__", "")))
     assert {name.upper() for storage in STORAGES for name in storage.model_fields} - described == set()

@@ -110,6 +110,7 @@ class UploadThreads:
 
 in_search_threads = Threads("search", "searches_busy", SEARCH_THREADS, SEARCH_ROOM)
 in_store_threads = Threads("store", "store_busy", STORE_THREADS, STORE_ROOM)
+in_sign_in_threads = Threads("sign-in", "exchanges_busy", EXCHANGE_THREADS, EXCHANGE_ROOM, "the OpenID provider")
 in_exchange_threads = Threads("exchange", "exchanges_busy", EXCHANGE_THREADS, EXCHANGE_ROOM, "an issuer of ID tokens")
 
 

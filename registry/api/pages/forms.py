@@ -41,14 +41,15 @@ def session_of(request: Request) -> str:
 def keep_session(response: Response, secret: str, expires_at: datetime | None, now: datetime) -> None:
     """Gives the browser the cookie of a session, for as long as that lasts."""
     lasts_s = int((expires_at - now).total_seconds()) if expires_at is not None else None
-    _set_cookie(response, COOKIE, secret, lasts_s)
+    set_cookie(response, COOKIE, secret, lasts_s)
 
 
 def drop_session(response: Response) -> None:
-    _set_cookie(response, COOKIE, "", 0)
+    set_cookie(response, COOKIE, "", 0)
 
 
-def _set_cookie(response: Response, name: str, value: str, lasts_s: int | None) -> None:
+def set_cookie(response: Response, name: str, value: str, lasts_s: int | None) -> None:
+    """A cookie for this host alone, by https, that no script reads."""
     response.set_cookie(name, value, max_age=lasts_s, path="/", secure=True, httponly=True, samesite="lax")
 
 

@@ -1,6 +1,7 @@
 """Sign in with a token, and out. A token is posted, so that it is in no address and in no log."""
 
 from typing import Annotated, cast
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -22,7 +23,7 @@ Next = Annotated[str, Query(max_length=MAX_NEXT)]
 @router.get("/login")
 def show_login(request: Request, actor: PageCaller, callers: CallersOf, next: Next = "/") -> Response:  # noqa: A002
     """The form for a token, or why this server has none."""
-    return _login_page(request, 200, next, single_user=callers.single_user)
+    return login_page(request, 200, next, single_user=callers.single_user)
 
 
 @router.post("/login")
@@ -35,7 +36,7 @@ def log_in(request: Request, actor: PageCaller, form: FormOf, callers: CallersOf
     except Unauthenticated as error:
         if "text/html" not in request.headers.get("accept", ""):
             raise
-        return _login_page(request, error.status, following, error=error.detail)
+        return login_page(request, error.status, following, error=error.detail)
     return begun(signed_in, actor, following)
 
 
@@ -75,9 +76,17 @@ def begun(signed_in: SignedIn, actor: Actor, following: str) -> Response:
     return response
 
 
-def _login_page(
+def login_page(
     request: Request, status: int, following: str, *, single_user: bool = False, error: str | None = None
 ) -> Response:
-    private = is_private(request)
-    values = {"following": own_path(following), "private": private, "single_user": single_user, "error": error}
+    """The form, with the error of an attempt."""
+    private, provider = is_private(request), sign_in_of(request).provider
+    host = urlsplit(provider.settings.issuer).netloc if provider else None
+    values = {
+        "provider": host,
+        "following": own_path(following),
+        "private": private,
+        "single_user": single_user,
+        "error": error,
+    }
     return page(request, "login.html", status=status, by_https=request.url.scheme == "https", **values)
