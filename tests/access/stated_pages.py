@@ -29,6 +29,10 @@ GET    /jobs/{job_id}                           publisher
 GET    /compositions/{composition_id}           publisher
 GET    /audit                                   admin +
 GET    /{namespace}/{name}@{channel}            reader
+GET    /{namespace}/{name}@{channel}/promote    releaser
+POST   /{namespace}/{name}@{channel}/promote    releaser
+GET    /{namespace}/{name}@{channel}/rollback   releaser
+POST   /{namespace}/{name}@{channel}/rollback   releaser
 GET    /{namespace}/{name}/compare/{versions}   reader
 GET    /{namespace}/{name}/{version}            reader
 GET    /{namespace}/{name}/{version}/modules    reader

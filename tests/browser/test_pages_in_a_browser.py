@@ -1,6 +1,5 @@
 """Every page in a real browser, in light and dark, on a desk, a tablet and a phone."""
 
-from collections.abc import Generator
 from itertools import product
 
 import pytest
@@ -22,6 +21,8 @@ PAGES = (
     "/acme/assistant/1.0.0",
     "/acme/sql@prod",
     "/acme/sql@staging",
+    "/acme/sql@prod/promote?version=1.0.0",
+    "/acme/sql@prod/rollback",
     "/acme/sql/compare/1.0.0...1.1.0...1.2.0",
     "/bases",
     "/bases/tiny",
@@ -42,29 +43,6 @@ THEMES = ("light", "dark")
 WIDTHS = (1280, 800, 390)
 GRAVE = ("serious", "critical")
 MAX_BYTES = 100_000
-
-
-@pytest.fixture(scope="module")
-def tab(browser: Browser) -> Generator[Page]:
-    """One tab for the module: opening one for each page would take half of the time."""
-    context = browser.new_context(reduced_motion="reduce")
-    yield context.new_page()
-    context.close()
-
-
-@pytest.fixture
-def complaints(tab: Page) -> Generator[list[str]]:
-    """What the browser's console says, violations of the content security policy included."""
-    said: list[str] = []
-
-    def listen(message: object) -> None:
-        said.append(f"{getattr(message, 'type', 'error')}: {getattr(message, 'text', message)}")
-
-    tab.on("console", listen)
-    tab.on("pageerror", listen)
-    yield said
-    tab.remove_listener("console", listen)
-    tab.remove_listener("pageerror", listen)
 
 
 def address_of(site: Site, path: str) -> str:

@@ -21,6 +21,7 @@ from registry.api.schemas.quality import ChannelOut
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import lineage, releases, suites
 from registry.domain.catalog.lineage import Descendant
 from registry.domain.catalog.repositories import Kind
@@ -79,6 +80,7 @@ def show_release(  # noqa: PLR0913
         namespace=named.namespace,
         name=named.name,
         answer=shown.answer,
+        releaser=holds(actor, Role.RELEASER, str(named)),
         serving=shown.serving,
         moves=shown.moves[:MAX_MOVES],
         more_moves=len(shown.moves) > MAX_MOVES,
