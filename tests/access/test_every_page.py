@@ -20,7 +20,7 @@ from registry.api.pages.wire import PageRoute, PageRule
 from registry.domain.access.roles import Role
 from tests import services
 from tests.access.browser import Browser
-from tests.access.house import CALLERS, PRIVATE, PUBLIC, ROLES, House, copy_of, entered, furnished_house
+from tests.access.house import CALLERS, PRIVATE, PUBLIC, ROLES, House, Things, copy_of, entered, furnished_house
 from tests.access.stated_pages import STATED_PAGES
 
 SIGNED_IN = tuple(caller for caller in CALLERS if caller not in ("nobody", "revoked", "expired"))
@@ -115,7 +115,7 @@ def test_a_page_answers_those_that_its_rule_names_and_nobody_else(method: str, p
                     browser.open("/login")
                 else:
                     browser.sign_in(house.secrets[caller])
-                filled = _filled(path, namespace)
+                filled = _filled(path, namespace, house.things[namespace])
                 answer = browser.open(filled) if method == "GET" else browser.post(filled, {"user": "x", "role": ""})
             seen = f"{caller} {method} {filled}: {answer.status_code} {answer.text[:2000]}"
             expected = _expected(STATED_PAGES[method, path], caller, namespace)
@@ -158,11 +158,11 @@ def _denied(answer: httpx2.Response) -> bool:
     return answer.status_code in (401, 403, 404) and "content-security-policy" in answer.headers
 
 
-def _filled(path: str, namespace: str) -> str:
+def _filled(path: str, namespace: str, things: Things | None = None) -> str:
     values = {"{namespace}": namespace, "{name}": "sql", "{version}": "1.0.0", "{token_id}": "aaaaaaaaaaaa"}
     values |= {"{base:path}": "tiny", "{suite}": "exact", "{channel}": "prod", "{versions}": "1.0.0...1.1.0"}
-    number = str((PRIVATE, PUBLIC).index(namespace) + 1)  # in the order in which the house was furnished
-    values |= {"{job_id}": number, "{composition_id}": number}
+    if things is not None:
+        values |= {"{job_id}": str(things.job_id), "{composition_id}": str(things.composition_id)}
     for name, value in {**values, "{digest}": "0" * 16}.items():
         path = path.replace(name, value)
     assert "{" not in path, f"say here what {path} is filled with"
