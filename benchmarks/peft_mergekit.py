@@ -1,6 +1,7 @@
 """Adaptory, PEFT and mergekit at equal recipes: the time and memory of a merged checkpoint, and what it keeps.
 
-Each recipe is run by each tool as a fresh process, on a pair and on three of the repository's adapters. Kept is the
+Each recipe is run by each tool as a fresh process, on a pair and on three of the repository's adapters, and with
+`--adapters` on all eight sets of docs/study.md that a search was measured on. Kept is the
 share of the worst member's gain over the base that is left on 16 examples of its suite, and below it how many of the
 answers that it gives alone. Equal recipes should keep equally much; the last row is what only one of the tools has,
 `regmean`, fitted on four other examples of each member.
@@ -15,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,12 +24,8 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.harness import Case, Sample
 from benchmarks.merge import mergekit_environment
+from composer.formats.recipes.suite import Suite
 
-ADAPTERS = {
-    "sql-migration-1.1": "sql-exact",
-    "terraform-review": "terraform-exact",
-    "support-macros": "support-exact",
-}
 SETS = (("sql-migration-1.1", "terraform-review"), ("sql-migration-1.1", "terraform-review", "support-macros"))
 OURS, PEFT, MERGEKIT = "adaptory", "PEFT", "mergekit"
 DENSITY = 0.5
@@ -38,23 +35,36 @@ def main() -> None:
     chosen = harness.options(__doc__, rounds=3)
     harness.announce("peft_mergekit", "torch", "peft", "transformers")
     mergekit = mergekit_environment(chosen.mergekit_venv) if chosen.mergekit_venv else None
+    sys.path.insert(0, "examples")
+    from optimize_sets import SETS as SEARCHED
+    from study_sets import adapter_and_task, suite_of
+
+    sets = SETS[:1] if chosen.quick else SEARCHED if chosen.adapters else SETS
     with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-peft-mergekit-") as name:
-        for number, members in enumerate(SETS[:1] if chosen.quick else SETS):
+        for number, members in enumerate(sets):
             directory = Path(name) / str(number)
             directory.mkdir()
-            _compare(chosen.base.resolve(strict=True), members, directory, mergekit, chosen.rounds)
+            made = [adapter_and_task(chosen.adapters or Path(), name) for name in members]
+            suites = {path.resolve(strict=True): _written(suite_of(task), directory) for path, task in made}
+            _compare(chosen.base.resolve(strict=True), suites, directory, mergekit, chosen.rounds)
 
 
-def _compare(base: Path, members: Sequence[str], directory: Path, mergekit: Path | None, rounds: int) -> None:
-    adapters = [Path(f"examples/adapters/{name}").resolve(strict=True) for name in members]
+def _written(suite: Suite, directory: Path) -> Path:
+    path = directory / f"{suite.name}.yaml"
+    path.write_text(json.dumps(suite.to_json()))  # YAML too
+    return path
+
+
+def _compare(base: Path, suites: Mapping[Path, Path], directory: Path, mergekit: Path | None, rounds: int) -> None:
+    """`suites` has the file of each adapter's suite."""
     outs = {name: directory / name.replace(" ", "-").replace(":", "") for name in _names(mergekit)}
-    commands = _commands(base, adapters, outs, mergekit)
+    commands = _commands(base, suites, outs, mergekit)
     failed: dict[str, str] = {}
     cases = {name: _case(name, command, outs[name], failed) for name, command in commands.items()}
     print(f"\nload average {os.getloadavg()[0]:.1f}")
     results = harness.interleave(cases, rounds)
     made = [name for name in results if name not in failed]
-    kept = dict(zip(made, _kept(base, members, adapters, [outs[name] for name in made]), strict=True))
+    kept = dict(zip(made, _kept(base, suites, [outs[name] for name in made]), strict=True))
     rows = [["recipe and tool", "s (min..max)", "peak RSS, MB", "worst member kept", "answers left"]]
     for name, samples in results.items():
         if name in failed:
@@ -64,7 +74,7 @@ def _compare(base: Path, members: Sequence[str], directory: Path, mergekit: Path
         memory = harness.figure(max(one.peak_rss_bytes or 0 for one in samples) / harness.MB)
         answers = ", ".join(f"{left} of {alone}" for left, alone in kept[name]["exact"])
         rows.append([name, seconds, memory, f"{min(kept[name]['kept']):.3f}", answers])
-    harness.table(f"{' + '.join(members)} ({rounds} rounds)", rows)
+    harness.table(f"{' + '.join(path.name for path in suites)} ({rounds} rounds)", rows)
 
 
 def _names(mergekit: Path | None) -> list[str]:
@@ -73,10 +83,10 @@ def _names(mergekit: Path | None) -> list[str]:
 
 
 def _commands(
-    base: Path, adapters: Sequence[Path], outs: dict[str, Path], mergekit: Path | None
+    base: Path, suites: Mapping[Path, Path], outs: dict[str, Path], mergekit: Path | None
 ) -> dict[str, list[str | Path]]:
-    share = 1 / len(adapters)
-    suites = [word for adapter in adapters for word in ("--suite", f"examples/suites/{ADAPTERS[adapter.name]}.yaml")]
+    adapters, share = list(suites), 1 / len(suites)
+    of_suites = [word for suite in suites.values() for word in ("--suite", str(suite))]
     recipes: dict[str, tuple[list[str], float, str]] = {
         "sum": (["--method", "stack"], 1.0, "task_arithmetic"),
         "mean": (["--method", "stack"], share, "task_arithmetic"),
@@ -105,7 +115,7 @@ def _commands(
         if mergekit:
             name = f"{recipe}: {MERGEKIT}"
             commands[name] = _mergekit(mergekit, base, outs[name], adapters, theirs, weight)
-    ours(f"regmean: {OURS}", ["--method", "regmean", *suites], 1.0)
+    ours(f"regmean: {OURS}", ["--method", "regmean", *of_suites], 1.0)
     return commands
 
 
@@ -141,11 +151,9 @@ def _case(name: str, command: Sequence[str | Path], out: Path, failed: dict[str,
     return run
 
 
-def _kept(base: Path, members: Sequence[str], adapters: Sequence[Path], outs: Sequence[Path]) -> list[dict[str, Any]]:
+def _kept(base: Path, suites: Mapping[Path, Path], outs: Sequence[Path]) -> list[dict[str, Any]]:
     """Measured in a process of its own: the memory of this one would count as its children's."""
-    pairs = [
-        f"{adapter}=examples/suites/{ADAPTERS[name]}.yaml" for name, adapter in zip(members, adapters, strict=True)
-    ]
+    pairs = [f"{adapter}={suite}" for adapter, suite in suites.items()]
     command = [sys.executable, "-m", "benchmarks.kept_once", base, *pairs, "--", *outs]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -94,11 +94,16 @@ def main() -> None:
 
 
 def member(loaded: LoadedModel, directory: Path, name: str) -> Member:
-    older = {**OLDER, "sql-migration-1.1": "sql"}
-    path, task = (ADAPTERS / name, TASKS[older[name]]) if name in older else (directory / name, STUDY_TASKS[name])
+    path, task = adapter_and_task(directory, name)
     suite = suite_of(task)
     unseen = suite.sample(MEASURED, frozenset(suite.sample(FITTED)))
     return Member(load_deltas(path, loaded.architecture), suite, unseen)
+
+
+def adapter_and_task(directory: Path, name: str) -> tuple[Path, Task]:
+    """An adapter of the repository, or one of the study in the directory, and its task."""
+    older = {**OLDER, "sql-migration-1.1": "sql"}
+    return (ADAPTERS / name, TASKS[older[name]]) if name in older else (directory / name, STUDY_TASKS[name])
 
 
 def suite_of(task: Task) -> Suite:

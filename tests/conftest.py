@@ -86,10 +86,13 @@ WAY = re.compile(rf"(?<=[\[-])({'|'.join(('embedded', *services.PAIRINGS))})(?=[
 """Where the name of a test says in which way of running a registry it runs."""
 
 
-SLOWEST_FIRST = ("durability", "scenarios", "access", "fuzz", "registry", "wire", "house", "examples", "composer")
+SLOWEST_FIRST = (
+    "browser", "durability", "scenarios", "access", "fuzz", "registry",
+    "wire", "deploy", "house", "examples", "composer",
+)  # fmt: skip
 """Tests that take minutes come before those that take milliseconds, which fill the time of all processes to the end."""
 
-TOGETHER = ("test_hub_clients.py", "test_query_plans.py", "test_search_as_a_model.py")
+TOGETHER = ("test_every_page.py", "test_hub_clients.py", "test_query_plans.py", "test_search_as_a_model.py")
 """What these tests share takes longer to make than the tests take: they stay in one process."""
 
 

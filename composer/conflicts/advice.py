@@ -30,6 +30,9 @@ FIND = "Find the combination that keeps most of each: --optimize (optimize: {} i
 MEAN = "Without a measurement, take the mean: --method mean. A sum of three or more keeps far less of the worst one."
 """Over the study's eight sets a sum kept 0.43 of the worst member's gain, the mean 0.80."""
 FITTED = "regmean"
+_SERVE_APART = "Serve them separately and route each request to its adapter: no single model can give both."
+_CANCEL = "They cancel: leave one of them out, or flip the sign of its weight if that is wrong."
+_SUMS = ("stack", "linear")
 _SHRINK = "Shrink the sum: --set lambda=0.7, or --method mean."
 
 
@@ -152,11 +155,11 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
     advice: list[str] = []
     numbers = case.numbers
     if case.contradict:
-        advice.append("Serve them separately and route each request to its adapter: no single model can give both.")
+        advice.append(_SERVE_APART)
     if near_duplicate(numbers, policy) and alike(numbers):
         advice.append("They do the same: keep one of them, or take their mean (--method mean).")
     if cancelling(numbers.interference, numbers.dominance, policy):
-        advice.append("They cancel: leave one of them out, or flip the sign of its weight if that is wrong.")
+        advice.append(_CANCEL)
     if case.outcome is None:
         return [*advice, *_balanced(case, policy), MEASURE]
     limits = Limits.of(policy)
@@ -166,6 +169,33 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
     if verdict is Verdict.WARN:
         advice += [*_balanced(case, policy), *_relief(case, case.outcome.victim(limits), limits, shares)]
     return advice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetCase:
+    """More than two adapters together. `contradicting` are pairs that want different answers to the same prompts.
+    `outcome` is that of the set, None if it was not probed."""
+
+    members: int
+    contradicting: Sequence[str]
+    cancel: bool
+    outcome: Outcome | None
+    method: str
+
+
+def explain_set(case: SetCase, limits: Limits) -> list[str]:
+    """Advice for the set as a whole."""
+    advice = [f"{pair}: {_SERVE_APART}" for pair in case.contradicting]
+    if case.cancel:
+        advice.append(_CANCEL)
+    if case.outcome is None:
+        return [*advice, *of_unmeasured(case.members, case.method)]
+    return [*advice, *of_outcome(case.outcome, limits, case.method)]
+
+
+def of_unmeasured(members: int, method: str) -> list[str]:
+    """Advice without a probe."""
+    return [MEASURE, MEAN] if members > 2 and method in _SUMS else [MEASURE]
 
 
 def of_outcome(outcome: Outcome, limits: Limits, method: str) -> list[str]:

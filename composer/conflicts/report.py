@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from composer.conflicts.advice import Case, EvidenceKind, Explanation, explain
+from composer.conflicts.advice import Case, EvidenceKind, Explanation, SetCase, cancelling, explain, explain_set
 from composer.conflicts.amplification import AtBase, at_base
 from composer.conflicts.comparison import Compared, compare_all
 from composer.conflicts.evidence.activations import Activations, Directed
@@ -34,7 +34,7 @@ from composer.deltas.lowrank import Relations
 from composer.deltas.tensors import torch_threads
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
-from composer.findings import HARD, Finding, Verdict
+from composer.findings import HARD, Finding, Severity, Verdict, next_step
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.recipes.methods import AnySettings, Pipeline, effective_weights, parse_settings
 from composer.formats.recipes.policy import Policy
@@ -73,7 +73,7 @@ class Pair:
     outcome: Outcome | None
     flat: Mapping[str, float]
 
-    def to_json(self, most: int = MAX_ROWS) -> dict[str, object]:
+    def to_json(self, limits: Limits, most: int = MAX_ROWS) -> dict[str, object]:
         """The pair with at most `most` modules, largest shares first if some are cut."""
         ends = (self.interval and self.interval.to_json()) or {"low": None, "high": None}
         listed = list(self.explanation.shares)[:most] if len(self.modules) > most else list(self.modules)
@@ -91,7 +91,7 @@ class Pair:
             **self.numbers.to_json(),
             "layers": [{"layer": layer, **numbers.to_json()} for layer, numbers in self.layers.items()],
             "modules": [{"module": module, **self.modules[module].to_json()} for module in listed],
-            "probe": self.outcome.to_json() if self.outcome else None,
+            "probe": self.outcome.to_json(limits) if self.outcome else None,
         }
 
 
@@ -120,7 +120,7 @@ class Member:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConflictReport:
     """The members, every pair, the set together, and the findings as judged by the policy. The verdict is the worst
-    of the pairs, of the findings, and of the whole set if it was measured."""
+    of the pairs, of the findings, and of the whole set if it was measured. `advice` is for the whole set."""
 
     members: tuple[Member, ...]
     pairs: tuple[Pair, ...]
@@ -132,6 +132,7 @@ class ConflictReport:
     verdict: Verdict
     limits: Limits
     method: str
+    advice: tuple[str, ...]
 
     @property
     def probe(self) -> ProbeResult | None:
@@ -144,13 +145,14 @@ class ConflictReport:
             "schema": SCHEMA,
             "verdict": str(self.verdict),
             "adapters": [member.to_json() for member in self.members],
-            "pairs": [pair.to_json(most) for pair in self.pairs],
+            "pairs": [pair.to_json(self.limits, most) for pair in self.pairs],
             "whole": {
                 **self.together.to_json(),
                 "shares": {member.name: rounded_for_json(member.share) for member in self.members},
                 "layers": [{"layer": layer, **one.to_json()} for layer, one in self.layers.items()],
                 "modules": [{"module": module, **one.to_json()} for module, one in self.modules.items()],
-                "probe": self.probe.overall.to_json() if self.probe else None,
+                "probe": self.probe.overall.to_json(self.limits) if self.probe else None,
+                "advice": list(self.advice),
             },
             "activations": _activations_json(self.evidence),
             "findings": [finding.to_json() for finding in self.findings],
@@ -203,22 +205,50 @@ def conflicts(  # noqa: PLR0913
         *of_retention({member.name: member.retention for member in members}, rules),
         *(_of_set(names, compared.total, evidence, rules) if len(names) > 2 else []),
     ]
+    judged = rules.judged(findings)
     verdicts = [rules.verdict(findings, _of_evidence(evidence, rules)), *(pair.verdict for pair in pairs)]
+    advice = _advice(pairs, compared.total, judged, evidence, rules, settings.method)
     return ConflictReport(
         members=members,
         pairs=pairs,
-        together=_together(compared.total, list(rounded.values())),
-        layers={layer: _together(one, []) for layer, one in compared.layers.items()},
-        modules={
-            module: _together(one, list(filter(None, [rounded.get(module)])))
-            for module, one in compared.modules.items()
-        },
-        findings=tuple(rules.judged(findings)),
+        together=_together(compared.total, *rounded.values()),
+        layers={layer: _together(one) for layer, one in compared.layers.items()},
+        modules={name: _together(one, *filter(None, [rounded.get(name)])) for name, one in compared.modules.items()},
+        findings=tuple(judged),
         evidence=evidence,
         verdict=Verdict.worst(verdicts),
         limits=Limits.of(rules),
         method=settings.method,
+        advice=tuple(dict.fromkeys(advice)),
     )
+
+
+def _advice(
+    pairs: Sequence[Pair],
+    total: Relations,
+    findings: Sequence[Finding],
+    evidence: ProbeResult | Activations | None,
+    policy: Policy,
+    method: str,
+) -> list[str]:
+    """Advice for the whole set: how to settle errors and warnings that a setting or a file settles, then what helps the
+    set or, where that needs nothing, the pairs that do not end `ok`. For two adapters, the pair is the set."""
+    loud = [one for one in findings if one.severity is not Severity.NOTICE]
+    fixes = [f"{one.subject}: {fix}" for one in loud if (fix := next_step(one.code, ""))]
+    if len(pairs) == 1:
+        return [*fixes, *pairs[0].explanation.advice]
+    if not pairs:
+        return fixes
+    case = SetCase(
+        members=len(total.sums.shares()),
+        contradicting=[one.subject for one in findings if one.code == "same_prompts"],
+        cancel=cancelling(total.sums.interference(), sum(total.sums.shares()), policy),
+        outcome=evidence.overall if isinstance(evidence, ProbeResult) else None,
+        method=method,
+    )
+    together = explain_set(case, Limits.of(policy))
+    harmed = [pair for pair in pairs if pair.verdict not in (Verdict.OK, Verdict.UNMEASURED)]
+    return [*fixes, *(together or [f"{one.a} + {one.b}: {line}" for one in harmed for line in one.explanation.advice])]
 
 
 def _check_names(names: Sequence[str], weights: int) -> None:
@@ -247,7 +277,7 @@ def _of_set(
     return [*findings, *(of_outcome(evidence.overall, policy) if isinstance(evidence, ProbeResult) else [])]
 
 
-def _together(compared: Relations, rounded: Sequence[AtBase]) -> SetMetrics:
+def _together(compared: Relations, *rounded: AtBase) -> SetMetrics:
     survival = total(one.survival for one in rounded)
     return SetMetrics.of(compared, survival.lost_share if survival.entries else None)
 

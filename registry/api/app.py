@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry.api.http import problems
 from registry.api.http.callers import ActorCache
-from registry.api.http.exchanges import AccessLog, Exchanges
+from registry.api.http.exchanges import AccessLog, Exchanges, Observe
 from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
 from registry.api.http.threads import UploadThreads
 from registry.api.routes.documents import RenderedReleaseCache
@@ -29,7 +29,7 @@ Entry = tuple[str, str, tuple[str, ...]]
 ROUTERS: tuple[Entry, ...] = (
     # Tried in order, most used first. Suites before bases: /v1/bases/{base:path} matches everything.
     ("search", "router", ("releases", "resolve")),
-    ("channels", "repository_routes", ("channels", "gates")),
+    ("channels", "repository_routes", ("channels", "gates", "moves")),
     ("releases", "repository_routes", ("adapters", "models")),
     ("suites", "repository_routes", ("scores", "target-suite")),
     ("suites", "router", ("suites", "bases")),
@@ -41,11 +41,15 @@ ROUTERS: tuple[Entry, ...] = (
     ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz")),
     ("access", "router", ("whoami", "tokens", "namespaces")),
     ("publishers", "router", ("publishers",)),
+    ("metrics", "router", ("metrics",)),
 )
 """Module, router, and path parts; each path of the router contains one of them."""
 HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
-PAGES: tuple[str, ...] = ("assets", "login", "provider", "account", "members", "search", "release", "repository")
+PAGES: tuple[str, ...] = (
+    *("assets", "login", "provider", "account", "members", "search", "catalog", "jobs", "audit", "channel", "compare"),
+    *("release", "repository"),
+)
 """Modules of the pages, which only servers have. They come last: they answer every path of one to three parts."""
 
 
@@ -83,7 +87,7 @@ def create_app(
     else:
         app.add_middleware(SameSite, names=LOOPBACK_NAMES)
     app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)
-    app.add_middleware(Exchanges, access_log=access_log)
+    app.add_middleware(Exchanges, access_log=access_log, observe=None if on_demand else _metrics(app, resources))
     if not on_demand:
         _include(app, ROUTERS)
         for router in (*hub_routers(), *page_routers()):
@@ -115,6 +119,13 @@ def routers(entries: Sequence[Entry] = ROUTERS) -> list[APIRouter]:
 def hub_routers() -> list[APIRouter]:
     """The routers of the hub API."""
     return [import_module(f"registry.api.hub.{module}").router for module in HUB]
+
+
+def _metrics(app: FastAPI, resources: Resources) -> Observe:
+    from registry.api.http.metrics import ServerMetrics  # only servers are scraped
+
+    app.state.metrics = ServerMetrics(resources)
+    return app.state.metrics.observe
 
 
 def page_routers() -> list[APIRouter]:

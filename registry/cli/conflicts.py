@@ -61,6 +61,12 @@ Guards = Annotated[
 ]
 
 
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=N", help="With --optimize: minutes, passes, search, confirm, evolve, seed."),
+]
+
+
 def register(root: typer.Typer) -> None:
     root.command()(conflicts)
 
@@ -85,7 +91,8 @@ def conflicts(  # noqa: PLR0913
     optimize: Annotated[
         bool, typer.Option("--optimize", help="Find the method, settings and weights that keep most of each adapter.")
     ] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Show the measurements behind the verdict.")] = False,
+    budget: Budget = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show what is behind the verdict or the choice.")] = False,
     modules: Annotated[int, typer.Option(min=0, help="With --explain: number of modules shown per pair.")] = 2,
     device: Device = "auto",
     base_dir: BaseDir = None,
@@ -105,13 +112,16 @@ def conflicts(  # noqa: PLR0913
         if optimize:
             from composer.formats.recipes.recipe import SEARCH
 
-            idle = {"--probe": probe, "--prompts": prompts, "--html": html, "--require": require, "--explain": explain}
+            idle = {"--probe": probe, "--prompts": prompts, "--html": html, "--require": require}
             refuse_idle(idle, "with --optimize, which measures on examples of its own", "Leave one of the two out.")
             evidence = group.evidence(suite or [], guard or [], (SEARCH, None), (), device)
             content = f"{group.content()} {device}"
             weighted = list(zip(group.load(), given, strict=True))
-            optimizing.run(evidence, weighted, settings, rules, content=content, json=json)
+            effort = optimizing.effort_of(budget)
+            best = optimizing.search(evidence, weighted, settings, rules, content=content, effort=effort)
+            optimizing.present(best, json, explain=explain)
             return
+        refuse_idle({"--budget": budget}, "without --optimize", "Add --optimize, or leave it out.")
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), _prompts(prompts), device)
         report = group.examine(given, settings, evidence, rules)
     if html:

@@ -7,6 +7,7 @@ import typer
 
 from composer.formats.untrusted import cut
 from registry.cli import render
+from registry.errors import Usage
 
 if TYPE_CHECKING:
     from composer.conflicts.examine import Evidence
@@ -14,20 +15,21 @@ if TYPE_CHECKING:
     from composer.formats.recipes.methods import AnySettings
     from composer.formats.recipes.policy import Policy
     from composer.formats.recipes.weights import Weight
+    from composer.optimize.problem import Effort
 
 Json = Mapping[str, Any]
 
 
-def run(
+def search(
     evidence: "Evidence",
     weighted: "Sequence[tuple[LoadedAdapter, Weight]]",
     method: "AnySettings",
     policy: "Policy",
     *,
     content: str,
-    json: bool,
-) -> None:
-    """Searches, with the given method among the candidates, and shows the report. Exits 1 if nothing fits.
+    effort: "Effort",
+) -> dict[str, Any]:
+    """Searches, with the given method among the candidates, and returns the report.
 
     `content` names the contents of the base and the adapters: a search of the same resumes where one was interrupted.
     """
@@ -47,14 +49,67 @@ def run(
         for (adapter, weight), suite in zip(weighted, evidence.suites, strict=True)
         if suite is not None
     ]
-    problem = Problem(load=evidence.load, members=members, guards=evidence.guards, settings=own.settings)
+    problem = Problem(load=evidence.load, members=members, guards=evidence.guards, settings=own.settings, effort=effort)
     problem = problem.under(policy)
     journal = evaluation_journal(load_settings(), f"search {content} {problem.name}")
     with render.progress("optimize", expected_passes(problem, [own]), "examples") as bar:
-        report = document(optimize(problem, [own], journal, bar))
-    render.document(report, json, lambda: show(report))
+        return document(optimize(problem, [own], journal, bar))
+
+
+def effort_of(texts: list[str] | None) -> "Effort":
+    """Parses `--budget KEY=VALUE`, the keys of `optimize` in a recipe. Raises Usage naming the key."""
+    from pydantic import ValidationError
+
+    from composer.formats.recipes.documents import problem_of
+    from composer.formats.recipes.recipe import Optimize
+    from composer.optimize.problem import Effort
+
+    pairs = [text.partition("=") for text in texts or []]
+    try:
+        asked = Optimize.model_validate({key: _number(value) for key, _, value in pairs})
+    except ValidationError as error:
+        problem = problem_of(error)
+        names = ", ".join(Optimize.model_fields)
+        raise Usage(
+            "bad_setting",
+            f"--budget: {problem.at('optimize')}: {problem.why}.",
+            subject=problem.path,
+            next_step=problem.next_step or f"Write KEY=NUMBER with one of {names}.",
+        ) from error
+    return Effort.of(asked)
+
+
+def _number(text: str) -> object:
+    """The number that a text is; otherwise the text, which is then refused by its key."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        return text
+
+
+def present(report: dict[str, Any], json: bool, *, explain: bool) -> None:
+    """Shows the report, with `explain` also what was tried. Exits 1 if nothing fits."""
+
+    def both() -> None:
+        show(report)
+        if explain:
+            _show_tried(report)
+
+    render.document(report, json, both)
     if report["choice"] is None:
         raise typer.Exit(1)
+
+
+def _show_tried(report: Json) -> None:
+    """A line for each combination that was tried or left out."""
+    rows = [
+        (one["name"], str(one["k"]), "" if one["worst_kept"] is None else f"{one['worst_kept']:.0%}")
+        for one in report["tried"]
+    ]
+    if rows:
+        render.table("Tried", ("combination", "examples", "worst member keeps"), rows)
+    for name, why in report["left_out"].items():
+        render.out(f"left out: {name}: {why}")
 
 
 def show(report: Json) -> None:

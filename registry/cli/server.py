@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from datetime import UTC, datetime
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from registry.cli import render
@@ -61,6 +62,12 @@ def serve_beside(settings: "Settings", listener: socket.socket, processes: int) 
 
     Each opens the registry itself, as the environment says. Raises Unavailable if one of them cannot.
     """
+    with TemporaryDirectory(prefix="adaptory-metrics-") as shared:
+        os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", shared)  # any process answers for all
+        _supervise(settings, listener, processes)
+
+
+def _supervise(settings: "Settings", listener: socket.socket, processes: int) -> None:
     from uvicorn import Config
     from uvicorn.config import STARTUP_FAILURE
 

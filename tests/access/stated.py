@@ -18,6 +18,7 @@ GET    /v1/{kind}/{namespace}/{name}/channels/{channel}                         
 PUT    /v1/{kind}/{namespace}/{name}/channels/{channel}                         releaser
 POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/rollback                releaser
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/history                 reader
+GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/judgement               reader
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/promotions              reader
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/promotions/{promotion_id} reader
 POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/promotions/{promotion_id}/cancel releaser
@@ -27,12 +28,14 @@ GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/policy                  
 PUT    /v1/{kind}/{namespace}/{name}/channels/{channel}/policy                  admin
 GET    /v1/{kind}/{namespace}/{name}/gates                                      reader
 PUT    /v1/{kind}/{namespace}/{name}/gates                                      admin
+GET    /v1/{kind}/{namespace}/{name}/releases/{version}/moves                   reader
 GET    /v1/{kind}                                                               inside: everybody
 GET    /v1/{kind}/{namespace}/{name}                                            reader
 POST   /v1/{kind}/{namespace}/{name}/releases                                   publisher
 GET    /v1/{kind}/{namespace}/{name}/releases                                   reader
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}                         reader
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/target-suite            reader
+GET    /v1/{kind}/{namespace}/{name}/releases/{version}/descendants             reader
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/spectrum                reader
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/files/{path:path}       reader
 POST   /v1/{kind}/{namespace}/{name}/next-version                               publisher
@@ -78,6 +81,7 @@ POST   /v1/jobs/{job_id}/cancel                                                 
 GET    /v1/audit                                                                admin somewhere
 GET    /v1/audit.jsonl                                                          admin somewhere
 GET    /healthz                                                                 open
+GET    /metrics                                                                 reader somewhere
 GET    /readyz                                                                  open
 GET    /v1/whoami                                                               inside: everybody
 POST   /v1/tokens                                                               reader somewhere

@@ -77,7 +77,7 @@ def test_the_access_log_says_who_asked_what_and_how_it_went_and_no_secret(
         asked.ask("publisher", "GET", "/v1/adapters/acme/sql/releases"),
         asked.ask("nobody", "GET", "/v1/bases/hush"),
         asked.ask("reader", "GET", "/openapi.json"),
-        asked.ask("reader", "GET", "/hush"),
+        asked.ask("reader", "GET", "/hush/and/no/page"),
     ]
     text, deadline = capfd.readouterr().err, time.monotonic() + 10
     while text.count("request_id") < len(answers) and time.monotonic() < deadline:  # a line follows its answer

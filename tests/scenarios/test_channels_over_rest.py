@@ -178,6 +178,33 @@ def test_history_comes_in_pages_the_newest_first(line: Line) -> None:
     problem(line.history(cursor="bm9uc2Vuc2U"), 400, "bad_cursor")
 
 
+def test_a_version_has_the_channels_that_serve_it_and_its_moves(line: Line) -> None:
+    for channel, version in (("prod", "1.0.0"), ("canary", "1.1.0"), ("prod", "1.1.0"), ("prod", "1.2.0")):
+        body = {"version": version, "reason": "because"}
+        assert line.http.put(f"{line.path}/channels/{channel}", json=body).status_code == 200
+
+    def serving(version: str) -> list[tuple[str, str]]:
+        items = line.http.get(f"{line.path}/channels", params={"version": version}).json()["items"]
+        return [(item["channel"], item["moved_at"]) for item in items]
+
+    def moved(version: str, **query: Any) -> list[tuple[str, str | None, str]]:
+        items = line.http.get(f"{line.path}/releases/{version}/moves", params=query).json()["items"]
+        return [(item["channel"], item["from_version"], item["to_version"]) for item in items]
+
+    assert serving("1.0.0") == []
+    assert serving("1.2.0") == [("prod", line.look().json()["moved_at"])]
+    assert moved("1.1.0") == [("prod", "1.1.0", "1.2.0"), ("prod", "1.0.0", "1.1.0"), ("canary", None, "1.1.0")]
+    assert moved("1.1.0", limit=1) == [("prod", "1.1.0", "1.2.0")]
+    first = line.http.get(f"{line.path}/releases/1.1.0/moves", params={"limit": 1}).json()
+    assert moved("1.1.0", limit=1, cursor=first["next"]) == [("prod", "1.0.0", "1.1.0")]
+    yank = line.http.post(f"{line.path}/releases/1.2.0/yank", json={"reason": "leaks"})
+    assert yank.status_code == 200
+    assert [name for name, _ in serving("1.1.0")] == ["canary", "prod"], "what the channel serves instead"
+    assert serving("1.2.0") == []
+    for path in ("channels?version=9.9.9", "releases/9.9.9/moves"):
+        problem(line.http.get(f"{line.path}/{path}"), 404, "release_unknown")
+
+
 def test_gates_are_set_read_and_judged_with_numbers(line: Line) -> None:
     assert line.http.get(f"{line.path}/gates").json() == {"gates": {}}
     rules = ["sql-exact.nll <= 3", "guard-exact.nll within 0.5 of served"]
@@ -204,12 +231,34 @@ def test_gates_are_set_read_and_judged_with_numbers(line: Line) -> None:
     assert [gate["passed"] for gate in forced["gates"]] == [True, False]
 
 
-def record(line: Line, version: str, values: dict[str, float]) -> None:
+def test_each_result_has_its_numbers_its_limit_and_whether_the_error_stays_on_its_side(line: Line) -> None:
+    rules = ["sql-exact.nll <= 3", "guard-exact.nll within 0.5 of served"]
+    line.http.put(f"{line.path}/gates", json={"channel": "prod", "rules": rules})
+    record(line, "1.0.0", {"sql-exact": 2.0, "guard-exact": 1.0}, stderr=0.1)
+    record(line, "1.1.0", {"sql-exact": 2.9, "guard-exact": 1.6}, stderr=0.1)
+    first = line.promote("1.0.0").json()["gates"]
+    own = {"value": 2.0, "stderr": 0.1, "n": 6, "higher_is_better": False}
+    assert first[0] == {
+        "rule": rules[0], "passed": True, "detail": "2 ± 0.1 (n=6)", **own,
+        "limit": 3.0, "at_least": False, "other": None, "sure": True,
+    }  # fmt: skip
+    assert (first[1]["value"], first[1]["limit"], first[1]["other"], first[1]["sure"]) == (1.0, None, None, None)
+    near, beside = problem(line.promote("1.1.0"), 422, "gate_failed")["findings"]
+    assert (near["passed"], near["sure"]) == (True, False), "2.9 ± 0.196 reaches beyond 3"
+    assert (beside["passed"], beside["limit"]) == (False, 1.5)
+    assert beside["other"] == {"value": 1.0, "stderr": 0.1, "n": 6}
+    assert beside["sure"] is False, "1.6 against 1.5, and both scores have an error"
+    record(line, "1.1.0", {"guard-exact": 1.8}, stderr=0.1)
+    assert problem(line.promote("1.1.0"), 422, "gate_failed")["findings"][1]["sure"] is True
+    record(line, "1.1.0", {"guard-exact": 1.8})
+    assert problem(line.promote("1.1.0"), 422, "gate_failed")["findings"][1]["sure"] is None, "no error, no interval"
+    assert line.history().json()["items"][0]["gates"] == first, "and it is recorded with the move"
+
+
+def record(line: Line, version: str, values: dict[str, float], stderr: float | None = None) -> None:
     digests = {suite["name"]: suite["digest"] for suite in line.http.get("/v1/suites").json()["items"]}
-    rows = [
-        {"suite_digest": digests[suite], "metric": "nll", "value": value, "n": 6, "higher_is_better": False}
-        for suite, value in values.items()
-    ]
+    row = {"metric": "nll", "stderr": stderr, "n": 6, "higher_is_better": False}
+    rows = [{"suite_digest": digests[suite], "value": value, **row} for suite, value in values.items()]
     assert line.http.post(f"{line.path}/releases/{version}/scores", json={"scores": rows}).status_code == 200
 
 

@@ -108,6 +108,22 @@ def test_an_output_still_tells_what_it_was_made_of_and_names_it_to_who_may_read_
     assert house.cli.json("verify", "den/merged:1.0.0", "--rebuild")["rebuild"]["verdict"] == "same"
 
 
+def test_what_an_adapter_went_into_is_listed_without_what_the_reader_may_not_see(house: House) -> None:
+    house.compose("pia")
+    house.work()
+    below = "/v1/adapters/acme/sql/releases/1.0.0/descendants"
+    made = [(row["repository"], row["kind"], row["version"], row["weight"]) for row in house.apis["pia"].pages(below)]
+    assert made == [("den/merged", "model", "1.0.0", 0.5), ("lab/both", "adapter", "1.0.0", 0.5)]
+    assert list(house.apis["pia"].pages(below, limit=1)) == list(house.apis["pia"].pages(below))
+    with house.resources.write() as session:
+        host = Actor("host", house.resources.clock(), {EVERYWHERE: Role.ADMIN})
+        namespaces.set_member(session, host, "acme", "rex", Role.READER)
+    assert [row["repository"] for row in house.apis["rex"].pages(below)] == ["lab/both"]
+    assert list(house.apis["rex"].pages(below, limit=1)) == list(house.apis["rex"].pages(below))
+    with pytest.raises(NotFound):
+        house.apis["bob"].get(below)
+
+
 def test_a_job_is_shown_and_cancelled_by_the_rule_of_its_composition(house: House) -> None:
     hidden = house.compose("pia")
     pia, bob = house.apis["pia"], house.apis["bob"]

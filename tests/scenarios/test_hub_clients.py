@@ -210,7 +210,7 @@ def test_a_trainer_pushes_commits_and_tags_a_release(hub: Hub, world: World, ver
     trained = shutil.copytree(world.adapters["sql"], tmp_path / "trained")
     config = json.loads((trained / CONFIG).read_text()) | {"base_model_name_or_path": "Acme/Tiny-Llama"}
     (trained / CONFIG).write_text(json.dumps(config))
-    (trained / "tokenizer.json").write_text(json.dumps({"text": "x" * (12 << 20)}))
+    (trained / "tokenizer.json").write_text(json.dumps({"text": version + "x" * (12 << 20)}))
     repository = f"acme/trained-{version.replace('.', '-')}"
     before = hub.requests()
     seen = hub.run(client(version), "hub_push.py", tmp_path, trained, Path(repository), token=hub.publisher)

@@ -109,3 +109,10 @@ def test_directories_are_searched_without_a_registry(world: World, on_disk: Cli,
     assert f"resumed: {result['passes']} of {result['passes']} examples" in shown, "of the same members and suites"
     assert max(map(len, shown.splitlines())) <= 80
     assert "--probe has no effect" in on_disk("conflicts", *given, "--optimize", "--probe", "8").err
+    smaller = ("--optimize", "--policy", policy, "--budget", "search=2", "--budget", "confirm=2", "--budget", "seed=3")
+    listed = on_disk.ok("conflicts", *given, *smaller, "--explain").out
+    assert "least-squares weights" in listed
+    assert "seed 3" in listed
+    refused = on_disk("conflicts", *given, "--optimize", "--budget", "hours=1")
+    assert (refused.code, "minutes" in refused.err) == (2, True)
+    assert "--budget has no effect" in on_disk("conflicts", *given, "--budget", "minutes=1").err

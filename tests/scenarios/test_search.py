@@ -219,6 +219,22 @@ def test_a_metric_that_nobody_has_is_unknown_and_one_that_nobody_has_yet_finds_n
     assert search(shelf, "--sort", "sql-exact.f1", "--namespace", "beta") == []
 
 
+def test_the_suite_of_a_release_is_where_it_gained_most_or_is_best_if_its_base_was_not_measured(shelf: Cli) -> None:
+    digests = {row["name"]: row["digest"] for row in shelf.json("suite", "list")["items"]}
+
+    def record(path: str, **nll: float) -> str | None:
+        for name, value in nll.items():
+            score = {"suite_digest": digests[f"{name}-exact"], "metric": "nll", "value": value, "n": 6}
+            api.post(f"{path}/scores", {"scores": [score | {"higher_is_better": False}]})
+        answer: str | None = api.get("/v1/adapters/acme/sql/releases/1.0.0/target-suite")["target_suite"]
+        return answer
+
+    with api_of(shelf) as api:
+        assert record("/v1/adapters/acme/sql/releases/1.0.0", sql=0.1, support=4.0) == "sql-exact"
+        assert record("/v1/bases/tiny", support=4.5) == "sql-exact", "one gain alone decides nothing"
+        assert record("/v1/bases/tiny", sql=0.2) == "support-exact"
+
+
 def test_the_best_come_first_with_documents_that_keep_to_their_schema(
     pairing: dict[str, str], tmp_path: Path, world: World
 ) -> None:

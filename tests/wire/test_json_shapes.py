@@ -98,7 +98,9 @@ def test_json_output_has_the_fields_that_scripts_rely_on(documents: dict[str, An
     assert set(documents["show"]["base"]) == {"digest", "name"}
     assert set(documents["show"]["files"][0]) == {"path", "size_bytes", "sha256"}
     assert move <= set(documents["promote"])
-    assert set(documents["promote"]["gates"][0]) == {"rule", "passed", "detail"}
+    score = {"value", "stderr", "n", "higher_is_better"}
+    gate = {"rule", "passed", "detail", *score, "limit", "at_least", "other", "sure"}
+    assert set(documents["promote"]["gates"][0]) == gate
     assert documents["rollback"]["kind"] == "rollback"
     for listed in ("search", "history", "list", "log", "audit"):
         assert set(documents[listed]) == {"items", "next"}

@@ -135,6 +135,13 @@ class Effect:
         share = share_interval(self.still_answered, self.answered).to_json() if self.answered else None
         return {**asdict(self), "loss_interval": self.loss_interval.to_json(), "answers_interval": share}
 
+    def judged_json(self, limits: Limits) -> dict[str, object]:
+        """As `to_json`, with the loss that is tolerated, None for any, the share of answers required, and the
+        verdict."""
+        tolerated = _or_none(self.limit(limits))
+        judged = {"tolerated": tolerated, "answers_required": limits.answers, "verdict": str(self.verdict(limits))}
+        return {**self.to_json(), **judged}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideEffect:
@@ -158,6 +165,10 @@ class SideEffect:
 
     def to_json(self) -> dict[str, object]:
         return {**asdict(self), "rise_interval": self.rise_interval.to_json()}
+
+    def judged_json(self, limits: Limits) -> dict[str, object]:
+        """As `to_json`, with the rise that is tolerated, None for any, and the verdict."""
+        return {**self.to_json(), "tolerated": _or_none(limits.guard), "verdict": str(self.verdict(limits))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +217,11 @@ class Outcome:
         risen = any(guard.rise > limits.guard for guard in self.guards)
         return risen or self.verdict(limits) is not Verdict.OK
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self, limits: Limits) -> dict[str, object]:
         return {
             "k": self.k,
-            "effects": [one.to_json() for one in self.effects],
-            "guards": [one.to_json() for one in self.guards],
+            "effects": [one.judged_json(limits) for one in self.effects],
+            "guards": [one.judged_json(limits) for one in self.guards],
         }
 
 
@@ -267,6 +278,11 @@ def side_effect_of(
         rise_interval=interval(rise, stderr, n, claims),
         examples=n,
     )
+
+
+def _or_none(limit: float) -> float | None:
+    """JSON has no infinity."""
+    return limit if limit < inf else None
 
 
 def _nll(measured: Sequence[Measured]) -> float:

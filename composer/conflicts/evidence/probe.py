@@ -63,10 +63,6 @@ class ProbeResult:
         """The outcome of the pair, in either order; None if it was not probed."""
         return next((outcome for outcome in self.pairs if set(outcome.members) == {a, b}), None)
 
-    def to_json(self) -> dict[str, object]:
-        pairs = [outcome.to_json() for outcome in self.pairs]
-        return {"k": self.k, "pairs": pairs, "whole": self.overall.to_json(), "seconds": self.seconds}
-
 
 @dataclass(frozen=True, slots=True)
 class Effort:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from composer.conflicts.advice import FROM_WEIGHTS, MEAN, MEASURE, of_outcome
+from composer.conflicts.advice import FROM_WEIGHTS, of_outcome, of_unmeasured
 from composer.conflicts.evidence.interval import Interval, share_interval
 from composer.conflicts.evidence.outcome import COVERAGE, NOTICEABLE_NATS, Effect, Limits, Outcome, SideEffect
 from composer.conflicts.evidence.probe import ProbeResult
@@ -66,8 +66,8 @@ def summary(report: ConflictReport) -> Summary:
         message = f"{decisive.message} ({alike} more like this: --explain)" if alike else decisive.message
         return Summary(headline, (message, *measured), next_step(decisive.code, otherwise))
     if report.probe is None:
-        summed = len(report.members) > 2 and report.method in ("stack", "linear")
-        return Summary(headline, _unmeasured_lines(report), f"{MEASURE} {MEAN}" if summed else MEASURE)
+        fix = " ".join(of_unmeasured(len(report.members), report.method))
+        return Summary(headline, _unmeasured_lines(report), fix)
     return Summary(headline, _measured_lines(report), next(iter(advice(report, cut_names=True)), ""))
 
 

@@ -18,6 +18,8 @@ from typing import Any, Literal
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 AccessLog = Literal["json", "text", "off"]
+Observe = Callable[[str, str | None, int, float], None]
+"""(method, route template, status, seconds)"""
 HEADER = b"x-request-id"
 _GIVEN = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 """Request ids accepted from a proxy; anything else could forge log lines."""
@@ -43,10 +45,10 @@ def request_id() -> str | None:
 
 
 class Exchanges:
-    """Gives each request an id, returns it as `X-Request-Id`, and logs the response when it ends."""
+    """Gives each request an id, returns it as `X-Request-Id`, and logs and counts the response when it ends."""
 
-    def __init__(self, app: ASGIApp, access_log: AccessLog) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, access_log: AccessLog, observe: Observe | None = None) -> None:
+        self.app, self._observe = app, observe
         self._line: Callable[[Mapping[str, Any]], str] | None = {"json": _json, "text": _text, "off": None}[access_log]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,23 +69,24 @@ class Exchanges:
         try:
             await self.app(scope, receive, identified)
         finally:
+            seconds, route = time.perf_counter() - began, _template(scope)
+            if self._observe is not None:
+                self._observe(scope["method"], route, exchange.status, seconds)
             if self._line is not None:
-                self._log(scope, exchange, time.perf_counter() - began)
+                sys.stderr.write(f"{self._line(self._row(scope, exchange, route, seconds))}\n")
 
-    def _log(self, scope: Scope, exchange: Exchange, seconds: float) -> None:
-        assert self._line is not None  # noqa: S101
+    def _row(self, scope: Scope, exchange: Exchange, route: str | None, seconds: float) -> dict[str, Any]:
         client = scope.get("client")
-        line = self._line({
+        return {
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "method": scope["method"],
-            "route": _template(scope),
+            "route": route,
             "status": exchange.status,
             "seconds": round(seconds, 6),
             "actor": exchange.actor,
             "request_id": exchange.request_id,
             "address": client[0] if client else None,
-        })  # fmt: skip
-        sys.stderr.write(f"{line}\n")
+        }
 
 
 def _template(scope: Scope) -> str | None:

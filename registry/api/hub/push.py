@@ -21,7 +21,7 @@ from registry.domain.access.roles import Role, may, permit
 from registry.domain.catalog import commits, repositories
 from registry.domain.channels import moves, promotions, revisions
 from registry.domain.channels.revisions import MAIN
-from registry.errors import NotAllowed, NotFound, TooLarge, Usage
+from registry.errors import Conflict, NotAllowed, NotFound, Stale, TooLarge, Usage
 from registry.formats.manifest import ManifestFile, parse_manifest
 from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
 from registry.formats.xet import has_lz4
@@ -202,7 +202,15 @@ def create_branch(
         version = revisions.released_version(session, repository, body.startingPoint or MAIN)
         expected = moves.Expected(moves.NOTHING_YET)
         wanted = moves.PromotionRequest(repository, version, parse_name(channel, "channel"), expected=expected)
-        waits = isinstance(promotions.request(session, actor, wanted), Promotion)
+        try:
+            waits = isinstance(promotions.request(session, actor, wanted), Promotion)
+        except Stale as error:  # with `exist_ok`, clients pass over a conflict
+            raise Conflict(
+                "channel_exists",
+                f"{repository}@{channel} exists already.",
+                subject=f"{repository}@{channel}",
+                next_step="Move it with `adaptory promote`.",
+            ) from error
     warning = (
         {"X-HF-Warning": f"promotion; {repository}@{channel} waits for what its policy asks for."} if waits else {}
     )

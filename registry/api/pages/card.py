@@ -1,10 +1,12 @@
-"""Model cards: CommonMark without raw HTML, and nothing in the result but text, links and tables."""
+"""Model cards: CommonMark with raw HTML as text, and nothing in the result but text, links and tables."""
 
 import re
+from collections.abc import Sequence
 
 import nh3
 from markdown_it import MarkdownIt
-from markupsafe import Markup
+from markdown_it.token import Token
+from markupsafe import Markup, escape
 
 MAX_BYTES = 256 << 10
 _TAGS = {
@@ -12,13 +14,15 @@ _TAGS = {
     "table", "tbody", "td", "th", "thead", "tr", "ul",
 }  # fmt: skip
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n.*?^(?:---|\.\.\.)[ \t]*\r?$", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _ATTRIBUTES = {"a": {"href"}}
 _HEADINGS = {f"h{level}": f"h{min(6, level + 2)}" for level in range(1, 7)}
 """The page has a title and sections above the card's."""
 
 
 def rendered(text: str) -> Markup:
-    """The card as HTML. Links lead only to https addresses, images are left out."""
+    """The card as HTML. Links lead only to https addresses, images are left out. HTML in the card is shown as it is
+    written, but for comments: those of a template tell the author what to write."""
     tokens = _markdown().parse(_FRONT_MATTER.sub("", text))
     for token in tokens:
         token.tag = _HEADINGS.get(token.tag, token.tag)
@@ -30,4 +34,11 @@ def rendered(text: str) -> Markup:
 
 
 def _markdown() -> MarkdownIt:
-    return MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+    markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    for kind in ("html_block", "html_inline"):
+        markdown.add_render_rule(kind, _as_text)
+    return markdown
+
+
+def _as_text(_: object, tokens: Sequence[Token], index: int, *_options: object) -> str:
+    return str(escape(_COMMENT.sub("", tokens[index].content)))

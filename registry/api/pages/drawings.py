@@ -3,7 +3,7 @@
 Each has a title that says what it shows, and a size, so that nothing moves while a page loads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log10
 
@@ -12,6 +12,10 @@ from markupsafe import Markup, escape
 _STEPS = 7
 """Strengths of a colour, the first next to none."""
 _LABELS_PX, _ROW_GAP_PX = 72, 1
+MAX_HOVER = 300
+"""Cells that can be asked for their values, of 28 kB."""
+Cell = tuple[str, int]
+"""Kind of module and layer."""
 _MARKS = {
     "ok": "M3 9.5 7.5 14 15 4.5",
     "bad": "M4 4 14 14M14 4 4 14",
@@ -46,12 +50,28 @@ def intervals(named: str, rows: Sequence[Interval], low: float, high: float) -> 
         return round(left + (right - left) * min(1.0, max(0.0, share)), 1)
 
     parts = [f'<line class="axis" x1="{end}" x2="{end}" y1="0" y2="{height}"/>' for end in (f"{left:g}", f"{right:g}")]
-    for number, row in enumerate(rows):
-        y = 6.5 + row_px * number
-        parts.append(f'<line class="bar {row.kind}" x1="{x(row.low)}" x2="{x(row.high)}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<circle class="dot {row.kind}" cx="{x(row.value)}" cy="{y}" r="3"/>')
+    parts += _bars(rows, x)
     said = ", ".join(f"{row.kind} {row.value:.3g}" for row in rows)
     return _svg(f"{named}: {said}; axis {low:.3g} to {high:.3g}", 170, height, "".join(parts))
+
+
+def against_limit(named: str, rows: Sequence[Interval], limit: float, *, above: bool) -> Markup:
+    """Values with error bars beside a limit, a dashed line. The zone that passes, above or below it, is shaded."""
+    ends = [limit, *(end for row in rows for end in (row.low, row.high))]
+    margin = 0.08 * ((max(ends) - min(ends)) or abs(limit) or 1.0)
+    low, high = min(ends) - margin, max(ends) + margin
+    left, right, row_px = 6.0, 164.0, 9
+    height = 4 + row_px * len(rows)
+
+    def x(value: float) -> float:
+        return round(left + (right - left) * (value - low) / (high - low), 1)
+
+    start, end = (x(limit), right) if above else (left, x(limit))
+    parts = [f'<rect class="zone" x="{start:g}" y="0" width="{end - start:.1f}" height="{height}"/>']
+    parts.append(f'<line class="limit" x1="{x(limit)}" x2="{x(limit)}" y1="0" y2="{height}"/>')
+    parts += _bars(rows, x)
+    side = "above" if above else "below"
+    return _svg(f"{named}: {rows[0].value:.3g}, passes {side} {limit:.3g}", 170, height, "".join(parts))
 
 
 def energy(shares: Mapping[int, float]) -> Markup:
@@ -66,43 +86,69 @@ def energy(shares: Mapping[int, float]) -> Markup:
     return _svg("Energy kept by rank", 230, 18 * len(shares), "".join(parts))
 
 
-def layer_map(named: str, cells: Mapping[tuple[str, int], float], floor: float = 0.0) -> Markup:
-    """Kinds of module by layers, the stronger the larger the value. A point where there is no value.
+def layer_map(
+    named: str, cells: Mapping[Cell, float], top: float = 0.0, frame: Collection[Cell] = (), *, hover: bool = True
+) -> Markup:
+    """Kinds of module by layers, the stronger the larger the value, the strongest colour at `top` or the largest value
+    if that is more. A point where there is no value.
 
-    Hover texts are in the cells: use it for one map a page, and `strengths` for others."""
+    `frame` are cells whose rows and columns the map has too: maps side by side have the same ones, and the same `top`.
+    Each cell says its value on `hover`: for one map a page of at most MAX_HOVER cells, since that takes a hundred bytes
+    a cell, and others a tenth.
+    """
     if not cells:
         return Markup("")
-    kinds = sorted({kind for kind, _ in cells})
-    layers = range(max(layer for _, layer in cells) + 1)
-    side = max(8, min(16, 640 // len(layers)))
-    top = max(floor, *cells.values())
-    parts: list[str] = []
-    for row, kind in enumerate(kinds):
-        y = row * (side + _ROW_GAP_PX)
-        label = escape(kind)
-        parts.append(f'<text x="{_LABELS_PX - 4}" y="{y + side - 3}" text-anchor="end">{label}</text>')
-        for layer in layers:
-            x = _LABELS_PX + layer * (side + _ROW_GAP_PX)
-            value = cells.get((kind, layer))
-            if value is None:
-                parts.append(f'<circle class="z" cx="{x + side / 2:g}" cy="{y + side / 2:g}" r="1"/>')
-                continue
-            title = f"<title>layer {layer} {label}: {value:.3g}</title>"
-            parts.append(
-                f'<rect class="{_step(value, top)}" x="{x}" y="{y}" width="{side}" height="{side}">{title}</rect>'
-            )
-    height = len(kinds) * (side + _ROW_GAP_PX)
-    parts += [
-        f'<text x="{_LABELS_PX + layer * (side + _ROW_GAP_PX)}" y="{height + 12}">{layer}</text>'
-        for layer in layers
-        if layer % _every(len(layers)) == 0
+    kinds = sorted({kind for kind, _ in (*cells, *frame)})
+    layers = max(layer for _, layer in (*cells, *frame)) + 1
+    side, top = max(8, min(16, 640 // layers)), max(top, *cells.values())
+    pitch = side + _ROW_GAP_PX
+    height, width = len(kinds) * pitch, _LABELS_PX + layers * pitch
+    squares = _hovering if hover and len(cells) <= MAX_HOVER else _in_paths
+    parts = [
+        *(
+            f'<text x="{_LABELS_PX - 4}" y="{row * pitch + side - 3}" text-anchor="end">{escape(kind)}</text>'
+            for row, kind in enumerate(kinds)
+        ),
+        *squares(cells, kinds, layers, side, top),
+        *(
+            f'<text x="{_LABELS_PX + layer * pitch}" y="{height + 12}">{layer}</text>'
+            for layer in range(0, layers, _every(layers))
+        ),
     ]
     (kind, layer), strongest = max(cells.items(), key=lambda one: one[1])
-    said = (
-        f"{named}, {len(kinds)} kinds of module by {len(layers)} layers; most in layer {layer} {kind}: {strongest:.3g}"
-    )
-    width = _LABELS_PX + len(layers) * (side + _ROW_GAP_PX)
+    said = f"{named}, {len(kinds)} kinds of module by {layers} layers; most in layer {layer} {kind}: {strongest:.3g}"
     return _svg(said, width, height + 16, "".join(parts), "map")
+
+
+def _hovering(cells: Mapping[Cell, float], kinds: Sequence[str], layers: int, side: int, top: float) -> Iterator[str]:
+    for (kind, layer), value in cells.items():
+        x, y = _at(kinds.index(kind), layer, side)
+        title = f"<title>layer {layer} {escape(kind)}: {value:.3g}</title>"
+        yield f'<rect class="{_step(value, top)}" x="{x}" y="{y}" width="{side}" height="{side}">{title}</rect>'
+    yield _points(cells, kinds, layers, side)
+
+
+def _in_paths(cells: Mapping[Cell, float], kinds: Sequence[str], layers: int, side: int, top: float) -> Iterator[str]:
+    """A path for each colour."""
+    drawn: dict[str, list[str]] = {}
+    for (kind, layer), value in cells.items():
+        x, y = _at(kinds.index(kind), layer, side)
+        drawn.setdefault(_step(value, top), []).append(f"M{x} {y}h{side}v{side}h-{side}z")
+    yield from (f'<path class="{colour}" d="{"".join(squares)}"/>' for colour, squares in sorted(drawn.items()))
+    yield _points(cells, kinds, layers, side)
+
+
+def _points(cells: Mapping[Cell, float], kinds: Sequence[str], layers: int, side: int) -> str:
+    """Points where there is no value, in one path."""
+    absent = [(row, layer) for row, kind in enumerate(kinds) for layer in range(layers) if (kind, layer) not in cells]
+    positions = (_at(row, layer, side) for row, layer in absent)
+    points = "".join(f"M{x + side // 2} {y + side // 2}h1" for x, y in positions)
+    return f'<path class="axis" d="{points}"/>' if points else ""
+
+
+def _at(row: int, layer: int, side: int) -> tuple[int, int]:
+    pitch = side + _ROW_GAP_PX
+    return _LABELS_PX + layer * pitch, row * pitch
 
 
 def key(top: float, unit: str = "") -> Markup:
@@ -110,6 +156,13 @@ def key(top: float, unit: str = "") -> Markup:
     parts = [f'<rect class="c{step}" x="{18 * step - 18}" y="0" width="18" height="12"/>' for step in range(1, 8)]
     parts.append(f'<text x="0" y="25">0</text><text x="126" y="25" text-anchor="end">{top:.3g}{escape(unit)}</text>')
     return _svg(f"Key: no colour is 0, the strongest {top:.3g}{unit}", 128, 28, "".join(parts), "key")
+
+
+def _bars(rows: Sequence[Interval], x: Callable[[float], float]) -> Iterator[str]:
+    for number, row in enumerate(rows):
+        y = 6.5 + 9 * number
+        yield f'<line class="bar {row.kind}" x1="{x(row.low)}" x2="{x(row.high)}" y1="{y}" y2="{y}"/>'
+        yield f'<circle class="dot {row.kind}" cx="{x(row.value)}" cy="{y}" r="3"/>'
 
 
 def axis_end(values: Sequence[float]) -> float:

@@ -1,18 +1,19 @@
 """A release: can it be promoted, what does it change, where does it come from, where is it served."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
 from composer.formats.adapters.serving import SERVERS
 from registry.api.http.request import ResourcesOf
 from registry.api.http.threads import in_store_threads
-from registry.api.pages import card, scores
+from registry.api.pages import answers, card, scores
+from registry.api.pages.answers import Answer, Channels
+from registry.api.pages.modules import MAX_ROWS, cells
 from registry.api.pages.render import link, page
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.documents import release_documents
@@ -21,7 +22,9 @@ from registry.api.schemas.quality import ChannelOut
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import releases, suites
+from registry.domain.catalog import lineage, releases, suites
+from registry.domain.catalog.lineage import Descendant
+from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves, resolve
 from registry.formats.references import RepositoryName, is_version, parse_reference, parse_repository, parse_version
 from registry.storage.blobs import BlobStore
@@ -29,9 +32,9 @@ from registry.storage.blobs import BlobStore
 router = APIRouter(route_class=PageRoute)
 
 CARD = "README.md"
-MAX_CHANNELS = 100
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")
+MAX_CHANNELS, MAX_SERVING, MAX_MOVES, MAX_DESCENDANTS = 100, 10, 20, 10
 Json = dict[str, Any]
+ChannelQuery = Annotated[str | None, Query(max_length=64, description="The channel that a promotion is judged for.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +45,23 @@ class Shown:
     before: Json | None
     base_scores: Sequence[Json]
     spectrum: Mapping[str, Any] | None
-    channels: Sequence[ChannelOut]
+    serving: Sequence[ChannelOut]
+    moves: Sequence[Json]
+    answer: Answer
+    descendants: Sequence[Descendant]
     latest: str | None
 
 
 @router.get("/{namespace}/{name}/{version}")
 @in_store_threads
-def show_release(
-    namespace: str, name: str, version: str, request: Request, resources: ResourcesOf, actor: PageReader
+def show_release(  # noqa: PLR0913
+    namespace: str,
+    name: str,
+    version: str,
+    request: Request,
+    resources: ResourcesOf,
+    actor: PageReader,
+    channel: ChannelQuery = None,
 ) -> Response:
     named = parse_repository(f"{namespace}/{name}")
     if not is_version(version):  # a range or `latest`
@@ -57,7 +69,7 @@ def show_release(
         with resources.snapshot() as session:
             return RedirectResponse(link(str(named), resolve.locate(session, reference).row.version), 302)
     with resources.snapshot() as session:
-        shown = _shown(session, actor, named, releases.find(session, named, parse_version(version)))
+        shown = _shown(session, actor, named, releases.find(session, named, parse_version(version)), channel)
     release = shown.release
     compared = scores.lines(release["scores"], shown.before["scores"] if shown.before else [], shown.base_scores)
     return page(
@@ -67,44 +79,76 @@ def show_release(
         repository=str(named),
         namespace=named.namespace,
         name=named.name,
-        serving=[one for one in shown.channels if one.version == release["version"]],
+        answer=shown.answer,
+        serving=shown.serving,
+        moves=shown.moves[:MAX_MOVES],
+        more_moves=len(shown.moves) > MAX_MOVES,
         highest=shown.latest == release["version"],
         before=shown.before,
         scores=compared,
         spectrum=shown.spectrum,
-        sizes=layers(shown.spectrum, "norm"),
-        ranks=layers(shown.spectrum, "rank_95"),
+        maps=_maps(shown.spectrum),
+        max_rows=MAX_ROWS,
+        descendants=shown.descendants[:MAX_DESCENDANTS],
+        more_descendants=len(shown.descendants) > MAX_DESCENDANTS,
         loading=[(server, release["loading"].get(server)) for server in SERVERS],
         card=_card(resources.store, release),
         json_address=f"/v1/{release['kind']}s/{named}/releases/{release['version']}",
     )
 
 
-def layers(spectrum: Mapping[str, Any] | None, measure: str) -> dict[tuple[str, int], float]:
-    """A measure of the modules by kind and layer; modules outside of layers are left to the table."""
-    cells: dict[tuple[str, int], float] = {}
-    for module in spectrum["modules"] if spectrum else ():
-        if match := _LAYER.search(module["module"]):
-            cells[match[2].removeprefix("self_attn.").removeprefix("mlp."), int(match[1])] = float(module[measure])
-    return cells
+@router.get("/{namespace}/{name}/{version}/modules")
+def show_modules(
+    namespace: str, name: str, version: str, request: Request, resources: ResourcesOf, actor: PageReader
+) -> Response:
+    """The table of all modules, where there are too many for the release's page."""
+    named = parse_repository(f"{namespace}/{name}")
+    with resources.snapshot() as session:
+        row = releases.find(session, named, parse_version(version))
+        spectrum = releases.spectrum_of(session, named, parse_version(version), Kind.ADAPTER)
+    return page(
+        request,
+        "modules.html",
+        repository=str(named),
+        namespace=named.namespace,
+        name=named.name,
+        version=row.version,
+        spectrum=spectrum,
+        json_address=f"/v1/adapters/{named}/releases/{row.version}/spectrum",
+    )
 
 
-def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release) -> Shown:
+def _maps(spectrum: Mapping[str, Any] | None) -> list[Json]:
+    """The maps of a release: how large its change is, and how much of its rank that uses."""
+    return [
+        {"id": "size", "name": "Size of the change", "unit": "Frobenius norm", "cells": cells(spectrum, "norm")},
+        {"id": "rank", "name": "Rank in use", "unit": "for 95 % of the energy", "cells": cells(spectrum, "rank_95")},
+    ]
+
+
+def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, channel: str | None) -> Shown:
     repository = row.repository
     lower = releases.list_page(session, repository, before=row.sort_key, limit=10)
     before = next((one for one in lower if not one.yanked), None)
     documents = release_documents(session, actor, [row.id, *([before.id] if before else [])])
     read = [orjson.loads(one) for one in documents]
     listed = moves.list_page(session, repository, after="", limit=MAX_CHANNELS)
+    served_by = moves.list_page(session, repository, served=row, after="", limit=MAX_SERVING)
+    _kept = moves.load_current(session, *served_by)
+    serving = [channel_view(session, one, repository) for one in served_by]
+    moved = answers.moves_of(session, named, row, limit=MAX_MOVES + 1)
+    names = [one.name for one in listed]
     base_scores = suites.scores_of_bases(session, row.base)[row.base_digest]
-    newest = resolve.heads(session, repository)[repository.id].latest
     return Shown(
         release=read[0],
         before=read[1] if len(read) > 1 else None,
         base_scores=[score_view(one).model_dump(mode="json") for one in base_scores],
         spectrum=row.spectrum,
-        channels=[channel_view(session, one, repository) for one in listed],
-        latest=newest,
+        serving=serving,
+        moves=moved,
+        answer=answers.answer(session, actor, row, Channels(names, serving, channel), moved),
+        descendants=lineage.descendants(session, actor, row, before=0, limit=MAX_DESCENDANTS + 1),
+        latest=resolve.heads(session, repository)[repository.id].latest,
     )
 
 

@@ -18,7 +18,7 @@ from registry.formats.references import parse_name, parse_repository
 
 router = APIRouter(route_class=PageRoute)
 
-SHOWN = 20
+SHOWN, MAX_CHANNELS = 20, 100
 
 
 @router.get("/{namespace}")
@@ -44,7 +44,9 @@ def show_repository(
     named = parse_repository(f"{namespace}/{name}")
     with resources.snapshot() as session:
         row = repositories.find(session, named)
-        channels = [channel_view(session, one, row) for one in moves.list_page(session, row, after="", limit=100)]
+        served = moves.list_page(session, row, after="", limit=MAX_CHANNELS)
+        _kept = moves.load_current(session, *served)
+        channels = [channel_view(session, one, row) for one in served]
         rows = releases.list_page(session, row, before=decode_cursor(cursor), limit=SHOWN + 1)
         listed = [orjson.loads(one) for one in release_documents(session, actor, [one.id for one in rows[:SHOWN]])]
         summary = repository_page(session, [row])[0]

@@ -9,9 +9,8 @@ from markupsafe import Markup
 
 from registry.api.pages import drawings
 from registry.api.pages.drawings import Interval
+from registry.domain.catalog import intervals
 
-Z = 1.96
-"""95 % of a normal distribution lie within this number of standard errors."""
 Json = Mapping[str, Any]
 
 
@@ -35,15 +34,16 @@ class ScoreLine:
 
 
 def interval(score: Json) -> tuple[float, float]:
-    """The 95 % interval of a score: Wilson's for a share of examples, which holds at 0 and 1 too, else the normal one;
-    the value itself without an error."""
-    value, n = float(score["value"]), int(score["n"])
-    if score["metric"] == "accuracy" and n and 0 <= value <= 1:
-        centre = (value + Z * Z / (2 * n)) / (1 + Z * Z / n)
-        half = Z * sqrt(value * (1 - value) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-        return centre - half, centre + half
-    error = float(score["stderr"] or 0.0)
-    return value - Z * error, value + Z * error
+    """The 95 % interval of a score; the value itself without an error."""
+    value = float(score["value"])
+    return intervals.interval(score["metric"], value, score["stderr"], int(score["n"])) or (value, value)
+
+
+def axis(metric: str, rows: Sequence[Interval]) -> tuple[float, float]:
+    """The ends of an axis that holds all rows: 0 to 1 for a share of examples."""
+    if metric == "accuracy":
+        return 0.0, 1.0
+    return min(0.0, *(row.low for row in rows)), drawings.axis_end([row.high for row in rows])
 
 
 def compare(now: Json, before: Json) -> str:
@@ -69,9 +69,7 @@ def lines(now: Sequence[Json], before: Sequence[Json], base: Sequence[Json]) -> 
 def _line(score: Json, before: Json | None, base: Json | None) -> ScoreLine:
     given = [("base", base), ("before", before), ("now", score)]
     rows = [Interval(float(one["value"]), *interval(one), kind) for kind, one in given if one is not None]
-    share = score["metric"] == "accuracy"
-    low = 0.0 if share else min(0.0, *(row.low for row in rows))
-    high = 1.0 if share else drawings.axis_end([row.high for row in rows])
+    low, high = axis(score["metric"], rows)
     name = f"{score['suite']}.{score['metric']}"
     return ScoreLine(
         name=name,

@@ -39,7 +39,7 @@ def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respo
     more = f"/search?{urlencode([*without_cursor, ('cursor', following)])}" if following else None
     refused = urlencode([*without_cursor, ("include", "refused")])
     address = f"/v1/releases?{urlencode(limited)}"
-    return page(
+    answer = page(
         request,
         "search.html",
         releases=items,
@@ -48,6 +48,9 @@ def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respo
         refused_query=refused,
         json_address=address,
     )
+    if "hx-request" in request.headers:  # the form sends its empty fields too
+        answer.headers["HX-Replace-Url"] = f"/search?{urlencode(without_cursor)}" if without_cursor else "/search"
+    return answer
 
 
 def _releases(

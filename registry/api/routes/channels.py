@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import Header, Request, Response
+from fastapi import Header, Query, Request, Response
 
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, decode_number, etag, expected_from, page
 from registry.api.http.request import RequestKey, ResourcesOf, RowId, idempotent_request
@@ -10,13 +10,14 @@ from registry.api.http.routes import Route
 from registry.api.http.rules import Admin, Publisher, Reader, Releaser
 from registry.api.routes.documents import json_response, move_document
 from registry.api.routes.repository import NamedRepository, RepositoryOf, RepositoryRouter
-from registry.api.routes.views import channel_view, move_view, promotion_view
+from registry.api.routes.views import channel_view, judgement_view, move_view, promotion_view
 from registry.api.schemas.quality import (
     ApprovalIn,
     ApprovalOut,
     ChannelOut,
     GatesIn,
     GatesOut,
+    JudgementOut,
     MoveOut,
     PolicyOut,
     PromoteIn,
@@ -28,7 +29,7 @@ from registry.database import idempotency
 from registry.database.engine import Session
 from registry.database.tables import Promotion
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import moves, pending, policies, promotions
+from registry.domain.channels import judgements, moves, pending, policies, promotions
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import parse_name, parse_version
 from registry.transfer.promotions import settle
@@ -37,16 +38,23 @@ repository_routes = RepositoryRouter(tags=["channels"], route_class=Route)
 
 CHANNEL = "/{namespace}/{name}/channels/{channel}"
 IfMatch = Annotated[str | None, Header(description="The channel's ETag that you last saw.")]
+VersionQuery = Annotated[str, Query(max_length=100)]
 IfNoneMatch = Annotated[str | None, Header(description="`*`: only if the channel does not exist yet.")]
 
 
 @repository_routes.get("/{namespace}/{name}/channels")
 def list_channels(
-    named: RepositoryOf, resources: ResourcesOf, actor: Reader, limit: Limit = 50, cursor: Cursor = None
+    named: RepositoryOf,
+    resources: ResourcesOf,
+    actor: Reader,
+    version: Annotated[str | None, Query(max_length=100, description="Only channels that serve it.")] = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
 ) -> Page[ChannelOut]:
     with resources.snapshot() as session:
         repository = repositories.find(session, named.name, named.kind)
-        rows = moves.list_page(session, repository, after=decode_cursor(cursor), limit=limit + 1)
+        served = releases.find(session, named.name, parse_version(version), named.kind) if version else None
+        rows = moves.list_page(session, repository, served=served, after=decode_cursor(cursor), limit=limit + 1)
         items = [channel_view(session, row, repository) for row in rows]
         return page(items, limit, [row.name for row in rows])
 
@@ -147,6 +155,36 @@ def history(
         row = moves.find(session, repository, channel)
         rows = moves.history(session, row, before=decode_number(cursor), limit=limit + 1)
         return page([move_view(move, named.name, channel) for move in rows], limit, [move.id for move in rows])
+
+
+@repository_routes.get("/{namespace}/{name}/releases/{version}/moves")
+def list_moves_of_release(
+    named: RepositoryOf,
+    version: str,
+    resources: ResourcesOf,
+    actor: Reader,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+) -> Page[MoveOut]:
+    """List the moves of all channels to this release and away from it, newest first."""
+    with resources.read() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        rows = moves.of_release(session, release, before=decode_number(cursor), limit=limit + 1)
+        items = [move_view(move, named.name, channel) for channel, move in rows]
+        return page(items, limit, [move.id for _, move in rows])
+
+
+@repository_routes.get(CHANNEL + "/judgement")
+def judge(
+    named: RepositoryOf, channel: str, version: VersionQuery, resources: ResourcesOf, actor: Reader, response: Response
+) -> JudgementOut:
+    """What promoting the version to the channel would lead to now, with the result of each rule. Changes nothing. A
+    channel that does not exist yet is judged as an empty one."""
+    wanted = moves.PromotionRequest(named.name, parse_version(version), channel, named.kind)
+    with resources.snapshot() as session:
+        judgement = judgements.judge(session, actor, wanted)
+    response.headers["ETag"] = etag(judgement.move)
+    return judgement_view(judgement, wanted)
 
 
 @repository_routes.get(CHANNEL + "/promotions")

@@ -23,6 +23,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import may_read
 from registry.domain.catalog.release_rows import BATCH_SIZE, ReleaseDetails, ReleaseRow, Stamp, load_details
 from registry.domain.catalog.repositories import Kind
+from registry.domain.channels.gates import NO_FIGURES
 from registry.domain.channels.moves import ChannelMove
 from registry.formats.licenses import spdx
 from registry.formats.references import RepositoryName
@@ -54,7 +55,7 @@ def move_document(moved: ChannelMove, repository: RepositoryName, channel: str) 
         "actor": moved.actor,
         "reason": moved.reason,
         "forced": moved.forced,
-        "gates": moved.gates,
+        "gates": [{**NO_FIGURES, **result} for result in moved.gates],
         "at": moved.at,
     }
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import Header, Request, Response
 
-from registry.api.http.pagination import Cursor, Limit, decode_cursor, encode_cursor, page
+from registry.api.http.pagination import Cursor, Limit, decode_cursor, decode_number, encode_cursor, page
 from registry.api.http.request import RequestKey, ResourcesOf, idempotent_request
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller, Publisher, Reader, Releaser
@@ -15,6 +15,7 @@ from registry.api.routes.repository import KindOf, RepositoryOf, RepositoryRoute
 from registry.api.routes.views import repository_page
 from registry.api.schemas.catalog import (
     DeprecateIn,
+    DescendantOut,
     NextOut,
     PublishedOut,
     ReleaseIn,
@@ -30,7 +31,7 @@ from registry.api.schemas.catalog import (
 from registry.api.schemas.wire import Page
 from registry.database.tables import Release
 from registry.domain.access.roles import Role, permit
-from registry.domain.catalog import deprecations, releases, repositories, signatures
+from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
 from registry.domain.catalog.repositories import Wanted
 from registry.domain.channels import yanks
 from registry.formats.manifest import ManifestFile
@@ -131,6 +132,23 @@ def show_target_suite(named: RepositoryOf, version: str, resources: ResourcesOf,
         from registry.domain.compositions import locking
 
         return TargetSuiteOut(target_suite=locking.best_target_suite(session, release))
+
+
+@repository_routes.get("/{namespace}/{name}/releases/{version}/descendants")
+def list_descendants(
+    named: RepositoryOf,
+    version: str,
+    resources: ResourcesOf,
+    actor: Reader,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+) -> Page[DescendantOut]:
+    """List the releases that were composed from this one, newest first; without those that the caller may not read."""
+    with resources.snapshot() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        rows = lineage.descendants(session, actor, release, before=decode_number(cursor), limit=limit + 1)
+        items = [DescendantOut.model_validate(row, from_attributes=True) for row in rows]
+        return page(items, limit, [row.id for row in rows])
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/spectrum")

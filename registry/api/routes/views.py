@@ -5,14 +5,15 @@ from typing import Any, TypeVar
 
 from registry.api.routes.documents import deprecation, move_document
 from registry.api.schemas.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
-from registry.api.schemas.quality import ChannelOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
+from registry.api.schemas.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
 from registry.api.schemas.wire import Wire
 from registry.api.schemas.work import AuditOut, CompositionOut, JobOut
 from registry.database.engine import Row, Session
 from registry.database.tables import AuditRow, Base, Channel, Composition, Job, Promotion, Repository, Score, Suite
 from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.channels import moves, resolve
-from registry.domain.channels.moves import ChannelMove
+from registry.domain.channels.judgements import Judgement
+from registry.domain.channels.moves import ChannelMove, PromotionRequest
 from registry.formats.references import RepositoryName
 
 W = TypeVar("W", bound=Wire)
@@ -106,6 +107,21 @@ def channel_view(session: Session, row: Channel, repository: Repository) -> Chan
 
 def move_view(moved: ChannelMove, repository: RepositoryName, channel: str) -> MoveOut:
     return MoveOut.model_validate(move_document(moved, repository, channel))
+
+
+def judgement_view(judgement: Judgement, wanted: PromotionRequest) -> JudgementOut:
+    return JudgementOut.model_validate(
+        {
+            "repository": str(wanted.repository),
+            "channel": wanted.channel,
+            "version": str(wanted.version),
+            "verdict": str(judgement.verdict),
+            "served": judgement.served,
+            "move": judgement.move,
+            "gates": [result.with_waiting() for result in judgement.results],
+            "error": judgement.error.to_row() if judgement.error else None,
+        }
+    )
 
 
 def promotion_view(row: Promotion) -> PromotionOut:

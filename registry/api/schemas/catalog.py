@@ -194,6 +194,16 @@ class InputOut(Wire):
     weight: float
 
 
+class DescendantOut(Wire):
+    """A release that this one went into, with its weight there."""
+
+    repository: str
+    kind: str
+    version: str
+    commit: str
+    weight: float
+
+
 class LicensesOut(Wire):
     """As SPDX names where it has them, else as stated; null and empty where nothing is stated. `adapter` is that of the
     release itself, also of a model."""

@@ -112,10 +112,30 @@ class ChannelOut(Wire):
     move: int
 
 
+class OtherScoreOut(Wire):
+    value: float
+    stderr: float | None
+    n: int
+
+
 class GateResultOut(Wire):
+    """`value`, `stderr` and `n` are the release's score. `limit` is what the value is compared with, once a margin or
+    share has been applied to the `other` score; with `at_least`, the rule passes from the limit upwards, otherwise up
+    to it. `sure` says whether the 95 % interval stays on its side of the limit, the error of `other` included. What the
+    rule does not use is null, as are the scores of inputs that not every reader may read. Moves that were recorded
+    before these fields existed have none of them."""
+
     rule: str
     passed: bool
     detail: str
+    value: float | None = None
+    stderr: float | None = None
+    n: int | None = None
+    higher_is_better: bool | None = None
+    limit: float | None = None
+    at_least: bool | None = None
+    other: OtherScoreOut | None = None
+    sure: bool | None = None
 
 
 class MoveOut(Wire):
@@ -164,6 +184,21 @@ class PromotionOut(Wire):
     created_at: datetime
     expires_at: datetime
     ended_at: datetime | None
+
+
+class JudgementOut(Wire):
+    """What a promotion would lead to now: `passes`, `waits` or `refused`. `served` is the version that the channel
+    serves, null for an empty one, `move` its last move and ETag (0: none). `error` is what refuses the promotion
+    besides the rules: a yank, or a signature that the namespace requires."""
+
+    repository: str
+    channel: str
+    version: str
+    verdict: Literal["passes", "waits", "refused"]
+    served: str | None
+    move: int
+    gates: list[PromotionGateOut]
+    error: dict[str, Any] | None
 
 
 class ApprovalIn(WireIn):

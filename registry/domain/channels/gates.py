@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from registry.database.tables import Base, Release, ReleaseInput, Score
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import metrics, suites
+from registry.domain.catalog import intervals, metrics, suites
 from registry.domain.catalog.suites import Condition, number_text, parse_condition
 from registry.errors import Usage
 
@@ -43,6 +43,42 @@ class Measured:
         error = f" ± {self.stderr:.3g}" if self.stderr is not None else ""
         notes = [f"n={self.n}"] * (self.n > 0) + ["reported"] * self.reported
         return f"{self.value:.4g}{error} ({', '.join(notes)})"
+
+    def interval(self, metric: str) -> intervals.Interval | None:
+        return intervals.interval(metric, self.value, self.stderr, self.n)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": self.value, "stderr": self.stderr, "n": self.n}
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The numbers that a rule was judged by. `limit` is what the own score is compared with, once a margin or share has
+    been applied to the `other` score; a rule `at_least` passes from the limit upwards, others up to it. `sure` says
+    whether the 95 % interval stays on its side of the limit. All but `own` are None where the rule compares nothing, or
+    may not show with what."""
+
+    own: Measured
+    limit: float | None = None
+    at_least: bool | None = None
+    other: Measured | None = None
+    sure: bool | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.own.to_json(),
+            "higher_is_better": self.own.higher_is_better,
+            "limit": self.limit,
+            "at_least": self.at_least,
+            "other": self.other.to_json() if self.other else None,
+            "sure": self.sure,
+        }
+
+
+NO_FIGURES: Mapping[str, None] = dict.fromkeys(
+    ("value", "stderr", "n", "higher_is_better", "limit", "at_least", "other", "sure")
+)
+"""Of a rule that is not about a score, and of what was recorded before results had figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +104,15 @@ class Comparison(ABC):
     def judge(self, own: Measured, other: Measured) -> tuple[bool, str]:
         """Whether the rule passes, and why."""
 
+    @abstractmethod
+    def limit(self, other: Measured) -> float | None:
+        """The value at which the rule begins to pass; None if none passes."""
+
+    @property
+    def slope(self) -> float:
+        """By how much the limit moves with the other score."""
+        return 1.0
+
 
 class Within(Comparison):
     """Not worse than the other score by more than a margin, in the units of the metric."""
@@ -87,6 +132,9 @@ class Within(Comparison):
         # Decimal margins such as 0.1 have no exact binary form: a difference equal to the margin passes.
         return worse_by <= self.number + 1e-9, f"{own} against {other}: {change}"
 
+    def limit(self, other: Measured) -> float:
+        return other.value - self.number if other.higher_is_better else other.value + self.number
+
 
 class Keeps(Comparison):
     """At least a share of the best input's score, for a metric where higher is better."""
@@ -102,6 +150,13 @@ class Keeps(Comparison):
             return False, f"{self.metric} is better when lower: write `within NUMBER of inputs`"
         share = f"{own.value / other.value:.0%} kept" if other.value > 0 else "the inputs have nothing to keep"
         return own.value >= self.number * other.value - 1e-9, f"{own} against {other}: {share}"
+
+    def limit(self, other: Measured) -> float | None:
+        return self.number * other.value if other.higher_is_better else None
+
+    @property
+    def slope(self) -> float:
+        return self.number
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +200,9 @@ Earlier = Mapping[tuple[str, str], str]
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """The outcome of one rule; `detail` has the numbers. `lacks` names whose score is missing: the `candidate`, `base`,
-    `served` or `inputs`. A `waiting` rule does not pass yet, but may by itself, at `until` if that is known."""
+    """The outcome of one rule; `detail` has the numbers in words, `figures` as numbers if the candidate has the score.
+    `lacks` names whose score is missing: the `candidate`, `base`, `served` or `inputs`. A `waiting` rule does not pass
+    yet, but may by itself, at `until` if that is known."""
 
     rule: str
     passed: bool
@@ -154,9 +210,11 @@ class GateResult:
     lacks: str = ""
     waiting: bool = False
     until: datetime | None = None
+    figures: Figures | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"rule": self.rule, "passed": self.passed, "detail": self.detail}
+        figures = self.figures.to_json() if self.figures else NO_FIGURES
+        return {"rule": self.rule, "passed": self.passed, "detail": self.detail, **figures}
 
     def with_waiting(self) -> dict[str, Any]:
         """As `to_json`, with whether it waits."""
@@ -229,26 +287,43 @@ def judge_rule(rule: Rule, candidate: Scores, against: References, needs: Needs 
     if own is None:
         detail = f"no {rule.metric} on the current {rule.suite}{against.moved_on('candidate', key)}"
         return GateResult(text, False, f"{detail}: run `adaptory eval REF --suite {rule.suite}`", lacks="candidate")
+    alone = Figures(own)
     if objection := needs.objection(own):
-        return GateResult(text, False, f"{own}: {objection}", lacks="candidate")
+        return GateResult(text, False, f"{own}: {objection}", lacks="candidate", figures=alone)
     if isinstance(rule, Condition):
-        return GateResult(text, rule.holds(own.value), str(own))
+        return GateResult(text, rule.holds(own.value), str(own), figures=_figures_of_condition(rule, own))
     if rule.other == "served" and against.served is None:
-        return GateResult(text, True, f"{own}; the channel serves nothing yet")
+        return GateResult(text, True, f"{own}; the channel serves nothing yet", figures=alone)
     if rule.other == "inputs" and against.inputs is None:
-        return GateResult(text, False, f"{own}; the release is not a composition and has no inputs to compare with")
+        detail = f"{own}; the release is not a composition and has no inputs to compare with"
+        return GateResult(text, False, detail, figures=alone)
     scores = {"served": against.served, "inputs": against.inputs}.get(rule.other) or {}
     other = (against.base if rule.other == "base" else scores).get(key)
     if other is None:
         missing = "no input has" if rule.other == "inputs" else f"the {rule.other} has no"
         measure = f"{rule.metric} on the current {rule.suite}{against.moved_on(rule.other, key)}: evaluate it first"
-        return GateResult(text, False, f"{own}, but {missing} {measure}", lacks=rule.other)
+        return GateResult(text, False, f"{own}, but {missing} {measure}", lacks=rule.other, figures=alone)
     if objection := needs.objection(other):
-        return GateResult(text, False, f"{own} against {other} of the {rule.other}: {objection}", lacks=rule.other)
+        detail = f"{own} against {other} of the {rule.other}: {objection}"
+        return GateResult(text, False, detail, lacks=rule.other, figures=alone)
     passed, detail = rule.judge(own, other)
     if rule.other == "inputs" and against.hides_inputs:
         detail = f"{own}; the inputs' scores are not shown, since some are private"
-    return GateResult(text, passed, detail)
+        return GateResult(text, passed, detail, figures=alone)
+    return GateResult(text, passed, detail, figures=_figures_of_comparison(rule, own, other))
+
+
+def _figures_of_condition(rule: Condition, own: Measured) -> Figures:
+    sure = intervals.is_sure(own.value, own.interval(rule.metric), rule.value)
+    return Figures(own, rule.value, rule.operator == ">=", sure=sure)
+
+
+def _figures_of_comparison(rule: Comparison, own: Measured, other: Measured) -> Figures:
+    limit, around = rule.limit(other), (other.value, other.interval(rule.metric))
+    if limit is None:
+        return Figures(own)
+    sure = intervals.is_sure(own.value, own.interval(rule.metric), limit, around, rule.slope)
+    return Figures(own, limit, own.higher_is_better, other, sure)
 
 
 def lacking(rule: Rule, candidate: Scores, against: References, needs: Needs) -> list[str]:

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, cast
 
 from sqlalchemy import Select, Table, bindparam, insert, literal_column, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, joinedload
 
 from registry.database.engine import insert_if_absent
 from registry.database.tables import Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision
@@ -15,7 +15,7 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import releases, repositories, signatures
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import pending, policies, refusals
-from registry.domain.channels.policies import Report
+from registry.domain.channels.policies import Report, Verdict
 from registry.domain.channels.refusals import Expected, PromotionRequest
 from registry.domain.channels.requirements import Question
 from registry.domain.jobs.evaluations import Wanted
@@ -99,6 +99,18 @@ _HISTORY = (
     .where(_move.channel_id == bindparam("channel"))
     .order_by(_move.id.desc())
 )
+_OF_RELEASE = (
+    select(_channel.name.label("channel"), *_MOVED)
+    .select_from(Channel.__table__)
+    .join(Move.__table__, _move.channel_id == _channel.id)
+    .join(Release.__table__, _release.id == _move.to_release_id)
+    .outerjoin(_left, _left.c.id == _move.from_release_id)
+    .where(
+        _channel.repository_id == bindparam("repository"),
+        (_move.to_release_id == bindparam("release")) | (_move.from_release_id == bindparam("release")),
+    )
+    .order_by(_move.id.desc())
+)
 _INSERT = insert(cast(Table, Move.__table__)).returning(_move.id)
 _POINT = (
     update(cast(Table, Channel.__table__))
@@ -169,20 +181,21 @@ def attempt(
     completes; a move ends any other one of the channel. `given_up` are scores that will not come.
     """
     release = _load_release_and_policy(session, wanted)
-    _refuse_unsigned(session, release, wanted)
+    refuse_unsigned(session, release.id, release, (release.signed_by, release.covers), wanted)
     current = session.execute(_STATE, {"channel": release.channel_id, "release": release.id}).one()
     refusals.refuse_unpromotable(current.yank_reason, wanted)
     _check_expected(current.move_id, wanted.expected, wanted.subject)
     # A request that waited here may be older than the last move.
     actor = replace(actor, at=max(actor.at, current.at or actor.at))
     policy = policies.of_columns(current.rules, current.policy)
-    report = _judge(session, actor, release, policy, given_up or {})
+    report = judge(session, actor, release.id, wanted.channel, release.channel_id, policy, given_up or {})
+    verdict = report.verdict(served=current.to_release_id == release.id)
     if report.failed and wanted.force:
         refusals.refuse_force(actor, policy, wanted)
-    elif report.waits and current.to_release_id != release.id:
+    elif verdict is Verdict.WAITS:
         seen, mapped = current.move_id or NOTHING_YET, session.get_one(Release, release.id)
         return Waiting(channel_id=release.channel_id, release=mapped, seen=seen, policy=policy, report=report)
-    elif report.failed and not report.waits:
+    elif verdict is Verdict.REFUSED:
         raise refusals.gate_failed(wanted, report, policy)
     if current.to_release_id == release.id:
         return ChannelMove.of_row(current)
@@ -304,6 +317,14 @@ def history(session: Session, channel: Channel, *, before: int, limit: int) -> l
     return [ChannelMove.of_row(row) for row in session.execute(query.limit(limit), {"channel": channel.id})]
 
 
+def of_release(session: Session, release: Release, *, before: int, limit: int) -> list[tuple[str, ChannelMove]]:
+    """The moves of all channels to a release and away from it, each with its channel, newest first; `before` as in
+    `history`."""
+    query = _OF_RELEASE.where(_move.id < before) if before else _OF_RELEASE
+    named = {"repository": release.repository_id, "release": release.id}
+    return [(row.channel, ChannelMove.of_row(row)) for row in session.execute(query.limit(limit), named)]
+
+
 def find(session: Session, repository: Repository, name: str) -> Channel:
     """The channel. Raises NotFound for one that was never moved."""
     channel = session.scalar(select(Channel).where(Channel.repository_id == repository.id, Channel.name == name))
@@ -312,15 +333,26 @@ def find(session: Session, repository: Repository, name: str) -> Channel:
     return channel
 
 
-def list_page(session: Session, repository: Repository, *, after: str, limit: int) -> Sequence[Channel]:
-    """Channels by name; `after` is the last one of the previous page."""
+def list_page(
+    session: Session, repository: Repository, *, served: Release | None = None, after: str, limit: int
+) -> Sequence[Channel]:
+    """Channels by name, only those that serve `served` if given; `after` is the last one of the previous page."""
     query = select(Channel).where(Channel.repository_id == repository.id, Channel.move_id.is_not(None))
+    if served is not None:
+        query = query.where(Channel.served_id == served.id)
     return session.scalars(query.where(Channel.name > after).order_by(Channel.name).limit(limit)).all()
 
 
 def current_of(session: Session, channel: Channel) -> Move:
     """The last move of a channel from `find`, which always has one."""
     return session.get_one(Move, channel.move_id)
+
+
+def load_current(session: Session, *channels: Channel) -> list[Move]:
+    """The last moves of channels with their releases, in one query. While the list is kept, `current_of` needs none."""
+    wanted = [channel.move_id for channel in channels]
+    loaded = select(Move).where(Move.id.in_(wanted)).options(joinedload(Move.to_release).joinedload(Release.revision))
+    return list(session.scalars(loaded))
 
 
 def _previous_unyanked(session: Session, move: Move) -> Move | None:
@@ -378,24 +410,35 @@ def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
     return row
 
 
-def _refuse_unsigned(session: Session, release: Any, wanted: PromotionRequest) -> None:
-    if release.require_signature:
-        signed = signatures.signer(session, release.id, release.signing_keys, (release.signed_by, release.covers))
-        releases.refuse_without_signature(wanted.repository.namespace, release, *signed, wanted.release)
+def refuse_unsigned(
+    session: Session, release_id: int, policy: Any, named: tuple[str | None, str | None], wanted: PromotionRequest
+) -> None:
+    """Raises Refused if the namespace requires a signature that the release lacks. `policy` has the namespace's columns
+    about signatures, `named` the signer and the extent that the release's own row names."""
+    if policy.require_signature:
+        signed = signatures.signer(session, release_id, policy.signing_keys, named)
+        releases.refuse_without_signature(wanted.repository.namespace, policy, *signed, wanted.release)
 
 
-def _judge(
-    session: Session, actor: Actor, release: Any, policy: ChannelPolicy, given_up: Mapping[Wanted, str]
+def judge(  # noqa: PLR0913
+    session: Session,
+    actor: Actor,
+    release_id: int,
+    name: str,
+    channel_id: int | None,
+    policy: ChannelPolicy,
+    given_up: Mapping[Wanted, str],
 ) -> Report:
+    """Judges a release by the policy of the channel `name`, whose id is None before its first promotion."""
     if policies.is_empty(policy):
         return Report([], [])
     # Compare with what users get: not with a yanked release on the channel.
-    channel = session.get_one(Channel, release.channel_id, populate_existing=True)
-    given = effective_move(session, channel)
+    channel = None if channel_id is None else session.get_one(Channel, channel_id, populate_existing=True)
+    given = effective_move(session, channel) if channel else None
     question = Question(
         actor=actor,
-        release=session.get_one(Release, release.id),
-        channel=channel,
+        release=session.get_one(Release, release_id),
+        channel=name,
         served=given.to_release if given else None,
         given_up=given_up,
     )

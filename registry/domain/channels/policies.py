@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from enum import StrEnum
 from functools import cache
 
 from sqlalchemy import select
@@ -25,6 +26,14 @@ _HOW = {"version", "min_n", "measured", "missing", "force", "expires_hours"}
 _REQUIREMENTS = tuple(name for name in ChannelPolicy.model_fields if name not in _HOW)
 
 
+class Verdict(StrEnum):
+    """What a promotion leads to."""
+
+    PASSES = "passes"
+    WAITS = "waits"
+    REFUSED = "refused"
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """The results of a policy's rules, and the scores that they wait for."""
@@ -41,6 +50,13 @@ class Report:
     def waits(self) -> bool:
         """Whether all that is not passed may still pass by itself."""
         return bool(self.failed) and all(result.waiting for result in self.failed)
+
+    def verdict(self, *, served: bool) -> Verdict:
+        """What a promotion without force leads to. `served` says whether the last move is to the release: it then waits
+        for nothing."""
+        if self.failed and not self.waits:
+            return Verdict.REFUSED
+        return Verdict.WAITS if self.failed and not served else Verdict.PASSES
 
     @property
     def until(self) -> datetime | None:

@@ -24,12 +24,12 @@ from registry.formats.signatures import is_key_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A promotion to be judged. `served` is the release that the channel serves. `given_up` maps scores that nobody
-    will measure any more to the reason."""
+    """A promotion to be judged. `channel` need not exist yet, and `served` is the release that it serves. `given_up`
+    maps scores that nobody will measure any more to the reason."""
 
     actor: Actor
     release: Release
-    channel: Channel
+    channel: str
     served: Release | None
     given_up: Mapping[Wanted, str] = field(default_factory=dict[Wanted, str])
 
@@ -84,7 +84,7 @@ def _last_moves(session: Session, release: Release, channel: str) -> tuple[Move,
 def _approval(session: Session, needed: NeededApproval, question: Question) -> GateResult:
     people = f"{needed.count} other people" if needed.count > 1 else "another person"
     rule = f"approval by {people} with the role {needed.role}"
-    given = unspent_approvals(session, question.release, question.channel.name)
+    given = unspent_approvals(session, question.release, question.channel)
     others = [one for one in given if one.user != question.actor.name]
     names = [one.user for one in others if _has_role(session, one, question.release, Role(needed.role))]
     detail = f"{len(names)} of {needed.count}" + (f": {', '.join(names)}" if names else "")

@@ -143,15 +143,18 @@ def member_suites(session: Session, recipe: Recipe, inputs: Sequence[Release]) -
 
 
 def best_target_suite(session: Session, release: Release) -> str | None:
-    """The target suite on which the release gained most over its base, in nats per token."""
+    """The target suite on which the release gained most over its base, in nats per token. If the base lacks a score on
+    one of them, gains cannot be compared, and it is the suite on which the release is best."""
     base = gates.scores(session, release.base)
-    gains: list[tuple[float, str]] = []
-    for score in suites.scores_of(session, release):
-        before = base.get((score.suite.name, score.metric))
-        usable = not score.reported and score.suite.task not in suites.ELSEWHERE
-        if usable and score.metric == "nll" and score.suite.kind == "target":
-            gains.append((before.value - score.value if before else 0.0, score.suite.name))
-    return max(gains)[1] if gains else None
+    own = {
+        score.suite.name: score.value
+        for score in suites.scores_of(session, release)
+        if not score.reported and score.suite.task not in suites.ELSEWHERE
+        if score.metric == "nll" and score.suite.kind == "target"
+    }
+    before = {name: base[name, "nll"].value for name in own if (name, "nll") in base}
+    compared = before if len(before) == len(own) else {}
+    return max(own, key=lambda name: (compared.get(name, 0.0) - own[name], name), default=None)
 
 
 def gates_against_inputs(own: Sequence[str | None]) -> list[str]:

@@ -81,6 +81,15 @@ def list_page(session: Session, namespaces: Sequence[str] | None, *, before: int
     return list(session.scalars(query))
 
 
+def unfinished(session: Session) -> list[tuple[str, str, int, datetime]]:
+    """Kind, state, number and oldest time of creation of the jobs that are queued or running."""
+    query = select(Job.kind, Job.state, func.count(), func.min(Job.created_at))
+    query = (
+        query.where(Job.state.in_(("queued", "running"))).group_by(Job.kind, Job.state).order_by(Job.kind, Job.state)
+    )
+    return [(kind, state, count, since) for kind, state, count, since in session.execute(query)]
+
+
 def claim(session: Session, worker: str, now: datetime, leave: Collection[int] = ()) -> Job | None:
     """Claims the oldest job that is due or whose worker fell silent.
 

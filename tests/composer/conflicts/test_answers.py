@@ -131,7 +131,7 @@ def test_the_share_that_is_left_is_printed_with_its_interval() -> None:
     (answers,) = [one for one in of_outcome(answering(13, 4), Policy()) if one.code == "probe_answers"]
     assert "4 of the 13 examples" in answers.message
     assert "(9% to 61% of all)" in answers.message
-    share = answering(13, 4).to_json()["effects"][0]["answers_interval"]  # pyright: ignore[reportIndexIssue]
+    share = answering(13, 4).to_json(Limits())["effects"][0]["answers_interval"]  # pyright: ignore[reportIndexIssue]
     assert share == pytest.approx({"low": 0.0909, "high": 0.6143}, abs=1e-4)
 
 
@@ -183,6 +183,39 @@ def test_what_was_measured_of_the_whole_set_is_said_before_the_pairs(
     assert headlines(report)[1].startswith("All together: risk +0.30")
     assert "red: exact match retained on 0 of 13" in headlines(report)[1]
     assert headlines(report)[1] in unescape(page(report))
+
+
+def test_the_whole_set_has_advice_of_its_own(red: LoadedAdapter, green: LoadedAdapter, load: Load) -> None:
+    harmed = answering(13, 0)
+    lossless = replace(harmed.effects[1], member="red")
+    fine = Outcome(16, (lossless, harmed.effects[1]), ())
+    three, weights = [red, green, load("blue", 5)], [1.0] * 3
+    together = conflicts(three, weights, evidence=ProbeResult(16, (fine,), harmed, 1.0))
+    assert (together.verdict, together.pairs[0].explanation.advice) == (Verdict.WARN, ())
+    assert together.advice[0].startswith("Fit the combination on the members' own examples")
+    assert "Shrink the sum: --set lambda=0.7, or --method mean." in together.advice
+    a_pair = conflicts(three, weights, evidence=ProbeResult(16, (harmed,), fine, 1.0))
+    assert a_pair.advice
+    assert all(line.startswith("red + green: ") for line in a_pair.advice)
+    both = conflicts([red, green], [1.0, 1.0], evidence=ProbeResult(16, (harmed,), harmed, 1.0))
+    assert both.advice == both.pairs[0].explanation.advice
+    assert conflicts(three, weights, evidence=ProbeResult(16, (fine,), fine, 1.0)).advice == ()
+    unmeasured = conflicts(three, weights)
+    assert unmeasured.advice[0].startswith("Measure it")
+    assert unmeasured.advice[1].startswith("Without a measurement, take the mean"), "a sum of three"
+    assert unmeasured.to_json()["whole"]["advice"] == list(unmeasured.advice)
+
+
+def test_the_json_of_a_probe_says_what_each_member_and_guard_may_lose(red: LoadedAdapter, green: LoadedAdapter) -> None:
+    outcome = answering(13, 4)
+    measured = ProbeResult(16, (outcome,), outcome, 1.0)
+    report = conflicts(
+        [red, green], [1.0, 1.0], evidence=measured, policy=parse_policy("thresholds: {probe_loss: 0.2}")
+    )
+    first = report.to_json()["whole"]["probe"]["effects"][0]
+    assert (first["tolerated"], first["answers_required"], first["verdict"]) == (0.2, 0.9, "warn")
+    free = conflicts([red, green], [1.0, 1.0], evidence=measured, policy=parse_policy("probe_loss: ignore"))
+    assert free.to_json()["whole"]["probe"]["effects"][0]["tolerated"] is None
 
 
 def test_adapters_without_factors_have_an_unknown_risk_and_not_none(make_model: MakeModel, tmp_path: Path) -> None:

@@ -280,8 +280,9 @@ def test_deltas_without_factors_are_left_out_and_named(red: LoadedAdapter, green
 def test_the_rows_of_a_report_are_bounded_and_the_modules_that_matter_stay(
     red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    (pair,) = conflicts([red, green], [1.0, 1.0]).pairs
-    rows = pair.to_json(most=1)["modules"]
+    report = conflicts([red, green], [1.0, 1.0])
+    (pair,) = report.pairs
+    rows = pair.to_json(report.limits, most=1)["modules"]
     assert isinstance(rows, list)
     assert [row["module"] for row in rows] == [next(iter(pair.explanation.shares))]
 

@@ -455,7 +455,8 @@ def test_a_release_made_elsewhere_is_a_step_of_main(house: House) -> None:
     assert paths(house, "acme/sql", "1.1.0") == ["weights.safetensors"]
     branch = house.ask("releaser", "POST", "/api/models/acme/sql/branch/canary", json={"startingPoint": "1.0.0"})
     assert branch.status_code == 200, branch.text
-    assert house.ask("releaser", "POST", "/api/models/acme/sql/branch/canary", json={"startingPoint": "1.0.0"}).is_error
+    again = house.ask("releaser", "POST", "/api/models/acme/sql/branch/canary", json={"startingPoint": "1.0.0"})
+    assert (again.status_code, again.json()["code"]) == (409, "channel_exists"), "clients pass over it with exist_ok"
     assert house.ask("releaser", "POST", "/api/models/acme/sql/branch/next", json={}).status_code == 400
     for name in ("9.9.9", "v2.0.0", "c0ffee0"):
         answer = house.ask("releaser", "POST", f"/api/models/acme/sql/branch/{name}", json={"startingPoint": "v1.0.0"})

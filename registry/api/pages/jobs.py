@@ -1,0 +1,117 @@
+"""Jobs, and compositions: how far they are, why they ended, and what came out beside the inputs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import RedirectResponse
+from markupsafe import Markup
+
+from registry.api.http.pagination import Cursor, decode_number, encode_cursor
+from registry.api.http.request import ResourcesOf, RowId
+from registry.api.http.rules import Where
+from registry.api.pages import drawings, gates, scores
+from registry.api.pages.drawings import Interval
+from registry.api.pages.render import page
+from registry.api.pages.wire import PageCaller, PageRoute, PageRule
+from registry.api.routes.views import composition_view, job_view
+from registry.client.lineage import of_lock, rule_words
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role
+from registry.domain.compositions import compositions
+from registry.domain.jobs import evaluations, queue
+from registry.domain.jobs.queue import FINISHED
+
+router = APIRouter(route_class=PageRoute)
+
+SHOWN = 25
+PageContributor = Annotated[Actor, Depends(PageRule(Where.ANYWHERE, Role.PUBLISHER))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """A score of a composition's candidate, or below it one of an input or of the base on the same examples."""
+
+    name: str
+    subject: str
+    address: str | None
+    value: float
+    n: int
+    drawing: Markup
+
+
+@router.get("/jobs")
+def list_jobs(request: Request, resources: ResourcesOf, actor: PageContributor, cursor: Cursor = None) -> Response:
+    """Those that REST lists, newest first."""
+    with resources.read() as session:
+        rows = compositions.list_jobs(session, actor, before=decode_number(cursor), limit=SHOWN + 1)
+        listed = [job_view(row) for row in rows[:SHOWN]]
+    more = encode_cursor(rows[SHOWN - 1].id) if len(rows) > SHOWN else None
+    return page(request, "jobs.html", jobs=listed, more=more, first=cursor is None, json_address="/v1/jobs")
+
+
+@router.get("/jobs/{job_id}")
+def show_job(job_id: RowId, request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
+    """A job; that of a composition has the composition's page."""
+    with resources.read() as session:
+        row = queue.find(session, job_id)
+        compositions.permit_job(session, actor, row)
+        if row.kind != evaluations.KIND:
+            made = compositions.find_by_job(session, job_id).id
+            return RedirectResponse(f"/compositions/{made}", 302)
+        view = job_view(row)
+    return page(request, "job.html", job=view, finished=view.state in FINISHED, json_address=f"/v1/jobs/{job_id}")
+
+
+@router.get("/compositions/{composition_id}")
+def show_composition(composition_id: RowId, request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
+    with resources.read() as session:
+        pair = compositions.find(session, composition_id)
+        compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
+        view, job = composition_view(*pair), job_view(pair[1])
+    made = of_lock(view.lock)
+    return page(
+        request,
+        "composition.html",
+        made=view,
+        job=job,
+        finished=view.state in FINISHED,
+        members=[(one, [rule_words(rule) for rule in one.weight.rules]) for one in made.members],
+        how=made.how,
+        compared=_compared(view.candidate_scores or []),
+        report=gates.lines(view.gates or []),
+        passed=gates.summary(view.gates or []),
+        json_address=f"/v1/compositions/{composition_id}",
+    )
+
+
+def _compared(candidate: Sequence[Mapping[str, Any]]) -> list[list[Compared]]:
+    """For each suite and metric the candidate's score, and below it the others on the same axis."""
+    return [_together(score) for score in candidate]
+
+
+def _together(score: Mapping[str, Any]) -> list[Compared]:
+    named = f"{score['suite']}.{score['metric']}"
+    rows: list[tuple[str, str | None, Mapping[str, Any], str]] = [("result", None, score, "now")]
+    for one in score.get("inputs", []):
+        address = f"/{one['repository']}/{one['version']}"
+        rows.append((f"{one['repository']} {one['version']}", address, one, "before"))
+    if score.get("base"):
+        rows.append(("base", None, score["base"], "base"))
+    measured = [{"metric": score["metric"], **one} for _, _, one, _ in rows]
+    bars = [
+        Interval(one["value"], *scores.interval(one), kind) for one, (_, _, _, kind) in zip(measured, rows, strict=True)
+    ]
+    low, high = scores.axis(score["metric"], bars)
+    return [
+        Compared(
+            name=named,
+            subject=subject,
+            address=address,
+            value=one["value"],
+            n=one["n"],
+            drawing=drawings.intervals(f"{named} of {subject}", [bar], low, high),
+        )
+        for (subject, address, one, _), bar in zip(rows, bars, strict=True)
+    ]

@@ -1,0 +1,20 @@
+"""The modules that an adapter changes, by kind and layer, with the measures of its spectrum."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from registry.api.pages.drawings import Cell
+
+MAX_ROWS = 256
+"""Modules in the table of a release's page, of 40 kB; more have a page of their own."""
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+)")
+
+
+def cells(spectrum: Mapping[str, Any] | None, measure: str) -> dict[Cell, float]:
+    """A measure of the modules by kind and layer; modules outside of layers are left to the table."""
+    cells: dict[Cell, float] = {}
+    for module in spectrum["modules"] if spectrum else ():
+        if match := _LAYER.search(module["module"]):
+            cells[match[2].removeprefix("self_attn.").removeprefix("mlp."), int(match[1])] = float(module[measure])
+    return cells

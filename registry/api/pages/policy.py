@@ -1,0 +1,49 @@
+"""A channel's policy in words."""
+
+from registry.formats.channel_policy import ChannelPolicy, Combination, Licenses, ScoreRule
+
+
+def stated(policy: ChannelPolicy) -> list[tuple[str, list[str]]]:
+    """What a promotion needs: a heading and its lines for each part that asks for something."""
+    needs = {
+        "Scores": [_rule(policy, one) for one in policy.rules],
+        "Served before": [f"by {one.channel} for {one.hours:g} hours, and not rolled back" for one in policy.soak],
+        "Approval": _approval(policy),
+        "Signature": [f"by a key of the namespace, covering the {policy.signature}"] if policy.signature else [],
+        "Licences": _licenses(policy.licenses) if policy.licenses else [],
+        "Conflict check": [f"at worst {policy.verdict}, of a composed release"] if policy.verdict else [],
+        "Loads in": list(policy.loads_in),
+    }
+    listed = [(heading, lines) for heading, lines in needs.items() if lines]
+    return [*listed, *_how(policy)] if listed else []
+
+
+def _how(policy: ChannelPolicy) -> list[tuple[str, list[str]]]:
+    missing = {"evaluate": "is measured, and the promotion waits", "refuse": "refuses the promotion"}
+    force = "never" if policy.force == "never" else f"with the role {policy.force} or higher, and a reason"
+    how = [("A missing score", [missing[policy.missing]])] if policy.rules else []
+    return [*how, ("Force", [force]), ("Waits", [f"at most {policy.expires_hours:g} hours"])]
+
+
+def _rule(policy: ChannelPolicy, row: ScoreRule) -> str:
+    least, measured = policy.of_rule(row)
+    conditions = [f"from at least {least} examples"] if least > 1 else []
+    return ", ".join([row.rule, *conditions, *(["measured, not reported"] if measured else [])])
+
+
+def _approval(policy: ChannelPolicy) -> list[str]:
+    if policy.approval is None:
+        return []
+    people = "1 person" if policy.approval.count == 1 else f"{policy.approval.count} people"
+    return [f"by {people} with the role {policy.approval.role} or higher, other than the one who promotes"]
+
+
+def _licenses(asked: Licenses) -> list[str]:
+    lines = [f"stated for: {', '.join(asked.stated)}"] if asked.stated else []
+    if asked.allow is not None:
+        lines.append(f"allowed: {', '.join(asked.allow)}")
+    return lines + [f"refused: {_refused(one)}" for one in asked.refuse]
+
+
+def _refused(one: str | Combination) -> str:
+    return one if isinstance(one, str) else " with ".join(f"{part} {name}" for part, name in one.given().items())

@@ -1,0 +1,44 @@
+"""95 % intervals of scores."""
+
+from math import hypot, sqrt
+
+Z = 1.96
+"""95 % of a normal distribution lie within this number of standard errors."""
+Interval = tuple[float, float]
+
+
+def interval(metric: str, value: float, stderr: float | None, n: int) -> Interval | None:
+    """The 95 % interval of a score: Wilson's for `accuracy`, a share of `n` examples, which also holds at 0 and 1;
+    otherwise the normal one. None for a score without an error."""
+    if stderr is None:
+        return None
+    if metric == "accuracy" and n and 0 <= value <= 1:
+        centre = (value + Z * Z / (2 * n)) / (1 + Z * Z / n)
+        half = Z * sqrt(value * (1 - value) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
+        return centre - half, centre + half
+    return value - Z * stderr, value + Z * stderr
+
+
+def is_sure(
+    value: float,
+    own: Interval | None,
+    limit: float,
+    other: tuple[float, Interval | None] | None = None,
+    slope: float = 0.0,
+) -> bool | None:
+    """Whether the value is farther from the limit than their error. `own` is the value's interval. `other` is another
+    score with its interval: the limit moves by `slope` for each unit of it. None if an interval is missing.
+
+    The half widths that face each other are added as squares (Newcombe's interval of a difference), since the scores
+    are not paired.
+    """
+    if own is None:
+        return None
+    above = value > limit
+    error = value - own[0] if above else own[1] - value
+    if other is not None:
+        centre, around = other
+        if around is None:
+            return None
+        error = hypot(error, slope * (around[1] - centre if above else centre - around[0]))
+    return abs(value - limit) > error

@@ -1,0 +1,131 @@
+"""A server over a small real registry with one of everything that pages show, and a browser."""
+
+import os
+import shutil
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from playwright.sync_api import Browser, sync_playwright
+
+from tests import services
+from tests.scenarios.world import Cli, World, build_world, server
+
+CHROMIUM = Path("/usr/bin/chromium")
+CARD = """# SQL
+
+Schema changes in words, answered by one statement.
+
+| step | loss |
+|---|---|
+| 50 | 0.2 |
+"""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running registry: its address, and the numbers of a composition that published, after one that was refused,
+    and of an evaluation."""
+
+    url: str
+    cli: Cli
+    composition: int
+    job: int
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def site(world: World, tmp_path_factory: pytest.TempPathFactory) -> Generator[Site]:
+    home = tmp_path_factory.mktemp("site") / "home"
+    cli = Cli({"ADAPTORY_HOME": str(home), "ADAPTORY_USER": "mia"})
+    composition = _fill(cli, world, home.parent)
+    job = cli.json("eval", "acme/support:1.0.0", "--suite", "guard-exact", "--queue", "--no-wait")["job"]
+    with server(home, ADAPTORY_USER="mia") as (url, _):
+        yield Site(url, cli, composition, job)
+
+
+def _fill(cli: Cli, world: World, directory: Path) -> int:
+    """Three versions that prod has served, one of them forced and yanked, one that waits, and a composition."""
+    (world.adapters["sql"] / "README.md").write_text(CARD)
+    cli.ok("base", "add", world.base, "--name", "tiny", "--alias", "Acme/Tiny-Llama")
+    for suite in world.suites.values():
+        cli.ok("suite", "add", suite)
+    for adapter, version in (("sql", "1.0.0"), ("other-sql", "1.1.0")):
+        cli.ok("push", world.adapters[adapter], f"acme/sql:{version}", "--base", "tiny", "--notes", "trained again")
+    for name in ("terraform", "support"):
+        cli.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny", "--channel", "prod")
+    cli.ok("eval", "tiny", "acme/sql:1.0.0", "acme/sql:1.1.0", "--suite", "sql-exact", "--suite", "guard-exact")
+    rules = ["sql-exact.nll within 1000 of served", "guard-exact.accuracy >= 0.99"]
+    cli.ok("gate", "acme/sql@prod", "--rule", rules[0])
+    cli.ok("promote", "acme/sql:1.0.0", "--to", "prod", "--reason", "the first one", "--force")
+    cli.ok("promote", "acme/sql:1.1.0", "--to", "prod", "--reason", "trained longer")
+    cli.ok("rollback", "acme/sql@prod", "--reason", "it answers the wrong question")
+    cli.ok("gate", "acme/sql@prod", "--rule", rules[0], "--rule", rules[1])
+    cli.ok("promote", "acme/sql:1.1.0", "--to", "prod", "--reason", "the release party is at noon", "--force")
+    _wait(cli, directory)
+    cli.ok("push", _copy(world.adapters["sql"], directory), "acme/sql:1.2.0", "--base", "tiny")
+    cli.ok("yank", "acme/sql:1.2.0", "--reason", "trained on the test set")
+    return _compose(cli, directory)
+
+
+def _copy(adapter: Path, directory: Path) -> Path:
+    """The same adapter with another card: other content."""
+    copy = shutil.copytree(adapter, directory / "copy")
+    (copy / "README.md").write_text("# Another card\n")
+    return copy
+
+
+def _wait(cli: Cli, directory: Path) -> None:
+    """A promotion that waits for an approval."""
+    policy = directory / "policy.yaml"
+    asked: dict[str, Any] = {
+        "version": 1,
+        "rules": ["sql-exact.nll within 1000 of base"],
+        "min_n": 2,
+        "approval": {"role": "releaser", "count": 1},
+        "licenses": {"refuse": ["CC-BY-NC-4.0"]},
+        "loads_in": ["peft"],
+        "force": "admin",
+    }
+    cli.ok("promote", "acme/sql:1.0.0", "--to", "staging", "--reason", "for the demo")
+    policy.write_text(yaml.safe_dump(asked))
+    cli.ok("policy", "set", "acme/sql@staging", policy)
+    cli("promote", "acme/sql:1.1.0", "--to", "staging", "--reason", "for everyone", "--no-wait")
+
+
+def _compose(cli: Cli, directory: Path) -> int:
+    recipe = {
+        "base": "tiny",
+        "inputs": [
+            {"adapter": "acme/sql:1.0.0", "weight": 0.5, "suite": "sql-exact"},
+            {"adapter": "acme/terraform:1.0.0", "weight": 0.5, "suite": "terraform-exact"},
+        ],
+        "method": "linear",
+        "adapter": "acme/assistant:1.0.0",
+        "evaluate": ["sql-exact", "guard-exact"],
+        "gates": ["sql-exact.nll within 1000 of base", "guard-exact.nll within 1000 of inputs"],
+        "probe": 1,
+    }
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"gates": ["sql-exact.accuracy >= 0.99"]}))
+    assert cli("compose", path).code == 1
+    path.write_text(yaml.safe_dump(recipe))
+    return int(cli.json("compose", path)["id"])
+
+
+@pytest.fixture(scope="session")
+def browser() -> Generator[Browser]:
+    if not CHROMIUM.exists():
+        services.unavailable("chromium", f"{CHROMIUM} is missing; install Debian's package chromium")
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()

@@ -1,0 +1,167 @@
+"""What pages cost and carry: statements, bytes, and nothing that a strict content security policy would refuse."""
+
+import gzip
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import event
+
+from registry.api.app import create_app
+from registry.api.pages import card, drawings
+from registry.client.inprocess import InProcessTransport
+from registry.domain.catalog import releases, repositories
+from registry.domain.catalog.releases import NewRelease
+from registry.domain.catalog.repositories import Kind
+from registry.domain.channels import moves
+from registry.domain.channels.moves import PromotionRequest
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest, RepositoryName, Version
+from registry.transfer.resources import Resources
+from tests import services
+from tests.access.house import FACTS, HOST, House, build_house, new_environment
+
+PAGES = Path(drawings.__file__).parent
+TEMPLATES = sorted((PAGES / "templates").glob("*.html"))
+MAX_CSS_BYTES, MAX_STATEMENTS = 20_000, 30
+ADDRESSES = (
+    "/",
+    "/search?base=tiny",
+    "/acme",
+    "/acme/sql",
+    "/acme/sql/1.1.0",
+    "/acme/sql/1.0.0",
+    "/acme/sql/compare/1.0.0...1.1.0",
+    "/acme/sql@prod",
+    "/bases",
+    "/bases/tiny",
+    "/suites",
+    "/suites/exact",
+    "/jobs",
+    "/compositions/1",
+    "/audit",
+)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
+    house = build_house(new_environment(services.PAIRINGS[0], tmp_path_factory.mktemp("house") / "home"))
+    yield house
+    house.close()
+
+
+@contextmanager
+def single_user(resources: Resources) -> Generator[httpx2.Client]:
+    transport = InProcessTransport(create_app(resources))
+    with httpx2.Client(base_url="http://localhost", transport=transport, headers={"Accept": "text/html"}) as http:
+        yield http
+
+
+@contextmanager
+def counted(resources: Resources) -> Generator[list[str]]:
+    """The statements that any connection sends meanwhile; SQLAlchemy does not see all of them."""
+    sent: list[str] = []
+
+    def listen(connection: Any, *_: object) -> None:
+        connection.set_trace_callback(lambda text: sent.append(text) if text.startswith(("SELECT", "WITH")) else None)
+
+    event.listen(resources.database.engine, "checkout", listen)
+    yield sent
+    event.remove(resources.database.engine, "checkout", listen)
+
+
+def statements(resources: Resources) -> dict[str, int]:
+    with single_user(resources) as http, counted(resources) as sent:
+        for address in ADDRESSES:  # what is read once for all pages
+            assert http.get(address).status_code == 200, address
+        numbers: dict[str, int] = {}
+        for address in ADDRESSES:
+            sent.clear()
+            http.get(address)
+            numbers[address] = len(sent)
+    return numbers
+
+
+def test_longer_lists_take_no_more_statements(house: House) -> None:
+    before = statements(house.resources)
+    name = RepositoryName("acme", "sql")
+    with house.resources.write() as session:
+        row = repositories.find(session, name)
+        old = releases.find(session, name, Version(1, 1, 0))
+        [file] = releases.files_of(session, old)[old.revision_id]
+        for patch in range(1, 9):
+            version = Version(1, 0, patch)
+            files = [ManifestFile(f"{patch}.safetensors", file.size_bytes, Digest(file.sha256))]
+            new = NewRelease(name, Kind.ADAPTER, version, None, files, old.base_digest, FACTS)
+            releases.publish(session, HOST, new)
+            for channel in ("prod", f"team-{patch}"):
+                moves.promote(session, HOST, PromotionRequest(name, version, channel))
+        moves.promote(session, HOST, PromotionRequest(name, Version(1, 1, 0), "prod"))
+        assert len(moves.list_page(session, row, after="", limit=100)) == 9
+    after = statements(house.resources)
+    assert after == before
+    assert max(after.values()) <= MAX_STATEMENTS, after
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+def test_a_template_has_nothing_that_the_policy_refuses(template: Path) -> None:
+    text = template.read_text(encoding="utf-8")
+    assert not re.search(r"\sstyle=|<style|\son[a-z]+=|hx-on|hx-vars|javascript:|[\"']js:", text)
+    assert not re.search(r"<script(?![^>]*\ssrc=)", text)
+    triggers = re.findall(r'hx-trigger="([^"]*)"', text)
+    assert not [one for one in triggers if "[" in one], "a filter of a trigger is evaluated"
+    unsafe = re.findall(r"\|\s*safe\b", text)
+    assert not unsafe, "only drawings and the sanitizer make markup"
+
+
+def test_the_style_sheet_and_the_scripts_are_small() -> None:
+    css, htmx = ((PAGES / "assets" / name).read_bytes() for name in ("adaptory.css", "htmx.min.js"))
+    assert len(css) <= MAX_CSS_BYTES
+    assert len(gzip.compress(htmx)) <= 14_000
+
+
+def test_maps_of_one_scale_have_the_same_size_and_colours() -> None:
+    small, large = {("q_proj", 0): 1.0}, {("q_proj", 0): 2.0, ("v_proj", 3): 4.0}
+    frame = {*small, *large}
+    one, other = (str(drawings.layer_map("Size", cells, 4.0, frame)) for cells in (small, large))
+    assert re.search('width="[0-9]+" height="[0-9]+"', one)[0] == re.search('width="[0-9]+" height="[0-9]+"', other)[0]  # type: ignore[index]
+    assert 'class="c2"' in one
+    assert 'class="c7"' in other
+    assert "most in layer 3 v_proj: 4" in other
+
+
+def test_a_large_map_is_drawn_in_a_few_paths() -> None:
+    cells = {(f"kind-{kind}", layer): kind + layer / 80 for kind in range(7) for layer in range(80)}
+    drawn = str(drawings.layer_map("Size", cells))
+    assert len(drawn) <= 16_000
+    assert drawn.count("<rect") == 0
+    assert drawn.count("<title>") == 1
+
+
+def test_a_card_shows_html_as_text_but_no_comment_and_no_foreign_image() -> None:
+    text = """---
+license: mit
+---
+# Title
+<!-- Provide a summary.
+More. -->
+A <b onclick="x()">word</b> <!-- or two --> and ![image](https://example.org/a.png) and `<!-- code -->`.
+
+<script>alert(1)</script>
+
+[good](https://example.org) [bad](javascript:alert(1)) [also](http://example.org)
+"""
+    html = str(card.rendered(text))
+    assert "<h3>Title</h3>" in html
+    assert "Provide" not in html
+    assert "or two" not in html
+    assert "&lt;!-- code --&gt;" in html
+    assert "&lt;b onclick" in html
+    assert "&lt;script&gt;" in html
+    assert "<img" not in html
+    assert html.count("href=") == 1
+    assert 'href="https://example.org" rel="nofollow noopener noreferrer"' in html
