@@ -228,6 +228,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "blob_unknown": "Announce its bytes (POST /v1/uploads) and send them.",
         "channel_unknown": "Promote a release to it: `adaptory promote REPO:VERSION --to CHANNEL`.",
         "composition_unknown": "Create one with `adaptory compose RECIPE`.",
+        "conflicts_unknown": "Ask for one with POST /v1/conflicts.",
         "evaluation_unknown": "Ask for one with `adaptory eval REF --suite SUITE --queue`.",
         "file_unknown": "`adaptory show REF` lists the files.",
         "harness_task_unknown": "`lm-eval ls tasks` lists its own tasks; --harness-path DIR names others.",

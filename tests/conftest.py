@@ -92,7 +92,7 @@ SLOWEST_FIRST = (
 )  # fmt: skip
 """Tests that take minutes come before those that take milliseconds, which fill the time of all processes to the end."""
 
-TOGETHER = ("test_every_page.py", "test_hub_clients.py", "test_query_plans.py", "test_search_as_a_model.py")
+TOGETHER = ("test_pages_in_a_browser.py", "test_hub_clients.py", "test_query_plans.py", "test_search_as_a_model.py")
 """What these tests share takes longer to make than the tests take: they stay in one process."""
 
 

@@ -22,6 +22,7 @@ from registry.database.tables import Blob, RevisionFile, Score, Upload
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog import commits
+from registry.domain.compositions import checks
 from registry.formats.references import Digest
 from registry.settings import Settings
 from registry.storage.blobs import BlobStat
@@ -102,6 +103,7 @@ def sweep(resources: Resources, now: datetime) -> Swept:
         forgotten += count
     with resources.write() as session:
         idempotency.expire_keys(session, now)
+        checks.expire(session, now)
     xet.forget_expired(resources, now)
     with resources.read() as session:
         live = set(session.scalars(select(Upload.id)))

@@ -25,7 +25,7 @@ from registry.domain.catalog.releases import Input
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import gates
-from registry.domain.compositions import compositions
+from registry.domain.compositions import checks, compositions
 from registry.domain.jobs import evaluations
 from registry.error_families import refuse_errors
 from registry.errors import Refused
@@ -33,7 +33,7 @@ from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, parse_reference
 from registry.transfer import publishing, results, uploads
 from registry.transfer.publishing import Push
-from registry.worker import evaluating
+from registry.worker import checking, evaluating
 from registry.worker.composition import CompositionRun, Output, ProgressCount, composition_of, store, suites_named
 from registry.worker.judging import Examination, Member, judge, with_inputs
 from registry.worker.optimizing import optimize
@@ -245,6 +245,7 @@ KINDS = {
         },
         clean=clean,
     ),
+    checks.KIND: checking.KIND,
     evaluations.KIND: evaluating.KIND,
 }
 

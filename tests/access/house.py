@@ -28,7 +28,8 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import moves
 from registry.domain.channels.moves import PromotionRequest
-from registry.domain.compositions import compositions
+from registry.domain.compositions import checks, compositions, locking
+from registry.domain.jobs import queue
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
 from registry.settings import Settings
@@ -62,6 +63,7 @@ class Things:
     composition_id: int
     upload_id: str
     announced: str
+    check_id: int
 
 
 @dataclass
@@ -179,6 +181,10 @@ def _furnish(resources: Resources, namespace: str) -> Things:
         composition = compositions.create(session, HOST, recipe, plan_only=True)
         job_id, composition_id = composition.job_id, composition.id
         compositions.cancel(session, HOST, composition_id)  # or its stream of events would have no end
+        check = checks.request(
+            session, HOST, locking.lock_inputs(session, recipe, *locking.resolve_inputs(session, recipe))
+        )
+        queue.request_cancel(session, check.job_id or 0, NOW)
         upload = Upload(
             id=f"upload-{namespace}",
             namespace=namespace,
@@ -191,7 +197,7 @@ def _furnish(resources: Resources, namespace: str) -> Things:
             expires_at=datetime.now(UTC) + timedelta(days=1),
         )
         session.add(upload)
-    return Things(namespace, sha256, job_id, composition_id, upload.id, upload.sha256)
+    return Things(namespace, sha256, job_id, composition_id, upload.id, upload.sha256, check.id)
 
 
 def _hand_out(resources: Resources) -> tuple[dict[str, str], dict[str, str]]:

@@ -4,7 +4,8 @@
 `reader somewhere`   in any namespace
 `operator`           an admin of the whole registry
 `inside: reader`     the route itself looks at the thing first, then asks for that role in its namespace; `everybody`
-                     is shown what each may read, `user` is who has a token, `... somewhere` as above
+                     is shown what each may read, `user` is who has a token, `... somewhere` as above,
+                     `reader with a token` is no anonymous one
 `open`               anybody
 `token of a push`    who has begun it, with the token that the registry then made; not those of users
 `absent`             nobody: the answer is always 404
@@ -75,6 +76,8 @@ POST   /v1/compositions                                                         
 GET    /v1/compositions/{composition_id}                                        inside: publisher
 GET    /v1/compositions/{composition_id}/events                                 inside: publisher
 POST   /v1/compositions/{composition_id}/cancel                                 inside: publisher
+POST   /v1/conflicts                                                            inside: reader with a token
+GET    /v1/conflicts/{check_id}                                                 inside: reader
 GET    /v1/jobs                                                                 publisher somewhere
 GET    /v1/jobs/{job_id}                                                        inside: publisher
 POST   /v1/jobs/{job_id}/cancel                                                 inside: publisher

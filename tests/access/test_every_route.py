@@ -33,7 +33,7 @@ from tests.access.house import (
 )
 from tests.access.stated import STATED
 
-EVERYBODY, OWN_TOKEN = "everybody", "token of a push"
+EVERYBODY, OWN_TOKEN, WITH_TOKEN = "everybody", "token of a push", " with a token"
 FOR_ALL: dict[str, int | str] = {"open": "allowed", "absent": 404, OWN_TOKEN: 401}
 RANK = {role: number for number, role in enumerate(Role)}
 
@@ -143,7 +143,7 @@ def test_a_private_thing_and_one_that_is_not_there_answer_a_stranger_alike(
         or "token_id" in path
     ):
         pytest.skip("not about a thing of one namespace")
-    absent = Things("ghost", "0" * 64, 4_000, 4_000, "upload-ghost", "1" * 64)
+    absent = Things("ghost", "0" * 64, 4_000, 4_000, "upload-ghost", "1" * 64, 4_000)
     there, gone = house.things[PRIVATE], absent
     for caller in ("nobody", "stranger", "narrowed"):
         seen = [
@@ -184,7 +184,7 @@ def test_an_admin_reads_the_audit_rows_of_the_own_namespaces_alone(house: House)
 
 def _denied(answer: httpx2.Response) -> bool:
     """A 404 of what was let in, such as an upload whose bytes have not come, is no denial."""
-    hidden = ("namespace", "repository", "job", "composition", "upload", "blob")
+    hidden = ("namespace", "repository", "job", "composition", "conflicts", "upload", "blob")
     codes = {f"{thing}_unknown" for thing in hidden}
     if answer.status_code == 403 and answer.json()["code"] in ("never_deleted", "settings_of_namespace"):
         return False  # nobody may
@@ -198,7 +198,7 @@ def _expected(method: str, path: str, caller: str, namespace: str) -> int | str:
         return FOR_ALL[whom]
     if caller in ("revoked", "expired"):
         return 401
-    wanted = whom.removeprefix("inside: ")
+    wanted = whom.removeprefix("inside: ").removesuffix(WITH_TOKEN)
     if wanted == "user":
         return 401 if caller == "nobody" else "allowed"
     if wanted == EVERYBODY:
@@ -210,7 +210,7 @@ def _expected(method: str, path: str, caller: str, namespace: str) -> int | str:
     readable = caller in ROLES or namespace == PUBLIC
     if not readable:
         return 404
-    if wanted == Role.READER:
+    if wanted == Role.READER and not (whom.endswith(WITH_TOKEN) and caller == "nobody"):
         return "allowed"
     return 401 if caller == "nobody" else 403
 
@@ -234,7 +234,8 @@ def _filled(method: str, path: str, things: Things, house: House) -> str:
         "{alias:path}": "Acme/Nothing",
         "{base:path}": "tiny", "{suite}": "exact", "{metric}": "none",
         "{sha256}": things.sha256, "{job_id}": str(things.job_id),
-        "{composition_id}": str(things.composition_id), "{upload_id}": things.upload_id, "{number}": "1",
+        "{composition_id}": str(things.composition_id), "{check_id}": str(things.check_id),
+        "{upload_id}": things.upload_id, "{number}": "1",
         "{token_id}": "aaaaaaaaaaaa", "{publisher_id}": "aaaaaaaaaaaa", "{promotion_id}": "4000",
         "{upload}": "0" * 32, "{xorb}": things.sha256,
         "{revision}": "prod", "{revision:path}": "main", "{directory:path}": "weights",
@@ -264,6 +265,10 @@ def _body(method: str, path: str, things: Things) -> dict[str, Any]:
             "adapter": f"{things.namespace}/sum:1.0.0",
         }
         return {"json": {"recipe": recipe, "plan": False}}
+    if (method, path) == ("POST", "/v1/conflicts"):
+        return {
+            "json": {"inputs": [{"adapter": f"{things.namespace}/sql:{version}"} for version in ("1.0.0", "1.1.0")]}
+        }
     if (method, path) == ("POST", "/v1/evaluations"):
         return {"json": {"releases": [f"{things.namespace}/sql:1.0.0"], "suites": ["exact"]}}
     if path == "/v1/uploads/{upload_id}/parts/{number}":
@@ -284,7 +289,7 @@ def _without_ids(text: str, things: Things) -> str:
     text = re.sub(r"Did you mean [^?]*\? ", "", text)
     for value in (things.sha256, things.announced, things.upload_id, things.namespace):
         text = text.replace(value, "<id>")
-    return re.sub(rf"\b({things.job_id}|{things.composition_id})\b", "<n>", text)
+    return re.sub(rf"\b({things.job_id}|{things.composition_id}|{things.check_id})\b", "<n>", text)
 
 
 def test_each_path_has_a_part_that_its_router_is_loaded_by() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests import services
 from tests.scenarios.world import Cli, World, build_world, server
@@ -129,3 +129,26 @@ def browser() -> Generator[Browser]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def tab(browser: Browser) -> Generator[Page]:
+    """One tab for the module: opening one for each page would take half of the time."""
+    context = browser.new_context(reduced_motion="reduce")
+    yield context.new_page()
+    context.close()
+
+
+@pytest.fixture
+def complaints(tab: Page) -> Generator[list[str]]:
+    """What the browser's console says, violations of the content security policy included."""
+    said: list[str] = []
+
+    def listen(message: object) -> None:
+        said.append(f"{getattr(message, 'type', 'error')}: {getattr(message, 'text', message)}")
+
+    tab.on("console", listen)
+    tab.on("pageerror", listen)
+    yield said
+    tab.remove_listener("console", listen)
+    tab.remove_listener("pageerror", listen)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import RedirectResponse
 from markupsafe import Markup
 
 from registry.api.http.pagination import Cursor, decode_number, encode_cursor
@@ -13,19 +12,21 @@ from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.rules import Where
 from registry.api.pages import drawings, gates, scores
 from registry.api.pages.drawings import Interval
-from registry.api.pages.render import page
+from registry.api.pages.render import page, redirect
 from registry.api.pages.wire import PageCaller, PageRoute, PageRule
 from registry.api.routes.views import composition_view, job_view
 from registry.client.lineage import of_lock, rule_words
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role
 from registry.domain.compositions import compositions
-from registry.domain.jobs import evaluations, queue
+from registry.domain.jobs import queue
 from registry.domain.jobs.queue import FINISHED
 
 router = APIRouter(route_class=PageRoute)
 
 SHOWN = 25
+COMPOSITION = "composition"
+"""The kind of job that has the composition's page; others show their steps."""
 PageContributor = Annotated[Actor, Depends(PageRule(Where.ANYWHERE, Role.PUBLISHER))]
 
 
@@ -57,9 +58,9 @@ def show_job(job_id: RowId, request: Request, resources: ResourcesOf, actor: Pag
     with resources.read() as session:
         row = queue.find(session, job_id)
         compositions.permit_job(session, actor, row)
-        if row.kind != evaluations.KIND:
+        if row.kind == COMPOSITION:
             made = compositions.find_by_job(session, job_id).id
-            return RedirectResponse(f"/compositions/{made}", 302)
+            return redirect(f"/compositions/{made}")
         view = job_view(row)
     return page(request, "job.html", job=view, finished=view.state in FINISHED, json_address=f"/v1/jobs/{job_id}")
 

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import RedirectResponse
 
 from composer.formats.adapters.serving import SERVERS
 from registry.api.http.request import ResourcesOf
@@ -14,7 +13,7 @@ from registry.api.http.threads import in_store_threads
 from registry.api.pages import answers, card, scores
 from registry.api.pages.answers import Answer, Channels
 from registry.api.pages.modules import MAX_ROWS, cells
-from registry.api.pages.render import link, page
+from registry.api.pages.render import link, page, redirect
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.documents import release_documents
 from registry.api.routes.views import channel_view, score_view
@@ -22,6 +21,7 @@ from registry.api.schemas.quality import ChannelOut
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import lineage, releases, suites
 from registry.domain.catalog.lineage import Descendant
 from registry.domain.catalog.repositories import Kind
@@ -32,7 +32,7 @@ from registry.storage.blobs import BlobStore
 router = APIRouter(route_class=PageRoute)
 
 CARD = "README.md"
-MAX_CHANNELS, MAX_SERVING, MAX_MOVES, MAX_DESCENDANTS = 100, 10, 20, 10
+MAX_CHANNELS, MAX_SERVING, MAX_MOVES, MAX_DESCENDANTS, MAX_FILES = 100, 10, 20, 10, 100
 Json = dict[str, Any]
 ChannelQuery = Annotated[str | None, Query(max_length=64, description="The channel that a promotion is judged for.")]
 
@@ -67,7 +67,7 @@ def show_release(  # noqa: PLR0913
     if not is_version(version):  # a range or `latest`
         reference = parse_reference(str(named) if version == "latest" else f"{named}:{version}")
         with resources.snapshot() as session:
-            return RedirectResponse(link(str(named), resolve.locate(session, reference).row.version), 302)
+            return redirect(link(str(named), resolve.locate(session, reference).row.version))
     with resources.snapshot() as session:
         shown = _shown(session, actor, named, releases.find(session, named, parse_version(version)), channel)
     release = shown.release
@@ -80,6 +80,7 @@ def show_release(  # noqa: PLR0913
         namespace=named.namespace,
         name=named.name,
         answer=shown.answer,
+        releaser=holds(actor, Role.RELEASER, str(named)),
         serving=shown.serving,
         moves=shown.moves[:MAX_MOVES],
         more_moves=len(shown.moves) > MAX_MOVES,
@@ -89,6 +90,7 @@ def show_release(  # noqa: PLR0913
         spectrum=shown.spectrum,
         maps=_maps(shown.spectrum),
         max_rows=MAX_ROWS,
+        max_files=MAX_FILES,
         descendants=shown.descendants[:MAX_DESCENDANTS],
         more_descendants=len(shown.descendants) > MAX_DESCENDANTS,
         loading=[(server, release["loading"].get(server)) for server in SERVERS],

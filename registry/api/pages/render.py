@@ -68,6 +68,7 @@ def _environment() -> Environment:
     names: dict[str, Any] = {"asset": assets.address, "draw": drawings}
     filters: dict[str, Any] = {
         "moment": moment,
+        "day": day,
         "machine": machine,
         "size": size,
         "fixed": fixed,
@@ -82,6 +83,11 @@ def _environment() -> Environment:
 def moment(at: datetime | str) -> str:
     """A time for people: `28 Nov 2026 09:05 UTC`."""
     return f"{_parsed(at):%-d %b %Y %H:%M} UTC"
+
+
+def day(at: datetime | str) -> str:
+    """The day of a time, in UTC, for tables of many: `28 Nov 2026`."""
+    return f"{_parsed(at):%-d %b %Y}"
 
 
 def machine(at: datetime | str) -> str:

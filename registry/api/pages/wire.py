@@ -17,7 +17,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role
 from registry.errors import RegistryError
 
-__all__ = ["COOKIE", "PageAdmin", "PageCaller", "PageReader", "PageRoute", "PageRule", "error_page"]
+__all__ = ["COOKIE", "PageAdmin", "PageCaller", "PageReader", "PageReleaser", "PageRoute", "PageRule", "error_page"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class PageRule(Rule):
 
 
 PageReader = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.READER))]
+PageReleaser = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.RELEASER))]
 PageAdmin = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.ADMIN))]
 PageCaller = Annotated[Actor, Depends(PageRule(Where.INSIDE))]
 

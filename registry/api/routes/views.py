@@ -7,13 +7,25 @@ from registry.api.routes.documents import deprecation, move_document
 from registry.api.schemas.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
 from registry.api.schemas.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
 from registry.api.schemas.wire import Wire
-from registry.api.schemas.work import AuditOut, CompositionOut, JobOut
+from registry.api.schemas.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut
 from registry.database.engine import Row, Session
-from registry.database.tables import AuditRow, Base, Channel, Composition, Job, Promotion, Repository, Score, Suite
+from registry.database.tables import (
+    AuditRow,
+    Base,
+    Channel,
+    Composition,
+    ConflictCheck,
+    Job,
+    Promotion,
+    Repository,
+    Score,
+    Suite,
+)
 from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.channels import moves, resolve
 from registry.domain.channels.judgements import Judgement
 from registry.domain.channels.moves import ChannelMove, PromotionRequest
+from registry.domain.jobs import queue
 from registry.formats.references import RepositoryName
 
 W = TypeVar("W", bound=Wire)
@@ -150,6 +162,25 @@ def composition_view(row: Composition, job: Job) -> CompositionOut:
         result=row.results[0] if row.results else None,
         steps=job.steps,
         error=job.error,
+    )
+
+
+def conflicts_view(session: Session, row: ConflictCheck) -> ConflictsOut:
+    job, lock = queue.find(session, row.job_id or 0), row.lock
+    named = CheckedInput.model_fields.keys()
+    return ConflictsOut.model_validate(
+        {
+            "id": row.id,
+            "job": job.id,
+            "state": job.state,
+            "base": {"digest": lock["base"], "name": session.get_one(Base, lock["base"]).name},
+            "inputs": [{name: one[name] for name in named if name in one} for one in lock["inputs"]],
+            "method": lock["method"],
+            "settings": lock["settings"],
+            "report": row.report,
+            "steps": job.steps,
+            "error": job.error,
+        }
     )
 
 

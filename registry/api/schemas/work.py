@@ -8,6 +8,9 @@ from pydantic import Field
 from registry.api.schemas.catalog import BaseRef
 from registry.api.schemas.wire import Wire, WireIn
 
+MAX_CHECKED = 16
+"""Adapters in one conflict check, which every reader may request."""
+
 
 class CompositionIn(WireIn):
     """`recipe` as in composer/formats/recipes/recipe.py."""
@@ -48,6 +51,46 @@ class CompositionOut(Wire):
     merge: dict[str, Any] | None
     result: ResultRow | None
     results: list[ResultRow]
+    steps: list[StepOut]
+    error: dict[str, Any] | None
+
+
+class ConflictInput(WireIn):
+    """An adapter by reference. `rules` give it other weights in some layers or modules, as in a recipe."""
+
+    adapter: str = Field(min_length=1, max_length=300)
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    rules: list[dict[str, Any]] = Field(default=[], max_length=100)
+
+
+class ConflictsIn(WireIn):
+    """What would be combined, as in a recipe."""
+
+    inputs: list[ConflictInput] = Field(min_length=2, max_length=MAX_CHECKED)
+    method: str = Field(default="stack", max_length=100)
+    settings: dict[str, Any] = Field(default={}, description="Of the method.")
+
+
+class CheckedInput(Wire):
+    repository: str
+    version: str
+    commit: str
+    weight: float
+    rules: list[dict[str, Any]] = Field(default=[])
+
+
+class ConflictsOut(Wire):
+    """`state`, `steps` and `error` are those of the job that computes the report; `report` is null until it is done. It
+    is the document of `adaptory conflicts --json` without a measurement."""
+
+    id: int
+    job: int
+    state: str
+    base: BaseRef
+    inputs: list[CheckedInput]
+    method: str
+    settings: dict[str, Any]
+    report: dict[str, Any] | None
     steps: list[StepOut]
     error: dict[str, Any] | None
 

@@ -22,7 +22,15 @@ from registry.database.tables.catalog import (
     XetXorb,
 )
 from registry.database.tables.quality import Approval, Channel, Gate, Move, Promotion, Score, Suite, SuiteMetric
-from registry.database.tables.work import AuditRow, Composition, Evaluation, Job, ReleaseInput, StoreFactsRow
+from registry.database.tables.work import (
+    AuditRow,
+    Composition,
+    ConflictCheck,
+    Evaluation,
+    Job,
+    ReleaseInput,
+    StoreFactsRow,
+)
 
 __all__ = [
     "Approval",
@@ -35,6 +43,7 @@ __all__ = [
     "Channel",
     "Commit",
     "Composition",
+    "ConflictCheck",
     "Evaluation",
     "Gate",
     "Job",

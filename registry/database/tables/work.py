@@ -74,6 +74,19 @@ class Composition(Row):
     results: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
 
 
+class ConflictCheck(Row):
+    """A conflict report from weights alone, kept under what it depends on: `key` is a sha256 of that. `lock` has the
+    inputs, `report` is null until the job is done."""
+
+    __tablename__ = "conflict_checks"
+
+    id: Mapped[int] = mapped_column(Id, primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), unique=True)
+    job_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"), unique=True)
+    lock: Mapped[dict[str, Any]] = mapped_column(JSON)
+    report: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
+
+
 class Evaluation(Row):
     """Releases and bases that a job measures. `wanted` are [{release, base, suite}]: a release's id, or None for the
     base alone; the digest of the base to measure on; a suite's digest. `results` has the scores of those that are done,

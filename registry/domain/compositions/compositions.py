@@ -17,7 +17,7 @@ from registry.domain.catalog import metrics, releases, repositories, scorers, su
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import gates
-from registry.domain.compositions import locking
+from registry.domain.compositions import checks, locking
 from registry.domain.jobs import evaluations, queue
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, Usage
 from registry.formats.references import RepositoryName, Version, nearest, parse_reference
@@ -177,6 +177,9 @@ def permit_job(session: Session, actor: Actor, job: Job) -> None:
     """Raises unless the actor may see the job. An evaluation of releases in several namespaces is its
     requester's and that of publishers of the whole registry."""
     hidden = queue.unknown(job.id)
+    if job.kind == checks.KIND:
+        checks.permit_job(session, actor, job)
+        return
     if job.kind == evaluations.KIND and job.created_by == actor.name:
         return
     if job.kind == evaluations.KIND:
@@ -189,7 +192,7 @@ def permit_job(session: Session, actor: Actor, job: Job) -> None:
 
 def cancel_job(session: Session, actor: Actor, job: Job) -> Job:
     """Requests cancellation of a job. Raises Conflict for a finished one."""
-    if job.kind != evaluations.KIND:
+    if job.kind not in (evaluations.KIND, checks.KIND):
         return cancel(session, actor, find_by_job(session, job.id).id)[1]
     job = queue.request_cancel(session, job.id, actor.at)
     audit.record(session, actor, Act.JOB_CANCEL, f"job/{job.id}", namespace=job.namespace)
@@ -203,6 +206,7 @@ def list_jobs(session: Session, actor: Actor, *, before: int, limit: int) -> lis
         rows = queue.list_page(session, granted(actor, Role.PUBLISHER), before=before, limit=limit)
         locks = select(Composition.job_id, Composition.lock).where(Composition.job_id.in_([job.id for job in rows]))
         seen = {job for job, lock in session.execute(locks) if all(may_read(actor, name) for name in _read(lock))}
+        seen |= checks.readable_jobs(session, actor, [job.id for job in rows])
         jobs += [job for job in rows if job.id in seen or job.kind == evaluations.KIND]
         if len(rows) < limit:
             break

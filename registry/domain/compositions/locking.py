@@ -25,6 +25,25 @@ def lock_of(session: Session, recipe: Recipe) -> Lock:
 
     Raises Usage, Conflict or Refused for inputs that cannot be combined, and for a method without examples.
     """
+    base, inputs = resolve_inputs(session, recipe)
+    plain = lock_inputs(session, recipe, base, inputs)
+    own = member_suites(session, recipe, inputs)
+    if recipe.optimize:
+        _refuse_unsearchable(recipe, own)
+    return replace(
+        plain,
+        dtype=recipe.dtype,
+        rounding=recipe.rounding,
+        calibration=()
+        if recipe.optimize
+        else _calibration(session, recipe, parse_settings(recipe.method, recipe.settings), own),
+        gates=_gates_to_add(recipe, own),
+    )
+
+
+def resolve_inputs(session: Session, recipe: Recipe) -> tuple[Base, list[Release]]:
+    """The base and the releases that the recipe combines. Raises Usage, Conflict or Refused for those that cannot be
+    combined."""
     inputs = [
         resolve.resolve(session, parse_reference(source.adapter), Kind.ADAPTER).release for source in recipe.inputs
     ]
@@ -45,6 +64,12 @@ def lock_of(session: Session, recipe: Recipe) -> Lock:
                 subject=full_name(release),
                 next_step="Choose another version.",
             )
+    return base, inputs
+
+
+def lock_inputs(session: Session, recipe: Recipe, base: Base, inputs: Sequence[Release]) -> Lock:
+    """What determines the combination in memory: the inputs with their weights, the method and its settings."""
+    settings = parse_settings(recipe.method, recipe.settings)
     locked = tuple(
         LockedInput(
             repository=full_name(release).rpartition(":")[0],
@@ -56,19 +81,12 @@ def lock_of(session: Session, recipe: Recipe) -> Lock:
         )
         for source, release in zip(recipe.inputs, inputs, strict=True)
     )
-    settings = parse_settings(recipe.method, recipe.settings)
-    own = member_suites(session, recipe, inputs)
-    if recipe.optimize:
-        _refuse_unsearchable(recipe, own)
     return Lock(
         base=base.digest,
         method=recipe.method,
         settings=settings.to_json(),
-        dtype=recipe.dtype,
+        dtype=None,
         inputs=locked,
-        rounding=recipe.rounding,
-        calibration=() if recipe.optimize else _calibration(session, recipe, settings, own),
-        gates=_gates_to_add(recipe, own),
         method_version=settings.pipeline.version,
     )
 

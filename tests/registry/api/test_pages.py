@@ -27,7 +27,7 @@ from tests.access.house import FACTS, HOST, House, build_house, new_environment
 
 PAGES = Path(drawings.__file__).parent
 TEMPLATES = sorted((PAGES / "templates").glob("*.html"))
-MAX_CSS_BYTES, MAX_STATEMENTS = 20_000, 30
+MAX_PAGE_BYTES, MAX_CSS_BYTES, MAX_STATEMENTS = 100_000, 20_000, 30
 ADDRESSES = (
     "/",
     "/search?base=tiny",
@@ -105,6 +105,55 @@ def test_longer_lists_take_no_more_statements(house: House) -> None:
     after = statements(house.resources)
     assert after == before
     assert max(after.values()) <= MAX_STATEMENTS, after
+
+
+@pytest.mark.parametrize(
+    ("page", "document"),
+    [
+        ("/{}/sql@prod", "/v1/adapters/{}/sql/channels/prod"),
+        ("/{}/sql/1.1.0", "/v1/adapters/{}/sql/releases/1.1.0"),
+        ("/{}/sql/compare/1.0.0...1.1.0", "/v1/adapters/{}/sql/releases/1.0.0"),
+        ("/{}/sql/1.1.0/modules", "/v1/adapters/{}/sql/releases/1.1.0/spectrum"),
+        ("/bases", "/v1/bases"),
+        ("/bases/tiny", "/v1/bases/tiny"),
+        ("/suites", "/v1/suites"),
+        ("/suites/exact", "/v1/suites/exact"),
+        ("/jobs", "/v1/jobs"),
+        ("/jobs/1", "/v1/jobs/1"),
+        ("/compositions/1", "/v1/compositions/1"),
+        ("/audit", "/v1/audit"),
+    ],
+)
+def test_a_stranger_sees_of_a_page_what_rest_shows(house: House, page: str, document: str) -> None:
+    for namespace in ("acme", "open"):
+        shown = house.ask("nobody", "GET", page.format(namespace), headers={"Accept": "text/html"})
+        stated = house.ask("nobody", "GET", document.format(namespace))
+        assert shown.status_code == stated.status_code, (shown.text, stated.text)
+        assert "{" not in page or namespace == "open" or shown.status_code == 404
+
+
+@pytest.mark.parametrize(("layers", "table"), [(36, True), (80, False)])
+def test_the_page_of_a_large_adapter_is_small(house: House, layers: int, table: bool) -> None:
+    """Seven modules a layer. A table and a map whose cells can be asked for their values, or a link and a plain map."""
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    summary = {"norm": 1.0, "effective_rank": 3.0, "rank_95": 6, "rank_99": 8, "energy": {"1": 0.5}}
+    modules = [
+        {"module": f"model.layers.{layer}.mlp.{kind}", "rank": 16, "near_zero": False, **summary, "norm": layer + 0.5}
+        for layer in range(layers)
+        for kind in kinds
+    ]
+    with house.resources.write() as session:
+        row = releases.find(session, RepositoryName("acme", "sql"), Version(1, 0, 0))
+        row.spectrum = {**summary, "near_zero": 0, "left_out": [], "modules": modules}
+    with single_user(house.resources) as http:
+        page = http.get("/acme/sql/1.0.0")
+        of_modules = http.get("/acme/sql/1.0.0/modules")
+    assert page.status_code == of_modules.status_code == 200
+    assert len(page.content) <= MAX_PAGE_BYTES
+    assert ("<details><summary>The same as a table" in page.text) == table
+    assert ('href="/acme/sql/1.0.0/modules"' in page.text) != table
+    assert of_modules.text.count('<tr><th scope="row">') == 7 * layers
+    assert page.text.count("<title>layer") == (7 * layers if table else 0)
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)

@@ -1,6 +1,5 @@
 """Every page in a real browser, in light and dark, on a desk, a tablet and a phone."""
 
-from collections.abc import Generator
 from itertools import product
 
 import pytest
@@ -22,6 +21,8 @@ PAGES = (
     "/acme/assistant/1.0.0",
     "/acme/sql@prod",
     "/acme/sql@staging",
+    "/acme/sql@prod/promote?version=1.0.0",
+    "/acme/sql@prod/rollback",
     "/acme/sql/compare/1.0.0...1.1.0...1.2.0",
     "/bases",
     "/bases/tiny",
@@ -33,6 +34,8 @@ PAGES = (
     "/compositions/{composition}",
     "/audit",
     "/audit?act=channel:promote&since=2020-01-01",
+    "/account",
+    "/login",
     "/nobody/nothing",
 )
 STATUS = {"/nobody/nothing": 404, "/search?score=nonsense": 400}
@@ -40,29 +43,6 @@ THEMES = ("light", "dark")
 WIDTHS = (1280, 800, 390)
 GRAVE = ("serious", "critical")
 MAX_BYTES = 100_000
-
-
-@pytest.fixture(scope="module")
-def tab(browser: Browser) -> Generator[Page]:
-    """One tab for the module: opening one for each page would take half of the time."""
-    context = browser.new_context(reduced_motion="reduce")
-    yield context.new_page()
-    context.close()
-
-
-@pytest.fixture
-def complaints(tab: Page) -> Generator[list[str]]:
-    """What the browser's console says, violations of the content security policy included."""
-    said: list[str] = []
-
-    def listen(message: object) -> None:
-        said.append(f"{getattr(message, 'type', 'error')}: {getattr(message, 'text', message)}")
-
-    tab.on("console", listen)
-    tab.on("pageerror", listen)
-    yield said
-    tab.remove_listener("console", listen)
-    tab.remove_listener("pageerror", listen)
 
 
 def address_of(site: Site, path: str) -> str:
@@ -178,3 +158,56 @@ def test_a_job_is_followed_until_it_ends(site: Site, tab: Page, complaints: list
     expect(tab.locator("#live .title .badge")).to_have_text("done", timeout=20_000)
     assert "hx-get" not in (tab.locator("#live").evaluate("one => one.outerHTML.slice(0, 40)"))
     assert complaints == []
+
+
+def test_a_channel_says_what_it_serves_since_when_and_why(site: Site, tab: Page) -> None:
+    tab.set_viewport_size({"width": 1280, "height": 800})
+    tab.goto(f"{site.url}/acme/sql@prod")
+    answer = tab.get_by_role("region", name="prod serves 1.1.0.")
+    expect(answer).to_contain_text("by a promotion that was forced: “the release party is at noon”")
+    rows = tab.get_by_role("region", name="Moves, table").get_by_role("row")
+    expect(rows).to_have_count(5)
+    expect(rows.nth(1)).to_contain_text("forced")
+    expect(rows.nth(2)).to_contain_text("it answers the wrong question")
+    rows.nth(1).get_by_text("1 of 2 pass").click()
+    expect(rows.nth(1)).to_contain_text("guard-exact.accuracy >= 0.99: 0 ± 0 (n=6)")
+    tab.goto(f"{site.url}/acme/sql@staging")
+    waits = tab.get_by_role("region", name="1.1.0 waits to be promoted")
+    expect(waits.get_by_role("row", name="waits: approval by another person")).to_contain_text("0 of 1")
+    needs = tab.get_by_role("region", name="What a promotion needs")
+    expect(needs).to_contain_text("by 1 person with the role releaser or higher, other than the one who promotes")
+
+
+def test_a_release_answers_whether_it_can_be_promoted(site: Site, tab: Page) -> None:
+    tab.goto(f"{site.url}/acme/sql/1.0.0?channel=prod")
+    refused = tab.get_by_role("region", name="It cannot be promoted to prod: 1 of 2 gates fail.")
+    expect(refused.get_by_role("row", name="failed: guard-exact.accuracy >= 0.99")).to_contain_text("0.990")
+    tab.get_by_role("link", name="Served by staging").click()
+    expect(tab.get_by_role("region", name="staging serves this release.")).to_be_visible()
+    went = tab.get_by_role("region", name="Lineage")
+    expect(went.get_by_role("link", name="acme/assistant 1.0.0")).to_be_visible()
+    tab.goto(f"{site.url}/acme/sql/1.2.0")
+    expect(tab.get_by_role("region", name="This release is yanked.")).to_contain_text("trained on the test set")
+
+
+def test_a_composition_shows_its_result_beside_its_inputs_or_why_there_is_none(site: Site, tab: Page) -> None:
+    tab.goto(f"{site.url}/compositions/{site.composition}")
+    expect(tab.get_by_role("region", name="It published a release.")).to_contain_text("acme/assistant 1.0.0")
+    scores = tab.get_by_role("region", name="Scores beside the inputs")
+    of_guard = scores.get_by_role("row", name="guard-exact.nll")
+    expect(of_guard).to_have_count(3)
+    expect(of_guard.nth(0)).to_contain_text("result")
+    expect(of_guard.nth(1).get_by_role("link")).to_have_text("acme/sql 1.0.0")
+    tab.goto(f"{site.url}/compositions/{site.composition - 1}")
+    expect(tab.get_by_role("region", name="It ended without a release.")).to_contain_text("Change weights, method")
+
+
+def test_a_comparison_has_what_differs(site: Site, tab: Page) -> None:
+    tab.goto(f"{site.url}/acme/sql/compare/1.0.0...1.1.0")
+    expect(tab.get_by_role("region", name="Scores, table").get_by_role("row", name="guard-exact.nll")).to_contain_text(
+        "worse"
+    )
+    expect(tab.get_by_role("region", name="Facts, table").get_by_role("row", name="Base")).to_have_count(0)
+    expect(tab.get_by_role("img", name="Size of the change of")).to_have_count(2)
+    expect(tab.get_by_role("region", name="Files, table").get_by_role("row")).to_have_count(3)
+    expect(tab.get_by_text("1 file the same in all.")).to_be_visible()

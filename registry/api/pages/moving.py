@@ -1,0 +1,195 @@
+"""Forms that move a channel: promotion, with its gates judged before, and rollback.
+
+Each form carries the move that its page showed. If the channel has moved since, nothing happens, and the page says what
+it serves now.
+"""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from registry.api.http.request import ResourcesOf
+from registry.api.pages import gates
+from registry.api.pages.account import validated
+from registry.api.pages.forms import FormOf
+from registry.api.pages.render import link, page, redirect
+from registry.api.pages.wire import PageReleaser, PageRoute
+from registry.api.routes.views import judgement_view
+from registry.api.schemas.quality import PromoteIn, RollbackIn
+from registry.database.engine import Session
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import repositories
+from registry.domain.channels import judgements, moves, promotions
+from registry.domain.channels.refusals import Expected, PromotionRequest
+from registry.errors import Invalid, RegistryError, Usage
+from registry.formats.references import RepositoryName, parse_name, parse_repository, parse_version
+from registry.transfer.resources import Resources
+
+router = APIRouter(route_class=PageRoute)
+
+CHANNEL = "/{namespace}/{name}@{channel}"
+SHOWN = 200
+"""The latest moves, whose releases a rollback may choose from."""
+
+
+@router.get(CHANNEL + "/promote")
+def show_promotion(  # noqa: PLR0913
+    namespace: str,
+    name: str,
+    channel: str,
+    version: str,
+    request: Request,
+    resources: ResourcesOf,
+    actor: PageReleaser,
+) -> Response:
+    """What the promotion would lead to, and the form that makes it."""
+    wanted = PromotionRequest(_named(namespace, name), parse_version(version), parse_name(channel, "channel"))
+    return _promotion_page(request, resources, actor, wanted)
+
+
+@router.post(CHANNEL + "/promote")
+def promote(  # noqa: PLR0913
+    namespace: str,
+    name: str,
+    channel: str,
+    request: Request,
+    resources: ResourcesOf,
+    actor: PageReleaser,
+    form: FormOf,
+) -> Response:
+    """Promotes as REST does, and goes on to the channel's page."""
+    force, reason = form.get("force") == "yes", form.get("reason", "").strip()
+    body: PromoteIn = validated(PromoteIn, {"version": form.get("version", ""), "reason": reason, "force": force})
+    wanted = PromotionRequest(
+        _named(namespace, name),
+        parse_version(body.version),
+        parse_name(channel, "channel"),
+        reason=body.reason,
+        force=force,
+        expected=Expected(_move(form.get("expected", ""))),
+    )
+    try:
+        if force and not reason:
+            raise _no_reason("A forced promotion")
+        with resources.write() as session:
+            promotions.request(session, actor, wanted)
+    except RegistryError as error:
+        return _promotion_page(request, resources, actor, wanted, error)
+    return redirect(link(str(wanted.repository), channel=wanted.channel))
+
+
+@router.get(CHANNEL + "/rollback")
+def show_rollback(
+    namespace: str, name: str, channel: str, request: Request, resources: ResourcesOf, actor: PageReleaser
+) -> Response:
+    """What the channel serves, and the form that returns to an earlier release."""
+    return _rollback_page(request, resources, _named(namespace, name), channel)
+
+
+@router.post(CHANNEL + "/rollback")
+def roll_back(  # noqa: PLR0913
+    namespace: str,
+    name: str,
+    channel: str,
+    request: Request,
+    resources: ResourcesOf,
+    actor: PageReleaser,
+    form: FormOf,
+) -> Response:
+    """Rolls back as REST does, and goes on to the channel's page."""
+    named, reason = _named(namespace, name), form.get("reason", "").strip()
+    body: RollbackIn = validated(RollbackIn, {"to": form.get("to") or None, "reason": reason})
+    to, expected = parse_version(body.to) if body.to else None, Expected(_move(form.get("expected", "")))
+    try:
+        if not reason:
+            raise _no_reason("A rollback")
+        with resources.write() as session:
+            repository = repositories.find(session, named)
+            moves.roll_back(session, actor, repository, channel, to=to, reason=body.reason, expected=expected)
+    except RegistryError as error:
+        return _rollback_page(request, resources, named, channel, error)
+    return redirect(link(str(named), channel=channel))
+
+
+def _promotion_page(
+    request: Request,
+    resources: Resources,
+    actor: Actor,
+    wanted: PromotionRequest,
+    error: RegistryError | None = None,
+) -> Response:
+    with resources.snapshot() as session:
+        judgement = judgement_view(judgements.judge(session, actor, wanted), wanted).model_dump(mode="json")
+    return _form_page(
+        request,
+        "promote.html",
+        wanted.repository,
+        wanted.channel,
+        error,
+        version=str(wanted.version),
+        judgement=judgement,
+        report=gates.lines(judgement["gates"]),
+        reason=wanted.reason,
+    )
+
+
+def _rollback_page(
+    request: Request, resources: Resources, named: RepositoryName, channel: str, error: RegistryError | None = None
+) -> Response:
+    with resources.snapshot() as session:
+        repository = repositories.find(session, named)
+        row = moves.find(session, repository, channel)
+        current, earlier = moves.current_of(session, row), moves.history(session, row, before=0, limit=SHOWN)
+        values = {
+            "serves": _served(session, row),
+            "expected": current.id,
+            "versions": list(
+                dict.fromkeys(one.to_version for one in earlier if one.to_version != earlier[0].to_version)
+            ),
+        }
+    return _form_page(request, "rollback.html", named, channel, error, **values)
+
+
+def _form_page(
+    request: Request,
+    template: str,
+    named: RepositoryName,
+    channel: str,
+    error: RegistryError | None,
+    **values: Any,
+) -> Response:
+    return page(
+        request,
+        template,
+        status=error.status if error else 200,
+        repository=str(named),
+        namespace=named.namespace,
+        name=named.name,
+        channel=channel,
+        error=error,
+        **values,
+    )
+
+
+def _served(session: Session, row: Any) -> str | None:
+    served = moves.effective_move(session, row)
+    return served.to_release.version if served else None
+
+
+def _named(namespace: str, name: str) -> RepositoryName:
+    return parse_repository(f"{namespace}/{name}")
+
+
+def _move(text: str) -> int:
+    """The move that the page showed; 0 for a channel that did not exist."""
+    if not text.isascii() or not text.isdecimal() or len(text) > 18:
+        raise Invalid(
+            "bad_request", "The form does not say which move it was made for.", next_step="Load the page again."
+        )
+    return int(text)
+
+
+def _no_reason(what: str) -> Usage:
+    return Usage(
+        "reason_missing", f"{what} needs a reason.", subject="reason", next_step="Say why; the history keeps it."
+    )

@@ -1,0 +1,45 @@
+"""A release manager's story in a browser: refused, forced, rolled back; and one whose page is out of date."""
+
+from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import Site
+from tests.scenarios.world import World
+
+
+def test_a_promotion_is_refused_forced_and_rolled_back(
+    site: Site, world: World, tab: Page, complaints: list[str]
+) -> None:
+    site.cli.ok(
+        "push", world.adapters["other-sql"], "acme/terraform:1.1.0", "--base", "tiny", "--allow-breaking", "story"
+    )
+    site.cli.ok("gate", "acme/terraform@prod", "--rule", "guard-exact.accuracy >= 0.99")
+    site.cli.ok("eval", "acme/terraform:1.1.0", "--suite", "guard-exact")
+
+    tab.goto(f"{site.url}/acme/terraform/1.1.0?channel=prod")
+    tab.get_by_role("link", name="Promote to prod").click()
+    refused = tab.get_by_role("region", name="Some rules of prod fail.")
+    expect(refused).to_contain_text("prod serves 1.0.0 now")
+    expect(refused.get_by_role("row", name="failed: guard-exact.accuracy >= 0.99")).to_be_visible()
+    tab.get_by_role("button", name="Force the promotion").click()
+    expect(tab).to_have_url(f"{site.url}/acme/terraform@prod/promote?version=1.1.0")  # the browser wants a reason
+    tab.get_by_label("Reason (required)").fill("the release party is at noon")
+    tab.get_by_label("Promote although rules fail.").check()
+    tab.get_by_role("button", name="Force the promotion").click()
+    expect(tab).to_have_url(f"{site.url}/acme/terraform@prod")
+    expect(tab.get_by_role("region", name="prod serves 1.1.0.")).to_contain_text("that was forced")
+
+    late = tab.context.new_page()
+    late.goto(f"{site.url}/acme/terraform@prod/rollback")
+    tab.get_by_role("link", name="Roll back").click()
+    tab.get_by_label("Reason (required)").fill("it answers the wrong question")
+    tab.get_by_role("button", name="Roll back").click()
+    back = tab.get_by_role("region", name="prod serves 1.0.0.")
+    expect(back).to_contain_text("by a rollback from 1.1.0: “it answers the wrong question”")
+    assert site.cli.json("show", "acme/terraform@prod")["version"] == "1.0.0"
+
+    late.get_by_label("Reason (required)").fill("I have seen it too")
+    late.get_by_role("button", name="Roll back").click()
+    expect(late.get_by_role("alert")).to_contain_text("has moved since you looked")
+    expect(late.get_by_text("prod serves 1.0.0 now")).to_be_visible()
+    late.close()
+    assert not [one for one in complaints if "412" not in one]
