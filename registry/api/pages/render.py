@@ -19,13 +19,14 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
-_HEADERS = {
+HEADERS = {
     "Content-Security-Policy": POLICY,
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "private, no-store",
     "Vary": "Cookie, Accept",
 }
+"""Of every answer of a page: `PageRoute` adds them."""
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -36,16 +37,16 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
     viewer = actor.name if actor is not None and actor.name != ANONYMOUS else None
     json_address = values.pop("json_address", None)
     if json_address and request.headers.get("accept", "").startswith("application/json"):
-        return RedirectResponse(json_address, 302, {"Vary": "Accept"})
+        return RedirectResponse(json_address, 302)
     known = {"viewer": viewer, "path": request.url.path, "json_address": json_address}
     forms = {"sign_in": _sign_in(request), "form_token": form_token(request)}
     text = _environment().get_template(template).render(**known, **forms, **values)
-    return HTMLResponse(text, status, headers=_HEADERS)
+    return HTMLResponse(text, status)
 
 
 def redirect(address: str) -> Response:
     """Where a form leads to: the browser loads a page, and does not post again when that is loaded again."""
-    return RedirectResponse(address, 303, _HEADERS)
+    return RedirectResponse(address, 303)
 
 
 def _sign_in(request: Request) -> str:

@@ -12,7 +12,7 @@ from registry.api.http.problems import of_validation
 from registry.api.http.routes import Route
 from registry.api.http.rules import Rule, Where, rules_of
 from registry.api.pages.forms import COOKIE, SAFE_METHODS, drop_session, read_form, refuse_other_site, session_of
-from registry.api.pages.render import page
+from registry.api.pages.render import HEADERS, page
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role
 from registry.errors import RegistryError
@@ -54,11 +54,14 @@ class PageRoute(Route):
 
         async def handle(request: Request) -> Response:
             try:
-                return await checked(request)
+                response = await checked(request)
             except (RegistryError, RequestValidationError) as error:
                 if "text/html" not in request.headers.get("accept", ""):
                     raise  # a program gets the problem document
-                return error_page(request, error if isinstance(error, RegistryError) else of_validation(error))
+                response = error_page(request, error if isinstance(error, RegistryError) else of_validation(error))
+            for name, value in HEADERS.items():  # of redirects too
+                response.headers.setdefault(name, value)
+            return response
 
         return handle
 
