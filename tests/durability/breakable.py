@@ -116,12 +116,14 @@ class Stock:
             "{base:path}": "tiny", "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob,
             "{job_id}": self.job_id, "{composition_id}": self.composition_id, "{upload_id}": self.upload_id,
             "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing", "{number}": 1, "{metric}": "nll",
-            "{promotion_id}": 1, "{publisher_id}": "aaaaaaaaaaaa",
+            "{promotion_id}": 1, "{publisher_id}": "aaaaaaaaaaaa", "{check_id}": 1,
         }  # fmt: skip
         for name, value in values.items():
             template = template.replace(name, str(value))
         assert "{" not in template, f"say above what {template} is filled with"
         queries = {"/v1/resolve": "?ref=acme/sql", f"/v1/blobs/{self.announced}": f"?upload={self.upload_id}"}
+        if template.endswith("/judgement"):
+            return f"{template}?version={self.version}"
         return template + queries.get(template, "")
 
     def body(self, method: str, template: str) -> dict[str, Any]:
@@ -156,6 +158,7 @@ class Stock:
             "policy": {"version": 1, "rules": ["exact.nll <= 9"], "approval": {}},
             "approvals": {"version": self.version, "reason": "because"},
             "deprecate": {"reason": "because", "successor": None},
+            "/v1/conflicts": {"inputs": [{"adapter": "acme/sql:1.0.0"}, {"adapter": "acme/sql:1.0.0"}]},
             "/v1/upgrades": {"old": "tiny", "new": "tiny"},
             "/v1/evaluations": {"releases": ["acme/sql:1.0.0"], "suites": ["exact"]},
         }  # fmt: skip

@@ -66,22 +66,22 @@ def test_a_worker_without_a_scorer_measures_the_rest_and_leaves_that_suite_to_ot
 ) -> None:
     asked = ("eval", "acme/sql:1.0.0", "--suite", "fine", "--suite", "sql-exact", "--queue", "--no-wait")
     job = scored.json(*asked)["job"]
-    passed: dict[int, datetime] = {}
+    declined: dict[int, datetime] = {}
 
     def state() -> tuple[str, Any]:
         row = team.json("jobs", job)
         return row["state"], row["error"] and row["error"]["code"]
 
     with closing(opened(team)) as lacking:
-        assert run_one(lacking, KINDS, "lacking", passed=passed)
+        assert run_one(lacking, KINDS, "lacking", declined=declined)
         assert (state(), recorded(team, "acme/sql:1.0.0")) == (("queued", "scorer_disabled"), {"sql-exact"})
-        assert not run_one(lacking, KINDS, "lacking", passed=passed)
+        assert not run_one(lacking, KINDS, "lacking", declined=declined)
         other = scored.json(*asked[:4], "--queue", "--no-wait")["job"]
         later = replace(lacking, clock=lambda: lacking.clock() + timedelta(minutes=11))
-        assert run_one(later, KINDS, "lacking", passed=passed)
+        assert run_one(later, KINDS, "lacking", declined=declined)
         assert state() == ("failed", "scorer_disabled") or state() == ("refused", "scorer_disabled")
         assert "fine: The scorer obedient" in team.json("jobs", job)["error"]["detail"]
     with closing(opened(scored)) as resources:
-        assert run_one(resources, KINDS, "enabled", passed={})
+        assert run_one(resources, KINDS, "enabled", declined={})
     assert team.json("jobs", other)["state"] == "done"
     assert recorded(team, "acme/sql:1.0.0") == {"fine", "sql-exact"}
