@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests import services
 from tests.scenarios.world import Cli, World, build_world, server
 
 CHROMIUM = Path("/usr/bin/chromium")
+expect.set_options(timeout=20_000)  # four test processes share two cores
 CARD = """# SQL
 
 Schema changes in words, answered by one statement.
