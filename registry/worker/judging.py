@@ -63,7 +63,7 @@ class Examination:
         return [score.to_json() for score in scores(suite, results)], results
 
     def missing(self, members: Sequence[Member]) -> list[tuple[Member, Suite]]:
-        """The inputs to measure, with the suites: their own, guards and those that are no input's own, unless a score
+        """The inputs to measure, with the suites: their own, guards, and suites that belong to no input, unless a score
         on exactly these examples is recorded."""
         owned = {member.suite for member in members}
         return [

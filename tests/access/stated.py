@@ -5,7 +5,7 @@
 `operator`           an admin of the whole registry
 `inside: reader`     the route itself looks at the thing first, then asks for that role in its namespace; `everybody`
                      is shown what each may read, `user` is who has a token, `... somewhere` as above,
-                     `reader with a token` is no anonymous one
+                     `reader with a token` excludes anonymous readers
 `open`               anybody
 `token of a push`    who has begun it, with the token that the registry then made; not those of users
 `absent`             nobody: the answer is always 404

@@ -24,7 +24,7 @@ PageAdminSomewhere = Annotated[Actor, Depends(PageRule(Where.ANYWHERE, Role.ADMI
 
 
 def _filled(value: object) -> object:
-    """A field that a form leaves empty is no condition."""
+    """An empty field of the form is ignored."""
     return value or None
 
 

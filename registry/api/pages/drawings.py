@@ -90,7 +90,7 @@ def layer_map(
     named: str, cells: Mapping[Cell, float], top: float = 0.0, frame: Collection[Cell] = (), *, hover: bool = True
 ) -> Markup:
     """Kinds of module by layers, the stronger the larger the value, the strongest colour at `top` or the largest value
-    if that is more. A point where there is no value.
+    if that is more. Cells without a value show a point.
 
     `frame` are cells whose rows and columns the map has too: maps side by side have the same ones, and the same `top`.
     Each cell says its value on `hover`: for one map a page of at most MAX_HOVER cells, since that takes a hundred bytes
@@ -139,7 +139,7 @@ def _in_paths(cells: Mapping[Cell, float], kinds: Sequence[str], layers: int, si
 
 
 def _points(cells: Mapping[Cell, float], kinds: Sequence[str], layers: int, side: int) -> str:
-    """Points where there is no value, in one path."""
+    """Points for the cells without a value, in one path."""
     absent = [(row, layer) for row, kind in enumerate(kinds) for layer in range(layers) if (kind, layer) not in cells]
     positions = (_at(row, layer, side) for row, layer in absent)
     points = "".join(f"M{x + side // 2} {y + side // 2}h1" for x, y in positions)

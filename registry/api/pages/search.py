@@ -31,7 +31,7 @@ def home(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respons
 @router.get("/search", openapi_extra={"parameters": PARAMETERS})
 @in_search_threads
 def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
-    """Releases that fit, by the parameters of REST. Fields that a form leaves empty are no conditions."""
+    """Matching releases, by the parameters of REST. Empty fields of the form are ignored."""
     given = [(name, value) for name, value in parse_qsl(request.url.query) if value]
     limited = given if any(name == "limit" for name, _ in given) else [*given, ("limit", str(SHOWN))]
     items, following = _releases(request, resources, actor, limited)
