@@ -48,6 +48,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "experts": "Merge them into the base.",
         "file_tampered": "Do not use it: a file differs from the signed one.",
         "fp8_scale": "Use the unquantized base, or --dequantize.",
+        "files_taken_down": "Publish other files.",
         "gate_failed": "Look at the numbers; a releaser may use --force with a --reason.",
         "harness_differs": "Install the same version of lm-eval where workers run, with the same data.",
         "harness_missing": "Install adaptory with its extra `eval` where workers run.",
@@ -88,6 +89,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "protect_unknown": "Inputs are counted from 1.",
         "quantized_base": "Use the unquantized base.",
         "ranks_differ": "Use peft_cat or peft_svd.",
+        "quota_exceeded": "Take down what is not needed any more, or ask an admin of the registry for more.",
         "release_yanked": "Choose another version.",
         "replacement_and_delta": "Leave one of the two out, or set replacements=delta.",
         "replacement_conflict": "Leave one of the two out, or set replacements=delta.",
@@ -191,6 +193,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "no_pages": "Leave out either --cursor or --jsonl.",
         "no_parent": "Create it first.",
         "not_evaluated": "Add the suite to `evaluate`.",
+        "own_name": "Ask another admin of the registry.",
         "not_exact": "Name the version, as in acme/sql:1.2.0, or the commit.",
         "not_remote": "Run it where the server runs, without ADAPTORY_URL and --profile.",
         "nothing_included": "Write a pattern of paths below the directory, such as '*.yaml'; quote it for the shell.",
@@ -250,14 +253,12 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "revision_unknown": "`adaptory log REPO` shows the versions, commits and channels.",
         "results_unknown": "Record them: `adaptory eval REF --suite SUITE`.",
         "score_unknown": "`adaptory show` lists the scores; name one on older suite content by the suite's digest.",
-        "spectrum_unknown": (
-            "Only adapters have one, and only those released since spectra are computed: `adaptory inspect REF`."
-        ),
+        "spectrum_unknown": "Only adapters have one, and older releases lack it: `adaptory inspect REF`.",
         "suite_unknown": "`adaptory suite list` shows the suites; `adaptory suite add FILE` adds one.",
-        "token_unknown": (
-            "`adaptory token list` shows yours; a token with a scope or an expiry can revoke only itself."
-        ),
+        "taken_down": "Choose another version: the files are gone for good.",
+        "token_unknown": "`adaptory token list` shows yours; one with a scope or an expiry can revoke only itself.",
         "upload_address_invalid": "Push again.",
+        "user_unknown": "`adaptory audit` shows the names.",
         "upload_unknown": "Announce the file again (POST /v1/uploads).",
     },
     Conflict: {

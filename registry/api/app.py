@@ -40,7 +40,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("compositions", "router", ("compositions",)),
     ("conflicts", "router", ("conflicts",)),
     ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz")),
-    ("access", "router", ("whoami", "tokens", "namespaces")),
+    ("access", "router", ("whoami", "tokens", "namespaces", "users")),
     ("publishers", "router", ("publishers",)),
     ("metrics", "router", ("metrics",)),
 )
