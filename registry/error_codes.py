@@ -228,6 +228,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "blob_missing": "Push again; files that have arrived are not sent twice.",
         "blob_unknown": "Announce its bytes (POST /v1/uploads) and send them.",
         "channel_unknown": "Promote a release to it: `adaptory promote REPO:VERSION --to CHANNEL`.",
+        "code_unknown": "/docs/errors of the server lists the codes.",
         "composition_unknown": "Create one with `adaptory compose RECIPE`.",
         "conflicts_unknown": "Ask for one with POST /v1/conflicts.",
         "evaluation_unknown": "Ask for one with `adaptory eval REF --suite SUITE --queue`.",

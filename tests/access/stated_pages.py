@@ -28,6 +28,8 @@ GET    /jobs                                    publisher +
 GET    /jobs/{job_id}                           publisher
 GET    /compositions/{composition_id}           publisher
 GET    /audit                                   admin +
+GET    /docs/errors                             everybody
+GET    /docs/errors/{code}                      everybody
 GET    /{namespace}/{name}@{channel}            reader
 GET    /{namespace}/{name}@{channel}/promote    releaser
 POST   /{namespace}/{name}@{channel}/promote    releaser

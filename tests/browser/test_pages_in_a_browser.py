@@ -34,6 +34,7 @@ PAGES = (
     "/compositions/{composition}",
     "/audit",
     "/audit?act=channel:promote&since=2020-01-01",
+    "/docs/errors/gate_failed",
     "/account",
     "/login",
     "/nobody/nothing",
