@@ -1,7 +1,8 @@
 """Every error code: the family it belongs to, and the general fix.
 
-A code has one family, hence one exit code and one HTTP status. docs/errors.md is generated from this register, and a
-test checks every `raise` against it. A message says what to do in its own case; the text here holds for every case.
+A code has one family, hence one exit code and one HTTP status. docs/reference/errors.md is generated from this
+register, and a test checks every `raise` against it. A message says what to do in its own case; the text here holds for
+every case.
 """
 
 from collections.abc import Mapping
@@ -101,7 +102,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "scorer_timeout": "Bound the time that the scorer takes, or give it more: ADAPTORY_SCORER_TIMEOUT_S.",
         "seed": "Use a whole number from 0 to 2^64 - 1.",
         "shape_conflict": "Combine adapters of one base.",
-        "sign_in_disabled": "docs/operating.md says what the server needs for it.",
+        "sign_in_disabled": "docs/how-to/operate.md says what the server needs for it.",
         "sign_in_insecure": "Use the https address of this registry.",
         "signature_files_only": "Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",
         "signature_of_other_release": (
@@ -134,7 +135,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "not_released": "Create a tag first.",
         "namespace_reserved": "Choose another name.",
         "not_main": "Commit to main, and create a tag.",
-        "bad_commit_line": "Use a version of huggingface_hub that docs/hub.md names.",
+        "bad_commit_line": "Use a version of huggingface_hub that docs/how-to/hub.md names.",
         "bad_alias": "Use letters, digits and . _ - /, but not the form of a digest.",
         "bad_channel": "Write it as namespace/name@channel, as in acme/sql@prod.",
         "bad_commit": "Give 7 to 40 lower-case hexadecimal digits.",
@@ -144,7 +145,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bad_cursor": "Use `next` of the previous page unchanged.",
         "bad_digest": "Give 64 lower-case hexadecimal digits.",
         "bad_evaluation": "Ask for several evaluations.",
-        "bad_grant": "Send grant_type, subject_token_type, subject_token and resource as docs/hub.md says.",
+        "bad_grant": "Send what docs/how-to/publish-from-ci.md says: grant_type, subject_token and the other fields.",
         "bad_http": "Send HTTP/1.1, one request after the other.",
         "bad_kind": "Use adapter or model.",
         "bad_lifetime": "Give a number of days with --expires-in-days, or leave it out for no expiry.",
@@ -156,10 +157,10 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bad_range": "Write a version (1.2.0) or an npm range (^1.2, ~1.2.3, >=1.0 <2.0).",
         "bad_relation": "Name a registered base, and a relation: cast, quantized, finetuned or merged.",
         "bad_repository": "Write it as namespace/name, as in acme/sql; a directory has to exist.",
-        "bad_rule": "Write it in one of the forms that docs/guide.md lists under Channels and gates.",
+        "bad_rule": "Write it in one of the forms that docs/how-to/policies.md lists.",
         "bad_scope": "Write NAMESPACE=ROLE.",
         "bad_score_name": "Write SUITE.METRIC, as in sql-exact.accuracy.",
-        "bad_setting": "See the settings of the method in docs/methods.md.",
+        "bad_setting": "See the settings of the method in docs/methods/index.md.",
         "bad_sort": "Sort by newest, version or SUITE.METRIC.",
         "bad_target": "Write REPO:VERSION, or REPO and --bump.",
         "bad_token": "Use the token exactly as it was printed.",
@@ -216,10 +217,10 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "too_many_rules": "Leave some out.",
         "two_settings": "Leave one of them out.",
         "unknown_host": "Use the registry's public name.",
-        "unknown_method": "docs/methods.md lists the methods.",
+        "unknown_method": "docs/methods/index.md lists the methods.",
         "unknown_parameter": "See /openapi.json for the parameters.",
         "unknown_profile": "`adaptory inspect --help` lists the servers.",
-        "unknown_setting": "docs/methods.md lists the settings of each method.",
+        "unknown_setting": "docs/methods/index.md lists the settings of each method.",
         "version_ended": "Choose a version yourself: REPO:VERSION.",
         "version_missing": "Write REPO:VERSION, or --bump auto|patch|minor|major.",
     },
@@ -240,7 +241,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "hub_revision_unknown": "Name a branch, a tag or a commit that the repository has.",
         "job_unknown": "`adaptory jobs` lists the jobs.",
         "metric_unknown": "`adaptory eval` records nll and accuracy; a suite may state others under `metrics`.",
-        "hub_route_unknown": "docs/hub.md lists what the hub API does; the REST API is under /v1.",
+        "hub_route_unknown": "docs/how-to/hub.md lists what the hub API does; the REST API is under /v1.",
         "namespace_unknown": "Check its spelling, and ADAPTORY_TOKEN.",
         "no_match": "Promote a release to it.",
         "part_unknown": "Send the parts that POST /v1/uploads names.",
@@ -322,7 +323,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "id_token_expired": "Request a new one just before you exchange it.",
         "id_token_invalid": "Send the ID token as the issuer made it; the message says what is wrong with it.",
         "id_token_issuer": "Add a trusted publisher of that issuer: `adaptory publisher add REPO --issuer URL …`.",
-        "sign_in_refused": "Sign in again; if it stays, an operator compares the provider with docs/operating.md.",
+        "sign_in_refused": "Sign in again; if it stays, an operator compares the provider with docs/how-to/operate.md.",
         "session_ended": "Sign in again.",
         "id_token_used": "Request a new one for each exchange.",
         "token_invalid": "Send Authorization: Bearer TOKEN.",
@@ -352,7 +353,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bad_provenance": "Correct it, or leave it out.",
         "bad_publisher": "Correct the value that the message names; see `adaptory publisher add --help`.",
         "bad_quantization": "Save the checkpoint again, or use the unquantized base.",
-        "bad_recipe": "Correct the field that the message names; docs/composing.md has the fields.",
+        "bad_recipe": "Correct the field that the message names; docs/reference/schemas.md has the fields.",
         "bad_request": "See /openapi.json for the fields of the request.",
         "bad_results": "Record what `adaptory eval` measured: the results of all examples, with their scores.",
         "bad_safetensors": "Save or download the file again.",

@@ -1,6 +1,6 @@
 """A backup taken while others push and promote, restored into an empty place: whole when the database came first.
 
-The commands are those of docs/operating.md, with Python in place of the `sqlite3`, `cp` and `aws` programs.
+The commands are those of docs/how-to/operate.md, with Python in place of the `sqlite3`, `cp` and `aws` programs.
 """
 
 import shutil
