@@ -24,6 +24,8 @@ GET    /bases                                   reader +
 GET    /bases/{base:path}                       reader +
 GET    /suites                                  reader +
 GET    /suites/{suite}                          reader +
+GET    /conflicts                               everybody
+POST   /conflicts                               everybody
 GET    /jobs                                    publisher +
 GET    /jobs/{job_id}                           publisher
 GET    /compositions/{composition_id}           publisher

@@ -2,22 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from markupsafe import Markup
 
 from registry.api.http.pagination import Cursor, decode_number, encode_cursor
 from registry.api.http.request import ResourcesOf, RowId
-from registry.api.http.rules import Where
 from registry.api.pages import drawings, gates, scores
 from registry.api.pages.drawings import Interval
 from registry.api.pages.render import page, redirect
-from registry.api.pages.wire import PageCaller, PageRoute, PageRule
+from registry.api.pages.wire import PageCaller, PageContributor, PageRoute
 from registry.api.routes.views import composition_view, job_view
 from registry.client.lineage import of_lock, rule_words
-from registry.domain.access.audit import Actor
-from registry.domain.access.roles import Role
 from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
 from registry.domain.jobs.queue import FINISHED
@@ -27,7 +24,6 @@ router = APIRouter(route_class=PageRoute)
 SHOWN = 25
 COMPOSITION = "composition"
 """The kind of job that has the composition's page; others show their steps."""
-PageContributor = Annotated[Actor, Depends(PageRule(Where.ANYWHERE, Role.PUBLISHER))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ ADDRESSES = (
     "/bases/tiny",
     "/suites",
     "/suites/exact",
+    "/conflicts?with=acme/sql:1.0.0&with=acme/sql:1.1.0",
     "/jobs",
     "/compositions/1",
     "/audit",
