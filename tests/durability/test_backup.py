@@ -1,6 +1,6 @@
-"""A backup taken while others push and promote, restored into an empty place: whole when the database came first.
+"""A backup by other programs, taken while others push and promote: complete when the database came first.
 
-The commands are those of docs/operating.md, with Python in place of the `sqlite3`, `cp` and `aws` programs.
+The commands are those of docs/backup.md, with Python in place of the `sqlite3`, `cp` and `aws` programs.
 """
 
 import shutil
@@ -13,6 +13,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from registry.client.api import Api
 from registry.client.push import push
@@ -159,6 +161,7 @@ def test_a_backup_of_a_busy_registry_database_first_is_restored_whole(environ: d
     assert checked(restored)[0] == 0
 
 
+@pytest.mark.long
 def test_a_collection_between_the_two_halves_of_a_backup_takes_nothing_that_a_release_needs(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
@@ -190,6 +193,7 @@ def test_a_backup_in_the_wrong_order_is_found_out_by_fsck(environ: dict[str, str
     assert not (tmp_path / "pulled").exists()
 
 
+@pytest.mark.long
 def test_a_damaged_copy_of_a_blob_is_found_out_by_fsck_and_never_delivered(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
