@@ -5,6 +5,7 @@ import typer
 EXAMPLES = {
     "approve": "adaptory approve acme/sql-migration:1.1.0 --to prod",
     "audit": "adaptory audit --subject 'acme/sql-migration@*'",
+    "backup": "adaptory backup /backup/adaptory --keep 14",
     "base add": "adaptory base add .demo/base --name smollm2",
     "base deprecate": "adaptory base deprecate smollm2 --reason 'smollm3 is out'",
     "base list": "adaptory base list",
@@ -62,6 +63,7 @@ EXAMPLES = {
     "pull": "adaptory pull acme/sql-migration@prod -o .demo/pulled",
     "push": """adaptory push examples/adapters/sql-migration \\
   acme/sql-migration:1.0.0 --base smollm2""",
+    "restore": "adaptory restore /backup/adaptory",
     "rollback": "adaptory rollback acme/sql-migration@prod --reason 'wrong quoting'",
     "score delete": "adaptory score delete acme/sql-migration sql-exact.accuracy",
     "score import": "adaptory score import acme/sql-migration:1.0.0",
