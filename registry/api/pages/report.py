@@ -144,12 +144,12 @@ def read(report: Json, address: Callable[[str, str], str | None]) -> Report:
 def maps(report: Json, measure: str) -> Maps:
     """The maps of a measure, those of the worst pairs first. All have the rows and columns of all adapters."""
     wanted = MEASURES[measure]
-    found = [(pair, _relative(pair, measure, wanted.origin)) for pair in report["pairs"]]
-    top = max([LEAST_SCALE, *(abs(value) for _, values in found for value in values.values())])
+    values_by_pair = [(pair, _relative(pair, measure, wanted.origin)) for pair in report["pairs"]]
+    top = max([LEAST_SCALE, *(abs(value) for _, values in values_by_pair for value in values.values())])
     frame = {cell for member in report["adapters"] for cell in cells(member, "norm")}
     drawn: list[PairMap] = []
     room = MAX_CELLS
-    for pair, values in found:
+    for pair, values in values_by_pair:
         if not values or len(frame) > room:
             continue
         room -= len(frame)
@@ -157,7 +157,7 @@ def maps(report: Json, measure: str) -> Maps:
         hover = not drawn
         picture = drawings.layer_map(f"{wanted.name} of {name}", values, top, frame, hover=hover, signed=wanted.signed)
         drawn.append(PairMap(name, drawings.strongest(values, signed=wanted.signed), len(pair["modules"]), picture))
-    return Maps(measure, top, drawn, len(found) - len(drawn))
+    return Maps(measure, top, drawn, len(values_by_pair) - len(drawn))
 
 
 def _relative(pair: Json, measure: str, origin: float) -> dict[Cell, float]:
