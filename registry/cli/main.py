@@ -10,6 +10,7 @@ import typer
 from composer.errors import ComposerError
 from registry.cli import (
     access,
+    backup,
     base,
     compose,
     conflicts,
@@ -108,6 +109,7 @@ for part in (
     local,
     operations,
     maintenance,
+    backup,
 ):
     part.register(app)
 add_examples(app)

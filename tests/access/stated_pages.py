@@ -34,6 +34,8 @@ POST   /jobs/{job_id}/cancel                    publisher
 GET    /compositions/{composition_id}           publisher
 GET    /compositions/{composition_id}/conflicts publisher
 GET    /audit                                   admin +
+GET    /docs/errors                             everybody
+GET    /docs/errors/{code}                      everybody
 GET    /{namespace}/{name}@{channel}            reader
 GET    /{namespace}/{name}@{channel}/promote    releaser
 POST   /{namespace}/{name}@{channel}/promote    releaser

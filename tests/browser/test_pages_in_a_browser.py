@@ -41,6 +41,7 @@ PAGES = (
     "/compose?composition={composition}&optimize=yes",
     "/audit",
     "/audit?act=channel:promote&since=2020-01-01",
+    "/docs/errors/gate_failed",
     "/account",
     "/login",
     "/nobody/nothing",
