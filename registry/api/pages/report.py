@@ -147,12 +147,12 @@ def read(report: Json, address: OptionAddress) -> Report:
 def maps(report: Json, measure: str) -> Maps:
     """The maps of a measure, those of the worst pairs first. All have the rows and columns of all adapters."""
     wanted = MEASURES[measure]
-    compared = [(pair, _relative(pair, measure, wanted.origin)) for pair in report["pairs"]]
-    top = max([LEAST_SCALE, *(abs(value) for _, values in compared for value in values.values())])
+    values_by_pair = [(pair, _relative(pair, measure, wanted.origin)) for pair in report["pairs"]]
+    top = max([LEAST_SCALE, *(abs(value) for _, values in values_by_pair for value in values.values())])
     frame = {cell for member in report["adapters"] for cell in cells(member, "norm")}
     drawn: list[PairMap] = []
     room = MAX_CELLS
-    for pair, values in compared:
+    for pair, values in values_by_pair:
         if not values or len(frame) > room:
             continue
         room -= len(frame)
@@ -160,7 +160,7 @@ def maps(report: Json, measure: str) -> Maps:
         hover = not drawn
         picture = drawings.layer_map(f"{wanted.name} of {name}", values, top, frame, hover=hover, signed=wanted.signed)
         drawn.append(PairMap(name, drawings.strongest(values, signed=wanted.signed), len(pair["modules"]), picture))
-    return Maps(measure, top, drawn, len(compared) - len(drawn))
+    return Maps(measure, top, drawn, len(values_by_pair) - len(drawn))
 
 
 def _relative(pair: Json, measure: str, origin: float) -> dict[Cell, float]:
