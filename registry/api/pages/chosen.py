@@ -64,9 +64,10 @@ class Chosen:
         """Another method, without the settings of this one."""
         return replace(self, method=method, settings=())
 
-    def with_setting(self, name: str, value: str) -> Self:
-        others = [one for one in self.settings if one.partition("=")[0] != name]
-        return replace(self, settings=(*others, f"{name}={value}"))
+    def with_setting(self, setting: str) -> Self:
+        """With NAME=VALUE, in the place of another value."""
+        others = [one for one in self.settings if one.partition("=")[0] != setting.partition("=")[0]]
+        return replace(self, settings=(*others, setting))
 
 
 def values_of(fields: Fields, name: str) -> list[str]:

@@ -29,14 +29,17 @@ FIELDS = ("adapter", "weight")
 """Of the form, whose address a redirect makes short."""
 
 
-@router.get("/conflicts", openapi_extra=parses("with", "method", "set", "show", *FIELDS, "settings", "drop"))
+@router.get("/conflicts", openapi_extra=parses("with", "method", "set", "show", "wait", *FIELDS, "settings", "drop"))
 def show_conflicts(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
     """The latest report on the chosen adapters, how its computation stands, or a button that starts it."""
     given = parse_qsl(request.url.query, keep_blank_values=True)
     if any(name in FIELDS for name, _ in given):
         return redirect(Chosen.of_form(given).address("/conflicts"))
     shown = dict(given).get("show", report.DEFAULT_MEASURE)
-    return _page(request, resources, actor, Chosen.of_address(given), shown)
+    answer = _page(request, resources, actor, Chosen.of_address(given), shown)
+    if "wait" in dict(given) and 'id="live"' not in bytes(answer.body).decode():
+        answer.headers["HX-Refresh"] = "true"
+    return answer
 
 
 @router.post("/conflicts")
@@ -75,7 +78,7 @@ def _page(
         error=error,
         check=check,
         finished=check is None or check.state in FINISHED,
-        report=report.read(stated, report.option_address(chosen)) if stated else None,
+        report=report.read(stated, report.options_of(chosen)) if stated else None,
         maps=report.maps(stated, measure) if stated else None,
         measures=report.MEASURES,
         addresses={name: chosen.address("/conflicts", show=name) for name in report.MEASURES},

@@ -74,6 +74,46 @@ def against_limit(named: str, rows: Sequence[Interval], limit: float, *, above: 
     return _svg(f"{named}: {rows[0].value:.3g}, passes {side} {limit:.3g}", 170, height, "".join(parts))
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A version's score, and the number of its examples."""
+
+    version: str
+    score: Interval
+    n: int
+
+
+def history(named: str, points: Sequence[Point]) -> Markup:
+    """Scores with error bars over versions, lowest first. Each says its value on hover."""
+    ends = [end for one in points for end in (one.score.low, one.score.high)]
+    margin = 0.06 * ((max(ends) - min(ends)) or abs(ends[0]) or 1.0)
+    low, high = min(ends) - margin, max(ends) + margin
+    left, right, top, bottom = 44.0, 292.0, 6.0, 76.0
+    step = (right - left - 16) / max(1, len(points) - 1)
+
+    def y(value: float) -> float:
+        return round(bottom - (bottom - top) * (value - low) / (high - low), 1)
+
+    spots = [(round(left + 8 + step * number, 1), one) for number, one in enumerate(points)]
+    parts = [f'<line class="axis" x1="{left:g}" x2="{right:g}" y1="{bottom:g}" y2="{bottom:g}"/>']
+    parts += [
+        f'<text x="{left - 4:g}" y="{y(end) + 4:g}" text-anchor="end">{end:.3g}</text>'
+        for end in (min(ends), max(ends))
+    ]
+    parts.append(f'<path class="trend" d="M{"L".join(f"{x} {y(one.score.value)}" for x, one in spots)}"/>')
+    for x, one in spots:
+        score = one.score
+        said = f"{one.version}: {score.value:.3g}, 95 % {score.low:.3g} to {score.high:.3g}, n={one.n}"
+        parts.append(f'<g><title>{escape(said)}</title><line class="bar {score.kind}" x1="{x}" x2="{x}" ')
+        parts.append(f'y1="{y(score.low)}" y2="{y(score.high)}"/><circle class="dot {score.kind}" cx="{x}" ')
+        parts.append(f'cy="{y(score.value)}" r="3.5"/></g>')
+    first, last = points[0], points[-1]
+    parts.append(f'<text x="{left:g}" y="90">{escape(first.version)}</text>')
+    parts.append(f'<text x="{right:g}" y="90" text-anchor="end">{escape(last.version)}</text>')
+    between = f"{named} from {first.version} to {last.version}: {first.score.value:.3g} to {last.score.value:.3g}"
+    return _svg(between, 300, 94, "".join(parts))
+
+
 def energy(shares: Mapping[int, float]) -> Markup:
     """The share of a change's energy that each rank keeps, as bars."""
     parts: list[str] = []

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 from markupsafe import Markup, escape
 
@@ -13,6 +14,8 @@ from registry.api.pages.drawings import Cell, Interval
 from registry.api.pages.modules import cells
 
 Json = Mapping[str, Any]
+OptionAddress = Callable[[str, str], str | None]
+"""Where an option leads to, by its name and its value; None for one that pages do not have."""
 
 KINDS = {"ok": "ok", "warn": "warn", "refuse": "bad"}
 """The mark of a verdict; others have none."""
@@ -119,8 +122,8 @@ class Report:
     all_findings: int
 
 
-def read(report: Json, address: Callable[[str, str], str | None]) -> Report:
-    """The report of REST for a page. `address` is where an option that the advice names leads, by name and value."""
+def read(report: Json, address: OptionAddress) -> Report:
+    """The report of REST for a page. `address` says where options lead to that its advice names."""
     verdict, summary = str(report["verdict"]), report["summary"]
     order = list(SENTENCES)
     pairs = sorted(report["pairs"], key=lambda one: (-order.index(one["verdict"]), -(one["risk"] or 0.0)))
@@ -164,7 +167,7 @@ def _relative(pair: Json, measure: str, origin: float) -> dict[Cell, float]:
     return {cell: value - origin for cell, value in cells(pair, measure).items()}
 
 
-def _linked(advice: str, address: Callable[[str, str], str | None]) -> Markup:
+def _linked(advice: str, address: OptionAddress) -> Markup:
     """Advice with its options as code, and as links where a page has them."""
     parts, end = Markup(), 0
     for option in _OPTION.finditer(advice):
@@ -176,18 +179,27 @@ def _linked(advice: str, address: Callable[[str, str], str | None]) -> Markup:
     return parts + escape(advice[end:])
 
 
-def option_address(chosen: Chosen) -> Callable[[str, str], str | None]:
-    """Where options that advice names lead to: a recipe that has them."""
+def options_of(chosen: Chosen) -> OptionAddress:
+    """Where options that advice names lead to: a recipe for the chosen adapters that has them."""
 
     def address(name: str, value: str) -> str | None:
-        if name == "method" and value:
+        if name == "method":
             return chosen.with_method(value).address("/compose")
-        if name == "set" and "=" in value:
-            setting, _, to = value.partition("=")
-            return chosen.with_setting(setting, to).address("/compose")
-        if name == "probe" and value:
-            return chosen.address("/compose", probe=value)
-        return chosen.address("/compose", optimize="yes") if name == "optimize" else None
+        if name == "set":
+            return chosen.with_setting(value).address("/compose")
+        others = {"probe": {"probe": value}, "optimize": {"optimize": "yes"}}.get(name)
+        return chosen.address("/compose", **others) if others else None
+
+    return address
+
+
+def options_for(composition_id: int) -> OptionAddress:
+    """The recipe of a composition, with the option."""
+
+    def address(name: str, value: str) -> str | None:
+        known = name in ("method", "set", "probe", "optimize")
+        query = urlencode({"composition": composition_id, name: value or "yes"}, safe="=")
+        return f"/compose?{query}" if known else None
 
     return address
 
