@@ -49,6 +49,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "experts": "Merge them into the base.",
         "file_tampered": "Do not use it: a file differs from the signed one.",
         "fp8_scale": "Use the unquantized base, or --dequantize.",
+        "files_taken_down": "Publish other files.",
         "gate_failed": "Look at the numbers; a releaser may use --force with a --reason.",
         "harness_differs": "Install the same version of lm-eval where workers run, with the same data.",
         "harness_missing": "Install adaptory with its extra `eval` where workers run.",
@@ -89,6 +90,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "protect_unknown": "Inputs are counted from 1.",
         "quantized_base": "Use the unquantized base.",
         "ranks_differ": "Use peft_cat or peft_svd.",
+        "quota_exceeded": "Take down what is not needed any more, or ask an admin of the registry for more.",
         "release_yanked": "Choose another version.",
         "replacement_and_delta": "Leave one of the two out, or set replacements=delta.",
         "replacement_conflict": "Leave one of the two out, or set replacements=delta.",
@@ -103,9 +105,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "sign_in_disabled": "docs/how-to/operate.md says what the server needs for it.",
         "sign_in_insecure": "Use the https address of this registry.",
         "signature_files_only": "Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",
-        "signature_of_other_release": (
-            "Ask its signer to sign this release with `adaptory sign REF`, or with a push that has --sign KEY.pem."
-        ),
+        "signature_of_other_release": "Ask its signer to sign this release: `adaptory sign REF --key KEY.pem`.",
         "signature_unknown": "Verify it with the key of its signer.",
         "signing_keys_missing": "An admin adds them: `adaptory namespace set NAMESPACE --signing-key PUB.pem`.",
         "streamed": "Measure on a machine with more memory, or run only the weight checks.",
@@ -160,6 +160,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bad_score_name": "Write SUITE.METRIC, as in sql-exact.accuracy.",
         "bad_setting": "See the settings of the method in docs/methods/index.md.",
         "bad_sort": "Sort by newest, version or SUITE.METRIC.",
+        "bad_backup_target": "Write another directory, or s3://BUCKET/PREFIX, which is not the registry's store.",
         "bad_target": "Write REPO:VERSION, or REPO and --bump.",
         "bad_token": "Use the token exactly as it was printed.",
         "bad_url": "Write https://HOST[:PORT].",
@@ -192,6 +193,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "no_pages": "Leave out either --cursor or --jsonl.",
         "no_parent": "Create it first.",
         "not_evaluated": "Add the suite to `evaluate`.",
+        "own_name": "Ask another admin of the registry.",
         "not_exact": "Name the version, as in acme/sql:1.2.0, or the commit.",
         "not_remote": "Run it where the server runs, without ADAPTORY_URL and --profile.",
         "nothing_included": "Write a pattern of paths below the directory, such as '*.yaml'; quote it for the shell.",
@@ -223,6 +225,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
     },
     NotFound: {
         "alias_unknown": "`adaptory base list` shows the aliases; a base's own name stays.",
+        "backup_missing": "Name the target of `adaptory backup`; a backup that was interrupted does not count.",
         "base_not_here": "Add a location it can read: `adaptory base add DIR` on its host.",
         "base_unknown": "`adaptory base list` shows the bases; `adaptory base add DIR` registers one.",
         "blob_missing": "Push again; files that have arrived are not sent twice.",
@@ -251,14 +254,12 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "revision_unknown": "`adaptory log REPO` shows the versions, commits and channels.",
         "results_unknown": "Record them: `adaptory eval REF --suite SUITE`.",
         "score_unknown": "`adaptory show` lists the scores; name one on older suite content by the suite's digest.",
-        "spectrum_unknown": (
-            "Only adapters have one, and only those released since spectra are computed: `adaptory inspect REF`."
-        ),
+        "spectrum_unknown": "Only adapters have one, and older releases lack it: `adaptory inspect REF`.",
         "suite_unknown": "`adaptory suite list` shows the suites; `adaptory suite add FILE` adds one.",
-        "token_unknown": (
-            "`adaptory token list` shows yours; a token with a scope or an expiry can revoke only itself."
-        ),
+        "taken_down": "Choose another version: the files are gone for good.",
+        "token_unknown": "`adaptory token list` shows yours; one with a scope or an expiry can revoke only itself.",
         "upload_address_invalid": "Push again.",
+        "user_unknown": "`adaptory audit` shows the names.",
         "upload_unknown": "Announce the file again (POST /v1/uploads).",
     },
     Conflict: {
@@ -266,7 +267,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "base_differs": "Register other weights under another name; compose adapters of one base.",
         "base_name_taken": "Choose another --name.",
         "channel_exists": "Move it with `adaptory promote`.",
-        "collecting": "Wait until the other collection has ended.",
+        "collecting": "Wait until the other collection or backup has ended.",
         "exists": "Choose another output directory.",
         "hub_conflict": "Try again.",
         "hub_tag_differs": "Export another version, or delete the tag there.",
@@ -281,6 +282,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "pull_running": "Wait for it, or name another directory.",
         "raced": "Run the command again.",
         "revision_is_name": "Choose another version, or another name for the channel.",
+        "registry_not_empty": "Restore into an empty database, and point the registry to it.",
         "relation_known": "An admin of the registry can correct it.",
         "score_measured": "Delete the measured score first if it is wrong: `adaptory score delete`.",
         "store_refused": "Push again.",
@@ -333,6 +335,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "base_not_stated": "Name a registered base in adapter_config.json or in the model card.",
         "a_checkpoint": "Name an adapter's directory.",
         "another_layout": "Convert it first: `adaptory convert SOURCE --base BASE -o DIR`.",
+        "backup_damaged": "Restore another backup.",
         "bad_alpha": "Export the adapter again.",
         "bad_answer": "Check ADAPTORY_URL, and inform the registry's operators.",
         "too_many_adapters": "Upgrade with a token that reads fewer namespaces.",
@@ -441,10 +444,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "blob_lost": "Restore the blob from a backup, or push the same file again.",
         "busy": "Try again.",
         "database_busy": "Try again in a moment.",
-        "database_connections": (
-            "Try again in a moment. If the error stays, lower ADAPTORY_DATABASE_POOL_SIZE or --processes, "
-            "or raise max_connections."
-        ),
+        "database_connections": "Try again in a moment; if it stays, allow more connections, or lower the pool's size.",
         "database_unavailable": "Try again; check that the database runs.",
         "disk_error": "Check that the registry's home is writable and has space, then repeat.",
         "disk_full": "Free some space or choose another disk.",

@@ -5,6 +5,7 @@ import typer
 EXAMPLES = {
     "approve": "adaptory approve acme/sql-migration:1.1.0 --to prod",
     "audit": "adaptory audit --subject 'acme/sql-migration@*'",
+    "backup": "adaptory backup /backup/adaptory --keep 14",
     "base add": "adaptory base add .demo/base --name smollm2",
     "base deprecate": "adaptory base deprecate smollm2 --reason 'smollm3 is out'",
     "base list": "adaptory base list",
@@ -20,6 +21,7 @@ EXAMPLES = {
     "deprecate": """adaptory deprecate acme/sql-migration:1.0.0 --reason 'old dialect' \\
   --successor acme/sql-migration:1.1.0""",
     "diff": "adaptory diff acme/sql-migration:1.0.0 acme/sql-migration:1.1.0",
+    "doctor": "adaptory doctor --bundle report.zip",
     "eval": """adaptory eval acme/sql-migration acme/terraform-review smollm2 \\
   --suite sql-exact --suite guard-general""",
     "export": "adaptory export acme/sql-migration:1.0.0 hf://acme/sql-migration --private",
@@ -43,8 +45,11 @@ EXAMPLES = {
     "namespace grant": "adaptory namespace grant acme pia publisher",
     "namespace list": "adaptory namespace list",
     "namespace members": "adaptory namespace members acme",
+    "namespace quota": "adaptory namespace quota acme --bytes 500000000000 --releases 1000",
+    "namespace retention": "adaptory namespace retention acme --yanked 30 --prereleases 90",
     "namespace revoke": "adaptory namespace revoke acme pia",
     "namespace set": "adaptory namespace set acme --public",
+    "namespace usage": "adaptory namespace usage acme",
     "policy set": "adaptory policy set acme/sql-migration@prod examples/policies/prod.yaml",
     "policy show": "adaptory policy show acme/sql-migration@prod",
     "profile list": "adaptory profile list",
@@ -59,6 +64,7 @@ EXAMPLES = {
     "pull": "adaptory pull acme/sql-migration@prod -o .demo/pulled",
     "push": """adaptory push examples/adapters/sql-migration \\
   acme/sql-migration:1.0.0 --base smollm2""",
+    "restore": "adaptory restore /backup/adaptory",
     "rollback": "adaptory rollback acme/sql-migration@prod --reason 'wrong quoting'",
     "score delete": "adaptory score delete acme/sql-migration sql-exact.accuracy",
     "score import": "adaptory score import acme/sql-migration:1.0.0",
@@ -69,10 +75,12 @@ EXAMPLES = {
     "storage check": "adaptory storage check",
     "suite add": "adaptory suite add examples/suites/*.yaml",
     "suite list": "adaptory suite list",
+    "takedown": "adaptory takedown acme/sql-migration:1.0.0 --reason 'customer data'",
     "token create": "adaptory token create --user pia --scope acme=publisher",
     "token list": "adaptory token list",
     "token revoke": "adaptory token revoke 1a2b3c4d5e6f",
     "unyank": "adaptory unyank acme/sql-migration:1.0.0 --reason 'quoting is fixed'",
+    "user remove": "adaptory user remove pia",
     "verify": "adaptory verify acme/assistant-merged --rebuild",
     "whoami": "adaptory whoami",
     "worker": "adaptory worker",

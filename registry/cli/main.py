@@ -10,10 +10,12 @@ import typer
 from composer.errors import ComposerError
 from registry.cli import (
     access,
+    backup,
     base,
     compose,
     conflicts,
     diff,
+    doctor,
     evaluation,
     hub,
     inspection,
@@ -100,6 +102,7 @@ for part in (
     promotion,
     inspection,
     diff,
+    doctor,
     search,
     quality,
     evaluation,
@@ -108,6 +111,7 @@ for part in (
     local,
     operations,
     maintenance,
+    backup,
 ):
     part.register(app)
 add_examples(app)

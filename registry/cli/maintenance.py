@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ from registry.cli.render import JsonFlag
 from registry.errors import RegistryError
 
 if TYPE_CHECKING:
+    from composer.findings import Finding
+    from registry.transfer.fsck import Extent
     from registry.transfer.resources import Resources
 
 
@@ -36,7 +39,7 @@ def check_storage(json: JsonFlag = False) -> None:
 
     from registry.transfer.store_facts import probe_of
 
-    with _own_resources() as resources:
+    with own_resources() as resources:
         kind, probe = resources.settings.storage.kind, probe_of(resources.store)
         facts = asdict(probe.probe()) if probe is not None else None
         in_place = probe is not None and probe.allows_in_place()
@@ -61,15 +64,19 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count commits, blobs and uploads.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Remove old commits without a release, unfinished uploads and unused blobs. Safe while others push and pull."""
+    """Remove old commits without a release, unfinished uploads and unused blobs. Safe while others push and pull.
+
+    First takes down what the retention of each namespace says (`adaptory namespace retention`).
+    """
     from registry.transfer.collect import collect
     from registry.worker.workspace import sweep_work
 
-    with _own_resources() as resources:
+    with own_resources() as resources:
         removed = collect(resources, grace=timedelta(hours=grace_hours), dry_run=dry_run)
         if not dry_run:
             removed.leftovers += sweep_work(resources)
     document = {
+        "releases": removed.releases,
         "commits": removed.commits,
         "blobs": removed.blobs,
         "size_bytes": removed.size_bytes,
@@ -81,6 +88,7 @@ def gc(
     counts = f"{removed.blobs:,} blobs ({render.size(removed.size_bytes)}), {removed.unfinished:,} unfinished uploads"
     more = f", {removed.leftovers:,} leftovers" if removed.leftovers else ""
     more += f", {removed.commits:,} commits" if removed.commits else ""
+    more += f", {removed.releases:,} releases by retention" if removed.releases else ""
     render.document(document, json, lambda: render.out(f"{verb} {counts}{more}"))
 
 
@@ -94,51 +102,80 @@ def fsck(
     json: JsonFlag = False,
 ) -> None:
     """Check the registry's integrity; changes nothing without --discard. Exits 1 if a check fails."""
-    from registry.transfer import fsck as promises
-
-    with _own_resources() as resources:
-        extent, database_url = promises.extent(resources), resources.database.url.render_as_string(hide_password=True)
-        with render.progress("fsck", extent.steps, "rows") as done:
-            findings = promises.check(resources, read_bytes=full, progress=done)
-        failure, discarded = None, list[str]()
-        try:
-            discarded.extend(promises.discard(resources, findings) if discard else ())
-        except (RegistryError, OSError) as error:  # reported after the findings, which may have taken hours
-            failure = error
-    broken = [finding for finding in findings if finding.severity == "error"]
-    document: dict[str, Any] = {
-        "clean": not broken,
-        "checked": extent.to_json(),
-        "findings": [finding.to_json() for finding in findings],
-    }
+    with own_resources() as resources:
+        check = Check.of(resources, read_bytes=full)
+        failure = check.discard(resources) if discard else None
+    document = check.to_json()
     if discard:
-        document["discarded"] = discarded
+        document["discarded"] = check.discarded
     if failure is not None:
         document["error"] = render.problem(failure)
-
-    def show() -> None:
-        for finding in findings:
-            render.out(f"{finding.severity}: {finding.message}")
-        for sha256 in discarded:
-            render.out(f"discarded the damaged blob {sha256}: push its files again")
-        verdict = f"{len(broken):,} error{'s' if len(broken) > 1 else ''}" if broken else "clean"
-        if extent.steps:
-            render.out(
-                f"{verdict}: {extent.releases:,} releases, {extent.channels:,} channels, {extent.blobs:,} blobs "
-                f"({render.size(extent.size_bytes)}{', all bytes read' if full else ', sizes only'})"
-            )
-        else:
-            render.out(f"{verdict}, but nothing to check: {database_url} has no releases and no blobs")
-
-    render.document(document, json, show)
+    render.document(document, json, check.show)
     if failure is not None:
         raise typer.Exit(render.fail(failure, as_json=False))
-    if broken:
+    if check.broken:
         raise typer.Exit(1)
 
 
+@dataclass(slots=True)
+class Check:
+    """What fsck found, and what it discarded."""
+
+    extent: "Extent"
+    findings: "list[Finding]"
+    database_url: str
+    read_bytes: bool
+    discarded: list[str] = field(default_factory=list[str])
+
+    @classmethod
+    def of(cls, resources: "Resources", *, read_bytes: bool) -> "Check":
+        from registry.transfer import fsck as promises
+
+        extent, database_url = promises.extent(resources), resources.database.url.render_as_string(hide_password=True)
+        with render.progress("fsck", extent.steps, "rows") as done:
+            findings = promises.check(resources, read_bytes=read_bytes, progress=done)
+        return cls(extent, findings, database_url, read_bytes)
+
+    @property
+    def broken(self) -> int:
+        return sum(finding.severity == "error" for finding in self.findings)
+
+    def discard(self, resources: "Resources") -> RegistryError | OSError | None:
+        """Deletes damaged blobs. Returns a failure: the findings, which may have taken hours, are shown before it."""
+        from registry.transfer import fsck as promises
+
+        try:
+            self.discarded.extend(promises.discard(resources, self.findings))
+        except (RegistryError, OSError) as error:
+            return error
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "clean": not self.broken,
+            "checked": self.extent.to_json(),
+            "findings": [finding.to_json() for finding in self.findings],
+        }
+
+    def show(self) -> None:
+        for finding in self.findings:
+            render.out(f"{finding.severity}: {finding.message}")
+        for sha256 in self.discarded:
+            render.out(f"discarded the damaged blob {sha256}: push its files again")
+        verdict = f"{self.broken:,} error{'s' if self.broken > 1 else ''}" if self.broken else "clean"
+        extent = self.extent
+        if extent.steps:
+            render.out(
+                f"{verdict}: {extent.releases:,} releases, {extent.channels:,} channels, {extent.blobs:,} blobs "
+                f"({render.size(extent.size_bytes)}{', all bytes read' if self.read_bytes else ', sizes only'})"
+            )
+        else:
+            render.out(f"{verdict}, but nothing to check: {self.database_url} has no releases and no blobs")
+
+
 @contextmanager
-def _own_resources() -> "Generator[Resources]":
+def own_resources() -> "Generator[Resources]":
+    """The database and the store that this machine's settings name, for the length of a block."""
     from registry.transfer.resources import open_resources
 
     resources = open_resources(own_settings())

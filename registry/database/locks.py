@@ -17,10 +17,11 @@ _BLOBS_LOCK, _COLLECTION_LOCK, _PROBE_LOCK = 0x424C4F42, 0x434F4C4C, 0x50524F42
 
 
 def exclusive_collection(database: Database) -> AbstractContextManager[None]:
-    """Holds the lock of a collection of blobs: one at a time, on all machines. Raises Conflict if another is running.
+    """Holds the lock of a collection of blobs, or of a backup: one at a time, on all machines. Raises Conflict if
+    another is running.
 
     A second collection would take the first one's marked blobs for those of a dead one, and remove bytes that were sent
-    again meanwhile.
+    again meanwhile. Beside a backup, it would remove blobs that are still to be copied.
     """
     return _process_lock(database, "collecting", _COLLECTION_LOCK, _collecting)
 
@@ -58,7 +59,7 @@ def _process_lock(database: Database, name: str, key: int, refusal: Callable[[],
 
 
 def _collecting() -> Conflict:
-    return Conflict("collecting", "Another collection is running.", next_step="Wait until it ends.")
+    return Conflict("collecting", "Another collection or a backup is running.", next_step="Wait until it ends.")
 
 
 def lock_blobs_shared(session: Session) -> None:

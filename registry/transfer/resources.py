@@ -55,10 +55,11 @@ def open_resources(settings: Settings) -> Resources:
     ensure_schema(database, create=settings.database_url is None)
     work = settings.work_directory
     work.mkdir(parents=True, exist_ok=True)
-    return Resources(settings, database, _open_store(settings, database), work)
+    return Resources(settings, database, open_store(settings, database), work)
 
 
-def _open_store(settings: Settings, database: Database) -> BlobStore:
+def open_store(settings: Settings, database: Database) -> BlobStore:
+    """The store that the settings name. The database keeps what was found out about it."""
     if isinstance(settings.storage, LocalStorage):
         return LocalStore(settings.store_directory)
     from registry.storage.s3.store import S3Store  # boto3 is loaded where it is used

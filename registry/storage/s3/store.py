@@ -43,7 +43,7 @@ class S3Store:
 
     def open(self, sha256: Digest, start: int = 0, length: int | None = None) -> Reader:
         if length == 0:
-            return _Body(None)
+            return Body(None)
         last = "" if length is None else str(start + length - 1)
         wanted = {"Range": f"bytes={start}-{last}"} if start or length is not None else {}
         with translate_store_errors(sha256):
@@ -51,9 +51,9 @@ class S3Store:
                 answer = self._client.get_object(**self._bucket.blob(sha256), **wanted)
             except ClientError as error:
                 if code_of(error) == "InvalidRange":  # nothing to read from the end on, which is not an error
-                    return _Body(None)
+                    return Body(None)
                 raise
-        return _Body(answer["Body"])
+        return Body(answer["Body"])
 
     def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:
         stat = self.stat(sha256)
@@ -86,7 +86,7 @@ class S3Store:
         return self._arrivals.sweep(before, keep)
 
 
-class _Body(Reader):
+class Body(Reader):
     """A response's body; None is an empty one, which S3 cannot serve by range."""
 
     def __init__(self, body: Any) -> None:

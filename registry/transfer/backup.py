@@ -1,0 +1,362 @@
+"""Backups: the rows of one moment, then the blobs that they name, into an archive; and back into an empty registry.
+
+A blob is in the store before a row names it and never changes, so blobs that are copied after the rows include all
+that these name. No collection runs meanwhile. The manifest comes last: a backup without one does not exist. On the
+way back the rows come last.
+"""
+
+import gzip
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy import false, select
+
+from registry.database import portable
+from registry.database.engine import Database
+from registry.database.locks import exclusive_collection
+from registry.database.migrate import head_revision, migrate, schema_revision
+from registry.database.tables import Blob, StoreFactsRow, Token, Upload, XetUpload, XetXorb
+from registry.errors import Conflict, Invalid, NotFound, Unavailable
+from registry.formats.references import Digest
+from registry.storage.archive import Archive
+from registry.storage.blobs import BlobStore, Reader
+from registry.transfer.resources import Resources
+
+UNSAVED = (Upload, XetUpload, XetXorb, StoreFactsRow)
+"""What uploads under way left in the old store, and what that store was found to verify: nothing for another one."""
+_ONLY = {Token.__tablename__: Token.session == false()}
+"""Browser sessions end with their registry."""
+_ROWS, _BLOBS, _MANIFEST = "rows.jsonl.gz", "blobs.txt.gz", "manifest.json"
+_FORMAT = 1
+_MAX_MANIFEST_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 20
+_BATCH = 500
+_PARALLEL = 8
+_STALE = timedelta(days=1)
+
+
+class Progress(Protocol):
+    """Called with bytes that are done; `expect` sets their total."""
+
+    def __call__(self, count: int) -> None: ...
+    def expect(self, total: int) -> None: ...
+
+
+class Document(BaseModel):
+    """A file of a backup, by its digest."""
+
+    model_config = ConfigDict(frozen=True)
+    sha256: str
+    size_bytes: int
+
+
+class Manifest(BaseModel):
+    """A complete backup. `missing` are blobs that the registry itself lacked, or that were damaged there."""
+
+    model_config = ConfigDict(frozen=True)
+    format: int = Field(ge=1)
+    name: str
+    created_at: datetime
+    adaptory: str
+    schema_revision: str
+    tables: dict[str, int]
+    rows: Document
+    blobs: Document
+    blob_count: int
+    blob_bytes: int
+    missing: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A backup that was made: what of it was copied now, and how many earlier backups were removed."""
+
+    manifest: Manifest
+    copied: int
+    copied_bytes: int
+    removed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What came back: rows by table, and the blobs that were copied."""
+
+    manifest: Manifest
+    tables: dict[str, int]
+    copied: int
+    copied_bytes: int
+
+
+def back_up(resources: Resources, archive: Archive, *, keep: int | None, read_bytes: bool, progress: Progress) -> Saved:
+    """Adds a backup to the archive, which then keeps the newest `keep`. `read_bytes` hashes the blobs that the archive
+    has already, instead of looking at their sizes.
+
+    A backup that died is continued: its blobs stay. Raises Conflict while a collection or another backup runs.
+    """
+    with exclusive_collection(resources.database):
+        archive.blobs.sweep(resources.clock() - _STALE, ())
+        with TemporaryDirectory(prefix="backup-", dir=archive.scratch) as scratch:
+            work = Path(scratch)
+            counts = _write_rows(resources, work)
+            copied = _Copy(resources.store, archive.blobs, work, read_bytes=read_bytes)
+            size = sum(size for _, size in _listed(work / _BLOBS))
+            progress.expect(size)
+            for done in copied.run(_listed(work / _BLOBS)):
+                progress(done)
+            now = resources.clock()
+            manifest = Manifest(
+                format=_FORMAT,
+                name=f"{now:%Y%m%dT%H%M%S.%fZ}",
+                created_at=now,
+                adaptory=version("adaptory"),
+                schema_revision=head_revision(),
+                tables=counts,
+                rows=_document(work / _ROWS),
+                blobs=_document(work / _BLOBS),
+                blob_count=copied.seen,
+                blob_bytes=size,
+                missing=copied.missing,
+            )
+            (work / _MANIFEST).write_text(manifest.model_dump_json(indent=2))
+            for name in (_ROWS, _BLOBS, _MANIFEST):
+                archive.save(f"{manifest.name}/{name}", work / name)
+        removed = 0 if keep is None else _remove_old(archive, keep)
+    return Saved(manifest, copied.count, copied.size_bytes, removed)
+
+
+def _write_rows(resources: Resources, work: Path) -> dict[str, int]:
+    """Writes the rows, and the list of the blobs that are not being removed, as of one moment."""
+    counts: dict[str, int] = {}
+    table = ""
+    with resources.snapshot() as session:
+        with gzip.open(work / _ROWS, "wb", compresslevel=3) as rows:
+            for line in portable.dump(session, portable.tables(UNSAVED), _ONLY):
+                rows.write(line)
+                if line.startswith(b"{"):
+                    table = line.split(b'"', 4)[3].decode()
+                    counts[table] = 0
+                else:
+                    counts[table] += 1
+        query = select(Blob.sha256, Blob.size_bytes).where(Blob.removing_at.is_(None)).order_by(Blob.sha256)
+        with gzip.open(work / _BLOBS, "wt", compresslevel=3) as blobs:
+            for sha256, size in session.execute(query, execution_options={"yield_per": _BATCH}):
+                blobs.write(f"{sha256} {size}\n")
+    return counts
+
+
+def _listed(path: Path) -> Iterator[tuple[Digest, int]]:
+    with gzip.open(path, "rt") as lines:
+        for line in lines:
+            sha256, size = line.split()
+            yield Digest(sha256), int(size)
+
+
+class _Copy:
+    """Copies blobs from one store to another, each hashed on the way. Blobs that the target has are not copied; with
+    `read_bytes` they are hashed, and copied again if they are damaged."""
+
+    def __init__(self, source: BlobStore, target: BlobStore, scratch: Path, *, read_bytes: bool) -> None:
+        self._source, self._target, self._scratch, self._read = source, target, scratch, read_bytes
+        self._present = {bytes.fromhex(stat.sha256): stat.size_bytes for stat in target.iterate()}
+        self.seen = self.count = self.size_bytes = 0
+        self.missing: dict[str, str] = {}
+
+    def run(self, blobs: Iterable[tuple[Digest, int]]) -> Iterator[int]:
+        """Yields the size of each blob that is done."""
+        left = iter(blobs)
+        with ThreadPoolExecutor(_PARALLEL, "copy") as pool:
+            while batch := list(islice(left, _BATCH)):
+                for (sha256, size), (copied, trouble) in zip(batch, pool.map(self._bring, batch), strict=True):
+                    self.seen += 1
+                    self.count += copied
+                    self.size_bytes += size * copied
+                    if trouble:
+                        self.missing[sha256] = trouble
+                    yield size
+
+    def _bring(self, blob: tuple[Digest, int]) -> tuple[bool, str]:
+        """Whether it was copied, and what prevented that."""
+        sha256, size = blob
+        complete = self._present.get(bytes.fromhex(sha256)) == size
+        if complete and not (self._read and _trouble(self._target, sha256, None)):
+            return False, ""
+        if bytes.fromhex(sha256) in self._present:
+            self._target.delete(sha256)  # a store leaves a blob of the right size as it is
+        with NamedTemporaryFile(dir=self._scratch, delete=False) as file:
+            path = Path(file.name)
+            trouble = _trouble(self._source, sha256, file.write)
+        if not trouble:
+            self._target.put(sha256, path, move=True)
+        path.unlink(missing_ok=True)
+        return not trouble, trouble
+
+
+def _trouble(store: BlobStore, sha256: Digest, write: Callable[[bytes], object] | None) -> str:
+    """Reads a blob, into `write` if given, and returns what is wrong with it; empty if nothing is."""
+    digest = hashlib.sha256()
+    try:
+        with store.open(sha256) as reader:
+            for block in _blocks(reader):
+                digest.update(block)
+                if write is not None:
+                    write(block)
+    except NotFound:
+        return "missing"
+    except _Unreadable as error:
+        return str(error)
+    return "" if digest.hexdigest() == sha256 else "damaged"
+
+
+class _Unreadable(Exception):
+    """A disk does not give out a blob's bytes."""
+
+
+def _blocks(reader: Reader) -> Iterator[bytes]:
+    while True:
+        try:
+            block = reader.read(_BLOCK_BYTES)
+        except OSError as error:
+            raise _Unreadable(f"unreadable: {error.strerror}") from error
+        if not block:
+            return
+        yield block
+
+
+def _document(path: Path) -> Document:
+    with path.open("rb") as file:
+        return Document(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=path.stat().st_size)
+
+
+def complete(archive: Archive) -> list[str]:
+    """The names of the complete backups, the oldest first."""
+    return sorted(name.split("/")[0] for name in archive.names() if name.endswith(f"/{_MANIFEST}"))
+
+
+def _remove_old(archive: Archive, keep: int) -> int:
+    """Removes all backups but the newest, then the blobs that only they named. Returns the number of backups."""
+    kept = complete(archive)[-keep:]
+    gone = {name.split("/")[0] for name in archive.names()} - set(kept)
+    for name in sorted(gone):
+        for document in (_MANIFEST, _BLOBS, _ROWS):  # without its manifest it does not exist
+            archive.delete(f"{name}/{document}")
+    named: set[bytes] = set()
+    with TemporaryDirectory(prefix="backup-", dir=archive.scratch) as scratch:
+        for name in kept:
+            path = _fetched(archive, name, _BLOBS, read_manifest(archive, name).blobs, Path(scratch))
+            named.update(bytes.fromhex(sha256) for sha256, _ in _listed(path))
+    for stat in archive.blobs.iterate():
+        if bytes.fromhex(stat.sha256) not in named:
+            archive.blobs.delete(stat.sha256)
+    return len(gone)
+
+
+def read_manifest(archive: Archive, name: str | None) -> Manifest:
+    """The manifest of that backup, or of the newest. Raises NotFound and Invalid."""
+    known = complete(archive)
+    if not known or name not in (None, *known):
+        raise NotFound(
+            "backup_missing",
+            f"There is no complete backup{f' {name}' if name else ''}.",
+            subject=name or "",
+            next_step=f"Name one of {', '.join(known[-5:])}." if known else "Name the target of `adaptory backup`.",
+        )
+    chosen = name or known[-1]
+    with archive.open(f"{chosen}/{_MANIFEST}") as reader:
+        text = reader.read(_MAX_MANIFEST_BYTES)
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise damaged(f"{chosen}/{_MANIFEST}", f"it is not a manifest ({error.error_count()} errors)") from error
+    if manifest.format > _FORMAT or manifest.schema_revision > head_revision():
+        raise Unavailable(
+            "schema_new",
+            f"The backup {chosen} was made by Adaptory {manifest.adaptory}, with schema {manifest.schema_revision}.",
+            subject=chosen,
+            next_step="Install that version, or a newer one.",
+        )
+    return manifest
+
+
+def damaged(name: str, why: str) -> Invalid:
+    """The error for a document of a backup that is not what was written."""
+    return Invalid(
+        "backup_damaged", f"{name} of the backup is damaged: {why}.", subject=name, next_step="Restore another backup."
+    )
+
+
+def _fetched(archive: Archive, name: str, document: str, expected: Document, work: Path) -> Path:
+    """The document on this machine, as its digest says."""
+    path = work / f"{name}-{document}"
+    with archive.open(f"{name}/{document}") as reader, path.open("wb") as file:
+        for block in _blocks(reader):
+            file.write(block)
+    if _document(path) != expected:
+        raise damaged(f"{name}/{document}", "its digest is not the one in the manifest")
+    return path
+
+
+def restore(
+    database: Database,
+    store: BlobStore,
+    archive: Archive,
+    manifest: Manifest,
+    *,
+    leave_out: Iterable[str] = (),
+    progress: Progress,
+) -> Restored:
+    """Puts a backup into an empty registry: its blobs first, then all rows in one transaction, then this version's
+    schema. Blobs that the store has already are hashed. May be repeated after it died.
+
+    `leave_out` names tables that stay empty. Raises Conflict for a registry with rows, before anything is changed.
+    """
+    _ensure_empty(database, manifest)
+    with exclusive_collection(database), TemporaryDirectory(prefix="backup-", dir=archive.scratch) as scratch:
+        work = Path(scratch)
+        rows = _fetched(archive, manifest.name, _ROWS, manifest.rows, work)
+        blobs = _fetched(archive, manifest.name, _BLOBS, manifest.blobs, work)
+        migrate(database, manifest.schema_revision)
+        progress.expect(manifest.blob_bytes)
+        copied = _Copy(archive.blobs, store, work, read_bytes=True)
+        for done in copied.run(_listed(blobs)):
+            progress(done)
+        with database.write() as session:
+            portable.lock_tables(session)
+            _refuse_filled(portable.first_filled(session, [StoreFactsRow]))
+            with gzip.open(rows, "rb") as lines:
+                counts = portable.load(session, lines, set(leave_out))
+        migrate(database)
+    return Restored(manifest, counts, copied.count, copied.size_bytes)
+
+
+def _ensure_empty(database: Database, manifest: Manifest) -> None:
+    revision = schema_revision(database)
+    if revision is None:
+        return
+    with database.read() as session:
+        _refuse_filled(portable.first_filled(session, [StoreFactsRow]))
+    if revision > manifest.schema_revision:
+        raise Conflict(
+            "registry_not_empty",
+            f"The database has tables of schema {revision} already, and the backup has schema "
+            f"{manifest.schema_revision}.",
+            next_step="Restore into a database without tables: they are created and migrated.",
+        )
+
+
+def _refuse_filled(table: str | None) -> None:
+    if table is not None:
+        raise Conflict(
+            "registry_not_empty",
+            f"The registry is not empty: its table {table} has rows.",
+            subject=table,
+            next_step="Restore into an empty database, and point the registry to it.",
+        )
