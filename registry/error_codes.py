@@ -463,6 +463,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "searches_busy": ("Try again after the seconds in Retry-After; /readyz shows whether the database answers."),
         "server_failed": "Read its output, and repeat.",
         "signing_key_missing": "Name a key in PEM that this process can read.",
+        "stopping": "Send requests to another server.",
         "store_busy": "Try again after the seconds in Retry-After; /readyz shows whether the store answers.",
         "store_full": "Free some space in the store, then repeat.",
         "store_unavailable": "Try again.",
