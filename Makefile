@@ -14,7 +14,7 @@ ALL_HUB_CLIENTS := $(HUB_CLIENTS) 0.36.2 1.0.0 1.20.0
 # The version of vLLM whose resolver of adapters is tested.
 VLLM := 0.32.0
 
-.PHONY: demo test tests test-long coverage lint style types fix bench serve services services-stop migrate snapshots clean
+.PHONY: demo test tests test-long coverage lint style types fix docs bench serve services services-stop migrate snapshots clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --dir $(DEMO)
@@ -48,6 +48,10 @@ types: $(VENV)/.dev
 fix: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The documentation as a site, in build/docs. A dead link or anchor is an error; a test builds it too.
+docs: $(VENV)/.dev
+	$(BIN)/zensical build --strict --clean
 
 bench: $(VENV)/.dev $(DEMO)/base
 	for claim in merge growth methods startup search resolve hashing evidence conflicts; do $(BIN)/python -m benchmarks.$$claim --base $(DEMO)/base || exit 1; done

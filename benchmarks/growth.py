@@ -2,7 +2,7 @@
 (0.1 to 2.1 billion).
 
 Each point runs in its own process, timed without imports, next to a copy of the same checkpoint in the same round.
-Writes the plot docs/growth.svg.
+Writes the plot docs/methods/growth.svg.
 """
 
 import subprocess
@@ -23,7 +23,7 @@ ADAPTERS, RANKS = (1, 2, 4, 8, 16), (4, 16, 64, 128)
 SIZES = (Size(3, 1024), Size(2), Size(5), Size(11), Size(22), Size(44))
 """At the usual width the embeddings alone have 0.13 billion parameters."""
 USUAL_SIZE, USUAL_RANK, USUAL_ADAPTERS = Size(11), 16, 3
-PLOT = Path("docs/growth.svg")
+PLOT = Path("docs/methods/growth.svg")
 Point = tuple[float, Sequence[Sample], Sequence[Sample]]
 """(x, merges, copies)."""
 

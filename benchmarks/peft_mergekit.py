@@ -1,7 +1,7 @@
 """Adaptory, PEFT and mergekit at equal recipes: the time and memory of a merged checkpoint, and what it keeps.
 
 Each recipe is run by each tool as a fresh process, on a pair and on three of the repository's adapters, and with
-`--adapters` on all eight sets of docs/study.md that a search was measured on. Kept is the
+`--adapters` on all eight sets of docs/methods/study.md that a search was measured on. Kept is the
 share of the worst member's gain over the base that is left on 16 examples of its suite, and below it how many of the
 answers that it gives alone. Equal recipes should keep equally much; the last row is what only one of the tools has,
 `regmean`, fitted on four other examples of each member.

@@ -7,7 +7,7 @@
 For each set, this runs the search of `adaptory conflicts --optimize`. Then it measures every candidate on the unseen
 examples: one half selects the best candidate in hindsight, and the other half scores it. The regret is the difference
 between its score there and that of the search's choice, as a share of the worst member's gain. Writes a line of JSON
-for each set, and prints the table that docs/study.md has, with the time of each search.
+for each set, and prints the table that docs/methods/study.md has, with the time of each search.
 """
 
 import argparse

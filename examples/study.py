@@ -6,7 +6,7 @@
 Writes one line of JSON per adapter and one per pair to `--out`, and continues where an earlier run stopped. Every
 example of every suite is kept with its nats, its tokens and whether it was answered word for word, so that
 `verdict_report.py` can replay the rule by which `adaptory conflicts` decides; `study_report.py` makes the tables of
-docs/study.md. The examples that a probe sees are kept separate from those on which the damage is measured.
+docs/methods/study.md. The examples that a probe sees are kept separate from those on which the damage is measured.
 """
 
 import argparse

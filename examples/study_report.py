@@ -1,4 +1,4 @@
-"""Make the tables and the plot of docs/study.md from what study.py measured: `python examples/study_report.py [JSONL]`.
+"""Make the tables and the plot of docs/methods/study.md from what study.py measured: `study_report.py [JSONL]`.
 
 Every predictor is ranked against the measured loss by Spearman's correlation; the interval is a bootstrap over
 adapters, since the pairs of one adapter are not independent of each other.
@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 DRAWS = 2000
 HALVES = 500
 KEPT = Path(__file__).parent / "study.jsonl"
-PLOT = Path(__file__).parents[1] / "docs" / "study.svg"
+PLOT = Path(__file__).parents[1] / "docs" / "methods" / "study.svg"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@
 
 The method is fitted on four examples per member; the kept gain is measured on others, as they are and with their
 prompts wrapped in two polite sentences. Writes a line of JSON for each set and method, and prints the table of
-docs/study.md, whose rows are kept in sets.jsonl.
+docs/methods/study.md, whose rows are kept in sets.jsonl.
 """
 
 import argparse

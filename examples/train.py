@@ -1,8 +1,8 @@
 """Train the example adapters with PEFT: `python examples/train.py NAME|all|study|fresh --base DIR [--out DIR]`.
 
-`all` are the demo's adapters, `study` those of docs/study.md and `fresh` the three that check it. Each is written to
-OUT/NAME as ordinary PEFT files. Its scores on its held-out suite and on the guard suite, before and after, are printed
-and put in the model card. One thread: a second one on a shared machine makes steps slower.
+`all` are the demo's adapters, `study` those of docs/methods/study.md and `fresh` the three that check it. Each is
+written to OUT/NAME as ordinary PEFT files. Its scores on its held-out suite and on the guard suite, before and after,
+are printed and put in the model card. One thread: a second one on a shared machine makes steps slower.
 """
 
 import argparse

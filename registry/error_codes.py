@@ -1,7 +1,8 @@
 """Every error code: the family it belongs to, and the general fix.
 
-A code has one family, hence one exit code and one HTTP status. docs/errors.md is generated from this register, and a
-test checks every `raise` against it. A message says what to do in its own case; the text here holds for every case.
+A code has one family, hence one exit code and one HTTP status. docs/reference/errors.md is generated from this
+register, and a test checks every `raise` against it. A message says what to do in its own case; the text here holds for
+every case.
 """
 
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "experts": "Merge them into the base.",
         "file_tampered": "Do not use it: a file differs from the signed one.",
         "fp8_scale": "Use the unquantized base, or --dequantize.",
+        "files_taken_down": "Publish other files.",
         "gate_failed": "Look at the numbers; a releaser may use --force with a --reason.",
         "harness_differs": "Install the same version of lm-eval where workers run, with the same data.",
         "harness_missing": "Install adaptory with its extra `eval` where workers run.",
@@ -88,6 +90,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "protect_unknown": "Inputs are counted from 1.",
         "quantized_base": "Use the unquantized base.",
         "ranks_differ": "Use peft_cat or peft_svd.",
+        "quota_exceeded": "Take down what is not needed any more, or ask an admin of the registry for more.",
         "release_yanked": "Choose another version.",
         "replacement_and_delta": "Leave one of the two out, or set replacements=delta.",
         "replacement_conflict": "Leave one of the two out, or set replacements=delta.",
@@ -99,7 +102,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "scorer_timeout": "Bound the time that the scorer takes, or give it more: ADAPTORY_SCORER_TIMEOUT_S.",
         "seed": "Use a whole number from 0 to 2^64 - 1.",
         "shape_conflict": "Combine adapters of one base.",
-        "sign_in_disabled": "docs/operating.md says what the server needs for it.",
+        "sign_in_disabled": "docs/how-to/operate.md says what the server needs for it.",
         "sign_in_insecure": "Use the https address of this registry.",
         "signature_files_only": "Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",
         "signature_of_other_release": "Ask its signer to sign this release: `adaptory sign REF --key KEY.pem`.",
@@ -130,7 +133,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "not_released": "Create a tag first.",
         "namespace_reserved": "Choose another name.",
         "not_main": "Commit to main, and create a tag.",
-        "bad_commit_line": "Use a version of huggingface_hub that docs/hub.md names.",
+        "bad_commit_line": "Use a version of huggingface_hub that docs/how-to/hub.md names.",
         "bad_alias": "Use letters, digits and . _ - /, but not the form of a digest.",
         "bad_channel": "Write it as namespace/name@channel, as in acme/sql@prod.",
         "bad_commit": "Give 7 to 40 lower-case hexadecimal digits.",
@@ -140,7 +143,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bad_cursor": "Use `next` of the previous page unchanged.",
         "bad_digest": "Give 64 lower-case hexadecimal digits.",
         "bad_evaluation": "Ask for several evaluations.",
-        "bad_grant": "Send grant_type, subject_token_type, subject_token and resource as docs/hub.md says.",
+        "bad_grant": "Send what docs/how-to/publish-from-ci.md says: grant_type, subject_token and the other fields.",
         "bad_http": "Send HTTP/1.1, one request after the other.",
         "bad_kind": "Use adapter or model.",
         "bad_lifetime": "Give a number of days with --expires-in-days, or leave it out for no expiry.",
@@ -152,10 +155,10 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bad_range": "Write a version (1.2.0) or an npm range (^1.2, ~1.2.3, >=1.0 <2.0).",
         "bad_relation": "Name a registered base, and a relation: cast, quantized, finetuned or merged.",
         "bad_repository": "Write it as namespace/name, as in acme/sql; a directory has to exist.",
-        "bad_rule": "Write it in one of the forms that docs/guide.md lists under Channels and gates.",
+        "bad_rule": "Write it in one of the forms that docs/how-to/policies.md lists.",
         "bad_scope": "Write NAMESPACE=ROLE.",
         "bad_score_name": "Write SUITE.METRIC, as in sql-exact.accuracy.",
-        "bad_setting": "See the settings of the method in docs/methods.md.",
+        "bad_setting": "See the settings of the method in docs/methods/index.md.",
         "bad_sort": "Sort by newest, version or SUITE.METRIC.",
         "bad_backup_target": "Write another directory, or s3://BUCKET/PREFIX, which is not the registry's store.",
         "bad_target": "Write REPO:VERSION, or REPO and --bump.",
@@ -190,6 +193,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "no_pages": "Leave out either --cursor or --jsonl.",
         "no_parent": "Create it first.",
         "not_evaluated": "Add the suite to `evaluate`.",
+        "own_name": "Ask another admin of the registry.",
         "not_exact": "Name the version, as in acme/sql:1.2.0, or the commit.",
         "not_remote": "Run it where the server runs, without ADAPTORY_URL and --profile.",
         "nothing_included": "Write a pattern of paths below the directory, such as '*.yaml'; quote it for the shell.",
@@ -212,10 +216,10 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "too_many_rules": "Leave some out.",
         "two_settings": "Leave one of them out.",
         "unknown_host": "Use the registry's public name.",
-        "unknown_method": "docs/methods.md lists the methods.",
+        "unknown_method": "docs/methods/index.md lists the methods.",
         "unknown_parameter": "See /openapi.json for the parameters.",
         "unknown_profile": "`adaptory inspect --help` lists the servers.",
-        "unknown_setting": "docs/methods.md lists the settings of each method.",
+        "unknown_setting": "docs/methods/index.md lists the settings of each method.",
         "version_ended": "Choose a version yourself: REPO:VERSION.",
         "version_missing": "Write REPO:VERSION, or --bump auto|patch|minor|major.",
     },
@@ -227,6 +231,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "blob_missing": "Push again; files that have arrived are not sent twice.",
         "blob_unknown": "Announce its bytes (POST /v1/uploads) and send them.",
         "channel_unknown": "Promote a release to it: `adaptory promote REPO:VERSION --to CHANNEL`.",
+        "code_unknown": "/docs/errors of the server lists the codes.",
         "composition_unknown": "Create one with `adaptory compose RECIPE`.",
         "conflicts_unknown": "Ask for one with POST /v1/conflicts.",
         "evaluation_unknown": "Ask for one with `adaptory eval REF --suite SUITE --queue`.",
@@ -236,7 +241,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "hub_revision_unknown": "Name a branch, a tag or a commit that the repository has.",
         "job_unknown": "`adaptory jobs` lists the jobs.",
         "metric_unknown": "`adaptory eval` records nll and accuracy; a suite may state others under `metrics`.",
-        "hub_route_unknown": "docs/hub.md lists what the hub API does; the REST API is under /v1.",
+        "hub_route_unknown": "docs/how-to/hub.md lists what the hub API does; the REST API is under /v1.",
         "namespace_unknown": "Check its spelling, and ADAPTORY_TOKEN.",
         "no_match": "Promote a release to it.",
         "part_unknown": "Send the parts that POST /v1/uploads names.",
@@ -249,14 +254,12 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "revision_unknown": "`adaptory log REPO` shows the versions, commits and channels.",
         "results_unknown": "Record them: `adaptory eval REF --suite SUITE`.",
         "score_unknown": "`adaptory show` lists the scores; name one on older suite content by the suite's digest.",
-        "spectrum_unknown": (
-            "Only adapters have one, and only those released since spectra are computed: `adaptory inspect REF`."
-        ),
+        "spectrum_unknown": "Only adapters have one, and older releases lack it: `adaptory inspect REF`.",
         "suite_unknown": "`adaptory suite list` shows the suites; `adaptory suite add FILE` adds one.",
-        "token_unknown": (
-            "`adaptory token list` shows yours; a token with a scope or an expiry can revoke only itself."
-        ),
+        "taken_down": "Choose another version: the files are gone for good.",
+        "token_unknown": "`adaptory token list` shows yours; one with a scope or an expiry can revoke only itself.",
         "upload_address_invalid": "Push again.",
+        "user_unknown": "`adaptory audit` shows the names.",
         "upload_unknown": "Announce the file again (POST /v1/uploads).",
     },
     Conflict: {
@@ -312,16 +315,14 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "role_lost": "Ask an admin of the namespace for the role, and compose again.",
         "role_missing": "Ask an admin for the role, or use a token whose scope has it.",
         "scope_too_narrow": "Use a token whose scope has the role.",
-        "token_not_allowed": (
-            "Use a token without scope and expiry; a token for another user needs an admin of the registry."
-        ),
+        "token_not_allowed": "Use a token without scope and expiry; one for another user needs an admin of all.",
     },
     Unauthenticated: {
         "id_token_audience": "Request it with the registry's address (HF_ENDPOINT) as the audience, and no other.",
         "id_token_expired": "Request a new one just before you exchange it.",
         "id_token_invalid": "Send the ID token as the issuer made it; the message says what is wrong with it.",
         "id_token_issuer": "Add a trusted publisher of that issuer: `adaptory publisher add REPO --issuer URL …`.",
-        "sign_in_refused": "Sign in again; if it stays, an operator compares the provider with docs/operating.md.",
+        "sign_in_refused": "Sign in again; if it stays, an operator compares the provider with docs/how-to/operate.md.",
         "session_ended": "Sign in again.",
         "id_token_used": "Request a new one for each exchange.",
         "token_invalid": "Send Authorization: Bearer TOKEN.",
@@ -352,7 +353,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "bad_provenance": "Correct it, or leave it out.",
         "bad_publisher": "Correct the value that the message names; see `adaptory publisher add --help`.",
         "bad_quantization": "Save the checkpoint again, or use the unquantized base.",
-        "bad_recipe": "Correct the field that the message names; docs/composing.md has the fields.",
+        "bad_recipe": "Correct the field that the message names; docs/reference/schemas.md has the fields.",
         "bad_request": "See /openapi.json for the fields of the request.",
         "bad_results": "Record what `adaptory eval` measured: the results of all examples, with their scores.",
         "bad_safetensors": "Save or download the file again.",
@@ -378,9 +379,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "link_outside": "Copy the file there.",
         "link_to_directory": "Copy the directory there.",
         "lock_broken": "Ask an operator to run `adaptory fsck`, which finds what was changed.",
-        "metric_unstated": (
-            "Ask the suite's author to add the metric under `metrics`, and to run `adaptory suite add` again."
-        ),
+        "metric_unstated": "Ask the suite's author to add the metric under `metrics`, and to add the suite again.",
         "missing": "Name a directory that has the file.",
         "missing_config": "Save the adapter with PEFT's save_pretrained.",
         "missing_directory": "Name an existing directory.",
@@ -421,9 +420,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "unreadable": "Check the path and its permissions.",
         "unsupported_layer": "Take the layer out of the adapter: it is not merged here.",
         "untargeted_tensor": "Save the adapter again with PEFT.",
-        "user_reserved": (
-            "Choose another name. To let everybody read, make the namespace public (`adaptory namespace set`)."
-        ),
+        "user_reserved": "Choose another name; `adaptory namespace set` lets everybody read a namespace.",
         "wrong_base": "Name the base that fits with --base; the message lists those that do.",
         "wrong_prefix": "Save the adapter with PEFT, or name its true base with --base.",
     },

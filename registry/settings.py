@@ -190,23 +190,33 @@ def _prefix(text: str) -> str:
 
 
 class LocalStorage(BaseModel):
-    """Blobs in a directory. `directory` is `$ADAPTORY_HOME/store` unless set."""
+    """Blobs in a directory: the default."""
 
     model_config = ConfigDict(frozen=True, defer_build=True)
     kind: Literal["local"] = "local"
+    """Blobs in a directory; the default without a bucket."""
     directory: Path | None = None
+    """Where the blobs are; `$ADAPTORY_HOME/store` unless set."""
 
 
 class S3Storage(BaseModel):
-    """Blobs in S3 or a compatible store; credentials come from boto3's usual chain, never from here."""
+    """Blobs in S3 or a compatible store: the default with a bucket. Credentials come from boto3's usual chain, never
+    from here."""
 
     model_config = ConfigDict(frozen=True, defer_build=True)
     kind: Literal["s3"] = "s3"
+    """Blobs in S3 or a compatible store; the default with a bucket."""
     bucket: str
+    """The bucket; it must exist."""
     prefix: Annotated[str, AfterValidator(_prefix)] = ""
+    """What every key begins with, as it is, such as `team/`; no part may be empty, `.` or `..`."""
     endpoint_url: Annotated[str, AfterValidator(_store_url)] | None = None
+    """The address of a compatible store, such as `https://s3.example.org`; not for AWS."""
     connect_timeout_s: float = Field(default=5.0, gt=0)
+    """Timeout for connecting to the store."""
     read_timeout_s: float = Field(default=30.0, gt=0)
+    """Timeout for the store's answer. A store that hangs costs a request (5 + 30) * 2 seconds by default, then
+    503 with `Retry-After`."""
     attempts: int = Field(default=2, gt=0)
     """Attempts per request to a failing store, including the first."""
     multipart_bytes: int = Field(default=256 * 2**20, gt=0, le=5 * 2**30)
@@ -245,16 +255,21 @@ class SignInSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, defer_build=True)
     issuer: Annotated[str, AfterValidator(_issuer)]
-    """Its address, exactly as its ID tokens name it."""
+    """The provider's address, exactly as its ID tokens have it in `iss`."""
     client_id: str = Field(min_length=1)
+    """This registry's name at the provider."""
     client_secret: SecretStr | None = None
-    """None for a public client, which PKCE alone protects."""
+    """This registry's secret at the provider; none for a public client, which PKCE alone protects."""
     user_claim: str = "preferred_username"
-    """The claim of an ID token that is the user's name here. Users must not be able to choose another's."""
+    """The claim that is the user's name here; `email` only with `email_verified`. Users must not be able to
+    choose another's."""
     groups_claim: str = "groups"
+    """The claim with the user's groups, a list or a text."""
     scopes: str = "openid profile email"
+    """What is asked for; some providers need `groups` too."""
     roles: Annotated[str, AfterValidator(_group_roles)] = ""
-    """Comma-separated GROUP=NAMESPACE:ROLE: what members of a group may do while they are signed in."""
+    """Comma-separated `GROUP=NAMESPACE:ROLE`, such as `ml-team=acme:publisher,platform=*:admin`: what members of
+    a group may do while they are signed in."""
 
     @property
     def group_roles(self) -> list[tuple[str, str, str]]:
@@ -269,58 +284,68 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ADAPTORY_", env_nested_delimiter="__", frozen=True, extra="ignore")
 
     home: Path = Path("~/.adaptory")
-    """Directory of the embedded registry's database, blobs and work files."""
+    """Directory of the embedded registry's database, blobs and work files, of profiles and of the pull cache."""
     database_url: Annotated[str, AfterValidator(_database_url)] | None = None
-    """A SQLAlchemy URL; `sqlite:///$ADAPTORY_HOME/registry.db` unless set."""
+    """`postgresql://user@host/name`, or `sqlite:////path`; `$ADAPTORY_HOME/registry.db` unless set."""
     database_connect_timeout_s: int = Field(default=5, ge=2)
-    """Timeout for connecting to PostgreSQL."""
+    """Maximum time to connect to PostgreSQL; at least 2."""
     database_timeout_s: float = Field(default=30.0, gt=0, le=24 * 3600)
-    """Timeout for one statement, including the locks that it waits for."""
+    """Maximum time of a statement, including the locks that it waits for. Beyond it, 503."""
     database_pool_size: int = Field(default=20, ge=2, le=1000)
     """Maximum open connections to PostgreSQL per process: 4 processes stay below its limit of 100."""
     storage: Storage = LocalStorage()
+    """Where blobs are; the sections below have the settings of each kind."""
     url: Annotated[str, AfterValidator(_http_url)] | None = None
     """The registry that the command line talks to. Without it, and without an active profile, the registry in `home` is
     opened in this process."""
     profile: Annotated[str, AfterValidator(_profile)] | None = None
-    """A profile saved by `adaptory login`, or `local` for the embedded registry; like the option --profile."""
+    """A profile saved by `adaptory login`, or `local` for the embedded registry; like the option `--profile`.
+    Wins over `ADAPTORY_URL`."""
     max_file_bytes: int = Field(default=64 * 2**30, gt=0)
-    """Maximum size of a file in a release."""
+    """Maximum size of a file in a release; beyond it 413. One push by Xet has at most four times as much."""
     upload_expires_s: int = Field(default=24 * 3600, gt=0, le=7 * 24 * 3600)
-    """How long an announced upload may take to arrive; S3 signs requests for a week at most."""
+    """How long an announced upload, and its signed requests, may take to arrive; S3 signs requests for a week at
+    most."""
     commit_retention_days: float = Field(default=30.0, ge=0, le=36_500)
     """How long `gc` keeps a commit without a release after another commit has followed it."""
     max_open_uploads: int = Field(default=10_000, gt=0)
-    """Maximum announced uploads per user whose bytes have not arrived yet."""
+    """Maximum files per user that were announced and whose bytes have not arrived yet; beyond it 429, or 413 if
+    one announcement has more."""
     max_document_bytes: int = Field(default=16 * 2**20, gt=0)
-    """Maximum size of a JSON or YAML body: a tensor table, a suite, a recipe."""
+    """Maximum size of a JSON or YAML body: a tensor table, a suite, a recipe. Beyond it 413, before the body is
+    read."""
     access: Literal["single", "tokens"] = "single"
     """Who may use a server: `single` serves its one user on loopback, `tokens` requires a token from everyone."""
     access_cache_s: float = Field(default=5.0, ge=0, le=300)
-    """How long a server caches a token's user and roles, and thus how late another server may notice a revocation."""
+    """How long a server process caches a token's user and roles: how late it may notice a revoked token, a
+    removed role or a namespace made private elsewhere."""
     access_log: Literal["text", "json", "off"] = "text"
-    """Writes one line to stderr for each request: route, status, seconds, actor and request id."""
+    """A line on stderr for each request, with route, status, seconds, actor and request id: `text`, `json` or
+    `off`. With `json` warnings and tracebacks are JSON lines too."""
     download_expires_s: int = Field(default=300, ge=1, le=7 * 24 * 3600)
     """How long a presigned download URL of S3 is valid, even if the token is revoked meanwhile."""
     rate_limit: Annotated[str, AfterValidator(_rate)] = DEFAULT_RATE
-    """Maximum requests to one server process per token, or per address without one; empty for no limit."""
+    """Maximum requests to one server process per token, or per address without one; beyond it 429 with
+    `Retry-After`. Empty for no limit."""
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = ""
     """Comma-separated addresses and networks of proxies whose `X-Forwarded-For` a server trusts; none by default."""
     oidc_audience: Annotated[str, AfterValidator(_http_url)] = ""
     """This registry's address, as clients have it in `HF_ENDPOINT`: ID tokens of continuous integration must be meant
     for it. Without it, none is exchanged for a token."""
     oidc_issuers: Annotated[str, AfterValidator(_issuers)] = DEFAULT_ISSUERS
-    """Comma-separated issuers whose ID tokens trusted publishers may have; `github:` and `gitlab:` before the address
-    say whose claims their tokens have, and for others the project is the subject (`sub`)."""
+    """Comma-separated issuers whose ID tokens trusted publishers may have. `github:` and `gitlab:` before the
+    address say whose claims their tokens have; for others the project is the subject (`sub`)."""
     sign_in: SignInSettings | None = None
     """An OpenID provider whose users sign in to pages, beside the holders of tokens; none by default."""
     max_concurrent_uploads: int = Field(default=16, gt=0)
-    """Maximum bodies that one user may be sending to one server process at a time."""
+    """Maximum bodies that one user may be sending to one server process at a time; beyond it 429. A process has
+    32 threads for them."""
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
-    """Maximum total size of a request's headers."""
+    """Maximum total size of a request's headers; beyond it 431. A head of half a MiB, or one that takes longer
+    than 30 s, also ends the connection."""
     scorers: Annotated[str, AfterValidator(_scorers)] = ""
-    """Comma-separated names of Python scorers (entry points `adaptory.scorers`) that evaluations on this machine may
-    run; none by default. Enable only code that you trust."""
+    """Comma-separated names of Python scorers (entry points `adaptory.scorers`) that evaluations on this machine
+    may run; the same for servers and workers. Enable only code that you trust."""
     scorer_timeout_s: float = Field(default=30.0, gt=0, le=24 * 3600)
     """How long a Python scorer may take for one example; its process is then killed."""
     harness_path: Path | None = None

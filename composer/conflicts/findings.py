@@ -1,4 +1,4 @@
-"""The findings of a conflict report, by code. docs/composing.md lists them with their thresholds."""
+"""The findings of a conflict report, by code. docs/concepts/conflicts.md lists them with their thresholds."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf

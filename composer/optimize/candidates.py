@@ -1,6 +1,6 @@
 """The combinations that are tried, simplest first: an equal result of a simpler one wins.
 
-What is tried, and what is left out, follows what was measured on real adapters (docs/composing.md).
+What is tried, and what is left out, follows what was measured on real adapters (docs/how-to/find-a-combination.md).
 """
 
 import json

@@ -1,6 +1,7 @@
 """Finds the method, settings and weights under which the worst member keeps most.
 
-The objective, the race and the candidates were chosen by what they kept on unseen examples (docs/composing.md).
+The objective, the race and the candidates were chosen by what they kept on unseen examples
+(docs/how-to/find-a-combination.md).
 """
 
 from collections.abc import Callable, Sequence

@@ -40,7 +40,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("compositions", "router", ("compositions",)),
     ("conflicts", "router", ("conflicts",)),
     ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz")),
-    ("access", "router", ("whoami", "tokens", "namespaces")),
+    ("access", "router", ("whoami", "tokens", "namespaces", "users")),
     ("publishers", "router", ("publishers",)),
     ("metrics", "router", ("metrics",)),
 )
@@ -48,8 +48,8 @@ ROUTERS: tuple[Entry, ...] = (
 HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
 PAGES: tuple[str, ...] = (
-    *("assets", "login", "provider", "account", "members", "search", "catalog", "jobs", "audit"),
-    *("moving", "channel", "compare", "release", "repository"),
+    *("assets", "login", "provider", "account", "members", "search", "catalog", "conflicts", "compose"),
+    *("jobs", "audit", "errors", "moving", "channel", "compare", "release", "repository"),
 )
 """Modules of the pages, which only servers have. They come last: they answer every path of one to three parts."""
 

@@ -1,5 +1,6 @@
-"""Access: tokens, namespaces, members."""
+"""Access: tokens, namespaces, members, users."""
 
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ tokens = typer.Typer(cls=Commands, help="Manage access tokens.", no_args_is_help
 namespaces = typer.Typer(
     cls=Commands, help="Manage namespaces, the unit of permission.", no_args_is_help=True, rich_markup_mode=None
 )
+users = typer.Typer(cls=Commands, help="Manage the names of users.", no_args_is_help=True, rich_markup_mode=None)
 Json = dict[str, Any]
 _KEY_BYTES = 10_000  # larger than any PEM key
 
@@ -30,6 +32,7 @@ NamespaceName = Annotated[
 def register(root: typer.Typer) -> None:
     root.add_typer(tokens, name="token")
     root.add_typer(namespaces, name="namespace")
+    root.add_typer(users, name="user")
     root.command("whoami")(who_am_i)
 
 
@@ -148,13 +151,70 @@ def set_namespace(
         "signature_covers": signature_covers,
     }
     with connected() as connection:
-        document = connection.api.put(f"/v1/namespaces/{quote(namespace, safe='')}", body)
+        document = connection.api.put(_namespace_path(namespace), body)
     pairs = [
         ("visible", _visibility(document)),
         ("signed only", document["require_signature"]),
         ("signature covers", document["signature_covers"]),
     ]
     render.document(document, json, lambda: render.lines(f"namespace {namespace}", pairs))
+
+
+@namespaces.command("usage")
+def show_usage(namespace: NamespaceName, json: JsonFlag = False) -> None:
+    """Show what a namespace holds, and its quota."""
+    with connected() as connection:
+        used = connection.api.get(f"{_namespace_path(namespace)}/usage")
+    pairs = [
+        ("bytes", _of_quota(render.size(used["size_bytes"]), used["max_bytes"], render.size)),
+        ("releases", _of_quota(f"{used['releases']:,}", used["max_releases"], "{:,}".format)),
+    ]
+    render.document(used, json, lambda: render.lines(f"usage of {namespace}", pairs))
+
+
+@namespaces.command("quota")
+def set_quota(
+    namespace: NamespaceName,
+    max_bytes: Annotated[
+        int | None, typer.Option("--bytes", min=0, help="Bytes of files; no limit if omitted.")
+    ] = None,
+    max_releases: Annotated[
+        int | None, typer.Option("--releases", min=0, help="Releases that have files; no limit if omitted.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Set what a namespace may hold, as an admin of the registry. What it holds already stays."""
+    body = {"max_bytes": max_bytes, "max_releases": max_releases}
+    with connected() as connection:
+        document = connection.api.put(f"{_namespace_path(namespace)}/quota", body)
+    pairs = [
+        ("bytes", render.size(max_bytes) if max_bytes is not None else "no limit"),
+        ("releases", f"{max_releases:,}" if max_releases is not None else "no limit"),
+    ]
+    render.document(document, json, lambda: render.lines(f"quota of {namespace}", pairs))
+
+
+@namespaces.command("retention")
+def set_retention(
+    namespace: NamespaceName,
+    yanked: Annotated[
+        int | None, typer.Option(metavar="DAYS", min=1, help="For yanked releases; kept for good if omitted.")
+    ] = None,
+    prereleases: Annotated[
+        int | None, typer.Option(metavar="DAYS", min=1, help="For pre-releases; kept for good if omitted.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Set after how many days `gc` takes down yanked releases and pre-releases.
+
+    It spares what a channel serves, what `main` has, and what another release was composed of.
+    """
+    body = {"keep_yanked_days": yanked, "keep_prerelease_days": prereleases}
+    with connected() as connection:
+        document = connection.api.put(f"{_namespace_path(namespace)}/retention", body)
+    kept = [("yanked releases", yanked), ("pre-releases", prereleases)]
+    pairs = [(what, f"{days} days" if days is not None else "kept") for what, days in kept]
+    render.document(document, json, lambda: render.lines(f"retention of {namespace}", pairs))
 
 
 @namespaces.command("members")
@@ -182,14 +242,33 @@ def revoke(namespace: NamespaceName, user: User, json: JsonFlag = False) -> None
     _set_member(namespace, user, None, json)
 
 
+@users.command("remove")
+def remove_user(user: User, json: JsonFlag = False) -> None:
+    """Put a pseudonym in place of a user's name everywhere, also in the audit log.
+
+    The user's tokens, sessions and roles end. What the user did stays. Free text, such as reasons, is not searched.
+    """
+    with connected() as connection:
+        removed = connection.api.delete(f"/v1/users/{quote(user, safe='')}")
+    render.document(removed, json, lambda: render.out(f"{user} is {removed['user']} now, in {removed['rows']:,} rows"))
+
+
 def _set_member(namespace: str, user: str, role: str | None, json: bool) -> None:
     with connected() as connection:
         document = connection.api.put(_members_path(namespace), {"user": user, "role": role})
     render.document(document, json, lambda: render.out(f"{user}: {role or 'no role'} in {namespace}"))
 
 
+def _namespace_path(namespace: str) -> str:
+    return f"/v1/namespaces/{quote(namespace, safe='')}"
+
+
 def _members_path(namespace: str) -> str:
-    return f"/v1/namespaces/{quote(namespace, safe='')}/members"
+    return f"{_namespace_path(namespace)}/members"
+
+
+def _of_quota(used: str, limit: int | None, written: Callable[[int], str]) -> str:
+    return f"{used} of {written(limit)}" if limit is not None else f"{used}, no limit"
 
 
 def _visibility(row: Json) -> str:

@@ -11,7 +11,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "Release",
         (
             "push", "pull", "import", "export", "promote", "approve", "promotion", "rollback", "gate", "policy",
-            "history", "yank", "unyank", "deprecate", "eval", "score", "sign", "verify", "base", "suite",
+            "history", "yank", "unyank", "deprecate", "takedown", "eval", "score", "sign", "verify", "base", "suite",
         ),
         "adaptory push ./out acme/sql --bump auto --channel canary",
     ),
@@ -27,12 +27,12 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         "Operate",
-        ("serve", "worker", "jobs", "cancel", "migrate", "gc", "fsck", "backup", "restore", "storage"),
+        ("serve", "worker", "jobs", "cancel", "migrate", "gc", "fsck", "doctor", "backup", "restore", "storage"),
         "adaptory serve --host 0.0.0.0 --processes 4",
     ),
     (
         "Admin",
-        ("login", "logout", "profile", "whoami", "token", "publisher", "namespace", "audit"),
+        ("login", "logout", "profile", "whoami", "token", "publisher", "namespace", "user", "audit"),
         "adaptory login https://adapters.example",
     ),
 )  # fmt: skip

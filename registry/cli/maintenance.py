@@ -64,7 +64,10 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count commits, blobs and uploads.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Remove old commits without a release, unfinished uploads and unused blobs. Safe while others push and pull."""
+    """Remove old commits without a release, unfinished uploads and unused blobs. Safe while others push and pull.
+
+    First takes down what the retention of each namespace says (`adaptory namespace retention`).
+    """
     from registry.transfer.collect import collect
     from registry.worker.workspace import sweep_work
 
@@ -73,6 +76,7 @@ def gc(
         if not dry_run:
             removed.leftovers += sweep_work(resources)
     document = {
+        "releases": removed.releases,
         "commits": removed.commits,
         "blobs": removed.blobs,
         "size_bytes": removed.size_bytes,
@@ -84,6 +88,7 @@ def gc(
     counts = f"{removed.blobs:,} blobs ({render.size(removed.size_bytes)}), {removed.unfinished:,} unfinished uploads"
     more = f", {removed.leftovers:,} leftovers" if removed.leftovers else ""
     more += f", {removed.commits:,} commits" if removed.commits else ""
+    more += f", {removed.releases:,} releases by retention" if removed.releases else ""
     render.document(document, json, lambda: render.out(f"{verb} {counts}{more}"))
 
 

@@ -1,4 +1,4 @@
-"""Releases and channels: list, log, show, rollback, history, gate, yank, unyank, deprecate."""
+"""Releases and channels: list, log, show, rollback, history, gate, yank, unyank, deprecate, takedown."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +27,7 @@ Json = dict[str, Any]
 
 
 def register(root: typer.Typer) -> None:
-    for command in (log, show, history, gate, yank, unyank, deprecate):
+    for command in (log, show, history, gate, yank, unyank, deprecate, takedown):
         root.command()(command)
     root.command("list")(list_repositories)
     root.command("rollback")(roll_back)
@@ -179,6 +179,28 @@ def unyank(
     name = f"{release['repository']}:{release['version']}"
     line = f"unyanked {name}: {reason}" if before["yanked"] else f"{name} is not yanked: nothing to do"
     render.document(release, json, lambda: render.out(line))
+
+
+def takedown(
+    ref: Ref,
+    reason: Annotated[str, typer.Option("--reason", help="Why; the tombstone shows it.")],
+    json: JsonFlag = False,
+) -> None:
+    """Remove a release's files for good: leaked or illegal content. A tombstone and the audit log stay.
+
+    Versions with the same files go with it, and the namespace cannot publish them again.
+    """
+    with connected() as connection:
+        taken = connection.api.post(f"{_path(_exactly(connection, ref))}/takedown", {"reason": reason})
+
+    def show() -> None:
+        for name in taken["releases"]:
+            render.out(f"took down {name}: {reason}")
+        render.out(f"{taken['blobs']:,} blobs ({render.size(taken['size_bytes'])}) are gone for good")
+        for name in taken["named_by"]:
+            render.say(f"warning: {name} still has some of these files.")
+
+    render.document(taken, json, show)
 
 
 def deprecate(

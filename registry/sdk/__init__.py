@@ -1,4 +1,4 @@
-"""The Python API: registries, releases and a callback for trainers (docs/python.md).
+"""The Python API: registries, releases and a callback for trainers (docs/reference/python.md).
 
 Names are imported when they are used: the command line, which stands on this package, starts faster, and the callback
 needs transformers.

@@ -38,7 +38,7 @@ class Registry:
     `ADAPTORY_PROFILE`, `ADAPTORY_TOKEN`), of the profile in use, or else the embedded one: the first that is given.
 
     Use it in a `with` statement, or close it. Every method raises the errors of `registry.errors`, whose `code` is
-    stable (docs/errors.md).
+    stable (docs/reference/errors.md).
 
     >>> with Registry() as registry:
     ...     release = registry.push("out", "acme/sql", bump="auto", base="smollm2")

@@ -2,7 +2,9 @@
 
 A blob is removed in three steps: its row is marked in a transaction that checks again that nothing refers to it; then
 its bytes are deleted; then its row, in one transaction with an audit row. A marked blob cannot be used again, so after
-a crash the next collection finishes the removal.
+a crash the next collection finishes the removal. A takedown marks blobs whatever their age.
+
+Retention takes yanked releases and pre-releases down first, where a namespace asks for it.
 """
 
 import uuid
@@ -22,7 +24,9 @@ from registry.database.tables import Blob, RevisionFile, Score, Upload
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog import commits
+from registry.domain.channels import takedowns
 from registry.domain.compositions import checks
+from registry.errors import Conflict
 from registry.formats.references import Digest
 from registry.settings import Settings
 from registry.storage.blobs import BlobStat
@@ -44,6 +48,7 @@ class Collected:
     """What a collection removed. `unfinished` and `leftovers` are those of `Swept`; a caller may add leftovers of its
     own."""
 
+    releases: int = 0
     commits: int = 0
     blobs: int = 0
     size_bytes: int = 0
@@ -64,6 +69,7 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
     if dry_run:
         with resources.read() as session:
             forgotten = commits.forgettable(followed_before)
+            collected.releases = len(takedowns.expired(session, now, limit=None))
             collected.commits = session.scalar(select(func.count()).select_from(forgotten.subquery())) or 0
             unused = _unused(before, now, RevisionFile.revision_id.in_(forgotten))
             sizes = list(session.scalars(select(Blob.size_bytes).where(*unused)))
@@ -74,14 +80,44 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
     with exclusive_collection(resources.database):
         swept = sweep(resources, now)
         collected.unfinished, collected.leftovers = swept.uploads, swept.leftovers
+        collected.releases = _take_down_expired(resources, now)
         while count := _forget_commits(resources, followed_before):
             collected.commits += count
-        while claimed := _claim(resources, run, before, now):
+        unused = and_(Blob.removing_at.is_(None), *_unused(before, now))
+        while claimed := _claim(resources, run, now, or_(unused, _marked_by_others(run))):
             _remove(resources, run, claimed, collected)
         for batch in _orphans(resources, before, now):
             claimed = _claim_orphans(resources, run, now, {stat.sha256: stat.size_bytes for stat in batch})
             _remove(resources, run, claimed, collected)
     return collected
+
+
+def remove_marked(resources: Resources) -> bool:
+    """Removes the blobs that a takedown has marked. False if a collection is running, which will, or the next one."""
+    run, now = uuid.uuid4().hex, resources.clock()
+    try:
+        with exclusive_collection(resources.database):
+            while claimed := _claim(resources, run, now, _marked_by_others(run)):
+                _remove(resources, run, claimed, Collected())
+    except Conflict as error:
+        if error.code != "collecting":
+            raise
+        return False
+    return True
+
+
+def _take_down_expired(resources: Resources, now: datetime) -> int:
+    """Takes down what the namespaces' retention says, one transaction each since a takedown holds locks. Returns how
+    many."""
+    operator, count = audit.operator_actor(resources.settings.user, now), 0
+    while True:
+        with resources.read() as session:
+            expired = takedowns.expired(session, now, limit=_BATCH)
+        if not expired:
+            return count
+        for release_id in expired:
+            with resources.write() as session:
+                count += takedowns.take_down_if_expired(session, operator, release_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +207,15 @@ def _unused(
     )
 
 
-def _claim(resources: Resources, run: str, before: datetime, now: datetime) -> dict[Digest, int]:
-    """Marks the next unused blobs, and those that a dead collection had marked, for removal by this run."""
+def _marked_by_others(run: str) -> ColumnElement[bool]:
+    """The condition of a blob that a dead collection or a takedown had marked."""
+    return and_(Blob.removing_at.is_not(None), Blob.removing_by != run)
+
+
+def _claim(resources: Resources, run: str, now: datetime, free: ColumnElement[bool]) -> dict[Digest, int]:
+    """Marks the next blobs among those that are `free` for removal by this run."""
     with resources.write() as session:
         lock_blobs_exclusive(session)
-        free = or_(
-            and_(Blob.removing_at.is_(None), *_unused(before, now)),
-            and_(Blob.removing_at.is_not(None), Blob.removing_by != run),
-        )
         chosen = select(Blob.sha256).where(free).limit(_BATCH)
         marked = update(Blob).where(Blob.sha256.in_(chosen)).values(removing_at=now, removing_by=run)
         rows = session.execute(marked.returning(Blob.sha256, Blob.size_bytes), execution_options=_UNTRACKED).all()

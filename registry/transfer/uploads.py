@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from registry.database.engine import insert_if_absent
 from registry.database.locks import lock_blobs_shared
 from registry.database.tables import Blob, BlobHolder, Release, RevisionFile, Upload
+from registry.domain.access import quotas
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import may_read, permit_uploads
 from registry.errors import Conflict, Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
@@ -276,6 +277,8 @@ def announce(
         more = {file.sha256 for file in files} - open_still
         more.difference_update(held_by(session, namespace, more))
         _refuse_too_many(session, actor, len(more), resources.settings.max_open_uploads)
+        more_bytes = sum({file.sha256: file.size_bytes for file in files if file.sha256 in more}.values())
+        quotas.refuse_bytes(session, namespace, more_bytes, actor.at)
         for file in files:
             if file.sha256 not in before:
                 insert_if_absent(

@@ -36,10 +36,14 @@ class Browser:
         return answer
 
     def post(
-        self, path: str, fields: Mapping[str, str] | None = None, *, headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        fields: Mapping[str, str | list[str]] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
     ) -> httpx2.Response:
         carried = re.findall(r'name="form_token" value="([0-9a-f]*)"', self.loaded)
-        form = {"form_token": carried[0] if carried else "", **(fields or {})}
+        form: dict[str, str | list[str]] = {"form_token": carried[0] if carried else "", **(fields or {})}
         sent = headers if headers is not None else {"Origin": self.origin, "Sec-Fetch-Site": "same-origin"}
         return self.http.post(path, data=form, headers=dict(sent))
 

@@ -44,6 +44,7 @@ POST   /v1/{kind}/{namespace}/{name}/releases/{version}/signatures              
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/signatures              reader
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/yank                    releaser
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/unyank                  releaser
+POST   /v1/{kind}/{namespace}/{name}/releases/{version}/takedown                admin
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  publisher
 POST   /v1/{kind}/{namespace}/{name}/releases/{version}/scores/import           publisher
 GET    /v1/{kind}/{namespace}/{name}/releases/{version}/scores                  reader
@@ -95,6 +96,10 @@ GET    /v1/namespaces/{namespace}                                               
 PUT    /v1/namespaces/{namespace}                                               admin
 GET    /v1/namespaces/{namespace}/members                                       admin
 PUT    /v1/namespaces/{namespace}/members                                       admin
+GET    /v1/namespaces/{namespace}/usage                                         reader
+PUT    /v1/namespaces/{namespace}/quota                                         operator
+PUT    /v1/namespaces/{namespace}/retention                                     admin
+DELETE /v1/users/{user}                                                         operator
 GET    /v1/publishers/{namespace}/{name}                                        admin
 POST   /v1/publishers/{namespace}/{name}                                        admin
 DELETE /v1/publishers/{namespace}/{name}/{publisher_id}                         admin

@@ -24,10 +24,18 @@ GET    /bases                                   reader +
 GET    /bases/{base:path}                       reader +
 GET    /suites                                  reader +
 GET    /suites/{suite}                          reader +
+GET    /conflicts                               everybody
+POST   /conflicts                               everybody
+GET    /compose                                 publisher +
+POST   /compose                                 publisher +
 GET    /jobs                                    publisher +
 GET    /jobs/{job_id}                           publisher
+POST   /jobs/{job_id}/cancel                    publisher
 GET    /compositions/{composition_id}           publisher
+GET    /compositions/{composition_id}/conflicts publisher
 GET    /audit                                   admin +
+GET    /docs/errors                             everybody
+GET    /docs/errors/{code}                      everybody
 GET    /{namespace}/{name}@{channel}            reader
 GET    /{namespace}/{name}@{channel}/promote    releaser
 POST   /{namespace}/{name}@{channel}/promote    releaser

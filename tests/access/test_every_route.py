@@ -99,6 +99,7 @@ def _summary(rule: Rule | None, stated: str) -> str:
     return {
         Where.NAMESPACE: str(rule.role),
         Where.ANYWHERE: f"{rule.role} somewhere",
+        Where.REGISTRY: "operator",
         Where.INSIDE: inside,
     }[rule.where]
 
@@ -237,6 +238,7 @@ def _filled(method: str, path: str, things: Things, house: House) -> str:
         "{composition_id}": str(things.composition_id), "{check_id}": str(things.check_id),
         "{upload_id}": things.upload_id, "{number}": "1",
         "{token_id}": "aaaaaaaaaaaa", "{publisher_id}": "aaaaaaaaaaaa", "{promotion_id}": "4000",
+        "{user}": "nobody-at-all",
         "{upload}": "0" * 32, "{xorb}": things.sha256,
         "{revision}": "prod", "{revision:path}": "main", "{directory:path}": "weights",
     }  # fmt: skip

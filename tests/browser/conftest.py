@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import yaml
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests import services
+from tests.eventually import eventually
 from tests.scenarios.world import Cli, World, build_world, server
 
+CHECKED = ("acme/sql:1.0.0", "acme/terraform:1.0.0", "acme/support:1.0.0")
+"""Adapters whose conflict check is computed."""
 CHROMIUM = Path("/usr/bin/chromium")
 expect.set_options(timeout=20_000)  # four test processes share two cores
 CARD = """# SQL
@@ -49,7 +53,14 @@ def site(world: World, tmp_path_factory: pytest.TempPathFactory) -> Generator[Si
     composition = _fill(cli, world, home.parent)
     job = cli.json("eval", "acme/support:1.0.0", "--suite", "guard-exact", "--queue", "--no-wait")["job"]
     with server(home, ADAPTORY_USER="mia") as (url, _):
+        compare(url, *CHECKED)
         yield Site(url, cli, composition, job)
+
+
+def compare(url: str, *adapters: str) -> None:
+    """Requests the conflict check of some adapters, and waits until the server's worker has computed it."""
+    wanted = {"inputs": [{"adapter": one} for one in adapters]}
+    eventually(lambda: httpx2.post(f"{url}/v1/conflicts", json=wanted).json()["state"] == "done")
 
 
 def _fill(cli: Cli, world: World, directory: Path) -> int:

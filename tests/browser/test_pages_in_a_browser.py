@@ -8,6 +8,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.conftest import Site
 
+REFUSED = "/conflicts?with=acme/sql:1.0.0&with=acme/nothing"
 PAGES = (
     "/",
     "/search?base=tiny&loads_in=vllm:8",
@@ -32,13 +33,20 @@ PAGES = (
     "/jobs/{job}",
     "/compositions/{refused}",
     "/compositions/{composition}",
+    "/compositions/{composition}/conflicts",
+    "/conflicts",
+    "/conflicts?with=acme/sql:1.0.0&with=acme/terraform:1.0.0&with=acme/support:1.0.0",
+    REFUSED,
+    "/compose?with=acme/sql:1.0.0&with=acme/terraform:1.0.0*0.5&method=ties",
+    "/compose?composition={composition}&optimize=yes",
     "/audit",
     "/audit?act=channel:promote&since=2020-01-01",
+    "/docs/errors/gate_failed",
     "/account",
     "/login",
     "/nobody/nothing",
 )
-STATUS = {"/nobody/nothing": 404, "/search?score=nonsense": 400}
+STATUS = {"/nobody/nothing": 404, REFUSED: 404, "/search?score=nonsense": 400}
 THEMES = ("light", "dark")
 WIDTHS = (1280, 800, 390)
 CHECKED = (("light", 1280), ("dark", 390))

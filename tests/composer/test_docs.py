@@ -22,8 +22,8 @@ def test_the_example_of_the_library_runs(
     for seed, name in enumerate(("sql", "terraform")):
         make_adapter(base, name, seed=seed)
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "composing.md").read_text(), re.DOTALL)
-    exec(compile(code, "composing.md", "exec"), {})  # noqa: S102 - our own file
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "how-to" / "compose-in-python.md").read_text(), re.DOTALL)
+    exec(compile(code, "compose-in-python.md", "exec"), {})  # noqa: S102 - our own file
     assert (tmp_path / "both" / "adapter_config.json").is_file()
     assert (tmp_path / "merged" / "model.safetensors.index.json").is_file() or list(
         tmp_path.glob("merged/*.safetensors")

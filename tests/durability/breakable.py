@@ -116,7 +116,7 @@ class Stock:
             "{base:path}": "tiny", "{path:path}": "adapter_model.safetensors", "{suite}": "exact", "{sha256}": blob,
             "{job_id}": self.job_id, "{composition_id}": self.composition_id, "{upload_id}": self.upload_id,
             "{token_id}": "aaaaaaaaaaaa", "{alias:path}": "Acme/Nothing", "{number}": 1, "{metric}": "nll",
-            "{promotion_id}": 1, "{publisher_id}": "aaaaaaaaaaaa", "{check_id}": 1,
+            "{promotion_id}": 1, "{user}": "ann", "{publisher_id}": "aaaaaaaaaaaa", "{check_id}": 1,
         }  # fmt: skip
         for name, value in values.items():
             template = template.replace(name, str(value))
@@ -152,6 +152,9 @@ class Stock:
             "scores": {"scores": [score]},
             "yank": {"reason": "because"},
             "unyank": {"reason": "because"},
+            "takedown": {"reason": "because"},
+            "quota": {"max_bytes": 10**12, "max_releases": None},
+            "retention": {"keep_yanked_days": 30, "keep_prerelease_days": None},
             "{channel}": {"version": self.version},
             "{number}": {"sha256": self.announced},
             "gates": {"channel": "prod", "rules": ["exact.nll <= 9"]},

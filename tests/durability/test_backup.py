@@ -1,6 +1,6 @@
 """A backup by other programs, taken while others push and promote: complete when the database came first.
 
-The commands are those of docs/backup.md, with Python in place of the `sqlite3`, `cp` and `aws` programs.
+The commands are those of docs/how-to/back-up.md, with Python in place of the `sqlite3`, `cp` and `aws` programs.
 """
 
 import re

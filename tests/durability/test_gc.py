@@ -321,13 +321,22 @@ def test_the_command_tells_what_it_removed(environ: dict[str, str], api: Api, tm
     send(api, "acme", notes(tmp_path / "unused", 2), lambda _count: None)
     shortly = Cli(environ | {"ADAPTORY_UPLOAD_EXPIRES_S": "1"})
     planned = shortly.json("gc", "--grace-hours", "0", "--dry-run")
-    assert planned == {"commits": 0, "blobs": 0, "size_bytes": 0, "unfinished": 0, "leftovers": 0, "dry_run": True}
+    assert planned == {
+        "releases": 0,
+        "commits": 0,
+        "blobs": 0,
+        "size_bytes": 0,
+        "unfinished": 0,
+        "leftovers": 0,
+        "dry_run": True,
+    }
     resources = opened(environ)
     with resources.write() as session:
         session.execute(update(Upload).values(expires_at=datetime.now(UTC)))
     resources.close()
     time.sleep(0.01)
     assert shortly.json("gc", "--grace-hours", "0") == {
+        "releases": 0,
         "commits": 0,
         "blobs": 1,
         "size_bytes": 1_000,

@@ -21,7 +21,7 @@ LONGEST_LIFE_S = {"sqlite": 0.4, "postgresql": 1.0}
 """What an act takes on an idle machine, and some more: with S3 a push is a dozen requests."""
 
 
-@pytest.mark.parametrize("kills", [30, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [12, pytest.param(100, marks=pytest.mark.long)])
 def test_many_kills_lose_nothing_and_leave_nothing_torn(
     environ: dict[str, str], tmp_path: Path, record_property: Callable[[str, object], None], kills: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""What docs/study.md says is what was measured: the rows of every pair are kept beside it."""
+"""What docs/methods/study.md says is what was measured: the rows of every pair are kept beside it."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from train import STUDY
 
 EXAMPLES = Path(study_report.__file__).parent
 ROWS = [json.loads(line) for line in (EXAMPLES / "study.jsonl").read_text().splitlines()]
-DOCUMENT = (EXAMPLES.parent / "docs" / "study.md").read_text()
+DOCUMENT = (EXAMPLES.parent / "docs" / "methods" / "study.md").read_text()
 
 
 def test_every_pair_of_the_twelve_adapters_was_measured_once() -> None:

@@ -13,7 +13,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 TOP_LEVEL = {
     "pyproject.toml", "README.md", "Makefile", "LICENSE", "CHANGELOG.md", "constraints.txt", ".ci", "registry",
-    "composer", "migrations", "deploy", "tests", "benchmarks", "examples", "docs",
+    "composer", "migrations", "deploy", "tests", "benchmarks", "examples", "docs", "zensical.toml",
 }  # fmt: skip
 FORBIDDEN_MODULES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers", "service"}
 FORBIDDEN_CLASSES = re.compile(r".*(Manager|Service|Helper|Utils?)$")

@@ -156,9 +156,11 @@ def combinations(registry: Registry, world: World) -> None:
         registry.compose({**recipe, "adapter": "acme/other:1.0.0", **failing})
 
 
-def fenced(name: str) -> str:
-    """The Python of a page, as one program."""
-    return "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL))
+def fenced(page: str, heading: str = "") -> str:
+    """The Python of a page, or below one heading of it, as one program."""
+    text = (DOCS / "how-to" / page).read_text()
+    part = text.split(f"\n## {heading}\n")[1].split("\n## ")[0] if heading else text
+    return "\n".join(re.findall(r"```python\n(.*?)```", part, re.DOTALL))
 
 
 def of_docstrings() -> Iterator[tuple[str, str]]:
@@ -194,8 +196,9 @@ def desk(
         yield {"train": rows, "held_out": rows, "args": SFTConfig("trained", max_steps=1, use_cpu=True)}
 
 
-def test_the_page_about_python_runs_as_one_program(desk: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(fenced("python.md"), "python.md", "exec"), desk)  # noqa: S102 - our own file
+def test_the_pages_about_python_run_as_one_program(desk: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    program = fenced("python.md") + fenced("train.md", "TRL and transformers' Trainer")
+    exec(compile(program, "python.md", "exec"), desk)  # noqa: S102 - our own file
     assert "acme/support:0.1.0" in capsys.readouterr().out
 
 

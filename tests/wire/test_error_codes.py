@@ -1,4 +1,4 @@
-"""One register of errors: every code that is raised is in it, with its family, and docs/errors.md lists them all."""
+"""One register of errors: every code that is raised is in it, with its family, and the documentation lists them all."""
 
 import ast
 from collections import defaultdict
@@ -72,7 +72,7 @@ def test_a_code_of_a_file_belongs_to_the_family_of_its_beginning() -> None:
 
 
 def test_the_documentation_lists_every_code() -> None:
-    snapshots.check("../../docs/errors.md", HEAD + "".join(map(_section, FAMILIES)))
+    snapshots.check("../../docs/reference/errors.md", HEAD + "".join(map(_section, FAMILIES)))
 
 
 def _section(family: type[RegistryError]) -> str:

@@ -16,6 +16,8 @@ from composer.formats.recipes.suite import Suite
 from registry.formats.channel_policy import ChannelPolicy
 from tests.wire import snapshots
 
+KINDS = ("recipe", "suite", "channel-policy", "policy")
+
 
 class _Plain(GenerateJsonSchema):
     """Without titles, which say the name of a field again, and without null as a default, which few fields take."""
@@ -59,6 +61,6 @@ def _settings() -> dict[str, Any]:
     return known
 
 
-@pytest.mark.parametrize("kind", ["recipe", "suite", "policy", "channel-policy"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_published_schema_is_that_of_the_model(kind: str) -> None:
     snapshots.check(f"../../docs/schemas/{kind}.schema.json", json.dumps(schema_of(kind), indent=2, ensure_ascii=False))

@@ -1,9 +1,9 @@
 """What each adapter does to the activations on another one's examples: weaker evidence than a probe, without suites.
 
 The best predictor of damage is how strongly the intruder acts on the victim's inputs, |Δ_j x| / |W x|. Over 66 pairs
-(docs/study.md), on the members' own examples with completions, its rank correlation with the loss of the worse member
-is 0.79; that of its ratio to the victim's own strength is 0.31. A mean over the modules that either touches ranks worse
-(0.70, and -0.29 instead of 0.48 on fresh adapters), because a large victim dilutes a small intruder.
+(docs/methods/study.md), on the members' own examples with completions, its rank correlation with the loss of the worse
+member is 0.79; that of its ratio to the victim's own strength is 0.31. A mean over the modules that either touches
+ranks worse (0.70, and -0.29 instead of 0.48 on fresh adapters), because a large victim dilutes a small intruder.
 
 Shapes: T adapters, N tokens, I inputs and O outputs of a module, R the sum of the ranks; B examples of P positions.
 """

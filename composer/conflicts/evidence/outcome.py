@@ -19,7 +19,7 @@ examples rarely include that one."""
 LEAST_ANSWERED = 8
 """Examples that a member must answer word for word alone before the share that is left is judged."""
 COVERAGE = {8: 0.95, 16: 0.96}
-"""How often both members' 95 % intervals held together, by examples per suite (docs/study.md)."""
+"""How often both members' 95 % intervals held together, by examples per suite (docs/methods/study.md)."""
 NOTICEABLE_NATS = 0.02
 """A loss below this many nats per token changes a token's probability by 2 %, which no reader would notice. No
 interval of a loss is narrower than this on either side. One in twelve of the study's examples fails, and a few

@@ -1,7 +1,7 @@
 """Measures in memory what combining adapters does to each of them, on a few examples of their own suites.
 
-Of everything tried on real adapters (docs/study.md), only this predicts the damage: Spearman 0.93 [0.70, 0.99] between
-four examples per suite and the loss on other examples. Nothing is written to disk.
+Of everything tried on real adapters (docs/methods/study.md), only this predicts the damage: Spearman 0.93 [0.70, 0.99]
+between four examples per suite and the loss on other examples. Nothing is written to disk.
 """
 
 import json

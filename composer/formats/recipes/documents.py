@@ -112,7 +112,7 @@ class Reader:
         return core_schema.no_info_plain_validator_function(self.read)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return self.schema
+        return dict(self.schema)  # pydantic adds the default of the field to it
 
 
 def one_of(*words: str | None) -> Reader:

@@ -32,7 +32,7 @@ THRESHOLDS: dict[str, float | None] = {
     "low_retention": None,
 }
 """The codes with a threshold, and its default: a finding has at least this value, or less than it for `cancelling` and
-`low_retention`; docs/composing.md says what is compared. None: measurements support no threshold, so
+`low_retention`; docs/concepts/conflicts.md says what is compared. None: measurements support no threshold, so
 only a policy that sets one gets the finding."""
 
 MODES = {"probe_loss": "of gain", "probe_answers": "by interval"}

@@ -6,7 +6,7 @@ inputs:
   - adapter: acme/support-macros:^1.0
     weight: 0.7
     rules: [{layers: 0-9, modules: mlp.*, weight: 0.3}]   # other weights in places: the first rule that holds
-method: ties                         # any of docs/methods.md; may be left out with `optimize`
+method: ties                         # any of docs/methods/index.md; may be left out with `optimize`
 settings: {density: 0.4, rank: 32}   # of the method; tied: auto | untie | shared | refuse
 adapter: acme/assistant:1.0.0        # the combined adapter's release
 model: acme/assistant-merged:1.0.0   # the merged checkpoint's release

@@ -50,6 +50,7 @@ def problem_response(
         code=error.code,
         subject=error.subject,
         next=error.next_step,
+        help=f"/docs/errors/{error.code}",
         findings=error.findings,
         request_id=request_id(),
     )

@@ -18,7 +18,7 @@ from registry.api.http.callers import ActorCache, Credentials, credentials_of
 from registry.api.http.exchanges import current
 from registry.api.http.request import content_length
 from registry.domain.access.audit import Actor
-from registry.domain.access.roles import Role, permit, permit_somewhere
+from registry.domain.access.roles import EVERYWHERE, Role, permit, permit_somewhere
 from registry.errors import TooLarge
 
 MAX_STRANGERS_BYTES = 64 << 10
@@ -27,6 +27,7 @@ MAX_STRANGERS_BYTES = 64 << 10
 class Where(StrEnum):
     NAMESPACE = "the namespace of the path"
     ANYWHERE = "any namespace"
+    REGISTRY = "the whole registry"
     INSIDE = "decided by the route"
 
 
@@ -48,6 +49,8 @@ class Rule:
             permit(actor, self.role, _resource(request.path_params))
         elif self.where is Where.ANYWHERE:
             permit_somewhere(actor, self.role)
+        elif self.where is Where.REGISTRY:
+            permit(actor, self.role, EVERYWHERE)
         return actor
 
     def credentials(self, request: Request) -> Credentials:
@@ -92,6 +95,7 @@ Admin = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.ADMIN))]
 Member = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.READER))]
 Contributor = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.PUBLISHER))]
 AdminSomewhere = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.ADMIN))]
+RegistryAdmin = Annotated[Actor, Depends(Rule(Where.REGISTRY, Role.ADMIN))]
 Caller = Annotated[Actor, Depends(Rule(Where.INSIDE))]
 
 ASKED_AGAIN = Rule(Where.INSIDE)

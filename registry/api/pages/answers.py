@@ -60,6 +60,9 @@ def moves_of(session: Session, named: RepositoryName, release: Release, limit: i
 def answer(session: Session, actor: Actor, release: Release, channels: Channels, moved: Sequence[Json]) -> Answer:
     """The answer for the channel that was asked for, or else for one that serves the release, or for prod, or the first
     one. `moved` are its moves, newest first."""
+    if release.revision.taken_down_at is not None:
+        why = release.revision.takedown_reason or ""
+        return Answer(kind="bad", sentence="This release was taken down.", detail=why)
     if release.yanked:
         return Answer(kind="bad", sentence="This release is yanked.", detail=release.yank_reason or "")
     serving = [one.channel for one in channels.serving]

@@ -74,6 +74,46 @@ def against_limit(named: str, rows: Sequence[Interval], limit: float, *, above: 
     return _svg(f"{named}: {rows[0].value:.3g}, passes {side} {limit:.3g}", 170, height, "".join(parts))
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A version's score, and the number of its examples."""
+
+    version: str
+    score: Interval
+    n: int
+
+
+def history(named: str, points: Sequence[Point]) -> Markup:
+    """Scores with error bars over versions, lowest first. Each says its value on hover."""
+    ends = [end for one in points for end in (one.score.low, one.score.high)]
+    margin = 0.06 * ((max(ends) - min(ends)) or abs(ends[0]) or 1.0)
+    low, high = min(ends) - margin, max(ends) + margin
+    left, right, top, bottom = 44.0, 292.0, 6.0, 76.0
+    step = (right - left - 16) / max(1, len(points) - 1)
+
+    def y(value: float) -> float:
+        return round(bottom - (bottom - top) * (value - low) / (high - low), 1)
+
+    spots = [(round(left + 8 + step * number, 1), one) for number, one in enumerate(points)]
+    parts = [f'<line class="axis" x1="{left:g}" x2="{right:g}" y1="{bottom:g}" y2="{bottom:g}"/>']
+    parts += [
+        f'<text x="{left - 4:g}" y="{y(end) + 4:g}" text-anchor="end">{end:.3g}</text>'
+        for end in (min(ends), max(ends))
+    ]
+    parts.append(f'<path class="trend" d="M{"L".join(f"{x} {y(one.score.value)}" for x, one in spots)}"/>')
+    for x, one in spots:
+        score = one.score
+        said = f"{one.version}: {score.value:.3g}, 95 % {score.low:.3g} to {score.high:.3g}, n={one.n}"
+        parts.append(f'<g><title>{escape(said)}</title><line class="bar {score.kind}" x1="{x}" x2="{x}" ')
+        parts.append(f'y1="{y(score.low)}" y2="{y(score.high)}"/><circle class="dot {score.kind}" cx="{x}" ')
+        parts.append(f'cy="{y(score.value)}" r="3.5"/></g>')
+    first, last = points[0], points[-1]
+    parts.append(f'<text x="{left:g}" y="90">{escape(first.version)}</text>')
+    parts.append(f'<text x="{right:g}" y="90" text-anchor="end">{escape(last.version)}</text>')
+    between = f"{named} from {first.version} to {last.version}: {first.score.value:.3g} to {last.score.value:.3g}"
+    return _svg(between, 300, 94, "".join(parts))
+
+
 def energy(shares: Mapping[int, float]) -> Markup:
     """The share of a change's energy that each rank keeps, as bars."""
     parts: list[str] = []
@@ -87,10 +127,17 @@ def energy(shares: Mapping[int, float]) -> Markup:
 
 
 def layer_map(
-    named: str, cells: Mapping[Cell, float], top: float = 0.0, frame: Collection[Cell] = (), *, hover: bool = True
+    named: str,
+    cells: Mapping[Cell, float],
+    top: float = 0.0,
+    frame: Collection[Cell] = (),
+    *,
+    hover: bool = True,
+    signed: bool = False,
 ) -> Markup:
     """Kinds of module by layers, the stronger the larger the value, the strongest colour at `top` or the largest value
-    if that is more. Cells without a value show a point.
+    if that is more. Cells without a value show a point. Where `signed`, zero has no colour, and values below it have
+    others than those above.
 
     `frame` are cells whose rows and columns the map has too: maps side by side have the same ones, and the same `top`.
     Each cell says its value on `hover`: for one map a page of at most MAX_HOVER cells, since that takes a hundred bytes
@@ -100,42 +147,49 @@ def layer_map(
         return Markup("")
     kinds = sorted({kind for kind, _ in (*cells, *frame)})
     layers = max(layer for _, layer in (*cells, *frame)) + 1
-    side, top = max(8, min(16, 640 // layers)), max(top, *cells.values())
+    side, top = max(8, min(16, 640 // layers)), max(top, *map(abs, cells.values()))
+    colours = {cell: _colour(value, top, signed=signed) for cell, value in cells.items()}
     pitch = side + _ROW_GAP_PX
     height, width = len(kinds) * pitch, _LABELS_PX + layers * pitch
-    squares = _hovering if hover and len(cells) <= MAX_HOVER else _in_paths
+    hovering = hover and len(cells) <= MAX_HOVER
     parts = [
         *(
             f'<text x="{_LABELS_PX - 4}" y="{row * pitch + side - 3}" text-anchor="end">{escape(kind)}</text>'
             for row, kind in enumerate(kinds)
         ),
-        *squares(cells, kinds, layers, side, top),
+        *(_hovering(cells, colours, kinds, side, signed=signed) if hovering else _in_paths(colours, kinds, side)),
+        _points(cells, kinds, layers, side),
         *(
             f'<text x="{_LABELS_PX + layer * pitch}" y="{height + 12}">{layer}</text>'
             for layer in range(0, layers, _every(layers))
         ),
     ]
-    (kind, layer), strongest = max(cells.items(), key=lambda one: one[1])
-    said = f"{named}, {len(kinds)} kinds of module by {layers} layers; most in layer {layer} {kind}: {strongest:.3g}"
+    said = f"{named}, {len(kinds)} kinds of module by {layers} layers; most in {strongest(cells, signed=signed)}"
     return _svg(said, width, height + 16, "".join(parts), "map")
 
 
-def _hovering(cells: Mapping[Cell, float], kinds: Sequence[str], layers: int, side: int, top: float) -> Iterator[str]:
+def strongest(cells: Mapping[Cell, float], *, signed: bool = False) -> str:
+    """The cell farthest from zero, in words: `layer 20 q_proj: +0.2`."""
+    (kind, layer), value = max(cells.items(), key=lambda one: abs(one[1]))
+    return f"layer {layer} {kind}: {_number(value, signed=signed)}"
+
+
+def _hovering(
+    cells: Mapping[Cell, float], colours: Mapping[Cell, str], kinds: Sequence[str], side: int, *, signed: bool
+) -> Iterator[str]:
     for (kind, layer), value in cells.items():
         x, y = _at(kinds.index(kind), layer, side)
-        title = f"<title>layer {layer} {escape(kind)}: {value:.3g}</title>"
-        yield f'<rect class="{_step(value, top)}" x="{x}" y="{y}" width="{side}" height="{side}">{title}</rect>'
-    yield _points(cells, kinds, layers, side)
+        title = f"<title>layer {layer} {escape(kind)}: {_number(value, signed=signed)}</title>"
+        yield f'<rect class="{colours[kind, layer]}" x="{x}" y="{y}" width="{side}" height="{side}">{title}</rect>'
 
 
-def _in_paths(cells: Mapping[Cell, float], kinds: Sequence[str], layers: int, side: int, top: float) -> Iterator[str]:
+def _in_paths(colours: Mapping[Cell, str], kinds: Sequence[str], side: int) -> Iterator[str]:
     """A path for each colour."""
     drawn: dict[str, list[str]] = {}
-    for (kind, layer), value in cells.items():
+    for (kind, layer), colour in colours.items():
         x, y = _at(kinds.index(kind), layer, side)
-        drawn.setdefault(_step(value, top), []).append(f"M{x} {y}h{side}v{side}h-{side}z")
+        drawn.setdefault(colour, []).append(f"M{x} {y}h{side}v{side}h-{side}z")
     yield from (f'<path class="{colour}" d="{"".join(squares)}"/>' for colour, squares in sorted(drawn.items()))
-    yield _points(cells, kinds, layers, side)
 
 
 def _points(cells: Mapping[Cell, float], kinds: Sequence[str], layers: int, side: int) -> str:
@@ -158,6 +212,36 @@ def key(top: float, unit: str = "") -> Markup:
     return _svg(f"Key: no colour is 0, the strongest {top:.3g}{unit}", 128, 28, "".join(parts), "key")
 
 
+def signed_key(top: float) -> Markup:
+    """The colours of a map from -`top` to `top`."""
+    steps = [*(f"c{step}" for step in range(_STEPS, 0, -1)), "z", *(f"h{step}" for step in range(1, _STEPS + 1))]
+    parts = [
+        f'<rect class="{step}" x="{14 * number}" y="0" width="14" height="12"/>' for number, step in enumerate(steps)
+    ]
+    width = 14 * len(steps)
+    ends = (f"{_number(-top, signed=True)}", "0", f"{_number(top, signed=True)}")
+    for text, x, anchor in zip(ends, (0, width / 2, width), ("start", "middle", "end"), strict=True):
+        parts.append(f'<text x="{x:g}" y="25" text-anchor="{anchor}">{text}</text>')
+    return _svg(f"Key: from {ends[0]} to {ends[2]}; zero has no colour", width, 28, "".join(parts), "key")
+
+
+def loss(named: str, row: Interval, tolerated: float | None, low: float, high: float) -> Markup:
+    """A loss with its interval, cut at the ends of the axis, beside zero and what is tolerated, a dashed line."""
+    left, right, height = 6.0, 164.0, 18
+
+    def x(value: float) -> float:
+        return round(left + (right - left) * (min(high, max(low, value)) - low) / (high - low), 1)
+
+    parts = [f'<line class="axis" x1="{left:g}" x2="{right:g}" y1="9" y2="9"/>']
+    parts.append(f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="0" y2="{height}"/>')
+    if tolerated is not None:
+        parts.append(f'<line class="limit" x1="{x(tolerated)}" x2="{x(tolerated)}" y1="1" y2="17"/>')
+    parts.append(f'<line class="bar {row.kind}" x1="{x(row.low)}" x2="{x(row.high)}" y1="9" y2="9"/>')
+    parts.append(f'<circle class="dot {row.kind}" cx="{x(row.value)}" cy="9" r="3.5"/>')
+    said = f"{named} loses {row.value:+.2f}, 95 % {row.low:+.2f} to {row.high:+.2f}"
+    return _svg(said + ("" if tolerated is None else f"; {tolerated:.2f} is tolerated"), 170, height, "".join(parts))
+
+
 def _bars(rows: Sequence[Interval], x: Callable[[float], float]) -> Iterator[str]:
     for number, row in enumerate(rows):
         y = 6.5 + 9 * number
@@ -178,8 +262,16 @@ def _every(count: int) -> int:
     return 1 if count <= 12 else 5
 
 
-def _step(value: float, top: float) -> str:
-    return f"c{max(1, min(_STEPS, round(_STEPS * value / top)))}" if value > 0 else "z"
+def _colour(value: float, top: float, *, signed: bool) -> str:
+    """A class: `z` without colour, or a strength of one of two colours."""
+    if not signed:
+        return f"c{max(1, min(_STEPS, round(_STEPS * value / top)))}" if value > 0 else "z"
+    step = min(_STEPS, round(_STEPS * abs(value) / top)) if top else 0
+    return f"{'h' if value > 0 else 'c'}{step}" if step else "z"
+
+
+def _number(value: float, *, signed: bool) -> str:
+    return f"{value:+.3g}" if signed else f"{value:.3g}"
 
 
 def _svg(title: str, width: float, height: float, content: str, kind: str = "") -> Markup:

@@ -4,20 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from markupsafe import Markup
 
 from registry.api.http.pagination import Cursor, decode_number, encode_cursor
 from registry.api.http.request import ResourcesOf, RowId
-from registry.api.http.rules import Where
-from registry.api.pages import drawings, gates, scores
+from registry.api.pages import drawings, gates, report, scores
 from registry.api.pages.drawings import Interval
+from registry.api.pages.forms import FormOf
+from registry.api.pages.recipe_form import as_yaml
 from registry.api.pages.render import page, redirect
-from registry.api.pages.wire import PageCaller, PageRoute, PageRule
+from registry.api.pages.wire import PageCaller, PageContributor, PageRoute
 from registry.api.routes.views import composition_view, job_view
 from registry.client.lineage import of_lock, rule_words
-from registry.domain.access.audit import Actor
-from registry.domain.access.roles import Role
 from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
 from registry.domain.jobs.queue import FINISHED
@@ -27,7 +26,6 @@ router = APIRouter(route_class=PageRoute)
 SHOWN = 25
 COMPOSITION = "composition"
 """The kind of job that has the composition's page; others show their steps."""
-PageContributor = Annotated[Actor, Depends(PageRule(Where.ANYWHERE, Role.PUBLISHER))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +63,16 @@ def show_job(job_id: RowId, request: Request, resources: ResourcesOf, actor: Pag
     return page(request, "job.html", job=view, finished=view.state in FINISHED, json_address=f"/v1/jobs/{job_id}")
 
 
+@router.post("/jobs/{job_id}/cancel")
+def cancel_job(job_id: RowId, resources: ResourcesOf, actor: PageCaller, form: FormOf) -> Response:
+    """Cancel as REST does, and go on to the job's page."""
+    with resources.write() as session:
+        row = queue.find(session, job_id)
+        compositions.permit_job(session, actor, row)
+        compositions.cancel_job(session, actor, row)
+    return redirect(f"/jobs/{job_id}")
+
+
 @router.get("/compositions/{composition_id}")
 def show_composition(composition_id: RowId, request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
     with resources.read() as session:
@@ -80,9 +88,37 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         finished=view.state in FINISHED,
         members=[(one, [rule_words(rule) for rule in one.weight.rules]) for one in made.members],
         how=made.how,
+        report=report.read(view.conflicts, report.options_for(view.id)) if view.conflicts else None,
         compared=_compared(view.candidate_scores or []),
-        report=gates.lines(view.gates or []),
+        gate_lines=gates.lines(view.gates or []),
         passed=gates.summary(view.gates or []),
+        recipe=as_yaml(view.recipe),
+        json_address=f"/v1/compositions/{composition_id}",
+    )
+
+
+@router.get("/compositions/{composition_id}/conflicts")
+def show_conflicts_of_composition(
+    composition_id: RowId,
+    request: Request,
+    resources: ResourcesOf,
+    actor: PageCaller,
+    show: Annotated[str, Query(max_length=40)] = report.DEFAULT_MEASURE,
+) -> Response:
+    """All of the conflict report of a composition: losses, pairs, maps and findings."""
+    with resources.read() as session:
+        pair = compositions.find(session, composition_id)
+        compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
+        stated = pair[0].conflicts
+    path = f"/compositions/{composition_id}/conflicts"
+    return page(
+        request,
+        "composition_conflicts.html",
+        composition_id=composition_id,
+        report=report.read(stated, report.options_for(composition_id)) if stated else None,
+        maps=report.maps(stated, show if show in report.MEASURES else report.DEFAULT_MEASURE) if stated else None,
+        measures=report.MEASURES,
+        addresses={name: f"{path}?show={name}" for name in report.MEASURES},
         json_address=f"/v1/compositions/{composition_id}",
     )
 

@@ -15,6 +15,18 @@ def cells(spectrum: Mapping[str, Any] | None, measure: str) -> dict[Cell, float]
     """A measure of the modules by kind and layer; modules outside of layers are left to the table."""
     cells: dict[Cell, float] = {}
     for module in spectrum["modules"] if spectrum else ():
-        if match := _LAYER.search(module["module"]):
-            cells[match[2].removeprefix("self_attn.").removeprefix("mlp."), int(match[1])] = float(module[measure])
+        if cell := cell_of(module["module"]):
+            cells[cell] = float(module[measure])
     return cells
+
+
+def cell_of(module: str) -> Cell | None:
+    """Kind and layer of a module; None for one outside of layers."""
+    match = _LAYER.search(module)
+    return (match[2].removeprefix("self_attn.").removeprefix("mlp."), int(match[1])) if match else None
+
+
+def short(module: str) -> str:
+    """A module in words: `layer 20 q_proj`."""
+    cell = cell_of(module)
+    return f"layer {cell[1]} {cell[0]}" if cell else module

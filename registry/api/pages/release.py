@@ -14,6 +14,7 @@ from registry.api.pages import answers, card, scores
 from registry.api.pages.answers import Answer, Channels
 from registry.api.pages.modules import MAX_ROWS, cells
 from registry.api.pages.render import link, page, redirect
+from registry.api.pages.scores import History
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.documents import release_documents
 from registry.api.routes.views import channel_view, score_view
@@ -49,6 +50,7 @@ class Shown:
     moves: Sequence[Json]
     answer: Answer
     descendants: Sequence[Descendant]
+    histories: Sequence[History]
     latest: str | None
 
 
@@ -87,6 +89,7 @@ def show_release(  # noqa: PLR0913
         highest=shown.latest == release["version"],
         before=shown.before,
         scores=compared,
+        histories=shown.histories,
         spectrum=shown.spectrum,
         maps=_maps(shown.spectrum),
         max_rows=MAX_ROWS,
@@ -150,6 +153,7 @@ def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, 
         moves=moved,
         answer=answers.answer(session, actor, row, Channels(names, serving, channel), moved),
         descendants=lineage.descendants(session, actor, row, before=0, limit=MAX_DESCENDANTS + 1),
+        histories=scores.histories(session, row),
         latest=resolve.heads(session, repository)[repository.id].latest,
     )
 

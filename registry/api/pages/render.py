@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from registry.api.pages import assets, drawings
+from registry.api.pages import assets, drawings, modules
 from registry.api.pages.forms import SAFE_METHODS, form_token
 from registry.domain.access.roles import ANONYMOUS
 
@@ -74,6 +74,7 @@ def _environment() -> Environment:
         "fixed": fixed,
         "change": change,
         "document": document,
+        "module": modules.short,
     }
     environment.globals.update(names)  # pyright: ignore[reportUnknownMemberType]  (jinja2 leaves them untyped)
     environment.filters.update(filters)  # pyright: ignore[reportUnknownMemberType]

@@ -5,6 +5,7 @@ from fastapi import APIRouter, Request, Response
 
 from registry.api.http.pagination import Cursor, decode_cursor, encode_cursor
 from registry.api.http.request import ResourcesOf
+from registry.api.pages import scores
 from registry.api.pages.render import page
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.documents import release_documents
@@ -49,6 +50,8 @@ def show_repository(
         channels = [channel_view(session, one, row) for one in served]
         rows = releases.list_page(session, row, before=decode_cursor(cursor), limit=SHOWN + 1)
         listed = [orjson.loads(one) for one in release_documents(session, actor, [one.id for one in rows[:SHOWN]])]
+        newest = next((one for one in rows if not one.yanked), None) if cursor is None else None
+        drawn = scores.histories(session, newest) if newest else []
         summary = repository_page(session, [row])[0]
         more = encode_cursor(rows[SHOWN - 1].sort_key) if len(rows) > SHOWN else None
     return page(
@@ -59,6 +62,7 @@ def show_repository(
         name=named.name,
         summary=summary,
         channels=channels,
+        histories=drawn,
         releases=listed,
         more=more,
         json_address=f"/v1/{summary.kind}s/{named}",

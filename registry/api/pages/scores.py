@@ -8,8 +8,10 @@ from typing import Any
 from markupsafe import Markup
 
 from registry.api.pages import drawings
-from registry.api.pages.drawings import Interval
-from registry.domain.catalog import intervals
+from registry.api.pages.drawings import Interval, Point
+from registry.database.engine import Session
+from registry.database.tables import Release
+from registry.domain.catalog import intervals, suites
 
 Json = Mapping[str, Any]
 
@@ -31,6 +33,19 @@ class ScoreLine:
     @property
     def change(self) -> float | None:
         return None if self.before is None else self.value - self.before
+
+
+VERSIONS, SERIES = 30, 8
+"""Of a release's history: the newest versions, and metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """A metric over versions."""
+
+    name: str
+    versions: int
+    drawing: Markup
 
 
 def interval(score: Json) -> tuple[float, float]:
@@ -64,6 +79,24 @@ def lines(now: Sequence[Json], before: Sequence[Json], base: Sequence[Json]) -> 
     """A line for each score of this release, in the order of suites; others are compared on the same content only."""
     earlier, of_base = _by_key(before), _by_key(base)
     return [_line(score, earlier.get(_key(score)), of_base.get(_key(score))) for score in now]
+
+
+def histories(session: Session, release: Release) -> list[History]:
+    """How each metric of a release went over the versions of its repository, where at least two have it."""
+    series: dict[str, list[tuple[str, Json]]] = {}
+    for version, row in suites.history(session, release, limit=VERSIONS):
+        score = {"metric": row.metric, "value": row.value, "stderr": row.stderr, "n": row.n}
+        series.setdefault(f"{row.suite.name}.{row.metric}", []).append((version, score))
+    several = [(name, points) for name, points in series.items() if len(points) > 1]
+    return [_history(name, points, release.version) for name, points in sorted(several)[:SERIES]]
+
+
+def _history(name: str, points: Sequence[tuple[str, Json]], shown: str) -> History:
+    drawn = [
+        Point(version, Interval(score["value"], *interval(score), "now" if version == shown else "before"), score["n"])
+        for version, score in points
+    ]
+    return History(name, len(points), drawings.history(name, drawn))
 
 
 def _line(score: Json, before: Json | None, base: Json | None) -> ScoreLine:

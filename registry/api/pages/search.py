@@ -17,7 +17,7 @@ from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
 
-SHOWN = 25
+SHOWN, SUGGESTED = 25, 50
 
 
 @router.get("/")
@@ -51,6 +51,15 @@ def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respo
     if "hx-request" in request.headers:  # the form sends its empty fields too
         answer.headers["HX-Replace-Url"] = f"/search?{urlencode(without_cursor)}" if without_cursor else "/search"
     return answer
+
+
+def known_adapters(
+    request: Request, resources: Resources, actor: Actor, base: str | None = None
+) -> list[tuple[str, str]]:
+    """Adapters to suggest, of a base if one is given: each repository's highest stable release, and its base."""
+    given = [("latest", "true"), ("limit", str(SUGGESTED)), *([("base", base)] if base else [])]
+    items, _ = _releases(request, resources, actor, given)
+    return [(f"{one['repository']}:{one['version']}", one["base"]["name"]) for one in items]
 
 
 def _releases(

@@ -2,22 +2,22 @@
 
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
 
+from composer.errors import ComposerError
 from registry.api.http.callers import Credentials
 from registry.api.http.problems import of_validation
 from registry.api.http.routes import Route
 from registry.api.http.rules import Rule, Where, rules_of
-from registry.api.pages.forms import COOKIE, SAFE_METHODS, drop_session, read_form, refuse_other_site, session_of
+from registry.api.pages.forms import SAFE_METHODS, drop_session, read_form, refuse_other_site, session_of
 from registry.api.pages.render import HEADERS, page
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role
+from registry.error_families import of_composer
 from registry.errors import RegistryError
-
-__all__ = ["COOKIE", "PageAdmin", "PageCaller", "PageReader", "PageReleaser", "PageRoute", "PageRule", "error_page"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,12 @@ class PageRule(Rule):
         return replace(Rule.credentials(self, request), authorization="", session=session_of(request))
 
 
+ERRORS = (RegistryError, ComposerError, RequestValidationError)
+"""What a page may raise: shown as a page, or beside the form that led to it."""
 PageReader = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.READER))]
 PageReleaser = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.RELEASER))]
 PageAdmin = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.ADMIN))]
+PageContributor = Annotated[Actor, Depends(PageRule(Where.ANYWHERE, Role.PUBLISHER))]
 PageCaller = Annotated[Actor, Depends(PageRule(Where.INSIDE))]
 
 
@@ -55,15 +58,27 @@ class PageRoute(Route):
         async def handle(request: Request) -> Response:
             try:
                 response = await checked(request)
-            except (RegistryError, RequestValidationError) as error:
+            except ERRORS as error:
                 if "text/html" not in request.headers.get("accept", ""):
                     raise  # a program gets the problem document
-                response = error_page(request, error if isinstance(error, RegistryError) else of_validation(error))
+                response = error_page(request, as_registry_error(error))
             for name, value in HEADERS.items():  # of redirects too
                 response.headers.setdefault(name, value)
             return response
 
         return handle
+
+
+def parses(*names: str) -> dict[str, Any]:
+    """`openapi_extra` of a page that reads these parameters from the query by itself: any other one is refused."""
+    return {"parameters": [{"name": name, "in": "query"} for name in names]}
+
+
+def as_registry_error(error: Exception) -> RegistryError:
+    """One of ERRORS as REST reports it."""
+    if isinstance(error, RequestValidationError):
+        return of_validation(error)
+    return of_composer(error) if isinstance(error, ComposerError) else cast(RegistryError, error)
 
 
 def error_page(request: Request, error: RegistryError) -> Response:

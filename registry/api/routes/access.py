@@ -1,5 +1,6 @@
 """Tokens, namespaces and their members."""
 
+from dataclasses import asdict
 from datetime import timedelta
 
 from fastapi import APIRouter, Response
@@ -7,21 +8,26 @@ from fastapi import APIRouter, Response
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, page
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route
-from registry.api.http.rules import Admin, Caller, CallersOf, Member, Reader
+from registry.api.http.rules import Admin, Caller, CallersOf, Member, Reader, RegistryAdmin
 from registry.api.schemas.access import (
     MemberIn,
     MembersOut,
     NamespaceIn,
     NamespaceOut,
     NewTokenOut,
+    QuotaIn,
+    RetentionIn,
     TokenIn,
     TokenOut,
+    UsageOut,
+    UserOut,
     WhoOut,
 )
 from registry.api.schemas.wire import Page
 from registry.database.tables import Namespace, Token
-from registry.domain.access import namespaces, tokens
+from registry.domain.access import namespaces, quotas, tokens, users
 from registry.domain.access.namespaces import Change
+from registry.domain.access.quotas import Quota, Retention
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
 from registry.formats.references import parse_name
@@ -89,6 +95,32 @@ def set_namespace(
     return view
 
 
+@router.get("/namespaces/{namespace}/usage")
+def show_usage(namespace: str, resources: ResourcesOf, actor: Reader) -> UsageOut:
+    """What the namespace holds, and its quota."""
+    with resources.snapshot() as session:
+        row, used = namespaces.find(session, namespace), quotas.measure(session, namespace, actor.at)
+        return UsageOut(**asdict(used), max_bytes=row.max_bytes, max_releases=row.max_releases)
+
+
+@router.put("/namespaces/{namespace}/quota")
+def set_quota(namespace: str, body: QuotaIn, resources: ResourcesOf, actor: RegistryAdmin) -> NamespaceOut:
+    """Set what the namespace may hold. What it holds already stays."""
+    with resources.write() as session:
+        row = namespaces.find(session, namespace)
+        quotas.set_quota(session, actor, row, Quota(body.max_bytes, body.max_releases))
+        return _namespace_view(row)
+
+
+@router.put("/namespaces/{namespace}/retention")
+def set_retention(namespace: str, body: RetentionIn, resources: ResourcesOf, actor: Admin) -> NamespaceOut:
+    """Set after how many days `gc` takes down yanked releases and pre-releases."""
+    with resources.write() as session:
+        row = namespaces.find(session, namespace)
+        quotas.set_retention(session, actor, row, Retention(body.keep_yanked_days, body.keep_prerelease_days))
+        return _namespace_view(row)
+
+
 @router.get("/namespaces/{namespace}/members")
 def list_members(namespace: str, resources: ResourcesOf, actor: Admin) -> MembersOut:
     """List a namespace's members; with `*`, the roles that hold in all namespaces."""
@@ -108,6 +140,15 @@ def set_member(namespace: str, body: MemberIn, resources: ResourcesOf, actor: Ad
         view = MembersOut(members=namespaces.members(session, namespace))
     callers.forget()
     return view
+
+
+@router.delete("/users/{user}")
+def remove_user(user: str, resources: ResourcesOf, actor: RegistryAdmin, callers: CallersOf) -> UserOut:
+    """Put a pseudonym in place of a user's name everywhere, and end the user's tokens, sessions and roles."""
+    with resources.write() as session:
+        removed = users.remove(session, actor, user)
+    callers.forget()
+    return UserOut.model_validate(removed, from_attributes=True)
 
 
 def _token_view(row: Token) -> TokenOut:

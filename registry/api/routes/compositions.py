@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from composer.formats.recipes.recipe import parse_recipe
+from composer.formats.recipes.recipe import Recipe, parse_recipe
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
 from registry.api.http.rules import ASKED_AGAIN, Caller
@@ -37,7 +37,11 @@ def signer_of(settings: Settings) -> str | None:
 @router.post("", status_code=202)
 def create(body: CompositionIn, resources: ResourcesOf, actor: Caller) -> CompositionOut:
     """Resolve and lock a recipe immediately; its steps wait for a worker. Even a plan requires the publisher role."""
-    recipe = parse_recipe(body.recipe)
+    return create_composition(resources, actor, parse_recipe(body.recipe), plan_only=body.plan)
+
+
+def create_composition(resources: Resources, actor: Actor, recipe: Recipe, *, plan_only: bool) -> CompositionOut:
+    """A new composition, whose steps wait for a worker. Raises unless the actor has the roles that it needs."""
     for role, namespace in compositions.roles_needed(recipe):
         permit(actor, role, namespace)
     with resources.write() as session:
@@ -45,7 +49,7 @@ def create(body: CompositionIn, resources: ResourcesOf, actor: Caller) -> Compos
             session,
             actor,
             recipe,
-            plan_only=body.plan,
+            plan_only=plan_only,
             signer=signer_of(resources.settings),
             enabled=resources.settings.enabled_scorers.names,
         )

@@ -189,6 +189,7 @@ def release_document(actor: Actor, described: ReleaseDetails) -> Json:
         "scores": _scores(described),
         "yanked": bool(row.yanked),
         "yank_reason": row.yank_reason,
+        "taken_down": row.taken_down_at and {"at": row.taken_down_at, "reason": row.takedown_reason},
         "deprecated": deprecation(row.deprecated_reason, row.successor),
         "base_deprecated": deprecation(row.base_deprecated_reason, row.base_successor),
         "notes": row.notes,

@@ -7,7 +7,7 @@ from fastapi import Header, Request, Response
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, decode_number, encode_cursor, page
 from registry.api.http.request import RequestKey, ResourcesOf, idempotent_request
 from registry.api.http.routes import Route
-from registry.api.http.rules import Caller, Publisher, Reader, Releaser
+from registry.api.http.rules import Admin, Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.routes.blobs import BYTES, file_response
 from registry.api.routes.documents import page_response, release_documents, release_view
@@ -25,6 +25,7 @@ from registry.api.schemas.catalog import (
     SignatureOut,
     SignaturesOut,
     SpectrumOut,
+    TakedownOut,
     TargetSuiteOut,
     YankIn,
 )
@@ -33,9 +34,10 @@ from registry.database.tables import Release
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
 from registry.domain.catalog.repositories import Wanted
-from registry.domain.channels import yanks
+from registry.domain.channels import takedowns, yanks
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_digest, parse_version
+from registry.transfer.collect import remove_marked
 
 repository_routes = RepositoryRouter(tags=["releases"], route_class=Route)
 """Mounted once under /v1/adapters and once under /v1/models."""
@@ -218,3 +220,13 @@ def unyank(named: RepositoryOf, version: str, body: YankIn, resources: Resources
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
         return release_view(session, actor, yanks.unyank(session, actor, release, body.reason))
+
+
+@repository_routes.post("/{namespace}/{name}/releases/{version}/takedown")
+def take_down(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Admin) -> TakedownOut:
+    """Remove the files of a release, and of versions with the same ones, for good. A tombstone stays."""
+    with resources.write() as session:
+        release = releases.find(session, named.name, parse_version(version), named.kind)
+        taken = takedowns.take_down(session, actor, release, body.reason)
+    remove_marked(resources)
+    return TakedownOut.model_validate(taken, from_attributes=True)

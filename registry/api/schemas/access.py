@@ -76,12 +76,49 @@ class NamespaceIn(WireIn):
     signature_covers: Literal["release", "files"] | None = None
 
 
+Days = Annotated[int, Field(ge=1, le=36_500)]
+
+
+class QuotaIn(WireIn):
+    """The most that the namespace may hold; null for no limit."""
+
+    max_bytes: Annotated[int, Field(ge=0, le=2**62)] | None
+    max_releases: Annotated[int, Field(ge=0, le=2**31 - 1)] | None
+
+
+class RetentionIn(WireIn):
+    """Days after which `gc` takes down yanked releases, and pre-releases that no channel serves; null keeps them."""
+
+    keep_yanked_days: Days | None
+    keep_prerelease_days: Days | None
+
+
+class UserOut(Wire):
+    """The pseudonym of a removed user, and the number of rows that had the name."""
+
+    user: str
+    rows: int
+
+
+class UsageOut(Wire):
+    """What the namespace holds: bytes of blobs, each counted once, with announced uploads; releases that have files."""
+
+    size_bytes: int
+    releases: int
+    max_bytes: int | None
+    max_releases: int | None
+
+
 class NamespaceOut(Wire):
     namespace: str
     public: bool
     require_signature: bool
     signing_keys: list[str]
     signature_covers: Literal["release", "files"]
+    max_bytes: int | None
+    max_releases: int | None
+    keep_yanked_days: int | None
+    keep_prerelease_days: int | None
     created_at: datetime
     created_by: str
 

@@ -213,6 +213,13 @@ class LicensesOut(Wire):
     data: list[str]
 
 
+class TakenDownOut(Wire):
+    """The tombstone of a release whose files are gone for good."""
+
+    at: datetime
+    reason: str
+
+
 class ReleaseOut(Wire):
     """`servers` can load it if its rank is within their limit; `loading` says why others cannot.
 
@@ -230,6 +237,7 @@ class ReleaseOut(Wire):
     scores: list[ScoreOut]
     yanked: bool
     yank_reason: str | None
+    taken_down: TakenDownOut | None
     deprecated: DeprecationOut | None
     base_deprecated: DeprecationOut | None
     notes: str
@@ -298,7 +306,17 @@ class DeprecateIn(WireIn):
     successor: str | None = Field(default=None, min_length=1, max_length=200)
 
 
+class TakedownOut(Wire):
+    """`releases` have lost their files. `blobs` of `size_bytes` go, since nothing names them any more. `named_by` are
+    releases and commits of the namespace that still have some of the files."""
+
+    releases: list[str]
+    blobs: int
+    size_bytes: int
+    named_by: list[str]
+
+
 class YankIn(WireIn):
-    """The reason of a yank or an unyank."""
+    """The reason of a yank, an unyank or a takedown."""
 
     reason: str = Field(min_length=1, max_length=1000)

@@ -56,8 +56,9 @@ class Page(Wire, Generic[T]):
 
 
 class Problem(BaseModel):
-    """RFC 9457 with `code` and `family` (docs/errors.md lists both), `subject`, `next` (what to do), the findings
-    behind a refusal, and the id that the access log has of the request (`X-Request-Id`)."""
+    """RFC 9457 with `code` and `family` (docs/reference/errors.md lists both), `subject`, `next` (what to do), `help`
+    (the page of the code, relative to the request's address), the findings behind a refusal, and the id that the access
+    log has of the request (`X-Request-Id`)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -69,5 +70,6 @@ class Problem(BaseModel):
     code: str
     subject: str = ""
     next: str = ""
+    help: str = ""
     findings: list[dict[str, object]] = []
     request_id: str | None = None

@@ -4,7 +4,19 @@ from datetime import datetime
 from secrets import randbits
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text, UniqueConstraint, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Text,
+    UniqueConstraint,
+    false,
+    text,
+)
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.database.engine import Row, UtcDateTime
@@ -99,7 +111,7 @@ class BlobHolder(Row):
     __tablename__ = "blob_holders"
 
     sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256", ondelete="CASCADE"), primary_key=True)
-    namespace: Mapped[str] = mapped_column(String(64), primary_key=True)
+    namespace: Mapped[str] = mapped_column(String(64), primary_key=True, index=True)
 
 
 class Upload(Row):
@@ -149,16 +161,23 @@ class XetXorb(Row):
 
 
 class Revision(Row):
-    """The files of one commit. `manifest` is the canonical manifest; the commit is a prefix of its sha256."""
+    """The files of one commit. `manifest` is the canonical manifest; the commit is a prefix of its sha256. One that was
+    taken down keeps its manifest, and has no files; if it is `barred`, the namespace may not publish them again."""
 
     __tablename__ = "revisions"
-    __table_args__ = (UniqueConstraint("repository_id", "commit"),)
+    __table_args__ = (
+        UniqueConstraint("repository_id", "commit"),
+        Index("ix_revisions_barred", "id", postgresql_where=text("barred"), sqlite_where=text("barred")),
+    )
 
     id: Mapped[int] = mapped_column(Id, primary_key=True)
     repository_id: Mapped[int] = mapped_column(ForeignKey("repositories.id"))
     commit: Mapped[str] = mapped_column(String(40))
     manifest: Mapped[str] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    taken_down_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    takedown_reason: Mapped[str | None]
+    barred: Mapped[bool] = mapped_column(default=False, server_default=false())
     files: Mapped[list["RevisionFile"]] = relationship(order_by="RevisionFile.path", lazy="raise")
 
 
@@ -295,6 +314,7 @@ class Release(Row):
     notes: Mapped[str]
     yanked: Mapped[bool] = mapped_column(default=False)
     yank_reason: Mapped[str | None]
+    yanked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     deprecated_reason: Mapped[str | None]
     successor: Mapped[str | None] = mapped_column(String(300))
     stamp: Mapped[int] = mapped_column(BigInteger, default=new_stamp, onupdate=new_stamp, server_default=text("0"))

@@ -68,6 +68,7 @@ class Act(StrEnum):
     RELEASE_DEPRECATE = "release:deprecate"
     RELEASE_PUBLISH = "release:publish"
     RELEASE_SIGN = "release:sign"
+    RELEASE_TAKEDOWN = "release:takedown"
     RELEASE_UNYANK = "release:unyank"
     RELEASE_YANK = "release:yank"
     REPOSITORY_COMMIT = "repository:commit"
@@ -85,6 +86,7 @@ class Act(StrEnum):
     TOKEN_REFUSE = "token:refuse"  # noqa: S105
     TOKEN_REVOKE = "token:revoke"  # noqa: S105
     UPLOAD_EXPIRE = "upload:expire"
+    USER_REMOVE = "user:remove"
 
 
 def record(  # noqa: PLR0913

@@ -26,7 +26,7 @@ _follower = Base.__table__.alias("follower")
 
 
 class ReleaseRow(NamedTuple):
-    """`manifest`, `facts`, `provenance` and `loading` are JSON text; `created_at` is formatted as in documents."""
+    """`manifest`, `facts`, `provenance` and `loading` are JSON text; times are formatted as in documents."""
 
     id: int
     namespace: str
@@ -48,6 +48,8 @@ class ReleaseRow(NamedTuple):
     notes: str
     yanked: bool
     yank_reason: str | None
+    taken_down_at: str | None
+    takedown_reason: str | None
     deprecated_reason: str | None
     successor: str | None
     base_deprecated_reason: str | None
@@ -92,6 +94,8 @@ _RELEASES = (
             _release.notes,
             _release.yanked,
             _release.yank_reason,
+            timestamp_text(_revision.taken_down_at),
+            _revision.takedown_reason,
             _release.deprecated_reason,
             _release.successor,
             _base.deprecated_reason,

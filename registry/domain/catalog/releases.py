@@ -20,13 +20,13 @@ from registry.database.tables import (
     Revision,
     RevisionFile,
 )
-from registry.domain.access import audit, namespaces
+from registry.domain.access import audit, namespaces, quotas
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import repositories, search_index, versioning
 from registry.domain.catalog.repositories import Kind
 from registry.errors import Conflict, Invalid, NotFound, Refused
 from registry.formats import compatibility
-from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
+from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id, parse_manifest
 from registry.formats.references import RepositoryName, Version
 from registry.formats.signatures import SIGNATURE_FILE, Signed, SignedRelease, is_key_of, refuse_other_release
 
@@ -93,6 +93,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
     bound = signable(str(new.repository), str(version), new.base_digest, new.files)
     if new.signed is not None:
         refuse_other_release(new.signed, bound)
+    quotas.refuse_release(session, new.repository.namespace)
     policy = namespaces.find_for_share(
         session, new.repository.namespace
     )  # locked, so that no concurrent change is missed
@@ -215,8 +216,21 @@ def find_revision_file(session: Session, revision_id: int, path: str, release: s
     """As `find_file`, by the id of the revision; `release` is the name that an error gives to the release."""
     file = session.get(RevisionFile, (revision_id, path)) if "\0" not in path else None
     if file is None:
+        if (revision := session.get(Revision, revision_id)) is not None:
+            refuse_taken_down(release, revision)
         raise unknown_file(release, path)
     return file
+
+
+def refuse_taken_down(name: str, files: Revision | Row[*tuple[Any, ...]]) -> None:
+    """Raises NotFound for files that were taken down; `name` is that of the release or commit."""
+    if files.taken_down_at is not None:
+        raise NotFound(
+            "taken_down",
+            f"{name} was taken down on {files.taken_down_at:%Y-%m-%d}: {files.takedown_reason}.",
+            subject=name,
+            next_step="Choose another version: its files are gone for good.",
+        )
 
 
 def unknown_file(release: str, path: str) -> NotFound:
@@ -337,15 +351,35 @@ def signable(repository: str, version: str, base_digest: str, files: Sequence[Ma
     return SignedRelease(repository, version, base_digest, commit_id(canonical_manifest(kept)))
 
 
+def refuse_barred_files(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:
+    """Raises Refused for files that were taken down in the namespace, ignoring signatures."""
+    digests, largest = _without_signature(files), _largest(files)
+    query = select(Revision, Repository.name).join(Repository, Repository.id == Revision.repository_id)
+    query = query.where(Revision.barred, Repository.namespace == namespace, Revision.manifest.contains(largest))
+    for revision, name in session.execute(query):
+        if _without_signature(parse_manifest(revision.manifest)) == digests:
+            named = f"{namespace}/{name}#{revision.commit[:12]}"
+            raise Refused(
+                "files_taken_down",
+                f"These are the files of {named}, which was taken down: {revision.takedown_reason}.",
+                subject=named,
+                next_step="Publish other files.",
+            )
+
+
+def _largest(files: Sequence[ManifestFile]) -> str:
+    """The digest of the largest file besides the signature; empty if there is none."""
+    signed = (file for file in files if file.path != SIGNATURE_FILE)
+    largest = max(signed, key=lambda file: file.size_bytes, default=None)
+    return largest.sha256 if largest else ""
+
+
 def yanked_twin(session: Session, namespace: str, files: Sequence[ManifestFile]) -> Release | None:
     """A yanked release of the namespace with the same files, ignoring signatures."""
-    digests = {file.path: file.sha256 for file in files if file.path != SIGNATURE_FILE}
-    largest = max((file for file in files if file.path in digests), key=lambda file: file.size_bytes, default=None)
-    if largest is None:
-        return None
+    digests, largest = _without_signature(files), _largest(files)
     query = select(Release).join(RevisionFile, RevisionFile.revision_id == Release.revision_id)
     query = query.join(Repository, Repository.id == Release.repository_id)
-    query = query.where(Release.yanked, Repository.namespace == namespace, RevisionFile.sha256 == largest.sha256)
+    query = query.where(Release.yanked, Repository.namespace == namespace, RevisionFile.sha256 == largest)
     candidates = session.scalars(query.order_by(Release.id.desc())).unique().all()
     there = files_of(session, *candidates)
     return next((one for one in candidates if _without_signature(there[one.revision_id]) == digests), None)
@@ -363,7 +397,7 @@ def refuse_yanked_files(session: Session, namespace: str, files: Sequence[Manife
         )
 
 
-def _without_signature(files: Sequence[RevisionFile]) -> dict[str, str]:
+def _without_signature(files: Sequence[RevisionFile] | Sequence[ManifestFile]) -> dict[str, str]:
     return {file.path: file.sha256 for file in files if file.path != SIGNATURE_FILE}
 
 
@@ -388,17 +422,21 @@ def _by_version(session: Session, repository: Repository, version: Version) -> R
 def find_or_create_revision(
     session: Session, actor: Actor, repository: Repository, files: Sequence[ManifestFile]
 ) -> Revision:
-    """The repository's revision with these files, whose blobs its namespace must hold."""
+    """The repository's revision with these files, whose blobs its namespace must hold. Raises Refused for files that
+    were taken down; those that went by retention may come back."""
     manifest = canonical_manifest(files)
     commit = commit_id(manifest)
     query = select(Revision).where(Revision.repository_id == repository.id, Revision.commit == commit)
     lock_blobs_shared(session)  # a collection forgets revisions too
-    known = session.scalar(query)
-    if known is not None:
-        return known
+    refuse_barred_files(session, repository.namespace, files)
+    revision = session.scalar(query)
+    if revision is not None and revision.taken_down_at is None:
+        return revision
     refuse_absent_blobs(session, repository.namespace, files)
-    revision = Revision(repository_id=repository.id, commit=commit, manifest=manifest.decode(), created_at=actor.at)
-    session.add(revision)
+    if revision is None:
+        revision = Revision(repository_id=repository.id, commit=commit, manifest=manifest.decode(), created_at=actor.at)
+        session.add(revision)
+    revision.taken_down_at = revision.takedown_reason = None
     session.flush()
     for file in files:
         session.add(

@@ -30,6 +30,8 @@ _RELEASES = (
         _release.version,
         _revision.commit,
         _revision.manifest,
+        _revision.taken_down_at,
+        _revision.takedown_reason,
         _base.digest.label("base_digest"),
         _base.name.label("base_name"),
         _release.yanked,
@@ -118,7 +120,8 @@ def resolve(session: Session, reference: Reference, kind: Kind | None = None) ->
 
 
 def locate(session: Session, reference: Reference, kind: Kind | None = None) -> ResolvedRow:
-    """Resolves a reference. Finds yanked releases only by exact version or commit. Raises NotFound."""
+    """Resolves a reference. Finds yanked releases only by exact version or commit, and none that was taken down. Raises
+    NotFound."""
     resolved = resolve_exact(session, reference)
     if resolved is None and reference.range:
         resolved = _by_range(session, reference)
@@ -233,7 +236,9 @@ def _by_channel(session: Session, reference: Reference) -> ResolvedRow:
 
 
 def _warn_if_yanked(row: Any) -> ResolvedRow:
+    """The row with a remark if it is yanked. Raises NotFound if its files were taken down."""
     resolved = ResolvedRow(row)
+    releases.refuse_taken_down(resolved.full_name, row)
     return ResolvedRow(row, f"{resolved.full_name} is yanked: {row.yank_reason}.") if row.yanked else resolved
 
 

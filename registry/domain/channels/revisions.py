@@ -143,6 +143,7 @@ def _of_commit(session: Session, reference: Reference) -> Located | None:
     if revision is None:
         return None
     full_name = f"{reference.repository}#{revision.commit[:12]}"
+    releases.refuse_taken_down(full_name, revision)
     return Located(
         repository=reference.repository,
         revision_id=revision.id,

@@ -6,7 +6,7 @@ from sqlalchemy.orm import Session
 from registry.database.tables import Channel, Release
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.catalog import repositories
+from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import moves
 from registry.errors import Usage
@@ -17,7 +17,7 @@ def yank(session: Session, actor: Actor, release: Release, reason: str) -> Relea
 
     A yanked release gets the new reason; the same reason again is a retry.
     """
-    _need_reason("A yank", release, reason)
+    need_reason("A yank", release, reason)
     _lock(session, release)
     if not (release.yanked and release.yank_reason == reason):
         _set_yank(session, actor, release, Act.RELEASE_YANK, reason, yank_reason=reason)
@@ -25,15 +25,18 @@ def yank(session: Session, actor: Actor, release: Release, reason: str) -> Relea
 
 
 def unyank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
-    """Undoes a yank. For a release that is not yanked, does nothing and writes no audit row: it may be a retry."""
-    _need_reason("An unyank", release, reason)
+    """Undoes a yank. For a release that is not yanked, does nothing and writes no audit row: it may be a retry. Raises
+    Refused for one that was taken down."""
+    need_reason("An unyank", release, reason)
     _lock(session, release)
+    releases.refuse_taken_down(full_name(release), release.revision)
     if release.yanked:
         _set_yank(session, actor, release, Act.RELEASE_UNYANK, reason, yank_reason=None)
     return release
 
 
-def _need_reason(act: str, release: Release, reason: str) -> None:
+def need_reason(act: str, release: Release, reason: str) -> None:
+    """Raises Usage for a blank reason."""
     if not reason.strip():
         raise Usage(
             "reason_missing", f"{act} needs a reason.", subject=full_name(release), next_step="Say why with --reason."
@@ -52,6 +55,7 @@ def _set_yank(
 ) -> None:
     before = {"yanked": release.yanked, "yank_reason": release.yank_reason}
     release.yanked, release.yank_reason = yank_reason is not None, yank_reason
+    release.yanked_at = actor.at if release.yanked else None
     session.flush()
     audit.record(
         session,

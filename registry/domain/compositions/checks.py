@@ -26,7 +26,7 @@ KIND = "conflicts"
 STEPS = ("check",)
 KEPT = timedelta(days=30)
 """How long a check is kept after it has ended."""
-_ANEW = ("failed", "cancelled")
+ANEW = ("failed", "cancelled")
 """States of a job whose check is computed again when it is next asked for."""
 
 
@@ -35,9 +35,15 @@ def key_of(lock: Lock) -> str:
     return hashlib.sha256(f"{version('adaptory')} {lock.digest}".encode()).hexdigest()
 
 
+def find_last(session: Session, lock: Lock) -> ConflictCheck | None:
+    """The latest check of these inputs, also one that failed; None if there is none."""
+    with_job = (ConflictCheck.key == key_of(lock)) & ConflictCheck.job_id.is_not(None)
+    return session.scalar(select(ConflictCheck).where(with_job))
+
+
 def find_kept(session: Session, lock: Lock) -> ConflictCheck | None:
     """The check of these inputs, computed or under way; None if it must be requested."""
-    check = session.scalar(select(ConflictCheck).where(ConflictCheck.key == key_of(lock)))
+    check = find_last(session, lock)
     return None if check is None or _must_begin(session, check) else check
 
 
@@ -61,7 +67,7 @@ def request(session: Session, actor: Actor, lock: Lock) -> ConflictCheck:
 
 
 def _must_begin(session: Session, check: ConflictCheck) -> bool:
-    return check.job_id is None or queue.find(session, check.job_id).state in _ANEW
+    return check.job_id is None or queue.find(session, check.job_id).state in ANEW
 
 
 def find(session: Session, actor: Actor, check_id: int) -> ConflictCheck:

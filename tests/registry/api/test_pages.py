@@ -14,10 +14,11 @@ from sqlalchemy import event
 from registry.api.app import create_app
 from registry.api.pages import card, drawings
 from registry.client.inprocess import InProcessTransport
-from registry.domain.catalog import releases, repositories
+from registry.domain.catalog import releases, repositories, suites
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import moves
+from registry.domain.catalog.suites import Measurement
+from registry.domain.channels import moves, yanks
 from registry.domain.channels.moves import PromotionRequest
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
@@ -41,6 +42,7 @@ ADDRESSES = (
     "/bases/tiny",
     "/suites",
     "/suites/exact",
+    "/conflicts?with=acme/sql:1.0.0&with=acme/sql:1.1.0",
     "/jobs",
     "/compositions/1",
     "/audit",
@@ -154,6 +156,31 @@ def test_the_page_of_a_large_adapter_is_small(house: House, layers: int, table: 
     assert ('href="/acme/sql/1.0.0/modules"' in page.text) != table
     assert of_modules.text.count('<tr><th scope="row">') == 7 * layers
     assert page.text.count("<title>layer") == (7 * layers if table else 0)
+
+
+def test_a_history_has_the_newest_thirty_versions_that_are_not_yanked(house: House) -> None:
+    name = RepositoryName("open", "sql")
+    with house.resources.write() as session:
+        old = releases.find(session, name, Version(1, 1, 0))
+        [file] = releases.files_of(session, old)[old.revision_id]
+        suite = suites.find(session, "exact")
+        for minor in range(2, 34):
+            files = [ManifestFile(f"{minor}.safetensors", file.size_bytes, Digest(file.sha256))]
+            new = NewRelease(name, Kind.ADAPTER, Version(1, minor, 0), None, files, old.base_digest, FACTS)
+            release, _ = releases.publish(session, HOST, new)
+            measured = Measurement(suite.digest, "nll", 1 / minor, 0.01, 1, higher_is_better=False)
+            suites.record(session, HOST, release, [measured])
+        yanks.yank(session, HOST, releases.find(session, name, Version(1, 20, 0)), "wrong data")
+    with single_user(house.resources) as http:
+        of_repository, of_release = http.get("/open/sql"), http.get("/open/sql/1.21.0")
+        (old_one, yanked) = (http.get(f"/open/sql/{version}") for version in ("1.0.0", "1.20.0"))
+    points = re.findall(r"<title>(1\.\d+\.0): ", of_repository.text)
+    assert points == [f"1.{minor}.0" for minor in range(3, 34) if minor != 20]
+    assert "<title>1.33.0: 0.0303, 95 % 0.0107 to 0.0499, n=1</title>" in of_repository.text
+    assert re.search(r"<title>1\.21\.0: [^<]*</title><line class=\"bar now\"", of_release.text)
+    for page, version in ((old_one, "1.0.0"), (yanked, "1.20.0")):
+        assert f"<title>{version}: " in page.text, "the page's own version is there in any case"
+    assert max(len(page.content) for page in (of_repository, of_release)) <= MAX_PAGE_BYTES
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)

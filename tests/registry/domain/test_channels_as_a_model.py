@@ -200,12 +200,13 @@ class ChannelMachine(RuleBasedStateMachine):
         self.seen = actual
 
 
-def test_channels_follow_the_model_whatever_is_promoted_rolled_back_or_yanked(stocked: Database) -> None:
+@pytest.mark.parametrize("walks", [12, pytest.param(60, marks=pytest.mark.long)])
+def test_channels_follow_the_model_whatever_is_promoted_rolled_back_or_yanked(stocked: Database, walks: int) -> None:
     machine = type("Machine", (ChannelMachine,), {"database": stocked})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=30, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+            max_examples=walks, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
         ),
     )
 

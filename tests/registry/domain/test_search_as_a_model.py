@@ -25,7 +25,7 @@ from registry.domain.search.query import RELATED, Query
 from tests.registry.searches import NOWHERE, STATEMENTS, plain_search, queries
 from tests.registry.shelf import METRICS, Item, stock
 
-EXAMPLES = 20 * min(2, int(os.environ.get("ADAPTORY_TEST_FUZZ", "1")))
+EXAMPLES = 12 * min(4, int(os.environ.get("ADAPTORY_TEST_FUZZ", "1")))
 NOW = datetime(2026, 2, 1, tzinfo=UTC)
 ACTORS = (
     Actor("host", NOW, {EVERYWHERE: "admin"}),

@@ -1,0 +1,110 @@
+"""What a namespace may hold: bytes of blobs that it has sent, and releases that have files."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Blob, BlobHolder, Namespace, Release, Repository, Revision, Upload
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.errors import Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """The most that a namespace may hold; None without a limit."""
+
+    max_bytes: int | None = None
+    max_releases: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Days after which `gc` takes down yanked releases and pre-releases that no channel serves; None keeps them."""
+
+    yanked_days: int | None = None
+    prerelease_days: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a namespace holds. `size_bytes` counts each blob once, and uploads that are still announced."""
+
+    size_bytes: int
+    releases: int
+
+
+def measure(session: Session, namespace: str, now: datetime) -> Holdings:
+    """What the namespace holds now."""
+    return Holdings(_held_bytes(session, namespace, now), _count_releases(session, namespace))
+
+
+def set_quota(session: Session, actor: Actor, row: Namespace, wanted: Quota) -> None:
+    """Sets both limits. What is held already stays."""
+    before = {"max_bytes": row.max_bytes, "max_releases": row.max_releases}
+    row.max_bytes, row.max_releases = wanted.max_bytes, wanted.max_releases
+    after = {"max_bytes": row.max_bytes, "max_releases": row.max_releases}
+    _record(session, actor, row, before, after)
+
+
+def set_retention(session: Session, actor: Actor, row: Namespace, wanted: Retention) -> None:
+    """Sets both times."""
+    before = {"keep_yanked_days": row.keep_yanked_days, "keep_prerelease_days": row.keep_prerelease_days}
+    row.keep_yanked_days, row.keep_prerelease_days = wanted.yanked_days, wanted.prerelease_days
+    after = {"keep_yanked_days": row.keep_yanked_days, "keep_prerelease_days": row.keep_prerelease_days}
+    _record(session, actor, row, before, after)
+
+
+def refuse_bytes(session: Session, namespace: str, more: int, now: datetime) -> None:
+    """Raises Refused if the namespace may not hold `more` bytes. Announcements wait for each other where there is a
+    quota, so that two of them cannot both use what is left."""
+    limit = session.scalar(select(Namespace.max_bytes).where(Namespace.name == namespace))
+    if limit is None or more == 0:
+        return
+    session.get(Namespace, namespace, with_for_update=True)
+    held = _held_bytes(session, namespace, now)
+    if held + more > limit:
+        raise _exceeded(namespace, f"may hold {limit:,} bytes and holds {held:,}: {more:,} more do not fit")
+
+
+def refuse_release(session: Session, namespace: str) -> None:
+    """Raises Refused if the namespace may not have one more release. Publications wait for each other where there is a
+    quota."""
+    limited = select(Namespace.max_releases).where(Namespace.name == namespace, Namespace.max_releases.is_not(None))
+    limit = session.scalar(limited.with_for_update())
+    if limit is not None and (held := _count_releases(session, namespace)) >= limit:
+        raise _exceeded(namespace, f"may have {limit:,} releases and has {held:,}")
+
+
+def _count_releases(session: Session, namespace: str) -> int:
+    counted = select(func.count()).select_from(Release).join(Repository, Repository.id == Release.repository_id)
+    counted = counted.join(Revision, Revision.id == Release.revision_id)
+    return session.scalar(counted.where(Repository.namespace == namespace, Revision.taken_down_at.is_(None))) or 0
+
+
+def _held_bytes(session: Session, namespace: str, now: datetime) -> int:
+    held = select(func.coalesce(func.sum(Blob.size_bytes), 0)).join(BlobHolder, BlobHolder.sha256 == Blob.sha256)
+    held = held.where(BlobHolder.namespace == namespace)
+    sent = select(BlobHolder.sha256).where(BlobHolder.namespace == namespace)
+    coming = select(func.coalesce(func.sum(Upload.size_bytes), 0)).where(
+        Upload.namespace == namespace, Upload.expires_at >= now, Upload.sha256.not_in(sent)
+    )
+    return int(session.scalar(held) or 0) + int(session.scalar(coming) or 0)
+
+
+def _exceeded(namespace: str, what: str) -> Refused:
+    return Refused(
+        "quota_exceeded",
+        f"{namespace} {what}.",
+        subject=namespace,
+        next_step="Take down what is no longer needed, or ask an admin of the registry for more.",
+    )
+
+
+def _record(
+    session: Session, actor: Actor, row: Namespace, before: dict[str, int | None], after: dict[str, int | None]
+) -> None:
+    if before != after:
+        audit.record(session, actor, Act.NAMESPACE_SET, row.name, namespace=row.name, before=before, after=after)

@@ -1,0 +1,118 @@
+"""Removes a person's name. What was done stays, under a pseudonym; tokens, sessions and roles end."""
+
+import json
+from dataclasses import dataclass
+from secrets import token_hex
+from typing import Any
+from typing import cast as cast_to
+
+from sqlalchemy import Text, cast, delete, or_, select, update
+from sqlalchemy.orm import Session
+
+from registry.database.engine import Row
+from registry.database.tables import (
+    Approval,
+    AuditRow,
+    Base,
+    Commit,
+    Job,
+    KeptAnswer,
+    Member,
+    Move,
+    Namespace,
+    Promotion,
+    Release,
+    Score,
+    Signature,
+    Suite,
+    SuiteMetric,
+    Token,
+    TrustedPublisher,
+    Upload,
+    XetUpload,
+)
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.errors import NotFound, Usage
+
+PSEUDONYM = "removed-user-"
+_UNTRACKED = {"synchronize_session": False}
+RENAMED: tuple[tuple[type[Row], str], ...] = (
+    (AuditRow, "actor"), (Base, "created_by"), (Job, "created_by"), (Namespace, "created_by"), (SuiteMetric, "by"),
+    (Suite, "created_by"), (Token, "user"), (Token, "created_by"), (TrustedPublisher, "created_by"),
+    (Upload, "created_by"), (XetUpload, "created_by"), (Commit, "author"), (Release, "created_by"),
+    (Approval, "user"), (Move, "actor"), (Score, "measured_by"), (Signature, "created_by"), (Promotion, "actor"),
+)  # fmt: skip
+"""Every column with a user's name is here or in `ENDED`, whose rows are deleted."""
+ENDED: tuple[tuple[type[Row], str], ...] = ((Member, "user"), (KeptAnswer, "user"))
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedUser:
+    """The pseudonym that took the name's place, and in how many rows."""
+
+    user: str
+    rows: int
+
+
+def remove(session: Session, actor: Actor, user: str) -> RemovedUser:
+    """Puts a pseudonym in place of a user's name, also in the audit log, and ends the user's tokens, sessions and
+    roles. Free text, such as reasons and notes, is not searched. Raises NotFound for a name that nothing has.
+    """
+    if user == actor.name:
+        raise Usage(
+            "own_name",
+            f"{user} cannot remove the own name.",
+            subject=user,
+            next_step="Ask another admin of the registry.",
+        )
+    pseudonym = PSEUDONYM + token_hex(4)
+    ended = update(Token).where(Token.user == user, Token.revoked_at.is_(None)).values(revoked_at=actor.at)
+    session.execute(ended, execution_options=_UNTRACKED)
+    session.execute(update(Token).where(Token.user == user).values(name=""), execution_options=_UNTRACKED)
+    own = update(AuditRow).where(AuditRow.actor == user).values(source=None)
+    session.execute(own, execution_options=_UNTRACKED)
+    rows = _rename_in_audit(session, user, pseudonym)
+    for table, name in ENDED:
+        column = getattr(table, name)
+        gone = delete(table).where(column == user).returning(column)
+        rows += len(session.execute(gone, execution_options=_UNTRACKED).all())
+    for table, name in RENAMED:
+        column = getattr(table, name)
+        renamed = update(table).where(column == user).values({name: pseudonym}).returning(column)
+        rows += len(session.execute(renamed, execution_options=_UNTRACKED).all())
+    if not rows:
+        raise NotFound(
+            "user_unknown", f"Nothing has the name {user}.", subject=user, next_step="`adaptory audit` shows the names."
+        )
+    session.expire_all()
+    audit.record(session, actor, Act.USER_REMOVE, pseudonym, namespace=None, after={"rows": rows})
+    return RemovedUser(pseudonym, rows)
+
+
+def _rename_in_audit(session: Session, user: str, pseudonym: str) -> int:
+    """Renames what audit rows say about the user: the subject of a membership, and values that are the name."""
+    member = f"/members/{user}"
+    quoted = json.dumps(user)
+    names = [cast(column, Text).contains(quoted, autoescape=True) for column in _DOCUMENTS]
+    about = select(AuditRow).where(or_(AuditRow.subject.endswith(member, autoescape=True), *names))
+    rows = session.scalars(about).all()
+    for row in rows:
+        if row.subject.endswith(member):
+            row.subject = row.subject.removesuffix(user) + pseudonym
+        for column in _DOCUMENTS:
+            setattr(row, column.key, _replaced(getattr(row, column.key), user, pseudonym))
+    session.flush()
+    return len(rows)
+
+
+_DOCUMENTS = (AuditRow.before, AuditRow.after, AuditRow.detail)
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """A JSON value with each string that is `old` replaced."""
+    if isinstance(value, dict):
+        return {key: _replaced(item, old, new) for key, item in cast_to("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_replaced(item, old, new) for item in cast_to("list[Any]", value)]
+    return new if value == old else value

@@ -1,0 +1,188 @@
+"""Takedowns: the files of a release go for good, and a tombstone stays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import ColumnElement, and_, delete, exists, false, or_, select, update
+from sqlalchemy.orm import Session, aliased
+
+from registry.database.locks import lock_blobs_exclusive
+from registry.database.tables import (
+    Blob,
+    BlobHolder,
+    Channel,
+    Commit,
+    Namespace,
+    Release,
+    ReleaseInput,
+    ReleaseWord,
+    Repository,
+    Revision,
+    RevisionFile,
+    Score,
+    Upload,
+)
+from registry.database.tables.catalog import new_stamp
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.domain.catalog import repositories, search_index
+from registry.domain.catalog.releases import full_name
+from registry.domain.channels import yanks
+
+_UNTRACKED = {"synchronize_session": False}
+TAKEN_DOWN_BY = "takedown"
+"""The run that `Blob.removing_by` names: no collection has begun the removal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Takedown:
+    """`releases` have lost their files. `blobs` of `size_bytes` go, since nothing names them any more. `named_by`
+    are the releases and commits that still have some of the files, which stay for that reason."""
+
+    releases: list[str]
+    blobs: int
+    size_bytes: int
+    named_by: list[str]
+
+
+def take_down(session: Session, actor: Actor, release: Release, reason: str, *, bar: bool = True) -> Takedown:
+    """Takes the files of a release down, and yanks every version that has the same ones. Keeps who published what, and
+    when; notes and provenance go, since they may repeat what must not be seen.
+
+    With `bar`, the namespace may not publish the same files again. Files that another release or commit names stay. The
+    blobs of the others are marked, so that nobody relies on them: the caller, or the next collection, removes their
+    bytes. Repeated, it changes nothing.
+    """
+    yanks.need_reason("A takedown", release, reason)
+    repositories.lock(session, release.repository_id)
+    lock_blobs_exclusive(session)  # nobody publishes these files meanwhile
+    revision = release.revision
+    session.refresh(revision, ["taken_down_at", "takedown_reason"])
+    versions = session.scalars(select(Release).where(Release.revision_id == revision.id).order_by(Release.id)).all()
+    names = [full_name(one) for one in versions]
+    if revision.taken_down_at is not None:
+        return Takedown(releases=names, blobs=0, size_bytes=0, named_by=[])
+    digests = list(session.scalars(select(RevisionFile.sha256).where(RevisionFile.revision_id == revision.id)))
+    for one in versions:
+        _bury(session, actor, one, reason)
+    session.execute(delete(Commit).where(Commit.revision_id == revision.id), execution_options=_UNTRACKED)
+    session.execute(delete(RevisionFile).where(RevisionFile.revision_id == revision.id), execution_options=_UNTRACKED)
+    session.expire(revision, ["files"])
+    revision.taken_down_at, revision.takedown_reason, revision.barred = actor.at, reason, bar
+    session.flush()
+    marked = _mark_unnamed(session, actor, release.repository.namespace, digests)
+    return Takedown(
+        releases=names,
+        blobs=len(marked),
+        size_bytes=sum(marked),
+        named_by=_named_by(session, release.repository.namespace, digests),
+    )
+
+
+def expired(session: Session, now: datetime, *, limit: int | None) -> list[int]:
+    """The releases that the retention of their namespaces takes down now: yanked ones and pre-releases that are old
+    enough, without those that a channel serves, whose files `main` has, or that another release was composed of."""
+    rows = select(Namespace).where(
+        or_(Namespace.keep_yanked_days.is_not(None), Namespace.keep_prerelease_days.is_not(None))
+    )
+    ids: list[int] = []
+    for row in session.scalars(rows).all():
+        query = select(Release.id).where(*_expired_in(row, now)).order_by(Release.id)
+        ids += session.scalars(query.limit(limit - len(ids) if limit is not None else None))
+    return ids
+
+
+def take_down_if_expired(session: Session, operator: Actor, release_id: int) -> bool:
+    """Takes a release down if its namespace's retention still says so."""
+    release = session.get_one(Release, release_id)
+    row = session.get_one(Namespace, release.repository.namespace)
+    repositories.lock(session, release.repository_id)
+    if session.scalar(select(Release.id).where(Release.id == release_id, *_expired_in(row, operator.at))) is None:
+        return False
+    kind = "yanked releases" if release.yanked else "pre-releases"
+    days = row.keep_yanked_days if release.yanked else row.keep_prerelease_days
+    take_down(session, operator, release, f"the namespace keeps {kind} for {days} days", bar=False)
+    return True
+
+
+def _expired_in(row: Namespace, now: datetime) -> tuple[ColumnElement[bool], ...]:
+    twin, later = aliased(Release), aliased(Commit)
+    same_files = twin.revision_id == Release.revision_id
+    is_head = ~exists().where(later.repository_id == Commit.repository_id, later.id > Commit.id)
+    return (
+        _is_old(Release, row, now),
+        exists().where(Repository.id == Release.repository_id, Repository.namespace == row.name),
+        exists().where(Revision.id == Release.revision_id, Revision.taken_down_at.is_(None)),
+        ~exists().where(same_files, ~_is_old(twin, row, now)),
+        ~exists().where(same_files, Channel.served_id == twin.id),
+        ~exists().where(same_files, ReleaseInput.input_id == twin.id),
+        ~exists().where(Commit.revision_id == Release.revision_id, is_head),
+    )
+
+
+def _is_old(release: type[Release], row: Namespace, now: datetime) -> ColumnElement[bool]:
+    """Whether a release, or an alias of the table, is old enough for the retention of its namespace."""
+    old: list[ColumnElement[bool]] = []
+    if row.keep_yanked_days is not None:
+        yanked_before = now - timedelta(days=row.keep_yanked_days)
+        old.append(and_(release.yanked, release.yanked_at.is_not(None), release.yanked_at < yanked_before))
+    if row.keep_prerelease_days is not None:
+        old.append(and_(~release.stable, release.created_at < now - timedelta(days=row.keep_prerelease_days)))
+    return or_(false(), *old)
+
+
+def _bury(session: Session, actor: Actor, release: Release, reason: str) -> None:
+    """Yanks a release and empties its texts."""
+    if not release.yanked:
+        yanks.yank(session, actor, release, reason)
+    repository = release.repository
+    release.notes, release.provenance, release.stamp = "", {}, new_stamp()
+    kept = search_index.namespace_terms(repository.namespace, repository.name)
+    kept += search_index.text_terms(f"{repository.namespace} {repository.name}")
+    others = delete(ReleaseWord).where(ReleaseWord.release_id == release.id, ReleaseWord.word.not_in(kept))
+    session.execute(others, execution_options=_UNTRACKED)
+    name, after = full_name(release), {"commit": release.revision.commit, "size_bytes": release.size_bytes}
+    audit.record(session, actor, Act.RELEASE_TAKEDOWN, name, namespace=repository.namespace, reason=reason, after=after)
+
+
+def _mark_unnamed(session: Session, actor: Actor, namespace: str, digests: Sequence[str]) -> list[int]:
+    """Marks the blobs that nothing names any more, and returns their sizes. The namespace gives up those that only
+    others name, and announced uploads of what it gives up."""
+    named = exists().where(RevisionFile.sha256 == Blob.sha256)
+    named_here = (
+        exists()
+        .where(RevisionFile.sha256 == BlobHolder.sha256, RevisionFile.revision_id == Revision.id)
+        .where(Revision.repository_id == Repository.id, Repository.namespace == namespace)
+    )
+    given_up = delete(BlobHolder).where(BlobHolder.namespace == namespace, BlobHolder.sha256.in_(digests), ~named_here)
+    gone = [row.sha256 for row in session.execute(given_up.returning(BlobHolder.sha256), execution_options=_UNTRACKED)]
+    announced = delete(Upload).where(Upload.namespace == namespace, Upload.sha256.in_(gone))
+    session.execute(announced, execution_options=_UNTRACKED)
+    unnamed = (
+        Blob.sha256.in_(digests),
+        Blob.removing_at.is_(None),
+        ~named,
+        ~exists().where(Score.results_sha256 == Blob.sha256),
+        ~exists().where(BlobHolder.sha256 == Blob.sha256),  # another namespace has sent it and may publish it
+    )
+    marked = update(Blob).where(*unnamed).values(removing_at=actor.at, removing_by=TAKEN_DOWN_BY)
+    rows = session.execute(marked.returning(Blob.size_bytes), execution_options=_UNTRACKED)
+    return [row.size_bytes for row in rows]
+
+
+def _named_by(session: Session, namespace: str, digests: Sequence[str]) -> list[str]:
+    """The releases and commits of the namespace that have one of the files."""
+    query = (
+        select(Repository.name, Revision.id, Revision.commit)
+        .join(Revision, Revision.repository_id == Repository.id)
+        .where(Repository.namespace == namespace)
+        .where(exists().where(RevisionFile.revision_id == Revision.id, RevisionFile.sha256.in_(digests)))
+        .order_by(Repository.name, Revision.id)
+    )
+    names: list[str] = []
+    for repository, revision_id, commit in session.execute(query):
+        versions = session.scalars(select(Release.version).where(Release.revision_id == revision_id)).all()
+        marks = [f":{version}" for version in versions] or [f"#{commit[:12]}"]
+        names += [f"{namespace}/{repository}{mark}" for mark in marks]
+    return names

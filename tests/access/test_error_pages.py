@@ -1,0 +1,37 @@
+"""The page of each error code, which `help` of a problem document leads to."""
+
+from collections.abc import Generator
+from html import escape
+from pathlib import Path
+
+import pytest
+
+from registry.error_codes import REGISTER
+from tests import services
+from tests.access.house import House, build_house, new_environment
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Generator[House]:
+    furnished = build_house(new_environment(services.PAIRINGS[0], tmp_path / "home"))
+    yield furnished
+    furnished.close()
+
+
+def test_help_of_an_error_leads_a_stranger_to_a_page_that_says_what_to_do(house: House) -> None:
+    problem = house.ask("nobody", "GET", "/v1/resolve?ref=acme").json()
+    page = house.ask("nobody", "GET", problem["help"])
+    assert (page.status_code, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert problem["code"] in page.text
+    for family, codes in REGISTER.items():
+        for code, fix in codes.items():
+            text = house.ask("nobody", "GET", f"/docs/errors/{code}").text
+            assert str(escape(fix, quote=False)) in text.replace("&#39;", "'").replace("&#34;", '"'), code
+            assert f"<dd>{family.status}</dd>" in text, code
+    listed = house.ask("nobody", "GET", "/docs/errors").text
+    assert all(f'href="/docs/errors/{code}"' in listed for codes in REGISTER.values() for code in codes)
+
+
+def test_a_code_that_no_error_has_is_an_unknown_page(house: House) -> None:
+    assert house.ask("nobody", "GET", "/docs/errors/gate_faild").status_code == 404
+    assert "message of the error says" in house.ask("nobody", "GET", "/docs/errors/layout_other").text

@@ -1,0 +1,156 @@
+"""What was leaked goes for good and leaves a tombstone; what a namespace may hold and keeps is bounded."""
+
+import hashlib
+import shutil
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from registry.domain.access.audit import operator_actor
+from registry.domain.catalog import releases
+from registry.domain.channels import takedowns
+from registry.formats.references import RepositoryName, Version
+from registry.transfer.collect import collect, remove_marked
+from registry.transfer.fsck import check
+from tests.scenarios.test_push_again import beside
+from tests.scenarios.traces import api_of, opened
+from tests.scenarios.world import Cli, World
+
+WEIGHTS = "adapter_model.safetensors"
+NONE = timedelta(0)
+
+
+@pytest.fixture
+def adapter(world: World, tmp_path: Path) -> Path:
+    directory = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    (directory / "data.txt").write_text("the customers' names")
+    return directory
+
+
+def push(cli: Cli, adapter: Path, target: str, *more: object) -> None:
+    cli.ok("push", adapter, target, "--base", "tiny", "--include", "data.txt", *more)
+
+
+def blobs(cli: Cli) -> set[str]:
+    held = opened(beside(cli))
+    stored = {stat.sha256 for stat in held.store.iterate()}
+    held.close()
+    return stored
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_takedown_removes_the_bytes_for_good_and_leaves_a_tombstone(
+    stocked: Cli, adapter: Path, tmp_path: Path
+) -> None:
+    push(stocked, adapter, "acme/sql:1.0.0", "--notes", "names of customers inside", "--channel", "prod")
+    push(stocked, adapter, "acme/sql:1.0.1")
+    leaked, weights = digest(adapter / "data.txt"), digest(adapter / WEIGHTS)
+    (adapter / "data.txt").write_text("nothing")
+    push(stocked, adapter, "acme/sql:1.1.0")
+    taken = stocked.json("takedown", "acme/sql:1.0.0", "--reason", "customer data")
+    assert taken["releases"] == ["acme/sql:1.0.0", "acme/sql:1.0.1"], "both have the files"
+    assert taken["named_by"] == ["acme/sql:1.1.0"]
+    assert (taken["blobs"], leaked in blobs(stocked), weights in blobs(stocked)) == (1, False, True)
+    gone = stocked("pull", "acme/sql:1.0.0", "-o", tmp_path / "out")
+    assert (gone.code, (tmp_path / "out").exists()) == (3, False)
+    assert "was taken down on" in gone.err
+    assert "customer data" in gone.err
+    with api_of(stocked) as api:
+        stone = api.get("/v1/adapters/acme/sql/releases/1.0.0")
+        channel = api.get("/v1/adapters/acme/sql/channels/prod")
+    assert (stone["taken_down"]["reason"], stone["notes"], stone["yanked"]) == ("customer data", "", True)
+    assert channel["version"] is None
+    assert "taken_down" in stocked("unyank", "acme/sql:1.0.0", "--reason", "mistake", "--json").out
+    assert stocked("search", "customers", "--include-yanked", "--json").json["items"] == []
+    stocked.ok("pull", "acme/sql:1.1.0", "-o", tmp_path / "out")
+    assert beside(stocked).json("fsck", "--full")["clean"]
+    acts = [(row["subject"], row["reason"]) for row in stocked.json("audit", "--act", "release:takedown")["items"]]
+    assert acts == [("acme/sql:1.0.1", "customer data"), ("acme/sql:1.0.0", "customer data")]
+    again = stocked.json("takedown", "acme/sql:1.1.0", "--reason", "and the rest")
+    assert (again["blobs"] > 0, blobs(stocked)) == (True, set())
+
+
+def test_files_that_were_taken_down_are_not_published_again(stocked_embedded: Cli, adapter: Path) -> None:
+    push(stocked_embedded, adapter, "acme/sql:1.0.0")
+    stocked_embedded.ok("takedown", "acme/sql:1.0.0", "--reason", "customer data")
+    for target in ("acme/sql:1.0.1", "acme/copy:1.0.0"):
+        refused = stocked_embedded("push", adapter, target, "--base", "tiny", "--include", "data.txt")
+        assert refused.code == 1
+        assert "which was taken down: customer data" in refused.err
+    (adapter / "data.txt").unlink()
+    stocked_embedded.ok("push", adapter, "acme/sql:1.0.1", "--base", "tiny")
+
+
+def test_the_bytes_of_a_takedown_go_even_if_it_dies_before_it_removes_them(
+    stocked_embedded: Cli, adapter: Path
+) -> None:
+    push(stocked_embedded, adapter, "acme/sql:1.0.0")
+    held = opened(stocked_embedded)
+    with held.write() as session:
+        release = releases.find(session, RepositoryName("acme", "sql"), Version(1, 0, 0))
+        takedowns.take_down(session, operator_actor("mia", held.clock()), release, "customer data")
+    assert len(list(held.store.iterate())) > 0
+    assert collect(held, grace=timedelta(days=1)).blobs > 0, "younger than the grace of what is only unused"
+    assert list(held.store.iterate()) == []
+    assert not [finding for finding in check(held) if finding.severity == "error"]
+    assert remove_marked(held)
+    held.close()
+
+
+def test_retention_takes_down_old_yanked_releases_and_pre_releases_that_nothing_serves(
+    stocked_embedded: Cli, adapter: Path
+) -> None:
+    cli = stocked_embedded
+    for version in ("1.0.0-rc.1", "1.0.0-rc.2", "1.0.0", "1.1.0"):
+        (adapter / "data.txt").write_text(version)
+        push(cli, adapter, f"acme/sql:{version}")
+    cli.ok("promote", "acme/sql:1.0.0-rc.2", "--to", "canary")
+    cli.ok("yank", "acme/sql:1.0.0", "--reason", "wrong")
+    cli.ok("namespace", "retention", "acme", "--yanked", 30, "--prereleases", 90)
+    held = opened(cli)
+
+    def later(days: int) -> int:
+        much_later = replace(held, clock=lambda: release_time + timedelta(days=days))
+        counted = collect(much_later, grace=NONE, dry_run=True).releases
+        assert collect(much_later, grace=NONE).releases == counted
+        return counted
+
+    release_time = held.clock()
+    assert [later(days) for days in (29, 31, 89, 91, 1000)] == [0, 1, 0, 1, 0]
+    assert not [finding for finding in check(held, read_bytes=True) if finding.severity == "error"]
+    held.close()
+    with api_of(cli) as api:
+        down = {row["version"]: row["taken_down"] for row in api.pages("/v1/adapters/acme/sql/releases")}
+    assert {version for version, stone in down.items() if stone} == {"1.0.0-rc.1", "1.0.0"}
+    assert down["1.0.0"]["reason"] == "the namespace keeps yanked releases for 30 days"
+    (adapter / "data.txt").write_text("1.0.0-rc.1")
+    push(cli, adapter, "acme/sql:1.2.0")  # what went by its age alone may come back
+
+
+def test_a_namespace_holds_no_more_than_its_quota(stocked: Cli, adapter: Path) -> None:
+    push(stocked, adapter, "acme/sql:1.0.0")
+    used = stocked.json("namespace", "usage", "acme")
+    size = sum(path.stat().st_size for path in adapter.iterdir() if path.name != "README.md")
+    assert (used["releases"], used["max_bytes"], used["size_bytes"] >= size) == (1, None, True)
+    stocked.ok("namespace", "quota", "acme", "--bytes", used["size_bytes"] + 10, "--releases", 3)
+    (adapter / "data.txt").write_text("12345678901")
+    refused = stocked("push", adapter, "acme/sql:1.1.0", "--base", "tiny", "--include", "data.txt")
+    assert refused.code == 1
+    assert "11 more do not fit" in refused.err
+    (adapter / "data.txt").write_text("1234567890")
+    push(stocked, adapter, "acme/sql:1.1.0")
+    assert stocked.json("namespace", "usage", "acme")["size_bytes"] == used["size_bytes"] + 10
+    (adapter / "data.txt").unlink()
+    stocked.ok("push", adapter, "acme/sql:1.2.0", "--base", "tiny")
+    (adapter / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text() + " ")
+    refused = stocked("push", adapter, "acme/sql:1.3.0", "--base", "tiny")
+    assert refused.code == 1
+    stocked.ok("namespace", "quota", "acme", "--releases", 3)
+    assert "may have 3 releases and has 3" in stocked("push", adapter, "acme/sql:1.3.0", "--base", "tiny").err
+    stocked.ok("takedown", "acme/sql:1.0.0", "--reason", "not needed")
+    stocked.ok("push", adapter, "acme/sql:1.3.0", "--base", "tiny")

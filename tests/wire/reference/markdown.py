@@ -1,0 +1,35 @@
+"""Tables and fences of Markdown."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, or nothing if it has no rows. Cells are one line; `|` in them is text."""
+    lines = [f"| {' | '.join(map(_cell, row))} |".replace("|  |", "| |") for row in rows]
+    if not lines:
+        return ""
+    return "\n".join([f"| {' | '.join(head)} |".replace("|  |", "| |"), "|" + "---|" * len(head), *lines, ""]) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def joined(*parts: str) -> str:
+    """A page of its parts, with one empty line between blocks."""
+    return re.sub(r"\n{3,}", "\n\n", "".join(parts))
+
+
+def code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def plain(text: str) -> str:
+    """Text that was written for a terminal: what Markdown would read as tags or emphasis is kept as it is."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(part if part.startswith("`") else re.sub(r"([<*_])", r"\\\1", part) for part in parts)
+
+
+def fence(text: str, language: str = "") -> str:
+    return f"```{language}\n{text.rstrip()}\n```\n"

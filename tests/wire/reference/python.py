@@ -1,0 +1,108 @@
+"""docs/reference/python.md, from the signatures and docstrings of what `registry.sdk` exports."""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from doctest import DocTestParser, Example
+from pathlib import Path
+
+from registry import sdk
+from tests.wire.reference.markdown import code, fence, joined, table
+
+HEAD = """# Python API
+
+What `registry.sdk` exports: a registry as an object, what it answers, and a callback for trainers.
+[Python](../how-to/python.md) shows how it is used. This page is made of the docstrings: `make snapshots` writes it.
+
+Results are frozen dataclasses; `document` of each has all that REST answers. Every call raises the errors of
+`registry.errors`: their family is the class, and `code` is stable ([Errors](errors.md)). A local file that cannot be
+read as an adapter or a checkpoint raises one of `composer.errors`. The package is typed (`py.typed`).
+
+"""
+FOLDER = Path(sdk.__file__).parent
+ORDER = ("Registry", "AdaptoryCallback", "Release", "Score", "Move", "Promotion", "Composition")
+IMPORT = re.compile("import |from ")
+
+
+def page() -> str:
+    assert set(ORDER) == set(sdk.__all__)
+    classes = {
+        node.name: node
+        for path in sorted(FOLDER.glob("*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    }
+    return joined(HEAD, *(part for name in ORDER for part in _class(classes[name])))
+
+
+def _class(node: ast.ClassDef) -> Iterator[str]:
+    yield f"## {node.name}\n\n"
+    methods = [one for one in node.body if isinstance(one, ast.FunctionDef)]
+    begin = [one for one in methods if one.name == "__init__"]
+    if begin:
+        yield fence(_signature(node.name, begin[0]), "python") + "\n"
+    yield _text(ast.get_docstring(node) or "")
+    fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
+    yield table(
+        ("field", "type", "default"),
+        [
+            (code(ast.unparse(one.target)), code(ast.unparse(one.annotation)), code(_default(one.value)))
+            for one in fields
+        ],
+    ) + ("\n" if fields else "")
+    for one in methods:
+        decorators = {ast.unparse(decorator) for decorator in one.decorator_list}
+        if one.name.startswith("_") or "classmethod" in decorators or one.name.startswith("on_"):
+            continue
+        yield f"### {node.name}.{one.name}\n\n"
+        yield fence(_signature(one.name, one), "python") + "\n"
+        yield _text(ast.get_docstring(one) or "")
+
+
+def _default(value: ast.expr | None) -> str:
+    return "" if value is None or isinstance(value, ast.Call) else ast.unparse(value)
+
+
+def _signature(name: str, node: ast.FunctionDef) -> str:
+    """As a caller writes it: without `self`; on several lines if it is longer than one."""
+    arguments = node.args
+    left = arguments.args[1:]
+    defaults = [None] * (len(left) - len(arguments.defaults)) + list(arguments.defaults)
+    parts = [_argument(one, value) for one, value in zip(left, defaults, strict=True)]
+    if arguments.vararg:
+        parts.append("*" + _argument(arguments.vararg, None))
+    elif arguments.kwonlyargs:
+        parts.append("*")
+    parts += [_argument(one, value) for one, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    if arguments.kwarg:
+        parts.append("**" + _argument(arguments.kwarg, None))
+    returns = f" -> {_type(node.returns)}" if node.returns and node.name != "__init__" else ""
+    line = f"{name}({', '.join(parts)}){returns}"
+    return line if len(line) <= 100 else f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f"){returns}"
+
+
+def _argument(one: ast.arg, default: ast.expr | None) -> str:
+    given = f"{one.arg}: {_type(one.annotation)}" if one.annotation else one.arg
+    return given if default is None else f"{given} = {ast.unparse(default)}"
+
+
+def _type(node: ast.expr | None) -> str:
+    """Names that are only imported for types are quoted in the code."""
+    return re.sub(r"""(?<![\w\[])['"]([\w.\[\], |]+)['"]""", r"\1", ast.unparse(node)) if node else ""
+
+
+def _text(docstring: str) -> str:
+    """Paragraphs as they are, and examples as code."""
+    shown: list[str] = []
+    for part in DocTestParser().parse(inspect.cleandoc(docstring)):
+        if isinstance(part, Example):
+            if shown and shown[-1].startswith("```python"):
+                before = shown[-1].removeprefix("```python\n").removesuffix("```\n")
+                ends_imports = IMPORT.match(before.splitlines()[-1]) and not IMPORT.match(part.source)
+                shown[-1] = fence(before + "\n" * bool(ends_imports) + part.source, "python")
+            else:
+                shown.append(fence(part.source, "python"))
+        else:
+            shown += [" ".join(paragraph.split()) + "\n" for paragraph in part.split("\n\n") if paragraph.strip()]
+    return "\n".join(shown) + "\n"
