@@ -158,6 +158,11 @@ def _application(resources: "Resources") -> "FastAPI":
     application = create_app(
         resources, tokens=resources.settings.access == "tokens", access_log=resources.settings.access_log
     )
+    if resources.settings.traces:
+        from registry.transfer import traces
+
+        traces.begin("adaptory-server")
+        traces.trace_requests(application)
     # Objects that live as long as the process need no further collection: full collections took 80 ms each.
     gc.collect()
     gc.freeze()
