@@ -56,7 +56,7 @@ def _written(suite: Suite, directory: Path) -> Path:
     return path
 
 
-def _compare(  # noqa: PLR0913
+def _compare(
     base: Path, suites: Mapping[Path, Path], directory: Path, mergekit: Path | None, rounds: int, tool: str | None
 ) -> None:
     """`suites` has the file of each adapter's suite. Without rounds, each command of the tool runs once."""
