@@ -31,6 +31,12 @@ Schema changes in words, answered by one statement.
 """
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Pictures are taken only when they are asked for."""
+    unwanted = collection_path.name == "test_screenshots.py" and not config.getoption("--screenshots")
+    return True if unwanted else None
+
+
 @dataclass(frozen=True)
 class Site:
     """A running registry: its address, and the numbers of a composition that published, after one that was refused,
