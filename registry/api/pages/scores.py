@@ -11,7 +11,8 @@ from registry.api.pages import drawings
 from registry.api.pages.drawings import Interval, Point
 from registry.database.engine import Session
 from registry.database.tables import Release
-from registry.domain.catalog import intervals, suites
+from registry.domain.catalog import histories as stored
+from registry.domain.catalog import intervals
 
 Json = Mapping[str, Any]
 
@@ -84,7 +85,7 @@ def lines(now: Sequence[Json], before: Sequence[Json], base: Sequence[Json]) -> 
 def histories(session: Session, release: Release) -> list[History]:
     """How each metric of a release went over the versions of its repository, where at least two have it."""
     series: dict[str, list[tuple[str, Json]]] = {}
-    for version, row in suites.history(session, release, limit=VERSIONS):
+    for version, row in stored.of_release(session, release, limit=VERSIONS):
         score = {"metric": row.metric, "value": row.value, "stderr": row.stderr, "n": row.n}
         series.setdefault(f"{row.suite.name}.{row.metric}", []).append((version, score))
     several = [(name, points) for name, points in series.items() if len(points) > 1]

@@ -37,6 +37,7 @@ ADDRESSES = (
     "/acme/sql/1.1.0",
     "/acme/sql/1.0.0",
     "/acme/sql/compare/1.0.0...1.1.0",
+    "/acme/sql/history",
     "/acme/sql@prod",
     "/bases",
     "/bases/tiny",
@@ -114,6 +115,7 @@ def test_longer_lists_take_no_more_statements(house: House) -> None:
     [
         ("/{}/sql@prod", "/v1/adapters/{}/sql/channels/prod"),
         ("/{}/sql/1.1.0", "/v1/adapters/{}/sql/releases/1.1.0"),
+        ("/{}/sql/history", "/v1/adapters/{}/sql/releases"),
         ("/{}/sql/compare/1.0.0...1.1.0", "/v1/adapters/{}/sql/releases/1.0.0"),
         ("/{}/sql/1.1.0/modules", "/v1/adapters/{}/sql/releases/1.1.0/spectrum"),
         ("/bases", "/v1/bases"),
@@ -173,14 +175,20 @@ def test_a_history_has_the_newest_thirty_versions_that_are_not_yanked(house: Hou
         yanks.yank(session, HOST, releases.find(session, name, Version(1, 20, 0)), "wrong data")
     with single_user(house.resources) as http:
         of_repository, of_release = http.get("/open/sql"), http.get("/open/sql/1.21.0")
+        of_metric, unknown = (
+            http.get("/open/sql/history?metric=exact.nll"),
+            http.get("/open/sql/history?metric=exact.f1"),
+        )
         (old_one, yanked) = (http.get(f"/open/sql/{version}") for version in ("1.0.0", "1.20.0"))
     points = re.findall(r"<title>(1\.\d+\.0): ", of_repository.text)
     assert points == [f"1.{minor}.0" for minor in range(3, 34) if minor != 20]
     assert "<title>1.33.0: 0.0303, 95 % 0.0107 to 0.0499, n=1</title>" in of_repository.text
     assert re.search(r"<title>1\.21\.0: [^<]*</title><line class=\"bar now\"", of_release.text)
+    assert (of_metric.text.count("<tr data-points="), "data-metric" in of_metric.text) == (34, True)
+    assert (unknown.status_code, "metric_unknown" in unknown.text) == (404, True)
     for page, version in ((old_one, "1.0.0"), (yanked, "1.20.0")):
         assert f"<title>{version}: " in page.text, "the page's own version is there in any case"
-    assert max(len(page.content) for page in (of_repository, of_release)) <= MAX_PAGE_BYTES
+    assert max(len(page.content) for page in (of_repository, of_release, of_metric)) <= MAX_PAGE_BYTES
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)

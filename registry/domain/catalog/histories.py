@@ -1,0 +1,48 @@
+"""How scores went over the versions of a repository."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session, contains_eager
+
+from registry.database.tables import Release, Repository, Score, Suite
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A version's score."""
+
+    version: str
+    created_at: datetime
+    yanked: bool
+    score: Score
+
+
+def of_release(session: Session, release: Release, *, limit: int) -> list[tuple[str, Score]]:
+    """The scores of the newest `limit` releases of the repository that are not yanked, and of this one, on the current
+    suites that this one is measured on, each with its version. Lowest version first."""
+    own = select(Score.suite_id).where(Score.release_id == release.id)
+    newest = select(Release.id).where(Release.repository_id == release.repository_id, ~Release.yanked)
+    listed = newest.order_by(Release.sort_key.desc()).limit(limit).subquery()
+    shown = Score.release_id.in_(select(listed.c.id)) | (Score.release_id == release.id)
+    query = select(Release.version, Score).join(Release, Score.release_id == Release.id).join(Suite)
+    query = query.options(contains_eager(Score.suite)).where(shown, Score.suite_id.in_(own), Suite.current)
+    rows = session.execute(query.order_by(Release.sort_key))
+    return [(version, score) for version, score in rows]
+
+
+def newest_measured(session: Session, repository: Repository) -> Release | None:
+    """The highest version that has a score."""
+    measured = select(Release).where(Release.repository_id == repository.id, Release.id.in_(select(Score.release_id)))
+    return session.scalar(measured.order_by(Release.sort_key.desc()).limit(1))
+
+
+def of_metric(session: Session, repository: Repository, score: Score, *, limit: int) -> list[Entry]:
+    """The metric of a score over the repository's versions, yanked ones included, highest version first."""
+    query = select(Release.version, Release.created_at, Release.yanked, Score)
+    query = query.join(Release, Score.release_id == Release.id).where(
+        Release.repository_id == repository.id, Score.suite_id == score.suite_id, Score.metric == score.metric
+    )
+    rows = session.execute(query.order_by(Release.sort_key.desc()).limit(limit))
+    return [Entry(version, created_at, yanked, one) for version, created_at, yanked, one in rows]
