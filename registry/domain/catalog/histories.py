@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import exists, select
 from sqlalchemy.orm import Session, contains_eager
 
 from registry.database.tables import Release, Repository, Score, Suite
@@ -22,19 +22,19 @@ class Entry:
 def of_release(session: Session, release: Release, *, limit: int) -> list[tuple[str, Score]]:
     """The scores of the newest `limit` releases of the repository that are not yanked, and of this one, on the current
     suites that this one is measured on, each with its version. Lowest version first."""
-    own = select(Score.suite_id).where(Score.release_id == release.id)
     newest = select(Release.id).where(Release.repository_id == release.repository_id, ~Release.yanked)
-    listed = newest.order_by(Release.sort_key.desc()).limit(limit).subquery()
-    shown = Score.release_id.in_(select(listed.c.id)) | (Score.release_id == release.id)
+    shown = {release.id, *session.scalars(newest.order_by(Release.sort_key.desc()).limit(limit))}
+    own = select(Score.suite_id).where(Score.release_id == release.id)
     query = select(Release.version, Score).join(Release, Score.release_id == Release.id).join(Suite)
-    query = query.options(contains_eager(Score.suite)).where(shown, Score.suite_id.in_(own), Suite.current)
-    rows = session.execute(query.order_by(Release.sort_key))
+    query = query.options(contains_eager(Score.suite)).order_by(Release.sort_key)
+    rows = session.execute(query.where(Score.release_id.in_(shown), Score.suite_id.in_(own), Suite.current))
     return [(version, score) for version, score in rows]
 
 
 def newest_measured(session: Session, repository: Repository) -> Release | None:
     """The highest version that has a score."""
-    measured = select(Release).where(Release.repository_id == repository.id, Release.id.in_(select(Score.release_id)))
+    has_score = exists().where(Score.release_id == Release.id)
+    measured = select(Release).where(Release.repository_id == repository.id, has_score)
     return session.scalar(measured.order_by(Release.sort_key.desc()).limit(1))
 
 
