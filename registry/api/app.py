@@ -73,6 +73,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.resources = resources
+    app.state.draining = False
     app.state.uploads = UploadThreads(resources.settings.max_concurrent_uploads if tokens else None)
     app.state.downloads_limiter = CapacityLimiter(DOWNLOAD_THREADS)
     app.state.callers = ActorCache(resources, single_user=not tokens)

@@ -21,6 +21,7 @@ EXAMPLES = {
     "deprecate": """adaptory deprecate acme/sql-migration:1.0.0 --reason 'old dialect' \\
   --successor acme/sql-migration:1.1.0""",
     "diff": "adaptory diff acme/sql-migration:1.0.0 acme/sql-migration:1.1.0",
+    "doctor": "adaptory doctor --bundle report.zip",
     "eval": """adaptory eval acme/sql-migration acme/terraform-review smollm2 \\
   --suite sql-exact --suite guard-general""",
     "export": "adaptory export acme/sql-migration:1.0.0 hf://acme/sql-migration --private",

@@ -27,7 +27,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
     (
         "Operate",
-        ("serve", "worker", "jobs", "cancel", "migrate", "gc", "fsck", "backup", "restore", "storage"),
+        ("serve", "worker", "jobs", "cancel", "migrate", "gc", "fsck", "doctor", "backup", "restore", "storage"),
         "adaptory serve --host 0.0.0.0 --processes 4",
     ),
     (

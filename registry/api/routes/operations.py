@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
 from registry.api.http.pagination import Cursor, Limit, decode_number, page
@@ -22,6 +22,7 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Actor, EventQuery
 from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
+from registry.errors import Unavailable
 from registry.formats.references import ABSENT
 from registry.transfer.resources import Resources
 
@@ -105,8 +106,11 @@ async def alive() -> dict[str, str]:
 
 @router.get("/readyz")
 @in_store_threads
-def ready(resources: ResourcesOf) -> dict[str, str]:
-    """Readiness: 503 while the database or the store is unavailable, or the schema is not this version's."""
+def ready(request: Request, resources: ResourcesOf) -> dict[str, str]:
+    """Readiness: 503 while the database or the store is unavailable, the schema is not this version's, or the server
+    is about to stop."""
+    if request.app.state.draining:
+        raise Unavailable("stopping", "This server is about to stop.", next_step="Send requests to another server.")
     ensure_schema(resources.database, create=False)
     resources.store.stat(ABSENT)
     return {"status": "ok"}

@@ -1,0 +1,120 @@
+"""`adaptory doctor` says what is wrong with an installation, and collects what a bug report needs."""
+
+import json
+import shutil
+import zipfile
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from registry.database.tables import Blob, Job
+from tests.scenarios.test_push_again import beside
+from tests.scenarios.traces import opened
+from tests.scenarios.world import Cli, Ran, World
+
+
+def checks(ran: Ran) -> dict[str, dict[str, Any]]:
+    return {one["name"]: one for one in ran.json["checks"]}
+
+
+def states(ran: Ran) -> dict[str, str]:
+    return {name: one["state"] for name, one in checks(ran).items()}
+
+
+def test_an_installation_that_works_passes_every_check(stocked: Cli, world: World) -> None:
+    stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    ran = beside(stocked)("doctor", "--json")
+    seen = states(ran)
+    assert (ran.code, ran.json["healthy"], set(seen.values())) == (0, True, {"ok"}), ran.out
+    assert {"home directory", "packages", "database", "store", "contents", "access", "workers", "bases"} <= set(seen)
+    assert "1 releases" in checks(ran)["contents"]["detail"]
+    if "ADAPTORY_URL" in stocked.environment:
+        ran = stocked("doctor", "--json")
+        assert (ran.code, states(ran)) == (0, {"server": "ok", "token": "ok"})
+
+
+def test_what_is_wrong_is_said_with_what_to_do(stocked_embedded: Cli, world: World) -> None:
+    cli = stocked_embedded
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    held = opened(cli)
+    long_ago = held.clock() - timedelta(days=2)
+    with held.write() as session:
+        session.execute(update(Blob).values(removing_at=long_ago, removing_by="dead"))
+        session.add(
+            Job(kind="compose", namespace="acme", state="queued", steps=[], created_at=long_ago, created_by="mia")
+        )
+    held.close()
+    shutil.move(world.base, world.base.with_name("elsewhere"))
+    try:
+        ran = cli("doctor", "--json")
+    finally:
+        shutil.move(world.base.with_name("elsewhere"), world.base)
+    seen = checks(ran)
+    assert (ran.code, ran.json["healthy"]) == (1, False)
+    wrong = {name: one["state"] for name, one in seen.items() if one["state"] != "ok"}
+    assert wrong == {"contents": "error", "workers": "warning", "gc": "warning", "bases": "warning"}
+    assert all(seen[name]["next_step"] for name in wrong)
+    assert "blob_leaving" in seen["contents"]["detail"]
+    assert "the oldest for 2,880 minutes" in seen["workers"]["detail"]
+    assert "contents" not in checks(cli("doctor", "--no-contents", "--json"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "failed"),
+    [
+        ("DATABASE_URL", "postgresql://nobody@127.0.0.1:9/none", "database"),
+        ("STORAGE__DIRECTORY", "/proc/store", "blob directory"),
+        ("ACCESS", "tokens", "access"),
+    ],
+)
+def test_a_part_that_cannot_be_used_is_named(on_disk: Cli, setting: str, value: str, failed: str) -> None:
+    broken = replace(on_disk, environment=on_disk.environment | {f"ADAPTORY_{setting}": value})
+    if setting.startswith("STORAGE"):
+        broken.environment["ADAPTORY_STORAGE__KIND"] = "local"
+    ran = broken("doctor", "--json")
+    assert ran.code == (0 if failed == "access" else 1), ran.err
+    assert {name for name, state in states(ran).items() if state != "ok"} == {failed}
+    assert checks(ran)[failed]["next_step"]
+
+
+def test_a_server_that_is_not_there_is_said(on_disk: Cli) -> None:
+    away = replace(on_disk, environment=on_disk.environment | {"ADAPTORY_URL": "http://127.0.0.1:9"})
+    ran = away("doctor", "--json")
+    assert (ran.code, states(ran)) == (1, {"server": "error"})
+
+
+def test_the_bundle_has_what_a_bug_report_needs_and_no_secret(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked_embedded
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--notes", "quotes better")
+    secret = {
+        "ADAPTORY_SIGN_IN__ISSUER": "https://login.example",
+        "ADAPTORY_SIGN_IN__CLIENT_ID": "adaptory",
+        "ADAPTORY_SIGN_IN__CLIENT_SECRET": "hunter2",
+        "ADAPTORY_TOKEN": "adp_secret",
+    }
+    own = replace(cli, environment=cli.environment | secret)
+    bundle = tmp_path / "report.zip"
+    ran = own("doctor", "--bundle", bundle)
+    assert ran.code == 0, ran.out
+    with zipfile.ZipFile(bundle) as archive:
+        files = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert set(files) == {"checks.json", "versions.json", "settings.json", "database.json"}
+    texts = "".join(files.values())
+    for hidden in (
+        "hunter2",
+        "adp_secret",
+        "acme",
+        "quotes better",
+        cli.environment.get("AWS_SECRET_ACCESS_KEY", "-?-"),
+    ):
+        assert hidden not in texts, hidden
+    assert json.loads(files["database.json"])["rows"]["releases"] == 1
+    assert "safetensors" in json.loads(files["versions.json"])["packages"]
+    assert set(json.loads(files["settings.json"])["sign_in"]["client_secret"]) == {"*"}
+    assert own("doctor", "--bundle", bundle).code == 4
