@@ -4,9 +4,21 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy import exists, select
-from sqlalchemy.orm import Session, contains_eager
+from sqlalchemy.orm import Session
 
 from registry.database.tables import Release, Repository, Score, Suite
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A version's score on a suite, as columns: a page draws hundreds."""
+
+    version: str
+    suite: str
+    metric: str
+    value: float
+    stderr: float | None
+    n: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +31,16 @@ class Entry:
     score: Score
 
 
-def of_release(session: Session, release: Release, *, limit: int) -> list[tuple[str, Score]]:
+def of_release(session: Session, release: Release, *, limit: int) -> list[Value]:
     """The scores of the newest `limit` releases of the repository that are not yanked, and of this one, on the current
-    suites that this one is measured on, each with its version. Lowest version first."""
+    suites that this one is measured on. Lowest version first."""
     newest = select(Release.id).where(Release.repository_id == release.repository_id, ~Release.yanked)
     shown = {release.id, *session.scalars(newest.order_by(Release.sort_key.desc()).limit(limit))}
     own = select(Score.suite_id).where(Score.release_id == release.id)
-    query = select(Release.version, Score).join(Release, Score.release_id == Release.id).join(Suite)
-    query = query.options(contains_eager(Score.suite)).order_by(Release.sort_key)
-    rows = session.execute(query.where(Score.release_id.in_(shown), Score.suite_id.in_(own), Suite.current))
-    return [(version, score) for version, score in rows]
+    columns = (Release.version, Suite.name, Score.metric, Score.value, Score.stderr, Score.n)
+    query = select(*columns).join(Release, Score.release_id == Release.id).join(Suite, Score.suite_id == Suite.id)
+    wanted = query.where(Score.release_id.in_(shown), Score.suite_id.in_(own), Suite.current)
+    return [Value(*row) for row in session.execute(wanted.order_by(Release.sort_key))]
 
 
 def newest_measured(session: Session, repository: Repository) -> Release | None:
