@@ -6,6 +6,7 @@ import threading
 from contextlib import closing
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from registry.errors import NotAllowed, Unavailable, Usage
 
 if TYPE_CHECKING:
     from registry.transfer.resources import Resources
+    from registry.worker.runner import Observe
 
 Limit = Annotated[int, typer.Option(min=1, help="Maximum number.")]
 After = Annotated[str | None, typer.Option("--cursor", help="`next` of the previous page.")]
@@ -25,6 +27,7 @@ After = Annotated[str | None, typer.Option("--cursor", help="`next` of the previ
 AUDIT_ROWS = 1000
 """Default limit for a table, which people read."""
 BACKLOG = 2048
+MAX_PORT = 65_535
 SILENT_S = 90.0
 """A running job's worker reports every 10 s; after a minute without, another takes the job over."""
 STOP_S = 30.0
@@ -57,19 +60,16 @@ def serve(
     settings = own_settings()
     with_tokens = settings.access == "tokens"
     if not with_tokens and not is_loopback(host):
-        raise NotAllowed(
-            "not_loopback",
-            f"Without tokens the registry listens on loopback only, not on {host}.",
-            subject=host,
-            next_step="Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
-        )
+        raise _beyond_loopback(host)
     listener = _listen(host, port)
     resources = open_resources(settings)
     if with_tokens:
         _refuse_without_tokens(resources)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # lets requests and the job end first, as with SIGTERM
     stop = threading.Event()
-    thread = threading.Thread(target=run_worker, args=(resources, KINDS, stop), name="worker", daemon=True)
+    observe = _traced(begin=processes > 1) if settings.traces and with_worker else None
+    run = partial(run_worker, resources, KINDS, stop, observe=observe)
+    thread = threading.Thread(target=run, name="worker", daemon=True)
     if with_worker:
         thread.start()
     threading.Thread(target=_probe_store, args=(resources,), name="probe", daemon=True).start()
@@ -94,6 +94,15 @@ def _probe_store(resources: "Resources") -> None:
         from registry.transfer.store_facts import probe_if_unknown
 
         probe_if_unknown(resources.store)
+
+
+def _beyond_loopback(host: str) -> NotAllowed:
+    return NotAllowed(
+        "not_loopback",
+        f"Without tokens the registry listens on loopback only, not on {host}.",
+        subject=host,
+        next_step="Use 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -136,6 +145,10 @@ def worker(
     only: Annotated[
         list[WorkerJobs] | None, typer.Option(help="Run jobs of this kind alone. May be repeated; all by default.")
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="[HOST:]PORT", help="Serve /metrics and /healthz there; on loopback without a host."),
+    ] = None,
 ) -> None:
     """Run queued jobs; on SIGTERM, requeue the current one. Any number of workers may run beside the servers."""
     from registry.transfer.resources import open_resources
@@ -149,9 +162,48 @@ def worker(
     kinds = {kind.value: KINDS[kind.value] for kind in only} if only else KINDS
     render.say("waiting for jobs" + (": " + ", ".join(kinds) if only else ""))
     try:
-        run_worker(resources, kinds, stop)
+        observers = [_serve_metrics(resources, metrics)] if metrics else []
+        observers += [_traced(begin=True)] if resources.settings.traces else []
+        run_worker(resources, kinds, stop, observe=partial(_observe_all, observers))
     finally:
         resources.close()
+
+
+def _observe_all(observers: "list[Observe]", kind: str, step: str | None, state: str, seconds: float) -> None:
+    for observe in observers:
+        observe(kind, step, state, seconds)
+
+
+def _traced(*, begin: bool) -> "Observe":
+    """What makes spans of jobs and steps. A server in the same process has begun their export."""
+    from registry.transfer import traces
+
+    if begin:
+        traces.begin("adaptory-worker")
+    return traces.trace_work
+
+
+def _serve_metrics(resources: "Resources", address: str) -> "Observe":
+    """Serves the worker's metrics from a thread, with the rules of the server's own, and returns what counts."""
+    from registry.cli.server import serve_worker
+    from registry.settings import is_loopback
+    from registry.worker.metrics import WorkerMetrics
+
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    if not port.isdecimal() or int(port) > MAX_PORT:
+        raise Usage(
+            "bad_address",
+            f"{address!r} is not an address.",
+            subject=address,
+            next_step="Write PORT or HOST:PORT, such as 9470.",
+        )
+    if resources.settings.access != "tokens" and not is_loopback(host):
+        raise _beyond_loopback(host)
+    metrics, listener = WorkerMetrics(), _listen(host, int(port))
+    threading.Thread(target=serve_worker, args=(resources, metrics, listener), name="metrics", daemon=True).start()
+    render.say(f"metrics on http://{listener.getsockname()[0]}:{listener.getsockname()[1]}/metrics")
+    return metrics.observe
 
 
 def migrate(json: JsonFlag = False) -> None:
