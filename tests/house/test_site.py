@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tests.house.test_house import ROOT, tracked
 SITE = ROOT / "zensical.toml"
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "srcset", "link": "href"}
 """Where an element names what a browser fetches by itself."""
+ITEM = re.compile(r"- |\d+\. ")
+"""The beginning of an item of a list."""
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,18 @@ def _pages(entry: Any) -> Iterator[str]:
     else:
         for below in entry.values() if isinstance(entry, dict) else entry:
             yield from _pages(below)
+
+
+def test_a_list_of_the_documentation_begins_after_an_empty_line() -> None:
+    """Without one, the site shows it as a paragraph."""
+    run_on: list[str] = []
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        lines = text.splitlines()
+        for before, line in pairwise(lines):
+            if ITEM.match(line) and before.strip() and not ITEM.match(before) and not before.startswith("  "):
+                run_on.append(f"{page.relative_to(ROOT)}: {line}")
+    assert run_on == []
 
 
 def test_links_and_names_of_documents_outside_of_the_site_lead_somewhere() -> None:
