@@ -315,9 +315,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "role_lost": "Ask an admin of the namespace for the role, and compose again.",
         "role_missing": "Ask an admin for the role, or use a token whose scope has it.",
         "scope_too_narrow": "Use a token whose scope has the role.",
-        "token_not_allowed": (
-            "Use a token without scope and expiry; a token for another user needs an admin of the registry."
-        ),
+        "token_not_allowed": "Use a token without scope and expiry; one for another user needs an admin of all.",
     },
     Unauthenticated: {
         "id_token_audience": "Request it with the registry's address (HF_ENDPOINT) as the audience, and no other.",
@@ -381,9 +379,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "link_outside": "Copy the file there.",
         "link_to_directory": "Copy the directory there.",
         "lock_broken": "Ask an operator to run `adaptory fsck`, which finds what was changed.",
-        "metric_unstated": (
-            "Ask the suite's author to add the metric under `metrics`, and to run `adaptory suite add` again."
-        ),
+        "metric_unstated": "Ask the suite's author to add the metric under `metrics`, and to add the suite again.",
         "missing": "Name a directory that has the file.",
         "missing_config": "Save the adapter with PEFT's save_pretrained.",
         "missing_directory": "Name an existing directory.",
@@ -424,9 +420,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "unreadable": "Check the path and its permissions.",
         "unsupported_layer": "Take the layer out of the adapter: it is not merged here.",
         "untargeted_tensor": "Save the adapter again with PEFT.",
-        "user_reserved": (
-            "Choose another name. To let everybody read, make the namespace public (`adaptory namespace set`)."
-        ),
+        "user_reserved": "Choose another name; `adaptory namespace set` lets everybody read a namespace.",
         "wrong_base": "Name the base that fits with --base; the message lists those that do.",
         "wrong_prefix": "Save the adapter with PEFT, or name its true base with --base.",
     },
@@ -466,6 +460,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "searches_busy": ("Try again after the seconds in Retry-After; /readyz shows whether the database answers."),
         "server_failed": "Read its output, and repeat.",
         "signing_key_missing": "Name a key in PEM that this process can read.",
+        "stopping": "Send requests to another server.",
         "store_busy": "Try again after the seconds in Retry-After; /readyz shows whether the store answers.",
         "store_full": "Free some space in the store, then repeat.",
         "store_unavailable": "Try again.",

@@ -354,6 +354,9 @@ class Settings(BaseSettings):
     signing_key: Path | None = None
     """A key in PEM that signs what compositions publish, if their namespace trusts it. Workers need the private key;
     servers may have the public one, and then accept compositions where signatures are required."""
+    drain_s: float = Field(default=0.0, ge=0, le=3600)
+    """How long a server that was asked to stop (SIGTERM) still takes requests. /readyz says from the start that it
+    stops, so that a load balancer sends none by then."""
     token: Annotated[SecretStr, AfterValidator(_token)] | None = None
     """The token that the command line sends to the registry at `url`."""
     user: Annotated[str, AfterValidator(_user)] = Field(default_factory=_login_name, min_length=1, max_length=128)

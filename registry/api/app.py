@@ -49,7 +49,7 @@ HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
 PAGES: tuple[str, ...] = (
     *("assets", "login", "provider", "account", "members", "search", "catalog", "conflicts", "compose"),
-    *("jobs", "audit", "errors", "moving", "channel", "compare", "release", "repository"),
+    *("jobs", "audit", "errors", "moving", "withdrawing", "channel", "compare", "release", "repository"),
 )
 """Modules of the pages, which only servers have. They come last: they answer every path of one to three parts."""
 
@@ -72,6 +72,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.resources = resources
+    app.state.draining = False
     app.state.uploads = UploadThreads(resources.settings.max_concurrent_uploads if tokens else None)
     app.state.downloads_limiter = CapacityLimiter(DOWNLOAD_THREADS)
     app.state.callers = ActorCache(resources, single_user=not tokens)
@@ -93,6 +94,7 @@ def create_app(
         _include(app, ROUTERS)
         for router in (*hub_routers(), *page_routers()):
             app.router.routes.extend(router.routes)
+        app.state.error_page = import_module("registry.api.pages.wire").error_page
     return app
 
 

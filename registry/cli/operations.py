@@ -5,6 +5,7 @@ import socket
 import threading
 from contextlib import closing
 from datetime import UTC, datetime
+from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,7 +124,19 @@ def _refuse_without_tokens(resources: "Resources") -> None:
     )
 
 
-def worker() -> None:
+class WorkerJobs(StrEnum):
+    """Kinds of jobs, by the names that `adaptory jobs` shows."""
+
+    COMPOSITION = "composition"
+    CONFLICTS = "conflicts"
+    EVALUATION = "evaluation"
+
+
+def worker(
+    only: Annotated[
+        list[WorkerJobs] | None, typer.Option(help="Run jobs of this kind alone. May be repeated; all by default.")
+    ] = None,
+) -> None:
     """Run queued jobs; on SIGTERM, requeue the current one. Any number of workers may run beside the servers."""
     from registry.transfer.resources import open_resources
     from registry.worker.runner import run_worker
@@ -133,9 +146,10 @@ def worker() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
-    render.say("waiting for jobs")
+    kinds = {kind.value: KINDS[kind.value] for kind in only} if only else KINDS
+    render.say("waiting for jobs" + (": " + ", ".join(kinds) if only else ""))
     try:
-        run_worker(resources, KINDS, stop)
+        run_worker(resources, kinds, stop)
     finally:
         resources.close()
 

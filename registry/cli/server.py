@@ -18,6 +18,8 @@ from registry.errors import RegistryError, Unavailable
 from registry.sdk.connection import load_settings
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from fastapi import FastAPI
     from uvicorn import Config
     from uvicorn.supervisors import Multiprocess
@@ -54,7 +56,7 @@ def serve_here(resources: "Resources", listener: socket.socket) -> None:
 
     # The server re-raises the signal when it has stopped, and SIGTERM would kill the process immediately.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
-    Server(Config(_application(resources), **_options(resources.settings))).run([listener])
+    Server(Config(lambda: _application(resources), factory=True, **_options(resources.settings))).run([listener])
 
 
 def serve_beside(settings: "Settings", listener: socket.socket, processes: int) -> None:
@@ -148,7 +150,27 @@ def _application(resources: "Resources") -> "FastAPI":
     # Objects that live as long as the process need no further collection: full collections took 80 ms each.
     gc.collect()
     gc.freeze()
+    _drain_on_sigterm(application, resources.settings.drain_s)
     return application
+
+
+def _drain_on_sigterm(application: "FastAPI", drain_s: float) -> None:
+    """Makes the first SIGTERM turn /readyz, and only the second one, which comes by itself after `drain_s`, end the
+    server. uvicorn has set its own handler when it loads the application."""
+    stop = signal.getsignal(signal.SIGTERM)
+    if not drain_s or not callable(stop):
+        return
+
+    def drain(number: int, frame: "FrameType | None") -> None:
+        if application.state.draining:
+            stop(number, frame)
+            return
+        application.state.draining = True
+        again = threading.Timer(drain_s, os.kill, (os.getpid(), signal.SIGTERM))
+        again.daemon = True
+        again.start()
+
+    signal.signal(signal.SIGTERM, drain)
 
 
 def _end_with_parent() -> None:

@@ -164,11 +164,11 @@ def run_one(
     stop: threading.Event | None = None,
     declined: dict[int, datetime] | None = None,
 ) -> bool:
-    """Runs one job if one is waiting; one in `declined` only if no other host has taken it in time."""
+    """Runs one job if one of these kinds is waiting; one in `declined` only if no other host has taken it in time."""
     now = resources.clock()
     leave = [job_id for job_id, until in (declined or {}).items() if now < until]
     with resources.write() as session:
-        job = queue.claim(session, worker, now, leave)
+        job = queue.claim(session, worker, now, kinds, leave)
     if job is None:
         return False
     held = JobRun(resources, worker, job.id, stop or threading.Event(), declined)

@@ -13,10 +13,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from registry.cli.operations import WorkerJobs
 from registry.domain.jobs import queue
 from registry.errors import NotFound, Unavailable
 from registry.worker import runner
 from registry.worker.runner import JobRun, run_one
+from registry.worker.steps import KINDS
 from tests.eventually import eventually
 from tests.scenarios.conftest import stock
 from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched, write_recipe
@@ -52,6 +54,18 @@ def test_a_waiting_composition_is_cancelled_at_once(stocked_embedded: Cli, world
     assert cli.json("cancel", 1)["state"] == "cancelled"
     with resources_of(cli.environment) as resources:
         assert not run_one(resources, watched([]), "worker")
+
+
+def test_a_worker_leaves_jobs_of_other_kinds_than_its_own(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
+    cli = team(stocked_embedded, world)
+    begin(cli, tmp_path)
+    assert {kind.value for kind in WorkerJobs} == KINDS.keys(), "every kind can be named"
+    with resources_of(cli.environment) as resources:
+        others = {name: kind for name, kind in KINDS.items() if name != "composition"}
+        assert not run_one(resources, others, "worker")
+        assert cli.json("jobs", 1)["state"] == "queued"
+        assert run_one(resources, {"composition": KINDS["composition"]}, "worker")
+    assert cli.json("jobs", 1)["state"] == "done"
 
 
 def test_a_stopped_worker_hands_its_job_back_without_a_wait(

@@ -63,7 +63,10 @@ class Exchanges:
         async def identified(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message = {**message, "headers": [*message["headers"], (HEADER, exchange.request_id.encode())]}
+                more = [(HEADER, exchange.request_id.encode())]
+                if scope["app"].state.draining:  # a connection that stays open would break when the server has ended
+                    more.append((b"connection", b"close"))
+                message = {**message, "headers": [*message["headers"], *more]}
             await send(message)
 
         try:

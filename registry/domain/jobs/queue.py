@@ -90,15 +90,17 @@ def unfinished(session: Session) -> list[tuple[str, str, int, datetime]]:
     return [(kind, state, count, since) for kind, state, count, since in session.execute(query)]
 
 
-def claim(session: Session, worker: str, now: datetime, leave: Collection[int] = ()) -> Job | None:
-    """Claims the oldest job that is due or whose worker fell silent.
+def claim(
+    session: Session, worker: str, now: datetime, kinds: Collection[str], leave: Collection[int] = ()
+) -> Job | None:
+    """Claims the oldest job of these kinds that is due or whose worker fell silent.
 
     Jobs to `leave` are for other workers, unless they only need to be cancelled. A job beyond `MAX_ATTEMPTS` has killed
     its workers: the caller must end it.
     """
     due = and_(Job.state == "queued", or_(Job.heartbeat_at.is_(None), Job.heartbeat_at <= now))
     wanted = or_(Job.id.not_in(leave), Job.cancel_requested)
-    free = and_(wanted, or_(due, and_(Job.state == "running", Job.heartbeat_at < now - LEASE)))
+    free = and_(Job.kind.in_(kinds), wanted, or_(due, and_(Job.state == "running", Job.heartbeat_at < now - LEASE)))
     oldest = select(Job.id).where(free).order_by(Job.id).limit(1).scalar_subquery()
     taken = (
         update(Job)
