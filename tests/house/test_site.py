@@ -108,6 +108,17 @@ def test_links_and_names_of_documents_outside_of_the_site_lead_somewhere() -> No
     assert dead == []
 
 
+def test_links_of_notebooks_lead_somewhere() -> None:
+    notebooks = [path for path in tracked() if path.suffix == ".ipynb"]
+    links = {
+        path.parent / link
+        for path in notebooks
+        for link in re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", path.read_text(encoding="utf-8"))
+    }
+    assert notebooks
+    assert {one for one in links if not one.exists()} == set()
+
+
 def test_anchors_in_links_from_outside_of_the_site_exist() -> None:
     dead: list[str] = []
     for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"):
