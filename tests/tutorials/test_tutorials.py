@@ -85,6 +85,7 @@ def test_every_command_of_a_page_does_what_the_page_says(name: str, shell: Shell
                 eventually(lambda: _is_ready(port))
             ran += 1
     assert ran > 3
+    assert {path.name for path in checkout.iterdir()} == {"examples", ".demo"}, "git ignores .demo alone"
 
 
 def _is_ready(port: str) -> bool:
