@@ -28,7 +28,7 @@ def test_the_unit_starts_the_server_and_runs_nothing_before_it() -> None:
 def test_every_command_in_a_fence_of_the_documentation_is_a_command_of_ours() -> None:
     adaptory = typer.main.get_command(app)
     counted = 0
-    for page in sorted((ROOT / "docs").rglob("*.md")):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         if page.name in ("cli.md", "demo.md"):  # recorded, and compared with the program itself
             continue
         for words in commands_of(page.read_text()):
