@@ -64,7 +64,7 @@ def serve(
             next_step="Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
         )
     listener = _listen(host, port)
-    resources = open_resources(settings)
+    resources = open_resources(settings, newer=True)
     if with_tokens:
         _refuse_without_tokens(resources)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # lets requests and the job end first, as with SIGTERM
@@ -142,7 +142,7 @@ def worker(
     from registry.worker.runner import run_worker
     from registry.worker.steps import KINDS
 
-    resources = open_resources(own_settings())
+    resources = open_resources(own_settings(), newer=True)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
