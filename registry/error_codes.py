@@ -128,6 +128,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "zero_weight_sum": "Change a weight, or take the sum.",
     },
     Usage: {
+        "bad_address": "Write PORT or HOST:PORT.",
         "bad_endpoint": "Write it as https://hub.example.org.",
         "bad_hub_address": "Write hf://ORG/NAME, or hf://ORG/NAME@REVISION with a branch, a tag or a commit.",
         "not_released": "Create a tag first.",

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from anyio import CapacityLimiter
 from fastapi import APIRouter, FastAPI
@@ -19,6 +20,9 @@ from registry.transfer.openid import OpenIdProvider
 from registry.transfer.resources import Resources
 from registry.transfer.sign_in import SignIn
 from registry.transfer.token_exchange import TokenExchange
+
+if TYPE_CHECKING:
+    from registry.api.http.metrics import Metrics
 
 DESCRIPTION = "The release registry for LoRA adapters."
 DOWNLOAD_THREADS = 32
@@ -49,7 +53,7 @@ HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
 PAGES: tuple[str, ...] = (
     *("assets", "login", "provider", "account", "members", "search", "catalog", "conflicts", "compose"),
-    *("jobs", "audit", "errors", "moving", "channel", "compare", "release", "repository"),
+    *("jobs", "audit", "errors", "moving", "withdrawing", "channel", "compare", "release", "repository"),
 )
 """Modules of the pages, which only servers have. They come last: they answer every path of one to three parts."""
 
@@ -61,8 +65,33 @@ def create_app(
 
     With `on_demand`, routes are loaded by the first request that needs them: a command uses only a few paths.
 
-    The framework's API browsing pages are disabled: they load scripts from other sites.
     """
+    app = _application(resources, tokens=tokens)
+    if on_demand:
+        app.add_middleware(RoutesOnDemand, load=partial(_include, app))
+    _guard(app, resources, tokens=tokens)
+    app.add_middleware(Exchanges, access_log=access_log, observe=None if on_demand else _metrics(app, resources))
+    if not on_demand:
+        _include(app, ROUTERS)
+        for router in (*hub_routers(), *page_routers()):
+            app.router.routes.extend(router.routes)
+        app.state.error_page = import_module("registry.api.pages.wire").error_page
+    return app
+
+
+def create_worker_app(resources: Resources, metrics: "Metrics", *, tokens: bool) -> FastAPI:
+    """Creates the application of a worker: `/metrics` with its own numbers, and `/healthz`."""
+    app = _application(resources, tokens=tokens)
+    app.state.metrics = metrics
+    _guard(app, resources, tokens=tokens)
+    served = (route for router in routers() for route in router.routes)
+    app.router.routes.extend(route for route in served if getattr(route, "path", "") in ("/metrics", "/healthz"))
+    return app
+
+
+def _application(resources: Resources, *, tokens: bool) -> FastAPI:
+    """An application without routes. The framework's API browsing pages are disabled: they load scripts from other
+    sites."""
     app = FastAPI(
         title="Adaptory",
         version=version("adaptory"),
@@ -81,20 +110,17 @@ def create_app(
     app.state.sign_in = SignIn(resources, OpenIdProvider(provider) if provider is not None else None)
     app.state.documents = RenderedReleaseCache()
     problems.install(app)
-    if on_demand:
-        app.add_middleware(RoutesOnDemand, load=partial(_include, app))
+    return app
+
+
+def _guard(app: FastAPI, resources: Resources, *, tokens: bool) -> None:
+    """Adds what bounds requests and callers."""
     app.add_middleware(BodyLimit, limit_bytes=resources.settings.max_document_bytes)
     if tokens:
         app.add_middleware(CallerLimits, callers=app.state.callers)
     else:
         app.add_middleware(SameSite, names=LOOPBACK_NAMES)
     app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)
-    app.add_middleware(Exchanges, access_log=access_log, observe=None if on_demand else _metrics(app, resources))
-    if not on_demand:
-        _include(app, ROUTERS)
-        for router in (*hub_routers(), *page_routers()):
-            app.router.routes.extend(router.routes)
-    return app
 
 
 class RoutesOnDemand:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 MARKS = {"ok": "ok", "warning": "warning", "error": "ERROR"}
-NEWEST_JOBS = 50
 
 
 def register(root: typer.Typer) -> None:
@@ -114,7 +113,9 @@ def _clock_offset(url: str) -> float:
 def _write_bundle(path: Path, settings: "Settings", document: Json, *, remote: bool) -> None:
     files = {"checks.json": document, "versions.json": _versions(), "settings.json": _settings(settings)}
     if not remote:
-        files["database.json"] = _database(settings)
+        from registry.transfer.installation import summarize_database
+
+        files["database.json"] = summarize_database(settings)
     with zipfile.ZipFile(path, "x", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             archive.writestr(name, json_text.dumps(content, indent=2, default=str) + "\n")
@@ -129,33 +130,3 @@ def _settings(settings: "Settings") -> Json:
     """The settings that are not at their default: secrets as asterisks, addresses without user and password."""
     text = settings.model_dump_json(exclude_defaults=True)
     return json_text.loads(re.sub(r"(://)[^/@\"\s]+@", r"\1***@", text))
-
-
-def _database(settings: "Settings") -> Json:
-    """Rows by table, and how the newest jobs ended; without names of namespaces, repositories and users."""
-    from sqlalchemy import func, select
-
-    from registry.database.engine import Database, Row
-    from registry.database.tables import Job
-
-    database = Database(settings.effective_database_url)
-    try:
-        with database.read() as session:
-            rows = {
-                table.name: session.scalar(select(func.count()).select_from(table))
-                for table in Row.metadata.sorted_tables
-            }
-            newest = session.scalars(select(Job).order_by(Job.id.desc()).limit(NEWEST_JOBS)).all()
-            jobs = [
-                {
-                    "id": job.id, "kind": job.kind, "state": job.state, "attempts": job.attempts,
-                    "error": job.error and job.error.get("code"), "created_at": job.created_at,
-                    "finished_at": job.finished_at, "steps": {one["name"]: one["state"] for one in job.steps},
-                }
-                for job in newest
-            ]  # fmt: skip
-    except RegistryError as error:
-        return {"error": error.code}
-    finally:
-        database.close()
-    return {"rows": rows, "jobs": jobs}

@@ -18,6 +18,7 @@ from registry.errors import NotAllowed, Unavailable, Usage
 
 if TYPE_CHECKING:
     from registry.transfer.resources import Resources
+    from registry.worker.runner import Observe
 
 Limit = Annotated[int, typer.Option(min=1, help="Maximum number.")]
 After = Annotated[str | None, typer.Option("--cursor", help="`next` of the previous page.")]
@@ -25,6 +26,7 @@ After = Annotated[str | None, typer.Option("--cursor", help="`next` of the previ
 AUDIT_ROWS = 1000
 """Default limit for a table, which people read."""
 BACKLOG = 2048
+MAX_PORT = 65_535
 SILENT_S = 90.0
 """A running job's worker reports every 10 s; after a minute without, another takes the job over."""
 STOP_S = 30.0
@@ -57,12 +59,7 @@ def serve(
     settings = own_settings()
     with_tokens = settings.access == "tokens"
     if not with_tokens and not is_loopback(host):
-        raise NotAllowed(
-            "not_loopback",
-            f"Without tokens the registry listens on loopback only, not on {host}.",
-            subject=host,
-            next_step="Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
-        )
+        raise _beyond_loopback(host)
     listener = _listen(host, port)
     resources = open_resources(settings, newer=True)
     if with_tokens:
@@ -94,6 +91,15 @@ def _probe_store(resources: "Resources") -> None:
         from registry.transfer.store_facts import probe_if_unknown
 
         probe_if_unknown(resources.store)
+
+
+def _beyond_loopback(host: str) -> NotAllowed:
+    return NotAllowed(
+        "not_loopback",
+        f"Without tokens the registry listens on loopback only, not on {host}.",
+        subject=host,
+        next_step="Use 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -136,6 +142,10 @@ def worker(
     only: Annotated[
         list[WorkerJobs] | None, typer.Option(help="Run jobs of this kind alone. May be repeated; all by default.")
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="[HOST:]PORT", help="Serve /metrics and /healthz there; on loopback without a host."),
+    ] = None,
 ) -> None:
     """Run queued jobs; on SIGTERM, requeue the current one. Any number of workers may run beside the servers."""
     from registry.transfer.resources import open_resources
@@ -149,9 +159,32 @@ def worker(
     kinds = {kind.value: KINDS[kind.value] for kind in only} if only else KINDS
     render.say("waiting for jobs" + (": " + ", ".join(kinds) if only else ""))
     try:
-        run_worker(resources, kinds, stop)
+        run_worker(resources, kinds, stop, observe=_serve_metrics(resources, metrics) if metrics else None)
     finally:
         resources.close()
+
+
+def _serve_metrics(resources: "Resources", address: str) -> "Observe":
+    """Serves the worker's metrics from a thread, with the rules of the server's own, and returns what counts."""
+    from registry.cli.server import serve_worker
+    from registry.settings import is_loopback
+    from registry.worker.metrics import WorkerMetrics
+
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    if not port.isdecimal() or int(port) > MAX_PORT:
+        raise Usage(
+            "bad_address",
+            f"{address!r} is not an address.",
+            subject=address,
+            next_step="Write PORT or HOST:PORT, such as 9470.",
+        )
+    if resources.settings.access != "tokens" and not is_loopback(host):
+        raise _beyond_loopback(host)
+    metrics, listener = WorkerMetrics(), _listen(host, int(port))
+    threading.Thread(target=serve_worker, args=(resources, metrics, listener), name="metrics", daemon=True).start()
+    render.say(f"metrics on http://{listener.getsockname()[0]}:{listener.getsockname()[1]}/metrics")
+    return metrics.observe
 
 
 def migrate(json: JsonFlag = False) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from registry.settings import Settings
     from registry.transfer.resources import Resources
+    from registry.worker.metrics import WorkerMetrics
 
 
 class JsonLines(logging.Formatter):
@@ -57,6 +58,16 @@ def serve_here(resources: "Resources", listener: socket.socket) -> None:
     # The server re-raises the signal when it has stopped, and SIGTERM would kill the process immediately.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     Server(Config(lambda: _application(resources), factory=True, **_options(resources.settings))).run([listener])
+
+
+def serve_worker(resources: "Resources", metrics: "WorkerMetrics", listener: socket.socket) -> None:
+    """Serves a worker's /metrics and /healthz until the process ends; for a thread."""
+    from uvicorn import Config, Server
+
+    from registry.api.app import create_worker_app
+
+    app = create_worker_app(resources, metrics, tokens=resources.settings.access == "tokens")
+    Server(Config(app, **_options(resources.settings))).run([listener])
 
 
 def serve_beside(settings: "Settings", listener: socket.socket, processes: int) -> None:

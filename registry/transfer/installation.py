@@ -9,13 +9,13 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from sqlalchemy import exists, func, select, text
 from sqlalchemy.orm import Session
 
-from registry.database.engine import Database, DatabaseTimeouts
+from registry.database.engine import Database, DatabaseTimeouts, Row
 from registry.database.migrate import ensure_schema, head_revision, schema_revision
 from registry.database.tables import Blob, Job, Token
 from registry.domain.catalog import bases
@@ -34,6 +34,7 @@ CLOCK_S = 5.0
 WAITING = timedelta(minutes=10)
 """A queued job that is older, with no worker at work, has none."""
 REMOVING = timedelta(days=1)
+NEWEST_JOBS = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +214,7 @@ def _check_removals(resources: Resources) -> Iterator[Check]:
     with resources.read() as session:
         count = session.scalar(select(func.count()).select_from(Blob).where(old)) or 0
     if count:
-        detail = f"{count:,} blobs have been on their way out for more than a day."
+        detail = f"{count:,} blobs have been marked for removal for more than a day."
         yield Check(name="gc", state="warning", detail=detail, next_step="Run `adaptory gc`, which finishes them.")
 
 
@@ -223,8 +224,8 @@ def _check_bases(resources: Resources) -> Iterator[Check]:
         return
     with resources.read() as session:
         listed = bases.list_page(session, after="", limit=1_000)
-        places = bases.locations(session, *listed)
-        absent = [row.name for row in listed if not any(map(_is_within_reach, places[row.digest]))]
+        locations = bases.locations(session, *listed)
+        absent = [row.name for row in listed if not any(map(_is_within_reach, locations[row.digest]))]
     if absent:
         detail = f"{len(absent):,} of {len(listed):,} bases have no location within reach: {', '.join(absent[:5])}."
         step = "Jobs on them need another machine, or `adaptory base add DIR --name NAME` here."
@@ -237,3 +238,31 @@ def _is_within_reach(location: str) -> bool:
     """Whether this machine can have the files; those elsewhere are taken to be there."""
     parts = urlsplit(location)
     return parts.scheme != "file" or Path(unquote(parts.path)).is_dir()
+
+
+def summarize_database(settings: Settings) -> dict[str, Any]:
+    """Rows by table, and how the newest jobs ended; without names of namespaces, repositories and users."""
+    database = Database(settings.effective_database_url)
+    try:
+        with database.read() as session:
+            tables = Row.metadata.sorted_tables
+            rows = {table.name: session.scalar(select(func.count()).select_from(table)) for table in tables}
+            jobs = [_summary(job) for job in session.scalars(select(Job).order_by(Job.id.desc()).limit(NEWEST_JOBS))]
+    except RegistryError as error:
+        return {"error": error.code}
+    finally:
+        database.close()
+    return {"rows": rows, "jobs": jobs}
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "kind": job.kind,
+        "state": job.state,
+        "attempts": job.attempts,
+        "error": job.error and job.error.get("code"),
+        "created_at": job.created_at,
+        "finished_at": job.finished_at,
+        "steps": {step["name"]: step["state"] for step in job.steps},
+    }

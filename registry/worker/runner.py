@@ -55,24 +55,38 @@ class JobRun:
     stop: threading.Event
     declined: dict[int, datetime] | None = None
     lost: threading.Event = field(default_factory=threading.Event)
+    kind: str = ""
+    observe: "Observe | None" = None
+    _began_s: float = field(default_factory=time.monotonic)
+    _step_began_s: float = 0.0
     _step: str = ""
     _noted: float = 0.0
     _noted_s: float = 0.0
 
     def start_step(self, name: str) -> None:
         """Records that the step runs. Raises JobLost or WorkerStopping like `progress`."""
-        self._step, self._noted, self._noted_s = name, 0.0, 0.0
+        self._step, self._noted, self._noted_s, self._step_began_s = name, 0.0, 0.0, time.monotonic()
         self.check()
         self._note("running", 0.0)
 
     def finish_step(self) -> None:
         """Records that the step is done. Raises JobLost if the job is no longer this worker's."""
         self._note("done", 1.0)
+        self._ended(self._step, "done", self._step_began_s)
 
     def fail_step(self) -> None:
         """Records that the current step failed, if one was started."""
         if self._step:
             self._write("failed", self._noted)
+            self._ended(self._step, "failed", self._step_began_s)
+
+    def ended(self, state: str) -> None:
+        """Counts the job, which has ended so."""
+        self._ended(None, state, self._began_s)
+
+    def _ended(self, step: str | None, state: str, began_s: float) -> None:
+        if self.observe is not None:
+            self.observe(self.kind, step, state, time.monotonic() - began_s)
 
     def progress(self, done: float | Amount) -> None:
         """Records progress; called often, written now and then. Raises JobLost or WorkerStopping if this worker must
@@ -102,6 +116,8 @@ class JobRun:
 
 
 Step = Callable[[JobRun], None]
+Observe = Callable[[str, str | None, str, float], None]
+"""Called when a step has ended and, without a step, when a job has: kind, step, state, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +129,12 @@ class JobKind:
 
 
 def run_worker(
-    resources: Resources, kinds: Mapping[str, JobKind], stop: threading.Event, *, alone: bool = False
+    resources: Resources,
+    kinds: Mapping[str, JobKind],
+    stop: threading.Event,
+    *,
+    alone: bool = False,
+    observe: Observe | None = None,
 ) -> None:
     """Works until `stop` is set; the current job is then requeued at its next `check`.
 
@@ -123,7 +144,7 @@ def run_worker(
     settling = threading.Thread(target=_settle_promotions, args=(resources, stop), daemon=True, name="promotions")
     settling.start()
     try:
-        _work(resources, kinds, stop, alone=alone)
+        _work(resources, kinds, stop, alone=alone, observe=observe)
     finally:
         stop.set()  # after an exit inside a job, the thread would go on alone, and the process look alive
         settling.join()
@@ -137,7 +158,14 @@ def _settle_promotions(resources: Resources, stop: threading.Event) -> None:
             log.warning("Waiting promotions could not be judged", exc_info=True)
 
 
-def _work(resources: Resources, kinds: Mapping[str, JobKind], stop: threading.Event, *, alone: bool) -> None:
+def _work(
+    resources: Resources,
+    kinds: Mapping[str, JobKind],
+    stop: threading.Event,
+    *,
+    alone: bool,
+    observe: Observe | None,
+) -> None:
     worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
     declined: dict[int, datetime] | None = None if alone else {}
     sweep_at = 0.0
@@ -146,7 +174,7 @@ def _work(resources: Resources, kinds: Mapping[str, JobKind], stop: threading.Ev
             if time.monotonic() >= sweep_at:
                 sweep_at = time.monotonic() + SWEEP_S
                 sweep_work(resources)
-            worked = run_one(resources, kinds, worker, stop, declined)
+            worked = run_one(resources, kinds, worker, stop, declined, observe)
         except Unavailable as error:
             log.warning("The worker cannot reach its database or store, and waits: %s", error)
             worked = False
@@ -163,6 +191,7 @@ def run_one(
     worker: str,
     stop: threading.Event | None = None,
     declined: dict[int, datetime] | None = None,
+    observe: Observe | None = None,
 ) -> bool:
     """Runs one job if one of these kinds is waiting; one in `declined` only if no other host has taken it in time."""
     now = resources.clock()
@@ -171,7 +200,7 @@ def run_one(
         job = queue.claim(session, worker, now, kinds, leave)
     if job is None:
         return False
-    held = JobRun(resources, worker, job.id, stop or threading.Event(), declined)
+    held = JobRun(resources, worker, job.id, stop or threading.Event(), declined, kind=job.kind, observe=observe)
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(held, done), daemon=True, name=f"beat-{job.id}")
     heart.start()
@@ -259,6 +288,7 @@ def _finish(held: JobRun, kind: JobKind, state: str, error: RegistryError | None
     row = error.to_row() if error is not None else None
     with held.resources.write() as session:
         queue.finish(session, held.job_id, held.worker, state, held.resources.clock(), row)
+    held.ended(state)
 
 
 def _leave_to_other_hosts(held: JobRun, declined: dict[int, datetime], kind: JobKind, error: RegistryError) -> None:

@@ -41,6 +41,10 @@ GET    /{namespace}/{name}@{channel}/promote    releaser
 POST   /{namespace}/{name}@{channel}/promote    releaser
 GET    /{namespace}/{name}@{channel}/rollback   releaser
 POST   /{namespace}/{name}@{channel}/rollback   releaser
+GET    /{namespace}/{name}/{version}/yank       releaser
+POST   /{namespace}/{name}/{version}/yank       releaser
+GET    /{namespace}/{name}/{version}/deprecate  releaser
+POST   /{namespace}/{name}/{version}/deprecate  releaser
 GET    /{namespace}/{name}/compare/{versions}   reader
 GET    /{namespace}/{name}/{version}            reader
 GET    /{namespace}/{name}/{version}/modules    reader

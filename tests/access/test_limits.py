@@ -54,6 +54,38 @@ def test_a_document_that_is_too_long_is_answered_413_before_it_is_read(furnished
     house.close()
 
 
+@pytest.mark.parametrize(
+    ("limit", "status", "code"),
+    [
+        ({"max_header_bytes": 4000}, 431, "headers_too_large"),
+        ({"max_document_bytes": 1000}, 413, "body_too_large"),
+        ({"rate_limit": "1/minute"}, 429, "too_many_requests"),
+    ],
+)
+def test_a_browser_gets_a_page_when_it_asks_for_too_much(
+    furnished: House, limit: dict[str, object], status: int, code: str
+) -> None:
+    house, html = limited(furnished, **limit), {"Accept": "text/html,*/*;q=0.8"}
+    house.ask("nobody", "GET", "/login", headers=html)
+    large: dict[str, object] = {"headers": {**html, "X-Long": "x" * 5000}, "content": b"x" * 2000}
+    answer = house.ask("nobody", "POST", "/login", **large)
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "text/html; charset=utf-8")
+    assert f"<code>{code}</code>" in answer.text or f">{code}<" in answer.text
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert answer.headers["cache-control"] == "private, no-store"
+    assert ("retry-after" in answer.headers) == (status == 429)
+    for path, accept in (("/v1/suites", "text/html"), ("/login", "application/json")):
+        again = house.ask("nobody", "POST", path, **{**large, "headers": {"Accept": accept, "X-Long": "x" * 5000}})
+        assert (again.status_code, again.json()["code"]) == (status, code)
+    house.close()
+
+
+def test_a_path_that_does_not_exist_is_a_page_for_a_browser(furnished: House) -> None:
+    for accept, kind in (("text/html", "text/html; charset=utf-8"), ("*/*", "application/problem+json")):
+        answer = furnished.ask("nobody", "GET", "/a/b/c/d/e/f", headers={"Accept": accept})
+        assert (answer.status_code, answer.headers["content-type"]) == (404, kind)
+
+
 def test_a_document_is_read_only_of_those_who_may_send_it(furnished: House) -> None:
     for caller, status in {"nobody": 401, "reader": 403, "publisher": 422}.items():
         assert furnished.ask(caller, "POST", "/v1/suites", content=b"[").status_code == status, caller

@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 import yaml
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests import services
@@ -141,6 +142,13 @@ def browser() -> Generator[Browser]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield browser
         browser.close()
+
+
+def grave_findings(tab: Page) -> list[str]:
+    """What axe finds that is serious, or worse, on what the tab shows."""
+    violations = Axe().run(tab).response["violations"]
+    grave = [one for one in violations if one["impact"] in ("serious", "critical")]
+    return [f"{one['id']}: {node['html'][:200]}" for one in grave for node in one["nodes"]]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """A release manager's story in a browser: refused, forced, rolled back; and one whose page is out of date."""
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.conftest import Site
+from tests.browser.conftest import Site, grave_findings
 from tests.scenarios.world import World
 
 
@@ -17,11 +17,17 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
 
     tab.goto(f"{site.url}/acme/terraform/1.1.0?channel=prod")
     tab.get_by_role("link", name="Promote to prod").click()
-    refused = tab.get_by_role("region", name="Some rules of prod fail.")
+    dialog = tab.get_by_role("dialog", name="Promote 1.1.0 to prod?")
+    dialog.get_by_role("link", name="Leave it").click()
+    expect(dialog).to_have_count(0)
+    expect(tab.get_by_role("link", name="Promote to prod")).to_be_focused()
+    tab.keyboard.press("Enter")
+    refused = dialog.get_by_role("region", name="Some rules of prod fail.")
     expect(refused).to_contain_text("prod serves 1.0.0 now")
     expect(refused.get_by_role("row", name="failed: guard-exact.accuracy >= 0.99")).to_be_visible()
+    assert grave_findings(tab) == []
     tab.get_by_role("button", name="Force the promotion").click()
-    expect(tab).to_have_url(f"{site.url}/acme/terraform@prod/promote?version=1.1.0")  # the browser wants a reason
+    expect(dialog).to_be_visible()  # the browser wants a reason
     tab.get_by_label("Reason (required)").fill("the release party is at noon")
     tab.get_by_label("Promote although rules fail.").check()
     tab.get_by_role("button", name="Force the promotion").click()
@@ -32,7 +38,7 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     late.goto(f"{site.url}/acme/terraform@prod/rollback")
     tab.get_by_role("link", name="Roll back").click()
     tab.get_by_label("Reason (required)").fill("it answers the wrong question")
-    tab.get_by_role("button", name="Roll back").click()
+    tab.get_by_role("dialog").get_by_role("button", name="Roll back").click()
     back = tab.get_by_role("region", name="prod serves 1.0.0.")
     expect(back).to_contain_text("by a rollback from 1.1.0: “it answers the wrong question”")
     assert site.cli.json("show", "acme/terraform@prod")["version"] == "1.0.0"
@@ -43,3 +49,37 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     expect(late.get_by_text("prod serves 1.0.0 now")).to_be_visible()
     late.close()
     assert not [one for one in complaints if "412" not in one]
+
+
+def test_a_release_is_deprecated_and_yanked_with_reasons(site: Site, world: World, tab: Page) -> None:
+    site.cli.ok("push", world.adapters["sql"], "acme/withdrawn:1.0.0", "--base", "tiny", "--channel", "prod")
+    tab.goto(f"{site.url}/acme/withdrawn/1.0.0")
+    tab.get_by_role("link", name="Deprecate").click()
+    dialog = tab.get_by_role("dialog")
+    dialog.get_by_label("Reason (required)").fill("the next one is shorter")
+    dialog.get_by_label("Use instead").fill("acme/sql")
+    assert grave_findings(tab) == []
+    dialog.get_by_role("button", name="Deprecate").click()
+    expect(tab.get_by_text("the next one is shorter; use acme/sql")).to_be_visible()
+    tab.get_by_role("link", name="Yank").click()
+    expect(dialog).to_contain_text("It is served by prod now")
+    tab.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    tab.goto(f"{site.url}/acme/withdrawn/1.0.0/yank")
+    tab.get_by_label("Reason (required)").fill("trained on the test set")
+    tab.get_by_role("button", name="Yank").click()
+    expect(tab.get_by_role("region", name="This release is yanked.")).to_contain_text("trained on the test set")
+    tab.get_by_role("link", name="Undo the yank").click()
+    dialog.get_by_label("Reason (required)").fill("it was not")
+    dialog.get_by_role("button", name="Undo the yank").click()
+    expect(tab.get_by_role("region", name="prod serves this release.")).to_be_visible()
+
+
+def test_forms_have_pages_of_their_own_without_scripts(site: Site, browser: Browser) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto(f"{site.url}/acme/sql@prod")
+    tab.get_by_role("link", name="Roll back").click()
+    expect(tab).to_have_url(f"{site.url}/acme/sql@prod/rollback")
+    expect(tab.get_by_role("heading", level=1)).to_have_text("Roll back prod?")
+    context.close()

@@ -3,10 +3,9 @@
 from itertools import product
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.conftest import Site
+from tests.browser.conftest import Site, grave_findings
 
 REFUSED = "/conflicts?with=acme/sql:1.0.0&with=acme/nothing"
 PAGES = (
@@ -24,6 +23,8 @@ PAGES = (
     "/acme/sql@staging",
     "/acme/sql@prod/promote?version=1.0.0",
     "/acme/sql@prod/rollback",
+    "/acme/sql/1.2.0/yank",
+    "/acme/sql/1.1.0/deprecate",
     "/acme/sql/compare/1.0.0...1.1.0...1.2.0",
     "/bases",
     "/bases/tiny",
@@ -51,7 +52,6 @@ THEMES = ("light", "dark")
 WIDTHS = (1280, 800, 390)
 CHECKED = (("light", 1280), ("dark", 390))
 """Where axe looks: both themes, two columns and one. Its four looks at each page took half of the file's time."""
-GRAVE = ("serious", "critical")
 MAX_BYTES = 100_000
 
 
@@ -72,13 +72,7 @@ def test_a_page_reads_in_both_themes_and_all_widths(site: Site, tab: Page, compl
         across = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert across == 0, f"{path} scrolls sideways by {across} px at {width}"
         if (theme, width) in CHECKED:
-            violations = Axe().run(tab).response["violations"]
-            grave = [
-                f"{one['id']}: {node['html'][:200]}"
-                for one in violations
-                if one["impact"] in GRAVE
-                for node in one["nodes"]
-            ]
+            grave = grave_findings(tab)
             assert not grave, f"{path}, {theme}, {width} px: {grave}"
     expected = [said for said in complaints if status != 200 and f"status of {status}" in said]
     assert complaints == expected

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx2
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from registry.errors import NotFound, Unavailable
 from registry.worker import runner
 from registry.worker.runner import JobRun, run_one
 from registry.worker.steps import KINDS
+from tests import services
 from tests.eventually import eventually
 from tests.scenarios.conftest import stock
 from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched, write_recipe
@@ -170,6 +172,36 @@ def test_a_worker_process_that_is_terminated_hands_its_job_back(
         assert state() == "queued"
         assert run_one(resources, watched(second), "second"), "it is taken at once, without waiting for a lease"
     assert second[-1] == "publish"
+
+
+def test_a_worker_counts_its_jobs_and_steps_for_those_who_have_a_token(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = team(stocked_embedded, world)
+    begin(cli, tmp_path)
+    cli.ok("namespace", "grant", "*", "mia", "admin")
+    token = cli.json("token", "create", "--user", "mia")["token"]
+    values = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
+    environment = values | cli.environment | {"ADAPTORY_ACCESS": "tokens"}
+    port = services.free_port()
+    command = [sys.executable, "-m", "registry.cli.start", "worker", "--metrics", str(port)]
+    worker = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+    def ask(path: str, **headers: str) -> httpx2.Response:
+        return httpx2.get(f"http://127.0.0.1:{port}{path}", headers=headers)
+
+    try:
+        eventually(lambda: cli.json("jobs", 1)["state"] == "done", every_s=0.1)
+        assert ask("/healthz").json() == {"status": "ok"}
+        assert (ask("/metrics").status_code, ask("/v1/whoami").status_code) == (401, 404)
+        text = ask("/metrics", Authorization=f"Bearer {token}").text
+    finally:
+        worker.kill()
+        worker.wait()
+    assert 'adaptory_worker_job_seconds_count{kind="composition",state="done"} 1.0' in text
+    assert 'adaptory_worker_step_seconds_count{kind="composition",state="done",step="publish"} 1.0' in text
+    assert "acme" not in text
+    assert cli("worker", "--metrics", "here").code == 2
 
 
 def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry.api.http.callers import ActorCache, Credentials, credentials_of
-from registry.api.http.problems import problem_response
+from registry.api.http.problems import error_response
 from registry.api.http.request import MAX_DIGITS
 from registry.errors import NotAllowed, RegistryError, TooLarge, TooMany, Unauthenticated, Usage
 from registry.settings import is_loopback
@@ -40,7 +40,7 @@ class BodyLimit:
         headers = dict(scope["headers"])
         claimed = headers.get(b"content-length", b"0")
         if not claimed.isdigit() or len(claimed) > MAX_DIGITS or int(claimed) > self.limit_bytes:
-            await problem_response(self._error())(scope, receive, send)
+            await error_response(scope, self._error())(scope, receive, send)
             return
         taken = 0
 
@@ -58,7 +58,7 @@ class BodyLimit:
 
         await self.app(scope, bounded, answer)
         if taken > self.limit_bytes:  # the framework would answer 400
-            await problem_response(self._error())(scope, receive, send)
+            await error_response(scope, self._error())(scope, receive, send)
 
     def _error(self) -> TooLarge:
         return TooLarge(
@@ -89,7 +89,7 @@ class HeaderLimit:
         if scope["type"] == "http":
             taken = len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"])
             if taken > self.limit_bytes:
-                await problem_response(headers_too_large(self.limit_bytes), 431)(scope, receive, send)
+                await error_response(scope, headers_too_large(self.limit_bytes), 431)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -132,7 +132,7 @@ class CallerLimits:
 
         error = await self._refusal(rate, credentials, signs_in=signs_in) if rate else None
         if error is not None:
-            await problem_response(error)(scope, receive, send)
+            await error_response(scope, error)(scope, receive, send)
         else:
             await self.app(scope, receive, count_guesses)
 
@@ -186,7 +186,7 @@ class SameSite:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self._error(dict(scope["headers"])) if scope["type"] == "http" else None
-        answer = self.app if error is None else problem_response(error)
+        answer = self.app if error is None else error_response(scope, error)
         await answer(scope, receive, send)
 
     def _error(self, headers: Mapping[bytes, bytes]) -> RegistryError | None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from datetime import datetime
 from importlib.metadata import version
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -22,6 +23,12 @@ SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 """The upper bounds of the histogram: a resolved channel takes 2 ms, an upload minutes."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SHARED_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+
+
+class Metrics(Protocol):
+    """The metrics of a server or of a worker."""
+
+    def rendered(self) -> bytes: ...
 
 
 class ServerMetrics:

@@ -1,7 +1,7 @@
 """Cursors of keyset pagination, and ETags of channels."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, TypeVar
 
 from fastapi import Query
@@ -22,6 +22,12 @@ Cursor = Annotated[str | None, Query(max_length=400, description="`next` of the 
 def encode_cursor(key: str | int) -> str:
     """Encodes a key opaquely: the order of a list may change."""
     return base64.urlsafe_b64encode(str(key).encode()).decode().rstrip("=")
+
+
+def first_rows(rows: Sequence[Row], limit: int, key: Callable[[Row], str | int]) -> tuple[Sequence[Row], str | None]:
+    """The rows of a page, of which one more was read, and the cursor of the next page, None at the end. `key` is what
+    the list is ordered by."""
+    return rows[:limit], encode_cursor(key(rows[limit - 1])) if len(rows) > limit else None
 
 
 def decode_cursor(cursor: str | None) -> str:

@@ -2,15 +2,16 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, cast
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from composer.errors import ComposerError
 from registry.api.http.exchanges import request_id
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 outages = OutageLog(log)
 
 MEDIA_TYPE = "application/problem+json"
+API_PATH = "/v1/"
+ErrorPage = Callable[[Request, RegistryError, int], Response]
+"""A page with this status. The application's state has it if there are pages."""
 MAX_TEXT = 1_000
 """Maximum characters of an error's text in a header."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -60,6 +64,22 @@ def problem_response(
     if isinstance(error, Unauthenticated):
         more["WWW-Authenticate"] = "Bearer"
     return JSONResponse(problem.model_dump(), status_code=status, media_type=MEDIA_TYPE, headers=more)
+
+
+def error_response(
+    scope: Scope, error: RegistryError, status: int | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    """As `problem_response`, or as a page for a browser that asks a server with pages, but never below /v1."""
+    shown = cast("ErrorPage | None", getattr(scope["app"].state, "error_page", None))
+    accepted = b",".join(value for name, value in scope["headers"] if name == b"accept")
+    problem = problem_response(error, status, headers)
+    if shown is None or b"text/html" not in accepted or scope["path"].startswith(API_PATH):
+        return problem
+    page = shown(Request(scope), error, problem.status_code)
+    for name in ("Retry-After", *(headers or {})):
+        if name in problem.headers:
+            page.headers[name] = problem.headers[name]
+    return page
 
 
 def error_text(error: RegistryError) -> str:
@@ -119,12 +139,12 @@ def _describe_problems(operation: dict[str, Any], content: dict[str, Any]) -> No
     responses["default"] = {"$ref": "#/components/responses/Problem"}
 
 
-async def _registry_error(request: Request, error: Exception) -> JSONResponse:
+async def _registry_error(request: Request, error: Exception) -> Response:
     failure = cast(RegistryError, error)
     if failure.code in _OF_NAMES and (actor := getattr(request.state, "actor", None)) is not None:
         with suppress(RegistryError):  # only a hint: the error is returned without it
             await run_in_threadpool(_name_near_ones, request, failure, actor)
-    return problem_response(failure)
+    return error_response(request.scope, failure)
 
 
 def _name_near_ones(request: Request, error: RegistryError, actor: Actor) -> None:
@@ -175,7 +195,7 @@ def _right_way(kind: str, context: Mapping[str, Any]) -> str:
     return "See /openapi.json for the fields of this request."
 
 
-def _http_error(request: Request, error: Exception) -> JSONResponse:
+def _http_error(request: Request, error: Exception) -> Response:
     """Errors of the router itself: an unknown path, or a method that the path does not have."""
     raised = cast(HTTPException, error)
     family = next((family for family in FAMILIES if family.status == raised.status_code), Usage)
@@ -184,20 +204,19 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
         f"{request.method} {request.url.path[:200]}: {raised.detail}.",
         next_step="See /openapi.json for the paths of this registry and their methods.",
     )
-    return problem_response(failure, raised.status_code, raised.headers)
+    return error_response(request.scope, failure, raised.status_code, raised.headers)
 
 
-def _disk_error(request: Request, error: Exception) -> JSONResponse:
+def _disk_error(request: Request, error: Exception) -> Response:
     """A disk that is full, gone or read-only, in any route."""
     outages.warn(f"The disk cannot be used, as in {request.method} {request.url.path[:200]!r}", error)
     reason = cast(OSError, error).strerror or type(error).__name__
-    return problem_response(
-        Unavailable(
-            "disk_error",
-            f"The registry cannot use its disk: {reason}.",
-            next_step="Check that its home is writable and has space, then repeat.",
-        )
+    failure = Unavailable(
+        "disk_error",
+        f"The registry cannot use its disk: {reason}.",
+        next_step="Check that its home is writable and has space, then repeat.",
     )
+    return error_response(request.scope, failure)
 
 
 def _defect(request: Request, error: Exception) -> JSONResponse:

@@ -2,13 +2,12 @@
 
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Iterator
-from datetime import UTC, datetime
 from time import monotonic
 from typing import Annotated, TypeVar, cast
 
 from anyio import fail_after, from_thread
 from fastapi import Depends, Header, Path, Request
-from pydantic import AfterValidator, BaseModel
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from registry.api.http.threads import UploadThreads
@@ -110,15 +109,6 @@ def content_length(request: Request) -> int:
     return int(text)
 
 
-def _in_utc(moment: datetime) -> datetime:
-    try:
-        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("is not a time in the years 1 to 9999 in UTC") from None
-
-
-Moment = Annotated[datetime, AfterValidator(_in_utc)]
-"""A time in UTC; without an offset, UTC is assumed."""
 RequestKey = Annotated[
     str | None,
     Header(

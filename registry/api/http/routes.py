@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 from fastapi import Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.datastructures import QueryParams
 
 from registry.api.http.request import document, limit_bytes
@@ -147,8 +148,13 @@ def _refuse_many_values(body: bytes, most: int) -> None:
 
 
 def _declared(dependant: Dependant) -> list[str]:
-    own = [one.alias for one in dependant.query_params]
+    """The query parameters of a route; those of a model are its fields."""
+    own = [name for one in dependant.query_params for name in _names(one.alias, one.field_info.annotation)]
     return own + [name for child in dependant.dependencies for name in _declared(child)]
+
+
+def _names(alias: str, kind: object) -> list[str]:
+    return [*kind.model_fields] if isinstance(kind, type) and issubclass(kind, BaseModel) else [alias]
 
 
 def _is_known(known: tuple[str, ...], query: bytes) -> bool:

@@ -77,7 +77,8 @@ def plan_commit(
     """Says whether each file comes in the commit, before it or not at all, and what `main` has under its name. Refuses
     names before any byte is sent."""
     with resources.snapshot() as session:
-        located = revisions.locate(session, f"{namespace}/{name}", main_only(revision))
+        main_only(revision)
+        located = revisions.start_of_commit(session, f"{namespace}/{name}")
     left_out = [file.path for file in body.files if _is_left_out(file.path)]
     for file in body.files:
         if file.path not in left_out:
@@ -312,7 +313,7 @@ def _permitted_url(request: Request, permit: lfs.Permit | None) -> str:
     return f"{request.base_url}api/lfs/{permit.namespace}/{permit.sha256}?{urlencode(query)}"
 
 
-def main_only(revision: str) -> str:
+def main_only(revision: str) -> None:
     """Raises Usage for a commit to anything but `main`."""
     if revision != MAIN:
         raise Usage(
@@ -321,4 +322,3 @@ def main_only(revision: str) -> str:
             subject=revision[:80],
             next_step="Commit to main and tag a version; a channel moves by `adaptory promote`.",
         )
-    return MAIN

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from registry.api.http.pagination import Cursor, decode_cursor, decode_number, encode_cursor
+from registry.api.http.pagination import Cursor, decode_cursor, decode_number, first_rows
 from registry.api.http.request import ResourcesOf
 from registry.api.http.rules import Where
 from registry.api.pages import scores
@@ -26,9 +26,9 @@ PageMember = Annotated[Actor, Depends(PageRule(Where.ANYWHERE))]
 def list_bases(request: Request, resources: ResourcesOf, actor: PageMember, cursor: Cursor = None) -> Response:
     with resources.read() as session:
         rows = bases.list_page(session, after=decode_cursor(cursor), limit=SHOWN + 1)
-        listed = base_page(session, rows[:SHOWN])
-    more = encode_cursor(rows[SHOWN - 1].name) if len(rows) > SHOWN else None
-    return page(request, "bases.html", bases=listed, more=more, first=cursor is None, json_address="/v1/bases")
+        listed, more = first_rows(rows, SHOWN, lambda row: row.name)
+        views = base_page(session, listed)
+    return page(request, "bases.html", bases=views, more=more, first=cursor is None, json_address="/v1/bases")
 
 
 @router.get("/bases/{base:path}")
@@ -46,9 +46,9 @@ def show_base(base: str, request: Request, resources: ResourcesOf, actor: PageMe
 def list_suites(request: Request, resources: ResourcesOf, actor: PageMember, cursor: Cursor = None) -> Response:
     with resources.read() as session:
         rows = suites.list_page(session, after=decode_number(cursor), limit=SHOWN + 1)
-        listed = suite_page(session, rows[:SHOWN])
-    more = encode_cursor(rows[SHOWN - 1].id) if len(rows) > SHOWN else None
-    return page(request, "suites.html", suites=listed, more=more, first=cursor is None, json_address="/v1/suites")
+        listed, more = first_rows(rows, SHOWN, lambda row: row.id)
+        views = suite_page(session, listed)
+    return page(request, "suites.html", suites=views, more=more, first=cursor is None, json_address="/v1/suites")
 
 
 @router.get("/suites/{suite}")

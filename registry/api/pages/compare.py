@@ -10,12 +10,13 @@ from fastapi import APIRouter, Request, Response
 from registry.api.http.request import ResourcesOf
 from registry.api.pages import scores
 from registry.api.pages.modules import cells
+from registry.api.pages.paths import RepositoryOf
 from registry.api.pages.render import page
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.documents import release_documents
 from registry.domain.catalog import releases
 from registry.errors import Usage
-from registry.formats.references import parse_repository, parse_version
+from registry.formats.references import parse_version
 
 router = APIRouter(route_class=PageRoute)
 
@@ -35,10 +36,10 @@ class Measured:
 
 @router.get("/{namespace}/{name}/compare/{versions}")
 def compare(
-    namespace: str, name: str, versions: str, request: Request, resources: ResourcesOf, actor: PageReader
+    named: RepositoryOf, versions: str, request: Request, resources: ResourcesOf, actor: PageReader
 ) -> Response:
     """`versions` are two to four, with `...` between them; the first is what the others are compared with."""
-    named, wanted = parse_repository(f"{namespace}/{name}"), versions.split(BETWEEN)
+    wanted = versions.split(BETWEEN)
     if not 2 <= len(wanted) <= MOST or len(set(wanted)) < len(wanted):
         raise Usage(
             "bad_comparison",

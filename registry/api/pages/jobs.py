@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from markupsafe import Markup
 
-from registry.api.http.pagination import Cursor, decode_number, encode_cursor
+from registry.api.http.pagination import Cursor, decode_number, first_rows
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.pages import drawings, gates, report, scores
 from registry.api.pages.drawings import Interval
@@ -45,9 +45,9 @@ def list_jobs(request: Request, resources: ResourcesOf, actor: PageContributor, 
     """Those that REST lists, newest first."""
     with resources.read() as session:
         rows = compositions.list_jobs(session, actor, before=decode_number(cursor), limit=SHOWN + 1)
-        listed = [job_view(row) for row in rows[:SHOWN]]
-    more = encode_cursor(rows[SHOWN - 1].id) if len(rows) > SHOWN else None
-    return page(request, "jobs.html", jobs=listed, more=more, first=cursor is None, json_address="/v1/jobs")
+        listed, more = first_rows(rows, SHOWN, lambda row: row.id)
+        views = [job_view(row) for row in listed]
+    return page(request, "jobs.html", jobs=views, more=more, first=cursor is None, json_address="/v1/jobs")
 
 
 @router.get("/jobs/{job_id}")

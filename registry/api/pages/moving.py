@@ -12,6 +12,7 @@ from registry.api.http.request import ResourcesOf
 from registry.api.pages import gates
 from registry.api.pages.account import validated
 from registry.api.pages.forms import FormOf
+from registry.api.pages.paths import ChannelOf, RepositoryOf, VersionOf
 from registry.api.pages.render import link, page, redirect
 from registry.api.pages.wire import PageReleaser, PageRoute
 from registry.api.routes.views import judgement_view
@@ -22,7 +23,7 @@ from registry.domain.catalog import repositories
 from registry.domain.channels import judgements, moves, promotions
 from registry.domain.channels.refusals import Expected, PromotionRequest
 from registry.errors import Invalid, RegistryError, Usage
-from registry.formats.references import RepositoryName, parse_name, parse_repository, parse_version
+from registry.formats.references import RepositoryName, parse_version
 from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
@@ -33,25 +34,23 @@ SHOWN = 200
 
 
 @router.get(CHANNEL + "/promote")
-def show_promotion(  # noqa: PLR0913
-    namespace: str,
-    name: str,
-    channel: str,
-    version: str,
+def show_promotion(
+    named: RepositoryOf,
+    channel: ChannelOf,
+    version: VersionOf,
     request: Request,
     resources: ResourcesOf,
     actor: PageReleaser,
 ) -> Response:
     """What the promotion would lead to, and the form that makes it."""
-    wanted = PromotionRequest(_named(namespace, name), parse_version(version), parse_name(channel, "channel"))
+    wanted = PromotionRequest(named, version, channel)
     return _promotion_page(request, resources, actor, wanted)
 
 
 @router.post(CHANNEL + "/promote")
-def promote(  # noqa: PLR0913
-    namespace: str,
-    name: str,
-    channel: str,
+def promote(
+    named: RepositoryOf,
+    channel: ChannelOf,
     request: Request,
     resources: ResourcesOf,
     actor: PageReleaser,
@@ -61,9 +60,9 @@ def promote(  # noqa: PLR0913
     force, reason = form.get("force") == "yes", form.get("reason", "").strip()
     body: PromoteIn = validated(PromoteIn, {"version": form.get("version", ""), "reason": reason, "force": force})
     wanted = PromotionRequest(
-        _named(namespace, name),
+        named,
         parse_version(body.version),
-        parse_name(channel, "channel"),
+        channel,
         reason=body.reason,
         force=force,
         expected=Expected(_move(form.get("expected", ""))),
@@ -80,24 +79,23 @@ def promote(  # noqa: PLR0913
 
 @router.get(CHANNEL + "/rollback")
 def show_rollback(
-    namespace: str, name: str, channel: str, request: Request, resources: ResourcesOf, actor: PageReleaser
+    named: RepositoryOf, channel: ChannelOf, request: Request, resources: ResourcesOf, actor: PageReleaser
 ) -> Response:
     """What the channel serves, and the form that returns to an earlier release."""
-    return _rollback_page(request, resources, _named(namespace, name), channel)
+    return _rollback_page(request, resources, named, channel)
 
 
 @router.post(CHANNEL + "/rollback")
-def roll_back(  # noqa: PLR0913
-    namespace: str,
-    name: str,
-    channel: str,
+def roll_back(
+    named: RepositoryOf,
+    channel: ChannelOf,
     request: Request,
     resources: ResourcesOf,
     actor: PageReleaser,
     form: FormOf,
 ) -> Response:
     """Rolls back as REST does, and goes on to the channel's page."""
-    named, reason = _named(namespace, name), form.get("reason", "").strip()
+    reason = form.get("reason", "").strip()
     body: RollbackIn = validated(RollbackIn, {"to": form.get("to") or None, "reason": reason})
     to, expected = parse_version(body.to) if body.to else None, Expected(_move(form.get("expected", "")))
     try:
@@ -174,10 +172,6 @@ def _form_page(
 def _served(session: Session, row: Any) -> str | None:
     served = moves.effective_move(session, row)
     return served.to_release.version if served else None
-
-
-def _named(namespace: str, name: str) -> RepositoryName:
-    return parse_repository(f"{namespace}/{name}")
 
 
 def _move(text: str) -> int:

@@ -13,6 +13,7 @@ from registry.api.http.threads import in_store_threads
 from registry.api.pages import answers, card, scores
 from registry.api.pages.answers import Answer, Channels
 from registry.api.pages.modules import MAX_ROWS, cells
+from registry.api.pages.paths import RepositoryOf, VersionOf
 from registry.api.pages.render import link, page, redirect
 from registry.api.pages.scores import History
 from registry.api.pages.wire import PageReader, PageRoute
@@ -27,7 +28,7 @@ from registry.domain.catalog import lineage, releases, suites
 from registry.domain.catalog.lineage import Descendant
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves, resolve
-from registry.formats.references import RepositoryName, is_version, parse_reference, parse_repository, parse_version
+from registry.formats.references import RepositoryName, is_version, parse_reference, parse_version
 from registry.storage.blobs import BlobStore
 
 router = APIRouter(route_class=PageRoute)
@@ -56,16 +57,14 @@ class Shown:
 
 @router.get("/{namespace}/{name}/{version}")
 @in_store_threads
-def show_release(  # noqa: PLR0913
-    namespace: str,
-    name: str,
+def show_release(
+    named: RepositoryOf,
     version: str,
     request: Request,
     resources: ResourcesOf,
     actor: PageReader,
     channel: ChannelQuery = None,
 ) -> Response:
-    named = parse_repository(f"{namespace}/{name}")
     if not is_version(version):  # a range or `latest`
         reference = parse_reference(str(named) if version == "latest" else f"{named}:{version}")
         with resources.snapshot() as session:
@@ -104,13 +103,12 @@ def show_release(  # noqa: PLR0913
 
 @router.get("/{namespace}/{name}/{version}/modules")
 def show_modules(
-    namespace: str, name: str, version: str, request: Request, resources: ResourcesOf, actor: PageReader
+    named: RepositoryOf, version: VersionOf, request: Request, resources: ResourcesOf, actor: PageReader
 ) -> Response:
     """The table of all modules, where there are too many for the release's page."""
-    named = parse_repository(f"{namespace}/{name}")
     with resources.snapshot() as session:
-        row = releases.find(session, named, parse_version(version))
-        spectrum = releases.spectrum_of(session, named, parse_version(version), Kind.ADAPTER)
+        row = releases.find(session, named, version)
+        spectrum = releases.spectrum_of(session, named, version, Kind.ADAPTER)
     return page(
         request,
         "modules.html",

@@ -81,9 +81,11 @@ def as_registry_error(error: Exception) -> RegistryError:
     return of_composer(error) if isinstance(error, ComposerError) else cast(RegistryError, error)
 
 
-def error_page(request: Request, error: RegistryError) -> Response:
+def error_page(request: Request, error: RegistryError, status: int | None = None) -> Response:
     """What is wrong and what to do. What a caller may not see does not exist, so it says 404 too."""
-    response = page(request, "error.html", status=error.status, error=error)
+    response = page(request, "error.html", status=status or error.status, error=error)
+    for name, value in HEADERS.items():
+        response.headers[name] = value
     if error.code == "session_ended":
         drop_session(response)
     return response

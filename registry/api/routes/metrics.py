@@ -4,7 +4,7 @@ from typing import cast
 
 from fastapi import APIRouter, Request, Response
 
-from registry.api.http.metrics import ServerMetrics
+from registry.api.http.metrics import Metrics
 from registry.api.http.routes import Route
 from registry.api.http.rules import Member
 
@@ -14,5 +14,5 @@ router = APIRouter(tags=["operations"], route_class=Route)
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 def metrics(request: Request, actor: Member) -> Response:
-    """Requests by route, and the queue of jobs, in the text format of Prometheus."""
-    return Response(cast(ServerMetrics, request.app.state.metrics).rendered(), media_type=CONTENT_TYPE)
+    """Requests by route, and the queue of jobs, in the text format of Prometheus; of a worker, its jobs and steps."""
+    return Response(cast(Metrics, request.app.state.metrics).rendered(), media_type=CONTENT_TYPE)

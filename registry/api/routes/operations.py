@@ -8,19 +8,18 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
 from registry.api.http.pagination import Cursor, Limit, decode_number, page
-from registry.api.http.request import Moment, ResourcesOf, RowId
+from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
 from registry.api.http.rules import AdminSomewhere, Caller, Contributor
 from registry.api.http.threads import in_store_threads
 from registry.api.routes.views import audit_view, job_view
 from registry.api.schemas.wire import Page
-from registry.api.schemas.work import AuditOut, JobOut
+from registry.api.schemas.work import AuditOut, EventFilters, JobOut
 from registry.database.engine import Session
 from registry.database.migrate import ensure_schema
 from registry.database.tables import Job
 from registry.domain.access import audit
-from registry.domain.access.audit import Act, Actor, EventQuery
-from registry.domain.access.roles import Role, granted
+from registry.domain.access.audit import Actor, EventQuery
 from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
 from registry.errors import Unavailable
@@ -52,25 +51,8 @@ def cancel_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
         return job_view(compositions.cancel_job(session, actor, _job(session, actor, job_id)))
 
 
-def event_query(  # noqa: PLR0913
-    actor: AdminSomewhere,
-    namespace: Annotated[str | None, Query(max_length=64)] = None,
-    subject: Annotated[str | None, Query(max_length=300, description="acme/sql@prod, or a prefix: acme/*")] = None,
-    by: Annotated[str | None, Query(max_length=128, description="The user who did it.")] = None,
-    act: Annotated[Act | None, Query()] = None,
-    since: Moment | None = None,
-    until: Moment | None = None,
-) -> EventQuery:
-    """A registry admin reads all rows, an admin of namespaces those of their namespaces."""
-    return EventQuery(
-        namespaces=granted(actor, Role.ADMIN),
-        namespace=namespace,
-        subject=subject,
-        actor=by,
-        act=act,
-        since=since,
-        until=until,
-    )
+def event_query(actor: AdminSomewhere, filters: Annotated[EventFilters, Query()]) -> EventQuery:
+    return filters.query(actor)
 
 
 @router.get("/v1/audit")

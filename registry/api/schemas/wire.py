@@ -1,9 +1,10 @@
 """The API's schemas: pydantic only. Field names are the contract of the REST API and of `--json`."""
 
+from datetime import UTC, datetime
 from itertools import chain
-from typing import Any, Generic, TypeVar, cast
+from typing import Annotated, Any, Generic, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from registry.errors import Invalid
 
@@ -13,6 +14,17 @@ MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1
 """Limits of the integer columns: larger numbers are refused at the edge, naming the field."""
 MAX_FIELDS = 1_000
 """Maximum fields of one object; hyperparameters need the most."""
+
+
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is not a time in the years 1 to 9999 in UTC") from None
+
+
+Moment = Annotated[datetime, AfterValidator(_in_utc)]
+"""A time in UTC; without an offset, UTC is assumed."""
 
 
 class Wire(BaseModel):

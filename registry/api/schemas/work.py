@@ -3,10 +3,12 @@
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from registry.api.schemas.catalog import BaseRef
-from registry.api.schemas.wire import Wire, WireIn
+from registry.api.schemas.wire import Moment, Wire, WireIn
+from registry.domain.access.audit import Act, Actor, EventQuery
+from registry.domain.access.roles import Role, granted
 
 MAX_CHECKED = 16
 """Adapters in one conflict check, which every reader may request."""
@@ -196,6 +198,31 @@ class EvaluationOut(Wire):
     steps: list[StepOut]
     error: dict[str, Any] | None
     items: list[EvaluatedPair]
+
+
+class EventFilters(WireIn):
+    """Conditions on rows of the audit log; all must hold."""
+
+    model_config = ConfigDict(extra="ignore")  # it is given the cursor too; routes refuse unknown parameters
+
+    namespace: str | None = Field(default=None, max_length=64)
+    subject: str | None = Field(default=None, max_length=300, description="acme/sql@prod, or a prefix: acme/*")
+    by: str | None = Field(default=None, max_length=128, description="The user who did it.")
+    act: Act | None = None
+    since: Moment | None = None
+    until: Moment | None = None
+
+    def query(self, actor: Actor) -> EventQuery:
+        """A registry admin reads all rows, an admin of namespaces those of their namespaces."""
+        return EventQuery(
+            namespaces=granted(actor, Role.ADMIN),
+            namespace=self.namespace,
+            subject=self.subject,
+            actor=self.by,
+            act=self.act,
+            since=self.since,
+            until=self.until,
+        )
 
 
 class AuditOut(Wire):

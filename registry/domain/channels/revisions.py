@@ -64,6 +64,17 @@ def locate(session: Session, named: str, revision: str) -> Located:
     raise repositories.unknown(named)
 
 
+def start_of_commit(session: Session, named: str) -> Located:
+    """The files that a commit to `main` changes: none in a repository whose releases are all yanked or taken down."""
+    try:
+        return locate(session, named, MAIN)
+    except NotFound as error:
+        parsed = _parsed(named)
+        if error.code != "revision_unknown" or parsed is None or not repositories.exists(session, parsed.repository):
+            raise
+        return _empty(parsed.repository)
+
+
 def released_version(session: Session, repository: RepositoryName, revision: str) -> Version:
     """The version of the release at a revision. Raises Usage if its files are not released."""
     located = locate(session, str(repository), revision)
@@ -125,6 +136,10 @@ def _main(session: Session, repository: RepositoryName) -> Located | None:
         return _of_release(newest)
     if releases.list_versions(session, repository):
         return None
+    return _empty(repository)
+
+
+def _empty(repository: RepositoryName) -> Located:
     return Located(
         repository=repository,
         revision_id=0,

@@ -27,3 +27,37 @@ for (const box of document.querySelectorAll(".snippet > div")) {
   });
   box.append(button);
 }
+
+// A link to a page with a form opens that form in a dialog. Without scripts, or if that fails, it is followed.
+document.addEventListener("click", async (event) => {
+  const link = event.target.closest("a[data-dialog]");
+  if (!link || event.defaultPrevented || event.button || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+  event.preventDefault();
+  const answer = await fetch(link.href, { headers: { Accept: "text/html" } }).catch(() => null);
+  const main = answer?.ok && new DOMParser().parseFromString(await answer.text(), "text/html").getElementById("main");
+  if (!main) {
+    location.assign(link.href);
+    return;
+  }
+  const dialog = document.createElement("dialog");
+  main.querySelector(".crumbs")?.remove();
+  dialog.append(...main.children);
+  for (const one of dialog.querySelectorAll("[id]")) one.id = `dialog-${one.id}`; // the page has its own
+  for (const one of dialog.querySelectorAll("[aria-labelledby]")) {
+    one.setAttribute("aria-labelledby", `dialog-${one.getAttribute("aria-labelledby")}`);
+  }
+  const title = dialog.querySelector("h1");
+  title.id = "dialog-title";
+  dialog.setAttribute("aria-labelledby", title.id);
+  dialog.addEventListener("click", (inside) => {
+    if (!inside.target.closest("a[data-leave]")) return;
+    inside.preventDefault();
+    dialog.close();
+  });
+  dialog.addEventListener("close", () => {
+    dialog.remove();
+    link.focus();
+  });
+  document.body.append(dialog);
+  dialog.showModal();
+});
