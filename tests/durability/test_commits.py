@@ -258,7 +258,7 @@ def _wait_for_more(journal: Journal, before: int, deadline: float) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.long)])
 def test_no_kill_of_a_committer_or_of_a_collector_loses_a_tag(
     environ: dict[str, str], tmp_path: Path, kills: int
 ) -> None:

@@ -337,9 +337,7 @@ def test_a_model_is_imported_without_the_pickles_beside_its_weights(
     assert {row["path"]: row["sha256"] for row in shown["files"] if row["path"] != CARD} == hashes(world.base)
 
 
-def test_a_base_of_a_hub_is_in_its_cache_and_every_machine_brings_it_there(
-    on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path
-) -> None:
+def test_a_base_of_a_hub_is_in_its_cache(on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path) -> None:
     files = stored(world.base) | {CARD: b"---\nlicense: mit\n---\n"}
     commit = hub.put(BASE_ID, files | {"onnx/model.onnx": b"x", "consolidated.safetensors": b"x"})
     me = online(on_disk, tmp_path / "me").having(HF_ENDPOINT=hub.url)
@@ -354,6 +352,16 @@ def test_a_base_of_a_hub_is_in_its_cache_and_every_machine_brings_it_there(
     me.ok("base", "add", location, "--name", "tiny")
     assert hub.requests == [], "it is here"
 
+
+@pytest.mark.long
+def test_a_machine_without_a_base_brings_it_from_its_hub(
+    on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path
+) -> None:
+    commit = hub.put(BASE_ID, stored(world.base))
+    location = f"hf://{BASE_ID}@{commit}"
+    me = online(on_disk, tmp_path / "me").having(HF_ENDPOINT=hub.url)
+    me.ok("base", "add", location, "--name", "tiny")
+    hub.requests.clear()
     on_disk.ok("suite", "add", world.suites["sql"])
     on_disk.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", BASE_ID)
     other = Online(me.environment, directory=tmp_path / "other")
