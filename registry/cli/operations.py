@@ -62,7 +62,7 @@ def serve(
     if not with_tokens and not is_loopback(host):
         raise _beyond_loopback(host)
     listener = _listen(host, port)
-    resources = open_resources(settings)
+    resources = open_resources(settings, newer=True)
     if with_tokens:
         _refuse_without_tokens(resources)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # lets requests and the job end first, as with SIGTERM
@@ -155,7 +155,7 @@ def worker(
     from registry.worker.runner import run_worker
     from registry.worker.steps import KINDS
 
-    resources = open_resources(own_settings())
+    resources = open_resources(own_settings(), newer=True)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())

@@ -28,7 +28,7 @@ def test_the_unit_starts_the_server_and_runs_nothing_before_it() -> None:
 def test_every_command_in_a_fence_of_the_documentation_is_a_command_of_ours() -> None:
     adaptory = typer.main.get_command(app)
     counted = 0
-    for page in sorted((ROOT / "docs").rglob("*.md")):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         if page.name in ("cli.md", "demo.md"):  # recorded, and compared with the program itself
             continue
         for words in commands_of(page.read_text()):
@@ -80,7 +80,7 @@ def test_no_document_names_a_setting_that_does_not_exist() -> None:
 def test_the_recipes_for_contributors_name_files_and_names_that_are_there() -> None:
     recipes = (ROOT / "docs" / "contributing.md").read_text().split("\n## ")[1:]
     missing = [f"{recipe.splitlines()[0]}: {name}" for recipe in recipes for name in _missing(recipe)]
-    assert (missing, len(recipes)) == ([], 11)
+    assert (missing, len(recipes)) == ([], 12)
 
 
 def _missing(recipe: str) -> list[str]:

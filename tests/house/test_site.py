@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tests.house.test_house import ROOT, tracked
 SITE = ROOT / "zensical.toml"
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "srcset", "link": "href"}
 """Where an element names what a browser fetches by itself."""
+ITEM = re.compile(r"- |\d+\. ")
+"""The beginning of an item of a list."""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,18 @@ def _pages(entry: Any) -> Iterator[str]:
             yield from _pages(below)
 
 
+def test_a_list_of_the_documentation_begins_after_an_empty_line() -> None:
+    """Without one, the site shows it as a paragraph."""
+    run_on: list[str] = []
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        lines = text.splitlines()
+        for before, line in pairwise(lines):
+            if ITEM.match(line) and before.strip() and not ITEM.match(before) and not before.startswith("  "):
+                run_on.append(f"{page.relative_to(ROOT)}: {line}")
+    assert run_on == []
+
+
 def test_links_and_names_of_documents_outside_of_the_site_lead_somewhere() -> None:
     """Links of README.md and the like, and every `docs/…` that code, messages and settings name."""
     dead: list[str] = []
@@ -91,6 +106,17 @@ def test_links_and_names_of_documents_outside_of_the_site_lead_somewhere() -> No
             named |= {path.parent / link for link in linked if "://" not in link}
         dead += [f"{path.relative_to(ROOT)}: {one.relative_to(ROOT)}" for one in named if not one.exists()]
     assert dead == []
+
+
+def test_links_of_notebooks_lead_somewhere() -> None:
+    notebooks = [path for path in tracked() if path.suffix == ".ipynb"]
+    links = {
+        path.parent / link
+        for path in notebooks
+        for link in re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", path.read_text(encoding="utf-8"))
+    }
+    assert notebooks
+    assert {one for one in links if not one.exists()} == set()
 
 
 def test_anchors_in_links_from_outside_of_the_site_exist() -> None:

@@ -42,7 +42,7 @@ def programs(directory: Path) -> Generator[Path]:
         script.write_text(_CLIENT.format(python=sys.executable, address=address))
         script.chmod(0o755)
     process = forked.start(_serve, {}, address)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not Path(address).exists() and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.02)
     assert Path(address).exists(), "the process behind the commands did not start"

@@ -54,10 +54,11 @@ def checkout(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def environment(bin_directory: Path, tmp_path: Path) -> dict[str, str]:
     home = tmp_path / "home"
     home.mkdir()
-    kept = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TRANSFORMERS_VERBOSITY", "LANG")
+    kept = ("OMP_NUM_THREADS", "TRANSFORMERS_VERBOSITY", "LANG")
     path = f"{bin_directory}:{Path(sys.executable).parent}:/usr/bin:/bin"
     inherited = {name: os.environ[name] for name in kept if name in os.environ}
-    return inherited | {"PATH": path, "HOME": str(home), "COLUMNS": "80", "PYTHONDONTWRITEBYTECODE": "1"}
+    no_hub = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # but that which a page names
+    return inherited | no_hub | {"PATH": path, "HOME": str(home), "COLUMNS": "80", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 @pytest.fixture
@@ -84,6 +85,7 @@ def test_every_command_of_a_page_does_what_the_page_says(name: str, shell: Shell
                 eventually(lambda: _is_ready(port))
             ran += 1
     assert ran > 3
+    assert {path.name for path in checkout.iterdir()} == {"examples", ".demo"}, "git ignores .demo alone"
 
 
 def _is_ready(port: str) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from html import escape
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -13,7 +14,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|")
+    """Within code, readers of Markdown disagree about an escaped `|`, and none about HTML."""
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    return "".join(_html(part[1:-1]) if "|" in part and part[0] == "`" else part.replace("|", r"\|") for part in parts)
+
+
+def _html(text: str) -> str:
+    return f"<code>{escape(text, quote=False).replace('|', '&#124;')}</code>"
 
 
 def joined(*parts: str) -> str:

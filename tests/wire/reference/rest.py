@@ -10,7 +10,8 @@ from tests.wire.reference.markdown import code, joined, plain, table
 HEAD = """# REST
 
 Every route of the registry. The server describes them itself, with all schemas, at `/openapi.json`. This page is made
-of that document: `make snapshots` writes it. Paths with `{kind}` exist for `adapters` and for `models`.
+of that document: `make snapshots` writes it. `…` stands for the path of a repository,
+`/v1/adapters/{namespace}/{name}` or `/v1/models/{namespace}/{name}`.
 
 - **Tokens.** `Authorization: Bearer adp_…`, unless the server has one user.
 - **Who may.** A role is one in the namespace of the path, or a higher one: reader, publisher, releaser, admin.
@@ -52,7 +53,7 @@ def _section(path: str) -> str:
 
 
 def _operation(document: dict[str, Any], path: str, method: str, operation: dict[str, Any]) -> Iterator[str]:
-    shown = path.replace("/v1/adapters", "/v1/{kind}")
+    shown = path.replace("/v1/adapters/{namespace}/{name}", "…").replace("/v1/adapters", "/v1/{kind}")
     yield f"### {method} {shown}\n\n"
     summary, description = operation.get("summary", ""), operation.get("description", "")
     yield f"{plain(' '.join((description or f'{summary}.').split()))}\n\n"
