@@ -71,8 +71,8 @@ PAGES: Mapping[str, Paths] = {
     "channel": _channel,
     "compare": _compare,
     "history": _history,
-    "conflicts, the form": lambda _: ("/conflicts", ["/v1/releases?latest=true&limit=50"]),
-    "compose": lambda _: ("/compose", ["/v1/releases?latest=true&limit=50", "/v1/suites"]),
+    "conflicts, the form": lambda _: ("/conflicts", ["/v1/releases?latest=true&limit=25"]),
+    "compose": lambda _: ("/compose", ["/v1/releases?latest=true&limit=25", "/v1/suites"]),
 }
 
 

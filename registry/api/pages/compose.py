@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from composer.formats.recipes.methods import PIPELINES
 from composer.formats.recipes.recipe import DTYPES, MAX_INPUTS
 from registry.api.http.request import ResourcesOf
+from registry.api.http.threads import in_search_threads
 from registry.api.pages.chosen import Chosen, Fields, values_of
 from registry.api.pages.forms import FormOf
 from registry.api.pages.recipe_form import RecipeForm, Row, as_yaml, number
@@ -30,6 +31,7 @@ SPARE_ROWS, MORE_ROWS, MAX_SUITES = 2, 6, 60
 
 
 @router.get("/compose", openapi_extra=parses("with", "method", "set", "probe", "optimize", "composition"))
+@in_search_threads
 def show_compose(request: Request, resources: ResourcesOf, actor: PageContributor) -> Response:
     """A recipe for the adapters of the address, or the recipe of a composition, with the options of the address."""
     given = parse_qsl(request.url.query)

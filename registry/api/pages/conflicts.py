@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from composer.formats.recipes.methods import PIPELINES
 from registry.api.http.request import ResourcesOf
+from registry.api.http.threads import in_search_threads
 from registry.api.pages import report
 from registry.api.pages.account import validated
 from registry.api.pages.chosen import Chosen
@@ -32,6 +33,7 @@ FIELDS = ("adapter", "weight")
 
 
 @router.get("/conflicts", openapi_extra=parses("with", "method", "set", "show", WAIT, *FIELDS, "settings", "drop"))
+@in_search_threads
 def show_conflicts(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
     """The latest report on the chosen adapters, how its computation stands, or a button that starts it."""
     given = parse_qsl(request.url.query, keep_blank_values=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self, cast
 
 import yaml
@@ -135,7 +136,7 @@ class RecipeForm:
         """Those of the method, its own before those that it shares with the plain mean."""
         if self.method not in PIPELINES:
             return []
-        properties = cast("dict[str, Json]", settings_of(self.method).model_json_schema()["properties"])
+        properties = _properties(self.method)
         common = settings_of("mean").field_names()
         names = sorted(properties, key=lambda name: name in common)
         return [_field(name, properties[name], self.settings.get(name, "")) for name in names]
@@ -161,6 +162,11 @@ def number(text: str) -> float | int | str:
         except ValueError:
             continue
     return text
+
+
+@cache
+def _properties(method: str) -> dict[str, Json]:
+    return cast("dict[str, Json]", settings_of(method).model_json_schema()["properties"])
 
 
 def _field(name: str, schema: Json, value: str) -> SettingField:

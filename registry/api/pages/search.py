@@ -17,7 +17,7 @@ from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
 
-SHOWN, SUGGESTED = 25, 50
+SHOWN, SUGGESTED = 25, 25
 
 
 @router.get("/")
