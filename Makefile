@@ -14,7 +14,7 @@ ALL_HUB_CLIENTS := $(HUB_CLIENTS) 0.36.2 1.0.0 1.20.0
 # The version of vLLM whose resolver of adapters is tested.
 VLLM := 0.32.0
 
-.PHONY: demo test tests test-long coverage lint style types fix docs bench serve services services-stop migrate snapshots clean
+.PHONY: demo test tests test-long smoke coverage lint style types fix docs bench serve services services-stop migrate screenshots snapshots clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --dir $(DEMO)
@@ -29,6 +29,10 @@ tests: $(VENV)/.dev $(HUB_CLIENTS:%=.venv-hub-%/.ready)
 # With the full dose: a hundred kills, five times as many malformed inputs, and each story in every way of running a registry.
 test-long: lint $(ALL_HUB_CLIENTS:%=.venv-hub-%/.ready) .venv-vllm-$(VLLM)/.ready
 	ADAPTORY_TEST_FUZZ=5 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "long or not long"
+
+# What the Dockerfile installs, as server, worker, PostgreSQL, S3 and TLS proxy in processes of their own.
+smoke: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 0 -m long tests/deploy/test_smoke.py
 
 # Which lines no test runs. Not a part of `make test`: watching every line takes 40 % more time.
 coverage: $(VENV)/.dev
@@ -69,9 +73,16 @@ services-stop: $(VENV)/.dev
 migrate: $(VENV)/.demo
 	$(BIN)/adaptory migrate
 
+# Takes the pictures of docs/images from the pages of the demo's registry.
+screenshots: $(VENV)/.dev $(DEMO)/registry
+	$(BIN)/python -m pytest tests/browser/test_screenshots.py --screenshots $(DEMO)/registry
+
 # Rewrites the recorded API, help texts and shapes, for review in the diff.
 snapshots: $(VENV)/.dev
 	ADAPTORY_SNAPSHOTS=1 $(BIN)/python -m pytest tests/wire
+
+$(DEMO)/registry: | $(VENV)/.dev
+	$(BIN)/python examples/demo.py --dir $(DEMO)
 
 $(DEMO)/base: $(VENV)/.dev
 	$(BIN)/python examples/make_base.py $@

@@ -50,6 +50,9 @@ def options(description: str | None, rounds: int) -> argparse.Namespace:
     parser.add_argument("--postgres", help="URL of a server that allows creating databases, for claims about both")
     parser.add_argument("--device", default="cpu", help="where merges compute: cpu or cuda:N")
     parser.add_argument("--mergekit-venv", type=Path, help="a virtual environment with mergekit, to measure it too")
+    parser.add_argument(
+        "--tool", help="one of those compared alone, each recipe once: for what it keeps, not for times"
+    )
     parser.add_argument("--adapters", type=Path, help="where examples/train.py put the study's, to measure their sets")
     parser.add_argument("--quick", action="store_true", help="two rounds and small sizes: checks only that it runs")
     chosen = parser.parse_args()

@@ -52,6 +52,10 @@ def _compare(name: str) -> tuple[str, Sequence[str]]:
     return f"/{name}/compare/1.0.0...1.1.0", listed
 
 
+def _history(name: str) -> tuple[str, Sequence[str]]:
+    return f"/{name}/history", (f"/v1/adapters/{name}/releases",)
+
+
 PAGES: Mapping[str, Paths] = {
     "home": lambda _: ("/", ["/v1/releases?limit=10"]),
     "search": lambda name: (
@@ -66,6 +70,9 @@ PAGES: Mapping[str, Paths] = {
     "release": _release,
     "channel": _channel,
     "compare": _compare,
+    "history": _history,
+    "conflicts, the form": lambda _: ("/conflicts", ["/v1/releases?latest=true&limit=50"]),
+    "compose": lambda _: ("/compose", ["/v1/releases?latest=true&limit=50", "/v1/suites"]),
 }
 
 

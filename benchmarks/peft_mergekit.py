@@ -46,7 +46,8 @@ def main() -> None:
             directory.mkdir()
             made = [adapter_and_task(chosen.adapters or Path(), name) for name in members]
             suites = {path.resolve(strict=True): _written(suite_of(task), directory) for path, task in made}
-            _compare(chosen.base.resolve(strict=True), suites, directory, mergekit, chosen.rounds)
+            base = chosen.base.resolve(strict=True)
+            _compare(base, suites, directory, mergekit, 0 if chosen.tool else chosen.rounds, chosen.tool)
 
 
 def _written(suite: Suite, directory: Path) -> Path:
@@ -55,14 +56,17 @@ def _written(suite: Suite, directory: Path) -> Path:
     return path
 
 
-def _compare(base: Path, suites: Mapping[Path, Path], directory: Path, mergekit: Path | None, rounds: int) -> None:
-    """`suites` has the file of each adapter's suite."""
+def _compare(
+    base: Path, suites: Mapping[Path, Path], directory: Path, mergekit: Path | None, rounds: int, tool: str | None
+) -> None:
+    """`suites` has the file of each adapter's suite. Without rounds, each command of the tool runs once."""
     outs = {name: directory / name.replace(" ", "-").replace(":", "") for name in _names(mergekit)}
     commands = _commands(base, suites, outs, mergekit)
     failed: dict[str, str] = {}
-    cases = {name: _case(name, command, outs[name], failed) for name, command in commands.items()}
+    wanted = {name: command for name, command in commands.items() if tool is None or name.endswith(f": {tool}")}
+    cases = {name: _case(name, command, outs[name], failed) for name, command in wanted.items()}
     print(f"\nload average {os.getloadavg()[0]:.1f}")
-    results = harness.interleave(cases, rounds)
+    results = harness.interleave(cases, rounds) if rounds else {name: [case()] for name, case in cases.items()}
     made = [name for name in results if name not in failed]
     kept = dict(zip(made, _kept(base, suites, [outs[name] for name in made]), strict=True))
     rows = [["recipe and tool", "s (min..max)", "peak RSS, MB", "worst member kept", "answers left"]]
@@ -74,7 +78,7 @@ def _compare(base: Path, suites: Mapping[Path, Path], directory: Path, mergekit:
         memory = harness.figure(max(one.peak_rss_bytes or 0 for one in samples) / harness.MB)
         answers = ", ".join(f"{left} of {alone}" for left, alone in kept[name]["exact"])
         rows.append([name, seconds, memory, f"{min(kept[name]['kept']):.3f}", answers])
-    harness.table(f"{' + '.join(path.name for path in suites)} ({rounds} rounds)", rows)
+    harness.table(f"{' + '.join(path.name for path in suites)} ({rounds or 1} rounds)", rows)
 
 
 def _names(mergekit: Path | None) -> list[str]:

@@ -1,7 +1,7 @@
 """Runs the migrations over the engine that `registry.database.engine.migrate` hands in."""
 
 from alembic import context
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, inspect, text
 
 import registry.database.tables  # noqa: F401  (fills the metadata)
 from registry.database.engine import Row
@@ -23,6 +23,19 @@ def run(connection: Connection) -> None:
             connection=connection, target_metadata=Row.metadata, render_as_batch=sqlite, compare_type=True
         )
         context.run_migrations()
+        note_oldest_code(connection)
+
+
+def note_oldest_code(connection: Connection) -> None:
+    """Writes beside the revision which code still works with it, for servers of that code, which do not know of the
+    migrations after it. A migration names that code by its newest revision in `oldest_code`; without it, only code that
+    knows the migration does."""
+    current = context.get_context().get_current_revision()
+    applied = [one for one in context.script.walk_revisions() if current is not None and one.revision <= current]
+    oldest = max((getattr(one.module, "oldest_code", one.revision) for one in applied), default=None)
+    if "oldest_code" not in {column["name"] for column in inspect(connection).get_columns("alembic_version")}:
+        connection.execute(text("ALTER TABLE alembic_version ADD COLUMN oldest_code VARCHAR(32)"))
+    connection.execute(text("UPDATE alembic_version SET oldest_code = :oldest"), {"oldest": oldest})
 
 
 engine: Engine = context.config.attributes["engine"]

@@ -465,7 +465,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "store_busy": "Try again after the seconds in Retry-After; /readyz shows whether the store answers.",
         "store_full": "Free some space in the store, then repeat.",
         "store_unavailable": "Try again.",
-        "store_unfit": "Use another store, such as AWS S3, Ceph, Swift or JuiceFS.",
+        "store_unfit": "Use another store, such as AWS S3, Ceph, Swift, or JuiceFS with --keep-etag.",
         "store_wrong": "Push again.",
         "verification": "Merge again; if it happens again, the disk is damaged.",
         "worker_lost": "Look at the worker's log, then start the work again.",

@@ -322,6 +322,9 @@ class Settings(BaseSettings):
     access_log: Literal["text", "json", "off"] = "text"
     """A line on stderr for each request, with route, status, seconds, actor and request id: `text`, `json` or
     `off`. With `json` warnings and tracebacks are JSON lines too."""
+    traces: bool = False
+    """Whether servers and workers send OpenTelemetry traces, to where `OTEL_EXPORTER_OTLP_ENDPOINT` says. It needs the
+    extra `otel`."""
     download_expires_s: int = Field(default=300, ge=1, le=7 * 24 * 3600)
     """How long a presigned download URL of S3 is valid, even if the token is revoked meanwhile."""
     rate_limit: Annotated[str, AfterValidator(_rate)] = DEFAULT_RATE

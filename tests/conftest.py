@@ -55,6 +55,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tests of tensor code compute: cpu, cuda, cuda:N or second")
+    parser.addoption("--screenshots", metavar="HOME", help="take the documentation's pictures, of a demo's registry")
 
 
 WITHOUT_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

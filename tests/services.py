@@ -127,11 +127,11 @@ def copy_migrated_sqlite(shared: Path, path: Path) -> None:
     part.unlink()
 
 
-def ensure_schema_by_copy(shared: Path, database: Database, *, create: bool) -> None:
+def ensure_schema_by_copy(shared: Path, database: Database, *, create: bool, newer: bool = False) -> None:
     """`ensure_schema` that gives an embedded database its tables by a copy of a file."""
     if create and database.url.database and not Path(database.url.database).exists():
         copy_migrated_sqlite(shared, Path(database.url.database))
-    ensure_schema(database, create=create)
+    ensure_schema(database, create=create, newer=newer)
 
 
 def new_database(*, migrated: bool = False) -> str:

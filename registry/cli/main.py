@@ -39,7 +39,7 @@ from registry.errors import RegistryError, Unavailable
 
 EXTRAS = {
     "torch": "composer", "transformers": "models", "boto3": "s3", "botocore": "s3", "psycopg": "postgres",
-    "cryptography": "sign", "joserfc": "oidc", "lm_eval": "eval", "datasets": "eval",
+    "cryptography": "sign", "joserfc": "oidc", "lm_eval": "eval", "opentelemetry": "otel", "datasets": "eval",
 }  # fmt: skip
 """The extra that installs each lazily imported package."""
 

@@ -6,6 +6,7 @@ import threading
 from contextlib import closing
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,12 +62,14 @@ def serve(
     if not with_tokens and not is_loopback(host):
         raise _beyond_loopback(host)
     listener = _listen(host, port)
-    resources = open_resources(settings)
+    resources = open_resources(settings, newer=True)
     if with_tokens:
         _refuse_without_tokens(resources)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # lets requests and the job end first, as with SIGTERM
     stop = threading.Event()
-    thread = threading.Thread(target=run_worker, args=(resources, KINDS, stop), name="worker", daemon=True)
+    observe = _traced(begin=processes > 1) if settings.traces and with_worker else None
+    run = partial(run_worker, resources, KINDS, stop, observe=observe)
+    thread = threading.Thread(target=run, name="worker", daemon=True)
     if with_worker:
         thread.start()
     threading.Thread(target=_probe_store, args=(resources,), name="probe", daemon=True).start()
@@ -152,16 +155,32 @@ def worker(
     from registry.worker.runner import run_worker
     from registry.worker.steps import KINDS
 
-    resources = open_resources(own_settings())
+    resources = open_resources(own_settings(), newer=True)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
     kinds = {kind.value: KINDS[kind.value] for kind in only} if only else KINDS
     render.say("waiting for jobs" + (": " + ", ".join(kinds) if only else ""))
     try:
-        run_worker(resources, kinds, stop, observe=_serve_metrics(resources, metrics) if metrics else None)
+        observers = [_serve_metrics(resources, metrics)] if metrics else []
+        observers += [_traced(begin=True)] if resources.settings.traces else []
+        run_worker(resources, kinds, stop, observe=partial(_observe_all, observers))
     finally:
         resources.close()
+
+
+def _observe_all(observers: "list[Observe]", kind: str, step: str | None, state: str, seconds: float) -> None:
+    for observe in observers:
+        observe(kind, step, state, seconds)
+
+
+def _traced(*, begin: bool) -> "Observe":
+    """What makes spans of jobs and steps. A server in the same process has begun their export."""
+    from registry.transfer import traces
+
+    if begin:
+        traces.begin("adaptory-worker")
+    return traces.trace_work
 
 
 def _serve_metrics(resources: "Resources", address: str) -> "Observe":

@@ -125,7 +125,7 @@ def child_application() -> "FastAPI":
 
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:
-        return _application(open_resources(load_settings()))
+        return _application(open_resources(load_settings(), newer=True))
     except RegistryError as error:
         render.fail(error, as_json=False)
         sys.exit(STARTUP_FAILURE)  # a retry would fail the same way
@@ -158,6 +158,11 @@ def _application(resources: "Resources") -> "FastAPI":
     application = create_app(
         resources, tokens=resources.settings.access == "tokens", access_log=resources.settings.access_log
     )
+    if resources.settings.traces:
+        from registry.transfer import traces
+
+        traces.begin("adaptory-server")
+        traces.trace_requests(application)
     # Objects that live as long as the process need no further collection: full collections took 80 ms each.
     gc.collect()
     gc.freeze()

@@ -53,8 +53,9 @@ def migrate(database: Database, revision: str = "head") -> None:
         command.upgrade(config, revision)
 
 
-def ensure_schema(database: Database, *, create: bool) -> None:
-    """Raises Unavailable for a database with another schema; with `create`, creates the tables of an empty one."""
+def ensure_schema(database: Database, *, create: bool, newer: bool = False) -> None:
+    """Raises Unavailable for a database with another schema; with `create`, creates the tables of an empty one, and
+    with `newer`, accepts a later schema that this code works with, as its migrations say."""
     revision, head = schema_revision(database), head_revision()
     if revision is None and create:
         migrate(database)
@@ -64,7 +65,20 @@ def ensure_schema(database: Database, *, create: bool) -> None:
             f"The database is at schema {revision or 'none'}, this version needs {head}.",
             next_step="Run `adaptory migrate`.",
         )
+    elif newer and revision > head and _works_with(database, head):
+        return
     _refuse_newer(revision)
+
+
+def _works_with(database: Database, code: str) -> bool:
+    """Whether the code whose newest migration is `code` works with the schema of the database."""
+    with translate_database_errors():
+        columns = {column["name"] for column in inspect(database.engine).get_columns("alembic_version")}
+    if "oldest_code" not in columns:
+        return False
+    with database.read() as session:
+        oldest = session.scalar(text("SELECT oldest_code FROM alembic_version"))
+    return oldest is not None and oldest <= code
 
 
 def _refuse_newer(revision: str | None) -> None:

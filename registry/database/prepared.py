@@ -9,8 +9,9 @@ page is one row of JSON.
 import json
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache
-from typing import Any, ParamSpec, cast
+from typing import Any, ClassVar, ParamSpec, cast
 
 from sqlalchemy import Connection, Dialect, Select
 from sqlalchemy.exc import DBAPIError
@@ -24,9 +25,16 @@ FORMS = 512
 """Maximum cached statements of each kind, by query shape."""
 
 
+def _unwatched(_connection: Connection, _text: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class Prepared:
     """A query with bind parameters; `in_list` takes lists of values. It sees flushed changes. A callable `statement` is
     called with the kind of database when it is first used there."""
+
+    watch: ClassVar[Callable[[Connection, str], AbstractContextManager[None]]] = staticmethod(_unwatched)
+    """Around each statement; SQLAlchemy's events do not see it. Traces set it."""
 
     def __init__(self, statement: Query | Callable[[str], Query]) -> None:
         self._make: Callable[[str], Query] = statement if callable(statement) else lambda _kind: statement
@@ -88,7 +96,8 @@ class _Compiled:
         driver: Any = connection.connection.driver_connection
         errors: type[Exception] = connection.dialect.loaded_dbapi.Error
         try:
-            return driver.execute(self.text, parameters).fetchall()
+            with Prepared.watch(connection, self.text):
+                return driver.execute(self.text, parameters).fetchall()
         except errors as error:
             lost = connection.dialect.is_disconnect(error, driver, None)
             wrapped: BaseException = DBAPIError.instance(

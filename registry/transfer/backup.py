@@ -105,14 +105,13 @@ def back_up(resources: Resources, archive: Archive, *, keep: int | None, read_by
     with exclusive_collection(resources.database):
         archive.blobs.sweep(resources.clock() - _STALE, ())
         with TemporaryDirectory(prefix="backup-", dir=archive.scratch) as scratch:
-            work = Path(scratch)
+            work, now = Path(scratch), resources.clock()
             counts = _write_rows(resources, work)
             copied = _Copy(resources.store, archive.blobs, work, read_bytes=read_bytes)
             size = sum(size for _, size in _listed(work / _BLOBS))
             progress.expect(size)
             for done in copied.run(_listed(work / _BLOBS)):
                 progress(done)
-            now = resources.clock()
             manifest = Manifest(
                 format=_FORMAT,
                 name=f"{now:%Y%m%dT%H%M%S.%fZ}",

@@ -45,14 +45,15 @@ class Resources:
         self.database.close()
 
 
-def open_resources(settings: Settings) -> Resources:
+def open_resources(settings: Settings, *, newer: bool = False) -> Resources:
     """Opens the database and the store. An empty embedded database gets its tables; any other must have the current
-    schema."""
+    schema or, with `newer`, a later one that this version works with: for servers and workers that go on while the next
+    version takes over."""
     if settings.database_url is None:
         settings.home_directory.mkdir(parents=True, exist_ok=True)
     patience = DatabaseTimeouts(settings.database_connect_timeout_s, settings.database_timeout_s)
     database = Database(settings.effective_database_url, patience, settings.database_pool_size)
-    ensure_schema(database, create=settings.database_url is None)
+    ensure_schema(database, create=settings.database_url is None, newer=newer)
     work = settings.work_directory
     work.mkdir(parents=True, exist_ok=True)
     return Resources(settings, database, open_store(settings, database), work)

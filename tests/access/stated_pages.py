@@ -46,6 +46,7 @@ POST   /{namespace}/{name}/{version}/yank       releaser
 GET    /{namespace}/{name}/{version}/deprecate  releaser
 POST   /{namespace}/{name}/{version}/deprecate  releaser
 GET    /{namespace}/{name}/compare/{versions}   reader
+GET    /{namespace}/{name}/history              reader
 GET    /{namespace}/{name}/{version}            reader
 GET    /{namespace}/{name}/{version}/modules    reader
 GET    /{namespace}                             reader

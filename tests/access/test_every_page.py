@@ -169,6 +169,16 @@ def _filled(path: str, namespace: str, things: Things | None = None) -> str:
     return path
 
 
+def test_links_lead_only_to_pages_that_the_viewer_may_see(house: House) -> None:
+    for caller in ("nobody", "narrowed", "reader", "publisher", "operator"):
+        with Browser(house) as browser:
+            if caller != "nobody":
+                browser.sign_in(house.secrets[caller])
+            links = re.findall(r'<li><a href="(/[a-z]+)"', browser.open("/").text)
+            assert ("/compose" in links) == (caller in ("publisher", "operator")), caller
+            assert {link: browser.open(link).status_code for link in links} == dict.fromkeys(links, 200), caller
+
+
 def test_a_private_page_and_one_that_is_not_there_answer_a_stranger_alike(house: House) -> None:
     for caller in ("nobody", "stranger", "narrowed"):
         with Browser(house) as browser:

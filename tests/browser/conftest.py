@@ -13,8 +13,18 @@ import yaml
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE, Role
+from registry.domain.catalog import releases, suites
+from registry.domain.catalog.releases import NewRelease
+from registry.domain.catalog.repositories import Kind
+from registry.domain.catalog.suites import Measurement
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest, RepositoryName, Version
 from tests import services
+from tests.access.house import FACTS
 from tests.eventually import eventually
+from tests.scenarios.test_crashes import resources_of
 from tests.scenarios.world import Cli, World, build_world, server
 
 CHECKED = ("acme/sql:1.0.0", "acme/terraform:1.0.0", "acme/support:1.0.0")
@@ -29,6 +39,12 @@ Schema changes in words, answered by one statement.
 |---|---|
 | 50 | 0.2 |
 """
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Pictures are taken only when they are asked for."""
+    unwanted = collection_path.name == "test_screenshots.py" and not config.getoption("--screenshots")
+    return True if unwanted else None
 
 
 @dataclass(frozen=True)
@@ -52,10 +68,27 @@ def site(world: World, tmp_path_factory: pytest.TempPathFactory) -> Generator[Si
     home = tmp_path_factory.mktemp("site") / "home"
     cli = Cli({"ADAPTORY_HOME": str(home), "ADAPTORY_USER": "mia"})
     composition = _fill(cli, world, home.parent)
+    _publish_many(cli)
     job = cli.json("eval", "acme/support:1.0.0", "--suite", "guard-exact", "--queue", "--no-wait")["job"]
     with server(home, ADAPTORY_USER="mia") as (url, _):
         compare(url, *CHECKED)
         yield Site(url, cli, composition, job)
+
+
+def _publish_many(cli: Cli) -> None:
+    """A repository of 32 measured versions, straight into the tables: a push of each would take ten seconds."""
+    with resources_of(cli.environment) as resources, resources.write() as session:
+        actor = Actor("mia", resources.clock(), {EVERYWHERE: Role.ADMIN})
+        old = releases.find(session, RepositoryName("acme", "sql"), Version(1, 0, 0))
+        files = releases.files_of(session, old)[old.revision_id]
+        suite = suites.find(session, "guard-exact")
+        for minor in range(32):
+            renamed = [ManifestFile(f"{minor}-{one.path}", one.size_bytes, Digest(one.sha256)) for one in files]
+            name, version = RepositoryName("acme", "long"), Version(1, minor, 0)
+            new = NewRelease(name, Kind.ADAPTER, version, None, renamed, old.base_digest, FACTS)
+            release, _ = releases.publish(session, actor, new)
+            measured = Measurement(suite.digest, "nll", 5 - minor / 10, 0.2, 6, higher_is_better=False)
+            suites.record(session, actor, release, [measured])
 
 
 def compare(url: str, *adapters: str) -> None:

@@ -137,13 +137,13 @@ def test_servers_and_workers_are_replaced_without_a_failed_request(environ: dict
         proxy = stack.proxy(*ports, ADAPTORY_TRY_FOR="0s")
         with Load(proxy.url, stack.trust, tmp_path / "pushed") as load:
             for index, port in enumerate(ports):
-                _go_on(load)
+                go_on(load)
                 servers[index].ask_to_stop()
                 workers[index].ask_to_stop()
                 assert (servers[index].stopped(), workers[index].stopped()) == (0, 0)
-                _go_on(load)
+                go_on(load)
                 servers[index], workers[index] = stack.server(port), stack.worker()
-            _go_on(load)
+            go_on(load)
             eventually(lambda: len(load.checks) == len(PAIRS))
         assert load.failures == []
         assert all(count >= 5 for count in load.counts.values()), load.counts
@@ -156,7 +156,7 @@ def test_servers_and_workers_are_replaced_without_a_failed_request(environ: dict
     assert cli("fsck", "--full").code == 0
 
 
-def _go_on(load: Load) -> None:
+def go_on(load: Load) -> None:
     """Every client does some more."""
     seen = dict(load.counts)
     eventually(lambda: load.failures or all(load.counts.get(name, 0) > seen.get(name, 0) + 1 for name in load.names))

@@ -119,18 +119,18 @@ def _play(client: Installed, world: World, tmp_path: Path) -> None:
         json.dumps(
             {
                 "inputs": [
-                    {"adapter": "acme/sql@prod", "weight": 0.5},
-                    {"adapter": "acme/support:1.0.0", "weight": 0.5},
+                    {"adapter": "acme/sql@prod", "weight": 1},
+                    {"adapter": "acme/support:1.0.0", "weight": 0.1},
                 ],
                 "method": "linear",
                 "adapter": "acme/both:1.0.0",
                 "model": "acme/merged:1.0.0",
                 "probe": 0,
-                "evaluate": ["sql-exact", "guard-exact"],
+                "evaluate": ["guard-exact"],
             }
         )
     )
-    client("compose", recipe)
+    client("compose", recipe, "--follow")
     for name in ("both", "merged"):
         directory = tmp_path / "pulled" / name
         client("pull", f"acme/{name}:1.0.0", "-o", directory)

@@ -103,7 +103,7 @@ def test_a_process_that_cannot_start_ends_all_and_says_why(pairing: dict[str, st
         httpx2.get(f"{url}/healthz", timeout=30)
         registry = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), **pairing})
         with closing(opened(registry)) as resources, resources.write() as session:
-            session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+            session.execute(text("UPDATE alembic_version SET version_num = '9999', oldest_code = '9999'"))
         os.kill(max(children(process)), signal.SIGKILL)
         assert process.wait(60) == 7
         assert "Install a newer adaptory" in said.read_text()
@@ -258,7 +258,10 @@ def test_a_running_server_is_not_ready_while_its_database_has_another_schema(
                 ("9999", "schema_new", "Install a newer adaptory"),
             ):
                 with resources.write() as session:
-                    session.execute(text("UPDATE alembic_version SET version_num = :schema"), {"schema": schema})
+                    session.execute(
+                        text("UPDATE alembic_version SET version_num = :schema, oldest_code = :schema"),
+                        {"schema": schema},
+                    )
                 ready = httpx2.get(f"{url}/readyz", timeout=30)
                 assert (ready.status_code, ready.json()["code"]) == (503, code)
                 assert next_step in ready.json()["next"]

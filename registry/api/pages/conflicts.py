@@ -25,21 +25,20 @@ from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
 
+WAIT = "wait"
+"""Asked by the page itself, while a report is computed."""
 FIELDS = ("adapter", "weight")
 """Of the form, whose address a redirect makes short."""
 
 
-@router.get("/conflicts", openapi_extra=parses("with", "method", "set", "show", "wait", *FIELDS, "settings", "drop"))
+@router.get("/conflicts", openapi_extra=parses("with", "method", "set", "show", WAIT, *FIELDS, "settings", "drop"))
 def show_conflicts(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
     """The latest report on the chosen adapters, how its computation stands, or a button that starts it."""
     given = parse_qsl(request.url.query, keep_blank_values=True)
     if any(name in FIELDS for name, _ in given):
         return redirect(Chosen.of_form(given).address("/conflicts"))
     shown = dict(given).get("show", report.DEFAULT_MEASURE)
-    answer = _page(request, resources, actor, Chosen.of_address(given), shown)
-    if "wait" in dict(given) and 'id="live"' not in bytes(answer.body).decode():
-        answer.headers["HX-Refresh"] = "true"
-    return answer
+    return _page(request, resources, actor, Chosen.of_address(given), shown)
 
 
 @router.post("/conflicts")
@@ -69,15 +68,15 @@ def _page(
         except ERRORS as refused:
             error = _beside_form(refused)
     measure = shown if shown in report.MEASURES else report.DEFAULT_MEASURE
-    stated = check.report if check else None
-    return page(
+    stated, finished = check.report if check else None, check is None or check.state in FINISHED
+    answer = page(
         request,
         "conflicts.html",
         status=error.status if error else 200,
         chosen=chosen,
         error=error,
         check=check,
-        finished=check is None or check.state in FINISHED,
+        finished=finished,
         report=report.read(stated, report.options_of(chosen)) if stated else None,
         maps=report.maps(stated, measure) if stated else None,
         measures=report.MEASURES,
@@ -89,6 +88,9 @@ def _page(
         command=_command(chosen),
         json_address=f"/v1/conflicts/{check.id}" if check else None,
     )
+    if WAIT in request.query_params and finished:
+        answer.headers["HX-Refresh"] = "true"  # htmx then loads the page with its report
+    return answer
 
 
 def _beside_form(error: Exception) -> RegistryError:

@@ -101,12 +101,14 @@ def history(named: str, points: Sequence[Point]) -> Markup:
         for end in (min(ends), max(ends))
     ]
     parts.append(f'<path class="trend" d="M{"L".join(f"{x} {y(one.score.value)}" for x, one in spots)}"/>')
+    for kind in dict.fromkeys(one.score.kind for one in points):
+        bars = "".join(f"M{x} {y(one.score.low)}V{y(one.score.high)}" for x, one in spots if one.score.kind == kind)
+        parts.append(f'<path class="bar {kind}" d="{bars}"/>')
     for x, one in spots:
         score = one.score
         said = f"{one.version}: {score.value:.3g}, 95 % {score.low:.3g} to {score.high:.3g}, n={one.n}"
-        parts.append(f'<g><title>{escape(said)}</title><line class="bar {score.kind}" x1="{x}" x2="{x}" ')
-        parts.append(f'y1="{y(score.low)}" y2="{y(score.high)}"/><circle class="dot {score.kind}" cx="{x}" ')
-        parts.append(f'cy="{y(score.value)}" r="3.5"/></g>')
+        dot = f'<circle class="dot {score.kind}" cx="{x}" cy="{y(score.value)}" r="3.5">'
+        parts.append(f"{dot}<title>{escape(said)}</title></circle>")
     first, last = points[0], points[-1]
     parts.append(f'<text x="{left:g}" y="90">{escape(first.version)}</text>')
     parts.append(f'<text x="{right:g}" y="90" text-anchor="end">{escape(last.version)}</text>')

@@ -79,7 +79,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         pair = compositions.find(session, composition_id)
         compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
         view, job = composition_view(*pair), job_view(pair[1])
-    made = of_lock(view.lock)
+    made, stated = of_lock(view.lock), report.readable(view.conflicts)
     return page(
         request,
         "composition.html",
@@ -88,7 +88,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         finished=view.state in FINISHED,
         members=[(one, [rule_words(rule) for rule in one.weight.rules]) for one in made.members],
         how=made.how,
-        report=report.read(view.conflicts, report.options_for(view.id)) if view.conflicts else None,
+        report=report.read(stated, report.options_for(view.id)) if stated else None,
         compared=_compared(view.candidate_scores or []),
         gate_lines=gates.lines(view.gates or []),
         passed=gates.summary(view.gates or []),
@@ -109,7 +109,7 @@ def show_conflicts_of_composition(
     with resources.read() as session:
         pair = compositions.find(session, composition_id)
         compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
-        stated = pair[0].conflicts
+        stated = report.readable(pair[0].conflicts)
     path = f"/compositions/{composition_id}/conflicts"
     return page(
         request,

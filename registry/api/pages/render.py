@@ -13,7 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from registry.api.pages import assets, drawings, modules
 from registry.api.pages.forms import SAFE_METHODS, form_token
-from registry.domain.access.roles import ANONYMOUS
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import ANONYMOUS, Role, granted
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -32,13 +33,15 @@ _MINUS = "\N{MINUS SIGN}"
 
 def page(request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
     """A page; a redirect to the same facts as JSON for a caller who wants those. Every template knows the viewer (None
-    for a stranger), the address, where to sign in, and the token of its forms (`parts.csrf()`)."""
-    actor = getattr(request.state, "actor", None)
+    for a stranger) and whether the viewer publishes anywhere, the address, where to sign in, and the token of its forms
+    (`parts.csrf()`)."""
+    actor: Actor | None = getattr(request.state, "actor", None)
     viewer = actor.name if actor is not None and actor.name != ANONYMOUS else None
     json_address = values.pop("json_address", None)
     if json_address and request.headers.get("accept", "").startswith("application/json"):
         return RedirectResponse(json_address, 302)
-    known = {"viewer": viewer, "path": request.url.path, "json_address": json_address}
+    publishes = actor is not None and granted(actor, Role.PUBLISHER) != []
+    known = {"viewer": viewer, "publishes": publishes, "path": request.url.path, "json_address": json_address}
     forms = {"sign_in": _sign_in(request), "form_token": form_token(request)}
     text = _environment().get_template(template).render(**known, **forms, **values)
     return HTMLResponse(text, status)

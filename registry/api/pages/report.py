@@ -17,6 +17,8 @@ Json = Mapping[str, Any]
 OptionAddress = Callable[[str, str], str | None]
 """Where an option leads to, by its name and its value; None for one that pages do not have."""
 
+SCHEMA = 2
+"""Of the reports that are shown; composer/conflicts/report.py counts it."""
 KINDS = {"ok": "ok", "warn": "warn", "refuse": "bad"}
 """The mark of a verdict; others have none."""
 SENTENCES = {
@@ -32,8 +34,9 @@ SEVERITIES = {"error": "bad", "warning": "warn", "notice": ""}
 """The marks of findings, loudest first."""
 LEAST_SCALE = 0.1
 """Where a map's colours end at the least: smaller differences do not matter, and would look as if they did."""
-MAX_CELLS, MAX_PAIRS, MAX_FINDINGS = 2_000, 30, 40
-"""Of all maps on a page, of 40 kB; of the table of pairs, the worst ones first; and of findings."""
+MAX_CELLS, MAX_PAIRS, MAX_FINDINGS, MAX_LISTED = 2_000, 30, 40, 10
+"""Of all maps on a page, of 40 kB; of the table of pairs, the worst ones first; of findings; of modules below a map."""
+_NO_SUMMARY: Json = {"headline": "", "lines": ()}
 _OPTION = re.compile(r"--(?:(optimize)(?![\w-])|([a-z-]+) ([\w.:=/*-]*\w))")
 
 
@@ -85,12 +88,13 @@ class Losses:
 
 @dataclass(frozen=True, slots=True)
 class PairMap:
-    """Where two adapters meet, if there was room to draw it."""
+    """Where two adapters meet, if there was room to draw it. `largest` are the cells farthest from zero, in words."""
 
     name: str
     most: str
     modules: int
     drawing: Markup
+    largest: Sequence[tuple[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,19 +126,24 @@ class Report:
     all_findings: int
 
 
+def readable(report: Json | None) -> Json | None:
+    """A stored report, if it has the shape that pages know."""
+    return report if report and report.get("schema") == SCHEMA else None
+
+
 def read(report: Json, address: OptionAddress) -> Report:
-    """The report of REST for a page. `address` says where options lead to that its advice names."""
-    verdict, summary = str(report["verdict"]), report["summary"]
-    order = list(SENTENCES)
-    pairs = sorted(report["pairs"], key=lambda one: (-order.index(one["verdict"]), -(one["risk"] or 0.0)))
+    """The report of REST for a page. `address` says where options lead to that its advice names. Reports of before 1.0
+    may lack the summary, the advice for all, and what is tolerated."""
+    verdict, summary = str(report["verdict"]), report.get("summary", _NO_SUMMARY)
+    pairs = sorted(report["pairs"], key=lambda one: (-_rank(one["verdict"]), -(one["risk"] or 0.0)))
     loudest = sorted(report["findings"], key=lambda one: list(SEVERITIES).index(one["severity"]))
     return Report(
         kind=KINDS.get(verdict, ""),
         verdict=verdict,
         measured=summary["headline"].partition(", ")[2],
-        sentence=SENTENCES[verdict],
+        sentence=SENTENCES.get(verdict, f"The verdict is {verdict}."),
         lines=summary["lines"],
-        advice=[_linked(one, address) for one in report["whole"]["advice"]],
+        advice=[_linked(one, address) for one in report["whole"].get("advice", ())],
         members=report["adapters"],
         pairs=pairs[:MAX_PAIRS],
         all_pairs=len(pairs),
@@ -142,6 +151,11 @@ def read(report: Json, address: OptionAddress) -> Report:
         findings=[(SEVERITIES[one["severity"]], one) for one in loudest[:MAX_FINDINGS]],
         all_findings=len(loudest),
     )
+
+
+def _rank(verdict: str) -> int:
+    """From best to worst; one that is not known comes first."""
+    return list(SENTENCES).index(verdict) if verdict in SENTENCES else -1
 
 
 def maps(report: Json, measure: str) -> Maps:
@@ -159,7 +173,10 @@ def maps(report: Json, measure: str) -> Maps:
         name = f"{pair['a']} + {pair['b']}"
         hover = not drawn
         picture = drawings.layer_map(f"{wanted.name} of {name}", values, top, frame, hover=hover, signed=wanted.signed)
-        drawn.append(PairMap(name, drawings.strongest(values, signed=wanted.signed), len(pair["modules"]), picture))
+        most = drawings.strongest(values, signed=wanted.signed)
+        farthest = sorted(values.items(), key=lambda one: -abs(one[1]))[:MAX_LISTED]
+        largest = [(f"layer {layer} {kind}", value) for (kind, layer), value in farthest]
+        drawn.append(PairMap(name, most, len(pair["modules"]), picture, largest))
     return Maps(measure, top, drawn, len(values_by_pair) - len(drawn))
 
 
@@ -206,7 +223,7 @@ def options_for(composition_id: int) -> OptionAddress:
 
 def _losses(report: Json, pairs: Sequence[Json]) -> list[Losses]:
     """Those of all adapters together, then those of pairs, on one axis."""
-    together = report["whole"]["probe"]
+    together = report["whole"].get("probe")
     measured = [("All together", together)] if together and len(report["pairs"]) > 1 else []
     measured += [(f"{pair['a']} + {pair['b']}", pair["probe"]) for pair in pairs if pair["probe"]]
     ends = [0.1, *(value for _, probe in measured for one in probe["effects"] for value in _ends(one))]
@@ -217,12 +234,13 @@ def _losses(report: Json, pairs: Sequence[Json]) -> list[Losses]:
 
 def _ends(effect: Json) -> list[float]:
     """What the axis has to show: the loss and what is tolerated. Intervals of a few examples are cut at its ends."""
-    return [effect["loss"], *([effect["tolerated"]] if effect["tolerated"] is not None else [])]
+    tolerated = effect.get("tolerated")
+    return [effect["loss"], *([] if tolerated is None else [tolerated])]
 
 
 def _combination(name: str, probe: Json, low: float, high: float) -> Losses:
     rows = [*probe["effects"], *probe["guards"]]
-    worst: str = max((row["verdict"] for row in rows), key=list(SENTENCES).index)
+    worst: str = max((row.get("verdict", "") for row in rows), key=_rank)
     lines = [_line(row, low, high) for row in rows]
     return Losses(name, probe["k"], KINDS.get(worst, ""), WORDS.get(worst, worst), lines)
 
@@ -231,8 +249,8 @@ def _line(row: Json, low: float, high: float) -> LossLine:
     guard = "member" not in row
     loss, sure = (row["rise"], row["rise_interval"]) if guard else (row["loss"], row["loss_interval"])
     start, end = (float(sure["low"]), float(sure["high"])) if sure else (float(loss), float(loss))
-    harmed = row["verdict"] == "warn"
-    kind = "loss" if harmed else "open" if row["verdict"] == "undecided" else "now"
+    harmed = row.get("verdict") == "warn"
+    kind = "loss" if harmed else "open" if row.get("verdict") == "undecided" else "now"
     name = "guard" if guard else row["member"]
     return LossLine(
         name=name,
@@ -244,6 +262,6 @@ def _line(row: Json, low: float, high: float) -> LossLine:
         kept=None if guard else row["kept"],
         kind="bad" if harmed else "",
         drawing=drawings.loss(
-            f"{name} on {row['suite']}", Interval(loss, start, end, kind), row["tolerated"], low, high
+            f"{name} on {row['suite']}", Interval(loss, start, end, kind), row.get("tolerated"), low, high
         ),
     )

@@ -11,7 +11,8 @@ from registry.api.pages import drawings
 from registry.api.pages.drawings import Interval, Point
 from registry.database.engine import Session
 from registry.database.tables import Release
-from registry.domain.catalog import intervals, suites
+from registry.domain.catalog import histories as stored
+from registry.domain.catalog import intervals
 
 Json = Mapping[str, Any]
 
@@ -35,8 +36,8 @@ class ScoreLine:
         return None if self.before is None else self.value - self.before
 
 
-VERSIONS, SERIES = 30, 8
-"""Of a release's history: the newest versions, and metrics."""
+VERSIONS, POINTS = 30, 150
+"""Of a release's history: the newest versions; and of all metrics together, 20 kB. Others are on the history's page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +83,19 @@ def lines(now: Sequence[Json], before: Sequence[Json], base: Sequence[Json]) -> 
 
 
 def histories(session: Session, release: Release) -> list[History]:
-    """How each metric of a release went over the versions of its repository, where at least two have it."""
+    """How each metric of a release went over the versions of its repository, where others have it too."""
     series: dict[str, list[tuple[str, Json]]] = {}
-    for version, row in suites.history(session, release, limit=VERSIONS):
-        score = {"metric": row.metric, "value": row.value, "stderr": row.stderr, "n": row.n}
-        series.setdefault(f"{row.suite.name}.{row.metric}", []).append((version, score))
-    several = [(name, points) for name, points in series.items() if len(points) > 1]
-    return [_history(name, points, release.version) for name, points in sorted(several)[:SERIES]]
+    for one in stored.of_release(session, release, limit=VERSIONS):
+        score = {"metric": one.metric, "value": one.value, "stderr": one.stderr, "n": one.n}
+        series.setdefault(f"{one.suite}.{one.metric}", []).append((one.version, score))
+    drawn: list[History] = []
+    room = POINTS
+    for name, points in sorted(series.items()):
+        own = any(version == release.version for version, _ in points)
+        if own and 1 < len(points) <= room:
+            room -= len(points)
+            drawn.append(_history(name, points, release.version))
+    return drawn
 
 
 def _history(name: str, points: Sequence[tuple[str, Json]], shown: str) -> History:

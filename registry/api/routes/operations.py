@@ -107,10 +107,10 @@ async def alive() -> dict[str, str]:
 @router.get("/readyz")
 @in_store_threads
 def ready(request: Request, resources: ResourcesOf) -> dict[str, str]:
-    """Readiness: 503 while the database or the store is unavailable, the schema is not this version's, or the server
-    is about to stop."""
+    """Readiness: 503 while the database or the store is unavailable, this version does not work with the schema,
+    or the server is about to stop."""
     if request.app.state.draining:
         raise Unavailable("stopping", "This server is about to stop.", next_step="Send requests to another server.")
-    ensure_schema(resources.database, create=False)
+    ensure_schema(resources.database, create=False, newer=True)
     resources.store.stat(ABSENT)
     return {"status": "ok"}

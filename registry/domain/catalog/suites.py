@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, select, update
-from sqlalchemy.orm import Session, contains_eager
+from sqlalchemy.orm import Session
 
 from composer.formats.recipes.elsewhere import ReportedBenchmark, SuiteContent
 from composer.formats.recipes.weights import real
@@ -467,19 +467,6 @@ def scores_of_bases(session: Session, *listed: Base) -> dict[str, list[Score]]:
     for score in session.scalars(query.order_by(Suite.name, Score.metric)):
         by_base[score.base_digest or ""].append(score)
     return by_base
-
-
-def history(session: Session, release: Release, *, limit: int) -> list[tuple[str, Score]]:
-    """The scores of the newest `limit` releases of the repository that are not yanked, and of this one, on the current
-    suites that this one is measured on, each with its version. Lowest version first."""
-    own = select(Score.suite_id).where(Score.release_id == release.id)
-    newest = select(Release.id).where(Release.repository_id == release.repository_id, ~Release.yanked)
-    listed = newest.order_by(Release.sort_key.desc()).limit(limit).subquery()
-    shown = Score.release_id.in_(select(listed.c.id)) | (Score.release_id == release.id)
-    query = select(Release.version, Score).join(Release, Score.release_id == Release.id).join(Suite)
-    query = query.options(contains_eager(Score.suite)).where(shown, Score.suite_id.in_(own), Suite.current)
-    rows = session.execute(query.order_by(Release.sort_key))
-    return [(version, score) for version, score in rows]
 
 
 def _of(subject: Release | Base) -> ColumnElement[bool]:

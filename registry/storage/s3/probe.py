@@ -189,12 +189,13 @@ class StoreProbe:
         copy = replace(probe, upload_id=f"{probe.upload_id}-copy")
         refuses = not self._takes(probe, _WRONG)
         try:
-            if not self._takes(probe, _RIGHT) or self._copies_whatever_the_condition(probe, copy):
+            conditional = self._takes(probe, _RIGHT) and "ETag" in (self._bucket.head(self._incoming(probe)) or {})
+            if not conditional or self._copies_whatever_the_condition(probe, copy):
                 raise Unavailable(
                     "store_unfit",
-                    "The blob store does not support conditional copies (CopySourceIfMatch), so an upload could be "
-                    "replaced after it was checked.",
-                    next_step="Use a store that does, such as AWS S3, Ceph, Swift or JuiceFS.",
+                    "The blob store does not support conditional copies (ETag, CopySourceIfMatch), so an upload could "
+                    "be replaced after it was checked.",
+                    next_step="Use a store that does, such as AWS S3, Ceph, Swift, or JuiceFS with --keep-etag.",
                 )
         finally:
             self._remove(probe)

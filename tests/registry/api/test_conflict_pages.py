@@ -188,5 +188,18 @@ def test_a_map_tells_below_from_above() -> None:
     assert re.search('width="[0-9]+"', first)[0] == re.search('width="[0-9]+"', second)[0]  # type: ignore[index]
 
 
+def test_a_report_of_an_earlier_version_is_read_or_left_to_the_json() -> None:
+    effect = {
+        "member": "one", "suite": "exact", "loss": 0.5, "loss_interval": None, "answered": 0, "kept": 0.4,
+    }  # fmt: skip
+    pair = {"a": "one", "b": "two", "verdict": "ok", "risk": 0.5, "probe": {"k": 1, "effects": [effect], "guards": []}}
+    stated = {"schema": 2, "verdict": "ok", "adapters": [], "pairs": [pair], "whole": {}, "findings": []}
+    read = report.read(stated, lambda _name, _value: None)
+    assert (read.lines, read.advice, read.losses[0].kind) == ((), [], "")
+    assert "loses +0.50" in str(read.losses[0].lines[0].drawing)
+    assert report.readable(stated) is stated
+    assert report.readable({**stated, "schema": 1}) is None
+
+
 def _row(layer: int, value: float) -> dict[str, Any]:
     return {"module": f"layers.{layer}.q_proj", "cosine": value}

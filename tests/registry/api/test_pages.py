@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import event
 
 from registry.api.app import create_app
-from registry.api.pages import card, drawings
+from registry.api.pages import card, drawings, scores
 from registry.client.inprocess import InProcessTransport
 from registry.domain.catalog import releases, repositories, suites
 from registry.domain.catalog.releases import NewRelease
@@ -37,6 +37,7 @@ ADDRESSES = (
     "/acme/sql/1.1.0",
     "/acme/sql/1.0.0",
     "/acme/sql/compare/1.0.0...1.1.0",
+    "/acme/sql/history",
     "/acme/sql@prod",
     "/bases",
     "/bases/tiny",
@@ -114,6 +115,7 @@ def test_longer_lists_take_no_more_statements(house: House) -> None:
     [
         ("/{}/sql@prod", "/v1/adapters/{}/sql/channels/prod"),
         ("/{}/sql/1.1.0", "/v1/adapters/{}/sql/releases/1.1.0"),
+        ("/{}/sql/history", "/v1/adapters/{}/sql/releases"),
         ("/{}/sql/compare/1.0.0...1.1.0", "/v1/adapters/{}/sql/releases/1.0.0"),
         ("/{}/sql/1.1.0/modules", "/v1/adapters/{}/sql/releases/1.1.0/spectrum"),
         ("/bases", "/v1/bases"),
@@ -168,19 +170,28 @@ def test_a_history_has_the_newest_thirty_versions_that_are_not_yanked(house: Hou
             files = [ManifestFile(f"{minor}.safetensors", file.size_bytes, Digest(file.sha256))]
             new = NewRelease(name, Kind.ADAPTER, Version(1, minor, 0), None, files, old.base_digest, FACTS)
             release, _ = releases.publish(session, HOST, new)
-            measured = Measurement(suite.digest, "nll", 1 / minor, 0.01, 1, higher_is_better=False)
-            suites.record(session, HOST, release, [measured])
+            metrics = ("nll", *(f"f{number}" for number in range(8)))
+            measured = [Measurement(suite.digest, one, 1 / minor, 0.01, 1, higher_is_better=False) for one in metrics]
+            suites.record(session, HOST, release, measured)
         yanks.yank(session, HOST, releases.find(session, name, Version(1, 20, 0)), "wrong data")
     with single_user(house.resources) as http:
         of_repository, of_release = http.get("/open/sql"), http.get("/open/sql/1.21.0")
+        of_metric, unknown = (
+            http.get("/open/sql/history?metric=exact.nll"),
+            http.get("/open/sql/history?metric=exact.none"),
+        )
         (old_one, yanked) = (http.get(f"/open/sql/{version}") for version in ("1.0.0", "1.20.0"))
     points = re.findall(r"<title>(1\.\d+\.0): ", of_repository.text)
+    assert len(points) == scores.POINTS, "metrics beyond are on the history's page"
+    points = points[: scores.VERSIONS]
     assert points == [f"1.{minor}.0" for minor in range(3, 34) if minor != 20]
     assert "<title>1.33.0: 0.0303, 95 % 0.0107 to 0.0499, n=1</title>" in of_repository.text
-    assert re.search(r"<title>1\.21\.0: [^<]*</title><line class=\"bar now\"", of_release.text)
+    assert re.search(r"<circle class=\"dot now\"[^>]*><title>1\.21\.0: ", of_release.text)
+    assert (of_metric.text.count("<tr data-points="), "data-metric" in of_metric.text) == (34, True)
+    assert (unknown.status_code, "metric_unknown" in unknown.text) == (404, True)
     for page, version in ((old_one, "1.0.0"), (yanked, "1.20.0")):
         assert f"<title>{version}: " in page.text, "the page's own version is there in any case"
-    assert max(len(page.content) for page in (of_repository, of_release)) <= MAX_PAGE_BYTES
+    assert max(len(page.content) for page in (of_repository, of_release, of_metric)) <= MAX_PAGE_BYTES
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)

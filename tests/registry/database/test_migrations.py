@@ -93,7 +93,7 @@ def test_a_database_of_a_newer_adaptory_is_refused_and_says_what_to_do(
 ) -> None:
     migrate(database)
     with database.write() as session:
-        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        session.execute(text("UPDATE alembic_version SET version_num = '9999', oldest_code = '9999'"))
     for create in (True, False):
         with pytest.raises(Unavailable) as raised:
             ensure_schema(database, create=create)

@@ -104,16 +104,21 @@ def send(put: Put | None, content: bytes, **other_headers: str) -> int:
     ).status_code
 
 
+NO_CHANGES: Mapping[bytes, bytes] = {}
+
+
 @contextmanager
-def relay(endpoint: str, changes: Mapping[bytes, bytes], only: bytes = b"") -> Generator[str]:
+def relay(
+    endpoint: str, changes: Mapping[bytes, bytes], only: bytes = b"", answers: Mapping[bytes, bytes] = NO_CHANGES
+) -> Generator[str]:
     """The server by another address, where words of what is sent become others of the same length: in requests that
-    contain `only`."""
+    contain `only`, and in `answers`."""
     target = urlsplit(endpoint)
 
     def pass_on(source: socket.socket, sink: socket.socket, changes: Mapping[bytes, bytes]) -> None:
         with suppress(OSError):  # either side hung up
             while data := source.recv(1 << 16):
-                for before, after in changes.items() if only in data else ():
+                for before, after in changes.items() if only in data or changes is answers else ():
                     data = data.replace(before, after)
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
@@ -124,7 +129,7 @@ def relay(endpoint: str, changes: Mapping[bytes, bytes], only: bytes = b"") -> G
                 near = listener.accept()[0]
                 far = socket.create_connection((target.hostname, target.port))
                 threading.Thread(target=pass_on, args=(near, far, changes), daemon=True).start()
-                threading.Thread(target=pass_on, args=(far, near, {}), daemon=True).start()
+                threading.Thread(target=pass_on, args=(far, near, answers), daemon=True).start()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=take, args=(listener,), daemon=True).start()

@@ -181,6 +181,16 @@ def test_nothing_is_concluded_from_a_store_that_takes_no_part_at_all(s3: S3Serve
     assert corner.left() == set()
 
 
+def test_a_store_without_etags_is_refused_before_anything_is_sent(s3: S3Server, credentials: None) -> None:
+    """A file could be replaced after it was hashed: JuiceFS is so unless it is started with --keep-etag."""
+    with relay(s3.endpoint, {}, answers={b"ETag: ": b"Nope: ", b"Etag: ": b"Nope: ", b"etag: ": b"nope: "}) as endpoint:
+        corner = Corner(s3, endpoint=endpoint)
+        with pytest.raises(Unavailable, match="ETag") as raised:
+            sent(corner)
+    assert raised.value.code == "store_unfit"
+    assert corner.left() == set()
+
+
 def test_trying_parts_leaves_nothing(corner: Corner) -> None:
     arrival = corner.announce(os.urandom(LARGE_BYTES))
     assert "x-amz-checksum-sha256" in corner.part(arrival, 1, b"").headers

@@ -39,23 +39,25 @@ EXITS = """## Exit codes
 
 def page() -> str:
     adaptory: Any = typer.main.get_command(app)
-    parts = [HEAD, _options(adaptory, adaptory.make_context("adaptory", [], resilient_parsing=True), "Global options")]
+    context = adaptory.make_context("adaptory", [], resilient_parsing=True)
+    parts = [HEAD, _options(adaptory, context, "Global options")]
     for title, names, _ in GROUPS:
         parts.append(f"## {title}\n\n")
         for name in names:
-            parts += _commands(adaptory.commands[name], ("adaptory", name))
+            parts += _commands(adaptory.commands[name], ("adaptory", name), context)
     return joined(*parts, EXITS)
 
 
-def _commands(command: Any, path: tuple[str, ...]) -> Iterator[str]:
-    """The command, or each command of a group."""
+def _commands(command: Any, path: tuple[str, ...], parent: Any) -> Iterator[str]:
+    """The command, or each command of a group. Commands keep the first help option that they make, which `parent`
+    decides."""
     if getattr(command, "hidden", False):
         return
     if hasattr(command, "commands"):
         for name, below in sorted(command.commands.items()):
-            yield from _commands(below, (*path, name))
+            yield from _commands(below, (*path, name), parent)
         return
-    context = command.make_context(path[-1], [], resilient_parsing=True)
+    context = command.make_context(path[-1], [], parent, resilient_parsing=True)
     usage = " ".join([*path, *command.collect_usage_pieces(context)])
     yield f"### {' '.join(path)}\n\n{plain(_paragraphs(command.help))}\n\n{code(usage)}\n\n"
     yield _options(command, context)

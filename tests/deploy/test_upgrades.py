@@ -1,0 +1,282 @@
+"""The next version takes over while this one serves, and clients of the version before go on.
+
+The next version is this one with a further migration. The version before is the last commit with another schema, from
+the history of the checkout.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import Column, MetaData, UniqueConstraint, text
+
+from registry.database.engine import Database
+from registry.database.migrate import head_revision, migrate, migrations_directory
+from registry.errors import Unavailable
+from registry.settings import Settings
+from registry.transfer.resources import open_resources
+from tests import services
+from tests.deploy.stack import Stack, wait_until_ready
+from tests.deploy.test_restarts import Load, go_on
+from tests.durability.small import write_adapter, write_base
+from tests.ports import free_ports
+from tests.scenarios.world import Cli
+
+CHECKOUT = Path(__file__).parents[2]
+NEXT = f"{int(head_revision()) + 1:04}"
+MIGRATION = f'''"""something new"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "{NEXT}"
+down_revision = "{head_revision()}"
+oldest_code = "{{oldest}}"
+
+
+def upgrade() -> None:
+    op.add_column("releases", sa.Column("mood", sa.String(10), nullable=False, server_default="calm"))
+    op.create_table("moods", sa.Column("name", sa.String(10), primary_key=True))
+'''
+
+
+@dataclass(frozen=True)
+class Version:
+    """The sources of a version, run with this environment's packages."""
+
+    directory: Path
+
+    def command(self, *words: object) -> list[str]:
+        start = f"import sys; sys.path.insert(0, {str(self.directory)!r}); from registry.cli.start import main; main()"
+        return [sys.executable, "-P", "-c", start, *map(str, words)]
+
+    def run(self, environment: Mapping[str, str], *words: object) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
+        return subprocess.run(
+            self.command(*words), env={**kept, **environment}, capture_output=True, text=True, timeout=120
+        )
+
+    def json(self, environment: Mapping[str, str], *words: object) -> Any:
+        ran = self.run(environment, *words, "--json")
+        assert ran.returncode == 0, f"{words}: {ran.stdout}{ran.stderr}"
+        return json.loads(ran.stdout)
+
+
+def next_version(directory: Path, oldest: str) -> Version:
+    """This version with a migration that the code of schema `oldest` can live with, as it says."""
+    for name in ("registry", "composer", "migrations"):
+        shutil.copytree(CHECKOUT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (directory / "migrations" / "versions" / f"{NEXT}_moods.py").write_text(MIGRATION.format(oldest=oldest))
+    return Version(directory)
+
+
+@pytest.fixture
+def environ(pairing: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """Of a registry with a base and six releases."""
+    variables = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia", **pairing}
+    cli = Cli(variables)
+    cli.ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
+    return variables
+
+
+@pytest.mark.long
+def test_the_next_version_takes_over_from_this_one_without_a_failed_request(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    cli, ports = Cli(environ), free_ports(2)
+    for number in range(6):
+        adapter = write_adapter(tmp_path / str(number), number)
+        cli.ok("push", adapter, f"acme/sql:1.{number}.0", "--base", "tiny")
+    version = next_version(tmp_path / "next", head_revision())
+    settings = environ | {"ADAPTORY_DRAIN_S": "3"}
+    with Stack(tmp_path, settings) as stack:
+        servers, worker = [stack.server(port) for port in ports], stack.worker()
+        proxy = stack.proxy(*ports, ADAPTORY_TRY_FOR="0s")
+        with Load(proxy.url, stack.trust, tmp_path / "pushed") as load:
+            go_on(load)
+            assert version.json(settings, "migrate")["to"] == NEXT
+            go_on(load)
+            assert httpx2.get(f"{servers[0].url}/readyz", timeout=30).status_code == 200
+            refused = cli("gc")
+            assert (refused.code, "newer than" in refused.err) == (7, True), "it does not know all that names a blob"
+            for server, port in zip(servers, ports, strict=True):
+                server.ask_to_stop()
+                assert server.stopped() == 0
+                newer = stack.start("next", version.command("serve", "--no-worker", "--port", port))
+                newer.url = server.url
+                wait_until_ready(newer)
+                go_on(load)
+            worker.ask_to_stop()
+            assert worker.stopped() == 0
+            stack.start("next-worker", version.command("worker"))
+            go_on(load)
+        assert load.failures == []
+    assert version.json(settings, "fsck")["clean"]
+
+
+def test_this_version_serves_a_later_schema_that_it_works_with_and_changes_nothing_else_there(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    settings = Settings.model_validate(
+        {"home": tmp_path / "home", "database_url": environ.get("ADAPTORY_DATABASE_URL")}
+    )
+    known = open_resources(settings)
+    _say(known.database, NEXT, head_revision())
+    open_resources(settings, newer=True).close()
+    with pytest.raises(Unavailable, match="newer than"):
+        open_resources(settings)
+    for words in (("gc",), ("fsck",), ("migrate",), ("backup", tmp_path / "saved")):
+        assert Cli({**environ, "ADAPTORY_STORAGE__KIND": "local"})(*words).code == 7, words
+    _say(known.database, NEXT, NEXT)
+    with pytest.raises(Unavailable, match="newer than"):
+        open_resources(settings, newer=True)
+    known.close()
+
+
+def _say(database: Database, revision: str, oldest: str) -> None:
+    with database.write() as session:
+        said = text("UPDATE alembic_version SET version_num = :revision, oldest_code = :oldest")
+        session.execute(said, {"revision": revision, "oldest": oldest})
+
+
+def breaks(old: MetaData, new: MetaData) -> list[str]:
+    """What statements written for the old schema would trip over in the new one."""
+    said: list[str] = []
+    for name, table in old.tables.items():
+        if name not in new.tables:
+            said.append(f"{name} is gone")
+            continue
+        now = new.tables[name]
+        for column in table.columns:
+            if column.name not in now.c:
+                said.append(f"{name}.{column.name} is gone")
+            elif str(now.c[column.name].type) != str(column.type):
+                said.append(f"{name}.{column.name} has another type")
+            elif column.nullable and not now.c[column.name].nullable:
+                said.append(f"{name}.{column.name} must have a value now")
+        said += [
+            f"{name}.{column.name} has no default"
+            for column in now.columns
+            if column.name not in table.c and _bare(column)
+        ]
+        said += [f"{name} has a new rule {rule}" for rule in sorted(_rules(now) - _rules(table))]
+    return said
+
+
+def _bare(column: Column[Any]) -> bool:
+    return not column.nullable and column.server_default is None
+
+
+def _rules(table: Any) -> set[str]:
+    """Names of what makes a write fail."""
+    unique = {str(one.name) for one in table.constraints if isinstance(one, UniqueConstraint)}
+    return unique | {str(one.name) for one in table.indexes if one.unique}
+
+
+def schema_of(kind: str, directory: Path, revision: str) -> MetaData:
+    directory.mkdir(exist_ok=True)
+    database, schema = Database(services.new_database_of(kind, directory)), MetaData()
+    migrate(database, revision)
+    schema.reflect(database.engine)
+    database.close()
+    return schema
+
+
+REVISIONS = sorted(path.name[:4] for path in (migrations_directory() / "versions").glob("0*.py"))
+FREE = "0018"
+"""Up to here, servers were stopped for a migration."""
+
+
+@pytest.mark.parametrize("kind", services.DATABASES)
+def test_a_migration_leaves_to_the_code_before_it_what_that_code_uses(kind: str, tmp_path: Path) -> None:
+    """A migration that cannot says so by its `oldest_code`, and its changelog says that servers have to stop."""
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(migrations_directory()))
+    for script in ScriptDirectory.from_config(config).walk_revisions():
+        if script.revision <= FREE:
+            continue
+        oldest = getattr(script.module, "oldest_code", None)
+        assert oldest is not None, f"{script.revision} does not say which code it works with (docs/contributing.md)"
+        if oldest < script.revision:
+            old, new = (schema_of(kind, tmp_path / one, one) for one in (oldest, script.revision))
+            assert breaks(old, new) == [], script.revision
+
+
+def test_what_the_code_before_trips_over_is_seen(tmp_path: Path) -> None:
+    old, new = (schema_of("SQLite", tmp_path / one, one) for one in REVISIONS[-2:])
+    assert breaks(old, new) == [], "it only added"
+    assert breaks(new, old) != [], "the way back takes things away"
+    first, second = (schema_of("SQLite", tmp_path / one, one) for one in ("0004", "0005"))
+    second.tables["releases"].c["notes"].nullable = False
+    first.tables["releases"].c["notes"].nullable = True
+    second.tables["releases"].append_column(Column("mood", second.tables["releases"].c["notes"].type, nullable=False))
+    second.tables["releases"].append_constraint(UniqueConstraint("notes", name="uq_notes"))
+    assert breaks(first, second) == [
+        "releases.notes must have a value now",
+        "releases.mood has no default",
+        "releases has a new rule uq_notes",
+    ]
+
+
+def _history(*words: str) -> bytes | None:
+    """What git says; None without a history that has it."""
+    git = shutil.which("git")
+    ran = subprocess.run([git, "-C", CHECKOUT, *words], capture_output=True) if git else None
+    return ran.stdout if ran is not None and ran.returncode == 0 else None
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Version:
+    """The last tag or, before the first, the last commit with another schema than today's."""
+    commit = (_history("describe", "--tags", "--abbrev=0") or b"").decode().strip()
+    if not commit:
+        newest = next((migrations_directory() / "versions").glob(f"{head_revision()}_*.py")).relative_to(CHECKOUT)
+        added = (_history("log", "--diff-filter=A", "--format=%H", "-1", "--", str(newest)) or b"").decode().strip()
+        commit = f"{added}^" if added else ""
+    archive = _history("archive", commit, "registry", "composer", "migrations") if commit else None
+    if archive is None:
+        pytest.skip("this checkout has no history with the version before")
+    directory = tmp_path_factory.mktemp("before")
+    with tarfile.open(fileobj=BytesIO(archive)) as files:
+        files.extractall(directory, filter="data")
+    return Version(directory)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("newer", ["server", "client"])
+def test_a_client_and_a_server_of_two_versions_release_together(before: Version, tmp_path: Path, newer: str) -> None:
+    now = Version(CHECKOUT)
+    serving, client = (now, before) if newer == "server" else (before, now)
+    port, adapters = services.free_port(), [write_adapter(tmp_path / str(number), number) for number in range(2)]
+    with Stack(tmp_path, {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia"}) as stack:
+        server = stack.start("server", serving.command("serve", "--port", port))
+        server.url = f"http://127.0.0.1:{port}"
+        wait_until_ready(server)
+        user = {"ADAPTORY_URL": server.url, "ADAPTORY_HOME": str(tmp_path / "client")}
+        client.json(user, "base", "add", write_base(tmp_path / "base"), "--name", "tiny")
+        for number, adapter in enumerate(adapters):
+            client.json(user, "push", adapter, f"acme/sql:1.{number}.0", "--base", "tiny")
+            client.json(user, "promote", f"acme/sql:1.{number}.0", "--to", "prod", "--reason", "why not")
+        client.json(user, "rollback", "acme/sql@prod", "--reason", "that is why")
+        client.json(user, "yank", "acme/sql:1.1.0", "--reason", "worse")
+        pulled = tmp_path / "pulled"
+        assert client.run(user, "pull", "acme/sql@prod", "-o", pulled).returncode == 0
+        weights = "adapter_model.safetensors"
+        assert (pulled / weights).read_bytes() == (adapters[0] / weights).read_bytes()
+        for words in (("search", "--base", "tiny"), ("log", "acme/sql"), ("history", "acme/sql@prod"), ("jobs",)):
+            assert client.json(user, *words)["items"] is not None
+        assert client.json(user, "show", "acme/sql@prod")["version"] == "1.0.0"
+        assert client.json(user, "conflicts", "acme/sql:1.0.0", "acme/sql:1.1.0")["pairs"]
