@@ -58,7 +58,7 @@ def environment(bin_directory: Path, tmp_path: Path) -> dict[str, str]:
     path = f"{bin_directory}:{Path(sys.executable).parent}:/usr/bin:/bin"
     inherited = {name: os.environ[name] for name in kept if name in os.environ}
     no_hub = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # but that which a page names
-    return inherited | no_hub | {"PATH": path, "HOME": str(home), "COLUMNS": "80", "PYTHONDONTWRITEBYTECODE": "1"}
+    return inherited | no_hub | {"PATH": path, "HOME": str(home), "COLUMNS": "100", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 @pytest.fixture
