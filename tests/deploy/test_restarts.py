@@ -156,6 +156,26 @@ def test_servers_and_workers_are_replaced_without_a_failed_request(environ: dict
     assert cli("fsck", "--full").code == 0
 
 
+@pytest.mark.long
+def test_the_proxy_holds_requests_until_the_only_server_is_back(environ: dict[str, str], tmp_path: Path) -> None:
+    """As compose.yaml has it."""
+    for number in range(RELEASES):
+        adapter = write_adapter(tmp_path / str(number), number)
+        Cli(environ).ok("push", adapter, f"acme/sql:1.{number}.0", "--base", "tiny")
+    port = services.free_port()
+    with Stack(tmp_path, environ) as stack:
+        server = stack.server(port)
+        proxy = stack.proxy(port, ADAPTORY_TRY_FOR="60s")
+        with Load(proxy.url, stack.trust, tmp_path / "pushed") as load:
+            go_on(load)
+            server.ask_to_stop()
+            assert server.stopped() == 0
+            time.sleep(2)
+            stack.server(port)
+            go_on(load)
+        assert load.failures == []
+
+
 def go_on(load: Load) -> None:
     """Every client does some more."""
     seen = dict(load.counts)
