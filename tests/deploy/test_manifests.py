@@ -82,7 +82,7 @@ def test_the_compose_file_is_valid_and_asks_for_every_secret() -> None:
 
 def _unknown_settings(names: Any) -> set[str]:
     ours = {name for name in names if name.startswith("ADAPTORY_")}
-    return ours - Settings.variables() - {"ADAPTORY_SITE", "ADAPTORY_SERVERS"}
+    return ours - Settings.variables() - {"ADAPTORY_SITE", "ADAPTORY_SERVERS", "ADAPTORY_TRY_FOR"}
 
 
 @cache

@@ -35,11 +35,12 @@ def environ(pairing: dict[str, str], tmp_path: Path) -> dict[str, str]:
     return variables
 
 
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_a_server_that_is_asked_to_stop_says_so_first_and_answers_until_it_does(
-    environ: dict[str, str], tmp_path: Path
+    environ: dict[str, str], tmp_path: Path, processes: str
 ) -> None:
     with Stack(tmp_path, environ) as stack, httpx2.Client(timeout=20) as client:
-        server = stack.server(services.free_port(), ADAPTORY_DRAIN_S="2")
+        server = stack.server(services.free_port(), "--processes", processes, ADAPTORY_DRAIN_S="3")
         assert "connection" not in client.get(f"{server.url}/v1/bases/tiny").headers
         began = time.monotonic()
         server.ask_to_stop()
@@ -50,7 +51,7 @@ def test_a_server_that_is_asked_to_stop_says_so_first_and_answers_until_it_does(
         assert answered.headers["connection"] == "close"
         assert client.get(f"{server.url}/healthz").status_code == 200
         assert server.stopped() == 0
-        assert time.monotonic() - began >= 2
+        assert time.monotonic() - began >= 3
 
 
 class Load:
@@ -154,6 +155,26 @@ def test_servers_and_workers_are_replaced_without_a_failed_request(environ: dict
             pushed = ok(client.get(f"{LINE}/releases?limit=500")).json()["items"]
     assert len(pushed) == RELEASES + load.counts["_push"]
     assert cli("fsck", "--full").code == 0
+
+
+@pytest.mark.long
+def test_the_proxy_holds_requests_until_the_only_server_is_back(environ: dict[str, str], tmp_path: Path) -> None:
+    """As compose.yaml has it."""
+    for number in range(RELEASES):
+        adapter = write_adapter(tmp_path / str(number), number)
+        Cli(environ).ok("push", adapter, f"acme/sql:1.{number}.0", "--base", "tiny")
+    port = services.free_port()
+    with Stack(tmp_path, environ) as stack:
+        server = stack.server(port)
+        proxy = stack.proxy(port, ADAPTORY_TRY_FOR="60s")
+        with Load(proxy.url, stack.trust, tmp_path / "pushed") as load:
+            go_on(load)
+            server.ask_to_stop()
+            assert server.stopped() == 0
+            time.sleep(2)
+            stack.server(port)
+            go_on(load)
+        assert load.failures == []
 
 
 def go_on(load: Load) -> None:
