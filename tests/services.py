@@ -33,6 +33,8 @@ DIRECTORY = "ADAPTORY_TEST_SERVICES"
 """The environment variable that brings the directory of this run's services to every test process."""
 DATABASES = ("SQLite", "PostgreSQL")
 PAIRINGS = ("SQLite and a directory", "PostgreSQL and S3")
+ONE_PAIRING = (PAIRINGS[0], pytest.param(PAIRINGS[1], marks=pytest.mark.long))
+"""For what hardly depends on the database and the store: the other pairing is for `make test-long`."""
 NOT_RUNNING = 3
 """The exit code of `pg_ctl status` for a cluster without a server."""
 _MIGRATED = "migrated"

@@ -31,7 +31,7 @@ RANK = {role: number for number, role in enumerate(Role)}
 TEMPLATES = Path(render.__file__).parent / "templates"
 
 
-@pytest.fixture(scope="module", params=services.PAIRINGS)
+@pytest.fixture(scope="module", params=services.ONE_PAIRING)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
     return furnished_house(request.param, tmp_path_factory.mktemp("house"))
 

@@ -38,7 +38,7 @@ FOR_ALL: dict[str, int | str] = {"open": "allowed", "absent": 404, OWN_TOKEN: 40
 RANK = {role: number for number, role in enumerate(Role)}
 
 
-@pytest.fixture(scope="module", params=services.PAIRINGS)
+@pytest.fixture(scope="module", params=services.ONE_PAIRING)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
     return furnished_house(request.param, tmp_path_factory.mktemp("house"))
 

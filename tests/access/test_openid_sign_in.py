@@ -44,7 +44,7 @@ def settings_of(idp: Provider, **changed: Any) -> SignInSettings:
     return SignInSettings(**{**given, **changed})
 
 
-@pytest.fixture(scope="module", params=services.PAIRINGS)
+@pytest.fixture(scope="module", params=services.ONE_PAIRING)
 def house(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, running: Provider
 ) -> Generator[House]:

@@ -24,7 +24,7 @@ from tests.scenarios.test_serve import served
 PROXIED = {"ADAPTORY_ACCESS": "tokens", "ADAPTORY_TRUSTED_PROXIES": "127.0.0.1"}
 
 
-@pytest.fixture(scope="module", params=services.PAIRINGS)
+@pytest.fixture(scope="module", params=services.ONE_PAIRING)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
     built = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
     yield built
@@ -381,6 +381,7 @@ def home_of(house: House, home: Path) -> dict[str, str]:
     return {name: value for name, value in copy_of(house, home).items() if name != "ADAPTORY_HOME"}
 
 
+@pytest.mark.long
 def test_a_proxy_says_how_a_page_was_loaded_and_any_process_takes_its_forms(house: House, tmp_path: Path) -> None:
     """A real server of two processes, behind one that speaks https with browsers."""
     house.resources.database.engine.dispose()

@@ -1,5 +1,6 @@
 """A server over a small real registry with one of everything that pages show, and a browser."""
 
+import json
 import os
 import shutil
 from collections.abc import Generator
@@ -24,6 +25,7 @@ from registry.formats.references import Digest, RepositoryName, Version
 from tests import services
 from tests.access.house import FACTS
 from tests.eventually import eventually
+from tests.s3_server import locked
 from tests.scenarios.test_crashes import resources_of
 from tests.scenarios.world import Cli, World, build_world, server
 
@@ -58,21 +60,55 @@ class Site:
     job: int
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return build_world(tmp_path_factory.mktemp("world"))
+@dataclass(frozen=True)
+class Furnished:
+    """A registry that nobody serves: the directory of its home, and the numbers of `Site`."""
+
+    world: World
+    home: Path
+    composition: int
+    job: int
 
 
 @pytest.fixture(scope="session")
-def site(world: World, tmp_path_factory: pytest.TempPathFactory) -> Generator[Site]:
-    home = tmp_path_factory.mktemp("site") / "home"
+def furnished() -> Furnished:
+    """Built by the first test process that asks for it, for all of them: it takes ten seconds of two cores."""
+    directory = Path(os.environ[services.DIRECTORY]) / "site"
+    directory.mkdir(exist_ok=True)
+    kept = directory / "furnished.json"
+    with locked(directory / "lock"):
+        if not kept.exists():
+            kept.write_text(json.dumps(_furnish(directory)))
+    made = json.loads(kept.read_text())
+    named = {kind: {name: Path(path) for name, path in made[kind].items()} for kind in ("adapters", "suites")}
+    world = World(Path(made["base"]), named["adapters"], named["suites"])
+    return Furnished(world, directory / "home", made["composition"], made["job"])
+
+
+def _furnish(directory: Path) -> dict[str, Any]:
+    (directory / "world").mkdir()
+    world, home = build_world(directory / "world"), directory / "home"
     cli = Cli({"ADAPTORY_HOME": str(home), "ADAPTORY_USER": "mia"})
-    composition = _fill(cli, world, home.parent)
+    composition = _fill(cli, world, directory)
     _publish_many(cli)
     job = cli.json("eval", "acme/support:1.0.0", "--suite", "guard-exact", "--queue", "--no-wait")["job"]
     with server(home, ADAPTORY_USER="mia") as (url, _):
         compare(url, *CHECKED)
-        yield Site(url, cli, composition, job)
+    paths = {kind: {name: str(path) for name, path in getattr(world, kind).items()} for kind in ("adapters", "suites")}
+    return {"base": str(world.base), **paths, "composition": composition, "job": job}
+
+
+@pytest.fixture(scope="session")
+def world(furnished: Furnished) -> World:
+    return furnished.world
+
+
+@pytest.fixture(scope="session")
+def site(furnished: Furnished, tmp_path_factory: pytest.TempPathFactory) -> Generator[Site]:
+    home = shutil.copytree(furnished.home, tmp_path_factory.mktemp("site") / "home")
+    cli = Cli({"ADAPTORY_HOME": str(home), "ADAPTORY_USER": "mia"})
+    with server(home, ADAPTORY_USER="mia") as (url, _):
+        yield Site(url, cli, furnished.composition, furnished.job)
 
 
 def _publish_many(cli: Cli) -> None:

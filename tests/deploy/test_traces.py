@@ -67,6 +67,7 @@ def collector() -> Generator[Collector]:
     server.server_close()
 
 
+@pytest.mark.long
 def test_a_collector_gets_requests_with_their_statements_and_the_steps_of_jobs(
     stocked_embedded: Cli, world: World, collector: Collector, tmp_path: Path
 ) -> None:

@@ -134,6 +134,7 @@ def checked(environ: Mapping[str, str]) -> tuple[int, Any]:
     return ran.code, ran.json
 
 
+@pytest.mark.long
 def test_a_backup_of_a_busy_registry_database_first_is_restored_whole(environ: dict[str, str], tmp_path: Path) -> None:
     backup = Backup(environ, tmp_path / "backup")
     with busy(environ, tmp_path / "adapters") as pushed:

@@ -173,7 +173,8 @@ def _refusals_are_readable(errors: Mapping[str, tuple[str, str]]) -> None:
         assert words in texts[name], texts[name]
 
 
-@pytest.mark.parametrize("hub", [pytest.param("directory", marks=LONG), "S3"], indirect=True)
+@LONG
+@pytest.mark.parametrize("hub", ["directory", "S3"], indirect=True)
 def test_peft_and_transformers_load_releases_by_their_names(hub: Hub, world: World, tmp_path: Path) -> None:
     seen = hub.run(Path(sys.executable), "hub_peft.py", tmp_path, world.base, token=hub.publisher)
     assert seen["merged"] == seen["base"]

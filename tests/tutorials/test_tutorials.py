@@ -1,7 +1,7 @@
 """Every command of the quick start and of the tutorials is run, in order, in a directory of its own.
 
-By default with a model of 70,000 weights (tests/tutorials/small) under the names of examples/; with the real ones in
-`make test-long`. What a page shows of the output must be printed, but for numbers that were measured.
+By default with a model of 70,000 weights (tests/tutorials/small) under the names of examples/. `make test-long` runs the
+longest pages too, and all of them with the real ones. What a page shows of the output must be printed, but for numbers that were measured.
 """
 
 import os
@@ -26,6 +26,7 @@ SMALL = Path(__file__).parent / "small"
 PAGES = ("quick-start.md", *sorted(f"tutorials/{path.name}" for path in (DOCS / "tutorials").glob("*.md")))
 SHOWN = {"tutorials/demo.md": "what `make demo` prints, which is a program", "tutorials/in-python.md": "a notebook"}
 """Pages without commands of their own."""
+LONGEST = ("tutorials/compose-and-merge.md", "tutorials/gates.md", "tutorials/run-in-production.md")
 PORT = "8470"
 MAKE_BASE = "import shutil, sys\nshutil.copytree({small!r}, sys.argv[1])\n"
 
@@ -68,7 +69,10 @@ def shell(checkout: Path, environment: dict[str, str]) -> Generator[Shell]:
     opened.close()
 
 
-@pytest.mark.parametrize("name", [page for page in PAGES if page not in SHOWN])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(page, marks=pytest.mark.long) if page in LONGEST else page for page in PAGES if page not in SHOWN],
+)
 def test_every_command_of_a_page_does_what_the_page_says(name: str, shell: Shell, checkout: Path) -> None:
     port = str(services.free_port())
     ran = 0
