@@ -1,7 +1,8 @@
 """Every command of the quick start and of the tutorials is run, in order, in a directory of its own.
 
-By default with a model of 70,000 weights (tests/tutorials/small) under the names of examples/. `make test-long` runs the
-longest pages too, and all of them with the real ones. What a page shows of the output must be printed, but for numbers that were measured.
+By default with a model of 70,000 weights (tests/tutorials/small) under the names of examples/. `make test-long` runs
+the longest pages too, and all of them with the real ones. What a page shows of the output must be printed, but for
+numbers that were measured.
 """
 
 import os
