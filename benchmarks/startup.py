@@ -29,7 +29,7 @@ FRAMEWORKS = "import fastapi, httpx2, sqlalchemy.orm, typer"
 HELP = "import sys; sys.argv = ['adaptory', '--help']\nfrom registry.cli.main import app\napp(standalone_mode=False)"
 ALLOWED = {
     "adaptory --help": (HELP, ()),
-    "import registry.api.app": ("import registry.api.app", ("numpy", "fastapi", "starlette", "sqlalchemy")),
+    "import registry.api.app": ("import registry.api.app", ("fastapi", "starlette", "sqlalchemy")),
     "import registry.client.api": ("import registry.client.api", ("httpx2",)),
 }
 """Modules that each command may load; everything else in HEAVY must stay out."""

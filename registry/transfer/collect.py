@@ -31,7 +31,6 @@ from registry.formats.references import Digest
 from registry.settings import Settings
 from registry.storage.blobs import BlobStat
 from registry.storage.local import remove_stale
-from registry.transfer import xet
 from registry.transfer.resources import Resources
 from registry.transfer.uploads import ARRIVED
 
@@ -133,6 +132,8 @@ def sweep(resources: Resources, now: datetime) -> Swept:
 
     Safe while others upload: keeps everything younger than the upload expiry.
     """
+    from registry.transfer import xet  # loads NumPy, which no command that lists or shows needs
+
     before = now - timedelta(seconds=resources.settings.upload_expires_s)
     forgotten = 0
     while (count := _forget_expired(resources, now)) is not None:

@@ -70,7 +70,8 @@ def _page(
         except ERRORS as refused:
             error = _beside_form(refused)
     measure = shown if shown in report.MEASURES else report.DEFAULT_MEASURE
-    stated, finished = check.report if check else None, check is None or check.state in FINISHED
+    stated = check.report if check else None
+    finished = check is None or stated is not None or check.state in FINISHED  # a report is kept before its job ends
     answer = page(
         request,
         "conflicts.html",

@@ -152,6 +152,19 @@ def large_report() -> dict[str, Any]:
     }
 
 
+def test_a_page_that_waits_is_loaded_again_once_there_is_a_report_though_the_job_has_not_ended(
+    house: House, reader: Browser
+) -> None:
+    chosen = Chosen.of_address(query_of(f"{pair_of(PRIVATE)}&method=linear"))
+    check = house.ask("reader", "POST", "/v1/conflicts", json=chosen.document()).json()
+    waits = chosen.address("/conflicts", wait="yes")
+    assert "hx-refresh" not in reader.open(waits).headers
+    with house.resources.write() as session:
+        session.get_one(ConflictCheck, check["id"]).report = large_report()
+    assert house.ask("reader", "GET", f"/v1/conflicts/{check['id']}").json()["state"] == "queued"
+    assert reader.open(waits).headers["hx-refresh"] == "true"
+
+
 def test_the_page_of_many_large_adapters_is_small(house: House, reader: Browser) -> None:
     name = RepositoryName(PRIVATE, "sql")
     with house.resources.write() as session:
