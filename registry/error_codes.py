@@ -90,7 +90,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "protect_unknown": "Inputs are counted from 1.",
         "quantized_base": "Use the unquantized base.",
         "ranks_differ": "Use peft_cat or peft_svd.",
-        "quota_exceeded": "Take down what is not needed any more, or ask an admin of the registry for more.",
+        "quota_exceeded": "Take down releases that you do not need, or ask a registry admin for a larger quota.",
         "release_yanked": "Choose another version.",
         "replacement_and_delta": "Leave one of the two out, or set replacements=delta.",
         "replacement_conflict": "Leave one of the two out, or set replacements=delta.",

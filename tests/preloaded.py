@@ -4,14 +4,19 @@ import gc
 from functools import lru_cache, partial
 
 import alembic.command  # noqa: F401
+import anyio._backends._asyncio
 import boto3
 import botocore.session
 import psycopg  # noqa: F401
 import typer.main
+import uvicorn.loops.auto
 import uvicorn.protocols.http.h11_impl
 import uvicorn.protocols.websockets.auto  # noqa: F401
+import uvloop  # noqa: F401
 
 import registry.api.app
+import registry.api.http.metrics
+import registry.api.http.protocol
 import registry.cli.main
 import registry.cli.server
 import registry.client.push
@@ -23,7 +28,8 @@ import registry.worker.runner
 import registry.worker.steps
 from tests import services
 
-registry.api.app.routers()
+for routers in (registry.api.app.routers, registry.api.app.hub_routers, registry.api.app.page_routers):
+    routers()
 # A process need not build the command line, read what S3 is from 2 MB of JSON, migrate, or collect what it was forked
 # with.
 registry.transfer.resources.ensure_schema = partial(services.ensure_schema_by_copy, services.shared_directory())

@@ -151,7 +151,7 @@ class Api:
             with suppress(NotFound):
                 self.get(models)
                 return models
-            detail = f"There is no repository {repository} that you may see."
+            detail = f"There is no repository {repository}, or you may not read it."
             raise NotFound(unknown.code, detail, subject=repository, next_step=unknown.next_step) from unknown
         return adapters
 

@@ -195,7 +195,7 @@ def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
     if stat is None:
         raise NotFound(
             "blob_unknown",
-            f"There is no blob {sha256} that you may see.",
+            f"There is no blob {sha256}, or you may not read it.",
             subject=sha256,
             next_step="Announce its bytes (POST /v1/uploads) and send them.",
         )

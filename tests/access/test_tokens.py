@@ -140,7 +140,10 @@ def test_a_token_tells_its_user_alone_which_namespaces_its_scope_leaves_out(hous
     assert (who["grants"], who["limited"]) == ({PUBLIC: "reader"}, {PUBLIC: "publisher", PRIVATE: "publisher"})
     for caller, namespace in (("weak", OTHER), ("weak", "ghost"), ("stranger", PRIVATE)):
         problem = house.ask(caller, "GET", f"/v1/adapters/{namespace}/sql").json()
-        assert (problem["status"], problem["detail"]) == (404, f"There is no namespace {namespace} that you may see.")
+        assert (problem["status"], problem["detail"]) == (
+            404,
+            f"There is no namespace {namespace}, or you may not read it.",
+        )
 
 
 def test_an_unknown_repository_is_answered_with_near_ones_of_what_the_caller_may_read(house: House) -> None:

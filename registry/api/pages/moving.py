@@ -13,7 +13,7 @@ from registry.api.pages import gates
 from registry.api.pages.account import validated
 from registry.api.pages.forms import FormOf
 from registry.api.pages.paths import ChannelOf, RepositoryOf, VersionOf
-from registry.api.pages.render import link, page, redirect
+from registry.api.pages.render import form_page, link, redirect
 from registry.api.pages.wire import PageReleaser, PageRoute
 from registry.api.routes.views import judgement_view
 from registry.api.schemas.quality import PromoteIn, RollbackIn
@@ -118,12 +118,12 @@ def _promotion_page(
 ) -> Response:
     with resources.snapshot() as session:
         judgement = judgement_view(judgements.judge(session, actor, wanted), wanted).model_dump(mode="json")
-    return _form_page(
+    return form_page(
         request,
         "promote.html",
         wanted.repository,
-        wanted.channel,
         error,
+        channel=wanted.channel,
         version=str(wanted.version),
         judgement=judgement,
         report=gates.lines(judgement["gates"]),
@@ -145,28 +145,7 @@ def _rollback_page(
                 dict.fromkeys(one.to_version for one in earlier if one.to_version != earlier[0].to_version)
             ),
         }
-    return _form_page(request, "rollback.html", named, channel, error, **values)
-
-
-def _form_page(
-    request: Request,
-    template: str,
-    named: RepositoryName,
-    channel: str,
-    error: RegistryError | None,
-    **values: Any,
-) -> Response:
-    return page(
-        request,
-        template,
-        status=error.status if error else 200,
-        repository=str(named),
-        namespace=named.namespace,
-        name=named.name,
-        channel=channel,
-        error=error,
-        **values,
-    )
+    return form_page(request, "rollback.html", named, error, channel=channel, **values)
 
 
 def _served(session: Session, row: Any) -> str | None:

@@ -15,6 +15,8 @@ from registry.api.pages import assets, drawings, modules
 from registry.api.pages.forms import SAFE_METHODS, form_token
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import ANONYMOUS, Role, granted
+from registry.errors import RegistryError
+from registry.formats.references import RepositoryName
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -45,6 +47,23 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
     forms = {"sign_in": _sign_in(request), "form_token": form_token(request)}
     text = _environment().get_template(template).render(**known, **forms, **values)
     return HTMLResponse(text, status)
+
+
+def form_page(
+    request: Request, template: str, named: RepositoryName, error: RegistryError | None, **values: Any
+) -> Response:
+    """The page of a form about a repository. With an error, that is why the form is shown again, and its status is the
+    answer's."""
+    return page(
+        request,
+        template,
+        status=error.status if error else 200,
+        repository=str(named),
+        namespace=named.namespace,
+        name=named.name,
+        error=error,
+        **values,
+    )
 
 
 def redirect(address: str) -> Response:

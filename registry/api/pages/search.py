@@ -13,19 +13,22 @@ from registry.api.pages.wire import PageCaller, PageRoute
 from registry.api.routes.documents import Json, RenderedReleaseCache
 from registry.api.routes.search import PARAMETERS, find_releases
 from registry.domain.access.audit import Actor
+from registry.domain.channels import moves
 from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
 
-SHOWN, SUGGESTED = 25, 25
+SHOWN, SUGGESTED, MOVES = 25, 25, 8
 
 
 @router.get("/")
 @in_search_threads
 def home(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
-    """Search, and the newest releases."""
+    """Search, the newest releases, and the last moves of channels."""
     items, _ = _releases(request, resources, actor, [("limit", "10")])
-    return page(request, "home.html", releases=items, json_address="/v1/releases?limit=10")
+    with resources.read() as session:
+        latest = moves.latest(session, actor, limit=MOVES)
+    return page(request, "home.html", releases=items, moves=latest, json_address="/v1/releases?limit=10")
 
 
 @router.get("/search", openapi_extra={"parameters": PARAMETERS})

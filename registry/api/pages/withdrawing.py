@@ -1,15 +1,16 @@
 """Forms that withdraw a release: a yank, which channels and ranges skip, and a deprecation, which blocks nothing."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from registry.api.http.request import ResourcesOf
 from registry.api.pages.account import validated
 from registry.api.pages.forms import Form, FormOf
 from registry.api.pages.paths import RepositoryOf, VersionOf
-from registry.api.pages.render import link, page, redirect
+from registry.api.pages.render import form_page, link, redirect
 from registry.api.pages.wire import ERRORS, PageReleaser, PageRoute, as_registry_error
 from registry.api.schemas.catalog import DeprecateIn, YankIn
 from registry.database.engine import Session
@@ -18,54 +19,50 @@ from registry.domain.access.audit import Actor
 from registry.domain.catalog import deprecations, releases
 from registry.domain.channels import moves, yanks
 from registry.errors import RegistryError
-from registry.formats.references import RepositoryName, Version
-from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
 
 RELEASE = "/{namespace}/{name}/{version}"
 MAX_SERVING = 10
-Act = Callable[[Session, Actor, Release, Form], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawal:
+    """A request about one release, of somebody who may withdraw it."""
+
+    named: RepositoryOf
+    version: VersionOf
+    request: Request
+    resources: ResourcesOf
+    actor: PageReleaser
+
+
+WithdrawalOf = Annotated[Withdrawal, Depends()]
+Act = Callable[[Session, Actor, Release, Form], None]
 
 
 @router.get(RELEASE + "/yank")
-def show_yank(
-    named: RepositoryOf, version: VersionOf, request: Request, resources: ResourcesOf, actor: PageReleaser
-) -> Response:
+def show_yank(asked: WithdrawalOf) -> Response:
     """What a yank does, and the form for it; of a yanked release, the form that undoes it."""
-    return _page(request, resources, "yank.html", named, version)
+    return _page(asked, "yank.html")
 
 
 @router.post(RELEASE + "/yank")
-def yank(
-    named: RepositoryOf, version: VersionOf, request: Request, resources: ResourcesOf, actor: PageReleaser, form: FormOf
-) -> Response:
+def yank(asked: WithdrawalOf, form: FormOf) -> Response:
     """Yanks as REST does, or undoes it, and goes on to the release's page."""
-    try:
-        _act(resources, actor, named, version, form, _yank)
-    except ERRORS as error:
-        return _page(request, resources, "yank.html", named, version, as_registry_error(error))
-    return redirect(link(str(named), str(version)))
+    return _withdraw(asked, form, "yank.html", _yank)
 
 
 @router.get(RELEASE + "/deprecate")
-def show_deprecation(
-    named: RepositoryOf, version: VersionOf, request: Request, resources: ResourcesOf, actor: PageReleaser
-) -> Response:
+def show_deprecation(asked: WithdrawalOf) -> Response:
     """What a deprecation does, and the form for it."""
-    return _page(request, resources, "deprecate.html", named, version)
+    return _page(asked, "deprecate.html")
 
 
 @router.post(RELEASE + "/deprecate")
-def deprecate(
-    named: RepositoryOf, version: VersionOf, request: Request, resources: ResourcesOf, actor: PageReleaser, form: FormOf
-) -> Response:
+def deprecate(asked: WithdrawalOf, form: FormOf) -> Response:
     """Deprecates as REST does, or undoes it, and goes on to the release's page."""
-    try:
-        _act(resources, actor, named, version, form, _deprecate)
-    except ERRORS as error:
-        return _page(request, resources, "deprecate.html", named, version, as_registry_error(error))
-    return redirect(link(str(named), str(version)))
+    return _withdraw(asked, form, "deprecate.html", _deprecate)
 
 
 def _yank(session: Session, actor: Actor, release: Release, form: Form) -> None:
@@ -80,21 +77,19 @@ def _deprecate(session: Session, actor: Actor, release: Release, form: Form) -> 
     deprecations.deprecate(session, actor, release, body.reason, body.successor)
 
 
-def _act(resources: Resources, actor: Actor, named: RepositoryName, version: Version, form: Form, act: Act) -> None:
-    with resources.write() as session:
-        act(session, actor, releases.find(session, named, version), form)
+def _withdraw(asked: Withdrawal, form: Form, template: str, act: Act) -> Response:
+    """Does it and goes on to the release's page; if it is refused, shows the form again with the reason."""
+    try:
+        with asked.resources.write() as session:
+            act(session, asked.actor, releases.find(session, asked.named, asked.version), form)
+    except ERRORS as error:
+        return _page(asked, template, as_registry_error(error))
+    return redirect(link(str(asked.named), str(asked.version)))
 
 
-def _page(
-    request: Request,
-    resources: Resources,
-    template: str,
-    named: RepositoryName,
-    version: Version,
-    error: RegistryError | None = None,
-) -> Response:
-    with resources.snapshot() as session:
-        row = releases.find(session, named, version)
+def _page(asked: Withdrawal, template: str, error: RegistryError | None = None) -> Response:
+    with asked.resources.snapshot() as session:
+        row = releases.find(session, asked.named, asked.version)
         serving = moves.list_page(session, row.repository, served=row, after="", limit=MAX_SERVING)
         values: dict[str, Any] = {
             "yanked": row.yank_reason if row.yanked else None,
@@ -102,14 +97,4 @@ def _page(
             "successor": row.successor,
             "serving": [channel.name for channel in serving],
         }
-    return page(
-        request,
-        template,
-        status=error.status if error else 200,
-        repository=str(named),
-        namespace=named.namespace,
-        name=named.name,
-        version=str(version),
-        error=error,
-        **values,
-    )
+    return form_page(asked.request, template, asked.named, error, version=str(asked.version), **values)

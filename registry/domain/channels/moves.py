@@ -5,13 +5,14 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import Select, Table, bindparam, insert, literal_column, select, update
+from sqlalchemy import Select, Table, bindparam, func, insert, literal_column, select, update
 from sqlalchemy.orm import Session, joinedload
 
 from registry.database.engine import insert_if_absent
 from registry.database.tables import Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import readable
 from registry.domain.catalog import releases, repositories, signatures
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import pending, policies, refusals
@@ -23,6 +24,8 @@ from registry.errors import Refused, Stale
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import Version, parse_name, refuse_ambiguous_channel
 
+CONSIDERED = 2_000
+"""Among so many last moves of a registry `latest` looks for those that an actor may read."""
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
 
@@ -97,6 +100,15 @@ _HISTORY = (
     .join(Release.__table__, _release.id == _move.to_release_id)
     .outerjoin(_left, _left.c.id == _move.from_release_id)
     .where(_move.channel_id == bindparam("channel"))
+    .order_by(_move.id.desc())
+)
+_LATEST = (
+    select(_repository.namespace, _repository.name.label("repository"), _channel.name.label("channel"), *_MOVED)
+    .select_from(Move.__table__)
+    .join(Channel.__table__, _channel.id == _move.channel_id)
+    .join(Repository.__table__, _repository.id == _channel.repository_id)
+    .join(Release.__table__, _release.id == _move.to_release_id)
+    .outerjoin(_left, _left.c.id == _move.from_release_id)
     .order_by(_move.id.desc())
 )
 _OF_RELEASE = (
@@ -315,6 +327,15 @@ def history(session: Session, channel: Channel, *, before: int, limit: int) -> l
     """Moves, newest first; `before` is the id of the last move of the previous page, 0 for the first page."""
     query = _HISTORY.where(_move.id < before) if before else _HISTORY
     return [ChannelMove.of_row(row) for row in session.execute(query.limit(limit), {"channel": channel.id})]
+
+
+def latest(session: Session, actor: Actor, *, limit: int) -> list[tuple[str, str, ChannelMove]]:
+    """The newest moves of all channels that the actor may read, each with its repository and channel, among the last
+    `CONSIDERED` of the registry."""
+    newest = session.scalar(select(func.max(_move.id))) or 0
+    query = _LATEST.where(_move.id > newest - CONSIDERED, readable(actor, Repository.namespace)).limit(limit)
+    rows = session.execute(query)
+    return [(f"{row.namespace}/{row.repository}", row.channel, ChannelMove.of_row(row)) for row in rows]
 
 
 def of_release(session: Session, release: Release, *, before: int, limit: int) -> list[tuple[str, ChannelMove]]:

@@ -10,9 +10,8 @@ import pytest
 from composer.formats.recipes.methods import PIPELINES, parse_settings
 from composer.formats.recipes.recipe import parse_recipe
 from registry.api.pages.recipe_form import SETTING, RecipeForm
-from tests import services
 from tests.access.browser import Browser
-from tests.access.house import PRIVATE, PUBLIC, House, build_house, new_environment
+from tests.access.house import PRIVATE, PUBLIC, House
 
 PAIR = [{"adapter": "acme/sql:1.0.0", "weight": 0.5}, {"adapter": "acme/sql:1.1.0", "weight": 1.0, "suite": "exact"}]
 WITH_FIELDS: list[dict[str, Any]] = [
@@ -35,13 +34,6 @@ AS_TEXT: list[dict[str, Any]] = [
     {"method": "mean", "inputs": [{**PAIR[0], "rules": [{"layers": "0-3", "weight": 0.2}]}]},
     {"method": "regmean", "inputs": [{**PAIR[0], "prompts": ["How are you?"]}]},
 ]
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    house = build_house(new_environment(services.PAIRINGS[0], tmp_path_factory.mktemp("house") / "home"))
-    yield house
-    house.close()
 
 
 @pytest.fixture

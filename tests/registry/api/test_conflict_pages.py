@@ -16,21 +16,13 @@ from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
-from tests import services
 from tests.access.browser import Browser
-from tests.access.house import FACTS, HOST, PRIVATE, PUBLIC, House, build_house, new_environment
+from tests.access.house import FACTS, HOST, PRIVATE, PUBLIC, House
 
 MAX_PAGE_BYTES = 100_000
 LARGE = 12
 """Adapters, of 66 pairs."""
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    house = build_house(new_environment(services.PAIRINGS[0], tmp_path_factory.mktemp("house") / "home"))
-    yield house
-    house.close()
 
 
 @pytest.fixture

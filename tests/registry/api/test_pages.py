@@ -23,8 +23,8 @@ from registry.domain.channels.moves import PromotionRequest
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
 from registry.transfer.resources import Resources
-from tests import services
-from tests.access.house import FACTS, HOST, House, build_house, new_environment
+from tests.access.browser import Browser
+from tests.access.house import FACTS, HOST, House
 
 PAGES = Path(drawings.__file__).parent
 TEMPLATES = sorted((PAGES / "templates").glob("*.html"))
@@ -48,13 +48,6 @@ ADDRESSES = (
     "/compositions/1",
     "/audit",
 )
-
-
-@pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    house = build_house(new_environment(services.PAIRINGS[0], tmp_path_factory.mktemp("house") / "home"))
-    yield house
-    house.close()
 
 
 @contextmanager
@@ -158,6 +151,20 @@ def test_the_page_of_a_large_adapter_is_small(house: House, layers: int, table: 
     assert ('href="/acme/sql/1.0.0/modules"' in page.text) != table
     assert of_modules.text.count('<tr><th scope="row">') == 7 * layers
     assert page.text.count("<title>layer") == (7 * layers if table else 0)
+
+
+def test_the_first_page_has_the_last_moves_of_what_its_reader_may_read(house: House) -> None:
+    with house.resources.write() as session:
+        for namespace in ("acme", "open"):
+            wanted = PromotionRequest(RepositoryName(namespace, "sql"), Version(1, 0, 0), "news", reason="for everyone")
+            moves.promote(session, HOST, wanted)
+    for caller, seen in (("nobody", {"open"}), ("stranger", {"open"}), ("reader", {"acme", "open"})):
+        with Browser(house) as browser:
+            if caller != "nobody":
+                browser.sign_in(house.secrets[caller])
+            text = browser.open("/").text
+        channels = {namespace for namespace in ("acme", "open") if f'href="/{namespace}/sql@news"' in text}
+        assert (channels, "for everyone" in text) == (seen, True), caller
 
 
 def test_a_history_has_the_newest_thirty_versions_that_are_not_yanked(house: House) -> None:

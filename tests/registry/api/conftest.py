@@ -1,0 +1,15 @@
+"""The registry that the tests of pages ask: embedded, with tokens, a module's own."""
+
+from collections.abc import Generator
+
+import pytest
+
+from tests import services
+from tests.access.house import House, build_house, new_environment
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
+    house = build_house(new_environment(services.PAIRINGS[0], tmp_path_factory.mktemp("house") / "home"))
+    yield house
+    house.close()
