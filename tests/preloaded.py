@@ -4,7 +4,6 @@ import gc
 from functools import lru_cache, partial
 
 import alembic.command  # noqa: F401
-import anyio._backends._asyncio
 import boto3
 import botocore.session
 import psycopg  # noqa: F401
