@@ -25,7 +25,7 @@ from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import Version, parse_name, refuse_ambiguous_channel
 
 CONSIDERED = 2_000
-"""Among so many last moves of a registry `latest` looks for those that an actor may read."""
+"""The last moves of a registry, among which `latest` looks for those that an actor may read."""
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
 
