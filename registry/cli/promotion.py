@@ -127,7 +127,7 @@ def list_promotions(channel: Channel, json: JsonFlag = False) -> None:
             row["actor"],
             row["created_at"][:19],
             row["move"],
-            _open_rules(row) or [row["error"]["detail"] if row["error"] else ""],
+            _open_rules(row) if row["state"] == "pending" else [row["error"]["detail"] if row["error"] else ""],
         )
         for row in items
     ]
