@@ -163,7 +163,13 @@ def _filled(path: str, namespace: str, things: Things | None = None) -> str:
     values |= {"{base:path}": "tiny", "{suite}": "exact", "{channel}": "prod", "{versions}": "1.0.0...1.1.0"}
     if things is not None:
         values |= {"{job_id}": str(things.job_id), "{composition_id}": str(things.composition_id)}
-    for name, value in {**values, "{digest}": "0" * 16, "{code}": "gate_failed"}.items():
+    for name, value in {
+        **values,
+        "{digest}": "0" * 16,
+        "{code}": "gate_failed",
+        "{commit}": "1.0.0",
+        "{path:path}": "weights.safetensors",
+    }.items():
         path = path.replace(name, value)
     assert "{" not in path, f"say here what {path} is filled with"
     return path

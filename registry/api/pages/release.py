@@ -27,7 +27,7 @@ from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import lineage, releases, suites
 from registry.domain.catalog.lineage import Descendant
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import moves, resolve
+from registry.domain.channels import moves, resolve, revisions
 from registry.formats.references import RepositoryName, is_version, parse_reference, parse_version
 from registry.storage.blobs import BlobStore
 
@@ -53,6 +53,19 @@ class Shown:
     descendants: Sequence[Descendant]
     histories: Sequence[History]
     latest: str | None
+
+
+@router.get("/{namespace}/{name}:{version}")
+def show_reference(named: RepositoryOf, version: str, actor: PageReader) -> Response:
+    """A release as commands write it."""
+    return redirect(link(str(named), version), 301)
+
+
+@router.get("/{namespace}/{name}/commit/{commit}")
+def show_commit(named: RepositoryOf, commit: str, resources: ResourcesOf, actor: PageReader) -> Response:
+    """The release of a commit."""
+    with resources.snapshot() as session:
+        return redirect(link(str(named), str(revisions.released_version(session, named, commit))))
 
 
 @router.get("/{namespace}/{name}/{version}")

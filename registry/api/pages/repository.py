@@ -1,6 +1,7 @@
 """Namespaces, and repositories with their channels and releases."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import orjson
@@ -76,11 +77,23 @@ def show_repository(
         histories=drawn,
         releases=read,
         serving=serving,
+        changes=_changes(read),
         used=used,
         used_by=used_by,
         more=more,
         json_address=f"/v1/{summary.kind}s/{named}",
     )
+
+
+def _changes(listed: Sequence[Json]) -> dict[str, float]:
+    """By version, how the first score of a release differs from that of the release below it, on the same content."""
+    changes: dict[str, float] = {}
+    for release, before in pairwise(listed):
+        scored = {(one["suite_digest"], one["metric"]): one["value"] for one in before["scores"]}
+        for one in release["scores"][:1]:
+            if (key := (one["suite_digest"], one["metric"])) in scored:
+                changes[release["version"]] = one["value"] - scored[key]
+    return changes
 
 
 def _used(listed: Sequence[Json], channels: Sequence[ChannelOut]) -> tuple[Json | None, str | None]:
