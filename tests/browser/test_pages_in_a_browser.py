@@ -24,6 +24,7 @@ PAGES = (
     "/acme/sql@staging",
     "/acme/sql@prod/promote?version=1.0.0",
     "/acme/sql@prod/rollback",
+    "/acme/sql@prod/policy",
     "/acme/sql/1.2.0/yank",
     "/acme/sql/1.1.0/deprecate",
     "/acme/sql/compare/1.0.0...1.1.0...1.2.0",
