@@ -48,6 +48,8 @@ POST   /{namespace}/{name}/{version}/deprecate  releaser
 GET    /{namespace}/{name}/compare/{versions}   reader
 GET    /{namespace}/{name}/history              reader
 GET    /{namespace}/{name}/{version}            reader
+GET    /{namespace}/{name}:{version}            reader
+GET    /{namespace}/{name}/commit/{commit}      reader
 GET    /{namespace}/{name}/{version}/modules    reader
 GET    /{namespace}                             reader
 GET    /{namespace}/{name}                      reader

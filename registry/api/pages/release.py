@@ -30,6 +30,7 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves, resolve
 from registry.formats.references import RepositoryName, is_version, parse_reference, parse_version
 from registry.storage.blobs import BlobStore
+from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
 
@@ -66,9 +67,7 @@ def show_release(
     channel: ChannelQuery = None,
 ) -> Response:
     if not is_version(version):  # a range or `latest`
-        reference = parse_reference(str(named) if version == "latest" else f"{named}:{version}")
-        with resources.snapshot() as session:
-            return redirect(link(str(named), resolve.locate(session, reference).row.version))
+        return _to_release(resources, str(named) if version == "latest" else f"{named}:{version}")
     with resources.snapshot() as session:
         shown = _shown(session, actor, named, releases.find(session, named, parse_version(version)), channel)
     release = shown.release
@@ -99,6 +98,25 @@ def show_release(
         card=_card(resources.store, release),
         json_address=f"/v1/{release['kind']}s/{named}/releases/{release['version']}",
     )
+
+
+@router.get("/{namespace}/{name}:{version}")
+def show_reference(named: RepositoryOf, version: str, resources: ResourcesOf, actor: PageReader) -> Response:
+    """To the page of what a command would call `acme/sql:1.2.0`."""
+    return _to_release(resources, f"{named}:{version}")
+
+
+@router.get("/{namespace}/{name}/commit/{commit}")
+def show_commit(named: RepositoryOf, commit: str, resources: ResourcesOf, actor: PageReader) -> Response:
+    """To the page of the highest release of a commit."""
+    return _to_release(resources, f"{named}#{commit}")
+
+
+def _to_release(resources: Resources, text: str) -> Response:
+    reference = parse_reference(text)
+    with resources.snapshot() as session:
+        version = str(reference.version or resolve.locate(session, reference).row.version)
+    return redirect(link(str(reference.repository), version))
 
 
 @router.get("/{namespace}/{name}/{version}/modules")
