@@ -50,6 +50,7 @@ GET    /{namespace}/{name}/history              reader
 GET    /{namespace}/{name}/{version}            reader
 GET    /{namespace}/{name}:{version}            reader
 GET    /{namespace}/{name}/commit/{commit}      reader
+GET    /{namespace}/{name}/{version}/files/{path:path} reader
 GET    /{namespace}/{name}/{version}/modules    reader
 GET    /{namespace}                             reader
 GET    /{namespace}/{name}                      reader

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
@@ -14,9 +15,10 @@ from registry.api.pages import answers, card, scores
 from registry.api.pages.answers import Answer, Channels
 from registry.api.pages.modules import MAX_ROWS, cells
 from registry.api.pages.paths import RepositoryOf, VersionOf
-from registry.api.pages.render import link, page, redirect
+from registry.api.pages.render import HEADERS, link, page, redirect
 from registry.api.pages.scores import History
 from registry.api.pages.wire import PageReader, PageRoute
+from registry.api.routes.blobs import file_response
 from registry.api.routes.documents import release_documents
 from registry.api.routes.views import channel_view, score_view
 from registry.api.schemas.quality import ChannelOut
@@ -110,6 +112,21 @@ def show_reference(named: RepositoryOf, version: str, resources: ResourcesOf, ac
 def show_commit(named: RepositoryOf, commit: str, resources: ResourcesOf, actor: PageReader) -> Response:
     """To the page of the highest release of a commit."""
     return _to_release(resources, f"{named}#{commit}")
+
+
+@router.get("/{namespace}/{name}/{version}/files/{path:path}")
+@in_store_threads
+def download_file(
+    named: RepositoryOf, version: VersionOf, path: str, resources: ResourcesOf, actor: PageReader
+) -> Response:
+    """A file, as an attachment: no browser shows it as a page of this server."""
+    with resources.read() as session:
+        file = releases.find_file(session, releases.find(session, named, version), path)
+    answer = file_response(resources, file, f"{path} of {named}:{version}", None)
+    name = quote(path.rpartition("/")[2], safe="")
+    answer.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
+    answer.headers["Cache-Control"] = HEADERS["Cache-Control"]
+    return answer
 
 
 def _to_release(resources: Resources, text: str) -> Response:
