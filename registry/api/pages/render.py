@@ -69,9 +69,9 @@ def form_page(
     )
 
 
-def redirect(address: str, status: int = 303) -> Response:
+def redirect(address: str) -> Response:
     """Where a form leads to: the browser loads a page, and does not post again when that is loaded again."""
-    return RedirectResponse(address, status)
+    return RedirectResponse(address, 303)
 
 
 def _sign_in(request: Request) -> str:

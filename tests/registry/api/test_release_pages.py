@@ -1,11 +1,10 @@
-"""What can be done on the pages of a repository: addresses, files, comparisons and the policy of a channel."""
+"""What can be done on the pages of a repository: comparisons and the policy of a channel."""
 
 from collections.abc import Generator
 
 import pytest
 
-from registry.domain.catalog import releases
-from registry.formats.references import RepositoryName, Version
+from registry.formats.references import RepositoryName
 from tests.access.browser import Browser
 from tests.access.house import PRIVATE, House
 
@@ -18,31 +17,6 @@ def admin(house: House) -> Generator[Browser]:
     with Browser(house) as browser:
         browser.sign_in(house.secrets["admin"])
         yield browser
-
-
-def test_a_release_is_there_under_the_names_that_commands_print(house: House, admin: Browser) -> None:
-    with house.resources.read() as session:
-        commit = releases.find(session, NAME, Version(1, 1, 0)).revision.commit
-    for address, status in (
-        (f"/{NAME}:1.1.0", 301),
-        (f"/{NAME}/commit/{commit}", 303),
-        (f"/{NAME}/commit/{commit[:12]}", 303),
-        (f"/{NAME}/^1.0", 303),
-        (f"/{NAME}/latest", 303),
-    ):
-        answer = admin.http.get(address)
-        assert (answer.status_code, answer.headers.get("location")) == (status, f"/{NAME}/1.1.0"), address
-
-
-def test_a_file_is_saved_under_its_name_and_never_shown(house: House, admin: Browser) -> None:
-    [file] = house.ask("admin", "GET", f"/v1/adapters/{NAME}/releases/1.0.0").json()["files"]
-    address = f"/{NAME}/1.0.0/files/{file['path']}"
-    assert f'href="{address}" download' in admin.open(f"/{NAME}/1.0.0").text
-    answer = admin.http.get(address)
-    assert answer.status_code == 200
-    assert answer.headers["content-disposition"] == f"attachment; filename*=UTF-8''{file['path']}"
-    assert len(answer.content) == file["size_bytes"]
-    assert admin.http.get(f"/{NAME}/1.0.0/files/none.bin").status_code == 404
 
 
 def test_ticked_releases_are_compared_oldest_first(admin: Browser) -> None:
