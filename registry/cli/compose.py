@@ -11,7 +11,7 @@ import typer
 from composer.formats.untrusted import read_text
 from registry.cli import complete, render
 from registry.cli import optimize as optimizing
-from registry.cli.connect import connected
+from registry.cli.connect import connected, working
 from registry.cli.interrupt import interrupts
 from registry.cli.render import JsonFlag
 from registry.error_families import of_row
@@ -85,7 +85,7 @@ def compose(
     with connected() as connection:
         composition = connection.api.post("/v1/compositions", {"recipe": wanted.to_json(), "plan": plan})
         if plan or follow or connection.resources is not None:
-            with connection.worker():
+            with working(connection, composition["job"]):
                 composition = _follow_or_cancel(connection, composition)
     render.document(composition, json, lambda: _show(composition))
     if composition["state"] in ("refused", "failed", "cancelled"):

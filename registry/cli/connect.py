@@ -40,6 +40,22 @@ def connected() -> Generator[Connection]:
         yield connection
 
 
+@contextmanager
+def working(connection: Connection, job: int | None) -> Generator[None]:
+    """Runs the embedded registry's jobs meanwhile. Names the earlier ones that delay `job`: a command that was killed
+    leaves its own."""
+    if connection.resources is not None and job is not None:
+        from registry.cli import render
+        from registry.domain.jobs import queue
+
+        with connection.resources.read() as session:
+            earlier = [f"{one.id} ({one.kind})" for one in queue.before(session, job, connection.resources.clock())]
+        if earlier:
+            render.say(f"earlier jobs go first: {', '.join(earlier)}; `adaptory cancel ID` ends one")
+    with connection.worker():
+        yield
+
+
 def resolved(connection: Connection, ref: str, *, warned: bool = False) -> dict[str, Any]:
     """The release that `ref` names. Prints its warning unless `warned`."""
     from registry.cli import render

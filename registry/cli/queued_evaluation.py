@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from registry.cli import render
+from registry.cli.connect import working
 from registry.cli.interrupt import interrupts
 from registry.cli.quality import release_or_base
 from registry.error_families import of_row
@@ -33,7 +34,7 @@ def queue(connection: Connection, what: Sequence[str], suites: Sequence[str], *,
     document = connection.api.post("/v1/evaluations", body)
     if not wait:
         return document
-    with connection.worker():
+    with working(connection, document["job"]):
         return _followed(connection, document)
 
 

@@ -3,8 +3,11 @@
 import logging
 from collections.abc import Sequence
 
+from registry.domain.catalog import repositories
+from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import pending, promotions
 from registry.errors import Unavailable
+from registry.formats.references import RepositoryName
 from registry.transfer.resources import Resources
 
 log = logging.getLogger(__name__)
@@ -22,6 +25,13 @@ def settle_on_base(resources: Resources, digest: str) -> None:
     with resources.read() as session:
         waiting = pending.on_base(session, digest)
     _settle(resources, waiting)
+
+
+def settle_overdue(resources: Resources, name: RepositoryName, kind: Kind | None, channel: str) -> None:
+    """Ends the channel's promotion if it has expired. For those who look at it: no worker may have done so."""
+    with resources.read() as session:
+        waiting = pending.overdue(session, repositories.find(session, name, kind), channel, resources.clock())
+    settle(resources, waiting)
 
 
 def settle(resources: Resources, promotion_id: int | None) -> None:

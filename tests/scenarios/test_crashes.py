@@ -206,6 +206,17 @@ def test_a_job_that_kills_every_worker_is_given_up(stocked_embedded: Cli, world:
     assert not traces(cli).work
 
 
+def test_a_command_names_the_jobs_that_killed_ones_left_before_its_own(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = team(stocked_embedded, world)
+    begin(cli, tmp_path)
+    left = "earlier jobs go first: 1 (composition); `adaptory cancel ID` ends one"
+    assert left in cli.ok("compose", write_recipe(tmp_path), "--plan").err
+    assert [cli.json("jobs", job)["state"] for job in "12"] == ["done", "done"]
+    assert "earlier jobs" not in cli.ok("compose", write_recipe(tmp_path), "--plan").err
+
+
 def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(
     pairing: dict[str, str], world: World, tmp_path: Path
 ) -> None:

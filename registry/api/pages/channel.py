@@ -14,6 +14,7 @@ from registry.api.routes.views import channel_view, move_view, promotion_view
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import repositories
 from registry.domain.channels import moves, pending, policies
+from registry.transfer.promotions import settle_overdue
 
 router = APIRouter(route_class=PageRoute)
 
@@ -29,6 +30,7 @@ def show_channel(
     actor: PageReader,
     cursor: Cursor = None,
 ) -> Response:
+    settle_overdue(resources, named, None, channel)
     with resources.snapshot() as session:
         repository = repositories.find(session, named)
         row = moves.find(session, repository, channel)

@@ -32,7 +32,7 @@ from registry.domain.catalog import releases, repositories
 from registry.domain.channels import judgements, moves, pending, policies, promotions
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import parse_name, parse_version
-from registry.transfer.promotions import settle
+from registry.transfer.promotions import settle, settle_overdue
 
 repository_routes = RepositoryRouter(tags=["channels"], route_class=Route)
 
@@ -192,6 +192,7 @@ def list_promotions(
     named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader, limit: Limit = 50, cursor: Cursor = None
 ) -> Page[PromotionOut]:
     """List the promotions to the channel that wait or have waited, newest first."""
+    settle_overdue(resources, named.name, named.kind, channel)
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         rows = pending.list_page(session, repository, channel, before=decode_number(cursor), limit=limit + 1)
@@ -202,6 +203,7 @@ def list_promotions(
 def show_promotion(
     named: RepositoryOf, channel: str, promotion_id: RowId, resources: ResourcesOf, actor: Reader
 ) -> PromotionOut:
+    settle_overdue(resources, named.name, named.kind, channel)
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         return promotion_view(pending.find(session, repository, channel, promotion_id))

@@ -48,6 +48,13 @@ def due(session: Session, now: datetime) -> list[int]:
     return list(session.scalars(query.order_by(Promotion.due_at)))
 
 
+def overdue(session: Session, repository: Repository, channel: str, now: datetime) -> int | None:
+    """The channel's promotion that still waits though its time is up."""
+    query = select(Promotion.id).join(Channel, Channel.id == Promotion.channel_id)
+    query = query.where(Channel.repository_id == repository.id, Channel.name == channel)
+    return session.scalar(query.where(Promotion.state == PENDING, Promotion.expires_at <= now))
+
+
 def on_base(session: Session, digest: str) -> list[int]:
     """The waiting promotions whose rules may use scores measured on this base."""
     query = select(Promotion.id).join(Release, Release.id == Promotion.release_id)

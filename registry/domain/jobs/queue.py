@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import and_, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from registry.database.tables import Job
@@ -98,9 +98,8 @@ def claim(
     Jobs to `leave` are for other workers, unless they only need to be cancelled. A job beyond `MAX_ATTEMPTS` has killed
     its workers: the caller must end it.
     """
-    due = and_(Job.state == "queued", or_(Job.heartbeat_at.is_(None), Job.heartbeat_at <= now))
     wanted = or_(Job.id.not_in(leave), Job.cancel_requested)
-    free = and_(Job.kind.in_(kinds), wanted, or_(due, and_(Job.state == "running", Job.heartbeat_at < now - LEASE)))
+    free = and_(Job.kind.in_(kinds), wanted, _free(now))
     oldest = select(Job.id).where(free).order_by(Job.id).limit(1).scalar_subquery()
     taken = (
         update(Job)
@@ -109,6 +108,17 @@ def claim(
     )
     row = session.execute(taken.returning(Job.id), execution_options={"synchronize_session": False}).first()
     return session.get(Job, row[0], populate_existing=True) if row else None
+
+
+def before(session: Session, job_id: int, now: datetime) -> list[Job]:
+    """The jobs that a worker which begins now claims before this one, the oldest first."""
+    return list(session.scalars(select(Job).where(Job.id < job_id, _free(now)).order_by(Job.id)))
+
+
+def _free(now: datetime) -> ColumnElement[bool]:
+    """Whether a job is due, or its worker fell silent."""
+    due = and_(Job.state == "queued", or_(Job.heartbeat_at.is_(None), Job.heartbeat_at <= now))
+    return or_(due, and_(Job.state == "running", Job.heartbeat_at < now - LEASE))
 
 
 def extend_lease(session: Session, job_id: int, worker: str, now: datetime) -> bool:

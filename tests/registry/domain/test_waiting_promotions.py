@@ -8,11 +8,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from sqlalchemy import func, select
 
 from composer.formats.recipes.elsewhere import parse_content
 from composer.formats.recipes.suite import Example, Suite
+from registry.api.app import create_app
+from registry.client.inprocess import InProcessTransport
 from registry.database.tables import Composition, Gate, Job, Move, Promotion, Release, ReleaseInput
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor, EventQuery, list_oldest_first
@@ -183,6 +186,25 @@ def test_a_newer_request_replaces_it_and_it_can_be_cancelled_and_expires(house: 
     assert seen(house, third)[0] == "pending"
     settle_due(later(house, NOW + 24 * HOUR))
     assert seen(house, third) == ("expired", "promotion_expired")
+
+
+@pytest.mark.parametrize("shown", ["/v1/adapters/acme/sql/channels/prod/promotions", "/acme/sql@prod"])
+def test_a_look_at_one_that_has_expired_ends_it_though_no_worker_runs(house: House, shown: str) -> None:
+    demand(house, rules=["exact.accuracy >= 0.5"])
+    promotion_id = waiting(house)
+    for at, state in ((NOW + 23 * HOUR, "pending"), (NOW + 24 * HOUR, "expired")):
+        with InProcessTransport(create_app(later(house, at))) as transport:
+            http = httpx2.Client(base_url="http://localhost", transport=transport)
+            answer = http.get(shown, headers={"Accept": "text/html" if "@" in shown else "application/json"})
+            assert answer.status_code == 200
+            waits = '"state":"pending"' in answer.text or "It is promoted by itself" in answer.text
+            assert (waits, seen(house, promotion_id)[0]) == (state == "pending", state)
+            one = http.get(f"/v1/adapters/{NAME}/channels/prod/promotions/{promotion_id}").json()
+            assert one["state"] == state
+    assert one["error"]["code"] == "promotion_expired"
+    with house.resources.read() as session:
+        (row,) = list_oldest_first(session, EventQuery(namespaces=None, subject=f"{NAME}@prod", act="promotion:end"))
+        assert (row.actor, row.after) == ("releaser", {"state": "expired"})
 
 
 def test_cancelling_a_promotion_leaves_the_evaluation_that_somebody_else_asked_for(house: House) -> None:
