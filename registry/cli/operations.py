@@ -16,6 +16,7 @@ from registry.cli import render
 from registry.cli.connect import connected, own_settings
 from registry.cli.render import JsonFlag
 from registry.errors import NotAllowed, Unavailable, Usage
+from registry.formats.signatures import fingerprint
 
 if TYPE_CHECKING:
     from registry.transfer.resources import Resources
@@ -316,7 +317,13 @@ def _show_events(events: list[dict[str, Any]]) -> None:
             ("by", row["actor"]),
             ("from", row["source"]),
             *((name, value) for name, value in row["detail"].items() if value not in ([], {})),
-            *render.changes(row),
+            *render.changes(row | {when: _with_short_keys(row[when]) for when in ("before", "after")}),
             ("reason", row["reason"]),
         ]
         render.lines(f"{row['id']}  {row['at'][:19]}", pairs)
+
+
+def _with_short_keys(state: dict[str, Any] | None) -> dict[str, Any]:
+    """The same with signing keys as fingerprints, as `signed_by` of a release: lines of PEM fit no terminal."""
+    keys = (state or {}).get("signing_keys")
+    return {**(state or {}), **({"signing_keys": list(map(fingerprint, keys))} if keys else {})}

@@ -107,6 +107,9 @@ def test_a_signature_of_files_alone_says_so_and_is_refused_where_it_has_to_cover
     assert (row["before"]["signature_covers"], row["after"]["signature_covers"]) == ("files", "release")
     later = Keys(tmp_path, "later")
     cli.ok("namespace", "set", "acme", "--signing-key", keys.public, "--signing-key", later.public)
+    shown = cli.ok("audit", "--act", "namespace:set").out
+    assert fingerprint(later.pem) in shown
+    assert "BEGIN PUBLIC KEY" not in shown
     cli.ok("sign", "acme/sql:1.0.0", "--key", later.private)
     row = cli.json("audit", "--act", "release:sign")["items"][0]
     assert row["before"]["signatures"] == [fingerprint(keys.pem)]

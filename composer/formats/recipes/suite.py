@@ -38,7 +38,7 @@ Better = Literal["higher", "lower"]
 MAX_FILE_BYTES = 64 * 2**20
 MAX_EXAMPLES = 100_000
 MAX_TEXT_CHARS = 100_000
-_SUITE = "A suite has name, kind and examples of {prompt, completion}."
+_SUITE = "A suite has name, kind, chat and examples of {prompt, completion}."
 _EXAMPLE = "Write {prompt: …, completion: …}."
 # No dot: a score is addressed as `suite.metric`.
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")

@@ -257,6 +257,17 @@ def test_tokens_that_no_tensor_has_are_an_error(tmp_path: Path, make_model: Make
         load_deltas(adapter, open_checkpoint(base).architecture)
 
 
+def test_rows_that_do_not_fit_are_not_called_missing(tmp_path: Path, make_model: MakeModel) -> None:
+    base = make_model()
+    adapter = save_adapted(base, lora(trainable_token_indices=[1, 2]), tmp_path / "adapter")
+    change_tensors(
+        adapter, lambda tensors: {name: one[:1] if "token" in name else one for name, one in tensors.items()}
+    )
+    with pytest.raises(Mismatch, match=r"trained rows for 2 token ids up to 2; ") as caught:
+        load_deltas(adapter, open_checkpoint(base).architecture)
+    assert not any("no tensor has their rows" in finding.message for finding in caught.value.findings)
+
+
 def test_a_bias_of_b_needs_a_bias_to_be_added_to(tmp_path: Path, make_model: MakeModel) -> None:
     base = make_model()
     with pytest.raises(Mismatch, match=r"q_proj\.bias is not a tensor of the base"):

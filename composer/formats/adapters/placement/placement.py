@@ -302,7 +302,7 @@ def _check_config_is_used(placement: Placement) -> None:
         return
     _check_targets(placement, adapted)
     _check_saved_modules(placement)
-    if config.token_indices and not any(placed.kind == "tokens" for placed in placement.modules):
+    if config.token_indices and not any(split_key(key).part == TOKENS for key in placement.header.tensors):
         placement.error("no_target", "token_indices", "The config names trained tokens, but no tensor has their rows.")
     for target in missing_parameters(placement):
         message = f"target_parameters names {target!r}, but no tensor belongs to such a parameter."
