@@ -297,6 +297,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
     Stale: {
         "head_moved": "Look at main, and commit again.",
         "channel_moved": "Look at the channel and decide again.",
+        "policy_changed": "Look at the policy again, and change it then.",
     },
     NotAllowed: {
         "hub_access": "Set HF_ENDPOINT to the hub and HF_TOKEN to a token of it that may do this.",

@@ -53,7 +53,7 @@ HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
 PAGES: tuple[str, ...] = (
     *("assets", "login", "provider", "account", "members", "search", "catalog", "conflicts", "compose"),
-    *("jobs", "audit", "errors", "moving", "withdrawing", "channel", "compare", "history"),
+    *("jobs", "audit", "errors", "moving", "policy_form", "withdrawing", "channel", "compare", "history"),
     *("release", "repository"),
 )
 """Modules of the pages, which only servers have. They come last: they answer every path of one to three parts."""

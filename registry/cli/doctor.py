@@ -111,7 +111,12 @@ def _clock_offset(url: str) -> float:
 
 
 def _write_bundle(path: Path, settings: "Settings", document: Json, *, remote: bool) -> None:
-    files = {"checks.json": document, "versions.json": _versions(), "settings.json": _settings(settings)}
+    anonymous = [{**one, "detail": "valid"} if one["name"] == "token" else one for one in document["checks"]]
+    files = {
+        "checks.json": {**document, "checks": anonymous},
+        "versions.json": _versions(),
+        "settings.json": _settings(settings),
+    }
     if not remote:
         from registry.transfer.installation import summarize_database
 
@@ -127,6 +132,11 @@ def _versions() -> Json:
 
 
 def _settings(settings: "Settings") -> Json:
-    """The settings that are not at their default: secrets as asterisks, addresses without user and password."""
+    """The settings that are not at their default: secrets and names as asterisks, addresses without user, password and
+    query."""
     text = settings.model_dump_json(exclude_defaults=True)
-    return json_text.loads(re.sub(r"(://)[^/@\"\s]+@", r"\1***@", text))
+    text = re.sub(r"(://)[^/@\"\s]+@", r"\1***@", text)
+    shown = json_text.loads(re.sub(r"(://[^?\"\s]+)\?[^\"\s]+", r"\1?***", text))
+    for holder, names in ((shown, ("user", "profile")), (shown.get("sign_in", {}), ("roles",))):
+        holder.update({name: "***" for name in names if name in holder})
+    return shown

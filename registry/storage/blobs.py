@@ -142,8 +142,9 @@ class BlobStore(Protocol):
         """Stores a file that the caller has verified. May be repeated. With `move` the file may be gone afterwards."""
         ...
 
-    def url(self, sha256: Digest, expires_s: int) -> str | None:
-        """An address that a client may read from directly, or None if there is no such thing."""
+    def url(self, sha256: Digest, expires_s: int, disposition: str | None = None) -> str | None:
+        """An address that a client may read from directly, or None if there is no such thing. Its answers have the
+        `disposition`, if one is given, as Content-Disposition."""
         ...
 
     def delete(self, sha256: Digest) -> None:

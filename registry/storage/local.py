@@ -89,8 +89,8 @@ class LocalStore:
         except OSError as error:
             raise unwritable("The blob store", str(self.directory), error) from error
 
-    def url(self, sha256: Digest, expires_s: int) -> str | None:
-        del sha256, expires_s  # a directory has no address; the API streams blobs
+    def url(self, sha256: Digest, expires_s: int, disposition: str | None = None) -> str | None:
+        del sha256, expires_s, disposition  # a directory has no address; the API streams blobs
         return None
 
     def delete(self, sha256: Digest) -> None:

@@ -150,9 +150,9 @@ def _expected(whom: str, caller: str, namespace: str) -> int | str:
 
 
 def _denied(answer: httpx2.Response) -> bool:
-    """A token that does not work, one that is not the caller's to revoke, and a release without a spectrum are no
-    denial of the page."""
-    for code in ("token_invalid", "token_unknown", "token_not_allowed", "spectrum_unknown"):
+    """A token that does not work, one that is not the caller's to revoke, a release without a spectrum and a commit of
+    no release are no denial of the page."""
+    for code in ("token_invalid", "token_unknown", "token_not_allowed", "spectrum_unknown", "no_match"):
         if f"<code>{code}</code>" in answer.text or "You are not signed in" in answer.text:
             return False
     return answer.status_code in (401, 403, 404) and "content-security-policy" in answer.headers
@@ -161,12 +161,36 @@ def _denied(answer: httpx2.Response) -> bool:
 def _filled(path: str, namespace: str, things: Things | None = None) -> str:
     values = {"{namespace}": namespace, "{name}": "sql", "{version}": "1.0.0", "{token_id}": "aaaaaaaaaaaa"}
     values |= {"{base:path}": "tiny", "{suite}": "exact", "{channel}": "prod", "{versions}": "1.0.0...1.1.0"}
+    values |= {"{commit}": "c0ffee0", "{path:path}": "weights.safetensors"}
     if things is not None:
         values |= {"{job_id}": str(things.job_id), "{composition_id}": str(things.composition_id)}
-    for name, value in {**values, "{digest}": "0" * 16, "{code}": "gate_failed"}.items():
+    for name, value in {
+        **values,
+        "{digest}": "0" * 16,
+        "{code}": "gate_failed",
+    }.items():
         path = path.replace(name, value)
     assert "{" not in path, f"say here what {path} is filled with"
     return path
+
+
+def test_a_reference_as_commands_write_it_leads_to_the_page_of_the_release(house: House) -> None:
+    commit = house.ask("reader", "GET", f"/v1/adapters/{PRIVATE}/sql/releases/1.0.0").json()["commit"]
+    with Browser(house) as browser:
+        browser.sign_in(house.secrets["reader"])
+        for rest in (":1.0.0", ":~1.0", "/~1.0", f"/commit/{commit[:9]}", f"/commit/{commit}"):
+            answer = browser.open(f"/{PRIVATE}/sql{rest}")
+            leads_to = "1.1.0" if "commit" in rest else "1.0.0"  # both have the same files
+            assert (answer.status_code, answer.headers["location"]) == (303, f"/{PRIVATE}/sql/{leads_to}"), rest
+
+
+def test_a_file_is_an_attachment(house: House) -> None:
+    with Browser(house) as browser:
+        browser.sign_in(house.secrets["reader"])
+        answer = browser.open(f"/{PRIVATE}/sql/1.0.0/files/weights.safetensors")
+        assert answer.headers["content-disposition"] == "attachment; filename*=UTF-8''weights.safetensors"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert browser.open(f"/{PRIVATE}/sql/1.0.0/files/nothing").status_code == 404
 
 
 def test_links_lead_only_to_pages_that_the_viewer_may_see(house: House) -> None:

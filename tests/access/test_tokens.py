@@ -22,7 +22,7 @@ from tests import services
 from tests.access.house import HOST, NOW, OTHER, PRIVATE, PUBLIC, House, build_house, entered, new_environment, opened
 
 
-@pytest.fixture(params=services.PAIRINGS)
+@pytest.fixture(params=services.ONE_PAIRING)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
     built = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
     yield built

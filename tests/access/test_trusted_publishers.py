@@ -39,7 +39,7 @@ def ci() -> Generator[Issuer]:
         yield local
 
 
-@pytest.fixture(scope="module", params=services.PAIRINGS)
+@pytest.fixture(scope="module", params=services.ONE_PAIRING)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ci: Issuer) -> Generator[House]:
     built = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
     built.transport.close()

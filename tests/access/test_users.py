@@ -11,7 +11,7 @@ from tests import services
 from tests.access.house import PRIVATE, House, build_house, new_environment
 
 
-@pytest.fixture(params=services.PAIRINGS)
+@pytest.fixture(params=services.ONE_PAIRING)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
     built = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
     yield built

@@ -37,9 +37,9 @@ CARD = """# SQL
 
 Schema changes in words, answered by one statement.
 
-| step | loss |
-|---|---|
-| 50 | 0.2 |
+| step | loss on the examples that were held out | loss on those of the guard, which nobody has trained on |
+|---|---|---|
+| 50 | exact match 0.94, nll 0.2, of 32 | exact match 0.17, nll 0.8, of 24 |
 """
 
 

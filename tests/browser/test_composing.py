@@ -58,6 +58,7 @@ def test_adapters_are_compared_planned_and_composed(site: Site, tab: Page, compl
     expect(published.get_by_role("link", name="acme/pair 1.0.0")).to_be_visible()
     rows = tab.get_by_role("region", name="Scores beside the inputs").get_by_role("row", name="guard-exact.nll")
     expect(rows).to_have_count(3)
+    expect(tab.get_by_role("button", name="Copy: recipe")).to_be_visible()
     assert complaints == []
     assert site.cli.json("show", "acme/pair:1.0.0")["inputs"][0]["weight"] == 0.5
 

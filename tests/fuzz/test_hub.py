@@ -22,7 +22,7 @@ PARAMETERS = ["blobs", "expand", "limit", "cursor", "recursive", "search", "auth
 TEXT = st.text(max_size=60) | st.sampled_from(["..", ".", "%00", "\0", "a/b", "-1", "1e9", "v1.0.0", "main", "é"])
 
 
-@pytest.fixture(scope="module", params=services.PAIRINGS)
+@pytest.fixture(scope="module", params=services.STRICTER_PAIRING)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
     house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
     yield house

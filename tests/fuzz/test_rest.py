@@ -73,7 +73,7 @@ OF_WHAT_IS_THERE = {
 """Codes with status 404 that are said of a thing that was found, for something that it has not."""
 
 
-@pytest.fixture(scope="module", params=services.PAIRINGS)
+@pytest.fixture(scope="module", params=services.STRICTER_PAIRING)
 def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> House:
     return furnished_house(request.param, tmp_path_factory.mktemp("house"))
 

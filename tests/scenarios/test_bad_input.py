@@ -28,7 +28,7 @@ def refused(ran: Ran, code: int, *fragments: str) -> None:
         assert fragment in ran.err
 
 
-@pytest.fixture(scope="module", params=services.PAIRINGS)
+@pytest.fixture(scope="module", params=services.ONE_PAIRING)
 def with_release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, world: World) -> Cli:
     """One registry of each pairing for every question here: none of them may change it."""
     home = tmp_path_factory.mktemp("bad-input") / "home"

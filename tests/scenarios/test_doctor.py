@@ -96,8 +96,12 @@ def test_the_bundle_has_what_a_bug_report_needs_and_no_secret(
         "ADAPTORY_SIGN_IN__ISSUER": "https://login.example",
         "ADAPTORY_SIGN_IN__CLIENT_ID": "adaptory",
         "ADAPTORY_SIGN_IN__CLIENT_SECRET": "hunter2",
+        "ADAPTORY_SIGN_IN__ROLES": "ml-team=acme:publisher",
+        "ADAPTORY_USER": "wilhelmina",
         "ADAPTORY_TOKEN": "adp_secret",
     }
+    if "ADAPTORY_DATABASE_URL" in cli.environment:
+        secret["ADAPTORY_DATABASE_URL"] = cli.environment["ADAPTORY_DATABASE_URL"] + "?password=swordfish"
     own = replace(cli, environment=cli.environment | secret)
     bundle = tmp_path / "report.zip"
     ran = own("doctor", "--bundle", bundle)
@@ -108,6 +112,8 @@ def test_the_bundle_has_what_a_bug_report_needs_and_no_secret(
     texts = "".join(files.values())
     for hidden in (
         "hunter2",
+        "swordfish",
+        "wilhelmina",
         "adp_secret",
         "acme",
         "quotes better",

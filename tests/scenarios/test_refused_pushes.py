@@ -112,7 +112,7 @@ def damaged(world: World, tmp_path: Path, what: str) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=services.PAIRINGS)
+@pytest.fixture(scope="module", params=services.ONE_PAIRING)
 def untouched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, world: World) -> Cli:
     """One registry of each pairing for every refusal: each must leave it as empty as it was."""
     home = tmp_path_factory.mktemp("refused") / "home"

@@ -23,7 +23,7 @@ SHOWN = 100
 
 
 @router.get("/account")
-def show_account(request: Request, resources: ResourcesOf, actor: PageCaller, callers: CallersOf) -> Response:
+def show_account(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
     refuse_anonymous(actor)
     with resources.read() as session:
         rows = tokens.list_own_in_force(session, actor, limit=SHOWN)
@@ -38,7 +38,6 @@ def show_account(request: Request, resources: ResourcesOf, actor: PageCaller, ca
         mints=actor.mints,
         operator=holds(actor, Role.ADMIN),
         roles=[role.value for role in Role],
-        single_user=callers.single_user,
     )
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import count
 
 import nh3
 from markdown_it import MarkdownIt
@@ -30,7 +31,15 @@ def rendered(text: str) -> Markup:
     clean = nh3.clean(
         html, tags=_TAGS, attributes=_ATTRIBUTES, url_schemes={"https"}, link_rel="nofollow noopener noreferrer"
     )
-    return Markup(clean)  # noqa: S704 - sanitized
+    return Markup(_framed(clean))  # noqa: S704 - sanitized
+
+
+def _framed(html: str) -> str:
+    """Each table in a frame that scrolls, so that a wide one does not widen the page."""
+    number = count(1)
+    opening = '<div class="scroll" tabindex="0" role="region" aria-label="Table {} of the card"><table>'
+    html = re.sub("<table>", lambda _: opening.format(next(number)), html)
+    return html.replace("</table>", "</table></div>")
 
 
 def _markdown() -> MarkdownIt:

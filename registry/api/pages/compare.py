@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from registry.api.http.request import ResourcesOf
 from registry.api.pages import scores
 from registry.api.pages.modules import cells
 from registry.api.pages.paths import RepositoryOf
-from registry.api.pages.render import page
+from registry.api.pages.render import link, page, redirect
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.documents import release_documents
 from registry.domain.catalog import releases
@@ -32,6 +32,13 @@ class Measured:
     value: float
     change: float | None
     comparison: str
+
+
+@router.get("/{namespace}/{name}/compare")
+def choose(named: RepositoryOf, actor: PageReader, versions: Annotated[list[str], Query(alias="with")]) -> Response:
+    """Those that were ticked on the repository's page, oldest first: its address can be shared."""
+    ordered = sorted({str(parse_version(one)): parse_version(one) for one in versions}.values())
+    return redirect(f"{link(str(named))}/compare/{BETWEEN.join(map(str, ordered))}")
 
 
 @router.get("/{namespace}/{name}/compare/{versions}")

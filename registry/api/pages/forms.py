@@ -54,6 +54,14 @@ def set_cookie(response: Response, name: str, value: str, lasts_s: int | None) -
     response.set_cookie(name, value, max_age=lasts_s, path="/", secure=True, httponly=True, samesite="lax")
 
 
+def number_shown(form: Form, field: str) -> int:
+    """The number of the move or revision that the form's page showed; 0 for none. Raises Invalid for no number."""
+    text = form.get(field, "")
+    if not text.isascii() or not text.isdecimal() or len(text) > 18:
+        raise Invalid("bad_request", "The form does not say what its page showed.", next_step="Load the page again.")
+    return int(text)
+
+
 def is_private(request: Request) -> bool:
     """Whether a browser keeps the cookie, and nobody on the way reads the secret: by https, or within this machine.
     `ADAPTORY_TRUSTED_PROXIES` says whose word the server takes for the scheme."""

@@ -21,9 +21,9 @@ Next = Annotated[str, Query(max_length=MAX_NEXT)]
 
 
 @router.get("/login")
-def show_login(request: Request, actor: PageCaller, callers: CallersOf, next: Next = "/") -> Response:  # noqa: A002
+def show_login(request: Request, actor: PageCaller, next: Next = "/") -> Response:  # noqa: A002
     """The form for a token, or why this server has none."""
-    return login_page(request, 200, next, single_user=callers.single_user)
+    return login_page(request, 200, next)
 
 
 @router.post("/login")
@@ -76,17 +76,9 @@ def begun(signed_in: SignedIn, actor: Actor, following: str) -> Response:
     return response
 
 
-def login_page(
-    request: Request, status: int, following: str, *, single_user: bool = False, error: str | None = None
-) -> Response:
+def login_page(request: Request, status: int, following: str, *, error: str | None = None) -> Response:
     """The form, with the error of an attempt."""
     private, provider = is_private(request), sign_in_of(request).provider
     host = urlsplit(provider.settings.issuer).netloc if provider else None
-    values = {
-        "provider": host,
-        "following": own_path(following),
-        "private": private,
-        "single_user": single_user,
-        "error": error,
-    }
+    values = {"provider": host, "following": own_path(following), "private": private, "error": error}
     return page(request, "login.html", status=status, by_https=request.url.scheme == "https", **values)

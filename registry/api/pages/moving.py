@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from registry.api.http.request import ResourcesOf
 from registry.api.pages import gates
 from registry.api.pages.account import validated
-from registry.api.pages.forms import FormOf
+from registry.api.pages.forms import FormOf, number_shown
 from registry.api.pages.paths import ChannelOf, RepositoryOf, VersionOf
 from registry.api.pages.render import form_page, link, redirect
 from registry.api.pages.wire import PageReleaser, PageRoute
@@ -22,7 +22,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
 from registry.domain.channels import judgements, moves, promotions
 from registry.domain.channels.refusals import Expected, PromotionRequest
-from registry.errors import Invalid, RegistryError, Usage
+from registry.errors import RegistryError, Usage
 from registry.formats.references import RepositoryName, parse_version
 from registry.transfer.resources import Resources
 
@@ -65,7 +65,7 @@ def promote(
         channel,
         reason=body.reason,
         force=force,
-        expected=Expected(_move(form.get("expected", ""))),
+        expected=Expected(number_shown(form, "expected")),
     )
     try:
         if force and not reason:
@@ -97,7 +97,7 @@ def roll_back(
     """Rolls back as REST does, and goes on to the channel's page."""
     reason = form.get("reason", "").strip()
     body: RollbackIn = validated(RollbackIn, {"to": form.get("to") or None, "reason": reason})
-    to, expected = parse_version(body.to) if body.to else None, Expected(_move(form.get("expected", "")))
+    to, expected = parse_version(body.to) if body.to else None, Expected(number_shown(form, "expected"))
     try:
         if not reason:
             raise _no_reason("A rollback")
@@ -151,15 +151,6 @@ def _rollback_page(
 def _served(session: Session, row: Any) -> str | None:
     served = moves.effective_move(session, row)
     return served.to_release.version if served else None
-
-
-def _move(text: str) -> int:
-    """The move that the page showed; 0 for a channel that did not exist."""
-    if not text.isascii() or not text.isdecimal() or len(text) > 18:
-        raise Invalid(
-            "bad_request", "The form does not say which move it was made for.", next_step="Load the page again."
-        )
-    return int(text)
 
 
 def _no_reason(what: str) -> Usage:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
@@ -14,9 +15,10 @@ from registry.api.pages import answers, card, scores
 from registry.api.pages.answers import Answer, Channels
 from registry.api.pages.modules import MAX_ROWS, cells
 from registry.api.pages.paths import RepositoryOf, VersionOf
-from registry.api.pages.render import link, page, redirect
+from registry.api.pages.render import HEADERS, link, page, redirect
 from registry.api.pages.scores import History
 from registry.api.pages.wire import PageReader, PageRoute
+from registry.api.routes.blobs import file_response
 from registry.api.routes.documents import release_documents
 from registry.api.routes.views import channel_view, score_view
 from registry.api.schemas.quality import ChannelOut
@@ -30,6 +32,7 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves, resolve
 from registry.formats.references import RepositoryName, is_version, parse_reference, parse_version
 from registry.storage.blobs import BlobStore
+from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
 
@@ -66,9 +69,7 @@ def show_release(
     channel: ChannelQuery = None,
 ) -> Response:
     if not is_version(version):  # a range or `latest`
-        reference = parse_reference(str(named) if version == "latest" else f"{named}:{version}")
-        with resources.snapshot() as session:
-            return redirect(link(str(named), resolve.locate(session, reference).row.version))
+        return _to_release(resources, str(named) if version == "latest" else f"{named}:{version}")
     with resources.snapshot() as session:
         shown = _shown(session, actor, named, releases.find(session, named, parse_version(version)), channel)
     release = shown.release
@@ -99,6 +100,41 @@ def show_release(
         card=_card(resources.store, release),
         json_address=f"/v1/{release['kind']}s/{named}/releases/{release['version']}",
     )
+
+
+@router.get("/{namespace}/{name}:{version}")
+def show_reference(named: RepositoryOf, version: str, resources: ResourcesOf, actor: PageReader) -> Response:
+    """To the page of what a command would call `acme/sql:1.2.0`."""
+    return _to_release(resources, f"{named}:{version}")
+
+
+@router.get("/{namespace}/{name}/commit/{commit}")
+def show_commit(named: RepositoryOf, commit: str, resources: ResourcesOf, actor: PageReader) -> Response:
+    """To the page of the highest release of a commit."""
+    return _to_release(resources, f"{named}#{commit}")
+
+
+@router.get("/{namespace}/{name}/{version}/files/{path:path}")
+@in_store_threads
+def download_file(
+    named: RepositoryOf, version: VersionOf, path: str, resources: ResourcesOf, actor: PageReader
+) -> Response:
+    """A file, as an attachment: no browser shows it as a page of this server."""
+    with resources.read() as session:
+        file = releases.find_file(session, releases.find(session, named, version), path)
+    name = quote(path.rpartition("/")[2], safe="")
+    disposition = f"attachment; filename*=UTF-8''{name}"
+    answer = file_response(resources, file, f"{path} of {named}:{version}", None, disposition)
+    answer.headers["Content-Disposition"] = disposition
+    answer.headers["Cache-Control"] = HEADERS["Cache-Control"]
+    return answer
+
+
+def _to_release(resources: Resources, text: str) -> Response:
+    reference = parse_reference(text)
+    with resources.snapshot() as session:
+        version = str(reference.version or resolve.locate(session, reference).row.version)
+    return redirect(link(str(reference.repository), version))
 
 
 @router.get("/{namespace}/{name}/{version}/modules")

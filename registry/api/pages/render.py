@@ -11,6 +11,8 @@ from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from composer.formats.adapters.serving import VLLM_RANKS
+from registry.api.http.rules import callers_of
 from registry.api.pages import assets, drawings, modules
 from registry.api.pages.forms import SAFE_METHODS, form_token
 from registry.domain.access.audit import Actor
@@ -35,8 +37,8 @@ _MINUS = "\N{MINUS SIGN}"
 
 def page(request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
     """A page; a redirect to the same facts as JSON for a caller who wants those. Every template knows the viewer (None
-    for a stranger) and whether the viewer publishes anywhere, the address, where to sign in, and the token of its forms
-    (`parts.csrf()`)."""
+    for a stranger), whether there is no other user, and whether the viewer publishes anywhere; the server's address and
+    that of the page, where to sign in, and the token of its forms (`parts.csrf()`)."""
     actor: Actor | None = getattr(request.state, "actor", None)
     viewer = actor.name if actor is not None and actor.name != ANONYMOUS else None
     json_address = values.pop("json_address", None)
@@ -44,6 +46,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
         return RedirectResponse(json_address, 302)
     publishes = actor is not None and granted(actor, Role.PUBLISHER) != []
     known = {"viewer": viewer, "publishes": publishes, "path": request.url.path, "json_address": json_address}
+    known |= {"origin": str(request.base_url).rstrip("/"), "single_user": callers_of(request).single_user}
     forms = {"sign_in": _sign_in(request), "form_token": form_token(request)}
     text = _environment().get_template(template).render(**known, **forms, **values)
     return HTMLResponse(text, status)
@@ -97,6 +100,7 @@ def _environment() -> Environment:
         "change": change,
         "document": document,
         "module": modules.short,
+        "vllm_rank": vllm_rank,
     }
     environment.globals.update(names)  # pyright: ignore[reportUnknownMemberType]  (jinja2 leaves them untyped)
     environment.filters.update(filters)  # pyright: ignore[reportUnknownMemberType]
@@ -139,6 +143,11 @@ def fixed(value: float, digits: int = 3) -> str:
 def change(value: float, digits: int = 3) -> str:
     """A difference with its sign."""
     return f"{value:+.{digits}f}".replace("-", _MINUS)
+
+
+def vllm_rank(rank: int) -> int:
+    """The lowest `--max-lora-rank` of vLLM for a rank: it knows a few values."""
+    return next((one for one in VLLM_RANKS if one >= rank), rank)
 
 
 def document(value: Any) -> str:

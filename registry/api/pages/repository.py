@@ -1,16 +1,22 @@
 """Namespaces, and repositories with their channels and releases."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
 import orjson
 from fastapi import APIRouter, Request, Response
 
 from registry.api.http.pagination import Cursor, decode_cursor, first_rows
 from registry.api.http.request import ResourcesOf
 from registry.api.pages import scores
+from registry.api.pages.answers import FIRST_CHOICE
 from registry.api.pages.paths import RepositoryOf
 from registry.api.pages.render import page
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.documents import release_documents
 from registry.api.routes.views import channel_view, repository_page
+from registry.api.schemas.quality import ChannelOut
 from registry.domain.access import namespaces
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
@@ -21,6 +27,7 @@ from registry.formats.references import parse_name
 router = APIRouter(route_class=PageRoute)
 
 SHOWN, MAX_CHANNELS = 20, 100
+Json = dict[str, Any]
 
 
 @router.get("/{namespace}")
@@ -54,6 +61,11 @@ def show_repository(
         newest = next((one for one in rows if not one.yanked), None) if cursor is None else None
         drawn = scores.histories(session, newest) if newest else []
         summary = repository_page(session, [row])[0]
+    read = [orjson.loads(one) for one in documents]
+    used, used_by = _used(read, channels)
+    serving: dict[str | None, list[str]] = {}
+    for one in channels:
+        serving.setdefault(one.version, []).append(one.channel)
     return page(
         request,
         "repository.html",
@@ -63,7 +75,31 @@ def show_repository(
         summary=summary,
         channels=channels,
         histories=drawn,
-        releases=[orjson.loads(one) for one in documents],
+        releases=read,
+        serving=serving,
+        changes=_changes(read),
+        used=used,
+        used_by=used_by,
         more=more,
         json_address=f"/v1/{summary.kind}s/{named}",
     )
+
+
+def _changes(listed: Sequence[Json]) -> dict[str, float]:
+    """By version, how the first score of a release differs from that of the release below it, on the same content."""
+    changes: dict[str, float] = {}
+    for release, before in pairwise(listed):
+        scored = {(one["suite_digest"], one["metric"]): one["value"] for one in before["scores"]}
+        for one in release["scores"][:1]:
+            if (key := (one["suite_digest"], one["metric"])) in scored:
+                changes[release["version"]] = one["value"] - scored[key]
+    return changes
+
+
+def _used(listed: Sequence[Json], channels: Sequence[ChannelOut]) -> tuple[Json | None, str | None]:
+    """What the page says how to use: what the first choice of the channels serves, or else the newest that is left."""
+    for one in sorted(channels, key=lambda one: one.channel != FIRST_CHOICE):
+        for release in listed:
+            if release["version"] == one.version:
+                return release, one.channel
+    return next((release for release in listed if not release["yanked"]), None), None

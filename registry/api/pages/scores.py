@@ -90,7 +90,7 @@ def histories(session: Session, release: Release) -> list[History]:
         series.setdefault(f"{one.suite}.{one.metric}", []).append((one.version, score))
     drawn: list[History] = []
     room = POINTS
-    for name, points in sorted(series.items()):
+    for name, points in series.items():
         own = any(version == release.version for version, _ in points)
         if own and 1 < len(points) <= room:
             room -= len(points)

@@ -18,7 +18,7 @@ from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
 
-SHOWN, SUGGESTED, MOVES = 25, 25, 8
+SHOWN, SUGGESTED, MOVES = 25, 25, 5
 
 
 @router.get("/")

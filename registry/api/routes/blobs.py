@@ -91,10 +91,13 @@ def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
     return Response(headers=blob_headers(stat.sha256, stat.size_bytes))
 
 
-def file_response(resources: Resources, file: RevisionFile, named: str, byte_range: str | None) -> Response:
-    """As `blob_response`, for a caller who may read a release containing this file; `named` is its name there."""
+def file_response(
+    resources: Resources, file: RevisionFile, named: str, byte_range: str | None, disposition: str | None = None
+) -> Response:
+    """As `blob_response`, for a caller who may read a release containing this file; `named` is its name there. A store
+    answers with the `disposition`, if one is given, as Content-Disposition."""
     sha256 = Digest(file.sha256)
-    url = resources.store.url(sha256, resources.settings.download_expires_s)
+    url = resources.store.url(sha256, resources.settings.download_expires_s, disposition)
     stat = resources.recent.stat(resources.store, sha256) if url else resources.store.stat(sha256)
     if stat is None:
         raise Unavailable(

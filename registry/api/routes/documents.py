@@ -259,6 +259,6 @@ def _scores(described: ReleaseDetails) -> list[Json]:
             "measured": measured,
         }
         for (
-            _, suite, metric, digest, value, stderr, n, higher_is_better, reported, measured, task, source
+            _, suite, metric, digest, value, stderr, n, higher_is_better, reported, measured, task, source, _
         ) in described.scores
     ]  # fmt: skip

@@ -37,7 +37,6 @@ from registry.domain.catalog.repositories import Wanted
 from registry.domain.channels import takedowns, yanks
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_digest, parse_version
-from registry.transfer.collect import remove_marked
 
 repository_routes = RepositoryRouter(tags=["releases"], route_class=Route)
 """Mounted once under /v1/adapters and once under /v1/models."""
@@ -228,5 +227,7 @@ def take_down(named: RepositoryOf, version: str, body: YankIn, resources: Resour
     with resources.write() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
         taken = takedowns.take_down(session, actor, release, body.reason)
+    from registry.transfer.collect import remove_marked  # which loads more than all other routes here need
+
     remove_marked(resources)
     return TakedownOut.model_validate(taken, from_attributes=True)

@@ -62,7 +62,7 @@ def remove(session: Session, actor: Actor, user: str) -> RemovedUser:
     if user == actor.name:
         raise Usage(
             "own_name",
-            f"{user} cannot remove the own name.",
+            f"{user} cannot remove their own name.",
             subject=user,
             next_step="Ask another admin of the registry.",
         )

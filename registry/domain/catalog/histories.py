@@ -33,14 +33,15 @@ class Entry:
 
 def of_release(session: Session, release: Release, *, limit: int) -> list[Value]:
     """The scores of the newest `limit` releases of the repository that are not yanked, and of this one, on the current
-    suites that this one is measured on. Lowest version first."""
+    suites that this one is measured on, by suite and metric, guards last; then the lowest version first."""
     newest = select(Release.id).where(Release.repository_id == release.repository_id, ~Release.yanked)
     shown = {release.id, *session.scalars(newest.order_by(Release.sort_key.desc()).limit(limit))}
     own = select(Score.suite_id).where(Score.release_id == release.id)
     columns = (Release.version, Suite.name, Score.metric, Score.value, Score.stderr, Score.n)
     query = select(*columns).join(Release, Score.release_id == Release.id).join(Suite, Score.suite_id == Suite.id)
     wanted = query.where(Score.release_id.in_(shown), Score.suite_id.in_(own), Suite.current)
-    return [Value(*row) for row in session.execute(wanted.order_by(Release.sort_key))]
+    ordered = wanted.order_by(Suite.kind == "guard", Suite.name, Score.metric, Release.sort_key)
+    return [Value(*row) for row in session.execute(ordered)]
 
 
 def newest_measured(session: Session, repository: Repository) -> Release | None:

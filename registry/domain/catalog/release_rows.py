@@ -62,7 +62,7 @@ class ReleaseRow(NamedTuple):
 
 ScoreRow = list[Any]
 """Release id, suite, metric, digest of the suite, value, standard error or None, n, whether higher is better, whether
-it is only reported, when, task of the suite, source."""
+it is only reported, when, task of the suite, source, kind of the suite."""
 InputRow = list[Any]
 """Id of the composed release and of the input; the input's namespace, repository, version, commit, weight."""
 
@@ -129,6 +129,7 @@ _SCORES = (
             timestamp_text(_score.measured_at),
             _suite.task,
             _score.source,
+            _suite.kind,
         )
     )
     .select_from(Score.__table__.join(Suite.__table__, _suite.id == _score.suite_id + 0))
@@ -158,7 +159,7 @@ Stamp = tuple[int, str | None]
 
 @dataclass(slots=True)
 class ReleaseDetails:
-    """A release, its scores on current suites by suite and metric, and its inputs. Floats are text."""
+    """A release, its scores on current suites by suite and metric, guards last, and its inputs. Floats are text."""
 
     release: ReleaseRow
     stamp: Stamp
@@ -174,7 +175,7 @@ def load_details(session: Session, release_ids: Sequence[int]) -> list[ReleaseDe
         releases, scores, inputs = (orjson.loads(text or "[]") for text in texts)
         for row in map(ReleaseRow._make, releases):
             details[row.id] = ReleaseDetails(row, (row.stamp, suites))
-        for row in sorted(scores):  # suite and metric are unique per release
+        for row in sorted(scores, key=lambda row: (row[0], row[-1] == "guard", row[1], row[2])):
             details[row[0]].scores.append(row)
         for row in sorted(inputs):
             details[row[0]].inputs.append(row)

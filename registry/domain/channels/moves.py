@@ -109,6 +109,7 @@ _LATEST = (
     .join(Repository.__table__, _repository.id == _channel.repository_id)
     .join(Release.__table__, _release.id == _move.to_release_id)
     .outerjoin(_left, _left.c.id == _move.from_release_id)
+    .where(_move.id > select(func.max(_move.id) - CONSIDERED).scalar_subquery())
     .order_by(_move.id.desc())
 )
 _OF_RELEASE = (
@@ -332,9 +333,7 @@ def history(session: Session, channel: Channel, *, before: int, limit: int) -> l
 def latest(session: Session, actor: Actor, *, limit: int) -> list[tuple[str, str, ChannelMove]]:
     """The newest moves of all channels that the actor may read, each with its repository and channel, among the last
     `CONSIDERED` of the registry."""
-    newest = session.scalar(select(func.max(_move.id))) or 0
-    query = _LATEST.where(_move.id > newest - CONSIDERED, readable(actor, Repository.namespace)).limit(limit)
-    rows = session.execute(query)
+    rows = session.execute(_LATEST.where(readable(actor, Repository.namespace)).limit(limit))
     return [(f"{row.namespace}/{row.repository}", row.channel, ChannelMove.of_row(row)) for row in rows]
 
 

@@ -18,6 +18,7 @@ from registry.domain.channels import gates, requirements
 from registry.domain.channels.gates import GateResult, Needs, Rule
 from registry.domain.channels.requirements import Question
 from registry.domain.jobs.evaluations import Wanted
+from registry.errors import Stale
 from registry.formats.channel_policy import ChannelPolicy, ScoreRule, of_rules, read_policy
 from registry.formats.references import parse_name
 
@@ -75,15 +76,28 @@ def find(session: Session, repository: Repository, channel: str) -> tuple[Channe
     return (of_columns(row.rules, row.policy), row.revision) if row else (of_rules([]), 0)
 
 
-def set_policy(session: Session, actor: Actor, repository: Repository, channel: str, policy: ChannelPolicy) -> int:
+def set_policy(
+    session: Session,
+    actor: Actor,
+    repository: Repository,
+    channel: str,
+    policy: ChannelPolicy,
+    *,
+    expected: int | None = None,
+) -> int:
     """Replaces a channel's policy; returns its revision. Raises NotFound for an unknown suite or metric, Usage for an
-    invalid rule."""
+    invalid rule, and Stale if another revision than the expected one is replaced."""
     rules = gates.parse_rules([row.rule for row in policy.rules])
     for rule in rules:
         gates.refuse_unknown(session, actor, rule)
     for soak in policy.soak:
         parse_name(soak.channel, "channel")
-    return _store(session, actor, repository, channel, policy, rules, Act.POLICY_SET)
+    revision = _store(session, actor, repository, channel, policy, rules, Act.POLICY_SET)
+    if expected is not None and revision != expected + 1:
+        name = f"{repositories.name_of(repository)}@{channel}"
+        message = f"The policy of {name} has changed since you looked."
+        raise Stale("policy_changed", message, subject=name, next_step="Look at it again, and change it then.")
+    return revision
 
 
 def set_rules(session: Session, actor: Actor, repository: Repository, channel: str, texts: Sequence[str]) -> list[Rule]:

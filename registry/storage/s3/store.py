@@ -70,8 +70,9 @@ class S3Store:
             source.unlink()
         return stat
 
-    def url(self, sha256: Digest, expires_s: int) -> str | None:
-        request = {**self._bucket.blob(sha256), **_PLAIN}
+    def url(self, sha256: Digest, expires_s: int, disposition: str | None = None) -> str | None:
+        named = {"ResponseContentDisposition": disposition} if disposition is not None else {}
+        request = {**self._bucket.blob(sha256), **_PLAIN, **named}
         return self._client.generate_presigned_url("get_object", Params=request, ExpiresIn=expires_s)
 
     def delete(self, sha256: Digest) -> None:

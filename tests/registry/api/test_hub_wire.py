@@ -31,7 +31,7 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="module", params=services.PAIRINGS)
+@pytest.fixture(scope="module", params=services.ONE_PAIRING)
 def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
     """`acme/tables` has 1.0.0 in prod, 1.1.0, a yanked 1.2.0 and a candidate; `acme/tables.lite` is another one."""
     house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))

@@ -258,4 +258,7 @@ A <b onclick="x()">word</b> <!-- or two --> and ![image](https://example.org/a.p
     assert "&lt;script&gt;" in html
     assert "<img" not in html
     assert html.count("href=") == 1
+    frames = str(card.rendered("| a |\n|---|\n| 1 |\n\ntext `<table>`\n\n| b |\n|---|\n| 2 |\n"))
+    assert frames.count('<div class="scroll" tabindex="0"') == frames.count("</table></div>") == 2
+    assert 'aria-label="Table 2 of the card"' in frames
     assert 'href="https://example.org" rel="nofollow noopener noreferrer"' in html

@@ -189,6 +189,8 @@ def test_a_url_gives_the_bytes_or_there_is_none(store: BlobStore, source: Path) 
         return
     assert httpx2.get(url).content == b"0123456789"
     assert httpx2.get(url, headers={"Range": "bytes=2-4"}).content == b"234"
+    named = httpx2.get(str(store.url(sha256, 60, "attachment; filename*=UTF-8''a.bin")))
+    assert named.headers["content-disposition"] == "attachment; filename*=UTF-8''a.bin"
 
 
 def test_a_full_disk_is_unavailable_and_nothing_of_the_blob_stays(tmp_path: Path, source: Path) -> None:
