@@ -24,7 +24,6 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.harness import Case, Sample
 from benchmarks.merge import mergekit_environment
-from composer.formats.recipes.suite import Suite
 
 SETS = (("sql-migration-1.1", "terraform-review"), ("sql-migration-1.1", "terraform-review", "support-macros"))
 OURS, PEFT, MERGEKIT = "adaptory", "PEFT", "mergekit"
@@ -35,24 +34,26 @@ def main() -> None:
     chosen = harness.options(__doc__, rounds=3)
     harness.announce("peft_mergekit", "torch", "peft", "transformers")
     mergekit = mergekit_environment(chosen.mergekit_venv) if chosen.mergekit_venv else None
-    sys.path.insert(0, "examples")
-    from optimize_sets import SETS as SEARCHED
-    from study_sets import adapter_and_task, suite_of
-
-    sets = SETS[:1] if chosen.quick else SEARCHED if chosen.adapters else SETS
+    wanted = (
+        [] if chosen.adapters and not chosen.quick else ["+".join(one) for one in SETS[: 1 if chosen.quick else None]]
+    )
     with TemporaryDirectory(dir=chosen.base.parent, prefix="bench-peft-mergekit-") as name:
-        for number, members in enumerate(sets):
+        for number, members in enumerate(_sets(chosen.adapters or Path(), wanted)):
             directory = Path(name) / str(number)
             directory.mkdir()
-            made = [adapter_and_task(chosen.adapters or Path(), name) for name in members]
-            suites = {path.resolve(strict=True): _written(suite_of(task), directory) for path, task in made}
+            suites = {Path(path): _written(suite, directory) for path, suite in members}
             base = chosen.base.resolve(strict=True)
             _compare(base, suites, directory, mergekit, 0 if chosen.tool else chosen.rounds, chosen.tool)
 
 
-def _written(suite: Suite, directory: Path) -> Path:
-    path = directory / f"{suite.name}.yaml"
-    path.write_text(json.dumps(suite.to_json()))  # YAML too
+def _sets(adapters: Path, wanted: Sequence[str]) -> list[list[tuple[str, dict[str, Any]]]]:
+    command = [sys.executable, "-m", "benchmarks.kept_sets", adapters, *wanted]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def _written(suite: Mapping[str, Any], directory: Path) -> Path:
+    path = directory / f"{suite['name']}.yaml"
+    path.write_text(json.dumps(suite))  # YAML too
     return path
 
 
