@@ -78,11 +78,15 @@ def test_the_compose_file_is_valid_and_asks_for_every_secret() -> None:
             assert (one["read_only"], one["cap_drop"]) == (True, ["ALL"]), name
     assert config["services"]["api"]["depends_on"]["migrate"]["condition"] == "service_completed_successfully"
     assert [name for name, one in config["services"].items() if one.get("ports")] == ["proxy"]
+    within = {name for name, one in config["services"].items() if "front" in one["networks"]}
+    assert within == {"api", "worker", "s3", "proxy"}, "servers and workers find the store where clients do"
+    assert config["services"]["proxy"]["networks"]["front"]["aliases"] == [FILLED_IN["SITE"]]
 
 
 def _unknown_settings(names: Any) -> set[str]:
     ours = {name for name in names if name.startswith("ADAPTORY_")}
-    return ours - Settings.variables() - {"ADAPTORY_SITE", "ADAPTORY_SERVERS", "ADAPTORY_TRY_FOR"}
+    read_by_caddy = re.findall(r"\{\$([A-Z_]+)", "".join(one.read_text() for one in (DEPLOY / "caddy").iterdir()))
+    return ours - Settings.variables() - set(read_by_caddy)
 
 
 @cache
