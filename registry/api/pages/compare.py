@@ -35,9 +35,18 @@ class Measured:
 
 
 @router.get("/{namespace}/{name}/compare")
-def choose(named: RepositoryOf, actor: PageReader, versions: Annotated[list[str], Query(alias="with")]) -> Response:
+def choose(
+    named: RepositoryOf, actor: PageReader, versions: Annotated[tuple[str, ...], Query(alias="with")] = ()
+) -> Response:
     """Those that were ticked on the repository's page, oldest first: its address can be shared."""
     ordered = sorted({str(parse_version(one)): parse_version(one) for one in versions}.values())
+    if not 2 <= len(ordered) <= MOST:
+        raise Usage(
+            "bad_comparison",
+            f"Two to {MOST} releases are compared; you ticked {len(ordered)}.",
+            subject=str(named),
+            next_step=f"Go back and tick two to {MOST}.",
+        )
     return redirect(f"{link(str(named))}/compare/{BETWEEN.join(map(str, ordered))}")
 
 
