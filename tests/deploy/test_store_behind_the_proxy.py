@@ -1,4 +1,4 @@
-"""The store of the compose file behind its proxy: what clients, servers and workers ask there is signed for that host."""
+"""The store of the compose file behind its proxy: requests are signed for the host that clients ask."""
 
 import subprocess
 from pathlib import Path
