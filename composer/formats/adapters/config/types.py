@@ -21,13 +21,14 @@ class AdapterType:
 
     `rank` and `alpha` are the names and defaults of those settings. `options` maps the settings that change the result
     to PEFT's defaults, which have their type; those `by_module` have a pattern too. `ignored` settings only matter in
-    training, or are visible in the tensors. `acts_on_bias`: the type changes a bias like the outputs. `needs`: an
+    training, or are visible in the tensors. `submodules` are parts whose keys end in `.weight`. `acts_on_bias`: the type changes a bias like the outputs. `needs`: an
     option that must be on, and why.
     """
 
     parts: tuple[str, ...]
     fits: Callable[[Shapes, Options, Size], Size]
     shared: tuple[str, ...] = ()
+    submodules: tuple[str, ...] = ()
     rank: tuple[str, int] = ("", 0)
     alpha: tuple[str, float] = ("", 0.0)
     options: Options = field(default_factory=dict[str, bool | int | float | str])
@@ -123,6 +124,7 @@ TYPES: dict[str, AdapterType] = {
     "GRALORA": AdapterType(
         ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"),
         parts.gralora,
+        submodules=("gralora_A_general", "gralora_B_general"),
         rank=("r", 32),
         alpha=("alpha", 64),
         options={"hybrid_r": 0},
@@ -143,6 +145,7 @@ TYPES: dict[str, AdapterType] = {
     "OFT": AdapterType(
         ("oft_R",),
         parts.oft,
+        submodules=("oft_R",),
         options={
             "coft": False, "eps": 6e-5, "block_share": False, "use_cayley_neumann": True,
             "num_cayley_neumann_terms": 5,
@@ -180,6 +183,7 @@ TYPES: dict[str, AdapterType] = {
     "SUPERTUNING": AdapterType(
         ("supertuning_values", "supertuning_indices", "supertuning_lora_A", "supertuning_lora_B"),
         parts.supertuning,
+        submodules=("supertuning_lora_A", "supertuning_lora_B"),
         options={"r": 0, "lora_alpha": 0.0, "save_precomputed_indices": True},
         ignored=("sparsity", "select_top", "lora_dropout"),
         needs=("save_precomputed_indices", "its places were not saved, and another copy of the base has others"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from composer.formats.adapters.config.types import TYPES
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.renames import stored_name
 from composer.formats.checkpoints.tying import EMBEDDINGS, HEADS, embedding_tensors
@@ -16,13 +17,15 @@ SHARED = "base_model"
 TOKENS = "trainable_tokens_delta"
 """Despite its name, new rows of an embedding."""
 
+_SUBMODULES = "|".join(part for adapter in TYPES.values() for part in adapter.submodules)
+
 # Suffix of a key -> part. Raw state dicts (DeepSpeed, FSDP) keep the adapter's name, `default`, in the key.
 _PARTS = (
     (re.compile(r"\.lora_(A|B)(?:\.default)?\.weight$"), r"lora_\1"),
     (re.compile(r"\.lora_embedding_(A|B)(?:\.default)?$"), r"lora_embedding_\1"),
     (re.compile(r"\.lora_(A|B)(?:\.default)?\.bias$"), r"lora_\1_bias"),
     (re.compile(r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?$"), "magnitude"),
-    (re.compile(r"\.(oft_R|gralora_[AB]_general|supertuning_lora_[AB])(?:\.default)?\.weight$"), r"\1"),
+    (re.compile(rf"\.({_SUBMODULES})(?:\.default)?\.weight$"), r"\1"),
     (re.compile(r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?$"), TOKENS),
     (re.compile(r"(?:\.token_adapter)?\.base_layer\.(weight|bias)$"), r"base_layer.\1"),
     (re.compile(r"\.modules_to_save(?:\.default)?\.([^.]+)$"), r"\1"),
