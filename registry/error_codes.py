@@ -243,7 +243,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "job_unknown": "`adaptory jobs` lists the jobs.",
         "metric_unknown": "`adaptory eval` records nll and accuracy; a suite may state others under `metrics`.",
         "hub_route_unknown": "docs/how-to/hub.md lists what the hub API does; the REST API is under /v1.",
-        "namespace_unknown": "Check its spelling, and that you have a role there.",
+        "namespace_unknown": "Check its spelling, and ADAPTORY_TOKEN.",
         "no_match": "Promote a release to it.",
         "part_unknown": "Send the parts that POST /v1/uploads names.",
         "profile_unknown": "Name one: `adaptory profile list`.",

@@ -161,6 +161,7 @@ def layer_map(
         ),
         *(_hovering(cells, colours, kinds, side, signed=signed) if hovering else _in_paths(colours, kinds, side)),
         _points(cells, kinds, layers, side),
+        f'<text x="{_LABELS_PX - 4}" y="{height + 12}" text-anchor="end">layer</text>',
         *(
             f'<text x="{_LABELS_PX + layer * pitch}" y="{height + 12}">{layer}</text>'
             for layer in range(0, layers, _every(layers))

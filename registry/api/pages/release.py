@@ -1,6 +1,6 @@
 """A release: can it be promoted, what does it change, where does it come from, where is it served."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -13,7 +13,8 @@ from registry.api.http.request import ResourcesOf
 from registry.api.http.threads import in_store_threads
 from registry.api.pages import answers, card, scores
 from registry.api.pages.answers import Answer, Channels
-from registry.api.pages.modules import MAX_ROWS, cells
+from registry.api.pages.drawings import Cell
+from registry.api.pages.modules import MAX_ROWS, cells, frame_of
 from registry.api.pages.paths import RepositoryOf, VersionOf
 from registry.api.pages.render import HEADERS, link, page, redirect
 from registry.api.pages.scores import History
@@ -50,6 +51,7 @@ class Shown:
     before: Json | None
     base_scores: Sequence[Json]
     spectrum: Mapping[str, Any] | None
+    frame: Collection[Cell]
     serving: Sequence[ChannelOut]
     moves: Sequence[Json]
     answer: Answer
@@ -92,6 +94,7 @@ def show_release(
         histories=shown.histories,
         spectrum=shown.spectrum,
         maps=_maps(shown.spectrum),
+        frame=shown.frame,
         max_rows=MAX_ROWS,
         max_files=MAX_FILES,
         descendants=shown.descendants[:MAX_DESCENDANTS],
@@ -183,6 +186,7 @@ def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, 
         before=read[1] if len(read) > 1 else None,
         base_scores=[score_view(one).model_dump(mode="json") for one in base_scores],
         spectrum=row.spectrum,
+        frame=frame_of(session, row.base) if row.spectrum else (),
         serving=serving,
         moves=moved,
         answer=answers.answer(session, actor, row, Channels(names, serving, channel), moved),

@@ -154,7 +154,7 @@ def unknown_namespace(namespace: str) -> NotFound:
         "namespace_unknown",
         f"There is no namespace {namespace[:64]}, or you may not read it.",
         subject=namespace[:64],
-        next_step="Check the spelling, and that you have a role there.",
+        next_step="Check the spelling, and ADAPTORY_TOKEN.",
     )
 
 

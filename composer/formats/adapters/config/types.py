@@ -19,10 +19,10 @@ class AdapterType:
     """An adapter type. `parts` of a module and parts `shared` by all are named as in the file; `fits` is a function of
     parts.py.
 
-    `rank` and `alpha` are the names and defaults of those settings. `options` maps the settings that change the result
-    to PEFT's defaults, which have their type; those `by_module` have a pattern too. `ignored` settings only matter in
-    training, or are visible in the tensors. `submodules` are parts whose keys end in `.weight`. `acts_on_bias`: the type changes a bias like the outputs. `needs`: an
-    option that must be on, and why.
+    `rank` and `alpha` are the names and defaults of those settings. `submodules` are parts whose keys end in `.weight`.
+    `options` maps the settings that change the result to PEFT's defaults, which have their type; those `by_module` have
+    a pattern too. `ignored` settings only matter in training, or are visible in the tensors. `acts_on_bias`: the type
+    changes a bias like the outputs. `needs`: an option that must be on, and why.
     """
 
     parts: tuple[str, ...]
