@@ -69,7 +69,7 @@ def test_a_server_says_where_it_listens(tmp_path: Path) -> None:
         assert process.wait(20) == 0
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_several_processes_answer_without_torch_and_stop_together(
     pairing: dict[str, str], tmp_path: Path, stop: signal.Signals
 ) -> None:
