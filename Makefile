@@ -20,8 +20,8 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --dir $(DEMO)
 
 # Types take a minute of one core, and the tests begin with imports: side by side they end earlier.
-test: style
-	@$(MAKE) --no-print-directory --jobs=2 types tests
+test: $(VENV)/.dev
+	@$(MAKE) --no-print-directory --jobs=3 style types tests
 
 tests: $(VENV)/.dev $(HUB_CLIENTS:%=.venv-hub-%/.ready)
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
