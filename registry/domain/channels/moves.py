@@ -103,7 +103,12 @@ _HISTORY = (
     .order_by(_move.id.desc())
 )
 _LATEST = (
-    select(_repository.namespace, _repository.name.label("repository"), _channel.name.label("channel"), *_MOVED)
+    select(
+        _repository.namespace,
+        _repository.name.label("repository"),
+        _channel.name.label("channel"),
+        *(column for column in _MOVED if column is not _move.gates),
+    )
     .select_from(Move.__table__)
     .join(Channel.__table__, _channel.id == _move.channel_id)
     .join(Repository.__table__, _repository.id == _channel.repository_id)
@@ -134,7 +139,7 @@ _POINT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelMove:
-    """A channel's move; `gates` are the recorded results."""
+    """A channel's move; `gates` are the recorded results, empty where they were not read."""
 
     id: int
     kind: str
@@ -143,13 +148,14 @@ class ChannelMove:
     actor: str
     reason: str
     forced: bool
-    gates: Sequence[Mapping[str, Any]]
+    gates: Sequence[Mapping[str, Any]] = ()
     at: datetime
 
     @classmethod
     def of_row(cls, row: Any) -> "ChannelMove":
-        """From a row with the columns `_MOVED`, and perhaps others."""
-        return cls(**{field.name: getattr(row, field.name) for field in fields(cls)})
+        """From a row with the columns `_MOVED`, perhaps without gates, and perhaps with others."""
+        named = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in row._mapping.items() if name in named})
 
     @classmethod
     def recorded(
