@@ -7,15 +7,17 @@ from contextlib import ExitStack, suppress
 
 _PROCESSES = 8
 _OWN = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _PROCESSES
-_RANGE = range(20_000 + _OWN, 32_000, _PROCESSES)
+_RANGE = range(20_000 + _OWN, 30_000, _PROCESSES)
 """Below those of outgoing connections, and others for each test process: either could take the port of a server that is
 about to come back."""
+BEHIND_S3 = range(30_000 + _OWN, 32_000, _PROCESSES)
+"""For what an S3 server asks by itself: one that comes back late would ask a stranger that has taken such a port."""
 
 
-def free_ports(count: int, first: int = 0) -> list[int]:
+def free_ports(count: int, first: int = 0, among: range = _RANGE) -> list[int]:
     """So many different ones; the first is `first` where that is free, as it is after a restart."""
     with ExitStack() as held:
-        candidates = iter([*([first] if first else []), *random.sample(_RANGE, 100)])
+        candidates = iter([*([first] if first else []), *random.sample(among, 100)])
         ports: list[int] = []
         while len(ports) < count:
             listener = held.enter_context(socket.socket())

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.ports import free_ports
+from tests.ports import BEHIND_S3, free_ports
 
 PACKAGES = ("swift==2.38.3", "PyECLib==1.8.0", "eventlet==0.41.3", "setuptools<81")
 """Known to work together: raise them together."""
@@ -217,7 +217,7 @@ class S3Server:
         """The same for S3 as before: the workers of a killed server hold it for a moment longer than that lives."""
         deadline = time.monotonic() + 5
         while True:
-            ports = free_ports(4, first=self.port)
+            ports = [*free_ports(1, first=self.port), *free_ports(len(_STORAGE), among=BEHIND_S3)]
             if ports[0] == self.port or not self.port or time.monotonic() > deadline:
                 return ports
             time.sleep(0.05)

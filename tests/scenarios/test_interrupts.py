@@ -134,6 +134,7 @@ def test_a_composition_of_a_server_goes_on_unless_it_is_interrupted_twice(
     assert seconds < 3
 
 
+@pytest.mark.long
 def test_on_a_terminal_a_composition_shows_its_steps_and_the_examples_that_are_done(
     stocked_on_disk: Cli, world: World, tmp_path: Path
 ) -> None:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from registry.database.migrate import head_revision
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +61,7 @@ def run(installed: Path, home: Path, *arguments: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.long
 def test_the_wheel_brings_command_packages_and_migrations_and_says_which_extra_is_missing(tmp_path: Path) -> None:
     installed = installed_wheel(tmp_path / "wheel")
     migrated = run(installed, tmp_path, "migrate")
