@@ -36,7 +36,7 @@ PAIRINGS = ("SQLite and a directory", "PostgreSQL and S3")
 ONE_PAIRING = (PAIRINGS[0], pytest.param(PAIRINGS[1], marks=pytest.mark.long))
 """For what hardly depends on the database and the store: the other pairing is for `make test-long`."""
 STRICTER_PAIRING = (pytest.param(PAIRINGS[0], marks=pytest.mark.long), PAIRINGS[1])
-"""The same for odd values, of which PostgreSQL refuses more."""
+"""The same for tests with odd values: PostgreSQL refuses more of them."""
 NOT_RUNNING = 3
 """The exit code of `pg_ctl status` for a cluster without a server."""
 _MIGRATED = "migrated"

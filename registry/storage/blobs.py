@@ -143,8 +143,8 @@ class BlobStore(Protocol):
         ...
 
     def url(self, sha256: Digest, expires_s: int, disposition: str | None = None) -> str | None:
-        """An address that a client may read from directly, or None if there is no such thing. Its answers have the
-        `disposition`, if one is given, as Content-Disposition."""
+        """An address from which a client can download the blob, or None if there is none. `disposition` becomes the
+        download's Content-Disposition."""
         ...
 
     def delete(self, sha256: Digest) -> None:

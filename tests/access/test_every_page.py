@@ -150,8 +150,8 @@ def _expected(whom: str, caller: str, namespace: str) -> int | str:
 
 
 def _denied(answer: httpx2.Response) -> bool:
-    """A token that does not work, one that is not the caller's to revoke, a release without a spectrum and a commit of
-    no release are no denial of the page."""
+    """A token that does not work, one that is not the caller's to revoke, a release without a spectrum and a commit
+    without a release do not mean that the page was denied."""
     for code in ("token_invalid", "token_unknown", "token_not_allowed", "spectrum_unknown", "no_match"):
         if f"<code>{code}</code>" in answer.text or "You are not signed in" in answer.text:
             return False
