@@ -198,6 +198,18 @@ def postgres_url() -> str:
     return services.shared_postgres()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def databases_of_the_module() -> Generator[None]:
+    with services.dropped_databases():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def databases_of_the_test() -> Generator[None]:
+    with services.dropped_databases():
+        yield
+
+
 @pytest.fixture(params=services.PAIRINGS)
 def pairing(request: pytest.FixtureRequest) -> dict[str, str]:
     """The environment of an empty registry's database and store, of each kind that we support together."""

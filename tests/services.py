@@ -41,6 +41,8 @@ NOT_RUNNING = 3
 """The exit code of `pg_ctl status` for a cluster without a server."""
 _MIGRATED = "migrated"
 _missing: dict[str, str] = {}
+_made: list[str] = []
+"""The URLs of the databases that this process made and has not dropped yet."""
 
 
 def missing() -> dict[str, str]:
@@ -75,19 +77,22 @@ def shared_postgres() -> str:
     return start_postgres(shared_directory() / "postgres")
 
 
-def pairing(name: str) -> dict[str, str]:
-    """The environment of an empty registry's database and store, migrated; where none is named both are in its home."""
+def pairing(name: str, *, kept: bool = False) -> dict[str, str]:
+    """The environment of an empty registry's database and store, migrated; where none is named both are in its home.
+
+    What is kept stays to the end of the run, past its `dropped_databases`.
+    """
     if name == PAIRINGS[0]:
         return {}
-    return copied_pairing({"ADAPTORY_DATABASE_URL": _probed_database()})
+    return copied_pairing({"ADAPTORY_DATABASE_URL": _probed_database()}, kept=kept)
 
 
-def copied_pairing(of: Mapping[str, str]) -> dict[str, str]:
+def copied_pairing(of: Mapping[str, str], *, kept: bool = False) -> dict[str, str]:
     """One with all that is in that database, which nobody may be connected to, and with an empty store."""
     if not of:
         return {}
     store = shared_s3().environment(f"{uuid.uuid4().hex}/")
-    return {**store, "ADAPTORY_DATABASE_URL": copied_database(of["ADAPTORY_DATABASE_URL"])}
+    return {**store, "ADAPTORY_DATABASE_URL": copied_database(of["ADAPTORY_DATABASE_URL"], kept=kept)}
 
 
 def _probed_database() -> str:
@@ -97,7 +102,7 @@ def _probed_database() -> str:
     with locked(shared_directory() / "probed.lock"):
         kept = shared_directory() / "probed.url"
         if not kept.exists():
-            url = new_database(migrated=True)
+            url = new_database(migrated=True, kept=True)
             with environment({**shared_s3().environment(), "ADAPTORY_DATABASE_URL": url}, []):
                 resources = open_resources(Settings())
                 probe_if_unknown(resources.store)
@@ -138,23 +143,39 @@ def ensure_schema_by_copy(shared: Path, database: Database, *, create: bool, new
     ensure_schema(database, create=create, newer=newer)
 
 
-def new_database(*, migrated: bool = False) -> str:
+def new_database(*, migrated: bool = False, kept: bool = False) -> str:
     """The URL of a database of one's own in the run's cluster; one with our tables is a copy of one made earlier."""
     with locked(shared_directory() / "databases.lock"):
         url = shared_postgres()
-        if not migrated:
-            return _create_database(url, f"t{uuid.uuid4().hex}")
-        if not _exists(url, _MIGRATED):
+        if migrated and not _exists(url, _MIGRATED):
             database = Database(_create_database(url, _MIGRATED))
             migrate(database)
             database.close()
-        return _create_database(url, f"t{uuid.uuid4().hex}", template=_MIGRATED)
+        return _own_database(url, _MIGRATED if migrated else "template1", kept)
 
 
-def copied_database(url: str) -> str:
+def copied_database(url: str, *, kept: bool = False) -> str:
     """A database of one's own with all that is in this one, which nobody may be connected to."""
     with locked(shared_directory() / "databases.lock"):
-        return _create_database(url, f"t{uuid.uuid4().hex}", template=url.rpartition("/")[2])
+        return _own_database(url, url.rpartition("/")[2], kept)
+
+
+@contextmanager
+def dropped_databases() -> Generator[None]:
+    """Drops at its end the databases that this process makes in it: 9 MB each, and a run makes a thousand."""
+    first = len(_made)
+    yield
+    for url in _made[first:]:
+        with _administration(f"{url.rpartition('/')[0]}/postgres") as connection:
+            connection.execute(text(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)"))
+    del _made[first:]
+
+
+def _own_database(url: str, template: str, kept: bool) -> str:
+    made = _create_database(url, f"t{uuid.uuid4().hex}", template)
+    if not kept:
+        _made.append(made)
+    return made
 
 
 def _create_database(url: str, name: str, template: str = "template1") -> str:

@@ -61,7 +61,7 @@ class Templates:
         """A pairing of one's own, whose registry has this home."""
         template = self._directory / name
         if name not in self._pairings:
-            pairing = services.pairing(name)
+            pairing = services.pairing(name, kept=True)
             cli = stock(Cli({"ADAPTORY_HOME": str(template), "ADAPTORY_USER": USER, **pairing}), self._world)
             assert traces(cli).blobs == frozenset()
             self._pairings[name] = pairing
