@@ -63,8 +63,8 @@ class FitReport:
     """The result of a fit. `errors` has √(Σ over modules |(D - Δ_m) X_m|² / |W X_m|² / t_m) for each member m, on the
     inputs of the last step; `errors_of_sum` has the same for the weighted sum w0 Σ Δ_i. `weights` are the members'
     least-squares weights, w0 their mean. `fitted` counts modules and expert stacks. Those in `kept_at_sum` keep the
-    weighted sum (a stack, in at least one expert): their inputs cannot
-    be observed, no example reached them, or an adapter has no factors there."""
+    weighted sum (a stack, in at least one expert): their inputs cannot be observed, no example reached them, or an
+    adapter has no factors there."""
 
     w0: float
     weights: tuple[float, ...]

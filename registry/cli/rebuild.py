@@ -33,7 +33,7 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
     if any(row["repository"] is None for row in lineage):
         raise NotAllowed(
             "hidden_input",
-            f"{name} was made from adapters that you may not read.",
+            f"{name} was made from adapters to which you have no access.",
             subject=name,
             next_step="Ask an administrator of their namespace.",
         )

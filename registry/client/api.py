@@ -151,7 +151,7 @@ class Api:
             with suppress(NotFound):
                 self.get(models)
                 return models
-            detail = f"There is no repository {repository}, or you may not read it."
+            detail = f"Repository {repository} does not exist, or you have no access to it."
             raise NotFound(unknown.code, detail, subject=repository, next_step=unknown.next_step) from unknown
         return adapters
 

@@ -195,7 +195,7 @@ def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
     if stat is None:
         raise NotFound(
             "blob_unknown",
-            f"There is no blob {sha256}, or you may not read it.",
+            f"Blob {sha256} does not exist, or you have no access to it.",
             subject=sha256,
             next_step="Announce its bytes (POST /v1/uploads) and send them.",
         )

@@ -142,7 +142,7 @@ def test_a_token_tells_its_user_alone_which_namespaces_its_scope_leaves_out(hous
         problem = house.ask(caller, "GET", f"/v1/adapters/{namespace}/sql").json()
         assert (problem["status"], problem["detail"]) == (
             404,
-            f"There is no namespace {namespace}, or you may not read it.",
+            f"Namespace {namespace} does not exist, or you have no access to it.",
         )
 
 

@@ -137,7 +137,7 @@ def _to_release(resources: Resources, text: str) -> Response:
     reference = parse_reference(text)
     with resources.snapshot() as session:
         version = str(reference.version or resolve.locate(session, reference).row.version)
-    return redirect(link(str(reference.repository), version))
+    return redirect(link(str(reference.repository), version), 302)
 
 
 @router.get("/{namespace}/{name}/{version}/modules")

@@ -36,9 +36,12 @@ _MINUS = "\N{MINUS SIGN}"
 
 
 def page(request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
-    """A page; a redirect to the same facts as JSON for a caller who wants those. Every template knows the viewer (None
-    for a stranger), whether there is no other user, and whether the viewer publishes anywhere; the server's address and
-    that of the page, where to sign in, and the token of its forms (`parts.csrf()`)."""
+    """The rendered page, or a redirect to `json_address` for a caller that accepts JSON alone.
+
+    Beside `values`, every template knows `viewer` (a name, None for who is not signed in), `publishes` (anywhere),
+    `single_user`, `path`, `origin` (the server's address), `sign_in` (an address) and `form_token`, which
+    `parts.csrf()` puts into forms.
+    """
     actor: Actor | None = getattr(request.state, "actor", None)
     viewer = actor.name if actor is not None and actor.name != ANONYMOUS else None
     json_address = values.pop("json_address", None)
@@ -69,9 +72,9 @@ def form_page(
     )
 
 
-def redirect(address: str) -> Response:
-    """Where a form leads to: the browser loads a page, and does not post again when that is loaded again."""
-    return RedirectResponse(address, 303)
+def redirect(address: str, status: int = 303) -> Response:
+    """By default to where a form leads: the browser loads a page, and does not post again when that is loaded again."""
+    return RedirectResponse(address, status)
 
 
 def _sign_in(request: Request) -> str:

@@ -63,9 +63,9 @@ def show_repository(
         summary = repository_page(session, [row])[0]
     read = [orjson.loads(one) for one in documents]
     used, used_by = _used(read, channels)
-    serving: dict[str | None, list[str]] = {}
+    serving: dict[tuple[str, str | None], list[str]] = {}
     for one in channels:
-        serving.setdefault(one.version, []).append(one.channel)
+        serving.setdefault((str(named), one.version), []).append(one.channel)
     return page(
         request,
         "repository.html",

@@ -1,5 +1,6 @@
 """The first page, and search with the parameters of `GET /v1/releases`."""
 
+from dataclasses import dataclass
 from typing import cast
 from urllib.parse import parse_qsl, urlencode
 
@@ -13,12 +14,23 @@ from registry.api.pages.wire import PageCaller, PageRoute
 from registry.api.routes.documents import Json, RenderedReleaseCache
 from registry.api.routes.search import PARAMETERS, find_releases
 from registry.domain.access.audit import Actor
-from registry.domain.channels import moves
+from registry.domain.channels import moves, served
 from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
 
-SHOWN, SUGGESTED, MOVES = 25, 25, 5
+SHOWN, SUGGESTED, MOVES, COUNTED = 25, 25, 5, 100
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Releases that fit, but do not load in the server that was asked for."""
+
+    number: int
+    """Of the first COUNTED that fit; there may be more of them."""
+    more: bool
+    query: str
+    """The search with them."""
 
 
 @router.get("/")
@@ -27,30 +39,28 @@ def home(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respons
     """Search, the newest releases, and the last moves of channels."""
     items, _ = _releases(request, resources, actor, [("limit", "10")])
     with resources.read() as session:
-        latest = moves.latest(session, actor, limit=MOVES)
-    return page(request, "home.html", releases=items, moves=latest, json_address="/v1/releases?limit=10")
+        latest, serving = moves.latest(session, actor, limit=MOVES), served.channels_of(session, _named(items))
+    facts = {"releases": items, "serving": serving, "moves": latest}
+    return page(request, "home.html", **facts, json_address="/v1/releases?limit=10")
 
 
 @router.get("/search", openapi_extra={"parameters": PARAMETERS})
 @in_search_threads
 def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
-    """Matching releases, by the parameters of REST. Empty fields of the form are ignored."""
+    """Matching releases, by the parameters of REST. Empty fields of the form are ignored, as are releases for related
+    bases without a base."""
     given = [(name, value) for name, value in parse_qsl(request.url.query) if value]
+    if "base" not in dict(given):
+        given = [one for one in given if one != ("include", "related")]
     limited = given if any(name == "limit" for name, _ in given) else [*given, ("limit", str(SHOWN))]
     items, following = _releases(request, resources, actor, limited)
     without_cursor = [(name, value) for name, value in given if name != "cursor"]
     more = f"/search?{urlencode([*without_cursor, ('cursor', following)])}" if following else None
-    refused = urlencode([*without_cursor, ("include", "refused")])
-    address = f"/v1/releases?{urlencode(limited)}"
-    answer = page(
-        request,
-        "search.html",
-        releases=items,
-        more=more,
-        asked=_asked(given),
-        refused_query=refused,
-        json_address=address,
-    )
+    with resources.read() as session:
+        serving = served.channels_of(session, _named(items))
+    facts = {"releases": items, "serving": serving, "more": more, "asked": _asked(given)}
+    facts["refused"] = _refused(request, resources, actor, without_cursor)
+    answer = page(request, "search.html", **facts, json_address=f"/v1/releases?{urlencode(limited)}")
     if "hx-request" in request.headers:  # the form sends its empty fields too
         answer.headers["HX-Replace-Url"] = f"/search?{urlencode(without_cursor)}" if without_cursor else "/search"
     return answer
@@ -71,6 +81,21 @@ def _releases(
     documents = cast(RenderedReleaseCache, request.app.state.documents)
     items, following = find_releases(resources, actor, urlencode(given).encode(), documents)
     return [orjson.loads(item) for item in items], following
+
+
+def _refused(request: Request, resources: Resources, actor: Actor, given: list[tuple[str, str]]) -> Refused | None:
+    """None if there are none, or if they are shown already."""
+    if "loads_in" not in dict(given) or ("include", "refused") in given:
+        return None
+    asked = [*given, ("include", "refused")]
+    counted = [(name, value) for name, value in asked if name != "limit"]
+    items, following = _releases(request, resources, actor, [*counted, ("limit", str(COUNTED))])
+    number = sum(not one["loads_in"]["loads"] for one in items)
+    return Refused(number, following is not None, urlencode(asked)) if number else None
+
+
+def _named(items: list[Json]) -> list[tuple[str, str]]:
+    return [(one["repository"], one["version"]) for one in items]
 
 
 def _asked(given: list[tuple[str, str]]) -> dict[str, str]:

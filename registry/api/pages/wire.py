@@ -42,7 +42,9 @@ class PageRoute(Route):
     caller's own session (`forms`), and reads it only for callers whom the route's rule lets in."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{**options, "include_in_schema": False})
+        methods = set(options.pop("methods", None) or {"GET"})
+        also = {"HEAD"} if "GET" in methods else set[str]()
+        super().__init__(*args, **{**options, "methods": methods | also, "include_in_schema": False})
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         answer, rules = super().get_route_handler(), rules_of(self.dependant)

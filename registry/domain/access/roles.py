@@ -152,7 +152,7 @@ def unknown_namespace(namespace: str) -> NotFound:
     """The error for a namespace that does not exist or that the actor may not see."""
     return NotFound(
         "namespace_unknown",
-        f"There is no namespace {namespace[:64]}, or you may not read it.",
+        f"Namespace {namespace[:64]} does not exist, or you have no access to it.",
         subject=namespace[:64],
         next_step="Check the spelling, and ADAPTORY_TOKEN.",
     )

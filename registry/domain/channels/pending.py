@@ -5,10 +5,11 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Channel, Promotion, Release, Repository
+from registry.database.tables import Channel, Job, Promotion, Release, Repository
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import repositories
+from registry.domain.jobs import queue
 from registry.errors import Conflict, NotFound, RegistryError, Stale
 
 PENDING = "pending"
@@ -73,7 +74,7 @@ def end(
     error: RegistryError | None = None,
     move_id: int | None = None,
 ) -> None:
-    """Ends the promotion. Its channel must be locked."""
+    """Ends the promotion, and its evaluation if nobody else needs that. Its channel must be locked."""
     promotion.state, promotion.ended_at, promotion.move_id = state, actor.at, move_id
     promotion.error = None if error is None else error.to_row()
     session.flush()
@@ -89,6 +90,24 @@ def end(
         version=promotion.release.version,
         error=error.to_row() if error else None,
     )
+    if state not in ("completed", "replaced"):
+        cancel_evaluation(session, promotion, actor.at)
+
+
+def cancel_evaluation(session: Session, ended: Promotion, at: datetime) -> None:
+    """Cancels what an ended promotion had queued to be measured, unless another one waits for it."""
+    others = select(Promotion.id).where(Promotion.job_id == ended.job_id, Promotion.state == PENDING)
+    if ended.job_id is None or session.scalars(others.limit(1)).first() is not None:
+        return
+    job = queue.find(session, ended.job_id)
+    if job.state not in queue.FINISHED and _began_by_promotion(session, job):
+        queue.request_cancel(session, job.id, at)
+
+
+def _began_by_promotion(session: Session, job: Job) -> bool:
+    """Whether a promotion queued the evaluation, rather than a user whose evaluation a promotion joined later."""
+    began = (Promotion.job_id == job.id, Promotion.actor == job.created_by, Promotion.created_at <= job.created_at)
+    return session.scalar(select(Promotion.id).where(*began).limit(1)) is not None
 
 
 def end_moved(session: Session, actor: Actor, promotion_id: int) -> None:
@@ -105,7 +124,8 @@ def end_moved(session: Session, actor: Actor, promotion_id: int) -> None:
 
 
 def end_replaced(session: Session, actor: Actor, promotion: Promotion, version: str) -> None:
-    """Ends a promotion for which a newer request came."""
+    """Ends a promotion for which a newer request came, which may go on with its evaluation: `cancel_evaluation` is for
+    the caller."""
     named = subject(promotion)
     error = Conflict(
         "promotion_replaced",

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Approval, Channel, Job, Promotion, Release
+from registry.database.tables import Approval, Channel, Promotion, Release
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds, permit
@@ -57,6 +57,8 @@ def request(session: Session, actor: Actor, wanted: PromotionRequest) -> Channel
     session.add(promotion)
     session.flush()
     _wait(session, actor, promotion, outcome)
+    if earlier is not None:  # not before: this promotion may need the same evaluation
+        pending.cancel_evaluation(session, earlier, actor.at)
     audit.record(
         session,
         actor,
@@ -101,7 +103,7 @@ def settle(session: Session, promotion_id: int, now: datetime) -> Promotion:
 
 
 def cancel(session: Session, actor: Actor, promotion: Promotion) -> Promotion:
-    """Cancels a waiting promotion, and its evaluation if nobody else needs that. Raises Conflict for one that ended."""
+    """Cancels a waiting promotion. Raises Conflict for one that ended."""
     promotion = _locked(session, promotion.id)
     subject = pending.subject(promotion)
     if promotion.state != PENDING:
@@ -118,11 +120,6 @@ def cancel(session: Session, actor: Actor, promotion: Promotion) -> Promotion:
         next_step="Promote it again if that was a mistake.",
     )
     pending.end(session, actor, promotion, "cancelled", error)
-    others = select(Promotion.id).where(Promotion.job_id == promotion.job_id, Promotion.state == PENDING)
-    if promotion.job_id is not None and session.scalars(others.limit(1)).first() is None:
-        job = queue.find(session, promotion.job_id)
-        if job.state not in queue.FINISHED and _began_by_promotion(session, job):
-            queue.request_cancel(session, job.id, actor.at)
     return promotion
 
 
@@ -201,12 +198,6 @@ def _wait(session: Session, actor: Actor, promotion: Promotion, outcome: Waiting
     until = outcome.report.until or promotion.expires_at
     promotion.due_at = min(until, promotion.expires_at, actor.at + RECHECK)
     session.flush()
-
-
-def _began_by_promotion(session: Session, job: Job) -> bool:
-    """Whether a promotion queued the evaluation, rather than a user whose evaluation a promotion joined later."""
-    began = (Promotion.job_id == job.id, Promotion.actor == job.created_by, Promotion.created_at <= job.created_at)
-    return session.scalar(select(Promotion.id).where(*began).limit(1)) is not None
 
 
 def _namespaces(session: Session, promotion: Promotion, wanted: Sequence[Wanted]) -> set[str]:

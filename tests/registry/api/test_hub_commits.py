@@ -424,7 +424,7 @@ def test_a_refusal_to_create_is_shown_in_its_words(house: House) -> None:
         return answer.status_code, answer.headers["X-Error-Message"]
 
     status, words = refused(name="x", organization="other")
-    assert (status, "no namespace other, or you may not" in words) == (404, True)
+    assert (status, "amespace other does not exist, or you have no access" in words) == (404, True)
     status, words = refused(name="mine")
     assert (status, "Write it as namespace/name" in words) == (400, True)
     status, words = refused(name="tables", organization="acme", type="dataset")

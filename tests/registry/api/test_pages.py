@@ -82,6 +82,13 @@ def statements(resources: Resources) -> dict[str, int]:
     return numbers
 
 
+def test_head_answers_as_get_does(house: House) -> None:
+    with single_user(house.resources) as http:
+        for address in (*ADDRESSES, "/acme/nothing"):
+            head, get = http.head(address), http.get(address)
+            assert (head.status_code, head.headers["content-type"]) == (get.status_code, get.headers["content-type"])
+
+
 def test_longer_lists_take_no_more_statements(house: House) -> None:
     before = statements(house.resources)
     name = RepositoryName("acme", "sql")

@@ -207,6 +207,23 @@ def test_a_look_at_one_that_has_expired_ends_it_though_no_worker_runs(house: Hou
         assert (row.actor, row.after) == ("releaser", {"state": "expired"})
 
 
+@pytest.mark.parametrize("how", ["expired", "conflict", "replaced"])
+def test_what_a_promotion_queued_to_be_measured_ends_with_it(house: House, how: str) -> None:
+    demand(house, rules=["exact.accuracy >= 0.5"])
+    began = waiting(house)
+    if how == "expired":
+        settle_due(later(house, NOW + 24 * HOUR))
+    elif how == "conflict":
+        promote(house, force=True, reason="now")
+    else:
+        demand(house, approval={})
+        waiting(house)
+    assert seen(house, began)[0] == how
+    with house.resources.read() as session:
+        job_id = session.get_one(Promotion, began).job_id
+        assert session.get_one(Job, job_id).state == "cancelled"
+
+
 def test_cancelling_a_promotion_leaves_the_evaluation_that_somebody_else_asked_for(house: House) -> None:
     demand(house, rules=["exact.accuracy >= 0.5"])
     asked = evaluations.request(

@@ -1,0 +1,47 @@
+"""What a row of a search says, and what leads on from it."""
+
+import re
+from collections.abc import Generator
+
+import pytest
+
+from registry.domain.channels import moves
+from registry.domain.channels.moves import PromotionRequest
+from registry.formats.references import RepositoryName, Version
+from tests.access.browser import Browser
+from tests.access.house import HOST, PRIVATE, House
+
+NAME = RepositoryName(PRIVATE, "sql")
+
+
+@pytest.fixture
+def reader(house: House) -> Generator[Browser]:
+    with Browser(house) as browser:
+        browser.sign_in(house.secrets["reader"])
+        yield browser
+
+
+@pytest.mark.parametrize("address", ["/", "/search"])
+def test_a_row_has_the_channels_that_serve_the_release(house: House, reader: Browser, address: str) -> None:
+    with house.resources.write() as session:
+        for channel in ("canary", "rows"):
+            moves.promote(session, HOST, PromotionRequest(NAME, Version(1, 0, 0), channel))
+    [row] = re.findall(
+        rf'<tr>\s*<th scope="row"><a href="/{NAME}/1\.0\.0">.*?</tr>', reader.open(address).text, re.DOTALL
+    )
+    assert re.findall(rf'href="/{NAME}@([a-z]+)"', row)[:2] == ["canary", "rows"]
+
+
+def test_a_search_says_how_many_more_do_not_load_and_leads_to_them(reader: Browser) -> None:
+    found = reader.open("/search?base=tiny&loads_in=vllm:1").text
+    [(address, number)] = re.findall(r'<a href="([^"]+)">(\d+) more do(?:es)? not load in vllm:1</a>', found)
+    shown = reader.open(address.replace("&amp;", "&")).text
+    assert shown.count("does not load in vllm:1") == int(number) > 0
+    assert " more do" not in shown
+
+
+def test_related_bases_can_be_ticked(reader: Browser) -> None:
+    ticked = 'value="related" checked'
+    assert ticked in reader.open("/search?base=tiny&include=related").text
+    without_base = reader.open("/search?include=related")
+    assert (without_base.status_code, ticked in without_base.text) == (200, False)
