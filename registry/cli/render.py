@@ -307,6 +307,9 @@ class _Bar(Progress):
 
     def __call__(self, count: int) -> None:
         self._bars.advance(self._task, count)
+        (task,) = self._bars.tasks
+        if task.total is not None and task.completed > task.total:  # a search may measure more than expected
+            self._bars.update(self._task, total=task.completed)
 
     def expect(self, total: int) -> None:
         self._bars.update(self._task, total=total)

@@ -205,6 +205,8 @@ class ProgressCount:
     def __call__(self, count: int) -> None:
         with self._lock:
             self._done += count
+            if self._total:  # a search may measure more than it was expected to
+                self._total = max(self._total, self._done)
             self._write()
 
     def expect(self, total: int) -> None:
