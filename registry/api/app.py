@@ -52,11 +52,13 @@ ROUTERS: tuple[Entry, ...] = (
 HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
 PAGES: tuple[str, ...] = (
-    *("assets", "login", "provider", "account", "members", "search", "catalog", "conflicts", "compose"),
+    "search",
+    *("assets", "login", "provider", "account", "members", "catalog", "conflicts", "compose"),
     *("jobs", "audit", "errors", "moving", "policy_form", "withdrawing", "channel", "compare", "history"),
     *("release", "repository"),
 )
-"""Modules of the pages, which only servers have. They come last: they answer every path of one to three parts."""
+"""Modules of the pages, which only servers have. They come last, since they answer every path of one to three parts.
+But search comes first of all: no other route matches its two paths, which are asked most."""
 
 
 def create_app(
@@ -73,8 +75,10 @@ def create_app(
     _guard(app, resources, tokens=tokens)
     app.add_middleware(Exchanges, access_log=access_log, observe=None if on_demand else _metrics(app, resources))
     if not on_demand:
+        search, *pages = page_routers()
+        app.router.routes.extend(search.routes)
         _include(app, ROUTERS)
-        for router in (*hub_routers(), *page_routers()):
+        for router in (*hub_routers(), *pages):
             app.router.routes.extend(router.routes)
         app.state.error_page = import_module("registry.api.pages.wire").error_page
     return app

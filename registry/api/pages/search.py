@@ -1,18 +1,20 @@
 """The first page, and search with the parameters of `GET /v1/releases`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode
 
 import orjson
 from fastapi import APIRouter, Request, Response
 
 from registry.api.http.request import ResourcesOf
+from registry.api.http.routes import needs_only_request
 from registry.api.http.threads import in_search_threads
 from registry.api.pages.render import page
 from registry.api.pages.wire import PageCaller, PageRoute
 from registry.api.routes.documents import Json, RenderedReleaseCache
-from registry.api.routes.search import PARAMETERS, find_releases
+from registry.api.routes.search import PARAMETERS, Found, find_releases
 from registry.domain.access.audit import Actor
 from registry.domain.channels import moves, served
 from registry.transfer.resources import Resources
@@ -34,17 +36,19 @@ class Refused:
 
 
 @router.get("/")
+@needs_only_request
 @in_search_threads
 def home(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
     """Search, the newest releases, and the last moves of channels."""
-    items, _ = _releases(request, resources, actor, [("limit", "10")])
+    found = _find(request, resources, actor, [("limit", "10")])
     with resources.read() as session:
-        latest, serving = moves.latest(session, actor, limit=MOVES), served.channels_of(session, _named(items))
-    facts = {"releases": items, "serving": serving, "moves": latest}
+        latest, serving = moves.latest(session, actor, limit=MOVES), served.channels_of(session, found.releases)
+    facts = {**_rows(found, serving), "moves": latest}
     return page(request, "home.html", **facts, json_address="/v1/releases?limit=10")
 
 
 @router.get("/search", openapi_extra={"parameters": PARAMETERS})
+@needs_only_request
 @in_search_threads
 def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
     """Matching releases, by the parameters of REST. Empty fields of the form are ignored, as are releases for related
@@ -53,12 +57,12 @@ def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respo
     if "base" not in dict(given):
         given = [one for one in given if one != ("include", "related")]
     limited = given if any(name == "limit" for name, _ in given) else [*given, ("limit", str(SHOWN))]
-    items, following = _releases(request, resources, actor, limited)
+    found = _find(request, resources, actor, limited)
     without_cursor = [(name, value) for name, value in given if name != "cursor"]
-    more = f"/search?{urlencode([*without_cursor, ('cursor', following)])}" if following else None
+    more = f"/search?{urlencode([*without_cursor, ('cursor', found.following)])}" if found.following else None
     with resources.read() as session:
-        serving = served.channels_of(session, _named(items))
-    facts = {"releases": items, "serving": serving, "more": more, "asked": _asked(given)}
+        serving = served.channels_of(session, found.releases)
+    facts = {**_rows(found, serving), "more": more, "asked": _asked(given)}
     facts["refused"] = _refused(request, resources, actor, without_cursor)
     answer = page(request, "search.html", **facts, json_address=f"/v1/releases?{urlencode(limited)}")
     if "hx-request" in request.headers:  # the form sends its empty fields too
@@ -71,16 +75,25 @@ def known_adapters(
 ) -> list[tuple[str, str]]:
     """Adapters to suggest, of a base if one is given: each repository's highest stable release, and its base."""
     given = [("latest", "true"), ("limit", str(SUGGESTED)), *([("base", base)] if base else [])]
-    items, _ = _releases(request, resources, actor, given)
+    items = _read(_find(request, resources, actor, given))
     return [(f"{one['repository']}:{one['version']}", one["base"]["name"]) for one in items]
 
 
-def _releases(
-    request: Request, resources: Resources, actor: Actor, given: list[tuple[str, str]]
-) -> tuple[list[Json], str | None]:
+def _find(request: Request, resources: Resources, actor: Actor, given: list[tuple[str, str]]) -> Found:
     documents = cast(RenderedReleaseCache, request.app.state.documents)
-    items, following = find_releases(resources, actor, urlencode(given).encode(), documents)
-    return [orjson.loads(item) for item in items], following
+    return find_releases(resources, actor, urlencode(given).encode(), documents)
+
+
+def _read(found: Found) -> list[Json]:
+    return [orjson.loads(document) for document in found.documents]
+
+
+def _rows(found: Found, serving: Mapping[int, list[str]]) -> dict[str, Any]:
+    """What `parts.release_rows` takes."""
+    items = _read(found)
+    rows = zip(items, found.releases, strict=True)
+    channels = {(one["repository"], one["version"]): serving.get(release, []) for one, release in rows}
+    return {"releases": items, "serving": channels}
 
 
 def _refused(request: Request, resources: Resources, actor: Actor, given: list[tuple[str, str]]) -> Refused | None:
@@ -89,13 +102,9 @@ def _refused(request: Request, resources: Resources, actor: Actor, given: list[t
         return None
     asked = [*given, ("include", "refused")]
     counted = [(name, value) for name, value in asked if name != "limit"]
-    items, following = _releases(request, resources, actor, [*counted, ("limit", str(COUNTED))])
-    number = sum(not one["loads_in"]["loads"] for one in items)
-    return Refused(number, following is not None, urlencode(asked)) if number else None
-
-
-def _named(items: list[Json]) -> list[tuple[str, str]]:
-    return [(one["repository"], one["version"]) for one in items]
+    found = _find(request, resources, actor, [*counted, ("limit", str(COUNTED))])
+    number = sum(not one["loads_in"]["loads"] for one in _read(found))
+    return Refused(number, found.following is not None, urlencode(asked)) if number else None
 
 
 def _asked(given: list[tuple[str, str]]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, cast
 
@@ -50,6 +51,15 @@ PARAMETERS = [
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A page of results: documents as FoundOut, the releases' ids in the same order, the cursor of the next page."""
+
+    documents: list[bytes]
+    releases: list[int]
+    following: str | None
+
+
 @cached_by_query
 def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
     """Parses the parameters. The framework would take longer for this many than most searches take in total."""
@@ -73,13 +83,12 @@ def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
 @in_search_threads
 def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> Response:
     """Search the releases that the caller may read; all conditions must hold."""
-    return page_response(*find_releases(resources, actor, request.scope["query_string"], _documents(request)))
+    found = find_releases(resources, actor, request.scope["query_string"], _documents(request))
+    return page_response(found.documents, found.following)
 
 
-def find_releases(
-    resources: Resources, actor: Actor, asked: bytes, documents: RenderedReleaseCache
-) -> tuple[list[bytes], str | None]:
-    """The documents that a query string asks for, as FoundOut, and the cursor of the next page."""
+def find_releases(resources: Resources, actor: Actor, asked: bytes, documents: RenderedReleaseCache) -> Found:
+    """What a query string asks for."""
     query, wanted = _parse_query(asked)
     order = Order(query.sort, query.limit + 1, _position(query))
     # Conditions on a release's neighbours are evaluated in one statement and checked in another.
@@ -91,9 +100,9 @@ def find_releases(
         with resources.snapshot() as session:
             result = _search(session, actor, query, wanted, order)
             rendered = _render(session, actor, documents, result, query.limit)
-    items = [one.with_remarks(_remarks(one, result, wanted.loads_in)) for one in rendered]
+    found = [one.with_remarks(_remarks(one, result, wanted.loads_in)) for one in rendered]
     following = _cursor(query, result.hits[len(rendered) - 1]) if len(result.hits) > len(rendered) else None
-    return items, following
+    return Found(found, [hit.release_id for hit in result.hits[: len(rendered)]], following)
 
 
 def _search(session: Session, actor: Actor, query: SearchIn, wanted: search.Query, order: Order) -> SearchResult:
