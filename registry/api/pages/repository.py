@@ -42,7 +42,8 @@ def show_namespace(
         views = [one.model_dump(mode="json") for one in repository_page(session, listed)]
         members = namespaces.members(session, name) if holds(actor, Role.ADMIN, name) else None
     roles = [role.value for role in Role]
-    return page(request, "namespace.html", namespace=name, repositories=views, more=more, members=members, roles=roles)
+    facts: Json = {"namespace": name, "repositories": views, "more": more, "members": members, "roles": roles}
+    return page(request, "namespace.html", **facts, json_address=f"/v1/adapters?namespace={name}")
 
 
 @router.get("/{namespace}/{name}")
