@@ -37,6 +37,7 @@ def show_namespace(
     name = parse_name(namespace, "namespace")
     wanted = Wanted(namespace=name)
     with resources.snapshot() as session:
+        namespaces.find(session, name)
         rows = repositories.list_page(session, actor, wanted, after=decode_cursor(cursor), limit=SHOWN + 1)
         listed, more = first_rows(rows, SHOWN, lambda row: str(repositories.name_of(row)))
         views = [one.model_dump(mode="json") for one in repository_page(session, listed)]

@@ -31,6 +31,7 @@ from registry.api.schemas.catalog import (
 )
 from registry.api.schemas.wire import Page
 from registry.database.tables import Release
+from registry.domain.access import namespaces
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
 from registry.domain.catalog.repositories import Wanted
@@ -56,6 +57,8 @@ def list_repositories(
         permit(actor, Role.READER, parse_name(namespace, "namespace"))
     wanted = Wanted([kind], namespace)
     with resources.snapshot() as session:
+        if namespace is not None:
+            namespaces.find(session, namespace)
         rows = repositories.list_page(session, actor, wanted, after=decode_cursor(cursor), limit=limit + 1)
         return page(repository_page(session, rows), limit, [str(repositories.name_of(row)) for row in rows])
 
