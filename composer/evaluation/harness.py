@@ -313,7 +313,7 @@ def _label(task_version: object, shots: int | None, *, chat: bool) -> str:
 
 
 def _documents(documents: Iterable[Any]) -> Documents:
-    """Their number and the hash of all, each as canonical JSON."""
+    """How many documents there are, and one hash over the canonical JSON of each."""
     count, digest = 0, sha256()
     for count, one in enumerate(documents, start=1):  # noqa: B007
         text = json.dumps(one, sort_keys=True, ensure_ascii=False, default=str)

@@ -113,8 +113,9 @@ def fitted(count: int, seed: int = 0) -> list[Candidate]:
 
 
 def full_space(count: int) -> list[Candidate]:
-    """Methods that decide about each entry of the full matrices, cut to a rank so that an adapter holds the result. One
-    takes seconds to make, a sum hundredths of one; measured on eight examples it costs two to four times as much."""
+    """Methods that decide about each entry of the full matrices, cut to a rank so that an adapter holds the result.
+    Making one takes seconds, where a sum takes hundredths of a second. With its measurement on eight examples it costs
+    two to four times as much as a sum."""
     ones, settings = (1.0,) * count, {"lambda": 0.7}
     return [Candidate(name="ties_svd x 0.7", family="ties", method="ties_svd", factors=ones, settings=settings)]
 

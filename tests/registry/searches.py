@@ -22,62 +22,74 @@ from registry.formats.licenses import spdx
 from registry.formats.references import RepositoryName
 from tests.registry.shelf import BASES, CHANNELS, METRICS, NAMESPACES, SUITES, TARGETS
 
-
-def maybe(values: st.SearchStrategy) -> st.SearchStrategy:
-    return st.none() | values
-
-
-def some(values: tuple) -> st.SearchStrategy:
-    return st.lists(st.sampled_from(values), max_size=3, unique=True).map(tuple)
-
-
 NAMES = tuple(sorted({name for targets in TARGETS for name in targets}))
 PROFILE_NAMES = [name for name in PROFILES if "<" not in name] + ["vllm:8", "vllm:64"]
-conditions = st.builds(
-    Condition,
-    st.sampled_from(SUITES),
-    st.sampled_from([*METRICS, "unmeasured"]),
-    st.sampled_from([">=", "<="]),
-    st.sampled_from([0.0, 0.3, 0.5, 1.0, 2.0]),
-)
+THRESHOLDS = (0.0, 0.3, 0.5, 1.0, 2.0)
 STATEMENTS = (
     *("trainer:trl 0.20", "TRAINER:axolotl", "trainer:trl", f"run_url:https://runs.example/{'x' * 300}"),
     *(f"run_url:https://runs.example/{'x' * 299}", "hyperparameters.LR:3e-3", "hyperparameters.modules:v_proj"),
     *("data:tickets", "data:sha256:AB12", "data:ab12", "data_license:cc-by-4.0", "tags:sql", "license:llama3"),
 )
+NOWHERE = ("trainer:trl", f"run_url:https://runs.example/{'x' * 299}")
 TEXTS = (
-    *("", "", "", "tick", "TRAINED tick", "grösse", "adapter 1", "acme", "x" * 50, "zebra", "trainer", "axolotl"),
+    *("tick", "TRAINED tick", "grösse", "adapter 1", "acme", "x" * 50, "zebra", "trainer", "axolotl"),
     *("a", "1", "t adapter", "adapter acme", "tickets open grösse"),
 )
-NOWHERE = ("trainer:trl", f"run_url:https://runs.example/{'x' * 299}")
+
+VALUES: dict[str, tuple[Any, ...]] = {
+    "kind": (Kind.ADAPTER, Kind.MODEL),
+    "namespace": (*NAMESPACES, "nowhere"),
+    "repository": tuple(RepositoryName(one, name) for one in NAMESPACES for name in ("adapter-0", "model-1")),
+    "base": (*BASES, "Hub/plain"),
+    "type": ("lora", "loha", "other"),
+    "variant": ("lora", "dora"),
+    "dtype": ("BF16", "F32"),
+    "license": ("apache-2.0", "Apache-2.0", "llama3"),
+    "base_license": ("mit", "Apache-2.0"),
+    "alpha": (4.0, 8.0, 5.0),
+    "min_rank": (1, 8, 16),
+    "max_rank": (3, 8, 64),
+    "targets_exact": tuple(tuple(reversed(targets)) for targets in TARGETS),
+    "max_size_bytes": (1, 10, 1_000),
+    "channel": (*CHANNELS, "nowhere"),
+    "text": TEXTS,
+    "loads_in": tuple(map(parse_profile, PROFILE_NAMES)),
+    "include_yanked": (True,),
+    "stable": (True,),
+    "latest": (True,),
+}
+"""Field of a query -> values to try beside its default."""
+ITEMS: dict[str, tuple[Any, ...]] = {
+    "include": (RELATED, REFUSED),
+    "targets_within": NAMES,
+    "targets_include": NAMES,
+    "score": tuple(
+        Condition(suite, metric, operator, value)
+        for suite in SUITES
+        for metric in (*METRICS, "unmeasured")
+        for operator in (">=", "<=")
+        for value in THRESHOLDS
+    ),
+    "provenance": STATEMENTS,
+}
+"""Field of a query with a list -> items to try, up to three of them."""
+
+
+def _default(name: str) -> Any:
+    return Query.__dataclass_fields__[name].default
+
+
 queries = st.builds(
     Query,
-    kind=st.sampled_from([Kind.ADAPTER, Kind.ADAPTER, Kind.ADAPTER, Kind.MODEL]),
-    namespace=maybe(st.sampled_from([*NAMESPACES, "nowhere"])),
-    repository=maybe(st.builds(RepositoryName, st.sampled_from(NAMESPACES), st.sampled_from(["adapter-0", "model-1"]))),
-    base=maybe(st.sampled_from([*BASES, "Hub/plain"])),
-    include=some((RELATED, REFUSED)),
-    type=maybe(st.sampled_from(["lora", "loha", "other"])),
-    variant=maybe(st.sampled_from(["lora", "dora"])),
-    dtype=maybe(st.sampled_from(["BF16", "F32"])),
-    license=maybe(st.sampled_from(["apache-2.0", "Apache-2.0", "llama3"])),
-    base_license=maybe(st.sampled_from(["mit", "Apache-2.0"])),
-    alpha=maybe(st.sampled_from([4.0, 8.0, 5.0])),
-    min_rank=maybe(st.sampled_from([1, 8, 16])),
-    max_rank=maybe(st.sampled_from([3, 8, 64])),
-    targets_within=some(NAMES),
-    targets_include=some(NAMES),
-    targets_exact=st.just(()) | st.sampled_from([tuple(reversed(targets)) for targets in TARGETS]),
-    max_size_bytes=maybe(st.sampled_from([1, 10, 1_000])),
-    score=st.lists(conditions, max_size=2).map(tuple),
-    channel=maybe(st.sampled_from([*CHANNELS, "nowhere"])),
-    text=st.sampled_from(TEXTS),
-    provenance=some(STATEMENTS),
-    loads_in=maybe(st.sampled_from(PROFILE_NAMES).map(parse_profile)),
-    include_yanked=st.booleans(),
-    stable=st.booleans(),
-    latest=st.booleans(),
+    **{name: st.just(_default(name)) | st.sampled_from(values) for name, values in VALUES.items()},
+    **{name: st.lists(st.sampled_from(items), max_size=3, unique=True).map(tuple) for name, items in ITEMS.items()},
 )
+
+
+def with_each_value(name: str) -> list[Query]:
+    """Queries in which one field alone has a value: each that is tried of it, and of a list each item."""
+    return [Query(**{name: value}) for value in (*VALUES.get(name, ()), *((item,) for item in ITEMS.get(name, ())))]
+
 
 UNSET = (None, False, (), "")
 _newer = aliased(Release)

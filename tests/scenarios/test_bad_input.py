@@ -380,6 +380,8 @@ def test_a_server_refuses_odd_requests_and_stays_well(pairing: dict[str, str], t
             answer = httpx2.request(method, url + path, content=body, headers={"Content-Type": "application/json"})
             assert answer.status_code == status, f"{method} {path}: {answer.status_code} {answer.text}"
             refused_as(answer, status)
+        form = httpx2.post(f"{url}/v1/uploads", data={"files": ""})
+        assert "Content-Type: application/json" in form.json()["next"]
         assert "GET" in httpx2.put(f"{url}/v1/jobs").headers["Allow"]
         assert httpx2.get(f"{url}/readyz").status_code == 200
         assert process.is_alive()

@@ -1,1 +1,1 @@
-"""Bases in fp8 and nf4: dequantized, and how far the quantized model is from that."""
+"""Bases in fp8 and nf4: dequantized, and how far the quantized model is from the dequantized one."""

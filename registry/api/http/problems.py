@@ -37,6 +37,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _OF_NAMES = frozenset({"repository_unknown", "namespace_unknown"})
 _CHOICES = frozenset({"literal_error", "enum"})
 """Pydantic's errors for a word that is not in a list of choices."""
+_NO_OBJECT = frozenset({"missing", "model_attributes_type", "model_type", "dict_type"})
+"""Its errors for a body that is absent, or was not sent as a JSON object."""
 
 
 def problem_response(
@@ -173,6 +175,14 @@ def _validation_error(_request: Request, error: Exception) -> JSONResponse:
 def of_validation(error: RequestValidationError) -> Invalid:
     """The first thing that is wrong with a request."""
     first = error.errors()[0]
+    if first["type"] == "json_invalid" or (first["type"] in _NO_OBJECT and first["loc"] == ("body",)):
+        reason = f": {first['ctx']['error']}" if first["type"] == "json_invalid" else ""
+        return Invalid(
+            "bad_request",
+            f"The body is not a JSON object{reason}.",
+            subject="body",
+            next_step="Send one, with `Content-Type: application/json`; see /openapi.json for its fields.",
+        )
     where = ".".join(str(part) for part in first["loc"])
     return Invalid(
         "bad_request",

@@ -36,7 +36,7 @@ MAX_COMMIT_BYTES = 400 << 20
 
 @router.post(CREATE)
 def create(body: RepositoryIn, request: Request, resources: ResourcesOf, actor: Caller) -> Response:
-    """Creates an empty repository. Names are lowered, since trainers make them of directories."""
+    """Creates an empty repository. Its name is lower-cased, since trainers take it from a directory."""
     if body.type not in (None, "model"):
         raise _not_a_model(body.type)
     if not body.organization and not may(actor, Role.PUBLISHER, actor.name):

@@ -38,8 +38,8 @@ class Measured:
 def choose(
     named: RepositoryOf, actor: PageReader, versions: Annotated[tuple[str, ...], Query(alias="with")] = ()
 ) -> Response:
-    """Those that were ticked on the repository's page, oldest first: its address can be shared."""
-    ordered = sorted({str(parse_version(one)): parse_version(one) for one in versions}.values())
+    """Redirects to the comparison of the ticked releases, the lowest version first. Its address can be shared."""
+    ordered = sorted(set(map(parse_version, versions)))
     if not 2 <= len(ordered) <= MOST:
         raise Usage(
             "bad_comparison",

@@ -55,7 +55,8 @@ def set_cookie(response: Response, name: str, value: str, lasts_s: int | None) -
 
 
 def number_shown(form: Form, field: str) -> int:
-    """The number of the move or revision that the form's page showed; 0 for none. Raises Invalid for no number."""
+    """The number of the move or revision that the form's page showed, 0 if there was none. Raises Invalid if the field
+    has no number."""
     text = form.get(field, "")
     if not text.isascii() or not text.isdecimal() or len(text) > 18:
         raise Invalid("bad_request", "The form does not say what its page showed.", next_step="Load the page again.")

@@ -39,7 +39,7 @@ _MINUS = "\N{MINUS SIGN}"
 def page(request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
     """The rendered page, or a redirect to `json_address` for a caller that accepts JSON alone.
 
-    Beside `values`, every template knows `viewer` (a name, None for who is not signed in), `publishes` (anywhere),
+    Beside `values`, every template knows `viewer` (a name, or None without a session), `publishes` (anywhere),
     `single_user`, `path`, `origin` (the server's address), `sign_in` (an address) and `form_token`, which
     `parts.csrf()` puts into forms.
     """
@@ -59,8 +59,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
 def form_page(
     request: Request, template: str, named: RepositoryName, error: RegistryError | None, **values: Any
 ) -> Response:
-    """The page of a form about a repository. With an error, that is why the form is shown again, and its status is the
-    answer's."""
+    """The page of a form about a repository. `error` is why the form is shown again; the response has its status."""
     return page(
         request,
         template,

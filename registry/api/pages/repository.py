@@ -64,7 +64,7 @@ def show_repository(
         drawn = scores.histories(session, newest) if newest else []
         summary = repository_page(session, [row])[0]
     read = [orjson.loads(one) for one in documents]
-    used, used_by = _used(read, channels)
+    shown, by_channel = _release_to_use(read, channels)
     serving: dict[tuple[str, str | None], list[str]] = {}
     for one in channels:
         serving.setdefault((str(named), one.version), []).append(one.channel)
@@ -80,8 +80,8 @@ def show_repository(
         releases=read,
         serving=serving,
         changes=_changes(read),
-        used=used,
-        used_by=used_by,
+        to_use=shown,
+        by_channel=by_channel,
         more=more,
         json_address=f"/v1/{summary.kind}s/{named}",
     )
@@ -98,8 +98,9 @@ def _changes(listed: Sequence[Json]) -> dict[str, float]:
     return changes
 
 
-def _used(listed: Sequence[Json], channels: Sequence[ChannelOut]) -> tuple[Json | None, str | None]:
-    """What the page says how to use: what the first choice of the channels serves, or else the newest that is left."""
+def _release_to_use(listed: Sequence[Json], channels: Sequence[ChannelOut]) -> tuple[Json | None, str | None]:
+    """The listed release that the page explains how to use, and the channel that serves it: FIRST_CHOICE if it serves
+    one, else any other. Without such a channel, the newest release that is not yanked."""
     for one in sorted(channels, key=lambda one: one.channel != FIRST_CHOICE):
         for release in listed:
             if release["version"] == one.version:

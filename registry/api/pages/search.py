@@ -63,7 +63,7 @@ def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respo
     with resources.read() as session:
         serving = served.channels_of(session, results.release_ids)
     facts: dict[str, Any] = {**_rows(results, serving), "more": more, "asked": _asked(given)}
-    facts["refused"] = _refused(request, resources, actor, without_cursor)
+    facts["not_loading"] = _not_loading(request, resources, actor, without_cursor)
     answer = page(request, "search.html", **facts, json_address=f"/v1/releases?{urlencode(limited)}")
     if "hx-request" in request.headers:  # the form sends its empty fields too
         answer.headers["HX-Replace-Url"] = f"/search?{urlencode(without_cursor)}" if without_cursor else "/search"
@@ -96,8 +96,10 @@ def _rows(results: Results, serving: Mapping[int, list[str]]) -> dict[str, Any]:
     return {"releases": items, "serving": channels}
 
 
-def _refused(request: Request, resources: Resources, actor: Actor, given: list[tuple[str, str]]) -> NotLoading | None:
-    """None if there are none, or if they are shown already."""
+def _not_loading(
+    request: Request, resources: Resources, actor: Actor, given: list[tuple[str, str]]
+) -> NotLoading | None:
+    """The releases that the search leaves out because the server refuses them; None if it leaves out none."""
     if "loads_in" not in dict(given) or ("include", "refused") in given:
         return None
     asked = [*given, ("include", "refused")]

@@ -43,8 +43,9 @@ class PageRoute(Route):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         methods = set(options.pop("methods", None) or {"GET"})
-        also = {"HEAD"} if "GET" in methods else set[str]()
-        super().__init__(*args, **{**options, "methods": methods | also, "include_in_schema": False})
+        if "GET" in methods:
+            methods.add("HEAD")  # which FastAPI, unlike Starlette, does not add
+        super().__init__(*args, **{**options, "methods": methods, "include_in_schema": False})
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         answer, rules = super().get_route_handler(), rules_of(self.dependant)

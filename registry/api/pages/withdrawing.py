@@ -28,7 +28,7 @@ MAX_SERVING = 10
 
 @dataclass(frozen=True, slots=True)
 class Withdrawal:
-    """A request about one release, of somebody who may withdraw it."""
+    """A request about one release, by a caller who may withdraw it."""
 
     named: RepositoryOf
     version: VersionOf

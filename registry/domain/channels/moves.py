@@ -24,8 +24,8 @@ from registry.errors import Refused, Stale
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import Version, parse_name, refuse_ambiguous_channel
 
-CONSIDERED = 2_000
-"""The last moves of a registry, among which `latest` looks for those that an actor may read."""
+LATEST_AMONG = 2_000
+"""`latest` looks at this many of a registry's last moves: a caller who may read few of them waits no longer."""
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
 
@@ -114,7 +114,7 @@ _LATEST = (
     .join(Repository.__table__, _repository.id == _channel.repository_id)
     .join(Release.__table__, _release.id == _move.to_release_id)
     .outerjoin(_left, _left.c.id == _move.from_release_id)
-    .where(_move.id > select(func.max(_move.id) - CONSIDERED).scalar_subquery())
+    .where(_move.id > select(func.max(_move.id) - LATEST_AMONG).scalar_subquery())
     .order_by(_move.id.desc())
 )
 _OF_RELEASE = (
@@ -337,8 +337,8 @@ def history(session: Session, channel: Channel, *, before: int, limit: int) -> l
 
 
 def latest(session: Session, actor: Actor, *, limit: int) -> list[tuple[str, str, ChannelMove]]:
-    """The newest moves of all channels that the actor may read, each with its repository and channel, among the last
-    `CONSIDERED` of the registry."""
+    """The newest moves that the actor may read among the registry's last `LATEST_AMONG`, each with its repository and
+    channel."""
     rows = session.execute(_LATEST.where(readable(actor, Repository.namespace)).limit(limit))
     return [(f"{row.namespace}/{row.repository}", row.channel, ChannelMove.of_row(row)) for row in rows]
 

@@ -86,14 +86,14 @@ def set_policy(
     expected: int | None = None,
 ) -> int:
     """Replaces a channel's policy; returns its revision. Raises NotFound for an unknown suite or metric, Usage for an
-    invalid rule, and Stale if another revision than the expected one is replaced."""
+    invalid rule, and Stale if the revision that it replaces is not `expected`."""
     rules = gates.parse_rules([row.rule for row in policy.rules])
     for rule in rules:
         gates.refuse_unknown(session, actor, rule)
     for soak in policy.soak:
         parse_name(soak.channel, "channel")
     revision = _store(session, actor, repository, channel, policy, rules, Act.POLICY_SET)
-    if expected is not None and revision != expected + 1:
+    if expected is not None and revision != expected + 1:  # now that the row is locked; the error undoes the write
         name = f"{repositories.name_of(repository)}@{channel}"
         message = f"The policy of {name} has changed since you looked."
         raise Stale("policy_changed", message, subject=name, next_step="Look at it again, and change it then.")

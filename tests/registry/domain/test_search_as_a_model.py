@@ -22,7 +22,7 @@ from registry.domain.catalog.suites import Condition
 from registry.domain.search import access_paths, search, term_index
 from registry.domain.search.ordering import NEWEST, VERSION, Order
 from registry.domain.search.query import RELATED, Query
-from tests.registry.searches import NOWHERE, STATEMENTS, plain_search, queries
+from tests.registry.searches import NOWHERE, STATEMENTS, plain_search, queries, with_each_value
 from tests.registry.shelf import METRICS, Item, stock
 
 EXAMPLES = 12 * min(4, int(os.environ.get("ADAPTORY_TEST_FUZZ", "1")))
@@ -116,6 +116,16 @@ def test_the_model_and_the_registry_agree_on_something(shelf: Shelf, order: str)
         listed = _all_pages(shelf.database, query, order, ACTORS[0], 7)
         assert listed == _expected(shelf, query, order, ACTORS[0])
         assert listed
+
+
+# `include` says what another condition lets through.
+@pytest.mark.parametrize("name", sorted(Query.__dataclass_fields__.keys() - {"include"}))
+def test_each_condition_alone_finds_what_a_look_at_every_release_finds(shelf: Shelf, name: str) -> None:
+    results: list[list[int]] = []
+    for query in [Query(), *with_each_value(name)]:
+        results.append(_all_pages(shelf.database, query, NEWEST, ACTORS[0], 500))
+        assert results[-1] == _expected(shelf, query, NEWEST, ACTORS[0]), query
+    assert len(set(map(tuple, results))) > 1, "no value that is tried makes a difference"
 
 
 def _all_pages(database: Database, query: Query, order: str, actor: Actor, limit: int) -> list[int]:
