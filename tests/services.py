@@ -16,8 +16,9 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psycopg
 import pytest
-from sqlalchemy import Connection, create_engine, text
+from psycopg import sql
 
 from registry.database.engine import Database
 from registry.database.migrate import ensure_schema, migrate
@@ -167,7 +168,8 @@ def dropped_databases() -> Generator[None]:
     yield
     for url in _made[first:]:
         with _administration(f"{url.rpartition('/')[0]}/postgres") as connection:
-            connection.execute(text(f"DROP DATABASE IF EXISTS {url.rpartition('/')[2]} WITH (FORCE)"))
+            dropped = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)")
+            connection.execute(dropped.format(sql.Identifier(url.rpartition("/")[2])))
     del _made[first:]
 
 
@@ -180,21 +182,18 @@ def _own_database(url: str, template: str, kept: bool) -> str:
 
 def _create_database(url: str, name: str, template: str = "template1") -> str:
     with _administration(url) as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy"))
+        created = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
+        connection.execute(created.format(sql.Identifier(name), sql.Identifier(template)))
     return f"{url.rpartition('/')[0]}/{name}"
 
 
 def _exists(url: str, name: str) -> bool:
     with _administration(url) as connection:
-        return bool(connection.scalar(text("SELECT count(*) FROM pg_database WHERE datname = :name"), {"name": name}))
+        return connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", (name,)).fetchone() is not None
 
 
-@contextmanager
-def _administration(url: str) -> Generator[Connection]:
-    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        yield connection
-    engine.dispose()
+def _administration(url: str) -> psycopg.Connection:
+    return psycopg.connect(url, autocommit=True)
 
 
 def shared_s3() -> S3Server:
