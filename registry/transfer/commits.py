@@ -74,18 +74,21 @@ def receive(
 def _check_adapter(
     resources: Resources, name: RepositoryName, change: Change, files: list[ManifestFile]
 ) -> list[Finding]:
-    """Checks an adapter as its release will be, if the change adds a part of it, and it names a registered base.
-    Its signature may come later. Returns the findings that do not refuse it."""
+    """Checks an adapter as its release will be, if the change adds a part of it or the card that names its base, and
+    that base is registered. Its signature may come later. Returns the findings that do not refuse it."""
     added = {one.path for one in change.operations if isinstance(one, Addition)}
-    if not added & _ADAPTER or not {file.path for file in files} >= _ADAPTER:
+    if not added & {*_ADAPTER, CARD_FILE} or not {file.path for file in files} >= _ADAPTER:
         return []
     base = _stated_base(resources, files)
     with resources.read() as session:
         known = base is not None and bases.is_known(session, base)
+    only_card = not added & _ADAPTER
     if base is None or not known:
         what = f"its base {base[:200]} is not registered" if base else f"{CONFIG_FILE} does not name its base"
         message = f"The adapter was not checked: {what}. It cannot be released before it is."
-        return [Finding("unchecked", Severity.WARNING, CONFIG_FILE, message)]
+        return [] if only_card else [Finding("unchecked", Severity.WARNING, CONFIG_FILE, message)]
+    if only_card and base == _stated_base(resources, [file for file in files if file.path != CARD_FILE]):
+        return []  # the configuration names it, so the adapter was checked when it came
     unsigned = [file for file in files if file.path != SIGNATURE_FILE]
     return publishing.prepare(
         resources, Push(repository=name, kind=Kind.ADAPTER, version=None, bump=None, base=base, files=unsigned)
@@ -197,6 +200,8 @@ def _parse(lines: "_Lines") -> tuple[Change, list[Addition]]:
         if key == "header":
             change = Change(_text(value, "summary"), str(value.get("description") or ""), _parent(value))
         elif key == "file" and content is not None:
+            if (encoding := value.get("encoding", "base64")) != "base64":  # its text may read as base64
+                raise _bad(f"the encoding {encoding!r:.80} is not supported")
             commits.refuse_name(_text(value, "path"))
             inline.append(replace(content, path=_text(value, "path")))
             operations.append(inline[-1])
@@ -230,8 +235,8 @@ def _size(value: dict[str, Any]) -> int | None:
     return size
 
 
-def _bad(why: str) -> Usage:
-    return Usage("bad_commit_line", f"The commit cannot be read: {why}.", next_step="Use another huggingface_hub.")
+def _bad(why: str, next_step: str = "Use another huggingface_hub.") -> Usage:
+    return Usage("bad_commit_line", f"The commit cannot be read: {why}.", next_step=next_step)
 
 
 @dataclass(slots=True)
@@ -333,7 +338,7 @@ class _Lines:
 
 def _document(line: bytes) -> tuple[str, dict[str, Any]]:
     if rb"\u0000" in line:
-        raise _bad("it contains a NUL character")
+        raise _bad("it contains a NUL character", next_step="Leave it out of names and messages.")
     try:
         document = json.loads(line)
         key, value = document["key"], document["value"]

@@ -216,6 +216,13 @@ def test_references_and_commits_are_channels_and_releases(house: House) -> None:
     assert [first.json(), ask(house, first.links["next"]["url"]).json()] == [commits[:1], commits[1:]]
 
 
+def test_a_gate_refuses_a_branch_with_its_numbers(house: House) -> None:
+    gates = {"channel": "guarded", "rules": ["exact.nll <= 0.001"]}
+    house.ask("admin", "PUT", "/v1/adapters/acme/sql/gates", json=gates).raise_for_status()
+    answer = house.ask("releaser", "POST", "/api/models/acme/sql/branch/guarded", json={"startingPoint": "1.0.0"})
+    assert (answer.status_code, "exact.nll <= 0.001: " in answer.headers["X-Error-Message"]) == (422, True)
+
+
 def test_an_info_has_what_was_asked_for(house: House) -> None:
     plain = ask(house, "/api/models/acme/tables?securityStatus=True").json()
     assert (plain["id"], plain["author"], plain["private"], plain["library_name"]) == (
