@@ -453,6 +453,8 @@ def test_a_release_made_elsewhere_is_a_step_of_main(house: House) -> None:
     assert branch.status_code == 200, branch.text
     again = house.ask("releaser", "POST", "/api/models/acme/sql/branch/canary", json={"startingPoint": "1.0.0"})
     assert (again.status_code, again.json()["code"]) == (409, "channel_exists"), "clients pass over it with exist_ok"
+    main = house.ask("publisher", "POST", "/api/models/acme/sql/branch/main", json={})
+    assert (main.status_code, main.json()["code"]) == (409, "channel_exists"), "as push_to_hub(revision='main') asks"
     assert house.ask("releaser", "POST", "/api/models/acme/sql/branch/next", json={}).status_code == 400
     for name in ("9.9.9", "v2.0.0", "c0ffee0"):
         answer = house.ask("releaser", "POST", f"/api/models/acme/sql/branch/{name}", json={"startingPoint": "v1.0.0"})
