@@ -14,7 +14,7 @@ import pytest
 from registry.client.api import Api, line_path
 from registry.client.push import push
 from registry.formats.references import RepositoryName
-from tests import services
+from tests import pgbouncer, services
 from tests.deploy.stack import Stack
 from tests.durability.small import adapter_files, write_adapter, write_base
 from tests.eventually import eventually
@@ -29,7 +29,11 @@ PAIRS = list(itertools.combinations(range(RELEASES), 2))
 
 @pytest.fixture
 def environ(pairing: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """Of a registry with a base."""
+    return registry_of(pairing, tmp_path)
+
+
+def registry_of(pairing: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The environment of a registry with a base."""
     variables = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia", **pairing}
     Cli(variables).ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
     return variables
@@ -127,7 +131,19 @@ def ok(answer: httpx2.Response) -> httpx2.Response:
 
 @pytest.mark.long
 def test_servers_and_workers_are_replaced_without_a_failed_request(environ: dict[str, str], tmp_path: Path) -> None:
-    cli = Cli(environ)
+    are_replaced(environ, environ, tmp_path)
+
+
+@pytest.mark.long
+def test_servers_and_workers_behind_pgbouncer_are_replaced_without_a_failed_request(tmp_path: Path) -> None:
+    direct = registry_of(services.pairing(services.PAIRINGS[1]), tmp_path)
+    with pgbouncer.before(direct["ADAPTORY_DATABASE_URL"]) as url:
+        are_replaced(direct, direct | {"ADAPTORY_DATABASE_URL": url}, tmp_path)
+
+
+def are_replaced(direct: dict[str, str], environ: dict[str, str], tmp_path: Path) -> None:
+    """One after the other. The servers and workers have the environment; commands beside them go directly."""
+    cli = Cli(direct)
     for number in range(RELEASES):
         adapter = write_adapter(tmp_path / str(number), number)
         cli.ok("push", adapter, f"acme/sql:1.{number}.0", "--base", "tiny")

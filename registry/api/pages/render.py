@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlencode
 
 import orjson
@@ -32,6 +32,7 @@ HEADERS = {
     "Vary": "Cookie, Accept",
 }
 """Of every answer of a page: `PageRoute` adds them."""
+_METHODS = frozenset(dir(dict))
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -84,12 +85,22 @@ def _sign_in(request: Request) -> str:
     return f"/login?{urlencode({'next': here})}" if returns else "/login"
 
 
+class _Environment(Environment):
+    """Looks names up in a document first. An attribute that a dict lacks raises: that took a quarter of the time."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute in obj and attribute not in _METHODS:
+            return cast(dict[str, Any], obj)[attribute]
+        return super().getattr(obj, attribute)
+
+
 @cache
 def _environment() -> Environment:
-    environment = Environment(
+    environment = _Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        auto_reload=False,
         trim_blocks=True,
         lstrip_blocks=True,
     )

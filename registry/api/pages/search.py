@@ -14,7 +14,7 @@ from registry.api.http.threads import in_search_threads
 from registry.api.pages.render import page
 from registry.api.pages.wire import PageCaller, PageRoute
 from registry.api.routes.documents import Json, RenderedReleaseCache
-from registry.api.routes.search import PARAMETERS, Found, find_releases
+from registry.api.routes.search import PARAMETERS, Results, find_releases
 from registry.domain.access.audit import Actor
 from registry.domain.channels import moves, served
 from registry.transfer.resources import Resources
@@ -25,7 +25,7 @@ SHOWN, SUGGESTED, MOVES, COUNTED = 25, 25, 5, 100
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class NotLoading:
     """Releases that fit, but do not load in the server that was asked for."""
 
     number: int
@@ -40,10 +40,10 @@ class Refused:
 @in_search_threads
 def home(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
     """Search, the newest releases, and the last moves of channels."""
-    found = _find(request, resources, actor, [("limit", "10")])
+    results = _find(request, resources, actor, [("limit", "10")])
     with resources.read() as session:
-        latest, serving = moves.latest(session, actor, limit=MOVES), served.channels_of(session, found.releases)
-    facts = {**_rows(found, serving), "moves": latest}
+        latest, serving = moves.latest(session, actor, limit=MOVES), served.channels_of(session, results.release_ids)
+    facts: dict[str, Any] = {**_rows(results, serving), "moves": latest}
     return page(request, "home.html", **facts, json_address="/v1/releases?limit=10")
 
 
@@ -57,12 +57,12 @@ def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respo
     if "base" not in dict(given):
         given = [one for one in given if one != ("include", "related")]
     limited = given if any(name == "limit" for name, _ in given) else [*given, ("limit", str(SHOWN))]
-    found = _find(request, resources, actor, limited)
+    results = _find(request, resources, actor, limited)
     without_cursor = [(name, value) for name, value in given if name != "cursor"]
-    more = f"/search?{urlencode([*without_cursor, ('cursor', found.following)])}" if found.following else None
+    more = f"/search?{urlencode([*without_cursor, ('cursor', results.following)])}" if results.following else None
     with resources.read() as session:
-        serving = served.channels_of(session, found.releases)
-    facts = {**_rows(found, serving), "more": more, "asked": _asked(given)}
+        serving = served.channels_of(session, results.release_ids)
+    facts: dict[str, Any] = {**_rows(results, serving), "more": more, "asked": _asked(given)}
     facts["refused"] = _refused(request, resources, actor, without_cursor)
     answer = page(request, "search.html", **facts, json_address=f"/v1/releases?{urlencode(limited)}")
     if "hx-request" in request.headers:  # the form sends its empty fields too
@@ -79,32 +79,32 @@ def known_adapters(
     return [(f"{one['repository']}:{one['version']}", one["base"]["name"]) for one in items]
 
 
-def _find(request: Request, resources: Resources, actor: Actor, given: list[tuple[str, str]]) -> Found:
+def _find(request: Request, resources: Resources, actor: Actor, given: list[tuple[str, str]]) -> Results:
     documents = cast(RenderedReleaseCache, request.app.state.documents)
     return find_releases(resources, actor, urlencode(given).encode(), documents)
 
 
-def _read(found: Found) -> list[Json]:
-    return [orjson.loads(document) for document in found.documents]
+def _read(results: Results) -> list[Json]:
+    return [orjson.loads(document) for document in results.documents]
 
 
-def _rows(found: Found, serving: Mapping[int, list[str]]) -> dict[str, Any]:
+def _rows(results: Results, serving: Mapping[int, list[str]]) -> dict[str, Any]:
     """What `parts.release_rows` takes."""
-    items = _read(found)
-    rows = zip(items, found.releases, strict=True)
+    items = _read(results)
+    rows = zip(items, results.release_ids, strict=True)
     channels = {(one["repository"], one["version"]): serving.get(release, []) for one, release in rows}
     return {"releases": items, "serving": channels}
 
 
-def _refused(request: Request, resources: Resources, actor: Actor, given: list[tuple[str, str]]) -> Refused | None:
+def _refused(request: Request, resources: Resources, actor: Actor, given: list[tuple[str, str]]) -> NotLoading | None:
     """None if there are none, or if they are shown already."""
     if "loads_in" not in dict(given) or ("include", "refused") in given:
         return None
     asked = [*given, ("include", "refused")]
     counted = [(name, value) for name, value in asked if name != "limit"]
-    found = _find(request, resources, actor, [*counted, ("limit", str(COUNTED))])
-    number = sum(not one["loads_in"]["loads"] for one in _read(found))
-    return Refused(number, found.following is not None, urlencode(asked)) if number else None
+    results = _find(request, resources, actor, [*counted, ("limit", str(COUNTED))])
+    number = sum(not one["loads_in"]["loads"] for one in _read(results))
+    return NotLoading(number, results.following is not None, urlencode(asked)) if number else None
 
 
 def _asked(given: list[tuple[str, str]]) -> dict[str, str]:

@@ -52,11 +52,11 @@ PARAMETERS = [
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A page of results: documents as FoundOut, the releases' ids in the same order, the cursor of the next page."""
+class Results:
+    """A page of results: documents as FoundOut, the ids of their releases, the cursor of the next page."""
 
     documents: list[bytes]
-    releases: list[int]
+    release_ids: list[int]
     following: str | None
 
 
@@ -83,11 +83,11 @@ def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
 @in_search_threads
 def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> Response:
     """Search the releases that the caller may read; all conditions must hold."""
-    found = find_releases(resources, actor, request.scope["query_string"], _documents(request))
-    return page_response(found.documents, found.following)
+    results = find_releases(resources, actor, request.scope["query_string"], _documents(request))
+    return page_response(results.documents, results.following)
 
 
-def find_releases(resources: Resources, actor: Actor, asked: bytes, documents: RenderedReleaseCache) -> Found:
+def find_releases(resources: Resources, actor: Actor, asked: bytes, documents: RenderedReleaseCache) -> Results:
     """What a query string asks for."""
     query, wanted = _parse_query(asked)
     order = Order(query.sort, query.limit + 1, _position(query))
@@ -100,9 +100,9 @@ def find_releases(resources: Resources, actor: Actor, asked: bytes, documents: R
         with resources.snapshot() as session:
             result = _search(session, actor, query, wanted, order)
             rendered = _render(session, actor, documents, result, query.limit)
-    found = [one.with_remarks(_remarks(one, result, wanted.loads_in)) for one in rendered]
+    matching = [one.with_remarks(_remarks(one, result, wanted.loads_in)) for one in rendered]
     following = _cursor(query, result.hits[len(rendered) - 1]) if len(result.hits) > len(rendered) else None
-    return Found(found, [hit.release_id for hit in result.hits[: len(rendered)]], following)
+    return Results(matching, [hit.release_id for hit in result.hits[: len(rendered)]], following)
 
 
 def _search(session: Session, actor: Actor, query: SearchIn, wanted: search.Query, order: Order) -> SearchResult:

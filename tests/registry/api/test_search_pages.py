@@ -33,8 +33,8 @@ def test_a_row_has_the_channels_that_serve_the_release(house: House, reader: Bro
 
 
 def test_a_search_says_how_many_more_do_not_load_and_leads_to_them(reader: Browser) -> None:
-    found = reader.open("/search?base=tiny&loads_in=vllm:1").text
-    [(address, number)] = re.findall(r'<a href="([^"]+)">(\d+) more do(?:es)? not load in vllm:1</a>', found)
+    page = reader.open("/search?base=tiny&loads_in=vllm:1").text
+    [(address, number)] = re.findall(r'<a href="([^"]+)">(\d+) more do(?:es)? not load in vllm:1</a>', page)
     shown = reader.open(address.replace("&amp;", "&")).text
     assert shown.count("does not load in vllm:1") == int(number) > 0
     assert " more do" not in shown
