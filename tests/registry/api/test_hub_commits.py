@@ -272,7 +272,7 @@ def test_an_address_serves_for_its_file_alone_and_for_its_time(house: House, nam
     with pytest.raises(NotFound, match="no longer"):
         lfs_transfers.receive(late, lfs_transfers.permitted(late, permit), [content], len(content))
     if method == "PUT":
-        lfs_transfers.receive(hour, permit, [content], len(content))
+        lfs_transfers.receive(hour, lfs_transfers.permitted(hour, permit), [content], len(content))
 
 
 @pytest.mark.parametrize("large", [12 << 20])
