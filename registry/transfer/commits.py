@@ -26,7 +26,7 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import revisions
 from registry.errors import Conflict, Invalid, NotFound, TooLarge, Usage
 from registry.formats.manifest import ManifestFile, parse_manifest
-from registry.formats.references import RepositoryName, Version, parse_digest
+from registry.formats.references import Digest, RepositoryName, Version, parse_digest
 from registry.formats.signatures import SIGNATURE_FILE
 from registry.storage.local import unwritable
 from registry.transfer import publishing, uploads
@@ -55,8 +55,12 @@ def receive(
         change, added = _parse(_Lines(chunks, Path(directory)))
         with resources.snapshot() as session:
             commits.files_after(session, name, change)  # refuses most of what it would refuse later, before it stores
-        for sha256 in {file.sha256 for file in added}:  # files of a commit may have the same content
+
+        def store(sha256: Digest) -> None:
             uploads.store_file(resources, actor, name.namespace, sha256, Path(directory) / sha256, move=True)
+
+        with ThreadPoolExecutor(_PARALLEL, "store") as pool:  # files of a commit may have the same content
+            list(pool.map(store, {file.sha256 for file in added}))
     with resources.read() as session:
         files = commits.added_files(session, change)
         releases.refuse_absent_blobs(session, name.namespace, files)  # before their bytes are read
