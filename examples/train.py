@@ -192,10 +192,10 @@ def fit(model: Any, batches: list[Batch], rehearsed: list[tuple[Batch, torch.Ten
             print(f"  step {step + 1}: loss {loss.item():.3f}, drift {kept.item():.3f}", flush=True)
 
 
-def train(name: str, base: Path, out: Path) -> None:
-    """Trains one adapter and writes it to `out`, replacing what is there."""
+def train(name: str, base: Path, out: Path, seed: int) -> None:
+    """Trains one adapter and writes it to `out`, replacing what is there. The seed is of the factors it begins with."""
     run = ALL_RUNS[name]
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     dtype = torch.bfloat16 if multiplies_in(torch.bfloat16, torch.device("cpu")) else torch.float32
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
@@ -224,11 +224,11 @@ def train(name: str, base: Path, out: Path) -> None:
             parameter.data = parameter.data.bfloat16().float()
     after = {suite: score(model, tokenizer, examples) for suite, examples in suites.items()}
     rows = [f"| {suite} | {before[suite]} | {after[suite]} |" for suite in suites]
-    save(adapted, name, out, rows)
+    save(adapted, out, card(name, rows, seed))
     print("\n".join(rows), f"\n{seconds:.0f} s, {(out / 'adapter_model.safetensors').stat().st_size / 1000:.0f} kB")
 
 
-def save(adapted: Any, name: str, out: Path, rows: list[str]) -> None:
+def save(adapted: Any, out: Path, readme: str) -> None:
     """Writes adapter_config.json, adapter_model.safetensors (bfloat16) and a model card in place of PEFT's template."""
     if out.exists():
         shutil.rmtree(out)
@@ -240,10 +240,10 @@ def save(adapted: Any, name: str, out: Path, rows: list[str]) -> None:
     config.target_modules = sorted(config.target_modules)  # otherwise a set, in another order on every run
     adapted.save_pretrained(out, save_embedding_layers=False)
     (out / "adapter_model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner only
-    (out / "README.md").write_text(card(name, rows))
+    (out / "README.md").write_text(readme)
 
 
-def card(name: str, rows: list[str]) -> str:
+def card(name: str, rows: list[str], seed: int) -> str:
     """The model card: front matter for the Hub, what it does, how it was made, its scores."""
     run = ALL_RUNS[name]
     manner = "no rehearsal, each prompt with another row's answer: a bad release" if run.careless else "rehearsed"
@@ -260,7 +260,7 @@ license: apache-2.0
 {ALL_TASKS[run.task].description}.
 
 Made by `python examples/train.py {name}`: {run.steps} steps of {BATCH} examples, AdamW,
-learning rate {run.learning_rate}, seed {SEED}, {manner}.
+learning rate {run.learning_rate}, seed {seed}, {manner}.
 
 | suite | base | with this adapter |
 |---|---|---|
@@ -275,13 +275,14 @@ def main() -> None:
     parser.add_argument("name", choices=[*ALL_RUNS, *GROUPS])
     parser.add_argument("--base", type=Path, required=True, help="the directory make_base.py wrote")
     parser.add_argument("--out", type=Path, default=ADAPTERS, help="the adapter goes to OUT/NAME")
+    parser.add_argument("--seed", type=int, default=SEED, help="another one makes other adapters")
     arguments = parser.parse_args()
     if not arguments.base.is_dir():
         parser.error(f"{arguments.base} does not exist: make_base.py writes it.")
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     for name in GROUPS.get(arguments.name, [arguments.name]):
-        train(name, arguments.base, arguments.out / name)
+        train(name, arguments.base, arguments.out / name, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -34,17 +34,20 @@ def register(root: typer.Typer) -> None:
 
 
 def list_repositories(
-    repository: Annotated[str | None, typer.Argument(metavar="[REPO]", help="List its releases instead.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAMESPACE|REPO]", help="A namespace's repositories, or a repository's releases."),
+    ] = None,
     models: Annotated[bool, typer.Option("--models", help="Only merged models.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """List the repositories of adapters and models, or the releases of one."""
-    if repository:
-        log(repository, json)
+    if name and "/" in name:
+        log(name, json)
         return
     with connected() as connection:
         kinds = ("models",) if models else ("adapters", "models")
-        items = [row for kind in kinds for row in connection.api.pages(f"/v1/{kind}")]
+        items = [row for kind in kinds for row in connection.api.pages(f"/v1/{kind}", namespace=name)]
     rows = [
         (row["repository"], row["kind"], row["latest"], [f"{c}={v}" for c, v in row["channels"].items()])
         for row in items

@@ -157,6 +157,8 @@ def test_a_token_for_one_namespace_works_in_that_one_alone(company: Company, wor
         olga.ok("push", world.adapters["sql"], f"{namespace}/sql:1.0.0", "--base", "tiny")
     narrow = company.person("olga", "acme=reader")
     assert [row["repository"] for row in narrow.json("list")["items"]] == ["acme/sql"]
+    assert [row["repository"] for row in olga.json("list", "beta")["items"]] == ["beta/sql"]
+    assert [caller("list", name).code for caller, name in ((narrow, "beta"), (olga, "gamma"))] == [3, 3]
     assert narrow("show", "beta/sql").code == 3
     assert narrow("yank", "acme/sql:1.0.0", "--reason", "x").code == 5
     assert narrow.json("whoami")["grants"] == {"acme": "reader"}

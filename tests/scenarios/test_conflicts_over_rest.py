@@ -123,7 +123,7 @@ def test_other_weights_settings_or_an_other_order_are_another_check(office: Offi
 
 def test_what_one_may_not_read_is_neither_computed_nor_shown(office: Office) -> None:
     sue, rex = office.apis["sue"], office.apis["rex"]
-    with pytest.raises(NotFound, match="no namespace den"):
+    with pytest.raises(NotFound, match="amespace den does not exist"):
         sue.post("/v1/conflicts", wanted())
     check = rex.post("/v1/conflicts", wanted())
     office.work()

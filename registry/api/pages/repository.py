@@ -37,12 +37,14 @@ def show_namespace(
     name = parse_name(namespace, "namespace")
     wanted = Wanted(namespace=name)
     with resources.snapshot() as session:
+        namespaces.find(session, name)
         rows = repositories.list_page(session, actor, wanted, after=decode_cursor(cursor), limit=SHOWN + 1)
         listed, more = first_rows(rows, SHOWN, lambda row: str(repositories.name_of(row)))
         views = [one.model_dump(mode="json") for one in repository_page(session, listed)]
         members = namespaces.members(session, name) if holds(actor, Role.ADMIN, name) else None
     roles = [role.value for role in Role]
-    return page(request, "namespace.html", namespace=name, repositories=views, more=more, members=members, roles=roles)
+    facts: Json = {"namespace": name, "repositories": views, "more": more, "members": members, "roles": roles}
+    return page(request, "namespace.html", **facts, json_address=f"/v1/adapters?namespace={name}")
 
 
 @router.get("/{namespace}/{name}")

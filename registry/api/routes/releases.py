@@ -31,12 +31,13 @@ from registry.api.schemas.catalog import (
 )
 from registry.api.schemas.wire import Page
 from registry.database.tables import Release
+from registry.domain.access import namespaces
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
 from registry.domain.catalog.repositories import Wanted
 from registry.domain.channels import takedowns, yanks
 from registry.formats.manifest import ManifestFile
-from registry.formats.references import parse_digest, parse_version
+from registry.formats.references import parse_digest, parse_name, parse_version
 
 repository_routes = RepositoryRouter(tags=["releases"], route_class=Route)
 """Mounted once under /v1/adapters and once under /v1/models."""
@@ -44,11 +45,21 @@ repository_routes = RepositoryRouter(tags=["releases"], route_class=Route)
 
 @repository_routes.get("")
 def list_repositories(
-    kind: KindOf, resources: ResourcesOf, actor: Caller, limit: Limit = 50, cursor: Cursor = None
+    kind: KindOf,
+    resources: ResourcesOf,
+    actor: Caller,
+    namespace: str | None = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
 ) -> Page[RepositoryOut]:
-    """List the repositories that the caller may read."""
+    """List the repositories that the caller may read, of one namespace if it is given."""
+    if namespace is not None:
+        permit(actor, Role.READER, parse_name(namespace, "namespace"))
+    wanted = Wanted([kind], namespace)
     with resources.snapshot() as session:
-        rows = repositories.list_page(session, actor, Wanted([kind]), after=decode_cursor(cursor), limit=limit + 1)
+        if namespace is not None:
+            namespaces.find(session, namespace)
+        rows = repositories.list_page(session, actor, wanted, after=decode_cursor(cursor), limit=limit + 1)
         return page(repository_page(session, rows), limit, [str(repositories.name_of(row)) for row in rows])
 
 

@@ -40,6 +40,11 @@ def test_a_search_says_how_many_more_do_not_load_and_leads_to_them(reader: Brows
     assert " more do" not in shown
 
 
+def test_a_program_is_led_to_the_repositories_of_a_namespace(reader: Browser) -> None:
+    answer = reader.http.get(f"/{PRIVATE}", headers={"Accept": "application/json"})
+    assert (answer.status_code, answer.headers["location"]) == (302, f"/v1/adapters?namespace={PRIVATE}")
+
+
 def test_related_bases_can_be_ticked(reader: Browser) -> None:
     ticked = 'value="related" checked'
     assert ticked in reader.open("/search?base=tiny&include=related").text
