@@ -123,6 +123,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns that a base is streamed, which is intended
+    logging.getLogger("huggingface_hub").propagate = False  # it prints what a hub warns of by a handler of its own
     try:
         app(_global_options_first(sys.argv[1:]), prog_name="adaptory")
     except (RegistryError, ComposerError, OSError) as error:

@@ -46,6 +46,7 @@ JSON_LOG = {
     "formatters": {"json": {"()": JsonLines}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
     "root": {"handlers": ["stderr"], "level": "WARNING"},
+    "loggers": {"huggingface_hub": {"propagate": True}},  # which the command line has turned off
 }
 HUNG_S = 30
 """A process that has not answered a health check for this long is replaced."""

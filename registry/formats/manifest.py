@@ -79,10 +79,12 @@ def canonical_manifest(files: Iterable[ManifestFile]) -> bytes:
 def check_paths(paths: Sequence[str]) -> None:
     """Raises Invalid for paths that cannot be in one release: a bad path, too many, or two that some file system would
     store in one place, such as a file and a directory."""
-    if not 0 < len(paths) <= MAX_FILES:
+    if not paths:
+        raise Invalid("bad_manifest", "No file would be left.", next_step="Keep at least one file, or add one.")
+    if len(paths) > MAX_FILES:
         raise Invalid(
             "bad_manifest",
-            f"A release holds 1 to {MAX_FILES:,} files, not {len(paths):,}.",
+            f"A release holds at most {MAX_FILES:,} files, not {len(paths):,}.",
             next_step="Pack many small files into one.",
         )
     keyed = sorted((_collision_key(path), path) for path in map(check_path, paths))

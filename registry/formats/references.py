@@ -58,8 +58,13 @@ ABSENT = Digest("0" * 64)
 
 def nearest(text: str, known: Iterable[str], otherwise: str) -> str:
     """The next step for an unknown name: the nearest known names, then `otherwise`."""
-    near = get_close_matches(text, list(known), n=3, cutoff=_ALIKE)
+    near = [one for one in get_close_matches(text, list(known), n=3, cutoff=_ALIKE) if _are_alike(text, one)]
     return f"Did you mean {' or '.join(near)}? {otherwise}" if near else otherwise
+
+
+def _are_alike(text: str, name: str) -> bool:
+    """Whether the parts behind the namespace are alike; a long namespace in both makes any two names alike."""
+    return bool(get_close_matches(text.rpartition("/")[2], [name.rpartition("/")[2]], cutoff=_ALIKE))
 
 
 def parse_digest(text: str) -> Digest:

@@ -101,6 +101,13 @@ def _selected(snapshot: Snapshot, kind: str, directory: Path) -> Selection:
             subject=weights[0],
             next_step="Ask its author for safetensors, or convert it yourself and push the directory.",
         )
+    if not chosen:
+        raise Invalid(
+            "bad_manifest",
+            f"{snapshot.address} has no file of an adapter or a model.",
+            subject=str(snapshot.address),
+            next_step="Name a repository with adapter_config.json and adapter_model.safetensors, or with a model.",
+        )
     check_paths(chosen)
     kept = {*chosen, ".gitattributes"}
     return Selection(directory, tuple(chosen), tuple(path for path in snapshot.files if path not in kept))

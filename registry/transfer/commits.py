@@ -26,7 +26,7 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import revisions
 from registry.errors import Conflict, Invalid, NotFound, TooLarge, Usage
 from registry.formats.manifest import ManifestFile, parse_manifest
-from registry.formats.references import RepositoryName, Version, parse_digest
+from registry.formats.references import Digest, RepositoryName, Version, parse_digest
 from registry.formats.signatures import SIGNATURE_FILE
 from registry.storage.local import unwritable
 from registry.transfer import publishing, uploads
@@ -55,8 +55,12 @@ def receive(
         change, added = _parse(_Lines(chunks, Path(directory)))
         with resources.snapshot() as session:
             commits.files_after(session, name, change)  # refuses most of what it would refuse later, before it stores
-        for sha256 in {file.sha256 for file in added}:  # files of a commit may have the same content
+
+        def store(sha256: Digest) -> None:
             uploads.store_file(resources, actor, name.namespace, sha256, Path(directory) / sha256, move=True)
+
+        with ThreadPoolExecutor(_PARALLEL, "store") as pool:  # files of a commit may have the same content
+            list(pool.map(store, {file.sha256 for file in added}))
     with resources.read() as session:
         files = commits.added_files(session, change)
         releases.refuse_absent_blobs(session, name.namespace, files)  # before their bytes are read
@@ -74,18 +78,21 @@ def receive(
 def _check_adapter(
     resources: Resources, name: RepositoryName, change: Change, files: list[ManifestFile]
 ) -> list[Finding]:
-    """Checks an adapter as its release will be, if the change adds a part of it, and it names a registered base.
-    Its signature may come later. Returns the findings that do not refuse it."""
+    """Checks an adapter as its release will be, if the change adds a part of it or the card that names its base, and
+    that base is registered. Its signature may come later. Returns the findings that do not refuse it."""
     added = {one.path for one in change.operations if isinstance(one, Addition)}
-    if not added & _ADAPTER or not {file.path for file in files} >= _ADAPTER:
+    if not added & {*_ADAPTER, CARD_FILE} or not {file.path for file in files} >= _ADAPTER:
         return []
     base = _stated_base(resources, files)
     with resources.read() as session:
         known = base is not None and bases.is_known(session, base)
+    only_card = not added & _ADAPTER
     if base is None or not known:
         what = f"its base {base[:200]} is not registered" if base else f"{CONFIG_FILE} does not name its base"
         message = f"The adapter was not checked: {what}. It cannot be released before it is."
-        return [Finding("unchecked", Severity.WARNING, CONFIG_FILE, message)]
+        return [] if only_card else [Finding("unchecked", Severity.WARNING, CONFIG_FILE, message)]
+    if only_card and base == _stated_base(resources, [file for file in files if file.path != CARD_FILE]):
+        return []  # the configuration names it, so the adapter was checked when it came
     unsigned = [file for file in files if file.path != SIGNATURE_FILE]
     return publishing.prepare(
         resources, Push(repository=name, kind=Kind.ADAPTER, version=None, bump=None, base=base, files=unsigned)
@@ -197,6 +204,8 @@ def _parse(lines: "_Lines") -> tuple[Change, list[Addition]]:
         if key == "header":
             change = Change(_text(value, "summary"), str(value.get("description") or ""), _parent(value))
         elif key == "file" and content is not None:
+            if (encoding := value.get("encoding", "base64")) != "base64":  # its text may read as base64
+                raise _bad(f"the encoding {encoding!r:.80} is not supported")
             commits.refuse_name(_text(value, "path"))
             inline.append(replace(content, path=_text(value, "path")))
             operations.append(inline[-1])
@@ -230,8 +239,8 @@ def _size(value: dict[str, Any]) -> int | None:
     return size
 
 
-def _bad(why: str) -> Usage:
-    return Usage("bad_commit_line", f"The commit cannot be read: {why}.", next_step="Use another huggingface_hub.")
+def _bad(why: str, next_step: str = "Use another huggingface_hub.") -> Usage:
+    return Usage("bad_commit_line", f"The commit cannot be read: {why}.", next_step=next_step)
 
 
 @dataclass(slots=True)
@@ -333,7 +342,7 @@ class _Lines:
 
 def _document(line: bytes) -> tuple[str, dict[str, Any]]:
     if rb"\u0000" in line:
-        raise _bad("it contains a NUL character")
+        raise _bad("it contains a NUL character", next_step="Leave it out of names and messages.")
     try:
         document = json.loads(line)
         key, value = document["key"], document["value"]

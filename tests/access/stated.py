@@ -124,6 +124,7 @@ POST   /api/lfs/{namespace}/{sha256}                                            
 POST   /api/models/{namespace}/{name}/commit/{revision:path}                    publisher
 POST   /api/models/{namespace}/{name}/tag/{revision:path}                       publisher
 POST   /api/models/{namespace}/{name}/branch/{channel}                          releaser
+POST   /api/models/{namespace}/{name}/branch/main                               publisher
 DELETE /api/models/{namespace}/{name}/tag/{revision}                            reader
 DELETE /api/models/{namespace}/{name}/branch/{revision}                         reader
 GET    /api/whoami-v2                                                           inside: user

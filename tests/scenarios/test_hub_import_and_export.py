@@ -215,6 +215,7 @@ def test_what_cannot_be_imported_says_why(stocked_on_disk: Cli, hub: SmallHub, w
     hub.put("acme/pickled", pickled | {CARD: card_of(BASE_ID)})
     hub.put("acme/near", adapter | {CARD: card_of("Acme/Tiny-Lama"), CONFIG: json.dumps(config).encode()})
     hub.put("acme/data", {"data.csv": b"a,b", CARD: b"# Data"})
+    hub.put("acme/photo", {"photo.jpg": b"x"})
     hub.put("acme/escaping", stored(world.base) | {"x/../../evil.json": b"{}", CARD: card_of(BASE_ID)})
     for source, code, words in (
         ("hf://acme/ghost", 3, "has no hf://acme/ghost, or does not show it to you"),
@@ -223,6 +224,7 @@ def test_what_cannot_be_imported_says_why(stocked_on_disk: Cli, hub: SmallHub, w
         ("hf://acme/near", 3, "There is no base 'Acme/Tiny-Lama'"),
         ("hf://acme/near", 3, "Acme/Tiny-Llama"),
         ("hf://acme/data", 6, "has no adapter_model.safetensors"),
+        ("hf://acme/photo", 6, "has no file of an adapter or a model"),
         ("acme/near", 2, "Write hf://ORG/NAME"),
         ("hf://acme/../near", 2, "Write hf://ORG/NAME"),
     ):

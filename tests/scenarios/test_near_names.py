@@ -26,6 +26,7 @@ def small_team(stocked_on_disk: Cli, world: World) -> Cli:
         (["show", "acme/sqll"], "Did you mean acme/sql?"),
         (["show", "acm/sql"], "Did you mean acme/sql?"),
         (["log", "acme/sq"], "Did you mean acme/sql?"),
+        (["show", "acme/x"], "next: `adaptory list` shows"),
         (["rollback", "acm/sql@prod"], "Did you mean acme/sql?"),
         (["show", "acme/sql@prd"], "The channels of acme/sql: prod."),
         (["history", "acme/sql@prd"], "The channels of acme/sql: prod."),

@@ -193,6 +193,20 @@ def create_tag(
     return with_findings(JSONResponse({}), f"{repository}:{version}", findings)
 
 
+@router.post("/api" + MODEL + "/branch/" + MAIN)
+def refuse_main(namespace: str, name: str, resources: ResourcesOf, actor: Publisher) -> Response:
+    """`push_to_hub(revision="main")` creates the branch first, and passes over the conflict."""
+    repository = parse_repository(f"{namespace}/{name}")
+    with resources.read() as session:
+        repositories.find(session, repository)
+    raise Conflict(
+        "channel_exists",
+        f"{repository} has {MAIN} already: it is where commits go.",
+        subject=f"{repository}@{MAIN}",
+        next_step="Commit to it, or give the channel another name.",
+    )
+
+
 @router.post("/api" + MODEL + "/branch/{channel}")
 def create_branch(
     namespace: str, name: str, channel: str, body: BranchIn, resources: ResourcesOf, actor: Releaser

@@ -216,6 +216,13 @@ def test_references_and_commits_are_channels_and_releases(house: House) -> None:
     assert [first.json(), ask(house, first.links["next"]["url"]).json()] == [commits[:1], commits[1:]]
 
 
+def test_a_gate_refuses_a_branch_with_its_numbers(house: House) -> None:
+    gates = {"channel": "guarded", "rules": ["exact.nll <= 0.001"]}
+    house.ask("admin", "PUT", "/v1/adapters/acme/sql/gates", json=gates).raise_for_status()
+    answer = house.ask("releaser", "POST", "/api/models/acme/sql/branch/guarded", json={"startingPoint": "1.0.0"})
+    assert (answer.status_code, "exact.nll <= 0.001: " in answer.headers["X-Error-Message"]) == (422, True)
+
+
 def test_an_info_has_what_was_asked_for(house: House) -> None:
     plain = ask(house, "/api/models/acme/tables?securityStatus=True").json()
     assert (plain["id"], plain["author"], plain["private"], plain["library_name"]) == (
@@ -264,7 +271,7 @@ def test_models_are_listed_by_author_words_and_tags(house: House) -> None:
         ("reader", "/api/models/acme/ghost", 404, "RepoNotFound", "no repository acme/ghost"),
         ("reader", "/gpt2/resolve/main/config.json", 404, "RepoNotFound", "no repository gpt2"),
         ("nobody", "/api/models/acme/tables", 404, "RepoNotFound", "HF_TOKEN"),
-        ("stranger", "/acme/tables/resolve/main/weights.safetensors", 404, "RepoNotFound", "amespace acme does not exist"),
+        ("stranger", "/acme/tables/resolve/main/weights.safetensors", 404, "RepoNotFound", "acme does not exist"),
         ("reader", "/api/models/acme/tables/revision/refs%2Fpr%2F1", 404, "RevisionNotFound", "It has prod, 2.0"),
         ("reader", f"/api/models/acme/tables/tree/{'0' * 40}", 404, "RevisionNotFound", "no version, channel"),
         ("reader", "/acme/tables/resolve/prod/absent.txt", 404, "EntryNotFound", "has no file 'absent.txt'"),
