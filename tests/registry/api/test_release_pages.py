@@ -44,3 +44,26 @@ def test_an_admin_changes_a_policy_and_no_change_of_another_is_lost(house: House
     assert (late.status_code, "has changed since you looked" in late.text) == (412, True)
     kept = house.ask("admin", "GET", f"/v1/adapters/{NAME}/channels/prod/policy").json()
     assert (kept["revision"], kept["policy"]["rules"]) == (1, ["exact.nll <= 9"])
+
+
+def test_a_channel_has_a_page_before_its_first_promotion(house: House, admin: Browser) -> None:
+    page = f"/{NAME}@early"
+    assert admin.open(page).status_code == 404
+    assert admin.open(f"{page}/policy").status_code == 200
+    document = "version: 1\napproval: {role: releaser, count: 1}\n"
+    done = admin.post(f"{page}/policy", {"policy": document, "revision": "0"})
+    assert done.headers["location"] == page
+    shown = admin.open(page)
+    assert (shown.status_code, "early serves nothing yet." in shown.text) == (200, True)
+    as_json = admin.http.get(page, headers={"accept": "application/json"})
+    assert as_json.headers["location"] == f"/v1/adapters/{NAME}/channels/early/policy"
+
+    ready = admin.open(f"{page}/promote?version=1.0.0").text
+    assert "Clients get 1.0.0 once the promotion is made." in ready
+    assert admin.post(f"{page}/promote", {"version": "1.0.0", "expected": "0"}).headers["location"] == page
+    waits = admin.open(page).text
+    assert ("1.0.0 waits to be promoted" in waits, "adaptory approve" in waits) == (True, False)
+    with Browser(house) as other:
+        other.sign_in(house.secrets["releaser"])
+        assert f"adaptory approve {NAME}:1.0.0 --to early" in other.open(page).text
+    assert "1.0.0 waits to be promoted to early." in admin.open(f"{page}/promote?version=1.1.0").text
