@@ -4,6 +4,7 @@ from collections.abc import Generator
 
 import pytest
 
+from registry.api.pages.compare import score_rows
 from registry.formats.references import RepositoryName
 from tests.access.browser import Browser
 from tests.access.house import PRIVATE, House
@@ -29,6 +30,24 @@ def test_ticked_releases_are_compared_oldest_first(admin: Browser) -> None:
         assert (few.status_code, "you ticked" in few.text) == (400, True)
     alone = admin.open(f"/{NAME}/compare/1.0.0")
     assert (alone.status_code, "two to 4" in alone.text) == (400, True)
+
+
+def test_compared_scores_have_the_own_suite_first_as_the_release_lists_them() -> None:
+    own, guard = (
+        {
+            "suite": name,
+            "suite_digest": name,
+            "metric": "nll",
+            "value": 1.0,
+            "stderr": 0.1,
+            "n": 8,
+            "higher_is_better": False,
+        }
+        for name in ("sql", "guard")
+    )
+    for columns in ([[own, guard], [guard]], [[guard], [own, guard]]):
+        rows = score_rows([{"scores": column} for column in columns])
+        assert [name for name, _ in rows] == ["sql.nll", "guard.nll"]
 
 
 def test_an_admin_changes_a_policy_and_no_change_of_another_is_lost(house: House, admin: Browser) -> None:
