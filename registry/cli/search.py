@@ -98,7 +98,7 @@ def show_releases(releases: list[Json]) -> None:
 
 def _remarks(release: Json) -> list[str]:
     """Notes on why a hit needs care: it is yanked, for another base, or refused by the server."""
-    remarks = ["yanked"] if release["yanked"] else []
+    remarks = ["taken down" if release.get("taken_down") else "yanked"] if release["yanked"] else []
     for what, deprecated in (("deprecated", release["deprecated"]), ("base deprecated", release["base_deprecated"])):
         if deprecated:
             remarks.append(f"{what}: use {deprecated['successor']}" if deprecated["successor"] else what)

@@ -50,6 +50,8 @@ def test_somebody_signs_in_changes_a_member_creates_a_token_and_signs_out(
     expect(tab.get_by_role("link", name="admin", exact=True)).to_be_visible()
     assert tab.url == f"{url}/"
 
+    tab.goto(f"{url}/search?base=tiny&include=related&include=refused&loads_in=vllm:32&max_rank=64")
+    readable(tab)
     tab.goto(f"{url}/{PRIVATE}")
     readable(tab)
     tab.get_by_label("User").fill("new")

@@ -49,15 +49,17 @@ def digest(path: Path) -> str:
 def test_a_takedown_removes_the_bytes_for_good_and_leaves_a_tombstone(
     stocked: Cli, adapter: Path, tmp_path: Path
 ) -> None:
+    (adapter / "README.md").write_text("# Their names\n")
     push(stocked, adapter, "acme/sql:1.0.0", "--notes", "names of customers inside", "--channel", "prod")
     push(stocked, adapter, "acme/sql:1.0.1")
     leaked, weights = digest(adapter / "data.txt"), digest(adapter / WEIGHTS)
     (adapter / "data.txt").write_text("nothing")
+    (adapter / "README.md").unlink()
     push(stocked, adapter, "acme/sql:1.1.0")
     taken = stocked.json("takedown", "acme/sql:1.0.0", "--reason", "customer data")
     assert taken["releases"] == ["acme/sql:1.0.0", "acme/sql:1.0.1"], "both have the files"
     assert taken["named_by"] == ["acme/sql:1.1.0"]
-    assert (taken["blobs"], leaked in blobs(stocked), weights in blobs(stocked)) == (1, False, True)
+    assert (taken["blobs"], leaked in blobs(stocked), weights in blobs(stocked)) == (2, False, True)
     gone = stocked("pull", "acme/sql:1.0.0", "-o", tmp_path / "out")
     assert (gone.code, (tmp_path / "out").exists()) == (3, False)
     assert "was taken down on" in gone.err
@@ -75,7 +77,10 @@ def test_a_takedown_removes_the_bytes_for_good_and_leaves_a_tombstone(
     assert acts == [("acme/sql:1.0.1", "customer data"), ("acme/sql:1.0.0", "customer data")]
     again = stocked.json("takedown", "acme/sql:1.1.0", "--reason", "and the rest")
     assert (again["blobs"] > 0, blobs(stocked)) == (True, set())
-    if (url := stocked.environment.get("ADAPTORY_URL")) is not None:  # a client of a hub begins anew
+    if (url := stocked.environment.get("ADAPTORY_URL")) is not None:
+        page = httpx2.get(f"{url}/acme/sql/1.0.0")
+        assert (page.status_code, "customer data" in page.text, "Their names" in page.text) == (200, True, False)
+        # A client of a hub begins anew.
         planned = {"files": [{"path": "README.md", "size": 3, "sample": "eA=="}]}
         answer = httpx2.post(f"{url}/api/models/acme/sql/preupload/main", json=planned)
         assert (answer.status_code, answer.headers["X-Repo-Commit"]) == (200, EMPTY)

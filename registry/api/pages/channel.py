@@ -11,9 +11,14 @@ from registry.api.pages.paths import ChannelOf, RepositoryOf
 from registry.api.pages.render import page
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.views import channel_view, move_view, promotion_view
+from registry.database.engine import Session
+from registry.database.tables import Promotion, Repository
+from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import repositories
 from registry.domain.channels import moves, pending, policies
+from registry.formats.channel_policy import ChannelPolicy
+from registry.formats.references import RepositoryName
 from registry.transfer.promotions import settle_overdue
 
 router = APIRouter(route_class=PageRoute)
@@ -30,24 +35,16 @@ def show_channel(
     actor: PageReader,
     cursor: Cursor = None,
 ) -> Response:
+    """A channel that nothing was promoted to yet has a page once it has a policy, or a promotion that waits."""
     settle_overdue(resources, named, None, channel)
     with resources.snapshot() as session:
         repository = repositories.find(session, named)
-        row = moves.find(session, repository, channel)
-        served = moves.effective_move(session, row)
-        rows = moves.history(session, row, before=decode_number(cursor), limit=SHOWN + 1)
-        listed, more = first_rows(rows, SHOWN, lambda move: move.id)
-        views = [move_view(move, named, channel).model_dump(mode="json") for move in listed]
         needed, revision = policies.find(session, repository, channel)
-        waiting = pending.of_channel(session, row.id)
-        current = moves.history(session, row, before=0, limit=1)[0] if cursor else rows[0]
-        values: dict[str, Any] = {
-            "serving": channel_view(session, row, repository),
-            "move": move_view(current, named, channel),
-            "since": served.at if served else None,
-            "kind": repository.kind,
-            "waiting": promotion_view(waiting).model_dump(mode="json") if waiting else None,
-        }
+        waiting = pending.of_name(session, repository, channel)
+        empty = (revision > 0 or waiting is not None) and not repositories.has_channel(session, repository, channel)
+        facts = dict(_EMPTY) if empty else _moved(session, repository, channel, cursor)
+        facts |= _awaited(actor, named, needed, waiting)
+        address = f"/v1/{repository.kind}s/{named}/channels/{channel}"
     return page(
         request,
         "channel.html",
@@ -55,14 +52,43 @@ def show_channel(
         namespace=named.namespace,
         name=named.name,
         channel=channel,
-        timeline=[(move, gates.lines(move["gates"]), gates.summary(move["gates"])) for move in views],
         first=cursor is None,
-        more=more,
         policy=policy.stated(needed),
         revision=revision,
-        waiting_report=gates.lines(values["waiting"]["gates"]) if values["waiting"] else [],
         releaser=holds(actor, Role.RELEASER, str(named)),
         admin=holds(actor, Role.ADMIN, str(named)),
-        json_address=f"/v1/{values['kind']}s/{named}/channels/{channel}",
-        **values,
+        json_address=f"{address}/policy" if empty else address,
+        **facts,
     )
+
+
+def _awaited(actor: Actor, named: RepositoryName, needed: ChannelPolicy, waiting: Promotion | None) -> dict[str, Any]:
+    """The promotion that waits, its report, and whether it lacks an approval that the viewer can give."""
+    if waiting is None:
+        return {"waiting": None, "waiting_report": [], "approver": False}
+    shown = promotion_view(waiting).model_dump(mode="json")
+    unapproved = any(one["rule"].startswith("approval by ") and not one["passed"] for one in shown["gates"])
+    wanted = Role(needed.approval.role) if needed.approval and waiting.actor != actor.name else None
+    may = unapproved and wanted is not None and holds(actor, wanted, str(named))
+    return {"waiting": shown, "waiting_report": gates.lines(shown["gates"]), "approver": may}
+
+
+_EMPTY: dict[str, Any] = {"serving": None, "move": None, "since": None, "timeline": [], "more": None}
+"""What `_moved` has of a channel without moves."""
+
+
+def _moved(session: Session, repository: Repository, channel: str, cursor: str | None) -> dict[str, Any]:
+    """What the channel serves since when and why, and a page of its moves."""
+    named, row = repositories.name_of(repository), moves.find(session, repository, channel)
+    served = moves.effective_move(session, row)
+    rows = moves.history(session, row, before=decode_number(cursor), limit=SHOWN + 1)
+    listed, more = first_rows(rows, SHOWN, lambda move: move.id)
+    views = [move_view(move, named, channel).model_dump(mode="json") for move in listed]
+    current = moves.history(session, row, before=0, limit=1)[0] if cursor else rows[0]
+    return {
+        "serving": channel_view(session, row, repository),
+        "move": move_view(current, named, channel),
+        "since": served.at if served else None,
+        "timeline": [(move, gates.lines(move["gates"]), gates.summary(move["gates"])) for move in views],
+        "more": more,
+    }

@@ -98,12 +98,14 @@ def _same(columns: Sequence[Mapping[str, Any]]) -> int:
 
 
 def score_rows(shown: Sequence[Json]) -> list[tuple[str, list[Measured | None]]]:
-    """Each suite's metric that at least one release has, with the score of every release on the same content."""
+    """Each suite's metric that at least one release has, with the score of every release on the same content, in the
+    order of the release that has the most."""
     by_key = [{(one["suite_digest"], one["metric"]): one for one in release["scores"]} for release in shown]
-    names = {key: f"{one['suite']}.{one['metric']}" for column in by_key for key, one in column.items()}
+    most_first = sorted(by_key, key=len, reverse=True)
+    names = {key: f"{one['suite']}.{one['metric']}" for column in most_first for key, one in column.items()}
     return [
         (name, [_measured(column.get(key), by_key[0].get(key) if number else None) for number, column in _each(by_key)])
-        for key, name in sorted(names.items(), key=lambda one: one[1])
+        for key, name in names.items()
     ]
 
 

@@ -20,7 +20,7 @@ from registry.api.schemas.quality import PromoteIn, RollbackIn
 from registry.database.engine import Session
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
-from registry.domain.channels import judgements, moves, promotions
+from registry.domain.channels import judgements, moves, pending, promotions
 from registry.domain.channels.refusals import Expected, PromotionRequest
 from registry.errors import RegistryError, Usage
 from registry.formats.references import RepositoryName, parse_version
@@ -118,6 +118,8 @@ def _promotion_page(
 ) -> Response:
     with resources.snapshot() as session:
         judgement = judgement_view(judgements.judge(session, actor, wanted), wanted).model_dump(mode="json")
+        waiting = pending.of_name(session, repositories.find(session, wanted.repository), wanted.channel)
+        replaced = waiting.release.version if waiting else None
     return form_page(
         request,
         "promote.html",
@@ -127,6 +129,7 @@ def _promotion_page(
         version=str(wanted.version),
         judgement=judgement,
         report=gates.lines(judgement["gates"]),
+        replaced=replaced,
         reason=wanted.reason,
     )
 

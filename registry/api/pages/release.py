@@ -197,7 +197,9 @@ def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, 
 
 
 def _card(store: BlobStore, release: Json) -> Any:
-    """The model card, if there is one of a size that a person reads."""
+    """The model card, if there is one of a size that a person reads. A release that was taken down has none."""
+    if release["taken_down"]:
+        return None
     for file in release["files"]:
         if file["path"] == CARD and file["size_bytes"] <= card.MAX_BYTES:
             with store.open(file["sha256"], 0, file["size_bytes"]) as reader:

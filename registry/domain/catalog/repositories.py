@@ -101,7 +101,7 @@ def _refuse_revision(session: Session, name: RepositoryName) -> None:
     for index in (index for index, character in enumerate(name.name) if character == "."):
         shorter, revision = RepositoryName(name.namespace, name.name[:index]), name.name[index + 1 :]
         repository = _lookup(session, shorter)
-        if repository is not None and (is_version(revision) or _has_channel(session, repository, revision)):
+        if repository is not None and (is_version(revision) or has_channel(session, repository, revision)):
             raise Conflict(
                 "name_is_revision",
                 f"{name} stands for {shorter} at {revision} in clients that cannot name a revision.",
@@ -129,7 +129,8 @@ def _has_release(session: Session, repository: Repository) -> bool:
     return session.scalar(query) is not None
 
 
-def _has_channel(session: Session, repository: Repository, name: str) -> bool:
+def has_channel(session: Session, repository: Repository, name: str) -> bool:
+    """Whether the channel was ever moved."""
     query = select(Channel.id).where(Channel.repository_id == repository.id, Channel.name == name)
     return session.scalar(query.where(Channel.move_id.is_not(None))) is not None
 

@@ -34,6 +34,13 @@ def of_channel(session: Session, channel_id: int) -> Promotion | None:
     return session.scalar(select(Promotion).where(Promotion.channel_id == channel_id, Promotion.state == PENDING))
 
 
+def of_name(session: Session, repository: Repository, channel: str) -> Promotion | None:
+    """The promotion that the channel of this name waits for, which may be its first."""
+    query = select(Promotion).join(Channel, Channel.id == Promotion.channel_id)
+    query = query.where(Channel.repository_id == repository.id, Channel.name == channel)
+    return session.scalar(query.where(Promotion.state == PENDING))
+
+
 def list_page(session: Session, repository: Repository, channel: str, *, before: int, limit: int) -> list[Promotion]:
     """The channel's promotions that wait or have waited, newest first."""
     query = select(Promotion).join(Channel, Channel.id == Promotion.channel_id)

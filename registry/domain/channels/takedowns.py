@@ -102,7 +102,8 @@ def take_down_if_expired(session: Session, operator: Actor, release_id: int) -> 
         return False
     kind = "yanked releases" if release.yanked else "pre-releases"
     days = row.keep_yanked_days if release.yanked else row.keep_prerelease_days
-    take_down(session, operator, release, f"the namespace keeps {kind} for {days} days", bar=False)
+    reason = f"the namespace keeps {kind} for {days} day{'' if days == 1 else 's'}"
+    take_down(session, operator, release, reason, bar=False)
     return True
 
 

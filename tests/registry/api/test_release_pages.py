@@ -4,6 +4,7 @@ from collections.abc import Generator
 
 import pytest
 
+from registry.api.pages.compare import score_rows
 from registry.formats.references import RepositoryName
 from tests.access.browser import Browser
 from tests.access.house import PRIVATE, House
@@ -31,6 +32,24 @@ def test_ticked_releases_are_compared_oldest_first(admin: Browser) -> None:
     assert (alone.status_code, "two to 4" in alone.text) == (400, True)
 
 
+def test_compared_scores_have_the_own_suite_first_as_the_release_lists_them() -> None:
+    own, guard = (
+        {
+            "suite": name,
+            "suite_digest": name,
+            "metric": "nll",
+            "value": 1.0,
+            "stderr": 0.1,
+            "n": 8,
+            "higher_is_better": False,
+        }
+        for name in ("sql", "guard")
+    )
+    for columns in ([[own, guard], [guard]], [[guard], [own, guard]]):
+        rows = score_rows([{"scores": column} for column in columns])
+        assert [name for name, _ in rows] == ["sql.nll", "guard.nll"]
+
+
 def test_an_admin_changes_a_policy_and_no_change_of_another_is_lost(house: House, admin: Browser) -> None:
     assert f'href="{POLICY}"' in admin.open(f"/{NAME}@prod").text
     assert 'name="revision" value="0"' in admin.open(POLICY).text
@@ -44,3 +63,26 @@ def test_an_admin_changes_a_policy_and_no_change_of_another_is_lost(house: House
     assert (late.status_code, "has changed since you looked" in late.text) == (412, True)
     kept = house.ask("admin", "GET", f"/v1/adapters/{NAME}/channels/prod/policy").json()
     assert (kept["revision"], kept["policy"]["rules"]) == (1, ["exact.nll <= 9"])
+
+
+def test_a_channel_has_a_page_before_its_first_promotion(house: House, admin: Browser) -> None:
+    page = f"/{NAME}@early"
+    assert admin.open(page).status_code == 404
+    assert admin.open(f"{page}/policy").status_code == 200
+    document = "version: 1\napproval: {role: releaser, count: 1}\n"
+    done = admin.post(f"{page}/policy", {"policy": document, "revision": "0"})
+    assert done.headers["location"] == page
+    shown = admin.open(page)
+    assert (shown.status_code, "early serves nothing yet." in shown.text) == (200, True)
+    as_json = admin.http.get(page, headers={"accept": "application/json"})
+    assert as_json.headers["location"] == f"/v1/adapters/{NAME}/channels/early/policy"
+
+    ready = admin.open(f"{page}/promote?version=1.0.0").text
+    assert "Clients get 1.0.0 once the promotion is made." in ready
+    assert admin.post(f"{page}/promote", {"version": "1.0.0", "expected": "0"}).headers["location"] == page
+    waits = admin.open(page).text
+    assert ("1.0.0 waits to be promoted" in waits, "adaptory approve" in waits) == (True, False)
+    with Browser(house) as other:
+        other.sign_in(house.secrets["releaser"])
+        assert f"adaptory approve {NAME}:1.0.0 --to early" in other.open(page).text
+    assert "1.0.0 waits to be promoted to early." in admin.open(f"{page}/promote?version=1.1.0").text

@@ -1,4 +1,4 @@
-// What works only with a script: `/` focuses the search, and snippets can be copied.
+// What works only with a script: `/` focuses the search, and snippets and digests can be copied.
 "use strict";
 
 document.addEventListener("keydown", (event) => {
@@ -14,13 +14,13 @@ said.setAttribute("role", "status");
 said.className = "visually-hidden";
 document.body.append(said);
 
-for (const box of document.querySelectorAll(".snippet > div")) {
-  const text = box.querySelector("pre");
+for (const box of document.querySelectorAll(".snippet > div, [data-copy]")) {
+  const text = box.querySelector("pre, code");
   const button = document.createElement("button");
   button.type = "button";
   button.className = "icon";
   button.textContent = "Copy";
-  button.setAttribute("aria-label", `Copy: ${text.getAttribute("aria-label")}`);
+  button.setAttribute("aria-label", `Copy: ${box.dataset.copy ?? text.getAttribute("aria-label")}`);
   button.addEventListener("click", async () => {
     await navigator.clipboard.writeText(text.textContent);
     said.textContent = "Copied";
