@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from psycopg import sql
 from sqlalchemy import text
 
 from registry.client.api import Api, Json, line_path
@@ -39,7 +40,7 @@ from tests.scenarios.world import Cli, environment
 PATIENCE = {"ADAPTORY_DATABASE_TIMEOUT_S": "2", "ADAPTORY_DATABASE_CONNECT_TIMEOUT_S": "2"}
 IMPATIENT_STORE = {"ADAPTORY_STORAGE__CONNECT_TIMEOUT_S": "1", "ADAPTORY_STORAGE__READ_TIMEOUT_S": "1"}
 # Waits for each to end: a connection that is still about to end looks usable to the pool that holds it.
-DROP_OTHERS = text(
+DROP_OTHERS = (
     "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname IS NOT NULL AND pid <> pg_backend_pid()"
 )
 
@@ -235,7 +236,8 @@ def test_a_database_that_may_not_be_written_refuses_changes_and_still_answers_qu
 
     def forbid(what: str) -> None:
         with services._administration(own_postgres.start()) as administrator:
-            administrator.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = {what}"))
+            changed = sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = {}")
+            administrator.execute(changed.format(sql.Identifier(name), sql.Literal(what)))
             administrator.execute(DROP_OTHERS)
 
     forbid("on")
