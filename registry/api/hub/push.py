@@ -195,7 +195,7 @@ def create_tag(
 
 @router.post("/api" + MODEL + "/branch/" + MAIN)
 def refuse_main(namespace: str, name: str, resources: ResourcesOf, actor: Publisher) -> Response:
-    """`push_to_hub(revision="main")` creates the branch first, and passes over the conflict."""
+    """Always a conflict, since `main` exists; `push_to_hub(revision="main")` tries to create it, and ignores that."""
     repository = parse_repository(f"{namespace}/{name}")
     with resources.read() as session:
         repositories.find(session, repository)

@@ -73,7 +73,7 @@ def form_page(
 
 
 def redirect(address: str, status: int = 303) -> Response:
-    """By default to where a form leads: the browser loads a page, and does not post again when that is loaded again."""
+    """A redirect; with 303, the default, the browser loads a page after a form, and a reload does not post again."""
     return RedirectResponse(address, status)
 
 

@@ -51,8 +51,8 @@ def home(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respons
 @needs_only_request
 @in_search_threads
 def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
-    """Matching releases, by the parameters of REST. Empty fields of the form are ignored, as are releases for related
-    bases without a base."""
+    """Matching releases, by the parameters of REST. Empty fields of the form are ignored, and so is `include=related`
+    without a base."""
     given = [(name, value) for name, value in parse_qsl(request.url.query) if value]
     if "base" not in dict(given):
         given = [one for one in given if one != ("include", "related")]
