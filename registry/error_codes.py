@@ -309,6 +309,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "force_not_allowed": "Promote without --force to see what fails.",
         "hidden_input": "Ask an administrator of their namespace.",
         "no_tokens": "On this machine: `adaptory namespace grant '*' YOU admin`, `adaptory token create --user YOU`.",
+        "engine_open": "Start the Ray cluster with RAY_AUTH_MODE=token.",
         "not_loopback": "Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
         "not_yours": "Ask its author, or an admin.",
         "other_site": "Use a page of this registry, or a client that is not a browser.",
@@ -368,6 +369,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "base_too_large": "Check the shapes.",
         "commit_differs": "Check ADAPTORY_URL, and inform the registry's operators.",
         "cut_off": "Try again when no process is writing to the file.",
+        "device_too_small": "Use nodes with larger devices.",
         "digest_differs": "Send the file again.",
         "duplicate_target": "Save the adapter again with PEFT.",
         "duplicate_tensor": "Save the adapter again with PEFT.",
@@ -444,6 +446,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "database_unavailable": "Try again; check that the database runs.",
         "disk_error": "Check that the registry's home is writable and has space, then repeat.",
         "disk_full": "Free some space or choose another disk.",
+        "engine_node_differs": "Give every node the same version of adaptory and the same store as the workers.",
+        "engine_unavailable": "Check the Ray cluster, its token, and that the worker's host is a node of it.",
         "exchanges_busy": "Try again after the seconds in Retry-After.",
         "extra_missing": "Install adaptory with the extra that the message names.",
         "home_unusable": "Set ADAPTORY_HOME to a writable directory.",
@@ -468,6 +472,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "store_unavailable": "Try again.",
         "store_unfit": "Use another store, such as AWS S3, Ceph, Swift, or JuiceFS with --keep-etag.",
         "store_wrong": "Push again.",
+        "unit_failed": "Look at the last lines of its log, which the job has.",
+        "unit_lost": "Look at the node's memory and its log, then start the work again.",
         "verification": "Merge again; if it happens again, the disk is damaged.",
         "worker_lost": "Look at the worker's log, then start the work again.",
     },
@@ -480,7 +486,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
 
 RETRYABLE = frozenset({
     "store_unavailable", "store_full", "store_busy", "blob_leaving", "database_unavailable", "database_busy",
-    "disk_full", "disk_error", "busy",
+    "disk_full", "disk_error", "busy", "engine_node_differs", "engine_unavailable",
 })  # fmt: skip
 """Errors that pass, or that an operator fixes: a job that fails with one of them is retried."""
 ELSEWHERE: Mapping[str, timedelta] = {

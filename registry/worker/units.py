@@ -1,0 +1,137 @@
+"""Units of work: the parts of a step that may run on any node, and how a process runs one."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from registry.settings import LocalStorage, Settings
+from registry.storage.blobs import BlobStore
+from registry.storage.local import LocalStore
+from registry.storage.unit_results import MAX_RESULT_BYTES, UnitResults, open_results
+
+Result = dict[str, Any]
+"""What a unit made, as JSON: digests of blobs, measurements."""
+LOG_LINES = 200
+_WORK = "unit-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A part of a step's work. `content` determines the result and names it; `hints` say how to get there, such as
+    where a base is. Both are JSON. `name` is for people. `weight` is its share of the step's work."""
+
+    name: str
+    content: Mapping[str, Any]
+    hints: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    weight: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What a unit has on its host: settings, the blob store, finished results and a directory. No database: the worker
+    that holds the job writes rows."""
+
+    settings: Settings
+    store: BlobStore
+    results: UnitResults
+    work_directory: Path
+
+    @contextmanager
+    def scratch(self) -> Generator[Path]:
+        """A directory for one unit, removed at the end; one that a killed process left goes with the next
+        `open_node`."""
+        with TemporaryDirectory(prefix=f"{_WORK}{os.getpid()}-", dir=self.work_directory) as directory:
+            yield Path(directory)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What to do with a unit: module-level functions, which other processes import. `version` is raised when the same
+    content gives another result. `intact` says whether what a kept result names is still in the store."""
+
+    name: str
+    version: int
+    run: Callable[[Node, Unit], Result]
+    intact: Callable[[Node, Result], bool]
+
+    def key(self, unit: Unit) -> str:
+        """64 hex digits that name the unit's result, equal on every host."""
+        named = json.dumps([self.name, self.version, unit.content], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(named.encode()).hexdigest()
+
+
+def always_intact(_node: Node, _result: Result) -> bool:
+    """For a task whose result is complete in itself."""
+    return True
+
+
+def open_node(settings: Settings) -> Node:
+    """Opens the store that the settings name, on this host, and removes what killed units left in its work directory.
+
+    Raises Unavailable or Invalid as opening the store does."""
+    work = settings.work_directory
+    work.mkdir(parents=True, exist_ok=True)
+    for left in work.glob(f"{_WORK}*"):
+        process_id = left.name.removeprefix(_WORK).partition("-")[0]
+        if not Path(f"/proc/{process_id}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return Node(settings, _open_store(settings), open_results(settings.storage, settings.store_directory), work)
+
+
+def _open_store(settings: Settings) -> BlobStore:
+    if isinstance(settings.storage, LocalStorage):
+        return LocalStore(settings.store_directory)
+    from registry.storage.s3.store import S3Store  # boto3 is loaded where it is used
+
+    return S3Store(settings.storage)
+
+
+def finished(node: Node, task: Task, unit: Unit) -> Result | None:
+    """The unit's kept result, if it is complete; None if the unit must be run."""
+    content = node.results.read(task.key(unit))
+    if content is None or len(content) >= MAX_RESULT_BYTES:
+        return None
+    try:
+        result = json.loads(content)
+    except ValueError:  # a store gave back something else: the unit is run again
+        return None
+    return result if task.intact(node, result) else None
+
+
+def run_unit(node: Node, task: Task, unit: Unit) -> Result:
+    """Runs the unit and keeps its result before this returns. Raises what the task raises."""
+    result = task.run(node, unit)
+    node.results.write(task.key(unit), json.dumps(result).encode())
+    return result
+
+
+@contextmanager
+def last_log_lines() -> Generator[deque[str]]:
+    """Collects the last LOG_LINES lines that this process logs meanwhile."""
+    lines: deque[str] = deque(maxlen=LOG_LINES)
+    handler = _Collector(lines)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        root.removeHandler(handler)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, lines: deque[str]) -> None:
+        super().__init__(logging.INFO)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.extend(self.format(record).splitlines())
