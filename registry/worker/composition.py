@@ -136,7 +136,7 @@ class CompositionRun:
             held.check()
             directory = self.directory / "inputs" / locked.commit  # this directory name ends up in adaptory.json
             directory.mkdir(parents=True, exist_ok=True)
-            publishing.materialise(held.resources, files, directory)
+            publishing.materialise(held.resources.store, files, directory)
             members.append((directory, locked.weighted))
         return members
 

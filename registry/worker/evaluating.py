@@ -207,7 +207,7 @@ def _subject(
         architecture = bases.architecture(session, digest)
     directory = evaluation_work_of(held.resources, held.job_id) / str(release)
     directory.mkdir(parents=True, exist_ok=True)
-    publishing.materialise(held.resources, files, directory)
+    publishing.materialise(held.resources.store, files, directory)
     if kind is Kind.MODEL:
         return _load(directory), ()
     return base(), load_deltas(directory, architecture).deltas
