@@ -11,7 +11,6 @@ from tempfile import NamedTemporaryFile
 from typing import Protocol
 
 from composer.formats.checkpoints.staging import sync
-from registry.settings import LocalStorage, S3Storage
 
 WORK = "work/"
 MAX_RESULT_BYTES = 64 << 20
@@ -76,12 +75,3 @@ class LocalResults:
 
     def _path(self, key: str) -> Path:
         return self._directory / f"{key}.json"
-
-
-def open_results(storage: LocalStorage | S3Storage, directory: Path) -> UnitResults:
-    """The results beside the blobs of this storage; `directory` is the one of a local store."""
-    if isinstance(storage, S3Storage):
-        from registry.storage.s3.unit_results import S3Results  # boto3 is loaded where it is used
-
-        return S3Results(storage)
-    return LocalResults(directory)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.orm import Session
+
 from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, open_checkpoint
 from composer.formats.checkpoints.hashing import verify_checkpoint
 from composer.formats.recipes.calibration_sets import CalibrationSet
@@ -14,6 +16,7 @@ from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
 from composer.formats.recipes.suite import Suite as SuiteContent
 from composer.formats.recipes.weights import Weight
 from registry.database.tables import Base
+from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, suites
 from registry.domain.catalog.repositories import Kind
 from registry.domain.compositions import compositions, locking
@@ -142,8 +145,12 @@ class CompositionRun:
 
     def base_checkpoint(self, held: JobRun) -> Checkpoint:
         """The base's checkpoint on this host."""
-        size_bytes = sum(spec.size_bytes for spec in self.architecture.tensors.values())
-        return verified_base(held, self.lock.base, self.locations, size_bytes)
+        return verified_base(held, self.lock.base, self.locations, self.base_bytes)
+
+    @property
+    def base_bytes(self) -> int:
+        """The size of the base's tensors."""
+        return sum(spec.size_bytes for spec in self.architecture.tensors.values())
 
 
 def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_bytes: int) -> Checkpoint:
@@ -179,6 +186,11 @@ def composition_of(held: JobRun) -> CompositionRun:
             member_suites=locking.member_suites(session, recipe, inputs),
             directory=work_of(held.resources, composition.id),
         )
+
+
+def creator(held: JobRun, session: Session) -> Actor:
+    """The composition's creator, with the roles that the user has now."""
+    return compositions.creator(session, compositions.find_by_job(session, held.job_id), held.resources.clock())
 
 
 def suites_named(held: JobRun, names: Sequence[str]) -> list[SuiteContent]:

@@ -10,7 +10,9 @@ from registry.domain.compositions.locking import Choice
 from registry.errors import Refused
 from registry.transfer.collect import evaluation_journal
 from registry.worker.composition import CompositionRun, ProgressCount, composition_of, suites_named
+from registry.worker.node_models import base_hints
 from registry.worker.runner import JobRun
+from registry.worker.search_units import SpreadSearch
 
 
 def optimize(held: JobRun) -> None:
@@ -69,7 +71,18 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     )
     done = ProgressCount(held, "examples", expected_passes(problem, [own]))
     content = f"search {work.lock.base} {[one.commit for one in work.lock.inputs]} {problem.name}"
-    report = optimize(problem, [own], evaluation_journal(held.resources.settings, content), done)
+    spread = None
+    if held.engine.spreads:
+        hints = base_hints(work.locations, work.base_bytes)
+        spread = SpreadSearch(held, problem, work.lock.base, hints=hints, files=work.files, progress=done)
+    report = optimize(
+        problem,
+        [own],
+        evaluation_journal(held.resources.settings, content),
+        done,
+        measure=spread.measure if spread else None,
+        spread=spread.spread if spread else None,
+    )
     choice, lock, evidence = report.choice, work.lock, document(report)
     if choice is None:
         return replace(lock, optimized=evidence)

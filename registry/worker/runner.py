@@ -19,9 +19,10 @@ from registry.error_families import of_composer
 from registry.errors import NO_SPACE, RegistryError, Unavailable
 from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
+from registry.worker.engine.opened import WorkerEngine
 from registry.worker.workspace import sweep_work
 
-BEAT_S = 10.0
+BEAT_S = 3.0
 POLL_S = 1.0
 SETTLE_S = 2.0
 """How often waiting promotions are looked at."""
@@ -57,6 +58,7 @@ class JobRun:
     lost: threading.Event = field(default_factory=threading.Event)
     kind: str = ""
     observe: "Observe | None" = None
+    engine: WorkerEngine = field(kw_only=True)
     _began_s: float = field(default_factory=time.monotonic)
     _step_began_s: float = 0.0
     _step: str = ""
@@ -169,12 +171,13 @@ def _work(
     worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
     declined: dict[int, datetime] | None = None if alone else {}
     sweep_at = 0.0
+    engine = WorkerEngine(resources.settings)
     while not stop.is_set():
         try:
             if time.monotonic() >= sweep_at:
                 sweep_at = time.monotonic() + SWEEP_S
                 sweep_work(resources)
-            worked = run_one(resources, kinds, worker, stop, declined, observe)
+            worked = run_one(resources, kinds, worker, stop, declined, observe, engine)
         except Unavailable as error:
             log.warning("The worker cannot reach its database or store, and waits: %s", error)
             worked = False
@@ -183,15 +186,17 @@ def _work(
             worked = False
         if not worked:
             stop.wait(POLL_S)
+    engine.close()
 
 
-def run_one(
+def run_one(  # noqa: PLR0913
     resources: Resources,
     kinds: Mapping[str, JobKind],
     worker: str,
     stop: threading.Event | None = None,
     declined: dict[int, datetime] | None = None,
     observe: Observe | None = None,
+    engine: WorkerEngine | None = None,
 ) -> bool:
     """Runs one job if one of these kinds is waiting; one in `declined` only if no other host has taken it in time."""
     now = resources.clock()
@@ -200,7 +205,10 @@ def run_one(
         job = queue.claim(session, worker, now, kinds, leave)
     if job is None:
         return False
-    held = JobRun(resources, worker, job.id, stop or threading.Event(), declined, kind=job.kind, observe=observe)
+    spread = engine or WorkerEngine(resources.settings)
+    held = JobRun(
+        resources, worker, job.id, stop or threading.Event(), declined, kind=job.kind, observe=observe, engine=spread
+    )
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(held, done), daemon=True, name=f"beat-{job.id}")
     heart.start()
@@ -209,6 +217,7 @@ def run_one(
     finally:
         done.set()
         heart.join()
+        spread.release()
     return True
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from registry.settings import Settings
-from registry.worker.ray_engine import RayEngine
-from registry.worker.units import open_node
+from registry.worker.engine.ray import RayEngine
+from registry.worker.engine.units import open_node
 from tests.engine.cluster import RayCluster
 
 

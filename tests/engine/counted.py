@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.errors import Invalid
-from registry.worker.units import Node, Result, Task, Unit, always_intact
+from registry.worker.engine.units import Node, Result, Task, Unit, always_intact
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,12 @@ CODE = """
 import json
 from registry.errors import RegistryError
 from registry.settings import Settings
-from registry.worker.engine import open_engine
+from registry.worker.engine.opened import open_engine
+from registry.worker.engine.units import open_node
 
 try:
-    open_engine(Settings()).close()
+    settings = Settings()
+    open_engine(settings, open_node(settings)).close()
     print(json.dumps(["", ""]))
 except RegistryError as error:
     print(json.dumps([error.code, error.detail]))

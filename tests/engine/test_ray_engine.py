@@ -9,9 +9,10 @@ import pytest
 
 from registry.errors import Invalid, RegistryError, Unavailable
 from registry.settings import Settings
-from registry.worker.engine import LocalEngine, Needs
-from registry.worker.ray_engine import MAX_DEATHS, RayEngine
-from registry.worker.units import LOG_LINES, Unit, open_node
+from registry.worker.engine.local import LocalEngine
+from registry.worker.engine.protocol import Needs
+from registry.worker.engine.ray import MAX_DEATHS, RayEngine
+from registry.worker.engine.units import LOG_LINES, Unit, open_node
 from tests.engine import counted
 from tests.engine.cluster import RayCluster
 

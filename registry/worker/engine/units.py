@@ -13,10 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from registry.errors import Unavailable
 from registry.settings import LocalStorage, Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.local import LocalStore
-from registry.storage.unit_results import MAX_RESULT_BYTES, UnitResults, open_results
+from registry.storage.unit_results import MAX_RESULT_BYTES, LocalResults, UnitResults
 
 Result = dict[str, Any]
 """What a unit made, as JSON: digests of blobs, measurements."""
@@ -52,6 +53,27 @@ class Node:
         with TemporaryDirectory(prefix=f"{_WORK}{os.getpid()}-", dir=self.work_directory) as directory:
             yield Path(directory)
 
+    def kept_directory(self, name: str) -> Path:
+        """A directory for files that this process goes on using, such as mapped ones."""
+        directory = self.work_directory / f"{_WORK}{os.getpid()}-kept" / name
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def share(self, document: bytes) -> str:
+        """Keeps a document that units read, and returns its key, which names its content."""
+        key = hashlib.sha256(document).hexdigest()
+        self.results.write(key, document)
+        return key
+
+    def shared(self, key: str) -> bytes:
+        """The document under that key. Raises Unavailable if the store has not got it."""
+        document = self.results.read(key)
+        if document is None or hashlib.sha256(document).hexdigest() != key:
+            raise Unavailable(
+                "store_wrong", f"The store did not keep {key}, which a unit needs.", subject=key, next_step="Try again."
+            )
+        return document
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
@@ -84,15 +106,17 @@ def open_node(settings: Settings) -> Node:
         process_id = left.name.removeprefix(_WORK).partition("-")[0]
         if not Path(f"/proc/{process_id}").exists():
             shutil.rmtree(left, ignore_errors=True)
-    return Node(settings, _open_store(settings), open_results(settings.storage, settings.store_directory), work)
+    return Node(settings, *_open_store(settings), work)
 
 
-def _open_store(settings: Settings) -> BlobStore:
+def _open_store(settings: Settings) -> tuple[BlobStore, UnitResults]:
     if isinstance(settings.storage, LocalStorage):
-        return LocalStore(settings.store_directory)
+        directory = settings.store_directory
+        return LocalStore(directory), LocalResults(directory)
     from registry.storage.s3.store import S3Store  # boto3 is loaded where it is used
+    from registry.storage.s3.unit_results import S3Results
 
-    return S3Store(settings.storage)
+    return S3Store(settings.storage), S3Results(settings.storage)
 
 
 def finished(node: Node, task: Task, unit: Unit) -> Result | None:

@@ -12,7 +12,7 @@ from composer.errors import ComposerError
 from registry.error_families import of_composer
 from registry.errors import RegistryError, Unavailable
 from registry.settings import Settings
-from registry.worker.units import Task, Unit, last_log_lines, open_node, run_unit
+from registry.worker.engine.units import Task, Unit, last_log_lines, open_node, run_unit
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ Units are pure and keep their results in shared storage, so that the ones that w
 """
 
 import os
+import socket
 import subprocess
 import sys
 import uuid
@@ -17,15 +18,16 @@ from typing import Any, cast
 from registry.error_families import of_row
 from registry.errors import Invalid, NotAllowed, RegistryError, Unavailable
 from registry.settings import EngineSettings
-from registry.worker.engine import Check, Needs
-from registry.worker.ray_runner import UnitRunner
-from registry.worker.units import Node, Result, Task, Unit, finished
+from registry.worker.engine.protocol import Check, Needs
+from registry.worker.engine.ray_runner import UnitRunner
+from registry.worker.engine.units import Node, Result, Task, Unit, finished
 
 MAX_DEATHS = 3
 """After how many deaths of its process a unit is given up."""
 _POLL_S = 0.5
 _CAUSE_CHARS = 400
 _PROBE_S = 30.0
+_CONNECT_S = 5.0
 _MAX_FAILED_STARTS = 20
 """Runners that may die in a row before one is ready: a node that dies takes several."""
 
@@ -37,8 +39,9 @@ def ray_module() -> Any:
         import ray
     except ModuleNotFoundError as error:
         raise Unavailable(
-            "extra_missing", "ADAPTORY_ENGINE__KIND=ray needs packages.", next_step="Install adaptory with its extra "
-            "`ray`.",
+            "extra_missing",
+            "ADAPTORY_ENGINE__KIND=ray needs packages.",
+            next_step="Install adaptory with its extra `ray`.",
         ) from error
     return cast(Any, ray)
 
@@ -55,7 +58,10 @@ class _Runner:
 class _Map:
     """One call of `map`: units to run, runners by what they are waited for, and deaths by unit."""
 
+    task: Task
+    needs: Needs
     left: deque[Unit]
+    marker: str
     waiting: dict[Any, _Runner] = field(default_factory=dict[Any, _Runner])
     deaths: dict[str, int] = field(default_factory=dict[str, int])
     failed_starts: int = 0
@@ -79,10 +85,13 @@ class RayEngine:
             os.environ["RAY_AUTH_TOKEN_PATH"] = str(settings.token_path.expanduser())
         os.environ["RAY_AUTH_MODE"] = "disabled" if settings.insecure else "token"
         self._ray = ray_module()
+        self._idle: list[_Runner] = []
+        self._idle_needs = Needs()
         self._connect()
 
     def _connect(self) -> None:
         ray = self._ray
+        self._refuse_absent_head()
         try:
             ray.init(
                 address=self._settings.address,
@@ -93,19 +102,32 @@ class RayEngine:
                 ignore_reinit_error=True,
             )
         except Exception as error:  # Ray raises errors of many types
-            raise Unavailable(
-                "engine_unavailable",
-                f"The Ray cluster at {self._settings.address} cannot be used: {_first_line(error)}",
-                subject=self._settings.address,
-                next_step="Start a node of it on this host, with the same Ray and Python, and check the token.",
-            ) from error
+            raise self._unusable(error) from error
         if not self._settings.insecure:
             self._refuse_open_cluster()
+
+    def _refuse_absent_head(self) -> None:
+        """Raises Unavailable at once where Ray would try for minutes."""
+        host, _, port = self._settings.address.rpartition(":")
+        if not port.isdecimal():
+            return
+        try:
+            socket.create_connection((host, int(port)), _CONNECT_S).close()
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: BaseException) -> Unavailable:
+        return Unavailable(
+            "engine_unavailable",
+            f"The Ray cluster at {self._settings.address} cannot be used: {_first_line(error)}.",
+            subject=self._settings.address,
+            next_step="Start a node of it on this host, with the same Ray and Python, and check the token.",
+        )
 
     def _refuse_open_cluster(self) -> None:
         """Raises NotAllowed if the cluster answers without a token: who reaches its port can run code on all nodes."""
         address = self._ray.get_runtime_context().gcs_address
-        answer = subprocess.run(
+        answer = subprocess.run(  # noqa: S603 - our own interpreter
             [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address],
             env={**os.environ, "RAY_AUTH_MODE": "disabled"},
             capture_output=True,
@@ -121,10 +143,8 @@ class RayEngine:
                 next_step="Start it with RAY_AUTH_MODE=token, or set ADAPTORY_ENGINE__INSECURE=true if nobody can.",
             )
 
-    def map(
-        self, task: Task, units: Sequence[Unit], needs: Needs, check: Check
-    ) -> Iterator[tuple[Unit, Result]]:
-        state = _Map(deque())
+    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Check) -> Iterator[tuple[Unit, Result]]:
+        state = _Map(task, needs, deque(), uuid.uuid4().hex)
         for unit in units:
             check()
             done = finished(self._node, task, unit)
@@ -134,30 +154,48 @@ class RayEngine:
                 yield unit, done
         if not state.left:
             return
-        marker = uuid.uuid4().hex
-        self._node.results.write(marker, b"{}")
+        self._node.results.write(state.marker, b"{}")
         try:
-            for _ in range(min(len(state.left), self._settings.runners)):
-                self._start(state, needs, marker)
+            self._begin(state)
             while state.unfinished:
                 check()
                 ended, _ = self._ray.wait(list(state.waiting), num_returns=1, timeout=_POLL_S)
                 for waited in ended:
-                    yield from self._ended(state, task, needs, marker, waited)
+                    yield from self._ended(state, waited)
         finally:
             for runner in state.waiting.values():
                 self._ray.kill(runner.actor)
-            self._node.results.delete(marker)
+            self._node.results.delete(state.marker)
+
+    def release(self) -> None:
+        for runner in self._idle:
+            self._ray.kill(runner.actor)
+        self._idle = []
 
     def close(self) -> None:
+        self._idle = []
         self._ray.shutdown()
 
-    def _start(self, state: _Map, needs: Needs, marker: str) -> None:
-        options = self._resources(needs)
-        actor = self._ray.remote(UnitRunner).options(max_restarts=0, max_task_retries=0, **options).remote()
-        state.waiting[actor.ready.remote(marker, version("adaptory"))] = _Runner(actor)
+    def _begin(self, state: _Map) -> None:
+        """Takes the runners that the map before left, if they have what this one needs, and starts more."""
+        if self._idle_needs != state.needs:
+            self.release()
+        self._idle_needs = state.needs
+        while self._idle and state.left:
+            self._give(state, self._idle.pop())
+        for _ in range(min(len(state.left), self._settings.runners - len(state.waiting))):
+            self._start(state)
 
-    def _ended(self, state: _Map, task: Task, needs: Needs, marker: str, waited: Any) -> Iterator[tuple[Unit, Result]]:
+    def _give(self, state: _Map, runner: _Runner) -> None:
+        runner.unit = state.left.popleft()
+        state.waiting[runner.actor.run.remote(state.task, runner.unit)] = runner
+
+    def _start(self, state: _Map) -> None:
+        options = self._resources(state.needs)
+        actor = self._ray.remote(UnitRunner).options(max_restarts=0, max_task_retries=0, **options).remote()
+        state.waiting[actor.ready.remote(state.marker, version("adaptory"))] = _Runner(actor)
+
+    def _ended(self, state: _Map, waited: Any) -> Iterator[tuple[Unit, Result]]:
         """Takes what a runner returned, and gives it the next unit."""
         runner = state.waiting.pop(waited)
         unit = runner.unit
@@ -167,7 +205,7 @@ class RayEngine:
             raise _node_differs(_first_line(error.cause)) from error
         except self._ray.exceptions.RayError as error:
             self._died(state, unit, error)
-            self._start(state, needs, marker)
+            self._start(state)
             return
         if unit is None:
             _refuse_other_node(answer)
@@ -175,10 +213,10 @@ class RayEngine:
         elif "error" in answer:
             raise _failed(unit, answer)
         if state.left:
-            runner.unit = state.left.popleft()
-            state.waiting[runner.actor.run.remote(task, runner.unit)] = runner
+            self._give(state, runner)
         else:
-            self._ray.kill(runner.actor)
+            runner.unit = None
+            self._idle.append(runner)
         if unit is not None:
             yield unit, answer["result"]
 

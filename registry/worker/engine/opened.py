@@ -1,0 +1,61 @@
+"""The engine of a worker, as its settings name it."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+from registry.errors import Unavailable
+from registry.settings import Settings
+from registry.worker.engine.local import LocalEngine
+from registry.worker.engine.protocol import Check, Engine, Needs
+from registry.worker.engine.units import Node, Result, Task, Unit, open_node
+
+
+class WorkerEngine:
+    """A worker's engine: opened when a step first needs it, and again after it was lost."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._opened: Engine | None = None
+
+    @cached_property
+    def _node(self) -> Node:
+        return open_node(self._settings)
+
+    def share(self, document: bytes) -> str:
+        """Keeps a document for units, by `Node.share`."""
+        return self._node.share(document)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the settings name a cluster."""
+        return self._settings.engine.kind != "local"
+
+    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Check) -> Iterator[tuple[Unit, Result]]:
+        if self._opened is None:
+            self._opened = open_engine(self._settings, self._node)
+        try:
+            yield from self._opened.map(task, units, needs, check)
+        except Unavailable as error:
+            if error.code == "engine_unavailable":
+                self.close()
+            raise
+
+    def release(self) -> None:
+        """At the end of a job."""
+        if self._opened is not None:
+            self._opened.release()
+
+    def close(self) -> None:
+        """When the worker ends, or after the cluster was lost."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+
+def open_engine(settings: Settings, node: Node) -> Engine:
+    """The engine that the settings name. Raises Unavailable or NotAllowed if its cluster cannot be used."""
+    if settings.engine.kind == "local":
+        return LocalEngine(node)
+    from registry.worker.engine.ray import RayEngine  # Ray is loaded where it is used
+
+    return RayEngine(settings.engine, node)

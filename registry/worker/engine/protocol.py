@@ -1,0 +1,51 @@
+"""Where the units of a step run: in this process, or on the nodes of a Ray cluster.
+
+The rows stay the ledger: a worker that holds a job maps its units, and what a unit finished is in shared storage. So
+whatever dies, the next worker finds what is done and maps the rest.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from registry.worker.engine.units import Result, Task, Unit
+
+Check = Callable[[], None]
+"""Called now and then; raises when the work is to stop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What one unit needs at a time. `device_bytes` of one device's memory, 0 for none; `memory_bytes` of the host's.
+    `base` is the digest of one that only some nodes have, in a directory; None if every node can get it."""
+
+    cpus: float = 1.0
+    memory_bytes: int = 0
+    device_bytes: int = 0
+    base: str | None = None
+
+
+class Engine(Protocol):
+    """Runs units."""
+
+    @property
+    def spreads(self) -> bool:
+        """Whether units run beside each other, on other hosts than this."""
+        ...
+
+    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Check) -> Iterator[tuple[Unit, Result]]:
+        """Yields each unit with its result, as they end. What was finished before, by any process, comes first and is
+        not run again. Once this raises or is closed, no unit runs any more.
+
+        Raises what `check` raises, the error of a unit that failed (with `log_lines`, the last of its process), and
+        Unavailable with `unit_lost` for a unit whose process died again and again, or `engine_unavailable`.
+        """
+        ...
+
+    def release(self) -> None:
+        """Gives back what was kept for the next map of the same job: processes with models in their memory."""
+        ...
+
+    def close(self) -> None:
+        """Gives back all that the engine holds. No map may be running."""
+        ...
