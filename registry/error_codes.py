@@ -223,6 +223,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "unknown_setting": "docs/methods/index.md lists the settings of each method.",
         "version_ended": "Choose a version yourself: REPO:VERSION.",
         "version_missing": "Write REPO:VERSION, or --bump auto|patch|minor|major.",
+        "worker_beside_server": "Use --no-worker, and run `adaptory worker` beside the server.",
     },
     NotFound: {
         "alias_unknown": "`adaptory base list` shows the aliases; a base's own name stays.",

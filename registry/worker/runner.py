@@ -177,6 +177,7 @@ def _work(
             if time.monotonic() >= sweep_at:
                 sweep_at = time.monotonic() + SWEEP_S
                 sweep_work(resources)
+                engine.sweep(resources.clock())
             worked = run_one(resources, kinds, worker, stop, declined, observe, engine)
         except Unavailable as error:
             log.warning("The worker cannot reach its database or store, and waits: %s", error)

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from registry.errors import Invalid, RegistryError, Unavailable
-from registry.settings import Settings
+from registry.settings import EngineSettings, Settings
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray import MAX_DEATHS, RayEngine
@@ -89,6 +89,32 @@ def test_a_unit_that_cannot_be_done_ends_the_map_with_its_cause(
     else:
         assert len(caught.value.log_lines) == LOG_LINES
         assert any("line 299" in line for line in caught.value.log_lines)
+
+
+@pytest.mark.parametrize(("size_bytes", "together"), [(60, False), (50, True)])
+def test_units_share_a_device_only_if_its_memory_has_room_for_both(
+    cluster: RayCluster, engine: RayEngine, journal: Path, size_bytes: int, together: bool
+) -> None:
+    with_gpu = cluster.start(cpus=2, gpus=1)
+    settings = Settings(home=Path(cluster.environ["ADAPTORY_HOME"]))
+    known = EngineSettings(
+        kind="ray", address=cluster.address, token_path=cluster.token_path, device="gpu", device_memory_bytes=100
+    )
+    hints = {"journal": str(journal), "seconds": 1.0}
+    units = [Unit(name=f"{n}", content={"of": size_bytes, "number": n}, hints=hints) for n in range(4)]
+    sharing = RayEngine(known, open_node(settings))
+    list(sharing.map(counted.DOUBLE, units, Needs(cpus=0.1, device_bytes=size_bytes), go_on))
+    sharing.release()
+    cluster.kill(with_gpu)
+    running, most = 0, 0
+    for line in journal.read_text().splitlines():
+        running += 1 if line.startswith("begun") else -1
+        most = max(most, running)
+    assert most == (2 if together else 1)
+    with pytest.raises(Invalid, match="the cluster's have 100") as caught:
+        large = [Unit(name="large", content={"number": 7, "of": 101}, hints=hints)]
+        list(sharing.map(counted.DOUBLE, large, Needs(device_bytes=101), go_on))
+    assert caught.value.code == "device_too_small"
 
 
 class Stopped(Exception):

@@ -1,6 +1,7 @@
 """The engine of a worker, as its settings name it."""
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
 from functools import cached_property
 
 from registry.errors import Unavailable
@@ -8,6 +9,9 @@ from registry.settings import Settings
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Check, Engine, Needs
 from registry.worker.engine.units import Node, Result, Task, Unit, open_node
+
+KEPT = timedelta(days=7)
+"""How long results of units are kept: a job that was put off goes on from them."""
 
 
 class WorkerEngine:
@@ -20,6 +24,10 @@ class WorkerEngine:
     @cached_property
     def _node(self) -> Node:
         return open_node(self._settings)
+
+    def sweep(self, now: datetime) -> int:
+        """Removes results that are older than KEPT. Returns their number."""
+        return self._node.results.sweep(now - KEPT)
 
     def share(self, document: bytes) -> str:
         """Keeps a document for units, by `Node.share`."""

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import shutil
+import socket
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -125,16 +127,19 @@ def finished(node: Node, task: Task, unit: Unit) -> Result | None:
     if content is None or len(content) >= MAX_RESULT_BYTES:
         return None
     try:
-        result = json.loads(content)
-    except ValueError:  # a store gave back something else: the unit is run again
+        result = json.loads(content)["result"]
+    except (ValueError, KeyError, TypeError):  # the store has something else: the unit is run again
         return None
     return result if task.intact(node, result) else None
 
 
 def run_unit(node: Node, task: Task, unit: Unit) -> Result:
-    """Runs the unit and keeps its result before this returns. Raises what the task raises."""
+    """Runs the unit and keeps its result before this returns, with the process that made it and its seconds. Raises
+    what the task raises."""
+    began_s = time.monotonic()
     result = task.run(node, unit)
-    node.results.write(task.key(unit), json.dumps(result).encode())
+    made = {"by": f"{socket.gethostname()} {os.getpid()}", "seconds": time.monotonic() - began_s}
+    node.results.write(task.key(unit), json.dumps({"unit": unit.name, **made, "result": result}).encode())
     return result
 
 
