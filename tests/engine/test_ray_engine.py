@@ -111,8 +111,8 @@ def test_units_share_a_device_only_if_its_memory_has_room_for_both(
         running += 1 if line.startswith("begun") else -1
         most = max(most, running)
     assert most == (2 if together else 1)
+    large = [Unit(name="large", content={"number": 7, "of": 101}, hints=hints)]
     with pytest.raises(Invalid, match="the cluster's have 100") as caught:
-        large = [Unit(name="large", content={"number": 7, "of": 101}, hints=hints)]
         list(sharing.map(counted.DOUBLE, large, Needs(device_bytes=101), go_on))
     assert caught.value.code == "device_too_small"
 
