@@ -53,8 +53,8 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedShard:
-    """A shard that a sink has taken completely. `survivals` are by tensor; `tensor_hashes` has the sha256 of each tensor
-    of the base that was read with it."""
+    """A shard that a sink has taken completely. `survivals` are by tensor; `tensor_hashes` has the sha256 of each of
+    the base's tensors that were read with it."""
 
     file: str
     sha256: str

@@ -1,7 +1,7 @@
 """A composition as its steps see it: read again by each step, so that any step can be the first after a crash."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from registry.domain.compositions import compositions, locking
 from registry.domain.jobs.queue import Amount
 from registry.errors import NotFound
 from registry.formats.manifest import ManifestFile
-from registry.hub_client.bases import find_base
 from registry.transfer import publishing
+from registry.transfer.bases import find_base
+from registry.transfer.resources import Resources
 from registry.worker.runner import JobRun
 from registry.worker.workspace import work_of
 
@@ -131,12 +132,16 @@ class CompositionRun:
 
     def members(self, held: JobRun) -> list[tuple[Path, Weight]]:
         """Each input's directory, with its files verified, and its weight with its rules."""
+        return self.members_in(self.directory, held.resources, held.check)
+
+    def members_in(self, work: Path, resources: Resources, check: Callable[[], None]) -> list[tuple[Path, Weight]]:
+        """As `members`, in another working directory; `check` may end it."""
         members: list[tuple[Path, Weight]] = []
         for locked, files in zip(self.lock.inputs, self.files, strict=True):
-            held.check()
-            directory = self.directory / "inputs" / locked.commit  # this directory name ends up in adaptory.json
+            check()
+            directory = work / "inputs" / locked.commit  # this directory name ends up in adaptory.json
             directory.mkdir(parents=True, exist_ok=True)
-            publishing.materialise(held.resources, files, directory)
+            publishing.materialise(resources, files, directory)
             members.append((directory, locked.weighted))
         return members
 
@@ -149,7 +154,7 @@ class CompositionRun:
 def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_bytes: int) -> Checkpoint:
     """A base's checkpoint on this host, downloaded if a location is on a hub. Verifies its weights: the files at a
     location may have changed."""
-    directory, reasons = find_base(locations, size_bytes)
+    directory, reasons = find_base(held.resources.settings, locations, size_bytes)
     if directory is None:
         missing = f"This worker cannot find the base at any location ({', '.join(locations) or 'it has none'})."
         raise NotFound(
@@ -165,7 +170,13 @@ def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_byte
 
 def composition_of(held: JobRun) -> CompositionRun:
     with held.resources.read() as session:
-        composition = compositions.find_by_job(session, held.job_id)
+        composition_id = compositions.find_by_job(session, held.job_id).id
+    return read_composition(held.resources, composition_id)
+
+
+def read_composition(resources: Resources, composition_id: int) -> CompositionRun:
+    with resources.read() as session:
+        composition, _ = compositions.find(session, composition_id)
         recipe, lock = parse_recipe(composition.recipe), Lock.from_json(composition.lock)
         inputs = compositions.inputs_of(session, lock)
         return CompositionRun(
@@ -177,7 +188,7 @@ def composition_of(held: JobRun) -> CompositionRun:
             input_ids=[release.id for release in inputs],
             files=[publishing.manifest_files(session, release) for release in inputs],
             member_suites=locking.member_suites(session, recipe, inputs),
-            directory=work_of(held.resources, composition.id),
+            directory=work_of(resources, composition.id),
         )
 
 

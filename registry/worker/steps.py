@@ -33,7 +33,7 @@ from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, parse_reference
 from registry.transfer import publishing, results, uploads
 from registry.transfer.publishing import Push
-from registry.worker import checking, evaluating
+from registry.worker import checking, evaluating, merging
 from registry.worker.composition import CompositionRun, Output, ProgressCount, composition_of, store, suites_named
 from registry.worker.judging import Examination, Member, judge, with_inputs
 from registry.worker.optimizing import optimize
@@ -180,12 +180,16 @@ def gate(held: JobRun) -> None:
 
 
 def merge(held: JobRun) -> None:
-    """Writes the merged checkpoint, streamed shard by shard and verified."""
+    """Writes the merged checkpoint, shard by shard and verified: to this host's disk, or into the store if the base is
+    only in a bucket."""
     from composer.merge.plan import plan_merge
     from composer.merge.run import run_merge
 
     work = composition_of(held)
     if not work.recipe.model or work.model_directory.is_dir():
+        return
+    if location := merging.location_to_stream(work):
+        merging.merge_streamed(held, work, location)
         return
     base, how = work.base_checkpoint(held), (work.lock.method, work.lock.settings)
     if work.settings.pipeline.fitted:  # reuse the fitted factors: another fit would differ in the last bits
@@ -288,7 +292,7 @@ def _calibration(held: JobRun, work: CompositionRun, load: "Callable[[], LoadedM
 
 def _upload(held: JobRun, actor: Actor, work: CompositionRun, output: Output) -> Push:
     reference, directory = parse_reference(output.target), output.directory
-    files: list[ManifestFile] = []
+    files = [merging.file_of(row) for row in merging.streamed_files(work)] if output.kind is Kind.MODEL else []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         file = ManifestFile(
             path.relative_to(directory).as_posix(), path.stat().st_size, Digest(hash_file(path, held.check))
@@ -302,7 +306,7 @@ def _upload(held: JobRun, actor: Actor, work: CompositionRun, output: Output) ->
         version=reference.version,
         bump=None,
         base=work.lock.base,
-        files=files,
+        files=sorted(files, key=lambda file: file.path),
         notes=work.recipe.notes,
         inputs=[Input(row_id, locked.weight) for row_id, locked in zip(work.input_ids, work.lock.inputs, strict=True)],
         composition_id=work.composition_id,
