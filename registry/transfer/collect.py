@@ -36,7 +36,7 @@ from registry.transfer.uploads import ARRIVED
 
 _BATCH = 100
 _UPLOADS_BATCH = 1_000
-_SCRATCH = ("upload-*", "inspect-*", "signature-*", "backup-*")
+_SCRATCH = ("upload-*", "inspect-*", "signature-*", "backup-*", "stream-*")
 _UNTRACKED = {"synchronize_session": False}
 _JOURNALS = ("cache", "eval")
 """Below the home directory."""

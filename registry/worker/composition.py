@@ -23,8 +23,8 @@ from registry.domain.compositions import compositions, locking
 from registry.domain.jobs.queue import Amount
 from registry.errors import NotFound
 from registry.formats.manifest import ManifestFile
-from registry.hub_client.bases import find_base
 from registry.transfer import publishing
+from registry.transfer.bases import find_base
 from registry.worker.runner import JobRun
 from registry.worker.workspace import work_of
 
@@ -156,7 +156,7 @@ class CompositionRun:
 def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_bytes: int) -> Checkpoint:
     """A base's checkpoint on this host, downloaded if a location is on a hub. Verifies its weights: the files at a
     location may have changed."""
-    directory, reasons = find_base(locations, size_bytes)
+    directory, reasons = find_base(held.resources.settings, locations, size_bytes)
     if directory is None:
         missing = f"This worker cannot find the base at any location ({', '.join(locations) or 'it has none'})."
         raise NotFound(
@@ -219,6 +219,12 @@ class ProgressCount:
             self._done += count
             if self._total:  # a search may measure more than it was expected to
                 self._total = max(self._total, self._done)
+            self._write()
+
+    def reached(self, done: int) -> None:
+        """What is done at least, by whatever process."""
+        with self._lock:
+            self._done = max(self._done, done)
             self._write()
 
     def expect(self, total: int) -> None:

@@ -2,15 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.recipes.suite import Example, Suite
 from registry.formats.manifest import ManifestFile
 from registry.transfer.publishing import materialise
-from registry.worker.engine.units import Node, Result, Task, Unit, always_intact
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
 from registry.worker.node_models import base_checkpoint, from_rows, loaded_base, needs_of_model, to_rows
 from registry.worker.runner import JobRun
 
@@ -61,34 +60,32 @@ def examine_on_nodes(
     return [one for begin in sorted(results) for one in results[begin]]
 
 
-def _run(node: Node, unit: Unit) -> Result:
+def _run(node: Node, unit: Unit, _count: Count) -> Result:
     from composer.evaluation.evaluate import examine
 
     content = unit.content
     suite = Suite.from_json(json.loads(node.shared(content["suite"])))
     examples = suite.examples[content["begin"] : content["end"]]
-    loaded, deltas = _subject(
-        node, json.dumps([content[name] for name in ("base", "files", "model")]), json.dumps(unit.hints)
-    )
+    measured = json.dumps([content[name] for name in ("base", "files", "model")])
+    loaded, deltas = node.kept("subject", measured, lambda: _subject(node, content, unit.hints))
     results = examine(loaded, suite, deltas, examples, node.settings.enabled_scorers)
     return {"results": [asdict(one) for one in results]}
 
 
-@lru_cache(maxsize=1)
-def _subject(node: Node, measured: str, hints: str) -> "tuple[LoadedModel, Sequence[Delta]]":
-    """What is measured, kept for the next slice: a model, and the deltas on it."""
+def _subject(node: Node, content: Mapping[str, Any], hints: Mapping[str, Any]) -> "tuple[LoadedModel, Sequence[Delta]]":
+    """What is measured: a model, and the deltas on it."""
     from composer.deltas.variants.load import load_deltas
     from composer.evaluation.model import load_model
 
-    base, rows, model = json.loads(measured)
-    where, files = json.loads(hints), from_rows(rows)
+    base, files = content["base"], from_rows(content["files"])
     if not files:
-        return loaded_base(base, where), ()
-    directory = node.kept_directory(hashlib.sha256(measured.encode()).hexdigest()[:16])
+        return loaded_base(node, base, hints), ()
+    directory = node.kept_directory(hashlib.sha256(json.dumps(content["files"]).encode()).hexdigest()[:16])
     materialise(node.store, files, directory)
-    if model:
+    if content["model"]:
         return load_model(directory), ()
-    return loaded_base(base, where), load_deltas(directory, base_checkpoint(base, where).architecture).deltas
+    deltas = load_deltas(directory, base_checkpoint(node, base, hints).architecture).deltas
+    return loaded_base(node, base, hints), deltas
 
 
 EVALUATE = Task(name="evaluate", version=1, run=_run, intact=always_intact)

@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.recipes.suite import Suite
 from composer.formats.recipes.weights import parse_weight
 from registry.formats.manifest import ManifestFile
 from registry.transfer.publishing import materialise
-from registry.worker.engine.units import Node, Result, Task, Unit, always_intact
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
 from registry.worker.node_models import base_checkpoint, from_rows, loaded_base, needs_of_model, to_rows
 from registry.worker.runner import JobRun
 
@@ -101,10 +100,11 @@ def _measured(result: Result) -> "list[Measured]":
     return [Measured(nats, tokens, exact) for nats, tokens, exact in result["measured"]]
 
 
-def _run(node: Node, unit: Unit) -> Result:
+def _run(node: Node, unit: Unit, _count: Count) -> Result:
     from composer.errors import Mismatch, NotSupported
 
-    runner = _opened(node, unit.content["problem"], json.dumps(unit.hints))
+    problem = unit.content["problem"]
+    runner = node.kept("search", problem, lambda: _opened(node, problem, unit.hints))
     try:
         measured = runner(unit.content["who"], [(suite, example) for suite, example in unit.content["asked"]])
     except (Mismatch, NotSupported) as error:  # a result too: this combination cannot be made
@@ -113,16 +113,15 @@ def _run(node: Node, unit: Unit) -> Result:
     return {"measured": [[one.nats, one.tokens, one.exact] for one in measured]}
 
 
-@lru_cache(maxsize=1)
-def _opened(node: Node, problem: str, hints: str) -> "PassRunner":
-    """The problem's base and adapters, kept for the next pass: a process runs many of one search."""
+def _opened(node: Node, problem: str, hints: Mapping[str, Any]) -> "PassRunner":
+    """The problem's base and adapters."""
     from composer.deltas.variants.load import load_deltas
     from composer.optimize.passes import PassRunner
     from composer.optimize.problem import Effort, Member, Problem
 
     content = json.loads(node.shared(problem))
-    base, where = content["base"], json.loads(hints)
-    architecture = base_checkpoint(base, where).architecture
+    base = content["base"]
+    architecture = base_checkpoint(node, base, hints).architecture
 
     def member(number: int, row: dict[str, Any]) -> Member:
         directory = node.kept_directory(f"{problem[:16]}-{number}")
@@ -132,7 +131,7 @@ def _opened(node: Node, problem: str, hints: str) -> "PassRunner":
 
     return PassRunner(
         Problem(
-            load=lambda: loaded_base(base, where),
+            load=lambda: loaded_base(node, base, hints),
             members=[member(number, row) for number, row in enumerate(content["members"])],
             guards=[Suite.from_json(guard) for guard in content["guards"]],
             effort=Effort(**content["effort"]),

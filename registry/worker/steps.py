@@ -26,10 +26,11 @@ from registry.domain.compositions import checks, compositions
 from registry.domain.jobs import evaluations
 from registry.error_families import refuse_errors
 from registry.errors import Refused
+from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_reference
 from registry.transfer import publishing, results
 from registry.transfer.publishing import Push
-from registry.worker import checking, evaluating
+from registry.worker import checking, evaluating, merging
 from registry.worker.composition import (
     CompositionRun,
     Output,
@@ -173,12 +174,17 @@ def gate(held: JobRun) -> None:
 
 
 def merge(held: JobRun) -> None:
-    """Writes the merged checkpoint, streamed shard by shard and verified."""
+    """Writes the merged checkpoint, shard by shard and verified: to this host's disk, or into the store if the base is
+    only in a bucket."""
     from composer.merge.plan import plan_merge
     from composer.merge.run import run_merge
 
     work = composition_of(held)
     if not work.recipe.model or work.model_directory.is_dir():
+        return
+    if merging.is_streamed(held, work):
+        model = merging.stored_model(held, work, _fitted_files(held, work))
+        store(held, work, merge=model.report)
         return
     base, how = work.base_checkpoint(held), (work.lock.method, work.lock.settings)
     if work.settings.pipeline.fitted:  # reuse the fitted factors: another fit would differ in the last bits
@@ -189,6 +195,16 @@ def merge(held: JobRun) -> None:
     done = ProgressCount(held, "bytes", plan.size_bytes)
     report = run_merge(plan, work.model_directory, progress=done, note=work.note)
     store(held, work, merge={key: value for key, value in report.to_json().items() if key != "out_dir"})
+
+
+def _fitted_files(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
+    """The files of the adapter that a fitted method made, in the store: the model is made from them."""
+    if not work.settings.pipeline.fitted:
+        return []
+    combine(held)
+    with held.resources.read() as session:
+        actor = creator(held, session)
+    return store_output(held, actor, work.outputs[0])
 
 
 def publish(held: JobRun) -> None:
@@ -277,14 +293,17 @@ def _calibration(held: JobRun, work: CompositionRun, load: "Callable[[], LoadedM
 
 def _upload(held: JobRun, actor: Actor, work: CompositionRun, output: Output) -> Push:
     reference = parse_reference(output.target)
-    files = store_output(held, actor, output)
+    if output.kind is Kind.MODEL and merging.is_streamed(held, work):
+        files = merging.stored_model(held, work, _fitted_files(held, work)).files  # made by the step before
+    else:
+        files = store_output(held, actor, output)
     return Push(
         repository=reference.repository,
         kind=output.kind,
         version=reference.version,
         bump=None,
         base=work.lock.base,
-        files=files,
+        files=sorted(files, key=lambda file: file.path),
         notes=work.recipe.notes,
         inputs=[Input(row_id, locked.weight) for row_id, locked in zip(work.input_ids, work.lock.inputs, strict=True)],
         composition_id=work.composition_id,

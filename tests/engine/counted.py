@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.errors import Invalid
-from registry.worker.engine.units import Node, Result, Task, Unit, always_intact
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +26,14 @@ def events(journal: Path) -> Counter[str]:
     return Counter(journal.read_text().splitlines()) if journal.exists() else Counter()
 
 
-def double(_node: Node, unit: Unit) -> Result:
+def double(_node: Node, unit: Unit, _count: Count) -> Result:
     note(unit, "begun")
     time.sleep(float(unit.hints.get("seconds", 0)))
     note(unit, "done")
     return {"number": 2 * unit.content["number"], "process": os.getpid()}
 
 
-def fail(_node: Node, unit: Unit) -> Result:
+def fail(_node: Node, unit: Unit, _count: Count) -> Result:
     """Fails as units can: by an error of ours, by a defect, by the end of its process."""
     note(unit, "begun")
     how: Any = unit.content.get("how")

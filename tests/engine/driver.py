@@ -12,7 +12,7 @@ from tests.engine import counted
 def main(journal: str, count: str, seconds: str, ended: str) -> None:
     engine = WorkerEngine(Settings())
     units = counted.units(int(count), Path(journal), float(seconds))
-    results = [result for _, result in engine.map(counted.DOUBLE, units, Needs(), lambda: None)]
+    results = [result for _, result in engine.map(counted.DOUBLE, units, Needs(), lambda _done: None)]
     Path(ended).write_text(str(sum(result["number"] for result in results)))
     engine.close()
 

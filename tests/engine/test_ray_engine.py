@@ -17,7 +17,7 @@ from tests.engine import counted
 from tests.engine.cluster import RayCluster
 
 
-def go_on() -> None:
+def go_on(_done: int) -> None:
     """The check of a map that nobody stops."""
 
 
@@ -125,7 +125,7 @@ def test_a_map_that_is_stopped_ends_its_units_within_seconds(engine: RayEngine, 
     numbers = [Unit(name=f"long {n}", content={"long": n, "number": n}, hints=_endless(journal)) for n in range(4)]
     stopped_at = 0.0
 
-    def check() -> None:
+    def check(_done: int) -> None:
         nonlocal stopped_at
         if counted.events(journal)["begun long 0"]:
             stopped_at = time.monotonic()

@@ -13,6 +13,7 @@ import pytest
 from registry.worker.engine.ray import base_resource
 from tests import services
 from tests.engine.cluster import REPOSITORY, RayCluster
+from tests.s3_server import BUCKET
 from tests.scenarios.conftest import USER, Templates, templates, world
 from tests.scenarios.test_compositions import release_all, write_recipe
 from tests.scenarios.world import Cli, World
@@ -61,7 +62,7 @@ def test_a_search_and_an_evaluation_on_two_nodes_give_what_one_process_gives(sit
     def recipe(version: str) -> Path:
         directory = tmp_path / version
         directory.mkdir()
-        outputs = {"adapter": f"acme/assistant:{version}", "model": None}
+        outputs = {"adapter": f"acme/assistant:{version}", "model": f"acme/assistant-merged:{version}"}
         asked = {"optimize": {"search": 2, "confirm": 2}, "evaluate": ["sql-exact", "guard-exact"]}
         return write_recipe(directory, **{"inputs": INPUTS, "policy": LOOSE, "probe": 0, **asked, **outputs})
 
@@ -69,7 +70,8 @@ def test_a_search_and_an_evaluation_on_two_nodes_give_what_one_process_gives(sit
     assert unit_results(site) == set()
     there = site.on_cluster("compose", recipe("1.1.0"))
     assert decided(there) == decided(here)
-    assert files_of(site, "1.1.0") == files_of(site, "1.0.0")
+    for repository in ("acme/assistant", "acme/assistant-merged"):
+        assert files_of(site, f"{repository}:1.1.0") == files_of(site, f"{repository}:1.0.0")
     assert len(unit_results(site)) > 20, "passes and slices, which the nodes wrote"
 
 
@@ -79,13 +81,13 @@ def decided(composition: Mapping[str, Any]) -> dict[str, Any]:
     return {"evidence": evidence, "scores": composition["candidate_scores"], "gates": composition["gates"]}
 
 
-def files_of(site: Site, version: str) -> dict[str, str]:
-    """Weights and configuration; the note names the output."""
-    files = site.cli.json("show", f"acme/assistant:{version}")["files"]
-    return {file["path"]: file["sha256"] for file in files if file["path"] != "adaptory.json"}
+def files_of(site: Site, release: str) -> dict[str, str]:
+    """Digests by path. An adapter's note names its release."""
+    return {file["path"]: file["sha256"] for file in site.cli.json("show", release)["files"]}
 
 
 def unit_results(site: Site) -> set[str]:
     """The keys of finished units in the store."""
     server, prefix = services.shared_s3(), site.cli.environment["ADAPTORY_STORAGE__PREFIX"]
-    return {key for key in server.keys(prefix) if "/work/" in key}
+    pages = server.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{prefix}work/")
+    return {row["Key"] for page in pages for row in page.get("Contents", ())}

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from registry.worker.engine.protocol import Check, Needs
-from registry.worker.engine.units import Node, Result, Task, Unit, finished, run_unit
+from registry.worker.engine.protocol import Needs
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, finished, run_unit
 
 
 class LocalEngine:
@@ -14,15 +14,15 @@ class LocalEngine:
     def __init__(self, node: Node) -> None:
         self._node = node
 
-    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Check) -> Iterator[tuple[Unit, Result]]:
+    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
         del needs  # this host has what it has
         for unit in units:
-            check()
+            check(0)
             done = finished(self._node, task, unit)
-            yield unit, run_unit(self._node, task, unit) if done is None else done
+            yield unit, run_unit(self._node, task, unit, check) if done is None else done
 
     def release(self) -> None:
-        """Keeps nothing."""
+        self._node.forget()
 
     def close(self) -> None:
         """Holds nothing."""

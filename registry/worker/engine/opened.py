@@ -7,8 +7,8 @@ from functools import cached_property
 from registry.errors import Unavailable
 from registry.settings import Settings
 from registry.worker.engine.local import LocalEngine
-from registry.worker.engine.protocol import Check, Engine, Needs
-from registry.worker.engine.units import Node, Result, Task, Unit, open_node
+from registry.worker.engine.protocol import Engine, Needs
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, open_node
 
 KEPT = timedelta(days=7)
 """How long results of units are kept: a job that was put off goes on from them."""
@@ -38,7 +38,7 @@ class WorkerEngine:
         """Whether the settings name a cluster."""
         return self._settings.engine.kind != "local"
 
-    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Check) -> Iterator[tuple[Unit, Result]]:
+    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
         if self._opened is None:
             self._opened = open_engine(self._settings, self._node)
         try:

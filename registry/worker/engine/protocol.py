@@ -4,14 +4,11 @@ The rows stay the ledger: a worker that holds a job maps its units, and what a u
 whatever dies, the next worker finds what is done and maps the rest.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from registry.worker.engine.units import Result, Task, Unit
-
-Check = Callable[[], None]
-"""Called now and then; raises when the work is to stop."""
+from registry.worker.engine.units import Count, Result, Task, Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +30,10 @@ class Engine(Protocol):
         """Whether units run beside each other, on other hosts than this."""
         ...
 
-    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Check) -> Iterator[tuple[Unit, Result]]:
-        """Yields each unit with its result, as they end. What was finished before, by any process, comes first and is
-        not run again. Once this raises or is closed, no unit runs any more.
+    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
+        """Yields each unit with its result, as they end. What was finished before, by any process, is not run again.
+        Once this raises or is closed, no unit runs any more. `check` is called often; units of this process call it
+        with what they have just done.
 
         Raises what `check` raises, the error of a unit that failed (with `log_lines`, the last of its process), and
         Unavailable with `unit_lost` for a unit whose process died again and again, or `engine_unavailable`.

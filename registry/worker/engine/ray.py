@@ -18,9 +18,9 @@ from typing import Any, cast
 from registry.error_families import of_row
 from registry.errors import Invalid, NotAllowed, RegistryError, Unavailable
 from registry.settings import EngineSettings
-from registry.worker.engine.protocol import Check, Needs
+from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray_runner import UnitRunner
-from registry.worker.engine.units import Node, Result, Task, Unit, finished
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, finished
 
 MAX_DEATHS = 3
 """After how many deaths of its process a unit is given up."""
@@ -143,10 +143,10 @@ class RayEngine:
                 next_step="Start it with RAY_AUTH_MODE=token, or set ADAPTORY_ENGINE__INSECURE=true if nobody can.",
             )
 
-    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Check) -> Iterator[tuple[Unit, Result]]:
+    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
         state = _Map(task, needs, deque(), uuid.uuid4().hex)
         for unit in units:
-            check()
+            check(0)
             done = finished(self._node, task, unit)
             if done is None:
                 state.left.append(unit)
@@ -158,7 +158,7 @@ class RayEngine:
         try:
             self._begin(state)
             while state.unfinished:
-                check()
+                check(0)
                 ended, _ = self._ray.wait(list(state.waiting), num_returns=1, timeout=_POLL_S)
                 for waited in ended:
                     yield from self._ended(state, waited)

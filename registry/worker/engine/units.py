@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from registry.errors import Unavailable
 from registry.settings import LocalStorage, Settings
@@ -21,6 +21,9 @@ from registry.storage.blobs import BlobStore
 from registry.storage.local import LocalStore
 from registry.storage.unit_results import MAX_RESULT_BYTES, LocalResults, UnitResults
 
+Count = Callable[[int], None]
+"""Called by a unit with what it has just done, often with 0; may raise to stop it."""
+Kept = TypeVar("Kept")
 Result = dict[str, Any]
 """What a unit made, as JSON: digests of blobs, measurements."""
 LOG_LINES = 200
@@ -47,6 +50,7 @@ class Node:
     store: BlobStore
     results: UnitResults
     work_directory: Path
+    _kept: dict[str, tuple[str, Any]] = field(default_factory=dict[str, tuple[str, Any]])
 
     @contextmanager
     def scratch(self) -> Generator[Path]:
@@ -55,9 +59,25 @@ class Node:
         with TemporaryDirectory(prefix=f"{_WORK}{os.getpid()}-", dir=self.work_directory) as directory:
             yield Path(directory)
 
+    def kept(self, role: str, key: str, make: Callable[[], Kept]) -> Kept:
+        """What an earlier unit of this process made for the same key, such as a loaded base: one for each role."""
+        if self._kept.get(role, ("", None))[0] != key:
+            self._kept.pop(role, None)  # two bases need not fit at a time
+            self._kept[role] = key, make()
+        return self._kept[role][1]
+
+    def forget(self) -> None:
+        """Drops what was kept, and its files."""
+        self._kept.clear()
+        shutil.rmtree(self._kept_files, ignore_errors=True)
+
+    @property
+    def _kept_files(self) -> Path:
+        return self.work_directory / f"{_WORK}{os.getpid()}-kept"
+
     def kept_directory(self, name: str) -> Path:
         """A directory for files that this process goes on using, such as mapped ones."""
-        directory = self.work_directory / f"{_WORK}{os.getpid()}-kept" / name
+        directory = self._kept_files / name
         directory.mkdir(parents=True, exist_ok=True)
         return directory
 
@@ -84,7 +104,7 @@ class Task:
 
     name: str
     version: int
-    run: Callable[[Node, Unit], Result]
+    run: Callable[[Node, Unit, Count], Result]
     intact: Callable[[Node, Result], bool]
 
     def key(self, unit: Unit) -> str:
@@ -133,11 +153,11 @@ def finished(node: Node, task: Task, unit: Unit) -> Result | None:
     return result if task.intact(node, result) else None
 
 
-def run_unit(node: Node, task: Task, unit: Unit) -> Result:
+def run_unit(node: Node, task: Task, unit: Unit, count: Count = lambda _done: None) -> Result:
     """Runs the unit and keeps its result before this returns, with the process that made it and its seconds. Raises
-    what the task raises."""
+    what the task and `count` raise."""
     began_s = time.monotonic()
-    result = task.run(node, unit)
+    result = task.run(node, unit, count)
     made = {"by": f"{socket.gethostname()} {os.getpid()}", "seconds": time.monotonic() - began_s}
     node.results.write(task.key(unit), json.dumps({"unit": unit.name, **made, "result": result}).encode())
     return result
