@@ -27,20 +27,16 @@ class RayNode:
     process: subprocess.Popen[bytes]
 
     @property
-    def raylet(self) -> psutil.Process | None:
-        """The process that is the node for the cluster; None until it runs."""
+    def family(self) -> list[psutil.Process]:
+        """All of its processes."""
         try:
-            children = psutil.Process(self.process.pid).children(recursive=True)
-            return next((one for one in children if one.name() == "raylet"), None)
+            return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         except psutil.NoSuchProcess:
-            return None
+            return []
 
     def kill(self) -> None:
         """SIGKILL to all of it, as when a host loses power."""
-        try:
-            family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            family = []
+        family = self.family
         for one in family:
             try:
                 one.send_signal(signal.SIGKILL)

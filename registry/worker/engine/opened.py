@@ -22,16 +22,17 @@ class WorkerEngine:
         self._opened: Engine | None = None
 
     @cached_property
-    def _node(self) -> Node:
+    def node(self) -> Node:
+        """What units have on this host."""
         return open_node(self._settings)
 
     def sweep(self, now: datetime) -> int:
         """Removes results that are older than KEPT. Returns their number."""
-        return self._node.results.sweep(now - KEPT)
+        return self.node.results.sweep(now - KEPT)
 
     def share(self, document: bytes) -> str:
         """Keeps a document for units, by `Node.share`."""
-        return self._node.share(document)
+        return self.node.share(document)
 
     @property
     def spreads(self) -> bool:
@@ -40,7 +41,7 @@ class WorkerEngine:
 
     def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
         if self._opened is None:
-            self._opened = open_engine(self._settings, self._node)
+            self._opened = open_engine(self._settings, self.node)
         try:
             yield from self._opened.map(task, units, needs, check)
         except Unavailable as error:
