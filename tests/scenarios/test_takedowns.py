@@ -80,6 +80,8 @@ def test_a_takedown_removes_the_bytes_for_good_and_leaves_a_tombstone(
     if (url := stocked.environment.get("ADAPTORY_URL")) is not None:
         page = httpx2.get(f"{url}/acme/sql/1.0.0")
         assert (page.status_code, "customer data" in page.text, "Their names" in page.text) == (200, True, False)
+        page = httpx2.get(f"{url}/acme/sql/1.0.0/yank", headers={"Accept": "text/html"})
+        assert (page.status_code, "nothing to undo" in page.text, 'name="undo"' in page.text) == (200, True, False)
         # A client of a hub begins anew.
         planned = {"files": [{"path": "README.md", "size": 3, "sample": "eA=="}]}
         answer = httpx2.post(f"{url}/api/models/acme/sql/preupload/main", json=planned)
