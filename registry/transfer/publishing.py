@@ -25,7 +25,7 @@ from registry.database.idempotency import IdempotentRequest
 from registry.database.tables import Release
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import bases, commits, releases, repositories, signatures, versioning
+from registry.domain.catalog import barred, bases, commits, releases, repositories, signatures, versioning
 from registry.domain.catalog import reported as reported_scores
 from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
@@ -115,7 +115,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         base_digest = bases.find(session, push.base).digest
         architecture = bases.architecture(session, base_digest)
         keys = namespaces.signing_keys(session, push.repository.namespace)
-        releases.refuse_barred_files(session, push.repository.namespace, push.files)
+        barred.refuse_files(session, push.repository.namespace, push.files)
         releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before their bytes are read
         twin = _yanked_twin(session, push)
     parsed = {WEIGHTS_FILE} if push.kind is Kind.ADAPTER else set[str]()  # its inspection parses it
