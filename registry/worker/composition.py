@@ -96,8 +96,7 @@ class CompositionRun:
     @property
     def evaluated(self) -> list[str]:
         """The recipe's suites, those that the lock's gates use, and with `gates: []` those of the inputs."""
-        own = [] if self.has_gates else [suite for suite in self.member_suites if suite]
-        return list(dict.fromkeys([*compositions.evaluated(self.recipe, self.lock), *own]))
+        return locking.evaluated(self.recipe, self.lock, self.member_suites)
 
     @property
     def has_gates(self) -> bool:
