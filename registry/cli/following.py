@@ -31,7 +31,7 @@ class Shown(Protocol):
 def follow(connection: Connection, job_id: int, *, lines: bool) -> Json:
     """The job, once it has ended. Polls, so that it goes on after an outage and with any server; with `lines`, says on
     a pipe what changes. Only a registry on a server can be away."""
-    with _shown(f"job {job_id}", lines=lines) as shown:
+    with shown_steps(f"job {job_id}", lines=lines) as shown:
         while True:
             job = _latest(connection, job_id)
             shown.show(job)
@@ -96,20 +96,21 @@ class _Lines:
 
     def show(self, job: Mapping[str, Any]) -> None:
         waits = f", waits for {job['waits_for']}" if job.get("waits_for") else ""
-        self._say(self._label, f"{job['state']}{waits}", "")
+        self._say(self._label, f"{job['state']}{waits}")
         for number, step in enumerate(job["steps"], start=1):
             if step["state"] != "waiting":
-                redone = f", {step['redone']:,} redone" if step.get("redone") else ""
-                self._say(f"{number}/{len(job['steps'])} {step['name']}", f"{step['state']}{redone}", amount(step))
+                redone = f", {step['redone']:,} units redone" if step.get("redone") else ""
+                self._say(f"{number}/{len(job['steps'])} {step['name']}", f"{step['state']}{redone}")
 
-    def _say(self, name: str, state: str, done: str) -> None:
+    def _say(self, name: str, state: str) -> None:
         if self._said.get(name) != state:
             self._said[name] = state
-            render.say(f"{name}: {state}{f' ({done})' if done and not state.startswith('done') else ''}")
+            render.say(f"{name}: {state}")
 
 
 @contextmanager
-def _shown(label: str, *, lines: bool) -> Generator[Shown]:
+def shown_steps(label: str, *, lines: bool) -> Generator[Shown]:
+    """Shows a job's states on stderr: as bars on a terminal, elsewhere as lines, or not at all."""
     if not sys.stderr or not sys.stderr.isatty():
         yield _Lines(label) if lines else _Nothing()
         return

@@ -136,7 +136,5 @@ def _state(row: Json) -> str:
 
 
 def _progress(step: Json) -> str:
-    redone = f", {step['redone']:,} redone" if step.get("redone") else ""
-    if step["state"] != "running" or not step.get("total"):
-        return f"{step['state']}{redone}"
-    return f"{step['done']:,} of {step['total']:,} {step['unit']}{redone}"
+    done = following.amount(step) if step["state"] in ("running", "failed") else ""
+    return (done if step["state"] == "running" else f"failed at {done}") if done else step["state"]
