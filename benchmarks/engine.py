@@ -156,8 +156,9 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
             choices.add(choice)
     for runners, rows in times.items():
         wall, share = median(row.wall_s for row in rows), median(row.share(runners) for row in rows)
-        print(f"{runners} node{'s' * (runners > 1)}: {wall:.1f} s for {rows[0].units} units after a start of "
-              f"{median(row.start_s for row in rows):.1f} s; {share:.1%} of the processes' time was no unit's")  # fmt: skip
+        start = median(row.start_s for row in rows)
+        print(f"{runners} node{'s' * (runners > 1)}: {wall:.1f} s for {rows[0].units} units after a start of {start:.1f} s; "
+              f"{share:.1%} of the processes' time was no unit's")  # fmt: skip
     ratio = median(one.wall_s / two.wall_s for one, two in zip(times[1], times[2], strict=True))
     print(f"two nodes are {ratio:.2f} times as fast; {len(choices)} choice{'s' * (len(choices) > 1)}")
 
@@ -189,10 +190,10 @@ def _growth(cost_s: float) -> None:
     """Prints how a merge of 100 shards would grow."""
     unit_s, spread, plan_s, start_s = 60.0, 0.15, 5.0, 5.0
     print(f"\n### Simulated: {SHARDS} shards\n")
-    print(f"Assumed: a shard takes {unit_s:.0f} s, lognormally spread by {spread:.0%}; it is longest-first, one a node at "
-          f"a time; {cost_s * 1e3:.0f} ms of the engine a unit, {plan_s:.0f} s of planning a node and {start_s:.0f} s "
+    print(f"Assumed: a shard takes {unit_s:.0f} s, lognormally spread by {spread:.0%}; longest first, one a node at a "
+          f"time; {cost_s * 1e3:.0f} ms of the engine a unit, {plan_s:.0f} s of planning a node and {start_s:.0f} s "
           "until a node's process is ready; the store's bandwidth grows with the nodes.\n")  # fmt: skip
-    chance = random.Random(0)
+    chance = random.Random(0)  # noqa: S311 - a simulation
     shards = sorted((unit_s * chance.lognormvariate(0, spread) for _ in range(SHARDS)), reverse=True)
     alone = sum(shards) + plan_s
     print("| nodes | minutes | times one process | efficiency |\n|---|---|---|---|")

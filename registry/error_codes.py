@@ -5,9 +5,6 @@ register, and a test checks every `raise` against it. A message says what to do 
 every case.
 """
 
-from collections.abc import Mapping
-from datetime import timedelta
-
 from registry.errors import (
     Conflict,
     Invalid,
@@ -43,6 +40,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "empty_completion": "Leave the example out of the suite.",
         "empty_prompt": "Leave it out.",
         "evaluation_cancelled": "Ask for it again.",
+        "device_too_small": "Start a worker on a larger device, or ask again with a lower `memory_bytes`.",
         "evolution_missing": "Install adaptory with its extra `optimize` where workers run, or leave `evolve` out.",
         "example_too_long": "Shorten the example, or leave it out.",
         "exchange_disabled": "An operator sets ADAPTORY_OIDC_AUDIENCE to the registry's address.",
@@ -54,6 +52,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "harness_differs": "Install the same version of lm-eval where workers run, with the same data.",
         "harness_missing": "Install adaptory with its extra `eval` where workers run.",
         "hub_refused": "Correct what the message names.",
+        "job_cancelled": "Ask for it again if that was a mistake.",
         "layout_peft": "Use it as it is.",
         "loha_rank": "Merge it where it was trained.",
         "lokr_factors": "Merge it where it was trained, or train with one factor.",
@@ -480,6 +479,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
     },
     TooMany: {
         "too_many_jobs": "Wait for some of them, or cancel them: `adaptory jobs`.",
+        "too_many_streams": "Close some of them, or ask for the job itself now and then.",
         "too_many_requests": "Wait as long as Retry-After says; ADAPTORY_RATE_LIMIT sets the limit.",
         "too_many_uploads": "Send fewer at a time; ADAPTORY_MAX_CONCURRENT_UPLOADS sets the limit.",
     },
@@ -487,18 +487,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
 
 RETRYABLE = frozenset({
     "store_unavailable", "store_full", "store_busy", "blob_leaving", "database_unavailable", "database_busy",
-    "disk_full", "disk_error", "busy", "engine_node_differs", "engine_unavailable",
+    "disk_full", "disk_error", "busy", "hub_unavailable", "engine_node_differs", "engine_unavailable",
 })  # fmt: skip
 """Errors that pass, or that an operator fixes: a job that fails with one of them is retried."""
-ELSEWHERE: Mapping[str, timedelta] = {
-    "base_not_here": timedelta(hours=1),
-    "evolution_missing": timedelta(minutes=10),
-    "harness_differs": timedelta(minutes=10),
-    "harness_missing": timedelta(minutes=10),
-    "harness_task_unknown": timedelta(minutes=10),
-    "scorer_disabled": timedelta(minutes=10),
-    "scorer_missing": timedelta(minutes=10),
-}
-"""What this host lacks and another may have: for how long the job is left to other hosts."""
 PREFIXES: dict[str, type[RegistryError]] = {"layout_": Refused, "part_": Refused, "variant_": Refused}
 """Codes that end in a name from a file: a layout, a part or a variant of an adapter."""

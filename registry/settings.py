@@ -295,8 +295,6 @@ class EngineSettings(BaseModel):
     """Maximum processes on the cluster for one job."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where units that load a model run; `auto`: on GPUs if the cluster has any."""
-    device_memory_bytes: int = Field(default=0, ge=0)
-    """Memory of the cluster's smallest GPU. Units share a GPU only if this is known and has room for both."""
 
 
 class Settings(BaseSettings):
@@ -377,6 +375,13 @@ class Settings(BaseSettings):
     harness_path: Path | None = None
     """A directory of YAML files of lm-evaluation-harness tasks that evaluations on this machine run, in place of those
     that come with the harness, and the code that they name."""
+    device_memory_bytes: int | None = Field(default=None, gt=0)
+    """Memory of the device of a worker: it takes no job that needs more. By default that of the first CUDA device or,
+    without one, of the host or its container. With Ray, that of the cluster's smallest GPU: units share one only if
+    this is set and has room for both."""
+    job_retention_days: float = Field(default=365.0, ge=0, le=36_500)
+    """How long `gc` keeps a job after it has ended; longer if a release was made by its composition, or a promotion
+    waited for it."""
     signing_key: Path | None = None
     """A key in PEM that signs what compositions publish, if their namespace trusts it. Workers need the private key;
     servers may have the public one, and then accept compositions where signatures are required."""

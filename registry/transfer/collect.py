@@ -4,7 +4,7 @@ A blob is removed in three steps: its row is marked in a transaction that checks
 its bytes are deleted; then its row, in one transaction with an audit row. A marked blob cannot be used again, so after
 a crash the next collection finishes the removal. A takedown marks blobs whatever their age.
 
-Retention takes yanked releases and pre-releases down first, where a namespace asks for it.
+Retention takes yanked releases and pre-releases down first, where a namespace asks for it, and removes finished jobs.
 """
 
 import uuid
@@ -25,7 +25,7 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog import commits
 from registry.domain.channels import takedowns
-from registry.domain.compositions import checks
+from registry.domain.compositions import checks, retention
 from registry.errors import Conflict
 from registry.formats.references import Digest
 from registry.settings import Settings
@@ -48,6 +48,7 @@ class Collected:
     own."""
 
     releases: int = 0
+    jobs: int = 0
     commits: int = 0
     blobs: int = 0
     size_bytes: int = 0
@@ -63,11 +64,14 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
     """
     now, run = resources.clock(), uuid.uuid4().hex
     before = now - grace
+    ended_before = now - timedelta(days=resources.settings.job_retention_days)
     followed_before = now - timedelta(days=resources.settings.commit_retention_days)
     collected = Collected()
     if dry_run:
         with resources.read() as session:
             forgotten = commits.forgettable(followed_before)
+            jobs = retention.expired(ended_before).subquery()
+            collected.jobs = session.scalar(select(func.count()).select_from(jobs)) or 0
             collected.releases = len(takedowns.expired(session, now, limit=None))
             collected.commits = session.scalar(select(func.count()).select_from(forgotten.subquery())) or 0
             unused = _unused(before, now, RevisionFile.revision_id.in_(forgotten))
@@ -80,6 +84,8 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
         swept = sweep(resources, now)
         collected.unfinished, collected.leftovers = swept.uploads, swept.leftovers
         collected.releases = _take_down_expired(resources, now)
+        while count := _forget_jobs(resources, ended_before):
+            collected.jobs += count
         while count := _forget_commits(resources, followed_before):
             collected.commits += count
         unused = and_(Blob.removing_at.is_(None), *_unused(before, now))
@@ -199,6 +205,12 @@ def _forget_commits(resources: Resources, followed_before: datetime) -> int:
     operator = audit.operator_actor(resources.settings.user, resources.clock())
     with resources.write() as session:
         return commits.forget(session, operator, followed_before, _BATCH)
+
+
+def _forget_jobs(resources: Resources, ended_before: datetime) -> int:
+    operator = audit.operator_actor(resources.settings.user, resources.clock())
+    with resources.write() as session:
+        return retention.forget(session, operator, ended_before, _BATCH)
 
 
 def _unused(

@@ -99,8 +99,7 @@ class CompositionRun:
     @property
     def evaluated(self) -> list[str]:
         """The recipe's suites, those that the lock's gates use, and with `gates: []` those of the inputs."""
-        own = [] if self.has_gates else [suite for suite in self.member_suites if suite]
-        return list(dict.fromkeys([*compositions.evaluated(self.recipe, self.lock), *own]))
+        return locking.evaluated(self.recipe, self.lock, self.member_suites)
 
     @property
     def has_gates(self) -> bool:
@@ -234,4 +233,4 @@ class ProgressCount:
             self._write()
 
     def _write(self) -> None:
-        self._held.progress(Amount(self._done, self._total, self._unit))
+        self._held.progress(Amount(self._done, self._total, self._unit, self._held.engine.redone))

@@ -23,7 +23,7 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
 from registry.domain.jobs import evaluations
 from registry.domain.jobs.evaluations import Wanted
-from registry.error_codes import ELSEWHERE, RETRYABLE
+from registry.error_codes import RETRYABLE
 from registry.error_families import of_composer, of_row
 from registry.errors import NotAllowed, RegistryError
 from registry.transfer import promotions, publishing, results
@@ -42,13 +42,14 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 _Subject = Callable[[], "tuple[LoadedModel, Sequence[Delta]]"]
+_OF_ONE = ("base_not_here",)
+"""Errors of the registry that keep what needs this base from being measured, and not the rest."""
 
 
 def measure(held: JobRun) -> None:
     """Measures what is not measured yet, base by base: each is loaded once. Records each score as it is measured.
 
-    What cannot be measured does not keep the others from being measured: raises its error at the end. Raises first what
-    this host lacks and another may have.
+    What cannot be measured does not keep the others from being measured: raises its error at the end.
     """
     rows, done = _rows(held)
     left = [one for one in rows if one not in done]
@@ -57,16 +58,12 @@ def measure(held: JobRun) -> None:
         contents = {digest: parse_content(suites.find(session, digest).content) for digest in digests}
     harness = Harness(held.resources.settings.harness_path)
     count = ProgressCount(held, "examples", sum(contents[one.suite].count for one in left))
-    lacking: list[RegistryError] = []
     for digest in dict.fromkeys(one.base for one in left):
         base = cache(partial(_base, held, digest))
         for release in dict.fromkeys(one.release for one in left if one.base == digest):
             subject = cache(partial(_subject, held, release, digest, base))
             for one in (one for one in left if (one.base, one.release) == (digest, release)):
-                error = _evaluate(held, one, contents[one.suite], subject, harness, count)
-                lacking += [error] if error else []
-    if lacking:
-        raise lacking[0]
+                _evaluate(held, one, contents[one.suite], subject, harness, count)
     _refuse_failed(held)
 
 
@@ -77,27 +74,23 @@ def _evaluate(
     subject: _Subject,
     harness: Harness,
     progress: Callable[[int], None],
-) -> RegistryError | None:
-    """Measures and records, or keeps why that is not possible. Returns what only this host lacks."""
+) -> None:
+    """Measures and records, or keeps why that is not possible."""
     try:
         scores, results_sha256 = _measured(held, wanted, suite, subject, harness, progress)
     except (ComposerError, RegistryError) as caught:
         error = of_composer(caught) if isinstance(caught, ComposerError) else caught
-        if error.code in ELSEWHERE:
-            error.detail = error.detail if suite.name in error.detail else f"{suite.name}: {error.detail}"
-            return error
-        if error.code in RETRYABLE or isinstance(caught, RegistryError):
+        if error.code in RETRYABLE or (isinstance(caught, RegistryError) and error.code not in _OF_ONE):
             raise
         row: Row = {"scores": [], "error": f"{error.detail} {error.next_step}".strip(), "failure": error.to_row()}
         with held.resources.write() as session:
             evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
-        return None
+        return
     with held.resources.write() as session:
         row = {"scores": scores, "error": None, "results_sha256": results_sha256}
         evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
         _record(held, session, wanted, [Measurement.of(score, results_sha256) for score in scores])
     promotions.settle_on_base(held.resources, wanted.base)
-    return None
 
 
 def _record(held: JobRun, session: Session, wanted: Wanted, measurements: list[Measurement]) -> None:

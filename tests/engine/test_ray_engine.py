@@ -96,10 +96,8 @@ def test_units_share_a_device_only_if_its_memory_has_room_for_both(
     cluster: RayCluster, engine: RayEngine, journal: Path, size_bytes: int, together: bool
 ) -> None:
     with_gpu = cluster.start(cpus=2, gpus=1)
-    settings = Settings(home=Path(cluster.environ["ADAPTORY_HOME"]))
-    known = EngineSettings(
-        kind="ray", address=cluster.address, token_path=cluster.token_path, device="gpu", device_memory_bytes=100
-    )
+    settings = Settings(home=Path(cluster.environ["ADAPTORY_HOME"]), device_memory_bytes=100)
+    known = EngineSettings(kind="ray", address=cluster.address, token_path=cluster.token_path, device="gpu")
     hints = {"journal": str(journal), "seconds": 1.0}
     units = [Unit(name=f"{n}", content={"of": size_bytes, "number": n}, hints=hints) for n in range(4)]
     sharing = RayEngine(known, open_node(settings))

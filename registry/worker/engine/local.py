@@ -10,6 +10,7 @@ class LocalEngine:
     """Runs one unit after the other in this process."""
 
     spreads = False
+    redone = 0
 
     def __init__(self, node: Node) -> None:
         self._node = node

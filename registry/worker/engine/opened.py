@@ -39,6 +39,11 @@ class WorkerEngine:
         """Whether the settings name a cluster."""
         return self._settings.engine.kind != "local"
 
+    @property
+    def redone(self) -> int:
+        """How many units of the job were begun again."""
+        return self._opened.redone if self._opened is not None else 0
+
     def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
         if self._opened is None:
             self._opened = open_engine(self._settings, self.node)

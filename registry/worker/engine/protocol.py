@@ -30,6 +30,11 @@ class Engine(Protocol):
         """Whether units run beside each other, on other hosts than this."""
         ...
 
+    @property
+    def redone(self) -> int:
+        """How many units were begun again after their process died, since `release`."""
+        ...
+
     def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
         """Yields each unit with its result, as they end. What was finished before, by any process, is not run again.
         Once this raises or is closed, no unit runs any more. `check` is called often; units of this process call it

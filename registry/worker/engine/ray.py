@@ -87,6 +87,7 @@ class RayEngine:
         self._ray = ray_module()
         self._idle: list[_Runner] = []
         self._idle_needs = Needs()
+        self.redone = 0
         self._connect()
 
     def _connect(self) -> None:
@@ -168,6 +169,10 @@ class RayEngine:
             self._node.results.delete(state.marker)
 
     def release(self) -> None:
+        self._end_idle()
+        self.redone = 0
+
+    def _end_idle(self) -> None:
         for runner in self._idle:
             self._ray.kill(runner.actor)
         self._idle = []
@@ -179,7 +184,7 @@ class RayEngine:
     def _begin(self, state: _Map) -> None:
         """Takes the runners that the map before left, if they have what this one needs, and starts more."""
         if self._idle_needs != state.needs:
-            self.release()
+            self._end_idle()
         self._idle_needs = state.needs
         while self._idle and state.left:
             self._give(state, self._idle.pop())
@@ -236,6 +241,7 @@ class RayEngine:
                 next_step="Look at the node's memory and at its log, then start the work again.",
             )
         state.left.appendleft(unit)
+        self.redone += 1
 
     def _resources(self, needs: Needs) -> dict[str, Any]:
         """What Ray holds back for a runner."""
@@ -260,14 +266,14 @@ class RayEngine:
     def _share_of_device(self, size_bytes: int) -> float:
         """The share of the smallest device, rounded up; a device alone if none of its memory is known. So that units
         share one only if its memory has room for both."""
-        smallest = self._settings.device_memory_bytes
+        smallest = self._node.settings.device_memory_bytes
         if not smallest:
             return 1.0
         if size_bytes > smallest:
             raise Invalid(
                 "device_too_small",
                 f"A unit needs {size_bytes:,} bytes of a device, and the cluster's have {smallest:,}.",
-                next_step="Use nodes with larger devices, and set ADAPTORY_ENGINE__DEVICE_MEMORY_BYTES to theirs.",
+                next_step="Use nodes with larger devices, and set ADAPTORY_DEVICE_MEMORY_BYTES to theirs.",
             )
         return -(-size_bytes * 10_000 // smallest) / 10_000  # Ray counts in ten thousandths
 
