@@ -1,4 +1,4 @@
-"""Writes an object whose digest is known only at its end: in parts, some of which the store copies from another object.
+"""Writes an object whose digest is known only at its end: in parts that are uploaded, or copied from another object.
 
 Parts go to a key of their own below `incoming/`. The finished object is copied to the key of its blob by the store. A
 crash leaves parts or an object there, which `sweep` removes.
