@@ -119,10 +119,9 @@ class Bench:
     def compare(self, title: str, adapter: Path, rounds: int) -> None:
         runs: dict[str, list[Run]] = {way: [] for way in HOW}
         ways = list(HOW)
-        for number in range(rounds + 1):  # the first one warms up
+        for number in range(rounds):
             for way in ways[number % 3 :] + ways[: number % 3]:
-                run = self.run(way, adapter)
-                runs[way] += [run] * bool(number)
+                runs[way].append(self.run(way, adapter))
         files = [run.files for several in runs.values() for run in several]
         assert all(one == files[0] for one in files), "the ways give different bytes"
         copied = runs[STREAMED][0].server_copied / harness.MB
