@@ -157,7 +157,8 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
     for runners, rows in times.items():
         wall, share = median(row.wall_s for row in rows), median(row.share(runners) for row in rows)
         start = median(row.start_s for row in rows)
-        print(f"{runners} node{'s' * (runners > 1)}: {wall:.1f} s for {rows[0].units} units after a start of {start:.1f} s; "
+        nodes = f"{runners} node{'s' * (runners > 1)}"
+        print(f"{nodes}: {wall:.1f} s for {rows[0].units} units after a start of {start:.1f} s; "
               f"{share:.1%} of the processes' time was no unit's")  # fmt: skip
     ratio = median(one.wall_s / two.wall_s for one, two in zip(times[1], times[2], strict=True))
     print(f"two nodes are {ratio:.2f} times as fast; {len(choices)} choice{'s' * (len(choices) > 1)}")

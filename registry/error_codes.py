@@ -91,6 +91,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "ranks_differ": "Use peft_cat or peft_svd.",
         "quota_exceeded": "Take down releases that you do not need, or ask a registry admin for a larger quota.",
         "release_yanked": "Choose another version.",
+        "remote_base": "Download the base, and add its directory: `adaptory base add DIR --name NAME`.",
         "replacement_and_delta": "Leave one of the two out, or set replacements=delta.",
         "replacement_conflict": "Leave one of the two out, or set replacements=delta.",
         "rounding": "Use nearest or stochastic.",

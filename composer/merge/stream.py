@@ -21,7 +21,7 @@ import torch
 from composer.deltas.delta import Replacement
 from composer.deltas.tensors import tensor_bytes, torch_dtype, torch_threads
 from composer.errors import NotSupported
-from composer.formats.checkpoints.files import StoredFile, read_range
+from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.header import TensorEntry
 from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
 from composer.merge.plan import MergePlan
@@ -143,6 +143,10 @@ class _Span:
     work: TensorWork | None = None
     chunks: tuple[Chunk, ...] = ()
 
+    @property
+    def needs_all_rows(self) -> bool:
+        return self.work is not None and any(delta.all_rows for delta in self.work.computed)
+
 
 def _spans(shard: ShardPlan, device: torch.device, unread: Iterable[tuple[StoredFile, TensorEntry]]) -> Iterator[_Span]:
     for tensor in shard.tensors:
@@ -193,6 +197,27 @@ def _batches(spans: Iterable[_Span]) -> Iterator[list[_Span]]:
         batch.append(span)
     if batch:
         yield batch
+
+
+class _Blocks:
+    """Memory for blocks of up to READ_BYTES, used again. Freed blocks stay with the thread that made them: a process
+    took 500 MB instead of 400; fresh pages for each took 1.7 times the time."""
+
+    def __init__(self) -> None:
+        self._free: deque[bytearray] = deque()
+
+    def take(self, size_bytes: int) -> memoryview:
+        if not READ_BYTES // 4 <= size_bytes <= READ_BYTES:
+            return memoryview(bytearray(size_bytes))
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = bytearray(READ_BYTES)
+        return memoryview(block)[:size_bytes]
+
+    def give_back(self, block: memoryview) -> None:
+        if READ_BYTES // 4 <= block.nbytes <= READ_BYTES and isinstance(block.obj, bytearray):
+            self._free.append(block.obj)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +278,7 @@ class _Sample:
     def keep(self, span: _Span, block: memoryview, made: memoryview) -> None:
         """Keeps the sampled rows of a span; all rows for a delta that needs them."""
         work, first, last = self.work, span.chunks[0].begin, span.chunks[-1].end
-        if any(delta.all_rows for delta in work.computed):
+        if span.needs_all_rows:
             self.base = _Window(span.file, span.begin, block)
         while self.left and self.left[0] < last:
             row = self.left.pop(0)
@@ -271,8 +296,8 @@ class _Batch:
     """Neighbouring spans: their bytes, and what is made of each."""
 
     spans: Sequence[_Span]
-    read: "Future[bytearray]"
-    made: Sequence["Future[bytearray] | None"]
+    read: "Future[memoryview]"
+    made: Sequence["Future[memoryview] | None"]
 
     @property
     def size_bytes(self) -> int:
@@ -291,6 +316,7 @@ class _Stream:
         self._reading, self._computing, self._hashing = pools
         self._digest, self._position, self._copied = hashlib.sha256(), 0, 0
         self._hashes: dict[str, Any] = {}
+        self._blocks = _Blocks()
         self._sample: _Sample | None = None
         self._confirming: deque[tuple[str, Future[RoundingLoss]]] = deque()
         self._survivals: dict[str, RoundingLoss] = {}
@@ -322,13 +348,18 @@ class _Stream:
 
     def _start(self, spans: list[_Span]) -> _Batch:
         begin = spans[0].begin
-        read = self._reading.submit(read_range, spans[0].file, begin, spans[-1].end)
+        read = self._reading.submit(self._read, spans[0].file, begin, spans[-1].end)
         made = [self._computing.submit(self._compute, span, read, begin) if span.chunks else None for span in spans]
         return _Batch(spans, read, made)
 
-    def _compute(self, span: _Span, read: "Future[bytearray]", begin: int) -> bytearray:
-        source = _Window(span.file, begin, memoryview(read.result()))
-        made = bytearray(sum(chunk.size_bytes for chunk in span.chunks))
+    def _read(self, file: StoredFile, begin: int, end: int) -> memoryview:
+        block = self._blocks.take(end - begin)
+        file.read_into(block, begin)
+        return block
+
+    def _compute(self, span: _Span, read: "Future[memoryview]", begin: int) -> memoryview:
+        source = _Window(span.file, begin, read.result())
+        made = self._blocks.take(sum(chunk.size_bytes for chunk in span.chunks))
         done = 0
         for chunk in span.chunks:
             block = tensor_bytes(self._rewriter.computed(chunk, source))
@@ -338,7 +369,7 @@ class _Stream:
 
     def _take(self, batch: _Batch) -> None:
         """Hashes and writes what a batch has made."""
-        content = memoryview(batch.read.result())
+        content = batch.read.result()
         for span, computed in zip(batch.spans, batch.made, strict=True):
             block = content[span.begin - batch.spans[0].begin :][: span.end - span.begin]
             hashing = self._hashing.submit(self._hashes[span.hashed].update, block) if span.hashed else None
@@ -346,10 +377,13 @@ class _Stream:
                 self._copied += block.nbytes
                 self._emit(block, Origin(span.file, span.begin))
             elif computed is not None and span.work is not None:
-                out = memoryview(computed.result())
+                out = computed.result()
                 self._emit_computed(span, span.work, block, out)
+                self._blocks.give_back(out)
             if hashing is not None:
                 hashing.result()
+        if not any(span.needs_all_rows for span in batch.spans):  # its confirmation reads the block
+            self._blocks.give_back(content)
 
     def _emit_computed(self, span: _Span, work: TensorWork, block: memoryview, out: memoryview) -> None:
         if self._sample is None:

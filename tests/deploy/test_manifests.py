@@ -198,6 +198,7 @@ ACTIONS = {
     "put_object": {"s3:PutObject"},
     "upload_file": {"s3:PutObject", "s3:AbortMultipartUpload"},
     "upload_part": {"s3:PutObject"},
+    "upload_part_copy": {"s3:GetObject", "s3:PutObject"},
 }
 """Permissions by boto3's methods, as AWS documents them. Without ListBucket, a missing object is a forbidden one."""
 _NAMING = {"get_paginator", "signed_url", "generate_presigned_url"}
@@ -219,3 +220,6 @@ def test_the_policy_of_the_bucket_allows_what_the_code_calls_and_nothing_else() 
     allowed = [action for statement in policy["Statement"] for action in statement["Action"]]
     assert sorted(allowed) == sorted(set().union(*(ACTIONS[name] for name in called)))
     assert all(statement["Effect"] == "Allow" and "*" not in statement["Action"] for statement in policy["Statement"])
+    bases = json.loads((DEPLOY / "s3" / "bases-policy.json").read_text())
+    read = {action for statement in bases["Statement"] for action in statement["Action"]}
+    assert read == ACTIONS["head_object"] | ACTIONS["list_objects_v2"] | ACTIONS["get_object"]

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from botocore.exceptions import (  # pyright: ignore[reportMissingTypeStubs]
-    BotoCoreError,
     ClientError,
     ConnectionError,  # noqa: A004 - botocore's own
     HTTPClientError,
     IncompleteReadError,
 )
-from urllib3.exceptions import HTTPError
 
 from composer.errors import RefusedOutput
 from registry.errors import Invalid
@@ -23,7 +21,7 @@ log = logging.getLogger(__name__)
 
 CHANGED = frozenset({"412", "PreconditionFailed", "416", "InvalidRange", *MISSING})
 """Codes of a condition that no longer holds: the object is another one, shorter, or gone."""
-_BROKEN_OFF = (ConnectionError, HTTPClientError, IncompleteReadError, HTTPError)
+_BROKEN_OFF = (ConnectionError, HTTPClientError, IncompleteReadError)
 _PAUSES_S = (0.2, 1.0, 3.0)
 """Before the attempts after the first; boto3's own attempts end with the first byte of the answer."""
 _MAX_FILES = 10_000
@@ -48,10 +46,10 @@ class S3File:
             try:
                 for count in self._read(buffer[done:], offset + done):
                     done += count
-            except _BROKEN_OFF as error:
+            except _BROKEN_OFF:
                 if pause_s is None:
                     with translate_store_errors(self.name):
-                        raise error if isinstance(error, BotoCoreError) else HTTPClientError(error=error) from error
+                        raise
                 log.warning("Reading %s broke off after %s bytes, and goes on", self.name, done)
                 time.sleep(pause_s)
         if done < buffer.nbytes:

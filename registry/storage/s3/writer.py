@@ -1,4 +1,4 @@
-"""Writes an object whose digest is known only at its end: in parts. Some the store copies from another object.
+"""Writes an object whose digest is known only at its end: in parts that are uploaded, or copied from another object.
 
 Parts go to a key of their own below `incoming/`. The finished object is copied to the key of its blob by the store. A
 crash leaves parts or an object there, which `sweep` removes.
@@ -135,10 +135,13 @@ class S3Writer:
         return same and self._copying.works
 
     def _append(self, block: memoryview | bytearray) -> None:
-        self._pending += block
-        while len(self._pending) >= self._part_bytes:
-            self._send(bytes(self._pending[: self._part_bytes]))
-            del self._pending[: self._part_bytes]
+        left = memoryview(block)
+        while left.nbytes:
+            taken = left[: self._part_bytes - len(self._pending)]
+            self._pending += taken
+            left = left[taken.nbytes :]
+            if len(self._pending) == self._part_bytes:
+                self._flush()
 
     def _extend(self, run: _Run, block: memoryview) -> None:
         run.kept += block[: max(0, self._least - len(run.kept))]
@@ -160,13 +163,10 @@ class S3Writer:
         self._start(lambda upload: self._copy_part(upload, number, run))
 
     def _flush(self) -> None:
-        if self._pending:
-            self._send(bytes(self._pending))
-            self._pending.clear()
-
-    def _send(self, content: bytes) -> None:
-        number = len(self._sent) + 1
-        self._start(lambda upload: (self._put_part(upload, number, content), 0))
+        content, self._pending = self._pending, bytearray()
+        if content:
+            number = len(self._sent) + 1
+            self._start(lambda upload: (self._put_part(upload, number, content), 0))
 
     def _start(self, send: _Send) -> None:
         """Sends the next part once there is room. Raises what an earlier one raised."""
@@ -188,7 +188,7 @@ class S3Writer:
                 sent.result()
         self._sent.append(self._pool.submit(run))
 
-    def _put_part(self, upload: dict[str, str], number: int, content: bytes) -> dict[str, Any]:
+    def _put_part(self, upload: dict[str, str], number: int, content: bytearray) -> dict[str, Any]:
         return self._client.upload_part(**upload, PartNumber=number, Body=content)
 
     def _copy_part(self, upload: dict[str, str], number: int, run: _Run) -> _Sent:
@@ -209,7 +209,7 @@ class S3Writer:
                 self._copying.refused(error)
             else:
                 return answer["CopyPartResult"], run.size_bytes
-        return self._put_part(upload, number, bytes(read_range(run.source, run.begin, run.end))), 0
+        return self._put_part(upload, number, read_range(run.source, run.begin, run.end)), 0
 
     def _join(self, named: dict[str, str], sha256: Digest) -> None:
         """Joins the parts, and lets the store copy the object to its blob's key."""

@@ -206,8 +206,8 @@ def test_a_read_that_breaks_off_goes_on_where_it_was(corner: Corner, monkeypatch
     read_, breaks = S3File._read, iter([1, 1, 0])
 
     def breaking(self: S3File, buffer: memoryview, offset: int) -> Iterator[int]:
-        window = buffer[: MIB + 11] if (broken := next(breaks)) else buffer
-        yield from read_(self, window, offset)
+        wanted = buffer[: MIB + 11] if (broken := next(breaks)) else buffer
+        yield from read_(self, wanted, offset)
         if broken:
             raise objects.IncompleteReadError(actual_bytes=1, expected_bytes=2)
 
