@@ -370,7 +370,6 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "base_too_large": "Check the shapes.",
         "commit_differs": "Check ADAPTORY_URL, and inform the registry's operators.",
         "cut_off": "Try again when no process is writing to the file.",
-        "device_too_small": "Use nodes with larger devices.",
         "digest_differs": "Send the file again.",
         "duplicate_target": "Save the adapter again with PEFT.",
         "duplicate_tensor": "Save the adapter again with PEFT.",

@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import pytest
 
-from registry.errors import Invalid, RegistryError, Unavailable
+from registry.errors import Invalid, Refused, RegistryError, Unavailable
 from registry.settings import EngineSettings, Settings
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Needs
@@ -110,7 +110,7 @@ def test_units_share_a_device_only_if_its_memory_has_room_for_both(
         most = max(most, running)
     assert most == (2 if together else 1)
     large = [Unit(name="large", content={"number": 7, "of": 101}, hints=hints)]
-    with pytest.raises(Invalid, match="the cluster's have 100") as caught:
+    with pytest.raises(Refused, match="the cluster's have 100") as caught:
         list(sharing.map(counted.DOUBLE, large, Needs(device_bytes=101), go_on))
     assert caught.value.code == "device_too_small"
 

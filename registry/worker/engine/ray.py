@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import Any, cast
 
 from registry.error_families import of_row
-from registry.errors import Invalid, NotAllowed, RegistryError, Unavailable
+from registry.errors import NotAllowed, Refused, RegistryError, Unavailable
 from registry.settings import EngineSettings
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray_runner import UnitRunner
@@ -270,7 +270,7 @@ class RayEngine:
         if not smallest:
             return 1.0
         if size_bytes > smallest:
-            raise Invalid(
+            raise Refused(
                 "device_too_small",
                 f"A unit needs {size_bytes:,} bytes of a device, and the cluster's have {smallest:,}.",
                 next_step="Use nodes with larger devices, and set ADAPTORY_DEVICE_MEMORY_BYTES to theirs.",
