@@ -17,10 +17,6 @@ import uvicorn.protocols.http.h11_impl
 import uvicorn.protocols.websockets.auto  # noqa: F401
 import uvloop  # noqa: F401
 
-import composer.conflicts.report
-import composer.export.combine
-import composer.merge.run
-import composer.methods.combine
 import registry.api.app
 import registry.api.http.metrics
 import registry.api.http.protocol
