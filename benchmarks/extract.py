@@ -23,7 +23,7 @@ from benchmarks.harness import Case, Sample
 from benchmarks.merge import mergekit_environment
 from benchmarks.models import ADAPTERS
 from composer.deltas.delta import LowRank
-from composer.deltas.stored import map_tensor
+from composer.deltas.stored import stored_tensor
 from composer.deltas.variants.load import load_deltas
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 
@@ -85,7 +85,7 @@ def _error(base: Path, finetuned: Path, adapter: Path) -> float:
     missed = total = 0.0
     for delta in load_deltas(adapter, checkpoint.architecture).deltas:
         assert isinstance(delta, LowRank)
-        W, changed = (map_tensor(*one.locate(delta.weight)).float() for one in (checkpoint, other))
+        W, changed = (stored_tensor(*one.locate(delta.weight)).float() for one in (checkpoint, other))
         made = delta.scale * (delta.B_OR.float() @ delta.A_RI.float())
         missed += float(torch.square(changed - W - made).sum())
         total += float(torch.square(changed - W).sum())

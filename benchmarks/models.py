@@ -10,7 +10,7 @@ process, since the kernel counts a benchmark's memory as that of its child proce
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,17 +80,18 @@ def make_base(directory: Path, size: Size) -> Path:
     return directory
 
 
-def make_adapter(directory: Path, size: Size, rank: int, seed: int) -> Path:
-    """A LoRA adapter in bfloat16 on all seven linear modules of every layer, in PEFT's format."""
+def make_adapter(directory: Path, size: Size, rank: int, seed: int, modules: Collection[str] = ()) -> Path:
+    """A LoRA adapter in bfloat16 on these linear modules of every layer, by default all seven, in PEFT's format."""
     directory.mkdir()
+    linear = {name: shape for name, shape in size.linear.items() if not modules or name in modules}
     config = {
         "peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "task_type": "CAUSAL_LM", "bias": "none",
-        "target_modules": sorted(name.split(".")[1] for name in size.linear),
+        "target_modules": sorted(name.split(".")[1] for name in linear),
     }  # fmt: skip
     (directory / "adapter_config.json").write_text(json.dumps(config))
     tensors: dict[str, TensorSpec] = {}
     for layer in range(size.layers):
-        for name, (outputs, inputs) in size.linear.items():
+        for name, (outputs, inputs) in linear.items():
             path = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{path}.lora_A.weight"] = TensorSpec("BF16", (rank, inputs))
             tensors[f"{path}.lora_B.weight"] = TensorSpec("BF16", (outputs, rank))

@@ -5,9 +5,7 @@ many bytes are read as a report has time for.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -69,21 +67,19 @@ def at_base(compared: Compared, base: Checkpoint) -> dict[str, AtBase]:
     sigma_1(W) is computed where a delta may be large relative to it, for at most SPECTRAL_BYTES of weights.
     """
     estimates: dict[str, AtBase] = {}
-    with ExitStack() as stack:
-        weights = list(_weights(compared, base, stack))
-        for weight in weights:
-            energy, survival = _sampled(weight)
-            dtype = weight.source.entry.dtype
-            before = estimates.get(weight.module, AtBase(0.0, RoundingLoss(), dtype))
-            estimates[weight.module] = AtBase(before.energy + energy, before.survival + survival, dtype)
-        for weight in _worth_a_look(weights, compared, estimates):
-            sigma = max(estimates[weight.module].sigma or 0.0, largest_singular_value(weight))
-            estimates[weight.module] = replace(estimates[weight.module], sigma=sigma)
+    weights = list(_weights(compared, base))
+    for weight in weights:
+        energy, survival = _sampled(weight)
+        dtype = weight.source.entry.dtype
+        before = estimates.get(weight.module, AtBase(0.0, RoundingLoss(), dtype))
+        estimates[weight.module] = AtBase(before.energy + energy, before.survival + survival, dtype)
+    for weight in _worth_a_look(weights, compared, estimates):
+        sigma = max(estimates[weight.module].sigma or 0.0, largest_singular_value(weight))
+        estimates[weight.module] = replace(estimates[weight.module], sigma=sigma)
     return estimates
 
 
-def _weights(compared: Compared, base: Checkpoint, stack: ExitStack) -> Iterator[BaseWeight]:
-    opened: dict[Path, int] = {}
+def _weights(compared: Compared, base: Checkpoint) -> Iterator[BaseWeight]:
     for (module, _), deltas in compared.slots.items():
         both = zip(deltas, compared.weights, strict=True)
         own = [(one, weight.of(*names_of(one))) for one, weight in both if one is not None]
@@ -92,10 +88,8 @@ def _weights(compared: Compared, base: Checkpoint, stack: ExitStack) -> Iterator
         # For a packed weight, the architecture has the unpacked dtype; its bytes may be stored as any dtype.
         if spec is None or spec.dtype not in FLOAT_DTYPES or name in base.packed:
             continue
-        path, entry = base.locate(name)
-        if path not in opened:
-            opened[path] = stack.enter_context(path.open("rb")).fileno()
-        yield BaseWeight(module, Source(opened[path], entry, own[0][0].stored_shape[1]), own)
+        file, entry = base.locate(name)
+        yield BaseWeight(module, Source(file, entry, own[0][0].stored_shape[1]), own)
 
 
 def _sampled(weight: BaseWeight) -> tuple[float, RoundingLoss]:

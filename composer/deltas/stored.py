@@ -17,8 +17,9 @@ from typing import IO, Any
 
 import torch
 
-from composer.deltas.tensors import read_all, tensor_bytes, torch_dtype
+from composer.deltas.tensors import tensor_bytes, torch_dtype
 from composer.errors import RefusedOutput, became_shorter
+from composer.formats.checkpoints.files import LocalFile, StoredFile, read_all
 from composer.formats.checkpoints.header import TensorEntry
 from composer.formats.checkpoints.staging import DISK_FULL_ERRNOS
 
@@ -99,6 +100,16 @@ class MappedFile:
 def map_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
     """One tensor of a file, mapped. Raises InvalidFile if the file is too short."""
     return MappedFile.open(path).tensor(entry)
+
+
+def stored_tensor(file: StoredFile, entry: TensorEntry) -> torch.Tensor:
+    """One tensor of a file: mapped if it is on this machine, otherwise read into memory. Raises InvalidFile if the file
+    is too short."""
+    if isinstance(file, LocalFile):
+        return map_tensor(file.path, entry)
+    tensor = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype, entry.name))
+    file.read_into(tensor_bytes(tensor), entry.begin)
+    return tensor
 
 
 def _buffer(count: int, dtype: torch.dtype) -> torch.Tensor:

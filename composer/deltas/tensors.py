@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from composer.errors import NotSupported, became_shorter
+from composer.errors import NotSupported
 from composer.formats.untrusted import printable
 
 TORCH_DTYPES = {
@@ -34,16 +34,6 @@ def torch_dtype(name: str, subject: str) -> torch.dtype:
             next_step="Save it as float32, bfloat16 or float16.",
         )
     return TORCH_DTYPES[name]
-
-
-def read_all(file: int, buffer: memoryview, offset: int, subject: str) -> None:
-    """Fills the buffer from `offset`. Raises InvalidFile if the file ends first."""
-    while buffer.nbytes:
-        count = os.preadv(file, [buffer], offset)
-        if count == 0:
-            raise became_shorter(subject)
-        buffer = buffer[count:]
-        offset += count
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

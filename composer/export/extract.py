@@ -23,6 +23,7 @@ from composer.findings import Finding, Severity
 from composer.formats.adapters.placement.naming import TIED_HEAD, Target, find_weight, is_head
 from composer.formats.adapters.placement.result import CONV1D_MODELS, shape_text
 from composer.formats.checkpoints.checkpoint import Checkpoint
+from composer.formats.checkpoints.files import local_file
 from composer.formats.checkpoints.hashing import architecture_digest, identities
 from composer.formats.checkpoints.staging import refuse_existing
 from composer.formats.checkpoints.tying import head_tensors
@@ -170,7 +171,7 @@ class _Extraction:
     def take(self, name: str, slot: _Slot) -> None:
         """Compares one tensor, and adds its delta if it changed. Raises NotSupported for one that no adapter holds."""
         (shard, entry), (other_shard, other) = self._base.locate(name), self._finetuned.locate(slot.theirs)
-        files = self._mapped(shard), self._mapped(other_shard)
+        files = self._mapped(local_file(shard).path), self._mapped(local_file(other_shard).path)
         W, changed = files[0].tensor(entry), files[1].tensor(other)
         if _same(name, W, changed, files):
             self.unchanged += 1
@@ -198,7 +199,7 @@ class _Extraction:
 
     def _save(self, name: str, slot: _Slot) -> None:
         shard, entry = self._finetuned.locate(slot.theirs)
-        tensor = self._mapped(shard).tensor(entry).to(torch.float32, copy=True)
+        tensor = self._mapped(local_file(shard).path).tensor(entry).to(torch.float32, copy=True)
         self.deltas.append(Replacement(module=slot.module, weight=name, tensor=tensor))
 
     def _add_pair(self, name: str, slot: _Slot, layout: Layout, both: tuple[Factor, Factor]) -> None:

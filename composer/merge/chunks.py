@@ -8,13 +8,13 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
 from composer.deltas.delta import Delta, LowRank, Replacement, RowwiseDelta
 from composer.deltas.tensors import all_finite, torch_dtype, wait_for
 from composer.errors import RefusedOutput
+from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.header import TensorEntry
 from composer.formats.recipes.rounding import Mode, Rounding
 from composer.merge.io.output_file import BLOCK_BYTES
@@ -28,9 +28,9 @@ _DIRECTIONS = 64  # of factors added in one pass over the rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlan:
-    """One tensor of an output shard: from `source` in file `path`, changed by `deltas`, to `target`."""
+    """One tensor of an output shard: from `source` in `file`, changed by `deltas`, to `target`."""
 
-    path: Path
+    file: StoredFile
     source: TensorEntry
     target: TensorEntry
     deltas: tuple[Delta, ...] = ()
@@ -117,7 +117,7 @@ class TensorWork:
     def changed(self) -> bool:
         return bool(self.factors or self.computed)
 
-    def source(self, file: int) -> Source:
+    def source(self, file: StoredFile) -> Source:
         return Source(file, self.plan.source, self.columns, self.plan.decoded)
 
 
@@ -226,8 +226,9 @@ class Rewriter:
         self._local = threading.local()
 
     @torch.inference_mode()
-    def computed(self, chunk: Chunk, source: int) -> torch.Tensor:
-        """The chunk to write: M x N in the output's dtype, in a buffer that this thread's next chunk reuses.
+    def computed(self, chunk: Chunk, source: StoredFile) -> torch.Tensor:
+        """The chunk to write: M x N in the output's dtype, in a buffer that this thread's next chunk reuses. `source`
+        is the tensor's file, or another one that has its rows at the same offsets.
 
         Raises RefusedOutput for a NaN or infinity.
         """
@@ -239,7 +240,7 @@ class Rewriter:
             raise _not_finite(target, W_MN)
         return out_MN
 
-    def _source(self, chunk: Chunk, source: int) -> torch.Tensor:
+    def _source(self, chunk: Chunk, source: StoredFile) -> torch.Tensor:
         work = chunk.work
         if work.replacement is not None:
             return work.replacement[chunk.begin : chunk.end]

@@ -5,11 +5,10 @@ import fcntl
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from composer.deltas.tensors import read_all
+from composer.formats.checkpoints.files import StoredFile, read_all
 from composer.merge.chunks import TensorPlan
 from composer.merge.io.source import write_all
 
@@ -25,15 +24,15 @@ _NO_KERNEL_COPY = frozenset({
 class Range:
     """Bytes that are the same in the base and the output."""
 
-    path: Path
+    file: StoredFile
     source: int
     target: int
     size_bytes: int
 
     def joined(self, after: "Range") -> "Range | None":
         """Both as one range, if `after` follows in the base and the output."""
-        follows = (self.path, self.source + self.size_bytes, self.target + self.size_bytes)
-        if follows != (after.path, after.source, after.target):
+        follows = (self.file, self.source + self.size_bytes, self.target + self.size_bytes)
+        if follows != (after.file, after.source, after.target):
             return None
         return replace(self, size_bytes=self.size_bytes + after.size_bytes)
 
@@ -57,7 +56,7 @@ def copied_ranges(tensors: Iterable[TensorPlan]) -> list[Range]:
     """The ranges of an output shard's unchanged tensors, with neighbours joined; one range if nothing changes."""
     ranges: list[Range] = []
     for tensor in tensors:
-        part = Range(tensor.path, tensor.source.begin, tensor.target.begin, tensor.target.size_bytes)
+        part = Range(tensor.file, tensor.source.begin, tensor.target.begin, tensor.target.size_bytes)
         if tensor.copied and part.size_bytes:
             joined = ranges[-1].joined(part) if ranges else None
             ranges[-1 if joined else len(ranges) :] = [joined or part]
@@ -68,7 +67,7 @@ def pieces(part: Range) -> Iterator[Range]:
     """The range in pieces of at most _COPY_BYTES."""
     for done in range(0, part.size_bytes, _COPY_BYTES):
         size = min(_COPY_BYTES, part.size_bytes - done)
-        yield Range(part.path, part.source + done, part.target + done, size)
+        yield Range(part.file, part.source + done, part.target + done, size)
 
 
 def copy_range(part: Range, source: int, target: int) -> None:
@@ -91,7 +90,7 @@ def _copy_plainly(part: Range, done: int, source: int, target: int) -> None:
     buffer = memoryview(bytearray(_COMPARE_BYTES))
     while done < part.size_bytes:
         block = buffer[: part.size_bytes - done]
-        read_all(source, block, part.source + done, part.path.name)
+        read_all(source, block, part.source + done, part.file.name)
         write_all(target, block, part.target + done)
         done += block.nbytes
 
@@ -104,7 +103,7 @@ def equal(part: Range, source: int, target: int) -> bool:
     ours, theirs = np.zeros(words, np.uint64), np.zeros(words, np.uint64)
     for done in range(0, part.size_bytes, _COMPARE_BYTES):
         size = min(_COMPARE_BYTES, part.size_bytes - done)
-        read_all(source, ours.view(np.uint8).data[:size], part.source + done, part.path.name)
+        read_all(source, ours.view(np.uint8).data[:size], part.source + done, part.file.name)
         read_all(target, theirs.view(np.uint8).data[:size], part.target + done, "output")
         if not np.array_equal(ours, theirs):
             return False

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from composer.deltas.delta import Delta, Replacement, RowwiseDelta
-from composer.deltas.stored import SpillFile, map_tensor
+from composer.deltas.stored import SpillFile, stored_tensor
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.findings import Finding, Severity
@@ -123,7 +123,7 @@ def with_new_rows(checkpoint: Checkpoint, adapter: LoadedAdapter, vocabulary: Vo
             deltas.append(delta)
             continue
         if delta.weight not in made:
-            made[delta.weight] = _extended(map_tensor(*checkpoint.locate(delta.weight)), delta, vocabulary.rows)
+            made[delta.weight] = _extended(stored_tensor(*checkpoint.locate(delta.weight)), delta, vocabulary.rows)
         deltas.append(
             Replacement(
                 module=delta.module, weight=delta.weight, tensor=made[delta.weight], tied=delta.tied, twin=delta.twin

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard, cast
 import torch
 
 from composer.deltas.delta import Delta, Replacement, RowwiseDelta
-from composer.deltas.stored import map_tensor
+from composer.deltas.stored import stored_tensor
 from composer.deltas.tensors import TORCH_DTYPES, torch_device
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch, NotSupported
@@ -21,6 +21,7 @@ from composer.formats.adapters.placement.naming import TIED_HEAD, is_head
 from composer.formats.adapters.placement.result import OTHER_PATHS
 from composer.formats.adapters.provenance import AdapterUse, adapter_use, files_of
 from composer.formats.checkpoints.checkpoint import INDEX_FILE, Checkpoint, contained
+from composer.formats.checkpoints.files import LocalFile, StoredFile, read_range
 from composer.formats.checkpoints.hashing import Identity, identities
 from composer.formats.checkpoints.header import (
     FLOAT_DTYPES,
@@ -121,9 +122,10 @@ def plan_merge(  # noqa: PLR0913
     parsed = parse_settings(method, settings)
     source = dequantized(checkpoint)
     vocabulary = grown_vocabulary(checkpoint, [path for path, _ in adapters])
-    files = [*checkpoint.shards, "config.json", INDEX_FILE, *side_files(checkpoint.path)]
-    own = [contained(checkpoint.path, file) for file in files]
-    inputs = identities([*own, *files_of(path for path, _ in adapters), *vocabulary.tokenizer_files])
+    side = [contained(checkpoint.path, name) for name in ("config.json", INDEX_FILE, *side_files(checkpoint.path))]
+    # A file elsewhere refuses to be read once it has changed.
+    own = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
+    inputs = identities([*own, *side, *files_of(path for path, _ in adapters), *vocabulary.tokenizer_files])
     with ThreadPoolExecutor(1, "hash") as hashing:
         uses = [hashing.submit(adapter_use, path, weight) for path, weight in adapters]
         read = [load_deltas(path, vocabulary.architecture) for path, _ in adapters]
@@ -171,7 +173,7 @@ class _Layout:
     dtype: str | None
     vocabulary: int
 
-    def sources(self, header: Header) -> dict[str, tuple[Path, TensorEntry]]:
+    def sources(self, header: Header) -> dict[str, tuple[StoredFile, TensorEntry]]:
         """Sources by output name, for one of the base's files. An untied head goes into its embedding's file."""
         checkpoint, head = self.checkpoint, self.head
         left_out = self.dequantized.scales | self.second_copies
@@ -204,11 +206,11 @@ class _Layout:
             raise NotSupported("dtype", message, subject=name, next_step="Use the unquantized base.")
         return replace(spec, dtype=self.dtype) if self.dtype is not None and spec.dtype in FLOAT_DTYPES else spec
 
-    def tensor(self, source: tuple[Path, TensorEntry], target: TensorEntry) -> TensorPlan:
-        path, entry = source
+    def tensor(self, source: tuple[StoredFile, TensorEntry], target: TensorEntry) -> TensorPlan:
+        file, entry = source
         decoded = self.dequantized.tensors.get(entry.name)
         return TensorPlan(
-            path=path, source=entry, target=target, deltas=tuple(self.deltas.get(target.name, ())), decoded=decoded
+            file=file, source=entry, target=target, deltas=tuple(self.deltas.get(target.name, ())), decoded=decoded
         )
 
 
@@ -221,12 +223,13 @@ def _plan_shards(layout: _Layout) -> tuple[ShardPlan, ...]:
             continue
         specs = {name: layout.spec(name, entry.spec) for name, (_, entry) in sources.items()}
         unchanged = list(specs.items()) == [(name, entry.spec) for name, entry in header.tensors.items()]
-        path = layout.checkpoint.path / file
-        head_bytes = _first_bytes(path, header.data_begin) if unchanged else encode_header(specs, header.metadata)
+        source = layout.checkpoint.files[file]
+        kept = bytes(read_range(source, 0, header.data_begin)) if unchanged else None
+        head_bytes = kept or encode_header(specs, header.metadata)
         size = len(head_bytes) + sum(spec.size_bytes for spec in specs.values())
         targets = parse_header(head_bytes, size, subject=file).tensors
         tensors = tuple(layout.tensor(sources[name], target) for name, target in targets.items())
-        shards.append(ShardPlan(file=file, path=path, head=head_bytes, size_bytes=size, tensors=tensors))
+        shards.append(ShardPlan(file=file, source=source, head=head_bytes, size_bytes=size, tensors=tensors))
     return tuple(shards)
 
 
@@ -251,11 +254,6 @@ def _missing_tokenizer(path: Path) -> list[Finding]:
         return []
     message = f"{path.name} has no tokenizer, so the merged checkpoint has none either."
     return [Finding("no_tokenizer", Severity.NOTICE, path.name, message)]
-
-
-def _first_bytes(path: Path, count: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(count)
 
 
 def _untied_head(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> str | None:
@@ -301,7 +299,7 @@ def _refuse_changed_base(checkpoint: Checkpoint, adapter: LoadedAdapter) -> None
     """Refuses an adapter whose copy of a base weight, which PEFT saves with an adapted embedding, differs from this
     base's."""
     for weight, copy in adapter.base_copies.items():
-        base = map_tensor(*checkpoint.locate(weight))
+        base = stored_tensor(*checkpoint.locate(weight))
         known = copy[: len(base)]  # with a grown vocabulary, the copy includes the new tokens' rows
         same = all(torch.equal(a.float(), b.float()) for a, b in zip(base.split(4096), known.split(4096), strict=True))
         if not same:

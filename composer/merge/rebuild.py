@@ -20,6 +20,7 @@ from composer.errors import InvalidFile, Mismatch
 from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.adapters.provenance import AdapterUse, parse_use
 from composer.formats.checkpoints.checkpoint import INDEX_FILE, Checkpoint, read_json
+from composer.formats.checkpoints.files import LocalFile, StoredFile, local_file, read_range
 from composer.formats.checkpoints.hashing import hash_file
 from composer.formats.checkpoints.header import PICKLE_SUFFIXES, TensorEntry
 from composer.formats.checkpoints.staging import NOTE_FILE
@@ -221,15 +222,15 @@ class _Comparing:
     rewriter: Rewriter
     report: Progress
 
-    def copied(self, part: Range, source: int, target: int) -> int:
+    def copied(self, part: Range, target: LocalFile) -> int:
         """The number of bytes in pieces that differ."""
         self.report(part.size_bytes)
-        return 0 if equal(part, source, target) else part.size_bytes
+        return 0 if equal(part, local_file(part.file).descriptor, target.descriptor) else part.size_bytes
 
-    def chunk(self, chunk: Chunk, source: int, target: int) -> tuple[int, int]:
+    def chunk(self, chunk: Chunk, target: StoredFile) -> tuple[int, int]:
         """(neighbours, others) among the chunk's elements."""
         self.report(chunk.size_bytes)
-        again = self.rewriter.computed(chunk, source)
+        again = self.rewriter.computed(chunk, chunk.work.plan.file)
         work = chunk.work
         there = source_rows(Source(target, work.plan.target, work.columns), chunk.begin, chunk.end)
         return steps_apart(again, there)
@@ -238,29 +239,24 @@ class _Comparing:
 def _compared(shard: ShardPlan, path: Path, comparing: _Comparing, pool: ThreadPoolExecutor) -> FileDifference:
     neighbours = others = 0
     why = ""
-    with ExitStack() as stack:
-        target = stack.enter_context(path.open("rb")).fileno()
-        opened = {path: stack.enter_context(path.open("rb")).fileno() for path in {one.path for one in shard.tensors}}
-        if os.pread(target, len(shard.head), 0) != shard.head:
-            why = "has a different header"
-        comparing.report(len(shard.head))
-        for part in copied_ranges(shard.tensors):
-            source = opened[part.path]
-            different = sum(pool.map(lambda piece, s=source: comparing.copied(piece, s, target), pieces(part)))
-            why = why or ("has different bytes where the base was copied" if different else "")
-        for tensor in shard.tensors:
-            if tensor.copied:
-                continue
-            source, work = opened[tensor.path], prepare(tensor, comparing.rewriter.device)
-            counts = list(pool.map(lambda chunk, s=source: comparing.chunk(chunk, s, target), chunks_of(work)))
-            near, far = (sum(count[which] for count in counts) for which in (0, 1))
-            neighbours, others = neighbours + near, others + far
-            if far:
-                why = why or f"{_VALUES} more than a step in {far} elements of {tensor.target.name}"
-            if near > _roundings(tensor.target):
-                why = (
-                    why or f"{_VALUES} one step in {near} elements of {tensor.target.name}, more than rounding explains"
-                )
+    target = LocalFile(path)
+    if read_range(target, 0, len(shard.head)) != shard.head:
+        why = "has a different header"
+    comparing.report(len(shard.head))
+    for part in copied_ranges(shard.tensors):
+        different = sum(pool.map(lambda piece: comparing.copied(piece, target), pieces(part)))
+        why = why or ("has different bytes where the base was copied" if different else "")
+    for tensor in shard.tensors:
+        if tensor.copied:
+            continue
+        work = prepare(tensor, comparing.rewriter.device)
+        counts = list(pool.map(lambda chunk: comparing.chunk(chunk, target), chunks_of(work)))
+        near, far = (sum(count[which] for count in counts) for which in (0, 1))
+        neighbours, others = neighbours + near, others + far
+        if far:
+            why = why or f"{_VALUES} more than a step in {far} elements of {tensor.target.name}"
+        if near > _roundings(tensor.target):
+            why = why or f"{_VALUES} one step in {near} elements of {tensor.target.name}, more than rounding explains"
     return FileDifference(shard.file, neighbours, others, why)
 
 

@@ -16,6 +16,7 @@ import torch
 from composer.deltas.delta import RowwiseDelta
 from composer.errors import RefusedOutput
 from composer.findings import Finding, Severity
+from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.numeric import Summed
 from composer.formats.recipes.rounding import Mode, Rounding
 from composer.merge.chunks import TensorWork
@@ -93,7 +94,7 @@ def find_lost(survivals: dict[str, RoundingLoss], dtypes: dict[str, str], roundi
 
 
 @torch.inference_mode()
-def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> RoundingLoss:
+def confirm(work: TensorWork, source: StoredFile, target: StoredFile, rounding: Rounding) -> RoundingLoss:
     """Verifies a rewritten tensor on sampled rows, recomputed in float64, and returns what rounding left of Δ.
 
     Each written value must lie within half a step of its dtype (a full step for stochastic rounding), plus the rounding
@@ -101,7 +102,7 @@ def confirm(work: TensorWork, source: int, target: int, rounding: Rounding) -> R
     otherwise.
     """
     name = work.plan.target.name
-    chosen = _chosen(name, work.rows, _SAMPLED_ROWS if work.columns > 1 else _SAMPLED_ELEMENTS)
+    chosen = sampled_rows(work)
     if not chosen:
         return RoundingLoss()
     W, delta, slack = _exact_rows(work, source, chosen)
@@ -123,13 +124,14 @@ def unconfirmed(subject: str, why: str) -> RefusedOutput:
     return RefusedOutput("verification", message, subject=subject, next_step=next_step)
 
 
-def _chosen(name: str, rows: int, count: int) -> list[int]:
+def sampled_rows(work: TensorWork) -> list[int]:
     """The rows to check, seeded by the name alone so that the same merge is checked at the same rows. Includes the
     first and the last."""
-    if not rows:
+    if not work.rows:
         return []
-    picks = np.random.default_rng(list(name.encode())).integers(0, rows, count)
-    return sorted({0, rows - 1, *picks.tolist()})
+    count = _SAMPLED_ROWS if work.columns > 1 else _SAMPLED_ELEMENTS
+    picks = np.random.default_rng(list(work.plan.target.name.encode())).integers(0, work.rows, count)
+    return sorted({0, work.rows - 1, *picks.tolist()})
 
 
 def survival_of(W: torch.Tensor, delta: torch.Tensor, written: torch.Tensor) -> RoundingLoss:
@@ -147,7 +149,9 @@ def survival_of(W: torch.Tensor, delta: torch.Tensor, written: torch.Tensor) -> 
     )  # fmt: skip
 
 
-def _exact_rows(work: TensorWork, source: int, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _exact_rows(
+    work: TensorWork, source: StoredFile, rows: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(W, Δ, bound of the float32 accumulation error), rows in float64."""
     if work.replacement is not None:
         W = work.replacement[list(rows)].double()
@@ -180,7 +184,7 @@ def _exact_rows(work: TensorWork, source: int, rows: Sequence[int]) -> tuple[tor
     return W, delta, slack
 
 
-def _computed_rows(work: TensorWork, delta: RowwiseDelta, source: int, own: Sequence[int]) -> torch.Tensor:
+def _computed_rows(work: TensorWork, delta: RowwiseDelta, source: StoredFile, own: Sequence[int]) -> torch.Tensor:
     def base(begin: int, end: int) -> torch.Tensor:
         return source_rows(work.source(source), delta.begin + begin, delta.begin + end).double()
 

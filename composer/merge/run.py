@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from composer.deltas.tensors import torch_device
 from composer.findings import Finding
 from composer.formats.checkpoints.checkpoint import INDEX_FILE
@@ -16,7 +18,7 @@ from composer.merge.chunks import Rewriter
 from composer.merge.io.journal import Journal
 from composer.merge.plan import MergePlan
 from composer.merge.rounding_loss import RoundingLoss, find_lost, total
-from composer.merge.shards import write_shards
+from composer.merge.shards import Written, write_shards
 
 _SPARE_BYTES = 8 << 20  # index, notes and the file system's own
 
@@ -71,23 +73,35 @@ def run_merge(
         written = write_shards(plan.shards, journal, Rewriter(chosen, plan.rounding), progress)
         refuse_changed(plan.inputs)
         # Last, since shards have their full size from the start: without these, nothing loads an incomplete merge.
-        plan.vocabulary.copy_side_files(plan.checkpoint.path, staging)
-        write_json(staging / "config.json", plan.config)
-        if plan.checkpoint.index is not None:
-            write_json(staging / INDEX_FILE, index_of(plan))
-        write_json(staging / NOTE_FILE, _note(plan, note, written.survivals))
+        write_texts(plan, staging, note, written.survivals)
         journal.close()
+    return report_of(plan, written, str(out_dir), time.monotonic() - started, chosen)
+
+
+def write_texts(
+    plan: MergePlan, directory: Path, note: Mapping[str, Any] | None, survivals: Mapping[str, RoundingLoss]
+) -> None:
+    """Writes all files of the output but the weights."""
+    plan.vocabulary.copy_side_files(plan.checkpoint.path, directory)
+    write_json(directory / "config.json", plan.config)
+    if plan.checkpoint.index is not None:
+        write_json(directory / INDEX_FILE, index_of(plan))
+    write_json(directory / NOTE_FILE, _note(plan, note, survivals))
+
+
+def report_of(plan: MergePlan, written: Written, out_dir: str, seconds: float, device: torch.device) -> MergeReport:
+    """The report of a plan that was written."""
     dtypes = {tensor.target.name: tensor.target.dtype for shard in plan.shards for tensor in shard.tensors}
     return MergeReport(
-        out_dir=str(out_dir),
+        out_dir=out_dir,
         touched_tensors=len(plan.touched),
         shards=len(plan.shards),
         copied_bytes=written.copied_bytes,
         rewritten_bytes=written.rewritten_bytes,
         resumed_bytes=written.resumed_bytes,
         verified_rows=written.verified_rows,
-        seconds=time.monotonic() - started,
-        device=str(chosen),
+        seconds=seconds,
+        device=str(device),
         survival=total(written.survivals.values()),
         findings=tuple(find_lost(written.survivals, dtypes, plan.rounding)),
     )

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from composer.deltas.tensors import tensor_bytes, torch_threads
+from composer.formats.checkpoints.files import OpenFile, StoredFile, local_file
 from composer.formats.checkpoints.header import read_header
 from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
 from composer.merge.copying import Range, clone_file, copied_ranges, copy_range, equal, pieces
@@ -32,10 +32,11 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPlan:
-    """One output file: its first bytes (length and header), its size, and its tensors in file order."""
+    """One output file: the base's file of that name, the output's first bytes (length and header) and size, and its
+    tensors in file order."""
 
     file: str
-    path: Path
+    source: StoredFile
     head: bytes
     size_bytes: int
     tensors: tuple[TensorPlan, ...]
@@ -86,7 +87,6 @@ def write_shards(
     with ExitStack() as stack:
         # Closed after the stages have ended: a closed descriptor may be reused while a job still writes to it.
         files = stack.enter_context(ExitStack())
-        sources = {path: _opened(path, files) for path in _paths(shards)}
         # The threads of a stage are the parallelism: chunks are too small to share.
         stack.enter_context(torch_threads(1))
         writers = min(2 * max(2, os.cpu_count() or 1), _MOST_WRITERS)
@@ -100,8 +100,8 @@ def write_shards(
         for shard in shards:
             target = OutputFile.opened(journal.directory / shard.file, not journal.holds(shard.file), start_sync, files)
             _ShardRun(
-                shard=shard, sources=sources, target=target, rewriter=rewriter, journal=journal, write=write,
-                confirm=confirming, sync=sync, report=progress or (lambda count: None), survivals=survivals,
+                shard=shard, target=target, rewriter=rewriter, journal=journal, write=write, confirm=confirming,
+                sync=sync, report=progress or (lambda count: None), survivals=survivals,
             ).submit()  # fmt: skip
         for stage in (write, confirming, sync):  # each submits to those after it
             stage.drain()
@@ -116,23 +116,12 @@ def write_shards(
     )
 
 
-def _paths(shards: Sequence[ShardPlan]) -> set[Path]:
-    return {tensor.path for shard in shards for tensor in shard.tensors} | {shard.path for shard in shards}
-
-
-def _opened(path: Path, stack: ExitStack) -> int:
-    file = os.open(path, os.O_RDONLY)
-    stack.callback(os.close, file)
-    return file
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ShardRun:
     """The jobs of one shard. The last chunk of a tensor starts its confirmation, and the last job of all starts the
     shard's end."""
 
     shard: ShardPlan
-    sources: dict[Path, int]
     target: OutputFile
     rewriter: Rewriter
     journal: Journal
@@ -144,7 +133,7 @@ class _ShardRun:
     unfinished: _Countdown = field(default_factory=lambda: _Countdown(1))
 
     def submit(self) -> None:
-        source = self.sources[self.shard.path]
+        source = local_file(self.shard.source).descriptor
         cloned = self.target.fresh and not self.shard.rewritten and clone_file(source, self.target.file)
         if self.target.fresh and not cloned:
             os.ftruncate(self.target.file, self.shard.size_bytes)
@@ -179,7 +168,7 @@ class _ShardRun:
 
     def _copy(self, part: Range, cloned: bool) -> None:
         """Copies and compares; cloned blocks are identical and need no comparison."""
-        source = self.sources[part.path]
+        source = local_file(part.file).descriptor
         if self.target.fresh and not cloned:
             copy_range(part, source, self.target.file)
         if not cloned and not equal(part, source, self.target.file):
@@ -189,7 +178,7 @@ class _ShardRun:
 
     def _rewrite(self, chunk: Chunk, unwritten: _Countdown) -> None:
         if self.target.fresh:
-            out_MN = self.rewriter.computed(chunk, self.sources[chunk.work.plan.path])
+            out_MN = self.rewriter.computed(chunk, chunk.work.plan.file)
             self.target.write(tensor_bytes(out_MN), chunk.offset, out_MN.data_ptr())
         self.report(chunk.size_bytes)
         if unwritten.last():
@@ -197,8 +186,8 @@ class _ShardRun:
             self._start(self.confirm, partial(self._confirm, chunk.work))
 
     def _confirm(self, work: TensorWork) -> None:
-        source = self.sources[work.plan.path]
-        self.survivals[work.plan.target.name] = confirm(work, source, self.target.file, self.rewriter.rounding)
+        target = OpenFile(self.target.file, self.shard.file)
+        self.survivals[work.plan.target.name] = confirm(work, work.plan.file, target, self.rewriter.rounding)
 
     def _end(self) -> None:
         """Verifies, syncs and records a shard whose jobs are done."""

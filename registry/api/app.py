@@ -55,7 +55,7 @@ HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 PAGES: tuple[str, ...] = (
     "search",
     *("assets", "login", "provider", "account", "members", "catalog", "conflicts", "compose"),
-    *("jobs", "audit", "errors", "moving", "policy_form", "withdrawing", "channel", "compare", "history"),
+    *("jobs", "audit", "errors", "moving", "waiting", "policy_form", "withdrawing", "channel", "compare", "history"),
     *("release", "repository"),
 )
 """Modules of the pages, which only servers have. They come last, since they answer every path of one to three parts.

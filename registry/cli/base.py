@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
@@ -14,7 +15,7 @@ from registry.cli.interrupt import interrupts
 from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
 from registry.cli.render import JsonFlag
 from registry.errors import NotAllowed, NotFound, Usage
-from registry.sdk.connection import Connection
+from registry.sdk.connection import Connection, load_settings
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
@@ -36,7 +37,8 @@ def add(  # noqa: PLR0913
     source: Annotated[
         str,
         typer.Argument(
-            metavar="DIR|hf://ORG/NAME[@REV]", help="A Hugging Face checkpoint: its directory, or on the hub."
+            metavar="DIR|hf://ORG/NAME[@REV]|s3://BUCKET/PREFIX",
+            help="A Hugging Face checkpoint: its directory, on the hub, or in a bucket.",
         ),
     ],
     name: Annotated[str, typer.Option(help="Short name, as in smollm2.")],
@@ -59,35 +61,45 @@ def add(  # noqa: PLR0913
 
     One on the hub is downloaded into the hub's own cache, which transformers reads too, and its commit becomes the
     location: workers download it from there. The hub is the one of HF_ENDPOINT.
+
+    One in a bucket is read where it is. Workers merge it from there, in the S3 service of the registry's store or in
+    that of boto3's own settings. Only an admin of the registry may add such a location.
     """
-    from composer.formats.checkpoints.checkpoint import open_checkpoint
     from composer.formats.checkpoints.hashing import hash_checkpoint
 
-    directory, location, hub_name = _checkpoint_of(source)
-    checkpoint = open_checkpoint(directory)
-    total = sum(header.size_bytes for header in checkpoint.shards.values())
-    with render.progress(f"hash {hub_name or directory.name}", total) as done:
-        identity = hash_checkpoint(checkpoint, done)
+    with TemporaryDirectory(prefix="adaptory-base-") as texts:
+        checkpoint, location, hub_name = _checkpoint_of(source, Path(texts))
+        total = sum(header.size_bytes for header in checkpoint.shards.values())
+        with render.progress(f"hash {hub_name or checkpoint.path.name}", total) as done:
+            identity = hash_checkpoint(checkpoint, done)
+        stated = license_ or _license_of(checkpoint.path)
     with connected() as connection:
         names = [*(alias or []), *_free_name(connection, hub_name, identity.weights_digest)]
         request = base_request(checkpoint, identity, name, names, location)
-        request |= {"derived_from": derived_from, "relation": relation, "license": license_ or _license_of(directory)}
+        request |= {"derived_from": derived_from, "relation": relation, "license": stated}
         document = _registered(connection, request)
     render.document(document, json, lambda: _show(document))
 
 
-def _checkpoint_of(source: str) -> tuple[Path, str, str | None]:
-    """The checkpoint's directory on this machine, its location, and its name on the hub if it is from there."""
+def _checkpoint_of(source: str, texts: Path) -> tuple["Checkpoint", str, str | None]:
+    """The checkpoint, its location, and its name on the hub if it is from there. `texts` is an empty directory, for the
+    small files of one in a bucket."""
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
+    from registry.formats import s3_address
     from registry.hub_client.address import SCHEME, parse_hub_address
     from registry.hub_client.bases import download_base
 
+    if source.startswith(s3_address.SCHEME):
+        from registry.transfer.bases import open_in_bucket
+
+        return open_in_bucket(load_settings(), source, texts), str(s3_address.parse_s3_address(source)), None
     if not source.startswith(SCHEME):
         directory = Path(source)
-        return directory, directory.resolve().as_uri(), None
+        return open_checkpoint(directory), directory.resolve().as_uri(), None
     address = parse_hub_address(source)
     with render.progress(f"download {address.repository}", None):
         pinned, directory = download_base(address)
-    return directory, str(pinned), address.repository
+    return open_checkpoint(directory), str(pinned), address.repository
 
 
 def _free_name(connection: Connection, hub_name: str | None, digest: str) -> list[str]:

@@ -59,6 +59,8 @@ def serve(
     with_tokens = settings.access == "tokens"
     if not with_tokens and not is_loopback(host):
         raise _beyond_loopback(host)
+    if with_worker and settings.engine.kind == "ray":
+        raise _without_worker()
     listener = _listen(host, port)
     resources = open_resources(settings, newer=True)
     if with_tokens:
@@ -100,6 +102,15 @@ def _beyond_loopback(host: str) -> NotAllowed:
         f"Without tokens the registry listens on loopback only, not on {host}.",
         subject=host,
         next_step="Use 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
+    )
+
+
+def _without_worker() -> Usage:
+    return Usage(
+        "worker_beside_server",
+        "A server does not run a worker of a Ray cluster: a worker that loses its cluster ends its process.",
+        subject="--worker",
+        next_step="Use --no-worker, and run `adaptory worker` beside it.",
     )
 
 

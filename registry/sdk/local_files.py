@@ -41,16 +41,17 @@ def total_bytes(release: Json) -> int:
 
 def base_checkpoint(base: Json, override: Path | None, display: Display) -> "Checkpoint":
     """The base's weights on this machine, verified by hash: a path does not prove what was measured. Downloads
-    them from an address on a hub if they are not here. Raises NotFound if no location gives them, Mismatch for other
+    them from a hub or a bucket if they are not here. Raises NotFound if no location gives them, Mismatch for other
     weights."""
     from composer.formats.checkpoints.checkpoint import open_checkpoint
     from composer.formats.checkpoints.hashing import verify_checkpoint
-    from registry.hub_client.bases import find_base
+    from registry.sdk.connection import load_settings
+    from registry.transfer.bases import find_base
 
     directory, reasons = override, list[str]()
     if directory is None:
         with display.progress(f"find {base['name']}", None):
-            directory, reasons = find_base(base["locations"], base["size_bytes"])
+            directory, reasons = find_base(load_settings(), base["locations"], base["size_bytes"])
     if directory is None:
         raise NotFound(
             "base_not_here",

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from composer.formats.checkpoints.files import StoredFile
 from registry.formats.references import Digest
 
 
@@ -119,6 +120,28 @@ class DirectUploads(Protocol):
         ...
 
 
+class BlobWriter(Protocol):
+    """A file that becomes a blob once its digest is known; one thread writes it. Before `finish` there is no blob."""
+
+    @property
+    def copied_bytes(self) -> int:
+        """How many bytes the store itself has copied; known after `finish`."""
+        ...
+
+    def write(self, block: memoryview, source: StoredFile | None = None, offset: int = 0) -> None:
+        """Takes the next bytes. With a `source` the same bytes are there, at `offset`: a store may copy them itself.
+        Raises RefusedOutput if the source has changed by then."""
+        ...
+
+    def finish(self, sha256: Digest) -> BlobStat:
+        """Makes a blob of what was written; the caller has hashed it."""
+        ...
+
+    def abort(self) -> None:
+        """Removes what was written. A writer that is neither finished nor aborted leaves what `sweep` removes."""
+        ...
+
+
 class BlobStore(Protocol):
     """The contract of a store. Errors: `NotFound` for missing bytes, `Unavailable` if the store is unavailable or
     full.
@@ -140,6 +163,10 @@ class BlobStore(Protocol):
 
     def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:
         """Stores a file that the caller has verified. May be repeated. With `move` the file may be gone afterwards."""
+        ...
+
+    def begin_write(self, size_bytes: int) -> BlobWriter:
+        """Begins a file of that size, whose digest is not known yet."""
         ...
 
     def url(self, sha256: Digest, expires_s: int, disposition: str | None = None) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import BinaryIO
 
+from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.staging import sync
 from registry.errors import NO_SPACE, NotFound, Unavailable
 from registry.formats.references import Digest
@@ -51,7 +52,7 @@ class LocalStore:
 
     def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:
         target = self.path(sha256)
-        with self._translate_disk_errors():
+        with self.translate_disk_errors():
             if target.exists() and target.stat().st_size == source.stat().st_size:
                 if move:
                     source.unlink()
@@ -66,6 +67,11 @@ class LocalStore:
             finally:
                 staged.unlink(missing_ok=True)
             return stat
+
+    def begin_write(self, size_bytes: int) -> "LocalWriter":
+        del size_bytes
+        with self.translate_disk_errors():
+            return LocalWriter(self)
 
     def _stage(self, source: Path, *, move: bool) -> Path:
         """Makes a synced file of our own in `incoming/` with the bytes of `source`."""
@@ -83,7 +89,7 @@ class LocalStore:
         return staged
 
     @contextmanager
-    def _translate_disk_errors(self) -> Generator[None]:
+    def translate_disk_errors(self) -> Generator[None]:
         try:
             yield
         except OSError as error:
@@ -105,6 +111,32 @@ class LocalStore:
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
         del keep  # an upload is a single request here
         return remove_stale(self.incoming.iterdir(), before)
+
+
+class LocalWriter:
+    """A file in `incoming/` on its way to becoming a blob."""
+
+    copied_bytes = 0
+
+    def __init__(self, store: LocalStore) -> None:
+        self._store = store
+        with NamedTemporaryFile(dir=store.incoming, delete=False) as file:
+            self._path = Path(file.name)
+        self._file = self._path.open("wb", buffering=0)
+
+    def write(self, block: memoryview, source: StoredFile | None = None, offset: int = 0) -> None:
+        del source, offset
+        with self._store.translate_disk_errors():
+            while block.nbytes:
+                block = block[self._file.write(block) :]
+
+    def finish(self, sha256: Digest) -> BlobStat:
+        self._file.close()
+        return self._store.put(sha256, self._path, move=True)
+
+    def abort(self) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
 
 
 def unwritable(what: str, subject: str, error: OSError) -> Unavailable:

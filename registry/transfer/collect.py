@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from registry.database import idempotency
 from registry.database.locks import exclusive_collection, lock_blobs_exclusive
-from registry.database.tables import Blob, RevisionFile, Score, Upload
+from registry.database.tables import Blob, RevisionFile, Score, Upload, XetUpload, XetXorb
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog import commits
@@ -36,7 +36,7 @@ from registry.transfer.uploads import ARRIVED
 
 _BATCH = 100
 _UPLOADS_BATCH = 1_000
-_SCRATCH = ("upload-*", "inspect-*", "signature-*", "backup-*")
+_SCRATCH = ("upload-*", "inspect-*", "signature-*", "backup-*", "stream-*")
 _UNTRACKED = {"synchronize_session": False}
 _JOURNALS = ("cache", "eval")
 """Below the home directory."""
@@ -138,8 +138,6 @@ def sweep(resources: Resources, now: datetime) -> Swept:
 
     Safe while others upload: keeps everything younger than the upload expiry.
     """
-    from registry.transfer import xet  # loads NumPy, which no command that lists or shows needs
-
     before = now - timedelta(seconds=resources.settings.upload_expires_s)
     forgotten = 0
     while (count := _forget_expired(resources, now)) is not None:
@@ -147,7 +145,7 @@ def sweep(resources: Resources, now: datetime) -> Swept:
     with resources.write() as session:
         idempotency.expire_keys(session, now)
         checks.expire(session, now)
-    xet.forget_expired(resources, now)
+        _forget_xet_pushes(session, now)
     with resources.read() as session:
         live = set(session.scalars(select(Upload.id)))
     leftovers = resources.store.sweep(before, live)
@@ -175,6 +173,13 @@ def sweep_journals(settings: Settings, now: datetime) -> int:
 def _count_expired(session: Session, now: datetime) -> int:
     """The number of uploads that `sweep` would count."""
     return session.scalar(select(func.count()).select_from(Upload).where(Upload.expires_at < now, ~ARRIVED)) or 0
+
+
+def _forget_xet_pushes(session: Session, now: datetime) -> None:
+    """Removes the rows of pushes by `hf_xet` that are over. Their xorbs are unused blobs by then."""
+    over = select(XetUpload.id).where(XetUpload.expires_at < now)
+    session.execute(delete(XetXorb).where(XetXorb.upload_id.in_(over)))
+    session.execute(delete(XetUpload).where(XetUpload.expires_at < now))
 
 
 def _forget_expired(resources: Resources, now: datetime) -> int | None:

@@ -2,9 +2,11 @@
 the bytes: knowing a digest gives no access."""
 
 import hashlib
+import logging
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,13 +21,15 @@ from registry.database.tables import Blob, BlobHolder, Release, RevisionFile, Up
 from registry.domain.access import quotas
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import may_read, permit_uploads
-from registry.errors import Conflict, Invalid, NotFound, TooLarge, TooMany, Unavailable, Usage
+from registry.errors import Conflict, Invalid, NotFound, RegistryError, TooLarge, TooMany, Unavailable, Usage
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
 from registry.formats.pickles import refuse_pickle_name
 from registry.formats.references import Digest
-from registry.storage.blobs import BlobStat, DirectUploads, IncomingUpload, Part, Put
+from registry.storage.blobs import BlobStat, BlobWriter, DirectUploads, IncomingUpload, Part, Put
 from registry.storage.local import unwritable
 from registry.transfer.resources import Resources
+
+log = logging.getLogger(__name__)
 
 _PARALLEL = 8
 ARRIVED = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespace == Upload.namespace)
@@ -184,6 +188,35 @@ def store_file(resources: Resources, actor: Actor, namespace: str, sha256: Diges
     announced first, so that no collection removes the bytes in between."""
     announce(resources, actor, namespace, [ManifestFile(path.name, path.stat().st_size, sha256)])
     register_blob(resources, actor, namespace, resources.store.put(sha256, path, move=move))
+
+
+def register_stored(resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]) -> None:
+    """Writes the rows of blobs that are in the store already; what put them there has hashed them. Raises NotFound for
+    one that is not, or not in full."""
+    announce(resources, actor, namespace, files)
+    for file in files:
+        stat = resources.store.stat(file.sha256)
+        if stat is None or stat.size_bytes != file.size_bytes:
+            raise NotFound(
+                "blob_missing",
+                f"The store has no blob {file.sha256}.",
+                subject=file.path,
+                next_step="Try again: what is missing is made again.",
+            )
+        register_blob(resources, actor, namespace, stat)
+
+
+@contextmanager
+def aborted_on_error(writer: BlobWriter) -> Generator[None]:
+    """Removes what was written if the block raises. What a store that is away keeps, `sweep` removes."""
+    try:
+        yield
+    except BaseException:
+        try:
+            writer.abort()
+        except RegistryError:
+            log.warning("An unfinished file is left in the store", exc_info=True)
+        raise
 
 
 def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:

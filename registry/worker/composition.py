@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.orm import Session
+
 from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, open_checkpoint
 from composer.formats.checkpoints.hashing import verify_checkpoint
 from composer.formats.recipes.calibration_sets import CalibrationSet
@@ -14,14 +16,15 @@ from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
 from composer.formats.recipes.suite import Suite as SuiteContent
 from composer.formats.recipes.weights import Weight
 from registry.database.tables import Base
+from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, suites
 from registry.domain.catalog.repositories import Kind
 from registry.domain.compositions import compositions, locking
 from registry.domain.jobs.queue import Amount
 from registry.errors import NotFound
 from registry.formats.manifest import ManifestFile
-from registry.hub_client.bases import find_base
 from registry.transfer import publishing
+from registry.transfer.bases import find_base
 from registry.worker.runner import JobRun
 from registry.worker.workspace import work_of
 
@@ -135,20 +138,24 @@ class CompositionRun:
             held.check()
             directory = self.directory / "inputs" / locked.commit  # this directory name ends up in adaptory.json
             directory.mkdir(parents=True, exist_ok=True)
-            publishing.materialise(held.resources, files, directory)
+            publishing.materialise(held.resources.store, files, directory)
             members.append((directory, locked.weighted))
         return members
 
     def base_checkpoint(self, held: JobRun) -> Checkpoint:
         """The base's checkpoint on this host."""
-        size_bytes = sum(spec.size_bytes for spec in self.architecture.tensors.values())
-        return verified_base(held, self.lock.base, self.locations, size_bytes)
+        return verified_base(held, self.lock.base, self.locations, self.base_bytes)
+
+    @property
+    def base_bytes(self) -> int:
+        """The size of the base's tensors."""
+        return sum(spec.size_bytes for spec in self.architecture.tensors.values())
 
 
 def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_bytes: int) -> Checkpoint:
     """A base's checkpoint on this host, downloaded if a location is on a hub. Verifies its weights: the files at a
     location may have changed."""
-    directory, reasons = find_base(locations, size_bytes)
+    directory, reasons = find_base(held.resources.settings, locations, size_bytes)
     if directory is None:
         missing = f"This worker cannot find the base at any location ({', '.join(locations) or 'it has none'})."
         raise NotFound(
@@ -180,6 +187,11 @@ def composition_of(held: JobRun) -> CompositionRun:
         )
 
 
+def creator(held: JobRun, session: Session) -> Actor:
+    """The composition's creator, with the roles that the user has now."""
+    return compositions.creator(session, compositions.find_by_job(session, held.job_id), held.resources.clock())
+
+
 def suites_named(held: JobRun, names: Sequence[str]) -> list[SuiteContent]:
     """The current contents of suites."""
     with held.resources.read() as session:
@@ -208,6 +220,12 @@ class ProgressCount:
                 self._total = max(self._total, self._done)
             self._write()
 
+    def reached(self, done: int) -> None:
+        """What is done at least, by whatever process."""
+        with self._lock:
+            self._done = max(self._done, done)
+            self._write()
+
     def expect(self, total: int) -> None:
         """Sets the total, at the start or when it grows."""
         with self._lock:
@@ -215,4 +233,4 @@ class ProgressCount:
             self._write()
 
     def _write(self) -> None:
-        self._held.progress(Amount(self._done, self._total, self._unit))
+        self._held.progress(Amount(self._done, self._total, self._unit, self._held.engine.redone))

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from composer.errors import ComposerError
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.recipes.elsewhere import HarnessTask, SuiteContent, parse_content
+from composer.formats.recipes.suite import Suite
 from registry.database.tables import Base, Release
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds
@@ -28,12 +29,15 @@ from registry.errors import NotAllowed, RegistryError
 from registry.transfer import promotions, publishing, results
 from registry.transfer.results import Results
 from registry.worker.composition import ProgressCount, verified_base
+from registry.worker.evaluation_units import Examined, examine_on_nodes
 from registry.worker.harness import Harness
+from registry.worker.node_models import base_hints
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.workspace import evaluation_work_of
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
+    from composer.evaluation.evaluate import Result as ExampleResult
     from composer.evaluation.model import LoadedModel
 
 Row = dict[str, Any]
@@ -152,7 +156,6 @@ def _measured(
 ) -> tuple[list[Row], str | None]:
     """The scores, and the digest of the stored results of each example, if there are any and the scores will be
     recorded."""
-    from composer.evaluation.evaluate import scores
     from composer.evaluation.journal import ResultJournal, examine_rest
 
     def journal(digest: str) -> tuple[Path, str]:
@@ -163,12 +166,35 @@ def _measured(
     if isinstance(suite, HarnessTask):
         rows, outcome = harness.measure(suite, subject, journal, progress)
         return rows, _stored(held, wanted, rows, Results(outcome.examples, outcome.metric))
+    if held.engine.spreads:
+        examples = _on_nodes(held, wanted, suite, progress)
+        return _scored(held, wanted, suite, examples)
     measured = ResultJournal(*journal(suite.digest))
     progress(len(suite.examples) - len(measured.missing(suite.examples)))
     scorers = held.resources.settings.enabled_scorers
     examples = examine_rest(subject, suite, suite.examples, measured, scorers, progress)
+    return _scored(held, wanted, suite, examples)
+
+
+def _scored(
+    held: JobRun, wanted: Wanted, suite: Suite, examples: "Sequence[ExampleResult]"
+) -> tuple[list[Row], str | None]:
+    from composer.evaluation.evaluate import scores
+
     rows = [score.to_json() for score in scores(suite, examples)]
     return rows, _stored(held, wanted, rows, Results([one.to_json() for one in examples]))
+
+
+def _on_nodes(held: JobRun, wanted: Wanted, suite: Suite, progress: Callable[[int], None]) -> "list[ExampleResult]":
+    """The results of all the suite's examples, measured on the nodes of the engine."""
+    with held.resources.read() as session:
+        base = session.get_one(Base, wanted.base)
+        hints = base_hints(bases.locations(session, base)[wanted.base], base.size_bytes)
+        release = None if wanted.release is None else session.get_one(Release, wanted.release)
+        model = release is not None and Kind(release.repository.kind) is Kind.MODEL
+        files = [] if release is None else publishing.manifest_files(session, release)
+    examined = Examined(base=wanted.base, hints=hints, files=files, model=model)
+    return examine_on_nodes(held, examined, suite, suite.examples, progress)
 
 
 def _stored(held: JobRun, wanted: Wanted, scores: list[Row], by_example: Results) -> str | None:
@@ -206,7 +232,7 @@ def _subject(
         architecture = bases.architecture(session, digest)
     directory = evaluation_work_of(held.resources, held.job_id) / str(release)
     directory.mkdir(parents=True, exist_ok=True)
-    publishing.materialise(held.resources, files, directory)
+    publishing.materialise(held.resources.store, files, directory)
     if kind is Kind.MODEL:
         return _load(directory), ()
     return base(), load_deltas(directory, architecture).deltas

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from registry.domain.jobs import needs
 from registry.domain.jobs.needs import EVOLUTION, HARNESS, Offer, Wanted
 from registry.hub_client.bases import may_find_base
+from registry.transfer.bases import in_buckets
 from registry.transfer.resources import Resources
 
 
@@ -27,7 +28,8 @@ class Host:
 
     def _meets(self, need: str, wanted: Wanted) -> bool:
         if (digest := needs.base_of(need)) is not None:
-            return may_find_base(wanted.bases[digest][0])
+            locations = wanted.bases[digest][0]
+            return may_find_base(locations) or bool(in_buckets(locations))
         if (scorer := needs.scorer_of(need)) is not None:
             return scorer in self._resources.settings.enabled_scorers.names and scorer in _installed_scorers()
         package = {HARNESS: "lm_eval", EVOLUTION: "cmaes"}.get(need)  # none for the need of a newer version

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from composer.errors import ComposerError, Interrupted
@@ -20,10 +20,11 @@ from registry.error_families import of_composer
 from registry.errors import NO_SPACE, RegistryError, Unavailable
 from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
+from registry.worker.engine.opened import WorkerEngine
 from registry.worker.host import Host
 from registry.worker.workspace import sweep_work
 
-BEAT_S = 10.0
+BEAT_S = 3.0
 POLL_S = 1.0
 SETTLE_S = 2.0
 """How often waiting promotions are looked at."""
@@ -58,15 +59,18 @@ class JobRun:
     lost: threading.Event = field(default_factory=threading.Event)
     kind: str = ""
     observe: "Observe | None" = None
+    engine: WorkerEngine = field(kw_only=True)
     _began_s: float = field(default_factory=time.monotonic)
     _step_began_s: float = 0.0
     _step: str = ""
     _noted: float = 0.0
+    _amount: Amount = field(default_factory=lambda: Amount(0, 1, "units"))
     _noted_s: float = 0.0
 
     def start_step(self, name: str) -> None:
         """Records that the step runs. Raises JobLost or WorkerStopping like `progress`."""
         self._step, self._noted, self._noted_s, self._step_began_s = name, 0.0, 0.0, time.monotonic()
+        self._amount = Amount(0, 1, "units")
         self.check()
         self._note("running", 0.0)
 
@@ -75,10 +79,10 @@ class JobRun:
         self._note("done", 1.0)
         self._ended(self._step, "done", self._step_began_s)
 
-    def fail_step(self) -> None:
-        """Records that the current step failed, if one was started."""
+    def fail_step(self, log: Sequence[str] = ()) -> None:
+        """Records that the current step failed, if one was started, with the log of the unit that failed."""
         if self._step:
-            self._write("failed", self._noted)
+            self._write("failed", replace(self._amount, log=log) if log else self._noted)
             self._ended(self._step, "failed", self._step_began_s)
 
     def ended(self, state: str) -> None:
@@ -95,23 +99,12 @@ class JobRun:
         self.check()
         share = done.share if isinstance(done, Amount) else done
         late = isinstance(done, Amount) and time.monotonic() - self._noted_s >= _PROGRESS_S
+        if isinstance(done, Amount):
+            self._amount = done
         if late or share - self._noted >= _PROGRESS_STEP:
             self._noted, self._noted_s = share, time.monotonic()
             with suppress(Unavailable):  # the database must be back for the step's end, not for this
                 self._note("running", done)
-
-    def note_units(self, done: int, total: int, *, redone: int = 0, log: Sequence[str] = ()) -> None:
-        """Records how many units of the current step are done, how many of these were done again, and the log of a
-        unit that has failed, of which the last lines are kept. Raises as `progress`.
-
-        A log is written at once, progress now and then; call it from one thread at a time."""
-        amount = Amount(done, total, "units", redone, log)
-        if not log:
-            self.progress(amount)
-            return
-        self.check()
-        self._noted, self._noted_s = amount.share, time.monotonic()
-        self._note("running", amount)
 
     def check(self, _done: int = 0) -> None:
         """Raises like `progress`. Called often during long work, with what it has just done."""
@@ -183,15 +176,17 @@ def _work(
     worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
     host = None if alone else Host(resources, kinds)
     sweep_at = unmet_at = 0.0
+    engine = WorkerEngine(resources.settings)
     while not stop.is_set():
         try:
             if time.monotonic() >= sweep_at:
                 sweep_at = time.monotonic() + SWEEP_S
                 sweep_work(resources)
+                engine.sweep(resources.clock())
             if host is not None and time.monotonic() >= unmet_at:
                 unmet_at = time.monotonic() + UNMET_S
                 end_unmet(resources)
-            worked = run_one(resources, kinds, worker, stop, host, observe)
+            worked = run_one(resources, kinds, worker, stop, host, observe, engine)
         except Unavailable as error:
             log.warning("The worker cannot reach its database or store, and waits: %s", error)
             worked = False
@@ -200,6 +195,7 @@ def _work(
             worked = False
         if not worked:
             stop.wait(POLL_S)
+    engine.close()
 
 
 def end_unmet(resources: Resources) -> None:
@@ -211,13 +207,14 @@ def end_unmet(resources: Resources) -> None:
         log.warning("Job %s ended, since no worker can take it: %s", job_id, error)
 
 
-def run_one(
+def run_one(  # noqa: PLR0913
     resources: Resources,
     kinds: Mapping[str, JobKind],
     worker: str,
     stop: threading.Event | None = None,
     host: Host | None = None,
     observe: Observe | None = None,
+    engine: WorkerEngine | None = None,
 ) -> bool:
     """Runs one job if one of these kinds is waiting whose needs the host meets; without a host, whatever it needs."""
     now, offer = resources.clock(), None
@@ -230,7 +227,10 @@ def run_one(
         job = queue.claim(session, worker, now, kinds, offer)
     if job is None:
         return False
-    held = JobRun(resources, worker, job.id, stop or threading.Event(), host, kind=job.kind, observe=observe)
+    spread = engine or WorkerEngine(resources.settings)
+    held = JobRun(
+        resources, worker, job.id, stop or threading.Event(), host, kind=job.kind, observe=observe, engine=spread
+    )
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(held, done), daemon=True, name=f"beat-{job.id}")
     heart.start()
@@ -239,6 +239,7 @@ def run_one(
     finally:
         done.set()
         heart.join()
+        spread.release()
     return True
 
 
@@ -291,7 +292,7 @@ def _handle_failure(held: JobRun, job: Job, kind: JobKind, error: RegistryError)
     if error.code in RETRYABLE and job.attempts < queue.MAX_ATTEMPTS:
         _put_off(held, queue.PAUSES[job.attempts - 1], error)
         return
-    held.fail_step()
+    held.fail_step(error.log_lines)
     _finish(held, kind, "refused" if error.exit_code == 1 else "failed", error)
 
 

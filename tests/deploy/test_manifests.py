@@ -20,7 +20,9 @@ from tests.deploy.stack import DEPLOY, program
 from tests.scenarios.world import Cli
 
 KUBERNETES = "1.32"
-OVERLAYS = ("base", "overlays/small", "overlays/gpu")
+OVERLAYS = ("base", "overlays/small", "overlays/gpu", "overlays/ray")
+WITHOUT_SCHEMA = frozenset({"RayCluster"})
+"""Kinds of an operator, whose schemas are not those of Kubernetes; their pods are checked."""
 S3_CODE = Path(__file__).parents[2] / "registry" / "storage" / "s3"
 
 
@@ -102,8 +104,9 @@ def pods(overlay: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for one in rendered(overlay):
         spec = one.get("spec", {})
         template = spec.get("template") or spec.get("jobTemplate", {}).get("spec", {}).get("template")
-        if template:
-            yield one["metadata"]["name"], template
+        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]] if one["kind"] == "RayCluster" else []
+        for pod in [*([template] if template else []), *(group["template"] for group in groups)]:
+            yield one["metadata"]["name"], pod
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -111,7 +114,11 @@ def test_the_manifests_are_what_kubernetes_takes(overlay: str) -> None:
     import kubernetes_validate
 
     for one in rendered(overlay):
-        kubernetes_validate.validate(one, KUBERNETES, strict=True)
+        if one["kind"] not in WITHOUT_SCHEMA:
+            kubernetes_validate.validate(one, KUBERNETES, strict=True)
+    for name, template in pods(overlay):
+        pod = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {**template["metadata"], "name": name}}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
     names = [(one["kind"], one["metadata"]["name"]) for one in rendered(overlay)]
     assert len(set(names)) == len(names)
     assert "Secret" not in {kind for kind, _ in names}, "secrets are there already"
@@ -169,7 +176,7 @@ def test_the_units_are_what_systemd_takes(unit: str, tmp_path: Path) -> None:
     for path in DEPLOY.glob("adaptory*.*"):
         text = path.read_text()
         # Nothing is installed where the tests run, and the command has to be there.
-        (tmp_path / path.name).write_text(text.replace("/opt/adaptory/bin/adaptory", "/bin/true"))
+        (tmp_path / path.name).write_text(re.sub(r"/opt/adaptory/bin/\w+", "/bin/true", text))
         for words in re.findall(r"^ExecStart=/opt/adaptory/bin/(adaptory .+)$", text, re.MULTILINE):
             assert Cli({"ADAPTORY_URL": "http://127.0.0.1:1"})(*words.split()[1:]).code == 2, words
     ran = subprocess.run([verify, "verify", tmp_path / unit], capture_output=True, text=True, timeout=60)
@@ -191,6 +198,7 @@ ACTIONS = {
     "put_object": {"s3:PutObject"},
     "upload_file": {"s3:PutObject", "s3:AbortMultipartUpload"},
     "upload_part": {"s3:PutObject"},
+    "upload_part_copy": {"s3:GetObject", "s3:PutObject"},
 }
 """Permissions by boto3's methods, as AWS documents them. Without ListBucket, a missing object is a forbidden one."""
 _NAMING = {"get_paginator", "signed_url", "generate_presigned_url"}
@@ -212,3 +220,6 @@ def test_the_policy_of_the_bucket_allows_what_the_code_calls_and_nothing_else() 
     allowed = [action for statement in policy["Statement"] for action in statement["Action"]]
     assert sorted(allowed) == sorted(set().union(*(ACTIONS[name] for name in called)))
     assert all(statement["Effect"] == "Allow" and "*" not in statement["Action"] for statement in policy["Statement"])
+    bases = json.loads((DEPLOY / "s3" / "bases-policy.json").read_text())
+    read = {action for statement in bases["Statement"] for action in statement["Action"]}
+    assert read == ACTIONS["head_object"] | ACTIONS["list_objects_v2"] | ACTIONS["get_object"]

@@ -13,7 +13,8 @@ import pytest
 from registry.api.app import create_app
 from registry.cli import following
 from registry.client.inprocess import InProcessTransport
-from registry.domain.jobs.queue import LOG_CHARS, LOG_LINES
+from registry.domain.jobs.queue import LOG_CHARS, LOG_LINES, Amount
+from registry.errors import Unavailable
 from registry.worker.runner import JobKind, JobRun, run_one
 from registry.worker.steps import KINDS
 from tests import services
@@ -32,18 +33,18 @@ def test_the_log_of_a_unit_that_failed_and_what_was_redone_are_shown_by_rest_the
     begin(cli, tmp_path)
 
     def poisoned(held: JobRun) -> None:
-        held.note_units(4, 40)
+        held.progress(Amount(12, 40, "units", redone=3))
         lines = [*(f"line {number}" for number in range(300)), "y" * 1000, "\x1b[31m<b>red</b>"]
-        held.note_units(12, 40, redone=3, log=lines)
-        held.note_units(13, 40, redone=3)
-        raise ValueError("a poison unit")
+        error = Unavailable("unit_failed", "unit 13: a poison unit", next_step="Look at its log.")
+        error.log_lines = lines
+        raise error
 
     kind = KINDS["composition"]
     with resources_of(cli.environment) as resources:
         assert run_one(resources, {"composition": JobKind({**kind.steps, "check": poisoned}, kind.clean)}, "worker")
         job = cli.json("jobs", 1)
         step = job["steps"][0]
-        assert (job["state"], job["error"]["detail"]) == ("failed", "ValueError: a poison unit")
+        assert (job["state"], job["error"]["detail"]) == ("failed", "unit 13: a poison unit")
         done = tuple(step[name] for name in ("state", "done", "total", "unit", "redone"))
         assert done == ("failed", 12, 40, "units", 3)
         assert (len(step["log"]), step["log"][-3]) == (LOG_LINES, "line 299")

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 LASTS_S = 5.0
-"""How late a proxy may notice that a bucket was made or removed through another one."""
+"""How late a proxy may notice that a bucket was removed through another one."""
+MISSING = 404
+"""The status of what is not kept: the first upload in parts makes a bucket for them, and sends them to every proxy."""
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -25,6 +27,8 @@ class MetadataCache:
         return value if time.monotonic() < until else None
 
     def set(self, key: str, value: Any, time: float = 0, raise_on_error: bool = False) -> None:
+        if isinstance(value, dict) and value.get("status") == MISSING:
+            return
         self._values[key] = (_now() + min(time or LASTS_S, LASTS_S), value)
 
     def delete(self, key: str) -> None:

@@ -9,7 +9,16 @@ from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 from composer.errors import InvalidFile, NotSupported
-from composer.formats.checkpoints.header import CONVERT, PICKLE_SUFFIXES, Header, TensorEntry, TensorSpec, read_header
+from composer.formats.checkpoints.files import LocalFile, StoredFile
+from composer.formats.checkpoints.header import (
+    CONVERT,
+    PICKLE_SUFFIXES,
+    Header,
+    TensorEntry,
+    TensorSpec,
+    read_header,
+    stored_header,
+)
 from composer.formats.checkpoints.quantized import Nf4, is_part, nf4_weights
 from composer.formats.checkpoints.tying import embedding_tensors, head_tensors, said_tied, same_bytes
 from composer.formats.untrusted import LONE_SURROGATE, has_more_values, printable
@@ -40,11 +49,13 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. `shards` are in file-name order; `index` is the index file, None for a single file. With
+    """An opened checkpoint. `shards` are in file-name order, and `files` has the file of each; `index` is the index
+    file, None for a single file. `path` is the directory of everything but the weights, which may be elsewhere. With
     `dequantize`, its quantized tensors stand for their decoded values, which `architecture` describes."""
 
     path: Path
     config: Mapping[str, Any]
+    files: Mapping[str, StoredFile]
     shards: Mapping[str, Header]
     index: Mapping[str, Any] | None
     dequantize: bool = False
@@ -58,6 +69,11 @@ class Checkpoint:
             tensors |= {name: packed.spec for name, packed in self.packed.items()}
         tied = said_tied(self.config, tensors) and self.own_head is None
         return Architecture(str(self.config.get("model_type", "")), tied, tensors)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all weights are files on this machine."""
+        return all(isinstance(file, LocalFile) for file in self.files.values())
 
     @cached_property
     def own_head(self) -> str | None:
@@ -77,34 +93,50 @@ class Checkpoint:
     def _shard_by_tensor(self) -> dict[str, str]:
         return {name: shard for shard, header in self.shards.items() for name in header.tensors}
 
-    def locate(self, name: str) -> tuple[Path, TensorEntry]:
+    def locate(self, name: str) -> tuple[StoredFile, TensorEntry]:
         """File and entry of a tensor. Raises KeyError for a name that is not in the architecture."""
         shard = self._shard_by_tensor[name]
-        return self.path / shard, self.shards[shard].tensors[name]
+        return self.files[shard], self.shards[shard].tensors[name]
 
 
-def open_checkpoint(path: Path, dequantize: bool = False) -> Checkpoint:
+Weights = Mapping[str, StoredFile]
+
+
+def open_checkpoint(path: Path, dequantize: bool = False, weights: Weights | None = None) -> Checkpoint:
     """Opens the checkpoint in directory `path`: reads config, index and headers, but no weights.
 
-    Raises InvalidFile naming the file (missing config or shard, tensors that index and shards disagree about, pickles),
-    and NotSupported for a quantized base; for fp8 or 4-bit NormalFloat only without `dequantize`.
+    `weights` are files elsewhere, by name; the directory then has everything else. Raises InvalidFile naming the file
+    (missing config or shard, tensors that index and shards disagree about, pickles), and NotSupported for a quantized
+    base; for fp8 or 4-bit NormalFloat only without `dequantize`, or with `weights`.
     """
     path = path.absolute()  # "." has no name for a message
     config = read_json(path / "config.json", "missing_config", "This directory is not a Hugging Face checkpoint.")
-    _refuse_quantized(path, config, dequantize)
+    _refuse_quantized(path, config, dequantize, is_local=weights is None)
     if (path / INDEX_FILE).is_file():
         index = read_json(path / INDEX_FILE, "missing_index", "Download the checkpoint again.")
-        shards = _read_shards(path, index)
-        _refuse_another(path, shards)
-    elif (path / SINGLE_FILE).is_file():
-        index, shards = None, {SINGLE_FILE: read_header(contained(path, SINGLE_FILE))}
+        files = _files_of(path, weights, _weight_map(index))
+        shards = _read_shards(files, _weight_map(index))
+        _refuse_another(path, shards, weights)
+    elif file := _file_of(path, weights, SINGLE_FILE):
+        index, files, shards = None, {SINGLE_FILE: file}, {SINGLE_FILE: _header_of(file)}
     else:
         raise missing_weights(path, SINGLE_FILE)
     _refuse_packed(path, shards)
-    return Checkpoint(path, config, shards, index, dequantize)
+    return Checkpoint(path, config, files, shards, index, dequantize)
 
 
-def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -> None:
+def _file_of(path: Path, weights: Weights | None, name: str) -> StoredFile | None:
+    if weights is not None:
+        return weights.get(name)
+    file = contained(path, name)
+    return LocalFile(file) if file.is_file() else None
+
+
+def _header_of(file: StoredFile) -> Header:
+    return read_header(file.path) if isinstance(file, LocalFile) else stored_header(file)
+
+
+def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool, *, is_local: bool) -> None:
     stated: object = config.get("quantization_config")
     if not stated:
         return
@@ -118,12 +150,13 @@ def _refuse_quantized(path: Path, config: Mapping[str, Any], dequantize: bool) -
     settings = cast("dict[str, Any]", stated)
     method = str(settings.get("quant_method", "quantized"))[:40]
     decodable = _decodable(method, settings)
-    if not decodable or not dequantize:
+    if not decodable or not dequantize or not is_local:
+        way = f", {DEQUANTIZE}" if is_local else ", or download this one for `adaptory merge --dequantize`"
         raise NotSupported(
             "quantized_base",
             f"{path.name} is quantized ({quantization(settings)}).",
             subject="config.json",
-            next_step="Use the unquantized base" + (f", {DEQUANTIZE}." if decodable else "."),
+            next_step=f"Use the unquantized base{way if decodable else ''}.",
         )
 
 
@@ -146,9 +179,10 @@ def _is_sparse(settings: Mapping[str, Any]) -> bool:
     return not isinstance(stated, dict) or cast("dict[str, Any]", stated).get("format", "dense") != "dense"
 
 
-def _refuse_another(path: Path, shards: Mapping[str, Header]) -> None:
+def _refuse_another(path: Path, shards: Mapping[str, Header], weights: Weights | None) -> None:
     """Raises InvalidFile if both exist: some loaders read the single file, others the index."""
-    if SINGLE_FILE not in shards and (path / SINGLE_FILE).is_file():
+    there = (path / SINGLE_FILE).is_file() if weights is None else SINGLE_FILE in weights
+    if SINGLE_FILE not in shards and there:
         raise InvalidFile(
             "two_checkpoints",
             f"{path.name} has weights twice: {SINGLE_FILE}, and the shards of {INDEX_FILE}.",
@@ -249,19 +283,23 @@ def contained(directory: Path, name: str) -> Path:
     return directory / name
 
 
-def _read_shards(path: Path, index: Mapping[str, Any]) -> dict[str, Header]:
-    wanted = _weight_map(index)
-    shards: dict[str, Header] = {}
+def _files_of(path: Path, weights: Weights | None, wanted: Mapping[str, str]) -> dict[str, StoredFile]:
+    files: dict[str, StoredFile] = {}
     for shard in sorted(set(wanted.values())):
-        file = contained(path, shard)
-        if not file.is_file():
+        file = _file_of(path, weights, shard)
+        if file is None:
             raise InvalidFile(
                 "missing_shard",
                 f"{path.name} has no {shard}, which its index names.",
                 subject=shard,
                 next_step="Download the missing file.",
             )
-        shards[shard] = read_header(file)
+        files[shard] = file
+    return files
+
+
+def _read_shards(files: Mapping[str, StoredFile], wanted: Mapping[str, str]) -> dict[str, Header]:
+    shards = {shard: _header_of(file) for shard, file in files.items()}
     for name, shard in wanted.items():
         if name not in shards[shard].tensors:
             raise InvalidFile(

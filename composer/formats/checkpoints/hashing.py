@@ -7,11 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from composer.errors import Mismatch, RefusedOutput, became_shorter
+from composer.errors import Mismatch, RefusedOutput
 from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint
+from composer.formats.checkpoints.files import LocalFile, StoredFile
 from composer.formats.checkpoints.header import TensorEntry
 
 _BLOCK_BYTES = 1 << 20  # measured: 64 KiB to 4 MiB all hash at the speed of sha256sum
+_REMOTE_BLOCK_BYTES = 8 << 20  # a request each
+_REMOTE_READERS = 8  # they wait for answers, not for cores
 
 Progress = Callable[[int], None]
 Identity = tuple[int, int, int]
@@ -60,14 +63,15 @@ def hash_checkpoint(
     `progress` raises.
     """
     tensors = [
-        (checkpoint.path / shard, entry)
+        (checkpoint.files[shard], entry)
         for shard, header in checkpoint.shards.items()
         for entry in header.tensors.values()
     ]
     # The largest first: one thread hashes a tensor, and a big one begun last would leave the others idle.
     tensors.sort(key=lambda tensor: -tensor[1].size_bytes)
-    with ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1), "hash") as pool:
-        jobs = [pool.submit(_hash_tensor, path, entry, progress) for path, entry in tensors]
+    usual = min(32, os.cpu_count() or 1) if checkpoint.is_local else _REMOTE_READERS
+    with ThreadPoolExecutor(workers or usual, "hash") as pool:
+        jobs = [pool.submit(hash_tensor, file, entry, progress) for file, entry in tensors]
         try:
             hashes = [job.result() for job in jobs]
         finally:
@@ -112,32 +116,26 @@ def architecture_digest(architecture: Architecture) -> str:
 
 def hash_file(path: Path, progress: Progress | None = None) -> str:
     """sha256 of a file in hex. Raises OSError if it cannot be read."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        return _hash_range(file, 0, os.fstat(file).st_size, path.name, progress)
-    finally:
-        os.close(file)
+    file = LocalFile(path)
+    return _hash_range(file, 0, file.size_bytes, progress)
 
 
-def _hash_tensor(path: Path, entry: TensorEntry, progress: Progress | None) -> str:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        return _hash_range(file, entry.begin, entry.end, path.name, progress)
-    finally:
-        os.close(file)
+def hash_tensor(file: StoredFile, entry: TensorEntry, progress: Progress | None = None) -> str:
+    """sha256 of a tensor's raw bytes, in hex. Raises InvalidFile if its file has become shorter."""
+    return _hash_range(file, entry.begin, entry.end, progress)
 
 
-def _hash_range(file: int, begin: int, end: int, subject: str, progress: Progress | None) -> str:
+def _hash_range(file: StoredFile, begin: int, end: int, progress: Progress | None) -> str:
     digest = hashlib.sha256()
-    block = memoryview(bytearray(min(_BLOCK_BYTES, end - begin)))
+    most = _BLOCK_BYTES if isinstance(file, LocalFile) else _REMOTE_BLOCK_BYTES
+    block = memoryview(bytearray(min(most, end - begin)))
     while begin < end:
-        count = os.preadv(file, [block[: end - begin]], begin)
-        if count == 0:
-            raise became_shorter(subject)
-        digest.update(block[:count])
-        begin += count
+        part = block[: end - begin]
+        file.read_into(part, begin)
+        digest.update(part)
+        begin += part.nbytes
         if progress is not None:
-            progress(count)
+            progress(part.nbytes)
     return digest.hexdigest()
 
 

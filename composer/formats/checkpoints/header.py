@@ -19,6 +19,7 @@ from traceback import clear_frames
 from typing import Any, cast
 
 from composer.errors import InvalidFile
+from composer.formats.checkpoints.files import StoredFile, read_range
 from composer.formats.untrusted import DuplicateKey, refuse_endless, reject_duplicate_keys
 
 DTYPE_BITS = {
@@ -103,7 +104,7 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-def header_length(first: bytes, file_size: int, limits: Limits, subject: str) -> int:
+def header_length(first: bytes | bytearray, file_size: int, limits: Limits, subject: str) -> int:
     """Length of the JSON in bytes, bounded by the limits and the file. `first` has at least the file's first 8
     bytes.
     """
@@ -153,6 +154,14 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
             subject=path.name,
             next_step="Check the path and its permissions.",
         ) from error
+
+
+def stored_header(file: StoredFile, limits: Limits = DEFAULT_LIMITS) -> Header:
+    """Header of a file that is read by range, in two reads. Raises InvalidFile, and what the file raises."""
+    first = read_range(file, 0, min(_LENGTH_BYTES, file.size_bytes))
+    length = header_length(first, file.size_bytes, limits, file.name)
+    text = read_range(file, _LENGTH_BYTES, _LENGTH_BYTES + length)
+    return _in_turn(length, lambda: _parse(text, _LENGTH_BYTES + length, file.size_bytes, limits, file.name))
 
 
 def encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -209,7 +218,7 @@ def _parse_alone(parse: Callable[[], Header]) -> Header:
         raise
 
 
-def _parse(text: bytes, data_begin: int, file_size: int, limits: Limits, subject: str) -> Header:
+def _parse(text: bytes | bytearray, data_begin: int, file_size: int, limits: Limits, subject: str) -> Header:
     if _LENGTH_BYTES + len(text) < data_begin:
         raise _bad(subject, "its header is cut off")
     _bound_structure(text, limits, subject)
@@ -230,14 +239,14 @@ def _parse(text: bytes, data_begin: int, file_size: int, limits: Limits, subject
     return Header({entry.name: entry for entry in entries}, metadata, data_begin, file_size)
 
 
-def _bound_structure(text: bytes, limits: Limits, subject: str) -> None:
+def _bound_structure(text: bytes | bytearray, limits: Limits, subject: str) -> None:
     """Raises InvalidFile if JSON would build more from `text` than the limits allow."""
     at_most = text.count(b",") + text.count(b"[") + text.count(b"{")  # also within strings, but 20 times as fast
     if at_most > limits.structure and re.match(b"%b{%d}+" % (_STRUCTURE, limits.structure + 1), text, re.DOTALL):
         raise _bad(subject, f"its header has more than the {limits.structure} commas and opening brackets allowed")
 
 
-def _parse_json(text: bytes, subject: str) -> dict[str, Any]:
+def _parse_json(text: bytes | bytearray, subject: str) -> dict[str, Any]:
     why = "its header is not a JSON object"
     try:
         table: object = json.loads(text.decode("utf-8"), object_pairs_hook=reject_duplicate_keys, parse_int=_integer)

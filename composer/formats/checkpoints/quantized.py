@@ -3,10 +3,10 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from composer.errors import InvalidFile
+from composer.formats.checkpoints.files import StoredFile, read_range
 from composer.formats.checkpoints.header import TensorEntry, TensorSpec
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
@@ -16,7 +16,7 @@ _FLOAT32_END = 2**128
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _STORAGE = {"U8", *_DTYPES.values()}
 
-Locate = Callable[[str], tuple[Path, TensorEntry]]
+Locate = Callable[[str], tuple[StoredFile, TensorEntry]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +53,10 @@ def nf4_weights(names: Iterable[str], locate: Locate) -> dict[str, Nf4]:
 
 
 def _described(name: str, known: set[str], locate: Locate) -> Nf4:
-    path, entry = locate(f"{name}{NF4_STATE}")
+    file, entry = locate(f"{name}{NF4_STATE}")
     if entry.dtype != "U8" or entry.size_bytes > _STATE_BYTES:
         raise _bad(name, "its quantization state is not a short text")
-    with path.open("rb") as file:
-        file.seek(entry.begin)
-        content = file.read(entry.size_bytes)
+    content = read_range(file, entry.begin, entry.end)
     try:
         state: object = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from composer.errors import Interrupted, RefusedOutput
@@ -166,15 +166,17 @@ def side_files(source: Path) -> list[str]:
     """The files of a checkpoint besides its weights: tokenizer, generation config, licence, …; the caller writes config
     and index. Only regular files at the top of the directory, of at most 64 MiB; no weights in any format, no hidden
     files."""
-    return [file.name for file in sorted(source.iterdir()) if _is_side_file(file)]
+    files = [file for file in sorted(source.iterdir()) if file.is_file()]
+    return [file.name for file in files if is_side_file(file.name, file.stat().st_size)]
 
 
-def _is_side_file(file: Path) -> bool:
-    if file.name in ("config.json", INDEX_FILE, NOTE_FILE) or file.name.startswith("."):
+def is_side_file(name: str, size_bytes: int) -> bool:
+    """Whether a regular file at the top of a checkpoint is one of these."""
+    if name in ("config.json", INDEX_FILE, NOTE_FILE) or name.startswith("."):
         return False
-    if file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json") or not file.is_file():
+    if PurePath(name).suffix in _WEIGHT_SUFFIXES or name.endswith(".index.json"):
         return False
-    return file.stat().st_size <= _SIDE_FILE_BYTES
+    return size_bytes <= _SIDE_FILE_BYTES
 
 
 def _no_room(why: int, out_dir: Path, size_bytes: int) -> RefusedOutput:

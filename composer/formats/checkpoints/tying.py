@@ -1,10 +1,10 @@
 """Whether a model's output head shares the input embedding's tensor: by its config and its files."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from composer.errors import InvalidFile
+from composer.formats.checkpoints.files import StoredFile, read_range
 from composer.formats.checkpoints.header import TensorEntry
 
 HEADS = ("lm_head", "embed_out")
@@ -16,7 +16,7 @@ NEVER_TIED = frozenset(
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _BLOCK_BYTES = 4 << 20
 
-StoredTensor = tuple[Path, TensorEntry]
+StoredTensor = tuple[StoredFile, TensorEntry]
 
 
 def embedding_tensors(tensors: Iterable[str]) -> list[str]:
@@ -64,16 +64,14 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors are equal, so that loading ties them. transformers (5.24) ties a head that is stored
     beside the embedding only then. Stops at the first block that differs; another dtype or shape needs no comparison.
     """
-    (path, entry), (other_path, other_entry) = one, other
+    (file, entry), (other_file, other_entry) = one, other
     if entry.spec != other_entry.spec:
         return False
-    with path.open("rb") as file, other_path.open("rb") as other_file:
-        file.seek(entry.begin)
-        other_file.seek(other_entry.begin)
-        left = entry.size_bytes
-        while left > 0:
-            count = min(left, _BLOCK_BYTES)
-            if file.read(count) != other_file.read(count):
-                return False
-            left -= count
+    for done in range(0, entry.size_bytes, _BLOCK_BYTES):
+        end = min(entry.size_bytes, done + _BLOCK_BYTES)
+        mine, theirs = (
+            read_range(of, at.begin + done, at.begin + end) for of, at in ((file, entry), (other_file, other_entry))
+        )
+        if mine != theirs:
+            return False
     return True

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from composer.deltas.tensors import read_all, tensor_bytes, torch_dtype
+from composer.deltas.tensors import tensor_bytes, torch_dtype
+from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.header import TensorEntry
 
 
@@ -24,9 +25,9 @@ class Decoded:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The source of one tensor's values: `entry` of the open file `file`, or its `decoded` form."""
+    """The source of one tensor's values: `entry` of `file`, or its `decoded` form."""
 
-    file: int
+    file: StoredFile
     entry: TensorEntry
     columns: int
     decoded: Decoded | None = None
@@ -39,7 +40,7 @@ def source_rows(source: Source, begin: int, end: int, buffer: torch.Tensor | Non
     dtype = torch_dtype(source.entry.dtype, source.entry.name)
     W_MN = torch.empty((end - begin, source.columns), dtype=dtype) if buffer is None else buffer
     offset = source.entry.begin + begin * source.columns * dtype.itemsize
-    read_all(source.file, tensor_bytes(W_MN), offset, source.entry.name)
+    source.file.read_into(tensor_bytes(W_MN), offset)
     return W_MN
 
 
@@ -51,7 +52,7 @@ def picked_rows(source: Source, rows: Sequence[int]) -> torch.Tensor:
     W_MN = torch.empty((len(rows), source.columns), dtype=dtype)
     buffer, size = tensor_bytes(W_MN), source.columns * dtype.itemsize
     for i, row in enumerate(rows):
-        read_all(source.file, buffer[i * size : (i + 1) * size], source.entry.begin + row * size, source.entry.name)
+        source.file.read_into(buffer[i * size : (i + 1) * size], source.entry.begin + row * size)
     return W_MN
 
 

@@ -5,14 +5,14 @@ W = fp8 * scale for both names of the scale: `weight_scale_inv`, one per block o
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from composer.deltas.stored import map_tensor
+from composer.deltas.stored import stored_tensor
 from composer.errors import NotSupported
 from composer.formats.checkpoints.checkpoint import Checkpoint
+from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.header import TensorEntry
 from composer.merge.io.source import Decoded
 
@@ -40,22 +40,22 @@ def decoded(checkpoint: Checkpoint) -> tuple[dict[str, Decoded], set[str]]:
 
 
 def _decoded(checkpoint: Checkpoint, name: str, scale_name: str) -> Decoded:
-    path, entry = checkpoint.locate(name)
-    scale_path, scale_entry = checkpoint.locate(scale_name)
+    file, entry = checkpoint.locate(name)
+    scale_file, scale_entry = checkpoint.locate(scale_name)
     block = _block(checkpoint.config, entry, scale_entry)
 
     def rows(begin: int, end: int) -> torch.Tensor:
-        values = _matrix(path, entry)[begin:end].float()
-        scale = _matrix(scale_path, scale_entry).float()
+        values = _matrix(file, entry)[begin:end].float()
+        scale = _matrix(scale_file, scale_entry).float()
         of_rows = scale[torch.arange(begin, end) // block[0]]
         return values.mul_(of_rows.repeat_interleave(block[1], dim=1)[:, : values.shape[1]])
 
     return Decoded((entry.shape[0], entry.shape[1]), rows)
 
 
-def _matrix(path: Path, entry: TensorEntry) -> torch.Tensor:
+def _matrix(file: StoredFile, entry: TensorEntry) -> torch.Tensor:
     """The scale as a matrix: a scalar is 1 x 1, and a scale per row is a column."""
-    tensor = map_tensor(path, entry)
+    tensor = stored_tensor(file, entry)
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, 1)
 
 

@@ -4,7 +4,6 @@ QLoRA (arXiv 2305.14314) trains on a 4-bit base. Its deltas fit that base; in th
 weights. The difference in weights is measured here; only an evaluation shows its effect on the answers.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,15 +82,11 @@ def _gap(checkpoint: Checkpoint, deltas: Sequence[Delta]) -> tuple[float, float]
     for delta in (deltas[number] for number in chosen):
         if not isinstance(delta, LowRank) or delta.begin:
             continue
-        path, entry = checkpoint.locate(delta.weight)
+        file, entry = checkpoint.locate(delta.weight)
         if entry.dtype not in FLOAT_DTYPES:
             continue
         rows, columns = delta.stored_shape
-        file = os.open(path, os.O_RDONLY)
-        try:
-            W_MN = source_rows(Source(file, entry, columns), 0, min(rows, _ROWS)).float()
-        finally:
-            os.close(file)
+        W_MN = source_rows(Source(file, entry, columns), 0, min(rows, _ROWS)).float()
         left, right = delta.stored_factors()
         added_MN = left[: len(W_MN)] @ right
         for index, part in enumerate((rounded(W_MN) - W_MN, added_MN, W_MN)):

@@ -6,12 +6,12 @@ absmax = nested_quant_map[byte] * nested_absmax[block of blocks] + nested_offset
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from composer.deltas.stored import map_tensor
+from composer.deltas.stored import stored_tensor
+from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.header import TensorEntry
 from composer.formats.checkpoints.quantized import Nf4
 from composer.merge.io.source import Decoded
@@ -28,7 +28,7 @@ LEVELS = (
 class Tensors(Protocol):
     """Locates tensors, as a checkpoint does."""
 
-    def locate(self, name: str) -> tuple[Path, TensorEntry]: ...
+    def locate(self, name: str) -> tuple[StoredFile, TensorEntry]: ...
 
 
 def decoded(checkpoint: Tensors, packed: Nf4) -> Decoded:
@@ -36,7 +36,7 @@ def decoded(checkpoint: Tensors, packed: Nf4) -> Decoded:
     columns = packed.shape[1]
 
     def part(suffix: str) -> torch.Tensor:
-        return map_tensor(*checkpoint.locate(f"{packed.name}{suffix}"))
+        return stored_tensor(*checkpoint.locate(f"{packed.name}{suffix}"))
 
     def rows(begin: int, end: int) -> torch.Tensor:
         first, last = begin * columns, end * columns

@@ -15,10 +15,12 @@ from registry.database.tables import Base, BaseAlias, BaseLocation, Release
 from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import Role, holds, refuse_other_owner
+from registry.domain.access.roles import Role, holds, permit, refuse_other_owner
 from registry.errors import Conflict, Invalid, NotFound, Usage
 from registry.formats.licenses import spdx
 from registry.formats.references import MAX_NEAR, Digest, nearest, parse_name
+from registry.formats.s3_address import SCHEME as S3
+from registry.formats.s3_address import parse_s3_address
 
 RELATIONS = ("quantized", "cast", "finetuned", "merged")
 SAME_MODEL = ("cast", "quantized")
@@ -375,8 +377,12 @@ def _add_locations(session: Session, actor: Actor, base: Base, wanted: Sequence[
                 subject=url[:120],
                 next_step=f"Begin it with one of {', '.join(_SCHEMES)}.",
             )
+        if url.startswith(S3):
+            parse_s3_address(url)
         if session.get(BaseLocation, (base.digest, url)) is None:
             _refuse_stranger(actor, base)
+            if url.startswith(S3):
+                permit(actor, Role.ADMIN)  # workers read there with the registry's own credentials
             session.add(BaseLocation(base_digest=base.digest, url=url))
             session.flush()
             audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after={"location": url})

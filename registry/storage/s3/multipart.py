@@ -1,7 +1,7 @@
 """Uploads in parts, each part by a request of its own."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
@@ -60,10 +60,11 @@ class Parts:
             raise
         return parts
 
-    def join(self, upload: dict[str, str], there: Stored) -> None:
-        """Assembles the parts; does nothing if the upload is already completed."""
+    def join(self, upload: dict[str, str], there: Stored, naming: Sequence[str] = _NAMING) -> None:
+        """Assembles the parts; does nothing if the upload is already completed. `naming` are the fields that identify
+        a part."""
         parts = [
-            {"PartNumber": number, **{key: there[number][key] for key in _NAMING if key in there[number]}}
+            {"PartNumber": number, **{key: there[number][key] for key in naming if key in there[number]}}
             for number in sorted(there)
         ]
         try:

@@ -221,7 +221,7 @@ class StoreProbe:
                 upload = None
             return self._bucket.head(named) is not None
         except (NotFound, Unavailable) as error:
-            if isinstance(error.__cause__, ClientError) and _is_refusal(error.__cause__):
+            if isinstance(error.__cause__, ClientError) and is_refusal(error.__cause__):
                 return False
             raise
         finally:
@@ -248,11 +248,15 @@ class StoreProbe:
         return True
 
 
-def _is_refusal(error: ClientError) -> bool:
-    """Distinguishes a store that refuses from one that fails."""
+def status_of(error: ClientError) -> int:
+    """The HTTP status of the store's response; 500 without one."""
     response: Any = error.response
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-    return status < 500 or status == NOT_IMPLEMENTED
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+
+
+def is_refusal(error: ClientError) -> bool:
+    """Distinguishes a store that refuses from one that fails."""
+    return status_of(error) < 500 or status_of(error) == NOT_IMPLEMENTED
 
 
 def _with_another_end(headers: Mapping[str, str]) -> Iterator[Headers]:

@@ -14,6 +14,7 @@ from registry.storage.blobs import BlobStat, Reader
 from registry.storage.s3.bucket import Bucket, code_of, open_bucket, translate_store_errors
 from registry.storage.s3.probe import FactsRecord
 from registry.storage.s3.uploads import S3Arrivals
+from registry.storage.s3.writer import CopySupport, S3Writer
 
 _PLAIN = {
     "ResponseContentEncoding": "identity",
@@ -32,6 +33,7 @@ class S3Store:
         self._bucket: Bucket = open_bucket(storage)
         self._client: Any = self._bucket.client
         self._arrivals = S3Arrivals(self._bucket, storage, record=record)
+        self._copying = CopySupport()
 
     @property
     def arrivals(self) -> S3Arrivals:
@@ -69,6 +71,9 @@ class S3Store:
         if move:
             source.unlink()
         return stat
+
+    def begin_write(self, size_bytes: int) -> S3Writer:
+        return S3Writer(self._bucket, size_bytes, self._copying)
 
     def url(self, sha256: Digest, expires_s: int, disposition: str | None = None) -> str | None:
         named = {"ResponseContentDisposition": disposition} if disposition is not None else {}

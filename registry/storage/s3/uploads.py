@@ -5,8 +5,6 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from boto3.s3.transfer import TransferConfig  # pyright: ignore[reportMissingTypeStubs]
-
 from registry.errors import Conflict, Invalid
 from registry.formats.references import Digest
 from registry.settings import S3Storage
@@ -14,8 +12,8 @@ from registry.storage.blobs import BlobStat, IncomingUpload, Part, Put
 from registry.storage.s3.bucket import NO_HEADERS, Bucket, translate_store_errors
 from registry.storage.s3.multipart import Parts, checksum
 from registry.storage.s3.probe import NEVER, PROBE, STALE_S, FactsRecord, StoreProbe
+from registry.storage.s3.writer import INCOMING, LARGE_COPY
 
-INCOMING = "incoming/"
 UNCHECKED = ".lfs"
 """Ending of the key of an upload that comes without headers."""
 CHECKED = "sha256:"
@@ -23,8 +21,6 @@ CHECKED = "sha256:"
 _MAX_PARTS = 10_000
 _MIB = 1 << 20
 _BLOCK_BYTES = 1 << 20
-_LARGE_COPY = TransferConfig(multipart_threshold=5 * 1024 * _MIB, multipart_chunksize=1024 * _MIB)
-"""S3 copies at most 5 GiB in one request."""
 
 
 class S3Arrivals:
@@ -203,7 +199,7 @@ class S3Arrivals:
         }
         with translate_store_errors(arrival.sha256):
             self._client.copy(
-                self._incoming(arrival), named["Bucket"], named["Key"], ExtraArgs=condition, Config=_LARGE_COPY
+                self._incoming(arrival), named["Bucket"], named["Key"], ExtraArgs=condition, Config=LARGE_COPY
             )
 
     def _check_digest(self, arrival: IncomingUpload, etag: str) -> None:

@@ -16,6 +16,7 @@ from composer.deltas.delta import Layout, LowRank
 from composer.deltas.variants.load import LoadedAdapter
 from composer.findings import Severity
 from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.checkpoints.files import LocalFile
 from composer.formats.checkpoints.header import read_header
 from composer.merge.io.source import Source
 from tests.composer.small_model import dense, save_llama, scaled
@@ -115,9 +116,8 @@ def test_the_largest_singular_value_is_numpys(
         B=torch.zeros(shape[0], 1),
         scale=1.0,
     )
-    with path.open("rb") as file:
-        source = Source(file.fileno(), read_header(path).tensors["weight"], shape[1])
-        largest = amplification.largest_singular_value(amplification.BaseWeight("m", source, [(delta, 1.0)]))
+    source = Source(LocalFile(path), read_header(path).tensors["weight"], shape[1])
+    largest = amplification.largest_singular_value(amplification.BaseWeight("m", source, [(delta, 1.0)]))
     exact = np.linalg.svd(W.double().numpy(), compute_uv=False)[0]
     assert exact * 0.99 <= largest <= exact * (1 + 1e-5)
 

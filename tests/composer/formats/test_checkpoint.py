@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from composer.errors import ComposerError, InvalidFile, NotSupported
 from composer.formats.checkpoints.checkpoint import local_directory, open_checkpoint
+from composer.formats.checkpoints.files import local_file
 from tests.composer.tiny import MakeModel, tensors_in
 
 
@@ -18,8 +19,8 @@ def test_a_sharded_and_a_single_checkpoint_have_the_same_architecture(make_model
     assert len(sharded.shards) > 2
     assert list(single.shards) == ["model.safetensors"]
     assert sharded.architecture == single.architecture
-    path, entry = sharded.locate("model.norm.weight")
-    assert entry.name in load_file(path)
+    file, entry = sharded.locate("model.norm.weight")
+    assert entry.name in load_file(local_file(file).path)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

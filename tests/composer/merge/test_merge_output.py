@@ -295,7 +295,7 @@ def test_a_file_system_that_shares_blocks_is_asked_to_and_nothing_is_copied_then
     run_merge(plan, tmp_path / "cloned", device=DEVICE)
     untouched = [shard for shard in plan.shards if not shard.rewritten]
     assert sorted(cloned) == sorted(shard.size_bytes for shard in untouched)
-    assert {part.path for part in copied}.isdisjoint({shard.path for shard in untouched})
+    assert {part.file for part in copied}.isdisjoint({shard.source for shard in untouched})
     for file in plan.checkpoint.shards:
         assert (tmp_path / "cloned" / file).read_bytes() == (tmp_path / "copied" / file).read_bytes()
 

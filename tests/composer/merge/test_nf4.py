@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from composer.errors import InvalidFile
+from composer.formats.checkpoints.files import LocalFile
 from composer.formats.checkpoints.header import TensorEntry, read_header
 from composer.formats.checkpoints.quantized import is_part, nf4_weights
 from composer.merge.quantized import nf4
@@ -22,8 +23,8 @@ class OneFile:
     def __init__(self, path: Path) -> None:
         self._path, self.tensors = path, read_header(path).tensors
 
-    def locate(self, name: str) -> tuple[Path, TensorEntry]:
-        return self._path, self.tensors[name]
+    def locate(self, name: str) -> tuple[LocalFile, TensorEntry]:
+        return LocalFile(self._path), self.tensors[name]
 
 
 @pytest.mark.parametrize("name", ["nested.weight", "plain.weight"])

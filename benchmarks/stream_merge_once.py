@@ -1,0 +1,112 @@
+"""One merge of a base into blobs of an S3 store, in its own process:
+`python -m benchmarks.stream_merge_once HOW ENDPOINT PREFIX WORK BASE ADAPTER`.
+
+Prints JSON: seconds without imports, requests to the store, bytes that the store copied itself, and the sha256 of each
+file of weights.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from composer.deltas.tensors import torch_device
+from composer.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from composer.formats.checkpoints.files import StoredFile
+from composer.formats.checkpoints.hashing import hash_file, verify_checkpoint, weights_digest
+from composer.merge.chunks import Rewriter
+from composer.merge.plan import plan_merge
+from composer.merge.run import run_merge
+from composer.merge.stream import Origin, stream_shard
+from registry.formats.references import Digest
+from registry.formats.s3_address import S3Address
+from registry.settings import S3Storage
+from registry.storage.blobs import BlobWriter
+from registry.storage.s3 import checkpoint as remote
+from registry.storage.s3.store import S3Store
+from tests.s3_server import BUCKET
+
+Result = dict[str, object]
+BASE = "base"
+"""The prefix of the base below that of the store."""
+
+
+class Sink:
+    def __init__(self, writer: BlobWriter) -> None:
+        self.writer = writer
+
+    def write(self, block: memoryview, origin: Origin | None) -> None:
+        source: StoredFile | None = origin.file if origin else None
+        self.writer.write(block, source, origin.offset if origin else 0)
+
+
+def merged(base: Checkpoint, adapter: Path, store: S3Store, work: Path, digest: str) -> Result:
+    """On the disk, then uploaded, as a composition does with a base that is on this machine."""
+    verify_checkpoint(base, digest)
+    plan = plan_merge(base, [(adapter, 1.0)])
+    run_merge(plan, work / "merged")
+    digests: dict[str, str] = {}
+    for path in sorted((work / "merged").glob("*.safetensors")):
+        digests[path.name] = hash_file(path)
+        store.put(Digest(digests[path.name]), path)
+    return {"files": digests, "server_copied": 0}
+
+
+def streamed(address: S3Address, storage: S3Storage, adapter: Path, store: S3Store, work: Path, digest: str) -> Result:
+    base = remote.open_remote_checkpoint(storage, address, work / "texts")
+    plan = plan_merge(base, [(adapter, 1.0)])
+    rewriter = Rewriter(torch_device("auto"), plan.rounding)
+    digests: dict[str, str] = {}
+    hashes: dict[str, str] = {}
+    copied = 0
+    for shard in plan.shards:
+        writer = store.begin_write(shard.size_bytes)
+        made = stream_shard(plan, shard, Sink(writer), rewriter)
+        writer.finish(Digest(made.sha256))
+        digests[shard.file], copied = made.sha256, copied + writer.copied_bytes
+        hashes |= made.tensor_hashes
+    tensors = base.architecture.tensors.items()
+    assert weights_digest((name, spec.dtype, spec.shape, hashes[name]) for name, spec in tensors) == digest
+    return {"files": digests, "server_copied": copied}
+
+
+def main() -> None:
+    how, endpoint, prefix, work, base, adapter, digest = sys.argv[1:]
+    storage = S3Storage(kind="s3", bucket=BUCKET, prefix=f"{prefix}/", endpoint_url=endpoint)
+    address = S3Address(BUCKET, f"{prefix}/{BASE}")
+    requests: Counter[str] = Counter()
+    open_bucket = remote.open_bucket
+
+    def counted(settings: S3Storage) -> object:
+        bucket = open_bucket(settings)
+        _count(bucket.client, requests)
+        return bucket
+
+    remote.open_bucket = counted  # pyright: ignore[reportAttributeAccessIssue]
+    store = S3Store(storage)
+    _count(store._client, requests)
+    started, given = time.perf_counter(), Path(work)
+    if how == "streamed":
+        result = streamed(address, storage, Path(adapter), store, given, digest)
+    else:
+        directory = Path(base)
+        if how == "downloaded":
+            directory = remote.download_checkpoint(storage, address, given / "cache", 1 << 40)
+        result = merged(open_checkpoint(directory), Path(adapter), store, given, digest)
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "requests": requests.total(), "by": requests, **result}))
+
+
+def _count(client: object, requests: Counter[str]) -> None:
+    def note(model: object, **_: object) -> None:
+        requests[getattr(model, "name", "")] += 1
+
+    events: Mapping[str, object] = {"before-call.s3": note}
+    for name, handler in events.items():
+        client.meta.events.register(name, handler)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+if __name__ == "__main__":
+    main()

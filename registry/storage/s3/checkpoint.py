@@ -1,0 +1,110 @@
+"""Checkpoints in a bucket: opened where they are, or downloaded."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from composer.errors import InvalidFile
+from composer.formats.checkpoints.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
+from composer.formats.checkpoints.files import read_range
+from composer.formats.checkpoints.staging import is_side_file, staged_directory
+from registry.errors import Invalid
+from registry.formats.s3_address import S3Address
+from registry.settings import S3Storage, Storage
+from registry.storage.s3.bucket import Bucket, open_bucket
+from registry.storage.s3.objects import S3File, list_files, open_file
+
+_TEXTS = ("config.json", INDEX_FILE)
+_TEXTS_BYTES = 256 << 20
+"""The most that is fetched besides weights."""
+_WEIGHTS = ".safetensors"
+_BLOCK_BYTES = 8 << 20
+_PARALLEL = 8
+_HEADER_SHARE, _HEADER_BYTES = 1.1, 100 << 20
+"""What files may be larger than the tensors in them, besides texts."""
+
+
+def location_bucket(storage: Storage, address: S3Address) -> Bucket:
+    """The bucket at the address, in the service of the configured store and with its credentials; with a store in a
+    directory, in the service that boto3's own settings name."""
+    known = storage if isinstance(storage, S3Storage) else S3Storage(bucket=address.bucket)
+    return open_bucket(known.model_copy(update={"bucket": address.bucket, "prefix": f"{address.prefix}/"}))
+
+
+def open_remote_checkpoint(storage: Storage, address: S3Address, directory: Path) -> Checkpoint:
+    """Opens the checkpoint at the address. Its small files are fetched into the directory; of its weights only the
+    headers are read.
+
+    Raises what `open_checkpoint` raises, Invalid for too many or too large files, and Unavailable.
+    """
+    files = _files_at(location_bucket(storage, address))
+    texts = [file for file in files.values() if not file.name.endswith(_WEIGHTS)]
+    if sum(file.size_bytes for file in texts) > _TEXTS_BYTES:
+        raise InvalidFile(
+            "too_large",
+            f"{address} has more than {_TEXTS_BYTES:,} bytes besides its weights.",
+            subject=str(address),
+            next_step="Name the prefix of a checkpoint: its other files are small.",
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in texts:
+        _fetch(directory, file)
+    return open_checkpoint(directory, weights={name: file for name, file in files.items() if name.endswith(_WEIGHTS)})
+
+
+def download_checkpoint(storage: Storage, address: S3Address, cache: Path, at_most_bytes: int) -> Path:
+    """The checkpoint at the address below `cache`, complete. One that is there is downloaded again only after a change.
+
+    `at_most_bytes` is the size of its tensors: raises Invalid before a download of more than that, and Unavailable.
+    """
+    files = _files_at(location_bucket(storage, address))
+    total = sum(file.size_bytes for file in files.values())
+    if total > at_most_bytes * _HEADER_SHARE + _HEADER_BYTES + _TEXTS_BYTES:
+        raise Invalid(
+            "too_large",
+            f"{address} has {total:,} bytes, and the base's tensors have {at_most_bytes:,}.",
+            subject=str(address),
+            next_step="It is not this base: correct the location.",
+        )
+    home = cache / _digest(str(address))
+    directory = home / _digest(*(f"{name} {file.size_bytes} {file.etag}" for name, file in sorted(files.items())))
+    if not directory.is_dir():
+        home.mkdir(parents=True, exist_ok=True)
+        key = _digest(directory.name)[:12]
+        with staged_directory(directory, total, key) as staging, ThreadPoolExecutor(_PARALLEL, "download") as pool:
+            list(pool.map(partial(_fetch, staging), files.values()))
+        for other in home.iterdir():
+            if other != directory:
+                shutil.rmtree(other, ignore_errors=True)
+    return directory
+
+
+def _files_at(bucket: Bucket) -> Mapping[str, S3File]:
+    """The files of a checkpoint: its weights, and what accompanies them."""
+    names = [name for name, size in list_files(bucket).items() if _belongs(name, size)]
+    with ThreadPoolExecutor(_PARALLEL, "open") as pool:
+        opened = pool.map(partial(open_file, bucket), names)
+        return {name: file for name, file in zip(names, opened, strict=True) if file is not None}
+
+
+def _belongs(name: str, size_bytes: int) -> bool:
+    return name in _TEXTS or is_side_file(name, size_bytes) or (name.endswith(_WEIGHTS) and not name.startswith("."))
+
+
+def _fetch(directory: Path, file: S3File) -> None:
+    with (directory / file.name).open("wb") as copy:
+        for block in _blocks(file):
+            copy.write(block)
+
+
+def _blocks(file: S3File) -> Iterator[bytearray]:
+    for begin in range(0, file.size_bytes, _BLOCK_BYTES):
+        yield read_range(file, begin, min(file.size_bytes, begin + _BLOCK_BYTES))
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32]

@@ -1,0 +1,244 @@
+"""Writes an object whose digest is known only at its end: in parts that are uploaded, or copied from another object.
+
+Parts go to a key of their own below `incoming/`. The finished object is copied to the key of its blob by the store. A
+crash leaves parts or an object there, which `sweep` removes.
+"""
+
+import logging
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Semaphore
+from typing import Any
+
+from boto3.s3.transfer import TransferConfig  # pyright: ignore[reportMissingTypeStubs]
+from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
+
+from composer.formats.checkpoints.files import StoredFile, read_range
+from registry.errors import Unavailable
+from registry.formats.references import Digest
+from registry.storage.blobs import BlobStat
+from registry.storage.s3.bucket import Bucket, code_of, translate_store_errors
+from registry.storage.s3.multipart import Parts, Stored
+from registry.storage.s3.objects import CHANGED, S3File
+from registry.storage.s3.probe import is_refusal, status_of
+
+log = logging.getLogger(__name__)
+
+INCOMING = "incoming/"
+_MIB = 1 << 20
+LARGE_COPY = TransferConfig(multipart_threshold=5 * 1024 * _MIB, multipart_chunksize=1024 * _MIB)
+"""S3 copies at most 5 GiB in one request."""
+_COPY_IN_PARTS = TransferConfig(multipart_threshold=256 * _MIB, multipart_chunksize=256 * _MIB)
+"""Several gigabytes in one request take longer than some stores, or we, wait for an answer."""
+LEAST_BYTES = 5 * _MIB
+"""The least that S3 takes as a part, but for the last one."""
+_USUAL_BYTES, _LARGEST_BYTES, _USUAL_PARTS = 16 * _MIB, 64 * _MIB, 200
+_MAX_PARTS = 9_000  # of 10,000: the last one may be small
+_IN_FLIGHT = 4
+_MISSING = 404
+_NAMING = ("ETag", "ChecksumCRC32", "ChecksumCRC32C", "ChecksumCRC64NVME", "ChecksumSHA1", "ChecksumSHA256")
+"""What a store says of a part, and wants back when the parts are joined."""
+_Sent = tuple[dict[str, Any], int]
+"""What the store says of a part, and how many of its bytes it copied itself."""
+_Send = Callable[[dict[str, str]], _Sent]
+
+
+@dataclass(slots=True)
+class CopySupport:
+    """Whether the store copies ranges of objects as parts (UploadPartCopy): until it refuses one, it is asked to."""
+
+    works: bool = True
+
+    def refused(self, error: ClientError) -> None:
+        if self.works:
+            log.warning("The blob store does not copy ranges of objects, which are uploaded instead: %s", error)
+        self.works = False
+
+
+@dataclass(slots=True)
+class _Run:
+    """Bytes that can be copied. `kept` are the first of them, until they are enough for a part."""
+
+    source: S3File
+    begin: int
+    size_bytes: int = 0
+    kept: bytearray = field(default_factory=bytearray)
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.size_bytes
+
+
+class S3Writer:
+    """A `BlobWriter`. At most four parts are on their way at once, and in memory."""
+
+    def __init__(self, bucket: Bucket, size_bytes: int, copying: CopySupport) -> None:
+        self._bucket, self._client, self._copying = bucket, bucket.client, copying
+        self._named = bucket.object(f"{INCOMING}{uuid.uuid4().hex}")
+        self._parts = Parts(bucket)
+        self._upload: dict[str, str] | None = None
+        self._least = max(LEAST_BYTES, -(-size_bytes // _MAX_PARTS))
+        self._part_bytes = max(min(max(_USUAL_BYTES, size_bytes // _USUAL_PARTS), _LARGEST_BYTES), self._least)
+        self._pool = ThreadPoolExecutor(_IN_FLIGHT, "part")
+        self._room = Semaphore(_IN_FLIGHT)
+        self._sent: list[Future[_Sent]] = []
+        self._pending = bytearray()
+        self._run: _Run | None = None
+        self._size_bytes = 0
+        self.copied_bytes = 0
+
+    def write(self, block: memoryview, source: StoredFile | None = None, offset: int = 0) -> None:
+        self._size_bytes += block.nbytes
+        if not isinstance(source, S3File) or not self._can_copy(source):
+            self._end_run()
+            self._append(block)
+            return
+        if self._run is None or (self._run.source, self._run.end) != (source, offset):
+            self._end_run()
+            # What is uploaded before must be large enough for a part of its own.
+            lead = min(block.nbytes, max(0, self._least - len(self._pending))) if self._pending else 0
+            self._append(block[:lead])
+            if lead == block.nbytes:
+                return
+            block, offset = block[lead:], offset + lead
+            self._run = _Run(source, offset)
+        self._extend(self._run, block)
+
+    def finish(self, sha256: Digest) -> BlobStat:
+        self._end_run()
+        named = self._bucket.blob(sha256)
+        try:
+            if self._upload is None:
+                if self._bucket.head(named) is None:
+                    with translate_store_errors(sha256):
+                        self._client.put_object(**named, Body=bytes(self._pending))
+            else:
+                self._join(named, sha256)
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        head = self._bucket.head(named)
+        if head is None or head["ContentLength"] != self._size_bytes:
+            raise Unavailable(
+                "store_wrong", f"The store did not keep all of {sha256}.", subject=sha256, next_step="Write it again."
+            )
+        self._discard()
+        return BlobStat(sha256, head["ContentLength"], head["LastModified"])
+
+    def abort(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._discard()
+
+    def _can_copy(self, source: S3File) -> bool:
+        same = source.bucket.client.meta.endpoint_url == self._client.meta.endpoint_url
+        return same and self._copying.works
+
+    def _append(self, block: memoryview | bytearray) -> None:
+        left = memoryview(block)
+        while left.nbytes:
+            taken = left[: self._part_bytes - len(self._pending)]
+            self._pending += taken
+            left = left[taken.nbytes :]
+            if len(self._pending) == self._part_bytes:
+                self._flush()
+
+    def _extend(self, run: _Run, block: memoryview) -> None:
+        run.kept += block[: max(0, self._least - len(run.kept))]
+        run.size_bytes += block.nbytes
+        if run.size_bytes >= max(_LARGEST_BYTES, self._least):
+            self._end_run()
+            self._run = _Run(run.source, run.end)
+
+    def _end_run(self) -> None:
+        """Copies the run, or uploads one that is too short for a part."""
+        run, self._run = self._run, None
+        if run is None or not run.size_bytes:
+            return
+        if run.size_bytes < self._least:
+            self._append(run.kept)
+            return
+        self._flush()
+        number = len(self._sent) + 1
+        self._start(lambda upload: self._copy_part(upload, number, run))
+
+    def _flush(self) -> None:
+        content, self._pending = self._pending, bytearray()
+        if content:
+            number = len(self._sent) + 1
+            self._start(lambda upload: (self._put_part(upload, number, content), 0))
+
+    def _start(self, send: _Send) -> None:
+        """Sends the next part once there is room. Raises what an earlier one raised."""
+        if self._upload is None:
+            with translate_store_errors(self._named["Key"]):
+                self._upload = {**self._named, "UploadId": self._parts.begin(self._named, checked=False)}
+        upload = self._upload
+        self._room.acquire()
+
+        def run() -> _Sent:
+            try:
+                with translate_store_errors(self._named["Key"]):
+                    return send(upload)
+            finally:
+                self._room.release()
+
+        for sent in self._sent[-2 * _IN_FLIGHT :]:
+            if sent.done():
+                sent.result()
+        self._sent.append(self._pool.submit(run))
+
+    def _put_part(self, upload: dict[str, str], number: int, content: bytearray) -> dict[str, Any]:
+        return self._client.upload_part(**upload, PartNumber=number, Body=content)
+
+    def _copy_part(self, upload: dict[str, str], number: int, run: _Run) -> _Sent:
+        if self._copying.works:
+            try:
+                answer = self._client.upload_part_copy(
+                    **upload,
+                    PartNumber=number,
+                    CopySource=run.source.named,
+                    CopySourceIfMatch=run.source.etag,
+                    CopySourceRange=f"bytes={run.begin}-{run.end - 1}",
+                )
+            except ClientError as error:
+                if code_of(error) in CHANGED:
+                    raise run.source.changed() from error
+                if not is_refusal(error) or status_of(error) == _MISSING:
+                    raise
+                self._copying.refused(error)
+            else:
+                return answer["CopyPartResult"], run.size_bytes
+        return self._put_part(upload, number, read_range(run.source, run.begin, run.end)), 0
+
+    def _join(self, named: dict[str, str], sha256: Digest) -> None:
+        """Joins the parts, and lets the store copy the object to its blob's key."""
+        self._flush()
+        stored: Stored = {}
+        for number, sent in enumerate(self._sent, start=1):
+            said, copied = sent.result()
+            stored = {**stored, number: said}
+            self.copied_bytes += copied
+        with translate_store_errors(sha256):
+            self._parts.join(self._upload or {}, stored, _NAMING)
+            self._upload = None
+            if self._bucket.head(named) is None:
+                self._copy_to(named)
+
+    def _copy_to(self, named: dict[str, str]) -> None:
+        if self._copying.works:
+            try:
+                self._client.copy(self._named, named["Bucket"], named["Key"], Config=_COPY_IN_PARTS)
+            except ClientError as error:
+                if not is_refusal(error):
+                    raise
+                self._copying.refused(error)
+            else:
+                return
+        self._client.copy(self._named, named["Bucket"], named["Key"], Config=LARGE_COPY)
+
+    def _discard(self) -> None:
+        with translate_store_errors(self._named["Key"]):
+            if self._upload is not None:
+                self._parts.abort(self._upload)
+            self._client.delete_object(**self._named)

@@ -1,0 +1,42 @@
+"""Finds the checkpoint of a base: on this machine, downloaded to it, or where it is in a bucket."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from composer.formats.checkpoints.checkpoint import Checkpoint
+from registry.errors import Invalid, NotFound
+from registry.formats.s3_address import SCHEME, parse_s3_address
+from registry.hub_client import bases as hub_bases
+from registry.settings import Settings
+
+
+def find_base(settings: Settings, locations: Sequence[str], size_bytes: int) -> tuple[Path | None, list[str]]:
+    """A base's checkpoint on this machine, downloaded if it is not there yet; or None, and why no location gives one.
+    `size_bytes` is the size of its tensors, which bounds a download. Raises Unavailable if a bucket does not answer."""
+    directory, reasons = hub_bases.find_base(locations, size_bytes)
+    for url in in_buckets(locations) if directory is None else ():
+        from registry.storage.s3.checkpoint import download_checkpoint  # boto3 is loaded where it is used
+
+        try:
+            return download_checkpoint(settings.storage, parse_s3_address(url), _cache(settings), size_bytes), []
+        except (Invalid, NotFound) as error:
+            reasons.append(error.detail)
+    return directory, reasons
+
+
+def in_buckets(locations: Sequence[str]) -> list[str]:
+    """The locations that are in a bucket."""
+    return [url for url in locations if url.startswith(SCHEME)]
+
+
+def open_in_bucket(settings: Settings, location: str, directory: Path) -> Checkpoint:
+    """Opens the checkpoint at an s3:// location, whose weights stay there; its small files go into a directory below
+    `directory`."""
+    from registry.storage.s3.checkpoint import open_remote_checkpoint
+
+    address = parse_s3_address(location)
+    return open_remote_checkpoint(settings.storage, address, directory / address.name)
+
+
+def _cache(settings: Settings) -> Path:
+    return settings.home_directory / "cache" / "bases"

@@ -1,0 +1,258 @@
+"""Merges into the store, shard by shard: by units that need no database and no disk for a checkpoint.
+
+plan    which shards there are: from the base's headers and the adapters
+shard   one shard, streamed from the base to a blob; it reads every tensor of the base's file, and returns their hashes
+texts   the small files beside the weights, once all shards are there
+
+Together the hashes prove which base was merged, before anything is published.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from composer.errors import Mismatch
+from composer.formats.checkpoints.checkpoint import local_directory
+from composer.formats.checkpoints.files import StoredFile
+from composer.formats.checkpoints.hashing import hash_file, weights_digest
+from composer.formats.recipes.rounding import Rounding
+from composer.formats.recipes.weights import parse_weight
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest, parse_reference
+from registry.hub_client.address import SCHEME as HUB
+from registry.storage.blobs import BlobWriter
+from registry.transfer import uploads
+from registry.transfer.bases import in_buckets, open_in_bucket
+from registry.transfer.publishing import materialise
+from registry.worker.composition import CompositionRun, ProgressCount, creator
+from registry.worker.engine.protocol import Needs
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
+from registry.worker.node_models import base_hints, everywhere, from_rows, opened_checkpoint, to_rows
+from registry.worker.runner import JobRun
+
+if TYPE_CHECKING:
+    from composer.merge.plan import MergePlan
+    from composer.merge.shards import Written
+    from composer.merge.stream import Origin, StreamedShard
+
+MEMORY_BYTES = 1 << 30
+"""Of a shard's unit: what is read ahead, parts under way, and the factors of a few tensors."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredModel:
+    """A merged model whose files are blobs, and the merge's report."""
+
+    files: Sequence[ManifestFile]
+    report: Row
+
+
+def is_streamed(held: JobRun, work: CompositionRun) -> bool:
+    """Whether the merge is made by units, into the store. One whose model suites load is made on this host's disk; so
+    is one in this process, unless its base is only in a bucket."""
+    if work.evaluated and not work.recipe.adapter:
+        return False
+    if held.engine.spreads:
+        return True
+    near = local_directory(work.locations) is not None or any(url.startswith(HUB) for url in work.locations)
+    return not near and not work.settings.pipeline.fitted and bool(in_buckets(work.locations))
+
+
+def stored_model(held: JobRun, work: CompositionRun, adapter: Sequence[ManifestFile]) -> StoredModel:
+    """The merged model, made by the units that have not ended yet. `adapter` has the files of a fitted adapter, which
+    the model is made from.
+
+    Raises Mismatch unless all that the units have read is the locked base, and what the units raise.
+    """
+    started = monotonic()
+    merge = _content(work, adapter)
+    hints = base_hints(work.locations, work.base_bytes)
+    needs = Needs(memory_bytes=MEMORY_BYTES, base=None if everywhere(hints) else work.lock.base)
+    ((_, plan),) = held.engine.map(PLAN, [Unit(name="plan", content=merge, hints=hints)], needs, held.check)
+    count = ProgressCount(held, "bytes", sum(shard["size_bytes"] for shard in plan["shards"]))
+    units = [
+        Unit(name=shard["file"], content={**merge, "file": shard["file"]}, hints=hints)
+        # The longest first: one begun last would leave the other nodes idle.
+        for shard in sorted(plan["shards"], key=lambda shard: -shard["rewritten_bytes"])
+    ]
+    rows: dict[str, Row] = {}
+    for unit, row in held.engine.map(SHARD, units, needs, count):
+        _register(held, work, [file_of(row)])
+        rows[unit.name] = row
+        count.reached(sum(row["size_bytes"] for row in rows.values()))
+    ordered = [rows[shard["file"]] for shard in plan["shards"]]
+    refuse_other_base(work, ordered)
+    shards = held.engine.share(json.dumps(ordered, sort_keys=True).encode())
+    content = {**merge, "shards": shards, "note": work.note}
+    ((_, texts),) = held.engine.map(TEXTS, [Unit(name="texts", content=content, hints=hints)], needs, held.check)
+    small = from_rows(texts["files"])
+    _register(held, work, small)
+    report = {**texts["report"], "seconds": monotonic() - started}
+    return StoredModel(files=[*(file_of(row) for row in ordered), *small], report=report)
+
+
+def refuse_other_base(work: CompositionRun, rows: Iterable[Row]) -> None:
+    """Raises Mismatch unless all bytes that the shards have read are the locked base's."""
+    hashes = {name: digest for row in rows for name, digest in row["tensor_hashes"].items()}
+    tensors = work.architecture.tensors.items()
+    table = ((name, spec.dtype, spec.shape, hashes.get(name, "")) for name, spec in tensors)
+    if weights_digest(table) != work.lock.base:
+        locations = ", ".join(work.locations)
+        raise Mismatch(
+            "base_changed",
+            f"The files at {locations} do not have the weights of the base {work.lock.base[:12]}.",
+            subject=work.lock.base,
+            next_step="Restore them, or register their current content as another base.",
+        )
+
+
+def file_of(row: Mapping[str, Any]) -> ManifestFile:
+    """A shard's row as a file of a release."""
+    return ManifestFile(row["file"], row["size_bytes"], Digest(row["sha256"]))
+
+
+def _content(work: CompositionRun, adapter: Sequence[ManifestFile]) -> Row:
+    """What determines the merge's bytes."""
+    lock = work.lock
+    how: Row = {"base": lock.base, "dtype": lock.dtype, "rounding": asdict(lock.rounding) if lock.rounding else None}
+    if work.settings.pipeline.fitted:  # reuse the fitted factors: another fit would differ in the last bits
+        members = [{"name": work.adapter_directory.name, "weight": 1.0, "files": to_rows(adapter)}]
+        return {**how, "method": "stack", "settings": None, "members": members}
+    members = [
+        {"name": locked.commit, "weight": locked.weighted.to_json(), "files": to_rows(files)}
+        for locked, files in zip(lock.inputs, work.files, strict=True)
+    ]
+    return {**how, "method": lock.method, "settings": lock.settings, "members": members}
+
+
+def _register(held: JobRun, work: CompositionRun, files: Sequence[ManifestFile]) -> None:
+    """Writes the rows of blobs that units have stored, with the creator's current roles."""
+    with held.resources.read() as session:
+        actor = creator(held, session)
+    namespace = parse_reference(work.recipe.model or "").repository.namespace
+    uploads.register_stored(held.resources, actor, namespace, files)
+
+
+@dataclass(frozen=True, slots=True)
+class _StoreSink:
+    """A shard's `Sink`, in the store."""
+
+    writer: BlobWriter
+
+    def write(self, block: memoryview, origin: "Origin | None") -> None:
+        source: StoredFile | None = origin.file if origin is not None else None
+        self.writer.write(block, source, origin.offset if origin is not None else 0)
+
+
+def _planned(node: Node, unit: Unit) -> "MergePlan":
+    """The merge's plan, kept for the next shard."""
+    merge = {name: unit.content[name] for name in ("base", "dtype", "rounding", "method", "settings", "members")}
+    key = hashlib.sha256(json.dumps([merge, unit.hints], sort_keys=True).encode()).hexdigest()
+
+    def plan() -> "MergePlan":
+        from composer.merge.plan import plan_merge
+
+        directory = node.kept_directory(f"merge-{key[:16]}")
+        locations: list[str] = unit.hints["locations"]
+        if local_directory(locations) is None and (buckets := in_buckets(locations)):
+            checkpoint = open_in_bucket(node.settings, buckets[0], directory / "base")
+        else:
+            checkpoint = opened_checkpoint(node, merge["base"], unit.hints)
+        members = [(_member(node, directory, one), parse_weight(one["weight"])) for one in merge["members"]]
+        rounding = Rounding(**merge["rounding"]) if merge["rounding"] else None
+        return plan_merge(checkpoint, members, merge["method"], merge["settings"], merge["dtype"], rounding)
+
+    return node.kept("plan", key, plan)
+
+
+def _member(node: Node, directory: Path, member: Mapping[str, Any]) -> Path:
+    """An adapter's directory, whose name ends up in adaptory.json."""
+    own = directory / "inputs" / member["name"]
+    own.mkdir(parents=True, exist_ok=True)
+    materialise(node.store, from_rows(member["files"]), own)
+    return own
+
+
+def _plan(node: Node, unit: Unit, _count: Count) -> Result:
+    shards = [
+        {
+            "file": shard.file,
+            "size_bytes": shard.size_bytes,
+            "rewritten_bytes": sum(one.target.size_bytes for one in shard.tensors if not one.copied),
+        }
+        for shard in _planned(node, unit).shards
+    ]
+    return {"shards": shards}
+
+
+def _stream(node: Node, unit: Unit, count: Count) -> Result:
+    from composer.deltas.tensors import torch_device
+    from composer.merge.chunks import Rewriter
+    from composer.merge.stream import stream_shard
+
+    plan = _planned(node, unit)
+    (shard,) = (shard for shard in plan.shards if shard.file == unit.content["file"])
+    rewriter = Rewriter(torch_device("auto"), plan.rounding)
+    writer = node.store.begin_write(shard.size_bytes)
+    with uploads.aborted_on_error(writer):
+        made = stream_shard(plan, shard, _StoreSink(writer), rewriter, count)
+        writer.finish(Digest(made.sha256))
+    return {**made.to_json(), "server_copied_bytes": writer.copied_bytes}
+
+
+def _texts(node: Node, unit: Unit, _count: Count) -> Result:
+    from composer.deltas.tensors import torch_device
+    from composer.merge.run import report_of, write_texts
+    from composer.merge.stream import StreamedShard
+
+    plan = _planned(node, unit)
+    rows: list[Row] = json.loads(node.shared(unit.content["shards"]))
+    shards = [StreamedShard.from_json(row) for row in rows]
+    survivals = {name: loss for shard in shards for name, loss in shard.survivals.items()}
+    files: list[ManifestFile] = []
+    with node.scratch() as directory:
+        write_texts(plan, directory, unit.content["note"], survivals)
+        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+            digest, size_bytes = Digest(hash_file(path)), path.stat().st_size
+            files.append(ManifestFile(path.relative_to(directory).as_posix(), size_bytes, digest))
+            node.store.put(digest, path, move=True)
+    report = report_of(plan, _written(shards), "", 0.0, torch_device("auto")).to_json()
+    del report["out_dir"]
+    copied = sum(row["server_copied_bytes"] for row in rows)
+    return {"files": to_rows(files), "report": {**report, "server_copied_bytes": copied}}
+
+
+def _written(shards: Sequence["StreamedShard"]) -> "Written":
+    from composer.merge.shards import Written
+
+    survivals = {name: loss for shard in shards for name, loss in shard.survivals.items()}
+    return Written(
+        copied_bytes=sum(shard.copied_bytes for shard in shards),
+        rewritten_bytes=sum(shard.rewritten_bytes for shard in shards),
+        resumed_bytes=0,
+        verified_rows=sum(loss.rows for loss in survivals.values()),
+        survivals=survivals,
+    )
+
+
+def _holds(node: Node, files: Sequence[ManifestFile]) -> bool:
+    stored = [node.store.stat(file.sha256) for file in files]
+    return all(one and one.size_bytes == file.size_bytes for one, file in zip(stored, files, strict=True))
+
+
+def _shard_is_stored(node: Node, result: Result) -> bool:
+    return _holds(node, [file_of(result)])
+
+
+def _texts_are_stored(node: Node, result: Result) -> bool:
+    return _holds(node, from_rows(result["files"]))
+
+
+PLAN = Task(name="merge plan", version=1, run=_plan, intact=always_intact)
+SHARD = Task(name="merge shard", version=1, run=_stream, intact=_shard_is_stored)
+TEXTS = Task(name="merge texts", version=1, run=_texts, intact=_texts_are_stored)

@@ -1,0 +1,242 @@
+"""Compositions whose base is only in a bucket: merged from there into the store, and refused if it is another one."""
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from composer.formats.checkpoints.checkpoint import open_checkpoint
+from composer.formats.checkpoints.hashing import hash_checkpoint
+from composer.merge.plan import plan_merge
+from composer.merge.run import run_merge
+from registry.cli.base import base_request
+from registry.domain.access import namespaces, tokens
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import EVERYWHERE, Role
+from registry.domain.access.tokens import NewToken
+from registry.errors import NotAllowed
+from registry.worker import merging
+from registry.worker.engine.units import Count, Node, Result, Unit
+from registry.worker.merging import SHARD
+from registry.worker.runner import run_one
+from registry.worker.steps import KINDS
+from tests.composer.small_model import save_llama
+from tests.s3_server import BUCKET, S3Server
+from tests.scenarios.test_crashes import LATER, Killed, resources_of
+from tests.scenarios.test_roles_of_a_composition import asking
+from tests.scenarios.traces import api_of, home_of, traces
+from tests.scenarios.world import Cli, World
+
+RECIPE: dict[str, Any] = {
+    "inputs": [{"adapter": "acme/sql:1.0.0", "weight": 0.5}, {"adapter": "acme/support:1.0.0", "weight": 0.5}],
+    "method": "linear", "model": "acme/merged:1.0.0", "probe": 0, "gates": [],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Site:
+    """A registry whose base lies in a bucket, and nowhere else."""
+
+    cli: Cli
+    s3: S3Server
+    prefix: str
+    added: Mapping[str, Any]
+
+    @property
+    def location(self) -> str:
+        return f"s3://{BUCKET}/{self.prefix}"
+
+    def put(self, file: Path, content: bytes | None = None) -> None:
+        body = file.read_bytes() if content is None else content
+        self.s3.client().put_object(Bucket=BUCKET, Key=f"{self.prefix}/{file.name}", Body=body)
+
+    @property
+    def job(self) -> dict[str, Any]:
+        job = self.cli.json("jobs", 1)
+        return {"state": job["state"], "code": (job["error"] or {}).get("code")}
+
+    def begin(self, **changes: Any) -> int:
+        with api_of(self.cli) as api:
+            return api.post("/v1/compositions", {"recipe": RECIPE | changes, "plan": False})["id"]
+
+    def weights_on_disk(self) -> list[str]:
+        return [path.name for path in home_of(self.cli).rglob("model*.safetensors")]
+
+
+@pytest.fixture
+def site(embedded: Cli, world: World, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """With its store in a directory, the bucket is where boto3's own settings say."""
+    for name, value in {**s3.credentials, "AWS_ENDPOINT_URL": s3.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    prefix = f"bases/{uuid.uuid4().hex}/tiny"
+    site = Site(embedded, s3, prefix, {})
+    for file in world.base.iterdir():
+        site.put(file)
+    added = embedded.json("base", "add", site.location, "--name", "tiny")
+    for name in ("sql", "support"):
+        embedded.ok("push", world.adapters[name], f"acme/{name}:1.0.0", "--base", "tiny")
+    return Site(embedded, s3, prefix, added)
+
+
+def left_on_disk(site: Site) -> set[str]:
+    """The unfinished files, without the results of units that the store keeps for a week."""
+    return {path for path in traces(site.cli).work if not path.endswith(".json")}
+
+
+def merged_on_disk(world: World, out: Path) -> dict[str, bytes]:
+    """The files that a merge on a disk makes, but for the note."""
+    members = [(world.adapters[name], 0.5) for name in ("sql", "support")]
+    run_merge(plan_merge(open_checkpoint(world.base), members, "linear"), out)
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "adaptory.json"}
+
+
+def pulled(site: Site, out: Path) -> dict[str, bytes]:
+    site.cli.ok("pull", "acme/merged:1.0.0", "-o", out)
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "adaptory.json"}
+
+
+def test_a_base_in_a_bucket_is_hashed_and_merged_where_it_is(site: Site, world: World, tmp_path: Path) -> None:
+    assert site.added["digest"] == hash_checkpoint(open_checkpoint(world.base)).weights_digest
+    assert site.added["locations"] == [site.location]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    done = site.cli.json("compose", recipe)
+    assert done["merge"]["shards"] == len(list(world.base.glob("*.safetensors")))
+    assert done["merge"]["verified_rows"] > 0
+    assert pulled(site, tmp_path / "pulled") == merged_on_disk(world, tmp_path / "merged")
+    assert left_on_disk(site) == set()
+    assert set(site.weights_on_disk()) <= {"model.safetensors"}, "those that `pull` keeps"
+
+
+def test_a_base_that_suites_load_is_downloaded_once(site: Site, world: World, tmp_path: Path) -> None:
+    site.cli.ok("suite", "add", world.suites["sql"])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"evaluate": ["sql-exact"], "gates": []}))
+    site.cli.ok("compose", recipe)
+    assert pulled(site, tmp_path / "pulled") == merged_on_disk(world, tmp_path / "merged")
+    (kept,) = (home_of(site.cli) / "cache" / "bases").glob("*/*")
+    assert {path.name for path in kept.iterdir()} == {path.name for path in world.base.iterdir()}
+    changed = next(kept.glob("*.safetensors"))
+    before = changed.stat().st_mtime_ns
+    site.cli.ok("eval", "tiny", "--suite", "sql-exact", "--limit", "1")
+    assert changed.stat().st_mtime_ns == before
+
+
+CHANGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "bytes of a tensor": ("base_changed", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+    "its size": ("bad_safetensors", lambda content: content[:-1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_base_that_is_another_one_by_now_is_refused_and_nothing_is_published(
+    change: str, site: Site, world: World
+) -> None:
+    code, made = CHANGES[change]
+    site.begin()
+    file = max(world.base.glob("*.safetensors"))
+    site.put(file, made(file.read_bytes()))
+    before = traces(site.cli).releases
+    with resources_of(site.cli.environment) as resources:
+        assert run_one(resources, KINDS, "worker")
+    assert site.job["code"] == code
+    assert traces(site.cli).releases == before
+
+
+def test_an_object_that_changes_during_the_merge_is_refused_and_nothing_is_published(
+    site: Site, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.begin()
+    last = min(world.base.glob("*.safetensors"))
+
+    def changing(node: Node, unit: Unit, count: Count) -> Result:
+        row = SHARD.run(node, unit, count)
+        site.put(last, last.read_bytes()[:-1] + b"x")
+        return row
+
+    monkeypatch.setattr(merging, "SHARD", replace(SHARD, run=changing))
+    before = traces(site.cli).releases
+    with resources_of(site.cli.environment) as resources:
+        assert run_one(resources, KINDS, "worker")
+    assert site.job == {"state": "failed", "code": "inputs_changed"}
+    assert traces(site.cli).releases == before
+
+
+def test_a_killed_merge_goes_on_with_its_finished_shards_and_leaves_what_a_sweep_removes(
+    site: Site, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.begin()
+    made = list[str]()
+
+    def dying(node: Node, unit: Unit, count: Count) -> Result:
+        if len(made) == 2:
+            node.store.begin_write(10).write(memoryview(b"half"))
+            raise Killed
+        made.append(unit.name)
+        return SHARD.run(node, unit, count)
+
+    monkeypatch.setattr(merging, "SHARD", replace(SHARD, run=dying))
+    with resources_of(site.cli.environment) as resources, pytest.raises(Killed):
+        run_one(resources, KINDS, "first")
+
+    def noting(node: Node, unit: Unit, count: Count) -> Result:
+        made.append(unit.name)
+        return SHARD.run(node, unit, count)
+
+    monkeypatch.setattr(merging, "SHARD", replace(SHARD, run=noting))
+    with resources_of(site.cli.environment, LATER) as resources:
+        assert run_one(resources, KINDS, "second")
+        resources.store.sweep(resources.clock() + LATER, ())
+    assert site.job["state"] == "done"
+    assert sorted(made) == sorted(path.name for path in world.base.glob("*.safetensors")), "none was made twice"
+    assert pulled(site, tmp_path / "pulled") == merged_on_disk(world, tmp_path / "merged")
+    assert left_on_disk(site) == set()
+
+
+def test_a_merge_that_fails_leaves_nothing_in_the_store(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.begin()
+    before = traces(site.cli)
+
+    def fail(*_: object) -> None:
+        raise OSError("as the disk of the work directory")
+
+    monkeypatch.setattr("composer.merge.stream.confirm", fail)
+    with resources_of(site.cli.environment) as resources:
+        assert run_one(resources, KINDS, "worker")
+    assert site.job["code"] == "disk_error"
+    assert traces(site.cli).blobs == before.blobs
+
+
+def test_only_an_admin_of_the_registry_adds_a_location_in_a_bucket(site: Site, tmp_path: Path) -> None:
+    with resources_of(site.cli.environment) as resources:
+        host = Actor("host", resources.clock(), {EVERYWHERE: Role.ADMIN}, mints=True)
+        secrets: dict[str, str] = {}
+        with resources.write() as session:
+            for user, namespace, role in (("pia", "lab", Role.PUBLISHER), ("ada", EVERYWHERE, Role.ADMIN)):
+                namespaces.set_member(session, host, namespace, user, role)
+                _, secrets[user] = tokens.create(session, host, NewToken(user, "", {EVERYWHERE: Role.ADMIN}, None))
+        checkpoint = open_checkpoint(save_llama(tmp_path / "other", seed=9))
+        request = base_request(checkpoint, hash_checkpoint(checkpoint), "other", [], f"{site.location}-other")
+        with asking(resources, secrets["pia"]) as api:
+            with pytest.raises(NotAllowed) as refused:
+                api.post("/v1/bases", request)
+            assert refused.value.code == "role_missing"
+            assert api.post("/v1/bases", request | {"locations": ["file:///models/other"]})["locations"]
+        with asking(resources, secrets["ada"]) as api:
+            assert f"{site.location}-other" in api.post("/v1/bases", request)["locations"]
+
+
+def test_only_what_lies_right_below_the_prefix_is_read(site: Site, world: World) -> None:
+    for key in (f"{site.prefix}-secret/notes.txt", f"{site.prefix}/deeper/notes.txt", f"{site.prefix}/.env"):
+        site.s3.client().put_object(Bucket=BUCKET, Key=key, Body=b"secret")
+    recipe_id = site.begin()
+    with resources_of(site.cli.environment) as resources:
+        assert run_one(resources, KINDS, "worker")
+    assert recipe_id
+    assert site.job["state"] == "done"
+    paths = {row["path"] for row in site.cli.json("show", "acme/merged:1.0.0")["files"]}
+    assert paths == {path.name for path in world.base.iterdir()} | {"adaptory.json"}
