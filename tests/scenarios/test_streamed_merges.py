@@ -128,7 +128,7 @@ CHANGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", ["bytes of a tensor", pytest.param("its size", marks=pytest.mark.long)])
 def test_a_base_that_is_another_one_by_now_is_refused_and_nothing_is_published(
     change: str, site: Site, world: World
 ) -> None:
@@ -214,6 +214,7 @@ def test_shards_can_be_merged_anywhere_in_any_order(site: Site, world: World, tm
             merging.refuse_other_base(work, rows[1:])
 
 
+@pytest.mark.long
 def test_a_merge_that_fails_leaves_nothing_in_the_store(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     composition_id = site.begin()
     before = traces(site.cli)
