@@ -5,9 +5,6 @@ register, and a test checks every `raise` against it. A message says what to do 
 every case.
 """
 
-from collections.abc import Mapping
-from datetime import timedelta
-
 from registry.errors import (
     Conflict,
     Invalid,
@@ -43,6 +40,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "empty_completion": "Leave the example out of the suite.",
         "empty_prompt": "Leave it out.",
         "evaluation_cancelled": "Ask for it again.",
+        "device_too_small": "Start a worker on a larger device, or ask again with a lower `memory_bytes`.",
         "evolution_missing": "Install adaptory with its extra `optimize` where workers run, or leave `evolve` out.",
         "example_too_long": "Shorten the example, or leave it out.",
         "exchange_disabled": "An operator sets ADAPTORY_OIDC_AUDIENCE to the registry's address.",
@@ -54,6 +52,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "harness_differs": "Install the same version of lm-eval where workers run, with the same data.",
         "harness_missing": "Install adaptory with its extra `eval` where workers run.",
         "hub_refused": "Correct what the message names.",
+        "job_cancelled": "Ask for it again if that was a mistake.",
         "layout_peft": "Use it as it is.",
         "loha_rank": "Merge it where it was trained.",
         "lokr_factors": "Merge it where it was trained, or train with one factor.",
@@ -224,6 +223,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "unknown_setting": "docs/methods/index.md lists the settings of each method.",
         "version_ended": "Choose a version yourself: REPO:VERSION.",
         "version_missing": "Write REPO:VERSION, or --bump auto|patch|minor|major.",
+        "worker_beside_server": "Use --no-worker, and run `adaptory worker` beside the server.",
     },
     NotFound: {
         "alias_unknown": "`adaptory base list` shows the aliases; a base's own name stays.",
@@ -244,7 +244,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "job_unknown": "`adaptory jobs` lists the jobs.",
         "metric_unknown": "`adaptory eval` records nll and accuracy; a suite may state others under `metrics`.",
         "hub_route_unknown": "docs/how-to/hub.md lists what the hub API does; the REST API is under /v1.",
-        "namespace_unknown": "Check its spelling, and ADAPTORY_TOKEN.",
+        "namespace_unknown": "Check its spelling, and your token (ADAPTORY_TOKEN) or sign-in.",
         "no_match": "Promote a release to it.",
         "part_unknown": "Send the parts that POST /v1/uploads names.",
         "profile_unknown": "Name one: `adaptory profile list`.",
@@ -279,7 +279,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "name_is_revision": "Choose another repository name.",
         "output_exists": "Move it away, or choose another -o.",
         "promotion_cancelled": "Promote it again if that was a mistake.",
-        "promotion_ended": "There is nothing to cancel.",
+        "promotion_ended": "There is nothing to do; `adaptory promotion list` shows how it ended.",
         "promotion_replaced": "Look at both with `adaptory promotion list REPO@CHANNEL`.",
         "pull_running": "Wait for it, or name another directory.",
         "raced": "Run the command again.",
@@ -310,6 +310,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "force_not_allowed": "Promote without --force to see what fails.",
         "hidden_input": "Ask an administrator of their namespace.",
         "no_tokens": "On this machine: `adaptory namespace grant '*' YOU admin`, `adaptory token create --user YOU`.",
+        "engine_open": "Start the Ray cluster with RAY_AUTH_MODE=token.",
         "not_loopback": "Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
         "not_yours": "Ask its author, or an admin.",
         "other_site": "Use a page of this registry, or a client that is not a browser.",
@@ -428,7 +429,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "wrong_prefix": "Save the adapter with PEFT, or name its true base with --base.",
     },
     TooLarge: {
-        "body_too_large": "Use a token that has a role; see ADAPTORY_TOKEN.",
+        "body_too_large": "Use a token or a sign-in that has a role.",
         "file_too_large": "ADAPTORY_MAX_FILE_BYTES sets the limit.",
         "headers_too_large": "Send less, or let an operator raise ADAPTORY_MAX_HEADER_BYTES.",
         "push_too_large": "Push fewer files at a time.",
@@ -445,6 +446,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "database_unavailable": "Try again; check that the database runs.",
         "disk_error": "Check that the registry's home is writable and has space, then repeat.",
         "disk_full": "Free some space or choose another disk.",
+        "engine_node_differs": "Give every node the same version of adaptory and the same store as the workers.",
+        "engine_unavailable": "Check the Ray cluster, its token, and that the worker's host is a node of it.",
         "exchanges_busy": "Try again after the seconds in Retry-After.",
         "extra_missing": "Install adaptory with the extra that the message names.",
         "home_unusable": "Set ADAPTORY_HOME to a writable directory.",
@@ -469,11 +472,14 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "store_unavailable": "Try again.",
         "store_unfit": "Use another store, such as AWS S3, Ceph, Swift, or JuiceFS with --keep-etag.",
         "store_wrong": "Push again.",
+        "unit_failed": "Look at the last lines of its log, which the job has.",
+        "unit_lost": "Look at the node's memory and its log, then start the work again.",
         "verification": "Merge again; if it happens again, the disk is damaged.",
         "worker_lost": "Look at the worker's log, then start the work again.",
     },
     TooMany: {
         "too_many_jobs": "Wait for some of them, or cancel them: `adaptory jobs`.",
+        "too_many_streams": "Close some of them, or ask for the job itself now and then.",
         "too_many_requests": "Wait as long as Retry-After says; ADAPTORY_RATE_LIMIT sets the limit.",
         "too_many_uploads": "Send fewer at a time; ADAPTORY_MAX_CONCURRENT_UPLOADS sets the limit.",
     },
@@ -481,18 +487,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
 
 RETRYABLE = frozenset({
     "store_unavailable", "store_full", "store_busy", "blob_leaving", "database_unavailable", "database_busy",
-    "disk_full", "disk_error", "busy",
+    "disk_full", "disk_error", "busy", "hub_unavailable", "engine_node_differs", "engine_unavailable",
 })  # fmt: skip
 """Errors that pass, or that an operator fixes: a job that fails with one of them is retried."""
-ELSEWHERE: Mapping[str, timedelta] = {
-    "base_not_here": timedelta(hours=1),
-    "evolution_missing": timedelta(minutes=10),
-    "harness_differs": timedelta(minutes=10),
-    "harness_missing": timedelta(minutes=10),
-    "harness_task_unknown": timedelta(minutes=10),
-    "scorer_disabled": timedelta(minutes=10),
-    "scorer_missing": timedelta(minutes=10),
-}
-"""What this host lacks and another may have: for how long the job is left to other hosts."""
 PREFIXES: dict[str, type[RegistryError]] = {"layout_": Refused, "part_": Refused, "variant_": Refused}
 """Codes that end in a name from a file: a layout, a part or a variant of an adapter."""

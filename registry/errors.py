@@ -29,6 +29,8 @@ class RegistryError(Exception):
     title: ClassVar[str]
     family: ClassVar[str]
     """The family's name on the wire."""
+    log_lines: Sequence[str] = ()
+    """The last lines that the process logged, if it was another than this one."""
     retry_after_s: int | None = None
     """Seconds after which to retry; None if retrying is pointless. An error may set its own."""
 

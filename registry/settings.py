@@ -278,6 +278,25 @@ class SignInSettings(BaseModel):
         return [(group, *cast("tuple[str, str]", tuple(right.split(":")))) for group, _, right in parts]
 
 
+class EngineSettings(BaseModel):
+    """Where the parts of a job run: in the worker's own process, or on the nodes of a Ray cluster."""
+
+    model_config = ConfigDict(frozen=True, defer_build=True)
+    kind: Literal["local", "ray"] = "local"
+    """`local`: in the worker. `ray`: on a Ray cluster, with the extra `ray` on workers and nodes."""
+    address: str = "auto"
+    """The address of the cluster's head, such as `10.0.0.5:6379`. The worker's host must be a node of it; `auto` takes
+    the cluster whose node it is."""
+    token_path: Path | None = None
+    """A file with the cluster's token; without one, `RAY_AUTH_TOKEN` or Ray's own file."""
+    insecure: bool = False
+    """Use a cluster without tokens: everybody who reaches its ports can run code on all nodes."""
+    runners: int = Field(default=64, gt=0, le=10_000)
+    """Maximum processes on the cluster for one job."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where units that load a model run; `auto`: on GPUs if the cluster has any."""
+
+
 class Settings(BaseSettings):
     """Environment variables start with `ADAPTORY_`; nested fields are joined by `__` (`ADAPTORY_STORAGE__KIND`)."""
 
@@ -295,6 +314,8 @@ class Settings(BaseSettings):
     """Maximum open connections to PostgreSQL per process: 4 processes stay below its limit of 100."""
     storage: Storage = LocalStorage()
     """Where blobs are; the sections below have the settings of each kind."""
+    engine: EngineSettings = EngineSettings()
+    """Where the parts of a job run; the section below has its settings."""
     url: Annotated[str, AfterValidator(_http_url)] | None = None
     """The registry that the command line talks to. Without it, and without an active profile, the registry in `home` is
     opened in this process."""
@@ -354,6 +375,13 @@ class Settings(BaseSettings):
     harness_path: Path | None = None
     """A directory of YAML files of lm-evaluation-harness tasks that evaluations on this machine run, in place of those
     that come with the harness, and the code that they name."""
+    device_memory_bytes: int | None = Field(default=None, gt=0)
+    """Memory of the device of a worker: it takes no job that needs more. By default that of the first CUDA device or,
+    without one, of the host or its container. With Ray, that of the cluster's smallest GPU: units share one only if
+    this is set and has room for both."""
+    job_retention_days: float = Field(default=365.0, ge=0, le=36_500)
+    """How long `gc` keeps a job after it has ended; longer if a release was made by its composition, or a promotion
+    waited for it."""
     signing_key: Path | None = None
     """A key in PEM that signs what compositions publish, if their namespace trusts it. Workers need the private key;
     servers may have the public one, and then accept compositions where signatures are required."""
@@ -370,7 +398,8 @@ class Settings(BaseSettings):
         """Names of all environment variables that are read."""
         stores = {f"storage__{name}" for one in STORAGES for name in one.model_fields}
         sign_in = {f"sign_in__{name}" for name in SignInSettings.model_fields}
-        names = (set(cls.model_fields) - {"storage", "sign_in"}) | stores | sign_in
+        engine = {f"engine__{name}" for name in EngineSettings.model_fields}
+        names = (set(cls.model_fields) - {"storage", "sign_in", "engine"}) | stores | sign_in | engine
         return {f"ADAPTORY_{name}".upper() for name in names} | {"ADAPTORY_STORAGE"}
 
     @property

@@ -88,14 +88,14 @@ WAY = re.compile(rf"(?<=[\[-])({'|'.join(('embedded', *services.PAIRINGS))})(?=[
 
 
 SLOWEST_FIRST = (
-    "browser", "durability", "scenarios", "tutorials", "access", "fuzz", "registry",
+    "browser", "engine", "durability", "scenarios", "tutorials", "access", "fuzz", "registry",
     "wire", "deploy", "house", "examples", "composer",
 )  # fmt: skip
 """Tests that take minutes come before those that take milliseconds, which fill the time of all processes to the end."""
 
 TOGETHER = (
     *("test_pages_in_a_browser.py", "test_hub_clients.py", "test_query_plans.py", "test_search_as_a_model.py"),
-    "test_tutorials.py",
+    *("test_tutorials.py", "test_ray_engine.py", "test_ray_jobs.py"),
 )
 """What these tests share takes longer to make than the tests take: they stay in one process."""
 

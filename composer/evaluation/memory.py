@@ -29,8 +29,27 @@ def free_bytes() -> int:
     return max(0, min([psutil.virtual_memory().available, *left_by_groups(listing, _MOUNT)]))
 
 
+def device_bytes() -> int:
+    """The memory of the device that models are loaded on: of the first CUDA device or, without one, of the machine,
+    within the control groups of this process."""
+    import torch  # this module is also used without it
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    listing = _LISTING.read_text() if _LISTING.is_file() else ""
+    groups = (_limit(group, files) for group, files in _groups(listing, _MOUNT))
+    return min([psutil.virtual_memory().total, *(limit for limit in groups if limit is not None)])
+
+
 def left_by_groups(listing: str, mount: Path) -> Iterator[int]:
-    """The free bytes of each group that has a limit, among those in /proc/self/cgroup's `listing` and their parents.
+    """The free bytes of each group that has a limit, among those in /proc/self/cgroup's `listing` and their parents."""
+    for group, files in _groups(listing, mount):
+        if (left := _left(group, files)) is not None:
+            yield left
+
+
+def _groups(listing: str, mount: Path) -> Iterator[tuple[Path, _Files]]:
+    """The groups in /proc/self/cgroup's `listing`, and their parents.
 
     Inside a container the listing may name a path of the host, which is not below `mount`: the container's own group is
     then `mount` itself, which is included.
@@ -42,8 +61,16 @@ def left_by_groups(listing: str, mount: Path) -> Iterator[int]:
         root, files = (mount / "memory", _V1) if controllers else (mount, _V2)
         group = root / path.lstrip("/")
         for directory in (group, *group.parents):
-            if directory.is_relative_to(root) and (left := _left(directory, files)) is not None:
-                yield left
+            if directory.is_relative_to(root):
+                yield directory, files
+
+
+def _limit(group: Path, files: _Files) -> int | None:
+    """The group's limit; None if it does not exist or has none (`max`)."""
+    try:
+        return int((group / files.limit).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _left(group: Path, files: _Files) -> int | None:

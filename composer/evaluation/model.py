@@ -42,7 +42,7 @@ class LoadedModel:
     @property
     def passes(self) -> int:
         """Maximum number of concurrent forward passes."""
-        return 1 if self.streamed or self.device.type != "cpu" else os.cpu_count() or 1
+        return 1 if self.streamed or self.device.type != "cpu" else len(os.sched_getaffinity(0))
 
     @property
     def batch_tokens(self) -> int:

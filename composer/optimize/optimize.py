@@ -4,13 +4,13 @@ The objective, the race and the candidates were chosen by what they kept on unse
 (docs/how-to/find-a-combination.md).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
 
-from composer.conflicts.evidence.bench import Bench, Probed, Record, References, Results, Runner, not_run
+from composer.conflicts.evidence.bench import Bench, Measure, Pass, Probed, Record, References, Results, Runner, not_run
 from composer.conflicts.evidence.outcome import Outcome
 from composer.errors import Mismatch, NotSupported
 from composer.evaluation.measure import Measured
@@ -28,6 +28,8 @@ from composer.optimize.race import race
 from composer.optimize.report import Confirmed, OptimizeReport, Tried, choose
 from composer.optimize.surface import Point, proposed
 
+Spread = Callable[[Sequence[Pass]], Iterable[tuple[Pass, Sequence[Measured]]]]
+"""Runs passes beside each other, and yields each with its results as it ends. One that cannot be run is left out."""
 _BEST = 3
 _GUARDS_FROM = 4
 _SURFACE_AT, _SURFACE_ROUNDS = 4, 3
@@ -38,18 +40,21 @@ def optimize(
     given: Sequence[Candidate] = (),
     journal: Path | None = None,
     progress: Callable[[int], None] = lambda _count: None,
+    measure: Measure | None = None,
+    spread: Spread | None = None,
 ) -> OptimizeReport:
     """Searches for the best combination of the members and confirms it on examples that the search did not see.
 
     `given` are candidates to try beside the usual ones. A run with the same `journal` resumes: what was measured is not
     measured again, and the choice is the same. `progress` gets the number of examples just measured, 0 from within
-    other work, and may raise.
+    other work, and may raise. `measure` runs one pass; this process does, on the problem's base, unless it is given.
+    `spread` runs the passes of a round beside each other; the choice is the same.
 
     Raises what `Problem.check` and `encode` raise, and Mismatch or NotSupported if no candidate can be made.
     """
     problem.check()
     record = Journal(journal, problem.name) if journal else Record()
-    search = _Search(problem, Bench(Runner(problem.load, progress), record), progress)
+    search = _Search(problem, Bench(measure or Runner(problem.load, progress), record), progress, spread)
     contradictions = problem.contradictions()
     best, tried = ([], []) if contradictions else search.run(given)
     return OptimizeReport(
@@ -80,7 +85,14 @@ def expected_passes(problem: Problem, given: Sequence[Candidate] = ()) -> int:
 class _Search:
     """One search: combines, fits and measures candidates, and keeps what is needed again."""
 
-    def __init__(self, problem: Problem, bench: Bench, progress: Callable[[int], None] = lambda _count: None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        bench: Bench,
+        progress: Callable[[int], None] = lambda _count: None,
+        spread: Spread | None = None,
+    ) -> None:
+        self._spread = spread
         self.started, self.search_s = monotonic(), 0.0
         self.problem, self.limits, self.bench = problem, problem.limits, bench
         self.members = [Probed(one.adapter.name, one.adapter.deltas, 1.0, one.suite) for one in problem.members]
@@ -91,7 +103,7 @@ class _Search:
     def run(self, given: Sequence[Candidate]) -> tuple[list[Confirmed], list[Tried]]:
         """The best candidates, confirmed, and all that were tried."""
         candidates = self._candidates(given)
-        history = race(candidates, self._standing, self.problem.searched, self.limits, self._affordable)
+        history = race(candidates, self._standing, self.problem.searched, self.limits, self._affordable, self._ahead)
         if not history:
             message, step = "No combination of these members can be made.", "Serve them separately."
             raise self._failure or Mismatch("conflict_members", message, subject="members", next_step=step)
@@ -103,6 +115,7 @@ class _Search:
         chosen += [one for one in candidates if one.family == "mean" and one.key in tried and one not in chosen]
         self.search_s = monotonic() - self.started
         self.combiner.forget_inputs()
+        self._run_ahead(lambda: [self._confirmed(one, len(chosen)) for one in chosen])
         confirmed = [self._confirmed(one, len(chosen)) for one in chosen]
         return [one for one in confirmed if one is not None], [Tried.of(one, self.limits) for one in tried.values()]
 
@@ -130,6 +143,18 @@ class _Search:
             made = [self._standing(one.with_settings(result), reached) for one in full_space(len(self.members))]
             last += [one for one in made if one is not None]
         return last
+
+    def _ahead(self, candidates: Sequence[Candidate], k: int) -> None:
+        self._run_ahead(lambda: [self._standing(one, k) for one in candidates])
+
+    def _run_ahead(self, measured: Callable[[], object]) -> None:
+        """Runs the passes that `measured` is about to ask for beside each other, if they can be spread."""
+        if self._spread is None:
+            return
+        with self.bench.planning() as passes:
+            measured()
+        for one, results in self._spread(passes):
+            self.bench.add(one, results)
 
     def _affordable(self, examples: int) -> bool:
         """Whether `examples` more of every suite are within the budget, counted once for each candidate."""
@@ -170,7 +195,9 @@ class _Search:
         while len(tried) < evolve and self._affordable(_SURFACE_AT * evolution.population + reached):
             named = [(f"evolved {' '.join(f'{one:g}' for one in weights)}", weights) for weights in evolution.ask()]
             made = [weighted_sum(name, "evolved", weights) for name, weights in named]
-            generation = [self._on_surface(one.with_settings(self.problem.result_settings)) for one in made]
+            candidates = [one.with_settings(self.problem.result_settings) for one in made]
+            self._run_ahead(lambda: [self._on_surface(one) for one in candidates])  # noqa: B023 - called at once
+            generation = [self._on_surface(one) for one in candidates]
             standings = [one for one in generation if one is not None]
             if len(standings) < len(generation):
                 break

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry.api.http import problems
 from registry.api.http.callers import ActorCache
+from registry.api.http.events import EventStreams
 from registry.api.http.exchanges import AccessLog, Exchanges, Observe
 from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
 from registry.api.http.threads import UploadThreads
@@ -54,7 +55,7 @@ HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 PAGES: tuple[str, ...] = (
     "search",
     *("assets", "login", "provider", "account", "members", "catalog", "conflicts", "compose"),
-    *("jobs", "audit", "errors", "moving", "policy_form", "withdrawing", "channel", "compare", "history"),
+    *("jobs", "audit", "errors", "moving", "waiting", "policy_form", "withdrawing", "channel", "compare", "history"),
     *("release", "repository"),
 )
 """Modules of the pages, which only servers have. They come last, since they answer every path of one to three parts.
@@ -108,6 +109,7 @@ def _application(resources: Resources, *, tokens: bool) -> FastAPI:
     app.state.resources = resources
     app.state.draining = False
     app.state.uploads = UploadThreads(resources.settings.max_concurrent_uploads if tokens else None)
+    app.state.event_streams = EventStreams()
     app.state.downloads_limiter = CapacityLimiter(DOWNLOAD_THREADS)
     app.state.callers = ActorCache(resources, single_user=not tokens)
     app.state.token_exchange = TokenExchange(resources)

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import typer
 
 from registry.cli import complete, queued_evaluation, render
-from registry.cli.connect import connected, working
+from registry.cli.connect import connected, jobs_running
 from registry.cli.groups import Commands
 from registry.cli.interrupt import interrupts
 from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
@@ -197,7 +197,7 @@ def upgrade(
         body = {"old": old, "new": following, "suites": suite or [], "evaluate": not plan}
         document = connection.api.post("/v1/upgrades", body)
         if document["job"] is not None and wait:
-            with working(connection, document["job"]):
+            with jobs_running(connection, document["job"]):
                 document = _followed(connection, document)
     render.document(document, json, lambda: _show_upgrade(document))
     if wait and (error := queued_evaluation.error_of(document)):

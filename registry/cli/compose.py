@@ -1,7 +1,6 @@
 """Compositions in the registry."""
 
 import json as json_module
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composer.formats.untrusted import read_text
-from registry.cli import complete, render
+from registry.cli import complete, following, render
 from registry.cli import optimize as optimizing
-from registry.cli.connect import connected, working
+from registry.cli.connect import connected, jobs_running
 from registry.cli.interrupt import interrupts
+from registry.cli.jobs import MemoryOption, PriorityOption, wishes
 from registry.cli.render import JsonFlag
 from registry.error_families import of_row
 from registry.errors import Refused, RegistryError, Usage
@@ -46,8 +46,6 @@ Require = Annotated[
 ]
 Json = dict[str, Any]
 
-_POLL_S = 0.2
-_UNFINISHED = ("queued", "running")
 _ASKED_S = 1.2
 """How long to wait for a second interrupt: the first one ends the command within two seconds."""
 
@@ -56,7 +54,7 @@ def register(root: typer.Typer) -> None:
     root.command()(compose)
 
 
-def compose(
+def compose(  # noqa: PLR0913
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
     plan: Annotated[
         bool, typer.Option("--plan", help="Resolve, lock and check for conflicts; change nothing.")
@@ -69,6 +67,8 @@ def compose(
         bool, typer.Option("--follow", help="Wait until it ends; the embedded registry always does.")
     ] = False,
     require: Require = None,
+    priority: PriorityOption = None,
+    memory: MemoryOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Combine adapters by a recipe: lock, check, evaluate, gate, merge, publish.
@@ -83,10 +83,11 @@ def compose(
     if optimize and wanted.optimize is None:
         wanted = wanted.model_copy(update={"optimize": Optimize.model_validate({})})
     with connected() as connection:
-        composition = connection.api.post("/v1/compositions", {"recipe": wanted.to_json(), "plan": plan})
+        body = {"recipe": wanted.to_json(), "plan": plan, **wishes(priority, memory)}
+        composition = connection.api.post("/v1/compositions", body)
         if plan or follow or connection.resources is not None:
-            with working(connection, composition["job"]):
-                composition = _follow_or_cancel(connection, composition)
+            with jobs_running(connection, composition["job"]):
+                composition = _follow_or_cancel(connection, composition, lines=follow)
     render.document(composition, json, lambda: _show(composition))
     if composition["state"] in ("refused", "failed", "cancelled"):
         # Not raised: with --json, stdout has the composition, and a second document would break its readers.
@@ -126,10 +127,11 @@ def settings_of(texts: list[str] | None, *, sequential: bool = False) -> dict[st
     return settings
 
 
-def _follow_or_cancel(connection: Connection, composition: Json) -> Json:
+def _follow_or_cancel(connection: Connection, composition: Json, *, lines: bool) -> Json:
     """An interrupt cancels a composition of this process; one on a server continues unless interrupted twice."""
     try:
-        return _follow(connection, composition)
+        following.follow(connection, composition["job"], lines=lines)
+        return connection.api.get(f"/v1/compositions/{composition['id']}")
     except KeyboardInterrupt:
         name = f"composition {composition['id']}"
         if connection.resources is None:
@@ -141,25 +143,6 @@ def _follow_or_cancel(connection: Connection, composition: Json) -> Json:
         connection.api.post(f"/v1/compositions/{composition['id']}/cancel")
         interrupts.kept = f"{name} is cancelled, and nothing was published"
         raise
-
-
-def _follow(connection: Connection, composition: Json) -> Json:
-    """Polls until the end, with a bar for each step."""
-    with render.progress("compose", None) as bar:
-        while True:
-            bar.step(*_step(composition["steps"]))
-            if composition["state"] not in _UNFINISHED:
-                return composition
-            time.sleep(_POLL_S)
-            composition = connection.api.get(f"/v1/compositions/{composition['id']}")
-
-
-def _step(steps: list[Json]) -> tuple[str, int | None, int | None, str | None]:
-    """The running step as `2/6 combine`, and how much of it is done if known."""
-    for number, step in enumerate(steps, start=1):
-        if step["state"] == "running":
-            return f"{number}/{len(steps)} {step['name']}", step.get("done"), step.get("total"), step.get("unit")
-    return "waiting", None, None, None
 
 
 def _show(composition: Json) -> None:

@@ -41,7 +41,7 @@ def connected() -> Generator[Connection]:
 
 
 @contextmanager
-def working(connection: Connection, job: int | None) -> Generator[None]:
+def jobs_running(connection: Connection, job: int | None) -> Generator[None]:
     """Runs the embedded registry's jobs meanwhile. Names the earlier ones that delay `job`: a command that was killed
     leaves its own."""
     if connection.resources is not None and job is not None:
@@ -49,7 +49,7 @@ def working(connection: Connection, job: int | None) -> Generator[None]:
         from registry.domain.jobs import queue
 
         with connection.resources.read() as session:
-            earlier = [f"{one.id} ({one.kind})" for one in queue.before(session, job, connection.resources.clock())]
+            earlier = [f"{one.id} ({one.kind})" for one in queue.list_ahead(session, job, connection.resources.clock())]
         if earlier:
             render.say(f"earlier jobs go first: {', '.join(earlier)}; `adaptory cancel ID` ends one")
     with connection.worker():

@@ -14,6 +14,7 @@ from registry.cli import harness as harnesses
 from registry.cli.connect import base_checkpoint, connected, release_directory
 from registry.cli.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
 from registry.cli.idle import refuse_idle
+from registry.cli.jobs import MemoryOption, PriorityOption, wishes
 from registry.cli.quality import BaseDir, Device, Subject, release_or_base
 from registry.cli.render import JsonFlag
 from registry.error_codes import RETRYABLE
@@ -69,6 +70,8 @@ def evaluate(  # noqa: PLR0913
         bool, typer.Option("--queue", help="Let a worker of the registry measure, in one job, and wait for it.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="With --queue: wait for the job.")] = True,
+    priority: PriorityOption = None,
+    memory: MemoryOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Run suites on releases or bases, and record the scores.
@@ -85,9 +88,10 @@ def evaluate(  # noqa: PLR0913
         local = {"--device": device != "auto", "--base-dir": base_dir, "--limit": limit}
         why = "with --queue: a worker measures all examples on its own machine"
         refuse_idle(local, why, _HELP)
-        _queue(what, suite or [], choice, wait=wait, json=json)
+        _queue(what, suite or [], choice, wishes(priority, memory), wait=wait, json=json)
         return
-    refuse_idle({"--no-wait": not wait}, "without --queue", _HELP)
+    of_job = {"--no-wait": not wait, "--priority": priority, "--memory-bytes": memory is not None}
+    refuse_idle(of_job, "without --queue", _HELP)
     where = _Where(device, base_dir)
     rows, failed = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, where)
     documents = [{"subject": name, "recorded": limit is None, "scores": scores} for name, scores in rows.items()]
@@ -123,11 +127,13 @@ def _evaluated(
     return rows, failed
 
 
-def _queue(what: Sequence[str], suites: Sequence[str], choice: HarnessChoice, *, wait: bool, json: bool) -> None:
+def _queue(
+    what: Sequence[str], suites: Sequence[str], choice: HarnessChoice, wish: Json, *, wait: bool, json: bool
+) -> None:
     with connected() as connection:
         registered = harnesses.register(connection, harnesses.load(choice)) if choice.names else []
         on = list(dict.fromkeys([*suites, *registered]))
-        document = queued_evaluation.queue(connection, list(dict.fromkeys(what)), on, wait=wait)
+        document = queued_evaluation.queue(connection, list(dict.fromkeys(what)), on, wish, wait=wait)
     render.document(document, json, lambda: queued_evaluation.show(document))
     if wait and (error := queued_evaluation.error_of(document)):
         # Not raised: with --json, stdout has the report, and a second document would break its readers.

@@ -61,12 +61,13 @@ def gc(
     grace_hours: Annotated[
         float, typer.Option(min=0, help="Keep anything younger; no push may take longer than this.")
     ] = 24.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count commits, blobs and uploads.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count commits, jobs, blobs and uploads.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Remove old commits without a release, unfinished uploads and unused blobs. Safe while others push and pull.
 
-    First takes down what the retention of each namespace says (`adaptory namespace retention`).
+    First takes down what the retention of each namespace says (`adaptory namespace retention`), and removes jobs that
+    ended ADAPTORY_JOB_RETENTION_DAYS ago.
     """
     from registry.transfer.collect import collect
     from registry.worker.workspace import sweep_work
@@ -77,6 +78,7 @@ def gc(
             removed.leftovers += sweep_work(resources)
     document = {
         "releases": removed.releases,
+        "jobs": removed.jobs,
         "commits": removed.commits,
         "blobs": removed.blobs,
         "size_bytes": removed.size_bytes,
@@ -89,6 +91,7 @@ def gc(
     more = f", {removed.leftovers:,} leftovers" if removed.leftovers else ""
     more += f", {removed.commits:,} commits" if removed.commits else ""
     more += f", {removed.releases:,} releases by retention" if removed.releases else ""
+    more += f", {removed.jobs:,} finished jobs" if removed.jobs else ""
     render.document(document, json, lambda: render.out(f"{verb} {counts}{more}"))
 
 

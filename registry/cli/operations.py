@@ -1,10 +1,9 @@
-"""Running a registry: serve, worker, migrate, jobs, cancel."""
+"""Running a registry: serve, worker, migrate, audit."""
 
 import signal
 import socket
 import threading
 from contextlib import closing
-from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
 from itertools import islice
@@ -29,14 +28,12 @@ AUDIT_ROWS = 1000
 """Default limit for a table, which people read."""
 BACKLOG = 2048
 MAX_PORT = 65_535
-SILENT_S = 90.0
-"""A running job's worker reports every 10 s; after a minute without, another takes the job over."""
 STOP_S = 30.0
 """How long a stopping server waits for its worker to requeue its job."""
 
 
 def register(root: typer.Typer) -> None:
-    for command in (serve, worker, migrate, jobs, cancel, audit):
+    for command in (serve, worker, migrate, audit):
         root.command()(command)
 
 
@@ -62,6 +59,8 @@ def serve(
     with_tokens = settings.access == "tokens"
     if not with_tokens and not is_loopback(host):
         raise _beyond_loopback(host)
+    if with_worker and settings.engine.kind == "ray":
+        raise _without_worker()
     listener = _listen(host, port)
     resources = open_resources(settings, newer=True)
     if with_tokens:
@@ -103,6 +102,15 @@ def _beyond_loopback(host: str) -> NotAllowed:
         f"Without tokens the registry listens on loopback only, not on {host}.",
         subject=host,
         next_step="Use 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
+    )
+
+
+def _without_worker() -> Usage:
+    return Usage(
+        "worker_beside_server",
+        "A server does not run a worker of a Ray cluster: a worker that loses its cluster ends its process.",
+        subject="--worker",
+        next_step="Use --no-worker, and run `adaptory worker` beside it.",
     )
 
 
@@ -224,56 +232,6 @@ def migrate(json: JsonFlag = False) -> None:
     render.document(
         document, json, lambda: render.out(f"{document['database']}: schema {before or 'none'} -> {document['to']}")
     )
-
-
-def jobs(
-    job: Annotated[int | None, typer.Argument(metavar="[ID]", help="Show only this job.")] = None,
-    limit: Limit = 50,
-    cursor: After = None,
-    json: JsonFlag = False,
-) -> None:
-    """List jobs, newest first, or show one."""
-    with connected() as connection:
-        api = connection.api
-        items, more = ([api.get(f"/v1/jobs/{job}")], None) if job else api.first("/v1/jobs", limit, cursor=cursor)
-    rows = [
-        (
-            row["id"],
-            row["kind"],
-            _state(row),
-            [f"{step['name']}: {_progress(step)}" for step in row["steps"]],
-            row["created_by"],
-        )
-        for row in items
-    ]
-    document = items[0] if job else {"items": items, "next": more}
-    render.document(document, json, lambda: render.table("", ("job", "kind", "state", "steps", "by"), rows))
-    render.more(more, json)
-
-
-def _state(row: dict[str, Any]) -> str:
-    """A running job's state with its cancellation and a worker that fell silent, which the next worker ends."""
-    notes = ["to be cancelled"] if row["cancel_requested"] and row["state"] in ("queued", "running") else []
-    seen = row["heartbeat_at"]
-    if row["state"] == "running" and seen is not None:
-        silent_s = (datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds()
-        notes += [f"no sign of its worker for {silent_s / 60:.0f} min"] if silent_s > SILENT_S else []
-    return ", ".join([row["state"], *notes])
-
-
-def _progress(step: dict[str, Any]) -> str:
-    if step["state"] != "running" or not step.get("total"):
-        return step["state"]
-    return f"{step['done']:,} of {step['total']:,} {step['unit']}"
-
-
-def cancel(
-    job: Annotated[int, typer.Argument(metavar="ID", help="As `adaptory jobs` shows it.")], json: JsonFlag = False
-) -> None:
-    """Cancel a job; nothing of it is published."""
-    with connected() as connection:
-        document = connection.api.post(f"/v1/jobs/{job}/cancel")
-    render.document(document, json, lambda: render.out(f"job {document['id']}: {document['state']}"))
 
 
 def audit(  # noqa: PLR0913

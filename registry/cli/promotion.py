@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from registry.cli import complete, render
-from registry.cli.connect import connected, resolved, working
+from registry.cli.connect import connected, jobs_running, resolved
 from registry.cli.groups import Commands
 from registry.cli.interrupt import interrupts
 from registry.cli.release import Channel, Ref, show_move
@@ -54,7 +54,7 @@ def promote(
         release = resolved(connection, ref)
         answer, since = channel_moves.promote(connection.api, release, to, reason, force=force)
         if "state" in answer and wait:
-            with working(connection, answer["job"]):
+            with jobs_running(connection, answer["job"]):
                 answer = _followed(connection, release, answer)
     render.document(answer, json, lambda: show_promotion(answer) if "state" in answer else show_move(answer))
     warn_of_move_since(answer, since)

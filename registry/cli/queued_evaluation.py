@@ -1,12 +1,11 @@
 """`eval --queue`: a worker of the server measures, in one job."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from registry.cli import render
-from registry.cli.connect import working
-from registry.cli.interrupt import interrupts
+from registry.cli import following, render
+from registry.cli.connect import jobs_running
+from registry.cli.following import UNFINISHED
 from registry.cli.quality import release_or_base
 from registry.error_families import of_row
 from registry.errors import Refused, RegistryError
@@ -14,11 +13,9 @@ from registry.sdk.connection import Connection
 from registry.sdk.suites import refuse_bad_suite_name
 
 Json = dict[str, Any]
-_POLL_S = 0.5
-_UNFINISHED = ("queued", "running")
 
 
-def queue(connection: Connection, what: Sequence[str], suites: Sequence[str], *, wait: bool) -> Json:
+def queue(connection: Connection, what: Sequence[str], suites: Sequence[str], wish: Json, *, wait: bool) -> Json:
     """Asks for the evaluation and, with `wait`, follows it to its end. Returns its report."""
     for name in suites:
         refuse_bad_suite_name(name)
@@ -30,30 +27,25 @@ def queue(connection: Connection, what: Sequence[str], suites: Sequence[str], *,
             bases.append(base["digest"])
         else:
             releases.append(f"{release['repository']}:{release['version']}")
-    body = {"releases": releases, "bases": bases, "suites": list(suites)}
+    body = {"releases": releases, "bases": bases, "suites": list(suites), **wish}
     document = connection.api.post("/v1/evaluations", body)
     if not wait:
         return document
-    with working(connection, document["job"]):
+    with jobs_running(connection, document["job"]):
         return _followed(connection, document)
 
 
 def _followed(connection: Connection, document: Json) -> Json:
     job = document["job"]
-    interrupts.kept = f"job {job} goes on; `adaptory jobs {job}` shows it, `adaptory cancel {job}` ends it"
-    with render.progress("eval", None) as bar:
-        while document["state"] in _UNFINISHED:
-            bar.show_running(document["steps"])
-            time.sleep(_POLL_S)
-            document = connection.api.get(f"/v1/evaluations/{job}")
-    interrupts.kept = ""
-    return document
+    with following.left_running(job):
+        following.follow(connection, job, lines=True)
+    return connection.api.get(f"/v1/evaluations/{job}")
 
 
 def show(document: Json) -> None:
     """Shows the scores of each pair that is measured, and why others were not."""
     render.heading(f"evaluation {document['job']}: {document['state']}")
-    if document["state"] in _UNFINISHED:
+    if document["state"] in UNFINISHED:
         render.out(f"A worker of the server measures it: `adaptory jobs {document['job']}` shows its progress.")
     rows: list[tuple[Any, ...]] = []
     for item in document["items"]:

@@ -191,7 +191,7 @@ def takedown(
 ) -> None:
     """Remove a release's files for good: leaked or illegal content. A tombstone and the audit log stay.
 
-    Versions with the same files go with it, and the namespace cannot publish them again.
+    Versions with the same files go with it, and the namespace cannot publish them or their weights again.
     """
     with connected() as connection:
         taken = connection.api.post(f"{_path(_exactly(connection, ref))}/takedown", {"reason": reason})
@@ -200,8 +200,11 @@ def takedown(
         for name in taken["releases"]:
             render.out(f"took down {name}: {reason}")
         render.out(f"{taken['blobs']:,} blobs ({render.size(taken['size_bytes'])}) are gone for good")
+        for path in taken.get("barred", ()):  # a server of a release before does not say
+            render.out(f"{path}: these weights cannot be published here again")
         for name in taken["named_by"]:
-            render.say(f"warning: {name} still has some of these files.")
+            files = ", ".join(taken.get("kept_files", {}).get(name, ())) or "some of these files"
+            render.say(f"warning: {name} still has {files}.")
 
     render.document(taken, json, show)
 

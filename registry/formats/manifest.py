@@ -17,6 +17,8 @@ MAX_FILES = 2_000
 MAX_PATH_CHARACTERS = 400
 MAX_PART_BYTES = 240
 """File systems allow 255; the name of an unfinished copy needs some of them."""
+WEIGHTS_SUFFIXES = (".safetensors", ".gguf")
+"""Of files with tensors, in whatever layout."""
 _HIDDEN = re.compile(r"\.|git~\d+$", re.IGNORECASE)
 """Windows also calls `.git` `GIT~1`."""
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -66,6 +68,11 @@ def refuse_hidden(path: str) -> None:
             subject=path[:120],
             next_step="Leave it out: some programs execute such files (.git, .envrc) wherever they are.",
         )
+
+
+def is_weights(path: str) -> bool:
+    """Whether the file has tensors, by its name: an adapter's weights, a shard of a model."""
+    return path.lower().endswith(WEIGHTS_SUFFIXES)
 
 
 def canonical_manifest(files: Iterable[ManifestFile]) -> bytes:

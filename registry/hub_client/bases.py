@@ -3,6 +3,7 @@
 A base's location `hf://ORG/NAME@COMMIT` is read from there, and downloaded if it is not there yet.
 """
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,10 +37,12 @@ def download_base(address: HubAddress, at_most_bytes: int | None = None) -> tupl
 
 def find_base(locations: Sequence[str], size_bytes: int) -> tuple[Path | None, list[str]]:
     """A base's checkpoint on this machine: in a directory, in the hub's cache, or downloaded into that; or None, and
-    why each address on a hub gives none. `size_bytes` is the size of its tensors."""
+    why each address on a hub gives none. `size_bytes` is the size of its tensors. Raises Unavailable if no location
+    gives it and a hub does not answer, which may pass."""
     if directory := local_directory(locations):
         return directory, []
     reasons: list[str] = []
+    outage: RegistryError | None = None
     for url in locations:
         if not url.startswith(SCHEME):
             continue
@@ -51,7 +54,31 @@ def find_base(locations: Sequence[str], size_bytes: int) -> tuple[Path | None, l
             return download_base(address, size_bytes)[1], []
         except RegistryError as error:
             reasons.append(error.detail)
+            outage = error if error.code == "hub_unavailable" else outage
+    if outage is not None:
+        raise outage
     return None, reasons
+
+
+def may_find_base(locations: Sequence[str]) -> bool:
+    """Whether `find_base` is likely to: in a directory, in the hub's cache, or at a commit on a hub that may be asked.
+    Asks no server."""
+    if local_directory(locations):
+        return True
+    addresses = [url for url in locations if url.startswith(SCHEME)]
+    if not addresses or importlib.util.find_spec("huggingface_hub") is None:
+        return False
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    for url in addresses:
+        try:
+            address = parse_hub_address(url)
+            kept = Hub().cached(address) if HF_HUB_OFFLINE else None
+            if address.pinned and (not HF_HUB_OFFLINE or (kept is not None and _is_complete(kept))):
+                return True
+        except RegistryError:  # `find_base` says what is wrong with it
+            continue
+    return False
 
 
 def _is_complete(directory: Path) -> bool:

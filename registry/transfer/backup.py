@@ -24,15 +24,16 @@ from registry.database import portable
 from registry.database.engine import Database
 from registry.database.locks import exclusive_collection
 from registry.database.migrate import head_revision, migrate, schema_revision
-from registry.database.tables import Blob, StoreFactsRow, Token, Upload, XetUpload, XetXorb
+from registry.database.tables import Blob, StoreFactsRow, Token, Upload, WorkerRow, XetUpload, XetXorb
 from registry.errors import Conflict, Invalid, NotFound, Unavailable
 from registry.formats.references import Digest
 from registry.storage.archive import Archive
 from registry.storage.blobs import BlobStore, Reader
 from registry.transfer.resources import Resources
 
-UNSAVED = (Upload, XetUpload, XetXorb, StoreFactsRow)
-"""What uploads under way left in the old store, and what that store was found to verify: nothing for another one."""
+UNSAVED = (Upload, XetUpload, XetXorb, StoreFactsRow, WorkerRow)
+"""What uploads under way left in the old store, what that store was found to verify, and the workers that now run:
+nothing for another registry."""
 _ONLY = {Token.__tablename__: Token.session == false()}
 """Browser sessions end with their registry."""
 _ROWS, _BLOBS, _MANIFEST = "rows.jsonl.gz", "blobs.txt.gz", "manifest.json"

@@ -4,7 +4,7 @@ A blob is removed in three steps: its row is marked in a transaction that checks
 its bytes are deleted; then its row, in one transaction with an audit row. A marked blob cannot be used again, so after
 a crash the next collection finishes the removal. A takedown marks blobs whatever their age.
 
-Retention takes yanked releases and pre-releases down first, where a namespace asks for it.
+Retention takes yanked releases and pre-releases down first, where a namespace asks for it, and removes finished jobs.
 """
 
 import uuid
@@ -20,12 +20,12 @@ from sqlalchemy.orm import Session
 
 from registry.database import idempotency
 from registry.database.locks import exclusive_collection, lock_blobs_exclusive
-from registry.database.tables import Blob, RevisionFile, Score, Upload
+from registry.database.tables import Blob, RevisionFile, Score, Upload, XetUpload, XetXorb
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog import commits
 from registry.domain.channels import takedowns
-from registry.domain.compositions import checks
+from registry.domain.compositions import checks, retention
 from registry.errors import Conflict
 from registry.formats.references import Digest
 from registry.settings import Settings
@@ -48,6 +48,7 @@ class Collected:
     own."""
 
     releases: int = 0
+    jobs: int = 0
     commits: int = 0
     blobs: int = 0
     size_bytes: int = 0
@@ -63,11 +64,14 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
     """
     now, run = resources.clock(), uuid.uuid4().hex
     before = now - grace
+    ended_before = now - timedelta(days=resources.settings.job_retention_days)
     followed_before = now - timedelta(days=resources.settings.commit_retention_days)
     collected = Collected()
     if dry_run:
         with resources.read() as session:
             forgotten = commits.forgettable(followed_before)
+            jobs = retention.expired(ended_before).subquery()
+            collected.jobs = session.scalar(select(func.count()).select_from(jobs)) or 0
             collected.releases = len(takedowns.expired(session, now, limit=None))
             collected.commits = session.scalar(select(func.count()).select_from(forgotten.subquery())) or 0
             unused = _unused(before, now, RevisionFile.revision_id.in_(forgotten))
@@ -80,6 +84,8 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
         swept = sweep(resources, now)
         collected.unfinished, collected.leftovers = swept.uploads, swept.leftovers
         collected.releases = _take_down_expired(resources, now)
+        while count := _forget_jobs(resources, ended_before):
+            collected.jobs += count
         while count := _forget_commits(resources, followed_before):
             collected.commits += count
         unused = and_(Blob.removing_at.is_(None), *_unused(before, now))
@@ -132,8 +138,6 @@ def sweep(resources: Resources, now: datetime) -> Swept:
 
     Safe while others upload: keeps everything younger than the upload expiry.
     """
-    from registry.transfer import xet  # loads NumPy, which no command that lists or shows needs
-
     before = now - timedelta(seconds=resources.settings.upload_expires_s)
     forgotten = 0
     while (count := _forget_expired(resources, now)) is not None:
@@ -141,7 +145,7 @@ def sweep(resources: Resources, now: datetime) -> Swept:
     with resources.write() as session:
         idempotency.expire_keys(session, now)
         checks.expire(session, now)
-    xet.forget_expired(resources, now)
+        _forget_xet_pushes(session, now)
     with resources.read() as session:
         live = set(session.scalars(select(Upload.id)))
     leftovers = resources.store.sweep(before, live)
@@ -171,6 +175,13 @@ def _count_expired(session: Session, now: datetime) -> int:
     return session.scalar(select(func.count()).select_from(Upload).where(Upload.expires_at < now, ~ARRIVED)) or 0
 
 
+def _forget_xet_pushes(session: Session, now: datetime) -> None:
+    """Removes the rows of pushes by `hf_xet` that are over. Their xorbs are unused blobs by then."""
+    over = select(XetUpload.id).where(XetUpload.expires_at < now)
+    session.execute(delete(XetXorb).where(XetXorb.upload_id.in_(over)))
+    session.execute(delete(XetUpload).where(XetUpload.expires_at < now))
+
+
 def _forget_expired(resources: Resources, now: datetime) -> int | None:
     """Removes the next expired uploads and returns how many of them had no bytes; None when there are no more. One
     transaction per batch, since there may be as many as all users together announced in a day."""
@@ -194,6 +205,12 @@ def _forget_commits(resources: Resources, followed_before: datetime) -> int:
     operator = audit.operator_actor(resources.settings.user, resources.clock())
     with resources.write() as session:
         return commits.forget(session, operator, followed_before, _BATCH)
+
+
+def _forget_jobs(resources: Resources, ended_before: datetime) -> int:
+    operator = audit.operator_actor(resources.settings.user, resources.clock())
+    with resources.write() as session:
+        return retention.forget(session, operator, ended_before, _BATCH)
 
 
 def _unused(

@@ -181,7 +181,7 @@ def _stated_base(resources: Resources, files: list[ManifestFile]) -> str | None:
     stated: list[Any] = []
     if config := by_path.get(CONFIG_FILE):
         with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
-            publishing.materialise(resources, [config], Path(directory))
+            publishing.materialise(resources.store, [config], Path(directory))
             document = read_json(Path(directory) / CONFIG_FILE, "missing_config", "Save the adapter again with PEFT.")
         stated.append(document.get("base_model_name_or_path"))
     if card := by_path.get(CARD_FILE):

@@ -14,6 +14,7 @@ from registry.domain.catalog.releases import full_name
 from registry.domain.channels import resolve
 from registry.domain.jobs import evaluations
 from registry.domain.jobs.evaluations import Wanted
+from registry.domain.jobs.queue import PLAIN, Wish
 from registry.errors import NotFound, Usage
 from registry.formats.references import parse_reference
 from registry.transfer.resources import Resources
@@ -27,7 +28,12 @@ MAX_PAIRS = 1_000
 
 
 def request(
-    resources: Resources, actor: Actor, release_names: Sequence[str], base_names: Sequence[str], on: Sequence[str]
+    resources: Resources,
+    actor: Actor,
+    release_names: Sequence[str],
+    base_names: Sequence[str],
+    on: Sequence[str],
+    wish: Wish = PLAIN,
 ) -> Json:
     """Queues the evaluation of releases and bases on suites; each base is loaded once. Returns its report.
 
@@ -51,7 +57,7 @@ def request(
             scorers.refuse_disabled(suite, resources.settings.enabled_scorers.names)
         subjects = [(one.id, one.base_digest) for one in releases] + [(None, one.digest) for one in named]
         wanted = [Wanted(release, base, suite.digest) for release, base in subjects for suite in wanted_suites]
-        job = evaluations.create(session, actor, namespaces, wanted)
+        job = evaluations.create(session, actor, namespaces, wanted, wish=wish)
         subject_names = [full_name(one) for one in releases] + [one.name for one in named]
         audit.record(
             session,

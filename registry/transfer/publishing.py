@@ -25,7 +25,7 @@ from registry.database.idempotency import IdempotentRequest
 from registry.database.tables import Release
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import bases, commits, releases, repositories, signatures, versioning
+from registry.domain.catalog import barred, bases, commits, releases, repositories, signatures, versioning
 from registry.domain.catalog import reported as reported_scores
 from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
@@ -115,7 +115,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         base_digest = bases.find(session, push.base).digest
         architecture = bases.architecture(session, base_digest)
         keys = namespaces.signing_keys(session, push.repository.namespace)
-        releases.refuse_barred_files(session, push.repository.namespace, push.files)
+        barred.refuse_files(session, push.repository.namespace, push.files)
         releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before their bytes are read
         twin = _yanked_twin(session, push)
     parsed = {WEIGHTS_FILE} if push.kind is Kind.ADAPTER else set[str]()  # its inspection parses it
@@ -188,15 +188,15 @@ def import_scores(
         return [row.id for row in rows], [*doubts, *refused]
 
 
-def materialise(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:
-    """Writes files of a release below `directory`, each verified against its digest."""
+def materialise(store: BlobStore, files: Sequence[ManifestFile], directory: Path) -> None:
+    """Writes files of a release from the store below `directory`, each verified against its digest."""
     for file in files:
         target = directory / check_path(file.path)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             continue
         staging = target.with_name(f".{target.name}.partial")
-        _copy_verified(resources.store, file, staging)
+        _copy_verified(store, file, staging)
         staging.replace(target)
 
 
@@ -255,13 +255,13 @@ def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _I
         adapter_directory = Path(directory) / push.repository.name
         adapter_directory.mkdir()
         cards = [file for file in push.files if file.path == CARD_FILE and file.size_bytes <= _CARD_BYTES]
-        materialise(resources, cards, adapter_directory)
+        materialise(resources.store, cards, adapter_directory)
         card = (adapter_directory / CARD_FILE).read_bytes() if cards else b""
         if push.kind is Kind.MODEL:
             _materialise_headers(resources, push.files, adapter_directory)
             return _Inspected(inspect_model(adapter_directory, architecture), [], card)
         wanted = (CONFIG_FILE, WEIGHTS_FILE)
-        materialise(resources, [file for file in push.files if file.path in wanted], adapter_directory)
+        materialise(resources.store, [file for file in push.files if file.path in wanted], adapter_directory)
         return _inspect_adapter(adapter_directory, architecture, str(push.repository), card)
 
 
@@ -328,7 +328,7 @@ def _judge_signature(resources: Resources, push: Push, keys: Sequence[str]) -> t
             next_step="Push it with --sign KEY.pem, which makes one.",
         )
     with TemporaryDirectory(dir=resources.work_directory, prefix="signature-") as directory:
-        materialise(resources, [signature], Path(directory))
+        materialise(resources.store, [signature], Path(directory))
         content = (Path(directory) / SIGNATURE_FILE).read_bytes()
     digests = {file.path: file.sha256 for file in files}
     if not keys:
@@ -360,7 +360,7 @@ def _presentable(facts: dict[str, Any]) -> dict[str, Any]:
 def _materialise_headers(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:
     """Copies JSON files completely, and of a shard only its header, with a hole for the tensors: inspecting must not
     cost a copy."""
-    materialise(resources, [file for file in files if file.path.endswith(".json")], directory)
+    materialise(resources.store, [file for file in files if file.path.endswith(".json")], directory)
     for file in files:
         if file.path.endswith(".safetensors"):
             (directory / file.path).parent.mkdir(parents=True, exist_ok=True)

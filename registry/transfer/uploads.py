@@ -190,10 +190,20 @@ def store_file(resources: Resources, actor: Actor, namespace: str, sha256: Diges
     register_blob(resources, actor, namespace, resources.store.put(sha256, path, move=move))
 
 
-def store_written(resources: Resources, actor: Actor, namespace: str, file: ManifestFile, writer: BlobWriter) -> None:
-    """As `store_file`, for what was written to a store's writer; the caller has hashed it."""
-    announce(resources, actor, namespace, [file])
-    register_blob(resources, actor, namespace, writer.finish(file.sha256))
+def register_stored(resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]) -> None:
+    """Writes the rows of blobs that are in the store already; what put them there has hashed them. Raises NotFound for
+    one that is not, or not in full."""
+    announce(resources, actor, namespace, files)
+    for file in files:
+        stat = resources.store.stat(file.sha256)
+        if stat is None or stat.size_bytes != file.size_bytes:
+            raise NotFound(
+                "blob_missing",
+                f"The store has no blob {file.sha256}.",
+                subject=file.path,
+                next_step="Try again: what is missing is made again.",
+            )
+        register_blob(resources, actor, namespace, stat)
 
 
 @contextmanager

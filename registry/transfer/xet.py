@@ -12,12 +12,12 @@ import secrets
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import InstrumentedAttribute
 
 from registry.database.engine import insert_if_absent
@@ -141,14 +141,6 @@ def receive_shard(resources: Resources, push: Push, chunks: Iterable[bytes]) -> 
             for file in read_shard(source):
                 if not _is_held(resources, push, file):
                     _make(resources, push, file, assembly, path.with_name("file"))
-
-
-def forget_expired(resources: Resources, now: datetime) -> None:
-    """Removes the rows of pushes that are over. Their xorbs are unused blobs by then."""
-    with resources.write() as session:
-        over = select(XetUpload.id).where(XetUpload.expires_at < now)
-        session.execute(delete(XetXorb).where(XetXorb.upload_id.in_(over)))
-        session.execute(delete(XetUpload).where(XetUpload.expires_at < now))
 
 
 def _check(resources: Resources, path: Path, assembly: "_Assembly") -> int:

@@ -31,7 +31,7 @@ def check(held: JobRun) -> None:
         held.check()
         directory = check_work_of(held.resources, held.job_id) / str(number)
         directory.mkdir(parents=True, exist_ok=True)
-        publishing.materialise(held.resources, listed, directory)
+        publishing.materialise(held.resources.store, listed, directory)
         loaded.append(replace(load_deltas(directory, architecture), name=f"{locked.repository}:{locked.version}"))
         held.progress((number + 1) / (len(files) + 1))
     weights, settings = [locked.weighted for locked in lock.inputs], parse_settings(lock.method, lock.settings)

@@ -1,10 +1,12 @@
 """A composition as its steps see it: read again by each step, so that any step can be the first after a crash."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy.orm import Session
 
 from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, open_checkpoint
 from composer.formats.checkpoints.hashing import verify_checkpoint
@@ -14,6 +16,7 @@ from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
 from composer.formats.recipes.suite import Suite as SuiteContent
 from composer.formats.recipes.weights import Weight
 from registry.database.tables import Base
+from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, suites
 from registry.domain.catalog.repositories import Kind
 from registry.domain.compositions import compositions, locking
@@ -22,7 +25,6 @@ from registry.errors import NotFound
 from registry.formats.manifest import ManifestFile
 from registry.transfer import publishing
 from registry.transfer.bases import find_base
-from registry.transfer.resources import Resources
 from registry.worker.runner import JobRun
 from registry.worker.workspace import work_of
 
@@ -97,8 +99,7 @@ class CompositionRun:
     @property
     def evaluated(self) -> list[str]:
         """The recipe's suites, those that the lock's gates use, and with `gates: []` those of the inputs."""
-        own = [] if self.has_gates else [suite for suite in self.member_suites if suite]
-        return list(dict.fromkeys([*compositions.evaluated(self.recipe, self.lock), *own]))
+        return locking.evaluated(self.recipe, self.lock, self.member_suites)
 
     @property
     def has_gates(self) -> bool:
@@ -132,23 +133,23 @@ class CompositionRun:
 
     def members(self, held: JobRun) -> list[tuple[Path, Weight]]:
         """Each input's directory, with its files verified, and its weight with its rules."""
-        return self.members_in(self.directory, held.resources, held.check)
-
-    def members_in(self, work: Path, resources: Resources, check: Callable[[], None]) -> list[tuple[Path, Weight]]:
-        """As `members`, in another working directory; `check` may end it."""
         members: list[tuple[Path, Weight]] = []
         for locked, files in zip(self.lock.inputs, self.files, strict=True):
-            check()
-            directory = work / "inputs" / locked.commit  # this directory name ends up in adaptory.json
+            held.check()
+            directory = self.directory / "inputs" / locked.commit  # this directory name ends up in adaptory.json
             directory.mkdir(parents=True, exist_ok=True)
-            publishing.materialise(resources, files, directory)
+            publishing.materialise(held.resources.store, files, directory)
             members.append((directory, locked.weighted))
         return members
 
     def base_checkpoint(self, held: JobRun) -> Checkpoint:
         """The base's checkpoint on this host."""
-        size_bytes = sum(spec.size_bytes for spec in self.architecture.tensors.values())
-        return verified_base(held, self.lock.base, self.locations, size_bytes)
+        return verified_base(held, self.lock.base, self.locations, self.base_bytes)
+
+    @property
+    def base_bytes(self) -> int:
+        """The size of the base's tensors."""
+        return sum(spec.size_bytes for spec in self.architecture.tensors.values())
 
 
 def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_bytes: int) -> Checkpoint:
@@ -170,13 +171,7 @@ def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_byte
 
 def composition_of(held: JobRun) -> CompositionRun:
     with held.resources.read() as session:
-        composition_id = compositions.find_by_job(session, held.job_id).id
-    return read_composition(held.resources, composition_id)
-
-
-def read_composition(resources: Resources, composition_id: int) -> CompositionRun:
-    with resources.read() as session:
-        composition, _ = compositions.find(session, composition_id)
+        composition = compositions.find_by_job(session, held.job_id)
         recipe, lock = parse_recipe(composition.recipe), Lock.from_json(composition.lock)
         inputs = compositions.inputs_of(session, lock)
         return CompositionRun(
@@ -188,8 +183,13 @@ def read_composition(resources: Resources, composition_id: int) -> CompositionRu
             input_ids=[release.id for release in inputs],
             files=[publishing.manifest_files(session, release) for release in inputs],
             member_suites=locking.member_suites(session, recipe, inputs),
-            directory=work_of(resources, composition.id),
+            directory=work_of(held.resources, composition.id),
         )
+
+
+def creator(held: JobRun, session: Session) -> Actor:
+    """The composition's creator, with the roles that the user has now."""
+    return compositions.creator(session, compositions.find_by_job(session, held.job_id), held.resources.clock())
 
 
 def suites_named(held: JobRun, names: Sequence[str]) -> list[SuiteContent]:
@@ -220,6 +220,12 @@ class ProgressCount:
                 self._total = max(self._total, self._done)
             self._write()
 
+    def reached(self, done: int) -> None:
+        """What is done at least, by whatever process."""
+        with self._lock:
+            self._done = max(self._done, done)
+            self._write()
+
     def expect(self, total: int) -> None:
         """Sets the total, at the start or when it grows."""
         with self._lock:
@@ -227,4 +233,4 @@ class ProgressCount:
             self._write()
 
     def _write(self) -> None:
-        self._held.progress(Amount(self._done, self._total, self._unit))
+        self._held.progress(Amount(self._done, self._total, self._unit, self._held.engine.redone))

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from composer.errors import ComposerError
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.recipes.elsewhere import HarnessTask, SuiteContent, parse_content
+from composer.formats.recipes.suite import Suite
 from registry.database.tables import Base, Release
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds
@@ -22,29 +23,33 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
 from registry.domain.jobs import evaluations
 from registry.domain.jobs.evaluations import Wanted
-from registry.error_codes import ELSEWHERE, RETRYABLE
+from registry.error_codes import RETRYABLE
 from registry.error_families import of_composer, of_row
 from registry.errors import NotAllowed, RegistryError
 from registry.transfer import promotions, publishing, results
 from registry.transfer.results import Results
 from registry.worker.composition import ProgressCount, verified_base
+from registry.worker.evaluation_units import Examined, examine_on_nodes
 from registry.worker.harness import Harness
+from registry.worker.node_models import base_hints
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.workspace import evaluation_work_of
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
+    from composer.evaluation.evaluate import Result as ExampleResult
     from composer.evaluation.model import LoadedModel
 
 Row = dict[str, Any]
 _Subject = Callable[[], "tuple[LoadedModel, Sequence[Delta]]"]
+_OF_ONE = ("base_not_here",)
+"""Errors of the registry that keep what needs this base from being measured, and not the rest."""
 
 
 def measure(held: JobRun) -> None:
     """Measures what is not measured yet, base by base: each is loaded once. Records each score as it is measured.
 
-    What cannot be measured does not keep the others from being measured: raises its error at the end. Raises first what
-    this host lacks and another may have.
+    What cannot be measured does not keep the others from being measured: raises its error at the end.
     """
     rows, done = _rows(held)
     left = [one for one in rows if one not in done]
@@ -53,16 +58,12 @@ def measure(held: JobRun) -> None:
         contents = {digest: parse_content(suites.find(session, digest).content) for digest in digests}
     harness = Harness(held.resources.settings.harness_path)
     count = ProgressCount(held, "examples", sum(contents[one.suite].count for one in left))
-    lacking: list[RegistryError] = []
     for digest in dict.fromkeys(one.base for one in left):
         base = cache(partial(_base, held, digest))
         for release in dict.fromkeys(one.release for one in left if one.base == digest):
             subject = cache(partial(_subject, held, release, digest, base))
             for one in (one for one in left if (one.base, one.release) == (digest, release)):
-                error = _evaluate(held, one, contents[one.suite], subject, harness, count)
-                lacking += [error] if error else []
-    if lacking:
-        raise lacking[0]
+                _evaluate(held, one, contents[one.suite], subject, harness, count)
     _refuse_failed(held)
 
 
@@ -73,27 +74,23 @@ def _evaluate(
     subject: _Subject,
     harness: Harness,
     progress: Callable[[int], None],
-) -> RegistryError | None:
-    """Measures and records, or keeps why that is not possible. Returns what only this host lacks."""
+) -> None:
+    """Measures and records, or keeps why that is not possible."""
     try:
         scores, results_sha256 = _measured(held, wanted, suite, subject, harness, progress)
     except (ComposerError, RegistryError) as caught:
         error = of_composer(caught) if isinstance(caught, ComposerError) else caught
-        if error.code in ELSEWHERE:
-            error.detail = error.detail if suite.name in error.detail else f"{suite.name}: {error.detail}"
-            return error
-        if error.code in RETRYABLE or isinstance(caught, RegistryError):
+        if error.code in RETRYABLE or (isinstance(caught, RegistryError) and error.code not in _OF_ONE):
             raise
         row: Row = {"scores": [], "error": f"{error.detail} {error.next_step}".strip(), "failure": error.to_row()}
         with held.resources.write() as session:
             evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
-        return None
+        return
     with held.resources.write() as session:
         row = {"scores": scores, "error": None, "results_sha256": results_sha256}
         evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
         _record(held, session, wanted, [Measurement.of(score, results_sha256) for score in scores])
     promotions.settle_on_base(held.resources, wanted.base)
-    return None
 
 
 def _record(held: JobRun, session: Session, wanted: Wanted, measurements: list[Measurement]) -> None:
@@ -153,7 +150,6 @@ def _measured(
 ) -> tuple[list[Row], str | None]:
     """The scores, and the digest of the stored results of each example, if there are any and the scores will be
     recorded."""
-    from composer.evaluation.evaluate import scores
     from composer.evaluation.journal import ResultJournal, examine_rest
 
     def journal(digest: str) -> tuple[Path, str]:
@@ -164,12 +160,35 @@ def _measured(
     if isinstance(suite, HarnessTask):
         rows, outcome = harness.measure(suite, subject, journal, progress)
         return rows, _stored(held, wanted, rows, Results(outcome.examples, outcome.metric))
+    if held.engine.spreads:
+        examples = _on_nodes(held, wanted, suite, progress)
+        return _scored(held, wanted, suite, examples)
     measured = ResultJournal(*journal(suite.digest))
     progress(len(suite.examples) - len(measured.missing(suite.examples)))
     scorers = held.resources.settings.enabled_scorers
     examples = examine_rest(subject, suite, suite.examples, measured, scorers, progress)
+    return _scored(held, wanted, suite, examples)
+
+
+def _scored(
+    held: JobRun, wanted: Wanted, suite: Suite, examples: "Sequence[ExampleResult]"
+) -> tuple[list[Row], str | None]:
+    from composer.evaluation.evaluate import scores
+
     rows = [score.to_json() for score in scores(suite, examples)]
     return rows, _stored(held, wanted, rows, Results([one.to_json() for one in examples]))
+
+
+def _on_nodes(held: JobRun, wanted: Wanted, suite: Suite, progress: Callable[[int], None]) -> "list[ExampleResult]":
+    """The results of all the suite's examples, measured on the nodes of the engine."""
+    with held.resources.read() as session:
+        base = session.get_one(Base, wanted.base)
+        hints = base_hints(bases.locations(session, base)[wanted.base], base.size_bytes)
+        release = None if wanted.release is None else session.get_one(Release, wanted.release)
+        model = release is not None and Kind(release.repository.kind) is Kind.MODEL
+        files = [] if release is None else publishing.manifest_files(session, release)
+    examined = Examined(base=wanted.base, hints=hints, files=files, model=model)
+    return examine_on_nodes(held, examined, suite, suite.examples, progress)
 
 
 def _stored(held: JobRun, wanted: Wanted, scores: list[Row], by_example: Results) -> str | None:
@@ -207,7 +226,7 @@ def _subject(
         architecture = bases.architecture(session, digest)
     directory = evaluation_work_of(held.resources, held.job_id) / str(release)
     directory.mkdir(parents=True, exist_ok=True)
-    publishing.materialise(held.resources, files, directory)
+    publishing.materialise(held.resources.store, files, directory)
     if kind is Kind.MODEL:
         return _load(directory), ()
     return base(), load_deltas(directory, architecture).deltas

@@ -2,41 +2,53 @@
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from composer.evaluation.scorers.scorer import NO_PYTHON, PythonScorers
 from composer.formats.recipes.suite import Example, Suite
 from registry.domain.channels import gates
 from registry.domain.channels.gates import Measured, Scores
+from registry.formats.manifest import ManifestFile
 
 if TYPE_CHECKING:
-    from composer.deltas.delta import Delta
     from composer.evaluation.evaluate import Result
-    from composer.evaluation.model import LoadedModel
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is measured: an adapter on the base, by its directory on this host and its files in the store; the base
+    itself without them; or the merged model in the directory."""
+
+    directory: Path | None = None
+    files: Sequence[ManifestFile] = ()
+    merged: bool = False
+
+
+BASE = Subject()
+Examine = Callable[[Subject, Suite, Sequence[Example]], "Sequence[Result]"]
+"""(subject, suite, examples) -> the result of each example, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """An input: its recorded scores by suite digest and metric, its own suite, and how to load it."""
+    """An input: its recorded scores by suite digest and metric, its own suite, and its files."""
 
     repository: str
     version: str
     suite: str | None
     recorded: Mapping[tuple[str, str], Measured]
-    deltas: "Callable[[], Sequence[Delta]]"
+    subject: Subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examination:
-    """The suites that a candidate is measured on, without the examples in `used`, which the method was fitted on.
-    `scorers` are the Python scorers that may be used. `progress` gets the number of examples just done."""
+    """The suites that a candidate is measured on, without the examples in `used`, which the method was fitted on."""
 
     suites: Sequence[Suite]
     used: Container[Example]
-    scorers: PythonScorers = NO_PYTHON
-    progress: Callable[[int], None]
+    examine: Examine
 
     def count(self, suite: Suite) -> int:
         """The number of the suite's examples that the candidate is measured on."""
@@ -48,18 +60,15 @@ class Examination:
         candidate += sum(count for suite in self.suites if (count := self.count(suite)) < len(suite.examples))
         return candidate + sum(self.count(suite) for _, suite in self.missing(members))
 
-    def scores(self, loaded: "LoadedModel", suite: Suite, deltas: "Sequence[Delta]") -> list[Row]:
-        """Evaluates the deltas on the suite's remaining examples."""
-        return self.measured(loaded, suite, deltas)[0]
+    def scores(self, subject: Subject, suite: Suite) -> list[Row]:
+        """Evaluates the subject on the suite's remaining examples."""
+        return self.measured(subject, suite)[0]
 
-    def measured(
-        self, loaded: "LoadedModel", suite: Suite, deltas: "Sequence[Delta]"
-    ) -> "tuple[list[Row], list[Result]]":
-        """The scores of the deltas on the suite's remaining examples, and the results that they are made of."""
-        from composer.evaluation.evaluate import examine, scores
+    def measured(self, subject: Subject, suite: Suite) -> "tuple[list[Row], Sequence[Result]]":
+        """The scores of the subject on the suite's remaining examples, and the results that they are made of."""
+        from composer.evaluation.evaluate import scores
 
-        left = suite.sample(None, self.used)
-        results = examine(loaded, suite, deltas, left, self.scorers, lambda batch: self.progress(len(batch)))
+        results = self.examine(subject, suite, suite.sample(None, self.used))
         return [score.to_json() for score in scores(suite, results)], results
 
     def missing(self, members: Sequence[Member]) -> list[tuple[Member, Suite]]:
@@ -83,9 +92,7 @@ class Examination:
         return {metric: one for metric, one in recorded if one.n == count and not one.reported}
 
 
-def with_inputs(
-    candidate: Sequence[Row], examination: Examination, members: Sequence[Member], base: "Callable[[], LoadedModel]"
-) -> list[Row]:
+def with_inputs(candidate: Sequence[Row], examination: Examination, members: Sequence[Member]) -> list[Row]:
     """The candidate's scores, each with those of the inputs and, where examples are left out, of the base on the same
     examples: recorded, or else measured now. `own_suite` says whether the suite is that input's own."""
     beside: dict[tuple[str, str], list[Row]] = {}
@@ -94,7 +101,7 @@ def with_inputs(
         for suite in examination.suites:
             rows = [(metric, one, True) for metric, one in examination.known(member, suite).items()]
             if (member, suite) in missing:
-                measured = examination.scores(base(), suite, member.deltas())
+                measured = examination.scores(member.subject, suite)
                 rows = [(row["metric"], _measured(row), False) for row in measured]
             for metric, one, recorded in rows:
                 beside.setdefault((suite.digest, metric), []).append(
@@ -108,7 +115,7 @@ def with_inputs(
                         "own_suite": suite.name == member.suite,
                     }
                 )
-    on_base = _of_base(examination, base)
+    on_base = _of_base(examination)
     return [
         {
             **row,
@@ -119,10 +126,10 @@ def with_inputs(
     ]
 
 
-def _of_base(examination: Examination, base: "Callable[[], LoadedModel]") -> dict[tuple[str, str], Row]:
+def _of_base(examination: Examination) -> dict[tuple[str, str], Row]:
     """The base's scores on the suites that are measured without some examples: its recorded ones are of all of them."""
     partial = [suite for suite in examination.suites if examination.count(suite) < len(suite.examples)]
-    rows = [row for suite in partial for row in examination.scores(base(), suite, ())]
+    rows = [row for suite in partial for row in examination.scores(BASE, suite)]
     named = ("value", "stderr", "n")
     return {(row["suite_digest"], row["metric"]): {"base": {name: row[name] for name in named}} for row in rows}
 

@@ -1,29 +1,37 @@
-"""Merges that stream from a base in a bucket to the store, shard by shard: no checkpoint is on this host's disk."""
+"""Merges into the store, shard by shard: by units that need no database and no disk for a checkpoint.
 
+plan    which shards there are: from the base's headers and the adapters
+shard   one shard, streamed from the base to a blob; it reads every tensor of the base's file, and returns their hashes
+texts   the small files beside the weights, once all shards are there
+
+Together the hashes prove which base was merged, before anything is published.
+"""
+
+import hashlib
 import json
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from composer.errors import Mismatch
 from composer.formats.checkpoints.checkpoint import local_directory
 from composer.formats.checkpoints.files import StoredFile
-from composer.formats.checkpoints.hashing import architecture_digest, weights_digest
-from composer.formats.checkpoints.staging import staged_directory
-from registry.domain.access.audit import Actor
-from registry.domain.compositions import compositions
+from composer.formats.checkpoints.hashing import hash_file, weights_digest
+from composer.formats.recipes.rounding import Rounding
+from composer.formats.recipes.weights import parse_weight
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, parse_reference
 from registry.hub_client.address import SCHEME as HUB
 from registry.storage.blobs import BlobWriter
 from registry.transfer import uploads
 from registry.transfer.bases import in_buckets, open_in_bucket
-from registry.transfer.resources import Resources
-from registry.worker.composition import CompositionRun, ProgressCount, read_composition, store
+from registry.transfer.publishing import materialise
+from registry.worker.composition import CompositionRun, ProgressCount, creator
+from registry.worker.engine.protocol import Needs
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
+from registry.worker.node_models import base_hints, everywhere, from_rows, opened_checkpoint, to_rows
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
@@ -31,49 +39,61 @@ if TYPE_CHECKING:
     from composer.merge.shards import Written
     from composer.merge.stream import Origin, StreamedShard
 
+MEMORY_BYTES = 1 << 30
+"""Of a shard's unit: what is read ahead, parts under way, and the factors of a few tensors."""
 Row = dict[str, Any]
-"""A streamed file as JSON: the fields of `StreamedShard`, and `server_copied_bytes`, which the store copied itself."""
-Count = Callable[[int], None]
-_TEXTS_BYTES = 64 << 20
 
 
-def location_to_stream(work: CompositionRun) -> str | None:
-    """The base's location in a bucket, if its merge is to stream from there; None if it is made on this host's disk.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredModel:
+    """A merged model whose files are blobs, and the merge's report."""
 
-    That is so for a base that is on this machine or on a hub; for a merged model that suites load to evaluate it; and
-    for a fitted method, whose factors are made by a base in memory.
+    files: Sequence[ManifestFile]
+    report: Row
+
+
+def is_streamed(held: JobRun, work: CompositionRun) -> bool:
+    """Whether the merge is made by units, into the store. One whose model suites load is made on this host's disk; so
+    is one in this process, unless its base is only in a bucket."""
+    if work.evaluated and not work.recipe.adapter:
+        return False
+    if held.engine.spreads:
+        return True
+    near = local_directory(work.locations) is not None or any(url.startswith(HUB) for url in work.locations)
+    return not near and not work.settings.pipeline.fitted and bool(in_buckets(work.locations))
+
+
+def stored_model(held: JobRun, work: CompositionRun, adapter: Sequence[ManifestFile]) -> StoredModel:
+    """The merged model, made by the units that have not ended yet. `adapter` has the files of a fitted adapter, which
+    the model is made from.
+
+    Raises Mismatch unless all that the units have read is the locked base, and what the units raise.
     """
-    elsewhere = local_directory(work.locations) is None and not any(url.startswith(HUB) for url in work.locations)
-    loaded = bool(work.evaluated) and not work.recipe.adapter
-    if not elsewhere or loaded or work.settings.pipeline.fitted:
-        return None
-    return next(iter(in_buckets(work.locations)), None)
-
-
-def shards_to_merge(resources: Resources, composition_id: int, location: str) -> list[Row]:
-    """The shards of a composition's merge: `file`, `size_bytes`, and `rewritten_bytes` of them."""
-    with _planned(resources, composition_id, location, _ignore) as merge:
-        return [
-            {
-                "file": shard.file,
-                "size_bytes": shard.size_bytes,
-                "rewritten_bytes": sum(one.target.size_bytes for one in shard.tensors if not one.copied),
-            }
-            for shard in merge.plan.shards
-        ]
-
-
-def merge_shards(
-    resources: Resources, composition_id: int, location: str, shards: Collection[str], count: Count | None = None
-) -> list[Row]:
-    """Streams these shards of a composition's merge from the base at `location` into blobs, and returns their rows.
-
-    Needs nothing of the process that runs the job, so that any host may do some of the shards. `count` is called with
-    the bytes just written, and may raise. The base is not verified before `refuse_other_base` has seen the rows of all
-    shards. Raises what `stream_shard` raises, NotAllowed if the creator's role was revoked, and Unavailable.
-    """
-    with _planned(resources, composition_id, location, count or _ignore) as merge:
-        return [merge.stream(shard.file) for shard in merge.plan.shards if shard.file in shards]
+    started = monotonic()
+    merge = _content(work, adapter)
+    hints = base_hints(work.locations, work.base_bytes)
+    needs = Needs(memory_bytes=MEMORY_BYTES, base=None if everywhere(hints) else work.lock.base)
+    ((_, plan),) = held.engine.map(PLAN, [Unit(name="plan", content=merge, hints=hints)], needs, held.check)
+    count = ProgressCount(held, "bytes", sum(shard["size_bytes"] for shard in plan["shards"]))
+    units = [
+        Unit(name=shard["file"], content={**merge, "file": shard["file"]}, hints=hints)
+        # The longest first: one begun last would leave the other nodes idle.
+        for shard in sorted(plan["shards"], key=lambda shard: -shard["rewritten_bytes"])
+    ]
+    rows: dict[str, Row] = {}
+    for unit, row in held.engine.map(SHARD, units, needs, count):
+        _register(held, work, [file_of(row)])
+        rows[unit.name] = row
+        count.reached(sum(row["size_bytes"] for row in rows.values()))
+    ordered = [rows[shard["file"]] for shard in plan["shards"]]
+    refuse_other_base(work, ordered)
+    shards = held.engine.share(json.dumps(ordered, sort_keys=True).encode())
+    content = {**merge, "shards": shards, "note": work.note}
+    ((_, texts),) = held.engine.map(TEXTS, [Unit(name="texts", content=content, hints=hints)], needs, held.check)
+    small = from_rows(texts["files"])
+    _register(held, work, small)
+    report = {**texts["report"], "seconds": monotonic() - started}
+    return StoredModel(files=[*(file_of(row) for row in ordered), *small], report=report)
 
 
 def refuse_other_base(work: CompositionRun, rows: Iterable[Row]) -> None:
@@ -82,54 +102,40 @@ def refuse_other_base(work: CompositionRun, rows: Iterable[Row]) -> None:
     tensors = work.architecture.tensors.items()
     table = ((name, spec.dtype, spec.shape, hashes.get(name, "")) for name, spec in tensors)
     if weights_digest(table) != work.lock.base:
-        raise _other_base(work, "do not have the weights of")
-
-
-def merge_streamed(held: JobRun, work: CompositionRun, location: str) -> None:
-    """The step: streams all shards, verifies the base, and leaves the small files in the model's directory.
-
-    After a crash on this host, shards that are in the store are not made again.
-    """
-    started = monotonic()
-    with _planned(held.resources, work.composition_id, location, held.check) as merge:
-        merge.count = ProgressCount(held, "bytes", merge.plan.size_bytes)
-        done = {row["file"]: row for row in streamed_files(work) if uploads.has_bytes(held.resources, file_of(row))}
-        for shard in merge.plan.shards:
-            if shard.file in done:
-                merge.count(shard.size_bytes)
-            else:
-                done[shard.file] = merge.stream(shard.file)
-                _write(work, done.values())
-        rows = [done[shard.file] for shard in merge.plan.shards]
-        refuse_other_base(work, rows)
-        report = merge.write_texts(rows, work, monotonic() - started)
-    store(held, work, merge=report)
-
-
-def streamed_files(work: CompositionRun) -> list[Row]:
-    """The rows of the shards that are in the store; none if the model is made on this host's disk."""
-    rows = _rows_file(work)
-    return json.loads(rows.read_text(encoding="utf-8")) if rows.is_file() else []
+        locations = ", ".join(work.locations)
+        raise Mismatch(
+            "base_changed",
+            f"The files at {locations} do not have the weights of the base {work.lock.base[:12]}.",
+            subject=work.lock.base,
+            next_step="Restore them, or register their current content as another base.",
+        )
 
 
 def file_of(row: Mapping[str, Any]) -> ManifestFile:
-    """A row as a file of a release."""
+    """A shard's row as a file of a release."""
     return ManifestFile(row["file"], row["size_bytes"], Digest(row["sha256"]))
 
 
-def _rows_file(work: CompositionRun) -> Path:
-    return work.directory / "streamed.json"
+def _content(work: CompositionRun, adapter: Sequence[ManifestFile]) -> Row:
+    """What determines the merge's bytes."""
+    lock = work.lock
+    how: Row = {"base": lock.base, "dtype": lock.dtype, "rounding": asdict(lock.rounding) if lock.rounding else None}
+    if work.settings.pipeline.fitted:  # reuse the fitted factors: another fit would differ in the last bits
+        members = [{"name": work.adapter_directory.name, "weight": 1.0, "files": to_rows(adapter)}]
+        return {**how, "method": "stack", "settings": None, "members": members}
+    members = [
+        {"name": locked.commit, "weight": locked.weighted.to_json(), "files": to_rows(files)}
+        for locked, files in zip(lock.inputs, work.files, strict=True)
+    ]
+    return {**how, "method": lock.method, "settings": lock.settings, "members": members}
 
 
-def _write(work: CompositionRun, rows: Iterable[Row]) -> None:
-    work.directory.mkdir(parents=True, exist_ok=True)
-    staging = _rows_file(work).with_suffix(".partial")
-    staging.write_text(json.dumps(list(rows)), encoding="utf-8")
-    staging.replace(_rows_file(work))
-
-
-def _ignore(_count: int = 0) -> None:
-    """Counts nothing."""
+def _register(held: JobRun, work: CompositionRun, files: Sequence[ManifestFile]) -> None:
+    """Writes the rows of blobs that units have stored, with the creator's current roles."""
+    with held.resources.read() as session:
+        actor = creator(held, session)
+    namespace = parse_reference(work.recipe.model or "").repository.namespace
+    uploads.register_stored(held.resources, actor, namespace, files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,43 +149,82 @@ class _StoreSink:
         self.writer.write(block, source, origin.offset if origin is not None else 0)
 
 
-@dataclass(slots=True)
-class _Merge:
-    """A planned merge, whose base is in a bucket."""
+def _planned(node: Node, unit: Unit) -> "MergePlan":
+    """The merge's plan, kept for the next shard."""
+    merge = {name: unit.content[name] for name in ("base", "dtype", "rounding", "method", "settings", "members")}
+    key = hashlib.sha256(json.dumps([merge, unit.hints], sort_keys=True).encode()).hexdigest()
 
-    resources: Resources
-    actor: Actor
-    namespace: str
-    plan: "MergePlan"
-    count: Count
+    def plan() -> "MergePlan":
+        from composer.merge.plan import plan_merge
 
-    def stream(self, name: str) -> Row:
-        from composer.deltas.tensors import torch_device
-        from composer.merge.chunks import Rewriter
-        from composer.merge.stream import stream_shard
+        directory = node.kept_directory(f"merge-{key[:16]}")
+        locations: list[str] = unit.hints["locations"]
+        if local_directory(locations) is None and (buckets := in_buckets(locations)):
+            checkpoint = open_in_bucket(node.settings, buckets[0], directory / "base")
+        else:
+            checkpoint = opened_checkpoint(node, merge["base"], unit.hints)
+        members = [(_member(node, directory, one), parse_weight(one["weight"])) for one in merge["members"]]
+        rounding = Rounding(**merge["rounding"]) if merge["rounding"] else None
+        return plan_merge(checkpoint, members, merge["method"], merge["settings"], merge["dtype"], rounding)
 
-        (shard,) = (shard for shard in self.plan.shards if shard.file == name)
-        rewriter = Rewriter(torch_device("auto"), self.plan.rounding)
-        writer = self.resources.store.begin_write(shard.size_bytes)
-        with uploads.aborted_on_error(writer):
-            made = stream_shard(self.plan, shard, _StoreSink(writer), rewriter, self.count)
-            row = made.to_json()
-            uploads.store_written(self.resources, self.actor, self.namespace, file_of(row), writer)
-        return {**row, "server_copied_bytes": writer.copied_bytes}
+    return node.kept("plan", key, plan)
 
-    def write_texts(self, rows: Sequence[Row], work: CompositionRun, seconds: float) -> Row:
-        """Writes all files but the weights into the model's directory, and returns the merge's report."""
-        from composer.deltas.tensors import torch_device
-        from composer.merge.run import report_of, write_texts
-        from composer.merge.stream import StreamedShard
 
-        shards = [StreamedShard.from_json(row) for row in rows]
-        survivals = {name: loss for shard in shards for name, loss in shard.survivals.items()}
-        with staged_directory(work.model_directory, _TEXTS_BYTES) as staging:
-            write_texts(self.plan, staging, work.note, survivals)
-        report = report_of(self.plan, _written(shards), "", seconds, torch_device("auto")).to_json()
-        copied = sum(row["server_copied_bytes"] for row in rows)
-        return {**{key: value for key, value in report.items() if key != "out_dir"}, "server_copied_bytes": copied}
+def _member(node: Node, directory: Path, member: Mapping[str, Any]) -> Path:
+    """An adapter's directory, whose name ends up in adaptory.json."""
+    own = directory / "inputs" / member["name"]
+    own.mkdir(parents=True, exist_ok=True)
+    materialise(node.store, from_rows(member["files"]), own)
+    return own
+
+
+def _plan(node: Node, unit: Unit, _count: Count) -> Result:
+    shards = [
+        {
+            "file": shard.file,
+            "size_bytes": shard.size_bytes,
+            "rewritten_bytes": sum(one.target.size_bytes for one in shard.tensors if not one.copied),
+        }
+        for shard in _planned(node, unit).shards
+    ]
+    return {"shards": shards}
+
+
+def _stream(node: Node, unit: Unit, count: Count) -> Result:
+    from composer.deltas.tensors import torch_device
+    from composer.merge.chunks import Rewriter
+    from composer.merge.stream import stream_shard
+
+    plan = _planned(node, unit)
+    (shard,) = (shard for shard in plan.shards if shard.file == unit.content["file"])
+    rewriter = Rewriter(torch_device("auto"), plan.rounding)
+    writer = node.store.begin_write(shard.size_bytes)
+    with uploads.aborted_on_error(writer):
+        made = stream_shard(plan, shard, _StoreSink(writer), rewriter, count)
+        writer.finish(Digest(made.sha256))
+    return {**made.to_json(), "server_copied_bytes": writer.copied_bytes}
+
+
+def _texts(node: Node, unit: Unit, _count: Count) -> Result:
+    from composer.deltas.tensors import torch_device
+    from composer.merge.run import report_of, write_texts
+    from composer.merge.stream import StreamedShard
+
+    plan = _planned(node, unit)
+    rows: list[Row] = json.loads(node.shared(unit.content["shards"]))
+    shards = [StreamedShard.from_json(row) for row in rows]
+    survivals = {name: loss for shard in shards for name, loss in shard.survivals.items()}
+    files: list[ManifestFile] = []
+    with node.scratch() as directory:
+        write_texts(plan, directory, unit.content["note"], survivals)
+        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+            digest, size_bytes = Digest(hash_file(path)), path.stat().st_size
+            files.append(ManifestFile(path.relative_to(directory).as_posix(), size_bytes, digest))
+            node.store.put(digest, path, move=True)
+    report = report_of(plan, _written(shards), "", 0.0, torch_device("auto")).to_json()
+    del report["out_dir"]
+    copied = sum(row["server_copied_bytes"] for row in rows)
+    return {"files": to_rows(files), "report": {**report, "server_copied_bytes": copied}}
 
 
 def _written(shards: Sequence["StreamedShard"]) -> "Written":
@@ -195,32 +240,19 @@ def _written(shards: Sequence["StreamedShard"]) -> "Written":
     )
 
 
-@contextmanager
-def _planned(resources: Resources, composition_id: int, location: str, count: Count) -> Generator[_Merge]:
-    """Plans a composition's merge. Adapters and the base's small files are in a directory of this call's own, so that
-    several processes of a host do not meet."""
-    from composer.merge.plan import plan_merge
-
-    work = read_composition(resources, composition_id)
-    with resources.read() as session:
-        composition, _ = compositions.find(session, composition_id)
-        actor = compositions.creator(session, composition, resources.clock())
-    namespace = parse_reference(work.recipe.model or "").repository.namespace
-    with TemporaryDirectory(dir=resources.work_directory, prefix="stream-") as name:
-        directory = Path(name)
-        checkpoint = open_in_bucket(resources.settings, location, directory / "base")
-        if architecture_digest(checkpoint.architecture) != architecture_digest(work.architecture):
-            raise _other_base(work, "do not have the tensors of")
-        lock, members = work.lock, work.members_in(directory, resources, lambda: count(0))
-        plan = plan_merge(checkpoint, members, lock.method, lock.settings, lock.dtype, lock.rounding)
-        yield _Merge(resources, actor, namespace, plan, count)
+def _holds(node: Node, files: Sequence[ManifestFile]) -> bool:
+    stored = [node.store.stat(file.sha256) for file in files]
+    return all(one and one.size_bytes == file.size_bytes for one, file in zip(stored, files, strict=True))
 
 
-def _other_base(work: CompositionRun, what: str) -> Mismatch:
-    locations = ", ".join(in_buckets(work.locations))
-    return Mismatch(
-        "base_changed",
-        f"The objects at {locations} {what} the base {work.lock.base[:12]}.",
-        subject=work.lock.base,
-        next_step="Restore them, or register their current content as another base.",
-    )
+def _shard_is_stored(node: Node, result: Result) -> bool:
+    return _holds(node, [file_of(result)])
+
+
+def _texts_are_stored(node: Node, result: Result) -> bool:
+    return _holds(node, from_rows(result["files"]))
+
+
+PLAN = Task(name="merge plan", version=1, run=_plan, intact=always_intact)
+SHARD = Task(name="merge shard", version=1, run=_stream, intact=_shard_is_stored)
+TEXTS = Task(name="merge texts", version=1, run=_texts, intact=_texts_are_stored)

@@ -5,27 +5,32 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 from composer.errors import ComposerError, Interrupted
 from registry.database.tables import Job
-from registry.domain.jobs import queue
+from registry.domain.compositions.job_needs import declare_missing
+from registry.domain.jobs import needs, queue
 from registry.domain.jobs.queue import Amount
-from registry.error_codes import ELSEWHERE, RETRYABLE
+from registry.error_codes import RETRYABLE
 from registry.error_families import of_composer
 from registry.errors import NO_SPACE, RegistryError, Unavailable
 from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
+from registry.worker.engine.opened import WorkerEngine
+from registry.worker.host import Host
 from registry.worker.workspace import sweep_work
 
-BEAT_S = 10.0
+BEAT_S = 3.0
 POLL_S = 1.0
 SETTLE_S = 2.0
 """How often waiting promotions are looked at."""
 SWEEP_S = 600.0
+UNMET_S = 30.0
+"""How often a worker looks for jobs that no worker has met for long."""
 _PROGRESS_STEP = 0.05
 _PROGRESS_S = 1.0
 """Progress is written whenever this share more is done and, if an amount is known, this often as well."""
@@ -43,29 +48,29 @@ class WorkerStopping(Interrupted):
 
 @dataclass(slots=True)
 class JobRun:
-    """A claimed job, as its steps see it.
-
-    `declined` maps the jobs that this worker has left to other hosts to the time until which it does; None without
-    other hosts.
-    """
+    """A claimed job, as its steps see it. `host` is what this worker goes on offering meanwhile; None if it is the only
+    one."""
 
     resources: Resources
     worker: str
     job_id: int
     stop: threading.Event
-    declined: dict[int, datetime] | None = None
+    host: Host | None = None
     lost: threading.Event = field(default_factory=threading.Event)
     kind: str = ""
     observe: "Observe | None" = None
+    engine: WorkerEngine = field(kw_only=True)
     _began_s: float = field(default_factory=time.monotonic)
     _step_began_s: float = 0.0
     _step: str = ""
     _noted: float = 0.0
+    _amount: Amount = field(default_factory=lambda: Amount(0, 1, "units"))
     _noted_s: float = 0.0
 
     def start_step(self, name: str) -> None:
         """Records that the step runs. Raises JobLost or WorkerStopping like `progress`."""
         self._step, self._noted, self._noted_s, self._step_began_s = name, 0.0, 0.0, time.monotonic()
+        self._amount = Amount(0, 1, "units")
         self.check()
         self._note("running", 0.0)
 
@@ -74,10 +79,10 @@ class JobRun:
         self._note("done", 1.0)
         self._ended(self._step, "done", self._step_began_s)
 
-    def fail_step(self) -> None:
-        """Records that the current step failed, if one was started."""
+    def fail_step(self, log: Sequence[str] = ()) -> None:
+        """Records that the current step failed, if one was started, with the log of the unit that failed."""
         if self._step:
-            self._write("failed", self._noted)
+            self._write("failed", replace(self._amount, log=log) if log else self._noted)
             self._ended(self._step, "failed", self._step_began_s)
 
     def ended(self, state: str) -> None:
@@ -94,6 +99,8 @@ class JobRun:
         self.check()
         share = done.share if isinstance(done, Amount) else done
         late = isinstance(done, Amount) and time.monotonic() - self._noted_s >= _PROGRESS_S
+        if isinstance(done, Amount):
+            self._amount = done
         if late or share - self._noted >= _PROGRESS_STEP:
             self._noted, self._noted_s = share, time.monotonic()
             with suppress(Unavailable):  # the database must be back for the step's end, not for this
@@ -138,8 +145,8 @@ def run_worker(
 ) -> None:
     """Works until `stop` is set; the current job is then requeued at its next `check`.
 
-    A job that needs what this host lacks fails at once if the worker is `alone`; otherwise other hosts have time to
-    take it. Waiting promotions are judged in a thread of their own, also while a job runs.
+    A worker that is `alone` takes every job: one that needs what this host lacks fails at once. Others take what their
+    host meets. Waiting promotions are judged in a thread of their own, also while a job runs.
     """
     settling = threading.Thread(target=_settle_promotions, args=(resources, stop), daemon=True, name="promotions")
     settling.start()
@@ -167,14 +174,19 @@ def _work(
     observe: Observe | None,
 ) -> None:
     worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
-    declined: dict[int, datetime] | None = None if alone else {}
-    sweep_at = 0.0
+    host = None if alone else Host(resources, kinds)
+    sweep_at = unmet_at = 0.0
+    engine = WorkerEngine(resources.settings)
     while not stop.is_set():
         try:
             if time.monotonic() >= sweep_at:
                 sweep_at = time.monotonic() + SWEEP_S
                 sweep_work(resources)
-            worked = run_one(resources, kinds, worker, stop, declined, observe)
+                engine.sweep(resources.clock())
+            if host is not None and time.monotonic() >= unmet_at:
+                unmet_at = time.monotonic() + UNMET_S
+                end_unmet(resources)
+            worked = run_one(resources, kinds, worker, stop, host, observe, engine)
         except Unavailable as error:
             log.warning("The worker cannot reach its database or store, and waits: %s", error)
             worked = False
@@ -183,24 +195,42 @@ def _work(
             worked = False
         if not worked:
             stop.wait(POLL_S)
+    engine.close()
 
 
-def run_one(
+def end_unmet(resources: Resources) -> None:
+    """Ends jobs that no worker has met for long, and forgets workers that have long ended."""
+    with resources.write() as session:
+        ended = queue.end_unmet(session, resources.clock())
+        needs.forget_workers(session, resources.clock())
+    for job_id, error in ended:
+        log.warning("Job %s ended, since no worker can take it: %s", job_id, error)
+
+
+def run_one(  # noqa: PLR0913
     resources: Resources,
     kinds: Mapping[str, JobKind],
     worker: str,
     stop: threading.Event | None = None,
-    declined: dict[int, datetime] | None = None,
+    host: Host | None = None,
     observe: Observe | None = None,
+    engine: WorkerEngine | None = None,
 ) -> bool:
-    """Runs one job if one of these kinds is waiting; one in `declined` only if no other host has taken it in time."""
-    now = resources.clock()
-    leave = [job_id for job_id, until in (declined or {}).items() if now < until]
+    """Runs one job if one of these kinds is waiting whose needs the host meets; without a host, whatever it needs."""
+    now, offer = resources.clock(), None
+    if host is not None:
+        _declare_missing(resources)
+        offer = host.offer()
     with resources.write() as session:
-        job = queue.claim(session, worker, now, kinds, leave)
+        if offer is not None:
+            needs.announce(session, worker, offer, now)
+        job = queue.claim(session, worker, now, kinds, offer)
     if job is None:
         return False
-    held = JobRun(resources, worker, job.id, stop or threading.Event(), declined, kind=job.kind, observe=observe)
+    spread = engine or WorkerEngine(resources.settings)
+    held = JobRun(
+        resources, worker, job.id, stop or threading.Event(), host, kind=job.kind, observe=observe, engine=spread
+    )
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(held, done), daemon=True, name=f"beat-{job.id}")
     heart.start()
@@ -209,7 +239,16 @@ def run_one(
     finally:
         done.set()
         heart.join()
+        spread.release()
     return True
+
+
+def _declare_missing(resources: Resources) -> None:
+    with resources.read() as session:
+        if not needs.are_undeclared(session):
+            return
+    with resources.write() as session:
+        declare_missing(session)
 
 
 def _run(held: JobRun, job: Job, kind: JobKind) -> None:
@@ -249,17 +288,11 @@ def _as_registry_error(error: RegistryError | ComposerError | OSError) -> Regist
 
 
 def _handle_failure(held: JobRun, job: Job, kind: JobKind, error: RegistryError) -> None:
-    """Postpones the job, leaves it to other hosts, or ends it."""
+    """Postpones the job, or ends it."""
     if error.code in RETRYABLE and job.attempts < queue.MAX_ATTEMPTS:
         _put_off(held, queue.PAUSES[job.attempts - 1], error)
         return
-    if error.code in ELSEWHERE and held.declined is not None:
-        if held.declined.pop(job.id, None) is None:
-            _leave_to_other_hosts(held, held.declined, kind, error)
-            return
-        minutes = ELSEWHERE[error.code].total_seconds() / 60
-        error.detail += f" No worker that has it took the job within {minutes:.0f} minutes."
-    held.fail_step()
+    held.fail_step(error.log_lines)
     _finish(held, kind, "refused" if error.exit_code == 1 else "failed", error)
 
 
@@ -291,15 +324,6 @@ def _finish(held: JobRun, kind: JobKind, state: str, error: RegistryError | None
     held.ended(state)
 
 
-def _leave_to_other_hosts(held: JobRun, declined: dict[int, datetime], kind: JobKind, error: RegistryError) -> None:
-    """The next worker runs on another host, so this host's files are removed."""
-    log.warning("Job %s is left to a worker on another host: %s", held.job_id, error)
-    if _cleaned(held, kind):
-        with held.resources.write() as session:
-            queue.requeue(session, held.job_id, held.worker, error.to_row())
-        declined[held.job_id] = held.resources.clock() + ELSEWHERE[error.code]
-
-
 def _cleaned(held: JobRun, kind: JobKind) -> bool:
     """Cleans up. Returns False and removes nothing if the job is no longer this worker's."""
     with held.resources.read() as session:
@@ -322,8 +346,12 @@ def _beat(held: JobRun, done: threading.Event) -> None:
     while not done.wait(wait):
         wait = min(BEAT_S, wait * 2)
         try:
+            offer = held.host.offer() if held.host is not None else None
             with held.resources.write() as session:
-                kept = queue.extend_lease(session, held.job_id, held.worker, held.resources.clock())
+                now = held.resources.clock()
+                if offer is not None:
+                    needs.announce(session, held.worker, offer, now)
+                kept = queue.extend_lease(session, held.job_id, held.worker, now)
         except Exception:  # whatever failed, the lease lasts for another attempt
             log.warning("No heartbeat for job %s", held.job_id, exc_info=True)
             continue

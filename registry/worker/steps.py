@@ -12,9 +12,6 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
-from sqlalchemy.orm import Session
-
-from composer.formats.checkpoints.hashing import hash_file
 from composer.formats.recipes.calibration_sets import used_in
 from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.policy import read_policy
@@ -30,12 +27,21 @@ from registry.domain.jobs import evaluations
 from registry.error_families import refuse_errors
 from registry.errors import Refused
 from registry.formats.manifest import ManifestFile
-from registry.formats.references import Digest, parse_reference
-from registry.transfer import publishing, results, uploads
+from registry.formats.references import parse_reference
+from registry.transfer import publishing, results
 from registry.transfer.publishing import Push
 from registry.worker import checking, evaluating, merging
-from registry.worker.composition import CompositionRun, Output, ProgressCount, composition_of, store, suites_named
-from registry.worker.judging import Examination, Member, judge, with_inputs
+from registry.worker.composition import (
+    CompositionRun,
+    Output,
+    ProgressCount,
+    composition_of,
+    creator,
+    store,
+    suites_named,
+)
+from registry.worker.examining import candidate_of, examiner, store_output
+from registry.worker.judging import Examination, Member, Subject, judge, with_inputs
 from registry.worker.optimizing import optimize
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.signed import publish_signed
@@ -100,40 +106,28 @@ def combine(held: JobRun) -> None:
 def evaluate(held: JobRun) -> None:
     """Evaluates the candidate on the recipe's suites: the adapter on the base in memory, or the merged model when the
     recipe publishes no adapter."""
-    from composer.deltas.variants.load import load_deltas
-    from composer.evaluation.model import load_model
-
     work = composition_of(held)
     if not work.evaluated:
         store(held, work, candidate_scores=[])
         return
-    if work.recipe.adapter:
-        combine(held)  # an earlier host may have done it, on its own disk
-        model = load_model(work.base_checkpoint(held).path)
-        deltas = load_deltas(work.adapter_directory, work.architecture).deltas
-    else:
-        merge(held)
-        model, deltas = load_model(work.model_directory), ()
+    (combine if work.recipe.adapter else merge)(held)  # an earlier host may have done it, on its own disk
+    candidate = candidate_of(held, work)
     contents = suites_named(held, work.evaluated)
     done = ProgressCount(held, "examples")
     used = used_in([*work.calibration_sets(held), *work.searched(held)], contents)
-    scorers = held.resources.settings.enabled_scorers
-    examination = Examination(suites=contents, used=used, scorers=scorers, progress=done)
+    examination = Examination(suites=contents, used=used, examine=examiner(held, work, done))
     compared = _compared(held, work)
     done.expect(examination.examples(compared))
-    measured = {suite.digest: examination.measured(model, suite, deltas) for suite in contents}
+    measured = {suite.digest: examination.measured(candidate, suite) for suite in contents}
     scores = [row for rows, _ in measured.values() for row in rows]
     complete = [suite.digest for suite in contents if examination.count(suite) == len(suite.examples)]
     by_example = {digest: [one.to_json() for one in measured[digest][1]] for digest in complete}
     work.results_file.write_text(json.dumps({"scores": scores, "results": by_example}), encoding="utf-8")
-    base = (lambda: model) if work.recipe.adapter else cache(lambda: load_model(work.base_checkpoint(held).path))
-    store(held, work, candidate_scores=with_inputs(scores, examination, compared, base))
+    store(held, work, candidate_scores=with_inputs(scores, examination, compared))
 
 
 def _compared(held: JobRun, work: CompositionRun) -> list[Member]:
     """The inputs, with their recorded scores."""
-    from composer.deltas.variants.load import load_deltas
-
     with held.resources.read() as session:
         releases_used = compositions.inputs_of(session, work.lock)
         recorded = [
@@ -146,10 +140,10 @@ def _compared(held: JobRun, work: CompositionRun) -> list[Member]:
             version=locked.version,
             suite=suite,
             recorded=scores,
-            deltas=lambda directory=directory: load_deltas(directory, work.architecture).deltas,
+            subject=Subject(directory=directory, files=files),
         )
-        for locked, suite, scores, (directory, _) in zip(
-            work.lock.inputs, work.member_suites, recorded, work.members(held), strict=True
+        for locked, suite, scores, (directory, _), files in zip(
+            work.lock.inputs, work.member_suites, recorded, work.members(held), work.files, strict=True
         )
     ]
 
@@ -188,8 +182,9 @@ def merge(held: JobRun) -> None:
     work = composition_of(held)
     if not work.recipe.model or work.model_directory.is_dir():
         return
-    if location := merging.location_to_stream(work):
-        merging.merge_streamed(held, work, location)
+    if merging.is_streamed(held, work):
+        model = merging.stored_model(held, work, _fitted_files(held, work))
+        store(held, work, merge=model.report)
         return
     base, how = work.base_checkpoint(held), (work.lock.method, work.lock.settings)
     if work.settings.pipeline.fitted:  # reuse the fitted factors: another fit would differ in the last bits
@@ -202,13 +197,23 @@ def merge(held: JobRun) -> None:
     store(held, work, merge={key: value for key, value in report.to_json().items() if key != "out_dir"})
 
 
+def _fitted_files(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
+    """The files of the adapter that a fitted method made, in the store: the model is made from them."""
+    if not work.settings.pipeline.fitted:
+        return []
+    combine(held)
+    with held.resources.read() as session:
+        actor = creator(held, session)
+    return store_output(held, actor, work.outputs[0])
+
+
 def publish(held: JobRun) -> None:
     """Stores the files of all outputs, then publishes all releases, lineage and scores in one transaction.
 
     Uses the creator's current roles. Raises NotAllowed, and publishes nothing, if a required one was revoked.
     """
     with held.resources.read() as session:
-        actor = _creator(held, session)
+        actor = creator(held, session)
     combine(held)
     merge(held)
     work = composition_of(held)
@@ -216,7 +221,7 @@ def publish(held: JobRun) -> None:
     measured = _measured(held, actor, work)
     held.check()
     with held.resources.write() as session:
-        actor = _creator(held, session)  # a role may have been revoked meanwhile
+        actor = creator(held, session)  # a role may have been revoked meanwhile
         made: list[Release] = []
         for new in prepared:
             if made and work.settings.pipeline.fitted:  # the model is made from the fitted adapter
@@ -254,10 +259,6 @@ KINDS = {
 }
 
 
-def _creator(held: JobRun, session: Session) -> Actor:
-    return compositions.creator(session, compositions.find_by_job(session, held.job_id), held.resources.clock())
-
-
 def _evidence(held: JobRun, work: CompositionRun) -> "Evidence":
     """A probe in memory, if every member has a suite and the recipe asks for a probe; otherwise weaker evidence, as the
     report says. The suites' prompts are always compared."""
@@ -291,15 +292,11 @@ def _calibration(held: JobRun, work: CompositionRun, load: "Callable[[], LoadedM
 
 
 def _upload(held: JobRun, actor: Actor, work: CompositionRun, output: Output) -> Push:
-    reference, directory = parse_reference(output.target), output.directory
-    files = [merging.file_of(row) for row in merging.streamed_files(work)] if output.kind is Kind.MODEL else []
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        file = ManifestFile(
-            path.relative_to(directory).as_posix(), path.stat().st_size, Digest(hash_file(path, held.check))
-        )
-        uploads.store_file(held.resources, actor, reference.repository.namespace, file.sha256, path, move=False)
-        files.append(file)
-        held.check()
+    reference = parse_reference(output.target)
+    if output.kind is Kind.MODEL and merging.is_streamed(held, work):
+        files = merging.stored_model(held, work, _fitted_files(held, work)).files  # made by the step before
+    else:
+        files = store_output(held, actor, output)
     return Push(
         repository=reference.repository,
         kind=output.kind,

@@ -81,6 +81,8 @@ POST   /v1/conflicts                                                            
 GET    /v1/conflicts/{check_id}                                                 inside: reader
 GET    /v1/jobs                                                                 publisher somewhere
 GET    /v1/jobs/{job_id}                                                        inside: publisher
+GET    /v1/jobs/{job_id}/events                                                 inside: publisher
+POST   /v1/jobs/{job_id}/priority                                               inside: publisher
 POST   /v1/jobs/{job_id}/cancel                                                 inside: publisher
 GET    /v1/audit                                                                admin somewhere
 GET    /v1/audit.jsonl                                                          admin somewhere

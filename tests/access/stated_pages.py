@@ -41,6 +41,10 @@ GET    /{namespace}/{name}@{channel}/promote    releaser
 POST   /{namespace}/{name}@{channel}/promote    releaser
 GET    /{namespace}/{name}@{channel}/rollback   releaser
 POST   /{namespace}/{name}@{channel}/rollback   releaser
+GET    /{namespace}/{name}@{channel}/approve    publisher
+POST   /{namespace}/{name}@{channel}/approve    publisher
+GET    /{namespace}/{name}@{channel}/cancel     releaser
+POST   /{namespace}/{name}@{channel}/cancel     releaser
 GET    /{namespace}/{name}@{channel}/policy     admin
 POST   /{namespace}/{name}@{channel}/policy     admin
 GET    /{namespace}/{name}/{version}/yank       releaser

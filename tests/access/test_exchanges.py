@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import socket
 import subprocess
 import sys
@@ -15,16 +14,14 @@ from typing import Any
 import httpx2
 import pytest
 
-from composer.formats.recipes.recipe import parse_recipe
 from registry.api.app import create_app
 from registry.api.routes import compositions as routes
 from registry.client.inprocess import InProcessTransport
 from registry.database.engine import Database
-from registry.domain.compositions import compositions
 from registry.errors import Invalid, Unavailable
 from registry.outages import OutageLog
 from tests import services
-from tests.access.house import HOST, House, build_house, new_environment
+from tests.access.house import House, build_house, new_environment
 from tests.scenarios.world import server
 
 RELEASE = "/v1/adapters/acme/sql/releases/1.0.0"
@@ -183,25 +180,6 @@ except RuntimeError:
     assert outage["message"] == "The store is away: gone\nGET /forged 200"
     assert "RuntimeError: a defect" in defect["traceback"]
     assert [*outage][:1] == ["at"]
-
-
-def test_a_stream_of_events_says_that_it_lives(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "_KEEP_ALIVE_S", 0.0)
-    recipe = parse_recipe({"base": "tiny", "inputs": [{"adapter": "acme/sql:1.0.0"}], "method": "stack"})
-    with house.resources.write() as session:
-        composition = compositions.create(session, HOST, recipe, plan_only=True).id
-
-    def cancel() -> None:
-        time.sleep(1.5)
-        with house.resources.write() as session:
-            compositions.cancel(session, HOST, composition)
-
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(cancel)
-        text = house.ask("admin", "GET", f"/v1/compositions/{composition}/events").text
-    events = [part for part in text.split("\n\n") if part]
-    assert ": keep-alive" in events
-    assert all(re.match(r"data: \{|: keep-alive$", event) for event in events)
 
 
 def test_what_is_not_http_is_answered_by_a_problem(tmp_path: Path) -> None:

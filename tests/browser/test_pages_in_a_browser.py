@@ -23,6 +23,8 @@ PAGES = (
     "/acme/sql@prod/promote?version=1.0.0",
     "/acme/sql@prod/rollback",
     "/acme/sql@prod/policy",
+    "/acme/sql@staging/approve",
+    "/acme/sql@staging/cancel",
     "/acme/sql/1.2.0/yank",
     "/acme/sql/1.1.0/deprecate",
     "/acme/sql/compare/1.0.0...1.1.0...1.2.0",
@@ -98,6 +100,7 @@ def test_search_answers_while_one_types_and_the_address_can_be_shared(
         return
     tab.get_by_label("Score").press_sequentially("nonsense")
     expect(tab.locator("#results")).to_contain_text("is not a condition on a score")
+    expect(tab).to_have_url(f"{site.url}/search?text=support&max_rank=1&score=nonsense")
     tab.get_by_label("Score").fill("")
     tab.get_by_label("Largest rank").fill("")
     expect(status).to_have_text("1 release")

@@ -280,3 +280,31 @@ def test_a_client_and_a_server_of_two_versions_release_together(before: Version,
             assert client.json(user, *words)["items"] is not None
         assert client.json(user, "show", "acme/sql@prod")["version"] == "1.0.0"
         assert client.json(user, "conflicts", "acme/sql:1.0.0", "acme/sql:1.1.0")["pairs"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("newer", ["server", "worker"])
+def test_a_worker_and_a_server_of_two_versions_share_the_jobs(before: Version, tmp_path: Path, newer: str) -> None:
+    """A job of an older server has no needs until a newer worker declares them; an older worker knows of none."""
+    now = Version(CHECKOUT)
+    serving, working = (now, before) if newer == "server" else (before, now)
+    home = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia"}
+    base, adapter, port = write_base(tmp_path / "base"), write_adapter(tmp_path / "0", 0), services.free_port()
+    now.json(home, "migrate")
+    recipe = tmp_path / "recipe.json"
+    content = {"inputs": ["acme/sql:1.0.0"], "method": "stack", "adapter": "acme/copy:1.0.0", "probe": 0}
+    recipe.write_text(json.dumps({**content, "model": "acme/merged:1.0.0"}))
+    with Stack(tmp_path, home) as stack:
+        server = stack.start("server", serving.command("serve", "--no-worker", "--port", port))
+        server.url = f"http://127.0.0.1:{port}"
+        wait_until_ready(server)
+        user = {"ADAPTORY_URL": server.url, "ADAPTORY_HOME": str(tmp_path / "client")}
+        serving.json(user, "base", "add", base, "--name", "tiny")
+        serving.json(user, "push", adapter, "acme/sql:1.0.0", "--base", "tiny")
+        worker = stack.start("worker", working.command("worker"))
+        assert serving.json(user, "compose", recipe, "--follow")["state"] == "done"
+        worker.ask_to_stop()
+        assert worker.stopped() == 0
+    job = now.json(home, "jobs", 1)
+    assert job["state"] == "done"
+    assert [need[:5] for need in job["needs"]] == ["base:"]

@@ -157,6 +157,7 @@ class Stock:
             "retention": {"keep_yanked_days": 30, "keep_prerelease_days": None},
             "{channel}": {"version": self.version},
             "{number}": {"sha256": self.announced},
+            "priority": {"priority": "low"},
             "gates": {"channel": "prod", "rules": ["exact.nll <= 9"]},
             "policy": {"version": 1, "rules": ["exact.nll <= 9"], "approval": {}},
             "approvals": {"version": self.version, "reason": "because"},

@@ -125,6 +125,7 @@ def test_a_composition_of_a_server_goes_on_unless_it_is_interrupted_twice(
     serving.communicate(timeout=30)
     assert code == 130
     lines = [line for line in lines if not line.startswith("registry: ")]
+    assert lines.pop(0) == "job 1: queued, waits for a worker: none is running"
     assert len(lines) == 2
     assert "continues" in lines[0]
     assert "interrupt again to cancel it" in lines[0]
@@ -145,8 +146,8 @@ def test_on_a_terminal_a_composition_shows_its_steps_and_the_examples_that_are_d
     recipe.write_text(yaml.safe_dump({**content, "evaluate": ["sql-exact"], "gates": []}))
     shown = on_terminal(stocked_on_disk, "compose", recipe, code=SLOWLY)
     assert shown.end() == 0, shown.text
-    assert re.search(r"3/6 evaluate .* [1-9]\d*/18 examples", shown.text), shown.text
-    assert not re.search(r"2/6 combine [^\r\n]*/18", shown.text), "of a step without an amount none is shown"
+    assert re.search(r"3/6 evaluate .* [1-9]\d* of 18 examples", shown.text), shown.text
+    assert not re.search(r"2/6 combine [^\r\n]*of 18", shown.text), "of a step without an amount none is shown"
     assert max(len(line.rstrip()) for line in shown.lines) <= 80
 
 
@@ -177,7 +178,7 @@ def test_an_interrupted_composition_of_this_process_is_cancelled(
     content = {"inputs": ["acme/sql"], "method": "stack", "adapter": "acme/copy:1.0.0", "probe": 0}
     recipe.write_text(yaml.safe_dump({**content, "evaluate": ["sql-exact"], "gates": []}))
     running = on_terminal(stocked_on_disk, "compose", recipe, code=SLOWLY)
-    running.read_until("3/6 evaluate")
+    running.read_until(" examples")
     running.process.send_signal(signal.SIGINT)
     assert running.end() == 130
     assert running.lines[-1].startswith("interrupted: composition 1 is cancelled")

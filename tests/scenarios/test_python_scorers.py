@@ -2,13 +2,13 @@
 
 from contextlib import closing
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from registry.worker.runner import run_one
+from registry.worker.host import Host
+from registry.worker.runner import end_unmet, run_one
 from registry.worker.steps import KINDS
 from tests.composer.scorers import install_scorer
 from tests.scenarios.test_evaluations import write_suite
@@ -61,27 +61,20 @@ def test_a_suite_whose_scorer_the_server_has_not_enabled_is_refused_before_it_is
     assert team.json("jobs")["items"] == []
 
 
-def test_a_worker_without_a_scorer_measures_the_rest_and_leaves_that_suite_to_others_for_ten_minutes(
-    team: Cli, scored: Cli
-) -> None:
+def test_a_worker_without_a_scorer_leaves_its_suites_to_others_for_ten_minutes(team: Cli, scored: Cli) -> None:
     asked = ("eval", "acme/sql:1.0.0", "--suite", "fine", "--suite", "sql-exact", "--queue", "--no-wait")
-    job = scored.json(*asked)["job"]
-    declined: dict[int, datetime] = {}
-
-    def state() -> tuple[str, Any]:
-        row = team.json("jobs", job)
-        return row["state"], row["error"] and row["error"]["code"]
-
-    with closing(opened(team)) as lacking:
-        assert run_one(lacking, KINDS, "lacking", declined=declined)
-        assert (state(), recorded(team, "acme/sql:1.0.0")) == (("queued", "scorer_disabled"), {"sql-exact"})
-        assert not run_one(lacking, KINDS, "lacking", declined=declined)
-        other = scored.json(*asked[:4], "--queue", "--no-wait")["job"]
-        later = replace(lacking, clock=lambda: lacking.clock() + timedelta(minutes=11))
-        assert run_one(later, KINDS, "lacking", declined=declined)
-        assert state() == ("failed", "scorer_disabled") or state() == ("refused", "scorer_disabled")
-        assert "fine: The scorer obedient" in team.json("jobs", job)["error"]["detail"]
+    job, other = (scored.json(*asked)["job"] for _ in range(2))
     with closing(opened(scored)) as resources:
-        assert run_one(resources, KINDS, "enabled", declined={})
-    assert team.json("jobs", other)["state"] == "done"
+        assert run_one(resources, KINDS, "enabled", host=Host(resources, KINDS))
+    assert team.json("jobs", job)["state"] == "done"
     assert recorded(team, "acme/sql:1.0.0") == {"fine", "sql-exact"}
+    with closing(opened(team)) as lacking:
+        assert not run_one(lacking, KINDS, "lacking", host=Host(lacking, KINDS))
+        assert team.json("jobs", other)["state"] == "queued"
+        later = replace(lacking, clock=lambda: lacking.clock() + timedelta(minutes=20))
+        assert not run_one(later, KINDS, "lacking", host=Host(later, KINDS))
+        assert team.json("jobs", other)["needs"][1:] == ["scorer:obedient"]
+        end_unmet(later)
+    ended = team.json("jobs", other)
+    assert (ended["state"], ended["error"]["code"]) == ("refused", "scorer_disabled")
+    assert "The scorer obedient is not installed and enabled where workers run." in ended["error"]["detail"]

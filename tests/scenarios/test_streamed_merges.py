@@ -1,9 +1,8 @@
 """Compositions whose base is only in a bucket: merged from there into the store, and refused if it is another one."""
 
-import json
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
 from registry.errors import NotAllowed
-from registry.transfer import uploads
 from registry.worker import merging
-from registry.worker.composition import read_composition
+from registry.worker.engine.units import Count, Node, Result, Unit
+from registry.worker.merging import SHARD
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests.composer.small_model import save_llama
@@ -83,6 +82,11 @@ def site(embedded: Cli, world: World, s3: S3Server, monkeypatch: pytest.MonkeyPa
     return Site(embedded, s3, prefix, added)
 
 
+def left_on_disk(site: Site) -> set[str]:
+    """The unfinished files, without the results of units that the store keeps for a week."""
+    return {path for path in traces(site.cli).work if not path.endswith(".json")}
+
+
 def merged_on_disk(world: World, out: Path) -> dict[str, bytes]:
     """The files that a merge on a disk makes, but for the note."""
     members = [(world.adapters[name], 0.5) for name in ("sql", "support")]
@@ -104,7 +108,7 @@ def test_a_base_in_a_bucket_is_hashed_and_merged_where_it_is(site: Site, world: 
     assert done["merge"]["shards"] == len(list(world.base.glob("*.safetensors")))
     assert done["merge"]["verified_rows"] > 0
     assert pulled(site, tmp_path / "pulled") == merged_on_disk(world, tmp_path / "merged")
-    assert traces(site.cli).work == frozenset()
+    assert left_on_disk(site) == set()
     assert set(site.weights_on_disk()) <= {"model.safetensors"}, "those that `pull` keeps"
 
 
@@ -147,14 +151,14 @@ def test_an_object_that_changes_during_the_merge_is_refused_and_nothing_is_publi
     site: Site, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.begin()
-    stream, last = merging._Merge.stream, max(world.base.glob("*.safetensors"))
+    last = min(world.base.glob("*.safetensors"))
 
-    def changing(self: merging._Merge, name: str) -> dict[str, Any]:
-        row = stream(self, name)
+    def changing(node: Node, unit: Unit, count: Count) -> Result:
+        row = SHARD.run(node, unit, count)
         site.put(last, last.read_bytes()[:-1] + b"x")
         return row
 
-    monkeypatch.setattr(merging._Merge, "stream", changing)
+    monkeypatch.setattr(merging, "SHARD", replace(SHARD, run=changing))
     before = traces(site.cli).releases
     with resources_of(site.cli.environment) as resources:
         assert run_one(resources, KINDS, "worker")
@@ -166,67 +170,45 @@ def test_a_killed_merge_goes_on_with_its_finished_shards_and_leaves_what_a_sweep
     site: Site, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.begin()
-    stream, made = merging._Merge.stream, list[str]()
+    made = list[str]()
 
-    def dying(self: merging._Merge, name: str) -> dict[str, Any]:
+    def dying(node: Node, unit: Unit, count: Count) -> Result:
         if len(made) == 2:
-            self.resources.store.begin_write(10).write(memoryview(b"half"))
+            node.store.begin_write(10).write(memoryview(b"half"))
             raise Killed
-        made.append(name)
-        return stream(self, name)
+        made.append(unit.name)
+        return SHARD.run(node, unit, count)
 
-    monkeypatch.setattr(merging._Merge, "stream", dying)
+    monkeypatch.setattr(merging, "SHARD", replace(SHARD, run=dying))
     with resources_of(site.cli.environment) as resources, pytest.raises(Killed):
         run_one(resources, KINDS, "first")
 
-    def noting(self: merging._Merge, name: str) -> dict[str, Any]:
-        made.append(name)
-        return stream(self, name)
+    def noting(node: Node, unit: Unit, count: Count) -> Result:
+        made.append(unit.name)
+        return SHARD.run(node, unit, count)
 
-    monkeypatch.setattr(merging._Merge, "stream", noting)
+    monkeypatch.setattr(merging, "SHARD", replace(SHARD, run=noting))
     with resources_of(site.cli.environment, LATER) as resources:
         assert run_one(resources, KINDS, "second")
         resources.store.sweep(resources.clock() + LATER, ())
     assert site.job["state"] == "done"
     assert sorted(made) == sorted(path.name for path in world.base.glob("*.safetensors")), "none was made twice"
     assert pulled(site, tmp_path / "pulled") == merged_on_disk(world, tmp_path / "merged")
-    assert traces(site.cli).work == frozenset()
-
-
-def test_shards_can_be_merged_anywhere_in_any_order(site: Site, world: World, tmp_path: Path) -> None:
-    composition_id = site.begin()
-    with resources_of(site.cli.environment) as resources:
-        shards = merging.shards_to_merge(resources, composition_id, site.location)
-        assert sum(row["rewritten_bytes"] for row in shards) > 0
-        names = [row["file"] for row in shards]
-        counted = list[int]()
-        rows = merging.merge_shards(resources, composition_id, site.location, names[::2])
-        rows += merging.merge_shards(resources, composition_id, site.location, names[1::2], counted.append)
-        assert json.loads(json.dumps(rows)) == rows
-        files = merged_on_disk(world, tmp_path / "merged")
-        for row in rows:
-            with resources.store.open(row["sha256"]) as blob:
-                assert blob.read() == files[row["file"]]
-        assert sum(counted) == sum(row["size_bytes"] for row in shards[1::2])
-        work = read_composition(resources, composition_id)
-        merging.refuse_other_base(work, rows)
-        with pytest.raises(Exception, match="do not have the weights"):
-            merging.refuse_other_base(work, rows[1:])
+    assert left_on_disk(site) == set()
 
 
 @pytest.mark.long
 def test_a_merge_that_fails_leaves_nothing_in_the_store(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    composition_id = site.begin()
+    site.begin()
     before = traces(site.cli)
 
     def fail(*_: object) -> None:
         raise OSError("as the disk of the work directory")
 
-    monkeypatch.setattr(uploads, "store_written", fail)
+    monkeypatch.setattr("composer.merge.stream.confirm", fail)
     with resources_of(site.cli.environment) as resources:
-        names = [row["file"] for row in merging.shards_to_merge(resources, composition_id, site.location)]
-        with pytest.raises(OSError, match="as the disk"):
-            merging.merge_shards(resources, composition_id, site.location, names)
+        assert run_one(resources, KINDS, "worker")
+    assert site.job["code"] == "disk_error"
     assert traces(site.cli).blobs == before.blobs
 
 

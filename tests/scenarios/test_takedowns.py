@@ -58,7 +58,8 @@ def test_a_takedown_removes_the_bytes_for_good_and_leaves_a_tombstone(
     push(stocked, adapter, "acme/sql:1.1.0")
     taken = stocked.json("takedown", "acme/sql:1.0.0", "--reason", "customer data")
     assert taken["releases"] == ["acme/sql:1.0.0", "acme/sql:1.0.1"], "both have the files"
-    assert taken["named_by"] == ["acme/sql:1.1.0"]
+    assert taken["kept_files"] == {"acme/sql:1.1.0": ["adapter_config.json", WEIGHTS]}
+    assert (taken["named_by"], taken["barred"]) == (["acme/sql:1.1.0"], []), "its weights are still published"
     assert (taken["blobs"], leaked in blobs(stocked), weights in blobs(stocked)) == (2, False, True)
     gone = stocked("pull", "acme/sql:1.0.0", "-o", tmp_path / "out")
     assert (gone.code, (tmp_path / "out").exists()) == (3, False)
@@ -80,21 +81,48 @@ def test_a_takedown_removes_the_bytes_for_good_and_leaves_a_tombstone(
     if (url := stocked.environment.get("ADAPTORY_URL")) is not None:
         page = httpx2.get(f"{url}/acme/sql/1.0.0")
         assert (page.status_code, "customer data" in page.text, "Their names" in page.text) == (200, True, False)
+        page = httpx2.get(f"{url}/acme/sql/1.0.0/yank", headers={"Accept": "text/html"})
+        assert (page.status_code, "nothing to undo" in page.text, 'name="undo"' in page.text) == (200, True, False)
         # A client of a hub begins anew.
         planned = {"files": [{"path": "README.md", "size": 3, "sample": "eA=="}]}
         answer = httpx2.post(f"{url}/api/models/acme/sql/preupload/main", json=planned)
         assert (answer.status_code, answer.headers["X-Repo-Commit"]) == (200, EMPTY)
 
 
-def test_files_that_were_taken_down_are_not_published_again(stocked_embedded: Cli, adapter: Path) -> None:
+def test_files_that_were_taken_down_are_not_published_again_nor_are_their_weights_beside_others(
+    stocked_embedded: Cli, adapter: Path, world: World
+) -> None:
     push(stocked_embedded, adapter, "acme/sql:1.0.0")
-    stocked_embedded.ok("takedown", "acme/sql:1.0.0", "--reason", "customer data")
+    done = stocked_embedded.ok("takedown", "acme/sql:1.0.0", "--reason", "customer data")
+    assert f"{WEIGHTS}: these weights cannot be published here again" in done.out
     for target in ("acme/sql:1.0.1", "acme/copy:1.0.0"):
         refused = stocked_embedded("push", adapter, target, "--base", "tiny", "--include", "data.txt")
         assert refused.code == 1
         assert "which was taken down: customer data" in refused.err
-    (adapter / "data.txt").unlink()
+    (adapter / "README.md").write_text("# Nothing happened\n")
+    refused = stocked_embedded("push", adapter, "acme/sql:1.0.1", "--base", "tiny")
+    assert (refused.code, f"{WEIGHTS} has the weights of acme/sql#" in refused.err) == (1, True)
+    shutil.copy(adapter / WEIGHTS, adapter / "notes.txt")
+    shutil.copy(world.adapters["other-sql"] / WEIGHTS, adapter / WEIGHTS)
+    refused = stocked_embedded("push", adapter, "acme/sql:1.0.1", "--base", "tiny", "--include", "notes.txt")
+    assert (refused.code, "notes.txt has the weights of acme/sql#" in refused.err) == (1, True)
+    push(stocked_embedded, adapter, "acme/sql:1.0.1")  # the same config, and even the same data
+
+
+def test_weights_stay_if_they_were_published_without_the_file_that_has_to_go(
+    stocked_embedded: Cli, adapter: Path
+) -> None:
+    push(stocked_embedded, adapter, "acme/sql:1.0.0")
     stocked_embedded.ok("push", adapter, "acme/sql:1.0.1", "--base", "tiny")
+    done = stocked_embedded.ok("takedown", "acme/sql:1.0.0", "--reason", "customer data")
+    assert f"acme/sql:1.0.1 still has README.md, adapter_config.json, {WEIGHTS}." in done.err
+    (adapter / "README.md").write_text("# Without names\n")
+    stocked_embedded.ok("push", adapter, "acme/sql:1.0.2", "--base", "tiny")
+    for version in ("1.0.1", "1.0.2"):
+        stocked_embedded.ok("takedown", f"acme/sql:{version}", "--reason", "trained on customer data")
+    (adapter / "README.md").write_text("# Again\n")
+    refused = stocked_embedded("push", adapter, "acme/sql:1.0.3", "--base", "tiny")
+    assert f"{WEIGHTS} has the weights of" in refused.err
 
 
 def test_the_bytes_of_a_takedown_go_even_if_it_dies_before_it_removes_them(

@@ -5,17 +5,21 @@ import shutil
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import yaml
+from sqlalchemy import delete, update
 
 from composer.errors import RefusedOutput
+from registry.database.tables import Job, JobNeed
+from registry.domain.jobs import needs
 from registry.errors import Unavailable
 from registry.transfer.collect import collect
 from registry.transfer.resources import Resources
-from registry.worker.runner import JobKind, JobRun, run_one, run_worker
+from registry.worker.host import Host
+from registry.worker.runner import JobKind, JobRun, end_unmet, run_one, run_worker
 from registry.worker.steps import KINDS
 from registry.worker.workspace import sweep_work
 from tests.eventually import eventually
@@ -46,6 +50,10 @@ class Site:
     def job(self) -> dict[str, object]:
         job = self.cli.json("jobs", 1)
         return {"state": job["state"], "code": (job["error"] or {}).get("code")}
+
+    @property
+    def waits_for(self) -> str | None:
+        return self.cli.json("jobs", 1)["waits_for"]
 
     @property
     def work(self) -> list[str]:
@@ -97,37 +105,88 @@ def test_a_disk_that_stays_full_ends_a_composition_at_its_third_attempt(site: Si
     assert site.job == {"state": "failed", "code": "disk_full"}
 
 
-def test_workers_without_the_base_leave_a_composition_to_one_that_has_it(site: Site) -> None:
+def test_a_worker_without_the_base_leaves_a_composition_to_one_that_has_it(site: Site) -> None:
     away = site.base.rename(site.base.with_name("away"))
-    others: list[dict[int, datetime]] = [{} for _ in range(5)]
-    for number, declined in enumerate(others):
-        assert run_one(site.resources, KINDS, f"without {number}", declined=declined)
-        assert site.job == {"state": "queued", "code": "base_not_here"}
-        assert site.work == [], "the next worker has another disk"
-        assert not run_one(site.resources, KINDS, f"without {number}", declined=declined), "it was left to others"
+    for number in range(3):
+        assert not run_one(site.resources, KINDS, f"without {number}", host=Host(site.resources, KINDS))
+    assert site.job == {"state": "queued", "code": None}
+    assert site.waits_for == "a worker that has the base tiny"
     away.rename(site.base)
-    assert run_one(site.resources, KINDS, "with", declined={})
-    assert site.job == {"state": "done", "code": None}
+    assert run_one(site.resources, KINDS, "with", host=Host(site.resources, KINDS))
+    assert (site.job, site.waits_for) == ({"state": "done", "code": None}, None)
 
 
-def test_a_composition_whose_base_nobody_has_ends_after_an_hour_and_says_so(site: Site) -> None:
+def test_a_composition_whose_base_no_worker_has_ends_after_an_hour_and_says_so(site: Site) -> None:
     site.base.rename(site.base.with_name("away"))
-    declined: dict[int, datetime] = {}
-    assert run_one(site.resources, KINDS, "worker", declined=declined)
-    assert not run_one(site.at(timedelta(minutes=59)), KINDS, "worker", declined=declined)
-    assert run_one(site.at(timedelta(minutes=61)), KINDS, "worker", declined=declined)
-    assert site.job == {"state": "failed", "code": "base_not_here"}
-    assert "took the job within 60 minutes" in site.cli.json("jobs", 1)["error"]["detail"]
+    for minutes, state in ((0, "queued"), (59, "queued"), (61, "failed")):
+        later = site.at(timedelta(minutes=minutes))
+        assert not run_one(later, KINDS, "worker", host=Host(later, KINDS))
+        end_unmet(later)
+        assert site.job["state"] == state, minutes
+    error = site.cli.json("jobs", 1)["error"]
+    assert error["code"] == "base_not_here"
+    assert "No worker can find the base tiny at any location (file://" in error["detail"]
+    assert "took the job within 60 minutes" in error["detail"]
 
 
-def test_a_composition_that_was_left_to_others_can_be_cancelled_at_once(site: Site) -> None:
+def test_a_job_does_not_end_while_the_worker_that_has_its_base_is_busy(site: Site) -> None:
+    with site.resources.write() as session:
+        needs.announce(session, "busy", Host(site.resources, KINDS).offer(), site.resources.clock())
+    away = site.base.rename(site.base.with_name("away"))
+    for minutes in range(0, 180, 30):
+        later = site.at(timedelta(minutes=minutes))
+        away.rename(site.base)
+        with later.write() as session:
+            needs.announce(session, "busy", Host(later, KINDS).offer(), later.clock())
+        site.base.rename(away)
+        assert not run_one(later, KINDS, "lacking", host=Host(later, KINDS))
+        end_unmet(later)
+    assert site.job["state"] == "queued"
+    for minutes, state in ((200, "queued"), (215, "failed")):  # the other one was last seen after 150
+        later = site.at(timedelta(minutes=minutes))
+        assert not run_one(later, KINDS, "lacking", host=Host(later, KINDS))
+        end_unmet(later)
+        assert site.job["state"] == state
+
+
+def test_a_composition_that_no_worker_can_take_is_cancelled_at_once(site: Site) -> None:
+    assert run_one(site.resources, failing("combine", OUTAGES["full"][0]), "first")
     site.base.rename(site.base.with_name("away"))
-    declined: dict[int, datetime] = {}
-    assert run_one(site.resources, KINDS, "worker", declined=declined)
     site.cli.ok("cancel", 1)
     if site.job["state"] == "queued":
-        assert run_one(site.resources, KINDS, "worker", declined=declined)
+        assert run_one(site.resources, KINDS, "worker", host=Host(site.resources, KINDS))
     assert site.job == {"state": "cancelled", "code": None}
+
+
+def test_a_job_waits_for_a_device_with_its_memory_and_may_ask_for_less(site: Site, tmp_path: Path) -> None:
+    needed = site.cli.json("jobs", 1)["memory_bytes"]
+    assert needed == site.cli.json("base", "show", "tiny")["size_bytes"], "an evaluation loads it"
+    small = replace(site.resources, settings=site.resources.settings.model_copy(update={"device_memory_bytes": 1}))
+    assert not run_one(small, KINDS, "small", host=Host(small, KINDS))
+    assert site.waits_for == f"a worker that has {needed / 1e6:,.1f} MB of device memory"
+    with api_of(site.cli) as api:
+        recipe = yaml.safe_load(write_recipe(tmp_path).read_text())
+        recipe |= {"adapter": "acme/other:1.0.0", "model": "acme/other-merged:1.0.0"}
+        merged = api.post("/v1/compositions", {"recipe": recipe, "memory_bytes": 1})["job"]
+    assert run_one(small, KINDS, "small", host=Host(small, KINDS))
+    assert site.cli.json("jobs", merged)["state"] == "done"
+    later = replace(small, clock=lambda: small.clock() + timedelta(minutes=61))
+    assert not run_one(later, KINDS, "small", host=Host(later, KINDS))
+    end_unmet(later)
+    assert site.job == {"state": "refused", "code": "device_too_small"}
+
+
+def test_a_job_of_an_older_version_is_taken_by_a_worker_that_has_what_it_needs(site: Site) -> None:
+    with site.resources.write() as session:
+        session.execute(delete(JobNeed))
+        session.execute(update(Job).values(memory_bytes=None))
+    assert site.cli.json("jobs", 1)["memory_bytes"] is None
+    away = site.base.rename(site.base.with_name("away"))
+    assert not run_one(site.resources, KINDS, "without", host=Host(site.resources, KINDS))
+    assert site.waits_for == "a worker that has the base tiny"
+    away.rename(site.base)
+    assert run_one(site.resources, KINDS, "with", host=Host(site.resources, KINDS))
+    assert site.job["state"] == "done"
 
 
 def test_the_command_that_does_the_work_itself_says_at_once_that_the_base_is_not_here(

@@ -18,6 +18,7 @@ from registry.cli.operations import WorkerJobs
 from registry.domain.jobs import queue
 from registry.errors import NotFound, Unavailable
 from registry.worker import runner
+from registry.worker.engine.opened import WorkerEngine
 from registry.worker.runner import JobRun, run_one
 from registry.worker.steps import KINDS
 from tests import services
@@ -138,7 +139,7 @@ def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> No
     on_disk.ok("list")
     environ = {**on_disk.environment, "ADAPTORY_DATABASE_TIMEOUT_S": "0.2"}
     with resources_of(environ) as resources:
-        held = JobRun(resources, "worker", 1, threading.Event())
+        held = JobRun(resources, "worker", 1, threading.Event(), engine=WorkerEngine(resources.settings))
         other = sqlite3.connect(Path(environ["ADAPTORY_HOME"]) / "registry.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(Unavailable):

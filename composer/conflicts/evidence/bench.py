@@ -1,6 +1,7 @@
 """The measuring loop of probes and searches: an example is run once for each set of deltas, and compared by outcome."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from composer.conflicts.evidence.outcome import Outcome, effect_of, side_effect_of
@@ -18,6 +19,8 @@ Key = tuple[str, str, str]
 """Which deltas, the suite's digest, the example's digest."""
 Results = Mapping[str, Sequence[Measured]]
 """By the suite's digest, in the order of the examples."""
+BASE, ALONE, WEIGHTED = "base", "alone: ", "weighted: "
+"""How passes of references are named: the base, and members by their names."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,22 @@ def _times(delta: Delta, weight: float) -> Delta:
     return scaled(delta, weight) if isinstance(delta, RowwiseDelta) else delta
 
 
-Measure = Callable[[Callable[[], Deltas], Sequence[Asked]], Sequence[Measured]]
-"""(deltas, examples) -> the results with the deltas active, in order."""
+@dataclass(frozen=True)
+class Pass:
+    """Some examples under one set of deltas, which `who` names."""
+
+    who: str
+    deltas: Callable[[], Deltas]
+    asked: Sequence[Asked]
+
+    @property
+    def keys(self) -> list[Key]:
+        """Of the results, in the order of the examples."""
+        return [(self.who, suite.digest, example_digest(example)) for suite, example in self.asked]
+
+
+Measure = Callable[[Pass], Sequence[Measured]]
+"""A pass -> the results of its examples, in order."""
 
 
 class Runner:
@@ -58,18 +75,18 @@ class Runner:
         self._load, self._progress = load, progress
         self._encoded: dict[tuple[str, Example], Encoded] = {}
 
-    def __call__(self, deltas: Callable[[], Deltas], asked: Sequence[Asked]) -> list[Measured]:
+    def __call__(self, wanted: Pass) -> list[Measured]:
         loaded = self._load()
-        for suite, example in asked:
+        for suite, example in wanted.asked:
             if (suite.digest, example) not in self._encoded:
                 self._encoded[suite.digest, example] = encode(loaded, example, suite.chat, suite.ends)
-        encoded = [self._encoded[suite.digest, example] for suite, example in asked]
-        return measure(loaded, encoded, deltas(), progress=self._progress)
+        encoded = [self._encoded[suite.digest, example] for suite, example in wanted.asked]
+        return measure(loaded, encoded, wanted.deltas(), progress=self._progress)
 
 
-def not_run(_deltas: Callable[[], Deltas], asked: Sequence[Asked]) -> list[Measured]:
+def not_run(wanted: Pass) -> list[Measured]:
     """Takes the place of a Runner to count the passes: every example has the same result, and nothing is run."""
-    return [Measured(1.0, 1, exact=False) for _ in asked]
+    return [Measured(1.0, 1, exact=False) for _ in wanted.asked]
 
 
 class Record:
@@ -90,6 +107,7 @@ class Bench:
     def __init__(self, measure: Measure, record: Record | None = None) -> None:
         self._measure, self._record = measure, record or Record()
         self._asked: set[Key] = set()
+        self._planned: list[Pass] | None = None
         self.run_now = 0
 
     @property
@@ -98,18 +116,37 @@ class Bench:
 
     def run(self, who: str, deltas: Callable[[], Deltas], asked: Sequence[Asked]) -> Results:
         """The results for the examples. The missing ones are run together, in one pass of `who`'s deltas."""
-        keys = [(who, suite.digest, example_digest(example)) for suite, example in asked]
-        self._asked.update(keys)
+        keys = Pass(who, deltas, asked).keys
         every = dict(zip(keys, asked, strict=True))
-        missing = {key: one for key, one in every.items() if key not in self._record.known}
-        if missing:
-            measured = self._measure(deltas, list(missing.values()))
-            self.run_now += len(missing)
-            self._record.add(zip(missing, measured, strict=True))
+        missing = Pass(who, deltas, [one for key, one in every.items() if key not in self._record.known])
+        known = self._record.known
+        if self._planned is not None:
+            self._planned += [missing] if missing.asked else []
+            known = {**dict(zip(missing.keys, not_run(missing), strict=True)), **known}
+        else:
+            self._asked.update(keys)
+            if missing.asked:
+                self.add(missing, self._measure(missing))
         results: dict[str, list[Measured]] = {suite.digest: [] for suite, _ in asked}
         for key in keys:
-            results[key[1]].append(self._record.known[key])
+            results[key[1]].append(known[key])
         return results
+
+    def add(self, measured: Pass, results: Sequence[Measured]) -> None:
+        """Records what a pass gave."""
+        self.run_now += len(results)
+        self._record.add(zip(measured.keys, results, strict=True))
+
+    @contextmanager
+    def planning(self) -> Generator[list[Pass]]:
+        """Collects the missing passes, each once, in place of running them. Results in this block mean nothing."""
+        self._planned = planned = list[Pass]()
+        try:
+            yield planned
+        finally:
+            self._planned = None
+            unique = {tuple(one.keys): one for one in planned}
+            planned[:] = unique.values()
 
     def references(
         self, members: Sequence[Probed], guards: Sequence[Suite], examples: Callable[[Suite], Sequence[Example]]
@@ -127,10 +164,10 @@ class Bench:
             members=members,
             guards=guards,
             asked=asked,
-            base=self.run("base", lambda: (), rows),
-            alone={one.name: own(f"alone: {one.name}", lambda one=one: one.deltas, one, of_guards) for one in members},
+            base=self.run(BASE, lambda: (), rows),
+            alone={one.name: own(f"{ALONE}{one.name}", lambda one=one: one.deltas, one, of_guards) for one in members},
             at_weight={
-                one.name: own(f"weighted: {one.name}", lambda one=one: weighted(one.deltas, one.weight), one)
+                one.name: own(f"{WEIGHTED}{one.name}", lambda one=one: weighted(one.deltas, one.weight), one)
                 for one in members
                 if one.is_weighted
             },

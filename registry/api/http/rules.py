@@ -64,7 +64,7 @@ class Rule:
         actor = await self(request)
         if not actor.grants and content_length(request) > MAX_STRANGERS_BYTES:
             message = f"The body is longer than {MAX_STRANGERS_BYTES:,} bytes, the limit for callers without a role."
-            raise TooLarge("body_too_large", message, next_step="Use a token that has a role; see ADAPTORY_TOKEN.")
+            raise TooLarge("body_too_large", message, next_step="Use a token or a sign-in that has a role.")
 
 
 def rules_of(dependant: Dependant) -> list[Rule]:

@@ -11,7 +11,7 @@ from registry.api.schemas.quality import ChannelOut
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
-from registry.domain.channels import judgements, moves
+from registry.domain.channels import judgements, moves, timeline
 from registry.formats.references import RepositoryName, parse_repository, parse_version
 
 FIRST_CHOICE = "prod"
@@ -53,7 +53,7 @@ class Channels:
 
 def moves_of(session: Session, named: RepositoryName, release: Release, limit: int) -> list[Json]:
     """The moves to a release and away from it, newest first."""
-    rows = moves.of_release(session, release, before=0, limit=limit)
+    rows = timeline.of_release(session, release, before=0, limit=limit)
     return [move_view(move, named, channel).model_dump(mode="json") for channel, move in rows]
 
 

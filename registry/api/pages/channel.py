@@ -16,7 +16,7 @@ from registry.database.tables import Promotion, Repository
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import repositories
-from registry.domain.channels import moves, pending, policies
+from registry.domain.channels import moves, pending, policies, timeline
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName
 from registry.transfer.promotions import settle_overdue
@@ -81,10 +81,10 @@ def _moved(session: Session, repository: Repository, channel: str, cursor: str |
     """What the channel serves since when and why, and a page of its moves."""
     named, row = repositories.name_of(repository), moves.find(session, repository, channel)
     served = moves.effective_move(session, row)
-    rows = moves.history(session, row, before=decode_number(cursor), limit=SHOWN + 1)
+    rows = timeline.history(session, row, before=decode_number(cursor), limit=SHOWN + 1)
     listed, more = first_rows(rows, SHOWN, lambda move: move.id)
     views = [move_view(move, named, channel).model_dump(mode="json") for move in listed]
-    current = moves.history(session, row, before=0, limit=1)[0] if cursor else rows[0]
+    current = timeline.history(session, row, before=0, limit=1)[0] if cursor else rows[0]
     return {
         "serving": channel_view(session, row, repository),
         "move": move_view(current, named, channel),

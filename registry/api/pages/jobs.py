@@ -15,7 +15,7 @@ from registry.api.pages.forms import FormOf
 from registry.api.pages.recipe_form import as_yaml
 from registry.api.pages.render import page, redirect
 from registry.api.pages.wire import PageCaller, PageContributor, PageRoute
-from registry.api.routes.views import composition_view, job_view
+from registry.api.routes.views import composition_view, job_page, job_view
 from registry.client.lineage import of_lock, rule_words
 from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
@@ -46,7 +46,7 @@ def list_jobs(request: Request, resources: ResourcesOf, actor: PageContributor, 
     with resources.read() as session:
         rows = compositions.list_jobs(session, actor, before=decode_number(cursor), limit=SHOWN + 1)
         listed, more = first_rows(rows, SHOWN, lambda row: row.id)
-        views = [job_view(row) for row in listed]
+        views = job_page(session, listed, actor.at)
     return page(request, "jobs.html", jobs=views, more=more, first=cursor is None, json_address="/v1/jobs")
 
 
@@ -59,7 +59,7 @@ def show_job(job_id: RowId, request: Request, resources: ResourcesOf, actor: Pag
         if row.kind == COMPOSITION:
             made = compositions.find_by_job(session, job_id).id
             return redirect(f"/compositions/{made}")
-        view = job_view(row)
+        view = job_view(session, row, actor.at)
     return page(request, "job.html", job=view, finished=view.state in FINISHED, json_address=f"/v1/jobs/{job_id}")
 
 
@@ -78,7 +78,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
     with resources.read() as session:
         pair = compositions.find(session, composition_id)
         compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
-        view, job = composition_view(*pair), job_view(pair[1])
+        view, job = composition_view(*pair), job_view(session, pair[1], actor.at)
     made, stated = of_lock(view.lock), report.readable(view.conflicts)
     return page(
         request,

@@ -20,7 +20,7 @@ from registry.api.schemas.quality import PromoteIn, RollbackIn
 from registry.database.engine import Session
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
-from registry.domain.channels import judgements, moves, pending, promotions
+from registry.domain.channels import judgements, moves, pending, promotions, timeline
 from registry.domain.channels.refusals import Expected, PromotionRequest
 from registry.errors import RegistryError, Usage
 from registry.formats.references import RepositoryName, parse_version
@@ -140,7 +140,7 @@ def _rollback_page(
     with resources.snapshot() as session:
         repository = repositories.find(session, named)
         row = moves.find(session, repository, channel)
-        current, earlier = moves.current_of(session, row), moves.history(session, row, before=0, limit=SHOWN)
+        current, earlier = moves.current_of(session, row), timeline.history(session, row, before=0, limit=SHOWN)
         values = {
             "serves": _served(session, row),
             "expected": current.id,

@@ -16,7 +16,7 @@ from registry.api.pages.wire import PageCaller, PageRoute
 from registry.api.routes.documents import Json, RenderedReleaseCache
 from registry.api.routes.search import PARAMETERS, Results, find_releases
 from registry.domain.access.audit import Actor
-from registry.domain.channels import moves, served
+from registry.domain.channels import served, timeline
 from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
@@ -42,7 +42,7 @@ def home(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respons
     """Search, the newest releases, and the last moves of channels."""
     results = _find(request, resources, actor, [("limit", "10")])
     with resources.read() as session:
-        latest, serving = moves.latest(session, actor, limit=MOVES), served.channels_of(session, results.release_ids)
+        latest, serving = timeline.latest(session, actor, limit=MOVES), served.channels_of(session, results.release_ids)
     facts: dict[str, Any] = {**_rows(results, serving), "moves": latest}
     return page(request, "home.html", **facts, json_address="/v1/releases?limit=10")
 
@@ -64,10 +64,7 @@ def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respo
         serving = served.channels_of(session, results.release_ids)
     facts: dict[str, Any] = {**_rows(results, serving), "more": more, "asked": _asked(given)}
     facts["not_loading"] = _not_loading(request, resources, actor, without_cursor)
-    answer = page(request, "search.html", **facts, json_address=f"/v1/releases?{urlencode(limited)}")
-    if "hx-request" in request.headers:  # the form sends its empty fields too
-        answer.headers["HX-Replace-Url"] = f"/search?{urlencode(without_cursor)}" if without_cursor else "/search"
-    return answer
+    return page(request, "search.html", **facts, json_address=f"/v1/releases?{urlencode(limited)}")
 
 
 def known_adapters(

@@ -31,6 +31,7 @@ class PageRule(Rule):
 ERRORS = (RegistryError, ComposerError, RequestValidationError)
 """What a page may raise: shown as a page, or beside the form that led to it."""
 PageReader = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.READER))]
+PagePublisher = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.PUBLISHER))]
 PageReleaser = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.RELEASER))]
 PageAdmin = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.ADMIN))]
 PageContributor = Annotated[Actor, Depends(PageRule(Where.ANYWHERE, Role.PUBLISHER))]

@@ -38,7 +38,7 @@ class Withdrawal:
 
 
 WithdrawalOf = Annotated[Withdrawal, Depends()]
-Act = Callable[[Session, Actor, Release, Form], None]
+Change = Callable[[Session, Actor, Release, Form], None]
 
 
 @router.get(RELEASE + "/yank")
@@ -77,11 +77,11 @@ def _deprecate(session: Session, actor: Actor, release: Release, form: Form) -> 
     deprecations.deprecate(session, actor, release, body.reason, body.successor)
 
 
-def _withdraw(asked: Withdrawal, form: Form, template: str, act: Act) -> Response:
+def _withdraw(asked: Withdrawal, form: Form, template: str, change: Change) -> Response:
     """Does it and goes on to the release's page; if it is refused, shows the form again with the reason."""
     try:
         with asked.resources.write() as session:
-            act(session, asked.actor, releases.find(session, asked.named, asked.version), form)
+            change(session, asked.actor, releases.find(session, asked.named, asked.version), form)
     except ERRORS as error:
         return _page(asked, template, as_registry_error(error))
     return redirect(link(str(asked.named), str(asked.version)))
@@ -92,6 +92,7 @@ def _page(asked: Withdrawal, template: str, error: RegistryError | None = None) 
         row = releases.find(session, asked.named, asked.version)
         serving = moves.list_page(session, row.repository, served=row, after="", limit=MAX_SERVING)
         values: dict[str, Any] = {
+            "taken_down": row.revision.taken_down_at is not None,
             "yanked": row.yank_reason if row.yanked else None,
             "deprecated": row.deprecated_reason,
             "successor": row.successor,

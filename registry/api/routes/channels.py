@@ -29,7 +29,7 @@ from registry.database import idempotency
 from registry.database.engine import Session
 from registry.database.tables import Promotion
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import judgements, moves, pending, policies, promotions
+from registry.domain.channels import judgements, moves, pending, policies, promotions, timeline
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import parse_name, parse_version
 from registry.transfer.promotions import settle, settle_overdue
@@ -100,7 +100,7 @@ def promote(  # noqa: PLR0913
             outcome = _made(session, named, channel, made)
         else:
             outcome = promotions.request(session, actor, wanted)
-            kind = "move" if isinstance(outcome, moves.ChannelMove) else "promotion"
+            kind = "move" if isinstance(outcome, timeline.ChannelMove) else "promotion"
             idempotency.store_answer(session, asked, {kind: outcome.id})
         if isinstance(outcome, Promotion):
             return Response(promotion_view(outcome).model_dump_json(), 202, media_type="application/json")
@@ -109,7 +109,7 @@ def promote(  # noqa: PLR0913
 
 def _made(
     session: Session, named: NamedRepository, channel: str, made: dict[str, int]
-) -> moves.ChannelMove | Promotion:
+) -> timeline.ChannelMove | Promotion:
     """What an earlier request with the same key led to."""
     if "move" in made:
         return _move(session, named, channel, made["move"])
@@ -140,9 +140,9 @@ def roll_back(  # noqa: PLR0913
     return json_response(move_document(move, named.name, channel), ETag=etag(move.id))
 
 
-def _move(session: Session, named: NamedRepository, channel: str, move_id: int) -> moves.ChannelMove:
+def _move(session: Session, named: NamedRepository, channel: str, move_id: int) -> timeline.ChannelMove:
     row = moves.find(session, repositories.find(session, named.name, named.kind), channel)
-    return moves.history(session, row, before=move_id + 1, limit=1)[0]
+    return timeline.history(session, row, before=move_id + 1, limit=1)[0]
 
 
 @repository_routes.get(CHANNEL + "/history")
@@ -153,7 +153,7 @@ def history(
     with resources.read() as session:
         repository = repositories.find(session, named.name, named.kind)
         row = moves.find(session, repository, channel)
-        rows = moves.history(session, row, before=decode_number(cursor), limit=limit + 1)
+        rows = timeline.history(session, row, before=decode_number(cursor), limit=limit + 1)
         return page([move_view(move, named.name, channel) for move in rows], limit, [move.id for move in rows])
 
 
@@ -169,7 +169,7 @@ def list_moves_of_release(
     """List the moves of all channels to this release and away from it, newest first."""
     with resources.read() as session:
         release = releases.find(session, named.name, parse_version(version), named.kind)
-        rows = moves.of_release(session, release, before=decode_number(cursor), limit=limit + 1)
+        rows = timeline.of_release(session, release, before=decode_number(cursor), limit=limit + 1)
         items = [move_view(move, named.name, channel) for channel, move in rows]
         return page(items, limit, [move.id for _, move in rows])
 

@@ -1,32 +1,24 @@
 """Compositions: create, show, follow, cancel. A worker does the work itself."""
 
-import asyncio
-import time
-from collections.abc import AsyncIterator
-
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.concurrency import run_in_threadpool
 
 from composer.formats.recipes.recipe import Recipe, parse_recipe
+from registry.api.http.events import EVENTS, LastEventId, Snapshot, stream
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
-from registry.api.http.rules import ASKED_AGAIN, Caller
+from registry.api.http.rules import Caller
 from registry.api.routes.views import composition_view
 from registry.api.schemas.work import CompositionIn, CompositionOut
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import permit
 from registry.domain.compositions import compositions
-from registry.domain.jobs.queue import FINISHED
+from registry.domain.jobs.queue import PLAIN, Wish
 from registry.formats.signatures import fingerprint, public_key_of, read_key
 from registry.settings import Settings
 from registry.transfer.resources import Resources
 
 router = APIRouter(prefix="/v1/compositions", tags=["compositions"], route_class=Route)
-
-_POLL_S = 0.5
-_KEEP_ALIVE_S = 15.0
-"""Proxies close connections that are idle for about a minute."""
 
 
 def signer_of(settings: Settings) -> str | None:
@@ -37,10 +29,12 @@ def signer_of(settings: Settings) -> str | None:
 @router.post("", status_code=202)
 def create(body: CompositionIn, resources: ResourcesOf, actor: Caller) -> CompositionOut:
     """Resolve and lock a recipe immediately; its steps wait for a worker. Even a plan requires the publisher role."""
-    return create_composition(resources, actor, parse_recipe(body.recipe), plan_only=body.plan)
+    return create_composition(resources, actor, parse_recipe(body.recipe), plan_only=body.plan, wish=body.wish)
 
 
-def create_composition(resources: Resources, actor: Actor, recipe: Recipe, *, plan_only: bool) -> CompositionOut:
+def create_composition(
+    resources: Resources, actor: Actor, recipe: Recipe, *, plan_only: bool, wish: Wish = PLAIN
+) -> CompositionOut:
     """A new composition, whose steps wait for a worker. Raises unless the actor has the roles that it needs."""
     for role, namespace in compositions.roles_needed(recipe):
         permit(actor, role, namespace)
@@ -52,6 +46,7 @@ def create_composition(resources: Resources, actor: Actor, recipe: Recipe, *, pl
             plan_only=plan_only,
             signer=signer_of(resources.settings),
             enabled=resources.settings.enabled_scorers.names,
+            wish=wish,
         )
         return composition_view(*compositions.find(session, composition.id))
 
@@ -61,16 +56,18 @@ def show(composition_id: RowId, resources: ResourcesOf, actor: Caller) -> Compos
     return _look(resources, actor, composition_id)
 
 
-@router.get(
-    "/{composition_id}/events",
-    response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {}}}},
-)
-async def follow(composition_id: RowId, resources: ResourcesOf, actor: Caller, request: Request) -> StreamingResponse:
-    """Server-sent events: the composition on every change until it finishes, and a comment after 15 seconds without
-    changes."""
-    first = await run_in_threadpool(_look, resources, actor, composition_id)
-    return StreamingResponse(_events(resources, request, first), media_type="text/event-stream")
+@router.get("/{composition_id}/events", response_class=StreamingResponse, responses=EVENTS)
+async def follow(
+    composition_id: RowId, resources: ResourcesOf, actor: Caller, request: Request, last_event_id: LastEventId = None
+) -> Response:
+    """Server-sent events: the composition on every change until it finishes, after the one of `Last-Event-ID`, and a
+    comment after 15 seconds without changes. 204 if that was the last."""
+
+    def look(current: Actor) -> Snapshot:
+        view = _look(resources, current, composition_id)
+        return Snapshot.of(view, view.state)
+
+    return await stream(request, actor, look, last_event_id)
 
 
 @router.post("/{composition_id}/cancel")
@@ -86,18 +83,3 @@ def _look(resources: Resources, actor: Actor, composition_id: int) -> Compositio
         pair = compositions.find(session, composition_id)
         compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
         return composition_view(*pair)
-
-
-async def _events(resources: Resources, request: Request, view: CompositionOut) -> AsyncIterator[str]:
-    yield f"data: {view.model_dump_json()}\n\n"
-    said = time.monotonic()
-    while view.state not in FINISHED:
-        await asyncio.sleep(_POLL_S)
-        actor = await ASKED_AGAIN(request)  # a revoked token ends the stream
-        latest = await run_in_threadpool(_look, resources, actor, view.id)
-        if latest != view:
-            view, said = latest, time.monotonic()
-            yield f"data: {view.model_dump_json()}\n\n"
-        elif time.monotonic() - said >= _KEEP_ALIVE_S:
-            said = time.monotonic()
-            yield ": keep-alive\n\n"

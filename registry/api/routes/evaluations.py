@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1/evaluations", tags=["quality"], route_class=Route
 def request(body: EvaluationIn, resources: ResourcesOf, actor: Caller) -> EvaluationOut:
     """Queue the evaluation of releases and bases on suites as one job, which loads each base once. Needs the role
     publisher in each release's namespace, and each base to be the caller's own, as recording the scores does."""
-    document = evaluations.request(resources, actor, body.releases, body.bases, body.suites)
+    document = evaluations.request(resources, actor, body.releases, body.bases, body.suites, body.wish)
     return EvaluationOut.model_validate(document)
 
 

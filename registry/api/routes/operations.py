@@ -4,17 +4,18 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
+from registry.api.http.events import EVENTS, LastEventId, Snapshot, stream
 from registry.api.http.pagination import Cursor, Limit, decode_number, page
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
 from registry.api.http.rules import AdminSomewhere, Caller, Contributor
 from registry.api.http.threads import in_store_threads
-from registry.api.routes.views import audit_view, job_view
+from registry.api.routes.views import audit_view, job_page, job_view
 from registry.api.schemas.wire import Page
-from registry.api.schemas.work import AuditOut, EventFilters, JobOut
+from registry.api.schemas.work import AuditOut, EventFilters, JobOut, PriorityIn
 from registry.database.engine import Session
 from registry.database.migrate import ensure_schema
 from registry.database.tables import Job
@@ -36,19 +37,43 @@ def list_jobs(resources: ResourcesOf, actor: Contributor, limit: Limit = 50, cur
     """List jobs, newest first, in namespaces where the caller is a publisher and whose inputs the caller may read."""
     with resources.read() as session:
         rows = compositions.list_jobs(session, actor, before=decode_number(cursor), limit=limit + 1)
-        return page([job_view(row) for row in rows], limit, [row.id for row in rows])
+        return page(job_page(session, rows, actor.at), limit, [row.id for row in rows])
 
 
 @router.get("/v1/jobs/{job_id}")
 def show_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
     with resources.read() as session:
-        return job_view(_job(session, actor, job_id))
+        return job_view(session, _job(session, actor, job_id), actor.at)
+
+
+@router.get("/v1/jobs/{job_id}/events", response_class=StreamingResponse, responses=EVENTS)
+async def follow_job(
+    job_id: RowId, resources: ResourcesOf, actor: Caller, request: Request, last_event_id: LastEventId = None
+) -> Response:
+    """Server-sent events: the job on every change until it ends, after the one of `Last-Event-ID`, and a comment after
+    15 seconds without changes. 204 if that was the last."""
+
+    def look(current: Actor) -> Snapshot:
+        view = show_job(job_id, resources, current)
+        return Snapshot.of(view, view.state)
+
+    return await stream(request, actor, look, last_event_id)
 
 
 @router.post("/v1/jobs/{job_id}/cancel")
 def cancel_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
     with resources.write() as session:
-        return job_view(compositions.cancel_job(session, actor, _job(session, actor, job_id)))
+        job = compositions.cancel_job(session, actor, _job(session, actor, job_id))
+        return job_view(session, job, actor.at)
+
+
+@router.post("/v1/jobs/{job_id}/priority")
+def set_priority(job_id: RowId, body: PriorityIn, resources: ResourcesOf, actor: Caller) -> JobOut:
+    """Give an unfinished job another priority: who may cancel it may lower it, `high` needs the role releaser in its
+    namespace, or in the whole registry if it has none."""
+    with resources.write() as session:
+        job = _job(session, actor, job_id)
+        return job_view(session, queue.set_priority(session, actor, job.id, body.priority), actor.at)
 
 
 def event_query(actor: AdminSomewhere, filters: Annotated[EventFilters, Query()]) -> EventQuery:

@@ -1,6 +1,7 @@
 """Renders rows for the API. Call inside the transaction that read or wrote the rows."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, TypeVar
 
 from registry.api.routes.documents import deprecation, move_document
@@ -24,8 +25,10 @@ from registry.database.tables import (
 from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.channels import moves, resolve
 from registry.domain.channels.judgements import Judgement
-from registry.domain.channels.moves import ChannelMove, PromotionRequest
-from registry.domain.jobs import queue
+from registry.domain.channels.moves import PromotionRequest
+from registry.domain.channels.timeline import ChannelMove
+from registry.domain.jobs import needs, queue
+from registry.domain.jobs.queue import Priority
 from registry.formats.references import RepositoryName
 
 W = TypeVar("W", bound=Wire)
@@ -148,8 +151,31 @@ def promotion_view(row: Promotion) -> PromotionOut:
     )
 
 
-def job_view(row: Job) -> JobOut:
-    return _view(JobOut, row)
+def job_view(session: Session, row: Job, now: datetime) -> JobOut:
+    return _job_views(session, [row], now)[0]
+
+
+def job_page(session: Session, rows: Sequence[Job], now: datetime) -> list[JobOut]:
+    """Renders jobs without the logs of their steps, with the same queries whatever the page length."""
+    views = _job_views(session, rows, now)
+    return [
+        view.model_copy(update={"steps": [step.model_copy(update={"log": []}) for step in view.steps]})
+        for view in views
+    ]
+
+
+def _job_views(session: Session, rows: Sequence[Job], now: datetime) -> list[JobOut]:
+    needed, waiting = needs.needs_of(session, rows), needs.waiting(session, rows, now)
+    return [
+        _view(
+            JobOut,
+            row,
+            priority=Priority.of(row),
+            needs=sorted(needed[row.id].names),
+            waits_for=waiting.get(row.id),
+        )
+        for row in rows
+    ]
 
 
 def composition_view(row: Composition, job: Job) -> CompositionOut:

@@ -308,12 +308,15 @@ class DeprecateIn(WireIn):
 
 class TakedownOut(Wire):
     """`releases` have lost their files. `blobs` of `size_bytes` go, since nothing names them any more. `named_by` are
-    releases and commits of the namespace that still have some of the files."""
+    releases and commits of the namespace that still have some of the files, `kept_files` which ones, by path. `barred`
+    are the weights that the namespace may not publish again."""
 
     releases: list[str]
     blobs: int
     size_bytes: int
     named_by: list[str]
+    kept_files: dict[str, list[str]]
+    barred: list[str]
 
 
 class YankIn(WireIn):

@@ -6,15 +6,40 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from registry.api.schemas.catalog import BaseRef
-from registry.api.schemas.wire import Moment, Wire, WireIn
+from registry.api.schemas.wire import MAX_INT64, Moment, Wire, WireIn
 from registry.domain.access.audit import Act, Actor, EventQuery
 from registry.domain.access.roles import Role, granted
+from registry.domain.jobs.queue import Priority, Wish
 
 MAX_CHECKED = 16
 """Adapters in one conflict check, which every reader may request."""
 
 
-class CompositionIn(WireIn):
+class WishIn(WireIn):
+    """How a worker is to treat the job."""
+
+    priority: Priority = Field(
+        default=Priority.NORMAL,
+        description="Which of the jobs goes first that are alike otherwise. `high` needs the role releaser in the "
+        "job's namespace, or in the whole registry if it has none.",
+    )
+    memory_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_INT64,
+        description="Memory of a device that the job takes; by default the size of its largest base, if it is loaded.",
+    )
+
+    @property
+    def wish(self) -> Wish:
+        return Wish(priority=self.priority, memory_bytes=self.memory_bytes)
+
+
+class PriorityIn(WireIn):
+    priority: Priority
+
+
+class CompositionIn(WishIn):
     """`recipe` as in composer/formats/recipes/recipe.py."""
 
     recipe: dict[str, Any]
@@ -22,7 +47,8 @@ class CompositionIn(WireIn):
 
 
 class StepOut(Wire):
-    """`done` and `total` are in `unit`, examples or bytes; all three are null if a step has no such amount."""
+    """`done` and `total` are in `unit`, examples, bytes or units; all three are null if a step has no such amount.
+    `redone` units were done again after a failure; `log` has the last lines of one that failed, in a single job."""
 
     name: str
     state: str
@@ -30,6 +56,8 @@ class StepOut(Wire):
     done: int | None = None
     total: int | None = None
     unit: str | None = None
+    redone: int = 0
+    log: list[str] = Field(default=[])
 
 
 class ResultRow(Wire):
@@ -98,7 +126,9 @@ class ConflictsOut(Wire):
 
 
 class JobOut(Wire):
-    """`heartbeat_at` is the worker's last sign of life while the job runs; of a queued job, when it is due."""
+    """`heartbeat_at` is the worker's last sign of life while the job runs; of a queued job, when it is due. `needs` are
+    what its worker must have, `base:DIGEST`, `scorer:NAME`, `harness` or `evolution`, and `memory_bytes` of a device;
+    null if a worker has yet to find out. `waits_for` says what a queued job waits for."""
 
     id: int
     kind: str
@@ -111,6 +141,10 @@ class JobOut(Wire):
     created_at: datetime
     created_by: str
     finished_at: datetime | None
+    priority: Priority
+    needs: list[str]
+    memory_bytes: int | None
+    waits_for: str | None
 
 
 class UpgradeIn(WireIn):
@@ -159,7 +193,7 @@ class UpgradeOut(Wire):
     adapters: list[UpgradeAdapter]
 
 
-class EvaluationIn(WireIn):
+class EvaluationIn(WishIn):
     """What a worker is to measure: releases by reference, bases by digest, name or alias, on suites by name,
     `NAME@VERSION` or digest. At most 1,000 pairs."""
 

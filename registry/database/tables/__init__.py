@@ -28,8 +28,10 @@ from registry.database.tables.work import (
     ConflictCheck,
     Evaluation,
     Job,
+    JobNeed,
     ReleaseInput,
     StoreFactsRow,
+    WorkerRow,
 )
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "Evaluation",
     "Gate",
     "Job",
+    "JobNeed",
     "KeptAnswer",
     "Member",
     "Move",
@@ -70,6 +73,7 @@ __all__ = [
     "TrustedPublisher",
     "Upload",
     "UsedIdToken",
+    "WorkerRow",
     "XetUpload",
     "XetXorb",
 ]

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, Float, ForeignKey, Index, String
+from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, SmallInteger, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from registry.database.engine import Row, UtcDateTime
@@ -37,7 +37,8 @@ class AuditRow(Row):
 
 class Job(Row):
     """Work for one namespace that outlives a request. `steps` are [{name, state, progress}]; a fresh heartbeat means
-    that a worker has it."""
+    that a worker has it. `memory_bytes` of a device and the rows of `JobNeed` are what its worker must have; None for
+    a job of a version before 0019, whose needs a worker declares."""
 
     __tablename__ = "jobs"
     __table_args__ = (Index("ix_jobs_state", "state", "id"),)
@@ -55,6 +56,30 @@ class Job(Row):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128))
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    priority: Mapped[int] = mapped_column(SmallInteger, default=0, server_default="0")
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class JobNeed(Row):
+    """What a job's worker must have: `base:DIGEST`, `scorer:NAME`, `harness` or `evolution`."""
+
+    __tablename__ = "job_needs"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    need: Mapped[str] = mapped_column(String(80), primary_key=True)
+
+
+class WorkerRow(Row):
+    """A worker process, as it last said: the kinds of jobs that it runs, which needs of unfinished jobs it meets, and
+    the memory of its device."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    seen_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    kinds: Mapped[list[str]] = mapped_column(JSON)
+    offers: Mapped[list[str]] = mapped_column(JSON)
+    memory_bytes: Mapped[int] = mapped_column(BigInteger)
 
 
 class Composition(Row):

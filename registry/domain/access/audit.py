@@ -55,6 +55,8 @@ class Act(StrEnum):
     EVALUATION_REQUEST = "evaluation:request"
     GATE_SET = "gate:set"
     JOB_CANCEL = "job:cancel"
+    JOB_EXPIRE = "job:expire"
+    JOB_PRIORITY = "job:priority"
     MEMBER_SET = "member:set"
     NAMESPACE_CREATE = "namespace:create"
     NAMESPACE_SET = "namespace:set"

@@ -154,7 +154,7 @@ def unknown_namespace(namespace: str) -> NotFound:
         "namespace_unknown",
         f"Namespace {namespace[:64]} does not exist, or you have no access to it.",
         subject=namespace[:64],
-        next_step="Check the spelling, and ADAPTORY_TOKEN.",
+        next_step="Check the spelling, and your token or sign-in.",
     )
 
 

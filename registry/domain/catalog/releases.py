@@ -22,11 +22,12 @@ from registry.database.tables import (
 )
 from registry.domain.access import audit, namespaces, quotas
 from registry.domain.access.audit import Act, Actor
-from registry.domain.catalog import repositories, search_index, versioning
+from registry.domain.catalog import barred, repositories, search_index, versioning
+from registry.domain.catalog.barred import without_signature
 from registry.domain.catalog.repositories import Kind
 from registry.errors import Conflict, Invalid, NotFound, Refused
 from registry.formats import compatibility
-from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id, parse_manifest
+from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.formats.references import RepositoryName, Version
 from registry.formats.signatures import SIGNATURE_FILE, Signed, SignedRelease, is_key_of, refuse_other_release
 
@@ -351,22 +352,6 @@ def signable(repository: str, version: str, base_digest: str, files: Sequence[Ma
     return SignedRelease(repository, version, base_digest, commit_id(canonical_manifest(kept)))
 
 
-def refuse_barred_files(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:
-    """Raises Refused for files that were taken down in the namespace, ignoring signatures."""
-    digests, largest = _without_signature(files), _largest(files)
-    query = select(Revision, Repository.name).join(Repository, Repository.id == Revision.repository_id)
-    query = query.where(Revision.barred, Repository.namespace == namespace, Revision.manifest.contains(largest))
-    for revision, name in session.execute(query):
-        if _without_signature(parse_manifest(revision.manifest)) == digests:
-            named = f"{namespace}/{name}#{revision.commit[:12]}"
-            raise Refused(
-                "files_taken_down",
-                f"These are the files of {named}, which was taken down: {revision.takedown_reason}.",
-                subject=named,
-                next_step="Publish other files.",
-            )
-
-
 def _largest(files: Sequence[ManifestFile]) -> str:
     """The digest of the largest file besides the signature; empty if there is none."""
     signed = (file for file in files if file.path != SIGNATURE_FILE)
@@ -376,13 +361,13 @@ def _largest(files: Sequence[ManifestFile]) -> str:
 
 def yanked_twin(session: Session, namespace: str, files: Sequence[ManifestFile]) -> Release | None:
     """A yanked release of the namespace with the same files, ignoring signatures."""
-    digests, largest = _without_signature(files), _largest(files)
+    digests, largest = without_signature(files), _largest(files)
     query = select(Release).join(RevisionFile, RevisionFile.revision_id == Release.revision_id)
     query = query.join(Repository, Repository.id == Release.repository_id)
     query = query.where(Release.yanked, Repository.namespace == namespace, RevisionFile.sha256 == largest)
     candidates = session.scalars(query.order_by(Release.id.desc())).unique().all()
     there = files_of(session, *candidates)
-    return next((one for one in candidates if _without_signature(there[one.revision_id]) == digests), None)
+    return next((one for one in candidates if without_signature(there[one.revision_id]) == digests), None)
 
 
 def refuse_yanked_files(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:
@@ -395,10 +380,6 @@ def refuse_yanked_files(session: Session, namespace: str, files: Sequence[Manife
             subject=full_name(twin),
             next_step=f"Publish other files, or undo the yank: `adaptory unyank {full_name(twin)} --reason WHY`.",
         )
-
-
-def _without_signature(files: Sequence[RevisionFile] | Sequence[ManifestFile]) -> dict[str, str]:
-    return {file.path: file.sha256 for file in files if file.path != SIGNATURE_FILE}
 
 
 def _retry(existing: Release, new: NewRelease, commit: str) -> Release:
@@ -428,7 +409,7 @@ def find_or_create_revision(
     commit = commit_id(manifest)
     query = select(Revision).where(Revision.repository_id == repository.id, Revision.commit == commit)
     lock_blobs_shared(session)  # a collection forgets revisions too
-    refuse_barred_files(session, repository.namespace, files)
+    barred.refuse_files(session, repository.namespace, files)
     revision = session.scalar(query)
     if revision is not None and revision.taken_down_at is None:
         return revision

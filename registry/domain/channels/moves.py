@@ -1,38 +1,34 @@
-"""Promotion, rollback, history: channels move by compare-and-set, and moves are never rewritten."""
+"""Promotion and rollback: channels move by compare-and-set, and moves are never rewritten."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from datetime import datetime
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from sqlalchemy import Select, Table, bindparam, func, insert, literal_column, select, update
+from sqlalchemy import Select, Table, bindparam, insert, literal_column, select, update
 from sqlalchemy.orm import Session, joinedload
 
 from registry.database.engine import insert_if_absent
 from registry.database.tables import Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import readable
 from registry.domain.catalog import releases, repositories, signatures
 from registry.domain.catalog.releases import full_name
-from registry.domain.channels import pending, policies, refusals
+from registry.domain.channels import pending, policies, refusals, timeline
 from registry.domain.channels.policies import Report, Verdict
 from registry.domain.channels.refusals import Expected, PromotionRequest
 from registry.domain.channels.requirements import Question
+from registry.domain.channels.timeline import ChannelMove
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import Refused, Stale
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import Version, parse_name, refuse_ambiguous_channel
 
-LATEST_AMONG = 2_000
-"""`latest` looks at this many of a registry's last moves: a caller who may read few of them waits no longer."""
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
 
 _channel, _gate, _move, _namespace, _promotion, _release, _repository, _revision = (
     table.__table__.c for table in (Channel, Gate, Move, Namespace, Promotion, Release, Repository, Revision)
 )
-_left = Release.__table__.alias("left")
 
 # A promotion is these five statements on columns; with mapped objects it took twice as long.
 _ASKED = (
@@ -65,9 +61,6 @@ _ASKED = (
 )
 """The release and the namespace's policy, locked until the transaction ends. Moves of one channel, and yanks, wait for
 each other here instead of failing, unless they state the move that they expect."""
-_VERSIONS = [_left.c.version.label("from_version"), _release.version.label("to_version")]
-_MOVED = [_move.id, _move.kind, *_VERSIONS, _move.actor, _move.reason, _move.forced, _move.gates, _move.at]
-"""The columns of a `ChannelMove`, named as its fields."""
 _asked_for = Release.__table__.alias("asked_for")
 _STATE = (
     select(
@@ -78,7 +71,7 @@ _STATE = (
         _promotion.id.label("pending_id"),
         _move.to_release_id,
         _revision.commit,
-        *_MOVED,
+        *timeline.COLUMNS,
     )
     .select_from(Channel.__table__)
     .outerjoin(Gate.__table__, (_gate.repository_id == _channel.repository_id) & (_gate.channel == _channel.name))
@@ -88,82 +81,18 @@ _STATE = (
     .outerjoin(Move.__table__, _move.id == _channel.move_id)
     .outerjoin(Release.__table__, _release.id == _move.to_release_id)
     .outerjoin(Revision.__table__, _revision.id == _release.revision_id)
-    .outerjoin(_left, _left.c.id == _move.from_release_id)
+    .outerjoin(timeline.LEFT, timeline.LEFT.c.id == _move.from_release_id)
     .outerjoin(_asked_for, (_asked_for.c.id == bindparam("release")) & _asked_for.c.yanked)
     .where(_channel.id == bindparam("channel"))
 )
 """A channel's policy, current move and waiting promotion, and why the release is yanked: read after the lock is
 acquired."""
-_HISTORY = (
-    select(*_MOVED)
-    .select_from(Move.__table__)
-    .join(Release.__table__, _release.id == _move.to_release_id)
-    .outerjoin(_left, _left.c.id == _move.from_release_id)
-    .where(_move.channel_id == bindparam("channel"))
-    .order_by(_move.id.desc())
-)
-_LATEST = (
-    select(
-        _repository.namespace,
-        _repository.name.label("repository"),
-        _channel.name.label("channel"),
-        *(column for column in _MOVED if column is not _move.gates),
-    )
-    .select_from(Move.__table__)
-    .join(Channel.__table__, _channel.id == _move.channel_id)
-    .join(Repository.__table__, _repository.id == _channel.repository_id)
-    .join(Release.__table__, _release.id == _move.to_release_id)
-    .outerjoin(_left, _left.c.id == _move.from_release_id)
-    .where(_move.id > select(func.max(_move.id) - LATEST_AMONG).scalar_subquery())
-    .order_by(_move.id.desc())
-)
-_OF_RELEASE = (
-    select(_channel.name.label("channel"), *_MOVED)
-    .select_from(Channel.__table__)
-    .join(Move.__table__, _move.channel_id == _channel.id)
-    .join(Release.__table__, _release.id == _move.to_release_id)
-    .outerjoin(_left, _left.c.id == _move.from_release_id)
-    .where(
-        _channel.repository_id == bindparam("repository"),
-        (_move.to_release_id == bindparam("release")) | (_move.from_release_id == bindparam("release")),
-    )
-    .order_by(_move.id.desc())
-)
 _INSERT = insert(cast(Table, Move.__table__)).returning(_move.id)
 _POINT = (
     update(cast(Table, Channel.__table__))
     .where(_channel.id == bindparam("channel"), _channel.move_id.is_not_distinct_from(bindparam("seen")))
     .returning(_channel.id)
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChannelMove:
-    """A channel's move; `gates` are the recorded results, empty where they were not read."""
-
-    id: int
-    kind: str
-    from_version: str | None
-    to_version: str
-    actor: str
-    reason: str
-    forced: bool
-    gates: Sequence[Mapping[str, Any]] = ()
-    at: datetime
-
-    @classmethod
-    def of_row(cls, row: Any) -> "ChannelMove":
-        """From a row with the columns `_MOVED`, perhaps without gates, and perhaps with others."""
-        named = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in row._mapping.items() if name in named})
-
-    @classmethod
-    def recorded(
-        cls, move_id: int, values: Mapping[str, Any], from_version: str | None, to_version: str
-    ) -> "ChannelMove":
-        """From the inserted columns."""
-        own = {name: values[name] for name in ("kind", "actor", "reason", "forced", "gates", "at")}
-        return cls(id=move_id, from_version=from_version, to_version=to_version, **own)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,27 +257,6 @@ def effective_move(session: Session, channel: Channel) -> Move | None:
     the first move."""
     current = session.get(Move, channel.move_id) if channel.move_id else None
     return _previous_unyanked(session, current) if current and current.to_release.yanked else current
-
-
-def history(session: Session, channel: Channel, *, before: int, limit: int) -> list[ChannelMove]:
-    """Moves, newest first; `before` is the id of the last move of the previous page, 0 for the first page."""
-    query = _HISTORY.where(_move.id < before) if before else _HISTORY
-    return [ChannelMove.of_row(row) for row in session.execute(query.limit(limit), {"channel": channel.id})]
-
-
-def latest(session: Session, actor: Actor, *, limit: int) -> list[tuple[str, str, ChannelMove]]:
-    """The newest moves that the actor may read among the registry's last `LATEST_AMONG`, each with its repository and
-    channel."""
-    rows = session.execute(_LATEST.where(readable(actor, Repository.namespace)).limit(limit))
-    return [(f"{row.namespace}/{row.repository}", row.channel, ChannelMove.of_row(row)) for row in rows]
-
-
-def of_release(session: Session, release: Release, *, before: int, limit: int) -> list[tuple[str, ChannelMove]]:
-    """The moves of all channels to a release and away from it, each with its channel, newest first; `before` as in
-    `history`."""
-    query = _OF_RELEASE.where(_move.id < before) if before else _OF_RELEASE
-    named = {"repository": release.repository_id, "release": release.id}
-    return [(row.channel, ChannelMove.of_row(row)) for row in session.execute(query.limit(limit), named)]
 
 
 def find(session: Session, repository: Repository, name: str) -> Channel:

@@ -69,6 +69,18 @@ def on_base(session: Session, digest: str) -> list[int]:
     return list(session.scalars(query.where(Promotion.state == PENDING, Release.base_digest == digest)))
 
 
+def refuse_ended(promotion: Promotion) -> None:
+    """Raises Conflict for a promotion that no longer waits."""
+    if promotion.state != PENDING:
+        named = subject(promotion)
+        raise Conflict(
+            "promotion_ended",
+            f"Promotion {promotion.id} of {named} is already {promotion.state}.",
+            subject=named,
+            next_step=f"There is nothing to do: `adaptory promotion list {named}` shows how it ended.",
+        )
+
+
 def subject(promotion: Promotion) -> str:
     return f"{repositories.name_of(promotion.release.repository)}@{promotion.channel.name}"
 

@@ -14,10 +14,11 @@ from registry.domain.access.roles import Role, holds, permit
 from registry.domain.catalog import repositories
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves, pending, policies, requirements
-from registry.domain.channels.moves import ChannelMove, Waiting
+from registry.domain.channels.moves import Waiting
 from registry.domain.channels.pending import PENDING
 from registry.domain.channels.policies import Report
 from registry.domain.channels.refusals import Expected, PromotionRequest
+from registry.domain.channels.timeline import ChannelMove
 from registry.domain.jobs import evaluations, queue
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import Conflict, NotAllowed, Refused, RegistryError, Stale, Unavailable
@@ -105,14 +106,8 @@ def settle(session: Session, promotion_id: int, now: datetime) -> Promotion:
 def cancel(session: Session, actor: Actor, promotion: Promotion) -> Promotion:
     """Cancels a waiting promotion. Raises Conflict for one that ended."""
     promotion = _locked(session, promotion.id)
+    pending.refuse_ended(promotion)
     subject = pending.subject(promotion)
-    if promotion.state != PENDING:
-        raise Conflict(
-            "promotion_ended",
-            f"Promotion {promotion.id} of {subject} is already {promotion.state}.",
-            subject=subject,
-            next_step="There is nothing to cancel.",
-        )
     error = Conflict(
         "promotion_cancelled",
         f"{actor.name} cancelled the promotion of {promotion.release.version} to {subject}.",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import groupby
 
 from sqlalchemy import ColumnElement, and_, delete, exists, false, or_, select, update
 from sqlalchemy.orm import Session, aliased
@@ -26,9 +27,10 @@ from registry.database.tables import (
 from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.catalog import repositories, search_index
+from registry.domain.catalog import barred, repositories, search_index
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import yanks
+from registry.formats.manifest import parse_manifest
 
 _UNTRACKED = {"synchronize_session": False}
 TAKEN_DOWN_BY = "takedown"
@@ -37,22 +39,28 @@ TAKEN_DOWN_BY = "takedown"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Takedown:
-    """`releases` have lost their files. `blobs` of `size_bytes` go, since nothing names them any more. `named_by`
-    are the releases and commits that still have some of the files, which stay for that reason."""
+    """`releases` have lost their files. `blobs` of `size_bytes` go, since nothing names them any more. `kept_files` are
+    the paths of files that stay, by the releases and commits that still have them. `barred` are the paths of the
+    weights that the namespace may not publish again."""
 
     releases: list[str]
     blobs: int
     size_bytes: int
-    named_by: list[str]
+    kept_files: dict[str, list[str]]
+    barred: list[str]
+
+    @property
+    def named_by(self) -> list[str]:
+        return list(self.kept_files)
 
 
 def take_down(session: Session, actor: Actor, release: Release, reason: str, *, bar: bool = True) -> Takedown:
     """Takes the files of a release down, and yanks every version that has the same ones. Keeps who published what, and
     when; notes and provenance go, since they may repeat what must not be seen.
 
-    With `bar`, the namespace may not publish the same files again. Files that another release or commit names stay. The
-    blobs of the others are marked, so that nobody relies on them: the caller, or the next collection, removes their
-    bytes. Repeated, it changes nothing.
+    With `bar`, the namespace may not publish the same files or weights again (`barred.refuse_files`). Files that
+    another release or commit names stay. The blobs of the others are marked, so that nobody relies on them: the caller,
+    or the next collection, removes their bytes. Repeated, it changes nothing.
     """
     yanks.need_reason("A takedown", release, reason)
     repositories.lock(session, release.repository_id)
@@ -62,7 +70,7 @@ def take_down(session: Session, actor: Actor, release: Release, reason: str, *, 
     versions = session.scalars(select(Release).where(Release.revision_id == revision.id).order_by(Release.id)).all()
     names = [full_name(one) for one in versions]
     if revision.taken_down_at is not None:
-        return Takedown(releases=names, blobs=0, size_bytes=0, named_by=[])
+        return Takedown(releases=names, blobs=0, size_bytes=0, kept_files={}, barred=[])
     digests = list(session.scalars(select(RevisionFile.sha256).where(RevisionFile.revision_id == revision.id)))
     for one in versions:
         _bury(session, actor, one, reason)
@@ -71,12 +79,15 @@ def take_down(session: Session, actor: Actor, release: Release, reason: str, *, 
     session.expire(revision, ["files"])
     revision.taken_down_at, revision.takedown_reason, revision.barred = actor.at, reason, bar
     session.flush()
-    marked = _mark_unnamed(session, actor, release.repository.namespace, digests)
+    namespace = release.repository.namespace
+    marked = _mark_unnamed(session, actor, namespace, digests)
+    weights = barred.gone_weights(session, namespace, parse_manifest(revision.manifest)) if bar else []
     return Takedown(
         releases=names,
         blobs=len(marked),
         size_bytes=sum(marked),
-        named_by=_named_by(session, release.repository.namespace, digests),
+        kept_files=_kept_files(session, namespace, digests),
+        barred=[file.path for file in weights],
     )
 
 
@@ -172,18 +183,19 @@ def _mark_unnamed(session: Session, actor: Actor, namespace: str, digests: Seque
     return [row.size_bytes for row in rows]
 
 
-def _named_by(session: Session, namespace: str, digests: Sequence[str]) -> list[str]:
-    """The releases and commits of the namespace that have one of the files."""
+def _kept_files(session: Session, namespace: str, digests: Sequence[str]) -> dict[str, list[str]]:
+    """Which of the files releases and commits of the namespace still have: paths by their names."""
     query = (
-        select(Repository.name, Revision.id, Revision.commit)
+        select(Repository.name, Revision.id, Revision.commit, RevisionFile.path)
         .join(Revision, Revision.repository_id == Repository.id)
-        .where(Repository.namespace == namespace)
-        .where(exists().where(RevisionFile.revision_id == Revision.id, RevisionFile.sha256.in_(digests)))
-        .order_by(Repository.name, Revision.id)
+        .join(RevisionFile, RevisionFile.revision_id == Revision.id)
+        .where(Repository.namespace == namespace, RevisionFile.sha256.in_(digests))
+        .order_by(Repository.name, Revision.id, RevisionFile.path)
     )
-    names: list[str] = []
-    for repository, revision_id, commit in session.execute(query):
+    kept: dict[str, list[str]] = {}
+    for (repository, revision_id, commit), rows in groupby(session.execute(query).all(), lambda row: row[:3]):
         versions = session.scalars(select(Release.version).where(Release.revision_id == revision_id)).all()
-        marks = [f":{version}" for version in versions] or [f"#{commit[:12]}"]
-        names += [f"{namespace}/{repository}{mark}" for mark in marks]
-    return names
+        paths = [row.path for row in rows]
+        for mark in [f":{version}" for version in versions] or [f"#{commit[:12]}"]:
+            kept[f"{namespace}/{repository}{mark}"] = paths
+    return kept

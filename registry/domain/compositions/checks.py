@@ -19,6 +19,7 @@ from registry.database.tables import ConflictCheck, Job
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds, may_read, refuse_anonymous
 from registry.domain.jobs import queue
+from registry.domain.jobs.needs import Needs
 from registry.errors import NotFound
 from registry.formats.references import parse_reference
 
@@ -61,7 +62,9 @@ def request(session: Session, actor: Actor, lock: Lock) -> ConflictCheck:
     if _must_begin(session, check):  # else another request has begun it
         namespaces = namespaces_of(check)
         owner = next(iter(namespaces)) if len(namespaces) == 1 else None
-        check.job_id, check.report = queue.enqueue(session, actor, KIND, STEPS, owner).id, None
+        job = queue.enqueue(session, actor, KIND, STEPS, owner)
+        queue.declare(session, job, Needs())
+        check.job_id, check.report = job.id, None
         session.flush()
     return check
 

@@ -17,8 +17,9 @@ from registry.domain.catalog import metrics, releases, repositories, scorers, su
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import gates
-from registry.domain.compositions import checks, locking
+from registry.domain.compositions import checks, job_needs, locking
 from registry.domain.jobs import evaluations, queue
+from registry.domain.jobs.queue import PLAIN, Wish
 from registry.errors import Conflict, Invalid, NotAllowed, NotFound, Refused, Usage
 from registry.formats.references import RepositoryName, Version, nearest, parse_reference
 from registry.formats.signatures import fingerprint
@@ -37,7 +38,7 @@ class _Target:
     kind: Kind
 
 
-def create(
+def create(  # noqa: PLR0913
     session: Session,
     actor: Actor,
     recipe: Recipe,
@@ -45,6 +46,7 @@ def create(
     plan_only: bool,
     signer: str | None = None,
     enabled: Collection[str] = (),
+    wish: Wish = PLAIN,
 ) -> Composition:
     """Resolves and locks the recipe and enqueues its steps; a plan has only the check, and publishes nothing.
 
@@ -58,13 +60,14 @@ def create(
         _refuse_namespace(session, actor, target.repository.namespace, signer)
     for name in _suite_names(recipe):
         suites.with_examples(suites.find(session, name))
-    for name in () if plan_only else evaluated(recipe, lock):
+    for name in () if plan_only else locking.evaluated(recipe, lock):
         scorers.refuse_disabled(suites.find(session, name), enabled)
     _check_gates(session, recipe, lock)
     wanted = STEPS[:1] if plan_only else STEPS
     if recipe.optimize:
         wanted = ("optimize", *wanted)
-    job = queue.enqueue(session, actor, "composition", wanted, owner(recipe))
+    job = queue.enqueue(session, actor, "composition", wanted, owner(recipe), wish)
+    queue.declare(session, job, job_needs.needs_of(session, recipe, lock, plan_only=plan_only), wish)
     composition = Composition(
         job_id=job.id,
         plan_only=plan_only,
@@ -243,12 +246,6 @@ def inputs_of(session: Session, lock: Lock) -> list[Release]:
     return releases_used
 
 
-def evaluated(recipe: Recipe, lock: Lock) -> list[str]:
-    """The suites that the candidate is measured on: the recipe's, and those that the lock's gates use."""
-    added = [rule.suite for rule in gates.parse_rules(lock.gates)]
-    return list(dict.fromkeys([*recipe.evaluate, *added]))
-
-
 def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
     """The outputs to publish, each with its version and in its own repository."""
     outputs = [(text, kind) for text, kind in ((recipe.adapter, Kind.ADAPTER), (recipe.model, Kind.MODEL)) if text]
@@ -335,7 +332,7 @@ def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
                 subject=str(rule),
                 next_step="Compare with the base or the inputs; the channel's own gate checks the promotion.",
             )
-        if rule.suite not in evaluated(recipe, lock):
+        if rule.suite not in locking.evaluated(recipe, lock):
             raise Usage(
                 "not_evaluated",
                 f"{rule}: the recipe does not evaluate {rule.suite}.",

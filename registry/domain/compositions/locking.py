@@ -160,6 +160,14 @@ def member_suites(session: Session, recipe: Recipe, inputs: Sequence[Release]) -
     ]
 
 
+def evaluated(recipe: Recipe, lock: Lock, own: Sequence[str | None] = ()) -> list[str]:
+    """The suites that the candidate is measured on: the recipe's, those that the lock's gates use, and with `gates: []`
+    the inputs' `own`."""
+    added = [rule.suite for rule in gates.parse_rules(lock.gates)]
+    unjudged = [suite for suite in own if suite] if recipe.gates is not None and not recipe.gates else []
+    return list(dict.fromkeys([*recipe.evaluate, *added, *unjudged]))
+
+
 def best_target_suite(session: Session, release: Release) -> str | None:
     """The target suite on which the release gained most over its base, in nats per token. If the base lacks a score on
     one of them, gains cannot be compared, and it is the suite on which the release is best."""

@@ -8,10 +8,14 @@ from typing import Any, Self
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Evaluation, Job
+from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.tasks import ANSWER_SCORERS
+from registry.database.tables import Base, Evaluation, Job, Release, Repository, Suite
 from registry.domain.access import tokens
 from registry.domain.access.audit import Actor
 from registry.domain.jobs import queue
+from registry.domain.jobs.needs import HARNESS, Needs, base_need, scorer_need
+from registry.domain.jobs.queue import PLAIN, Wish
 
 KIND = "evaluation"
 STEPS = ("measure",)
@@ -37,15 +41,45 @@ def create(
     namespaces: Collection[str],
     wanted: Sequence[Wanted],
     upgrade: dict[str, Any] | None = None,
+    wish: Wish = PLAIN,
 ) -> Job:
-    """Queues an evaluation; the job belongs to the namespace of the releases if they have only one. Raises TooMany as
+    """Queues an evaluation; the job belongs to the namespace of the releases if they have only one. Raises as
     `queue.enqueue`."""
-    job = queue.enqueue(session, actor, KIND, STEPS, next(iter(namespaces)) if len(namespaces) == 1 else None)
+    job = queue.enqueue(session, actor, KIND, STEPS, next(iter(namespaces)) if len(namespaces) == 1 else None, wish)
+    queue.declare(session, job, needs_of(session, wanted), wish)
     rows = [asdict(one) for one in dict.fromkeys(wanted)]
     asked = {"token_id": actor.token_id, "source": actor.source}
     session.add(Evaluation(job_id=job.id, wanted=rows, results=[], upgrade=upgrade, **asked))
     session.flush()
     return job
+
+
+def needs_of(session: Session, wanted: Sequence[Wanted]) -> Needs:
+    """What a worker needs to measure this: the largest base in memory, each base but for models, which are loaded from
+    their own files, and what the suites are measured with."""
+    suites = session.scalars(select(Suite).where(Suite.digest.in_({one.suite for one in wanted})))
+    names = {name for suite in suites for name in suite_needs(suite)}
+    models = _models(session, {one.release for one in wanted if one.release is not None})
+    names |= {base_need(one.base) for one in wanted if one.release not in models}
+    sizes = select(Base.size_bytes).where(Base.digest.in_({one.base for one in wanted}))
+    return Needs(frozenset(names), memory_bytes=max(session.scalars(sizes), default=0))
+
+
+def suite_needs(suite: Suite) -> set[str]:
+    """What a worker needs to measure the suite, besides a model."""
+    if suite.task == "harness":
+        return {HARNESS}
+    if suite.task != "generation":
+        return set()
+    chosen = SuiteContent.from_json(suite.content).scoring
+    name = chosen.name if chosen else "match"
+    return set() if name in ANSWER_SCORERS else {scorer_need(name)}
+
+
+def _models(session: Session, releases: Collection[int]) -> set[int]:
+    """Those of the releases that are models."""
+    query = select(Release.id).join(Repository, Repository.id == Release.repository_id)
+    return set(session.scalars(query.where(Release.id.in_(releases), Repository.kind == "model")))
 
 
 def under_way(session: Session, wanted: Sequence[Wanted]) -> Job | None:

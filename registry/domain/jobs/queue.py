@@ -3,22 +3,31 @@
 queued -> running -> done | refused | failed | cancelled. A worker holds a running job while its heartbeat is fresh;
 afterwards another worker takes over at the first unfinished step. A queued job with a heartbeat in the future waits
 until then.
+
+Among the jobs that a worker can run, one goes first of the namespace that has the fewest running, then one of higher
+priority, then the oldest. A job that has waited for OVERDUE goes before all that are not: each that may still go before
+it was there before it.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
+from sqlalchemy.orm import Session, aliased
 
 from registry.database.tables import Job
-from registry.domain.access.audit import Actor
-from registry.errors import Conflict, NotFound, TooMany
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.domain.access.roles import EVERYWHERE, Role, permit
+from registry.domain.jobs import needs
+from registry.domain.jobs.needs import LEASE, Needs, Offer
+from registry.errors import Conflict, NotFound, RegistryError, TooMany
 
-LEASE = timedelta(seconds=60)
-"""How long a silent worker keeps its job."""
+OVERDUE = timedelta(hours=6)
+"""How long namespaces with fewer running jobs, and higher priorities, may go before a job."""
 MAX_ATTEMPTS = 3
 PAUSES = (timedelta(seconds=15), timedelta(minutes=5))
 """Before the second and third attempt of a job whose stores are unavailable: for a restart, and for a longer repair."""
@@ -27,8 +36,47 @@ MAX_QUEUED = 100
 FINISHED = ("done", "refused", "failed", "cancelled")
 
 
-def enqueue(session: Session, actor: Actor, kind: str, steps: Sequence[str], namespace: str | None) -> Job:
-    """Adds a job with these steps. Raises TooMany if the user has MAX_QUEUED jobs waiting."""
+class Priority(StrEnum):
+    """Which of the jobs goes first that are alike otherwise."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+    @property
+    def rank(self) -> int:
+        """As the job's row has it."""
+        return {"low": -1, "normal": 0, "high": 1}[self]
+
+    @classmethod
+    def of(cls, job: Job) -> "Priority":
+        """A job's own."""
+        return cls.NORMAL if job.priority == 0 else cls.HIGH if job.priority > 0 else cls.LOW
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What the caller of a request says of its job: its priority, and the memory of a device that it takes, None for
+    what its bases take."""
+
+    priority: Priority = Priority.NORMAL
+    memory_bytes: int | None = None
+
+
+PLAIN = Wish()
+
+
+def enqueue(
+    session: Session,
+    actor: Actor,
+    kind: str,
+    steps: Sequence[str],
+    namespace: str | None,
+    wish: Wish = PLAIN,
+) -> Job:
+    """Adds a job with these steps; `declare` says what it needs. Raises TooMany if the user has MAX_QUEUED jobs
+    waiting, and NotAllowed for a high priority unless the user is a releaser of the namespace."""
+    _refuse_high(actor, wish.priority, namespace)
     waiting = select(func.count()).select_from(Job).where(Job.state == "queued", Job.created_by == actor.name)
     if (session.scalar(waiting) or 0) >= MAX_QUEUED:
         raise TooMany(
@@ -50,10 +98,23 @@ def enqueue(session: Session, actor: Actor, kind: str, steps: Sequence[str], nam
         created_at=actor.at,
         created_by=actor.name,
         finished_at=None,
+        priority=wish.priority.rank,
     )
     session.add(job)
     session.flush()
     return job
+
+
+def _refuse_high(actor: Actor, priority: Priority, namespace: str | None) -> None:
+    if priority is Priority.HIGH:
+        permit(actor, Role.RELEASER, namespace or EVERYWHERE)
+
+
+def declare(session: Session, job: Job, needed: Needs, wish: Wish = PLAIN) -> None:
+    """States what the job needs, with the memory that was asked for in place of that of its bases."""
+    if wish.memory_bytes is not None:
+        needed = replace(needed, memory_bytes=wish.memory_bytes)
+    needs.declare(session, job, needed)
 
 
 def find(session: Session, job_id: int) -> Job:
@@ -91,28 +152,59 @@ def unfinished(session: Session) -> list[tuple[str, str, int, datetime]]:
 
 
 def claim(
-    session: Session, worker: str, now: datetime, kinds: Collection[str], leave: Collection[int] = ()
+    session: Session, worker: str, now: datetime, kinds: Collection[str], offer: Offer | None = None
 ) -> Job | None:
-    """Claims the oldest job of these kinds that is due or whose worker fell silent.
+    """Claims the first job of these kinds that is due or whose worker fell silent, and whose needs the offer meets;
+    without an offer, whatever it needs. One that only needs to be cancelled has no needs.
 
-    Jobs to `leave` are for other workers, unless they only need to be cancelled. A job beyond `MAX_ATTEMPTS` has killed
-    its workers: the caller must end it.
+    A job beyond `MAX_ATTEMPTS` has killed its workers: the caller must end it.
     """
-    wanted = or_(Job.id.not_in(leave), Job.cancel_requested)
-    free = and_(Job.kind.in_(kinds), wanted, _free(now))
-    oldest = select(Job.id).where(free).order_by(Job.id).limit(1).scalar_subquery()
+    met = or_(needs.met_by(offer), Job.cancel_requested) if offer is not None else None
+    free = and_(Job.kind.in_(kinds), _free(now), *(() if met is None else (met,)))
+    running = _running(now)
+    first = select(Job.id).outerjoin(running, running.c.namespace == func.coalesce(Job.namespace, ""))
+    first = first.where(free).order_by(*_order(now, func.coalesce(running.c.count, 0))).limit(1)
     taken = (
         update(Job)
-        .where(Job.id == oldest, free)
+        .where(Job.id == first.correlate(None).scalar_subquery(), free)
         .values(state="running", worker=worker, heartbeat_at=now, attempts=Job.attempts + 1, error=None)
     )
     row = session.execute(taken.returning(Job.id), execution_options={"synchronize_session": False}).first()
     return session.get(Job, row[0], populate_existing=True) if row else None
 
 
-def before(session: Session, job_id: int, now: datetime) -> list[Job]:
-    """The jobs that a worker which begins now claims before this one, the oldest first."""
-    return list(session.scalars(select(Job).where(Job.id < job_id, _free(now)).order_by(Job.id)))
+def _running(now: datetime) -> Any:
+    """The number of running jobs of each namespace; those of several namespaces count together."""
+    one = aliased(Job)
+    namespace = func.coalesce(one.namespace, "")
+    query = select(namespace.label("namespace"), func.count().label("count"))
+    return query.where(one.state == "running", one.heartbeat_at >= now - LEASE).group_by(namespace).subquery()
+
+
+def _order(now: datetime, running: ColumnElement[int] | None = None) -> tuple[Any, ...]:
+    """What goes first. `running` is how many jobs of its namespace run, None where one worker runs all."""
+    overdue = Job.created_at < now - OVERDUE
+    fair = () if running is None else (case((overdue, 0), else_=running),)
+    return (case((overdue, 0), else_=1), *fair, case((overdue, 0), else_=-Job.priority), Job.id)
+
+
+def list_ahead(session: Session, job_id: int, now: datetime) -> list[Job]:
+    """The jobs that a registry's only worker which begins now claims before this one, the first first."""
+    waiting = list(session.scalars(select(Job).where(or_(_free(now), Job.id == job_id)).order_by(*_order(now))))
+    ids = [job.id for job in waiting]
+    return waiting[: ids.index(job_id)] if job_id in ids else []
+
+
+def end_unmet(session: Session, now: datetime) -> list[tuple[int, RegistryError]]:
+    """Ends some jobs that no worker has met for `needs.PATIENCE`; returns their numbers with the errors."""
+    ended: list[tuple[int, RegistryError]] = []
+    for job, error in needs.unmet(session, _free(now), now):
+        state = "refused" if error.exit_code == 1 else "failed"
+        still = update(Job).where(Job.id == job.id, _free(now))
+        over = still.values(state=state, finished_at=now, error=error.to_row(), worker=None).returning(Job.id)
+        if session.execute(over, execution_options={"synchronize_session": False}).first() is not None:
+            ended.append((job.id, error))
+    return ended
 
 
 def _free(now: datetime) -> ColumnElement[bool]:
@@ -130,17 +222,34 @@ def extend_lease(session: Session, job_id: int, worker: str, now: datetime) -> b
     return row is not None and not row[0]
 
 
+LOG_LINES, LOG_CHARS = 200, 400
+"""How much of a failed unit's log a step keeps: its last lines, each cut to this length."""
+
+
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """Progress of a step, in bytes or examples."""
+    """Progress of a step, in bytes, examples or units. `redone` of them were done again; `log` is that of a unit that
+    failed."""
 
     done: int
     total: int
     unit: str
+    redone: int = 0
+    log: Sequence[str] = ()
 
     @property
     def share(self) -> float:
         return min(1.0, self.done / max(self.total, 1))
+
+    def to_row(self) -> dict[str, Any]:
+        """As the step's row has it, with the last lines of the log; what is 0 or empty is left out, since servers of
+        the version before do not know it."""
+        row: dict[str, Any] = {"done": self.done, "total": self.total, "unit": self.unit}
+        if self.redone:
+            row["redone"] = self.redone
+        if self.log:
+            row["log"] = [line[:LOG_CHARS].replace("\0", "") for line in self.log[-LOG_LINES:]]
+        return row
 
 
 def note_step(session: Session, job_id: int, worker: str, step: str, *, state: str, progress: float | Amount) -> bool:
@@ -148,7 +257,7 @@ def note_step(session: Session, job_id: int, worker: str, step: str, *, state: s
     job = _locked(session, job_id)
     if job.worker != worker or job.state != "running":
         return False
-    amount = asdict(progress) if isinstance(progress, Amount) else {}
+    amount = progress.to_row() if isinstance(progress, Amount) else {}
     share = progress.share if isinstance(progress, Amount) else progress
     noted = {"state": state, "progress": round(share, 3), **amount}
     job.steps = [{**row, **noted} if row["name"] == step else row for row in job.steps]
@@ -192,6 +301,27 @@ def request_cancel(session: Session, job_id: int, now: datetime) -> Job:
         job.heartbeat_at = None
         if all(step["state"] == "waiting" for step in job.steps):
             job.state, job.finished_at = "cancelled", now
+    return job
+
+
+def set_priority(session: Session, actor: Actor, job_id: int, priority: Priority) -> Job:
+    """Gives an unfinished job another priority. Raises NotAllowed for a high one unless the actor is a releaser of the
+    job's namespace, and Conflict for a job that has ended."""
+    job = _locked(session, job_id)
+    _refuse_high(actor, priority, job.namespace)
+    if job.state in FINISHED:
+        raise Conflict(
+            "job_finished",
+            f"Job {job_id} is already {job.state}.",
+            subject=str(job_id),
+            next_step="Only a job that waits has a priority.",
+        )
+    before, job.priority = Priority.of(job), priority.rank
+    if before is not priority:
+        state = {"priority": before.value}, {"priority": priority.value}
+        audit.record(
+            session, actor, Act.JOB_PRIORITY, f"job/{job_id}", namespace=job.namespace, before=state[0], after=state[1]
+        )
     return job
 
 

@@ -39,6 +39,8 @@ ADDRESSES = (
     "/acme/sql/compare/1.0.0...1.1.0",
     "/acme/sql/history",
     "/acme/sql@prod",
+    "/acme/sql@prod/approve",
+    "/acme/sql@prod/cancel",
     "/bases",
     "/bases/tiny",
     "/suites",

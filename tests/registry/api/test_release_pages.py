@@ -1,5 +1,6 @@
-"""What can be done on the pages of a repository: comparisons and the policy of a channel."""
+"""What can be done on the pages of a repository: comparisons the policy of a channel, and promotions that wait."""
 
+import re
 from collections.abc import Generator
 
 import pytest
@@ -81,8 +82,51 @@ def test_a_channel_has_a_page_before_its_first_promotion(house: House, admin: Br
     assert "Clients get 1.0.0 once the promotion is made." in ready
     assert admin.post(f"{page}/promote", {"version": "1.0.0", "expected": "0"}).headers["location"] == page
     waits = admin.open(page).text
-    assert ("1.0.0 waits to be promoted" in waits, "adaptory approve" in waits) == (True, False)
+    assert ("1.0.0 waits to be promoted" in waits, f"{page}/approve" in waits) == (True, False)
+    assert "1.0.0 waits to be promoted to early." in admin.open(f"{page}/promote?version=1.1.0").text
+
+
+def await_approval(admin: Browser, channel: str) -> str:
+    """Lets 1.0.0 wait for an approval; returns the page of the channel."""
+    page, document = f"/{NAME}@{channel}", "version: 1\napproval: {role: releaser, count: 1}\n"
+    assert admin.post(f"{page}/policy", {"policy": document, "revision": "0"}).status_code == 303
+    assert admin.post(f"{page}/promote", {"version": "1.0.0", "expected": "0"}).status_code == 303
+    return page
+
+
+def number_in(page: str) -> str:
+    [number] = re.findall(r'name="promotion" value="(\d+)"', page)
+    return number
+
+
+def test_another_person_approves_a_promotion_that_waits(house: House, admin: Browser) -> None:
+    page = await_approval(admin, "reviewed")
+    own = admin.post(f"{page}/approve", {"promotion": number_in(admin.open(f"{page}/approve").text)})
+    assert (own.status_code, "another person approves it" in own.text) == (403, True)
+    with Browser(house) as other:
+        other.sign_in(house.secrets["publisher"])
+        assert f"{page}/approve" not in other.open(page).text
+        lower = other.post(f"{page}/approve", {"promotion": number_in(other.open(f"{page}/approve").text)})
+        assert (lower.status_code, "does not have the role releaser" in lower.text) == (403, True)
     with Browser(house) as other:
         other.sign_in(house.secrets["releaser"])
-        assert f"adaptory approve {NAME}:1.0.0 --to early" in other.open(page).text
-    assert "1.0.0 waits to be promoted to early." in admin.open(f"{page}/promote?version=1.1.0").text
+        assert f'href="{page}/approve"' in other.open(page).text
+        fields = {"promotion": number_in(other.open(f"{page}/approve").text), "reason": "I have tried it"}
+        assert other.post(f"{page}/approve", fields).headers["location"] == page
+        assert "reviewed serves 1.0.0." in other.open(page).text
+        other.open("/account")
+        late = other.post(f"{page}/approve", fields)
+        assert (late.status_code, "is already completed" in late.text) == (409, True)
+
+
+def test_a_releaser_cancels_a_promotion_that_waits_and_never_a_newer_one(house: House, admin: Browser) -> None:
+    page = await_approval(admin, "dropped")
+    older = number_in(admin.open(f"{page}/cancel").text)
+    admin.post(f"{page}/promote", {"version": "1.1.0", "expected": "0"})
+    late = admin.post(f"{page}/cancel", {"promotion": older})
+    assert (late.status_code, "is already replaced" in late.text) == (409, True)
+    assert admin.post(f"{page}/cancel", {"promotion": number_in(late.text)}).headers["location"] == page
+    assert "waits to be promoted" not in admin.open(page).text
+    assert "No promotion waits for dropped." in admin.open(f"{page}/cancel").text
+    listed = house.ask("admin", "GET", f"/v1/adapters/{NAME}/channels/dropped/promotions").json()["items"]
+    assert [one["state"] for one in listed] == ["cancelled", "replaced"]

@@ -9,7 +9,7 @@ from registry.domain.channels import moves
 from registry.domain.channels.moves import PromotionRequest
 from registry.formats.references import RepositoryName, Version
 from tests.access.browser import Browser
-from tests.access.house import HOST, PRIVATE, House
+from tests.access.house import HOST, PRIVATE, PUBLIC, House
 
 NAME = RepositoryName(PRIVATE, "sql")
 
@@ -30,6 +30,14 @@ def test_a_row_has_the_channels_that_serve_the_release(house: House, reader: Bro
         rf'<tr>\s*<th scope="row"><a href="/{NAME}/1\.0\.0">.*?</tr>', reader.open(address).text, re.DOTALL
     )
     assert re.findall(rf'href="/{NAME}@([a-z]+)"', row)[:2] == ["canary", "rows"]
+
+
+def test_a_stranger_is_led_to_no_page_that_strangers_may_not_see(house: House) -> None:
+    with Browser(house) as stranger:
+        for page in ("/", "/search", f"/{PUBLIC}/sql", f"/{PUBLIC}/sql/1.0.0"):
+            links = set(re.findall(r'href="(/[^"]*)"', stranger.open(page).text.replace("&amp;", "&")))
+            refused = [one for one in links if stranger.http.get(one).status_code in (401, 403)]
+            assert (len(links) > 5, refused) == (True, []), page
 
 
 def test_a_search_says_how_many_more_do_not_load_and_leads_to_them(reader: Browser) -> None:

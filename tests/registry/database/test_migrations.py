@@ -352,7 +352,7 @@ def _without(change: dict[str, Any] | None, lost: set[str]) -> dict[str, Any] | 
 
 def _shared_fields(document: dict[str, Any]) -> dict[str, Any]:
     """Without what the first schema did not keep."""
-    later = ("spectrum", "servers", "loading", "namespace")
+    later = ("spectrum", "servers", "loading", "namespace", "memory_bytes", "needs")
     kept: dict[str, Any] = {}
     for name, value in document.items():
         if isinstance(value, dict):

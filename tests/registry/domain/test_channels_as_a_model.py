@@ -32,8 +32,8 @@ from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves, yanks
-from registry.domain.channels.moves import ChannelMove
 from registry.domain.channels.refusals import Expected, PromotionRequest
+from registry.domain.channels.timeline import ChannelMove
 from registry.errors import NotFound, Refused, RegistryError, Stale
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, parse_version

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from registry import settings
-from registry.settings import STORAGES, Settings, SignInSettings
+from registry.settings import STORAGES, EngineSettings, Settings, SignInSettings
 from tests.wire.reference.markdown import code, joined, table
 
 HEAD = """# Settings
@@ -26,6 +26,7 @@ This page is made of `registry/settings.py`: `make snapshots` writes it.
 SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("All processes", "", Settings),
     *((f"Storage: `{one.model_fields['kind'].default}`", "storage__", one) for one in STORAGES),
+    ("Engine", "engine__", EngineSettings),
     ("Signing in to pages", "sign_in__", SignInSettings),
 )
 
@@ -39,7 +40,7 @@ def _section(title: str, prefix: str, model: type[BaseModel]) -> str:
     rows = [
         (code(f"ADAPTORY_{prefix}{name}".upper()), _default(name, field), texts[name])
         for name, field in sorted(model.model_fields.items())
-        if not _nested(field) and name != "kind"
+        if not _nested(field) and (name != "kind" or prefix != "storage__")
     ]
     about = " ".join((inspect.getdoc(model) or "").split()) if prefix else ""
     if prefix == "storage__":

@@ -1,4 +1,4 @@
-// What works only with a script: `/` focuses the search, and snippets and digests can be copied.
+// What works only with a script: `/` focuses the search, searches have tidy addresses, and snippets and digests can be copied.
 "use strict";
 
 document.addEventListener("keydown", (event) => {
@@ -7,6 +7,12 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
     document.getElementById("q").focus();
   }
+});
+
+// Browsers and htmx ask for a form's fields here, before they make its address of them.
+document.addEventListener("formdata", (event) => {
+  if (event.target.getAttribute("action") !== "/search") return;
+  for (const [name, value] of [...event.formData]) if (value === "") event.formData.delete(name);
 });
 
 const said = document.createElement("div");

@@ -1,0 +1,129 @@
+"""Server-sent events: the document of a job or composition, on every change until it has ended.
+
+Each event is the whole document, and its id is a digest of that: a client that names the last one which it has seen
+(`Last-Event-ID`) gets the current document if that is another one. It misses nothing, since a later document says all
+that an earlier one did, and sees nothing twice.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Annotated, Any
+
+from fastapi import Header, Request, Response
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from registry.api.http.rules import ASKED_AGAIN
+from registry.domain.access.audit import Actor
+from registry.domain.jobs.queue import FINISHED
+from registry.errors import RegistryError, TooMany
+
+PER_USER, PER_PROCESS = 20, 200
+"""Streams at a time: each reads its job from the database every POLL_S."""
+POLL_S = 0.5
+KEEP_ALIVE_S = 15.0
+"""Proxies close connections that are idle for about a minute."""
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""nginx would collect events into blocks."""
+
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}},
+    204: {"description": "It has ended, and `Last-Event-ID` names its last event."},
+}
+"""What a route of events answers."""
+LastEventId = Annotated[
+    str | None, Header(description="The id of the last event that was seen: the stream goes on after it.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A document as an event: its text, its id, and whether it is the last."""
+
+    text: str
+    id: str
+    ended: bool
+
+    @classmethod
+    def of(cls, document: BaseModel, state: str) -> "Snapshot":
+        """Signs of life are no change."""
+        text = document.model_dump_json()
+        same = document.model_dump_json(exclude={"heartbeat_at"})
+        return cls(text, sha256(same.encode()).hexdigest()[:16], state in FINISHED)
+
+
+Look = Callable[[Actor], Snapshot]
+"""What the actor may see now. Called in a thread; raises if that is nothing any more."""
+
+
+class EventStreams:
+    """Counts the streams of this process. Used in its event loop alone."""
+
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()
+
+    def open(self, user: str) -> None:
+        """Raises TooMany if the user, or all together, have as many as there may be."""
+        if self._open[user] >= PER_USER or self._open.total() >= PER_PROCESS:
+            raise TooMany(
+                "too_many_streams",
+                f"{self._open[user]} streams of events of {user} are open, and {self._open.total()} in all; there may "
+                f"be {PER_USER} of a user, and {PER_PROCESS} of a process.",
+                subject=user,
+                next_step="Close some of them, or ask for the job itself now and then.",
+            )
+        self._open[user] += 1
+
+    def close(self, user: str) -> None:
+        self._open[user] -= 1
+        self._open += Counter()  # without the users that have none
+
+
+async def stream(request: Request, actor: Actor, look: Look, seen: str | None) -> Response:
+    """The events after the one that was `seen`; 204 if that was the last, which ends a browser's attempts to connect
+    again. Raises as `look`, and TooMany."""
+    first = await run_in_threadpool(look, actor)
+    if first.ended and first.id == seen:
+        return Response(status_code=204, headers=_HEADERS)
+    return _Events(request, actor.name, _events(request, first, look, seen))
+
+
+class _Events(StreamingResponse):
+    """Counts as open while it is sent, also if the client hangs up."""
+
+    def __init__(self, request: Request, user: str, events: AsyncIterator[str]) -> None:
+        super().__init__(events, headers=_HEADERS, media_type="text/event-stream")
+        self._streams: EventStreams = request.app.state.event_streams
+        self._user = user
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._streams.open(self._user)
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._streams.close(self._user)
+
+
+async def _events(request: Request, snapshot: Snapshot, look: Look, seen: str | None) -> AsyncIterator[str]:
+    said = time.monotonic()
+    while True:
+        if snapshot.id != seen:
+            seen, said = snapshot.id, time.monotonic()
+            yield f"id: {snapshot.id}\ndata: {snapshot.text}\n\n"
+        elif time.monotonic() - said >= KEEP_ALIVE_S:
+            said = time.monotonic()
+            yield ": keep-alive\n\n"
+        if snapshot.ended or request.app.state.draining:  # another server goes on
+            return
+        await asyncio.sleep(POLL_S)
+        try:
+            actor = await ASKED_AGAIN(request)  # a revoked token ends the stream
+            snapshot = await run_in_threadpool(look, actor)
+        except RegistryError:  # the answer has begun: the next request gets this error
+            return

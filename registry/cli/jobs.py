@@ -1,0 +1,140 @@
+"""Jobs: list, show, follow, order, cancel."""
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from registry.cli import following, render
+from registry.cli.connect import connected, jobs_running
+from registry.cli.idle import refuse_idle
+from registry.cli.render import JsonFlag
+from registry.error_families import of_row
+from registry.errors import Refused
+
+Json = dict[str, Any]
+
+
+class PriorityName(StrEnum):
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+
+PriorityOption = Annotated[
+    PriorityName | None,
+    typer.Option("--priority", help="Of the job, among those of its namespace; high needs the role releaser there."),
+]
+MemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        "--memory-bytes", min=0, help="Memory of a device that the job takes, if not the size of its largest base."
+    ),
+]
+SILENT_S = 90.0
+"""A running job's worker reports every 10 s; after a minute without, another takes the job over."""
+_HELP = "adaptory jobs"
+
+
+def register(root: typer.Typer) -> None:
+    for command in (jobs, cancel):
+        root.command()(command)
+
+
+def wishes(priority: PriorityName | None, memory_bytes: int | None) -> Json:
+    """The fields of a request for a job: those that are given, since an older server does not know them."""
+    given = {"priority": priority.value if priority else None, "memory_bytes": memory_bytes}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def jobs(
+    job: Annotated[int | None, typer.Argument(metavar="[ID]", help="Show only this job.")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="With ID: wait until it ends, with a bar for each step.")
+    ] = False,
+    priority: Annotated[
+        PriorityName | None,
+        typer.Option(help="With ID: give it another priority; high needs the role releaser in its namespace."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number.")] = 50,
+    cursor: Annotated[str | None, typer.Option("--cursor", help="`next` of the previous page.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """List jobs, newest first, or show one."""
+    if job is None:
+        refuse_idle({"--follow": follow, "--priority": priority}, "without the ID of a job", _HELP)
+        with connected() as connection:
+            items, more = connection.api.first("/v1/jobs", limit, cursor=cursor)
+        render.document({"items": items, "next": more}, json, lambda: _table(items))
+        render.more(more, json)
+        return
+    with connected() as connection:
+        if priority is not None:
+            connection.api.post(f"/v1/jobs/{job}/priority", {"priority": priority.value})
+        document = connection.api.get(f"/v1/jobs/{job}")
+        if follow and document["state"] in following.UNFINISHED:
+            with following.left_running(job), jobs_running(connection, job):
+                document = following.follow(connection, job, lines=True)
+    render.document(document, json, lambda: _show(document))
+    if follow and document["state"] != "done":
+        # Not raised: with --json, stdout has the job, and a second document would break its readers.
+        error = of_row(document["error"]) if document["error"] else _cancelled(job)
+        raise typer.Exit(render.fail(error, as_json=False))
+
+
+def cancel(
+    job: Annotated[int, typer.Argument(metavar="ID", help="As `adaptory jobs` shows it.")], json: JsonFlag = False
+) -> None:
+    """Cancel a job; nothing of it is published."""
+    with connected() as connection:
+        document = connection.api.post(f"/v1/jobs/{job}/cancel")
+    render.document(document, json, lambda: render.out(f"job {document['id']}: {document['state']}"))
+
+
+def _cancelled(job: int) -> Refused:
+    return Refused("job_cancelled", f"Job {job} was cancelled.", subject=str(job), next_step="Ask for it again.")
+
+
+def _show(job: Json) -> None:
+    _table([job])
+    if job.get("waits_for"):
+        render.out(f"It waits for {job['waits_for']}.")
+    for step in job["steps"]:
+        if step.get("log"):
+            render.heading(f"the last lines of a unit of {step['name']} that failed")
+            for line in step["log"]:
+                print(f"  {render.plain(line)}")
+
+
+def _table(rows: list[Json]) -> None:
+    cells = [
+        (
+            row["id"],
+            row["kind"],
+            _state(row),
+            [f"{step['name']}: {_progress(step)}" for step in row["steps"]],
+            row["created_by"],
+        )
+        for row in rows
+    ]
+    render.table("", ("job", "kind", "state", "steps", "by"), cells)
+
+
+def _state(row: Json) -> str:
+    """A job's state with a priority that is not normal, its cancellation, and a worker that fell silent, which the next
+    worker ends."""
+    unfinished = row["state"] in following.UNFINISHED
+    priority = row.get("priority", "normal")
+    notes = [f"{priority} priority"] if unfinished and priority != "normal" else []
+    notes += ["to be cancelled"] if row["cancel_requested"] and unfinished else []
+    seen = row["heartbeat_at"]
+    if row["state"] == "running" and seen is not None:
+        silent_s = (datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds()
+        notes += [f"no sign of its worker for {silent_s / 60:.0f} min"] if silent_s > SILENT_S else []
+    return ", ".join([row["state"], *notes])
+
+
+def _progress(step: Json) -> str:
+    done = following.amount(step) if step["state"] in ("running", "failed") else ""
+    return (done if step["state"] == "running" else f"failed at {done}") if done else step["state"]

@@ -1,0 +1,36 @@
+"""Retention: finished jobs go after a time, unless something that stays refers to them."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy import Select, delete, exists, select
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Composition, ConflictCheck, Evaluation, Job, Promotion, ReleaseInput
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.domain.jobs.queue import FINISHED
+
+
+def expired(ended_before: datetime) -> Select[int]:
+    """The jobs that ended before then, but for those whose composition made a release, which is its lineage, those that
+    a promotion waited for, and those whose conflict report is kept."""
+    made = exists().where(ReleaseInput.composition_id == Composition.id, Composition.job_id == Job.id)
+    awaited = exists().where(Promotion.job_id == Job.id)
+    checked = exists().where(ConflictCheck.job_id == Job.id)
+    return select(Job.id).where(Job.state.in_(FINISHED), Job.finished_at < ended_before, ~made, ~awaited, ~checked)
+
+
+def forget(session: Session, operator: Actor, ended_before: datetime, limit: int) -> int:
+    """Removes some expired jobs with their compositions and evaluations, and returns their number. What they did stays
+    in the audit log, and the scores that they measured with their releases."""
+    query = select(Job).where(Job.id.in_(expired(ended_before).limit(limit))).with_for_update(skip_locked=True)
+    jobs: Sequence[Job] = list(session.scalars(query))
+    ids = [job.id for job in jobs]
+    for table in (Composition, Evaluation):
+        session.execute(delete(table).where(table.job_id.in_(ids)))
+    for job in jobs:
+        was = {"kind": job.kind, "state": job.state, "created_by": job.created_by}
+        audit.record(session, operator, Act.JOB_EXPIRE, f"job/{job.id}", namespace=job.namespace, before=was)
+    session.execute(delete(Job).where(Job.id.in_(ids)))
+    return len(ids)

@@ -1,0 +1,75 @@
+"""The engine of a worker, as its settings name it."""
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from functools import cached_property
+
+from registry.errors import Unavailable
+from registry.settings import Settings
+from registry.worker.engine.local import LocalEngine
+from registry.worker.engine.protocol import Engine, Needs
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, open_node
+
+KEPT = timedelta(days=7)
+"""How long results of units are kept: a job that was put off goes on from them."""
+
+
+class WorkerEngine:
+    """A worker's engine: opened when a step first needs it, and again after it was lost."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._opened: Engine | None = None
+
+    @cached_property
+    def node(self) -> Node:
+        """What units have on this host."""
+        return open_node(self._settings)
+
+    def sweep(self, now: datetime) -> int:
+        """Removes results that are older than KEPT. Returns their number."""
+        return self.node.results.sweep(now - KEPT)
+
+    def share(self, document: bytes) -> str:
+        """Keeps a document for units, by `Node.share`."""
+        return self.node.share(document)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the settings name a cluster."""
+        return self._settings.engine.kind != "local"
+
+    @property
+    def redone(self) -> int:
+        """How many units of the job were begun again."""
+        return self._opened.redone if self._opened is not None else 0
+
+    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
+        if self._opened is None:
+            self._opened = open_engine(self._settings, self.node)
+        try:
+            yield from self._opened.map(task, units, needs, check)
+        except Unavailable as error:
+            if error.code == "engine_unavailable":
+                self.close()
+            raise
+
+    def release(self) -> None:
+        """At the end of a job."""
+        if self._opened is not None:
+            self._opened.release()
+
+    def close(self) -> None:
+        """When the worker ends, or after the cluster was lost."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+
+def open_engine(settings: Settings, node: Node) -> Engine:
+    """The engine that the settings name. Raises Unavailable or NotAllowed if its cluster cannot be used."""
+    if settings.engine.kind == "local":
+        return LocalEngine(node)
+    from registry.worker.engine.ray import RayEngine  # Ray is loaded where it is used
+
+    return RayEngine(settings.engine, node)

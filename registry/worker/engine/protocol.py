@@ -1,0 +1,54 @@
+"""Where the units of a step run: in this process, or on the nodes of a Ray cluster.
+
+The rows stay the ledger: a worker that holds a job maps its units, and what a unit finished is in shared storage. So
+whatever dies, the next worker finds what is done and maps the rest.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from registry.worker.engine.units import Count, Result, Task, Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What one unit needs at a time. `device_bytes` of one device's memory, 0 for none; `memory_bytes` of the host's.
+    `base` is the digest of one that only some nodes have, in a directory; None if every node can get it."""
+
+    cpus: float = 1.0
+    memory_bytes: int = 0
+    device_bytes: int = 0
+    base: str | None = None
+
+
+class Engine(Protocol):
+    """Runs units."""
+
+    @property
+    def spreads(self) -> bool:
+        """Whether units run beside each other, on other hosts than this."""
+        ...
+
+    @property
+    def redone(self) -> int:
+        """How many units were begun again after their process died, since `release`."""
+        ...
+
+    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
+        """Yields each unit with its result, as they end. What was finished before, by any process, is not run again.
+        Once this raises or is closed, no unit runs any more. `check` is called often; units of this process call it
+        with what they have just done.
+
+        Raises what `check` raises, the error of a unit that failed (with `log_lines`, the last of its process), and
+        Unavailable with `unit_lost` for a unit whose process died again and again, or `engine_unavailable`.
+        """
+        ...
+
+    def release(self) -> None:
+        """Gives back what was kept for the next map of the same job: processes with models in their memory."""
+        ...
+
+    def close(self) -> None:
+        """Gives back all that the engine holds. No map may be running."""
+        ...

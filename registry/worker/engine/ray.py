@@ -1,0 +1,313 @@
+"""The engine on a Ray cluster: one actor per unit at a time, each in a process of its own on some node.
+
+Ray keeps nothing that matters: its tasks die with this process, and a node that dies takes what it was doing along.
+Units are pure and keep their results in shared storage, so that the ones that were lost are run again and no others.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, cast
+
+from registry.error_families import of_row
+from registry.errors import NotAllowed, Refused, RegistryError, Unavailable
+from registry.settings import EngineSettings
+from registry.worker.engine.protocol import Needs
+from registry.worker.engine.ray_runner import UnitRunner
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, finished
+
+MAX_DEATHS = 3
+"""After how many deaths of its process a unit is given up."""
+_POLL_S = 0.5
+_CAUSE_CHARS = 400
+_PROBE_S = 30.0
+_CONNECT_S = 5.0
+_MAX_FAILED_STARTS = 20
+"""Runners that may die in a row before one is ready: a node that dies takes several."""
+
+
+def ray_module() -> Any:
+    """Ray. Raises Unavailable without the extra `ray`."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise Unavailable(
+            "extra_missing",
+            "ADAPTORY_ENGINE__KIND=ray needs packages.",
+            next_step="Install adaptory with its extra `ray`.",
+        ) from error
+    return cast(Any, ray)
+
+
+@dataclass(eq=False, slots=True)
+class _Runner:
+    """An actor, and the unit that it runs; without one it is starting."""
+
+    actor: Any
+    unit: Unit | None = None
+
+
+@dataclass(slots=True)
+class _Map:
+    """One call of `map`: units to run, runners by what they are waited for, and deaths by unit."""
+
+    task: Task
+    needs: Needs
+    left: deque[Unit]
+    marker: str
+    waiting: dict[Any, _Runner] = field(default_factory=dict[Any, _Runner])
+    deaths: dict[str, int] = field(default_factory=dict[str, int])
+    failed_starts: int = 0
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self.left) or any(runner.unit is not None for runner in self.waiting.values())
+
+
+class RayEngine:
+    """Units on the nodes of a cluster. The settings' address is one of a cluster that this host is a node of.
+
+    Raises Unavailable if the cluster cannot be reached, and NotAllowed if it lets everybody in.
+    """
+
+    spreads = True
+
+    def __init__(self, settings: EngineSettings, node: Node) -> None:
+        self._settings, self._node = settings, node
+        if settings.token_path is not None:
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(settings.token_path.expanduser())
+        os.environ["RAY_AUTH_MODE"] = "disabled" if settings.insecure else "token"
+        self._ray = ray_module()
+        self._idle: list[_Runner] = []
+        self._idle_needs = Needs()
+        self.redone = 0
+        self._connect()
+
+    def _connect(self) -> None:
+        ray = self._ray
+        self._refuse_absent_head()
+        try:
+            ray.init(
+                address=self._settings.address,
+                namespace="adaptory",
+                log_to_driver=False,
+                configure_logging=False,
+                include_dashboard=False,
+                ignore_reinit_error=True,
+            )
+        except Exception as error:  # Ray raises errors of many types
+            raise self._unusable(error) from error
+        if not self._settings.insecure:
+            self._refuse_open_cluster()
+
+    def _refuse_absent_head(self) -> None:
+        """Raises Unavailable at once where Ray would try for minutes."""
+        host, _, port = self._settings.address.rpartition(":")
+        if not port.isdecimal():
+            return
+        try:
+            socket.create_connection((host, int(port)), _CONNECT_S).close()
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: BaseException) -> Unavailable:
+        return Unavailable(
+            "engine_unavailable",
+            f"The Ray cluster at {self._settings.address} cannot be used: {_first_line(error)}.",
+            subject=self._settings.address,
+            next_step="Start a node of it on this host, with the same Ray and Python, and check the token.",
+        )
+
+    def _refuse_open_cluster(self) -> None:
+        """Raises NotAllowed if the cluster answers without a token: who reaches its port can run code on all nodes."""
+        address = self._ray.get_runtime_context().gcs_address
+        answer = subprocess.run(  # noqa: S603 - our own interpreter
+            [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address],
+            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+            capture_output=True,
+            timeout=_PROBE_S,
+            check=False,
+        )
+        if answer.returncode == 0:
+            self.close()
+            raise NotAllowed(
+                "engine_open",
+                f"The Ray cluster at {address} lets everybody in who reaches its ports.",
+                subject=address,
+                next_step="Start it with RAY_AUTH_MODE=token, or set ADAPTORY_ENGINE__INSECURE=true if nobody can.",
+            )
+
+    def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
+        state = _Map(task, needs, deque(), uuid.uuid4().hex)
+        for unit in units:
+            check(0)
+            done = finished(self._node, task, unit)
+            if done is None:
+                state.left.append(unit)
+            else:
+                yield unit, done
+        if not state.left:
+            return
+        self._node.results.write(state.marker, b"{}")
+        try:
+            self._begin(state)
+            while state.unfinished:
+                check(0)
+                ended, _ = self._ray.wait(list(state.waiting), num_returns=1, timeout=_POLL_S)
+                for waited in ended:
+                    yield from self._ended(state, waited)
+        finally:
+            for runner in state.waiting.values():
+                self._ray.kill(runner.actor)
+            self._node.results.delete(state.marker)
+
+    def release(self) -> None:
+        self._end_idle()
+        self.redone = 0
+
+    def _end_idle(self) -> None:
+        for runner in self._idle:
+            self._ray.kill(runner.actor)
+        self._idle = []
+
+    def close(self) -> None:
+        self._idle = []
+        self._ray.shutdown()
+
+    def _begin(self, state: _Map) -> None:
+        """Takes the runners that the map before left, if they have what this one needs, and starts more."""
+        if self._idle_needs != state.needs:
+            self._end_idle()
+        self._idle_needs = state.needs
+        while self._idle and state.left:
+            self._give(state, self._idle.pop())
+        for _ in range(min(len(state.left), self._settings.runners - len(state.waiting))):
+            self._start(state)
+
+    def _give(self, state: _Map, runner: _Runner) -> None:
+        runner.unit = state.left.popleft()
+        state.waiting[runner.actor.run.remote(state.task, runner.unit)] = runner
+
+    def _start(self, state: _Map) -> None:
+        options = self._resources(state.needs)
+        actor = self._ray.remote(UnitRunner).options(max_restarts=0, max_task_retries=0, **options).remote()
+        state.waiting[actor.ready.remote(state.marker, version("adaptory"))] = _Runner(actor)
+
+    def _ended(self, state: _Map, waited: Any) -> Iterator[tuple[Unit, Result]]:
+        """Takes what a runner returned, and gives it the next unit."""
+        runner = state.waiting.pop(waited)
+        unit = runner.unit
+        try:
+            answer = self._ray.get(waited)
+        except self._ray.exceptions.RayTaskError as error:  # ready() failed: run() returns its errors
+            raise _node_differs(_first_line(error.cause)) from error
+        except self._ray.exceptions.RayError as error:
+            self._died(state, unit, error)
+            self._start(state)
+            return
+        if unit is None:
+            _refuse_other_node(answer)
+            state.failed_starts = 0
+        elif "error" in answer:
+            raise _failed(unit, answer)
+        if state.left:
+            self._give(state, runner)
+        else:
+            runner.unit = None
+            self._idle.append(runner)
+        if unit is not None:
+            yield unit, answer["result"]
+
+    def _died(self, state: _Map, unit: Unit | None, error: Exception) -> None:
+        """Puts the unit back. Raises Unavailable for one that has ended MAX_DEATHS processes, and if none starts."""
+        if unit is None:
+            state.failed_starts += 1
+            if state.failed_starts >= _MAX_FAILED_STARTS:
+                raise _node_differs(f"{state.failed_starts} processes in a row died before they were ready.")
+            return
+        deaths = state.deaths[unit.name] = state.deaths.get(unit.name, 0) + 1
+        if deaths >= MAX_DEATHS:
+            raise Unavailable(
+                "unit_lost",
+                f"The process of {unit.name} died {deaths} times, the last time so: {_last_line(error)}",
+                subject=unit.name,
+                next_step="Look at the node's memory and at its log, then start the work again.",
+            )
+        state.left.appendleft(unit)
+        self.redone += 1
+
+    def _resources(self, needs: Needs) -> dict[str, Any]:
+        """What Ray holds back for a runner."""
+        options: dict[str, Any] = {"num_cpus": needs.cpus}
+        memory_bytes = needs.memory_bytes
+        if needs.device_bytes and self._with_gpus:
+            options["num_gpus"] = self._share_of_device(needs.device_bytes)
+        else:
+            memory_bytes += needs.device_bytes  # the device is the CPU
+        if memory_bytes:
+            options["memory"] = memory_bytes
+        if needs.base is not None:
+            options["resources"] = {base_resource(needs.base): 0.001}
+        return options
+
+    @property
+    def _with_gpus(self) -> bool:
+        if self._settings.device != "auto":
+            return self._settings.device == "gpu"
+        return self._ray.cluster_resources().get("GPU", 0) > 0
+
+    def _share_of_device(self, size_bytes: int) -> float:
+        """The share of the smallest device, rounded up; a device alone if none of its memory is known. So that units
+        share one only if its memory has room for both."""
+        smallest = self._node.settings.device_memory_bytes
+        if not smallest:
+            return 1.0
+        if size_bytes > smallest:
+            raise Refused(
+                "device_too_small",
+                f"A unit needs {size_bytes:,} bytes of a device, and the cluster's have {smallest:,}.",
+                next_step="Use nodes with larger devices, and set ADAPTORY_DEVICE_MEMORY_BYTES to theirs.",
+            )
+        return -(-size_bytes * 10_000 // smallest) / 10_000  # Ray counts in ten thousandths
+
+
+def base_resource(digest: str) -> str:
+    """The resource of the nodes that have this base in a directory: `ray start --resources='{"base:…": 1}'`."""
+    return f"base:{digest[:12]}"
+
+
+def _refuse_other_node(answer: dict[str, Any]) -> None:
+    if answer["problem"]:
+        raise _node_differs(answer["problem"])
+
+
+def _node_differs(why: str) -> Unavailable:
+    return Unavailable(
+        "engine_node_differs",
+        f"A node of the Ray cluster cannot run units: {why}",
+        next_step="Give every node the same version of adaptory and the same ADAPTORY_STORAGE__* as the workers.",
+    )
+
+
+def _failed(unit: Unit, answer: dict[str, Any]) -> RegistryError:
+    error = of_row(answer["error"])
+    error.detail = f"{unit.name}: {error.detail}"
+    error.log_lines = list(answer["log"])
+    return error
+
+
+def _last_line(error: BaseException) -> str:
+    """Ray's reason for the end of a process comes last, and is long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:_CAUSE_CHARS]
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,186 @@
+"""Units of work: the parts of a step that may run on any node, and how a process runs one."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from registry.errors import Unavailable
+from registry.settings import LocalStorage, Settings
+from registry.storage.blobs import BlobStore
+from registry.storage.local import LocalStore
+from registry.storage.unit_results import MAX_RESULT_BYTES, LocalResults, UnitResults
+
+Count = Callable[[int], None]
+"""Called by a unit with what it has just done, often with 0; may raise to stop it."""
+Kept = TypeVar("Kept")
+Result = dict[str, Any]
+"""What a unit made, as JSON: digests of blobs, measurements."""
+LOG_LINES = 200
+_WORK = "unit-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A part of a step's work. `content` determines the result and names it; `hints` say how to get there, such as
+    where a base is. Both are JSON. `name` is for people. `weight` is its share of the step's work."""
+
+    name: str
+    content: Mapping[str, Any]
+    hints: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    weight: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What a unit has on its host: settings, the blob store, finished results and a directory. No database: the worker
+    that holds the job writes rows."""
+
+    settings: Settings
+    store: BlobStore
+    results: UnitResults
+    work_directory: Path
+    _kept: dict[str, tuple[str, Any]] = field(default_factory=dict[str, tuple[str, Any]])
+
+    @contextmanager
+    def scratch(self) -> Generator[Path]:
+        """A directory for one unit, removed at the end; one that a killed process left goes with the next
+        `open_node`."""
+        with TemporaryDirectory(prefix=f"{_WORK}{os.getpid()}-", dir=self.work_directory) as directory:
+            yield Path(directory)
+
+    def kept(self, role: str, key: str, make: Callable[[], Kept]) -> Kept:
+        """What an earlier unit of this process made for the same key, such as a loaded base: one for each role."""
+        if self._kept.get(role, ("", None))[0] != key:
+            self._kept.pop(role, None)  # two bases need not fit at a time
+            self._kept[role] = key, make()
+        return self._kept[role][1]
+
+    def forget(self) -> None:
+        """Drops what was kept, and its files."""
+        self._kept.clear()
+        shutil.rmtree(self._kept_files, ignore_errors=True)
+
+    @property
+    def _kept_files(self) -> Path:
+        return self.work_directory / f"{_WORK}{os.getpid()}-kept"
+
+    def kept_directory(self, name: str) -> Path:
+        """A directory for files that this process goes on using, such as mapped ones."""
+        directory = self._kept_files / name
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def share(self, document: bytes) -> str:
+        """Keeps a document that units read, and returns its key, which names its content."""
+        key = hashlib.sha256(document).hexdigest()
+        self.results.write(key, document)
+        return key
+
+    def shared(self, key: str) -> bytes:
+        """The document under that key. Raises Unavailable if the store has not got it."""
+        document = self.results.read(key)
+        if document is None or hashlib.sha256(document).hexdigest() != key:
+            raise Unavailable(
+                "store_wrong", f"The store did not keep {key}, which a unit needs.", subject=key, next_step="Try again."
+            )
+        return document
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What to do with a unit: module-level functions, which other processes import. `version` is raised when the same
+    content gives another result. `intact` says whether what a kept result names is still in the store."""
+
+    name: str
+    version: int
+    run: Callable[[Node, Unit, Count], Result]
+    intact: Callable[[Node, Result], bool]
+
+    def key(self, unit: Unit) -> str:
+        """64 hex digits that name the unit's result, equal on every host."""
+        named = json.dumps([self.name, self.version, unit.content], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(named.encode()).hexdigest()
+
+
+def always_intact(_node: Node, _result: Result) -> bool:
+    """For a task whose result is complete in itself."""
+    return True
+
+
+def open_node(settings: Settings) -> Node:
+    """Opens the store that the settings name, on this host, and removes what killed units left in its work directory.
+
+    Raises Unavailable or Invalid as opening the store does."""
+    work = settings.work_directory
+    work.mkdir(parents=True, exist_ok=True)
+    for left in work.glob(f"{_WORK}*"):
+        process_id = left.name.removeprefix(_WORK).partition("-")[0]
+        if not Path(f"/proc/{process_id}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return Node(settings, *_open_store(settings), work)
+
+
+def _open_store(settings: Settings) -> tuple[BlobStore, UnitResults]:
+    if isinstance(settings.storage, LocalStorage):
+        directory = settings.store_directory
+        return LocalStore(directory), LocalResults(directory)
+    from registry.storage.s3.store import S3Store  # boto3 is loaded where it is used
+    from registry.storage.s3.unit_results import S3Results
+
+    return S3Store(settings.storage), S3Results(settings.storage)
+
+
+def finished(node: Node, task: Task, unit: Unit) -> Result | None:
+    """The unit's kept result, if it is complete; None if the unit must be run."""
+    content = node.results.read(task.key(unit))
+    if content is None or len(content) >= MAX_RESULT_BYTES:
+        return None
+    try:
+        result = json.loads(content)["result"]
+    except (ValueError, KeyError, TypeError):  # the store has something else: the unit is run again
+        return None
+    return result if task.intact(node, result) else None
+
+
+def run_unit(node: Node, task: Task, unit: Unit, count: Count = lambda _done: None) -> Result:
+    """Runs the unit and keeps its result before this returns, with the process that made it and its seconds. Raises
+    what the task and `count` raise."""
+    began_s = time.monotonic()
+    result = task.run(node, unit, count)
+    made = {"by": f"{socket.gethostname()} {os.getpid()}", "seconds": time.monotonic() - began_s}
+    node.results.write(task.key(unit), json.dumps({"unit": unit.name, **made, "result": result}).encode())
+    return result
+
+
+@contextmanager
+def last_log_lines() -> Generator[deque[str]]:
+    """Collects the last LOG_LINES lines that this process logs meanwhile."""
+    lines: deque[str] = deque(maxlen=LOG_LINES)
+    handler = _Collector(lines)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        root.removeHandler(handler)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, lines: deque[str]) -> None:
+        super().__init__(logging.INFO)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.extend(self.format(record).splitlines())

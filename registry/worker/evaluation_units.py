@@ -1,0 +1,91 @@
+"""Evaluations spread over nodes: each unit is a slice of a suite's examples, on a base with an adapter or without."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from composer.formats.recipes.suite import Example, Suite
+from registry.formats.manifest import ManifestFile
+from registry.transfer.publishing import materialise
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
+from registry.worker.node_models import base_checkpoint, from_rows, loaded_base, needs_of_model, to_rows
+from registry.worker.runner import JobRun
+
+if TYPE_CHECKING:
+    from composer.deltas.delta import Delta
+    from composer.evaluation.evaluate import Result as ExampleResult
+    from composer.evaluation.model import LoadedModel
+
+SLICE = 32
+"""Examples of one unit: seconds of a small model, minutes of a large one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examined:
+    """What nodes measure: a base, by its digest and where it is, with an adapter of these files, or a `model` of
+    them."""
+
+    base: str
+    hints: dict[str, Any]
+    files: Sequence[ManifestFile] = ()
+    model: bool = False
+
+
+def examine_on_nodes(
+    held: JobRun, examined: Examined, suite: Suite, examples: Sequence[Example], progress: Callable[[int], None]
+) -> "list[ExampleResult]":
+    """The result of each of the examples, in order. `progress` gets the number of examples just done. Raises as
+    `composer.evaluation.evaluate.examine` does."""
+    from composer.evaluation.evaluate import Result as ExampleResult
+
+    document = suite.to_json() | {"examples": [example.to_json() for example in examples]}
+    measured = {"base": examined.base, "files": to_rows(examined.files), "model": examined.model}
+    content = {**measured, "scorers": held.resources.settings.scorers}
+    asked = held.engine.share(json.dumps(document, sort_keys=True).encode())
+    units = [
+        Unit(
+            name=f"{suite.name}, examples {begin + 1} to {min(begin + SLICE, len(examples))}",
+            content={**content, "suite": asked, "begin": begin, "end": min(begin + SLICE, len(examples))},
+            hints=examined.hints,
+        )
+        for begin in range(0, len(examples), SLICE)
+    ]
+    needs = needs_of_model(None if examined.model else examined.base, examined.hints)
+    results: dict[int, list[ExampleResult]] = {}
+    for unit, result in held.engine.map(EVALUATE, units, needs, held.check):
+        results[unit.content["begin"]] = [ExampleResult(**row) for row in result["results"]]
+        progress(len(result["results"]))
+    return [one for begin in sorted(results) for one in results[begin]]
+
+
+def _run(node: Node, unit: Unit, _count: Count) -> Result:
+    from composer.evaluation.evaluate import examine
+
+    content = unit.content
+    suite = Suite.from_json(json.loads(node.shared(content["suite"])))
+    examples = suite.examples[content["begin"] : content["end"]]
+    measured = json.dumps([content[name] for name in ("base", "files", "model")])
+    loaded, deltas = node.kept("subject", measured, lambda: _subject(node, content, unit.hints))
+    results = examine(loaded, suite, deltas, examples, node.settings.enabled_scorers)
+    return {"results": [asdict(one) for one in results]}
+
+
+def _subject(node: Node, content: Mapping[str, Any], hints: Mapping[str, Any]) -> "tuple[LoadedModel, Sequence[Delta]]":
+    """What is measured: a model, and the deltas on it."""
+    from composer.deltas.variants.load import load_deltas
+    from composer.evaluation.model import load_model
+
+    base, files = content["base"], from_rows(content["files"])
+    if not files:
+        return loaded_base(node, base, hints), ()
+    directory = node.kept_directory(hashlib.sha256(json.dumps(content["files"]).encode()).hexdigest()[:16])
+    materialise(node.store, files, directory)
+    if content["model"]:
+        return load_model(directory), ()
+    deltas = load_deltas(directory, base_checkpoint(node, base, hints).architecture).deltas
+    return loaded_base(node, base, hints), deltas
+
+
+EVALUATE = Task(name="evaluate", version=1, run=_run, intact=always_intact)

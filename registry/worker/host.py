@@ -1,0 +1,50 @@
+"""What a worker has: bases, the harness, scorers, packages, and the memory of its device."""
+
+import importlib.util
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import entry_points
+
+from registry.domain.jobs import needs
+from registry.domain.jobs.needs import EVOLUTION, HARNESS, Offer, Wanted
+from registry.hub_client.bases import may_find_base
+from registry.transfer.bases import in_buckets
+from registry.transfer.resources import Resources
+
+
+class Host:
+    """This worker's host, looked at again for each offer: a directory may have come or gone."""
+
+    def __init__(self, resources: Resources, kinds: Iterable[str]) -> None:
+        self._resources, self._kinds = resources, frozenset(kinds)
+
+    def offer(self) -> Offer:
+        """What of the needs of unfinished jobs this host meets now."""
+        with self._resources.read() as session:
+            wanted = needs.wanted(session)
+        names = frozenset(need for need in wanted.names if self._meets(need, wanted))
+        memory_bytes = (self._resources.settings.device_memory_bytes or _measured_bytes()) if wanted.memory else 0
+        return Offer(kinds=self._kinds, names=names, memory_bytes=memory_bytes)
+
+    def _meets(self, need: str, wanted: Wanted) -> bool:
+        if (digest := needs.base_of(need)) is not None:
+            locations = wanted.bases[digest][0]
+            return may_find_base(locations) or bool(in_buckets(locations))
+        if (scorer := needs.scorer_of(need)) is not None:
+            return scorer in self._resources.settings.enabled_scorers.names and scorer in _installed_scorers()
+        package = {HARNESS: "lm_eval", EVOLUTION: "cmaes"}.get(need)  # none for the need of a newer version
+        return package is not None and importlib.util.find_spec(package) is not None
+
+
+@cache
+def _measured_bytes() -> int:
+    from composer.evaluation.memory import device_bytes
+
+    return device_bytes()
+
+
+@cache
+def _installed_scorers() -> frozenset[str]:
+    from composer.evaluation.scorers.scorer import GROUP
+
+    return frozenset(entry_points(group=GROUP).names)

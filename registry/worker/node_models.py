@@ -1,0 +1,83 @@
+"""Models that a process keeps between the units that it runs: the base once, however many units measure on it."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from composer.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from composer.formats.checkpoints.hashing import verify_checkpoint
+from registry.errors import NotFound
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest
+from registry.transfer.bases import find_base
+from registry.worker.engine.protocol import Needs
+from registry.worker.engine.units import Node
+
+if TYPE_CHECKING:
+    from composer.evaluation.model import LoadedModel
+
+_LOAD_SHARE = 1.25
+"""Memory of a loaded model and its passes, as a multiple of its tensors."""
+_REMOTE = ("hf://", "s3://")
+
+Row = dict[str, Any]
+
+
+def base_hints(locations: Sequence[str], size_bytes: int) -> Row:
+    """Where a unit finds a base."""
+    return {"locations": list(locations), "size_bytes": size_bytes}
+
+
+def everywhere(hints: Mapping[str, Any]) -> bool:
+    """Whether every node can get the base; otherwise only those that say that they have it."""
+    return any(url.startswith(_REMOTE) for url in hints["locations"])
+
+
+def needs_of_model(digest: str | None, hints: Mapping[str, Any]) -> Needs:
+    """The needs of a unit that loads the base, or a model of its size for None."""
+    memory = int(hints["size_bytes"] * _LOAD_SHARE)
+    return Needs(device_bytes=memory, base=None if everywhere(hints) else digest)
+
+
+def loaded_base(node: Node, digest: str, hints: Mapping[str, Any]) -> "LoadedModel":
+    """The base, loaded once by this process. Raises as `base_checkpoint` and `load_model` do."""
+    from composer.evaluation.model import load_model
+
+    return node.kept("model", digest, lambda: load_model(base_checkpoint(node, digest, hints).path))
+
+
+def base_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkpoint:
+    """The base's checkpoint on this host, with its weights verified once by this process: the files at a location may
+    have changed. Raises NotFound with `base_not_here`, and Mismatch with `base_changed`."""
+
+    def verified() -> Checkpoint:
+        checkpoint = opened_checkpoint(node, digest, hints)
+        verify_checkpoint(checkpoint, digest)
+        return checkpoint
+
+    return node.kept("base", digest, verified)
+
+
+def opened_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkpoint:
+    """The base's checkpoint on this host, downloaded if need be. Its weights are not verified. Raises NotFound with
+    `base_not_here`."""
+    locations: list[str] = hints["locations"]
+    directory, reasons = find_base(node.settings, locations, int(hints["size_bytes"]))
+    if directory is None:
+        missing = f"This node cannot find the base at any location ({', '.join(locations) or 'it has none'})."
+        raise NotFound(
+            "base_not_here",
+            " ".join([missing, *reasons]),
+            subject=digest,
+            next_step="Start the node with the resource of the bases that it has, or add an hf:// or s3:// address.",
+        )
+    return open_checkpoint(directory)
+
+
+def to_rows(files: Sequence[ManifestFile]) -> list[list[Any]]:
+    """Files as units name them."""
+    return [[file.path, file.size_bytes, file.sha256] for file in files]
+
+
+def from_rows(rows: Sequence[Sequence[Any]]) -> list[ManifestFile]:
+    """The files that `to_rows` named."""
+    return [ManifestFile(path, size_bytes, Digest(sha256)) for path, size_bytes, sha256 in rows]

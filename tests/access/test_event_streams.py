@@ -1,0 +1,181 @@
+"""Server-sent events of jobs: nothing is lost or repeated after a reconnection, streams end, and there is a limit."""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from composer.formats.recipes.recipe import parse_recipe
+from registry.api.http import events
+from registry.domain.access import tokens
+from registry.domain.access.roles import EVERYWHERE, Role
+from registry.domain.compositions import compositions
+from registry.domain.jobs import queue
+from registry.domain.jobs.queue import Amount
+from tests import services
+from tests.access.house import HOST, House, borrowed, build_house, new_environment
+from tests.eventually import eventually
+
+
+@pytest.fixture(scope="module", params=services.ONE_PAIRING)
+def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
+    directory: Path = tmp_path_factory.mktemp("house")
+    built = build_house({**new_environment(request.param, directory), "ADAPTORY_ACCESS_CACHE_S": "0.2"})
+    yield built
+    built.close()
+
+
+def new_job(house: House) -> tuple[int, int]:
+    """The number of a composition, and of its job."""
+    recipe = parse_recipe({"base": "tiny", "inputs": [{"adapter": "acme/sql:1.0.0"}], "method": "stack"})
+    with house.resources.write() as session:
+        made = compositions.create(session, HOST, recipe, plan_only=True)
+        return made.id, made.job_id
+
+
+def move(house: House, job_id: int, done: int | None) -> None:
+    """What a worker writes: the job is taken, done so far, or with None done."""
+    with house.resources.write() as session:
+        now = house.resources.clock()
+        if done == 0:
+            row = queue.find(session, job_id)
+            row.state, row.worker, row.heartbeat_at = "running", "w", now
+        progress = Amount(40, 40, "units") if done is None else Amount(done, 40, "units", redone=done // 10)
+        assert queue.note_step(session, job_id, "w", "check", state="running", progress=progress)
+        if done is None:
+            assert queue.finish(session, job_id, "w", "done", now)
+
+
+Event = tuple[str, dict[str, Any]]
+
+
+def parsed(text: str) -> list[Event]:
+    """Ids and documents."""
+    parts = [part for part in text.split("\n\n") if part and not part.startswith(":")]
+    matched = [re.fullmatch(r"id: ([0-9a-f]{16})\ndata: (\{.*\})", part) for part in parts]
+    assert all(matched), text
+    return [(one[1], json.loads(one[2])) for one in matched if one]
+
+
+@contextmanager
+def opened(house: House, path: str, last: str | None = None) -> Generator[httpx2.Response]:
+    """A stream that is read as it comes; leaving hangs up."""
+    headers = {"Authorization": f"Bearer {house.secrets['admin']}", **({"Last-Event-ID": last} if last else {})}
+    client = httpx2.Client(base_url="http://registry", transport=borrowed(house))
+    with client, client.stream("GET", path, headers=headers) as answer:
+        yield answer
+
+
+def read(answer: httpx2.Response, count: int) -> list[Event]:
+    """The next events."""
+    text = ""
+    for part in answer.iter_text():
+        text += part
+        if len(events_read := parsed(text)) == count:
+            return events_read
+    return parsed(text)
+
+
+def test_a_client_that_connects_again_gets_what_has_changed_and_nothing_twice(house: House) -> None:
+    _, job_id = new_job(house)
+    path, seen = f"/v1/jobs/{job_id}/events", list[Event]()
+    for done in (0, 10, 20, 30, None):
+        move(house, job_id, done)
+        with opened(house, path, seen[-1][0] if seen else None) as answer:
+            seen += read(answer, 1)
+    assert [document["steps"][0]["done"] for _, document in seen] == [0, 10, 20, 30, 40]
+    assert [document["steps"][0]["redone"] for _, document in seen] == [0, 1, 2, 3, 3]
+    assert [document["state"] for _, document in seen] == ["running"] * 4 + ["done"]
+    assert len({name for name, _ in seen}) == 5
+    again = house.ask("admin", "GET", path, headers={"Last-Event-ID": seen[-1][0]})
+    assert (again.status_code, again.text) == (204, ""), "a browser does not connect again"
+    assert parsed(house.ask("admin", "GET", path, headers={"Last-Event-ID": "other"}).text) == [seen[-1]]
+
+
+def test_a_client_that_has_seen_the_current_state_gets_the_next_one_and_signs_of_life_are_no_event(
+    house: House,
+) -> None:
+    _, job_id = new_job(house)
+    move(house, job_id, 0)
+    path = f"/v1/jobs/{job_id}/events"
+    with opened(house, path) as answer:
+        [(name, _)] = read(answer, 1)
+
+    def beat_and_end() -> None:
+        with house.resources.write() as session:
+            assert queue.extend_lease(session, job_id, "w", house.resources.clock())
+        time.sleep(0.8)
+        move(house, job_id, None)
+
+    threading.Timer(0.3, beat_and_end).start()
+    with opened(house, path, name) as answer:
+        assert [document["state"] for _, document in read(answer, 2)] == ["done"]
+
+
+@pytest.mark.parametrize("of", ["jobs", "compositions"])
+def test_a_stream_says_that_it_lives_ends_with_the_job_and_is_not_collected_into_blocks(
+    house: House, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "KEEP_ALIVE_S", 0.0)
+    composition, job_id = new_job(house)
+
+    def cancel() -> None:
+        with house.resources.write() as session:
+            compositions.cancel(session, HOST, composition)
+
+    threading.Timer(1.2, cancel).start()
+    answer = house.ask("admin", "GET", f"/v1/{of}/{job_id if of == 'jobs' else composition}/events")
+    assert ": keep-alive\n\n" in answer.text
+    assert [document["state"] for _, document in parsed(answer.text)] == ["queued", "cancelled"]
+    assert (answer.headers["x-accel-buffering"], answer.headers["cache-control"]) == ("no", "no-store")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+
+
+def test_a_role_that_is_lost_ends_a_stream_and_who_has_none_gets_no_event(house: House) -> None:
+    _, job_id = new_job(house)
+    path = f"/v1/jobs/{job_id}/events"
+    assert house.ask("nobody", "GET", path).status_code in (401, 404)
+    assert house.ask("stranger", "GET", path).status_code == 404
+    with house.resources.write() as session:
+        row, secret = tokens.create(session, HOST, tokens.NewToken("admin", "short", {EVERYWHERE: Role.ADMIN}, None))
+        house.secrets["short"] = secret
+        token_id = row.id
+
+    def revoke() -> None:
+        with house.resources.write() as session:
+            tokens.revoke(session, HOST, token_id)
+
+    threading.Timer(0.7, revoke).start()
+    began = time.monotonic()
+    assert [document["state"] for _, document in parsed(house.ask("short", "GET", path).text)] == ["queued"]
+    assert time.monotonic() - began < 15
+
+
+def test_a_user_has_a_limited_number_of_streams_and_gets_one_back_by_hanging_up(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "PER_USER", 2)
+    monkeypatch.setattr(events, "KEEP_ALIVE_S", 0.3)  # in this process, who hung up is noticed by the next message
+    _, job_id = new_job(house)
+    path = f"/v1/jobs/{job_id}/events"
+    with ExitStack() as all_of_them:
+        for _ in range(2):
+            read(all_of_them.enter_context(opened(house, path)), 1)
+        refused = house.ask("admin", "GET", path)
+        assert (refused.status_code, refused.json()["code"]) == (429, "too_many_streams")
+        assert "2 of a user" in refused.json()["detail"]
+        monkeypatch.setattr(events, "PER_PROCESS", 2)
+        assert house.ask("operator", "GET", path).json()["code"] == "too_many_streams", "of all users together"
+
+    def one_more() -> bool:
+        with opened(house, path) as answer:
+            return answer.status_code == 200
+
+    eventually(one_more, within_s=10)

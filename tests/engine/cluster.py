@@ -1,0 +1,117 @@
+"""A Ray cluster on this host: a head and more nodes, each a group of processes that a test can kill."""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.services import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+START_S = 60.0
+_STORE_BYTES = str(80 << 20)
+
+
+@dataclass
+class RayNode:
+    """One node: `ray start --block` and all that it started."""
+
+    process: subprocess.Popen[bytes]
+
+    @property
+    def family(self) -> list[psutil.Process]:
+        """All of its processes."""
+        try:
+            return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill(self) -> None:
+        """SIGKILL to all of it, as when a host loses power."""
+        family = self.family
+        for one in family:
+            try:
+                one.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+        psutil.wait_procs(family, timeout=10)
+
+
+@dataclass
+class RayCluster:
+    """A cluster with token authentication unless `secured` is false. `environ` is what its nodes have."""
+
+    environ: Mapping[str, str]
+    secured: bool = True
+    port: int = field(default_factory=free_port)
+    nodes: list[RayNode] = field(default_factory=list[RayNode])
+    directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="ray-")))
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def token_path(self) -> Path:
+        """A file with the cluster's token. Ray's sockets need a short path, so it is not the test's directory."""
+        path = self.directory / "token"
+        if not path.exists():
+            path.write_text(secrets.token_hex(32))
+            path.chmod(0o600)
+        return path
+
+    @property
+    def driver_environ(self) -> dict[str, str]:
+        """The settings of a worker that uses the cluster."""
+        named = {"ADAPTORY_ENGINE__KIND": "ray", "ADAPTORY_ENGINE__ADDRESS": self.address}
+        return {**named, "ADAPTORY_ENGINE__TOKEN_PATH": str(self.token_path)}
+
+    def start(self, *, cpus: float = 1, gpus: int = 0, resources: str = "{}") -> RayNode:
+        """Starts a node, the first one as the head, and waits until the cluster has it."""
+        how = ["--head", f"--port={self.port}", "--include-dashboard=false", f"--temp-dir={self.directory}"]
+        kind = [f"--address={self.address}"] if self.nodes else how
+        ports = ["--min-worker-port=0", "--max-worker-port=0"]
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
+            *(*kind, "--node-ip-address=127.0.0.1", f"--num-cpus={cpus:g}", f"--num-gpus={gpus}"),
+            *(f"--object-store-memory={_STORE_BYTES}", f"--resources={resources}", *ports),
+        ]
+        auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
+        environ = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("ADAPTORY_", "RAY_"))},
+            **self.environ,
+            **(auth if self.secured else {"RAY_AUTH_MODE": "disabled"}),
+            "PYTHONPATH": str(REPOSITORY),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        output = (self.directory / f"node-{len(self.nodes)}-{time.monotonic_ns()}.log").open("wb")
+        node = RayNode(subprocess.Popen(command, env=environ, stdout=output, stderr=output))
+        self.nodes.append(node)
+        self._wait_until_started(node, Path(output.name))
+        return node
+
+    def _wait_until_started(self, node: RayNode, output: Path) -> None:
+        deadline = time.monotonic() + START_S
+        while b"Ray runtime started" not in output.read_bytes():
+            assert node.process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.1)
+
+    def kill(self, node: RayNode) -> None:
+        """Kills a node that is not the head."""
+        self.nodes.remove(node)
+        node.kill()
+
+    def stop(self) -> None:
+        """Kills all of it. Never `ray stop`, which ends every cluster of the host."""
+        for node in reversed(self.nodes):
+            node.kill()

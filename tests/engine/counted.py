@@ -1,0 +1,58 @@
+"""Tasks whose runs can be counted afterwards: each writes a line when it begins and one when it ends."""
+
+import logging
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from registry.errors import Invalid
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
+
+log = logging.getLogger(__name__)
+
+
+def note(unit: Unit, event: str) -> None:
+    """Appends a line that outlives this process."""
+    file = os.open(str(unit.hints["journal"]), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, f"{event} {unit.name}\n".encode())
+    os.close(file)
+
+
+def events(journal: Path) -> Counter[str]:
+    """How often each event of each unit happened, such as `done unit 3`."""
+    return Counter(journal.read_text().splitlines()) if journal.exists() else Counter()
+
+
+def double(_node: Node, unit: Unit, _count: Count) -> Result:
+    note(unit, "begun")
+    time.sleep(float(unit.hints.get("seconds", 0)))
+    note(unit, "done")
+    return {"number": 2 * unit.content["number"], "process": os.getpid()}
+
+
+def fail(_node: Node, unit: Unit, _count: Count) -> Result:
+    """Fails as units can: by an error of ours, by a defect, by the end of its process."""
+    note(unit, "begun")
+    how: Any = unit.content.get("how")
+    for line in range(300):
+        log.warning("line %d", line)
+    if how == "refused":
+        raise Invalid("pickle", "it is a pickle.", subject="model.bin", next_step="Convert it.")
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ZeroDivisionError("of a defect")
+
+
+DOUBLE = Task(name="double", version=1, run=double, intact=always_intact)
+FAIL = Task(name="fail", version=1, run=fail, intact=always_intact)
+
+
+def units(count: int, journal: Path, seconds: float = 0.0) -> list[Unit]:
+    """Units that double their number."""
+    return [
+        Unit(name=f"unit {number}", content={"number": number}, hints={"journal": str(journal), "seconds": seconds})
+        for number in range(count)
+    ]

@@ -1,0 +1,173 @@
+"""Units on two Ray nodes of one host: results, deaths, errors, devices."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from registry.errors import Invalid, Refused, RegistryError, Unavailable
+from registry.settings import EngineSettings, Settings
+from registry.worker.engine.local import LocalEngine
+from registry.worker.engine.protocol import Needs
+from registry.worker.engine.ray import MAX_DEATHS, RayEngine
+from registry.worker.engine.units import LOG_LINES, Unit, open_node
+from tests.engine import counted
+from tests.engine.cluster import RayCluster
+
+
+def go_on(_done: int) -> None:
+    """The check of a map that nobody stops."""
+
+
+def run(engine: RayEngine | LocalEngine, units: list[Unit], needs: Needs | None = None) -> dict[str, Any]:
+    """The results by unit."""
+    ended = engine.map(counted.DOUBLE, units, needs or Needs(), go_on)
+    return {unit.name: result for unit, result in ended}
+
+
+def test_units_run_on_both_nodes_and_what_is_finished_is_not_run_again(engine: RayEngine, journal: Path) -> None:
+    first = run(engine, counted.units(6, journal, seconds=0.3))
+    assert [first[f"unit {number}"]["number"] for number in range(6)] == [0, 2, 4, 6, 8, 10]
+    assert len({result["process"] for result in first.values()}) == 2
+    again = run(engine, counted.units(8, journal))
+    assert {name: again[name] for name in first} == first
+    assert set(counted.events(journal).values()) == {1}
+    assert run(LocalEngine(open_node(Settings())), counted.units(8, journal)) == again
+    assert set(counted.events(journal).values()) == {1}, "the local engine has the same keys"
+
+
+def test_a_result_whose_bytes_are_gone_is_made_again(cluster: RayCluster, journal: Path) -> None:
+    node = open_node(Settings(home=Path(cluster.environ["ADAPTORY_HOME"])))
+    (unit,) = [Unit(name="unit lost", content={"number": 77}, hints={"journal": str(journal)})]
+    run(LocalEngine(node), [unit])
+    node.results.write(counted.DOUBLE.key(unit), b'{"numb')
+    assert run(LocalEngine(node), [unit])["unit lost"]["number"] == 154
+    assert counted.events(journal)["done unit lost"] == 2
+
+
+def test_a_node_that_dies_costs_the_units_that_it_was_doing(
+    cluster: RayCluster, engine: RayEngine, journal: Path
+) -> None:
+    numbers = [Unit(name=f"late {n}", content={"late": n, "number": n}, hints=_slow(journal)) for n in range(12)]
+    done = 0
+    for _ in engine.map(counted.DOUBLE, numbers, Needs(), go_on):
+        done += 1
+        if done == 4:
+            cluster.kill(cluster.nodes[1])
+    cluster.start()
+    ended = counted.events(journal)
+    assert done == 12
+    assert {ended[f"done late {number}"] for number in range(12)} == {1}
+    begun_again = [number for number in range(12) if ended[f"begun late {number}"] > 1]
+    assert len(begun_again) <= 1, "the dead node had one CPU"
+
+
+def _slow(journal: Path) -> dict[str, Any]:
+    return {"journal": str(journal), "seconds": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("how", "family", "code", "says"),
+    [
+        ("refused", Invalid, "pickle", "bad unit: it is a pickle."),
+        ("defect", Unavailable, "unit_failed", "ZeroDivisionError in counted.py:"),
+        ("killed", Unavailable, "unit_lost", f"The process of bad unit died {MAX_DEATHS} times"),
+    ],
+)
+def test_a_unit_that_cannot_be_done_ends_the_map_with_its_cause(
+    engine: RayEngine, journal: Path, how: str, family: type[RegistryError], code: str, says: str
+) -> None:
+    unit = Unit(name="bad unit", content={"how": how}, hints={"journal": str(journal)})
+    with pytest.raises(family) as caught:
+        list(engine.map(counted.FAIL, [unit], Needs(), go_on))
+    assert caught.value.code == code
+    assert says in caught.value.detail
+    if how == "killed":
+        assert counted.events(journal)["begun bad unit"] == MAX_DEATHS
+    else:
+        assert len(caught.value.log_lines) == LOG_LINES
+        assert any("line 299" in line for line in caught.value.log_lines)
+
+
+@pytest.mark.parametrize(("size_bytes", "together"), [(60, False), (50, True)])
+def test_units_share_a_device_only_if_its_memory_has_room_for_both(
+    cluster: RayCluster, engine: RayEngine, journal: Path, size_bytes: int, together: bool
+) -> None:
+    with_gpu = cluster.start(cpus=2, gpus=1)
+    settings = Settings(home=Path(cluster.environ["ADAPTORY_HOME"]), device_memory_bytes=100)
+    known = EngineSettings(kind="ray", address=cluster.address, token_path=cluster.token_path, device="gpu")
+    hints = {"journal": str(journal), "seconds": 1.0}
+    units = [Unit(name=f"{n}", content={"of": size_bytes, "number": n}, hints=hints) for n in range(4)]
+    sharing = RayEngine(known, open_node(settings))
+    list(sharing.map(counted.DOUBLE, units, Needs(cpus=0.1, device_bytes=size_bytes), go_on))
+    sharing.release()
+    cluster.kill(with_gpu)
+    running, most = 0, 0
+    for line in journal.read_text().splitlines():
+        running += 1 if line.startswith("begun") else -1
+        most = max(most, running)
+    assert most == (2 if together else 1)
+    large = [Unit(name="large", content={"number": 7, "of": 101}, hints=hints)]
+    with pytest.raises(Refused, match="the cluster's have 100") as caught:
+        list(sharing.map(counted.DOUBLE, large, Needs(device_bytes=101), go_on))
+    assert caught.value.code == "device_too_small"
+
+
+class Stopped(Exception):
+    """What a check raises."""
+
+
+def test_a_map_that_is_stopped_ends_its_units_within_seconds(engine: RayEngine, journal: Path) -> None:
+    numbers = [Unit(name=f"long {n}", content={"long": n, "number": n}, hints=_endless(journal)) for n in range(4)]
+    stopped_at = 0.0
+
+    def check(_done: int) -> None:
+        nonlocal stopped_at
+        if counted.events(journal)["begun long 0"]:
+            stopped_at = time.monotonic()
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        list(engine.map(counted.DOUBLE, numbers, Needs(), check))
+    deadline = stopped_at + 5
+    while _runners():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not [event for event in counted.events(journal) if event.startswith("done")]
+
+
+def _endless(journal: Path) -> dict[str, Any]:
+    return {"journal": str(journal), "seconds": 600}
+
+
+def _runners() -> list[int]:
+    """The processes of this host that run units."""
+    titles = [(one.pid, " ".join(one.info["cmdline"] or ())) for one in psutil.process_iter(["cmdline"])]
+    return [pid for pid, title in titles if title.startswith("ray::UnitRunner")]
+
+
+def test_a_cluster_without_tokens_is_refused(tmp_path: Path) -> None:
+    """In a process of its own: a driver belongs to one cluster."""
+    from tests.engine.open_cluster import refusal
+
+    environ = {"ADAPTORY_HOME": str(tmp_path / "home")}
+    open_cluster = RayCluster(environ, secured=False)
+    try:
+        open_cluster.start()
+        code, detail = refusal({**environ, **open_cluster.driver_environ})
+        assert (code, "lets everybody in" in detail) == ("engine_open", True)
+        insecure = {**environ, **open_cluster.driver_environ, "ADAPTORY_ENGINE__INSECURE": "true"}
+        assert refusal(insecure) == ("", "")
+    finally:
+        open_cluster.stop()
+
+
+def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
+    from tests.engine.open_cluster import refusal
+
+    absent = RayCluster({})
+    code, detail = refusal({"ADAPTORY_HOME": str(tmp_path), **absent.driver_environ})
+    assert code == "engine_unavailable"
+    assert absent.address in detail
