@@ -132,7 +132,7 @@ CHANGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", ["bytes of a tensor", pytest.param("its size", marks=pytest.mark.long)])
 def test_a_base_that_is_another_one_by_now_is_refused_and_nothing_is_published(
     change: str, site: Site, world: World
 ) -> None:
@@ -197,6 +197,7 @@ def test_a_killed_merge_goes_on_with_its_finished_shards_and_leaves_what_a_sweep
     assert left_on_disk(site) == set()
 
 
+@pytest.mark.long
 def test_a_merge_that_fails_leaves_nothing_in_the_store(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.begin()
     before = traces(site.cli)

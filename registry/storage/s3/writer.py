@@ -6,6 +6,7 @@ crash leaves parts or an object there, which `sweep` removes.
 
 import logging
 import uuid
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -84,7 +85,9 @@ class S3Writer:
         self._pool = ThreadPoolExecutor(_IN_FLIGHT, "part")
         self._room = Semaphore(_IN_FLIGHT)
         self._sent: list[Future[_Sent]] = []
-        self._pending = bytearray()
+        self._buffer, self._filled = bytearray(), 0
+        self._free: deque[bytearray] = deque()
+        """Buffers of parts that were sent, to be used again: malloc keeps freed ones for each thread."""
         self._run: _Run | None = None
         self._size_bytes = 0
         self.copied_bytes = 0
@@ -98,7 +101,7 @@ class S3Writer:
         if self._run is None or (self._run.source, self._run.end) != (source, offset):
             self._end_run()
             # What is uploaded before must be large enough for a part of its own.
-            lead = min(block.nbytes, max(0, self._least - len(self._pending))) if self._pending else 0
+            lead = min(block.nbytes, max(0, self._least - self._filled)) if self._filled else 0
             self._append(block[:lead])
             if lead == block.nbytes:
                 return
@@ -113,7 +116,7 @@ class S3Writer:
             if self._upload is None:
                 if self._bucket.head(named) is None:
                     with translate_store_errors(sha256):
-                        self._client.put_object(**named, Body=bytes(self._pending))
+                        self._client.put_object(**named, Body=self._content())
             else:
                 self._join(named, sha256)
         finally:
@@ -137,11 +140,19 @@ class S3Writer:
     def _append(self, block: memoryview | bytearray) -> None:
         left = memoryview(block)
         while left.nbytes:
-            taken = left[: self._part_bytes - len(self._pending)]
-            self._pending += taken
+            if not self._filled:
+                self._buffer = self._free.pop() if self._free else bytearray(self._part_bytes)
+            taken = left[: self._part_bytes - self._filled]
+            self._buffer[self._filled : self._filled + taken.nbytes] = taken
+            self._filled += taken.nbytes
             left = left[taken.nbytes :]
-            if len(self._pending) == self._part_bytes:
+            if self._filled == self._part_bytes:
                 self._flush()
+
+    def _content(self) -> bytes | bytearray:
+        """The bytes of the next part."""
+        full = self._filled == self._part_bytes
+        return self._buffer if full else bytes(memoryview(self._buffer)[: self._filled])
 
     def _extend(self, run: _Run, block: memoryview) -> None:
         run.kept += block[: max(0, self._least - len(run.kept))]
@@ -163,10 +174,18 @@ class S3Writer:
         self._start(lambda upload: self._copy_part(upload, number, run))
 
     def _flush(self) -> None:
-        content, self._pending = self._pending, bytearray()
-        if content:
-            number = len(self._sent) + 1
-            self._start(lambda upload: (self._put_part(upload, number, content), 0))
+        if not self._filled:
+            return
+        number, content, buffer = len(self._sent) + 1, self._content(), self._buffer
+        self._filled = 0
+
+        def send(upload: dict[str, str]) -> _Sent:
+            try:
+                return self._put_part(upload, number, content), 0
+            finally:
+                self._free.append(buffer)
+
+        self._start(send)
 
     def _start(self, send: _Send) -> None:
         """Sends the next part once there is room. Raises what an earlier one raised."""
@@ -188,7 +207,7 @@ class S3Writer:
                 sent.result()
         self._sent.append(self._pool.submit(run))
 
-    def _put_part(self, upload: dict[str, str], number: int, content: bytearray) -> dict[str, Any]:
+    def _put_part(self, upload: dict[str, str], number: int, content: bytes | bytearray) -> dict[str, Any]:
         return self._client.upload_part(**upload, PartNumber=number, Body=content)
 
     def _copy_part(self, upload: dict[str, str], number: int, run: _Run) -> _Sent:
