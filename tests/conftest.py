@@ -83,8 +83,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 TESTS = Path(__file__).parent
-WAY = re.compile(rf"(?<=[\[-])({'|'.join(('embedded', *services.PAIRINGS))})(?=[\]-])")
-"""Where the name of a test says in which way of running a registry it runs."""
+WAY = re.compile(rf"(?<=[\[-])({'|'.join(('embedded', *services.PAIRINGS, *services.DATABASES))})(?=[\]-])")
+"""Where the name of a test says in which way of running a registry it runs, or on which database."""
+ON_BOTH_DATABASES = (
+    *("test_query_plans.py", "test_prepared.py", "test_search_as_a_model.py", "test_directions.py"),
+    "test_the_migrated_schema_has_no_difference_from_the_models",
+)
+"""Files and tests of SQL that the two databases are sent in different words."""
 
 
 SLOWEST_FIRST = (
@@ -119,6 +124,8 @@ def _mark_further_ways(items: list[pytest.Item]) -> None:
     """By default a test that can run in several ways runs in one, which its name decides; the others are `long`."""
     ways: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
+        if not {item.path.name, getattr(item, "originalname", "")}.isdisjoint(ON_BOTH_DATABASES):
+            continue
         ways[WAY.sub("", item.nodeid)].append(item)
     for name, several in ways.items():
         del several[crc32(name.encode()) % len(several)]

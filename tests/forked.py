@@ -3,7 +3,8 @@
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -25,16 +26,36 @@ def start_command(
     return start(_command, environment, words, dict(environment), str(log), str(errors or log))
 
 
+_READ_AT_IMPORT = ("accelerate", "huggingface_hub", "transformers")
+"""Packages that read the hub's settings when they are imported."""
+
+
 def _run(work: Callable[..., None], environment: dict[str, str], arguments: tuple[object, ...]) -> None:
-    os.environ.update(environment)
+    with _hub_settings_read_anew():
+        os.environ.update(environment)
     work(*arguments)
+
+
+@contextmanager
+def _hub_settings_read_anew() -> Generator[None]:
+    """Forgets what was imported with other settings of the hub."""
+    before = _hub_settings()
+    yield
+    if _hub_settings() != before:
+        for name in [name for name in sys.modules if name.partition(".")[0] in _READ_AT_IMPORT]:
+            del sys.modules[name]
+
+
+def _hub_settings() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("HF_")}
 
 
 def _command(words: list[str], environment: dict[str, str], log: str, errors: str) -> None:
     from registry.cli.main import main
 
-    for name in os.environ.keys() - environment.keys():
-        del os.environ[name]
+    with _hub_settings_read_anew():
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle if errors == log else os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 _Subject = Callable[[], "tuple[LoadedModel, Sequence[Delta]]"]
-_OF_ONE = ("base_not_here",)
-"""Errors of the registry that keep what needs this base from being measured, and not the rest."""
 
 
 def measure(held: JobRun) -> None:
@@ -58,12 +56,16 @@ def measure(held: JobRun) -> None:
         contents = {digest: parse_content(suites.find(session, digest).content) for digest in digests}
     harness = Harness(held.resources.settings.harness_path)
     count = ProgressCount(held, "examples", sum(contents[one.suite].count for one in left))
+    missing: list[RegistryError] = []
     for digest in dict.fromkeys(one.base for one in left):
         base = cache(partial(_base, held, digest))
         for release in dict.fromkeys(one.release for one in left if one.base == digest):
             subject = cache(partial(_subject, held, release, digest, base))
             for one in (one for one in left if (one.base, one.release) == (digest, release)):
-                _evaluate(held, one, contents[one.suite], subject, harness, count)
+                error = _evaluate(held, one, contents[one.suite], subject, harness, count)
+                missing += [error] if error else []
+    if missing:
+        raise missing[0]
     _refuse_failed(held)
 
 
@@ -74,23 +76,27 @@ def _evaluate(
     subject: _Subject,
     harness: Harness,
     progress: Callable[[int], None],
-) -> None:
-    """Measures and records, or keeps why that is not possible."""
+) -> RegistryError | None:
+    """Measures and records, or keeps why that is not possible. Returns the error of a base that is not here, which is
+    not about this suite."""
     try:
         scores, results_sha256 = _measured(held, wanted, suite, subject, harness, progress)
     except (ComposerError, RegistryError) as caught:
         error = of_composer(caught) if isinstance(caught, ComposerError) else caught
-        if error.code in RETRYABLE or (isinstance(caught, RegistryError) and error.code not in _OF_ONE):
+        if error.code == "base_not_here":
+            return error
+        if error.code in RETRYABLE or isinstance(caught, RegistryError):
             raise
         row: Row = {"scores": [], "error": f"{error.detail} {error.next_step}".strip(), "failure": error.to_row()}
         with held.resources.write() as session:
             evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
-        return
+        return None
     with held.resources.write() as session:
         row = {"scores": scores, "error": None, "results_sha256": results_sha256}
         evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
         _record(held, session, wanted, [Measurement.of(score, results_sha256) for score in scores])
     promotions.settle_on_base(held.resources, wanted.base)
+    return None
 
 
 def _record(held: JobRun, session: Session, wanted: Wanted, measurements: list[Measurement]) -> None:

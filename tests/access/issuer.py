@@ -3,9 +3,10 @@
 import json
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
@@ -19,12 +20,17 @@ GITHUB_JOB = {
     "repository": "acme/training", "repository_id": "4711", "ref": "refs/heads/main", "environment": "release",
     "sub": "repo:acme/training:environment:release", "run_id": "17", "event_name": "push",
 }  # fmt: skip
-KEYS = {
-    "RS256": RSAKey.generate_key(2048, {"kid": "rsa"}),
-    "ES256": ECKey.generate_key("P-256", {"kid": "ec"}),
-    "other": RSAKey.generate_key(2048, {"kid": "rsa"}),
+_KEYS: dict[str, Callable[[], RSAKey | ECKey]] = {
+    "RS256": lambda: RSAKey.generate_key(2048, {"kid": "rsa"}),
+    "ES256": lambda: ECKey.generate_key("P-256", {"kid": "ec"}),
+    "other": lambda: RSAKey.generate_key(2048, {"kid": "rsa"}),
 }
-"""`other` has the id of the first, but is not published."""
+
+
+@cache
+def key_of(name: str) -> RSAKey | ECKey:
+    """`other` has the id of the first, but is not published. Made when it is used: each takes half a second."""
+    return _KEYS[name]()
 
 
 @dataclass
@@ -62,7 +68,7 @@ class Issuer:
 
 
 def signed(claims: dict[str, Any], algorithm: str = "RS256", key: Any = None, **header: Any) -> str:
-    key = key or KEYS["ES256" if algorithm == "ES256" else "RS256"]
+    key = key or key_of("ES256" if algorithm == "ES256" else "RS256")
     header = {"alg": algorithm, "typ": "JWT", "kid": key.kid or "rsa", **header}
     registry = jws.JWSRegistry(algorithms=[algorithm], strict_check_header=False)
     return jws.serialize_compact(header, json.dumps(claims), key, registry=registry)
@@ -89,7 +95,7 @@ def issuer() -> Generator[Issuer]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     local.url = f"http://127.0.0.1:{server.server_address[1]}"
-    local.publish(KEYS["RS256"], KEYS["ES256"])
+    local.publish(key_of("RS256"), key_of("ES256"))
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

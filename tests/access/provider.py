@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import httpx2
 
-from tests.access.issuer import KEYS, signed
+from tests.access.issuer import key_of, signed
 
 CLIENT, SECRET = "adaptory at acme", "s3cret:with/odd=characters"
 REDIRECT = "https://registry/login/callback"
@@ -80,7 +80,7 @@ class Provider:
             "preferred_username": "ann", "groups": ["ml-team", "other"], "azp": CLIENT,
         }  # fmt: skip
         kept = {name: value for name, value in (claims | self.claims).items() if value is not None}
-        return signed(kept, key=KEYS[self.key])
+        return signed(kept, key=key_of(self.key))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -94,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
             self._send(302, b"", Location=local.authorize(query))
             return
-        public = {**KEYS["RS256"].as_dict(private=False), "kid": KEYS["RS256"].kid, "use": "sig"}
+        public = {**key_of("RS256").as_dict(private=False), "kid": key_of("RS256").kid, "use": "sig"}
         pages = {"/.well-known/openid-configuration": local.description(), "/keys": {"keys": [public]}}
         self._send(200 if url.path in pages else 404, json.dumps(pages.get(url.path, {})).encode())
 

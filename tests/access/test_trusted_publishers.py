@@ -22,7 +22,7 @@ from registry.transfer.issuer_keys import MAX_AGE_S, MIN_INTERVAL_S, RETRY_S, Is
 from registry.transfer.refusals import MAX_REFUSALS
 from tests import services
 from tests.access.house import OTHER, PRIVATE, House, build_house, entered, new_environment
-from tests.access.issuer import AUDIENCE, GITHUB_JOB, KEYS, Issuer, issuer, signed
+from tests.access.issuer import AUDIENCE, GITHUB_JOB, Issuer, issuer, key_of, signed
 
 RULE = {"issuer": "github", "project": "acme/training", "ref": "refs/heads/main", "environment": "release"}
 REPOSITORY = f"{PRIVATE}/sql"
@@ -133,7 +133,7 @@ def _b64(content: bytes) -> str:
 def _keyed_with_the_public_key(claims: dict[str, Any]) -> str:
     """The known confusion: the published key as the secret of an HMAC."""
     text = _unsigned({"alg": "HS256", "kid": "rsa"}, claims).rpartition(".")[0]
-    public = KEYS["RS256"].as_pem(private=False)
+    public = key_of("RS256").as_pem(private=False)
     return f"{text}.{_b64(hmac.new(public, text.encode(), hashlib.sha256).digest())}"
 
 
@@ -175,12 +175,12 @@ def _refused(ci: Issuer) -> list[tuple[str, str, str]]:
         ("the algorithm none", _unsigned({"alg": "none", "kid": "rsa"}, good), "id_token_invalid"),
         ("the algorithm NONE in a list", _unsigned({"alg": ["none"], "kid": "rsa"}, good), "id_token_invalid"),
         ("a secret for a key", _keyed_with_the_public_key(good), "id_token_invalid"),
-        ("another key of the same id", signed(good, key=KEYS["other"]), "id_token_invalid"),
+        ("another key of the same id", signed(good, key=key_of("other")), "id_token_invalid"),
         ("a key of the other type", signed(good, "ES256", kid="rsa"), "id_token_invalid"),
         ("a strong but other algorithm", signed(good, "RS512"), "id_token_invalid"),
         ("a path for a key id", signed(good, kid="../../etc/passwd' OR 1=1"), "id_token_invalid"),
         ("no key id", _unsigned({"alg": "RS256"}, good), "id_token_invalid"),
-        ("a key of its own", signed(good, jwk=KEYS["other"].as_dict(private=False)), "id_token_invalid"),
+        ("a key of its own", signed(good, jwk=key_of("other").as_dict(private=False)), "id_token_invalid"),
         ("an address of keys", signed(good, jku=f"{ci.url}/evil"), "id_token_invalid"),
         ("an address of certificates", signed(good, x5u=f"{ci.url}/evil"), "id_token_invalid"),
         ("other claims under the signature", _with_other_claims(signed(good)), "id_token_invalid"),
@@ -317,7 +317,7 @@ def test_keys_are_cached_and_fetched_anew_only_now_and_then() -> None:
                 keys.find(ci.url, "invented")
         assert len(ci.requested) == 2
         now += MIN_INTERVAL_S
-        ci.publish(KEYS["ES256"])  # the issuer changes its keys
+        ci.publish(key_of("ES256"))  # the issuer changes its keys
         assert keys.find(ci.url, "ec")["crv"] == "P-256"
         with pytest.raises(Unauthenticated):
             keys.find(ci.url, "rsa-2")
@@ -328,7 +328,7 @@ def test_keys_are_cached_and_fetched_anew_only_now_and_then() -> None:
         now += MAX_AGE_S
         with pytest.raises(Unavailable, match="500"):
             keys.find(ci.url, "ec")
-        ci.publish(KEYS["ES256"])
+        ci.publish(key_of("ES256"))
         now += RETRY_S
         assert keys.find(ci.url, "ec")
 
@@ -348,7 +348,7 @@ def test_an_issuer_leads_the_server_nowhere_else() -> None:
             ("compressed", "/keys", {"keys": []}, 200, {"Content-Encoding": "gzip"}),
             ("not a JSON object", "/keys", [], 200, {}),
         ):
-            ci.publish(KEYS["RS256"])
+            ci.publish(key_of("RS256"))
             ci.serve(path, document, status, **headers)
             with pytest.raises(Unavailable, match=why):
                 IssuerKeys().find(ci.url, "rsa")

@@ -323,6 +323,7 @@ def test_the_command_tells_what_it_removed(environ: dict[str, str], api: Api, tm
     planned = shortly.json("gc", "--grace-hours", "0", "--dry-run")
     assert planned == {
         "releases": 0,
+        "jobs": 0,
         "commits": 0,
         "blobs": 0,
         "size_bytes": 0,
@@ -337,6 +338,7 @@ def test_the_command_tells_what_it_removed(environ: dict[str, str], api: Api, tm
     time.sleep(0.01)
     assert shortly.json("gc", "--grace-hours", "0") == {
         "releases": 0,
+        "jobs": 0,
         "commits": 0,
         "blobs": 1,
         "size_bytes": 1_000,

@@ -115,3 +115,9 @@ class RayCluster:
         """Kills all of it. Never `ray stop`, which ends every cluster of the host."""
         for node in reversed(self.nodes):
             node.kill()
+
+
+def runners() -> list[int]:
+    """The processes of this host that run units."""
+    titles = [(one.pid, " ".join(one.info["cmdline"] or ())) for one in psutil.process_iter(["cmdline"])]
+    return [pid for pid, title in titles if title.startswith("ray::UnitRunner")]

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from registry.errors import Invalid, Refused, RegistryError, Unavailable
@@ -14,7 +13,7 @@ from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray import MAX_DEATHS, RayEngine
 from registry.worker.engine.units import LOG_LINES, Unit, open_node
 from tests.engine import counted
-from tests.engine.cluster import RayCluster
+from tests.engine.cluster import RayCluster, runners
 
 
 def go_on(_done: int) -> None:
@@ -91,28 +90,33 @@ def test_a_unit_that_cannot_be_done_ends_the_map_with_its_cause(
         assert any("line 299" in line for line in caught.value.log_lines)
 
 
-@pytest.mark.parametrize(("size_bytes", "together"), [(60, False), (50, True)])
 def test_units_share_a_device_only_if_its_memory_has_room_for_both(
-    cluster: RayCluster, engine: RayEngine, journal: Path, size_bytes: int, together: bool
+    cluster: RayCluster, engine: RayEngine, tmp_path: Path
 ) -> None:
     with_gpu = cluster.start(cpus=2, gpus=1)
     settings = Settings(home=Path(cluster.environ["ADAPTORY_HOME"]), device_memory_bytes=100)
     known = EngineSettings(kind="ray", address=cluster.address, token_path=cluster.token_path, device="gpu")
-    hints = {"journal": str(journal), "seconds": 1.0}
-    units = [Unit(name=f"{n}", content={"of": size_bytes, "number": n}, hints=hints) for n in range(4)]
-    sharing = RayEngine(known, open_node(settings))
-    list(sharing.map(counted.DOUBLE, units, Needs(cpus=0.1, device_bytes=size_bytes), go_on))
+    sharing, most = RayEngine(known, open_node(settings)), dict[int, int]()
+    for size_bytes in (60, 50):
+        hints = {"journal": str(tmp_path / str(size_bytes)), "seconds": 1.0}
+        units = [Unit(name=f"{n}", content={"of": size_bytes, "number": n}, hints=hints) for n in range(4)]
+        list(sharing.map(counted.DOUBLE, units, Needs(cpus=0.1, device_bytes=size_bytes), go_on))
+        most[size_bytes] = _most_at_a_time(tmp_path / str(size_bytes))
     sharing.release()
     cluster.kill(with_gpu)
+    assert most == {60: 1, 50: 2}
+    large = [Unit(name="large", content={"number": 7, "of": 101}, hints={"journal": str(tmp_path / "large")})]
+    with pytest.raises(Refused, match="the cluster's have 100") as caught:
+        list(sharing.map(counted.DOUBLE, large, Needs(device_bytes=101), go_on))
+    assert caught.value.code == "device_too_small"
+
+
+def _most_at_a_time(journal: Path) -> int:
     running, most = 0, 0
     for line in journal.read_text().splitlines():
         running += 1 if line.startswith("begun") else -1
         most = max(most, running)
-    assert most == (2 if together else 1)
-    large = [Unit(name="large", content={"number": 7, "of": 101}, hints=hints)]
-    with pytest.raises(Refused, match="the cluster's have 100") as caught:
-        list(sharing.map(counted.DOUBLE, large, Needs(device_bytes=101), go_on))
-    assert caught.value.code == "device_too_small"
+    return most
 
 
 class Stopped(Exception):
@@ -132,7 +136,7 @@ def test_a_map_that_is_stopped_ends_its_units_within_seconds(engine: RayEngine, 
     with pytest.raises(Stopped):
         list(engine.map(counted.DOUBLE, numbers, Needs(), check))
     deadline = stopped_at + 5
-    while _runners():
+    while runners():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not [event for event in counted.events(journal) if event.startswith("done")]
@@ -140,12 +144,6 @@ def test_a_map_that_is_stopped_ends_its_units_within_seconds(engine: RayEngine, 
 
 def _endless(journal: Path) -> dict[str, Any]:
     return {"journal": str(journal), "seconds": 600}
-
-
-def _runners() -> list[int]:
-    """The processes of this host that run units."""
-    titles = [(one.pid, " ".join(one.info["cmdline"] or ())) for one in psutil.process_iter(["cmdline"])]
-    return [pid for pid, title in titles if title.startswith("ray::UnitRunner")]
 
 
 def test_a_cluster_without_tokens_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from registry.domain.jobs.queue import LEASE
 from registry.worker.engine.ray import base_resource
 from tests import services
 from tests.durability.processes import wait_for_port
-from tests.engine.cluster import REPOSITORY, RayCluster
+from tests.engine.cluster import REPOSITORY, RayCluster, runners
 from tests.s3_server import BUCKET
 from tests.scenarios.conftest import USER, Templates, templates, world
 from tests.scenarios.test_compositions import release_all, write_recipe
@@ -139,6 +139,9 @@ def test_a_composition_survives_the_death_of_a_node_of_its_worker_and_of_the_ser
             for name in OUTPUTS:
                 assert files_of(site, f"{name}:{version}") == files_of(site, f"{name}:0.1.{number}"), seed
                 assert stage.versions(name).count(version) == 1
+        shutil.rmtree(site.worker_home, ignore_errors=True)
+        record_property("seconds until cancelled", stage.cancelled(recipe(tmp_path, "0.3.0", rounds + 1)))
+        assert "0.3.0" not in stage.versions("acme/assistant")
     finally:
         stage.close()
 
@@ -208,8 +211,23 @@ class Stage:
             state = Api(f"http://127.0.0.1:{self.port}").get(f"/v1/compositions/{composition}")["state"]
             if state not in ("queued", "running"):
                 return state
-            time.sleep(0.5)
+            time.sleep(0.1)
         raise AssertionError((self.directory / "worker.log").read_text()[-3000:])
+
+    def cancelled(self, path: Path) -> float:
+        """Cancels a composition while its units run, and returns the seconds until none does any more."""
+        before, composition = unit_etags(self.site), self.begin(path)
+        deadline = time.monotonic() + 60
+        while len(unit_etags(self.site)) < len(before) + 4:
+            assert time.monotonic() < deadline, "no unit has ended"
+            time.sleep(0.05)
+        asked = time.monotonic()
+        Api(f"http://127.0.0.1:{self.port}").post(f"/v1/compositions/{composition}/cancel", {})
+        assert self.ended(composition) == "cancelled"
+        while runners():
+            assert time.monotonic() < asked + 60
+            time.sleep(0.05)
+        return time.monotonic() - asked
 
     def close(self) -> None:
         for process in (self.server, self.worker):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -167,11 +168,11 @@ def test_several_large_headers_at_once_are_each_read(tmp_path: Path) -> None:
     assert [len(header.tensors) for header in headers] == counts
 
 
-COSTLY = {
-    "empty lists": b'{"a":[' + b"[[]]," * 3_179_000 + b"[]]}",
-    "empty objects": b"{" + b",".join(b'"%x":{}' % number for number in range(1_380_000)) + b"}",
-    "numbers": b'{"a":[1' + b",1" * 7_900_000 + b"]}",
-    "strings with quotes in them": b'{"a":[""' + b',"\\\\\\""' * 1_700_000 + b"]}",
+COSTLY: dict[str, Callable[[], bytes]] = {
+    "empty lists": lambda: b'{"a":[' + b"[[]]," * 3_179_000 + b"[]]}",
+    "empty objects": lambda: b"{" + b",".join(b'"%x":{}' % number for number in range(1_380_000)) + b"}",
+    "numbers": lambda: b'{"a":[1' + b",1" * 7_900_000 + b"]}",
+    "strings with quotes in them": lambda: b'{"a":[""' + b',"\\\\\\""' * 1_700_000 + b"]}",
 }
 READ_IN_LITTLE_MEMORY = """
 import resource, sys
@@ -192,7 +193,7 @@ except InvalidFile as error:
 @pytest.mark.parametrize("case", COSTLY)
 def test_a_header_that_would_cost_much_memory_is_refused_before_it_is_parsed(case: str, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    path.write_bytes(file_with(COSTLY[case]))
+    path.write_bytes(file_with(COSTLY[case]()))
     command = [sys.executable, "-c", READ_IN_LITTLE_MEMORY, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""

@@ -59,7 +59,7 @@ def keep(session: Session, **columns: Any) -> None:
     session.execute(insert(THINGS).values(**columns))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=st.floats(allow_nan=False, allow_infinity=False))
 def test_a_float_reads_back_as_the_same_number(database: Database, value: float) -> None:
     parameter: Any = bindparam("value", type_=Float())

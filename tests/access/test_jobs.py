@@ -1,4 +1,4 @@
-"""Server-sent events of jobs: nothing is lost or repeated after a reconnection, streams end, and there is a limit."""
+"""Jobs: who may raise a priority, and server-sent events, which lose and repeat nothing after a reconnection."""
 
 import json
 import re
@@ -24,10 +24,10 @@ from tests.access.house import HOST, House, borrowed, build_house, new_environme
 from tests.eventually import eventually
 
 
-@pytest.fixture(scope="module", params=services.ONE_PAIRING)
-def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
     directory: Path = tmp_path_factory.mktemp("house")
-    built = build_house({**new_environment(request.param, directory), "ADAPTORY_ACCESS_CACHE_S": "0.2"})
+    built = build_house({**new_environment(services.PAIRINGS[0], directory), "ADAPTORY_ACCESS_CACHE_S": "0.2"})
     yield built
     built.close()
 
@@ -179,3 +179,31 @@ def test_a_user_has_a_limited_number_of_streams_and_gets_one_back_by_hanging_up(
             return answer.status_code == 200
 
     eventually(one_more, within_s=10)
+
+
+def test_publishers_order_their_jobs_and_a_high_priority_needs_a_releaser(house: House) -> None:
+    recipe = {"base": "tiny", "inputs": ["acme/sql:1.0.0"], "method": "stack"}
+
+    def asked(caller: str, priority: str) -> httpx2.Response:
+        body = {"recipe": recipe, "plan": True, "priority": priority}
+        return house.ask(caller, "POST", "/v1/compositions", json=body)
+
+    refused = asked("publisher", "high")
+    assert (refused.status_code, refused.json()["code"]) == (403, "role_missing")
+    assert asked("releaser", "higher").status_code == 422
+    job = asked("publisher", "low").json()["job"]
+    path = f"/v1/jobs/{job}/priority"
+    assert house.ask("publisher", "GET", f"/v1/jobs/{job}").json()["priority"] == "low"
+    assert house.ask("reader", "POST", path, json={"priority": "low"}).status_code in (403, 404)
+    assert house.ask("stranger", "POST", path, json={"priority": "low"}).status_code == 404
+    assert house.ask("publisher", "POST", path, json={"priority": "normal"}).json()["priority"] == "normal"
+    assert house.ask("publisher", "POST", path, json={"priority": "high"}).status_code == 403
+    assert house.ask("releaser", "POST", path, json={"priority": "high"}).json()["priority"] == "high"
+    house.ask("publisher", "POST", f"/v1/jobs/{job}/cancel")
+    assert house.ask("releaser", "POST", path, json={"priority": "low"}).json()["code"] == "job_finished"
+    rows = house.ask("operator", "GET", f"/v1/audit?subject=job/{job}").json()["items"]
+    changes = [(row["actor"], row["before"], row["after"]) for row in rows if row["act"] == "job:priority"]
+    assert changes == [
+        ("releaser", {"priority": "normal"}, {"priority": "high"}),
+        ("publisher", {"priority": "low"}, {"priority": "normal"}),
+    ]
