@@ -106,6 +106,11 @@ class RayCluster:
             assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.1)
 
+    @property
+    def runners(self) -> list[psutil.Process]:
+        """The processes of its nodes that run units."""
+        return [one for node in self.nodes for one in node.family if _title(one).startswith("ray::UnitRunner")]
+
     def kill(self, node: RayNode) -> None:
         """Kills a node that is not the head."""
         self.nodes.remove(node)
@@ -117,7 +122,8 @@ class RayCluster:
             node.kill()
 
 
-def runners() -> list[int]:
-    """The processes of this host that run units."""
-    titles = [(one.pid, " ".join(one.info["cmdline"] or ())) for one in psutil.process_iter(["cmdline"])]
-    return [pid for pid, title in titles if title.startswith("ray::UnitRunner")]
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""

@@ -13,7 +13,7 @@ from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray import MAX_DEATHS, RayEngine
 from registry.worker.engine.units import LOG_LINES, Unit, open_node
 from tests.engine import counted
-from tests.engine.cluster import RayCluster, runners
+from tests.engine.cluster import RayCluster
 
 
 def go_on(_done: int) -> None:
@@ -123,7 +123,9 @@ class Stopped(Exception):
     """What a check raises."""
 
 
-def test_a_map_that_is_stopped_ends_its_units_within_seconds(engine: RayEngine, journal: Path) -> None:
+def test_a_map_that_is_stopped_ends_its_units_within_seconds(
+    cluster: RayCluster, engine: RayEngine, journal: Path
+) -> None:
     numbers = [Unit(name=f"long {n}", content={"long": n, "number": n}, hints=_endless(journal)) for n in range(4)]
     stopped_at = 0.0
 
@@ -135,8 +137,8 @@ def test_a_map_that_is_stopped_ends_its_units_within_seconds(engine: RayEngine, 
 
     with pytest.raises(Stopped):
         list(engine.map(counted.DOUBLE, numbers, Needs(), check))
-    deadline = stopped_at + 5
-    while runners():
+    deadline = stopped_at + 15  # 1 s where nothing else runs
+    while cluster.runners:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not [event for event in counted.events(journal) if event.startswith("done")]

@@ -23,7 +23,7 @@ from registry.domain.jobs.queue import LEASE
 from registry.worker.engine.ray import base_resource
 from tests import services
 from tests.durability.processes import wait_for_port
-from tests.engine.cluster import REPOSITORY, RayCluster, runners
+from tests.engine.cluster import REPOSITORY, RayCluster
 from tests.s3_server import BUCKET
 from tests.scenarios.conftest import USER, Templates, templates, world
 from tests.scenarios.test_compositions import release_all, write_recipe
@@ -234,7 +234,7 @@ class Stage:
         asked = time.monotonic()
         Api(f"http://127.0.0.1:{self.port}").post(f"/v1/compositions/{composition}/cancel", {})
         assert self.ended(composition) == "cancelled"
-        while runners():
+        while self.site.cluster.runners:
             assert time.monotonic() < asked + 60
             time.sleep(0.05)
         return time.monotonic() - asked
