@@ -111,6 +111,18 @@ def test_units_share_a_device_only_if_its_memory_has_room_for_both(
     assert caught.value.code == "device_too_small"
 
 
+def test_a_unit_that_no_node_has_room_for_does_not_wait_forever(
+    engine: RayEngine, journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.worker.engine.ray.LACKING_S", 1.0)
+    unit = Unit(name="too large", content={"of": "no node", "number": 1}, hints={"journal": str(journal)})
+    for needs, says in ((Needs(base="0123456789abcdef"), "base:0123456789ab"), (Needs(memory_bytes=1 << 45), "memory")):
+        with pytest.raises(Unavailable, match=says) as caught:
+            list(engine.map(counted.DOUBLE, [unit], needs, go_on))
+        assert caught.value.code == "engine_too_small"
+    assert not counted.events(journal)
+
+
 def _most_at_a_time(journal: Path) -> int:
     running, most = 0, 0
     for line in journal.read_text().splitlines():
