@@ -30,6 +30,17 @@ def test_a_process_removes_directories_of_dead_ones_of_its_host_alone(tmp_path: 
     assert there == {own: True, scratch: True, left: False, other: True, gone: False}
 
 
+def test_nodes_of_one_process_forget_their_own_files_alone(tmp_path: Path) -> None:
+    """As two threads have them that compose in an embedded registry."""
+    one, other = (open_node(Settings(home=tmp_path)) for _ in range(2))
+    kept = one.kept_directory("merge")
+    other.kept_directory("merge")
+    other.forget()
+    assert kept.is_dir()
+    one.forget()
+    assert not list(one.work_directory.iterdir())
+
+
 def test_another_release_of_adaptory_makes_its_own_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     node = open_node(Settings(home=tmp_path))
     unit = Unit(name="unit", content={"number": 1}, hints={"journal": str(tmp_path / "journal")})

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ class Node:
     results: UnitResults
     work_directory: Path
     _kept: dict[str, tuple[str, Any]] = field(default_factory=dict[str, tuple[str, Any]])
+    _id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    """A process may have several: threads that use an embedded registry."""
 
     @contextmanager
     def scratch(self) -> Generator[Path]:
@@ -78,7 +81,7 @@ class Node:
 
     @property
     def _kept_files(self) -> Path:
-        return self.work_directory / f"{_WORK}{_HOST}-{os.getpid()}-kept"
+        return self.work_directory / f"{_WORK}{_HOST}-{os.getpid()}-kept-{self._id}"
 
     def kept_directory(self, name: str) -> Path:
         """A directory for files that this process goes on using, such as mapped ones."""
