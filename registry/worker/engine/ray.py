@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import Any, cast
 
 from registry.error_families import of_row
-from registry.errors import NotAllowed, Refused, RegistryError, Unavailable
+from registry.errors import NotAllowed, RegistryError, Unavailable
 from registry.settings import EngineSettings
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray_runner import UnitRunner
@@ -251,9 +251,11 @@ class RayEngine:
 
     def _refuse_lacking(self, state: _Map) -> None:
         """Raises Unavailable once no node has had what a runner needs for LACKING_S: Ray would wait for one forever."""
+        if any(runner.unit is not None for runner in state.waiting.values()):
+            state.lacking_since_s = None
+            return
         wanted = _wanted(self._resources(state.needs))
-        busy = any(runner.unit is not None for runner in state.waiting.values())
-        if busy or any(_has(node, wanted) for node in self._ray.nodes()):
+        if any(_has(node, wanted) for node in self._ray.nodes()):
             state.lacking_since_s = None
             return
         now = time.monotonic()
@@ -292,16 +294,11 @@ class RayEngine:
 
     def _share_of_device(self, size_bytes: int) -> float:
         """The share of the smallest device, rounded up; a device alone if none of its memory is known. So that units
-        share one only if its memory has room for both."""
+        share one only if its memory has room for both. A model that is larger has one to itself, and what does not fit
+        is read from disk: jobs that may not do so are only claimed where it fits."""
         smallest = self._node.settings.device_memory_bytes
-        if not smallest:
+        if not smallest or size_bytes >= smallest:
             return 1.0
-        if size_bytes > smallest:
-            raise Refused(
-                "device_too_small",
-                f"A unit needs {size_bytes:,} bytes of a device, and the cluster's have {smallest:,}.",
-                next_step="Use nodes with larger devices, and set ADAPTORY_DEVICE_MEMORY_BYTES to theirs.",
-            )
         return -(-size_bytes * 10_000 // smallest) / 10_000  # Ray counts in ten thousandths
 
 
