@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
 from registry.errors import NotAllowed
+from registry.settings import Settings
+from registry.transfer.bases import find_base
 from registry.worker import merging
 from registry.worker.engine.units import Count, Node, Result, Unit
 from registry.worker.merging import SHARD
@@ -128,6 +131,17 @@ def test_a_base_that_suites_load_is_downloaded_once(site: Site, world: World, tm
     before = changed.stat().st_mtime_ns
     site.cli.ok("eval", "tiny", "--suite", "sql-exact", "--limit", "1")
     assert changed.stat().st_mtime_ns == before
+
+
+def test_processes_that_need_a_base_at_once_wait_for_one_download(site: Site, world: World) -> None:
+    """As the runners of one node do."""
+    settings = Settings(home=home_of(site.cli))
+    with ThreadPoolExecutor(4) as pool:
+        brought = [pool.submit(find_base, settings, [site.location], 10**9) for _ in range(4)]
+        ((directory, reasons),) = {(path, tuple(why)) for path, why in (one.result() for one in brought)}
+    assert directory is not None
+    assert {path.name for path in directory.iterdir()} == {path.name for path in world.base.iterdir()}
+    assert (list(directory.parent.iterdir()), reasons) == ([directory], ())
 
 
 CHANGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
