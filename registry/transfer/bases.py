@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from composer.formats.checkpoints.checkpoint import Checkpoint
-from registry.errors import Invalid, NotFound
+from registry.errors import Invalid, NotFound, Unavailable
 from registry.formats.s3_address import SCHEME, parse_s3_address
 from registry.hub_client import bases as hub_bases
 from registry.settings import Settings
@@ -12,8 +12,13 @@ from registry.settings import Settings
 
 def find_base(settings: Settings, locations: Sequence[str], size_bytes: int) -> tuple[Path | None, list[str]]:
     """A base's checkpoint on this machine, downloaded if it is not there yet; or None, and why no location gives one.
-    `size_bytes` is the size of its tensors, which bounds a download. Raises Unavailable if a bucket does not answer."""
-    directory, reasons = hub_bases.find_base(locations, size_bytes)
+    `size_bytes` is the size of its tensors, which bounds a download. Raises Unavailable if a hub or a
+    bucket does not answer."""
+    outage: Unavailable | None = None
+    try:
+        directory, reasons = hub_bases.find_base(locations, size_bytes)
+    except Unavailable as error:
+        directory, reasons, outage = None, [error.detail], error
     for url in in_buckets(locations) if directory is None else ():
         from registry.storage.s3.checkpoint import download_checkpoint  # boto3 is loaded where it is used
 
@@ -21,6 +26,8 @@ def find_base(settings: Settings, locations: Sequence[str], size_bytes: int) -> 
             return download_checkpoint(settings.storage, parse_s3_address(url), _cache(settings), size_bytes), []
         except (Invalid, NotFound) as error:
             reasons.append(error.detail)
+    if outage is not None:
+        raise outage
     return directory, reasons
 
 

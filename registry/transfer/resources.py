@@ -14,6 +14,7 @@ from registry.settings import LocalStorage, Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.local import LocalStore
 from registry.storage.recent import RecentStats
+from registry.storage.unit_results import LocalResults, UnitResults
 
 
 def utc_now() -> datetime:
@@ -59,11 +60,20 @@ def open_resources(settings: Settings, *, newer: bool = False) -> Resources:
     return Resources(settings, database, open_store(settings, database), work)
 
 
-def open_store(settings: Settings, database: Database) -> BlobStore:
-    """The store that the settings name. The database keeps what was found out about it."""
+def open_store(settings: Settings, database: Database | None) -> BlobStore:
+    """The store that the settings name. The database keeps what was learned about it; a node has none."""
     if isinstance(settings.storage, LocalStorage):
         return LocalStore(settings.store_directory)
     from registry.storage.s3.store import S3Store  # boto3 is loaded where it is used
     from registry.transfer.store_facts import DatabaseRecord
 
-    return S3Store(settings.storage, DatabaseRecord(database, settings.storage, utc_now))
+    return S3Store(settings.storage, DatabaseRecord(database, settings.storage, utc_now) if database else None)
+
+
+def open_unit_results(settings: Settings) -> UnitResults:
+    """Where results of units are kept, beside the blobs."""
+    if isinstance(settings.storage, LocalStorage):
+        return LocalResults(settings.store_directory)
+    from registry.storage.s3.unit_results import S3Results
+
+    return S3Results(settings.storage)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -162,7 +163,7 @@ class Stage:
 
     def _start(self, *words: str) -> "subprocess.Popen[bytes]":
         log = (self.directory / f"{words[0]}.log").open("ab")
-        command = [sys.executable, "-m", "registry.cli.start", *words]
+        command = [sys.executable, "-X", "faulthandler", "-m", "registry.cli.start", *words]
         return subprocess.Popen(command, env=self.site.worker_environ, cwd=REPOSITORY, stdout=log, stderr=log)
 
     def _serve(self) -> None:
@@ -206,13 +207,22 @@ class Stage:
             return list(session.scalars(versions.where(Repository.name == name.partition("/")[2])))
 
     def ended(self, composition: int) -> str:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
             state = Api(f"http://127.0.0.1:{self.port}").get(f"/v1/compositions/{composition}")["state"]
             if state not in ("queued", "running"):
                 return state
             time.sleep(0.1)
-        raise AssertionError((self.directory / "worker.log").read_text()[-3000:])
+        raise AssertionError(self._where_the_worker_is(composition))
+
+    def _where_the_worker_is(self, composition: int) -> str:
+        """The job, and the stacks of the worker's threads."""
+        job = Api(f"http://127.0.0.1:{self.port}").get(f"/v1/compositions/{composition}")
+        ended = self.worker.poll() if self.worker is not None else None
+        if self.worker is not None and ended is None:
+            self.worker.send_signal(signal.SIGABRT)
+            self.worker.wait()
+        return f"worker: {ended}, {job}\n{(self.directory / 'worker.log').read_text()[-20_000:]}"
 
     def cancelled(self, path: Path) -> float:
         """Cancels a composition while its units run, and returns the seconds until none does any more."""

@@ -25,6 +25,8 @@ _BROKEN_OFF = (ConnectionError, HTTPClientError, IncompleteReadError)
 _PAUSES_S = (0.2, 1.0, 3.0)
 """Before the attempts after the first; boto3's own attempts end with the first byte of the answer."""
 _MAX_FILES = 10_000
+_PIECE_BYTES = 256 << 10
+"""urllib3 collects what it is asked for in memory of its own first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class S3File:
                 raise
         body: Any = answer["Body"]
         try:
-            while buffer.nbytes and (count := body.readinto(buffer)):
+            while buffer.nbytes and (count := body.readinto(buffer[:_PIECE_BYTES])):
                 buffer = buffer[count:]
                 yield count
         finally:

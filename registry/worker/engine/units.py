@@ -18,10 +18,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from registry.errors import Unavailable
-from registry.settings import LocalStorage, Settings
+from registry.settings import Settings
 from registry.storage.blobs import BlobStore
-from registry.storage.local import LocalStore
-from registry.storage.unit_results import MAX_RESULT_BYTES, LocalResults, UnitResults
+from registry.storage.unit_results import MAX_RESULT_BYTES, UnitResults
+from registry.transfer.resources import open_store, open_unit_results
 
 Count = Callable[[int], None]
 """Called by a unit with what it has just done, often with 0; may raise to stop it."""
@@ -137,7 +137,7 @@ def open_node(settings: Settings) -> Node:
     for directory in work.glob(f"{_WORK}*"):
         if _is_left(directory):
             shutil.rmtree(directory, ignore_errors=True)
-    return Node(settings, *_open_store(settings), work)
+    return Node(settings, open_store(settings, None), open_unit_results(settings), work)
 
 
 def _is_left(directory: Path) -> bool:
@@ -149,16 +149,6 @@ def _is_left(directory: Path) -> bool:
         return time.time() - directory.stat().st_mtime > _DEAD_HOST_S
     except FileNotFoundError:  # its process has just removed it
         return False
-
-
-def _open_store(settings: Settings) -> tuple[BlobStore, UnitResults]:
-    if isinstance(settings.storage, LocalStorage):
-        directory = settings.store_directory
-        return LocalStore(directory), LocalResults(directory)
-    from registry.storage.s3.store import S3Store  # boto3 is loaded where it is used
-    from registry.storage.s3.unit_results import S3Results
-
-    return S3Store(settings.storage), S3Results(settings.storage)
 
 
 def finished(node: Node, task: Task, unit: Unit) -> Result | None:
