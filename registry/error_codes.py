@@ -447,6 +447,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "disk_error": "Check that the registry's home is writable and has space, then repeat.",
         "disk_full": "Free some space or choose another disk.",
         "engine_node_differs": "Give every node the same version of adaptory and the same store as the workers.",
+        "engine_too_small": "Start a node that has what a unit needs: its memory, device or base.",
         "engine_unavailable": "Check the Ray cluster, its token, and that the worker's host is a node of it.",
         "exchanges_busy": "Try again after the seconds in Retry-After.",
         "extra_missing": "Install adaptory with the extra that the message names.",
@@ -487,7 +488,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
 
 RETRYABLE = frozenset({
     "store_unavailable", "store_full", "store_busy", "blob_leaving", "database_unavailable", "database_busy",
-    "disk_full", "disk_error", "busy", "hub_unavailable", "engine_node_differs", "engine_unavailable",
+    "disk_full", "disk_error", "busy", "hub_unavailable", "engine_node_differs", "engine_too_small",
+    "engine_unavailable",
 })  # fmt: skip
 """Errors that pass, or that an operator fixes: a job that fails with one of them is retried."""
 PREFIXES: dict[str, type[RegistryError]] = {"layout_": Refused, "part_": Refused, "variant_": Refused}

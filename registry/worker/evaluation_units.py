@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.recipes.suite import Example, Suite
+from registry.errors import Unavailable
 from registry.formats.manifest import ManifestFile
 from registry.transfer.publishing import materialise
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
@@ -39,10 +40,12 @@ def examine_on_nodes(
     """The result of each of the examples, in order. `progress` gets the number of examples just done. Raises as
     `composer.evaluation.evaluate.examine` does."""
     from composer.evaluation.evaluate import Result as ExampleResult
+    from composer.evaluation.scorers.scorer import package_of
 
     document = suite.to_json() | {"examples": [example.to_json() for example in examples]}
     measured = {"base": examined.base, "files": to_rows(examined.files), "model": examined.model}
-    content = {**measured, "scorers": held.resources.settings.scorers}
+    scorer = {"scorers": held.resources.settings.scorers, "package": package_of(suite.scoring)}
+    content = {**measured, **scorer}
     asked = held.engine.share(json.dumps(document, sort_keys=True).encode())
     units = [
         Unit(
@@ -62,9 +65,18 @@ def examine_on_nodes(
 
 def _run(node: Node, unit: Unit, _count: Count) -> Result:
     from composer.evaluation.evaluate import examine
+    from composer.evaluation.scorers.scorer import package_of
 
     content = unit.content
     suite = Suite.from_json(json.loads(node.shared(content["suite"])))
+    if (package := package_of(suite.scoring)) != content["package"]:
+        raise Unavailable(
+            "engine_node_differs",
+            f"A node has {package or 'no package'} for the scorer of {suite.name}, and the worker has "
+            f"{content['package'] or 'none'}.",
+            subject=suite.name,
+            next_step="Install the same version of the scorer's package on every node and worker.",
+        )
     examples = suite.examples[content["begin"] : content["end"]]
     measured = json.dumps([content[name] for name in ("base", "files", "model")])
     loaded, deltas = node.kept("subject", measured, lambda: _subject(node, content, unit.hints))

@@ -36,7 +36,7 @@ from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
     from composer.merge.plan import MergePlan
-    from composer.merge.shards import Written
+    from composer.merge.shards import ShardPlan, Written
     from composer.merge.stream import Origin, StreamedShard
 
 MEMORY_BYTES = 1 << 30
@@ -71,12 +71,13 @@ def stored_model(held: JobRun, work: CompositionRun, adapter: Sequence[ManifestF
     """
     started = monotonic()
     merge = _content(work, adapter)
+    own = {**merge, "composition": work.composition_id}  # a location may have other headers and texts next time
     hints = base_hints(work.locations, work.base_bytes)
     needs = Needs(memory_bytes=MEMORY_BYTES, base=None if everywhere(hints) else work.lock.base)
-    ((_, plan),) = held.engine.map(PLAN, [Unit(name="plan", content=merge, hints=hints)], needs, held.check)
+    ((_, plan),) = held.engine.map(PLAN, [Unit(name="plan", content=own, hints=hints)], needs, held.check)
     count = ProgressCount(held, "bytes", sum(shard["size_bytes"] for shard in plan["shards"]))
     units = [
-        Unit(name=shard["file"], content={**merge, "file": shard["file"]}, hints=hints)
+        Unit(name=shard["file"], content={**merge, "file": shard["file"], "layout": shard["layout"]}, hints=hints)
         # The longest first: one begun last would leave the other nodes idle.
         for shard in sorted(plan["shards"], key=lambda shard: -shard["rewritten_bytes"])
     ]
@@ -86,9 +87,13 @@ def stored_model(held: JobRun, work: CompositionRun, adapter: Sequence[ManifestF
         rows[unit.name] = row
         count.reached(sum(row["size_bytes"] for row in rows.values()))
     ordered = [rows[shard["file"]] for shard in plan["shards"]]
-    refuse_other_base(work, ordered)
+    try:
+        refuse_other_base(work, ordered)
+    except Mismatch:
+        held.engine.forget(SHARD, units)  # made of another base, and not to be taken once this one is back
+        raise
     shards = held.engine.share(json.dumps(ordered, sort_keys=True).encode())
-    content = {**merge, "shards": shards, "note": work.note}
+    content = {**own, "shards": shards, "note": work.note}
     ((_, texts),) = held.engine.map(TEXTS, [Unit(name="texts", content=content, hints=hints)], needs, held.check)
     small = from_rows(texts["files"])
     _register(held, work, small)
@@ -179,15 +184,26 @@ def _member(node: Node, directory: Path, member: Mapping[str, Any]) -> Path:
 
 
 def _plan(node: Node, unit: Unit, _count: Count) -> Result:
+    plan = _planned(node, unit)
     shards = [
         {
             "file": shard.file,
             "size_bytes": shard.size_bytes,
             "rewritten_bytes": sum(one.target.size_bytes for one in shard.tensors if not one.copied),
+            "layout": layout_of(plan, shard),
         }
-        for shard in _planned(node, unit).shards
+        for shard in plan.shards
     ]
     return {"shards": shards}
+
+
+def layout_of(plan: "MergePlan", shard: "ShardPlan") -> str:
+    """Names the shard's header, and which of the base's tensors are read with it: locations may have the same weights
+    in other files, or in another order."""
+    from composer.merge.stream import unwritten
+
+    unread = [[file.name, entry.name] for file, entry in unwritten(plan, shard)]
+    return hashlib.sha256(shard.head + json.dumps(unread).encode()).hexdigest()
 
 
 def _stream(node: Node, unit: Unit, count: Count) -> Result:
@@ -196,7 +212,15 @@ def _stream(node: Node, unit: Unit, count: Count) -> Result:
     from composer.merge.stream import stream_shard
 
     plan = _planned(node, unit)
-    (shard,) = (shard for shard in plan.shards if shard.file == unit.content["file"])
+    shard = next((shard for shard in plan.shards if shard.file == unit.content["file"]), None)
+    if shard is None or layout_of(plan, shard) != unit.content["layout"]:
+        raise Mismatch(
+            "base_changed",
+            f"The base's files at {plan.checkpoint.path} are laid out otherwise than those that the merge was planned "
+            "from.",
+            subject=unit.content["file"],
+            next_step="Let all nodes have the same files of it: one location, or copies of one.",
+        )
     rewriter = Rewriter(torch_device("auto"), plan.rounding)
     writer = node.store.begin_write(shard.size_bytes)
     with uploads.aborted_on_error(writer):

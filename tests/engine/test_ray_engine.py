@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from registry.errors import Invalid, Refused, RegistryError, Unavailable
+from registry.errors import Invalid, RegistryError, Unavailable
 from registry.settings import EngineSettings, Settings
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Needs
@@ -97,18 +97,29 @@ def test_units_share_a_device_only_if_its_memory_has_room_for_both(
     settings = Settings(home=Path(cluster.environ["ADAPTORY_HOME"]), device_memory_bytes=100)
     known = EngineSettings(kind="ray", address=cluster.address, token_path=cluster.token_path, device="gpu")
     sharing, most = RayEngine(known, open_node(settings)), dict[int, int]()
-    for size_bytes in (60, 50):
+    for size_bytes in (101, 60, 50):
         hints = {"journal": str(tmp_path / str(size_bytes)), "seconds": 1.0}
-        units = [Unit(name=f"{n}", content={"of": size_bytes, "number": n}, hints=hints) for n in range(4)]
+        units = [
+            Unit(name=f"{n}", content={"of": size_bytes, "number": n}, hints=hints)
+            for n in range(2 if size_bytes > 100 else 4)
+        ]
         list(sharing.map(counted.DOUBLE, units, Needs(cpus=0.1, device_bytes=size_bytes), go_on))
         most[size_bytes] = _most_at_a_time(tmp_path / str(size_bytes))
     sharing.release()
     cluster.kill(with_gpu)
-    assert most == {60: 1, 50: 2}
-    large = [Unit(name="large", content={"number": 7, "of": 101}, hints={"journal": str(tmp_path / "large")})]
-    with pytest.raises(Refused, match="the cluster's have 100") as caught:
-        list(sharing.map(counted.DOUBLE, large, Needs(device_bytes=101), go_on))
-    assert caught.value.code == "device_too_small"
+    assert most == {101: 1, 60: 1, 50: 2}, "what is larger than a device has one to itself"
+
+
+def test_a_unit_that_no_node_has_room_for_does_not_wait_forever(
+    engine: RayEngine, journal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.worker.engine.ray.LACKING_S", 1.0)
+    unit = Unit(name="too large", content={"of": "no node", "number": 1}, hints={"journal": str(journal)})
+    for needs, says in ((Needs(base="0123456789abcdef"), "base:0123456789ab"), (Needs(memory_bytes=1 << 45), "memory")):
+        with pytest.raises(Unavailable, match=says) as caught:
+            list(engine.map(counted.DOUBLE, [unit], needs, go_on))
+        assert caught.value.code == "engine_too_small"
+    assert not counted.events(journal)
 
 
 def _most_at_a_time(journal: Path) -> int:

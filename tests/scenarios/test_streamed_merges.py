@@ -2,12 +2,14 @@
 
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save
 
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.formats.checkpoints.hashing import hash_checkpoint
@@ -19,6 +21,8 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
 from registry.errors import NotAllowed
+from registry.settings import Settings
+from registry.transfer.bases import find_base
 from registry.worker import merging
 from registry.worker.engine.units import Count, Node, Result, Unit
 from registry.worker.merging import SHARD
@@ -53,6 +57,9 @@ class Site:
     def put(self, file: Path, content: bytes | None = None) -> None:
         body = file.read_bytes() if content is None else content
         self.s3.client().put_object(Bucket=BUCKET, Key=f"{self.prefix}/{file.name}", Body=body)
+
+    def remove(self, file: Path) -> None:
+        self.s3.client().delete_object(Bucket=BUCKET, Key=f"{self.prefix}/{file.name}")
 
     @property
     def job(self) -> dict[str, Any]:
@@ -126,6 +133,17 @@ def test_a_base_that_suites_load_is_downloaded_once(site: Site, world: World, tm
     assert changed.stat().st_mtime_ns == before
 
 
+def test_processes_that_need_a_base_at_once_wait_for_one_download(site: Site, world: World) -> None:
+    """As the runners of one node do."""
+    settings = Settings(home=home_of(site.cli))
+    with ThreadPoolExecutor(4) as pool:
+        brought = [pool.submit(find_base, settings, [site.location], 10**9) for _ in range(4)]
+        ((directory, reasons),) = {(path, tuple(why)) for path, why in (one.result() for one in brought)}
+    assert directory is not None
+    assert {path.name for path in directory.iterdir()} == {path.name for path in world.base.iterdir()}
+    assert (list(directory.parent.iterdir()), reasons) == ([directory], ())
+
+
 CHANGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "bytes of a tensor": ("base_changed", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
     "its size": ("bad_safetensors", lambda content: content[:-1]),
@@ -145,6 +163,71 @@ def test_a_base_that_is_another_one_by_now_is_refused_and_nothing_is_published(
         assert run_one(resources, KINDS, "worker")
     assert site.job["code"] == code
     assert traces(site.cli).releases == before
+
+
+def test_a_base_that_was_another_one_for_a_while_is_merged_once_it_is_back(
+    site: Site, world: World, tmp_path: Path
+) -> None:
+    """What was made of the other one is not kept."""
+    site.begin()
+    file = max(world.base.glob("*.safetensors"))
+    site.put(file, CHANGES["bytes of a tensor"][1](file.read_bytes()))
+    with resources_of(site.cli.environment) as resources:
+        assert run_one(resources, KINDS, "worker")
+        site.put(file)
+        site.begin()
+        assert run_one(resources, KINDS, "worker")
+    assert [site.cli.json("jobs", number)["state"] for number in (1, 2)] == ["refused", "done"]
+    assert pulled(site, tmp_path / "pulled") == merged_on_disk(world, tmp_path / "merged")
+
+
+@pytest.mark.long
+def test_the_next_merge_has_the_texts_and_the_layout_that_the_base_has_then(site: Site, world: World) -> None:
+    """The digest of a base names its weights alone."""
+    site.begin()
+    with resources_of(site.cli.environment) as resources:
+        assert run_one(resources, KINDS, "worker")
+        site.put(world.base / "generation_config.json", b'{"max_length": 7}')
+        for path, content in in_one_file(world.base).items():
+            site.put(world.base / path, content)
+        for file in world.base.glob("model-*.safetensors"):
+            site.remove(file)
+        site.remove(world.base / "model.safetensors.index.json")
+        site.begin(model="acme/merged:1.1.0")
+        assert run_one(resources, KINDS, "worker")
+    assert site.cli.json("jobs", 2)["error"] is None
+    files = {row["path"] for row in site.cli.json("show", "acme/merged:1.1.0")["files"]}
+    assert "generation_config.json" in files
+    assert {path for path in files if path.endswith(".safetensors")} == {"model.safetensors"}
+
+
+def in_one_file(base: Path) -> dict[str, bytes]:
+    """The base's weights as one file."""
+    tensors = {name: tensor for path in base.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {"model.safetensors": save(tensors)}
+
+
+def test_shards_of_one_merge_are_not_made_of_files_that_are_laid_out_otherwise(
+    site: Site, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where two nodes have the same weights in other files: each shard of its own would be right."""
+    site.begin()
+
+    def elsewhere(node: Node, unit: Unit, count: Count) -> Result:
+        first = min(world.base.glob("*.safetensors"))
+        tensors = load_file(first)
+        site.put(first, save(dict(tensors), {"format": "pt", "made": "elsewhere"}))
+        return SHARD.run(replace_kept(node), unit, count)
+
+    monkeypatch.setattr(merging, "SHARD", replace(SHARD, run=elsewhere))
+    with resources_of(site.cli.environment) as resources:
+        assert run_one(resources, KINDS, "worker")
+    assert site.job == {"state": "refused", "code": "base_changed"}
+
+
+def replace_kept(node: Node) -> Node:
+    """The node as another process has it."""
+    return Node(node.settings, node.store, node.results, node.work_directory)
 
 
 def test_an_object_that_changes_during_the_merge_is_refused_and_nothing_is_published(

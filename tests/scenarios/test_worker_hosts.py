@@ -189,6 +189,16 @@ def test_a_job_of_an_older_version_is_taken_by_a_worker_that_has_what_it_needs(s
     assert site.job["state"] == "done"
 
 
+def test_a_job_of_a_newer_version_is_left_to_its_workers(site: Site) -> None:
+    with site.resources.write() as session:
+        session.add(JobNeed(job_id=1, need="enclave:sealed"))
+    for later in (site.resources, site.at(timedelta(days=1))):
+        assert not run_one(later, KINDS, "worker", host=Host(later, KINDS))
+        end_unmet(later)
+        assert site.job["state"] == "queued"
+    assert site.waits_for == "a worker that has enclave:sealed"
+
+
 def test_the_command_that_does_the_work_itself_says_at_once_that_the_base_is_not_here(
     site: Site, tmp_path: Path
 ) -> None:

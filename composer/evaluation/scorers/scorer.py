@@ -104,6 +104,15 @@ def installed_scorers(name: str, enabled: Collection[str]) -> EntryPoints:
     return known
 
 
+def package_of(chosen: ScorerChoice | None) -> str:
+    """The installed package of a Python scorer, with its version: another one may give other scores. Empty for one of
+    Adaptory's, and for one that is not installed."""
+    if chosen is None or chosen.name in BUILT_IN:
+        return ""
+    packages = [one.dist for one in entry_points(group=GROUP, name=chosen.name) if one.dist is not None]
+    return f"{packages[0].name} {packages[0].version}" if packages else ""
+
+
 def checked_score(
     scorer: Scorer, name: str, answer: str, example: Example, named: Callable[[Example], str] = prompt_of
 ) -> float:

@@ -188,7 +188,7 @@ def _described(need: str, needs: Needs, names: Mapping[str, str]) -> str:
         HARNESS: "lm-evaluation-harness",
         EVOLUTION: "the package cmaes",
         _MEMORY: f"{_size(needs.memory_bytes)} of device memory",
-    }[need]
+    }.get(need, need)  # that of a newer version
 
 
 def _size(size_bytes: int) -> str:
@@ -212,6 +212,8 @@ def unmet(session: Session, due: ColumnElement[bool], now: datetime) -> list[tup
         able = [(seen_at, offer) for seen_at, offer in workers if job.kind in offer.kinds]
         since = max([job.created_at, *(seen for seen, offer in able if not offer.lacking(needs[job.id]))])
         lacking = _least_lacking(needs[job.id], [offer for offer in live if job.kind in offer.kinds])
+        if any(_kind_of(need) not in PATIENCE for need in lacking):  # of a newer version, whose workers end it
+            continue
         first = min(sorted(lacking), key=_patience_of)
         if now - since >= _patience_of(first):
             ended.append((job, _error(session, first, needs[job.id])))
@@ -219,7 +221,11 @@ def unmet(session: Session, due: ColumnElement[bool], now: datetime) -> list[tup
 
 
 def _patience_of(need: str) -> timedelta:
-    return PATIENCE[need.partition(":")[0]]
+    return PATIENCE[_kind_of(need)]
+
+
+def _kind_of(need: str) -> str:
+    return need.partition(":")[0]
 
 
 def _error(session: Session, need: str, needs: Needs) -> RegistryError:

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from composer.errors import InvalidFile
+from composer.errors import InvalidFile, RefusedOutput
 from composer.formats.checkpoints.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
 from composer.formats.checkpoints.files import read_range
 from composer.formats.checkpoints.staging import is_side_file, staged_directory
@@ -24,6 +25,9 @@ _TEXTS_BYTES = 256 << 20
 _WEIGHTS = ".safetensors"
 _BLOCK_BYTES = 8 << 20
 _PARALLEL = 8
+_OTHERS = ("busy", "exists")
+"""Refusals of a directory that another process is writing, or has written meanwhile."""
+_POLL_S = 1.0
 _HEADER_SHARE, _HEADER_BYTES = 1.1, 100 << 20
 """What files may be larger than the tensors in them, besides texts."""
 
@@ -57,7 +61,8 @@ def open_remote_checkpoint(storage: Storage, address: S3Address, directory: Path
 
 
 def download_checkpoint(storage: Storage, address: S3Address, cache: Path, at_most_bytes: int) -> Path:
-    """The checkpoint at the address below `cache`, complete. One that is there is downloaded again only after a change.
+    """The checkpoint at the address below `cache`, complete. One that is there is downloaded again only after a change,
+    and one that another process is downloading is waited for.
 
     `at_most_bytes` is the size of its tensors: raises Invalid before a download of more than that, and Unavailable.
     """
@@ -72,15 +77,24 @@ def download_checkpoint(storage: Storage, address: S3Address, cache: Path, at_mo
         )
     home = cache / _digest(str(address))
     directory = home / _digest(*(f"{name} {file.size_bytes} {file.etag}" for name, file in sorted(files.items())))
-    if not directory.is_dir():
-        home.mkdir(parents=True, exist_ok=True)
-        key = _digest(directory.name)[:12]
-        with staged_directory(directory, total, key) as staging, ThreadPoolExecutor(_PARALLEL, "download") as pool:
-            list(pool.map(partial(_fetch, staging), files.values()))
-        for other in home.iterdir():
-            if other != directory:
-                shutil.rmtree(other, ignore_errors=True)
+    while not directory.is_dir():
+        try:
+            _download(files, directory, total)
+        except RefusedOutput as error:
+            if error.code not in _OTHERS:
+                raise
+            time.sleep(_POLL_S)
     return directory
+
+
+def _download(files: Mapping[str, S3File], directory: Path, total: int) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    key = _digest(directory.name)[:12]
+    with staged_directory(directory, total, key) as staging, ThreadPoolExecutor(_PARALLEL, "download") as pool:
+        list(pool.map(partial(_fetch, staging), files.values()))
+    for other in directory.parent.iterdir():
+        if other != directory:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _files_at(bucket: Bucket) -> Mapping[str, S3File]:

@@ -34,6 +34,11 @@ class WorkerEngine:
         """Keeps a document for units, by `Node.share`."""
         return self.node.share(document)
 
+    def forget(self, task: Task, units: Sequence[Unit]) -> None:
+        """Removes the kept results of units that turned out to be wrong."""
+        for unit in units:
+            self.node.results.delete(task.key(unit))
+
     @property
     def spreads(self) -> bool:
         """Whether the settings name a cluster."""

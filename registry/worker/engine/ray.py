@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from importlib.metadata import version
 from typing import Any, cast
 
 from registry.error_families import of_row
-from registry.errors import NotAllowed, Refused, RegistryError, Unavailable
+from registry.errors import NotAllowed, RegistryError, Unavailable
 from registry.settings import EngineSettings
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray_runner import UnitRunner
@@ -30,6 +31,8 @@ _PROBE_S = 30.0
 _CONNECT_S = 5.0
 _MAX_FAILED_STARTS = 20
 """Runners that may die in a row before one is ready: a node that dies takes several."""
+LACKING_S = 120.0
+"""How long no node may have what a unit needs: one may be on its way."""
 
 
 def ray_module() -> Any:
@@ -65,6 +68,7 @@ class _Map:
     waiting: dict[Any, _Runner] = field(default_factory=dict[Any, _Runner])
     deaths: dict[str, int] = field(default_factory=dict[str, int])
     failed_starts: int = 0
+    lacking_since_s: float | None = None
 
     @property
     def unfinished(self) -> bool:
@@ -163,6 +167,8 @@ class RayEngine:
                 ended, _ = self._ray.wait(list(state.waiting), num_returns=1, timeout=_POLL_S)
                 for waited in ended:
                     yield from self._ended(state, waited)
+                if not ended:
+                    self._refuse_lacking(state)
         finally:
             for runner in state.waiting.values():
                 self._ray.kill(runner.actor)
@@ -243,6 +249,29 @@ class RayEngine:
         state.left.appendleft(unit)
         self.redone += 1
 
+    def _refuse_lacking(self, state: _Map) -> None:
+        """Raises Unavailable once no node has had what a runner needs for LACKING_S: Ray would wait for one forever."""
+        if any(runner.unit is not None for runner in state.waiting.values()):
+            state.lacking_since_s = None
+            return
+        wanted = _wanted(self._resources(state.needs))
+        if any(_has(node, wanted) for node in self._ray.nodes()):
+            state.lacking_since_s = None
+            return
+        now = time.monotonic()
+        if state.lacking_since_s is None:
+            state.lacking_since_s = now
+        if now - state.lacking_since_s < LACKING_S:
+            return
+        needed = ", ".join(f"{name}: {amount:,.10g}" for name, amount in wanted.items())
+        raise Unavailable(
+            "engine_too_small",
+            f"No node of the Ray cluster has all that a unit needs ({needed}).",
+            subject=state.left[0].name,
+            next_step="Start a node that has it; for a base in a directory with --resources, or add an hf:// or s3:// "
+            "address of the base.",
+        )
+
     def _resources(self, needs: Needs) -> dict[str, Any]:
         """What Ray holds back for a runner."""
         options: dict[str, Any] = {"num_cpus": needs.cpus}
@@ -265,17 +294,24 @@ class RayEngine:
 
     def _share_of_device(self, size_bytes: int) -> float:
         """The share of the smallest device, rounded up; a device alone if none of its memory is known. So that units
-        share one only if its memory has room for both."""
+        share one only if its memory has room for both. A model that is larger has one to itself, and what does not fit
+        is read from disk: jobs that may not do so are only claimed where it fits."""
         smallest = self._node.settings.device_memory_bytes
-        if not smallest:
+        if not smallest or size_bytes >= smallest:
             return 1.0
-        if size_bytes > smallest:
-            raise Refused(
-                "device_too_small",
-                f"A unit needs {size_bytes:,} bytes of a device, and the cluster's have {smallest:,}.",
-                next_step="Use nodes with larger devices, and set ADAPTORY_DEVICE_MEMORY_BYTES to theirs.",
-            )
         return -(-size_bytes * 10_000 // smallest) / 10_000  # Ray counts in ten thousandths
+
+
+def _wanted(options: dict[str, Any]) -> dict[str, float]:
+    """A runner's resources, as Ray names those of its nodes."""
+    named = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    return {**{named[name]: options[name] for name in named if name in options}, **options.get("resources", {})}
+
+
+def _has(node: dict[str, Any], wanted: dict[str, float]) -> bool:
+    """Whether the node, when it is free, has room for a runner."""
+    there: dict[str, float] = node["Resources"]
+    return node["Alive"] and all(there.get(name, 0) >= amount for name, amount in wanted.items())
 
 
 def base_resource(digest: str) -> str:

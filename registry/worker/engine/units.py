@@ -7,10 +7,12 @@ import os
 import shutil
 import socket
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -28,6 +30,10 @@ Result = dict[str, Any]
 """What a unit made, as JSON: digests of blobs, measurements."""
 LOG_LINES = 200
 _WORK = "unit-"
+_RELEASE = version("adaptory")
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_DEAD_HOST_S = 30 * 24 * 3600.0
+"""After how long what another host left in a shared work directory is removed: nobody here sees its processes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +57,14 @@ class Node:
     results: UnitResults
     work_directory: Path
     _kept: dict[str, tuple[str, Any]] = field(default_factory=dict[str, tuple[str, Any]])
+    _id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    """A process may have several: threads that use an embedded registry."""
 
     @contextmanager
     def scratch(self) -> Generator[Path]:
         """A directory for one unit, removed at the end; one that a killed process left goes with the next
         `open_node`."""
-        with TemporaryDirectory(prefix=f"{_WORK}{os.getpid()}-", dir=self.work_directory) as directory:
+        with TemporaryDirectory(prefix=f"{_WORK}{_HOST}-{os.getpid()}-", dir=self.work_directory) as directory:
             yield Path(directory)
 
     def kept(self, role: str, key: str, make: Callable[[], Kept]) -> Kept:
@@ -73,7 +81,7 @@ class Node:
 
     @property
     def _kept_files(self) -> Path:
-        return self.work_directory / f"{_WORK}{os.getpid()}-kept"
+        return self.work_directory / f"{_WORK}{_HOST}-{os.getpid()}-kept-{self._id}"
 
     def kept_directory(self, name: str) -> Path:
         """A directory for files that this process goes on using, such as mapped ones."""
@@ -100,7 +108,8 @@ class Node:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What to do with a unit: module-level functions, which other processes import. `version` is raised when the same
-    content gives another result. `intact` says whether what a kept result names is still in the store."""
+    content gives another result; another release of adaptory makes its own results anyway. `intact` says whether what a
+    kept result names is still in the store."""
 
     name: str
     version: int
@@ -109,7 +118,8 @@ class Task:
 
     def key(self, unit: Unit) -> str:
         """64 hex digits that name the unit's result, equal on every host."""
-        named = json.dumps([self.name, self.version, unit.content], sort_keys=True, separators=(",", ":"))
+        made = [_RELEASE, self.name, self.version, unit.content]
+        named = json.dumps(made, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(named.encode()).hexdigest()
 
 
@@ -124,11 +134,21 @@ def open_node(settings: Settings) -> Node:
     Raises Unavailable or Invalid as opening the store does."""
     work = settings.work_directory
     work.mkdir(parents=True, exist_ok=True)
-    for left in work.glob(f"{_WORK}*"):
-        process_id = left.name.removeprefix(_WORK).partition("-")[0]
-        if not Path(f"/proc/{process_id}").exists():
-            shutil.rmtree(left, ignore_errors=True)
+    for directory in work.glob(f"{_WORK}*"):
+        if _is_left(directory):
+            shutil.rmtree(directory, ignore_errors=True)
     return Node(settings, open_store(settings, None), open_unit_results(settings), work)
+
+
+def _is_left(directory: Path) -> bool:
+    """Whether the process of a unit's directory has ended. Hosts that share a store often share their homes too."""
+    host, process_id, *_ = [*directory.name.removeprefix(_WORK).split("-"), ""]
+    if host == _HOST:
+        return not Path(f"/proc/{process_id}").exists()
+    try:
+        return time.time() - directory.stat().st_mtime > _DEAD_HOST_S
+    except FileNotFoundError:  # its process has just removed it
+        return False
 
 
 def finished(node: Node, task: Task, unit: Unit) -> Result | None:

@@ -1,0 +1,58 @@
+"""What units keep: results by a key of what determines them, and directories of processes that live."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from composer.evaluation.scorers.scorer import package_of
+from composer.formats.recipes.tasks import ScorerChoice
+from registry.settings import Settings
+from registry.worker.engine import units
+from registry.worker.engine.units import Unit, finished, open_node, run_unit
+from tests.composer.scorers import install_scorer
+from tests.engine import counted
+
+
+def test_a_process_removes_directories_of_dead_ones_of_its_host_alone(tmp_path: Path) -> None:
+    """Hosts that share a store in a directory share their homes too."""
+    settings = Settings(home=tmp_path)
+    node = open_node(settings)
+    own, dead = node.kept_directory("base"), 2**22 + 1  # beyond the largest process id
+    with node.scratch() as scratch:
+        left, other = (scratch.with_name(f"unit-{host}-{dead}-kept") for host in (scratch.name.split("-")[1], "0" * 8))
+        gone = scratch.with_name(f"unit-{'1' * 8}-{os.getpid()}-kept")
+        for directory in (left, other, gone):
+            directory.mkdir()
+        os.utime(gone, (0, 0))
+        open_node(settings)
+        there = {path: path.exists() for path in (own, scratch, left, other, gone)}
+    assert there == {own: True, scratch: True, left: False, other: True, gone: False}
+
+
+def test_nodes_of_one_process_forget_their_own_files_alone(tmp_path: Path) -> None:
+    """As two threads have them that compose in an embedded registry."""
+    one, other = (open_node(Settings(home=tmp_path)) for _ in range(2))
+    kept = one.kept_directory("merge")
+    other.kept_directory("merge")
+    other.forget()
+    assert kept.is_dir()
+    one.forget()
+    assert not list(one.work_directory.iterdir())
+
+
+def test_another_release_of_adaptory_makes_its_own_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = open_node(Settings(home=tmp_path))
+    unit = Unit(name="unit", content={"number": 1}, hints={"journal": str(tmp_path / "journal")})
+    run_unit(node, counted.DOUBLE, unit)
+    assert finished(node, counted.DOUBLE, unit) is not None
+    monkeypatch.setattr(units, "_RELEASE", "99.0.0")
+    assert finished(node, counted.DOUBLE, unit) is None
+
+
+def test_a_python_scorer_is_known_by_its_package_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ScorerChoice(name="obedient")
+    assert package_of(ScorerChoice(name="match")) == package_of(None) == package_of(chosen) == ""
+    install_scorer(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert package_of(chosen) == "obedient 1.0"
