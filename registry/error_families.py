@@ -7,7 +7,7 @@ from composer.errors import ComposerError
 from composer.findings import Finding, Severity
 from composer.findings import next_step as advice
 from registry.error_codes import PREFIXES, REGISTER
-from registry.errors import FAMILIES, Refused, RegistryError
+from registry.errors import FAMILIES, NO_SPACE, Refused, RegistryError, Unavailable
 
 _FAMILIES = {code: family for family, codes in REGISTER.items() for code in codes}
 
@@ -26,6 +26,19 @@ def family_of(code: str) -> type[RegistryError]:
 def of_composer(error: ComposerError) -> RegistryError:
     """An error of the library in the family of its code."""
     return family_of(error.code)(error.code, error.message, subject=error.subject, next_step=error.next_step)
+
+
+def of_failed_work(error: RegistryError | ComposerError | OSError) -> RegistryError:
+    """An error that ends a worker's work, as the job gets it: of a disk, it says what to look at."""
+    if isinstance(error, RegistryError):
+        return error
+    if isinstance(error, ComposerError):
+        return of_composer(error)
+    return Unavailable(
+        "disk_full" if error.errno in NO_SPACE else "disk_error",
+        f"This worker cannot read or write its files: {error.strerror or error}.",
+        next_step="Check the worker's disk and its log.",
+    )
 
 
 def of_row(row: Mapping[str, Any]) -> RegistryError:

@@ -16,8 +16,8 @@ from registry.domain.compositions.job_needs import declare_missing
 from registry.domain.jobs import needs, queue
 from registry.domain.jobs.queue import Amount
 from registry.error_codes import RETRYABLE
-from registry.error_families import of_composer
-from registry.errors import NO_SPACE, RegistryError, Unavailable
+from registry.error_families import of_failed_work
+from registry.errors import RegistryError, Unavailable
 from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
 from registry.worker.engine.opened import WorkerEngine
@@ -264,7 +264,9 @@ def _run(held: JobRun, job: Job, kind: JobKind) -> None:
     except JobLost:
         _finish(held, kind, "cancelled", None)
     except (RegistryError, ComposerError, OSError) as error:
-        _handle_failure(held, job, kind, _as_registry_error(error))
+        if isinstance(error, OSError):
+            log.warning("This worker's disk failed", exc_info=error)
+        _handle_failure(held, job, kind, of_failed_work(error))
     except Exception as error:
         log.exception("Job %s failed", job.id)
         held.fail_step()
@@ -272,19 +274,6 @@ def _run(held: JobRun, job: Job, kind: JobKind) -> None:
         _finish(held, kind, "failed", failure)
     else:
         _finish(held, kind, "done", None)
-
-
-def _as_registry_error(error: RegistryError | ComposerError | OSError) -> RegistryError:
-    if isinstance(error, RegistryError):
-        return error
-    if isinstance(error, ComposerError):
-        return of_composer(error)
-    log.warning("This worker's disk failed", exc_info=error)
-    return Unavailable(
-        "disk_full" if error.errno in NO_SPACE else "disk_error",
-        f"This worker cannot read or write its files: {error.strerror or error}.",
-        next_step="Check the worker's disk and its log.",
-    )
 
 
 def _handle_failure(held: JobRun, job: Job, kind: JobKind, error: RegistryError) -> None:

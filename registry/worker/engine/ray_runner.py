@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from composer.errors import ComposerError
-from registry.error_families import of_composer
+from registry.error_families import of_failed_work
 from registry.errors import RegistryError, Unavailable
 from registry.settings import Settings
 from registry.worker.engine.units import Task, Unit, last_log_lines, open_node, run_unit
@@ -39,10 +39,9 @@ class UnitRunner:
             try:
                 log.info("%s begins", unit.name)
                 return {"result": run_unit(self._node, task, unit)}
-            except RegistryError as error:
-                failure = error
-            except ComposerError as error:
-                failure = of_composer(error)
+            except (RegistryError, ComposerError, OSError) as error:
+                log.warning("%s failed", unit.name, exc_info=error)
+                failure = of_failed_work(error)
             except Exception as error:
                 log.exception("%s failed", unit.name)
                 failure = _defect(error)
