@@ -129,7 +129,7 @@ def _units_that_do_nothing(engine: WorkerEngine, home: Path, count: int) -> floa
 
 def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngine]) -> None:
     names = ["orders", "travel"] if chosen.quick else ["orders", "travel", "bumps"]
-    effort = Effort(search=4, confirm=8) if chosen.quick else Effort(search=32, confirm=128)
+    effort = Effort(search=4, confirm=8) if chosen.quick else Effort(search=32, confirm=96)
     architecture = open_checkpoint(chosen.base).architecture
     node = engines[2].node
     members, files = list[Member](), list[list[ManifestFile]]()
@@ -143,7 +143,8 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
             node.store.put(file.sha256, path)
         files.append(own)
     problem = Problem(load=cache(lambda: load_model(chosen.base)), members=members, effort=effort, as_adapter=True)
-    hints = base_hints([f"file://{chosen.base.resolve()}"], open_checkpoint(chosen.base).path.stat().st_size)
+    size_bytes = sum(spec.size_bytes for spec in architecture.tensors.values())
+    hints = base_hints([f"file://{chosen.base.resolve()}"], size_bytes)
     print(f"\n### A search over {', '.join(names)}: {effort.search} and {effort.confirm} examples of each suite\n")
     times: dict[int, list[Times]] = {1: [], 2: []}
     choices: set[str] = set()

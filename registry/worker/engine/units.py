@@ -39,12 +39,11 @@ _DEAD_HOST_S = 30 * 24 * 3600.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
     """A part of a step's work. `content` determines the result and names it; `hints` say how to get there, such as
-    where a base is. Both are JSON. `name` is for people. `weight` is its share of the step's work."""
+    where a base is. Both are JSON. `name` is for people."""
 
     name: str
     content: Mapping[str, Any]
     hints: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
