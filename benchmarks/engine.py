@@ -86,11 +86,11 @@ def main() -> None:
 
 @contextmanager
 def _cluster(home: Path, digest: str) -> Iterator[RayCluster]:
-    started = RayCluster({"ADAPTORY_HOME": str(home)})
+    started = RayCluster({"ADAPTORY_HOME": str(home)}, resources=json.dumps({base_resource(digest): 1}))
     try:
         started.start(cpus=0)
         for core in (0, 1):
-            node = started.start(cpus=1, resources=f'{{"{base_resource(digest)}": 1}}')
+            node = started.start(cpus=1)
             os.sched_setaffinity(node.process.pid, {core})
             for child in node.family:
                 os.sched_setaffinity(child.pid, {core})
@@ -129,7 +129,7 @@ def _units_that_do_nothing(engine: WorkerEngine, home: Path, count: int) -> floa
 
 def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngine]) -> None:
     names = ["orders", "travel"] if chosen.quick else ["orders", "travel", "bumps"]
-    effort = Effort(search=4, confirm=8) if chosen.quick else Effort(search=32, confirm=96)
+    effort = Effort(search=4, confirm=8) if chosen.quick else Effort(search=16, confirm=64)
     architecture = open_checkpoint(chosen.base).architecture
     node = engines[2].node
     members, files = list[Member](), list[list[ManifestFile]]()

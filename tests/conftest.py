@@ -100,7 +100,7 @@ SLOWEST_FIRST = (
 
 TOGETHER = (
     *("test_pages_in_a_browser.py", "test_hub_clients.py", "test_query_plans.py", "test_search_as_a_model.py"),
-    *("test_tutorials.py", "test_ray_engine.py", "test_ray_jobs.py"),
+    *("test_tutorials.py", "test_ray.py"),
 )
 """What these tests share takes longer to make than the tests take: they stay in one process."""
 

@@ -17,6 +17,7 @@ from tests.services import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 START_S = 60.0
+_TOKEN = secrets.token_hex(32)  # Ray keeps the first one that a process has used
 _STORE_BYTES = str(80 << 20)
 
 
@@ -48,10 +49,11 @@ class RayNode:
 
 @dataclass
 class RayCluster:
-    """A cluster with token authentication unless `secured` is false. `environ` is what its nodes have."""
+    """A cluster, with tokens unless `secured` is false. `environ` and `resources` are those of its nodes."""
 
     environ: Mapping[str, str]
     secured: bool = True
+    resources: str = "{}"
     port: int = field(default_factory=free_port)
     nodes: list[RayNode] = field(default_factory=list[RayNode])
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="ray-")))
@@ -65,7 +67,7 @@ class RayCluster:
         """A file with the cluster's token. Ray's sockets need a short path, so it is not the test's directory."""
         path = self.directory / "token"
         if not path.exists():
-            path.write_text(secrets.token_hex(32))
+            path.write_text(_TOKEN)
             path.chmod(0o600)
         return path
 
@@ -75,7 +77,7 @@ class RayCluster:
         named = {"ADAPTORY_ENGINE__KIND": "ray", "ADAPTORY_ENGINE__ADDRESS": self.address}
         return {**named, "ADAPTORY_ENGINE__TOKEN_PATH": str(self.token_path)}
 
-    def start(self, *, cpus: float = 1, gpus: int = 0, resources: str = "{}") -> RayNode:
+    def start(self, *, cpus: float = 1, gpus: int = 0) -> RayNode:
         """Starts a node, the first one as the head, and waits until the cluster has it."""
         how = ["--head", f"--port={self.port}", "--include-dashboard=false", f"--temp-dir={self.directory}"]
         kind = [f"--address={self.address}"] if self.nodes else how
@@ -83,7 +85,7 @@ class RayCluster:
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
             *(*kind, "--node-ip-address=127.0.0.1", f"--num-cpus={cpus:g}", f"--num-gpus={gpus}"),
-            *(f"--object-store-memory={_STORE_BYTES}", f"--resources={resources}", *ports),
+            *(f"--object-store-memory={_STORE_BYTES}", f"--resources={self.resources}", *ports),
         ]
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
         environ = {

@@ -1,36 +1,28 @@
-"""Jobs whose units run on two Ray nodes, with a real S3 server and PostgreSQL: the same results as in one process."""
+"""A registry whose jobs run on a Ray cluster: its processes, and what its store has."""
 
 import json
-import os
-import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from sqlalchemy import select, update
 
 from registry.client.api import Api
 from registry.database.tables import Job, Release, Repository
 from registry.domain.jobs.queue import LEASE
-from registry.worker.engine.ray import base_resource
 from tests import services
 from tests.durability.processes import wait_for_port
 from tests.engine.cluster import REPOSITORY, RayCluster
 from tests.s3_server import BUCKET
-from tests.scenarios.conftest import USER, Templates, templates, world
-from tests.scenarios.test_compositions import release_all, write_recipe
+from tests.scenarios.test_compositions import write_recipe
 from tests.scenarios.test_crashes import resources_of
-from tests.scenarios.world import Cli, World
-
-__all__ = ["templates", "world"]  # fixtures
+from tests.scenarios.world import Cli
 
 LOOSE = {"thresholds": {"probe_loss": 100, "probe_answers": 0, "probe_guard": 100}}
 OUTPUTS = ("acme/assistant", "acme/assistant-merged")
@@ -43,8 +35,6 @@ class Site:
 
     cli: Cli
     cluster: RayCluster
-    resources: str
-    """Which bases its nodes say that they have."""
     worker_home: Path
     """The worker's own, so that it does not find the journal of a search that another process has made."""
 
@@ -63,23 +53,6 @@ class Site:
         return json.loads(ran.stdout)
 
 
-@pytest.fixture(scope="module")
-def site(templates: Templates, world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    directory = tmp_path_factory.mktemp("site")
-    pairing = templates.copy(services.PAIRINGS[1], directory / "home")
-    environ = {"ADAPTORY_HOME": str(directory / "home"), "ADAPTORY_USER": USER, **pairing}
-    cli = release_all(Cli(environ), world)
-    digest = cli.json("base", "show", "tiny")["digest"]
-    cluster = RayCluster(environ)
-    try:
-        resources = json.dumps({base_resource(digest): 1})
-        for _ in range(2):
-            cluster.start(resources=resources)
-        yield Site(cli, cluster, resources, directory / "worker")
-    finally:
-        cluster.stop()
-
-
 def recipe(directory: Path, version: str, seed: int = 0) -> Path:
     """A search, an evaluation, an adapter and a merged model. With another seed, each unit has another result."""
     own = directory / version
@@ -87,15 +60,6 @@ def recipe(directory: Path, version: str, seed: int = 0) -> Path:
     outputs = {kind: f"{name}:{version}" for kind, name in zip(("adapter", "model"), OUTPUTS, strict=True)}
     asked = {"optimize": {"search": 2, "confirm": 2, "seed": seed}, "evaluate": ["sql-exact", "guard-exact"]}
     return write_recipe(own, **{"inputs": INPUTS, "policy": LOOSE, "probe": 0, **asked, **outputs})
-
-
-def test_a_search_and_an_evaluation_on_two_nodes_give_what_one_process_gives(site: Site, tmp_path: Path) -> None:
-    here = site.cli.json("compose", recipe(tmp_path, "1.0.0"))
-    there = site.on_cluster("compose", recipe(tmp_path, "1.1.0"))
-    assert decided(there) == decided(here)
-    for repository in OUTPUTS:
-        assert files_of(site, f"{repository}:1.1.0") == files_of(site, f"{repository}:1.0.0")
-    assert len(unit_etags(site)) > 20, "passes and slices, which the nodes wrote"
 
 
 def decided(composition: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,44 +71,6 @@ def decided(composition: Mapping[str, Any]) -> dict[str, Any]:
 def files_of(site: Site, release: str) -> dict[str, str]:
     """Digests by path. An adapter's note names its release."""
     return {file["path"]: file["sha256"] for file in site.cli.json("show", release)["files"]}
-
-
-VICTIMS = ("node", "worker", "server")
-
-
-@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.long)])
-def test_a_composition_survives_the_death_of_a_node_of_its_worker_and_of_the_server(
-    site: Site, tmp_path: Path, record_property: Callable[[str, object], None], rounds: int
-) -> None:
-    """Five deaths in each round, at random moments: the worker dies at most twice, since the third ends its job."""
-    seed = int(os.environ.get("ADAPTORY_TEST_SEED", random.SystemRandom().randrange(10**6)))
-    record_property("ADAPTORY_TEST_SEED", seed)
-    chance = random.Random(seed)
-    stage = Stage(site, tmp_path)
-    try:
-        for number in range(1, rounds + 1):
-            site.cli.json("compose", recipe(tmp_path, f"0.1.{number}", number))
-            shutil.rmtree(site.worker_home, ignore_errors=True)  # its journal knows what needs no fit
-            version, before = f"0.2.{number}", unit_etags(site)
-            made = before
-            composition = stage.begin(recipe(tmp_path, version, number))
-            victims = chance.sample([*VICTIMS, "node", "worker"], 5)
-            for victim in victims:
-                time.sleep(chance.uniform(0.5, 4.0))
-                made = stage.remembered(made, seed)
-                published = [name for name in OUTPUTS if version in stage.versions(name)]
-                assert len(published) in (0, len(OUTPUTS)), f"half of it is published; seed {seed}"
-                stage.kill(victim)
-            assert stage.ended(composition) == "done", f"after {victims}; seed {seed}"
-            assert len(stage.remembered(made, seed)) > len(before) + 20, "its own passes and slices"
-            for name in OUTPUTS:
-                assert files_of(site, f"{name}:{version}") == files_of(site, f"{name}:0.1.{number}"), seed
-                assert stage.versions(name).count(version) == 1
-        shutil.rmtree(site.worker_home, ignore_errors=True)
-        record_property("seconds until cancelled", stage.cancelled(recipe(tmp_path, "0.3.0", rounds + 1)))
-        assert "0.3.0" not in stage.versions("acme/assistant")
-    finally:
-        stage.close()
 
 
 @dataclass
@@ -182,7 +108,7 @@ class Stage:
         if victim == "node":
             cluster = self.site.cluster
             cluster.kill(cluster.nodes[1])
-            cluster.start(resources=self.site.resources)
+            cluster.start()
         elif victim == "server" and self.server is not None:
             self.server.kill()
             self.server.wait()

@@ -1,6 +1,10 @@
-"""Units on two Ray nodes of one host: results, deaths, errors, devices."""
+"""Two Ray nodes of one host, with a real S3 server and PostgreSQL: units, deaths, devices, and jobs made of them."""
 
+import os
+import random
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from registry.worker.engine.ray import MAX_DEATHS, RayEngine
 from registry.worker.engine.units import LOG_LINES, Unit, open_node
 from tests.engine import counted
 from tests.engine.cluster import RayCluster
+from tests.engine.site import OUTPUTS, Site, Stage, decided, files_of, recipe, unit_etags
 
 
 def go_on(_done: int) -> None:
@@ -182,3 +187,50 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
     code, detail = refusal({"ADAPTORY_HOME": str(tmp_path), **absent.driver_environ})
     assert code == "engine_unavailable"
     assert absent.address in detail
+
+
+VICTIMS = ("node", "worker", "server")
+
+
+def test_a_search_and_an_evaluation_on_two_nodes_give_what_one_process_gives(site: Site, tmp_path: Path) -> None:
+    here = site.cli.json("compose", recipe(tmp_path, "1.0.0"))
+    there = site.on_cluster("compose", recipe(tmp_path, "1.1.0"))
+    assert decided(there) == decided(here)
+    for repository in OUTPUTS:
+        assert files_of(site, f"{repository}:1.1.0") == files_of(site, f"{repository}:1.0.0")
+    assert len(unit_etags(site)) > 20, "passes and slices, which the nodes wrote"
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.long)])
+def test_a_composition_survives_the_death_of_a_node_of_its_worker_and_of_the_server(
+    site: Site, tmp_path: Path, record_property: Callable[[str, object], None], rounds: int
+) -> None:
+    """Five deaths in each round, at random moments: the worker dies at most twice, since the third ends its job."""
+    seed = int(os.environ.get("ADAPTORY_TEST_SEED", random.SystemRandom().randrange(10**6)))
+    record_property("ADAPTORY_TEST_SEED", seed)
+    chance = random.Random(seed)
+    stage = Stage(site, tmp_path)
+    try:
+        for number in range(1, rounds + 1):
+            site.cli.json("compose", recipe(tmp_path, f"0.1.{number}", number))
+            shutil.rmtree(site.worker_home, ignore_errors=True)  # its journal knows what needs no fit
+            version, before = f"0.2.{number}", unit_etags(site)
+            made = before
+            composition = stage.begin(recipe(tmp_path, version, number))
+            victims = chance.sample([*VICTIMS, "node", "worker"], 5)
+            for victim in victims:
+                time.sleep(chance.uniform(0.5, 4.0))
+                made = stage.remembered(made, seed)
+                published = [name for name in OUTPUTS if version in stage.versions(name)]
+                assert len(published) in (0, len(OUTPUTS)), f"half of it is published; seed {seed}"
+                stage.kill(victim)
+            assert stage.ended(composition) == "done", f"after {victims}; seed {seed}"
+            assert len(stage.remembered(made, seed)) > len(before) + 20, "its own passes and slices"
+            for name in OUTPUTS:
+                assert files_of(site, f"{name}:{version}") == files_of(site, f"{name}:0.1.{number}"), seed
+                assert stage.versions(name).count(version) == 1
+        shutil.rmtree(site.worker_home, ignore_errors=True)
+        record_property("seconds until cancelled", stage.cancelled(recipe(tmp_path, "0.3.0", rounds + 1)))
+        assert "0.3.0" not in stage.versions("acme/assistant")
+    finally:
+        stage.close()
