@@ -55,15 +55,14 @@ class Held:
 
 @dataclass(frozen=True)
 class Times:
-    """Of one run: from its first unit on, the seconds of its units together, and until the first could begin."""
+    """Of one run: all of its seconds, with start and plan, and those of its units together."""
 
     wall_s: float
     units_s: float
-    start_s: float
     units: int
 
     def share(self, runners: int) -> float:
-        """The share of the processes' time that no unit used: the engine's cost, and waiting at the end of rounds."""
+        """The share of the processes' time that no unit used: start, the engine's cost, and the ends of rounds."""
         return 1 - self.units_s / (runners * self.wall_s)
 
 
@@ -157,10 +156,8 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
             choices.add(choice)
     for runners, rows in times.items():
         wall, share = median(row.wall_s for row in rows), median(row.share(runners) for row in rows)
-        start = median(row.start_s for row in rows)
         nodes = f"{runners} node{'s' * (runners > 1)}"
-        print(f"{nodes}: {wall:.1f} s for {rows[0].units} units after a start of {start:.1f} s; "
-              f"{share:.1%} of the processes' time was no unit's")  # fmt: skip
+        print(f"{nodes}: {wall:.1f} s for {rows[0].units} units; {share:.1%} of the processes' time was no unit's")
     ratio = median(one.wall_s / two.wall_s for one, two in zip(times[1], times[2], strict=True))
     print(f"two nodes are {ratio:.2f} times as fast; {len(choices)} choice{'s' * (len(choices) > 1)}")
 
@@ -168,18 +165,16 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
 def _run(
     held: Held, problem: Problem, digest: str, *, hints: dict[str, Any], files: list[list[ManifestFile]]
 ) -> tuple[Times, str]:
-    ended = list[float]()
     spread = SpreadSearch(
         held,  # pyright: ignore[reportArgumentType]
-        problem, digest, hints=hints, files=files, progress=lambda _count: ended.append(time.monotonic()),
+        problem, digest, hints=hints, files=files, progress=held.check,
     )  # fmt: skip
     started = time.monotonic()
     report = optimize(problem, measure=spread.measure, spread=spread.spread)
     over = time.monotonic()
     seconds = [float(row["seconds"]) for row in _kept(held.engine.node.work_directory.parent)]
     held.engine.release()
-    began = ended[0] - min(seconds)
-    return Times(over - began, sum(seconds), began - started, len(seconds)), str(report.choice)
+    return Times(over - started, sum(seconds), len(seconds)), str(report.choice)
 
 
 def _kept(home: Path) -> list[dict[str, Any]]:
