@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,7 @@ class RayCluster:
         """Kills all of it. Never `ray stop`, which ends every cluster of the host."""
         for node in reversed(self.nodes):
             node.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _title(process: psutil.Process) -> str:
