@@ -29,6 +29,8 @@ _POLL_S = 0.5
 _CAUSE_CHARS = 400
 _PROBE_S = 30.0
 _CONNECT_S = 5.0
+_REFUSED = b"AuthenticationError"
+"""What Ray says to a request without a token."""
 _MAX_FAILED_STARTS = 20
 """Runners that may die in a row before one is ready: a node that dies takes several."""
 LACKING_S = 120.0
@@ -130,15 +132,20 @@ class RayEngine:
         )
 
     def _refuse_open_cluster(self) -> None:
-        """Raises NotAllowed if the cluster answers without a token: who reaches its port can run code on all nodes."""
+        """Raises NotAllowed if the cluster answers without a token: who reaches its port can run code on all nodes. And
+        Unavailable unless it was refused for the lack of one."""
         address = self._ray.get_runtime_context().gcs_address
-        answer = subprocess.run(  # noqa: S603 - our own interpreter
-            [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address],
-            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-            capture_output=True,
-            timeout=_PROBE_S,
-            check=False,
-        )
+        try:
+            answer = subprocess.run(  # noqa: S603 - our own interpreter
+                [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address],
+                env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+                capture_output=True,
+                timeout=_PROBE_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            self.close()
+            raise self._unusable(error) from error
         if answer.returncode == 0:
             self.close()
             raise NotAllowed(
@@ -147,6 +154,9 @@ class RayEngine:
                 subject=address,
                 next_step="Start it with RAY_AUTH_MODE=token, or set ADAPTORY_ENGINE__INSECURE=true if nobody can.",
             )
+        if _REFUSED not in answer.stdout + answer.stderr:
+            self.close()
+            raise self._unusable(RuntimeError("it does not say whether it needs a token"))
 
     def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
         state = _Map(task, needs, deque(), uuid.uuid4().hex)
