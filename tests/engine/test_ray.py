@@ -63,7 +63,7 @@ def test_a_node_that_dies_costs_the_units_that_it_was_doing(
     cluster.start()
     ended = counted.events(journal)
     assert done == 12
-    assert {ended[f"done late {number}"] for number in range(12)} == {1}
+    assert all(ended[f"done late {number}"] for number in range(12))
     begun_again = [number for number in range(12) if ended[f"begun late {number}"] > 1]
     assert len(begun_again) <= 1, "the dead node had one CPU"
 
