@@ -95,6 +95,7 @@ class RayCluster:
             **(auth if self.secured else {"RAY_AUTH_MODE": "disabled"}),
             "PYTHONPATH": str(REPOSITORY),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 would starve a unit beside the other tests
         }
         output = (self.directory / f"node-{len(self.nodes)}-{time.monotonic_ns()}.log").open("wb")
         node = RayNode(subprocess.Popen(command, env=environ, stdout=output, stderr=output))

@@ -1,5 +1,6 @@
 """Tasks whose runs can be counted afterwards: each writes a line when it begins and one when it ends."""
 
+import json
 import logging
 import os
 import signal
@@ -33,6 +34,14 @@ def double(_node: Node, unit: Unit, _count: Count) -> Result:
     return {"number": 2 * unit.content["number"], "process": os.getpid()}
 
 
+def die(node: Node, unit: Unit, _count: Count) -> Result:
+    """Keeps its result, and dies before its answer is sent."""
+    note(unit, "begun")
+    node.results.write(DIE.key(unit), json.dumps({"result": {"number": unit.content["number"]}}).encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("a process outlives SIGKILL")
+
+
 def fail(_node: Node, unit: Unit, _count: Count) -> Result:
     """Fails as units can: by an error of ours, by a defect, by the end of its process."""
     note(unit, "begun")
@@ -47,6 +56,7 @@ def fail(_node: Node, unit: Unit, _count: Count) -> Result:
 
 
 DOUBLE = Task(name="double", version=1, run=double, intact=always_intact)
+DIE = Task(name="die", version=1, run=die, intact=always_intact)
 FAIL = Task(name="fail", version=1, run=fail, intact=always_intact)
 
 

@@ -68,6 +68,13 @@ def test_a_node_that_dies_costs_the_units_that_it_was_doing(
     assert len(begun_again) <= 1, "the dead node had one CPU"
 
 
+def test_a_process_that_dies_between_its_result_and_its_answer_costs_nothing(engine: RayEngine, journal: Path) -> None:
+    units = counted.units(6, journal)
+    assert sorted(result["number"] for _, result in engine.map(counted.DIE, units, Needs(), go_on)) == list(range(6))
+    assert engine.redone == 0
+    assert set(counted.events(journal).values()) == {1}
+
+
 def _slow(journal: Path) -> dict[str, Any]:
     return {"journal": str(journal), "seconds": 0.4}
 

@@ -225,8 +225,7 @@ class RayEngine:
         except self._ray.exceptions.RayTaskError as error:  # ready() failed: run() returns its errors
             raise _node_differs(_first_line(error.cause)) from error
         except self._ray.exceptions.RayError as error:
-            self._died(state, unit, error)
-            self._start(state)
+            yield from self._died(state, unit, error)
             return
         if unit is None:
             _refuse_other_node(answer)
@@ -241,13 +240,26 @@ class RayEngine:
         if unit is not None:
             yield unit, answer["result"]
 
-    def _died(self, state: _Map, unit: Unit | None, error: Exception) -> None:
-        """Puts the unit back. Raises Unavailable for one that has ended MAX_DEATHS processes, and if none starts."""
+    def _died(self, state: _Map, unit: Unit | None, error: Exception) -> Iterator[tuple[Unit, Result]]:
+        """Starts another runner where there is work for it. Puts the unit back, unless its result was written before
+        the process died. Raises Unavailable for a unit that has ended MAX_DEATHS processes, and if no runner starts."""
+        done = None if unit is None else finished(self._node, state.task, unit)
         if unit is None:
-            state.failed_starts += 1
-            if state.failed_starts >= _MAX_FAILED_STARTS:
-                raise _node_differs(f"{state.failed_starts} processes in a row died before they were ready.")
-            return
+            self._count_failed_start(state)
+        elif done is None:
+            self._put_back(state, unit, error)
+        else:
+            yield unit, done
+        if state.left:
+            self._start(state)
+
+    @staticmethod
+    def _count_failed_start(state: _Map) -> None:
+        state.failed_starts += 1
+        if state.failed_starts >= _MAX_FAILED_STARTS:
+            raise _node_differs(f"{state.failed_starts} processes in a row died before they were ready.")
+
+    def _put_back(self, state: _Map, unit: Unit, error: Exception) -> None:
         deaths = state.deaths[unit.name] = state.deaths.get(unit.name, 0) + 1
         if deaths >= MAX_DEATHS:
             raise Unavailable(
