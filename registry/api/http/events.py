@@ -74,7 +74,7 @@ class EventStreams:
             raise TooMany(
                 "too_many_streams",
                 f"{user} has {self._open[user]} event streams open, and this process {self._open.total()}; the limits "
-                f"are {PER_USER} and {PER_PROCESS}.",
+                f"are {PER_USER} for a user and {PER_PROCESS} for a process.",
                 subject=user,
                 next_step="Close some of them, or ask for the job itself now and then.",
             )
