@@ -53,12 +53,12 @@ class StoredModel:
 
 
 def is_streamed(held: JobRun, work: CompositionRun) -> bool:
-    """Whether units stream the merge into the store. It is made on this host's disk if suites are going to load the
-    model; also if units run in this process, unless the base is only in a bucket."""
-    if work.evaluated and not work.recipe.adapter:
-        return False
+    """Whether units stream the merge into the store: on the nodes of a cluster always. In this process only if the base
+    is in a bucket alone, and no suite is going to load the model."""
     if held.engine.spreads:
         return True
+    if work.evaluated and not work.recipe.adapter:
+        return False
     near = local_directory(work.locations) is not None or any(url.startswith(HUB) for url in work.locations)
     return not near and not work.settings.pipeline.fitted and bool(in_buckets(work.locations))
 

@@ -174,8 +174,7 @@ def gate(held: JobRun) -> None:
 
 
 def merge(held: JobRun) -> None:
-    """Writes the merged checkpoint, shard by shard and verified: to this host's disk, or into the store if the base is
-    only in a bucket."""
+    """Writes the merged checkpoint, shard by shard and verified: to this host's disk, or into the store."""
     from composer.merge.plan import plan_merge
     from composer.merge.run import run_merge
 

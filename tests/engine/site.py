@@ -62,9 +62,17 @@ def recipe(directory: Path, version: str, seed: int = 0) -> Path:
     return write_recipe(own, **{"inputs": INPUTS, "policy": LOOSE, "probe": 0, **asked, **outputs})
 
 
+def judged_model(directory: Path, version: str) -> Path:
+    """A merged model, measured itself, since no adapter is made."""
+    own = directory / f"model-{version}"
+    own.mkdir()
+    model = {"adapter": None, "model": f"acme/judged:{version}", "evaluate": ["sql-exact", "guard-exact"]}
+    return write_recipe(own, **{"inputs": INPUTS, "policy": LOOSE, "probe": 0, **model})
+
+
 def decided(composition: Mapping[str, Any]) -> dict[str, Any]:
     """What does not depend on the version or on the time."""
-    evidence = {k: v for k, v in composition["lock"]["optimized"].items() if k not in ("seconds", "run")}
+    evidence = {k: v for k, v in composition["lock"].get("optimized", {}).items() if k not in ("seconds", "run")}
     return {"evidence": evidence, "scores": composition["candidate_scores"], "gates": composition["gates"]}
 
 
