@@ -12,7 +12,8 @@ from registry.errors import Unavailable
 from registry.formats.manifest import ManifestFile
 from registry.transfer.publishing import materialise
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
-from registry.worker.node_models import base_checkpoint, from_rows, loaded_base, needs_of_model, to_rows
+from registry.worker.node_files import from_rows, to_rows
+from registry.worker.node_models import base_checkpoint, loaded_base, needs_of_model
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
