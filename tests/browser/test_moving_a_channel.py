@@ -37,6 +37,7 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     late = tab.context.new_page()
     late.goto(f"{site.url}/acme/terraform@prod/rollback")
     tab.get_by_role("link", name="Roll back").click()
+    expect(dialog.get_by_label("To")).to_have_text("1.0.0, the one before")
     tab.get_by_label("Reason (required)").fill("it answers the wrong question")
     tab.get_by_role("dialog").get_by_role("button", name="Roll back").click()
     back = tab.get_by_role("region", name="prod serves 1.0.0.")
@@ -47,6 +48,7 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     late.get_by_role("button", name="Roll back").click()
     expect(late.get_by_role("alert")).to_contain_text("has moved since you looked")
     expect(late.get_by_text("prod serves 1.0.0 now")).to_be_visible()
+    expect(late.get_by_label("Reason (required)")).to_have_value("I have seen it too")
     late.close()
     assert not [one for one in complaints if "412" not in one]
 
