@@ -37,7 +37,7 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     late = tab.context.new_page()
     late.goto(f"{site.url}/acme/terraform@prod/rollback")
     tab.get_by_role("link", name="Roll back").click()
-    expect(dialog.get_by_label("To")).to_have_text("1.0.0, the one before")
+    expect(tab.locator("select[name=to]")).to_have_text("1.0.0, the one before")
     tab.get_by_label("Reason (required)").fill("it answers the wrong question")
     tab.get_by_role("dialog").get_by_role("button", name="Roll back").click()
     back = tab.get_by_role("region", name="prod serves 1.0.0.")
