@@ -34,7 +34,7 @@ from registry.cli.start import OBJECTS_TO_COLLECT
 from registry.database.engine import Database
 from registry.settings import S3Storage
 from registry.storage.s3.bucket import Bucket, open_bucket
-from tests import s3_server, second_device, services
+from tests import forked, s3_server, second_device, services
 from tests.s3_server import S3Server
 
 # 770,000 objects last as long as the tests do: scanning them again and again took a sixth of their time.
@@ -73,6 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["ADAPTORY_TEST_DEVICE"] = str(config.getoption("--device"))  # read by tests/device.py
     if not hasattr(config, "workerinput"):
         os.environ[services.DIRECTORY] = mkdtemp(prefix="adaptory-services-")
+        if config.getoption("numprocesses", None):
+            forked.share()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

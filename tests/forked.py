@@ -1,18 +1,41 @@
 """Processes that are there within milliseconds: forked from one that has imported everything."""
 
+import faulthandler
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["tests.preloaded"])
+_SERVER = forkserver._forkserver  # the one of the context
+_ADDRESS = "ADAPTORY_TEST_FORKSERVER"
+
+
+def share() -> None:
+    """Starts the process that others are forked from, for all test processes that this one starts: its imports take
+    five seconds of CPU and 500 MB."""
+    forkserver.ensure_running()
+    os.environ[_ADDRESS] = str(_SERVER._forkserver_address)
+
+
+@lru_cache
+def _join_shared() -> None:
+    """Forks from the process that the environment names. It ends with the test process that started it."""
+    address = os.environ.get(_ADDRESS)
+    if address and _SERVER._forkserver_pid is None:
+        _SERVER._forkserver_address = address
+        _SERVER._forkserver_alive_fd = os.pipe()[1]  # the forked ones get one of each test process
+        _SERVER.ensure_running = resource_tracker.ensure_running
 
 
 def start(work: Callable[..., None], environment: Mapping[str, str], *arguments: object) -> BaseProcess:
+    _join_shared()
     process = _FORKED.Process(target=_run, args=(work, dict(environment), arguments), daemon=True)
     process.start()
     return process
@@ -59,5 +82,6 @@ def _command(words: list[str], environment: dict[str, str], log: str, errors: st
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle if errors == log else os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    faulthandler.enable()  # SIGABRT asks a process where it is
     sys.argv = ["adaptory", *words]
     main()
