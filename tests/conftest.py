@@ -3,7 +3,6 @@
 import gc
 import os
 import re
-import shutil
 import ssl
 from collections import defaultdict
 from collections.abc import Generator
@@ -11,7 +10,6 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 from zlib import crc32
 
@@ -72,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """The process that outlives the others owns the services; test processes started by it inherit the place."""
     os.environ["ADAPTORY_TEST_DEVICE"] = str(config.getoption("--device"))  # read by tests/device.py
     if not hasattr(config, "workerinput"):
-        os.environ[services.DIRECTORY] = mkdtemp(prefix="adaptory-services-")
+        os.environ[services.DIRECTORY] = str(services.new_directory())
         if config.getoption("numprocesses", None):
             forked.share()
 
@@ -80,8 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     directory = os.environ.get(services.DIRECTORY)
     if directory and not hasattr(config, "workerinput"):
-        services.stop_all(Path(directory))
-        shutil.rmtree(directory)
+        services.remove(Path(directory))
 
 
 TESTS = Path(__file__).parent
