@@ -3,7 +3,6 @@
 import gc
 import os
 import re
-import shutil
 import ssl
 from collections import defaultdict
 from collections.abc import Generator
@@ -11,7 +10,6 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 from zlib import crc32
 
@@ -34,7 +32,7 @@ from registry.cli.start import OBJECTS_TO_COLLECT
 from registry.database.engine import Database
 from registry.settings import S3Storage
 from registry.storage.s3.bucket import Bucket, open_bucket
-from tests import s3_server, second_device, services
+from tests import forked, s3_server, second_device, services
 from tests.s3_server import S3Server
 
 # 770,000 objects last as long as the tests do: scanning them again and again took a sixth of their time.
@@ -72,14 +70,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """The process that outlives the others owns the services; test processes started by it inherit the place."""
     os.environ["ADAPTORY_TEST_DEVICE"] = str(config.getoption("--device"))  # read by tests/device.py
     if not hasattr(config, "workerinput"):
-        os.environ[services.DIRECTORY] = mkdtemp(prefix="adaptory-services-")
+        os.environ[services.DIRECTORY] = str(services.new_directory())
+        if config.getoption("numprocesses", None):
+            forked.share()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     directory = os.environ.get(services.DIRECTORY)
     if directory and not hasattr(config, "workerinput"):
-        services.stop_all(Path(directory))
-        shutil.rmtree(directory)
+        services.remove(Path(directory))
 
 
 TESTS = Path(__file__).parent

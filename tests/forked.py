@@ -1,29 +1,61 @@
 """Processes that are there within milliseconds: forked from one that has imported everything."""
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["tests.preloaded"])
+_SERVER = forkserver._forkserver  # the one of the context
+_ADDRESS = "ADAPTORY_TEST_FORKSERVER"
+
+
+def share() -> None:
+    """Starts the process that others are forked from, for all test processes that this one starts: its imports take
+    five seconds of CPU and 500 MB."""
+    forkserver.ensure_running()
+    os.environ[_ADDRESS] = str(_SERVER._forkserver_address)
+
+
+@lru_cache
+def _join_shared() -> None:
+    """Forks from the process that the environment names. It ends with the test process that started it."""
+    address = os.environ.get(_ADDRESS)
+    if address and _SERVER._forkserver_pid is None:
+        _SERVER._forkserver_address = address
+        _SERVER._forkserver_alive_fd = os.pipe()[1]  # the forked ones get one of each test process
+        _SERVER.ensure_running = resource_tracker.ensure_running
 
 
 def start(work: Callable[..., None], environment: Mapping[str, str], *arguments: object) -> BaseProcess:
+    _join_shared()
     process = _FORKED.Process(target=_run, args=(work, dict(environment), arguments), daemon=True)
     process.start()
     return process
 
 
 def start_command(
-    words: list[str], environment: Mapping[str, str], log: Path, errors: Path | None = None
+    words: Sequence[object], environment: Mapping[str, str], log: Path, errors: Path | None = None
 ) -> BaseProcess:
     """`adaptory …` as a shell would run it with this environment alone. What it prints is in `log`, also what goes to
     stderr unless there is a file of `errors`."""
-    return start(_command, environment, words, dict(environment), str(log), str(errors or log))
+    log.touch()
+    return start(_command, environment, [*map(str, words)], dict(environment), str(log), str(errors or log))
+
+
+def start_on_terminal(words: Sequence[object], environment: Mapping[str, str], terminal: int, code: str) -> BaseProcess:
+    """The same with a terminal for what it reads and prints; `code` runs before it."""
+    with Connection(os.dup(terminal)) as passed:
+        return start(_command_on_terminal, environment, [*map(str, words)], dict(environment), passed, code)
 
 
 _READ_AT_IMPORT = ("accelerate", "huggingface_hub", "transformers")
@@ -53,11 +85,30 @@ def _hub_settings() -> dict[str, str]:
 def _command(words: list[str], environment: dict[str, str], log: str, errors: str) -> None:
     from registry.cli.main import main
 
-    with _hub_settings_read_anew():
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
+    _take_environment(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle if errors == log else os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    faulthandler.enable()  # SIGABRT asks a process where it is
     sys.argv = ["adaptory", *words]
     main()
+
+
+def _command_on_terminal(words: list[str], environment: dict[str, str], terminal: Connection, code: str) -> None:
+    from registry.cli.start import main
+
+    _take_environment(environment)
+    for stream in range(3):
+        os.dup2(terminal.fileno(), stream)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", 1), open(2, "w", 1)  # noqa: SIM115 - as Python starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
+    sys.argv = ["adaptory", *words]
+    exec(code, {})  # noqa: S102 - the test's own
+    main()
+
+
+def _take_environment(environment: Mapping[str, str]) -> None:
+    """Removes what this process has from the one that it was forked from."""
+    with _hub_settings_read_anew():
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]

@@ -102,6 +102,7 @@ allow_object_versioning = true
 _START = """
 import json, os, sys
 from importlib import import_module
+import eventlet.green.os
 from swift.common.ring import RingBuilder
 etc, run, *confs = sys.argv[1:]
 for conf in confs[:-1]:
@@ -112,6 +113,8 @@ for conf in confs[:-1]:
     builder.rebalance(seed=1)
     builder.get_ring().save(f"{etc}/{name}.ring.gz")
 names = [conf.split("=")[0] for conf in confs]
+# Parents of workers wait for their end: eventlet would ask for it a hundred times a second.
+eventlet.green.os.wait = os.wait
 servers = {name: import_module("swift.obj.server" if name == "object" else f"swift.{name}.server") for name in names}
 pids = {}
 for name, server in servers.items():

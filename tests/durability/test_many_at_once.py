@@ -223,7 +223,10 @@ def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_be
     assert broken_promises(environ) == []
 
 
-def test_what_is_read_beside_yanks_is_of_one_moment(environ: dict[str, str], url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("acts", [80, pytest.param(200, marks=pytest.mark.long)])
+def test_what_is_read_beside_yanks_is_of_one_moment(
+    environ: dict[str, str], url: str, tmp_path: Path, acts: int
+) -> None:
     """1.1.0 is yanked and taken back all the time: at every moment all lead to it, or all to 1.0.0."""
     with clients(url) as apis:
         for seed, version in enumerate(("1.0.0", "1.1.0")):
@@ -232,7 +235,7 @@ def test_what_is_read_beside_yanks_is_of_one_moment(environ: dict[str, str], url
         over = threading.Event()
 
         def yank(api: Api) -> None:
-            for number in range(200):
+            for number in range(acts):
                 act = ("yank", "unyank")[number % 2]
                 api.post(f"{line_path(NAME)}/releases/1.1.0/{act}", {"reason": "because"})
             over.set()

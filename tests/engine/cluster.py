@@ -22,6 +22,11 @@ _TOKEN = secrets.token_hex(32)  # Ray keeps the first one that a process has use
 _STORE_BYTES = str(80 << 20)
 
 
+def others_environ() -> dict[str, str]:
+    """This process's environment without what is of Ray and of a registry."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("ADAPTORY_", "RAY_"))}
+
+
 @dataclass
 class RayNode:
     """One node: `ray start --block` and all that it started."""
@@ -87,10 +92,11 @@ class RayCluster:
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
             *(*kind, "--node-ip-address=127.0.0.1", f"--num-cpus={cpus:g}", f"--num-gpus={gpus}"),
             *(f"--object-store-memory={_STORE_BYTES}", f"--resources={self.resources}", *ports),
+            "--include-log-monitor=false",  # drivers are not sent what units print
         ]
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
         environ = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("ADAPTORY_", "RAY_"))},
+            **others_environ(),
             **self.environ,
             **(auth if self.secured else {"RAY_AUTH_MODE": "disabled"}),
             "PYTHONPATH": str(REPOSITORY),

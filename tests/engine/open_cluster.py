@@ -1,41 +1,33 @@
 """Opens the engine of some settings in a process of its own, since a process can be the driver of one cluster."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
+from pathlib import Path
 
-from tests.engine.cluster import REPOSITORY
-
-CODE = """
-import json
 from registry.errors import RegistryError
 from registry.settings import Settings
 from registry.worker.engine.opened import open_engine
 from registry.worker.engine.units import open_node
-
-try:
-    settings = Settings()
-    open_engine(settings, open_node(settings)).close()
-    print(json.dumps(["", ""]))
-except RegistryError as error:
-    print(json.dumps([error.code, error.detail]))
-"""
+from tests.engine.cluster import others_environ
+from tests.forked import start
 
 
-def refusal(environ: Mapping[str, str]) -> tuple[str, str]:
-    """Code and detail of the error; both empty if the engine opens."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("ADAPTORY_", "RAY_"))}
-    answer = subprocess.run(
-        [sys.executable, "-c", CODE],
-        env={**own, **environ},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert answer.stdout, answer.stderr
-    code, detail = json.loads(answer.stdout.splitlines()[-1])
+def refusal(environ: Mapping[str, str], directory: Path) -> tuple[str, str]:
+    """Code and detail of the error; both empty if the engine opens. The answer goes through a file of the directory."""
+    answer = directory / "answer.json"
+    answer.unlink(missing_ok=True)
+    process = start(_open, {**others_environ(), **environ}, answer)
+    process.join(120)
+    assert process.exitcode == 0
+    code, detail = json.loads(answer.read_text())
     return code, detail
+
+
+def _open(answer: Path) -> None:
+    code, detail = "", ""
+    settings = Settings()
+    try:
+        open_engine(settings, open_node(settings)).close()
+    except RegistryError as error:
+        code, detail = error.code, error.detail
+    answer.write_text(json.dumps([code, detail]))

@@ -1,12 +1,12 @@
 """A registry whose jobs run on a Ray cluster: its processes, and what its store has."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from registry.database.tables import Job, Release, Repository
 from registry.domain.jobs.queue import LEASE
 from tests import services
 from tests.durability.processes import wait_for_port
-from tests.engine.cluster import REPOSITORY, RayCluster
+from tests.engine.cluster import RayCluster, others_environ
+from tests.forked import start_command
 from tests.s3_server import BUCKET
 from tests.scenarios.test_compositions import write_recipe
 from tests.scenarios.test_crashes import resources_of
@@ -40,26 +41,25 @@ class Site:
 
     @property
     def worker_environ(self) -> dict[str, str]:
-        own = {"PATH": "/usr/bin:/bin", "ADAPTORY_HOME": str(self.worker_home)}
-        return {**self.cli.environment, **self.cluster.driver_environ, **own}
+        own = {"ADAPTORY_HOME": str(self.worker_home)}
+        return {**others_environ(), **self.cli.environment, **self.cluster.driver_environ, **own}
 
     def on_cluster(self, *words: object) -> Any:
         """The output of a command in a process of its own, which is the driver."""
-        command = [sys.executable, "-m", "registry.cli.start", *map(str, words), "--json"]
-        ran = subprocess.run(
-            command, env=self.worker_environ, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        return json.loads(ran.stdout)
+        out, errors = (self.worker_home.with_name(f"command.{name}") for name in ("out", "errors"))
+        process = start_command([*map(str, words), "--json"], self.worker_environ, out, errors)
+        process.join(300)
+        assert process.exitcode == 0, out.read_text() + errors.read_text()
+        return json.loads(out.read_text())
 
 
 def recipe(directory: Path, version: str, seed: int = 0) -> Path:
-    """A search, an evaluation, an adapter and a merged model. With another seed, each unit has another result."""
+    """A search, a probe, an evaluation, an adapter and a merged model. With another seed, each unit has another result."""
     own = directory / version
     own.mkdir()
     outputs = {kind: f"{name}:{version}" for kind, name in zip(("adapter", "model"), OUTPUTS, strict=True)}
     asked = {"optimize": {"search": 2, "confirm": 2, "seed": seed}, "evaluate": ["sql-exact", "guard-exact"]}
-    return write_recipe(own, **{"inputs": INPUTS, "policy": LOOSE, "probe": 0, **asked, **outputs})
+    return write_recipe(own, **{"inputs": INPUTS, "policy": LOOSE, "probe": 1, **asked, **outputs})
 
 
 def judged_model(directory: Path, version: str) -> Path:
@@ -98,18 +98,19 @@ class Stage:
 
     site: Site
     directory: Path
-    server: "subprocess.Popen[bytes] | None" = None
-    worker: "subprocess.Popen[bytes] | None" = None
+    server: BaseProcess | None = None
+    worker: BaseProcess | None = None
     port: int = field(default_factory=services.free_port)
 
     def __post_init__(self) -> None:
         self._serve()
         self._work()
 
-    def _start(self, *words: str) -> "subprocess.Popen[bytes]":
-        log = (self.directory / f"{words[0]}.log").open("ab")
-        command = [sys.executable, "-X", "faulthandler", "-m", "registry.cli.start", *words]
-        return subprocess.Popen(command, env=self.site.worker_environ, cwd=REPOSITORY, stdout=log, stderr=log)
+    def _start(self, *words: str) -> BaseProcess:
+        return start_command(list(words), self.site.worker_environ, self._log(words[0]))
+
+    def _log(self, command: str) -> Path:
+        return self.directory / f"{command}.log"
 
     def _serve(self) -> None:
         self.server = self._start("serve", "--port", str(self.port), "--no-worker")
@@ -130,11 +131,11 @@ class Stage:
             cluster.start()
         elif victim == "server" and self.server is not None:
             self.server.kill()
-            self.server.wait()
+            self.server.join()
             self._serve()
         elif self.worker is not None:
             self.worker.kill()
-            self.worker.wait()
+            self.worker.join()
             with resources_of(self.site.cli.environment) as resources, resources.write() as session:
                 silent = resources.clock() - 2 * LEASE
                 session.execute(update(Job).where(Job.state == "running").values(heartbeat_at=silent))
@@ -151,10 +152,13 @@ class Stage:
             versions = select(Release.version).join(Repository, Release.repository_id == Repository.id)
             return list(session.scalars(versions.where(Repository.name == name.partition("/")[2])))
 
+    def shown(self, composition: int) -> dict[str, Any]:
+        return Api(f"http://127.0.0.1:{self.port}").get(f"/v1/compositions/{composition}")
+
     def ended(self, composition: int) -> str:
         deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
-            state = Api(f"http://127.0.0.1:{self.port}").get(f"/v1/compositions/{composition}")["state"]
+            state = self.shown(composition)["state"]
             if state not in ("queued", "running"):
                 return state
             time.sleep(0.1)
@@ -162,12 +166,12 @@ class Stage:
 
     def _where_the_worker_is(self, composition: int) -> str:
         """The job, and the stacks of the worker's threads."""
-        job = Api(f"http://127.0.0.1:{self.port}").get(f"/v1/compositions/{composition}")
-        ended = self.worker.poll() if self.worker is not None else None
-        if self.worker is not None and ended is None:
-            self.worker.send_signal(signal.SIGABRT)
-            self.worker.wait()
-        return f"worker: {ended}, {job}\n{(self.directory / 'worker.log').read_text()[-20_000:]}"
+        job = self.shown(composition)
+        ended = self.worker.exitcode if self.worker is not None else None
+        if self.worker is not None and self.worker.pid is not None and ended is None:
+            os.kill(self.worker.pid, signal.SIGABRT)
+            self.worker.join()
+        return f"worker: {ended}, {job}\n{self._log('worker').read_text()[-20_000:]}"
 
     def cancelled(self, path: Path) -> float:
         """Cancels a composition while its units run, and returns the seconds until none does any more."""
@@ -189,7 +193,7 @@ class Stage:
         for process in (self.server, self.worker):
             if process is not None:
                 process.kill()
-                process.wait()
+                process.join()
 
 
 def unit_etags(site: Site) -> dict[str, str]:

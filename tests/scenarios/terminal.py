@@ -4,14 +4,15 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
-import subprocess
-import sys
 import termios
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 
-from tests.scenarios.world import Cli, environment
+from tests.forked import start_on_terminal
+from tests.scenarios.world import Cli, own_environment
 
 COLUMNS = 80
 _END = "end of command, status"
@@ -33,7 +34,7 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 class OnTerminal:
     """What the command writes to the terminal, as it comes."""
 
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     terminal: int
     _shown: bytearray = field(default_factory=bytearray)
 
@@ -63,22 +64,23 @@ class OnTerminal:
         while self.read():
             pass
         os.close(self.terminal)
-        return self.process.wait(30)
+        self.process.join(30)
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def interrupt(self) -> None:
+        """As Ctrl-C does."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGINT)
 
 
 def on_terminal(cli: Cli, *words: object, code: str = "") -> OnTerminal:
     """Starts the command; `code` runs before it."""
     terminal, inside = pty.openpty()
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
-    # What runs in the background of a shell ignores interrupts, and so do its children.
-    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    start = f"{heed}\n{code}\nfrom registry.cli.start import main; main()"
-    with environment(cli.environment, []):
-        os.environ.pop("COLUMNS", None)
-        os.environ["TERM"] = "xterm"
-        process = subprocess.Popen(
-            [sys.executable, "-c", start, *map(str, words)], stdin=inside, stdout=inside, stderr=inside
-        )
+    values = {**own_environment(cli), "TERM": "xterm"}
+    values.pop("COLUMNS", None)
+    process = start_on_terminal(words, values, inside, code)
     os.close(inside)
     return OnTerminal(process, terminal)
 

@@ -2,12 +2,9 @@
 
 import functools
 import hashlib
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,10 +23,11 @@ from registry.settings import Settings
 from registry.transfer.resources import Resources, open_resources
 from registry.worker.runner import JobKind, JobRun, run_one
 from registry.worker.steps import KINDS
+from tests.forked import start_command
 from tests.scenarios import stored
 from tests.scenarios.conftest import USER, stock
 from tests.scenarios.traces import api_of, bytes_in_s3, home_of, keeps_blobs_in_s3, traces
-from tests.scenarios.world import Cli, World, environment, server
+from tests.scenarios.world import Cli, World, environment, own_environment, server
 
 STEPS = list(compositions.STEPS)
 LATER = timedelta(minutes=2)
@@ -284,18 +282,15 @@ def bytes_below(*directories: Path) -> int:
 
 def run_and_kill(cli: Cli, arguments: list[object], written_bytes: Callable[[], int], enough_bytes: int) -> bool:
     """`adaptory …` in a process of its own, killed as soon as it has written so much; whether it was still running."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
-    command = [sys.executable, "-m", "registry.cli.start", *map(str, arguments)]
+    log = Path(cli.environment["ADAPTORY_HOME"]).with_name("killed.log")
     before = written_bytes()
-    process = subprocess.Popen(
-        command, env=environment | cli.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    while process.poll() is None and written_bytes() < before + enough_bytes:
+    process = start_command(arguments, own_environment(cli), log)
+    while process.is_alive() and written_bytes() < before + enough_bytes:
         time.sleep(0.002)
     process.kill()
-    _, err = process.communicate()
-    assert process.returncode in (0, -signal.SIGKILL), err.decode()
-    return process.returncode != 0
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
+    return process.exitcode != 0
 
 
 def assert_blobs_are_what_their_names_say(cli: Cli) -> None:

@@ -159,7 +159,7 @@ def test_an_interrupted_evaluation_ends_with_one_line_and_goes_on_where_it_was(
     running = on_terminal(stocked_on_disk, *command, code=SLOWLY)
     running.read_until("6/12 examples")
     since = time.monotonic()
-    running.process.send_signal(signal.SIGINT)
+    running.interrupt()
     assert running.end() == 130
     assert time.monotonic() - since < 3, "two, and what a busy machine takes to end a process"
     assert running.lines[-1].startswith("interrupted: what was measured is kept")
@@ -179,7 +179,7 @@ def test_an_interrupted_composition_of_this_process_is_cancelled(
     recipe.write_text(yaml.safe_dump({**content, "evaluate": ["sql-exact"], "gates": []}))
     running = on_terminal(stocked_on_disk, "compose", recipe, code=SLOWLY)
     running.read_until(" examples")
-    running.process.send_signal(signal.SIGINT)
+    running.interrupt()
     assert running.end() == 130
     assert running.lines[-1].startswith("interrupted: composition 1 is cancelled")
     job = stocked_on_disk.json("jobs", "1")

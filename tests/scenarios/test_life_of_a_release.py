@@ -3,17 +3,16 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from registry.errors import Invalid, Usage
+from tests.forked import start_command
 from tests.scenarios import stored
 from tests.scenarios.conftest import USER
 from tests.scenarios.traces import api_of
-from tests.scenarios.world import Cli, World
+from tests.scenarios.world import Cli, World, own_environment
 
 
 def test_a_release_lives_from_push_to_rollback(stocked: Cli, world: World, tmp_path: Path) -> None:
@@ -245,15 +244,13 @@ def test_two_pulls_into_one_directory_never_mix_their_bytes(
     shutil.copytree(world.adapters["sql"], adapter)
     (adapter / "large.dat").write_bytes(os.urandom(8 << 20))
     cli.ok("push", adapter, "acme/sql:1.0.0", "--base", "tiny", "--include", "large.dat")
-    environment = os.environ | cli.environment
-    command = [sys.executable, "-m", "registry.cli.start", "pull", "acme/sql:1.0.0", "-o", tmp_path / "out"]
-    pulls = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
-    codes = [pull.wait(60) for pull in pulls]
+    command = ["pull", "acme/sql:1.0.0", "-o", tmp_path / "out"]
+    logs = [tmp_path / f"pull-{number}.log" for number in range(3)]
+    pulls = [start_command(command, own_environment(cli), log) for log in logs]
     for pull in pulls:
-        assert pull.stderr is not None
-        pull.stderr.close()
-    assert min(codes) == 0
-    assert set(codes) <= {0, 4}
+        pull.join(60)
+    codes = [pull.exitcode for pull in pulls]
+    assert {0} <= set(codes) <= {0, 4}, [log.read_text() for log in logs]
     for file in adapter.iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 

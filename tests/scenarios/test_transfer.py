@@ -4,8 +4,6 @@ import hashlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -23,9 +21,10 @@ from registry.errors import Invalid
 from registry.formats.references import Digest
 from registry.storage.blobs import BlobStore
 from tests import services
+from tests.forked import start_command
 from tests.scenarios.conftest import serving, stock
 from tests.scenarios.traces import api_of, hashes, home_of, opened, parts_in, traces
-from tests.scenarios.world import SMALL_PARTS, Cli, World, environment, nothing
+from tests.scenarios.world import SMALL_PARTS, Cli, World, nothing, own_environment
 
 BIG_BYTES = 400_000_000
 """More pieces than are fetched at a time, so that there is a middle to be killed in."""
@@ -97,33 +96,29 @@ def test_a_file_that_changes_while_it_is_sent_is_named_and_nothing_of_it_kept(
 def test_two_who_push_the_same_bytes_at_once_both_succeed(stocked: Cli, world: World, tmp_path: Path) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     (adapter / "data.txt").write_bytes(os.urandom(12 << 20))
-    command = [sys.executable, "-m", "registry.cli.start", "push", str(adapter)]
-    with environment(stocked.environment, []):
-        pushes = [
-            subprocess.Popen(
-                [*command, f"acme/sql-{number}:1.0.0", "--base", "tiny", "--include", "data.txt"],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for number in range(3)
-        ]
-    for push in pushes:
-        _, err = push.communicate(timeout=120)
-        assert push.returncode == 0, err
+    pushes = [
+        start_command(
+            ["push", adapter, f"acme/sql-{number}:1.0.0", "--base", "tiny", "--include", "data.txt"],
+            own_environment(stocked),
+            tmp_path / f"push-{number}.log",
+        )
+        for number in range(3)
+    ]
+    for number, push in enumerate(pushes):
+        push.join(120)
+        assert push.exitcode == 0, (tmp_path / f"push-{number}.log").read_text()
     assert traces(stocked).work == frozenset()
 
 
 def killed_when(cli: Cli, arguments: list[object], far_enough: Callable[[], bool]) -> None:
     """`adaptory …` in a process of its own, killed as soon as it has come that far."""
-    with environment(cli.environment, []):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "registry.cli.start", *map(str, arguments)], stderr=subprocess.PIPE
-        )
-    while process.poll() is None and not far_enough():
+    log = Path(cli.environment["ADAPTORY_HOME"]).with_name("killed.log")
+    process = start_command(arguments, own_environment(cli), log)
+    while process.is_alive() and not far_enough():
         time.sleep(0.002)
     process.kill()
-    _, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"it was not killed in the middle: {err.decode()}"
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, f"it was not killed in the middle: {log.read_text()}"
 
 
 def test_a_killed_push_and_a_killed_pull_go_on_where_they_stopped(on_s3: Cli, world: World, tmp_path: Path) -> None:

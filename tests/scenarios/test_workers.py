@@ -1,9 +1,7 @@
 """Workers that stop, let go, or go on elsewhere; and what they refuse to begin."""
 
-import os
 import shutil
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -23,10 +21,11 @@ from registry.worker.runner import JobRun, run_one
 from registry.worker.steps import KINDS
 from tests import services
 from tests.eventually import eventually
+from tests.forked import start_command
 from tests.scenarios.conftest import stock
 from tests.scenarios.test_crashes import LATER, Killed, begin, resources_of, team, watched, write_recipe
 from tests.scenarios.traces import traces
-from tests.scenarios.world import Cli, World
+from tests.scenarios.world import Cli, World, own_environment
 
 
 @pytest.mark.parametrize("step", ["check", "evaluate", "merge"])
@@ -155,7 +154,6 @@ def test_a_worker_process_that_is_terminated_hands_its_job_back(
 ) -> None:
     cli = team(stocked_embedded, world)
     begin(cli, tmp_path)
-    values = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
     second: list[str] = []
     with resources_of(cli.environment) as resources:
 
@@ -163,11 +161,12 @@ def test_a_worker_process_that_is_terminated_hands_its_job_back(
             with resources.read() as session:
                 return queue.find(session, 1).state
 
-        worker = subprocess.Popen([sys.executable, "-m", "registry.cli.start", "worker"], env=values | cli.environment)
+        worker = start_command(["worker"], own_environment(cli), tmp_path / "worker.log")
         try:
             eventually(lambda: state() == "running", every_s=0.01)
             worker.terminate()
-            assert worker.wait(60) == 0
+            worker.join(60)
+            assert worker.exitcode == 0
         finally:
             worker.kill()
         assert state() == "queued"
@@ -182,11 +181,9 @@ def test_a_worker_counts_its_jobs_and_steps_for_those_who_have_a_token(
     begin(cli, tmp_path)
     cli.ok("namespace", "grant", "*", "mia", "admin")
     token = cli.json("token", "create", "--user", "mia")["token"]
-    values = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
-    environment = values | cli.environment | {"ADAPTORY_ACCESS": "tokens"}
     port = services.free_port()
-    command = [sys.executable, "-m", "registry.cli.start", "worker", "--metrics", str(port)]
-    worker = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    environment = own_environment(cli) | {"ADAPTORY_ACCESS": "tokens"}
+    worker = start_command(["worker", "--metrics", port], environment, tmp_path / "worker.log")
 
     def ask(path: str, **headers: str) -> httpx2.Response:
         return httpx2.get(f"http://127.0.0.1:{port}{path}", headers=headers)
@@ -198,7 +195,7 @@ def test_a_worker_counts_its_jobs_and_steps_for_those_who_have_a_token(
         text = ask("/metrics", Authorization=f"Bearer {token}").text
     finally:
         worker.kill()
-        worker.wait()
+        worker.join()
     assert 'adaptory_worker_job_seconds_count{kind="composition",state="done"} 1.0' in text
     assert 'adaptory_worker_step_seconds_count{kind="composition",state="done",step="publish"} 1.0' in text
     assert "acme" not in text

@@ -118,6 +118,11 @@ class Cli:
         return self.ok(*arguments, "--json").json
 
 
+def own_environment(cli: Cli) -> dict[str, str]:
+    """What a process that runs its commands is started with."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")} | cli.environment
+
+
 @contextmanager
 def environment(values: Mapping[str, str], argv: list[str]) -> Generator[None]:
     kept, kept_argv = dict(os.environ), sys.argv
