@@ -54,7 +54,7 @@ class Site:
 
 
 def recipe(directory: Path, version: str, seed: int = 0) -> Path:
-    """A search, a probe, an evaluation, an adapter and a merged model. With another seed, each unit has another result."""
+    """A search, a probe, an evaluation, an adapter and a merged model. With another seed, units have other results."""
     own = directory / version
     own.mkdir()
     outputs = {kind: f"{name}:{version}" for kind, name in zip(("adapter", "model"), OUTPUTS, strict=True)}
