@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,20 @@ def test_a_result_whose_bytes_are_gone_is_made_again(cluster: RayCluster, journa
     node.results.write(counted.DOUBLE.key(unit), b'{"numb')
     assert run(LocalEngine(node), [unit])["unit lost"]["number"] == 154
     assert counted.events(journal)["done unit lost"] == 2
+
+
+def test_a_session_of_the_process_is_used_and_not_ended(cluster: RayCluster, engine: RayEngine, journal: Path) -> None:
+    """As one that a notebook has begun, here the driver's."""
+    settings = Settings(home=Path(cluster.environ["ADAPTORY_HOME"]))
+    known = EngineSettings(kind="ray", address=cluster.address, token_path=cluster.token_path)
+    another = RayEngine(known, open_node(settings))
+    run(another, counted.units(1, journal))
+    another.close()
+    assert len(run(engine, counted.units(2, journal))) == 2
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        elsewhere = known.model_copy(update={"address": f"127.0.0.1:{other.getsockname()[1]}"})
+        with pytest.raises(Unavailable, match="session of the cluster at"):
+            RayEngine(elsewhere, open_node(settings))
 
 
 def test_a_node_that_dies_costs_the_units_that_it_was_doing(
