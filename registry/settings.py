@@ -379,6 +379,9 @@ class Settings(BaseSettings):
     """Memory of the device of a worker: it takes no job that needs more. By default that of the first CUDA device or,
     without one, of the host or its container. With Ray, that of the cluster's smallest GPU: units share one only if
     this is set and has room for both."""
+    base_cache_bytes: int | None = Field(default=None, gt=0)
+    """Maximum size of the bases that this machine keeps from buckets: before a download, those used longest ago are
+    removed. By default what the disk has room for. Those that a job uses stay, also beyond it."""
     job_retention_days: float = Field(default=365.0, ge=0, le=36_500)
     """How long `gc` keeps a job after it has ended; longer if a release was made by its composition, or a promotion
     waited for it."""

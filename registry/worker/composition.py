@@ -24,7 +24,6 @@ from registry.domain.jobs.queue import Amount
 from registry.errors import NotFound
 from registry.formats.manifest import ManifestFile
 from registry.transfer import publishing
-from registry.transfer.bases import find_base
 from registry.worker.runner import JobRun
 from registry.worker.workspace import work_of
 
@@ -155,7 +154,7 @@ class CompositionRun:
 def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_bytes: int) -> Checkpoint:
     """A base's checkpoint on this host, downloaded if a location is on a hub. Verifies its weights: the files at a
     location may have changed."""
-    directory, reasons = find_base(held.resources.settings, locations, size_bytes)
+    directory, reasons = held.engine.bases.find(locations, size_bytes, held.check)
     if directory is None:
         missing = f"This worker cannot find the base at any location ({', '.join(locations) or 'it has none'})."
         raise NotFound(

@@ -8,7 +8,6 @@ from composer.formats.checkpoints.hashing import verify_checkpoint
 from registry.errors import NotFound
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
-from registry.transfer.bases import find_base
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.units import Node
 
@@ -61,7 +60,7 @@ def opened_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Chec
     """The base's checkpoint on this host, downloaded if need be. Its weights are not verified. Raises NotFound with
     `base_not_here`."""
     locations: list[str] = hints["locations"]
-    directory, reasons = find_base(node.settings, locations, int(hints["size_bytes"]))
+    directory, reasons = node.bases.find(locations, int(hints["size_bytes"]))
     if directory is None:
         missing = f"This node cannot find the base at any location ({', '.join(locations) or 'it has none'})."
         raise NotFound(

@@ -21,6 +21,7 @@ from registry.errors import Unavailable
 from registry.settings import Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.unit_results import MAX_RESULT_BYTES, UnitResults
+from registry.transfer.bases import Bases
 from registry.transfer.resources import open_store, open_unit_results
 
 Count = Callable[[int], None]
@@ -48,13 +49,14 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a unit has on its host: settings, the blob store, finished results and a directory. No database: the worker
-    that holds the job writes rows."""
+    """What a unit has on its host: settings, the blob store, finished results, a directory and bases. No database: the
+    worker that holds the job writes rows."""
 
     settings: Settings
     store: BlobStore
     results: UnitResults
     work_directory: Path
+    bases: Bases
     _kept: dict[str, tuple[str, Any]] = field(default_factory=dict[str, tuple[str, Any]])
     _id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     """A process may have several: threads that use an embedded registry."""
@@ -76,6 +78,7 @@ class Node:
     def forget(self) -> None:
         """Drops what was kept, and its files."""
         self._kept.clear()
+        self.bases.release()
         shutil.rmtree(self._kept_files, ignore_errors=True)
 
     @property
@@ -136,7 +139,7 @@ def open_node(settings: Settings) -> Node:
     for directory in work.glob(f"{_WORK}*"):
         if _is_left(directory):
             shutil.rmtree(directory, ignore_errors=True)
-    return Node(settings, open_store(settings, None), open_unit_results(settings), work)
+    return Node(settings, open_store(settings, None), open_unit_results(settings), work, Bases(settings))
 
 
 def _is_left(directory: Path) -> bool:
