@@ -66,6 +66,29 @@ def test_a_session_of_the_process_is_used_and_not_ended(cluster: RayCluster, eng
             RayEngine(elsewhere, open_node(settings))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"ADAPTORY_DATABASE_POOL_SIZE": "0"}, "ADAPTORY_DATABASE_POOL_SIZE: Input should be greater than"),
+        ({"ADAPTORY_HOME": "/proc/none"}, "'/proc/none'"),
+        ({"ADAPTORY_STORAGE__PREFIX": "another/"}, "its store is another"),
+    ],
+)
+def test_a_node_that_cannot_run_units_says_why(
+    cluster: RayCluster, engine: RayEngine, journal: Path, changed: dict[str, str], says: str
+) -> None:
+    usual, cluster.environ = cluster.environ, {**cluster.environ, **changed}
+    odd, unit = cluster.start(cpus=2), Unit(name="unit", content={"odd": says, "number": 1}, hints=_slow(journal))
+    cluster.environ = usual
+    try:
+        with pytest.raises(Unavailable, match=says) as caught:
+            list(engine.map(counted.DOUBLE, [unit], Needs(cpus=2), go_on))
+    finally:
+        cluster.kill(odd)
+    assert caught.value.code == "engine_node_differs"
+
+
 def test_a_node_that_dies_costs_the_units_that_it_was_doing(
     cluster: RayCluster, engine: RayEngine, journal: Path
 ) -> None:

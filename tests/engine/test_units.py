@@ -1,6 +1,7 @@
 """What units keep: results by a key of what determines them, and directories of processes that live."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from composer.evaluation.scorers.scorer import package_of
 from composer.formats.recipes.tasks import ScorerChoice
 from registry.settings import Settings
 from registry.worker.engine import units
+from registry.worker.engine.ray_runner import UnitRunner
 from registry.worker.engine.units import Unit, finished, open_node, run_unit
 from tests.composer.scorers import install_scorer
 from tests.engine import counted
@@ -56,3 +58,21 @@ def test_a_python_scorer_is_known_by_its_package_and_version(tmp_path: Path, mon
     install_scorer(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert package_of(chosen) == "obedient 1.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("ADAPTORY_ENGINE__RUNNERS", "-1", "ADAPTORY_ENGINE__RUNNERS: Input should be greater than 0"),
+        ("ADAPTORY_HOME", "/proc/none", "'/proc/none'"),
+    ],
+)
+def test_a_node_says_why_it_cannot_run_units(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv("ADAPTORY_HOME", str(tmp_path))
+    own = version("adaptory")
+    open_node(Settings()).results.write("marker", b"{}")
+    assert UnitRunner().ready("marker", own) == {"problem": ""}
+    monkeypatch.setenv(name, value)
+    assert says in UnitRunner().ready("marker", own)["problem"]
