@@ -8,6 +8,7 @@ import pytest
 
 from composer.evaluation.scorers.scorer import package_of
 from composer.formats.recipes.tasks import ScorerChoice
+from registry.errors import Invalid
 from registry.settings import Settings
 from registry.worker.engine import units
 from registry.worker.engine.ray_runner import UnitRunner
@@ -50,6 +51,19 @@ def test_another_release_of_adaptory_makes_its_own_results(tmp_path: Path, monke
     assert finished(node, counted.DOUBLE, unit) is not None
     monkeypatch.setattr(units, "_RELEASE", "99.0.0")
     assert finished(node, counted.DOUBLE, unit) is None
+
+
+def test_what_is_too_large_to_be_kept_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was written, and never read again."""
+    node, unit = (
+        open_node(Settings(home=tmp_path)),
+        Unit(name="unit", content={"number": 1}, hints={"journal": "/dev/null"}),
+    )
+    monkeypatch.setattr(units, "MAX_RESULT_BYTES", 50)
+    for keep in (lambda: node.share(bytes(50)), lambda: run_unit(node, counted.DOUBLE, unit)):
+        with pytest.raises(Invalid, match="at most 49 are kept"):
+            keep()
+    assert node.shared(node.share(bytes(49))) == bytes(49)
 
 
 def test_a_python_scorer_is_known_by_its_package_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
