@@ -60,6 +60,12 @@ def _http_url(text: str) -> str:
         raise PydanticCustomError("url", "{why}", {"why": str(error)}) from error
 
 
+def _cluster(text: str) -> str:
+    if text != "auto" and not re.fullmatch(r"[^\s/@]+:[0-9]{1,5}", text):
+        raise PydanticCustomError("address", "it is neither `auto` nor HOST:PORT, such as 10.0.0.5:6379")
+    return text
+
+
 def _store_url(text: str) -> str | None:
     """Empty means S3's own."""
     if text and not re.match(r"https?://[^/\s]", text):
@@ -284,7 +290,7 @@ class EngineSettings(BaseModel):
     model_config = ConfigDict(frozen=True, defer_build=True)
     kind: Literal["local", "ray"] = "local"
     """`local`: in the worker. `ray`: on a Ray cluster, with the extra `ray` on workers and nodes."""
-    address: str = "auto"
+    address: Annotated[str, AfterValidator(_cluster)] = "auto"
     """The address of the cluster's head, such as `10.0.0.5:6379`. The worker's host must be a node of it; `auto` takes
     the cluster whose node it is."""
     token_path: Path | None = None

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from composer.errors import ComposerError
 from registry.error_families import of_failed_work
@@ -35,7 +36,7 @@ class UnitRunner:
             self._node = open_node(Settings())
         except ValidationError as error:
             return {"problem": f"a setting of it is wrong: {_first_setting(error)}."}
-        except (RegistryError, OSError) as error:
+        except (RegistryError, SettingsError, OSError) as error:
             return {"problem": f"{socket.gethostname()}: {error}"}
         if self._node.results.read(marker) is None:
             return {"problem": "its store is another: it does not have what the worker has just written."}
