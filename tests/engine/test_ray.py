@@ -13,6 +13,7 @@ import pytest
 
 from registry.errors import Invalid, RegistryError, Unavailable
 from registry.settings import EngineSettings, Settings
+from registry.storage.s3.unit_results import S3Results
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray import MAX_DEATHS, RayEngine
@@ -184,8 +185,8 @@ class Stopped(Exception):
     """What a check raises."""
 
 
-def test_a_map_that_is_stopped_ends_its_units_within_seconds(
-    cluster: RayCluster, engine: RayEngine, journal: Path
+def test_a_map_that_is_stopped_ends_its_units_within_seconds_also_while_the_store_is_away(
+    cluster: RayCluster, engine: RayEngine, journal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = [Unit(name=f"long {n}", content={"long": n, "number": n}, hints=_endless(journal)) for n in range(4)]
     stopped_at = 0.0
@@ -193,6 +194,7 @@ def test_a_map_that_is_stopped_ends_its_units_within_seconds(
     def check(_done: int) -> None:
         nonlocal stopped_at
         if counted.events(journal)["begun long 0"]:
+            monkeypatch.setattr(S3Results, "delete", _away)
             stopped_at = time.monotonic()
             raise Stopped
 
@@ -203,6 +205,10 @@ def test_a_map_that_is_stopped_ends_its_units_within_seconds(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not [event for event in counted.events(journal) if event.startswith("done")]
+
+
+def _away(_results: S3Results, _key: str) -> None:
+    raise Unavailable("store_unavailable", "The blob store does not respond as expected.", next_step="Try again.")
 
 
 def _endless(journal: Path) -> dict[str, Any]:

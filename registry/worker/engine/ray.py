@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, cast
@@ -206,7 +207,8 @@ class RayEngine:
         finally:
             for runner in state.waiting.values():
                 self._ray.kill(runner.actor)
-            self._node.results.delete(state.marker)
+            with suppress(Unavailable):  # it must not hide why the map ends, and is swept
+                self._node.results.delete(state.marker)
 
     def release(self) -> None:
         self._end_idle()
