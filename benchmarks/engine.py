@@ -55,14 +55,14 @@ class Held:
 
 @dataclass(frozen=True)
 class Times:
-    """Of one run: all of its seconds, with start and plan, and those of its units together."""
+    """Of one run: its seconds with start and plan, and the sum of its units' seconds."""
 
     wall_s: float
     units_s: float
     units: int
 
     def share(self, runners: int) -> float:
-        """The share of the processes' time that no unit used: start, the engine's cost, and the ends of rounds."""
+        """The share of the processes' time spent outside units: start, the engine's cost, waiting at ends of rounds."""
         return 1 - self.units_s / (runners * self.wall_s)
 
 
@@ -120,7 +120,7 @@ def _units_that_do_nothing(engine: WorkerEngine, home: Path, count: int) -> floa
         counted.DOUBLE.run(None, unit, Held(engine).check)  # pyright: ignore[reportArgumentType]
     call_s = (time.monotonic() - started) / len(units)
     print(f"\n### {len(units)} units that do nothing, on two nodes\n")
-    print(f"connect and first unit {first_s:.1f} s; then {each_s * 1e3:.1f} ms a unit, of which a call itself takes "
+    print(f"connect and first unit {first_s:.1f} s; then {each_s * 1e3:.1f} ms a unit; a plain call takes "
           f"{call_s * 1e3:.2f} ms; a unit whose result is kept {kept_s * 1e3:.2f} ms")  # fmt: skip
     engine.release()
     return each_s
@@ -157,7 +157,7 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
     for runners, rows in times.items():
         wall, share = median(row.wall_s for row in rows), median(row.share(runners) for row in rows)
         nodes = f"{runners} node{'s' * (runners > 1)}"
-        print(f"{nodes}: {wall:.1f} s for {rows[0].units} units; {share:.1%} of the processes' time was no unit's")
+        print(f"{nodes}: {wall:.1f} s for {rows[0].units} units; {share:.1%} of the processes' time was outside units")
     ratio = median(one.wall_s / two.wall_s for one, two in zip(times[1], times[2], strict=True))
     print(f"two nodes are {ratio:.2f} times as fast; {len(choices)} choice{'s' * (len(choices) > 1)}")
 

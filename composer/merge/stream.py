@@ -1,10 +1,11 @@
-"""Writes a planned shard as a stream of blocks in file order, so that nothing of it is on a disk.
+"""Streams a planned shard to a sink, block by block in file order, without using a disk.
 
-A read fetches neighbouring rows of several tensors at once; a small pool computes the same chunks as a merge on a disk
-does, so that the bytes are the same; the caller's thread hashes the blocks in order and hands them to a sink. Memory
-holds the blocks that are read ahead, and one tensor if a delta needs all of its rows at once.
+One read fetches neighbouring rows of several tensors. A small pool computes the same chunks as a merge on disk, so the
+bytes are equal. The caller's thread hashes the blocks in order and hands them to the sink. Memory holds the blocks that
+were read ahead, and one full tensor when a delta needs all of its rows at once.
 
-Every byte of the base is read once, for a tensor's hash too: together, the shards' hashes prove which base was merged.
+Every byte of the base is read once, and that read also feeds the tensors' hashes: together, the hashes of all shards
+prove which base was merged.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ _MOST_UNCONFIRMED = 16  # tensors, whose factors stay in memory
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where the same bytes are in a file of the base."""
+    """Where a file of the base has the same bytes."""
 
     file: StoredFile
     offset: int

@@ -29,8 +29,8 @@ class Shown(Protocol):
 
 
 def follow(connection: Connection, job_id: int, *, lines: bool) -> Json:
-    """The job, once it has ended. Polls, so that it goes on after an outage and with any server; with `lines`, says on
-    a pipe what changes. Only a registry on a server can be away."""
+    """Returns the job once it has ended. Polls, so that it survives an outage and works with any server. With `lines`,
+    prints what changes where stderr is no terminal."""
     with shown_steps(f"job {job_id}", lines=lines) as shown:
         while True:
             job = _latest(connection, job_id)
@@ -41,7 +41,7 @@ def follow(connection: Connection, job_id: int, *, lines: bool) -> Json:
 
 
 def goes_on(job_id: int) -> str:
-    """What remains of a command that followed the job, for an interrupt."""
+    """What to say when a command that follows the job is interrupted."""
     return (
         f"job {job_id} goes on; `adaptory jobs {job_id} --follow` follows it again, `adaptory cancel {job_id}` ends it"
     )
@@ -49,7 +49,7 @@ def goes_on(job_id: int) -> str:
 
 @contextmanager
 def left_running(job_id: int) -> Generator[None]:
-    """An interrupt meanwhile leaves the job alone, and says so."""
+    """An interrupt in this block leaves the job running, and says so."""
     interrupts.kept = goes_on(job_id)
     yield
     interrupts.kept = ""

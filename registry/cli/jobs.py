@@ -33,7 +33,7 @@ MemoryOption = Annotated[
     ),
 ]
 SILENT_S = 90.0
-"""A running job's worker reports every 10 s; after a minute without, another takes the job over."""
+"""A running job's worker reports every 3 s; after a minute of silence another worker takes over."""
 _HELP = "adaptory jobs"
 
 

@@ -121,24 +121,24 @@ class DirectUploads(Protocol):
 
 
 class BlobWriter(Protocol):
-    """A file that becomes a blob once its digest is known; one thread writes it. Before `finish` there is no blob."""
+    """Writes a file whose digest is known only at its end, when it becomes a blob. For one thread."""
 
     @property
     def copied_bytes(self) -> int:
-        """How many bytes the store itself has copied; known after `finish`."""
+        """How many bytes the store copied by itself; known after `finish`."""
         ...
 
     def write(self, block: memoryview, source: StoredFile | None = None, offset: int = 0) -> None:
-        """Takes the next bytes. With a `source` the same bytes are there, at `offset`: a store may copy them itself.
-        Raises RefusedOutput if the source has changed by then."""
+        """Takes the next bytes. A `source` has the same bytes at `offset`, so that a store may copy them from there.
+        Raises RefusedOutput if the source has changed since it was opened."""
         ...
 
     def finish(self, sha256: Digest) -> BlobStat:
-        """Makes a blob of what was written; the caller has hashed it."""
+        """Stores what was written as the blob of this digest, which the caller has computed."""
         ...
 
     def abort(self) -> None:
-        """Removes what was written. A writer that is neither finished nor aborted leaves what `sweep` removes."""
+        """Removes what was written. If a writer is neither finished nor aborted, `sweep` removes it later."""
         ...
 
 

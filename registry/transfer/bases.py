@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from composer.formats.checkpoints.checkpoint import Checkpoint
+from composer.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from registry.errors import Invalid, NotFound, Unavailable
 from registry.formats.s3_address import SCHEME, parse_s3_address
 from registry.hub_client import bases as hub_bases
@@ -40,6 +40,23 @@ class Bases:
         if outage is not None:
             raise outage
         return directory, reasons
+
+    def open(
+        self, digest: str, locations: Sequence[str], size_bytes: int, check: Callable[[], None] = lambda: None
+    ) -> Checkpoint:
+        """The checkpoint that `find` finds. Its weights are not verified. Raises NotFound with `base_not_here`, and
+        what `find` raises."""
+        directory, reasons = self.find(locations, size_bytes, check)
+        if directory is None:
+            missing = f"This host cannot find the base at any location ({', '.join(locations) or 'it has none'})."
+            raise NotFound(
+                "base_not_here",
+                " ".join([missing, *reasons]),
+                subject=digest,
+                next_step="Add one on that host (`adaptory base add DIR`), or an hf:// or s3:// address. The nodes of "
+                "a cluster name the bases in their directories with --resources.",
+            )
+        return open_checkpoint(directory)
 
     def release(self) -> None:
         """No base that was found is used any more."""

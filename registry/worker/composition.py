@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, open_checkpoint
+from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint
 from composer.formats.checkpoints.hashing import verify_checkpoint
 from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import AnySettings, parse_settings
@@ -21,7 +21,6 @@ from registry.domain.catalog import bases, suites
 from registry.domain.catalog.repositories import Kind
 from registry.domain.compositions import compositions, locking
 from registry.domain.jobs.queue import Amount
-from registry.errors import NotFound
 from registry.formats.manifest import ManifestFile
 from registry.transfer import publishing
 from registry.worker.runner import JobRun
@@ -154,16 +153,7 @@ class CompositionRun:
 def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_bytes: int) -> Checkpoint:
     """A base's checkpoint on this host, downloaded if a location is on a hub. Verifies its weights: the files at a
     location may have changed."""
-    directory, reasons = held.engine.bases.find(locations, size_bytes, held.check)
-    if directory is None:
-        missing = f"This worker cannot find the base at any location ({', '.join(locations) or 'it has none'})."
-        raise NotFound(
-            "base_not_here",
-            " ".join([missing, *reasons]),
-            subject=digest,
-            next_step="Add one on that host: `adaptory base add DIR`.",
-        )
-    checkpoint = open_checkpoint(directory)
+    checkpoint = held.engine.bases.open(digest, locations, size_bytes, held.check)
     verify_checkpoint(checkpoint, digest, held.check)
     return checkpoint
 

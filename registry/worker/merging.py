@@ -53,8 +53,8 @@ class StoredModel:
 
 
 def is_streamed(held: JobRun, work: CompositionRun) -> bool:
-    """Whether the merge is made by units, into the store. One whose model suites load is made on this host's disk; so
-    is one in this process, unless its base is only in a bucket."""
+    """Whether units stream the merge into the store. It is made on this host's disk if suites are going to load the
+    model; also if units run in this process, unless the base is only in a bucket."""
     if work.evaluated and not work.recipe.adapter:
         return False
     if held.engine.spreads:

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from composer.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.checkpoints.hashing import verify_checkpoint
-from registry.errors import NotFound
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
 from registry.worker.engine.protocol import Needs
@@ -59,17 +58,7 @@ def base_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkp
 def opened_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkpoint:
     """The base's checkpoint on this host, downloaded if need be. Its weights are not verified. Raises NotFound with
     `base_not_here`."""
-    locations: list[str] = hints["locations"]
-    directory, reasons = node.bases.find(locations, int(hints["size_bytes"]))
-    if directory is None:
-        missing = f"This node cannot find the base at any location ({', '.join(locations) or 'it has none'})."
-        raise NotFound(
-            "base_not_here",
-            " ".join([missing, *reasons]),
-            subject=digest,
-            next_step="Start the node with the resource of the bases that it has, or add an hf:// or s3:// address.",
-        )
-    return open_checkpoint(directory)
+    return node.bases.open(digest, hints["locations"], int(hints["size_bytes"]))
 
 
 def to_rows(files: Sequence[ManifestFile]) -> list[list[Any]]:

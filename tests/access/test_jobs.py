@@ -159,7 +159,7 @@ def test_a_role_that_is_lost_ends_a_stream_and_who_has_none_gets_no_event(house:
 
 
 def test_a_user_has_a_limited_number_of_streams_and_gets_one_back_by_hanging_up(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(events, "PER_USER", 2)
     monkeypatch.setattr(events, "KEEP_ALIVE_S", 0.3)  # in this process, who hung up is noticed by the next message
@@ -170,7 +170,7 @@ def test_a_user_has_a_limited_number_of_streams_and_gets_one_back_by_hanging_up(
             read(all_of_them.enter_context(opened(house, path)), 1)
         refused = house.ask("admin", "GET", path)
         assert (refused.status_code, refused.json()["code"]) == (429, "too_many_streams")
-        assert "2 of a user" in refused.json()["detail"]
+        assert "2 for a user" in refused.json()["detail"]
         monkeypatch.setattr(events, "PER_PROCESS", 2)
         assert house.ask("operator", "GET", path).json()["code"] == "too_many_streams", "of all users together"
 
@@ -179,6 +179,7 @@ def test_a_user_has_a_limited_number_of_streams_and_gets_one_back_by_hanging_up(
             return answer.status_code == 200
 
     eventually(one_more, within_s=10)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], "who hangs up is no defect"
 
 
 def test_publishers_order_their_jobs_and_a_high_priority_needs_a_releaser(house: House) -> None:

@@ -22,8 +22,8 @@ class StoredFile(Protocol):
     def size_bytes(self) -> int: ...
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills the buffer from `offset`. Raises InvalidFile if the file ends first, and RefusedOutput if a file
-        elsewhere is no longer the one that was opened."""
+        """Fills the buffer from `offset`. Raises InvalidFile if the file ends first, and RefusedOutput if a remote file
+        has changed since it was opened."""
         ...
 
 
@@ -53,7 +53,7 @@ class LocalFile:
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A file that somebody else opened, and closes."""
+    """A file that the caller has opened and will close."""
 
     descriptor: int
     name: str
@@ -88,7 +88,7 @@ def local_file(file: StoredFile) -> LocalFile:
     if not isinstance(file, LocalFile):
         raise NotSupported(
             "remote_base",
-            f"{file.name} is not on this machine, and this reads weights in ways that only a local file allows.",
+            f"{file.name} is not on this machine, and this operation needs local files.",
             subject=file.name,
             next_step="Download the base, and add its directory: `adaptory base add DIR --name NAME`.",
         )

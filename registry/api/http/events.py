@@ -1,8 +1,8 @@
 """Server-sent events: the document of a job or composition, on every change until it has ended.
 
-Each event is the whole document, and its id is a digest of that: a client that names the last one which it has seen
-(`Last-Event-ID`) gets the current document if that is another one. It misses nothing, since a later document says all
-that an earlier one did, and sees nothing twice.
+Each event is the whole document, and its id is a digest of the document. A client that sends the last id it has seen
+(`Last-Event-ID`) gets the current document if it differs. It misses nothing, since a later document says all that an
+earlier one did, and sees nothing twice.
 """
 
 import asyncio
@@ -52,14 +52,14 @@ class Snapshot:
 
     @classmethod
     def of(cls, document: BaseModel, state: str) -> "Snapshot":
-        """Signs of life are no change."""
+        """The heartbeat is left out of the id: it moves although nothing has changed."""
         text = document.model_dump_json()
         same = document.model_dump_json(exclude={"heartbeat_at"})
         return cls(text, sha256(same.encode()).hexdigest()[:16], state in FINISHED)
 
 
 Look = Callable[[Actor], Snapshot]
-"""What the actor may see now. Called in a thread; raises if that is nothing any more."""
+"""What the actor may see now. Called in a thread; raises once the actor may no longer see it."""
 
 
 class EventStreams:
@@ -69,12 +69,12 @@ class EventStreams:
         self._open: Counter[str] = Counter()
 
     def open(self, user: str) -> None:
-        """Raises TooMany if the user, or all together, have as many as there may be."""
+        """Raises TooMany if the user, or the process, has reached its limit."""
         if self._open[user] >= PER_USER or self._open.total() >= PER_PROCESS:
             raise TooMany(
                 "too_many_streams",
-                f"{self._open[user]} streams of events of {user} are open, and {self._open.total()} in all; there may "
-                f"be {PER_USER} of a user, and {PER_PROCESS} of a process.",
+                f"{user} has {self._open[user]} event streams open, and this process {self._open.total()}; the limits "
+                f"are {PER_USER} for a user and {PER_PROCESS} for a process.",
                 subject=user,
                 next_step="Close some of them, or ask for the job itself now and then.",
             )
@@ -86,8 +86,8 @@ class EventStreams:
 
 
 async def stream(request: Request, actor: Actor, look: Look, seen: str | None) -> Response:
-    """The events after the one that was `seen`; 204 if that was the last, which ends a browser's attempts to connect
-    again. Raises as `look`, and TooMany."""
+    """The events after the one that was `seen`; 204 if that was the last one, which stops a browser from reconnecting.
+    Raises what `look` raises, and TooMany."""
     first = await run_in_threadpool(look, actor)
     if first.ended and first.id == seen:
         return Response(status_code=204, headers=_HEADERS)
@@ -95,7 +95,7 @@ async def stream(request: Request, actor: Actor, look: Look, seen: str | None) -
 
 
 class _Events(StreamingResponse):
-    """Counts as open while it is sent, also if the client hangs up."""
+    """Counts as open until it has been sent or the client has hung up."""
 
     def __init__(self, request: Request, user: str, events: AsyncIterator[str]) -> None:
         super().__init__(events, headers=_HEADERS, media_type="text/event-stream")

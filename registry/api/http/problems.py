@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
 from composer.errors import ComposerError
@@ -231,7 +232,10 @@ def _disk_error(request: Request, error: Exception) -> Response:
 
 def _defect(request: Request, error: Exception) -> JSONResponse:
     """An unexpected error: logged in full for the operator, and without its details for the client."""
-    log.error("%s %r failed", request.method, request.url.path[:200], exc_info=error)
+    if isinstance(error, ClientDisconnect):
+        log.info("%s %r: the client hung up", request.method, request.url.path[:200])
+    else:
+        log.error("%s %r failed", request.method, request.url.path[:200], exc_info=error)
     failed = f"The registry failed ({type(error).__name__})."
     failure = Unavailable("internal_error", failed, next_step="Look at its log.")
     return problem_response(failure, 500, {"X-Request-Id": request_id() or ""})  # skips the middleware that adds the id

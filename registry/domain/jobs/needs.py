@@ -1,7 +1,7 @@
 """What a job needs of its worker, which workers meet that, and what a job waits for.
 
-Workers say every few seconds what they have (`WorkerRow`). A job is claimed by a worker that meets all its needs; one
-that no worker meets waits, says for what, and ends with the error of what is lacking once it has waited for PATIENCE.
+Each worker announces every few seconds what it has (`WorkerRow`), and claims only jobs whose needs it meets. A job that
+no worker meets says what it waits for, and after PATIENCE ends with the error for what is missing.
 """
 
 from collections.abc import Collection, Mapping, Sequence

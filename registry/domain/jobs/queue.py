@@ -4,9 +4,9 @@ queued -> running -> done | refused | failed | cancelled. A worker holds a runni
 afterwards another worker takes over at the first unfinished step. A queued job with a heartbeat in the future waits
 until then.
 
-Among the jobs that a worker can run, one goes first of the namespace that has the fewest running, then one of higher
-priority, then the oldest. A job that has waited for OVERDUE goes before all that are not: each that may still go before
-it was there before it.
+Among the jobs that a worker can run, those of the namespace with the fewest running jobs go first, then those of higher
+priority, then the older ones. A job that has waited for OVERDUE goes before all that have not: from then on, only older
+jobs go before it.
 """
 
 from collections.abc import Collection, Sequence
@@ -27,7 +27,7 @@ from registry.domain.jobs.needs import LEASE, Needs, Offer
 from registry.errors import Conflict, NotFound, RegistryError, TooMany
 
 OVERDUE = timedelta(hours=6)
-"""How long namespaces with fewer running jobs, and higher priorities, may go before a job."""
+"""How long a job lets less busy namespaces and higher priorities go first."""
 MAX_ATTEMPTS = 3
 PAUSES = (timedelta(seconds=15), timedelta(minutes=5))
 """Before the second and third attempt of a job whose stores are unavailable: for a restart, and for a longer repair."""
@@ -37,7 +37,7 @@ FINISHED = ("done", "refused", "failed", "cancelled")
 
 
 class Priority(StrEnum):
-    """Which of the jobs goes first that are alike otherwise."""
+    """Of equally busy namespaces, jobs of higher priority go first."""
 
     LOW = "low"
     NORMAL = "normal"
@@ -155,7 +155,8 @@ def claim(
     session: Session, worker: str, now: datetime, kinds: Collection[str], offer: Offer | None = None
 ) -> Job | None:
     """Claims the first job of these kinds that is due or whose worker fell silent, and whose needs the offer meets;
-    without an offer, whatever it needs. One that only needs to be cancelled has no needs.
+    without an offer,
+    whatever its needs. A job that is only to be cancelled needs nothing.
 
     A job beyond `MAX_ATTEMPTS` has killed its workers: the caller must end it.
     """
@@ -189,7 +190,7 @@ def _order(now: datetime, running: ColumnElement[int] | None = None) -> tuple[An
 
 
 def list_ahead(session: Session, job_id: int, now: datetime) -> list[Job]:
-    """The jobs that a registry's only worker which begins now claims before this one, the first first."""
+    """The jobs that a single worker, starting now, would claim before this one, in that order."""
     waiting = list(session.scalars(select(Job).where(or_(_free(now), Job.id == job_id)).order_by(*_order(now))))
     ids = [job.id for job in waiting]
     return waiting[: ids.index(job_id)] if job_id in ids else []

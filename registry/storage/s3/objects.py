@@ -20,7 +20,7 @@ from registry.storage.s3.bucket import MISSING, Bucket, code_of, translate_store
 log = logging.getLogger(__name__)
 
 CHANGED = frozenset({"412", "PreconditionFailed", "416", "InvalidRange", *MISSING})
-"""Codes of a condition that no longer holds: the object is another one, shorter, or gone."""
+"""Codes of a failed condition: the object was replaced, is shorter, or is gone."""
 _BROKEN_OFF = (ConnectionError, HTTPClientError, IncompleteReadError)
 _PAUSES_S = (0.2, 1.0, 3.0)
 """Before the attempts after the first; boto3's own attempts end with the first byte of the answer."""
@@ -97,7 +97,7 @@ class S3File:
             raise self.changed()
 
     def changed(self) -> RefusedOutput:
-        """The error for an object that is no longer the one that was opened."""
+        """The error for an object that has changed since it was opened."""
         return RefusedOutput(
             "inputs_changed",
             f"{self.name} changed in its bucket since this began.",

@@ -32,7 +32,7 @@ _MIB = 1 << 20
 LARGE_COPY = TransferConfig(multipart_threshold=5 * 1024 * _MIB, multipart_chunksize=1024 * _MIB)
 """S3 copies at most 5 GiB in one request."""
 _COPY_IN_PARTS = TransferConfig(multipart_threshold=256 * _MIB, multipart_chunksize=256 * _MIB)
-"""Several gigabytes in one request take longer than some stores, or we, wait for an answer."""
+"""Copying several gigabytes in one request can take longer than our timeout, or the store's."""
 LEAST_BYTES = 5 * _MIB
 """The least that S3 takes as a part, but for the last one."""
 _USUAL_BYTES, _LARGEST_BYTES, _USUAL_PARTS = 16 * _MIB, 64 * _MIB, 200
@@ -40,15 +40,15 @@ _MAX_PARTS = 9_000  # of 10,000: the last one may be small
 _IN_FLIGHT = 4
 _MISSING = 404
 _NAMING = ("ETag", "ChecksumCRC32", "ChecksumCRC32C", "ChecksumCRC64NVME", "ChecksumSHA1", "ChecksumSHA256")
-"""What a store says of a part, and wants back when the parts are joined."""
+"""What a store returns for a part, and wants back when the parts are joined."""
 _Sent = tuple[dict[str, Any], int]
-"""What the store says of a part, and how many of its bytes it copied itself."""
+"""What the store returned for a part, and how many of its bytes it copied by itself."""
 _Send = Callable[[dict[str, str]], _Sent]
 
 
 @dataclass(slots=True)
 class CopySupport:
-    """Whether the store copies ranges of objects as parts (UploadPartCopy): until it refuses one, it is asked to."""
+    """Whether the store copies ranges of objects as parts (UploadPartCopy): assumed until it refuses one."""
 
     works: bool = True
 

@@ -16,7 +16,7 @@ class LocalEngine:
         self._node = node
 
     def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
-        del needs  # this host has what it has
+        del needs  # units run here
         for unit in units:
             check(0)
             done = finished(self._node, task, unit)
@@ -26,4 +26,4 @@ class LocalEngine:
         self._node.forget()
 
     def close(self) -> None:
-        """Holds nothing."""
+        """There is nothing to close."""

@@ -12,11 +12,11 @@ from registry.worker.engine.protocol import Engine, Needs
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, open_node
 
 KEPT = timedelta(days=7)
-"""How long results of units are kept: a job that was put off goes on from them."""
+"""How long results of units are kept: a job that is retried later goes on from them."""
 
 
 class WorkerEngine:
-    """A worker's engine: opened when a step first needs it, and again after it was lost."""
+    """A worker's engine: opened when a step first needs it, and reopened after its cluster was lost."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

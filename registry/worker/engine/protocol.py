@@ -13,8 +13,8 @@ from registry.worker.engine.units import Count, Result, Task, Unit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What one unit needs at a time. `device_bytes` of one device's memory, 0 for none; `memory_bytes` of the host's.
-    `base` is the digest of one that only some nodes have, in a directory; None if every node can get it."""
+    """What a unit needs while it runs: `device_bytes` of one device's memory, 0 for none, and `memory_bytes` of the
+    host's. `base` is the digest of a base that only some nodes have, in a directory; None if every node can get it."""
 
     cpus: float = 1.0
     memory_bytes: int = 0
@@ -27,7 +27,7 @@ class Engine(Protocol):
 
     @property
     def spreads(self) -> bool:
-        """Whether units run beside each other, on other hosts than this."""
+        """Whether units run side by side, on other hosts too."""
         ...
 
     @property
@@ -46,9 +46,9 @@ class Engine(Protocol):
         ...
 
     def release(self) -> None:
-        """Gives back what was kept for the next map of the same job: processes with models in their memory."""
+        """Lets go of what a job's next map would reuse, such as processes with loaded models."""
         ...
 
     def close(self) -> None:
-        """Gives back all that the engine holds. No map may be running."""
+        """Lets go of everything. No map may be running."""
         ...

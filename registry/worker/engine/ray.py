@@ -1,7 +1,7 @@
 """The engine on a Ray cluster: one actor per unit at a time, each in a process of its own on some node.
 
-Ray keeps nothing that matters: its tasks die with this process, and a node that dies takes what it was doing along.
-Units are pure and keep their results in shared storage, so that the ones that were lost are run again and no others.
+Ray holds no state that matters: its tasks die with this process, and a dying node takes its running units with it.
+Units are pure and keep their results in shared storage, so only the lost ones run again.
 """
 
 import os
@@ -33,9 +33,9 @@ _CONNECT_S = 5.0
 _REFUSED = b"AuthenticationError"
 """What Ray says to a request without a token."""
 _MAX_FAILED_STARTS = 20
-"""Runners that may die in a row before one is ready: a node that dies takes several."""
+"""How many runners in a row may die before they are ready: one dying node can take several."""
 LACKING_S = 120.0
-"""How long no node may have what a unit needs: one may be on its way."""
+"""How long to wait for a node that has what a unit needs: one may be starting."""
 
 
 def ray_module() -> Any:
@@ -79,10 +79,10 @@ class _Map:
 
 
 class RayEngine:
-    """Units on the nodes of a cluster. The settings' address is one of a cluster that this host is a node of. A session
+    """Runs units on the nodes of a cluster. This host must be a node of the cluster at the settings' address. A session
     that this process has already, such as a notebook's, is used and not ended.
 
-    Raises Unavailable if the cluster cannot be reached, and NotAllowed if it lets everybody in.
+    Raises Unavailable if the cluster cannot be reached, and NotAllowed if it needs no token.
     """
 
     spreads = True
@@ -157,8 +157,8 @@ class RayEngine:
         )
 
     def _refuse_open_cluster(self) -> None:
-        """Raises NotAllowed if the cluster answers without a token: who reaches its port can run code on all nodes. And
-        Unavailable unless it was refused for the lack of one."""
+        """Raises NotAllowed if the cluster answers a request without a token: anyone who reaches its ports can run code
+        on all nodes. Raises Unavailable if that request fails for another reason than the missing token."""
         address = self._ray.get_runtime_context().gcs_address
         try:
             answer = subprocess.run(  # noqa: S603 - our own interpreter
@@ -175,9 +175,10 @@ class RayEngine:
             self.close()
             raise NotAllowed(
                 "engine_open",
-                f"The Ray cluster at {address} lets everybody in who reaches its ports.",
+                f"The Ray cluster at {address} needs no token: anyone who reaches its ports can run code on its nodes.",
                 subject=address,
-                next_step="Start it with RAY_AUTH_MODE=token, or set ADAPTORY_ENGINE__INSECURE=true if nobody can.",
+                next_step="Start it with RAY_AUTH_MODE=token, or set ADAPTORY_ENGINE__INSECURE=true if no one else can "
+                "reach it.",
             )
         if _REFUSED not in answer.stdout + answer.stderr:
             self.close()
