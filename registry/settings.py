@@ -384,7 +384,7 @@ class Settings(BaseSettings):
     device_memory_bytes: int | None = Field(default=None, gt=0)
     """Memory of the device of a worker: it takes no job that needs more. By default that of the first CUDA device or,
     without one, of the host or its container. With Ray, that of the cluster's smallest GPU: units share one only if
-    this is set and has room for both."""
+    this is set and has room for both, and unless it is set, the worker takes jobs of any size."""
     base_cache_bytes: int | None = Field(default=None, gt=0)
     """Maximum size of the bases that this machine keeps from buckets: before a download, those used longest ago are
     removed. By default what the disk has room for. Those that a job uses stay, also beyond it."""
