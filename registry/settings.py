@@ -60,6 +60,12 @@ def _http_url(text: str) -> str:
         raise PydanticCustomError("url", "{why}", {"why": str(error)}) from error
 
 
+def _cluster(text: str) -> str:
+    if text != "auto" and not re.fullmatch(r"[^\s/@]+:[0-9]{1,5}", text):
+        raise PydanticCustomError("address", "it is neither `auto` nor HOST:PORT, such as 10.0.0.5:6379")
+    return text
+
+
 def _store_url(text: str) -> str | None:
     """Empty means S3's own."""
     if text and not re.match(r"https?://[^/\s]", text):
@@ -284,7 +290,7 @@ class EngineSettings(BaseModel):
     model_config = ConfigDict(frozen=True, defer_build=True)
     kind: Literal["local", "ray"] = "local"
     """`local`: in the worker. `ray`: on a Ray cluster, with the extra `ray` on workers and nodes."""
-    address: str = "auto"
+    address: Annotated[str, AfterValidator(_cluster)] = "auto"
     """The address of the cluster's head, such as `10.0.0.5:6379`. The worker's host must be a node of it; `auto` takes
     the cluster whose node it is."""
     token_path: Path | None = None
@@ -379,6 +385,9 @@ class Settings(BaseSettings):
     """Memory of the device of a worker: it takes no job that needs more. By default that of the first CUDA device or,
     without one, of the host or its container. With Ray, that of the cluster's smallest GPU: units share one only if
     this is set and has room for both, and unless it is set, the worker takes jobs of any size."""
+    base_cache_bytes: int | None = Field(default=None, gt=0)
+    """Maximum size of the bases that this machine keeps from buckets: before a download, those used longest ago are
+    removed. By default what the disk has room for. Those that a job uses stay, also beyond it."""
     job_retention_days: float = Field(default=365.0, ge=0, le=36_500)
     """How long `gc` keeps a job after it has ended; longer if a release was made by its composition, or a promotion
     waited for it."""

@@ -174,6 +174,8 @@ def _application(resources: "Resources") -> "FastAPI":
 def _drain_on_sigterm(application: "FastAPI", drain_s: float) -> None:
     """Makes the first SIGTERM turn /readyz, and only the second one, which comes by itself after `drain_s`, end the
     server. uvicorn has set its own handler when it loads the application."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        _end_streams_on(one, application)
     stop = signal.getsignal(signal.SIGTERM)
     if not drain_s or not callable(stop):
         return
@@ -188,6 +190,19 @@ def _drain_on_sigterm(application: "FastAPI", drain_s: float) -> None:
         again.start()
 
     signal.signal(signal.SIGTERM, drain)
+
+
+def _end_streams_on(number: signal.Signals, application: "FastAPI") -> None:
+    """Makes the signal end streams of events first: uvicorn waits for each answer, and these have no end."""
+    stop = signal.getsignal(number)
+    if not callable(stop):
+        return
+
+    def end(received: int, frame: "FrameType | None") -> None:
+        application.state.draining = True
+        stop(received, frame)
+
+    signal.signal(number, end)
 
 
 def _end_with_parent() -> None:

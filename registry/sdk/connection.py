@@ -1,6 +1,7 @@
 """Connects to a registry: over HTTP, or the embedded one in this process. One code path."""
 
 import os
+import re
 import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
@@ -57,6 +58,7 @@ class Connection:
 def load_settings(**given: str | None) -> "Settings":
     """The settings from the environment, or as given. Raises Usage for an invalid value or a misspelt variable."""
     from pydantic import ValidationError
+    from pydantic_settings import SettingsError
 
     from registry.settings import Settings
 
@@ -71,6 +73,14 @@ def load_settings(**given: str | None) -> "Settings":
             f"{name}: {', or: '.join(messages)}.",
             subject=name,
             next_step="Correct the environment variable.",
+        ) from error
+    except SettingsError as error:  # a group of settings in one variable that is not JSON
+        name = _variable(tuple(re.findall(r'field "(\w+)"', str(error))))
+        raise Usage(
+            "bad_setting",
+            f"{name} is not a JSON object.",
+            subject=name,
+            next_step=f"Remove it, and set each of its settings by itself: {name}__KIND, for one.",
         ) from error
 
 

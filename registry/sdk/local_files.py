@@ -46,12 +46,13 @@ def base_checkpoint(base: Json, override: Path | None, display: Display) -> "Che
     from composer.formats.checkpoints.checkpoint import open_checkpoint
     from composer.formats.checkpoints.hashing import verify_checkpoint
     from registry.sdk.connection import load_settings
-    from registry.transfer.bases import find_base
+    from registry.transfer.bases import Bases
 
     directory, reasons = override, list[str]()
     if directory is None:
         with display.progress(f"find {base['name']}", None):
-            directory, reasons = find_base(load_settings(), base["locations"], base["size_bytes"])
+            # In use until this process ends: it may load the base at any time.
+            directory, reasons = Bases(load_settings()).find(base["locations"], base["size_bytes"])
     if directory is None:
         raise NotFound(
             "base_not_here",

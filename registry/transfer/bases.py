@@ -1,6 +1,6 @@
 """Finds the checkpoint of a base: on this machine, downloaded to it, or where it is in a bucket."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from composer.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -8,43 +8,59 @@ from registry.errors import Invalid, NotFound, Unavailable
 from registry.formats.s3_address import SCHEME, parse_s3_address
 from registry.hub_client import bases as hub_bases
 from registry.settings import Settings
+from registry.storage.base_cache import BaseCache
 
 
-def find_base(settings: Settings, locations: Sequence[str], size_bytes: int) -> tuple[Path | None, list[str]]:
-    """A base's checkpoint on this machine, downloaded if it is not there yet; or None, and why no location gives one.
-    `size_bytes` is the size of its tensors, which bounds a download. Raises Unavailable if a hub or a
-    bucket does not answer."""
-    outage: Unavailable | None = None
-    try:
-        directory, reasons = hub_bases.find_base(locations, size_bytes)
-    except Unavailable as error:
-        directory, reasons, outage = None, [error.detail], error
-    for url in in_buckets(locations) if directory is None else ():
-        from registry.storage.s3.checkpoint import download_checkpoint  # boto3 is loaded where it is used
+class Bases:
+    """The bases of this machine. Those that were found in buckets stay on it until `release`."""
 
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._cache = BaseCache(settings.home_directory / "cache" / "bases", settings.base_cache_bytes)
+
+    def find(
+        self, locations: Sequence[str], size_bytes: int, check: Callable[[], None] = lambda: None
+    ) -> tuple[Path | None, list[str]]:
+        """A base's checkpoint, downloaded if it is not there yet; or None, and why no location gives one. `size_bytes`
+        is the size of its tensors, which bounds a download; `check` is called often while one from a bucket goes on.
+        Raises Unavailable if a hub or a bucket does not answer, and what `check` raises."""
+        outage: Unavailable | None = None
         try:
-            return download_checkpoint(settings.storage, parse_s3_address(url), _cache(settings), size_bytes), []
-        except (Invalid, NotFound) as error:
-            reasons.append(error.detail)
-    if outage is not None:
-        raise outage
-    return directory, reasons
+            directory, reasons = hub_bases.find_base(locations, size_bytes)
+        except Unavailable as error:
+            directory, reasons, outage = None, [error.detail], error
+        for url in in_buckets(locations) if directory is None else ():
+            from registry.storage.s3.checkpoint import download_checkpoint  # boto3 is loaded where it is used
 
+            address = parse_s3_address(url)
+            try:
+                return download_checkpoint(self._settings.storage, address, self._cache, size_bytes, check), []
+            except (Invalid, NotFound) as error:
+                reasons.append(error.detail)
+        if outage is not None:
+            raise outage
+        return directory, reasons
 
-def open_base(settings: Settings, digest: str, locations: Sequence[str], size_bytes: int) -> Checkpoint:
-    """A base's checkpoint on this machine, as `find_base` finds it. Its weights are not verified. Raises NotFound with
-    `base_not_here`, and Unavailable."""
-    directory, reasons = find_base(settings, locations, size_bytes)
-    if directory is None:
-        missing = f"This host cannot find the base at any location ({', '.join(locations) or 'it has none'})."
-        raise NotFound(
-            "base_not_here",
-            " ".join([missing, *reasons]),
-            subject=digest,
-            next_step="Add one on that host (`adaptory base add DIR`), or an hf:// or s3:// address. The nodes of a "
-            "cluster name the bases in their directories with --resources.",
-        )
-    return open_checkpoint(directory)
+    def open(
+        self, digest: str, locations: Sequence[str], size_bytes: int, check: Callable[[], None] = lambda: None
+    ) -> Checkpoint:
+        """The checkpoint that `find` finds. Its weights are not verified. Raises NotFound with `base_not_here`, and
+        what `find` raises."""
+        directory, reasons = self.find(locations, size_bytes, check)
+        if directory is None:
+            missing = f"This host cannot find the base at any location ({', '.join(locations) or 'it has none'})."
+            raise NotFound(
+                "base_not_here",
+                " ".join([missing, *reasons]),
+                subject=digest,
+                next_step="Add one on that host (`adaptory base add DIR`), or an hf:// or s3:// address. The nodes of "
+                "a cluster name the bases in their directories with --resources.",
+            )
+        return open_checkpoint(directory)
+
+    def release(self) -> None:
+        """No base that was found is used any more."""
+        self._cache.release()
 
 
 def in_buckets(locations: Sequence[str]) -> list[str]:
@@ -59,7 +75,3 @@ def open_in_bucket(settings: Settings, location: str, directory: Path) -> Checkp
 
     address = parse_s3_address(location)
     return open_remote_checkpoint(settings.storage, address, directory / address.name)
-
-
-def _cache(settings: Settings) -> Path:
-    return settings.home_directory / "cache" / "bases"

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 from registry.database.tables import Base, Job, Release
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import EVERYWHERE, Role, holds, may_read, permit, permit_somewhere, refuse_other_owner
+from registry.domain.access.roles import EVERYWHERE, Role, holds, permit, permit_somewhere, refuse_other_owner
 from registry.domain.catalog import bases, repositories, scorers, suites
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import resolve
@@ -67,21 +67,22 @@ def request(
             namespace=job.namespace,
             after={"subjects": subject_names, "suites": [suite.name for suite in wanted_suites]},
         )
-        return _report(session, actor, job)
+        return _report(session, job)
 
 
 def report(session: Session, actor: Actor, job_id: int) -> Json:
-    """The report of an evaluation, as far as it is done. Only for the user who asked for it and registry admins."""
+    """The report of an evaluation, as far as it is done. Only for the user who asked for it, who must still read what
+    it measures, and registry admins."""
     job = session.get(Job, job_id)
-    may = job is not None and (job.created_by == actor.name or holds(actor, Role.ADMIN, EVERYWHERE))
-    if job is None or job.kind != evaluations.KIND or not may:
+    job = None if job is None or job.kind != evaluations.KIND else job
+    if job is None or not (evaluations.is_own(session, actor, job) or holds(actor, Role.ADMIN, EVERYWHERE)):
         raise NotFound(
             "evaluation_unknown",
             f"You have no evaluation {job_id}.",
             subject=str(job_id),
             next_step="Ask for one with `adaptory eval REF --suite SUITE --queue`.",
         )
-    return _report(session, actor, job)
+    return _report(session, job)
 
 
 def _refuse_too_many(subjects: int, on: int) -> None:
@@ -101,24 +102,21 @@ def _own_base(session: Session, actor: Actor, name: str) -> Base:
     return base
 
 
-def _report(session: Session, actor: Actor, job: Job) -> Json:
+def _report(session: Session, job: Job) -> Json:
     row = evaluations.find(session, job.id)
     done = {Wanted.of(one): one for one in row.results}
-    items = [_item(session, actor, one, done.get(one)) for one in (Wanted(**wanted) for wanted in row.wanted)]
+    items = [_item(session, one, done.get(one)) for one in (Wanted(**wanted) for wanted in row.wanted)]
     return {
         "job": job.id,
         "state": job.state,
         "steps": job.steps,
         "error": job.error,
-        "items": [item for item in items if item is not None],
+        "items": items,
     }
 
 
-def _item(session: Session, actor: Actor, wanted: Wanted, result: Json | None) -> Json | None:
-    """None for a release that the actor may no longer read."""
+def _item(session: Session, wanted: Wanted, result: Json | None) -> Json:
     release = None if wanted.release is None else session.get_one(Release, wanted.release)
-    if release is not None and not may_read(actor, release.repository.namespace):
-        return None
     base, suite = session.get_one(Base, wanted.base), suites.find(session, wanted.suite)
     names = ("metric", "value", "stderr", "n", "higher_is_better")
     return {

@@ -84,11 +84,12 @@ def begin(
 
 
 def report(session: Session, actor: Actor, job_id: int) -> Json:
-    """The report of an upgrade, as far as it is done. Only for the user who began it and registry admins."""
+    """The report of an upgrade, as far as it is done. Only for the user who began it, who must still read what it
+    measures, and registry admins."""
     job = session.get(Job, job_id)
     row = evaluations.find(session, job_id) if job is not None and job.kind == evaluations.KIND else None
-    may = job is not None and (job.created_by == actor.name or holds(actor, Role.ADMIN, EVERYWHERE))
-    if row is None or row.upgrade is None or not may:
+    may = row is not None and job is not None and evaluations.is_own(session, actor, job)
+    if row is None or row.upgrade is None or not (may or holds(actor, Role.ADMIN, EVERYWHERE)):
         raise NotFound(
             "upgrade_unknown",
             f"You have no upgrade {job_id}.",

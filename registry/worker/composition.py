@@ -24,7 +24,6 @@ from registry.domain.jobs.queue import Amount
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_reference
 from registry.transfer import publishing, uploads
-from registry.transfer.bases import open_base
 from registry.worker.runner import JobRun
 from registry.worker.workspace import work_of
 
@@ -155,7 +154,7 @@ class CompositionRun:
 def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_bytes: int) -> Checkpoint:
     """A base's checkpoint on this host, downloaded if a location is on a hub. Verifies its weights: the files at a
     location may have changed."""
-    checkpoint = open_base(held.resources.settings, digest, locations, size_bytes)
+    checkpoint = held.engine.bases.open(digest, locations, size_bytes, held.check)
     verify_checkpoint(checkpoint, digest, held.check)
     return checkpoint
 

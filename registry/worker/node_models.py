@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.checkpoints.hashing import verify_checkpoint
-from registry.transfer.bases import open_base
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.units import Node
 from registry.worker.node_files import Row
@@ -56,4 +55,4 @@ def base_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkp
 def opened_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkpoint:
     """The base's checkpoint on this host, downloaded if need be. Its weights are not verified. Raises NotFound with
     `base_not_here`."""
-    return open_base(node.settings, digest, hints["locations"], int(hints["size_bytes"]))
+    return node.bases.open(digest, hints["locations"], int(hints["size_bytes"]))

@@ -20,7 +20,7 @@ from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
 from registry.domain.jobs.queue import Amount
 from tests import services
-from tests.access.house import HOST, House, borrowed, build_house, new_environment
+from tests.access.house import HOST, PRIVATE, PUBLIC, House, borrowed, build_house, new_environment
 from tests.eventually import eventually
 
 
@@ -208,3 +208,28 @@ def test_publishers_order_their_jobs_and_a_high_priority_needs_a_releaser(house:
         ("releaser", {"priority": "normal"}, {"priority": "high"}),
         ("publisher", {"priority": "low"}, {"priority": "normal"}),
     ]
+
+
+def test_a_narrowed_token_neither_sees_nor_changes_what_its_user_evaluates_elsewhere(house: House) -> None:
+    suite = house.ask("operator", "GET", "/v1/suites").json()["items"][0]["name"]
+    asked = {"releases": [f"{PRIVATE}/sql:1.0.0"], "suites": [suite]}
+    job = house.ask("publisher", "POST", "/v1/evaluations", json=asked).json()["job"]
+    seen = [
+        ("GET", f"/v1/jobs/{job}", {}),
+        ("GET", f"/v1/evaluations/{job}", {}),
+        ("GET", f"/v1/jobs/{job}/events", {}),
+    ]
+    changed = [
+        ("POST", f"/v1/jobs/{job}/priority", {"json": {"priority": "low"}}),
+        ("POST", f"/v1/jobs/{job}/cancel", {}),
+    ]
+
+    def answers(scope: dict[str, str], requests: list[tuple[str, str, dict[str, Any]]]) -> set[int]:
+        made = house.ask("publisher", "POST", "/v1/tokens", json={"scope": scope}).json()
+        house.secrets["weak"] = made["token"]
+        return {house.ask("weak", method, path, **more).status_code for method, path, more in requests}
+
+    assert answers({PUBLIC: "reader"}, [*seen, *changed]) == {404}
+    assert answers({PRIVATE: "reader"}, seen[:2]) == {200}
+    assert answers({PRIVATE: "reader"}, changed) == {403}
+    assert answers({PRIVATE: "publisher"}, changed) == {200}

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from registry.errors import Invalid, RegistryError, Unavailable
 from registry.settings import EngineSettings, Settings
+from registry.storage.s3.unit_results import S3Results
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray import MAX_DEATHS, RayEngine
@@ -50,6 +52,43 @@ def test_a_result_whose_bytes_are_gone_is_made_again(cluster: RayCluster, journa
     node.results.write(counted.DOUBLE.key(unit), b'{"numb')
     assert run(LocalEngine(node), [unit])["unit lost"]["number"] == 154
     assert counted.events(journal)["done unit lost"] == 2
+
+
+def test_a_session_of_the_process_is_used_and_not_ended(cluster: RayCluster, engine: RayEngine, journal: Path) -> None:
+    """As one that a notebook has begun, here the driver's."""
+    settings = Settings(home=Path(cluster.environ["ADAPTORY_HOME"]))
+    known = EngineSettings(kind="ray", address=cluster.address, token_path=cluster.token_path)
+    another = RayEngine(known, open_node(settings))
+    run(another, counted.units(1, journal))
+    another.close()
+    assert len(run(engine, counted.units(2, journal))) == 2
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        elsewhere = known.model_copy(update={"address": f"127.0.0.1:{other.getsockname()[1]}"})
+        with pytest.raises(Unavailable, match="session of the cluster at"):
+            RayEngine(elsewhere, open_node(settings))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"ADAPTORY_DATABASE_POOL_SIZE": "0"}, "ADAPTORY_DATABASE_POOL_SIZE: Input should be greater than"),
+        ({"ADAPTORY_HOME": "/proc/none"}, "'/proc/none'"),
+        ({"ADAPTORY_STORAGE__PREFIX": "another/"}, "its store is another"),
+    ],
+)
+def test_a_node_that_cannot_run_units_says_why(
+    cluster: RayCluster, engine: RayEngine, journal: Path, changed: dict[str, str], says: str
+) -> None:
+    usual, cluster.environ = cluster.environ, {**cluster.environ, **changed}
+    odd, unit = cluster.start(cpus=2), Unit(name="unit", content={"odd": says, "number": 1}, hints=_slow(journal))
+    cluster.environ = usual
+    try:
+        with pytest.raises(Unavailable, match=says) as caught:
+            list(engine.map(counted.DOUBLE, [unit], Needs(cpus=2), go_on))
+    finally:
+        cluster.kill(odd)
+    assert caught.value.code == "engine_node_differs"
 
 
 def test_a_node_that_dies_costs_the_units_that_it_was_doing(
@@ -147,8 +186,8 @@ class Stopped(Exception):
     """What a check raises."""
 
 
-def test_a_map_that_is_stopped_ends_its_units_within_seconds(
-    cluster: RayCluster, engine: RayEngine, journal: Path
+def test_a_map_that_is_stopped_ends_its_units_within_seconds_also_while_the_store_is_away(
+    cluster: RayCluster, engine: RayEngine, journal: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = [Unit(name=f"long {n}", content={"long": n, "number": n}, hints=_endless(journal)) for n in range(4)]
     stopped_at = 0.0
@@ -156,6 +195,7 @@ def test_a_map_that_is_stopped_ends_its_units_within_seconds(
     def check(_done: int) -> None:
         nonlocal stopped_at
         if counted.events(journal)["begun long 0"]:
+            monkeypatch.setattr(S3Results, "delete", _away)
             stopped_at = time.monotonic()
             raise Stopped
 
@@ -166,6 +206,10 @@ def test_a_map_that_is_stopped_ends_its_units_within_seconds(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not [event for event in counted.events(journal) if event.startswith("done")]
+
+
+def _away(_results: S3Results, _key: str) -> None:
+    raise Unavailable("store_unavailable", "The blob store does not respond as expected.", next_step="Try again.")
 
 
 def _endless(journal: Path) -> dict[str, Any]:

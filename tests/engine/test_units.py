@@ -1,14 +1,17 @@
 """What units keep: results by a key of what determines them, and directories of processes that live."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from composer.evaluation.scorers.scorer import package_of
 from composer.formats.recipes.tasks import ScorerChoice
+from registry.errors import Invalid
 from registry.settings import Settings
 from registry.worker.engine import units
+from registry.worker.engine.ray_runner import UnitRunner
 from registry.worker.engine.units import Unit, finished, open_node, run_unit
 from tests.composer.scorers import install_scorer
 from tests.engine import counted
@@ -50,9 +53,40 @@ def test_another_release_of_adaptory_makes_its_own_results(tmp_path: Path, monke
     assert finished(node, counted.DOUBLE, unit) is None
 
 
+def test_what_is_too_large_to_be_kept_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was written, and never read again."""
+    node, unit = (
+        open_node(Settings(home=tmp_path)),
+        Unit(name="unit", content={"number": 1}, hints={"journal": "/dev/null"}),
+    )
+    monkeypatch.setattr(units, "MAX_RESULT_BYTES", 50)
+    for keep in (lambda: node.share(bytes(50)), lambda: run_unit(node, counted.DOUBLE, unit)):
+        with pytest.raises(Invalid, match="at most 49 are kept"):
+            keep()
+    assert node.shared(node.share(bytes(49))) == bytes(49)
+
+
 def test_a_python_scorer_is_known_by_its_package_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ScorerChoice(name="obedient")
     assert package_of(ScorerChoice(name="match")) == package_of(None) == package_of(chosen) == ""
     install_scorer(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert package_of(chosen) == "obedient 1.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("ADAPTORY_ENGINE__RUNNERS", "-1", "ADAPTORY_ENGINE__RUNNERS: Input should be greater than 0"),
+        ("ADAPTORY_HOME", "/proc/none", "'/proc/none'"),
+    ],
+)
+def test_a_node_says_why_it_cannot_run_units(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv("ADAPTORY_HOME", str(tmp_path))
+    own = version("adaptory")
+    open_node(Settings()).results.write("marker", b"{}")
+    assert UnitRunner().ready("marker", own) == {"problem": ""}
+    monkeypatch.setenv(name, value)
+    assert says in UnitRunner().ready("marker", own)["problem"]

@@ -63,6 +63,18 @@ def test_variables_that_others_make_of_the_name_are_let_pass(tmp_path: Path, nam
 
 
 @pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ("", ("ADAPTORY_ENGINE is not a JSON object", "ADAPTORY_ENGINE__KIND")),
+        ("__ADDRESS", ("ADAPTORY_ENGINE__ADDRESS", "neither `auto` nor HOST:PORT")),
+        ("__KIND", ("ADAPTORY_ENGINE__KIND", "'local' or 'ray'")),
+    ],
+)
+def test_an_engine_that_makes_no_sense_is_named(tmp_path: Path, engine: str, words: tuple[str, ...]) -> None:
+    refused(Cli({"ADAPTORY_HOME": str(tmp_path), f"ADAPTORY_ENGINE{engine}": "rai"})("list"), 2, *words)
+
+
+@pytest.mark.parametrize(
     ("storage", "words"),
     [
         ({"KIND": "s4"}, ("ADAPTORY_STORAGE", "is not one of")),

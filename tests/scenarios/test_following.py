@@ -134,8 +134,10 @@ def test_following_goes_on_after_an_outage_says_what_changes_on_a_pipe_and_an_in
     again = begin_command(remote, START, "jobs", "1", "--follow")
     assert again.stderr is not None
     assert "waits for a worker" in again.stderr.readline()
-    serving.terminate()
-    serving.communicate(timeout=30)
+    with httpx2.stream("GET", f"http://127.0.0.1:{port}/v1/jobs/1/events") as stream:
+        assert stream.status_code == 200
+        serving.terminate()
+        serving.communicate(timeout=30)  # a stream of events does not keep the server
     assert "Trying again every 2 s" in again.stderr.readline()
     with resources_of(home.environment) as resources:
         assert run_one(resources, KINDS, "worker")

@@ -22,11 +22,11 @@ from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
 from registry.errors import NotAllowed
 from registry.settings import Settings
-from registry.transfer.bases import find_base
+from registry.transfer.bases import Bases
 from registry.worker import merging
 from registry.worker.engine.units import Count, Node, Result, Unit
 from registry.worker.merging import SHARD
-from registry.worker.runner import run_one
+from registry.worker.runner import JobLost, run_one
 from registry.worker.steps import KINDS
 from tests.composer.small_model import save_llama
 from tests.s3_server import BUCKET, S3Server
@@ -135,13 +135,51 @@ def test_a_base_that_suites_load_is_downloaded_once(site: Site, world: World, tm
 
 def test_processes_that_need_a_base_at_once_wait_for_one_download(site: Site, world: World) -> None:
     """As the runners of one node do."""
-    settings = Settings(home=home_of(site.cli))
+    bases = Bases(Settings(home=home_of(site.cli)))
     with ThreadPoolExecutor(4) as pool:
-        brought = [pool.submit(find_base, settings, [site.location], 10**9) for _ in range(4)]
+        brought = [pool.submit(bases.find, [site.location], 10**9) for _ in range(4)]
         ((directory, reasons),) = {(path, tuple(why)) for path, why in (one.result() for one in brought)}
     assert directory is not None
     assert {path.name for path in directory.iterdir()} == {path.name for path in world.base.iterdir()}
     assert (list(directory.parent.iterdir()), reasons) == ([directory], ())
+
+
+def test_weights_that_the_index_does_not_name_are_not_downloaded(site: Site, world: World) -> None:
+    """As the copy for other programs that some models have beside their shards."""
+    site.s3.client().put_object(Bucket=BUCKET, Key=f"{site.prefix}/consolidated.safetensors", Body=b"other" * 1000)
+    directory, _ = Bases(Settings(home=home_of(site.cli))).find([site.location], 10**9)
+    assert directory is not None
+    assert {path.name for path in directory.iterdir()} == {path.name for path in world.base.iterdir()}
+
+
+def test_a_download_stops_with_its_job_and_leaves_what_others_use(site: Site, world: World) -> None:
+    settings = Settings(home=home_of(site.cli))
+    user, bases = Bases(settings), Bases(settings)
+    used, _ = user.find([site.location], 10**9)
+    file = min(world.base.glob("*.safetensors"))
+    site.put(file, file.read_bytes()[:-1] + b"x")
+
+    left = iter([True] * 3)
+
+    def lost() -> None:
+        if not next(left, False):
+            raise JobLost
+
+    with pytest.raises(JobLost):
+        bases.find([site.location], 10**9, lost)
+    changed, _ = bases.find([site.location], 10**9)
+    assert used is not None
+    assert changed is not None
+    assert used.is_dir(), "a job has it"
+    user.release()
+    site.put(file)
+    again, _ = bases.find([site.location], 10**9)
+    assert again == used
+    bases.release()
+    site.put(file, file.read_bytes()[:-1] + b"y")
+    last, _ = bases.find([site.location], 10**9)
+    assert last is not None
+    assert list(last.parent.iterdir()) == [last]
 
 
 CHANGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
@@ -227,7 +265,7 @@ def test_shards_of_one_merge_are_not_made_of_files_that_are_laid_out_otherwise(
 
 def replace_kept(node: Node) -> Node:
     """The node as another process has it."""
-    return Node(node.settings, node.store, node.results, node.work_directory)
+    return Node(node.settings, node.store, node.results, node.work_directory, node.bases)
 
 
 def test_an_object_that_changes_during_the_merge_is_refused_and_nothing_is_published(

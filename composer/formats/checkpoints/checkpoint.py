@@ -27,7 +27,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEQUANTIZE = "or let `adaptory merge --dequantize` take this one as the values that it stands for"
 """The fix for a base that can be decoded."""
-_JSON_BYTES = 100_000_000
+MAX_JSON_BYTES = 100_000_000
 _JSON_VALUES = 1_000_000  # an index of as many tensors
 _NAME_BYTES = 255  # of a file's, on every file system that is in use
 _FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})  # whose weights have scales beside them
@@ -236,10 +236,10 @@ def read_json(path: Path, code: str, next_step: str) -> dict[str, Any]:
     if not path.is_file():
         raise InvalidFile(code, f"{path.parent.name} has no {path.name}.", subject=path.name, next_step=next_step)
     contained(path.parent, path.name)
-    if path.stat().st_size > _JSON_BYTES:
+    if path.stat().st_size > MAX_JSON_BYTES:
         raise InvalidFile(
             "too_large",
-            f"{path.name} is larger than {_JSON_BYTES} bytes.",
+            f"{path.name} is larger than {MAX_JSON_BYTES} bytes.",
             subject=path.name,
             next_step="Name a checkpoint's directory: its JSON files are small.",
         )

@@ -21,6 +21,8 @@ MAX_PIPELINED = 100
 """Maximum number of requests that may wait for earlier responses on a connection."""
 HEAD_S = 30
 """Time within which a head must end."""
+STUCK_S = 10.0
+"""How long a server that stops waits for a client that takes nothing of its answer: one of events has no end."""
 MAX_DISCARDED_BYTES, LINGER_S = 4 << 20, 2
 """How much of a refused head is still read, and for how long."""
 
@@ -89,6 +91,18 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self.loop.call_later(STUCK_S, self._end_if_stuck, self.transport.get_write_buffer_size())
+
+    def _end_if_stuck(self, unsent_bytes: int) -> None:
+        """Ends a connection whose client has taken nothing since, and looks again later at another."""
+        left = self.transport.get_write_buffer_size()
+        if left and left == unsent_bytes:
+            self.transport.abort()
+        elif not self.transport.is_closing() or left:
+            self.loop.call_later(STUCK_S, self._end_if_stuck, left)
 
     def on_message_begin(self) -> None:
         self._in_head, self._loose_bytes = True, 0

@@ -73,6 +73,7 @@ def set_priority(job_id: RowId, body: PriorityIn, resources: ResourcesOf, actor:
     namespace, or in the whole registry if it has none."""
     with resources.write() as session:
         job = _job(session, actor, job_id)
+        compositions.permit_change(session, actor, job)
         return job_view(session, queue.set_priority(session, actor, job.id, body.priority), actor.at)
 
 

@@ -176,14 +176,14 @@ def permit_look(actor: Actor, composition: Composition, job: Job, hidden: NotFou
         permit(actor, Role.READER, namespace, hidden=hidden)
 
 
-def permit_job(session: Session, actor: Actor, job: Job) -> None:
+def permit_job(session: Session, actor: Actor, job: Job, role: Role = Role.READER) -> None:
     """Raises unless the actor may see the job. An evaluation of releases in several namespaces is its
-    requester's and that of publishers of the whole registry."""
+    requester's, with a token that has the role in all of them, and that of publishers of the whole registry."""
     hidden = queue.unknown(job.id)
     if job.kind == checks.KIND:
         checks.permit_job(session, actor, job)
         return
-    if job.kind == evaluations.KIND and job.created_by == actor.name:
+    if job.kind == evaluations.KIND and evaluations.is_own(session, actor, job, role):
         return
     if job.kind == evaluations.KIND:
         if job.namespace is None and not holds(actor, Role.PUBLISHER):
@@ -193,8 +193,14 @@ def permit_job(session: Session, actor: Actor, job: Job) -> None:
         permit_look(actor, find_by_job(session, job.id), job, hidden)
 
 
+def permit_change(session: Session, actor: Actor, job: Job) -> None:
+    """Raises unless the actor may cancel the job, or give it another priority."""
+    permit_job(session, actor, job, Role.PUBLISHER)
+
+
 def cancel_job(session: Session, actor: Actor, job: Job) -> Job:
-    """Requests cancellation of a job. Raises Conflict for a finished one."""
+    """Requests cancellation of a job. Raises Conflict for a finished one, and unless the actor may change it."""
+    permit_change(session, actor, job)
     if job.kind not in (evaluations.KIND, checks.KIND):
         return cancel(session, actor, find_by_job(session, job.id).id)[1]
     job = queue.request_cancel(session, job.id, actor.at)

@@ -13,6 +13,7 @@ from composer.formats.recipes.tasks import ANSWER_SCORERS
 from registry.database.tables import Base, Evaluation, Job, Release, Repository, Suite
 from registry.domain.access import tokens
 from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role, may
 from registry.domain.jobs import queue
 from registry.domain.jobs.needs import HARNESS, Needs, base_need, scorer_need
 from registry.domain.jobs.queue import PLAIN, Wish
@@ -94,6 +95,17 @@ def under_way(session: Session, wanted: Sequence[Wanted]) -> Job | None:
 def find(session: Session, job_id: int) -> Evaluation:
     """The evaluation of a job."""
     return session.get_one(Evaluation, job_id)
+
+
+def is_own(session: Session, actor: Actor, job: Job, role: Role = Role.READER) -> bool:
+    """Whether the actor asked for the evaluation, with a token that has the role in the namespace of each release: a
+    narrower one of the same user does not."""
+    if job.created_by != actor.name:
+        return False
+    measured = {one["release"] for one in find(session, job.id).wanted if one["release"] is not None}
+    query = select(Repository.namespace).join(Release, Release.repository_id == Repository.id)
+    named = session.scalars(query.where(Release.id.in_(measured)).distinct())
+    return all(may(actor, role, namespace) for namespace in named)
 
 
 def requester(session: Session, job_id: int, now: datetime) -> Actor:

@@ -282,9 +282,11 @@ def requeue(session: Session, job_id: int, worker: str, error: dict[str, Any] | 
 
 
 def retry_later(session: Session, job_id: int, worker: str, until: datetime, error: dict[str, Any]) -> None:
-    """Returns the job to the queue, to run after `until`, when the stores were unavailable. Counts the attempt."""
+    """Returns the job to the queue, to run after `until`, when the stores were unavailable; at once if it was cancelled
+    meanwhile. Counts the attempt."""
     held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
-    session.execute(held.values(state="queued", worker=None, heartbeat_at=until, error=error))
+    due = case((Job.cancel_requested, None), else_=until)
+    session.execute(held.values(state="queued", worker=None, heartbeat_at=due, error=error))
 
 
 def request_cancel(session: Session, job_id: int, now: datetime) -> Job:

@@ -2,20 +2,20 @@
 
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from composer.errors import InvalidFile, RefusedOutput
-from composer.formats.checkpoints.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
+from composer.formats.checkpoints.checkpoint import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, Checkpoint, open_checkpoint
 from composer.formats.checkpoints.files import read_range
 from composer.formats.checkpoints.staging import is_side_file, staged_directory
 from registry.errors import Invalid
 from registry.formats.s3_address import S3Address
 from registry.settings import S3Storage, Storage
+from registry.storage.base_cache import BaseCache, remove_unused
 from registry.storage.s3.bucket import Bucket, open_bucket
 from registry.storage.s3.objects import S3File, list_files, open_file
 
@@ -60,11 +60,14 @@ def open_remote_checkpoint(storage: Storage, address: S3Address, directory: Path
     return open_checkpoint(directory, weights={name: file for name, file in files.items() if name.endswith(_WEIGHTS)})
 
 
-def download_checkpoint(storage: Storage, address: S3Address, cache: Path, at_most_bytes: int) -> Path:
-    """The checkpoint at the address below `cache`, complete. One that is there is downloaded again only after a change,
-    and one that another process is downloading is waited for.
+def download_checkpoint(
+    storage: Storage, address: S3Address, cache: BaseCache, at_most_bytes: int, check: Callable[[], None]
+) -> Path:
+    """The checkpoint at the address in the cache, complete and in use. One that is there is downloaded again only
+    after a change, and one that another process is downloading is waited for. `check` is called often.
 
-    `at_most_bytes` is the size of its tensors: raises Invalid before a download of more than that, and Unavailable.
+    `at_most_bytes` is the size of its tensors: raises Invalid before a download of more than that, Unavailable, and
+    what `check` raises.
     """
     files = _files_at(location_bucket(storage, address))
     total = sum(file.size_bytes for file in files.values())
@@ -75,11 +78,15 @@ def download_checkpoint(storage: Storage, address: S3Address, cache: Path, at_mo
             subject=str(address),
             next_step="It is not this base: correct the location.",
         )
-    home = cache / _digest(str(address))
+    home = cache.directory / _digest(str(address))
     directory = home / _digest(*(f"{name} {file.size_bytes} {file.etag}" for name, file in sorted(files.items())))
-    while not directory.is_dir():
+    if not cache.use(directory):
+        home.mkdir(parents=True, exist_ok=True)
+        cache.make_room(total)
+    while not cache.use(directory):
+        check()
         try:
-            _download(files, directory, total)
+            _download(files, directory, total, check)
         except RefusedOutput as error:
             if error.code not in _OTHERS:
                 raise
@@ -87,31 +94,46 @@ def download_checkpoint(storage: Storage, address: S3Address, cache: Path, at_mo
     return directory
 
 
-def _download(files: Mapping[str, S3File], directory: Path, total: int) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
+def _download(files: Mapping[str, S3File], directory: Path, total: int, check: Callable[[], None]) -> None:
     key = _digest(directory.name)[:12]
     with staged_directory(directory, total, key) as staging, ThreadPoolExecutor(_PARALLEL, "download") as pool:
-        list(pool.map(partial(_fetch, staging), files.values()))
-    for other in directory.parent.iterdir():
+        list(pool.map(partial(_fetch, staging, check=check), files.values()))
+    for other in directory.parent.iterdir():  # what the address had before
         if other != directory:
-            shutil.rmtree(other, ignore_errors=True)
+            remove_unused(other)
 
 
 def _files_at(bucket: Bucket) -> Mapping[str, S3File]:
     """The files of a checkpoint: its weights, and what accompanies them."""
-    names = [name for name, size in list_files(bucket).items() if _belongs(name, size)]
+    names = {name for name, size in list_files(bucket).items() if _belongs(name, size)}
+    index = open_file(bucket, INDEX_FILE) if INDEX_FILE in names else None
+    if index is not None and (shards := _shards(index)) is not None:
+        names = {name for name in names if not name.endswith(_WEIGHTS) or name in shards}
     with ThreadPoolExecutor(_PARALLEL, "open") as pool:
-        opened = pool.map(partial(open_file, bucket), names)
-        return {name: file for name, file in zip(names, opened, strict=True) if file is not None}
+        opened = pool.map(partial(open_file, bucket), sorted(names))
+        return {name: file for name, file in zip(sorted(names), opened, strict=True) if file is not None}
+
+
+def _shards(index: S3File) -> set[str] | None:
+    """The files of weights that belong to an index; others are copies for other programs. The single file is one, since
+    it may not be there besides. None for an index that `open_checkpoint` refuses."""
+    if index.size_bytes > MAX_JSON_BYTES:
+        return None
+    try:
+        stated = json.loads(read_range(index, 0, index.size_bytes))["weight_map"].values()
+        return {SINGLE_FILE, *map(str, stated)}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _belongs(name: str, size_bytes: int) -> bool:
     return name in _TEXTS or is_side_file(name, size_bytes) or (name.endswith(_WEIGHTS) and not name.startswith("."))
 
 
-def _fetch(directory: Path, file: S3File) -> None:
+def _fetch(directory: Path, file: S3File, check: Callable[[], None] = lambda: None) -> None:
     with (directory / file.name).open("wb") as copy:
         for block in _blocks(file):
+            check()
             copy.write(block)
 
 

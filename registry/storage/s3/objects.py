@@ -14,7 +14,7 @@ from botocore.exceptions import (  # pyright: ignore[reportMissingTypeStubs]
 )
 
 from composer.errors import RefusedOutput
-from registry.errors import Invalid
+from registry.errors import Invalid, Unavailable
 from registry.storage.s3.bucket import MISSING, Bucket, code_of, translate_store_errors
 
 log = logging.getLogger(__name__)
@@ -69,16 +69,32 @@ class S3File:
                 raise
         body: Any = answer["Body"]
         try:
+            if buffer.nbytes < self.size_bytes and not answer.get("ContentRange", "").startswith(f"bytes {offset}-"):
+                raise self._without_ranges()
             while buffer.nbytes and (count := body.readinto(buffer[:_PIECE_BYTES])):
                 buffer = buffer[count:]
                 yield count
         finally:
             body.close()
 
+    def _without_ranges(self) -> Unavailable:
+        """The error for a store, or a proxy before it, that answers with other bytes than those that were asked for."""
+        return Unavailable(
+            "store_unfit",
+            f"The store does not answer with the asked range of {self.name}.",
+            subject=self.name,
+            next_step="Use a store that serves ranges of objects, and see that no proxy before it removes `Range`.",
+        )
+
     @property
     def named(self) -> dict[str, str]:
         """The object, as boto3 names it."""
         return self.bucket.object(self.name)
+
+    def refuse_changed(self) -> None:
+        """Raises RefusedOutput unless the object is still the one that was opened."""
+        if open_file(self.bucket, self.name) != self:
+            raise self.changed()
 
     def changed(self) -> RefusedOutput:
         """The error for an object that has changed since it was opened."""

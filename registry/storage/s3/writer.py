@@ -90,6 +90,7 @@ class S3Writer:
         """Buffers of parts that were sent, to be used again: malloc keeps freed ones for each thread."""
         self._run: _Run | None = None
         self._size_bytes = 0
+        self._copied_from = set[S3File]()
         self.copied_bytes = 0
 
     def write(self, block: memoryview, source: StoredFile | None = None, offset: int = 0) -> None:
@@ -171,6 +172,7 @@ class S3Writer:
             return
         self._flush()
         number = len(self._sent) + 1
+        self._copied_from.add(run.source)
         self._start(lambda upload: self._copy_part(upload, number, run))
 
     def _flush(self) -> None:
@@ -238,6 +240,8 @@ class S3Writer:
             said, copied = sent.result()
             stored = {**stored, number: said}
             self.copied_bytes += copied
+        for source in self._copied_from:  # not every store holds to the condition of a part's copy
+            source.refuse_changed()
         with translate_store_errors(sha256):
             self._parts.join(self._upload or {}, stored, _NAMING)
             self._upload = None

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from registry.errors import Unavailable
 from registry.settings import Settings
+from registry.transfer.bases import Bases
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Engine, Needs
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, open_node
@@ -19,6 +20,8 @@ class WorkerEngine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self.bases = Bases(settings)
+        """Those that steps load in this process."""
         self._opened: Engine | None = None
 
     @cached_property
@@ -61,6 +64,7 @@ class WorkerEngine:
 
     def release(self) -> None:
         """At the end of a job."""
+        self.bases.release()
         if self._opened is not None:
             self._opened.release()
 

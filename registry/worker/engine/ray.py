@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, cast
@@ -78,7 +79,8 @@ class _Map:
 
 
 class RayEngine:
-    """Runs units on the nodes of a cluster. This host must be a node of the cluster at the settings' address.
+    """Runs units on the nodes of a cluster. This host must be a node of the cluster at the settings' address. A session
+    that this process has already, such as a notebook's, is used and not ended.
 
     Raises Unavailable if the cluster cannot be reached, and NotAllowed if it needs no token.
     """
@@ -87,9 +89,11 @@ class RayEngine:
 
     def __init__(self, settings: EngineSettings, node: Node) -> None:
         self._settings, self._node = settings, node
-        if settings.token_path is not None:
-            os.environ["RAY_AUTH_TOKEN_PATH"] = str(settings.token_path.expanduser())
-        os.environ["RAY_AUTH_MODE"] = "disabled" if settings.insecure else "token"
+        self._begun_here = not _has_session()
+        if self._begun_here:  # Ray reads these when it is imported
+            if settings.token_path is not None:
+                os.environ["RAY_AUTH_TOKEN_PATH"] = str(settings.token_path.expanduser())
+            os.environ["RAY_AUTH_MODE"] = "disabled" if settings.insecure else "token"
         self._ray = ray_module()
         self._idle: list[_Runner] = []
         self._idle_needs = Needs()
@@ -97,21 +101,42 @@ class RayEngine:
         self._connect()
 
     def _connect(self) -> None:
-        ray = self._ray
         self._refuse_absent_head()
+        if self._begun_here:
+            self._begin_session()
+        else:
+            self._refuse_other_session()
+        if not self._settings.insecure:
+            self._refuse_open_cluster()
+
+    def _begin_session(self) -> None:
         try:
-            ray.init(
+            self._ray.init(
                 address=self._settings.address,
                 namespace="adaptory",
                 log_to_driver=False,
                 configure_logging=False,
                 include_dashboard=False,
-                ignore_reinit_error=True,
             )
         except Exception as error:  # Ray raises errors of many types
             raise self._unusable(error) from error
-        if not self._settings.insecure:
-            self._refuse_open_cluster()
+
+    def _refuse_other_session(self) -> None:
+        """Raises Unavailable if this process has a session of another cluster."""
+        address = self._ray.get_runtime_context().gcs_address
+        if self._settings.address != "auto" and self._endpoint(self._settings.address) != self._endpoint(address):
+            raise Unavailable(
+                "engine_unavailable",
+                f"This process has a Ray session of the cluster at {address}, not of {self._settings.address}.",
+                subject=self._settings.address,
+                next_step="End it with ray.shutdown(), or use its cluster with ADAPTORY_ENGINE__ADDRESS=auto.",
+            )
+
+    def _endpoint(self, address: str) -> tuple[str, str]:
+        """The IP address and port. Ray knows a loopback address by that of its node."""
+        host, _, port = address.rpartition(":")
+        known = socket.gethostbyname(host)
+        return self._ray.util.get_node_ip_address() if known.startswith("127.") else known, port
 
     def _refuse_absent_head(self) -> None:
         """Raises Unavailable at once where Ray would try for minutes."""
@@ -183,7 +208,8 @@ class RayEngine:
         finally:
             for runner in state.waiting.values():
                 self._ray.kill(runner.actor)
-            self._node.results.delete(state.marker)
+            with suppress(Unavailable):  # it must not hide why the map ends, and is swept
+                self._node.results.delete(state.marker)
 
     def release(self) -> None:
         self._end_idle()
@@ -195,6 +221,9 @@ class RayEngine:
         self._idle = []
 
     def close(self) -> None:
+        if not self._begun_here:
+            self._end_idle()
+            return
         self._idle = []
         self._ray.shutdown()
 
@@ -323,6 +352,12 @@ class RayEngine:
         if not smallest or size_bytes >= smallest:
             return 1.0
         return -(-size_bytes * 10_000 // smallest) / 10_000  # Ray counts in ten thousandths
+
+
+def _has_session() -> bool:
+    """Whether this process is connected to a cluster: Ray has one session for each process."""
+    loaded = sys.modules.get("ray")
+    return loaded is not None and cast(Any, loaded).is_initialized()
 
 
 def _wanted(options: dict[str, Any]) -> dict[str, float]:

@@ -17,10 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from registry.errors import Unavailable
+from registry.errors import Invalid, Unavailable
 from registry.settings import Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.unit_results import MAX_RESULT_BYTES, UnitResults
+from registry.transfer.bases import Bases
 from registry.transfer.resources import open_store, open_unit_results
 
 Count = Callable[[int], None]
@@ -48,13 +49,14 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a unit has on its host: settings, the blob store, finished results and a directory. No database: the worker
-    that holds the job writes rows."""
+    """What a unit has on its host: settings, the blob store, finished results, a directory and bases. No database: the
+    worker that holds the job writes rows."""
 
     settings: Settings
     store: BlobStore
     results: UnitResults
     work_directory: Path
+    bases: Bases
     _kept: dict[str, tuple[str, Any]] = field(default_factory=dict[str, tuple[str, Any]])
     _id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     """A process may have several: threads that use an embedded registry."""
@@ -76,6 +78,7 @@ class Node:
     def forget(self) -> None:
         """Drops what was kept, and its files."""
         self._kept.clear()
+        self.bases.release()
         shutil.rmtree(self._kept_files, ignore_errors=True)
 
     @property
@@ -89,8 +92,10 @@ class Node:
         return directory
 
     def share(self, document: bytes) -> str:
-        """Keeps a document that units read, and returns its key, which names its content."""
+        """Keeps a document that units read, and returns its key, which names its content. Raises Invalid for one that
+        is too large."""
         key = hashlib.sha256(document).hexdigest()
+        _refuse_too_large("What all units of a step read", document)
         self.results.write(key, document)
         return key
 
@@ -136,7 +141,7 @@ def open_node(settings: Settings) -> Node:
     for directory in work.glob(f"{_WORK}*"):
         if _is_left(directory):
             shutil.rmtree(directory, ignore_errors=True)
-    return Node(settings, open_store(settings, None), open_unit_results(settings), work)
+    return Node(settings, open_store(settings, None), open_unit_results(settings), work, Bases(settings))
 
 
 def _is_left(directory: Path) -> bool:
@@ -164,12 +169,24 @@ def finished(node: Node, task: Task, unit: Unit) -> Result | None:
 
 def run_unit(node: Node, task: Task, unit: Unit, count: Count = lambda _done: None) -> Result:
     """Runs the unit and keeps its result before this returns, with the process that made it and its seconds. Raises
-    what the task and `count` raise."""
+    what the task and `count` raise, and Invalid for a result that is too large."""
     began_s = time.monotonic()
     result = task.run(node, unit, count)
     made = {"by": f"{socket.gethostname()} {os.getpid()}", "seconds": time.monotonic() - began_s}
-    node.results.write(task.key(unit), json.dumps({"unit": unit.name, **made, "result": result}).encode())
+    document = json.dumps({"unit": unit.name, **made, "result": result}).encode()
+    _refuse_too_large(f"The result of {unit.name}", document)
+    node.results.write(task.key(unit), document)
     return result
+
+
+def _refuse_too_large(what: str, document: bytes) -> None:
+    if len(document) >= MAX_RESULT_BYTES:
+        raise Invalid(
+            "too_large",
+            f"{what} has {len(document):,} bytes, and at most {MAX_RESULT_BYTES - 1:,} are kept.",
+            subject="suites",
+            next_step="Ask for less at a time: fewer or smaller suites.",
+        )
 
 
 @contextmanager

@@ -159,3 +159,20 @@ def test_what_no_worker_lacks_is_claimed_and_what_one_lacks_waits(database: Data
         without = queue.claim(session, "alone", START, KINDS)
         assert without is not None
         assert without.id == first.id, "the only worker takes what it lacks, and says so"
+
+
+def test_a_job_that_is_cancelled_while_its_store_is_away_does_not_wait_for_its_next_attempt(database: Database) -> None:
+    with database.write() as session:
+        session.execute(delete(Job))
+    for cancelled in (False, True):
+        model = Model()
+        _enqueue(database, model, "evaluation", "acme", Priority.NORMAL, Needs())
+        (job_id,) = model.jobs
+        with database.write() as session:
+            assert queue.claim(session, "w", START, KINDS)
+            if cancelled:
+                queue.request_cancel(session, job_id, START)
+            queue.retry_later(session, job_id, "w", START + timedelta(minutes=5), {})
+        with database.write() as session:
+            taken = queue.claim(session, "w", START, KINDS)
+            assert (taken is not None and taken.id == job_id) == cancelled

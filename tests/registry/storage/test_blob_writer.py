@@ -12,6 +12,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from composer.errors import RefusedOutput
+from registry.errors import Unavailable
 from registry.formats.references import Digest
 from registry.storage.blobs import BlobStore
 from registry.storage.local import LocalStore
@@ -185,6 +186,38 @@ def test_a_file_that_changed_is_neither_copied_nor_read(corner: Corner) -> None:
     writer.abort()
     assert corner.store.stat(digest(source)) is None
     assert left(corner) == []
+
+
+def test_a_store_that_copies_parts_whatever_the_condition_makes_no_wrong_blob(corner: Corner) -> None:
+    source = os.urandom(8 * MIB)
+    file = base_file(corner, source)
+    _without(corner, "UploadPartCopy", "CopySourceIfMatch")
+    base_file(corner, source[:-1] + b"x")
+    writer = corner.store.begin_write(len(source))
+    writer.write(memoryview(source), file, 0)
+    with pytest.raises(RefusedOutput, match="changed in its bucket"):
+        writer.finish(digest(source))
+    writer.abort()
+    assert corner.store.stat(digest(source)) is None
+    assert left(corner) == []
+
+
+def _without(corner: Corner, operation: str, parameter: str) -> None:
+    """The real store, as one that does not know the parameter of an operation."""
+
+    def leave_out(params: dict[str, Any], **_: object) -> None:
+        params.pop(parameter, None)
+
+    corner.store._client.meta.events.register(f"provide-client-params.s3.{operation}", leave_out)
+
+
+def test_a_store_that_does_not_know_ranges_is_named(corner: Corner) -> None:
+    file = base_file(corner, os.urandom(1000))
+    _without(corner, "GetObject", "Range")
+    file.read_into(memoryview(bytearray(1000)), 0)
+    with pytest.raises(Unavailable) as refused:
+        file.read_into(memoryview(bytearray(10)), 5)
+    assert refused.value.code == "store_unfit"
 
 
 def test_a_file_is_read_by_range(corner: Corner) -> None:
