@@ -135,7 +135,10 @@ class RayEngine:
     def _endpoint(self, address: str) -> tuple[str, str]:
         """The IP address and port. Ray knows a loopback address by that of its node."""
         host, _, port = address.rpartition(":")
-        known = socket.gethostbyname(host)
+        try:
+            known = socket.gethostbyname(host)
+        except OSError as error:
+            raise self._unusable(error) from error
         return self._ray.util.get_node_ip_address() if known.startswith("127.") else known, port
 
     def _refuse_absent_head(self) -> None:
