@@ -36,7 +36,7 @@ from registry.worker.engine.opened import WorkerEngine
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray import base_resource
 from registry.worker.node_models import base_hints
-from registry.worker.search_units import SpreadSearch
+from registry.worker.pass_units import Combined, SpreadPasses
 from tests.engine import counted
 from tests.engine.cluster import RayCluster
 
@@ -165,12 +165,10 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
 def _run(
     held: Held, problem: Problem, digest: str, *, hints: dict[str, Any], files: list[list[ManifestFile]]
 ) -> tuple[Times, str]:
-    spread = SpreadSearch(
-        held,  # pyright: ignore[reportArgumentType]
-        problem, digest, hints=hints, files=files, progress=held.check,
-    )  # fmt: skip
+    document = Combined(base=digest, members=problem.members, files=files, guards=()).for_search(problem)
+    elsewhere = SpreadPasses(held, digest, document, hints, held.check)  # pyright: ignore[reportArgumentType]
     started = time.monotonic()
-    report = optimize(problem, measure=spread.measure, spread=spread.spread)
+    report = optimize(problem, elsewhere=elsewhere)
     over = time.monotonic()
     seconds = [float(row["seconds"]) for row in _kept(held.engine.node.work_directory.parent)]
     held.engine.release()

@@ -378,7 +378,7 @@ class Settings(BaseSettings):
     device_memory_bytes: int | None = Field(default=None, gt=0)
     """Memory of the device of a worker: it takes no job that needs more. By default that of the first CUDA device or,
     without one, of the host or its container. With Ray, that of the cluster's smallest GPU: units share one only if
-    this is set and has room for both."""
+    this is set and has room for both, and unless it is set, the worker takes jobs of any size."""
     job_retention_days: float = Field(default=365.0, ge=0, le=36_500)
     """How long `gc` keeps a job after it has ended; longer if a release was made by its composition, or a promotion
     waited for it."""

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from composer.conflicts.evidence.activations import MAX_PROMPTS, Activations, activations
+from composer.conflicts.evidence.bench import Elsewhere
 from composer.conflicts.evidence.outcome import Limits
 from composer.conflicts.evidence.probe import Effort, Probed, ProbeResult, Progress, by_method, probe, weighted
 from composer.conflicts.report import ConflictReport, conflicts
+from composer.deltas.tensors import CPU
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import InvalidFile
 from composer.evaluation.calibration import Calibration
@@ -25,10 +27,10 @@ from composer.methods.structural import structural
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What may be measured. `load` returns the base when it is needed. With `k` and a suite for each adapter, they are
-    probed on `k` to `most` examples, guards included. Otherwise, with prompts, their activations are compared. The
-    suites' prompts are always compared. A fitted method is fitted on the `calibration` and probed on other examples;
-    without a calibration it is not measured. The probe also leaves out examples that are in `searched`. `progress`
-    counts the probe's examples."""
+    probed on `k` to `most` examples, guards included, in this process or `elsewhere`. Otherwise, with prompts, their
+    activations are compared. The suites' prompts are always compared. A fitted method is fitted on the `calibration`
+    and probed on other examples; without a calibration it is not measured. The probe also leaves out examples that are
+    in `searched`. `progress` counts the probe's examples."""
 
     load: Callable[[], LoadedModel]
     suites: Sequence[Suite | None] = ()
@@ -39,6 +41,7 @@ class Evidence:
     calibration: Calibration | None = None
     searched: Sequence[CalibrationSet] = ()
     progress: Progress | None = None
+    elsewhere: Elsewhere | None = None
 
 
 def examine(
@@ -97,11 +100,12 @@ def _measured(
         if isinstance(how, Regmean) and evidence.calibration is None:
             return None
         effort = Effort(evidence.k, max(evidence.k, evidence.most), Limits.of(policy))
-        loaded = evidence.load()
-        combine = by_method(adapters, how, evidence.calibration, loaded.device)
+        device = evidence.load().device if evidence.elsewhere is None else CPU  # what is elsewhere combines there
+        combine = by_method(adapters, how, evidence.calibration, device)
         sets = [*evidence.searched, *(evidence.calibration.sets if evidence.calibration else ())]
         used_examples = used_in(sets, [*suites, *evidence.guards])
-        return probe(loaded, members, evidence.guards, effort, combine, used_examples, evidence.progress)
+        counted = (used_examples, evidence.progress, evidence.elsewhere)
+        return probe(evidence.load, members, evidence.guards, effort, combine, *counted)
     if evidence.prompts:
         own = effective_weights(weights, how)
         taking_part = projected_off_protected(adapters, weights_of(weights), how, evidence.load().device)

@@ -4,13 +4,13 @@ The objective, the race and the candidates were chosen by what they kept on unse
 (docs/how-to/find-a-combination.md).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
 
-from composer.conflicts.evidence.bench import Bench, Measure, Pass, Probed, Record, References, Results, Runner, not_run
+from composer.conflicts.evidence.bench import Bench, Elsewhere, Probed, Record, References, Results, Runner, not_run
 from composer.conflicts.evidence.outcome import Outcome
 from composer.errors import Mismatch, NotSupported
 from composer.evaluation.measure import Measured
@@ -28,8 +28,6 @@ from composer.optimize.race import race
 from composer.optimize.report import Confirmed, OptimizeReport, Tried, choose
 from composer.optimize.surface import Point, proposed
 
-Spread = Callable[[Sequence[Pass]], Iterable[tuple[Pass, Sequence[Measured]]]]
-"""Runs passes beside each other, and yields each with its results as it ends. One that cannot be run is left out."""
 _BEST = 3
 _GUARDS_FROM = 4
 _SURFACE_AT, _SURFACE_ROUNDS = 4, 3
@@ -40,21 +38,20 @@ def optimize(
     given: Sequence[Candidate] = (),
     journal: Path | None = None,
     progress: Callable[[int], None] = lambda _count: None,
-    measure: Measure | None = None,
-    spread: Spread | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> OptimizeReport:
     """Searches for the best combination of the members and confirms it on examples that the search did not see.
 
     `given` are candidates to try beside the usual ones. A run with the same `journal` resumes: what was measured is not
     measured again, and the choice is the same. `progress` gets the number of examples just measured, 0 from within
-    other work, and may raise. `measure` runs one pass; this process does, on the problem's base, unless it is given.
-    `spread` runs the passes of a round beside each other; the choice is the same.
+    other work, and may raise. Passes are run in this process, on the problem's base, or `elsewhere`, those of a round
+    side by side; the choice is the same.
 
     Raises what `Problem.check` and `encode` raise, and Mismatch or NotSupported if no candidate can be made.
     """
     problem.check()
     record = Journal(journal, problem.name) if journal else Record()
-    search = _Search(problem, Bench(measure or Runner(problem.load, progress), record), progress, spread)
+    search = _Search(problem, Bench(Runner(problem.load, progress), record, elsewhere), progress)
     contradictions = problem.contradictions()
     best, tried = ([], []) if contradictions else search.run(given)
     return OptimizeReport(
@@ -85,14 +82,7 @@ def expected_passes(problem: Problem, given: Sequence[Candidate] = ()) -> int:
 class _Search:
     """One search: combines, fits and measures candidates, and keeps what is needed again."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        bench: Bench,
-        progress: Callable[[int], None] = lambda _count: None,
-        spread: Spread | None = None,
-    ) -> None:
-        self._spread = spread
+    def __init__(self, problem: Problem, bench: Bench, progress: Callable[[int], None] = lambda _count: None) -> None:
         self.started, self.search_s = monotonic(), 0.0
         self.problem, self.limits, self.bench = problem, problem.limits, bench
         self.members = [Probed(one.adapter.name, one.adapter.deltas, 1.0, one.suite) for one in problem.members]
@@ -115,7 +105,7 @@ class _Search:
         chosen += [one for one in candidates if one.family == "mean" and one.key in tried and one not in chosen]
         self.search_s = monotonic() - self.started
         self.combiner.forget_inputs()
-        self._run_ahead(lambda: [self._confirmed(one, len(chosen)) for one in chosen])
+        self.bench.run_ahead(lambda: [self._confirmed(one, len(chosen)) for one in chosen])
         confirmed = [self._confirmed(one, len(chosen)) for one in chosen]
         return [one for one in confirmed if one is not None], [Tried.of(one, self.limits) for one in tried.values()]
 
@@ -145,16 +135,7 @@ class _Search:
         return last
 
     def _ahead(self, candidates: Sequence[Candidate], k: int) -> None:
-        self._run_ahead(lambda: [self._standing(one, k) for one in candidates])
-
-    def _run_ahead(self, measured: Callable[[], object]) -> None:
-        """Runs the passes that `measured` is about to ask for beside each other, if they can be spread."""
-        if self._spread is None:
-            return
-        with self.bench.planning() as passes:
-            measured()
-        for one, results in self._spread(passes):
-            self.bench.add(one, results)
+        self.bench.run_ahead(lambda: [self._standing(one, k) for one in candidates])
 
     def _affordable(self, examples: int) -> bool:
         """Whether `examples` more of every suite are within the budget, counted once for each candidate."""
@@ -196,7 +177,7 @@ class _Search:
             named = [(f"evolved {' '.join(f'{one:g}' for one in weights)}", weights) for weights in evolution.ask()]
             made = [weighted_sum(name, "evolved", weights) for name, weights in named]
             candidates = [one.with_settings(self.problem.result_settings) for one in made]
-            self._run_ahead(lambda: [self._on_surface(one) for one in candidates])  # noqa: B023 - called at once
+            self.bench.run_ahead(lambda: [self._on_surface(one) for one in candidates])  # noqa: B023 - called at once
             generation = [self._on_surface(one) for one in candidates]
             standings = [one for one in generation if one is not None]
             if len(standings) < len(generation):

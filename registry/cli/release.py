@@ -199,7 +199,8 @@ def takedown(
     def show() -> None:
         for name in taken["releases"]:
             render.out(f"took down {name}: {reason}")
-        render.out(f"{taken['blobs']:,} blobs ({render.size(taken['size_bytes'])}) are gone for good")
+        plural = "" if taken["blobs"] == 1 else "s"
+        render.out(f"{taken['blobs']:,} blob{plural} gone for good ({render.size(taken['size_bytes'])})")
         for path in taken.get("barred", ()):  # a server of a release before does not say
             render.out(f"{path}: these weights cannot be published here again")
         for name in taken["named_by"]:

@@ -22,7 +22,8 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.compositions import compositions, locking
 from registry.domain.jobs.queue import Amount
 from registry.formats.manifest import ManifestFile
-from registry.transfer import publishing
+from registry.formats.references import parse_reference
+from registry.transfer import publishing, uploads
 from registry.transfer.bases import open_base
 from registry.worker.runner import JobRun
 from registry.worker.workspace import work_of
@@ -157,6 +158,20 @@ def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_byte
     checkpoint = open_base(held.resources.settings, digest, locations, size_bytes)
     verify_checkpoint(checkpoint, digest, held.check)
     return checkpoint
+
+
+def fetch_adapter(held: JobRun, work: CompositionRun, files: Sequence[ManifestFile]) -> None:
+    """Writes the adapter's files from the store to its directory, whole or not at all."""
+    staging = work.adapter_directory.with_name(".adapter.partial")
+    publishing.materialise(held.resources.store, files, staging)
+    staging.replace(work.adapter_directory)
+
+
+def register_files(held: JobRun, target: str, files: Sequence[ManifestFile]) -> None:
+    """Writes the rows of blobs that units have stored for the release `target`, with the creator's current roles."""
+    with held.resources.read() as session:
+        actor = creator(held, session)
+    uploads.register_stored(held.resources, actor, parse_reference(target).repository.namespace, files)
 
 
 def composition_of(held: JobRun) -> CompositionRun:

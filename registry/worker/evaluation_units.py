@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.recipes.suite import Example, Suite
@@ -11,7 +12,8 @@ from registry.errors import Unavailable
 from registry.formats.manifest import ManifestFile
 from registry.transfer.publishing import materialise
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
-from registry.worker.node_models import base_checkpoint, from_rows, loaded_base, needs_of_model, to_rows
+from registry.worker.node_files import from_rows, to_rows
+from registry.worker.node_models import base_checkpoint, loaded_base, needs_of_model
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
@@ -78,26 +80,30 @@ def _run(node: Node, unit: Unit, _count: Count) -> Result:
             next_step="Install the same version of the scorer's package on every node and worker.",
         )
     examples = suite.examples[content["begin"] : content["end"]]
-    measured = json.dumps([content[name] for name in ("base", "files", "model")])
-    loaded, deltas = node.kept("subject", measured, lambda: _subject(node, content, unit.hints))
+    loaded, deltas = _subject(node, content, unit.hints)
     results = examine(loaded, suite, deltas, examples, node.settings.enabled_scorers)
     return {"results": [asdict(one) for one in results]}
 
 
 def _subject(node: Node, content: Mapping[str, Any], hints: Mapping[str, Any]) -> "tuple[LoadedModel, Sequence[Delta]]":
-    """What is measured: a model, and the deltas on it."""
+    """What is measured: a model, and the deltas on it. A process keeps one model, the base or a merged one."""
     from composer.deltas.variants.load import load_deltas
     from composer.evaluation.model import load_model
 
-    base, files = content["base"], from_rows(content["files"])
-    if not files:
-        return loaded_base(node, base, hints), ()
-    directory = node.kept_directory(hashlib.sha256(json.dumps(content["files"]).encode()).hexdigest()[:16])
-    materialise(node.store, files, directory)
+    base, files = content["base"], content["files"]
+    key = hashlib.sha256(json.dumps([base, files]).encode()).hexdigest()[:16]
+
+    def downloaded() -> Path:
+        directory = node.kept_directory(key)
+        materialise(node.store, from_rows(files), directory)
+        return directory
+
+    def deltas() -> "Sequence[Delta]":
+        return load_deltas(downloaded(), base_checkpoint(node, base, hints).architecture).deltas
+
     if content["model"]:
-        return load_model(directory), ()
-    deltas = load_deltas(directory, base_checkpoint(node, base, hints).architecture).deltas
-    return loaded_base(node, base, hints), deltas
+        return node.kept("model", key, lambda: load_model(downloaded())), ()
+    return loaded_base(node, base, hints), node.kept("deltas", key, deltas) if files else ()
 
 
 EVALUATE = Task(name="evaluate", version=1, run=_run, intact=always_intact)

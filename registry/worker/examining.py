@@ -10,6 +10,7 @@ from registry.domain.access.audit import Actor
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, parse_reference
 from registry.transfer import uploads
+from registry.worker import merging
 from registry.worker.composition import CompositionRun, Output, creator
 from registry.worker.evaluation_units import Examined, examine_on_nodes
 from registry.worker.judging import Examine, Subject
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
 
 def candidate_of(held: JobRun, work: CompositionRun) -> Subject:
-    """The candidate. Other nodes read an adapter from the store, where publishing needs it too."""
-    if not work.recipe.adapter:
-        return Subject(directory=work.model_directory, merged=True)
+    """The candidate. Other nodes read its files from the store, where publishing needs them too."""
     files: Sequence[ManifestFile] = ()
+    if not work.recipe.adapter:
+        if held.engine.spreads:
+            files = merging.stored_model(held, work, ()).files  # made by `merge`
+        return Subject(directory=work.model_directory, files=files, merged=True)
     if held.engine.spreads:
         with held.resources.read() as session:
             actor = creator(held, session)
@@ -48,7 +51,7 @@ def store_output(held: JobRun, actor: Actor, output: Output) -> list[ManifestFil
 
 def examiner(held: JobRun, work: CompositionRun, progress: Callable[[int], None]) -> Examine:
     """How this worker measures; `progress` gets the number of examples just done."""
-    if held.engine.spreads and work.recipe.adapter:  # a merged model is in a directory of this host
+    if held.engine.spreads:
         return _on_nodes(held, work, progress)
     return _in_this_process(held, work, progress)
 
@@ -57,7 +60,7 @@ def _on_nodes(held: JobRun, work: CompositionRun, progress: Callable[[int], None
     hints = base_hints(work.locations, work.base_bytes)
 
     def examine(subject: Subject, suite: Suite, examples: Sequence[Example]) -> "Sequence[Result]":
-        examined = Examined(base=work.lock.base, hints=hints, files=subject.files)
+        examined = Examined(base=work.lock.base, hints=hints, files=subject.files, model=subject.merged)
         return examine_on_nodes(held, examined, suite, examples, progress)
 
     return examine

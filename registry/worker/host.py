@@ -23,8 +23,13 @@ class Host:
         with self._resources.read() as session:
             wanted = needs.wanted(session)
         names = frozenset(need for need in wanted.names if self._meets(need, wanted))
-        memory_bytes = (self._resources.settings.device_memory_bytes or _measured_bytes()) if wanted.memory else 0
-        return Offer(kinds=self._kinds, names=names, memory_bytes=memory_bytes)
+        return Offer(kinds=self._kinds, names=names, memory_bytes=self._memory_bytes() if wanted.memory else 0)
+
+    def _memory_bytes(self) -> int:
+        settings = self._resources.settings
+        if settings.device_memory_bytes is None and settings.engine.kind == "ray":
+            return _ANY_BYTES
+        return settings.device_memory_bytes or _measured_bytes()
 
     def _meets(self, need: str, wanted: Wanted) -> bool:
         if (digest := needs.base_of(need)) is not None:
@@ -34,6 +39,10 @@ class Host:
             return scorer in self._resources.settings.enabled_scorers.names and scorer in _installed_scorers()
         package = {HARNESS: "lm_eval", EVOLUTION: "cmaes"}.get(need)  # none for the need of a newer version
         return package is not None and importlib.util.find_spec(package) is not None
+
+
+_ANY_BYTES = 1 << 62
+"""Models are loaded by the nodes of a cluster, whose engine refuses what none of them has room for."""
 
 
 @cache

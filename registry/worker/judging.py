@@ -18,8 +18,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is measured: an adapter on the base, by its directory on this host and its files in the store; the base
-    itself without them; or the merged model in the directory."""
+    """What is measured: an adapter on the base, or the merged model, by its directory on this host and its files in the
+    store; the base itself without them."""
 
     directory: Path | None = None
     files: Sequence[ManifestFile] = ()

@@ -11,27 +11,26 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from composer.errors import Mismatch
 from composer.formats.checkpoints.checkpoint import local_directory
 from composer.formats.checkpoints.files import StoredFile
-from composer.formats.checkpoints.hashing import hash_file, weights_digest
+from composer.formats.checkpoints.hashing import weights_digest
 from composer.formats.recipes.rounding import Rounding
 from composer.formats.recipes.weights import parse_weight
 from registry.formats.manifest import ManifestFile
-from registry.formats.references import Digest, parse_reference
+from registry.formats.references import Digest
 from registry.hub_client.address import SCHEME as HUB
 from registry.storage.blobs import BlobWriter
 from registry.transfer import uploads
 from registry.transfer.bases import in_buckets, open_in_bucket
-from registry.transfer.publishing import materialise
-from registry.worker.composition import CompositionRun, ProgressCount, creator
+from registry.worker.composition import CompositionRun, ProgressCount, register_files
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
-from registry.worker.node_models import base_hints, everywhere, from_rows, opened_checkpoint, to_rows
+from registry.worker.node_files import Row, are_stored, from_rows, member_directory, store_directory, to_rows
+from registry.worker.node_models import base_hints, everywhere, opened_checkpoint
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 
 MEMORY_BYTES = 1 << 30
 """Of a shard's unit: what is read ahead, parts under way, and the factors of a few tensors."""
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +51,12 @@ class StoredModel:
 
 
 def is_streamed(held: JobRun, work: CompositionRun) -> bool:
-    """Whether units stream the merge into the store. It is made on this host's disk if suites are going to load the
-    model; also if units run in this process, unless the base is only in a bucket."""
-    if work.evaluated and not work.recipe.adapter:
-        return False
+    """Whether units stream the merge into the store: on the nodes of a cluster always. In this process only if the base
+    is in a bucket alone, and no suite is going to load the model."""
     if held.engine.spreads:
         return True
+    if work.evaluated and not work.recipe.adapter:
+        return False
     near = local_directory(work.locations) is not None or any(url.startswith(HUB) for url in work.locations)
     return not near and not work.settings.pipeline.fitted and bool(in_buckets(work.locations))
 
@@ -69,7 +67,7 @@ def stored_model(held: JobRun, work: CompositionRun, adapter: Sequence[ManifestF
 
     Raises Mismatch unless all that the units have read is the locked base, and what the units raise.
     """
-    started = monotonic()
+    started, target = monotonic(), work.recipe.model or ""
     merge = _content(work, adapter)
     own = {**merge, "composition": work.composition_id}  # a location may have other headers and texts next time
     hints = base_hints(work.locations, work.base_bytes)
@@ -83,7 +81,7 @@ def stored_model(held: JobRun, work: CompositionRun, adapter: Sequence[ManifestF
     ]
     rows: dict[str, Row] = {}
     for unit, row in held.engine.map(SHARD, units, needs, count):
-        _register(held, work, [file_of(row)])
+        register_files(held, target, [file_of(row)])
         rows[unit.name] = row
         count.reached(sum(row["size_bytes"] for row in rows.values()))
     ordered = [rows[shard["file"]] for shard in plan["shards"]]
@@ -96,7 +94,7 @@ def stored_model(held: JobRun, work: CompositionRun, adapter: Sequence[ManifestF
     content = {**own, "shards": shards, "note": work.note}
     ((_, texts),) = held.engine.map(TEXTS, [Unit(name="texts", content=content, hints=hints)], needs, held.check)
     small = from_rows(texts["files"])
-    _register(held, work, small)
+    register_files(held, target, small)
     report = {**texts["report"], "seconds": monotonic() - started}
     return StoredModel(files=[*(file_of(row) for row in ordered), *small], report=report)
 
@@ -135,14 +133,6 @@ def _content(work: CompositionRun, adapter: Sequence[ManifestFile]) -> Row:
     return {**how, "method": lock.method, "settings": lock.settings, "members": members}
 
 
-def _register(held: JobRun, work: CompositionRun, files: Sequence[ManifestFile]) -> None:
-    """Writes the rows of blobs that units have stored, with the creator's current roles."""
-    with held.resources.read() as session:
-        actor = creator(held, session)
-    namespace = parse_reference(work.recipe.model or "").repository.namespace
-    uploads.register_stored(held.resources, actor, namespace, files)
-
-
 @dataclass(frozen=True, slots=True)
 class _StoreSink:
     """A shard's `Sink`, in the store."""
@@ -168,19 +158,11 @@ def _planned(node: Node, unit: Unit) -> "MergePlan":
             checkpoint = open_in_bucket(node.settings, buckets[0], directory / "base")
         else:
             checkpoint = opened_checkpoint(node, merge["base"], unit.hints)
-        members = [(_member(node, directory, one), parse_weight(one["weight"])) for one in merge["members"]]
+        members = [(member_directory(node, directory, one), parse_weight(one["weight"])) for one in merge["members"]]
         rounding = Rounding(**merge["rounding"]) if merge["rounding"] else None
         return plan_merge(checkpoint, members, merge["method"], merge["settings"], merge["dtype"], rounding)
 
     return node.kept("plan", key, plan)
-
-
-def _member(node: Node, directory: Path, member: Mapping[str, Any]) -> Path:
-    """An adapter's directory, whose name ends up in adaptory.json."""
-    own = directory / "inputs" / member["name"]
-    own.mkdir(parents=True, exist_ok=True)
-    materialise(node.store, from_rows(member["files"]), own)
-    return own
 
 
 def _plan(node: Node, unit: Unit, _count: Count) -> Result:
@@ -238,13 +220,9 @@ def _texts(node: Node, unit: Unit, _count: Count) -> Result:
     rows: list[Row] = json.loads(node.shared(unit.content["shards"]))
     shards = [StreamedShard.from_json(row) for row in rows]
     survivals = {name: loss for shard in shards for name, loss in shard.survivals.items()}
-    files: list[ManifestFile] = []
     with node.scratch() as directory:
         write_texts(plan, directory, unit.content["note"], survivals)
-        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-            digest, size_bytes = Digest(hash_file(path)), path.stat().st_size
-            files.append(ManifestFile(path.relative_to(directory).as_posix(), size_bytes, digest))
-            node.store.put(digest, path, move=True)
+        files = store_directory(node, directory)
     report = report_of(plan, _written(shards), "", 0.0, torch_device("auto")).to_json()
     del report["out_dir"]
     copied = sum(row["server_copied_bytes"] for row in rows)
@@ -264,17 +242,12 @@ def _written(shards: Sequence["StreamedShard"]) -> "Written":
     )
 
 
-def _holds(node: Node, files: Sequence[ManifestFile]) -> bool:
-    stored = [node.store.stat(file.sha256) for file in files]
-    return all(one and one.size_bytes == file.size_bytes for one, file in zip(stored, files, strict=True))
-
-
 def _shard_is_stored(node: Node, result: Result) -> bool:
-    return _holds(node, [file_of(result)])
+    return are_stored(node, [file_of(result)])
 
 
 def _texts_are_stored(node: Node, result: Result) -> bool:
-    return _holds(node, from_rows(result["files"]))
+    return are_stored(node, from_rows(result["files"]))
 
 
 PLAN = Task(name="merge plan", version=1, run=_plan, intact=always_intact)

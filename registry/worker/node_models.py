@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.checkpoints.hashing import verify_checkpoint
-from registry.formats.manifest import ManifestFile
-from registry.formats.references import Digest
 from registry.transfer.bases import open_base
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.units import Node
+from registry.worker.node_files import Row
 
 if TYPE_CHECKING:
     from composer.evaluation.model import LoadedModel
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
 _LOAD_SHARE = 1.25
 """Memory of a loaded model and its passes, as a multiple of its tensors."""
 _REMOTE = ("hf://", "s3://")
-
-Row = dict[str, Any]
 
 
 def base_hints(locations: Sequence[str], size_bytes: int) -> Row:
@@ -60,13 +57,3 @@ def opened_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Chec
     """The base's checkpoint on this host, downloaded if need be. Its weights are not verified. Raises NotFound with
     `base_not_here`."""
     return open_base(node.settings, digest, hints["locations"], int(hints["size_bytes"]))
-
-
-def to_rows(files: Sequence[ManifestFile]) -> list[list[Any]]:
-    """Files as units name them."""
-    return [[file.path, file.size_bytes, file.sha256] for file in files]
-
-
-def from_rows(rows: Sequence[Sequence[Any]]) -> list[ManifestFile]:
-    """The files that `to_rows` named."""
-    return [ManifestFile(path, size_bytes, Digest(sha256)) for path, size_bytes, sha256 in rows]

@@ -1,9 +1,7 @@
 """The step that searches for method, settings and weights, and writes its choice into the lock."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
 
 from composer.formats.recipes.policy import read_policy
 from composer.formats.recipes.recipe import Lock, Optimize
@@ -12,12 +10,8 @@ from registry.domain.compositions.locking import Choice
 from registry.errors import Refused
 from registry.transfer.collect import evaluation_journal
 from registry.worker.composition import CompositionRun, ProgressCount, composition_of, suites_named
-from registry.worker.node_models import base_hints
+from registry.worker.pass_units import search_elsewhere
 from registry.worker.runner import JobRun
-from registry.worker.search_units import SpreadSearch
-
-if TYPE_CHECKING:
-    from composer.optimize.problem import Problem
 
 
 def optimize(held: JobRun) -> None:
@@ -77,7 +71,7 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     done = ProgressCount(held, "examples", expected_passes(problem, [own]))
     content = f"search {work.lock.base} {[one.commit for one in work.lock.inputs]} {problem.name}"
     journal = evaluation_journal(held.resources.settings, content)
-    report = optimize(problem, [own], journal, done, **_spread(held, work, problem, done))
+    report = optimize(problem, [own], journal, done, search_elsewhere(held, work, problem, done))
     choice, lock, evidence = report.choice, work.lock, document(report)
     if choice is None:
         return replace(lock, optimized=evidence)
@@ -92,12 +86,3 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
             evidence=evidence,
         ),
     )
-
-
-def _spread(held: JobRun, work: CompositionRun, problem: "Problem", progress: Callable[[int], None]) -> dict[str, Any]:
-    """How passes are run on the nodes of an engine that has some; none for this process."""
-    if not held.engine.spreads:
-        return {}
-    hints = base_hints(work.locations, work.base_bytes)
-    search = SpreadSearch(held, problem, work.lock.base, hints=hints, files=work.files, progress=progress)
-    return {"measure": search.measure, "spread": search.spread}

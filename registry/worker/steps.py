@@ -7,7 +7,7 @@ Each step can be repeated after a crash: finished results are in the work direct
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -37,18 +37,22 @@ from registry.worker.composition import (
     ProgressCount,
     composition_of,
     creator,
+    fetch_adapter,
     store,
     suites_named,
 )
 from registry.worker.examining import candidate_of, examiner, store_output
+from registry.worker.fit_units import fitted_adapter
 from registry.worker.judging import Examination, Member, Subject, judge, with_inputs
 from registry.worker.optimizing import optimize
+from registry.worker.pass_units import probe_elsewhere
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.signed import publish_signed
 from registry.worker.workspace import work_of
 
 if TYPE_CHECKING:
     from composer.conflicts.examine import Evidence
+    from composer.deltas.variants.load import LoadedAdapter
     from composer.evaluation.calibration import Calibration
     from composer.evaluation.model import LoadedModel
 
@@ -72,7 +76,7 @@ def check(held: JobRun) -> None:
         loaded,
         [weight for _, weight in members],
         work.settings,
-        evidence=_evidence(held, work),
+        evidence=_evidence(held, work, loaded),
         policy=policy,
     )
     store(held, work, conflicts=document(report))
@@ -91,6 +95,9 @@ def combine(held: JobRun) -> None:
 
     work = composition_of(held)
     if not work.recipe.adapter or work.adapter_directory.is_dir():
+        return
+    if held.engine.spreads and work.settings.pipeline.fitted:
+        fetch_adapter(held, work, fitted_adapter(held, work))
         return
     combine_adapters(
         work.members(held),
@@ -174,8 +181,7 @@ def gate(held: JobRun) -> None:
 
 
 def merge(held: JobRun) -> None:
-    """Writes the merged checkpoint, shard by shard and verified: to this host's disk, or into the store if the base is
-    only in a bucket."""
+    """Writes the merged checkpoint, shard by shard and verified: to this host's disk, or into the store."""
     from composer.merge.plan import plan_merge
     from composer.merge.run import run_merge
 
@@ -259,7 +265,7 @@ KINDS = {
 }
 
 
-def _evidence(held: JobRun, work: CompositionRun) -> "Evidence":
+def _evidence(held: JobRun, work: CompositionRun, adapters: "Sequence[LoadedAdapter]") -> "Evidence":
     """A probe in memory, if every member has a suite and the recipe asks for a probe; otherwise weaker evidence, as the
     report says. The suites' prompts are always compared."""
     from composer.conflicts.evidence.probe import usual_most
@@ -269,7 +275,7 @@ def _evidence(held: JobRun, work: CompositionRun) -> "Evidence":
     named = suites_named(held, [suite for suite in work.member_suites if suite])
     suites = {suite.name: suite for suite in named}
     load = cache(lambda: load_model(work.base_checkpoint(held).path))
-    return Evidence(
+    evidence = Evidence(
         load=load,
         suites=[suites[name] if name else None for name in work.member_suites],
         guards=[suite for suite in suites_named(held, work.recipe.evaluate) if suite.kind == "guard"],
@@ -279,6 +285,7 @@ def _evidence(held: JobRun, work: CompositionRun) -> "Evidence":
         searched=work.searched(held),
         progress=ProgressCount(held, "examples"),
     )
+    return replace(evidence, elsewhere=probe_elsewhere(held, work, adapters, evidence))
 
 
 def _calibration(held: JobRun, work: CompositionRun, load: "Callable[[], LoadedModel]") -> "Calibration | None":

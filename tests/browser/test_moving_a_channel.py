@@ -37,6 +37,7 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     late = tab.context.new_page()
     late.goto(f"{site.url}/acme/terraform@prod/rollback")
     tab.get_by_role("link", name="Roll back").click()
+    expect(tab.locator("select[name=to]")).to_have_text("1.0.0, the one before")
     tab.get_by_label("Reason (required)").fill("it answers the wrong question")
     tab.get_by_role("dialog").get_by_role("button", name="Roll back").click()
     back = tab.get_by_role("region", name="prod serves 1.0.0.")
@@ -47,6 +48,7 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     late.get_by_role("button", name="Roll back").click()
     expect(late.get_by_role("alert")).to_contain_text("has moved since you looked")
     expect(late.get_by_text("prod serves 1.0.0 now")).to_be_visible()
+    expect(late.get_by_label("Reason (required)")).to_have_value("I have seen it too")
     late.close()
     assert not [one for one in complaints if "412" not in one]
 
@@ -82,4 +84,9 @@ def test_forms_have_pages_of_their_own_without_scripts(site: Site, browser: Brow
     tab.get_by_role("link", name="Roll back").click()
     expect(tab).to_have_url(f"{site.url}/acme/sql@prod/rollback")
     expect(tab.get_by_role("heading", level=1)).to_have_text("Roll back prod?")
+    tab.go_back()
+    tab.get_by_label("Version").select_option("1.0.0")
+    tab.get_by_role("button", name="Promote").click()
+    expect(tab).to_have_url(f"{site.url}/acme/sql@prod/promote?version=1.0.0")
+    expect(tab.get_by_role("heading", level=1)).to_have_text("Promote 1.0.0 to prod?")
     context.close()

@@ -62,10 +62,29 @@ def recipe(directory: Path, version: str, seed: int = 0) -> Path:
     return write_recipe(own, **{"inputs": INPUTS, "policy": LOOSE, "probe": 0, **asked, **outputs})
 
 
+def judged_model(directory: Path, version: str) -> Path:
+    """A merged model, measured itself, since no adapter is made."""
+    own = directory / f"model-{version}"
+    own.mkdir()
+    model = {"adapter": None, "model": f"acme/judged:{version}", "evaluate": ["sql-exact", "guard-exact"]}
+    return write_recipe(own, **{"inputs": INPUTS, "policy": LOOSE, "probe": 0, **model})
+
+
+def fitted(directory: Path, version: str) -> Path:
+    """An adapter that is fitted to inputs, and a model made from it, after a probe."""
+    own = directory / f"fitted-{version}"
+    own.mkdir()
+    how = {"method": "regmean", "settings": {"steps": 1, "examples": 4}, "policy": LOOSE, "probe": 1}
+    outputs = {"adapter": f"acme/fitted:{version}", "model": f"acme/fitted-merged:{version}"}
+    return write_recipe(own, **{"inputs": INPUTS, **how, **outputs})
+
+
 def decided(composition: Mapping[str, Any]) -> dict[str, Any]:
     """What does not depend on the version or on the time."""
-    evidence = {k: v for k, v in composition["lock"]["optimized"].items() if k not in ("seconds", "run")}
-    return {"evidence": evidence, "scores": composition["candidate_scores"], "gates": composition["gates"]}
+    evidence = {k: v for k, v in composition["lock"].get("optimized", {}).items() if k not in ("seconds", "run")}
+    measured = {name: composition[name] for name in ("candidate_scores", "gates")}
+    check = {k: v for k, v in composition["conflicts"].items() if k not in ("probe", "summary")}
+    return {"evidence": evidence, "check": check, **measured}
 
 
 def files_of(site: Site, release: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from registry.worker.engine.units import LOG_LINES, Unit, open_node
 from tests.engine import counted
 from tests.engine.cluster import RayCluster
 from tests.engine.open_cluster import refusal
-from tests.engine.site import OUTPUTS, Site, Stage, decided, files_of, recipe, unit_etags
+from tests.engine.site import OUTPUTS, Site, Stage, decided, files_of, fitted, judged_model, recipe, unit_etags
 
 
 def go_on(_done: int) -> None:
@@ -203,6 +203,27 @@ def test_a_search_and_an_evaluation_on_two_nodes_give_what_one_process_gives(sit
     for repository in OUTPUTS:
         assert files_of(site, f"{repository}:1.1.0") == files_of(site, f"{repository}:1.0.0")
     assert len(unit_etags(site)) > 20, "passes and slices, which the nodes wrote"
+
+
+def test_a_merged_model_is_measured_on_nodes_that_load_it_from_the_store(site: Site, tmp_path: Path) -> None:
+    here = site.cli.json("compose", judged_model(tmp_path, "1.0.0"))
+    before = unit_etags(site)
+    there = site.on_cluster("compose", judged_model(tmp_path, "1.1.0"))
+    assert decided(there) == decided(here)
+    assert {"sql-exact", "guard-exact"} <= {row["suite"] for row in there["candidate_scores"]}
+    assert files_of(site, "acme/judged:1.1.0") == files_of(site, "acme/judged:1.0.0")
+    assert len(unit_etags(site)) > len(before) + 3, "a plan, a shard, texts, slices"
+    streamed = ["server_copied_bytes" in one["merge"] for one in (here, there)]
+    assert streamed == [False, True], "nothing of a checkpoint was on the worker's disk"
+
+
+def test_a_probe_and_a_fit_are_run_by_nodes_which_alone_load_the_base(site: Site, tmp_path: Path) -> None:
+    here = site.cli.json("compose", fitted(tmp_path, "1.0.0"))
+    there = site.on_cluster("compose", fitted(tmp_path, "1.1.0"))
+    assert here["conflicts"]["pairs"][0]["evidence"] == "probe"
+    assert decided(there) == decided(here)
+    for repository in ("acme/fitted", "acme/fitted-merged"):
+        assert files_of(site, f"{repository}:1.1.0") == files_of(site, f"{repository}:1.0.0")
 
 
 @pytest.mark.parametrize(("rounds", "more"), [(1, ()), pytest.param(10, ("node", "worker"), marks=pytest.mark.long)])

@@ -1,6 +1,7 @@
 """A composition whose method, settings and weights are searched for, and the search without a registry."""
 
 import json
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 
 from composer.formats.recipes.calibration_sets import example_digest
 from composer.formats.recipes.suite import parse_suite
+from tests.registry.api.test_pages import single_user
 from tests.scenarios.test_compositions import release_all, write_recipe
+from tests.scenarios.test_crashes import resources_of
 from tests.scenarios.world import Cli, World
 
 LOOSE = {"thresholds": {"probe_loss": 100, "probe_answers": 0, "probe_guard": 100}}
@@ -48,6 +51,12 @@ def test_a_searched_composition_is_published_with_its_evidence_and_judged_on_oth
     shown = small_team.ok("compose", recipe).out
     assert f"optimize: {evidence['headline']}" in shown
     assert max(map(len, shown.splitlines())) <= 80
+    with resources_of(small_team.environment) as resources, single_user(resources) as http:
+        page = unescape(http.get(f"/compositions/{done['id']}").text)
+    chosen = page.partition("What the search chose")[2].partition("</section>")[0]
+    assert chosen.count('<span class="badge">chosen</span>') == 1
+    names = [one["name"] for one in (*evidence["best"], *evidence["tried"])]
+    assert [one for one in names if f'<th scope="row">{one}' not in chosen] == []
 
 
 def test_a_plan_searches_too_and_publishes_nothing(small_team: Cli, tmp_path: Path) -> None:

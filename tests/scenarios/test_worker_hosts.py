@@ -16,6 +16,7 @@ from composer.errors import RefusedOutput
 from registry.database.tables import Job, JobNeed
 from registry.domain.jobs import needs
 from registry.errors import Unavailable
+from registry.settings import EngineSettings
 from registry.transfer.collect import collect
 from registry.transfer.resources import Resources
 from registry.worker.host import Host
@@ -163,6 +164,8 @@ def test_a_job_waits_for_a_device_with_its_memory_and_may_ask_for_less(site: Sit
     assert needed == site.cli.json("base", "show", "tiny")["size_bytes"], "an evaluation loads it"
     small = replace(site.resources, settings=site.resources.settings.model_copy(update={"device_memory_bytes": 1}))
     assert not run_one(small, KINDS, "small", host=Host(small, KINDS))
+    on_ray = small.settings.model_copy(update={"device_memory_bytes": None, "engine": EngineSettings(kind="ray")})
+    assert Host(replace(small, settings=on_ray), KINDS).offer().memory_bytes > 10**15, "its nodes load the models"
     assert site.waits_for == f"a worker that has {needed / 1e6:,.1f} MB of device memory"
     with api_of(site.cli) as api:
         recipe = yaml.safe_load(write_recipe(tmp_path).read_text())

@@ -1,8 +1,9 @@
 """The measuring loop of probes and searches: an example is run once for each set of deltas, and compared by outcome."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from composer.conflicts.evidence.outcome import Outcome, effect_of, side_effect_of
 from composer.deltas.delta import Delta, LowRank, RowwiseDelta, names_of
@@ -67,6 +68,19 @@ Measure = Callable[[Pass], Sequence[Measured]]
 """A pass -> the results of its examples, in order."""
 
 
+class Elsewhere(Protocol):
+    """Runs passes in other processes, with the same results."""
+
+    def measure(self, wanted: Pass) -> Sequence[Measured]:
+        """The results of one pass. Raises the error of deltas that cannot be made."""
+        ...
+
+    def spread(self, passes: Sequence[Pass]) -> Iterable[tuple[Pass, Sequence[Measured]]]:
+        """Runs passes side by side, and yields each with its results as it ends. One that cannot be run is left
+        out."""
+        ...
+
+
 class Runner:
     """Measures on a base, which `load` returns, the same one every time. `progress` gets the number of examples just
     measured. Raises what `encode`, `deltas_applied` and `deltas` raise."""
@@ -100,14 +114,16 @@ class Record:
 
 
 class Bench:
-    """Measures what is not in the record yet. `passes` counts the results that were asked for, each once, whether they
-    were run now or were in the record, so that a budget ends a resumed search where it ends any other; `run_now` counts
-    those run now."""
+    """Measures what is not in the record yet: with `measure` in this process, or elsewhere. `passes` counts the results
+    that were asked for, each once, whether they were run now or were in the record, so that a budget ends a resumed
+    search where it ends any other; `run_now` counts those run now."""
 
-    def __init__(self, measure: Measure, record: Record | None = None) -> None:
-        self._measure, self._record = measure, record or Record()
+    def __init__(self, measure: Measure, record: Record | None = None, elsewhere: Elsewhere | None = None) -> None:
+        self._measure = elsewhere.measure if elsewhere is not None else measure
+        self._elsewhere, self._record = elsewhere, record or Record()
         self._asked: set[Key] = set()
         self._planned: list[Pass] | None = None
+        self._assumed: dict[Key, Measured] = {}
         self.run_now = 0
 
     @property
@@ -118,35 +134,36 @@ class Bench:
         """The results for the examples. The missing ones are run together, in one pass of `who`'s deltas."""
         keys = Pass(who, deltas, asked).keys
         every = dict(zip(keys, asked, strict=True))
-        missing = Pass(who, deltas, [one for key, one in every.items() if key not in self._record.known])
-        known = self._record.known
+        known = ChainMap(self._record.known, self._assumed)
+        missing = Pass(who, deltas, [one for key, one in every.items() if key not in known])
         if self._planned is not None:
             self._planned += [missing] if missing.asked else []
-            known = {**dict(zip(missing.keys, not_run(missing), strict=True)), **known}
+            self._assumed |= dict(zip(missing.keys, not_run(missing), strict=True))
         else:
             self._asked.update(keys)
             if missing.asked:
-                self.add(missing, self._measure(missing))
+                self._add(missing, self._measure(missing))
         results: dict[str, list[Measured]] = {suite.digest: [] for suite, _ in asked}
         for key in keys:
             results[key[1]].append(known[key])
         return results
 
-    def add(self, measured: Pass, results: Sequence[Measured]) -> None:
-        """Records what a pass gave."""
-        self.run_now += len(results)
-        self._record.add(zip(measured.keys, results, strict=True))
-
-    @contextmanager
-    def planning(self) -> Generator[list[Pass]]:
-        """Collects the missing passes, each once, in place of running them. Results in this block mean nothing."""
+    def run_ahead(self, ask: Callable[[], object]) -> None:
+        """Runs the missing passes that `ask` asks for side by side, if passes are run elsewhere. `ask` is called once,
+        and the results that it gets mean nothing."""
+        if self._elsewhere is None:
+            return
         self._planned = planned = list[Pass]()
         try:
-            yield planned
+            ask()
         finally:
-            self._planned = None
-            unique = {tuple(one.keys): one for one in planned}
-            planned[:] = unique.values()
+            self._planned, self._assumed = None, {}
+        for one, results in self._elsewhere.spread(planned):
+            self._add(one, results)
+
+    def _add(self, measured: Pass, results: Sequence[Measured]) -> None:
+        self.run_now += len(results)
+        self._record.add(zip(measured.keys, results, strict=True))
 
     def references(
         self, members: Sequence[Probed], guards: Sequence[Suite], examples: Callable[[Suite], Sequence[Example]]

@@ -7,14 +7,16 @@ between four examples per suite and the loss on other examples. Nothing is writt
 import json
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import combinations
 from time import perf_counter
 from typing import Protocol
 
 import torch
 
-from composer.conflicts.evidence.bench import Bench, Probed, Runner, not_run, weighted
+from composer.conflicts.evidence.bench import Bench, Elsewhere, Probed, Runner, not_run, weighted
 from composer.conflicts.evidence.outcome import Limits, Outcome
+from composer.conflicts.evidence.passes import PassRunner
 from composer.deltas.delta import Delta
 from composer.deltas.tensors import CPU
 from composer.deltas.variants.load import LoadedAdapter
@@ -26,6 +28,7 @@ from composer.formats.recipes.methods import AnySettings, Combined
 from composer.formats.recipes.suite import Example, Suite
 from composer.methods.combine import combine_parsed
 
+_COMBINED = "combined: "
 USUAL_K = 8
 USUAL_MOST = 32
 """Default numbers of examples per suite to start and end with. With 8, the first verdict can be `ok`."""
@@ -117,15 +120,17 @@ def by_method(
 
 
 def probe(  # noqa: PLR0913
-    loaded: LoadedModel,
+    load: Callable[[], LoadedModel],
     members: Sequence[Probed],
     guards: Sequence[Suite] = (),
     effort: Effort | int = USUAL_K,
     combine: Combine = weighted_sum,
     used: Container[Example] = (),
     progress: Progress | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> ProbeResult:
-    """Measures every pair and the whole set on examples of each member's suite and of each guard.
+    """Measures every pair and the whole set on examples of each member's suite and of each guard: on the base that
+    `load` returns, or elsewhere, by a `pass_runner`.
 
     The examples are `suite.sample(k)` without those that a method was fitted on (`used`). They are always the same, and
     larger samples contain smaller ones, so nothing is measured twice. The base and each member alone are measured once
@@ -141,12 +146,28 @@ def probe(  # noqa: PLR0913
         message = f"A probe needs at least two members with different names and k >= 1, not {names} and {wanted.k}."
         raise Mismatch("probe_members", message, subject="members", next_step="Give each member its own name.")
     started = perf_counter()
-    run = _Probe(guards, combine, used, progress, Bench(Runner(lambda: loaded, progress)))
-    for chosen in (*combinations(members, 2), members):
-        run.expect(chosen, wanted.k)
+    bench = Bench(Runner(load, progress), elsewhere=elsewhere)
+    run = _Probe(guards, combine, used, progress, bench)
+    chosen = [*combinations(members, 2), members]
+    for some in chosen:
+        run.expect(some, wanted.k)
+    bench.run_ahead(lambda: [run.outcome(bench, some, wanted.k) for some in chosen])
     pairs = tuple(run.grown(pair, wanted) for pair in combinations(members, 2))
     overall = run.grown(members, wanted) if len(members) > 2 else pairs[0]
     return ProbeResult(wanted.k, pairs, overall, perf_counter() - started)
+
+
+def pass_runner(run: Runner, members: Sequence[Probed], guards: Sequence[Suite], combine: Combine) -> PassRunner:
+    """Runs passes of a probe of these members and guards that another process makes."""
+    by_name = {one.name: one for one in members}
+    suites = {suite.digest: suite for suite in (*(one.suite for one in members), *guards)}
+
+    @lru_cache(maxsize=1)  # examples grow, and a fit takes seconds
+    def combined(who: str) -> Deltas:
+        return list(combine([by_name[name] for name in json.loads(who.removeprefix(_COMBINED))]))
+
+    rows = [(suite, example) for suite in suites.values() for example in suite.examples]
+    return PassRunner(run, members, rows, combined)
 
 
 @dataclass
@@ -164,6 +185,7 @@ class _Probe:
 
         def measured(k: int) -> Outcome:
             self.expect(chosen, k)
+            self.bench.run_ahead(lambda: self.outcome(self.bench, chosen, k))
             return self.outcome(self.bench, chosen, k)
 
         return grown(measured, effort, available)
@@ -176,7 +198,7 @@ class _Probe:
 
     def outcome(self, bench: Bench, chosen: Sequence[Probed], k: int) -> Outcome:
         references = bench.references(chosen, self.guards, lambda suite: suite.sample(k, self.used))
-        who = f"combined: {json.dumps([one.name for one in chosen])}"
+        who = f"{_COMBINED}{json.dumps([one.name for one in chosen])}"
         results = bench.run(who, lambda: self._combined(chosen), references.rows)
         return references.outcome(k, results, len(chosen))
 

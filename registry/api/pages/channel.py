@@ -11,11 +11,12 @@ from registry.api.pages.paths import ChannelOf, RepositoryOf
 from registry.api.pages.render import page
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.views import channel_view, move_view, promotion_view
+from registry.api.schemas.quality import ChannelOut
 from registry.database.engine import Session
 from registry.database.tables import Promotion, Repository
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
-from registry.domain.catalog import repositories
+from registry.domain.catalog import releases, repositories
 from registry.domain.channels import moves, pending, policies, timeline
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName
@@ -23,7 +24,7 @@ from registry.transfer.promotions import settle_overdue
 
 router = APIRouter(route_class=PageRoute)
 
-SHOWN = 25
+SHOWN, MAX_VERSIONS = 25, 50
 
 
 @router.get("/{namespace}/{name}@{channel}")
@@ -37,6 +38,7 @@ def show_channel(
 ) -> Response:
     """A channel that nothing was promoted to yet has a page once it has a policy, or a promotion that waits."""
     settle_overdue(resources, named, None, channel)
+    releaser = holds(actor, Role.RELEASER, str(named))
     with resources.snapshot() as session:
         repository = repositories.find(session, named)
         needed, revision = policies.find(session, repository, channel)
@@ -44,6 +46,7 @@ def show_channel(
         empty = (revision > 0 or waiting is not None) and not repositories.has_channel(session, repository, channel)
         facts = dict(_EMPTY) if empty else _moved(session, repository, channel, cursor)
         facts |= _awaited(actor, named, needed, waiting)
+        facts["versions"] = _promotable(session, repository, facts["serving"]) if releaser else []
         address = f"/v1/{repository.kind}s/{named}/channels/{channel}"
     return page(
         request,
@@ -55,7 +58,7 @@ def show_channel(
         first=cursor is None,
         policy=policy.stated(needed),
         revision=revision,
-        releaser=holds(actor, Role.RELEASER, str(named)),
+        releaser=releaser,
         admin=holds(actor, Role.ADMIN, str(named)),
         json_address=f"{address}/policy" if empty else address,
         **facts,
@@ -71,6 +74,13 @@ def _awaited(actor: Actor, named: RepositoryName, needed: ChannelPolicy, waiting
     wanted = Role(needed.approval.role) if needed.approval and waiting.actor != actor.name else None
     may = unapproved and wanted is not None and holds(actor, wanted, str(named))
     return {"waiting": shown, "waiting_report": gates.lines(shown["gates"]), "approver": may}
+
+
+def _promotable(session: Session, repository: Repository, serving: ChannelOut | None) -> list[str]:
+    """The highest versions that may be promoted to the channel, but for the one that it serves."""
+    served = serving.version if serving else None
+    highest = releases.list_page(session, repository, before="", limit=MAX_VERSIONS)
+    return [one.version for one in highest if not one.yanked and one.version != served]
 
 
 _EMPTY: dict[str, Any] = {"serving": None, "move": None, "since": None, "timeline": [], "more": None}

@@ -146,7 +146,7 @@ def _facts(release: Json) -> dict[str, Any]:
         "Code": stated["code_commit"],
         "Data": ", ".join(one["name"] for one in stated["data"]),
         "PEFT": facts.get("peft_version"),
-        "Yanked": release["yank_reason"],
+        "Yanked": release["yank_reason"] or ("yes" if release["yanked"] else "no"),
         "Signed by": (release["signed_by"] or "")[:12],
         "Made from": ", ".join(f"{one['weight']:g} x {one['commit'][:12]}" for one in release["inputs"]),
         "Notes": release["notes"],

@@ -14,6 +14,8 @@ _STEPS = 7
 _LABELS_PX, _ROW_GAP_PX = 72, 1
 MAX_HOVER = 300
 """Cells that can be asked for their values, of 28 kB."""
+_MODEL_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Kinds of module as a layer runs them; a map has other kinds below these, by name."""
 Cell = tuple[str, int]
 """Kind of module and layer."""
 _MARKS = {
@@ -147,7 +149,7 @@ def layer_map(
     """
     if not cells:
         return Markup("")
-    kinds = sorted({kind for kind, _ in (*cells, *frame)})
+    kinds = sorted({kind for kind, _ in (*cells, *frame)}, key=_row_order)
     layers = max(layer for _, layer in (*cells, *frame)) + 1
     side, top = max(8, min(16, 640 // layers)), max(top, *map(abs, cells.values()))
     colours = {cell: _colour(value, top, signed=signed) for cell, value in cells.items()}
@@ -193,6 +195,10 @@ def _in_paths(colours: Mapping[Cell, str], kinds: Sequence[str], side: int) -> I
         x, y = _at(kinds.index(kind), layer, side)
         drawn.setdefault(colour, []).append(f"M{x} {y}h{side}v{side}h-{side}z")
     yield from (f'<path class="{colour}" d="{"".join(squares)}"/>' for colour, squares in sorted(drawn.items()))
+
+
+def _row_order(kind: str) -> tuple[int, str]:
+    return _MODEL_ORDER.index(kind) if kind in _MODEL_ORDER else len(_MODEL_ORDER), kind
 
 
 def _points(cells: Mapping[Cell, float], kinds: Sequence[str], layers: int, side: int) -> str:

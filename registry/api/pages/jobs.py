@@ -88,6 +88,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         finished=view.state in FINISHED,
         members=[(one, [rule_words(rule) for rule in one.weight.rules]) for one in made.members],
         how=made.how,
+        search=view.lock.get("optimized"),
         report=report.read(stated, report.options_for(view.id)) if stated else None,
         compared=_compared(view.candidate_scores or []),
         gate_lines=gates.lines(view.gates or []),

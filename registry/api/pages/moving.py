@@ -20,7 +20,7 @@ from registry.api.schemas.quality import PromoteIn, RollbackIn
 from registry.database.engine import Session
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
-from registry.domain.channels import judgements, moves, pending, promotions, timeline
+from registry.domain.channels import judgements, moves, pending, promotions
 from registry.domain.channels.refusals import Expected, PromotionRequest
 from registry.errors import RegistryError, Usage
 from registry.formats.references import RepositoryName, parse_version
@@ -30,7 +30,7 @@ router = APIRouter(route_class=PageRoute)
 
 CHANNEL = "/{namespace}/{name}@{channel}"
 SHOWN = 200
-"""The latest moves, whose releases a rollback may choose from."""
+"""The most versions that a rollback may choose from."""
 
 
 @router.get(CHANNEL + "/promote")
@@ -82,7 +82,7 @@ def show_rollback(
     named: RepositoryOf, channel: ChannelOf, request: Request, resources: ResourcesOf, actor: PageReleaser
 ) -> Response:
     """What the channel serves, and the form that returns to an earlier release."""
-    return _rollback_page(request, resources, named, channel)
+    return _rollback_page(request, resources, named, channel, RollbackIn(reason=""))
 
 
 @router.post(CHANNEL + "/rollback")
@@ -105,7 +105,7 @@ def roll_back(
             repository = repositories.find(session, named)
             moves.roll_back(session, actor, repository, channel, to=to, reason=body.reason, expected=expected)
     except RegistryError as error:
-        return _rollback_page(request, resources, named, channel, error)
+        return _rollback_page(request, resources, named, channel, body, error)
     return redirect(link(str(named), channel=channel))
 
 
@@ -135,20 +135,25 @@ def _promotion_page(
 
 
 def _rollback_page(
-    request: Request, resources: Resources, named: RepositoryName, channel: str, error: RegistryError | None = None
+    request: Request,
+    resources: Resources,
+    named: RepositoryName,
+    channel: str,
+    typed: RollbackIn,
+    error: RegistryError | None = None,
 ) -> Response:
     with resources.snapshot() as session:
         repository = repositories.find(session, named)
         row = moves.find(session, repository, channel)
-        current, earlier = moves.current_of(session, row), timeline.history(session, row, before=0, limit=SHOWN)
+        current = moves.current_of(session, row)
+        below = moves.previous_unyanked(session, current)
         values = {
             "serves": _served(session, row),
             "expected": current.id,
-            "versions": list(
-                dict.fromkeys(one.to_version for one in earlier if one.to_version != earlier[0].to_version)
-            ),
+            "before": below.to_release.version if below else None,
+            "versions": moves.earlier_versions(session, current, limit=SHOWN),
         }
-    return form_page(request, "rollback.html", named, error, channel=channel, **values)
+    return form_page(request, "rollback.html", named, error, channel=channel, typed=typed, **values)
 
 
 def _served(session: Session, row: Any) -> str | None:

@@ -7,7 +7,7 @@ def stated(policy: ChannelPolicy) -> list[tuple[str, list[str]]]:
     """What a promotion needs: a heading and its lines for each part that asks for something."""
     needs = {
         "Scores": [_rule(policy, one) for one in policy.rules],
-        "Served before": [f"by {one.channel} for {one.hours:g} hours, and not rolled back" for one in policy.soak],
+        "Served before": [f"by {one.channel} for {_hours(one.hours)}, and not rolled back" for one in policy.soak],
         "Approval": _approval(policy),
         "Signature": [f"by a key of the namespace, covering the {policy.signature}"] if policy.signature else [],
         "Licences": _licenses(policy.licenses) if policy.licenses else [],
@@ -22,7 +22,7 @@ def _how(policy: ChannelPolicy) -> list[tuple[str, list[str]]]:
     missing = {"evaluate": "is measured, and the promotion waits", "refuse": "refuses the promotion"}
     force = "never" if policy.force == "never" else f"with the role {policy.force} or higher, and a reason"
     how = [("A missing score", [missing[policy.missing]])] if policy.rules else []
-    return [*how, ("Force", [force]), ("Waits", [f"at most {policy.expires_hours:g} hours"])]
+    return [*how, ("Force", [force]), ("Waits", [f"at most {_hours(policy.expires_hours)}"])]
 
 
 def _rule(policy: ChannelPolicy, row: ScoreRule) -> str:
@@ -47,3 +47,7 @@ def _licenses(asked: Licenses) -> list[str]:
 
 def _refused(one: str | Combination) -> str:
     return one if isinstance(one, str) else " with ".join(f"{part} {name}" for part, name in one.given().items())
+
+
+def _hours(count: float) -> str:
+    return f"{count:g} hour{'' if count == 1 else 's'}"

@@ -1,5 +1,6 @@
 """Renders templates into answers, with the headers that protect them."""
 
+import re
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import orjson
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from composer.formats.adapters.serving import VLLM_RANKS
 from registry.api.http.rules import callers_of
@@ -33,6 +35,7 @@ HEADERS = {
 }
 """Of every answer of a page: `PageRoute` adds them."""
 _METHODS = frozenset(dir(dict))
+_CODE = re.compile("`([^`]+)`")
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -111,6 +114,7 @@ def _environment() -> Environment:
         "size": size,
         "fixed": fixed,
         "change": change,
+        "coded": coded,
         "document": document,
         "module": modules.short,
         "vllm_rank": vllm_rank,
@@ -156,6 +160,14 @@ def fixed(value: float, digits: int = 3) -> str:
 def change(value: float, digits: int = 3) -> str:
     """A difference with its sign."""
     return f"{value:+.{digits}f}".replace("-", _MINUS)
+
+
+def coded(message: str) -> Markup:
+    """A message with what it has between backticks, for terminals, as code."""
+    parts = _CODE.split(message)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(one) if at % 2 else escape(one) for at, one in enumerate(parts)
+    )
 
 
 def vllm_rank(rank: int) -> int:

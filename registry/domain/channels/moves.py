@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from sqlalchemy import Select, Table, bindparam, insert, literal_column, select, update
+from sqlalchemy import Select, Table, bindparam, func, insert, literal_column, select, update
 from sqlalchemy.orm import Session, joinedload
 
 from registry.database.engine import insert_if_absent
@@ -209,7 +209,7 @@ def roll_back(  # noqa: PLR0913
     _check_expected(channel.move_id, expected, subject)
     current = current_of(session, channel)
     actor = replace(actor, at=max(actor.at, current.at))
-    target = _served_before(session, channel, current, to, subject) if to else _previous_unyanked(session, current)
+    target = _served_before(session, channel, current, to, subject) if to else previous_unyanked(session, current)
     if target is None:
         raise Refused(
             "nothing_below",
@@ -256,7 +256,7 @@ def effective_move(session: Session, channel: Channel) -> Move | None:
     """The move whose release the channel serves: the current one, or the first below it that is not yanked. None before
     the first move."""
     current = session.get(Move, channel.move_id) if channel.move_id else None
-    return _previous_unyanked(session, current) if current and current.to_release.yanked else current
+    return previous_unyanked(session, current) if current and current.to_release.yanked else current
 
 
 def find(session: Session, repository: Repository, name: str) -> Channel:
@@ -289,11 +289,19 @@ def load_current(session: Session, *channels: Channel) -> list[Move]:
     return list(session.scalars(loaded))
 
 
-def _previous_unyanked(session: Session, move: Move) -> Move | None:
+def previous_unyanked(session: Session, move: Move) -> Move | None:
+    """The move that a rollback from this one returns to; None if no release before it can be served."""
     below = session.get(Move, move.below_id) if move.below_id else None
     while below is not None and (below.to_release.yanked or below.to_release_id == move.to_release_id):
         below = session.get(Move, below.below_id) if below.below_id else None
     return below
+
+
+def earlier_versions(session: Session, move: Move, *, limit: int) -> Sequence[str]:
+    """The versions that a channel whose current move is `move` can be rolled back to, the last served first."""
+    query = select(Release.version).join(Move, Move.to_release_id == Release.id).where(~Release.yanked)
+    query = query.where(Move.channel_id == move.channel_id, Release.id != move.to_release_id)
+    return session.scalars(query.group_by(Release.id).order_by(func.max(Move.id).desc()).limit(limit)).all()
 
 
 def _served_before(session: Session, channel: Channel, current: Move, to: Version, subject: str) -> Move:

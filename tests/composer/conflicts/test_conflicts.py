@@ -295,7 +295,8 @@ def test_a_real_probe_goes_into_the_report_of_its_own_adapters(
         for name in ("red", "green")
     ]
     members = [Probed(one.name, one.deltas, 1.0, suite) for one, suite in zip((red, green), suites, strict=True)]
-    report = conflicts([red, green], [1.0, 1.0], evidence=probe(load_model(base, device=DEVICE), members, effort=2))
+    loaded = load_model(base, device=DEVICE)
+    report = conflicts([red, green], [1.0, 1.0], evidence=probe(lambda: loaded, members, effort=2))
     assert report.pairs[0].evidence == "probe"
     assert "weak_evidence" not in codes(report)
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))

@@ -13,6 +13,7 @@ from sqlalchemy import event
 
 from registry.api.app import create_app
 from registry.api.pages import card, drawings, scores
+from registry.api.pages.render import coded
 from registry.client.inprocess import InProcessTransport
 from registry.domain.catalog import releases, repositories, suites
 from registry.domain.catalog.releases import NewRelease
@@ -235,6 +236,13 @@ def test_maps_of_one_scale_have_the_same_size_and_colours() -> None:
     assert 'class="c2"' in one
     assert 'class="c7"' in other
     assert "most in layer 3 v_proj: 4" in other
+
+
+def test_what_a_message_has_between_backticks_is_shown_as_code_and_nothing_of_it_is_markup() -> None:
+    shown = coded("`adaptory list <b>` shows <i>it</i>, `and` a lone ` stays")
+    assert shown == (
+        "<code>adaptory list &lt;b&gt;</code> shows &lt;i&gt;it&lt;/i&gt;, <code>and</code> a lone ` stays"
+    )
 
 
 def test_a_large_map_is_drawn_in_a_few_paths() -> None:

@@ -1,0 +1,31 @@
+"""Passes that are run elsewhere, played in this process."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from composer.conflicts.evidence.bench import Pass
+from composer.conflicts.evidence.passes import PassRunner
+from composer.evaluation.measure import Measured
+
+
+@dataclass
+class Other:
+    """Another process, which runs passes in another order; what names `left_out` cannot be spread."""
+
+    run: PassRunner
+    left_out: str = "nothing"
+    rounds: list[int] = field(default_factory=list[int])
+    alone: list[str] = field(default_factory=list[str])
+
+    def measure(self, wanted: Pass) -> Sequence[Measured]:
+        self.alone.append(wanted.who)
+        return self._results(wanted)
+
+    def spread(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, Sequence[Measured]]]:
+        self.rounds.append(len(passes))
+        for one in reversed(passes):
+            if self.left_out not in one.who:
+                yield one, self._results(one)
+
+    def _results(self, wanted: Pass) -> Sequence[Measured]:
+        return self.run(wanted.who, [(suite, example) for _, suite, example in wanted.keys])
