@@ -1,6 +1,7 @@
 """How large deltas are beside a base's weights, on real PEFT adapters of a tiny model."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,14 @@ def test_what_rounding_will_lose_is_reported_before_the_merge(tmp_path: Path, re
     assert report.together.lost_share > 0.9
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (40, 7), (300, 900), (256, 256), (1024, 1024)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+SHAPES = ((1, 5), (40, 7), (300, 900), (256, 256))
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+LARGEST = [
+    pytest.param((1024, 1024), one, marks=[pytest.mark.long] if number else []) for number, one in enumerate(DTYPES)
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [*product(SHAPES, DTYPES), *LARGEST])
 def test_the_largest_singular_value_is_numpys(
     shape: tuple[int, int], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
