@@ -33,6 +33,7 @@ from composer.optimize.problem import Effort, Member, Problem
 from tests.composer.adapted import relative
 from tests.composer.small_model import Load, dense
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
+from tests.doses import each_value_once
 from tests.second_device import NoArithmeticOnCpu
 
 CASES: dict[str, tuple[dict[str, object], str, dict[str, object]]] = {
@@ -48,8 +49,7 @@ CASES: dict[str, tuple[dict[str, object], str, dict[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("case", "dtype"), each_value_once(CASES, [torch.float32, torch.bfloat16]))
 def test_a_merge_writes_the_cpus_bytes_up_to_one_rounding(
     case: str, dtype: torch.dtype, accelerator: str, make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from composer.merge.run import run_merge
 from tests.composer.adapted import logits, peft_logits, relative
 from tests.composer.tiny import MakeAdapter, MakeModel, load_model, tensors_in
 from tests.device import DEVICE
+from tests.doses import each_value_once, one_of_each
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PAIRS: dict[str, object] = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
@@ -40,7 +41,9 @@ def assert_same_sides(merged: Path, combined: Path) -> None:
         assert relative(sides[name], tensors[EMBEDDING]) <= 1e-5, name
 
 
-@pytest.mark.parametrize("method", [*RANDOM, "ties", "knots_ties", "pico_core_ties"])
+@pytest.mark.parametrize(
+    "method", [*one_of_each(RANDOM, lambda method: "della" in method), "ties", "knots_ties", "pico_core_ties"]
+)
 def test_what_is_combined_and_then_merged_is_what_is_merged_at_once(
     method: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
@@ -58,8 +61,10 @@ def test_what_is_combined_and_then_merged_is_what_is_merged_at_once(
     assert relative(logits(tmp_path / "merged"), peft_logits(base, tmp_path / "unknown")) <= 1e-5
 
 
-@pytest.mark.parametrize("other", ["embed_tokens", "lm_head"])
-@pytest.mark.parametrize("method", ["stack", "ties", "dare_ties", "pico_core_ties", "knots_ties"])
+@pytest.mark.parametrize(
+    ("method", "other"),
+    each_value_once(["stack", "ties", "dare_ties", "pico_core_ties", "knots_ties"], ["embed_tokens", "lm_head"]),
+)
 def test_twins_beside_a_change_of_one_side_are_combined_without_a_base_as_with_one(
     other: str, method: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:

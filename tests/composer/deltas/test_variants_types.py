@@ -34,6 +34,7 @@ from tests.composer.adapted import (
     save_adapted_layers,
 )
 from tests.composer.tiny import MakeModel, build_config, tensors_in
+from tests.doses import each_value_once, one_of_each
 
 BOTH: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "down_proj", "up_proj"]}
 GPT2: dict[str, Any] = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
@@ -89,6 +90,7 @@ LLAMA_CASES: dict[str, peft.PeftConfig] = {
     "SHiRA": peft.ShiraConfig(r=2, **BOTH),
     "trained tokens": peft.TrainableTokensConfig(token_indices=[7, 2, 30], target_modules=["embed_tokens"]),
 }
+ONE_OF_EACH_TYPE = one_of_each(LLAMA_CASES, lambda case: LLAMA_CASES[case].peft_type)
 GPT2_CASES: dict[str, peft.PeftConfig] = {
     "AdaLoRA": peft.AdaLoraConfig(init_r=6, target_r=4, total_step=10, **GPT2),
     "(IA)3": peft.IA3Config(
@@ -283,7 +285,7 @@ HARMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("case", LLAMA_CASES)
+@pytest.mark.parametrize("case", ONE_OF_EACH_TYPE)
 def test_a_damaged_part_is_an_error_and_never_another_delta(case: str, tmp_path: Path, make_model: MakeModel) -> None:
     """Whatever is done to one tensor: the composer's own error, or deltas of the base's shape."""
     base = make_model(shard="1GB")
@@ -349,8 +351,7 @@ def test_an_adapter_of_another_base_is_an_error_that_names_the_module(tmp_path: 
             load_deltas(adapter, open_checkpoint(gpt2).architecture)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("case", LLAMA_CASES)
+@pytest.mark.parametrize(("case", "dtype"), each_value_once(LLAMA_CASES, [torch.float32, torch.float64]))
 def test_rows_are_the_same_in_any_cut_and_computed_where_the_weight_is(
     case: str, dtype: torch.dtype, accelerator: str, tmp_path: Path, make_model: MakeModel
 ) -> None:
@@ -387,7 +388,7 @@ def test_a_bf16_merge_rounds_once(case: str, tmp_path: Path, make_model: MakeMod
 MODULES = {"(IA)3": 6, "(IA)3 with a flag for another model": 3, "trained tokens": 1, "HiRA on the embedding": 4}
 
 
-@pytest.mark.parametrize("case", LLAMA_CASES)
+@pytest.mark.parametrize("case", ONE_OF_EACH_TYPE)
 def test_facts_and_servers_say_what_it_is(case: str, tmp_path: Path, make_model: MakeModel) -> None:
     base = make_model()
     adapter = save_adapted(base, LLAMA_CASES[case], tmp_path / "adapter")

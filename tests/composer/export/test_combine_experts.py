@@ -29,6 +29,7 @@ from tests.composer.deltas.test_variants_lora import Layers
 from tests.composer.handmade import random_factors, write_adapter
 from tests.composer.tiny import tensors_in
 from tests.device import DEVICE
+from tests.doses import each_value_once
 
 MODELS = {"Mixtral": mixtral, "Qwen3-MoE": qwen3, "GPT-OSS": gpt_oss}
 METHODS: dict[str, dict[str, object]] = {
@@ -63,8 +64,7 @@ def assert_the_same(base: Path, members: Members, tmp_path: Path, method: str, *
     return report
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "method"), each_value_once(MODELS, METHODS))
 def test_stacks_of_experts_are_combined_and_packed_again(model: str, method: str, tmp_path: Path) -> None:
     base = save_base(MODELS[model](), tmp_path / "base")
     report = assert_the_same(base, members_of(base, tmp_path), tmp_path, method, **METHODS[method])

@@ -15,6 +15,7 @@ from composer.methods.matrix import Matrix
 from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine_slot
 from composer.methods.spectral import compress_dense
 from tests.composer import dense_methods as dense
+from tests.doses import each_value_once
 
 OUTPUTS, INPUTS = 150, 90
 RANKS = (4, 6, 3)
@@ -366,9 +367,14 @@ def test_a_delta_without_factors_is_cut_to_a_rank_like_any_other(method: str) ->
     assert error(mixed, combined(method, deltas, WEIGHTS, {"rank": 5})) < 1e-3
 
 
-@pytest.mark.parametrize("method", [name for name, pipeline in PIPELINES.items() if not pipeline.parity])
-@pytest.mark.parametrize("zeros", [1, 3])
-@pytest.mark.parametrize("budget", [{}, {"rank": 4}, {"energy": 0.9}])
+@pytest.mark.parametrize(
+    ("method", "zeros", "budget"),
+    each_value_once(
+        (name for name, pipeline in PIPELINES.items() if not pipeline.parity),
+        [1, 3],
+        [{}, {"rank": 4}, {"energy": 0.9}],
+    ),
+)
 def test_adapters_that_were_never_trained_add_nothing_and_break_nothing(
     method: str, zeros: int, budget: dict[str, object]
 ) -> None:

@@ -18,7 +18,13 @@ from composer.methods.combine import combine_deltas
 from tests import second_device
 from tests.composer.adapted import assert_rows_follow_the_device, relative
 from tests.composer.tiny import MakeAdapter, MakeModel, adapter_maker, model_maker, tensors_in
+from tests.doses import one_of_each
 
+EVERY_METHOD = one_of_each(
+    (name for name, pipeline in PIPELINES.items() if not pipeline.fitted),
+    lambda name: name.removeprefix("pico_").removesuffix("_svd"),
+)
+"""By default one form of each: most have four, plain, `pico_`, `_svd` and both."""
 PARITY = [name for name in PIPELINES if name.startswith("peft_")]
 
 
@@ -129,7 +135,7 @@ def test_what_has_the_weight_0_is_as_if_it_were_not_there(make_model: MakeModel,
         combine_deltas(loaded(base, one), [0.0], "mean")
 
 
-@pytest.mark.parametrize("method", [name for name, pipeline in PIPELINES.items() if not pipeline.fitted])
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_an_adapter_of_weight_0_is_absent_from_every_method(method: str, shared: Shared) -> None:
     base, (one, two, idle) = shared.base, shared.adapters
     with_it = merged(base, combine_deltas(loaded(base, one, idle, two), [1.0, 0.0, 0.5], method).deltas)
@@ -138,7 +144,7 @@ def test_an_adapter_of_weight_0_is_absent_from_every_method(method: str, shared:
     assert all(torch.equal(with_it[name], without[name]) for name in without)
 
 
-@pytest.mark.parametrize("method", [name for name, pipeline in PIPELINES.items() if not pipeline.fitted])
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_a_method_computes_on_a_device_what_it_computes_on_the_cpu(
     method: str, accelerator: str, shared: Shared
 ) -> None:

@@ -1,0 +1,43 @@
+"""How much of a test runs by default: each promise in one form, and the other forms with the marker `long`."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from typing import TypeVar
+
+import pytest
+from _pytest.mark import ParameterSet
+
+Case = TypeVar("Case")
+
+
+def mainly(default: object, *further: object) -> list[ParameterSet]:
+    """The first form runs by default: the others are further moments, faults or amounts of the same promise."""
+    return [_form(default), *(_form(one, default=False) for one in further)]
+
+
+def one_of_each(cases: Iterable[Case], kind: Callable[[Case], object]) -> list[ParameterSet]:
+    """One case of each kind runs by default: of the first kind its first, of the second its second, and so on around,
+    so that what several kinds have in common comes in all its forms."""
+    kinds = defaultdict[object, list[Case]](list)
+    for case in cases:
+        kinds[kind(case)].append(case)
+    return [
+        _form(case, default=index == number % len(alike))
+        for number, alike in enumerate(kinds.values())
+        for index, case in enumerate(alike)
+    ]
+
+
+def each_value_once(*axes: Iterable[object]) -> list[ParameterSet]:
+    """All combinations of the axes' values; by default as many of them as it takes for each value to be in one."""
+    values: list[Sequence[object]] = [list(axis) for axis in axes]
+    covering = {tuple(turn % len(axis) for axis in values) for turn in range(max(map(len, values)))}
+    return [
+        _form(*(axis[index] for axis, index in zip(values, indices, strict=True)), default=indices in covering)
+        for indices in product(*(range(len(axis)) for axis in values))
+    ]
+
+
+def _form(*values: object, default: bool = True) -> ParameterSet:
+    return pytest.param(*values, marks=[] if default else [pytest.mark.long])
