@@ -11,9 +11,9 @@ from _pytest.mark import ParameterSet
 Case = TypeVar("Case")
 
 
-def mainly(default: object, *further: object) -> list[ParameterSet]:
-    """The first form runs by default: the others are further moments, faults or amounts of the same promise."""
-    return [_form(default), *(_form(one, default=False) for one in further)]
+def further(*values: object) -> list[ParameterSet]:
+    """Moments, faults or amounts of a promise that another value keeps by default: `["crash", *further("hang")]`."""
+    return [_form(value, default=False) for value in values]
 
 
 def one_of_each(cases: Iterable[Case], kind: Callable[[Case], object]) -> list[ParameterSet]:

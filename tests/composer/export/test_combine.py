@@ -22,6 +22,7 @@ from composer.merge.run import run_merge
 from composer.methods.combine import combine_parsed
 from tests.composer.tiny import MakeAdapter, MakeModel, assert_close, load_model, tensors_in
 from tests.device import DEVICE
+from tests.doses import each_value_once
 
 IDS = torch.arange(24).reshape(2, 12)
 MEMBERS: dict[str, list[dict[str, object]]] = {
@@ -40,8 +41,7 @@ MEMBERS: dict[str, list[dict[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize("architecture", ["with a base", "without a base"])
-@pytest.mark.parametrize("case", MEMBERS)
+@pytest.mark.parametrize(("case", "architecture"), each_value_once(MEMBERS, ["with a base", "without a base"]))
 def test_peft_runs_the_combination_as_the_weighted_sum(
     case: str, architecture: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:

@@ -18,6 +18,7 @@ from composer.formats.adapters.placement.naming import Target, find_weight
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.header import TensorSpec
 from composer.formats.checkpoints.renames import made_by
+from tests.doses import one_of_each
 
 # What a config needs that makes no model by its defaults.
 OWN: dict[str, dict[str, Any]] = {
@@ -29,11 +30,12 @@ OWN: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
 }  # fmt: skip
-CONVERTED = sorted(
-    kind
-    for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-    if get_checkpoint_conversion_mapping(kind) or get_checkpoint_conversion_mapping(str(name))
-)
+CONVERTED = {
+    kind: str([(one.source_patterns, one.target_patterns) for one in conversions])
+    for kind, name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())
+    if (conversions := get_checkpoint_conversion_mapping(kind) or get_checkpoint_conversion_mapping(str(name)))
+}
+"""The models, each with what its conversion renames."""
 
 
 LAYERS = 12
@@ -56,7 +58,7 @@ def stored_by(model: PreTrainedModel, kind: str) -> Architecture:
     return Architecture(kind, False, {name: TensorSpec("F32", tuple(one.shape)) for name, one in tensors.items()})
 
 
-@pytest.mark.parametrize("kind", CONVERTED)
+@pytest.mark.parametrize("kind", one_of_each(CONVERTED, CONVERTED.__getitem__))
 def test_each_matrix_of_a_model_that_is_converted_on_loading_is_found_once_or_refused_with_a_reason(kind: str) -> None:
     with torch.device("meta"):  # in its usual width, and without its numbers
         model = AutoModelForCausalLM.from_config(shallow(AutoConfig.for_model(kind, **OWN.get(kind, {}))))

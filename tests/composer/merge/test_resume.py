@@ -24,7 +24,7 @@ from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel
 from tests.device import DEVICE
-from tests.doses import mainly
+from tests.doses import further
 
 # Slowed down after every piece, so that a signal finds it at any point.
 SLOW_MERGE = """
@@ -117,7 +117,7 @@ def test_progress_of_a_resumed_merge_counts_every_byte_once(plan: MergePlan, tmp
     assert sum(done) == plan.size_bytes
 
 
-@pytest.mark.parametrize("seed", mainly(*range(3)))
+@pytest.mark.parametrize("seed", [0, *further(1, 2)])
 def test_a_merge_killed_at_random_points_ends_with_the_same_bytes(
     seed: int, plan: MergePlan, base: Path, adapter: Path, tmp_path: Path
 ) -> None:

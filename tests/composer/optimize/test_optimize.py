@@ -107,6 +107,7 @@ def test_a_search_resumes_from_any_part_of_its_journal_with_the_same_choice(
     assert passes[-1] == 0
 
 
+@pytest.mark.long  # a further way to get half a journal
 def test_an_interrupted_search_goes_on_where_it_was(problem: Problem, report: OptimizeReport, tmp_path: Path) -> None:
     done: list[int] = []
 
