@@ -19,6 +19,7 @@ from registry.database.tables import Token
 from registry.storage.archive import LocalArchive
 from registry.transfer import backup
 from tests import services
+from tests.doses import further
 from tests.durability.conftest import opened
 from tests.durability.killed_backups import Quiet, back_up_and_die, restore_and_die
 from tests.durability.small import write_adapter, write_base
@@ -129,9 +130,7 @@ def test_rows_come_back_exactly_from_one_database_to_the_other_and_back(small: C
     assert rows_of(back) == was
 
 
-@pytest.mark.parametrize(
-    "last", ["blob", *(pytest.param(one, marks=pytest.mark.long) for one in DOCUMENTS[:2]), DOCUMENTS[2]]
-)
+@pytest.mark.parametrize("last", [DOCUMENTS[2], *further("blob", *DOCUMENTS[:2])])
 def test_a_killed_backup_does_not_exist_and_the_next_one_goes_on_with_its_blobs(
     small: Cli, tmp_path: Path, last: str
 ) -> None:
@@ -188,7 +187,7 @@ def test_a_registry_with_rows_is_not_restored_into(small: Cli, tmp_path: Path) -
         assert "own store" in refused.err
 
 
-@pytest.mark.parametrize("name", [DOCUMENTS[0], *(pytest.param(one, marks=pytest.mark.long) for one in DOCUMENTS[1:])])
+@pytest.mark.parametrize("name", [DOCUMENTS[0], *further(*DOCUMENTS[1:])])
 def test_a_damaged_document_of_a_backup_is_refused_by_name(small: Cli, tmp_path: Path, name: str) -> None:
     report = small.json("backup", tmp_path / "saved")
     path = tmp_path / "saved" / "snapshots" / report["name"] / name

@@ -27,6 +27,7 @@ from registry.storage.s3.store import S3Store
 from registry.transfer import collect
 from registry.worker.runner import run_one
 from tests import services
+from tests.doses import further
 from tests.durability.breakable import WITHOUT_DATABASE, Disk, Postgres, Stock, ask, do_jobs, furnish
 from tests.durability.conftest import broken_promises, opened
 from tests.durability.processes import CHANNEL, NAME, kill, serve, wait_for_port
@@ -150,7 +151,7 @@ def hang(postgres: Postgres) -> Callable[[], object]:
     return postgres.thaw
 
 
-@pytest.mark.parametrize("harm", [crash, hang])
+@pytest.mark.parametrize("harm", [hang, *further(crash)])
 def test_a_database_that_is_away_is_a_503_on_every_route_and_is_used_again_when_it_is_back(
     on_postgres: Registry, own_postgres: Postgres, harm: Callable[[Postgres], Callable[[], object]]
 ) -> None:

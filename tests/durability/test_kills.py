@@ -13,6 +13,7 @@ from sqlalchemy import select
 
 from registry.database.tables import Move, Release
 from tests import services
+from tests.doses import further
 from tests.durability.conftest import broken_promises, opened
 from tests.durability.processes import Journal, collect_forever, kill, serve, wait_for_port, work
 from tests.forked import start
@@ -21,7 +22,7 @@ LONGEST_LIFE_S = {"sqlite": 0.4, "postgresql": 1.0}
 """What an act takes on an idle machine, and some more: with S3 a push is a dozen requests."""
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [6, *further(100)])
 def test_many_kills_lose_nothing_and_leave_nothing_torn(
     environ: dict[str, str], tmp_path: Path, record_property: Callable[[str, object], None], kills: int
 ) -> None:

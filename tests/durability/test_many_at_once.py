@@ -20,6 +20,7 @@ from registry.database.tables import AuditRow, Move, Release
 from registry.errors import Conflict, Invalid, NotFound, Refused, RegistryError
 from registry.formats.references import RepositoryName
 from tests import services
+from tests.doses import further
 from tests.durability.conftest import broken_promises, opened
 from tests.durability.processes import CHANNEL, NAME, kill, serve, wait_for_port
 from tests.durability.small import RANK, adapter_files
@@ -77,7 +78,7 @@ def together(apis: list[Api], act: Callable[[int, Api], object]) -> list[object]
         return list(pool.map(run, range(len(apis))))
 
 
-@pytest.mark.parametrize("enough_moves", [500, pytest.param(2_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("enough_moves", [200, *further(2_000)])
 def test_sixteen_clients_move_one_channel_and_history_has_every_accepted_move_once_in_order(
     environ: dict[str, str], url: str, tmp_path: Path, enough_moves: int
 ) -> None:
@@ -129,11 +130,12 @@ def test_sixteen_clients_move_one_channel_and_history_has_every_accepted_move_on
     assert broken_promises(environ) == []
 
 
+@pytest.mark.parametrize("races", [1, *further(3)])
 def test_of_many_different_pushes_of_one_version_one_wins_and_the_others_are_refused(
-    environ: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path, races: int
 ) -> None:
     with clients(url) as apis:
-        for version in ("1.0.0", "1.0.1", "1.0.2"):
+        for version in ("1.0.0", "1.0.1", "1.0.2")[:races]:
             offset = int(version[-1]) * 100
 
             def race(number: int, api: Api, version: str = version, offset: int = offset) -> object:
@@ -149,12 +151,13 @@ def test_of_many_different_pushes_of_one_version_one_wins_and_the_others_are_ref
     assert broken_promises(environ, read_bytes=True) == []
 
 
+@pytest.mark.parametrize("races", [2, *further(5)])
 def test_of_two_releases_at_once_that_break_each_other_only_one_is_published(
-    environ: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path, races: int
 ) -> None:
     """Each fits what was there before: N.1.0, of half the rank, and N.2.0, which would then raise it again."""
     with clients(url) as apis:
-        for major in range(1, 6):
+        for major in range(1, races + 1):
             push_version(apis[0], tmp_path, f"{major}.0.0", 10 * major)
 
             def race(number: int, api: Api, major: int = major) -> object:
@@ -198,15 +201,16 @@ def test_of_many_equal_pushes_one_makes_the_release_and_all_succeed(
     assert broken_promises(environ) == []
 
 
+@pytest.mark.parametrize("turns", [6, *further(20)])
 def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_before(
-    environ: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path, turns: int
 ) -> None:
     with clients(url) as apis:
         push_version(apis[0], tmp_path, "1.0.0", 7)
         path = f"{line_path(NAME)}/releases/1.0.0"
 
         def race(number: int, api: Api) -> object:
-            for turn in range(20):
+            for turn in range(turns):
                 what = "unyank" if (number + turn) % 3 == 0 else "yank"
                 api.post(f"{path}/{what}", {"reason": f"{number} in turn {turn}"})
             return None
@@ -223,7 +227,7 @@ def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_be
     assert broken_promises(environ) == []
 
 
-@pytest.mark.parametrize("acts", [80, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("acts", [30, *further(200)])
 def test_what_is_read_beside_yanks_is_of_one_moment(
     environ: dict[str, str], url: str, tmp_path: Path, acts: int
 ) -> None:
@@ -276,8 +280,9 @@ def test_what_is_read_beside_yanks_is_of_one_moment(
         assert {str(answer) for answer in answers} == {"[('1.0.0', False)]", "[('1.1.0', False)]"}
 
 
+@pytest.mark.parametrize("metrics", [4, *further(10)])
 def test_of_the_first_scores_of_a_metric_all_say_the_same_of_what_is_better(
-    environ: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path, metrics: int
 ) -> None:
     examples = [{"prompt": "1 + 1 =", "completion": " 2"}]
     suite = {"name": "sums", "kind": "target", "description": "", "chat": False, "examples": examples}
@@ -292,7 +297,7 @@ def test_of_the_first_scores_of_a_metric_all_say_the_same_of_what_is_better(
             api.post(f"{line_path(NAME)}/releases/1.0.{number // 2 % 2}/scores", {"scores": [row]})
             return better
 
-        for turn in range(10):
+        for turn in range(metrics):
             answers = together(apis[:8], lambda number, api, metric=f"m{turn}": race(number, api, metric))
             assert len({answer for answer in answers if isinstance(answer, bool)}) == 1, answers
             assert sum(isinstance(answer, Invalid) for answer in answers) == 4, answers

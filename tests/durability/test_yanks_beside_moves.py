@@ -20,6 +20,7 @@ from registry.domain.search.query import Query
 from registry.errors import Refused
 from registry.formats.references import Version
 from registry.transfer.resources import Resources
+from tests.doses import further
 from tests.durability.conftest import broken_promises, opened
 from tests.durability.processes import NAME
 from tests.durability.small import write_adapter
@@ -99,8 +100,9 @@ def test_a_yank_waits_for_a_move_and_the_channel_gives_out_what_lies_below(
     assert broken_promises(environ) == []
 
 
+@pytest.mark.parametrize("turns", [9, *further(24)])
 def test_moves_beside_yanks_leave_searches_with_what_the_channels_give_out(
-    environ: dict[str, str], url: str, tmp_path: Path
+    environ: dict[str, str], url: str, tmp_path: Path, turns: int
 ) -> None:
     """Onto channels that are there and onto new ones: nobody can lock what another is about to make."""
     with clients(url) as apis:
@@ -108,7 +110,7 @@ def test_moves_beside_yanks_leave_searches_with_what_the_channels_give_out(
             push_version(apis[0], tmp_path, f"1.{number}.0", number)
 
         def race(number: int, api: Api) -> object:
-            for turn in range(24):
+            for turn in range(turns):
                 if number % 4 == 0:  # 1.2.0 is never yanked, and the others are in the end
                     what, version = "yank" if turn % 2 else "unyank", f"1.{(number // 4 + turn) % 2}.0"
                     api.post(f"{line_path(NAME)}/releases/{version}/{what}", {"reason": "to see what comes of it"})

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from registry.errors import Invalid
 from registry.formats.xet import HEADER_BYTES, MAX_CHUNK_BYTES, Chunks, ChunkScanner, decompress, read_shard
+from tests.doses import further
 from tests.fuzz.test_rest import FACTOR
 from tests.xet_wire import GROUPED, LZ4, PLAIN, Segment, chunk, name_of, shard
 
@@ -79,11 +80,12 @@ SHARD = shard(([Segment(name_of(b"a"), 0, 2, 400), Segment(name_of(b"b"), 1, 2, 
 
 
 @pytest.mark.parametrize(("good", "use"), [(XORB, _use_xorb), (SHARD, _use_shard)], ids=["xorb", "shard"])
-def test_harmed_ones_are_refused_with_one_clear_error(good: bytes, use: Callable[[bytes], None]) -> None:
+@pytest.mark.parametrize("examples", [300, *further(1_000)])
+def test_harmed_ones_are_refused_with_one_clear_error(good: bytes, use: Callable[[bytes], None], examples: int) -> None:
     use(good)
     refused: list[Invalid] = []
 
-    @settings(MANY, max_examples=1_000 * FACTOR)
+    @settings(MANY, max_examples=examples * FACTOR)
     @given(st.data())
     def harm(data: st.DataObject) -> None:
         content = bytearray(good)
