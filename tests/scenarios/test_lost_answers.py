@@ -14,6 +14,7 @@ import httpx2
 import pytest
 
 from tests import services
+from tests.doses import further
 from tests.scenarios.test_signatures import Keys
 from tests.scenarios.world import Cli, Ran, World
 
@@ -174,7 +175,7 @@ def test_a_bump_that_arrives_after_it_was_repeated_gets_no_number_of_its_own(
 
 
 @remote
-@pytest.mark.parametrize("reaches", [True, False])
+@pytest.mark.parametrize("reaches", [True, *further(False)])
 def test_a_bump_whose_request_or_answer_was_lost_gets_one_number(network: Network, push: Push, reaches: bool) -> None:
     network.loses(PUBLISH, reaches=reaches)
     pushed = push("mine", *AUTO, "--json").json
@@ -234,7 +235,7 @@ def test_a_key_stands_for_one_request(network: Network, push: Push, world: World
 
 
 @served
-@pytest.mark.parametrize("way", ["push", "promote"])
+@pytest.mark.parametrize("way", ["push", *further("promote")])
 def test_a_rollback_before_the_answer_to_a_move_is_missed_stays(
     network: Network, push: Push, somebody: Cli, stocked: Cli, way: str
 ) -> None:
@@ -251,7 +252,7 @@ def test_a_rollback_before_the_answer_to_a_move_is_missed_stays(
 
 
 @served
-@pytest.mark.parametrize("reaches", [True, False])
+@pytest.mark.parametrize("reaches", [True, *further(False)])
 def test_a_rollback_whose_request_or_answer_was_lost_goes_back_once(
     network: Network, push: Push, stocked: Cli, reaches: bool
 ) -> None:
@@ -292,7 +293,7 @@ def test_a_request_that_comes_again_is_answered_though_it_would_be_refused_by_no
 
 
 @remote
-@pytest.mark.parametrize("reaches", [True, False])
+@pytest.mark.parametrize("reaches", [True, *further(False)])
 def test_a_move_whose_request_or_answer_was_lost_is_made_once(
     network: Network, push: Push, somebody: Cli, reaches: bool
 ) -> None:

@@ -62,6 +62,7 @@ def lives(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.long  # by default `served` waits for that, and several processes stop
 def test_a_server_says_where_it_listens(tmp_path: Path) -> None:
     with served(tmp_path / "home") as (url, process, _):
         assert httpx2.get(f"{url}/healthz", timeout=30).status_code == 200
@@ -125,7 +126,10 @@ def address_in_the_audit(url: str, claimed: str) -> str:
     return str(row["source"]).partition(" ")[0]
 
 
-@pytest.mark.parametrize(("processes", "kind"), [("1", services.PAIRINGS[0]), ("2", services.PAIRINGS[1])])
+@pytest.mark.parametrize(
+    ("processes", "kind"),
+    [("1", services.PAIRINGS[0]), pytest.param("2", services.PAIRINGS[1], marks=pytest.mark.long)],
+)
 def test_what_a_request_says_of_where_it_comes_from_is_believed_of_a_named_proxy_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: str, kind: str
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from registry.api.http.threads import STORE_THREADS
 from registry.client.push import collect, push, send
 from registry.client.selection import select_files
 from registry.domain.jobs.queue import MAX_ATTEMPTS, PAUSES
@@ -22,6 +23,7 @@ from registry.formats.references import parse_repository
 from registry.transfer.resources import Resources
 from registry.worker.runner import run_one
 from tests import services
+from tests.doses import further
 from tests.eventually import eventually
 from tests.s3_server import S3Server
 from tests.scenarios.conftest import USER, serving, stock
@@ -65,7 +67,7 @@ def crash(s3: S3Server) -> Callable[[], None]:
     return start_again
 
 
-@pytest.mark.parametrize("harm", [hang, crash])
+@pytest.mark.parametrize("harm", [hang, *further(crash)])
 def test_a_store_that_is_away_is_a_503_in_time_and_is_used_again_when_it_is_back(
     registry: Cli, own_s3: S3Server, world: World, tmp_path: Path, harm: Callable[[S3Server], Callable[[], None]]
 ) -> None:
@@ -105,16 +107,17 @@ def test_a_store_that_is_away_is_a_503_in_time_and_is_used_again_when_it_is_back
     assert (tmp_path / "out" / "vocab.txt").read_bytes() == (adapter / "vocab.txt").read_bytes()
 
 
-def test_a_hundred_downloads_from_a_store_that_hangs_do_not_hold_up_resolving_and_searching(
-    registry: Cli, own_s3: S3Server
+@pytest.mark.parametrize("clients", [STORE_THREADS + 8, *further(100)])
+def test_many_downloads_from_a_store_that_hangs_do_not_hold_up_resolving_and_searching(
+    registry: Cli, own_s3: S3Server, clients: int
 ) -> None:
     url = registry.environment["ADAPTORY_URL"]
     (file, *_) = registry.json("show", "acme/sql")["files"]
     download = f"{url}/v1/adapters/acme/sql/releases/1.0.0/files/{file['path']}"
-    with ThreadPoolExecutor(100) as pool:
+    with ThreadPoolExecutor(clients) as pool:
         heal = hang(own_s3)
         try:
-            downloads = [pool.submit(httpx2.get, download, timeout=60) for _ in range(100)]
+            downloads = [pool.submit(httpx2.get, download, timeout=60) for _ in range(clients)]
             while not any(one.done() for one in downloads):
                 time.sleep(0.01)
             for path in ("/v1/resolve?ref=acme/sql:1.0.0", "/v1/releases?namespace=acme"):
@@ -128,10 +131,11 @@ def test_a_hundred_downloads_from_a_store_that_hangs_do_not_hold_up_resolving_an
     codes = {answer.json()["code"] for answer in answers}
     assert {"store_unavailable"} <= codes <= {"store_busy", "store_unavailable"}
     assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers)
-    # The server itself has a hundred requests to forget first.
+    # The server itself has its requests to forget first.
     eventually(lambda: httpx2.get(download, timeout=60).status_code == 307, every_s=0.2)
 
 
+@pytest.mark.long  # a further moment of the next one
 def test_a_store_that_crashes_in_the_middle_of_a_push_is_waited_for(
     registry: Cli, own_s3: S3Server, world: World, tmp_path: Path
 ) -> None:
@@ -151,7 +155,7 @@ def test_a_store_that_crashes_in_the_middle_of_a_push_is_waited_for(
     assert traces(registry).work == frozenset()
 
 
-@pytest.mark.parametrize("sent", [False, True], ids=["before its first byte", "before it is published"])
+@pytest.mark.parametrize("sent", [False, *further(True)], ids=["before its first byte", "before it is published"])
 def test_a_push_waits_for_its_store_whenever_that_goes_away(
     registry: Cli, own_s3: S3Server, world: World, tmp_path: Path, sent: bool
 ) -> None:
@@ -222,7 +226,7 @@ class HarmedStore:
 SOON = timedelta(seconds=1)
 
 
-@pytest.mark.parametrize("harm", [hang, crash])
+@pytest.mark.parametrize("harm", [crash, *further(hang)])
 def test_a_composition_whose_store_goes_away_as_it_publishes_is_published_when_it_is_back(
     workshop: Workshop, own_s3: S3Server, harm: Callable[[S3Server], Callable[[], None]]
 ) -> None:
@@ -277,7 +281,10 @@ def test_a_base_that_is_on_another_host_is_no_outage(workshop: Workshop, world: 
     assert (workshop.job["state"], workshop.job["error"]["code"]) == ("failed", "base_not_here")
 
 
-def test_the_registry_grows_by_nothing_while_weights_go_by_it(own_s3: S3Server, world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("files", [2, *further(4)])
+def test_the_registry_grows_by_nothing_while_weights_go_by_it(
+    own_s3: S3Server, world: World, tmp_path: Path, files: int
+) -> None:
     given = environ(own_s3, tmp_path) | {"ADAPTORY_USER": USER}
     with server(tmp_path / "server", **given) as (url, process):
         cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_URL": url}, served_with=given)
@@ -287,7 +294,7 @@ def test_the_registry_grows_by_nothing_while_weights_go_by_it(own_s3: S3Server, 
         cli.ok("pull", "acme/sql:1.0.0", "-o", tmp_path / "small")
         memory = Path(f"/proc/{process.pid}/status")
         before = peak_bytes(memory)
-        for number in range(4):
+        for number in range(files):
             (adapter / f"data-{number}").write_bytes(os.urandom(25_000_000))
         cli.ok("push", adapter, "acme/sql:1.1.0", "--base", "tiny", "--include", "data-*")
         cli.ok("pull", "acme/sql:1.1.0", "-o", tmp_path / "large")
@@ -296,7 +303,7 @@ def test_the_registry_grows_by_nothing_while_weights_go_by_it(own_s3: S3Server, 
         assert written < 20_000_000, "nor does its disk"
         client, bucket, prefix = s3_of(cli)
         stored = client.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]
-        assert sum(row["Size"] for row in stored) > 100_000_000
+        assert sum(row["Size"] for row in stored) > files * 25_000_000
 
 
 def peak_bytes(status: Path) -> int:
