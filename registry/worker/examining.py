@@ -1,7 +1,6 @@
 """Measures a composition's candidate, its inputs and the base: in this process, or on the nodes of a cluster."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from composer.formats.checkpoints.hashing import hash_file
@@ -69,11 +68,15 @@ def _on_nodes(held: JobRun, work: CompositionRun, progress: Callable[[int], None
 def _in_this_process(held: JobRun, work: CompositionRun, progress: Callable[[int], None]) -> Examine:
     scorers = held.resources.settings.enabled_scorers
 
-    @lru_cache(maxsize=1)
+    models: dict[bool, LoadedModel] = {}
+
     def model(merged: bool) -> "LoadedModel":
         from composer.evaluation.model import load_model
 
-        return load_model(work.model_directory if merged else work.base_checkpoint(held).path)
+        if merged not in models:
+            models.clear()  # the base and a merged model need not fit at a time
+            models[merged] = load_model(work.model_directory if merged else work.base_checkpoint(held).path)
+        return models[merged]
 
     def deltas(subject: Subject) -> "Sequence[Delta]":
         from composer.deltas.variants.load import load_deltas

@@ -9,10 +9,14 @@ import pytest
 from composer.evaluation.scorers.scorer import package_of
 from composer.formats.recipes.tasks import ScorerChoice
 from registry.errors import Invalid
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import Digest
 from registry.settings import Settings
 from registry.worker.engine import units
 from registry.worker.engine.ray_runner import UnitRunner
 from registry.worker.engine.units import Unit, finished, open_node, run_unit
+from registry.worker.evaluation_units import Examined
+from registry.worker.node_models import base_hints
 from tests.composer.scorers import install_scorer
 from tests.engine import counted
 
@@ -90,3 +94,11 @@ def test_a_node_says_why_it_cannot_run_units(
     assert UnitRunner().ready("marker", own) == {"problem": ""}
     monkeypatch.setenv(name, value)
     assert says in UnitRunner().ready("marker", own)["problem"]
+
+
+def test_a_merged_model_needs_memory_for_its_own_size_and_no_node_that_has_the_base() -> None:
+    hints = base_hints(["/bases/tiny"], 1000)
+    wider = [ManifestFile("model.safetensors", 2000, Digest("0" * 64))]
+    base, merged = Examined(base="b", hints=hints), Examined(base="b", hints=hints, files=wider, model=True)
+    assert (base.needs.base, merged.needs.base) == ("b", None)
+    assert merged.needs.device_bytes == 2 * base.needs.device_bytes
