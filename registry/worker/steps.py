@@ -97,7 +97,7 @@ def combine(held: JobRun) -> None:
     if not work.recipe.adapter or work.adapter_directory.is_dir():
         return
     if held.engine.spreads and work.settings.pipeline.fitted:
-        fetch_adapter(held, work, fitted_adapter(held, work))
+        fetch_adapter(held.resources.store, fitted_adapter(held, work), work.adapter_directory)
         return
     combine_adapters(
         work.members(held),
