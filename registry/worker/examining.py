@@ -13,7 +13,7 @@ from registry.worker import merging
 from registry.worker.composition import CompositionRun, Output, creator
 from registry.worker.evaluation_units import Examined, examine_on_nodes
 from registry.worker.judging import Examine, Subject
-from registry.worker.node_models import base_hints
+from registry.worker.node_models import OneModel, base_hints
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
@@ -68,15 +68,14 @@ def _on_nodes(held: JobRun, work: CompositionRun, progress: Callable[[int], None
 def _in_this_process(held: JobRun, work: CompositionRun, progress: Callable[[int], None]) -> Examine:
     scorers = held.resources.settings.enabled_scorers
 
-    models: dict[bool, LoadedModel] = {}
+    models = OneModel()
 
     def model(merged: bool) -> "LoadedModel":
         from composer.evaluation.model import load_model
 
-        if merged not in models:
-            models.clear()  # the base and a merged model need not fit at a time
-            models[merged] = load_model(work.model_directory if merged else work.base_checkpoint(held).path)
-        return models[merged]
+        return models.get(
+            merged, lambda: load_model(work.model_directory if merged else work.base_checkpoint(held).path)
+        )
 
     def deltas(subject: Subject) -> "Sequence[Delta]":
         from composer.deltas.variants.load import load_deltas
