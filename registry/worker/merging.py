@@ -30,16 +30,13 @@ from registry.worker.composition import CompositionRun, ProgressCount, register_
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
 from registry.worker.node_files import Row, are_stored, from_rows, member_directory, store_directory, to_rows
-from registry.worker.node_models import base_hints, everywhere, opened_checkpoint
+from registry.worker.node_models import PROCESS_BYTES, base_hints, everywhere, opened_checkpoint
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
     from composer.merge.plan import MergePlan
     from composer.merge.shards import ShardPlan, Written
     from composer.merge.stream import Origin, StreamedShard
-
-MEMORY_BYTES = 1 << 30
-"""Of a shard's unit: what is read ahead, parts under way, and the factors of a few tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +68,7 @@ def stored_model(held: JobRun, work: CompositionRun, adapter: Sequence[ManifestF
     merge = _content(work, adapter)
     own = {**merge, "composition": work.composition_id}  # a location may have other headers and texts next time
     hints = base_hints(work.locations, work.base_bytes)
-    needs = Needs(memory_bytes=MEMORY_BYTES, base=None if everywhere(hints) else work.lock.base)
+    needs = Needs(memory_bytes=PROCESS_BYTES, base=None if everywhere(hints) else work.lock.base)
     ((_, plan),) = held.engine.map(PLAN, [Unit(name="plan", content=own, hints=hints)], needs, held.check)
     count = ProgressCount(held, "bytes", sum(shard["size_bytes"] for shard in plan["shards"]))
     units = [

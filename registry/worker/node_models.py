@@ -12,6 +12,8 @@ from registry.worker.node_files import Row
 if TYPE_CHECKING:
     from composer.evaluation.model import LoadedModel
 
+PROCESS_BYTES = 1 << 30
+"""Memory of a unit's process beside a model: torch, what is read ahead, parts under way, factors of a few tensors."""
 _LOAD_SHARE = 1.25
 """Memory of a loaded model and its passes, as a multiple of its tensors."""
 _REMOTE = ("hf://", "s3://")
@@ -44,7 +46,7 @@ def everywhere(hints: Mapping[str, Any]) -> bool:
 def needs_of_model(digest: str | None, hints: Mapping[str, Any]) -> Needs:
     """The needs of a unit that loads the base, or a model of its size for None."""
     memory = int(hints["size_bytes"] * _LOAD_SHARE)
-    return Needs(device_bytes=memory, base=None if everywhere(hints) else digest)
+    return Needs(memory_bytes=PROCESS_BYTES, device_bytes=memory, base=None if everywhere(hints) else digest)
 
 
 def loaded_base(node: Node, digest: str, hints: Mapping[str, Any]) -> "LoadedModel":

@@ -44,21 +44,21 @@ class Combined:
     def for_search(self, problem: "Problem") -> bytes:
         """The document of a search's passes."""
         effort = {"search": problem.effort.search, "confirm": problem.effort.confirm, "seed": problem.effort.seed}
-        return self._document({"effort": effort, "as_adapter": problem.as_adapter})
+        return self._document({"for": "search", "effort": effort, "as_adapter": problem.as_adapter})
 
     def for_probe(self, lock: Lock, calibration: "Calibration | None") -> bytes:
         """The document of a probe's passes: combinations by the lock's method."""
         rows = calibration_rows(calibration.sets) if calibration is not None else None
-        return self._document({"method": lock.method, "settings": lock.settings, "calibration": rows})
+        return self._document({"for": "probe", "method": lock.method, "settings": lock.settings, "calibration": rows})
 
-    def _document(self, of_kind: Row) -> bytes:
+    def _document(self, how: Row) -> bytes:
         members = [
             {"name": one.adapter.name, "weight": one.weight.to_json(), "suite": one.suite.to_json(),
              "files": to_rows(files)}
             for one, files in zip(self.members, self.files, strict=True)
         ]  # fmt: skip
         content = {"base": self.base, "members": members, "guards": [guard.to_json() for guard in self.guards]}
-        return json.dumps({**content, **of_kind}, sort_keys=True).encode()
+        return json.dumps({**content, **how}, sort_keys=True).encode()
 
 
 class SpreadPasses:
@@ -154,7 +154,8 @@ def _opened(node: Node, document: str, hints: Mapping[str, Any]) -> "PassRunner"
     members = [_member(node, content, f"{document[:16]}-{number}", hints, row) for number, row in
                enumerate(content["members"])]  # fmt: skip
     guards = [Suite.from_json(guard) for guard in content["guards"]]
-    return (_search if "effort" in content else _probe)(node, content, hints, members, guards)
+    runner = {"search": _search, "probe": _probe}[content["for"]]
+    return runner(node, content, hints, members, guards)
 
 
 def _member(node: Node, content: Row, name: str, hints: Mapping[str, Any], row: Row) -> "Member":

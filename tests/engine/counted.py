@@ -22,13 +22,20 @@ def note(unit: Unit, event: str) -> None:
     os.close(file)
 
 
+def _lines(unit: Unit) -> list[str]:
+    return Path(unit.hints["journal"]).read_text().splitlines()
+
+
 def events(journal: Path) -> Counter[str]:
     """How often each event of each unit happened, such as `done unit 3`."""
     return Counter(journal.read_text().splitlines()) if journal.exists() else Counter()
 
 
 def double(_node: Node, unit: Unit, _count: Count) -> Result:
+    """Doubles its number; ends only once as many units as `beside` says have begun, since processes start slowly."""
     note(unit, "begun")
+    while sum(line.startswith("begun") for line in _lines(unit)) < unit.hints.get("beside", 0):
+        time.sleep(0.02)
     time.sleep(float(unit.hints.get("seconds", 0)))
     note(unit, "done")
     return {"number": 2 * unit.content["number"], "process": os.getpid()}
@@ -60,9 +67,7 @@ DIE = Task(name="die", version=1, run=die, intact=always_intact)
 FAIL = Task(name="fail", version=1, run=fail, intact=always_intact)
 
 
-def units(count: int, journal: Path, seconds: float = 0.0) -> list[Unit]:
+def units(count: int, journal: Path, seconds: float = 0.0, beside: int = 0) -> list[Unit]:
     """Units that double their number."""
-    return [
-        Unit(name=f"unit {number}", content={"number": number}, hints={"journal": str(journal), "seconds": seconds})
-        for number in range(count)
-    ]
+    hints = {"journal": str(journal), "seconds": seconds, "beside": beside}
+    return [Unit(name=f"unit {number}", content={"number": number}, hints=hints) for number in range(count)]

@@ -35,14 +35,25 @@ def run(engine: RayEngine | LocalEngine, units: list[Unit], needs: Needs | None 
 
 
 def test_units_run_on_both_nodes_and_what_is_finished_is_not_run_again(engine: RayEngine, journal: Path) -> None:
-    first = run(engine, counted.units(6, journal, seconds=0.3))
-    assert [first[f"unit {number}"]["number"] for number in range(6)] == [0, 2, 4, 6, 8, 10]
+    first = run(engine, counted.units(3, journal, beside=2))
+    assert [first[f"unit {number}"]["number"] for number in range(3)] == [0, 2, 4]
     assert len({result["process"] for result in first.values()}) == 2
-    again = run(engine, counted.units(8, journal))
+    again = run(engine, counted.units(5, journal))
     assert {name: again[name] for name in first} == first
     assert set(counted.events(journal).values()) == {1}
-    assert run(LocalEngine(open_node(Settings())), counted.units(8, journal)) == again
+    assert run(LocalEngine(open_node(Settings())), counted.units(5, journal)) == again
     assert set(counted.events(journal).values()) == {1}, "the local engine has the same keys"
+
+
+def test_a_process_serves_the_next_map_if_it_has_what_that_one_needs(engine: RayEngine, journal: Path) -> None:
+    def process(number: int, needs: Needs) -> int:
+        unit = Unit(name=f"next {number}", content={"next": number, "number": number}, hints={"journal": str(journal)})
+        return run(engine, [unit], needs)[unit.name]["process"]
+
+    first = process(1, Needs(memory_bytes=2 << 20, device_bytes=1 << 20))
+    assert process(2, Needs(memory_bytes=1 << 20)) == first, "a merge after a search"
+    assert process(3, Needs(memory_bytes=2 << 20, device_bytes=1 << 20)) == first
+    assert process(4, Needs(memory_bytes=4 << 20)) != first
 
 
 def test_a_result_whose_bytes_are_gone_is_made_again(cluster: RayCluster, journal: Path) -> None:
@@ -150,7 +161,7 @@ def test_units_share_a_device_only_if_its_memory_has_room_for_both(
     known = EngineSettings(kind="ray", address=cluster.address, token_path=cluster.token_path, device="gpu")
     sharing, most = RayEngine(known, open_node(settings)), dict[int, int]()
     for size_bytes in (101, 60, 50):
-        hints = {"journal": str(tmp_path / str(size_bytes)), "seconds": 1.0}
+        hints = {"journal": str(tmp_path / str(size_bytes)), "seconds": 1.0, "beside": 2 if size_bytes == 50 else 0}
         units = [
             Unit(name=f"{n}", content={"of": size_bytes, "number": n}, hints=hints)
             for n in range(3 if size_bytes == 50 else 2)

@@ -21,6 +21,12 @@ class Needs:
     device_bytes: int = 0
     base: str | None = None
 
+    def cover(self, other: "Needs") -> bool:
+        """Whether a process that has what these needs ask for has what the others ask for too. With more of a device
+        than they ask for, it would keep another one from sharing it."""
+        enough = self.cpus >= other.cpus and self.memory_bytes >= other.memory_bytes
+        return enough and other.device_bytes in (0, self.device_bytes) and other.base in (None, self.base)
+
 
 class Engine(Protocol):
     """Runs units."""

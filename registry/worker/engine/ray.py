@@ -54,9 +54,10 @@ def ray_module() -> Any:
 
 @dataclass(eq=False, slots=True)
 class _Runner:
-    """An actor, and the unit that it runs; without one it is starting."""
+    """An actor, what it was started for, and the unit that it runs; without one it is starting."""
 
     actor: Any
+    needs: Needs
     unit: Unit | None = None
 
 
@@ -96,7 +97,6 @@ class RayEngine:
             os.environ["RAY_AUTH_MODE"] = "disabled" if settings.insecure else "token"
         self._ray = ray_module()
         self._idle: list[_Runner] = []
-        self._idle_needs = Needs()
         self.redone = 0
         self._connect()
 
@@ -231,12 +231,16 @@ class RayEngine:
         self._ray.shutdown()
 
     def _begin(self, state: _Map) -> None:
-        """Takes the runners that the map before left, if they have what this one needs, and starts more."""
-        if self._idle_needs != state.needs:
-            self._end_idle()
-        self._idle_needs = state.needs
-        while self._idle and state.left:
-            self._give(state, self._idle.pop())
+        """Takes the runners of the map before that have what this one needs, since they may have loaded a base. Ends
+        the others, and starts more."""
+        before, self._idle = self._idle, list[_Runner]()
+        for runner in before:
+            if not runner.needs.cover(state.needs):
+                self._ray.kill(runner.actor)
+            elif state.left:
+                self._give(state, runner)
+            else:
+                self._idle.append(runner)
         for _ in range(min(len(state.left), self._settings.runners - len(state.waiting))):
             self._start(state)
 
@@ -247,7 +251,7 @@ class RayEngine:
     def _start(self, state: _Map) -> None:
         options = self._resources(state.needs)
         actor = self._ray.remote(UnitRunner).options(max_restarts=0, max_task_retries=0, **options).remote()
-        state.waiting[actor.ready.remote(state.marker, version("adaptory"))] = _Runner(actor)
+        state.waiting[actor.ready.remote(state.marker, version("adaptory"))] = _Runner(actor, state.needs)
 
     def _ended(self, state: _Map, waited: Any) -> Iterator[tuple[Unit, Result]]:
         """Takes what a runner returned, and gives it the next unit."""
