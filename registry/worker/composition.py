@@ -1,5 +1,6 @@
 """A composition as its steps see it: read again by each step, so that any step can be the first after a crash."""
 
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from registry.domain.compositions import compositions, locking
 from registry.domain.jobs.queue import Amount
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_reference
+from registry.storage.blobs import BlobStore
 from registry.transfer import publishing, uploads
 from registry.worker.runner import JobRun
 from registry.worker.workspace import work_of
@@ -159,11 +161,12 @@ def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_byte
     return checkpoint
 
 
-def fetch_adapter(held: JobRun, work: CompositionRun, files: Sequence[ManifestFile]) -> None:
-    """Writes the adapter's files from the store to its directory, whole or not at all."""
-    staging = work.adapter_directory.with_name(".adapter.partial")
-    publishing.materialise(held.resources.store, files, staging)
-    staging.replace(work.adapter_directory)
+def fetch_adapter(store: BlobStore, files: Sequence[ManifestFile], directory: Path) -> None:
+    """Writes an adapter's files from the store to the directory, whole or not at all."""
+    staging = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # a process that was killed may have left files of another fit
+    publishing.materialise(store, files, staging)
+    staging.replace(directory)
 
 
 def register_files(held: JobRun, target: str, files: Sequence[ManifestFile]) -> None:

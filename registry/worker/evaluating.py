@@ -31,7 +31,7 @@ from registry.transfer.results import Results
 from registry.worker.composition import ProgressCount, verified_base
 from registry.worker.evaluation_units import Examined, examine_on_nodes
 from registry.worker.harness import Harness
-from registry.worker.node_models import base_hints
+from registry.worker.node_models import OneModel, base_hints
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.workspace import evaluation_work_of
 
@@ -57,10 +57,10 @@ def measure(held: JobRun) -> None:
     harness = Harness(held.resources.settings.harness_path)
     count = ProgressCount(held, "examples", sum(contents[one.suite].count for one in left))
     missing: list[RegistryError] = []
+    models = OneModel()
     for digest in dict.fromkeys(one.base for one in left):
-        base = cache(partial(_base, held, digest))
         for release in dict.fromkeys(one.release for one in left if one.base == digest):
-            subject = cache(partial(_subject, held, release, digest, base))
+            subject = cache(partial(_subject, held, release, digest, models))
             for one in (one for one in left if (one.base, one.release) == (digest, release)):
                 error = _evaluate(held, one, contents[one.suite], subject, harness, count)
                 missing += [error] if error else []
@@ -218,12 +218,11 @@ def _stored(held: JobRun, wanted: Wanted, scores: list[Row], by_example: Results
     return measured[0].results_sha256
 
 
-def _subject(
-    held: JobRun, release: int | None, digest: str, base: "Callable[[], LoadedModel]"
-) -> "tuple[LoadedModel, Sequence[Delta]]":
+def _subject(held: JobRun, release: int | None, digest: str, models: OneModel) -> "tuple[LoadedModel, Sequence[Delta]]":
     """The model, and the deltas to add to it. Raises ComposerError if the release does not fit this base."""
     from composer.deltas.variants.load import load_deltas
 
+    base = partial(models.get, digest, partial(_base, held, digest))
     if release is None:
         return base(), ()
     with held.resources.read() as session:
@@ -234,7 +233,7 @@ def _subject(
     directory.mkdir(parents=True, exist_ok=True)
     publishing.materialise(held.resources.store, files, directory)
     if kind is Kind.MODEL:
-        return _load(directory), ()
+        return models.get(release, partial(_load, directory)), ()
     return base(), load_deltas(directory, architecture).deltas
 
 

@@ -11,9 +11,10 @@ from composer.formats.recipes.suite import Example, Suite
 from registry.errors import Unavailable
 from registry.formats.manifest import ManifestFile
 from registry.transfer.publishing import materialise
+from registry.worker.engine.protocol import Needs
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
 from registry.worker.node_files import from_rows, to_rows
-from registry.worker.node_models import base_checkpoint, loaded_base, needs_of_model
+from registry.worker.node_models import base_checkpoint, base_hints, loaded_base, needs_of_model
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
@@ -34,6 +35,13 @@ class Examined:
     hints: dict[str, Any]
     files: Sequence[ManifestFile] = ()
     model: bool = False
+
+    @property
+    def needs(self) -> Needs:
+        """Of a unit that measures it. A merged model may have another dtype than its base, and so another size."""
+        if not self.model:
+            return needs_of_model(self.base, self.hints)
+        return needs_of_model(None, base_hints((), sum(file.size_bytes for file in self.files)))
 
 
 def examine_on_nodes(
@@ -57,9 +65,8 @@ def examine_on_nodes(
         )
         for begin in range(0, len(examples), SLICE)
     ]
-    needs = needs_of_model(None if examined.model else examined.base, examined.hints)
     results: dict[int, list[ExampleResult]] = {}
-    for unit, result in held.engine.map(EVALUATE, units, needs, held.check):
+    for unit, result in held.engine.map(EVALUATE, units, examined.needs, held.check):
         results[unit.content["begin"]] = [ExampleResult(**row) for row in result["results"]]
         progress(len(result["results"]))
     return [one for begin in sorted(results) for one in results[begin]]

@@ -1,7 +1,6 @@
 """Measures a composition's candidate, its inputs and the base: in this process, or on the nodes of a cluster."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from composer.formats.checkpoints.hashing import hash_file
@@ -14,7 +13,7 @@ from registry.worker import merging
 from registry.worker.composition import CompositionRun, Output, creator
 from registry.worker.evaluation_units import Examined, examine_on_nodes
 from registry.worker.judging import Examine, Subject
-from registry.worker.node_models import base_hints
+from registry.worker.node_models import OneModel, base_hints
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
@@ -69,11 +68,14 @@ def _on_nodes(held: JobRun, work: CompositionRun, progress: Callable[[int], None
 def _in_this_process(held: JobRun, work: CompositionRun, progress: Callable[[int], None]) -> Examine:
     scorers = held.resources.settings.enabled_scorers
 
-    @lru_cache(maxsize=1)
+    models = OneModel()
+
     def model(merged: bool) -> "LoadedModel":
         from composer.evaluation.model import load_model
 
-        return load_model(work.model_directory if merged else work.base_checkpoint(held).path)
+        return models.get(
+            merged, lambda: load_model(work.model_directory if merged else work.base_checkpoint(held).path)
+        )
 
     def deltas(subject: Subject) -> "Sequence[Delta]":
         from composer.deltas.variants.load import load_deltas

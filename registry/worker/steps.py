@@ -97,7 +97,7 @@ def combine(held: JobRun) -> None:
     if not work.recipe.adapter or work.adapter_directory.is_dir():
         return
     if held.engine.spreads and work.settings.pipeline.fitted:
-        fetch_adapter(held, work, fitted_adapter(held, work))
+        fetch_adapter(held.resources.store, fitted_adapter(held, work), work.adapter_directory)
         return
     combine_adapters(
         work.members(held),
@@ -190,7 +190,10 @@ def merge(held: JobRun) -> None:
         return
     if merging.is_streamed(held, work):
         model = merging.stored_model(held, work, _fitted_files(held, work))
-        store(held, work, merge=model.report)
+        with held.resources.read() as session:
+            known = compositions.find(session, work.composition_id)[0].merge
+        if not known:  # a later step calls this too, and finds what has been made in no time
+            store(held, work, merge=model.report)
         return
     base, how = work.base_checkpoint(held), (work.lock.method, work.lock.settings)
     if work.settings.pipeline.fitted:  # reuse the fitted factors: another fit would differ in the last bits

@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,11 @@ def pulled(site: Site, out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "adaptory.json"}
 
 
-def test_a_base_in_a_bucket_is_hashed_and_merged_where_it_is(site: Site, world: World, tmp_path: Path) -> None:
+def test_a_base_in_a_bucket_is_hashed_and_merged_where_it_is(
+    site: Site, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = (number**2 for number in count())
+    monkeypatch.setattr(merging, "monotonic", lambda: next(times))
     assert site.added["digest"] == hash_checkpoint(open_checkpoint(world.base)).weights_digest
     assert site.added["locations"] == [site.location]
     recipe = tmp_path / "recipe.yaml"
@@ -114,6 +119,7 @@ def test_a_base_in_a_bucket_is_hashed_and_merged_where_it_is(site: Site, world: 
     done = site.cli.json("compose", recipe)
     assert done["merge"]["shards"] == len(list(world.base.glob("*.safetensors")))
     assert done["merge"]["verified_rows"] > 0
+    assert done["merge"]["seconds"] == 1, "of the merge, not of the publication, which finds it made"
     assert pulled(site, tmp_path / "pulled") == merged_on_disk(world, tmp_path / "merged")
     assert left_on_disk(site) == set()
     assert set(site.weights_on_disk()) <= {"model.safetensors"}, "those that `pull` keeps"
