@@ -386,8 +386,8 @@ class Settings(BaseSettings):
     without one, of the host or its container. With Ray, that of the cluster's smallest GPU: units share one only if
     this is set and has room for both, and unless it is set, the worker takes jobs of any size."""
     base_cache_bytes: int | None = Field(default=None, gt=0)
-    """Maximum size of the bases that this machine keeps from buckets: before a download, those used longest ago are
-    removed. By default what the disk has room for. Those that a job uses stay, also beyond it."""
+    """Maximum size of the bases that this machine keeps from buckets: before a download, the least recently
+    used ones are removed. By default the disk is the limit. Bases that a job uses stay even beyond it."""
     job_retention_days: float = Field(default=365.0, ge=0, le=36_500)
     """How long `gc` keeps a job after it has ended; longer if a release was made by its composition, or a promotion
     waited for it."""

@@ -30,7 +30,7 @@ class Shown(Protocol):
 
 def follow(connection: Connection, job_id: int, *, lines: bool) -> Json:
     """Returns the job once it has ended. Polls, so that it survives an outage and works with any server. With `lines`,
-    prints what changes where stderr is no terminal."""
+    prints each change on a stderr that is not a terminal."""
     with shown_steps(f"job {job_id}", lines=lines) as shown:
         while True:
             job = _latest(connection, job_id)

@@ -193,7 +193,7 @@ def _drain_on_sigterm(application: "FastAPI", drain_s: float) -> None:
 
 
 def _end_streams_on(number: signal.Signals, application: "FastAPI") -> None:
-    """Makes the signal end streams of events first: uvicorn waits for each answer, and these have no end."""
+    """Ends streams of events before the signal's own handler runs: uvicorn waits for every answer."""
     stop = signal.getsignal(number)
     if not callable(stop):
         return

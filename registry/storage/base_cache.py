@@ -1,7 +1,7 @@
-"""Bases that were downloaded: directories that are complete, and removed when others need their room.
+"""Downloaded bases: complete directories, removed when others need the room.
 
-A process holds a shared lock on each that it uses; one is removed only under an exclusive lock, and renamed before. The
-kernel releases the locks of a process that dies.
+A process holds a shared lock on each entry that it uses. An entry is removed only under an exclusive lock, and is
+renamed first. The kernel releases the locks of a process that dies.
 """
 
 import fcntl
@@ -14,9 +14,9 @@ from pathlib import Path
 
 
 class BaseCache:
-    """The entries two levels below `directory`: content below address. Several threads may use it at once.
+    """The entries two levels below `directory`, by address and content. Threads may share it.
 
-    `at_most_bytes` bounds all together, without it the disk. Entries in use stay, also beyond that.
+    `at_most_bytes` bounds their total size; without it, the disk does. Entries in use stay even beyond that.
     """
 
     def __init__(self, directory: Path, at_most_bytes: int | None) -> None:
@@ -25,7 +25,7 @@ class BaseCache:
         self._lock = threading.Lock()
 
     def use(self, entry: Path) -> bool:
-        """Whether the entry is there. It then stays until `release`, and was the last one used."""
+        """Marks the entry as used until `release`, and as the one used last. Returns whether it exists."""
         with self._lock:
             if entry not in self._used and (handle := _held(entry)) is not None:
                 self._used[entry] = handle
@@ -34,7 +34,7 @@ class BaseCache:
             return entry in self._used
 
     def release(self) -> None:
-        """Uses no entry any more."""
+        """Stops using all entries."""
         with self._lock:
             for handle in self._used.values():
                 os.close(handle)
@@ -54,7 +54,7 @@ class BaseCache:
         return within and shutil.disk_usage(self.directory).free >= size_bytes
 
     def _entries(self) -> Iterator[Path]:
-        """Also those that were not finished, or not completely removed."""
+        """All entries, unfinished and half-removed ones included."""
         return (path for path in self.directory.glob("*/*") if path.is_dir() and not path.is_symlink())
 
 

@@ -59,7 +59,7 @@ class Bases:
         return open_checkpoint(directory)
 
     def release(self) -> None:
-        """No base that was found is used any more."""
+        """Stops using the bases that were found."""
         self._cache.release()
 
 

@@ -180,7 +180,7 @@ def test_a_user_has_a_limited_number_of_streams_and_gets_one_back_by_hanging_up(
 
     eventually(one_more, within_s=10)
     house.ask("admin", "POST", f"/v1/jobs/{job_id}/cancel")  # ends the last stream at once
-    assert not [record for record in caplog.records if record.levelname == "ERROR"], "who hangs up is no defect"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], "a hang-up is not a defect"
 
 
 def test_publishers_order_their_jobs_and_a_high_priority_needs_a_releaser(house: House) -> None:

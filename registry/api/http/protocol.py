@@ -22,7 +22,7 @@ MAX_PIPELINED = 100
 HEAD_S = 30
 """Time within which a head must end."""
 STUCK_S = 10.0
-"""How long a server that stops waits for a client that takes nothing of its answer: one of events has no end."""
+"""How long a stopping server waits for a client that has stopped reading: a stream of events has no end."""
 MAX_DISCARDED_BYTES, LINGER_S = 4 << 20, 2
 """How much of a refused head is still read, and for how long."""
 
@@ -97,7 +97,7 @@ class BoundedHttp(HttpToolsProtocol):
         self.loop.call_later(STUCK_S, self._end_if_stuck, self.transport.get_write_buffer_size())
 
     def _end_if_stuck(self, unsent_bytes: int) -> None:
-        """Ends a connection whose client has taken nothing since, and looks again later at another."""
+        """Ends a connection whose client has read nothing since, and checks any other again later."""
         left = self.transport.get_write_buffer_size()
         if left and left == unsent_bytes:
             self.transport.abort()

@@ -199,7 +199,7 @@ def permit_change(session: Session, actor: Actor, job: Job) -> None:
 
 
 def cancel_job(session: Session, actor: Actor, job: Job) -> Job:
-    """Requests cancellation of a job. Raises Conflict for a finished one, and unless the actor may change it."""
+    """Requests cancellation of a job. Raises Conflict for a finished one, and what `permit_change` raises."""
     permit_change(session, actor, job)
     if job.kind not in (evaluations.KIND, checks.KIND):
         return cancel(session, actor, find_by_job(session, job.id).id)[1]

@@ -98,8 +98,8 @@ def find(session: Session, job_id: int) -> Evaluation:
 
 
 def is_own(session: Session, actor: Actor, job: Job, role: Role = Role.READER) -> bool:
-    """Whether the actor asked for the evaluation, with a token that has the role in the namespace of each release: a
-    narrower one of the same user does not."""
+    """Whether the actor requested the evaluation, and has the role in the namespace of each release: a narrower token
+    of the same user does not count."""
     if job.created_by != actor.name:
         return False
     measured = {one["release"] for one in find(session, job.id).wanted if one["release"] is not None}

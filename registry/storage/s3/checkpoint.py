@@ -115,8 +115,8 @@ def _files_at(bucket: Bucket) -> Mapping[str, S3File]:
 
 
 def _shards(index: S3File) -> set[str] | None:
-    """The files of weights that belong to an index; others are copies for other programs. The single file is one, since
-    it may not be there besides. None for an index that `open_checkpoint` refuses."""
+    """The weight files that an index names; others are copies for other programs. Includes the single file, which
+    `open_checkpoint` refuses beside shards. None for an index that it refuses too."""
     if index.size_bytes > MAX_JSON_BYTES:
         return None
     try:

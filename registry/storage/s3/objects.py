@@ -26,7 +26,7 @@ _PAUSES_S = (0.2, 1.0, 3.0)
 """Before the attempts after the first; boto3's own attempts end with the first byte of the answer."""
 _MAX_FILES = 10_000
 _PIECE_BYTES = 256 << 10
-"""urllib3 collects what it is asked for in memory of its own first."""
+"""urllib3 first collects a read in memory of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +78,12 @@ class S3File:
             body.close()
 
     def _without_ranges(self) -> Unavailable:
-        """The error for a store, or a proxy before it, that answers with other bytes than those that were asked for."""
+        """The error for a store, or a proxy in front of it, that ignores the requested range."""
         return Unavailable(
             "store_unfit",
-            f"The store does not answer with the asked range of {self.name}.",
+            f"The store ignored the requested range of {self.name}.",
             subject=self.name,
-            next_step="Use a store that serves ranges of objects, and see that no proxy before it removes `Range`.",
+            next_step="Use a store that serves ranges of objects. No proxy in front of it may drop the header `Range`.",
         )
 
     @property

@@ -240,7 +240,7 @@ class S3Writer:
             said, copied = sent.result()
             stored = {**stored, number: said}
             self.copied_bytes += copied
-        for source in self._copied_from:  # not every store holds to the condition of a part's copy
+        for source in self._copied_from:  # not every store honours the condition of a part's copy
             source.refuse_changed()
         with translate_store_errors(sha256):
             self._parts.join(self._upload or {}, stored, _NAMING)

@@ -21,7 +21,7 @@ class WorkerEngine:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.bases = Bases(settings)
-        """Those that steps load in this process."""
+        """The bases that steps load in this process."""
         self._opened: Engine | None = None
 
     @cached_property
