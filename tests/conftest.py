@@ -67,10 +67,12 @@ def accelerator(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The process that outlives the others owns the services; test processes started by it inherit the place."""
+    """The process that outlives the others owns the services; test processes started by it inherit their directory."""
     os.environ["ADAPTORY_TEST_DEVICE"] = str(config.getoption("--device"))  # read by tests/device.py
     if not hasattr(config, "workerinput"):
         os.environ[services.DIRECTORY] = str(services.new_directory())
+        if config.option.basetemp is None:
+            config.option.basetemp = services.shared_directory() / "t"  # short: some paths have to fit a line
         if config.getoption("numprocesses", None):
             forked.share()
 

@@ -16,6 +16,12 @@ from tests.scenarios.world import Cli, World, environment
 LONG = "model.layers.17.self_attn.some_very_long_module_name_of_a_tower.q_proj"
 
 
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+    """A command of a test before may have been asked for wide tables."""
+    monkeypatch.setattr(render, "wide", False)
+
+
 @pytest.fixture
 def busy(stocked_on_disk: Cli, world: World) -> Cli:
     cli = stocked_on_disk
@@ -87,7 +93,6 @@ def test_a_module_is_cut_in_the_middle_before_a_table_becomes_records(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setattr(render, "wide", False)  # a command before may have been asked for wide tables
     render.table("", ("module", "rank"), [(LONG, 8), ("short", 16)])
     header, cut, short = capsys.readouterr().out.splitlines()
     assert (len(header), len(cut), len(short)) == (60, 60, 60)

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 from sqlalchemy import text
@@ -190,10 +191,11 @@ def test_a_release_that_is_as_it_was_pulled_is_not_pulled_again(stocked_embedded
 
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="there is one file system only")
 def test_a_cache_on_another_file_system_is_copied_from(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
-    if SHARED_MEMORY.stat().st_dev == tmp_path.stat().st_dev:
+    others = (path for path in (SHARED_MEMORY, Path(gettempdir())) if path.stat().st_dev != tmp_path.stat().st_dev)
+    if (other := next(others, None)) is None:
         pytest.skip("there is one file system only")
     digests = pushed(stocked_embedded, world)
-    cache = SHARED_MEMORY / f"adaptory-{os.getpid()}"
+    cache = other / f"adaptory-{os.getpid()}"
     try:
         with api_of(stocked_embedded) as api:
             release = stocked_embedded.json("show", "acme/sql")
