@@ -174,7 +174,7 @@ def test_a_user_has_a_limited_number_of_streams_and_gets_one_back_by_hanging_up(
 
     with ExitStack() as all_of_them:
         for _ in range(2):
-            read(*eventually(partial(another, all_of_them), within_s=10), 1)
+            read(eventually(partial(another, all_of_them), within_s=10)[0], 1)
         refused = house.ask("admin", "GET", path)
         assert (refused.status_code, refused.json()["code"]) == (429, "too_many_streams")
         assert "2 for a user" in refused.json()["detail"]
