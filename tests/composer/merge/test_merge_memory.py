@@ -24,9 +24,9 @@ MB = 1 << 20
 
 
 def mapped_bytes() -> int:
-    """Resident memory of this process that lies in files."""
+    """Resident memory of this process that lies in files, on a disk or in memory."""
     status = Path("/proc/self/status").read_text()
-    return int(status.split("RssFile:")[1].split()[0]) * 1024
+    return sum(int(status.split(kind)[1].split()[0]) * 1024 for kind in ("RssFile:", "RssShmem:"))
 
 
 def test_a_mapped_tensor_takes_memory_while_it_is_looked_at_and_is_read_again_afterwards(tmp_path: Path) -> None:
