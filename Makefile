@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO ?= .demo
-# Many tests wait for a disk or a server.
-PYTEST_WORKERS ?= 4
+# One more than the two cores that the tests are timed on: many tests wait for a server.
+PYTEST_WORKERS ?= 3
 # Each of the tests' processes would compile the same sources.
 unexport PYTHONDONTWRITEBYTECODE
 # The versions of huggingface_hub that the hub API is tested with, each in an environment of its own.
