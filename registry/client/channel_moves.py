@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from registry.client.api import Api, Json
-from registry.client.retries import PAUSES_S, send_once, with_retries
+from registry.client.retries import pauses, send_once, with_retries
 from registry.error_families import of_row
 from registry.errors import Unavailable
 
@@ -45,7 +45,7 @@ def _moved(api: Api, path: str, full: str, ask: Callable[[dict[str, str]], Json]
     if not lost or "state" in move:
         return move, None
     with suppress(Unavailable):  # the move was made in any case
-        now = with_retries(lambda: api.get(path), iter(PAUSES_S))
+        now = with_retries(lambda: api.get(path), pauses())
         if now["move"] > move["id"]:
             return move, now["version"] or "no release that is not yanked"
     return move, None

@@ -22,7 +22,7 @@ from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, release_path, untrusted
 from registry.client.cache import BlobCache, is_regular
 from registry.client.partial_files import PartialFile
-from registry.client.retries import PAUSES_S, Progress, map_in_threads
+from registry.client.retries import Progress, map_in_threads, pauses
 from registry.errors import NO_SPACE, Conflict, RegistryError, Unavailable
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id, refuse_hidden
 from registry.formats.references import RepositoryName, Version, parse_digest, parse_repository, parse_version
@@ -265,7 +265,7 @@ class _Pull:
     def _fetch(self, piece: tuple[int, PartialFile]) -> None:
         number, file = piece
         start, length = file.span(number)
-        got, pauses = 0, iter(PAUSES_S)
+        got, left = 0, pauses()
         with file.opened() as descriptor:
             while got < length:
                 before = got
@@ -286,8 +286,8 @@ class _Pull:
                     if error.code in ("blob_lost", "blob_corrupt"):
                         raise
                     self._urls.pop(file.wanted.path, None)  # the store's address may have expired
-                    pauses = iter(PAUSES_S) if got > before else pauses
-                    pause = next(pauses, None)
+                    left = pauses() if got > before else left
+                    pause = next(left, None)
                     if pause is None:
                         raise
                     time.sleep(pause)

@@ -10,7 +10,7 @@ from threading import Lock
 
 from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, line_path
-from registry.client.retries import PAUSES_S, Progress, map_in_threads, send_once, with_retries
+from registry.client.retries import Progress, map_in_threads, pauses, send_once, with_retries
 from registry.client.selection import Selection
 from registry.errors import Conflict, Invalid, NotFound, RegistryError, Unavailable
 from registry.formats.manifest import ManifestFile
@@ -57,8 +57,8 @@ def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progres
     After a failure, asks again what is missing, so that nothing is sent twice; gives up after several attempts without
     progress. Raises Invalid with the name of a file that changed meanwhile.
     """
-    pauses = iter(PAUSES_S)
-    plan, reported = with_retries(lambda: _plan(api, namespace, files), pauses), 0
+    left = pauses()
+    plan, reported = with_retries(lambda: _plan(api, namespace, files), left), 0
     lacking = len(_uploads(plan, files))
     while True:
         uploads = _uploads(plan, files)
@@ -71,12 +71,12 @@ def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progres
         _refuse_changed(attempt.broken)
         reported = there + attempt.reported
         if attempt.came_further:
-            pauses = iter(PAUSES_S)
-        pause = next(pauses, None)
+            left = pauses()
+        pause = next(left, None)
         if pause is None:
             raise attempt.error
         time.sleep(pause)
-        plan = with_retries(lambda: _plan(api, namespace, files), pauses)
+        plan = with_retries(lambda: _plan(api, namespace, files), left)
 
 
 def _plan(api: Api, namespace: str, files: Sequence[LocalFile]) -> list[Json]:

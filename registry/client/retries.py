@@ -18,6 +18,11 @@ PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 """Pauses between attempts without progress; after the last one, the failure is raised."""
 
 
+def pauses() -> Iterator[float]:
+    """All of them, for a request that has not failed yet or has made progress."""
+    return iter(PAUSES_S)
+
+
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Calls `function` on each item in threads. After a failure, running calls may finish, no other starts, and the
     failure is raised."""
@@ -30,14 +35,14 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) ->
             raise
 
 
-def with_retries(ask: Callable[[], Result], pauses: Iterator[float]) -> Result:
-    """Retries an idempotent request, after pauses, while the registry or its store is unavailable. Raises the last
-    error when no pauses are left."""
+def with_retries(ask: Callable[[], Result], left: Iterator[float]) -> Result:
+    """Retries an idempotent request, after the pauses that are left, while the registry or its store is unavailable.
+    Raises the last error when there are none."""
     while True:
         try:
             return ask()
         except Unavailable:
-            pause = next(pauses, None)
+            pause = next(left, None)
             if pause is None:
                 raise
             time.sleep(pause)
@@ -61,7 +66,7 @@ def send_once(ask: Callable[[dict[str, str]], Result], look: str) -> tuple[Resul
             raise
 
     try:
-        return with_retries(attempt, iter(PAUSES_S)), lost
+        return with_retries(attempt, pauses()), lost
     except Unavailable as error:
         if not lost:
             raise

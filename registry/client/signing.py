@@ -9,7 +9,7 @@ from pathlib import Path
 from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, line_path, refuse_other_answer, release_path, understood, untrusted
 from registry.client.push import LocalFile, push, send
-from registry.client.retries import PAUSES_S, Progress, with_retries
+from registry.client.retries import Progress, pauses, with_retries
 from registry.client.selection import refuse_no_file
 from registry.errors import Invalid, NotFound, Refused, RegistryError
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
@@ -83,7 +83,7 @@ def _next_version(api: Api, wanted: Publication, files: Sequence[LocalFile]) -> 
     rows = [asdict(file.manifest) for file in files]
     body = {"bump": wanted.request["bump"], "base": wanted.request["base"], "files": rows}
     path = f"{line_path(wanted.target, wanted.kind)}/next-version"
-    return with_retries(lambda: api.post(path, body), iter(PAUSES_S))["version"]
+    return with_retries(lambda: api.post(path, body), pauses())["version"]
 
 
 def _released(
@@ -95,7 +95,7 @@ def _released(
         there = {row["path"]: row["sha256"] for row in release["files"]}
         if there.pop(SIGNATURE_FILE, None) is None or there != digests or release["base"]["digest"] != base:
             continue
-        content = with_retries(partial(_signature_of, api, release), iter(PAUSES_S))
+        content = with_retries(partial(_signature_of, api, release), pauses())
         if _holds(content, public_key, release):
             return str(release["version"]), content
     return None

@@ -134,7 +134,7 @@ def test_a_document_that_does_not_end_is_waited_for_so_long(furnished: House, mo
 
     def slowly() -> Iterator[bytes]:
         yield b"{"
-        go_on.wait(20)
+        go_on.wait(2)
         yield b"}"
 
     answer = furnished.ask("publisher", "POST", "/v1/suites", content=slowly())

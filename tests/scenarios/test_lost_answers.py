@@ -13,6 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from registry.client import retries
 from tests import services
 from tests.doses import further
 from tests.scenarios.test_signatures import Keys
@@ -69,6 +70,11 @@ class Network:
     def forward(self, request: Request) -> httpx2.Response:
         command, path, headers, body = request
         return httpx2.request(command, f"{self.target}{path}", content=body, headers=headers)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+    monkeypatch.setattr(retries, "PAUSES_S", (0.05, 0.1, 0.2, 0.4))
 
 
 @pytest.fixture

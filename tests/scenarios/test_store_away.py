@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from registry.api.http.threads import STORE_THREADS
+from registry.client import retries
 from registry.client.push import collect, push, send
 from registry.client.selection import select_files
 from registry.domain.jobs.queue import MAX_ATTEMPTS, PAUSES
@@ -69,8 +70,14 @@ def crash(s3: S3Server) -> Callable[[], None]:
 
 @pytest.mark.parametrize("harm", [hang, *further(crash)])
 def test_a_store_that_is_away_is_a_503_in_time_and_is_used_again_when_it_is_back(
-    registry: Cli, own_s3: S3Server, world: World, tmp_path: Path, harm: Callable[[S3Server], Callable[[], None]]
+    registry: Cli,
+    own_s3: S3Server,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    harm: Callable[[S3Server], Callable[[], None]],
 ) -> None:
+    monkeypatch.setattr(retries, "PAUSES_S", (0.1,))
     cli, url = registry, registry.environment["ADAPTORY_URL"]
     files = cli.json("show", "acme/sql")["files"]
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
