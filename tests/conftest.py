@@ -126,6 +126,8 @@ def _mark_further_ways(items: list[pytest.Item]) -> None:
     three run in the first way, which needs no service: PostgreSQL and S3 take four times the CPU."""
     ways: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
+        if item.get_closest_marker("long"):
+            continue  # or a test of which one way is always long might run in none by default
         if not {item.path.name, getattr(item, "originalname", "")}.isdisjoint(ON_BOTH_DATABASES):
             continue
         ways[WAY.sub("", item.nodeid)].append(item)
