@@ -305,7 +305,8 @@ def announce(
     with resources.write() as session:
         lock_blobs_shared(session)
         _refuse_leaving(session, [file.sha256 for file in files])
-        before = {row.sha256: row.expires_at for row in session.scalars(mine)}
+        held = mine.order_by(Upload.sha256).with_for_update()  # a collection deletes uploads that have expired
+        before = {row.sha256: row.expires_at for row in session.scalars(held)}
         open_still = {sha256 for sha256, expires_at in before.items() if expires_at >= actor.at}
         more = {file.sha256 for file in files} - open_still
         more.difference_update(held_by(session, namespace, more))

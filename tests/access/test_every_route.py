@@ -275,6 +275,8 @@ def _body(method: str, path: str, things: Things) -> dict[str, Any]:
         return {"json": {"releases": [f"{things.namespace}/sql:1.0.0"], "suites": ["exact"]}}
     if path == "/v1/uploads/{upload_id}/parts/{number}":
         return {"json": {"sha256": things.announced}}
+    if path == "/v1/jobs/{job_id}/priority":
+        return {"json": {"priority": "low"}}
     if path.startswith(("/api/repos/", "/api/models/{namespace}/{name}/tag")):
         name = "new" if path.endswith("/create") else "sql"
         moved = {"fromRepo": f"{things.namespace}/{name}", "toRepo": f"{things.namespace}/other"}

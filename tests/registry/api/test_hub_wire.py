@@ -270,7 +270,7 @@ def test_models_are_listed_by_author_words_and_tags(house: House) -> None:
     [
         ("reader", "/api/models/acme/ghost", 404, "RepoNotFound", "no repository acme/ghost"),
         ("reader", "/gpt2/resolve/main/config.json", 404, "RepoNotFound", "no repository gpt2"),
-        ("nobody", "/api/models/acme/tables", 404, "RepoNotFound", "HF_TOKEN"),
+        ("nobody", "/api/models/acme/tables", 404, "RepoNotFound", "your token"),
         ("stranger", "/acme/tables/resolve/main/weights.safetensors", 404, "RepoNotFound", "acme does not exist"),
         ("reader", "/api/models/acme/tables/revision/refs%2Fpr%2F1", 404, "RevisionNotFound", "It has prod, 2.0"),
         ("reader", f"/api/models/acme/tables/tree/{'0' * 40}", 404, "RevisionNotFound", "no version, channel"),
