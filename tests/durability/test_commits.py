@@ -18,14 +18,16 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import delete
 
+from registry.database.tables import Upload
 from registry.domain.access.audit import Act, Actor, EventQuery, list_oldest_first
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.catalog import commits
 from registry.domain.channels import revisions
 from registry.errors import Conflict, NotFound, RegistryError, Unavailable
-from registry.formats.manifest import parse_manifest
-from registry.formats.references import RepositoryName, parse_version
+from registry.formats.manifest import ManifestFile, parse_manifest
+from registry.formats.references import Digest, RepositoryName, parse_version
 from registry.transfer import commits as transfers
 from registry.transfer import fsck, uploads
 from registry.transfer.collect import Collected
@@ -294,3 +296,16 @@ def test_no_kill_of_a_committer_or_of_a_collector_loses_a_tag(
     assert is_complete(held, "main"), seed
     held.close()
     assert broken_promises(environ, read_bytes=True) == [], seed
+
+
+def test_an_upload_that_a_collection_removes_meanwhile_is_announced_anew(held: Resources) -> None:
+    file, tomorrow = ManifestFile("a.bin", 3, Digest("1" * 64)), later(held, 2)
+    uploads.announce(held, actor(held), NAME.namespace, [file])
+    with ThreadPoolExecutor(1) as pool:
+        with held.write() as session:
+            session.execute(delete(Upload))
+            announced = pool.submit(uploads.announce, tomorrow, actor(tomorrow), NAME.namespace, [file])
+            time.sleep(0.5)  # it has read what there is, or waits for its turn
+        ((row, _),) = announced.result().values()
+    with held.database.read() as session:
+        assert session.get(Upload, row.id) is not None
