@@ -298,7 +298,7 @@ def test_no_kill_of_a_committer_or_of_a_collector_loses_a_tag(
     assert broken_promises(environ, read_bytes=True) == [], seed
 
 
-def test_an_upload_that_a_collection_removes_meanwhile_is_announced_anew(held: Resources) -> None:
+def test_an_expired_upload_that_a_collection_removes_meanwhile_is_announced_anew(held: Resources) -> None:
     file, tomorrow = ManifestFile("a.bin", 3, Digest("1" * 64)), later(held, 2)
     uploads.announce(held, actor(held), NAME.namespace, [file])
     with ThreadPoolExecutor(1) as pool:
