@@ -127,7 +127,7 @@ def _mark_further_ways(items: list[pytest.Item]) -> None:
     ways: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("long"):
-            continue  # or a test of which one way is always long might run in none by default
+            continue  # chosen from the other ways, or the test might not run by default at all
         if not {item.path.name, getattr(item, "originalname", "")}.isdisjoint(ON_BOTH_DATABASES):
             continue
         ways[WAY.sub("", item.nodeid)].append(item)
