@@ -37,9 +37,11 @@ def _join_shared() -> None:
 
 
 def start(work: Callable[..., None], environment: Mapping[str, str], *arguments: object) -> BaseProcess:
+    """A process that does the work. What it writes to stderr belongs to the test, and is shown if that fails."""
     _join_shared()
-    process = _FORKED.Process(target=_run, args=(work, dict(environment), arguments), daemon=True)
-    process.start()
+    with Connection(os.dup(2)) as errors:
+        process = _FORKED.Process(target=_run, args=(work, dict(environment), errors, arguments), daemon=True)
+        process.start()
     return process
 
 
@@ -62,7 +64,10 @@ _READ_AT_IMPORT = ("accelerate", "huggingface_hub", "transformers")
 """Packages that read the hub's settings when they are imported."""
 
 
-def _run(work: Callable[..., None], environment: dict[str, str], arguments: tuple[object, ...]) -> None:
+def _run(
+    work: Callable[..., None], environment: dict[str, str], errors: Connection, arguments: tuple[object, ...]
+) -> None:
+    os.dup2(errors.fileno(), 2)
     with _hub_settings_read_anew():
         os.environ.update(environment)
     work(*arguments)

@@ -161,6 +161,8 @@ def _settle_promotions(resources: Resources, stop: threading.Event) -> None:
     while not stop.wait(SETTLE_S):
         try:
             settle_due(resources)
+        except Unavailable as error:
+            log.warning("Waiting promotions are not judged yet: %s", error)
         except Exception:  # the next turn tries again
             log.warning("Waiting promotions could not be judged", exc_info=True)
 

@@ -1,6 +1,5 @@
 """Every page in a real browser, in light and dark, on a desk, a tablet and a phone."""
 
-from collections.abc import Iterator
 
 import pytest
 from _pytest.mark import ParameterSet
@@ -63,14 +62,18 @@ def address_of(site: Site, path: str) -> str:
     return site.url + path.format(job=site.job, composition=site.composition, refused=site.composition - 1)
 
 
-def looks() -> Iterator[ParameterSet]:
-    for number, path in enumerate(PAGES):
-        for view, (theme, width) in enumerate(CHECKED):
-            further = [] if (number + view) % 2 == 0 else [pytest.mark.long]
-            yield pytest.param(path, (theme, width), id=f"{path} {theme}", marks=further)
+def _look(path: str, view: tuple[str, int], *, default: bool) -> ParameterSet:
+    return pytest.param(path, view, id=f"{path} {view[0]}", marks=[] if default else [pytest.mark.long])
 
 
-@pytest.mark.parametrize(("path", "checked"), looks())
+LOOKS = [
+    _look(path, view, default=(page + number) % 2 == 0)
+    for page, path in enumerate(PAGES)
+    for number, view in enumerate(CHECKED)
+]
+
+
+@pytest.mark.parametrize(("path", "checked"), LOOKS)
 def test_a_page_reads_in_both_themes_and_all_widths(
     site: Site, tab: Page, complaints: list[str], path: str, checked: tuple[str, int]
 ) -> None:

@@ -22,8 +22,8 @@ class Needs:
     base: str | None = None
 
     def cover(self, other: "Needs") -> bool:
-        """Whether a process that has what these needs ask for has what the others ask for too. With more of a device
-        than they ask for, it would keep another one from sharing it."""
+        """Whether a process started for these needs can serve the others too. One that reserves more of a device than
+        they ask for cannot: it would keep other processes off it."""
         enough = self.cpus >= other.cpus and self.memory_bytes >= other.memory_bytes
         return enough and other.device_bytes in (0, self.device_bytes) and other.base in (None, self.base)
 
