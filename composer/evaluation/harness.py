@@ -146,7 +146,10 @@ def load_tasks(names: Sequence[str], directory: Path | None = None, asked: Asked
             known = ", ".join(sorted(manager.all_tasks)[:10]) if directory else ""
             where = f"{directory} has {known or 'none'}" if directory else "`lm-eval ls tasks` lists the known ones"
             raise Mismatch(
-                "harness_task_unknown", f"{HARNESS} knows no task {name!r}.", subject=name, next_step=f"{where}."
+                "harness_task_unknown",
+                f"{HARNESS} does not know the task {name!r}.",
+                subject=name,
+                next_step=f"{where}.",
             )
         loaded = _loaded(manager, name)
         for own, task in loaded["tasks"].items():

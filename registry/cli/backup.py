@@ -21,7 +21,9 @@ _MISSING_SHOWN = 10
 Target = Annotated[str, typer.Argument(metavar="DIR|s3://BUCKET/PREFIX", help="Where the backups are.")]
 Endpoint = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="Of a target in another S3 service than the registry's; credentials as boto3's."),
+    typer.Option(
+        metavar="URL", help="Address of the target's S3 service, if not the registry's; boto3 finds the credentials."
+    ),
 ]
 
 
@@ -85,7 +87,7 @@ def _show_saved(saved: "Saved") -> None:
 
 def restore(
     source: Target,
-    name: Annotated[str | None, typer.Option(help="Of the backup; the newest by default.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the backup; the newest by default.")] = None,
     without_tokens: Annotated[
         bool, typer.Option("--without-tokens", help="Leave tokens out: some may have been revoked since.")
     ] = False,

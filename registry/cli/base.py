@@ -41,7 +41,7 @@ def add(  # noqa: PLR0913
             help="A Hugging Face checkpoint: its directory, on the hub, or in a bucket.",
         ),
     ],
-    name: Annotated[str, typer.Option(help="Short name, as in smollm2.")],
+    name: Annotated[str, typer.Option(help="Short name, such as smollm2.")],
     alias: Annotated[list[str] | None, typer.Option(help="Another name, such as the hub id. May be repeated.")] = None,
     derived_from: Annotated[
         str | None,
@@ -53,7 +53,8 @@ def add(  # noqa: PLR0913
         str | None, typer.Option(help="How it was derived: cast, quantized, finetuned or merged.")
     ] = None,
     license_: Annotated[
-        str | None, typer.Option("--license", help="Of the base, as in apache-2.0; that of its README.md by default.")
+        str | None,
+        typer.Option("--license", help="Licence of the base, such as apache-2.0; that of its README.md by default."),
     ] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -112,7 +113,7 @@ def _free_name(connection: Connection, hub_name: str | None, digest: str) -> lis
         return [hub_name]
     if known["digest"] == digest:
         return [hub_name]
-    render.say(f"note: {hub_name} is an alias of {known['name']}, whose weights differ, and stays one.")
+    render.say(f"note: {hub_name} remains an alias of {known['name']}, whose weights differ.")
     return []
 
 
@@ -169,7 +170,7 @@ def deprecate(
 
 @app.command()
 def upgrade(
-    old: Annotated[str, typer.Argument(help="The base that adapters stand on.", autocompletion=complete.bases)],
+    old: Annotated[str, typer.Argument(help="The base that the adapters use now.", autocompletion=complete.bases)],
     new: Annotated[
         str | None,
         typer.Argument(

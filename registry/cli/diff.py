@@ -120,7 +120,7 @@ def _warn_of_base(before: Subject, after: Subject) -> None:
         if not one.path:
             raise Usage("kinds_differ", f"{other.name} is a base, {one.name} a directory.", next_step="Name a release.")
         if one.is_base and not other.is_base and other.release["base"]["digest"] != one.release["digest"]:
-            render.say(f"warning: {other.name} stands on {other.release['base']['name']}, not on {one.name}")
+            render.say(f"warning: {other.name} is for the base {other.release['base']['name']}, not for {one.name}")
     if not _digests(before) & _digests(after):
         render.say(f"no suite has scores of both: adaptory eval {before.name} {after.name} --suite NAME records them")
 

@@ -24,7 +24,7 @@ class PriorityName(StrEnum):
 
 PriorityOption = Annotated[
     PriorityName | None,
-    typer.Option("--priority", help="Of the job, among those of its namespace; high needs the role releaser there."),
+    typer.Option("--priority", help="Priority among the jobs of its namespace; high needs the role releaser there."),
 ]
 MemoryOption = Annotated[
     int | None,
@@ -93,7 +93,7 @@ def cancel(
 
 
 def _cancelled(job: int) -> Refused:
-    return Refused("job_cancelled", f"Job {job} was cancelled.", subject=str(job), next_step="Ask for it again.")
+    return Refused("job_cancelled", f"Job {job} was cancelled.", subject=str(job), next_step="Request it again.")
 
 
 def _show(job: Json) -> None:

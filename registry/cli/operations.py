@@ -152,7 +152,7 @@ class WorkerJobs(StrEnum):
 
 def worker(
     only: Annotated[
-        list[WorkerJobs] | None, typer.Option(help="Run jobs of this kind alone. May be repeated; all by default.")
+        list[WorkerJobs] | None, typer.Option(help="Run only jobs of this kind. May be repeated; all by default.")
     ] = None,
     metrics: Annotated[
         str | None,

@@ -67,5 +67,5 @@ def error_of(document: Json) -> RegistryError | None:
         return of_row(document["error"])
     if document["state"] == "cancelled":
         job = str(document["job"])
-        return Refused("evaluation_cancelled", f"Job {job} was cancelled.", subject=job, next_step="Ask for it again.")
+        return Refused("evaluation_cancelled", f"Job {job} was cancelled.", subject=job, next_step="Request it again.")
     return None

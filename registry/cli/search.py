@@ -21,7 +21,7 @@ WIRE_NAMES = {"adapter_type": "type", "license_": "license"}
 
 def search(  # noqa: PLR0913
     context: typer.Context,
-    text: Annotated[list[str] | None, typer.Argument(help="Beginnings of words in the name or the notes.")] = None,
+    text: Annotated[list[str] | None, typer.Argument(help="Prefixes of words in the name or the notes.")] = None,
     base: Annotated[str | None, typer.Option(help="Name, alias or digest.", autocompletion=complete.bases)] = None,
     include: Annotated[
         list[str] | None,
@@ -38,9 +38,11 @@ def search(  # noqa: PLR0913
     dtype: Annotated[str | None, typer.Option(help="F32, BF16, F16, …")] = None,
     license_: Annotated[
         str | None,
-        typer.Option("--license", help="Of the release: an SPDX name also finds what cards write for it."),
+        typer.Option(
+            "--license", help="Licence of the release: an SPDX name also matches the spellings that cards use."
+        ),
     ] = None,
-    base_license: Annotated[str | None, typer.Option(help="Of the release's base, as in Apache-2.0.")] = None,
+    base_license: Annotated[str | None, typer.Option(help="Licence of the release's base, such as Apache-2.0.")] = None,
     provenance: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME:VALUE", help="trainer:axolotl, hyperparameters.epochs:3, …; may be repeated."),

@@ -353,7 +353,7 @@ def _alone(staging: Path, target: Path) -> Generator[None]:
             "pull_running",
             f"Another pull is writing {target}.",
             subject=str(target),
-            next_step="Wait for it, or name another directory.",
+            next_step="Wait until it ends, or name another directory.",
         ) from None
     finally:
         os.close(handle)

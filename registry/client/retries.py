@@ -72,7 +72,7 @@ def send_once(ask: Callable[[dict[str, str]], Result], look: str) -> tuple[Resul
             raise
         raise Unavailable(
             "answer_lost",
-            f"The answer was lost: it may have been done. {error.detail}",
+            f"The answer was lost: the request may have taken effect. {error.detail}",
             subject=error.subject,
-            next_step=f"Check with `{look}`, and repeat the command if it was not done.",
+            next_step=f"Check with `{look}`, and repeat the command if it did not.",
         ) from error

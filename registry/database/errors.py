@@ -41,7 +41,7 @@ def translate_database_errors() -> Generator[None]:
     except DataError as error:
         raise Invalid(
             "bad_value",
-            "A value does not fit its column: a text is too long or contains a NUL, or a number is too large.",
+            "A value does not fit its column: a string is too long or contains a NUL, or a number is too large.",
             next_step="Correct the value and repeat.",
         ) from error
     except PoolTimeout as error:

@@ -206,7 +206,7 @@ def _load_postgresql(session: Session, name: str, columns: Columns, rows: Iterat
     except (psycopg.DataError, psycopg.IntegrityError) as error:
         raise Invalid(
             "backup_damaged",
-            f"PostgreSQL does not take the rows of {name}: {str(error).splitlines()[0]}.",
+            f"PostgreSQL does not accept the rows of {name}: {str(error).splitlines()[0]}.",
             subject=name,
             next_step="Restore it into SQLite, and correct the rows there.",
         ) from error

@@ -136,7 +136,7 @@ def _server(value: str) -> str:
 class ChannelPolicy(Document):
     """What a promotion to one channel needs. All of it must hold; rollbacks need none of it."""
 
-    version: Annotated[int, Reader(_version, {"const": VERSION})] = Field(description="Of this format.")
+    version: Annotated[int, Reader(_version, {"const": VERSION})] = Field(description="Version of this format.")
     rules: Annotated[
         tuple[Annotated[ScoreRule, BeforeValidator(_with_conditions, json_schema_input_type=ScoreRule | Rule)], ...],
         Field(max_length=MAX_RULES),
@@ -154,7 +154,7 @@ class ChannelPolicy(Document):
     signature: Literal["release", "files"] | None = Field(
         None, description="What a signature by one of the namespace's keys must cover."
     )
-    licenses: Licenses | None = Field(None, description="Of the base, the adapter and its data.")
+    licenses: Licenses | None = Field(None, description="What licences of the base, the adapter and its data must be.")
     verdict: Annotated[str | None, one_of(*(one for one in Verdict if one is not Verdict.REFUSE), None)] = Field(
         None, description="The worst accepted verdict of a composed release's conflict check."
     )

@@ -103,7 +103,7 @@ def verify(token: IdToken, key: Mapping[str, Any]) -> None:
             raise invalid("its key is shorter than 2048 bits")
         jws.deserialize_compact(token.text, loaded, algorithms=[token.algorithm])
     except (JoseError, ValueError, TypeError, KeyError) as error:
-        raise invalid("its signature does not hold") from error
+        raise invalid("its signature is not valid") from error
 
 
 def check(token: IdToken, audience: str, now: datetime) -> datetime:
@@ -141,7 +141,7 @@ def replay_key(token: IdToken) -> str:
     signature has other spellings."""
     own = token.claims.get("jti")
     if own is not None and (not isinstance(own, str) or not 0 < len(own) <= _MAX_ID):
-        raise invalid("its id (jti) is not a short text")
+        raise invalid("its id (jti) is not a short string")
     what = f"jti {own}" if own is not None else f"signed {token.text.rpartition('.')[0]}"
     return hashlib.sha256(f"{token.issuer}\n{what}".encode()).hexdigest()
 
@@ -152,7 +152,9 @@ def job_of(token: IdToken, layout: Layout) -> Job:
     claims = token.claims
     if layout == "github":
         if claims.get("event_name") in _IN_FORK:
-            raise invalid("it is of a workflow on pull_request_target, which strangers can start and feed")
+            raise invalid(
+                "it comes from a workflow on pull_request_target, which strangers can start with input of their own"
+            )
         named, number, ref = "repository", _number(claims, "repository_id"), _text(claims, "ref")
         details = ("sub", "sha", "workflow_ref", "run_id", "run_attempt", "actor", "event_name")
     elif layout == "gitlab":
@@ -205,7 +207,7 @@ def _text(claims: Claims, name: str) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or len(value) > _MAX_ID or not value.isprintable():
-        raise invalid(f"its {name} is not a short printable text")
+        raise invalid(f"its {name} is not a short printable string")
     return value
 
 

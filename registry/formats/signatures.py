@@ -169,7 +169,7 @@ def refuse_other_release(signed: Signed, release: SignedRelease) -> None:
     differs = [f"{name} {theirs[name][:200]!r}, not {own[name]!r}" for name in own if own[name] != theirs[name]]
     raise Refused(
         "signature_of_other_release",
-        f"{SIGNATURE_FILE} is of another release: {', '.join(differs)}.",
+        f"{SIGNATURE_FILE} belongs to another release: {', '.join(differs)}.",
         subject=f"{release.repository}:{release.version}",
         next_step="Ask its signer to sign this release with `adaptory sign REF`, or to push it with --sign KEY.pem.",
     )

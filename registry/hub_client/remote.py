@@ -194,7 +194,7 @@ class Hub:
             "digest_differs",
             f"{listed.path} of {snapshot.address} is not what {self.endpoint} lists.",
             subject=listed.path,
-            next_step="Try again. If it stays so, do not use the repository.",
+            next_step="Try again. If it persists, do not use the repository.",
         )
 
     def _malformed(self, address: HubAddress, what: str) -> Conflict:

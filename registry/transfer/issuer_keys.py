@@ -76,7 +76,7 @@ class IssuerKeys:
             if not self._is_fresh(known):
                 self._fetch(issuer, known)
             if not self._is_fresh(known):
-                raise unavailable(issuer, f"{issuer} does not describe itself: {known.error}")
+                raise unavailable(issuer, f"{issuer} has no usable discovery document: {known.error}")
             return known.description
 
     def _fresh(self, known: _Known) -> Mapping[str, Mapping[str, Any]]:
@@ -112,7 +112,7 @@ def unavailable(issuer: str, why: str) -> Unavailable:
         "issuer_unavailable",
         f"{why[:1].upper()}{why[1:]}.",
         subject=issuer,
-        next_step="Try again; if it stays, an operator checks that this server reaches the issuer.",
+        next_step="Try again; if it persists, ask an operator to check that this server can reach the issuer.",
     )
 
 
@@ -129,7 +129,7 @@ def _fetch_keys(issuer: str, *, own_host: bool) -> tuple[Mapping[str, Any], dict
     with issuer_client() as http:
         discovery = _get(http, f"{issuer.removesuffix('/')}/.well-known/openid-configuration", deadline)
         if discovery.get("issuer") != issuer:
-            raise ValueError("its discovery document is of another issuer")
+            raise ValueError("its discovery document belongs to another issuer")
         address = discovery.get("jwks_uri")
         if not isinstance(address, str) or not _may_ask(address, issuer, own_host=own_host):
             raise ValueError("its keys are not on its own host" if own_host else "its keys are at no https address")

@@ -105,7 +105,7 @@ class OpenIdProvider:
         if not hmac.compare_digest(answer.get("state", "").encode(), attempt.state.encode()):
             raise refused("it belongs to another attempt, or the attempt took too long")
         if answer.get("iss", self.settings.issuer) != self.settings.issuer:  # RFC 9207
-            raise refused("it is of another provider")
+            raise refused("it comes from another provider")
         if "error" in answer:
             raise refused(f"the provider says {shown(answer['error'])}")
         code = answer.get("code", "")
@@ -136,12 +136,12 @@ class OpenIdProvider:
                 deadline = time.monotonic() + FETCH_S
                 status, table = fetch_table(http, "POST", address, deadline, data=fields | more, headers=headers)
             if status in (400, 401):
-                raise refused(f"the provider does not take its code: {shown(table.get('error', status))}")
+                raise refused(f"the provider does not accept its code: {shown(table.get('error', status))}")
             text = table.get("id_token")
             if status != 200 or not isinstance(text, str):
                 raise ValueError(f"it answers {status}" if status != 200 else "its answer has no ID token")
         except FETCH_ERRORS as error:
-            raise unavailable(issuer, f"{issuer} gives no ID token: {reason(error)}") from error
+            raise unavailable(issuer, f"{issuer} returned no ID token: {reason(error)}") from error
         return text
 
     def _client_credentials(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -162,13 +162,13 @@ class OpenIdProvider:
         try:
             token = id_tokens.parse(text)
             if token.issuer != issuer:
-                raise refused(f"its ID token is of {shown(token.issuer)}")
+                raise refused(f"its ID token comes from {shown(token.issuer)}")
             id_tokens.verify(token, self.keys.find(issuer, token.key_id))
             id_tokens.check(token, client, now)
         except Unauthenticated as error:
             raise error if error.code == "sign_in_refused" else refused(error.detail) from error
         if not hmac.compare_digest(str(token.claims.get("nonce")).encode(), attempt.nonce.encode()):
-            raise refused("its ID token is of another attempt (nonce)")
+            raise refused("its ID token belongs to another attempt (nonce)")
         if token.claims.get("azp", client) != client:
             raise refused(f"its ID token was made for {shown(token.claims['azp'])} (azp)")
         return token.claims
@@ -197,8 +197,8 @@ def refused(why: str) -> Unauthenticated:
     """The error for an answer that signs nobody in."""
     return Unauthenticated(
         "sign_in_refused",
-        f"The provider's answer signs nobody in: {why.removesuffix('.')}.",
-        next_step="Sign in again; if it stays, ask an operator.",
+        f"The provider's answer is not a valid sign-in: {why.removesuffix('.')}.",
+        next_step="Sign in again; if it persists, ask an operator.",
     )
 
 

@@ -1,6 +1,5 @@
 """Every page in a real browser, in light and dark, on a desk, a tablet and a phone."""
 
-
 import pytest
 from _pytest.mark import ParameterSet
 from playwright.sync_api import Browser, Page, expect

@@ -44,7 +44,7 @@ def test_files_that_were_signed_and_yanked_cannot_come_back_under_another_number
         require(cli, keys, covers="release")
     for target, differs in (("acme/sql:9.0.0", "version '1.0.0', not '9.0.0'"), ("acme/other:1.0.0", "repository")):
         refused = cli("push", pulled, target, "--base", "tiny")
-        assert (refused.code, "is of another release" in refused.err, differs in refused.err) == (1, True, True)
+        assert (refused.code, "belongs to another release" in refused.err, differs in refused.err) == (1, True, True)
     shutil.copytree(world.base, tmp_path / "cast")
     for shard in (tmp_path / "cast").glob("*.safetensors"):
         content = bytearray(shard.read_bytes())

@@ -90,7 +90,7 @@ def test_a_promotion_that_another_person_must_approve_waits_for_it(
     pia.ok("base", "add", world.base, "--name", "tiny")
     pia.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
     nothing_asked = rosa("approve", "acme/sql:1.0.0", "--to", "prod")
-    assert (nothing_asked.code, "asks for no approval" in nothing_asked.err) == (1, True)
+    assert (nothing_asked.code, "requires no approval" in nothing_asked.err) == (1, True)
     olga.ok("policy", "set", "acme/sql@prod", policy(tmp_path, approval={"role": "releaser"}, force="admin"))
     waiting = rolf.ok("promote", "acme/sql:1.0.0", "--to", "prod", "--reason", "ready", "--no-wait")
     assert "wait  approval by another person with the role releaser: 0 of 1" in waiting.out

@@ -119,7 +119,7 @@ def test_an_upgrade_whose_job_is_cancelled_exits_as_an_evaluation_does(
             cancelling.start()
             ended = cli(*command, "--suite", "long")
             cancelling.join()
-        assert (ended.code, "was cancelled. Ask for it again" in ended.err.replace("\nnext:", "")) == (1, True)
+        assert (ended.code, "was cancelled. Request it again" in ended.err.replace("\nnext:", "")) == (1, True)
 
 
 def _cancel_the_next_job(resources: Resources) -> None:

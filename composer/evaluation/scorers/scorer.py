@@ -99,7 +99,7 @@ def installed_scorers(name: str, enabled: Collection[str]) -> EntryPoints:
             "scorer_missing",
             f"No installed package has a scorer {name} (entry points {GROUP}).",
             subject=name,
-            next_step=f"Install its package; installed are {', '.join(sorted(known.names)) or 'none'}.",
+            next_step=f"Install its package. Installed scorers: {', '.join(sorted(known.names)) or 'none'}.",
         )
     return known
 

@@ -141,7 +141,7 @@ def _grouped(header: Header, layout: str, subject: str) -> dict[str, dict[str, s
             unknown.append(key)
             continue
         grouped[key.removesuffix(suffix)][_PARTS[layout][suffix]] = key
-    _refuse_listed(unknown, subject, "keys that nothing is known of")
+    _refuse_listed(unknown, subject, "unknown keys")
     return grouped
 
 

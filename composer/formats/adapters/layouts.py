@@ -56,7 +56,7 @@ def recognise(path: Path) -> Recognised:
         return _of_file(path)
     if not path.is_dir():
         raise InvalidFile(
-            "missing_directory", f"{path} is not there.", subject=str(path), next_step="Name a directory that is there."
+            "missing_directory", f"{path} does not exist.", subject=str(path), next_step="Name an existing directory."
         )
     if (path / MLX_FILE).is_file():
         return Recognised(MLX)
@@ -124,7 +124,7 @@ def _of_keys(path: Path, keys: list[str]) -> str:
         return DIFFUSERS
     raise InvalidFile(
         "unknown_layout",
-        f"{path.name} is not in a known layout of adapters; its keys look like {printable(keys[0] if keys else '')}.",
+        f"{path.name} has no known layout of adapters; its keys look like {printable(keys[0] if keys else '')}.",
         subject=path.name,
-        next_step=f"Known are {PEFT}, {KOHYA}, {DIFFUSERS} and {MLX}.",
+        next_step=f"Known layouts are {PEFT}, {KOHYA}, {DIFFUSERS} and {MLX}.",
     )

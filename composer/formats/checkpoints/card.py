@@ -131,7 +131,7 @@ def parse_provenance(stated: Mapping[str, Any], subject: str) -> dict[str, Any]:
     """Explicitly stated provenance, in the form of `provenance`. Raises InvalidFile for an unknown name or value."""
     unknown = sorted(set(stated) - set(FIELDS))
     if unknown:
-        raise _bad(subject, f"{printable(unknown[0])} is not a part of it; known are {', '.join(FIELDS)}")
+        raise _bad(subject, f"{printable(unknown[0])} is not a part of it; the parts are {', '.join(FIELDS)}")
     known, findings = provenance(stated)
     if findings:
         raise _bad(subject, findings[0].message.rstrip("."))
@@ -168,11 +168,11 @@ def _text(value: object) -> str:
     if type(value) is int and abs(value) < 10**_COMMIT_DIGITS:
         value = str(value)  # a commit of digits only, which YAML reads as a number
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("it is not a text")
+        raise ValueError("it is not text")
     if len(value) > MAX_TEXT:
-        raise ValueError(f"a text has more than {MAX_TEXT:,} characters")
+        raise ValueError(f"a string has more than {MAX_TEXT:,} characters")
     if "\0" in value or LONE_SURROGATE.search(value):
-        raise ValueError("a text has characters that cannot be kept")
+        raise ValueError("a string has characters that cannot be stored")
     return value
 
 

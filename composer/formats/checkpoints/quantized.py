@@ -55,7 +55,7 @@ def nf4_weights(names: Iterable[str], locate: Locate) -> dict[str, Nf4]:
 def _described(name: str, known: set[str], locate: Locate) -> Nf4:
     file, entry = locate(f"{name}{NF4_STATE}")
     if entry.dtype != "U8" or entry.size_bytes > _STATE_BYTES:
-        raise _bad(name, "its quantization state is not a short text")
+        raise _bad(name, "its quantization state is not a short string")
     content = read_range(file, entry.begin, entry.end)
     try:
         state: object = json.loads(content)
@@ -68,7 +68,7 @@ def _described(name: str, known: set[str], locate: Locate) -> Nf4:
     is_matrix = len(shape) == 2 and all(type(side) is int and 0 < side < 2**31 for side in shape)
     dtype = _DTYPES.get(str(stated.get("dtype")))
     if not is_matrix or dtype is None or not _positive(stated, "blocksize"):
-        raise _bad(name, "its quantization state lacks a shape, dtype or block size that is known")
+        raise _bad(name, "its quantization state lacks a known shape, dtype or block size")
     packed = Nf4(name, (shape[0], shape[1]), dtype, stated["blocksize"], *_nested(name, stated))
     _check_sizes(packed, known, locate)
     return packed

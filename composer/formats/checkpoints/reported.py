@@ -75,7 +75,7 @@ def reported_scores(files: Mapping[str, bytes]) -> tuple[list[ReportedScore], li
                 doubts.append(doubt(path, error.message))
     scores = list(known.values())
     if len(scores) > MAX_SCORES:
-        doubts.append(doubt(CARD_FILE, f"Of {len(scores)} reported scores the first {MAX_SCORES} are kept."))
+        doubts.append(doubt(CARD_FILE, f"Only the first {MAX_SCORES} of {len(scores)} reported scores are kept."))
     if len(doubts) > MAX_FINDINGS:
         more = len(doubts) - MAX_FINDINGS
         doubts = [*doubts[:MAX_FINDINGS], doubt(CARD_FILE, f"{more} more reported scores cannot be used.")]
@@ -190,7 +190,7 @@ def _text(value: object, what: str) -> str:
         raise ValueError(f"{what} has no name")
     text = value.strip()
     if len(text) > _MAX_TEXT or "\0" in text or LONE_SURROGATE.search(text):
-        raise ValueError(f"the name of {what} has more than {_MAX_TEXT} characters, or some that cannot be kept")
+        raise ValueError(f"the name of {what} has more than {_MAX_TEXT} characters, or some that cannot be stored")
     return text
 
 

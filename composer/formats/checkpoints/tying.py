@@ -38,7 +38,7 @@ def said_tied(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
     config is silent, a causal model without a head does."""
     model_type: object = config.get("model_type")
     if not isinstance(model_type, str | None):
-        raise _bad_config("model_type is not a text")
+        raise _bad_config("model_type is not text")
     if model_type in NEVER_TIED and head_tensors(tensors):
         return False
     nested: object = config.get("text_config")

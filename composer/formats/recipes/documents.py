@@ -182,7 +182,7 @@ def problem_of(error: ValidationError) -> Problem:
 def _unknown(loc: Loc, key: object, names: list[str]) -> Problem:
     near = get_close_matches(key.lower(), names, 1) if isinstance(key, str) else []
     hint = f"Did you mean {near[0]}? " if near else ""
-    next_step = f"{hint}Known are {', '.join(names)}."
+    next_step = f"{hint}Known fields: {', '.join(names)}."
     return Problem(loc, f"unknown field {printable(key)}", next_step, value=key, unknown=True)
 
 

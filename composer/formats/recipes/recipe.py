@@ -125,7 +125,7 @@ class Optimize(Document):
     minutes: Annotated[float, Field(gt=0)] | None = Field(
         None, description="The search ends after this number of minutes."
     )
-    seed: Annotated[int, Field(ge=0, le=2**53)] = Field(0, description="Of fits, which choose among many tokens.")
+    seed: Annotated[int, Field(ge=0, le=2**53)] = Field(0, description="Seed of fits, which choose among many tokens.")
     evolve: Annotated[int, Field(ge=0, le=MAX_EVOLVE)] = Field(
         0, description="Weighted sums that an evolution strategy (CMA-ES) tries: for more than six inputs."
     )
@@ -142,12 +142,12 @@ class Recipe(Document):
     )
     base: str | None = Field(None, description="The base of the inputs.")
     settings: Annotated[dict[str, Any], BeforeValidator(_settings, json_schema_input_type=dict[str, Any] | None)] = (
-        Field(default_factory=dict[str, Any], description="Of the method.")
+        Field(default_factory=dict[str, Any], description="Settings of the method.")
     )
     adapter: str | None = Field(None, description="The combined adapter's release: NAMESPACE/NAME:VERSION.")
     model: str | None = Field(None, description="The merged checkpoint's release: NAMESPACE/NAME:VERSION.")
     dtype: Annotated[str | None, one_of(*DTYPES, None)] = Field(
-        None, description="Of the merged checkpoint; the base's own when left out."
+        None, description="Data type of the merged checkpoint; the base's own by default."
     )
     probe: Annotated[int, Field(ge=0, le=MAX_PROBE)] = Field(
         8, description="Examples of each member's suite for the conflict report; 0 for none."
@@ -158,10 +158,12 @@ class Recipe(Document):
     )
     notes: Annotated[str, BeforeValidator(lambda value: "" if value is None else value)] = ""
     policy: Annotated[dict[str, Any], BeforeValidator(_policy, json_schema_input_type=PolicyDocument | None)] = Field(
-        default_factory=dict[str, Any], description="Of the conflict report's findings."
+        default_factory=dict[str, Any], description="Severity and threshold of the conflict report's findings."
     )
     rounding: Annotated[Rounding, BeforeValidator(_rounding, json_schema_input_type=_RoundingDocument | str | None)] = (
-        Field(default_factory=Rounding, description="Of the merged checkpoint's values; to the nearest when left out.")
+        Field(
+            default_factory=Rounding, description="Rounding of the merged checkpoint's values; to nearest by default."
+        )
     )
 
     optimize: Optimize | None = Field(None, description="Find method, settings and weights; those given are tried too.")

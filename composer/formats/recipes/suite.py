@@ -113,7 +113,7 @@ class Suite(Document):
         description="The better direction of metrics that `adaptory eval` does not measure.",
     )
     task: Task = Field(TEACHER_FORCED, description="What is asked: a loss, a generated answer, or a choice.")
-    generation: Generation = Field(default=Generation(), description="Of `task: generation`.")
+    generation: Generation = Field(default=Generation(), description="Settings of `task: generation`.")
     scorer: ScorerField | None = Field(None, description="match, json, likelihood, or a Python entry point.")
 
     @model_validator(mode="after")

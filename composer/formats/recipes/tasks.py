@@ -30,7 +30,7 @@ class Generation(Document):
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 64
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)], ...], Field(max_length=MAX_STOPS), LISTED
-    ] = Field(default=(), description="An answer ends before the first of these texts.")
+    ] = Field(default=(), description="An answer ends before the first of these strings.")
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(
         default=0.0, description="0: the likeliest token each time; otherwise tokens are drawn, logits divided by it."
     )
@@ -116,7 +116,7 @@ def scorer_of(task: Task, chosen: ScorerChoice | None) -> ScorerChoice | None:
     known = _OF_CHOICES if task == "multiple_choice" else ANSWER_SCORERS
     others = ANSWER_SCORERS if task == "multiple_choice" else _OF_CHOICES
     if chosen.name in others or (task == "multiple_choice" and chosen.name not in known):
-        raise Refusal(f"{chosen.name} does not score {task}", f"Known are {', '.join(known)}.")
+        raise Refusal(f"{chosen.name} does not score {task}", f"It scores {', '.join(known)}.")
     if chosen.name not in known:
         return chosen
     settings = known[chosen.name].model_validate(chosen.settings)

@@ -88,7 +88,7 @@ async def read_form(request: Request) -> Form:
     if not hmac.compare_digest(form.get(FORM_TOKEN, "").encode(), form_token(request).encode()):
         raise NotAllowed(
             "form_token",
-            "The form is not of your present session.",
+            "The form belongs to another session.",
             next_step="Load the page again, and repeat what you did there.",
         )
     return form

@@ -63,9 +63,9 @@ def refuse_to_sign_in(request: Request, *, single_user: bool) -> None:
     if not is_private(request):
         raise Refused(
             "sign_in_insecure",
-            "This page was not loaded by https, so nobody signs in here.",
-            next_step="Use the https address of this registry. Behind a proxy, an operator names it in "
-            "ADAPTORY_TRUSTED_PROXIES, and it sets X-Forwarded-Proto.",
+            "This page was not loaded over https, so you cannot sign in here.",
+            next_step="Use the https address of this registry. Behind a proxy, an operator must name it in "
+            "ADAPTORY_TRUSTED_PROXIES, and it must set X-Forwarded-Proto.",
         )
 
 

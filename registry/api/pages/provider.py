@@ -83,7 +83,7 @@ def _provider(request: Request, *, single_user: bool) -> OpenIdProvider:
         raise Refused(
             "sign_in_disabled",
             "This server has no OpenID provider.",
-            next_step="Sign in with a token, or an operator sets ADAPTORY_SIGN_IN__ISSUER.",
+            next_step="Sign in with a token, or ask an operator to set ADAPTORY_SIGN_IN__ISSUER.",
         )
     return provider
 

@@ -31,8 +31,8 @@ class TokenOut(Wire):
     revoked_at: datetime | None
     publisher_id: str | None = Field(description="The trusted publisher whose job it was given to.")
     last_used_at: datetime | None = Field(description="The hour in which it was last used.")
-    session: bool = Field(description="Whether it is the session of a browser, valid on pages alone.")
-    parent_id: str | None = Field(description="The token that a session was begun with, and ends with.")
+    session: bool = Field(description="Whether it is a browser session, valid only on pages.")
+    parent_id: str | None = Field(description="The token that the session was started with; the session ends with it.")
 
 
 class NewTokenOut(TokenOut):

@@ -37,7 +37,9 @@ class ScoreIn(Wire):
     stderr: float | None = Field(default=None, allow_inf_nan=False, ge=0)
     n: int = Field(ge=1, le=MAX_INT32)
     higher_is_better: bool
-    reported: bool = Field(default=False, description="Somebody's word, not measured on the suite by an evaluation.")
+    reported: bool = Field(
+        default=False, description="Reported by someone, not measured by an evaluation on the suite."
+    )
     source: str | None = Field(default=None, min_length=1, max_length=300, description="What measured or reports it.")
 
 

@@ -51,8 +51,13 @@ class SearchIn(Wire):
     type: Word = None
     variant: Word = None
     dtype: Word = None
-    license: Word = Field(default=None, description="Of the release. An SPDX name also finds what cards write for it.")
-    base_license: Word = Field(default=None, description="Of the release's base, as an SPDX name if it has one.")
+    license: Word = Field(
+        default=None,
+        description="Licence of the release. An SPDX name also matches the spellings that cards use for it.",
+    )
+    base_license: Word = Field(
+        default=None, description="Licence of the release's base, as an SPDX name if it has one."
+    )
     alpha: float | None = Field(default=None, allow_inf_nan=False)
     min_rank: Rank = None
     max_rank: Rank = Field(default=None, description="The highest rank of any module.")
@@ -65,7 +70,7 @@ class SearchIn(Wire):
     score: list[str] = Field(default=[], max_length=20, description="suite.metric>=number or suite.metric<=number")
     channel: Word = Field(default=None, description="Currently served by the channel of this name.")
     text: str = Field(
-        default="", max_length=200, description="Beginnings of words in the name or the notes; all must match."
+        default="", max_length=200, description="Prefixes of words in the name or the notes; all must match."
     )
     provenance: list[Annotated[str, Field(max_length=3_000)]] = Field(
         default=[],

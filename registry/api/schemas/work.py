@@ -20,7 +20,7 @@ class WishIn(WireIn):
 
     priority: Priority = Field(
         default=Priority.NORMAL,
-        description="Which of the jobs goes first that are alike otherwise. `high` needs the role releaser in the "
+        description="Which of otherwise equal jobs runs first. `high` needs the role releaser in the "
         "job's namespace, or in the whole registry if it has none.",
     )
     memory_bytes: int | None = Field(
@@ -98,7 +98,7 @@ class ConflictsIn(WireIn):
 
     inputs: list[ConflictInput] = Field(min_length=2, max_length=MAX_CHECKED)
     method: str = Field(default="stack", max_length=100)
-    settings: dict[str, Any] = Field(default={}, description="Of the method.")
+    settings: dict[str, Any] = Field(default={}, description="Settings of the method.")
 
 
 class CheckedInput(Wire):

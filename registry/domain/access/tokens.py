@@ -177,7 +177,7 @@ def find_secret(session: Session, text: str, now: datetime, kind: str) -> Token:
     if match is None or _checksum(match.group(1)) != match.group(4):
         raise _invalid("is not a token: a character is missing or mistyped")
     if match.group(2) != kind:
-        raise _invalid("is not one: it is the secret of a browser session, which pages alone take")
+        raise _invalid("is not one: it is the secret of a browser session, which only pages accept")
     row = session.get(Token, match.group(3))
     if row is None or not hmac.compare_digest(row.secret_sha256, _hash(match.group(1))):
         raise _invalid("is not known here")

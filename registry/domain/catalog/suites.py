@@ -156,7 +156,7 @@ def _refuse_reserved(name: str) -> None:
     if name.startswith(REPORTED_PREFIX):
         raise Conflict(
             "suite_name_taken",
-            f"Names that begin with {REPORTED_PREFIX} are those of benchmarks that scores are only reported of.",
+            f"Names that begin with {REPORTED_PREFIX} are reserved for benchmarks whose scores are only reported.",
             subject=name,
             next_step="Give the suite or the task another name.",
         )
@@ -170,7 +170,7 @@ def _refuse_other_label(session: Session, content: SuiteContent, known: Suite | 
     if labelled is not None and labelled.digest != content.digest:
         raise Conflict(
             "suite_version_taken",
-            f"{content.name} {content.version} is other content ({labelled.digest[:12]}).",
+            f"{content.name} {content.version} is the version of other content ({labelled.digest[:12]}).",
             subject=f"{content.name}@{content.version}",
             next_step="Raise `version` in the suite's file: a version labels one content.",
         )

@@ -1,4 +1,4 @@
-"""The adapters that stand on a base, for its upgrade to another."""
+"""The adapters on a base, for its upgrade to another."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ def standing_on(session: Session, actor: Actor, base: Base) -> Sequence[Release]
     if len(rows) > MAX_ADAPTERS:
         raise Invalid(
             "too_many_adapters",
-            f"More than {MAX_ADAPTERS} adapters stand on {base.name}.",
+            f"More than {MAX_ADAPTERS} adapters use {base.name}.",
             subject=base.name,
             next_step="Upgrade with a token that reads fewer namespaces, one after the other.",
         )

@@ -127,16 +127,16 @@ def approve(session: Session, actor: Actor, release: Release, channel: str, reas
     if policy.approval is None:
         raise Refused(
             "approval_not_needed",
-            f"The policy of {subject} asks for no approval.",
+            f"The policy of {subject} requires no approval.",
             subject=subject,
-            next_step=f"`adaptory policy show {subject}` shows what it asks for.",
+            next_step=f"`adaptory policy show {subject}` shows what it requires.",
         )
     permit(actor, Role(policy.approval.role), repository.namespace)
     own = waiting_for(session, release, channel)
     if own is not None and own.actor == actor.name:
         raise NotAllowed(
             "own_promotion",
-            f"{actor.name} promotes {release.version} to {subject}, so another person approves it.",
+            f"{actor.name} promotes {release.version} to {subject}, so another person must approve it.",
             subject=subject,
             next_step=f"Ask somebody else with the role {policy.approval.role}.",
         )
@@ -264,7 +264,7 @@ def _refuse_expired(promotion: Promotion, now: datetime) -> None:
         f"The promotion of {promotion.release.version} has waited since {promotion.created_at:%Y-%m-%d %H:%M} UTC for: "
         f"{open_rules}.",
         subject=pending.subject(promotion),
-        next_step="Promote it again once that is there; `expires_hours` in the policy says how long a promotion waits.",
+        next_step="Promote it again once it has that; `expires_hours` in the policy says how long a promotion waits.",
         findings=[{**row, "waiting": False} for row in promotion.gates],
     )
 

@@ -204,7 +204,7 @@ def test_a_nan_in_a_factor_names_the_module(tmp_path: Path, make_model: MakeMode
     ("method", "settings", "says"),
     [
         ("averaging", {}, "Use one of stack, linear"),
-        ("stack", {"density": 0.2}, "Known are lambda, tied, replacements"),
+        ("stack", {"density": 0.2}, "Known fields: lambda, tied, replacements"),
         ("linear", {"normalize": "perhaps"}, "'perhaps'"),
         ("stack", {"lambda": float("nan")}, "lambda is nan"),
         ("stack", {"tied": "maybe"}, "'maybe'"),

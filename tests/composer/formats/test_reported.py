@@ -77,7 +77,7 @@ def test_what_cannot_be_used_is_said_in_one_sentence_each() -> None:
     assert len(reported_scores({"README.md": card(*many)})[1]) == MAX_FINDINGS + 1
     several = [result(f"d{number}") for number in range(MAX_SCORES + 5)]
     kept, (doubt,) = reported_scores({"README.md": card(*several)})
-    assert (len(kept), doubt.message) == (MAX_SCORES, "Of 105 reported scores the first 100 are kept.")
+    assert (len(kept), doubt.message) == (MAX_SCORES, "Only the first 100 of 105 reported scores are kept.")
     broken = b"- &a [1]\n- *a\n"
     assert "aliases" in reported_scores({".eval_results/a.yaml": broken})[1][0].message
 

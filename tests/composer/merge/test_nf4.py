@@ -83,10 +83,10 @@ def state(**changes: object) -> torch.Tensor:
         (".absmax", None, "missing"),
         (".absmax", torch.zeros(3, dtype=torch.uint8), "size"),
         (".quant_state.bitsandbytes__nf4", torch.tensor(list(b"{"), dtype=torch.uint8), "not JSON"),
-        (".quant_state.bitsandbytes__nf4", torch.tensor(list(b'{"shape": [4]}'), dtype=torch.uint8), "lacks a shape"),
-        (".quant_state.bitsandbytes__nf4", state(dtype=[]), "lacks a shape"),
+        (".quant_state.bitsandbytes__nf4", torch.tensor(list(b'{"shape": [4]}'), dtype=torch.uint8), "lacks a known shape"),
+        (".quant_state.bitsandbytes__nf4", state(dtype=[]), "lacks a known shape"),
         (".quant_state.bitsandbytes__nf4", state(nested_blocksize=256, nested_offset=10**400), "lacks a nested"),
-        (".quant_state.bitsandbytes__nf4", torch.zeros(20_000, dtype=torch.uint8), "short text"),
+        (".quant_state.bitsandbytes__nf4", torch.zeros(20_000, dtype=torch.uint8), "short string"),
     ],
 )
 def test_what_cannot_be_decoded_is_named(changed: str, tensor: torch.Tensor | None, says: str, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def _extras_fit(placement: Placement, path: str, keys: Mapping[str, str], output
     """Checks that tensors and flags agree: PEFT ignores a magnitude without `use_dora`, and invents a missing one."""
     wanted = {part for part, flag in _EXTRAS.items() if flag in placement.config.flags}
     for part in sorted((keys.keys() - FACTOR_PARTS) ^ wanted):
-        flag = _EXTRAS.get(part, "no flag that is known")
+        flag = _EXTRAS.get(part, "no known flag")
         code, has = ("unflagged_part", "has a") if part in keys else ("missing_part", "lacks the")
         placement.error(code, path, f"{path} {has} {part}, which goes with {flag}.")
         return False
