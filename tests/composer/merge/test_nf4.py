@@ -83,7 +83,7 @@ def state(**changes: object) -> torch.Tensor:
         (".absmax", None, "missing"),
         (".absmax", torch.zeros(3, dtype=torch.uint8), "size"),
         (".quant_state.bitsandbytes__nf4", torch.tensor(list(b"{"), dtype=torch.uint8), "not JSON"),
-        (".quant_state.bitsandbytes__nf4", torch.tensor(list(b'{"shape": [4]}'), dtype=torch.uint8), "lacks a known shape"),
+        (".quant_state.bitsandbytes__nf4", torch.tensor(list(b'{"shape": [4]}'), dtype=torch.uint8), "lacks a known"),
         (".quant_state.bitsandbytes__nf4", state(dtype=[]), "lacks a known shape"),
         (".quant_state.bitsandbytes__nf4", state(nested_blocksize=256, nested_offset=10**400), "lacks a nested"),
         (".quant_state.bitsandbytes__nf4", torch.zeros(20_000, dtype=torch.uint8), "short string"),
