@@ -10,13 +10,16 @@ from typing import BinaryIO
 
 from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.staging import sync
-from registry.errors import NO_SPACE, NotFound, Unavailable
+from registry.errors import NO_SPACE, Unavailable
 from registry.formats.references import Digest
-from registry.storage.blobs import BlobStat, Reader, blob_key
+from registry.storage.blobs import BlobStat, Reader, blob_key, blob_missing
 
 
 class LocalStore:
     """One read-only file per blob. Files being written are in `incoming/` on the same file system."""
+
+    arrivals = None
+    """A directory has no address, so bytes come through the API."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -25,11 +28,6 @@ class LocalStore:
 
     def path(self, sha256: Digest) -> Path:
         return self.directory / blob_key(sha256)
-
-    @property
-    def arrivals(self) -> None:
-        """None: a directory has no address, so bytes come through the API."""
-        return None
 
     def stat(self, sha256: Digest) -> BlobStat | None:
         try:
@@ -41,12 +39,7 @@ class LocalStore:
         try:
             file = self.path(sha256).open("rb")
         except FileNotFoundError:
-            raise NotFound(
-                "blob_missing",
-                f"The store has no blob {sha256}.",
-                subject=sha256,
-                next_step="Push the file again, or restore the blob from a backup.",
-            ) from None
+            raise blob_missing(sha256) from None
         file.seek(start)
         return file if length is None else _Window(file, length)
 
