@@ -1,5 +1,6 @@
 """Blobs in a directory: written to a staging file, synced, then renamed into place."""
 
+import hashlib
 import shutil
 from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -143,6 +144,21 @@ def unwritable(what: str, subject: str, error: OSError) -> Unavailable:
         if full
         else "Check on the server that its directory is writable and its disk is sound, and repeat.",
     )
+
+
+def write_hashed(path: Path, pieces: Iterable[bytes], what: str, subject: str) -> tuple[Digest, int]:
+    """Writes a file, and returns its sha256 and its size in bytes. Raises what `pieces` raise, and Unavailable if the
+    disk does not take it: `what` and `subject` are those of `unwritable`."""
+    digest, size_bytes = hashlib.sha256(), 0
+    try:
+        with path.open("wb") as file:
+            for piece in pieces:
+                digest.update(piece)
+                size_bytes += len(piece)
+                file.write(piece)
+    except OSError as error:
+        raise unwritable(what, subject, error) from error
+    return Digest(digest.hexdigest()), size_bytes
 
 
 def remove_stale(paths: Iterable[Path], before: datetime) -> int:
