@@ -189,7 +189,7 @@ def import_scores(
 
 
 def materialise(store: BlobStore, files: Sequence[ManifestFile], directory: Path) -> None:
-    """Writes files of a release from the store below `directory`, each verified against its digest."""
+    """Writes files of a release from the store below `directory`, which it makes, each verified against its digest."""
     for file in files:
         target = directory / check_path(file.path)
         target.parent.mkdir(parents=True, exist_ok=True)

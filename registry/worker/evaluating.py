@@ -223,7 +223,6 @@ def _subject(held: JobRun, release: int | None, digest: str, models: OneModel) -
         kind, files = Kind(row.repository.kind), publishing.manifest_files(session, row)
         architecture = bases.architecture(session, digest)
     directory = evaluation_work_of(held.resources, held.job_id) / str(release)
-    directory.mkdir(parents=True, exist_ok=True)
     publishing.materialise(held.resources.store, files, directory)
     if kind is Kind.MODEL:
         return models.get(release, partial(_load, directory)), ()
