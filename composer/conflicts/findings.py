@@ -19,7 +19,6 @@ from composer.formats.recipes.suite import Contradiction
 from composer.formats.recipes.weights import Weight
 from composer.merge.rounding_loss import find_lost
 
-"""The smallest normal number of float32. A smaller delta counts as zero."""
 WEAK_EVIDENCE = {
     "weights": (
         "Nothing was measured. Across recipes, weights alone say almost nothing: the statistic that ranked best on "

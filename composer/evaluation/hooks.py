@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, RowwiseDelta
 from composer.deltas.tensors import execution_device
@@ -46,7 +47,7 @@ def deltas_applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
         for (path, name), parts in added.items():
             undo.enter_context(_changed(module_of(model, path), name, parts))
         for path, low_rank in hooked.items():
-            undo.enter_context(_added(module_of(model, path), low_rank, execution_device(model)))
+            undo.enter_context(_add(module_of(model, path), low_rank, execution_device(model)))
         yield
 
 
@@ -68,12 +69,11 @@ def module_of(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError as error:
-        raise Mismatch(
-            "module_missing",
-            f"The model has no module {path}.",
-            subject=path,
-            next_step="Use the base that the adapter was trained on.",
-        ) from error
+        raise _other_base("module_missing", path, f"The model has no module {path}.") from error
+
+
+def _other_base(code: str, module: str, message: str) -> Mismatch:
+    return Mismatch(code, message, subject=module, next_step="Use the base that the adapter was trained on.")
 
 
 def _in_memory(module: nn.Module, name: str, path: str) -> nn.Parameter | None:
@@ -95,12 +95,7 @@ def _replaced(module: nn.Module, delta: Replacement) -> Iterator[None]:
     if old is None or old.shape != delta.tensor.shape:
         actual = "none" if old is None else f"one of shape {tuple(old.shape)}"
         wanted = f"Replacing {name} of {delta.module} with a tensor of shape {tuple(delta.tensor.shape)}"
-        raise Mismatch(
-            "shape_mismatch",
-            f"{wanted}: the model has {actual}.",
-            subject=delta.module,
-            next_step="Use the base that the adapter was trained on.",
-        )
+        raise _other_base("shape_mismatch", delta.module, f"{wanted}: the model has {actual}.")
     # The entry is swapped, not its values: a tied parameter is one object in two modules, and the other side stays.
     module._parameters[name] = nn.Parameter(delta.tensor.to(old), requires_grad=False)
     try:
@@ -121,12 +116,7 @@ def _changed(module: nn.Module, name: str, deltas: Sequence[tuple[Additive, int]
     if old is None or old.numel() % columns or needed > old.numel() or not (stacked or needed == old.numel()):
         actual = "none" if old is None else f"one of shape {tuple(old.shape)}"
         wanted = f"The delta of {path} is for a {name} of {rows} x {columns}"
-        raise Mismatch(
-            "shape_mismatch",
-            f"{wanted}: the model has {actual}.",
-            subject=path,
-            next_step="Use the base that the adapter was trained on.",
-        )
+        raise _other_base("shape_mismatch", path, f"{wanted}: the model has {actual}.")
     W_MN = old.detach().reshape(-1, columns).float()
     changed_MN = W_MN.clone()
     for delta, begin in deltas:
@@ -144,8 +134,7 @@ def _product(delta: LowRank, device: torch.device) -> torch.Tensor:
     return left @ right
 
 
-@contextmanager
-def _added(module: nn.Module, parts: Sequence[LowRank], device: torch.device) -> Iterator[None]:
+def _add(module: nn.Module, parts: Sequence[LowRank], device: torch.device) -> RemovableHandle:
     path, layout = parts[0].module, parts[0].layout
     A_RI = torch.cat([part.A_RI.float() for part in parts])
     B_OR = torch.cat([acting_factor(module, part).float() for part in parts], dim=1)
@@ -157,11 +146,7 @@ def _added(module: nn.Module, parts: Sequence[LowRank], device: torch.device) ->
         hidden = nn.functional.embedding(inputs[0], A_IR) if layout is Layout.EMBEDDING else inputs[0].float() @ A_IR
         return (output.float() + nn.functional.linear(hidden, B_OR)).to(output.dtype)
 
-    handle = module.register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_hook(add)
 
 
 def acting_factor(module: nn.Module, delta: LowRank) -> torch.Tensor:
@@ -190,6 +175,4 @@ def _refuse_unlike(module: nn.Module, path: str, layout: Layout, shape: tuple[in
     stored = shape if layout is Layout.LINEAR else shape[::-1]
     if tuple(weight.shape) != stored:
         message = f"The delta of {path} is for a weight of shape {stored}, the model's is {tuple(weight.shape)}."
-        raise Mismatch(
-            "shape_mismatch", message, subject=path, next_step="Use the base that the adapter was trained on."
-        )
+        raise _other_base("shape_mismatch", path, message)

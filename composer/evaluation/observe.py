@@ -4,9 +4,9 @@ Shapes: B examples of P positions in a batch, N selected tokens.
 """
 
 import inspect
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -68,7 +68,7 @@ def observe(
     # Watched before the deltas are put on, whose hooks change the output.
     with ExitStack() as undo:
         for path, watch in watches.items():
-            undo.enter_context(_watched(loaded.model.get_submodule(path), watch))
+            undo.enter_context(loaded.model.get_submodule(path).register_forward_hook(_shown_to(watch)))
         undo.enter_context(deltas_applied(loaded.model, active))
         # What one pass costs beside its tokens is reading the weights: from memory, next to nothing.
         batches = batches_of(examples, loaded.batch_tokens if loaded.streamed else 1)
@@ -100,13 +100,5 @@ def _run(
     loaded.model(input_ids=ids_BP.to(loaded.device), use_cache=False, **spared)
 
 
-@contextmanager
-def _watched(module: nn.Module, watch: Watch) -> Generator[None]:
-    def show(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        watch(_PASS.get(), inputs, output)
-
-    handle = module.register_forward_hook(show)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _shown_to(watch: Watch) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+    return lambda _module, inputs, output: watch(_PASS.get(), inputs, output)

@@ -11,7 +11,7 @@ from composer.deltas.delta import Layout, LowRank
 from composer.deltas.stored import MappedFile, map_tensor
 from composer.deltas.variants.load import place_or_refuse
 from composer.errors import InvalidFile, NotSupported
-from composer.export.kronecker import Kronecker, as_peft, kronecker
+from composer.export.kronecker import Kronecker, as_peft, kronecker, misfit
 from composer.export.peft import peft_form, write_adapter, write_files
 from composer.export.peft_layout import PeftModule
 from composer.formats.adapters.config.config import PLAIN_INITS
@@ -172,12 +172,7 @@ def _factors(foreign: Foreign, module: ForeignModule) -> tuple[torch.Tensor, tor
         return _hadamard(module, parts)
     if not {"A", "B"} <= parts.keys():
         there = ", ".join(sorted(module.parts))
-        raise InvalidFile(
-            "missing_pair",
-            f"{module.module} has only {there}.",
-            subject=module.module,
-            next_step="Export the adapter again: a module needs all of its factors.",
-        )
+        raise _missing(module, f"has only {there}")
     A, B = parts["A"], parts["B"]
     if foreign.layout == MLX and A.dim() == 2:
         A, B = A.T, B.T
@@ -186,13 +181,13 @@ def _factors(foreign: Foreign, module: ForeignModule) -> tuple[torch.Tensor, tor
     fits = A.dim() == B.dim() and A.dim() in (2, 3) and A.shape[-2] == B.shape[-1] > 0
     if not fits or (A.dim() == 3 and A.shape[0] != B.shape[0]):
         shapes = f"{list(A.shape)} and {list(B.shape)}"
-        raise InvalidFile(
-            "shape_mismatch",
-            f"{module.module} has factors of shape {shapes}.",
-            subject=module.module,
-            next_step="Export the adapter again, or name the base it was trained on.",
-        )
+        raise misfit("shape_mismatch", module.module, f"has factors of shape {shapes}")
     return A, B
+
+
+def _missing(module: ForeignModule, what: str) -> InvalidFile:
+    next_step = "Export the adapter again: a module needs all of its factors."
+    return InvalidFile("missing_pair", f"{module.module} {what}.", subject=module.module, next_step=next_step)
 
 
 def _hadamard(module: ForeignModule, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,24 +195,12 @@ def _hadamard(module: ForeignModule, parts: dict[str, torch.Tensor]) -> tuple[to
     try:
         a, b, c, d = (parts[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
     except KeyError as error:
-        message = f"{module.module} has no {error.args[0]}."
-        raise InvalidFile(
-            "missing_pair",
-            message,
-            subject=module.module,
-            next_step="Export the adapter again: a module needs all of its factors.",
-        ) from error
+        raise _missing(module, f"has no {error.args[0]}") from error
     shapes = [list(part.shape) for part in (a, b, c, d)]
     rank = a.shape[-1] if a.dim() == 2 else 0
     wanted = [[shapes[0][0], rank], [rank, shapes[1][-1]]] if rank and b.dim() == 2 else []
     if shapes != wanted * 2:
-        message = f"{module.module} has factors of shapes {shapes}, which do not form a product."
-        raise InvalidFile(
-            "shape_mismatch",
-            message,
-            subject=module.module,
-            next_step="Export the adapter again, or name the base it was trained on.",
-        )
+        raise misfit("shape_mismatch", module.module, f"has factors of shapes {shapes}, which do not form a product")
     if rank**2 > min(len(a), b.shape[1]):  # the factors would be larger than the matrix
         message = (
             f"{module.module} is a LoHa of rank {rank}: a LoRA of rank {rank**2:,} would be larger than its matrix."
@@ -277,9 +260,8 @@ def _target(path: str, architecture: Architecture) -> Target:
 
 def _refuse_misfit(path: str, made_for: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if made_for != expected:
-        message = f"{path} is made for {shape_text(made_for)}; the base's is {shape_text(expected)}."
-        next_step = "Export the adapter again, or name the base it was trained on."
-        raise InvalidFile("shape_mismatch", message, subject=path, next_step=next_step)
+        what = f"is made for {shape_text(made_for)}; the base's is {shape_text(expected)}"
+        raise misfit("shape_mismatch", path, what)
 
 
 def _tensor(foreign: Foreign, key: str) -> torch.Tensor:

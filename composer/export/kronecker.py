@@ -34,9 +34,9 @@ class Kronecker:
         try:
             return parts.lokr(shapes, {}, (0, 0))
         except KeyError as missing:
-            raise _bad("missing_part", self.module, f"has no {missing.args[0]}") from missing
+            raise misfit("missing_part", self.module, f"has no {missing.args[0]}") from missing
         except ValueError as wrong:
-            raise _bad("shape_mismatch", self.module, f"has {wrong}") from wrong
+            raise misfit("shape_mismatch", self.module, f"has {wrong}") from wrong
 
     def is_full(self, side: str) -> bool:
         return side in self.tensors
@@ -57,10 +57,10 @@ def kronecker(module: str, tensors: Tensors, alpha: float | None) -> Kronecker:
     """The module with these parts of a file. Raises InvalidFile for parts that do not form a product of matrices."""
     flat = {name: one.flatten(1) if one.shape[2:] == (1, 1) else one for name, one in tensors.items()}
     if odd := next((name for name, one in flat.items() if one.dim() != 2 or not one.numel()), None):
-        raise _bad("shape_mismatch", module, f"has {odd} of shape {list(flat[odd].shape)}")
+        raise misfit("shape_mismatch", module, f"has {odd} of shape {list(flat[odd].shape)}")
     ranks = {one.shape[0] for name, one in flat.items() if name.endswith("_b")}
     if len(ranks) > 1:
-        raise _bad("shape_mismatch", module, f"has factors of the ranks {', '.join(map(str, sorted(ranks)))}")
+        raise misfit("shape_mismatch", module, f"has factors of the ranks {', '.join(map(str, sorted(ranks)))}")
     rank = next(iter(ranks), 0)
     scale = alpha / rank if rank and alpha is not None else 1.0
     scaled = {name: one * scale if name in ("lokr_w2", "lokr_w2_b") else one for name, one in flat.items()}
@@ -120,6 +120,6 @@ def _first(dimension: int, factor: int) -> int:
     return max(one for one in range(1, int(dimension**0.5) + 1) if dimension % one == 0 and one <= limit)
 
 
-def _bad(code: str, module: str, what: str) -> InvalidFile:
+def misfit(code: str, module: str, what: str) -> InvalidFile:
     next_step = "Export the adapter again, or name the base it was trained on."
     return InvalidFile(code, f"{module} {what}.", subject=module, next_step=next_step)

@@ -53,10 +53,6 @@ class Factors:
     rows: int
     parts: tuple[LowRank, ...]
 
-    def within(self, chunk: "Chunk") -> tuple[slice, slice] | None:
-        """The rows in both: relative to the chunk, and relative to `begin`."""
-        return _common(chunk, self.begin, self.rows)
-
     @property
     def rank(self) -> int:
         return sum(part.rank for part in self.parts)
@@ -207,6 +203,7 @@ def chunks_of(work: TensorWork) -> Iterator[Chunk]:
 
 
 def _common(chunk: Chunk, begin: int, rows: int) -> tuple[slice, slice] | None:
+    """The rows in both: relative to the chunk, and relative to `begin`."""
     first, last = max(chunk.begin, begin), min(chunk.end, begin + rows)
     if first >= last:
         return None
@@ -299,7 +296,7 @@ class Rewriter:
         for rows, delta_MN in computed:
             sum_MN[rows] += delta_MN
         for one in factors:
-            if common := one.within(chunk):
+            if common := _common(chunk, one.begin, one.rows):
                 rows, own = common
                 left_MR = self._scratch("left", torch.Size((own.stop - own.start, one.rank)), sum_MN)
                 sum_MN[rows].addmm_(one.left_into(own, left_MR), self._right(chunk.work, one, sum_MN))

@@ -83,12 +83,7 @@ def plan_rebuild(merged: Path, checkpoint: Checkpoint, adapters: Sequence[Path])
     """
     note = read_json(merged / NOTE_FILE, "missing_note", "Only results of `adaptory merge` or a composition have one.")
     if note.get("made") != "merge":
-        raise InvalidFile(
-            "bad_note",
-            f"{NOTE_FILE} does not describe a merge.",
-            subject=NOTE_FILE,
-            next_step="Only results of `adaptory merge` or a composition can be rebuilt.",
-        )
+        raise _bad_note("does not describe a merge")
     parsed = _parsed_note(note)
     digests = {path: hash_file(path / WEIGHTS_FILE) for path in adapters}
     used = [(_merged(one, digests), one.weight) for one in parsed.adapters]
@@ -138,15 +133,15 @@ def _parsed_note(note: Mapping[str, Any]) -> _MergeInputs:
         adapters = tuple(parse_use(row) for row in note["adapters"])
         rounding = parse_rounding(**note["rounding"])
     except (KeyError, TypeError) as error:
-        raise InvalidFile(
-            "bad_note",
-            f"{NOTE_FILE} does not name all inputs of the merge ({error}).",
-            subject=NOTE_FILE,
-            next_step="Only results of `adaptory merge` or a composition can be rebuilt.",
-        ) from error
+        raise _bad_note(f"does not name all inputs of the merge ({error})") from error
     return _MergeInputs(
         adapters=adapters, method=method, settings=cast("dict[str, object]", settings), dtype=dtype, rounding=rounding
     )
+
+
+def _bad_note(why: str) -> InvalidFile:
+    next_step = "Only results of `adaptory merge` or a composition can be rebuilt."
+    return InvalidFile("bad_note", f"{NOTE_FILE} {why}.", subject=NOTE_FILE, next_step=next_step)
 
 
 def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progress | None = None) -> Rebuilt:

@@ -5,45 +5,30 @@ X_TMN are T deltas (rows of them), w_T their weights.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
-from composer.deltas.delta import Additive, LowRank, RowwiseDelta
+from composer.deltas.delta import Additive, Delta, LowRank, Replacement, RowwiseDelta
 from composer.formats.recipes.methods import Elect, MethodSettings
 from composer.formats.recipes.weights import divisor
 
 _NOTHING = 1e-3  # of the kept weights' magnitudes
 
+D = TypeVar("D", bound=Delta)
 Join = Callable[[torch.Tensor], torch.Tensor]
 """X_TMN -> X_MN."""
 
 
 def joined(settings: MethodSettings, weights: Sequence[float], total: float) -> Join:
-    """The join of T deltas. `total` is the sum of all adapters' weights, including those without a delta here."""
-    return _JOINS[settings.pipeline.combine](settings, weights, total)
-
-
-def _sum(settings: MethodSettings, weights: Sequence[float], total: float) -> Join:
+    """The join of T deltas: an election, or else a sum (pipeline.py has `tsv` and `sce`). `total` is the sum of all
+    adapters' weights, including those without a delta here."""
+    if isinstance(settings, Elect):
+        return lambda X_TMN: elect(X_TMN, weights, settings.vote, settings.divide)
     w_T = torch.tensor(weights, dtype=torch.float32)
     if settings.divides:
         w_T = w_T / divisor(total)
     return lambda X_TMN: torch.tensordot(w_T.to(X_TMN.device), X_TMN, dims=1)
-
-
-def _elect(settings: MethodSettings, weights: Sequence[float], total: float) -> Join:
-    own = cast(Elect, settings)
-    return lambda X_TMN: elect(X_TMN, weights, own.vote, own.divide)
-
-
-_JOINS: dict[str, Callable[[MethodSettings, Sequence[float], float], Join]] = {
-    "sum": _sum,
-    "mean": _sum,
-    "iso": _sum,
-    "elect": _elect,
-}
-"""By `combine` of a pipeline: all but `tsv`, which joins factors, and `sce`, whose weights come from the masked deltas
-(pipeline.py)."""
 
 
 def elect(X_TMN: torch.Tensor, w_T: Sequence[float], vote: str = "plain", divide: str = "count") -> torch.Tensor:
@@ -108,7 +93,7 @@ def stack_factors(deltas: Sequence[Additive], weights: Sequence[float]) -> list[
     """
     weighted = list(zip(deltas, weights, strict=True))
     pairs = [(delta, weight) for delta, weight in weighted if isinstance(delta, LowRank)]
-    others = [scaled(delta, weight) for delta, weight in weighted if isinstance(delta, RowwiseDelta)]
+    others = [times(delta, weight) for delta, weight in weighted if isinstance(delta, RowwiseDelta)]
     if not pairs:
         return [*others]
     B_OR = torch.cat([delta.B_OR.float() * (weight * delta.scale) for delta, weight in pairs], dim=1)
@@ -116,9 +101,13 @@ def stack_factors(deltas: Sequence[Additive], weights: Sequence[float]) -> list[
     return [*others, replace(pairs[0][0], A=A_RI, B=B_OR, scale=1.0)]
 
 
-def scaled(delta: RowwiseDelta, weight: float) -> RowwiseDelta:
-    """The delta times its weight; the same object for weight 1."""
-    return delta if weight == 1 else replace(delta, rows=lambda W_MN, begin: delta.rows(W_MN, begin) * weight)
+def times(delta: D, weight: float) -> D:
+    """The delta times its weight; the same object for weight 1, and for a replacement."""
+    if weight == 1 or isinstance(delta, Replacement):
+        return delta
+    if isinstance(delta, LowRank):
+        return replace(delta, scale=delta.scale * weight)
+    return replace(delta, rows=lambda W_MN, begin: delta.rows(W_MN, begin) * weight)
 
 
 def one_after_the_other(steps: Sequence[Sequence[tuple[Additive, float]]]) -> RowwiseDelta:

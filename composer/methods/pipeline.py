@@ -28,7 +28,7 @@ from composer.methods.basis import (
     restored,
     restoring_factor,
 )
-from composer.methods.join import joined, one_after_the_other, scaled, sce, sce_weights, stack_factors
+from composer.methods.join import joined, one_after_the_other, sce, sce_weights, stack_factors, times
 from composer.methods.matrix import Largest, Matrix, largest, square_sum
 from composer.methods.sparsify import Keep, keeps
 from composer.methods.spectral import Compression, compress, compress_dense, iso, product, triples, tsv
@@ -163,7 +163,7 @@ def combine_slot(
     if slot.norm is not None:
         deltas = _restored(deltas, slot.norm)
         lost = None if lost is None else lost.at(lost.norm * restoring_factor(lost.norm, slot.norm))
-    return [_times(delta, factor) for delta in deltas], None if lost is None else lost.times(factor)
+    return [times(delta, factor) for delta in deltas], None if lost is None else lost.times(factor)
 
 
 def _usual_rank(slot: WeightSlot) -> int:
@@ -242,7 +242,7 @@ def _summed(slot: WeightSlot, settings: Compressed) -> list[Additive]:
     weights = _weights(slot, settings)
     if slot.norm is not None:  # the norm is that of the sum
         return stack_factors([part.delta for part in slot.parts], weights)
-    return [_times(part.delta, weight) for part, weight in zip(slot.parts, weights, strict=True)]
+    return [times(part.delta, weight) for part, weight in zip(slot.parts, weights, strict=True)]
 
 
 def _in_basis(slot: WeightSlot, settings: Compressed) -> tuple[list[Additive], Compression | None]:
@@ -371,7 +371,7 @@ def _combined(slot: WeightSlot, settings: Compressed, selections: Selections, W_
     """The sparsified and joined matrix, on the device of `W_MN` and the slot's factors. The selections and signs are
     determined here, in passes."""
     weighted = settings.pipeline.combine == "sce"
-    matrices = [_dense(_times(part.delta, part.weight) if weighted else part.delta, W_MN) for part in slot.parts]
+    matrices = [_dense(times(part.delta, part.weight) if weighted else part.delta, W_MN) for part in slot.parts]
     chosen = [selections.of(part) for part in slot.parts]
     keep: list[Keep]
     if all(one is not None for one in chosen):
@@ -393,19 +393,13 @@ def _combined(slot: WeightSlot, settings: Compressed, selections: Selections, W_
     return Matrix(matrices[0].shape, lambda first, last: sce(kept(first, last), own))
 
 
-def _times(delta: Additive, factor: float) -> Additive:
-    if isinstance(delta, LowRank):
-        return delta if factor == 1 else replace(delta, scale=delta.scale * factor)
-    return scaled(delta, factor)
-
-
 def _restored(deltas: list[Additive], norm: float) -> list[Additive]:
     """The deltas scaled so that the slot's sum has the mean norm from before calibration."""
     restored: list[Additive] = []
     for delta in deltas:
         if isinstance(delta, LowRank):
             now = norm_of(pair_of(delta))
-            restored.append(_times(delta, restoring_factor(now, norm)))
+            restored.append(times(delta, restoring_factor(now, norm)))
             continue
         ratio = _Once(lambda device, delta=delta: _ratio(delta, norm, device))
         restored.append(

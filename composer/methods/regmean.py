@@ -27,12 +27,12 @@ from typing import TypeVar
 
 import torch
 
-from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, RowwiseDelta, names_of
+from composer.deltas.delta import Additive, Delta, Layout, LowRank, Replacement, names_of
 from composer.deltas.tensors import CPU, torch_threads
 from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.weights import Weight
-from composer.methods.join import scaled
+from composer.methods.join import times
 
 _CUT = 1e-12
 """Relative to the largest eigenvalue; below this, the core form's R x R system counts as singular in a direction."""
@@ -169,9 +169,7 @@ def fit(
     too. Raises what `observe` raises.
     """
     members = [index for index, adapter in enumerate(adapters) if len(adapter.deltas)]
-    own = [
-        [_times(delta, weights[index].of(*names_of(delta))) for delta in adapters[index].deltas] for index in members
-    ]
+    own = [[times(delta, weights[index].of(*names_of(delta))) for delta in adapters[index].deltas] for index in members]
     pairs = _factored(own)
     some = {key: next(iter(own.values())) for key, own in pairs.items()}
     problem = _Problem.of(pairs, [observe(index, one, some) for index, one in zip(members, own, strict=True)], device)
@@ -419,12 +417,6 @@ def _is_linear(delta: LowRank) -> bool:
     return delta.layout is not Layout.EMBEDDING and not (delta.kernel or delta.nested or delta.tied)
 
 
-def _times(delta: Delta, factor: float) -> Delta:
-    if isinstance(delta, LowRank):
-        return replace(delta, scale=delta.scale * factor)
-    return scaled(delta, factor) if isinstance(delta, RowwiseDelta) else delta
-
-
 def _with_factors(
     own: Sequence[Sequence[Delta]], solved: Mapping[str, list[torch.Tensor]], w_T: Sequence[float]
 ) -> list[list[Delta]]:
@@ -433,7 +425,7 @@ def _with_factors(
         [
             replace(delta, A=solved[_key(delta)][member])
             if isinstance(delta, LowRank) and _key(delta) in solved
-            else _times(delta, w_T[member])
+            else times(delta, w_T[member])
             for delta in deltas
         ]
         for member, deltas in enumerate(own)

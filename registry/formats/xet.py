@@ -5,7 +5,7 @@ small upload could otherwise become a huge file.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, BinaryIO
@@ -58,6 +58,12 @@ class ChunkScanner:
                 self._partial = b""
                 if len(self._headers) > MAX_CHUNKS * HEADER_BYTES:
                     raise _bad_xorb(f"it has more than {MAX_CHUNKS:,} chunks")
+
+    def watch(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Yields the pieces, and feeds each of them first. Raises Invalid for a chunk that cannot be."""
+        for piece in pieces:
+            self.feed(piece)
+            yield piece
 
     def finish(self) -> bytes:
         """The headers, one after the other. Raises Invalid if the xorb ends within a chunk, or has none."""

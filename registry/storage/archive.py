@@ -59,15 +59,8 @@ class LocalArchive:
         self._directory = directory
         with suppress(FileExistsError):
             directory.mkdir(parents=True, mode=0o700)
-        self._blobs = LocalStore(directory)
-
-    @property
-    def blobs(self) -> LocalStore:
-        return self._blobs
-
-    @property
-    def scratch(self) -> Path:
-        return self._blobs.incoming
+        self.blobs = LocalStore(directory)
+        self.scratch = self.blobs.incoming
 
     def save(self, name: str, source: Path) -> None:
         target = self._path(name)

@@ -8,12 +8,23 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from composer.formats.checkpoints.files import StoredFile
+from registry.errors import NotFound
 from registry.formats.references import Digest
 
 
 def blob_key(sha256: Digest) -> str:
     """The key of a blob in every store."""
     return f"blobs/sha256/{sha256[:2]}/{sha256}"
+
+
+def blob_missing(subject: str) -> NotFound:
+    """The error for bytes that a store should have."""
+    return NotFound(
+        "blob_missing",
+        f"The store has no blob {subject}.",
+        subject=subject,
+        next_step="Push the file again, or restore the blob from a backup.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Blobs in a directory: written to a staging file, synced, then renamed into place."""
 
+import hashlib
 import shutil
 from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,13 +11,16 @@ from typing import BinaryIO
 
 from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.staging import sync
-from registry.errors import NO_SPACE, NotFound, Unavailable
+from registry.errors import NO_SPACE, Unavailable
 from registry.formats.references import Digest
-from registry.storage.blobs import BlobStat, Reader, blob_key
+from registry.storage.blobs import BlobStat, Reader, blob_key, blob_missing
 
 
 class LocalStore:
     """One read-only file per blob. Files being written are in `incoming/` on the same file system."""
+
+    arrivals = None
+    """A directory has no address, so bytes come through the API."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -25,11 +29,6 @@ class LocalStore:
 
     def path(self, sha256: Digest) -> Path:
         return self.directory / blob_key(sha256)
-
-    @property
-    def arrivals(self) -> None:
-        """None: a directory has no address, so bytes come through the API."""
-        return None
 
     def stat(self, sha256: Digest) -> BlobStat | None:
         try:
@@ -41,12 +40,7 @@ class LocalStore:
         try:
             file = self.path(sha256).open("rb")
         except FileNotFoundError:
-            raise NotFound(
-                "blob_missing",
-                f"The store has no blob {sha256}.",
-                subject=sha256,
-                next_step="Push the file again, or restore the blob from a backup.",
-            ) from None
+            raise blob_missing(sha256) from None
         file.seek(start)
         return file if length is None else _Window(file, length)
 
@@ -150,6 +144,21 @@ def unwritable(what: str, subject: str, error: OSError) -> Unavailable:
         if full
         else "Check on the server that its directory is writable and its disk is sound, and repeat.",
     )
+
+
+def write_hashed(path: Path, pieces: Iterable[bytes], what: str, subject: str) -> tuple[Digest, int]:
+    """Writes a file, and returns its sha256 and its size in bytes. Raises what `pieces` raise, and Unavailable if the
+    disk does not take it: `what` and `subject` are those of `unwritable`."""
+    digest, size_bytes = hashlib.sha256(), 0
+    try:
+        with path.open("wb") as file:
+            for piece in pieces:
+                digest.update(piece)
+                size_bytes += len(piece)
+                file.write(piece)
+    except OSError as error:
+        raise unwritable(what, subject, error) from error
+    return Digest(digest.hexdigest()), size_bytes
 
 
 def remove_stale(paths: Iterable[Path], before: datetime) -> int:

@@ -4,13 +4,13 @@ They are small JSON documents in the blob store's directory or bucket, under `wo
 blobs.
 """
 
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Protocol
 
 from composer.formats.checkpoints.staging import sync
+from registry.storage.local import remove_stale
 
 WORK = "work/"
 MAX_RESULT_BYTES = 64 << 20
@@ -65,13 +65,7 @@ class LocalResults:
         self._path(key).unlink(missing_ok=True)
 
     def sweep(self, before: datetime) -> int:
-        removed = 0
-        for path in self._directory.glob("*"):
-            with suppress(FileNotFoundError):  # another sweep was faster
-                if path.stat().st_mtime < before.timestamp():
-                    path.unlink()
-                    removed += 1
-        return removed
+        return remove_stale(self._directory.glob("*"), before)
 
     def _path(self, key: str) -> Path:
         return self._directory / f"{key}.json"

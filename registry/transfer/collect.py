@@ -8,7 +8,7 @@ Retention takes yanked releases and pre-releases down first, where a namespace a
 """
 
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -84,9 +84,9 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
         swept = sweep(resources, now)
         collected.unfinished, collected.leftovers = swept.uploads, swept.leftovers
         collected.releases = _take_down_expired(resources, now)
-        while count := _forget_jobs(resources, ended_before):
+        while count := _forget(resources, retention.forget, ended_before):
             collected.jobs += count
-        while count := _forget_commits(resources, followed_before):
+        while count := _forget(resources, commits.forget, followed_before):
             collected.commits += count
         unused = and_(Blob.removing_at.is_(None), *_unused(before, now))
         while claimed := _claim(resources, run, now, or_(unused, _marked_by_others(run))):
@@ -201,16 +201,13 @@ def _forget_expired(resources: Resources, now: datetime) -> int | None:
     return len(unfinished)
 
 
-def _forget_commits(resources: Resources, followed_before: datetime) -> int:
+def _forget(
+    resources: Resources, forget: Callable[[Session, audit.Actor, datetime, int], int], before: datetime
+) -> int:
+    """Removes the next commits or jobs of before then, and returns their number."""
     operator = audit.operator_actor(resources.settings.user, resources.clock())
     with resources.write() as session:
-        return commits.forget(session, operator, followed_before, _BATCH)
-
-
-def _forget_jobs(resources: Resources, ended_before: datetime) -> int:
-    operator = audit.operator_actor(resources.settings.user, resources.clock())
-    with resources.write() as session:
-        return retention.forget(session, operator, ended_before, _BATCH)
+        return forget(session, operator, before, _BATCH)
 
 
 def _unused(

@@ -28,7 +28,7 @@ from registry.errors import Conflict, Invalid, NotFound, TooLarge, Usage
 from registry.formats.manifest import ManifestFile, parse_manifest
 from registry.formats.references import Digest, RepositoryName, Version, parse_digest
 from registry.formats.signatures import SIGNATURE_FILE
-from registry.storage.local import unwritable
+from registry.storage.local import write_hashed
 from registry.transfer import publishing, uploads
 from registry.transfer.publishing import Push
 from registry.transfer.resources import Resources
@@ -298,17 +298,10 @@ class _Lines:
 
     def _content(self) -> Addition:
         """Decodes base64 up to the closing quote, which stays, into a file."""
-        digest, size, path = hashlib.sha256(), 0, self.directory / "content"
-        try:
-            with path.open("wb") as file:
-                for data in self._decoded():
-                    digest.update(data)
-                    size += len(data)
-                    file.write(data)
-            path.replace(self.directory / digest.hexdigest())
-        except OSError as error:
-            raise unwritable("The commit", "content", error) from error
-        return Addition("", parse_digest(digest.hexdigest()), size)
+        path = self.directory / "content"
+        sha256, size_bytes = write_hashed(path, self._decoded(), "The commit", path.name)
+        path.replace(self.directory / sha256)
+        return Addition("", sha256, size_bytes)
 
     def _decoded(self) -> Iterator[bytes]:
         rest = b""

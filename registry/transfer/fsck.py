@@ -149,11 +149,8 @@ def _check_revisions(session: Session, progress: Progress) -> Iterator[Finding]:
         subject = f"{names[revision.repository_id]}#{revision.commit[:12]}"
         files = [ManifestFile(file.path, file.size_bytes, Digest(file.sha256)) for file in revision.files]
         manifest = revision.manifest.encode()
-        if revision.taken_down_at is not None:
-            broken = bool(files) or commit_id(manifest) != revision.commit
-        else:
-            broken = commit_id(manifest) != revision.commit or not _is_manifest(manifest, files)
-        if broken:
+        is_intact = not files if revision.taken_down_at is not None else _is_manifest(manifest, files)
+        if not is_intact or commit_id(manifest) != revision.commit:
             yield _error("commit_differs", subject, f"The manifest of {subject} does not match its commit.")
         progress(1)
     leaving = select(RevisionFile.path, Blob.sha256).join(Blob, Blob.sha256 == RevisionFile.sha256)

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from registry.database.tables import Upload
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role
-from registry.errors import Conflict, NotFound
+from registry.errors import NotFound
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
 from registry.storage.blobs import IncomingUpload
@@ -98,25 +98,8 @@ def finish(resources: Resources, permit: Permit) -> None:
     """Checks what arrived in the store and makes a blob of it. May be repeated. Raises Conflict if bytes are missing,
     Invalid if they are not those announced, and NotFound if the permit is not valid."""
     upload = permitted(resources, permit)
-    row, actor = upload.row, upload.actor
-    file = ManifestFile("", row.size_bytes, Digest(row.sha256))
-    arrivals, arrival = resources.store.arrivals, _arrival(row, permit.multipart_id or None)
-    with resources.read() as session:
-        held = bool(uploads.held_by(session, row.namespace, [file.sha256]))
-    if held and uploads.has_bytes(resources, file):
-        if arrivals is not None:
-            arrivals.discard(arrival)
-        return
-    if arrivals is None:
-        raise Conflict(
-            "upload_incomplete",
-            f"No bytes have arrived for {file.sha256}.",
-            subject=file.sha256,
-            next_step="Send the file again.",
-        )
-    stat = arrivals.finish(arrival)
-    uploads.register_blob(resources, actor, row.namespace, stat)
-    arrivals.discard(arrival)
+    arrival = _arrival(upload.row, permit.multipart_id or None)
+    uploads.finish_arrival(resources, upload.actor, upload.row, arrival, "Send the file again.")
 
 
 def _sending(resources: Resources, actor: Actor, file: ManifestFile, row: Upload, *, in_parts: bool) -> Sending:

@@ -117,7 +117,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         keys = namespaces.signing_keys(session, push.repository.namespace)
         barred.refuse_files(session, push.repository.namespace, push.files)
         releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before their bytes are read
-        twin = _yanked_twin(session, push)
+        yanked = _doubts_of_yanked(session, push)
     parsed = {WEIGHTS_FILE} if push.kind is Kind.ADAPTER else set[str]()  # its inspection parses it
     refuse_pickled(resources, [file for file in push.files if file.path not in parsed])
     signed, doubted = _judge_signature(resources, push, keys)
@@ -142,7 +142,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         signed=signed,
         signed_by=signed.fingerprint if signed and keys else None,
     )
-    return new, [*seen.findings, *doubts, *doubted, *_doubts_of_yanked(twin)]
+    return new, [*seen.findings, *doubts, *doubted, *yanked]
 
 
 def next_version(resources: Resources, push: Push) -> Version:
@@ -189,7 +189,7 @@ def import_scores(
 
 
 def materialise(store: BlobStore, files: Sequence[ManifestFile], directory: Path) -> None:
-    """Writes files of a release from the store below `directory`, each verified against its digest."""
+    """Writes files of a release from the store below `directory`, which it makes, each verified against its digest."""
     for file in files:
         target = directory / check_path(file.path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -295,18 +295,13 @@ def _inspect_adapter(directory: Path, architecture: Architecture, subject: str, 
     )
 
 
-def _yanked_twin(session: Session, push: Push) -> str | None:
-    """A yanked release with the same files, and why it was yanked; not the release that is pushed again."""
+def _doubts_of_yanked(session: Session, push: Push) -> list[Finding]:
+    """A warning if a yanked release has the same files; not if that release is pushed again."""
     twin = releases.yanked_twin(session, push.repository.namespace, push.files)
-    if twin is None or releases.full_name(twin) == f"{push.repository}:{push.version}":
-        return None
-    return f"{releases.full_name(twin)}, which is yanked: {twin.yank_reason}"
-
-
-def _doubts_of_yanked(twin: str | None) -> list[Finding]:
-    if twin is None:
+    if twin is None or (name := releases.full_name(twin)) == f"{push.repository}:{push.version}":
         return []
-    return [Finding("yanked_files", Severity.WARNING, twin.partition(",")[0], f"These are the files of {twin}.")]
+    message = f"These are the files of {name}, which is yanked: {twin.yank_reason}."
+    return [Finding("yanked_files", Severity.WARNING, name, message)]
 
 
 def _judge_signature(resources: Resources, push: Push, keys: Sequence[str]) -> tuple[Signed | None, list[Finding]]:

@@ -1,10 +1,9 @@
 """Uploads: authorization, instructions for sending, and verification. A namespace holds a blob only after it has sent
 the bytes: knowing a digest gives no access."""
 
-import hashlib
 import logging
 import uuid
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
 from registry.formats.pickles import refuse_pickle_name
 from registry.formats.references import Digest
 from registry.storage.blobs import BlobStat, BlobWriter, DirectUploads, IncomingUpload, Part, Put
-from registry.storage.local import unwritable
+from registry.storage.local import write_hashed
 from registry.transfer.resources import Resources
 
 log = logging.getLogger(__name__)
@@ -103,24 +102,30 @@ def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile
     """Checks what arrived and makes a blob of it that the namespace holds. May be repeated. Raises Conflict if bytes
     are still missing, and Invalid if they are not those announced; nothing is kept then."""
     row = _find(resources, actor, upload_id)
+    how_to_send = f"PUT them to /v1/blobs/{row.sha256}?upload={upload_id}."
+    return finish_arrival(resources, actor, row, _arrival(row), how_to_send)
+
+
+def finish_arrival(
+    resources: Resources, actor: Actor, row: Upload, arrival: IncomingUpload, how_to_send: str
+) -> ManifestFile:
+    """Makes a blob of what arrived for an upload, as `complete` does. `how_to_send` is the next step if nothing did."""
     file = ManifestFile("", row.size_bytes, Digest(row.sha256))
-    with resources.read() as session:
-        held = bool(held_by(session, row.namespace, [file.sha256]))
     arrivals = resources.store.arrivals
-    if held and has_bytes(resources, file):
+    if holds_bytes(resources, row.namespace, file):
         if arrivals is not None:  # another client completed it while this one was still sending
-            arrivals.discard(_arrival(row))
+            arrivals.discard(arrival)
         return file
     if arrivals is None:
         raise Conflict(
             "upload_incomplete",
             f"No bytes have arrived for {file.sha256}.",
             subject=file.sha256,
-            next_step=f"PUT them to /v1/blobs/{file.sha256}?upload={upload_id}.",
+            next_step=how_to_send,
         )
-    stat = arrivals.finish(_arrival(row))
+    stat = arrivals.finish(arrival)
     register_blob(resources, actor, row.namespace, stat)
-    arrivals.discard(_arrival(row))
+    arrivals.discard(arrival)
     return file
 
 
@@ -160,27 +165,28 @@ def receive_file(resources: Resources, actor: Actor, row: Upload, chunks: Iterab
             subject=sha256,
             next_step="Send the file that was announced.",
         )
+    differs = Invalid(
+        "digest_differs",
+        f"The bytes received are not those of {sha256}.",
+        subject=sha256,
+        next_step="Send the file again.",
+    )
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         path = Path(directory) / "blob"
-        digest, taken = hashlib.sha256(), 0
-        try:
-            with path.open("wb") as file:
-                for chunk in chunks:
-                    taken += len(chunk)
-                    if taken > size_bytes:
-                        break
-                    digest.update(chunk)
-                    file.write(chunk)
-        except OSError as error:
-            raise unwritable("The upload", sha256, error) from error
-        if taken != size_bytes or digest.hexdigest() != sha256:
-            raise Invalid(
-                "digest_differs",
-                f"The bytes received are not those of {sha256}.",
-                subject=sha256,
-                next_step="Send the file again.",
-            )
+        received = write_hashed(path, within(chunks, size_bytes, differs), "The upload", sha256)
+        if received != (sha256, size_bytes):
+            raise differs
         store_file(resources, actor, row.namespace, sha256, path, move=True)
+
+
+def within(chunks: Iterable[bytes], limit_bytes: int, error: RegistryError) -> Iterator[bytes]:
+    """The chunks of a body. Raises the error once they have more bytes than the limit."""
+    taken = 0
+    for chunk in chunks:
+        taken += len(chunk)
+        if taken > limit_bytes:
+            raise error
+        yield chunk
 
 
 def store_file(resources: Resources, actor: Actor, namespace: str, sha256: Digest, path: Path, *, move: bool) -> None:
@@ -291,6 +297,13 @@ def has_bytes(resources: Resources, file: ManifestFile) -> bool:
     """Whether the store really has the bytes: it may have lost some that have rows."""
     stat = resources.store.stat(file.sha256)
     return stat is not None and stat.size_bytes == file.size_bytes
+
+
+def holds_bytes(resources: Resources, namespace: str, file: ManifestFile) -> bool:
+    """Whether the namespace holds the file, and the store really has its bytes."""
+    with resources.read() as session:
+        held = bool(held_by(session, namespace, [file.sha256]))
+    return held and has_bytes(resources, file)
 
 
 def announce(

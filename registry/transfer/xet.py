@@ -10,7 +10,7 @@ import hmac
 import re
 import secrets
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -38,7 +38,7 @@ from registry.formats.xet import (
     require_lz4,
 )
 from registry.storage.blobs import Reader
-from registry.storage.local import unwritable
+from registry.storage.local import write_hashed
 from registry.transfer import uploads
 from registry.transfer.resources import Resources
 
@@ -122,8 +122,9 @@ def receive_xorb(resources: Resources, push: Push, xorb: str, chunks: Iterable[b
         raise Invalid("bad_xorb", "The address does not end in the hash of a xorb.", next_step="Push again.")
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         path, scanner = Path(directory) / "xorb", ChunkScanner()
-        sha256 = _spool(chunks, path, MAX_XORB_BYTES, scanner.feed)
-        headers, size_bytes = scanner.finish(), path.stat().st_size
+        body = scanner.watch(_within(chunks, path, MAX_XORB_BYTES))
+        sha256, size_bytes = write_hashed(path, body, "The upload", path.name)
+        headers = scanner.finish()
         _count(resources, push, XetUpload.sent_bytes, size_bytes)
         uploads.store_file(resources, push.actor, push.namespace, sha256, path, move=True)
     with resources.write() as session:
@@ -135,7 +136,7 @@ def receive_shard(resources: Resources, push: Push, chunks: Iterable[bytes]) -> 
     agree with the xorbs, before anything is written, and TooLarge."""
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         path, assembly = Path(directory) / "shard", _Assembly(resources, push)
-        _spool(chunks, path, MAX_SHARD_BYTES)
+        write_hashed(path, _within(chunks, path, MAX_SHARD_BYTES), "The upload", path.name)
         _count(resources, push, XetUpload.made_bytes, _check(resources, path, assembly))
         with path.open("rb") as source:
             for file in read_shard(source):
@@ -165,12 +166,10 @@ def _is_held(resources: Resources, push: Push, file: ShardFile) -> bool:
     if file.sha256 is None:
         return False
     stated = ManifestFile(file.sha256, file.size_bytes, Digest(file.sha256))
-    with resources.read() as session:
-        held = bool(uploads.held_by(session, push.namespace, [stated.sha256]))
-    if held and uploads.has_bytes(resources, stated):
+    held = uploads.holds_bytes(resources, push.namespace, stated)
+    if held:
         uploads.keep(resources, push.actor, push.namespace, [stated])
-        return True
-    return False
+    return held
 
 
 def _make(resources: Resources, push: Push, file: ShardFile, assembly: "_Assembly", target: Path) -> None:
@@ -215,16 +214,8 @@ class _Assembly:
 
     def write(self, file: ShardFile, target: Path) -> Digest:
         """Writes a file that was checked, and returns its sha256."""
-        digest = hashlib.sha256()
-        try:
-            with target.open("wb") as out:
-                for segment in file.segments:
-                    for plain in self._plain(segment):
-                        digest.update(plain)
-                        out.write(plain)
-        except OSError as error:
-            raise unwritable("The file", file.name, error) from error
-        return Digest(digest.hexdigest())
+        content = (plain for segment in file.segments for plain in self._plain(segment))
+        return write_hashed(target, content, "The file", file.name)[0]
 
     def _plain(self, segment: Segment) -> Iterator[bytes]:
         if segment.end - segment.first == 1:
@@ -258,28 +249,14 @@ def _exactly(source: Reader, stored_bytes: int) -> bytes:
     return data[HEADER_BYTES:]
 
 
-def _spool(
-    chunks: Iterable[bytes], path: Path, limit_bytes: int, look: Callable[[bytes], None] | None = None
-) -> Digest:
-    """Writes a body into a file and returns its sha256. Raises TooLarge."""
-    digest, taken = hashlib.sha256(), 0
-    try:
-        with path.open("wb") as file:
-            for chunk in chunks:
-                taken += len(chunk)
-                if taken > limit_bytes:
-                    raise TooLarge(
-                        "body_too_large",
-                        f"A {path.name} has at most {limit_bytes:,} bytes.",
-                        next_step="Push with HF_HUB_DISABLE_XET=1.",
-                    )
-                if look is not None:
-                    look(chunk)
-                digest.update(chunk)
-                file.write(chunk)
-    except OSError as error:
-        raise unwritable("The upload", path.name, error) from error
-    return Digest(digest.hexdigest())
+def _within(chunks: Iterable[bytes], path: Path, limit_bytes: int) -> Iterator[bytes]:
+    """The chunks of a body that goes into the file. Raises TooLarge."""
+    too_large = TooLarge(
+        "body_too_large",
+        f"A {path.name} has at most {limit_bytes:,} bytes.",
+        next_step="Push with HF_HUB_DISABLE_XET=1.",
+    )
+    return uploads.within(chunks, limit_bytes, too_large)
 
 
 def _count(resources: Resources, push: Push, column: InstrumentedAttribute[int], size_bytes: int) -> None:

@@ -30,7 +30,6 @@ def check(held: JobRun) -> None:
     for number, (locked, listed) in enumerate(zip(lock.inputs, files, strict=True)):
         held.check()
         directory = check_work_of(held.resources, held.job_id) / str(number)
-        directory.mkdir(parents=True, exist_ok=True)
         publishing.materialise(held.resources.store, listed, directory)
         loaded.append(replace(load_deltas(directory, architecture), name=f"{locked.repository}:{locked.version}"))
         held.progress((number + 1) / (len(files) + 1))

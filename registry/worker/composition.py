@@ -138,7 +138,6 @@ class CompositionRun:
         for locked, files in zip(self.lock.inputs, self.files, strict=True):
             held.check()
             directory = self.directory / "inputs" / locked.commit  # this directory name ends up in adaptory.json
-            directory.mkdir(parents=True, exist_ok=True)
             publishing.materialise(held.resources.store, files, directory)
             members.append((directory, locked.weighted))
         return members

@@ -3,7 +3,7 @@ as soon as they are complete, so that a job goes on after a crash with the next 
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.orm import Session
 
 from composer.errors import ComposerError
-from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.recipes.elsewhere import HarnessTask, SuiteContent, parse_content
 from composer.formats.recipes.suite import Suite
 from registry.database.tables import Base, Release
@@ -104,7 +103,8 @@ def _record(held: JobRun, session: Session, wanted: Wanted, measurements: list[M
     if a required one was revoked."""
     actor = evaluations.requester(session, held.job_id, held.resources.clock())
     if wanted.release is None:  # a worker's measurement of a base counts as its owner's
-        suites.record(session, _as_owner(actor), session.get_one(Base, wanted.base), measurements)
+        owner = replace(actor, grants={EVERYWHERE: Role.ADMIN.value})
+        suites.record(session, owner, session.get_one(Base, wanted.base), measurements)
         return
     release = session.get_one(Release, wanted.release)
     if release.base_digest == wanted.base:  # else it is of an upgrade, whose scores are only reported
@@ -156,6 +156,7 @@ def _measured(
 ) -> tuple[list[Row], str | None]:
     """The scores, and the digest of the stored results of each example, if there are any and the scores will be
     recorded."""
+    from composer.evaluation.evaluate import scores
     from composer.evaluation.journal import ResultJournal, examine_rest
 
     def journal(digest: str) -> tuple[Path, str]:
@@ -168,19 +169,11 @@ def _measured(
         return rows, _stored(held, wanted, rows, Results(outcome.examples, outcome.metric))
     if held.engine.spreads:
         examples = _on_nodes(held, wanted, suite, progress)
-        return _scored(held, wanted, suite, examples)
-    measured = ResultJournal(*journal(suite.digest))
-    progress(len(suite.examples) - len(measured.missing(suite.examples)))
-    scorers = held.resources.settings.enabled_scorers
-    examples = examine_rest(subject, suite, suite.examples, measured, scorers, progress)
-    return _scored(held, wanted, suite, examples)
-
-
-def _scored(
-    held: JobRun, wanted: Wanted, suite: Suite, examples: "Sequence[ExampleResult]"
-) -> tuple[list[Row], str | None]:
-    from composer.evaluation.evaluate import scores
-
+    else:
+        measured = ResultJournal(*journal(suite.digest))
+        progress(len(suite.examples) - len(measured.missing(suite.examples)))
+        scorers = held.resources.settings.enabled_scorers
+        examples = examine_rest(subject, suite, suite.examples, measured, scorers, progress)
     rows = [score.to_json() for score in scores(suite, examples)]
     return rows, _stored(held, wanted, rows, Results([one.to_json() for one in examples]))
 
@@ -230,7 +223,6 @@ def _subject(held: JobRun, release: int | None, digest: str, models: OneModel) -
         kind, files = Kind(row.repository.kind), publishing.manifest_files(session, row)
         architecture = bases.architecture(session, digest)
     directory = evaluation_work_of(held.resources, held.job_id) / str(release)
-    directory.mkdir(parents=True, exist_ok=True)
     publishing.materialise(held.resources.store, files, directory)
     if kind is Kind.MODEL:
         return models.get(release, partial(_load, directory)), ()
@@ -238,20 +230,16 @@ def _subject(held: JobRun, release: int | None, digest: str, models: OneModel) -
 
 
 def _base(held: JobRun, digest: str) -> "LoadedModel":
-    return _load(_checkpoint(held, digest).path)
+    with held.resources.read() as session:
+        base = session.get_one(Base, digest)
+        urls, size_bytes = bases.locations(session, base)[digest], base.size_bytes
+    return _load(verified_base(held, digest, urls, size_bytes).path)
 
 
 def _load(directory: Path) -> "LoadedModel":
     from composer.evaluation.model import load_model
 
     return load_model(directory)
-
-
-def _checkpoint(held: JobRun, digest: str) -> Checkpoint:
-    with held.resources.read() as session:
-        base = session.get_one(Base, digest)
-        urls, size_bytes = bases.locations(session, base)[digest], base.size_bytes
-    return verified_base(held, digest, urls, size_bytes)
 
 
 def _refuse_without_role(actor: Actor, namespace: str) -> None:
@@ -263,14 +251,3 @@ def _refuse_without_role(actor: Actor, namespace: str) -> None:
             subject=namespace,
             next_step="Request it again with a token that has the role.",
         )
-
-
-def _as_owner(actor: Actor) -> Actor:
-    return Actor(
-        actor.name,
-        actor.at,
-        {EVERYWHERE: Role.ADMIN.value},
-        public=actor.public,
-        token_id=actor.token_id,
-        source=actor.source,
-    )

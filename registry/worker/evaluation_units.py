@@ -56,7 +56,7 @@ def examine_on_nodes(
     measured = {"base": examined.base, "files": to_rows(examined.files), "model": examined.model}
     scorer = {"scorers": held.resources.settings.scorers, "package": package_of(suite.scoring)}
     content = {**measured, **scorer}
-    asked = held.engine.share(json.dumps(document, sort_keys=True).encode())
+    asked = held.engine.node.share(json.dumps(document, sort_keys=True).encode())
     units = [
         Unit(
             name=f"{suite.name}, examples {begin + 1} to {min(begin + SLICE, len(examples))}",

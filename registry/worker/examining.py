@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from composer.formats.checkpoints.hashing import hash_file
 from composer.formats.recipes.suite import Example, Suite
-from registry.domain.access.audit import Actor
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, parse_reference
 from registry.transfer import uploads
@@ -30,14 +29,14 @@ def candidate_of(held: JobRun, work: CompositionRun) -> Subject:
             files = merging.stored_model(held, work, ()).files  # made by `merge`
         return Subject(directory=work.model_directory, files=files, merged=True)
     if held.engine.spreads:
-        with held.resources.read() as session:
-            actor = creator(held, session)
-        files = store_output(held, actor, work.outputs[0])
+        files = store_output(held, work.outputs[0])
     return Subject(directory=work.adapter_directory, files=files)
 
 
-def store_output(held: JobRun, actor: Actor, output: Output) -> list[ManifestFile]:
-    """Stores the files of an output, and returns their manifest."""
+def store_output(held: JobRun, output: Output) -> list[ManifestFile]:
+    """Stores the files of an output with the creator's current roles, and returns their manifest."""
+    with held.resources.read() as session:
+        actor = creator(held, session)
     namespace, files = parse_reference(output.target).repository.namespace, list[ManifestFile]()
     for path in sorted(path for path in output.directory.rglob("*") if path.is_file()):
         digest = Digest(hash_file(path, held.check))

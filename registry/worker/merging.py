@@ -87,7 +87,7 @@ def stored_model(held: JobRun, work: CompositionRun, adapter: Sequence[ManifestF
     except Mismatch:
         held.engine.forget(SHARD, units)  # made of another base, and not to be taken once this one is back
         raise
-    shards = held.engine.share(json.dumps(ordered, sort_keys=True).encode())
+    shards = held.engine.node.share(json.dumps(ordered, sort_keys=True).encode())
     content = {**own, "shards": shards, "note": work.note}
     ((_, texts),) = held.engine.map(TEXTS, [Unit(name="texts", content=content, hints=hints)], needs, held.check)
     small = from_rows(texts["files"])
@@ -215,12 +215,11 @@ def _texts(node: Node, unit: Unit, _count: Count) -> Result:
 
     plan = _planned(node, unit)
     rows: list[Row] = json.loads(node.shared(unit.content["shards"]))
-    shards = [StreamedShard.from_json(row) for row in rows]
-    survivals = {name: loss for shard in shards for name, loss in shard.survivals.items()}
+    written = _written([StreamedShard.from_json(row) for row in rows])
     with node.scratch() as directory:
-        write_texts(plan, directory, unit.content["note"], survivals)
+        write_texts(plan, directory, unit.content["note"], written.survivals)
         files = store_directory(node, directory)
-    report = report_of(plan, _written(shards), "", 0.0, torch_device("auto")).to_json()
+    report = report_of(plan, written, "", 0.0, torch_device("auto")).to_json()
     del report["out_dir"]
     copied = sum(row["server_copied_bytes"] for row in rows)
     return {"files": to_rows(files), "report": {**report, "server_copied_bytes": copied}}

@@ -33,7 +33,6 @@ def member_directory(node: Node, directory: Path, member: Mapping[str, Any]) -> 
     """An adapter's directory below `directory`, filled from the store. Its name, which is the member's, ends up in
     adaptory.json."""
     own = directory / "inputs" / member["name"]
-    own.mkdir(parents=True, exist_ok=True)
     materialise(node.store, from_rows(member["files"]), own)
     return own
 

@@ -3,14 +3,12 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.recipes.methods import parse_settings
-from composer.formats.recipes.recipe import Lock
 from composer.formats.recipes.suite import Suite
 from composer.formats.recipes.weights import parse_weight
-from registry.formats.manifest import ManifestFile
 from registry.transfer.publishing import materialise
 from registry.worker.composition import CompositionRun
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from composer.conflicts.evidence.passes import PassRunner
     from composer.conflicts.examine import Evidence
     from composer.deltas.variants.load import LoadedAdapter
-    from composer.evaluation.calibration import Calibration
     from composer.evaluation.measure import Measured
     from composer.evaluation.model import LoadedModel
     from composer.optimize.problem import Member, Problem
@@ -32,48 +29,29 @@ if TYPE_CHECKING:
 _NAME_CHARS = 60
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Combined:
-    """What passes combine, as nodes read it: the base, and adapters by their files, with their suites and weights."""
-
-    base: str
-    members: "Sequence[Member]"
-    files: Sequence[Sequence[ManifestFile]]
-    guards: Sequence[Suite]
-
-    def for_search(self, problem: "Problem") -> bytes:
-        """The document of a search's passes."""
-        effort = {"search": problem.effort.search, "confirm": problem.effort.confirm, "seed": problem.effort.seed}
-        return self._document({"for": "search", "effort": effort, "as_adapter": problem.as_adapter})
-
-    def for_probe(self, lock: Lock, calibration: "Calibration | None") -> bytes:
-        """The document of a probe's passes: combinations by the lock's method."""
-        rows = calibration_rows(calibration.sets) if calibration is not None else None
-        return self._document({"for": "probe", "method": lock.method, "settings": lock.settings, "calibration": rows})
-
-    def _document(self, how: Row) -> bytes:
-        members = [
-            {"name": one.adapter.name, "weight": one.weight.to_json(), "suite": one.suite.to_json(),
-             "files": to_rows(files)}
-            for one, files in zip(self.members, self.files, strict=True)
-        ]  # fmt: skip
-        content = {"base": self.base, "members": members, "guards": [guard.to_json() for guard in self.guards]}
-        return json.dumps({**content, **how}, sort_keys=True).encode()
+def _document(work: CompositionRun, members: "Sequence[Member]", guards: Sequence[Suite], how: Row) -> bytes:
+    """What passes combine, as nodes read it: the base, and adapters by their files, with their suites and weights; and
+    `how`."""
+    rows = [
+        {"name": one.adapter.name, "weight": one.weight.to_json(), "suite": one.suite.to_json(),
+         "files": to_rows(files)}
+        for one, files in zip(members, work.files, strict=True)
+    ]  # fmt: skip
+    content = {"base": work.lock.base, "members": rows, "guards": [guard.to_json() for guard in guards]}
+    return json.dumps({**content, **how}, sort_keys=True).encode()
 
 
 class SpreadPasses:
     """Runs the passes of one document on the engine: `Elsewhere` for a search or a probe."""
 
-    def __init__(
-        self, held: JobRun, base: str, document: bytes, hints: dict[str, Any], progress: Callable[[int], None]
-    ) -> None:
-        self._held, self._base, self._hints, self._progress = held, base, hints, progress
-        self._document = held.engine.share(document)
+    def __init__(self, held: JobRun, work: CompositionRun, document: bytes, progress: Callable[[int], None]) -> None:
+        self._held, self._base, self._progress = held, work.lock.base, progress
+        self._hints = base_hints(work.locations, work.base_bytes)
+        self._document = held.engine.node.share(document)
 
     def measure(self, wanted: "Pass") -> "Sequence[Measured]":
-        for _, result in self._mapped([wanted]):
-            return _measured(result)
-        raise AssertionError("an engine yields every unit")
+        ((_, result),) = self._mapped([wanted])
+        return _measured(result)
 
     def spread(self, passes: "Sequence[Pass]") -> "Iterator[tuple[Pass, Sequence[Measured]]]":
         for one, result in self._mapped(passes):
@@ -101,9 +79,9 @@ def search_elsewhere(
     """Runs a search's passes on the nodes of an engine that has some; None for this process."""
     if not held.engine.spreads:
         return None
-    combined = Combined(base=work.lock.base, members=problem.members, files=work.files, guards=problem.guards)
-    hints = base_hints(work.locations, work.base_bytes)
-    return SpreadPasses(held, work.lock.base, combined.for_search(problem), hints, progress)
+    effort = {"search": problem.effort.search, "confirm": problem.effort.confirm, "seed": problem.effort.seed}
+    how = {"for": "search", "effort": effort, "as_adapter": problem.as_adapter}
+    return SpreadPasses(held, work, _document(work, problem.members, problem.guards, how), progress)
 
 
 def probe_elsewhere(
@@ -119,10 +97,10 @@ def probe_elsewhere(
         Member(adapter=adapter, suite=suite, weight=locked.weighted)
         for adapter, suite, locked in zip(adapters, suites, work.lock.inputs, strict=True)
     ]
-    combined = Combined(base=work.lock.base, members=members, files=work.files, guards=evidence.guards)
-    document = combined.for_probe(work.lock, evidence.calibration)
-    hints = base_hints(work.locations, work.base_bytes)
-    return SpreadPasses(held, work.lock.base, document, hints, evidence.progress or (lambda _count: None))
+    rows = calibration_rows(evidence.calibration.sets) if evidence.calibration is not None else None
+    how = {"for": "probe", "method": work.lock.method, "settings": work.lock.settings, "calibration": rows}
+    document = _document(work, members, evidence.guards, how)
+    return SpreadPasses(held, work, document, evidence.progress or (lambda _count: None))
 
 
 def _measured(result: Result) -> "list[Measured]":

@@ -211,9 +211,7 @@ def _fitted_files(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
     if not work.settings.pipeline.fitted:
         return []
     combine(held)
-    with held.resources.read() as session:
-        actor = creator(held, session)
-    return store_output(held, actor, work.outputs[0])
+    return store_output(held, work.outputs[0])
 
 
 def publish(held: JobRun) -> None:
@@ -226,7 +224,7 @@ def publish(held: JobRun) -> None:
     combine(held)
     merge(held)
     work = composition_of(held)
-    prepared = [publishing.prepare(held.resources, _upload(held, actor, work, output))[0] for output in work.outputs]
+    prepared = [publishing.prepare(held.resources, _upload(held, work, output))[0] for output in work.outputs]
     measured = _measured(held, actor, work)
     held.check()
     with held.resources.write() as session:
@@ -301,12 +299,12 @@ def _calibration(held: JobRun, work: CompositionRun, load: "Callable[[], LoadedM
     return Calibration(load, work.calibration_sets(held), settings)
 
 
-def _upload(held: JobRun, actor: Actor, work: CompositionRun, output: Output) -> Push:
+def _upload(held: JobRun, work: CompositionRun, output: Output) -> Push:
     reference = parse_reference(output.target)
     if output.kind is Kind.MODEL and merging.is_streamed(held, work):
         files = merging.stored_model(held, work, _fitted_files(held, work)).files  # made by the step before
     else:
-        files = store_output(held, actor, output)
+        files = store_output(held, output)
     return Push(
         repository=reference.repository,
         kind=output.kind,

@@ -2,18 +2,18 @@
 
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from composer.conflicts.evidence.outcome import Outcome, effect_of, side_effect_of
-from composer.deltas.delta import Delta, LowRank, RowwiseDelta, names_of
+from composer.deltas.delta import Delta, names_of
 from composer.evaluation.hooks import Deltas
 from composer.evaluation.measure import Encoded, Measured, encode, measure
 from composer.evaluation.model import LoadedModel
 from composer.formats.recipes.calibration_sets import example_digest
 from composer.formats.recipes.suite import Example, Suite
 from composer.formats.recipes.weights import Weight, parse_weight
-from composer.methods.join import scaled
+from composer.methods.join import times
 
 Asked = tuple[Suite, Example]
 Key = tuple[str, str, str]
@@ -41,13 +41,7 @@ class Probed:
 def weighted(deltas: Deltas, weight: Weight | float) -> list[Delta]:
     """The deltas times the weight of their modules; a fully saved tensor is unchanged."""
     own = parse_weight(weight)
-    return [_times(delta, own.of(*names_of(delta))) for delta in deltas]
-
-
-def _times(delta: Delta, weight: float) -> Delta:
-    if isinstance(delta, LowRank):
-        return replace(delta, scale=delta.scale * weight)
-    return scaled(delta, weight) if isinstance(delta, RowwiseDelta) else delta
+    return [times(delta, own.of(*names_of(delta))) for delta in deltas]
 
 
 @dataclass(frozen=True)

@@ -32,15 +32,9 @@ def factors(adapter: Adapter, module: PlacedModule) -> tuple[Float64, Float64]:
 
 
 def factor_grams(adapter: Adapter, module: PlacedModule) -> tuple[Float64, Float64]:
-    """(A A^T, B^T B), R x R float64, from blocks of a bounded size: an embedding's factor has 150,000 columns."""
+    """(A A^T, B^T B), R x R float64."""
     a, b = (adapter.header.tensors[key] for key in _pair(module))
-    gram_A = np.zeros((a.shape[0], a.shape[0]))
-    for block in _columns(_matrix(adapter.weights_path, a), a.dtype):
-        gram_A += block @ block.T
-    gram_B = np.zeros((b.shape[1], b.shape[1]))
-    for block in _rows(_matrix(adapter.weights_path, b), b.dtype):
-        gram_B += block.T @ block
-    return gram_A, gram_B
+    return _gram(_matrix(adapter.weights_path, a).T, a.dtype), _gram(_matrix(adapter.weights_path, b), b.dtype)
 
 
 def blocks(path: Path, entry: TensorEntry) -> Iterator[Float64]:
@@ -63,13 +57,11 @@ def _matrix(path: Path, entry: TensorEntry) -> npt.NDArray[Any]:
     return _mapped(path, entry).reshape(entry.shape[0], -1)
 
 
-def _columns(array: npt.NDArray[Any], dtype: str) -> Iterator[Float64]:
-    width = max(1, BLOCK_ELEMENTS // max(1, array.shape[0]))
-    for start in range(0, array.shape[1], width):
-        yield as_float64(array[:, start : start + width], dtype)
-
-
-def _rows(array: npt.NDArray[Any], dtype: str) -> Iterator[Float64]:
+def _gram(array: npt.NDArray[Any], dtype: str) -> Float64:
+    """M^T M of a matrix, from rows of a bounded size: an embedding's factor has 150,000."""
+    gram = np.zeros((array.shape[1], array.shape[1]))
     height = max(1, BLOCK_ELEMENTS // max(1, array.shape[1]))
     for start in range(0, array.shape[0], height):
-        yield as_float64(array[start : start + height], dtype)
+        block = as_float64(array[start : start + height], dtype)
+        gram += block.T @ block
+    return gram

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from composer.errors import InvalidFile, became_shorter
+from composer.errors import InvalidFile
 from composer.findings import Finding, Severity, zero_deltas
 from composer.formats.adapters.config.config import CONFIG_BYTES, AdapterConfig, parse_config
 from composer.formats.adapters.layouts import CONFIG_FILE, PEFT, WEIGHTS_FILE, another_layout, recognise
@@ -16,6 +16,7 @@ from composer.formats.adapters.placement.naming import split_key
 from composer.formats.adapters.placement.pairs import FACTOR_PARTS
 from composer.formats.adapters.placement.result import PlacementResult
 from composer.formats.checkpoints.checkpoint import contained, missing_weights
+from composer.formats.checkpoints.files import LocalFile
 from composer.formats.checkpoints.header import Header, TensorEntry
 from composer.formats.untrusted import read_bytes
 
@@ -211,15 +212,11 @@ def _scan(path: Path, entry: TensorEntry) -> tuple[bool, bool]:
 
 
 def _chunks(path: Path, entry: TensorEntry, kind: str) -> "Iterator[npt.NDArray[np.unsignedinteger[Any]]]":
+    """The tensor in parts, each valid until the next."""
     import numpy as np  # most readers of facts need no tensor
 
-    width = np.dtype(kind).itemsize
-    with path.open("rb") as file:
-        file.seek(entry.begin)
-        left = entry.size_bytes
-        while left:
-            block = file.read(min(_CHUNK_BYTES, left))
-            if not block or len(block) % width:
-                raise became_shorter(path.name)
-            left -= len(block)
-            yield np.frombuffer(block, dtype=kind)
+    file, block = LocalFile(path), memoryview(bytearray(min(_CHUNK_BYTES, entry.size_bytes)))
+    for begin in range(entry.begin, entry.end, _CHUNK_BYTES):
+        chunk = block[: entry.end - begin]
+        file.read_into(chunk, begin)
+        yield np.frombuffer(chunk, dtype=kind)

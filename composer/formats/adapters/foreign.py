@@ -28,6 +28,7 @@ from composer.formats.adapters.layouts import (
     weights_in,
 )
 from composer.formats.checkpoints.checkpoint import Architecture, contained, read_json
+from composer.formats.checkpoints.files import LocalFile, read_range
 from composer.formats.checkpoints.header import Header, TensorEntry, read_header
 from composer.formats.checkpoints.numeric import NUMPY_DTYPES, as_float64
 from composer.formats.untrusted import printable
@@ -308,10 +309,8 @@ def _number(path: Path, entry: TensorEntry) -> float | None:
     """The single number of a tensor; None if it has not exactly one."""
     if entry.spec.elements != 1 or entry.dtype not in NUMPY_DTYPES:
         return None
-    with path.open("rb") as file:
-        file.seek(entry.begin)
-        resolved = np.frombuffer(file.read(entry.size_bytes), dtype=NUMPY_DTYPES[entry.dtype])
-    return float(as_float64(resolved, entry.dtype)[0])
+    stored = np.frombuffer(read_range(LocalFile(path), entry.begin, entry.end), dtype=NUMPY_DTYPES[entry.dtype])
+    return float(as_float64(stored, entry.dtype)[0])
 
 
 def _most_common(numbers: Iterable[float]) -> float:

@@ -245,25 +245,15 @@ def read_json(path: Path, code: str, next_step: str) -> dict[str, Any]:
         )
     content = path.read_bytes()
     if has_more_values(content, _JSON_VALUES):
-        raise InvalidFile(
-            "too_large",
-            f"{path.name} has more than {_JSON_VALUES:,} values.",
-            subject=path.name,
-            next_step="Save or download the checkpoint again.",
-        )
+        raise _damaged("too_large", path.name, f"has more than {_JSON_VALUES:,} values")
     try:
-        value = json.loads(content.decode("utf-8"))
+        value, wanted = json.loads(content.decode("utf-8")), "a JSON object"
     except (ValueError, RecursionError) as error:
-        raise InvalidFile(
-            "bad_json",
-            f"{path.name} is not JSON: {error}.",
-            subject=path.name,
-            next_step="Save or download the file again.",
-        ) from error
+        value, wanted = None, f"JSON: {error}"
     if not isinstance(value, dict):
         raise InvalidFile(
             "bad_json",
-            f"{path.name} is not a JSON object.",
+            f"{path.name} is not {wanted}.",
             subject=path.name,
             next_step="Save or download the file again.",
         )
@@ -302,19 +292,11 @@ def _read_shards(files: Mapping[str, StoredFile], wanted: Mapping[str, str]) -> 
     shards = {shard: _header_of(file) for shard, file in files.items()}
     for name, shard in wanted.items():
         if name not in shards[shard].tensors:
-            raise InvalidFile(
-                "missing_tensor",
-                f"{shard} has no tensor {name!r}, though the index says so.",
-                subject=shard,
-                next_step="Save or download the checkpoint again.",
-            )
+            raise _damaged("missing_tensor", shard, f"has no tensor {name!r}, though the index says so")
     for shard, header in shards.items():
         for name in header.tensors:
             if wanted.get(name) != shard:
-                message = f"{shard} has a tensor {name!r} that the index does not place there."
-                raise InvalidFile(
-                    "unindexed_tensor", message, subject=shard, next_step="Save or download the checkpoint again."
-                )
+                raise _damaged("unindexed_tensor", shard, f"has a tensor {name!r} that the index does not place there")
     return shards
 
 
@@ -322,12 +304,14 @@ def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
     """Maps each tensor to the name of its shard. Raises InvalidFile for a malformed index."""
     stated: object = index.get("weight_map")
     if not isinstance(stated, dict) or not stated:
-        raise _bad_index("has no weight_map")
+        raise _damaged("bad_index", INDEX_FILE, "has no weight_map")
     if not isinstance(index.get("metadata") or {}, dict):
-        raise _bad_index("has metadata that is not a mapping")
+        raise _damaged("bad_index", INDEX_FILE, "has metadata that is not a mapping")
     for name, file in cast("dict[str, object]", stated).items():
         if not _is_name(file):
-            raise _bad_index(f"places {printable(name)} in {printable(file)}, which is not a valid shard")
+            raise _damaged(
+                "bad_index", INDEX_FILE, f"places {printable(name)} in {printable(file)}, which is not a valid shard"
+            )
     return cast("dict[str, str]", stated)
 
 
@@ -341,7 +325,5 @@ def _is_name(value: object) -> bool:
     )
 
 
-def _bad_index(why: str) -> InvalidFile:
-    return InvalidFile(
-        "bad_index", f"{INDEX_FILE} {why}.", subject=INDEX_FILE, next_step="Save or download the checkpoint again."
-    )
+def _damaged(code: str, file: str, how: str) -> InvalidFile:
+    return InvalidFile(code, f"{file} {how}.", subject=file, next_step="Save or download the checkpoint again.")

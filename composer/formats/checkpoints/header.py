@@ -19,7 +19,7 @@ from traceback import clear_frames
 from typing import Any, cast
 
 from composer.errors import InvalidFile
-from composer.formats.checkpoints.files import StoredFile, read_range
+from composer.formats.checkpoints.files import LocalFile, StoredFile, read_range
 from composer.formats.untrusted import DuplicateKey, refuse_endless, reject_duplicate_keys
 
 DTYPE_BITS = {
@@ -133,20 +133,12 @@ def parse_header(head: bytes, file_size: int, limits: Limits = DEFAULT_LIMITS, s
 
 
 def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
-    """Header of the safetensors file at `path`. Reads 8 bytes first, and the rest only once its length is bounded.
-    Raises InvalidFile (also for pickles and a missing file)."""
+    """Header of the safetensors file at `path`. Raises InvalidFile (also for pickles and a missing file)."""
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle(path.name)
     try:
         refuse_endless(path)
-        with path.open("rb") as file:
-            file_size = os.fstat(file.fileno()).st_size
-            first = file.read(_LENGTH_BYTES)
-            length = header_length(first, file_size, limits, path.name)
-            # Read within the turn, so that waiting threads hold no bytes.
-            return _in_turn(
-                length, lambda: _parse(file.read(length), _LENGTH_BYTES + length, file_size, limits, path.name)
-            )
+        return stored_header(LocalFile(path), limits)
     except OSError as error:
         raise InvalidFile(
             "unreadable",
@@ -157,11 +149,15 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
 
 
 def stored_header(file: StoredFile, limits: Limits = DEFAULT_LIMITS) -> Header:
-    """Header of a file that is read by range, in two reads. Raises InvalidFile, and what the file raises."""
+    """Header of a file that is read by range: first 8 bytes, and the rest only once its length is bounded. Raises
+    InvalidFile, and what the file raises."""
     first = read_range(file, 0, min(_LENGTH_BYTES, file.size_bytes))
     length = header_length(first, file.size_bytes, limits, file.name)
-    text = read_range(file, _LENGTH_BYTES, _LENGTH_BYTES + length)
-    return _in_turn(length, lambda: _parse(text, _LENGTH_BYTES + length, file.size_bytes, limits, file.name))
+    begin = _LENGTH_BYTES + length
+    # Read within the turn, so that waiting threads hold no bytes.
+    return _in_turn(
+        length, lambda: _parse(read_range(file, _LENGTH_BYTES, begin), begin, file.size_bytes, limits, file.name)
+    )
 
 
 def encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -42,7 +42,7 @@ def dequantized(checkpoint: Checkpoint) -> Dequantized:
         _refuse_left(checkpoint, frozenset())
         return Dequantized({}, frozenset(), config)
     tensors, scales = fp8.decoded(checkpoint)
-    tensors |= {name: nf4.decoded(checkpoint, packed) for name, packed in checkpoint.packed.items()}
+    tensors |= {name: nf4.decoded(checkpoint.locate, packed) for name, packed in checkpoint.packed.items()}
     if checkpoint.packed:
         scales |= {name for header in checkpoint.shards.values() for name in header.tensors if is_part(name)}
     _refuse_left(checkpoint, scales | tensors.keys())

@@ -6,14 +6,11 @@ absmax = nested_quant_map[byte] * nested_absmax[block of blocks] + nested_offset
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
 from composer.deltas.stored import stored_tensor
-from composer.formats.checkpoints.files import StoredFile
-from composer.formats.checkpoints.header import TensorEntry
-from composer.formats.checkpoints.quantized import Nf4
+from composer.formats.checkpoints.quantized import Locate, Nf4
 from composer.merge.io.source import Decoded
 
 BLOCK = 64
@@ -25,18 +22,12 @@ LEVELS = (
 )  # fmt: skip
 
 
-class Tensors(Protocol):
-    """Locates tensors, as a checkpoint does."""
-
-    def locate(self, name: str) -> tuple[StoredFile, TensorEntry]: ...
-
-
-def decoded(checkpoint: Tensors, packed: Nf4) -> Decoded:
+def decoded(locate: Locate, packed: Nf4) -> Decoded:
     """The values of one weight, a few rows at a time in float32; written in the dtype before quantization."""
     columns = packed.shape[1]
 
     def part(suffix: str) -> torch.Tensor:
-        return stored_tensor(*checkpoint.locate(f"{packed.name}{suffix}"))
+        return stored_tensor(*locate(f"{packed.name}{suffix}"))
 
     def rows(begin: int, end: int) -> torch.Tensor:
         first, last = begin * columns, end * columns

@@ -18,16 +18,8 @@ class S3Archive:
     def __init__(self, storage: S3Storage, scratch: Path) -> None:
         self._bucket = open_bucket(storage)
         self._client: Any = self._bucket.client
-        self._blobs = S3Store(storage)
-        self._scratch = scratch
-
-    @property
-    def blobs(self) -> S3Store:
-        return self._blobs
-
-    @property
-    def scratch(self) -> Path:
-        return self._scratch
+        self.blobs = S3Store(storage)
+        self.scratch = scratch
 
     def save(self, name: str, source: Path) -> None:
         named = self._bucket.object(DOCUMENTS + name)

@@ -13,11 +13,11 @@ from boto3.exceptions import S3UploadFailedError  # pyright: ignore[reportMissin
 from botocore.config import Config  # pyright: ignore[reportMissingTypeStubs]
 from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[reportMissingTypeStubs]
 
-from registry.errors import NotFound, Unavailable
+from registry.errors import Unavailable
 from registry.formats.references import Digest
 from registry.outages import OutageLog
 from registry.settings import S3Storage
-from registry.storage.blobs import blob_key
+from registry.storage.blobs import blob_key, blob_missing
 
 outages = OutageLog(logging.getLogger(__name__))
 
@@ -106,12 +106,7 @@ def translate_store_errors(subject: str) -> Generator[None]:
         yield
     except (BotoCoreError, ClientError, S3UploadFailedError) as error:
         if isinstance(error, ClientError) and code_of(error) in MISSING:
-            raise NotFound(
-                "blob_missing",
-                f"The store has no blob {subject}.",
-                subject=subject,
-                next_step="Push the file again, or restore the blob from a backup.",
-            ) from error
+            raise blob_missing(subject) from error
         outages.warn(
             "The blob store does not respond as expected", error
         )  # the answer must not reveal the store's address

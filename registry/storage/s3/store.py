@@ -32,12 +32,8 @@ class S3Store:
     def __init__(self, storage: S3Storage, record: FactsRecord | None = None) -> None:
         self._bucket: Bucket = open_bucket(storage)
         self._client: Any = self._bucket.client
-        self._arrivals = S3Arrivals(self._bucket, storage, record=record)
+        self.arrivals = S3Arrivals(self._bucket, storage, record=record)
         self._copying = CopySupport()
-
-    @property
-    def arrivals(self) -> S3Arrivals:
-        return self._arrivals
 
     def stat(self, sha256: Digest) -> BlobStat | None:
         head = self._bucket.head(self._bucket.blob(sha256))
@@ -89,7 +85,7 @@ class S3Store:
             yield BlobStat(Digest(row["Key"].rpartition("/")[2]), row["Size"], row["LastModified"])
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
-        return self._arrivals.sweep(before, keep)
+        return self.arrivals.sweep(before, keep)
 
 
 class Body(Reader):

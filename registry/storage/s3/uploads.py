@@ -91,15 +91,14 @@ class S3Arrivals:
         if arrival.multipart_id is not None:
             self._join_parts(arrival)
         arrived = self._arrived(arrival)
-        if arrived is None:
-            return self._finished_before(arrival)
-        if arrived["ContentLength"] != arrival.size_bytes:
+        if arrived is not None and arrived["ContentLength"] != arrival.size_bytes:
             self.discard(arrival)
             raise _differs(arrival, f"has {arrived['ContentLength']:,} bytes, not {arrival.size_bytes:,}")
-        if arrived["incoming"]:
+        if arrived is not None and arrived["incoming"]:
             self._accept(arrival, arrived["ETag"])
         head = self._bucket.head(self._bucket.blob(arrival.sha256))
-        if head is None:
+        # If nothing arrived, the upload may have become the blob before: a copy keeps the id of its upload.
+        if head is None or (arrived is None and _upload_of(head) != arrival.upload_id):
             raise _incomplete(arrival)
         return BlobStat(arrival.sha256, head["ContentLength"], head["LastModified"])
 
@@ -167,13 +166,6 @@ class S3Arrivals:
         if head is not None and _upload_of(head) == arrival.upload_id and self.probe.checks_bodies():
             return {**head, "incoming": False}
         return None
-
-    def _finished_before(self, arrival: IncomingUpload) -> BlobStat:
-        """The blob that this upload has already become: a copy keeps the id of its upload."""
-        head = self._bucket.head(self._bucket.blob(arrival.sha256))
-        if head is None or _upload_of(head) != arrival.upload_id:
-            raise _incomplete(arrival)
-        return BlobStat(arrival.sha256, head["ContentLength"], head["LastModified"])
 
     def _join_parts(self, arrival: IncomingUpload) -> None:
         with translate_store_errors(arrival.sha256):

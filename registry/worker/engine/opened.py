@@ -33,10 +33,6 @@ class WorkerEngine:
         """Removes results that are older than KEPT. Returns their number."""
         return self.node.results.sweep(now - KEPT)
 
-    def share(self, document: bytes) -> str:
-        """Keeps a document for units, by `Node.share`."""
-        return self.node.share(document)
-
     def forget(self, task: Task, units: Sequence[Unit]) -> None:
         """Removes the kept results of units that turned out to be wrong."""
         for unit in units:

@@ -54,11 +54,11 @@ class PlacedModule:
     weight: str
     kind: str
     tied: bool
-    rank: int
-    alpha: float
-    scale: float
     shape: tuple[int, ...]
     parts: Mapping[str, str]
+    rank: int = 0
+    alpha: float = 0.0
+    scale: float = 0.0
     rule: str = ""
     layout: str = "linear"
     pieces: tuple[Piece, ...] = ()
