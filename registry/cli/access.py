@@ -21,6 +21,7 @@ namespaces = typer.Typer(
 )
 users = typer.Typer(cls=Commands, help="Manage the names of users.", no_args_is_help=True, rich_markup_mode=None)
 Json = dict[str, Any]
+_UNLIMITED = {"*": "admin"}  # what its user may do, whatever that is
 _KEY_BYTES = 10_000  # larger than any PEM key
 
 User = Annotated[str, typer.Argument(help="A user's name.")]
@@ -90,7 +91,7 @@ def list_tokens(json: JsonFlag = False) -> None:
             row["user"],
             "session" if row["session"] else "token",
             row["name"],
-            [f"{namespace}={role}" for namespace, role in row["scope"].items()],
+            "unlimited" if row["scope"] == _UNLIMITED else [f"{name}={role}" for name, role in row["scope"].items()],
             (row["expires_at"] or "")[:19],
             (row["revoked_at"] or "")[:19],
             (row["last_used_at"] or "")[:16],
