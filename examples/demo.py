@@ -221,7 +221,7 @@ def flags(name: str, values: Any) -> list[str]:
 
 
 def farewell(story: Story) -> None:
-    story.chapter("Done. Where everything lies:")
+    story.chapter("Done. Where everything is:")
     print(f"  {shown(story.base)}: the base checkpoint")
     print(f"  {shown(story.home)}: the registry, with its database and its store")
     print(f"  {shown(story.directory / 'merged')}: the merged model, ready for transformers or vLLM")
@@ -234,7 +234,7 @@ def farewell(story: Story) -> None:
         ("serve",),
     ):
         print(f"  {typed(['adaptory', *words]).removeprefix('$ ')}")
-    print("and while it serves")
+    print("and while it is serving")
     print("  curl '127.0.0.1:8470/v1/resolve?ref=acme/sql-migration@prod'")
 
 

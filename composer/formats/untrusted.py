@@ -91,5 +91,5 @@ def _bounded(path: Path, most_bytes: int) -> bytes:
 
 
 def _unreadable(path: Path, why: str) -> InvalidFile:
-    message, next_step = f"{path} cannot be read: {why}.", "Name a file that is there and may be read."
+    message, next_step = f"{path} cannot be read: {why}.", "Name a file that exists and that you may read."
     return InvalidFile("unreadable", message, subject=str(path), next_step=next_step)

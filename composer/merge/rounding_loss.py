@@ -86,7 +86,7 @@ def find_lost(survivals: dict[str, RoundingLoss], dtypes: dict[str, str], roundi
             severity = Severity.WARNING if share >= _WARNING else Severity.NOTICE
             message = (
                 f"{len(losing)} of {len(shares)} deltas are so small that {dtype} loses much of them, most in {worst} "
-                f"({share:.0%} of its entries). Serve the adapter unmerged, write fp32, or round stochastically "
+                f"({share:.0%} of its entries). Serve the adapter unmerged, write float32, or round stochastically "
                 "(right on average, but noisier)."
             )
             findings.append(Finding(f"{dtype.lower()}_swallow", severity, worst, message, share))

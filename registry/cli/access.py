@@ -21,6 +21,7 @@ namespaces = typer.Typer(
 )
 users = typer.Typer(cls=Commands, help="Manage the names of users.", no_args_is_help=True, rich_markup_mode=None)
 Json = dict[str, Any]
+_UNLIMITED = {"*": "admin"}  # what its user may do, whatever that is
 _KEY_BYTES = 10_000  # larger than any PEM key
 
 User = Annotated[str, typer.Argument(help="A user's name.")]
@@ -90,7 +91,7 @@ def list_tokens(json: JsonFlag = False) -> None:
             row["user"],
             "session" if row["session"] else "token",
             row["name"],
-            [f"{namespace}={role}" for namespace, role in row["scope"].items()],
+            "unlimited" if row["scope"] == _UNLIMITED else [f"{name}={role}" for name, role in row["scope"].items()],
             (row["expires_at"] or "")[:19],
             (row["revoked_at"] or "")[:19],
             (row["last_used_at"] or "")[:16],
@@ -181,9 +182,13 @@ def set_quota(
     max_releases: Annotated[
         int | None, typer.Option("--releases", min=0, help="Releases that have files; no limit if omitted.")
     ] = None,
+    unlimited: Annotated[bool, typer.Option("--unlimited", help="Remove both limits.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Set what a namespace may hold, as an admin of the registry. What it holds already stays."""
+    _refuse_no_limit(
+        [max_bytes, max_releases], unlimited, namespace, "--bytes, --releases or both, or --unlimited alone"
+    )
     body = {"max_bytes": max_bytes, "max_releases": max_releases}
     with connected() as connection:
         document = connection.api.put(f"{_namespace_path(namespace)}/quota", body)
@@ -203,12 +208,14 @@ def set_retention(
     prereleases: Annotated[
         int | None, typer.Option(metavar="DAYS", min=1, help="For pre-releases; kept for good if omitted.")
     ] = None,
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="Keep both for good.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Set after how many days `gc` takes down yanked releases and pre-releases.
 
     It spares what a channel serves, what `main` has, and what another release was composed of.
     """
+    _refuse_no_limit([yanked, prereleases], keep_all, namespace, "--yanked, --prereleases or both, or --keep-all alone")
     body = {"keep_yanked_days": yanked, "keep_prerelease_days": prereleases}
     with connected() as connection:
         document = connection.api.put(f"{_namespace_path(namespace)}/retention", body)
@@ -250,7 +257,7 @@ def remove_user(user: User, json: JsonFlag = False) -> None:
     """
     with connected() as connection:
         removed = connection.api.delete(f"/v1/users/{quote(user, safe='')}")
-    render.document(removed, json, lambda: render.out(f"{user} is {removed['user']} now, in {removed['rows']:,} rows"))
+    render.document(removed, json, lambda: render.out(f"{user} is now {removed['user']}, in {removed['rows']:,} rows"))
 
 
 def _set_member(namespace: str, user: str, role: str | None, json: bool) -> None:
@@ -265,6 +272,13 @@ def _namespace_path(namespace: str) -> str:
 
 def _members_path(namespace: str) -> str:
     return f"{_namespace_path(namespace)}/members"
+
+
+def _refuse_no_limit(limits: list[int | None], none: bool, namespace: str, options: str) -> None:
+    """Raises Usage unless there is a limit, or `none` alone: a command without options must not remove what was set."""
+    if none is any(limit is not None for limit in limits):
+        message = f"The limits of {namespace} are replaced as a whole, and removed only on request."
+        raise Usage("limit_missing", message, subject=namespace, next_step=f"Give {options}.")
 
 
 def _of_quota(used: str, limit: int | None, written: Callable[[int], str]) -> str:

@@ -94,7 +94,7 @@ def restore(
     endpoint_url: Endpoint = None,
     json: JsonFlag = False,
 ) -> None:
-    """Restore a backup into an empty registry, and check it as fsck does, whose exit code this has.
+    """Restore a backup into an empty registry, check it as fsck does, and exit with the code of that check.
 
     The registry is that of ADAPTORY_DATABASE_URL, ADAPTORY_STORAGE__… and ADAPTORY_HOME; the backup may be of another
     kind of database and store. Stop the servers first. Repeat it if it was interrupted.

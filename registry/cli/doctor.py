@@ -41,7 +41,7 @@ def doctor(
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Check this installation end to end and say what is wrong; exits 1 if something is.
+    """Check this installation end to end and say what is wrong; exit 1 if anything is.
 
     With ADAPTORY_URL or a profile it checks the way to that server instead.
     """

@@ -37,7 +37,7 @@ def import_(  # noqa: PLR0913
     notes: Annotated[str, typer.Option(help="Release notes.")] = "",
     json: JsonFlag = False,
 ) -> None:
-    """Publish what a Hugging Face Hub has, with all checks of a push.
+    """Publish a repository of a Hugging Face Hub, with all checks of a push.
 
     The base is the one that the model card names, or else the configuration. Scores that the repository reports are
     recorded as reported.

@@ -61,7 +61,8 @@ def login(
     profiles.current = profile_name
     profiles.save()
     document = {"profile": profile_name, "url": address, "user": user}
-    render.document(document, json, lambda: render.out(f"logged in to {address} as {user} (profile {profile_name})"))
+    who = f"{user}, without a token" if token is None else user
+    render.document(document, json, lambda: render.out(f"logged in to {address} as {who} (profile {profile_name})"))
 
 
 def logout(

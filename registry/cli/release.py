@@ -219,7 +219,7 @@ def deprecate(
     undo: Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Mark a release as deprecated, which is shown wherever it is, and blocks nothing."""
+    """Mark a release as deprecated: what resolves it says so, and nothing is blocked."""
     body = deprecation_body(ref, reason, successor, undo=undo)
     with connected() as connection:
         release = connection.api.post(f"{_path(_exactly(connection, ref, warned=True))}/deprecate", body)

@@ -292,7 +292,7 @@ def _translate_transport_errors(url: str, *, changes: bool = False) -> Generator
         raise Unavailable(
             "answer_lost" if lost else "registry_unreachable",
             f"{url.partition('?')[0]} does not answer: {str(error).rstrip('.')}.",
-            next_step=f"Check whether it runs, and {'whether it was done anyway' if lost else 'ADAPTORY_URL'}.",
+            next_step=f"Check that it runs, and {'whether the change was made anyway' if lost else 'ADAPTORY_URL'}.",
         ) from error
 
 

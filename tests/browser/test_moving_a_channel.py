@@ -18,7 +18,7 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     tab.goto(f"{site.url}/acme/terraform/1.1.0?channel=prod")
     tab.get_by_role("link", name="Promote to prod").click()
     dialog = tab.get_by_role("dialog", name="Promote 1.1.0 to prod?")
-    dialog.get_by_role("link", name="Leave it").click()
+    dialog.get_by_role("link", name="Cancel").click()
     expect(dialog).to_have_count(0)
     expect(tab.get_by_role("link", name="Promote to prod")).to_be_focused()
     tab.keyboard.press("Enter")

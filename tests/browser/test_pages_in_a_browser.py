@@ -105,7 +105,7 @@ def test_search_answers_while_one_types_and_the_address_can_be_shared(
     expect(status).to_have_text("1 release")
     expect(words).to_be_focused()
     expect(tab).to_have_url(f"{site.url}/search?text=support")
-    tab.get_by_label("Largest rank").press_sequentially("1")
+    tab.get_by_label("Maximum rank").press_sequentially("1")
     expect(status).to_have_text("0 releases")
     expect(tab).to_have_url(f"{site.url}/search?text=support&max_rank=1")
     tab.reload()
@@ -117,14 +117,14 @@ def test_search_answers_while_one_types_and_the_address_can_be_shared(
     expect(tab.locator("#results")).to_contain_text("is not a condition on a score")
     expect(tab).to_have_url(f"{site.url}/search?text=support&max_rank=1&score=nonsense")
     tab.get_by_label("Score").fill("")
-    tab.get_by_label("Largest rank").fill("")
+    tab.get_by_label("Maximum rank").fill("")
     expect(status).to_have_text("1 release")
 
 
 def test_the_keyboard_skips_to_the_content_and_finds_the_search(site: Site, tab: Page) -> None:
     tab.goto(f"{site.url}/acme/sql/1.1.0")
     tab.keyboard.press("Tab")
-    expect(tab.get_by_role("link", name="To the content")).to_be_focused()
+    expect(tab.get_by_role("link", name="Skip to content")).to_be_focused()
     tab.keyboard.press("Enter")
     expect(tab.locator("#main")).to_be_focused()
     tab.keyboard.press("/")

@@ -162,6 +162,8 @@ def test_a_token_for_one_namespace_works_in_that_one_alone(company: Company, wor
     assert narrow("show", "beta/sql").code == 3
     assert narrow("yank", "acme/sql:1.0.0", "--reason", "x").code == 5
     assert narrow.json("whoami")["grants"] == {"acme": "reader"}
+    listed = olga.ok("token", "list").out
+    assert ("unlimited" in listed, "acme=reader" in listed, "*=admin" in listed) == (True, True, False)
 
 
 def test_knowing_the_digest_of_a_private_file_opens_nothing(company: Company, world: World) -> None:

@@ -43,6 +43,9 @@ def test_login_saves_a_profile_that_every_later_command_uses(
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert token not in logged_in.out + logged_in.err
 
+    empty = with_stdin(cli, "\n", "login", url, "--name", "guest", monkeypatch=monkeypatch)
+    assert empty.out == f"logged in to {url} as anonymous, without a token (profile guest)\n"
+    cli.ok("logout", "guest")
     also = with_stdin(cli, token, "login", url, "--profile", "again", monkeypatch=monkeypatch)
     assert "(profile again)" in also.out, "--profile names it too"
     assert cli.json("logout", "--profile", "again")["profile"] == "again"

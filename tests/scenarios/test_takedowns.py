@@ -193,3 +193,16 @@ def test_a_namespace_holds_no_more_than_its_quota(stocked: Cli, adapter: Path) -
     assert "may have 3 releases and has 3" in stocked("push", adapter, "acme/sql:1.3.0", "--base", "tiny").err
     stocked.ok("takedown", "acme/sql:1.0.0", "--reason", "not needed")
     stocked.ok("push", adapter, "acme/sql:1.3.0", "--base", "tiny")
+
+
+@pytest.mark.parametrize(
+    ("command", "limit", "none"), [("quota", "bytes", "unlimited"), ("retention", "yanked", "keep-all")]
+)
+def test_limits_are_removed_only_on_request(stocked: Cli, command: str, limit: str, none: str) -> None:
+    stocked.ok("namespace", "set", "acme")
+    stocked.ok("namespace", command, "acme", f"--{limit}", 30)
+    for options in ([], [f"--{limit}", 30, f"--{none}"]):
+        refused = stocked("namespace", command, "acme", *options)
+        assert refused.code == 2
+        assert f"--{none} alone" in refused.err
+    assert None in stocked.json("namespace", command, "acme", f"--{none}").values()

@@ -22,7 +22,7 @@ Every error has a `code`, which is stable, and a family, which decides the exit 
 status. Over REST an error is a problem document (RFC 9457): `code`, `family`, `subject` (what it is about), `detail`
 (what is wrong) and `next` (what to do in this case). What to do in general is below.
 
-This page is made of `registry/error_codes.py`: `make snapshots` writes it.
+This page is made from `registry/error_codes.py`: `make snapshots` writes it.
 """
 
 

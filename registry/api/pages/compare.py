@@ -43,7 +43,7 @@ def choose(
     if not 2 <= len(ordered) <= MOST:
         raise Usage(
             "bad_comparison",
-            f"Two to {MOST} releases are compared; you ticked {len(ordered)}.",
+            f"Two to {MOST} releases are compared; you selected {len(ordered)}.",
             subject=str(named),
             next_step=f"Go back and tick two to {MOST}.",
         )

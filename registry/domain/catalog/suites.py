@@ -170,7 +170,7 @@ def _refuse_other_label(session: Session, content: SuiteContent, known: Suite | 
     if labelled is not None and labelled.digest != content.digest:
         raise Conflict(
             "suite_version_taken",
-            f"{content.name} {content.version} is the version of other content ({labelled.digest[:12]}).",
+            f"{content.name} {content.version} already labels other content ({labelled.digest[:12]}).",
             subject=f"{content.name}@{content.version}",
             next_step="Raise `version` in the suite's file: a version labels one content.",
         )

@@ -48,9 +48,10 @@ _FORCED_BY = {
 
 
 def gate_failed(wanted: PromotionRequest, report: Report, policy: ChannelPolicy) -> Refused:
+    failed = [result for result in report.failed if not result.waiting] or report.failed
     return Refused(
         "gate_failed",
-        f"{wanted.release} fails {len(report.failed)} of {len(report.results)} gates of {wanted.subject}.",
+        f"{wanted.release} fails {len(failed)} of {len(report.results)} gates of {wanted.subject}.",
         subject=wanted.subject,
         next_step=f"Check the numbers; {_FORCED_BY[policy.force]}.",
         findings=[result.with_waiting() for result in report.results],

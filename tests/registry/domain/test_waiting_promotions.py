@@ -132,10 +132,16 @@ def test_each_rule_is_named_with_its_numbers(house: House) -> None:
         "exact.nll <= 9 (n >= 5): 0.5 (n=1): n = 1, and at least 5 are needed",
         "exact.nll within 0.1 of base: 0.5 (n=1), but the base has no nll on the current exact: evaluate it first",
         "exact.nll <= 0.1: 0.5 (n=1)",
-        "signature of the release: none of the 0 keys of acme has signed it",
+        "signature of the release: acme has no signing key",
         "verdict ok: the conflict check of its inputs says warn",
     ]
     assert not [rule for rule in refusal(house, NEW) if rule.startswith("verdict")], "others pass"
+
+
+def test_a_refusal_does_not_count_what_may_still_come_as_failed(house: House) -> None:
+    demand(house, rules=["exact.nll <= 0.1"], approval={"role": "releaser", "count": 1}, verdict="ok")
+    with pytest.raises(Refused, match=r"fails 1 of 3 gates of acme/sql@prod"):
+        promote(house)
 
 
 def test_a_reported_score_does_not_count_where_a_measured_one_is_asked_for(house: House) -> None:

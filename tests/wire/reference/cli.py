@@ -12,7 +12,7 @@ from tests.wire.reference.markdown import code, fence, joined, plain, table
 
 HEAD = """# Command line
 
-Every command of `adaptory`, as `--help` shows it. This page is made of the commands themselves: `make snapshots`
+Every command of `adaptory`, as `--help` shows it. This page is made from the commands themselves: `make snapshots`
 writes it.
 
 References are `acme/sql` (the highest stable release), `acme/sql:1.2.0`, `acme/sql:^1.2` (npm's ranges),

@@ -13,7 +13,7 @@ from tests.wire.reference.markdown import code, fence, joined, table
 HEAD = """# Python API
 
 What `registry.sdk` exports: a registry as an object, what it answers, and a callback for trainers.
-[Python](../how-to/python.md) shows how it is used. This page is made of the docstrings: `make snapshots` writes it.
+[Python](../how-to/python.md) shows how it is used. This page is made from the docstrings: `make snapshots` writes it.
 
 Results are frozen dataclasses; `document` of each has all that REST answers. Every call raises the errors of
 `registry.errors`: their family is the class, and `code` is stable ([Errors](errors.md)). A local file that cannot be

@@ -10,7 +10,7 @@ from tests.wire.reference.markdown import code, joined, plain, table
 HEAD = """# REST
 
 Every route of the registry. The server describes them itself, with all schemas, at `/openapi.json`. This page is made
-of that document: `make snapshots` writes it. `…` stands for the path of a repository,
+from that document: `make snapshots` writes it. `…` stands for the path of a repository,
 `/v1/adapters/{namespace}/{name}` or `/v1/models/{namespace}/{name}`.
 
 - **Tokens.** `Authorization: Bearer adp_…`, unless the server has one user.

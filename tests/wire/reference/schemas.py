@@ -12,7 +12,7 @@ With a YAML language server, begin a file with `# yaml-language-server: $schema=
 schema; then the editor completes and checks it.
 
 The parser accepts a little more than a schema can say: a number may also be written as text. Each method has settings
-of its own ([Methods](../methods/index.md)). An unknown field is an error. This page is made of the schemas: `make
+of its own ([Methods](../methods/index.md)). An unknown field is an error. This page is made from the schemas: `make
 snapshots` writes it.
 
 """

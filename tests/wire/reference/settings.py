@@ -20,7 +20,7 @@ Settings are environment variables. Two underscores join the names of nested one
 suggests the right one, and so is any unknown name with two underscores. Other unknown `ADAPTORY_` names are ignored,
 since container runtimes add some of their own (a service's host and port).
 
-This page is made of `registry/settings.py`: `make snapshots` writes it.
+This page is made from `registry/settings.py`: `make snapshots` writes it.
 
 """
 SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
