@@ -344,8 +344,8 @@ class Settings(BaseSettings):
     access: Literal["single", "tokens"] = "single"
     """Who may use a server: `single` serves its one user on loopback, `tokens` requires a token from everyone."""
     access_cache_s: float = Field(default=5.0, ge=0, le=300)
-    """How long a server process caches a token's user and roles: how late it may notice a revoked token, a
-    removed role or a namespace made private elsewhere."""
+    """How long a server process caches a token's user and roles for requests that only read: how late it may notice a
+    revoked token, a removed role or a namespace made private elsewhere."""
     access_log: Literal["text", "json", "off"] = "text"
     """A line on stderr for each request, with route, status, seconds, actor and request id: `text`, `json` or
     `off`. With `json` warnings and tracebacks are JSON lines too."""

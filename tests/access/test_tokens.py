@@ -182,6 +182,19 @@ def test_a_server_that_remembers_tokens_forgets_what_changes_through_it(
     house.close()
 
 
+def test_a_token_that_another_server_revoked_changes_nothing_even_while_it_is_remembered(house: House) -> None:
+    remembering = entered(house, house.environ, access_cache_s=300)
+    assert remembering.ask("publisher", "GET", "/v1/whoami").status_code == 200
+    assert house.ask("operator", "DELETE", "/v1/users/publisher").status_code == 200
+    assert remembering.ask("publisher", "GET", "/v1/whoami").status_code == 200, "for ADAPTORY_ACCESS_CACHE_S"
+    suite = {"name": "late", "examples": [{"prompt": "a", "completion": "b"}]}
+    assert remembering.ask("publisher", "POST", "/v1/suites", json=suite).status_code == 401
+    rows = house.ask("operator", "GET", "/v1/audit", params={"by": "publisher"}).json()["items"]
+    assert rows == [], "nor is the name back"
+    remembering.close()
+    house.close()
+
+
 NAMESPACES = st.sampled_from(["acme", "open", EVERYWHERE])
 ROLE = st.sampled_from(list(Role))
 

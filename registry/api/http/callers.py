@@ -50,7 +50,8 @@ class Credentials:
 class ActorCache:
     """Caches for `access_cache_s` seconds the actor of each token and the public namespaces.
 
-    Changes made by this process apply immediately (`forget`), those of other processes when the time is up.
+    Changes made by this process apply immediately (`forget`), those of other processes when the time is up. A request
+    that changes something looks its token up in any case: one that was revoked elsewhere changes nothing.
     """
 
     resources: Resources
@@ -60,8 +61,8 @@ class ActorCache:
     _generation: int = 0
     _lock: Lock = field(default_factory=Lock)
 
-    def remembered(self, credentials: Credentials) -> Actor | None:
-        """The actor, if known without the database."""
+    def remembered(self, credentials: Credentials, *, changes: bool = False) -> Actor | None:
+        """The actor, if known without the database. Of a token or a session that `changes` something, none is."""
         now = self.resources.clock()
         if self.single_user:
             everything = {EVERYWHERE: Role.ADMIN.value}
@@ -71,7 +72,7 @@ class ActorCache:
             return None
         if not (credentials.authorization or credentials.session):
             return Actor(ANONYMOUS, now, {}, public=public, source=credentials.source)
-        known = self._known.get(credentials.key)
+        known = self._known.get(credentials.key) if not changes else None
         if known is None or known[0] < time.monotonic() or not _in_force(known[1], now):
             return None
         return _actor(known[1], now, public, credentials)

@@ -19,6 +19,7 @@ from registry.transfer.resources import Resources
 
 R = TypeVar("R")
 
+SAFE_METHODS = frozenset({"GET", "HEAD"})
 BODY_SILENCE_S = 60
 LEAST_BYTES_PER_S = 16 << 10
 """Of a body that takes longer than BODY_SILENCE_S, on average."""

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 
 from registry.api.http.callers import ActorCache, Credentials, credentials_of
 from registry.api.http.exchanges import current
-from registry.api.http.request import content_length
+from registry.api.http.request import SAFE_METHODS, content_length
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, permit, permit_somewhere
 from registry.errors import TooLarge
@@ -39,9 +39,12 @@ class Rule:
     role: Role = Role.READER
 
     async def __call__(self, request: Request) -> Actor:
+        return await self._permitted(request, changes=request.method not in SAFE_METHODS)
+
+    async def _permitted(self, request: Request, *, changes: bool) -> Actor:
         callers = callers_of(request)
         credentials = self.credentials(request)
-        actor = callers.remembered(credentials) or await run_in_threadpool(callers.ask, credentials)
+        actor = callers.remembered(credentials, changes=changes) or await run_in_threadpool(callers.ask, credentials)
         request.state.actor = actor  # for errors that suggest alternatives
         if (exchange := current.get()) is not None:
             exchange.actor = actor.name
@@ -61,7 +64,7 @@ class Rule:
     async def before_document(self, request: Request) -> None:
         """Authorizes before the body is read, since its values take many times its size in memory. If the route itself
         decides, from the body, callers without any role may send only a short one."""
-        actor = await self(request)
+        actor = await self._permitted(request, changes=False)
         if not actor.grants and content_length(request) > MAX_STRANGERS_BYTES:
             message = f"The body is longer than {MAX_STRANGERS_BYTES:,} bytes, the limit for callers without a role."
             raise TooLarge("body_too_large", message, next_step="Use a token or a sign-in that has a role.")

@@ -26,7 +26,6 @@ MAX_FORM_BYTES = 64 << 10
 MAX_FIELDS = 400
 """A recipe of 64 inputs has three for each."""
 MAX_NEXT = 2000
-SAFE_METHODS = frozenset({"GET", "HEAD"})
 
 _OWN_PATH = re.compile(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]*")
 """ASCII without spaces and backslashes: browsers read `/\\host` and `//host` as other servers."""

@@ -14,9 +14,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from composer.formats.adapters.serving import VLLM_RANKS
+from registry.api.http.request import SAFE_METHODS
 from registry.api.http.rules import callers_of
 from registry.api.pages import assets, drawings, modules
-from registry.api.pages.forms import SAFE_METHODS, form_token
+from registry.api.pages.forms import form_token
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import ANONYMOUS, Role, granted
 from registry.errors import RegistryError

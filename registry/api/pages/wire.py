@@ -10,9 +10,10 @@ from fastapi.exceptions import RequestValidationError
 from composer.errors import ComposerError
 from registry.api.http.callers import Credentials
 from registry.api.http.problems import of_validation
+from registry.api.http.request import SAFE_METHODS
 from registry.api.http.routes import Route
 from registry.api.http.rules import Rule, Where, rules_of
-from registry.api.pages.forms import SAFE_METHODS, drop_session, read_form, refuse_other_site, session_of
+from registry.api.pages.forms import drop_session, read_form, refuse_other_site, session_of
 from registry.api.pages.render import HEADERS, page
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role
