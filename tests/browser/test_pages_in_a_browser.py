@@ -1,5 +1,7 @@
 """Every page in a real browser, in light and dark, on a desk, a tablet and a phone."""
 
+import re
+
 import pytest
 from _pytest.mark import ParameterSet
 from playwright.sync_api import Browser, Page, expect
@@ -100,7 +102,7 @@ def test_search_answers_while_one_types_and_the_address_can_be_shared(
     tab.set_viewport_size({"width": 1280, "height": 800})
     tab.goto(f"{site.url}{path}")
     status = tab.locator("#results [role=status]")
-    words = tab.get_by_label("Words")
+    words = tab.get_by_label("Text", exact=True)
     words.press_sequentially("support", delay=20)
     expect(status).to_have_text("1 release")
     expect(words).to_be_focused()
@@ -161,7 +163,7 @@ def test_pages_read_without_scripts(site: Site, browser: Browser) -> None:
     tab.get_by_role("radio", name="vLLM").check()
     expect(tab.get_by_text("vllm serve")).to_be_visible()
     tab.goto(f"{site.url}/search")
-    tab.get_by_label("Words").fill("support")
+    tab.get_by_label("Text", exact=True).fill("support")
     tab.get_by_role("button", name="Search").click()
     expect(tab.locator("#results [role=status]")).to_have_text("1 release")
     tab.get_by_role("link", name="acme/support 1.0.0").click()
@@ -226,6 +228,8 @@ def test_a_composition_shows_its_result_beside_its_inputs_or_why_there_is_none(s
     expect(of_guard.nth(1).get_by_role("link")).to_have_text("acme/sql 1.0.0")
     tab.goto(f"{site.url}/compositions/{site.composition - 1}")
     expect(tab.get_by_role("region", name="It ended without a release.")).to_contain_text("Change weights, method")
+    steps = tab.get_by_role("region", name="Steps, table")
+    expect(steps.get_by_role("row", name="publish")).to_have_text(re.compile(r"^publish\s*not run\s*$"))
 
 
 def test_a_comparison_has_what_differs(site: Site, tab: Page) -> None:
