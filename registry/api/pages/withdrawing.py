@@ -10,7 +10,7 @@ from registry.api.http.request import ResourcesOf
 from registry.api.pages.account import validated
 from registry.api.pages.forms import Form, FormOf
 from registry.api.pages.paths import RepositoryOf, VersionOf
-from registry.api.pages.render import form_page, link, redirect
+from registry.api.pages.render import link, page_about, redirect
 from registry.api.pages.wire import ERRORS, PageReleaser, PageRoute, as_registry_error
 from registry.api.schemas.catalog import DeprecateIn, YankIn
 from registry.database.engine import Session
@@ -98,4 +98,4 @@ def _page(asked: Withdrawal, template: str, error: RegistryError | None = None) 
             "successor": row.successor,
             "serving": [channel.name for channel in serving],
         }
-    return form_page(asked.request, template, asked.named, error, version=str(asked.version), **values)
+    return page_about(asked.request, template, asked.named, error=error, version=str(asked.version), **values)
