@@ -11,15 +11,13 @@ import typer
 from composer.formats.untrusted import read_text
 from registry.cli import render
 from registry.cli.connect import connected
-from registry.cli.groups import Commands
+from registry.cli.groups import group
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
 
-tokens = typer.Typer(cls=Commands, help="Manage access tokens.", no_args_is_help=True, rich_markup_mode=None)
-namespaces = typer.Typer(
-    cls=Commands, help="Manage namespaces, the unit of permission.", no_args_is_help=True, rich_markup_mode=None
-)
-users = typer.Typer(cls=Commands, help="Manage the names of users.", no_args_is_help=True, rich_markup_mode=None)
+tokens = group("Manage access tokens.")
+namespaces = group("Manage namespaces, the unit of permission.")
+users = group("Manage the names of users.")
 Json = dict[str, Any]
 _KEY_BYTES = 10_000  # larger than any PEM key
 
@@ -98,7 +96,7 @@ def list_tokens(json: JsonFlag = False) -> None:
         for row in items
     ]
     columns = ("id", "user", "kind", "name", "scope", "expires", "revoked", "last used")
-    render.document({"items": items, "next": None}, json, lambda: render.table("", columns, rows))
+    render.listing(items, json, columns, rows)
 
 
 @tokens.command("revoke")
@@ -118,8 +116,7 @@ def list_namespaces(json: JsonFlag = False) -> None:
     with connected() as connection:
         items = list(connection.api.pages("/v1/namespaces"))
     rows = [(row["namespace"], _visibility(row), row["require_signature"], row["created_by"]) for row in items]
-    columns = ("namespace", "visible", "signed only", "by")
-    render.document({"items": items, "next": None}, json, lambda: render.table("", columns, rows))
+    render.listing(items, json, ("namespace", "visible", "signed only", "by"), rows)
 
 
 @namespaces.command("set")

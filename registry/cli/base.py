@@ -10,7 +10,7 @@ import typer
 
 from registry.cli import complete, queued_evaluation, render
 from registry.cli.connect import connected, jobs_running
-from registry.cli.groups import Commands
+from registry.cli.groups import group
 from registry.cli.interrupt import interrupts
 from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
 from registry.cli.render import JsonFlag
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.5
 
-app = typer.Typer(
-    cls=Commands, help="Manage base models, which adapters are trained on.", no_args_is_help=True, rich_markup_mode=None
-)
+app = group("Manage base models, which adapters are trained on.")
 
 
 def register(root: typer.Typer) -> None:
@@ -124,11 +122,7 @@ def list_bases(json: JsonFlag = False) -> None:
     rows = [
         (base["name"], base["digest"][:12], base["model_type"], base["parameters"], base["aliases"]) for base in items
     ]
-    render.document(
-        {"items": items, "next": None},
-        json,
-        lambda: render.table("", ("base", "digest", "type", "parameters", "aliases"), rows),
-    )
+    render.listing(items, json, ("base", "digest", "type", "parameters", "aliases"), rows)
 
 
 @app.command()
@@ -199,10 +193,8 @@ def upgrade(
         if document["job"] is not None and wait:
             with jobs_running(connection, document["job"]):
                 document = _followed(connection, document)
-    render.document(document, json, lambda: _show_upgrade(document))
-    if wait and (error := queued_evaluation.error_of(document)):
-        # Not raised: with --json, stdout has the report, and a second document would break its readers.
-        raise typer.Exit(render.fail(error, as_json=False))
+    failure = queued_evaluation.error_of(document) if wait else None
+    render.document(document, json, lambda: _show_upgrade(document), failure)
 
 
 def _successor(connection: Connection, old: str) -> str:

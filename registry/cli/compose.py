@@ -88,10 +88,8 @@ def compose(  # noqa: PLR0913
         if plan or follow or connection.resources is not None:
             with jobs_running(connection, composition["job"]):
                 composition = _follow_or_cancel(connection, composition, lines=follow)
-    render.document(composition, json, lambda: _show(composition))
-    if composition["state"] in ("refused", "failed", "cancelled"):
-        # Not raised: with --json, stdout has the composition, and a second document would break its readers.
-        raise typer.Exit(render.fail(_error(composition), as_json=False))
+    failure = _error(composition) if composition["state"] in ("refused", "failed", "cancelled") else None
+    render.document(composition, json, lambda: _show(composition), failure)
 
 
 def with_rules(weights: Sequence[float], rules: list[str] | None) -> "list[Weight]":

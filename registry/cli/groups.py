@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import typer
 from typer.core import TyperGroup
 
 GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -60,6 +61,11 @@ class Commands(TyperGroup):
     def summaries(self, ctx: Any, names: Sequence[str]) -> list[tuple[str, str]]:
         known = [(name, self.get_command(ctx, name)) for name in names]
         return [(name, _first_sentence(one.help or "")) for name, one in known if one and not one.hidden]
+
+
+def group(text: str) -> typer.Typer:
+    """A command that only has others below it; `text` is its help."""
+    return typer.Typer(cls=Commands, help=text, no_args_is_help=True, rich_markup_mode=None)
 
 
 def _first_sentence(text: str) -> str:

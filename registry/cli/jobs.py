@@ -11,7 +11,7 @@ from registry.cli.connect import connected, jobs_running
 from registry.cli.idle import refuse_idle
 from registry.cli.render import JsonFlag
 from registry.error_families import of_row
-from registry.errors import Refused
+from registry.errors import Refused, RegistryError
 
 Json = dict[str, Any]
 
@@ -76,11 +76,8 @@ def jobs(
         if follow and document["state"] in following.UNFINISHED:
             with following.left_running(job), jobs_running(connection, job):
                 document = following.follow(connection, job, lines=True)
-    render.document(document, json, lambda: _show(document))
-    if follow and document["state"] != "done":
-        # Not raised: with --json, stdout has the job, and a second document would break its readers.
-        error = of_row(document["error"]) if document["error"] else _cancelled(job)
-        raise typer.Exit(render.fail(error, as_json=False))
+    failure = _failure(document) if follow and document["state"] != "done" else None
+    render.document(document, json, lambda: _show(document), failure)
 
 
 def cancel(
@@ -92,8 +89,11 @@ def cancel(
     render.document(document, json, lambda: render.out(f"job {document['id']}: {document['state']}"))
 
 
-def _cancelled(job: int) -> Refused:
-    return Refused("job_cancelled", f"Job {job} was cancelled.", subject=str(job), next_step="Ask for it again.")
+def _failure(job: Json) -> RegistryError:
+    if job["error"]:
+        return of_row(job["error"])
+    named = str(job["id"])
+    return Refused("job_cancelled", f"Job {named} was cancelled.", subject=named, next_step="Ask for it again.")
 
 
 def _show(job: Json) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from registry.cli import render
 from registry.cli.connect import own_settings
-from registry.cli.groups import Commands
+from registry.cli.groups import group
 from registry.cli.render import JsonFlag
 from registry.errors import RegistryError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from registry.transfer.resources import Resources
 
 
-storage = typer.Typer(cls=Commands, help="Inspect the blob store.", no_args_is_help=True, rich_markup_mode=None)
+storage = group("Inspect the blob store.")
 
 
 def register(root: typer.Typer) -> None:
@@ -113,9 +113,7 @@ def fsck(
         document["discarded"] = check.discarded
     if failure is not None:
         document["error"] = render.problem(failure)
-    render.document(document, json, check.show)
-    if failure is not None:
-        raise typer.Exit(render.fail(failure, as_json=False))
+    render.document(document, json, check.show, failure)
     if check.broken:
         raise typer.Exit(1)
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from registry.transfer.resources import Resources
     from registry.worker.runner import Observe
 
-Limit = Annotated[int, typer.Option(min=1, help="Maximum number.")]
 After = Annotated[str | None, typer.Option("--cursor", help="`next` of the previous page.")]
 
 AUDIT_ROWS = 1000

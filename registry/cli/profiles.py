@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 import typer
 
 from registry.cli import render
-from registry.cli.groups import Commands
+from registry.cli.groups import group
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
 from registry.formats.references import parse_name
 from registry.sdk.profile_file import LOCAL, Profile, Profiles
 
-app = typer.Typer(cls=Commands, help="Manage saved registries and tokens.", no_args_is_help=True, rich_markup_mode=None)
+app = group("Manage saved registries and tokens.")
 
 
 def register(root: typer.Typer) -> None:
@@ -98,7 +98,7 @@ def list_profiles(json: JsonFlag = False) -> None:
     ]
     items.append({"profile": LOCAL, "url": None, "token": False, "current": profiles.current is None})
     rows = [(row["profile"], row["url"] or "embedded", "in use" if row["current"] else "") for row in items]
-    render.document({"items": items, "next": None}, json, lambda: render.table("", ("profile", "registry", ""), rows))
+    render.listing(items, json, ("profile", "registry", ""), rows)
 
 
 @app.command("use")

@@ -8,7 +8,7 @@ import typer
 
 from registry.cli import complete, render
 from registry.cli.connect import connected, jobs_running, resolved
-from registry.cli.groups import Commands
+from registry.cli.groups import group
 from registry.cli.interrupt import interrupts
 from registry.cli.release import Channel, Ref, show_move
 from registry.cli.render import JsonFlag
@@ -18,12 +18,8 @@ from registry.sdk.connection import Connection
 
 Json = dict[str, Any]
 
-policy_app = typer.Typer(
-    cls=Commands, help="What a promotion to a channel needs.", no_args_is_help=True, rich_markup_mode=None
-)
-promotion_app = typer.Typer(
-    cls=Commands, help="Promotions that wait, or have waited.", no_args_is_help=True, rich_markup_mode=None
-)
+policy_app = group("What a promotion to a channel needs.")
+promotion_app = group("Promotions that wait, or have waited.")
 
 
 def register(root: typer.Typer) -> None:
@@ -132,7 +128,7 @@ def list_promotions(channel: Channel, json: JsonFlag = False) -> None:
         for row in items
     ]
     columns = ("promotion", "version", "state", "by", "at", "move", "")
-    render.document({"items": items, "next": None}, json, lambda: render.table(channel, columns, rows))
+    render.listing(items, json, columns, rows, channel)
 
 
 @promotion_app.command()

@@ -10,15 +10,13 @@ import typer
 
 from registry.cli import complete, render
 from registry.cli.connect import connected, resolved
-from registry.cli.groups import Commands
+from registry.cli.groups import group
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
 from registry.sdk.connection import Connection
 
-suite_app = typer.Typer(
-    cls=Commands, help="Evaluation sets, versioned by content.", no_args_is_help=True, rich_markup_mode=None
-)
-score_app = typer.Typer(cls=Commands, help="Recorded scores.", no_args_is_help=True, rich_markup_mode=None)
+suite_app = group("Evaluation sets, versioned by content.")
+score_app = group("Recorded scores.")
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
 BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Directory of the base's weights on this machine.")]
 Json = dict[str, Any]

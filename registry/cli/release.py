@@ -52,11 +52,7 @@ def list_repositories(
         (row["repository"], row["kind"], row["latest"], [f"{c}={v}" for c, v in row["channels"].items()])
         for row in items
     ]
-    render.document(
-        {"items": items, "next": None},
-        json,
-        lambda: render.table("", ("repository", "kind", "latest", "channels"), rows),
-    )
+    render.listing(items, json, ("repository", "kind", "latest", "channels"), rows)
 
 
 def log(
@@ -126,11 +122,7 @@ def history(channel: Channel, json: JsonFlag = False) -> None:
         )
         for move in moves
     ]
-    render.document(
-        {"items": moves, "next": None},
-        json,
-        lambda: render.table(channel, ("move", "at", "kind", "from", "to", "actor", "", "reason"), rows),
-    )
+    render.listing(moves, json, ("move", "at", "kind", "from", "to", "actor", "", "reason"), rows, channel)
 
 
 def gate(

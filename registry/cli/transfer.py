@@ -96,9 +96,7 @@ def push(  # noqa: PLR0913
             show_push(published)  # before the channel moves: the release is published even if that fails
         document: Json = {**published, "left_out": list(selection.left_out), "move": None}
         failure = _promote(connection, document, channel) if channel else None
-    render.document(document, json, lambda: _show_moved(document))
-    if failure is not None:
-        raise typer.Exit(render.fail(failure, as_json=False))
+    render.document(document, json, lambda: _show_moved(document), failure)
 
 
 def _show_moved(document: Json) -> None:
@@ -226,10 +224,8 @@ def verify(  # noqa: PLR0913
             )
             refuse_narrow(signed, signature_covers)
             document |= _signature(signed)
-    render.document(document, json, lambda: _show_verified(document))
-    if rebuild and (refused := _not_rebuilt(what, directory, document["rebuild"])):
-        # Not raised: with --json, stdout has the document, and a second one would break its readers.
-        raise typer.Exit(render.fail(refused, as_json=False))
+    failure = _not_rebuilt(what, directory, document["rebuild"]) if rebuild else None
+    render.document(document, json, lambda: _show_verified(document), failure)
 
 
 def _not_rebuilt(what: str, directory: Path, report: Json) -> Refused | None:
