@@ -61,7 +61,7 @@ def problem_response(
         findings=error.findings,
         request_id=request_id(),
     )
-    more = {"X-Error-Message": error_text(error), **(headers or {})}  # printed by clients of the Hugging Face Hub
+    more = {"X-Error-Message": header_text(str(error)), **(headers or {})}  # printed by clients of the Hugging Face Hub
     if error.retry_after_s is not None and status == error.status:
         more["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, Unauthenticated):
@@ -83,11 +83,6 @@ def error_response(
         if name in problem.headers:
             page.headers[name] = problem.headers[name]
     return page
-
-
-def error_text(error: RegistryError) -> str:
-    """What is wrong and what to do, as the value of a header."""
-    return header_text(str(error))
 
 
 def header_text(text: str) -> str:

@@ -4,11 +4,12 @@ import yaml
 from fastapi import APIRouter, Response
 
 from registry.api.pages.forms import FormOf, number_shown
-from registry.api.pages.paths import CHANNEL, ChannelRequestOf
+from registry.api.pages.paths import CHANNEL, ChannelRequest, ChannelRequestOf
 from registry.api.pages.render import page_about, redirect
 from registry.api.pages.wire import ERRORS, PageAdmin, PageRoute, as_registry_error
 from registry.domain.catalog import repositories
 from registry.domain.channels import policies
+from registry.errors import RegistryError
 from registry.formats.channel_policy import parse_policy
 
 router = APIRouter(route_class=PageRoute)
@@ -19,9 +20,7 @@ def show_policy_form(asked: ChannelRequestOf, actor: PageAdmin) -> Response:
     """The policy that is set, to change."""
     with asked.resources.read() as session:
         policy, revision = policies.find(session, repositories.find(session, asked.named), asked.channel)
-    text = yaml.safe_dump(policy.to_json(), sort_keys=False, allow_unicode=True)
-    values = {"channel": asked.channel, "text": text, "revision": revision}
-    return page_about(asked.request, "policy.html", asked.named, **values)
+    return _page(asked, yaml.safe_dump(policy.to_json(), sort_keys=False, allow_unicode=True), revision)
 
 
 @router.post(CHANNEL + "/policy")
@@ -34,6 +33,11 @@ def set_policy(asked: ChannelRequestOf, actor: PageAdmin, form: FormOf) -> Respo
             repository = repositories.find(session, asked.named)
             policies.set_policy(session, actor, repository, asked.channel, policy, expected=revision)
     except ERRORS as error:
-        values = {"channel": asked.channel, "text": text, "revision": revision}
-        return page_about(asked.request, "policy.html", asked.named, error=as_registry_error(error), **values)
+        return _page(asked, text, revision, as_registry_error(error))
     return redirect(asked.address)
+
+
+def _page(asked: ChannelRequest, text: str, revision: int, error: RegistryError | None = None) -> Response:
+    return page_about(
+        asked.request, "policy.html", asked.named, error=error, channel=asked.channel, text=text, revision=revision
+    )

@@ -57,8 +57,7 @@ def plan_part(upload_id: UploadId, number: PartNumber, body: PartIn, resources: 
 @in_store_threads
 def complete_upload(upload_id: UploadId, resources: ResourcesOf, actor: Caller) -> CompletedOut:
     """Verify the size and digest of an upload; releases in its namespace may then use the blob."""
-    done = uploads.complete(resources, actor, upload_id)
-    return CompletedOut(sha256=done.sha256, size_bytes=done.size_bytes)
+    return CompletedOut.of(uploads.complete(resources, actor, upload_id))
 
 
 @router.put("/blobs/{sha256}", status_code=201, response_class=Response)
@@ -136,7 +135,7 @@ def _upload_row(announced: PlannedUpload) -> UploadRow:
         put = PutOut(
             url=f"/v1/blobs/{file.sha256}?upload={upload_id}", headers={"Content-Length": str(file.size_bytes)}
         )
-    parts = [PartOut(number=part.number, size_bytes=part.size_bytes, present=part.present) for part in announced.parts]
+    parts = [PartOut.of(part) for part in announced.parts]
     return UploadRow(
         path=file.path, sha256=file.sha256, present=upload_id is None, upload=upload_id, put=put, parts=parts
     )

@@ -227,14 +227,12 @@ def find(session: Session, text: str) -> Base:
 
 def is_known(session: Session, text: str) -> bool:
     """Whether `find` finds a base."""
-    wanted = _called(literal(text)) if is_name(text) else _base.digest.between(text, text.ljust(64, "g"))
-    return len(session.execute(select(_base.digest).where(wanted).limit(2)).all()) == 1
+    return len(_matches(session, text)) == 1
 
 
 def identify(session: Session, text: str) -> tuple[str, str]:
     """(digest, name) of the base that `find` finds."""
-    wanted = _called(literal(text)) if is_name(text) else _base.digest.between(text, text.ljust(64, "g"))
-    matches = session.execute(select(_base.digest, _base.name).where(wanted).limit(2)).all()
+    matches = _matches(session, text)
     if not matches:
         raise NotFound(
             "base_unknown",
@@ -252,6 +250,12 @@ def identify(session: Session, text: str) -> tuple[str, str]:
     return digest, name
 
 
+def _matches(session: Session, text: str) -> Sequence[tuple[str, str]]:
+    """(digest, name) of up to two bases with this name, alias or beginning of a digest."""
+    wanted = _called(literal(text)) if is_name(text) else _base.digest.between(text, text.ljust(64, "g"))
+    return session.execute(select(_base.digest, _base.name).where(wanted).limit(2)).all()
+
+
 def _all_names(session: Session) -> list[str]:
     names = session.scalars(select(Base.name).order_by(Base.name).limit(MAX_NEAR))
     return [*names, *session.scalars(select(BaseAlias.alias).order_by(BaseAlias.alias).limit(MAX_NEAR))]
@@ -265,13 +269,8 @@ def architecture(session: Session, digest: str) -> Architecture:
     )
 
 
-def aliases(session: Session, *listed: Base) -> dict[str, list[str]]:
-    """Aliases by digest, with one query for a page of bases, as in the functions below."""
-    return aliases_by_digest(session, [base.digest for base in listed])
-
-
-def aliases_by_digest(session: Session, digests: Collection[str]) -> dict[str, list[str]]:
-    """As `aliases`, for bases known by digest alone."""
+def aliases(session: Session, digests: Collection[str]) -> dict[str, list[str]]:
+    """Aliases of bases by digest, with one query for a page of them, as in the functions below."""
     return _by_digest(session, BaseAlias.base_digest, BaseAlias.alias, digests)
 
 
