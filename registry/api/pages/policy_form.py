@@ -3,10 +3,11 @@
 import yaml
 from fastapi import APIRouter, Response
 
+from registry.api.http.problems import as_registry_error
 from registry.api.pages.forms import FormOf, number_shown
 from registry.api.pages.paths import CHANNEL, ChannelRequest, ChannelRequestOf
 from registry.api.pages.render import page_about, redirect
-from registry.api.pages.wire import ERRORS, PageAdmin, PageRoute, as_registry_error
+from registry.api.pages.wire import ERRORS, PageAdmin, PageRoute
 from registry.domain.catalog import repositories
 from registry.domain.channels import policies
 from registry.errors import RegistryError

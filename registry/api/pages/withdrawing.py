@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from registry.api.http.problems import as_registry_error
 from registry.api.http.request import ResourcesOf
 from registry.api.pages.account import validated
 from registry.api.pages.forms import Form, FormOf
 from registry.api.pages.paths import RepositoryOf, VersionOf
 from registry.api.pages.render import link, page_about, redirect
-from registry.api.pages.wire import ERRORS, PageReleaser, PageRoute, as_registry_error
+from registry.api.pages.wire import ERRORS, PageReleaser, PageRoute
 from registry.api.schemas.catalog import DeprecateIn, YankIn
 from registry.database.engine import Session
 from registry.database.tables import Release

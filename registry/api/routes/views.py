@@ -37,7 +37,10 @@ def score_view(row: Score) -> ScoreOut:
 
 def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:
     [view] = base_page(session, [row])
-    return view.model_copy(update={"tensors": _tensor_table(row)}) if tensors else view
+    if not tensors:
+        return view
+    table = [TensorRow(name=name, dtype=dtype, shape=shape, sha256=sha) for name, dtype, shape, sha in row.tensors]
+    return view.model_copy(update={"tensors": table})
 
 
 def base_page(session: Session, rows: Sequence[Base]) -> list[BaseOut]:
@@ -56,10 +59,6 @@ def base_page(session: Session, rows: Sequence[Base]) -> list[BaseOut]:
         )
         for row in rows
     ]
-
-
-def _tensor_table(row: Base) -> list[TensorRow]:
-    return [TensorRow(name=name, dtype=dtype, shape=shape, sha256=sha) for name, dtype, shape, sha in row.tensors]
 
 
 def repository_page(session: Session, rows: Sequence[Repository]) -> list[RepositoryOut]:

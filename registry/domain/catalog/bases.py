@@ -172,12 +172,7 @@ def deprecate(session: Session, actor: Actor, base: Base, reason: str | None, su
     _refuse_stranger(actor, base)
     follower = find(session, successor).digest if successor and reason is not None else None
     if follower == base.digest:
-        raise Usage(
-            "own_successor",
-            f"{base.name} cannot be its own successor.",
-            subject=base.name,
-            next_step="Name another one, or none.",
-        )
+        raise own_successor(base.name)
     before = {"deprecated": base.deprecated_reason, "successor": base.successor}
     after = {"deprecated": reason, "successor": follower}
     if before != after:
@@ -194,6 +189,12 @@ def deprecate(session: Session, actor: Actor, base: Base, reason: str | None, su
             after=after,
         )
     return base
+
+
+def own_successor(name: str) -> Usage:
+    """The error for a deprecation that names the base or the release itself as what follows it."""
+    message = f"{name} cannot be its own successor."
+    return Usage("own_successor", message, subject=name, next_step="Name another one, or none.")
 
 
 def _touch_releases(session: Session, base: Base) -> None:

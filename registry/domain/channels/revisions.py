@@ -152,9 +152,8 @@ def _empty(repository: RepositoryName) -> Located:
 def _of_commit(session: Session, reference: Reference) -> Located | None:
     if released := resolve.resolve_exact(session, reference):
         return _of_release(released)
-    if not repositories.exists(session, reference.repository):
-        return None
-    revision = commits.find_revision(session, reference.repository, reference.commit or "")
+    repository = repositories.find_if_exists(session, reference.repository)
+    revision = commits.find_revision(session, repository, reference.commit or "") if repository else None
     if revision is None:
         return None
     full_name = f"{reference.repository}#{revision.commit[:12]}"
