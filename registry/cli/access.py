@@ -11,13 +11,13 @@ import typer
 from composer.formats.untrusted import read_text
 from registry.cli import render
 from registry.cli.connect import connected
-from registry.cli.groups import group
+from registry.cli.groups import group, root
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
 
-tokens = group("Manage access tokens.")
-namespaces = group("Manage namespaces, the unit of permission.")
-users = group("Manage the names of users.")
+tokens = group("token", "Manage access tokens.")
+namespaces = group("namespace", "Manage namespaces, the unit of permission.")
+users = group("user", "Manage the names of users.")
 Json = dict[str, Any]
 _KEY_BYTES = 10_000  # larger than any PEM key
 
@@ -27,13 +27,7 @@ NamespaceName = Annotated[
 ]
 
 
-def register(root: typer.Typer) -> None:
-    root.add_typer(tokens, name="token")
-    root.add_typer(namespaces, name="namespace")
-    root.add_typer(users, name="user")
-    root.command("whoami")(who_am_i)
-
-
+@root.command("whoami")
 def who_am_i(json: JsonFlag = False) -> None:
     """Show the current user and roles."""
     with connected() as connection:

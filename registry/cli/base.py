@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.5
 
-app = group("Manage base models, which adapters are trained on.")
-
-
-def register(root: typer.Typer) -> None:
-    root.add_typer(app, name="base")
+app = group("base", "Manage base models, which adapters are trained on.")
 
 
 @app.command()

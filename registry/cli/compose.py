@@ -11,6 +11,7 @@ from composer.formats.untrusted import read_text
 from registry.cli import complete, following, render
 from registry.cli import optimize as optimizing
 from registry.cli.connect import connected, jobs_running
+from registry.cli.groups import root
 from registry.cli.interrupt import interrupts
 from registry.cli.jobs import MemoryOption, PriorityOption, wishes
 from registry.cli.render import JsonFlag
@@ -50,10 +51,7 @@ _ASKED_S = 1.2
 """How long to wait for a second interrupt: the first one ends the command within two seconds."""
 
 
-def register(root: typer.Typer) -> None:
-    root.command()(compose)
-
-
+@root.command()
 def compose(  # noqa: PLR0913
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
     plan: Annotated[

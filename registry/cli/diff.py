@@ -10,6 +10,7 @@ import typer
 from composer.formats.untrusted import cut
 from registry.cli import complete, render
 from registry.cli.connect import connected, release_directory
+from registry.cli.groups import root
 from registry.cli.quality import release_or_base
 from registry.cli.render import JsonFlag
 from registry.error_families import refuse_errors
@@ -42,10 +43,7 @@ class Subject:
     results: dict[str, Json] = field(default_factory=dict[str, Json])
 
 
-def register(root: typer.Typer) -> None:
-    root.command()(diff)
-
-
+@root.command()
 def diff(
     old: Annotated[
         str,

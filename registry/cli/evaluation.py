@@ -12,6 +12,7 @@ from composer.errors import ComposerError
 from registry.cli import complete, queued_evaluation, render
 from registry.cli import harness as harnesses
 from registry.cli.connect import base_checkpoint, connected, release_directory
+from registry.cli.groups import root
 from registry.cli.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
 from registry.cli.idle import refuse_idle
 from registry.cli.jobs import MemoryOption, PriorityOption, wishes
@@ -34,10 +35,6 @@ Json = dict[str, Any]
 _HELP = "See `adaptory eval --help`."
 
 
-def register(root: typer.Typer) -> None:
-    root.command("eval")(evaluate)
-
-
 @dataclass(frozen=True, slots=True)
 class Task:
     """One subject on one suite: a subject, a suite, the examples and what an interrupted run has measured."""
@@ -48,6 +45,7 @@ class Task:
     journal: "ResultJournal"
 
 
+@root.command("eval")
 def evaluate(  # noqa: PLR0913
     what: Annotated[
         list[str],

@@ -63,11 +63,6 @@ class Commands(TyperGroup):
         return [(name, _first_sentence(one.help or "")) for name, one in known if one and not one.hidden]
 
 
-def group(text: str) -> typer.Typer:
-    """A command that only has others below it; `text` is its help."""
-    return typer.Typer(cls=Commands, help=text, no_args_is_help=True, rich_markup_mode=None)
-
-
 def _first_sentence(text: str) -> str:
     return " ".join(text.split("\n\n")[0].split()).partition(". ")[0].rstrip(".") + "."
 
@@ -87,3 +82,22 @@ class GroupedCommands(Commands):
                 formatter.write_dl(rows)
                 if example:
                     formatter.write(f"  Example: {example}\n")
+
+
+root = typer.Typer(
+    name="adaptory",
+    cls=GroupedCommands,
+    help="The release registry and composer for LoRA adapters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+"""`adaptory`, to which each module adds its commands."""
+
+
+def group(name: str, text: str) -> typer.Typer:
+    """A command that only has others below it; `text` is its help."""
+    added = typer.Typer(cls=Commands, help=text, no_args_is_help=True, rich_markup_mode=None)
+    root.add_typer(added, name=name)
+    return added

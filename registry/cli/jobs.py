@@ -8,6 +8,7 @@ import typer
 
 from registry.cli import following, render
 from registry.cli.connect import connected, jobs_running
+from registry.cli.groups import root
 from registry.cli.idle import refuse_idle
 from registry.cli.render import JsonFlag
 from registry.error_families import of_row
@@ -37,17 +38,13 @@ SILENT_S = 90.0
 _HELP = "adaptory jobs"
 
 
-def register(root: typer.Typer) -> None:
-    for command in (jobs, cancel):
-        root.command()(command)
-
-
 def wishes(priority: PriorityName | None, memory_bytes: int | None) -> Json:
     """The fields of a request for a job: those that are given, since an older server does not know them."""
     given = {"priority": priority.value if priority else None, "memory_bytes": memory_bytes}
     return {name: value for name, value in given.items() if value is not None}
 
 
+@root.command()
 def jobs(
     job: Annotated[int | None, typer.Argument(metavar="[ID]", help="Show only this job.")] = None,
     follow: Annotated[
@@ -80,6 +77,7 @@ def jobs(
     render.document(document, json, lambda: _show(document), failure)
 
 
+@root.command()
 def cancel(
     job: Annotated[int, typer.Argument(metavar="ID", help="As `adaptory jobs` shows it.")], json: JsonFlag = False
 ) -> None:

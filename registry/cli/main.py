@@ -3,40 +3,24 @@
 import logging
 import os
 import sys
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from composer.errors import ComposerError
-from registry.cli import (
-    access,
-    backup,
-    base,
-    compose,
-    conflicts,
-    diff,
-    doctor,
-    evaluation,
-    hub,
-    inspection,
-    jobs,
-    local,
-    maintenance,
-    operations,
-    profiles,
-    promotion,
-    publisher,
-    quality,
-    release,
-    render,
-    search,
-    sign,
-    transfer,
-)
+from registry.cli import render
 from registry.cli.examples import add_examples
-from registry.cli.groups import GroupedCommands
+from registry.cli.groups import root
 from registry.cli.interrupt import INTERRUPTED, interrupts
 from registry.errors import RegistryError, Unavailable
+
+PARTS = (
+    "access", "backup", "base", "compose", "conflicts", "diff", "doctor", "evaluation", "hub", "inspection", "jobs",
+    "local", "maintenance", "operations", "profiles", "promotion", "publisher", "quality", "release", "search", "sign",
+    "transfer",
+)  # fmt: skip
+"""Modules that add their commands to `root` when they are imported."""
 
 EXTRAS = {
     "torch": "composer", "transformers": "models", "boto3": "s3", "botocore": "s3", "psycopg": "postgres",
@@ -64,18 +48,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-app = typer.Typer(
-    name="adaptory",
-    cls=GroupedCommands,
-    help="The release registry and composer for LoRA adapters.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,
-)
-
-
-@app.callback()
+@root.callback()
 def options(
     profile: Annotated[
         str | None, typer.Option(help="Use the registry of this profile; local is the embedded one.")
@@ -91,32 +64,9 @@ def options(
         os.environ["ADAPTORY_PROFILE"] = profile
 
 
-for part in (
-    base,
-    profiles,
-    access,
-    publisher,
-    transfer,
-    hub,
-    sign,
-    release,
-    promotion,
-    inspection,
-    diff,
-    doctor,
-    search,
-    quality,
-    evaluation,
-    conflicts,
-    compose,
-    local,
-    jobs,
-    operations,
-    maintenance,
-    backup,
-):
-    part.register(app)
-add_examples(app)
+for part in PARTS:
+    import_module(f"registry.cli.{part}")
+add_examples(root)
 
 
 def main() -> None:
@@ -127,7 +77,7 @@ def main() -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns that a base is streamed, which is intended
     logging.getLogger("huggingface_hub").propagate = False  # it prints what a hub warns of by a handler of its own
     try:
-        app(_global_options_first(sys.argv[1:]), prog_name="adaptory")
+        root(_global_options_first(sys.argv[1:]), prog_name="adaptory")
     except (RegistryError, ComposerError, OSError) as error:
         sys.exit(render.fail(error, "--json" in sys.argv))
     except ModuleNotFoundError as error:

@@ -12,21 +12,16 @@ from urllib.parse import urlsplit
 import typer
 
 from registry.cli import render
-from registry.cli.groups import group
+from registry.cli.groups import group, root
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
 from registry.formats.references import parse_name
 from registry.sdk.profile_file import LOCAL, Profile, Profiles
 
-app = group("Manage saved registries and tokens.")
+app = group("profile", "Manage saved registries and tokens.")
 
 
-def register(root: typer.Typer) -> None:
-    root.command()(login)
-    root.command()(logout)
-    root.add_typer(app, name="profile")
-
-
+@root.command()
 def login(
     url: Annotated[str, typer.Argument(metavar="URL", help="Address of the registry.")],
     name: Annotated[
@@ -64,6 +59,7 @@ def login(
     render.document(document, json, lambda: render.out(f"logged in to {address} as {user} (profile {profile_name})"))
 
 
+@root.command()
 def logout(
     name: Annotated[
         str | None, typer.Argument(metavar="[PROFILE]", help="By default, that of --profile, or the one in use.")

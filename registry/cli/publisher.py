@@ -11,13 +11,9 @@ from registry.cli.groups import group
 from registry.cli.render import JsonFlag
 from registry.formats.references import parse_repository
 
-publisher_app = group("Let jobs of continuous integration publish without a secret.")
+publisher_app = group("publisher", "Let jobs of continuous integration publish without a secret.")
 Json = dict[str, Any]
 Repository = Annotated[str, typer.Argument(metavar="REPO", help="Such as acme/sql; it need not exist yet.")]
-
-
-def register(root: typer.Typer) -> None:
-    root.add_typer(publisher_app, name="publisher")
 
 
 @publisher_app.command("add")

@@ -6,6 +6,7 @@ import typer
 
 from registry.cli import complete, render
 from registry.cli.connect import connected, resolved
+from registry.cli.groups import root
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
 from registry.cli.sign import signer
@@ -26,13 +27,7 @@ Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.
 Json = dict[str, Any]
 
 
-def register(root: typer.Typer) -> None:
-    for command in (log, show, history, gate, yank, unyank, deprecate, takedown):
-        root.command()(command)
-    root.command("list")(list_repositories)
-    root.command("rollback")(roll_back)
-
-
+@root.command("list")
 def list_repositories(
     name: Annotated[
         str | None,
@@ -55,6 +50,7 @@ def list_repositories(
     render.listing(items, json, ("repository", "kind", "latest", "channels"), rows)
 
 
+@root.command()
 def log(
     repository: Annotated[str, typer.Argument(metavar="REPO", help="NAMESPACE/NAME.")], json: JsonFlag = False
 ) -> None:
@@ -65,6 +61,7 @@ def log(
     render.document({"items": items, "next": None}, json, lambda: show_releases(items))
 
 
+@root.command()
 def show(
     ref: Ref,
     modules: Annotated[
@@ -87,6 +84,7 @@ def show(
     render.document(release, json, lambda: _show_release(release, made))
 
 
+@root.command("rollback")
 def roll_back(
     channel: Channel,
     to: Annotated[str | None, typer.Option("--to", help="A version that the channel has served before.")] = None,
@@ -104,6 +102,7 @@ def roll_back(
     warn_of_move_since(move, since)
 
 
+@root.command()
 def history(channel: Channel, json: JsonFlag = False) -> None:
     """List every move of a channel, newest first."""
     repository, name = parse_channel_reference(channel)
@@ -125,6 +124,7 @@ def history(channel: Channel, json: JsonFlag = False) -> None:
     render.listing(moves, json, ("move", "at", "kind", "from", "to", "actor", "", "reason"), rows, channel)
 
 
+@root.command()
 def gate(
     channel: Channel,
     rule: Annotated[
@@ -151,6 +151,7 @@ def gate(
     )
 
 
+@root.command()
 def yank(
     ref: Ref,
     reason: Annotated[str, typer.Option("--reason", help="Why.")],
@@ -162,6 +163,7 @@ def yank(
     render.document(release, json, lambda: render.out(f"yanked {release['repository']}:{release['version']}: {reason}"))
 
 
+@root.command()
 def unyank(
     ref: Ref,
     reason: Annotated[str, typer.Option("--reason", help="Why.")],
@@ -176,6 +178,7 @@ def unyank(
     render.document(release, json, lambda: render.out(line))
 
 
+@root.command()
 def takedown(
     ref: Ref,
     reason: Annotated[str, typer.Option("--reason", help="Why; the tombstone shows it.")],
@@ -202,6 +205,7 @@ def takedown(
     render.document(taken, json, show)
 
 
+@root.command()
 def deprecate(
     ref: Ref,
     reason: Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")] = None,

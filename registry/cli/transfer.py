@@ -10,6 +10,7 @@ import typer
 from composer.formats.untrusted import read_text
 from registry.cli import complete, render
 from registry.cli.connect import connected, release_directory, resolved
+from registry.cli.groups import root
 from registry.cli.idle import refuse_idle
 from registry.cli.promotion import show_promotion
 from registry.cli.release import Ref, show_move, warn_of_move_since
@@ -42,11 +43,7 @@ AllowBreaking = Annotated[
 _HELP = "Leave it out, or see `adaptory verify --help`."
 
 
-def register(root: typer.Typer) -> None:
-    for command in (push, pull, verify):
-        root.command()(command)
-
-
+@root.command()
 def push(  # noqa: PLR0913
     directory: Annotated[Path, typer.Argument(help="The training output, with adapter_config.json in it.")],
     target: Target,
@@ -127,6 +124,7 @@ def _kind(text: str) -> str:
     return text
 
 
+@root.command()
 def pull(
     ref: Ref,
     output: Annotated[
@@ -175,6 +173,7 @@ def pull(
     render.document(document, json, lambda: print(output))
 
 
+@root.command()
 def verify(  # noqa: PLR0913
     what: Annotated[str, typer.Argument(metavar="DIR|REF", help="A directory or a reference.")],
     key: Annotated[
