@@ -12,7 +12,7 @@ from registry.cli import complete, queued_evaluation, render
 from registry.cli.connect import connected, jobs_running
 from registry.cli.groups import group
 from registry.cli.interrupt import interrupts
-from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
+from registry.cli.release import Undo, WhyDeprecated, deprecation_body, deprecation_words, show_deprecation
 from registry.cli.render import JsonFlag
 from registry.errors import NotAllowed, NotFound, Usage
 from registry.sdk.connection import Connection, load_settings
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from composer.formats.checkpoints.hashing import BaseIdentity
 
 _POLL_S = 0.5
+KnownBase = Annotated[str, typer.Argument(help="Name, alias or digest.", autocompletion=complete.bases)]
 
 app = group("base", "Manage base models, which adapters are trained on.")
 
@@ -122,10 +123,7 @@ def list_bases(json: JsonFlag = False) -> None:
 
 
 @app.command()
-def show(
-    base: Annotated[str, typer.Argument(help="Name, alias or digest.", autocompletion=complete.bases)],
-    json: JsonFlag = False,
-) -> None:
+def show(base: KnownBase, json: JsonFlag = False) -> None:
     """Show a base and its scores."""
     with connected() as connection:
         document = connection.api.base(base)
@@ -142,12 +140,12 @@ def unalias(alias: Annotated[str, typer.Argument(help="As `base list` shows it."
 
 @app.command()
 def deprecate(
-    base: Annotated[str, typer.Argument(help="Name, alias or digest.", autocompletion=complete.bases)],
-    reason: Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")] = None,
+    base: KnownBase,
+    reason: WhyDeprecated = None,
     successor: Annotated[
         str | None, typer.Option(metavar="BASE", help="What to use instead.", autocompletion=complete.bases)
     ] = None,
-    undo: Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")] = False,
+    undo: Undo = False,
     json: JsonFlag = False,
 ) -> None:
     """Mark a base as deprecated: its releases say so too, and nothing is blocked. Only for its creator and admins."""

@@ -24,6 +24,9 @@ Channel = Annotated[
     str, typer.Argument(metavar="REPO@CHANNEL", help="Such as acme/sql@prod.", autocompletion=complete.channels)
 ]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
+Why = Annotated[str, typer.Option("--reason", help="Why.")]
+WhyDeprecated = Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")]
+Undo = Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")]
 Json = dict[str, Any]
 
 
@@ -152,11 +155,7 @@ def gate(
 
 
 @root.command()
-def yank(
-    ref: Ref,
-    reason: Annotated[str, typer.Option("--reason", help="Why.")],
-    json: JsonFlag = False,
-) -> None:
+def yank(ref: Ref, reason: Why, json: JsonFlag = False) -> None:
     """Exclude a release from resolution; its exact version still resolves, with a warning."""
     with connected() as connection:
         release = connection.api.post(f"{_path(_exactly(connection, ref))}/yank", {"reason": reason})
@@ -164,11 +163,7 @@ def yank(
 
 
 @root.command()
-def unyank(
-    ref: Ref,
-    reason: Annotated[str, typer.Option("--reason", help="Why.")],
-    json: JsonFlag = False,
-) -> None:
+def unyank(ref: Ref, reason: Why, json: JsonFlag = False) -> None:
     """Undo a yank."""
     with connected() as connection:
         before = _exactly(connection, ref, warned=True)
@@ -208,11 +203,11 @@ def takedown(
 @root.command()
 def deprecate(
     ref: Ref,
-    reason: Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")] = None,
+    reason: WhyDeprecated = None,
     successor: Annotated[
         str | None, typer.Option(metavar="REF", help="What to use instead.", autocompletion=complete.references)
     ] = None,
-    undo: Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")] = False,
+    undo: Undo = False,
     json: JsonFlag = False,
 ) -> None:
     """Mark a release as deprecated, which is shown wherever it is, and blocks nothing."""

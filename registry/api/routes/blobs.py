@@ -32,6 +32,7 @@ BYTES: dict[int | str, dict[str, Any]] = {
 }
 """OpenAPI responses of a route that sends a file."""
 UploadId = Annotated[str, Path(max_length=64)]
+ByteRange = Annotated[str | None, Header(alias="Range")]
 PartNumber = Annotated[int, Path(ge=1, le=10_000)]
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
@@ -77,9 +78,7 @@ async def upload(
 
 @router.get("/blobs/{sha256}", response_class=Response, responses=BYTES)
 @in_store_threads
-def download(
-    sha256: str, resources: ResourcesOf, actor: Caller, byte_range: Annotated[str | None, Header(alias="Range")] = None
-) -> Response:
+def download(sha256: str, resources: ResourcesOf, actor: Caller, byte_range: ByteRange = None) -> Response:
     return blob_response(resources, uploads.readable(resources, actor, parse_digest(sha256)), byte_range)
 
 

@@ -1,15 +1,13 @@
 """Repositories and their releases. The same routes serve adapters and models."""
 
-from typing import Annotated
-
-from fastapi import Header, Request, Response
+from fastapi import Request, Response
 
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, decode_number, encode_cursor, page
 from registry.api.http.request import RequestKey, ResourcesOf, idempotent_request
 from registry.api.http.routes import Route
 from registry.api.http.rules import Admin, Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
-from registry.api.routes.blobs import BYTES, file_response
+from registry.api.routes.blobs import BYTES, ByteRange, file_response
 from registry.api.routes.documents import page_response, release_documents, release_view
 from registry.api.routes.repository import KindOf, RepositoryOf, RepositoryRouter
 from registry.api.routes.views import repository_page
@@ -175,12 +173,7 @@ def show_spectrum(named: RepositoryOf, version: str, resources: ResourcesOf, act
 )
 @in_store_threads
 def download_file(
-    named: RepositoryOf,
-    version: str,
-    path: str,
-    resources: ResourcesOf,
-    actor: Reader,
-    byte_range: Annotated[str | None, Header(alias="Range")] = None,
+    named: RepositoryOf, version: str, path: str, resources: ResourcesOf, actor: Reader, byte_range: ByteRange = None
 ) -> Response:
     with resources.read() as session:
         file = releases.find_file(session, named.release(session, version), path)

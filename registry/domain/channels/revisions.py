@@ -169,14 +169,12 @@ def _of_commit(session: Session, reference: Reference) -> Located | None:
 
 def _of_release(resolved: ResolvedRow) -> Located:
     row = resolved.row
-    repository = RepositoryName(row.namespace, row.repository)
-    named = resolved.full_name
     return Located(
-        repository=repository,
+        repository=RepositoryName(row.namespace, row.repository),
         revision_id=row.revision_id,
         commit=row.commit,
         manifest=row.manifest,
-        full_name=named,
+        full_name=resolved.full_name,
         release_id=row.id,
         warning=resolved.warning,
     )
