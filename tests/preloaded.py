@@ -37,7 +37,7 @@ for routers in (registry.api.app.routers, registry.api.app.hub_routers, registry
 # with.
 registry.transfer.resources.ensure_schema = partial(services.ensure_schema_by_copy, services.shared_directory())
 typer.main.get_command = lru_cache(typer.main.get_command)
-typer.main.get_command(registry.cli.main.app)
+typer.main.get_command(registry.cli.main.root)
 botocore.session.create_loader = lru_cache(botocore.session.create_loader)
 boto3.Session().client("s3", region_name="us-east-1")
 gc.freeze()

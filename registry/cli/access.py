@@ -11,15 +11,13 @@ import typer
 from composer.formats.untrusted import read_text
 from registry.cli import render
 from registry.cli.connect import connected
-from registry.cli.groups import Commands
+from registry.cli.groups import group, root
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
 
-tokens = typer.Typer(cls=Commands, help="Manage access tokens.", no_args_is_help=True, rich_markup_mode=None)
-namespaces = typer.Typer(
-    cls=Commands, help="Manage namespaces, the unit of permission.", no_args_is_help=True, rich_markup_mode=None
-)
-users = typer.Typer(cls=Commands, help="Manage the names of users.", no_args_is_help=True, rich_markup_mode=None)
+tokens = group("token", "Manage access tokens.")
+namespaces = group("namespace", "Manage namespaces, the unit of permission.")
+users = group("user", "Manage the names of users.")
 Json = dict[str, Any]
 _UNLIMITED = {"*": "admin"}  # what its user may do, whatever that is
 _KEY_BYTES = 10_000  # larger than any PEM key
@@ -30,13 +28,7 @@ NamespaceName = Annotated[
 ]
 
 
-def register(root: typer.Typer) -> None:
-    root.add_typer(tokens, name="token")
-    root.add_typer(namespaces, name="namespace")
-    root.add_typer(users, name="user")
-    root.command("whoami")(who_am_i)
-
-
+@root.command("whoami")
 def who_am_i(json: JsonFlag = False) -> None:
     """Show the current user and roles."""
     with connected() as connection:
@@ -99,7 +91,7 @@ def list_tokens(json: JsonFlag = False) -> None:
         for row in items
     ]
     columns = ("id", "user", "kind", "name", "scope", "expires", "revoked", "last used")
-    render.document({"items": items, "next": None}, json, lambda: render.table("", columns, rows))
+    render.listing(items, json, columns, rows)
 
 
 @tokens.command("revoke")
@@ -119,8 +111,7 @@ def list_namespaces(json: JsonFlag = False) -> None:
     with connected() as connection:
         items = list(connection.api.pages("/v1/namespaces"))
     rows = [(row["namespace"], _visibility(row), row["require_signature"], row["created_by"]) for row in items]
-    columns = ("namespace", "visible", "signed only", "by")
-    render.document({"items": items, "next": None}, json, lambda: render.table("", columns, rows))
+    render.listing(items, json, ("namespace", "visible", "signed only", "by"), rows)
 
 
 @namespaces.command("set")

@@ -7,6 +7,7 @@ import typer
 
 from registry.cli import render
 from registry.cli.connect import own_settings
+from registry.cli.groups import root
 from registry.cli.maintenance import Check, own_resources
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
@@ -27,11 +28,7 @@ Endpoint = Annotated[
 ]
 
 
-def register(root: typer.Typer) -> None:
-    for command in (backup, restore):
-        root.command()(command)
-
-
+@root.command()
 def backup(
     target: Target,
     keep: Annotated[
@@ -85,6 +82,7 @@ def _show_saved(saved: "Saved") -> None:
         render.out(f"error: and {len(manifest.missing) - _MISSING_SHOWN:,} more blobs")
 
 
+@root.command()
 def restore(
     source: Target,
     name: Annotated[str | None, typer.Option(help="Name of the backup; the newest by default.")] = None,

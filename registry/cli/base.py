@@ -10,9 +10,9 @@ import typer
 
 from registry.cli import complete, queued_evaluation, render
 from registry.cli.connect import connected, jobs_running
-from registry.cli.groups import Commands
+from registry.cli.groups import group
 from registry.cli.interrupt import interrupts
-from registry.cli.release import deprecation_body, deprecation_words, show_deprecation
+from registry.cli.release import Undo, WhyDeprecated, deprecation_body, deprecation_words, show_deprecation
 from registry.cli.render import JsonFlag
 from registry.errors import NotAllowed, NotFound, Usage
 from registry.sdk.connection import Connection, load_settings
@@ -22,14 +22,9 @@ if TYPE_CHECKING:
     from composer.formats.checkpoints.hashing import BaseIdentity
 
 _POLL_S = 0.5
+KnownBase = Annotated[str, typer.Argument(help="Name, alias or digest.", autocompletion=complete.bases)]
 
-app = typer.Typer(
-    cls=Commands, help="Manage base models, which adapters are trained on.", no_args_is_help=True, rich_markup_mode=None
-)
-
-
-def register(root: typer.Typer) -> None:
-    root.add_typer(app, name="base")
+app = group("base", "Manage base models, which adapters are trained on.")
 
 
 @app.command()
@@ -125,18 +120,11 @@ def list_bases(json: JsonFlag = False) -> None:
     rows = [
         (base["name"], base["digest"][:12], base["model_type"], base["parameters"], base["aliases"]) for base in items
     ]
-    render.document(
-        {"items": items, "next": None},
-        json,
-        lambda: render.table("", ("base", "digest", "type", "parameters", "aliases"), rows),
-    )
+    render.listing(items, json, ("base", "digest", "type", "parameters", "aliases"), rows)
 
 
 @app.command()
-def show(
-    base: Annotated[str, typer.Argument(help="Name, alias or digest.", autocompletion=complete.bases)],
-    json: JsonFlag = False,
-) -> None:
+def show(base: KnownBase, json: JsonFlag = False) -> None:
     """Show a base and its scores."""
     with connected() as connection:
         document = connection.api.base(base)
@@ -153,12 +141,12 @@ def unalias(alias: Annotated[str, typer.Argument(help="As `base list` shows it."
 
 @app.command()
 def deprecate(
-    base: Annotated[str, typer.Argument(help="Name, alias or digest.", autocompletion=complete.bases)],
-    reason: Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")] = None,
+    base: KnownBase,
+    reason: WhyDeprecated = None,
     successor: Annotated[
         str | None, typer.Option(metavar="BASE", help="What to use instead.", autocompletion=complete.bases)
     ] = None,
-    undo: Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")] = False,
+    undo: Undo = False,
     json: JsonFlag = False,
 ) -> None:
     """Mark a base as deprecated: its releases say so too, and nothing is blocked. Only for its creator and admins."""
@@ -200,10 +188,8 @@ def upgrade(
         if document["job"] is not None and wait:
             with jobs_running(connection, document["job"]):
                 document = _followed(connection, document)
-    render.document(document, json, lambda: _show_upgrade(document))
-    if wait and (error := queued_evaluation.error_of(document)):
-        # Not raised: with --json, stdout has the report, and a second document would break its readers.
-        raise typer.Exit(render.fail(error, as_json=False))
+    failure = queued_evaluation.error_of(document) if wait else None
+    render.document(document, json, lambda: _show_upgrade(document), failure)
 
 
 def _successor(connection: Connection, old: str) -> str:

@@ -11,6 +11,7 @@ from composer.formats.untrusted import read_text
 from registry.cli import complete, following, render
 from registry.cli import optimize as optimizing
 from registry.cli.connect import connected, jobs_running
+from registry.cli.groups import root
 from registry.cli.interrupt import interrupts
 from registry.cli.jobs import MemoryOption, PriorityOption, wishes
 from registry.cli.render import JsonFlag
@@ -50,10 +51,7 @@ _ASKED_S = 1.2
 """How long to wait for a second interrupt: the first one ends the command within two seconds."""
 
 
-def register(root: typer.Typer) -> None:
-    root.command()(compose)
-
-
+@root.command()
 def compose(  # noqa: PLR0913
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
     plan: Annotated[
@@ -88,10 +86,8 @@ def compose(  # noqa: PLR0913
         if plan or follow or connection.resources is not None:
             with jobs_running(connection, composition["job"]):
                 composition = _follow_or_cancel(connection, composition, lines=follow)
-    render.document(composition, json, lambda: _show(composition))
-    if composition["state"] in ("refused", "failed", "cancelled"):
-        # Not raised: with --json, stdout has the composition, and a second document would break its readers.
-        raise typer.Exit(render.fail(_error(composition), as_json=False))
+    failure = _error(composition) if composition["state"] in ("refused", "failed", "cancelled") else None
+    render.document(composition, json, lambda: _show(composition), failure)
 
 
 def with_rules(weights: Sequence[float], rules: list[str] | None) -> "list[Weight]":

@@ -13,6 +13,7 @@ from registry.cli import complete, render
 from registry.cli import optimize as optimizing
 from registry.cli.compose import Method, Require, Rules, Settings, required, settings_of, with_rules
 from registry.cli.connect import connected
+from registry.cli.groups import root
 from registry.cli.idle import refuse_idle
 from registry.cli.quality import BaseDir, Device
 from registry.cli.render import JsonFlag
@@ -67,10 +68,7 @@ Budget = Annotated[
 ]
 
 
-def register(root: typer.Typer) -> None:
-    root.command()(conflicts)
-
-
+@root.command()
 def conflicts(  # noqa: PLR0913
     adapters: Adapters,
     base: BaseOrDirectory = None,

@@ -1,7 +1,7 @@
 """Differences between two releases or directories: facts, factors, scores, files, provenance."""
 
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +10,7 @@ import typer
 from composer.formats.untrusted import cut
 from registry.cli import complete, render
 from registry.cli.connect import connected, release_directory
+from registry.cli.groups import root
 from registry.cli.quality import release_or_base
 from registry.cli.render import JsonFlag
 from registry.error_families import refuse_errors
@@ -42,10 +43,7 @@ class Subject:
     results: dict[str, Json] = field(default_factory=dict[str, Json])
 
 
-def register(root: typer.Typer) -> None:
-    root.command()(diff)
-
-
+@root.command()
 def diff(
     old: Annotated[
         str,
@@ -172,7 +170,6 @@ def _directory(directory: Path) -> Subject:
     servers, _ = judge(seen.adapter.config, seen.facts, seen.placed)
     used = spectrum(seen.adapter, seen.placed)
     card = directory / CARD_FILE
-    files = [file.manifest for file in collect(select_files(directory))]
     release = {
         "base": {"digest": None, "name": seen.facts.base_model_name_or_path},
         "adapter": seen.facts.to_json() | {"spectrum": used.summary() if used else None},
@@ -180,7 +177,7 @@ def _directory(directory: Path) -> Subject:
         "servers": [server for bit, server in enumerate(SERVERS) if servers >> bit & 1],
         "provenance": card_provenance(card.read_bytes())[0] if card.is_file() else {},
         "scores": [],
-        "files": [{"path": file.path, "size_bytes": file.size_bytes, "sha256": file.sha256} for file in files],
+        "files": [asdict(file.manifest) for file in collect(select_files(directory))],
     }
     return Subject(str(directory), release, directory, of_note(_note(directory)))
 

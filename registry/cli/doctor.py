@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from registry.cli import render
+from registry.cli.groups import root
 from registry.cli.render import JsonFlag
 from registry.errors import Conflict, RegistryError, Usage
 from registry.sdk.connection import load_settings, open_registry
@@ -28,10 +29,7 @@ Json = dict[str, Any]
 MARKS = {"ok": "ok", "warning": "warning", "error": "ERROR"}
 
 
-def register(root: typer.Typer) -> None:
-    root.command()(doctor)
-
-
+@root.command()
 def doctor(
     contents: Annotated[
         bool, typer.Option("--contents/--no-contents", help="Check every row and the size of every blob, as fsck does.")

@@ -12,6 +12,7 @@ from composer.errors import ComposerError
 from registry.cli import complete, queued_evaluation, render
 from registry.cli import harness as harnesses
 from registry.cli.connect import base_checkpoint, connected, release_directory
+from registry.cli.groups import root
 from registry.cli.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
 from registry.cli.idle import refuse_idle
 from registry.cli.jobs import MemoryOption, PriorityOption, wishes
@@ -34,10 +35,6 @@ Json = dict[str, Any]
 _HELP = "See `adaptory eval --help`."
 
 
-def register(root: typer.Typer) -> None:
-    root.command("eval")(evaluate)
-
-
 @dataclass(frozen=True, slots=True)
 class Task:
     """One subject on one suite: a subject, a suite, the examples and what an interrupted run has measured."""
@@ -48,6 +45,7 @@ class Task:
     journal: "ResultJournal"
 
 
+@root.command("eval")
 def evaluate(  # noqa: PLR0913
     what: Annotated[
         list[str],
@@ -96,10 +94,7 @@ def evaluate(  # noqa: PLR0913
     rows, failed = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, where)
     documents = [{"subject": name, "recorded": limit is None, "scores": scores} for name, scores in rows.items()]
     document = documents[0] if len(documents) == 1 else {"items": documents, "next": None}
-    render.document(document, json, lambda: _show(documents))
-    if failed:
-        # Not raised: with --json, stdout has the scores, and a second document would break its readers.
-        raise typer.Exit(render.fail(failed, as_json=False))
+    render.document(document, json, lambda: _show(documents), failed)
 
 
 def _evaluated(
@@ -134,10 +129,8 @@ def _queue(
         registered = harnesses.register(connection, harnesses.load(choice)) if choice.names else []
         on = list(dict.fromkeys([*suites, *registered]))
         document = queued_evaluation.queue(connection, list(dict.fromkeys(what)), on, wish, wait=wait)
-    render.document(document, json, lambda: queued_evaluation.show(document))
-    if wait and (error := queued_evaluation.error_of(document)):
-        # Not raised: with --json, stdout has the report, and a second document would break its readers.
-        raise typer.Exit(render.fail(error, as_json=False))
+    failure = queued_evaluation.error_of(document) if wait else None
+    render.document(document, json, lambda: queued_evaluation.show(document), failure)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import typer
 from typer.core import TyperGroup
 
 GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -81,3 +82,22 @@ class GroupedCommands(Commands):
                 formatter.write_dl(rows)
                 if example:
                     formatter.write(f"  Example: {example}\n")
+
+
+root = typer.Typer(
+    name="adaptory",
+    cls=GroupedCommands,
+    help="The release registry and composer for LoRA adapters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+"""`adaptory`, to which each module adds its commands."""
+
+
+def group(name: str, text: str) -> typer.Typer:
+    """A command that only has others below it; `text` is its help."""
+    added = typer.Typer(cls=Commands, help=text, no_args_is_help=True, rich_markup_mode=None)
+    root.add_typer(added, name=name)
+    return added

@@ -7,6 +7,7 @@ import typer
 
 from registry.cli import render
 from registry.cli.connect import connected
+from registry.cli.groups import root
 from registry.cli.release import Ref
 from registry.cli.render import JsonFlag
 from registry.cli.transfer import AllowBreaking, BaseName, Bump, SigningKey, Target, show_push, show_warnings
@@ -19,11 +20,7 @@ Endpoint = Annotated[
 ]
 
 
-def register(root: typer.Typer) -> None:
-    root.command("import")(import_)
-    root.command()(export)
-
-
+@root.command("import")
 def import_(  # noqa: PLR0913
     source: Annotated[
         str, typer.Argument(metavar="hf://ORG/NAME[@REV]", help="A repository, and a branch, tag or commit of it.")
@@ -69,6 +66,7 @@ def import_(  # noqa: PLR0913
     render.document(imported, json, show)
 
 
+@root.command()
 def export(
     ref: Ref,
     target: Annotated[str, typer.Argument(metavar="hf://ORG/NAME", help="Created if it does not exist.")],

@@ -8,6 +8,7 @@ import typer
 
 from registry.cli import complete, render
 from registry.cli.connect import connected, release_directory, resolved
+from registry.cli.groups import root
 from registry.cli.release import used_ranks
 from registry.cli.render import JsonFlag
 
@@ -20,10 +21,7 @@ PROFILES = ("vllm:16", "vllm:64", "sglang", "llamacpp", "peft")
 """The servers that `inspect` checks by default."""
 
 
-def register(root: typer.Typer) -> None:
-    root.command()(inspect)
-
-
+@root.command()
 def inspect(
     what: Annotated[
         str,

@@ -8,10 +8,11 @@ import typer
 
 from registry.cli import following, render
 from registry.cli.connect import connected, jobs_running
+from registry.cli.groups import root
 from registry.cli.idle import refuse_idle
 from registry.cli.render import JsonFlag
 from registry.error_families import of_row
-from registry.errors import Refused
+from registry.errors import Refused, RegistryError
 
 Json = dict[str, Any]
 
@@ -37,17 +38,13 @@ SILENT_S = 90.0
 _HELP = "adaptory jobs"
 
 
-def register(root: typer.Typer) -> None:
-    for command in (jobs, cancel):
-        root.command()(command)
-
-
 def wishes(priority: PriorityName | None, memory_bytes: int | None) -> Json:
     """The fields of a request for a job: those that are given, since an older server does not know them."""
     given = {"priority": priority.value if priority else None, "memory_bytes": memory_bytes}
     return {name: value for name, value in given.items() if value is not None}
 
 
+@root.command()
 def jobs(
     job: Annotated[int | None, typer.Argument(metavar="[ID]", help="Show only this job.")] = None,
     follow: Annotated[
@@ -76,13 +73,11 @@ def jobs(
         if follow and document["state"] in following.UNFINISHED:
             with following.left_running(job), jobs_running(connection, job):
                 document = following.follow(connection, job, lines=True)
-    render.document(document, json, lambda: _show(document))
-    if follow and document["state"] != "done":
-        # Not raised: with --json, stdout has the job, and a second document would break its readers.
-        error = of_row(document["error"]) if document["error"] else _cancelled(job)
-        raise typer.Exit(render.fail(error, as_json=False))
+    failure = _failure(document) if follow and document["state"] != "done" else None
+    render.document(document, json, lambda: _show(document), failure)
 
 
+@root.command()
 def cancel(
     job: Annotated[int, typer.Argument(metavar="ID", help="As `adaptory jobs` shows it.")], json: JsonFlag = False
 ) -> None:
@@ -92,8 +87,11 @@ def cancel(
     render.document(document, json, lambda: render.out(f"job {document['id']}: {document['state']}"))
 
 
-def _cancelled(job: int) -> Refused:
-    return Refused("job_cancelled", f"Job {job} was cancelled.", subject=str(job), next_step="Request it again.")
+def _failure(job: Json) -> RegistryError:
+    if job["error"]:
+        return of_row(job["error"])
+    named = str(job["id"])
+    return Refused("job_cancelled", f"Job {named} was cancelled.", subject=named, next_step="Request it again.")
 
 
 def _show(job: Json) -> None:

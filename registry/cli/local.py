@@ -17,6 +17,7 @@ from registry.cli.calibration import (
     refuse_uneven,
 )
 from registry.cli.compose import Method, Rules, Settings, settings_of, with_rules
+from registry.cli.groups import root
 from registry.cli.quality import Device
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
@@ -39,11 +40,7 @@ _RANKS = 5
 """Up to this many ranks are listed; beyond it, only the range."""
 
 
-def register(root: typer.Typer) -> None:
-    for command in (merge, combine, convert, extract):
-        root.command()(command)
-
-
+@root.command()
 def merge(  # noqa: PLR0913
     base: Annotated[Path, typer.Option(help="The base's checkpoint directory.")],
     adapter: Adapters,
@@ -99,6 +96,7 @@ def merge(  # noqa: PLR0913
     render.document(document, json, lambda: render.lines(f"merged into {output}", shown))
 
 
+@root.command()
 def combine(  # noqa: PLR0913
     adapter: Adapters,
     output: Output,
@@ -140,6 +138,7 @@ def combine(  # noqa: PLR0913
     render.document(document, json, lambda: _show_cut(f"combined into {output}", shown, document["compressions"]))
 
 
+@root.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="An adapter of kohya, diffusers or MLX: a directory or file.")],
     base: Annotated[
@@ -162,6 +161,7 @@ def convert(
     render.document(document, json, lambda: render.lines(f"converted to {output}", list(document.items())))
 
 
+@root.command()
 def extract(  # noqa: PLR0913
     base: Annotated[Path, typer.Option(help="The base's checkpoint directory.")],
     finetuned: Annotated[Path, typer.Option(help="The directory of a checkpoint fine-tuned from it.")],

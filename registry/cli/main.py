@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from composer.errors import ComposerError
-from registry.cli import (
+from registry.cli import (  # noqa: F401 - those with commands add them to `root`
     access,
     backup,
     base,
@@ -34,7 +34,7 @@ from registry.cli import (
     transfer,
 )
 from registry.cli.examples import add_examples
-from registry.cli.groups import GroupedCommands
+from registry.cli.groups import root
 from registry.cli.interrupt import INTERRUPTED, interrupts
 from registry.errors import RegistryError, Unavailable
 
@@ -64,18 +64,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-app = typer.Typer(
-    name="adaptory",
-    cls=GroupedCommands,
-    help="The release registry and composer for LoRA adapters.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,
-)
-
-
-@app.callback()
+@root.callback()
 def options(
     profile: Annotated[
         str | None, typer.Option(help="Use the registry of this profile; local is the embedded one.")
@@ -91,32 +80,7 @@ def options(
         os.environ["ADAPTORY_PROFILE"] = profile
 
 
-for part in (
-    base,
-    profiles,
-    access,
-    publisher,
-    transfer,
-    hub,
-    sign,
-    release,
-    promotion,
-    inspection,
-    diff,
-    doctor,
-    search,
-    quality,
-    evaluation,
-    conflicts,
-    compose,
-    local,
-    jobs,
-    operations,
-    maintenance,
-    backup,
-):
-    part.register(app)
-add_examples(app)
+add_examples(root)
 
 
 def main() -> None:
@@ -127,7 +91,7 @@ def main() -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns that a base is streamed, which is intended
     logging.getLogger("huggingface_hub").propagate = False  # it prints what a hub warns of by a handler of its own
     try:
-        app(_global_options_first(sys.argv[1:]), prog_name="adaptory")
+        root(_global_options_first(sys.argv[1:]), prog_name="adaptory")
     except (RegistryError, ComposerError, OSError) as error:
         sys.exit(render.fail(error, "--json" in sys.argv))
     except ModuleNotFoundError as error:

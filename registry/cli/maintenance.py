@@ -10,7 +10,7 @@ import typer
 
 from registry.cli import render
 from registry.cli.connect import own_settings
-from registry.cli.groups import Commands
+from registry.cli.groups import group, root
 from registry.cli.render import JsonFlag
 from registry.errors import RegistryError
 
@@ -20,13 +20,7 @@ if TYPE_CHECKING:
     from registry.transfer.resources import Resources
 
 
-storage = typer.Typer(cls=Commands, help="Inspect the blob store.", no_args_is_help=True, rich_markup_mode=None)
-
-
-def register(root: typer.Typer) -> None:
-    for command in (gc, fsck):
-        root.command()(command)
-    root.add_typer(storage, name="storage")
+storage = group("storage", "Inspect the blob store.")
 
 
 @storage.command("check")
@@ -57,6 +51,7 @@ def check_storage(json: JsonFlag = False) -> None:
     render.document(document, json, show)
 
 
+@root.command()
 def gc(
     grace_hours: Annotated[
         float, typer.Option(min=0, help="Keep anything younger; no push may take longer than this.")
@@ -95,6 +90,7 @@ def gc(
     render.document(document, json, lambda: render.out(f"{verb} {counts}{more}"))
 
 
+@root.command()
 def fsck(
     full: Annotated[
         bool, typer.Option("--full", help="Read and hash every blob instead of checking only its size.")
@@ -113,9 +109,7 @@ def fsck(
         document["discarded"] = check.discarded
     if failure is not None:
         document["error"] = render.problem(failure)
-    render.document(document, json, check.show)
-    if failure is not None:
-        raise typer.Exit(render.fail(failure, as_json=False))
+    render.document(document, json, check.show, failure)
     if check.broken:
         raise typer.Exit(1)
 

@@ -13,6 +13,7 @@ import typer
 
 from registry.cli import render
 from registry.cli.connect import connected, own_settings
+from registry.cli.groups import root
 from registry.cli.render import JsonFlag
 from registry.errors import NotAllowed, Unavailable, Usage
 from registry.formats.signatures import fingerprint
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from registry.transfer.resources import Resources
     from registry.worker.runner import Observe
 
-Limit = Annotated[int, typer.Option(min=1, help="Maximum number.")]
 After = Annotated[str | None, typer.Option("--cursor", help="`next` of the previous page.")]
 
 AUDIT_ROWS = 1000
@@ -32,11 +32,7 @@ STOP_S = 30.0
 """How long a stopping server waits for its worker to requeue its job."""
 
 
-def register(root: typer.Typer) -> None:
-    for command in (serve, worker, migrate, audit):
-        root.command()(command)
-
-
+@root.command()
 def serve(
     host: Annotated[str, typer.Option(help="Any address but loopback requires ADAPTORY_ACCESS=tokens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8470,
@@ -150,6 +146,7 @@ class WorkerJobs(StrEnum):
     EVALUATION = "evaluation"
 
 
+@root.command()
 def worker(
     only: Annotated[
         list[WorkerJobs] | None, typer.Option(help="Run only jobs of this kind. May be repeated; all by default.")
@@ -215,6 +212,7 @@ def _serve_metrics(resources: "Resources", address: str) -> "Observe":
     return metrics.observe
 
 
+@root.command()
 def migrate(json: JsonFlag = False) -> None:
     """Migrate the database to this version's schema."""
     from registry.database.engine import Database, DatabaseTimeouts
@@ -234,6 +232,7 @@ def migrate(json: JsonFlag = False) -> None:
     )
 
 
+@root.command()
 def audit(  # noqa: PLR0913
     subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, or a prefix: 'acme/*'")] = None,
     namespace: Annotated[str | None, typer.Option(help="Only in this namespace.")] = None,

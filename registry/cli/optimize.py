@@ -118,7 +118,8 @@ def show(report: Json) -> None:
     for best in report["best"]:
         render.out(f"{best['name']}: {best['verdict']} on {best['examples']} unseen examples a suite")
         for member in best["members"]:
-            render.out(_line(member["member"], _answers(member), f"{member['kept_share']:.0%}", _loss(member)))
+            loss = _spread(member["loss"], member["loss_interval"])
+            render.out(_line(member["member"], _answers(member), f"{member['kept_share']:.0%}", loss))
         for guard in best["guards"]:
             render.out(_line(guard["suite"], "guard", "", _spread(guard["rise"], guard["rise_interval"])))
     if report["tried"]:
@@ -138,10 +139,6 @@ def _line(name: str, answers: str, kept: str, loss: str) -> str:
 
 def _answers(member: Json) -> str:
     return f"{member['still_answered']} of {member['answered']}" if member["answered"] else "none alone"
-
-
-def _loss(member: Json) -> str:
-    return _spread(member["loss"], member["loss_interval"])
 
 
 def _spread(value: float, sure: Json | None) -> str:

@@ -12,21 +12,16 @@ from urllib.parse import urlsplit
 import typer
 
 from registry.cli import render
-from registry.cli.groups import Commands
+from registry.cli.groups import group, root
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
 from registry.formats.references import parse_name
 from registry.sdk.profile_file import LOCAL, Profile, Profiles
 
-app = typer.Typer(cls=Commands, help="Manage saved registries and tokens.", no_args_is_help=True, rich_markup_mode=None)
+app = group("profile", "Manage saved registries and tokens.")
 
 
-def register(root: typer.Typer) -> None:
-    root.command()(login)
-    root.command()(logout)
-    root.add_typer(app, name="profile")
-
-
+@root.command()
 def login(
     url: Annotated[str, typer.Argument(metavar="URL", help="Address of the registry.")],
     name: Annotated[
@@ -65,6 +60,7 @@ def login(
     render.document(document, json, lambda: render.out(f"logged in to {address} as {who} (profile {profile_name})"))
 
 
+@root.command()
 def logout(
     name: Annotated[
         str | None, typer.Argument(metavar="[PROFILE]", help="By default, that of --profile, or the one in use.")
@@ -99,7 +95,7 @@ def list_profiles(json: JsonFlag = False) -> None:
     ]
     items.append({"profile": LOCAL, "url": None, "token": False, "current": profiles.current is None})
     rows = [(row["profile"], row["url"] or "embedded", "in use" if row["current"] else "") for row in items]
-    render.document({"items": items, "next": None}, json, lambda: render.table("", ("profile", "registry", ""), rows))
+    render.listing(items, json, ("profile", "registry", ""), rows)
 
 
 @app.command("use")

@@ -8,7 +8,7 @@ import typer
 
 from registry.cli import complete, render
 from registry.cli.connect import connected, jobs_running, resolved
-from registry.cli.groups import Commands
+from registry.cli.groups import group, root
 from registry.cli.interrupt import interrupts
 from registry.cli.release import Channel, Ref, show_move
 from registry.cli.render import JsonFlag
@@ -18,21 +18,11 @@ from registry.sdk.connection import Connection
 
 Json = dict[str, Any]
 
-policy_app = typer.Typer(
-    cls=Commands, help="What a promotion to a channel needs.", no_args_is_help=True, rich_markup_mode=None
-)
-promotion_app = typer.Typer(
-    cls=Commands, help="Promotions that wait, or have waited.", no_args_is_help=True, rich_markup_mode=None
-)
+policy_app = group("policy", "What a promotion to a channel needs.")
+promotion_app = group("promotion", "Promotions that wait, or have waited.")
 
 
-def register(root: typer.Typer) -> None:
-    root.add_typer(policy_app, name="policy")
-    root.add_typer(promotion_app, name="promotion")
-    root.command()(promote)
-    root.command()(approve)
-
-
+@root.command()
 def promote(
     ref: Ref,
     to: Annotated[str, typer.Option("--to", help="The channel.", autocompletion=complete.channel_names)],
@@ -132,7 +122,7 @@ def list_promotions(channel: Channel, json: JsonFlag = False) -> None:
         for row in items
     ]
     columns = ("promotion", "version", "state", "by", "at", "move", "")
-    render.document({"items": items, "next": None}, json, lambda: render.table(channel, columns, rows))
+    render.listing(items, json, columns, rows, channel)
 
 
 @promotion_app.command()
@@ -153,6 +143,7 @@ def cancel(channel: Channel, json: JsonFlag = False) -> None:
     render.document(document, json, lambda: show_promotion(document))
 
 
+@root.command()
 def approve(
     ref: Ref,
     to: Annotated[str, typer.Option("--to", help="The channel.", autocompletion=complete.channel_names)],

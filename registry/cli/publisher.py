@@ -7,22 +7,13 @@ import typer
 
 from registry.cli import render
 from registry.cli.connect import connected
-from registry.cli.groups import Commands
+from registry.cli.groups import group
 from registry.cli.render import JsonFlag
 from registry.formats.references import parse_repository
 
-publisher_app = typer.Typer(
-    cls=Commands,
-    help="Let jobs of continuous integration publish without a secret.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+publisher_app = group("publisher", "Let jobs of continuous integration publish without a secret.")
 Json = dict[str, Any]
 Repository = Annotated[str, typer.Argument(metavar="REPO", help="Such as acme/sql; it need not exist yet.")]
-
-
-def register(root: typer.Typer) -> None:
-    root.add_typer(publisher_app, name="publisher")
 
 
 @publisher_app.command("add")
@@ -69,8 +60,7 @@ def list_publishers(repository: Repository, json: JsonFlag = False) -> None:
         )
         for row in items
     ]
-    columns = ("publisher", "issuer", "project", "number", "ref", "environment")
-    render.document({"items": items, "next": None}, json, lambda: render.table("", columns, rows))
+    render.listing(items, json, ("publisher", "issuer", "project", "number", "ref", "environment"), rows)
 
 
 @publisher_app.command("remove")

@@ -10,15 +10,13 @@ import typer
 
 from registry.cli import complete, render
 from registry.cli.connect import connected, resolved
-from registry.cli.groups import Commands
+from registry.cli.groups import group
 from registry.cli.render import JsonFlag
 from registry.errors import NotFound, Usage
 from registry.sdk.connection import Connection
 
-suite_app = typer.Typer(
-    cls=Commands, help="Evaluation sets, versioned by content.", no_args_is_help=True, rich_markup_mode=None
-)
-score_app = typer.Typer(cls=Commands, help="Recorded scores.", no_args_is_help=True, rich_markup_mode=None)
+suite_app = group("suite", "Evaluation sets, versioned by content.")
+score_app = group("score", "Recorded scores.")
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
 BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Directory of the base's weights on this machine.")]
 Json = dict[str, Any]
@@ -57,11 +55,6 @@ class Subject:
         """Records scores as `eval` prints them, and the results of each example behind them."""
         rows = [{key: value for key, value in row.items() if key not in ("suite", "task")} for row in scores]
         connection.api.post(self.scores_path, {"scores": rows, "results": results})
-
-
-def register(root: typer.Typer) -> None:
-    root.add_typer(suite_app, name="suite")
-    root.add_typer(score_app, name="score")
 
 
 @suite_app.command()

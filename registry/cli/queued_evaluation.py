@@ -31,15 +31,11 @@ def queue(connection: Connection, what: Sequence[str], suites: Sequence[str], wi
     document = connection.api.post("/v1/evaluations", body)
     if not wait:
         return document
-    with jobs_running(connection, document["job"]):
-        return _followed(connection, document)
-
-
-def _followed(connection: Connection, document: Json) -> Json:
     job = document["job"]
-    with following.left_running(job):
-        following.follow(connection, job, lines=True)
-    return connection.api.get(f"/v1/evaluations/{job}")
+    with jobs_running(connection, job):
+        with following.left_running(job):
+            following.follow(connection, job, lines=True)
+        return connection.api.get(f"/v1/evaluations/{job}")
 
 
 def show(document: Json) -> None:

@@ -6,6 +6,7 @@ import typer
 
 from registry.cli import complete, render
 from registry.cli.connect import connected, resolved
+from registry.cli.groups import root
 from registry.cli.render import JsonFlag
 from registry.cli.search import show_releases
 from registry.cli.sign import signer
@@ -23,16 +24,13 @@ Channel = Annotated[
     str, typer.Argument(metavar="REPO@CHANNEL", help="Such as acme/sql@prod.", autocompletion=complete.channels)
 ]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
+Why = Annotated[str, typer.Option("--reason", help="Why.")]
+WhyDeprecated = Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")]
+Undo = Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")]
 Json = dict[str, Any]
 
 
-def register(root: typer.Typer) -> None:
-    for command in (log, show, history, gate, yank, unyank, deprecate, takedown):
-        root.command()(command)
-    root.command("list")(list_repositories)
-    root.command("rollback")(roll_back)
-
-
+@root.command("list")
 def list_repositories(
     name: Annotated[
         str | None,
@@ -52,13 +50,10 @@ def list_repositories(
         (row["repository"], row["kind"], row["latest"], [f"{c}={v}" for c, v in row["channels"].items()])
         for row in items
     ]
-    render.document(
-        {"items": items, "next": None},
-        json,
-        lambda: render.table("", ("repository", "kind", "latest", "channels"), rows),
-    )
+    render.listing(items, json, ("repository", "kind", "latest", "channels"), rows)
 
 
+@root.command()
 def log(
     repository: Annotated[str, typer.Argument(metavar="REPO", help="NAMESPACE/NAME.")], json: JsonFlag = False
 ) -> None:
@@ -69,6 +64,7 @@ def log(
     render.document({"items": items, "next": None}, json, lambda: show_releases(items))
 
 
+@root.command()
 def show(
     ref: Ref,
     modules: Annotated[
@@ -91,6 +87,7 @@ def show(
     render.document(release, json, lambda: _show_release(release, made))
 
 
+@root.command("rollback")
 def roll_back(
     channel: Channel,
     to: Annotated[str | None, typer.Option("--to", help="A version that the channel has served before.")] = None,
@@ -108,6 +105,7 @@ def roll_back(
     warn_of_move_since(move, since)
 
 
+@root.command()
 def history(channel: Channel, json: JsonFlag = False) -> None:
     """List every move of a channel, newest first."""
     repository, name = parse_channel_reference(channel)
@@ -126,13 +124,10 @@ def history(channel: Channel, json: JsonFlag = False) -> None:
         )
         for move in moves
     ]
-    render.document(
-        {"items": moves, "next": None},
-        json,
-        lambda: render.table(channel, ("move", "at", "kind", "from", "to", "actor", "", "reason"), rows),
-    )
+    render.listing(moves, json, ("move", "at", "kind", "from", "to", "actor", "", "reason"), rows, channel)
 
 
+@root.command()
 def gate(
     channel: Channel,
     rule: Annotated[
@@ -159,22 +154,16 @@ def gate(
     )
 
 
-def yank(
-    ref: Ref,
-    reason: Annotated[str, typer.Option("--reason", help="Why.")],
-    json: JsonFlag = False,
-) -> None:
+@root.command()
+def yank(ref: Ref, reason: Why, json: JsonFlag = False) -> None:
     """Exclude a release from resolution; its exact version still resolves, with a warning."""
     with connected() as connection:
         release = connection.api.post(f"{_path(_exactly(connection, ref))}/yank", {"reason": reason})
     render.document(release, json, lambda: render.out(f"yanked {release['repository']}:{release['version']}: {reason}"))
 
 
-def unyank(
-    ref: Ref,
-    reason: Annotated[str, typer.Option("--reason", help="Why.")],
-    json: JsonFlag = False,
-) -> None:
+@root.command()
+def unyank(ref: Ref, reason: Why, json: JsonFlag = False) -> None:
     """Undo a yank."""
     with connected() as connection:
         before = _exactly(connection, ref, warned=True)
@@ -184,6 +173,7 @@ def unyank(
     render.document(release, json, lambda: render.out(line))
 
 
+@root.command()
 def takedown(
     ref: Ref,
     reason: Annotated[str, typer.Option("--reason", help="Why; the tombstone shows it.")],
@@ -210,13 +200,14 @@ def takedown(
     render.document(taken, json, show)
 
 
+@root.command()
 def deprecate(
     ref: Ref,
-    reason: Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")] = None,
+    reason: WhyDeprecated = None,
     successor: Annotated[
         str | None, typer.Option(metavar="REF", help="What to use instead.", autocompletion=complete.references)
     ] = None,
-    undo: Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")] = False,
+    undo: Undo = False,
     json: JsonFlag = False,
 ) -> None:
     """Mark a release as deprecated: what resolves it says so, and nothing is blocked."""

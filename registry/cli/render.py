@@ -37,12 +37,22 @@ _LABEL_CHARS = 26
 """Width of a bar's label, so that amount, rate and time left fit into 80 columns beside it."""
 
 
-def document(value: Any, as_json: bool, show: Callable[[], None]) -> None:
-    """Prints the document as JSON, or calls `show`."""
+def document(value: Any, as_json: bool, show: Callable[[], None], failure: Failure | None = None) -> None:
+    """Prints the document as JSON, or calls `show`. Then ends the command with `failure`, if there is one, on stderr
+    alone: a second document on stdout would break its readers."""
     if as_json:
         print(escaped(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
     else:
         show()
+    if failure is not None:
+        raise typer.Exit(fail(failure, as_json=False))
+
+
+def listing(
+    items: Sequence[Any], as_json: bool, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = ""
+) -> None:
+    """Prints a complete list: as a page of JSON, or its rows as a table."""
+    document({"items": items, "next": None}, as_json, lambda: table(title, columns, rows))
 
 
 def say(message: str) -> None:

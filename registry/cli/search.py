@@ -6,19 +6,17 @@ import typer
 
 from registry.cli import complete, render
 from registry.cli.connect import connected
+from registry.cli.groups import root
 from registry.cli.render import JsonFlag
 
 Json = dict[str, Any]
-
-
-def register(root: typer.Typer) -> None:
-    root.command()(search)
 
 
 WIRE_NAMES = {"adapter_type": "type", "license_": "license"}
 """Search parameters whose REST name differs, because Python reserves it."""
 
 
+@root.command()
 def search(  # noqa: PLR0913
     context: typer.Context,
     text: Annotated[list[str] | None, typer.Argument(help="Prefixes of words in the name or the notes.")] = None,

@@ -7,6 +7,7 @@ import typer
 
 from registry.cli import render
 from registry.cli.connect import connected, resolved
+from registry.cli.groups import root
 from registry.cli.render import JsonFlag
 from registry.errors import Refused, Usage
 from registry.formats.signatures import Signed
@@ -19,10 +20,7 @@ SignatureCovers = Annotated[
 ]
 
 
-def register(root: typer.Typer) -> None:
-    root.command("sign")(sign)
-
-
+@root.command("sign")
 def sign(
     ref: Annotated[str, typer.Argument(help="A release that you published.")],
     key: Annotated[Path, typer.Option(metavar="KEY.pem", help="The private key to sign with.")],

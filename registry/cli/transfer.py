@@ -10,6 +10,7 @@ import typer
 from composer.formats.untrusted import read_text
 from registry.cli import complete, render
 from registry.cli.connect import connected, release_directory, resolved
+from registry.cli.groups import root
 from registry.cli.idle import refuse_idle
 from registry.cli.promotion import show_promotion
 from registry.cli.release import Ref, show_move, warn_of_move_since
@@ -42,11 +43,7 @@ AllowBreaking = Annotated[
 _HELP = "Leave it out, or see `adaptory verify --help`."
 
 
-def register(root: typer.Typer) -> None:
-    for command in (push, pull, verify):
-        root.command()(command)
-
-
+@root.command()
 def push(  # noqa: PLR0913
     directory: Annotated[Path, typer.Argument(help="The training output, with adapter_config.json in it.")],
     target: Target,
@@ -96,9 +93,7 @@ def push(  # noqa: PLR0913
             show_push(published)  # before the channel moves: the release is published even if that fails
         document: Json = {**published, "left_out": list(selection.left_out), "move": None}
         failure = _promote(connection, document, channel) if channel else None
-    render.document(document, json, lambda: _show_moved(document))
-    if failure is not None:
-        raise typer.Exit(render.fail(failure, as_json=False))
+    render.document(document, json, lambda: _show_moved(document), failure)
 
 
 def _show_moved(document: Json) -> None:
@@ -129,6 +124,7 @@ def _kind(text: str) -> str:
     return text
 
 
+@root.command()
 def pull(
     ref: Ref,
     output: Annotated[
@@ -177,6 +173,7 @@ def pull(
     render.document(document, json, lambda: print(output))
 
 
+@root.command()
 def verify(  # noqa: PLR0913
     what: Annotated[str, typer.Argument(metavar="DIR|REF", help="A directory or a reference.")],
     key: Annotated[
@@ -226,10 +223,8 @@ def verify(  # noqa: PLR0913
             )
             refuse_narrow(signed, signature_covers)
             document |= _signature(signed)
-    render.document(document, json, lambda: _show_verified(document))
-    if rebuild and (refused := _not_rebuilt(what, directory, document["rebuild"])):
-        # Not raised: with --json, stdout has the document, and a second one would break its readers.
-        raise typer.Exit(render.fail(refused, as_json=False))
+    failure = _not_rebuilt(what, directory, document["rebuild"]) if rebuild else None
+    render.document(document, json, lambda: _show_verified(document), failure)
 
 
 def _not_rebuilt(what: str, directory: Path, report: Json) -> Refused | None:

@@ -67,7 +67,7 @@ class _Exchange:
 
     async def run(self, application: Application) -> None:
         try:
-            await application(self._scope(), self._receive, self._send)
+            await application(self._scope(), self._receive, self._put)
         except Exception as error:  # raised in the caller's thread, unless that has hung up
             if not self._hung_up:
                 await self._put(error)
@@ -81,9 +81,6 @@ class _Exchange:
         chunk = await anyio.to_thread.run_sync(next, self._body, None)
         self._body_ended = chunk is None
         return {"type": "http.request", "body": chunk or b"", "more_body": chunk is not None}
-
-    async def _send(self, message: Message) -> None:
-        await self._put(message)
 
     async def _put(self, message: Message | BaseException) -> None:
         while not self._hung_up:

@@ -175,12 +175,8 @@ def _composition(members: tuple[Member, ...], stated: Mapping[str, Any]) -> Comp
 
 
 def _locked(row: Mapping[str, Any]) -> Member:
-    commit = str(row["commit"])
-    return Member(str(row.get("repository", commit[:12])), str(row.get("version", "")), commit, _weight(row))
-
-
-def _weight(row: Mapping[str, Any]) -> Weight:
-    return parse_weight({"value": row["weight"], "rules": row.get("rules", [])})
+    commit, weight = str(row["commit"]), parse_weight({"value": row["weight"], "rules": row.get("rules", [])})
+    return Member(str(row.get("repository", commit[:12])), str(row.get("version", "")), commit, weight)
 
 
 def _short(value: Any) -> str:

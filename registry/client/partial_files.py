@@ -110,7 +110,7 @@ class PartialFile:
             try:
                 if not self._judged and self._next in self.done:
                     start, length = self.span(self._next)
-                    self._hash(_blocks(self.target, self._hashed_bytes, start + length - self._hashed_bytes))
+                    self._hash(blocks(self.target, self._hashed_bytes, start + length - self._hashed_bytes))
                     shortened = self._hashed_bytes < start + length
                     if shortened or self._hashed_bytes == self.wanted.size_bytes:
                         self._judged = True
@@ -134,7 +134,8 @@ class PartialFile:
         self._begin(set())
 
 
-def _blocks(path: Path, start: int, size_bytes: int) -> Iterator[bytes]:
+def blocks(path: Path, start: int, size_bytes: int) -> Iterator[bytes]:
+    """A part of a file, as far as the file has it."""
     with path.open("rb") as file:
         file.seek(start)
         while size_bytes and (block := file.read(min(size_bytes, _BLOCK_BYTES))):

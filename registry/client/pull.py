@@ -179,7 +179,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
 
 def _is_intact(directory: Path, files: Sequence[ManifestFile], progress: Progress) -> bool:
     """Whether the directory has exactly these files, as published."""
-    there = [path for path in directory.rglob("*") if not _is_directory(path)]
+    there = [path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir()]
     if {path.relative_to(directory).as_posix() for path in there} != {file.path for file in files}:
         return False
     if directory.is_symlink() or not all(map(is_regular, there)):
@@ -203,10 +203,6 @@ def _is_intact(directory: Path, files: Sequence[ManifestFile], progress: Progres
     if not intact:
         progress(-reported)
     return intact
-
-
-def _is_directory(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 class _Pull:

@@ -4,19 +4,19 @@ import hashlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
 
 from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, line_path
+from registry.client.partial_files import blocks
 from registry.client.retries import Progress, map_in_threads, pauses, send_once, with_retries
 from registry.client.selection import Selection
 from registry.errors import Conflict, Invalid, NotFound, RegistryError, Unavailable
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName
 
-_BLOCK_BYTES = 1 << 20
 _CHANGED = ("digest_differs", "size_differs")
 
 
@@ -193,10 +193,7 @@ def _pieces(row: Json, file: LocalFile) -> list[_Piece]:
 
 
 def _rows(files: Sequence[LocalFile]) -> list[Json]:
-    return [
-        {"path": file.manifest.path, "size_bytes": file.manifest.size_bytes, "sha256": file.manifest.sha256}
-        for file in files
-    ]
+    return [asdict(file.manifest) for file in files]
 
 
 def _refuse_changed(files: Sequence[LocalFile]) -> None:
@@ -217,10 +214,6 @@ def _changed(file: LocalFile) -> Invalid:
 
 
 def _blocks(path: Path, piece: _Piece, tell: Progress = lambda count: None) -> Iterator[bytes]:
-    left = piece.size_bytes
-    with path.open("rb") as file:
-        file.seek(piece.start)
-        while left and (block := file.read(min(left, _BLOCK_BYTES))):
-            yield block
-            tell(len(block))
-            left -= len(block)
+    for block in blocks(path, piece.start, piece.size_bytes):
+        yield block
+        tell(len(block))

@@ -149,17 +149,13 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 def _files_below(directory: Path) -> Iterator[str]:
     """Paths of all files and links, also links to directories, except hidden ones; but with those of Hugging Face's
     `.eval_results`."""
-    yield from sorted(f"{DIRECTORY}{path.name}" for path in (directory / DIRECTORY).glob("*") if _is_result(path.name))
+    yield from sorted(filter(is_results_file, (f"{DIRECTORY}{one.name}" for one in (directory / DIRECTORY).glob("*"))))
     for parent, directories, files in os.walk(directory):
         directories[:] = [name for name in directories if not name.startswith(".")]
         links = [name for name in directories if (Path(parent) / name).is_symlink()]
         for name in (*files, *links):
             if not name.startswith("."):
                 yield (Path(parent) / name).relative_to(directory).as_posix()
-
-
-def _is_result(name: str) -> bool:
-    return is_results_file(f"{DIRECTORY}{name}")
 
 
 def _refuse_idle(include: Sequence[str], there: Sequence[str]) -> None:
@@ -234,7 +230,7 @@ def _unfit(code: str, path: Path, what: str, next_step: str) -> Invalid:
 
 def _collapsed(there: Sequence[str], chosen: set[str]) -> Iterator[str]:
     """The paths not chosen; for a top directory without chosen files, its name and a slash."""
-    kept = {path.partition("/")[0] for path in chosen}
+    kept = set(map(_top, chosen))
     left = [path for path in there if path not in chosen]
     yield from dict.fromkeys(path if "/" not in path or _top(path) in kept else f"{_top(path)}/" for path in left)
 

@@ -70,7 +70,8 @@ class Hub:
             commit = self._api.model_info(address.repository, revision=address.revision).sha
         pinned = address.at(commit or "")
         if not pinned.pinned:
-            raise self._malformed(address, "does not say which commit it is at")
+            message = f"{self.endpoint} does not say which commit it is at with {address}."
+            raise Conflict("hub_conflict", message, subject=str(address), next_step="Name a commit of 40 digits.")
         with self._translated(pinned):
             return Snapshot(pinned, self._list(pinned))
 
@@ -196,10 +197,6 @@ class Hub:
             subject=listed.path,
             next_step="Try again. If it persists, do not use the repository.",
         )
-
-    def _malformed(self, address: HubAddress, what: str) -> Conflict:
-        message = f"{self.endpoint} {what} with {address}."
-        return Conflict("hub_conflict", message, subject=str(address), next_step="Name a commit of 40 digits.")
 
     def _translated(self, address: HubAddress) -> AbstractContextManager[None]:
         return translate_hub_errors(self.endpoint, str(address))

@@ -49,7 +49,7 @@ def request(
     if base_names:
         permit_somewhere(actor, Role.PUBLISHER)
     with resources.write() as session:
-        releases = [resolve.resolve(session, reference).release for reference in references]
+        releases = [resolve.resolve(session, reference) for reference in references]
         named = [_own_base(session, actor, name) for name in base_names]
         named_suites = [suites.find(session, name, actor) for name in on]
         wanted_suites = [one if one.task == suites.HARNESS else suites.with_examples(one) for one in named_suites]

@@ -26,7 +26,7 @@ from registry.domain.catalog.bases import NewBase, TensorRow
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
-from registry.domain.channels import moves
+from registry.domain.channels import promotions
 from registry.domain.channels.moves import PromotionRequest
 from registry.domain.compositions import checks, compositions, locking
 from registry.domain.jobs import queue
@@ -174,7 +174,7 @@ def _furnish(resources: Resources, namespace: str) -> Things:
                 facts = MODEL_FACTS if kind is Kind.MODEL else FACTS
                 new = NewRelease(RepositoryName(namespace, name), kind, version, None, files, base.digest, facts)
                 release, _ = releases.publish(session, HOST, new)
-                moves.promote(session, HOST, PromotionRequest(new.repository, version, "prod"))
+                promotions.request(session, HOST, PromotionRequest(new.repository, version, "prod"))
                 suite = suites.find(session, "exact")
                 suites.record(session, HOST, release, [Measurement(suite.digest, "nll", 0.5, None, 1, False)])
         recipe = parse_recipe({"base": "tiny", "inputs": [{"adapter": f"{namespace}/sql:1.0.0"}], "method": "stack"})

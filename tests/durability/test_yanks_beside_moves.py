@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from registry.client.api import Api, line_path
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import releases
-from registry.domain.channels import moves, yanks
+from registry.domain.channels import promotions, yanks
 from registry.domain.channels.moves import PromotionRequest
 from registry.domain.search import search
 from registry.domain.search.ordering import Order
@@ -40,7 +40,7 @@ def yank(session: Session, _channel: str) -> None:
 
 
 def promote(session: Session, channel: str) -> None:
-    moves.promote(session, operator(), PromotionRequest(NAME, SECOND, channel))
+    promotions.request(session, operator(), PromotionRequest(NAME, SECOND, channel))
 
 
 @dataclass

@@ -19,7 +19,7 @@ from registry.domain.catalog.bases import NewBase, TensorRow
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
-from registry.domain.channels import moves, yanks
+from registry.domain.channels import promotions, yanks
 from registry.domain.channels.moves import PromotionRequest
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
@@ -156,7 +156,7 @@ def _move_and_yank(session: Session, chance: random.Random, items: list[Item]) -
     for item in items:
         if chance.random() < 0.5:
             channel = chance.choice(CHANNELS)
-            moves.promote(session, HOST, PromotionRequest(item.repository, item.version, channel))
+            promotions.request(session, HOST, PromotionRequest(item.repository, item.version, channel))
             made.setdefault((item.repository, channel), []).append(item.id)
     for item in items:
         if chance.random() < 0.25:

@@ -71,7 +71,7 @@ class ActorCache:
         if until < time.monotonic():
             return None
         if not (credentials.authorization or credentials.session):
-            return Actor(ANONYMOUS, now, {}, public=public, source=credentials.source)
+            return _actor(None, now, public, credentials)
         known = self._known.get(credentials.key) if not changes else None
         if known is None or known[0] < time.monotonic() or not _in_force(known[1], now):
             return None
@@ -89,8 +89,6 @@ class ActorCache:
         if caller is not None and tokens.is_first_use(caller, now):
             self._record_use(caller, now)
         self._remember(generation, credentials, public, caller)
-        if caller is None:
-            return Actor(ANONYMOUS, now, {}, public=public, source=credentials.source)
         return _actor(caller, now, public, credentials)
 
     def _record_use(self, caller: Caller, now: datetime) -> None:
@@ -142,7 +140,9 @@ def _in_force(caller: Caller, now: datetime) -> bool:
     return caller.expires_at is None or caller.expires_at > now
 
 
-def _actor(caller: Caller, now: datetime, public: frozenset[str], credentials: Credentials) -> Actor:
+def _actor(caller: Caller | None, now: datetime, public: frozenset[str], credentials: Credentials) -> Actor:
+    if caller is None:
+        return Actor(ANONYMOUS, now, {}, public=public, source=credentials.source)
     return Actor(
         caller.user,
         now,

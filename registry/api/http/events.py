@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Header, Request, Response
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -23,6 +22,9 @@ from registry.api.http.rules import ASKED_AGAIN
 from registry.domain.access.audit import Actor
 from registry.domain.jobs.queue import FINISHED
 from registry.errors import RegistryError, TooMany
+
+if TYPE_CHECKING:
+    from registry.api.schemas.work import CompositionOut, JobOut
 
 PER_USER, PER_PROCESS = 20, 200
 """Streams at a time: each reads its job from the database every POLL_S."""
@@ -42,6 +44,10 @@ LastEventId = Annotated[
 ]
 
 
+Look = Callable[[Actor], "JobOut | CompositionOut"]
+"""What the actor may see now. Called in a thread; raises once the actor may no longer see it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """A document as an event: its text, its id, and whether it is the last."""
@@ -51,15 +57,11 @@ class Snapshot:
     ended: bool
 
     @classmethod
-    def of(cls, document: BaseModel, state: str) -> "Snapshot":
-        """The heartbeat is left out of the id: it moves although nothing has changed."""
-        text = document.model_dump_json()
+    def of(cls, look: Look, actor: Actor) -> "Snapshot":
+        """What the actor sees now. The heartbeat is left out of the id: it moves although nothing has changed."""
+        document = look(actor)
         same = document.model_dump_json(exclude={"heartbeat_at"})
-        return cls(text, sha256(same.encode()).hexdigest()[:16], state in FINISHED)
-
-
-Look = Callable[[Actor], Snapshot]
-"""What the actor may see now. Called in a thread; raises once the actor may no longer see it."""
+        return cls(document.model_dump_json(), sha256(same.encode()).hexdigest()[:16], document.state in FINISHED)
 
 
 class EventStreams:
@@ -88,7 +90,7 @@ class EventStreams:
 async def stream(request: Request, actor: Actor, look: Look, seen: str | None) -> Response:
     """The events after the one that was `seen`; 204 if that was the last one, which stops a browser from reconnecting.
     Raises what `look` raises, and TooMany."""
-    first = await run_in_threadpool(look, actor)
+    first = await run_in_threadpool(Snapshot.of, look, actor)
     if first.ended and first.id == seen:
         return Response(status_code=204, headers=_HEADERS)
     return _Events(request, actor.name, _events(request, first, look, seen))
@@ -124,6 +126,6 @@ async def _events(request: Request, snapshot: Snapshot, look: Look, seen: str | 
         await asyncio.sleep(POLL_S)
         try:
             actor = await ASKED_AGAIN(request)  # a revoked token ends the stream
-            snapshot = await run_in_threadpool(look, actor)
+            snapshot = await run_in_threadpool(Snapshot.of, look, actor)
         except RegistryError:  # the answer has begun: the next request gets this error
             return

@@ -152,7 +152,8 @@ class CallerLimits:
             except RegistryError as error:
                 return error
         if not self._window.hit(rate, credentials.key):
-            return self._too_many(rate, credentials.key, _whom(credentials))
+            whom = "this token" if credentials.authorization else "no token, from this address"
+            return self._too_many(rate, credentials.key, whom)
         return None
 
     def _too_many(self, rate: "RateLimitItem", key: str, whom: str) -> TooMany:
@@ -162,11 +163,6 @@ class CallerLimits:
             next_step="Wait for the time in Retry-After; ADAPTORY_RATE_LIMIT sets the limit.",
         )
         return error.again_in(self._window.get_window_stats(rate, key).reset_time - time.time())
-
-
-def _whom(credentials: Credentials) -> str:
-    """Whose requests are counted together, in words."""
-    return "this token" if credentials.authorization else "no token, from this address"
 
 
 def _guesses(credentials: Credentials) -> str:

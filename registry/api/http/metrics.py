@@ -7,7 +7,6 @@ them answers for all.
 
 import os
 from collections.abc import Iterator
-from datetime import datetime
 from importlib.metadata import version
 from typing import Protocol
 
@@ -82,10 +81,6 @@ class _Jobs(Collector):
         for kind, state, count, since in waiting:
             jobs.add_metric((kind, state), count)
             if state == "queued":
-                oldest.add_metric((kind,), _age(since, now))
+                oldest.add_metric((kind,), max(0.0, (now - since).total_seconds()))
         yield jobs
         yield oldest
-
-
-def _age(since: datetime, now: datetime) -> float:
-    return max(0.0, (now - since).total_seconds())

@@ -61,7 +61,7 @@ def problem_response(
         findings=error.findings,
         request_id=request_id(),
     )
-    more = {"X-Error-Message": error_text(error), **(headers or {})}  # printed by clients of the Hugging Face Hub
+    more = {"X-Error-Message": header_text(str(error)), **(headers or {})}  # printed by clients of the Hugging Face Hub
     if error.retry_after_s is not None and status == error.status:
         more["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, Unauthenticated):
@@ -85,11 +85,6 @@ def error_response(
     return page
 
 
-def error_text(error: RegistryError) -> str:
-    """What is wrong and what to do, as the value of a header."""
-    return header_text(str(error))
-
-
 def header_text(text: str) -> str:
     """A text as the value of a header: one line, with `?` for characters that a header cannot have."""
     line = " ".join(text.split())[:MAX_TEXT].encode("latin-1", "replace").decode("latin-1")
@@ -99,8 +94,8 @@ def header_text(text: str) -> str:
 def install(app: FastAPI) -> None:
     """Makes every error of the application a problem document, also in its OpenAPI document."""
     app.add_exception_handler(RegistryError, _registry_error)
-    app.add_exception_handler(ComposerError, _composer_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(ComposerError, _translated_error)
+    app.add_exception_handler(RequestValidationError, _translated_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(OSError, _disk_error)
     app.add_exception_handler(UnicodeEncodeError, _unicode_error)
@@ -165,15 +160,18 @@ def _name_near_ones(request: Request, error: RegistryError, actor: Actor) -> Non
     error.next_step = nearest(asked, known, error.next_step)
 
 
-def _composer_error(_request: Request, error: Exception) -> JSONResponse:
-    return problem_response(of_composer(cast(ComposerError, error)))
+def _translated_error(_request: Request, error: Exception) -> JSONResponse:
+    return problem_response(as_registry_error(error))
 
 
-def _validation_error(_request: Request, error: Exception) -> JSONResponse:
-    return problem_response(of_validation(cast(RequestValidationError, error)))
+def as_registry_error(error: Exception) -> RegistryError:
+    """An error of the registry, the composer or a request's validation, as REST reports it."""
+    if isinstance(error, RequestValidationError):
+        return _of_validation(error)
+    return of_composer(error) if isinstance(error, ComposerError) else cast(RegistryError, error)
 
 
-def of_validation(error: RequestValidationError) -> Invalid:
+def _of_validation(error: RequestValidationError) -> Invalid:
     """The first thing that is wrong with a request."""
     first = error.errors()[0]
     if first["type"] == "json_invalid" or (first["type"] in _NO_OBJECT and first["loc"] == ("body",)):

@@ -14,7 +14,7 @@ from registry.api.http.threads import UploadThreads
 from registry.api.schemas.wire import MAX_INT64
 from registry.database.idempotency import IdempotentRequest
 from registry.domain.access.audit import Actor
-from registry.errors import Usage
+from registry.errors import TooLarge, Usage
 from registry.transfer.resources import Resources
 
 R = TypeVar("R")
@@ -100,6 +100,12 @@ async def document(request: Request) -> bytes:
         raise Usage(
             "body_cut", "The connection ended before the complete body arrived.", next_step="Send it again."
         ) from None
+
+
+def refuse_longer(request: Request, what: str, most_bytes: int, next_step: str) -> None:
+    """Raises TooLarge for a body that says to be longer; `what` names it."""
+    if content_length(request) > most_bytes:
+        raise TooLarge("body_too_large", f"The {what} is longer than {most_bytes:,} bytes.", next_step=next_step)
 
 
 def content_length(request: Request) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from difflib import get_close_matches
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, wraps
 from typing import Any, TypeVar, cast
 
 from fastapi import Request, Response
@@ -64,7 +64,7 @@ class Route(APIRoute):
         direct = self.endpoint in _needing_only_request
         answer = _answer_directly(self.dependant) if direct else super().get_route_handler()
         known = self._parameters()
-        is_known = cached_by_query(partial(_is_known, known))
+        is_known = cached_by_query(lambda query: _odd(known, query) is None)
         rules = rules_of(self.dependant) if self.body_field else None
 
         async def handle(request: Request) -> Response:
@@ -155,10 +155,6 @@ def _declared(dependant: Dependant) -> list[str]:
 
 def _names(alias: str, kind: object) -> list[str]:
     return [*kind.model_fields] if isinstance(kind, type) and issubclass(kind, BaseModel) else [alias]
-
-
-def _is_known(known: tuple[str, ...], query: bytes) -> bool:
-    return _odd(known, query) is None
 
 
 def _odd(known: tuple[str, ...], query: bytes) -> str | None:

@@ -50,7 +50,7 @@ def model_info(session: Session, actor: Actor, located: Located, *, blobs: bool)
     if located.release_id is None:
         return info
     [details] = load_details(session, [located.release_id])
-    aliases = bases.aliases_by_digest(session, [details.release.base_digest])
+    aliases = bases.aliases(session, [details.release.base_digest])
     return {**info, **_of_release(details.release, aliases[details.release.base_digest])}
 
 
@@ -59,7 +59,7 @@ def model_page(session: Session, actor: Actor, listed: Sequence[Repository]) -> 
     newest = resolve.newest_ids(session, *listed)
     details = load_details(session, list(newest.values()))
     rows = dict(zip(newest, (one.release for one in details), strict=True))
-    aliases = bases.aliases_by_digest(session, {row.base_digest for row in rows.values()})
+    aliases = bases.aliases(session, {row.base_digest for row in rows.values()})
     return [
         {**_summary(actor, one), **(_of_release(row, aliases[row.base_digest]) if (row := rows.get(one.id)) else {})}
         for one in listed

@@ -9,7 +9,7 @@ from registry.api.http.rules import Reader
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import Named
 from registry.api.hub.wire import HubRoute, file_url, is_movable, revision_headers
-from registry.api.routes.blobs import blob_headers, file_response
+from registry.api.routes.blobs import ByteRange, blob_headers, file_response
 from registry.database.engine import Session
 from registry.database.tables import RevisionFile
 from registry.domain.catalog import releases, repositories
@@ -46,7 +46,7 @@ def download_file(  # noqa: PLR0913
     path: str,
     resources: ResourcesOf,
     actor: Reader,
-    byte_range: Annotated[str | None, Header(alias="Range")] = None,
+    byte_range: ByteRange = None,
     known: Annotated[str | None, Header(alias="If-None-Match")] = None,
     begun: Annotated[str | None, Header(alias="If-Range")] = None,
 ) -> Response:

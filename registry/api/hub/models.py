@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from registry.api.http.pagination import decode_cursor, decode_number, encode_cursor
-from registry.api.http.request import ResourcesOf, content_length, document
+from registry.api.http.request import ResourcesOf, document, refuse_longer
 from registry.api.http.rules import Caller, Publisher, Reader
 from registry.api.hub import documents
 from registry.api.hub.wire import HubRoute, next_page, revision_headers
@@ -17,7 +17,7 @@ from registry.domain.catalog.repositories import Wanted
 from registry.domain.catalog.tags import narrow
 from registry.domain.channels import revisions
 from registry.domain.channels.revisions import MAIN
-from registry.errors import NotFound, TooLarge
+from registry.errors import NotFound
 from registry.formats.manifest import parse_manifest
 from registry.formats.tree import list_directory, select_entries
 
@@ -145,9 +145,7 @@ def list_tree(  # noqa: PLR0913
 
 async def form_of(request: Request) -> dict[str, list[str]]:
     """The fields of a form, which the client sends instead of JSON. Anyone may send one for a public namespace."""
-    if content_length(request) > MAX_FORM_BYTES:
-        message = f"The form is longer than {MAX_FORM_BYTES:,} bytes."
-        raise TooLarge("body_too_large", message, next_step="Ask for fewer paths at a time.")
+    refuse_longer(request, "form", MAX_FORM_BYTES, "Ask for fewer paths at a time.")
     return parse_qs((await document(request)).decode("utf-8", "replace"))
 
 

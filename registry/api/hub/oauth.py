@@ -12,11 +12,11 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
 from registry.api.http.callers import credentials_of
-from registry.api.http.request import content_length, document
+from registry.api.http.request import document, refuse_longer
 from registry.api.http.rules import MAX_STRANGERS_BYTES, callers_of
 from registry.api.http.threads import in_exchange_threads
 from registry.api.hub.wire import HubRoute, refusal
-from registry.errors import NotAllowed, Refused, RegistryError, TooLarge, Usage
+from registry.errors import NotAllowed, Refused, RegistryError, Usage
 from registry.formats.references import parse_repository
 from registry.transfer.token_exchange import TokenExchange
 
@@ -30,9 +30,7 @@ _NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
 
 async def fields_of(request: Request) -> dict[str, str]:
     """The fields of the request: JSON, which the client sends, or the form that the standard asks for."""
-    if content_length(request) > MAX_STRANGERS_BYTES:
-        message = f"The body is longer than {MAX_STRANGERS_BYTES:,} bytes."
-        raise TooLarge("body_too_large", message, next_step="Send only the ID token and its resource.")
+    refuse_longer(request, "body", MAX_STRANGERS_BYTES, "Send only the ID token and its resource.")
     content = await document(request)
     try:
         if request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from registry.api.http.problems import header_text
-from registry.api.http.request import ResourcesOf, body_chunks, content_length, receive_body
+from registry.api.http.request import ResourcesOf, body_chunks, content_length, receive_body, refuse_longer
 from registry.api.http.rules import Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import MODEL
@@ -21,7 +21,7 @@ from registry.domain.access.roles import Role, may, permit
 from registry.domain.catalog import commits, repositories
 from registry.domain.channels import moves, promotions, revisions
 from registry.domain.channels.revisions import MAIN
-from registry.errors import Conflict, NotAllowed, NotFound, Stale, TooLarge, Usage
+from registry.errors import Conflict, NotAllowed, NotFound, Stale, Usage
 from registry.formats.manifest import ManifestFile, parse_manifest
 from registry.formats.references import RepositoryName, parse_digest, parse_name, parse_repository, parse_version
 from registry.formats.xet import has_lz4
@@ -166,12 +166,7 @@ async def commit(
     main_only(revision)
     if request.query_params.get("create_pr"):
         raise Usage("not_main", "Pull requests are not supported.", next_step="Commit to main.")
-    if content_length(request) > MAX_COMMIT_BYTES:
-        raise TooLarge(
-            "body_too_large",
-            f"The commit is longer than {MAX_COMMIT_BYTES:,} bytes.",
-            next_step="Commit fewer files at a time, or use `adaptory push`.",
-        )
+    refuse_longer(request, "commit", MAX_COMMIT_BYTES, "Commit fewer files at a time, or use `adaptory push`.")
     receive = partial(transfers.receive, resources, actor, repository, body_chunks(request))
     commit_id, findings = await receive_body(request, actor, receive)
     url = f"{request.base_url}{repository}/commit/{commit_id}"

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
 from registry.api.http.pagination import Cursor, decode_number, first_rows
-from registry.api.http.request import ResourcesOf
 from registry.api.pages import gates, policy
-from registry.api.pages.paths import ChannelOf, RepositoryOf
-from registry.api.pages.render import page
+from registry.api.pages.paths import CHANNEL, ChannelRequestOf
+from registry.api.pages.render import page_about
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.views import channel_view, move_view, promotion_view
 from registry.api.schemas.quality import ChannelOut
@@ -27,19 +26,13 @@ router = APIRouter(route_class=PageRoute)
 SHOWN, MAX_VERSIONS = 25, 50
 
 
-@router.get("/{namespace}/{name}@{channel}")
-def show_channel(
-    named: RepositoryOf,
-    channel: ChannelOf,
-    request: Request,
-    resources: ResourcesOf,
-    actor: PageReader,
-    cursor: Cursor = None,
-) -> Response:
+@router.get(CHANNEL)
+def show_channel(asked: ChannelRequestOf, actor: PageReader, cursor: Cursor = None) -> Response:
     """A channel that nothing was promoted to yet has a page once it has a policy, or a promotion that waits."""
-    settle_overdue(resources, named, None, channel)
+    named, channel = asked.named, asked.channel
+    settle_overdue(asked.resources, named, None, channel)
     releaser = holds(actor, Role.RELEASER, str(named))
-    with resources.snapshot() as session:
+    with asked.resources.snapshot() as session:
         repository = repositories.find(session, named)
         needed, revision = policies.find(session, repository, channel)
         waiting = pending.of_name(session, repository, channel)
@@ -48,12 +41,10 @@ def show_channel(
         facts |= _awaited(actor, named, needed, waiting)
         facts["versions"] = _promotable(session, repository, facts["serving"]) if releaser else []
         address = f"/v1/{repository.kind}s/{named}/channels/{channel}"
-    return page(
-        request,
+    return page_about(
+        asked.request,
         "channel.html",
-        repository=str(named),
-        namespace=named.namespace,
-        name=named.name,
+        named,
         channel=channel,
         first=cursor is None,
         policy=policy.stated(needed),

@@ -11,7 +11,7 @@ from registry.api.http.request import ResourcesOf
 from registry.api.pages import scores
 from registry.api.pages.modules import cells
 from registry.api.pages.paths import RepositoryOf
-from registry.api.pages.render import link, page, redirect
+from registry.api.pages.render import link, page_about, redirect
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.documents import release_documents
 from registry.domain.catalog import releases
@@ -68,12 +68,10 @@ def compare(
         spectra = [row.spectrum for row in rows]
         shown: list[Json] = [orjson.loads(one) for one in release_documents(session, actor, [row.id for row in rows])]
     sizes = [cells(one, "norm") for one in spectra]
-    return page(
+    return page_about(
         request,
         "compare.html",
-        repository=str(named),
-        namespace=named.namespace,
-        name=named.name,
+        named,
         releases=shown,
         facts=differing([_facts(one) for one in shown]),
         scores=score_rows(shown),
@@ -104,13 +102,9 @@ def score_rows(shown: Sequence[Json]) -> list[tuple[str, list[Measured | None]]]
     most_first = sorted(by_key, key=len, reverse=True)
     names = {key: f"{one['suite']}.{one['metric']}" for column in most_first for key, one in column.items()}
     return [
-        (name, [_measured(column.get(key), by_key[0].get(key) if number else None) for number, column in _each(by_key)])
+        (name, [_measured(one.get(key), by_key[0].get(key) if number else None) for number, one in enumerate(by_key)])
         for key, name in names.items()
     ]
-
-
-def _each(columns: Sequence[Mapping[Any, Json]]) -> list[tuple[int, Mapping[Any, Json]]]:
-    return list(enumerate(columns))
 
 
 def _measured(score: Json | None, first: Json | None) -> Measured | None:

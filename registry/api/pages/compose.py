@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from composer.formats.recipes.methods import PIPELINES
 from composer.formats.recipes.recipe import DTYPES, MAX_INPUTS
+from registry.api.http.problems import as_registry_error
 from registry.api.http.request import ResourcesOf
 from registry.api.http.threads import in_search_threads
 from registry.api.pages.chosen import Chosen, Fields, values_of
@@ -15,7 +16,7 @@ from registry.api.pages.forms import FormOf
 from registry.api.pages.recipe_form import RecipeForm, Row, as_yaml, number
 from registry.api.pages.render import page, redirect
 from registry.api.pages.search import known_adapters
-from registry.api.pages.wire import ERRORS, PageContributor, PageRoute, as_registry_error, parses
+from registry.api.pages.wire import ERRORS, PageContributor, PageRoute, parses
 from registry.api.routes.compositions import create_composition
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import suites

@@ -8,6 +8,7 @@ import yaml
 from fastapi import APIRouter, Request, Response
 
 from composer.formats.recipes.methods import PIPELINES
+from registry.api.http.problems import as_registry_error
 from registry.api.http.request import ResourcesOf
 from registry.api.http.threads import in_search_threads
 from registry.api.pages import report
@@ -16,7 +17,7 @@ from registry.api.pages.chosen import Chosen
 from registry.api.pages.forms import FormOf
 from registry.api.pages.render import page, redirect
 from registry.api.pages.search import known_adapters
-from registry.api.pages.wire import ERRORS, PageCaller, PageRoute, as_registry_error, parses
+from registry.api.pages.wire import ERRORS, PageCaller, PageRoute, parses
 from registry.api.routes.conflicts import last_check, request_check
 from registry.api.schemas.work import MAX_CHECKED, ConflictsIn, ConflictsOut
 from registry.domain.access.audit import Actor

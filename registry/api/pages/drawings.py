@@ -166,7 +166,7 @@ def layer_map(
         f'<text x="{_LABELS_PX - 4}" y="{height + 12}" text-anchor="end">layer</text>',
         *(
             f'<text x="{_LABELS_PX + layer * pitch}" y="{height + 12}">{layer}</text>'
-            for layer in range(0, layers, _every(layers))
+            for layer in range(0, layers, 1 if layers <= 12 else 5)
         ),
     ]
     said = f"{named}, {len(kinds)} kinds of module by {layers} layers; most in {strongest(cells, signed=signed)}"
@@ -265,10 +265,6 @@ def axis_end(values: Sequence[float]) -> float:
         return 1.0
     unit = 10 ** (int(log10(largest)) - (1 if largest >= 1 else 2))
     return round((int(largest / unit) + 1) * unit, 12)
-
-
-def _every(count: int) -> int:
-    return 1 if count <= 12 else 5
 
 
 def _colour(value: float, top: float, *, signed: bool) -> str:

@@ -14,9 +14,9 @@ from urllib.parse import parse_qsl
 from fastapi import Depends, Request, Response
 from starlette.datastructures import ImmutableMultiDict
 
-from registry.api.http.request import content_length, document
+from registry.api.http.request import document, refuse_longer
 from registry.api.http.rules import callers_of
-from registry.errors import Invalid, NotAllowed, TooLarge
+from registry.errors import Invalid, NotAllowed
 from registry.settings import is_loopback
 
 COOKIE = "__Host-adaptory"
@@ -80,9 +80,7 @@ def form_token(request: Request) -> str:
 
 async def read_form(request: Request) -> Form:
     """The fields of a form of this server's own pages. Raises NotAllowed for one of another site or session."""
-    if content_length(request) > MAX_FORM_BYTES:
-        message = f"The form is longer than {MAX_FORM_BYTES:,} bytes."
-        raise TooLarge("body_too_large", message, next_step="Send less; the command line has no such limit.")
+    refuse_longer(request, "form", MAX_FORM_BYTES, "Send less; the command line has no such limit.")
     form = _parsed(request, await document(request))
     if not hmac.compare_digest(form.get(FORM_TOKEN, "").encode(), form_token(request).encode()):
         raise NotAllowed(

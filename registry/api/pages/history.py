@@ -8,7 +8,7 @@ from registry.api.http.request import ResourcesOf
 from registry.api.pages import drawings, scores
 from registry.api.pages.drawings import Interval, Point
 from registry.api.pages.paths import RepositoryOf
-from registry.api.pages.render import page
+from registry.api.pages.render import page_about
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.views import score_view
 from registry.database.engine import Session
@@ -39,12 +39,10 @@ def show_history(
         rows = [(one, score, scores.interval(score)) for one, score in zip(entries, stated, strict=True)]
         kind = repository.kind
     points = [Point(one.version, Interval(score["value"], *ends, "now"), score["n"]) for one, score, ends in rows]
-    return page(
+    return page_about(
         request,
         "history.html",
-        repository=str(named),
-        namespace=named.namespace,
-        name=named.name,
+        named,
         metrics=list(known),
         chosen=chosen,
         rows=rows,

@@ -1,6 +1,6 @@
 """Jobs, and compositions: how far they are, why they ended, and what came out beside the inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -90,7 +90,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         how=made.how,
         search=view.lock.get("optimized"),
         report=report.read(stated, report.options_for(view.id)) if stated else None,
-        compared=_compared(view.candidate_scores or []),
+        compared=[_compared(score) for score in view.candidate_scores or []],
         gate_lines=gates.lines(view.gates or []),
         passed=gates.summary(view.gates or []),
         recipe=as_yaml(view.recipe),
@@ -124,12 +124,8 @@ def show_conflicts_of_composition(
     )
 
 
-def _compared(candidate: Sequence[Mapping[str, Any]]) -> list[list[Compared]]:
-    """For each suite and metric the candidate's score, and below it the others on the same axis."""
-    return [_together(score) for score in candidate]
-
-
-def _together(score: Mapping[str, Any]) -> list[Compared]:
+def _compared(score: Mapping[str, Any]) -> list[Compared]:
+    """The candidate's score of a suite's metric, and below it the others on the same axis."""
     named = f"{score['suite']}.{score['metric']}"
     rows: list[tuple[str, str | None, Mapping[str, Any], str]] = [("result", None, score, "now")]
     for one in score.get("inputs", []):

@@ -1,10 +1,15 @@
 """What the address of a page names, parsed once for every page."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends
+from fastapi import Depends, Request
 
+from registry.api.http.request import ResourcesOf
+from registry.api.pages.render import link
 from registry.formats.references import RepositoryName, Version, parse_name, parse_repository, parse_version
+
+CHANNEL = "/{namespace}/{name}@{channel}"
 
 
 async def _repository(namespace: str, name: str) -> RepositoryName:
@@ -22,3 +27,21 @@ async def _version(version: str) -> Version:
 RepositoryOf = Annotated[RepositoryName, Depends(_repository)]
 ChannelOf = Annotated[str, Depends(_channel)]
 VersionOf = Annotated[Version, Depends(_version)]
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelRequest:
+    """A request about one channel."""
+
+    named: RepositoryOf
+    channel: ChannelOf
+    request: Request
+    resources: ResourcesOf
+
+    @property
+    def address(self) -> str:
+        """The address of the channel's page."""
+        return link(str(self.named), channel=self.channel)
+
+
+ChannelRequestOf = Annotated[ChannelRequest, Depends()]

@@ -1,45 +1,44 @@
 """The form for a channel's policy, as text. It carries the revision that its page showed."""
 
 import yaml
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 
-from registry.api.http.request import ResourcesOf
+from registry.api.http.problems import as_registry_error
 from registry.api.pages.forms import FormOf, number_shown
-from registry.api.pages.paths import ChannelOf, RepositoryOf
-from registry.api.pages.render import form_page, link, redirect
-from registry.api.pages.wire import ERRORS, PageAdmin, PageRoute, as_registry_error
+from registry.api.pages.paths import CHANNEL, ChannelRequest, ChannelRequestOf
+from registry.api.pages.render import page_about, redirect
+from registry.api.pages.wire import ERRORS, PageAdmin, PageRoute
 from registry.domain.catalog import repositories
 from registry.domain.channels import policies
+from registry.errors import RegistryError
 from registry.formats.channel_policy import parse_policy
 
 router = APIRouter(route_class=PageRoute)
 
-POLICY = "/{namespace}/{name}@{channel}/policy"
 
-
-@router.get(POLICY)
-def show_policy_form(
-    named: RepositoryOf, channel: ChannelOf, request: Request, resources: ResourcesOf, actor: PageAdmin
-) -> Response:
+@router.get(CHANNEL + "/policy")
+def show_policy_form(asked: ChannelRequestOf, actor: PageAdmin) -> Response:
     """The policy that is set, to change."""
-    with resources.read() as session:
-        policy, revision = policies.find(session, repositories.find(session, named), channel)
-    text = yaml.safe_dump(policy.to_json(), sort_keys=False, allow_unicode=True)
-    return form_page(request, "policy.html", named, None, channel=channel, text=text, revision=revision)
+    with asked.resources.read() as session:
+        policy, revision = policies.find(session, repositories.find(session, asked.named), asked.channel)
+    return _page(asked, yaml.safe_dump(policy.to_json(), sort_keys=False, allow_unicode=True), revision)
 
 
-@router.post(POLICY)
-def set_policy(
-    named: RepositoryOf, channel: ChannelOf, request: Request, resources: ResourcesOf, actor: PageAdmin, form: FormOf
-) -> Response:
+@router.post(CHANNEL + "/policy")
+def set_policy(asked: ChannelRequestOf, actor: PageAdmin, form: FormOf) -> Response:
     """Replaces the policy as REST does, and goes on to the channel's page. Raises Stale if it has changed since."""
     text, revision = form.get("policy", ""), number_shown(form, "revision")
     try:
         policy = parse_policy(text, "policy")
-        with resources.write() as session:
-            repository = repositories.find(session, named)
-            policies.set_policy(session, actor, repository, channel, policy, expected=revision)
+        with asked.resources.write() as session:
+            repository = repositories.find(session, asked.named)
+            policies.set_policy(session, actor, repository, asked.channel, policy, expected=revision)
     except ERRORS as error:
-        values = {"channel": channel, "text": text, "revision": revision}
-        return form_page(request, "policy.html", named, as_registry_error(error), **values)
-    return redirect(link(str(named), channel=channel))
+        return _page(asked, text, revision, as_registry_error(error))
+    return redirect(asked.address)
+
+
+def _page(asked: ChannelRequest, text: str, revision: int, error: RegistryError | None = None) -> Response:
+    return page_about(
+        asked.request, "policy.html", asked.named, error=error, channel=asked.channel, text=text, revision=revision
+    )

@@ -16,7 +16,7 @@ from registry.api.pages.answers import Answer, Channels
 from registry.api.pages.drawings import Cell
 from registry.api.pages.modules import MAX_ROWS, cells, frame_of
 from registry.api.pages.paths import RepositoryOf, VersionOf
-from registry.api.pages.render import HEADERS, link, page, redirect
+from registry.api.pages.render import HEADERS, link, page_about, redirect
 from registry.api.pages.scores import History
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.blobs import file_response
@@ -76,13 +76,11 @@ def show_release(
         shown = _shown(session, actor, named, releases.find(session, named, parse_version(version)), channel)
     release = shown.release
     compared = scores.lines(release["scores"], shown.before["scores"] if shown.before else [], shown.base_scores)
-    return page(
+    return page_about(
         request,
         "release.html",
+        named,
         release=release,
-        repository=str(named),
-        namespace=named.namespace,
-        name=named.name,
         answer=shown.answer,
         releaser=holds(actor, Role.RELEASER, str(named)),
         serving=shown.serving,
@@ -148,12 +146,10 @@ def show_modules(
     with resources.snapshot() as session:
         row = releases.find(session, named, version)
         spectrum = releases.spectrum_of(session, named, version, Kind.ADAPTER)
-    return page(
+    return page_about(
         request,
         "modules.html",
-        repository=str(named),
-        namespace=named.namespace,
-        name=named.name,
+        named,
         version=row.version,
         spectrum=spectrum,
         json_address=f"/v1/adapters/{named}/releases/{row.version}/spectrum",

@@ -60,10 +60,10 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
     return HTMLResponse(text, status)
 
 
-def form_page(
-    request: Request, template: str, named: RepositoryName, error: RegistryError | None, **values: Any
+def page_about(
+    request: Request, template: str, named: RepositoryName, *, error: RegistryError | None = None, **values: Any
 ) -> Response:
-    """The page of a form about a repository. `error` is why the form is shown again; the response has its status."""
+    """A page about a repository. `error` is why its form is shown again; the response has its status."""
     return page(
         request,
         template,

@@ -12,7 +12,7 @@ from registry.api.http.request import ResourcesOf
 from registry.api.pages import scores
 from registry.api.pages.answers import FIRST_CHOICE
 from registry.api.pages.paths import RepositoryOf
-from registry.api.pages.render import page
+from registry.api.pages.render import page, page_about
 from registry.api.pages.wire import PageReader, PageRoute
 from registry.api.routes.documents import release_documents
 from registry.api.routes.views import channel_view, repository_page
@@ -68,12 +68,10 @@ def show_repository(
     serving: dict[tuple[str, str | None], list[str]] = {}
     for one in channels:
         serving.setdefault((str(named), one.version), []).append(one.channel)
-    return page(
+    return page_about(
         request,
         "repository.html",
-        repository=str(named),
-        namespace=named.namespace,
-        name=named.name,
+        named,
         summary=summary,
         channels=channels,
         histories=drawn,

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
 
 from composer.errors import ComposerError
 from registry.api.http.callers import Credentials
-from registry.api.http.problems import of_validation
+from registry.api.http.problems import as_registry_error
 from registry.api.http.request import SAFE_METHODS
 from registry.api.http.routes import Route
 from registry.api.http.rules import Rule, Where, rules_of
@@ -17,7 +17,6 @@ from registry.api.pages.forms import drop_session, read_form, refuse_other_site,
 from registry.api.pages.render import HEADERS, page
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role
-from registry.error_families import of_composer
 from registry.errors import RegistryError
 
 
@@ -77,13 +76,6 @@ class PageRoute(Route):
 def parses(*names: str) -> dict[str, Any]:
     """`openapi_extra` of a page that reads these parameters from the query by itself: any other one is refused."""
     return {"parameters": [{"name": name, "in": "query"} for name in names]}
-
-
-def as_registry_error(error: Exception) -> RegistryError:
-    """One of ERRORS as REST reports it."""
-    if isinstance(error, RequestValidationError):
-        return of_validation(error)
-    return of_composer(error) if isinstance(error, ComposerError) else cast(RegistryError, error)
 
 
 def error_page(request: Request, error: RegistryError, status: int | None = None) -> Response:

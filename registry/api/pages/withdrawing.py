@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from registry.api.http.problems import as_registry_error
 from registry.api.http.request import ResourcesOf
 from registry.api.pages.account import validated
 from registry.api.pages.forms import Form, FormOf
 from registry.api.pages.paths import RepositoryOf, VersionOf
-from registry.api.pages.render import form_page, link, redirect
-from registry.api.pages.wire import ERRORS, PageReleaser, PageRoute, as_registry_error
+from registry.api.pages.render import link, page_about, redirect
+from registry.api.pages.wire import ERRORS, PageReleaser, PageRoute
 from registry.api.schemas.catalog import DeprecateIn, YankIn
 from registry.database.engine import Session
 from registry.database.tables import Release
@@ -98,4 +99,4 @@ def _page(asked: Withdrawal, template: str, error: RegistryError | None = None) 
             "successor": row.successor,
             "serving": [channel.name for channel in serving],
         }
-    return form_page(asked.request, template, asked.named, error, version=str(asked.version), **values)
+    return page_about(asked.request, template, asked.named, error=error, version=str(asked.version), **values)

@@ -1,6 +1,5 @@
 """Tokens, namespaces and their members."""
 
-from dataclasses import asdict
 from datetime import timedelta
 
 from fastapi import APIRouter, Response
@@ -24,7 +23,7 @@ from registry.api.schemas.access import (
     WhoOut,
 )
 from registry.api.schemas.wire import Page
-from registry.database.tables import Namespace, Token
+from registry.database.tables import Namespace
 from registry.domain.access import namespaces, quotas, tokens, users
 from registry.domain.access.namespaces import Change
 from registry.domain.access.quotas import Quota, Retention
@@ -48,7 +47,7 @@ def create_token(body: TokenIn, resources: ResourcesOf, actor: Member, response:
     with resources.write() as session:
         row, secret = tokens.create(session, actor, NewToken(body.user or actor.name, body.name, scope, lifetime))
         response.headers["Cache-Control"] = "no-store"
-        return NewTokenOut(**_token_view(row).model_dump(), token=secret)
+        return NewTokenOut.of(row, token=secret)
 
 
 @router.get("/tokens")
@@ -56,13 +55,13 @@ def list_tokens(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor
     """List your own tokens; all tokens for a registry admin; only itself for a token with a scope or an expiry."""
     with resources.read() as session:
         rows = tokens.list_page(session, actor, after=decode_cursor(cursor), limit=limit + 1)
-        return page([_token_view(row) for row in rows], limit, [row.id for row in rows])
+        return page([TokenOut.of(row) for row in rows], limit, [row.id for row in rows])
 
 
 @router.delete("/tokens/{token_id}")
 def revoke_token(token_id: str, resources: ResourcesOf, actor: Member, callers: CallersOf) -> TokenOut:
     with resources.write() as session:
-        view = _token_view(tokens.revoke(session, actor, token_id))
+        view = TokenOut.of(tokens.revoke(session, actor, token_id))
     callers.forget()
     return view
 
@@ -100,7 +99,7 @@ def show_usage(namespace: str, resources: ResourcesOf, actor: Reader) -> UsageOu
     """What the namespace holds, and its quota."""
     with resources.snapshot() as session:
         row, used = namespaces.find(session, namespace), quotas.measure(session, namespace, actor.at)
-        return UsageOut(**asdict(used), max_bytes=row.max_bytes, max_releases=row.max_releases)
+        return UsageOut.of(used, max_bytes=row.max_bytes, max_releases=row.max_releases)
 
 
 @router.put("/namespaces/{namespace}/quota")
@@ -108,7 +107,7 @@ def set_quota(namespace: str, body: QuotaIn, resources: ResourcesOf, actor: Regi
     """Set what the namespace may hold. What it holds already stays."""
     with resources.write() as session:
         row = namespaces.find(session, namespace)
-        quotas.set_quota(session, actor, row, Quota(body.max_bytes, body.max_releases))
+        quotas.set_limits(session, actor, row, Quota(body.max_bytes, body.max_releases))
         return _namespace_view(row)
 
 
@@ -117,7 +116,7 @@ def set_retention(namespace: str, body: RetentionIn, resources: ResourcesOf, act
     """Set after how many days `gc` takes down yanked releases and pre-releases."""
     with resources.write() as session:
         row = namespaces.find(session, namespace)
-        quotas.set_retention(session, actor, row, Retention(body.keep_yanked_days, body.keep_prerelease_days))
+        quotas.set_limits(session, actor, row, Retention(body.keep_yanked_days, body.keep_prerelease_days))
         return _namespace_view(row)
 
 
@@ -148,13 +147,8 @@ def remove_user(user: str, resources: ResourcesOf, actor: RegistryAdmin, callers
     with resources.write() as session:
         removed = users.remove(session, actor, user)
     callers.forget()
-    return UserOut.model_validate(removed, from_attributes=True)
-
-
-def _token_view(row: Token) -> TokenOut:
-    return TokenOut.model_validate(row, from_attributes=True)
+    return UserOut.of(removed)
 
 
 def _namespace_view(row: Namespace) -> NamespaceOut:
-    document = {name: getattr(row, name) for name in NamespaceOut.model_fields if name != "namespace"}
-    return NamespaceOut.model_validate({"namespace": row.name, **document})
+    return NamespaceOut.of(row, namespace=row.name)

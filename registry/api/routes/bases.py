@@ -22,18 +22,8 @@ router = APIRouter(prefix="/v1/bases", tags=["bases"], route_class=Route)
 def register(body: BaseIn, resources: ResourcesOf, actor: Contributor, response: Response) -> BaseOut:
     """201 for a new base; 200 for a known one, to which the aliases and locations are added."""
     rows = [TensorRow(row.name, row.dtype, tuple(row.shape), parse_digest(row.sha256)) for row in body.tensors]
-    new = NewBase(
-        name=body.name,
-        model_type=body.model_type,
-        tied=body.tied,
-        tensors=rows,
-        weights_digest=parse_digest(body.weights_digest),
-        aliases=body.aliases,
-        locations=body.locations,
-        derived_from=body.derived_from,
-        relation=body.relation,
-        license=body.license,
-    )
+    stated = body.model_dump(exclude={"tensors", "weights_digest"})
+    new = NewBase(**stated, tensors=rows, weights_digest=parse_digest(body.weights_digest))
     with resources.write() as session:
         base, created = bases.register(session, actor, new)
         response.status_code = 201 if created else 200

@@ -32,6 +32,7 @@ BYTES: dict[int | str, dict[str, Any]] = {
 }
 """OpenAPI responses of a route that sends a file."""
 UploadId = Annotated[str, Path(max_length=64)]
+ByteRange = Annotated[str | None, Header(alias="Range")]
 PartNumber = Annotated[int, Path(ge=1, le=10_000)]
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
@@ -57,8 +58,7 @@ def plan_part(upload_id: UploadId, number: PartNumber, body: PartIn, resources: 
 @in_store_threads
 def complete_upload(upload_id: UploadId, resources: ResourcesOf, actor: Caller) -> CompletedOut:
     """Verify the size and digest of an upload; releases in its namespace may then use the blob."""
-    done = uploads.complete(resources, actor, upload_id)
-    return CompletedOut(sha256=done.sha256, size_bytes=done.size_bytes)
+    return CompletedOut.of(uploads.complete(resources, actor, upload_id))
 
 
 @router.put("/blobs/{sha256}", status_code=201, response_class=Response)
@@ -78,9 +78,7 @@ async def upload(
 
 @router.get("/blobs/{sha256}", response_class=Response, responses=BYTES)
 @in_store_threads
-def download(
-    sha256: str, resources: ResourcesOf, actor: Caller, byte_range: Annotated[str | None, Header(alias="Range")] = None
-) -> Response:
+def download(sha256: str, resources: ResourcesOf, actor: Caller, byte_range: ByteRange = None) -> Response:
     return blob_response(resources, uploads.readable(resources, actor, parse_digest(sha256)), byte_range)
 
 
@@ -136,7 +134,7 @@ def _upload_row(announced: PlannedUpload) -> UploadRow:
         put = PutOut(
             url=f"/v1/blobs/{file.sha256}?upload={upload_id}", headers={"Content-Length": str(file.size_bytes)}
         )
-    parts = [PartOut(number=part.number, size_bytes=part.size_bytes, present=part.present) for part in announced.parts]
+    parts = [PartOut.of(part) for part in announced.parts]
     return UploadRow(
         path=file.path, sha256=file.sha256, present=upload_id is None, upload=upload_id, put=put, parts=parts
     )

@@ -28,7 +28,6 @@ from registry.api.schemas.wire import Page
 from registry.database import idempotency
 from registry.database.engine import Session
 from registry.database.tables import Promotion
-from registry.domain.catalog import releases, repositories
 from registry.domain.channels import judgements, moves, pending, policies, promotions, timeline
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import parse_name, parse_version
@@ -52,8 +51,8 @@ def list_channels(
     cursor: Cursor = None,
 ) -> Page[ChannelOut]:
     with resources.snapshot() as session:
-        repository = repositories.find(session, named.name, named.kind)
-        served = releases.find(session, named.name, parse_version(version), named.kind) if version else None
+        repository = named.find(session)
+        served = named.release(session, version) if version else None
         rows = moves.list_page(session, repository, served=served, after=decode_cursor(cursor), limit=limit + 1)
         items = [channel_view(session, row, repository) for row in rows]
         return page(items, limit, [row.name for row in rows])
@@ -64,7 +63,7 @@ def show_channel(
     named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader, response: Response
 ) -> ChannelOut:
     with resources.snapshot() as session:
-        repository = repositories.find(session, named.name, named.kind)
+        repository = named.find(session)
         row = moves.find(session, repository, channel)
         response.headers["ETag"] = etag(row.move_id or 0)
         return channel_view(session, row, repository)
@@ -113,7 +112,7 @@ def _made(
     """What an earlier request with the same key led to."""
     if "move" in made:
         return _move(session, named, channel, made["move"])
-    return pending.find(session, repositories.find(session, named.name, named.kind), channel, made["promotion"])
+    return pending.find(session, named.find(session), channel, made["promotion"])
 
 
 @repository_routes.post(CHANNEL + "/rollback", response_model=MoveOut)
@@ -134,14 +133,14 @@ def roll_back(  # noqa: PLR0913
         if made:
             move = _move(session, named, channel, made["move"])
         else:
-            repository = repositories.find(session, named.name, named.kind)
+            repository = named.find(session)
             move = moves.roll_back(session, actor, repository, channel, to=to, reason=body.reason, expected=expected)
             idempotency.store_answer(session, asked, {"move": move.id})
     return json_response(move_document(move, named.name, channel), ETag=etag(move.id))
 
 
 def _move(session: Session, named: NamedRepository, channel: str, move_id: int) -> timeline.ChannelMove:
-    row = moves.find(session, repositories.find(session, named.name, named.kind), channel)
+    row = moves.find(session, named.find(session), channel)
     return timeline.history(session, row, before=move_id + 1, limit=1)[0]
 
 
@@ -151,8 +150,7 @@ def history(
 ) -> Page[MoveOut]:
     """List the channel's moves, newest first."""
     with resources.read() as session:
-        repository = repositories.find(session, named.name, named.kind)
-        row = moves.find(session, repository, channel)
+        row = moves.find(session, named.find(session), channel)
         rows = timeline.history(session, row, before=decode_number(cursor), limit=limit + 1)
         return page([move_view(move, named.name, channel) for move in rows], limit, [move.id for move in rows])
 
@@ -168,7 +166,7 @@ def list_moves_of_release(
 ) -> Page[MoveOut]:
     """List the moves of all channels to this release and away from it, newest first."""
     with resources.read() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
+        release = named.release(session, version)
         rows = timeline.of_release(session, release, before=decode_number(cursor), limit=limit + 1)
         items = [move_view(move, named.name, channel) for channel, move in rows]
         return page(items, limit, [move.id for _, move in rows])
@@ -194,8 +192,7 @@ def list_promotions(
     """List the promotions to the channel that wait or have waited, newest first."""
     settle_overdue(resources, named.name, named.kind, channel)
     with resources.read() as session:
-        repository = repositories.find(session, named.name, named.kind)
-        rows = pending.list_page(session, repository, channel, before=decode_number(cursor), limit=limit + 1)
+        rows = pending.list_page(session, named.find(session), channel, before=decode_number(cursor), limit=limit + 1)
         return page([promotion_view(row) for row in rows], limit, [row.id for row in rows])
 
 
@@ -205,8 +202,7 @@ def show_promotion(
 ) -> PromotionOut:
     settle_overdue(resources, named.name, named.kind, channel)
     with resources.read() as session:
-        repository = repositories.find(session, named.name, named.kind)
-        return promotion_view(pending.find(session, repository, channel, promotion_id))
+        return promotion_view(pending.find(session, named.find(session), channel, promotion_id))
 
 
 @repository_routes.post(CHANNEL + "/promotions/{promotion_id}/cancel")
@@ -215,8 +211,7 @@ def cancel_promotion(
 ) -> PromotionOut:
     """Cancel a waiting promotion, and its evaluation if nothing else needs that."""
     with resources.write() as session:
-        repository = repositories.find(session, named.name, named.kind)
-        promotion = pending.find(session, repository, channel, promotion_id)
+        promotion = pending.find(session, named.find(session), channel, promotion_id)
         return promotion_view(promotions.cancel(session, actor, promotion))
 
 
@@ -227,23 +222,14 @@ def approve(
     """Approve a release for the channel, with the role that its policy asks for. A promotion that waits for it is
     judged again."""
     with resources.write() as session:
-        release = releases.find(session, named.name, parse_version(body.version), named.kind)
+        release = named.release(session, body.version)
         given = promotions.approve(session, actor, release, parse_name(channel, "channel"), body.reason)
         waiting = promotions.waiting_for(session, release, channel)
         waiting_id = waiting.id if waiting else None
     settle(resources, waiting_id)
     with resources.read() as session:
         promotion = None if waiting_id is None else promotion_view(session.get_one(Promotion, waiting_id))
-    name = str(named.name)
-    return ApprovalOut(
-        repository=name,
-        channel=channel,
-        version=body.version,
-        user=given.user,
-        reason=given.reason,
-        at=given.at,
-        promotion=promotion,
-    )
+    return ApprovalOut.of(given, repository=str(named.name), channel=channel, version=body.version, promotion=promotion)
 
 
 @repository_routes.delete(CHANNEL + "/approvals/{version}")
@@ -252,14 +238,13 @@ def withdraw(
 ) -> dict[str, bool]:
     """Withdraw one's own approval; `withdrawn` says whether there was one."""
     with resources.write() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
-        return {"withdrawn": promotions.withdraw(session, actor, release, channel)}
+        return {"withdrawn": promotions.withdraw(session, actor, named.release(session, version), channel)}
 
 
 @repository_routes.get(CHANNEL + "/policy")
 def show_policy(named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader) -> PolicyOut:
     with resources.read() as session:
-        policy, revision = policies.find(session, repositories.find(session, named.name, named.kind), channel)
+        policy, revision = policies.find(session, named.find(session), channel)
         return PolicyOut(channel=channel, revision=revision, policy=policy.to_json())
 
 
@@ -270,15 +255,14 @@ def set_policy(
     """Replace the channel's policy, gate rules included. A promotion that waits is judged by the new one."""
     policy = read_policy(body, "policy")
     with resources.write() as session:
-        repository = repositories.find(session, named.name, named.kind)
-        revision = policies.set_policy(session, actor, repository, channel, policy)
+        revision = policies.set_policy(session, actor, named.find(session), channel, policy)
         return PolicyOut(channel=channel, revision=revision, policy=policy.to_json())
 
 
 @repository_routes.get("/{namespace}/{name}/gates")
 def show_gates(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> GatesOut:
     with resources.read() as session:
-        rules = policies.all_rules(session, repositories.find(session, named.name, named.kind))
+        rules = policies.all_rules(session, named.find(session))
         return GatesOut(gates={channel: [str(rule) for rule in listed] for channel, listed in rules.items()})
 
 
@@ -286,7 +270,7 @@ def show_gates(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> Ga
 def set_gates(named: RepositoryOf, body: GatesIn, resources: ResourcesOf, actor: Admin) -> GatesOut:
     """Replace the rules of one channel."""
     with resources.write() as session:
-        repository = repositories.find(session, named.name, named.kind)
+        repository = named.find(session)
         policies.set_rules(session, actor, repository, body.channel, body.rules)
         rules = policies.all_rules(session, repository)
         return GatesOut(gates={channel: [str(rule) for rule in listed] for channel, listed in rules.items()})

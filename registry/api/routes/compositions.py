@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from composer.formats.recipes.recipe import Recipe, parse_recipe
-from registry.api.http.events import EVENTS, LastEventId, Snapshot, stream
+from registry.api.http.events import EVENTS, LastEventId, stream
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller
@@ -62,12 +62,7 @@ async def follow(
 ) -> Response:
     """Server-sent events: the composition on every change until it finishes, after the one of `Last-Event-ID`, and a
     comment after 15 seconds without changes. 204 if that was the last."""
-
-    def look(current: Actor) -> Snapshot:
-        view = _look(resources, current, composition_id)
-        return Snapshot.of(view, view.state)
-
-    return await stream(request, actor, look, last_event_id)
+    return await stream(request, actor, lambda current: _look(resources, current, composition_id), last_event_id)
 
 
 @router.post("/{composition_id}/cancel")

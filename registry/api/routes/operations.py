@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from registry.api.http.events import EVENTS, LastEventId, Snapshot, stream
+from registry.api.http.events import EVENTS, LastEventId, stream
 from registry.api.http.pagination import Cursor, Limit, decode_number, page
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
@@ -52,12 +52,7 @@ async def follow_job(
 ) -> Response:
     """Server-sent events: the job on every change until it ends, after the one of `Last-Event-ID`, and a comment after
     15 seconds without changes. 204 if that was the last."""
-
-    def look(current: Actor) -> Snapshot:
-        view = show_job(job_id, resources, current)
-        return Snapshot.of(view, view.state)
-
-    return await stream(request, actor, look, last_event_id)
+    return await stream(request, actor, lambda current: show_job(job_id, resources, current), last_event_id)
 
 
 @router.post("/v1/jobs/{job_id}/cancel")

@@ -64,14 +64,4 @@ def remove_publisher(
 
 
 def _publisher_view(row: TrustedPublisher) -> PublisherOut:
-    return PublisherOut(
-        id=row.id,
-        repository=f"{row.namespace}/{row.repository}",
-        issuer=row.issuer,
-        project=row.project,
-        project_id=row.project_id,
-        ref=row.ref,
-        environment=row.environment,
-        created_at=row.created_at,
-        created_by=row.created_by,
-    )
+    return PublisherOut.of(row, repository=f"{row.namespace}/{row.repository}")

@@ -1,15 +1,13 @@
 """Repositories and their releases. The same routes serve adapters and models."""
 
-from typing import Annotated
-
-from fastapi import Header, Request, Response
+from fastapi import Request, Response
 
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, decode_number, encode_cursor, page
 from registry.api.http.request import RequestKey, ResourcesOf, idempotent_request
 from registry.api.http.routes import Route
 from registry.api.http.rules import Admin, Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
-from registry.api.routes.blobs import BYTES, file_response
+from registry.api.routes.blobs import BYTES, ByteRange, file_response
 from registry.api.routes.documents import page_response, release_documents, release_view
 from registry.api.routes.repository import KindOf, RepositoryOf, RepositoryRouter
 from registry.api.routes.views import repository_page
@@ -66,7 +64,7 @@ def list_repositories(
 @repository_routes.get("/{namespace}/{name}")
 def show_repository(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> RepositoryOut:
     with resources.snapshot() as session:
-        return repository_page(session, [repositories.find(session, named.name, named.kind)])[0]
+        return repository_page(session, [named.find(session)])[0]
 
 
 @repository_routes.post("/{namespace}/{name}/releases", status_code=201, responses={200: {"model": PublishedOut}})
@@ -124,7 +122,7 @@ def list_releases(
 ) -> Response:
     """List releases, highest version first."""
     with resources.read() as session:
-        repository = repositories.find(session, named.name, named.kind)
+        repository = named.find(session)
         rows = releases.list_page(session, repository, before=decode_cursor(cursor), limit=limit + 1)
         items = release_documents(session, actor, [row.id for row in rows[:limit]])
     return page_response(items, encode_cursor(rows[len(items) - 1].sort_key) if rows[len(items) :] else None)
@@ -133,14 +131,14 @@ def list_releases(
 @repository_routes.get("/{namespace}/{name}/releases/{version}")
 def show_release(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> ReleaseOut:
     with resources.read() as session:
-        return release_view(session, actor, releases.find(session, named.name, parse_version(version), named.kind))
+        return release_view(session, actor, named.release(session, version))
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/target-suite")
 def show_target_suite(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> TargetSuiteOut:
     """The target suite on which the release gained most over its base; probes use it."""
     with resources.read() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
+        release = named.release(session, version)
         from registry.domain.compositions import locking
 
         return TargetSuiteOut(target_suite=locking.best_target_suite(session, release))
@@ -157,9 +155,9 @@ def list_descendants(
 ) -> Page[DescendantOut]:
     """List the releases that were composed from this one, newest first; without those that the caller may not read."""
     with resources.snapshot() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
+        release = named.release(session, version)
         rows = lineage.descendants(session, actor, release, before=decode_number(cursor), limit=limit + 1)
-        items = [DescendantOut.model_validate(row, from_attributes=True) for row in rows]
+        items = [DescendantOut.of(row) for row in rows]
         return page(items, limit, [row.id for row in rows])
 
 
@@ -175,15 +173,10 @@ def show_spectrum(named: RepositoryOf, version: str, resources: ResourcesOf, act
 )
 @in_store_threads
 def download_file(
-    named: RepositoryOf,
-    version: str,
-    path: str,
-    resources: ResourcesOf,
-    actor: Reader,
-    byte_range: Annotated[str | None, Header(alias="Range")] = None,
+    named: RepositoryOf, version: str, path: str, resources: ResourcesOf, actor: Reader, byte_range: ByteRange = None
 ) -> Response:
     with resources.read() as session:
-        file = releases.find_file(session, releases.find(session, named.name, parse_version(version), named.kind), path)
+        file = releases.find_file(session, named.release(session, version), path)
     return file_response(resources, file, f"{path} of {named.name}:{version}", byte_range)
 
 
@@ -201,9 +194,8 @@ def sign(named: RepositoryOf, version: str, body: SignatureIn, resources: Resour
 @repository_routes.get("/{namespace}/{name}/releases/{version}/signatures")
 def list_signatures(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> SignaturesOut:
     with resources.read() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
-        rows = signatures.of_release(session, release)
-        return SignaturesOut(signatures=[SignatureOut.model_validate(row, from_attributes=True) for row in rows])
+        rows = signatures.of_release(session, named.release(session, version))
+        return SignaturesOut(signatures=[SignatureOut.of(row) for row in rows])
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/deprecate")
@@ -212,33 +204,29 @@ def deprecate(
 ) -> ReleaseOut:
     """Deprecate a release, or undo that with a null reason. It is shown wherever the release is, and blocks nothing."""
     with resources.write() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
-        return release_view(
-            session, actor, deprecations.deprecate(session, actor, release, body.reason, body.successor)
-        )
+        release = named.release(session, version)
+        deprecations.deprecate(session, actor, release, body.reason, body.successor)
+        return release_view(session, actor, release)
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/yank")
 def yank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
     with resources.write() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
-        return release_view(session, actor, yanks.yank(session, actor, release, body.reason))
+        return release_view(session, actor, yanks.yank(session, actor, named.release(session, version), body.reason))
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/unyank")
 def unyank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
     with resources.write() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
-        return release_view(session, actor, yanks.unyank(session, actor, release, body.reason))
+        return release_view(session, actor, yanks.unyank(session, actor, named.release(session, version), body.reason))
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/takedown")
 def take_down(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Admin) -> TakedownOut:
     """Remove the files of a release, and of versions with the same ones, for good. A tombstone stays."""
     with resources.write() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
-        taken = takedowns.take_down(session, actor, release, body.reason)
+        taken = takedowns.take_down(session, actor, named.release(session, version), body.reason)
     from registry.transfer.collect import remove_marked  # which loads more than all other routes here need
 
     remove_marked(resources)
-    return TakedownOut.model_validate(taken, from_attributes=True)
+    return TakedownOut.of(taken)

@@ -5,8 +5,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
+from registry.database.engine import Session
+from registry.database.tables import Release, Repository
+from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.repositories import Kind
-from registry.formats.references import RepositoryName, parse_name
+from registry.formats.references import RepositoryName, parse_name, parse_version
 
 REPOSITORY_PREFIXES = {"/v1/adapters": Kind.ADAPTER, "/v1/models": Kind.MODEL}
 
@@ -25,6 +28,14 @@ class NamedRepository:
 
     name: RepositoryName
     kind: Kind
+
+    def find(self, session: Session) -> Repository:
+        """Raises NotFound."""
+        return repositories.find(session, self.name, self.kind)
+
+    def release(self, session: Session, version: str) -> Release:
+        """Its release of that version. Raises NotFound."""
+        return releases.find(session, self.name, parse_version(version), self.kind)
 
 
 async def kind_of(request: Request) -> Kind:

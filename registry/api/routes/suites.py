@@ -23,7 +23,7 @@ from registry.api.schemas.quality import (
 from registry.api.schemas.wire import Page
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, refuse_other_owner
-from registry.domain.catalog import bases, releases, suites
+from registry.domain.catalog import bases, suites
 from registry.domain.catalog.suites import Measurement
 from registry.formats.references import parse_version
 from registry.transfer.promotions import settle_on_base
@@ -69,10 +69,10 @@ def record_release(
 ) -> ScoresOut:
     """Record scores and, for comparisons example by example, the results that they are made of."""
     with resources.read() as session:
-        releases.find(session, named.name, parse_version(version), named.kind)
+        named.release(session, version)
     measurements = _measurements(resources, actor, named.name.namespace, body)
     with resources.write() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
+        release = named.release(session, version)
         rows, digest = suites.record(session, actor, release, measurements), release.base_digest
         answer = ScoresOut(scores=[score_view(row) for row in rows])
     settle_on_base(resources, digest)
@@ -95,8 +95,8 @@ def import_scores(named: RepositoryOf, version: str, resources: ResourcesOf, act
 @repository_routes.get("/{namespace}/{name}/releases/{version}/scores")
 def release_scores(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> ScoresOut:
     with resources.read() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
-        return ScoresOut(scores=[score_view(row) for row in suites.scores_of(session, release)])
+        rows = suites.scores_of(session, named.release(session, version))
+        return ScoresOut(scores=[score_view(row) for row in rows])
 
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/scores/{suite}/results", response_model=SuiteResultsOut)
@@ -104,8 +104,7 @@ def release_scores(named: RepositoryOf, version: str, resources: ResourcesOf, ac
 def release_results(named: RepositoryOf, version: str, suite: str, resources: ResourcesOf, actor: Reader) -> Response:
     """The result of each example on a suite, in its order. `suite` is a name, `NAME@VERSION` or digest."""
     with resources.read() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
-        sha256 = suites.results_of(session, release, suite)
+        sha256 = suites.results_of(session, named.release(session, version), suite)
     return _document(resources, sha256)
 
 
@@ -115,8 +114,7 @@ def delete_release_score(
 ) -> ScoreOut:
     """Delete a score and return it. Only for its recorder and admins of the namespace. `suite` is a name or digest."""
     with resources.write() as session:
-        release = releases.find(session, named.name, parse_version(version), named.kind)
-        return score_view(suites.delete(session, actor, release, suite, metric))
+        return score_view(suites.delete(session, actor, named.release(session, version), suite, metric))
 
 
 @router.post("/bases/{base:path}/scores")

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
 
 from registry.api.routes.documents import deprecation, move_document
 from registry.api.schemas.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
 from registry.api.schemas.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
-from registry.api.schemas.wire import Wire
 from registry.api.schemas.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut
-from registry.database.engine import Row, Session
+from registry.database.engine import Session
 from registry.database.tables import (
     AuditRow,
     Base,
@@ -31,32 +29,26 @@ from registry.domain.jobs import needs, queue
 from registry.domain.jobs.queue import Priority
 from registry.formats.references import RepositoryName
 
-W = TypeVar("W", bound=Wire)
-
-
-def _view(schema: type[W], row: Row, **fields: Any) -> W:
-    """The schema of a row: `fields`, and the columns with the names of its other fields."""
-    columns = {name: getattr(row, name) for name in schema.model_fields.keys() - fields.keys()}
-    return schema.model_validate(columns | fields)
-
 
 def score_view(row: Score) -> ScoreOut:
     suite = row.suite
-    return _view(ScoreOut, row, suite=suite.name, suite_digest=suite.digest, task=suite.task, measured=row.measured_at)
+    return ScoreOut.of(row, suite=suite.name, suite_digest=suite.digest, task=suite.task, measured=row.measured_at)
 
 
 def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:
     [view] = base_page(session, [row])
-    return view.model_copy(update={"tensors": _tensor_table(row)}) if tensors else view
+    if not tensors:
+        return view
+    table = [TensorRow(name=name, dtype=dtype, shape=shape, sha256=sha) for name, dtype, shape, sha in row.tensors]
+    return view.model_copy(update={"tensors": table})
 
 
 def base_page(session: Session, rows: Sequence[Base]) -> list[BaseOut]:
     """Renders bases with four queries, whatever the page length."""
-    aliases, locations = bases.aliases(session, *rows), bases.locations(session, *rows)
+    aliases, locations = bases.aliases(session, [row.digest for row in rows]), bases.locations(session, *rows)
     origins, scores = bases.origins(session, *rows), suites.scores_of_bases(session, *rows)
     return [
-        _view(
-            BaseOut,
+        BaseOut.of(
             row,
             aliases=aliases[row.digest],
             locations=locations[row.digest],
@@ -69,16 +61,11 @@ def base_page(session: Session, rows: Sequence[Base]) -> list[BaseOut]:
     ]
 
 
-def _tensor_table(row: Base) -> list[TensorRow]:
-    return [TensorRow(name=name, dtype=dtype, shape=shape, sha256=sha) for name, dtype, shape, sha in row.tensors]
-
-
 def repository_page(session: Session, rows: Sequence[Repository]) -> list[RepositoryOut]:
     """Renders repositories with two queries, whatever the page length."""
     heads = resolve.heads(session, *rows)
     return [
-        _view(
-            RepositoryOut,
+        RepositoryOut.of(
             row,
             repository=str(repositories.name_of(row)),
             latest=heads[row.id].latest,
@@ -91,7 +78,7 @@ def repository_page(session: Session, rows: Sequence[Repository]) -> list[Reposi
 def suite_page(session: Session, rows: Sequence[Suite]) -> list[SuiteOut]:
     """Renders suites, without their examples, with one query for all their metrics."""
     stated = metrics.stated(session, rows)
-    return [_view(SuiteOut, row, metrics=_directions(stated[row.name]), content=None) for row in rows]
+    return [SuiteOut.of(row, metrics=_directions(stated[row.name]), content=None) for row in rows]
 
 
 def suite_view(session: Session, row: Suite) -> SuiteOut:
@@ -140,8 +127,7 @@ def judgement_view(judgement: Judgement, wanted: PromotionRequest) -> JudgementO
 
 
 def promotion_view(row: Promotion) -> PromotionOut:
-    return _view(
-        PromotionOut,
+    return PromotionOut.of(
         row,
         repository=str(repositories.name_of(row.release.repository)),
         channel=row.channel.name,
@@ -167,8 +153,7 @@ def job_page(session: Session, rows: Sequence[Job], now: datetime) -> list[JobOu
 def _job_views(session: Session, rows: Sequence[Job], now: datetime) -> list[JobOut]:
     needed, waiting = needs.needs_of(session, rows), needs.waiting(session, rows, now)
     return [
-        _view(
-            JobOut,
+        JobOut.of(
             row,
             priority=Priority.of(row),
             needs=sorted(needed[row.id].names),
@@ -179,8 +164,7 @@ def _job_views(session: Session, rows: Sequence[Job], now: datetime) -> list[Job
 
 
 def composition_view(row: Composition, job: Job) -> CompositionOut:
-    return _view(
-        CompositionOut,
+    return CompositionOut.of(
         row,
         job=job.id,
         state=job.state,
@@ -211,4 +195,4 @@ def conflicts_view(session: Session, row: ConflictCheck) -> ConflictsOut:
 
 
 def audit_view(row: AuditRow) -> AuditOut:
-    return _view(AuditOut, row, token=row.token_id)
+    return AuditOut.of(row, token=row.token_id)

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 from itertools import chain
-from typing import Annotated, Any, Generic, TypeVar, cast
+from typing import Annotated, Any, Generic, Self, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
@@ -31,6 +31,12 @@ class Wire(BaseModel):
     """Refuses unknown fields: a misspelt option would otherwise be dropped silently."""
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
+
+    @classmethod
+    def of(cls, row: object, **others: Any) -> Self:
+        """The document of a row or a value: `others`, and what it has under the names of the other fields."""
+        own = {name: getattr(row, name) for name in cls.model_fields.keys() - others.keys()}
+        return cls.model_validate(own | others)
 
 
 class WireIn(Wire):

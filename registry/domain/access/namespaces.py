@@ -1,7 +1,7 @@
 """Namespaces and their members."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sqlalchemy import delete, select
@@ -21,7 +21,7 @@ MAX_SIGNING_KEYS = 20
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Changes to a namespace; None leaves a setting unchanged."""
+    """Changes to the columns of a namespace that have these names; None leaves one unchanged."""
 
     public: bool | None = None
     require_signature: bool | None = None
@@ -74,14 +74,10 @@ def change(session: Session, actor: Actor, name: str, wanted: Change) -> Namespa
     row = find_or_create(session, actor, name)
     session.refresh(row, with_for_update=True)  # waits for transactions that publish under the current settings
     before = _settings(row)
-    if wanted.public is not None:
-        row.public = wanted.public
-    if wanted.signing_keys is not None:
-        row.signing_keys = _checked_keys(wanted.signing_keys)
-    if wanted.require_signature is not None:
-        row.require_signature = wanted.require_signature
-    if wanted.signature_covers is not None:
-        row.signature_covers = wanted.signature_covers
+    _check_keys(wanted.signing_keys or ())
+    for column, value in asdict(wanted).items():
+        if value is not None:
+            setattr(row, column, value)
     if row.require_signature and not row.signing_keys:
         raise Refused(
             "signing_keys_missing",
@@ -147,16 +143,11 @@ def roles_of(session: Session, user: str) -> dict[str, str]:
 
 
 def _settings(row: Namespace) -> Mapping[str, Any]:
-    return {
-        "public": row.public,
-        "require_signature": row.require_signature,
-        "signing_keys": list(row.signing_keys),
-        "signature_covers": row.signature_covers,
-    }
+    return {one.name: getattr(row, one.name) for one in fields(Change)}
 
 
-def _checked_keys(keys: Sequence[str]) -> list[str]:
-    """Checks that each key can verify: an unusable one would refuse every push."""
+def _check_keys(keys: Sequence[str]) -> None:
+    """Raises Invalid for more than MAX_SIGNING_KEYS, and for one that cannot verify: it would refuse every push."""
     if len(keys) > MAX_SIGNING_KEYS:
         raise Invalid(
             "too_many_keys",
@@ -165,4 +156,3 @@ def _checked_keys(keys: Sequence[str]) -> list[str]:
         )
     for key in keys:
         fingerprint(key)
-    return list(keys)

@@ -5,7 +5,7 @@ namespace, may precede their repository, and end their tokens when they are remo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -71,11 +71,7 @@ def add(session: Session, actor: Actor, repository: RepositoryName, new: NewPubl
         id=tokens.random_id(),
         namespace=repository.namespace,
         repository=repository.name,
-        issuer=new.issuer,
-        project=new.project,
-        project_id=new.project_id,
-        ref=new.ref,
-        environment=new.environment,
+        **asdict(new),
         created_at=actor.at,
         created_by=actor.name,
     )
@@ -218,7 +214,7 @@ def _expire(session: Session, now: datetime) -> None:
 
 
 def _rule(row: TrustedPublisher) -> dict[str, str | None]:
-    return {name: getattr(row, name) for name in ("issuer", "project", "project_id", "ref", "environment")}
+    return {one.name: getattr(row, one.name) for one in fields(NewPublisher)}
 
 
 def bad_publisher(why: str) -> Invalid:

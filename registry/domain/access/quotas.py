@@ -1,6 +1,6 @@
 """What a namespace may hold: bytes of blobs that it has sent, and releases that have files."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from sqlalchemy import func, select
@@ -24,8 +24,8 @@ class Quota:
 class Retention:
     """Days after which `gc` takes down yanked releases and pre-releases that no channel serves; None keeps them."""
 
-    yanked_days: int | None = None
-    prerelease_days: int | None = None
+    keep_yanked_days: int | None = None
+    keep_prerelease_days: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +41,14 @@ def measure(session: Session, namespace: str, now: datetime) -> Holdings:
     return Holdings(_held_bytes(session, namespace, now), _count_releases(session, namespace))
 
 
-def set_quota(session: Session, actor: Actor, row: Namespace, wanted: Quota) -> None:
-    """Sets both limits. What is held already stays."""
-    before = {"max_bytes": row.max_bytes, "max_releases": row.max_releases}
-    row.max_bytes, row.max_releases = wanted.max_bytes, wanted.max_releases
-    after = {"max_bytes": row.max_bytes, "max_releases": row.max_releases}
-    _record(session, actor, row, before, after)
-
-
-def set_retention(session: Session, actor: Actor, row: Namespace, wanted: Retention) -> None:
-    """Sets both times."""
-    before = {"keep_yanked_days": row.keep_yanked_days, "keep_prerelease_days": row.keep_prerelease_days}
-    row.keep_yanked_days, row.keep_prerelease_days = wanted.yanked_days, wanted.prerelease_days
-    after = {"keep_yanked_days": row.keep_yanked_days, "keep_prerelease_days": row.keep_prerelease_days}
-    _record(session, actor, row, before, after)
+def set_limits(session: Session, actor: Actor, row: Namespace, wanted: Quota | Retention) -> None:
+    """Sets the columns that have the names of its fields. What is held already stays."""
+    after = asdict(wanted)
+    before = {name: getattr(row, name) for name in after}
+    for name, value in after.items():
+        setattr(row, name, value)
+    if before != after:
+        audit.record(session, actor, Act.NAMESPACE_SET, row.name, namespace=row.name, before=before, after=after)
 
 
 def refuse_bytes(session: Session, namespace: str, more: int, now: datetime) -> None:
@@ -101,10 +95,3 @@ def _exceeded(namespace: str, what: str) -> Refused:
         subject=namespace,
         next_step="Take down releases that you do not need, or ask a registry admin for a larger quota.",
     )
-
-
-def _record(
-    session: Session, actor: Actor, row: Namespace, before: dict[str, int | None], after: dict[str, int | None]
-) -> None:
-    if before != after:
-        audit.record(session, actor, Act.NAMESPACE_SET, row.name, namespace=row.name, before=before, after=after)

@@ -159,15 +159,7 @@ def authenticate(session: Session, text: str, now: datetime) -> Caller:
     if row.publisher_id is not None:
         if session.get(TrustedPublisher, row.publisher_id) is None:
             raise _invalid("came from a trusted publisher that was removed")
-        return Caller(
-            user=row.user,
-            token_id=row.id,
-            grants=row.scope,
-            mints=False,
-            expires_at=row.expires_at,
-            hidden={},
-            last_used_at=row.last_used_at,
-        )
+        return _caller(row, row.scope, {}, mints=False)
     return caller_of(session, row, mints=mints(row))
 
 
@@ -200,6 +192,10 @@ def caller_of(session: Session, row: Token, *, mints: bool) -> Caller:
     everywhere = own.get(EVERYWHERE, "")
     roles_there = {name: own.get(name, everywhere) for name in {*grants, *own}}
     hidden = {name: role for name, role in roles_there.items() if grants.get(name) != role}
+    return _caller(row, grants, hidden, mints=mints)
+
+
+def _caller(row: Token, grants: Mapping[str, str], hidden: Mapping[str, str], *, mints: bool) -> Caller:
     return Caller(
         user=row.user,
         token_id=row.id,

@@ -172,12 +172,7 @@ def deprecate(session: Session, actor: Actor, base: Base, reason: str | None, su
     _refuse_stranger(actor, base)
     follower = find(session, successor).digest if successor and reason is not None else None
     if follower == base.digest:
-        raise Usage(
-            "own_successor",
-            f"{base.name} cannot be its own successor.",
-            subject=base.name,
-            next_step="Name another one, or none.",
-        )
+        raise own_successor(base.name)
     before = {"deprecated": base.deprecated_reason, "successor": base.successor}
     after = {"deprecated": reason, "successor": follower}
     if before != after:
@@ -194,6 +189,12 @@ def deprecate(session: Session, actor: Actor, base: Base, reason: str | None, su
             after=after,
         )
     return base
+
+
+def own_successor(name: str) -> Usage:
+    """The error for a deprecation that names the base or the release itself as what follows it."""
+    message = f"{name} cannot be its own successor."
+    return Usage("own_successor", message, subject=name, next_step="Name another one, or none.")
 
 
 def _touch_releases(session: Session, base: Base) -> None:
@@ -227,14 +228,12 @@ def find(session: Session, text: str) -> Base:
 
 def is_known(session: Session, text: str) -> bool:
     """Whether `find` finds a base."""
-    wanted = _called(literal(text)) if is_name(text) else _base.digest.between(text, text.ljust(64, "g"))
-    return len(session.execute(select(_base.digest).where(wanted).limit(2)).all()) == 1
+    return len(_matches(session, text)) == 1
 
 
 def identify(session: Session, text: str) -> tuple[str, str]:
     """(digest, name) of the base that `find` finds."""
-    wanted = _called(literal(text)) if is_name(text) else _base.digest.between(text, text.ljust(64, "g"))
-    matches = session.execute(select(_base.digest, _base.name).where(wanted).limit(2)).all()
+    matches = _matches(session, text)
     if not matches:
         raise NotFound(
             "base_unknown",
@@ -252,6 +251,12 @@ def identify(session: Session, text: str) -> tuple[str, str]:
     return digest, name
 
 
+def _matches(session: Session, text: str) -> Sequence[tuple[str, str]]:
+    """(digest, name) of up to two bases with this name, alias or beginning of a digest."""
+    wanted = _called(literal(text)) if is_name(text) else _base.digest.between(text, text.ljust(64, "g"))
+    return session.execute(select(_base.digest, _base.name).where(wanted).limit(2)).all()
+
+
 def _all_names(session: Session) -> list[str]:
     names = session.scalars(select(Base.name).order_by(Base.name).limit(MAX_NEAR))
     return [*names, *session.scalars(select(BaseAlias.alias).order_by(BaseAlias.alias).limit(MAX_NEAR))]
@@ -265,13 +270,8 @@ def architecture(session: Session, digest: str) -> Architecture:
     )
 
 
-def aliases(session: Session, *listed: Base) -> dict[str, list[str]]:
-    """Aliases by digest, with one query for a page of bases, as in the functions below."""
-    return aliases_by_digest(session, [base.digest for base in listed])
-
-
-def aliases_by_digest(session: Session, digests: Collection[str]) -> dict[str, list[str]]:
-    """As `aliases`, for bases known by digest alone."""
+def aliases(session: Session, digests: Collection[str]) -> dict[str, list[str]]:
+    """Aliases of bases by digest, with one query for a page of them, as in the functions below."""
     return _by_digest(session, BaseAlias.base_digest, BaseAlias.alias, digests)
 
 

@@ -130,7 +130,7 @@ def _plan(session: Session, repository: Repository, change: Change) -> _Plan:
     current = head(session, repository)
     at = current.commit if current else EMPTY
     is_parent = change.parent is None or at.startswith(change.parent)
-    start = current if is_parent else _by_prefix(session, repository, change.parent or "")
+    start = current if is_parent else find_revision(session, repository, change.parent or "")
     files = _applied(session, parse_manifest(start.manifest) if start else [], change.operations)
     if files and commit_id(canonical_manifest(files)) == at:
         return _Plan(files, at)
@@ -242,13 +242,8 @@ def list_history(session: Session, name: RepositoryName, last: str) -> list[Entr
     return entries[first:]
 
 
-def find_revision(session: Session, name: RepositoryName, commit_: str) -> Revision | None:
+def find_revision(session: Session, repository: Repository, digits: str) -> Revision | None:
     """The revision of a commit or a release, by 7 digits or more of its id."""
-    repository = repositories.find(session, name)
-    return _by_prefix(session, repository, commit_)
-
-
-def _by_prefix(session: Session, repository: Repository, digits: str) -> Revision | None:
     between = Revision.commit.between(digits, digits.ljust(40, "g"))
     rows = session.scalars(select(Revision).where(Revision.repository_id == repository.id, between).limit(2)).all()
     return rows[0] if len(rows) == 1 else None

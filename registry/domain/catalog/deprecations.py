@@ -7,8 +7,8 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import releases, repositories
+from registry.domain.catalog.bases import own_successor
 from registry.domain.catalog.releases import full_name
-from registry.errors import Usage
 from registry.formats.references import parse_reference
 
 
@@ -45,12 +45,7 @@ def _successor(session: Session, actor: Actor, release: Release, text: str) -> s
     if reference.version is not None:
         follower = releases.find(session, reference.repository, reference.version)
         if follower.id == release.id:
-            raise Usage(
-                "own_successor",
-                f"{full_name(release)} cannot be its own successor.",
-                subject=full_name(release),
-                next_step="Name another one, or none.",
-            )
+            raise own_successor(full_name(release))
     else:
         repositories.find(session, reference.repository)
     return str(reference)

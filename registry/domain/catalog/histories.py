@@ -58,4 +58,4 @@ def of_metric(session: Session, repository: Repository, score: Score, *, limit: 
         Release.repository_id == repository.id, Score.suite_id == score.suite_id, Score.metric == score.metric
     )
     rows = session.execute(query.order_by(Release.sort_key.desc()).limit(limit))
-    return [Entry(version, created_at, yanked, one) for version, created_at, yanked, one in rows]
+    return [Entry(*row) for row in rows]

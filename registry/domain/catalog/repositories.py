@@ -28,7 +28,7 @@ class Kind(StrEnum):
 
 def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Repository:
     """The repository. Raises NotFound, also if it is of another kind."""
-    repository = _lookup(session, name)
+    repository = find_if_exists(session, name)
     if repository is None or (kind and repository.kind != kind):
         raise unknown(str(name), kind)
     return repository
@@ -44,14 +44,9 @@ def unknown(name: str, kind: Kind | None = None) -> NotFound:
     )
 
 
-def find_if_exists(session: Session, name: RepositoryName) -> Repository | None:
-    """The repository, or None."""
-    return _lookup(session, name)
-
-
 def exists(session: Session, name: RepositoryName) -> bool:
     """Whether there is a repository of that name."""
-    return _lookup(session, name) is not None
+    return find_if_exists(session, name) is not None
 
 
 def beside(session: Session, actor: Actor, name: str) -> list[str]:
@@ -80,7 +75,7 @@ def unknown_channel(session: Session, repository: Repository, channel: str) -> N
 
 def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: Kind) -> Repository:
     """The repository, created with its namespace if needed. Raises Conflict if it is of another kind."""
-    repository = _lookup(session, name)
+    repository = find_if_exists(session, name)
     if repository is None:
         refuse_git_name(name)
         _refuse_revision(session, name)
@@ -100,7 +95,7 @@ def _refuse_revision(session: Session, name: RepositoryName) -> None:
     """Raises Conflict for a new repository whose name already stands for a revision of another, such as `sql.prod`."""
     for index in (index for index, character in enumerate(name.name) if character == "."):
         shorter, revision = RepositoryName(name.namespace, name.name[:index]), name.name[index + 1 :]
-        repository = _lookup(session, shorter)
+        repository = find_if_exists(session, shorter)
         if repository is not None and (is_version(revision) or has_channel(session, repository, revision)):
             raise Conflict(
                 "name_is_revision",
@@ -137,7 +132,7 @@ def has_channel(session: Session, repository: Repository, name: str) -> bool:
 
 def find_if_any(session: Session, name: RepositoryName, kind: Kind) -> Repository | None:
     """The repository, or None. Raises Conflict if it holds releases of another kind."""
-    repository = _lookup(session, name)
+    repository = find_if_exists(session, name)
     if repository is not None:
         _check_kind(repository, kind)
     return repository
@@ -195,7 +190,8 @@ def name_of(repository: Repository) -> RepositoryName:
     return RepositoryName(repository.namespace, repository.name)
 
 
-def _lookup(session: Session, name: RepositoryName) -> Repository | None:
+def find_if_exists(session: Session, name: RepositoryName) -> Repository | None:
+    """The repository, or None."""
     return session.scalar(
         select(Repository).where(Repository.namespace == name.namespace, Repository.name == name.name)
     )

@@ -106,14 +106,6 @@ class Waiting:
     report: Report
 
 
-def promote(session: Session, actor: Actor, wanted: PromotionRequest) -> ChannelMove:
-    """As `attempt`; what would wait is refused."""
-    outcome = attempt(session, actor, wanted)
-    if isinstance(outcome, Waiting):
-        raise refusals.gate_failed(wanted, outcome.report, outcome.policy)
-    return outcome
-
-
 def attempt(
     session: Session,
     actor: Actor,

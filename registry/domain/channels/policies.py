@@ -100,7 +100,7 @@ def set_policy(
     return revision
 
 
-def set_rules(session: Session, actor: Actor, repository: Repository, channel: str, texts: Sequence[str]) -> list[Rule]:
+def set_rules(session: Session, actor: Actor, repository: Repository, channel: str, texts: Sequence[str]) -> None:
     """Replaces the gate rules of a channel's policy; none removes them. Raises as `set_policy`."""
     rules = gates.parse_rules(texts)
     for rule in rules:
@@ -108,7 +108,6 @@ def set_rules(session: Session, actor: Actor, repository: Repository, channel: s
     kept, _ = find(session, repository, channel)
     policy = kept.model_copy(update={"rules": tuple(ScoreRule.of(str(rule)) for rule in rules)})
     _store(session, actor, repository, channel, policy, rules, Act.GATE_SET)
-    return rules
 
 
 def _store(  # noqa: PLR0913

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -68,7 +68,7 @@ def _soak(session: Session, policy: ChannelPolicy, soak: Soak, question: Questio
     until = began.at + needed
     if until - now > timedelta(hours=policy.expires_hours):
         return GateResult(rule, False, f"{detail}; a promotion waits for {policy.expires_hours:g} h at most")
-    return GateResult(rule, False, f"{detail}, until {_moment(until)}", waiting=True, until=until)
+    return GateResult(rule, False, f"{detail}, until {until:%Y-%m-%d %H:%M} UTC", waiting=True, until=until)
 
 
 def _last_moves(session: Session, release: Release, channel: str) -> tuple[Move, Move | None] | None:
@@ -155,7 +155,3 @@ def _loads(release: Release, server: Profile) -> GateResult:
 
 def _hours(time: timedelta) -> str:
     return f"{time.total_seconds() / 3600:.3g}"
-
-
-def _moment(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M} UTC"

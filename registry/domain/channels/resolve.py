@@ -97,14 +97,6 @@ def deprecation_text(what: str, reason: str | None, successor: str | None) -> st
     return f"{what} is deprecated: {reason}" + (f"; use {successor}." if successor else ".")
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """A resolved reference; `warning` says that the release is yanked or deprecated."""
-
-    release: Release
-    warning: str = ""
-
-
 @dataclass(slots=True)
 class Heads:
     """A repository's `latest`, the highest stable version, and `channels`, the version that each serves."""
@@ -113,10 +105,9 @@ class Heads:
     channels: dict[str, str] = field(default_factory=dict[str, str])
 
 
-def resolve(session: Session, reference: Reference, kind: Kind | None = None) -> Resolved:
-    """As `locate`, with the mapped release."""
-    resolved = locate(session, reference, kind)
-    return Resolved(session.get_one(Release, resolved.row.id), resolved.warning)
+def resolve(session: Session, reference: Reference, kind: Kind | None = None) -> Release:
+    """As `locate`, but the mapped release."""
+    return session.get_one(Release, locate(session, reference, kind).row.id)
 
 
 def locate(session: Session, reference: Reference, kind: Kind | None = None) -> ResolvedRow:

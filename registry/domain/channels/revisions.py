@@ -152,9 +152,8 @@ def _empty(repository: RepositoryName) -> Located:
 def _of_commit(session: Session, reference: Reference) -> Located | None:
     if released := resolve.resolve_exact(session, reference):
         return _of_release(released)
-    if not repositories.exists(session, reference.repository):
-        return None
-    revision = commits.find_revision(session, reference.repository, reference.commit or "")
+    repository = repositories.find_if_exists(session, reference.repository)
+    revision = commits.find_revision(session, repository, reference.commit or "") if repository else None
     if revision is None:
         return None
     full_name = f"{reference.repository}#{revision.commit[:12]}"
@@ -170,14 +169,12 @@ def _of_commit(session: Session, reference: Reference) -> Located | None:
 
 def _of_release(resolved: ResolvedRow) -> Located:
     row = resolved.row
-    repository = RepositoryName(row.namespace, row.repository)
-    named = resolved.full_name
     return Located(
-        repository=repository,
+        repository=RepositoryName(row.namespace, row.repository),
         revision_id=row.revision_id,
         commit=row.commit,
         manifest=row.manifest,
-        full_name=named,
+        full_name=resolved.full_name,
         release_id=row.id,
         warning=resolved.warning,
     )

@@ -42,17 +42,11 @@ def find_last(session: Session, lock: Lock) -> ConflictCheck | None:
     return session.scalar(select(ConflictCheck).where(with_job))
 
 
-def find_kept(session: Session, lock: Lock) -> ConflictCheck | None:
-    """The check of these inputs, computed or under way; None if it must be requested."""
-    check = find_last(session, lock)
-    return None if check is None or _must_begin(session, check) else check
-
-
 def request(session: Session, actor: Actor, lock: Lock) -> ConflictCheck:
-    """The kept check or a new one, which waits for a worker. Raises Unauthenticated for a new one without a token,
-    TooMany as `queue.enqueue`."""
-    kept = find_kept(session, lock)
-    if kept is not None:
+    """The kept check, computed or under way, or a new one, which waits for a worker. Raises Unauthenticated for a new
+    one without a token, TooMany as `queue.enqueue`."""
+    kept = find_last(session, lock)
+    if kept is not None and not _must_begin(session, kept):
         return kept
     refuse_anonymous(actor)
     key = key_of(lock)

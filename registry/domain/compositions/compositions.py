@@ -58,7 +58,7 @@ def create(  # noqa: PLR0913
     for target in _targets(recipe, plan_only=plan_only):
         _check_target(session, recipe, lock, target)
         _refuse_namespace(session, actor, target.repository.namespace, signer)
-    for name in _suite_names(recipe):
+    for name in (*recipe.evaluate, *(source.suite for source in recipe.inputs if source.suite)):
         suites.with_examples(suites.find(session, name))
     for name in () if plan_only else locking.evaluated(recipe, lock):
         scorers.refuse_disabled(suites.find(session, name), enabled)
@@ -367,10 +367,6 @@ def _refuse_unmeasured(rule: gates.Rule) -> None:
             rule.metric, metrics.HIGHER_IS_BETTER, f"Record {rule.metric} afterwards, and set the rule on the channel."
         ),
     )
-
-
-def _suite_names(recipe: Recipe) -> list[str]:
-    return [*recipe.evaluate, *(source.suite for source in recipe.inputs if source.suite)]
 
 
 def result_rows(releases_made: Sequence[Release]) -> list[dict[str, Any]]:

@@ -44,9 +44,7 @@ def lock_of(session: Session, recipe: Recipe) -> Lock:
 def resolve_inputs(session: Session, recipe: Recipe) -> tuple[Base, list[Release]]:
     """The base and the releases that the recipe combines. Raises Usage, Conflict or Refused for those that cannot be
     combined."""
-    inputs = [
-        resolve.resolve(session, parse_reference(source.adapter), Kind.ADAPTER).release for source in recipe.inputs
-    ]
+    inputs = [resolve.resolve(session, parse_reference(source.adapter), Kind.ADAPTER) for source in recipe.inputs]
     _refuse_duplicates(inputs)
     base: Base = bases.find(session, recipe.base) if recipe.base else inputs[0].base
     for release in inputs:
@@ -149,7 +147,7 @@ def with_choice(lock: Lock, choice: Choice) -> Lock:
 
 def release_of(session: Session, locked: LockedInput) -> Release:
     """The release that a locked input names. Raises NotFound."""
-    return resolve.resolve(session, parse_reference(f"{locked.repository}:{locked.version}"), Kind.ADAPTER).release
+    return resolve.resolve(session, parse_reference(f"{locked.repository}:{locked.version}"), Kind.ADAPTER)
 
 
 def member_suites(session: Session, recipe: Recipe, inputs: Sequence[Release]) -> list[str | None]:

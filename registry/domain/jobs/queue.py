@@ -274,10 +274,10 @@ def finish(
     return session.execute(ended, execution_options={"synchronize_session": False}).first() is not None
 
 
-def requeue(session: Session, job_id: int, worker: str, error: dict[str, Any] | None = None) -> None:
+def requeue(session: Session, job_id: int, worker: str) -> None:
     """Returns the job to the queue, for a worker that stops or lacks something local. Does not count an attempt."""
     held = update(Job).where(Job.id == job_id, Job.worker == worker, Job.state == "running")
-    given = held.values(state="queued", worker=None, heartbeat_at=None, attempts=Job.attempts - 1, error=error)
+    given = held.values(state="queued", worker=None, heartbeat_at=None, attempts=Job.attempts - 1)
     session.execute(given, execution_options={"synchronize_session": False})
 
 
@@ -292,13 +292,7 @@ def retry_later(session: Session, job_id: int, worker: str, until: datetime, err
 def request_cancel(session: Session, job_id: int, now: datetime) -> Job:
     """Cancels a job: immediately if no step has started, else when its worker next checks and cleans up."""
     job = _locked(session, job_id)
-    if job.state in FINISHED:
-        raise Conflict(
-            "job_finished",
-            f"Job {job_id} is already {job.state}.",
-            subject=str(job_id),
-            next_step="There is nothing to cancel.",
-        )
+    _refuse_finished(job, "There is nothing to cancel.")
     job.cancel_requested = True
     if job.state == "queued":
         job.heartbeat_at = None
@@ -312,13 +306,7 @@ def set_priority(session: Session, actor: Actor, job_id: int, priority: Priority
     job's namespace, and Conflict for a job that has ended."""
     job = _locked(session, job_id)
     _refuse_high(actor, priority, job.namespace)
-    if job.state in FINISHED:
-        raise Conflict(
-            "job_finished",
-            f"Job {job_id} is already {job.state}.",
-            subject=str(job_id),
-            next_step="Only a job that waits has a priority.",
-        )
+    _refuse_finished(job, "Only a job that waits has a priority.")
     before, job.priority = Priority.of(job), priority.rank
     if before is not priority:
         state = {"priority": before.value}, {"priority": priority.value}
@@ -326,6 +314,12 @@ def set_priority(session: Session, actor: Actor, job_id: int, priority: Priority
             session, actor, Act.JOB_PRIORITY, f"job/{job_id}", namespace=job.namespace, before=state[0], after=state[1]
         )
     return job
+
+
+def _refuse_finished(job: Job, next_step: str) -> None:
+    if job.state in FINISHED:
+        message = f"Job {job.id} is already {job.state}."
+        raise Conflict("job_finished", message, subject=str(job.id), next_step=next_step)
 
 
 def _locked(session: Session, job_id: int) -> Job:

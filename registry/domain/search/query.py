@@ -136,16 +136,14 @@ def _newer_stable_exists() -> ColumnElement[bool]:
     return select(higher.id).where(same, higher.stable, ~higher.yanked).exists()
 
 
-def _spellings(license_: str | None) -> list[str] | None:
-    return spellings(license_) if license_ else None
-
-
 ON_TRAITS: dict[str, Filter] = {
     "kind": Filter(lambda kind: _traits.kind == kind, lambda query: str(query.kind)),
     "base_name": Filter(lambda name: _traits.base_digest == bases.digest_of(name)),
     "base_digests": Filter(lambda digests: in_list(_traits.base_digest, digests.key), lambda _: None),
     **{name: Filter(partial(eq, _traits[name])) for name in ("type", "variant", "dtype", "alpha")},
-    "license": Filter(lambda names: in_list(_traits.license, names.key), lambda query: _spellings(query.license)),
+    "license": Filter(
+        lambda names: in_list(_traits.license, names.key), lambda query: query.license and spellings(query.license)
+    ),
     "base_license": Filter(
         lambda name: in_subquery(_traits.base_digest, select(_base.digest).where(_base.license == name)),
         lambda query: query.base_license and spdx(query.base_license),

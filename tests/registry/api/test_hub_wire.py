@@ -12,7 +12,7 @@ from registry.database.tables import Blob, BlobHolder
 from registry.domain.catalog import bases, releases
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import moves, yanks
+from registry.domain.channels import promotions, yanks
 from registry.domain.channels.moves import PromotionRequest
 from registry.errors import Conflict
 from registry.formats.manifest import ManifestFile
@@ -40,7 +40,7 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     _publish(house, "tables.lite", "1.0.0", {"weights.safetensors": b"lite"})
     _publish(house, "early", "1.0.0-rc.1", {"weights.safetensors": b"early"})
     with house.resources.write() as session:
-        moves.promote(session, HOST, PromotionRequest(_named("tables"), parse_version("1.0.0"), "prod"))
+        promotions.request(session, HOST, PromotionRequest(_named("tables"), parse_version("1.0.0"), "prod"))
         yanks.yank(session, HOST, releases.find(session, _named("tables"), parse_version("1.2.0")), "wrong data")
     yield house
     house.close()
@@ -117,7 +117,7 @@ def test_a_new_name_that_would_stand_for_something_else_is_refused(house: House)
         _publish(house, name, "1.0.0", {"weights.safetensors": b"x"})
     shadowed = PromotionRequest(_named("tables"), parse_version("1.0.0"), "lite")
     with pytest.raises(Conflict, match=r"acme/tables\.lite would be taken"), house.resources.write() as session:
-        moves.promote(session, HOST, shadowed)
+        promotions.request(session, HOST, shadowed)
     _publish(house, "later.v2.0.0", "1.0.0", {"weights.safetensors": b"x"})
     _publish(house, "later", "1.0.0", {"weights.safetensors": b"x"})
     with pytest.raises(Conflict, match=r"acme/later\.v2\.0\.0 would be taken"):

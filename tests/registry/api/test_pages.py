@@ -19,7 +19,7 @@ from registry.domain.catalog import releases, repositories, suites
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
-from registry.domain.channels import moves, yanks
+from registry.domain.channels import moves, promotions, yanks
 from registry.domain.channels.moves import PromotionRequest
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
@@ -105,8 +105,8 @@ def test_longer_lists_take_no_more_statements(house: House) -> None:
             new = NewRelease(name, Kind.ADAPTER, version, None, files, old.base_digest, FACTS)
             releases.publish(session, HOST, new)
             for channel in ("prod", f"team-{patch}"):
-                moves.promote(session, HOST, PromotionRequest(name, version, channel))
-        moves.promote(session, HOST, PromotionRequest(name, Version(1, 1, 0), "prod"))
+                promotions.request(session, HOST, PromotionRequest(name, version, channel))
+        promotions.request(session, HOST, PromotionRequest(name, Version(1, 1, 0), "prod"))
         assert len(moves.list_page(session, row, after="", limit=100)) == 9
     after = statements(house.resources)
     assert after == before
@@ -167,7 +167,7 @@ def test_the_first_page_has_the_last_moves_of_what_its_reader_may_read(house: Ho
     with house.resources.write() as session:
         for namespace in ("acme", "open"):
             wanted = PromotionRequest(RepositoryName(namespace, "sql"), Version(1, 0, 0), "news", reason="for everyone")
-            moves.promote(session, HOST, wanted)
+            promotions.request(session, HOST, wanted)
     for caller, seen in (("nobody", {"open"}), ("stranger", {"open"}), ("reader", {"acme", "open"})):
         with Browser(house) as browser:
             if caller != "nobody":

@@ -5,7 +5,7 @@ from collections.abc import Generator
 
 import pytest
 
-from registry.domain.channels import moves
+from registry.domain.channels import promotions
 from registry.domain.channels.moves import PromotionRequest
 from registry.formats.references import RepositoryName, Version
 from tests.access.browser import Browser
@@ -25,7 +25,7 @@ def reader(house: House) -> Generator[Browser]:
 def test_a_row_has_the_channels_that_serve_the_release(house: House, reader: Browser, address: str) -> None:
     with house.resources.write() as session:
         for channel in ("canary", "rows"):
-            moves.promote(session, HOST, PromotionRequest(NAME, Version(1, 0, 0), channel))
+            promotions.request(session, HOST, PromotionRequest(NAME, Version(1, 0, 0), channel))
     [row] = re.findall(
         rf'<tr>\s*<th scope="row"><a href="/{NAME}/1\.0\.0">.*?</tr>', reader.open(address).text, re.DOTALL
     )

@@ -31,7 +31,7 @@ from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import moves, yanks
+from registry.domain.channels import moves, promotions, yanks
 from registry.domain.channels.refusals import Expected, PromotionRequest
 from registry.domain.channels.timeline import ChannelMove
 from registry.errors import NotFound, Refused, RegistryError, Stale
@@ -129,7 +129,9 @@ class ChannelMachine(RuleBasedStateMachine):
 
         def change(session: Any, actor: Actor) -> ChannelMove:
             wanted = PromotionRequest(self.name, parse_version(version), "prod", reason="r", expected=expected)
-            return moves.promote(session, actor, wanted)
+            moved = promotions.request(session, actor, wanted)
+            assert isinstance(moved, ChannelMove)
+            return moved
 
         self.attempt(change, refusal)
         if refusal is None and self.live[-1:] != (version,):
