@@ -111,7 +111,7 @@ def _table(rows: list[Json]) -> None:
             row["id"],
             row["kind"],
             _state(row),
-            [f"{step['name']}: {_progress(step)}" for step in row["steps"]],
+            [f"{step['name']}: {_progress(step, row['state'])}" for step in row["steps"]],
             row["created_by"],
         )
         for row in rows
@@ -133,6 +133,8 @@ def _state(row: Json) -> str:
     return ", ".join([row["state"], *notes])
 
 
-def _progress(step: Json) -> str:
+def _progress(step: Json, of_job: str) -> str:
+    if step["state"] == "waiting" and of_job not in following.UNFINISHED:
+        return "not run"
     done = following.amount(step) if step["state"] in ("running", "failed") else ""
     return (done if step["state"] == "running" else f"failed at {done}") if done else step["state"]

@@ -163,7 +163,7 @@ class Check:
         extent = self.extent
         if extent.steps:
             render.out(
-                f"{verdict}: {extent.releases:,} releases, {extent.channels:,} channels, {extent.blobs:,} blobs "
+                f"{verdict}: {', '.join(extent.contents)} "
                 f"({render.size(extent.size_bytes)}{', all bytes read' if self.read_bytes else ', sizes only'})"
             )
         else:

@@ -66,6 +66,12 @@ class Extent:
         """The total of `check`'s progress."""
         return self.releases + self.revisions + self.channels + self.blobs
 
+    @property
+    def contents(self) -> list[str]:
+        """`2 releases`, `1 channel`, `9 blobs`."""
+        counts = {"release": self.releases, "channel": self.channels, "blob": self.blobs}
+        return [f"{count:,} {what}{'s' * (count != 1)}" for what, count in counts.items()]
+
     def to_json(self) -> dict[str, int]:
         return asdict(self)
 

@@ -172,7 +172,7 @@ def _check_contents(resources: Resources, progress: fsck.Progress) -> Iterator[C
         yield Check(name="contents", state="error", detail=codes, next_step="Run `adaptory fsck`: it names each.")
         return
     extent = fsck.extent(resources)
-    yield Check(name="contents", state="ok", detail=f"{extent.releases:,} releases, {extent.blobs:,} blobs; sizes only")
+    yield Check(name="contents", state="ok", detail=f"{', '.join(extent.contents)}; sizes only")
 
 
 def _check_access(resources: Resources) -> Iterator[Check]:

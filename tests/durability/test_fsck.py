@@ -52,7 +52,7 @@ def test_a_clean_registry_is_called_clean_with_what_was_looked_at(furnished: Cli
         "size_bytes": size_bytes,
     }
     output = furnished.ok("fsck").out
-    assert f"clean: 2 releases, 1 channels, {len(files)} blobs (" in output
+    assert f"clean: 2 releases, 1 channel, {len(files)} blobs (" in output
     assert "sizes only" in output
     assert "all bytes read" in furnished.ok("fsck", "--full").out
 

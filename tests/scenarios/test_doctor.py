@@ -31,7 +31,7 @@ def test_an_installation_that_works_passes_every_check(stocked: Cli, world: Worl
     seen = states(ran)
     assert (ran.code, ran.json["healthy"], set(seen.values())) == (0, True, {"ok"}), ran.out
     assert {"home directory", "packages", "database", "store", "contents", "access", "workers", "bases"} <= set(seen)
-    assert "1 releases" in checks(ran)["contents"]["detail"]
+    assert "1 release, " in checks(ran)["contents"]["detail"]
     if "ADAPTORY_URL" in stocked.environment:
         ran = stocked("doctor", "--json")
         assert (ran.code, states(ran)) == (0, {"server": "ok", "token": "ok"})
