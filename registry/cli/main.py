@@ -3,40 +3,24 @@
 import logging
 import os
 import sys
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from composer.errors import ComposerError
-from registry.cli import (  # noqa: F401 - those with commands add them to `root`
-    access,
-    backup,
-    base,
-    compose,
-    conflicts,
-    diff,
-    doctor,
-    evaluation,
-    hub,
-    inspection,
-    jobs,
-    local,
-    maintenance,
-    operations,
-    profiles,
-    promotion,
-    publisher,
-    quality,
-    release,
-    render,
-    search,
-    sign,
-    transfer,
-)
+from registry.cli import render
 from registry.cli.examples import add_examples
 from registry.cli.groups import root
 from registry.cli.interrupt import INTERRUPTED, interrupts
 from registry.errors import RegistryError, Unavailable
+
+MODULES = (
+    "access", "backup", "base", "compose", "conflicts", "diff", "doctor", "evaluation", "hub", "inspection", "jobs",
+    "local", "maintenance", "operations", "profiles", "promotion", "publisher", "quality", "release", "search", "sign",
+    "transfer",
+)  # fmt: skip
+"""Each adds its commands to `root` when it is imported."""
 
 EXTRAS = {
     "torch": "composer", "transformers": "models", "boto3": "s3", "botocore": "s3", "psycopg": "postgres",
@@ -80,6 +64,8 @@ def options(
         os.environ["ADAPTORY_PROFILE"] = profile
 
 
+for module in MODULES:
+    import_module(f"registry.cli.{module}")
 add_examples(root)
 
 
