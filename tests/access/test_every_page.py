@@ -13,9 +13,9 @@ import httpx2
 import pytest
 
 from registry.api.app import page_routers
+from registry.api.http.request import SAFE_METHODS
 from registry.api.http.rules import Where, rules_of
 from registry.api.pages import render
-from registry.api.pages.forms import SAFE_METHODS
 from registry.api.pages.wire import PageRoute, PageRule
 from registry.domain.access.roles import Role
 from tests import services

@@ -392,7 +392,7 @@ def test_a_location_whose_content_is_not_the_base_is_refused(
     me.ok("base", "add", "hf://Acme/Another", "--name", "another", "--alias", "Acme/Newer")
     hub.put("Acme/Newer", stored(world.base))
     newer = me.ok("base", "add", "hf://Acme/Newer", "--name", "tiny")
-    assert "note: Acme/Newer is an alias of another" in newer.err
+    assert "note: Acme/Newer remains an alias of another" in newer.err
 
     stocked_on_disk.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
     with resources_of(stocked_on_disk.environment) as resources, resources.write() as session:
