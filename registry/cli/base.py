@@ -118,7 +118,8 @@ def list_bases(json: JsonFlag = False) -> None:
     with connected() as connection:
         items = list(connection.api.pages("/v1/bases"))
     rows = [
-        (base["name"], base["digest"][:12], base["model_type"], base["parameters"], base["aliases"]) for base in items
+        (base["name"], base["digest"][:12], base["model_type"], f"{base['parameters']:,}", base["aliases"])
+        for base in items
     ]
     render.listing(items, json, ("base", "digest", "type", "parameters", "aliases"), rows)
 

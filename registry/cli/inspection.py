@@ -98,12 +98,11 @@ def _look_at_another(path: Path, architecture: "Architecture | None", servers: S
 
 def _show_inspection(what: str, document: Json) -> None:
     facts = document["adapter"]
+    named = facts | {"rank": facts["rank_max"], "base": facts["base_model_name_or_path"]}
     names = (
-        "type", "variant", "rank_max", "alpha", "targets", "modules", "parameters", "dtype", "modules_to_save",
-        "base_model_name_or_path",
+        "type", "variant", "rank", "alpha", "targets", "modules", "parameters", "dtype", "modules_to_save", "base",
     )  # fmt: skip
-    lacking = () if facts["rank_max"] else ("rank_max", "alpha")
-    own = [(name, facts[name]) for name in names if name not in lacking]
+    own = render.fields({name: named[name] for name in names}, *(() if named["rank"] else ("rank", "alpha")))
     size = ("size", render.size(facts["size_bytes"]))
     render.lines(f"adapter {what}", [("layout", document["layout"]), *own, size, ("energy", used_ranks(facts))])
     for finding in document["findings"]:

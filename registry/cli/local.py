@@ -88,11 +88,9 @@ def merge(  # noqa: PLR0913
     _warn(report.findings)
     document = report.to_json()
     document["findings"] = [finding.to_json() for finding in (*merging.findings, *report.findings)]
-    shown = [(key, value) for key, value in document.items() if key not in ("findings", "survival")]
-    shown += [
-        (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.3g}")
-        for key, value in document["survival"].items()
-    ]
+    shown = render.fields(document, "out_dir", "findings", "survival") + render.fields(
+        document["survival"], "sampled_rows"
+    )
     render.document(document, json, lambda: render.lines(f"merged into {output}", shown))
 
 
@@ -132,8 +130,8 @@ def combine(  # noqa: PLR0913
         report = combine_adapters(adapters, output, architecture, method, settings, calibration=counted, device=device)
     _warn(report.findings)
     document = report.to_json()
-    shown = [(key, value) for key, value in document.items() if key not in ("findings", "compressions", "fit")]
-    shown = [(key, _ranks(value) if key == "ranks" else value) for key, value in shown]
+    readable = {**document, "ranks": _ranks(document["ranks"])}
+    shown = render.fields(readable, "out_dir", "findings", "compressions", "fit")
     shown += fit_lines(document["fit"], [path.name for path, _ in adapters])
     render.document(document, json, lambda: _show_cut(f"combined into {output}", shown, document["compressions"]))
 
@@ -158,7 +156,7 @@ def convert(
 
     write = convert_rebased if residual_base else convert_adapter
     document = write(source, output, open_checkpoint(base).architecture).to_json()
-    render.document(document, json, lambda: render.lines(f"converted to {output}", list(document.items())))
+    render.document(document, json, lambda: render.lines(f"converted to {output}", render.fields(document, "out_dir")))
 
 
 @root.command()
@@ -192,8 +190,8 @@ def extract(  # noqa: PLR0913
         )
     document = report.to_json()
     _warn(report.findings)
-    shown = [(key, value) for key, value in document.items() if key not in ("compressions", "saved", "findings")]
-    shown = [(key, _ranks(value) if key == "ranks" else value) for key, value in shown]
+    readable = {**document, "ranks": _ranks(document["ranks"])}
+    shown = render.fields(readable, "out_dir", "compressions", "saved", "findings")
     if saved := document["saved"]:
         shown.append(("saved in full", f"{len(saved)}: {', '.join(saved[:3])}{', …' if len(saved) > 3 else ''}"))
     render.document(document, json, lambda: _show_cut(f"extracted to {output}", shown, document["compressions"]))

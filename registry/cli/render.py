@@ -256,6 +256,21 @@ def size(count: int) -> str:
     return f"{amount:.1f} TB"
 
 
+def fields(document: Mapping[str, Any], *left_out: str) -> list[tuple[str, Any]]:
+    """A document's fields for `lines`: names in words, sizes in decimal units, whole numbers in groups of three."""
+
+    def shown(name: str, value: Any) -> Any:
+        if name.endswith("_bytes"):
+            return size(value)
+        return f"{value:,}" if type(value) is int else value
+
+    return [
+        (name.removesuffix("_bytes").replace("_", " "), shown(name, value))
+        for name, value in document.items()
+        if name not in left_out
+    ]
+
+
 def changes(row: dict[str, Any]) -> list[tuple[str, str]]:
     """The fields that an audit row changed, such as (`version`, `1.0.0 -> 1.1.0`)."""
     before: dict[str, Any] = row["before"] or {}
