@@ -22,7 +22,7 @@ SCHEMA = 2
 KINDS = {"ok": "ok", "warn": "warn", "refuse": "bad"}
 """The mark of a verdict; others have none."""
 SENTENCES = {
-    "ok": "Measured, and nothing speaks against it.",
+    "ok": "Measured, and nothing is harmed.",
     "undecided": "Measured, and still open.",
     "unmeasured": "Not measured: weights alone do not show a risk.",
     "warn": "Not like this.",
