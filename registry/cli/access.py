@@ -267,7 +267,7 @@ def _members_path(namespace: str) -> str:
 
 def _refuse_no_limit(limits: list[int | None], none: bool, namespace: str, options: str) -> None:
     """Raises Usage unless there is a limit, or `none` alone: a command without options must not remove what was set."""
-    if none is any(limit is not None for limit in limits):
+    if none == any(limit is not None for limit in limits):
         message = f"The limits of {namespace} are replaced as a whole, and removed only on request."
         raise Usage("limit_missing", message, subject=namespace, next_step=f"Give {options}.")
 

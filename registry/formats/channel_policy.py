@@ -154,7 +154,9 @@ class ChannelPolicy(Document):
     signature: Literal["release", "files"] | None = Field(
         None, description="What a signature by one of the namespace's keys must cover."
     )
-    licenses: Licenses | None = Field(None, description="What licences of the base, the adapter and its data must be.")
+    licenses: Licenses | None = Field(
+        None, description="Conditions for the licences of the base, the adapter and its data."
+    )
     verdict: Annotated[str | None, one_of(*(one for one in Verdict if one is not Verdict.REFUSE), None)] = Field(
         None, description="The worst accepted verdict of a composed release's conflict check."
     )

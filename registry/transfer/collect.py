@@ -204,7 +204,7 @@ def _forget_expired(resources: Resources, now: datetime) -> int | None:
 def _forget(
     resources: Resources, forget: Callable[[Session, audit.Actor, datetime, int], int], before: datetime
 ) -> int:
-    """Removes the next commits or jobs of before then, and returns their number."""
+    """Removes the next commits or jobs from before that time, and returns their number."""
     operator = audit.operator_actor(resources.settings.user, resources.clock())
     with resources.write() as session:
         return forget(session, operator, before, _BATCH)

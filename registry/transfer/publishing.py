@@ -190,6 +190,7 @@ def import_scores(
 
 def materialise(store: BlobStore, files: Sequence[ManifestFile], directory: Path) -> None:
     """Writes files of a release from the store below `directory`, which it makes, each verified against its digest."""
+    directory.mkdir(parents=True, exist_ok=True)  # also if a takedown has left no files
     for file in files:
         target = directory / check_path(file.path)
         target.parent.mkdir(parents=True, exist_ok=True)

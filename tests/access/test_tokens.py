@@ -187,6 +187,8 @@ def test_a_token_that_another_server_revoked_changes_nothing_even_while_it_is_re
     assert remembering.ask("publisher", "GET", "/v1/whoami").status_code == 200
     assert house.ask("operator", "DELETE", "/v1/users/publisher").status_code == 200
     assert remembering.ask("publisher", "GET", "/v1/whoami").status_code == 200, "for ADAPTORY_ACCESS_CACHE_S"
+    begun = remembering.ask("publisher", "GET", f"/api/models/{PRIVATE}/sql/xet-write-token/main")
+    assert begun.status_code == 401, "a GET that begins an upload"
     suite = {"name": "late", "examples": [{"prompt": "a", "completion": "b"}]}
     assert remembering.ask("publisher", "POST", "/v1/suites", json=suite).status_code == 401
     rows = house.ask("operator", "GET", "/v1/audit", params={"by": "publisher"}).json()["items"]

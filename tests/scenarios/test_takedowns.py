@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,8 @@ from registry.domain.channels import takedowns
 from registry.formats.references import RepositoryName, Version
 from registry.transfer.collect import collect, remove_marked
 from registry.transfer.fsck import check
+from registry.worker.runner import run_one
+from registry.worker.steps import KINDS
 from tests.scenarios.test_push_again import beside
 from tests.scenarios.traces import api_of, opened
 from tests.scenarios.world import Cli, World
@@ -206,3 +209,14 @@ def test_limits_are_removed_only_on_request(stocked: Cli, command: str, limit: s
         assert refused.code == 2
         assert f"--{none} alone" in refused.err
     assert None in stocked.json("namespace", command, "acme", f"--{none}").values()
+
+
+def test_an_evaluation_of_what_was_taken_down_meanwhile_names_no_path_of_the_worker(team: Cli) -> None:
+    waiting = team.json("eval", "acme/sql", "--suite", "sql-exact", "--queue", "--no-wait")
+    team.ok("takedown", "acme/sql:1.0.0", "--reason", "private data")
+    with closing(opened(team)) as resources:
+        assert run_one(resources, KINDS, "worker")
+        work_directory = str(resources.work_directory)
+    ended = team.json("jobs", waiting["job"])
+    assert (ended["state"], ended["error"]["code"]) == ("failed", "missing_weights")
+    assert work_directory not in ended["error"]["detail"]

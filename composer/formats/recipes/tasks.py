@@ -116,7 +116,7 @@ def scorer_of(task: Task, chosen: ScorerChoice | None) -> ScorerChoice | None:
     known = _OF_CHOICES if task == "multiple_choice" else ANSWER_SCORERS
     others = ANSWER_SCORERS if task == "multiple_choice" else _OF_CHOICES
     if chosen.name in others or (task == "multiple_choice" and chosen.name not in known):
-        raise Refusal(f"{chosen.name} does not score {task}", f"It scores {', '.join(known)}.")
+        raise Refusal(f"{chosen.name} does not score {task}", f"Scorers for it: {', '.join(known)}.")
     if chosen.name not in known:
         return chosen
     settings = known[chosen.name].model_validate(chosen.settings)

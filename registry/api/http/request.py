@@ -103,7 +103,7 @@ async def document(request: Request) -> bytes:
 
 
 def refuse_longer(request: Request, what: str, most_bytes: int, next_step: str) -> None:
-    """Raises TooLarge for a body that says to be longer; `what` names it."""
+    """Raises TooLarge if the Content-Length is larger; `what` names the body."""
     if content_length(request) > most_bytes:
         raise TooLarge("body_too_large", f"The {what} is longer than {most_bytes:,} bytes.", next_step=next_step)
 

@@ -37,9 +37,11 @@ class Rule:
 
     where: Where
     role: Role = Role.READER
+    changes: bool = False
+    """Whether even a GET of the route changes something."""
 
     async def __call__(self, request: Request) -> Actor:
-        return await self._permitted(request, changes=request.method not in SAFE_METHODS)
+        return await self._permitted(request, changes=self.changes or request.method not in SAFE_METHODS)
 
     async def _permitted(self, request: Request, *, changes: bool) -> Actor:
         callers = callers_of(request)

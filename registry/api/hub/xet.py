@@ -10,20 +10,23 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
 from registry.api.http.request import ResourcesOf, body_chunks, receive_body
-from registry.api.http.rules import Publisher
+from registry.api.http.rules import Rule, Where
 from registry.api.hub.models import MODEL
 from registry.api.hub.push import main_only
 from registry.api.hub.wire import HubRoute
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role
 from registry.formats.references import parse_repository
 from registry.transfer import xet
 from registry.transfer.xet import Push
 
 router = APIRouter(route_class=HubRoute)
+Pusher = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.PUBLISHER, changes=True))]
 
 
 @router.get("/api" + MODEL + "/xet-write-token/{revision:path}")
 def begin(
-    namespace: str, name: str, revision: str, request: Request, resources: ResourcesOf, actor: Publisher
+    namespace: str, name: str, revision: str, request: Request, resources: ResourcesOf, actor: Pusher
 ) -> JSONResponse:
     """A token for one push, and the address of its own to send to."""
     main_only(revision)

@@ -45,7 +45,7 @@ def choose(
             "bad_comparison",
             f"Two to {MOST} releases are compared; you selected {len(ordered)}.",
             subject=str(named),
-            next_step=f"Go back and tick two to {MOST}.",
+            next_step=f"Go back and select two to {MOST}.",
         )
     return redirect(f"{link(str(named))}/compare/{BETWEEN.join(map(str, ordered))}")
 

@@ -101,8 +101,8 @@ def refuse_other_site(request: Request) -> None:
         "other_site",
         f"The form was not sent by a page of {own[:200]}.",
         subject=(origin or "")[:200],
-        next_step="Use a page of this registry. Behind a proxy, an operator sets ADAPTORY_TRUSTED_PROXIES, and the "
-        "proxy passes on Host and X-Forwarded-Proto.",
+        next_step="Use a page of this registry. Behind a proxy, an operator must set ADAPTORY_TRUSTED_PROXIES, and "
+        "the proxy must pass on Host and X-Forwarded-Proto.",
     )
 
 

@@ -191,7 +191,7 @@ def _matching(session: Session, repository: RepositoryName, job: Job) -> Trusted
         "publisher_refused",
         f"No trusted publisher of {repository} is this job: {what}.",
         subject=str(repository),
-        next_step=f"An admin of {repository.namespace} adds it: `adaptory publisher add {repository} …`.",
+        next_step=f"Ask an admin of {repository.namespace} to add it: `adaptory publisher add {repository} …`.",
     )
 
 

@@ -264,7 +264,7 @@ def _refuse_expired(promotion: Promotion, now: datetime) -> None:
         f"The promotion of {promotion.release.version} has waited since {promotion.created_at:%Y-%m-%d %H:%M} UTC for: "
         f"{open_rules}.",
         subject=pending.subject(promotion),
-        next_step="Promote it again once it has that; `expires_hours` in the policy says how long a promotion waits.",
+        next_step="Promote it again once these are met; `expires_hours` in the policy says how long a promotion waits.",
         findings=[{**row, "waiting": False} for row in promotion.gates],
     )
 

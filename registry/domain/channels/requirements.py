@@ -117,13 +117,8 @@ def _signature(session: Session, covers: str, release: Release) -> GateResult:
     signed_by, covered = signatures.signer(session, release.id, namespace.signing_keys, named)
     rule = f"signature of the {covers}"
     if not is_key_of(namespace.signing_keys, signed_by):
-        keys = len(namespace.signing_keys)
-        missing = (
-            f"none of the {keys} keys of {namespace.name} has signed it"
-            if keys
-            else f"{namespace.name} has no signing key"
-        )
-        return GateResult(rule, False, missing)
+        name, keys = namespace.name, namespace.signing_keys
+        return GateResult(rule, False, f"no key of {name} has signed it" if keys else f"{name} has no signing key")
     passed = covered == "release" or covers == "files"
     detail = f"signed by {(signed_by or '')[:16]}"
     return GateResult(rule, passed, detail if passed else f"{detail}, which covers only files")

@@ -123,7 +123,7 @@ def _bind_words(query: Query, values: dict[str, Any]) -> list[Term]:
             "bad_text",
             f"{query.text[:80]!r} is not 1 to {MAX_WORDS} words.",
             subject=query.text[:80],
-            next_step="Give beginnings of words: letters and digits.",
+            next_step="Give prefixes of words: letters and digits.",
         )
     for number, word in enumerate(words):
         truncated = len(word) == MAX_WORD_CHARACTERS  # longer words are truncated in the index
