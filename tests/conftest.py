@@ -111,10 +111,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _mark_further_ways(items)
     yield
     items.sort(key=lambda item: SLOWEST_FIRST.index(item.path.relative_to(TESTS).parts[0]))
-    # Each test process begins with a continuous part of the list: deal the slow ones out to all.
-    processes = getattr(config, "workerinput", {"workercount": 1})["workercount"]
-    hands = [list(hand) for _, hand in groupby(items, lambda item: item.path if item.path.name in TOGETHER else item)]
-    items[:] = [item for first in range(processes) for hand in hands[first::processes] for item in hand]
+    # Each test process begins with an equal, continuous part of the list: deal the slow ones out to all.
+    parts: list[list[pytest.Item]] = [
+        [] for _ in range(getattr(config, "workerinput", {"workercount": 1})["workercount"])
+    ]
+    for _, together in groupby(items, lambda item: item.path if item.path.name in TOGETHER else item):
+        min(parts, key=len).extend(together)
+    items[:] = [item for part in sorted(parts, key=len) for item in part]
 
 
 def pytest_collection_finish() -> None:
