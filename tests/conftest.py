@@ -94,7 +94,7 @@ ON_BOTH_DATABASES = (
 
 
 SLOWEST_FIRST = (
-    "browser", "engine", "durability", "scenarios", "tutorials", "access", "fuzz", "registry",
+    "engine", "browser", "durability", "scenarios", "tutorials", "access", "fuzz", "registry",
     "wire", "deploy", "house", "examples", "composer",
 )  # fmt: skip
 """Tests that take minutes come before those that take milliseconds, which fill the time of all processes to the end."""
@@ -111,13 +111,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _mark_further_ways(items)
     yield
     items.sort(key=lambda item: SLOWEST_FIRST.index(item.path.relative_to(TESTS).parts[0]))
-    # Each test process begins with an equal, continuous part of the list: deal the slow ones out to all.
-    parts: list[list[pytest.Item]] = [
-        [] for _ in range(getattr(config, "workerinput", {"workercount": 1})["workercount"])
-    ]
-    for _, together in groupby(items, lambda item: item.path if item.path.name in TOGETHER else item):
-        min(parts, key=len).extend(together)
-    items[:] = [item for part in sorted(parts, key=len) for item in part]
+    # Each test process begins with a continuous part of the list: deal the slow ones out to all.
+    processes = getattr(config, "workerinput", {"workercount": 1})["workercount"]
+    hands = [list(hand) for _, hand in groupby(items, lambda item: item.path if item.path.name in TOGETHER else item)]
+    items[:] = [item for first in range(processes) for hand in hands[first::processes] for item in hand]
 
 
 def pytest_collection_finish() -> None:
