@@ -65,7 +65,7 @@ def _argument(model: Any) -> str:
 
 
 def _new_cache(model: Any) -> Any:
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache
 
     return DynamicCache(config=model.config)
 

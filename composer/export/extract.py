@@ -275,7 +275,8 @@ def _unread(checkpoint: Checkpoint, model: nn.Module) -> Callable[[str], bool]:
 
 def _skeleton(base: Checkpoint) -> nn.Module:
     """The model without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import AutoConfig
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)

@@ -248,7 +248,11 @@ def remove_user(user: User, json: JsonFlag = False) -> None:
     """
     with connected() as connection:
         removed = connection.api.delete(f"/v1/users/{quote(user, safe='')}")
-    render.document(removed, json, lambda: render.out(f"{user} is now {removed['user']}, in {removed['rows']:,} rows"))
+    render.document(
+        removed,
+        json,
+        lambda: render.out(f"{user} is now {removed['user']}, in {render.counted(removed['rows'], 'row')}"),
+    )
 
 
 def _set_member(namespace: str, user: str, role: str | None, json: bool) -> None:

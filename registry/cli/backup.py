@@ -69,13 +69,13 @@ def backup(
 
 def _show_saved(saved: "Saved") -> None:
     manifest = saved.manifest
-    rows = sum(manifest.tables.values())
+    contents = _contents(sum(manifest.tables.values()), manifest.blob_count)
     render.out(
-        f"{manifest.name}: {rows:,} rows, {manifest.blob_count:,} blobs ({render.size(manifest.blob_bytes)}), of which "
+        f"{manifest.name}: {contents} ({render.size(manifest.blob_bytes)}), of which "
         f"{saved.copied:,} ({render.size(saved.copied_bytes)}) were copied now"
     )
     if saved.removed:
-        render.out(f"removed {saved.removed:,} older backups")
+        render.out(f"removed {render.counted(saved.removed, 'older backup')}")
     for sha256, trouble in list(manifest.missing.items())[:_MISSING_SHOWN]:
         render.out(f"error: the registry's blob {sha256} is {trouble}; `adaptory fsck --full` names its releases")
     if len(manifest.missing) > _MISSING_SHOWN:
@@ -128,12 +128,16 @@ def restore(
     }
 
     def show() -> None:
-        render.out(f"{manifest.name}: {rows:,} rows and {manifest.blob_count:,} blobs, {restored.copied:,} copied now")
+        render.out(f"{manifest.name}: {_contents(rows, manifest.blob_count)}, {restored.copied:,} copied now")
         check.show()
 
     render.document(document, json, show)
     if check.broken:
         raise typer.Exit(1)
+
+
+def _contents(rows: int, blobs: int) -> str:
+    return f"{render.counted(rows, 'row')} and {render.counted(blobs, 'blob')}"
 
 
 def _archive(settings: "Settings", target: str, endpoint_url: str | None) -> "Archive":

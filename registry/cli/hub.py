@@ -90,4 +90,5 @@ def export(
 def _show_export(exported: Json) -> None:
     done = "exported" if exported["created"] else "already exported, nothing to do:"
     render.out(f"{done} {exported['release']} to {exported['exported_to']} at {exported['endpoint']}")
-    render.out(f"  tag {exported['tag']}, {len(exported['files'])} files, {exported['scores']} measured scores")
+    files, scores = len(exported["files"]), exported["scores"]
+    render.out(f"  tag {exported['tag']}, {render.counted(files, 'file')}, {render.counted(scores, 'measured score')}")

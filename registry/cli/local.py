@@ -214,7 +214,7 @@ def _ranks(modules: dict[int, int]) -> str | None:
     if not modules:
         return None
     (rank, count), *others = sorted(modules.items(), key=lambda one: (-one[1], -one[0]))
-    first = f"rank {rank} in {count} module{'s' if count != 1 else ''}"
+    first = f"rank {rank} in {render.counted(count, 'module')}"
     return ", ".join([first, *(f"{rank} in {count}" for rank, count in others)])
 
 

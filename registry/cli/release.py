@@ -189,8 +189,7 @@ def takedown(
     def show() -> None:
         for name in taken["releases"]:
             render.out(f"took down {name}: {reason}")
-        plural = "" if taken["blobs"] == 1 else "s"
-        render.out(f"{taken['blobs']:,} blob{plural} gone for good ({render.size(taken['size_bytes'])})")
+        render.out(f"{render.counted(taken['blobs'], 'blob')} gone for good ({render.size(taken['size_bytes'])})")
         for path in taken.get("barred", ()):  # a server of a release before does not say
             render.out(f"{path}: these weights cannot be published here again")
         for name in taken["named_by"]:

@@ -256,6 +256,11 @@ def size(count: int) -> str:
     return f"{amount:.1f} TB"
 
 
+def counted(count: int, what: str) -> str:
+    """`1 file`, `1,200 files`."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def fields(document: Mapping[str, Any], *left_out: str) -> list[tuple[str, Any]]:
     """A document's fields for `lines`: names in words, sizes in decimal units, whole numbers in groups of three."""
 

@@ -190,7 +190,7 @@ def import_scores(
 
 def materialise(store: BlobStore, files: Sequence[ManifestFile], directory: Path) -> None:
     """Writes files of a release from the store below `directory`, which it makes, each verified against its digest."""
-    directory.mkdir(parents=True, exist_ok=True)  # also if a takedown has left no files
+    directory.mkdir(parents=True, exist_ok=True)
     for file in files:
         target = directory / check_path(file.path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,8 @@ def materialise(store: BlobStore, files: Sequence[ManifestFile], directory: Path
 
 
 def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
-    """The files of a release's manifest."""
+    """The files of a release's manifest. Raises NotFound if they were taken down."""
+    releases.refuse_taken_down(releases.full_name(release), release.revision)
     return [
         ManifestFile(file.path, file.size_bytes, Digest(file.sha256))
         for file in releases.files_of(session, release)[release.revision_id]

@@ -84,7 +84,7 @@ def _evaluate(
         error = of_composer(caught) if isinstance(caught, ComposerError) else caught
         if error.code == "base_not_here":
             return error
-        if error.code in RETRYABLE or isinstance(caught, RegistryError):
+        if error.code in RETRYABLE or (isinstance(caught, RegistryError) and error.code != "taken_down"):
             raise
         row: Row = {"scores": [], "error": f"{error.detail} {error.next_step}".strip(), "failure": error.to_row()}
         with held.resources.write() as session:

@@ -211,12 +211,11 @@ def test_limits_are_removed_only_on_request(stocked: Cli, command: str, limit: s
     assert None in stocked.json("namespace", command, "acme", f"--{none}").values()
 
 
-def test_an_evaluation_of_what_was_taken_down_meanwhile_names_no_path_of_the_worker(team: Cli) -> None:
+def test_an_evaluation_of_what_was_taken_down_meanwhile_says_so(team: Cli) -> None:
     waiting = team.json("eval", "acme/sql", "--suite", "sql-exact", "--queue", "--no-wait")
     team.ok("takedown", "acme/sql:1.0.0", "--reason", "private data")
     with closing(opened(team)) as resources:
         assert run_one(resources, KINDS, "worker")
-        work_directory = str(resources.work_directory)
     ended = team.json("jobs", waiting["job"])
-    assert (ended["state"], ended["error"]["code"]) == ("failed", "missing_weights")
-    assert work_directory not in ended["error"]["detail"]
+    assert (ended["state"], ended["error"]["code"]) == ("failed", "taken_down")
+    assert "acme/sql:1.0.0 was taken down on" in ended["error"]["detail"]
