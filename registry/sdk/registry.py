@@ -34,8 +34,8 @@ _POLL_S = 0.5
 
 
 class Registry:
-    """The registry at `url`, of a profile that `adaptory login` saved, of the environment (`ADAPTORY_URL`,
-    `ADAPTORY_PROFILE`, `ADAPTORY_TOKEN`), of the profile in use, or else the embedded one: the first that is given.
+    """The registry at `url`, of a profile that `adaptory login` saved, of the environment (`ADAPTORY_PROFILE`, or else
+    `ADAPTORY_URL` with `ADAPTORY_TOKEN`), of the profile in use, or else the embedded one: the first that is given.
 
     Use it in a `with` statement, or close it. Every method raises the errors of `registry.errors`, whose `code` is
     stable (docs/reference/errors.md).
