@@ -263,8 +263,8 @@ def _show_verified(document: Json) -> None:
             )
     if "rebuild" in document:
         rebuild = document["rebuild"]
-        equal = render.counted(len(rebuild["same"]), "equal file")
-        render.out(f"{document['what']} rebuilt: {rebuild['verdict']}, with {equal}")
+        same = render.counted(len(rebuild["same"]), "identical file")
+        render.out(f"{document['what']} rebuilt: {rebuild['verdict']}, with {same}")
         for row in rebuild["different"]:
             counts = f"{row['neighbours']} elements by one step, {row['others']} by more"
             render.out(f"  {row['file']} {row['why'] or f'differs in {counts}'}")
