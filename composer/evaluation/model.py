@@ -60,7 +60,7 @@ def load_model(
     (None: most of what is free there now). Raises composer's errors for a checkpoint that cannot be read, and
     InvalidFile if transformers refuses the model or its tokenizer.
     """
-    # From the top of transformers, Pyright would read its 400 models, which takes a third of its time.
+    # An import from `transformers` itself makes Pyright read its 400 models, which takes a third of its time.
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
     from transformers.models.auto.tokenization_auto import AutoTokenizer
     from transformers.utils import logging

@@ -112,7 +112,7 @@ def _digests(subject: Subject) -> set[str]:
 
 
 def _warn_of_base(before: Subject, after: Subject) -> None:
-    """Raises Usage for a directory, which has no scores. Says so if the release stands on another base, and which
+    """Raises Usage for a directory, which has no scores. Says so if the release is for another base, and which
     command records what is missing."""
     for one, other in ((before, after), (after, before)):
         if not one.path:

@@ -34,7 +34,7 @@ def import_(  # noqa: PLR0913
     notes: Annotated[str, typer.Option(help="Release notes.")] = "",
     json: JsonFlag = False,
 ) -> None:
-    """Publish a repository of a Hugging Face Hub, with all checks of a push.
+    """Publish a repository from a Hugging Face Hub, with all checks of a push.
 
     The base is the one that the model card names, or else the configuration. Scores that the repository reports are
     recorded as reported.

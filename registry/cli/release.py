@@ -209,7 +209,7 @@ def deprecate(
     undo: Undo = False,
     json: JsonFlag = False,
 ) -> None:
-    """Mark a release as deprecated: what resolves it says so, and nothing is blocked."""
+    """Mark a release as deprecated, and warn wherever it is resolved; nothing is blocked."""
     body = deprecation_body(ref, reason, successor, undo=undo)
     with connected() as connection:
         release = connection.api.post(f"{_path(_exactly(connection, ref, warned=True))}/deprecate", body)

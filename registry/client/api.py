@@ -289,10 +289,11 @@ def _translate_transport_errors(url: str, *, changes: bool = False) -> Generator
         yield
     except httpx2.TransportError as error:
         lost = changes and not isinstance(error, _UNSENT)
+        check = "whether the change was made anyway" if lost else "ADAPTORY_URL"
         raise Unavailable(
             "answer_lost" if lost else "registry_unreachable",
             f"{url.partition('?')[0]} does not answer: {str(error).rstrip('.')}.",
-            next_step=f"Check that it runs, and {'whether the change was made anyway' if lost else 'ADAPTORY_URL'}.",
+            next_step=f"Check that the server is running, and check {check}.",
         ) from error
 
 

@@ -135,7 +135,7 @@ class PartialFile:
 
 
 def blocks(path: Path, start: int, size_bytes: int) -> Iterator[bytes]:
-    """A part of a file, as far as the file has it."""
+    """A part of a file, block by block; less if the file ends before."""
     with path.open("rb") as file:
         file.seek(start)
         while size_bytes and (block := file.read(min(size_bytes, _BLOCK_BYTES))):

@@ -74,5 +74,5 @@ def send_once(ask: Callable[[dict[str, str]], Result], look: str) -> tuple[Resul
             "answer_lost",
             f"The answer was lost: the request may have taken effect. {error.detail}",
             subject=error.subject,
-            next_step=f"Check with `{look}`, and repeat the command if it did not.",
+            next_step=f"Check with `{look}`, and repeat the command if the request had no effect.",
         ) from error

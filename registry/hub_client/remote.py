@@ -70,7 +70,7 @@ class Hub:
             commit = self._api.model_info(address.repository, revision=address.revision).sha
         pinned = address.at(commit or "")
         if not pinned.pinned:
-            message = f"{self.endpoint} does not say which commit it is at with {address}."
+            message = f"{self.endpoint} does not say which commit {address} is."
             raise Conflict("hub_conflict", message, subject=str(address), next_step="Name a commit of 40 digits.")
         with self._translated(pinned):
             return Snapshot(pinned, self._list(pinned))

@@ -147,8 +147,8 @@ def unwritable(what: str, subject: str, error: OSError) -> Unavailable:
 
 
 def write_hashed(path: Path, pieces: Iterable[bytes], what: str, subject: str) -> tuple[Digest, int]:
-    """Writes a file, and returns its sha256 and its size in bytes. Raises what `pieces` raise, and Unavailable if the
-    disk does not take it: `what` and `subject` are those of `unwritable`."""
+    """Writes a file, and returns its sha256 and its size in bytes. Raises what `pieces` raise, and `unwritable` with
+    `what` and `subject` for an error of the disk."""
     digest, size_bytes = hashlib.sha256(), 0
     try:
         with path.open("wb") as file:

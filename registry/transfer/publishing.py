@@ -189,7 +189,7 @@ def import_scores(
 
 
 def materialise(store: BlobStore, files: Sequence[ManifestFile], directory: Path) -> None:
-    """Writes files of a release from the store below `directory`, which it makes, each verified against its digest."""
+    """Writes files of a release from the store below `directory`, created if missing. Verifies each by its digest."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in files:
         target = directory / check_path(file.path)

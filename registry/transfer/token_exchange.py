@@ -78,7 +78,7 @@ class TokenExchange:
         if layout is None or not known:
             raise Unauthenticated(
                 "id_token_issuer",
-                f"No trusted publisher is of the issuer {shown(token.issuer)}.",
+                f"No trusted publisher has the issuer {shown(token.issuer)}.",
                 subject=shown(token.issuer),
                 next_step="Check the rules (`adaptory publisher list REPO`) and ADAPTORY_OIDC_ISSUERS.",
             )

@@ -49,7 +49,7 @@ class _Plan:
 def begin(
     resources: Resources, actor: Actor, old: str, new: str, suite_names: Sequence[str], *, evaluate: bool
 ) -> Json:
-    """Lists the adapters that stand on the old base and whether they fit the new one; queues the evaluation of those
+    """Lists the adapters that use the old base and whether they fit the new one; queues the evaluation of those
     that do, and of the new base if the actor may record its scores. Returns the report. Raises NotFound, Usage
     for one base twice, and Refused for a suite whose scorer is not enabled."""
     with resources.read() as session:
@@ -117,7 +117,7 @@ def _plan(
         scorers.refuse_disabled(suite, enabled)
     same = before.architecture_digest == after.architecture_digest and before.model_type == after.model_type
     plan = _Plan(before.digest, after.digest, same, bases.architecture(session, after.digest))
-    for release in upgrades.standing_on(session, actor, before):
+    for release in upgrades.adapters_on(session, actor, before):
         scored = [score.suite for score in suites.scores_of(session, release)]
         usable = [suite for suite in scored if suite.task not in suites.ELSEWHERE]
         own = dict.fromkeys(suite.digest for suite in usable if not scorers.disabled(suite, enabled))

@@ -30,8 +30,8 @@ _NAME_CHARS = 60
 
 
 def _document(work: CompositionRun, members: "Sequence[Member]", guards: Sequence[Suite], how: Row) -> bytes:
-    """What passes combine, as nodes read it: the base, and adapters by their files, with their suites and weights; and
-    `how`."""
+    """What passes combine, as nodes read it: the base, and adapters by their files, with their suites and weights.
+    `how` says what the passes are for."""
     rows = [
         {"name": one.adapter.name, "weight": one.weight.to_json(), "suite": one.suite.to_json(),
          "files": to_rows(files)}

@@ -124,7 +124,7 @@ def _of_keys(path: Path, keys: list[str]) -> str:
         return DIFFUSERS
     raise InvalidFile(
         "unknown_layout",
-        f"{path.name} has no known layout of adapters; its keys look like {printable(keys[0] if keys else '')}.",
+        f"{path.name} does not have a known adapter layout; its keys look like {printable(keys[0] if keys else '')}.",
         subject=path.name,
         next_step=f"Known layouts are {PEFT}, {KOHYA}, {DIFFUSERS} and {MLX}.",
     )

@@ -62,7 +62,7 @@ class ActorCache:
     _lock: Lock = field(default_factory=Lock)
 
     def remembered(self, credentials: Credentials, *, changes: bool = False) -> Actor | None:
-        """The actor, if known without the database: never for a token or a session that `changes` something."""
+        """The actor, if known without the database. A token or a session is not if the request `changes` something."""
         now = self.resources.clock()
         if self.single_user:
             everything = {EVERYWHERE: Role.ADMIN.value}

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from registry.api.http.request import ResourcesOf
 from registry.api.pages.render import link
 from registry.formats.references import RepositoryName, Version, parse_name, parse_repository, parse_version
+from registry.transfer.resources import Resources
 
 CHANNEL = "/{namespace}/{name}@{channel}"
 
@@ -33,10 +34,10 @@ VersionOf = Annotated[Version, Depends(_version)]
 class ChannelRequest:
     """A request about one channel."""
 
-    named: RepositoryOf
-    channel: ChannelOf
+    named: RepositoryName
+    channel: str
     request: Request
-    resources: ResourcesOf
+    resources: Resources
 
     @property
     def address(self) -> str:
@@ -44,4 +45,11 @@ class ChannelRequest:
         return link(str(self.named), channel=self.channel)
 
 
-ChannelRequestOf = Annotated[ChannelRequest, Depends()]
+async def _channel_request(
+    named: RepositoryOf, channel: ChannelOf, request: Request, resources: ResourcesOf
+) -> ChannelRequest:
+    # Asynchronous, like the dependencies above: FastAPI would call the class itself in a thread.
+    return ChannelRequest(named, channel, request, resources)
+
+
+ChannelRequestOf = Annotated[ChannelRequest, Depends(_channel_request)]

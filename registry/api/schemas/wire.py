@@ -34,7 +34,7 @@ class Wire(BaseModel):
 
     @classmethod
     def of(cls, row: object, **others: Any) -> Self:
-        """The document of a row or a value: `others`, and what it has under the names of the other fields."""
+        """The document of a row or a value: `others`, and its attributes with the names of the other fields."""
         own = {name: getattr(row, name) for name in cls.model_fields.keys() - others.keys()}
         return cls.model_validate(own | others)
 

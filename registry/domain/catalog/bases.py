@@ -192,7 +192,7 @@ def deprecate(session: Session, actor: Actor, base: Base, reason: str | None, su
 
 
 def own_successor(name: str) -> Usage:
-    """The error for a deprecation that names the base or the release itself as what follows it."""
+    """The error for a base or a release that is named as its own successor."""
     message = f"{name} cannot be its own successor."
     return Usage("own_successor", message, subject=name, next_step="Name another one, or none.")
 

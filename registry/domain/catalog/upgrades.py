@@ -14,7 +14,7 @@ from registry.errors import Invalid
 MAX_ADAPTERS = 500
 
 
-def standing_on(session: Session, actor: Actor, base: Base) -> Sequence[Release]:
+def adapters_on(session: Session, actor: Actor, base: Base) -> Sequence[Release]:
     """The adapters in use on a base that the actor may read: the highest stable release of each repository, and what
     channels serve. Raises Invalid for more than MAX_ADAPTERS."""
     top = select(Release.repository_id, func.max(Release.sort_key).label("sort_key"))

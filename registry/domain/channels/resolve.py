@@ -106,7 +106,7 @@ class Heads:
 
 
 def resolve(session: Session, reference: Reference, kind: Kind | None = None) -> Release:
-    """As `locate`, but the mapped release."""
+    """The release that `locate` finds, as a mapped row. Raises the same errors."""
     return session.get_one(Release, locate(session, reference, kind).row.id)
 
 

@@ -52,7 +52,7 @@ class S3File:
                 if pause_s is None:
                     with translate_store_errors(self.name):
                         raise
-                log.warning("Reading %s stopped after %s bytes and is resumed", self.name, done)
+                log.warning("Reading %s stopped after %s bytes and is being resumed", self.name, done)
                 time.sleep(pause_s)
         if done < buffer.nbytes:
             raise self.changed()
