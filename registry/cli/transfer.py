@@ -27,7 +27,8 @@ Json = dict[str, Any]
 
 SigningKey = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the release with this private key.")]
 BaseName = Annotated[
-    str | None, typer.Option(help="The base model; by default the one that the files name.", autocompletion=complete.bases)
+    str | None,
+    typer.Option(help="The base model; by default the one that the files name.", autocompletion=complete.bases),
 ]
 Target = Annotated[
     str, typer.Argument(metavar="REPO[:VERSION]", help="Such as acme/sql:1.0.0; without a version, give --bump.")

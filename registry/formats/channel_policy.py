@@ -46,8 +46,8 @@ class ScoreRule(Document):
     """A gate rule, with conditions on the scores that it uses."""
 
     rule: Rule = Field(description="As `adaptory gate` takes it: sql-exact.accuracy >= 0.5")
-    min_n: MinN | None = Field(None, description="The least number of examples; that of the policy when left out.")
-    measured: bool | None = Field(None, description="No score that was only reported; as the policy when left out.")
+    min_n: MinN | None = Field(None, description="The least number of examples; by default that of the policy.")
+    measured: bool | None = Field(None, description="No score that was only reported; by default as in the policy.")
 
     @classmethod
     def of(cls, rule: str) -> Self:

@@ -191,6 +191,7 @@ def test_a_token_that_another_server_revoked_changes_nothing_even_while_it_is_re
     assert begun.status_code == 401, "a GET that begins an upload"
     suite = {"name": "late", "examples": [{"prompt": "a", "completion": "b"}]}
     assert remembering.ask("publisher", "POST", "/v1/suites", json=suite).status_code == 401
+    assert remembering.ask("publisher", "GET", "/v1/whoami").status_code == 401, "noticed, it is forgotten"
     rows = house.ask("operator", "GET", "/v1/audit", params={"by": "publisher"}).json()["items"]
     assert rows == [], "nor is the name back"
     remembering.close()

@@ -10,8 +10,8 @@ method: ties                         # any of docs/methods/index.md; may be left
 settings: {density: 0.4, rank: 32}   # of the method; tied: auto | untie | shared | refuse
 adapter: acme/assistant:1.0.0        # the combined adapter's release
 model: acme/assistant-merged:1.0.0   # the merged checkpoint's release
-dtype: bfloat16                      # of the merged checkpoint; the base's own when left out
-rounding: {mode: stochastic, seed: 7}   # of the merged checkpoint's values; to the nearest when left out
+dtype: bfloat16                      # of the merged checkpoint; the base's own by default
+rounding: {mode: stochastic, seed: 7}   # of the merged checkpoint's values; to nearest by default
 probe: 8                             # examples of each member's suite for the conflict report; 0 for none
 evaluate: [sql-exact, guard-general] # suites for the candidate
 gates: ["guard-general.nll within 0.2 of base"]   # [] for none; those against the inputs are added unless one is named

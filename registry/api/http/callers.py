@@ -80,12 +80,17 @@ class ActorCache:
     def ask(self, credentials: Credentials) -> Actor:
         """The actor, from the database. Raises Unauthenticated for a token or a session that is not in force."""
         generation, now, caller = self._generation, self.resources.clock(), None
-        with self.resources.read() as session:
-            public = namespaces.public_names(session)
-            if credentials.session:
-                caller = sessions.authenticate(session, credentials.session[:_MAX_TOKEN_CHARACTERS], now)
-            elif credentials.authorization:
-                caller = tokens.authenticate(session, _bearer(credentials), now)
+        try:
+            with self.resources.read() as session:
+                public = namespaces.public_names(session)
+                if credentials.session:
+                    caller = sessions.authenticate(session, credentials.session[:_MAX_TOKEN_CHARACTERS], now)
+                elif credentials.authorization:
+                    caller = tokens.authenticate(session, _bearer(credentials), now)
+        except Unauthenticated:
+            with self._lock:
+                self._known.pop(credentials.key, None)
+            raise
         if caller is not None and tokens.is_first_use(caller, now):
             self._record_use(caller, now)
         self._remember(generation, credentials, public, caller)

@@ -55,7 +55,7 @@ class PageRoute(Route):
             if request.method not in SAFE_METHODS:
                 refuse_other_site(request)
                 for rule in rules:
-                    await rule(request)
+                    await rule.before_document(request)
                 request.state.form = await read_form(request)
             return await answer(request)
 

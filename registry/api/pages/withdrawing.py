@@ -20,6 +20,8 @@ from registry.domain.access.audit import Actor
 from registry.domain.catalog import deprecations, releases
 from registry.domain.channels import moves, yanks
 from registry.errors import RegistryError
+from registry.formats.references import RepositoryName, Version
+from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
 
@@ -31,14 +33,20 @@ MAX_SERVING = 10
 class Withdrawal:
     """A request about one release, by a caller who may withdraw it."""
 
-    named: RepositoryOf
-    version: VersionOf
+    named: RepositoryName
+    version: Version
     request: Request
-    resources: ResourcesOf
-    actor: PageReleaser
+    resources: Resources
+    actor: Actor
 
 
-WithdrawalOf = Annotated[Withdrawal, Depends()]
+async def _withdrawal(
+    named: RepositoryOf, version: VersionOf, request: Request, resources: ResourcesOf, actor: PageReleaser
+) -> Withdrawal:
+    return Withdrawal(named, version, request, resources, actor)
+
+
+WithdrawalOf = Annotated[Withdrawal, Depends(_withdrawal)]
 Change = Callable[[Session, Actor, Release, Form], None]
 
 

@@ -85,6 +85,7 @@ def download(sha256: str, resources: ResourcesOf, actor: Caller, byte_range: Byt
 @router.head("/blobs/{sha256}", response_class=Response)
 @in_store_threads
 def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
+    """Show whether there is a blob, and its size."""
     stat = uploads.readable(resources, actor, parse_digest(sha256))
     return Response(headers=blob_headers(stat.sha256, stat.size_bytes))
 

@@ -21,13 +21,13 @@ def admin(house: House) -> Generator[Browser]:
         yield browser
 
 
-def test_ticked_releases_are_compared_oldest_first(admin: Browser) -> None:
+def test_selected_releases_are_compared_oldest_first(admin: Browser) -> None:
     page = admin.open(f"/{NAME}").text
     assert page.count('form="compare"') == 2
     answer = admin.http.get(f"/{NAME}/compare?with=1.1.0&with=1.0.0")
     assert answer.headers["location"] == f"/{NAME}/compare/1.0.0...1.1.0"
-    for ticked in ("", "?with=1.0.0", "?with=1.0.0&with=1.0.0"):
-        few = admin.open(f"/{NAME}/compare{ticked}")
+    for selected in ("", "?with=1.0.0", "?with=1.0.0&with=1.0.0"):
+        few = admin.open(f"/{NAME}/compare{selected}")
         assert (few.status_code, "you selected" in few.text) == (400, True)
     alone = admin.open(f"/{NAME}/compare/1.0.0")
     assert (alone.status_code, "two to 4" in alone.text) == (400, True)
