@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from registry.transfer.installation import Check
 
 Json = dict[str, Any]
+_OF_STRING = r'(?:[^"\\]|\\.)*'
+"""What may follow in a string of JSON."""
 MARKS = {"ok": "ok", "warning": "warning", "error": "ERROR"}
 
 
@@ -133,8 +135,8 @@ def _settings(settings: "Settings") -> Json:
     """The settings that are not at their default: secrets and names as asterisks, addresses without user, password and
     query."""
     text = settings.model_dump_json(exclude_defaults=True)
-    text = re.sub(r"(://)[^/@\"\s]+@", r"\1***@", text)
-    shown = json_text.loads(re.sub(r"(://[^?\"\s]+)\?[^\"\s]+", r"\1?***", text))
+    text = re.sub(rf"(://){_OF_STRING}@", r"\1***@", text)  # up to the last one: a password may have any character
+    shown = json_text.loads(re.sub(rf"(://{_OF_STRING}?)\?{_OF_STRING}", r"\1?***", text))
     for holder, names in ((shown, ("user", "profile")), (shown.get("sign_in", {}), ("roles",))):
         holder.update({name: "***" for name in names if name in holder})
     return shown

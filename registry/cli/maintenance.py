@@ -128,7 +128,7 @@ class Check:
     def of(cls, resources: "Resources", *, read_bytes: bool) -> "Check":
         from registry.transfer import fsck as promises
 
-        extent, database_url = promises.extent(resources), resources.database.url.render_as_string(hide_password=True)
+        extent, database_url = promises.extent(resources), resources.database.shown_url
         with render.progress("fsck", extent.steps, "rows") as done:
             findings = promises.check(resources, read_bytes=read_bytes, progress=done)
         return cls(extent, findings, database_url, read_bytes)

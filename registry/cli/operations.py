@@ -225,7 +225,7 @@ def migrate(json: JsonFlag = False) -> None:
     database = Database(settings.effective_database_url, DatabaseTimeouts(statement_s=None))
     before = schema_revision(database)
     run_migrations(database)
-    document = {"database": database.url.render_as_string(hide_password=True), "from": before, "to": head_revision()}
+    document = {"database": database.shown_url, "from": before, "to": head_revision()}
     database.close()
     render.document(
         document, json, lambda: render.out(f"{document['database']}: schema {before or 'none'} -> {document['to']}")

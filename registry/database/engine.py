@@ -98,6 +98,11 @@ class Database:
         self._longest_turn_s = _sqlite_wait_s(patience)
 
     @property
+    def shown_url(self) -> str:
+        """The address for people, without the password, and without the query, which may have one too."""
+        return self.url.set(query={}).render_as_string(hide_password=True)
+
+    @property
     def is_sqlite(self) -> bool:
         return self.url.get_backend_name() == "sqlite"
 

@@ -276,6 +276,8 @@ def read_manifest(archive: Archive, name: str | None) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         raise damaged(f"{chosen}/{_MANIFEST}", f"it is not a manifest ({error.error_count()} errors)") from error
+    if manifest.name != chosen:  # it becomes part of paths
+        raise damaged(f"{chosen}/{_MANIFEST}", f"it is that of the backup {manifest.name[:80]!r}")
     if manifest.format > _FORMAT or manifest.schema_revision > head_revision():
         raise Unavailable(
             "schema_new",

@@ -119,7 +119,7 @@ def _check_database(settings: Settings) -> Iterator[Check]:
     patience = DatabaseTimeouts(settings.database_connect_timeout_s, settings.database_timeout_s)
     database = Database(settings.effective_database_url, patience, settings.database_pool_size)
     try:
-        named = database.url.set(query={}).render_as_string(hide_password=True)  # a query may have a password too
+        named = database.shown_url
         ensure_schema(database, create=settings.database_url is None)
         began = time.perf_counter()
         with database.read() as session:

@@ -198,6 +198,28 @@ def test_a_token_that_another_server_revoked_changes_nothing_even_while_it_is_re
     house.close()
 
 
+@pytest.mark.parametrize("ending", ["token", "role", "user"])
+def test_a_commit_whose_body_took_longer_than_its_token_or_role_is_not_made(house: House, ending: str) -> None:
+    path = f"/api/models/{PRIVATE}/sql"
+    before = house.ask("operator", "GET", f"{path}/revision/main").json()["sha"]
+
+    def lines() -> Generator[bytes]:
+        yield b'{"key": "header", "value": {"summary": "slow"}}\n'
+        if ending == "token":
+            ended = house.ask("operator", "DELETE", f"/v1/tokens/{house.ids['publisher']}")
+        elif ending == "role":
+            member = {"user": "publisher", "role": None}
+            ended = house.ask("operator", "PUT", f"/v1/namespaces/{PRIVATE}/members", json=member)
+        else:
+            ended = house.ask("operator", "DELETE", "/v1/users/publisher")
+        assert ended.status_code == 200
+        yield b'{"key": "file", "value": {"path": "late.txt", "encoding": "base64", "content": "bGF0ZQ=="}}\n'
+
+    sent = house.ask("publisher", "POST", f"{path}/commit/main", content=lines(), headers={"Content-Length": "139"})
+    assert sent.status_code == (404 if ending == "role" else 401)
+    assert house.ask("operator", "GET", f"{path}/revision/main").json()["sha"] == before
+
+
 NAMESPACES = st.sampled_from(["acme", "open", EVERYWHERE])
 ROLE = st.sampled_from(list(Role))
 

@@ -201,6 +201,18 @@ def test_a_damaged_document_of_a_backup_is_refused_by_name(small: Cli, tmp_path:
     assert empty.json("list")["items"] == []
 
 
+def test_a_manifest_with_a_path_as_its_name_makes_no_file_there(small: Cli, tmp_path: Path) -> None:
+    snapshot = tmp_path / "saved" / "snapshots" / small.json("backup", tmp_path / "saved")["name"]
+    elsewhere = snapshot.rename(tmp_path / "elsewhere")
+    snapshot.mkdir()
+    manifest = json.loads((elsewhere / "manifest.json").read_text())
+    (snapshot / "manifest.json").write_text(json.dumps({**manifest, "name": str(elsewhere)}))
+    refused = Cli({"ADAPTORY_HOME": str(tmp_path / "restored")})("restore", tmp_path / "saved")
+    assert refused.code == 6
+    assert f"{snapshot.name}/manifest.json of the backup is damaged" in refused.err
+    assert not [*tmp_path.glob("elsewhere-*")]
+
+
 def test_damaged_blobs_are_seen_by_a_full_backup_by_a_restore_and_by_a_backup_of_them(
     small: Cli, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from registry.database.engine import Database
 from registry.database.tables import Blob, Job
 from tests.scenarios.test_push_again import beside
 from tests.scenarios.traces import opened
@@ -124,3 +125,16 @@ def test_the_bundle_has_what_a_bug_report_needs_and_no_secret(
     assert "safetensors" in json.loads(files["versions.json"])["packages"]
     assert set(json.loads(files["settings.json"])["sign_in"]["client_secret"]) == {"*"}
     assert own("doctor", "--bundle", bundle).code == 4
+
+
+def test_no_output_has_a_password_of_the_database_however_it_is_spelled(on_disk: Cli, tmp_path: Path) -> None:
+    hidden = 'fish/fish?fish "fish\\fish'
+    url = f"postgresql://ada:{hidden}@127.0.0.1:9/registry?sslpassword=fish"
+    assert "fish" not in Database(url).shown_url
+    away = replace(on_disk, environment=on_disk.environment | {"ADAPTORY_DATABASE_URL": url})
+    ran = away("doctor", "--bundle", tmp_path / "report.zip")
+    assert ran.code == 1, ran.err
+    with zipfile.ZipFile(tmp_path / "report.zip") as archive:
+        texts = "".join(archive.read(name).decode() for name in archive.namelist())
+    assert "127.0.0.1:9/registry" in texts
+    assert "fish" not in texts + ran.out + ran.err

@@ -5,18 +5,19 @@ def list_bases(actor: Member, ...)                    anyone with a role in any 
 def show_job(actor: Caller, ...)                      the route loads the row first, then calls `permit`
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, cast
 
+from anyio import from_thread
 from fastapi import Depends, Request
 from fastapi.dependencies.models import Dependant
 from starlette.concurrency import run_in_threadpool
 
 from registry.api.http.callers import ActorCache, Credentials, credentials_of
 from registry.api.http.exchanges import current
-from registry.api.http.request import SAFE_METHODS, content_length
+from registry.api.http.request import SAFE_METHODS, body_chunks, content_length
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, permit, permit_somewhere
 from registry.errors import TooLarge
@@ -58,6 +59,12 @@ class Rule:
             permit(actor, self.role, EVERYWHERE)
         return actor
 
+    def chunks(self, request: Request) -> Iterator[bytes]:
+        """The body, as `body_chunks`. Raises at its end if the caller, who may have sent it for hours, has lost the
+        token or the role meanwhile."""
+        yield from body_chunks(request)
+        from_thread.run(self, request)
+
     def credentials(self, request: Request) -> Credentials:
         """The caller by the Authorization header."""
         client = cast(tuple[str, int] | None, request.scope.get("client"))
@@ -94,7 +101,8 @@ async def _callers(request: Request) -> ActorCache:
 CallersOf = Annotated[ActorCache, Depends(_callers)]
 
 Reader = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.READER))]
-Publisher = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.PUBLISHER))]
+PUBLISHES = Rule(Where.NAMESPACE, Role.PUBLISHER)
+Publisher = Annotated[Actor, Depends(PUBLISHES)]
 Releaser = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.RELEASER))]
 Admin = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.ADMIN))]
 Member = Annotated[Actor, Depends(Rule(Where.ANYWHERE, Role.READER))]

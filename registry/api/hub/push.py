@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from registry.api.http.problems import header_text
 from registry.api.http.request import ResourcesOf, body_chunks, content_length, receive_body, refuse_longer
-from registry.api.http.rules import Caller, Publisher, Reader, Releaser
+from registry.api.http.rules import PUBLISHES, Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.hub.models import MODEL
 from registry.api.hub.schemas import BatchIn, BranchIn, MoveIn, PlanIn, RepositoryIn, TagIn
@@ -167,7 +167,7 @@ async def commit(
     if request.query_params.get("create_pr"):
         raise Usage("not_main", "Pull requests are not supported.", next_step="Commit to main.")
     refuse_longer(request, "commit", MAX_COMMIT_BYTES, "Commit fewer files at a time, or use `adaptory push`.")
-    receive = partial(transfers.receive, resources, actor, repository, body_chunks(request))
+    receive = partial(transfers.receive, resources, actor, repository, PUBLISHES.chunks(request))
     commit_id, findings = await receive_body(request, actor, receive)
     url = f"{request.base_url}{repository}/commit/{commit_id}"
     response = JSONResponse({"commitOid": commit_id, "commitUrl": url, "success": True})

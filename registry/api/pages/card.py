@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import count
 
 import nh3
@@ -10,6 +11,8 @@ from markdown_it.token import Token
 from markupsafe import Markup, escape
 
 MAX_BYTES = 256 << 10
+KEPT = 32
+"""Cards that stay rendered: 256 kB of brackets take six seconds."""
 _TAGS = {
     "a", "blockquote", "br", "code", "del", "em", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "strong",
     "table", "tbody", "td", "th", "thead", "tr", "ul",
@@ -21,6 +24,7 @@ _HEADINGS = {f"h{level}": f"h{min(6, level + 2)}" for level in range(1, 7)}
 """The page has a title and sections above the card's."""
 
 
+@lru_cache(KEPT)
 def rendered(text: str) -> Markup:
     """The card as HTML. Links lead only to https addresses, images are left out. HTML in the card is shown as it is
     written, but for comments: those of a template tell the author what to write."""

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from composer.findings import Verdict
 from composer.formats.adapters.serving import Profile, loads, parse_profile
 from registry.database.tables import Approval, Channel, Composition, Move, Namespace, Release, ReleaseInput
-from registry.domain.access import namespaces
+from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, at_least
 from registry.domain.catalog import signatures
@@ -104,11 +104,13 @@ def unspent_approvals(session: Session, release: Release, channel: str) -> list[
 
 
 def _has_role(session: Session, approval: Approval, release: Release, role: Role) -> bool:
-    """Whether the approver has the role now. Without a token, it was a user of a registry without access control."""
+    """Whether the approver has the role now: as a member, or by a group of the provider, in a session that was not
+    revoked. Without a token, it was a user of a registry without access control."""
     if approval.token_id is None:
         return True
-    roles = namespaces.roles_of(session, approval.user)
-    return any(at_least(roles[name], role) for name in (release.repository.namespace, EVERYWHERE) if name in roles)
+    roles = [namespaces.roles_of(session, approval.user), tokens.grants_of(session, approval.token_id)]
+    known = (one[name] for one in roles for name in (release.repository.namespace, EVERYWHERE) if name in one)
+    return any(at_least(one, role) for one in known)
 
 
 def _signature(session: Session, covers: str, release: Release) -> GateResult:

@@ -279,3 +279,8 @@ A <b onclick="x()">word</b> <!-- or two --> and ![image](https://example.org/a.p
     assert frames.count('<div class="scroll" tabindex="0"') == frames.count("</table></div>") == 2
     assert 'aria-label="Table 2 of the card"' in frames
     assert 'href="https://example.org" rel="nofollow noopener noreferrer"' in html
+
+
+def test_a_card_is_rendered_once_however_often_its_page_is_seen() -> None:
+    text = "![" * 100
+    assert card.rendered(text) is card.rendered(text[:50] + text[50:])

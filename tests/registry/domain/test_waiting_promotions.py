@@ -17,7 +17,7 @@ from composer.formats.recipes.suite import Example, Suite
 from registry.api.app import create_app
 from registry.client.inprocess import InProcessTransport
 from registry.database.tables import Composition, Gate, Job, Move, Promotion, Release, ReleaseInput
-from registry.domain.access import namespaces, tokens
+from registry.domain.access import namespaces, sessions, tokens
 from registry.domain.access.audit import Actor, EventQuery, list_oldest_first
 from registry.domain.access.roles import Role
 from registry.domain.catalog import bases, releases, repositories, suites
@@ -270,6 +270,25 @@ def test_rights_and_the_policy_are_judged_again_when_it_completes(house: House) 
         second = promotions.request(session, person(house), wanted)
     settle(house.resources, second.id)
     assert seen(house, second.id) == ("refused", "role_lost")
+
+
+def test_an_approval_counts_with_a_role_that_a_group_gives_until_the_session_is_revoked(house: House) -> None:
+    demand(house, approval={"role": "releaser", "count": 2})
+    began = waiting(house)
+
+    def judged() -> str:
+        settle(house.resources, began)
+        with house.resources.read() as session:
+            return session.get_one(Promotion, began).gates[0]["detail"]
+
+    with house.resources.write() as session:
+        row, _ = sessions.begin_with_roles(session, person(house), "ada", {PRIVATE: Role.RELEASER})
+        approver = Actor("ada", NOW + HOUR, tokens.grants_of(session, row.id), token_id=row.id)
+        promotions.approve(session, approver, releases.find(session, NAME, OLD), "prod", "")
+    assert judged() == "1 of 2: ada"
+    with house.resources.write() as session:
+        tokens.revoke(session, HOST, row.id)
+    assert judged() == "0 of 2; ada no longer has the role"
 
 
 def test_rules_that_a_gate_had_before_policies_refuse_what_lacks_a_score(house: House) -> None:
