@@ -26,8 +26,8 @@ _HEADINGS = {f"h{level}": f"h{min(6, level + 2)}" for level in range(1, 7)}
 
 @lru_cache(KEPT)
 def rendered(text: str) -> Markup:
-    """The card as HTML. Links lead only to https addresses, images are left out. HTML in the card is shown as it is
-    written, but for comments: those of a template tell the author what to write."""
+    """The card as HTML. Links keep only addresses by https and those without a scheme; images are left out. HTML in the
+    card is shown as it is written, but for comments: those of a template tell the author what to write."""
     tokens = _markdown().parse(_FRONT_MATTER.sub("", text))
     for token in tokens:
         token.tag = _HEADINGS.get(token.tag, token.tag)
