@@ -5,12 +5,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, literal, or_, select, update
+from sqlalchemy import ColumnElement, bindparam, or_, select, update
 from sqlalchemy.orm import Session, undefer
 
 from composer.formats.checkpoints.checkpoint import Architecture, TensorSpec
 from composer.formats.checkpoints.hashing import architecture_digest, weights_digest
 from composer.formats.checkpoints.header import DTYPE_BITS
+from registry.database.prepared import Prepared
 from registry.database.tables import Base, BaseAlias, BaseLocation, Release
 from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
@@ -37,6 +38,9 @@ _base, _alias = Base.__table__.c, BaseAlias.__table__.c
 
 def _called(name: ColumnElement[str]) -> ColumnElement[bool]:
     return or_(_base.name == name, _base.digest.in_(select(_alias.base_digest).where(_alias.alias == name)))
+
+
+_BY_NAME = Prepared(select(_base.digest, _base.name).where(_called(bindparam("named"))).limit(2))
 
 
 def is_name(text: str) -> bool:
@@ -253,7 +257,9 @@ def identify(session: Session, text: str) -> tuple[str, str]:
 
 def _matches(session: Session, text: str) -> Sequence[tuple[str, str]]:
     """(digest, name) of up to two bases with this name, alias or beginning of a digest."""
-    wanted = _called(literal(text)) if is_name(text) else _base.digest.between(text, text.ljust(64, "g"))
+    if is_name(text):
+        return [(digest, name) for digest, name in _BY_NAME.rows(session, {"named": text})]
+    wanted = _base.digest.between(text, text.ljust(64, "g"))
     return session.execute(select(_base.digest, _base.name).where(wanted).limit(2)).all()
 
 
