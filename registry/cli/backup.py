@@ -71,8 +71,8 @@ def _show_saved(saved: "Saved") -> None:
     manifest = saved.manifest
     contents = _contents(sum(manifest.tables.values()), manifest.blob_count)
     render.out(
-        f"{manifest.name}: {contents} ({render.size(manifest.blob_bytes)}), of which "
-        f"{saved.copied:,} ({render.size(saved.copied_bytes)}) were copied now"
+        f"{manifest.name}: {contents} ({render.size(manifest.blob_bytes)}); "
+        f"copied {render.counted(saved.copied, 'blob')} ({render.size(saved.copied_bytes)})"
     )
     if saved.removed:
         render.out(f"removed {render.counted(saved.removed, 'older backup')}")
@@ -128,7 +128,9 @@ def restore(
     }
 
     def show() -> None:
-        render.out(f"{manifest.name}: {_contents(rows, manifest.blob_count)}, {restored.copied:,} copied now")
+        render.out(
+            f"{manifest.name}: {_contents(rows, manifest.blob_count)}; copied {render.counted(restored.copied, 'blob')}"
+        )
         check.show()
 
     render.document(document, json, show)
