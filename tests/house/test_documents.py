@@ -91,3 +91,16 @@ def _missing(recipe: str) -> list[str]:
     known = {file.name for file in files} | set(re.findall(r"\w+", text))
     absent = [str(path.relative_to(ROOT)) for path in paths if not path.exists()]
     return absent + [name for name in quoted if "/" not in name and name not in known and name not in text]
+
+
+def test_no_page_loads_or_unloads_a_name_that_can_change_what_it_stands_for() -> None:
+    """A server that unloads a channel's name and loads it anew can die, and its base's requests with it."""
+    pages = {path: path.read_text() for path in (ROOT / "docs").rglob("*.md")}
+    loaded = [
+        (path.name, name)
+        for path, text in pages.items()
+        for listed in re.findall(r'lora_name\\?": \\?"([^"\\]+)|RESOLVER_HF_REPO_LIST=(\S+)|--lora-modules (\S+?)=', text)
+        for name in "".join(listed).split(",")
+    ]
+    assert [(page, name) for page, name in loaded if not re.search(r"\d+\.\d+\.\d+$", name)] == []
+    assert len(loaded) > 5
