@@ -63,6 +63,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "module_missing": "Use the base that the adapter was trained on.",
         "needs_base": "Name the base with --base.",
         "never_served": "Promote it: `adaptory promote REPO:VERSION --to CHANNEL`.",
+        "not_earlier": "A rollback goes only back. Promote it: `adaptory promote REPO:VERSION --to CHANNEL`.",
         "no_chat_template": "Set `chat: false` in the suite, or register the instruction-tuned base.",
         "no_cuda": "Use --device cpu.",
         "no_eos": "Set eos_token in the base's tokenizer_config.json, or `ends: false` in the suite.",

@@ -90,7 +90,9 @@ def show(
 @root.command("rollback")
 def roll_back(
     channel: Channel,
-    to: Annotated[str | None, typer.Option("--to", help="A version that the channel has served before.")] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="A version that it served before, and was not rolled back from since.")
+    ] = None,
     reason: Reason = "",
     json: JsonFlag = False,
 ) -> None:

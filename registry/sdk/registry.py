@@ -166,7 +166,8 @@ class Registry:
         return Promotion.of(answer) if "state" in answer else Move.of(answer)
 
     def rollback(self, channel: str, *, to: str | None = None, reason: str = "") -> Move:
-        """Returns REPO@CHANNEL to the release that it served before, or to the version `to` that it has served.
+        """Returns REPO@CHANNEL to the release that it served before, or to `to`, a version that it served before that
+        and was not rolled back from since.
 
         >>> registry.rollback("acme/sql@prod", reason="wrong quoting")
         """

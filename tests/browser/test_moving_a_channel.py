@@ -12,6 +12,11 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     site.cli.ok(
         "push", world.adapters["other-sql"], "acme/terraform:1.1.0", "--base", "tiny", "--allow-breaking", "story"
     )
+    site.cli.ok(
+        "push", world.adapters["support"], "acme/terraform:1.0.1", "--base", "tiny", "--allow-breaking", "story"
+    )
+    for version in ("1.0.1", "1.0.0"):
+        site.cli.ok("promote", f"acme/terraform:{version}", "--to", "prod")
     site.cli.ok("gate", "acme/terraform@prod", "--rule", "guard-exact.accuracy >= 0.99")
     site.cli.ok("eval", "acme/terraform:1.1.0", "--suite", "guard-exact")
 
@@ -37,12 +42,15 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     late = tab.context.new_page()
     late.goto(f"{site.url}/acme/terraform@prod/rollback")
     tab.get_by_role("link", name="Roll back").click()
-    expect(tab.locator("select[name=to]")).to_have_text("1.0.0, the one before")
+    expect(tab.locator("select[name=to] option").first).to_have_text("1.0.0, the one before")
     tab.get_by_label("Reason (required)").fill("it answers the wrong question")
     tab.get_by_role("dialog").get_by_role("button", name="Roll back").click()
     back = tab.get_by_role("region", name="prod serves 1.0.0.")
     expect(back).to_contain_text("by a rollback from 1.1.0: “it answers the wrong question”")
     assert site.cli.json("show", "acme/terraform@prod")["version"] == "1.0.0"
+    tab.get_by_role("link", name="Roll back").click()
+    expect(tab.locator("select[name=to]")).to_have_text("1.0.1, the one before")  # not 1.1.0, which has just been left
+    tab.get_by_role("dialog").get_by_role("link", name="Cancel").click()
 
     late.get_by_label("Reason (required)").fill("I have seen it too")
     late.get_by_role("button", name="Roll back").click()

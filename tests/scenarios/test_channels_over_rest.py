@@ -231,6 +231,23 @@ def test_gates_are_set_read_and_judged_with_numbers(line: Line) -> None:
     assert [gate["passed"] for gate in forced["gates"]] == [True, False]
 
 
+def test_a_rollback_to_a_version_goes_only_back(line: Line) -> None:
+    for version in VERSIONS:
+        assert line.promote(version).status_code == 200
+    policy = {"version": 1, "rules": ["sql-exact.nll <= 3"], "missing": "refuse", "force": "never"}
+    assert line.http.put(f"{line.prod}/policy", json=policy).status_code == 200
+    assert line.roll_back("1.1.0").json()["to_version"] == "1.1.0"
+    refused = problem(line.roll_back("1.2.0"), 422, "not_earlier")
+    assert f"adaptory promote {line.path.removeprefix('/v1/adapters/')}:1.2.0 --to prod" in refused["next"]
+    problem(line.promote("1.2.0"), 422, "gate_failed")
+    assert line.roll_back("1.0.0").json()["to_version"] == "1.0.0"
+    for version in ("1.1.0", "1.2.0"):
+        problem(line.roll_back(version), 422, "not_earlier")
+    problem(line.roll_back("1.0.0"), 422, "already_served")
+    problem(line.roll_back("9.0.0"), 422, "never_served")
+    assert line.look().json()["version"] == "1.0.0"
+
+
 def test_each_result_has_its_numbers_its_limit_and_whether_the_error_stays_on_its_side(line: Line) -> None:
     rules = ["sql-exact.nll <= 3", "guard-exact.nll within 0.5 of served"]
     line.http.put(f"{line.path}/gates", json={"channel": "prod", "rules": rules})

@@ -194,7 +194,8 @@ def roll_back(  # noqa: PLR0913
     reason: str = "",
     expected: Expected | None = None,
 ) -> ChannelMove:
-    """Returns to the release served before the current one was promoted, or to `to`; skips yanked ones."""
+    """Returns to the release served before the current one was promoted; skips yanked ones. `to` names an earlier one,
+    which no rollback has left since."""
     session.scalar(_locked(repository, channel_name))
     channel = find(session, repository, channel_name)
     subject = f"{repositories.name_of(repository)}@{channel_name}"
@@ -291,35 +292,62 @@ def previous_unyanked(session: Session, move: Move) -> Move | None:
 
 def earlier_versions(session: Session, move: Move, *, limit: int) -> Sequence[str]:
     """The versions that a channel whose current move is `move` can be rolled back to, the last served first."""
-    query = select(Release.version).join(Move, Move.to_release_id == Release.id).where(~Release.yanked)
-    query = query.where(Move.channel_id == move.channel_id, Release.id != move.to_release_id)
-    return session.scalars(query.group_by(Release.id).order_by(func.max(Move.id).desc()).limit(limit)).all()
+    back = _way_back(move).subquery()
+    query = select(Release.version).join(back, back.c.to_release_id == Release.id).where(~Release.yanked)
+    return session.scalars(query.group_by(Release.id).order_by(func.max(back.c.id).desc()).limit(limit)).all()
+
+
+def _way_back(current: Move) -> Select[Any]:
+    """The moves below the current one whose release the channel may return to: another one, which no rollback has left
+    since. A release that was left came back only by a promotion, which its policy judged."""
+    columns = (Move.id, Move.to_release_id, Move.below_id)
+    below = select(*columns).where(Move.id == current.below_id).cte("below", recursive=True)
+    below = below.union_all(select(*columns).join(below, Move.id == below.c.below_id))
+    rollbacks = select(Move.from_release_id, func.max(Move.id).label("id"))
+    rollbacks = rollbacks.where(Move.channel_id == current.channel_id, Move.kind == "rollback")
+    left = rollbacks.group_by(Move.from_release_id).subquery()
+    query = select(below.c.id, below.c.to_release_id).outerjoin(left, left.c.from_release_id == below.c.to_release_id)
+    kept = left.c.id.is_(None) | (left.c.id < below.c.id)
+    return query.where(kept, below.c.to_release_id != current.to_release_id)
 
 
 def _served_before(session: Session, channel: Channel, current: Move, to: Version, subject: str) -> Move:
-    """The latest move that served this version; an older one would lose the moves between."""
-    query = select(Move).join(Release, Release.id == Move.to_release_id)
-    query = query.where(Move.channel_id == channel.id, Release.version == str(to)).order_by(Move.id.desc()).limit(1)
-    move = session.scalars(query).first()
-    if move is None:
+    """The last move on the way back that served this version. Raises Refused for a version that was never served, is
+    yanked, is served now, or would be a way forward, past the channel's policy."""
+    served = select(Release).join(Move, Move.to_release_id == Release.id)
+    release = session.scalars(served.where(Move.channel_id == channel.id, Release.version == str(to)).limit(1)).first()
+    if release is None:
         raise Refused(
             "never_served",
             f"{subject} never served {to}.",
             subject=subject,
-            next_step=f"Promote it: `adaptory promote REPO:{to} --to CHANNEL`.",
+            next_step=f"Promote it: {_promoting(channel, to, subject)}.",
         )
-    if move.to_release.yanked:
+    if release.yanked:
         raise Refused(
             "release_yanked",
-            f"{full_name(move.to_release)} is yanked: {move.to_release.yank_reason}.",
+            f"{full_name(release)} is yanked: {release.yank_reason}.",
             subject=subject,
             next_step="Choose another version.",
         )
-    if move.to_release_id == current.to_release_id:
+    if release.id == current.to_release_id:
         raise Refused(
             "already_served", f"{subject} already serves {to}.", subject=subject, next_step="There is nothing to do."
         )
-    return move
+    back = _way_back(current).subquery()
+    last = select(func.max(back.c.id)).where(back.c.to_release_id == release.id)
+    if (move_id := session.scalar(last)) is None:
+        raise Refused(
+            "not_earlier",
+            f"{subject} did not serve {to} before {current.to_release.version}, or was rolled back from it since.",
+            subject=subject,
+            next_step=f"A rollback goes only back. Promote it: {_promoting(channel, to, subject)}.",
+        )
+    return session.get_one(Move, move_id)
+
+
+def _promoting(channel: Channel, to: Version, subject: str) -> str:
+    return f"`adaptory promote {subject.rpartition('@')[0]}:{to} --to {channel.name}`"
 
 
 def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:

@@ -2,7 +2,7 @@
 
 The model keeps what was live, in the order in which it was promoted, with the current release last. A promotion puts
 one on top; a rollback takes the top away, then all that are yanked or are what was just left; a rollback to a version
-returns to the moment when that version was last live.
+takes away all above where it was last live, unless a rollback has left that version since.
 """
 
 import itertools
@@ -47,11 +47,13 @@ versions = st.sampled_from(VERSIONS)
 
 @dataclass(frozen=True)
 class Moment:
-    """After one move: its kind, what it left, and all that is live below the new top, which is last."""
+    """After one move: its kind, what it left, and all that is live below the new top, which is last. `since` has the
+    number of the move with which each came to the top."""
 
     kind: str
     left: str | None
     live: tuple[str, ...]
+    since: tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,12 @@ class ChannelMachine(RuleBasedStateMachine):
     def live(self) -> tuple[str, ...]:
         return self.moments[-1].live if self.moments else ()
 
+    def record(self, kind: str, live: tuple[str, ...]) -> None:
+        """The move to the last of `live`; what lies below is as it was."""
+        earlier = self.moments[-1].since if self.moments else ()
+        since = (*earlier[: len(live) - 1], len(self.moments))
+        self.moments.append(Moment(kind, self.live[-1] if self.live else None, live, since))
+
     def attempt(
         self, change: Callable[[Any, Actor], ChannelMove], refusal: type[RegistryError] | None
     ) -> ChannelMove | None:
@@ -135,7 +143,7 @@ class ChannelMachine(RuleBasedStateMachine):
 
         self.attempt(change, refusal)
         if refusal is None and self.live[-1:] != (version,):
-            self.moments.append(Moment("promote", self.live[-1] if self.live else None, (*self.live, version)))
+            self.record("promote", (*self.live, version))
 
     @rule(honest=st.sampled_from([None, True, False]))
     def roll_back(self, honest: bool | None) -> None:
@@ -145,16 +153,32 @@ class ChannelMachine(RuleBasedStateMachine):
         refusal = NotFound if not self.live else Stale if honest is False else None if below else Refused
         self.roll_back_registry(None, self.expectation(honest), refusal)
         if refusal is None:
-            self.moments.append(Moment("rollback", self.live[-1], below))
+            self.record("rollback", below)
 
     @precondition(lambda self: self.moments)
     @rule(version=versions)
     def roll_back_to(self, version: str) -> None:
-        served = [moment.live for moment in self.moments if moment.live[-1] == version]
-        possible = bool(served) and version not in self.yanked and version != self.live[-1]
+        left = [
+            number for number, moment in enumerate(self.moments) if (moment.kind, moment.left) == ("rollback", version)
+        ]
+        below = list(zip(self.live[:-1], self.moments[-1].since, strict=False))
+        back = [at for at, (one, since) in enumerate(below) if one == version and since > max(left, default=-1)]
+        possible = bool(back) and version not in self.yanked and version != self.live[-1]
         self.roll_back_registry(version, None, None if possible else Refused)
         if possible:
-            self.moments.append(Moment("rollback", self.live[-1], served[-1]))
+            self.record("rollback", self.live[: back[-1] + 1])
+
+    @invariant()
+    def the_versions_to_return_to_are_those_that_a_rollback_accepts(self) -> None:
+        with self.database.read() as session:
+            channel = self.channel(session)
+            current = session.get(Move, channel.move_id) if channel and channel.move_id else None
+            offered = moves.earlier_versions(session, current, limit=9) if current else ()
+        left = {moment.left: number for number, moment in enumerate(self.moments) if moment.kind == "rollback"}
+        below = zip(self.live[:-1], self.moments[-1].since, strict=False) if self.moments else ()
+        kept = [one for one, since in below if since > left.get(one, -1)]
+        wanted = [one for one in reversed(kept) if one not in self.yanked and one != self.live[-1]]
+        assert list(offered) == list(dict.fromkeys(wanted))
 
     def roll_back_registry(
         self, to: str | None, expected: Expected | None, refusal: type[RegistryError] | None
@@ -217,17 +241,23 @@ def test_the_model_rolls_back_further_each_time(stocked: Database) -> None:
     """One walk spelled out, so that the rules are read and not only searched."""
     machine = type("Machine", (ChannelMachine,), {"database": stocked})()
     machine.open()
-    for version in ("1.0.0", "1.1.0", "2.0.0"):
+    for version in ("1.0.0", "1.1.0", "2.0.0-rc.1", "2.0.0"):
         machine.promote(version, None)
-    machine.yank("1.1.0", False)
-    machine.roll_back(None)
-    assert machine.live == ("1.0.0",)
-    machine.roll_back_to("2.0.0")
-    machine.yank("1.1.0", True)
+    machine.yank("2.0.0-rc.1", False)
     machine.roll_back(None)
     assert machine.live == ("1.0.0", "1.1.0")
+    machine.yank("2.0.0-rc.1", True)
+    machine.roll_back_to("2.0.0")
+    machine.roll_back_to("2.0.0-rc.1")
+    assert machine.live == ("1.0.0", "1.1.0"), "neither is below any more"
+    machine.promote("2.0.0", None)
+    machine.promote("1.1.0", None)
     machine.roll_back(None)
-    machine.roll_back(None)
+    machine.roll_back_to("1.1.0")
+    assert machine.live == ("1.0.0", "1.1.0", "2.0.0"), "it is below, and was left since"
+    machine.roll_back_to("1.0.0")
+    assert machine.live == ("1.0.0",)
     machine.the_channel_serves_what_the_model_says()
     machine.history_only_grows_and_never_changes()
-    assert [moment.kind for moment in machine.moments].count("rollback") == 4
+    machine.the_versions_to_return_to_are_those_that_a_rollback_accepts()
+    assert [moment.kind for moment in machine.moments].count("rollback") == 3
