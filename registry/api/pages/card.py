@@ -1,41 +1,118 @@
 """Model cards: CommonMark with raw HTML as text, and nothing in the result but text, links and tables."""
 
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from itertools import count
+from threading import Lock
+from typing import Any
 
 import nh3
 from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock
+from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from markupsafe import Markup, escape
 
+from registry.formats.references import Digest
+
 MAX_BYTES = 256 << 10
-KEPT = 32
-"""Cards that stay rendered: 256 kB of brackets take six seconds."""
+MAX_MARKS = 10_000
+"""Lines, cells and delimiters that a card may have, and five times its links: a card of 100 kB has a third of it."""
+MAX_STEPS = 10_000
+"""Attempts to begin an element, between lines and within them: one of 60 kB costs 5,000, 250 kB of brackets 500,000
+and five seconds."""
+KEPT, ROOM = 64, 4
+"""Cards that stay rendered, and cards that may wait for the thread that renders them."""
 _TAGS = {
     "a", "blockquote", "br", "code", "del", "em", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "strong",
     "table", "tbody", "td", "th", "thead", "tr", "ul",
 }  # fmt: skip
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n.*?^(?:---|\.\.\.)[ \t]*\r?$", re.MULTILINE | re.DOTALL)
+_LINE_END = re.compile(r"\r\n?|\n")
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _ATTRIBUTES = {"a": {"href"}}
 _HEADINGS = {f"h{level}": f"h{min(6, level + 2)}" for level in range(1, 7)}
 """The page has a title and sections above the card's."""
 
 
-@lru_cache(KEPT)
+class _TooMany(Exception):
+    """The card costs more than the budget."""
+
+
+class Cards:
+    """Renders cards in a thread of its own, each once: the digest of a card names the result, since the renderer of a
+    process does not change."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "cards")
+        self._kept: OrderedDict[Digest, Future[Markup]] = OrderedDict()
+        self._lock = Lock()
+
+    def show(self, sha256: Digest, read: Callable[[], str]) -> Markup:
+        """The card with that digest, whose text `read` returns; as plain text if too many others wait."""
+        with self._lock:
+            rendering = self._kept.get(sha256)
+        if rendering is not None:
+            return rendering.result()
+        text = read()
+        with self._lock:
+            rendering = self._kept.get(sha256) or self._begin(sha256, text)
+        return rendering.result() if rendering is not None else plain(text)
+
+    def _begin(self, sha256: Digest, text: str) -> Future[Markup] | None:
+        if sum(not one.done() for one in self._kept.values()) > ROOM:
+            return None
+        rendering = self._kept[sha256] = self._thread.submit(rendered, text)
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return rendering
+
+
+def plain(text: str) -> Markup:
+    """The card as its author wrote it."""
+    return Markup('<pre class="scroll" tabindex="0">{}</pre>').format(text)
+
+
 def rendered(text: str) -> Markup:
-    """The card as HTML. Links keep only addresses by https and those without a scheme; images are left out. HTML in the
-    card is shown as it is written, but for comments: those of a template tell the author what to write."""
-    tokens = _markdown().parse(_FRONT_MATTER.sub("", text))
+    """The card as HTML. Links keep only addresses by https and paths of this server; images are left out. HTML in the
+    card is shown as it is written, but for comments: those of a template tell the author what to write. A card that
+    costs more than the budget is shown as plain text."""
+    markdown, source = _markdown(), _FRONT_MATTER.sub("", text)
+    try:
+        _refuse_many_marks(source)
+        tokens = markdown.parse(source, {"steps": MAX_STEPS})
+    except _TooMany:
+        return plain(source)
     for token in tokens:
         token.tag = _HEADINGS.get(token.tag, token.tag)
-    html = _markdown().renderer.render(tokens, _markdown().options, {})
+    html = markdown.renderer.render(tokens, markdown.options, {})
     clean = nh3.clean(
-        html, tags=_TAGS, attributes=_ATTRIBUTES, url_schemes={"https"}, link_rel="nofollow noopener noreferrer"
+        html,
+        tags=_TAGS,
+        attributes=_ATTRIBUTES,
+        attribute_filter=_own_path_or_https,
+        url_schemes={"https"},
+        link_rel="nofollow noopener noreferrer",
     )
     return Markup(_framed(clean))  # noqa: S704 - sanitized
+
+
+def _own_path_or_https(_tag: str, _attribute: str, value: str) -> str | None:
+    """The address. None for `//host/path`, which leads to another server by the scheme of the page; browsers read a
+    backslash as a slash, and skip blanks."""
+    return None if re.match(r"[\s\x00-\x20]*[/\\][\s\x00-\x20]*[/\\]", value) else value
+
+
+def _refuse_many_marks(source: str) -> None:
+    """Raises for what costs time without a step: cells, also those that short rows lack, delimiters, addresses."""
+    lines = _LINE_END.split(source)
+    cells = max((line.count("|") for line in lines), default=0) * len(lines)
+    marks = len(lines) + sum(map(source.count, "|*_~")) + 5 * (source.count("<") + source.count("]("))
+    if max(marks, cells // 2) > MAX_MARKS:
+        raise _TooMany
 
 
 def _framed(html: str) -> str:
@@ -46,11 +123,32 @@ def _framed(html: str) -> str:
     return html.replace("</table>", "</table></div>")
 
 
+@cache
 def _markdown() -> MarkdownIt:
     markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    markdown.block.ruler.before(
+        "table", "steps", _step_in_lines, {"alt": ["paragraph", "reference", "blockquote", "list"]}
+    )
+    markdown.inline.ruler.before("text", "steps", _step_in_line)
     for kind in ("html_block", "html_inline"):
         markdown.add_render_rule(kind, _as_text)
     return markdown
+
+
+def _step_in_lines(state: StateBlock, _start: int, _end: int, _silent: bool) -> bool:
+    return _spend(state.env)
+
+
+def _step_in_line(state: StateInline, _silent: bool) -> bool:
+    return _spend(state.env)
+
+
+def _spend(environment: Any) -> bool:
+    """A rule that never matches, and counts."""
+    environment["steps"] -= 1
+    if environment["steps"] < 0:
+        raise _TooMany
+    return False
 
 
 def _as_text(_: object, tokens: Sequence[Token], index: int, *_options: object) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -40,6 +41,7 @@ router = APIRouter(route_class=PageRoute)
 CARD = "README.md"
 MAX_CHANNELS, MAX_SERVING, MAX_MOVES, MAX_DESCENDANTS, MAX_FILES = 100, 10, 20, 10, 100
 Json = dict[str, Any]
+_cards = card.Cards()
 ChannelQuery = Annotated[str | None, Query(max_length=64, description="The channel that a promotion is judged for.")]
 
 
@@ -198,6 +200,10 @@ def _card(store: BlobStore, release: Json) -> Any:
         return None
     for file in release["files"]:
         if file["path"] == CARD and file["size_bytes"] <= card.MAX_BYTES:
-            with store.open(file["sha256"], 0, file["size_bytes"]) as reader:
-                return card.rendered(reader.read(file["size_bytes"]).decode(errors="replace"))
+            return _cards.show(file["sha256"], partial(_text, store, file))
     return None
+
+
+def _text(store: BlobStore, file: Json) -> str:
+    with store.open(file["sha256"], 0, file["size_bytes"]) as reader:
+        return reader.read(file["size_bytes"]).decode(errors="replace")

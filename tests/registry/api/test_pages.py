@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import event
 
 from registry.api.app import create_app
-from registry.api.pages import card, drawings, scores
+from registry.api.pages import drawings, scores
 from registry.api.pages.render import coded
 from registry.client.inprocess import InProcessTransport
 from registry.domain.catalog import releases, repositories, suites
@@ -251,36 +251,3 @@ def test_a_large_map_is_drawn_in_a_few_paths() -> None:
     assert len(drawn) <= 16_000
     assert drawn.count("<rect") == 0
     assert drawn.count("<title>") == 1
-
-
-def test_a_card_shows_html_as_text_but_no_comment_and_no_foreign_image() -> None:
-    text = """---
-license: mit
----
-# Title
-<!-- Provide a summary.
-More. -->
-A <b onclick="x()">word</b> <!-- or two --> and ![image](https://example.org/a.png) and `<!-- code -->`.
-
-<script>alert(1)</script>
-
-[good](https://example.org) [bad](javascript:alert(1)) [also](http://example.org)
-"""
-    html = str(card.rendered(text))
-    assert "<h3>Title</h3>" in html
-    assert "Provide" not in html
-    assert "or two" not in html
-    assert "&lt;!-- code --&gt;" in html
-    assert "&lt;b onclick" in html
-    assert "&lt;script&gt;" in html
-    assert "<img" not in html
-    assert html.count("href=") == 1
-    frames = str(card.rendered("| a |\n|---|\n| 1 |\n\ntext `<table>`\n\n| b |\n|---|\n| 2 |\n"))
-    assert frames.count('<div class="scroll" tabindex="0"') == frames.count("</table></div>") == 2
-    assert 'aria-label="Table 2 of the card"' in frames
-    assert 'href="https://example.org" rel="nofollow noopener noreferrer"' in html
-
-
-def test_a_card_is_rendered_once_however_often_its_page_is_seen() -> None:
-    text = "![" * 100
-    assert card.rendered(text) is card.rendered(text[:50] + text[50:])
