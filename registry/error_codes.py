@@ -52,6 +52,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "harness_differs": "Install the same version of lm-eval where workers run, with the same data.",
         "harness_missing": "Install adaptory with its extra `eval` where workers run.",
         "hub_refused": "Correct what the message names.",
+        "inputs_unsigned": "Sign the inputs with `adaptory sign REF --key KEY.pem`, and compose again.",
         "job_cancelled": "Request it again if that was a mistake.",
         "layout_peft": "Use it as it is.",
         "loha_rank": "Merge it where it was trained.",

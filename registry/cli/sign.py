@@ -36,9 +36,12 @@ def sign(
 
 
 def signer(release: dict[str, Any]) -> str | None:
-    """The signer that the registry knows, marked if the signature covers only files."""
+    """The signer that the registry knows, a publisher or a worker, marked if the signature covers only files."""
+    if not release["signed_by"]:
+        return None
     only = " (files only)" if release["signature_covers"] == "files" else ""
-    return f"{release['signed_by']}{only}" if release["signed_by"] else None
+    by = f" by a {release['signed_as']}" if release["signed_as"] else ""
+    return f"{release['signed_by']}{by}{only}"
 
 
 def refuse_narrow(signed: Signed, needed: str) -> None:

@@ -9,7 +9,7 @@ measured: true                       # no rule uses a score that was only report
 missing: evaluate                    # a score that is missing is measured, and the promotion waits; or `refuse`
 soak: [{channel: staging, hours: 24}]   # served there this long, and not rolled back
 approval: {role: releaser, count: 1} # of people other than the one who promotes
-signature: release                   # by a key of the namespace; or `files`
+signature: release                   # by a key of the namespace; or `publisher`, not by a worker alone; or `files`
 licenses:                            # of the base, the adapter and its data; of a composition, of its inputs too
   stated: [adapter, data]            # must be known
   allow: [Apache-2.0, MIT, CC-BY-4.0]
@@ -151,8 +151,10 @@ class ChannelPolicy(Document):
         (), description="Channels that must have served the release for a time, and not have rolled it back."
     )
     approval: Approval | None = Field(None, description="Approvals by people other than the one who promotes.")
-    signature: Literal["release", "files"] | None = Field(
-        None, description="What a signature by one of the namespace's keys must cover."
+    signature: Literal["release", "files", "publisher"] | None = Field(
+        None,
+        description="What a signature by one of the namespace's keys must cover. `publisher`: the release, and a "
+        "worker's signature does not count.",
     )
     licenses: Licenses | None = Field(
         None, description="Conditions for the licences of the base, the adapter and its data."

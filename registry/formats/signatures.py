@@ -117,6 +117,11 @@ def fingerprint(public_key: str) -> str:
     return _fingerprint(_load(public_key))
 
 
+def own_fingerprint(path: Path) -> str:
+    """The fingerprint of the key that `ADAPTORY_SIGNING_KEY` names. Raises as `read_key`."""
+    return fingerprint(public_key_of(read_key(path)))
+
+
 def read_key(path: Path) -> bytes:
     """Reads the PEM that `ADAPTORY_SIGNING_KEY` names. Raises Unavailable if it cannot be read."""
     try:

@@ -30,7 +30,8 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """An adapter or a merged model, published. `base` is the name of its base."""
+    """An adapter or a merged model, published. `base` is the name of its base; `signed_as` says whether a `publisher`
+    or a `worker` signed it, None if nobody did."""
 
     repository: str
     version: str
@@ -39,6 +40,7 @@ class Release:
     base: str
     yanked: bool
     scores: tuple[Score, ...]
+    signed_as: str | None = None
     document: Json = field(repr=False, compare=False)
 
     @classmethod
@@ -46,7 +48,8 @@ class Release:
         """From its wire document."""
         named = {name: document[name] for name in ("repository", "version", "commit", "kind", "yanked")}
         scores = tuple(map(Score.of, document["scores"]))
-        return cls(**named, base=document["base"]["name"], scores=scores, document=document)
+        signed_as = document.get("signed_as")  # servers of earlier versions do not say
+        return cls(**named, base=document["base"]["name"], scores=scores, signed_as=signed_as, document=document)
 
     def __str__(self) -> str:
         return f"{self.repository}:{self.version}"

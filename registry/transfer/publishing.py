@@ -121,6 +121,9 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
     parsed = {WEIGHTS_FILE} if push.kind is Kind.ADAPTER else set[str]()  # its inspection parses it
     refuse_pickled(resources, [file for file in push.files if file.path not in parsed])
     signed, doubted = _judge_signature(resources, push, keys)
+    signed_by = signed.fingerprint if signed and keys else None
+    with resources.read() as session:
+        signed_as = signatures.signed_as(session, signed_by) if signed_by else None
     seen = _inspect(resources, push, architecture)
     stated, doubts = card_provenance(seen.card) if seen.card else ({}, [])
     new = NewRelease(
@@ -140,7 +143,8 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         servers=seen.servers,
         loading=seen.loading,
         signed=signed,
-        signed_by=signed.fingerprint if signed and keys else None,
+        signed_by=signed_by,
+        signed_as=signed_as,
     )
     return new, [*seen.findings, *doubts, *doubted, *yanked]
 

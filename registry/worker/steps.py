@@ -229,11 +229,12 @@ def publish(held: JobRun) -> None:
     held.check()
     with held.resources.write() as session:
         actor = creator(held, session)  # a role may have been revoked meanwhile
+        inputs = compositions.inputs_of(session, work.lock)
         made: list[Release] = []
         for new in prepared:
             if made and work.settings.pipeline.fitted:  # the model is made from the fitted adapter
                 new = replace(new, inputs=[Input(made[0].id, 1.0)])
-            made.append(publish_signed(held.resources.settings, session, actor, new))
+            made.append(publish_signed(held.resources.settings, session, actor, new, inputs))
         composition, _ = compositions.find(session, work.composition_id)
         composition.results = compositions.result_rows(made)
         for release in made:

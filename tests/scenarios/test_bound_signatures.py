@@ -197,6 +197,9 @@ def test_an_unsigned_composition_is_refused_when_it_is_requested_and_a_worker_wi
     assert (refused.code, "ADAPTORY_SIGNING_KEY" in refused.err) == (1, True)
     assert len(cli.json("jobs")["items"]) == jobs, "nothing was begun"
     signing = Cli({**cli.environment, "ADAPTORY_SIGNING_KEY": str(keys.private)})
+    assert "inputs_unsigned" in signing("compose", path, "--json").out
+    for name in ("sql", "support"):
+        cli.ok("sign", f"acme/{name}:1.0.0", "--key", keys.private)
     made = signing.json("compose", path, "--follow")
     assert made["state"] == "done", made
     shown = cli.json("show", "acme/sum:1.0.0")

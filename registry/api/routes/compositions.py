@@ -14,7 +14,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import permit
 from registry.domain.compositions import compositions
 from registry.domain.jobs.queue import PLAIN, Wish
-from registry.formats.signatures import fingerprint, public_key_of, read_key
+from registry.formats.signatures import own_fingerprint
 from registry.settings import Settings
 from registry.transfer.resources import Resources
 
@@ -23,7 +23,7 @@ router = APIRouter(prefix="/v1/compositions", tags=["compositions"], route_class
 
 def signer_of(settings: Settings) -> str | None:
     """The fingerprint of the key that signs compositions."""
-    return fingerprint(public_key_of(read_key(settings.signing_key))) if settings.signing_key else None
+    return own_fingerprint(settings.signing_key) if settings.signing_key else None
 
 
 @router.post("", status_code=202)

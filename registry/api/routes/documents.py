@@ -211,6 +211,7 @@ def release_document(actor: Actor, described: ReleaseDetails) -> Json:
         "loading": orjson.Fragment(row.loading),
         "signed_by": row.signed_by,
         "signature_covers": row.signature_covers,
+        "signed_as": row.signed_as,
         "breaking_reason": row.breaking_reason,
     }
 

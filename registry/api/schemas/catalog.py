@@ -224,7 +224,9 @@ class ReleaseOut(Wire):
     """`servers` can load it if its rank is within their limit; `loading` says why others cannot.
 
     `signed_by` is the SHA-256 of the signing key's PEM; `signature_covers` says whether the signature binds the release
-    (repository, version, base, commit) or only its files. `breaking_reason` is why it may break its range.
+    (repository, version, base, commit) or only its files, and `signed_as` whether a publisher or a worker signed (null
+    if nobody did, or a server of an earlier version during an upgrade). `breaking_reason` is why it may break its
+    range.
     """
 
     repository: str
@@ -251,6 +253,7 @@ class ReleaseOut(Wire):
     loading: dict[str, Refusal]
     signed_by: str | None
     signature_covers: Literal["release", "files"] | None
+    signed_as: Literal["publisher", "worker"] | None
     breaking_reason: str | None
 
 
@@ -268,6 +271,7 @@ class SignatureIn(WireIn):
 
 class SignatureOut(Wire):
     signed_by: str
+    signed_as: Literal["publisher", "worker"] | None
     bundle: str
     created_at: datetime
     created_by: str

@@ -11,8 +11,9 @@ from registry.database.engine import Row, UtcDateTime
 
 class Namespace(Row):
     """The unit of permission. `signing_keys` are the public keys (PEM) that releases must be signed with, if any.
-    `signature_covers` is what a required signature must cover: the `release`, or its `files` alone. `max_bytes` and
-    `max_releases` are its quota, None without one. After `keep_yanked_days` and `keep_prerelease_days` the files of
+    `signature_covers` is what a required signature must cover: the `release`, or its `files` alone. `main` says what
+    hub clients get as `main`: a `release` or the last `commit`; None is the default. `max_bytes` and `max_releases` are
+    its quota, None without one. After `keep_yanked_days` and `keep_prerelease_days` the files of
     yanked releases and of pre-releases go; None keeps them."""
 
     __tablename__ = "namespaces"
@@ -22,6 +23,7 @@ class Namespace(Row):
     require_signature: Mapped[bool]
     signing_keys: Mapped[list[str]] = mapped_column(JSON)
     signature_covers: Mapped[str] = mapped_column(String(16), default="release", server_default="release")
+    main: Mapped[str | None] = mapped_column(String(16))
     max_bytes: Mapped[int | None] = mapped_column(BigInteger)
     max_releases: Mapped[int | None] = mapped_column(BigInteger)
     keep_yanked_days: Mapped[int | None]

@@ -270,7 +270,8 @@ class Release(Row):
     `provenance` says how it was trained, `spectrum` what its ranks are used for. `servers` has a bit for each server of
     `composer.formats.adapters.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
     `breaking_reason` is set when a breaking change was let through; `signed_by` is the fingerprint of the signer's key,
-    `signature_covers` says whether it signed the `release` or its `files` alone.
+    `signature_covers` says whether it signed the `release` or its `files` alone, and `signed_as` whether a `publisher`
+    or a `worker` did; None where no migration could tell.
     A deprecated release has a reason, and perhaps the name of its `successor`.
     `stamp` changes whenever its document changes: by a yank, by a score, or with its base.
     """
@@ -312,6 +313,7 @@ class Release(Row):
     breaking_reason: Mapped[str | None]
     signed_by: Mapped[str | None] = mapped_column(String(64))
     signature_covers: Mapped[str | None] = mapped_column(String(16))
+    signed_as: Mapped[str | None] = mapped_column(String(16))
     notes: Mapped[str]
     yanked: Mapped[bool] = mapped_column(default=False)
     yank_reason: Mapped[str | None]
@@ -327,12 +329,14 @@ class Release(Row):
 
 
 class Signature(Row):
-    """A bundle that signs a release, made after it; one per key. A signature that came with the files is among them."""
+    """A bundle that signs a release, made after it; one per key. A signature that came with the files is among them.
+    `signed_as` says whether a `publisher` or a `worker` made it."""
 
     __tablename__ = "signatures"
 
     release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), primary_key=True)
-    signed_by: Mapped[str] = mapped_column(String(64), primary_key=True)
+    signed_by: Mapped[str] = mapped_column(String(64), primary_key=True, index=True)
+    signed_as: Mapped[str | None] = mapped_column(String(16))
     bundle: Mapped[str] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128))

@@ -45,6 +45,7 @@ class ReleaseRow(NamedTuple):
     breaking_reason: str | None
     signed_by: str | None
     signature_covers: str | None
+    signed_as: str | None
     notes: str
     yanked: bool
     yank_reason: str | None
@@ -91,6 +92,7 @@ _RELEASES = (
             _release.breaking_reason,
             _release.signed_by,
             _release.signature_covers,
+            _release.signed_as,
             _release.notes,
             _release.yanked,
             _release.yank_reason,

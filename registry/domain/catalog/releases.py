@@ -50,7 +50,8 @@ class NewRelease:
 
     `allow_breaking` is why a breaking change may keep a version number that promises compatibility. `facts`, `servers`
     and `loading`, and `spectrum` come from facts.py, serving.py and spectrum.py in composer/formats/adapters/. `signed`
-    is the content of a signature among or beside the files; `signed_by` is its key's fingerprint if that is trusted.
+    is the content of a signature among or beside the files; `signed_by` is its key's fingerprint if that is trusted,
+    and `signed_as` says whose signature it is.
     """
 
     repository: RepositoryName
@@ -70,6 +71,7 @@ class NewRelease:
     loading: Mapping[str, Any] = field(default_factory=dict[str, Any])
     signed: Signed | None = None
     signed_by: str | None = None
+    signed_as: str | None = None
 
 
 def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, bool]:
@@ -106,7 +108,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
     revision = find_or_create_revision(session, actor, repository, new.files)
     release = _insert(session, actor, new, version, repository, revision)
     release.breaking_reason = breaking_reason
-    release.signed_by, release.signature_covers = new.signed_by, covers
+    release.signed_by, release.signature_covers, release.signed_as = new.signed_by, covers, new.signed_as
     for source in new.inputs:
         session.add(
             ReleaseInput(

@@ -1,11 +1,15 @@
-"""Signatures added after publication: by `adaptory sign REF`, and with a worker's key."""
+"""Signatures added after publication: by `adaptory sign REF`, and with a worker's key.
 
-from collections.abc import Sequence
+Whatever a worker's key signs counts as signed by a worker: its bundles can be downloaded and sent again by anybody.
+"""
+
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Release, Signature
+from registry.database.tables import Release, ReleaseInput, Signature
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds
@@ -13,7 +17,14 @@ from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.releases import full_name
 from registry.errors import NotAllowed, Refused
 from registry.formats.manifest import parse_manifest
-from registry.formats.signatures import Signed, is_key_of, refuse_other_release, refuse_tampered
+from registry.formats.signatures import Signed, fingerprint, is_key_of, refuse_other_release, refuse_tampered
+
+
+class SignedAs(StrEnum):
+    """Who signed: a person who publishes, or the worker that composed the release."""
+
+    PUBLISHER = "publisher"
+    WORKER = "worker"
 
 
 def add(session: Session, actor: Actor, release: Release, signed: Signed, bundle: bytes) -> None:
@@ -47,10 +58,12 @@ def add(session: Session, actor: Actor, release: Release, signed: Signed, bundle
     signers = [release.signed_by, *(row.signed_by for row in of_release(session, release))]
     known = [key for key in dict.fromkeys(signers) if key and key != signed.fingerprint]
     before = {"signatures": known, "signature_covers": release.signature_covers}
-    keep(session, actor, release, signed.fingerprint, bundle)
+    kind = signed_as(session, signed.fingerprint)
+    keep(session, actor, release, signed.fingerprint, kind, bundle)
     trusted = namespaces.find_for_share(session, namespace).signing_keys
-    if release.signature_covers != "release" or not is_key_of(trusted, release.signed_by):
-        release.signed_by, release.signature_covers = signed.fingerprint, signed.covers
+    weaker = release.signature_covers != "release" or not is_key_of(trusted, release.signed_by)
+    if weaker or (kind is SignedAs.PUBLISHER and release.signed_as != kind):
+        release.signed_by, release.signature_covers, release.signed_as = signed.fingerprint, signed.covers, kind
     session.flush()
     after = {"signatures": [*known, signed.fingerprint], "signature_covers": release.signature_covers}
     audit.record(session, actor, Act.RELEASE_SIGN, name, namespace=namespace, before=before, after=after)
@@ -73,9 +86,67 @@ def of_release(session: Session, release: Release) -> list[Signature]:
     return list(session.scalars(query))
 
 
-def keep(session: Session, actor: Actor, release: Release, signed_by: str, bundle: bytes) -> None:
+def signed_as(session: Session, signed_by: str) -> SignedAs:
+    """Whose key it is: a worker's if a worker has signed with it here."""
+    query = select(Signature.signed_by).where(Signature.signed_by == signed_by, Signature.signed_as == SignedAs.WORKER)
+    return SignedAs.WORKER if session.execute(query.limit(1)).first() else SignedAs.PUBLISHER
+
+
+def signers(session: Session, release: Release, keys: Iterable[str]) -> dict[str, str | None]:
+    """Who signed the release itself with one of the keys: `SignedAs` by fingerprint, None where it is not known."""
+    rows = {row.signed_by: row.signed_as for row in of_release(session, release)}
+    if release.signed_by and release.signature_covers == "release":
+        rows[release.signed_by] = release.signed_as
+    trusted = {fingerprint(key) for key in keys}
+    return {signed_by: kind for signed_by, kind in rows.items() if signed_by in trusted}
+
+
+def unsigned_input(session: Session, keys: Sequence[str], inputs: Iterable[Release]) -> Release | None:
+    """The first of these releases that none of the keys vouches for: it has no signature of the release by one of
+    them, or only a worker's, and an input of its own lacks one."""
+    return next((one for one in inputs if not _is_vouched_for(session, keys, one)), None)
+
+
+def _is_vouched_for(session: Session, keys: Sequence[str], release: Release) -> bool:
+    """A worker signs what it was given: its signature says only as much as those of its inputs."""
+    left, seen = [release], {release.id}
+    while left:
+        one = left.pop()
+        kinds = signers(session, one, keys).values()
+        if not kinds:
+            return False
+        if SignedAs.PUBLISHER not in kinds:
+            query = select(Release).join(ReleaseInput, ReleaseInput.input_id == Release.id)
+            further = session.scalars(query.where(ReleaseInput.release_id == one.id, Release.id.not_in(seen))).all()
+            seen |= {source.id for source in further}
+            left += further
+    return True
+
+
+def refuse_unsigned_inputs(session: Session, namespace: str, keys: Sequence[str], inputs: Iterable[Release]) -> None:
+    """Raises Refused if a worker could sign the composition of these releases for the namespace only by vouching for
+    what nobody has signed."""
+    unsigned = unsigned_input(session, keys, inputs)
+    if unsigned is None:
+        return
+    name = full_name(unsigned)
+    both = " and ".join(dict.fromkeys([namespace, unsigned.repository.namespace]))
+    both = f"each of {both}" if both != namespace else namespace
+    own = bool(signers(session, unsigned, keys))
+    what = "was composed from releases that no key of it has signed" if own else "is not signed by a key of it"
+    raise Refused(
+        "inputs_unsigned",
+        f"{namespace} accepts only signed releases, and {name} {what}: a worker signs only what was made of signed "
+        "releases.",
+        subject=name,
+        next_step=f"Sign it with a key that {both} trusts: `adaptory sign {name} --key KEY.pem`. "
+        "Or compose into another namespace.",
+    )
+
+
+def keep(session: Session, actor: Actor, release: Release, signed_by: str, kind: SignedAs, bundle: bytes) -> None:
     """Stores a verified signature; replaces an earlier one by the same key."""
     session.flush()
     row = session.get(Signature, (release.id, signed_by)) or Signature(release_id=release.id, signed_by=signed_by)
-    row.bundle, row.created_at, row.created_by = bundle.decode(), actor.at, actor.name
+    row.bundle, row.signed_as, row.created_at, row.created_by = bundle.decode(), kind, actor.at, actor.name
     session.add(row)

@@ -14,6 +14,7 @@ from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, at_least
 from registry.domain.catalog import signatures
+from registry.domain.catalog.signatures import SignedAs
 from registry.domain.channels import licensing
 from registry.domain.channels.gates import GateResult
 from registry.domain.jobs.evaluations import Wanted
@@ -113,17 +114,27 @@ def _has_role(session: Session, approval: Approval, release: Release, role: Role
     return any(at_least(one, role) for one in known)
 
 
-def _signature(session: Session, covers: str, release: Release) -> GateResult:
+def _signature(session: Session, needed: str, release: Release) -> GateResult:
     namespace = session.get_one(Namespace, release.repository.namespace)
+    if needed == SignedAs.PUBLISHER:
+        return _signature_of_publisher(session, namespace, release)
     named = (release.signed_by, release.signature_covers)
     signed_by, covered = signatures.signer(session, release.id, namespace.signing_keys, named)
-    rule = f"signature of the {covers}"
+    rule = f"signature of the {needed}"
     if not is_key_of(namespace.signing_keys, signed_by):
         name, keys = namespace.name, namespace.signing_keys
         return GateResult(rule, False, f"no key of {name} has signed it" if keys else f"{name} has no signing key")
-    passed = covered == "release" or covers == "files"
+    passed = covered == "release" or needed == "files"
     detail = f"signed by {(signed_by or '')[:16]}"
     return GateResult(rule, passed, detail if passed else f"{detail}, which covers only files")
+
+
+def _signature_of_publisher(session: Session, namespace: Namespace, release: Release) -> GateResult:
+    kinds = signatures.signers(session, release, namespace.signing_keys)
+    publishers = [signed_by for signed_by, kind in kinds.items() if kind == SignedAs.PUBLISHER]
+    detail = "only a worker has signed it" if kinds else f"no key of {namespace.name} has signed it"
+    detail = f"signed by {publishers[0][:16]}" if publishers else detail
+    return GateResult("signature of the release by a publisher", bool(publishers), detail)
 
 
 def _verdict(session: Session, worst: Verdict, release: Release) -> GateResult:

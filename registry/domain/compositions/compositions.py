@@ -13,7 +13,7 @@ from registry.database.tables import Base, Composition, Job, Namespace, Release,
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor, EventQuery
 from registry.domain.access.roles import EVERYWHERE, Role, granted, holds, may, may_read, permit, unknown_namespace
-from registry.domain.catalog import metrics, releases, repositories, scorers, suites, versioning
+from registry.domain.catalog import metrics, releases, repositories, scorers, signatures, suites, versioning
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import gates
@@ -57,7 +57,7 @@ def create(  # noqa: PLR0913
     lock = locking.lock_of(session, recipe)
     for target in _targets(recipe, plan_only=plan_only):
         _check_target(session, recipe, lock, target)
-        _refuse_namespace(session, actor, target.repository.namespace, signer)
+        _refuse_namespace(session, actor, target.repository.namespace, signer, lock)
     for name in (*recipe.evaluate, *(source.suite for source in recipe.inputs if source.suite)):
         suites.with_examples(suites.find(session, name))
     for name in () if plan_only else locking.evaluated(recipe, lock):
@@ -310,8 +310,9 @@ def _same_result(earlier: Mapping[str, Any], recipe: Recipe, lock: Lock) -> bool
     return earlier["digest"] == lock.digest
 
 
-def _refuse_namespace(session: Session, actor: Actor, name: str, signer: str | None) -> None:
-    """Raises if the namespace requires a signature the workers cannot make, or if the actor cannot create it."""
+def _refuse_namespace(session: Session, actor: Actor, name: str, signer: str | None, lock: Lock) -> None:
+    """Raises if the namespace requires a signature that the workers cannot or will not make, or if the actor cannot
+    create it."""
     namespace = session.get(Namespace, name)
     if namespace is None:
         permit(actor, Role.ADMIN, EVERYWHERE, hidden=unknown_namespace(name))
@@ -323,6 +324,8 @@ def _refuse_namespace(session: Session, actor: Actor, name: str, signer: str | N
             next_step="Compose into another namespace, pull the result, and push it here with --sign KEY.pem; or give "
             f"the workers a key of {name} (ADAPTORY_SIGNING_KEY).",
         )
+    elif namespace.require_signature:
+        signatures.refuse_unsigned_inputs(session, name, namespace.signing_keys, inputs_of(session, lock))
 
 
 def _check_gates(session: Session, recipe: Recipe, lock: Lock) -> None:
