@@ -15,7 +15,7 @@ from composer.deltas.variants.load import LoadedAdapter
 from composer.findings import Finding, Severity, Verdict, zero_deltas
 from composer.formats.recipes.policy import Policy
 from composer.formats.recipes.rounding import Rounding
-from composer.formats.recipes.suite import Contradiction
+from composer.formats.recipes.suite import Contradiction, guard_cost
 from composer.formats.recipes.weights import Weight
 from composer.merge.rounding_loss import find_lost
 
@@ -199,7 +199,8 @@ def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
         if verdict is Verdict.WARN:
             message = (
                 f"{together} is {guard.rise:.2f} nats a token worse on {guard.suite} than its worst member alone "
-                f"({guard.base:.2f} base, {max(guard.alone.values()):.2f} alone, {guard.combined:.2f} combined)."
+                f"({guard.base:.2f} base, {max(guard.alone.values()):.2f} alone, {guard.combined:.2f} combined); "
+                f"it {guard_cost(guard.combined, guard.base)}."
             )
             findings.append(Finding("probe_guard", Severity.WARNING, subject, message, guard.rise))
         if verdict is Verdict.UNDECIDED:

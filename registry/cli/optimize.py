@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from composer.formats.recipes.suite import guard_cost
 from composer.formats.untrusted import cut
 from registry.cli import render
 from registry.errors import Usage
@@ -121,9 +122,9 @@ def show(report: Json) -> None:
             loss = _spread(member["loss"], member["loss_interval"])
             render.out(_line(member["member"], _answers(member), f"{member['kept_share']:.0%}", loss))
         for guard in best["guards"]:
-            render.out(_line(guard["suite"], "guard", "", _spread(guard["rise"], guard["rise_interval"])))
+            render.out(f"  {cut(guard['suite'], 30):<30}  {guard_cost(guard['combined'], guard['base'])}")
     if report["tried"]:
-        render.out("Columns: exact match retained, gain kept, loss (a guard's rise) in nats a token.")
+        render.out("Columns: exact match retained, gain kept, loss in nats a token.")
         seconds = report["seconds"]
         took = f"in {seconds['search']:.0f} s, the best confirmed in {seconds['confirm']:.0f} s"
         render.out(f"{len(report['tried'])} combinations tried {took}; seed {report['seed']}")

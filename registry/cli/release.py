@@ -84,7 +84,8 @@ def show(
             return
         release = connection.api.get(path)
         made = None if json else _made_of(connection, release)
-    render.document(release, json, lambda: _show_release(release, made))
+        costs = [] if json else _guard_costs(connection, release)
+    render.document(release, json, lambda: _show_release(release, made, costs))
 
 
 @root.command("rollback")
@@ -134,7 +135,7 @@ def gate(
     channel: Channel,
     rule: Annotated[
         list[str] | None,
-        typer.Option(help="'sql-exact.accuracy>=0.5' or 'guard.nll within 0.1 of served'. May be repeated."),
+        typer.Option(help="'sql-exact.accuracy>=0.5' or 'guard.nll within 0.1 of base'. May be repeated."),
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove all rules.")] = False,
     json: JsonFlag = False,
@@ -309,7 +310,25 @@ def _made_of(connection: Connection, release: Json) -> "Composition | None":
     return of_release(release, note)
 
 
-def _show_release(release: Json, made: "Composition | None") -> None:
+def _guard_costs(connection: Connection, release: Json) -> list[str]:
+    """What each guard's loss costs beside the base's on the same content, where the base is measured on it."""
+    from composer.formats.recipes.suite import guard_cost
+
+    name = release["base"]["name"]
+    losses = [row for row in release["scores"] if row["kind"] == "guard" and row["metric"] == "nll"]
+    if not losses:
+        return []
+    scores = connection.api.get(f"/v1/bases/{release['base']['digest']}")["scores"]
+    base = {row["suite_digest"]: row["value"] for row in scores if row["metric"] == "nll"}
+    return [
+        f"{row['suite']} {guard_cost(row['value'], base[row['suite_digest']])}"
+        if row["suite_digest"] in base
+        else f"{row['suite']}: its base is not measured: `adaptory eval {name} --suite {row['suite']}`"
+        for row in losses
+    ]
+
+
+def _show_release(release: Json, made: "Composition | None", costs: list[str]) -> None:
     from registry.client.diff import stated_provenance
 
     facts = release["adapter"] or release["model"]
@@ -343,6 +362,8 @@ def _show_release(release: Json, made: "Composition | None") -> None:
         render.lines("provenance", stated)
     if release["scores"]:
         render.score_table("", release["scores"])
+        for line in costs:
+            render.out(f"  {line}")
     render.table(
         "",
         ("file", "size", "sha256"),

@@ -2,7 +2,7 @@
 
 version: 1                           # of this format
 rules:                               # as `adaptory gate` takes them, or with conditions of their own
-  - guard-general.nll within 0.1 of served
+  - guard-general.nll within 0.1 of base
   - {rule: sql-exact.accuracy >= 0.5, min_n: 200, measured: true}
 min_n: 50                            # the least number of examples behind any score that a rule uses
 measured: true                       # no rule uses a score that was only reported

@@ -1,6 +1,6 @@
 """Measures a composition's candidate beside its inputs, and evaluates its gates."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,9 +134,9 @@ def _of_base(examination: Examination) -> dict[tuple[str, str], Row]:
     return {(row["suite_digest"], row["metric"]): {"base": {name: row[name] for name in named}} for row in rows}
 
 
-def judge(rules: Mapping[str, bool], rows: Sequence[Row], base: Scores) -> list[Row]:
+def judge(rules: Mapping[str, bool], rows: Sequence[Row], base: Scores, guards: Set[str]) -> list[Row]:
     """Each rule's result, and whether it is `required`; others only warn. `base` has the base's recorded scores, which
-    those on exactly the candidate's examples replace."""
+    those on exactly the candidate's examples replace. `guards` names the suites that are guards."""
     candidate = {(row["suite"], row["metric"]): _measured(row) for row in rows}
     members: dict[tuple[str, str], dict[tuple[str, str], Measured]] = {}
     for row in rows:
@@ -144,7 +144,8 @@ def judge(rules: Mapping[str, bool], rows: Sequence[Row], base: Scores) -> list[
             own = members.setdefault((one["repository"], one["version"]), {})
             own[row["suite"], row["metric"]] = _measured({**row, **one})
     same = {(row["suite"], row["metric"]): _measured({**row, **row["base"]}) for row in rows if "base" in row}
-    against = gates.References(base={**base, **same}, inputs=gates.best_of(list(members.values())))
+    inputs = gates.best_of(list(members.values()))
+    against = gates.References(base={**base, **same}, inputs=inputs, guards=guards)
     results = gates.judge(gates.parse_rules(list(rules)), candidate, against)
     return [
         {**result.to_json(), "required": required} for result, required in zip(results, rules.values(), strict=True)

@@ -162,9 +162,10 @@ def gate(held: JobRun) -> None:
         composition, _ = compositions.find(session, work.composition_id)
         base = gates.scores(session, session.get_one(Base, work.lock.base))
         scores = composition.candidate_scores or []
-        current = {suites.find(session, name).digest for name in work.evaluated}
+        evaluated = [suites.find(session, name) for name in work.evaluated]
+        current, guards = {one.digest for one in evaluated}, {one.name for one in evaluated if one.kind == "guard"}
     replaced = sorted({row["suite"] for row in scores if row["suite_digest"] not in current})
-    report = judge(work.rules, [row for row in scores if row["suite_digest"] in current], base)
+    report = judge(work.rules, [row for row in scores if row["suite_digest"] in current], base, guards)
     store(held, work, gates=report)
     required = [result for result in report if result["required"]]
     failed = [result for result in required if not result["passed"]]

@@ -99,7 +99,9 @@ def test_no_page_loads_or_unloads_a_name_that_can_change_what_it_stands_for() ->
     loaded = [
         (path.name, name)
         for path, text in pages.items()
-        for listed in re.findall(r'lora_name\\?": \\?"([^"\\]+)|RESOLVER_HF_REPO_LIST=(\S+)|--lora-modules (\S+?)=', text)
+        for listed in re.findall(
+            r'lora_name\\?": \\?"([^"\\]+)|RESOLVER_HF_REPO_LIST=(\S+)|--lora-modules (\S+?)=', text
+        )
         for name in "".join(listed).split(",")
     ]
     assert [(page, name) for page, name in loaded if not re.search(r"\d+\.\d+\.\d+$", name)] == []

@@ -215,6 +215,7 @@ def test_gates_are_set_read_and_judged_with_numbers(line: Line) -> None:
 
     refused = problem(line.promote("1.0.0"), 422, "gate_failed")
     assert [gate["passed"] for gate in refused["findings"]] == [False, False], "what was not measured was not passed"
+    record(line, None, {"guard-exact": 1.0})
     problem(line.look(), 404, "channel_unknown")
     record(line, "1.0.0", {"sql-exact": 2.0, "guard-exact": 1.0})
     record(line, "1.1.0", {"sql-exact": 2.5, "guard-exact": 1.6})
@@ -251,6 +252,7 @@ def test_a_rollback_to_a_version_goes_only_back(line: Line) -> None:
 def test_each_result_has_its_numbers_its_limit_and_whether_the_error_stays_on_its_side(line: Line) -> None:
     rules = ["sql-exact.nll <= 3", "guard-exact.nll within 0.5 of served"]
     line.http.put(f"{line.path}/gates", json={"channel": "prod", "rules": rules})
+    record(line, None, {"guard-exact": 0.9}, stderr=0.1)
     record(line, "1.0.0", {"sql-exact": 2.0, "guard-exact": 1.0}, stderr=0.1)
     record(line, "1.1.0", {"sql-exact": 2.9, "guard-exact": 1.6}, stderr=0.1)
     first = line.promote("1.0.0").json()["gates"]
@@ -259,7 +261,8 @@ def test_each_result_has_its_numbers_its_limit_and_whether_the_error_stays_on_it
         "rule": rules[0], "passed": True, "detail": "2 ± 0.1 (n=6)", **own,
         "limit": 3.0, "at_least": False, "other": None, "sure": True,
     }  # fmt: skip
-    assert (first[1]["value"], first[1]["limit"], first[1]["other"], first[1]["sure"]) == (1.0, None, None, None)
+    assert (first[1]["value"], first[1]["limit"], first[1]["sure"]) == (1.0, 1.4, True)
+    assert first[1]["other"] == {"value": 0.9, "stderr": 0.1, "n": 6}, "the base's, which users have until now"
     near, beside = problem(line.promote("1.1.0"), 422, "gate_failed")["findings"]
     assert (near["passed"], near["sure"]) == (True, False), "2.9 ± 0.196 reaches beyond 3"
     assert (beside["passed"], beside["limit"]) == (False, 1.5)
@@ -272,11 +275,39 @@ def test_each_result_has_its_numbers_its_limit_and_whether_the_error_stays_on_it
     assert line.history().json()["items"][0]["gates"] == first, "and it is recorded with the move"
 
 
-def record(line: Line, version: str, values: dict[str, float], stderr: float | None = None) -> None:
+def test_a_guard_is_compared_with_the_base_while_the_channel_serves_nothing(line: Line) -> None:
+    """The first release may ruin general ability as little as any later one."""
+    rule = "guard-exact.nll within 0.3 of served"
+    line.http.put(f"{line.path}/gates", json={"channel": "prod", "rules": [rule]})
+    record(line, "1.0.0", {"guard-exact": 4.11})
+    [missing] = problem(line.promote("1.0.0"), 422, "gate_failed")["findings"]
+    assert "the base has no nll on the current guard-exact" in missing["detail"]
+    record(line, None, {"guard-exact": 0.78})
+    [ruined] = problem(line.promote("1.0.0"), 422, "gate_failed")["findings"]
+    assert ruined["detail"] == (
+        "4.11 (n=6) against 0.78 (n=6): worse by 3.33; the channel serves nothing yet, so the base counts; "
+        "costs 3.3 nats of general ability (base 0.78)"
+    )
+    record(line, "1.1.0", {"guard-exact": 0.9})
+    [first] = line.promote("1.1.0").json()["gates"]
+    assert first["detail"].endswith("; costs 0.12 nats of general ability (base 0.78)")
+    record(line, "1.2.0", {"guard-exact": 1.19})
+    [second] = line.promote("1.2.0").json()["gates"]
+    assert second["detail"] == (
+        "1.19 (n=6) against 0.9 (n=6): worse by 0.29; costs 0.41 nats of general ability (base 0.78)"
+    ), "each step may be small: the detail says what they cost together"
+    page = line.http.get(f"{line.path.removeprefix('/v1/adapters')}/1.2.0").text
+    assert "costs 0.41 nats of general ability (base 0.78)" in page
+
+
+def record(line: Line, version: str | None, values: dict[str, float], stderr: float | None = None) -> None:
+    """Records scores of a release, or of the base."""
     digests = {suite["name"]: suite["digest"] for suite in line.http.get("/v1/suites").json()["items"]}
     row = {"metric": "nll", "stderr": stderr, "n": 6, "higher_is_better": False}
     rows = [{"suite_digest": digests[suite], "value": value, **row} for suite, value in values.items()]
-    assert line.http.post(f"{line.path}/releases/{version}/scores", json={"scores": rows}).status_code == 200
+    base = line.http.get("/v1/bases").json()["items"][0]["digest"]
+    path = f"{line.path}/releases/{version}" if version else f"/v1/bases/{base}"
+    assert line.http.post(f"{path}/scores", json={"scores": rows}).status_code == 200
 
 
 def test_channels_are_listed_by_name_a_page_at_a_time(line: Line) -> None:

@@ -145,7 +145,8 @@ class Effect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideEffect:
-    """A guard suite in nats per completion token. `rise` is combined minus the worst member alone, paired."""
+    """A guard suite in nats per completion token. `rise` is combined minus the worst member alone, paired; `cost` is
+    combined minus the base: what the combination costs in general ability, however much its members cost already."""
 
     suite: str
     base: float
@@ -163,8 +164,12 @@ class SideEffect:
         few = self.examples < LEAST_EXAMPLES and limits.guard < inf
         return Verdict.UNDECIDED if few or self.rise_interval.holds(limits.guard) else Verdict.OK
 
+    @property
+    def cost(self) -> float:
+        return self.combined - self.base
+
     def to_json(self) -> dict[str, object]:
-        return {**asdict(self), "rise_interval": self.rise_interval.to_json()}
+        return {**asdict(self), "cost": self.cost, "rise_interval": self.rise_interval.to_json()}
 
     def judged_json(self, limits: Limits) -> dict[str, object]:
         """As `to_json`, with the rise that is tolerated, None for any, and the verdict."""

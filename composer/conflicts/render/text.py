@@ -15,6 +15,7 @@ from composer.conflicts.evidence.probe import ProbeResult
 from composer.conflicts.metrics import PairMetrics
 from composer.conflicts.report import ConflictReport, Pair
 from composer.findings import Finding, Severity, Verdict, next_step
+from composer.formats.recipes.suite import guard_cost
 from composer.formats.untrusted import cut
 
 COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "c_max")
@@ -103,7 +104,11 @@ def _measured_lines(report: ConflictReport) -> tuple[str, ...]:
         return lines
     guard = max(guards, key=lambda one: (order.index(one.verdict(limits)), one.rise))
     spread = _between(guard.rise_interval)
-    return (*lines, f"guard {cut(guard.suite)} rises {guard.rise:.2f} nats a token{spread}, {limits.guard:.2f} allowed")
+    return (
+        *lines,
+        f"guard {cut(guard.suite)} rises {guard.rise:.2f} nats a token{spread}, {limits.guard:.2f} allowed",
+        f"guard {cut(guard.suite)} {guard_cost(guard.combined, guard.base)}",
+    )
 
 
 def _answers_line(effect: Effect, limits: Limits) -> str:

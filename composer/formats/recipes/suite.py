@@ -47,6 +47,17 @@ VERSION = re.compile(r"(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8})){2}(-[0-9A-Za-z
 MAX_VERSION_CHARS = 80
 MAX_METRICS = 100
 MAX_CHOICES = 26
+LEAST_COST = 0.005
+"""In nats a token: a smaller rise of a guard's loss is not called a cost."""
+
+
+def guard_cost(loss: float, base: float) -> str:
+    """What a model's loss on a guard says, beside the base's on the same content, both in nats a token: `costs 3.3 nats
+    of general ability (base 0.78)`."""
+    cost = loss - base
+    rounded = f"{cost:.1f}" if cost >= 1 else f"{cost:.2f}"
+    words = "no general ability" if cost < LEAST_COST else f"{rounded} nats of general ability"
+    return f"costs {words} (base {base:.2f})"
 
 
 def _named(pattern: re.Pattern[str], expected: str) -> Reader:

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from composer.formats.adapters.serving import VLLM_RANKS
+from composer.formats.recipes.suite import guard_cost
 from registry.api.http.request import SAFE_METHODS
 from registry.api.http.rules import callers_of
 from registry.api.pages import assets, drawings, modules
@@ -107,7 +108,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names: dict[str, Any] = {"asset": assets.address, "draw": drawings}
+    names: dict[str, Any] = {"asset": assets.address, "draw": drawings, "guard_cost": guard_cost}
     filters: dict[str, Any] = {
         "moment": moment,
         "day": day,

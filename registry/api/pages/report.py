@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 
 from markupsafe import Markup, escape
 
+from composer.formats.recipes.suite import guard_cost
 from registry.api.pages import drawings
 from registry.api.pages.chosen import Chosen
 from registry.api.pages.drawings import Cell, Interval
@@ -62,7 +63,8 @@ DEFAULT_MEASURE = "input_excess"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossLine:
-    """What a member loses on its own suite, or a guard, and whether that is too much (`bad`), open or neither."""
+    """What a member loses on its own suite, or a guard, and whether that is too much (`bad`), open or neither. `cost`
+    says what a guard loses beside the base, in words."""
 
     name: str
     suite: str
@@ -72,6 +74,7 @@ class LossLine:
     answers: str
     kept: float | None
     kind: str
+    cost: str
     drawing: Markup
 
 
@@ -252,6 +255,7 @@ def _line(row: Json, low: float, high: float) -> LossLine:
     harmed = row.get("verdict") == "warn"
     kind = "loss" if harmed else "open" if row.get("verdict") == "undecided" else "now"
     name = "guard" if guard else row["member"]
+    cost = guard_cost(row["combined"], row["base"]) if guard else ""
     return LossLine(
         name=name,
         suite=row["suite"],
@@ -261,6 +265,7 @@ def _line(row: Json, low: float, high: float) -> LossLine:
         answers="" if guard or not row["answered"] else f"{row['still_answered']} of {row['answered']}",
         kept=None if guard else row["kept"],
         kind="bad" if harmed else "",
+        cost=cost,
         drawing=drawings.loss(
             f"{name} on {row['suite']}", Interval(loss, start, end, kind), row.get("tolerated"), low, high
         ),

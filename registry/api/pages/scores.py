@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from composer.formats.recipes.suite import guard_cost
 from registry.api.pages import drawings
 from registry.api.pages.drawings import Interval, Point
 from registry.database.engine import Session
@@ -20,7 +21,8 @@ Json = Mapping[str, Any]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreLine:
     """A suite's metric: values, and whether this release is `better` or `worse` than the one before, `none shown` if
-    the difference is within its error, empty without one before."""
+    the difference is within its error, empty without one before. `cost` is what a guard says beside the base, in
+    words."""
 
     name: str
     n: int
@@ -28,6 +30,7 @@ class ScoreLine:
     value: float
     before: float | None
     base: float | None
+    cost: str
     comparison: str
     drawing: Markup
 
@@ -111,6 +114,8 @@ def _line(score: Json, before: Json | None, base: Json | None) -> ScoreLine:
     rows = [Interval(float(one["value"]), *interval(one), kind) for kind, one in given if one is not None]
     low, high = axis(score["metric"], rows)
     name = f"{score['suite']}.{score['metric']}"
+    guards = base is not None and score["kind"] == "guard" and score["metric"] == "nll"
+    cost = guard_cost(score["value"], base["value"]) if base is not None and guards else ""
     return ScoreLine(
         name=name,
         n=score["n"],
@@ -118,6 +123,7 @@ def _line(score: Json, before: Json | None, base: Json | None) -> ScoreLine:
         value=score["value"],
         before=None if before is None else before["value"],
         base=None if base is None else base["value"],
+        cost=cost,
         comparison="" if before is None else compare(score, before),
         drawing=drawings.intervals(name, rows, low, high),
     )

@@ -249,6 +249,7 @@ def _scores(described: ReleaseDetails) -> list[Json]:
         {
             "suite": suite,
             "suite_digest": digest,
+            "kind": kind,
             "task": task,
             "metric": metric,
             "value": float(value),
@@ -260,6 +261,6 @@ def _scores(described: ReleaseDetails) -> list[Json]:
             "measured": measured,
         }
         for (
-            _, suite, metric, digest, value, stderr, n, higher_is_better, reported, measured, task, source, _
+            _, suite, metric, digest, value, stderr, n, higher_is_better, reported, measured, task, source, kind
         ) in described.scores
     ]  # fmt: skip

@@ -32,7 +32,8 @@ from registry.formats.references import RepositoryName
 
 def score_view(row: Score) -> ScoreOut:
     suite = row.suite
-    return ScoreOut.of(row, suite=suite.name, suite_digest=suite.digest, task=suite.task, measured=row.measured_at)
+    named = {"suite": suite.name, "suite_digest": suite.digest, "kind": suite.kind, "task": suite.task}
+    return ScoreOut.of(row, **named, measured=row.measured_at)
 
 
 def base_view(session: Session, row: Base, *, tensors: bool = False) -> BaseOut:

@@ -19,6 +19,7 @@ class ScoreOut(Wire):
 
     suite: str
     suite_digest: str
+    kind: Literal["target", "guard"]
     task: str
     metric: str
     value: float

@@ -1,16 +1,19 @@
 """Gates: rules that a promotion or a composition must pass, and their evaluation.
 
 sql-exact.accuracy >= 0.5                 the score itself
-guard-general.nll within 0.1 of served    not worse than what the channel serves by more than 0.1
+sql-exact.nll within 0.1 of served        not worse than what the channel serves by more than 0.1
 guard-general.nll within 0.1 of base      not worse than the base by more than 0.1
 sql-exact.nll within 0.1 of inputs        not worse than the best input of the composition by more than 0.1
 sql-exact.accuracy keeps 0.9 of inputs    at least 0.9 of the best input's exact match
+
+A guard says what an adapter costs in general ability, so the base's score stands beside it. While a channel serves
+nothing, a rule that compares a guard with what it serves compares it with the base.
 """
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from math import isfinite
 from typing import Any, ClassVar
@@ -18,6 +21,7 @@ from typing import Any, ClassVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from composer.formats.recipes.suite import guard_cost
 from registry.database.tables import Base, Release, ReleaseInput, Score
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
@@ -249,20 +253,26 @@ def parse_rules(texts: Sequence[str]) -> list[Rule]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class References:
     """What a candidate is compared with. `served` is None for an empty channel. `inputs` is the best input's score for
-    each suite and metric, None without lineage. With `hides_inputs`, results do not show these scores, only whether the
-    rule passes: not every reader may read every input. `earlier` has scores on replaced contents, of the `candidate`,
-    of `served` and of the `base`: rules compare one content only, and say that a suite has moved on."""
+    each suite and metric, None without lineage. `guards` names the suites that are guards. With `hides_inputs`, results
+    do not show the inputs' scores, only whether the rule passes: not every reader may read every input. `earlier` has
+    scores on replaced contents, of the `candidate`, of `served` and of the `base`: rules compare one content only, and
+    say that a suite has moved on."""
 
     base: Scores
     served: Scores | None = None
     inputs: Scores | None = None
     hides_inputs: bool = False
+    guards: Set[str] = frozenset()
     earlier: Mapping[str, Earlier] = field(default_factory=dict[str, Earlier])
 
     def moved_on(self, side: str, key: tuple[str, str]) -> str:
         """What a message adds if the side has a score on a replaced content; otherwise nothing."""
         before = self.earlier.get(side, {}).get(key)
         return f" (the suite has moved on: {before})" if before else ""
+
+    def serves_base(self, rule: "Rule") -> bool:
+        """Whether the rule compares a guard with a channel that serves nothing yet: users have the base."""
+        return compared_with(rule) == "served" and self.served is None and rule.suite in self.guards
 
 
 def best_of(members: Sequence[Scores]) -> Scores:
@@ -282,6 +292,25 @@ def judge(rules: Sequence[Rule], candidate: Scores, against: References) -> list
 
 def judge_rule(rule: Rule, candidate: Scores, against: References, needs: Needs = Needs()) -> GateResult:
     """Evaluates one rule on the scores that count."""
+    if isinstance(rule, Comparison) and against.serves_base(rule):
+        result = _judge(replace(rule, other="base"), candidate, against, needs)
+        why = f"{result.detail}; the channel serves nothing yet, so the base counts"
+        result = replace(result, rule=f"{rule}{needs}", detail=why)
+    else:
+        result = _judge(rule, candidate, against, needs)
+    return _with_cost(rule, result, candidate, against)
+
+
+def _with_cost(rule: Rule, result: GateResult, candidate: Scores, against: References) -> GateResult:
+    """The result, with what a guard's loss costs beside the base's."""
+    key = (rule.suite, rule.metric)
+    own, base = candidate.get(key), against.base.get(key)
+    if rule.suite not in against.guards or rule.metric != "nll" or own is None or base is None:
+        return result
+    return replace(result, detail=f"{result.detail}; {guard_cost(own.value, base.value)}")
+
+
+def _judge(rule: Rule, candidate: Scores, against: References, needs: Needs) -> GateResult:
     key, text = (rule.suite, rule.metric), f"{rule}{needs}"
     own = candidate.get(key)
     if own is None:
@@ -329,6 +358,7 @@ def _figures_of_comparison(rule: Comparison, own: Measured, other: Measured) -> 
 def lacking(rule: Rule, candidate: Scores, against: References, needs: Needs) -> list[str]:
     """All whose score the rule uses and that have none that counts, as `GateResult.lacks` names them."""
     key, other = (rule.suite, rule.metric), compared_with(rule)
+    other = "base" if against.serves_base(rule) else other
     compared = {"base": against.base, "served": against.served, "inputs": against.inputs}.get(other)
     used = {"candidate": candidate} | ({} if compared is None else {other: compared})
     return [name for name, scores in used.items() if key not in needs.counting(scores)]

@@ -168,6 +168,7 @@ def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -
     served = gates.scores(session, question.served) if question.served else None
     of_inputs = None if inputs is None else [gates.scores(session, one) for one in inputs]
     hidden = inputs is not None and gates.hides(session, release, inputs)
+    guards = suites.guards_among(session, {gates.parse_rule(row.rule).suite for row in policy.rules})
     sides = {"candidate": release, "base": base, **({"served": question.served} if question.served else {})}
     earlier = cache(lambda: {side: gates.earlier(session, subject) for side, subject in sides.items()})
     results: list[GateResult] = []
@@ -175,7 +176,7 @@ def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -
     for row in policy.rules:
         rule, needs = gates.parse_rule(row.rule), Needs(*policy.of_rule(row))
         best = None if of_inputs is None else gates.best_of([needs.counting(one) for one in of_inputs])
-        against = gates.References(base=of_base, served=served, inputs=best, hides_inputs=hidden)
+        against = gates.References(base=of_base, served=served, inputs=best, guards=guards, hides_inputs=hidden)
         result = gates.judge_rule(rule, own, against, needs)
         if result.lacks:  # the score may be there, on a content of the suite that another has replaced
             result = gates.judge_rule(rule, own, replace(against, earlier=earlier()), needs)
