@@ -25,7 +25,7 @@ from registry.database.idempotency import IdempotentRequest
 from registry.database.tables import Release
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
-from registry.domain.catalog import barred, bases, commits, releases, repositories, signatures, versioning
+from registry.domain.catalog import barred, bases, commits, lineage, releases, repositories, signatures, versioning
 from registry.domain.catalog import reported as reported_scores
 from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
@@ -97,9 +97,10 @@ def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentReq
         known = idempotency.claim_key(session, keyed, actor.at)
         if known is not None:
             return Published(**known)
+        new, inherited = lineage.with_inherited(session, actor, new)
         release, created = commits.publish(session, actor, new, moves_main=push.moves_main)
         if created:
-            findings += [*doubts, *reported_scores.record(session, actor, release, stated)[1]]
+            findings += [*inherited, *doubts, *reported_scores.record(session, actor, release, stated)[1]]
         published = Published(release.id, created, [finding.to_json() for finding in findings])
         idempotency.store_answer(session, keyed, asdict(published))
         return published

@@ -4,22 +4,26 @@ import json
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from registry.client.api import Api
 from registry.client.lineage import NOTE_FILE, fetch_note, of_note, of_release
+from registry.client.push import collect, push
+from registry.client.selection import select_files
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
 from registry.errors import NotFound
+from registry.formats.references import parse_repository
 from registry.transfer.resources import Resources
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests.scenarios.test_crashes import resources_of, team
 from tests.scenarios.test_roles_of_a_composition import asking
-from tests.scenarios.world import Cli, World
+from tests.scenarios.world import Cli, World, nothing
 
 RULES = [{"layers": "0", "weight": 0.25}]
 RECIPE = {
@@ -154,3 +158,35 @@ def test_pages_of_jobs_are_full_although_some_are_hidden(house: House, world: Wo
     assert [row["id"] for row in first["items"]] == own[:0:-1]
     assert house.jobs("bob", limit=2) == own[::-1]
     assert len(house.jobs("pia", limit=2)) == 9
+
+
+def test_nothing_is_inherited_from_what_the_pusher_may_not_read_and_no_hidden_input_is_named(
+    house: House, tmp_path: Path
+) -> None:
+    """bob publishes in lab and may not read acme, whose adapters lab/both is made of; eve publishes in `far` alone."""
+    house.compose("pia")
+    house.work()
+    made = house.apis["bob"].get("/v1/adapters/lab/both/releases/1.0.0")
+    directory = tmp_path / "pulled"
+    house.cli.ok("pull", "lab/both:1.0.0", "-o", directory)
+    (directory / "README.md").write_text("Another card")
+    files = collect(select_files(directory, "adapter"))
+    with ExitStack() as stack:
+        apis: dict[str, Api] = {"bob": house.apis["bob"]}
+        with house.resources.write() as session:
+            host = Actor("host", house.resources.clock(), {EVERYWHERE: Role.ADMIN}, mints=True)
+            for user in ("bob", "eve"):
+                namespaces.set_member(session, host, "far", user, Role.PUBLISHER)
+            _, eve = tokens.create(session, host, NewToken("eve", "", {EVERYWHERE: Role.ADMIN}, None))
+            _, narrow = tokens.create(session, host, NewToken("bob", "", {"far": Role.PUBLISHER}, None))
+        for name, secret in (("eve", eve), ("narrow", narrow)):
+            apis[name] = stack.enter_context(asking(house.resources, secret))
+        for who, target in (("bob", "lab/again"), ("eve", "far/eve"), ("narrow", "far/narrow")):
+            wanted = {"base": "tiny", "version": "1.0.0", "notes": ""}
+            pushed = push(apis[who], files, parse_repository(target), "adapter", wanted, nothing)
+            inherited = pushed["release"]["inputs"]
+            expected = [] if who == "eve" else made["inputs"]
+            assert [one["commit"] for one in inherited] == [one["commit"] for one in expected]
+            assert {(one["repository"], one["version"]) for one in inherited} <= {(None, None)}
+            assert "acme" not in json.dumps(pushed)
+            assert ("lab/both" in json.dumps(pushed["warnings"])) == (who == "bob")

@@ -1,13 +1,23 @@
-"""Lineage downwards: the releases that a release went into."""
+"""Lineage: the releases that a release went into, and the composition whose weights a pushed release has."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, exists, func, or_, select, true
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Release, ReleaseInput, Repository, Revision
+from composer.findings import Finding, Severity
+from composer.formats.adapters.facts import WEIGHTS_FILE
+from registry.database.tables import Release, ReleaseInput, Repository, Revision, RevisionFile
 from registry.domain.access.audit import Actor
-from registry.domain.access.roles import readable
+from registry.domain.access.roles import EVERYWHERE, may_read, readable
+from registry.domain.catalog.releases import Input, NewRelease, full_name
+from registry.domain.catalog.repositories import Kind
+from registry.formats.manifest import ManifestFile
+
+_WEIGHTS = ".safetensors"
+_MAX_CANDIDATES = 20
+_IS_COMPOSED = exists().where(ReleaseInput.release_id == Release.id, ReleaseInput.composition_id.is_not(None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,3 +58,64 @@ def descendants(session: Session, actor: Actor, release: Release, *, before: int
         )
         for number, namespace, name, kind, version, commit, weight in session.execute(query)
     ]
+
+
+def with_inherited(session: Session, actor: Actor, new: NewRelease) -> tuple[NewRelease, list[Finding]]:
+    """A pushed release with the inputs and the composition of an earlier one whose weights it has, if there is one that
+    the actor may read, and a warning that says so. Files of a composition do not lose their licences and their verdict
+    by being pushed again."""
+    source = _composed_with(session, actor, new) if not new.inputs else None
+    if source is None:
+        return new, []
+    rows = session.scalars(select(ReleaseInput).where(ReleaseInput.release_id == source.id)).all()
+    inputs = [Input(row.input_id, row.weight) for row in rows]
+    composition_id = next((row.composition_id for row in rows if row.composition_id is not None), None)
+    name = full_name(source) if may_read(actor, source.repository.namespace) else "a release out of this token's scope"
+    message = f"These are the weights of {name}, which was composed: this release has its inputs and its verdict too."
+    finding = Finding("composed_weights", Severity.WARNING, str(new.repository), message)
+    return replace(new, inputs=inputs, composition_id=composition_id), [finding]
+
+
+def _composed_with(session: Session, actor: Actor, new: NewRelease) -> Release | None:
+    """The earliest composed release of the kind that has no other weight files than these, and that the actor may
+    read, with this token or another. Further files beside the weights make no difference."""
+    weights = _weights(new.kind, new.files)
+    is_weight = func.lower(RevisionFile.path).endswith(_WEIGHTS)
+    own = RevisionFile.revision_id == Release.revision_id
+    query = (
+        select(Release)
+        .join(Repository, Repository.id == Release.repository_id)
+        .where(Release.revision_id.in_(select(RevisionFile.revision_id).where(RevisionFile.sha256.in_(weights))))
+        .where(Repository.kind == new.kind, _may_be_read(actor), _IS_COMPOSED)
+        .where(~exists().where(own, is_weight, RevisionFile.sha256.not_in(weights)))
+    )
+    candidates = session.scalars(query.order_by(Release.id).limit(_MAX_CANDIDATES)).all()
+    return next((one for one in candidates if not _repeats_a_push(session, one, weights)), None)
+
+
+def _repeats_a_push(session: Session, composed: Release, weights: set[str]) -> bool:
+    """Whether a release that nobody composed had these weights before. Else anybody could give an adapter other inputs
+    by composing it alone, for when its author pushes it again."""
+    own = select(RevisionFile.sha256).where(
+        RevisionFile.revision_id == composed.revision_id, RevisionFile.sha256.in_(weights)
+    )
+    made_of = set(session.scalars(own))
+    query = select(Release.id).join(RevisionFile, RevisionFile.revision_id == Release.revision_id)
+    query = query.where(Release.id < composed.id, RevisionFile.sha256.in_(made_of), ~_IS_COMPOSED)
+    query = query.group_by(Release.id).having(func.count(RevisionFile.sha256.distinct()) == len(made_of))
+    return session.execute(query.limit(1)).first() is not None
+
+
+def _weights(kind: Kind, files: Sequence[ManifestFile]) -> set[str]:
+    """The digests of the files that are loaded: an adapter's one file, all shards of a model."""
+    if kind is Kind.ADAPTER:
+        return {file.sha256 for file in files if file.path == WEIGHTS_FILE}
+    return {file.sha256 for file in files if file.path.lower().endswith(_WEIGHTS)}
+
+
+def _may_be_read(actor: Actor) -> ColumnElement[bool]:
+    """A SQL condition: the user may read the repository. A token of a narrower scope changes nothing, or it would be a
+    way to shed the lineage."""
+    if EVERYWHERE in actor.hidden:
+        return true()
+    return or_(readable(actor, Repository.namespace), Repository.namespace.in_(list(actor.hidden)))
