@@ -6,9 +6,8 @@ from tests.browser.conftest import Site, grave_findings
 from tests.scenarios.world import World
 
 
-def test_a_promotion_is_refused_forced_and_rolled_back(
-    site: Site, world: World, tab: Page, complaints: list[str]
-) -> None:
+def _prepare(site: Site, world: World) -> None:
+    """`prod` serves 1.0.0 above 1.0.1, and its rule refuses 1.1.0."""
     site.cli.ok(
         "push", world.adapters["other-sql"], "acme/terraform:1.1.0", "--base", "tiny", "--allow-breaking", "story"
     )
@@ -19,6 +18,12 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
         site.cli.ok("promote", f"acme/terraform:{version}", "--to", "prod")
     site.cli.ok("gate", "acme/terraform@prod", "--rule", "guard-exact.accuracy >= 0.99")
     site.cli.ok("eval", "acme/terraform:1.1.0", "--suite", "guard-exact")
+
+
+def test_a_promotion_is_refused_forced_and_rolled_back(
+    site: Site, world: World, tab: Page, complaints: list[str]
+) -> None:
+    _prepare(site, world)
 
     tab.goto(f"{site.url}/acme/terraform/1.1.0?channel=prod")
     tab.get_by_role("link", name="Promote to prod").click()

@@ -297,7 +297,7 @@ def earlier_versions(session: Session, move: Move, *, limit: int) -> Sequence[st
     return session.scalars(query.group_by(Release.id).order_by(func.max(back.c.id).desc()).limit(limit)).all()
 
 
-def _way_back(current: Move) -> Select[Any]:
+def _way_back(current: Move) -> Select[Any, Any]:
     """The moves below the current one whose release the channel may return to: another one, which no rollback has left
     since. A release that was left came back only by a promotion, which its policy judged."""
     columns = (Move.id, Move.to_release_id, Move.below_id)
