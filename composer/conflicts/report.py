@@ -120,7 +120,8 @@ class Member:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConflictReport:
     """The members, every pair, the set together, and the findings as judged by the policy. The verdict is the worst
-    of the pairs, of the findings, and of the whole set if it was measured. `advice` is for the whole set."""
+    of the pairs, of the findings, and of the whole set if it was measured. `by_default` has the findings and the
+    verdict of the same numbers without the policy. `advice` is for the whole set."""
 
     members: tuple[Member, ...]
     pairs: tuple[Pair, ...]
@@ -130,6 +131,7 @@ class ConflictReport:
     findings: tuple[Finding, ...]
     evidence: ProbeResult | Activations | None
     verdict: Verdict
+    by_default: tuple[Sequence[Finding], Verdict]
     limits: Limits
     method: str
     advice: tuple[str, ...]
@@ -156,6 +158,10 @@ class ConflictReport:
             },
             "activations": _activations_json(self.evidence),
             "findings": [finding.to_json() for finding in self.findings],
+            "by_default": {
+                "verdict": str(self.by_default[1]),
+                "findings": [one.to_json() for one in self.by_default[0] if one.severity is not Severity.NOTICE],
+            },
         }
 
 
@@ -194,19 +200,9 @@ def conflicts(  # noqa: PLR0913
     by_prompts = of_contradictions(contradictions, rules)
     both = list(combinations(range(len(names)), 2))
     pairs = tuple(_pair(compared, indices, evidence, by_prompts, rules, settings.method) for indices in both)
-    findings = [
-        *by_prompts,
-        *hard,
-        *of_adapters(adapters, compared, weights_of(weights)),
-        *of_sizes({member.name: (member.size, member.modules) for member in members}, rules),
-        *of_rounding(rounded),
-        *weak_evidence([(pair.a, pair.b, pair.evidence) for pair in pairs]),
-        *(one for pair in pairs for one in of_pair((pair.a, pair.b), pair.numbers, pair.outcome, rules)),
-        *of_retention({member.name: member.retention for member in members}, rules),
-        *(_of_set(names, compared.total, evidence, rules) if len(names) > 2 else []),
-    ]
-    judged = rules.judged(findings)
-    verdicts = [rules.verdict(findings, _of_evidence(evidence, rules)), *(pair.verdict for pair in pairs)]
+    fixed = [*hard, *of_adapters(adapters, compared, weights_of(weights)), *of_rounding(rounded)]
+    numbers = _Numbers(members, pairs, compared.total, fixed, contradictions, evidence)
+    judged, verdict = numbers.judged(rules)
     advice = _advice(pairs, compared.total, judged, evidence, rules, settings.method)
     return ConflictReport(
         members=members,
@@ -216,11 +212,39 @@ def conflicts(  # noqa: PLR0913
         modules={name: _together(one, *filter(None, [rounded.get(name)])) for name, one in compared.modules.items()},
         findings=tuple(judged),
         evidence=evidence,
-        verdict=Verdict.worst(verdicts),
+        verdict=verdict,
+        by_default=numbers.judged(Policy()),
         limits=Limits.of(rules),
         method=settings.method,
         advice=tuple(dict.fromkeys(advice)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """What was measured and computed. `fixed` are the findings that have no threshold."""
+
+    members: Sequence[Member]
+    pairs: Sequence[Pair]
+    total: Relations
+    fixed: Sequence[Finding]
+    contradictions: Sequence[Contradiction]
+    evidence: ProbeResult | Activations | None
+
+    def judged(self, rules: Policy) -> tuple[list[Finding], Verdict]:
+        """The findings and the verdict under a policy."""
+        names = [member.name for member in self.members]
+        findings = [
+            *of_contradictions(self.contradictions, rules),
+            *self.fixed,
+            *of_sizes({member.name: (member.size, member.modules) for member in self.members}, rules),
+            *weak_evidence([(pair.a, pair.b, pair.evidence) for pair in self.pairs]),
+            *(one for pair in self.pairs for one in of_pair((pair.a, pair.b), pair.numbers, pair.outcome, rules)),
+            *of_retention({member.name: member.retention for member in self.members}, rules),
+            *(_of_set(names, self.total, self.evidence, rules) if len(names) > 2 else []),
+        ]
+        measured = [_of_evidence(self.evidence, rules, outcome) for outcome in (None, *(p.outcome for p in self.pairs))]
+        return rules.judged(findings), rules.verdict(findings, Verdict.worst(measured))
 
 
 def _advice(

@@ -16,7 +16,7 @@ licenses:                            # of the base, the adapter and its data; of
   refuse: [CC-BY-NC-4.0, {base: llama3.1, adapter: Apache-2.0}]   # a name, or a combination
 verdict: ok                          # the worst accepted verdict of a composed release's conflict check
 loads_in: ["vllm:16", peft]          # servers that must load an adapter as it is
-force: admin                         # the role that may force a promotion; or `never`
+force: admin                         # the role that may force a promotion; or `never`, as without it beside an approval
 expires_hours: 24                    # how long a promotion waits for what it lacks
 """
 
@@ -166,8 +166,9 @@ class ChannelPolicy(Document):
         (),
         description="Servers that must load an adapter as it is: vllm:<max_lora_rank>, sglang, lorax, llamacpp, peft.",
     )
-    force: Literal["releaser", "admin", "never"] = Field(
-        "releaser", description="The lowest role that may force a promotion."
+    force: Literal["releaser", "admin", "never"] | None = Field(
+        None,
+        description="The lowest role that may force a promotion; by default never with an approval, else releaser.",
     )
     expires_hours: Annotated[float, Field(gt=0, le=MAX_HOURS)] = Field(
         24.0, description="How long a promotion waits for what it lacks."
@@ -179,6 +180,11 @@ class ChannelPolicy(Document):
         if "rules" in document:
             document["rules"] = [row["rule"] if len(row) == 1 else row for row in document["rules"]]
         return document
+
+    @property
+    def forced_by(self) -> Literal["releaser", "admin", "never"]:
+        """The lowest role that may force a promotion: who promotes must not replace others' approval."""
+        return self.force or ("releaser" if self.approval is None else "never")
 
     def of_rule(self, row: ScoreRule) -> tuple[int, bool]:
         """The least number of examples of a rule, and whether its scores must be measured."""

@@ -19,6 +19,7 @@ from registry.database.engine import Database, DatabaseTimeouts, Row
 from registry.database.migrate import ensure_schema, head_revision, schema_revision
 from registry.database.tables import Blob, Job, Token
 from registry.domain.catalog import bases
+from registry.domain.channels import policies
 from registry.domain.jobs import queue
 from registry.errors import RegistryError
 from registry.formats.references import ABSENT
@@ -65,7 +66,7 @@ def check_installation(settings: Settings, *, contents: bool, progress: fsck.Pro
         yield from _caught("store", lambda: _check_store(resources))
         if contents:
             yield from _caught("contents", lambda: _check_contents(resources, progress))
-        for check in (_check_access, _check_workers, _check_removals, _check_bases):
+        for check in (_check_access, _check_policies, _check_workers, _check_removals, _check_bases):
             yield from _caught(check.__name__, lambda check=check: check(resources))
     finally:
         resources.close()
@@ -190,6 +191,17 @@ def _check_access(resources: Resources) -> Iterator[Check]:
     else:
         step = "Grant yourself admin in `*` and make a token: `adaptory namespace grant '*' YOU admin`."
         yield Check(name="access", state="warning", detail="tokens, and there is none.", next_step=step)
+
+
+def _check_policies(resources: Resources) -> Iterator[Check]:
+    """Whether those who promote can do without the approval that a policy asks for."""
+    with resources.read() as session:
+        forced = policies.forced_past_approval(session)
+    if forced:
+        ask = f"{len(forced):,} policies ask" if len(forced) > 1 else "1 policy asks"
+        detail = f"{ask} for an approval that a releaser can do without: {', '.join(forced[:5])}."
+        step = "Take `force: releaser` out, for never: `adaptory policy set REPO@CHANNEL FILE`."
+        yield Check(name="policies", state="warning", detail=detail, next_step=step)
 
 
 def _check_workers(resources: Resources) -> Iterator[Check]:

@@ -38,7 +38,7 @@ def test_an_installation_that_works_passes_every_check(stocked: Cli, world: Worl
         assert (ran.code, states(ran)) == (0, {"server": "ok", "token": "ok"})
 
 
-def test_what_is_wrong_is_said_with_what_to_do(stocked_embedded: Cli, world: World) -> None:
+def test_what_is_wrong_is_said_with_what_to_do(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     cli = stocked_embedded
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
     held = opened(cli)
@@ -49,6 +49,10 @@ def test_what_is_wrong_is_said_with_what_to_do(stocked_embedded: Cli, world: Wor
             Job(kind="compose", namespace="acme", state="queued", steps=[], created_at=long_ago, created_by="mia")
         )
     held.close()
+    policy = tmp_path / "policy.yaml"
+    for channel, more in (("prod", ", force: releaser"), ("edge", ", force: admin"), ("next", "")):
+        policy.write_text(f"{{version: 1, approval: {{}}{more}}}")
+        cli.ok("policy", "set", f"acme/sql@{channel}", policy)
     shutil.move(world.base, world.base.with_name("elsewhere"))
     try:
         ran = cli("doctor", "--json")
@@ -57,7 +61,10 @@ def test_what_is_wrong_is_said_with_what_to_do(stocked_embedded: Cli, world: Wor
     seen = checks(ran)
     assert (ran.code, ran.json["healthy"]) == (1, False)
     wrong = {name: one["state"] for name, one in seen.items() if one["state"] != "ok"}
-    assert wrong == {"contents": "error", "workers": "warning", "gc": "warning", "bases": "warning"}
+    assert wrong == {
+        "contents": "error", "policies": "warning", "workers": "warning", "gc": "warning", "bases": "warning"
+    }  # fmt: skip
+    assert seen["policies"]["detail"] == "1 policy asks for an approval that a releaser can do without: acme/sql@prod."
     assert all(seen[name]["next_step"] for name in wrong)
     assert "blob_leaving" in seen["contents"]["detail"]
     assert "the oldest for 2,880 minutes" in seen["workers"]["detail"]

@@ -137,3 +137,25 @@ def test_an_evaluation_that_is_stopped_goes_on_with_what_is_not_measured(
     (promotion,) = cli.json("promotion", "list", "acme/sql@prod")["items"]
     assert (promotion["state"], cli.json("jobs", job)["state"]) == ("completed", "done")
     resources.close()
+
+
+def test_what_a_recipe_ignores_does_not_count_as_ok_on_a_channel(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    """Two of one task: their sum overshoots, which the recipe's policy ignores."""
+    cli = stocked_embedded
+    for name in ("sql", "again"):
+        cli.ok("push", world.adapters["sql"], f"acme/{name}:1.0.0", "--base", "tiny")
+    recipe = tmp_path / "recipe.yaml"
+    content = {"inputs": ["acme/sql:1.0.0", "acme/again:1.0.0"], "method": "stack", "probe": 0, "gates": []}
+    loose = {"near_duplicate": "ignore", "weak_evidence": "ignore"}
+    for name, ignored in (("loose", loose), ("plain", {})):
+        recipe.write_text(yaml.safe_dump({**content, "adapter": f"acme/{name}:1.0.0", "policy": ignored}))
+        made = cli.json("compose", recipe)["conflicts"]
+        assert (made["verdict"], made["by_default"]["verdict"]) == ("warn" if name == "plain" else "unmeasured", "warn")
+        cli.ok("policy", "set", f"acme/{name}@prod", policy(tmp_path, verdict="unmeasured"))
+        refused = cli("promote", f"acme/{name}:1.0.0", "--to", "prod")
+        assert (refused.code, "says warn (near_duplicate)" in refused.err) == (1, True), refused.err
+    assert "unmeasured by its recipe's policy" not in refused.err
+    cli.ok("policy", "set", "acme/loose@prod", policy(tmp_path, verdict="warn"))
+    cli.ok("promote", "acme/loose:1.0.0", "--to", "prod")

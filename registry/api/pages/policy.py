@@ -20,7 +20,7 @@ def stated(policy: ChannelPolicy) -> list[tuple[str, list[str]]]:
 
 def _how(policy: ChannelPolicy) -> list[tuple[str, list[str]]]:
     missing = {"evaluate": "is measured, and the promotion waits", "refuse": "refuses the promotion"}
-    force = "never" if policy.force == "never" else f"with the role {policy.force} or higher, and a reason"
+    force = "never" if policy.forced_by == "never" else f"with the role {policy.forced_by} or higher, and a reason"
     how = [("A missing score", [missing[policy.missing]])] if policy.rules else []
     return [*how, ("Force", [force]), ("Waits", [f"at most {_hours(policy.expires_hours)}"])]
 

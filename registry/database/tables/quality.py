@@ -135,7 +135,8 @@ class Move(Row):
 
 class Gate(Row):
     """The policy of one channel of one repository, in the form of `registry.formats.channel_policy`. `revision` counts
-    its changes. `rules` are its gate rules, for processes of before it; without a `policy`, they are all of it."""
+    its changes. `rules` are its gate rules, for processes of before it; without a `policy`, they are all of it. `pins`
+    has what the rules ask, by suite: the `digest` of its content, and by metric whether `higher_is_better`."""
 
     __tablename__ = "gates"
 
@@ -144,6 +145,7 @@ class Gate(Row):
     rules: Mapped[list[str]] = mapped_column(JSON)
     policy: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     revision: Mapped[int] = mapped_column(default=1, server_default="1")
+    pins: Mapped[dict[str, Any] | None] = mapped_column(JSON)
 
 
 class Promotion(Row):
@@ -189,7 +191,8 @@ class Promotion(Row):
 
 class Approval(Row):
     """Somebody's approval of a release for one channel of its repository. `token_id` is None for a registry without
-    tokens."""
+    tokens. `after_move` is the channel's last move when it was given, 0 before the first: the next one to the release
+    spends it."""
 
     __tablename__ = "approvals"
 
@@ -199,3 +202,4 @@ class Approval(Row):
     token_id: Mapped[str | None] = mapped_column(String(16))
     reason: Mapped[str]
     at: Mapped[datetime] = mapped_column(UtcDateTime)
+    after_move: Mapped[int] = mapped_column(Id, default=0, server_default="0")

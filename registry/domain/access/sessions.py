@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from registry.database.tables import Token
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import Role, refuse_reserved
+from registry.domain.access.roles import Role, min_role, refuse_reserved
 from registry.domain.access.tokens import FULL_SCOPE, SESSION, Caller
 from registry.errors import NotAllowed, Unauthenticated
 
@@ -43,8 +43,13 @@ def begin_with_token(session: Session, actor: Actor, text: str) -> tuple[Token, 
 
 def begin_with_roles(session: Session, actor: Actor, user: str, roles: Mapping[str, Role]) -> tuple[Token, str]:
     """Begins a session of a user that a provider vouches for, with the roles that it gives there, beside the own ones.
-    Returns it and its secret, which is not stored. Raises Invalid for the reserved name."""
+    Earlier sessions lose the roles that it no longer gives. Returns the session and its secret, which is not stored.
+    Raises Invalid for the reserved name."""
     refuse_reserved(user)
+    earlier = select(Token).where(Token.user == user, Token.session_roles.is_not(None))
+    for row in session.scalars(earlier.with_for_update()):
+        kept = (row.session_roles or {}).items()
+        row.session_roles = {name: min_role(role, roles[name]).value for name, role in kept if name in roles}
     return _begin(session, replace(actor, name=user), None, roles)
 
 

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import cast
 
 from sqlalchemy import ColumnElement, false, or_, select, true, update
 from sqlalchemy.orm import Session
@@ -231,6 +232,23 @@ def grants_of(session: Session, token_id: str) -> dict[str, str]:
         known = not row.revoked_at and session.get(TrustedPublisher, row.publisher_id) is not None
         return dict(row.scope) if known else {}
     return {} if row.revoked_at else effective_grants(_roles(session, row), row.scope)
+
+
+def roles_given(session: Session, token_id: str, now: datetime) -> dict[str, str]:
+    """The roles that an approval has from its token itself, besides the user's own: those of a trusted publisher's
+    rule, or those that a provider gives the user in a session that is in force now. None once the token is revoked."""
+    row = session.get(Token, token_id)
+    if row is None or row.revoked_at is not None or row.publisher_id is not None:
+        return grants_of(session, token_id)
+    if row.session_roles is None:
+        return {}
+    in_force = Token.revoked_at.is_(None) & (Token.expires_at > now)
+    own = select(Token.session_roles).where(Token.user == row.user, Token.session, in_force)
+    given: dict[str, str] = {}
+    for roles in session.scalars(own):
+        for name, role in cast("dict[str, str]", roles or {}).items():
+            given[name] = max_role(given.get(name, role), role).value
+    return given
 
 
 def actor_now(session: Session, user: str, token_id: str | None, source: str | None, now: datetime) -> Actor:

@@ -21,7 +21,7 @@ from registry.domain.channels.timeline import ChannelMove
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import Refused, Stale
 from registry.formats.channel_policy import ChannelPolicy
-from registry.formats.references import Version, parse_name, refuse_ambiguous_channel
+from registry.formats.references import RepositoryName, Version, parse_name, refuse_ambiguous_channel
 
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
@@ -196,7 +196,7 @@ def roll_back(  # noqa: PLR0913
 ) -> ChannelMove:
     """Returns to the release served before the current one was promoted; skips yanked ones. `to` names an earlier one,
     which no rollback has left since."""
-    session.scalar(_locked(repository, channel_name))
+    session.scalar(locked(repository, channel_name))
     channel = find(session, repository, channel_name)
     subject = f"{repositories.name_of(repository)}@{channel_name}"
     _check_expected(channel.move_id, expected, subject)
@@ -362,14 +362,28 @@ def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
     row = session.execute(_ASKED, values).first()
     if row is None or (wanted.kind is not None and row.kind != wanted.kind):
         release = releases.find(session, name, wanted.version, wanted.kind)
-        namespaces.find_for_share(session, name.namespace)
-        repositories.lock(session, release.repository_id)  # a yank locks all existing channels
-        refuse_ambiguous_channel(wanted.channel)
-        repositories.refuse_shadowed(session, name, wanted.channel)
-        # If several create it at once, one succeeds and the others wait for its result.
-        insert_if_absent(session, Channel, repository_id=release.repository_id, name=wanted.channel, move_id=None)
+        _create(session, release.repository_id, name, wanted.channel)
         row = session.execute(_ASKED, values).one()
     return row
+
+
+def _create(session: Session, repository_id: int, name: RepositoryName, channel: str) -> None:
+    namespaces.find_for_share(session, name.namespace)
+    repositories.lock(session, repository_id)  # a yank locks all existing channels
+    refuse_ambiguous_channel(channel)
+    repositories.refuse_shadowed(session, name, channel)
+    # If several create it at once, one succeeds and the others wait for its result.
+    insert_if_absent(session, Channel, repository_id=repository_id, name=channel, move_id=None)
+
+
+def lock(session: Session, repository: Repository, name: str) -> Channel:
+    """The channel, created if needed, locked against moves until the transaction ends. Raises as the promotion that
+    would create it."""
+    channel = session.scalar(locked(repository, name))
+    if channel is None:
+        _create(session, repository.id, repositories.name_of(repository), parse_name(name, "channel"))
+        channel = session.scalars(locked(repository, name)).one()
+    return channel
 
 
 def refuse_unsigned(
@@ -407,7 +421,7 @@ def judge(  # noqa: PLR0913
     return policies.judge(session, policy, question)
 
 
-def _locked(repository: Repository, name: str) -> Select[Channel]:
+def locked(repository: Repository, name: str) -> Select[Channel]:
     """Locks the channel, so that moves wait for each other instead of failing, unless they state the move that they
     expect."""
     query = select(Channel).where(Channel.repository_id == repository.id, Channel.name == name)

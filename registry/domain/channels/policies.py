@@ -147,6 +147,18 @@ def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]
     return {row.channel: gates.parse_rules(row.rules) for row in rows}
 
 
+def forced_past_approval(session: Session) -> list[str]:
+    """The channels whose policy asks for an approval and lets a releaser force a promotion without it."""
+    query = select(Gate, Repository).join(Repository, Repository.id == Gate.repository_id)
+    rows = session.execute(query.order_by(Repository.namespace, Repository.name, Gate.channel))
+    asked = [(gate, repository, of_columns(gate.rules, gate.policy)) for gate, repository in rows]
+    return [
+        f"{repositories.name_of(repository)}@{gate.channel}"
+        for gate, repository, policy in asked
+        if policy.approval is not None and policy.forced_by == "releaser"
+    ]
+
+
 def is_empty(policy: ChannelPolicy) -> bool:
     """Whether every release passes."""
     return not any(getattr(policy, name) for name in _REQUIREMENTS)

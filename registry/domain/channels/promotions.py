@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from registry.database.tables import Approval, Channel, Promotion, Release
@@ -119,8 +119,8 @@ def cancel(session: Session, actor: Actor, promotion: Promotion) -> Promotion:
 
 
 def approve(session: Session, actor: Actor, release: Release, channel: str, reason: str) -> Approval:
-    """Approves a release for a channel. Raises Refused if its policy asks for no approval, NotAllowed without the role
-    or for one's own promotion."""
+    """Approves a release for a channel, under the lock that moves of the channel take. Raises Refused if its policy
+    asks for no approval, NotAllowed without the role or for one's own promotion."""
     repository = release.repository
     policy, _ = policies.find(session, repository, channel)
     subject = f"{repositories.name_of(repository)}@{channel}"
@@ -132,6 +132,7 @@ def approve(session: Session, actor: Actor, release: Release, channel: str, reas
             next_step=f"`adaptory policy show {subject}` shows what it requires.",
         )
     permit(actor, Role(policy.approval.role), repository.namespace)
+    locked = moves.lock(session, repository, channel)
     own = waiting_for(session, release, channel)
     if own is not None and own.actor == actor.name:
         raise NotAllowed(
@@ -145,6 +146,7 @@ def approve(session: Session, actor: Actor, release: Release, channel: str, reas
     row = row or Approval(release_id=release.id, channel=channel, user=actor.name)
     if not counts or row.reason != reason:
         row.token_id, row.reason, row.at = actor.token_id, reason, actor.at
+        row.after_move = locked.move_id or moves.NOTHING_YET
         session.add(row)
         session.flush()
         audit.record(
@@ -161,10 +163,10 @@ def approve(session: Session, actor: Actor, release: Release, channel: str, reas
 
 def withdraw(session: Session, actor: Actor, release: Release, channel: str) -> bool:
     """Withdraws the actor's own approval; returns whether there was one."""
-    row = session.get(Approval, (release.id, channel, actor.name))
-    if row is not None:
-        session.delete(row)
-        session.flush()
+    session.scalar(moves.locked(release.repository, channel))
+    own = (Approval.release_id == release.id, Approval.channel == channel, Approval.user == actor.name)
+    withdrawn = session.scalar(delete(Approval).where(*own).returning(Approval.user)) is not None
+    if withdrawn:
         audit.record(
             session,
             actor,
@@ -173,7 +175,7 @@ def withdraw(session: Session, actor: Actor, release: Release, channel: str) -> 
             namespace=release.repository.namespace,
             before={"version": release.version},
         )
-    return row is not None
+    return withdrawn
 
 
 def waiting_for(session: Session, release: Release, channel: str) -> Promotion | None:

@@ -53,15 +53,15 @@ def gate_failed(wanted: PromotionRequest, report: Report, policy: ChannelPolicy)
         "gate_failed",
         f"{wanted.release} fails {len(failed)} of {len(report.results)} gates of {wanted.subject}.",
         subject=wanted.subject,
-        next_step=f"Check the numbers; {_FORCED_BY[policy.force]}.",
+        next_step=f"Check the numbers; {_FORCED_BY[policy.forced_by]}.",
         findings=[result.with_waiting() for result in report.results],
     )
 
 
 def refuse_force(actor: Actor, policy: ChannelPolicy, wanted: PromotionRequest) -> None:
     """Raises NotAllowed if the policy does not let the actor force a promotion."""
-    if policy.force == "never" or not holds(actor, Role(policy.force), wanted.repository.namespace):
-        who = "nobody" if policy.force == "never" else f"only the role {policy.force}"
+    if policy.forced_by == "never" or not holds(actor, Role(policy.forced_by), wanted.repository.namespace):
+        who = "nobody" if policy.forced_by == "never" else f"only the role {policy.forced_by}"
         raise NotAllowed(
             "force_not_allowed",
             f"The policy of {wanted.subject} lets {who} force a promotion.",

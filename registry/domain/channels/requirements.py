@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -87,7 +87,8 @@ def _approval(session: Session, needed: NeededApproval, question: Question) -> G
     rule = f"approval by {people} with the role {needed.role}"
     given = unspent_approvals(session, question.release, question.channel)
     others = [one for one in given if one.user != question.actor.name]
-    names = [one.user for one in others if _has_role(session, one, question.release, Role(needed.role))]
+    at = (question.release.repository.namespace, Role(needed.role), question.actor.at)
+    names = [one.user for one in others if _has_role(session, one, *at)]
     detail = f"{len(names)} of {needed.count}" + (f": {', '.join(names)}" if names else "")
     lost = sorted({one.user for one in others} - set(names))
     detail += f"; {', '.join(lost)} no longer {'has' if len(lost) == 1 else 'have'} the role" if lost else ""
@@ -96,21 +97,21 @@ def _approval(session: Session, needed: NeededApproval, question: Question) -> G
 
 
 def unspent_approvals(session: Session, release: Release, channel: str) -> list[Approval]:
-    """The approvals of a release for a channel, oldest first. A move to the release spends those before it: after a
-    rollback, it needs new ones."""
+    """The approvals of a release for a channel, oldest first. The first move to the release after an approval spends
+    it: after a rollback, the release needs new ones."""
     query = select(Approval).where(Approval.release_id == release.id, Approval.channel == channel)
     last = _last_moves(session, release, channel)
     given = session.scalars(query.order_by(Approval.at, Approval.user))
-    return [one for one in given if last is None or one.at > last[0].at]
+    return [one for one in given if last is None or one.after_move >= last[0].id]
 
 
-def _has_role(session: Session, approval: Approval, release: Release, role: Role) -> bool:
-    """Whether the approver has the role now: as a member, or by a group of the provider, in a session that was not
-    revoked. Without a token, it was a user of a registry without access control."""
+def _has_role(session: Session, approval: Approval, namespace: str, role: Role, now: datetime) -> bool:
+    """Whether the approver has the role now: as a member, or by a group of the provider, in a session that is in force.
+    Without a token, it was a user of a registry without access control."""
     if approval.token_id is None:
         return True
-    roles = [namespaces.roles_of(session, approval.user), tokens.grants_of(session, approval.token_id)]
-    known = (one[name] for one in roles for name in (release.repository.namespace, EVERYWHERE) if name in one)
+    roles = [namespaces.roles_of(session, approval.user), tokens.roles_given(session, approval.token_id, now)]
+    known = (one[name] for one in roles for name in (namespace, EVERYWHERE) if name in one)
     return any(at_least(one, role) for one in known)
 
 
@@ -138,18 +139,25 @@ def _signature_of_publisher(session: Session, namespace: Namespace, release: Rel
 
 
 def _verdict(session: Session, worst: Verdict, release: Release) -> GateResult:
-    """A release that no composition of this registry made passes."""
+    """Judged under the default limits: a composition's recipe may have loosened its own. A release that no composition
+    of this registry made passes."""
     rule = f"verdict {worst}" if worst is Verdict.OK else f"verdict {worst} or better"
-    made = select(Composition.conflicts).join(ReleaseInput, ReleaseInput.composition_id == Composition.id)
+    made = select(Composition.conflicts, Composition.recipe)
+    made = made.join(ReleaseInput, ReleaseInput.composition_id == Composition.id)
     row = session.execute(made.where(ReleaseInput.release_id == release.id).limit(1)).first()
     if row is None:
         return GateResult(rule, True, "not composed here")
     if row.conflicts is None:
         return GateResult(rule, False, "its composition has no conflict report")
-    verdict = Verdict(row.conflicts["verdict"])
-    return GateResult(
-        rule, Verdict.worst([worst, verdict]) is worst, f"the conflict check of its inputs says {verdict}"
-    )
+    own, judged = Verdict(row.conflicts["verdict"]), row.conflicts.get("by_default")
+    if judged is None and set(row.recipe.get("policy") or {}) - {"require"}:
+        why = f"its recipe's policy says {own}; the default limits were not recorded with it: compose it again"
+        return GateResult(rule, False, why)
+    verdict = Verdict(judged["verdict"]) if judged else own
+    codes = ", ".join(dict.fromkeys(one["code"] for one in judged["findings"])) if judged else ""
+    detail = f"the conflict check of its inputs says {verdict}{f' ({codes})' if codes else ''}"
+    detail += f"; {own} by its recipe's policy, which does not count here" if own is not verdict else ""
+    return GateResult(rule, Verdict.worst([worst, verdict]) is worst, detail)
 
 
 def _loads(release: Release, server: Profile) -> GateResult:

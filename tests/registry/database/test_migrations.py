@@ -22,6 +22,7 @@ from composer.formats.adapters.facts import WEIGHTS_FILE
 from registry.database import tables
 from registry.database.engine import Database, Row
 from registry.database.migrate import ensure_schema, head_revision, migrate, migrations_directory, schema_revision
+from registry.domain.channels.requirements import unspent_approvals
 from registry.errors import Unavailable
 from registry.settings import Settings
 from registry.transfer.resources import open_resources
@@ -163,6 +164,11 @@ def test_migrations_are_one_line() -> None:
 
 FIRST, *FURTHER = sorted(one.revision for one in _script().walk_revisions() if one.revision != head_revision())
 LINE = "/v1/adapters/acme/sql"
+POLICIES: dict[str, dict[str, Any]] = {
+    "edge": {"version": 1, "approval": {}},
+    "next": {"version": 1, "approval": {"count": 2}, "force": "admin"},
+}
+"""Set without rules, by channel."""
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +203,12 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Cli:
     resources = opened(cli)
     with resources.write() as session:
         session.add(tables.ReleaseInput(release_id=2, input_id=1, composition_id=made["id"], weight=0.5))
+        repository = session.scalars(select(tables.Repository.id).where(tables.Repository.name == "sql")).one()
+        for channel, policy in POLICIES.items():
+            session.add(tables.Gate(repository_id=repository, channel=channel, rules=[], policy=policy))
+        for user, at in (("early", datetime(2026, 1, 1, tzinfo=UTC)), ("late", datetime.now(UTC))):
+            given = {"token_id": None, "reason": "", "at": at}
+            session.add(tables.Approval(release_id=2, channel="prod", user=user, **given))
     resources.close()
     return cli
 
@@ -302,7 +314,25 @@ def test_a_registry_of_an_earlier_schema_is_served_as_before_once_it_is_migrated
         assert [row["namespace"] for row in api.pages("/v1/namespaces")] == ["acme"]
         acts = [row["act"] for row in api.pages("/v1/audit", namespace="acme")]
         assert {"release:publish", "channel:promote", "channel:rollback", "release:yank"} <= set(acts)
-        assert api.get(f"{LINE}/gates") == {"gates": {"prod": ["exact.nll <= 9"]}}
+        assert api.get(f"{LINE}/gates") == {"gates": {"prod": ["exact.nll <= 9"], "edge": [], "next": []}}
+
+
+def test_policies_and_approvals_mean_after_a_migration_what_they_meant(earlier: Cli, revision: str) -> None:
+    """An approval counts if it came after the last move to its release, a policy that asks for one states who may force
+    it, and rules are pinned to what they ask."""
+    earlier.ok("migrate")
+    with api_of(earlier) as api:
+        digest = api.get("/v1/suites/exact")["digest"]
+    resources = opened(earlier)
+    with resources.read() as session:
+        gates = {row.channel: row for row in session.scalars(select(tables.Gate))}
+        assert gates["prod"].pins == {"exact": {"digest": digest, "higher_is_better": {"nll": False}}}
+        if revision != FIRST:
+            assert gates["edge"].policy == {**POLICIES["edge"], "force": "releaser"}
+            assert gates["next"].policy == POLICIES["next"]
+            release = session.get_one(tables.Release, 2)
+            assert [one.user for one in unspent_approvals(session, release, "prod")] == ["late"]
+    resources.close()
 
 
 def test_what_was_done_before_a_migration_is_shown_with_its_reason_and_its_change(

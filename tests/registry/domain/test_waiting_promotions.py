@@ -17,7 +17,7 @@ from composer.formats.recipes.suite import Example, Suite
 from registry.api.app import create_app
 from registry.client.inprocess import InProcessTransport
 from registry.database.tables import Composition, Gate, Job, Move, Promotion, Release, ReleaseInput
-from registry.domain.access import namespaces, sessions, tokens
+from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor, EventQuery, list_oldest_first
 from registry.domain.access.roles import Role
 from registry.domain.catalog import bases, releases, repositories, suites
@@ -136,6 +136,21 @@ def test_each_rule_is_named_with_its_numbers(house: House) -> None:
         "verdict ok: the conflict check of its inputs says warn",
     ]
     assert not [rule for rule in refusal(house, NEW) if rule.startswith("verdict")], "others pass"
+
+
+def test_a_verdict_of_before_without_default_limits_counts_unless_a_recipe_had_its_own(house: House) -> None:
+    demand(house, verdict="ok")
+    with house.resources.write() as session:
+        made = session.scalars(select(Composition)).first()
+        assert made is not None
+        made.conflicts, made.recipe = {"verdict": "ok"}, {**made.recipe, "policy": {"probe_loss": "ignore"}}
+        release = releases.find(session, NAME, OLD)
+        session.add(ReleaseInput(release_id=release.id, input_id=release.id + 1, composition_id=made.id, weight=1.0))
+    (why,) = refusal(house)
+    assert "the default limits were not recorded with it: compose it again" in why
+    with house.resources.write() as session:
+        session.get_one(Composition, made.id).recipe = {**made.recipe, "policy": {"require": "ok"}}
+    assert isinstance(promote(house), ChannelMove)
 
 
 def test_a_refusal_does_not_count_what_may_still_come_as_failed(house: House) -> None:
@@ -272,25 +287,6 @@ def test_rights_and_the_policy_are_judged_again_when_it_completes(house: House) 
     assert seen(house, second.id) == ("refused", "role_lost")
 
 
-def test_an_approval_counts_with_a_role_that_a_group_gives_until_the_session_is_revoked(house: House) -> None:
-    demand(house, approval={"role": "releaser", "count": 2})
-    began = waiting(house)
-
-    def judged() -> str:
-        settle(house.resources, began)
-        with house.resources.read() as session:
-            return session.get_one(Promotion, began).gates[0]["detail"]
-
-    with house.resources.write() as session:
-        row, _ = sessions.begin_with_roles(session, person(house), "ada", {PRIVATE: Role.RELEASER})
-        approver = Actor("ada", NOW + HOUR, tokens.grants_of(session, row.id), token_id=row.id)
-        promotions.approve(session, approver, releases.find(session, NAME, OLD), "prod", "")
-    assert judged() == "1 of 2: ada"
-    with house.resources.write() as session:
-        tokens.revoke(session, HOST, row.id)
-    assert judged() == "0 of 2; ada no longer has the role"
-
-
 def test_rules_that_a_gate_had_before_policies_refuse_what_lacks_a_score(house: House) -> None:
     with house.resources.write() as session:
         repository = repositories.find(session, NAME)
@@ -330,31 +326,6 @@ def test_a_repeated_request_gets_the_promotion_that_it_began(house: House) -> No
     assert house.ask("releaser", "PUT", path, **sent).json()["state"] == "cancelled"
     (row,) = house.ask("reader", "GET", f"{path}/promotions").json()["items"]
     assert row["error"]["code"] == "promotion_cancelled"
-
-
-def test_an_approval_is_for_one_promotion_and_can_be_withdrawn(house: House) -> None:
-    demand(house, approval={"count": 2})
-    hour = iter(range(1, 9))
-
-    def approve(user: str) -> None:
-        with house.resources.write() as session:
-            release = releases.find(session, NAME, OLD)
-            promotions.approve(session, person(house, user, NOW + next(hour) * HOUR), release, "prod", "")
-
-    with house.resources.write() as session:
-        namespaces.set_member(session, HOST, PRIVATE, "publisher", Role.RELEASER)
-    for user in ("admin", "publisher"):
-        approve(user)
-    with house.resources.write() as session:
-        assert promotions.withdraw(session, person(house, "admin"), releases.find(session, NAME, OLD), "prod")
-    first = waiting(house, at=NOW + 3 * HOUR)
-    approve("admin")
-    settle(later(house, NOW + 4 * HOUR), first)
-    assert seen(house, first)[0] == "completed"
-    assert isinstance(promote(house, at=NOW + 4 * HOUR), ChannelMove), "it is there already"
-    with house.resources.write() as session:
-        moves.roll_back(session, person(house, at=NOW + 5 * HOUR), repositories.find(session, NAME), "prod")
-    assert isinstance(promote(house, at=NOW + 6 * HOUR), Promotion)
 
 
 def test_an_evaluation_that_fails_ends_the_promotion_with_its_reason(house: House) -> None:
