@@ -1,7 +1,7 @@
 """Approvals: whose count, until when, and which move uses them."""
 
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 from sqlalchemy import func, select
