@@ -13,6 +13,7 @@ EXAMPLES = {
     "base unalias": "adaptory base unalias HuggingFaceTB/SmolLM2-135M-Instruct",
     "base upgrade": "adaptory base upgrade smollm2 smollm3 --plan",
     "cancel": "adaptory cancel 1",
+    "channel delete": "adaptory channel delete acme/sql-migration@prdo",
     "combine": """adaptory combine --adapter examples/adapters/sql-migration \\
   --adapter examples/adapters/terraform-review -o .demo/both""",
     "compose": "adaptory compose examples/assistant.yaml --plan",

@@ -12,9 +12,10 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "Release",
         (
             "push", "pull", "import", "export", "promote", "approve", "promotion", "rollback", "gate", "policy",
-            "history", "yank", "unyank", "deprecate", "takedown", "eval", "score", "sign", "verify", "base", "suite",
+            "channel", "history", "yank", "unyank", "deprecate", "takedown", "eval", "score", "sign", "verify", "base",
+            "suite",
         ),
-        "adaptory push ./out acme/sql --bump auto --channel canary",
+        "adaptory push ./out acme/sql --bump auto --channel prod",
     ),
     (
         "Find",

@@ -16,9 +16,9 @@ from registry.cli.interrupt import INTERRUPTED, interrupts
 from registry.errors import RegistryError, Unavailable
 
 MODULES = (
-    "access", "backup", "base", "compose", "conflicts", "diff", "doctor", "evaluation", "hub", "inspection", "jobs",
-    "local", "maintenance", "operations", "profiles", "promotion", "publisher", "quality", "release", "search", "sign",
-    "transfer",
+    "access", "backup", "base", "channel", "compose", "conflicts", "diff", "doctor", "evaluation", "hub", "inspection",
+    "jobs", "local", "maintenance", "operations", "profiles", "promotion", "publisher", "quality", "release", "search",
+    "sign", "transfer",
 )  # fmt: skip
 """Each adds its commands to `root` when it is imported."""
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from registry.cli import complete, render
+from registry.cli.channel import NewChannel, confirm_new_channel
 from registry.cli.connect import connected, jobs_running, resolved
 from registry.cli.groups import group, root
 from registry.cli.interrupt import interrupts
@@ -23,7 +24,7 @@ promotion_app = group("promotion", "Promotions that wait, or have waited.")
 
 
 @root.command()
-def promote(
+def promote(  # noqa: PLR0913
     ref: Ref,
     to: Annotated[str, typer.Option("--to", help="The channel.", autocompletion=complete.channel_names)],
     reason: Annotated[str, typer.Option("--reason", help="Why; kept in the history.")] = "",
@@ -31,6 +32,7 @@ def promote(
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Wait for what the release lacks, such as a score or an approval.")
     ] = True,
+    new_channel: NewChannel = False,
     json: JsonFlag = False,
 ) -> None:
     """Move a channel to a release; evaluates and prints every gate.
@@ -42,6 +44,8 @@ def promote(
 
     with connected() as connection:
         release = resolved(connection, ref)
+        line = f"/v1/{release['kind']}s/{release['repository']}"
+        confirm_new_channel(connection, line, to, agreed=new_channel)
         answer, since = channel_moves.promote(connection.api, release, to, reason, force=force)
         if "state" in answer and wait:
             with jobs_running(connection, answer["job"]):

@@ -120,7 +120,7 @@ def history(channel: Channel, json: JsonFlag = False) -> None:
             move["at"][:19],
             move["kind"],
             move["from_version"],
-            move["to_version"],
+            None if move["kind"] == "delete" else move["to_version"],
             move["actor"],
             "forced" if move["forced"] else "",
             move["reason"],
@@ -382,7 +382,11 @@ def warn_of_move_since(move: Json, since: str | None) -> None:
 
 
 def show_move(move: Json) -> None:
-    """Shows a move with its time: promoting what is already live returns the earlier move."""
+    """Shows a move with its time. Promoting what is served already returns the last move, and changes nothing."""
+    if not move.get("changed", True):
+        made = f"{move['kind']}, move {move['id']} at {move['at'][:19]}"
+        render.out(f"{move['repository']}@{move['channel']} serves {move['to_version']} already: no change ({made})")
+        return
     forced = " (forced)" if move["forced"] else ""
     way = f"{move['from_version'] or 'nothing'} -> {move['to_version']}"
     made = f"{move['kind']}{forced}, move {move['id']} at {move['at'][:19]}"

@@ -9,6 +9,7 @@ import typer
 
 from composer.formats.untrusted import read_text
 from registry.cli import complete, render
+from registry.cli.channel import NewChannel, confirm_new_channel
 from registry.cli.connect import connected, release_directory, resolved
 from registry.cli.groups import root
 from registry.cli.idle import refuse_idle
@@ -62,6 +63,7 @@ def push(  # noqa: PLR0913
     sign: SigningKey = None,
     notes: Annotated[str, typer.Option(help="Release notes.")] = "",
     channel: Annotated[str | None, typer.Option(help="Promote it to this channel afterwards.")] = None,
+    new_channel: NewChannel = False,
     json: JsonFlag = False,
 ) -> None:
     """Check an adapter against its base, upload what is missing, publish a release.
@@ -86,6 +88,8 @@ def push(  # noqa: PLR0913
     if selection.left_out:
         render.say(f"left out: {selection.summary()} (take more with --include GLOB)")
     with connected() as connection:
+        if channel:
+            confirm_new_channel(connection, f"/v1/{kind}s/{reference.repository}", channel, agreed=new_channel)
         request["base"] = fitting_base(connection.api, directory, base, kind)
         publication = Publication(reference.repository, kind, request)
         published = publish(connection.api, selection, publication, render, sign)

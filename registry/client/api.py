@@ -66,8 +66,8 @@ class Api:
     def put(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Json:
         return self._call("PUT", path, body=body, headers=headers)
 
-    def delete(self, path: str) -> Json:
-        return self._call("DELETE", path)
+    def delete(self, path: str, **query: Any) -> Json:
+        return self._call("DELETE", path, query=query)
 
     def send(self, put: Json, chunks: Iterable[bytes]) -> None:
         """Sends a file as an upload's plan says; its url is the registry's, or that of the store behind it.

@@ -35,7 +35,7 @@ from registry.database.tables import (
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog.releases import full_name
-from registry.domain.channels.moves import effective_move
+from registry.domain.channels.moves import DELETION, effective_move
 from registry.errors import RegistryError
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.formats.references import ABSENT, RESERVED_NAMESPACES, Digest, parse_version
@@ -227,7 +227,8 @@ def _check_channels(session: Session, progress: Progress) -> Iterator[Finding]:
 
 def _check_moves(subject: str, channel: Channel, moves: Sequence[Move]) -> Iterator[Finding]:
     """The history is one chain: each move starts where the one before it ended."""
-    if (moves[-1].id if moves else None) != channel.move_id:
+    last = moves[-1] if moves and moves[-1].kind != DELETION else None
+    if (last.id if last else None) != channel.move_id:
         yield _error("channel_adrift", subject, f"{subject} is not where its last move put it.")
     served, seen = None, set[int]()
     for move in moves:
@@ -239,7 +240,7 @@ def _check_moves(subject: str, channel: Channel, moves: Sequence[Move]) -> Itera
             )
         if move.to_release.repository_id != channel.repository_id:
             yield _error("history_broken", subject, f"Move {move.id} of {subject} serves another repository's release.")
-        served = move.to_release_id
+        served = None if move.kind == DELETION else move.to_release_id
         seen.add(move.id)
 
 
@@ -252,7 +253,7 @@ def _check_served(session: Session, subject: str, channel: Channel) -> Iterator[
 
 
 def _check_audit(session: Session, subject: str, moves: set[int]) -> Iterator[Finding]:
-    acts = (Act.CHANNEL_PROMOTE, Act.CHANNEL_ROLLBACK)
+    acts = (Act.CHANNEL_PROMOTE, Act.CHANNEL_ROLLBACK, Act.CHANNEL_DELETE)
     rows = session.scalars(select(AuditRow).where(AuditRow.subject == subject, AuditRow.act.in_(acts))).all()
     recorded = [(row.after or row.detail).get("move") for row in rows]  # before schema 0002 it was a detail
     if sorted(move for move in recorded if move is not None) != sorted(moves):

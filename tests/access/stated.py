@@ -16,6 +16,7 @@ GET    /v1/releases                                                             
 GET    /v1/resolve                                                              inside: reader
 GET    /v1/{kind}/{namespace}/{name}/channels                                   reader
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}                         reader
+DELETE /v1/{kind}/{namespace}/{name}/channels/{channel}                         releaser
 PUT    /v1/{kind}/{namespace}/{name}/channels/{channel}                         releaser
 POST   /v1/{kind}/{namespace}/{name}/channels/{channel}/rollback                releaser
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}/history                 reader

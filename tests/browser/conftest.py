@@ -176,7 +176,7 @@ def _wait(cli: Cli, directory: Path) -> None:
         "loads_in": ["peft"],
         "force": "admin",
     }
-    cli.ok("promote", "acme/sql:1.0.0", "--to", "staging", "--reason", "for the demo")
+    cli.ok("promote", "acme/sql:1.0.0", "--to", "staging", "--new-channel", "--reason", "for the demo")
     policy.write_text(yaml.safe_dump(asked))
     cli.ok("policy", "set", "acme/sql@staging", policy)
     cli("promote", "acme/sql:1.1.0", "--to", "staging", "--reason", "for everyone", "--no-wait")

@@ -93,7 +93,7 @@ def test_yanked_releases_are_skipped_but_still_there_by_name(stocked: Cli, world
     assert "leaks customer names" in exact.err
     for command in (("inspect",), ("eval", "--suite", "sql-exact"), ("conflicts", "acme/sql:1.0.0")):
         assert "leaks customer names" in stocked.ok(*command, "acme/sql:1.1.0").err, command
-    assert stocked("promote", "acme/sql:1.1.0", "--to", "canary").code == 1
+    assert stocked("promote", "acme/sql:1.1.0", "--to", "canary", "--new-channel").code == 1
     back = stocked.ok("unyank", "acme/sql:1.1.0", "--reason", "the names were invented")
     assert "warning:" not in back.err, "that it was yanked is why it is unyanked"
     assert stocked.json("show", "acme/sql@prod")["version"] == "1.1.0"

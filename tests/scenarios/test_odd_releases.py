@@ -69,7 +69,7 @@ def test_lists_of_bases_and_repositories_say_everything_page_by_page(cli: Cli, a
     add_base(cli, "wide")
     for repository in ("acme/b", "acme.lab/a", "acme/a"):
         cli.ok("push", adapter, f"{repository}:1.0.0", "--base", "wide", "--channel", "prod")
-    cli.ok("push", adapter, "acme/a:1.1.0-rc.1", "--base", "wide", "--channel", "canary")
+    cli.ok("push", adapter, "acme/a:1.1.0-rc.1", "--base", "wide", "--channel", "canary", "--new-channel")
     cli.ok("yank", "acme/b:1.0.0", "--reason", "wrong")
     with api_of(cli) as api:
         items = api.get("/v1/adapters")["items"]

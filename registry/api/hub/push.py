@@ -234,7 +234,7 @@ def refuse_deletion(revision: str, actor: Reader) -> Response:
         "never_deleted",
         f"{revision[:80]!r} cannot be deleted: releases are yanked, and channels keep their history.",
         subject=revision[:80],
-        next_step="Use `adaptory yank` or `adaptory rollback`.",
+        next_step="Use `adaptory yank`, `adaptory rollback`, or `adaptory channel delete`.",
     )
 
 

@@ -14,6 +14,7 @@ from registry.api.routes.views import channel_view, judgement_view, move_view, p
 from registry.api.schemas.quality import (
     ApprovalIn,
     ApprovalOut,
+    ChannelDeleted,
     ChannelOut,
     GatesIn,
     GatesOut,
@@ -28,7 +29,7 @@ from registry.api.schemas.wire import Page
 from registry.database import idempotency
 from registry.database.engine import Session
 from registry.database.tables import Promotion
-from registry.domain.channels import judgements, moves, pending, policies, promotions, timeline
+from registry.domain.channels import deletions, judgements, moves, pending, policies, promotions, timeline
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import parse_name, parse_version
 from registry.transfer.promotions import settle, settle_overdue
@@ -142,6 +143,23 @@ def roll_back(  # noqa: PLR0913
 def _move(session: Session, named: NamedRepository, channel: str, move_id: int) -> timeline.ChannelMove:
     row = moves.find(session, named.find(session), channel)
     return timeline.history(session, row, before=move_id + 1, limit=1)[0]
+
+
+@repository_routes.delete(CHANNEL)
+def delete(
+    named: RepositoryOf,
+    channel: str,
+    resources: ResourcesOf,
+    actor: Releaser,
+    serving: Annotated[str | None, Query(max_length=100, description="The version that it serves.")] = None,
+    reason: Annotated[str, Query(max_length=1000)] = "",
+) -> ChannelDeleted:
+    """Delete a channel without a policy. One that serves a release is refused, unless an admin names that release and
+    gives a reason."""
+    known = parse_version(serving) if serving else None
+    with resources.write() as session:
+        served = deletions.delete(session, actor, named.find(session), channel, serving=known, reason=reason)
+        return ChannelDeleted(repository=str(named.name), channel=channel, served=served)
 
 
 @repository_routes.get(CHANNEL + "/history")

@@ -57,6 +57,7 @@ def move_document(moved: ChannelMove, repository: RepositoryName, channel: str) 
         "forced": moved.forced,
         "gates": [{**NO_FIGURES, **result} for result in moved.gates],
         "at": moved.at,
+        "changed": moved.changed,
     }
 
 

@@ -142,6 +142,8 @@ class GateResultOut(Wire):
 
 
 class MoveOut(Wire):
+    """`changed` is false in the answer to a promotion of what the channel served already: it is then the last move."""
+
     id: int
     repository: str
     channel: str
@@ -153,6 +155,15 @@ class MoveOut(Wire):
     forced: bool
     gates: list[GateResultOut]
     at: datetime
+    changed: bool = True
+
+
+class ChannelDeleted(Wire):
+    """The channel that was deleted, and what it `served`; null if nothing."""
+
+    repository: str
+    channel: str
+    served: str | None
 
 
 class PromoteIn(WireIn):

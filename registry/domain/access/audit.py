@@ -47,6 +47,7 @@ class Act(StrEnum):
     BASE_UPDATE = "base:update"
     BLOB_COLLECT = "blob:collect"
     BLOB_DISCARD = "blob:discard"
+    CHANNEL_DELETE = "channel:delete"
     CHANNEL_PROMOTE = "channel:promote"
     CHANNEL_ROLLBACK = "channel:rollback"
     COMPOSITION_CANCEL = "composition:cancel"

@@ -23,6 +23,8 @@ from registry.errors import Refused, Stale
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName, Version, parse_name, refuse_ambiguous_channel
 
+DELETION = "delete"
+"""The kind of a channel's last move, which leaves a release for nothing: `to_release_id` repeats what it leaves."""
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
 
@@ -138,7 +140,7 @@ def attempt(
     elif verdict is Verdict.REFUSED:
         raise refusals.gate_failed(wanted, report, policy)
     if current.to_release_id == release.id:
-        return ChannelMove.of_row(current)
+        return replace(ChannelMove.of_row(current), changed=False)
     move = _record_promotion(session, actor, wanted, release, current, report, completing)
     if current.pending_id not in (None, completing):
         pending.end_moved(session, actor, current.pending_id)

@@ -76,7 +76,8 @@ def _last_moves(session: Session, release: Release, channel: str) -> tuple[Move,
     """The last move of the channel to the release, and the one after it, if any. None if there was none."""
     of_channel = (Channel.repository_id == release.repository_id, Channel.name == channel)
     moves = select(Move).join(Channel, Channel.id == Move.channel_id).where(*of_channel)
-    began = session.scalars(moves.where(Move.to_release_id == release.id).order_by(Move.id.desc()).limit(1)).first()
+    to_it = moves.where(Move.to_release_id == release.id, Move.kind != "delete")
+    began = session.scalars(to_it.order_by(Move.id.desc()).limit(1)).first()
     if began is None:
         return None
     return began, session.scalars(moves.where(Move.id > began.id).order_by(Move.id).limit(1)).first()

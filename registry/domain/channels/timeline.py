@@ -47,7 +47,8 @@ _OF_RELEASE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelMove:
-    """A channel's move; `gates` are the recorded results, empty where they were not read."""
+    """A channel's move; `gates` are the recorded results, empty where they were not read. It has not `changed` the
+    channel if a promotion asked for what the channel served already: this is then its last move."""
 
     id: int
     kind: str
@@ -58,6 +59,7 @@ class ChannelMove:
     forced: bool
     gates: Sequence[Mapping[str, Any]] = ()
     at: datetime
+    changed: bool = True
 
     @classmethod
     def of_row(cls, row: Any) -> "ChannelMove":
