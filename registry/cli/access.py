@@ -115,7 +115,7 @@ def list_namespaces(json: JsonFlag = False) -> None:
 
 
 @namespaces.command("set")
-def set_namespace(
+def set_namespace(  # noqa: PLR0913
     namespace: NamespaceName,
     public: Annotated[bool | None, typer.Option("--public/--private", help="Who may read it.")] = None,
     require_signature: Annotated[
@@ -132,6 +132,14 @@ def set_namespace(
             help="What a required signature must cover; `files` also accepts those of other tools.",
         ),
     ] = None,
+    main: Annotated[
+        str | None,
+        typer.Option(
+            metavar="release|commit",
+            help="What hub clients get as `main`. With `release`, the default where signatures are required, commits "
+            "are drafts on `next`, which only publishers see.",
+        ),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Create a namespace, or change who may read it and which releases it accepts."""
@@ -141,6 +149,7 @@ def set_namespace(
         "require_signature": require_signature,
         "signing_keys": keys,
         "signature_covers": signature_covers,
+        "main": main,
     }
     with connected() as connection:
         document = connection.api.put(_namespace_path(namespace), body)
@@ -148,6 +157,7 @@ def set_namespace(
         ("visible", _visibility(document)),
         ("signed only", document["require_signature"]),
         ("signature covers", document["signature_covers"]),
+        ("main is", f"the last {document['main']}"),
     ]
     render.document(document, json, lambda: render.lines(f"namespace {namespace}", pairs))
 

@@ -47,10 +47,12 @@ _BLOCK_BYTES, _PARALLEL = 1 << 20, 8
 
 
 def receive(
-    resources: Resources, actor: Actor, name: RepositoryName, chunks: Iterable[bytes]
+    resources: Resources, actor: Actor, name: RepositoryName, chunks: Iterable[bytes], revision: str = revisions.MAIN
 ) -> tuple[str, list[Finding]]:
-    """Reads a commit, stores its files, and applies it to `main`. Returns the commit id, and what is doubtful about an
-    adapter that it adds."""
+    """Reads a commit, stores its files, and applies it to the last one. Returns the commit id, and what is doubtful
+    about an adapter that it adds."""
+    with resources.snapshot() as session:
+        revisions.refuse_no_branch(session, name, revision)
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         change, added = _parse(_Lines(chunks, Path(directory)))
         with resources.snapshot() as session:
@@ -132,7 +134,7 @@ def release(
     `main` stays where it is, also if the revision is an older release, or a collection forgets the commit meanwhile.
     """
     with resources.snapshot() as session:
-        files = parse_manifest(revisions.locate(session, str(name), revision).manifest)
+        files = parse_manifest(revisions.to_release(session, actor, name, revision).manifest)
     uploads.keep(resources, actor, name.namespace, files)  # a collection may forget the commit meanwhile
     kind = Kind.ADAPTER if any(file.path == CONFIG_FILE for file in files) else Kind.MODEL
     push = Push(

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from sqlalchemy import delete
 
 from registry.database.tables import Upload
+from registry.domain.access import namespaces
 from registry.domain.access.audit import Act, Actor, EventQuery, list_oldest_first
 from registry.domain.access.roles import EVERYWHERE, Role
-from registry.domain.catalog import commits
-from registry.domain.channels import revisions
+from registry.domain.catalog import commits, releases
+from registry.domain.channels import revisions, yanks
 from registry.errors import Conflict, NotFound, RegistryError, Unavailable
 from registry.formats.manifest import ManifestFile, parse_manifest
 from registry.formats.references import Digest, RepositoryName, parse_version
@@ -93,13 +94,74 @@ def is_complete(held: Resources, revision: str, name: RepositoryName = NAME) -> 
     """Whether the revision is there, with all its bytes. Fails if it is there without them."""
     try:
         with held.snapshot() as session:
-            located = revisions.locate(session, str(name), revision)
+            located = revisions.locate(session, actor(held), str(name), revision)
     except NotFound:
         return False
     for file in parse_manifest(located.manifest):
         with held.store.open(file.sha256) as source:
             assert len(source.read()) == file.size_bytes, (revision, file.path)
     return True
+
+
+def yanked(held: Resources, version: str, *, back: bool = False) -> None:
+    with held.write() as session:
+        release = releases.find(session, NAME, parse_version(version))
+        (yanks.unyank if back else yanks.yank)(session, actor(held), release, "leaks a name")
+
+
+def main_of(held: Resources, who: Actor | None = None, revision: str = "main") -> str | None:
+    """The commit of `main`; None if it is not there for this actor."""
+    with held.snapshot() as session:
+        try:
+            return revisions.locate(session, who or actor(held), str(NAME), revision).commit
+        except NotFound as error:
+            if error.code != "revision_unknown":
+                raise
+            return None
+
+
+def test_main_is_the_last_commit_that_was_not_released_and_yanked(held: Resources) -> None:
+    create(held)
+    first, second = commit(held, adapter(1)), commit(held, adapter(2))
+    tag(held, "1.0.0", second)
+    yanked(held, "1.0.0")
+    assert main_of(held) == first
+    assert collect_garbage(later(held, KEPT_DAYS + 1), grace=DAY).commits == 0, "the head of main is kept"
+    assert commit(held, adapter(2)) == second
+    assert main_of(held) == first, "the same files are yanked as they were"
+    third = commit(held, {"notes.txt": b"more"})
+    assert main_of(held) == third
+    tag(held, "1.1.0", "main")
+    yanked(held, "1.1.0")
+    assert main_of(held) == first
+    yanked(held, "1.1.0", back=True)
+    assert main_of(held) == third
+
+
+def test_where_main_serves_releases_commits_are_drafts_of_publishers(held: Resources) -> None:
+    create(held)
+    first = commit(held, adapter(1))
+    with held.write() as session:
+        namespaces.change(session, actor(held), NAME.namespace, namespaces.Change(main="release"))
+    reader = Actor("rita", held.clock(), {NAME.namespace: Role.READER.value})
+    robot = Actor("robot", held.clock(), {str(NAME): Role.PUBLISHER.value})
+    seen = {one: [main_of(held, who, one) for who in (reader, robot)] for one in ("main", "next", first, first[:9])}
+    assert seen == {"main": [None, None], "next": [None, first], first: [None, first], first[:9]: [None, first]}
+    tag(held, "1.0.0", "main")
+    second = commit(held, {"notes.txt": b"more"})
+    assert [main_of(held, reader), main_of(held, robot, "next"), main_of(held, reader, second)] == [first, second, None]
+    with held.snapshot() as session:
+        shown = [revisions.list_refs(session, who, str(NAME)) for who in (reader, robot)]
+        assert [(one.main, one.drafts) for one in shown] == [(first, None), (first, second)]
+        assert [one.commit for one in commits.list_history(session, NAME, first, drafts=False)] == [first]
+    tag(held, "1.1.0", "main")
+    assert main_of(held, reader) == second
+    yanked(held, "1.1.0")
+    assert main_of(held, reader) == first
+    with held.write() as session:
+        namespaces.change(session, actor(held), NAME.namespace, namespaces.Change(main="commit"))
+    third = commit(held, {"notes.txt": b"unreleased"})
+    assert [main_of(held, reader), main_of(held, reader, "next")] == [third, None]
 
 
 def test_a_commit_goes_when_its_retention_ends_unless_a_tag_or_main_names_it(held: Resources) -> None:
@@ -235,7 +297,10 @@ def test_a_tag_of_a_commit_that_is_being_forgotten_leaves_main_where_it_is(
         patched.setattr(uploads, "keep", keep_and_forget)
         tag(held, "1.0.0", first)
     with held.snapshot() as session:
-        assert [revisions.locate(session, str(NAME), name).commit for name in ("1.0.0", "main")] == [first, head]
+        assert [revisions.locate(session, actor(held), str(NAME), name).commit for name in ("1.0.0", "main")] == [
+            first,
+            head,
+        ]
 
 
 def commit_and_tag(journal_path: str, seed: int) -> None:
@@ -291,7 +356,7 @@ def test_no_kill_of_a_committer_or_of_a_collector_loses_a_tag(
     assert done, (seed, journal.read()[-5:])
     with held.snapshot() as session:
         for number, made in done.items():
-            assert revisions.locate(session, str(NAME), f"{number}.0.0").commit == made, seed
+            assert revisions.locate(session, actor(held), str(NAME), f"{number}.0.0").commit == made, seed
     assert all(is_complete(held, f"{number}.0.0") for number in done), seed
     assert is_complete(held, "main"), seed
     held.close()

@@ -21,6 +21,7 @@ from registry.domain.catalog.commits import EMPTY
 from tests import services
 from tests.scenarios.conftest import USER, Templates
 from tests.scenarios.hub_client import CONFIG, WEIGHTS
+from tests.scenarios.test_signatures import Keys
 from tests.scenarios.traces import hashes
 from tests.scenarios.world import SMALL_PARTS, Cli, World, server
 
@@ -247,6 +248,49 @@ def test_a_trainer_pushes_commits_and_tags_a_release(hub: Hub, world: World, ver
     bearer = {"Authorization": f"Bearer {hub.token}"}
     info = httpx2.get(f"{hub.url}/api/models/{repository}", headers=bearer).json()
     assert info["sha"] == pushed["commit"], "what is pushed otherwise is the head of main"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_unsigned_commit_is_seen_by_publishers_alone_where_signatures_are_required(
+    hub: Hub, world: World, version: str, tmp_path: Path
+) -> None:
+    keys, cli = Keys(tmp_path, "team"), hub.cli
+    space = f"strict-{version.replace('.', '-')}"
+    cli.ok("namespace", "set", space, "--require-signature", "--signing-key", keys.public)
+    for user, role in (("pia", "publisher"), ("rita", "reader")):
+        cli.ok("namespace", "grant", space, user, role)
+    adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
+    config = json.loads((adapter / CONFIG).read_text()) | {"base_model_name_or_path": "Acme/Tiny-Llama"}
+    (adapter / CONFIG).write_text(json.dumps(config))
+
+    def seen(act: str, argument: Path, token: str) -> Any:
+        (tmp_path / act).mkdir(exist_ok=True)
+        return hub.run(client(version), "hub_drafts.py", tmp_path / act, Path(act), argument, Path(space), token=token)
+
+    pushed = seen("push", adapter, hub.publisher)
+    first, second = pushed["commits"]
+    assert pushed["by_id"] == hashes(adapter)
+    assert set(pushed["next"]) == {*hashes(adapter), "notes.txt"}
+    assert (pushed["branches"], len(pushed["log"])) == ({"next": second}, 2)
+    assert pushed["main"][0] == "RevisionNotFoundError"
+    assert "Drafts are on next" in pushed["main"][1]
+    assert "accepts only releases signed" in pushed["tag"][1], "it is the last draft that a tag would publish"
+    (tmp_path / "ids").write_text(json.dumps([first, second]))
+    read = seen("read", tmp_path / "ids", hub.token)
+    assert read["drafts"] == ["RevisionNotFoundError"]
+    assert (read["served"][0], read["files"], read["branches"]) == ("RevisionNotFoundError", {}, {})
+    assert "next" not in read["main"][1]
+    signed = cli.json(
+        "push", world.adapters["other-sql"], f"{space}/sql:1.0.0", "--base", "tiny", "--sign", keys.private
+    )
+    shutil.rmtree(tmp_path / "read")
+    read = seen("read", tmp_path / "ids", hub.token)
+    assert read["drafts"] == ["RevisionNotFoundError"]
+    assert read["branches"] == {"main": signed["release"]["commit"]}
+    assert read["titles"] == ["1.0.0"]
+    assert {path.rpartition("/")[2]: sha256 for path, sha256 in read["files"].items() if "snapshots" in path} == {
+        row["path"]: row["sha256"] for row in signed["release"]["files"]
+    }
 
 
 @LONG

@@ -18,7 +18,7 @@ from registry.domain.catalog.releases import Published
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.tags import LIBRARIES, list_tags
 from registry.domain.channels import resolve
-from registry.domain.channels.revisions import MAIN, Located, Refs
+from registry.domain.channels.revisions import MAIN, NEXT, Located, Refs
 from registry.formats.licenses import spdx
 from registry.formats.manifest import ManifestFile, parse_manifest
 from registry.formats.tree import TreeEntry
@@ -135,8 +135,9 @@ def _last_commit(entry: TreeEntry, brought: Mapping[str, Published]) -> Json | N
 
 
 def refs(named: Refs, *, pull_requests: bool) -> Json:
-    """Channels and `main` as branches, versions as tags."""
-    heads = {MAIN: named.main, **named.channels} if named.main else named.channels
+    """Channels, `main` and drafts as branches, versions as tags."""
+    heads = {MAIN: named.main, NEXT: named.drafts, **named.channels}
+    heads = {name: commit for name, commit in heads.items() if commit}
     document: Json = {
         "branches": [_ref("heads", name, commit) for name, commit in heads.items()],
         "tags": [_ref("tags", name, commit) for name, commit in named.versions.items()],

@@ -28,7 +28,7 @@ def describe_file(
 ) -> Response:
     """The first request of every download. `Location` pins the commit, or a channel could move before the next."""
     with resources.read() as session:
-        located = revisions.locate(session, named, revision)
+        located = revisions.locate(session, actor, named, revision)
         headers = revision_headers(request, located)
         file = _find(session, located, path)
     headers = blob_headers(Digest(file.sha256), file.size_bytes) | headers | _headers(revision, located, file)
@@ -52,7 +52,7 @@ def download_file(  # noqa: PLR0913
 ) -> Response:
     """The bytes, a range of them, a redirect to the store, or 304 for a client that has them."""
     with resources.read() as session:
-        located = revisions.locate(session, named, revision)
+        located = revisions.locate(session, actor, named, revision)
         headers = revision_headers(request, located)
         file = _find(session, located, path)
     headers |= _headers(revision, located, file)

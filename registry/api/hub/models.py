@@ -81,7 +81,7 @@ def show_model(  # noqa: PLR0913
 ) -> Response:
     """Shows a model at a revision; with `expand`, only those fields."""
     with resources.snapshot() as session:
-        located = revisions.locate(session, named, revision)
+        located = revisions.locate(session, actor, named, revision)
         info = documents.model_info(session, actor, located, blobs=blobs)
     if expand:
         info = {name: value for name, value in info.items() if name == "id" or name in expand}
@@ -91,7 +91,7 @@ def show_model(  # noqa: PLR0913
 @router.get(MODEL + "/refs")
 def list_refs(named: Named, resources: ResourcesOf, actor: Reader, include_prs: bool = False) -> Response:
     with resources.snapshot() as session:
-        refs = revisions.list_refs(session, named)
+        refs = revisions.list_refs(session, actor, named)
     return JSONResponse(documents.refs(refs, pull_requests=include_prs))
 
 
@@ -108,8 +108,10 @@ def list_commits(  # noqa: PLR0913
     """Lists the commits and releases up to a revision, the newest first."""
     size, start = min(limit, PAGE), decode_number(cursor)
     with resources.snapshot() as session:
-        located = revisions.locate(session, named, revision)
-        rows = commits.list_history(session, located.repository, located.commit)[start : start + size + 1]
+        located = revisions.locate(session, actor, named, revision)
+        drafts = revisions.sees_all(session, actor, located.repository)
+        rows = commits.list_history(session, located.repository, located.commit, drafts=drafts)
+        rows = rows[start : start + size + 1]
     more = next_page(request, encode_cursor(start + size)) if len(rows) > size else {}
     return JSONResponse([documents.commit_view(row) for row in rows[:size]], headers=more)
 
@@ -131,7 +133,7 @@ def list_tree(  # noqa: PLR0913
     """Lists a directory of a revision; with `expand`, also the release that brought each entry."""
     size, after = min(limit, TREE_PAGE), decode_cursor(cursor)
     with resources.snapshot() as session:
-        located = revisions.locate(session, named, revision)
+        located = revisions.locate(session, actor, named, revision)
         headers = revision_headers(request, located)
         entries = list_directory(parse_manifest(located.manifest), directory.strip("/"), recursive=recursive)
         if not entries and directory:
@@ -160,7 +162,7 @@ def list_paths(
 ) -> Response:
     """Shows the files and directories with the given paths; leaves out those that are absent."""
     with resources.snapshot() as session:
-        located = revisions.locate(session, named, revision)
+        located = revisions.locate(session, actor, named, revision)
         entries = select_entries(parse_manifest(located.manifest), form.get("paths", []))
         expand = form.get("expand", [""])[0].lower() == "true"
         rendered = documents.tree_page(session, located, entries, expand=expand)
@@ -170,14 +172,14 @@ def list_paths(
 @router.get(MODEL + "/auth-check")
 def check_read(named: Named, resources: ResourcesOf, actor: Reader) -> Response:
     with resources.snapshot() as session:
-        revisions.list_refs(session, named)
+        revisions.list_refs(session, actor, named)
     return JSONResponse({})
 
 
 @router.get(MODEL + "/auth-check/write")
 def check_write(named: Named, resources: ResourcesOf, actor: Publisher) -> Response:
     with resources.snapshot() as session:
-        revisions.list_refs(session, named)
+        revisions.list_refs(session, actor, named)
     return JSONResponse({})
 
 

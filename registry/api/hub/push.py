@@ -77,8 +77,9 @@ def plan_commit(
     """Says whether each file comes in the commit, before it or not at all, and what `main` has under its name. Refuses
     names before any byte is sent."""
     with resources.snapshot() as session:
-        main_only(revision)
-        located = revisions.start_of_commit(session, f"{namespace}/{name}")
+        repository = parse_repository(f"{namespace}/{name}")
+        revisions.refuse_no_branch(session, repository, revision)
+        located = revisions.start_of_commit(session, repository)
     left_out = [file.path for file in body.files if _is_left_out(file.path)]
     for file in body.files:
         if file.path not in left_out:
@@ -163,11 +164,10 @@ async def commit(
     from registry.transfer import commits as transfers
 
     repository = parse_repository(f"{namespace}/{name}")
-    main_only(revision)
     if request.query_params.get("create_pr"):
         raise Usage("not_main", "Pull requests are not supported.", next_step="Commit to main.")
     refuse_longer(request, "commit", MAX_COMMIT_BYTES, "Commit fewer files at a time, or use `adaptory push`.")
-    receive = partial(transfers.receive, resources, actor, repository, PUBLISHES.chunks(request))
+    receive = partial(transfers.receive, resources, actor, repository, PUBLISHES.chunks(request), revision)
     commit_id, findings = await receive_body(request, actor, receive)
     url = f"{request.base_url}{repository}/commit/{commit_id}"
     response = JSONResponse({"commitOid": commit_id, "commitUrl": url, "success": True})
@@ -209,7 +209,7 @@ def create_branch(
     """Promotes a release to a new channel; its gates and its policy hold as for every promotion."""
     repository = parse_repository(f"{namespace}/{name}")
     with resources.write() as session:
-        version = revisions.released_version(session, repository, body.startingPoint or MAIN)
+        version = revisions.released_version(session, actor, repository, body.startingPoint or MAIN)
         expected = moves.Expected(moves.NOTHING_YET)
         wanted = moves.PromotionRequest(repository, version, parse_name(channel, "channel"), expected=expected)
         try:
@@ -320,14 +320,3 @@ def _permitted_url(request: Request, permit: lfs.Permit | None) -> str:
     query = {"act": permit.act, "expires": permit.expires, "signature": permit.signature}
     query |= {"multipart": permit.multipart_id} if permit.multipart_id else {}
     return f"{request.base_url}api/lfs/{permit.namespace}/{permit.sha256}?{urlencode(query)}"
-
-
-def main_only(revision: str) -> None:
-    """Raises Usage for a commit to anything but `main`."""
-    if revision != MAIN:
-        raise Usage(
-            "not_main",
-            f"Commits go to main, not to {revision[:80]!r}.",
-            subject=revision[:80],
-            next_step="Commit to main and tag a version; a channel moves by `adaptory promote`.",
-        )

@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse
 from registry.api.http.request import ResourcesOf, body_chunks, receive_body
 from registry.api.http.rules import Rule, Where
 from registry.api.hub.models import MODEL
-from registry.api.hub.push import main_only
 from registry.api.hub.wire import HubRoute
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role
+from registry.domain.channels import revisions
 from registry.formats.references import parse_repository
 from registry.transfer import xet
 from registry.transfer.xet import Push
@@ -29,8 +29,10 @@ def begin(
     namespace: str, name: str, revision: str, request: Request, resources: ResourcesOf, actor: Pusher
 ) -> JSONResponse:
     """A token for one push, and the address of its own to send to."""
-    main_only(revision)
-    permit = xet.begin(resources, actor, parse_repository(f"{namespace}/{name}"))
+    repository = parse_repository(f"{namespace}/{name}")
+    with resources.snapshot() as session:
+        revisions.refuse_no_branch(session, repository, revision)
+    permit = xet.begin(resources, actor, repository)
     address = f"{request.base_url}xet/{permit.upload_id}"
     return JSONResponse({"accessToken": permit.token, "exp": permit.expires, "casUrl": address})
 

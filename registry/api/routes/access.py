@@ -87,7 +87,7 @@ def set_namespace(
     namespace: str, body: NamespaceIn, resources: ResourcesOf, actor: Admin, callers: CallersOf
 ) -> NamespaceOut:
     """Change the fields given in the body. Creates the namespace, if the caller is a registry admin."""
-    wanted = Change(body.public, body.require_signature, body.signing_keys, body.signature_covers)
+    wanted = Change(body.public, body.require_signature, body.signing_keys, body.signature_covers, body.main)
     with resources.write() as session:
         view = _namespace_view(namespaces.change(session, actor, namespace, wanted))
     callers.forget()
@@ -151,4 +151,4 @@ def remove_user(user: str, resources: ResourcesOf, actor: RegistryAdmin, callers
 
 
 def _namespace_view(row: Namespace) -> NamespaceOut:
-    return NamespaceOut.of(row, namespace=row.name)
+    return NamespaceOut.of(row, namespace=row.name, main=namespaces.main_of(row))

@@ -68,12 +68,15 @@ class PublisherOut(Wire):
 
 class NamespaceIn(WireIn):
     """Omitted fields stay unchanged. `signing_keys` are PEM public keys; `signature_covers` is what a required
-    signature must cover."""
+    signature must cover. With `main: release`, `main` serves releases alone, signed ones where signatures are required,
+    and commits are drafts on `next`; with `commit` it is the last commit. The default is `release` where signatures are
+    required."""
 
     public: bool | None = None
     require_signature: bool | None = None
     signing_keys: list[Annotated[str, Field(max_length=2000)]] | None = Field(default=None, max_length=20)
     signature_covers: Literal["release", "files"] | None = None
+    main: Literal["release", "commit"] | None = None
 
 
 Days = Annotated[int, Field(ge=1, le=36_500)]
@@ -115,6 +118,7 @@ class NamespaceOut(Wire):
     require_signature: bool
     signing_keys: list[str]
     signature_covers: Literal["release", "files"]
+    main: Literal["release", "commit"]
     max_bytes: int | None
     max_releases: int | None
     keep_yanked_days: int | None

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -17,6 +17,7 @@ from registry.formats.references import parse_name, refuse_reserved_namespace
 from registry.formats.signatures import Covers, fingerprint
 
 MAX_SIGNING_KEYS = 20
+Main = Literal["release", "commit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Change:
     require_signature: bool | None = None
     signing_keys: Sequence[str] | None = None
     signature_covers: Covers | None = None
+    main: Main | None = None
 
 
 def find(session: Session, name: str) -> Namespace:
@@ -96,6 +98,20 @@ def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list
     """The namespaces that the actor may read, by name."""
     query = select(Namespace).where(Namespace.name > after, readable(actor, Namespace.name))
     return list(session.scalars(query.order_by(Namespace.name).limit(limit)))
+
+
+def main_of(row: Namespace) -> Main:
+    """What `main` of its repositories is: the newest release where signatures are required, else the last commit,
+    unless an admin has said otherwise."""
+    if row.main is None:
+        return "release" if row.require_signature else "commit"
+    return "release" if row.main == "release" else "commit"
+
+
+def has_drafts(session: Session, name: str) -> bool:
+    """Whether commits in the namespace are drafts, which only publishers see, until they are released."""
+    row = session.get(Namespace, name)
+    return row is not None and main_of(row) == "release"
 
 
 def signing_keys(session: Session, name: str) -> list[str]:

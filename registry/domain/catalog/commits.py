@@ -1,4 +1,6 @@
-"""Commits to a repository's `main`: sets of files that may become releases.
+"""Commits to a repository: sets of files that may become releases.
+
+They are `main`, or drafts on `next` in a namespace whose `main` serves releases alone.
 
 A commit id is the digest of the files alone, so repeating a commit has the same result. Commits of one repository wait
 for each other. gc keeps the files of every commit, since they are files of a revision, until `forget` removes it.
@@ -8,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from sqlalchemy import Select, delete, exists, select
+from sqlalchemy import ColumnElement, Select, delete, exists, select
 from sqlalchemy.orm import Session, aliased
 
 from registry.database.locks import lock_blobs_exclusive
@@ -73,22 +75,29 @@ def create_repository(session: Session, actor: Actor, name: RepositoryName) -> b
     return True
 
 
-def last(session: Session, repository: Repository) -> str | None:
-    """The id of the last commit, None before the first one."""
-    query = select(Revision.commit).join(Commit, Commit.revision_id == Revision.id)
-    return session.scalar(query.where(Commit.repository_id == repository.id).order_by(Commit.id.desc()).limit(1))
+def has_commits(session: Session, repository: Repository) -> bool:
+    return session.scalar(select(Commit.id).where(Commit.repository_id == repository.id).limit(1)) is not None
 
 
 def head(session: Session, repository: Repository) -> Revision | None:
-    """The files of `main`: those of the last commit or, before the first one, of the newest release."""
-    query = select(Commit).where(Commit.repository_id == repository.id).order_by(Commit.id.desc()).limit(1)
-    commit = session.scalar(query)
+    """The files that a commit changes: those of the last commit or, before the first one, of the newest release. A
+    commit does not count while all its releases are yanked, or if its files were taken down."""
+    query = select(Commit).where(Commit.repository_id == repository.id, _is_servable(Commit))
+    commit = session.scalar(query.order_by(Commit.id.desc()).limit(1))
     if commit is not None:
         return commit.revision
     order = (Release.stable.desc(), Release.sort_key.desc())
     newest = select(Release).where(Release.repository_id == repository.id, ~Release.yanked).order_by(*order).limit(1)
     release = session.scalar(newest)
     return release.revision if release else None
+
+
+def _is_servable(commit: type[Commit]) -> ColumnElement[bool]:
+    """A SQL condition: the commit was not taken down, and not released and yanked."""
+    release, revision = aliased(Release), aliased(Revision)
+    released = exists().where(release.revision_id == commit.revision_id)
+    gone = exists().where(revision.id == commit.revision_id, revision.taken_down_at.is_not(None))
+    return ~gone & (~released.where(release.yanked) | released.where(~release.yanked))
 
 
 def files_after(session: Session, name: RepositoryName, change: Change) -> list[ManifestFile]:
@@ -160,7 +169,7 @@ def publish(session: Session, actor: Actor, new: NewRelease, *, moves_main: bool
     """As `releases.publish`; in a repository with commits, a release whose files are not those of a commit becomes the
     head of `main`, if it `moves_main`."""
     release, created = releases.publish(session, actor, new)
-    if created and moves_main and last(session, release.repository) is not None:
+    if created and moves_main and has_commits(session, release.repository):
         made_from = select(Commit.id).where(Commit.revision_id == release.revision_id).limit(1)
         if session.scalar(made_from) is None:
             _record(session, actor, release.repository, release.revision, (release.version, release.notes))
@@ -182,7 +191,10 @@ def forgettable(before: datetime) -> Select[int]:
     time they were the head. The head of a repository is never among them."""
     later = aliased(Commit)
     followed = exists().where(
-        later.repository_id == Commit.repository_id, later.id > Commit.id, later.created_at < before
+        later.repository_id == Commit.repository_id,
+        later.id > Commit.id,
+        later.created_at < before,
+        _is_servable(later),
     )
     committed = exists().where(Commit.revision_id == Revision.id)
     return select(Revision.id).where(
@@ -224,17 +236,22 @@ class Entry:
     created_at: datetime
 
 
-def list_history(session: Session, name: RepositoryName, last: str) -> list[Entry]:
-    """The commits and the releases up to the commit `last`, the newest first; a release that is also a commit once."""
+def list_history(session: Session, name: RepositoryName, last: str, *, drafts: bool = True) -> list[Entry]:
+    """The commits and the releases up to the commit `last`, the newest first; a release that is also a commit once.
+    Without `drafts`, only commits that were released."""
     columns = (Revision.commit, Commit.title, Commit.message, Commit.author, Commit.created_at)
     query = select(*columns).join(Revision, Revision.id == Commit.revision_id)
     query = query.join(Repository, Repository.id == Commit.repository_id).order_by(Commit.id.desc())
     query = query.where(Repository.namespace == name.namespace, Repository.name == name.name)
     committed = [Entry(*row) for row in session.execute(query)]
+    listed = releases.list_history(session, name)
+    if not drafts:
+        published = {one.commit for one in listed}
+        committed = [entry for entry in committed if entry.commit in published]
     known = {entry.commit for entry in committed}
     released = [
         Entry(one.commit, one.version, one.notes, one.created_by, one.created_at)
-        for one in releases.list_history(session, name)
+        for one in listed
         if one.commit not in known
     ]
     entries = sorted([*committed, *released], key=lambda entry: entry.created_at, reverse=True)

@@ -335,6 +335,12 @@ def refuse_without_signature(
     raise Refused("unsigned", f"{detail}.", subject=namespace, next_step=next_step)
 
 
+def has_required_signature(policy: Namespace, signed_by: str | None, covers: str | None) -> bool:
+    """Whether a release with this signature may be published in the namespace now."""
+    covered = covers == "release" or policy.signature_covers == "files"
+    return not policy.require_signature or (covered and is_key_of(policy.signing_keys, signed_by))
+
+
 def _refuse_files_only(namespace: str, needed: str, covers: str | None, published: str | None) -> None:
     if covers == "release" or needed == "files":
         return

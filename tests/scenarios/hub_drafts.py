@@ -1,0 +1,64 @@
+"""What a publisher and a reader do with `huggingface_hub` where commits are drafts: prints what they saw as JSON.
+
+Run as hub_client.py, with `push` and the directory of an adapter, or with `read` and a file with the ids of commits.
+The last argument is the namespace.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from hub_client import error, files
+from huggingface_hub import HfApi
+
+api = HfApi()
+NAME = f"{sys.argv[4]}/sql"
+
+
+def push(directory: Path, adapter: Path) -> dict[str, object]:
+    """The commits of a publisher without a key."""
+    api.create_repo(NAME, exist_ok=True)
+    first = api.upload_folder(repo_id=NAME, folder_path=adapter, commit_message="Trained").oid
+    second = api.upload_file(repo_id=NAME, path_in_repo="notes.txt", path_or_fileobj=b"notes", revision="next").oid
+    return {
+        "commits": [first, second],
+        "next": files(api.snapshot_download(NAME, revision="next", cache_dir=directory / "next")),
+        "by_id": files(api.snapshot_download(NAME, revision=first, cache_dir=directory / "id")),
+        "branches": branches(),
+        "log": [one.title for one in api.list_repo_commits(NAME, revision="next")],
+        "main": error(lambda: api.model_info(NAME)),
+        "tag": error(lambda: api.create_tag(NAME, tag="9.0.0")),
+    }
+
+
+def read(directory: Path, ids: Path) -> dict[str, object]:
+    """What anybody else gets."""
+    calls: dict[str, Callable[[str], object]] = {
+        "snapshot": lambda at: api.snapshot_download(NAME, revision=at, cache_dir=directory / "cache-of-drafts"),
+        "info": lambda at: api.model_info(NAME, revision=at),
+        "tree": lambda at: list(api.list_repo_tree(NAME, revision=at)),
+        "commits": lambda at: api.list_repo_commits(NAME, revision=at),
+        "paths": lambda at: api.get_paths_info(NAME, ["notes.txt"], revision=at),
+        "file": lambda at: api.hf_hub_download(NAME, "notes.txt", revision=at, cache_dir=directory / "cache-of-files"),
+    }
+    commits: list[str] = json.loads(ids.read_text())
+    revisions = ["next", *commits, *(commit[:12] for commit in commits)]
+    return {
+        "drafts": sorted({error(partial(call, at))[0] for call in calls.values() for at in revisions}),
+        "main": error(lambda: api.model_info(NAME)),
+        "served": error(lambda: api.snapshot_download(NAME, cache_dir=directory / "cache-of-main")),
+        "files": files(str(directory / "cache-of-main")),
+        "branches": branches(),
+        "titles": [one.title for one in api.list_repo_commits(NAME)] if branches() else [],
+    }
+
+
+def branches() -> dict[str, str]:
+    return {one.name: one.target_commit for one in api.list_repo_refs(NAME).branches}
+
+
+if __name__ == "__main__":
+    act = {"push": push, "read": read}[sys.argv[2]]
+    sys.stdout.write(json.dumps(act(Path(sys.argv[1]), Path(sys.argv[3]))))
