@@ -233,7 +233,7 @@ def _show_upgrade(document: dict[str, Any]) -> None:
     ]
     render.table("", ("adapter", "channels", "", "why"), rows)
     scores = [
-        (f"{row['repository']}:{row['version']}", one["suite"], render.metric(one), *_values(one))
+        (f"{row['repository']}:{row['version']}", one["suite"], one["metric"], *_values(one))
         for row in document["adapters"]
         for one in row["scores"]
     ]
@@ -308,4 +308,4 @@ def _show(base: dict[str, Any]) -> None:
             None,
             [f"n={score['n']}" if score["n"] else "", "reported" if score.get("reported") else "", score.get("source")],
         )
-        render.out(f"  {score['suite']} {render.metric(score)}  {value}  ({', '.join(notes)})")
+        render.out(f"  {score['suite']} {score['metric']}  {value}  ({', '.join(notes)})")

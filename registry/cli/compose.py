@@ -189,7 +189,7 @@ def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     for score in scores:
         value = render.with_error(score["value"], score["stderr"])
-        metric = render.metric(score)
+        metric = score["metric"]
         rows.append((score["suite"], metric, "candidate", value, score["n"]))
         for one in score.get("inputs", []):
             name, value = f"{one['repository']}:{one['version']}", render.with_error(one["value"], one["stderr"])

@@ -33,7 +33,7 @@ ProbeMax = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Maximum number of examples when fewer are inconclusive: 24 by default, or --probe if that is below 8.",
+        help="Maximum number of examples when fewer are inconclusive: 32 by default, or --probe if that is below 8.",
     ),
 ]
 Suites = Annotated[

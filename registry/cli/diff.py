@@ -277,7 +277,7 @@ def _score_row(row: Json) -> tuple[Any, ...]:
         difference, note = f"{row['difference']:+.3f}", paired["in_words"]
         if paired["low"] is not None:
             difference += f" ({paired['low']:+.3f} to {paired['high']:+.3f})"
-    return (row["suite"], render.metric(row), old, new, difference, note)
+    return (row["suite"], row["metric"], old, new, difference, note)
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[Any]) -> None:

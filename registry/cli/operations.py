@@ -41,7 +41,7 @@ def serve(
     ] = True,
     processes: Annotated[
         int,
-        typer.Option(min=1, max=64, help="Number of server processes (PostgreSQL only); one more supervises them."),
+        typer.Option(min=1, max=64, help="Number of server processes; one more supervises them."),
     ] = 1,
 ) -> None:
     """Serve the REST API and run a worker: for one user on loopback, or with ADAPTORY_ACCESS=tokens for many."""

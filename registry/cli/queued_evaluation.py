@@ -47,7 +47,7 @@ def show(document: Json) -> None:
     for item in document["items"]:
         subject = f"{item['repository']}:{item['version']}" if item["repository"] else item["base"]["name"]
         for score in item["scores"] or ():
-            metric = render.metric({**score, "task": item["task"]})
+            metric = score["metric"]
             rows.append(
                 (subject, item["suite"], metric, render.with_error(score["value"], score["stderr"]), score["n"])
             )

@@ -310,25 +310,23 @@ def _made_of(connection: Connection, release: Json) -> "Composition | None":
     return of_release(release, note)
 
 
-def _guard_costs(connection: Connection, release: Json) -> list[str]:
-    """What each guard's loss costs beside the base's on the same content, where the base is measured on it."""
+def _guard_costs(connection: Connection, release: Json) -> list[tuple[str, str]]:
+    """By guard, what its loss costs beside the base's on the same content."""
     from composer.formats.recipes.suite import guard_cost
 
-    name = release["base"]["name"]
     losses = [row for row in release["scores"] if row["kind"] == "guard" and row["metric"] == "nll"]
     if not losses:
         return []
     scores = connection.api.get(f"/v1/bases/{release['base']['digest']}")["scores"]
     base = {row["suite_digest"]: row["value"] for row in scores if row["metric"] == "nll"}
+    unknown = f"unknown until `adaptory eval {release['base']['name']}` measures the base on it"
     return [
-        f"{row['suite']} {guard_cost(row['value'], base[row['suite_digest']])}"
-        if row["suite_digest"] in base
-        else f"{row['suite']}: its base is not measured: `adaptory eval {name} --suite {row['suite']}`"
+        (row["suite"], guard_cost(row["value"], base[row["suite_digest"]]) if row["suite_digest"] in base else unknown)
         for row in losses
     ]
 
 
-def _show_release(release: Json, made: "Composition | None", costs: list[str]) -> None:
+def _show_release(release: Json, made: "Composition | None", costs: list[tuple[str, str]]) -> None:
     from registry.client.diff import stated_provenance
 
     facts = release["adapter"] or release["model"]
@@ -362,8 +360,8 @@ def _show_release(release: Json, made: "Composition | None", costs: list[str]) -
         render.lines("provenance", stated)
     if release["scores"]:
         render.score_table("", release["scores"])
-        for line in costs:
-            render.out(f"  {line}")
+        if costs:
+            render.lines("guards", costs)
     render.table(
         "",
         ("file", "size", "sha256"),

@@ -217,12 +217,6 @@ def summary(label: str, summary: dict[str, Any]) -> None:
             print(part)
 
 
-def metric(score: Mapping[str, Any]) -> str:
-    """The name of a score's metric for people."""
-    teacher_forced = score.get("task", "teacher_forced") == "teacher_forced"  # compositions of before have no task
-    return "exact match" if score["metric"] == "accuracy" and teacher_forced else score["metric"]
-
-
 def with_error(value: float, stderr: float | None) -> str:
     """A value with its standard error, if it has one."""
     return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
@@ -234,7 +228,7 @@ def score_table(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
     rows = [
         (
             score["suite"],
-            metric(score),
+            score["metric"],
             with_error(score["value"], score["stderr"]),
             score["n"] or "",
             " ".join(filter(None, ["reported" if score.get("reported") else "", score.get("source")])),

@@ -110,4 +110,4 @@ def _remarks(release: Json) -> list[str]:
 
 
 def _score(score: Json) -> str:
-    return f"{score['suite']} {render.metric(score)} {score['value']:.3f}{' reported' if score.get('reported') else ''}"
+    return f"{score['suite']} {score['metric']} {score['value']:.3f}{' reported' if score.get('reported') else ''}"

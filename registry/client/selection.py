@@ -176,15 +176,22 @@ def _refuse_another_kind(directory: Path, there: Sequence[str], kind: str) -> No
         code, what, next_step = "empty_directory", "has no files", "Name the training output directory."
     elif kind != "adapter" or CONFIG_FILE in there or WEIGHTS_FILE in there:
         return
-    elif below := [path.rpartition("/")[0] for path in there if path.endswith(f"/{CONFIG_FILE}")]:
+    elif below := sorted(
+        (path.rpartition("/")[0] for path in there if path.endswith(f"/{CONFIG_FILE}")), key=_by_number
+    ):
         code, what = "missing_config", f"has no {CONFIG_FILE}; {', '.join(below[:_LISTED])} below it do"
-        next_step = f"Name one of them: {directory / below[-1]}"
+        next_step = f"Name one of them, such as the last: {directory / below[-1]}"
     elif "config.json" in there:
         code, what = "a_checkpoint", "is a checkpoint of a model, not an adapter"
         next_step = "Name the adapter's directory, or publish the model with --kind model."
     else:
         return
     raise Invalid(code, f"{directory} {what}.", subject=str(directory), next_step=next_step)
+
+
+def _by_number(path: str) -> list[tuple[int, str]]:
+    """A sort key that reads digits as numbers: checkpoint-500 comes before checkpoint-1000."""
+    return [(int(digits or 0), text) for text, digits in re.findall(r"(\D*)(\d*)", path)]
 
 
 def _problem(directory: Path, path: str) -> RegistryError | None:

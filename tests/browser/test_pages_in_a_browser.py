@@ -208,7 +208,7 @@ def test_a_channel_says_what_it_serves_since_when_and_why(site: Site, tab: Page)
 
 def test_a_release_answers_whether_it_can_be_promoted(site: Site, tab: Page) -> None:
     tab.goto(f"{site.url}/acme/sql/1.0.0?channel=prod")
-    refused = tab.get_by_role("region", name="It cannot be promoted to prod: 1 of 2 gates fail.")
+    refused = tab.get_by_role("region", name="It cannot be promoted to prod: 1 of 2 gates fails.")
     expect(refused.get_by_role("row", name="failed: guard-exact.accuracy >= 0.99")).to_contain_text("0.990")
     tab.get_by_role("link", name="Served by staging").click()
     expect(tab.get_by_role("region", name="staging serves this release.")).to_be_visible()

@@ -135,12 +135,13 @@ def test_all_files_that_cannot_be_released_are_named_before_one_is_hashed(
 def test_a_directory_of_adapters_names_them_and_a_checkpoint_its_option(
     stocked_on_disk: Cli, world: World, tmp_path: Path
 ) -> None:
-    for name in ("checkpoint-10", "checkpoint-20"):
+    for name in ("checkpoint-500", "checkpoint-1000"):
         shutil.copytree(world.adapters["sql"], tmp_path / "out" / name)
     refused = stocked_on_disk("push", tmp_path / "out", "acme/sql:1.0.0", "--base", "tiny")
     assert refused.code == 6
-    assert "checkpoint-10" in refused.err
-    assert f"next: Name one of them: {tmp_path / 'out' / 'checkpoint-20'}" in refused.err
+    assert "checkpoint-500, checkpoint-1000 below it do" in refused.err
+    last = tmp_path / "out" / "checkpoint-1000"
+    assert f"next: Name one of them, such as the last: {last}" in refused.err, "by number, not by letter"
     refused = stocked_on_disk("push", world.base, "acme/tiny:1.0.0", "--base", "tiny")
     assert (refused.code, "--kind model" in refused.err) == (6, True)
 

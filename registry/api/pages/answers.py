@@ -121,4 +121,5 @@ def _judged(session: Session, actor: Actor, release: Release, channel: str, othe
 
 def _failed(report: Sequence[GateLine]) -> str:
     failed = sum(one.kind != "ok" for one in report)
-    return f"{failed} of {len(report)} gates fail" if len(report) > 1 else "its gate fails"
+    verb = "fails" if failed == 1 else "fail"
+    return f"{failed} of {len(report)} gates {verb}" if len(report) > 1 else "its gate fails"

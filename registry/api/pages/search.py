@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode
 
 import orjson
 from fastapi import APIRouter, Request, Response
 
+from registry.api.http.problems import as_registry_error
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import needs_only_request
 from registry.api.http.threads import in_search_threads
 from registry.api.pages.render import page
-from registry.api.pages.wire import PageCaller, PageRoute
+from registry.api.pages.wire import ERRORS, PageCaller, PageRoute
 from registry.api.routes.documents import Json, RenderedReleaseCache
 from registry.api.routes.search import PARAMETERS, Results, find_releases
 from registry.domain.access.audit import Actor
@@ -57,14 +59,21 @@ def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respo
     if "base" not in dict(given):
         given = [one for one in given if one != ("include", "related")]
     limited = given if any(name == "limit" for name, _ in given) else [*given, ("limit", str(SHOWN))]
-    results = _find(request, resources, actor, limited)
+    try:
+        results = _find(request, resources, actor, limited)
+    except ERRORS as raised:  # the form keeps what it was sent
+        error = as_registry_error(raised)
+        if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR or "text/html" not in request.headers.get("accept", ""):
+            raise
+        nothing: dict[str, Any] = {"releases": [], "serving": {}, "more": None, "not_loading": None}
+        return page(request, "search.html", status=error.status, error=error, asked=_asked(given), **nothing)
     without_cursor = [(name, value) for name, value in given if name != "cursor"]
     more = f"/search?{urlencode([*without_cursor, ('cursor', results.following)])}" if results.following else None
     with resources.read() as session:
         serving = served.channels_of(session, results.release_ids)
     facts: dict[str, Any] = {**_rows(results, serving), "more": more, "asked": _asked(given)}
     facts["not_loading"] = _not_loading(request, resources, actor, without_cursor)
-    return page(request, "search.html", **facts, json_address=f"/v1/releases?{urlencode(limited)}")
+    return page(request, "search.html", error=None, **facts, json_address=f"/v1/releases?{urlencode(limited)}")
 
 
 def known_adapters(

@@ -66,6 +66,15 @@ def test_an_admin_changes_a_policy_and_no_change_of_another_is_lost(house: House
     assert (kept["revision"], kept["policy"]["rules"]) == (1, ["exact.nll <= 9"])
 
 
+def test_a_promotion_that_its_rules_refuse_does_not_say_that_clients_get_it(house: House, admin: Browser) -> None:
+    rules = {"channel": "strict", "rules": ["exact.nll <= 0.0000001"]}
+    assert house.ask("admin", "PUT", f"/v1/adapters/{NAME}/gates", json=rules).status_code == 200
+    page = admin.open(f"/{NAME}@strict/promote?version=1.0.0").text
+    assert "Some rules of strict fail." in page
+    assert "only if you force the promotion" in page
+    assert "from their next pull" not in page
+
+
 def test_a_channel_has_a_page_before_its_first_promotion(house: House, admin: Browser) -> None:
     page = f"/{NAME}@early"
     assert admin.open(page).status_code == 404

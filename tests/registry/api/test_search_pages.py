@@ -58,3 +58,12 @@ def test_related_bases_can_be_ticked(reader: Browser) -> None:
     assert ticked in reader.open("/search?base=tiny&include=related").text
     without_base = reader.open("/search?include=related")
     assert (without_base.status_code, ticked in without_base.text) == (200, False)
+
+
+@pytest.mark.parametrize("query", ["max_rank=many", "score=nonsense", "base=nobody"])
+def test_a_search_that_fails_keeps_its_form_without_scripts_too(reader: Browser, query: str) -> None:
+    answer = reader.open(f"/search?text=sql+tables&{query}")
+    assert (answer.status_code in (400, 404, 422), 'role="alert"' in answer.text) == (True, True)
+    assert 'name="text" type="search" value="sql tables"' in answer.text
+    name, _, value = query.partition("=")
+    assert re.search(rf'name="{name}" value="{value}"', answer.text)
