@@ -143,6 +143,16 @@ def _addresses(text: str) -> str:
     return text
 
 
+def _hosts(text: str) -> str:
+    """Empty means any."""
+    for part in text.split(",") if text else ():
+        if not re.fullmatch(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f]*:[0-9A-Fa-f:.]+\]?", part.strip()):
+            raise PydanticCustomError(
+                "hosts", "it is not a list of host names without ports, such as adapters.example,10.0.0.7"
+            )
+    return text
+
+
 def _issuers(text: str) -> str:
     """Empty means none."""
     for part in text.split(",") if text else ():
@@ -359,6 +369,9 @@ class Settings(BaseSettings):
     `Retry-After`. Empty for no limit."""
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = ""
     """Comma-separated addresses and networks of proxies whose `X-Forwarded-For` a server trusts; none by default."""
+    hosts: Annotated[str, AfterValidator(_hosts)] = ""
+    """Comma-separated host names, without ports, that a server with tokens answers to, others with 421; empty for any.
+    `/healthz`, `/readyz` and `/metrics` answer to any."""
     oidc_audience: Annotated[str, AfterValidator(_http_url)] = ""
     """This registry's address, as clients have it in `HF_ENDPOINT`: ID tokens of continuous integration must be meant
     for it. Without it, none is exchanged for a token."""
@@ -431,6 +444,10 @@ class Settings(BaseSettings):
 
         names = tuple(name.strip() for name in self.scorers.split(",") if name.strip())
         return PythonScorers(names, self.scorer_timeout_s)
+
+    @property
+    def host_names(self) -> tuple[str, ...]:
+        return tuple(name.strip().strip("[]").lower() for name in self.hosts.split(",") if name.strip())
 
     @property
     def issuers(self) -> dict[str, Claims]:

@@ -14,7 +14,7 @@ from registry.api.http import problems
 from registry.api.http.callers import ActorCache
 from registry.api.http.events import EventStreams
 from registry.api.http.exchanges import AccessLog, Exchanges, Observe
-from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, SameSite
+from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, OwnHost, SameSite
 from registry.api.http.threads import UploadThreads
 from registry.api.routes.documents import RenderedReleaseCache
 from registry.transfer.openid import OpenIdProvider
@@ -125,6 +125,7 @@ def _guard(app: FastAPI, resources: Resources, *, tokens: bool) -> None:
     app.add_middleware(BodyLimit, limit_bytes=resources.settings.max_document_bytes)
     if tokens:
         app.add_middleware(CallerLimits, callers=app.state.callers)
+        app.add_middleware(OwnHost, names=resources.settings.host_names)
     else:
         app.add_middleware(SameSite, names=LOOPBACK_NAMES)
     app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)

@@ -21,6 +21,8 @@ AccessLog = Literal["json", "text", "off"]
 Observe = Callable[[str, str | None, int, float], None]
 """(method, route template, status, seconds)"""
 HEADER = b"x-request-id"
+NOSNIFF = (b"x-content-type-options", b"nosniff")
+"""No browser may take an answer for what its Content-Type does not say: all of them may have text of users."""
 _GIVEN = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 """Request ids accepted from a proxy; anything else could forge log lines."""
 
@@ -45,7 +47,7 @@ def request_id() -> str | None:
 
 
 class Exchanges:
-    """Gives each request an id, returns it as `X-Request-Id`, and logs and counts the response when it ends."""
+    """Gives each request an id, returns it as `X-Request-Id`, adds `nosniff`, and logs and counts the response."""
 
     def __init__(self, app: ASGIApp, access_log: AccessLog, observe: Observe | None = None) -> None:
         self.app, self._observe = app, observe
@@ -63,7 +65,7 @@ class Exchanges:
         async def identified(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                more = [(HEADER, exchange.request_id.encode())]
+                more = [(HEADER, exchange.request_id.encode()), NOSNIFF]
                 if scope["app"].state.draining:  # a connection that stays open would break when the server has ended
                     more.append((b"connection", b"close"))
                 message = {**message, "headers": [*message["headers"], *more]}

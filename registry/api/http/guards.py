@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -24,6 +24,8 @@ STREAMED = re.compile(rf"{BLOB_PATHS}|/api/lfs/|/api/models/[^/]+/[^/]+/commit/|
 SIGN_IN_PATH = "/login"
 HEALTH_PATHS = ("/healthz", "/readyz")
 """Not counted: probes are frequent, and share the address of a proxy in front."""
+NAMELESS_PATHS = (*HEALTH_PATHS, "/metrics")
+_STATUS = {"unknown_host": 421}
 
 
 class BodyLimit:
@@ -170,31 +172,47 @@ def _guesses(credentials: Credentials) -> str:
     return f"guesses {credentials.address}"
 
 
-class SameSite:
-    """Answers only requests to its own host names: 400 for other names, 403 for pages of other sites.
-
-    A website could point its own host name at loopback, or post a form to a loopback server.
-    """
+class OwnHost:
+    """Answers only requests to its own host names, if it has any: 421 for others, and 400 for two names at once, which
+    a proxy and this server could read differently. Probes and scrapers use an address."""
 
     def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
         self.app = app
         self.names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._error(dict(scope["headers"])) if scope["type"] == "http" else None
-        answer = self.app if error is None else error_response(scope, error)
+        error = self._error(scope) if scope["type"] == "http" else None
+        answer = self.app if error is None else error_response(scope, error, _STATUS.get(error.code))
         await answer(scope, receive, send)
 
-    def _error(self, headers: Mapping[bytes, bytes]) -> RegistryError | None:
-        host = headers.get(b"host", b"").decode("latin-1")
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        if not self._is_own(_hostname(f"//{host}")):
-            return Usage(
-                "unknown_host",
-                f"{host[:200]!r} is not a host name of this registry.",
-                subject=host[:200],
-                next_step=f"Use {self.names[0]}.",
-            )
+    def _error(self, scope: Scope) -> RegistryError | None:
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) > 1:
+            return Usage("bad_http", "The request has more than one Host header.", next_step="Send one.")
+        host = "".join(hosts)
+        if not self.names or scope["path"] in NAMELESS_PATHS or self._is_own(_hostname(f"//{host}")):
+            return None
+        return Usage(
+            "unknown_host",
+            f"{host[:200]!r} is not a host name of this registry.",
+            subject=host[:200],
+            next_step=f"Use {self.names[0]}.",
+        )
+
+    def _is_own(self, name: str | None) -> bool:
+        return name in self.names
+
+
+class SameSite(OwnHost):
+    """Answers only requests to loopback names, and 403 to pages of other sites.
+
+    A website could point its own host name at loopback, or post a form to a loopback server.
+    """
+
+    def _error(self, scope: Scope) -> RegistryError | None:
+        if error := super()._error(scope):
+            return error
+        origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
         if origin and not self._is_own(_hostname(origin)):
             return NotAllowed(
                 "other_site",
@@ -205,8 +223,8 @@ class SameSite:
         return None
 
     def _is_own(self, name: str | None) -> bool:
-        """Whether the name is ours: no website has one of these names or a loopback address."""
-        return name in self.names or is_loopback(name or "")
+        """No website has one of these names or a loopback address."""
+        return super()._is_own(name) or is_loopback(name or "")
 
 
 def _hostname(url: str) -> str | None:

@@ -31,5 +31,5 @@ async def send(digest: str, name: str) -> Response:
     if asset is None:
         return Response(status_code=404)
     content, media_type = asset
-    headers = {"Cache-Control": "public, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
+    headers = {"Cache-Control": "public, max-age=31536000, immutable"}
     return Response(content, media_type=media_type, headers=headers)

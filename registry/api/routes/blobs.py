@@ -31,6 +31,12 @@ BYTES: dict[int | str, dict[str, Any]] = {
     416: {"description": "Range starts beyond the end."},
 }
 """OpenAPI responses of a route that sends a file."""
+UNTRUSTED = {
+    "Content-Disposition": "attachment",
+    "Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'",
+}
+"""Of every answer with bytes that a user sent: a browser saves them, and shows none as a page of this server. `nosniff`
+is on every answer of the server."""
 UploadId = Annotated[str, Path(max_length=64)]
 ByteRange = Annotated[str | None, Header(alias="Range")]
 PartNumber = Annotated[int, Path(ge=1, le=10_000)]
@@ -106,19 +112,23 @@ def file_response(
             next_step="Restore the blob from a backup, or push the same file again.",
         )
     uploads.refuse_damaged(stat, file.size_bytes, named)
-    return RedirectResponse(url, status_code=307) if url else _bytes(resources, stat, byte_range)
+    return _sent(resources, stat, url, byte_range)
 
 
 def blob_response(resources: Resources, stat: BlobStat, byte_range: str | None) -> Response:
     """The bytes, a range of them, or a redirect if the store has download addresses."""
-    url = resources.store.url(stat.sha256, resources.settings.download_expires_s)
-    return RedirectResponse(url, status_code=307) if url else _bytes(resources, stat, byte_range)
+    return _sent(resources, stat, resources.store.url(stat.sha256, resources.settings.download_expires_s), byte_range)
+
+
+def _sent(resources: Resources, stat: BlobStat, url: str | None, byte_range: str | None) -> Response:
+    """A redirect to the store's address, which makes the answer an attachment too, or the bytes."""
+    return RedirectResponse(url, 307, UNTRUSTED) if url else _bytes(resources, stat, byte_range)
 
 
 def _bytes(resources: Resources, stat: BlobStat, byte_range: str | None) -> Response:
     span = _span(byte_range, stat.size_bytes)
     if span is None:
-        return Response(status_code=416, headers={"Content-Range": f"bytes */{stat.size_bytes}"})
+        return Response(status_code=416, headers={"Content-Range": f"bytes */{stat.size_bytes}", **UNTRUSTED})
     start, length = span
     headers = blob_headers(stat.sha256, length)
     if byte_range and length < stat.size_bytes:
@@ -152,6 +162,7 @@ def blob_headers(sha256: Digest, length: int) -> dict[str, str]:
         "Content-Length": str(length),
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, immutable",
+        **UNTRUSTED,
     }
 
 

@@ -1,0 +1,99 @@
+"""What a user sent is saved by a browser and never shown as a page of the server, and the server answers to its names
+alone."""
+
+import socket
+from collections.abc import Generator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests import services
+from tests.access.browser import Browser
+from tests.access.house import PRIVATE, House, build_house, entered, new_environment
+from tests.access.test_exchanges import RELEASE
+from tests.scenarios.world import server
+
+NAMES = "adapters.example, Files.Example,::1"
+
+
+@pytest.fixture(scope="module", params=services.PAIRINGS)
+def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
+    house = build_house(new_environment(request.param, tmp_path_factory.mktemp("house")))
+    yield house
+    house.close()
+
+
+def is_inert(answer: httpx2.Response) -> bool:
+    headers = answer.headers
+    return (
+        headers["content-disposition"].startswith("attachment")
+        and headers["content-security-policy"] == "sandbox; default-src 'none'; frame-ancestors 'none'"
+        and headers["x-content-type-options"] == "nosniff"
+        and headers.get("content-type", "application/octet-stream") == "application/octet-stream"
+    )
+
+
+def test_a_file_of_a_user_is_an_attachment_in_a_sandbox_by_every_way(furnished: House) -> None:
+    file = f"/{PRIVATE}/sql/resolve/1.0.0/weights.safetensors"
+    blob = f"/v1/blobs/{furnished.things[PRIVATE].sha256}"
+    for path in (f"{RELEASE}/files/weights.safetensors", file, blob):
+        answer = furnished.ask("publisher", "GET", path)
+        assert answer.status_code in (200, 307), path
+        assert is_inert(answer), path
+        if answer.status_code == 307:
+            signed = httpx2.URL(answer.headers["location"]).params
+            assert signed["response-content-disposition"] == "attachment"
+            assert signed["response-content-type"] == "application/octet-stream"
+        else:
+            part = furnished.ask("publisher", "GET", path, headers={"Range": "bytes=1-2"})
+            beyond = furnished.ask("publisher", "GET", path, headers={"Range": "bytes=1000000-"})
+            assert (part.status_code, is_inert(part)) == (206, True)
+            assert (beyond.status_code, is_inert(beyond)) == (416, True)
+    for path in (file, blob):
+        assert is_inert(furnished.ask("publisher", "HEAD", path)), path
+
+
+def test_a_file_from_a_page_has_its_name_and_the_sandbox_of_a_file(furnished: House) -> None:
+    with Browser(furnished) as browser:
+        browser.sign_in(furnished.secrets["reader"])
+        answer = browser.open(f"/{PRIVATE}/sql/1.0.0/files/weights.safetensors")
+    assert is_inert(answer)
+    assert "weights.safetensors" in answer.headers["content-disposition"]
+
+
+def test_no_answer_leaves_a_browser_to_guess_its_type(furnished: House) -> None:
+    for path in ("/", "/healthz", "/v1/whoami", "/v1/nothing", RELEASE, "/openapi.json", "/static/0/x.css"):
+        answer = furnished.ask("reader", "GET", path)
+        assert answer.headers.get_list("x-content-type-options") == ["nosniff"], path
+
+
+def test_a_server_answers_to_its_names_alone(furnished: House) -> None:
+    house = entered(furnished, furnished.environ, hosts=NAMES)
+    for name in ("adapters.example", "ADAPTERS.example:8470", "files.example", "[::1]:80"):
+        assert house.ask("reader", "GET", "/v1/whoami", headers={"Host": name}).status_code == 200, name
+    for name in ("evil.example", "adapters.example.evil.example", "127.0.0.1", "", "[", "xadapters.example"):
+        answer = house.ask("reader", "GET", "/v1/whoami", headers={"Host": name})
+        assert (answer.status_code, answer.json()["code"]) == (421, "unknown_host"), name
+        assert "adapters.example" in answer.json()["next"]
+    for path in ("/healthz", "/readyz"):
+        assert house.ask("nobody", "GET", path, headers={"Host": "10.0.0.7:8470"}).status_code == 200
+    house.close()
+
+
+def test_two_hosts_are_refused(tmp_path: Path) -> None:
+    with server(tmp_path / "home") as (url, _process):
+        address = httpx2.URL(url)
+        with socket.create_connection((address.host, address.port)) as connection:
+            lines = [
+                "GET /healthz HTTP/1.1",
+                f"Host: {address.netloc.decode()}",
+                "Host: evil.example",
+                "Connection: close",
+            ]
+            connection.sendall("\r\n".join([*lines, "", ""]).encode())
+            answer = b""
+            while block := connection.recv(4096):
+                answer += block
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'"bad_http"' in answer
