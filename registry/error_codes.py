@@ -278,6 +278,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "registry_unreachable": "Check that ADAPTORY_URL is right and the server runs.",
         "schema_new": "Install a newer adaptory; if it is installed, restart the running processes.",
         "schema_old": "Run `adaptory migrate`.",
+        "uploads_busy": "Try again after the seconds in Retry-After; start more servers if it is often so.",
         "searches_busy": ("Try again after the seconds in Retry-After; /readyz shows whether the database answers."),
         "server_failed": "Read its output, and repeat.",
         "signing_key_missing": "Name a key in PEM that this process can read.",

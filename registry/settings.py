@@ -381,8 +381,8 @@ class Settings(BaseSettings):
     sign_in: SignInSettings | None = None
     """An OpenID provider whose users sign in to pages, beside the holders of tokens; none by default."""
     max_concurrent_uploads: int = Field(default=16, gt=0)
-    """Maximum bodies that one user may be sending to one server process at a time; beyond it 429. A process has
-    32 threads for them."""
+    """Maximum bodies that one user may be sending to one server process at a time; beyond it 429. A process receives
+    128; a user gets no more of them than are left for others, then 503 with `Retry-After`."""
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
     """Maximum total size of a request's headers; beyond it 431. A head of half a MiB, or one that takes longer
     than 30 s, also ends the connection."""

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry.api.http import problems
 from registry.api.http.callers import ActorCache
-from registry.api.http.events import EventStreams
+from registry.api.http.events import EventStreams, Feed
 from registry.api.http.exchanges import AccessLog, Exchanges, Observe
 from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, OwnHost, SameSite
 from registry.api.http.threads import UploadThreads
@@ -110,6 +110,7 @@ def _application(resources: Resources, *, tokens: bool) -> FastAPI:
     app.state.draining = False
     app.state.uploads = UploadThreads(resources.settings.max_concurrent_uploads if tokens else None)
     app.state.event_streams = EventStreams()
+    app.state.feed = Feed(resources, app.state)
     app.state.downloads_limiter = CapacityLimiter(DOWNLOAD_THREADS)
     app.state.callers = ActorCache(resources, single_user=not tokens)
     app.state.token_exchange = TokenExchange(resources)

@@ -23,6 +23,7 @@ from registry.domain.jobs.queue import Amount
 from tests import services
 from tests.access.house import HOST, PRIVATE, PUBLIC, House, borrowed, build_house, new_environment
 from tests.eventually import eventually
+from tests.registry.api.test_pages import counted
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,34 @@ def test_a_user_has_a_limited_number_of_streams_and_gets_one_back_by_hanging_up(
         eventually(partial(another, one_of_them), within_s=10)
     house.ask("admin", "POST", f"/v1/jobs/{job_id}/cancel")  # ends the last stream at once
     assert not [record for record in caplog.records if record.levelname == "ERROR"], "a hang-up is not a defect"
+
+
+def test_one_reader_reads_a_job_once_for_all_streams_that_follow_it(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many follow, an interval costs the same statements; all of them get each change."""
+    monkeypatch.setattr(events, "KEEP_ALIVE_S", 60.0)
+    monkeypatch.setattr(events, "ASK_AGAIN_S", 60.0)
+    job_ids = [new_job(house)[1] for _ in range(2)]
+    states = list[list[str]]()
+
+    def follow(job_id: int) -> None:
+        answer = house.ask("admin", "GET", f"/v1/jobs/{job_id}/events")
+        states.append([document["state"] for _, document in parsed(answer.text)])
+
+    threads = [threading.Thread(target=follow, args=(job_id,)) for job_id in job_ids * 9]
+    for one in threads:
+        one.start()
+    time.sleep(2)
+    with counted(house.resources) as sent:
+        time.sleep(2)
+        statements = len(sent)
+    for job_id in job_ids:
+        house.ask("admin", "POST", f"/v1/jobs/{job_id}/cancel")
+    for one in threads:
+        one.join(20)
+    assert states == [["queued", "cancelled"]] * 18
+    assert 2 <= statements <= 5 * 8, "five intervals of at most eight statements"
 
 
 def test_publishers_order_their_jobs_and_a_high_priority_needs_a_releaser(house: House) -> None:

@@ -1,10 +1,12 @@
 """How much one caller may ask for: headers, bodies, requests, uploads at a time."""
 
+import socket
 import threading
 import time
 import tracemalloc
 import zlib
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
@@ -14,10 +16,14 @@ from registry.api.app import create_app
 from registry.api.http import request as bodies
 from registry.api.http.threads import UPLOAD_THREADS
 from registry.client.inprocess import InProcessTransport
+from registry.domain.access import namespaces, tokens
+from registry.domain.access.roles import Role
 from registry.settings import Settings
 from registry.transfer.resources import open_resources
 from tests import services
-from tests.access.house import House, build_house, entered, new_environment
+from tests.access.house import HOST, House, build_house, entered, new_environment
+from tests.eventually import eventually
+from tests.scenarios.world import server
 
 BASE = {"name": "x", "model_type": "llama", "tied": False, "weights_digest": "0" * 64}
 
@@ -350,7 +356,7 @@ def test_bodies_that_stall_hold_up_no_one_else(furnished: House) -> None:
     def send() -> None:
         house.ask("publisher", "PUT", path, content=stall(), headers={"Content-Length": "5"})
 
-    senders = [threading.Thread(target=send) for _ in range(UPLOAD_THREADS)]
+    senders = [threading.Thread(target=send) for _ in range(UPLOAD_THREADS - 1)]
     for sender in senders:
         sender.start()
     try:
@@ -361,4 +367,46 @@ def test_bodies_that_stall_hold_up_no_one_else(furnished: House) -> None:
         go_on.set()
         for sender in senders:
             sender.join(30)
+    house.close()
+
+
+def test_slow_uploads_of_three_users_do_not_hold_up_the_push_of_another(tmp_path: Path) -> None:
+    """And when none is free for a user, the next upload gets 503 and the time to wait, not silence."""
+    house = build_house(new_environment(services.PAIRINGS[0], tmp_path / "home"))
+    things = house.things["acme"]
+    path = f"/v1/blobs/{things.announced}?upload={things.upload_id}"
+    for name in ("ann", "ben", "cal", "dan", "eve", "fay", "gus", "hal"):
+        with house.resources.write() as session:
+            namespaces.set_member(session, HOST, "acme", name, Role.PUBLISHER)
+            made = tokens.create(session, HOST, tokens.NewToken(name, name, {"acme": Role.PUBLISHER}, None))
+            house.secrets[name] = made[1]
+    with server(tmp_path / "home", ADAPTORY_ACCESS="tokens", ADAPTORY_RATE_LIMIT="") as (url, _), ExitStack() as slow:
+        address = httpx2.URL(url)
+
+        def stall(user: str, count: int) -> None:
+            head = f"PUT {path} HTTP/1.1\r\nHost: {address.host}\r\nAuthorization: Bearer {house.secrets[user]}\r\n"
+            for _ in range(count):
+                sender = slow.enter_context(socket.create_connection((address.host, address.port)))
+                sender.sendall(f"{head}Content-Length: 5\r\n\r\na".encode())
+
+        def send(user: str) -> httpx2.Response:
+            headers = {"Authorization": f"Bearer {house.secrets[user]}"}
+            return httpx2.put(f"{url}{path}", content=b"acme!", headers=headers, timeout=10)
+
+        for user in ("ann", "ben", "cal"):
+            stall(user, 16)
+        eventually(lambda: send("cal").status_code == 429, within_s=20, every_s=0.5)
+        began = time.monotonic()
+        assert send("publisher").status_code == 201
+        assert time.monotonic() - began < 5
+        for user in ("dan", "eve", "fay", "gus"):
+            stall(user, 16)
+        stall("hal", 8)  # half of what is left then
+        eventually(lambda: send("hal").status_code == 503, within_s=20, every_s=0.5)
+        refused = send("hal")
+        assert refused.json()["code"] == "uploads_busy"
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert send("publisher").status_code == 201, "another user goes on"
+        slow.close()
+        eventually(lambda: send("hal").status_code == 201, within_s=20, every_s=0.5)
     house.close()

@@ -30,7 +30,8 @@ SEARCH_THREADS, SEARCH_ROOM = 16, 10_000
 wait as are answered within PATIENCE_S."""
 STORE_THREADS, STORE_ROOM = 32, 512
 """64 clients of the hub fetch 8 files each at once."""
-UPLOAD_THREADS = 32
+UPLOAD_THREADS = 128
+"""They wait for the senders most of the time, and cost little meanwhile."""
 EXCHANGE_THREADS, EXCHANGE_ROOM = 8, 64
 """An issuer that hangs blocks each thread that needs its keys, and anyone can send a token that names it."""
 
@@ -81,9 +82,10 @@ class Threads:
 
 
 class UploadThreads:
-    """Threads that receive bodies, so that slow senders hold up other senders and not other requests.
+    """Threads that receive bodies, so that slow senders hold up no other requests.
 
-    One user has at most `per_user` of them, whatever tokens it sends with; with None, all of them.
+    One user has at most `per_user` of them, whatever tokens it sends with, and at most as many as are free for others:
+    the last sixteen take five more users to fill. With None, there is one user, who has all of them.
     """
 
     def __init__(self, per_user: int | None) -> None:
@@ -91,7 +93,15 @@ class UploadThreads:
         self._running: Counter[str] = Counter()
 
     async def run(self, user: str, receive: Callable[[], R]) -> R:
-        """Calls `receive` in a thread. Raises TooMany if the user has its share of them already."""
+        """Calls `receive` in a thread. Raises TooMany if the user has its share of them already, and Unavailable if
+        none is free for it."""
+        free = UPLOAD_THREADS - self._running.total()
+        if free <= (0 if self._per_user is None else self._running[user]):
+            raise Unavailable(
+                "uploads_busy",
+                f"{UPLOAD_THREADS - free} of {UPLOAD_THREADS} uploads are under way, as many as this process takes.",
+                next_step="Try again after the seconds in Retry-After.",
+            )
         if self._per_user is not None and self._running[user] >= self._per_user:
             raise TooMany(
                 "too_many_uploads",

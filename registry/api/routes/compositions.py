@@ -1,5 +1,7 @@
 """Compositions: create, show, follow, cancel. A worker does the work itself."""
 
+from functools import partial
+
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
@@ -8,7 +10,7 @@ from registry.api.http.events import EVENTS, LastEventId, stream
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller
-from registry.api.routes.views import composition_view
+from registry.api.routes.views import composition_documents, composition_view
 from registry.api.schemas.work import CompositionIn, CompositionOut
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import permit
@@ -62,7 +64,8 @@ async def follow(
 ) -> Response:
     """Server-sent events: the composition on every change until it finishes, after the one of `Last-Event-ID`, and a
     comment after 15 seconds without changes. 204 if that was the last."""
-    return await stream(request, actor, lambda current: _look(resources, current, composition_id), last_event_id)
+    look = partial(_look, resources, composition_id=composition_id)
+    return await stream(request, actor, look, (composition_documents, composition_id), last_event_id)
 
 
 @router.post("/{composition_id}/cancel")

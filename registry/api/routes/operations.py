@@ -1,6 +1,7 @@
 """Jobs, the event log and health."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
 from registry.api.http.rules import AdminSomewhere, Caller, Contributor
 from registry.api.http.threads import in_store_threads
-from registry.api.routes.views import audit_view, job_page, job_view
+from registry.api.routes.views import audit_view, job_documents, job_page, job_view
 from registry.api.schemas.wire import Page
 from registry.api.schemas.work import AuditOut, EventFilters, JobOut, PriorityIn
 from registry.database.engine import Session
@@ -52,7 +53,8 @@ async def follow_job(
 ) -> Response:
     """Server-sent events: the job on every change until it ends, after the one of `Last-Event-ID`, and a comment after
     15 seconds without changes. 204 if that was the last."""
-    return await stream(request, actor, lambda current: show_job(job_id, resources, current), last_event_id)
+    look = partial(show_job, job_id, resources)
+    return await stream(request, actor, look, (job_documents, job_id), last_event_id)
 
 
 @router.post("/v1/jobs/{job_id}/cancel")

@@ -25,6 +25,7 @@ from registry.domain.channels import moves, resolve
 from registry.domain.channels.judgements import Judgement
 from registry.domain.channels.moves import PromotionRequest
 from registry.domain.channels.timeline import ChannelMove
+from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
 from registry.domain.jobs.queue import Priority
 from registry.formats.references import RepositoryName
@@ -140,6 +141,17 @@ def promotion_view(row: Promotion) -> PromotionOut:
 
 def job_view(session: Session, row: Job, now: datetime) -> JobOut:
     return _job_views(session, [row], now)[0]
+
+
+def job_documents(session: Session, ids: Sequence[int], now: datetime) -> dict[int, JobOut]:
+    """The jobs with these ids, as far as they exist, with the same queries whatever their number."""
+    return {view.id: view for view in _job_views(session, queue.find_all(session, ids), now)}
+
+
+def composition_documents(session: Session, ids: Sequence[int], now: datetime) -> dict[int, CompositionOut]:
+    """The compositions with these ids, as far as they exist, in one query."""
+    del now
+    return {row.id: composition_view(row, job) for row, job in compositions.find_all(session, ids)}
 
 
 def job_page(session: Session, rows: Sequence[Job], now: datetime) -> list[JobOut]:

@@ -136,6 +136,12 @@ def find(session: Session, composition_id: int) -> tuple[Composition, Job]:
     return composition, queue.find(session, composition.job_id)
 
 
+def find_all(session: Session, ids: Sequence[int]) -> list[tuple[Composition, Job]]:
+    """The compositions with these ids, as far as they exist, and their jobs."""
+    rows = session.execute(select(Composition, Job).join(Job).where(Composition.id.in_(ids)))
+    return [(composition, job) for composition, job in rows]
+
+
 def unknown(composition_id: int) -> NotFound:
     """The error for a composition that does not exist or that the actor may not see."""
     return NotFound(

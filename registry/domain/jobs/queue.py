@@ -125,6 +125,11 @@ def find(session: Session, job_id: int) -> Job:
     return job
 
 
+def find_all(session: Session, ids: Sequence[int]) -> Sequence[Job]:
+    """The jobs with these ids, as far as they exist."""
+    return session.scalars(select(Job).where(Job.id.in_(ids))).all()
+
+
 def unknown(job_id: int) -> NotFound:
     """The error for a job that does not exist or that the actor may not see."""
     return NotFound(
