@@ -1,6 +1,8 @@
-"""Names of licences: SPDX's where it has one, else as stated."""
+"""Names of licences: SPDX's where it has one, else as stated; and what an expression of them lets a user choose."""
 
+import re
 from functools import lru_cache
+from itertools import product
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
@@ -34,3 +36,87 @@ def spellings(name: str) -> list[str]:
     known = spdx(name)
     others = [other for other, same in _OTHER_NAMES.items() if same == known]
     return list(dict.fromkeys([name, known, known.lower(), *others]))
+
+
+MAX_CHOICES = 256
+"""Of one expression; further ones are not looked at, which refuses more and never less."""
+_MAX_PARENTHESES = 20
+_OPERATOR = re.compile(r"([()]|(?<![^\s()])(?:and|or|with)(?![^\s()]))", re.IGNORECASE)
+_LATER = re.compile(r"(?<=\S)\s+or\s+(?:any\s+)?later(?:\s+versions?)?(?![^\s()])", re.IGNORECASE)
+_GNU = re.compile(
+    r"(?:the )?(?:gnu[ -])?(?:(?P<letter>[al])?gpl|(?P<word>affero |lesser )?general public licen[cs]e)"
+    r"[ ,-]*(?:version |v)?(?P<major>\d)(?:\.(?P<minor>\d))?(?:\+|[ -]only|-or-later)?(?P<exception>-with-.+)?"
+)
+_SUFFIX = re.compile(r"(?:\+|-only|-or-later)$")
+
+Choice = frozenset[str]
+"""Licences that hold together, as keys: lower case, and the same for a version `only` and one `or later`."""
+
+
+@lru_cache(1024)
+def choices(stated: str) -> tuple[Choice, ...]:
+    """What a user of something under this licence may choose from: each item of an `OR` is a choice, and all items of
+    an `AND` hold together. A text that is not an expression has one choice, with every licence that it names."""
+    text = _LATER.sub("-or-later", " ".join(stated.split()))
+    tokens = [part.strip() for part in _OPERATOR.split(text) if part.strip()]
+    if text.count("(") <= _MAX_PARENTHESES:
+        try:
+            left, offered = _either(tokens)
+            if not left:
+                return tuple(dict.fromkeys(offered))
+        except IndexError:  # an operand is missing
+            pass
+    return (frozenset(_key(one) for one in tokens if not _OPERATOR.fullmatch(one)),)
+
+
+def meets(rule: str, choice: Choice) -> bool:
+    """Whether a rule that names one licence is about any of the choice. One without an exception is also about the
+    licence with it."""
+    keys = frozenset[str]().union(*choices(rule))
+    if len(keys) != 1:
+        return False
+    (key,) = keys
+    return any(one == key or one.startswith(f"{key} with ") for one in choice)
+
+
+def _either(tokens: list[str]) -> tuple[list[str], list[Choice]]:
+    """Reads an expression. Returns the tokens after it, and its choices."""
+    tokens, offered = _together(tokens)
+    while tokens and tokens[0].casefold() == "or":
+        tokens, more = _together(tokens[1:])
+        offered = [*offered, *more][:MAX_CHOICES]
+    return tokens, offered
+
+
+def _together(tokens: list[str]) -> tuple[list[str], list[Choice]]:
+    tokens, offered = _one(tokens)
+    while tokens and tokens[0].casefold() == "and":
+        tokens, more = _one(tokens[1:])
+        offered = [one | other for one, other in product(offered, more)][:MAX_CHOICES]
+    return tokens, offered
+
+
+def _one(tokens: list[str]) -> tuple[list[str], list[Choice]]:
+    first, rest = tokens[0], tokens[1:]
+    if first == "(":
+        rest, offered = _either(rest)
+        if rest[0] != ")":
+            raise IndexError
+        return rest[1:], offered
+    if _OPERATOR.fullmatch(first):
+        raise IndexError
+    key = _key(first)
+    if rest and rest[0].casefold() == "with":
+        key, rest = f"{key} with {rest[1].casefold()}", rest[2:]
+    return rest, [frozenset({key})]
+
+
+def _key(name: str) -> str:
+    """The same for every spelling of a licence: `GPLv3`, `GPL-3.0`, `GPL-3.0-only` and `GPL-3.0-or-later`."""
+    text = spdx(name).casefold()
+    gnu = _GNU.fullmatch(text)
+    if gnu is None:
+        return _SUFFIX.sub("", text)
+    letter = gnu["letter"] or (gnu["word"] or "")[:1]
+    exception = (gnu["exception"] or "").replace("-with-", " with ", 1)
+    return f"{letter}gpl-{gnu['major']}.{gnu['minor'] or 0}{exception}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from registry.client.api import Api
 from registry.client.lineage import NOTE_FILE, fetch_note, of_note, of_release
@@ -22,6 +23,7 @@ from registry.transfer.resources import Resources
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests.scenarios.test_crashes import resources_of, team
+from tests.scenarios.test_licences_and_upgrades import with_card
 from tests.scenarios.test_roles_of_a_composition import asking
 from tests.scenarios.world import Cli, World, nothing
 
@@ -190,3 +192,24 @@ def test_nothing_is_inherited_from_what_the_pusher_may_not_read_and_no_hidden_in
             assert {(one["repository"], one["version"]) for one in inherited} <= {(None, None)}
             assert "acme" not in json.dumps(pushed)
             assert ("lab/both" in json.dumps(pushed["warnings"])) == (who == "bob")
+
+
+def test_a_refused_promotion_shows_no_licence_of_an_input_that_its_readers_may_not_read(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = stocked_embedded
+    secret = with_card(tmp_path / "secret", world.adapters["sql"], license="secret-terms", base_license="secret-base")
+    cli.ok("push", secret, "acme/sql:1.0.0", "--base", "tiny")
+    recipe = {"inputs": ["acme/sql:1.0.0"], "method": "stack", "adapter": "lab/both:1.0.0", "gates": [], "probe": 0}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    cli.ok("compose", tmp_path / "recipe.yaml")
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump({"version": 1, "licenses": {"allow": ["MIT"]}}))
+    cli.ok("policy", "set", "lab/both@prod", tmp_path / "policy.yaml")
+    refused = cli("promote", "lab/both:1.0.0", "--to", "prod", "--json")
+    assert "adapter of an input in a private namespace" in refused.out
+    cli.ok("promote", "lab/both:1.0.0", "--to", "prod", "--force", "--reason", "for the test")
+    shown = [refused.out, cli.ok("history", "lab/both@prod", "--json").out, cli.ok("audit", "--json").out]
+    assert not [text for text in shown if "secret-" in text]
+    cli.ok("namespace", "set", "acme", "--public")
+    cli.ok("policy", "set", "lab/both@other", tmp_path / "policy.yaml")
+    assert "adapter secret-terms" in cli("promote", "lab/both:1.0.0", "--to", "other", "--new-channel", "--json").out
