@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import study_report
+import study_sets
 from study import OLDER
 from train import STUDY
 
@@ -36,3 +37,9 @@ def test_the_documents_correlations_are_those_of_the_rows(
 
 def _without_intervals(text: str) -> list[str]:
     return [re.sub(r" \[.*?\]", "", line) for line in text.splitlines() if line.startswith("|")]
+
+
+def test_what_combinations_keep_in_the_results_is_what_the_rows_of_the_sets_give() -> None:
+    rows = [json.loads(line) for line in (EXAMPLES / "sets.jsonl").read_text().splitlines()]
+    results = (EXAMPLES.parent / "benchmarks" / "RESULTS.md").read_text()
+    assert "\n".join(study_sets.summary(rows)) in results
