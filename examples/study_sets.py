@@ -172,13 +172,11 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Table over the sets with distinct prompts: what the worst member of each keeps, as it is and in other words. A set
-    without rehearsal decides the mean of a sum, so the median and the range are given, and the mean without that set."""
-    lines = [
-        "| method | gain kept in nats, median | range | mean without dates-iso + commits | answers left, median | range "
-        "| wrapped prompts, gain kept, median | range |",
-        "|---" * 8 + "|",
-    ]
+    """Table over the sets with distinct prompts: what the worst member of each keeps, as it is and in other words. One
+    set decides the mean of a sum, so the table has the median, the range, and the mean without that set."""
+    kept_columns = "gain kept in nats, median | range | mean without dates-iso + commits"
+    others_columns = "answers left, median | range | wrapped prompts, gain kept, median | range"
+    lines = [f"| method | {kept_columns} | {others_columns} |", "|---" * 8 + "|"]
     for method in METHODS:
         own = [row for row in rows if row["method"] == method and tuple(row["members"]) not in SAME_PROMPTS]
         kept, wrapped = ([min(row[name]) for row in own] for name in ("kept", "shifted"))

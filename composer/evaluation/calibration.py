@@ -25,14 +25,15 @@ from composer.methods.regmean import ModuleInputs
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration sets, one for each adapter, in order. `load` returns the base, the same one every time. At most
-    `settings.tokens` of a member's tokens are used, chosen by `settings.seed`. `progress` is called with each number of
-    finished examples."""
+    """The calibration sets, one for each adapter, in order. `load` returns the base, the same one every time, whose
+    weights have the digest `base`; it is None where nothing is kept. At most `settings.tokens` of a member's tokens are
+    used, chosen by `settings.seed`. `progress` is called with each number of finished examples."""
 
     load: Callable[[], LoadedModel]
     sets: Sequence[CalibrationSet]
     settings: Regmean
     progress: Callable[[int], None] = lambda _count: None
+    base: str | None = None
 
     @property
     def model(self) -> LoadedModel:

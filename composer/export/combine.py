@@ -89,7 +89,7 @@ def combine(  # noqa: PLR0913
         "method": method,
         "method_version": parsed.pipeline.version,
         "settings": parsed.to_json(),
-        **({"calibration": calibration.to_json()} if calibration else {}),
+        **({"calibration": calibration.to_json(), "calibration_base": calibration.base} if calibration else {}),
         "note": dict(note or {}),
     }
     size = write_adapter(form, out_dir, fields | _short_targets(loaded, form), note, inputs)

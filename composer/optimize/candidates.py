@@ -29,7 +29,8 @@ class Candidate:
     @property
     def key(self) -> str:
         """Names the candidate in a journal: two with the same key give the same deltas."""
-        return json.dumps([self.method, dict(self.settings), self.factors], sort_keys=True, separators=(",", ":"))
+        how = [self.method, self.parsed.pipeline.version, dict(self.settings), self.factors]
+        return json.dumps(how, sort_keys=True, separators=(",", ":"))
 
     @property
     def parsed(self) -> AnySettings:

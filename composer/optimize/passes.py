@@ -20,7 +20,7 @@ def pass_runner(problem: Problem, progress: Callable[[int], None] = lambda _coun
     rows = [(split.suite, example) for split in problem.splits.values() for example in (*split.search, *split.confirm)]
 
     def combined(who: str) -> Deltas:
-        (method, settings, factors), end = json.JSONDecoder().raw_decode(who)
+        (method, _version, settings, factors), end = json.JSONDecoder().raw_decode(who)
         candidate = Candidate(name=who, family="", method=method, factors=tuple(factors), settings=settings)
         fit_on: FitOn = next((part for part in get_args(FitOn) if part == who[end:].strip()), "all")
         return combiner.deltas(candidate, fit_on)

@@ -59,7 +59,19 @@ def local_calibration(
     from composer.formats.recipes.suite import MAX_FILE_BYTES, parse_suite
 
     asked = [tuple(parse_prompts(read_text(path, MAX_FILE_BYTES), str(path))) for path in prompts or []]
-    return calibration_of(parsed, lambda: load_model(base, device), list(map(parse_suite, suites or [])), asked)
+    calibration = calibration_of(parsed, lambda: load_model(base, device), list(map(parse_suite, suites or [])), asked)
+    return calibration and replace(calibration, base=_digest(base))
+
+
+def _digest(base: Path) -> str:
+    """The digest of the base's weights, which a fit depends on."""
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
+    from composer.formats.checkpoints.hashing import hash_checkpoint
+
+    checkpoint = open_checkpoint(base)
+    size_bytes = sum(spec.size_bytes for spec in checkpoint.architecture.tensors.values())
+    with render.progress(f"hash {base.name}", size_bytes) as done:
+        return hash_checkpoint(checkpoint, done).weights_digest
 
 
 @contextmanager
@@ -110,7 +122,7 @@ def fitted_adapter(
     device: str,
 ) -> Path:
     """The adapter that a merge with a fitted method adds: `OUTPUT-adapter`, fitted now or by an earlier run of the same
-    command. Raises Conflict if something else has that name."""
+    command. Raises Conflict if something else has that name, such as a fit on another base."""
     from composer.export.combine import combine
     from composer.formats.adapters.provenance import adapter_use
     from composer.formats.checkpoints.checkpoint import open_checkpoint
@@ -125,15 +137,19 @@ def fitted_adapter(
         for name, value in fit_lines(report.to_json()["fit"], [path.name for path, _ in adapters]):
             render.say(f"{name}: {value}")
         return directory
-    wanted: dict[str, Any] = {
-        "adapters": [adapter_use(path, weight).to_json() for path, weight in adapters],
-        "method": how[0],
-        "settings": parse_settings(*how).to_json(),
-        "calibration": calibration.to_json(),
+    parsed = parse_settings(*how)
+    wanted: dict[str, tuple[str, Any]] = {
+        "adapters": ("adapters", [adapter_use(path, weight).to_json() for path, weight in adapters]),
+        "method": ("method", how[0]),
+        "method_version": ("version of the method", parsed.pipeline.version),
+        "settings": ("settings", parsed.to_json()),
+        "calibration": ("examples", calibration.to_json()),
+        "calibration_base": ("base", calibration.base),
     }
     note = json.loads(read_text(directory / NOTE_FILE, MAX_NOTE_BYTES))
-    if any(note.get(name) != json.loads(json.dumps(value)) for name, value in wanted.items()):
-        message = f"{directory} exists, and this command did not fit it."
+    others = [word for name, (word, value) in wanted.items() if note.get(name) != json.loads(json.dumps(value))]
+    if others:
+        message = f"{directory} exists, and is not what this command fits: it is of another {', '.join(others)}."
         raise Conflict(
             "output_exists", message, subject=str(directory), next_step="Move it away, or choose another -o."
         )

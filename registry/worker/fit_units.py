@@ -30,6 +30,7 @@ def fitted_adapter(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
     content = {
         "base": lock.base,
         "method": lock.method,
+        "method_version": work.settings.pipeline.version,
         "settings": lock.settings,
         "members": members,
         "note": work.note,
@@ -51,9 +52,10 @@ def calibration_rows(sets: Sequence[CalibrationSet]) -> list[Row]:
 
 
 def calibration_of(
-    load: "Callable[[], LoadedModel]", rows: Sequence[Row] | None, settings: "AnySettings"
+    load: "Callable[[], LoadedModel]", base: str, rows: Sequence[Row] | None, settings: "AnySettings"
 ) -> "Calibration | None":
-    """The calibration on the sets of `calibration_rows`; None for a method that is not fitted."""
+    """The calibration on the base of this digest and the sets of `calibration_rows`; None for a method that is not
+    fitted."""
     from composer.evaluation.calibration import Calibration
 
     if rows is None or not isinstance(settings, Regmean):
@@ -62,7 +64,7 @@ def calibration_of(
         CalibrationSet(Suite.from_json(row["suite"]) if row["suite"] else None, row["count"], tuple(row["prompts"]))
         for row in rows
     ]
-    return Calibration(load, sets, settings)
+    return Calibration(load, sets, settings, base=base)
 
 
 def _fit(node: Node, unit: Unit, _count: Count) -> Result:
@@ -72,6 +74,7 @@ def _fit(node: Node, unit: Unit, _count: Count) -> Result:
     architecture = base_checkpoint(node, content["base"], hints).architecture
     calibration = calibration_of(
         lambda: loaded_base(node, content["base"], hints),
+        content["base"],
         content["calibration"],
         parse_settings(content["method"], content["settings"]),
     )

@@ -174,7 +174,7 @@ def _probe(
         return loaded_base(node, content["base"], hints)
 
     settings = parse_settings(content["method"], content["settings"])
-    calibration = calibration_of(load, content["calibration"], settings)
+    calibration = calibration_of(load, content["base"], content["calibration"], settings)
     probed = [Probed(one.adapter.name, one.adapter.deltas, one.weight, one.suite) for one in members]
     combine = by_method([one.adapter for one in members], settings, calibration, load().device)
     return pass_runner(Runner(load), probed, guards, combine)

@@ -298,7 +298,7 @@ def _calibration(held: JobRun, work: CompositionRun, load: "Callable[[], LoadedM
         return None
     from composer.evaluation.calibration import Calibration
 
-    return Calibration(load, work.calibration_sets(held), settings)
+    return Calibration(load, work.calibration_sets(held), settings, base=work.lock.base)
 
 
 def _upload(held: JobRun, work: CompositionRun, output: Output) -> Push:

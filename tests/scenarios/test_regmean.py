@@ -1,11 +1,14 @@
 """RegMean as users meet it: local directories, and a recipe that is judged by examples that nothing was fitted on."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from tests.scenarios.world import Cli, World
@@ -74,8 +77,36 @@ def test_a_merge_does_not_take_another_commands_fit_for_its_own(on_disk: Cli, wo
     fitting = [*adapters(world), "--base", world.base, "--method", "regmean", *suites(world)]
     on_disk.ok("combine", *fitting, "--set", "ridge=0.5", "-o", tmp_path / "out-adapter")
     refused = on_disk("merge", *fitting, "-o", tmp_path / "out")
-    assert (refused.code, "this command did not fit it" in refused.err) == (4, True)
+    assert (refused.code, "is of another settings" in refused.err) == (4, True), refused.err
     on_disk.ok("merge", *fitting, "--set", "ridge=0.5", "-o", tmp_path / "out")
+
+
+def test_a_fit_made_on_another_base_is_not_merged_into_this_one(on_disk: Cli, world: World, tmp_path: Path) -> None:
+    """The output of an interrupted or removed merge leaves its fitted adapter behind."""
+    other = tmp_path / "other"
+    shutil.copytree(world.base, other)
+    shard = next(other.glob("*.safetensors"))
+    tensors = load_file(shard)
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, shard, metadata={"format": "pt"})
+    fitting = [*adapters(world), "--method", "regmean", *suites(world), "-o", tmp_path / "out"]
+    on_disk.ok("merge", "--base", world.base, *fitting)
+    shutil.rmtree(tmp_path / "out")
+    refused = on_disk("merge", "--base", other, *fitting)
+    assert (refused.code, "is of another base" in refused.err, (tmp_path / "out").exists()) == (4, True, False)
+    on_disk.ok("merge", "--base", world.base, *fitting)
+    note = json.loads((tmp_path / "out-adapter" / "adaptory.json").read_text())
+    assert (len(note["calibration_base"]), note["method_version"]) == (64, note["method_version"])
+
+
+def test_a_fit_of_an_older_version_of_the_method_is_not_reused(on_disk: Cli, world: World, tmp_path: Path) -> None:
+    fitting = [*adapters(world), "--base", world.base, "--method", "regmean", *suites(world), "-o", tmp_path / "out"]
+    on_disk.ok("merge", *fitting)
+    shutil.rmtree(tmp_path / "out")
+    path = tmp_path / "out-adapter" / "adaptory.json"
+    note = json.loads(path.read_text())
+    path.write_text(json.dumps(note | {"method_version": note["method_version"] - 1}))
+    refused = on_disk("merge", *fitting)
+    assert (refused.code, "another version of the method" in refused.err) == (4, True), refused.err
 
 
 def recipe(directory: Path, **changes: Any) -> Path:
