@@ -1,5 +1,6 @@
 """A store that hangs, dies and comes back: 503 in good time, nothing half done, no restart needed."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -112,6 +113,50 @@ def test_a_store_that_is_away_is_a_503_in_time_and_is_used_again_when_it_is_back
     cli.ok(*release)
     cli.ok("pull", "acme/sql:1.2.0", "-o", tmp_path / "out")
     assert (tmp_path / "out" / "vocab.txt").read_bytes() == (adapter / "vocab.txt").read_bytes()
+
+
+def refuse_no_facts(cli: Cli) -> None:
+    """Asserts that the release's page, `show` and the hub's `model_info` have what the database knows."""
+    url, shown = cli.environment["ADAPTORY_URL"], cli.json("show", "acme/carded:1.0.0")
+    started = time.monotonic()
+    page = httpx2.get(f"{url}/acme/carded/1.0.0", timeout=60)
+    assert (page.status_code, "The card cannot be shown now" in page.text) == (200, True)
+    assert shown["commit"][:12] in page.text
+    info = httpx2.get(f"{url}/api/models/acme/carded", params={"blobs": "true"}, timeout=60)
+    assert (info.status_code, info.json()["sha"]) == (200, shown["commit"])
+    assert shown["base"]["name"] in cli.ok("show", "acme/carded:1.0.0").out
+    assert time.monotonic() - started < 5
+
+
+def carded(cli: Cli, adapter: Path, directory: Path) -> Path:
+    """Pushes acme/carded:1.0.0, whose card nobody has looked at yet. Returns the card."""
+    (shutil.copytree(adapter, directory) / "README.md").write_text("What it is trained for")
+    cli.ok("push", directory, "acme/carded:1.0.0", "--base", "tiny")
+    return directory / "README.md"
+
+
+def test_a_release_is_shown_while_the_store_is_away(
+    registry: Cli, own_s3: S3Server, world: World, tmp_path: Path
+) -> None:
+    carded(registry, world.adapters["sql"], tmp_path / "carded")
+    heal = hang(own_s3)
+    try:
+        for _ in range(6):  # more than the threads that read cards
+            refuse_no_facts(registry)
+    finally:
+        heal()
+    page = f"{registry.environment['ADAPTORY_URL']}/acme/carded/1.0.0"
+    eventually(lambda: "What it is trained for" in httpx2.get(page, timeout=60).text, every_s=0.2)
+
+
+def test_a_release_is_shown_although_the_bytes_of_its_card_are_lost(world: World, tmp_path: Path) -> None:
+    with serving({}, tmp_path) as cli:
+        stock(cli, world)
+        readme = carded(cli, world.adapters["sql"], tmp_path / "carded")
+        digest = hashlib.sha256(readme.read_bytes()).hexdigest()
+        (blob,) = (path for path in (tmp_path / "server").rglob(f"*{digest[4:]}") if path.is_file())
+        blob.unlink()
+        refuse_no_facts(cli)
 
 
 @pytest.mark.parametrize("clients", [STORE_THREADS + 8, *further(100)])

@@ -1,5 +1,6 @@
 """Model cards: CommonMark with raw HTML as text, and nothing in the result but text, links and tables."""
 
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from markupsafe import Markup, escape
 
+from registry.errors import RegistryError
 from registry.formats.references import Digest
+from registry.outages import OutageLog
 
 MAX_BYTES = 256 << 10
 MAX_MARKS = 10_000
@@ -38,6 +41,11 @@ _HEADINGS = {f"h{level}": f"h{min(6, level + 2)}" for level in range(1, 7)}
 """The page has a title and sections above the card's."""
 
 
+READERS, PATIENCE_S = 4, 2.0
+"""Threads that read cards from the store, and how long a page waits for one: it needs only the database otherwise."""
+_outages = OutageLog(logging.getLogger(__name__))
+
+
 class _TooMany(Exception):
     """The card costs more than the budget."""
 
@@ -48,19 +56,32 @@ class Cards:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "cards")
+        self._readers = ThreadPoolExecutor(READERS, "card-readers")
         self._kept: OrderedDict[Digest, Future[Markup]] = OrderedDict()
         self._lock = Lock()
 
-    def show(self, sha256: Digest, read: Callable[[], str]) -> Markup:
-        """The card with that digest, whose text `read` returns; as plain text if too many others wait."""
+    def show(self, sha256: Digest, read: Callable[[], str]) -> Markup | None:
+        """The card with that digest, whose text `read` returns; as plain text if too many others wait. None if the
+        store is away or slow, or has lost the card."""
         with self._lock:
             rendering = self._kept.get(sha256)
         if rendering is not None:
             return rendering.result()
-        text = read()
+        text = self._read(sha256, read)
+        if text is None:
+            return None
         with self._lock:
             rendering = self._kept.get(sha256) or self._begin(sha256, text)
         return rendering.result() if rendering is not None else plain(text)
+
+    def _read(self, sha256: Digest, read: Callable[[], str]) -> str | None:
+        reading = self._readers.submit(read)
+        try:
+            return reading.result(PATIENCE_S)
+        except (RegistryError, OSError) as error:  # TimeoutError among them
+            reading.cancel()
+            _outages.warn(f"the card {sha256[:12]} cannot be read", error or "the store does not answer in time")
+            return None
 
     def _begin(self, sha256: Digest, text: str) -> Future[Markup] | None:
         if sum(not one.done() for one in self._kept.values()) > ROOM:

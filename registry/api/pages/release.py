@@ -63,7 +63,6 @@ class Shown:
 
 
 @router.get("/{namespace}/{name}/{version}")
-@in_store_threads
 def show_release(
     named: RepositoryOf,
     version: str,
@@ -100,7 +99,8 @@ def show_release(
         descendants=shown.descendants[:MAX_DESCENDANTS],
         more_descendants=len(shown.descendants) > MAX_DESCENDANTS,
         loading=[(server, release["loading"].get(server)) for server in SERVERS],
-        card=_card(resources.store, release),
+        has_card=(file := _card_file(release)) is not None,
+        card=_cards.show(file["sha256"], partial(_text, resources.store, file)) if file else None,
         json_address=f"/v1/{release['kind']}s/{named}/releases/{release['version']}",
     )
 
@@ -194,14 +194,12 @@ def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, 
     )
 
 
-def _card(store: BlobStore, release: Json) -> Any:
-    """The model card, if there is one of a size that a person reads. A release that was taken down has none."""
+def _card_file(release: Json) -> Json | None:
+    """The model card's file, if there is one of a size that a person reads. A release that was taken down has none."""
     if release["taken_down"]:
         return None
-    for file in release["files"]:
-        if file["path"] == CARD and file["size_bytes"] <= card.MAX_BYTES:
-            return _cards.show(file["sha256"], partial(_text, store, file))
-    return None
+    cards = (one for one in release["files"] if one["path"] == CARD and one["size_bytes"] <= card.MAX_BYTES)
+    return next(cards, None)
 
 
 def _text(store: BlobStore, file: Json) -> str:
