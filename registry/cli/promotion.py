@@ -214,5 +214,8 @@ def _show_policy(channel: str, document: Json) -> None:
     import yaml
 
     render.out(f"# {channel}, revision {document['revision']}")
+    for suite, pin in document["pins"].items():
+        changed = f": {pin['changed']} (`adaptory gate {channel} --repin` takes it)" if pin["changed"] else ""
+        render.out(f"# {suite} is {pin['digest'][:12]}{changed}")
     for line in yaml.safe_dump(document["policy"], sort_keys=False, allow_unicode=True).splitlines():
         render.out(line)

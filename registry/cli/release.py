@@ -138,6 +138,7 @@ def gate(
         typer.Option(help="'sql-exact.accuracy>=0.5' or 'guard.nll within 0.1 of base'. May be repeated."),
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove all rules.")] = False,
+    repin: Annotated[bool, typer.Option("--repin", help="Judge by what the rules' suites contain now.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Show a channel's gates, or replace all of them."""
@@ -145,8 +146,8 @@ def gate(
     with connected() as connection:
         path = f"{connection.api.repository_path(str(repository))}/gates"
         document = (
-            connection.api.put(path, {"channel": name, "rules": rule or []})
-            if rule or clear
+            connection.api.put(path, {"channel": name, "rules": rule or ([] if clear else None), "repin": repin})
+            if rule or clear or repin
             else connection.api.get(path)
         )
     rules: list[str] = document["gates"].get(name, [])

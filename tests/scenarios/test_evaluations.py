@@ -47,16 +47,25 @@ def test_a_version_labels_one_content_and_a_gate_says_when_its_suite_has_moved_o
     second = cli.json("suite", "add", write_suite(tmp_path, "said", version="1.1.0", ends=False))
     assert second["digest"] != first["digest"]
     assert "said@1.1.0" in cli.ok("suite", "list").out
-    refused = cli("promote", "acme/sql:1.0.0", "--to", "prod")
-    assert refused.code == 1
-    assert "the suite has moved on" in refused.err
-    assert "on 1.0.0, now 1.1.0" in refused.err.replace("\n        ", " ")
+    shown = cli.ok("policy", "show", "acme/sql@prod").out
+    assert "pinned to said 1.0.0, which is now 1.1.0 (`adaptory gate acme/sql@prod --repin` takes it)" in shown
+    moved = cli.json("promote", "acme/sql:1.0.0", "--to", "prod")
+    assert "pinned to said 1.0.0, which is now 1.1.0" in moved["gates"][0]["detail"]
+    cli.ok("gate", "acme/sql@staging", "--rule", "said.nll <= 1000")
+    refused = cli("promote", "acme/sql:1.0.0", "--to", "staging")
+    assert (refused.code, "the suite has moved on" in refused.err) == (1, True), refused.err
+    assert "on 1.0.0, judged on 1.1.0" in refused.err.replace("\n        ", " ")
     old = cli.json("eval", "acme/sql:1.0.0", "--suite", "said@1.0.0")
     assert old["scores"][0]["suite_digest"] == first["digest"]
-    assert cli("promote", "acme/sql:1.0.0", "--to", "prod").code == 1, "a rule compares the current content alone"
+    assert cli("promote", "acme/sql:1.0.0", "--to", "staging").code == 1, "a rule compares one content alone"
+    cli.ok("gate", "acme/sql@prod", "--repin")
+    assert "which is now" not in cli.ok("policy", "show", "acme/sql@prod").out
+    cli.ok("push", world.adapters["other-sql"], "acme/sql:1.1.0", "--base", "tiny")
+    cli.ok("eval", "acme/sql:1.1.0", "--suite", "said@1.0.0")
+    assert cli("promote", "acme/sql:1.1.0", "--to", "prod").code == 1, "what is pinned now is 1.1.0"
     assert cli("eval", "acme/sql:1.0.0", "--suite", "said@3.0.0").code == 3
     cli.ok("eval", "acme/sql:1.0.0", "--suite", "said")
-    cli.ok("promote", "acme/sql:1.0.0", "--to", "prod")
+    cli.ok("promote", "acme/sql:1.0.0", "--to", "staging")
 
 
 def test_a_suite_that_gets_its_first_version_keeps_its_digest_and_scores(stocked_embedded: Cli, tmp_path: Path) -> None:

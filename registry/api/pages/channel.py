@@ -16,7 +16,7 @@ from registry.database.tables import Promotion, Repository
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import moves, pending, policies, timeline
+from registry.domain.channels import moves, pending, pins, policies, timeline
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName
 from registry.transfer.promotions import settle_overdue
@@ -40,6 +40,7 @@ def show_channel(asked: ChannelRequestOf, actor: PageReader, cursor: Cursor = No
         facts = dict(_EMPTY) if empty else _moved(session, repository, channel, cursor)
         facts |= _awaited(actor, named, needed, waiting)
         facts["versions"] = _promotable(session, repository, facts["serving"]) if releaser else []
+        changed = list(pins.announced(session, pins.of_channel(session, repository.id, channel)).values())
         address = f"/v1/{repository.kind}s/{named}/channels/{channel}"
     return page_about(
         asked.request,
@@ -49,6 +50,7 @@ def show_channel(asked: ChannelRequestOf, actor: PageReader, cursor: Cursor = No
         first=cursor is None,
         policy=policy.stated(needed),
         revision=revision,
+        changed=changed,
         releaser=releaser,
         admin=holds(actor, Role.ADMIN, str(named)),
         json_address=f"{address}/policy" if empty else address,

@@ -20,6 +20,7 @@ from registry.api.schemas.quality import (
     GatesOut,
     JudgementOut,
     MoveOut,
+    PinOut,
     PolicyOut,
     PromoteIn,
     PromotionOut,
@@ -28,8 +29,8 @@ from registry.api.schemas.quality import (
 from registry.api.schemas.wire import Page
 from registry.database import idempotency
 from registry.database.engine import Session
-from registry.database.tables import Promotion
-from registry.domain.channels import deletions, judgements, moves, pending, policies, promotions, timeline
+from registry.database.tables import Promotion, Repository
+from registry.domain.channels import deletions, judgements, moves, pending, pins, policies, promotions, timeline
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import parse_name, parse_version
 from registry.transfer.promotions import settle, settle_overdue
@@ -262,8 +263,15 @@ def withdraw(
 @repository_routes.get(CHANNEL + "/policy")
 def show_policy(named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader) -> PolicyOut:
     with resources.read() as session:
-        policy, revision = policies.find(session, named.find(session), channel)
-        return PolicyOut(channel=channel, revision=revision, policy=policy.to_json())
+        return _policy(session, named.find(session), channel)
+
+
+def _policy(session: Session, repository: Repository, channel: str) -> PolicyOut:
+    policy, revision = policies.find(session, repository, channel)
+    pinned = pins.of_channel(session, repository.id, channel)
+    changed = pins.announced(session, pinned)
+    shown = {name: PinOut(**one, changed=changed.get(name)) for name, one in pinned.items()}
+    return PolicyOut(channel=channel, revision=revision, policy=policy.to_json(), pins=shown)
 
 
 @repository_routes.put(CHANNEL + "/policy")
@@ -273,8 +281,9 @@ def set_policy(
     """Replace the channel's policy, gate rules included. A promotion that waits is judged by the new one."""
     policy = read_policy(body, "policy")
     with resources.write() as session:
-        revision = policies.set_policy(session, actor, named.find(session), channel, policy)
-        return PolicyOut(channel=channel, revision=revision, policy=policy.to_json())
+        repository = named.find(session)
+        policies.set_policy(session, actor, repository, channel, policy)
+        return _policy(session, repository, channel)
 
 
 @repository_routes.get("/{namespace}/{name}/gates")
@@ -286,9 +295,9 @@ def show_gates(named: RepositoryOf, resources: ResourcesOf, actor: Reader) -> Ga
 
 @repository_routes.put("/{namespace}/{name}/gates")
 def set_gates(named: RepositoryOf, body: GatesIn, resources: ResourcesOf, actor: Admin) -> GatesOut:
-    """Replace the rules of one channel."""
+    """Replace the rules of one channel, or pin them to what their suites are now."""
     with resources.write() as session:
         repository = named.find(session)
-        policies.set_rules(session, actor, repository, body.channel, body.rules)
+        policies.set_rules(session, actor, repository, body.channel, body.rules, repin=body.repin)
         rules = policies.all_rules(session, repository)
         return GatesOut(gates={channel: [str(rule) for rule in listed] for channel, listed in rules.items()})

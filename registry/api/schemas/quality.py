@@ -1,9 +1,9 @@
 """Schemas of suites, scores, channels, moves and gates."""
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from composer.formats.recipes.suite import MAX_EXAMPLES
 from registry.api.schemas.wire import MAX_INT32, Wire, WireIn
@@ -232,12 +232,23 @@ class ApprovalOut(Wire):
     promotion: PromotionOut | None
 
 
+class PinOut(Wire):
+    """What the rules on a suite ask: the content with this `digest`, and by metric whether `higher_is_better`.
+    `changed` says what is different now; None if nothing is."""
+
+    digest: str
+    higher_is_better: dict[str, bool]
+    changed: str | None
+
+
 class PolicyOut(Wire):
-    """`policy` is as in registry/formats/channel_policy.py; `revision` counts its changes, 0 if none was ever set."""
+    """`policy` is as in registry/formats/channel_policy.py; `revision` counts its changes, 0 if none was ever set.
+    `pins` has what its rules are pinned to, by suite."""
 
     channel: str
     revision: int
     policy: dict[str, Any]
+    pins: dict[str, PinOut]
 
 
 class RollbackIn(WireIn):
@@ -246,8 +257,17 @@ class RollbackIn(WireIn):
 
 
 class GatesIn(WireIn):
+    """`rules` replace those of the channel; without them, they stay. `repin` pins them to what their suites are now."""
+
     channel: str = Field(max_length=64)
-    rules: list[Annotated[str, Field(max_length=300)]] = Field(max_length=50)
+    rules: list[Annotated[str, Field(max_length=300)]] | None = Field(default=None, max_length=50)
+    repin: bool = False
+
+    @model_validator(mode="after")
+    def _refuse_nothing(self) -> Self:
+        if self.rules is None and not self.repin:
+            raise ValueError("rules are missing; without them, say repin")
+        return self
 
 
 class GatesOut(Wire):

@@ -437,9 +437,10 @@ def results_of(session: Session, subject: Release | Base, named: str) -> str:
     return sha256
 
 
-def earlier_scores(session: Session, subject: Release | Base) -> dict[tuple[str, str], Score]:
-    """The subject's newest score on an older content of each suite, by suite and metric."""
-    query = select(Score).join(Suite).where(_of(subject), ~Suite.current).order_by(Suite.id)
+def other_scores(session: Session, subject: Release | Base, used: Collection[Suite]) -> dict[tuple[str, str], Score]:
+    """The subject's newest score on a content of these suites other than this one, by suite and metric."""
+    other = Suite.name.in_({one.name for one in used}) & Suite.id.not_in({one.id for one in used})
+    query = select(Score).join(Suite).where(_of(subject), other).order_by(Suite.id)
     return {(score.suite.name, score.metric): score for score in session.scalars(query)}
 
 
@@ -459,6 +460,12 @@ def scores_of(session: Session, subject: Release | Base) -> list[Score]:
     """The scores on current suites, by suite and metric."""
     query = select(Score).join(Suite).where(_of(subject), Suite.current)
     return list(session.scalars(query.order_by(Suite.name, Score.metric)))
+
+
+def scores_on(session: Session, subject: Release | Base, used: Collection[Suite]) -> list[Score]:
+    """The scores on these contents of suites."""
+    query = select(Score).where(_of(subject), Score.suite_id.in_({one.id for one in used}))
+    return list(session.scalars(query))
 
 
 def with_ids(session: Session, ids: Sequence[int]) -> list[Score]:

@@ -22,7 +22,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from composer.formats.recipes.suite import guard_cost
-from registry.database.tables import Base, Release, ReleaseInput, Score
+from registry.database.tables import Base, Release, ReleaseInput, Score, Suite
 from registry.domain.access import namespaces
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import intervals, metrics, suites
@@ -197,9 +197,31 @@ def compared_with(rule: Rule) -> str:
 
 
 Scores = Mapping[tuple[str, str], Measured]
-"""By suite name and metric; only scores on the suite's current content."""
-Earlier = Mapping[tuple[str, str], str]
-"""By suite name and metric, of scores on a content that another one has replaced: what was measured, and on what."""
+"""By suite name and metric; only scores on one content of each suite."""
+Others = Mapping[tuple[str, str], str]
+"""By suite name and metric, of scores on another content: what was measured, and on what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What rules are judged on: one content of each suite, by its name, and the direction of metrics that the rules
+    are pinned to."""
+
+    suites: Mapping[str, Suite]
+    directions: Mapping[tuple[str, str], bool]
+
+    def named(self, suite: str) -> str:
+        """How messages name the content."""
+        content = self.suites.get(suite)
+        return f"the current {suite}" if content is None or content.current else f"{suite} {suites.label(content)}"
+
+    def to_measure(self, suite: str) -> str:
+        """The suite as commands take it."""
+        content = self.suites.get(suite)
+        return suite if content is None or content.current else content.digest
+
+
+CURRENT = Contents({}, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,12 +285,13 @@ class References:
     inputs: Scores | None = None
     hides_inputs: bool = False
     guards: Set[str] = frozenset()
-    earlier: Mapping[str, Earlier] = field(default_factory=dict[str, Earlier])
+    others: Mapping[str, Others] = field(default_factory=dict[str, Others])
+    contents: Contents = CURRENT
 
     def moved_on(self, side: str, key: tuple[str, str]) -> str:
-        """What a message adds if the side has a score on a replaced content; otherwise nothing."""
-        before = self.earlier.get(side, {}).get(key)
-        return f" (the suite has moved on: {before})" if before else ""
+        """What a message adds if the side has a score on another content; otherwise nothing."""
+        other = self.others.get(side, {}).get(key)
+        return f" (the suite has moved on: {other})" if other else ""
 
     def serves_base(self, rule: "Rule") -> bool:
         """Whether the rule compares a guard with a channel that serves nothing yet: users have the base."""
@@ -314,8 +337,9 @@ def _judge(rule: Rule, candidate: Scores, against: References, needs: Needs) -> 
     key, text = (rule.suite, rule.metric), f"{rule}{needs}"
     own = candidate.get(key)
     if own is None:
-        detail = f"no {rule.metric} on the current {rule.suite}{against.moved_on('candidate', key)}"
-        return GateResult(text, False, f"{detail}: run `adaptory eval REF --suite {rule.suite}`", lacks="candidate")
+        detail = f"no {rule.metric} on {against.contents.named(rule.suite)}{against.moved_on('candidate', key)}"
+        command = f"adaptory eval REF --suite {against.contents.to_measure(rule.suite)}"
+        return GateResult(text, False, f"{detail}: run `{command}`", lacks="candidate")
     alone = Figures(own)
     if objection := needs.objection(own):
         return GateResult(text, False, f"{own}: {objection}", lacks="candidate", figures=alone)
@@ -330,7 +354,8 @@ def _judge(rule: Rule, candidate: Scores, against: References, needs: Needs) -> 
     other = (against.base if rule.other == "base" else scores).get(key)
     if other is None:
         missing = "no input has" if rule.other == "inputs" else f"the {rule.other} has no"
-        measure = f"{rule.metric} on the current {rule.suite}{against.moved_on(rule.other, key)}: evaluate it first"
+        on = f"{against.contents.named(rule.suite)}{against.moved_on(rule.other, key)}"
+        measure = f"{rule.metric} on {on}: evaluate it first"
         return GateResult(text, False, f"{own}, but {missing} {measure}", lacks=rule.other, figures=alone)
     if objection := needs.objection(other):
         detail = f"{own} against {other} of the {rule.other}: {objection}"
@@ -366,9 +391,31 @@ def lacking(rule: Rule, candidate: Scores, against: References, needs: Needs) ->
 
 def refuse_unknown(session: Session, actor: Actor, rule: Rule) -> None:
     """Raises NotFound for a rule on an unknown suite or metric, Usage for one that no release can pass."""
-    suites.find(session, rule.suite, actor)
+    suite = suites.find(session, rule.suite, actor)
+    if suite.name != rule.suite:
+        why = f"a digest is not a name. Rules are pinned to the content that {suite.name} has when they are set"
+        raise _bad(rule, why, f"Write {suite.name}.{rule.metric}.")
     suites.refuse_unknown_metric(session, actor, rule.suite, rule.metric)
     refuse_keeping_losses(session, rule)
+
+
+def refuse_impossible(rule: Rule, suite: Suite, needs: "Needs") -> None:
+    """Raises Usage for a rule that no score on this content of its suite can pass."""
+    if suite.task == suites.REPORTED:
+        if needs.measured or needs.min_n > 1:
+            asked = "a measured score" if needs.measured else f"{needs.min_n} examples"
+            raise _bad(rule, f"scores of {suite.name} are only reported, and it asks for {asked}", "Leave that out.")
+        return
+    if needs.min_n > suite.examples:
+        raise _bad(rule, f"{needs.min_n} examples are needed, and {suite.name} has {suite.examples}", "Lower min_n.")
+    if isinstance(rule, Condition) and (valid := metrics.RANGES.get(rule.metric)) is not None:
+        least, most = valid
+        if rule.value > most if rule.operator == ">=" else rule.value < least:
+            raise _bad(rule, f"{rule.metric} is from {least:g} to {most:g}", "Write a number that it can reach.")
+
+
+def _bad(rule: Rule, why: str, step: str) -> Usage:
+    return Usage("bad_rule", f"{rule} can never pass: {why}.", subject=str(rule), next_step=step)
 
 
 def refuse_keeping_losses(session: Session, rule: Rule) -> None:
@@ -394,17 +441,23 @@ def hides(session: Session, release: Release, inputs: Sequence[Release]) -> bool
     return bool(others - namespaces.public_names(session))
 
 
-def scores(session: Session, subject: Release | Base) -> Scores:
-    """The current scores of a release or base, by suite and metric."""
-    return {(row.suite.name, row.metric): measured(row) for row in suites.scores_of(session, subject)}
-
-
-def earlier(session: Session, subject: Release | Base) -> Earlier:
-    """The scores of a release or base on contents of suites that have been replaced, as messages name them."""
-    rows = suites.earlier_scores(session, subject)
-    current = suites.current_labels(session, {suite for suite, _ in rows})
+def scores(session: Session, subject: Release | Base, contents: Contents | None = None) -> Scores:
+    """The scores of a release or base on these contents, else on what is current, by suite and metric."""
+    if contents is None:
+        return {(row.suite.name, row.metric): measured(row) for row in suites.scores_of(session, subject)}
+    rows = {(row.suite.name, row.metric): row for row in suites.scores_on(session, subject, contents.suites.values())}
     return {
-        key: f"{measured(row)} on {suites.label(row.suite)}, now {current[row.suite.name]}" for key, row in rows.items()
+        key: replace(measured(row), higher_is_better=contents.directions.get(key, row.higher_is_better))
+        for key, row in rows.items()
+    }
+
+
+def others(session: Session, subject: Release | Base, contents: Contents) -> Others:
+    """The scores of a release or base on other contents of these suites, as messages name them."""
+    rows = suites.other_scores(session, subject, contents.suites.values())
+    return {
+        key: f"{measured(row)} on {suites.label(row.suite)}, judged on {suites.label(contents.suites[key[0]])}"
+        for key, row in rows.items()
     }
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -14,8 +15,8 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import metrics, repositories, suites
-from registry.domain.channels import gates, requirements
-from registry.domain.channels.gates import GateResult, Needs, Rule
+from registry.domain.channels import gates, pins, requirements
+from registry.domain.channels.gates import Contents, GateResult, Needs, Rule
 from registry.domain.channels.requirements import Question
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import Stale
@@ -85,11 +86,10 @@ def set_policy(
     *,
     expected: int | None = None,
 ) -> int:
-    """Replaces a channel's policy; returns its revision. Raises NotFound for an unknown suite or metric, Usage for an
-    invalid rule, and Stale if the revision that it replaces is not `expected`."""
+    """Replaces a channel's policy; returns its revision. Rules on a suite that the policy used before keep their pins.
+    Raises NotFound for an unknown suite or metric, Usage for an invalid rule or one that can never pass, and Stale if
+    the revision that it replaces is not `expected`."""
     rules = gates.parse_rules([row.rule for row in policy.rules])
-    for rule in rules:
-        gates.refuse_unknown(session, actor, rule)
     for soak in policy.soak:
         parse_name(soak.channel, "channel")
     revision = _store(session, actor, repository, channel, policy, rules, Act.POLICY_SET)
@@ -100,14 +100,23 @@ def set_policy(
     return revision
 
 
-def set_rules(session: Session, actor: Actor, repository: Repository, channel: str, texts: Sequence[str]) -> None:
-    """Replaces the gate rules of a channel's policy; none removes them. Raises as `set_policy`."""
-    rules = gates.parse_rules(texts)
-    for rule in rules:
-        gates.refuse_unknown(session, actor, rule)
+def set_rules(
+    session: Session,
+    actor: Actor,
+    repository: Repository,
+    channel: str,
+    texts: Sequence[str] | None,
+    *,
+    repin: bool = False,
+) -> None:
+    """Replaces the gate rules of a channel's policy; none removes them, None keeps them. With `repin`, they are pinned
+    to what their suites are now. Raises as `set_policy`."""
     kept, _ = find(session, repository, channel)
-    policy = kept.model_copy(update={"rules": tuple(ScoreRule.of(str(rule)) for rule in rules)})
-    _store(session, actor, repository, channel, policy, rules, Act.GATE_SET)
+    if texts is not None:
+        rows = tuple(ScoreRule.of(str(rule)) for rule in gates.parse_rules(texts))
+        kept = kept.model_copy(update={"rules": rows})
+    rules = gates.parse_rules([row.rule for row in kept.rules])
+    _store(session, actor, repository, channel, kept, rules, Act.GATE_SET, repin=repin)
 
 
 def _store(  # noqa: PLR0913
@@ -118,6 +127,8 @@ def _store(  # noqa: PLR0913
     policy: ChannelPolicy,
     rules: Sequence[Rule],
     act: Act,
+    *,
+    repin: bool = False,
 ) -> int:
     key = (repository.id, parse_name(channel, "channel"))
     row = session.get(Gate, key, with_for_update=True)
@@ -125,6 +136,7 @@ def _store(  # noqa: PLR0913
     document = policy.to_json()
     before = ({"rules": list(row.rules)} if named else of_columns(row.rules, row.policy).to_json()) if row else None
     row = row or Gate(repository_id=repository.id, channel=channel, revision=0)
+    row.pins = _pins(session, actor, policy, rules, {} if repin else row.pins or {})
     row.rules, row.policy, row.revision = [str(rule) for rule in rules], document, row.revision + 1
     session.add(row)
     session.flush()
@@ -137,8 +149,22 @@ def _store(  # noqa: PLR0913
         before=before or ({"rules": []} if named else None),
         after={"rules": row.rules} if named else document,
         revision=row.revision,
+        **({"pins": row.pins} if row.pins else {}),
     )
     return row.revision
+
+
+def _pins(
+    session: Session, actor: Actor, policy: ChannelPolicy, rules: Sequence[Rule], kept: pins.Pins
+) -> dict[str, Any]:
+    """The pins of the rules. Raises for a rule that is on nothing known, or that can never pass."""
+    for rule in rules:
+        gates.refuse_unknown(session, actor, rule)
+    pinned = pins.pin(session, rules, kept)
+    contents = pins.contents(session, rules, pinned)
+    for rule, row in zip(rules, policy.rules, strict=True):
+        gates.refuse_impossible(rule, contents.suites[rule.suite], Needs(*policy.of_rule(row)))
+    return pinned
 
 
 def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]:
@@ -176,41 +202,47 @@ def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -
     release = question.release
     base = session.get_one(Base, release.base_digest)
     inputs = gates.inputs_of(session, release)
-    own, of_base = gates.scores(session, release), gates.scores(session, base)
-    served = gates.scores(session, question.served) if question.served else None
-    of_inputs = None if inputs is None else [gates.scores(session, one) for one in inputs]
+    rules = gates.parse_rules([row.rule for row in policy.rules])
+    pinned = pins.of_channel(session, release.repository_id, question.channel)
+    contents, changed = pins.contents(session, rules, pinned), pins.announced(session, pinned)
+    own, of_base = gates.scores(session, release, contents), gates.scores(session, base, contents)
+    served = gates.scores(session, question.served, contents) if question.served else None
+    of_inputs = None if inputs is None else [gates.scores(session, one, contents) for one in inputs]
     hidden = inputs is not None and gates.hides(session, release, inputs)
     guards = suites.guards_among(session, {gates.parse_rule(row.rule).suite for row in policy.rules})
     sides = {"candidate": release, "base": base, **({"served": question.served} if question.served else {})}
-    earlier = cache(lambda: {side: gates.earlier(session, subject) for side, subject in sides.items()})
+    others = cache(lambda: {side: gates.others(session, subject, contents) for side, subject in sides.items()})
     results: list[GateResult] = []
     lacking: dict[Wanted, None] = {}
-    for row in policy.rules:
-        rule, needs = gates.parse_rule(row.rule), Needs(*policy.of_rule(row))
+    for rule, row in zip(rules, policy.rules, strict=True):
+        needs = Needs(*policy.of_rule(row))
         best = None if of_inputs is None else gates.best_of([needs.counting(one) for one in of_inputs])
         against = gates.References(base=of_base, served=served, inputs=best, guards=guards, hides_inputs=hidden)
         result = gates.judge_rule(rule, own, against, needs)
-        if result.lacks:  # the score may be there, on a content of the suite that another has replaced
-            result = gates.judge_rule(rule, own, replace(against, earlier=earlier()), needs)
+        if result.lacks:  # the score may be there, on another content of the suite
+            result = gates.judge_rule(rule, own, replace(against, others=others()), needs)
         if result.lacks and policy.missing == "evaluate":
             named = gates.lacking(rule, own, against, needs)
             subjects = [one for name in named for one in _subjects(question, name, inputs or ())]
-            result, lacks = _awaited(session, question, rule, needs, result, subjects)
+            result, lacks = _awaited(question, rule, needs, result, subjects, contents)
             lacking |= dict.fromkeys(lacks)
+        if note := changed.get(rule.suite):
+            command = f"adaptory gate {repositories.name_of(release.repository)}@{question.channel} --repin"
+            result = replace(result, detail=f"{result.detail}; {note} (`{command}` takes it)")
         results.append(result)
     return results, list(lacking)
 
 
 def _awaited(
-    session: Session,
     question: Question,
     rule: Rule,
     needs: Needs,
     result: GateResult,
     subjects: Sequence[tuple[int | None, str]],
+    contents: Contents,
 ) -> tuple[GateResult, list[Wanted]]:
     """The result, waiting if the missing scores of the subjects can still come, and what is to be measured for it."""
-    suite = suites.find_any(session, rule.suite)
+    suite = contents.suites.get(rule.suite)
     if suite is None or suite.task == suites.REPORTED:  # nobody can measure it
         return result, []
     if suite.examples < needs.min_n:
@@ -221,7 +253,7 @@ def _awaited(
         return replace(result, detail=f"{result.detail} ({over})"), []
     if not lacks:
         return result, []
-    missing = f"a score of {rule.metric} on the current {rule.suite} is missing"
+    missing = f"a score of {rule.metric} on {contents.named(rule.suite)} is missing"
     if rule.metric not in metrics.HIGHER_IS_BETTER or suite.task in suites.ELSEWHERE:
         return replace(result, waiting=True, detail=f"{missing}: to be recorded"), []
     return replace(result, waiting=True, detail=f"{missing}: to be measured"), lacks

@@ -1,0 +1,70 @@
+"""Pins: the content of each suite, and the direction of each metric, that a channel's gate rules were set on.
+
+A suite's author may have no role in the namespace. What the author changes later is announced, and judges nothing until
+an admin of the namespace takes it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.database.tables import Gate, Suite
+from registry.domain.catalog import metrics, suites
+from registry.domain.channels.gates import Contents, Rule
+
+Pins = Mapping[str, Mapping[str, Any]]
+"""By suite: the `digest` of its content, and `higher_is_better` by metric."""
+
+
+def pin(session: Session, rules: Sequence[Rule], kept: Pins) -> dict[str, Any]:
+    """The pins of these rules: those `kept`, and for a suite or metric without one what it is now."""
+    pins: dict[str, Any] = {}
+    for rule in rules:
+        own, before = pins.get(rule.suite), kept.get(rule.suite)
+        if own is None:
+            digest = before["digest"] if before else suites.find(session, rule.suite).digest
+            own = pins[rule.suite] = {"digest": digest, "higher_is_better": {}}
+        known = before["higher_is_better"].get(rule.metric) if before else None
+        better = metrics.is_higher_better(session, rule.suite, rule.metric) if known is None else known
+        own["higher_is_better"][rule.metric] = better
+    return pins
+
+
+def of_channel(session: Session, repository_id: int, channel: str) -> Pins:
+    """The pins of a channel's policy; none for rules that were set by a version without pins."""
+    return session.scalar(select(Gate.pins).where(Gate.repository_id == repository_id, Gate.channel == channel)) or {}
+
+
+def contents(session: Session, rules: Sequence[Rule], pins: Pins) -> Contents:
+    """What the rules are judged on: what they are pinned to, else what is current."""
+    names = {rule.suite for rule in rules}
+    current = {one.name: one for one in session.scalars(select(Suite).where(Suite.name.in_(names), Suite.current))}
+    digests = [pin["digest"] for name, pin in pins.items() if name in names]
+    pinned = {one.name: one for one in session.scalars(select(Suite).where(Suite.digest.in_(digests)))}
+    directions = {(name, metric): better for name, pin in pins.items() for metric, better in _directions(pin)}
+    return Contents({**current, **pinned}, directions)
+
+
+def announced(session: Session, pins: Pins) -> dict[str, str]:
+    """What has changed since the rules were pinned, by suite, in words."""
+    now = suites.current_labels(session, pins)
+    digests = [pin["digest"] for pin in pins.values()]
+    pinned = {one.name: one for one in session.scalars(select(Suite).where(Suite.digest.in_(digests)))}
+    changed: dict[str, str] = {}
+    for name, pin in pins.items():
+        notes: list[str] = []
+        if name in pinned and not pinned[name].current:
+            notes.append(f"pinned to {name} {suites.label(pinned[name])}, which is now {now.get(name, 'gone')}")
+        for metric, better in _directions(pin):
+            if metrics.is_higher_better(session, name, metric) != better:
+                was, is_now = ("higher", "lower") if better else ("lower", "higher")
+                notes.append(f"pinned to {was} {metric} being better, which is now {is_now}")
+        if notes:
+            changed[name] = "; ".join(notes)
+    return changed
+
+
+def _directions(pin: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    return list(pin["higher_is_better"].items())
