@@ -77,9 +77,12 @@ def test_a_reported_score_passes_a_plain_rule_and_no_policy_that_asks_for_measur
     rules = ["sql-exact.accuracy >= 0.5", "reported-squad.f1 >= 0.5"]
     policy = tmp_path / "policy.yaml"
     policy.write_text(yaml.safe_dump({"version": 1, "rules": rules, "measured": True, "missing": "refuse"}))
+    never = cli("policy", "set", "acme/sql@prod", policy)
+    assert (never.code, "scores of reported-squad are only reported" in never.err) == (2, True), never.err
+    policy.write_text(yaml.safe_dump({"version": 1, "rules": rules[:1], "measured": True, "missing": "refuse"}))
     cli.ok("policy", "set", "acme/sql@prod", policy)
     refused = cli("promote", "acme/sql:1.0.0", "--to", "prod")
-    assert (refused.code, refused.err.count("it is reported, not measured")) == (1, 2)
+    assert (refused.code, refused.err.count("it is reported, not measured")) == (1, 1)
     policy.write_text(yaml.safe_dump({"version": 1, "rules": rules[:1], "min_n": 2, "missing": "refuse"}))
     cli.ok("policy", "set", "acme/sql@prod", policy)
     assert "n is not stated, and at least 2 are needed" in cli("promote", "acme/sql:1.0.0", "--to", "prod").err

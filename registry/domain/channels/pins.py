@@ -11,6 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from registry.database.tables import Gate, Suite
+from registry.domain.access.audit import Actor
 from registry.domain.catalog import metrics, suites
 from registry.domain.channels.gates import Contents, Rule
 
@@ -18,13 +19,14 @@ Pins = Mapping[str, Mapping[str, Any]]
 """By suite: the `digest` of its content, and `higher_is_better` by metric."""
 
 
-def pin(session: Session, rules: Sequence[Rule], kept: Pins) -> dict[str, Any]:
-    """The pins of these rules: those `kept`, and for a suite or metric without one what it is now."""
+def pin(session: Session, actor: Actor, rules: Sequence[Rule], kept: Pins) -> dict[str, Any]:
+    """The pins of these rules: those `kept`, and for a suite or metric without one what it is now. Raises NotFound for
+    a suite that the actor may not name."""
     pins: dict[str, Any] = {}
     for rule in rules:
         own, before = pins.get(rule.suite), kept.get(rule.suite)
         if own is None:
-            digest = before["digest"] if before else suites.find(session, rule.suite).digest
+            digest = before["digest"] if before else suites.find(session, rule.suite, actor).digest
             own = pins[rule.suite] = {"digest": digest, "higher_is_better": {}}
         known = before["higher_is_better"].get(rule.metric) if before else None
         better = metrics.is_higher_better(session, rule.suite, rule.metric) if known is None else known

@@ -160,7 +160,7 @@ def _pins(
     """The pins of the rules. Raises for a rule that is on nothing known, or that can never pass."""
     for rule in rules:
         gates.refuse_unknown(session, actor, rule)
-    pinned = pins.pin(session, rules, kept)
+    pinned = pins.pin(session, actor, rules, kept)
     contents = pins.contents(session, rules, pinned)
     for rule, row in zip(rules, policy.rules, strict=True):
         gates.refuse_impossible(rule, contents.suites[rule.suite], Needs(*policy.of_rule(row)))
