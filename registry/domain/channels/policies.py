@@ -149,7 +149,7 @@ def _store(  # noqa: PLR0913
         before=before or ({"rules": []} if named else None),
         after={"rules": row.rules} if named else document,
         revision=row.revision,
-        **({"pins": row.pins} if row.pins else {}),
+        pins=row.pins,
     )
     return row.revision
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Approval, Channel, Promotion, Release
+from registry.database.tables import Approval, Channel, Move, Promotion, Release
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds, permit
@@ -146,7 +146,8 @@ def approve(session: Session, actor: Actor, release: Release, channel: str, reas
     row = row or Approval(release_id=release.id, channel=channel, user=actor.name)
     if not counts or row.reason != reason:
         row.token_id, row.reason, row.at = actor.token_id, reason, actor.at
-        row.after_move = locked.move_id or moves.NOTHING_YET
+        last = select(func.max(Move.id)).where(Move.channel_id == locked.id)  # of a deleted channel too
+        row.after_move = session.scalar(last) or moves.NOTHING_YET
         session.add(row)
         session.flush()
         audit.record(

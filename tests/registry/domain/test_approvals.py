@@ -11,7 +11,7 @@ from registry.domain.access import namespaces, sessions, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import moves, promotions, requirements
+from registry.domain.channels import deletions, moves, promotions, requirements
 from registry.domain.channels.timeline import ChannelMove
 from registry.errors import NotAllowed
 from registry.transfer.promotions import settle
@@ -122,6 +122,27 @@ def test_an_approval_is_spent_by_the_move_after_it_whatever_the_clocks_say(house
         promotions.approve(session, person(house, "admin", NOW - timedelta(minutes=2)), release, "prod", "")
     settle(house.resources, second)
     assert seen(house, second)[0] == "completed", "one given after the rollback counts"
+
+
+def test_an_approval_for_a_channel_that_was_deleted_and_comes_back_counts_if_it_is_new(house: House) -> None:
+    """Both were given at the same moment, and its earlier moves stay in the history."""
+
+    def approve() -> None:
+        with house.resources.write() as session:
+            promotions.approve(session, person(house, "admin"), releases.find(session, NAME, OLD), "beta", "")
+
+    demand(house, "beta", approval={})
+    approve()
+    assert isinstance(promote(house, OLD, "beta"), ChannelMove)
+    demand(house, "beta")
+    with house.resources.write() as session:
+        repository = repositories.find(session, NAME)
+        deletions.delete(session, person(house, "admin"), repository, "beta", serving=OLD, reason="a typo")
+    demand(house, "beta", approval={})
+    began = waiting(house, OLD, "beta")
+    approve()
+    settle(house.resources, began)
+    assert seen(house, began)[0] == "completed"
 
 
 def test_an_approval_beside_a_promotion_is_used_once_and_one_beside_its_withdrawal_is_answered(house: House) -> None:
