@@ -22,15 +22,16 @@ Pins = Mapping[str, Mapping[str, Any]]
 def pin(session: Session, actor: Actor, rules: Sequence[Rule], kept: Pins) -> dict[str, Any]:
     """The pins of these rules: those `kept`, and for a suite or metric without one what it is now. Raises NotFound for
     a suite that the actor may not name."""
-    pins: dict[str, Any] = {}
+    pins: dict[str, dict[str, Any]] = {}
     for rule in rules:
-        own, before = pins.get(rule.suite), kept.get(rule.suite)
-        if own is None:
+        before = kept.get(rule.suite)
+        if rule.suite not in pins:
             digest = before["digest"] if before else suites.find(session, rule.suite, actor).digest
-            own = pins[rule.suite] = {"digest": digest, "higher_is_better": {}}
-        known = before["higher_is_better"].get(rule.metric) if before else None
-        better = metrics.is_higher_better(session, rule.suite, rule.metric) if known is None else known
-        own["higher_is_better"][rule.metric] = better
+            pins[rule.suite] = {"digest": digest, "higher_is_better": {}}
+        better = before["higher_is_better"].get(rule.metric) if before else None
+        if better is None:
+            better = metrics.is_higher_better(session, rule.suite, rule.metric)
+        pins[rule.suite]["higher_is_better"][rule.metric] = better
     return pins
 
 
