@@ -46,10 +46,11 @@ def jobs_running(connection: Connection, job: int | None) -> Generator[None]:
     leaves its own."""
     if connection.resources is not None and job is not None:
         from registry.cli import render
+        from registry.database.engine import database_now
         from registry.domain.jobs import queue
 
         with connection.resources.read() as session:
-            earlier = [f"{one.id} ({one.kind})" for one in queue.list_ahead(session, job, connection.resources.clock())]
+            earlier = [f"{one.id} ({one.kind})" for one in queue.list_ahead(session, job, database_now(session))]
         if earlier:
             render.say(f"earlier jobs go first: {', '.join(earlier)}; `adaptory cancel ID` ends one")
     with connection.worker():

@@ -96,7 +96,8 @@ class _Lines:
 
     def show(self, job: Mapping[str, Any]) -> None:
         waits = f", waits for {job['waits_for']}" if job.get("waits_for") else ""
-        self._say(self._label, f"{job['state']}{waits}")
+        stalled = ", stalled: its worker fell silent" if job.get("stalled_since") else ""
+        self._say(self._label, f"{job['state']}{waits}{stalled}")
         for number, step in enumerate(job["steps"], start=1):
             if step["state"] != "waiting":
                 redone = f", {step['redone']:,} units redone" if step.get("redone") else ""

@@ -1,6 +1,5 @@
 """Jobs: list, show, follow, order, cancel."""
 
-from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -33,8 +32,6 @@ MemoryOption = Annotated[
         "--memory-bytes", min=0, help="Memory of a device that the job takes, if not the size of its largest base."
     ),
 ]
-SILENT_S = 90.0
-"""A running job's worker reports every 3 s; after a minute of silence another worker takes over."""
 _HELP = "adaptory jobs"
 
 
@@ -98,6 +95,8 @@ def _show(job: Json) -> None:
     _table([job])
     if job.get("waits_for"):
         render.out(f"It waits for {job['waits_for']}.")
+    if job.get("stalled_since"):
+        render.out("Its worker has stopped without a word. The next worker goes on with it: `adaptory worker`.")
     for step in job["steps"]:
         if step.get("log"):
             render.heading(f"the last lines of a unit of {step['name']} that failed")
@@ -120,16 +119,13 @@ def _table(rows: list[Json]) -> None:
 
 
 def _state(row: Json) -> str:
-    """A job's state with a priority that is not normal, its cancellation, and a worker that fell silent, which the next
-    worker ends."""
+    """A job's state with a priority that is not normal, its cancellation, and since when its worker is silent."""
     unfinished = row["state"] in following.UNFINISHED
     priority = row.get("priority", "normal")
     notes = [f"{priority} priority"] if unfinished and priority != "normal" else []
     notes += ["to be cancelled"] if row["cancel_requested"] and unfinished else []
-    seen = row["heartbeat_at"]
-    if row["state"] == "running" and seen is not None:
-        silent_s = (datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds()
-        notes += [f"no sign of its worker for {silent_s / 60:.0f} min"] if silent_s > SILENT_S else []
+    if row.get("stalled_since"):
+        notes.append(f"stalled since {row['stalled_since'][:16]}")
     return ", ".join([row["state"], *notes])
 
 

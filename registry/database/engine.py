@@ -17,6 +17,7 @@ from sqlalchemy import (
     create_engine,
     event,
     inspect,
+    text,
 )
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.orm import DeclarativeBase, sessionmaker
@@ -156,6 +157,16 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def database_now(session: Session) -> datetime:
+    """The time by the database's clock, the one clock that all servers and workers share; what they agree on by time,
+    as leases, goes by it. SQLite's is that of the one host which may use it."""
+    if session.get_bind().dialect.name == "sqlite":
+        shown = session.scalar(text("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')"))
+        return datetime.fromisoformat(str(shown)).replace(tzinfo=UTC)
+    now: datetime = session.execute(text("SELECT clock_timestamp()")).scalar_one()
+    return now.astimezone(UTC)
 
 
 def insert_if_absent(session: Session, table: type[Row], **values: Any) -> bool:

@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from sqlalchemy import exists, func, select, text
+from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from registry.database.engine import Database, DatabaseTimeouts, Row
@@ -207,13 +207,17 @@ def _check_policies(resources: Resources) -> Iterator[Check]:
 def _check_workers(resources: Resources) -> Iterator[Check]:
     now = resources.clock()
     with resources.read() as session:
-        waiting = queue.unfinished(session)
-        alive = exists().where(Job.state == "running", Job.heartbeat_at > now - queue.LEASE)
-        at_work = bool(session.scalar(select(alive)))
-    queued = [(kind, count, since) for kind, state, count, since in waiting if state == "queued"]
-    oldest = min((since for _, _, since in queued), default=now)
-    detail = f"{sum(count for _, count, _ in queued):,} jobs are queued" + (", one or more run" if at_work else "")
-    if now - oldest > WAITING and not at_work:
+        unfinished = queue.unfinished(session)
+    counts = Counter[str]()
+    for _, state, count, _ in unfinished:
+        counts[state] += count
+    at_work = counts["running"] > 0
+    oldest = min((since for _, state, _, since in unfinished if state == "queued"), default=now)
+    detail = f"{counts['queued']:,} jobs are queued" + (", one or more run" if at_work else "")
+    if counts["stalled"]:
+        detail = f"{detail}, and {counts['stalled']:,} stalled: the worker fell silent, and no other one goes on."
+        yield Check(name="workers", state="warning", detail=detail, next_step="Start one: `adaptory worker`.")
+    elif now - oldest > WAITING and not at_work:
         minutes = (now - oldest) / timedelta(minutes=1)
         detail = f"{detail}, the oldest for {minutes:,.0f} minutes, and no worker runs one."
         yield Check(name="workers", state="warning", detail=detail, next_step="Start one: `adaptory worker`.")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from composer.errors import ComposerError, Interrupted
+from registry.database.engine import database_now
 from registry.database.tables import Job
 from registry.domain.compositions.job_needs import declare_missing
 from registry.domain.jobs import needs, queue
@@ -203,8 +204,9 @@ def _work(
 def end_unmet(resources: Resources) -> None:
     """Ends jobs that no worker has met for long, and forgets workers that have long ended."""
     with resources.write() as session:
-        ended = queue.end_unmet(session, resources.clock())
-        needs.forget_workers(session, resources.clock())
+        now = database_now(session)
+        ended = queue.end_unmet(session, now)
+        needs.forget_workers(session, now)
     for job_id, error in ended:
         log.warning("Job %s ended, since no worker can take it: %s", job_id, error)
 
@@ -219,11 +221,12 @@ def run_one(  # noqa: PLR0913
     engine: WorkerEngine | None = None,
 ) -> bool:
     """Runs one job if one of these kinds is waiting whose needs the host meets; without a host, whatever it needs."""
-    now, offer = resources.clock(), None
+    offer = None
     if host is not None:
         _declare_missing(resources)
         offer = host.offer()
     with resources.write() as session:
+        now = database_now(session)
         if offer is not None:
             needs.announce(session, worker, offer, now)
         job = queue.claim(session, worker, now, kinds, offer)
@@ -328,7 +331,7 @@ def _put_off(held: JobRun, pause: timedelta, error: RegistryError) -> None:
     """The next worker continues from the finished steps."""
     log.warning("Job %s waits for %s and is tried again: %s", held.job_id, pause, error)
     with held.resources.write() as session:
-        queue.retry_later(session, held.job_id, held.worker, held.resources.clock() + pause, error.to_row())
+        queue.retry_later(session, held.job_id, held.worker, database_now(session) + pause, error.to_row())
 
 
 def _beat(held: JobRun, done: threading.Event) -> None:
@@ -339,7 +342,7 @@ def _beat(held: JobRun, done: threading.Event) -> None:
         try:
             offer = held.host.offer() if held.host is not None else None
             with held.resources.write() as session:
-                now = held.resources.clock()
+                now = database_now(session)
                 if offer is not None:
                     needs.announce(session, held.worker, offer, now)
                 kept = queue.extend_lease(session, held.job_id, held.worker, now)

@@ -32,6 +32,7 @@ from tests.durability.breakable import WITHOUT_DATABASE, Disk, Postgres, Stock, 
 from tests.durability.conftest import broken_promises, opened
 from tests.durability.processes import CHANNEL, NAME, kill, serve, wait_for_port
 from tests.durability.small import adapter_files, write_adapter, write_base
+from tests.elapsed import let_elapse
 from tests.forked import start
 from tests.s3_server import S3Server
 from tests.scenarios.test_crashes import LATER, watched
@@ -223,7 +224,8 @@ def test_a_job_whose_database_crashes_is_ended_well_when_it_is_back(
     own_postgres.start()
     assert not run_one(held, watched([]), "too early"), "it is the first one's until its lease runs out"
     seen: list[str] = []
-    assert run_one(replace(held, clock=lambda: datetime.now(UTC) + LATER), watched(seen), "second")
+    let_elapse(held, LATER)
+    assert run_one(held, watched(seen), "second")
     held.close()
     assert seen == ["combine", "evaluate", "gate", "merge", "publish"]
     assert cli.json("jobs", 1)["state"] == "done"

@@ -24,6 +24,7 @@ from registry.transfer.resources import Resources, open_resources
 from registry.worker.runner import JobKind, JobRun, run_one
 from registry.worker.steps import KINDS
 from tests.doses import further
+from tests.elapsed import let_elapse
 from tests.forked import start_command
 from tests.scenarios import stored
 from tests.scenarios.conftest import USER, stock
@@ -59,9 +60,10 @@ def team(cli: Cli, world: World) -> Cli:
 
 @contextmanager
 def resources_of(environ: Mapping[str, str], later: timedelta = timedelta(0)) -> Generator[Resources]:
-    """Of the registry that this environment leads to."""
+    """Of the registry that this environment leads to, that much later."""
     with environment(environ, ["adaptory"]):
         opened = open_resources(Settings())
+    let_elapse(opened, later)
     try:
         yield replace(opened, clock=lambda: opened.clock() + later)
     finally:

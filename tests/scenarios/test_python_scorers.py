@@ -1,7 +1,6 @@
 """Suites whose answers a Python scorer scores: one that fails, hangs or is not enabled somewhere."""
 
 from contextlib import closing
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from registry.worker.host import Host
 from registry.worker.runner import end_unmet, run_one
 from registry.worker.steps import KINDS
 from tests.composer.scorers import install_scorer
+from tests.elapsed import let_elapse
 from tests.scenarios.test_evaluations import write_suite
 from tests.scenarios.traces import opened
 from tests.scenarios.world import Cli
@@ -71,10 +71,10 @@ def test_a_worker_without_a_scorer_leaves_its_suites_to_others_for_ten_minutes(t
     with closing(opened(team)) as lacking:
         assert not run_one(lacking, KINDS, "lacking", host=Host(lacking, KINDS))
         assert team.json("jobs", other)["state"] == "queued"
-        later = replace(lacking, clock=lambda: lacking.clock() + timedelta(minutes=20))
-        assert not run_one(later, KINDS, "lacking", host=Host(later, KINDS))
+        let_elapse(lacking, timedelta(minutes=20))
+        assert not run_one(lacking, KINDS, "lacking", host=Host(lacking, KINDS))
         assert team.json("jobs", other)["needs"][1:] == ["scorer:obedient"]
-        end_unmet(later)
+        end_unmet(lacking)
     ended = team.json("jobs", other)
     assert (ended["state"], ended["error"]["code"]) == ("refused", "scorer_disabled")
     assert "The scorer obedient is not installed and enabled where workers run." in ended["error"]["detail"]

@@ -4,7 +4,7 @@ import errno
 import shutil
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import yaml
 from sqlalchemy import delete, update
 
 from composer.errors import RefusedOutput
+from registry.database.engine import database_now
 from registry.database.tables import Job, JobNeed
 from registry.domain.jobs import needs
 from registry.errors import Unavailable
@@ -24,6 +25,7 @@ from registry.worker.runner import JobKind, JobRun, end_unmet, run_one, run_work
 from registry.worker.steps import KINDS
 from registry.worker.workspace import sweep_work
 from tests.doses import one_of_each
+from tests.elapsed import let_elapse
 from tests.eventually import eventually
 from tests.scenarios.conftest import stock
 from tests.scenarios.test_crashes import begin, resources_of, team, watched, write_recipe
@@ -47,6 +49,7 @@ class Site:
     cli: Cli
     base: Path
     resources: Resources
+    elapsed: list[timedelta] = field(default_factory=lambda: [timedelta(0)])
 
     @property
     def job(self) -> dict[str, object]:
@@ -62,7 +65,10 @@ class Site:
         return sorted(path.name for path in self.resources.work_directory.glob("composition-*"))
 
     def at(self, later: timedelta) -> Resources:
-        return replace(self.resources, clock=lambda: self.resources.clock() + later)
+        """That long after the first work; called with ever later times."""
+        let_elapse(self.resources, later - self.elapsed[-1])
+        self.elapsed.append(later)
+        return self.resources
 
 
 @pytest.fixture
@@ -133,13 +139,13 @@ def test_a_composition_whose_base_no_worker_has_ends_after_an_hour_and_says_so(s
 
 def test_a_job_does_not_end_while_the_worker_that_has_its_base_is_busy(site: Site) -> None:
     with site.resources.write() as session:
-        needs.announce(session, "busy", Host(site.resources, KINDS).offer(), site.resources.clock())
+        needs.announce(session, "busy", Host(site.resources, KINDS).offer(), database_now(session))
     away = site.base.rename(site.base.with_name("away"))
     for minutes in range(0, 180, 30):
         later = site.at(timedelta(minutes=minutes))
         away.rename(site.base)
         with later.write() as session:
-            needs.announce(session, "busy", Host(later, KINDS).offer(), later.clock())
+            needs.announce(session, "busy", Host(later, KINDS).offer(), database_now(session))
         site.base.rename(away)
         assert not run_one(later, KINDS, "lacking", host=Host(later, KINDS))
         end_unmet(later)
@@ -174,9 +180,9 @@ def test_a_job_waits_for_a_device_with_its_memory_and_may_ask_for_less(site: Sit
         merged = api.post("/v1/compositions", {"recipe": recipe, "memory_bytes": 1})["job"]
     assert run_one(small, KINDS, "small", host=Host(small, KINDS))
     assert site.cli.json("jobs", merged)["state"] == "done"
-    later = replace(small, clock=lambda: small.clock() + timedelta(minutes=61))
-    assert not run_one(later, KINDS, "small", host=Host(later, KINDS))
-    end_unmet(later)
+    site.at(timedelta(minutes=61))
+    assert not run_one(small, KINDS, "small", host=Host(small, KINDS))
+    end_unmet(small)
     assert site.job == {"state": "refused", "code": "device_too_small"}
 
 

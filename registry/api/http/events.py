@@ -14,7 +14,6 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,8 +55,8 @@ LastEventId = Annotated[
 
 Look = Callable[[Actor], "JobOut | CompositionOut"]
 """What the actor may see now. Called in a thread; raises once the actor may no longer see it."""
-Documents = Callable[[Session, Sequence[int], datetime], "Mapping[int, JobOut | CompositionOut]"]
-"""The documents with these ids, as of that time; those that no longer exist are left out."""
+Documents = Callable[[Session, Sequence[int]], "Mapping[int, JobOut | CompositionOut]"]
+"""The documents with these ids; those that no longer exist are left out."""
 Key = tuple[Documents, int]
 
 
@@ -143,10 +142,10 @@ class Feed:
         wanted = defaultdict[Documents, list[int]](list)
         for documents, row_id in keys:
             wanted[documents].append(row_id)
-        now, read = self._resources.clock(), dict[Key, Snapshot]()
+        read = dict[Key, Snapshot]()
         with self._resources.read() as session:
             for documents, ids in wanted.items():
-                rows = documents(session, ids, now).items()
+                rows = documents(session, ids).items()
                 read |= {(documents, row_id): Snapshot.of(document) for row_id, document in rows}
         return read
 

@@ -73,7 +73,11 @@ class _Jobs(Collector):
         yield build
         with self._resources.read() as session:
             waiting = queue.unfinished(session)
-        jobs = GaugeMetricFamily("adaptory_jobs", "Jobs that are queued or running.", labels=("kind", "state"))
+        jobs = GaugeMetricFamily(
+            "adaptory_jobs",
+            "Jobs that are queued or running, or whose worker fell silent: stalled.",
+            labels=("kind", "state"),
+        )
         oldest = GaugeMetricFamily(
             "adaptory_oldest_queued_job_seconds", "Age of the oldest queued job.", labels=("kind",)
         )

@@ -46,7 +46,7 @@ def list_jobs(request: Request, resources: ResourcesOf, actor: PageContributor, 
     with resources.read() as session:
         rows = compositions.list_jobs(session, actor, before=decode_number(cursor), limit=SHOWN + 1)
         listed, more = first_rows(rows, SHOWN, lambda row: row.id)
-        views = job_page(session, listed, actor.at)
+        views = job_page(session, listed)
     return page(request, "jobs.html", jobs=views, more=more, first=cursor is None, json_address="/v1/jobs")
 
 
@@ -59,7 +59,7 @@ def show_job(job_id: RowId, request: Request, resources: ResourcesOf, actor: Pag
         if row.kind == COMPOSITION:
             made = compositions.find_by_job(session, job_id).id
             return redirect(f"/compositions/{made}")
-        view = job_view(session, row, actor.at)
+        view = job_view(session, row)
     return page(request, "job.html", job=view, finished=view.state in FINISHED, json_address=f"/v1/jobs/{job_id}")
 
 
@@ -78,7 +78,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
     with resources.read() as session:
         pair = compositions.find(session, composition_id)
         compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
-        view, job = composition_view(*pair), job_view(session, pair[1], actor.at)
+        view, job = composition_view(*pair), job_view(session, pair[1])
     made, stated = of_lock(view.lock), report.readable(view.conflicts)
     return page(
         request,

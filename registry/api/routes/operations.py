@@ -38,13 +38,13 @@ def list_jobs(resources: ResourcesOf, actor: Contributor, limit: Limit = 50, cur
     """List jobs, newest first, in namespaces where the caller is a publisher and whose inputs the caller may read."""
     with resources.read() as session:
         rows = compositions.list_jobs(session, actor, before=decode_number(cursor), limit=limit + 1)
-        return page(job_page(session, rows, actor.at), limit, [row.id for row in rows])
+        return page(job_page(session, rows), limit, [row.id for row in rows])
 
 
 @router.get("/v1/jobs/{job_id}")
 def show_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
     with resources.read() as session:
-        return job_view(session, _job(session, actor, job_id), actor.at)
+        return job_view(session, _job(session, actor, job_id))
 
 
 @router.get("/v1/jobs/{job_id}/events", response_class=StreamingResponse, responses=EVENTS)
@@ -61,7 +61,7 @@ async def follow_job(
 def cancel_job(job_id: RowId, resources: ResourcesOf, actor: Caller) -> JobOut:
     with resources.write() as session:
         job = compositions.cancel_job(session, actor, _job(session, actor, job_id))
-        return job_view(session, job, actor.at)
+        return job_view(session, job)
 
 
 @router.post("/v1/jobs/{job_id}/priority")
@@ -71,7 +71,7 @@ def set_priority(job_id: RowId, body: PriorityIn, resources: ResourcesOf, actor:
     with resources.write() as session:
         job = _job(session, actor, job_id)
         compositions.permit_change(session, actor, job)
-        return job_view(session, queue.set_priority(session, actor, job.id, body.priority), actor.at)
+        return job_view(session, queue.set_priority(session, actor, job.id, body.priority))
 
 
 def event_query(actor: AdminSomewhere, filters: Annotated[EventFilters, Query()]) -> EventQuery:

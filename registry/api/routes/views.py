@@ -1,13 +1,12 @@
 """Renders rows for the API. Call inside the transaction that read or wrote the rows."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 
 from registry.api.routes.documents import deprecation, move_document
 from registry.api.schemas.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
 from registry.api.schemas.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
 from registry.api.schemas.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut
-from registry.database.engine import Session
+from registry.database.engine import Session, database_now
 from registry.database.tables import (
     AuditRow,
     Base,
@@ -139,31 +138,31 @@ def promotion_view(row: Promotion) -> PromotionOut:
     )
 
 
-def job_view(session: Session, row: Job, now: datetime) -> JobOut:
-    return _job_views(session, [row], now)[0]
+def job_view(session: Session, row: Job) -> JobOut:
+    return _job_views(session, [row])[0]
 
 
-def job_documents(session: Session, ids: Sequence[int], now: datetime) -> dict[int, JobOut]:
+def job_documents(session: Session, ids: Sequence[int]) -> dict[int, JobOut]:
     """The jobs with these ids, as far as they exist, with the same queries whatever their number."""
-    return {view.id: view for view in _job_views(session, queue.find_all(session, ids), now)}
+    return {view.id: view for view in _job_views(session, queue.find_all(session, ids))}
 
 
-def composition_documents(session: Session, ids: Sequence[int], now: datetime) -> dict[int, CompositionOut]:
+def composition_documents(session: Session, ids: Sequence[int]) -> dict[int, CompositionOut]:
     """The compositions with these ids, as far as they exist, in one query."""
-    del now
     return {row.id: composition_view(row, job) for row, job in compositions.find_all(session, ids)}
 
 
-def job_page(session: Session, rows: Sequence[Job], now: datetime) -> list[JobOut]:
+def job_page(session: Session, rows: Sequence[Job]) -> list[JobOut]:
     """Renders jobs without the logs of their steps, with the same queries whatever the page length."""
-    views = _job_views(session, rows, now)
+    views = _job_views(session, rows)
     return [
         view.model_copy(update={"steps": [step.model_copy(update={"log": []}) for step in view.steps]})
         for view in views
     ]
 
 
-def _job_views(session: Session, rows: Sequence[Job], now: datetime) -> list[JobOut]:
+def _job_views(session: Session, rows: Sequence[Job]) -> list[JobOut]:
+    now = database_now(session)
     needed, waiting = needs.needs_of(session, rows), needs.waiting(session, rows, now)
     return [
         JobOut.of(
@@ -171,6 +170,7 @@ def _job_views(session: Session, rows: Sequence[Job], now: datetime) -> list[Job
             priority=Priority.of(row),
             needs=sorted(needed[row.id].names),
             waits_for=waiting.get(row.id),
+            stalled_since=queue.stalled_since(row, now),
         )
         for row in rows
     ]

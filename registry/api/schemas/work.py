@@ -128,7 +128,8 @@ class ConflictsOut(Wire):
 class JobOut(Wire):
     """`heartbeat_at` is the worker's last sign of life while the job runs; of a queued job, when it is due. `needs` are
     what its worker must have, `base:DIGEST`, `scorer:NAME`, `harness` or `evolution`, and `memory_bytes` of a device;
-    null if a worker has yet to find out. `waits_for` says what a queued job waits for."""
+    null if a worker has yet to find out. `waits_for` says what a queued job waits for. `stalled_since` is set while the
+    job is running and its worker gave no sign of life for a minute: the next worker takes it."""
 
     id: int
     kind: str
@@ -145,6 +146,7 @@ class JobOut(Wire):
     needs: list[str]
     memory_bytes: int | None
     waits_for: str | None
+    stalled_since: datetime | None
 
 
 class UpgradeIn(WireIn):

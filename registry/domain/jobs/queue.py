@@ -1,8 +1,9 @@
 """The job queue in the database: enqueue, claim, record progress, cancel. Independent of what a job does.
 
 queued -> running -> done | refused | failed | cancelled. A worker holds a running job while its heartbeat is fresh;
-afterwards another worker takes over at the first unfinished step. A queued job with a heartbeat in the future waits
-until then.
+afterwards the job is stalled, and another worker takes over at the first unfinished step. A queued job with a heartbeat
+in the future waits until then. Heartbeats, and each `now` that is compared with them, are times of `database_now`: a
+worker whose clock is wrong neither takes a job from another one nor keeps it for too long.
 
 Among the jobs that a worker can run, those of the namespace with the fewest running jobs go first, then those of higher
 priority, then the older ones. A job that has waited for OVERDUE goes before all that have not: from then on, only older
@@ -18,6 +19,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
+from registry.database.engine import database_now
 from registry.database.tables import Job
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
@@ -147,12 +149,19 @@ def list_page(session: Session, namespaces: Sequence[str] | None, *, before: int
     return list(session.scalars(query))
 
 
+def stalled_since(job: Job, now: datetime) -> datetime | None:
+    """When the lease of a running job's worker ran out; None while it lasts, and for jobs that are not running."""
+    if job.state != "running" or job.heartbeat_at is None or job.heartbeat_at >= now - LEASE:
+        return None
+    return job.heartbeat_at + LEASE
+
+
 def unfinished(session: Session) -> list[tuple[str, str, int, datetime]]:
-    """Kind, state, number and oldest time of creation of the jobs that are queued or running."""
-    query = select(Job.kind, Job.state, func.count(), func.min(Job.created_at))
-    query = (
-        query.where(Job.state.in_(("queued", "running"))).group_by(Job.kind, Job.state).order_by(Job.kind, Job.state)
-    )
+    """Kind, state, number and oldest time of creation of the jobs that are queued, running or `stalled`: running, and
+    their worker's lease has run out."""
+    state = case((_stalled(database_now(session)), "stalled"), else_=Job.state).label("seen")
+    query = select(Job.kind, state, func.count(), func.min(Job.created_at))
+    query = query.where(Job.state.in_(("queued", "running"))).group_by(Job.kind, state).order_by(Job.kind, state)
     return [(kind, state, count, since) for kind, state, count, since in session.execute(query)]
 
 
@@ -216,7 +225,12 @@ def end_unmet(session: Session, now: datetime) -> list[tuple[int, RegistryError]
 def _free(now: datetime) -> ColumnElement[bool]:
     """Whether a job is due, or its worker fell silent."""
     due = and_(Job.state == "queued", or_(Job.heartbeat_at.is_(None), Job.heartbeat_at <= now))
-    return or_(due, and_(Job.state == "running", Job.heartbeat_at < now - LEASE))
+    return or_(due, _stalled(now))
+
+
+def _stalled(now: datetime) -> ColumnElement[bool]:
+    """Whether a job is running and the lease of its worker has run out."""
+    return and_(Job.state == "running", Job.heartbeat_at < now - LEASE)
 
 
 def extend_lease(session: Session, job_id: int, worker: str, now: datetime) -> bool:
