@@ -110,7 +110,7 @@ def publish(directory: Path, environment: Mapping[str, str]) -> tuple[Cli, str]:
 def serve(cli: Cli, stack: ExitStack) -> Server:
     port = load.free_port()
     command = [str(harness.ADAPTORY), "serve", "--port", str(port), "--no-worker"]
-    process_id = stack.enter_context(load.process(port, command, **cli.environment))
+    process_id = stack.enter_context(load.process(port, command, **cli.environment, ADAPTORY_LOOPBACK_OPEN="true"))
     return Server(f"http://127.0.0.1:{port}", process_id)
 
 

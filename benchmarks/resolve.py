@@ -53,7 +53,7 @@ def started(url: str, home: Path, stack: ExitStack, processes: int = 1) -> tuple
     port = load.free_port()
     command = [str(harness.ADAPTORY), "serve", "--port", str(port), "--no-worker", "--processes", str(processes)]
     environment = {"ADAPTORY_HOME": str(home), "ADAPTORY_DATABASE_URL": url}
-    return port, stack.enter_context(load.process(port, command, **environment))
+    return port, stack.enter_context(load.process(port, command, **environment, ADAPTORY_LOOPBACK_OPEN="true"))
 
 
 def _compare(title: str, ports: dict[str, int], rounds: int, seconds: float) -> None:

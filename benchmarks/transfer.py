@@ -131,7 +131,9 @@ def serve(home: Path, stack: ExitStack, environment: Mapping[str, str]) -> tuple
     """Address and process id of an API without a worker."""
     port = load.free_port()
     command = [str(harness.ADAPTORY), "serve", "--port", str(port), "--no-worker"]
-    process_id = stack.enter_context(load.process(port, command, ADAPTORY_HOME=str(home), **environment))
+    process_id = stack.enter_context(
+        load.process(port, command, ADAPTORY_HOME=str(home), **environment, ADAPTORY_LOOPBACK_OPEN="true")
+    )
     return f"http://127.0.0.1:{port}", process_id
 
 

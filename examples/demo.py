@@ -235,7 +235,7 @@ def farewell(story: Story) -> None:
     ):
         print(f"  {typed(['adaptory', *words]).removeprefix('$ ')}")
     print("and while it is serving")
-    print("  curl '127.0.0.1:8470/v1/resolve?ref=acme/sql-migration@prod'")
+    print("  ADAPTORY_URL=http://127.0.0.1:8470 adaptory show acme/sql-migration@prod")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ domain/     rules over rows: access, catalog, channels, search, jobs, compositio
 storage/    blobs in a directory or in S3; client/ speaks to a server, for the trainer's process too
 hub_client/ speaks to a Hugging Face Hub, for imports, exports and bases
 database/   engine, tables, locks, migrations; formats/ parses references, manifests and signatures
+home        the home directory, closed to other users, with the secrets of servers for one user
 errors      an exit code a family; error_codes has every code (input_error_codes those of input), error_families makes
               the errors; settings; outages;
             composer_name refuses another package of that name

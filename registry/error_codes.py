@@ -234,6 +234,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "id_token_expired": "Request a new one just before you exchange it.",
         "id_token_invalid": "Send the ID token as the issuer made it; the message says what is wrong with it.",
         "id_token_issuer": "Add a trusted publisher of that issuer: `adaptory publisher add REPO --issuer URL …`.",
+        "secret_missing": "Use the link or the secret of the server: `adaptory serve` prints where they are.",
         "sign_in_refused": "Sign in again; if it persists, check the provider against docs/how-to/operate.md.",
         "session_ended": "Sign in again.",
         "id_token_used": "Request a new one for each exchange.",

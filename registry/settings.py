@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 if TYPE_CHECKING:
     from composer.evaluation.scorers.scorer import PythonScorers
 
+DATABASE_FILE = "registry.db"
 DEFAULT_RATE = "6000/minute"
 DEFAULT_ISSUERS = "github:https://token.actions.githubusercontent.com,gitlab:https://gitlab.com"
 Claims = Literal["github", "gitlab", "other"]
@@ -412,6 +413,11 @@ class Settings(BaseSettings):
     stops, so that a load balancer sends none by then."""
     token: Annotated[SecretStr, AfterValidator(_token)] | None = None
     """The token that the command line sends to the registry at `url`."""
+    loopback_secret: Annotated[SecretStr, AfterValidator(_token)] | None = None
+    """The secret that a server without tokens asks for. By default a new one at each start; either is in
+    `$ADAPTORY_HOME/server-PORT.secret` while it runs."""
+    loopback_open: bool = False
+    """Let everybody on this machine use a server without tokens: for machines with one user."""
     user: Annotated[str, AfterValidator(_user)] = Field(default_factory=_login_name, min_length=1, max_length=128)
     """The name recorded in moves and audit rows of the embedded registry; the login name by default."""
 
@@ -430,7 +436,7 @@ class Settings(BaseSettings):
 
     @property
     def effective_database_url(self) -> str:
-        return self.database_url or f"sqlite:///{self.home_directory / 'registry.db'}"
+        return self.database_url or f"sqlite:///{self.home_directory / DATABASE_FILE}"
 
     @property
     def store_directory(self) -> Path:

@@ -15,6 +15,7 @@ from registry.api.http.callers import ActorCache
 from registry.api.http.events import EventStreams, Feed
 from registry.api.http.exchanges import AccessLog, Exchanges, Observe
 from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, OwnHost, SameSite
+from registry.api.http.loopback import AskForSecret, Secret
 from registry.api.http.threads import UploadThreads
 from registry.api.routes.documents import RenderedReleaseCache
 from registry.transfer.openid import OpenIdProvider
@@ -63,14 +64,23 @@ But search comes first of all: no other route matches its two paths, which are a
 
 
 def create_app(
-    resources: Resources, *, tokens: bool = False, on_demand: bool = False, access_log: AccessLog = "off"
+    resources: Resources,
+    *,
+    tokens: bool = False,
+    secret: str | None = None,
+    on_demand: bool = False,
+    access_log: AccessLog = "off",
 ) -> FastAPI:
-    """Creates the application: for one user on loopback or, with `tokens`, for the holders of tokens.
+    """Creates the application: for one user or, with `tokens`, for the holders of tokens. On loopback, where others of
+    the machine are too, the one user has a `secret`.
 
     With `on_demand`, routes are loaded by the first request that needs them: a command uses only a few paths.
 
     """
     app = _application(resources, tokens=tokens)
+    if secret is not None:
+        app.state.secret = Secret(resources.settings.home_directory, secret)
+        app.add_middleware(AskForSecret, secret=app.state.secret)
     if on_demand:
         app.add_middleware(RoutesOnDemand, load=partial(_include, app))
     _guard(app, resources, tokens=tokens)
@@ -108,6 +118,7 @@ def _application(resources: Resources, *, tokens: bool) -> FastAPI:
     )
     app.state.resources = resources
     app.state.draining = False
+    app.state.secret = None
     app.state.uploads = UploadThreads(resources.settings.max_concurrent_uploads if tokens else None)
     app.state.event_streams = EventStreams()
     app.state.feed = Feed(resources, app.state)

@@ -11,6 +11,7 @@ from registry.cli.groups import root
 from registry.cli.maintenance import Check, own_resources
 from registry.cli.render import JsonFlag
 from registry.errors import Usage
+from registry.home import close_directory
 
 if TYPE_CHECKING:
     from registry.settings import S3Storage, Settings
@@ -104,7 +105,8 @@ def restore(
     from registry.transfer.resources import open_store
 
     settings = own_settings()
-    settings.work_directory.mkdir(parents=True, exist_ok=True)
+    close_directory(settings.home_directory)
+    close_directory(settings.work_directory)
     archive = _archive(settings, source, endpoint_url)
     manifest = read_manifest(archive, name)
     database = Database(settings.effective_database_url, DatabaseTimeouts(statement_s=None))

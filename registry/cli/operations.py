@@ -3,6 +3,7 @@
 import signal
 import socket
 import threading
+from collections.abc import Sequence
 from contextlib import closing
 from enum import StrEnum
 from functools import partial
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from registry import home
 from registry.cli import render
 from registry.cli.connect import connected, own_settings
 from registry.cli.groups import root
@@ -19,6 +21,7 @@ from registry.errors import NotAllowed, Unavailable, Usage
 from registry.formats.signatures import fingerprint
 
 if TYPE_CHECKING:
+    from registry.settings import Settings
     from registry.transfer.resources import Resources
     from registry.worker.runner import Observe
 
@@ -45,11 +48,8 @@ def serve(
     ] = 1,
 ) -> None:
     """Serve the REST API and run a worker: for one user on loopback, or with ADAPTORY_ACCESS=tokens for many."""
-    from registry.cli.server import serve_beside, serve_here
+    from registry.cli.server import with_secret
     from registry.settings import is_loopback
-    from registry.transfer.resources import open_resources
-    from registry.worker.runner import run_worker
-    from registry.worker.steps import KINDS
 
     settings = own_settings()
     with_tokens = settings.access == "tokens"
@@ -58,8 +58,22 @@ def serve(
     if with_worker and settings.engine.kind == "ray":
         raise _without_worker()
     listener = _listen(host, port)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    with with_secret(settings, url) as (settings, lines):
+        _serve(settings, listener, processes, [f"listening on {url}", *lines], with_worker=with_worker)
+
+
+def _serve(
+    settings: "Settings", listener: socket.socket, processes: int, lines: Sequence[str], *, with_worker: bool
+) -> None:
+    """Serves until this process is asked to stop. Prints the lines once everything is open."""
+    from registry.cli.server import serve_beside, serve_here
+    from registry.transfer.resources import open_resources
+    from registry.worker.runner import run_worker
+    from registry.worker.steps import KINDS
+
     resources = open_resources(settings, newer=True)
-    if with_tokens:
+    if settings.access == "tokens":
         _refuse_without_tokens(resources)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # lets requests and the job end first, as with SIGTERM
     stop = threading.Event()
@@ -69,8 +83,8 @@ def serve(
     if with_worker:
         thread.start()
     threading.Thread(target=_probe_store, args=(resources,), name="probe", daemon=True).start()
-    address = f"[{host}]" if ":" in host else host
-    render.say(f"listening on http://{address}:{listener.getsockname()[1]}")
+    for line in lines:
+        render.say(line)
     try:
         if processes == 1:
             serve_here(resources, listener)
@@ -218,10 +232,12 @@ def migrate(json: JsonFlag = False) -> None:
     from registry.database.engine import Database, DatabaseTimeouts
     from registry.database.migrate import head_revision, schema_revision
     from registry.database.migrate import migrate as run_migrations
+    from registry.settings import DATABASE_FILE
 
     settings = own_settings()
     if settings.database_url is None:
-        settings.home_directory.mkdir(parents=True, exist_ok=True)
+        home.close_directory(settings.home_directory)
+        home.close_file(settings.home_directory / DATABASE_FILE)
     database = Database(settings.effective_database_url, DatabaseTimeouts(statement_s=None))
     before = schema_revision(database)
     run_migrations(database)

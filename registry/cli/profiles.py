@@ -34,6 +34,7 @@ def login(
     Prompts for the token, or reads it from stdin if that is not a terminal.
     """
     from registry.client.api import Api
+    from registry.home import secret_for
     from registry.sdk.connection import load_settings
     from registry.settings import registry_url
 
@@ -46,7 +47,8 @@ def login(
     profile_name = _profile_name(name or settings.profile, address)
     if profile_name == LOCAL:
         raise Usage("bad_profile", "local is the embedded registry.", subject=LOCAL, next_step="Choose another name.")
-    api = Api(address, token=(token := _read_token()))
+    token = _read_token()
+    api = Api(address, token=token or secret_for(settings.home_directory, address))
     try:
         user = api.get("/v1/whoami")["user"]
     finally:

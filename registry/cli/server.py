@@ -5,14 +5,19 @@ import json
 import logging
 import multiprocessing
 import os
+import shlex
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from registry import home
 from registry.cli import render
 from registry.errors import RegistryError, Unavailable
 from registry.sdk.connection import load_settings
@@ -132,6 +137,29 @@ def child_application() -> "FastAPI":
         sys.exit(STARTUP_FAILURE)  # a retry would fail the same way
 
 
+@contextmanager
+def with_secret(settings: "Settings", url: str) -> "Generator[tuple[Settings, Sequence[str]]]":
+    """The settings of a server at `url` with its secret, if it has one user and is not open to the others of the
+    machine; also for processes that this one starts. And what to say about it. The secret ends with the server."""
+    from pydantic import SecretStr
+
+    if settings.access == "tokens" or settings.loopback_open:
+        yield settings, ()
+        return
+    directory, port, given = settings.home_directory, urlsplit(url).port or 80, settings.loopback_secret
+    secret, code = home.begin_serving(directory, port, given.get_secret_value() if given else None)
+    os.environ["ADAPTORY_LOOPBACK_SECRET"] = secret
+    path = shlex.quote(str(home.secret_path(directory, port)))
+    lines = (
+        f"pages: {url}/login?code={code} signs a browser in, once",
+        f"hub clients: export HF_ENDPOINT={url} HF_TOKEN=$(cat {path})",
+    )
+    try:
+        yield settings.model_copy(update={"loopback_secret": SecretStr(secret)}), lines
+    finally:
+        home.end_serving(directory, port)
+
+
 def _options(settings: "Settings") -> dict[str, Any]:
     """Options for every server process."""
     from uvicorn.config import LOGGING_CONFIG
@@ -156,9 +184,10 @@ def _options(settings: "Settings") -> dict[str, Any]:
 def _application(resources: "Resources") -> "FastAPI":
     from registry.api.app import create_app
 
-    application = create_app(
-        resources, tokens=resources.settings.access == "tokens", access_log=resources.settings.access_log
-    )
+    settings = resources.settings
+    own, tokens = settings.loopback_secret, settings.access == "tokens"
+    secret = own.get_secret_value() if own is not None and not tokens and not settings.loopback_open else None
+    application = create_app(resources, tokens=tokens, secret=secret, access_log=settings.access_log)
     if resources.settings.traces:
         from registry.transfer import traces
 

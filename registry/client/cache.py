@@ -17,6 +17,7 @@ from pathlib import Path
 from composer.formats.checkpoints.hashing import hash_file
 from registry.errors import NO_SPACE
 from registry.formats.references import parse_digest
+from registry.home import close_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class BlobCache:
         entry = self._entry(sha256)
         if is_regular(entry):
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
+        close_directory(self.directory)
         staging = self.directory / f".{uuid.uuid4().hex}"
         source.chmod(0o444)
         try:

@@ -26,6 +26,7 @@ from registry.client.retries import Progress, map_in_threads, pauses
 from registry.errors import NO_SPACE, Conflict, RegistryError, Unavailable
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id, refuse_hidden
 from registry.formats.references import RepositoryName, Version, parse_digest, parse_repository, parse_version
+from registry.home import close_directory
 
 _SIGNS_OF_A_RELEASE = ("adapter_config.json", "config.json")
 """Every adapter has the first one, every model the second."""
@@ -129,7 +130,7 @@ def cached(api: Api, release: Json, cache: Path, progress: Progress) -> Path:
     target = cache / wanted.commit / f"{wanted.repository.namespace}--{wanted.repository.name}"
     if _is_intact(target, wanted.files, progress):
         return target
-    cache.mkdir(parents=True, exist_ok=True)
+    close_directory(cache)
     private = Path(mkdtemp(dir=cache, prefix=".pull-"))
     try:
         with suppress(FileNotFoundError):

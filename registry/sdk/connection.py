@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from registry.errors import Unavailable, Usage
+from registry.home import secret_for
 from registry.sdk.profile_file import LOCAL, Profiles
 
 if TYPE_CHECKING:
@@ -146,9 +147,11 @@ def open_registry(
 
 
 def _remote(settings: "Settings") -> tuple[str, str | None, str] | None:
-    """URL, token and profile name of the registry to use; None for the embedded one."""
+    """URL, token and profile name of the registry to use; None for the embedded one. The token of a server for one
+    user is its secret, if it runs from the same home."""
     if settings.profile is None and settings.url:
-        return settings.url, settings.token.get_secret_value() if settings.token else None, ""
+        token = settings.token.get_secret_value() if settings.token else None
+        return settings.url, token or secret_for(settings.home_directory, settings.url), ""
     if settings.profile == LOCAL:
         return None
     profiles = Profiles(settings.home_directory)
@@ -156,7 +159,8 @@ def _remote(settings: "Settings") -> tuple[str, str | None, str] | None:
     if name is None:
         return None
     profile = profiles.find(name)
-    return profile.url, profile.token, f" (profile {name})"
+    token = profile.token or secret_for(settings.home_directory, profile.url)
+    return profile.url, token, f" (profile {name})"
 
 
 def _embedded(settings: "Settings") -> str:

@@ -13,6 +13,7 @@ from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.staging import sync
 from registry.errors import NO_SPACE, Unavailable
 from registry.formats.references import Digest
+from registry.home import close_directory
 from registry.storage.blobs import BlobStat, Reader, blob_key, blob_missing
 
 
@@ -25,7 +26,9 @@ class LocalStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.incoming = directory / "incoming"
-        self.incoming.mkdir(parents=True, exist_ok=True)
+        if not directory.exists():
+            close_directory(directory)
+        self.incoming.mkdir(exist_ok=True)
 
     def path(self, sha256: Digest) -> Path:
         return self.directory / blob_key(sha256)

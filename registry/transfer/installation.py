@@ -23,6 +23,7 @@ from registry.domain.channels import policies
 from registry.domain.jobs import queue
 from registry.errors import RegistryError
 from registry.formats.references import ABSENT
+from registry.home import close_directory
 from registry.settings import LocalStorage, Settings
 from registry.transfer import fsck
 from registry.transfer.resources import Resources, open_resources
@@ -86,7 +87,8 @@ def _check_directories(settings: Settings) -> Iterator[Check]:
         directories["blob directory"] = settings.store_directory
     for name, directory in directories.items():
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            if not directory.exists():
+                close_directory(directory)
             with TemporaryFile(dir=directory):
                 free = shutil.disk_usage(directory).free
         except OSError as error:

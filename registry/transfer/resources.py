@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from registry.database.engine import Database, DatabaseTimeouts
 from registry.database.migrate import ensure_schema
-from registry.settings import LocalStorage, Settings
+from registry.home import close_directory, close_file
+from registry.settings import DATABASE_FILE, LocalStorage, Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.local import LocalStore
 from registry.storage.recent import RecentStats
@@ -50,13 +51,14 @@ def open_resources(settings: Settings, *, newer: bool = False) -> Resources:
     """Opens the database and the store. An empty embedded database gets its tables; any other must have the current
     schema or, with `newer`, a later one that this version works with: for servers and workers that go on while the next
     version takes over."""
+    close_directory(settings.home_directory)
     if settings.database_url is None:
-        settings.home_directory.mkdir(parents=True, exist_ok=True)
+        close_file(settings.home_directory / DATABASE_FILE)
     patience = DatabaseTimeouts(settings.database_connect_timeout_s, settings.database_timeout_s)
     database = Database(settings.effective_database_url, patience, settings.database_pool_size)
     ensure_schema(database, create=settings.database_url is None, newer=newer)
     work = settings.work_directory
-    work.mkdir(parents=True, exist_ok=True)
+    close_directory(work)
     return Resources(settings, database, open_store(settings, database), work)
 
 

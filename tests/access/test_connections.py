@@ -96,6 +96,7 @@ def test_pg_dump_and_the_command_line_get_in_while_four_processes_are_loaded(url
     migrate(database)
     database.close()
     environ = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_DATABASE_URL": url, "ADAPTORY_ACCESS_LOG": "off"}
+    environ["ADAPTORY_LOOPBACK_OPEN"] = "true"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")} | environ
     port = free_ports(1)[0]
     command = [sys.executable, "-m", "registry.cli.main", "serve", "--processes", str(PROCESSES), "--port", str(port)]

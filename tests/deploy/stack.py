@@ -68,6 +68,7 @@ class Stack:
     def start(self, name: str, command: Sequence[str], **more: str) -> Started:
         log = self.directory / f"{name}-{len(self._started)}.log"
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ADAPTORY_")}
+        inherited["ADAPTORY_LOOPBACK_OPEN"] = "true"
         with log.open("wb") as said:
             process = subprocess.Popen(command, env={**inherited, **self.environment, **more}, stdout=said, stderr=said)
         started = Started(process, log)

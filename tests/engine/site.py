@@ -107,7 +107,8 @@ class Stage:
         self._work()
 
     def _start(self, *words: str) -> BaseProcess:
-        return start_command(list(words), self.site.worker_environ, self._log(words[0]))
+        environ = {**self.site.worker_environ, "ADAPTORY_LOOPBACK_OPEN": "true"}
+        return start_command(list(words), environ, self._log(words[0]))
 
     def _log(self, command: str) -> Path:
         return self.directory / f"{command}.log"

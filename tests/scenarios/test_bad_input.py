@@ -322,7 +322,7 @@ def test_a_server_refuses_pages_of_other_sites_and_names_of_others(tmp_path: Pat
     with server(tmp_path / "home") as (url, _):
         # A name of somebody else that leads to loopback: a page in a browser could ask by it.
         for host in ("evil.example", "localhost.evil.example:8000", "[", "[::1", "127.0.0.1@evil.example:1"):
-            refused_as(httpx2.get(f"{url}/v1/bases", headers={"Host": host}), 400)
+            refused_as(httpx2.get(f"{url}/v1/bases", headers={"Host": host}), 421)
         for origin in ("http://evil.example", "http://[", "null", "http://localhost.evil.example"):
             refused_as(httpx2.get(f"{url}/v1/bases", headers={"Origin": origin}), 403)
         for own in ("localhost", "127.0.0.1:80", "[::1]:8000"):

@@ -109,7 +109,9 @@ def test_following_a_job_on_a_terminal_shows_a_bar_for_each_step_within_80_colum
 
 
 def served(home: Cli, port: int) -> subprocess.Popen[str]:
-    process = begin_command(home, START, "serve", "--no-worker", "--port", port)
+    process = begin_command(
+        Cli({**home.environment, "ADAPTORY_LOOPBACK_OPEN": "true"}), START, "serve", "--no-worker", "--port", port
+    )
     assert process.stderr is not None
     assert "listening" in process.stderr.readline()
     return process

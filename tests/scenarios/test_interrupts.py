@@ -107,7 +107,9 @@ def test_a_composition_of_a_server_goes_on_unless_it_is_interrupted_twice(
     inputs = [{"adapter": "acme/sql"}, {"adapter": "acme/support"}]
     recipe.write_text(yaml.safe_dump({"inputs": inputs, "method": "stack", "adapter": "acme/both:1.0.0", "probe": 0}))
     port = services.free_port()
-    serving = begin(home, START, "serve", "--no-worker", "--port", port)
+    serving = begin(
+        Cli({**home.environment, "ADAPTORY_LOOPBACK_OPEN": "true"}), START, "serve", "--no-worker", "--port", port
+    )
     assert serving.stderr is not None
     assert "listening" in serving.stderr.readline()
     remote = Cli({"ADAPTORY_HOME": str(tmp_path / "client"), "ADAPTORY_URL": f"http://127.0.0.1:{port}"})

@@ -34,7 +34,8 @@ LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
 @contextmanager
 def served(home: Path, *options: str, **settings: str) -> Generator[tuple[str, subprocess.Popen[str], Path]]:
     """Its URL, the process that was started, and what that says."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")} | settings
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
+    environment |= {"ADAPTORY_LOOPBACK_OPEN": "true", **settings}
     command = [sys.executable, "-m", "registry.cli.start", "serve", "--port", "0", "--no-worker", *options]
     said = home.with_name(f"{home.name}.said")
     with said.open("w") as log:

@@ -140,10 +140,11 @@ def environment(values: Mapping[str, str], argv: list[str]) -> Generator[None]:
 
 @contextmanager
 def server(home: Path, **environment: str) -> Generator[tuple[str, BaseProcess]]:
-    """A real `adaptory serve` in a process of its own; yields its URL once it answers."""
+    """A real `adaptory serve` in a process of its own; yields its URL once it answers. Without tokens it is open to all
+    of this machine, unless the environment says otherwise."""
     port = services.free_port()
     values = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
-    values |= {"ADAPTORY_HOME": str(home), **environment}
+    values |= {"ADAPTORY_HOME": str(home), "ADAPTORY_LOOPBACK_OPEN": "true", **environment}
     log = home.with_name(f"{home.name}.log")
     process = start_command(["serve", "--port", str(port)], values, log)
     url = f"http://127.0.0.1:{port}"

@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Query, Request, Response
 
+from registry.api.http.loopback import Secret
 from registry.api.http.request import ResourcesOf
 from registry.api.http.rules import CallersOf
 from registry.api.pages.forms import MAX_NEXT, FormOf, drop_session, is_private, keep_session, own_path
@@ -20,17 +21,33 @@ router = APIRouter(route_class=PageRoute)
 Next = Annotated[str, Query(max_length=MAX_NEXT)]
 
 
+Code = Annotated[str, Query(max_length=64, description="The code of the link that `adaptory serve` printed.")]
+
+
 @router.get("/login")
-def show_login(request: Request, actor: PageCaller, next: Next = "/") -> Response:  # noqa: A002
-    """The form for a token, or why this server has none."""
-    return login_page(request, 200, next)
+def show_login(request: Request, actor: PageCaller, next: Next = "/", code: Code = "") -> Response:  # noqa: A002
+    """The form for a token, or why this server has none. The link of a server for one user signs its browser in."""
+    secret = secret_of(request)
+    if secret is None or not code:
+        return login_page(request, 200, next)
+    if not secret.use_link(request, code):
+        return login_page(request, 401, next, error="This link has been used, or the server was started again since.")
+    response = redirect(own_path(next))
+    secret.remember(request, response)
+    return response
 
 
 @router.post("/login")
 def log_in(request: Request, actor: PageCaller, form: FormOf, callers: CallersOf) -> Response:
     """Begin a session, and go back to where somebody was."""
-    refuse_to_sign_in(request, single_user=callers.single_user)
     following = own_path(form.get("next", "/"))
+    if secret := secret_of(request):
+        if not secret.is_own(form.get("token", "").strip()):
+            return login_page(request, 401, following, error="This is not the secret of the server.")
+        response = redirect(following)
+        secret.remember(request, response)
+        return response
+    refuse_to_sign_in(request, single_user=callers.single_user)
     try:
         signed_in = sign_in_of(request).with_token(form.get("token", "").strip(), actor)
     except Unauthenticated as error:
@@ -53,6 +70,11 @@ def log_out(resources: ResourcesOf, actor: PageCaller, callers: CallersOf, form:
 
 def sign_in_of(request: Request) -> SignIn:
     return cast(SignIn, request.app.state.sign_in)
+
+
+def secret_of(request: Request) -> Secret | None:
+    """What a server for one user asks for."""
+    return cast("Secret | None", request.app.state.secret)
 
 
 def refuse_to_sign_in(request: Request, *, single_user: bool) -> None:
@@ -80,5 +102,10 @@ def login_page(request: Request, status: int, following: str, *, error: str | No
     """The form, with the error of an attempt."""
     private, provider = is_private(request), sign_in_of(request).provider
     host = urlsplit(provider.settings.issuer).netloc if provider else None
-    values = {"provider": host, "following": own_path(following), "private": private, "error": error}
+    values = {
+        "provider": host,
+        "following": own_path(following),
+        "private": private,
+        "error": error,
+    }
     return page(request, "login.html", status=status, by_https=request.url.scheme == "https", **values)

@@ -44,8 +44,8 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
     """The rendered page, or a redirect to `json_address` for a caller that accepts JSON alone.
 
     Beside `values`, every template knows `viewer` (a name, or None without a session), `publishes` (anywhere),
-    `single_user`, `path`, `origin` (the server's address), `sign_in` (an address) and `form_token`, which
-    `parts.csrf()` puts into forms.
+    `single_user`, `asks_for_secret`, `path`, `origin` (the server's address), `sign_in` (an address) and `form_token`,
+    which `parts.csrf()` puts into forms.
     """
     actor: Actor | None = getattr(request.state, "actor", None)
     viewer = actor.name if actor is not None and actor.name != ANONYMOUS else None
@@ -54,6 +54,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
         return RedirectResponse(json_address, 302)
     publishes = actor is not None and granted(actor, Role.PUBLISHER) != []
     known = {"viewer": viewer, "publishes": publishes, "path": request.url.path, "json_address": json_address}
+    known |= {"asks_for_secret": request.app.state.secret is not None}
     known |= {"origin": str(request.base_url).rstrip("/"), "single_user": callers_of(request).single_user}
     forms = {"sign_in": _sign_in(request), "form_token": form_token(request)}
     text = _environment().get_template(template).render(**known, **forms, **values)

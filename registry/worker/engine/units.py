@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from registry.errors import Invalid, Unavailable
+from registry.home import close_directory
 from registry.settings import Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.unit_results import MAX_RESULT_BYTES, UnitResults
@@ -137,7 +138,8 @@ def open_node(settings: Settings) -> Node:
 
     Raises Unavailable or Invalid as opening the store does."""
     work = settings.work_directory
-    work.mkdir(parents=True, exist_ok=True)
+    close_directory(settings.home_directory)
+    close_directory(work)
     for directory in work.glob(f"{_WORK}*"):
         if _is_left(directory):
             shutil.rmtree(directory, ignore_errors=True)

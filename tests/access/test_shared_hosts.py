@@ -1,0 +1,197 @@
+"""A server for one user on a machine with several: its home is closed to them, and loopback asks for a secret."""
+
+import io
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from registry import home
+from registry.sdk.connection import load_settings, open_registry
+from tests.eventually import eventually
+from tests.scenarios.world import Cli, environment, server
+
+HTML = {"Accept": "text/html"}
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Generator[tuple[str, Path]]:
+    """The URL of a server that asks for its secret, and its home."""
+    directory = tmp_path / "home"
+    with server(directory, ADAPTORY_LOOPBACK_OPEN="false") as (url, _):
+        yield url, directory
+
+
+def port_of(url: str) -> int:
+    return httpx2.URL(url).port or 0
+
+
+def secret_of(url: str, directory: Path) -> str:
+    return home.secret_path(directory, port_of(url)).read_text()
+
+
+def modes(directory: Path) -> dict[str, str]:
+    """The permissions that others have on what is in a home, but within its closed directories."""
+    paths = [directory, *directory.iterdir()]
+    return {path.name: oct(path.stat().st_mode & 0o077) for path in paths if path.stat().st_mode & 0o077}
+
+
+@contextmanager
+def umask(value: int) -> Generator[None]:
+    kept = os.umask(value)
+    yield
+    os.umask(kept)
+
+
+def test_others_of_the_machine_read_and_change_nothing_over_loopback(closed: tuple[str, Path]) -> None:
+    url, _ = closed
+    for method, path in (
+        ("GET", "/v1/adapters"),
+        ("GET", "/api/models"),
+        ("POST", "/v1/tokens"),
+        ("GET", "/"),
+        ("GET", "/acme/sql/resolve/main/adapter_config.json"),
+        ("GET", "/openapi.json"),
+        ("GET", "/metrics"),
+        ("PUT", "/v1/blobs/a?upload=b"),
+        ("GET", "/loginx"),
+    ):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": f"adaptory-{port_of(url)}=wrong"}):
+            answer = httpx2.request(method, url + path, headers=headers)
+            assert (answer.status_code, answer.json()["code"]) == (401, "secret_missing"), (method, path)
+            assert f"server-{port_of(url)}.secret" in answer.headers["X-Error-Message"]
+    for path in ("/healthz", "/readyz"):
+        assert httpx2.get(url + path).status_code == 200
+    page = httpx2.get(url, headers=HTML)
+    assert (page.status_code, "/login" in page.text) == (401, True)
+
+
+def test_our_commands_and_the_python_api_send_the_secret_by_themselves(
+    closed: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, directory = closed
+    own = Cli({"ADAPTORY_HOME": str(directory), "ADAPTORY_URL": url, "ADAPTORY_USER": "ann"})
+    assert own.json("whoami")["user"]
+    with environment(own.environment, ["x"]), open_registry(load_settings()) as connection:
+        assert connection.api.get("/v1/adapters")["items"] == []
+    refused = Cli({"ADAPTORY_HOME": str(tmp_path / "other"), "ADAPTORY_URL": url})("whoami")
+    assert refused.code != 0
+    assert "adaptory serve" in refused.err
+    given = {"ADAPTORY_HOME": str(tmp_path / "other"), "ADAPTORY_URL": url, "ADAPTORY_TOKEN": secret_of(url, directory)}
+    assert Cli(given).ok("whoami")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    own.ok("login", url, "--name", "here")
+    assert Cli({"ADAPTORY_HOME": str(directory), "ADAPTORY_PROFILE": "here"}).ok("whoami")
+
+
+def test_a_hub_client_takes_the_secret_as_its_token(closed: tuple[str, Path]) -> None:
+    url, directory = closed
+    code = "import huggingface_hub as h; print(len(list(h.HfApi().list_models())), h.whoami()['name'])"
+    values = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(directory / "hub"), "HF_HUB_OFFLINE": "0"}
+    for token, success in ((secret_of(url, directory), True), ("wrong", False)):
+        command = [sys.executable, "-c", code]
+        ran = subprocess.run(command, env={**values, "HF_TOKEN": token}, capture_output=True, text=True, check=False)
+        assert (ran.returncode == 0) == success, ran.stderr
+        assert success or "server-" in ran.stderr
+
+
+def test_the_link_that_serve_prints_signs_one_browser_in(closed: tuple[str, Path]) -> None:
+    url, directory = closed
+    said = directory.with_name("home.log").read_text()
+    link = next(word for word in said.split() if "/login?code=" in word)
+    assert secret_of(url, directory) not in said, "it would stay in terminals and logs"
+    assert httpx2.get(f"{url}/login?code=wrong", headers=HTML).status_code == 401
+    with httpx2.Client(base_url=url, headers=HTML) as browser:
+        answer = browser.get(link)
+        assert (answer.status_code, answer.headers["location"]) == (303, "/")
+        assert "HttpOnly" in answer.headers["set-cookie"]
+        assert secret_of(url, directory) not in answer.headers["set-cookie"]
+        assert browser.get("/").status_code == 200
+        assert browser.get("/v1/adapters").status_code == 200, "pages link to it"
+        change = browser.post("/v1/namespaces/acme", json={})
+        assert (change.status_code, change.json()["code"]) == (401, "secret_missing"), "a page elsewhere could send it"
+    again = httpx2.get(link, headers=HTML)
+    assert (again.status_code, "set-cookie" in again.headers) == (401, False)
+    assert "has been used" in again.text
+
+
+def test_the_secret_itself_signs_a_browser_in_too(closed: tuple[str, Path]) -> None:
+    url, directory = closed
+    origin = {"Origin": url, "Sec-Fetch-Site": "same-origin"}
+    with httpx2.Client(base_url=url, headers=HTML) as browser:
+        form_token = browser.get("/login").text.split('name="form_token" value="')[1].split('"')[0]
+        for secret, status in (("wrong", 401), (secret_of(url, directory), 303)):
+            fields = {"form_token": form_token, "token": secret, "next": "/bases"}
+            answer = browser.post("/login", data=fields, headers=origin)
+            assert answer.status_code == status
+        assert answer.headers["location"] == "/bases"
+        assert browser.get("/bases").status_code == 200
+
+
+def test_a_secret_ends_with_its_server_and_each_port_has_its_own(tmp_path: Path) -> None:
+    directory = tmp_path / "home"
+    with server(directory, ADAPTORY_LOOPBACK_OPEN="false") as (url, _):
+        with server(directory, ADAPTORY_LOOPBACK_OPEN="false") as (other, _):
+            secrets = [secret_of(one, directory) for one in (url, other)]
+            assert len(set(secrets)) == 2
+            headers = {"Authorization": f"Bearer {secrets[0]}"}
+            assert httpx2.get(f"{other}/v1/adapters", headers=headers).status_code == 401
+        assert httpx2.get(f"{url}/v1/adapters", headers=headers).status_code == 200
+    eventually(lambda: not list(directory.glob("server-*")))
+
+
+def test_a_secret_of_ones_own_and_an_open_server_are_settings(tmp_path: Path) -> None:
+    given = {"ADAPTORY_LOOPBACK_OPEN": "false", "ADAPTORY_LOOPBACK_SECRET": "mine"}
+    with server(tmp_path / "home", **given) as (url, _):
+        assert httpx2.get(f"{url}/v1/adapters", headers={"Authorization": "Bearer mine"}).status_code == 200
+        assert httpx2.get(f"{url}/v1/adapters").status_code == 401
+    with server(tmp_path / "home", ADAPTORY_LOOPBACK_OPEN="true") as (url, _):
+        assert httpx2.get(f"{url}/v1/adapters").status_code == 200
+        assert list((tmp_path / "home").glob("server-*")) == []
+
+
+def test_a_home_is_closed_to_others_whatever_the_umask(tmp_path: Path) -> None:
+    directory = tmp_path / "new" / "home"
+    with umask(0):
+        Cli({"ADAPTORY_HOME": str(directory)}).ok("list")
+        assert modes(directory) == {}
+        with server(directory, ADAPTORY_LOOPBACK_OPEN="false"):
+            assert modes(directory) == {}
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    elsewhere = tmp_path / "blobs"
+    with umask(0):
+        Cli({"ADAPTORY_HOME": str(directory), "ADAPTORY_STORAGE__DIRECTORY": str(elsewhere)}).ok("list")
+    assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o700
+
+
+def test_a_home_that_others_could_look_into_is_closed_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cli, directory = Cli({"ADAPTORY_HOME": str(tmp_path / "home")}), tmp_path / "home"
+    cli.ok("list")
+    directory.chmod(0o755)
+    (directory / "registry.db").chmod(0o644)
+    cli.ok("list")
+    assert "Other users of this machine could look into" in caplog.text
+    assert modes(directory) == {}
+    caplog.clear()
+    cli.ok("list")
+    assert caplog.text == ""
+
+
+def test_a_secret_that_others_may_read_is_not_sent(tmp_path: Path) -> None:
+    """Nor to another machine, nor to another port: who listens there would have it."""
+    home.begin_serving(tmp_path, 8470, "mine")
+    assert home.secret_for(tmp_path, "http://127.0.0.1:8470") == "mine"
+    assert home.secret_for(tmp_path, "http://localhost:8470") == "mine"
+    assert home.secret_for(tmp_path, "http://127.0.0.1:8471") is None
+    assert home.secret_for(tmp_path, "http://adapters.example:8470") is None
+    assert home.secret_for(tmp_path, "https://localhost:8470") is None
+    home.secret_path(tmp_path, 8470).chmod(0o644)
+    assert home.secret_for(tmp_path, "http://127.0.0.1:8470") is None
