@@ -15,6 +15,7 @@ from composer.evaluation.calibration import Calibration
 from composer.export.peft import PeftAdapter, peft_form, refuse_unheld, write_adapter
 from composer.findings import Finding, Severity
 from composer.formats.adapters.provenance import adapter_use, files_of
+from composer.formats.adapters.tokenizers import chosen_tokenizer
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.hashing import identities
 from composer.formats.recipes.methods import AnySettings, parse_settings
@@ -65,14 +66,15 @@ def combine(  # noqa: PLR0913
     the energy, with each module's error in the report. Alpha equals the rank (s = 1, no rsLoRA); patterns cover
     differing ranks. If a rank is given, all modules have it, padded with zeros. Without an architecture, adapters are
     matched only by their own module names and shapes. A fitted method is fitted on `calibration`, with one set per
-    adapter. Factors are computed on `device` (auto, cpu or cuda:N).
+    adapter. Factors are computed on `device` (auto, cpu or cuda:N). The adapters' tokenizer is copied.
 
     Raises NotSupported for a full-space method without a rank, for anything but a sum of expert stacks without an
     architecture, and what a merge raises.
     """
     parsed = parse_settings(method, settings)
-    inputs = identities(files_of(path for path, _ in adapters))
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
+    tokenizer = chosen_tokenizer(None, [(one.name, one.path) for one in loaded]).files
+    inputs = identities([*files_of(path for path, _ in adapters), *tokenizer.values()])
     if architecture is None and not _exact(parsed):
         _refuse_stacks(loaded, method)
     refuse_uncombinable(loaded, [weight for _, weight in adapters], parsed)
@@ -92,7 +94,7 @@ def combine(  # noqa: PLR0913
         **({"calibration": calibration.to_json(), "calibration_base": calibration.base} if calibration else {}),
         "note": dict(note or {}),
     }
-    size = write_adapter(form, out_dir, fields | _short_targets(loaded, form), note, inputs)
+    size = write_adapter(form, out_dir, fields | _short_targets(loaded, form), note, inputs, tokenizer)
     return CombineReport(
         out_dir=str(out_dir),
         modules=len(form.wrapped),

@@ -22,6 +22,7 @@ from composer.export.peft import peft_form, write_adapter
 from composer.findings import Finding, Severity
 from composer.formats.adapters.placement.naming import TIED_HEAD, Target, find_weight, is_head
 from composer.formats.adapters.placement.result import CONV1D_MODELS, shape_text
+from composer.formats.adapters.tokenizers import chosen_tokenizer
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.checkpoints.files import local_file
 from composer.formats.checkpoints.hashing import architecture_digest, identities
@@ -111,7 +112,8 @@ def extract(  # noqa: PLR0913
         "settings": {"rank": rank, "energy": energy},
         "lost": total_loss(work.compressions),
     }
-    size = write_adapter(form, out_dir, fields, note, inputs)
+    tokenizer = chosen_tokenizer(base.path, [(finetuned.path.name, finetuned.path)]).files
+    size = write_adapter(form, out_dir, fields, note, inputs, tokenizer)
     return ExtractReport(
         out_dir=str(out_dir),
         modules=len(form.wrapped),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from composer.methods.tied import on_own_head, pair_for_head
 _SPARE_BYTES = 1 << 20
 _OS_ERROR = re.compile(r"os error ([0-9]{1,4})")
 NO_INPUTS: Mapping[Path, Identity] = MappingProxyType({})
+NO_FILES: Mapping[str, Path] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +76,14 @@ def write_adapter(
     fields: Mapping[str, Any],
     note: Mapping[str, Any],
     inputs: Mapping[Path, Identity] = NO_INPUTS,
+    beside: Mapping[str, Path] = NO_FILES,
 ) -> int:
     """Writes the adapter to the directory `out_dir` in float32; returns the size of the weights file.
 
     `fields` are further fields of the config; unless they override it, the targets are all modules and parameters by
-    path. `note` is written beside it. Raises what `write_files` raises.
+    path. `note` is written beside it, and the files `beside` are copied there. Raises what `write_files` raises.
     """
-    return write_files(_tensors(form), {**_config(form), **fields}, out_dir, note, inputs)
+    return write_files(_tensors(form), {**_config(form), **fields}, out_dir, note, inputs, beside)
 
 
 def write_files(
@@ -89,14 +92,18 @@ def write_files(
     out_dir: Path,
     note: Mapping[str, Any],
     inputs: Mapping[Path, Identity] = NO_INPUTS,
+    beside: Mapping[str, Path] = NO_FILES,
 ) -> int:
-    """Writes tensors by PEFT's key, and the config; returns the size of the weights file. Raises RefusedOutput for an
-    existing directory, a value that is not finite, and for `inputs` modified meanwhile."""
+    """Writes tensors by PEFT's key, the config, and copies of the files `beside` by name; returns the size of the
+    weights file. Raises RefusedOutput for an existing directory, a value that is not finite, and for `inputs` modified
+    meanwhile."""
     _refuse_not_finite(tensors)
     with staged_directory(out_dir, sum(tensor.nbytes for tensor in tensors.values()) + _SPARE_BYTES) as staging:
         _save(tensors, staging / WEIGHTS_FILE)
         write_json(staging / CONFIG_FILE, config)
         write_json(staging / NOTE_FILE, note)
+        for name, path in beside.items():
+            shutil.copyfile(path, staging / name)
         (staging / WEIGHTS_FILE).chmod(
             (staging / CONFIG_FILE).stat().st_mode
         )  # safetensors makes it readable for the owner only

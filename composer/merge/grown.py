@@ -3,7 +3,6 @@
 Shapes: V rows of the base's vocabulary, D columns.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,55 +13,24 @@ from composer.deltas.delta import Delta, Replacement, RowwiseDelta
 from composer.deltas.stored import SpillFile, stored_tensor
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
-from composer.findings import Finding, Severity
 from composer.formats.adapters.facts import Adapter, read_adapter
 from composer.formats.adapters.placement.naming import TOKENS, Target, find_weight, is_vocabulary, split_key
-from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, contained
+from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint
 from composer.formats.checkpoints.header import FLOAT_DTYPES
-from composer.formats.checkpoints.staging import side_files
 from composer.formats.checkpoints.tying import embedding_tensors, head_tensors
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
-)  # fmt: skip
 _BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """The vocabulary after merging. `architecture` is the base's, with `rows` rows in each of `tensors`; 0 and none if
-    nothing grows. `tokenizer` is the directory of the adapter with the new tokens."""
+    nothing grows. `grown_by` is the directory of the adapter with the new rows."""
 
     architecture: Architecture
     rows: int = 0
     tensors: tuple[str, ...] = ()
-    tokenizer: Path | None = None
-
-    @property
-    def tokenizer_files(self) -> list[Path]:
-        there = side_files(self.tokenizer) if self.tokenizer else []
-        return [contained(self.tokenizer, name) for name in TOKENIZER_FILES if name in there] if self.tokenizer else []
-
-    def findings(self) -> list[Finding]:
-        """A notice that the vocabulary grows, or a warning if its tokenizer is missing."""
-        if not self.rows:
-            return []
-        message = f"The vocabulary grows to {self.rows} rows."
-        if not self.tokenizer_files:
-            message += " The adapter has no tokenizer, and the base's lacks the new tokens: save the tokenizer there."
-            return [Finding("no_tokenizer", Severity.WARNING, "tokenizer", message)]
-        return [Finding("grown_vocabulary", Severity.NOTICE, "tokenizer", message + " The tokenizer is the adapter's.")]
-
-    def side_files(self, base: Path) -> dict[str, Path]:
-        """Name -> side file: the base's, with the adapter's tokenizer replacing the base's."""
-        own = {file.name: file for file in self.tokenizer_files}
-        left_out = TOKENIZER_FILES if own else ()
-        return {name: contained(base, name) for name in side_files(base) if name not in left_out} | own
-
-    def copy_side_files(self, base: Path, target: Path) -> None:
-        for name, file in self.side_files(base).items():
-            shutil.copyfile(file, target / name)
+    grown_by: Path | None = None
 
 
 def grown_vocabulary(checkpoint: Checkpoint, paths: Sequence[Path]) -> Vocabulary:

@@ -16,7 +16,7 @@ from composer.deltas.stored import stored_tensor
 from composer.deltas.tensors import TORCH_DTYPES, torch_device
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch, NotSupported
-from composer.findings import Finding, Severity
+from composer.findings import Finding
 from composer.formats.adapters.placement.naming import TIED_HEAD, is_head
 from composer.formats.adapters.placement.result import OTHER_PATHS
 from composer.formats.adapters.provenance import AdapterUse, adapter_use, files_of
@@ -38,14 +38,14 @@ from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.rounding import Rounding
 from composer.formats.recipes.weights import Weight
 from composer.merge.chunks import TensorPlan
-from composer.merge.grown import Vocabulary, grown_vocabulary, refuse_uneven, with_new_rows
+from composer.merge.grown import grown_vocabulary, refuse_uneven, with_new_rows
 from composer.merge.quantized.dequantized import Dequantized, dequantized
 from composer.merge.quantized.gap import quantized_bases
 from composer.merge.shards import ShardPlan
+from composer.merge.side_files import SideFiles, planned_side_files
 from composer.methods.combine import combine_parsed
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _READ_OTHERWISE = {OTHER_PATHS, "no_prefix", "pattern_unused", "raw_keys"}
 """Findings about an adapter's keys that a merge reports too, because other tools may read these keys differently."""
 _BYTES_VERSION = 8  # raised when the same inputs give different bytes, so that no merge resumes an older version's
@@ -65,7 +65,7 @@ class MergePlan:
     adapters: tuple[AdapterUse, ...]
     findings: tuple[Finding, ...]
     inputs: Mapping[Path, Identity]
-    vocabulary: Vocabulary
+    side_files: SideFiles
     rounding: Rounding = field(default_factory=Rounding)
 
     @property
@@ -107,13 +107,16 @@ def plan_merge(  # noqa: PLR0913
     dtype: str | None = None,
     rounding: Rounding | None = None,
     device: str = "auto",
+    *,
+    tokenizer_as_before: bool = False,
 ) -> MergePlan:
     """Plans the merge of (adapter directory, weight) pairs into a checkpoint. Reads the adapters' factors, and a few
     rows of the base only if an adapter was trained on a quantized base. A method that computes factors does so on
     `device`, as `run_merge` has it.
 
     `dtype` (bf16, fp16, fp32) casts every float tensor; None keeps each tensor's own. `rounding` defaults to the
-    nearest value. Raises Mismatch, NotSupported or InvalidFile for anything that cannot be merged faithfully.
+    nearest value. `tokenizer_as_before` is for a merge whose note names no tokenizer. Raises Mismatch, NotSupported or
+    InvalidFile for anything that cannot be merged faithfully.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise NotSupported(
@@ -125,10 +128,12 @@ def plan_merge(  # noqa: PLR0913
     side = [contained(checkpoint.path, name) for name in ("config.json", INDEX_FILE, *side_files(checkpoint.path))]
     # A file elsewhere refuses to be read once it has changed.
     own = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
-    inputs = identities([*own, *side, *files_of(path for path, _ in adapters), *vocabulary.tokenizer_files])
+    weights = files_of(path for path, _ in adapters)
     with ThreadPoolExecutor(1, "hash") as hashing:
         uses = [hashing.submit(adapter_use, path, weight) for path, weight in adapters]
         read = [load_deltas(path, vocabulary.architecture) for path, _ in adapters]
+    beside = planned_side_files(checkpoint.path, read, vocabulary, as_before=tokenizer_as_before)
+    inputs = identities([*own, *side, *weights, *beside.files.values()])
     loaded = [with_new_rows(checkpoint, _tokens_on_own_head(checkpoint, one), vocabulary) for one in read]
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
@@ -152,11 +157,11 @@ def plan_merge(  # noqa: PLR0913
         findings=(
             *combined.findings,
             *(finding for one in loaded for finding in one.placed.findings if finding.code in _READ_OTHERWISE),
-            *(vocabulary.findings() or _missing_tokenizer(checkpoint.path)),
+            *beside.findings,
             *quantized_bases(checkpoint, loaded),
         ),
         inputs=inputs,
-        vocabulary=vocabulary,
+        side_files=beside,
         rounding=rounding or Rounding(),
     )
 
@@ -247,13 +252,6 @@ def _config(config: Mapping[str, Any], untied: bool, dtype: str | None, vocabula
             own = cast("Mapping[str, Any]", inner)
             document[name] = {**own, **{known: value for known, value in new.items() if known in own}}
     return document
-
-
-def _missing_tokenizer(path: Path) -> list[Finding]:
-    if any((path / name).is_file() for name in _TOKENIZERS):
-        return []
-    message = f"{path.name} has no tokenizer, so the merged checkpoint has none either."
-    return [Finding("no_tokenizer", Severity.NOTICE, path.name, message)]
 
 
 def _untied_head(checkpoint: Checkpoint, loaded: Sequence[LoadedAdapter]) -> str | None:

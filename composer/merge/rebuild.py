@@ -95,7 +95,15 @@ def plan_rebuild(merged: Path, checkpoint: Checkpoint, adapters: Sequence[Path])
                 subject=path.name,
                 next_step="Leave it out.",
             )
-    return plan_merge(checkpoint, used, parsed.method, parsed.settings, parsed.dtype, parsed.rounding)
+    return plan_merge(
+        checkpoint,
+        used,
+        parsed.method,
+        parsed.settings,
+        parsed.dtype,
+        parsed.rounding,
+        tokenizer_as_before="tokenizer" not in note,
+    )
 
 
 def _merged(use: AdapterUse, digests: Mapping[Path, str]) -> Path:
@@ -181,7 +189,7 @@ def _other_json(path: Path, expected: Mapping[str, Any]) -> str:
 
 def _side_files(plan: MergePlan, merged: Path) -> list[FileDifference]:
     """Compares the side files that a merge copies; files that a release adds (a card) are ignored."""
-    files = plan.vocabulary.side_files(plan.checkpoint.path)
+    files = plan.side_files.files
     return [FileDifference(name, 0, 0, _other_copy(merged / name, file)) for name, file in files.items()]
 
 

@@ -1,5 +1,6 @@
 """Merges adapters into a checkpoint: `plan_merge` decides (plan.py), `run_merge` writes and verifies (shards.py)."""
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -82,7 +83,8 @@ def write_texts(
     plan: MergePlan, directory: Path, note: Mapping[str, Any] | None, survivals: Mapping[str, RoundingLoss]
 ) -> None:
     """Writes all files of the output but the weights."""
-    plan.vocabulary.copy_side_files(plan.checkpoint.path, directory)
+    for name, file in plan.side_files.files.items():
+        shutil.copyfile(file, directory / name)
     write_json(directory / "config.json", plan.config)
     if plan.checkpoint.index is not None:
         write_json(directory / INDEX_FILE, index_of(plan))
@@ -125,6 +127,7 @@ def _note(plan: MergePlan, note: Mapping[str, Any] | None, survivals: Mapping[st
         "made": "merge",
         "base": {"model_type": architecture.model_type, "architecture_digest": architecture_digest(architecture)},
         "adapters": [adapter.to_json() for adapter in plan.adapters],
+        "tokenizer": plan.side_files.to_json(),
         "method": plan.method,
         "method_version": PIPELINES[plan.method].version,
         "settings": dict(plan.settings),

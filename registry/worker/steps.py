@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
+from composer.formats.adapters.tokenizers import chosen_tokenizer
 from composer.formats.recipes.calibration_sets import used_in
 from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.policy import read_policy
@@ -71,6 +72,7 @@ def check(held: JobRun) -> None:
         replace(load_deltas(directory, work.architecture), name=f"{locked.repository}:{locked.version}")
         for (directory, _), locked in zip(members, work.lock.inputs, strict=True)
     ]
+    chosen_tokenizer(None, [(one.name, one.path) for one in loaded])  # before any work: two that differ are refused
     policy = read_policy(work.recipe.policy)
     report = examine(
         loaded,

@@ -24,6 +24,7 @@ from composer.merge.grown import Vocabulary
 from composer.merge.io.output_file import OutputFile
 from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.run import run_merge
+from composer.merge.side_files import planned_side_files
 from tests.composer.tiny import MakeAdapter, MakeModel, tensors_in
 from tests.device import DEVICE
 
@@ -329,7 +330,7 @@ def test_no_link_is_followed_out_of_the_base(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("not yours")
     (base / "tokenizer.json").symlink_to(tmp_path / "secret")
     with pytest.raises(InvalidFile, match="leads out of base"):
-        Vocabulary(Architecture("", False, {})).copy_side_files(base, target)
+        planned_side_files(base, [], Vocabulary(Architecture("", False, {})))
 
 
 @pytest.mark.parametrize("device", ["bogus", "cpu:x", "meta"])

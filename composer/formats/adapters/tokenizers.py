@@ -1,0 +1,176 @@
+"""Tokenizers and chat templates that adapters bring: the one that a combination or a merged model needs.
+
+Trainers save the tokenizer beside the adapter, mostly the base's own. Where it has other tokens or another template,
+the adapter was trained with them, and cannot be used without them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from composer.errors import Mismatch
+from composer.formats.checkpoints.checkpoint import contained
+from composer.formats.checkpoints.staging import side_files
+
+TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_FILE = "tokenizer_config.json"
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+TOKENIZER_FILES = (*VOCABULARY_FILES, CONFIG_FILE, "special_tokens_map.json", TEMPLATE_FILE)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """The tokenizer beside an adapter or a base, with a `name` for messages: the paths of its files by name, the ids of
+    its tokens, and its chat template, empty if it has none. `tokens` is None without a file that lists them, and
+    `digest` is of what cannot be read that way."""
+
+    name: str
+    files: Mapping[str, Path]
+    tokens: Mapping[str, int] | None
+    digest: str
+    template: str
+
+    @property
+    def has_vocabulary(self) -> bool:
+        return any(name in self.files for name in VOCABULARY_FILES)
+
+    def extends(self, other: "Tokenizer") -> bool:
+        """Whether every token of the other one has the same id here."""
+        if self.tokens is None or other.tokens is None:
+            return self.digest == other.digest
+        return other.tokens.items() <= self.tokens.items()
+
+
+_NONE = Tokenizer("", {}, None, "", "")
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenTokenizer:
+    """Whose vocabulary and whose template a result has; None for the base's. `loses_template`: the base's, or another
+    adapter's, lies in a file that the vocabulary's owner has too."""
+
+    vocabulary: Tokenizer | None = None
+    template: Tokenizer | None = None
+    loses_template: bool = False
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files that replace the base's, by name."""
+        own = {} if self.vocabulary is None else dict(self.vocabulary.files)
+        if self.template is None or self.template is self.vocabulary:
+            return own
+        names = (TEMPLATE_FILE,) if own else (TEMPLATE_FILE, CONFIG_FILE)
+        return own | {name: self.template.files[name] for name in names if name in self.template.files}
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """The files of the base that the result does not have, unless `files` has them."""
+        if self.vocabulary is None:
+            return frozenset({TEMPLATE_FILE} if self.template else ())
+        keeps = self.template is None and not self.vocabulary.template
+        return frozenset(TOKENIZER_FILES) - ({TEMPLATE_FILE} if keeps else set())
+
+    def to_json(self) -> dict[str, str | None]:
+        """By part, the name of the adapter that it comes from."""
+        parts = {"vocabulary": self.vocabulary, "template": self.template}
+        return {part: one.name if one else None for part, one in parts.items()}
+
+
+def read_tokenizer(directory: Path, name: str = "") -> Tokenizer:
+    """The tokenizer in the directory of a checkpoint or an adapter. Files that are not what their names say count by
+    their bytes."""
+    there = set(side_files(directory))
+    files = {name: contained(directory, name) for name in TOKENIZER_FILES if name in there}
+    content = _json(files.get("tokenizer.json"))
+    tokens = _tokens(content) if content else None
+    digest = hashlib.sha256()
+    for name in VOCABULARY_FILES:
+        if name in files:
+            digest.update(name.encode() + b"\0" + files[name].read_bytes())
+    return Tokenizer(name or directory.name, files, tokens, digest.hexdigest(), _template(files))
+
+
+def chosen_tokenizer(base: Path | None, adapters: Sequence[tuple[str, Path]]) -> ChosenTokenizer:
+    """The tokenizer that a result of these adapters needs, each with its name and directory. Without a base, that of
+    the adapters.
+
+    Takes the vocabulary of the adapter whose tokens extend those of all others, and the template that the adapters
+    have. Raises Mismatch naming two adapters that differ otherwise: one model has one tokenizer.
+    """
+    own = _NONE if base is None else read_tokenizer(base)
+    brought = [one for one in (read_tokenizer(path, name) for name, path in adapters) if one.files]
+    vocabulary, template = _largest([one for one in brought if one.has_vocabulary]), _common_template(brought)
+    if vocabulary is not None and vocabulary.extends(own) and own.extends(vocabulary):
+        vocabulary = None
+    if template is not None and template.template == own.template:
+        template = None if vocabulary is None or vocabulary.template != own.template else vocabulary
+    expected = template.template if template else own.template
+    chosen = ChosenTokenizer(vocabulary, template)
+    kept = {name: path for name, path in own.files.items() if name not in chosen.replaced}
+    return replace(chosen, loses_template=_template(kept | chosen.files) != expected)
+
+
+def _largest(tokenizers: Sequence[Tokenizer]) -> Tokenizer | None:
+    largest: Tokenizer | None = None
+    for one in tokenizers:
+        if largest is None or (one.extends(largest) and not largest.extends(one)):
+            largest = one
+        elif not largest.extends(one):
+            raise _differ(largest, one, "tokens")
+    return largest
+
+
+def _common_template(tokenizers: Sequence[Tokenizer]) -> Tokenizer | None:
+    templated = [one for one in tokenizers if one.template]
+    for one in templated[1:]:
+        if one.template != templated[0].template:
+            raise _differ(templated[0], one, "chat template")
+    return templated[0] if templated else None
+
+
+def _differ(one: Tokenizer, other: Tokenizer, what: str) -> Mismatch:
+    names = f"{one.name} and {other.name}"
+    return Mismatch(
+        "tokenizers_differ",
+        f"{names} were trained with another {what} each: one model has one tokenizer.",
+        subject=names,
+        next_step="Serve them separately, or train one of them again with the tokenizer of the other.",
+    )
+
+
+def _tokens(content: Mapping[str, Any]) -> dict[str, int] | None:
+    """The id of each token, of a tokenizer.json; None for one whose model has no list of tokens."""
+    model: Any = content.get("model")
+    listed: Any = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(listed, list):  # Unigram: [token, score]
+        listed = {str(one[0]): at for at, one in enumerate(cast("list[Any]", listed)) if isinstance(one, list) and one}
+    if not isinstance(listed, dict):
+        return None
+    tokens = {token: number for token, number in cast("dict[str, Any]", listed).items() if isinstance(number, int)}
+    added: Any = content.get("added_tokens")
+    for row in cast("list[Any]", added) if isinstance(added, list) else []:
+        if isinstance(row, dict) and isinstance(row.get("content"), str) and isinstance(row.get("id"), int):
+            tokens[row["content"]] = row["id"]
+    return tokens
+
+
+def _template(files: Mapping[str, Path]) -> str:
+    """The chat template as transformers reads it: a file of its own comes before the config's field."""
+    if TEMPLATE_FILE in files:
+        return files[TEMPLATE_FILE].read_text(encoding="utf-8", errors="replace")
+    stated = (_json(files.get(CONFIG_FILE)) or {}).get("chat_template")
+    return stated if isinstance(stated, str) else json.dumps(stated, sort_keys=True) if stated else ""
+
+
+def _json(path: Path | None) -> dict[str, Any] | None:
+    """The object in a file; None for none, or for something else."""
+    if path is None:
+        return None
+    try:
+        content: object = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, Any]", content) if isinstance(content, dict) else None
