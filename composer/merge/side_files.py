@@ -69,7 +69,7 @@ def _findings(base: Path, chosen: ChosenTokenizer, vocabulary: Vocabulary) -> It
     if own is not None:
         grows = f"The vocabulary grows to {vocabulary.rows} rows. " if vocabulary.rows else ""
         message = f"{grows}The tokenizer is that of {own.name}, which has other tokens than the base's."
-        yield Finding("adapter_tokenizer", Severity.NOTICE, "tokenizer", message)
+        yield Finding("grown_vocabulary" if grows else "adapter_tokenizer", Severity.NOTICE, "tokenizer", message)
     elif vocabulary.rows:
         message = (
             f"The vocabulary grows to {vocabulary.rows} rows. The adapter has no tokenizer, and the base's lacks the "

@@ -83,13 +83,13 @@ def read_tokenizer(directory: Path, name: str = "") -> Tokenizer:
     """The tokenizer in the directory of a checkpoint or an adapter. Files that are not what their names say count by
     their bytes."""
     there = set(side_files(directory))
-    files = {name: contained(directory, name) for name in TOKENIZER_FILES if name in there}
+    files = {file: contained(directory, file) for file in TOKENIZER_FILES if file in there}
     content = _json(files.get("tokenizer.json"))
     tokens = _tokens(content) if content else None
     digest = hashlib.sha256()
-    for name in VOCABULARY_FILES:
-        if name in files:
-            digest.update(name.encode() + b"\0" + files[name].read_bytes())
+    for file in VOCABULARY_FILES:
+        if file in files:
+            digest.update(file.encode() + b"\0" + files[file].read_bytes())
     return Tokenizer(name or directory.name, files, tokens, digest.hexdigest(), _template(files))
 
 
@@ -106,7 +106,7 @@ def chosen_tokenizer(base: Path | None, adapters: Sequence[tuple[str, Path]]) ->
     if vocabulary is not None and vocabulary.extends(own) and own.extends(vocabulary):
         vocabulary = None
     if template is not None and template.template == own.template:
-        template = None if vocabulary is None or vocabulary.template != own.template else vocabulary
+        template = None
     expected = template.template if template else own.template
     chosen = ChosenTokenizer(vocabulary, template)
     kept = {name: path for name, path in own.files.items() if name not in chosen.replaced}
@@ -119,7 +119,7 @@ def _largest(tokenizers: Sequence[Tokenizer]) -> Tokenizer | None:
         if largest is None or (one.extends(largest) and not largest.extends(one)):
             largest = one
         elif not largest.extends(one):
-            raise _differ(largest, one, "tokens")
+            raise _differ(largest, one, "different tokenizers")
     return largest
 
 
@@ -127,7 +127,7 @@ def _common_template(tokenizers: Sequence[Tokenizer]) -> Tokenizer | None:
     templated = [one for one in tokenizers if one.template]
     for one in templated[1:]:
         if one.template != templated[0].template:
-            raise _differ(templated[0], one, "chat template")
+            raise _differ(templated[0], one, "different chat templates")
     return templated[0] if templated else None
 
 
@@ -135,7 +135,7 @@ def _differ(one: Tokenizer, other: Tokenizer, what: str) -> Mismatch:
     names = f"{one.name} and {other.name}"
     return Mismatch(
         "tokenizers_differ",
-        f"{names} were trained with another {what} each: one model has one tokenizer.",
+        f"{names} were trained with {what}, and one model has one.",
         subject=names,
         next_step="Serve them separately, or train one of them again with the tokenizer of the other.",
     )
@@ -143,18 +143,24 @@ def _differ(one: Tokenizer, other: Tokenizer, what: str) -> Mismatch:
 
 def _tokens(content: Mapping[str, Any]) -> dict[str, int] | None:
     """The id of each token, of a tokenizer.json; None for one whose model has no list of tokens."""
-    model: Any = content.get("model")
-    listed: Any = model.get("vocab") if isinstance(model, dict) else None
+    model = _object(content.get("model"))
+    listed: object = model.get("vocab")
     if isinstance(listed, list):  # Unigram: [token, score]
-        listed = {str(one[0]): at for at, one in enumerate(cast("list[Any]", listed)) if isinstance(one, list) and one}
+        pairs = [cast("list[Any]", one) for one in cast("list[object]", listed) if isinstance(one, list) and one]
+        listed = {str(pair[0]): at for at, pair in enumerate(pairs)}
     if not isinstance(listed, dict):
         return None
     tokens = {token: number for token, number in cast("dict[str, Any]", listed).items() if isinstance(number, int)}
-    added: Any = content.get("added_tokens")
-    for row in cast("list[Any]", added) if isinstance(added, list) else []:
-        if isinstance(row, dict) and isinstance(row.get("content"), str) and isinstance(row.get("id"), int):
-            tokens[row["content"]] = row["id"]
+    added: object = content.get("added_tokens")
+    for row in map(_object, cast("list[object]", added) if isinstance(added, list) else []):
+        token, number = row.get("content"), row.get("id")
+        if isinstance(token, str) and isinstance(number, int):
+            tokens[token] = number
     return tokens
+
+
+def _object(value: object) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _template(files: Mapping[str, Path]) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def test_a_merged_directory_is_a_checkpoint_with_all_that_the_base_had(plan: Mer
     (base / "LICENSE").write_text("as you like")
     for weights in ("pytorch_model.bin", "model.gguf", "pytorch_model.bin.index.json", ".hidden"):
         (base / weights).write_text("not for the copy")
+    plan = replace(plan, side_files=planned_side_files(base, [], Vocabulary(plan.checkpoint.architecture)))
     report = run_merge(plan, tmp_path / "merged", device=DEVICE, note={"recipe": {"name": "both"}})
     files = {file.name for file in (tmp_path / "merged").iterdir()}
     assert files == {
