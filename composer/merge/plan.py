@@ -17,6 +17,7 @@ from composer.deltas.tensors import TORCH_DTYPES, torch_device
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.errors import Mismatch, NotSupported
 from composer.findings import Finding
+from composer.formats.adapters.placement.missing import CODE as MISSING_MODULES
 from composer.formats.adapters.placement.naming import TIED_HEAD, is_head
 from composer.formats.adapters.placement.result import OTHER_PATHS
 from composer.formats.adapters.provenance import AdapterUse, adapter_use, files_of
@@ -46,8 +47,8 @@ from composer.merge.side_files import SideFiles, planned_side_files
 from composer.methods.combine import combine_parsed
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
-_READ_OTHERWISE = {OTHER_PATHS, "no_prefix", "pattern_unused", "raw_keys"}
-"""Findings about an adapter's keys that a merge reports too, because other tools may read these keys differently."""
+_REPORTED = {OTHER_PATHS, MISSING_MODULES, "no_prefix", "pattern_unused", "raw_keys"}
+"""Findings about an adapter's keys that a merge reports too: what is lost, or what other tools read differently."""
 _BYTES_VERSION = 8  # raised when the same inputs give different bytes, so that no merge resumes an older version's
 
 
@@ -156,7 +157,7 @@ def plan_merge(  # noqa: PLR0913
         adapters=tuple(use.result() for use in uses),
         findings=(
             *combined.findings,
-            *(finding for one in loaded for finding in one.placed.findings if finding.code in _READ_OTHERWISE),
+            *(finding for one in loaded for finding in one.placed.findings if finding.code in _REPORTED),
             *beside.findings,
             *quantized_bases(checkpoint, loaded),
         ),

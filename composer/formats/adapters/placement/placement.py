@@ -14,6 +14,7 @@ from composer.formats.adapters.config.parts import Size
 from composer.formats.adapters.config.patterns import matches_fully
 from composer.formats.adapters.config.types import RETIRED_PARTS, TYPES, UNSAVED_PARTS, AdapterType
 from composer.formats.adapters.placement.experts import missing_parameters, owner_of
+from composer.formats.adapters.placement.missing import missing_modules
 from composer.formats.adapters.placement.naming import (
     PEFT_PREFIX,
     SHARED,
@@ -49,8 +50,9 @@ def place(
 
     Error findings: unmatched_tensor, wrong_prefix, shape_mismatch, rank_mismatch, bad_dtype, missing_pair,
     missing_part, unflagged_part, duplicate_tensor, duplicate_target, no_target, untargeted_tensor, pattern_unused,
-    unsupported_layer, grouped_convolution, empty_adapter. Warnings: other_paths, pattern_unused if others of its keys
-    match. Notices: no_prefix, raw_keys, unused_target. Raises NotSupported for a type that does not change weights, or
+    unsupported_layer, grouped_convolution, empty_adapter. Warnings: other_paths, missing_modules, pattern_unused if
+    others of its keys match. Notices: no_prefix, raw_keys, unused_target; missing_modules without an architecture.
+    Raises NotSupported for a type that does not change weights, or
     not in a way that its files show.
     """
     if config.peft_type != "LORA" and config.peft_type not in TYPES and (refusal := config.unsupported()):
@@ -73,6 +75,8 @@ def place(
     _check_twice(placement)
     _check_looked_up(placement)
     _check_config_is_used(placement)
+    if not any(finding.severity is Severity.ERROR for finding in placement.findings):
+        placement.findings += missing_modules(placement)
     _note_other_keys(placement, subject)
     return PlacementResult(placement.modules, placement.findings)
 

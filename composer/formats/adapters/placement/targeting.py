@@ -30,6 +30,24 @@ def surely_untargeted(config: AdapterConfig, module: str) -> bool:
     return not _names(targets, module) or _in_another_layer(config, module)
 
 
+def surely_targeted(config: AdapterConfig, module: str) -> bool:
+    """True if PEFT's rules surely wrap this module, which is a linear layer. False also if that depends on information
+    that is not available here: targets chosen by model type, or layers by a pattern that cannot be evaluated."""
+    targets = config.target_modules
+    if targets is None or (config.exclude_modules and _names(config.exclude_modules, module)):
+        return False
+    if isinstance(targets, str):
+        return targets.lower() == "all-linear" or matches_fully(targets, module)
+    return module in targets or (
+        _names(targets, module) and not _layers_unknown(config) and not surely_untargeted(config, module)
+    )
+
+
+def _layers_unknown(config: AdapterConfig) -> bool:
+    """Whether layers are chosen in a way that `surely_untargeted` may not evaluate."""
+    return bool(config.raw.get("layers_to_transform")) and bool(config.raw.get("layers_pattern"))
+
+
 def _names(targets: tuple[str, ...] | str, module: str) -> bool:
     if isinstance(targets, str):
         return matches_fully(targets, module)
