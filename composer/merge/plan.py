@@ -45,6 +45,7 @@ from composer.merge.quantized.gap import quantized_bases
 from composer.merge.shards import ShardPlan
 from composer.merge.side_files import SideFiles, planned_side_files
 from composer.methods.combine import combine_parsed
+from composer.methods.spectral import Compression
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 _REPORTED = {OTHER_PATHS, MISSING_MODULES, "no_prefix", "pattern_unused", "raw_keys"}
@@ -55,7 +56,7 @@ _BYTES_VERSION = 8  # raised when the same inputs give different bytes, so that 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergePlan:
     """Everything a merge will do, decided before a byte is written. `inputs` are the files that determine its bytes, as
-    they were then."""
+    they were then. `compressions` have each module's loss where the method cuts to a rank."""
 
     checkpoint: Checkpoint
     shards: tuple[ShardPlan, ...]
@@ -67,6 +68,7 @@ class MergePlan:
     findings: tuple[Finding, ...]
     inputs: Mapping[Path, Identity]
     side_files: SideFiles
+    compressions: tuple[Compression, ...] = ()
     rounding: Rounding = field(default_factory=Rounding)
 
     @property
@@ -163,6 +165,7 @@ def plan_merge(  # noqa: PLR0913
         ),
         inputs=inputs,
         side_files=beside,
+        compressions=tuple(combined.compressions),
         rounding=rounding or Rounding(),
     )
 

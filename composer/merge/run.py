@@ -20,6 +20,7 @@ from composer.merge.io.journal import Journal
 from composer.merge.plan import MergePlan
 from composer.merge.rounding_loss import RoundingLoss, find_lost, total
 from composer.merge.shards import Written, write_shards
+from composer.methods.spectral import Compression, total_loss
 
 _SPARE_BYTES = 8 << 20  # index, notes and the file system's own
 
@@ -29,7 +30,8 @@ class MergeReport:
     """The result of a merge. Bytes were copied by the kernel and compared, or rewritten through float32.
     `resumed_bytes` of both come from an earlier, interrupted run and were verified again.
 
-    `survival` is what rounding left of all deltas together; `findings` name those too small for the dtype.
+    `survival` is what rounding to the output's dtype left of all deltas together; `findings` name those too small for
+    it. `compressions` have each module's loss where the method cuts to a rank: rounding comes after that.
     """
 
     out_dir: str
@@ -43,10 +45,17 @@ class MergeReport:
     device: str
     survival: RoundingLoss
     findings: tuple[Finding, ...]
+    compressions: tuple[Compression, ...] = ()
+
+    @property
+    def lost(self) -> float:
+        """|Δ - Δ'| / |Δ| over all modules that were cut to a rank; 0 if none was."""
+        return total_loss(self.compressions)
 
     def to_json(self) -> dict[str, Any]:
+        rows = [asdict(one) | {"relative": one.relative} for one in self.compressions]
         reports = {"survival": self.survival.to_json(), "findings": [finding.to_json() for finding in self.findings]}
-        return {**asdict(self), **reports}
+        return {**asdict(self), **reports, "lost": self.lost, "compressions": rows}
 
 
 def run_merge(
@@ -106,6 +115,7 @@ def report_of(plan: MergePlan, written: Written, out_dir: str, seconds: float, d
         device=str(device),
         survival=total(written.survivals.values()),
         findings=tuple(find_lost(written.survivals, dtypes, plan.rounding)),
+        compressions=plan.compressions,
     )
 
 

@@ -303,7 +303,7 @@ def _show(base: dict[str, Any]) -> None:
     ]
     render.lines(f"base {base['name']}", pairs)
     for score in base["scores"]:
-        value = render.with_error(score["value"], score["stderr"])
+        value = render.with_error(score["value"], score["stderr"], score["n"])
         notes = filter(
             None,
             [f"n={score['n']}" if score["n"] else "", "reported" if score.get("reported") else "", score.get("source")],

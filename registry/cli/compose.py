@@ -188,11 +188,14 @@ def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
     """A row for the candidate per metric, and below it the inputs measured on the same examples."""
     rows: list[tuple[Any, ...]] = []
     for score in scores:
-        value = render.with_error(score["value"], score["stderr"])
+        value = render.with_error(score["value"], score["stderr"], score["n"])
         metric = score["metric"]
         rows.append((score["suite"], metric, "candidate", value, score["n"]))
         for one in score.get("inputs", []):
-            name, value = f"{one['repository']}:{one['version']}", render.with_error(one["value"], one["stderr"])
+            name, value = (
+                f"{one['repository']}:{one['version']}",
+                render.with_error(one["value"], one["stderr"], one["n"]),
+            )
             rows.append(("", "", name, value, one["n"]))
     return rows
 

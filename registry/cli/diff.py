@@ -267,7 +267,8 @@ def _score_row(row: Json) -> tuple[Any, ...]:
         better = "better" if row["better"] else "worse" if row["difference"] else "the same"
         note = {True: better, False: f"{better}, within its error", None: better}[row["beyond"]]
     old, new = (
-        render.with_error(row[side], row[f"{side}_stderr"]) + " reported" * row[f"{side}_reported"]
+        render.with_error(row[side], row[f"{side}_stderr"], row[f"{side}_n"] or 0)
+        + " reported" * row[f"{side}_reported"]
         if row[side] is not None
         else None
         for side in ("old", "new")

@@ -88,10 +88,10 @@ def merge(  # noqa: PLR0913
     _warn(report.findings)
     document = report.to_json()
     document["findings"] = [finding.to_json() for finding in (*merging.findings, *report.findings)]
-    shown = render.fields(document, "out_dir", "findings", "survival") + render.fields(
-        document["survival"], "sampled_rows"
-    )
-    render.document(document, json, lambda: render.lines(f"merged into {output}", shown))
+    left_out = ("out_dir", "findings", "survival", "compressions", *(() if document["compressions"] else ("lost",)))
+    rounding_rows = render.fields(document["survival"], "sampled_rows", "relative_size")
+    shown = render.fields(document, *left_out) + [(f"rounding: {name}", value) for name, value in rounding_rows]
+    render.document(document, json, lambda: _show_cut(f"merged into {output}", shown, document["compressions"]))
 
 
 @root.command()

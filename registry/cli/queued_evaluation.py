@@ -49,7 +49,13 @@ def show(document: Json) -> None:
         for score in item["scores"] or ():
             metric = score["metric"]
             rows.append(
-                (subject, item["suite"], metric, render.with_error(score["value"], score["stderr"]), score["n"])
+                (
+                    subject,
+                    item["suite"],
+                    metric,
+                    render.with_error(score["value"], score["stderr"], score["n"]),
+                    score["n"],
+                )
             )
         if item["error"]:
             rows.append((subject, item["suite"], "", item["error"], ""))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 import typer
 
 from composer.errors import ComposerError
+from registry.domain.catalog.intervals import error_text
 from registry.error_families import of_composer
 from registry.errors import RegistryError, Unavailable
 
@@ -217,9 +218,9 @@ def summary(label: str, summary: dict[str, Any]) -> None:
             print(part)
 
 
-def with_error(value: float, stderr: float | None) -> str:
-    """A value with its standard error, if it has one."""
-    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
+def with_error(value: float, stderr: float | None, n: int = 0) -> str:
+    """A value with its standard error, if it has one, or its interval, if it is 0 or 1 of `n` examples."""
+    return f"{value:.3f}{error_text(value, stderr, n, '.3f')}"
 
 
 def score_table(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
@@ -229,7 +230,7 @@ def score_table(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
         (
             score["suite"],
             score["metric"],
-            with_error(score["value"], score["stderr"]),
+            with_error(score["value"], score["stderr"], score["n"]),
             score["n"] or "",
             " ".join(filter(None, ["reported" if score.get("reported") else "", score.get("source")])),
         )

@@ -13,10 +13,26 @@ def interval(metric: str, value: float, stderr: float | None, n: int) -> Interva
     if stderr is None:
         return None
     if metric == "accuracy" and n and 0 <= value <= 1:
-        centre = (value + Z * Z / (2 * n)) / (1 + Z * Z / n)
-        half = Z * sqrt(value * (1 - value) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-        return centre - half, centre + half
+        return wilson(value, n)
     return value - Z * stderr, value + Z * stderr
+
+
+def wilson(share: float, n: int) -> Interval:
+    """Wilson's 95 % interval of a share of `n` examples: 0 of 24 leaves 0 to 0.14."""
+    centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z * sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def error_text(value: float, stderr: float | None, n: int, form: str) -> str:
+    """What follows a value: its standard error, or Wilson's interval for a share of which no example, or every one,
+    counts: its standard error is 0, and it is not certain. Empty without an error. `form` is that of a number."""
+    if stderr is None:
+        return ""
+    if stderr == 0 and n and value in (0, 1):
+        low, high = wilson(value, n)
+        return f" [{low:{form}}, {high:{form}}]"
+    return f" ± {stderr:{form}}"
 
 
 def is_sure(

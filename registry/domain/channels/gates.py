@@ -44,7 +44,7 @@ class Measured:
     reported: bool = False
 
     def __str__(self) -> str:
-        error = f" ± {self.stderr:.3g}" if self.stderr is not None else ""
+        error = intervals.error_text(self.value, self.stderr, self.n, ".3g")
         notes = [f"n={self.n}"] * (self.n > 0) + ["reported"] * self.reported
         return f"{self.value:.4g}{error} ({', '.join(notes)})"
 
