@@ -121,6 +121,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "tokens_dropped": "Use a method without examples.",
         "twins_differ": "Set ensure_weight_tying to false.",
         "two_for_one_key": "Merge them into the base.",
+        "tokenizers_differ": "Serve them separately, or train one of them again with the tokenizer of the other.",
+        "tokens_without_tokenizer": "Save the tokenizer that it was trained with beside the adapter.",
         "two_rescale": "Leave out all but one, or merge them in order: --sequential.",
         "two_variants": "Keep one of the two.",
         "unknown_config": "Update adaptory, or remove the fields: they may change the result.",

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -121,22 +121,18 @@ def plan_merge(  # noqa: PLR0913
     nearest value. `tokenizer_as_before` is for a merge whose note names no tokenizer. Raises Mismatch, NotSupported or
     InvalidFile for anything that cannot be merged faithfully.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise NotSupported(
-            "dtype", f"{dtype!r} is not an output dtype.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
-        )
-    parsed = parse_settings(method, settings)
+    parsed, stored_dtype = parse_settings(method, settings), _stored_dtype(dtype)
     source = dequantized(checkpoint)
     vocabulary = grown_vocabulary(checkpoint, [path for path, _ in adapters])
     side = [contained(checkpoint.path, name) for name in ("config.json", INDEX_FILE, *side_files(checkpoint.path))]
     # A file elsewhere refuses to be read once it has changed.
     own = [file.path for file in checkpoint.files.values() if isinstance(file, LocalFile)]
-    weights = files_of(path for path, _ in adapters)
+    inputs = identities([*own, *side, *files_of(path for path, _ in adapters)])
     with ThreadPoolExecutor(1, "hash") as hashing:
         uses = [hashing.submit(adapter_use, path, weight) for path, weight in adapters]
         read = [load_deltas(path, vocabulary.architecture) for path, _ in adapters]
     beside = planned_side_files(checkpoint.path, read, vocabulary, as_before=tokenizer_as_before)
-    inputs = identities([*own, *side, *weights, *beside.files.values()])
+    inputs |= identities(beside.files.values())
     loaded = [with_new_rows(checkpoint, _tokens_on_own_head(checkpoint, one), vocabulary) for one in read]
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
@@ -146,7 +142,7 @@ def plan_merge(  # noqa: PLR0913
     refuse_uneven(vocabulary, deltas, head)
     layout = _Layout(
         checkpoint=checkpoint, dequantized=source, deltas=deltas, head=head,
-        dtype=None if dtype is None else _DTYPES[dtype], vocabulary=vocabulary.rows,
+        dtype=stored_dtype, vocabulary=vocabulary.rows,
     )  # fmt: skip
     untied = head is not None or checkpoint.own_head is not None
     return MergePlan(
@@ -157,17 +153,24 @@ def plan_merge(  # noqa: PLR0913
         method=method,
         settings=parsed.with_tied(combined.tied).to_json(),
         adapters=tuple(use.result() for use in uses),
-        findings=(
-            *combined.findings,
-            *(finding for one in loaded for finding in one.placed.findings if finding.code in _REPORTED),
-            *beside.findings,
-            *quantized_bases(checkpoint, loaded),
-        ),
+        findings=(*combined.findings, *_reported(loaded), *beside.findings, *quantized_bases(checkpoint, loaded)),
         inputs=inputs,
         side_files=beside,
         compressions=tuple(combined.compressions),
         rounding=rounding or Rounding(),
     )
+
+
+def _stored_dtype(dtype: str | None) -> str | None:
+    if dtype is not None and dtype not in _DTYPES:
+        raise NotSupported(
+            "dtype", f"{dtype!r} is not an output dtype.", subject=dtype, next_step=f"Use one of {', '.join(_DTYPES)}."
+        )
+    return None if dtype is None else _DTYPES[dtype]
+
+
+def _reported(loaded: Sequence[LoadedAdapter]) -> Iterator[Finding]:
+    return (finding for one in loaded for finding in one.placed.findings if finding.code in _REPORTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,11 +76,7 @@ def test_a_collector_gets_requests_with_their_statements_and_the_steps_of_jobs(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("inputs: [acme/sql]\nmethod: stack\nadapter: acme/copy:1.0.0\nprobe: 0\n")
     values = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
-    environment = (
-        values
-        | cli.environment
-        | {"ADAPTORY_TRACES": "true", "OTEL_BSP_SCHEDULE_DELAY": "200"}
-    )
+    environment = values | cli.environment | {"ADAPTORY_TRACES": "true", "OTEL_BSP_SCHEDULE_DELAY": "200"}
     environment["ADAPTORY_LOOPBACK_OPEN"] = "true"
     environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{collector.server_port}"
     command = [sys.executable, "-m", "registry.cli.start", "serve", "--port", str(port)]

@@ -25,8 +25,8 @@ def wilson(share: float, n: int) -> Interval:
 
 
 def error_text(value: float, stderr: float | None, n: int, form: str) -> str:
-    """What follows a value: its standard error, or Wilson's interval for a share of which no example, or every one,
-    counts: its standard error is 0, and it is not certain. Empty without an error. `form` is that of a number."""
+    """What follows a value: its standard error, or Wilson's interval if none or all of `n` examples count, whose
+    standard error is 0 although the share is not certain. Empty without an error. `form` is that of a number."""
     if stderr is None:
         return ""
     if stderr == 0 and n and value in (0, 1):
