@@ -175,6 +175,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "upload_unknown": "Announce the file again (POST /v1/uploads).",
     },
     Conflict: {
+        "subject_linked": "Grant the other user the roles, or remove that name.",
         "alias_taken": "Choose another alias.",
         "base_differs": "Register other weights under another name; compose adapters of one base.",
         "base_name_taken": "Choose another --name.",
@@ -224,12 +225,13 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "not_loopback": "Use --host 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
         "not_yours": "Ask its author, or an admin.",
         "other_site": "Use a page of this registry, or a client that is not a browser.",
+        "name_taken": "If both are you, ask an admin of the registry: `adaptory user link NAME --subject SUB`.",
         "own_promotion": "Ask somebody else with the role.",
         "publisher_refused": "Ask an admin of the namespace to add the job: `adaptory publisher add REPO …`.",
         "role_lost": "Ask an admin of the namespace for the role, and compose again.",
         "role_missing": "Ask an admin for the role, or use a token whose scope has it.",
         "scope_too_narrow": "Use a token whose scope has the role.",
-        "token_not_allowed": "Use a token without scope and expiry; one for another user needs a registry admin.",
+        "token_not_allowed": "Use a token without scope; for another user or a longer life, ask a registry admin.",
     },
     Unauthenticated: {
         "id_token_audience": "Request it with the registry's address (HF_ENDPOINT) as the audience, and no other.",

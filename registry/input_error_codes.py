@@ -180,6 +180,7 @@ INVALID = {
     "suite_json": "Correct that line: JSON Lines has one object per line.",
     "suite_yaml": "Correct that line.",
     "too_large": "Name a smaller file, or split it.",
+    "token_too_long": "Ask for fewer days, or set ADAPTORY_MAX_TOKEN_DAYS on the registry.",
     "too_many_keys": "Keep only the keys that are still in use.",
     "two_checkpoints": "Remove the one that you do not want.",
     "ungathered": "Gather the parameters (ZeRO-3, FSDP) and save again.",

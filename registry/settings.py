@@ -341,6 +341,9 @@ class Settings(BaseSettings):
     Wins over `ADAPTORY_URL`."""
     max_file_bytes: int = Field(default=64 * 2**30, gt=0)
     """Maximum size of a file in a release; beyond it 413. One push by Xet has at most four times as much."""
+    namespace_bytes: int = Field(default=2**40, ge=0)
+    """The quota that a new namespace gets, in bytes: 1 TiB by default, 0 for none. `adaptory namespace quota` changes
+    it."""
     upload_expires_s: int = Field(default=24 * 3600, gt=0, le=7 * 24 * 3600)
     """How long an announced upload, and its signed requests, may take to arrive; S3 signs requests for a week at
     most."""
@@ -363,6 +366,10 @@ class Settings(BaseSettings):
     traces: bool = False
     """Whether servers and workers send OpenTelemetry traces, to where `OTEL_EXPORTER_OTLP_ENDPOINT` says. It needs the
     extra `otel`."""
+    token_days: float = Field(default=90.0, gt=0, le=3660)
+    """How long a token is valid if its creator does not say."""
+    max_token_days: float = Field(default=366.0, gt=0, le=3660)
+    """Maximum lifetime of a new token. Tokens that exist keep theirs."""
     download_expires_s: int = Field(default=300, ge=1, le=7 * 24 * 3600)
     """How long a presigned download URL of S3 is valid, even if the token is revoked meanwhile."""
     rate_limit: Annotated[str, AfterValidator(_rate)] = DEFAULT_RATE

@@ -1,5 +1,6 @@
 """Access: tokens, namespaces, members, users."""
 
+import sys
 from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
@@ -54,7 +55,9 @@ def create_token(
         list[str] | None,
         typer.Option(help="NAMESPACE=ROLE, its highest role there. May be repeated. Unlimited by default."),
     ] = None,
-    expires_in_days: Annotated[float | None, typer.Option(help="Lifetime in days; by default, until revoked.")] = None,
+    expires_in_days: Annotated[
+        float | None, typer.Option(help="Lifetime in days; by default, ADAPTORY_TOKEN_DAYS of the registry.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Create a token and print it once. It can do what both its user's roles and its scope allow."""
@@ -62,7 +65,7 @@ def create_token(
         raise Usage(
             "bad_lifetime",
             f"A token cannot last {expires_in_days} days.",
-            next_step="Give a number of days with --expires-in-days, or leave it out for a token that does not expire.",
+            next_step="Give a number of days with --expires-in-days, or leave it out for the default.",
         )
     body: Json = {"user": user, "name": name, "expires_in_days": expires_in_days}
     if scope:
@@ -70,6 +73,8 @@ def create_token(
     with connected() as connection:
         document = connection.api.post("/v1/tokens", body)
     render.document(document, json, lambda: render.out(document["token"]))
+    if sys.stdout.isatty():  # scripts read the token
+        render.say(f"valid until {document['expires_at'][:10]}")
 
 
 @tokens.command("list")
@@ -248,6 +253,19 @@ def grant(
 def revoke(namespace: NamespaceName, user: User, json: JsonFlag = False) -> None:
     """Revoke a user's role in a namespace; the user's tokens lose it too."""
     _set_member(namespace, user, None, json)
+
+
+@users.command("link")
+def link_user(
+    user: User,
+    subject: Annotated[str, typer.Option(help="Who the person is at the provider (`sub`), as the refusal says.")],
+    issuer: Annotated[str | None, typer.Option(help="The provider's address; by default, that of the server.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Let a person of the OpenID provider sign in as a user who was here before, with the user's roles."""
+    with connected() as connection:
+        linked = connection.api.put(f"/v1/users/{quote(user, safe='')}/person", {"subject": subject, "issuer": issuer})
+    render.document(linked, json, lambda: render.out(f"{user} signs in as {linked['subject']} of {linked['issuer']}"))
 
 
 @users.command("remove")

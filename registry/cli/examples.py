@@ -59,7 +59,7 @@ EXAMPLES = {
     "promotion cancel": "adaptory promotion cancel acme/sql-migration@prod",
     "promotion list": "adaptory promotion list acme/sql-migration@prod",
     "publisher add": """adaptory publisher add acme/sql-migration --issuer github \\
-  --project acme/training --ref refs/heads/main --environment release""",
+  --project acme/training --workflow release.yml --ref refs/heads/main""",
     "publisher list": "adaptory publisher list acme/sql-migration",
     "publisher remove": "adaptory publisher remove acme/sql-migration 1a2b3c4d5e6f",
     "pull": "adaptory pull acme/sql-migration@prod -o .demo/pulled",
@@ -81,6 +81,7 @@ EXAMPLES = {
     "token list": "adaptory token list",
     "token revoke": "adaptory token revoke 1a2b3c4d5e6f",
     "unyank": "adaptory unyank acme/sql-migration:1.0.0 --reason 'quoting is fixed'",
+    "user link": "adaptory user link ann --subject 248289761001",
     "user remove": "adaptory user remove pia",
     "verify": "adaptory verify acme/assistant-merged --rebuild",
     "whoami": "adaptory whoami",

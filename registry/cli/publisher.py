@@ -25,23 +25,29 @@ def add(  # noqa: PLR0913
         str | None, typer.Option(help="Such as refs/heads/main; a * at its end stands for anything.")
     ] = None,
     environment: Annotated[str | None, typer.Option(help="The job's environment, such as release.")] = None,
+    workflow: Annotated[
+        str | None, typer.Option(help="The file of the job, such as release.yml; GitHub needs it.")
+    ] = None,
     project_id: Annotated[
         str | None, typer.Option(help="The issuer's number of the project; by default, the first job's.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Let jobs of a project publish in a repository; each gets a token for an hour. Requires --ref, --environment or
-    both."""
+    both, and on GitHub --workflow."""
     body = {
         "issuer": issuer,
         "project": project,
         "project_id": project_id,
         "ref": ref,
         "environment": environment,
+        "workflow": workflow,
     }
     with connected() as connection:
         document = connection.api.post(_path(repository), body)
     render.document(document, json, lambda: render.out(_line(document)))
+    if not document["exchanges"]:
+        render.warn("this registry exchanges no ID tokens, so no job can use it yet: set ADAPTORY_OIDC_AUDIENCE there")
 
 
 @publisher_app.command("list")
@@ -57,10 +63,11 @@ def list_publishers(repository: Repository, json: JsonFlag = False) -> None:
             row["project_id"] or "",
             row["ref"] or "any",
             row["environment"] or "any",
+            row["workflow"] or "any",
         )
         for row in items
     ]
-    render.listing(items, json, ("publisher", "issuer", "project", "number", "ref", "environment"), rows)
+    render.listing(items, json, ("publisher", "issuer", "project", "number", "ref", "environment", "workflow"), rows)
 
 
 @publisher_app.command("remove")
@@ -80,5 +87,6 @@ def _path(repository: str) -> str:
 
 
 def _line(row: Json) -> str:
-    where = [text for text in (row["ref"], row["environment"] and f"environment {row['environment']}") if text]
+    named = [f"{name} {row[name]}" for name in ("environment", "workflow") if row[name]]
+    where = [*([row["ref"]] if row["ref"] else []), *named]
     return f"{row['id']} {row['project']} of {row['issuer']} ({', '.join(where)}) may publish in {row['repository']}"

@@ -55,6 +55,8 @@ class Job:
     project_id: str | None
     ref: str | None
     environment: str | None
+    workflow: str | None
+    """The path of its file in the project."""
     details: Mapping[str, str]
     """What helps to find the job: its run, commit and workflow."""
 
@@ -174,6 +176,7 @@ def job_of(token: IdToken, layout: Layout) -> Job:
         project_id=number,
         ref=ref,
         environment=_text(claims, "environment"),
+        workflow=_workflow(claims, layout, project),
         details=kept,
     )
 
@@ -191,6 +194,19 @@ def invalid(why: str) -> Unauthenticated:
         f"The ID token is refused: {why}.",
         next_step="Send the ID token as the issuer of your continuous integration made it.",
     )
+
+
+def _workflow(claims: Claims, layout: Layout, project: str) -> str | None:
+    """The path of the file that the issuer ran, if it is one of the project. GitHub writes
+    `acme/training/.github/workflows/x.yml@refs/heads/main`, GitLab `gitlab.com/acme/training//.gitlab-ci.yml@…`."""
+    name, start = {"github": ("workflow_ref", f"{project}/"), "gitlab": ("ci_config_ref_uri", f"/{project}//")}.get(
+        layout, ("", "")
+    )
+    text = claims.get(name)
+    file, at, _ = text.rpartition("@") if isinstance(text, str) else ("", "", "")
+    host, separator, path = file.partition(start) if start else ("", "", "")
+    own = "/" not in host if layout == "gitlab" else not host
+    return path if at and separator and own else None
 
 
 def _gitlab_ref(claims: Claims) -> str | None:

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 from registry.database.tables import Base, Job, Release
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import EVERYWHERE, Role, holds, permit, permit_somewhere, refuse_other_owner
+from registry.domain.access.roles import Role, administers, permit, permit_somewhere, refuse_other_owner
 from registry.domain.catalog import bases, repositories, scorers, suites
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import resolve
@@ -75,7 +75,7 @@ def report(session: Session, actor: Actor, job_id: int) -> Json:
     it measures, and registry admins."""
     job = session.get(Job, job_id)
     job = None if job is None or job.kind != evaluations.KIND else job
-    if job is None or not (evaluations.is_own(session, actor, job) or holds(actor, Role.ADMIN, EVERYWHERE)):
+    if job is None or not (evaluations.is_own(session, actor, job) or administers(actor, job.namespace)):
         raise NotFound(
             "evaluation_unknown",
             f"You have no evaluation {job_id}.",

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from registry.database.engine import Database, DatabaseTimeouts, Row
 from registry.database.migrate import ensure_schema, head_revision, schema_revision
 from registry.database.tables import Blob, Job, Token
+from registry.domain.access import publishers
 from registry.domain.catalog import bases
 from registry.domain.channels import policies
 from registry.domain.jobs import queue
@@ -67,7 +68,7 @@ def check_installation(settings: Settings, *, contents: bool, progress: fsck.Pro
         yield from _caught("store", lambda: _check_store(resources))
         if contents:
             yield from _caught("contents", lambda: _check_contents(resources, progress))
-        for check in (_check_access, _check_policies, _check_workers, _check_removals, _check_bases):
+        for check in (_check_access, _check_publishers, _check_policies, _check_workers, _check_removals, _check_bases):
             yield from _caught(check.__name__, lambda check=check: check(resources))
     finally:
         resources.close()
@@ -204,6 +205,17 @@ def _check_policies(resources: Resources) -> Iterator[Check]:
         detail = f"{ask} for an approval that a releaser can do without: {', '.join(forced[:5])}."
         step = "Take `force: releaser` out, for never: `adaptory policy set REPO@CHANNEL FILE`."
         yield Check(name="policies", state="warning", detail=detail, next_step=step)
+
+
+def _check_publishers(resources: Resources) -> Iterator[Check]:
+    """Whether trusted publishers of GitHub name their workflow, as new ones must."""
+    issuers = [url for url, layout in resources.settings.issuers.items() if layout == "github"]
+    with resources.read() as session:
+        names = [f"{row.namespace}/{row.repository}" for row in publishers.without_workflow(session, issuers)]
+    if names:
+        detail = f"{len(names):,} trusted publishers allow any workflow of their project: {', '.join(names[:5])}."
+        step = "Add each again with --workflow, then remove the old one: `adaptory publisher list REPO`."
+        yield Check(name="publishers", state="warning", detail=detail, next_step=step)
 
 
 def _check_workers(resources: Resources) -> Iterator[Check]:

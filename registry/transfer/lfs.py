@@ -6,17 +6,18 @@ permitted for an hour.
 """
 
 import hmac
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from registry.database.tables import Upload
 from registry.domain.access.audit import Actor
-from registry.domain.access.roles import Role
+from registry.domain.access.roles import permit_uploads
 from registry.errors import NotFound
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
@@ -37,14 +38,15 @@ class Act(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Permit:
-    """The permission in an address. The key of its signature is the id of the upload. Only a store's address contains
-    that; who has one may send the bytes anyway, and they are hashed before they become a blob."""
+    """The permission in an address. The key of its signature is the upload's own, which no answer contains. It holds as
+    long as the token of the user who asked for it, `token_id`."""
 
     act: Act
     namespace: str
     sha256: Digest
     expires: int
     multipart_id: str = ""
+    token_id: str = ""
     signature: str = ""
 
 
@@ -84,7 +86,7 @@ def plan(
     return {
         file.sha256: None
         if file.sha256 in stored
-        else _sending(resources, actor, file, rows[file.sha256][0], in_parts=in_parts)
+        else _sending(resources, actor, file, _with_key(resources, rows[file.sha256][0]), in_parts=in_parts)
         for file in files
     }
 
@@ -105,16 +107,16 @@ def finish(resources: Resources, permit: Permit) -> None:
 def _sending(resources: Resources, actor: Actor, file: ManifestFile, row: Upload, *, in_parts: bool) -> Sending:
     arrivals = resources.store.arrivals
     if arrivals is None:
-        return Sending(file, send=_signed(row, Act.SEND, int(actor.at.timestamp()) + PERMIT_S))
+        return Sending(file, send=_signed(actor, row, Act.SEND, int(actor.at.timestamp()) + PERMIT_S))
     expires_s = resources.settings.upload_expires_s
     expires = int((actor.at + timedelta(seconds=expires_s)).timestamp())
     if row.part_bytes is None or not in_parts:
         put = arrivals.sign_object(_arrival(row, None), expires_s, sent_before=False, known=True)
-        return Sending(file, put=put.url if put else None, finish=_signed(row, Act.FINISH, expires))
+        return Sending(file, put=put.url if put else None, finish=_signed(actor, row, Act.FINISH, expires))
     arrival = _arrival(row, arrivals.begin(_arrival(row, None)))
     numbers = range(1, len(arrival.part_sizes) + 1)
     parts = [arrivals.sign_part(arrival, number, file.sha256, expires_s).url for number in numbers]
-    finish_permit = _signed(row, Act.FINISH, expires, arrival.multipart_id or "")
+    finish_permit = _signed(actor, row, Act.FINISH, expires, arrival.multipart_id or "")
     return Sending(file, parts=parts, part_bytes=row.part_bytes, finish=finish_permit)
 
 
@@ -124,16 +126,31 @@ def _arrival(row: Upload, multipart_id: str | None) -> IncomingUpload:
     return IncomingUpload(row.id, Digest(row.sha256), row.size_bytes, multipart_id, part_bytes, unchecked=True)
 
 
-def _signed(row: Upload, act: Act, expires: int, multipart_id: str = "") -> Permit:
+def _signed(actor: Actor, row: Upload, act: Act, expires: int, multipart_id: str = "") -> Permit:
     permit = Permit(
-        act=act, namespace=row.namespace, sha256=Digest(row.sha256), expires=expires, multipart_id=multipart_id
+        act=act,
+        namespace=row.namespace,
+        sha256=Digest(row.sha256),
+        expires=expires,
+        multipart_id=multipart_id,
+        token_id=actor.token_id or "",
     )
     return replace(permit, signature=_signature(row, permit))
 
 
 def _signature(row: Upload, permit: Permit) -> str:
-    text = "\n".join((permit.act, permit.namespace, permit.sha256, str(permit.expires), permit.multipart_id))
-    return hmac.new(row.id.encode(), text.encode(), "sha256").hexdigest()
+    fields = (permit.act, permit.namespace, permit.sha256, str(permit.expires), permit.multipart_id, permit.token_id)
+    return hmac.new((row.permit_key or secrets.token_hex()).encode(), "\n".join(fields).encode(), "sha256").hexdigest()
+
+
+def _with_key(resources: Resources, row: Upload) -> Upload:
+    """The upload with a key: a server of a version before 0022 has announced it without."""
+    if row.permit_key is not None:
+        return row
+    with resources.write() as session:
+        bare = (Upload.id == row.id) & Upload.permit_key.is_(None)
+        session.execute(update(Upload).where(bare).values(permit_key=secrets.token_hex(32)))
+        return session.get_one(Upload, row.id, populate_existing=True)
 
 
 def permitted(resources: Resources, permit: Permit) -> Permitted:
@@ -141,15 +158,22 @@ def permitted(resources: Resources, permit: Permit) -> Permitted:
     now = resources.clock()
     with resources.read() as session:
         row = _find(session, permit)
+        actor = row and uploads.sender_now(session, row.created_by, row.namespace, permit.token_id or None, now)
     late = row is None or row.expires_at < now or permit.expires < now.timestamp()
-    if row is None or late or not hmac.compare_digest(_signature(row, permit).encode(), permit.signature.encode()):
+    if (
+        row is None
+        or actor is None
+        or late
+        or not hmac.compare_digest(_signature(row, permit).encode(), permit.signature.encode())
+    ):
         raise NotFound(
             "upload_address_invalid",
             "The address of this upload is not valid, or no longer.",
             subject=permit.sha256,
             next_step="Push again: the client asks for a new address.",
         )
-    return Permitted(row, Actor(row.created_by, now, {row.namespace: Role.PUBLISHER.value}))
+    permit_uploads(actor, row.namespace)
+    return Permitted(row, actor)
 
 
 def _find(session: Session, permit: Permit) -> Upload | None:

@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Any, cast
 from urllib.parse import urlencode
 
+from registry.domain.access.people import Person
 from registry.domain.access.roles import Role, max_role
 from registry.errors import Unauthenticated
 from registry.formats import id_tokens
@@ -31,7 +32,7 @@ from registry.transfer.issuer_keys import (
     unavailable,
 )
 
-MAX_USER = 128
+MAX_USER, MAX_SUBJECT = 128, 255
 _MAX_GROUPS = 10_000
 _MAX_CODE = 4096
 
@@ -68,9 +69,9 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A user that the provider vouches for, and the roles by namespace that its groups give."""
+    """A person whom the provider vouches for, and the roles by namespace that its groups give."""
 
-    user: str
+    person: Person
     roles: Mapping[str, Role]
 
 
@@ -112,7 +113,7 @@ class OpenIdProvider:
         if not 0 < len(code) <= _MAX_CODE:
             raise refused("it has no code")
         claims = self._claims(self._redeemed(attempt, code, redirect_uri), attempt, now)
-        return Identity(self._user(claims), self._roles(claims))
+        return Identity(Person(self.settings.issuer, _subject(claims), self._user(claims)), self._roles(claims))
 
     def _endpoint(self, name: str) -> str:
         issuer = self.settings.issuer
@@ -200,6 +201,14 @@ def refused(why: str) -> Unauthenticated:
         f"The provider's answer is not a valid sign-in: {why.removesuffix('.')}.",
         next_step="Sign in again; if it persists, ask an operator.",
     )
+
+
+def _subject(claims: id_tokens.Claims) -> str:
+    """The person's number at the provider."""
+    subject = claims.get("sub")
+    if not isinstance(subject, str) or not 0 < len(subject) <= MAX_SUBJECT or not subject.isprintable():
+        raise refused("its ID token does not say who the user is (sub)")
+    return subject
 
 
 def _texts(given: object) -> set[str]:

@@ -1,7 +1,7 @@
 """The resources of a process: database, store, settings, clock."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from registry.database.engine import Database, DatabaseTimeouts
 from registry.database.migrate import ensure_schema
+from registry.domain.access.namespaces import NEW_NAMESPACE_BYTES
 from registry.home import close_directory, close_file
 from registry.settings import DATABASE_FILE, LocalStorage, Settings
 from registry.storage.blobs import BlobStore
@@ -40,8 +41,11 @@ class Resources:
     def snapshot(self) -> AbstractContextManager[Session]:
         return self.database.snapshot()
 
-    def write(self) -> AbstractContextManager[Session]:
-        return self.database.write()
+    @contextmanager
+    def write(self) -> Generator[Session]:
+        with self.database.write() as session:
+            session.info[NEW_NAMESPACE_BYTES] = self.settings.namespace_bytes or None
+            yield session
 
     def close(self) -> None:
         self.database.close()

@@ -46,12 +46,13 @@ class SignIn:
 
     def with_provider(self, attempt: Attempt, answer: Mapping[str, str], redirect_uri: str, before: Actor) -> SignedIn:
         """Begins a session of the user that the provider's answer vouches for, as `with_token` does. Raises
-        Unauthenticated for an answer that does not, and Unavailable if the provider cannot be asked."""
+        Unauthenticated for an answer that does not, NotAllowed for the name of another user here, and Unavailable if
+        the provider cannot be asked."""
         assert self.provider is not None  # noqa: S101
         try:
             known = self.provider.identify(attempt, answer, redirect_uri, before.at)
             return self._begin(
-                before, lambda session, actor: sessions.begin_with_roles(session, actor, known.user, known.roles)
+                before, lambda session, actor: sessions.begin_with_roles(session, actor, known.person, known.roles)
             )
         except RegistryError as error:
             self._record(before, error)

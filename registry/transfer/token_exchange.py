@@ -20,7 +20,7 @@ from registry.errors import Invalid, NotAllowed, Refused, Unauthenticated
 from registry.formats import id_tokens
 from registry.formats.id_tokens import Job, shown
 from registry.formats.references import RepositoryName
-from registry.settings import Settings
+from registry.settings import Claims, Settings
 from registry.transfer.issuer_keys import IssuerKeys
 from registry.transfer.refusals import RefusalBudget
 from registry.transfer.resources import Resources
@@ -110,21 +110,35 @@ def parse_publisher(settings: Settings, new: NewPublisher) -> NewPublisher:
             subject=shown(new.issuer),
             next_step=f"ADAPTORY_OIDC_ISSUERS of the server has {', '.join(settings.issuers) or 'none'}.",
         )
-    named = settings.issuers[issuer] != "other"
     rule = replace(new, issuer=issuer)
-    texts = [text for text in (rule.project, rule.project_id, rule.ref, rule.environment) if text is not None]
+    if settings.issuers[issuer] == "github" and rule.workflow is not None and "/" not in rule.workflow:
+        rule = replace(rule, workflow=f".github/workflows/{rule.workflow}")
+    texts = [rule.project, rule.project_id, rule.ref, rule.environment, rule.workflow]
+    texts = [text for text in texts if text is not None]
     if not all(text and text.isprintable() and text == text.strip() for text in texts):
         raise bad_publisher("a value is empty, or has spaces around it or unprintable characters")
+    if "*" in rule.project or "*" in (rule.workflow or ""):
+        raise bad_publisher("a * stands for anything only at the end of a ref; add each project on its own")
     if len(job_name(issuer, rule.project)) > MAX_USER:
         raise bad_publisher("the name of the project is too long")
     if rule.ref is not None and "*" in rule.ref.removesuffix("*"):
         raise bad_publisher("its ref has a * that is not at the end")
+    _check_of_issuer(rule, settings.issuers[issuer])
+    return rule
+
+
+def _check_of_issuer(rule: NewPublisher, layout: Claims) -> None:
+    """Raises Invalid for what the issuer's tokens never have, or must be named for them."""
+    named = layout != "other"
     if named and rule.ref is not None and not rule.ref.startswith(("refs/heads/", "refs/tags/")):
         raise bad_publisher("its ref begins with neither refs/heads/ nor refs/tags/")
     if named and not re.fullmatch(r"[^/\s]+(/[^/\s]+)+", rule.project):
         raise bad_publisher("its project is not written as OWNER/NAME")
+    if layout == "github" and rule.workflow is None:
+        raise bad_publisher("it names no workflow, so every workflow of the project could publish")
+    if not named and rule.workflow is not None:
+        raise bad_publisher("its issuer says nothing of workflows; only GitHub's and GitLab's tokens name their file")
     if rule.project_id is not None and not (named and re.fullmatch(r"[0-9]{1,20}", rule.project_id)):
         raise bad_publisher(
             "its project has another kind of id: GitHub's and GitLab's are numbers, other issuers have none"
         )
-    return rule

@@ -10,7 +10,7 @@ from composer.formats.checkpoints.checkpoint import Architecture
 from registry.database.tables import Base, Job, Release
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import EVERYWHERE, Role, holds, may_read, owns
+from registry.domain.access.roles import Role, administers, holds, may_read, owns
 from registry.domain.catalog import bases, repositories, scorers, suites, upgrades
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import gates
@@ -89,7 +89,7 @@ def report(session: Session, actor: Actor, job_id: int) -> Json:
     job = session.get(Job, job_id)
     row = evaluations.find(session, job_id) if job is not None and job.kind == evaluations.KIND else None
     may = row is not None and job is not None and evaluations.is_own(session, actor, job)
-    if row is None or row.upgrade is None or not (may or holds(actor, Role.ADMIN, EVERYWHERE)):
+    if job is None or row is None or row.upgrade is None or not (may or administers(actor, job.namespace)):
         raise NotFound(
             "upgrade_unknown",
             f"You have no upgrade {job_id}.",

@@ -2,12 +2,13 @@
 the bytes: knowing a digest gives no access."""
 
 import logging
+import secrets
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,9 +18,9 @@ from sqlalchemy.orm import Session
 from registry.database.engine import insert_if_absent
 from registry.database.locks import lock_blobs_shared
 from registry.database.tables import Blob, BlobHolder, Release, RevisionFile, Upload
-from registry.domain.access import quotas
+from registry.domain.access import quotas, tokens
 from registry.domain.access.audit import Actor
-from registry.domain.access.roles import may_read, permit_uploads
+from registry.domain.access.roles import Role, may_read, permit_uploads
 from registry.errors import Conflict, Invalid, NotFound, RegistryError, TooLarge, TooMany, Unavailable, Usage
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
 from registry.formats.pickles import refuse_pickle_name
@@ -177,6 +178,13 @@ def receive_file(resources: Resources, actor: Actor, row: Upload, chunks: Iterab
         if received != (sha256, size_bytes):
             raise differs
         store_file(resources, actor, row.namespace, sha256, path, move=True)
+
+
+def sender_now(session: Session, user: str, namespace: str, token_id: str | None, now: datetime) -> Actor:
+    """Who sends to an address that was made for a user's push, with what the user's token allows now. Without a token,
+    it is the user of a registry without access control, or the push began before an upgrade."""
+    grants = tokens.grants_of(session, token_id) if token_id else {namespace: Role.PUBLISHER.value}
+    return Actor(user, now, grants, token_id=token_id)
 
 
 def within(chunks: Iterable[bytes], limit_bytes: int, error: RegistryError) -> Iterator[bytes]:
@@ -339,6 +347,7 @@ def announce(
                     created_at=actor.at,
                     created_by=actor.name,
                     expires_at=expires_at,
+                    permit_key=secrets.token_hex(32),
                 )
         rows = {row.sha256: row for row in session.scalars(mine)}
         for file in files:

@@ -22,8 +22,9 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from registry.database.engine import insert_if_absent
 from registry.database.tables import XetUpload, XetXorb
+from registry.domain.access import quotas
 from registry.domain.access.audit import Actor
-from registry.domain.access.roles import Role
+from registry.domain.access.roles import Role, may
 from registry.errors import Invalid, TooLarge, TooMany, Unauthenticated
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName
@@ -96,23 +97,29 @@ def begin(resources: Resources, actor: Actor, name: RepositoryName) -> Permit:
             created_at=actor.at,
             created_by=actor.name,
             expires_at=actor.at + timedelta(seconds=resources.settings.upload_expires_s),
+            token_id=actor.token_id,
         )
         session.add(row)
     return Permit(upload_id, f"xet_{upload_id}_{secret}", int(actor.at.timestamp()) + PERMIT_S)
 
 
 def authenticate(resources: Resources, upload_id: str, token: str) -> Push:
-    """The push at an address. Raises Unauthenticated unless the token is one of its user and repository."""
+    """The push at an address. Raises Unauthenticated unless the token is one of its user and repository, and the user's
+    own one, with which it was begun, still publishes there."""
     now, match = resources.clock(), _TOKEN.fullmatch(token)
     with resources.read() as session:
         permit = session.get(XetUpload, match[1]) if match else None
         row = session.get(XetUpload, upload_id) if _TOKEN.fullmatch(f"xet_{upload_id}_{'0' * 64}") else None
+        actor = (
+            uploads.sender_now(session, permit.created_by, permit.namespace, permit.token_id, now) if permit else None
+        )
     known = match is not None and permit is not None and hmac.compare_digest(permit.secret_sha256, _hash(match[2]))
-    if not known or permit is None or permit.created_at + timedelta(seconds=PERMIT_S) < now:
+    if not known or permit is None or actor is None or permit.created_at + timedelta(seconds=PERMIT_S) < now:
         raise _unauthenticated("The token of this upload is not valid, or no longer.")
     if row is None or row.expires_at < now or _owner(row) != _owner(permit):
         raise _unauthenticated("The address of this upload is not valid, or no longer.")
-    actor = Actor(row.created_by, now, {row.namespace: Role.PUBLISHER.value})
+    if not may(actor, Role.PUBLISHER, f"{row.namespace}/{row.repository}"):
+        raise _unauthenticated(f"{row.created_by} may no longer publish in {row.namespace}/{row.repository}.")
     return Push(upload_id, row.namespace, actor)
 
 
@@ -125,7 +132,8 @@ def receive_xorb(resources: Resources, push: Push, xorb: str, chunks: Iterable[b
         body = scanner.watch(_within(chunks, path, MAX_XORB_BYTES))
         sha256, size_bytes = write_hashed(path, body, "The upload", path.name)
         headers = scanner.finish()
-        _count(resources, push, XetUpload.sent_bytes, size_bytes)
+        plain = Chunks.of(headers)
+        _count(resources, push, XetUpload.sent_bytes, max(size_bytes, plain.plain_bytes(0, len(plain))))
         uploads.store_file(resources, push.actor, push.namespace, sha256, path, move=True)
     with resources.write() as session:
         return insert_if_absent(session, XetXorb, upload_id=push.upload_id, hash=xorb, sha256=sha256, headers=headers)
@@ -260,10 +268,13 @@ def _within(chunks: Iterable[bytes], path: Path, limit_bytes: int) -> Iterator[b
 
 
 def _count(resources: Resources, push: Push, column: InstrumentedAttribute[int], size_bytes: int) -> None:
-    """Counts bytes of a push. Raises TooLarge beyond the limit."""
+    """Counts bytes of a push. Raises TooLarge beyond the limit, and Refused beyond the namespace's quota: what was sent
+    counts there as what it is unpacked, before a shard makes a file of it."""
     limit = _LARGEST_FILES * resources.settings.max_file_bytes
     fits = (XetUpload.id == push.upload_id) & (column + size_bytes <= limit)
     with resources.write() as session:
+        if column is XetUpload.sent_bytes:
+            quotas.refuse_bytes(session, push.namespace, size_bytes, push.actor.at)
         counted = session.execute(
             update(XetUpload).where(fits).values({column: column + size_bytes}).returning(XetUpload.id)
         )

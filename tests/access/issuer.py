@@ -18,6 +18,7 @@ from joserfc.jwk import ECKey, RSAKey
 AUDIENCE = "https://adapters.example"
 GITHUB_JOB = {
     "repository": "acme/training", "repository_id": "4711", "ref": "refs/heads/main", "environment": "release",
+    "workflow_ref": "acme/training/.github/workflows/release.yml@refs/heads/main",
     "sub": "repo:acme/training:environment:release", "run_id": "17", "event_name": "push",
 }  # fmt: skip
 _KEYS: dict[str, Callable[[], RSAKey | ECKey]] = {

@@ -99,9 +99,10 @@ GET    /v1/namespaces/{namespace}                                               
 PUT    /v1/namespaces/{namespace}                                               admin
 GET    /v1/namespaces/{namespace}/members                                       admin
 PUT    /v1/namespaces/{namespace}/members                                       admin
-GET    /v1/namespaces/{namespace}/usage                                         reader
+GET    /v1/namespaces/{namespace}/usage                                         inside: reader with a token
 PUT    /v1/namespaces/{namespace}/quota                                         operator
 PUT    /v1/namespaces/{namespace}/retention                                     admin
+PUT    /v1/users/{user}/person                                                  operator
 DELETE /v1/users/{user}                                                         operator
 GET    /v1/publishers/{namespace}/{name}                                        admin
 POST   /v1/publishers/{namespace}/{name}                                        admin

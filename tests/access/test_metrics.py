@@ -93,7 +93,7 @@ def test_the_file_of_a_suite_states_its_metrics_and_its_author_corrects_them(hou
     shown = house.ask("stranger", "GET", "/v1/adapters/other/sql/releases/1.0.0").json()["scores"]
     assert [one["higher_is_better"] for one in shown if one["metric"] == "f1"] == [True]
     with house.resources.read() as session:
-        rows = list_oldest_first(session, EventQuery(namespaces=None, act="suite:metric"))
+        rows = list_oldest_first(session, EventQuery(act="suite:metric"))
         assert [(row.actor, row.before, row.after) for row in rows if row.detail["metric"] == "f1"] == [
             ("publisher", None, {"higher_is_better": False}),
             ("publisher", {"higher_is_better": False}, {"higher_is_better": True}),

@@ -8,14 +8,15 @@ from urllib.parse import parse_qs, parse_qsl, quote, urlencode, urlsplit
 import httpx2
 import pytest
 from pydantic import SecretStr, ValidationError
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from registry.api.app import create_app
 from registry.api.pages.forms import COOKIE
 from registry.api.pages.provider import ATTEMPT_COOKIE
 from registry.client.inprocess import InProcessTransport
-from registry.database.tables import AuditRow, Member, Token
-from registry.domain.access import namespaces
+from registry.database.tables import AuditRow, Member, ProviderUser, Token
+from registry.domain.access import namespaces, people
+from registry.domain.access.people import Person
 from registry.domain.access.roles import Role
 from registry.settings import SignInSettings
 from registry.transfer import issuer_keys
@@ -53,6 +54,7 @@ def house(
     house = entered(built, built.environ, sign_in=settings_of(running))
     with house.resources.write() as session:
         namespaces.set_member(session, HOST, PUBLIC, "ann", Role.RELEASER)
+        people.link(session, HOST, Person(running.url, "4711", "ann"))
     yield house
     house.close()
     built.resources.close()
@@ -135,7 +137,7 @@ def test_groups_give_the_higher_role_and_only_where_the_operator_says(
     for number, groups in enumerate(
         (["ml-team", "/odd=group"], "platform", None, 7, ["ML-TEAM", 1, None, ["platform"]])
     ):
-        idp.claims = {"groups": groups, "preferred_username": f"user{number}"}
+        idp.claims = {"groups": groups, "preferred_username": f"user{number}", "sub": f"sub{number}"}
         assert browser.open(begin(browser)).status_code == 303
         seen[str(groups)] = audited(house, "session:begin")[-1].after.get("roles")
     assert seen == {
@@ -402,3 +404,51 @@ def test_the_provider_is_real(idp: Provider) -> None:
     """It refuses what a wrong client sends, so that what it takes says something."""
     wrong = httpx2.post(f"{idp.url}/token", data={"code": "x", "code_verifier": "y"}, auth=(CLIENT, "wrong"))
     assert (wrong.status_code, wrong.json()) == (401, {"error": "invalid_client"})
+
+
+def test_a_user_of_the_provider_with_the_name_of_another_here_is_nobody_until_an_admin_links_them(
+    house: House, browser: Browser, idp: Provider
+) -> None:
+    idp.claims = {"preferred_username": "operator", "sub": "mallory"}
+    refused = browser.open(begin(browser))
+    assert (refused.status_code, signed_in(browser)) == (403, False)
+    assert "adaptory user link operator --subject mallory" in refused.text
+    assert audited(house, "session:refuse")[-1].detail["code"] == "name_taken"
+    path, body = "/v1/users/operator/person", {"subject": "mallory"}
+    assert house.ask("admin", "PUT", path, json=body).status_code == 403, "an admin of a namespace"
+    assert house.ask("operator", "PUT", path, json=body).json()["issuer"] == idp.url
+    assert browser.open(begin(browser)).status_code == 303
+    taken = house.ask("operator", "PUT", "/v1/users/reader/person", json=body)
+    assert (taken.status_code, taken.json()["code"]) == (409, "subject_linked")
+    row = audited(house, "user:link")[-1]
+    assert (row.actor, row.subject, row.after["subject"]) == ("operator", "user/operator", "mallory")
+
+
+def test_a_person_stays_the_same_user_under_another_name_and_the_name_is_nobody_elses(
+    house: House, browser: Browser, idp: Provider
+) -> None:
+    idp.claims = {"preferred_username": "kim", "sub": "kim-1"}
+    assert browser.open(begin(browser)).status_code == 303
+    idp.claims = {"preferred_username": "kimberly", "sub": "kim-1"}
+    assert browser.open(begin(browser)).status_code == 303
+    assert audited(house, "session:begin")[-1].actor == "kim"
+    idp.claims = {"preferred_username": "kim", "sub": "kim-2"}
+    assert browser.open(begin(browser)).status_code == 403
+    idp.claims = {"preferred_username": "kimberly", "sub": "kim-2"}
+    assert browser.open(begin(browser)).status_code == 303, "a name that nobody has"
+
+
+def test_who_signed_in_before_people_had_subjects_signs_in_again_unless_the_name_was_older(
+    house: House, browser: Browser, idp: Provider
+) -> None:
+    for name, older in (("lena", False), ("otto", True)):
+        if older:
+            with house.resources.write() as session:
+                namespaces.set_member(session, HOST, OTHER, name, Role.READER)
+                people.link(session, HOST, Person(idp.url, f"{name}-0", name))
+        idp.claims = {"preferred_username": name, "sub": f"{name}-0"}
+        assert browser.open(begin(browser)).status_code == 303
+        with house.resources.write() as session:
+            namespaces.set_member(session, HOST, PUBLIC, name, Role.READER)
+            session.execute(delete(ProviderUser).where(ProviderUser.user == name))  # as before migration 0022
+        assert browser.open(begin(browser)).status_code == (403 if older else 303)

@@ -162,6 +162,8 @@ def test_a_session_lasts_half_a_day_and_never_longer_than_its_token(house: House
     with house.resources.read() as session:
         short = session.scalars(select(Token).where(Token.parent_id == made["id"])).one()
         assert short.expires_at == datetime.fromisoformat(made["expires_at"])
+    assert browser.post("/account/tokens", {"expires_in_days": "1"}).status_code == 403, "it would outlive the token"
+    browser.sign_in(new_token(house, scope={PRIVATE: "reader"})["token"])
     assert "It creates no others" in browser.open("/account").text
     assert browser.post("/account/tokens").status_code == 403
     browser.sign_in(house.secrets["releaser"])

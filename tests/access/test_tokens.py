@@ -1,7 +1,7 @@
 """Tokens: what they are worth, and what they cannot do."""
 
 from collections.abc import Generator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -86,11 +86,85 @@ def test_who_loses_a_role_loses_it_with_every_token(house: House) -> None:
     assert house.ask("releaser", "GET", f"/v1/adapters/{PRIVATE}/sql").status_code == 404
 
 
-def test_a_token_that_is_narrowed_or_expires_makes_no_other(house: House) -> None:
-    for body in ({"scope": {PRIVATE: "publisher"}}, {"expires_in_days": 1}):
-        house.secrets["weak"] = house.ask("publisher", "POST", "/v1/tokens", json=body).json()["token"]
-        assert house.ask("weak", "GET", "/v1/whoami").status_code == 200
-        assert house.ask("weak", "POST", "/v1/tokens", json={}).status_code == 403
+def test_a_narrowed_token_makes_no_other(house: House) -> None:
+    made = house.ask("publisher", "POST", "/v1/tokens", json={"scope": {PRIVATE: "publisher"}})
+    house.secrets["weak"] = made.json()["token"]
+    assert house.ask("weak", "GET", "/v1/whoami").status_code == 200
+    assert house.ask("weak", "POST", "/v1/tokens", json={}).status_code == 403
+
+
+def _days(made: dict[str, str]) -> float:
+    return (datetime.fromisoformat(made["expires_at"]) - datetime.fromisoformat(made["created_at"])) / timedelta(days=1)
+
+
+def test_a_token_has_a_default_lifetime_and_a_maximum_and_old_ones_keep_theirs(house: House) -> None:
+    assert house.ask("publisher", "GET", "/v1/tokens").json()["items"][0]["expires_at"] is None, "made before"
+    assert _days(house.ask("publisher", "POST", "/v1/tokens", json={}).json()) == 90
+    assert _days(house.ask("publisher", "POST", "/v1/tokens", json={"expires_in_days": 366}).json()) == 366
+    for caller in ("publisher", "operator"):
+        refused = house.ask(caller, "POST", "/v1/tokens", json={"expires_in_days": 367})
+        assert (refused.status_code, refused.json()["code"]) == (422, "token_too_long")
+        assert "ADAPTORY_MAX_TOKEN_DAYS" in refused.json()["next"]
+    short = entered(house, house.environ, token_days=7, max_token_days=3)
+    assert _days(short.ask("publisher", "POST", "/v1/tokens", json={}).json()) == 3, "the maximum wins"
+    short.close()
+    house.close()
+
+
+def test_a_token_makes_none_that_outlives_it_unless_its_user_is_an_admin_of_the_registry(house: House) -> None:
+    for user, longest in (("publisher", 1.0), ("operator", 90.0)):
+        made = house.ask(user, "POST", "/v1/tokens", json={"expires_in_days": 1})
+        house.secrets["day"] = made.json()["token"]
+        assert _days(house.ask("day", "POST", "/v1/tokens", json={}).json()) == pytest.approx(longest, abs=0.01)
+        longer = house.ask("day", "POST", "/v1/tokens", json={"expires_in_days": 2})
+        assert (longer.status_code, longer.json().get("code")) == (
+            (403, "token_not_allowed") if user == "publisher" else (201, None)
+        )
+
+
+def test_an_admin_of_everything_but_one_namespace_neither_reads_its_audit_log_nor_sets_its_quota(house: House) -> None:
+    scope = {EVERYWHERE: "admin", PRIVATE: "reader"}
+    house.secrets["spared"] = house.ask("operator", "POST", "/v1/tokens", json={"scope": scope}).json()["token"]
+    rows = house.ask("operator", "GET", "/v1/audit", params={"limit": 500}).json()["items"]
+    seen = house.ask("spared", "GET", "/v1/audit", params={"limit": 500}).json()["items"]
+    assert {row["id"] for row in rows if row["namespace"] != PRIVATE} <= {row["id"] for row in seen}
+    assert PRIVATE in {row["namespace"] for row in rows}
+    assert PRIVATE not in {row["namespace"] for row in seen}
+    assert house.ask("spared", "GET", "/v1/audit", params={"namespace": PRIVATE}).json()["items"] == []
+    quota = {"max_bytes": 1, "max_releases": 1}
+    refused = house.ask("spared", "PUT", f"/v1/namespaces/{PRIVATE}/quota", json=quota)
+    assert (refused.status_code, refused.json()["code"]) == (403, "scope_too_narrow")
+    assert house.ask("spared", "PUT", f"/v1/namespaces/{OTHER}/quota", json=quota).status_code == 200
+    assert house.ask("spared", "GET", f"/v1/namespaces/{PRIVATE}/usage").status_code == 200, "it may read"
+    listed = {row["id"] for row in house.ask("spared", "GET", "/v1/jobs").json()["items"]}
+    assert house.things[PRIVATE].job_id not in listed
+    assert house.things[OTHER].job_id in listed
+
+
+def test_a_new_namespace_has_the_quota_of_the_setting_until_an_admin_removes_it(house: House) -> None:
+    file = {"path": "weights.safetensors", "size_bytes": 11, "sha256": "2" * 64}
+    for setting, first in ((10, 422), (0, 200)):
+        name = f"new{setting}"
+        limited = entered(house, house.environ, namespace_bytes=setting)
+        assert limited.ask("operator", "PUT", f"/v1/namespaces/{name}", json={}).status_code == 200
+        assert limited.ask("operator", "GET", f"/v1/namespaces/{name}/usage").json()["max_bytes"] == (setting or None)
+        sent = {"namespace": name, "files": [file]}
+        assert limited.ask("operator", "POST", "/v1/uploads", json=sent).status_code == first
+        unlimited = {"max_bytes": None, "max_releases": None}
+        assert limited.ask("operator", "PUT", f"/v1/namespaces/{name}/quota", json=unlimited).status_code == 200
+        assert limited.ask("operator", "POST", "/v1/uploads", json=sent).status_code == 200
+        limited.close()
+    member = {"user": "reader", "role": "reader"}
+    assert house.ask("operator", "PUT", "/v1/namespaces/granted/members", json=member).status_code == 200
+    assert house.ask("operator", "GET", "/v1/namespaces/granted/usage").json()["max_bytes"] == 2**40
+    house.close()
+
+
+def test_what_a_public_namespace_holds_is_not_for_anonymous_callers(house: House) -> None:
+    path = f"/v1/namespaces/{PUBLIC}/usage"
+    assert house.ask("nobody", "GET", f"/v1/namespaces/{PUBLIC}").status_code == 200
+    assert house.ask("nobody", "GET", path).json()["code"] == "token_missing"
+    assert house.ask("reader", "GET", path).status_code == 200
 
 
 def test_a_search_does_not_tell_who_has_no_role_which_suites_there_are(house: House) -> None:
@@ -109,11 +183,8 @@ def test_a_token_that_lasts_no_time_at_all_has_expired(house: House) -> None:
 
 
 @pytest.mark.parametrize("user", ["publisher", "operator"])
-@pytest.mark.parametrize("body", [{"scope": {PRIVATE: "reader"}}, {"expires_in_days": 1}])
-def test_a_token_that_is_narrowed_or_expires_sees_and_revokes_itself_alone(
-    house: House, user: str, body: dict[str, object]
-) -> None:
-    made = house.ask(user, "POST", "/v1/tokens", json={"name": "ci", **body}).json()
+def test_a_narrowed_token_sees_and_revokes_itself_alone(house: House, user: str) -> None:
+    made = house.ask(user, "POST", "/v1/tokens", json={"name": "ci", "scope": {PRIVATE: "reader"}}).json()
     house.secrets["weak"] = made["token"]
     assert [row["id"] for row in house.ask("weak", "GET", "/v1/tokens").json()["items"]] == [made["id"]]
     for other in (user, "reader"):

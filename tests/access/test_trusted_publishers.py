@@ -16,15 +16,20 @@ import pytest
 from sqlalchemy import select, update
 
 from registry.api.http.threads import EXCHANGE_THREADS
-from registry.database.tables import AuditRow, Token, UsedIdToken
+from registry.database.tables import AuditRow, Token, TrustedPublisher, UsedIdToken
 from registry.errors import Unauthenticated, Unavailable
+from registry.transfer.installation import check_installation
 from registry.transfer.issuer_keys import MAX_AGE_S, MIN_INTERVAL_S, RETRY_S, IssuerKeys
 from registry.transfer.refusals import MAX_REFUSALS
 from tests import services
 from tests.access.house import OTHER, PRIVATE, House, build_house, entered, new_environment
 from tests.access.issuer import AUDIENCE, GITHUB_JOB, Issuer, issuer, key_of, signed
 
-RULE = {"issuer": "github", "project": "acme/training", "ref": "refs/heads/main", "environment": "release"}
+RULE = {
+    "issuer": "github", "project": "acme/training", "ref": "refs/heads/main", "environment": "release",
+    "workflow": "release.yml",
+}  # fmt: skip
+WORKFLOWS = "acme/training/.github/workflows"
 REPOSITORY = f"{PRIVATE}/sql"
 PUBLISHERS = f"/v1/publishers/{REPOSITORY}"
 GRANT = {
@@ -168,6 +173,10 @@ def _refused(ci: Issuer) -> list[tuple[str, str, str]]:
         ("no ref", {"ref": None}, "publisher_refused"),
         ("no environment", {"environment": None}, "publisher_refused"),
         ("another environment", {"environment": "Release"}, "publisher_refused"),
+        ("another workflow", {"workflow_ref": f"{WORKFLOWS}/other.yml@refs/heads/main"}, "publisher_refused"),
+        ("no workflow", {"workflow_ref": None}, "publisher_refused"),
+        ("a workflow that begins so", {"workflow_ref": f"{WORKFLOWS}/release.yml"}, "publisher_refused"),
+        ("the workflow of another project", {"workflow_ref": f"x/{WORKFLOWS}/release.yml@x"}, "publisher_refused"),
     ]
     return [
         *((what, ci.token(**changed), code) for what, changed, code in wrong),
@@ -268,6 +277,10 @@ def test_a_refusal_says_nothing_of_repositories_and_cannot_fill_the_audit_log(
         ({"issuer": "https://evil.example"}, "issuer_unknown"),
         ({"issuer": "gitlab"}, "issuer_unknown"),
         ({"ref": None, "environment": None}, "bad_publisher"),
+        ({"workflow": None}, "bad_publisher"),
+        ({"workflow": "*.yml"}, "bad_publisher"),
+        ({"project": "acme/*"}, "bad_publisher"),
+        ({"ref": "refs/heads/*", "environment": None}, "bad_publisher"),
         ({"ref": "main"}, "bad_publisher"),
         ({"ref": "refs/*/main"}, "bad_publisher"),
         ({"project": "acme"}, "bad_publisher"),
@@ -278,6 +291,22 @@ def test_a_refusal_says_nothing_of_repositories_and_cannot_fill_the_audit_log(
 def test_a_rule_that_no_job_or_every_job_meets_is_refused(house: House, changed: dict[str, Any], code: str) -> None:
     answer = house.ask("admin", "POST", PUBLISHERS, json=RULE | changed)
     assert (answer.status_code, answer.json()["code"]) == (422, code)
+
+
+def test_a_rule_of_before_that_names_no_workflow_stays_valid_and_the_doctor_names_it(
+    house: House, ci: Issuer, rule: dict[str, Any]
+) -> None:
+    with house.resources.write() as session:
+        session.get_one(TrustedPublisher, rule["id"]).workflow = None
+    assert exchange(house, ci.token(workflow_ref=f"{WORKFLOWS}/other.yml@refs/heads/main")).status_code == 200
+    listed = house.ask("admin", "GET", PUBLISHERS).json()["items"]
+    assert [(row["workflow"], row["exchanges"]) for row in listed] == [(None, True)]
+    (check,) = [
+        one
+        for one in check_installation(house.resources.settings, contents=False, progress=lambda _: None)
+        if one.name == "publishers"
+    ]
+    assert (check.state, REPOSITORY in check.detail) == ("warning", True)
 
 
 def test_a_ref_may_end_in_a_star_and_a_repository_may_be_yet_to_come(house: House, ci: Issuer) -> None:
@@ -388,6 +417,9 @@ def test_a_registry_without_an_audience_exchanges_nothing(house: House, ci: Issu
     try:
         answer = exchange(plain, ci.token())
         assert (answer.status_code, answer.json()["code"]) == (422, "exchange_disabled")
+        rule = RULE | {"issuer": "https://gitlab.com", "workflow": None}
+        made = plain.ask("admin", "POST", f"/v1/publishers/{PRIVATE}/early", json=rule)
+        assert (made.status_code, made.json()["exchanges"]) == (201, False)
         form = plain.ask("nobody", "POST", "/oauth/token", data={"grant_type": "client_credentials"})
         assert (form.status_code, form.json()["error"]) == (400, "unsupported_grant_type")
         assert plain.ask("nobody", "POST", "/oauth/token", content=b"[" * 70_000).status_code == 413

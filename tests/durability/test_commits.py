@@ -184,7 +184,7 @@ def test_a_commit_goes_when_its_retention_ends_unless_a_tag_or_main_names_it(hel
     ]
     assert collect_garbage(later(held, 3650), grace=NONE).commits == 0, "the head and what is tagged never go"
     with held.read() as session:
-        (event,) = list_oldest_first(session, EventQuery(namespaces=["acme"], act=Act.REPOSITORY_FORGET))
+        (event,) = list_oldest_first(session, EventQuery(namespace="acme", act=Act.REPOSITORY_FORGET))
     assert (event.subject, event.before) == (str(NAME), {"commit": passed})
     assert commit(held, {"notes.txt": b"only here"}) == passed, "and it can come again"
     assert fsck.check(held, read_bytes=True) == []

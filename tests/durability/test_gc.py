@@ -106,7 +106,7 @@ def test_an_unused_blob_goes_after_the_grace_and_not_before_and_a_release_keeps_
     assert (removed.blobs, removed.size_bytes) == (1, 1_000)
     assert digests(held) == kept
     with held.read() as session:
-        (event,) = list_oldest_first(session, EventQuery(namespaces=None, act=Act.BLOB_COLLECT))
+        (event,) = list_oldest_first(session, EventQuery(act=Act.BLOB_COLLECT))
     assert (event.subject, event.namespace, event.before) == (unused[0].manifest.sha256, None, {"size_bytes": 1_000})
     assert collect_garbage(after(held, 3650 * DAY), grace=NONE).blobs == 0, "what a release names never goes"
     assert fsck.check(held, read_bytes=True) == []
@@ -121,7 +121,7 @@ def test_an_upload_that_expires_before_its_bytes_come_is_in_its_namespaces_audit
     sha256 = notes(tmp_path / "announced", 3)[0].manifest.sha256
     body = {"namespace": "acme", "files": [{"path": "notes.txt", "size_bytes": 1_000, "sha256": sha256}]}
     api.post("/v1/uploads", body)
-    asked = EventQuery(namespaces=["acme"], act=Act.UPLOAD_EXPIRE)
+    asked = EventQuery(namespace="acme", act=Act.UPLOAD_EXPIRE)
     collect_garbage(held, grace=NONE)
     with held.read() as session:
         assert list_oldest_first(session, asked) == [], "it is still waited for"

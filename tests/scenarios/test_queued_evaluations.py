@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Reach
 from registry.domain.jobs import queue
 from registry.domain.jobs.evaluations import find
 from registry.errors import NotAllowed, NotFound, Usage
@@ -125,7 +126,7 @@ def test_an_upgrade_whose_job_is_cancelled_exits_as_an_evaluation_does(
 def _cancel_the_next_job(resources: Resources) -> None:
     def cancelled() -> bool:
         with resources.write() as session:
-            jobs = queue.list_page(session, None, before=0, limit=1)
+            jobs = queue.list_page(session, Reach(None), before=0, limit=1)
             if not jobs or jobs[0].state in queue.FINISHED:
                 return False
             queue.request_cancel(session, jobs[0].id, resources.clock())

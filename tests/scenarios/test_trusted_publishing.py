@@ -47,7 +47,17 @@ def ci(templates: Templates, tmp_path: Path) -> Generator[Ci]:
         host = Cli(environment)
         host.ok("namespace", "set", "acme")
         host.ok("token", "create", "--user", "olga")
-        rule = ["acme/sql", "--issuer", "github", "--project", "acme/training", "--environment", "release"]
+        rule = [
+            "acme/sql",
+            "--issuer",
+            "github",
+            "--project",
+            "acme/training",
+            "--environment",
+            "release",
+            "--workflow",
+            "release.yml",
+        ]
         made = host.json("publisher", "add", *rule)
         assert made == host.json("publisher", "add", *rule)
         with server(home, **environment) as (url, _):

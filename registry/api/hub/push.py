@@ -118,8 +118,8 @@ def plan_uploads(
     return JSONResponse({"transfer": transfer, "objects": objects}, media_type="application/vnd.git-lfs+json")
 
 
-def permit_of(
-    namespace: str, sha256: str, act: lfs.Act, expires: int, signature: str, multipart: str = ""
+def permit_of(  # noqa: PLR0913
+    namespace: str, sha256: str, act: lfs.Act, expires: int, signature: str, multipart: str = "", token: str = ""
 ) -> lfs.Permit:
     """The permission in an address. The client sends no token with it."""
     return lfs.Permit(
@@ -128,6 +128,7 @@ def permit_of(
         sha256=parse_digest(sha256),
         expires=expires,
         multipart_id=multipart,
+        token_id=token,
         signature=signature,
     )
 
@@ -319,4 +320,5 @@ def _permitted_url(request: Request, permit: lfs.Permit | None) -> str:
         return ""
     query = {"act": permit.act, "expires": permit.expires, "signature": permit.signature}
     query |= {"multipart": permit.multipart_id} if permit.multipart_id else {}
+    query |= {"token": permit.token_id} if permit.token_id else {}
     return f"{request.base_url}api/lfs/{permit.namespace}/{permit.sha256}?{urlencode(query)}"

@@ -3,6 +3,7 @@
 What they ask besides (chunks that others have sent, newer forms of these calls, telemetry) is answered with 404.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from registry.domain.access.roles import Role
 from registry.domain.channels import revisions
 from registry.formats.references import parse_repository
 from registry.transfer import xet
+from registry.transfer.resources import Resources
 from registry.transfer.xet import Push
 
 router = APIRouter(route_class=HubRoute)
@@ -43,18 +45,24 @@ def push_of(upload: str, request: Request, resources: ResourcesOf) -> Push:
     return xet.authenticate(resources, upload, token if scheme.lower() == "bearer" else "")
 
 
+def _chunks(request: Request, push: Push, resources: Resources) -> Iterator[bytes]:
+    """The body, which may take hours. Raises at its end if the token has ended meanwhile."""
+    yield from body_chunks(request)
+    push_of(push.upload_id, request, resources)
+
+
 PushOf = Annotated[Push, Depends(push_of)]
 
 
 @router.post("/xet/{upload}/v1/xorbs/default/{xorb}")
 async def receive_xorb(xorb: str, push: PushOf, request: Request, resources: ResourcesOf) -> JSONResponse:
-    receive = partial(xet.receive_xorb, resources, push, xorb, body_chunks(request))
+    receive = partial(xet.receive_xorb, resources, push, xorb, _chunks(request, push, resources))
     return JSONResponse({"was_inserted": await receive_body(request, push.actor, receive)})
 
 
 @router.post("/xet/{upload}/v1/shards")
 @router.post("/xet/{upload}/shards")
 async def receive_shard(push: PushOf, request: Request, resources: ResourcesOf) -> JSONResponse:
-    receive = partial(xet.receive_shard, resources, push, body_chunks(request))
+    receive = partial(xet.receive_shard, resources, push, _chunks(request, push, resources))
     await receive_body(request, push.actor, receive)
     return JSONResponse({"result": 1})

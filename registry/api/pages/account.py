@@ -1,6 +1,5 @@
 """Who somebody is here: roles, tokens and sessions. A new token is shown once, in the answer to its form."""
 
-from datetime import timedelta
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -47,8 +46,8 @@ def create_token(request: Request, resources: ResourcesOf, actor: PageCaller, fo
     refuse_anonymous(actor)
     body = _token_in(form)
     scope = {namespace: Role(role) for namespace, role in body.scope.items()}
-    lifetime = timedelta(days=body.expires_in_days) if body.expires_in_days is not None else None
     with resources.write() as session:
+        lifetime = tokens.lifetime_of(session, actor, body.expires_in_days, resources.settings)
         row, secret = tokens.create(session, actor, NewToken(body.user or actor.name, body.name, scope, lifetime))
     return page(request, "token.html", status=201, row=row, secret=secret)
 

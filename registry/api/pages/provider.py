@@ -13,7 +13,7 @@ from registry.api.pages.forms import own_path, set_cookie
 from registry.api.pages.login import Next, begun, login_page, refuse_to_sign_in, sign_in_of
 from registry.api.pages.render import redirect
 from registry.api.pages.wire import PageCaller, PageRoute
-from registry.errors import Refused, Unauthenticated
+from registry.errors import NotAllowed, Refused, Unauthenticated
 from registry.transfer.openid import Attempt, OpenIdProvider
 from registry.transfer.sign_in import SignedIn
 
@@ -65,10 +65,10 @@ def come_back(request: Request, actor: PageCaller, callers: CallersOf) -> Respon
             attempt, request.state.answer, _redirect_uri(request), actor
         )
         response = begun(signed_in, actor, following)
-    except Unauthenticated as error:
+    except (NotAllowed, Unauthenticated) as error:
         if "text/html" not in request.headers.get("accept", ""):
             raise
-        response = login_page(request, error.status, following, error=error.detail)
+        response = login_page(request, error.status, following, error=f"{error.detail} {error.next_step}")
     set_cookie(response, ATTEMPT_COOKIE, "", 0)
     return response
 

@@ -52,7 +52,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
     json_address = values.pop("json_address", None)
     if json_address and request.headers.get("accept", "").startswith("application/json"):
         return RedirectResponse(json_address, 302)
-    publishes = actor is not None and granted(actor, Role.PUBLISHER) != []
+    publishes = actor is not None and bool(granted(actor, Role.PUBLISHER))
     known = {"viewer": viewer, "publishes": publishes, "path": request.url.path, "json_address": json_address}
     known |= {"asks_for_secret": request.app.state.secret is not None}
     known |= {"origin": str(request.base_url).rstrip("/"), "single_user": callers_of(request).single_user}

@@ -1,8 +1,8 @@
 """Tokens, namespaces and their members."""
 
-from datetime import timedelta
+from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Path, Response
 
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, page
 from registry.api.http.request import ResourcesOf
@@ -14,6 +14,8 @@ from registry.api.schemas.access import (
     NamespaceIn,
     NamespaceOut,
     NewTokenOut,
+    PersonIn,
+    PersonOut,
     QuotaIn,
     RetentionIn,
     TokenIn,
@@ -24,11 +26,13 @@ from registry.api.schemas.access import (
 )
 from registry.api.schemas.wire import Page
 from registry.database.tables import Namespace
-from registry.domain.access import namespaces, quotas, tokens, users
+from registry.domain.access import namespaces, people, quotas, tokens, users
 from registry.domain.access.namespaces import Change
+from registry.domain.access.people import Person
 from registry.domain.access.quotas import Quota, Retention
-from registry.domain.access.roles import EVERYWHERE, Role
+from registry.domain.access.roles import EVERYWHERE, Role, permit, refuse_anonymous
 from registry.domain.access.tokens import NewToken
+from registry.errors import Refused
 from registry.formats.references import parse_name
 
 router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
@@ -43,8 +47,8 @@ def who_am_i(actor: Caller) -> WhoOut:
 def create_token(body: TokenIn, resources: ResourcesOf, actor: Member, response: Response) -> NewTokenOut:
     """Create a token. Only this response contains the secret."""
     scope = {namespace: Role(role) for namespace, role in body.scope.items()}
-    lifetime = timedelta(days=body.expires_in_days) if body.expires_in_days is not None else None
     with resources.write() as session:
+        lifetime = tokens.lifetime_of(session, actor, body.expires_in_days, resources.settings)
         row, secret = tokens.create(session, actor, NewToken(body.user or actor.name, body.name, scope, lifetime))
         response.headers["Cache-Control"] = "no-store"
         return NewTokenOut.of(row, token=secret)
@@ -52,7 +56,7 @@ def create_token(body: TokenIn, resources: ResourcesOf, actor: Member, response:
 
 @router.get("/tokens")
 def list_tokens(resources: ResourcesOf, actor: Member, limit: Limit = 50, cursor: Cursor = None) -> Page[TokenOut]:
-    """List your own tokens; all tokens for a registry admin; only itself for a token with a scope or an expiry."""
+    """List your own tokens; all tokens for a registry admin; only itself for a token with a scope."""
     with resources.read() as session:
         rows = tokens.list_page(session, actor, after=decode_cursor(cursor), limit=limit + 1)
         return page([TokenOut.of(row) for row in rows], limit, [row.id for row in rows])
@@ -95,8 +99,10 @@ def set_namespace(
 
 
 @router.get("/namespaces/{namespace}/usage")
-def show_usage(namespace: str, resources: ResourcesOf, actor: Reader) -> UsageOut:
-    """What the namespace holds, and its quota."""
+def show_usage(namespace: str, resources: ResourcesOf, actor: Caller) -> UsageOut:
+    """What the namespace holds, and its quota. Not for anonymous callers."""
+    permit(actor, Role.READER, namespace)
+    refuse_anonymous(actor)
     with resources.snapshot() as session:
         row, used = namespaces.find(session, namespace), quotas.measure(session, namespace, actor.at)
         return UsageOut.of(used, max_bytes=row.max_bytes, max_releases=row.max_releases)
@@ -105,6 +111,7 @@ def show_usage(namespace: str, resources: ResourcesOf, actor: Reader) -> UsageOu
 @router.put("/namespaces/{namespace}/quota")
 def set_quota(namespace: str, body: QuotaIn, resources: ResourcesOf, actor: RegistryAdmin) -> NamespaceOut:
     """Set what the namespace may hold. What it holds already stays."""
+    permit(actor, Role.ADMIN, namespace)
     with resources.write() as session:
         row = namespaces.find(session, namespace)
         quotas.set_limits(session, actor, row, Quota(body.max_bytes, body.max_releases))
@@ -139,6 +146,24 @@ def set_member(namespace: str, body: MemberIn, resources: ResourcesOf, actor: Ad
         view = MembersOut(members=namespaces.members(session, namespace))
     callers.forget()
     return view
+
+
+@router.put("/users/{user}/person")
+def link_user(
+    user: Annotated[str, Path(max_length=128)], body: PersonIn, resources: ResourcesOf, actor: RegistryAdmin
+) -> PersonOut:
+    """Let a person of the OpenID provider sign in as this user."""
+    issuer = body.issuer or (resources.settings.sign_in and resources.settings.sign_in.issuer)
+    if not issuer:
+        raise Refused(
+            "sign_in_disabled",
+            "This registry has no OpenID provider, and the request names none.",
+            subject=user,
+            next_step="Give `issuer` (--issuer), as the provider's ID tokens have it in `iss`.",
+        )
+    with resources.write() as session:
+        people.link(session, actor, Person(issuer, body.subject, user))
+    return PersonOut(user=user, issuer=issuer, subject=body.subject)
 
 
 @router.delete("/users/{user}")

@@ -13,6 +13,7 @@ from registry.database.tables import TrustedPublisher
 from registry.domain.access import publishers
 from registry.domain.access.publishers import NewPublisher
 from registry.formats.references import RepositoryName, parse_name
+from registry.transfer.resources import Resources
 from registry.transfer.token_exchange import parse_publisher
 
 router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
@@ -30,7 +31,7 @@ Named = Annotated[RepositoryName, Depends(named_in_path)]
 @router.get(PUBLISHERS)
 def list_publishers(named: Named, resources: ResourcesOf, actor: Admin) -> Page[PublisherOut]:
     with resources.read() as session:
-        items = [_publisher_view(row) for row in publishers.list_of(session, named)]
+        items = [_publisher_view(resources, row) for row in publishers.list_of(session, named)]
     return Page[PublisherOut](items=items, next=None)
 
 
@@ -39,11 +40,11 @@ def add_publisher(
     named: Named, body: PublisherIn, resources: ResourcesOf, actor: Admin, response: Response
 ) -> PublisherOut:
     """Let jobs of a project publish in the repository. 200 if the same rule exists already."""
-    given = NewPublisher(body.issuer, body.project, body.project_id, body.ref, body.environment)
+    given = NewPublisher(body.issuer, body.project, body.project_id, body.ref, body.environment, body.workflow)
     new = parse_publisher(resources.settings, given)
     with resources.write() as session:
         row, added = publishers.add(session, actor, named, new)
-        view = _publisher_view(row)
+        view = _publisher_view(resources, row)
     response.status_code = 201 if added else 200
     return view
 
@@ -58,10 +59,11 @@ def remove_publisher(
 ) -> PublisherOut:
     """Remove a trusted publisher. The tokens that its jobs hold end too."""
     with resources.write() as session:
-        view = _publisher_view(publishers.remove(session, actor, named, publisher_id))
+        view = _publisher_view(resources, publishers.remove(session, actor, named, publisher_id))
     callers.forget()
     return view
 
 
-def _publisher_view(row: TrustedPublisher) -> PublisherOut:
-    return PublisherOut.of(row, repository=f"{row.namespace}/{row.repository}")
+def _publisher_view(resources: Resources, row: TrustedPublisher) -> PublisherOut:
+    exchanges = bool(resources.settings.oidc_audience)
+    return PublisherOut.of(row, repository=f"{row.namespace}/{row.repository}", exchanges=exchanges)

@@ -12,7 +12,8 @@ User = Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f/*]+$")
 
 
 class TokenIn(WireIn):
-    """`scope` maps namespaces, or `*`, to the highest role there. Without `expires_in_days`, valid until revoked."""
+    """`scope` maps namespaces, or `*`, to the highest role there. Without `expires_in_days`, it
+    has the registry's default lifetime."""
 
     user: str | None = Field(default=None, min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f/*]+$")
     name: str = Field(default="", max_length=100)
@@ -42,18 +43,20 @@ class NewTokenOut(TokenOut):
 
 
 class PublisherIn(WireIn):
-    """`issuer` is an address, or `github` or `gitlab`; `ref` may end in `*`. `ref`, `environment` or both are needed.
-    Without `project_id`, the first exchange sets it."""
+    """`issuer` is an address, or `github` or `gitlab`; `ref` may end in `*`. `ref`, `environment` or both are needed,
+    and on GitHub `workflow`, a file such as `release.yml`. Without `project_id`, the first exchange sets it."""
 
     issuer: str = Field(max_length=200)
     project: str = Field(max_length=100)
     project_id: str | None = Field(default=None, max_length=20)
     ref: str | None = Field(default=None, max_length=200)
     environment: str | None = Field(default=None, max_length=200)
+    workflow: str | None = Field(default=None, max_length=180)
 
 
 class PublisherOut(Wire):
-    """Jobs of `project`, at `ref` and in `environment` where these are given, may publish in `repository`."""
+    """Jobs of `project`, of `workflow`, at `ref` and in `environment` where these are given, may publish in
+    `repository`. `exchanges` says whether this registry exchanges ID tokens at all."""
 
     id: str
     repository: str
@@ -62,6 +65,8 @@ class PublisherOut(Wire):
     project_id: str | None
     ref: str | None
     environment: str | None
+    workflow: str | None
+    exchanges: bool
     created_at: datetime
     created_by: str
 
@@ -94,6 +99,20 @@ class RetentionIn(WireIn):
 
     keep_yanked_days: Days | None
     keep_prerelease_days: Days | None
+
+
+class PersonIn(WireIn):
+    """Who signs in as the user: the `subject` (`sub`) that the provider gives the person. Without `issuer`, that of the
+    server's provider."""
+
+    subject: str = Field(min_length=1, max_length=255)
+    issuer: str | None = Field(default=None, min_length=1, max_length=200)
+
+
+class PersonOut(Wire):
+    user: str
+    issuer: str
+    subject: str
 
 
 class UserOut(Wire):

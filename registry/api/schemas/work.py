@@ -251,7 +251,7 @@ class EventFilters(WireIn):
     def query(self, actor: Actor) -> EventQuery:
         """A registry admin reads all rows, an admin of namespaces those of their namespaces."""
         return EventQuery(
-            namespaces=granted(actor, Role.ADMIN),
+            visible=granted(actor, Role.ADMIN).within,
             namespace=self.namespace,
             subject=self.subject,
             actor=self.by,

@@ -1,6 +1,14 @@
 """Tables only."""
 
-from registry.database.tables.access import KeptAnswer, Member, Namespace, Token, TrustedPublisher, UsedIdToken
+from registry.database.tables.access import (
+    KeptAnswer,
+    Member,
+    Namespace,
+    ProviderUser,
+    Token,
+    TrustedPublisher,
+    UsedIdToken,
+)
 from registry.database.tables.catalog import (
     Base,
     BaseAlias,
@@ -55,6 +63,7 @@ __all__ = [
     "Move",
     "Namespace",
     "Promotion",
+    "ProviderUser",
     "Release",
     "ReleaseInput",
     "ReleaseWord",

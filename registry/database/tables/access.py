@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Index, String, false
+from sqlalchemy import JSON, BigInteger, Index, String, UniqueConstraint, false
 from sqlalchemy.orm import Mapped, mapped_column
 
 from registry.database.engine import Row, UtcDateTime
@@ -83,12 +83,24 @@ class Token(Row):
     session_roles: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
 
 
+class ProviderUser(Row):
+    """A user who signs in by an OpenID provider, which knows the person as `subject`, under whatever name."""
+
+    __tablename__ = "provider_users"
+    __table_args__ = (UniqueConstraint("issuer", "subject"),)
+
+    user: Mapped[str] = mapped_column(String(128), primary_key=True)
+    issuer: Mapped[str] = mapped_column(String(200))
+    subject: Mapped[str] = mapped_column(String(255))
+
+
 class TrustedPublisher(Row):
-    """A rule: jobs of this project, at this ref and in this environment, may publish in one repository.
+    """A rule: jobs of this project and workflow, at this ref and in this environment, may publish in one repository.
 
     The repository need not exist yet. `project_id` is the issuer's own number of the project, which another project
-    that later gets the same name does not have; the first exchange sets it. Ids are random, so that no token of a
-    removed rule belongs to a later one.
+    that later gets the same name does not have; the first exchange sets it. `workflow` is the file of its jobs; rules
+    of before migration 0022 have none, and allow any. Ids are random, so that no token of a removed rule belongs to a
+    later one.
     """
 
     __tablename__ = "trusted_publishers"
@@ -102,6 +114,7 @@ class TrustedPublisher(Row):
     project_id: Mapped[str | None] = mapped_column(String(64))
     ref: Mapped[str | None] = mapped_column(String(200))
     environment: Mapped[str | None] = mapped_column(String(200))
+    workflow: Mapped[str | None] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128))
 

@@ -116,7 +116,8 @@ class BlobHolder(Row):
 
 class Upload(Row):
     """An announced upload: by whom, for which namespace, and until when. `multipart_id` and `part_bytes` are set if the
-    store takes the file in parts."""
+    store takes the file in parts. `permit_key` signs the addresses that LFS clients get, and leaves the database
+    never; an upload that has had none has no key."""
 
     __tablename__ = "uploads"
     __table_args__ = (UniqueConstraint("namespace", "sha256"),)
@@ -130,11 +131,13 @@ class Upload(Row):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128), index=True)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    permit_key: Mapped[str | None] = mapped_column(String(64))
 
 
 class XetUpload(Row):
     """A push by a client with `hf_xet`: who may send what it consists of, to which repository, and until when. Its
-    token is stored as a hash. `sent_bytes` have arrived, and files of `made_bytes` were made of them."""
+    token is stored as a hash; `token_id` is the user's, which it does not outlive. Xorbs whose chunks have `sent_bytes`
+    have arrived, and files of `made_bytes` were made of them."""
 
     __tablename__ = "xet_uploads"
 
@@ -147,6 +150,7 @@ class XetUpload(Row):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     created_by: Mapped[str] = mapped_column(String(128))
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    token_id: Mapped[str | None] = mapped_column(String(16))
 
 
 class XetXorb(Row):

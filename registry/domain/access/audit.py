@@ -1,13 +1,13 @@
 """The audit log: typed acts and their records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, cast
 
-from sqlalchemy import Select, Table, insert, select
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Select, Table, insert, select, true
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from registry.database.tables import AuditRow
 
@@ -19,7 +19,7 @@ class Actor:
     """Who acts, when, with which token and from where. `registry.domain.access.roles` says what the grants allow.
 
     `grants` maps a namespace, `*` for all, or one repository (NAMESPACE/NAME) to a role; `public` are the namespaces
-    that everyone may read. `mints` says whether the actor may create tokens, which a scoped or expiring token may not.
+    that everyone may read. `mints` says whether the actor may create tokens, which a scoped token may not.
     """
 
     name: str
@@ -89,6 +89,7 @@ class Act(StrEnum):
     TOKEN_REFUSE = "token:refuse"  # noqa: S105
     TOKEN_REVOKE = "token:revoke"  # noqa: S105
     UPLOAD_EXPIRE = "upload:expire"
+    USER_LINK = "user:link"
     USER_REMOVE = "user:remove"
 
 
@@ -122,11 +123,16 @@ def record(  # noqa: PLR0913
     session.execute(insert(_audit), values)
 
 
+def _all(_namespace: object) -> ColumnElement[bool]:
+    return true()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventQuery:
-    """`namespaces` is None for a registry admin, who sees all. A subject ending in `*` is a prefix."""
+    """`visible` is the condition for the rows of namespaces where the reader is an admin. A subject ending in `*` is a
+    prefix."""
 
-    namespaces: Sequence[str] | None
+    visible: Callable[[InstrumentedAttribute[Any]], ColumnElement[bool]] = _all
     namespace: str | None = None
     subject: str | None = None
     actor: str | None = None
@@ -150,8 +156,7 @@ def list_newest_first(session: Session, query: EventQuery, *, before: int = 0, l
 
 
 def _filtered(statement: Select[AuditRow], query: EventQuery) -> Select[AuditRow]:
-    if query.namespaces is not None:
-        statement = statement.where(AuditRow.namespace.in_(query.namespaces))
+    statement = statement.where(query.visible(AuditRow.namespace))
     if query.subject and query.subject.endswith("*"):
         beginning = query.subject.removesuffix("*")
         statement = statement.where(AuditRow.subject.startswith(beginning, autoescape=True))

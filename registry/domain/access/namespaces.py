@@ -17,6 +17,9 @@ from registry.formats.references import parse_name, refuse_reserved_namespace
 from registry.formats.signatures import Covers, fingerprint
 
 MAX_SIGNING_KEYS = 20
+NEW_NAMESPACE_BYTES = "new_namespace_bytes"
+"""The key in `Session.info` of the quota that a namespace gets which this transaction creates: publishing, grants and
+commits all may create one."""
 Main = Literal["release", "commit"]
 
 
@@ -61,6 +64,7 @@ def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
             require_signature=False,
             signing_keys=[],
             signature_covers="release",
+            max_bytes=session.info.get(NEW_NAMESPACE_BYTES),
             created_at=actor.at,
             created_by=actor.name,
         )

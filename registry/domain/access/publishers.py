@@ -4,7 +4,7 @@ The job proves who it is with an ID token of its issuer, which somebody else ver
 namespace, may precede their repository, and end their tokens when they are removed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -34,13 +34,15 @@ _SHORT = {"https://token.actions.githubusercontent.com": "github", "https://gitl
 
 @dataclass(frozen=True, slots=True)
 class NewPublisher:
-    """A rule. `ref` is compared completely, or up to a `*` at its end; None allows any, as `environment` does."""
+    """A rule. `ref` is compared completely, or up to a `*` at its end; None allows any, as in `environment` and
+    `workflow`, the path of the job's file in its project."""
 
     issuer: str
     project: str
     project_id: str | None
     ref: str | None
     environment: str | None
+    workflow: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +57,20 @@ class Assertion:
 def add(session: Session, actor: Actor, repository: RepositoryName, new: NewPublisher) -> tuple[TrustedPublisher, bool]:
     """Adds a rule. Returns it, and whether it is new: the same again changes nothing.
 
-    Raises Invalid for a rule that any job of the project meets, also one on a pull request's branch.
+    Raises Invalid for a rule that any job of the project meets, also one on a pull request's branch or on any branch.
     """
     namespaces.find_for_share(session, repository.namespace)
     if new.ref is None and new.environment is None:
         raise bad_publisher("it names neither a ref nor an environment, so every job of the project could publish")
+    if new.environment is None and new.ref is not None and _is_any_branch(new.ref):
+        raise bad_publisher(
+            f"its ref {new.ref} is every branch, which anyone who may push can make; name an environment"
+        )
     rows = list_of(session, repository)
     for row in rows:
-        same = replace(new, project_id=None) == NewPublisher(row.issuer, row.project, None, row.ref, row.environment)
+        same = replace(new, project_id=None) == NewPublisher(
+            row.issuer, row.project, None, row.ref, row.environment, row.workflow
+        )
         if same and new.project_id in (None, row.project_id):
             return row, False
     if len(rows) >= MAX_PUBLISHERS:
@@ -95,6 +103,12 @@ def list_of(session: Session, repository: RepositoryName) -> list[TrustedPublish
         TrustedPublisher.namespace == repository.namespace, TrustedPublisher.repository == repository.name
     )
     return list(session.scalars(query.order_by(TrustedPublisher.created_at, TrustedPublisher.id)))
+
+
+def without_workflow(session: Session, issuers: Collection[str]) -> list[TrustedPublisher]:
+    """The rules for these issuers that allow every workflow, as all did before migration 0022."""
+    query = select(TrustedPublisher).where(TrustedPublisher.workflow.is_(None), TrustedPublisher.issuer.in_(issuers))
+    return list(session.scalars(query.order_by(TrustedPublisher.namespace, TrustedPublisher.repository)))
 
 
 def remove(session: Session, actor: Actor, repository: RepositoryName, publisher_id: str) -> TrustedPublisher:
@@ -166,6 +180,7 @@ def claims_of(job: Job) -> Mapping[str, str | None]:
         "project_id": job.project_id,
         "ref": job.ref,
         "environment": job.environment,
+        "workflow": job.workflow,
         **job.details,
     }
 
@@ -181,7 +196,10 @@ def _matching(session: Session, repository: RepositoryName, job: Job) -> Trusted
         if locked is not None and locked.project_id in (None, job.project_id):
             return locked
         renamed = locked is not None
-    described = f"{job.project}, ref {job.ref or 'none'}, environment {job.environment or 'none'}"
+    described = (
+        f"{job.project}, workflow {job.workflow or 'none'}, ref {job.ref or 'none'}, "
+        f"environment {job.environment or 'none'}"
+    )
     what = (
         f"its number {job.project_id} is not that of the project of this name that was trusted"
         if renamed
@@ -195,6 +213,10 @@ def _matching(session: Session, repository: RepositoryName, job: Job) -> Trusted
     )
 
 
+def _is_any_branch(ref: str) -> bool:
+    return ref.endswith("*") and "refs/heads/".startswith(ref.removesuffix("*"))
+
+
 def _allows(row: TrustedPublisher, job: Job) -> bool:
     if row.ref is None or job.ref is None:
         same_ref = row.ref is None
@@ -203,7 +225,8 @@ def _allows(row: TrustedPublisher, job: Job) -> bool:
     else:
         same_ref = job.ref == row.ref
     same_project = (row.issuer, row.project) == (job.issuer, job.project)
-    return same_project and same_ref and row.environment in (None, job.environment)
+    same_job = row.environment in (None, job.environment) and row.workflow in (None, job.workflow)
+    return same_project and same_ref and same_job
 
 
 def _expire(session: Session, now: datetime) -> None:

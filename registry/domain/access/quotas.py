@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
-from registry.database.tables import Blob, BlobHolder, Namespace, Release, Repository, Revision, Upload
+from registry.database.tables import Blob, BlobHolder, Namespace, Release, Repository, Revision, Upload, XetUpload
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.errors import Refused
@@ -30,7 +30,8 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """What a namespace holds. `size_bytes` counts each blob once, and uploads that are still announced."""
+    """What a namespace holds. `size_bytes` counts each blob once, uploads that are still announced, and what was sent
+    in chunks, unpacked, before it becomes a file."""
 
     size_bytes: int
     releases: int
@@ -85,7 +86,12 @@ def _held_bytes(session: Session, namespace: str, now: datetime) -> int:
     coming = select(func.coalesce(func.sum(Upload.size_bytes), 0)).where(
         Upload.namespace == namespace, Upload.expires_at >= now, Upload.sha256.not_in(sent)
     )
-    return int(session.scalar(held) or 0) + int(session.scalar(coming) or 0)
+    # Xorbs take little room until a shard makes files of them.
+    packed = case((XetUpload.sent_bytes > XetUpload.made_bytes, XetUpload.sent_bytes - XetUpload.made_bytes), else_=0)
+    pushed = select(func.coalesce(func.sum(packed), 0)).where(
+        XetUpload.namespace == namespace, XetUpload.expires_at >= now
+    )
+    return sum(int(session.scalar(one) or 0) for one in (held, coming, pushed))
 
 
 def _exceeded(namespace: str, what: str) -> Refused:

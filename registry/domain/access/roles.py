@@ -3,10 +3,11 @@
 Denies by default. For what an actor may not read, the answer is the same 404 as for what does not exist.
 """
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, true
+from sqlalchemy import ColumnElement, or_, true
 from sqlalchemy.orm import InstrumentedAttribute
 
 from registry.domain.access.audit import Actor
@@ -56,6 +57,11 @@ def may(actor: Actor, role: Role, resource: str) -> bool:
 
 def may_read(actor: Actor, namespace: str) -> bool:
     return may(actor, Role.READER, namespace)
+
+
+def administers(actor: Actor, namespace: str | None) -> bool:
+    """Whether an admin of the registry is one in the namespace too: a token's scope may give less there."""
+    return holds(actor, Role.ADMIN) and holds(actor, Role.ADMIN, namespace or EVERYWHERE)
 
 
 def permit(actor: Actor, role: Role, resource: str = EVERYWHERE, *, hidden: NotFound | None = None) -> None:
@@ -109,11 +115,29 @@ def readable_names(actor: Actor) -> set[str] | None:
     return None if EVERYWHERE in actor.grants else {*namespaces_of(actor), *actor.public}
 
 
-def granted(actor: Actor, role: Role) -> list[str] | None:
-    """The namespaces where the actor has the role; None for all."""
-    if holds(actor, role):
-        return None
-    return sorted(namespace for namespace in namespaces_of(actor) if holds(actor, role, namespace))
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Where an actor has a role: in `only` these namespaces, or with None in all, and what belongs to none, `but`
+    those whose own grant gives less."""
+
+    only: frozenset[str] | None
+    but: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return self.only is None or bool(self.only)
+
+    def within(self, namespace: InstrumentedAttribute[Any]) -> ColumnElement[bool]:
+        """A SQL condition on a namespace column, which may be null."""
+        if self.only is not None:
+            return namespace.in_(self.only)
+        return or_(namespace.is_(None), namespace.not_in(self.but)) if self.but else true()
+
+
+def granted(actor: Actor, role: Role) -> Reach:
+    """The namespaces where the actor has the role. The grant for a namespace counts, not the one for all."""
+    named = frozenset(namespace for namespace in namespaces_of(actor) if namespace != EVERYWHERE)
+    having = frozenset(namespace for namespace in named if holds(actor, role, namespace))
+    return Reach(None, named - having) if holds(actor, role) else Reach(having)
 
 
 def namespaces_of(actor: Actor) -> list[str]:

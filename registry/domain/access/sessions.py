@@ -11,9 +11,10 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from registry.database.tables import Token
-from registry.domain.access import audit, tokens
+from registry.domain.access import audit, people, tokens
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import Role, min_role, refuse_reserved
+from registry.domain.access.people import Person
+from registry.domain.access.roles import Role, min_role
 from registry.domain.access.tokens import FULL_SCOPE, SESSION, Caller
 from registry.errors import NotAllowed, Unauthenticated
 
@@ -41,11 +42,11 @@ def begin_with_token(session: Session, actor: Actor, text: str) -> tuple[Token, 
     return _begin(session, replace(actor, name=parent.user, token_id=parent.id), parent, {})
 
 
-def begin_with_roles(session: Session, actor: Actor, user: str, roles: Mapping[str, Role]) -> tuple[Token, str]:
-    """Begins a session of a user that a provider vouches for, with the roles that it gives there, beside the own ones.
+def begin_with_roles(session: Session, actor: Actor, person: Person, roles: Mapping[str, Role]) -> tuple[Token, str]:
+    """Begins a session of a person whom a provider vouches for, with the roles that it gives, beside the own ones.
     Earlier sessions lose the roles that it no longer gives. Returns the session and its secret, which is not stored.
-    Raises Invalid for the reserved name."""
-    refuse_reserved(user)
+    Raises what `people.user_of` raises."""
+    user = people.user_of(session, person)
     earlier = select(Token).where(Token.user == user, Token.session_roles.is_not(None))
     for row in session.scalars(earlier.with_for_update()):
         kept = (row.session_roles or {}).items()

@@ -25,8 +25,9 @@ from registry.database.tables import Token, TrustedPublisher
 from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds, max_role, min_role, refuse_reserved
-from registry.errors import NotAllowed, NotFound, Unauthenticated
+from registry.errors import Invalid, NotAllowed, NotFound, Unauthenticated
 from registry.formats.references import parse_name
+from registry.settings import Settings
 
 FULL_SCOPE = {EVERYWHERE: Role.ADMIN.value}
 """The scope of a token that may do everything its user may."""
@@ -62,20 +63,54 @@ class Caller:
 def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
     """Creates a token. Returns it and its secret text, which is not stored.
 
-    A scoped or expiring token cannot create tokens: it could outlive or widen itself.
+    A scoped token cannot create tokens: it could widen itself.
     """
     if not actor.mints or (new.user != actor.name and not holds(actor, Role.ADMIN)):
         raise NotAllowed(
             "token_not_allowed",
             f"{actor.name} may not create this token with the current one.",
             subject=new.user,
-            next_step="Use a token without scope and expiry; a token for another user requires a registry admin.",
+            next_step="Use a token without scope; a token for another user requires a registry admin.",
         )
     refuse_reserved(new.user)
     row, text = add(session, actor, new, _checked_scope(new.scope))
     after = {"user": row.user, "scope": row.scope, "expires_at": row.expires_at.isoformat() if row.expires_at else None}
     audit.record(session, actor, Act.TOKEN_CREATE, f"token/{row.id}", namespace=None, after=after)
     return row, text
+
+
+def lifetime_of(session: Session, actor: Actor, days: float | None, settings: Settings) -> timedelta:
+    """The lifetime of a new token: what was asked for, or the default. Raises Invalid beyond the maximum.
+
+    A token gives no longer life than it has, so that a stolen one ends: raises NotAllowed. Sign-ins by a provider and
+    admins of the registry may.
+    """
+    most = timedelta(days=settings.max_token_days)
+    left = None if holds(actor, Role.ADMIN) else _time_left(session, actor)
+    if days is None:
+        return min(timedelta(days=settings.token_days), most, left or most)
+    if (wanted := timedelta(days=days)) > most:
+        raise Invalid(
+            "token_too_long",
+            f"A token lasts at most {settings.max_token_days:g} days here, not {days:g}.",
+            next_step="Ask for fewer days, or set ADAPTORY_MAX_TOKEN_DAYS on the registry.",
+        )
+    if left is not None and wanted > left:
+        raise NotAllowed(
+            "token_not_allowed",
+            f"The token would outlive the current one, which ends in {left / timedelta(days=1):.1f} days.",
+            subject=actor.name,
+            next_step="Ask for fewer days, sign in through your provider, or ask a registry admin for a token.",
+        )
+    return wanted
+
+
+def _time_left(session: Session, actor: Actor) -> timedelta | None:
+    """How long the actor's token is still valid, also the one that a session was begun with; None without an end."""
+    row = session.get(Token, actor.token_id) if actor.token_id else None
+    if row is not None and row.session:
+        row = session.get(Token, row.parent_id) if row.parent_id else None
+    return row.expires_at - actor.at if row is not None and row.expires_at is not None else None
 
 
 def add(
@@ -116,7 +151,7 @@ def random_id() -> str:
 def revoke(session: Session, actor: Actor, token_id: str) -> Token:
     """Revokes one of the actor's tokens, or any token for a registry admin, and the sessions begun with it. Idempotent.
 
-    A scoped or expiring token can revoke only itself and its sessions: a leaked one must not lock its user out.
+    A scoped token can revoke only itself and its sessions: a leaked one must not lock its user out.
     """
     row = session.scalar(select(Token).where(Token.id == token_id, _in_reach(actor)))
     if row is None:
@@ -124,7 +159,7 @@ def revoke(session: Session, actor: Actor, token_id: str) -> Token:
             "token_unknown",
             f"There is no token {token_id[:16]} that you may revoke with the current one.",
             subject=token_id[:16],
-            next_step="`adaptory token list` shows yours; one with a scope or expiry revokes only itself.",
+            next_step="`adaptory token list` shows yours; one with a scope revokes only itself.",
         )
     if row.revoked_at is None:
         row.revoked_at = actor.at
@@ -183,7 +218,7 @@ def find_secret(session: Session, text: str, now: datetime, kind: str) -> Token:
 
 def mints(row: Token) -> bool:
     """Whether the token may create others."""
-    return row.scope == FULL_SCOPE and row.expires_at is None
+    return row.scope == FULL_SCOPE
 
 
 def caller_of(session: Session, row: Token, *, mints: bool) -> Caller:

@@ -21,6 +21,7 @@ from registry.database.tables import (
     Move,
     Namespace,
     Promotion,
+    ProviderUser,
     Release,
     Score,
     Signature,
@@ -44,7 +45,7 @@ RENAMED: tuple[tuple[type[Row], str], ...] = (
     (Approval, "user"), (Move, "actor"), (Score, "measured_by"), (Signature, "created_by"), (Promotion, "actor"),
 )  # fmt: skip
 """Every column with a user's name is here or in `ENDED`, whose rows are deleted."""
-ENDED: tuple[tuple[type[Row], str], ...] = ((Member, "user"), (KeptAnswer, "user"))
+ENDED: tuple[tuple[type[Row], str], ...] = ((Member, "user"), (KeptAnswer, "user"), (ProviderUser, "user"))
 
 
 @dataclass(frozen=True, slots=True)

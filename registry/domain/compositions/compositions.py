@@ -114,7 +114,7 @@ def roles_needed(recipe: Recipe) -> list[tuple[Role, str]]:
 def creator(session: Session, composition: Composition, now: datetime) -> Actor:
     """The composition's creator, with the current grants of the token used then, which the audit row names. Raises
     NotAllowed if they no longer suffice."""
-    asked_for = EventQuery(namespaces=None, subject=subject(composition), act=Act.COMPOSITION_CREATE)
+    asked_for = EventQuery(subject=subject(composition), act=Act.COMPOSITION_CREATE)
     (asked,) = audit.list_oldest_first(session, asked_for, limit=1)
     actor = tokens.actor_now(session, asked.actor, asked.token_id, asked.source, now)
     for role, namespace in roles_needed(parse_recipe(composition.recipe)):

@@ -23,7 +23,7 @@ from registry.database.engine import database_now
 from registry.database.tables import Job
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.access.roles import EVERYWHERE, Role, permit
+from registry.domain.access.roles import EVERYWHERE, Reach, Role, permit
 from registry.domain.jobs import needs
 from registry.domain.jobs.needs import LEASE, Needs, Offer
 from registry.errors import Conflict, NotFound, RegistryError, TooMany
@@ -139,11 +139,9 @@ def unknown(job_id: int) -> NotFound:
     )
 
 
-def list_page(session: Session, namespaces: Sequence[str] | None, *, before: int, limit: int) -> list[Job]:
-    """Jobs, newest first, in these namespaces, or in all with None."""
-    query = select(Job).order_by(Job.id.desc()).limit(limit)
-    if namespaces is not None:
-        query = query.where(Job.namespace.in_(namespaces))
+def list_page(session: Session, reach: Reach, *, before: int, limit: int) -> list[Job]:
+    """Jobs in reach, newest first."""
+    query = select(Job).where(reach.within(Job.namespace)).order_by(Job.id.desc()).limit(limit)
     if before:
         query = query.where(Job.id < before)
     return list(session.scalars(query))

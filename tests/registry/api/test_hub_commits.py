@@ -213,18 +213,18 @@ def test_a_commit_that_is_refused_has_not_stored_its_files(house: House, named: 
     assert not any(map(is_stored, (f"{named} 0".encode(), b"stale " + named.encode(), b"absent " + named.encode())))
 
 
-def announce(house: House, named: str, content: bytes, *, transfers: Sequence[str] = ("basic",)) -> dict[str, Any]:
+def announce(
+    house: House, named: str, content: bytes, caller: str = "publisher", *, transfers: Sequence[str] = ("basic",)
+) -> dict[str, Any]:
     """What the client has to do with the file."""
-    listed = {
-        "objects": [{"oid": hashlib.sha256(content).hexdigest(), "size": len(content)}],
-        "transfers": [*transfers],
-    }
-    answer = house.ask("publisher", "POST", f"/{named}.git/info/lfs/objects/batch", json=listed).raise_for_status()
+    oid = hashlib.sha256(content).hexdigest()
+    listed = {"objects": [{"oid": oid, "size": len(content)}], "transfers": [*transfers]}
+    answer = house.ask(caller, "POST", f"/{named}.git/info/lfs/objects/batch", json=listed).raise_for_status()
     return dict(answer.json()["objects"][0].get("actions", {}))
 
 
 def send(house: House, method: str, url: str, content: bytes = b"") -> httpx2.Response:
-    """Sends a request without a token to the registry, or to its store."""
+    """Without a token, to the registry or to its store."""
     if not url.startswith("http://registry/"):
         return httpx2.request(method, url, content=content)
     return house.ask("nobody", method, url.removeprefix("http://registry"), content=content)
@@ -265,7 +265,8 @@ def test_an_address_serves_for_its_file_alone_and_for_its_time(house: House, nam
         answer = send(house, method, changed, content)
         assert (answer.status_code, answer.json()["code"]) == (404, "upload_address_invalid"), changed
     early = permit_of("acme", hashlib.sha256(content).hexdigest(), Act(query["act"]), int(query["expires"]), "")
-    permit = replace(early, signature=query["signature"], multipart_id=query.get("multipart", ""))
+    given = {"signature": query["signature"], "multipart_id": query.get("multipart", ""), "token_id": query["token"]}
+    permit = replace(early, **given)
     hour = replace(house.resources, clock=lambda: datetime.now(UTC) + timedelta(minutes=59))
     late = replace(house.resources, clock=lambda: datetime.now(UTC) + timedelta(days=1, minutes=1))
     late = late if method == "POST" else replace(late, clock=lambda: datetime.now(UTC) + timedelta(minutes=61))

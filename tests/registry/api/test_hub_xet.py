@@ -21,7 +21,7 @@ from registry.formats.xet import MAX_CHUNK_BYTES, MAX_CHUNKS
 from registry.transfer import xet
 from registry.transfer.collect import collect
 from tests import services
-from tests.access.house import House, build_house, entered, new_environment
+from tests.access.house import PRIVATE, House, build_house, entered, new_environment
 from tests.registry.api.test_hub_commits import commit, lfs, read
 from tests.xet_wire import GROUPED, LZ4, PLAIN, Segment, chunk, header, name_of, shard
 
@@ -271,7 +271,7 @@ def test_a_small_upload_does_not_become_a_huge_file(house: House) -> None:
         assert (answer.status_code, answer.json()["code"]) == (413, "push_too_large")
         assert is_held(house, b"r" * CHUNK * 4)
         assert not is_held(house, b"r" * CHUNK * 2)
-        for number in range(15):
+        for number in range(14):  # the first xorb counts as what it unpacks to
             push.xorb(chunk(random.Random(number).randbytes(CHUNK), PLAIN)).raise_for_status()
         answer = push.xorb(chunk(random.Random(15).randbytes(CHUNK), PLAIN))
         assert (answer.status_code, answer.json()["code"]) == (413, "push_too_large")
@@ -343,3 +343,53 @@ def test_a_server_without_lz4_says_so(house: House, monkeypatch: pytest.MonkeyPa
     body = {"files": [{"path": "w.dat", "size": 5 << 20}]}
     planned = house.ask("publisher", "POST", "/api/models/acme/sql/preupload/main", json=body)
     assert "HF_HUB_DISABLE_XET=1" in planned.headers["X-HF-Warning"], "a client with hf_xet shows no other refusal"
+
+
+@pytest.mark.parametrize("ending", ["token", "role"])
+def test_after_a_revocation_a_push_stores_nothing_more(house: House, named: str, ending: str) -> None:
+    made = house.ask("operator", "POST", "/v1/tokens", json={"user": "publisher"}).json()
+    house.secrets["leaving"] = made["token"]
+    push, others = begin(house, "leaving", named), begin(house, "publisher", named)
+    content = [b"".join(map(chunk, pieces(f"{named}{number}", 1))) for number in range(3)]
+    assert push.xorb(content[0]).status_code == 200
+    members = f"/v1/namespaces/{PRIVATE}/members"
+
+    def end() -> None:
+        if ending == "token":
+            assert house.ask("operator", "DELETE", f"/v1/tokens/{made['id']}").status_code == 200
+        else:
+            house.ask("operator", "PUT", members, json={"user": "publisher", "role": "reader"}).raise_for_status()
+
+    def slow() -> Iterator[bytes]:
+        yield content[1][:100]
+        end()
+        yield content[1][100:]
+
+    try:
+        assert push.post(f"v1/xorbs/default/{name_of(content[1])}", slow()).status_code == 401, "it ended meanwhile"
+        refused = push.xorb(content[2])
+        assert (refused.status_code, refused.json()["code"]) == (401, "upload_token_invalid")
+        assert push.post("v1/shards", shard(([Segment(name_of(content[0]), 0, 1, CHUNK)], None))).status_code == 401
+        assert others.xorb(content[2]).status_code == (200 if ending == "token" else 401)
+    finally:
+        house.ask("operator", "PUT", members, json={"user": "publisher", "role": "publisher"}).raise_for_status()
+    assert not is_held(house, content[1])
+
+
+def test_what_is_sent_counts_at_once_as_what_it_unpacks_to(house: House, named: str) -> None:
+    usage, quota = f"/v1/namespaces/{PRIVATE}/usage", f"/v1/namespaces/{PRIVATE}/quota"
+    before = house.ask("publisher", "GET", usage).json()["size_bytes"]
+    push, zeros = begin(house, repository=named), bytes(MAX_CHUNK_BYTES)
+    xorb = chunk(zeros) * 8
+    assert len(xorb) < MAX_CHUNK_BYTES // 4
+    assert push.xorb(xorb).status_code == 200
+    assert house.ask("publisher", "GET", usage).json()["size_bytes"] >= before + 8 * len(zeros)
+    limit = {"max_bytes": before + 10 * len(zeros), "max_releases": None}
+    house.ask("operator", "PUT", quota, json=limit).raise_for_status()
+    try:
+        refused = push.xorb(chunk(zeros) * 4)
+        assert (refused.status_code, refused.json()["code"]) == (422, "quota_exceeded")
+        file = shard(([Segment(name_of(xorb), 0, 8, 8 * len(zeros))], None))
+        assert push.post("v1/shards", file).status_code == 200, "what has been counted is not counted twice"
+    finally:
+        house.ask("operator", "PUT", quota, json={"max_bytes": None, "max_releases": None}).raise_for_status()

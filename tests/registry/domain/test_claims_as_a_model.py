@@ -15,6 +15,7 @@ from sqlalchemy import delete
 from registry.database.engine import Database
 from registry.database.tables import Job
 from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Reach
 from registry.domain.jobs import needs, queue
 from registry.domain.jobs.needs import Needs, Offer
 from registry.domain.jobs.queue import OVERDUE, Priority, Wish
@@ -150,7 +151,7 @@ def test_what_no_worker_lacks_is_claimed_and_what_one_lacks_waits(database: Data
         assert queue.claim(session, "small", START, KINDS, OFFERS[1]) is None
         for number, offer in enumerate(OFFERS[:2]):
             needs.announce(session, f"w{number}", offer, START)
-        first, second = queue.list_page(session, None, before=0, limit=5)[::-1]
+        first, second = queue.list_page(session, Reach(None), before=0, limit=5)[::-1]
         waits = needs.waiting(session, [first, second], START)
         assert waits == {first.id: "a worker that has the base c", second.id: "a worker that is free"}
         claimed = queue.claim(session, "w0", START, KINDS, OFFERS[0])

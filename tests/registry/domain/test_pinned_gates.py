@@ -94,7 +94,7 @@ def test_scores_on_the_pinned_content_count_after_the_suite_has_moved_on_until_t
     assert seen(house, began)[0] == "completed"
     assert house.ask("reader", "GET", f"{CHANNEL}/policy").json()["pins"]["theirs"]["digest"] == new
     with house.resources.read() as session:
-        rows = list_oldest_first(session, EventQuery(namespaces=None, subject=f"{NAME}@prod", act="gate:set"))
+        rows = list_oldest_first(session, EventQuery(subject=f"{NAME}@prod", act="gate:set"))
         assert [row.detail["pins"]["theirs"]["digest"] for row in rows] == [new]
 
 

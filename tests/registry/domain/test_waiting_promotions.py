@@ -186,7 +186,7 @@ def test_a_move_that_comes_first_ends_it_as_a_conflict_and_a_rollback_is_never_b
     promote(house, NEW, force=True, reason="now")
     assert seen(house, second) == ("conflict", "channel_moved")
     with house.resources.read() as session:
-        rows = list_oldest_first(session, EventQuery(namespaces=None, subject=f"{NAME}@prod", act="promotion:end"))
+        rows = list_oldest_first(session, EventQuery(subject=f"{NAME}@prod", act="promotion:end"))
         assert [(row.actor, row.after) for row in rows] == [("releaser", {"state": "conflict"})] * 2
 
 
@@ -224,7 +224,7 @@ def test_a_look_at_one_that_has_expired_ends_it_though_no_worker_runs(house: Hou
             assert one["state"] == state
     assert one["error"]["code"] == "promotion_expired"
     with house.resources.read() as session:
-        (row,) = list_oldest_first(session, EventQuery(namespaces=None, subject=f"{NAME}@prod", act="promotion:end"))
+        (row,) = list_oldest_first(session, EventQuery(subject=f"{NAME}@prod", act="promotion:end"))
         assert (row.actor, row.after) == ("releaser", {"state": "expired"})
 
 
