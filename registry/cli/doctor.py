@@ -1,6 +1,7 @@
 """`adaptory doctor`: checks an installation, or the way to a server, and collects what a bug report needs."""
 
 import json as json_text
+import os
 import platform
 import re
 import sys
@@ -121,7 +122,8 @@ def _write_bundle(path: Path, settings: "Settings", document: Json, *, remote: b
         from registry.transfer.installation import summarize_database
 
         files["database.json"] = summarize_database(settings)
-    with zipfile.ZipFile(path, "x", zipfile.ZIP_DEFLATED) as archive:
+    own = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")  # for its owner alone
+    with own, zipfile.ZipFile(own, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             archive.writestr(name, json_text.dumps(content, indent=2, default=str) + "\n")
 

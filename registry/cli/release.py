@@ -24,7 +24,7 @@ Channel = Annotated[
     str, typer.Argument(metavar="REPO@CHANNEL", help="Such as acme/sql@prod.", autocompletion=complete.channels)
 ]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
-Why = Annotated[str, typer.Option("--reason", help="Why.")]
+Why = Annotated[str, typer.Option("--reason", help="Why; required.")]
 WhyDeprecated = Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")]
 Undo = Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")]
 Json = dict[str, Any]
@@ -159,22 +159,30 @@ def gate(
 
 
 @root.command()
-def yank(ref: Ref, reason: Why, json: JsonFlag = False) -> None:
+def yank(ref: Ref, reason: Why = "", json: JsonFlag = False) -> None:
     """Exclude a release from resolution; its exact version still resolves, with a warning."""
+    _need_reason("A yank", ref, reason)
     with connected() as connection:
         release = connection.api.post(f"{_path(_exactly(connection, ref))}/yank", {"reason": reason})
     render.document(release, json, lambda: render.out(f"yanked {release['repository']}:{release['version']}: {reason}"))
 
 
 @root.command()
-def unyank(ref: Ref, reason: Why, json: JsonFlag = False) -> None:
+def unyank(ref: Ref, reason: Why = "", json: JsonFlag = False) -> None:
     """Undo a yank."""
+    _need_reason("An unyank", ref, reason)
     with connected() as connection:
         before = _exactly(connection, ref, warned=True)
         release = connection.api.post(f"{_path(before)}/unyank", {"reason": reason})
     name = f"{release['repository']}:{release['version']}"
     line = f"unyanked {name}: {reason}" if before["yanked"] else f"{name} is not yanked: nothing to do"
     render.document(release, json, lambda: render.out(line))
+
+
+def _need_reason(act: str, ref: str, reason: str) -> None:
+    """Raises Usage for a blank reason, in the words of the server."""
+    if not reason.strip():
+        raise Usage("reason_missing", f"{act} needs a reason.", subject=ref, next_step="Say why with --reason.")
 
 
 @root.command()

@@ -17,7 +17,7 @@ from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.checkpoints.reported import DIRECTORY, is_results_file
 from registry.error_families import refuse_errors
 from registry.errors import Invalid, RegistryError, Usage
-from registry.formats.manifest import check_path, check_paths, refuse_hidden
+from registry.formats.manifest import check_path, check_paths, refuse_hidden, refuse_unportable
 from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle_content, refuse_pickle_name
 
 ADAPTER_FILES = (
@@ -199,6 +199,7 @@ def _problem(directory: Path, path: str) -> RegistryError | None:
         refuse_no_file(directory / path, Path(path), directory)
         check_path(path)
         refuse_hidden(path)
+        refuse_unportable(path)
         refuse_pickle_name(path)
         if not path.lower().endswith(".safetensors"):  # the registry reads the header of those
             refuse_pickle_content(path, *_ends(directory / path))

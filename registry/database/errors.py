@@ -60,14 +60,26 @@ def translate_database_errors() -> Generator[None]:
     except OperationalError as error:
         raise _away(error) from error
     except DBAPIError as error:
-        if error.connection_invalidated or getattr(error.orig, "sqlstate", None) == READ_ONLY:
-            outages.warn("The database cannot be used", error.orig)
-            raise Unavailable(
-                "database_unavailable",
-                "The database cannot be used.",
-                next_step="Try again; if it persists, check that it runs and is writable.",
-            ) from error
-        raise
+        if (known := _unusable(error)) is None:
+            raise
+        raise known from error
+
+
+def _unusable(error: DBAPIError) -> Unavailable | None:
+    if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+        return Unavailable(
+            "database_unavailable",
+            "The file is not a SQLite database.",
+            next_step="Check the path in ADAPTORY_DATABASE_URL, or restore the file from a backup.",
+        )
+    if error.connection_invalidated or getattr(error.orig, "sqlstate", None) == READ_ONLY:
+        outages.warn("The database cannot be used", error.orig)
+        return Unavailable(
+            "database_unavailable",
+            "The database cannot be used.",
+            next_step="Try again; if it persists, check that it runs and is writable.",
+        )
+    return None
 
 
 def _away(error: OperationalError) -> Unavailable:

@@ -17,6 +17,9 @@ MAX_FILES = 2_000
 MAX_PATH_CHARACTERS = 400
 MAX_PART_BYTES = 240
 """File systems allow 255; the name of an unfinished copy needs some of them."""
+_WINDOWS = re.compile(
+    r"[<>|*?\":]|[. ]$|^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(\..*)?$", re.IGNORECASE
+)
 WEIGHTS_SUFFIXES = (".safetensors", ".gguf")
 """Of files with tensors, in whatever layout."""
 _HIDDEN = re.compile(r"\.|git~\d+$", re.IGNORECASE)
@@ -67,6 +70,18 @@ def refuse_hidden(path: str) -> None:
             f"{path[:120]!r} is hidden or in a hidden directory.",
             subject=path[:120],
             next_step="Leave it out: some programs execute such files (.git, .envrc) wherever they are.",
+        )
+
+
+def refuse_unportable(path: str) -> None:
+    """Raises Invalid for a new file that Windows cannot store: a device's name, with any extension, or a character that
+    means something there. Releases from before this check may have some, and pulls get them."""
+    if any(_WINDOWS.search(part) for part in path.split("/")):
+        raise Invalid(
+            "bad_path",
+            f"{path[:120]!r} cannot be stored on Windows.",
+            subject=path[:120],
+            next_step='Rename the file: without `<>|*?":`, and not as a device (con, nul, aux, prn, com1, lpt1).',
         )
 
 

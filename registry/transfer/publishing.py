@@ -32,7 +32,7 @@ from registry.domain.catalog.repositories import Kind
 from registry.error_families import refuse_errors
 from registry.errors import Invalid, Refused, RegistryError, Unavailable
 from registry.formats import compatibility
-from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
+from registry.formats.manifest import ManifestFile, check_path, refuse_hidden, refuse_unportable
 from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle_content, refuse_pickle_name
 from registry.formats.references import Digest, RepositoryName, Version
 from registry.formats.signatures import (
@@ -111,6 +111,7 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
     for file in push.files:
         check_path(file.path)
         refuse_hidden(file.path)
+        refuse_unportable(file.path)
         refuse_pickle_name(file.path)
     with resources.read() as session:
         base_digest = bases.find(session, push.base).digest

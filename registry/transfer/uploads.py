@@ -22,7 +22,7 @@ from registry.domain.access import quotas, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, may_read, permit_uploads
 from registry.errors import Conflict, Invalid, NotFound, RegistryError, TooLarge, TooMany, Unavailable, Usage
-from registry.formats.manifest import ManifestFile, check_path, refuse_hidden
+from registry.formats.manifest import ManifestFile, check_path, refuse_hidden, refuse_unportable
 from registry.formats.pickles import refuse_pickle_name
 from registry.formats.references import Digest
 from registry.storage.blobs import BlobStat, BlobWriter, DirectUploads, IncomingUpload, Part, Put
@@ -56,6 +56,7 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
     for file in files:
         check_path(file.path)
         refuse_hidden(file.path)
+        refuse_unportable(file.path)
         check_size(resources, file.path, file.size_bytes)
         refuse_pickle_name(file.path)
     wanted = {file.sha256: file for file in files}

@@ -29,6 +29,7 @@ from registry.formats.manifest import (
     commit_id,
     parse_manifest,
     refuse_hidden,
+    refuse_unportable,
 )
 from registry.formats.pickles import refuse_pickle_name
 from registry.formats.references import Digest, RepositoryName
@@ -296,6 +297,7 @@ def refuse_name(path: str) -> None:
     """Raises Invalid for the name of a file that a release cannot have."""
     check_path(path)
     refuse_hidden(path)
+    refuse_unportable(path)
     refuse_pickle_name(path)
 
 

@@ -4,6 +4,7 @@ Ray holds no state that matters: its tasks die with this process, and a dying no
 Units are pure and keep their results in shared storage, so only the lost ones run again.
 """
 
+import logging
 import os
 import socket
 import subprocess
@@ -110,6 +111,7 @@ class RayEngine:
             self._refuse_open_cluster()
 
     def _begin_session(self) -> None:
+        logging.getLogger("ray._private.worker").addFilter(_is_of_use)
         try:
             self._ray.init(
                 address=self._settings.address,
@@ -412,3 +414,8 @@ def _last_line(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Ray warns that a thread cannot set its handler for SIGTERM; the worker has its own."""
+    return "SIGTERM handler is not set" not in record.getMessage()
