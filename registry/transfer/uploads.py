@@ -17,10 +17,10 @@ from sqlalchemy.orm import Session
 
 from registry.database.engine import insert_if_absent
 from registry.database.locks import lock_blobs_shared
-from registry.database.tables import Blob, BlobHolder, Release, RevisionFile, Upload
-from registry.domain.access import quotas, tokens
+from registry.database.tables import Blob, BlobHolder, Release, Repository, RevisionFile, Upload
+from registry.domain.access import namespaces, quotas, tokens
 from registry.domain.access.audit import Actor
-from registry.domain.access.roles import Role, may_read, permit_uploads
+from registry.domain.access.roles import Role, holds, may_read, permit_uploads
 from registry.errors import Conflict, Invalid, NotFound, RegistryError, TooLarge, TooMany, Unavailable, Usage
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden, refuse_unportable
 from registry.formats.pickles import refuse_pickle_name
@@ -235,11 +235,13 @@ def aborted_on_error(writer: BlobWriter) -> Generator[None]:
 
 
 def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
-    """The blob, if the actor may read one of the namespaces that hold it. Raises NotFound otherwise."""
+    """The blob, if the actor may read one of the namespaces that hold it; where commits are drafts, only publishers see
+    what is not released. Raises NotFound otherwise."""
     with resources.read() as session:
         holders = session.scalars(select(BlobHolder.namespace).where(BlobHolder.sha256 == sha256)).all()
+        shown = any(may_read(actor, one) and _is_shown(session, actor, one, sha256) for one in holders)
         size_bytes = size_of(session, sha256)
-    stat = resources.store.stat(sha256) if any(may_read(actor, namespace) for namespace in holders) else None
+    stat = resources.store.stat(sha256) if shown else None
     if stat is None:
         raise NotFound(
             "blob_unknown",
@@ -249,6 +251,15 @@ def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
         )
     refuse_damaged(stat, size_bytes, f"blob {sha256}")
     return stat
+
+
+def _is_shown(session: Session, actor: Actor, namespace: str, sha256: Digest) -> bool:
+    if holds(actor, Role.PUBLISHER, namespace) or not namespaces.has_drafts(session, namespace):
+        return True
+    query = select(Release.id).join(RevisionFile, RevisionFile.revision_id == Release.revision_id)
+    query = query.join(Repository, Repository.id == Release.repository_id)
+    query = query.where(Repository.namespace == namespace, RevisionFile.sha256 == sha256)
+    return session.scalar(query.limit(1)) is not None
 
 
 def size_of(session: Session, sha256: str) -> int:

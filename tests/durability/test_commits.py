@@ -164,6 +164,29 @@ def test_where_main_serves_releases_commits_are_drafts_of_publishers(held: Resou
     assert [main_of(held, reader), main_of(held, reader, "next")] == [third, None]
 
 
+def test_who_knows_the_digest_of_a_draft_reads_it_only_as_a_publisher(held: Resources) -> None:
+    create(held)
+    first = commit(held, adapter(1))
+    with held.write() as session:
+        namespaces.change(session, actor(held), NAME.namespace, namespaces.Change(main="release"))
+    tag(held, "1.0.0", "main")
+    second = commit(held, {"notes.txt": b"more"})
+    reader = Actor("rita", held.clock(), {NAME.namespace: Role.READER.value})
+    with held.snapshot() as session:
+        released, drafts = (
+            {file.sha256 for file in parse_manifest(revisions.locate(session, actor(held), str(NAME), one).manifest)}
+            for one in (first, second)
+        )
+    for sha256 in drafts:
+        assert uploads.readable(held, actor(held), sha256)
+        if sha256 in released:
+            assert uploads.readable(held, reader, sha256)
+        else:
+            with pytest.raises(NotFound):
+                uploads.readable(held, reader, sha256)
+    assert len(drafts - released) == 1
+
+
 def test_a_commit_goes_when_its_retention_ends_unless_a_tag_or_main_names_it(held: Resources) -> None:
     create(held)
     tagged, passed = commit(held, adapter(1)), commit(held, {"notes.txt": b"only here"})

@@ -104,7 +104,7 @@ def _rollback_page(asked: ChannelRequest, typed: RollbackIn, error: RegistryErro
     with asked.resources.snapshot() as session:
         row = moves.find(session, repositories.find(session, asked.named), asked.channel)
         current, served = moves.current_of(session, row), moves.effective_move(session, row)
-        below = moves.previous_unyanked(session, current)
+        below = moves.before(session, current)
         values = {
             "serves": served.to_release.version if served else None,
             "expected": current.id,

@@ -267,12 +267,6 @@ def find_any(session: Session, text: str) -> Suite | None:
     return session.scalar(select(Suite).where(named))
 
 
-def guards_among(session: Session, names: Collection[str]) -> set[str]:
-    """The names among these whose suite is a guard."""
-    query = select(Suite.name).where(Suite.name.in_(names), Suite.current, Suite.kind == "guard")
-    return set(session.scalars(query))
-
-
 def _names(session: Session) -> list[str]:
     listed = select(Suite.name).where(Suite.current, Suite.task != REPORTED).order_by(Suite.name)
     return list(session.scalars(listed.limit(MAX_NEAR)))

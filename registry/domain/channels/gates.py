@@ -12,7 +12,7 @@ nothing, a rule that compares a guard with what it serves compares it with the b
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from math import isfinite
@@ -433,6 +433,16 @@ def inputs_of(session: Session, release: Release) -> list[Release] | None:
     """The releases that the release was composed from, None without lineage."""
     rows = session.scalars(select(ReleaseInput.input_id).where(ReleaseInput.release_id == release.id)).all()
     return [session.get_one(Release, row) for row in rows] if rows else None
+
+
+def lineage_of(session: Session, release: Release) -> Iterator[Release]:
+    """The release, and all that went into it, each once."""
+    left, seen = [release], {release.id}
+    while left:
+        yield (one := left.pop())
+        further = [source for source in inputs_of(session, one) or () if source.id not in seen]
+        seen |= {source.id for source in further}
+        left += further
 
 
 def hides(session: Session, release: Release, inputs: Sequence[Release]) -> bool:

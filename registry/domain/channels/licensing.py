@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from registry.database.tables import Base, Release
 from registry.domain.access import namespaces
-from registry.domain.channels.gates import GateResult, inputs_of
+from registry.domain.channels.gates import GateResult, lineage_of
 from registry.formats.channel_policy import Combination, Licenses
 from registry.formats.licenses import Choice, choices, meets, spdx
 
@@ -43,15 +43,10 @@ class Stated:
 def of_release(session: Session, release: Release) -> list[Stated]:
     """The licences of a release and of all inputs of its composition, each once."""
     parts: dict[Stated, None] = {}
-    left, seen = [release], {release.id}
     shown = {release.repository.namespace, *namespaces.public_names(session)}
-    while left:
-        one = left.pop()
+    for one in lineage_of(session, release):
         own = _own(session, one, composed=one.id != release.id, hidden=one.repository.namespace not in shown)
         parts |= dict.fromkeys(own)
-        further = [source for source in inputs_of(session, one) or () if source.id not in seen]
-        seen |= {source.id for source in further}
-        left += further
     return sorted(parts, key=lambda stated: (PARTS.index(stated.part), stated.hidden, stated.name or ""))
 
 

@@ -196,15 +196,15 @@ def roll_back(  # noqa: PLR0913
     reason: str = "",
     expected: Expected | None = None,
 ) -> ChannelMove:
-    """Returns to the release served before the current one was promoted; skips yanked ones. `to` names an earlier one,
-    which no rollback has left since."""
+    """Returns to the release served before the current one was promoted; skips yanked ones, and those that a rollback
+    has left since. `to` names an earlier one."""
     session.scalar(locked(repository, channel_name))
     channel = find(session, repository, channel_name)
     subject = f"{repositories.name_of(repository)}@{channel_name}"
     _check_expected(channel.move_id, expected, subject)
     current = current_of(session, channel)
     actor = replace(actor, at=max(actor.at, current.at))
-    target = _served_before(session, channel, current, to, subject) if to else previous_unyanked(session, current)
+    target = _served_before(session, channel, current, to, subject) if to else before(session, current)
     if target is None:
         raise Refused(
             "nothing_below",
@@ -251,7 +251,7 @@ def effective_move(session: Session, channel: Channel) -> Move | None:
     """The move whose release the channel serves: the current one, or the first below it that is not yanked. None before
     the first move."""
     current = session.get(Move, channel.move_id) if channel.move_id else None
-    return previous_unyanked(session, current) if current and current.to_release.yanked else current
+    return _previous_unyanked(session, current) if current and current.to_release.yanked else current
 
 
 def find(session: Session, repository: Repository, name: str) -> Channel:
@@ -284,8 +284,16 @@ def load_current(session: Session, *channels: Channel) -> list[Move]:
     return list(session.scalars(loaded))
 
 
-def previous_unyanked(session: Session, move: Move) -> Move | None:
-    """The move that a rollback from this one returns to; None if no release before it can be served."""
+def before(session: Session, current: Move) -> Move | None:
+    """The move that a rollback from the current one returns to; None if no release before it can be served, or
+    rollbacks have left them all since."""
+    back = _way_back(current).subquery()
+    query = select(Move).join(back, back.c.id == Move.id).join(Release, Release.id == Move.to_release_id)
+    return session.scalars(query.where(~Release.yanked).order_by(Move.id.desc()).limit(1)).first()
+
+
+def _previous_unyanked(session: Session, move: Move) -> Move | None:
+    """The first move below this one whose release is another one and not yanked; None if there is none."""
     below = session.get(Move, move.below_id) if move.below_id else None
     while below is not None and (below.to_release.yanked or below.to_release_id == move.to_release_id):
         below = session.get(Move, below.below_id) if below.below_id else None

@@ -209,7 +209,7 @@ def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -
     served = gates.scores(session, question.served, contents) if question.served else None
     of_inputs = None if inputs is None else [gates.scores(session, one, contents) for one in inputs]
     hidden = inputs is not None and gates.hides(session, release, inputs)
-    guards = suites.guards_among(session, {gates.parse_rule(row.rule).suite for row in policy.rules})
+    guards = {name for name, suite in contents.suites.items() if suite.kind == "guard"}
     sides = {"candidate": release, "base": base, **({"served": question.served} if question.served else {})}
     others = cache(lambda: {side: gates.others(session, subject, contents) for side, subject in sides.items()})
     results: list[GateResult] = []

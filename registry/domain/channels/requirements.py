@@ -1,10 +1,11 @@
 """What a policy asks for besides scores: a soak in another channel, approvals, a signature, a verdict, servers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from composer.findings import Verdict
@@ -16,7 +17,7 @@ from registry.domain.access.roles import EVERYWHERE, Role, at_least
 from registry.domain.catalog import signatures
 from registry.domain.catalog.signatures import SignedAs
 from registry.domain.channels import licensing
-from registry.domain.channels.gates import GateResult
+from registry.domain.channels.gates import GateResult, lineage_of
 from registry.domain.jobs.evaluations import Wanted
 from registry.formats.channel_policy import Approval as NeededApproval
 from registry.formats.channel_policy import ChannelPolicy, Soak
@@ -99,11 +100,12 @@ def _approval(session: Session, needed: NeededApproval, question: Question) -> G
 
 def unspent_approvals(session: Session, release: Release, channel: str) -> list[Approval]:
     """The approvals of a release for a channel, oldest first. The first move to the release after an approval spends
-    it: after a rollback, the release needs new ones."""
+    it, and the next one ends those that came while the channel served it: after a rollback, the release needs new
+    ones, also if an approval was sent again."""
     query = select(Approval).where(Approval.release_id == release.id, Approval.channel == channel)
     last = _last_moves(session, release, channel)
     given = session.scalars(query.order_by(Approval.at, Approval.user))
-    return [one for one in given if last is None or one.after_move >= last[0].id]
+    return [one for one in given if last is None or one.after_move >= (last[1] or last[0]).id]
 
 
 def _has_role(session: Session, approval: Approval, namespace: str, role: Role, now: datetime) -> bool:
@@ -140,14 +142,23 @@ def _signature_of_publisher(session: Session, namespace: Namespace, release: Rel
 
 
 def _verdict(session: Session, worst: Verdict, release: Release) -> GateResult:
-    """Judged under the default limits: a composition's recipe may have loosened its own. A release that no composition
-    of this registry made passes."""
+    """The verdict of the release's composition or, if that passes, of the first one in its lineage that does not:
+    composed once more, alone, it would have no conflict. A release that no composition of this registry made passes."""
     rule = f"verdict {worst}" if worst is Verdict.OK else f"verdict {worst} or better"
     made = select(Composition.conflicts, Composition.recipe)
     made = made.join(ReleaseInput, ReleaseInput.composition_id == Composition.id)
-    row = session.execute(made.where(ReleaseInput.release_id == release.id).limit(1)).first()
-    if row is None:
-        return GateResult(rule, True, "not composed here")
+    results: list[GateResult] = []
+    for one in lineage_of(session, release):
+        if row := session.execute(made.where(ReleaseInput.release_id == one.id).limit(1)).first():
+            result = _verdict_of(row, rule, worst)
+            of_input = f"for an input that was composed before: {result.detail}"
+            results.append(result if one is release else replace(result, detail=of_input))
+    failed = next((result for result in results if not result.passed), None)
+    return failed or next(iter(results), GateResult(rule, True, "not composed here"))
+
+
+def _verdict_of(row: Row[*tuple[Any, ...]], rule: str, worst: Verdict) -> GateResult:
+    """Judged under the default limits: a composition's recipe may have loosened its own."""
     if row.conflicts is None:
         return GateResult(rule, False, "its composition has no conflict report")
     own, judged = Verdict(row.conflicts["verdict"]), row.conflicts.get("by_default")

@@ -124,6 +124,21 @@ def test_an_approval_is_spent_by_the_move_after_it_whatever_the_clocks_say(house
     assert seen(house, second)[0] == "completed", "one given after the rollback counts"
 
 
+def test_an_approval_that_is_sent_again_after_the_move_does_not_serve_for_the_next_one(house: House) -> None:
+    """As a client does that has lost the answer."""
+    demand(house, approval={})
+    first = waiting(house)
+    for _ in range(2):
+        with house.resources.write() as session:
+            release = releases.find(session, NAME, OLD)
+            promotions.approve(session, person(house, "admin"), release, "prod", "")
+        settle(house.resources, first)
+    assert seen(house, first)[0] == "completed"
+    with house.resources.write() as session:
+        moves.roll_back(session, person(house), repositories.find(session, NAME), "prod")
+    assert isinstance(promote(house), Promotion)
+
+
 def test_an_approval_for_a_channel_that_was_deleted_and_comes_back_counts_if_it_is_new(house: House) -> None:
     """Both were given at the same moment, and its earlier moves stay in the history."""
 

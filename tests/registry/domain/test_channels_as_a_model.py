@@ -1,8 +1,8 @@
 """Channels as a state machine, beside a model of plain lists that follows the rules and not the code.
 
 The model keeps what was live, in the order in which it was promoted, with the current release last. A promotion puts
-one on top; a rollback takes the top away, then all that are yanked or are what was just left; a rollback to a version
-takes away all above where it was last live, unless a rollback has left that version since.
+one on top; a rollback takes the top away, then all that are yanked, are what was just left, or that a rollback has left
+since they were live; a rollback to a version takes away all above where it was last live.
 """
 
 import itertools
@@ -147,25 +147,26 @@ class ChannelMachine(RuleBasedStateMachine):
 
     @rule(honest=st.sampled_from([None, True, False]))
     def roll_back(self, honest: bool | None) -> None:
-        below = self.live[:-1]
-        while below and (below[-1] in self.yanked or below[-1] == self.live[-1]):
-            below = below[:-1]
-        refusal = NotFound if not self.live else Stale if honest is False else None if below else Refused
+        back = self.back
+        refusal = NotFound if not self.live else Stale if honest is False else None if back else Refused
         self.roll_back_registry(None, self.expectation(honest), refusal)
         if refusal is None:
-            self.record("rollback", below)
+            self.record("rollback", self.live[: back[-1] + 1])
+
+    @property
+    def back(self) -> list[int]:
+        """Which of those below the top a rollback may return to."""
+        left = {moment.left: number for number, moment in enumerate(self.moments) if moment.kind == "rollback"}
+        below = zip(self.live[:-1], self.moments[-1].since, strict=False) if self.moments else ()
+        kept = [at for at, (one, since) in enumerate(below) if since > left.get(one, -1)]
+        return [at for at in kept if self.live[at] not in self.yanked and self.live[at] != self.live[-1]]
 
     @precondition(lambda self: self.moments)
     @rule(version=versions)
     def roll_back_to(self, version: str) -> None:
-        left = [
-            number for number, moment in enumerate(self.moments) if (moment.kind, moment.left) == ("rollback", version)
-        ]
-        below = list(zip(self.live[:-1], self.moments[-1].since, strict=False))
-        back = [at for at, (one, since) in enumerate(below) if one == version and since > max(left, default=-1)]
-        possible = bool(back) and version not in self.yanked and version != self.live[-1]
-        self.roll_back_registry(version, None, None if possible else Refused)
-        if possible:
+        back = [at for at in self.back if self.live[at] == version]
+        self.roll_back_registry(version, None, None if back else Refused)
+        if back:
             self.record("rollback", self.live[: back[-1] + 1])
 
     @invariant()
@@ -174,11 +175,7 @@ class ChannelMachine(RuleBasedStateMachine):
             channel = self.channel(session)
             current = session.get(Move, channel.move_id) if channel and channel.move_id else None
             offered = moves.earlier_versions(session, current, limit=9) if current else ()
-        left = {moment.left: number for number, moment in enumerate(self.moments) if moment.kind == "rollback"}
-        below = zip(self.live[:-1], self.moments[-1].since, strict=False) if self.moments else ()
-        kept = [one for one, since in below if since > left.get(one, -1)]
-        wanted = [one for one in reversed(kept) if one not in self.yanked and one != self.live[-1]]
-        assert list(offered) == list(dict.fromkeys(wanted))
+        assert list(offered) == list(dict.fromkeys(self.live[at] for at in reversed(self.back)))
 
     def roll_back_registry(
         self, to: str | None, expected: Expected | None, refusal: type[RegistryError] | None
@@ -255,8 +252,8 @@ def test_the_model_rolls_back_further_each_time(stocked: Database) -> None:
     machine.roll_back(None)
     machine.roll_back_to("1.1.0")
     assert machine.live == ("1.0.0", "1.1.0", "2.0.0"), "it is below, and was left since"
-    machine.roll_back_to("1.0.0")
-    assert machine.live == ("1.0.0",)
+    machine.roll_back(None)
+    assert machine.live == ("1.0.0",), "nor does a rollback without a version return to it"
     machine.the_channel_serves_what_the_model_says()
     machine.history_only_grows_and_never_changes()
     machine.the_versions_to_return_to_are_those_that_a_rollback_accepts()

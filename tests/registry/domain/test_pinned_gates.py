@@ -73,6 +73,21 @@ def test_who_flips_a_metric_does_not_let_a_worse_release_pass(house: House) -> N
     assert isinstance(promote(house), ChannelMove)
 
 
+def test_whose_suite_is_no_longer_a_guard_does_not_spare_the_first_release_the_comparison_with_the_base(
+    house: House,
+) -> None:
+    digest = publish(house, kind="guard")
+    with house.resources.write() as session:
+        for subject, value in ((releases.find(session, NAME, OLD), 9.0), (bases.find(session, "tiny"), 1.0)):
+            suites.record(session, HOST, subject, [Measurement(digest, "nll", value, None, 1, False)])
+    demand(house, "fresh", rules=["theirs.nll within 0.1 of served"])
+    (before,) = refusal(house, OLD, "fresh")
+    publish(house, "c", kind="target")
+    (after,) = refusal(house, OLD, "fresh")
+    assert after.startswith(before)
+    assert "the base counts" in after
+
+
 def test_scores_on_the_pinned_content_count_after_the_suite_has_moved_on_until_the_rule_is_pinned_again(
     house: House,
 ) -> None:
