@@ -136,6 +136,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
     },
     Usage: USAGE,
     NotFound: {
+        "address_expired": "Ask the registry for the file again.",
         "alias_unknown": "`adaptory base list` shows the aliases; a base's own name stays.",
         "backup_missing": "Name the target of `adaptory backup`; a backup that was interrupted does not count.",
         "base_not_here": "Add a location it can read: `adaptory base add DIR` on its host.",

@@ -144,6 +144,15 @@ def _addresses(text: str) -> str:
     return text
 
 
+def _files_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise PydanticCustomError(
+            "files_url", "it is not the address of a host, such as https://files.adapters.example"
+        )
+    return text
+
+
 def _hosts(text: str) -> str:
     """Empty means any."""
     for part in text.split(",") if text else ():
@@ -377,6 +386,12 @@ class Settings(BaseSettings):
     `Retry-After`. Empty for no limit."""
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = ""
     """Comma-separated addresses and networks of proxies whose `X-Forwarded-For` a server trusts; none by default."""
+    files_url: Annotated[str, AfterValidator(_files_url)] | None = None
+    """An address of this server under another host name, such as `https://files.adapters.example`: files of users come
+    from there, by signed addresses, and nothing else does. Files in S3 come from the store's host already."""
+    files_secret: Annotated[SecretStr, Field(min_length=32)] | None = None
+    """What the addresses of files are signed with: the same for all servers, at least 32 characters; needed with
+    `ADAPTORY_FILES_URL`."""
     hosts: Annotated[str, AfterValidator(_hosts)] = ""
     """Comma-separated host names, without ports, that a server with tokens answers to, others with 421; empty for any.
     `/healthz`, `/readyz` and `/metrics` answer to any."""

@@ -14,6 +14,7 @@ from registry.api.http import problems
 from registry.api.http.callers import ActorCache
 from registry.api.http.events import EventStreams, Feed
 from registry.api.http.exchanges import AccessLog, Exchanges, Observe
+from registry.api.http.file_origin import FileOrigin
 from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, OwnHost, SameSite
 from registry.api.http.loopback import AskForSecret, Secret
 from registry.api.http.threads import UploadThreads
@@ -42,7 +43,7 @@ ROUTERS: tuple[Entry, ...] = (
     ("bases", "router", ("bases",)),
     ("upgrades", "router", ("upgrades",)),
     ("evaluations", "router", ("evaluations",)),
-    ("blobs", "router", ("uploads", "blobs")),
+    ("blobs", "router", ("uploads", "blobs", "files")),
     ("compositions", "router", ("compositions",)),
     ("conflicts", "router", ("conflicts",)),
     ("operations", "router", ("jobs", "audit", "audit.jsonl", "healthz", "readyz")),
@@ -119,6 +120,7 @@ def _application(resources: Resources, *, tokens: bool) -> FastAPI:
     app.state.resources = resources
     app.state.draining = False
     app.state.secret = None
+    app.state.file_origin = FileOrigin.of(resources.settings) if tokens else None
     app.state.uploads = UploadThreads(resources.settings.max_concurrent_uploads if tokens else None)
     app.state.event_streams = EventStreams()
     app.state.feed = Feed(resources, app.state)
@@ -137,7 +139,8 @@ def _guard(app: FastAPI, resources: Resources, *, tokens: bool) -> None:
     app.add_middleware(BodyLimit, limit_bytes=resources.settings.max_document_bytes)
     if tokens:
         app.add_middleware(CallerLimits, callers=app.state.callers)
-        app.add_middleware(OwnHost, names=resources.settings.host_names)
+        files = app.state.file_origin.host if app.state.file_origin else ""
+        app.add_middleware(OwnHost, names=resources.settings.host_names, files=files)
     else:
         app.add_middleware(SameSite, names=LOOPBACK_NAMES)
     app.add_middleware(HeaderLimit, limit_bytes=resources.settings.max_header_bytes)

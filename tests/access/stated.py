@@ -74,6 +74,7 @@ POST   /v1/uploads/{upload_id}/complete                                         
 PUT    /v1/blobs/{sha256}                                                       inside: publisher
 GET    /v1/blobs/{sha256}                                                       inside: reader
 HEAD   /v1/blobs/{sha256}                                                       inside: reader
+GET    /v1/files/{sha256}                                                       open
 POST   /v1/compositions                                                         inside: publisher
 GET    /v1/compositions/{composition_id}                                        inside: publisher
 GET    /v1/compositions/{composition_id}/events                                 inside: publisher

@@ -1,6 +1,7 @@
 """What a user sent is saved by a browser and never shown as a page of the server, and the server answers to its names
 alone."""
 
+import re
 import socket
 from collections.abc import Generator
 from pathlib import Path
@@ -97,3 +98,40 @@ def test_two_hosts_are_refused(tmp_path: Path) -> None:
                 answer += block
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b'"bad_http"' in answer
+
+
+def test_files_of_users_come_from_a_host_of_their_own_by_signed_addresses(furnished: House) -> None:
+    """With a store that has addresses, they come from the store's host already."""
+    own = {"files_url": "https://files.example", "files_secret": "x" * 32}
+    house = entered(furnished, furnished.environ, hosts="adapters.example", **own)
+    main, files = {"Host": "adapters.example"}, {"Host": "files.example"}
+    path = f"/{PRIVATE}/sql/resolve/1.0.0/weights.safetensors"
+    sent = house.ask("reader", "GET", path, headers=main)
+    assert (sent.status_code, is_inert(sent)) == (307, True)
+    if "files.example" not in sent.headers["location"]:
+        assert "response-content-disposition" in sent.headers["location"]
+        return
+    address = sent.headers["location"].removeprefix("https://files.example")
+    got = house.ask("nobody", "GET", address, headers=files)
+    assert (got.status_code, is_inert(got), len(got.content)) == (200, True, int(sent.headers["x-linked-size"]))
+    part = house.ask("nobody", "GET", address, headers={**files, "Range": "bytes=1-2"})
+    assert (part.status_code, part.content) == (206, got.content[1:3])
+    assert house.ask("nobody", "GET", address, headers=main).status_code == 421, "the registry's own host has no files"
+    for other in ("/", "/v1/whoami", path, RELEASE):
+        assert house.ask("reader", "GET", other, headers=files).status_code == 421, other
+    other_file = furnished.things[PRIVATE].sha256[::-1]
+    for forged in (
+        address.replace("signature=", "signature=0"),
+        address.replace("expires=1", "expires=2"),
+        re.sub(r"files/[0-9a-f]{64}", f"files/{other_file}", address),
+        f"{address}&disposition=inline",
+        address.partition("?")[0] + "?expires=1&signature=" + "0" * 64,
+    ):
+        assert house.ask("publisher", "GET", forged, headers=files).status_code in (404, 422), forged
+    with Browser(house) as browser:
+        browser.http.headers["Host"] = "adapters.example"
+        browser.sign_in(house.secrets["reader"])
+        page = browser.http.get(f"/{PRIVATE}/sql/1.0.0/files/weights.safetensors", follow_redirects=False)
+    named = house.ask("nobody", "GET", page.headers["location"].removeprefix("https://files.example"), headers=files)
+    assert "weights.safetensors" in named.headers["content-disposition"]
+    assert named.headers["content-disposition"].startswith("attachment")

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from registry.api.http.callers import ActorCache, Credentials, credentials_of
+from registry.api.http.file_origin import FILES_PATH
 from registry.api.http.problems import error_response
 from registry.api.http.request import MAX_DIGITS
 from registry.errors import NotAllowed, RegistryError, TooLarge, TooMany, Unauthenticated, Usage
@@ -174,11 +175,12 @@ def _guesses(credentials: Credentials) -> str:
 
 class OwnHost:
     """Answers only requests to its own host names, if it has any: 421 for others, and 400 for two names at once, which
-    a proxy and this server could read differently. Probes and scrapers use an address."""
+    a proxy and this server could read differently. Probes and scrapers use an address. The host of `files` answers
+    with files of users alone, and no other host does."""
 
-    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, names: Sequence[str], files: str = "") -> None:
         self.app = app
-        self.names = names
+        self.names, self.files = names, files
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self._error(scope) if scope["type"] == "http" else None
@@ -189,15 +191,18 @@ class OwnHost:
         hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
         if len(hosts) > 1:
             return Usage("bad_http", "The request has more than one Host header.", next_step="Send one.")
-        host = "".join(hosts)
-        if not self.names or scope["path"] in NAMELESS_PATHS or self._is_own(_hostname(f"//{host}")):
+        host, path = "".join(hosts), str(scope["path"])
+        name = _hostname(f"//{host}")
+        if path in NAMELESS_PATHS:
             return None
-        return Usage(
-            "unknown_host",
-            f"{host[:200]!r} is not a host name of this registry.",
-            subject=host[:200],
-            next_step=f"Use {self.names[0]}.",
-        )
+        if self.files and (name == self.files) != path.startswith(FILES_PATH):
+            what = "answers with files of users alone" if name == self.files else "does not answer with files of users"
+            message, next_step = f"{host[:200]} {what}.", "Use the address that the registry gave."
+        elif not self.names or name == self.files or self._is_own(name):
+            return None
+        else:
+            message, next_step = f"{host[:200]!r} is not a host name of this registry.", f"Use {self.names[0]}."
+        return Usage("unknown_host", message, subject=host[:200], next_step=next_step)
 
     def _is_own(self, name: str | None) -> bool:
         return name in self.names

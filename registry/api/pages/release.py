@@ -120,14 +120,14 @@ def show_commit(named: RepositoryOf, commit: str, resources: ResourcesOf, actor:
 @router.get("/{namespace}/{name}/{version}/files/{path:path}")
 @in_store_threads
 def download_file(
-    named: RepositoryOf, version: VersionOf, path: str, resources: ResourcesOf, actor: PageReader
+    named: RepositoryOf, version: VersionOf, path: str, request: Request, resources: ResourcesOf, actor: PageReader
 ) -> Response:
     """A file, as an attachment: no browser shows it as a page of this server."""
     with resources.read() as session:
         file = releases.find_file(session, releases.find(session, named, version), path)
     name = quote(path.rpartition("/")[2], safe="")
     disposition = f"attachment; filename*=UTF-8''{name}"
-    answer = file_response(resources, file, f"{path} of {named}:{version}", None, disposition)
+    answer = file_response(request, resources, file, f"{path} of {named}:{version}", None, disposition)
     answer.headers["Content-Disposition"] = disposition
     answer.headers["Cache-Control"] = HEADERS["Cache-Control"]
     return answer

@@ -2,16 +2,18 @@
 
 import re
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse
 
+from registry.api.http.file_origin import FileOrigin, no_such_address
 from registry.api.http.request import ResourcesOf, body_chunks, content_length, receive_body
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller
 from registry.api.http.threads import BlobResponse, in_store_threads
 from registry.api.schemas.transfer import CompletedOut, PartIn, PartOut, PutOut, UploadIn, UploadOut, UploadRow
+from registry.api.schemas.wire import MAX_INT64
 from registry.database.tables import RevisionFile
 from registry.domain.access.roles import permit_uploads
 from registry.errors import Unavailable
@@ -84,8 +86,10 @@ async def upload(
 
 @router.get("/blobs/{sha256}", response_class=Response, responses=BYTES)
 @in_store_threads
-def download(sha256: str, resources: ResourcesOf, actor: Caller, byte_range: ByteRange = None) -> Response:
-    return blob_response(resources, uploads.readable(resources, actor, parse_digest(sha256)), byte_range)
+def download(
+    sha256: str, request: Request, resources: ResourcesOf, actor: Caller, byte_range: ByteRange = None
+) -> Response:
+    return blob_response(request, resources, uploads.readable(resources, actor, parse_digest(sha256)), byte_range)
 
 
 @router.head("/blobs/{sha256}", response_class=Response)
@@ -96,13 +100,48 @@ def look(sha256: str, resources: ResourcesOf, actor: Caller) -> Response:
     return Response(headers=blob_headers(stat.sha256, stat.size_bytes))
 
 
+@router.get("/files/{sha256}", response_class=Response, responses=BYTES)
+@in_store_threads
+def fetch(  # noqa: PLR0913
+    sha256: str,
+    request: Request,
+    resources: ResourcesOf,
+    expires: Annotated[int, Query(ge=0, le=MAX_INT64)],
+    signature: Annotated[str, Query(max_length=64)],
+    disposition: Annotated[str, Query(max_length=2_000)] = "",
+    byte_range: ByteRange = None,
+) -> Response:
+    """The bytes of a file, on the host name of `ADAPTORY_FILES_URL`, by an address that the registry gave."""
+    digest = parse_digest(sha256)
+    origin = origin_of(request)
+    if origin is None or not origin.has_signed(digest, expires, disposition, signature):
+        raise no_such_address(digest)
+    stat = resources.store.stat(digest)
+    if stat is None:
+        raise no_such_address(digest)
+    answer = _bytes(resources, stat, byte_range)
+    if disposition:
+        answer.headers["Content-Disposition"] = disposition
+    return answer
+
+
+def origin_of(request: Request) -> FileOrigin | None:
+    """Where this server has its users' files, if that is another host name."""
+    return cast("FileOrigin | None", request.app.state.file_origin)
+
+
 def file_response(
-    resources: Resources, file: RevisionFile, named: str, byte_range: str | None, disposition: str | None = None
+    request: Request,
+    resources: Resources,
+    file: RevisionFile,
+    named: str,
+    byte_range: str | None,
+    disposition: str | None = None,
 ) -> Response:
     """As `blob_response`, for a caller who may read a release containing this file; `named` is its name there. A store
     answers with the `disposition`, if one is given, as Content-Disposition."""
     sha256 = Digest(file.sha256)
-    url = resources.store.url(sha256, resources.settings.download_expires_s, disposition)
+    url = _address(request, resources, sha256, disposition)
     stat = resources.recent.stat(resources.store, sha256) if url else resources.store.stat(sha256)
     if stat is None:
         raise Unavailable(
@@ -115,9 +154,15 @@ def file_response(
     return _sent(resources, stat, url, byte_range)
 
 
-def blob_response(resources: Resources, stat: BlobStat, byte_range: str | None) -> Response:
-    """The bytes, a range of them, or a redirect if the store has download addresses."""
-    return _sent(resources, stat, resources.store.url(stat.sha256, resources.settings.download_expires_s), byte_range)
+def blob_response(request: Request, resources: Resources, stat: BlobStat, byte_range: str | None) -> Response:
+    """The bytes, a range of them, or a redirect if the store, or another host name, has download addresses."""
+    return _sent(resources, stat, _address(request, resources, stat.sha256, None), byte_range)
+
+
+def _address(request: Request, resources: Resources, sha256: Digest, disposition: str | None) -> str | None:
+    expires_s, origin = resources.settings.download_expires_s, origin_of(request)
+    url = resources.store.url(sha256, expires_s, disposition)
+    return url or (origin.address(sha256, expires_s, disposition) if origin else None)
 
 
 def _sent(resources: Resources, stat: BlobStat, url: str | None, byte_range: str | None) -> Response:

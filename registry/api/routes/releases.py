@@ -172,12 +172,18 @@ def show_spectrum(named: RepositoryOf, version: str, resources: ResourcesOf, act
     "/{namespace}/{name}/releases/{version}/files/{path:path}", response_class=Response, responses=BYTES
 )
 @in_store_threads
-def download_file(
-    named: RepositoryOf, version: str, path: str, resources: ResourcesOf, actor: Reader, byte_range: ByteRange = None
+def download_file(  # noqa: PLR0913
+    named: RepositoryOf,
+    version: str,
+    path: str,
+    request: Request,
+    resources: ResourcesOf,
+    actor: Reader,
+    byte_range: ByteRange = None,
 ) -> Response:
     with resources.read() as session:
         file = releases.find_file(session, named.release(session, version), path)
-    return file_response(resources, file, f"{path} of {named.name}:{version}", byte_range)
+    return file_response(request, resources, file, f"{path} of {named.name}:{version}", byte_range)
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/signatures")
