@@ -1,6 +1,7 @@
 """Names of licences: SPDX's where it has one, else as stated; and what an expression of them lets a user choose."""
 
 import re
+import unicodedata
 from functools import lru_cache
 from itertools import product
 
@@ -25,10 +26,15 @@ def spdx(stated: str) -> str:
     """The SPDX name or expression, however it is spelled; the text itself if SPDX has none, as for `llama3.1`."""
     text = " ".join(stated.split())
     known = _OTHER_NAMES.get(text.casefold(), text)
+    return _canonical(known) or text
+
+
+def _canonical(text: str) -> str | None:
+    """As SPDX writes the expression; None if a part of it has no name there."""
     try:
-        return str(canonicalize_license_expression(known))
+        return str(canonicalize_license_expression(text))
     except InvalidLicenseExpression:
-        return text
+        return None
 
 
 def spellings(name: str) -> list[str]:
@@ -42,11 +48,14 @@ MAX_CHOICES = 256
 """Of one expression; further ones are not looked at, which refuses more and never less."""
 _MAX_PARENTHESES = 20
 _OPERATOR = re.compile(r"([()]|(?<![^\s()])(?:and|or|with)(?![^\s()]))", re.IGNORECASE)
-_LATER = re.compile(r"(?<=\S)\s+or\s+(?:any\s+)?later(?:\s+versions?)?(?![^\s()])", re.IGNORECASE)
+_LATER = re.compile(r"(?<=\S)\s+or\s+(?:any\s+)?(?:later|newer)(?:\s+versions?)?(?![^\s()])", re.IGNORECASE)
 _GNU = re.compile(
     r"(?:the )?(?:gnu[ -])?(?:(?P<letter>[al])?gpl|(?P<word>affero |lesser )?general public licen[cs]e)"
     r"[ ,-]*(?:version |v)?(?P<major>\d)(?:\.(?P<minor>\d))?(?:\+|[ -]only|-or-later)?(?P<exception>-with-.+)?"
 )
+_SEPARATOR = re.compile(r"\s*[,;/|&]\s*")
+_WORDS = re.compile(r"^the |(?: licen[cs]e)?[.\s]*$", re.IGNORECASE)
+"""What people write around a name."""
 _SUFFIX = re.compile(r"(?:\+|-only|-or-later)$")
 
 Choice = frozenset[str]
@@ -57,7 +66,7 @@ Choice = frozenset[str]
 def choices(stated: str) -> tuple[Choice, ...]:
     """What a user of something under this licence may choose from: each item of an `OR` is a choice, and all items of
     an `AND` hold together. A text that is not an expression has one choice, with every licence that it names."""
-    text = _LATER.sub("-or-later", " ".join(stated.split()))
+    text = _LATER.sub("-or-later", " ".join(_plain(stated).split()))
     tokens = [part.strip() for part in _OPERATOR.split(text) if part.strip()]
     if text.count("(") <= _MAX_PARENTHESES:
         try:
@@ -66,17 +75,16 @@ def choices(stated: str) -> tuple[Choice, ...]:
                 return tuple(dict.fromkeys(offered))
         except IndexError:  # an operand is missing
             pass
-    return (frozenset(_key(one) for one in tokens if not _OPERATOR.fullmatch(one)),)
+    return (frozenset[str]().union(*(_keys(one) for one in tokens if not _OPERATOR.fullmatch(one))),)
 
 
 def meets(rule: str, choice: Choice) -> bool:
-    """Whether a rule that names one licence is about any of the choice. One without an exception is also about the
-    licence with it."""
-    keys = frozenset[str]().union(*choices(rule))
-    if len(keys) != 1:
-        return False
-    (key,) = keys
-    return any(one == key or one.startswith(f"{key} with ") for one in choice)
+    """Whether a rule, which names a licence or several that hold together, is about the choice. One without an
+    exception is also about the licence with it."""
+    offered = choices(rule)
+    return len(offered) == 1 and all(
+        any(one == key or one.startswith(f"{key} with ") for one in choice) for key in offered[0]
+    )
 
 
 def _either(tokens: list[str]) -> tuple[list[str], list[Choice]]:
@@ -105,15 +113,34 @@ def _one(tokens: list[str]) -> tuple[list[str], list[Choice]]:
         return rest[1:], offered
     if _OPERATOR.fullmatch(first):
         raise IndexError
-    key = _key(first)
     if rest and rest[0].casefold() == "with":
-        key, rest = f"{key} with {rest[1].casefold()}", rest[2:]
-    return rest, [frozenset({key})]
+        return rest[2:], [frozenset({f"{_key(first)} with {rest[1].casefold()}"})]
+    return rest, [_keys(first)]
+
+
+def _keys(name: str) -> Choice:
+    """The key of a name; those of all in a list of known ones, such as `MIT, GPL-3.0`."""
+    listed = [one for one in _SEPARATOR.split(name) if one]
+    if len(listed) > 1 and all(_is_known(one) for one in listed):
+        return frozenset(map(_key, listed))
+    return frozenset({_key(name)})
+
+
+def _is_known(name: str) -> bool:
+    """Whether SPDX has the licence, or GNU."""
+    return _canonical(name) is not None or _GNU.fullmatch(name.casefold()) is not None
+
+
+def _plain(stated: str) -> str:
+    """The text with one form of each letter and of the hyphen, and without what nobody sees."""
+    categories = ((one, unicodedata.category(one)) for one in unicodedata.normalize("NFKC", stated))
+    return "".join("-" if category == "Pd" else one for one, category in categories if category != "Cf")
 
 
 def _key(name: str) -> str:
     """The same for every spelling of a licence: `GPLv3`, `GPL-3.0`, `GPL-3.0-only` and `GPL-3.0-or-later`."""
-    text = spdx(name).casefold()
+    name = _WORDS.sub("", name)
+    text = (_canonical(re.sub("[ _]+", "-", name)) or spdx(name)).casefold()  # `CC BY-NC 4.0`
     gnu = _GNU.fullmatch(text)
     if gnu is None:
         return _SUFFIX.sub("", text)

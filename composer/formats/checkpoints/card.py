@@ -142,13 +142,20 @@ def _hub_names(stated: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in stated.items() if value is not None}
     if "datasets" in given:
         given.setdefault("data", given["datasets"])
-    if given.get("license") == "other" and "license_name" in given:
-        given["license"] = given["license_name"]
     for name in ("license", "base_model"):
         value: object = given.get(name)
         if isinstance(value, list) and value:  # some cards list a single one
-            given[name] = cast("list[object]", value)[0]
+            listed = cast("list[object]", value)
+            given[name] = _together(listed) if name == "license" else listed[0]
+    if given.get("license") == "other" and "license_name" in given:
+        given["license"] = given["license_name"]
     return given
+
+
+def _together(listed: list[object]) -> object:
+    """Licences that all hold, as one expression; the first item if it is the only one, or if one is no text."""
+    texts = [f"({one})" if " " in one else one for one in listed if isinstance(one, str)]
+    return " AND ".join(texts) if len(texts) == len(listed) > 1 else listed[0]
 
 
 def _take(

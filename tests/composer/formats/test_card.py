@@ -51,7 +51,9 @@ def test_a_card_says_where_an_adapter_comes_from() -> None:
     ("stated", "fields"),
     [
         ("license: other\nlicense_name: acme-1", {"license": "acme-1"}),
-        ("license: [mit, apache-2.0]", {"license": "mit"}),
+        ("license: [mit, apache-2.0]", {"license": "mit AND apache-2.0"}),
+        ("license: [mit OR isc, zlib]", {"license": "(mit OR isc) AND zlib"}),
+        ("license: [other]\nlicense_name: acme-1", {"license": "acme-1"}),
         ("code_commit: 1234567", {"code_commit": "1234567"}),
         ("code_commit: 0123456", {"code_commit": "0123456"}),
         ("trainer: 2026-01-02", {"trainer": "2026-01-02"}),
