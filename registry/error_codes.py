@@ -308,8 +308,8 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
 }
 
 RETRYABLE = frozenset({
-    "store_unavailable", "store_full", "store_busy", "blob_leaving", "database_unavailable", "database_busy",
-    "disk_full", "disk_error", "busy", "hub_unavailable", "engine_node_differs", "engine_too_small",
+    "store_unavailable", "store_full", "store_busy", "blob_leaving", "blob_corrupt", "database_unavailable",
+    "database_busy", "disk_full", "disk_error", "busy", "hub_unavailable", "engine_node_differs", "engine_too_small",
     "engine_unavailable",
 })  # fmt: skip
 """Errors that pass, or that an operator fixes: a job that fails with one of them is retried."""

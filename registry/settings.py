@@ -204,6 +204,14 @@ def _scorers(text: str) -> str:
     return text
 
 
+def _organisations(text: str) -> str:
+    """Empty means none."""
+    for name in text.split(",") if text else ():
+        if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?", name.strip()):
+            raise PydanticCustomError("organisations", "it is not a list of organisations on a hub, such as acme,beta")
+    return text
+
+
 def _prefix(text: str) -> str:
     """Empty means none. Refuses empty parts and dots: clients and proxies that normalize addresses would request
     another key."""
@@ -414,6 +422,9 @@ class Settings(BaseSettings):
     may run; the same for servers and workers. Enable only code that you trust."""
     scorer_timeout_s: float = Field(default=30.0, gt=0, le=24 * 3600)
     """How long a Python scorer may take for one example; its process is then killed."""
+    hub_token_orgs: Annotated[str, AfterValidator(_organisations)] = ""
+    """Comma-separated organisations on the hub for whose bases this machine sends its hub token (`HF_TOKEN`) when a
+    job needs one; none by default. Any publisher may register a base by its address there."""
     harness_path: Path | None = None
     """A directory of YAML files of lm-evaluation-harness tasks that evaluations on this machine run, in place of those
     that come with the harness, and the code that they name."""
@@ -472,6 +483,11 @@ class Settings(BaseSettings):
 
         names = tuple(name.strip() for name in self.scorers.split(",") if name.strip())
         return PythonScorers(names, self.scorer_timeout_s)
+
+    @property
+    def hub_token_organisations(self) -> frozenset[str]:
+        """In lower case, as hubs compare them."""
+        return frozenset(name.strip().lower() for name in self.hub_token_orgs.split(",") if name.strip())
 
     @property
     def host_names(self) -> tuple[str, ...]:

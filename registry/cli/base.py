@@ -59,7 +59,10 @@ def add(  # noqa: PLR0913
     location: workers download it from there. The hub is the one of HF_ENDPOINT.
 
     One in a bucket is read where it is. Workers merge it from there, in the S3 service of the registry's store or in
-    that of boto3's own settings. Only an admin of the registry may add such a location.
+    that of boto3's own settings.
+
+    Only an admin of the registry may add a directory or a bucket to a base's locations. For others, a base in a
+    directory is registered without.
     """
     from composer.formats.checkpoints.hashing import hash_checkpoint
 
@@ -249,14 +252,18 @@ def _values(score: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _registered(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
-    """Registers the base. If it belongs to someone else, who alone may add locations, retries without this one."""
+    """Registers the base. If it belongs to someone else, who alone may add locations, or if its location is a
+    directory, which only admins of the registry may add, retries without the location."""
     try:
         return connection.api.post("/v1/bases", request)
     except NotAllowed as error:
-        if error.code != "not_yours":
+        [location] = request["locations"]
+        if error.code == "not_yours":
+            request = {**request, "license": None}
+        elif error.code != "role_missing" or not location.startswith("file://"):
             raise
-        document = connection.api.post("/v1/bases", {**request, "locations": [], "license": None})
-        render.say(f"note: {error.detail} {', '.join(request['locations'])} was not added to its locations.")
+        document = connection.api.post("/v1/bases", {**request, "locations": []})
+        render.say(f"note: {error.detail} {location} was not added to its locations.")
         return document
 
 

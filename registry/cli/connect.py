@@ -42,18 +42,8 @@ def connected() -> Generator[Connection]:
 
 @contextmanager
 def jobs_running(connection: Connection, job: int | None) -> Generator[None]:
-    """Runs the embedded registry's jobs meanwhile. Names the earlier ones that delay `job`: a command that was killed
-    leaves its own."""
-    if connection.resources is not None and job is not None:
-        from registry.cli import render
-        from registry.database.engine import database_now
-        from registry.domain.jobs import queue
-
-        with connection.resources.read() as session:
-            earlier = [f"{one.id} ({one.kind})" for one in queue.list_ahead(session, job, database_now(session))]
-        if earlier:
-            render.say(f"earlier jobs go first: {', '.join(earlier)}; `adaptory cancel ID` ends one")
-    with connection.worker():
+    """Runs this job of the embedded registry meanwhile; with None, only judges the promotions that wait."""
+    with connection.worker(job):
         yield
 
 

@@ -23,6 +23,11 @@ class HubAddress:
         """Whether it names a commit, which never changes."""
         return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
 
+    @property
+    def organisation(self) -> str:
+        """In lower case, since hubs ignore the case."""
+        return self.repository.partition("/")[0].lower()
+
     def at(self, revision: str) -> "HubAddress":
         """The same repository at another revision."""
         return replace(self, revision=revision)

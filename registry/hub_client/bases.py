@@ -4,7 +4,7 @@ A base's location `hf://ORG/NAME@COMMIT` is read from there, and downloaded if i
 """
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from composer.errors import ComposerError
@@ -18,14 +18,18 @@ _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 _WEIGHTS = ".safetensors"
 _HEADER_SHARE, _HEADER_BYTES = 1.1, 100 << 20
 """What files may be larger than the tensors in them."""
+_WITHHELD = "No token was sent, since ADAPTORY_HUB_TOKEN_ORGS does not name its organisation on this host."
 
 
-def download_base(address: HubAddress, at_most_bytes: int | None = None) -> tuple[HubAddress, Path]:
+def download_base(
+    address: HubAddress, at_most_bytes: int | None = None, *, with_token: bool = True
+) -> tuple[HubAddress, Path]:
     """The checkpoint at the address in the hub's own cache, complete, and its pinned address.
 
-    `at_most_bytes` is the size of its tensors, if known. Raises NotFound, NotAllowed or Unavailable, Invalid before a
-    download of more than that, and for a repository that has its weights only as pickles."""
-    hub = Hub()
+    `at_most_bytes` is the size of its tensors, if known; `with_token` sends the token of this host's user. Raises
+    NotFound, NotAllowed or Unavailable, Invalid before a download of more than that, and for a repository that has its
+    weights only as pickles."""
+    hub = Hub(with_token=with_token)
     if address.pinned and (directory := hub.cached(address)) and _is_complete(directory):
         return address, directory
     snapshot = hub.snapshot(address)
@@ -35,13 +39,15 @@ def download_base(address: HubAddress, at_most_bytes: int | None = None) -> tupl
     return snapshot.address, hub.bring_into_cache(snapshot, paths)
 
 
-def find_base(locations: Sequence[str], size_bytes: int) -> tuple[Path | None, list[str]]:
+def find_base(locations: Sequence[str], size_bytes: int, token_for: Collection[str]) -> tuple[Path | None, list[str]]:
     """A base's checkpoint on this machine: in a directory, in the hub's cache, or downloaded into that; or None, and
-    why each address on a hub gives none. `size_bytes` is the size of its tensors. Raises Unavailable if no location
+    why each address on a hub gives none. `size_bytes` is the size of its tensors. Others wrote the locations: this
+    host's token is sent only for the organisations in `token_for`. Raises Unavailable if no location
     gives it and a hub does not answer, which may pass."""
     if directory := local_directory(locations):
         return directory, []
     reasons: list[str] = []
+    trusted = False
     outage: RegistryError | None = None
     for url in locations:
         if not url.startswith(SCHEME):
@@ -51,9 +57,11 @@ def find_base(locations: Sequence[str], size_bytes: int) -> tuple[Path | None, l
             if not address.pinned:
                 reasons.append(f"{url} names no commit")
                 continue
-            return download_base(address, size_bytes)[1], []
+            trusted = address.organisation in token_for
+            return download_base(address, size_bytes, with_token=trusted)[1], []
         except RegistryError as error:
-            reasons.append(error.detail)
+            withheld = error.code in ("hub_repository_unknown", "hub_access") and not trusted
+            reasons.append(f"{error.detail} {_WITHHELD}" if withheld else error.detail)
             outage = error if error.code == "hub_unavailable" else outage
     if outage is not None:
         raise outage

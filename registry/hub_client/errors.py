@@ -34,6 +34,11 @@ def translate_hub_errors(endpoint: str, what: str) -> Generator[None]:
         if error.errno is not None:
             raise  # of the disk
         raise _unavailable(endpoint, what, error) from error  # a download whose size is wrong, or without a commit
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # The client takes for granted what an answer has.
+        message = f"{endpoint} does not answer as a hub about {what}: {type(error).__name__}: {_text(error)}"
+        next_step = "Check that HF_ENDPOINT is a hub, and ask its operator."
+        raise Refused("hub_refused", message, subject=what, next_step=next_step) from error
 
 
 def _of_answer(endpoint: str, what: str, error: Exception, status: int) -> RegistryError:

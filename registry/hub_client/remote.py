@@ -55,20 +55,22 @@ class Snapshot:
 
 
 class Hub:
-    """The hub at `endpoint`, by default the one that HF_ENDPOINT names. Raises Unavailable without the extra `hub`,
-    Usage for what is not an address."""
+    """The hub at `endpoint`, by default the one that HF_ENDPOINT names, which gets this user's token unless
+    `with_token` is False. Raises Unavailable without the extra `hub`, Usage for what is not an address.
 
-    def __init__(self, endpoint: str | None = None) -> None:
+    Whatever a hub answers, its methods end with a result or with the errors that they name."""
+
+    def __init__(self, endpoint: str | None = None, *, with_token: bool = True) -> None:
         api_class, own = _library()
         self.endpoint = own if endpoint is None else _address_of(endpoint)
-        token = None if self.endpoint == own else False
+        token = None if self.endpoint == own and with_token else False
         self._api: HfApi = api_class(endpoint=self.endpoint, token=token, library_name="adaptory")
 
     def snapshot(self, address: HubAddress) -> Snapshot:
         """The commit that the address names now, and its files. Raises NotFound, NotAllowed, Unavailable."""
         with self._translated(address):
-            commit = self._api.model_info(address.repository, revision=address.revision).sha
-        pinned = address.at(commit or "")
+            commit: object = self._api.model_info(address.repository, revision=address.revision).sha
+        pinned = address.at(commit if isinstance(commit, str) else "")
         if not pinned.pinned:
             message = f"{self.endpoint} does not say which commit {address} is."
             raise Conflict("hub_conflict", message, subject=str(address), next_step="Name a commit of 40 digits.")
@@ -158,7 +160,7 @@ class Hub:
         entries = self._api.list_repo_tree(address.repository, recursive=True, revision=address.revision)
         files = [one for one in entries if isinstance(one, RepoFile)]
         return {
-            one.path: HubFile(one.path, one.size, one.lfs.sha256 if one.lfs else None, one.blob_id) for one in files
+            one.path: _listed(one.path, one.size, one.lfs.sha256 if one.lfs else None, one.blob_id) for one in files
         }
 
     def _download(self, snapshot: Snapshot, paths: Sequence[str], directory: Path | None) -> Path:
@@ -200,6 +202,17 @@ class Hub:
 
     def _translated(self, address: HubAddress) -> AbstractContextManager[None]:
         return translate_hub_errors(self.endpoint, str(address))
+
+
+def _listed(path: object, size_bytes: object, sha256: object, git_blob: object) -> HubFile:
+    """A file as the hub lists it. Raises ValueError for what no file is: the client passes on what it was given."""
+    if not isinstance(path, str):
+        raise ValueError(f"it lists a file named {path!r:.200}")
+    if not isinstance(size_bytes, int) or size_bytes < 0:
+        raise ValueError(f"it lists {path:.200} with a size of {size_bytes!r:.40}")
+    if not isinstance(git_blob, str) or not isinstance(sha256, str | None):
+        raise ValueError(f"it lists {path:.200} with a digest that is not text")
+    return HubFile(path, size_bytes, sha256, git_blob)
 
 
 def _library() -> "tuple[type[HfApi], str]":

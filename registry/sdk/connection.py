@@ -37,8 +37,9 @@ class Connection:
         return self.settings.home_directory / "cache"
 
     @contextmanager
-    def worker(self) -> Generator[None]:
-        """Runs the embedded registry's jobs in a thread meanwhile; a remote registry has its own workers."""
+    def worker(self, job: int | None) -> Generator[None]:
+        """Runs this job of the embedded registry in a thread meanwhile; a remote registry has its own workers. Others'
+        jobs in the same database are left to workers, with their settings; with None, no job runs."""
         if self.resources is None:
             yield
             return
@@ -46,7 +47,7 @@ class Connection:
         from registry.worker.steps import KINDS
 
         stop = threading.Event()
-        run = partial(run_worker, self.resources, KINDS, stop, alone=True)
+        run = partial(run_worker, self.resources, KINDS if job is not None else {}, stop, only=job)
         thread = threading.Thread(target=run, name="worker")
         thread.start()
         try:

@@ -161,7 +161,7 @@ class Registry:
         release = self._resolved(ref)
         answer, _ = channel_moves.promote(self.api, release, channel, reason, force=force)
         if "state" in answer and wait:
-            with self._connection.worker():
+            with self._connection.worker(answer["job"]):
                 answer = channel_moves.wait_for(self.api, answer, release["kind"])
         return Promotion.of(answer) if "state" in answer else Move.of(answer)
 
@@ -257,7 +257,7 @@ class Registry:
         )
         document = self.api.post("/v1/compositions", {"recipe": given.to_json(), "plan": plan})
         if wait or plan or self._connection.resources is not None:
-            with self._connection.worker():
+            with self._connection.worker(document["job"]):
                 while document["state"] in ("queued", "running"):
                     time.sleep(_POLL_S)
                     document = self.api.get(f"/v1/compositions/{document['id']}")

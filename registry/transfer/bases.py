@@ -26,7 +26,7 @@ class Bases:
         Raises Unavailable if a hub or a bucket does not answer, and what `check` raises."""
         outage: Unavailable | None = None
         try:
-            directory, reasons = hub_bases.find_base(locations, size_bytes)
+            directory, reasons = hub_bases.find_base(locations, size_bytes, self._settings.hub_token_organisations)
         except Unavailable as error:
             directory, reasons, outage = None, [error.detail], error
         for url in in_buckets(locations) if directory is None else ():

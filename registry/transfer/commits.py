@@ -187,15 +187,11 @@ def _stated_base(resources: Resources, files: list[ManifestFile]) -> str | None:
             document = read_json(Path(directory) / CONFIG_FILE, "missing_config", "Save the adapter again with PEFT.")
         stated.append(document.get("base_model_name_or_path"))
     if card := by_path.get(CARD_FILE):
-        stated.append(card_provenance(_read(resources, card))[0].get("base_model"))
+        content = publishing.read_verified(resources.store, card)
+        stated.append(card_provenance(content)[0].get("base_model"))
     names = [name for name in stated if isinstance(name, str) and name]
     with resources.read() as session:
         return next((name for name in names if bases.is_known(session, name)), names[0] if names else None)
-
-
-def _read(resources: Resources, file: ManifestFile) -> bytes:
-    with resources.store.open(file.sha256) as source:
-        return source.read()
 
 
 def _parse(lines: "_Lines") -> tuple[Change, list[Addition]]:

@@ -1,13 +1,14 @@
 """Publishing: verifies the bytes, then writes the rows; for both the API and the worker."""
 
 import hashlib
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from sqlalchemy.orm import Session
 
@@ -50,6 +51,9 @@ from registry.transfer.resources import Resources
 _BLOCK_BYTES = 1 << 20
 _CARD_BYTES = 1_000_000
 _PARALLEL = 8
+_VERIFIED_BYTES = 1 << 30
+"""How much is read to make sure that a refusal is right: all of an adapter, and not a model's shards."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,12 +125,13 @@ def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]
         releases.refuse_absent_blobs(session, push.repository.namespace, push.files)  # before their bytes are read
         yanked = _doubts_of_yanked(session, push)
     parsed = {WEIGHTS_FILE} if push.kind is Kind.ADAPTER else set[str]()  # its inspection parses it
-    refuse_pickled(resources, [file for file in push.files if file.path not in parsed])
+    unparsed = [file for file in push.files if file.path not in parsed]
+    _look_again(resources, unparsed, lambda: refuse_pickled(resources, unparsed))
     signed, doubted = _judge_signature(resources, push, keys)
     signed_by = signed.fingerprint if signed and keys else None
     with resources.read() as session:
         signed_as = signatures.signed_as(session, signed_by) if signed_by else None
-    seen = _inspect(resources, push, architecture)
+    seen = _look_again(resources, push.files, lambda: _inspect(resources, push, architecture))
     stated, doubts = card_provenance(seen.card) if seen.card else ({}, [])
     new = NewRelease(
         repository=push.repository,
@@ -203,7 +208,8 @@ def materialise(store: BlobStore, files: Sequence[ManifestFile], directory: Path
         if target.exists():
             continue
         staging = target.with_name(f".{target.name}.partial")
-        _copy_verified(store, file, staging)
+        with staging.open("wb") as copy:
+            _copy_verified(store, file, copy)
         staging.replace(target)
 
 
@@ -214,6 +220,30 @@ def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
         ManifestFile(file.path, file.size_bytes, Digest(file.sha256))
         for file in releases.files_of(session, release)[release.revision_id]
     ]
+
+
+def read_verified(store: BlobStore, file: ManifestFile) -> bytes:
+    """A small file of a release. Raises Unavailable if its bytes are not those of its digest, also when read again."""
+    content = io.BytesIO()
+    _copy_verified(store, file, content)
+    return content.getvalue()
+
+
+def _look_again(resources: Resources, files: Sequence[ManifestFile], look: Callable[[], T]) -> T:
+    """What `look` returns. Where it refuses the files, makes sure that these are what was looked at: what it reads of
+    them in parts is not verified. Raises Unavailable if the store gives other bytes than it got."""
+    try:
+        return look()
+    except Unavailable:
+        raise
+    except (ComposerError, RegistryError):
+        read_bytes = 0
+        for file in sorted(files, key=lambda one: one.size_bytes):
+            read_bytes += file.size_bytes
+            if read_bytes > _VERIFIED_BYTES:  # the second look must do
+                break
+            _copy_verified(resources.store, file, None)
+        return look()
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,17 +428,24 @@ def inspect_model(directory: Path, architecture: Architecture) -> dict[str, Any]
     }
 
 
-def _copy_verified(store: BlobStore, file: ManifestFile, target: Path) -> None:
-    digest = hashlib.sha256()
-    with store.open(file.sha256) as source, target.open("wb") as copy:
-        while block := source.read(_BLOCK_BYTES):
-            digest.update(block)
-            copy.write(block)
-    if digest.hexdigest() != file.sha256:
-        target.unlink()
-        raise Unavailable(
-            "blob_corrupt",
-            f"The stored bytes of {file.path} are damaged ({file.sha256[:12]}).",
-            subject=file.path,
-            next_step="Ask the registry's operators to run `adaptory fsck --full --discard`; then push the file again.",
-        )
+def _copy_verified(store: BlobStore, file: ManifestFile, copy: IO[bytes] | None) -> None:
+    """Reads the file, twice if need be: one wrong read, of a network or a memory, is no damage. With None only
+    verifies it."""
+    for _ in range(2):
+        digest = hashlib.sha256()
+        if copy is not None:
+            copy.seek(0)
+            copy.truncate()
+        with store.open(file.sha256) as source:
+            while block := source.read(_BLOCK_BYTES):
+                digest.update(block)
+                if copy is not None:
+                    copy.write(block)
+        if digest.hexdigest() == file.sha256:
+            return
+    raise Unavailable(
+        "blob_corrupt",
+        f"The stored bytes of {file.path} are damaged ({file.sha256[:12]}).",
+        subject=file.path,
+        next_step="Ask the registry's operators to run `adaptory fsck --full --discard`; then push the file again.",
+    )

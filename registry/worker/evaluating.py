@@ -31,7 +31,7 @@ from registry.worker.composition import ProgressCount, verified_base
 from registry.worker.evaluation_units import Examined, examine_on_nodes
 from registry.worker.harness import Harness
 from registry.worker.node_models import OneModel, base_hints
-from registry.worker.runner import JobKind, JobRun
+from registry.worker.runner import JobKind, JobRun, shown_row
 from registry.worker.workspace import evaluation_work_of
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def _evaluate(
             return error
         if error.code in RETRYABLE or (isinstance(caught, RegistryError) and error.code != "taken_down"):
             raise
-        row: Row = {"scores": [], "error": f"{error.detail} {error.next_step}".strip(), "failure": error.to_row()}
+        failure = shown_row(held.job_id, error)
+        row: Row = {"scores": [], "error": f"{failure['detail']} {failure['next']}".strip(), "failure": failure}
         with held.resources.write() as session:
             evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})
         return None

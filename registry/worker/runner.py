@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 from composer.errors import ComposerError, Interrupted
 from registry.database.engine import database_now
@@ -19,6 +20,7 @@ from registry.domain.jobs.queue import Amount
 from registry.error_codes import RETRYABLE
 from registry.error_families import of_failed_work
 from registry.errors import RegistryError, Unavailable
+from registry.formats.paths import document_without_directories, without_directories
 from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
 from registry.worker.engine.opened import WorkerEngine
@@ -60,6 +62,8 @@ class JobRun:
     lost: threading.Event = field(default_factory=threading.Event)
     kind: str = ""
     observe: "Observe | None" = None
+    is_own: bool = False
+    """Whether a command runs its own job, and its user waits."""
     engine: WorkerEngine = field(kw_only=True)
     _began_s: float = field(default_factory=time.monotonic)
     _step_began_s: float = 0.0
@@ -83,7 +87,8 @@ class JobRun:
     def fail_step(self, log: Sequence[str] = ()) -> None:
         """Records that the current step failed, if one was started, with the log of the unit that failed."""
         if self._step:
-            self._write("failed", replace(self._amount, log=log) if log else self._noted)
+            shown = [without_directories(line) for line in log]
+            self._write("failed", replace(self._amount, log=shown) if log else self._noted)
             self._ended(self._step, "failed", self._step_began_s)
 
     def ended(self, state: str) -> None:
@@ -141,18 +146,19 @@ def run_worker(
     kinds: Mapping[str, JobKind],
     stop: threading.Event,
     *,
-    alone: bool = False,
+    only: int | None = None,
     observe: Observe | None = None,
 ) -> None:
     """Works until `stop` is set; the current job is then requeued at its next `check`.
 
-    A worker that is `alone` takes every job: one that needs what this host lacks fails at once. Others take what their
-    host meets. Waiting promotions are judged in a thread of their own, also while a job runs.
+    With `only`, does that job of its own command and no other, and fails at once if this host lacks what it needs or
+    its cluster is not there. Otherwise takes what this host meets. Waiting promotions are judged in a thread of their
+    own, also while a job runs.
     """
     settling = threading.Thread(target=_settle_promotions, args=(resources, stop), daemon=True, name="promotions")
     settling.start()
     try:
-        _work(resources, kinds, stop, alone=alone, observe=observe)
+        _work(resources, kinds, stop, only=only, observe=observe)
     finally:
         stop.set()  # after an exit inside a job, the thread would go on alone, and the process look alive
         settling.join()
@@ -173,11 +179,11 @@ def _work(
     kinds: Mapping[str, JobKind],
     stop: threading.Event,
     *,
-    alone: bool,
+    only: int | None,
     observe: Observe | None,
 ) -> None:
     worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
-    host = None if alone else Host(resources, kinds)
+    host = None if only is not None else Host(resources, kinds)
     sweep_at = unmet_at = 0.0
     engine = WorkerEngine(resources.settings)
     while not stop.is_set():
@@ -189,7 +195,7 @@ def _work(
             if host is not None and time.monotonic() >= unmet_at:
                 unmet_at = time.monotonic() + UNMET_S
                 end_unmet(resources)
-            worked = run_one(resources, kinds, worker, stop, host, observe, engine)
+            worked = bool(kinds) and run_one(resources, kinds, worker, stop, host, observe, engine, only)
         except Unavailable as error:
             log.warning("The worker cannot reach its database or store, and waits: %s", error)
             worked = False
@@ -219,8 +225,10 @@ def run_one(  # noqa: PLR0913
     host: Host | None = None,
     observe: Observe | None = None,
     engine: WorkerEngine | None = None,
+    only: int | None = None,
 ) -> bool:
-    """Runs one job if one of these kinds is waiting whose needs the host meets; without a host, whatever it needs."""
+    """Runs one job if one of these kinds is waiting whose needs the host meets; without a host, whatever it needs.
+    `only` is the one job that may be run."""
     offer = None
     if host is not None:
         _declare_missing(resources)
@@ -229,13 +237,14 @@ def run_one(  # noqa: PLR0913
         now = database_now(session)
         if offer is not None:
             needs.announce(session, worker, offer, now)
-        job = queue.claim(session, worker, now, kinds, offer)
+        job = queue.claim(session, worker, now, kinds, offer, only=only)
     if job is None:
         return False
     spread = engine or WorkerEngine(resources.settings)
     held = JobRun(
         resources, worker, job.id, stop or threading.Event(), host, kind=job.kind, observe=observe, engine=spread
     )
+    held.is_own = only is not None
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(held, done), daemon=True, name=f"beat-{job.id}")
     heart.start()
@@ -283,7 +292,8 @@ def _run(held: JobRun, job: Job, kind: JobKind) -> None:
 
 def _handle_failure(held: JobRun, job: Job, kind: JobKind, error: RegistryError) -> None:
     """Postpones the job, or ends it."""
-    if error.code in RETRYABLE and job.attempts < queue.MAX_ATTEMPTS:
+    absent = held.is_own and error.code == "engine_unavailable"
+    if error.code in RETRYABLE and job.attempts < queue.MAX_ATTEMPTS and not absent:
         _put_off(held, queue.PAUSES[job.attempts - 1], error)
         return
     held.fail_step(error.log_lines)
@@ -312,10 +322,19 @@ def _finish(held: JobRun, kind: JobKind, state: str, error: RegistryError | None
     """
     if not _cleaned(held, kind):
         return
-    row = error.to_row() if error is not None else None
+    row = shown_row(held.job_id, error) if error is not None else None
     with held.resources.write() as session:
         queue.finish(session, held.job_id, held.worker, state, held.resources.clock(), row)
     held.ended(state)
+
+
+def shown_row(job_id: int, error: RegistryError) -> dict[str, Any]:
+    """The error's row for everybody who may see the job: without this host's directories, which the log has."""
+    row: dict[str, Any] = error.to_row()
+    shown: dict[str, Any] = document_without_directories(row)
+    if shown != row:
+        log.warning("Job %s: %s", job_id, error.detail)
+    return shown
 
 
 def _cleaned(held: JobRun, kind: JobKind) -> bool:
@@ -330,8 +349,9 @@ def _cleaned(held: JobRun, kind: JobKind) -> bool:
 def _put_off(held: JobRun, pause: timedelta, error: RegistryError) -> None:
     """The next worker continues from the finished steps."""
     log.warning("Job %s waits for %s and is tried again: %s", held.job_id, pause, error)
+    row = document_without_directories(error.to_row())
     with held.resources.write() as session:
-        queue.retry_later(session, held.job_id, held.worker, database_now(session) + pause, error.to_row())
+        queue.retry_later(session, held.job_id, held.worker, database_now(session) + pause, row)
 
 
 def _beat(held: JobRun, done: threading.Event) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 class Obedient:
     def __init__(self, marker, does=""):
-        self.does = does
+        self.does, self.marker = does, marker
         if not marker:
             raise RuntimeError("no marker")
         Path(marker).write_text(str(os.getpid()))
@@ -17,6 +17,9 @@ class Obedient:
         answer = self.does or answer
         if answer == "raises":
             raise RuntimeError("no database")
+        if answer == "tells":
+            Path(self.marker).write_text(chr(10).join(os.environ))
+            return 1.0
         if answer == "leaves":
             sys.exit(3)
         if answer == "dies":

@@ -21,13 +21,15 @@ LARGE_BYTES = 2_000
 @dataclass
 class SmallHub:
     """Repositories by name: files by path at each commit, and the commit of `main`. `sizes` are listed instead of true
-    ones. `broken` are paths whose download ends in the middle. `seen` calls back before an answer to a path."""
+    ones, `changed` what is answered in JSON. `broken` are paths whose download ends in the middle. `seen` calls back
+    before an answer to a path."""
 
     commits: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict[str, dict[str, dict[str, bytes]]])
     heads: dict[str, str] = field(default_factory=dict[str, str])
     sizes: dict[str, int] = field(default_factory=dict[str, int])
     broken: set[str] = field(default_factory=set[str])
     seen: Callable[[str], None] = lambda _path: None
+    changed: Callable[[Any], Any] = lambda document: document
     requests: list[tuple[str, str, str | None]] = field(default_factory=list[tuple[str, str, str | None]])
     url: str = ""
 
@@ -134,7 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _json(self, document: object, status: int = 200, **headers: str) -> None:
-        body = json.dumps(document).encode()
+        changed = self.hub.changed(document)
+        body = changed if isinstance(changed, bytes) else json.dumps(changed).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)

@@ -99,9 +99,15 @@ def test_a_base_has_the_names_and_places_that_its_maker_and_admins_give_it_and_n
     for user, namespace in (("pia", "acme"), ("bob", "elsewhere")):
         olga.ok("namespace", "grant", namespace, user, "publisher")
     pia, bob = company.person("pia"), company.person("bob")
-    pia.ok("base", "add", world.base, "--name", "tiny", "--alias", "Acme/Tiny")
+    noted = pia.ok("base", "add", world.base, "--name", "tiny", "--alias", "Acme/Tiny").err
+    assert "was not added to its locations" in noted, "jobs read directories with the rights of the workers"
     added = pia.json("base", "show", "tiny")
+    assert (added["name"], added["aliases"], added["locations"]) == ("tiny", ["Acme/Tiny"], [])
 
+    again = bob.ok("base", "add", world.base, "--name", "tiny", "--alias", "Acme/Tiny")
+    assert "was not added to its locations" in again.err
+    olga.ok("base", "add", world.base, "--name", "tiny")
+    added = pia.json("base", "show", "tiny")
     again = bob.ok("base", "add", world.base, "--name", "tiny", "--alias", "Acme/Tiny")
     assert "note:" not in again.err, "all that it states is there"
     elsewhere = shutil.copytree(world.base, tmp_path / "elsewhere")

@@ -207,15 +207,15 @@ def test_a_job_that_kills_every_worker_is_given_up(stocked_embedded: Cli, world:
     assert not traces(cli).work
 
 
-def test_a_command_names_the_jobs_that_killed_ones_left_before_its_own(
+def test_a_command_does_its_own_job_and_leaves_those_of_others_to_workers_and_to_their_followers(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
     cli = team(stocked_embedded, world)
     begin(cli, tmp_path)
-    left = "earlier jobs go first: 1 (composition); `adaptory cancel ID` ends one"
-    assert left in cli.ok("compose", write_recipe(tmp_path), "--plan").err
-    assert [cli.json("jobs", job)["state"] for job in "12"] == ["done", "done"]
-    assert "earlier jobs" not in cli.ok("compose", write_recipe(tmp_path), "--plan").err
+    cli.ok("compose", write_recipe(tmp_path), "--plan")
+    assert [cli.json("jobs", job)["state"] for job in "12"] == ["queued", "done"]
+    cli.ok("jobs", 1, "--follow")
+    assert cli.json("jobs", 1)["state"] == "done"
 
 
 def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(

@@ -30,7 +30,7 @@ def policy(directory: Path, **fields: Any) -> Path:
 def working(cli: Cli) -> Generator[None]:
     """A worker of the embedded registry, as `adaptory worker` runs it."""
     resources, stop = opened(cli), threading.Event()
-    worker = threading.Thread(target=partial(run_worker, resources, KINDS, stop, alone=True))
+    worker = threading.Thread(target=partial(run_worker, resources, KINDS, stop))
     worker.start()
     try:
         yield

@@ -353,7 +353,9 @@ def test_only_an_admin_of_the_registry_adds_a_location_in_a_bucket(site: Site, t
             with pytest.raises(NotAllowed) as refused:
                 api.post("/v1/bases", request)
             assert refused.value.code == "role_missing"
-            assert api.post("/v1/bases", request | {"locations": ["file:///models/other"]})["locations"]
+            with pytest.raises(NotAllowed):
+                api.post("/v1/bases", request | {"locations": ["file:///models/other"]})
+            assert api.post("/v1/bases", request | {"locations": [f"hf://acme/other@{'a' * 40}"]})["locations"]
         with asking(resources, secrets["ada"]) as api:
             assert f"{site.location}-other" in api.post("/v1/bases", request)["locations"]
 

@@ -36,6 +36,14 @@ from composer.formats.recipes.tasks import ScorerChoice
 START_S = 120.0
 """For loading the scorer's code and making it from the settings, at least."""
 _WATCH_S = 1.0
+_INHERITED = frozenset(
+    (
+        *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT"),
+        *("VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"),
+        *("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
+    )
+)
+_INHERITED_OF = ("SCORER_", "LC_", "CUDA_", "OMP_", "MKL_", "XDG_", "COVERAGE_")
 
 Json = dict[str, Any]
 
@@ -72,7 +80,7 @@ class ScorerProcess:
             stdin=subprocess.DEVNULL,
             stdout=2,  # what a scorer prints must not end up in a document
             pass_fds=[child.fileno()],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=_environment(),
             start_new_session=True,
         )
         child.close()
@@ -123,6 +131,13 @@ class ScorerProcess:
             return self._process.wait(_WATCH_S)
         self.close()
         return self._process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """What a scorer's process inherits: how programs run here, and what is meant for scorers. The rest has tokens,
+    passwords and addresses of databases in it, under whatever names."""
+    kept = {name: text for name, text in os.environ.items() if name in _INHERITED or name.startswith(_INHERITED_OF)}
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def serve(connection: Connection) -> None:

@@ -31,7 +31,8 @@ MAX_PARAMETERS = 1 << 59
 """Limit so that sizes fit into a column; a million times the largest models."""
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,198}")
 _DIGEST_LIKE = re.compile(r"[0-9a-f]{12,64}")
-_SCHEMES = ("file://", "hf://", "s3://")
+_FILE = "file://"
+_SCHEMES = (_FILE, "hf://", S3)
 
 _base, _alias = Base.__table__.c, BaseAlias.__table__.c
 
@@ -387,8 +388,8 @@ def _add_locations(session: Session, actor: Actor, base: Base, wanted: Sequence[
             parse_s3_address(url)
         if session.get(BaseLocation, (base.digest, url)) is None:
             _refuse_stranger(actor, base)
-            if url.startswith(S3):
-                permit(actor, Role.ADMIN)  # workers read there with the registry's own credentials
+            if url.startswith((_FILE, S3)):
+                permit(actor, Role.ADMIN)  # workers read there with rights and credentials of their own
             session.add(BaseLocation(base_digest=base.digest, url=url))
             session.flush()
             audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after={"location": url})

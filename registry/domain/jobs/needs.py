@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from registry.database.engine import insert_if_absent
 from registry.database.tables import Base, BaseLocation, Job, JobNeed, WorkerRow
 from registry.errors import NotFound, Refused, RegistryError
+from registry.formats.paths import without_directories
 
 UNFINISHED = ("queued", "running")
 LEASE = timedelta(seconds=60)
@@ -234,7 +235,8 @@ def _error(session: Session, need: str, needs: Needs) -> RegistryError:
     if (digest := base_of(need)) is not None:
         base = session.get_one(Base, digest)
         urls = list(session.scalars(select(BaseLocation.url).where(BaseLocation.base_digest == digest)))
-        missing = f"No worker can find the base {base.name} at any location ({', '.join(urls) or 'it has none'})."
+        known = without_directories(", ".join(urls) or "it has none")
+        missing = f"No worker can find the base {base.name} at any location ({known})."
         step = "Add one on the host of a worker: `adaptory base add DIR`."
         return NotFound("base_not_here", f"{missing} {waited}", subject=digest, next_step=step)
     if (scorer := scorer_of(need)) is not None:

@@ -164,16 +164,23 @@ def unfinished(session: Session) -> list[tuple[str, str, int, datetime]]:
 
 
 def claim(
-    session: Session, worker: str, now: datetime, kinds: Collection[str], offer: Offer | None = None
+    session: Session,
+    worker: str,
+    now: datetime,
+    kinds: Collection[str],
+    offer: Offer | None = None,
+    *,
+    only: int | None = None,
 ) -> Job | None:
     """Claims the first job of these kinds that is due or whose worker fell silent, and whose needs the offer meets;
-    without an offer,
-    whatever its needs. A job that is only to be cancelled needs nothing.
+    without an offer, whatever its needs. A job that is only to be cancelled needs nothing. `only` is the one job that
+    may be claimed.
 
     A job beyond `MAX_ATTEMPTS` has killed its workers: the caller must end it.
     """
     met = or_(needs.met_by(offer), Job.cancel_requested) if offer is not None else None
-    free = and_(Job.kind.in_(kinds), _free(now), *(() if met is None else (met,)))
+    named = None if only is None else Job.id == only
+    free = and_(Job.kind.in_(kinds), _free(now), *(one for one in (met, named) if one is not None))
     running = _running(now)
     first = select(Job.id).outerjoin(running, running.c.namespace == func.coalesce(Job.namespace, ""))
     first = first.where(free).order_by(*_order(now, func.coalesce(running.c.count, 0))).limit(1)
@@ -194,18 +201,11 @@ def _running(now: datetime) -> Any:
     return query.where(one.state == "running", one.heartbeat_at >= now - LEASE).group_by(namespace).subquery()
 
 
-def _order(now: datetime, running: ColumnElement[int] | None = None) -> tuple[Any, ...]:
-    """What goes first. `running` is how many jobs of its namespace run, None where one worker runs all."""
+def _order(now: datetime, running: ColumnElement[int]) -> tuple[Any, ...]:
+    """What goes first. `running` is how many jobs of its namespace run."""
     overdue = Job.created_at < now - OVERDUE
-    fair = () if running is None else (case((overdue, 0), else_=running),)
-    return (case((overdue, 0), else_=1), *fair, case((overdue, 0), else_=-Job.priority), Job.id)
-
-
-def list_ahead(session: Session, job_id: int, now: datetime) -> list[Job]:
-    """The jobs that a single worker, starting now, would claim before this one, in that order."""
-    waiting = list(session.scalars(select(Job).where(or_(_free(now), Job.id == job_id)).order_by(*_order(now))))
-    ids = [job.id for job in waiting]
-    return waiting[: ids.index(job_id)] if job_id in ids else []
+    last = case((overdue, 0), else_=1)
+    return last, case((overdue, 0), else_=running), case((overdue, 0), else_=-Job.priority), Job.id
 
 
 def end_unmet(session: Session, now: datetime) -> list[tuple[int, RegistryError]]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from registry.errors import Conflict, Invalid
+from registry.errors import Conflict, Invalid, Unavailable
 from registry.formats.references import Digest
 from registry.settings import S3Storage
 from registry.storage.blobs import BlobStat, IncomingUpload, Part, Put
@@ -195,14 +195,26 @@ class S3Arrivals:
             )
 
     def _check_digest(self, arrival: IncomingUpload, etag: str) -> None:
+        """Raises Invalid if the upload has another digest. Reads it again first: that may be one wrong read."""
+        read = self._digest(arrival, etag)
+        if read != arrival.sha256 and (again := self._digest(arrival, etag)) != arrival.sha256:
+            if again != read:
+                raise Unavailable(
+                    "store_unavailable",
+                    f"The store gives other bytes of the upload of {arrival.sha256} each time.",
+                    subject=arrival.sha256,
+                    next_step="Try again.",
+                )
+            self.discard(arrival)
+            raise _differs(arrival, f"has the sha256 {read}")
+
+    def _digest(self, arrival: IncomingUpload, etag: str) -> str:
         digest = hashlib.sha256()
         with translate_store_errors(arrival.sha256):
             body = self._client.get_object(**self._incoming(arrival), IfMatch=etag)["Body"]
             while block := body.read(_BLOCK_BYTES):
                 digest.update(block)
-        if digest.hexdigest() != arrival.sha256:
-            self.discard(arrival)
-            raise _differs(arrival, f"has the sha256 {digest.hexdigest()}")
+        return digest.hexdigest()
 
 
 def _upload_of(head: dict[str, Any]) -> str | None:
