@@ -107,6 +107,7 @@ INVALID = {
     "backup_damaged": "Restore another backup.",
     "bad_alpha": "Export the adapter again.",
     "bad_answer": "Check ADAPTORY_URL, and inform the registry's operators.",
+    "chat_template_endless": "Correct the template, or set `chat: false` in the suite.",
     "too_many_adapters": "Upgrade with a token that reads fewer namespaces.",
     "bad_channel_policy": "Correct the policy; docs/schemas/channel-policy.schema.json has its fields.",
     "bad_config": "Save the adapter again with PEFT.",

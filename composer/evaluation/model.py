@@ -11,6 +11,8 @@ import torch
 from composer.deltas.tensors import execution_device, torch_device
 from composer.errors import InvalidFile
 from composer.evaluation.memory import free_bytes
+from composer.evaluation.templates import with_budget
+from composer.formats.checkpoints.bounds import refuse_larger_than_its_tensors
 from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, open_checkpoint
 
 # Padded tokens in one forward pass. On a CPU small enough that a suite of 32 examples keeps several cores busy; where
@@ -66,6 +68,7 @@ def load_model(
     from transformers.utils import logging
 
     checkpoint = open_checkpoint(Path(directory))
+    refuse_larger_than_its_tensors(checkpoint)
     chosen = torch_device(device)
     limit = int(_free_bytes(chosen) * _WEIGHTS_SHARE) if memory is None else memory
     if dtype is None and _is_emulated(checkpoint, chosen) and _weight_bytes(checkpoint, torch.float32) <= limit:
@@ -90,7 +93,7 @@ def load_model(
             next_step="Evaluation needs a causal language model with its tokenizer beside it.",
         ) from error
     return LoadedModel(
-        model.eval() if streamed else model.eval().to(chosen), tokenizer, checkpoint.architecture, streamed
+        model.eval() if streamed else model.eval().to(chosen), with_budget(tokenizer), checkpoint.architecture, streamed
     )
 
 

@@ -23,6 +23,7 @@ from composer.findings import Finding, Severity
 from composer.formats.adapters.placement.naming import TIED_HEAD, Target, find_weight, is_head
 from composer.formats.adapters.placement.result import CONV1D_MODELS, shape_text
 from composer.formats.adapters.tokenizers import chosen_tokenizer
+from composer.formats.checkpoints.bounds import refuse_larger_than_its_tensors
 from composer.formats.checkpoints.checkpoint import Checkpoint
 from composer.formats.checkpoints.files import local_file
 from composer.formats.checkpoints.hashing import architecture_digest, identities
@@ -280,6 +281,7 @@ def _skeleton(base: Checkpoint) -> nn.Module:
     from transformers.models.auto.configuration_auto import AutoConfig
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+    refuse_larger_than_its_tensors(base)
     try:
         config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):

@@ -1,0 +1,58 @@
+"""Chat templates come with a base from anybody, and are programs: they run under a budget."""
+
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import wraps
+from types import FrameType
+from typing import Any
+
+from composer.errors import InvalidFile
+
+STEPS = 3_000_000
+"""Lines of Python that one rendering may run, two seconds' worth. Compiling a template of 10 kB takes some 100,000,
+and rendering it 1,000."""
+SECONDS = 20.0
+"""A single line may take long too: a filter over a long list."""
+_CLOCK_STEPS = 100
+
+
+def with_budget(tokenizer: Any) -> Any:
+    """The tokenizer, whose `apply_chat_template` raises InvalidFile for a template that goes beyond the budget. What
+    others render is as transformers does it."""
+    render = tokenizer.apply_chat_template
+
+    @wraps(render)
+    def rendered(*given: Any, **options: Any) -> Any:
+        with _budget():
+            return render(*given, **options)
+
+    tokenizer.apply_chat_template = rendered
+    return tokenizer
+
+
+@contextmanager
+def _budget() -> Generator[None]:
+    """Counts the lines that this thread runs in the block. Jinja's sandbox bounds a range, and not loops in loops."""
+    steps, ends_at = 0, time.monotonic() + SECONDS
+
+    def count(_frame: FrameType, event: str, _argument: Any) -> Any:
+        nonlocal steps
+        if event == "line":
+            steps += 1
+            if steps > STEPS or (steps % _CLOCK_STEPS == 0 and time.monotonic() > ends_at):
+                raise InvalidFile(
+                    "chat_template_endless",
+                    "The chat template of the base's tokenizer takes too many steps for one prompt.",
+                    subject="chat_template",
+                    next_step="Correct the template, or set `chat: false` in the suite.",
+                )
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

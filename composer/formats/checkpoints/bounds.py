@@ -1,0 +1,48 @@
+"""A model's configuration against the tensors beside it: what it makes transformers build must be there."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from composer.errors import InvalidFile
+from composer.formats.checkpoints.checkpoint import Checkpoint
+
+_LAYERS = frozenset(
+    {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"}
+)
+_PARTS = frozenset(
+    {"num_attention_heads", "num_key_value_heads", "n_head", "num_experts", "num_local_experts", "n_routed_experts"}
+)
+_SIZES = frozenset({
+    "hidden_size", "n_embd", "d_model", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "ffn_dim", "n_inner", "d_ff", "vocab_size", "head_dim", "n_positions", "kv_lora_rank", "q_lora_rank",
+})  # fmt: skip
+_PACKING = 64
+"""How many elements a quantized tensor may keep in one of its own."""
+
+
+def refuse_larger_than_its_tensors(checkpoint: Checkpoint) -> None:
+    """Raises InvalidFile if the configuration states more layers than the checkpoint has tensors, more heads or experts
+    than tensors or rows, or a width beyond that of its widest tensor: building such a model would take memory and time
+    without end."""
+    tensors = checkpoint.architecture.tensors
+    widest = max((side for spec in tensors.values() for side in spec.shape), default=0)
+    limits = {_LAYERS: len(tensors), _PARTS: max(len(tensors), widest), _SIZES: _PACKING * widest}
+    for field, stated in _numbers(checkpoint.config, ""):
+        limit = next((limit for names, limit in limits.items() if field.rpartition(".")[2] in names), stated)
+        if stated > limit:
+            raise InvalidFile(
+                "bad_config",
+                f"config.json: {field} is {stated:,}, and the checkpoint's {len(tensors):,} tensors, the widest with "
+                f"{widest:,} elements on a side, allow {limit:,} at most.",
+                subject="config.json",
+                next_step="Take config.json from where the weights are from.",
+            )
+
+
+def _numbers(config: Mapping[str, Any], above: str) -> Iterator[tuple[str, int | float]]:
+    """All numbers by the dotted path of their field."""
+    for name, value in config.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{above}{name}", value
+        elif isinstance(value, Mapping) and name.endswith("_config"):
+            yield from _numbers(value, f"{above}{name}.")

@@ -1,0 +1,77 @@
+"""A base that would keep a worker busy for ever: by its chat template, by its config.json."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.composer.small_model import TEMPLATE
+from tests.scenarios.conftest import stock
+from tests.scenarios.test_evaluations import write_suite
+from tests.scenarios.world import Cli, World
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
+LISTS = "{% for a in range(99999) %}{% set b = range(99999) | list | string | length %}{% endfor %}x"
+
+
+@pytest.fixture
+def based(on_disk: Cli, world: World, tmp_path: Path) -> tuple[Cli, Path]:
+    """A registry with an adapter of a base of its own, and a chat suite."""
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    cli = stock(on_disk, World(base, world.adapters, world.suites))
+    cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    cli.ok("suite", "add", write_suite(tmp_path, "talk", chat=True))
+    return cli, base
+
+
+def set_template(base: Path, template: str) -> None:
+    (base / "chat_template.jinja").write_text(template)
+
+
+@pytest.mark.parametrize("template", [LOOPS, LISTS])
+def test_a_chat_template_that_loops_ends_the_job_within_seconds(based: tuple[Cli, Path], template: str) -> None:
+    cli, base = based
+    set_template(base, template)
+    began = time.monotonic()
+    refused = cli("eval", "acme/sql:1.0.0", "--suite", "talk", "--queue")
+    assert time.monotonic() - began < 120
+    assert refused.code != 0
+    job = cli.json("jobs")["items"][0]
+    assert (job["state"], job["error"]["code"]) == ("failed", "chat_template_endless"), job
+
+
+def test_a_chat_template_within_the_budget_renders_as_transformers_does(world: World, tmp_path: Path) -> None:
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    from composer.evaluation.model import load_model
+
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    turns = [{"role": "user", "content": f"say {number}"} for number in range(50)]
+    for template in (TEMPLATE, "{% for turn in messages %}{{ loop.index }}{{ turn.content | upper }}{% endfor %}"):
+        set_template(base, template)
+        plain: Any = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        guarded = load_model(base, "cpu").tokenizer
+        for options in ({"tokenize": False}, {"add_generation_prompt": True, "return_dict": True}):
+            assert guarded.apply_chat_template(turns, **options) == plain.apply_chat_template(turns, **options)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_hidden_layers", 3_000_000), ("vocab_size", 10**12), ("intermediate_size", 10**9), ("num_layers", 1e9)],
+)
+def test_a_configuration_beyond_its_tensors_is_refused_at_once(
+    based: tuple[Cli, Path], field: str, value: float
+) -> None:
+    cli, base = based
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {field: value}))
+    began = time.monotonic()
+    refused = cli("eval", "acme/sql:1.0.0", "--suite", "sql-exact")
+    assert time.monotonic() - began < 30
+    said = " ".join(refused.err.split())
+    assert (refused.code, f"config.json: {field} is " in said) == (6, True), refused.err
