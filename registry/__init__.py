@@ -12,5 +12,5 @@ database/   engine, tables, locks, migrations; formats/ parses references, manif
 home        the home directory, closed to other users, with the secrets of servers for one user
 errors      an exit code a family; error_codes has every code (input_error_codes those of input), error_families makes
               the errors; settings; outages;
-            composer_name refuses another package of that name
+            addresses of registries and hosts; composer_name refuses another package of that name
 """

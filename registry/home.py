@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import mkstemp
 from urllib.parse import urlsplit
 
+from registry.addresses import is_loopback
+
 log = logging.getLogger(__name__)
 
 _OTHERS = 0o077
@@ -79,8 +81,6 @@ def use_link(home: Path, port: int, code: str) -> bool:
 
 def secret_for(home: Path, url: str) -> str | None:
     """The secret of the server at that address, if it runs on this machine and from this home."""
-    from registry.settings import is_loopback  # loaded where a server is named
-
     parts = urlsplit(url)
     if parts.scheme != "http" or not is_loopback(parts.hostname or ""):
         return None

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from registry.addresses import is_loopback, registry_url
+
 if TYPE_CHECKING:
     from composer.evaluation.scorers.scorer import PythonScorers
 
@@ -29,28 +31,6 @@ def _login_name() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return f"uid-{os.getuid()}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the host is `localhost` or a loopback address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def registry_url(text: str) -> str:
-    """Returns the address of a registry without a trailing slash and without `/v1`, which requests add themselves.
-
-    Raises ValueError for any other path, a query, or a name and password.
-    """
-    host = r"(?:[^/\s?#@:\\\[\]]+|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?"
-    match = re.fullmatch(rf"(https?://{host})(?:/(?:v1/?)?)?", text.strip())
-    if match is None:
-        raise ValueError("it is not the address of a registry, such as https://adapters.example, without a path")
-    return match.group(1)
 
 
 def _http_url(text: str) -> str:

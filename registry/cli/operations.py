@@ -48,8 +48,8 @@ def serve(
     ] = 1,
 ) -> None:
     """Serve the REST API and run a worker: for one user on loopback, or with ADAPTORY_ACCESS=tokens for many."""
+    from registry.addresses import is_loopback
     from registry.cli.server import with_secret
-    from registry.settings import is_loopback
 
     settings = own_settings()
     with_tokens = settings.access == "tokens"
@@ -205,8 +205,8 @@ def _traced(*, begin: bool) -> "Observe":
 
 def _serve_metrics(resources: "Resources", address: str) -> "Observe":
     """Serves the worker's metrics from a thread, with the rules of the server's own, and returns what counts."""
+    from registry.addresses import is_loopback
     from registry.cli.server import serve_worker
-    from registry.settings import is_loopback
     from registry.worker.metrics import WorkerMetrics
 
     host, _, port = address.rpartition(":")

@@ -33,10 +33,10 @@ def login(
 
     Prompts for the token, or reads it from stdin if that is not a terminal.
     """
+    from registry.addresses import registry_url
     from registry.client.api import Api
     from registry.home import secret_for
     from registry.sdk.connection import load_settings
-    from registry.settings import registry_url
 
     try:
         address = registry_url(url)

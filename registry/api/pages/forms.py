@@ -14,10 +14,10 @@ from urllib.parse import parse_qsl
 from fastapi import Depends, Request, Response
 from starlette.datastructures import ImmutableMultiDict
 
+from registry.addresses import is_loopback
 from registry.api.http.request import document, refuse_longer
 from registry.api.http.rules import callers_of
 from registry.errors import Invalid, NotAllowed
-from registry.settings import is_loopback
 
 COOKIE = "__Host-adaptory"
 """Browsers send it only by https, to this host alone, and no script reads it."""
