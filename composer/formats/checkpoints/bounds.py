@@ -1,7 +1,7 @@
 """A model's configuration against the tensors beside it: what it makes transformers build must be there."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from composer.errors import InvalidFile
 from composer.formats.checkpoints.checkpoint import Checkpoint
@@ -45,4 +45,4 @@ def _numbers(config: Mapping[str, Any], above: str) -> Iterator[tuple[str, int |
         if isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{above}{name}", value
         elif isinstance(value, Mapping) and name.endswith("_config"):
-            yield from _numbers(value, f"{above}{name}.")
+            yield from _numbers(cast("Mapping[str, Any]", value), f"{above}{name}.")
