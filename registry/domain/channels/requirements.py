@@ -151,7 +151,9 @@ def _verdict(session: Session, worst: Verdict, release: Release) -> GateResult:
     for one in lineage_of(session, release):
         if row := session.execute(made.where(ReleaseInput.release_id == one.id).limit(1)).first():
             result = _verdict_of(row, rule, worst)
-            of_input = f"for an input that was composed before: {result.detail}"
+            shown = one.repository.namespace in (release.repository.namespace, *namespaces.public_names(session))
+            why = result.detail if shown else "it is in a private namespace, and its verdict is not shown"
+            of_input = f"for an input that was composed before: {why}"
             results.append(result if one is release else replace(result, detail=of_input))
     failed = next((result for result in results if not result.passed), None)
     return failed or next(iter(results), GateResult(rule, True, "not composed here"))

@@ -152,17 +152,28 @@ def test_a_verdict_of_before_without_default_limits_counts_unless_a_recipe_had_i
     assert isinstance(promote(house), ChannelMove)
 
 
-def test_a_composition_of_a_composition_has_no_better_verdict_than_that_one(house: House) -> None:
+@pytest.mark.parametrize(
+    ("namespace", "why"),
+    [
+        (PRIVATE, "the conflict check of its inputs says warn"),
+        (OTHER, "it is in a private namespace, and its verdict is not shown"),
+    ],
+)
+def test_a_composition_of_a_composition_has_no_better_verdict_than_that_one(
+    house: House, namespace: str, why: str
+) -> None:
     """Composed alone, an adapter has no conflict with anything."""
     demand(house, verdict="ok")
     with house.resources.write() as session:
         alone, both, *_ = session.scalars(select(Composition).order_by(Composition.id))
         alone.conflicts, both.conflicts = {"verdict": "ok"}, {"verdict": "warn"}
-        old, new = (releases.find(session, NAME, version).id for version in (OLD, NEW))
+        old, new = (
+            releases.find(session, NAME, OLD).id,
+            releases.find(session, RepositoryName(namespace, "sql"), NEW).id,
+        )
         session.add(ReleaseInput(release_id=old, input_id=new, composition_id=alone.id, weight=1.0))
         session.add(ReleaseInput(release_id=new, input_id=new + 1, composition_id=both.id, weight=1.0))
-    (why,) = refusal(house)
-    assert why == "verdict ok: for an input that was composed before: the conflict check of its inputs says warn"
+    assert refusal(house) == [f"verdict ok: for an input that was composed before: {why}"]
 
 
 def test_a_refusal_does_not_count_what_may_still_come_as_failed(house: House) -> None:
