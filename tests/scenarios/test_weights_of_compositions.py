@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from composer.formats.adapters.facts import WEIGHTS_FILE
+from registry.domain.catalog import releases
+from registry.domain.channels import takedowns
 from registry.formats.references import parse_repository, parse_version
 from registry.transfer import commits as transfers
 from tests.durability import test_commits as hub
@@ -62,6 +64,22 @@ def test_weights_of_a_composition_that_are_pushed_again_keep_its_inputs_licences
         results: Mapping[str, Any] = {one["rule"]: one for one in refused}
         assert not results["no gpl-3.0"]["passed"]
         assert "not composed here" not in results["verdict ok"]["detail"]
+
+
+def test_weights_of_a_composition_that_has_been_taken_down_keep_its_inputs(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    """As a retention does after some days, which bars nothing; its files were pulled before."""
+    cli = stocked_embedded
+    composed(cli, world, tmp_path)
+    directory = forged(cli, "acme/both:1.0.0", tmp_path / "pulled")
+    made = inputs(cli, "acme/both:1.0.0")
+    with resources_of(cli.environment) as resources, resources.write() as session:
+        release = releases.find(session, parse_repository("acme/both"), parse_version("1.0.0"))
+        takedowns.take_down(session, hub.actor(resources), release, "it is old", bar=False)
+    cli.ok("gc", "--grace-hours", "0")
+    cli.ok("push", directory, "other/name:1.0.0", "--base", "tiny")
+    assert inputs(cli, "other/name:1.0.0") == made != []
 
 
 def test_one_changed_weight_ends_what_is_inherited(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sqlalchemy import ColumnElement, exists, func, or_, select, true
+from sqlalchemy import ColumnElement, exists, false, func, or_, select, true
 from sqlalchemy.orm import Session
 
 from composer.findings import Finding, Severity
@@ -13,7 +13,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, may_read, readable
 from registry.domain.catalog.releases import Input, NewRelease, full_name
 from registry.domain.catalog.repositories import Kind
-from registry.formats.manifest import ManifestFile
+from registry.formats.manifest import ManifestFile, parse_manifest
 
 _WEIGHTS = ".safetensors"
 _MAX_CANDIDATES = 20
@@ -78,28 +78,38 @@ def with_inherited(session: Session, actor: Actor, new: NewRelease) -> tuple[New
 
 def _composed_with(session: Session, actor: Actor, new: NewRelease) -> Release | None:
     """The earliest composed release of the kind that has no other weight files than these, and that the actor may
-    read, with this token or another. Further files beside the weights make no difference."""
+    read, with this token or another. Further files beside the weights make no difference, nor that its files have been
+    taken down since."""
     weights = _weights(new.kind, new.files)
     is_weight = func.lower(RevisionFile.path).endswith(_WEIGHTS)
     own = RevisionFile.revision_id == Release.revision_id
     query = (
         select(Release)
         .join(Repository, Repository.id == Release.repository_id)
-        .where(Release.revision_id.in_(select(RevisionFile.revision_id).where(RevisionFile.sha256.in_(weights))))
         .where(Repository.kind == new.kind, _may_be_read(actor), _IS_COMPOSED)
-        .where(~exists().where(own, is_weight, RevisionFile.sha256.not_in(weights)))
+        .order_by(Release.id)
     )
-    candidates = session.scalars(query.order_by(Release.id).limit(_MAX_CANDIDATES)).all()
-    return next((one for one in candidates if not _repeats_a_push(session, one, weights)), None)
+    there = query.where(
+        Release.revision_id.in_(select(RevisionFile.revision_id).where(RevisionFile.sha256.in_(weights))),
+        ~exists().where(own, is_weight, RevisionFile.sha256.not_in(weights)),
+    )
+    gone = query.join(Revision, Revision.id == Release.revision_id).where(Revision.taken_down_at.is_not(None))
+    gone = gone.where(or_(false(), *(Revision.manifest.contains(sha256) for sha256 in weights)))
+    candidates = [
+        *session.scalars(there.limit(_MAX_CANDIDATES)),
+        *(one for one in session.scalars(gone.limit(_MAX_CANDIDATES)) if _made_of(one, new.kind) <= weights),
+    ]
+    return next((one for one in candidates if not _repeats_a_push(session, one, _made_of(one, new.kind))), None)
 
 
-def _repeats_a_push(session: Session, composed: Release, weights: set[str]) -> bool:
+def _made_of(composed: Release, kind: Kind) -> set[str]:
+    """The digests of its weights, also once its files were taken down."""
+    return _weights(kind, parse_manifest(composed.revision.manifest))
+
+
+def _repeats_a_push(session: Session, composed: Release, made_of: set[str]) -> bool:
     """Whether a release that nobody composed had these weights before. Else anybody could give an adapter other inputs
     by composing it alone, for when its author pushes it again."""
-    own = select(RevisionFile.sha256).where(
-        RevisionFile.revision_id == composed.revision_id, RevisionFile.sha256.in_(weights)
-    )
-    made_of = set(session.scalars(own))
     query = select(Release.id).join(RevisionFile, RevisionFile.revision_id == Release.revision_id)
     query = query.where(Release.id < composed.id, RevisionFile.sha256.in_(made_of), ~_IS_COMPOSED)
     query = query.group_by(Release.id).having(func.count(RevisionFile.sha256.distinct()) == len(made_of))
