@@ -72,7 +72,7 @@ def _serve(
     from registry.worker.runner import run_worker
     from registry.worker.steps import KINDS
 
-    resources = open_resources(settings, newer=True)
+    resources = open_resources(settings, serving="serve")
     if settings.access == "tokens":
         _refuse_without_tokens(resources)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # lets requests and the job end first, as with SIGTERM
@@ -175,7 +175,7 @@ def worker(
     from registry.worker.runner import run_worker
     from registry.worker.steps import KINDS
 
-    resources = open_resources(own_settings(), newer=True)
+    resources = open_resources(own_settings(), serving="worker")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
@@ -230,7 +230,8 @@ def _serve_metrics(resources: "Resources", address: str) -> "Observe":
 def migrate(json: JsonFlag = False) -> None:
     """Migrate the database to this version's schema."""
     from registry.database.engine import Database, DatabaseTimeouts
-    from registry.database.migrate import head_revision, schema_revision
+    from registry.database.migrate import connected as connected_to
+    from registry.database.migrate import head_revision, schema_revision, works_with
     from registry.database.migrate import migrate as run_migrations
     from registry.settings import DATABASE_FILE
 
@@ -241,11 +242,25 @@ def migrate(json: JsonFlag = False) -> None:
     database = Database(settings.effective_database_url, DatabaseTimeouts(statement_s=None))
     before = schema_revision(database)
     run_migrations(database)
-    document = {"database": database.shown_url, "from": before, "to": head_revision()}
+    head, others = head_revision(), connected_to(database)
+    document = {"database": database.shown_url, "from": before, "to": head, "connected": others}
+    if others and before not in (None, head):
+        _name_connected(others, works=works_with(database, str(before)))
     database.close()
     render.document(
         document, json, lambda: render.out(f"{document['database']}: schema {before or 'none'} -> {document['to']}")
     )
+
+
+def _name_connected(others: Sequence[str], *, works: bool) -> None:
+    if works:
+        render.say("still connected; replace servers and workers of the version before:")
+    else:
+        render.say(
+            "warning: the version before does not work with this schema; stop these processes if they are of it:"
+        )
+    for name in others:
+        render.say(f"  {name}")
 
 
 @root.command()

@@ -131,7 +131,7 @@ def child_application() -> "FastAPI":
 
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:
-        return _application(open_resources(load_settings(), newer=True))
+        return _application(open_resources(load_settings(), serving="serve"))
     except RegistryError as error:
         render.fail(error, as_json=False)
         sys.exit(STARTUP_FAILURE)  # a retry would fail the same way

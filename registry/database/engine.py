@@ -86,11 +86,13 @@ class _ReadSession(Session):
 class Database:
     """An engine, its reads and its writes. A `Session` never leaves the `with` block that opened it."""
 
-    def __init__(self, url: str, patience: DatabaseTimeouts = DatabaseTimeouts(), pool_size: int = 20) -> None:
-        """`pool_size` is the maximum number of open connections to PostgreSQL."""
+    def __init__(
+        self, url: str, patience: DatabaseTimeouts = DatabaseTimeouts(), pool_size: int = 20, role: str = ""
+    ) -> None:
+        """`pool_size` is the maximum number of open connections to PostgreSQL; `role` is part of their name there."""
         self.url: URL = make_url(url)
         self.reading: Engine = (
-            _sqlite(self.url, patience) if self.is_sqlite else _postgresql(self.url, patience, pool_size)
+            _sqlite(self.url, patience) if self.is_sqlite else _postgresql(self.url, patience, pool_size, role)
         )
         transactions = {} if self.is_sqlite else {"isolation_level": "READ COMMITTED"}
         self.engine: Engine = self.reading.execution_options(**transactions)
@@ -212,7 +214,7 @@ def _sqlite(url: URL, patience: DatabaseTimeouts) -> Engine:
     return engine
 
 
-def _postgresql(url: URL, patience: DatabaseTimeouts, pool_size: int) -> Engine:
+def _postgresql(url: URL, patience: DatabaseTimeouts, pool_size: int, role: str) -> Engine:
     from registry.database.postgres import postgresql_engine  # psycopg is loaded where it is used
 
-    return postgresql_engine(url, pool_size, patience.connect_s, patience.statement_s)
+    return postgresql_engine(url, pool_size, patience.connect_s, patience.statement_s, role)

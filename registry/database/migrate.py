@@ -1,5 +1,7 @@
 """The schema revision of a database, and migrations to this version's."""
 
+import threading
+import time
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +13,10 @@ from sqlalchemy.orm import Session as Session
 
 from registry.database.engine import Database
 from registry.database.errors import translate_database_errors
-from registry.errors import Unavailable
+from registry.errors import RegistryError, Unavailable
+
+LOOK_S = 2.0
+"""How often a process that writes looks whether its code still works with the schema."""
 
 
 def migrations_directory() -> Path:
@@ -65,12 +70,65 @@ def ensure_schema(database: Database, *, create: bool, newer: bool = False) -> N
             f"The database is at schema {revision or 'none'}, this version needs {head}.",
             next_step="Run `adaptory migrate`.",
         )
-    elif newer and revision > head and _works_with(database, head):
+    elif newer and revision > head and works_with(database, head):
         return
     _refuse_newer(revision)
 
 
-def _works_with(database: Database, code: str) -> bool:
+class SchemaWatch:
+    """Refuses the changes of a process that started before an incompatible migration: its statements may still succeed,
+    and leave rows that break what the new code relies on. One process looks every `LOOK_S` seconds at most, not once
+    for each change."""
+
+    def __init__(self) -> None:
+        self._looking = threading.Lock()
+        self._looked_at = time.monotonic()  # opening the database included a look
+        self._refusal: RegistryError | None = None
+
+    def ensure_writable(self, database: Database) -> None:
+        """Raises Unavailable while this code does not work with the schema. Reads go on."""
+        if time.monotonic() - self._looked_at >= LOOK_S and self._looking.acquire(blocking=False):
+            try:
+                self._refusal = _refusal_of_changes(database)
+                self._looked_at = time.monotonic()
+            finally:
+                self._looking.release()
+        if (refusal := self._refusal) is not None:
+            raise Unavailable(
+                refusal.code, refusal.detail, subject=refusal.subject, next_step=refusal.next_step
+            )  # a new one: threads would share its traceback
+
+
+def _refusal_of_changes(database: Database) -> RegistryError | None:
+    try:
+        ensure_schema(database, create=False, newer=True)
+    except Unavailable as error:
+        if not error.code.startswith("schema_"):
+            raise
+        return Unavailable(
+            error.code,
+            f"{error.detail} This process does not work with it: it reads, and changes nothing.",
+            next_step="Use a server of the version that migrated the database, and stop the processes of the other.",
+        )
+    return None
+
+
+def connected(database: Database) -> list[str] | None:
+    """The names and addresses of the clients that are connected to the database besides this one, for an operator.
+    None on SQLite, which does not know. A process that has been idle for a minute has no connection."""
+    if database.is_sqlite:
+        return None
+    query = text("""
+        SELECT coalesce(nullif(application_name, ''), 'a client without a name'), host(client_addr)
+        FROM pg_stat_activity
+        WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()
+        GROUP BY 1, 2 ORDER BY 1, 2
+    """)
+    with database.read() as session:
+        return [f"{name} from {address}" if address else name for name, address in session.execute(query)]
+
+
+def works_with(database: Database, code: str) -> bool:
     """Whether the code whose newest migration is `code` works with the schema of the database."""
     with translate_database_errors():
         columns = {column["name"] for column in inspect(database.engine).get_columns("alembic_version")}

@@ -4,7 +4,9 @@ The server ends a statement that takes too long, but a server that hangs ends no
 acknowledging packets, so that no TCP timeout fires. Therefore the client has a timeout too.
 """
 
+import os
 import select
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -112,9 +114,10 @@ class PatientPool(QueuePool):
         super().dispose()
 
 
-def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: float | None) -> Engine:
+def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: float | None, role: str = "") -> Engine:
     """An engine. `connect_s` is at least 2 (libpq's rule); with `statement_s` None, statements have no limit.
-    Connections commit automatically: a BEGIN and COMMIT for each read would cost as much as a statement."""
+    Connections commit automatically: a BEGIN and COMMIT for each read would cost as much as a statement. They have the
+    name of the process and its `role`, unless the URL or PGAPPNAME names them."""
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
     # Compiling a plan takes 100 ms or more, which none of our statements runs long enough to regain.
@@ -130,7 +133,7 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
         max_overflow=0,
         isolation_level="AUTOCOMMIT",
         skip_autocommit_rollback=True,
-        connect_args={"options": options, "connect_timeout": connect_s},
+        connect_args={"options": options, "connect_timeout": connect_s, "fallback_application_name": _name(role)},
     )
 
     engine.pool.connect_s = connect_s  # pyright: ignore[reportAttributeAccessIssue]  (it is a PatientPool)
@@ -149,6 +152,11 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
             raise DisconnectionError  # the pool tries another one
 
     return engine
+
+
+def _name(role: str) -> str:
+    """`adaptory serve host 4711`: at most 63 bytes, which is what PostgreSQL keeps."""
+    return " ".join(filter(None, ("adaptory", role, socket.gethostname()[:40], str(os.getpid()))))
 
 
 def _has_news(connection: Connection) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from registry.database.engine import Database, DatabaseTimeouts
-from registry.database.migrate import ensure_schema
+from registry.database.migrate import SchemaWatch, ensure_schema
 from registry.domain.access.namespaces import NEW_NAMESPACE_BYTES
 from registry.home import close_directory, close_file
 from registry.settings import DATABASE_FILE, LocalStorage, Settings
@@ -34,6 +34,7 @@ class Resources:
     work_directory: Path
     clock: Callable[[], datetime] = utc_now
     recent: RecentStats = field(default_factory=RecentStats)
+    schema: SchemaWatch = field(default_factory=SchemaWatch)
 
     def read(self) -> AbstractContextManager[Session]:
         return self.database.read()
@@ -43,6 +44,9 @@ class Resources:
 
     @contextmanager
     def write(self) -> Generator[Session]:
+        """`Database.write`. Raises Unavailable, before anything is changed, after a migration that this code does not
+        work with."""
+        self.schema.ensure_writable(self.database)
         with self.database.write() as session:
             session.info[NEW_NAMESPACE_BYTES] = self.settings.namespace_bytes or None
             yield session
@@ -51,16 +55,16 @@ class Resources:
         self.database.close()
 
 
-def open_resources(settings: Settings, *, newer: bool = False) -> Resources:
+def open_resources(settings: Settings, *, serving: str = "") -> Resources:
     """Opens the database and the store. An empty embedded database gets its tables; any other must have the current
-    schema or, with `newer`, a later one that this version works with: for servers and workers that go on while the next
-    version takes over."""
+    schema. `serving` names a process that goes on while the next version takes over, `serve` or `worker`: it also
+    accepts a later schema that this version works with."""
     close_directory(settings.home_directory)
     if settings.database_url is None:
         close_file(settings.home_directory / DATABASE_FILE)
     patience = DatabaseTimeouts(settings.database_connect_timeout_s, settings.database_timeout_s)
-    database = Database(settings.effective_database_url, patience, settings.database_pool_size)
-    ensure_schema(database, create=settings.database_url is None, newer=newer)
+    database = Database(settings.effective_database_url, patience, settings.database_pool_size, serving)
+    ensure_schema(database, create=settings.database_url is None, newer=bool(serving))
     work = settings.work_directory
     close_directory(work)
     return Resources(settings, database, open_store(settings, database), work)

@@ -197,7 +197,7 @@ def _work(
                 end_unmet(resources)
             worked = bool(kinds) and run_one(resources, kinds, worker, stop, host, observe, engine, only)
         except Unavailable as error:
-            log.warning("The worker cannot reach its database or store, and waits: %s", error)
+            log.warning("The worker takes no jobs for now: %s", error)
             worked = False
         except Exception:  # a defect in one job must not end the worker; the job's lease expires and it is retried
             log.exception("The worker lost a job")

@@ -6,10 +6,13 @@ the history of the checkout.
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,18 +24,21 @@ import pytest
 from sqlalchemy import Column, MetaData, UniqueConstraint, text
 
 from registry.database.engine import Database
-from registry.database.migrate import head_revision, migrate, migrations_directory
+from registry.database.migrate import LOOK_S, head_revision, migrate, migrations_directory
 from registry.errors import Unavailable
 from registry.settings import Settings
 from registry.transfer.resources import open_resources
 from tests import services
 from tests.deploy.stack import Stack, wait_until_ready
-from tests.deploy.test_restarts import Load, go_on
+from tests.deploy.test_restarts import LINE, Load, go_on, ok
 from tests.durability.small import write_adapter, write_base
+from tests.eventually import eventually
 from tests.ports import free_ports
 from tests.scenarios.world import Cli
 
 CHECKOUT = Path(__file__).parents[2]
+FILE = {"path": "a", "sha256": "0" * 64, "size_bytes": 9}
+SUITE = {"kind": "target", "chat": False, "examples": [{"prompt": "a", "completion": "b"}]}
 NEXT = f"{int(head_revision()) + 1:04}"
 MIGRATION = f'''"""something new"""
 
@@ -124,6 +130,51 @@ def test_the_next_version_takes_over_from_this_one_without_a_failed_request(
     assert version.json(settings, "fsck")["clean"]
 
 
+def test_after_a_migration_that_it_does_not_work_with_this_version_reads_on_and_changes_nothing(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    for number in range(2):
+        adapter = write_adapter(tmp_path / str(number), number)
+        Cli(environ).ok("push", adapter, f"acme/sql:1.{number}.0", "--base", "tiny")
+    version, wanted = next_version(tmp_path / "next", NEXT), [{"adapter": f"acme/sql:1.{n}.0"} for n in range(2)]
+    with Stack(tmp_path, environ) as stack, httpx2.Client(timeout=60) as client:
+        server, worker, port = stack.server(services.free_port()), stack.worker(), services.free_port()
+        migrated = version.run(environ, "migrate")
+        assert f"-> {NEXT}" in migrated.stdout
+        if "ADAPTORY_DATABASE_URL" in environ:
+            assert "stop these processes" in migrated.stderr
+            for one, name in ((server, "serve"), (worker, "worker")):
+                assert f"adaptory {name} {socket.gethostname()[:40]} {one.process.pid}" in migrated.stderr
+        newer = stack.start("next", version.command("serve", "--no-worker", "--port", port))
+        newer.url = f"http://127.0.0.1:{port}"
+        wait_until_ready(newer)
+        time.sleep(LOOK_S)
+        job = ok(client.post(f"{newer.url}/v1/conflicts", json={"inputs": wanted})).json()["id"]
+        was = Cli({**environ, "ADAPTORY_URL": newer.url}).json("audit")
+        browser = {"Origin": server.url, "Accept": "text/html"}
+        (token,) = re.findall(r'name="form_token" value="(\w+)"', client.get(f"{server.url}/acme/sql/1.0.0/yank").text)
+        for method, path, body in (
+            ("POST", "/v1/suites", {"json": {**SUITE, "name": "other"}}),
+            ("PUT", f"{LINE}/channels/prod", {"json": {"version": "1.0.0"}}),
+            ("POST", f"{LINE}/releases/1.0.0/yank", {"json": {"reason": "bad"}}),
+            ("POST", "/v1/uploads", {"json": {"namespace": "acme", "files": [FILE]}}),
+            ("POST", "/api/repos/create", {"json": {"organization": "acme", "name": "new"}}),
+            ("POST", "/acme/sql/1.0.0/yank", {"data": {"reason": "bad", "form_token": token}, "headers": browser}),
+        ):
+            refused = client.request(method, f"{server.url}{path}", **body)
+            assert refused.status_code == 503, (path, refused.text)
+            assert "newer than" in refused.text, path
+        assert refused.headers["content-type"].startswith("text/html")
+        for path in ("/v1/resolve?ref=acme/sql:1.0.0", f"{LINE}/releases/1.0.0", "/api/models/acme/sql", "/acme/sql"):
+            assert client.get(f"{server.url}{path}").status_code == 200, path
+        assert client.get(f"{server.url}/readyz").json()["code"] == "schema_new"
+        assert Cli({**environ, "ADAPTORY_URL": newer.url}).json("audit") == was
+        eventually(lambda: "takes no jobs for now" in worker.said())
+        assert client.get(f"{newer.url}/v1/conflicts/{job}").json()["state"] == "queued"
+        stack.start("next-worker", version.command("worker"))
+        eventually(lambda: client.get(f"{newer.url}/v1/conflicts/{job}").json()["state"] == "done")
+
+
 def test_this_version_serves_a_later_schema_that_it_works_with_and_changes_nothing_else_there(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
@@ -132,14 +183,14 @@ def test_this_version_serves_a_later_schema_that_it_works_with_and_changes_nothi
     )
     known = open_resources(settings)
     _say(known.database, NEXT, head_revision())
-    open_resources(settings, newer=True).close()
+    open_resources(settings, serving="serve").close()
     with pytest.raises(Unavailable, match="newer than"):
         open_resources(settings)
     for words in (("gc",), ("fsck",), ("migrate",), ("backup", tmp_path / "saved")):
         assert Cli({**environ, "ADAPTORY_STORAGE__KIND": "local"})(*words).code == 7, words
     _say(known.database, NEXT, NEXT)
     with pytest.raises(Unavailable, match="newer than"):
-        open_resources(settings, newer=True)
+        open_resources(settings, serving="serve")
     known.close()
 
 

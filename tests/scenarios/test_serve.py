@@ -284,7 +284,7 @@ def test_a_running_server_is_not_ready_while_its_database_has_another_schema(
                 ("0001", "schema_old", "Run `adaptory migrate`"),
                 ("9999", "schema_new", "Install a newer adaptory"),
             ):
-                with resources.write() as session:
+                with resources.database.write() as session:
                     session.execute(
                         text("UPDATE alembic_version SET version_num = :schema, oldest_code = :schema"),
                         {"schema": schema},
@@ -293,7 +293,7 @@ def test_a_running_server_is_not_ready_while_its_database_has_another_schema(
                 assert (ready.status_code, ready.json()["code"]) == (503, code)
                 assert next_step in ready.json()["next"]
                 assert httpx2.get(f"{url}/healthz").status_code == 200
-            with resources.write() as session:
+            with resources.database.write() as session:
                 session.execute(text("UPDATE alembic_version SET version_num = :head"), {"head": head_revision()})
         assert httpx2.get(f"{url}/readyz", timeout=30).status_code == 200
 
