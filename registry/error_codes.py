@@ -176,6 +176,7 @@ REGISTER: dict[type[RegistryError], dict[str, str]] = {
         "upload_unknown": "Announce the file again (POST /v1/uploads).",
     },
     Conflict: {
+        "already_restored": "Run `adaptory migrate` and `adaptory fsck`, then start the servers.",
         "subject_linked": "Grant the other user the roles, or remove that name.",
         "alias_taken": "Choose another alias.",
         "base_differs": "Register other weights under another name; compose adapters of one base.",

@@ -16,7 +16,7 @@ from registry.home import close_directory
 if TYPE_CHECKING:
     from registry.settings import S3Storage, Settings
     from registry.storage.archive import Archive
-    from registry.transfer.backup import Saved
+    from registry.transfer.backup import Restored, Saved
 
 _S3 = "s3://"
 _MISSING_SHOWN = 10
@@ -96,7 +96,8 @@ def restore(
     """Restore a backup into an empty registry, check it as fsck does, and exit with the code of that check.
 
     The registry is that of ADAPTORY_DATABASE_URL, ADAPTORY_STORAGE__… and ADAPTORY_HOME; the backup may be of another
-    kind of database and store. Stop the servers first. Repeat it if it was interrupted.
+    kind of database and store. Stop the servers first. Repeat it if it was interrupted: it goes on, or says that it was
+    complete.
     """
     from registry.database.engine import Database, DatabaseTimeouts
     from registry.database.tables import Token
@@ -119,25 +120,27 @@ def restore(
         database.close()
     with own_resources() as resources:
         check = Check.of(resources, read_bytes=False)  # each blob was hashed on its way
-    rows = sum(restored.tables.values())
     document = {
         "name": manifest.name,
-        "rows": rows,
+        "rows": sum(restored.tables.values()),
         "blobs": manifest.blob_count,
+        "kept": restored.kept,
         "copied": restored.copied,
         "copied_bytes": restored.copied_bytes,
         "fsck": check.to_json(),
     }
-
-    def show() -> None:
-        render.out(
-            f"{manifest.name}: {_contents(rows, manifest.blob_count)}; copied {render.counted(restored.copied, 'blob')}"
-        )
-        check.show()
-
-    render.document(document, json, show)
+    render.document(document, json, lambda: _show_restored(restored, check))
     if check.broken:
         raise typer.Exit(1)
+
+
+def _show_restored(restored: "Restored", check: Check) -> None:
+    contents = _contents(sum(restored.tables.values()), restored.manifest.blob_count)
+    render.out(f"{restored.manifest.name}: {contents}; copied {render.counted(restored.copied, 'blob')}")
+    if restored.kept:
+        kept = render.counted(restored.kept, "blob")
+        render.out(f"the store had {kept} of it: from a restore that was not complete, or from before")
+    check.show()
 
 
 def _contents(rows: int, blobs: int) -> str:

@@ -27,6 +27,7 @@ from sqlalchemy import (
     Table,
     Text,
     exists,
+    func,
     inspect,
     select,
     table,
@@ -107,6 +108,11 @@ def first_filled(session: Session, leave_out: Iterable[type[Row]] = ()) -> str |
         if name not in skipped and session.scalar(select(exists().select_from(table(name)))):
             return name
     return None
+
+
+def counts(session: Session) -> dict[str, int]:
+    """The number of rows in each of our tables that this database has."""
+    return {name: session.scalar(select(func.count()).select_from(table(name))) or 0 for name in _present(session)}
 
 
 def _present(session: Session) -> list[str]:

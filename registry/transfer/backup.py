@@ -7,7 +7,7 @@ way back the rows come last.
 
 import gzip
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -19,6 +19,7 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import false, select
+from sqlalchemy.orm import Session
 
 from registry.database import portable
 from registry.database.engine import Database
@@ -89,12 +90,14 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What came back: rows by table, and the blobs that were copied."""
+    """What came back: rows by table, and the blobs that were copied; `kept` counts those that the store had, from a
+    restore that died, or because it is the old store."""
 
     manifest: Manifest
     tables: dict[str, int]
     copied: int
     copied_bytes: int
+    kept: int
 
 
 def back_up(resources: Resources, archive: Archive, *, keep: int | None, read_bytes: bool, progress: Progress) -> Saved:
@@ -318,9 +321,11 @@ def restore(
     """Puts a backup into an empty registry: its blobs first, then all rows in one transaction, then this version's
     schema. Blobs that the store has already are hashed. May be repeated after it died.
 
-    `leave_out` names tables that stay empty. Raises Conflict for a registry with rows, before anything is changed.
+    `leave_out` names tables that stay empty. Raises Conflict for a registry with rows, before anything is changed; its
+    code says whether they are those of the backup, so that an earlier restore was complete.
     """
-    _ensure_empty(database, manifest)
+    left_out = frozenset(leave_out)
+    _ensure_empty(database, manifest, left_out)
     with exclusive_collection(database), TemporaryDirectory(prefix="backup-", dir=archive.scratch) as scratch:
         work = Path(scratch)
         rows = _fetched(archive, manifest.name, _ROWS, manifest.rows, work)
@@ -332,19 +337,20 @@ def restore(
             progress(done)
         with database.write() as session:
             portable.lock_tables(session)
-            _refuse_filled(portable.first_filled(session, [StoreFactsRow]))
+            _refuse_filled(session, manifest, left_out)
             with gzip.open(rows, "rb") as lines:
-                counts = portable.load(session, lines, set(leave_out))
+                counts = portable.load(session, lines, left_out)
         migrate(database)
-    return Restored(manifest, counts, copied.count, copied.size_bytes)
+    kept = copied.seen - copied.count - len(copied.missing)
+    return Restored(manifest, counts, copied.count, copied.size_bytes, kept)
 
 
-def _ensure_empty(database: Database, manifest: Manifest) -> None:
+def _ensure_empty(database: Database, manifest: Manifest, left_out: Collection[str]) -> None:
     revision = schema_revision(database)
     if revision is None:
         return
     with database.read() as session:
-        _refuse_filled(portable.first_filled(session, [StoreFactsRow]))
+        _refuse_filled(session, manifest, left_out)
     if revision > manifest.schema_revision:
         raise Conflict(
             "registry_not_empty",
@@ -354,11 +360,25 @@ def _ensure_empty(database: Database, manifest: Manifest) -> None:
         )
 
 
-def _refuse_filled(table: str | None) -> None:
-    if table is not None:
+def _refuse_filled(session: Session, manifest: Manifest, left_out: Collection[str]) -> None:
+    """Compares numbers of rows: they come back in one transaction, and every change adds one to the audit log."""
+    filled = portable.first_filled(session, [StoreFactsRow])
+    if filled is None:
+        return
+    counts, expected = portable.counts(session), {k: n for k, n in manifest.tables.items() if k not in left_out}
+    table = next((name for name, count in expected.items() if counts.get(name, 0) != count), None)
+    if table is None:
         raise Conflict(
-            "registry_not_empty",
-            f"The registry is not empty: its table {table} has rows.",
-            subject=table,
-            next_step="Restore into an empty database, and point the registry to it.",
+            "already_restored",
+            f"The registry has the {sum(expected.values()):,} rows of the backup {manifest.name} already, and no "
+            "later ones: if it was restored from it, that was complete.",
+            subject=manifest.name,
+            next_step="Run `adaptory migrate` and `adaptory fsck`, then start the servers.",
         )
+    raise Conflict(
+        "registry_not_empty",
+        f"The registry is not empty: its table {filled} has rows. It is not the restored backup {manifest.name}, or "
+        f"was changed since: {table} has {counts.get(table, 0):,} rows there, and {expected[table]:,} in the backup.",
+        subject=filled,
+        next_step="Restore into an empty database, and point the registry to it.",
+    )

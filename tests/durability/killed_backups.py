@@ -48,11 +48,14 @@ def back_up_and_die(directory: str, last: str) -> None:
     backup.back_up(resources(), archive, keep=None, read_bytes=False, progress=Quiet(count))
 
 
-def restore_and_die(directory: str) -> None:
-    """Dies after the first blob."""
+def restore_and_die(directory: str, last: str) -> None:
+    """Dies after the first blob, or with everything done before it could say so."""
     archive, held = LocalArchive(Path(directory)), resources()
     manifest = backup.read_manifest(archive, None)
-    backup.restore(held.database, held.store, archive, manifest, progress=Quiet(_die))
+    backup.restore(
+        held.database, held.store, archive, manifest, progress=Quiet(_die if last == "blob" else lambda: None)
+    )
+    _die()
 
 
 def _die() -> None:

@@ -149,13 +149,33 @@ def test_a_killed_backup_does_not_exist_and_the_next_one_goes_on_with_its_blobs(
 def test_a_killed_restore_leaves_an_empty_registry_and_may_be_repeated(small: Cli, tmp_path: Path) -> None:
     small.ok("backup", tmp_path / "saved")
     empty = other_kind({"ADAPTORY_DATABASE_URL": ""}, tmp_path / "restored")
-    process = start(restore_and_die, empty, str(tmp_path / "saved"))
+    process = start(restore_and_die, empty, str(tmp_path / "saved"), "blob")
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert Cli(empty).json("list")["items"] == []
     report = Cli(empty).json("restore", tmp_path / "saved")
     assert report["fsck"]["clean"]
-    assert report["copied"] < report["blobs"]
+    assert 0 < report["kept"] == report["blobs"] - report["copied"]
+
+
+def test_a_restore_that_was_killed_when_it_was_complete_says_so_when_it_is_repeated(small: Cli, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    name = small.json("backup", saved)["name"]
+    empty = other_kind({"ADAPTORY_DATABASE_URL": ""}, tmp_path / "restored")
+    process = start(restore_and_die, empty, str(saved), "rows")
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    was = rows_of(empty)
+    refused = Cli(empty)("restore", saved, "--json")
+    assert (refused.code, refused.json["error"]["code"]) == (4, "already_restored")
+    assert f"of the backup {name} already" in refused.json["error"]["detail"]
+    assert rows_of(empty) == was == rows_of(small.environment)
+    Cli(empty).ok("migrate")
+    Cli(empty).ok("fsck")
+    Cli(empty).ok("yank", "acme/sql:1.2.0", "--reason", "changed since")
+    refused = Cli(empty)("restore", saved, "--json")
+    assert (refused.code, refused.json["error"]["code"]) == (4, "registry_not_empty")
+    assert f"not the restored backup {name}, or was changed since" in refused.json["error"]["detail"]
 
 
 def test_no_collection_runs_beside_a_backup_whose_blobs_it_could_take(environ: Environment, tmp_path: Path) -> None:
@@ -177,6 +197,7 @@ def test_no_collection_runs_beside_a_backup_whose_blobs_it_could_take(environ: E
 
 def test_a_registry_with_rows_is_not_restored_into(small: Cli, tmp_path: Path) -> None:
     small.ok("backup", tmp_path / "saved")
+    small.ok("yank", "acme/sql:1.2.0", "--reason", "later than the backup")
     was = rows_of(small.environment)
     refused = small("restore", tmp_path / "saved", "--json")
     assert (refused.code, refused.json["error"]["code"]) == (4, "registry_not_empty")
