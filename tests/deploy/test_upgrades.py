@@ -153,14 +153,15 @@ def test_after_a_migration_that_it_does_not_work_with_this_version_reads_on_and_
         was = Cli({**environ, "ADAPTORY_URL": newer.url}).json("audit")
         browser = {"Origin": server.url, "Accept": "text/html"}
         (token,) = re.findall(r'name="form_token" value="(\w+)"', client.get(f"{server.url}/acme/sql/1.0.0/yank").text)
-        for method, path, body in (
+        changes: tuple[tuple[str, str, dict[str, Any]], ...] = (
             ("POST", "/v1/suites", {"json": {**SUITE, "name": "other"}}),
             ("PUT", f"{LINE}/channels/prod", {"json": {"version": "1.0.0"}}),
             ("POST", f"{LINE}/releases/1.0.0/yank", {"json": {"reason": "bad"}}),
             ("POST", "/v1/uploads", {"json": {"namespace": "acme", "files": [FILE]}}),
             ("POST", "/api/repos/create", {"json": {"organization": "acme", "name": "new"}}),
             ("POST", "/acme/sql/1.0.0/yank", {"data": {"reason": "bad", "form_token": token}, "headers": browser}),
-        ):
+        )
+        for method, path, body in changes:
             refused = client.request(method, f"{server.url}{path}", **body)
             assert refused.status_code == 503, (path, refused.text)
             assert "newer than" in refused.text, path

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Generator
@@ -21,7 +22,14 @@ import registry.transfer.resources
 from composer.formats.adapters.facts import WEIGHTS_FILE
 from registry.database import tables
 from registry.database.engine import Database, Row
-from registry.database.migrate import ensure_schema, head_revision, migrate, migrations_directory, schema_revision
+from registry.database.migrate import (
+    ensure_schema,
+    head_revision,
+    migrate,
+    migrations_directory,
+    schema_revision,
+    works_with,
+)
 from registry.domain.channels.requirements import unspent_approvals
 from registry.errors import Unavailable
 from registry.settings import Settings
@@ -116,6 +124,26 @@ def test_an_empty_database_that_is_not_embedded_asks_for_adaptory_migrate(url: s
     assert cli.json("list") == {"items": [], "next": None}
     again = cli.json("migrate")
     assert (again["from"], again["to"]) == (head_revision(), head_revision())
+
+
+def test_a_migration_names_the_clients_that_are_still_connected_where_the_database_knows(
+    url: str, tmp_path: Path
+) -> None:
+    before = sorted(path.name[:4] for path in (migrations_directory() / "versions").glob("0*.py"))[-2]
+    serving = Database(url, role="serve")
+    migrate(serving, before)
+    ran = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_DATABASE_URL": url})("migrate", "--json")
+    assert (ran.code, ran.json["from"], ran.json["to"]) == (0, before, head_revision())
+    if serving.is_sqlite:
+        assert (ran.json["connected"], ran.err) == (None, "")
+    else:
+        assert [one.partition(" from ")[0] for one in ran.json["connected"]] == [
+            f"adaptory serve {socket.gethostname()[:40]} {os.getpid()}"
+        ]
+        expected = "still connected" if works_with(serving, before) else "stop these processes"
+        assert expected in ran.err
+        assert ran.json["connected"][0] in ran.err
+    serving.close()
 
 
 def test_an_older_database_asks_for_adaptory_migrate(database: Database, url: str, tmp_path: Path) -> None:
