@@ -85,6 +85,17 @@ def test_the_compose_file_is_valid_and_asks_for_every_secret() -> None:
     assert config["services"]["proxy"]["networks"]["front"]["aliases"] == [FILLED_IN["SITE"]]
 
 
+def test_what_is_deployed_does_not_show_whether_another_namespace_holds_a_file() -> None:
+    """Where clients write in place, the address of an upload does."""
+    servers = [one.get("environment", {}) for one in compose(**FILLED_IN)["services"].values()]
+    with_bucket = [one for one in servers if "ADAPTORY_STORAGE__BUCKET" in one]
+    assert with_bucket
+    assert {one["ADAPTORY_STORAGE__DIRECT"] for one in with_bucket} == {"false"}
+    for overlay in OVERLAYS:
+        (settings,) = [one["data"] for one in rendered(overlay) if "ADAPTORY_STORAGE__DIRECT" in one.get("data", {})]
+        assert settings["ADAPTORY_STORAGE__DIRECT"] == "false", overlay
+
+
 def _unknown_settings(names: Any) -> set[str]:
     ours = {name for name in names if name.startswith("ADAPTORY_")}
     read_by_caddy = re.findall(r"\{\$([A-Z_]+)", "".join(one.read_text() for one in (DEPLOY / "caddy").iterdir()))
