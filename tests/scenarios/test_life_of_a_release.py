@@ -317,3 +317,19 @@ def test_a_value_that_no_measurement_gives_is_no_score(stocked_embedded: Cli, wo
         assert cli.json("show", "acme/sql")["scores"] == []
         for metric, value in (("nll", 0.0), ("nll", 400.0), ("accuracy", 0.0), ("accuracy", 1.0), ("points", -5.0)):
             record(metric, value)
+
+
+def test_a_yank_is_no_way_back_to_a_release_that_was_rolled_back(stocked_embedded: Cli, world: World) -> None:
+    """What a rollback has left comes back by a promotion alone, which its policy judges."""
+    cli = stocked_embedded
+    for version, name in (("1.0.0", "sql"), ("1.1.0", "other-sql")):
+        cli.ok("push", world.adapters[name], f"acme/sql:{version}", "--base", "tiny")
+    for version in ("1.0.0", "1.1.0", "1.0.0"):
+        cli.ok("promote", f"acme/sql:{version}", "--to", "prod")
+    cli.ok("rollback", "acme/sql@prod", "--reason", "1.0.0 is broken")
+    assert cli.json("show", "acme/sql@prod")["version"] == "1.1.0"
+    cli.ok("yank", "acme/sql:1.1.0", "--reason", "to get round the gates")
+    assert cli("show", "acme/sql@prod").code == 3, "it serves nothing"
+    assert cli.ok("fsck").code == 0
+    cli.ok("unyank", "acme/sql:1.1.0", "--reason", "it was fine")
+    assert cli.json("show", "acme/sql@prod")["version"] == "1.1.0"

@@ -90,8 +90,8 @@ class Channel(Row):
     """A movable pointer. `move_id` is its last move and its ETag (not a foreign key: each table would have to come
     first).
 
-    `served_id` is the release that it serves: that of the last move or, if that is yanked, of the first one below that
-    is not; None if there is none. `served_key` is that release's sort key. Searches read them in order.
+    `served_id` is the release that it serves: that of the last move or, if that is yanked, what a rollback would
+    return to; None if there is nothing. `served_key` is that release's sort key. Searches read them in order.
     """
 
     __tablename__ = "channels"

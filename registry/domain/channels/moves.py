@@ -248,10 +248,10 @@ def _serves(move_id: int, version: str, commit: str) -> dict[str, Any]:
 
 
 def effective_move(session: Session, channel: Channel) -> Move | None:
-    """The move whose release the channel serves: the current one, or the first below it that is not yanked. None before
-    the first move."""
+    """The move whose release the channel serves: the current one or, if its release is yanked, the one that a rollback
+    returns to: a yank is no way to a release that a rollback has left. None before the first move."""
     current = session.get(Move, channel.move_id) if channel.move_id else None
-    return _previous_unyanked(session, current) if current and current.to_release.yanked else current
+    return before(session, current) if current and current.to_release.yanked else current
 
 
 def find(session: Session, repository: Repository, name: str) -> Channel:
@@ -290,14 +290,6 @@ def before(session: Session, current: Move) -> Move | None:
     back = _way_back(current).subquery()
     query = select(Move).join(back, back.c.id == Move.id).join(Release, Release.id == Move.to_release_id)
     return session.scalars(query.where(~Release.yanked).order_by(Move.id.desc()).limit(1)).first()
-
-
-def _previous_unyanked(session: Session, move: Move) -> Move | None:
-    """The first move below this one whose release is another one and not yanked; None if there is none."""
-    below = session.get(Move, move.below_id) if move.below_id else None
-    while below is not None and (below.to_release.yanked or below.to_release_id == move.to_release_id):
-        below = session.get(Move, below.below_id) if below.below_id else None
-    return below
 
 
 def earlier_versions(session: Session, move: Move, *, limit: int) -> Sequence[str]:
