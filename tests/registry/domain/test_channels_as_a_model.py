@@ -206,7 +206,7 @@ class ChannelMachine(RuleBasedStateMachine):
             serving = moves.effective_move(session, channel) if channel is not None else None
             top = self.live[-1] if self.live else None
             if top in self.yanked:  # what a rollback would return to
-                top = self.live[max(self.back())] if self.back() else None
+                top = self.live[max(self.back)] if self.back else None
             assert (serving.to_release.version if serving else None) == top
 
     @invariant()
