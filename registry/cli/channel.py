@@ -30,8 +30,8 @@ def confirm_new_channel(connection: Connection, line: str, channel: str, *, agre
     known: list[str] = []
     with suppress(NotFound):
         known = sorted(connection.api.get(line)["channels"])
-    if channel in known:
-        return
+    if channel in known or (known and connection.api.get(f"{line}/channels/{channel}/policy")["revision"]):
+        return  # or somebody has set its policy
     listed = ", ".join(known[:_LISTED]) + (", …" if len(known) > _LISTED else "")
     message = f"creates channel {channel}" + (f"; channels here: {listed}" if known else "")
     if known and not agreed and not _agrees(message):

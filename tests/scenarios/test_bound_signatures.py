@@ -142,9 +142,9 @@ def test_a_release_that_two_keys_signed_can_be_promoted_while_either_key_is_trus
     assert fingerprint(other.pem) in signed.out
     for channel, trusted in (("first", keys), ("second", other)):
         require(stocked, trusted, covers="release")
-        stocked.ok("promote", "acme/sql:1.0.0", "--to", channel)
+        stocked.ok("promote", "acme/sql:1.0.0", "--to", channel, "--new-channel")
     require(stocked, third, covers="release")
-    assert "unsigned" in stocked("promote", "acme/sql:1.0.0", "--to", "third", "--json").out
+    assert "unsigned" in stocked("promote", "acme/sql:1.0.0", "--to", "third", "--new-channel", "--json").out
 
 
 def test_the_files_of_a_yanked_release_warn_and_are_refused_where_signatures_are_required(

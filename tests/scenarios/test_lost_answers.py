@@ -306,8 +306,9 @@ def test_a_move_whose_request_or_answer_was_lost_is_made_once(
     """Also when what was given up arrives after others went on: to move there again would undo what they did."""
     for channel, before in (("prod", [("promote", "1.0.0")]), ("beta", [])):
         network.loses(rf"PUT .*/channels/{channel}", reaches=reaches)
-        pushed = push("mine", "acme/sql:1.0.1", "--channel", channel)
-        assert (pushed.code, without_registry(pushed.err)) == (0, ""), pushed.err
+        pushed = push("mine", "acme/sql:1.0.1", "--channel", channel, "--new-channel")
+        said = "" if before else "creates channel beta; channels here: prod"
+        assert (pushed.code, without_registry(pushed.err).strip()) == (0, said), pushed.err
         somebody.ok("promote", "acme/sql:1.0.0", "--to", channel)
         late = network.again()
         assert (late.status_code, late.json()["to_version"]) == (200, "1.0.1"), late.text
