@@ -71,7 +71,9 @@ def test_a_promotion_waits_for_the_scores_that_it_lacks_and_then_completes_or_fa
     assert compared["sql-exact"]["n"] == 6, "workers keep the result of each example too"
     assert cli.json("show", "acme/sql@prod")["version"] == "1.0.0"
     refused = cli("promote", "acme/sql:1.1.0", "--to", "prod")
-    assert (refused.code, "FAIL  sql-exact.accuracy >= 0.99: 0 [0, 0.39] (n=6)" in refused.err) == (1, True), refused.err
+    assert (refused.code, "FAIL  sql-exact.accuracy >= 0.99: 0 [0, 0.39] (n=6)" in refused.err) == (1, True), (
+        refused.err
+    )
     acts = [row["act"] for row in cli.json("audit", "--subject", "acme/sql@prod")["items"]]
     assert acts == [
         "promotion:end", "promotion:request", "policy:set", "promotion:end", "channel:promote", "promotion:request",

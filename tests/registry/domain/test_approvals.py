@@ -9,6 +9,7 @@ from sqlalchemy import func, select
 from registry.database.tables import Approval, Move, Promotion
 from registry.domain.access import namespaces, sessions, tokens
 from registry.domain.access.audit import Actor
+from registry.domain.access.people import Person
 from registry.domain.access.roles import Role
 from registry.domain.catalog import releases, repositories
 from registry.domain.channels import deletions, moves, promotions, requirements
@@ -33,6 +34,8 @@ from tests.registry.domain.test_waiting_promotions import (
 
 __all__ = ["furnished", "house"]
 
+ADA = Person("https://login.example", "1", "ada")
+
 
 @pytest.mark.parametrize("ending", ["revoked", "signed out", "expired", "group gone", "group lower"])
 def test_an_approval_counts_with_a_role_that_a_group_gives_while_it_does(house: House, ending: str) -> None:
@@ -47,7 +50,7 @@ def test_an_approval_counts_with_a_role_that_a_group_gives_while_it_does(house: 
 
     def sign_in(roles: dict[str, Role], at: datetime = at) -> str:
         with house.resources.write() as session:
-            row, _ = sessions.begin_with_roles(session, person(house, at=at), "ada", roles)
+            row, _ = sessions.begin_with_roles(session, person(house, at=at), ADA, roles)
             return row.id
 
     first = sign_in({PRIVATE: Role.RELEASER})
