@@ -76,7 +76,7 @@ def _findings(base: Path, chosen: ChosenTokenizer, vocabulary: Vocabulary) -> It
             "new tokens: save the tokenizer there."
         )
         yield Finding("no_tokenizer", Severity.WARNING, "tokenizer", message)
-    elif not (read_tokenizer(base).files or chosen.files):
+    elif not read_tokenizer(base).has_vocabulary:
         message = f"{base.name} has no tokenizer, so the merged checkpoint has none either."
         yield Finding("no_tokenizer", Severity.NOTICE, base.name, message)
     if chosen.template is not None:

@@ -115,10 +115,10 @@ def test_search_answers_while_one_types_and_the_address_can_be_shared(
     assert complaints == []
     if path == "/":
         return
-    tab.get_by_label("Score").press_sequentially("nonsense")
+    tab.get_by_role("textbox", name="Score").press_sequentially("nonsense")
     expect(tab.locator("#results")).to_contain_text("is not a condition on a score")
     expect(tab).to_have_url(f"{site.url}/search?text=support&max_rank=1&score=nonsense")
-    tab.get_by_label("Score").fill("")
+    tab.get_by_role("textbox", name="Score").fill("")
     tab.get_by_label("Maximum rank").fill("")
     expect(status).to_have_text("1 release")
 

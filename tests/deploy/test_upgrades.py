@@ -268,7 +268,7 @@ def test_a_migration_leaves_to_the_code_before_it_what_that_code_uses(kind: str,
 
 
 def test_what_the_code_before_trips_over_is_seen(tmp_path: Path) -> None:
-    old, new = (schema_of("SQLite", tmp_path / one, one) for one in REVISIONS[-2:])
+    old, new = (schema_of("SQLite", tmp_path / one, one) for one in ("0021", "0022"))
     assert breaks(old, new) == [], "it only added"
     assert breaks(new, old) != [], "the way back takes things away"
     first, second = (schema_of("SQLite", tmp_path / one, one) for one in ("0004", "0005"))

@@ -144,7 +144,7 @@ def test_the_summary_fits_a_screen(red: LoadedAdapter, green: LoadedAdapter) -> 
         "red: exact match retained on 2 of 8 (3% to 65%), 90% required",
         "red loses 1.50 nats a token (1.22 to 1.78), 0.10 allowed",
         "guard general rises 0.60 nats a token (0.36 to 0.84), 0.05 allowed",
-        "guard general costs 0.8 nats of general ability (base 0.70)",
+        "guard general costs 0.80 nats of general ability (base 0.70)",
     )
     assert "protect" in summary.fix or "regmean" in summary.fix
     unmeasured = text.summary(conflicts([red, green], [1.0, 1.0]))

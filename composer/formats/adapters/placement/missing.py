@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from composer.findings import Finding, Severity
 from composer.formats.adapters.config.config import AdapterConfig
 from composer.formats.adapters.placement.naming import is_embedding, is_vocabulary, split_key
-from composer.formats.adapters.placement.result import FULL_KINDS, Placement
+from composer.formats.adapters.placement.result import FULL_KINDS, OTHER_PATHS, Placement
 from composer.formats.adapters.placement.targeting import surely_targeted
 
 CODE = "missing_modules"
@@ -28,6 +28,8 @@ def missing_modules(placement: Placement) -> list[Finding]:
     if placement.architecture is None:
         gaps = list(_gaps({split_key(key).module for key in placement.header.tensors}))
         return [_finding(gaps, Severity.NOTICE, "others of its layers have them")] if gaps else []
+    if any(finding.code == OTHER_PATHS for finding in placement.findings):
+        return []  # trained on another model: what this base has besides was never targeted
     adapted = {placed.weight for placed in placement.modules if placed.kind not in FULL_KINDS}
     adapted |= {piece.weight for placed in placement.modules for piece in placed.pieces}
     lost = [
