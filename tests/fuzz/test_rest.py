@@ -146,6 +146,10 @@ def led_further(value: Any, known: Mapping[str, Any], choose: Choose) -> Any:
     return [led_further(item, known, choose) for item in value] if isinstance(value, list) else value
 
 
+SIGNED = "/v1/files/{sha256}"
+"""Only an address that the registry gave leads to something there."""
+
+
 @pytest.mark.parametrize(("method", "path"), STATED, ids=[" ".join(route) for route in STATED])
 def test_whatever_a_route_is_asked_its_answer_is_one_that_the_document_states(
     site: Site, method: str, path: str
@@ -179,7 +183,7 @@ def test_whatever_a_route_is_asked_its_answer_is_one_that_the_document_states(
         ask(case, lambda: chance.draw(st.booleans()))
 
     ask_of_what_is_there()  # first: some of what is there may be removed
-    assert past_the_door[0], "it was about nothing that is there"
+    assert past_the_door[0] or path == SIGNED, "it was about nothing that is there"
     ask_anything()
 
 
