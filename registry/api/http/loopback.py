@@ -46,7 +46,7 @@ class Secret:
         return request.method in SAFE_METHODS or not _PROGRAMS.match(request.url.path)
 
     def remember(self, request: Request, response: Response) -> None:
-        """Gives the browser the cookie, until it is closed. By http, since there is no other way to loopback."""
+        """Sets a cookie that ends with the browser. It is not `Secure`, since loopback is served over http."""
         response.set_cookie(_name(request), self._cookie, path="/", httponly=True, samesite="lax")
 
 

@@ -249,7 +249,7 @@ def _serves(move_id: int, version: str, commit: str) -> dict[str, Any]:
 
 def effective_move(session: Session, channel: Channel) -> Move | None:
     """The move whose release the channel serves: the current one or, if its release is yanked, the one that a rollback
-    returns to: a yank is no way to a release that a rollback has left. None before the first move."""
+    returns to. A yank never leads to a release that a rollback has left. None before the first move."""
     current = session.get(Move, channel.move_id) if channel.move_id else None
     return before(session, current) if current and current.to_release.yanked else current
 
