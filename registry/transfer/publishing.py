@@ -429,7 +429,7 @@ def inspect_model(directory: Path, architecture: Architecture) -> dict[str, Any]
 
 
 def _copy_verified(store: BlobStore, file: ManifestFile, copy: IO[bytes] | None) -> None:
-    """Reads the file, twice if need be: one wrong read, of a network or a memory, is no damage. With None only
+    """Reads the file, twice if need be: one wrong read may be the network's or the memory's fault. With None only
     verifies it."""
     for _ in range(2):
         digest = hashlib.sha256()

@@ -153,7 +153,7 @@ def _hub_names(stated: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _together(listed: list[object]) -> object:
-    """Licences that all hold, as one expression; the first item if it is the only one, or if one is no text."""
+    """Licences that all hold, as one expression; the first item if it is the only one, or if any is not text."""
     texts = [f"({one})" if " " in one else one for one in listed if isinstance(one, str)]
     return " AND ".join(texts) if len(texts) == len(listed) > 1 else listed[0]
 
