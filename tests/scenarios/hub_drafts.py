@@ -45,8 +45,10 @@ def read(directory: Path, ids: Path) -> dict[str, object]:
     }
     commits: list[str] = json.loads(ids.read_text())
     revisions = ["next", *commits, *(commit[:12] for commit in commits)]
+    seen = {f"{name} {at}": error(partial(call, at)) for name, call in calls.items() for at in revisions}
     return {
-        "drafts": sorted({error(partial(call, at))[0] for call in calls.values() for at in revisions}),
+        "drafts": len(seen),
+        "not_hidden": {call: one for call, one in seen.items() if one[0] != "RevisionNotFoundError"},
         "main": error(lambda: api.model_info(NAME)),
         "served": error(lambda: api.snapshot_download(NAME, cache_dir=directory / "cache-of-main")),
         "files": files(str(directory / "cache-of-main")),

@@ -259,6 +259,7 @@ def test_an_unsigned_commit_is_seen_by_publishers_alone_where_signatures_are_req
     cli.ok("namespace", "set", space, "--require-signature", "--signing-key", keys.public)
     for user, role in (("pia", "publisher"), ("rita", "reader")):
         cli.ok("namespace", "grant", space, user, role)
+    reader = cli.ok("token", "create", "--user", "rita").out.strip()  # the server may have cached what hers may do
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     config = json.loads((adapter / CONFIG).read_text()) | {"base_model_name_or_path": "Acme/Tiny-Llama"}
     (adapter / CONFIG).write_text(json.dumps(config))
@@ -276,16 +277,16 @@ def test_an_unsigned_commit_is_seen_by_publishers_alone_where_signatures_are_req
     assert "Drafts are on next" in pushed["main"][1]
     assert "accepts only releases signed" in pushed["tag"][1], "it is the last draft that a tag would publish"
     (tmp_path / "ids").write_text(json.dumps([first, second]))
-    read = seen("read", tmp_path / "ids", hub.token)
-    assert {*read["drafts"]} <= {"RevisionNotFoundError", "RepositoryNotFoundError"}, "a 404 in either case"
+    read = seen("read", tmp_path / "ids", reader)
+    assert (read["drafts"], read["not_hidden"]) == (30, {})
     assert (read["served"][0], read["files"], read["branches"]) == ("RevisionNotFoundError", {}, {})
     assert "next" not in read["main"][1]
     signed = cli.json(
         "push", world.adapters["other-sql"], f"{space}/sql:1.0.0", "--base", "tiny", "--sign", keys.private
     )
     shutil.rmtree(tmp_path / "read")
-    read = seen("read", tmp_path / "ids", hub.token)
-    assert {*read["drafts"]} <= {"RevisionNotFoundError", "RepositoryNotFoundError"}, "a 404 in either case"
+    read = seen("read", tmp_path / "ids", reader)
+    assert (read["drafts"], read["not_hidden"]) == (30, {})
     assert read["branches"] == {"main": signed["release"]["commit"]}
     assert read["titles"] == ["1.0.0"]
     assert {path.rpartition("/")[2]: sha256 for path, sha256 in read["files"].items() if "snapshots" in path} == {
