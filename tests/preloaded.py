@@ -21,7 +21,7 @@ import registry.api.app
 import registry.api.http.metrics
 import registry.api.http.protocol
 import registry.cli.main
-import registry.cli.server
+import registry.cli.operations.server
 import registry.client.push
 import registry.storage.s3.store
 import registry.transfer.collect

@@ -55,13 +55,15 @@ ROUTERS: tuple[Entry, ...] = (
 HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
 PAGES: tuple[str, ...] = (
-    "search",
-    *("assets", "login", "provider", "account", "members", "catalog", "conflicts", "compose"),
-    *("jobs", "audit", "errors", "moving", "waiting", "policy_form", "withdrawing", "channel", "compare", "history"),
-    *("release", "repository"),
-)
+    "catalog.search", "html.assets",
+    *(f"accounts.{module}" for module in ("login", "provider", "account", "members", "audit")),
+    *("catalog.bases", "catalog.errors"),
+    *(f"jobs.{module}" for module in ("conflicts", "compose", "jobs")),
+    *(f"channels.{module}" for module in ("moving", "waiting", "policy_form", "withdrawing", "channel")),
+    *("catalog.compare", "channels.history", "catalog.release", "catalog.repository"),
+)  # fmt: skip
 """Modules of the pages, which only servers have. They come last, since they answer every path of one to three parts.
-But search comes first of all: no other route matches its two paths, which are asked most."""
+Search is the exception and comes first: its two paths get the most requests and match no other route."""
 
 
 def create_app(
@@ -92,7 +94,7 @@ def create_app(
         _include(app, ROUTERS)
         for router in (*hub_routers(), *pages):
             app.router.routes.extend(router.routes)
-        app.state.error_page = import_module("registry.api.pages.wire").error_page
+        app.state.error_page = import_module("registry.api.pages.html.wire").error_page
     return app
 
 

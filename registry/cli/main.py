@@ -9,17 +9,20 @@ from typing import Annotated
 import typer
 
 from composer.errors import ComposerError
-from registry.cli import render
-from registry.cli.examples import add_examples
-from registry.cli.groups import root
-from registry.cli.interrupt import INTERRUPTED, interrupts
+from registry.cli.console import render
+from registry.cli.console.examples import add_examples
+from registry.cli.console.groups import root
+from registry.cli.console.interrupt import INTERRUPTED, interrupts
 from registry.errors import RegistryError, Unavailable
 
-MODULES = (
-    "access", "backup", "base", "channel", "compose", "conflicts", "diff", "doctor", "evaluation", "hub", "inspection",
-    "jobs", "local", "maintenance", "operations", "profiles", "promotion", "publisher", "quality", "release", "search",
-    "sign", "transfer",
-)  # fmt: skip
+MODULES = {
+    "composition": ("compose", "conflicts", "local"),
+    "evaluation": ("evaluation", "quality"),
+    "operations": ("access", "backup", "doctor", "jobs", "maintenance", "operations", "profiles", "publisher"),
+    "releases": (
+        "base", "channel", "diff", "hub", "inspection", "promotion", "release", "search", "sign", "transfer",
+    ),
+}  # fmt: skip
 """Each adds its commands to `root` when it is imported."""
 
 EXTRAS = {
@@ -64,8 +67,9 @@ def options(
         os.environ["ADAPTORY_PROFILE"] = profile
 
 
-for module in MODULES:
-    import_module(f"registry.cli.{module}")
+for folder, modules in MODULES.items():
+    for module in modules:
+        import_module(f"registry.cli.{folder}.{module}")
 add_examples(root)
 
 

@@ -9,7 +9,7 @@ import atexit
 import gc
 import sys
 
-from registry.cli.interrupt import INTERRUPTED, interrupts
+from registry.cli.console.interrupt import INTERRUPTED, interrupts
 
 OBJECTS_TO_COLLECT = 400_000
 """New objects before the garbage collector runs (700 by default). Importing makes lasting objects, 170,000 by torch and

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Display(Protocol):
-    """`registry.cli.render` is one."""
+    """`registry.cli.console.render` is one."""
 
     def progress(self, label: str, total: int | None, unit: str = "bytes", /) -> AbstractContextManager["Progress"]:
         """Shows a bar in the context. The callback's amounts are in `unit`; it may be called from any thread."""

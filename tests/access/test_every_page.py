@@ -15,8 +15,8 @@ import pytest
 from registry.api.app import page_routers
 from registry.api.http.request import SAFE_METHODS
 from registry.api.http.rules import Where, rules_of
-from registry.api.pages import render
-from registry.api.pages.wire import PageRoute, PageRule
+from registry.api.pages.html import render
+from registry.api.pages.html.wire import PageRoute, PageRule
 from registry.domain.access.roles import Role
 from tests import services
 from tests.access.browser import Browser
@@ -28,7 +28,7 @@ SOMEWHERE = "+"
 ELSEWHERE = {"stranger": Role.ADMIN, "narrowed": Role.READER}
 """Roles in a namespace that no page here is about."""
 RANK = {role: number for number, role in enumerate(Role)}
-TEMPLATES = Path(render.__file__).parent / "templates"
+TEMPLATES = Path(render.__file__).parents[1] / "templates"
 
 
 @pytest.fixture(scope="module", params=services.ONE_PAIRING)

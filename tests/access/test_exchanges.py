@@ -165,7 +165,7 @@ def test_the_next_line_of_an_outage_counts_what_was_left_out(caplog: pytest.LogC
 def test_beside_a_json_access_log_every_warning_is_an_object_too() -> None:
     code = """
 import logging.config
-from registry.cli.server import JSON_LOG
+from registry.cli.operations.server import JSON_LOG
 from registry.outages import OutageLog
 logging.config.dictConfig(JSON_LOG)
 OutageLog(logging.getLogger("registry.storage")).warn("The store is away", "gone\\nGET /forged 200")

@@ -11,8 +11,8 @@ from pydantic import SecretStr, ValidationError
 from sqlalchemy import delete, select
 
 from registry.api.app import create_app
-from registry.api.pages.forms import COOKIE
-from registry.api.pages.provider import ATTEMPT_COOKIE
+from registry.api.pages.accounts.provider import ATTEMPT_COOKIE
+from registry.api.pages.html.forms import COOKIE
 from registry.client.inprocess import InProcessTransport
 from registry.database.tables import AuditRow, Member, ProviderUser, Token
 from registry.domain.access import namespaces, people

@@ -10,7 +10,7 @@ import httpx2
 import pytest
 from sqlalchemy import select, text, update
 
-from registry.api.pages.forms import COOKIE, own_path
+from registry.api.pages.html.forms import COOKIE, own_path
 from registry.database.engine import Row
 from registry.database.tables import AuditRow, Token
 from registry.domain.access import tokens

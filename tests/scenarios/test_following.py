@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from registry.api.app import create_app
-from registry.cli import following
+from registry.cli.console import following
 from registry.client.inprocess import InProcessTransport
 from registry.domain.jobs.queue import LOG_CHARS, LOG_LINES, Amount
 from registry.errors import Unavailable

@@ -217,7 +217,7 @@ def test_what_unicode_calls_the_end_of_a_line_ends_no_row_of_an_export(stocked: 
 
 
 def test_lists_come_in_pages_that_neither_repeat_nor_lose(stocked_embedded: Cli, world: World) -> None:
-    from registry.cli.connect import connected
+    from registry.cli.console.connect import connected
     from tests.scenarios.world import environment
 
     for number in range(7):

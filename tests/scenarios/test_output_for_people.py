@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from registry.cli import render
+from registry.cli.console import render
 from tests.scenarios.terminal import one_after_another
 from tests.scenarios.world import Cli, World, environment
 

@@ -19,7 +19,7 @@ from sqlalchemy import text
 
 from registry.api.http import protocol
 from registry.api.http.protocol import MAX_PIPELINED
-from registry.cli.server import HUNG_S
+from registry.cli.operations.server import HUNG_S
 from registry.database.migrate import head_revision
 from tests import services
 from tests.durability.processes import wait_for_port

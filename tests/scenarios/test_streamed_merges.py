@@ -16,7 +16,7 @@ from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.formats.checkpoints.hashing import hash_checkpoint
 from composer.merge.plan import plan_merge
 from composer.merge.run import run_merge
-from registry.cli.base import base_request
+from registry.cli.releases.base import base_request
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from registry.cli import render
+from registry.cli.console import render
 from tests.scenarios.world import Cli, World
 
 HOSTILE = "bad\nerror: all is lost\r\x1b[31m\x1b]0;title\x07"

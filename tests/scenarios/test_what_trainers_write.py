@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 
-from registry.cli import transfer
+from registry.cli.releases import transfer
 from registry.client.selection import select_files
 from tests.scenarios.world import Cli, World
 

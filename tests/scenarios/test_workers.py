@@ -12,7 +12,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from registry.cli.operations import WorkerJobs
+from registry.cli.operations.operations import WorkerJobs
 from registry.domain.jobs import queue
 from registry.errors import NotFound, Unavailable
 from registry.worker import runner

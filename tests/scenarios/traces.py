@@ -10,7 +10,7 @@ from typing import Any
 
 import boto3
 
-from registry.cli.connect import connected
+from registry.cli.console.connect import connected
 from registry.client.api import Api
 from registry.settings import Settings
 from registry.storage.s3.probe import PROBE

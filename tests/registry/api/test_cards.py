@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from registry.api.pages import card
+from registry.api.pages.catalog import card
 from registry.formats.references import Digest
 
 SECONDS = 0.5

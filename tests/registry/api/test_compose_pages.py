@@ -9,7 +9,7 @@ import pytest
 
 from composer.formats.recipes.methods import PIPELINES, parse_settings
 from composer.formats.recipes.recipe import parse_recipe
-from registry.api.pages.recipe_form import SETTING, RecipeForm
+from registry.api.pages.jobs.recipe_form import SETTING, RecipeForm
 from tests.access.browser import Browser
 from tests.access.house import PRIVATE, PUBLIC, House
 

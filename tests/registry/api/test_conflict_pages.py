@@ -8,8 +8,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from registry.api.pages import report
-from registry.api.pages.chosen import Chosen
+from registry.api.pages.jobs import report
+from registry.api.pages.jobs.chosen import Chosen
 from registry.database.tables import ConflictCheck
 from registry.domain.catalog import releases
 from registry.domain.catalog.releases import NewRelease

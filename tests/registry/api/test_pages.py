@@ -12,8 +12,8 @@ import pytest
 from sqlalchemy import event
 
 from registry.api.app import create_app
-from registry.api.pages import drawings, scores
-from registry.api.pages.render import coded
+from registry.api.pages.html import drawings, scores
+from registry.api.pages.html.render import coded
 from registry.client.inprocess import InProcessTransport
 from registry.domain.catalog import releases, repositories, suites
 from registry.domain.catalog.releases import NewRelease
@@ -27,7 +27,7 @@ from registry.transfer.resources import Resources
 from tests.access.browser import Browser
 from tests.access.house import FACTS, HOST, House
 
-PAGES = Path(drawings.__file__).parent
+PAGES = Path(drawings.__file__).parents[1]
 TEMPLATES = sorted((PAGES / "templates").glob("*.html"))
 MAX_PAGE_BYTES, MAX_CSS_BYTES, MAX_STATEMENTS = 100_000, 20_000, 30
 ADDRESSES = (

@@ -5,7 +5,7 @@ from collections.abc import Generator
 
 import pytest
 
-from registry.api.pages.compare import score_rows
+from registry.api.pages.catalog.compare import score_rows
 from registry.formats.references import RepositoryName
 from tests.access.browser import Browser
 from tests.access.house import PRIVATE, House

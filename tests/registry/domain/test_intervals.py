@@ -2,7 +2,7 @@
 
 import pytest
 
-from registry.cli.render import with_error
+from registry.cli.console.render import with_error
 from registry.domain.catalog.intervals import wilson
 from registry.domain.channels.gates import Measured
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer.main
 
-from registry.cli.groups import GROUPS
+from registry.cli.console.groups import GROUPS
 from registry.cli.main import root
 from tests.wire.reference.markdown import code, fence, joined, plain, table
 

@@ -1,0 +1,1 @@
+"""Signing in, tokens, members and the audit trail."""

@@ -1,0 +1,125 @@
+"""The answer of a release's page: whether it is served, or whether it could be promoted now."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from registry.api.pages.html import gates
+from registry.api.pages.html.gates import GateLine
+from registry.api.routes.views import judgement_view, move_view
+from registry.api.schemas.quality import ChannelOut
+from registry.database.engine import Session
+from registry.database.tables import Release
+from registry.domain.access.audit import Actor
+from registry.domain.channels import judgements, moves, timeline
+from registry.formats.references import RepositoryName, parse_repository, parse_version
+
+FIRST_CHOICE = "prod"
+"""The channel that a promotion is judged for, if there is one of this name."""
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """`kind` is that of the block's edge and mark. `move` is the one by which `channel` serves the release, and
+    `judged` the promotion whose gates are shown; of what is not served, `report` is the judgement of now, and `next`
+    what to do. `others` are the channels that it can be judged for too."""
+
+    kind: str
+    sentence: str
+    channel: str | None = None
+    move: Json | None = None
+    judged: Json | None = None
+    report: Sequence[GateLine] = ()
+    other: str | None = None
+    detail: str = ""
+    next: str = ""
+    others: Sequence[str] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """A repository's channels, those that serve the release, and the one that the reader asked about."""
+
+    names: Sequence[str]
+    serving: Sequence[ChannelOut]
+    asked: str | None
+
+    @property
+    def preferred(self) -> list[str]:
+        """The order in which a promotion is judged for one: prod first."""
+        return sorted(self.names, key=lambda name: name != FIRST_CHOICE)
+
+
+def moves_of(session: Session, named: RepositoryName, release: Release, limit: int) -> list[Json]:
+    """The moves to a release and away from it, newest first."""
+    rows = timeline.of_release(session, release, before=0, limit=limit)
+    return [move_view(move, named, channel).model_dump(mode="json") for channel, move in rows]
+
+
+def answer(session: Session, actor: Actor, release: Release, channels: Channels, moved: Sequence[Json]) -> Answer:
+    """The answer for the channel that was asked for, or else for one that serves the release, or for prod, or the first
+    one. `moved` are its moves, newest first."""
+    if release.revision.taken_down_at is not None:
+        why = release.revision.takedown_reason or ""
+        return Answer(kind="bad", sentence="This release was taken down.", detail=why)
+    if release.yanked:
+        return Answer(kind="bad", sentence="This release is yanked.", detail=release.yank_reason or "")
+    serving = [one.channel for one in channels.serving]
+    channel = channels.asked or next(iter((*serving, *channels.preferred)), None)
+    if channel is None:
+        return Answer(kind="", sentence="No channel serves this release; there is none yet.")
+    others = [one for one in channels.names if one != channel]
+    if channel in serving:
+        return _served(release.version, channel, moved, others)
+    return _judged(session, actor, release, channel, others)
+
+
+def _served(version: str, channel: str, moved: Sequence[Json], others: Sequence[str]) -> Answer:
+    own = [one for one in moved if one["channel"] == channel and one["to_version"] == version]
+    judged = next((one for one in own if one["kind"] == "promote"), None)
+    report = gates.lines(judged["gates"]) if judged else []
+    failed = sum(one.kind != "ok" for one in report)
+    passed = "" if not report else f" It passed all {len(report)} gates." if len(report) > 1 else " It passed its gate."
+    if failed:
+        passed = f" It was forced: {failed} of {len(report)} gates failed."
+    return Answer(
+        kind="warn" if failed else "ok",
+        sentence=f"{channel} serves this release.{passed}",
+        channel=channel,
+        move=own[0] if own else None,
+        judged=judged,
+        report=report,
+        other=judged["from_version"] if judged else None,
+        others=others,
+    )
+
+
+def _judged(session: Session, actor: Actor, release: Release, channel: str, others: Sequence[str]) -> Answer:
+    named = parse_repository(f"{release.repository.namespace}/{release.repository.name}")
+    asked = moves.PromotionRequest(named, parse_version(release.version), channel, None)
+    view = judgement_view(judgements.judge(session, actor, asked), asked).model_dump(mode="json")
+    report = gates.lines(view["gates"])
+    sentences = {
+        "passes": ("ok", f"It can be promoted to {channel}{': all gates pass' if report else ''}."),
+        "waits": ("warn", f"A promotion to {channel} would wait."),
+        "refused": ("bad", f"It cannot be promoted to {channel}: {_failed(report)}."),
+    }
+    kind, sentence = sentences[view["verdict"]]
+    error = view["error"]
+    return Answer(
+        kind=kind,
+        sentence=sentence if not error else f"It cannot be promoted to {channel}.",
+        channel=channel,
+        report=report,
+        other=view["served"],
+        detail=error["detail"] if error else "",
+        next=error["next"] if error else "",
+        others=others,
+    )
+
+
+def _failed(report: Sequence[GateLine]) -> str:
+    failed = sum(one.kind != "ok" for one in report)
+    verb = "fails" if failed == 1 else "fail"
+    return f"{failed} of {len(report)} gates {verb}" if len(report) > 1 else "its gate fails"

@@ -1,0 +1,68 @@
+"""Bases and suites."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from registry.api.http.pagination import Cursor, decode_cursor, decode_number, first_rows
+from registry.api.http.request import ResourcesOf
+from registry.api.http.rules import Where
+from registry.api.pages.html import scores
+from registry.api.pages.html.render import page
+from registry.api.pages.html.wire import PageRoute, PageRule
+from registry.api.routes.views import base_page, base_view, suite_page, suite_view
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import bases, suites
+from registry.domain.catalog.suites import ELSEWHERE
+
+router = APIRouter(route_class=PageRoute)
+
+SHOWN = 25
+EXAMPLES = 20
+PageMember = Annotated[Actor, Depends(PageRule(Where.ANYWHERE))]
+
+
+@router.get("/bases")
+def list_bases(request: Request, resources: ResourcesOf, actor: PageMember, cursor: Cursor = None) -> Response:
+    with resources.read() as session:
+        rows = bases.list_page(session, after=decode_cursor(cursor), limit=SHOWN + 1)
+        listed, more = first_rows(rows, SHOWN, lambda row: row.name)
+        views = base_page(session, listed)
+    return page(request, "bases.html", bases=views, more=more, first=cursor is None, json_address="/v1/bases")
+
+
+@router.get("/bases/{base:path}")
+def show_base(base: str, request: Request, resources: ResourcesOf, actor: PageMember) -> Response:
+    """A base by digest, name or alias."""
+    with resources.read() as session:
+        view = base_view(session, bases.find(session, base))
+    measured = [one.model_dump(mode="json") for one in view.scores]
+    return page(
+        request, "base_model.html", base=view, scores=scores.lines(measured, [], []), json_address=f"/v1/bases/{base}"
+    )
+
+
+@router.get("/suites")
+def list_suites(request: Request, resources: ResourcesOf, actor: PageMember, cursor: Cursor = None) -> Response:
+    with resources.read() as session:
+        rows = suites.list_page(session, after=decode_number(cursor), limit=SHOWN + 1)
+        listed, more = first_rows(rows, SHOWN, lambda row: row.id)
+        views = suite_page(session, listed)
+    return page(request, "suites.html", suites=views, more=more, first=cursor is None, json_address="/v1/suites")
+
+
+@router.get("/suites/{suite}")
+def show_suite(suite: str, request: Request, resources: ResourcesOf, actor: PageMember) -> Response:
+    """A suite with the first of its examples, by name, `NAME@VERSION` or digest."""
+    with resources.read() as session:
+        view = suite_view(session, suites.find(session, suite, actor))
+    content: dict[str, Any] = view.content or {}
+    return page(
+        request,
+        "suite.html",
+        suite=view,
+        elsewhere=ELSEWHERE.get(view.task),
+        description=content.get("description"),
+        examples=content.get("examples", [])[:EXAMPLES],
+        json_address=f"/v1/suites/{suite}",
+    )

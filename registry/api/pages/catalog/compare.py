@@ -1,0 +1,148 @@
+"""Two to four releases of a repository side by side: what differs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Query, Request, Response
+
+from registry.api.http.request import ResourcesOf
+from registry.api.pages.html import scores
+from registry.api.pages.html.modules import cells
+from registry.api.pages.html.paths import RepositoryOf
+from registry.api.pages.html.render import link, page_about, redirect
+from registry.api.pages.html.wire import PageReader, PageRoute
+from registry.api.routes.documents import release_documents
+from registry.domain.catalog import releases
+from registry.errors import Usage
+from registry.formats.references import parse_version
+
+router = APIRouter(route_class=PageRoute)
+
+BETWEEN = "..."
+MOST = 4
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A release's score on a suite; against that of the first release, `comparison` as `scores.compare`."""
+
+    value: float
+    change: float | None
+    comparison: str
+
+
+@router.get("/{namespace}/{name}/compare")
+def choose(
+    named: RepositoryOf, actor: PageReader, versions: Annotated[tuple[str, ...], Query(alias="with")] = ()
+) -> Response:
+    """Redirects to the comparison of the ticked releases, the lowest version first. Its address can be shared."""
+    ordered = sorted(set(map(parse_version, versions)))
+    if not 2 <= len(ordered) <= MOST:
+        raise Usage(
+            "bad_comparison",
+            f"Two to {MOST} releases are compared; you selected {len(ordered)}.",
+            subject=str(named),
+            next_step=f"Go back and select two to {MOST}.",
+        )
+    return redirect(f"{link(str(named))}/compare/{BETWEEN.join(map(str, ordered))}")
+
+
+@router.get("/{namespace}/{name}/compare/{versions}")
+def compare(
+    named: RepositoryOf, versions: str, request: Request, resources: ResourcesOf, actor: PageReader
+) -> Response:
+    """`versions` are two to four, with `...` between them; the first is what the others are compared with."""
+    wanted = versions.split(BETWEEN)
+    if not 2 <= len(wanted) <= MOST or len(set(wanted)) < len(wanted):
+        raise Usage(
+            "bad_comparison",
+            f"{versions[:200]} does not name two to {MOST} different versions.",
+            subject=versions[:200],
+            next_step=f"Write them with {BETWEEN} between them: 1.0.0{BETWEEN}1.1.0.",
+        )
+    with resources.snapshot() as session:
+        rows = [releases.find(session, named, parse_version(one)) for one in wanted]
+        spectra = [row.spectrum for row in rows]
+        shown: list[Json] = [orjson.loads(one) for one in release_documents(session, actor, [row.id for row in rows])]
+    sizes = [cells(one, "norm") for one in spectra]
+    return page_about(
+        request,
+        "compare.html",
+        named,
+        releases=shown,
+        facts=differing([_facts(one) for one in shown]),
+        scores=score_rows(shown),
+        sizes=sizes,
+        top=max((value for one in sizes for value in one.values()), default=0.0),
+        frame={cell for one in sizes for cell in one},
+        files=differing([{row["path"]: row["sha256"][:16] for row in one["files"]} for one in shown]),
+        same_files=_same([{row["path"]: row["sha256"] for row in one["files"]} for one in shown]),
+        json_address=f"/v1/{shown[0]['kind']}s/{named}/releases/{wanted[0]}",
+    )
+
+
+def differing(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """Names whose values are not all the same, each with its value in every column, None where it has none."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [(name, [column.get(name) for column in columns]) for name in names]
+    return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
+
+
+def _same(columns: Sequence[Mapping[str, Any]]) -> int:
+    return sum(all(column.get(name) == value for column in columns) for name, value in columns[0].items())
+
+
+def score_rows(shown: Sequence[Json]) -> list[tuple[str, list[Measured | None]]]:
+    """Each suite's metric that at least one release has, with the score of every release on the same content, in the
+    order of the release that has the most."""
+    by_key = [{(one["suite_digest"], one["metric"]): one for one in release["scores"]} for release in shown]
+    most_first = sorted(by_key, key=len, reverse=True)
+    names = {key: f"{one['suite']}.{one['metric']}" for column in most_first for key, one in column.items()}
+    return [
+        (name, [_measured(one.get(key), by_key[0].get(key) if number else None) for number, one in enumerate(by_key)])
+        for key, name in names.items()
+    ]
+
+
+def _measured(score: Json | None, first: Json | None) -> Measured | None:
+    if score is None:
+        return None
+    if first is None:
+        return Measured(value=score["value"], change=None, comparison="")
+    return Measured(
+        value=score["value"], change=score["value"] - first["value"], comparison=scores.compare(score, first)
+    )
+
+
+def _facts(release: Json) -> dict[str, Any]:
+    """What a release is, by the names that its page uses."""
+    facts, stated = release["adapter"] or release["model"], release["provenance"]
+    spectrum: Json = facts.get("spectrum") or {}
+    listed: dict[str, Any] = {
+        "Base": release["base"]["name"],
+        "Base's digest": release["base"]["digest"][:12],
+        "Type": facts["type"],
+        "Precision": facts["dtype"],
+        "Rank": facts.get("rank_max"),
+        "Alpha": facts.get("alpha"),
+        "Targets": ", ".join(facts.get("targets", [])),
+        "Modules": facts.get("modules"),
+        "Parameters": facts["parameters"],
+        "Bytes": facts["size_bytes"],
+        "Norm": round(spectrum["norm"], 3) if spectrum else None,
+        "Rank for 95 %": spectrum.get("rank_95"),
+        "Loads in": ", ".join(release["servers"]),
+        "Licence": release["licenses"]["adapter"],
+        "Trainer": stated["trainer"],
+        "Code": stated["code_commit"],
+        "Data": ", ".join(one["name"] for one in stated["data"]),
+        "PEFT": facts.get("peft_version"),
+        "Yanked": release["yank_reason"] or ("yes" if release["yanked"] else "no"),
+        "Signed by": (release["signed_by"] or "")[:12],
+        "Made from": ", ".join(f"{one['weight']:g} x {one['commit'][:12]}" for one in release["inputs"]),
+        "Notes": release["notes"],
+    }
+    return {**listed, **{f"{name}, trained with": value for name, value in stated["hyperparameters"].items()}}

@@ -1,0 +1,208 @@
+"""A release: can it be promoted, what does it change, where does it come from, where is it served."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import orjson
+from fastapi import APIRouter, Query, Request, Response
+
+from composer.formats.adapters.serving import SERVERS
+from registry.api.http.request import ResourcesOf
+from registry.api.http.threads import in_store_threads
+from registry.api.pages.catalog import answers, card
+from registry.api.pages.catalog.answers import Answer, Channels
+from registry.api.pages.html import scores
+from registry.api.pages.html.drawings import Cell
+from registry.api.pages.html.modules import MAX_ROWS, cells, frame_of
+from registry.api.pages.html.paths import RepositoryOf, VersionOf
+from registry.api.pages.html.render import HEADERS, link, page_about, redirect
+from registry.api.pages.html.scores import History
+from registry.api.pages.html.wire import PageReader, PageRoute
+from registry.api.routes.blobs import file_response
+from registry.api.routes.documents import release_documents
+from registry.api.routes.views import channel_view, score_view
+from registry.api.schemas.quality import ChannelOut
+from registry.database.engine import Session
+from registry.database.tables import Release
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role, holds
+from registry.domain.catalog import lineage, releases, suites
+from registry.domain.catalog.lineage import Descendant
+from registry.domain.catalog.repositories import Kind
+from registry.domain.channels import moves, resolve
+from registry.formats.references import RepositoryName, is_version, parse_reference, parse_version
+from registry.storage.blobs import BlobStore
+from registry.transfer.resources import Resources
+
+router = APIRouter(route_class=PageRoute)
+
+CARD = "README.md"
+MAX_CHANNELS, MAX_SERVING, MAX_MOVES, MAX_DESCENDANTS, MAX_FILES = 100, 10, 20, 10, 100
+Json = dict[str, Any]
+_cards = card.Cards()
+ChannelQuery = Annotated[str | None, Query(max_length=64, description="The channel that a promotion is judged for.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A release and what its page puts beside it. `before` is the next lower version that is not yanked."""
+
+    release: Json
+    before: Json | None
+    base_scores: Sequence[Json]
+    spectrum: Mapping[str, Any] | None
+    frame: Collection[Cell]
+    serving: Sequence[ChannelOut]
+    moves: Sequence[Json]
+    answer: Answer
+    descendants: Sequence[Descendant]
+    histories: Sequence[History]
+    latest: str | None
+
+
+@router.get("/{namespace}/{name}/{version}")
+def show_release(
+    named: RepositoryOf,
+    version: str,
+    request: Request,
+    resources: ResourcesOf,
+    actor: PageReader,
+    channel: ChannelQuery = None,
+) -> Response:
+    if not is_version(version):  # a range or `latest`
+        return _to_release(resources, str(named) if version == "latest" else f"{named}:{version}")
+    with resources.snapshot() as session:
+        shown = _shown(session, actor, named, releases.find(session, named, parse_version(version)), channel)
+    release = shown.release
+    compared = scores.lines(release["scores"], shown.before["scores"] if shown.before else [], shown.base_scores)
+    return page_about(
+        request,
+        "release.html",
+        named,
+        release=release,
+        answer=shown.answer,
+        releaser=holds(actor, Role.RELEASER, str(named)),
+        serving=shown.serving,
+        moves=shown.moves[:MAX_MOVES],
+        more_moves=len(shown.moves) > MAX_MOVES,
+        highest=shown.latest == release["version"],
+        before=shown.before,
+        scores=compared,
+        histories=shown.histories,
+        spectrum=shown.spectrum,
+        maps=_maps(shown.spectrum),
+        frame=shown.frame,
+        max_rows=MAX_ROWS,
+        max_files=MAX_FILES,
+        descendants=shown.descendants[:MAX_DESCENDANTS],
+        more_descendants=len(shown.descendants) > MAX_DESCENDANTS,
+        loading=[(server, release["loading"].get(server)) for server in SERVERS],
+        has_card=(file := _card_file(release)) is not None,
+        card=_cards.show(file["sha256"], partial(_text, resources.store, file)) if file else None,
+        json_address=f"/v1/{release['kind']}s/{named}/releases/{release['version']}",
+    )
+
+
+@router.get("/{namespace}/{name}:{version}")
+def show_reference(named: RepositoryOf, version: str, resources: ResourcesOf, actor: PageReader) -> Response:
+    """To the page of what a command would call `acme/sql:1.2.0`."""
+    return _to_release(resources, f"{named}:{version}")
+
+
+@router.get("/{namespace}/{name}/commit/{commit}")
+def show_commit(named: RepositoryOf, commit: str, resources: ResourcesOf, actor: PageReader) -> Response:
+    """To the page of the highest release of a commit."""
+    return _to_release(resources, f"{named}#{commit}")
+
+
+@router.get("/{namespace}/{name}/{version}/files/{path:path}")
+@in_store_threads
+def download_file(
+    named: RepositoryOf, version: VersionOf, path: str, request: Request, resources: ResourcesOf, actor: PageReader
+) -> Response:
+    """A file, as an attachment: no browser shows it as a page of this server."""
+    with resources.read() as session:
+        file = releases.find_file(session, releases.find(session, named, version), path)
+    name = quote(path.rpartition("/")[2], safe="")
+    disposition = f"attachment; filename*=UTF-8''{name}"
+    answer = file_response(request, resources, file, f"{path} of {named}:{version}", None, disposition)
+    answer.headers["Content-Disposition"] = disposition
+    answer.headers["Cache-Control"] = HEADERS["Cache-Control"]
+    return answer
+
+
+def _to_release(resources: Resources, text: str) -> Response:
+    reference = parse_reference(text)
+    with resources.snapshot() as session:
+        version = str(reference.version or resolve.locate(session, reference).row.version)
+    return redirect(link(str(reference.repository), version), 302)
+
+
+@router.get("/{namespace}/{name}/{version}/modules")
+def show_modules(
+    named: RepositoryOf, version: VersionOf, request: Request, resources: ResourcesOf, actor: PageReader
+) -> Response:
+    """The table of all modules, where there are too many for the release's page."""
+    with resources.snapshot() as session:
+        row = releases.find(session, named, version)
+        spectrum = releases.spectrum_of(session, named, version, Kind.ADAPTER)
+    return page_about(
+        request,
+        "modules.html",
+        named,
+        version=row.version,
+        spectrum=spectrum,
+        json_address=f"/v1/adapters/{named}/releases/{row.version}/spectrum",
+    )
+
+
+def _maps(spectrum: Mapping[str, Any] | None) -> list[Json]:
+    """The maps of a release: how large its change is, and how much of its rank that uses."""
+    return [
+        {"id": "size", "name": "Size of the change", "unit": "Frobenius norm", "cells": cells(spectrum, "norm")},
+        {"id": "rank", "name": "Rank in use", "unit": "for 95 % of the energy", "cells": cells(spectrum, "rank_95")},
+    ]
+
+
+def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, channel: str | None) -> Shown:
+    repository = row.repository
+    lower = releases.list_page(session, repository, before=row.sort_key, limit=10)
+    before = next((one for one in lower if not one.yanked), None)
+    documents = release_documents(session, actor, [row.id, *([before.id] if before else [])])
+    read = [orjson.loads(one) for one in documents]
+    listed = moves.list_page(session, repository, after="", limit=MAX_CHANNELS)
+    served_by = moves.list_page(session, repository, served=row, after="", limit=MAX_SERVING)
+    _kept = moves.load_current(session, *served_by)
+    serving = [channel_view(session, one, repository) for one in served_by]
+    moved = answers.moves_of(session, named, row, limit=MAX_MOVES + 1)
+    names = [one.name for one in listed]
+    base_scores = suites.scores_of_bases(session, row.base)[row.base_digest]
+    return Shown(
+        release=read[0],
+        before=read[1] if len(read) > 1 else None,
+        base_scores=[score_view(one).model_dump(mode="json") for one in base_scores],
+        spectrum=row.spectrum,
+        frame=frame_of(session, row.base) if row.spectrum else (),
+        serving=serving,
+        moves=moved,
+        answer=answers.answer(session, actor, row, Channels(names, serving, channel), moved),
+        descendants=lineage.descendants(session, actor, row, before=0, limit=MAX_DESCENDANTS + 1),
+        histories=scores.histories(session, row),
+        latest=resolve.heads(session, repository)[repository.id].latest,
+    )
+
+
+def _card_file(release: Json) -> Json | None:
+    """The model card's file, if there is one of a size that a person reads. A release that was taken down has none."""
+    if release["taken_down"]:
+        return None
+    cards = (one for one in release["files"] if one["path"] == CARD and one["size_bytes"] <= card.MAX_BYTES)
+    return next(cards, None)
+
+
+def _text(store: BlobStore, file: Json) -> str:
+    with store.open(file["sha256"], 0, file["size_bytes"]) as reader:
+        return reader.read(file["size_bytes"]).decode(errors="replace")

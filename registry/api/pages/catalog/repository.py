@@ -1,0 +1,106 @@
+"""Namespaces, and repositories with their channels and releases."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from registry.api.http.pagination import Cursor, decode_cursor, first_rows
+from registry.api.http.request import ResourcesOf
+from registry.api.pages.catalog.answers import FIRST_CHOICE
+from registry.api.pages.html import scores
+from registry.api.pages.html.paths import RepositoryOf
+from registry.api.pages.html.render import page, page_about
+from registry.api.pages.html.wire import PageReader, PageRoute
+from registry.api.routes.documents import release_documents
+from registry.api.routes.views import channel_view, repository_page
+from registry.api.schemas.quality import ChannelOut
+from registry.domain.access import namespaces
+from registry.domain.access.roles import Role, holds
+from registry.domain.catalog import releases, repositories
+from registry.domain.catalog.repositories import Wanted
+from registry.domain.channels import moves
+from registry.formats.references import parse_name
+
+router = APIRouter(route_class=PageRoute)
+
+SHOWN, MAX_CHANNELS = 20, 100
+Json = dict[str, Any]
+
+
+@router.get("/{namespace}")
+def show_namespace(
+    namespace: str, request: Request, resources: ResourcesOf, actor: PageReader, cursor: Cursor = None
+) -> Response:
+    name = parse_name(namespace, "namespace")
+    wanted = Wanted(namespace=name)
+    with resources.snapshot() as session:
+        namespaces.find(session, name)
+        rows = repositories.list_page(session, actor, wanted, after=decode_cursor(cursor), limit=SHOWN + 1)
+        listed, more = first_rows(rows, SHOWN, lambda row: str(repositories.name_of(row)))
+        views = [one.model_dump(mode="json") for one in repository_page(session, listed)]
+        members = namespaces.members(session, name) if holds(actor, Role.ADMIN, name) else None
+    roles = [role.value for role in Role]
+    facts: Json = {"namespace": name, "repositories": views, "more": more, "members": members, "roles": roles}
+    return page(request, "namespace.html", **facts, json_address=f"/v1/adapters?namespace={name}")
+
+
+@router.get("/{namespace}/{name}")
+def show_repository(
+    named: RepositoryOf, request: Request, resources: ResourcesOf, actor: PageReader, cursor: Cursor = None
+) -> Response:
+    """Channels first, with what each serves, then the releases."""
+    with resources.snapshot() as session:
+        row = repositories.find(session, named)
+        served = moves.list_page(session, row, after="", limit=MAX_CHANNELS)
+        _kept = moves.load_current(session, *served)
+        channels = [channel_view(session, one, row) for one in served]
+        rows = releases.list_page(session, row, before=decode_cursor(cursor), limit=SHOWN + 1)
+        documents = release_documents(session, actor, [row.id for row in rows[:SHOWN]])
+        _, more = first_rows(rows, len(documents), lambda row: row.sort_key)
+        newest = next((one for one in rows if not one.yanked), None) if cursor is None else None
+        drawn = scores.histories(session, newest) if newest else []
+        summary = repository_page(session, [row])[0]
+    read = [orjson.loads(one) for one in documents]
+    shown, by_channel = _release_to_use(read, channels)
+    serving: dict[tuple[str, str | None], list[str]] = {}
+    for one in channels:
+        serving.setdefault((str(named), one.version), []).append(one.channel)
+    return page_about(
+        request,
+        "repository.html",
+        named,
+        summary=summary,
+        channels=channels,
+        histories=drawn,
+        releases=read,
+        serving=serving,
+        changes=_changes(read),
+        to_use=shown,
+        by_channel=by_channel,
+        more=more,
+        json_address=f"/v1/{summary.kind}s/{named}",
+    )
+
+
+def _changes(listed: Sequence[Json]) -> dict[str, float]:
+    """By version, how the first score of a release differs from that of the release below it, on the same content."""
+    changes: dict[str, float] = {}
+    for release, before in pairwise(listed):
+        scored = {(one["suite_digest"], one["metric"]): one["value"] for one in before["scores"]}
+        for one in release["scores"][:1]:
+            if (key := (one["suite_digest"], one["metric"])) in scored:
+                changes[release["version"]] = one["value"] - scored[key]
+    return changes
+
+
+def _release_to_use(listed: Sequence[Json], channels: Sequence[ChannelOut]) -> tuple[Json | None, str | None]:
+    """The listed release that the page explains how to use, and the channel that serves it: FIRST_CHOICE if it serves
+    one, else any other. Without such a channel, the newest release that is not yanked."""
+    for one in sorted(channels, key=lambda one: one.channel != FIRST_CHOICE):
+        for release in listed:
+            if release["version"] == one.version:
+                return release, one.channel
+    return next((release for release in listed if not release["yanked"]), None), None

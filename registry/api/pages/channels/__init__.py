@@ -1,0 +1,1 @@
+"""What a channel serves and served, and the forms that change it."""

@@ -1,0 +1,98 @@
+"""A channel: what it serves since when and why, what a promotion to it needs, and every move."""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from registry.api.http.pagination import Cursor, decode_number, first_rows
+from registry.api.pages.channels import policy
+from registry.api.pages.html import gates
+from registry.api.pages.html.paths import CHANNEL, ChannelRequestOf
+from registry.api.pages.html.render import page_about
+from registry.api.pages.html.wire import PageReader, PageRoute
+from registry.api.routes.views import channel_view, move_view, promotion_view
+from registry.api.schemas.quality import ChannelOut
+from registry.database.engine import Session
+from registry.database.tables import Promotion, Repository
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role, holds
+from registry.domain.catalog import releases, repositories
+from registry.domain.channels import moves, pending, pins, policies, timeline
+from registry.formats.channel_policy import ChannelPolicy
+from registry.formats.references import RepositoryName
+from registry.transfer.promotions import settle_overdue
+
+router = APIRouter(route_class=PageRoute)
+
+SHOWN, MAX_VERSIONS = 25, 50
+
+
+@router.get(CHANNEL)
+def show_channel(asked: ChannelRequestOf, actor: PageReader, cursor: Cursor = None) -> Response:
+    """A channel that nothing was promoted to yet has a page once it has a policy, or a promotion that waits."""
+    named, channel = asked.named, asked.channel
+    settle_overdue(asked.resources, named, None, channel)
+    releaser = holds(actor, Role.RELEASER, str(named))
+    with asked.resources.snapshot() as session:
+        repository = repositories.find(session, named)
+        needed, revision = policies.find(session, repository, channel)
+        waiting = pending.of_name(session, repository, channel)
+        empty = (revision > 0 or waiting is not None) and not repositories.has_channel(session, repository, channel)
+        facts = dict(_EMPTY) if empty else _moved(session, repository, channel, cursor)
+        facts |= _awaited(actor, named, needed, waiting)
+        facts["versions"] = _promotable(session, repository, facts["serving"]) if releaser else []
+        changed = list(pins.announced(session, pins.of_channel(session, repository.id, channel)).values())
+        address = f"/v1/{repository.kind}s/{named}/channels/{channel}"
+    return page_about(
+        asked.request,
+        "channel.html",
+        named,
+        channel=channel,
+        first=cursor is None,
+        policy=policy.stated(needed),
+        revision=revision,
+        changed=changed,
+        releaser=releaser,
+        admin=holds(actor, Role.ADMIN, str(named)),
+        json_address=f"{address}/policy" if empty else address,
+        **facts,
+    )
+
+
+def _awaited(actor: Actor, named: RepositoryName, needed: ChannelPolicy, waiting: Promotion | None) -> dict[str, Any]:
+    """The promotion that waits, its report, and whether it lacks an approval that the viewer can give."""
+    if waiting is None:
+        return {"waiting": None, "waiting_report": [], "approver": False}
+    shown = promotion_view(waiting).model_dump(mode="json")
+    unapproved = any(one["rule"].startswith("approval by ") and not one["passed"] for one in shown["gates"])
+    wanted = Role(needed.approval.role) if needed.approval and waiting.actor != actor.name else None
+    may = unapproved and wanted is not None and holds(actor, wanted, str(named))
+    return {"waiting": shown, "waiting_report": gates.lines(shown["gates"]), "approver": may}
+
+
+def _promotable(session: Session, repository: Repository, serving: ChannelOut | None) -> list[str]:
+    """The highest versions that may be promoted to the channel, but for the one that it serves."""
+    served = serving.version if serving else None
+    highest = releases.list_page(session, repository, before="", limit=MAX_VERSIONS)
+    return [one.version for one in highest if not one.yanked and one.version != served]
+
+
+_EMPTY: dict[str, Any] = {"serving": None, "move": None, "since": None, "timeline": [], "more": None}
+"""What `_moved` has of a channel without moves."""
+
+
+def _moved(session: Session, repository: Repository, channel: str, cursor: str | None) -> dict[str, Any]:
+    """What the channel serves since when and why, and a page of its moves."""
+    named, row = repositories.name_of(repository), moves.find(session, repository, channel)
+    served = moves.effective_move(session, row)
+    rows = timeline.history(session, row, before=decode_number(cursor), limit=SHOWN + 1)
+    listed, more = first_rows(rows, SHOWN, lambda move: move.id)
+    views = [move_view(move, named, channel).model_dump(mode="json") for move in listed]
+    current = timeline.history(session, row, before=0, limit=1)[0] if cursor else rows[0]
+    return {
+        "serving": channel_view(session, row, repository),
+        "move": move_view(current, named, channel),
+        "since": served.at if served else None,
+        "timeline": [(move, gates.lines(move["gates"]), gates.summary(move["gates"])) for move in views],
+        "more": more,
+    }

@@ -1,0 +1,74 @@
+"""One metric over all versions of a repository, as a table and a plot."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from registry.api.http.request import ResourcesOf
+from registry.api.pages.html import drawings, scores
+from registry.api.pages.html.drawings import Interval, Point
+from registry.api.pages.html.paths import RepositoryOf
+from registry.api.pages.html.render import page_about
+from registry.api.pages.html.wire import PageReader, PageRoute
+from registry.api.routes.views import score_view
+from registry.database.engine import Session
+from registry.database.tables import Repository, Score
+from registry.domain.catalog import histories, repositories, suites
+from registry.errors import NotFound
+from registry.formats.references import nearest
+
+router = APIRouter(route_class=PageRoute)
+
+SHOWN = 400
+"""Versions, of 60 kB."""
+MAX_DRAWN = 30
+"""More versions are plotted by a script, which can zoom."""
+MetricQuery = Annotated[str | None, Query(max_length=150, description="SUITE.METRIC; the first one if not given.")]
+
+
+@router.get("/{namespace}/{name}/history")
+def show_history(
+    named: RepositoryOf, request: Request, resources: ResourcesOf, actor: PageReader, metric: MetricQuery = None
+) -> Response:
+    with resources.snapshot() as session:
+        repository = repositories.find(session, named)
+        known = _metrics(session, repository)
+        chosen = _chosen(known, metric)
+        entries = histories.of_metric(session, repository, known[chosen], limit=SHOWN) if chosen else []
+        stated = [score_view(one.score).model_dump(mode="json") for one in entries]
+        rows = [(one, score, scores.interval(score)) for one, score in zip(entries, stated, strict=True)]
+        kind = repository.kind
+    points = [Point(one.version, Interval(score["value"], *ends, "now"), score["n"]) for one, score, ends in rows]
+    return page_about(
+        request,
+        "history.html",
+        named,
+        metrics=list(known),
+        chosen=chosen,
+        rows=rows,
+        full=len(rows) == SHOWN,
+        drawing=drawings.history(chosen, points[::-1]) if 1 < len(points) <= MAX_DRAWN else None,
+        plotted=len(points) > MAX_DRAWN,
+        json_address=f"/v1/{kind}s/{named}/releases",
+    )
+
+
+def _metrics(session: Session, repository: Repository) -> dict[str, Score]:
+    """The metrics of the newest release that has scores."""
+    newest = histories.newest_measured(session, repository)
+    measured = suites.scores_of(session, newest) if newest else []
+    return {f"{one.suite.name}.{one.metric}": one for one in measured}
+
+
+def _chosen(known: dict[str, Score], metric: str | None) -> str:
+    """The name of the metric to show, empty if there is none."""
+    if metric is None:
+        return next(iter(known), "")
+    if metric not in known:
+        raise NotFound(
+            "metric_unknown",
+            f"The newest measured release has no score {metric}.",
+            subject=metric,
+            next_step=nearest(metric, list(known), "Leave the metric out."),
+        )
+    return metric

@@ -1,0 +1,110 @@
+"""Forms that withdraw a release: a yank, which channels and ranges skip, and a deprecation, which blocks nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from registry.api.http.problems import as_registry_error
+from registry.api.http.request import ResourcesOf
+from registry.api.pages.accounts.account import validated
+from registry.api.pages.html.forms import Form, FormOf
+from registry.api.pages.html.paths import RepositoryOf, VersionOf
+from registry.api.pages.html.render import link, page_about, redirect
+from registry.api.pages.html.wire import ERRORS, PageReleaser, PageRoute
+from registry.api.schemas.catalog import DeprecateIn, YankIn
+from registry.database.engine import Session
+from registry.database.tables import Release
+from registry.domain.access.audit import Actor
+from registry.domain.catalog import deprecations, releases
+from registry.domain.channels import moves, yanks
+from registry.errors import RegistryError
+from registry.formats.references import RepositoryName, Version
+from registry.transfer.resources import Resources
+
+router = APIRouter(route_class=PageRoute)
+
+RELEASE = "/{namespace}/{name}/{version}"
+MAX_SERVING = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawal:
+    """A request about one release, by a caller who may withdraw it."""
+
+    named: RepositoryName
+    version: Version
+    request: Request
+    resources: Resources
+    actor: Actor
+
+
+async def _withdrawal(
+    named: RepositoryOf, version: VersionOf, request: Request, resources: ResourcesOf, actor: PageReleaser
+) -> Withdrawal:
+    return Withdrawal(named, version, request, resources, actor)
+
+
+WithdrawalOf = Annotated[Withdrawal, Depends(_withdrawal)]
+Change = Callable[[Session, Actor, Release, Form], None]
+
+
+@router.get(RELEASE + "/yank")
+def show_yank(asked: WithdrawalOf) -> Response:
+    """What a yank does, and the form for it; of a yanked release, the form that undoes it."""
+    return _page(asked, "yank.html")
+
+
+@router.post(RELEASE + "/yank")
+def yank(asked: WithdrawalOf, form: FormOf) -> Response:
+    """Yanks as REST does, or undoes it, and goes on to the release's page."""
+    return _withdraw(asked, form, "yank.html", _yank)
+
+
+@router.get(RELEASE + "/deprecate")
+def show_deprecation(asked: WithdrawalOf) -> Response:
+    """What a deprecation does, and the form for it."""
+    return _page(asked, "deprecate.html")
+
+
+@router.post(RELEASE + "/deprecate")
+def deprecate(asked: WithdrawalOf, form: FormOf) -> Response:
+    """Deprecates as REST does, or undoes it, and goes on to the release's page."""
+    return _withdraw(asked, form, "deprecate.html", _deprecate)
+
+
+def _yank(session: Session, actor: Actor, release: Release, form: Form) -> None:
+    body: YankIn = validated(YankIn, {"reason": form.get("reason", "").strip()})
+    (yanks.unyank if form.get("undo") == "yes" else yanks.yank)(session, actor, release, body.reason)
+
+
+def _deprecate(session: Session, actor: Actor, release: Release, form: Form) -> None:
+    undo = form.get("undo") == "yes"
+    document = {"reason": None if undo else form.get("reason", "").strip(), "successor": form.get("successor") or None}
+    body: DeprecateIn = validated(DeprecateIn, document)
+    deprecations.deprecate(session, actor, release, body.reason, body.successor)
+
+
+def _withdraw(asked: Withdrawal, form: Form, template: str, change: Change) -> Response:
+    """Does it and goes on to the release's page; if it is refused, shows the form again with the reason."""
+    try:
+        with asked.resources.write() as session:
+            change(session, asked.actor, releases.find(session, asked.named, asked.version), form)
+    except ERRORS as error:
+        return _page(asked, template, as_registry_error(error))
+    return redirect(link(str(asked.named), str(asked.version)))
+
+
+def _page(asked: Withdrawal, template: str, error: RegistryError | None = None) -> Response:
+    with asked.resources.snapshot() as session:
+        row = releases.find(session, asked.named, asked.version)
+        serving = moves.list_page(session, row.repository, served=row, after="", limit=MAX_SERVING)
+        values: dict[str, Any] = {
+            "taken_down": row.revision.taken_down_at is not None,
+            "yanked": row.yank_reason if row.yanked else None,
+            "deprecated": row.deprecated_reason,
+            "successor": row.successor,
+            "serving": [channel.name for channel in serving],
+        }
+    return page_about(asked.request, template, asked.named, error=error, version=str(asked.version), **values)

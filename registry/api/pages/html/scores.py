@@ -1,0 +1,137 @@
+"""Scores as a release page shows them: beside those of the release before and of the base, with what can be said."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+from markupsafe import Markup
+
+from composer.formats.recipes.suite import guard_cost
+from registry.api.pages.html import drawings
+from registry.api.pages.html.drawings import Interval, Point
+from registry.database.engine import Session
+from registry.database.tables import Release
+from registry.domain.catalog import histories as stored
+from registry.domain.catalog import intervals
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreLine:
+    """A suite's metric: values, and whether this release is `better` or `worse` than the one before, `none shown` if
+    the difference is within its error, empty without one before. `cost` is what a guard says beside the base, in
+    words."""
+
+    name: str
+    n: int
+    reported: bool
+    value: float
+    before: float | None
+    base: float | None
+    cost: str
+    comparison: str
+    drawing: Markup
+
+    @property
+    def change(self) -> float | None:
+        return None if self.before is None else self.value - self.before
+
+
+VERSIONS, POINTS = 30, 150
+"""Of a release's history: the newest versions; and of all metrics together, 20 kB. Others are on the history's page."""
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """A metric over versions."""
+
+    name: str
+    versions: int
+    drawing: Markup
+
+
+def interval(score: Json) -> tuple[float, float]:
+    """The 95 % interval of a score; the value itself without an error."""
+    value = float(score["value"])
+    return intervals.interval(score["metric"], value, score["stderr"], int(score["n"])) or (value, value)
+
+
+def axis(metric: str, rows: Sequence[Interval]) -> tuple[float, float]:
+    """The ends of an axis that holds all rows: 0 to 1 for a share of examples."""
+    if metric == "accuracy":
+        return 0.0, 1.0
+    return min(0.0, *(row.low for row in rows)), drawings.axis_end([row.high for row in rows])
+
+
+def compare(now: Json, before: Json) -> str:
+    """`better` or `worse` if the difference is beyond 1.96 of its unpaired standard error, else `none shown`."""
+    if now["stderr"] is None or before["stderr"] is None:
+        return "none shown"
+    difference = float(now["value"]) - float(before["value"])
+    low, high = interval(now)
+    other_low, other_high = interval(before)
+    # Half widths of intervals, so that a share of 0 or 1 has an error too.
+    error = sqrt(((high - low) / 2) ** 2 + ((other_high - other_low) / 2) ** 2)
+    if abs(difference) <= error:
+        return "none shown"
+    return "better" if (difference > 0) == bool(now["higher_is_better"]) else "worse"
+
+
+def lines(now: Sequence[Json], before: Sequence[Json], base: Sequence[Json]) -> list[ScoreLine]:
+    """A line for each score of this release, in the order of suites; others are compared on the same content only."""
+    earlier, of_base = _by_key(before), _by_key(base)
+    return [_line(score, earlier.get(_key(score)), of_base.get(_key(score))) for score in now]
+
+
+def histories(session: Session, release: Release) -> list[History]:
+    """How each metric of a release went over the versions of its repository, where others have it too."""
+    series: dict[str, list[tuple[str, Json]]] = {}
+    for one in stored.of_release(session, release, limit=VERSIONS):
+        score = {"metric": one.metric, "value": one.value, "stderr": one.stderr, "n": one.n}
+        series.setdefault(f"{one.suite}.{one.metric}", []).append((one.version, score))
+    drawn: list[History] = []
+    room = POINTS
+    for name, points in series.items():
+        own = any(version == release.version for version, _ in points)
+        if own and 1 < len(points) <= room:
+            room -= len(points)
+            drawn.append(_history(name, points, release.version))
+    return drawn
+
+
+def _history(name: str, points: Sequence[tuple[str, Json]], shown: str) -> History:
+    drawn = [
+        Point(version, Interval(score["value"], *interval(score), "now" if version == shown else "before"), score["n"])
+        for version, score in points
+    ]
+    return History(name, len(points), drawings.history(name, drawn))
+
+
+def _line(score: Json, before: Json | None, base: Json | None) -> ScoreLine:
+    given = [("base", base), ("before", before), ("now", score)]
+    rows = [Interval(float(one["value"]), *interval(one), kind) for kind, one in given if one is not None]
+    low, high = axis(score["metric"], rows)
+    name = f"{score['suite']}.{score['metric']}"
+    guards = base is not None and score["kind"] == "guard" and score["metric"] == "nll"
+    cost = guard_cost(score["value"], base["value"]) if base is not None and guards else ""
+    return ScoreLine(
+        name=name,
+        n=score["n"],
+        reported=score["reported"],
+        value=score["value"],
+        before=None if before is None else before["value"],
+        base=None if base is None else base["value"],
+        cost=cost,
+        comparison="" if before is None else compare(score, before),
+        drawing=drawings.intervals(name, rows, low, high),
+    )
+
+
+def _key(score: Json) -> tuple[str, str]:
+    return score["suite_digest"], score["metric"]
+
+
+def _by_key(scores: Sequence[Json]) -> dict[tuple[str, str], Json]:
+    return {_key(score): score for score in scores}

@@ -1,0 +1,88 @@
+"""Routes of pages: who may see them, which forms they take, and errors as pages."""
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from fastapi import Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
+
+from composer.errors import ComposerError
+from registry.api.http.callers import Credentials
+from registry.api.http.problems import as_registry_error
+from registry.api.http.request import SAFE_METHODS
+from registry.api.http.routes import Route
+from registry.api.http.rules import Rule, Where, rules_of
+from registry.api.pages.html.forms import drop_session, read_form, refuse_other_site, session_of
+from registry.api.pages.html.render import HEADERS, page
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import Role
+from registry.errors import RegistryError
+
+
+@dataclass(frozen=True, slots=True)
+class PageRule(Rule):
+    """A rule for a page: the cookie alone says who the caller is. Tokens are for REST."""
+
+    def credentials(self, request: Request) -> Credentials:
+        return replace(Rule.credentials(self, request), authorization="", session=session_of(request))
+
+
+ERRORS = (RegistryError, ComposerError, RequestValidationError)
+"""What a page may raise: shown as a page, or beside the form that led to it."""
+PageReader = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.READER))]
+PagePublisher = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.PUBLISHER))]
+PageReleaser = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.RELEASER))]
+PageAdmin = Annotated[Actor, Depends(PageRule(Where.NAMESPACE, Role.ADMIN))]
+PageContributor = Annotated[Actor, Depends(PageRule(Where.ANYWHERE, Role.PUBLISHER))]
+PageCaller = Annotated[Actor, Depends(PageRule(Where.INSIDE))]
+
+
+class PageRoute(Route):
+    """Shows errors as pages, to those who ask for pages. Takes a form only from a page of this server and of the
+    caller's own session (`forms`), and reads it only for callers whom the route's rule lets in."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        methods = set(options.pop("methods", None) or {"GET"})
+        if "GET" in methods:
+            methods.add("HEAD")  # which FastAPI, unlike Starlette, does not add
+        super().__init__(*args, **{**options, "methods": methods, "include_in_schema": False})
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer, rules = super().get_route_handler(), rules_of(self.dependant)
+
+        async def checked(request: Request) -> Response:
+            if request.method not in SAFE_METHODS:
+                refuse_other_site(request)
+                for rule in rules:
+                    await rule.before_document(request)
+                request.state.form = await read_form(request)
+            return await answer(request)
+
+        async def handle(request: Request) -> Response:
+            try:
+                response = await checked(request)
+            except ERRORS as error:
+                if "text/html" not in request.headers.get("accept", ""):
+                    raise  # a program gets the problem document
+                response = error_page(request, as_registry_error(error))
+            for name, value in HEADERS.items():  # of redirects too
+                response.headers.setdefault(name, value)
+            return response
+
+        return handle
+
+
+def parses(*names: str) -> dict[str, Any]:
+    """`openapi_extra` of a page that reads these parameters from the query by itself: any other one is refused."""
+    return {"parameters": [{"name": name, "in": "query"} for name in names]}
+
+
+def error_page(request: Request, error: RegistryError, status: int | None = None) -> Response:
+    """What is wrong and what to do. What a caller may not see does not exist, so it says 404 too."""
+    response = page(request, "error.html", status=status or error.status, error=error)
+    for name, value in HEADERS.items():
+        response.headers[name] = value
+    if error.code == "session_ended":
+        drop_session(response)
+    return response

@@ -1,0 +1,1 @@
+"""Jobs, and the forms that start compositions and conflict checks."""

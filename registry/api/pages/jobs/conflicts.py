@@ -1,0 +1,120 @@
+"""Will these adapters fight? Some of one base are chosen in the address, and their conflict report is shown."""
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qsl
+
+import yaml
+from fastapi import APIRouter, Request, Response
+
+from composer.formats.recipes.methods import PIPELINES
+from registry.api.http.problems import as_registry_error
+from registry.api.http.request import ResourcesOf
+from registry.api.http.threads import in_search_threads
+from registry.api.pages.accounts.account import validated
+from registry.api.pages.catalog.search import known_adapters
+from registry.api.pages.html.forms import FormOf
+from registry.api.pages.html.render import page, redirect
+from registry.api.pages.html.wire import ERRORS, PageCaller, PageRoute, parses
+from registry.api.pages.jobs import report
+from registry.api.pages.jobs.chosen import Chosen
+from registry.api.routes.conflicts import last_check, request_check
+from registry.api.schemas.work import MAX_CHECKED, ConflictsIn, ConflictsOut
+from registry.domain.access.audit import Actor
+from registry.domain.jobs.queue import FINISHED
+from registry.errors import RegistryError, Unauthenticated
+from registry.transfer.resources import Resources
+
+router = APIRouter(route_class=PageRoute)
+
+WAIT = "wait"
+"""Asked by the page itself, while a report is computed."""
+FIELDS = ("adapter", "weight")
+"""Of the form, whose address a redirect makes short."""
+
+
+@router.get("/conflicts", openapi_extra=parses("with", "method", "set", "show", WAIT, *FIELDS, "settings", "drop"))
+@in_search_threads
+def show_conflicts(request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
+    """The latest report on the chosen adapters, how its computation stands, or a button that starts it."""
+    given = parse_qsl(request.url.query, keep_blank_values=True)
+    if any(name in FIELDS for name, _ in given):
+        return redirect(Chosen.of_form(given).address("/conflicts"))
+    shown = dict(given).get("show", report.DEFAULT_MEASURE)
+    return _page(request, resources, actor, Chosen.of_address(given), shown)
+
+
+@router.post("/conflicts")
+def request_conflicts(request: Request, resources: ResourcesOf, actor: PageCaller, form: FormOf) -> Response:
+    """Request the check as REST does, and go on to its page."""
+    chosen = Chosen.of_form(form.multi_items())
+    try:
+        lock, _ = last_check(resources, actor, validated(ConflictsIn, chosen.document()))
+        request_check(resources, actor, lock)
+    except ERRORS as error:
+        return _page(request, resources, actor, chosen, report.DEFAULT_MEASURE, _beside_form(error))
+    return redirect(chosen.address("/conflicts"))
+
+
+def _page(
+    request: Request,
+    resources: Resources,
+    actor: Actor,
+    chosen: Chosen,
+    shown: str,
+    error: RegistryError | None = None,
+) -> Response:
+    check: ConflictsOut | None = None
+    if len(chosen.members) > 1 and error is None:
+        try:
+            _, check = last_check(resources, actor, validated(ConflictsIn, chosen.document()))
+        except ERRORS as refused:
+            error = _beside_form(refused)
+    measure = shown if shown in report.MEASURES else report.DEFAULT_MEASURE
+    stated = check.report if check else None
+    finished = check is None or stated is not None or check.state in FINISHED  # a report is kept before its job ends
+    answer = page(
+        request,
+        "conflicts.html",
+        status=error.status if error else 200,
+        chosen=chosen,
+        error=error,
+        check=check,
+        finished=finished,
+        report=report.read(stated, report.options_of(chosen)) if stated else None,
+        maps=report.maps(stated, measure) if stated else None,
+        measures=report.MEASURES,
+        addresses={name: chosen.address("/conflicts", show=name) for name in report.MEASURES},
+        known=known_adapters(request, resources, actor, check.base.digest if check else None),
+        methods=list(PIPELINES),
+        most=MAX_CHECKED,
+        recipe=_recipe(chosen),
+        command=_command(chosen),
+        json_address=f"/v1/conflicts/{check.id}" if check else None,
+    )
+    if WAIT in request.query_params and finished:
+        answer.headers["HX-Refresh"] = "true"  # htmx then loads the page with its report
+    return answer
+
+
+def _beside_form(error: Exception) -> RegistryError:
+    """An error that the form can mend. Raises the one that signing in mends."""
+    if isinstance(error, Unauthenticated):
+        raise error
+    return as_registry_error(error)
+
+
+def _recipe(chosen: Chosen) -> str:
+    """A recipe in YAML that combines them so."""
+    document: Mapping[str, Any] = chosen.document()
+    return yaml.safe_dump({name: value for name, value in document.items() if value}, sort_keys=False)
+
+
+def _command(chosen: Chosen) -> str:
+    weights = [weight for _, weight in chosen.members]
+    lines = ["adaptory conflicts", *(adapter for adapter, _ in chosen.members)]
+    if set(weights) - {"1"}:
+        lines.append(f"--weights {','.join(weights)}")
+    lines += [f"--method {chosen.method}"] if chosen.method != "stack" else []
+    lines += [f"--set {one}" for one in chosen.settings]
+    return " \\\n  ".join(lines)

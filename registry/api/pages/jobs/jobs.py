@@ -1,0 +1,152 @@
+"""Jobs, and compositions: how far they are, why they ended, and what came out beside the inputs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from markupsafe import Markup
+
+from registry.api.http.pagination import Cursor, decode_number, first_rows
+from registry.api.http.request import ResourcesOf, RowId
+from registry.api.pages.html import drawings, gates, scores
+from registry.api.pages.html.drawings import Interval
+from registry.api.pages.html.forms import FormOf
+from registry.api.pages.html.render import page, redirect
+from registry.api.pages.html.wire import PageCaller, PageContributor, PageRoute
+from registry.api.pages.jobs import report
+from registry.api.pages.jobs.recipe_form import as_yaml
+from registry.api.routes.views import composition_view, job_page, job_view
+from registry.client.lineage import of_lock, rule_words
+from registry.domain.compositions import compositions
+from registry.domain.jobs import queue
+from registry.domain.jobs.queue import FINISHED
+
+router = APIRouter(route_class=PageRoute)
+
+SHOWN = 25
+COMPOSITION = "composition"
+"""The kind of job that has the composition's page; others show their steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """A score of a composition's candidate, or below it one of an input or of the base on the same examples."""
+
+    name: str
+    subject: str
+    address: str | None
+    value: float
+    n: int
+    drawing: Markup
+
+
+@router.get("/jobs")
+def list_jobs(request: Request, resources: ResourcesOf, actor: PageContributor, cursor: Cursor = None) -> Response:
+    """Those that REST lists, newest first."""
+    with resources.read() as session:
+        rows = compositions.list_jobs(session, actor, before=decode_number(cursor), limit=SHOWN + 1)
+        listed, more = first_rows(rows, SHOWN, lambda row: row.id)
+        views = job_page(session, listed)
+    return page(request, "jobs.html", jobs=views, more=more, first=cursor is None, json_address="/v1/jobs")
+
+
+@router.get("/jobs/{job_id}")
+def show_job(job_id: RowId, request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
+    """A job; that of a composition has the composition's page."""
+    with resources.read() as session:
+        row = queue.find(session, job_id)
+        compositions.permit_job(session, actor, row)
+        if row.kind == COMPOSITION:
+            made = compositions.find_by_job(session, job_id).id
+            return redirect(f"/compositions/{made}")
+        view = job_view(session, row)
+    return page(request, "job.html", job=view, finished=view.state in FINISHED, json_address=f"/v1/jobs/{job_id}")
+
+
+@router.post("/jobs/{job_id}/cancel")
+def cancel_job(job_id: RowId, resources: ResourcesOf, actor: PageCaller, form: FormOf) -> Response:
+    """Cancel as REST does, and go on to the job's page."""
+    with resources.write() as session:
+        row = queue.find(session, job_id)
+        compositions.permit_job(session, actor, row)
+        compositions.cancel_job(session, actor, row)
+    return redirect(f"/jobs/{job_id}")
+
+
+@router.get("/compositions/{composition_id}")
+def show_composition(composition_id: RowId, request: Request, resources: ResourcesOf, actor: PageCaller) -> Response:
+    with resources.read() as session:
+        pair = compositions.find(session, composition_id)
+        compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
+        view, job = composition_view(*pair), job_view(session, pair[1])
+    made, stated = of_lock(view.lock), report.readable(view.conflicts)
+    return page(
+        request,
+        "composition.html",
+        made=view,
+        job=job,
+        finished=view.state in FINISHED,
+        members=[(one, [rule_words(rule) for rule in one.weight.rules]) for one in made.members],
+        how=made.how,
+        search=view.lock.get("optimized"),
+        report=report.read(stated, report.options_for(view.id)) if stated else None,
+        compared=[_compared(score) for score in view.candidate_scores or []],
+        gate_lines=gates.lines(view.gates or []),
+        passed=gates.summary(view.gates or []),
+        recipe=as_yaml(view.recipe),
+        json_address=f"/v1/compositions/{composition_id}",
+    )
+
+
+@router.get("/compositions/{composition_id}/conflicts")
+def show_conflicts_of_composition(
+    composition_id: RowId,
+    request: Request,
+    resources: ResourcesOf,
+    actor: PageCaller,
+    show: Annotated[str, Query(max_length=40)] = report.DEFAULT_MEASURE,
+) -> Response:
+    """All of the conflict report of a composition: losses, pairs, maps and findings."""
+    with resources.read() as session:
+        pair = compositions.find(session, composition_id)
+        compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
+        stated = report.readable(pair[0].conflicts)
+    path = f"/compositions/{composition_id}/conflicts"
+    return page(
+        request,
+        "composition_conflicts.html",
+        composition_id=composition_id,
+        report=report.read(stated, report.options_for(composition_id)) if stated else None,
+        maps=report.maps(stated, show if show in report.MEASURES else report.DEFAULT_MEASURE) if stated else None,
+        measures=report.MEASURES,
+        addresses={name: f"{path}?show={name}" for name in report.MEASURES},
+        json_address=f"/v1/compositions/{composition_id}",
+    )
+
+
+def _compared(score: Mapping[str, Any]) -> list[Compared]:
+    """The candidate's score of a suite's metric, and below it the others on the same axis."""
+    named = f"{score['suite']}.{score['metric']}"
+    rows: list[tuple[str, str | None, Mapping[str, Any], str]] = [("result", None, score, "now")]
+    for one in score.get("inputs", []):
+        address = f"/{one['repository']}/{one['version']}"
+        rows.append((f"{one['repository']} {one['version']}", address, one, "before"))
+    if score.get("base"):
+        rows.append(("base", None, score["base"], "base"))
+    measured = [{"metric": score["metric"], **one} for _, _, one, _ in rows]
+    bars = [
+        Interval(one["value"], *scores.interval(one), kind) for one, (_, _, _, kind) in zip(measured, rows, strict=True)
+    ]
+    low, high = scores.axis(score["metric"], bars)
+    return [
+        Compared(
+            name=named,
+            subject=subject,
+            address=address,
+            value=one["value"],
+            n=one["n"],
+            drawing=drawings.intervals(f"{named} of {subject}", [bar], low, high),
+        )
+        for (subject, address, one, _), bar in zip(rows, bars, strict=True)
+    ]

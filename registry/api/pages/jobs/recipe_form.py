@@ -1,0 +1,184 @@
+"""A recipe as the fields of a form, and back. What has no field, such as rules for layers, is kept as text in YAML."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self, cast
+
+import yaml
+
+from composer.formats.recipes.methods import PIPELINES, settings_of
+from composer.formats.recipes.recipe import Recipe, load_recipe, parse_recipe
+from registry.api.pages.jobs.chosen import Fields, values_of
+
+Json = Mapping[str, Any]
+
+SETTING = "setting."
+"""What the names of fields for a method's settings begin with."""
+_TEXTS = ("adapter", "model", "dtype", "notes")
+_SEARCH = ("search", "confirm", "minutes")
+_OF_INPUTS = {"adapter", "weight", "suite"}
+_OF_RECIPES = {"base", "inputs", "method", "settings", *_TEXTS, "probe", "evaluate", "gates", "optimize"}
+"""What has fields. The base need not be said: it is that of the inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An input, as it was written."""
+
+    adapter: str = ""
+    weight: str = "1"
+    suite: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SettingField:
+    """A setting of the method. `value` is empty for its default; one of `choices`, if there are any."""
+
+    name: str
+    description: str
+    default: str
+    choices: Sequence[str]
+    value: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeForm:
+    """`texts` are outputs, precision and notes; `numbers` those of the probe and the search. All values are texts.
+    Where `recipe` is not empty, it is the recipe in YAML, and the other fields are ignored."""
+
+    rows: tuple[Row, ...] = ()
+    method: str = ""
+    settings: Mapping[str, str]
+    texts: Mapping[str, str]
+    probe: str = ""
+    evaluate: tuple[str, ...] = ()
+    gates: str = ""
+    ungated: bool = False
+    optimize: bool = False
+    numbers: Mapping[str, str]
+    recipe: str = ""
+
+    @classmethod
+    def of_fields(cls, fields: Fields) -> Self:
+        """From a posted form. Rows without an adapter, and the one that `drop` numbers, are left out."""
+        given = {name: value.strip() for name, value in fields}
+        columns = [values_of(fields, name) for name in ("input", "weight", "suite")]
+        rows = [Row(*(part.strip() for part in row)) for row in zip(*columns, strict=False)]
+        suites = [*values_of(fields, "evaluate"), *given.get("more_suites", "").replace(",", " ").split()]
+        settings = {name: value.strip() for name, value in fields if name.startswith(SETTING) and value.strip()}
+        return cls(
+            rows=tuple(row for number, row in enumerate(rows) if row.adapter and str(number) != given.get("drop")),
+            method=given.get("method", ""),
+            settings={name.removeprefix(SETTING): value for name, value in settings.items()},
+            texts={name: given[name] for name in _TEXTS if given.get(name)},
+            probe=given.get("probe", ""),
+            evaluate=tuple(dict.fromkeys(suites)),
+            gates=given.get("gates", ""),
+            ungated=given.get("ungated") == "yes",
+            optimize=given.get("optimize") == "yes",
+            numbers={name: given[name] for name in _SEARCH if given.get(name)},
+            recipe=given.get("recipe", ""),
+        )
+
+    @classmethod
+    def of_document(cls, document: Json) -> Self:
+        """From a recipe's JSON: as text if there is something that has no field."""
+        optimize: Json = document.get("optimize") or {}
+        others = {name for name, value in document.items() if value} - _OF_RECIPES
+        others |= {name for one in document["inputs"] for name, value in one.items() if value} - _OF_INPUTS
+        others |= {name for name, value in optimize.items() if value} - set(_SEARCH)
+        gates: Sequence[str] | None = document.get("gates")
+        settings: Json = document.get("settings") or {}
+        return cls(
+            rows=tuple(
+                Row(str(one["adapter"]), _text(one.get("weight", 1)), _text(one.get("suite")))
+                for one in document["inputs"]
+            ),
+            method=str(document.get("method", "")),
+            settings={name: _text(value) for name, value in settings.items()},
+            texts={name: str(document[name]) for name in _TEXTS if document.get(name)},
+            probe=_text(document.get("probe")),
+            evaluate=tuple(document.get("evaluate") or ()),
+            gates="\n".join(gates or ()),
+            ungated=gates is not None and not gates,
+            optimize=bool(document.get("optimize")),
+            numbers={name: _text(optimize[name]) for name in _SEARCH if optimize.get(name)},
+            recipe=as_yaml(document) if others else "",
+        )
+
+    def parse(self) -> Recipe:
+        """Raises InvalidFile naming the field."""
+        return load_recipe(self.recipe) if self.recipe else parse_recipe(self.document())
+
+    def document(self) -> dict[str, Any]:
+        """The recipe. What is not a number where one is needed stays a text, which the recipe's parser refuses."""
+        inputs = [
+            {"adapter": row.adapter, "weight": number(row.weight), **({"suite": row.suite} if row.suite else {})}
+            for row in self.rows
+        ]
+        document: dict[str, Any] = {"inputs": inputs, **self.texts}
+        if self.method:
+            document |= {"method": self.method, "settings": {name: number(one) for name, one in self.settings.items()}}
+        if self.probe:
+            document["probe"] = number(self.probe)
+        if self.evaluate:
+            document["evaluate"] = list(self.evaluate)
+        rules = [line.strip() for line in self.gates.splitlines() if line.strip()]
+        if rules or self.ungated:
+            document["gates"] = rules
+        if self.optimize:
+            document["optimize"] = {name: number(value) for name, value in self.numbers.items()}
+        return document
+
+    @property
+    def setting_fields(self) -> list[SettingField]:
+        """Those of the method, its own before those that it shares with the plain mean."""
+        if self.method not in PIPELINES:
+            return []
+        properties = _properties(self.method)
+        common = settings_of("mean").field_names()
+        names = sorted(properties, key=lambda name: name in common)
+        return [_field(name, properties[name], self.settings.get(name, "")) for name in names]
+
+
+def as_yaml(document: Json) -> str:
+    """A recipe for people, without what is empty."""
+    gates: Json = {"gates": []} if document.get("gates") == [] else {}  # which is not the same as none
+    inputs = [_stated(one) for one in document["inputs"]]
+    stated = {**_stated(document), "inputs": inputs, **gates}
+    return yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
+
+
+def _stated(document: Json) -> dict[str, Any]:
+    return {name: value for name, value in document.items() if value not in (None, "", [], {})}
+
+
+def number(text: str) -> float | int | str:
+    """A number as a document has it, or the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+@cache
+def _properties(method: str) -> dict[str, Json]:
+    return cast("dict[str, Json]", settings_of(method).model_json_schema()["properties"])
+
+
+def _field(name: str, schema: Json, value: str) -> SettingField:
+    choices = ["true", "false"] if schema.get("type") == "boolean" else [str(one) for one in schema.get("enum", ())]
+    return SettingField(name, schema.get("description", ""), _text(schema.get("default")), choices, value)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, cast("Sequence[object]", value)))
+    return f"{value:.15g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Conflicts, compositions and merges, in a registry or on local directories."""

@@ -1,0 +1,250 @@
+"""Compositions in the registry."""
+
+import json as json_module
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from composer.formats.untrusted import read_text
+from registry.cli.composition import optimize as optimizing
+from registry.cli.console import complete, following, render
+from registry.cli.console.connect import connected, jobs_running
+from registry.cli.console.groups import root
+from registry.cli.console.interrupt import interrupts
+from registry.cli.console.render import JsonFlag
+from registry.cli.operations.jobs import MemoryOption, PriorityOption, wishes
+from registry.error_families import of_row
+from registry.errors import Refused, RegistryError, Usage
+from registry.sdk.connection import Connection
+
+if TYPE_CHECKING:
+    from composer.findings import Verdict
+    from composer.formats.recipes.weights import Weight, WeightRule
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, such as tied=auto|untie|shared|refuse."),
+]
+Method = Annotated[
+    str,
+    typer.Option(help="stack, linear, svd, ties, dare_ties, knots_ties, core_tsv, …", autocompletion=complete.methods),
+]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        metavar="N:WHERE=WEIGHT",
+        help="A different weight for the N-th adapter in some layers or modules: 2:0-9/mlp.*=0.3",
+    ),
+]
+Require = Annotated[
+    str | None,
+    typer.Option(
+        metavar="VERDICT", help="Exit 1 unless the verdict is this one or better: ok, undecided, unmeasured, warn."
+    ),
+]
+Json = dict[str, Any]
+
+_ASKED_S = 1.2
+"""How long to wait for a second interrupt: the first one ends the command within two seconds."""
+
+
+@root.command()
+def compose(  # noqa: PLR0913
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Resolve, lock and check for conflicts; change nothing.")
+    ] = False,
+    optimize: Annotated[
+        bool,
+        typer.Option("--optimize", help="Find method, settings and weights on examples of the inputs' suites first."),
+    ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Wait until it ends; the embedded registry always does.")
+    ] = False,
+    require: Require = None,
+    priority: PriorityOption = None,
+    memory: MemoryOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Combine adapters by a recipe: lock, check, evaluate, gate, merge, publish.
+
+    A conflict verdict worse than `require` of the recipe's policy ends the composition; --require replaces it.
+    """
+    from composer.formats.recipes.recipe import MAX_FILE_BYTES, Optimize, load_recipe
+
+    wanted = load_recipe(read_text(recipe, MAX_FILE_BYTES), str(recipe))
+    if (verdict := required(require)) is not None:
+        wanted = wanted.model_copy(update={"policy": {**wanted.policy, "require": str(verdict)}})
+    if optimize and wanted.optimize is None:
+        wanted = wanted.model_copy(update={"optimize": Optimize.model_validate({})})
+    with connected() as connection:
+        body = {"recipe": wanted.to_json(), "plan": plan, **wishes(priority, memory)}
+        composition = connection.api.post("/v1/compositions", body)
+        if plan or follow or connection.resources is not None:
+            with jobs_running(connection, composition["job"]):
+                composition = _follow_or_cancel(connection, composition, lines=follow)
+    failure = _error(composition) if composition["state"] in ("refused", "failed", "cancelled") else None
+    render.document(composition, json, lambda: _show(composition), failure)
+
+
+def with_rules(weights: Sequence[float], rules: list[str] | None) -> "list[Weight]":
+    """The weights, each with the rules `N:WHERE=WEIGHT` for its number, counted from 1."""
+    from composer.formats.recipes.weights import Weight, parse_rule
+
+    own: list[list[WeightRule]] = [[] for _ in weights]
+    numbers = {str(number) for number in range(1, len(weights) + 1)}
+    for text in rules or []:
+        number, colon, rule = text.partition(":")
+        if not colon or number not in numbers:
+            raise Usage(
+                "bad_rule",
+                f"--rule {text} does not begin with the number of an adapter, 1 to {len(weights)}.",
+                subject=text,
+                next_step="Write --rule 2:0-9=0.5",
+            )
+        own[int(number) - 1].append(parse_rule(rule))
+    return [Weight(weight, tuple(added)) for weight, added in zip(weights, own, strict=True)]
+
+
+def settings_of(texts: list[str] | None, *, sequential: bool = False) -> dict[str, object]:
+    """Parses `--set KEY=VALUE`; the value is JSON if it parses as JSON, else text."""
+    settings: dict[str, object] = {"sequential": True} if sequential else {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise Usage("bad_setting", f"--set {text} has no value.", subject=text, next_step="Write --set KEY=VALUE")
+        try:
+            settings[key] = json_module.loads(value)
+        except (ValueError, RecursionError):
+            settings[key] = value
+    return settings
+
+
+def _follow_or_cancel(connection: Connection, composition: Json, *, lines: bool) -> Json:
+    """An interrupt cancels a composition of this process; one on a server continues unless interrupted twice."""
+    try:
+        following.follow(connection, composition["job"], lines=lines)
+        return connection.api.get(f"/v1/compositions/{composition['id']}")
+    except KeyboardInterrupt:
+        name = f"composition {composition['id']}"
+        if connection.resources is None:
+            render.say(f"{name} continues at {connection.api.url}; interrupt again to cancel it")
+            if not interrupts.wait_for_another(_ASKED_S):
+                job = composition["job"]
+                interrupts.kept = f"{name} continues: `adaptory jobs {job}` shows it, `adaptory cancel {job}` ends it"
+                raise
+        connection.api.post(f"/v1/compositions/{composition['id']}/cancel")
+        interrupts.kept = f"{name} is cancelled, and nothing was published"
+        raise
+
+
+def _show(composition: Json) -> None:
+    what = "plan" if composition["plan"] else "composition"
+    render.heading(f"{what} {composition['id']}: {composition['state']}")
+    if composition["state"] == "queued":
+        render.out(f"A worker of the server composes it: `adaptory jobs {composition['job']}` shows its progress.")
+    if optimized := composition["lock"].get("optimized"):
+        optimizing.show(optimized)
+    _show_lock(composition["lock"])
+    if composition["conflicts"]:
+        _show_conflicts(composition["conflicts"])
+    if composition["candidate_scores"]:
+        render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(composition["candidate_scores"]))
+        if unjudged := _unjudged(composition):
+            render.out(
+                f"not compared on a suite of their own: {', '.join(unjudged)}. What the result keeps of them is "
+                "not known: name a suite for each (`suite` of an input in the recipe)."
+            )
+    elif composition["results"]:
+        render.out(
+            "scores: none, so what the result keeps of its inputs is not known. Name suites under `evaluate`, or "
+            "evaluate each input: its suite then has gates."
+        )
+    if composition["gates"]:
+        render.gate_lines(composition["gates"])
+    if composition["merge"]:
+        merged = composition["merge"]
+        render.out(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
+    for row in composition["results"]:
+        render.out(f"published {row['repository']}:{row['version']} {row['commit'][:12]}")
+
+
+def _unjudged(composition: Json) -> list[str]:
+    """The inputs to be kept that the candidate was not compared with on their own suite. Older compositions do not say
+    which suite is an input's own."""
+    compared = [one for score in composition["candidate_scores"] for one in score.get("inputs", [])]
+    if any("own_suite" not in one for one in compared):
+        return []
+    judged = {(one["repository"], one["version"]) for one in compared if one["own_suite"]}
+    inputs = [one for one in composition["lock"]["inputs"] if one["weight"] > 0]
+    missing = [one for one in inputs if (one["repository"], one["version"]) not in judged]
+    return [f"{one['repository']}:{one['version']}" for one in missing]
+
+
+def _side_by_side(scores: list[Json]) -> list[tuple[Any, ...]]:
+    """A row for the candidate per metric, and below it the inputs measured on the same examples."""
+    rows: list[tuple[Any, ...]] = []
+    for score in scores:
+        value = render.with_error(score["value"], score["stderr"], score["n"])
+        metric = score["metric"]
+        rows.append((score["suite"], metric, "candidate", value, score["n"]))
+        for one in score.get("inputs", []):
+            name, value = (
+                f"{one['repository']}:{one['version']}",
+                render.with_error(one["value"], one["stderr"], one["n"]),
+            )
+            rows.append(("", "", name, value, one["n"]))
+    return rows
+
+
+def _show_lock(lock: Json) -> None:
+    from registry.client.lineage import of_lock, rule_words
+
+    made = of_lock(lock)
+    columns = (
+        "input",
+        "commit",
+        "weight",
+        *(("other weights",) if any(one.weight.rules for one in made.members) else ()),
+    )
+    rows = [
+        (f"{one.name}:{one.version}", one.commit[:12], one.weight.value, list(map(rule_words, one.weight.rules)))
+        for one in made.members
+    ]
+    render.table(f"lock {lock['digest'][:12]}", columns, [row[: len(columns)] for row in rows])
+    for name, value in (("method", made.how), ("dtype", made.dtype), ("rounding", made.rounding)):
+        if value:
+            render.out(f"{name} {render.plain(value)}")
+
+
+def _show_conflicts(report: Json) -> None:
+    if "summary" in report:  # absent before 0.2
+        render.summary("conflicts", report["summary"])
+    else:
+        render.out(f"conflicts: {report['verdict']}")
+
+
+def required(verdict: str | None) -> "Verdict | None":
+    """The verdict that --require names. Raises Usage for any other word."""
+    from composer.findings import Verdict
+
+    if verdict is None:
+        return None
+    if verdict not in list(Verdict):
+        message = f"--require {verdict} is not a verdict."
+        raise Usage("bad_verdict", message, subject="--require", next_step=f"Use one of {', '.join(Verdict)}.")
+    return Verdict(verdict)
+
+
+def _error(composition: Json) -> RegistryError:
+    """Why it ended; without the findings, which are shown with the composition."""
+    if composition["error"] is None:
+        return Refused(
+            "composition_cancelled",
+            "The composition was cancelled.",
+            next_step="Compose again if that was a mistake.",
+        )
+    return of_row({**composition["error"], "findings": []})

@@ -1,0 +1,254 @@
+"""The composer on local directories, without a registry: merge, combine, convert, extract."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry.cli.composition.calibration import (
+    Prompts,
+    Suites,
+    contradictions,
+    fit_lines,
+    fitted_adapter,
+    fitting,
+    local_calibration,
+    refuse_uneven,
+)
+from registry.cli.composition.compose import Method, Rules, Settings, settings_of, with_rules
+from registry.cli.console import render
+from registry.cli.console.groups import root
+from registry.cli.console.render import JsonFlag
+from registry.cli.evaluation.quality import Device
+from registry.errors import Usage
+
+if TYPE_CHECKING:
+    from composer.formats.recipes.weights import Weight
+
+Adapters = Annotated[list[str], typer.Option("--adapter", metavar="DIR[=WEIGHT]", help="May be repeated.")]
+Sequential = Annotated[
+    bool,
+    typer.Option(
+        "--sequential",
+        help="Apply each adapter to the result of the previous ones, as two DoRA adapters of one weight need.",
+    ),
+]
+Output = Annotated[Path, typer.Option("-o", "--output", help="A new directory.")]
+Json = dict[str, Any]
+
+_RANKS = 5
+"""Up to this many ranks are listed; beyond it, only the range."""
+
+
+@root.command()
+def merge(  # noqa: PLR0913
+    base: Annotated[Path, typer.Option(help="The base's checkpoint directory.")],
+    adapter: Adapters,
+    output: Output,
+    method: Method = "stack",
+    set_: Settings = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default, the base's own.")] = None,
+    device: Device = "auto",
+    rounding: Annotated[str, typer.Option(help="nearest or stochastic.")] = "nearest",
+    seed: Annotated[int | None, typer.Option(help="Seed of stochastic rounding; 0 by default.")] = None,
+    sequential: Sequential = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Dequantize an fp8 or 4-bit base before merging.")
+    ] = False,
+    rule: Rules = None,
+    suite: Suites = None,
+    prompts: Prompts = None,
+    json: JsonFlag = False,
+) -> None:
+    """Merge adapters into a checkpoint, on local directories, without a registry.
+
+    Repeat the same command to resume an interrupted merge.
+    """
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
+    from composer.formats.recipes.rounding import Mode, parse_rounding
+    from composer.formats.recipes.weights import Weight
+    from composer.merge.plan import plan_merge
+    from composer.merge.run import run_merge
+
+    if seed is not None and rounding != Mode.STOCHASTIC:
+        message = "--seed has no effect without --rounding stochastic."
+        raise Usage("idle_option", message, subject="--seed", next_step="Leave it out, or add --rounding stochastic.")
+    checkpoint, rounded = open_checkpoint(base, dequantize), parse_rounding(rounding, seed or 0)
+    adapters, settings = _weighted(adapter, rule), settings_of(set_, sequential=sequential)
+    calibration = local_calibration(method, settings, base, suite, prompts, device)
+    if calibration is not None:
+        refuse_uneven(calibration, adapters)
+        _warn(contradictions(calibration, [path.name for path, _ in adapters]))
+        adapters = [(fitted_adapter(base, adapters, output, (method, settings), calibration, device), Weight())]
+        method, settings = "stack", {}
+    merging = plan_merge(checkpoint, adapters, method, settings, dtype, rounded, device)
+    _warn(merging.findings)
+    with render.progress(f"merge {output.name}", merging.size_bytes) as done:
+        report = run_merge(merging, output, device, done)
+    _warn(report.findings)
+    document = report.to_json()
+    document["findings"] = [finding.to_json() for finding in (*merging.findings, *report.findings)]
+    left_out = ("out_dir", "findings", "survival", "compressions", *(() if document["compressions"] else ("lost",)))
+    rounding_rows = render.fields(document["survival"], "sampled_rows", "relative_size")
+    shown = render.fields(document, *left_out) + [(f"rounding: {name}", value) for name, value in rounding_rows]
+    render.document(document, json, lambda: _show_cut(f"merged into {output}", shown, document["compressions"]))
+
+
+@root.command()
+def combine(  # noqa: PLR0913
+    adapter: Adapters,
+    output: Output,
+    method: Method = "stack",
+    set_: Settings = None,
+    base: Annotated[Path | None, typer.Option(help="Check that the adapters fit this checkpoint directory.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Truncate every module to this rank.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Truncate each module to the lowest rank that keeps this share of its energy.")
+    ] = None,
+    rule: Rules = None,
+    suite: Suites = None,
+    prompts: Prompts = None,
+    device: Device = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Combine local adapters into one PEFT adapter, without a registry; reports what truncation to a rank lost."""
+    from composer.export.combine import combine as combine_adapters
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
+
+    architecture = open_checkpoint(base).architecture if base else None
+    budget = {name: value for name, value in (("rank", rank), ("energy", energy)) if value is not None}
+    settings = settings_of(set_)
+    if twice := sorted(budget.keys() & settings.keys()):
+        message = f"--{twice[0]} and --set {twice[0]} say the same thing twice."
+        raise Usage("two_settings", message, subject=f"--{twice[0]}", next_step="Leave one of them out.")
+    settings |= budget
+    adapters = _weighted(adapter, rule)
+    calibration = local_calibration(method, settings, base, suite, prompts, device)
+    refuse_uneven(calibration, adapters)
+    _warn(contradictions(calibration, [path.name for path, _ in adapters]))
+    with fitting(calibration) as counted:
+        report = combine_adapters(adapters, output, architecture, method, settings, calibration=counted, device=device)
+    _warn(report.findings)
+    document = report.to_json()
+    readable = {**document, "ranks": _ranks(document["ranks"])}
+    shown = render.fields(readable, "out_dir", "findings", "compressions", "fit")
+    shown += fit_lines(document["fit"], [path.name for path, _ in adapters])
+    render.document(document, json, lambda: _show_cut(f"combined into {output}", shown, document["compressions"]))
+
+
+@root.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="An adapter of kohya, diffusers or MLX: a directory or file.")],
+    base: Annotated[
+        Path, typer.Option(help="The base's checkpoint directory; its tensor names decide what each key means.")
+    ],
+    output: Output,
+    residual_base: Annotated[
+        bool,
+        typer.Option("--residual-base", help="The base is the residual that a PiSSA, OLoRA, … adapter left."),
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Convert an adapter of another layout to an equivalent PEFT adapter."""
+    from composer.export.convert import convert as convert_adapter
+    from composer.export.convert import convert_rebased
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
+
+    write = convert_rebased if residual_base else convert_adapter
+    document = write(source, output, open_checkpoint(base).architecture).to_json()
+    render.document(document, json, lambda: render.lines(f"converted to {output}", render.fields(document, "out_dir")))
+
+
+@root.command()
+def extract(  # noqa: PLR0913
+    base: Annotated[Path, typer.Option(help="The base's checkpoint directory.")],
+    finetuned: Annotated[Path, typer.Option(help="The directory of a checkpoint fine-tuned from it.")],
+    output: Output,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="The most directions of each matrix; 32 if nothing is said.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Keep this share of the squared change of each matrix, at the lowest rank."),
+    ] = None,
+    device: Device = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Extract an adapter from a fine-tuned checkpoint, and report what the cut to a rank lost."""
+    from composer.export.extract import extract as extract_adapter
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
+
+    if energy == 0:
+        raise Usage(
+            "bad_setting", "--energy is 0.", subject="--energy", next_step="Give a share above 0, such as 0.99."
+        )
+    checkpoint = open_checkpoint(base)
+    size_bytes = sum(spec.size_bytes for spec in checkpoint.architecture.tensors.values())
+    with render.progress(f"extract {output.name}", size_bytes) as done:
+        report = extract_adapter(
+            checkpoint, open_checkpoint(finetuned), output, rank=rank, energy=energy, device=device, progress=done
+        )
+    document = report.to_json()
+    _warn(report.findings)
+    readable = {**document, "ranks": _ranks(document["ranks"])}
+    shown = render.fields(readable, "out_dir", "compressions", "saved", "findings")
+    if saved := document["saved"]:
+        shown.append(("saved in full", f"{len(saved)}: {', '.join(saved[:3])}{', …' if len(saved) > 3 else ''}"))
+    render.document(document, json, lambda: _show_cut(f"extracted to {output}", shown, document["compressions"]))
+
+
+def _show_cut(title: str, shown: list[tuple[str, Any]], compressions: list[Json]) -> None:
+    render.lines(title, shown)
+    worst = sorted(compressions, key=lambda one: -one["relative"])[:5]
+    if worst:
+        rows = [(one["module"], one["rank"], one["full_rank"], f"{one['relative']:.1%}") for one in worst]
+        render.table("modules that lost most", ("module", "rank", "of", "error"), rows)
+
+
+def _ranks(modules: dict[int, int]) -> str | None:
+    """`rank 48 in 60 modules, 32 in 8`: truncation by energy may leave a different rank in every module."""
+    if len(modules) > _RANKS:
+        often = max(modules, key=lambda rank: (modules[rank], rank))
+        spread = f"{min(modules)} to {max(modules)} in {sum(modules.values())} modules"
+        return f"{spread}, {often} most often (in {modules[often]})"
+    if not modules:
+        return None
+    (rank, count), *others = sorted(modules.items(), key=lambda one: (-one[1], -one[0]))
+    first = f"rank {rank} in {render.counted(count, 'module')}"
+    return ", ".join([first, *(f"{rank} in {count}" for rank, count in others)])
+
+
+def _weighted(texts: list[str], rules: list[str] | None) -> "list[tuple[Path, Weight]]":
+    """The adapters, each with its weight and rules."""
+    adapters = _adapters(texts)
+    weights = with_rules([weight for _, weight in adapters], rules)
+    return [(path, weight) for (path, _), weight in zip(adapters, weights, strict=True)]
+
+
+def _adapters(texts: list[str]) -> list[tuple[Path, float]]:
+    from composer.formats.recipes.weights import factor
+
+    adapters: list[tuple[Path, float]] = []
+    for text in texts:
+        # A directory's name may contain "=": only what follows the last one can be a weight.
+        path, equals, number = text.rpartition("=")
+        if not (path if equals else text).strip():
+            raise Usage(
+                "no_adapter", "--adapter does not name a directory.", subject="--adapter", next_step="Write DIR=0.7"
+            )
+        if not equals or Path(text).is_dir():
+            adapters.append((Path(text), 1.0))
+            continue
+        try:
+            weight = factor(number)
+        except ValueError as error:
+            raise Usage(
+                "bad_weight", f"{number!r} in --adapter {text} is not {error}.", subject=text, next_step="Write DIR=0.7"
+            ) from error
+        adapters.append((Path(path), weight))
+    return adapters
+
+
+def _warn(findings: Any) -> None:
+    for finding in findings:
+        render.say(f"{finding.severity.value}: {finding.message}")

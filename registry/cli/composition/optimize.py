@@ -1,0 +1,146 @@
+"""Searches for the best combination, and shows what was found."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from composer.formats.recipes.suite import guard_cost
+from composer.formats.untrusted import cut
+from registry.cli.console import render
+from registry.errors import Usage
+
+if TYPE_CHECKING:
+    from composer.conflicts.examine import Evidence
+    from composer.deltas.variants.load import LoadedAdapter
+    from composer.formats.recipes.methods import AnySettings
+    from composer.formats.recipes.policy import Policy
+    from composer.formats.recipes.weights import Weight
+    from composer.optimize.problem import Effort
+
+Json = Mapping[str, Any]
+
+
+def search(
+    evidence: "Evidence",
+    weighted: "Sequence[tuple[LoadedAdapter, Weight]]",
+    method: "AnySettings",
+    policy: "Policy",
+    *,
+    content: str,
+    effort: "Effort",
+) -> dict[str, Any]:
+    """Searches, with the given method among the candidates, and returns the report.
+
+    `content` names the contents of the base and the adapters: a search of the same resumes where one was interrupted.
+    """
+    from composer.optimize.candidates import Candidate
+    from composer.optimize.optimize import expected_passes, optimize
+    from composer.optimize.problem import Member, Problem
+    from composer.optimize.report import document
+    from registry.sdk.connection import load_settings
+    from registry.transfer.collect import evaluation_journal
+
+    stated = method.model_dump(by_alias=True, exclude_unset=True)
+    own = Candidate(
+        name="as given", family="given", method=method.method, factors=(1.0,) * len(weighted), settings=stated
+    )
+    members = [
+        Member(adapter=adapter, suite=suite, weight=weight)
+        for (adapter, weight), suite in zip(weighted, evidence.suites, strict=True)
+        if suite is not None
+    ]
+    problem = Problem(load=evidence.load, members=members, guards=evidence.guards, settings=own.settings, effort=effort)
+    problem = problem.under(policy)
+    journal = evaluation_journal(load_settings(), f"search {content} {problem.name}")
+    with render.progress("optimize", expected_passes(problem, [own]), "examples") as bar:
+        return document(optimize(problem, [own], journal, bar))
+
+
+def effort_of(texts: list[str] | None) -> "Effort":
+    """Parses `--budget KEY=VALUE`, the keys of `optimize` in a recipe. Raises Usage naming the key."""
+    from pydantic import ValidationError
+
+    from composer.formats.recipes.documents import problem_of
+    from composer.formats.recipes.recipe import Optimize
+    from composer.optimize.problem import Effort
+
+    pairs = [text.partition("=") for text in texts or []]
+    try:
+        asked = Optimize.model_validate({key: _number(value) for key, _, value in pairs})
+    except ValidationError as error:
+        problem = problem_of(error)
+        names = ", ".join(Optimize.model_fields)
+        raise Usage(
+            "bad_setting",
+            f"--budget: {problem.at('optimize')}: {problem.why}.",
+            subject=problem.path,
+            next_step=problem.next_step or f"Write KEY=NUMBER with one of {names}.",
+        ) from error
+    return Effort.of(asked)
+
+
+def _number(text: str) -> object:
+    """The number that a text is; otherwise the text, which is then refused by its key."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        return text
+
+
+def present(report: dict[str, Any], json: bool, *, explain: bool) -> None:
+    """Shows the report, with `explain` also what was tried. Exits 1 if nothing fits."""
+
+    def both() -> None:
+        show(report)
+        if explain:
+            _show_tried(report)
+
+    render.document(report, json, both)
+    if report["choice"] is None:
+        raise typer.Exit(1)
+
+
+def _show_tried(report: Json) -> None:
+    """A line for each combination that was tried or left out."""
+    rows = [
+        (one["name"], str(one["k"]), "" if one["worst_kept"] is None else f"{one['worst_kept']:.0%}")
+        for one in report["tried"]
+    ]
+    if rows:
+        render.table("Tried", ("combination", "examples", "worst member keeps"), rows)
+    for name, why in report["left_out"].items():
+        render.out(f"left out: {name}: {why}")
+
+
+def show(report: Json) -> None:
+    """The answer, the best combinations on unseen examples, and how many were tried."""
+    render.heading(f"optimize: {report['headline']}")
+    for best in report["best"]:
+        render.out(f"{best['name']}: {best['verdict']} on {best['examples']} unseen examples a suite")
+        for member in best["members"]:
+            loss = _spread(member["loss"], member["loss_interval"])
+            render.out(_line(member["member"], _answers(member), f"{member['kept_share']:.0%}", loss))
+        for guard in best["guards"]:
+            render.out(f"  {cut(guard['suite'], 30):<30}  {guard_cost(guard['combined'], guard['base'])}")
+    if report["tried"]:
+        render.out("Columns: exact match retained, gain kept, loss in nats a token.")
+        seconds = report["seconds"]
+        took = f"in {seconds['search']:.0f} s, the best confirmed in {seconds['confirm']:.0f} s"
+        render.out(f"{len(report['tried'])} combinations tried {took}; seed {report['seed']}")
+        if before := report["passes"] - report["run"]:
+            render.out(f"resumed: {before} of {report['passes']} examples were measured by an earlier run.")
+    if report["choice"] is None:
+        render.out("fix: Serve them separately, and route each request to its adapter.")
+
+
+def _line(name: str, answers: str, kept: str, loss: str) -> str:
+    return f"  {cut(name, 30):<30}  {answers:<10}  {kept:>4}  {loss}"
+
+
+def _answers(member: Json) -> str:
+    return f"{member['still_answered']} of {member['answered']}" if member["answered"] else "none alone"
+
+
+def _spread(value: float, sure: Json | None) -> str:
+    return f"{value:+.2f} ({sure['low']:+.2f} to {sure['high']:+.2f})" if sure else f"{value:+.2f}"

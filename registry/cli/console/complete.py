@@ -1,0 +1,75 @@
+"""Shell completion of references and names. Completes nothing if the registry does not answer."""
+
+from contextlib import suppress
+from typing import Any
+
+from registry.cli.console.connect import connected
+from registry.errors import RegistryError
+
+_MOST = 200
+
+
+def references(incomplete: str) -> list[str]:
+    """`acme/s` -> repositories; `acme/sql:` -> its versions; `acme/sql@` -> its channels."""
+    for mark in ":@":
+        repository, separator, _ = incomplete.partition(mark)
+        if separator:
+            names = _versions(repository) if mark == ":" else _channels(repository)
+            return [one for one in names if one.startswith(incomplete)]
+    return [one["repository"] for one in _repositories() if one["repository"].startswith(incomplete)][:_MOST]
+
+
+def channels(incomplete: str) -> list[str]:
+    """`acme/sql@prod`."""
+    names = [f"{row['repository']}@{name}" for row in _repositories() for name in row["channels"]]
+    return [one for one in names if one.startswith(incomplete)][:_MOST]
+
+
+def channel_names(incomplete: str) -> list[str]:
+    """`prod`, for --to."""
+    names = {name for row in _repositories() for name in row["channels"]}
+    return sorted(one for one in names if one.startswith(incomplete))[:_MOST]
+
+
+def suites(incomplete: str) -> list[str]:
+    return [row["name"] for row in _rows("/v1/suites") if row["name"].startswith(incomplete)][:_MOST]
+
+
+def harness_tasks(incomplete: str) -> list[str]:
+    """The tasks of a harness that this registry has scores on: the harness' own list takes seconds to read."""
+    begun, comma, last = incomplete.rpartition(",")
+    names = [row["name"] for row in _rows("/v1/suites") if row["task"] == "harness" and row["name"].startswith(last)]
+    return [f"{begun}{comma}{name}" for name in names][:_MOST]
+
+
+def bases(incomplete: str) -> list[str]:
+    """Names and aliases."""
+    names = {name for row in _rows("/v1/bases") for name in (row["name"], *row["aliases"])}
+    return sorted(one for one in names if one.startswith(incomplete))[:_MOST]
+
+
+def methods(incomplete: str) -> list[str]:
+    from composer.formats.recipes.methods import PIPELINES
+
+    return [name for name in PIPELINES if name.startswith(incomplete)]
+
+
+def _versions(repository: str) -> list[str]:
+    rows = [row for kind in ("adapters", "models") for row in _rows(f"/v1/{kind}/{repository}/releases")]
+    return [f"{repository}:{row['version']}" for row in rows]
+
+
+def _channels(repository: str) -> list[str]:
+    rows = [row for row in _repositories() if row["repository"] == repository]
+    return [f"{repository}@{name}" for row in rows for name in row["channels"]]
+
+
+def _repositories() -> list[dict[str, Any]]:
+    return [row for kind in ("adapters", "models") for row in _rows(f"/v1/{kind}")]
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with suppress(RegistryError), connected() as connection:
+        rows += connection.api.pages(path)
+    return rows

@@ -1,0 +1,248 @@
+"""Runs suites on releases and bases, and records the scores with the result of each example."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from composer.errors import ComposerError
+from registry.cli.console import complete, render
+from registry.cli.console.connect import base_checkpoint, connected, release_directory
+from registry.cli.console.groups import root
+from registry.cli.console.idle import refuse_idle
+from registry.cli.console.render import JsonFlag
+from registry.cli.evaluation import harness as harnesses
+from registry.cli.evaluation import queued_evaluation
+from registry.cli.evaluation.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
+from registry.cli.evaluation.quality import BaseDir, Device, Subject, release_or_base
+from registry.cli.operations.jobs import MemoryOption, PriorityOption, wishes
+from registry.error_codes import RETRYABLE
+from registry.error_families import of_composer
+from registry.errors import RegistryError, Usage
+from registry.sdk.connection import Connection
+from registry.sdk.suites import fetch_suite
+
+if TYPE_CHECKING:
+    from composer.deltas.delta import Delta
+    from composer.evaluation.evaluate import Result, Score
+    from composer.evaluation.journal import ResultJournal
+    from composer.evaluation.model import LoadedModel
+    from composer.formats.recipes.suite import Example, Suite
+
+Json = dict[str, Any]
+_HELP = "See `adaptory eval --help`."
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One subject on one suite: a subject, a suite, the examples and what an interrupted run has measured."""
+
+    subject: Subject
+    suite: "Suite"
+    examples: "Sequence[Example]"
+    journal: "ResultJournal"
+
+
+@root.command("eval")
+def evaluate(  # noqa: PLR0913
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="REF|BASE...", help="Releases, or bases by name.", autocompletion=complete.references),
+    ],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option("--suite", help="Name of a suite, or NAME@VERSION. Repeatable.", autocompletion=complete.suites),
+    ] = None,
+    harness: TaskNames = None,
+    harness_path: TaskDirectory = None,
+    num_fewshot: NumFewshot = None,
+    apply_chat_template: ChatTemplate = False,
+    device: Device = "auto",
+    base_dir: BaseDir = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of examples; such scores are not recorded.")
+    ] = None,
+    queue: Annotated[
+        bool, typer.Option("--queue", help="Let a worker of the registry measure, in one job, and wait for it.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="With --queue: wait for the job.")] = True,
+    priority: PriorityOption = None,
+    memory: MemoryOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Run suites on releases or bases, and record the scores.
+
+    Each base is loaded once for all its adapters. An interrupted run, started again, continues at the example where it
+    stopped.
+    """
+    names = [name for text in harness or () for name in text.split(",") if name]
+    choice = HarnessChoice(names, harness_path, limit, num_fewshot, apply_chat_template)
+    choice.refuse_idle(_HELP)
+    if not suite and not choice.names:
+        raise Usage("nothing_to_run", "There is nothing to run.", next_step="Add --suite NAME or --harness TASK.")
+    if queue:
+        local = {"--device": device != "auto", "--base-dir": base_dir, "--limit": limit}
+        why = "with --queue: a worker measures all examples on its own machine"
+        refuse_idle(local, why, _HELP)
+        _queue(what, suite or [], choice, wishes(priority, memory), wait=wait, json=json)
+        return
+    of_job = {"--no-wait": not wait, "--priority": priority, "--memory-bytes": memory is not None}
+    refuse_idle(of_job, "without --queue", _HELP)
+    where = _Where(device, base_dir)
+    rows, failed = _evaluated(list(dict.fromkeys(what)), list(dict.fromkeys(suite or ())), choice, where)
+    documents = [{"subject": name, "recorded": limit is None, "scores": scores} for name, scores in rows.items()]
+    document = documents[0] if len(documents) == 1 else {"items": documents, "next": None}
+    render.document(document, json, lambda: _show(documents), failed)
+
+
+def _evaluated(
+    what: Sequence[str], suite_names: Sequence[str], choice: HarnessChoice, where: "_Where"
+) -> tuple[dict[str, list[Json]], RegistryError | None]:
+    """The scores by subject: of the suites, then of the harness' tasks; and why some could not be measured."""
+    from registry.transfer.collect import sweep_journals
+
+    with connected() as connection:
+        sweep_journals(connection.settings, datetime.now(UTC))
+        plan = harnesses.load(choice) if choice.names else None
+        suites = [fetch_suite(connection, name) for name in suite_names]
+        subjects = [Subject(name, *release_or_base(connection, name)) for name in what]
+        tasks = [_task(connection, subject, one, choice.limit) for subject in subjects for one in suites]
+        unmeasured = [task.subject for task in tasks if task.journal.missing(task.examples)]
+        models = _Models(connection, subjects if plan else unmeasured, where)
+        done, failed = _run(connection, tasks, models, recorded=choice.recorded)
+        rows = {name: list[Json]() for name in what} | done
+        for task in tasks:
+            task.journal.discard()
+        if plan:
+            last = sorted(subjects, key=lambda subject: subject.weights, reverse=True)  # what is in memory comes first
+            scored = harnesses.evaluate(connection, choice, plan, last, models.of)
+            rows = {name: [*own, *scored[name]] for name, own in rows.items()}
+    return rows, failed
+
+
+def _queue(
+    what: Sequence[str], suites: Sequence[str], choice: HarnessChoice, wish: Json, *, wait: bool, json: bool
+) -> None:
+    with connected() as connection:
+        registered = harnesses.register(connection, harnesses.load(choice)) if choice.names else []
+        on = list(dict.fromkeys([*suites, *registered]))
+        document = queued_evaluation.queue(connection, list(dict.fromkeys(what)), on, wish, wait=wait)
+    failure = queued_evaluation.error_of(document) if wait else None
+    render.document(document, json, lambda: queued_evaluation.show(document), failure)
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """Where the weights are, and the device that they are loaded to."""
+
+    device: str
+    base_dir: Path | None
+
+
+def _task(connection: Connection, subject: Subject, suite: "Suite", limit: int | None) -> Task:
+    from composer.evaluation.journal import ResultJournal
+    from composer.evaluation.scorers.process import open_scorer
+    from registry.transfer.collect import evaluation_journal
+
+    if suite.task == "generation" and suite.scoring:
+        with open_scorer(suite.scoring, connection.settings.enabled_scorers):  # before anything is fetched and measured
+            pass
+    identity = f"{subject.identity} {suite.digest}"
+    journal = ResultJournal(evaluation_journal(connection.settings, identity), identity)
+    return Task(subject, suite, suite.sample(limit), journal)
+
+
+def _run(
+    connection: Connection, tasks: Sequence[Task], models: "_Models", *, recorded: bool
+) -> tuple[dict[str, list[Json]], RegistryError | None]:
+    """The scores by subject, and the first error. Records the scores of each task as it ends. Everything is fetched
+    before the first pass.
+
+    A task that fails does not keep the others from being measured. Raises the error if it is the only task.
+    """
+    left = sum(len(task.journal.missing(task.examples)) for task in tasks)
+    known = sum(len(set(task.examples)) for task in tasks) - left
+    if known:
+        render.say(f"resumed: {known} of {known + left} examples were measured before")
+    rows: dict[str, list[Json]] = {task.subject.name: [] for task in tasks}
+    failed: list[tuple[Task, ComposerError]] = []
+    label = f"eval {next(iter(rows))}" if len(rows) == 1 else f"eval {len(rows)} subjects"
+    with render.progress(label, left, "examples") as done:
+        for task in sorted(tasks, key=lambda task: task.subject.weights):
+            try:
+                measured, results = _measured(connection, task, models, done)
+            except ComposerError as error:
+                if error.code in RETRYABLE:
+                    raise
+                task.journal.discard()  # a scorer that was corrected scores all answers again
+                if len(tasks) == 1:
+                    raise
+                failed.append((task, error))
+                continue
+            scores = [score.to_json() for score in measured]
+            if recorded:
+                examples = {"suite_digest": task.suite.digest, "examples": [one.to_json() for one in results]}
+                task.subject.record(connection, scores, [examples])
+            rows[task.subject.name] += scores
+    return rows, _first(failed, len(tasks))
+
+
+def _first(failed: "Sequence[tuple[Task, ComposerError]]", count: int) -> RegistryError | None:
+    """The first error, with the release and the suite that it is about."""
+    if not failed:
+        return None
+    task, first = failed[0]
+    error = of_composer(first)
+    error.detail = (
+        f"{task.subject.name} on {task.suite.name}: {error.detail} {len(failed)} of {count} could not be measured."
+    )
+    return error
+
+
+class _Models:
+    """Fetches the files of all subjects, and loads the weights of one after the other: those in memory stay there for
+    all subjects that use them."""
+
+    def __init__(self, connection: Connection, subjects: Sequence[Subject], where: _Where) -> None:
+        self._device = where.device
+        self._current: tuple[Path, LoadedModel] | None = None
+        self._releases = {one.name: release_directory(connection, one.release) for one in subjects if one.release}
+        bases = {one.weights: one.base for one in subjects if not one.is_model}
+        self._bases = {key: base_checkpoint(base, where.base_dir).path for key, base in bases.items()}
+
+    def of(self, subject: Subject) -> "tuple[LoadedModel, Sequence[Delta]]":
+        """The model in memory and the subject's deltas on it."""
+        from composer.deltas.variants.load import load_deltas
+
+        release = self._releases.get(subject.name)
+        if release is None or subject.is_model:
+            return self._loaded(release or self._bases[subject.weights]), ()
+        loaded = self._loaded(self._bases[subject.weights])
+        return loaded, load_deltas(release, loaded.architecture).deltas
+
+    def _loaded(self, directory: Path) -> "LoadedModel":
+        from composer.evaluation.model import load_model
+
+        if self._current is None or self._current[0] != directory:
+            self._current = None  # two models may not fit in memory
+            self._current = (directory, load_model(directory, self._device))
+        return self._current[1]
+
+
+def _measured(
+    connection: Connection, task: Task, models: _Models, done: Callable[[int], None]
+) -> "tuple[list[Score], list[Result]]":
+    from composer.evaluation.evaluate import scores
+    from composer.evaluation.journal import examine_rest
+
+    scorers = connection.settings.enabled_scorers
+    results = examine_rest(lambda: models.of(task.subject), task.suite, task.examples, task.journal, scorers, done)
+    return scores(task.suite, results), results
+
+
+def _show(documents: Sequence[Json]) -> None:
+    for document in documents:
+        render.score_table(document["subject"], document["scores"])

@@ -1,0 +1,156 @@
+"""Suites and their scores: suite add and list, score delete and import."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from registry.cli.console import complete, render
+from registry.cli.console.connect import connected, resolved
+from registry.cli.console.groups import group
+from registry.cli.console.render import JsonFlag
+from registry.errors import NotFound, Usage
+from registry.sdk.connection import Connection
+
+suite_app = group("suite", "Evaluation sets, versioned by content.")
+score_app = group("score", "Recorded scores.")
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
+BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Directory of the base's weights on this machine.")]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A release or a base that suites are run on; `release` is None for a base."""
+
+    name: str
+    release: Json | None
+    base: Json
+
+    @property
+    def is_model(self) -> bool:
+        return self.release is not None and self.release["kind"] == "model"
+
+    @property
+    def weights(self) -> str:
+        """Names what must be in memory: the base, or a merged model of its own."""
+        return self.identity if self.is_model else self.base["digest"]
+
+    @property
+    def identity(self) -> str:
+        """Names the bytes that are measured."""
+        release = self.release
+        return f"{self.base['digest']}+{release['repository']}#{release['commit']}" if release else self.base["digest"]
+
+    @property
+    def scores_path(self) -> str:
+        from registry.client.api import release_path
+
+        return f"{release_path(self.release) if self.release else '/v1/bases/' + self.base['digest']}/scores"
+
+    def record(self, connection: Connection, scores: Sequence[Json], results: Sequence[Json]) -> None:
+        """Records scores as `eval` prints them, and the results of each example behind them."""
+        rows = [{key: value for key, value in row.items() if key not in ("suite", "task")} for row in scores]
+        connection.api.post(self.scores_path, {"scores": rows, "results": results})
+
+
+@suite_app.command()
+def add(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="The suites' YAML.")], json: JsonFlag = False
+) -> None:
+    """Register suites; new content under a known name becomes its current version.
+
+    The directions that a file declares (metrics: {rouge_l: higher}) hold for all versions. The suite's author corrects
+    them by adding the file again.
+    """
+    from composer.formats.recipes.suite import parse_suite
+
+    contents = [parse_suite(file) for file in files]
+    with connected() as connection:
+        suites = [connection.api.post("/v1/suites", content.to_json()) for content in contents]
+    render.document(
+        suites[0] if len(suites) == 1 else {"items": suites, "next": None}, json, lambda: _show_suites(suites)
+    )
+
+
+@suite_app.command("list")
+def list_suites(json: JsonFlag = False) -> None:
+    """List the current suites."""
+    with connected() as connection:
+        suites = list(connection.api.pages("/v1/suites"))
+    render.document({"items": suites, "next": None}, json, lambda: _show_suites(suites))
+
+
+def _show_suites(suites: list[Json]) -> None:
+    stated = [[f"{metric}: {better}" for metric, better in suite["metrics"].items()] for suite in suites]
+    rows = [
+        (
+            f"{suite['name']}@{suite['version']}" if suite["version"] else suite["name"],
+            suite["kind"] if suite["task"] == "teacher_forced" else f"{suite['kind']}, {suite['task']}",
+            suite["examples"],
+            suite["digest"][:12],
+            metrics,
+        )
+        for suite, metrics in zip(suites, stated, strict=True)
+    ]
+    render.table("", ("suite", "kind", "examples", "digest", "better"), rows)
+
+
+@score_app.command()
+def delete(
+    what: Annotated[str, typer.Argument(metavar="REF|BASE", help="A release, or a base by name.")],
+    score: Annotated[
+        str, typer.Argument(metavar="SUITE.METRIC", help="For older content, the suite's digest instead of its name.")
+    ],
+    json: JsonFlag = False,
+) -> None:
+    """Delete a score that you recorded; admins may delete any. The audit log keeps the value."""
+    suite, _, metric = score.rpartition(".")
+    if "/" in score or not suite or not metric:
+        next_step = "Write SUITE.METRIC, as in sql-exact.accuracy."
+        raise Usage("bad_score_name", f"{score} does not name a score.", subject=score, next_step=next_step)
+    with connected() as connection:
+        path = Subject(what, *release_or_base(connection, what)).scores_path
+        deleted = connection.api.delete(f"{path}/{quote(suite, safe='')}/{quote(metric, safe='')}")
+    render.document(deleted, json, lambda: render.out(f"deleted {score} = {render.cell(deleted['value'])} of {what}"))
+
+
+@score_app.command("import")
+def import_scores(
+    ref: Annotated[str, typer.Argument(help="A release.", autocompletion=complete.references)], json: JsonFlag = False
+) -> None:
+    """Record the scores that a release's README.md and .eval_results report, as `push` does.
+
+    They are shown as reported. They never replace measured scores, and a policy with `measured: true` ignores them.
+    """
+    from registry.client.api import release_path
+
+    with connected() as connection:
+        release = resolved(connection, ref)
+        imported = connection.api.post(f"{release_path(release)}/scores/import")
+    for finding in imported["warnings"]:
+        render.say(f"{finding['severity']}: {finding['message']}")
+    title = f"{release['repository']}:{release['version']}"
+
+    def show() -> None:
+        if imported["scores"]:
+            render.score_table(title, imported["scores"])
+        else:
+            render.out(f"{title} reports no scores that can be recorded.")
+
+    render.document(imported, json, show)
+
+
+def release_or_base(connection: Connection, what: str) -> tuple[Json | None, Json]:
+    """A release and its base, or a base alone. A base's alias may look like a repository."""
+    try:
+        release = resolved(connection, what)
+    except (Usage, NotFound) as error:
+        try:
+            return None, connection.api.base(what)
+        except NotFound as unknown:
+            raise (error if "/" in what else unknown) from None
+    return release, connection.api.base(release["base"]["digest"])

@@ -1,0 +1,1 @@
+"""Servers, storage, backups, jobs, access and profiles."""

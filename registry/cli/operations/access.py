@@ -1,0 +1,319 @@
+"""Access: tokens, namespaces, members, users."""
+
+import sys
+from collections.abc import Callable
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from composer.formats.untrusted import read_text
+from registry.cli.console import render
+from registry.cli.console.connect import connected
+from registry.cli.console.groups import group, root
+from registry.cli.console.render import JsonFlag
+from registry.errors import Usage
+
+tokens = group("token", "Manage access tokens.")
+namespaces = group("namespace", "Manage namespaces, the unit of permission.")
+users = group("user", "Manage the names of users.")
+Json = dict[str, Any]
+_UNLIMITED = {"*": "admin"}  # what its user may do, whatever that is
+_KEY_BYTES = 10_000  # larger than any PEM key
+
+User = Annotated[str, typer.Argument(help="A user's name.")]
+NamespaceName = Annotated[
+    str, typer.Argument(metavar="NAMESPACE", help="Such as acme. For roles, `*` means all namespaces.")
+]
+
+
+@root.command("whoami")
+def who_am_i(json: JsonFlag = False) -> None:
+    """Show the current user and roles."""
+    with connected() as connection:
+        document = connection.api.get("/v1/whoami")
+    limited = document.get("limited", {})
+    pairs = [
+        (
+            namespace,
+            f"{role} (your role {limited[namespace]} is limited by the token's scope)"
+            if namespace in limited
+            else role,
+        )
+        for namespace, role in sorted({**dict.fromkeys(limited, "none"), **document["grants"]}.items())
+    ]
+    render.document(document, json, lambda: render.lines(document["user"], pairs))
+
+
+@tokens.command("create")
+def create_token(
+    user: Annotated[str | None, typer.Option(help="For another user; requires admin of the registry.")] = None,
+    name: Annotated[str, typer.Option(help="The token's purpose.")] = "",
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="NAMESPACE=ROLE, its highest role there. May be repeated. Unlimited by default."),
+    ] = None,
+    expires_in_days: Annotated[
+        float | None, typer.Option(help="Lifetime in days; by default, ADAPTORY_TOKEN_DAYS of the registry.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Create a token and print it once. It can do what both its user's roles and its scope allow."""
+    if expires_in_days is not None and not isfinite(expires_in_days):  # JSON has no NaN or infinity
+        raise Usage(
+            "bad_lifetime",
+            f"A token cannot last {expires_in_days} days.",
+            next_step="Give a number of days with --expires-in-days, or leave it out for the default.",
+        )
+    body: Json = {"user": user, "name": name, "expires_in_days": expires_in_days}
+    if scope:
+        body["scope"] = dict(_pair(text) for text in scope)
+    with connected() as connection:
+        document = connection.api.post("/v1/tokens", body)
+    render.document(document, json, lambda: render.out(document["token"]))
+    if sys.stdout.isatty():  # scripts read the token
+        render.say(f"valid until {document['expires_at'][:10]}")
+
+
+@tokens.command("list")
+def list_tokens(json: JsonFlag = False) -> None:
+    """List your tokens; a registry admin sees everyone's. Secrets are never shown again."""
+    with connected() as connection:
+        items = list(connection.api.pages("/v1/tokens"))
+    rows = [
+        (
+            row["id"],
+            row["user"],
+            "session" if row["session"] else "token",
+            row["name"],
+            "unlimited" if row["scope"] == _UNLIMITED else [f"{name}={role}" for name, role in row["scope"].items()],
+            (row["expires_at"] or "")[:19],
+            (row["revoked_at"] or "")[:19],
+            (row["last_used_at"] or "")[:16],
+        )
+        for row in items
+    ]
+    columns = ("id", "user", "kind", "name", "scope", "expires", "revoked", "last used")
+    render.listing(items, json, columns, rows)
+
+
+@tokens.command("revoke")
+def revoke_token(
+    token: Annotated[str, typer.Argument(metavar="ID", help="As `adaptory token list` shows it.")],
+    json: JsonFlag = False,
+) -> None:
+    """Revoke a token immediately, by the id that `token list` shows (the 12 characters after adp_)."""
+    with connected() as connection:
+        document = connection.api.delete(f"/v1/tokens/{quote(token, safe='')}")
+    render.document(document, json, lambda: render.out(f"revoked {document['id']} of {document['user']}"))
+
+
+@namespaces.command("list")
+def list_namespaces(json: JsonFlag = False) -> None:
+    """List the namespaces that you may read."""
+    with connected() as connection:
+        items = list(connection.api.pages("/v1/namespaces"))
+    rows = [(row["namespace"], _visibility(row), row["require_signature"], row["created_by"]) for row in items]
+    render.listing(items, json, ("namespace", "visible", "signed only", "by"), rows)
+
+
+@namespaces.command("set")
+def set_namespace(  # noqa: PLR0913
+    namespace: NamespaceName,
+    public: Annotated[bool | None, typer.Option("--public/--private", help="Who may read it.")] = None,
+    require_signature: Annotated[
+        bool | None, typer.Option("--require-signature/--allow-unsigned", help="Refuse unsigned releases.")
+    ] = None,
+    signing_key: Annotated[
+        list[Path] | None,
+        typer.Option(help="A public key (PEM) that may sign. Repeat for each key: the list is replaced."),
+    ] = None,
+    signature_covers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="release|files",
+            help="What a required signature must cover; `files` also accepts those of other tools.",
+        ),
+    ] = None,
+    main: Annotated[
+        str | None,
+        typer.Option(
+            metavar="release|commit",
+            help="What hub clients get as `main`. With `release`, the default where signatures are required, commits "
+            "are drafts on `next`, which only publishers see.",
+        ),
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Create a namespace, or change who may read it and which releases it accepts."""
+    keys = [read_text(path, _KEY_BYTES) for path in signing_key] if signing_key else None
+    body = {
+        "public": public,
+        "require_signature": require_signature,
+        "signing_keys": keys,
+        "signature_covers": signature_covers,
+        "main": main,
+    }
+    with connected() as connection:
+        document = connection.api.put(_namespace_path(namespace), body)
+    pairs = [
+        ("visible", _visibility(document)),
+        ("signed only", document["require_signature"]),
+        ("signature covers", document["signature_covers"]),
+        ("main is", f"the last {document['main']}"),
+    ]
+    render.document(document, json, lambda: render.lines(f"namespace {namespace}", pairs))
+
+
+@namespaces.command("usage")
+def show_usage(namespace: NamespaceName, json: JsonFlag = False) -> None:
+    """Show what a namespace holds, and its quota."""
+    with connected() as connection:
+        used = connection.api.get(f"{_namespace_path(namespace)}/usage")
+    pairs = [
+        ("bytes", _of_quota(render.size(used["size_bytes"]), used["max_bytes"], render.size)),
+        ("releases", _of_quota(f"{used['releases']:,}", used["max_releases"], "{:,}".format)),
+    ]
+    render.document(used, json, lambda: render.lines(f"usage of {namespace}", pairs))
+
+
+@namespaces.command("quota")
+def set_quota(
+    namespace: NamespaceName,
+    max_bytes: Annotated[
+        int | None, typer.Option("--bytes", min=0, help="Bytes of files; no limit if omitted.")
+    ] = None,
+    max_releases: Annotated[
+        int | None, typer.Option("--releases", min=0, help="Releases that have files; no limit if omitted.")
+    ] = None,
+    unlimited: Annotated[bool, typer.Option("--unlimited", help="Remove both limits.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Set what a namespace may hold, as an admin of the registry. What it holds already stays."""
+    _refuse_no_limit(
+        [max_bytes, max_releases], unlimited, namespace, "--bytes, --releases or both, or --unlimited alone"
+    )
+    body = {"max_bytes": max_bytes, "max_releases": max_releases}
+    with connected() as connection:
+        document = connection.api.put(f"{_namespace_path(namespace)}/quota", body)
+    pairs = [
+        ("bytes", render.size(max_bytes) if max_bytes is not None else "no limit"),
+        ("releases", f"{max_releases:,}" if max_releases is not None else "no limit"),
+    ]
+    render.document(document, json, lambda: render.lines(f"quota of {namespace}", pairs))
+
+
+@namespaces.command("retention")
+def set_retention(
+    namespace: NamespaceName,
+    yanked: Annotated[
+        int | None, typer.Option(metavar="DAYS", min=1, help="For yanked releases; kept for good if omitted.")
+    ] = None,
+    prereleases: Annotated[
+        int | None, typer.Option(metavar="DAYS", min=1, help="For pre-releases; kept for good if omitted.")
+    ] = None,
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="Keep both for good.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Set after how many days `gc` takes down yanked releases and pre-releases.
+
+    It spares what a channel serves, what `main` has, and what another release was composed of.
+    """
+    _refuse_no_limit([yanked, prereleases], keep_all, namespace, "--yanked, --prereleases or both, or --keep-all alone")
+    body = {"keep_yanked_days": yanked, "keep_prerelease_days": prereleases}
+    with connected() as connection:
+        document = connection.api.put(f"{_namespace_path(namespace)}/retention", body)
+    kept = [("yanked releases", yanked), ("pre-releases", prereleases)]
+    pairs = [(what, f"{days} days" if days is not None else "kept") for what, days in kept]
+    render.document(document, json, lambda: render.lines(f"retention of {namespace}", pairs))
+
+
+@namespaces.command("members")
+def list_members(namespace: NamespaceName, json: JsonFlag = False) -> None:
+    """List a namespace's members and roles; `*` lists the roles that hold in every namespace."""
+    with connected() as connection:
+        document = connection.api.get(_members_path(namespace))
+    render.document(document, json, lambda: render.lines(f"members of {namespace}", list(document["members"].items())))
+
+
+@namespaces.command("grant")
+def grant(
+    namespace: NamespaceName,
+    user: User,
+    role: Annotated[str, typer.Argument(help="reader, publisher, releaser or admin.")],
+    json: JsonFlag = False,
+) -> None:
+    """Give a user a role in a namespace, replacing any other there; in `*` it holds in all namespaces."""
+    _set_member(namespace, user, role, json)
+
+
+@namespaces.command("revoke")
+def revoke(namespace: NamespaceName, user: User, json: JsonFlag = False) -> None:
+    """Revoke a user's role in a namespace; the user's tokens lose it too."""
+    _set_member(namespace, user, None, json)
+
+
+@users.command("link")
+def link_user(
+    user: User,
+    subject: Annotated[str, typer.Option(help="Who the person is at the provider (`sub`), as the refusal says.")],
+    issuer: Annotated[str | None, typer.Option(help="The provider's address; by default, that of the server.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Let a person of the OpenID provider sign in as a user who was here before, with the user's roles."""
+    with connected() as connection:
+        linked = connection.api.put(f"/v1/users/{quote(user, safe='')}/person", {"subject": subject, "issuer": issuer})
+    render.document(linked, json, lambda: render.out(f"{user} signs in as {linked['subject']} of {linked['issuer']}"))
+
+
+@users.command("remove")
+def remove_user(user: User, json: JsonFlag = False) -> None:
+    """Put a pseudonym in place of a user's name everywhere, also in the audit log.
+
+    The user's tokens, sessions and roles end. What the user did stays. Free text, such as reasons, is not searched.
+    """
+    with connected() as connection:
+        removed = connection.api.delete(f"/v1/users/{quote(user, safe='')}")
+    render.document(
+        removed,
+        json,
+        lambda: render.out(f"{user} is now {removed['user']}, in {render.counted(removed['rows'], 'row')}"),
+    )
+
+
+def _set_member(namespace: str, user: str, role: str | None, json: bool) -> None:
+    with connected() as connection:
+        document = connection.api.put(_members_path(namespace), {"user": user, "role": role})
+    render.document(document, json, lambda: render.out(f"{user}: {role or 'no role'} in {namespace}"))
+
+
+def _namespace_path(namespace: str) -> str:
+    return f"/v1/namespaces/{quote(namespace, safe='')}"
+
+
+def _members_path(namespace: str) -> str:
+    return f"{_namespace_path(namespace)}/members"
+
+
+def _refuse_no_limit(limits: list[int | None], none: bool, namespace: str, options: str) -> None:
+    """Raises Usage unless there is a limit, or `none` alone: a command without options must not remove what was set."""
+    if none == any(limit is not None for limit in limits):
+        message = f"The limits of {namespace} are replaced as a whole, and removed only on request."
+        raise Usage("limit_missing", message, subject=namespace, next_step=f"Give {options}.")
+
+
+def _of_quota(used: str, limit: int | None, written: Callable[[int], str]) -> str:
+    return f"{used} of {written(limit)}" if limit is not None else f"{used}, no limit"
+
+
+def _visibility(row: Json) -> str:
+    return "public" if row["public"] else "private"
+
+
+def _pair(text: str) -> tuple[str, str]:
+    namespace, equals, role = text.partition("=")
+    if not equals:
+        raise Usage("bad_scope", f"{text!r} is not a scope.", subject=text, next_step="Write NAMESPACE=ROLE.")
+    return namespace, role

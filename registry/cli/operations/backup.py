@@ -1,0 +1,211 @@
+"""Backup and restore. They access the database and the store directly, a backup beside running servers."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from registry.cli.console import render
+from registry.cli.console.connect import own_settings
+from registry.cli.console.groups import root
+from registry.cli.console.render import JsonFlag
+from registry.cli.operations.maintenance import Check, own_resources
+from registry.errors import Usage
+from registry.home import close_directory
+
+if TYPE_CHECKING:
+    from registry.settings import S3Storage, Settings
+    from registry.storage.archive import Archive
+    from registry.transfer.backup import Restored, Saved
+
+_S3 = "s3://"
+_MISSING_SHOWN = 10
+Target = Annotated[str, typer.Argument(metavar="DIR|s3://BUCKET/PREFIX", help="Where the backups are.")]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="Address of the target's S3 service, if not the registry's; boto3 finds the credentials."
+    ),
+]
+
+
+@root.command()
+def backup(
+    target: Target,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Then remove all but the newest, with blobs that only the others name.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Hash the blobs that the target has already, not only new ones.")
+    ] = False,
+    endpoint_url: Endpoint = None,
+    json: JsonFlag = False,
+) -> None:
+    """Back up all rows of one moment, and the blobs that the target lacks. Safe while others push and pull.
+
+    Exits 1 if the registry lacks a blob, or has it damaged; everything else is in the backup then.
+    """
+    from registry.transfer.backup import back_up
+
+    with own_resources() as resources:
+        archive = _archive(resources.settings, target, endpoint_url)
+        with render.progress("backup", None) as progress:
+            saved = back_up(resources, archive, keep=keep, read_bytes=full, progress=progress)
+    manifest = saved.manifest
+    document = {
+        "name": manifest.name,
+        "schema": manifest.schema_revision,
+        "rows": sum(manifest.tables.values()),
+        "blobs": manifest.blob_count,
+        "size_bytes": manifest.blob_bytes,
+        "copied": saved.copied,
+        "copied_bytes": saved.copied_bytes,
+        "removed": saved.removed,
+        "missing": manifest.missing,
+    }
+    render.document(document, json, lambda: _show_saved(saved))
+    if manifest.missing:
+        raise typer.Exit(1)
+
+
+def _show_saved(saved: "Saved") -> None:
+    manifest = saved.manifest
+    contents = _contents(sum(manifest.tables.values()), manifest.blob_count)
+    render.out(
+        f"{manifest.name}: {contents} ({render.size(manifest.blob_bytes)}); "
+        f"copied {render.counted(saved.copied, 'blob')} ({render.size(saved.copied_bytes)})"
+    )
+    if saved.removed:
+        render.out(f"removed {render.counted(saved.removed, 'older backup')}")
+    for sha256, trouble in list(manifest.missing.items())[:_MISSING_SHOWN]:
+        render.out(f"error: the registry's blob {sha256} is {trouble}; `adaptory fsck --full` names its releases")
+    if len(manifest.missing) > _MISSING_SHOWN:
+        render.out(f"error: and {len(manifest.missing) - _MISSING_SHOWN:,} more blobs")
+
+
+@root.command()
+def restore(
+    source: Target,
+    name: Annotated[str | None, typer.Option(help="Name of the backup; the newest by default.")] = None,
+    without_tokens: Annotated[
+        bool, typer.Option("--without-tokens", help="Leave tokens out: some may have been revoked since.")
+    ] = False,
+    endpoint_url: Endpoint = None,
+    json: JsonFlag = False,
+) -> None:
+    """Restore a backup into an empty registry, check it as fsck does, and exit with the code of that check.
+
+    The registry is that of ADAPTORY_DATABASE_URL, ADAPTORY_STORAGE__… and ADAPTORY_HOME; the backup may be of another
+    kind of database and store. Stop the servers first. Repeat it if it was interrupted: it goes on, or says that it was
+    complete.
+    """
+    from registry.database.engine import Database, DatabaseTimeouts
+    from registry.database.tables import Token
+    from registry.transfer.backup import read_manifest
+    from registry.transfer.backup import restore as put_back
+    from registry.transfer.resources import open_store
+
+    settings = own_settings()
+    close_directory(settings.home_directory)
+    close_directory(settings.work_directory)
+    archive = _archive(settings, source, endpoint_url)
+    manifest = read_manifest(archive, name)
+    database = Database(settings.effective_database_url, DatabaseTimeouts(statement_s=None))
+    left_out = [Token.__tablename__] if without_tokens else []
+    try:
+        with render.progress("restore", None) as progress:
+            store = open_store(settings, database)
+            restored = put_back(database, store, archive, manifest, leave_out=left_out, progress=progress)
+    finally:
+        database.close()
+    with own_resources() as resources:
+        check = Check.of(resources, read_bytes=False)  # each blob was hashed on its way
+    document = {
+        "name": manifest.name,
+        "rows": sum(restored.tables.values()),
+        "blobs": manifest.blob_count,
+        "kept": restored.kept,
+        "copied": restored.copied,
+        "copied_bytes": restored.copied_bytes,
+        "fsck": check.to_json(),
+    }
+    render.document(document, json, lambda: _show_restored(restored, check))
+    if check.broken:
+        raise typer.Exit(1)
+
+
+def _show_restored(restored: "Restored", check: Check) -> None:
+    contents = _contents(sum(restored.tables.values()), restored.manifest.blob_count)
+    render.out(f"{restored.manifest.name}: {contents}; copied {render.counted(restored.copied, 'blob')}")
+    if restored.kept:
+        kept = render.counted(restored.kept, "blob")
+        render.out(f"the store had {kept} of it: from a restore that was not complete, or from before")
+    check.show()
+
+
+def _contents(rows: int, blobs: int) -> str:
+    return f"{render.counted(rows, 'row')} and {render.counted(blobs, 'blob')}"
+
+
+def _archive(settings: "Settings", target: str, endpoint_url: str | None) -> "Archive":
+    if target.startswith(_S3):
+        from registry.storage.s3.archive import S3Archive
+
+        return S3Archive(_bucket(settings, target, endpoint_url), settings.work_directory)
+    if endpoint_url is not None:
+        raise Usage(
+            "idle_option",
+            "--endpoint-url has no effect on a directory.",
+            subject="--endpoint-url",
+            next_step="Leave it out, or name the target as s3://BUCKET/PREFIX.",
+        )
+    from registry.storage.archive import LocalArchive
+
+    directory = Path(target).expanduser().resolve()
+    if directory == settings.store_directory:
+        raise _is_store(target)
+    return LocalArchive(directory)
+
+
+def _bucket(settings: "Settings", target: str, endpoint_url: str | None) -> "S3Storage":
+    from pydantic import ValidationError
+
+    from registry.settings import S3Storage
+
+    bucket, _, prefix = target.removeprefix(_S3).partition("/")
+    own = settings.storage if isinstance(settings.storage, S3Storage) else None
+    values = {} if own is None else own.model_dump()
+    values |= {"bucket": bucket, "prefix": f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""}
+    if endpoint_url is not None:
+        values["endpoint_url"] = endpoint_url
+    try:
+        storage = S3Storage.model_validate(values)
+    except ValidationError as error:
+        raise _bad_target(target) from error
+    if not bucket:
+        raise _bad_target(target)
+    if own is not None and _where(own) == _where(storage):
+        raise _is_store(target)
+    return storage
+
+
+def _where(storage: "S3Storage") -> tuple[str | None, str, str]:
+    return storage.endpoint_url, storage.bucket, storage.prefix.rstrip("/")
+
+
+def _bad_target(target: str) -> Usage:
+    return Usage(
+        "bad_backup_target",
+        f"{target} is not a target of backups.",
+        subject=target,
+        next_step="Write a directory, or s3://BUCKET/PREFIX; --endpoint-url is an address such as https://s3.example.",
+    )
+
+
+def _is_store(target: str) -> Usage:
+    return Usage(
+        "bad_backup_target",
+        f"{target} is the registry's own store.",
+        subject=target,
+        next_step="Name another directory or prefix, better on other disks.",
+    )

@@ -1,0 +1,317 @@
+"""Running a registry: serve, worker, migrate, audit."""
+
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from contextlib import closing
+from enum import StrEnum
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry import home
+from registry.cli.console import render
+from registry.cli.console.connect import connected, own_settings
+from registry.cli.console.groups import root
+from registry.cli.console.render import JsonFlag
+from registry.errors import NotAllowed, Unavailable, Usage
+from registry.formats.signatures import fingerprint
+
+if TYPE_CHECKING:
+    from registry.settings import Settings
+    from registry.transfer.resources import Resources
+    from registry.worker.runner import Observe
+
+After = Annotated[str | None, typer.Option("--cursor", help="`next` of the previous page.")]
+
+AUDIT_ROWS = 1000
+"""Default limit for a table, which people read."""
+BACKLOG = 2048
+MAX_PORT = 65_535
+STOP_S = 30.0
+"""How long a stopping server waits for its worker to requeue its job."""
+
+
+@root.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Any address but loopback requires ADAPTORY_ACCESS=tokens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8470,
+    with_worker: Annotated[
+        bool, typer.Option("--worker/--no-worker", help="Also run queued jobs in this process.")
+    ] = True,
+    processes: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Number of server processes; one more supervises them."),
+    ] = 1,
+) -> None:
+    """Serve the REST API and run a worker: for one user on loopback, or with ADAPTORY_ACCESS=tokens for many."""
+    from registry.addresses import is_loopback
+    from registry.cli.operations.server import with_secret
+
+    settings = own_settings()
+    with_tokens = settings.access == "tokens"
+    if not with_tokens and not is_loopback(host):
+        raise _beyond_loopback(host)
+    if with_worker and settings.engine.kind == "ray":
+        raise _without_worker()
+    listener = _listen(host, port)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    with with_secret(settings, url) as (settings, lines):
+        _serve(settings, listener, processes, [f"listening on {url}", *lines], with_worker=with_worker)
+
+
+def _serve(
+    settings: "Settings", listener: socket.socket, processes: int, lines: Sequence[str], *, with_worker: bool
+) -> None:
+    """Serves until this process is asked to stop. Prints the lines once everything is open."""
+    from registry.cli.operations.server import serve_beside, serve_here
+    from registry.transfer.resources import open_resources
+    from registry.worker.runner import run_worker
+    from registry.worker.steps import KINDS
+
+    resources = open_resources(settings, serving="serve")
+    if settings.access == "tokens":
+        _refuse_without_tokens(resources)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # lets requests and the job end first, as with SIGTERM
+    stop = threading.Event()
+    observe = _traced(begin=processes > 1) if settings.traces and with_worker else None
+    run = partial(run_worker, resources, KINDS, stop, observe=observe)
+    thread = threading.Thread(target=run, name="worker", daemon=True)
+    if with_worker:
+        thread.start()
+    threading.Thread(target=_probe_store, args=(resources,), name="probe", daemon=True).start()
+    for line in lines:
+        render.say(line)
+    try:
+        if processes == 1:
+            serve_here(resources, listener)
+        else:
+            serve_beside(settings, listener, processes)
+    finally:
+        stop.set()
+        if with_worker:
+            thread.join(STOP_S)
+        resources.close()
+
+
+def _probe_store(resources: "Resources") -> None:
+    from registry.settings import S3Storage
+
+    if isinstance(resources.settings.storage, S3Storage):
+        from registry.transfer.store_facts import probe_if_unknown
+
+        probe_if_unknown(resources.store)
+
+
+def _beyond_loopback(host: str) -> NotAllowed:
+    return NotAllowed(
+        "not_loopback",
+        f"Without tokens the registry listens on loopback only, not on {host}.",
+        subject=host,
+        next_step="Use 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
+    )
+
+
+def _without_worker() -> Usage:
+    return Usage(
+        "worker_beside_server",
+        "A server does not run a worker of a Ray cluster: a worker that loses its cluster ends its process.",
+        subject="--worker",
+        next_step="Use --no-worker, and run `adaptory worker` beside it.",
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise Unavailable(
+            "port_unusable",
+            f"Cannot listen on {host}:{port}: {error.strerror or error}.",
+            subject=f"{host}:{port}",
+            next_step="Choose another --port, or stop the process that listens there.",
+        ) from error
+
+
+def _refuse_without_tokens(resources: "Resources") -> None:
+    """Raises NotAllowed if no token exists: nobody could use the server."""
+    from registry.domain.access import tokens
+
+    with resources.read() as session:
+        if tokens.exist(session):
+            return
+    resources.close()
+    raise NotAllowed(
+        "no_tokens",
+        "There is no token, so nobody could use this server.",
+        next_step="On this machine: `adaptory namespace grant '*' YOU admin`, `adaptory token create --user YOU`.",
+    )
+
+
+class WorkerJobs(StrEnum):
+    """Kinds of jobs, by the names that `adaptory jobs` shows."""
+
+    COMPOSITION = "composition"
+    CONFLICTS = "conflicts"
+    EVALUATION = "evaluation"
+
+
+@root.command()
+def worker(
+    only: Annotated[
+        list[WorkerJobs] | None, typer.Option(help="Run only jobs of this kind. May be repeated; all by default.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="[HOST:]PORT", help="Serve /metrics and /healthz there; on loopback without a host."),
+    ] = None,
+) -> None:
+    """Run queued jobs; on SIGTERM, requeue the current one. Any number of workers may run beside the servers."""
+    from registry.transfer.resources import open_resources
+    from registry.worker.runner import run_worker
+    from registry.worker.steps import KINDS
+
+    resources = open_resources(own_settings(), serving="worker")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    kinds = {kind.value: KINDS[kind.value] for kind in only} if only else KINDS
+    render.say("waiting for jobs" + (": " + ", ".join(kinds) if only else ""))
+    try:
+        observers = [_serve_metrics(resources, metrics)] if metrics else []
+        observers += [_traced(begin=True)] if resources.settings.traces else []
+        run_worker(resources, kinds, stop, observe=partial(_observe_all, observers))
+    finally:
+        resources.close()
+
+
+def _observe_all(observers: "list[Observe]", kind: str, step: str | None, state: str, seconds: float) -> None:
+    for observe in observers:
+        observe(kind, step, state, seconds)
+
+
+def _traced(*, begin: bool) -> "Observe":
+    """What makes spans of jobs and steps. A server in the same process has begun their export."""
+    from registry.transfer import traces
+
+    if begin:
+        traces.begin("adaptory-worker")
+    return traces.trace_work
+
+
+def _serve_metrics(resources: "Resources", address: str) -> "Observe":
+    """Serves the worker's metrics from a thread, with the rules of the server's own, and returns what counts."""
+    from registry.addresses import is_loopback
+    from registry.cli.operations.server import serve_worker
+    from registry.worker.metrics import WorkerMetrics
+
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    if not port.isdecimal() or int(port) > MAX_PORT:
+        raise Usage(
+            "bad_address",
+            f"{address!r} is not an address.",
+            subject=address,
+            next_step="Write PORT or HOST:PORT, such as 9470.",
+        )
+    if resources.settings.access != "tokens" and not is_loopback(host):
+        raise _beyond_loopback(host)
+    metrics, listener = WorkerMetrics(), _listen(host, int(port))
+    threading.Thread(target=serve_worker, args=(resources, metrics, listener), name="metrics", daemon=True).start()
+    render.say(f"metrics on http://{listener.getsockname()[0]}:{listener.getsockname()[1]}/metrics")
+    return metrics.observe
+
+
+@root.command()
+def migrate(json: JsonFlag = False) -> None:
+    """Migrate the database to this version's schema."""
+    from registry.database.engine import Database, DatabaseTimeouts
+    from registry.database.migrate import connected as connected_to
+    from registry.database.migrate import head_revision, schema_revision, works_with
+    from registry.database.migrate import migrate as run_migrations
+    from registry.settings import DATABASE_FILE
+
+    settings = own_settings()
+    if settings.database_url is None:
+        home.close_directory(settings.home_directory)
+        home.close_file(settings.home_directory / DATABASE_FILE)
+    database = Database(settings.effective_database_url, DatabaseTimeouts(statement_s=None))
+    before = schema_revision(database)
+    run_migrations(database)
+    head, others = head_revision(), connected_to(database)
+    document = {"database": database.shown_url, "from": before, "to": head, "connected": others}
+    if others and before not in (None, head):
+        _name_connected(others, works=works_with(database, str(before)))
+    database.close()
+    render.document(
+        document, json, lambda: render.out(f"{document['database']}: schema {before or 'none'} -> {document['to']}")
+    )
+
+
+def _name_connected(others: Sequence[str], *, works: bool) -> None:
+    if works:
+        render.say("still connected; replace servers and workers of the version before:")
+    else:
+        render.say(
+            "warning: the version before does not work with this schema; stop these processes if they are of it:"
+        )
+    for name in others:
+        render.say(f"  {name}")
+
+
+@root.command()
+def audit(  # noqa: PLR0913
+    subject: Annotated[str | None, typer.Option(help="acme/sql:1.0.0, acme/sql@prod, or a prefix: 'acme/*'")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only in this namespace.")] = None,
+    by: Annotated[str | None, typer.Option(help="The user who did it.")] = None,
+    event: Annotated[
+        str | None, typer.Option(help="channel:rollback, release:yank, …; any other word lists all.")
+    ] = None,
+    act: Annotated[str | None, typer.Option("--act", hidden=True, help="The earlier name of --event.")] = None,
+    since: Annotated[str | None, typer.Option(help="From this time on: 2026-01-31 or 2026-01-31T12:00:00Z.")] = None,
+    until: Annotated[str | None, typer.Option(help="Before this time.")] = None,
+    export: Annotated[bool, typer.Option("--jsonl", help="Export the matching rows, one line of JSON each.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number: 1000 by default; with --jsonl all, oldest first.")
+    ] = None,
+    cursor: After = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show the audit log: who changed what, from where and why; newest first, with --jsonl oldest first."""
+    if export and cursor:
+        raise Usage("no_pages", "An export has no pages.", subject=cursor, next_step="Leave out --cursor or --jsonl.")
+    query = {"subject": subject, "namespace": namespace, "by": by, "act": event or act, "since": since, "until": until}
+    with connected() as connection:
+        if export:
+            with closing(connection.api.lines("/v1/audit.jsonl", **query)) as lines:
+                for line in islice(lines, limit):
+                    print(render.escaped(line))
+            return
+        events, more = connection.api.first("/v1/audit", limit or AUDIT_ROWS, cursor=cursor, **query)
+    render.document({"items": events, "next": more}, json, lambda: _show_events(events))
+    render.more(more, json)
+
+
+def _show_events(events: list[dict[str, Any]]) -> None:
+    """Shows a record for each event, with everything that it changed."""
+    for row in events:
+        pairs = [
+            ("event", row["act"]),
+            ("subject", row["subject"]),
+            ("by", row["actor"]),
+            ("from", row["source"]),
+            *((name, value) for name, value in row["detail"].items() if value not in ([], {})),
+            *render.changes(row | {when: _with_short_keys(row[when]) for when in ("before", "after")}),
+            ("reason", row["reason"]),
+        ]
+        render.lines(f"{row['id']}  {row['at'][:19]}", pairs)
+
+
+def _with_short_keys(state: dict[str, Any] | None) -> dict[str, Any]:
+    """The same with signing keys as fingerprints, as `signed_by` of a release: lines of PEM fit no terminal."""
+    keys = (state or {}).get("signing_keys")
+    return {**(state or {}), **({"signing_keys": list(map(fingerprint, keys))} if keys else {})}

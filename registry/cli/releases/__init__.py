@@ -1,0 +1,1 @@
+"""Releases, bases and channels: push, pull, find, compare, promote."""

@@ -1,0 +1,286 @@
+"""Differences between two releases or directories: facts, factors, scores, files, provenance."""
+
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from composer.formats.untrusted import cut
+from registry.cli.console import complete, render
+from registry.cli.console.connect import connected, release_directory
+from registry.cli.console.groups import root
+from registry.cli.console.render import JsonFlag
+from registry.cli.evaluation.quality import release_or_base
+from registry.error_families import refuse_errors
+from registry.errors import NotFound, Usage
+from registry.sdk.connection import Connection
+
+if TYPE_CHECKING:
+    from composer.formats.adapters.compare import Comparison
+    from composer.formats.adapters.inspection import Inspection
+    from registry.client.lineage import Composition
+
+Json = dict[str, Any]
+
+TOP_MODULES = 20
+EXAMPLE_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One side: its release as the API shows it, its directory if its modules can be compared, its lineage if it is a
+    composition, and its results by suite digest, example by example. Of a base, `release` has the scores, and `path`
+    is that of the base; a directory has no `path`."""
+
+    name: str
+    release: Json
+    directory: Path | None
+    made: "Composition | None"
+    path: str = ""
+    is_base: bool = False
+    results: dict[str, Json] = field(default_factory=dict[str, Json])
+
+
+@root.command()
+def diff(
+    old: Annotated[
+        str,
+        typer.Argument(metavar="REF|DIR|BASE", help="The old release, or a base.", autocompletion=complete.references),
+    ],
+    new: Annotated[
+        str,
+        typer.Argument(metavar="REF|DIR|BASE", help="The new release, or a base.", autocompletion=complete.references),
+    ],
+    everything: Annotated[bool, typer.Option("--all", help="Show every module, not only the most changed.")] = False,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="List the examples of suites whose answer got better or worse.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Compare two releases or directories: facts, module deltas, scores with errors, files, provenance.
+
+    Scores that were recorded with the result of each example are compared example by example: better, worse, or how
+    many examples would tell. A release and a base are compared by their scores alone.
+    """
+    from registry.client.diff import changed_examples, differences, differences_in_scores
+    from registry.client.lineage import side_by_side
+
+    before, after, suites = _subjects(old, new, with_suites=examples)
+    with_base = before.is_base or after.is_base
+    if with_base:
+        _warn_of_base(before, after)
+    elif bool(before.release["adapter"]) != bool(after.release["adapter"]):
+        raise Usage(
+            "kinds_differ", f"{old} and {new} are an adapter and a model.", next_step="Compare two of the same kind."
+        )
+    deltas = None if with_base else _compare(before.directory, after.directory)
+    compare = differences_in_scores if with_base else differences
+    document = {
+        "old": before.name,
+        "new": after.name,
+        **compare(before.release, after.release, before.results, after.results),
+        "composition": side_by_side(before.made, after.made),
+        "deltas": deltas.to_json() if deltas else None,
+    }
+    if examples:
+        document["examples"] = [
+            row
+            for suite in suites
+            for row in changed_examples(suite, before.results[suite["digest"]], after.results[suite["digest"]])
+        ]
+    render.document(document, json, lambda: _show(document, everything=everything))
+
+
+def _subjects(old: str, new: str, *, with_suites: bool) -> tuple[Subject, Subject, list[Json]]:
+    """The two sides, and the suites that both have results on, if asked for; two directories need no registry."""
+    if Path(old).is_dir() and Path(new).is_dir():
+        return _directory(Path(old)), _directory(Path(new)), []
+    with connected() as connection:
+        before, after = (
+            _directory(Path(text)) if Path(text).is_dir() else _registered(connection, text) for text in (old, new)
+        )
+        common = _digests(before) & _digests(after)
+        before, after = (replace(one, results=_results(connection, one, common)) for one in (before, after))
+        compared = sorted(before.results.keys() & after.results.keys()) if with_suites else []
+        return before, after, [connection.api.get(f"/v1/suites/{digest}") for digest in compared]
+
+
+def _digests(subject: Subject) -> set[str]:
+    return {score["suite_digest"] for score in subject.release["scores"]}
+
+
+def _warn_of_base(before: Subject, after: Subject) -> None:
+    """Raises Usage for a directory, which has no scores. Says so if the release is for another base, and which
+    command records what is missing."""
+    for one, other in ((before, after), (after, before)):
+        if not one.path:
+            raise Usage("kinds_differ", f"{other.name} is a base, {one.name} a directory.", next_step="Name a release.")
+        if one.is_base and not other.is_base and other.release["base"]["digest"] != one.release["digest"]:
+            render.say(f"warning: {other.name} is for the base {other.release['base']['name']}, not for {one.name}")
+    if not _digests(before) & _digests(after):
+        render.say(f"no suite has scores of both: adaptory eval {before.name} {after.name} --suite NAME records them")
+
+
+def _results(connection: Connection, subject: Subject, digests: set[str]) -> dict[str, Json]:
+    """The results by suite digest, of those suites for which they were recorded."""
+    results: dict[str, Json] = {}
+    for digest in sorted(digests):
+        with suppress(NotFound):
+            results[digest] = connection.api.get(f"{subject.path}/scores/{digest}/results")
+    return results
+
+
+def _registered(connection: Connection, text: str) -> Subject:
+    """A release or a base."""
+    from registry.client.api import release_path
+    from registry.client.lineage import fetch_note, of_note, of_release
+
+    named, base = release_or_base(connection, text)
+    if named is None:
+        return Subject(text, base, None, None, f"/v1/bases/{base['digest']}", is_base=True)
+    path = release_path(named)
+    release = connection.api.get(path)
+    directory = release_directory(connection, release) if release["kind"] == "adapter" else None
+    note = _note(directory) if directory else fetch_note(connection.api, release)
+    made = of_release(release, note) or of_note(note)
+    return Subject(f"{release['repository']}:{release['version']}", release, directory, made, path)
+
+
+def _note(directory: Path) -> bytes:
+    from registry.client.lineage import NOTE_BYTES, NOTE_FILE
+
+    if not (directory / NOTE_FILE).is_file():
+        return b""
+    with (directory / NOTE_FILE).open("rb") as file:
+        return file.read(NOTE_BYTES)
+
+
+def _directory(directory: Path) -> Subject:
+    """Describes a directory as its release would be described, as far as its files allow."""
+    from composer.formats.adapters.serving import SERVERS, judge
+    from composer.formats.adapters.spectrum import spectrum
+    from composer.formats.checkpoints.card import CARD_FILE, card_provenance
+    from registry.client.lineage import of_note
+    from registry.client.push import collect
+    from registry.client.selection import select_files
+
+    seen = _inspected(directory)
+    servers, _ = judge(seen.adapter.config, seen.facts, seen.placed)
+    used = spectrum(seen.adapter, seen.placed)
+    card = directory / CARD_FILE
+    release = {
+        "base": {"digest": None, "name": seen.facts.base_model_name_or_path},
+        "adapter": seen.facts.to_json() | {"spectrum": used.summary() if used else None},
+        "model": None,
+        "servers": [server for bit, server in enumerate(SERVERS) if servers >> bit & 1],
+        "provenance": card_provenance(card.read_bytes())[0] if card.is_file() else {},
+        "scores": [],
+        "files": [asdict(file.manifest) for file in collect(select_files(directory))],
+    }
+    return Subject(str(directory), release, directory, of_note(_note(directory)))
+
+
+def _inspected(directory: Path) -> "Inspection":
+    from composer.formats.adapters.inspection import inspect
+
+    seen = inspect(directory, None)
+    refuse_errors(seen.findings, str(directory))
+    return seen
+
+
+def _compare(old: Path | None, new: Path | None) -> "Comparison | None":
+    from composer.formats.adapters.compare import compare
+
+    if old is None or new is None:
+        return None
+    before, after = _inspected(old), _inspected(new)
+    return compare(before.adapter, after.adapter, before.placed, after.placed)
+
+
+def _show(document: Json, *, everything: bool) -> None:
+    render.heading(f"{document['old']} -> {document['new']}: {_verdict(document)}")
+    for finding in document["breaking"]:
+        render.out(f"  breaking: {finding['message']}")
+    for what in ("composition", "facts", "provenance"):
+        rows = [(row["name"], row["old"], row["new"]) for row in document[what]]
+        _table(what, ("", "old", "new"), rows)
+    if document["deltas"]:
+        _show_deltas(document["deltas"], everything=everything)
+    _table(
+        "scores", ("suite", "metric", "old", "new", "difference", ""), [_score_row(row) for row in document["scores"]]
+    )
+    for row in document.get("examples", ()):
+        render.lines(f"{row['suite']}, example {row['example']}: {_change(row)}", _example_lines(row))
+    _table("files", ("", "path"), [(how, path) for how, paths in document["files"].items() for path in paths])
+
+
+def _verdict(document: Json) -> str:
+    if document["change"] is None:
+        return "scores"
+    return {
+        "breaking": "a breaking change",
+        "weights": "other weights",
+        "files": "the same weights, other files",
+        "none": "the same files",
+    }[document["change"]]
+
+
+def _show_deltas(deltas: Json, *, everything: bool) -> None:
+    rows = [row for row in deltas["modules"] if everything or row["status"] != "same"]
+    shown = rows if everything else rows[:TOP_MODULES]
+    columns = ("norm_old", "norm_new", "cosine", "norm_difference", "energy_gained", "energy_lost")
+    table = [(row["module"], _remark(row["status"]), _ranks(row), *(row[name] for name in columns)) for row in shown]
+    overall = ("all deltas", "", "", *(deltas["whole"][name] for name in columns))
+    _table("modules", ("module", "", "rank", "|D|", "|D'|", "cosine", "|D'-D|", "gained", "lost"), [overall, *table])
+    if len(rows) > len(shown):
+        render.say(f"{len(rows) - len(shown)} more modules changed: --all shows them")
+    for name in deltas["left_out"]:
+        render.say(f"warning: {name} could not be compared")
+
+
+def _remark(status: str) -> str:
+    return "" if status == "changed" else status
+
+
+def _ranks(row: Json) -> str:
+    old, new = row["rank_old"], row["rank_new"]
+    return render.cell(new) if old == new else f"{render.cell(old)} -> {render.cell(new)}"
+
+
+def _change(row: Json) -> str:
+    old, new = row["old"]["score"], row["new"]["score"]
+    return f"{'better' if new > old else 'worse'}, {render.cell(old)} -> {render.cell(new)}"
+
+
+def _example_lines(row: Json) -> list[tuple[str, Any]]:
+    texts = {"prompt": row["prompt"], "wanted": row["completion"]}
+    texts |= {side: row[side].get("answer") for side in ("old", "new")}
+    return [(name, cut(text, EXAMPLE_CHARS)) for name, text in texts.items() if text is not None]
+
+
+def _score_row(row: Json) -> tuple[Any, ...]:
+    if row["difference"] is None:
+        note = "on other examples" if row["old"] is not None and row["new"] is not None else ""
+    else:
+        better = "better" if row["better"] else "worse" if row["difference"] else "the same"
+        note = {True: better, False: f"{better}, within its error", None: better}[row["beyond"]]
+    old, new = (
+        render.with_error(row[side], row[f"{side}_stderr"], row[f"{side}_n"] or 0)
+        + " reported" * row[f"{side}_reported"]
+        if row[side] is not None
+        else None
+        for side in ("old", "new")
+    )
+    difference = render.with_error(row["difference"], row["stderr"]) if row["difference"] is not None else None
+    if paired := row["paired"]:
+        difference, note = f"{row['difference']:+.3f}", paired["in_words"]
+        if paired["low"] is not None:
+            difference += f" ({paired['low']:+.3f} to {paired['high']:+.3f})"
+    return (row["suite"], row["metric"], old, new, difference, note)
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[Any]) -> None:
+    if rows:
+        render.table(title, columns, rows)

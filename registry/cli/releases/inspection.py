@@ -1,0 +1,114 @@
+"""adaptory inspect"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry.cli.console import complete, render
+from registry.cli.console.connect import connected, release_directory, resolved
+from registry.cli.console.groups import root
+from registry.cli.console.render import JsonFlag
+from registry.cli.releases.release import used_ranks
+
+if TYPE_CHECKING:
+    from composer.formats.checkpoints.checkpoint import Architecture
+
+Json = dict[str, Any]
+
+PROFILES = ("vllm:16", "vllm:64", "sglang", "llamacpp", "peft")
+"""The servers that `inspect` checks by default."""
+
+
+@root.command()
+def inspect(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|REF",
+            autocompletion=complete.references,
+            help="An adapter's directory or file, or a reference.",
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|BASE",
+            help="Check the fit to this base: a checkpoint directory or a registered base.",
+            autocompletion=complete.bases,
+        ),
+    ] = None,
+    server: Annotated[
+        list[str] | None, typer.Option("--loads-in", help="vllm:32, sglang, lorax, llamacpp, peft.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show an adapter's facts and faults, and which servers can load it."""
+    from composer.formats.adapters.layouts import PEFT, recognise
+    from composer.formats.checkpoints.checkpoint import open_checkpoint
+
+    directory, architecture = Path(what), None
+    layout = recognise(directory).layout if directory.exists() else PEFT
+    in_directory = base is not None and Path(base).is_dir()
+    if (base and not in_directory) or not directory.exists():
+        with connected() as connection:
+            if not directory.exists():
+                release = resolved(connection, what)
+                directory, base = release_directory(connection, release), base or release["base"]["digest"]
+            architecture = None if in_directory else connection.api.architecture(base or "")
+    if in_directory:
+        architecture = open_checkpoint(Path(base or ""), dequantize=True).architecture
+    look = _look if layout == PEFT else _look_at_another
+    document: Json = {**look(directory, architecture, server or PROFILES), "layout": layout}
+    render.document(document, json, lambda: _show_inspection(what, document))
+    if any(finding["severity"] == "error" for finding in document["findings"]):
+        raise typer.Exit(6)
+
+
+def _look(directory: Path, architecture: "Architecture | None", servers: Sequence[str]) -> Json:
+    from composer.formats.adapters.inspection import inspect as look
+    from composer.formats.adapters.spectrum import spectrum
+
+    seen = look(directory, architecture)
+    used = (
+        None if any(finding.severity == "error" for finding in seen.findings) else spectrum(seen.adapter, seen.placed)
+    )
+    return {
+        "adapter": seen.facts.to_json() | {"spectrum": used.summary() if used else None},
+        "findings": [finding.to_json() for finding in [*seen.findings, *(used.hints(seen.findings) if used else [])]],
+        "loads_in": [seen.loads_in(profile) for profile in servers],
+    }
+
+
+def _look_at_another(path: Path, architecture: "Architecture | None", servers: Sequence[str]) -> Json:
+    """Inspects an adapter that is not in PEFT's layout, the only one that servers are known to load."""
+    from composer.formats.adapters.inspection import inspect_foreign
+    from composer.formats.adapters.serving import Loading, parse_profile
+
+    facts, findings = inspect_foreign(path, architecture)
+    way_out = (f"adaptory convert {path} --base BASE -o OUT",)
+    loading = [Loading(str(parse_profile(name)), False, ("not PEFT's layout",), way_out) for name in servers]
+    return {
+        "adapter": facts.to_json() | {"spectrum": None},
+        "findings": [finding.to_json() for finding in findings],
+        "loads_in": [one.to_json() for one in loading],
+    }
+
+
+def _show_inspection(what: str, document: Json) -> None:
+    facts = document["adapter"]
+    named = facts | {"rank": facts["rank_max"], "base": facts["base_model_name_or_path"]}
+    names = (
+        "type", "variant", "rank", "alpha", "targets", "modules", "parameters", "dtype", "modules_to_save", "base",
+    )  # fmt: skip
+    own = render.fields({name: named[name] for name in names}, *(() if named["rank"] else ("rank", "alpha")))
+    size = ("size", render.size(facts["size_bytes"]))
+    render.lines(f"adapter {what}", [("layout", document["layout"]), *own, size, ("energy", used_ranks(facts))])
+    for finding in document["findings"]:
+        render.out(f"  {finding['severity']}: {finding['message']}")
+    rows = [
+        (one["profile"], "yes" if one["loads"] else "no", "; ".join(one["reasons"]), "; ".join(one["way_out"]))
+        for one in document["loads_in"]
+    ]
+    render.table("", ("server", "loads", "why not", "fix"), rows)

@@ -1,0 +1,221 @@
+"""Policies of channels, promotions that wait, and approvals: policy set | show, promotion list | cancel, approve."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from registry.cli.console import complete, render
+from registry.cli.console.connect import connected, jobs_running, resolved
+from registry.cli.console.groups import group, root
+from registry.cli.console.interrupt import interrupts
+from registry.cli.console.render import JsonFlag
+from registry.cli.releases.channel import NewChannel, confirm_new_channel
+from registry.cli.releases.release import Channel, Ref, show_move
+from registry.errors import NotFound, Usage
+from registry.formats.references import parse_channel_reference
+from registry.sdk.connection import Connection
+
+Json = dict[str, Any]
+
+policy_app = group("policy", "What a promotion to a channel needs.")
+promotion_app = group("promotion", "Promotions that wait, or have waited.")
+
+
+@root.command()
+def promote(  # noqa: PLR0913
+    ref: Ref,
+    to: Annotated[str, typer.Option("--to", help="The channel.", autocompletion=complete.channel_names)],
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept in the history.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Promote even if a gate fails; requires --reason.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait for what the release lacks, such as a score or an approval.")
+    ] = True,
+    new_channel: NewChannel = False,
+    json: JsonFlag = False,
+) -> None:
+    """Move a channel to a release; evaluates and prints every gate.
+
+    A release that lacks only what may still come waits for it: the promotion then completes or fails by itself.
+    """
+    from registry.cli.releases.release import warn_of_move_since
+    from registry.client import channel_moves
+
+    with connected() as connection:
+        release = resolved(connection, ref)
+        line = f"/v1/{release['kind']}s/{release['repository']}"
+        confirm_new_channel(connection, line, to, agreed=new_channel)
+        answer, since = channel_moves.promote(connection.api, release, to, reason, force=force)
+        if "state" in answer and wait:
+            with jobs_running(connection, answer["job"]):
+                answer = _followed(connection, release, answer)
+    render.document(answer, json, lambda: show_promotion(answer) if "state" in answer else show_move(answer))
+    warn_of_move_since(answer, since)
+
+
+def _followed(connection: Connection, release: Json, promotion: Json) -> Json:
+    """Waits until the promotion ends, with its evaluation's bar; returns its move."""
+    from registry.client import channel_moves
+
+    render.say(_headline(promotion))
+    for line in _open_rules(promotion):
+        render.say(f"  {line}")
+    try:
+        with render.progress("promote", None) as bar:
+            return channel_moves.wait_for(
+                connection.api, promotion, release["kind"], lambda seen: _show_job(connection, seen, bar)
+            )
+    except KeyboardInterrupt:
+        where = f"{promotion['repository']}@{promotion['channel']}"
+        interrupts.kept = f"promotion {promotion['id']} goes on waiting; `adaptory promotion cancel {where}` cancels it"
+        raise
+
+
+def _show_job(connection: Connection, promotion: Json, bar: render.Progress) -> None:
+    """Moves the bar to the running step of the promotion's evaluation."""
+    if promotion["job"] is None or promotion["state"] != "pending":
+        return
+    with suppress(NotFound):  # another namespace's job, which measures the same
+        bar.show_running(connection.api.get(f"/v1/jobs/{promotion['job']}")["steps"])
+
+
+def _headline(promotion: Json) -> str:
+    where = f"{promotion['repository']}@{promotion['channel']}"
+    return (
+        f"promotion {promotion['id']} of {promotion['version']} to {where} waits, until "
+        f"{promotion['expires_at'][:16]} at most:"
+    )
+
+
+def _open_rules(promotion: Json) -> list[str]:
+    return [f"{row['rule']}: {row['detail']}" for row in promotion["gates"] if row["waiting"]]
+
+
+def show_promotion(promotion: Json) -> None:
+    where = f"{promotion['repository']}@{promotion['channel']}"
+    if promotion["state"] == "pending":
+        render.out(_headline(promotion))
+    else:
+        render.out(f"promotion {promotion['id']} of {promotion['version']} to {where}: {promotion['state']}")
+    render.gate_lines(promotion["gates"])
+    if promotion["state"] == "pending" and promotion["job"] is not None:
+        job = promotion["job"]
+        render.out(f"A worker measures what is missing: `adaptory jobs {job}` shows its progress.")
+    if promotion["error"]:
+        render.out(promotion["error"]["detail"])
+
+
+@promotion_app.command("list")
+def list_promotions(channel: Channel, json: JsonFlag = False) -> None:
+    """List the promotions to a channel that wait or have waited, newest first."""
+    repository, name = parse_channel_reference(channel)
+    with connected() as connection:
+        path = f"{connection.api.repository_path(str(repository))}/channels/{name}/promotions"
+        items = list(connection.api.pages(path))
+    rows = [
+        (
+            row["id"],
+            row["version"],
+            row["state"],
+            row["actor"],
+            row["created_at"][:19],
+            row["move"],
+            _open_rules(row) if row["state"] == "pending" else [row["error"]["detail"] if row["error"] else ""],
+        )
+        for row in items
+    ]
+    columns = ("promotion", "version", "state", "by", "at", "move", "")
+    render.listing(items, json, columns, rows, channel)
+
+
+@promotion_app.command()
+def cancel(channel: Channel, json: JsonFlag = False) -> None:
+    """Cancel the promotion that a channel waits for."""
+    repository, name = parse_channel_reference(channel)
+    with connected() as connection:
+        path = f"{connection.api.repository_path(str(repository))}/channels/{name}/promotions"
+        waiting = next((row for row in connection.api.pages(path) if row["state"] == "pending"), None)
+        if waiting is None:
+            raise NotFound(
+                "promotion_unknown",
+                f"{channel} waits for no promotion.",
+                subject=channel,
+                next_step=f"`adaptory promotion list {channel}` shows those that have waited.",
+            )
+        document = connection.api.post(f"{path}/{waiting['id']}/cancel")
+    render.document(document, json, lambda: show_promotion(document))
+
+
+@root.command()
+def approve(
+    ref: Ref,
+    to: Annotated[str, typer.Option("--to", help="The channel.", autocompletion=complete.channel_names)],
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept in the audit log.")] = "",
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Withdraw your approval instead.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Approve a release for a channel whose policy asks for it; a promotion that waits for it may complete."""
+    with connected() as connection:
+        release = resolved(connection, ref)
+        path = f"/v1/{release['kind']}s/{release['repository']}/channels/{to}/approvals"
+        if withdraw:
+            document = connection.api.delete(f"{path}/{release['version']}")
+        else:
+            document = connection.api.post(path, {"version": release["version"], "reason": reason})
+    name = f"{release['repository']}:{release['version']}"
+    render.document(document, json, lambda: _show_approval(name, to, document))
+
+
+def _show_approval(name: str, channel: str, document: Json) -> None:
+    if "withdrawn" in document:
+        render.out(
+            f"approval of {name} for {channel} withdrawn" if document["withdrawn"] else "no approval to withdraw"
+        )
+        return
+    render.out(f"{document['user']} approves {name} for {channel}")
+    if document["promotion"]:
+        show_promotion(document["promotion"])
+
+
+@policy_app.command("set")
+def set_policy(
+    channel: Channel,
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The policy in YAML.")] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all rules instead.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Replace a channel's policy, its gate rules included."""
+    from composer.formats.untrusted import read_text
+    from registry.formats.channel_policy import MAX_CHARS, parse_policy
+
+    if (file is None) is not clear:
+        raise Usage(
+            "policy_missing", "Name the policy's file, or --clear.", subject=channel, next_step="Name one of the two."
+        )
+    policy = parse_policy(read_text(file, 4 * MAX_CHARS), str(file)).to_json() if file else {"version": 1}
+    repository, name = parse_channel_reference(channel)
+    with connected() as connection:
+        path = f"{connection.api.repository_path(str(repository))}/channels/{name}/policy"
+        document = connection.api.put(path, policy)
+    render.document(document, json, lambda: _show_policy(channel, document))
+
+
+@policy_app.command()
+def show(channel: Channel, json: JsonFlag = False) -> None:
+    """Show a channel's policy in YAML, as `policy set` takes it."""
+    repository, name = parse_channel_reference(channel)
+    with connected() as connection:
+        document = connection.api.get(f"{connection.api.repository_path(str(repository))}/channels/{name}/policy")
+    render.document(document, json, lambda: _show_policy(channel, document))
+
+
+def _show_policy(channel: str, document: Json) -> None:
+    import yaml
+
+    render.out(f"# {channel}, revision {document['revision']}")
+    for suite, pin in document["pins"].items():
+        changed = f": {pin['changed']} (`adaptory gate {channel} --repin` takes it)" if pin["changed"] else ""
+        render.out(f"# {suite} is {pin['digest'][:12]}{changed}")
+    for line in yaml.safe_dump(document["policy"], sort_keys=False, allow_unicode=True).splitlines():
+        render.out(line)

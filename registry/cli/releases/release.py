@@ -1,0 +1,401 @@
+"""Releases and channels: list, log, show, rollback, history, gate, yank, unyank, deprecate, takedown."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from registry.cli.console import complete, render
+from registry.cli.console.connect import connected, resolved
+from registry.cli.console.groups import root
+from registry.cli.console.render import JsonFlag
+from registry.cli.releases.search import show_releases
+from registry.cli.releases.sign import signer
+from registry.errors import RegistryError, Usage
+from registry.formats.references import parse_channel_reference, parse_reference, parse_repository
+from registry.sdk.connection import Connection
+
+if TYPE_CHECKING:
+    from registry.client.lineage import Composition
+
+Ref = Annotated[
+    str, typer.Argument(help="REPO, REPO:VERSION, REPO@CHANNEL or REPO#COMMIT.", autocompletion=complete.references)
+]
+Channel = Annotated[
+    str, typer.Argument(metavar="REPO@CHANNEL", help="Such as acme/sql@prod.", autocompletion=complete.channels)
+]
+Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.")]
+Why = Annotated[str, typer.Option("--reason", help="Why; required.")]
+WhyDeprecated = Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")]
+Undo = Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")]
+Json = dict[str, Any]
+
+
+@root.command("list")
+def list_repositories(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAMESPACE|REPO]", help="A namespace's repositories, or a repository's releases."),
+    ] = None,
+    models: Annotated[bool, typer.Option("--models", help="Only merged models.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """List the repositories of adapters and models, or the releases of one."""
+    if name and "/" in name:
+        log(name, json)
+        return
+    with connected() as connection:
+        kinds = ("models",) if models else ("adapters", "models")
+        items = [row for kind in kinds for row in connection.api.pages(f"/v1/{kind}", namespace=name)]
+    rows = [
+        (row["repository"], row["kind"], row["latest"], [f"{c}={v}" for c, v in row["channels"].items()])
+        for row in items
+    ]
+    render.listing(items, json, ("repository", "kind", "latest", "channels"), rows)
+
+
+@root.command()
+def log(
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="NAMESPACE/NAME.")], json: JsonFlag = False
+) -> None:
+    """List a repository's releases, highest version first."""
+    with connected() as connection:
+        line = connection.api.repository_path(str(parse_repository(repository)))
+        items = list(connection.api.pages(f"{line}/releases"))
+    render.document({"items": items, "next": None}, json, lambda: show_releases(items))
+
+
+@root.command()
+def show(
+    ref: Ref,
+    modules: Annotated[
+        bool,
+        typer.Option(
+            "--modules", help="Show instead how much of its rank each module uses, and what truncation would keep."
+        ),
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Show a release's facts, scores, files and lineage."""
+    with connected() as connection:
+        path = _path(resolved(connection, ref))
+        if modules:
+            spectrum = connection.api.get(f"{path}/spectrum")
+            render.document(spectrum, json, lambda: _show_spectrum(ref, spectrum))
+            return
+        release = connection.api.get(path)
+        made = None if json else _made_of(connection, release)
+        costs = [] if json else _guard_costs(connection, release)
+    render.document(release, json, lambda: _show_release(release, made, costs))
+
+
+@root.command("rollback")
+def roll_back(
+    channel: Channel,
+    to: Annotated[
+        str | None, typer.Option("--to", help="A version that it served before, and was not rolled back from since.")
+    ] = None,
+    reason: Reason = "",
+    json: JsonFlag = False,
+) -> None:
+    """Return a channel to the release it served before; repeat to go further back."""
+    from registry.client import channel_moves
+
+    repository, name = parse_channel_reference(channel)
+    with connected() as connection:
+        line = connection.api.repository_path(str(repository))
+        move, since = channel_moves.roll_back(connection.api, line, name, {"to": to, "reason": reason})
+    render.document(move, json, lambda: show_move(move))
+    warn_of_move_since(move, since)
+
+
+@root.command()
+def history(channel: Channel, json: JsonFlag = False) -> None:
+    """List every move of a channel, newest first."""
+    repository, name = parse_channel_reference(channel)
+    with connected() as connection:
+        moves = list(connection.api.pages(f"{connection.api.repository_path(str(repository))}/channels/{name}/history"))
+    rows = [
+        (
+            move["id"],
+            move["at"][:19],
+            move["kind"],
+            move["from_version"],
+            None if move["kind"] == "delete" else move["to_version"],
+            move["actor"],
+            "forced" if move["forced"] else "",
+            move["reason"],
+        )
+        for move in moves
+    ]
+    render.listing(moves, json, ("move", "at", "kind", "from", "to", "actor", "", "reason"), rows, channel)
+
+
+@root.command()
+def gate(
+    channel: Channel,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="'sql-exact.accuracy>=0.5' or 'guard.nll within 0.1 of base'. May be repeated."),
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all rules.")] = False,
+    repin: Annotated[bool, typer.Option("--repin", help="Judge by what the rules' suites contain now.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Show a channel's gates, or replace all of them."""
+    repository, name = parse_channel_reference(channel)
+    with connected() as connection:
+        path = f"{connection.api.repository_path(str(repository))}/gates"
+        document = (
+            connection.api.put(path, {"channel": name, "rules": rule or ([] if clear else None), "repin": repin})
+            if rule or clear or repin
+            else connection.api.get(path)
+        )
+    rules: list[str] = document["gates"].get(name, [])
+    render.document(
+        {"channel": channel, "rules": rules},
+        json,
+        lambda: render.lines(f"gates of {channel}", [("rule", one) for one in rules]),
+    )
+
+
+@root.command()
+def yank(ref: Ref, reason: Why = "", json: JsonFlag = False) -> None:
+    """Exclude a release from resolution; its exact version still resolves, with a warning."""
+    _need_reason("A yank", ref, reason)
+    with connected() as connection:
+        release = connection.api.post(f"{_path(_exactly(connection, ref))}/yank", {"reason": reason})
+    render.document(release, json, lambda: render.out(f"yanked {release['repository']}:{release['version']}: {reason}"))
+
+
+@root.command()
+def unyank(ref: Ref, reason: Why = "", json: JsonFlag = False) -> None:
+    """Undo a yank."""
+    _need_reason("An unyank", ref, reason)
+    with connected() as connection:
+        before = _exactly(connection, ref, warned=True)
+        release = connection.api.post(f"{_path(before)}/unyank", {"reason": reason})
+    name = f"{release['repository']}:{release['version']}"
+    line = f"unyanked {name}: {reason}" if before["yanked"] else f"{name} is not yanked: nothing to do"
+    render.document(release, json, lambda: render.out(line))
+
+
+def _need_reason(act: str, ref: str, reason: str) -> None:
+    """Raises Usage for a blank reason, in the words of the server."""
+    if not reason.strip():
+        raise Usage("reason_missing", f"{act} needs a reason.", subject=ref, next_step="Say why with --reason.")
+
+
+@root.command()
+def takedown(
+    ref: Ref,
+    reason: Annotated[str, typer.Option("--reason", help="Why; the tombstone shows it.")],
+    json: JsonFlag = False,
+) -> None:
+    """Remove a release's files for good: leaked or illegal content. A tombstone and the audit log stay.
+
+    Versions with the same files go with it, and the namespace cannot publish them or their weights again.
+    """
+    with connected() as connection:
+        taken = connection.api.post(f"{_path(_exactly(connection, ref))}/takedown", {"reason": reason})
+
+    def show() -> None:
+        for name in taken["releases"]:
+            render.out(f"took down {name}: {reason}")
+        render.out(f"{render.counted(taken['blobs'], 'blob')} gone for good ({render.size(taken['size_bytes'])})")
+        for path in taken.get("barred", ()):  # a server of a release before does not say
+            render.out(f"{path}: these weights cannot be published here again")
+        for name in taken["named_by"]:
+            files = ", ".join(taken.get("kept_files", {}).get(name, ())) or "some of these files"
+            render.say(f"warning: {name} still has {files}.")
+
+    render.document(taken, json, show)
+
+
+@root.command()
+def deprecate(
+    ref: Ref,
+    reason: WhyDeprecated = None,
+    successor: Annotated[
+        str | None, typer.Option(metavar="REF", help="What to use instead.", autocompletion=complete.references)
+    ] = None,
+    undo: Undo = False,
+    json: JsonFlag = False,
+) -> None:
+    """Mark a release as deprecated, and warn wherever it is resolved; nothing is blocked."""
+    body = deprecation_body(ref, reason, successor, undo=undo)
+    with connected() as connection:
+        release = connection.api.post(f"{_path(_exactly(connection, ref, warned=True))}/deprecate", body)
+    render.document(release, json, lambda: show_deprecation(f"{release['repository']}:{release['version']}", release))
+
+
+def deprecation_body(what: str, reason: str | None, successor: str | None, *, undo: bool) -> Json:
+    """The request of a deprecation. Raises Usage unless there is a reason, or `undo` alone."""
+    if undo is (reason is not None) or (undo and successor):
+        raise Usage(
+            "reason_missing",
+            "A deprecation needs a reason, and undoing one needs nothing else.",
+            subject=what,
+            next_step="Say why with --reason, or give --undo alone.",
+        )
+    return {"reason": reason, "successor": successor}
+
+
+def show_deprecation(name: str, document: Json) -> None:
+    words = deprecation_words(document["deprecated"])
+    render.out(f"{name} is deprecated: {words}" if words else f"{name} is not deprecated")
+
+
+def deprecation_words(deprecated: Json | None) -> str | None:
+    """Why something is deprecated and what follows it; None if it is not."""
+    if deprecated is None:
+        return None
+    return deprecated["reason"] + (f"; use {deprecated['successor']}" if deprecated["successor"] else "")
+
+
+def license_words(licenses: Json) -> list[str] | None:
+    """`base MIT`, `adapter Apache-2.0`, …; None if nothing is stated."""
+    stated = [(part, licenses[part]) for part in ("base", "adapter") if licenses[part]]
+    stated += [("data", name) for name in licenses["data"]]
+    return [f"{part} {name}" for part, name in stated] or None
+
+
+def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> Json:
+    """The release that an exact reference names. Raises Usage for a moving one: repeating the command would hit the
+    next release."""
+    named = parse_reference(ref)
+    if named.version is None and named.commit is None:
+        raise Usage(
+            "not_exact",
+            f"{ref} can mean a different release tomorrow.",
+            subject=ref,
+            next_step=f"Name the version: {named.repository}:1.2.0, or #COMMIT.",
+        )
+    return resolved(connection, ref, warned=warned)
+
+
+def _path(release: Json) -> str:
+    from registry.client.api import release_path
+
+    return release_path(release)
+
+
+def _show_spectrum(ref: str, spectrum: Json) -> None:
+    ranks = [*spectrum["energy"]]
+    rows = [
+        (
+            row["module"],
+            row["rank"],
+            f"{row['norm']:.4g}",
+            f"{row['effective_rank']:.1f}",
+            *(f"{row['energy'][rank]:.1%}" if rank in row["energy"] else "" for rank in ranks),
+            row["rank_95"],
+            row["rank_99"],
+            "near zero" if row["near_zero"] else "",
+        )
+        for row in spectrum["modules"]
+    ]
+    cuts = [f"at {rank}" for rank in ranks]
+    render.table(ref, ("module", "rank", "norm", "effective", *cuts, "95 %", "99 %", ""), rows)
+    render.out("at R: energy kept at rank R; 95 %: rank that keeps 95 % of the energy")
+    for module in spectrum["left_out"]:
+        render.out(f"  {module}: not computed")
+
+
+def used_ranks(facts: Json) -> str | None:
+    """The ranks that hold 95 % and 99 % of the energy, in words; None without a spectrum."""
+    used = facts.get("spectrum")
+    return f"95 % in rank {used['rank_95']}, 99 % in rank {used['rank_99']}" if used else None
+
+
+def _made_of(connection: Connection, release: Json) -> "Composition | None":
+    """The release's lineage; without its note, and with a warning, if the store has lost that."""
+    from registry.client.lineage import fetch_note, of_release
+
+    try:
+        note = fetch_note(connection.api, release)
+    except RegistryError as error:
+        render.say(f"warning: {error.detail}")
+        note = b""
+    return of_release(release, note)
+
+
+def _guard_costs(connection: Connection, release: Json) -> list[tuple[str, str]]:
+    """By guard, what its loss costs beside the base's on the same content."""
+    from composer.formats.recipes.suite import guard_cost
+
+    losses = [row for row in release["scores"] if row["kind"] == "guard" and row["metric"] == "nll"]
+    if not losses:
+        return []
+    scores = connection.api.get(f"/v1/bases/{release['base']['digest']}")["scores"]
+    base = {row["suite_digest"]: row["value"] for row in scores if row["metric"] == "nll"}
+    unknown = f"unknown until `adaptory eval {release['base']['name']}` measures the base on it"
+    return [
+        (row["suite"], guard_cost(row["value"], base[row["suite_digest"]]) if row["suite_digest"] in base else unknown)
+        for row in losses
+    ]
+
+
+def _show_release(release: Json, made: "Composition | None", costs: list[tuple[str, str]]) -> None:
+    from registry.client.diff import stated_provenance
+
+    facts = release["adapter"] or release["model"]
+    pairs: list[tuple[str, Any]] = [
+        ("commit", release["commit"]),
+        ("base", f"{release['base']['name']} ({release['base']['digest'][:12]})"),
+        ("breaking", release["breaking_reason"]),
+        ("licenses", license_words(release["licenses"])),
+        ("signed by", signer(release)),
+        ("type", ", ".join(dict.fromkeys([facts["type"], facts["variant"]]))),
+        ("rank", facts.get("rank_max") or None),
+        ("alpha", facts.get("alpha") if facts.get("rank_max") else None),
+        ("targets", facts.get("targets")),
+        ("modules", facts.get("modules")),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("energy", used_ranks(facts)),
+        ("servers", release["servers"] or None),
+        ("dtype", facts["dtype"]),
+        ("size", render.size(sum(row["size_bytes"] for row in release["files"]))),
+        ("notes", release["notes"]),
+        ("yanked", release["yank_reason"] if release["yanked"] else None),
+        ("deprecated", deprecation_words(release["deprecated"])),
+        ("base deprecated", deprecation_words(release["base_deprecated"])),
+        ("published", f"{release['created_at'][:19]} by {release['created_by']}"),
+        ("inputs", list(map(str, made.members)) if made else None),
+        ("method", made.how if made else None),
+        ("rounding", made.rounding if made and release["kind"] == "model" else None),
+    ]
+    render.lines(f"{release['kind']} {release['repository']}:{release['version']}", pairs)
+    if stated := [(name, value) for name, value in stated_provenance(release).items() if value not in (None, [])]:
+        render.lines("provenance", stated)
+    if release["scores"]:
+        render.score_table("", release["scores"])
+        if costs:
+            render.lines("guards", costs)
+    render.table(
+        "",
+        ("file", "size", "sha256"),
+        [(f["path"], render.size(f["size_bytes"]), f["sha256"][:16]) for f in release["files"]],
+    )
+
+
+def warn_of_move_since(move: Json, since: str | None) -> None:
+    """Warns that the channel was moved again after a move whose response was lost; `since` is its current version."""
+    if since is not None:
+        where = f"{move['repository']}@{move['channel']}"
+        render.say(
+            f"warning: a response was lost; {where} was moved as requested, and by others since: it is at {since}. "
+            f"It is left there; see `adaptory history {where}`."
+        )
+
+
+def show_move(move: Json) -> None:
+    """Shows a move with its time. Promoting what is served already returns the last move, and changes nothing."""
+    if not move.get("changed", True):
+        made = f"{move['kind']}, move {move['id']} at {move['at'][:19]}"
+        render.out(f"{move['repository']}@{move['channel']} serves {move['to_version']} already: no change ({made})")
+        return
+    forced = " (forced)" if move["forced"] else ""
+    way = f"{move['from_version'] or 'nothing'} -> {move['to_version']}"
+    made = f"{move['kind']}{forced}, move {move['id']} at {move['at'][:19]}"
+    render.out(f"{move['repository']}@{move['channel']}: {way} ({made})")
+    render.gate_lines(move["gates"])

@@ -1,0 +1,303 @@
+"""Transfers: push, pull and verify."""
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from composer.formats.untrusted import read_text
+from registry.cli.console import complete, render
+from registry.cli.console.connect import connected, release_directory, resolved
+from registry.cli.console.groups import root
+from registry.cli.console.idle import refuse_idle
+from registry.cli.console.render import JsonFlag
+from registry.cli.releases.channel import NewChannel, confirm_new_channel
+from registry.cli.releases.promotion import show_promotion
+from registry.cli.releases.release import Ref, show_move, warn_of_move_since
+from registry.cli.releases.sign import SignatureCovers, refuse_narrow
+from registry.errors import Refused, RegistryError, Usage
+from registry.formats.references import parse_name, parse_reference, single_version
+from registry.formats.signatures import Signed
+from registry.sdk.connection import Connection
+from registry.sdk.fit import fitting_base
+from registry.sdk.local_files import total_bytes
+
+Json = dict[str, Any]
+
+SigningKey = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the release with this private key.")]
+BaseName = Annotated[
+    str | None,
+    typer.Option(help="The base model; by default the one that the files name.", autocompletion=complete.bases),
+]
+Target = Annotated[
+    str, typer.Argument(metavar="REPO[:VERSION]", help="Such as acme/sql:1.0.0; without a version, give --bump.")
+]
+Bump = Annotated[
+    str | None, typer.Option(help="auto, patch, minor or major, instead of a version; auto finds the right one.")
+]
+AllowBreaking = Annotated[
+    str | None, typer.Option(metavar="REASON", help="Allow a breaking change under a compatible version, and why.")
+]
+
+
+_HELP = "Leave it out, or see `adaptory verify --help`."
+
+
+@root.command()
+def push(  # noqa: PLR0913
+    directory: Annotated[Path, typer.Argument(help="The training output, with adapter_config.json in it.")],
+    target: Target,
+    base: BaseName = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Further files to publish, such as '*.yaml'. May be repeated."),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="adapter, or model for a merged checkpoint.")] = "adapter",
+    bump: Bump = None,
+    allow_breaking: AllowBreaking = None,
+    provenance: Annotated[
+        Path | None, typer.Option(help="YAML: trainer, run_url, code_commit, data, hyperparameters, license, …")
+    ] = None,
+    sign: SigningKey = None,
+    notes: Annotated[str, typer.Option(help="Release notes.")] = "",
+    channel: Annotated[str | None, typer.Option(help="Promote it to this channel afterwards.")] = None,
+    new_channel: NewChannel = False,
+    json: JsonFlag = False,
+) -> None:
+    """Check an adapter against its base, upload what is missing, publish a release.
+
+    Includes the adapter's own files, tokenizer, card and licence, and lists what it leaves out, such as checkpoints.
+    """
+    from registry.client.selection import select_files
+    from registry.client.signing import Publication
+    from registry.sdk.publishing import publish
+
+    reference = single_version(target, bump)
+    if channel:
+        parse_name(channel, "channel")  # before publishing, which cannot be undone
+    request = {
+        "version": str(reference.version) if reference.version else None,
+        "bump": bump,
+        "notes": notes,
+        "allow_breaking": allow_breaking,
+        "provenance": _provenance(provenance) if provenance else None,
+    }
+    selection = select_files(directory, _kind(kind), include or [])
+    if selection.left_out:
+        render.say(f"left out: {selection.summary()} (take more with --include GLOB)")
+    with connected() as connection:
+        if channel:
+            confirm_new_channel(connection, f"/v1/{kind}s/{reference.repository}", channel, agreed=new_channel)
+        request["base"] = fitting_base(connection.api, directory, base, kind)
+        publication = Publication(reference.repository, kind, request)
+        published = publish(connection.api, selection, publication, render, sign)
+        show_warnings(published)
+        if not json:
+            show_push(published)  # before the channel moves: the release is published even if that fails
+        document: Json = {**published, "left_out": list(selection.left_out), "move": None}
+        failure = _promote(connection, document, channel) if channel else None
+    render.document(document, json, lambda: _show_moved(document), failure)
+
+
+def _show_moved(document: Json) -> None:
+    if document["move"]:
+        show_move(document["move"])
+    elif "promotion" in document:
+        show_promotion(document["promotion"])
+
+
+def _promote(connection: Connection, document: Json, channel: str) -> RegistryError | None:
+    """Moves the channel to the published release, and adds the move to the document, or the promotion that waits, or
+    the error."""
+    from registry.client.channel_moves import promote
+
+    try:
+        answer, since = promote(connection.api, document["release"], channel)
+        document["promotion" if "state" in answer else "move"] = answer
+        warn_of_move_since(answer, since)
+    except RegistryError as error:
+        document["error"] = render.problem(error)
+        return error
+    return None
+
+
+def _kind(text: str) -> str:
+    if text not in ("adapter", "model"):
+        raise Usage("bad_kind", f"--kind {text} is unknown.", subject=text, next_step="Use adapter or model.")
+    return text
+
+
+@root.command()
+def pull(
+    ref: Ref,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The directory to write; by default, one in the cache.")
+    ] = None,
+    verify: Annotated[
+        Path | None, typer.Option(metavar="PUB.pem", help="Refuse the release unless this key signed it.")
+    ] = None,
+    signature_covers: SignatureCovers = "files",
+    force: Annotated[bool, typer.Option("--force", help="Replace a different release in the directory.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Fetch a release, verify every file and print its directory.
+
+    A directory that already holds the release is verified. An interrupted pull resumes where it stopped.
+    """
+    from registry.client import pull as client
+    from registry.client.cache import BlobCache
+    from registry.client.signing import read_public_key, verify_release
+
+    key = read_public_key(verify) if verify else None
+    signed: list[Signed] = []
+
+    def check(directory: Path) -> None:
+        if key:
+            signed.append(verify_release(connection.api, release, parse_reference(ref), directory, key))
+            refuse_narrow(signed[0], signature_covers)
+
+    with connected() as connection:
+        release = resolved(connection, ref)
+        if output is None:
+            output = release_directory(connection, release)
+            check(output)
+        else:
+            with render.progress(f"pull {ref}", total_bytes(release)) as done:
+                blobs = BlobCache(connection.cache / "blobs")
+                client.pull(connection.api, release, output, done, blobs, check, replace=force)
+    document = {
+        "repository": release["repository"],
+        "version": release["version"],
+        "commit": release["commit"],
+        "directory": str(output),
+        **_signature(signed[0] if signed else None),
+    }
+    render.say(f"{release['repository']}:{release['version']} {release['commit']}")
+    render.document(document, json, lambda: print(output))
+
+
+@root.command()
+def verify(  # noqa: PLR0913
+    what: Annotated[str, typer.Argument(metavar="DIR|REF", help="A directory or a reference.")],
+    key: Annotated[
+        Path | None, typer.Option(metavar="PUB.pem", help="The public key that must have signed it.")
+    ] = None,
+    signature_covers: SignatureCovers = "files",
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Merge a composed model from its inputs again, and compare.")
+    ] = False,
+    base_dir: Annotated[
+        Path | None, typer.Option(help="The base's directory, if it is not where the registry says.")
+    ] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="For a local merge: each adapter that was merged.")
+    ] = None,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="For a local merge made with --dequantize.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Verify a signature and the signed files, or rebuild a merge and compare."""
+    from registry.cli.releases.rebuild import rebuilt, rebuilt_here
+    from registry.client.signing import read_public_key, verify_directory, verify_release
+
+    if key is None and not rebuild:
+        raise Usage("nothing_to_verify", "There is nothing to verify.", next_step="Add --key PUB.pem or --rebuild.")
+    public_key, directory = read_public_key(key) if key else None, Path(what)
+    local = {"--adapter": adapter, "--dequantize": dequantize}
+    if not rebuild:
+        refuse_idle({"--base-dir": base_dir, **local}, "here: it is for merges that are rebuilt with --rebuild", _HELP)
+    document: Json = {"what": what}
+    release: Json | None = None
+    connection: Connection | None = None
+    with ExitStack() as stack:
+        if not directory.is_dir():
+            connection = stack.enter_context(connected())
+            release = resolved(connection, what)
+            refuse_idle(local, "here: it is for local merges, with DIR --rebuild", _HELP)
+            directory = release_directory(connection, release)
+            if rebuild:
+                document["rebuild"] = rebuilt(connection, release, directory, base_dir)
+        elif rebuild:
+            document["rebuild"] = rebuilt_here(directory, base_dir, adapter or [], dequantize=dequantize)
+        if public_key:
+            signed = (
+                verify_release(connection.api, release, parse_reference(what), directory, public_key)
+                if release and connection
+                else verify_directory(directory, public_key)
+            )
+            refuse_narrow(signed, signature_covers)
+            document |= _signature(signed)
+    failure = _not_rebuilt(what, directory, document["rebuild"]) if rebuild else None
+    render.document(document, json, lambda: _show_verified(document), failure)
+
+
+def _not_rebuilt(what: str, directory: Path, report: Json) -> Refused | None:
+    """The error when the files differ, and also when the note says that an earlier version of the method made them: a
+    note can claim that of anything."""
+    if report["verdict"] == "different":
+        next_step = "Do not serve it; ask who published it."
+        if directory == Path(what):
+            next_step = "Check that base and adapters are those that were merged. If they are, do not serve it."
+        return Refused("not_rebuilt", f"{what} differs from what its inputs give.", subject=what, next_step=next_step)
+    if report["verdict"] == "earlier":
+        made = report["earlier"].split()[0]
+        message = f"{what} says that it was made by an earlier version of {made}, which this version cannot verify."
+        next_step = "Rebuild it with the Adaptory that made it, or compose it again."
+        return Refused("earlier_method", message, subject=what, next_step=next_step)
+    return None
+
+
+def _signature(signed: Signed | None) -> Json:
+    """The signer and what the signature covers. Warns if it covers files only, since those verify under any name,
+    version and base."""
+    if signed is None:
+        return {}
+    if signed.release is None:
+        render.say("warning: the signature covers only the files, not their repository, version and base.")
+    named = asdict(signed.release) if signed.release else None
+    return {"signed_by": signed.fingerprint, "signature_covers": signed.covers, "signed_release": named}
+
+
+def _show_verified(document: Json) -> None:
+    if "signed_by" in document:
+        render.out(f"{document['what']} is signed by {document['signed_by']}")
+        if named := document["signed_release"]:
+            render.out(
+                f"  as {named['repository']}:{named['version']} {named['commit'][:12]} on base {named['base'][:12]}"
+            )
+    if "rebuild" in document:
+        rebuild = document["rebuild"]
+        files = render.counted(len(rebuild["same"]), "file")
+        render.out(f"{document['what']} rebuilt: {rebuild['verdict']}, {files} equal")
+        for row in rebuild["different"]:
+            counts = f"{row['neighbours']} elements by one step, {row['others']} by more"
+            render.out(f"  {row['file']} {row['why'] or f'differs in {counts}'}")
+
+
+def _provenance(path: Path) -> Json:
+    from composer.formats.checkpoints.card import FRONT_MATTER_BYTES, load_mapping, parse_provenance
+
+    return parse_provenance(load_mapping(read_text(path, FRONT_MATTER_BYTES), path.name), path.name)
+
+
+def show_warnings(published: Json) -> None:
+    """Shows what a push warns of."""
+    for finding in published["warnings"]:
+        render.say(f"{finding['severity']}: {finding['message']}")
+
+
+def show_push(published: Json) -> None:
+    """Shows what a push has published, or that it was there already."""
+    release, done = published["release"], "published"
+    if not published["created"]:
+        done = (
+            "already published, its lost files sent again:"
+            if published["sent"]
+            else "already published, nothing to do:"
+        )
+    render.out(
+        f"{done} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}"
+    )
+    if release["yanked"]:
+        render.say(f"warning: it is yanked: {release['yank_reason']}.")
