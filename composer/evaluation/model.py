@@ -14,6 +14,7 @@ from composer.evaluation.memory import free_bytes
 from composer.evaluation.templates import with_budget
 from composer.formats.checkpoints.bounds import refuse_larger_than_its_tensors
 from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, open_checkpoint
+from composer.formats.checkpoints.staging import ADAPTER_FILE
 
 # Padded tokens in one forward pass. On a CPU small enough that a suite of 32 examples keeps several cores busy; where
 # each pass reads the weights from the disk, large enough that reading them serves many tokens.
@@ -69,6 +70,7 @@ def load_model(
 
     checkpoint = open_checkpoint(Path(directory))
     refuse_larger_than_its_tensors(checkpoint)
+    _refuse_adapter_beside(checkpoint.path)
     chosen = torch_device(device)
     limit = int(_free_bytes(chosen) * _WEIGHTS_SHARE) if memory is None else memory
     if dtype is None and _is_emulated(checkpoint, chosen) and _weight_bytes(checkpoint, torch.float32) <= limit:
@@ -95,6 +97,18 @@ def load_model(
     return LoadedModel(
         model.eval() if streamed else model.eval().to(chosen), with_budget(tokenizer), checkpoint.architecture, streamed
     )
+
+
+def _refuse_adapter_beside(directory: Path) -> None:
+    """Raises InvalidFile for an adapter beside the model: transformers would apply it, and what is measured would not
+    be what the weights' digest names."""
+    if (directory / ADAPTER_FILE).exists():
+        raise InvalidFile(
+            "two_checkpoints",
+            f"{directory.name} has an adapter beside its model, which transformers would apply to it ({ADAPTER_FILE}).",
+            subject=ADAPTER_FILE,
+            next_step="Remove the one that you do not want.",
+        )
 
 
 def multiplies_in(dtype: torch.dtype, device: torch.device) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from composer.errors import ComposerError
 from composer.formats.checkpoints.checkpoint import local_directory, open_checkpoint
 from composer.formats.checkpoints.header import CONVERT, PICKLE_SUFFIXES
+from composer.formats.checkpoints.staging import ADAPTER_FILE
 from registry.errors import Invalid, RegistryError
 from registry.hub_client.address import SCHEME, HubAddress, parse_hub_address
 from registry.hub_client.remote import Hub, Snapshot
@@ -100,7 +101,7 @@ def _is_complete(directory: Path) -> bool:
 
 def _checkpoint_files(snapshot: Snapshot) -> Iterator[str]:
     """The files of a checkpoint. Weights under other names, or in directories, are copies for other programs."""
-    here = [path for path in snapshot.files if "/" not in path and not path.startswith(".")]
+    here = [path for path in snapshot.files if "/" not in path and not path.startswith(".") and path != ADAPTER_FILE]
     weights = [path for path in here if path.startswith("model") and path.endswith(_WEIGHTS)]
     if not weights:
         _refuse_pickles(snapshot, here)

@@ -18,6 +18,8 @@ from composer.formats.checkpoints.checkpoint import INDEX_FILE
 from composer.formats.checkpoints.header import PICKLE_SUFFIXES
 
 NOTE_FILE = "adaptory.json"
+ADAPTER_FILE = "adapter_config.json"
+"""Of an adapter. Beside a model it makes transformers apply that adapter, so it is no part of a checkpoint."""
 _STAGING = ".partial-"
 _KEY = r"(?:[0-9a-f]{8}|[0-9a-f]{12})"  # by chance, or a plan's
 _UNIX_BLOCK_BYTES = 512
@@ -164,15 +166,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def side_files(source: Path) -> list[str]:
     """The files of a checkpoint besides its weights: tokenizer, generation config, licence, …; the caller writes config
-    and index. Only regular files at the top of the directory, of at most 64 MiB; no weights in any format, no hidden
-    files."""
+    and index. Only regular files at the top of the directory, of at most 64 MiB; no weights in any format, no adapter,
+    no hidden files."""
     files = [file for file in sorted(source.iterdir()) if file.is_file()]
     return [file.name for file in files if is_side_file(file.name, file.stat().st_size)]
 
 
 def is_side_file(name: str, size_bytes: int) -> bool:
     """Whether a regular file at the top of a checkpoint is one of these."""
-    if name in ("config.json", INDEX_FILE, NOTE_FILE) or name.startswith("."):
+    if name in ("config.json", INDEX_FILE, NOTE_FILE, ADAPTER_FILE) or name.startswith("."):
         return False
     if PurePath(name).suffix in _WEIGHT_SUFFIXES or name.endswith(".index.json"):
         return False
