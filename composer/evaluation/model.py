@@ -11,6 +11,7 @@ import torch
 from composer.deltas.tensors import execution_device, torch_device
 from composer.errors import InvalidFile
 from composer.evaluation.memory import free_bytes
+from composer.evaluation.modules import modules_bounded
 from composer.evaluation.templates import with_budget
 from composer.formats.checkpoints.bounds import refuse_larger_than_its_tensors
 from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, open_checkpoint
@@ -84,9 +85,10 @@ def load_model(
         # Explicitly off: otherwise transformers asks on the terminal whether to run it.
         given: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, **given)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype or "auto", **given, **device_map)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise  # not the checkpoint's fault
+        with modules_bounded(checkpoint):
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype or "auto", **given, **device_map)
+    except (MemoryError, torch.OutOfMemoryError, InvalidFile):
+        raise  # the first two are not the checkpoint's fault
     except Exception as error:  # tokenizers raises a plain Exception for a damaged file
         raise InvalidFile(
             "model_not_loadable",

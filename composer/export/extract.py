@@ -18,6 +18,7 @@ from composer.deltas.delta import Delta, Layout, LowRank, Replacement, spilled
 from composer.deltas.stored import Factor, MappedFile, SpillFile, read_into
 from composer.deltas.tensors import torch_device
 from composer.errors import InvalidFile, Mismatch, NotSupported
+from composer.evaluation.modules import modules_bounded
 from composer.export.peft import peft_form, write_adapter
 from composer.findings import Finding, Severity
 from composer.formats.adapters.placement.naming import TIED_HEAD, Target, find_weight, is_head
@@ -284,7 +285,7 @@ def _skeleton(base: Checkpoint) -> nn.Module:
     refuse_larger_than_its_tensors(base)
     try:
         config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
+        with torch.device("meta"), modules_bounded(base):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise InvalidFile(

@@ -62,11 +62,14 @@ def test_a_chat_template_within_the_budget_renders_as_transformers_does(world: W
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_hidden_layers", 3_000_000), ("vocab_size", 10**12), ("intermediate_size", 10**9), ("num_layers", 1e9)],
-)
-def test_a_configuration_beyond_its_tensors_is_refused_at_once(
-    based: tuple[Cli, Path], field: str, value: float
-) -> None:
+    [
+        ("num_hidden_layers", 3_000_000), ("vocab_size", 10**12), ("intermediate_size", 10**9), ("num_layers", 1e9),
+        ("num_labels", 3_000_000), ("attention_types", [[["global", "local"], 500_000_000]]),
+        ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 1e9}),
+        ("vision", {"depth": 2_000_000}),
+    ],
+)  # fmt: skip
+def test_a_configuration_beyond_its_tensors_is_refused_at_once(based: tuple[Cli, Path], field: str, value: Any) -> None:
     cli, base = based
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {field: value}))
@@ -74,4 +77,27 @@ def test_a_configuration_beyond_its_tensors_is_refused_at_once(
     refused = cli("eval", "acme/sql:1.0.0", "--suite", "sql-exact")
     assert time.monotonic() - began < 30
     said = " ".join(refused.err.split())
-    assert (refused.code, f"config.json: {field} is " in said) == (6, True), refused.err
+    assert (refused.code, f"config.json: {field}" in said, "allow" in said) == (6, True, True), refused.err
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"model_type": "nemotron_h", "hybrid_override_pattern": "M" * 200_000},
+    ],
+)
+def test_a_configuration_builds_no_more_modules_than_its_tensors_account_for(
+    world: World, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    from composer.errors import InvalidFile
+    from composer.evaluation.model import load_model
+
+    base = tmp_path / "base"
+    shutil.copytree(world.base, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | asked))
+    began = time.monotonic()
+    with pytest.raises(InvalidFile) as refused:
+        load_model(base)
+    assert time.monotonic() - began < 30
+    assert (refused.value.code, "modules" in refused.value.message) == ("bad_config", True), refused.value.message

@@ -6,15 +6,18 @@ from typing import Any, cast
 from composer.errors import InvalidFile
 from composer.formats.checkpoints.checkpoint import Checkpoint
 
-_LAYERS = frozenset(
-    {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"}
-)
-_PARTS = frozenset(
-    {"num_attention_heads", "num_key_value_heads", "n_head", "num_experts", "num_local_experts", "n_routed_experts"}
-)
+_LAYERS = frozenset({
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
+    "num_blocks", "depth", "attention_types",
+})  # fmt: skip
+_PARTS = frozenset({
+    "num_attention_heads", "num_key_value_heads", "n_head", "num_experts", "num_local_experts", "n_routed_experts",
+    "moe_num_experts", "num_labels",
+})  # fmt: skip
 _SIZES = frozenset({
     "hidden_size", "n_embd", "d_model", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
     "ffn_dim", "n_inner", "d_ff", "vocab_size", "head_dim", "n_positions", "kv_lora_rank", "q_lora_rank",
+    "rotary_dim", "state_size", "partial_rotary_factor",
 })  # fmt: skip
 _PACKING = 64
 """How many elements a quantized tensor may keep in one of its own."""
@@ -39,10 +42,13 @@ def refuse_larger_than_its_tensors(checkpoint: Checkpoint) -> None:
             )
 
 
-def _numbers(config: Mapping[str, Any], above: str) -> Iterator[tuple[str, int | float]]:
-    """All numbers by the dotted path of their field."""
-    for name, value in config.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{above}{name}", value
-        elif isinstance(value, Mapping) and name.endswith("_config"):
-            yield from _numbers(cast("Mapping[str, Any]", value), f"{above}{name}.")
+def _numbers(value: object, field: str) -> Iterator[tuple[str, int | float]]:
+    """All numbers by the dotted path of their field; those in a list by that of the list."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield field, value
+    elif isinstance(value, Mapping):
+        for name, part in cast("Mapping[str, Any]", value).items():
+            yield from _numbers(part, f"{field}.{name}" if field else name)
+    elif isinstance(value, list):
+        for part in cast("list[object]", value):
+            yield from _numbers(part, field)

@@ -19,7 +19,7 @@ from composer.formats.checkpoints.header import PICKLE_SUFFIXES
 
 NOTE_FILE = "adaptory.json"
 ADAPTER_FILE = "adapter_config.json"
-"""Of an adapter. Beside a model it makes transformers apply that adapter, so it is no part of a checkpoint."""
+"""Of an adapter. Beside a model it makes transformers apply that adapter, so no checkpoint has it."""
 _STAGING = ".partial-"
 _KEY = r"(?:[0-9a-f]{8}|[0-9a-f]{12})"  # by chance, or a plan's
 _UNIX_BLOCK_BYTES = 512
