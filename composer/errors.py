@@ -7,16 +7,19 @@ ComposerError
 └── RefusedOutput    the output cannot be written here
 """
 
+from composer.next_steps import NEXT_STEPS
+
 
 class ComposerError(Exception):
-    """`code` is stable and for machines, `subject` names the file or module, `next_step` says what to do."""
+    """`code` is stable and for machines, `subject` names the file or module, `next_step` says what to do: by default
+    the text of the code."""
 
-    def __init__(self, code: str, message: str, *, subject: str = "", next_step: str = "") -> None:
+    def __init__(self, code: str, message: str, *, subject: str = "", next_step: str | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.subject = subject
-        self.next_step = next_step
+        self.next_step = NEXT_STEPS.get(code, "") if next_step is None else next_step
 
     def __str__(self) -> str:
         return f"{self.message} {self.next_step}".strip()
@@ -45,4 +48,4 @@ class Interrupted(Exception):
 def became_shorter(subject: str) -> InvalidFile:
     """The error for a file that ends before its own header says."""
     message = f"{subject} became shorter while it was read."
-    return InvalidFile("cut_off", message, subject=subject, next_step="Try again when no process is writing to it.")
+    return InvalidFile("cut_off", message, subject=subject)

@@ -10,7 +10,6 @@ storage/    blobs in a directory or in S3; client/ speaks to a server, for the t
 hub_client/ speaks to a Hugging Face Hub, for imports, exports and bases
 database/   engine, tables, locks, migrations; formats/ parses references, manifests and signatures
 home        the home directory, closed to other users, with the secrets of servers for one user
-errors      an exit code a family; error_codes has every code (input_error_codes those of input), error_families makes
-              the errors; settings; outages;
+errors/     an exit code a family, the codes of each; how errors of others become ours; settings;
             addresses of registries and hosts; composer_name refuses another package of that name
 """

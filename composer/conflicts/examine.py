@@ -72,7 +72,7 @@ def parse_prompts(text: str, subject: str = "prompts") -> list[str]:
     prompts = [line for line in text.splitlines() if line.strip()]
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         message = f"{subject} has {len(prompts)} prompts; 1 to {MAX_PROMPTS} are allowed, one per line."
-        raise InvalidFile("bad_prompts", message, subject=subject, next_step="Write one prompt per line.")
+        raise InvalidFile("bad_prompts", message, subject=subject)
     if (longest := max(map(len, prompts))) > MAX_TEXT_CHARS:
         message = f"{subject} has a prompt of {longest:,} characters; at most {MAX_TEXT_CHARS:,} are allowed."
         raise InvalidFile("bad_prompts", message, subject=subject, next_step="Write shorter prompts, one per line.")

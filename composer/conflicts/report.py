@@ -282,7 +282,6 @@ def _check_names(names: Sequence[str], weights: int) -> None:
             "conflict_members",
             message,
             subject="adapters",
-            next_step="Give each adapter a weight and its own name.",
         )
 
 

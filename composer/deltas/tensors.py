@@ -92,12 +92,12 @@ def torch_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise NotSupported("no_cuda", "There is no CUDA device here.", subject=name, next_step="Use --device cpu.")
+        raise NotSupported("no_cuda", "There is no CUDA device here.", subject=name)
     kind, _, number = name.partition(":")
     known = {"cpu": 0, "cuda": torch.cuda.device_count(), torch._C._get_privateuse1_backend_name(): 1}
     if kind not in known or number not in ("", *map(str, range(known[kind]))):
         message = f"There is no device {printable(name)} here."
-        raise NotSupported("device", message, subject=name, next_step="Use auto, cpu, cuda or cuda:N.")
+        raise NotSupported("device", message, subject=name)
     # TF32 keeps 10 bits of a factor's 23. NVIDIA's containers turn it on by an environment variable.
     torch.set_float32_matmul_precision("highest")
     return torch.device(name)

@@ -125,7 +125,7 @@ def scores(suite: Suite, results: Sequence[Result]) -> list[Score]:
     """
     if not results:
         message = f"Every example of {suite.name} was used to fit the method: none is left to judge it by."
-        raise Mismatch("no_examples_left", message, subject=suite.name, next_step="Add examples, or fit on fewer.")
+        raise Mismatch("no_examples_left", message, subject=suite.name)
     n, asked = len(results), (suite.name, suite.digest, suite.task)
     nll, nll_stderr = ratio([one.nats for one in results], [one.tokens for one in results])
     answers = [one.score for one in results]

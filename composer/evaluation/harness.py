@@ -223,7 +223,6 @@ def _translated(name: str, verb: str) -> Generator[None]:
             "harness_task_unusable",
             f"{HARNESS} cannot {verb} {name}: {type(error).__name__}: {str(error)[:500]}",
             subject=name,
-            next_step="Run it with `lm-eval` itself to see more; a task's data may need the network.",
         ) from error
 
 

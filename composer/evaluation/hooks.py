@@ -83,7 +83,6 @@ def _in_memory(module: nn.Module, name: str, path: str) -> nn.Parameter | None:
             "streamed",
             f"{path}'s {name} is changed as a whole, and the base does not fit in memory.",
             subject=path,
-            next_step="Measure on a machine with more memory, or run only the weight checks.",
         )
     return old
 
@@ -170,7 +169,6 @@ def _refuse_unlike(module: nn.Module, path: str, layout: Layout, shape: tuple[in
             "module_class",
             f"{path} is a {actual}: a {layout} delta can't be applied.",
             subject=path,
-            next_step="Merge the adapter instead: that works on the weights alone.",
         )
     stored = shape if layout is Layout.LINEAR else shape[::-1]
     if tuple(weight.shape) != stored:

@@ -65,7 +65,6 @@ def encode(loaded: LoadedModel, example: Example, chat: bool, ends: bool = True)
             "empty_completion",
             f"The completion {example.completion[:60]!r} has no tokens.",
             subject="tokenizer",
-            next_step="Leave the example out of the suite.",
         )
     ids = (*prompt, *scored)
     refuse_beyond_context(loaded, len(ids), example.prompt)
@@ -80,7 +79,6 @@ def refuse_beyond_context(loaded: LoadedModel, tokens: int, prompt: str) -> None
             "example_too_long",
             f"An example has {tokens} tokens, the model's context is {limit}: {prompt[:60]!r}.",
             subject=prompt[:60],
-            next_step="Shorten the example, or leave it out.",
         )
 
 
@@ -91,7 +89,6 @@ def _eos(loaded: LoadedModel) -> int:
             "no_eos",
             "The base's tokenizer has no end-of-sequence token.",
             subject="tokenizer",
-            next_step="Set eos_token in the base's tokenizer_config.json, or `ends: false` in the suite.",
         )
     return eos
 
@@ -101,7 +98,6 @@ def no_chat_template(suite: str) -> Mismatch:
         "no_chat_template",
         f"{suite} is a chat suite, and the base's tokenizer has no chat template.",
         subject="tokenizer",
-        next_step="Set `chat: false` in the suite, or register the instruction-tuned base.",
     )
 
 
@@ -117,9 +113,7 @@ def encode_prompt(loaded: LoadedModel, prompt: str, chat: bool) -> list[int]:
         turn = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
     if not ids:
-        raise Mismatch(
-            "empty_prompt", f"The prompt {prompt!r} has no tokens.", subject="tokenizer", next_step="Leave it out."
-        )
+        raise Mismatch("empty_prompt", f"The prompt {prompt!r} has no tokens.", subject="tokenizer")
     refuse_beyond_context(loaded, len(ids), prompt)
     return list(ids)
 

@@ -94,7 +94,6 @@ def load_model(
             "model_not_loadable",
             f"{directory}: transformers cannot load it: {error}",
             subject=str(directory),
-            next_step="Evaluation needs a causal language model with its tokenizer beside it.",
         ) from error
     return LoadedModel(
         model.eval() if streamed else model.eval().to(chosen), with_budget(tokenizer), checkpoint.architecture, streamed

@@ -38,9 +38,7 @@ class Pass:
             return values[tokens_BP]
         if self.is_padded:
             message = f"{path} does not see its tokens as examples x positions, so that padding cannot be left out."
-            raise NotSupported(
-                "padded", message, subject=path, next_step="Give one prompt, or measure where the base fits in memory."
-            )
+            raise NotSupported("padded", message, subject=path)
         return values.flatten(0, -2)
 
 

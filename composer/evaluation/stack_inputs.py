@@ -43,7 +43,7 @@ class Stack:
         chosen_T = seen.tokens.flatten().to(hidden_TI.device)
         if len(chosen_T) != len(hidden_TI):
             message = f"{self.path} sees {len(hidden_TI)} of {len(chosen_T)} tokens, and which they are is not known."
-            raise NotSupported("tokens_dropped", message, subject=self.path, next_step="Use a method without examples.")
+            raise NotSupported("tokens_dropped", message, subject=self.path)
         if self.values.ndim == 3:
             chosen_T = chosen_T & (inputs[1].reshape(len(hidden_TI), -1) == expert).any(1)
         rows_NI = hidden_TI[chosen_T]

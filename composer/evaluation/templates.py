@@ -46,7 +46,6 @@ def _budget() -> Generator[None]:
                     "chat_template_endless",
                     "The chat template of the base's tokenizer takes too many steps for one prompt.",
                     subject="chat_template",
-                    next_step="Correct the template, or set `chat: false` in the suite.",
                 )
         return count
 

@@ -79,7 +79,7 @@ def convert_rebased(path: Path, out_dir: Path, architecture: Architecture) -> Co
     init, config = adapter.config.init, replace(adapter.config, init="true")
     if config.peft_type != "LORA" or init in PLAIN_INITS:
         message = f"{adapter.name} did not change its base at the start of training, so there is no residual base."
-        raise NotSupported("not_rebased", message, subject=adapter.name, next_step="Use it on its base directly.")
+        raise NotSupported("not_rebased", message, subject=adapter.name)
     placed = place_or_refuse(replace(adapter, config=config), architecture, "converted")
     file = MappedFile.open(adapter.weights_path)
     tensors = {key: file.tensor(entry) for key, entry in adapter.header.tensors.items()}
@@ -115,11 +115,11 @@ def _kronecker(foreign: Foreign, module: ForeignModule, architecture: Architectu
         message = (
             f"{path} has {', '.join(others) or 'an alpha alone'}, but other modules have a LoKr: PEFT allows one type."
         )
-        raise NotSupported("mixed_types", message, subject=path, next_step="Merge it where it was trained.")
+        raise NotSupported("mixed_types", message, subject=path)
     target = _target(path, architecture)
     if is_embedding(path) or architecture.model_type in CONV1D_MODELS:
         message = f"{path} is not a linear layer, and PEFT has no LoKr for it."
-        raise NotSupported("lokr_layer", message, subject=path, next_step="Merge it where it was trained.")
+        raise NotSupported("lokr_layer", message, subject=path)
     tensors = {part: _tensor(foreign, key) for part, key in module.parts.items() if part != "alpha"}
     converted = kronecker(path, tensors, _alpha(foreign, module))
     _refuse_misfit(path, converted.size, architecture.tensors[target.weight].shape)
@@ -138,7 +138,7 @@ def _with_magnitude(module: PeftModule, magnitudes: Mapping[str, torch.Tensor]) 
     m_O, B_OR = magnitudes.get(module.name), module.tensors.get(f"{module.name}.lora_B.weight")
     if m_O is None or B_OR is None:
         message = f"{module.name} has no magnitude (DoRA) that PEFT can hold, but other modules have one."
-        raise NotSupported("dora", message, subject=module.name, next_step="Fuse it into the base with MLX.")
+        raise NotSupported("dora", message, subject=module.name)
     if m_O.shape != B_OR.shape[:1]:
         message = f"{module.name} has a magnitude of shape {list(m_O.shape)} for {B_OR.shape[0]} outputs."
         raise InvalidFile("shape_mismatch", message, subject=module.name, next_step="Export the adapter again.")
@@ -205,7 +205,7 @@ def _hadamard(module: ForeignModule, parts: dict[str, torch.Tensor]) -> tuple[to
         message = (
             f"{module.module} is a LoHa of rank {rank}: a LoRA of rank {rank**2:,} would be larger than its matrix."
         )
-        raise NotSupported("loha_rank", message, subject=module.module, next_step="Merge it where it was trained.")
+        raise NotSupported("loha_rank", message, subject=module.module)
     B = (a[:, :, None] * c[:, None, :]).flatten(1)
     A = (b[:, None, :] * d[None, :, :]).flatten(0, 1)
     return A, B
@@ -227,7 +227,7 @@ def _alpha(foreign: Foreign, module: ForeignModule) -> float | None:
     alpha = _tensor(foreign, module.parts["alpha"])
     if alpha.numel() != 1 or not bool(alpha.isfinite().all()):
         message = f"{module.parts['alpha']} is not a finite number."
-        raise InvalidFile("bad_alpha", message, subject=module.module, next_step="Export the adapter again.")
+        raise InvalidFile("bad_alpha", message, subject=module.module)
     return float(alpha)
 
 

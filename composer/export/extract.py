@@ -132,7 +132,7 @@ def _refuse_no_matrix(work: "_Extraction", base: Checkpoint, finetuned: Checkpoi
     if not work.compressions:
         relation = "differs only in norms and biases from" if work.deltas else "has the same weights as"
         message = f"{finetuned.path.name} {relation} {base.path.name}: no matrix has changed."
-        raise Mismatch("nothing_to_extract", message, subject=finetuned.path.name, next_step="Name the fine-tuned one.")
+        raise Mismatch("nothing_to_extract", message, subject=finetuned.path.name)
 
 
 def _losses(name: str, compressions: Sequence[Compression]) -> list[Finding]:
@@ -188,7 +188,6 @@ class _Extraction:
                 "not_extractable",
                 f"{name} changed, and a LoRA can hold it neither as a pair nor in full.",
                 subject=name,
-                next_step="Use the fine-tuned checkpoint itself: push it with --kind model.",
             )
 
     def complete(self, slots: Mapping[str, _Slot]) -> list[Delta]:

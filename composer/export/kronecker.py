@@ -108,7 +108,7 @@ def _factor(modules: list[Kronecker]) -> int:
         if all(_first(product, factor) == own for own, product in splits):
             return factor
     message = "The modules are split by different factors, but PEFT has one decompose_factor for all."
-    raise NotSupported("lokr_factors", message, next_step="Merge it where it was trained, or train with one factor.")
+    raise NotSupported("lokr_factors", message)
 
 
 def _first(dimension: int, factor: int) -> int:

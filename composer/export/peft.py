@@ -64,7 +64,6 @@ def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftAdapter
         raise NotSupported(
             "no_pairs",
             "There is no low-rank pair to write, and an adapter can hold nothing else.",
-            next_step="Combine adapters that change weights, or merge them instead.",
         )
     full = [delta for delta in deltas if isinstance(delta, Replacement)]
     return PeftAdapter(pairs, full, any(map(is_tied_duplicate, slots)))
@@ -152,7 +151,7 @@ def refuse_unheld(deltas: Iterable[Delta], *, cut: bool = False, dense: bool = F
             continue
         if delta.weight.endswith(".bias"):  # whatever its rank: the module's pair belongs to its weight
             message = f"The delta of {delta.weight} is for a bias, which no LoRA pair can hold."
-            raise NotSupported("bias_delta", message, subject=delta.module, next_step="Merge it into the base.")
+            raise NotSupported("bias_delta", message, subject=delta.module)
         computed = isinstance(delta, RowwiseDelta)
         reading = computed and delta.reads_base
         if reading or dense or (computed and not cut):

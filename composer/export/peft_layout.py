@@ -41,7 +41,7 @@ def wrapped(deltas: Sequence[LowRank], least: int = 0) -> list[PeftModule]:
     for delta in (delta for own in modules.values() for delta in own):
         if _layer_of(delta.weight) in split - {None}:
             message = f"{delta.module} is an expert with its own pair, in a layer whose other experts are stacked."
-            raise NotSupported("experts", message, subject=delta.module, next_step="Merge them into the base.")
+            raise NotSupported("experts", message, subject=delta.module)
     paths = nested_names(stacks)
     return [
         *(_module(name, own, least) for name, own in modules.items()),
@@ -55,7 +55,7 @@ def by_key(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tenso
     for key, tensor in tensors:
         if key in by_name:
             message = f"{key} would name two tensors, but an adapter can hold only one."
-            raise NotSupported("two_for_one_key", message, subject=key, next_step="Merge them into the base.")
+            raise NotSupported("two_for_one_key", message, subject=key)
         by_name[key] = tensor
     return by_name
 

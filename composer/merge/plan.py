@@ -311,6 +311,4 @@ def _refuse_changed_base(checkpoint: Checkpoint, adapter: LoadedAdapter) -> None
             message = (
                 f"{adapter.name} contains a {weight} that differs from the base's: it was trained on another base."
             )
-            raise Mismatch(
-                "changed_base_layer", message, subject=weight, next_step="Merge it into the base it was trained on."
-            )
+            raise Mismatch("changed_base_layer", message, subject=weight)

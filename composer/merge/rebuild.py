@@ -93,7 +93,6 @@ def plan_rebuild(merged: Path, checkpoint: Checkpoint, adapters: Sequence[Path])
                 "other_adapter",
                 f"{path.name} ({digest[:12]}) is not one of the merged adapters.",
                 subject=path.name,
-                next_step="Leave it out.",
             )
     return plan_merge(
         checkpoint,

@@ -91,7 +91,6 @@ def combine_parsed(
             "weights",
             f"There are {len(adapters)} adapters but {len(given)} weights.",
             subject="weights",
-            next_step="Give one weight per adapter.",
         )
     loaded = participating(adapters, given, settings)
     tied = resolve_tied(loaded, settings)
@@ -154,7 +153,7 @@ def participating(
     kept = [without_zero_weights(adapter, weight) for adapter, weight in zip(loaded, weights, strict=True)]
     if not any(len(adapter.deltas) for adapter in kept):
         message = "Every weight is 0: nothing would be added."
-        raise Mismatch("nothing_added", message, subject="weights", next_step="Give one adapter a weight.")
+        raise Mismatch("nothing_added", message, subject="weights")
     return kept
 
 
@@ -198,7 +197,7 @@ def _refuse_idle(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], s
     for position in settings.protect if isinstance(settings, Combined) else ():
         if position > len(adapters):
             message = f"protect names input {position}, but there are {len(adapters)}."
-            raise Mismatch("protect_unknown", message, subject="protect", next_step="Inputs are counted from 1.")
+            raise Mismatch("protect_unknown", message, subject="protect")
         adapter, weight = adapters[position - 1], weights[position - 1]
         if not (any(weight.of(*names_of(delta)) for delta in adapter.deltas) if weight.rules else weight.value):
             message = f"protect names {adapter.name}, whose weight is 0: it takes no part, so nothing is protected."

@@ -73,7 +73,7 @@ class Parity:
     def _apart(self, parts: Sequence[tuple[LowRank, float]]) -> tuple[torch.Tensor, torch.Tensor]:
         if len({delta.rank for delta, _ in parts}) > 1:
             message = f"{parts[0][0].module} has adapters of different ranks, so A and B cannot be combined separately."
-            raise Mismatch("ranks_differ", message, subject=parts[0][0].module, next_step="Use peft_cat or peft_svd.")
+            raise Mismatch("ranks_differ", message, subject=parts[0][0].module)
         roots = [sqrt(abs(weight * delta.scale)) for delta, weight in parts]
         signed = [copysign(root, weight * delta.scale) for root, (delta, weight) in zip(roots, parts, strict=True)]
         A_RI = self._join([delta.A_RI for delta, _ in parts], signed, self.combination)

@@ -170,7 +170,7 @@ def _usual_rank(slot: WeightSlot) -> int:
     ranks = [part.delta.rank for part in slot.parts if isinstance(part.delta, LowRank)]
     if not ranks:
         message = f"No input has a rank at {slot.module}, so there is no default rank."
-        raise NotSupported("no_rank", message, subject=slot.module, next_step="Set rank or energy.")
+        raise NotSupported("no_rank", message, subject=slot.module)
     return max(ranks)
 
 

@@ -112,7 +112,7 @@ class Problem:
         names = [one.adapter.name for one in self.members]
         if len(names) < 2 or len(set(names)) < len(names):
             message = f"A search needs at least two members with different names, not {names}."
-            raise Mismatch("probe_members", message, subject="members", next_step="Give each member its own name.")
+            raise Mismatch("probe_members", message, subject="members")
         for one in self.members:
             if one.weight.value <= 0:
                 message = f"{one.adapter.name} has the weight {one.weight.value:g}: there is nothing of it to keep."

@@ -82,7 +82,6 @@ class Api:
             raise Conflict(
                 "store_refused",
                 f"The blob store answered {response.status_code}: {response.text[:200]}",
-                next_step="Push again.",
             )
         _raise_problem(response)
 
@@ -99,7 +98,7 @@ class Api:
                 response.read()
             _raise_problem(response)
             if start and response.status_code != 206:
-                raise Unavailable("range_ignored", f"{url} does not support ranges.", next_step="Pull again.")
+                raise Unavailable("range_ignored", f"{url} does not support ranges.")
             yield Stream(str(response.url), response.iter_raw())
 
     def first(self, path: str, most: int, **query: Any) -> tuple[list[Json], str | None]:

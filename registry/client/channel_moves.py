@@ -6,8 +6,8 @@ from contextlib import suppress
 
 from registry.client.api import Api, Json
 from registry.client.retries import pauses, send_once, with_retries
-from registry.error_families import of_row
 from registry.errors import Unavailable
+from registry.errors.translation import of_row
 
 _POLL_S = 0.5
 

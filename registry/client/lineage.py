@@ -149,7 +149,6 @@ def fetch_note(api: Api, release: Json) -> bytes:
             "blob_corrupt",
             f"{NOTE_FILE} of {release['repository']}:{release['version']} was damaged on the way or in the store.",
             subject=NOTE_FILE,
-            next_step="Try again. If it happens again, the store is damaged.",
         )
     return bytes(content)
 

@@ -254,7 +254,6 @@ class _Pull:
                 "disk_full",
                 f"The disk is full: {self._name} needs another {lacking_bytes / 1e6:,.0f} MB.",
                 subject=self._name,
-                next_step="Free some space, or choose another disk, and pull again.",
             )
         for file in files:
             file.prepare()
@@ -350,7 +349,6 @@ def _alone(staging: Path, target: Path) -> Generator[None]:
             "pull_running",
             f"Another pull is writing {target}.",
             subject=str(target),
-            next_step="Wait until it ends, or name another directory.",
         ) from None
     finally:
         os.close(handle)

@@ -15,8 +15,8 @@ from composer.findings import Finding, Severity
 from composer.formats.adapters.facts import read_adapter
 from composer.formats.adapters.layouts import CONFIG_FILE, WEIGHTS_FILE
 from composer.formats.checkpoints.reported import DIRECTORY, is_results_file
-from registry.error_families import refuse_errors
 from registry.errors import Invalid, RegistryError, Usage
+from registry.errors.translation import refuse_errors
 from registry.formats.manifest import check_path, check_paths, refuse_hidden, refuse_unportable
 from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle_content, refuse_pickle_name
 
@@ -165,7 +165,6 @@ def _refuse_idle(include: Sequence[str], there: Sequence[str]) -> None:
                 "nothing_included",
                 f"--include {pattern} does not match any file.",
                 subject=pattern,
-                next_step="Give a pattern of paths below the directory, such as '*.yaml', quoted for the shell.",
             )
 
 

@@ -151,7 +151,7 @@ class Database:
             yield
             return
         if not self._turn.acquire(timeout=self._longest_turn_s):
-            raise Unavailable("database_busy", "Another change takes too long.", next_step="Try again in a moment.")
+            raise Unavailable("database_busy", "Another change takes too long.")
         try:
             yield
         finally:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session as Session
 
 from registry.errors import Conflict, Invalid, Unavailable
-from registry.outages import OutageLog
+from registry.errors.outages import OutageLog
 
 outages = OutageLog(logging.getLogger(__name__))
 
@@ -36,7 +36,6 @@ def translate_database_errors() -> Generator[None]:
             "raced",
             f"Another request has just added the same row to {table.replace('_', ' ')}.",
             subject=table,
-            next_step="Run the command again.",
         ) from error
     except DataError as error:
         raise Invalid(
@@ -48,15 +47,12 @@ def translate_database_errors() -> Generator[None]:
         raise Unavailable(
             "database_busy",
             "All of this process's database connections are in use (ADAPTORY_DATABASE_POOL_SIZE).",
-            next_step="Try again in a moment.",
         ) from error
     except InvalidRequestError as error:
         if error.args[:1] != (_DROPPED_AGAIN,):
             raise
         outages.warn("The database cannot be used", error)
-        raise Unavailable(
-            "database_unavailable", "The database drops its connections.", next_step="Try again; check that it runs."
-        ) from error
+        raise Unavailable("database_unavailable", "The database drops its connections.") from error
     except OperationalError as error:
         raise _away(error) from error
     except DBAPIError as error:

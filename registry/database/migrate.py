@@ -68,7 +68,6 @@ def ensure_schema(database: Database, *, create: bool, newer: bool = False) -> N
         raise Unavailable(
             "schema_old",
             f"The database is at schema {revision or 'none'}, this version needs {head}.",
-            next_step="Run `adaptory migrate`.",
         )
     elif newer and revision > head and works_with(database, head):
         return
@@ -144,5 +143,4 @@ def _refuse_newer(revision: str | None) -> None:
         raise Unavailable(
             "schema_new",
             f"The database is at schema {revision}, newer than {head}.",
-            next_step="Install a newer adaptory; if that is done, restart its processes.",
         )

@@ -141,7 +141,6 @@ def load(session: Session, lines: Iterable[bytes], leave_out: Collection[str] = 
                 "backup_damaged",
                 f"The rows of {name} do not fit the schema of the backup.",
                 subject=name,
-                next_step="Restore another backup.",
             )
         counts[name] = loader(session, name, columns, (row for _, row in rows))
     return counts

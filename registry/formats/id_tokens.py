@@ -129,7 +129,6 @@ def check(token: IdToken, audience: str, now: datetime) -> datetime:
         raise Unauthenticated(
             "id_token_expired",
             f"The ID token expired at {expires:%Y-%m-%d %H:%M:%S} UTC.",
-            next_step="Request a new one just before you exchange it.",
         )
     if now < max(issued, starts) - LEEWAY:
         raise invalid("it is not valid yet: compare the clocks of the issuer and of this server")

@@ -56,7 +56,6 @@ def check_path(path: str) -> str:
             "bad_path",
             f"{path[:120]!r} cannot be a file of a release.",
             subject=path[:120],
-            next_step="Use relative paths below the pushed directory, with plain characters and short names.",
         )
     return path
 
@@ -69,7 +68,6 @@ def refuse_hidden(path: str) -> None:
             "hidden_file",
             f"{path[:120]!r} is hidden or in a hidden directory.",
             subject=path[:120],
-            next_step="Leave it out: some programs execute such files (.git, .envrc) wherever they are.",
         )
 
 
@@ -117,7 +115,6 @@ def check_paths(paths: Sequence[str]) -> None:
                 f"{path} and {next_path} collide: one is a directory of the other, or they differ only in case or in "
                 "the encoding of accents, or not at all.",
                 subject=next_path,
-                next_step="Rename one of them.",
             )
 
 

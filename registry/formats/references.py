@@ -70,9 +70,7 @@ def _are_alike(text: str, name: str) -> bool:
 def parse_digest(text: str) -> Digest:
     """Parses a SHA-256 in hexadecimal. Raises Usage for anything else."""
     if not _DIGEST.fullmatch(text):
-        raise Usage(
-            "bad_digest", f"{text[:80]!r} is not a SHA-256.", next_step="Give 64 lower-case hexadecimal digits."
-        )
+        raise Usage("bad_digest", f"{text[:80]!r} is not a SHA-256.")
     return Digest(text)
 
 
@@ -107,7 +105,6 @@ def parse_repository(text: str) -> RepositoryName:
             "bad_repository",
             f"{text[:80]!r} is not a repository.",
             subject=text[:80],
-            next_step="Write it as namespace/name, as in acme/sql; for a directory, check that it exists.",
         )
     return RepositoryName(parse_name(namespace, "namespace"), parse_name(name, "repository name"))
 
@@ -119,7 +116,6 @@ def refuse_reserved_namespace(name: str) -> None:
             "namespace_reserved",
             f"No namespace can be called {name}: addresses of the server begin with it.",
             subject=name,
-            next_step="Choose another name.",
         )
 
 
@@ -184,7 +180,6 @@ class Version:
                 "version_ended",
                 f"No {part} version follows {self}: a number has at most {_NUMBER_DIGITS} digits.",
                 subject=str(self),
-                next_step="Name a version yourself: REPO:VERSION.",
             )
         return bumped
 
@@ -223,7 +218,6 @@ def parse_version(text: str) -> Version:
             "bad_version",
             f"{text[:80]!r} is not a semantic version, or not one with numbers below 10^{_NUMBER_DIGITS}.",
             subject=text[:80],
-            next_step="Write MAJOR.MINOR.PATCH with an optional -prerelease and no +build, as in 1.2.0 or 2.0.0-rc.1.",
         )
     major, minor, patch, prerelease = match.groups()
     return Version(int(major), int(minor), int(patch), tuple(prerelease.split(".")) if prerelease else ())
@@ -276,7 +270,6 @@ def parse_range(text: str) -> Range:
         "bad_range",
         f"{text[:80]!r} is neither a version nor a range.",
         subject=text[:80],
-        next_step="Write a version (1.2.0) or an npm range (^1.2, ~1.2.3, >=1.0 <2.0).",
     )
 
 
@@ -373,7 +366,6 @@ def parse_reference(text: str) -> Reference:
                 "bad_commit",
                 f"{rest[:80]!r} is not a commit.",
                 subject=text[:160],
-                next_step="Give 7 to 40 lower-case hexadecimal digits.",
             )
         return Reference(repository, commit=rest)
     if _EXACT.fullmatch(rest):
@@ -390,7 +382,6 @@ def single_version(target: str, bump: str | None) -> Reference:
             "bad_target",
             f"{target}{both} not name a single version.",
             subject=target,
-            next_step="Write REPO:VERSION, or REPO and --bump.",
         )
     return reference
 
@@ -403,6 +394,5 @@ def parse_channel_reference(text: str) -> tuple[RepositoryName, str]:
             "bad_channel",
             f"{text[:160]!r} does not name a channel.",
             subject=text[:160],
-            next_step="Write it as namespace/name@channel, as in acme/sql@prod.",
         )
     return reference.repository, reference.channel

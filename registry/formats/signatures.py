@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from composer.findings import Finding, Severity
-from registry.error_families import refuse_errors
 from registry.errors import Invalid, Refused, Unavailable
+from registry.errors.translation import refuse_errors
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -131,7 +131,6 @@ def read_key(path: Path) -> bytes:
             "signing_key_missing",
             f"{path}, which ADAPTORY_SIGNING_KEY names, cannot be read: {error.strerror}.",
             subject=str(path),
-            next_step="Name a PEM key that this process can read.",
         ) from error
 
 
@@ -314,9 +313,7 @@ def _fingerprint(key: "EllipticCurvePublicKey") -> str:
 
 
 def _bad(why: str) -> Invalid:
-    return Invalid(
-        "bad_signature", f"{SIGNATURE_FILE} cannot be read: {why}.", subject=SIGNATURE_FILE, next_step="Sign it again."
-    )
+    return Invalid("bad_signature", f"{SIGNATURE_FILE} cannot be read: {why}.", subject=SIGNATURE_FILE)
 
 
 def _bad_key(why: str) -> Invalid:

@@ -87,9 +87,7 @@ def _check_chunk(header: bytes) -> int:
 
 
 def _bad_xorb(why: str) -> Invalid:
-    return Invalid(
-        "bad_xorb", f"The xorb cannot be read: {why}.", next_step="Push again, or with HF_HUB_DISABLE_XET=1."
-    )
+    return Invalid("bad_xorb", f"The xorb cannot be read: {why}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +239,4 @@ def _read(source: BinaryIO, count: int) -> bytes:
 
 
 def _bad_shard(why: str) -> Invalid:
-    return Invalid(
-        "bad_shard", f"The shard cannot be read: {why}.", next_step="Push again, or with HF_HUB_DISABLE_XET=1."
-    )
+    return Invalid("bad_shard", f"The shard cannot be read: {why}.")

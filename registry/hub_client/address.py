@@ -44,6 +44,5 @@ def parse_hub_address(text: str) -> HubAddress:
             "bad_hub_address",
             f"{text[:200]!r} does not name a repository of a Hugging Face Hub.",
             subject=text[:200],
-            next_step="Write hf://ORG/NAME, or hf://ORG/NAME@REVISION with a branch, a tag or a commit.",
         )
     return HubAddress(*match.groups())

@@ -64,7 +64,7 @@ def _of_answer(endpoint: str, what: str, error: Exception, status: int) -> Regis
         return Conflict("hub_conflict", said, subject=what, next_step="Somebody else has changed it: try again.")
     if status == 429 or status >= 500:
         return _unavailable(endpoint, what, error)
-    return Refused("hub_refused", said, subject=what, next_step="Correct what it names, and try again.")
+    return Refused("hub_refused", said, subject=what)
 
 
 def _unavailable(endpoint: str, what: str, error: BaseException) -> Unavailable:
@@ -72,7 +72,6 @@ def _unavailable(endpoint: str, what: str, error: BaseException) -> Unavailable:
         "hub_unavailable",
         f"{endpoint} failed at {what}: {_text(error)}",
         subject=what,
-        next_step="Try again; what has arrived is kept.",
     )
 
 

@@ -115,7 +115,6 @@ class Hub:
                 "hub_public",
                 f"{address} at {self.endpoint} exists already, and is public.",
                 subject=str(address),
-                next_step="Make it private there, or leave --private out.",
             )
 
     def tagged(self, address: HubAddress) -> Snapshot | None:
@@ -185,7 +184,6 @@ class Hub:
                 "hub_unavailable",
                 f"{missing[0]} of {snapshot.address} has not arrived from {self.endpoint}.",
                 subject=missing[0],
-                next_step="Try again; what has arrived is kept.",
             )
         return directory
 

@@ -44,7 +44,7 @@ class AdapterGroup:
         display: Display,
     ) -> None:
         if len(names) < 2:
-            raise Usage("too_few", "Conflicts need two or more adapters.", next_step="Name at least two.")
+            raise Usage("too_few", "Conflicts need two or more adapters.")
         self._connect, self._display = connect, display
         self.names, self.base_directory = names, base_directory
         self.releases: list[Json | None] = [
@@ -55,7 +55,6 @@ class AdapterGroup:
             raise Usage(
                 "bases_differ",
                 "These adapters were made for different bases.",
-                next_step="Compare adapters of the same base.",
             )
         self.base: Json | None = None
         if base and Path(base).is_dir():
@@ -119,10 +118,9 @@ class AdapterGroup:
             raise Usage(
                 "idle_suite",
                 "--suite and --guard have no effect without --probe.",
-                next_step="Add --probe 8, or leave them out.",
             )
         if (k or prompts) and self.base is None and self.base_directory is None:
-            raise Usage("base_missing", "This needs the base's weights.", next_step="Name it with --base.")
+            raise Usage("base_missing", "This needs the base's weights.")
         return Evidence(
             load=cache(lambda: load_model(self._directory, device)),
             suites=self._suites(own, required=bool(k) and not prompts),
@@ -210,5 +208,5 @@ def _calibration_set(suite: "Suite", count: int) -> "CalibrationSet":
 
     if len(suite.examples) <= count:
         message = f"{suite.name} has {len(suite.examples)} examples: fitting on {count} leaves none to evaluate on."
-        raise Refused("suite_too_small", message, subject=suite.name, next_step="Add examples, or --set examples=N.")
+        raise Refused("suite_too_small", message, subject=suite.name)
     return CalibrationSet(suite, count)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
-from registry.error_families import refuse_errors
 from registry.errors import Invalid, NotFound, Usage
+from registry.errors.translation import refuse_errors
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Architecture
@@ -54,7 +54,7 @@ def _base_of_model(api: "Api", directory: Path, base: str | None) -> str:
 
 
 def _unnamed(directory: Path, what: str) -> Usage:
-    return Usage("base_missing", f"{directory} does not say which base it {what}.", next_step="Name it with --base.")
+    return Usage("base_missing", f"{directory} does not say which base it {what}.")
 
 
 def base_by_name_or_location(api: "Api", text: str) -> Json:

@@ -99,5 +99,4 @@ def _refuse_other_content(tag: HubAddress, there: Mapping[str, HubFile], files: 
         "hub_tag_differs",
         f"{tag} exists already with other content: {', '.join(different[:_LISTED])}{more}.",
         subject=str(tag),
-        next_step="Export another version, or delete the tag there.",
     )

@@ -14,8 +14,8 @@ from registry.client.cache import BlobCache
 from registry.client.pull import cached, pull
 from registry.client.selection import select_files
 from registry.client.signing import Publication, read_public_key, verify_release
-from registry.error_families import of_row
 from registry.errors import Refused, Usage
+from registry.errors.translation import of_row
 from registry.formats.references import parse_channel_reference, parse_reference, single_version
 from registry.sdk.conflicts import AdapterGroup
 from registry.sdk.connection import Connection, load_settings, open_registry
@@ -265,7 +265,7 @@ class Registry:
             raise of_row(document["error"])
         if document["state"] == "cancelled":
             message = f"The composition {document['id']} was cancelled."
-            raise Refused("composition_cancelled", message, next_step="Compose again if that was a mistake.")
+            raise Refused("composition_cancelled", message)
         return Composition.of(document)
 
     def _resolved(self, ref: str | Release) -> Json:

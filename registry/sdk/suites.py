@@ -39,5 +39,4 @@ def refuse_bad_suite_name(name: str) -> None:
             "suite_name",
             f"{name} is not a suite name (lower-case letters, digits, - and _), or NAME@VERSION.",
             subject=name,
-            next_step="Register its file with `adaptory suite add FILE`, and give the name in that file.",
         )

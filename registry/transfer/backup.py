@@ -293,9 +293,7 @@ def read_manifest(archive: Archive, name: str | None) -> Manifest:
 
 def damaged(name: str, why: str) -> Invalid:
     """The error for a document of a backup that is not what was written."""
-    return Invalid(
-        "backup_damaged", f"{name} of the backup is damaged: {why}.", subject=name, next_step="Restore another backup."
-    )
+    return Invalid("backup_damaged", f"{name} of the backup is damaged: {why}.", subject=name)
 
 
 def _fetched(archive: Archive, name: str, document: str, expected: Document, work: Path) -> Path:
@@ -373,12 +371,10 @@ def _refuse_filled(session: Session, manifest: Manifest, left_out: Collection[st
             f"The registry has the {sum(expected.values()):,} rows of the backup {manifest.name} already, and no "
             "later ones: if it was restored from it, that was complete.",
             subject=manifest.name,
-            next_step="Run `adaptory migrate` and `adaptory fsck`, then start the servers.",
         )
     raise Conflict(
         "registry_not_empty",
         f"The registry is not empty: its table {filled} has rows. It is not the restored backup {manifest.name}, or "
         f"was changed since: {table} has {counts.get(table, 0):,} rows there, and {expected[table]:,} in the backup.",
         subject=filled,
-        next_step="Restore into an empty database, and point the registry to it.",
     )

@@ -80,7 +80,6 @@ def report(session: Session, actor: Actor, job_id: int) -> Json:
             "evaluation_unknown",
             f"You have no evaluation {job_id}.",
             subject=str(job_id),
-            next_step="Request one with `adaptory eval REF --suite SUITE --queue`.",
         )
     return _report(session, job)
 
@@ -92,7 +91,6 @@ def _refuse_too_many(subjects: int, on: int) -> None:
             "bad_evaluation",
             f"{subjects} subjects on {on} suites: an evaluation has 1 to {MAX_SUBJECTS} on 1 to {MAX_SUITES}, and at "
             f"most {MAX_PAIRS:,} pairs.",
-            next_step="Request several evaluations.",
         )
 
 

@@ -112,7 +112,6 @@ def unavailable(issuer: str, why: str) -> Unavailable:
         "issuer_unavailable",
         f"{why[:1].upper()}{why[1:]}.",
         subject=issuer,
-        next_step="Try again; if it persists, ask an operator to check that this server can reach the issuer.",
     )
 
 

@@ -30,8 +30,8 @@ from registry.domain.catalog import barred, bases, commits, lineage, releases, r
 from registry.domain.catalog import reported as reported_scores
 from registry.domain.catalog.releases import Input, NewRelease
 from registry.domain.catalog.repositories import Kind
-from registry.error_families import refuse_errors
 from registry.errors import Invalid, Refused, RegistryError, Unavailable
+from registry.errors.translation import refuse_errors
 from registry.formats import compatibility
 from registry.formats.manifest import ManifestFile, check_path, refuse_hidden, refuse_unportable
 from registry.formats.pickles import ENDS_BYTES, is_zip, refuse_pickle_content, refuse_pickle_name
@@ -385,7 +385,6 @@ def _presentable(facts: dict[str, Any]) -> dict[str, Any]:
             "bad_config",
             f"adapter_config.json has a value that cannot be stored: {error}.",
             subject="adapter_config.json",
-            next_step="Save the adapter again with PEFT.",
         ) from error
     return facts
 

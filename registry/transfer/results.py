@@ -88,5 +88,4 @@ def _check(suite: str, count: int, results: Results, measurements: Sequence[Meas
             f"These are results of {len(rows)} of {count} examples of {suite}"
             + (f", and {', '.join(differing)} is not made of them." if differing else "."),
             subject=suite,
-            next_step="Record what `adaptory eval` measured: all examples, with the scores made of them.",
         )

@@ -56,7 +56,6 @@ class TokenExchange:
             raise Refused(
                 "exchange_disabled",
                 "This registry exchanges no ID tokens.",
-                next_step="Ask an operator to set ADAPTORY_OIDC_AUDIENCE to the registry's address.",
             )
         actor, job = Actor(ANONYMOUS, resources.clock(), {}, source=source), None
         try:

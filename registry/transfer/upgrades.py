@@ -94,7 +94,6 @@ def report(session: Session, actor: Actor, job_id: int) -> Json:
             "upgrade_unknown",
             f"You have no upgrade {job_id}.",
             subject=str(job_id),
-            next_step="Begin one with `adaptory base upgrade OLD NEW`.",
         )
     return _report(session, actor, row.upgrade, queue.find(session, job_id), row.results)
 
@@ -110,7 +109,6 @@ def _plan(
             "same_base",
             f"{old} and {new} are the same base.",
             subject=new,
-            next_step="Name two bases; `adaptory base list` shows them.",
         )
     named = [suites.with_examples(suites.find(session, name, actor)) for name in suite_names]
     for suite in named:

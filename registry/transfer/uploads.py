@@ -94,7 +94,6 @@ def sign_part(resources: Resources, actor: Actor, upload_id: str, number: int, s
             "part_unknown",
             f"Upload {upload_id} has no part {number:,}.",
             subject=upload_id,
-            next_step="Send the parts that POST /v1/uploads lists.",
         )
     left_s = max(1, int((row.expires_at - actor.at).total_seconds()))
     return arrivals.sign_part(arrival, number, sha256, left_s)
@@ -143,7 +142,6 @@ def receive_body(
             "sent_directly",
             "This registry does not receive bytes: send them to its store.",
             subject=sha256,
-            next_step="Send them to the URL that POST /v1/uploads returns.",
         )
     receive_file(resources, actor, row, chunks, size_bytes)
 
@@ -165,13 +163,11 @@ def receive_file(resources: Resources, actor: Actor, row: Upload, chunks: Iterab
             "size_differs",
             f"{row.size_bytes:,} bytes were announced, not {size_bytes:,}.",
             subject=sha256,
-            next_step="Send the file that was announced.",
         )
     differs = Invalid(
         "digest_differs",
         f"The bytes received are not those of {sha256}.",
         subject=sha256,
-        next_step="Send the file again.",
     )
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         path = Path(directory) / "blob"
@@ -247,7 +243,6 @@ def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
             "blob_unknown",
             f"Blob {sha256} does not exist, or you have no access to it.",
             subject=sha256,
-            next_step="Announce its bytes (POST /v1/uploads) and send them.",
         )
     refuse_damaged(stat, size_bytes, f"blob {sha256}")
     return stat
@@ -309,7 +304,6 @@ def _refuse_leaving(session: Session, digests: Sequence[str]) -> None:
             "blob_leaving",
             f"The unused blob {blob} is being removed.",
             subject=blob,
-            next_step="Try again in a moment; if it persists, run `adaptory gc` again.",
         )
 
 
@@ -450,7 +444,6 @@ def _unknown(upload_id: str) -> NotFound:
         "upload_unknown",
         f"There is no upload {upload_id[:64]}.",
         subject=upload_id[:64],
-        next_step="Announce the file again (POST /v1/uploads).",
     )
 
 
@@ -462,5 +455,4 @@ def check_size(resources: Resources, subject: str, size_bytes: int) -> None:
             "file_too_large",
             f"{subject} has {size_bytes:,} bytes; the limit is {limit:,}.",
             subject=subject,
-            next_step="ADAPTORY_MAX_FILE_BYTES sets the limit.",
         )

@@ -22,9 +22,9 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
 from registry.domain.jobs import evaluations
 from registry.domain.jobs.evaluations import Wanted
-from registry.error_codes import RETRYABLE
-from registry.error_families import of_composer, of_row
 from registry.errors import NotAllowed, RegistryError
+from registry.errors.codes import RETRYABLE
+from registry.errors.translation import of_composer, of_row
 from registry.transfer import promotions, publishing, results
 from registry.transfer.results import Results
 from registry.worker.composition import ProgressCount, verified_base

@@ -60,7 +60,6 @@ class Harness:
                     "harness_missing",
                     f"{suite.name} is a task of lm-evaluation-harness, which this worker does not have.",
                     subject=suite.name,
-                    next_step="Install adaptory with its extra `eval` where workers run.",
                 ) from error
         return self._plans[suite.digest]
 

@@ -30,7 +30,6 @@ def optimize(held: JobRun) -> None:
             "nothing_fits",
             f"{work.lock.optimized['headline']}.",
             subject="optimize",
-            next_step="Serve the adapters separately, and route each request to its own.",
         )
 
 

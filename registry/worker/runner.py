@@ -17,9 +17,9 @@ from registry.database.tables import Job
 from registry.domain.compositions.job_needs import declare_missing
 from registry.domain.jobs import needs, queue
 from registry.domain.jobs.queue import Amount
-from registry.error_codes import RETRYABLE
-from registry.error_families import of_failed_work
 from registry.errors import RegistryError, Unavailable
+from registry.errors.codes import RETRYABLE
+from registry.errors.translation import of_failed_work
 from registry.formats.paths import document_without_directories, without_directories
 from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
@@ -284,7 +284,7 @@ def _run(held: JobRun, job: Job, kind: JobKind) -> None:
     except Exception as error:
         log.exception("Job %s failed", job.id)
         held.fail_step()
-        failure = Unavailable("job_failed", f"{type(error).__name__}: {error}", next_step="Look at the worker's log.")
+        failure = Unavailable("job_failed", f"{type(error).__name__}: {error}")
         _finish(held, kind, "failed", failure)
     else:
         _finish(held, kind, "done", None)
@@ -307,7 +307,6 @@ def _go_on(held: JobRun, job: Job, kind: JobKind) -> None:
         raise Unavailable(
             "worker_lost",
             f"The worker was lost {queue.MAX_ATTEMPTS} times.",
-            next_step="Look at the worker's log, then start the work again.",
         )
     for step in job.steps:
         if step["state"] != "done":

@@ -25,8 +25,8 @@ from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import gates
 from registry.domain.compositions import checks, compositions
 from registry.domain.jobs import evaluations
-from registry.error_families import refuse_errors
 from registry.errors import Refused
+from registry.errors.translation import refuse_errors
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_reference
 from registry.transfer import publishing, results

@@ -19,7 +19,7 @@ from registry.api.routes import compositions as routes
 from registry.client.inprocess import InProcessTransport
 from registry.database.engine import Database
 from registry.errors import Invalid, Unavailable
-from registry.outages import OutageLog
+from registry.errors.outages import OutageLog
 from tests import services
 from tests.access.house import House, build_house, new_environment
 from tests.scenarios.world import server
@@ -166,7 +166,7 @@ def test_beside_a_json_access_log_every_warning_is_an_object_too() -> None:
     code = """
 import logging.config
 from registry.cli.operations.server import JSON_LOG
-from registry.outages import OutageLog
+from registry.errors.outages import OutageLog
 logging.config.dictConfig(JSON_LOG)
 OutageLog(logging.getLogger("registry.storage")).warn("The store is away", "gone\\nGET /forged 200")
 try:

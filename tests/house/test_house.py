@@ -145,7 +145,7 @@ def test_no_private_word_is_in_the_code_or_the_documentation() -> None:
 
 VAGUE_NAMES = re.compile(r"(?:^|_)(?:whole|places?|found)(?:$|_)", re.IGNORECASE)
 """Say total, overall or full; slot, path or position; and name the thing that was found."""
-PLACING = re.compile(r"^_?place(?:_[a-z]+)*$|(?:^|_)in_place$|^not_found$")
+PLACING = re.compile(r"^_?place(?:_[a-z]+)*$|(?:^|_)in_place$|^not_found$", re.IGNORECASE)
 """The verb of placement, and the field's own terms."""
 PHRASES = re.compile(
     r"\b(?:is no [a-z]+ of|(?<!, )of which|who (?:asks|takes)|so many|takes an admin|way out)\b", re.IGNORECASE

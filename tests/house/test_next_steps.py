@@ -1,6 +1,7 @@
-"""Every refusal says what to do next."""
+"""Every refusal says what to do next: its own words, or the text of its code, never the one repeated as the other."""
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -9,17 +10,39 @@ import pytest
 import composer
 import registry
 from composer import errors
+from composer.next_steps import NEXT_STEPS
 from registry.errors import FAMILIES
+from registry.errors.translation import CODES
 
 USER_TEXTS = ("subject", "next_step")
+TEXTS = {
+    composer: NEXT_STEPS,
+    registry: {code: text for codes in CODES.values() for code, text in codes.items()},
+}
 NAMES = {family.__name__ for family in (*FAMILIES, *errors.ComposerError.__subclasses__())}
 
 
-def lines_without(source: str) -> list[int]:
-    """Where an error is made that says no next step."""
+def lines_without(source: str, texts: Mapping[str, str]) -> list[int]:
+    """Where an error is made that says no next step: neither itself nor by its code."""
+    return [call.lineno for call, code, own in errors_made(source) if own is None and not texts.get(code)]
+
+
+def lines_that_repeat(source: str, texts: Mapping[str, str]) -> list[int]:
+    """Where an error is made with the text that its code has anyway."""
+    return [
+        call.lineno
+        for call, code, own in errors_made(source)
+        if isinstance(own, ast.Constant) and own.value == texts.get(code)
+    ]
+
+
+def errors_made(source: str) -> list[tuple[ast.Call, str, ast.expr | None]]:
+    """Each error with its code, empty unless it is a constant, and its own next step."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     made = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in NAMES]
-    return [call.lineno for call in made if all(given.arg != "next_step" for given in call.keywords)]
+    own = [next((one.value for one in call.keywords if one.arg == "next_step"), None) for call in made]
+    codes = [str(getattr(call.args[0], "value", "")) if call.args else "" for call in made]
+    return list(zip(made, codes, own, strict=True))
 
 
 def user_arguments(source: str) -> dict[str, dict[int, str]]:
@@ -51,8 +74,14 @@ def sources(package: ModuleType) -> dict[str, str]:
 
 @pytest.mark.parametrize("package", [composer, registry], ids=lambda package: package.__name__)
 def test_every_error_says_what_to_do_next(package: ModuleType) -> None:
-    silent = {file: lines_without(source) for file, source in sources(package).items()}
+    silent = {file: lines_without(source, TEXTS[package]) for file, source in sources(package).items()}
     assert {file: lines for file, lines in silent.items() if lines} == {}
+
+
+@pytest.mark.parametrize("package", [composer, registry], ids=lambda package: package.__name__)
+def test_no_error_repeats_the_text_of_its_code(package: ModuleType) -> None:
+    repeated = {file: lines_that_repeat(source, TEXTS[package]) for file, source in sources(package).items()}
+    assert {file: lines for file, lines in repeated.items() if lines} == {}
 
 
 @pytest.mark.parametrize("package", [composer, registry], ids=lambda package: package.__name__)
@@ -67,8 +96,11 @@ def test_no_error_is_about_nothing_or_says_nothing(package: ModuleType) -> None:
 
 
 def test_an_error_that_says_none_would_be_seen() -> None:
-    assert lines_without('raise Usage("code", "It makes no sense.")') == [1]
-    assert lines_without('raise InvalidFile("code", "It is damaged.", subject="file")') == [1]
+    texts = {"busy": "Try again."}
+    assert lines_without('raise Usage("code", "It makes no sense.")', texts) == [1]
+    assert lines_without('raise InvalidFile("code", "It is damaged.", subject="file")', texts) == [1]
+    assert lines_without('raise Conflict("busy", "Others write.")', texts) == []
+    assert lines_that_repeat('raise Conflict("busy", "Others write.", next_step="Try again.")', texts) == [1]
     reads = "def read(path, code, next_step):\n    ...\n"
     assert lines_with_nothing(f'{reads}read(path, "missing", "")', user_arguments(reads)) == [3]
     assert lines_with_nothing('raise Usage("code", "No.", subject="x", next_step="")', {}) == [1]

@@ -35,8 +35,13 @@ def test_a_package_of_that_name_before_ours_on_the_path_is_refused_unread(tmp_pa
 def test_a_package_of_that_name_installed_over_ours_is_refused(tmp_path: Path) -> None:
     """pip lets a second package write into the same directory."""
     ours = Path(registry.__file__).parent
-    for name in ("__init__.py", "composer_name.py", "errors.py"):
-        (tmp_path / "registry").mkdir(exist_ok=True)
+    for name in (
+        "__init__.py",
+        "composer_name.py",
+        "errors/__init__.py",
+        *(f"errors/{name}.py" for name in ("families", "codes", "input_codes")),
+    ):
+        (tmp_path / "registry" / "errors").mkdir(parents=True, exist_ok=True)
         shutil.copy(ours / name, tmp_path / "registry" / name)
     shutil.copytree(ours.parent / "composer" / "formats", tmp_path / "composer" / "formats")
     (tmp_path / "composer" / "__init__.py").touch()

@@ -91,7 +91,6 @@ def activations(
             "no_prompts",
             "Activations need at least one prompt.",
             subject="prompts",
-            next_step="Give one, or run only the weight checks.",
         )
     as_turn = loaded.tokenizer.chat_template is not None if chat is None else chat
     ids = [tuple(encode_prompt(loaded, prompt, as_turn)) for prompt in prompts]

@@ -144,7 +144,7 @@ def probe(  # noqa: PLR0913
     names = [member.name for member in members]
     if len(names) < 2 or len(set(names)) < len(names) or wanted.k < 1:
         message = f"A probe needs at least two members with different names and k >= 1, not {names} and {wanted.k}."
-        raise Mismatch("probe_members", message, subject="members", next_step="Give each member its own name.")
+        raise Mismatch("probe_members", message, subject="members")
     started = perf_counter()
     bench = Bench(Runner(load, progress), elsewhere=elsewhere)
     run = _Probe(guards, combine, used, progress, bench)

@@ -48,7 +48,7 @@ def _pairs(adapter: Adapter, file: MappedFile, placed: PlacementResult, *, on_a_
     if not on_a_base:
         return ()
     message = f"{adapter.name} says that {head.module} and its twin are tied, but their factors differ."
-    raise Mismatch("twins_differ", message, subject=head.module, next_step="Set ensure_weight_tying to false.")
+    raise Mismatch("twins_differ", message, subject=head.module)
 
 
 def _sides(modules: Iterable[PlacedModule]) -> tuple[PlacedModule, ...]:

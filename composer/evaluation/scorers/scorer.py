@@ -80,7 +80,6 @@ def settings_refused(name: str, why: str) -> InvalidFile:
         "scorer_settings",
         f"The scorer {name} does not take these settings: {why}",
         subject=name,
-        next_step="Correct `scorer.settings` in the suite.",
     )
 
 
@@ -126,7 +125,6 @@ def checked_score(
             "scorer_timeout",
             f"The scorer {name} was ended: it gave {late} no score within {error.limit_s:g} s.",
             subject=name,
-            next_step="Bound the time that the scorer takes, or give it more: ADAPTORY_SCORER_TIMEOUT_S.",
         ) from error
     except ScorerFailure as error:
         raise scorer_failed(name, named(error.example or example), str(error)) from error
@@ -142,5 +140,4 @@ def scorer_failed(name: str, where: str, why: str) -> NotSupported:
         "scorer_failed",
         f"The scorer {name} failed{f' on {where}' if where else ''}: {why[:500]}.",
         subject=name,
-        next_step="Correct the scorer or the suite: every answer must have a score from 0 to 1.",
     )

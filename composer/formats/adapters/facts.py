@@ -116,14 +116,11 @@ def read_adapter(path: Path) -> Adapter:
             "empty_adapter",
             f"{WEIGHTS_FILE} has no tensors.",
             subject=WEIGHTS_FILE,
-            next_step="Save the adapter again after training.",
         )
     for name, entry in header.tensors.items():
         if config.peft_type == "LORA" and split_key(name).part in FACTOR_PARTS and _is_ungathered(entry):
             message = f"{name} has the shape {list(entry.shape)}: it is a shard that was saved without gathering."
-            raise InvalidFile(
-                "ungathered", message, subject=name, next_step="Gather the parameters (ZeRO-3, FSDP) and save again."
-            )
+            raise InvalidFile("ungathered", message, subject=name)
     adapter = Adapter(path, config, header)
     _refuse_unopened(adapter.weights_path)
     return adapter

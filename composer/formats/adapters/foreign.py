@@ -93,9 +93,7 @@ def read_foreign(path: Path, architecture: Architecture | None) -> Foreign:
     if layout == PEFT:
         if path.is_dir():
             read_adapter(path)  # says what is missing
-        raise NotSupported(
-            "layout_peft", f"{path.name} is in PEFT's layout already.", subject=path.name, next_step="Use it as it is."
-        )
+        raise NotSupported("layout_peft", f"{path.name} is in PEFT's layout already.", subject=path.name)
     settings: dict[str, Any] = {}
     if path.is_dir():
         if layout == MLX:
@@ -120,7 +118,6 @@ def _mlx_settings(path: Path) -> dict[str, Any]:
             "mlx_full",
             f"{path.name} was trained with fine_tune_type {printable(kind)}: it holds full weights, not an adapter.",
             subject=CONFIG_FILE,
-            next_step="Release it as a model.",
         )
     return settings
 
@@ -235,7 +232,7 @@ def _scale_of(
     config, rank = configs[component], next(iter(header.tensors[parts["A"]].shape), 0)
     if rank == 0 or ("r" in config.raw and config.rank_for(module) != rank):
         message = f"{raw} has the rank {rank}; {_METADATA} says {config.rank_for(module)}."
-        raise InvalidFile("rank_mismatch", message, subject=raw, next_step="Export the adapter again.")
+        raise InvalidFile("rank_mismatch", message, subject=raw)
     return config.alpha_for(module) / (sqrt(rank) if config.use_rslora else rank)
 
 
@@ -247,7 +244,6 @@ def _refuse_listed(names: list[str], subject: str, what: str) -> None:
             "unknown_keys",
             f"{subject} has {what}: {listed}{more}.",
             subject=names[0][:200],
-            next_step="Convert it with the tool that wrote it, or report the layout.",
         )
 
 
@@ -301,7 +297,7 @@ def _alpha(foreign: Foreign, module: ForeignModule, rank: int) -> float:
     stated = None if key is None else _number(foreign.weights_path, foreign.header.tensors[key])
     if stated is not None and not isfinite(stated):
         message = f"{key} is not a finite number."
-        raise InvalidFile("bad_alpha", message, subject=module.module, next_step="Export the adapter again.")
+        raise InvalidFile("bad_alpha", message, subject=module.module)
     return (1.0 if module.scale is None else module.scale) * rank if stated is None else stated
 
 

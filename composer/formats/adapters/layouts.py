@@ -68,7 +68,7 @@ def recognise(path: Path) -> Recognised:
         return Recognised(PEFT)
     if (path / "config.json").is_file():
         message = f"{path.name} is a checkpoint: a complete model, not an adapter."
-        raise InvalidFile("a_checkpoint", message, subject=str(path), next_step="Name an adapter's directory.")
+        raise InvalidFile("a_checkpoint", message, subject=str(path))
     for other in sorted(path.iterdir()):
         if other.suffix in (".gguf", ".nemo") or re.fullmatch(r"adapter_.*\.pt", other.name):
             return _of_file(other)

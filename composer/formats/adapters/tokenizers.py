@@ -137,7 +137,6 @@ def _differ(one: Tokenizer, other: Tokenizer, what: str) -> Mismatch:
         "tokenizers_differ",
         f"{names} were trained with {what}, and one model has one.",
         subject=names,
-        next_step="Serve them separately, or train one of them again with the tokenizer of the other.",
     )
 
 

@@ -187,7 +187,6 @@ def _refuse_another(path: Path, shards: Mapping[str, Header], weights: Weights |
             "two_checkpoints",
             f"{path.name} has weights twice: {SINGLE_FILE}, and the shards of {INDEX_FILE}.",
             subject=SINGLE_FILE,
-            next_step="Remove the one that you do not want.",
         )
 
 
@@ -197,7 +196,7 @@ def _refuse_packed(path: Path, shards: Mapping[str, Header]) -> None:
         for name in header.tensors:
             if name.endswith(".qweight"):
                 message = f"{path.name} is quantized (GPTQ or AWQ: {name})."
-                raise NotSupported("quantized_base", message, subject=shard, next_step="Use the unquantized base.")
+                raise NotSupported("quantized_base", message, subject=shard)
 
 
 def _in_4bit(settings: Mapping[str, Any]) -> object:
@@ -255,7 +254,6 @@ def read_json(path: Path, code: str, next_step: str) -> dict[str, Any]:
             "bad_json",
             f"{path.name} is not {wanted}.",
             subject=path.name,
-            next_step="Save or download the file again.",
         )
     return cast(dict[str, Any], value)
 
@@ -282,7 +280,6 @@ def _files_of(path: Path, weights: Weights | None, wanted: Mapping[str, str]) ->
                 "missing_shard",
                 f"{path.name} has no {shard}, which its index names.",
                 subject=shard,
-                next_step="Download the missing file.",
             )
         files[shard] = file
     return files

@@ -90,6 +90,5 @@ def local_file(file: StoredFile) -> LocalFile:
             "remote_base",
             f"{file.name} is not on this machine, and this operation needs local files.",
             subject=file.name,
-            next_step="Download the base, and add its directory: `adaptory base add DIR --name NAME`.",
         )
     return file

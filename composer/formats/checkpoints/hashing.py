@@ -50,7 +50,7 @@ def refuse_changed(inputs: Mapping[Path, Identity]) -> None:
             "inputs_changed",
             f"{' and '.join(map(str, changed))} changed since this began.",
             subject=str(changed[0]),
-            next_step="Run it again when no process is writing to it.",
+            next_step="Run it again when no process is writing to the inputs.",
         )
 
 

@@ -144,7 +144,6 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
             "unreadable",
             f"{path} cannot be read: {error.strerror}.",
             subject=path.name,
-            next_step="Check the path and its permissions.",
         ) from error
 
 
@@ -184,7 +183,6 @@ def _bad(subject: str, why: str) -> InvalidFile:
         "bad_safetensors",
         f"{subject} is not a valid safetensors file: {why}.",
         subject=subject,
-        next_step="Save or download the file again.",
     )
 
 

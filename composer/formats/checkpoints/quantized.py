@@ -116,5 +116,4 @@ def _bad(name: str, why: str) -> InvalidFile:
         "bad_quantization",
         f"{name} cannot be decoded: {why}.",
         subject=name,
-        next_step="Save the checkpoint again, or use the unquantized base.",
     )

@@ -52,9 +52,7 @@ def staged_directory(out_dir: Path, size_bytes: int, key: str | None = None) -> 
     refuse_existing(out_dir)
     parent = out_dir.absolute().parent
     if not parent.is_dir():
-        raise RefusedOutput(
-            "no_parent", f"{parent} is not a directory.", subject=str(parent), next_step="Create it first."
-        )
+        raise RefusedOutput("no_parent", f"{parent} is not a directory.", subject=str(parent))
     staging = parent / f"{out_dir.name}{_STAGING}{key or secrets.token_hex(4)}"
     with _held(staging, out_dir):
         try:
@@ -104,7 +102,7 @@ def _held(staging: Path, out_dir: Path) -> Generator[None]:
             raise
         parent = str(staging.parent)
         message = f"Nothing can be written to {parent}: {error.strerror}."
-        raise RefusedOutput("not_writable", message, subject=parent, next_step="Choose another directory.") from error
+        raise RefusedOutput("not_writable", message, subject=parent) from error
     handle = os.open(staging, os.O_RDONLY)
     try:
         if not _locked(handle):
@@ -113,9 +111,7 @@ def _held(staging: Path, out_dir: Path) -> Generator[None]:
         # Between the check and the lock it may have finished and been renamed.
         if not staging.is_dir() or not os.path.samestat(os.fstat(handle), staging.stat()):
             refuse_existing(out_dir)
-            raise RefusedOutput(
-                "busy", f"Another process wrote {out_dir} meanwhile.", subject=str(out_dir), next_step="Try again."
-            )
+            raise RefusedOutput("busy", f"Another process wrote {out_dir} meanwhile.", subject=str(out_dir))
         yield
     finally:
         os.close(handle)
@@ -145,9 +141,7 @@ def _remove_abandoned(out_dir: Path, staging: Path) -> None:
 
 def refuse_existing(out_dir: Path) -> None:
     if out_dir.exists() or out_dir.is_symlink():
-        raise RefusedOutput(
-            "exists", f"{out_dir} exists.", subject=str(out_dir), next_step="Choose another output directory."
-        )
+        raise RefusedOutput("exists", f"{out_dir} exists.", subject=str(out_dir))
 
 
 def sync(path: Path) -> None:

@@ -39,7 +39,5 @@ def parse_rounding(mode: str, seed: int = 0) -> Rounding:
         message = f"There is no rounding {printable(mode)}."
         raise NotSupported("rounding", message, subject=mode, next_step=f"Use one of {', '.join(Mode)}.")
     if not 0 <= seed < 2**64:
-        raise NotSupported(
-            "seed", f"{seed} is not a seed.", subject=str(seed), next_step="Use a whole number from 0 to 2^64 - 1."
-        )
+        raise NotSupported("seed", f"{seed} is not a seed.", subject=str(seed))
     return Rounding(Mode(mode), seed)

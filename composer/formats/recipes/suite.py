@@ -267,9 +267,7 @@ def parse_suite(path: Path | str) -> Suite:
         mark = getattr(error, "problem_mark", None)
         position = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error)
-        raise InvalidFile(
-            "suite_yaml", f"{position}: not valid YAML: {problem}.", subject=str(path), next_step="Correct that line."
-        ) from error
+        raise InvalidFile("suite_yaml", f"{position}: not valid YAML: {problem}.", subject=str(path)) from error
     fields = cast("dict[str, object]", document) if isinstance(document, dict) else {}
     examples = fields.get("examples")
     if not isinstance(examples, str):
@@ -304,7 +302,6 @@ def _jsonl(path: Path) -> list[tuple[str, object]]:
                 "suite_json",
                 f"{path}:{number}: not valid JSON: {problem}.",
                 subject=str(path),
-                next_step="Correct that line: JSON Lines has one object per line.",
             ) from error
     return rows
 

@@ -152,7 +152,7 @@ def divisor(total: float) -> float:
     """The sum of the weights, as a divisor. Raises Mismatch if it is zero."""
     if abs(total) < _SMALLEST_SUM:
         message = f"The weights add up to {total:g}; a mean over them does not exist."
-        raise Mismatch("zero_weight_sum", message, subject="weights", next_step="Change a weight, or take the sum.")
+        raise Mismatch("zero_weight_sum", message, subject="weights")
     return total
 
 

@@ -135,9 +135,7 @@ def credentials_of(headers: dict[bytes, bytes], client: tuple[str, int] | None) 
 def _bearer(credentials: Credentials) -> str:
     scheme, _, text = credentials.authorization.partition(" ")
     if scheme.lower() != "bearer" or len(text) > _MAX_TOKEN_CHARACTERS:
-        raise Unauthenticated(
-            "token_invalid", "The Authorization header has no token.", next_step="Send Authorization: Bearer TOKEN."
-        )
+        raise Unauthenticated("token_invalid", "The Authorization header has no token.")
     return text.strip()
 
 

@@ -164,7 +164,6 @@ class EventStreams:
                 f"{user} has {self._open[user]} event streams open, and this process {self._open.total()}; the limits "
                 f"are {PER_USER} for a user and {PER_PROCESS} for a process.",
                 subject=user,
-                next_step="Close some of them, or poll the job instead.",
             )
         self._open[user] += 1
 

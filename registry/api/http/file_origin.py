@@ -56,5 +56,4 @@ def no_such_address(sha256: Digest) -> NotFound:
         "address_expired",
         "This address of a file has expired, or this registry did not give it.",
         subject=sha256,
-        next_step="Ask the registry for the file again.",
     )

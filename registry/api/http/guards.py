@@ -77,7 +77,6 @@ def headers_too_large(limit_bytes: int) -> TooLarge:
     return TooLarge(
         "headers_too_large",
         f"Headers and query are longer than {limit_bytes:,} bytes.",
-        next_step="Send less, or ask an operator to raise ADAPTORY_MAX_HEADER_BYTES.",
     )
 
 
@@ -163,7 +162,6 @@ class CallerLimits:
         error = TooMany(
             "too_many_requests",
             f"More than {rate} requests with {whom}.",
-            next_step="Wait for the time in Retry-After; ADAPTORY_RATE_LIMIT sets the limit.",
         )
         return error.again_in(self._window.get_window_stats(rate, key).reset_time - time.time())
 

@@ -44,7 +44,6 @@ def decode_cursor(cursor: str | None) -> str:
             "bad_cursor",
             f"{cursor[:80]!r} is not a cursor.",
             subject=cursor[:80],
-            next_step="Use `next` of the previous page unchanged.",
         ) from None
 
 
@@ -55,7 +54,6 @@ def decode_number(cursor: str | None) -> int:
         raise Usage(
             "bad_cursor",
             f"{cursor!r} is not a cursor of this list.",
-            next_step="Use `next` of the previous page unchanged.",
         )
     return int(text)
 
@@ -88,6 +86,5 @@ def expected_from(if_match: str | None, if_none_match: str | None) -> Expected |
         raise Usage(
             "bad_precondition",
             f"If-Match {if_match[:40]!r} is not the ETag of a channel.",
-            next_step="Send the ETag of GET channels/{channel}.",
         )
     return Expected(int(text))

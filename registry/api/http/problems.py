@@ -19,10 +19,10 @@ from registry.api.http.exchanges import request_id
 from registry.api.schemas.wire import Problem
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
-from registry.error_families import of_composer
 from registry.errors import FAMILIES, Invalid, RegistryError, Unauthenticated, Unavailable, Usage
+from registry.errors.outages import OutageLog
+from registry.errors.translation import of_composer
 from registry.formats.references import nearest
-from registry.outages import OutageLog
 from registry.transfer.resources import Resources
 
 log = logging.getLogger(__name__)
@@ -223,7 +223,6 @@ def _disk_error(request: Request, error: Exception) -> Response:
     failure = Unavailable(
         "disk_error",
         f"The registry cannot use its disk: {reason}.",
-        next_step="Check that its home is writable and has space, then repeat.",
     )
     return error_response(request.scope, failure)
 
@@ -235,12 +234,10 @@ def _defect(request: Request, error: Exception) -> JSONResponse:
     else:
         log.error("%s %r failed", request.method, request.url.path[:200], exc_info=error)
     failed = f"The registry failed ({type(error).__name__})."
-    failure = Unavailable("internal_error", failed, next_step="Look at its log.")
+    failure = Unavailable("internal_error", failed)
     return problem_response(failure, 500, {"X-Request-Id": request_id() or ""})  # skips the middleware that adds the id
 
 
 def _unicode_error(_request: Request, _error: Exception) -> JSONResponse:
     """JSON can spell an unpaired surrogate, which no database or encoding accepts."""
-    return problem_response(
-        Invalid("bad_text", "The text contains an unpaired surrogate.", next_step="Send valid Unicode.")
-    )
+    return problem_response(Invalid("bad_text", "The text contains an unpaired surrogate."))

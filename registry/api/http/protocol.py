@@ -136,9 +136,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answers invalid HTTP or too many pipelined requests, after which the parser stops."""
-        self._answer(
-            Usage("bad_http", f"{msg.rstrip('.')}.", next_step="Send HTTP/1.1, one request after the other."), 400
-        )
+        self._answer(Usage("bad_http", f"{msg.rstrip('.')}."), 400)
         self.transport.close()
 
     def _refuse(self) -> None:

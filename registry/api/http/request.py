@@ -74,13 +74,9 @@ async def _next_chunk(stream: AsyncGenerator[bytes]) -> bytes | None:
         with fail_after(BODY_SILENCE_S):
             return await anext(stream, None)
     except TimeoutError:
-        raise Usage(
-            "body_silent", f"No part of the body has arrived for {BODY_SILENCE_S} s.", next_step="Send the file again."
-        ) from None
+        raise Usage("body_silent", f"No part of the body has arrived for {BODY_SILENCE_S} s.") from None
     except ClientDisconnect:
-        raise Usage(
-            "body_cut", "The connection ended before the complete body arrived.", next_step="Send the file again."
-        ) from None
+        raise Usage("body_cut", "The connection ended before the complete body arrived.") from None
 
 
 def limit_bytes(request: Request) -> int:
@@ -95,11 +91,9 @@ async def document(request: Request) -> bytes:
             return await request.body()
     except TimeoutError:
         message = f"The body has not arrived within {DOCUMENT_S} s."
-        raise Usage("body_slow", message, next_step="Send it again.") from None
+        raise Usage("body_slow", message) from None
     except ClientDisconnect:
-        raise Usage(
-            "body_cut", "The connection ended before the complete body arrived.", next_step="Send it again."
-        ) from None
+        raise Usage("body_cut", "The connection ended before the complete body arrived.") from None
 
 
 def refuse_longer(request: Request, what: str, most_bytes: int, next_step: str) -> None:
@@ -112,7 +106,7 @@ def content_length(request: Request) -> int:
     """The size of the body in bytes. Raises Usage for a request without a Content-Length."""
     text = request.headers.get("content-length", "")
     if not text.isdecimal() or len(text) > MAX_DIGITS:
-        raise Usage("length_missing", "The request has no Content-Length.", next_step="Send the size of the body.")
+        raise Usage("length_missing", "The request has no Content-Length.")
     return int(text)
 
 

@@ -166,7 +166,7 @@ def _odd(known: tuple[str, ...], query: bytes) -> str | None:
 def _refusal(request: Request, known: tuple[str, ...]) -> RegistryError:
     name = (_odd(known, request.scope["query_string"]) or "")[:80]
     if name in known:
-        return Invalid("bad_value", f"{name} contains a NUL character.", subject=name, next_step="Leave it out.")
+        return Invalid("bad_value", f"{name} contains a NUL character.", subject=name)
     meant = get_close_matches(name, known, 1)
     there_are = f"There are {', '.join(known)}." if known else "Leave it out."
     return Usage(

@@ -76,7 +76,7 @@ class Rule:
         actor = await self._permitted(request, changes=False)
         if not actor.grants and content_length(request) > MAX_STRANGERS_BYTES:
             message = f"The body is longer than {MAX_STRANGERS_BYTES:,} bytes, the limit for callers without a role."
-            raise TooLarge("body_too_large", message, next_step="Use a token or a sign-in that has a role.")
+            raise TooLarge("body_too_large", message)
 
 
 def rules_of(dependant: Dependant) -> list[Rule]:

@@ -100,14 +100,12 @@ class UploadThreads:
             raise Unavailable(
                 "uploads_busy",
                 f"{UPLOAD_THREADS - free} of {UPLOAD_THREADS} uploads are under way, as many as this process takes.",
-                next_step="Try again after the seconds in Retry-After.",
             )
         if self._per_user is not None and self._running[user] >= self._per_user:
             raise TooMany(
                 "too_many_uploads",
                 f"{user} is sending {self._per_user} files already.",
                 subject=user,
-                next_step="Send fewer files at a time; ADAPTORY_MAX_CONCURRENT_UPLOADS sets the limit.",
             )
         self._running[user] += 1
         try:

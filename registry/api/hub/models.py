@@ -197,5 +197,4 @@ def answer_nothing(request: Request, path: str) -> Response:
         "hub_route_unknown",
         f"This registry does not support {request.method} /api/{path[:120]}.",
         subject=path[:120],
-        next_step="docs/how-to/hub.md lists what the hub API does.",
     )

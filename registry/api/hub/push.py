@@ -220,7 +220,6 @@ def create_branch(
                 "channel_exists",
                 f"{repository}@{channel} exists already.",
                 subject=f"{repository}@{channel}",
-                next_step="Move it with `adaptory promote`.",
             ) from error
     warning = (
         {"X-HF-Warning": f"promotion; {repository}@{channel} waits for what its policy asks for."} if waits else {}

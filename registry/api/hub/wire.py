@@ -75,7 +75,7 @@ def _refuse_nul(request: Request) -> None:
     """Raises Invalid for a NUL in the query, which PostgreSQL does not accept."""
     for name, value in request.query_params.multi_items():
         if "\0" in name + value:
-            raise Invalid("bad_value", f"{name[:80]!r} contains a NUL character.", next_step="Leave it out.")
+            raise Invalid("bad_value", f"{name[:80]!r} contains a NUL character.")
 
 
 def refusal(request: Request, error: RegistryError) -> Response:

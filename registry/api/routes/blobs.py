@@ -148,7 +148,6 @@ def file_response(
             "blob_lost",
             f"The store has lost the bytes of {named} ({file.sha256}).",
             subject=file.sha256,
-            next_step="Restore the blob from a backup, or push the same file again.",
         )
     uploads.refuse_damaged(stat, file.size_bytes, named)
     return _sent(resources, stat, url, byte_range)

@@ -133,7 +133,7 @@ def ready(request: Request, resources: ResourcesOf) -> dict[str, str]:
     """Readiness: 503 while the database or the store is unavailable, this version does not work with the schema,
     or the server is about to stop."""
     if request.app.state.draining:
-        raise Unavailable("stopping", "This server is about to stop.", next_step="Send requests to another server.")
+        raise Unavailable("stopping", "This server is about to stop.")
     ensure_schema(resources.database, create=False, newer=True)
     resources.store.stat(ABSENT)
     return {"status": "ok"}

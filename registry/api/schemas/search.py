@@ -132,9 +132,7 @@ def _value(name: str, given: list[str]) -> str | list[str]:
     if name in LISTS:
         return parts
     if name not in UNSPLIT and len(given) > 1:
-        raise Usage(
-            "repeated_parameter", f"{name} is given {len(given)} times.", subject=name, next_step="Give it once."
-        )
+        raise Usage("repeated_parameter", f"{name} is given {len(given)} times.", subject=name)
     return given if name in UNSPLIT else given[0]
 
 

@@ -53,9 +53,7 @@ class WireIn(Wire):
         while left:
             one = left.pop()
             if isinstance(one, str) and "\0" in one:
-                raise Invalid(
-                    "bad_value", f"A string contains a NUL character: {one[:40]!r}.", next_step="Leave it out."
-                )
+                raise Invalid("bad_value", f"A string contains a NUL character: {one[:40]!r}.")
             if isinstance(one, dict):
                 if len(cast("dict[Any, Any]", one)) > MAX_FIELDS:
                     message = f"An object has more than {MAX_FIELDS:,} fields."

@@ -100,7 +100,7 @@ def contradictions(calibration: "Calibration | None", names: Sequence[str]) -> "
 def refuse_uneven(calibration: "Calibration | None", adapters: Sequence[object]) -> None:
     if calibration is not None and len(calibration.sets) != len(adapters):
         message = f"{len(calibration.sets)} suites or prompt files were given for {len(adapters)} adapters."
-        raise Usage("suites_uneven", message, subject="--suite", next_step="Name one for each adapter, in their order.")
+        raise Usage("suites_uneven", message, subject="--suite")
 
 
 def fit_lines(fit: dict[str, Any] | None, names: Sequence[str]) -> list[tuple[str, str]]:
@@ -150,7 +150,5 @@ def fitted_adapter(
     others = [word for name, (word, value) in wanted.items() if note.get(name) != json.loads(json.dumps(value))]
     if others:
         message = f"{directory} exists, and is not what this command fits: it is of another {', '.join(others)}."
-        raise Conflict(
-            "output_exists", message, subject=str(directory), next_step="Move it away, or choose another -o."
-        )
+        raise Conflict("output_exists", message, subject=str(directory))
     return directory

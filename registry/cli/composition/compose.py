@@ -15,8 +15,8 @@ from registry.cli.console.groups import root
 from registry.cli.console.interrupt import interrupts
 from registry.cli.console.render import JsonFlag
 from registry.cli.operations.jobs import MemoryOption, PriorityOption, wishes
-from registry.error_families import of_row
 from registry.errors import Refused, RegistryError, Usage
+from registry.errors.translation import of_row
 from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
@@ -245,6 +245,5 @@ def _error(composition: Json) -> RegistryError:
         return Refused(
             "composition_cancelled",
             "The composition was cancelled.",
-            next_step="Compose again if that was a mistake.",
         )
     return of_row({**composition["error"], "findings": []})

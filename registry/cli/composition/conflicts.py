@@ -207,6 +207,5 @@ def _weights(text: str | None, count: int) -> list[float]:
         raise Usage(
             "bad_weights",
             f"--weights {text} is not {count} numbers of magnitude {LARGEST:g} at most.",
-            next_step="Write one number per adapter: 1,0.5,1",
         )
     return weights

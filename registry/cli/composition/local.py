@@ -120,7 +120,7 @@ def combine(  # noqa: PLR0913
     settings = settings_of(set_)
     if twice := sorted(budget.keys() & settings.keys()):
         message = f"--{twice[0]} and --set {twice[0]} say the same thing twice."
-        raise Usage("two_settings", message, subject=f"--{twice[0]}", next_step="Leave one of them out.")
+        raise Usage("two_settings", message, subject=f"--{twice[0]}")
     settings |= budget
     adapters = _weighted(adapter, rule)
     calibration = local_calibration(method, settings, base, suite, prompts, device)

@@ -22,7 +22,6 @@ def own_settings() -> "Settings":
             "not_remote",
             "This command needs the registry's database and store.",
             subject="ADAPTORY_PROFILE" if settings.profile else "ADAPTORY_URL",
-            next_step="Run it where the server runs, without ADAPTORY_URL and --profile.",
         )
     return settings
 

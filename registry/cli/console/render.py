@@ -19,8 +19,8 @@ import typer
 
 from composer.errors import ComposerError
 from registry.domain.catalog.intervals import error_text
-from registry.error_families import of_composer
 from registry.errors import RegistryError, Unavailable
+from registry.errors.translation import of_composer
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

@@ -19,9 +19,9 @@ from registry.cli.evaluation import queued_evaluation
 from registry.cli.evaluation.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
 from registry.cli.evaluation.quality import BaseDir, Device, Subject, release_or_base
 from registry.cli.operations.jobs import MemoryOption, PriorityOption, wishes
-from registry.error_codes import RETRYABLE
-from registry.error_families import of_composer
 from registry.errors import RegistryError, Usage
+from registry.errors.codes import RETRYABLE
+from registry.errors.translation import of_composer
 from registry.sdk.connection import Connection
 from registry.sdk.suites import fetch_suite
 
@@ -82,7 +82,7 @@ def evaluate(  # noqa: PLR0913
     choice = HarnessChoice(names, harness_path, limit, num_fewshot, apply_chat_template)
     choice.refuse_idle(_HELP)
     if not suite and not choice.names:
-        raise Usage("nothing_to_run", "There is nothing to run.", next_step="Add --suite NAME or --harness TASK.")
+        raise Usage("nothing_to_run", "There is nothing to run.")
     if queue:
         local = {"--device": device != "auto", "--base-dir": base_dir, "--limit": limit}
         why = "with --queue: a worker measures all examples on its own machine"

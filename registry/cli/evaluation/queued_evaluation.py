@@ -7,8 +7,8 @@ from registry.cli.console import following, render
 from registry.cli.console.connect import jobs_running
 from registry.cli.console.following import UNFINISHED
 from registry.cli.evaluation.quality import release_or_base
-from registry.error_families import of_row
 from registry.errors import Refused, RegistryError
+from registry.errors.translation import of_row
 from registry.sdk.connection import Connection
 from registry.sdk.suites import refuse_bad_suite_name
 
@@ -69,5 +69,5 @@ def error_of(document: Json) -> RegistryError | None:
         return of_row(document["error"])
     if document["state"] == "cancelled":
         job = str(document["job"])
-        return Refused("evaluation_cancelled", f"Job {job} was cancelled.", subject=job, next_step="Request it again.")
+        return Refused("evaluation_cancelled", f"Job {job} was cancelled.", subject=job)
     return None

@@ -315,5 +315,5 @@ def _visibility(row: Json) -> str:
 def _pair(text: str) -> tuple[str, str]:
     namespace, equals, role = text.partition("=")
     if not equals:
-        raise Usage("bad_scope", f"{text!r} is not a scope.", subject=text, next_step="Write NAMESPACE=ROLE.")
+        raise Usage("bad_scope", f"{text!r} is not a scope.", subject=text)
     return namespace, role

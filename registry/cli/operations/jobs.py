@@ -10,8 +10,8 @@ from registry.cli.console.connect import connected, jobs_running
 from registry.cli.console.groups import root
 from registry.cli.console.idle import refuse_idle
 from registry.cli.console.render import JsonFlag
-from registry.error_families import of_row
 from registry.errors import Refused, RegistryError
+from registry.errors.translation import of_row
 
 Json = dict[str, Any]
 
@@ -88,7 +88,7 @@ def _failure(job: Json) -> RegistryError:
     if job["error"]:
         return of_row(job["error"])
     named = str(job["id"])
-    return Refused("job_cancelled", f"Job {named} was cancelled.", subject=named, next_step="Request it again.")
+    return Refused("job_cancelled", f"Job {named} was cancelled.", subject=named)
 
 
 def _show(job: Json) -> None:

@@ -111,7 +111,6 @@ def _beyond_loopback(host: str) -> NotAllowed:
         "not_loopback",
         f"Without tokens the registry listens on loopback only, not on {host}.",
         subject=host,
-        next_step="Use 127.0.0.1, or set ADAPTORY_ACCESS=tokens and create one: `adaptory token create`.",
     )
 
 
@@ -120,7 +119,6 @@ def _without_worker() -> Usage:
         "worker_beside_server",
         "A server does not run a worker of a Ray cluster: a worker that loses its cluster ends its process.",
         subject="--worker",
-        next_step="Use --no-worker, and run `adaptory worker` beside it.",
     )
 
 
@@ -133,7 +131,6 @@ def _listen(host: str, port: int) -> socket.socket:
             "port_unusable",
             f"Cannot listen on {host}:{port}: {error.strerror or error}.",
             subject=f"{host}:{port}",
-            next_step="Choose another --port, or stop the process that listens there.",
         ) from error
 
 
@@ -148,7 +145,6 @@ def _refuse_without_tokens(resources: "Resources") -> None:
     raise NotAllowed(
         "no_tokens",
         "There is no token, so nobody could use this server.",
-        next_step="On this machine: `adaptory namespace grant '*' YOU admin`, `adaptory token create --user YOU`.",
     )
 
 
@@ -283,7 +279,7 @@ def audit(  # noqa: PLR0913
 ) -> None:
     """Show the audit log: who changed what, from where and why; newest first, with --jsonl oldest first."""
     if export and cursor:
-        raise Usage("no_pages", "An export has no pages.", subject=cursor, next_step="Leave out --cursor or --jsonl.")
+        raise Usage("no_pages", "An export has no pages.", subject=cursor)
     query = {"subject": subject, "namespace": namespace, "by": by, "act": event or act, "since": since, "until": until}
     with connected() as connection:
         if export:

@@ -42,11 +42,11 @@ def login(
         address = registry_url(url)
     except ValueError as error:
         shown = "URL" if "@" in url else url  # may contain a password
-        raise Usage("bad_url", f"{shown}: {error}.", subject=shown, next_step="Write https://HOST[:PORT].") from error
+        raise Usage("bad_url", f"{shown}: {error}.", subject=shown) from error
     settings = load_settings()
     profile_name = _profile_name(name or settings.profile, address)
     if profile_name == LOCAL:
-        raise Usage("bad_profile", "local is the embedded registry.", subject=LOCAL, next_step="Choose another name.")
+        raise Usage("bad_profile", "local is the embedded registry.", subject=LOCAL)
     token = _read_token()
     api = Api(address, token=token or secret_for(settings.home_directory, address))
     try:
@@ -76,7 +76,7 @@ def logout(
     profiles = Profiles(settings.home_directory)
     chosen = name or settings.profile or profiles.current
     if chosen is None:
-        raise NotFound("profile_unknown", "No profile is in use.", next_step="Name one: `adaptory profile list`.")
+        raise NotFound("profile_unknown", "No profile is in use.")
     removed = profiles.find(chosen)
     del profiles.known[chosen]
     profiles.current = None if profiles.current == chosen else profiles.current

@@ -39,7 +39,6 @@ def confirm_new_channel(connection: Connection, line: str, channel: str, *, agre
             "channel_new",
             f"This {message}.",
             subject=channel,
-            next_step="Correct the name, or add --new-channel.",
         )
     render.say(message)
 

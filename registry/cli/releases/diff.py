@@ -13,8 +13,8 @@ from registry.cli.console.connect import connected, release_directory
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
 from registry.cli.evaluation.quality import release_or_base
-from registry.error_families import refuse_errors
 from registry.errors import NotFound, Usage
+from registry.errors.translation import refuse_errors
 from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ def diff(
     if with_base:
         _warn_of_base(before, after)
     elif bool(before.release["adapter"]) != bool(after.release["adapter"]):
-        raise Usage(
-            "kinds_differ", f"{old} and {new} are an adapter and a model.", next_step="Compare two of the same kind."
-        )
+        raise Usage("kinds_differ", f"{old} and {new} are an adapter and a model.")
     deltas = None if with_base else _compare(before.directory, after.directory)
     compare = differences_in_scores if with_base else differences
     document = {

@@ -28,14 +28,12 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
             "no_lineage",
             f"{name} is not a merged model from a composition, so it cannot be rebuilt.",
             subject=name,
-            next_step="Name a model with inputs (adaptory show REF).",
         )
     if any(row["repository"] is None for row in lineage):
         raise NotAllowed(
             "hidden_input",
             f"{name} was made from adapters to which you have no access.",
             subject=name,
-            next_step="Ask an administrator of their namespace.",
         )
     inputs = [resolved(connection, f"{row['repository']}:{row['version']}") for row in lineage]
     adapters = [release_directory(connection, one) for one in inputs]
@@ -48,7 +46,6 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
             "lineage_differs",
             f"The note in {name} names other adapters or weights than the registry.",
             subject=name,
-            next_step="Do not serve it; ask who published it.",
         )
     with render.progress(f"rebuild {name}", plan.size_bytes) as done:
         return rebuild(plan, directory, progress=done).to_json()
@@ -75,7 +72,7 @@ def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path], *
         )
     if weighted := next((path for path in adapters if "=" in path.name and not path.is_dir()), None):
         message = f"--adapter {weighted} does not name a directory; the weights come from the merge's note."
-        raise Usage("idle_weight", message, subject=str(weighted), next_step="Write --adapter DIR, without a weight.")
+        raise Usage("idle_weight", message, subject=str(weighted))
     plan = plan_rebuild(directory, open_checkpoint(base_dir, dequantize), adapters)
     with render.progress(f"rebuild {directory}", plan.size_bytes) as done:
         return rebuild(plan, directory, progress=done).to_json()

@@ -182,7 +182,7 @@ def unyank(ref: Ref, reason: Why = "", json: JsonFlag = False) -> None:
 def _need_reason(act: str, ref: str, reason: str) -> None:
     """Raises Usage for a blank reason, in the words of the server."""
     if not reason.strip():
-        raise Usage("reason_missing", f"{act} needs a reason.", subject=ref, next_step="Say why with --reason.")
+        raise Usage("reason_missing", f"{act} needs a reason.", subject=ref)
 
 
 @root.command()

@@ -51,12 +51,10 @@ def refuse_narrow(signed: Signed, needed: str) -> None:
             "bad_covers",
             f"--signature-covers {needed} is neither release nor files.",
             subject=needed,
-            next_step="Use --signature-covers release.",
         )
     if needed == "release" and signed.release is None:
         raise Refused(
             "signature_files_only",
             "The signature covers only the files, not their repository, version and base.",
             subject="model.sig",
-            next_step="Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",
         )

@@ -125,7 +125,7 @@ def _promote(connection: Connection, document: Json, channel: str) -> RegistryEr
 
 def _kind(text: str) -> str:
     if text not in ("adapter", "model"):
-        raise Usage("bad_kind", f"--kind {text} is unknown.", subject=text, next_step="Use adapter or model.")
+        raise Usage("bad_kind", f"--kind {text} is unknown.", subject=text)
     return text
 
 
@@ -202,7 +202,7 @@ def verify(  # noqa: PLR0913
     from registry.client.signing import read_public_key, verify_directory, verify_release
 
     if key is None and not rebuild:
-        raise Usage("nothing_to_verify", "There is nothing to verify.", next_step="Add --key PUB.pem or --rebuild.")
+        raise Usage("nothing_to_verify", "There is nothing to verify.")
     public_key, directory = read_public_key(key) if key else None, Path(what)
     local = {"--adapter": adapter, "--dequantize": dequantize}
     if not rebuild:

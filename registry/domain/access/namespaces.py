@@ -172,7 +172,6 @@ def _check_keys(keys: Sequence[str]) -> None:
         raise Invalid(
             "too_many_keys",
             f"A namespace has at most {MAX_SIGNING_KEYS} signing keys.",
-            next_step="Give only the keys that are still in use.",
         )
     for key in keys:
         fingerprint(key)

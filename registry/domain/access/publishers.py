@@ -244,5 +244,4 @@ def bad_publisher(why: str) -> Invalid:
     return Invalid(
         "bad_publisher",
         f"The trusted publisher cannot be added: {why}.",
-        next_step="Correct it; `adaptory publisher add --help` has examples.",
     )

@@ -99,5 +99,4 @@ def _exceeded(namespace: str, what: str) -> Refused:
         "quota_exceeded",
         f"{namespace} {what}.",
         subject=namespace,
-        next_step="Take down releases that you do not need, or ask a registry admin for a larger quota.",
     )

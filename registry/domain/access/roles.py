@@ -178,7 +178,6 @@ def unknown_namespace(namespace: str) -> NotFound:
         "namespace_unknown",
         f"Namespace {namespace[:64]} does not exist, or you have no access to it.",
         subject=namespace[:64],
-        next_step="Check the spelling, and your token or sign-in.",
     )
 
 
@@ -202,9 +201,7 @@ def _out_of_scope(actor: Actor, role: Role, namespace: str) -> NotFound | None:
 def _anonymous(actor: Actor) -> Unauthenticated | None:
     if actor.name != ANONYMOUS:
         return None
-    return Unauthenticated(
-        "token_missing", "This needs a token.", next_step="Set ADAPTORY_TOKEN, or send Authorization: Bearer TOKEN."
-    )
+    return Unauthenticated("token_missing", "This needs a token.")
 
 
 def _denied(actor: Actor, role: Role, namespace: str) -> RegistryError:

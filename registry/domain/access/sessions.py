@@ -113,4 +113,4 @@ def _name(source: str | None) -> str:
 
 
 def _ended() -> Unauthenticated:
-    return Unauthenticated("session_ended", "Your session has ended, or was revoked.", next_step="Sign in again.")
+    return Unauthenticated("session_ended", "Your session has ended, or was revoked.")

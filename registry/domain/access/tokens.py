@@ -93,7 +93,6 @@ def lifetime_of(session: Session, actor: Actor, days: float | None, settings: Se
         raise Invalid(
             "token_too_long",
             f"A token lasts at most {settings.max_token_days:g} days here, not {days:g}.",
-            next_step="Ask for fewer days, or set ADAPTORY_MAX_TOKEN_DAYS on the registry.",
         )
     if left is not None and wanted > left:
         raise NotAllowed(

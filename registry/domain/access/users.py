@@ -65,7 +65,6 @@ def remove(session: Session, actor: Actor, user: str) -> RemovedUser:
             "own_name",
             f"{user} cannot remove their own name.",
             subject=user,
-            next_step="Ask another admin of the registry.",
         )
     pseudonym = PSEUDONYM + token_hex(4)
     ended = update(Token).where(Token.user == user, Token.revoked_at.is_(None)).values(revoked_at=actor.at)
@@ -83,9 +82,7 @@ def remove(session: Session, actor: Actor, user: str) -> RemovedUser:
         renamed = update(table).where(column == user).values({name: pseudonym}).returning(column)
         rows += len(session.execute(renamed, execution_options=_UNTRACKED).all())
     if not rows:
-        raise NotFound(
-            "user_unknown", f"Nothing has the name {user}.", subject=user, next_step="`adaptory audit` shows the names."
-        )
+        raise NotFound("user_unknown", f"Nothing has the name {user}.", subject=user)
     session.expire_all()
     audit.record(session, actor, Act.USER_REMOVE, pseudonym, namespace=None, after={"rows": rows})
     return RemovedUser(pseudonym, rows)

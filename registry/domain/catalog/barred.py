@@ -51,6 +51,4 @@ def without_signature(files: Sequence[RevisionFile] | Sequence[ManifestFile]) ->
 
 
 def _barred(subject: str, what: str, reason: str | None) -> Refused:
-    return Refused(
-        "files_taken_down", f"{what} taken down: {reason}.", subject=subject, next_step="Publish other files."
-    )
+    return Refused("files_taken_down", f"{what} taken down: {reason}.", subject=subject)

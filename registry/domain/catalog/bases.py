@@ -131,7 +131,6 @@ def _checked_architecture(new: NewBase) -> Architecture:
             "base_too_large",
             f"The tensor table of {new.name!r} states an impossible size.",
             subject=new.name,
-            next_step="Check the shapes.",
         )
     return Architecture(new.model_type, new.tied, tensors)
 
@@ -199,7 +198,7 @@ def deprecate(session: Session, actor: Actor, base: Base, reason: str | None, su
 def own_successor(name: str) -> Usage:
     """The error for a base or a release that is named as its own successor."""
     message = f"{name} cannot be its own successor."
-    return Usage("own_successor", message, subject=name, next_step="Name another one, or none.")
+    return Usage("own_successor", message, subject=name)
 
 
 def _touch_releases(session: Session, base: Base) -> None:
@@ -216,7 +215,6 @@ def remove_alias(session: Session, actor: Actor, alias: str) -> Base:
             "alias_unknown",
             f"No base has the alias {alias[:200]!r}.",
             subject=alias[:200],
-            next_step="`adaptory base list` shows the aliases; a base's own name stays.",
         )
     base = session.get_one(Base, row.base_digest)
     _refuse_stranger(actor, base)
@@ -251,7 +249,7 @@ def identify(session: Session, text: str) -> tuple[str, str]:
             ),
         )
     if len(matches) > 1:
-        raise Usage("base_ambiguous", f"Several bases begin with {text}.", subject=text, next_step="Give more digits.")
+        raise Usage("base_ambiguous", f"Several bases begin with {text}.", subject=text)
     [(digest, name)] = matches
     return digest, name
 
@@ -332,7 +330,6 @@ def _refuse_taken_name(session: Session, new: NewBase) -> None:
             "bad_name",
             f"{new.name!r} looks like a digest.",
             subject=new.name,
-            next_step="Choose a descriptive name.",
         )
     other = session.scalar(select(Base.digest).where(Base.name == new.name))
     other = other or session.scalar(select(BaseAlias.base_digest).where(BaseAlias.alias == new.name))
@@ -341,7 +338,6 @@ def _refuse_taken_name(session: Session, new: NewBase) -> None:
             "base_name_taken",
             f"{new.name!r} names the base {other[:12]}, whose weights differ.",
             subject=new.name,
-            next_step="Choose another --name.",
         )
 
 
@@ -356,7 +352,6 @@ def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[st
                 "bad_alias",
                 f"{alias[:80]!r} cannot be an alias.",
                 subject=alias[:80],
-                next_step="Use letters, digits and . _ - /, but not the form of a digest.",
             )
         owner = session.scalar(select(Base.digest).where(Base.name == alias))
         row = session.get(BaseAlias, alias)
@@ -371,7 +366,6 @@ def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[st
                 "alias_taken",
                 f"{alias!r} names the base {owner[:12]}, whose weights differ.",
                 subject=alias,
-                next_step="Choose another alias.",
             )
 
 
@@ -414,21 +408,18 @@ def _add_relation(session: Session, actor: Actor, base: Base, new: NewBase) -> N
             "relation_known",
             f"{base.name!r} is already {base.relation} from the base {base.derived_from[:12]}.",
             subject=base.name,
-            next_step="A registry admin may correct it.",
         )
     if base.digest in _origins(session, origin):
         raise Invalid(
             "relation_circular",
             f"{origin.name!r} is itself derived from {base.name!r}.",
             subject=base.name,
-            next_step="Name the original base.",
         )
     if new.relation == "cast" and base.architecture_digest != origin.architecture_digest:
         raise Invalid(
             "not_a_cast",
             f"{base.name!r} is not a cast of {origin.name!r}: its tensors or shapes differ.",
             subject=base.name,
-            next_step="Name another relation: quantized, finetuned or merged.",
         )
     before = {"derived_from": base.derived_from, "relation": base.relation} if base.derived_from else None
     base.derived_from, base.relation = origin.digest, new.relation

@@ -149,7 +149,6 @@ def _plan(session: Session, repository: Repository, change: Change) -> _Plan:
             "head_moved",
             f"main of {repositories.name_of(repository)} is at {at}, not at {change.parent}.",
             subject=str(repositories.name_of(repository)),
-            next_step="Look at what was committed meanwhile, and commit again.",
         )
     return _Plan(files, EMPTY if not change.operations and current is None else None)
 

@@ -138,7 +138,6 @@ def refuse_long_notes(notes: str, subject: str) -> None:
             "notes_too_long",
             f"Notes are limited to {MAX_NOTES:,} characters.",
             subject=subject,
-            next_step="Shorten them, and put long text into a file of the release.",
         )
 
 
@@ -156,7 +155,6 @@ def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[Manife
                 "blob_missing",
                 f"The bytes of {file.path} were not uploaded.",
                 subject=file.path,
-                next_step="Push again; files that are stored already are not sent twice.",
             )
         if stored != file.size_bytes:
             raise Invalid(
@@ -197,7 +195,6 @@ def spectrum_of(session: Session, name: RepositoryName, version: Version, kind: 
             "spectrum_unknown",
             f"{full_name(release)} has no spectrum.",
             subject=full_name(release),
-            next_step="Only adapters have one, and older releases lack it: use `adaptory inspect REF`.",
         )
     return spectrum
 
@@ -232,7 +229,6 @@ def refuse_taken_down(name: str, files: Revision | Row[*tuple[Any, ...]]) -> Non
             "taken_down",
             f"{name} was taken down on {files.taken_down_at:%Y-%m-%d}: {files.takedown_reason}.",
             subject=name,
-            next_step="Choose another version: its files are gone for good.",
         )
 
 

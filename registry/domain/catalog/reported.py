@@ -47,7 +47,6 @@ def _suite(session: Session, actor: Actor, reported: ReportedScore) -> Suite:
                 "suite_moved_on",
                 f"It is of revision {reported.revision}, and {own.name} is now {suites.label(own)}.",
                 subject=own.name,
-                next_step="Measure it again.",
             )
         return own
     benchmark = ReportedBenchmark(dataset=reported.dataset, config=reported.config, split=reported.split)

@@ -40,7 +40,6 @@ def unknown(name: str, kind: Kind | None = None) -> NotFound:
         "repository_unknown",
         f"There is no {kind or 'repository'} {name[:160]}.",
         subject=name[:160],
-        next_step="`adaptory list` shows the repositories, `adaptory whoami` your roles.",
     )
 
 
@@ -115,7 +114,6 @@ def refuse_shadowed(session: Session, name: RepositoryName, revision: str) -> No
                 f"{name} cannot have {revision}: in clients that cannot name a revision, the repository {longer} would "
                 "be taken for it.",
                 subject=str(longer),
-                next_step="Choose another version or channel name.",
             )
 
 
@@ -145,7 +143,6 @@ def _check_kind(repository: Repository, kind: Kind) -> None:
             "kind_differs",
             f"{name} holds {repository.kind} releases, not {kind} releases.",
             subject=str(name),
-            next_step="Choose another repository name.",
         )
 
 

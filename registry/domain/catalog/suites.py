@@ -93,7 +93,6 @@ def parse_condition(text: str) -> Condition:
         "bad_condition",
         f"{text[:120]!r} is not a condition on a score.",
         subject=text[:120],
-        next_step="Write SUITE.METRIC>=NUMBER or SUITE.METRIC<=NUMBER, as in sql-exact.accuracy>=0.5.",
     )
 
 
@@ -158,7 +157,6 @@ def _refuse_reserved(name: str) -> None:
             "suite_name_taken",
             f"Names that begin with {REPORTED_PREFIX} are reserved for benchmarks whose scores are only reported.",
             subject=name,
-            next_step="Give the suite or the task another name.",
         )
 
 
@@ -172,7 +170,6 @@ def _refuse_other_label(session: Session, content: SuiteContent, known: Suite | 
             "suite_version_taken",
             f"{content.name} {content.version} already labels other content ({labelled.digest[:12]}).",
             subject=f"{content.name}@{content.version}",
-            next_step="Raise `version` in the suite's file: a version labels one content.",
         )
     if known is not None and known.version not in (None, content.version):
         raise Conflict(
@@ -193,7 +190,6 @@ def _refuse_other_origin(session: Session, content: SuiteContent) -> None:
         f"{content.name} is {ELSEWHERE.get(replaced.task, 'a suite with examples')}, registered by "
         f"{replaced.created_by}.",
         subject=content.name,
-        next_step="Give the suite or the task another name.",
     )
 
 
@@ -205,7 +201,6 @@ def with_examples(suite: Suite) -> Suite:
             "suite_elsewhere",
             f"{suite.name} has no examples here: it is {ELSEWHERE[suite.task]}.",
             subject=suite.name,
-            next_step="Run the task of a harness on a machine that has it: `adaptory eval REF --harness TASK`.",
         )
     return suite
 
@@ -315,7 +310,6 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
                 f"{suite.name}.{measurement.metric} of {_subject_name(subject)} is measured. A reported score does not "
                 "replace it.",
                 subject=f"{suite.name}.{measurement.metric}",
-                next_step="Delete the measured score first if it is wrong: `adaptory score delete`.",
             )
         before = {"value": score.value, "n": score.n} if score else None
         score = score or Score(suite=suite, metric=measurement.metric, **_owner_columns(subject))
@@ -369,7 +363,6 @@ def _check_measurement(measurement: Measurement, suite: Suite) -> None:
             "bad_score",
             f"n = {measurement.n} is more than the {suite.examples} examples of {suite.name}.",
             subject=measurement.metric,
-            next_step="Record the scores that `adaptory eval` measured.",
         )
 
 
@@ -387,7 +380,6 @@ def delete(session: Session, actor: Actor, subject: Release | Base, named: str, 
             "score_unknown",
             f"{name} has no score {suite.name}.{metric}.",
             subject=f"{suite.name}.{metric}",
-            next_step="`adaptory show` lists its scores; name one on older content by the suite's digest.",
         )
     namespace = subject.repository.namespace if isinstance(subject, Release) else EVERYWHERE
     if score.measured_by != actor.name and not holds(actor, Role.ADMIN, namespace):

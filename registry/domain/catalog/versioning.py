@@ -38,7 +38,6 @@ def next_version(session: Session, repository: Repository, bump: str | None, new
             "version_missing",
             "A push needs a version.",
             subject=str(repositories.name_of(repository)),
-            next_step="Write REPO:VERSION, or --bump auto|patch|minor|major.",
         )
     if bump == "auto":
         return _auto(session, repository, lambda _previous: new)

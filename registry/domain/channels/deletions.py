@@ -57,7 +57,6 @@ def _refuse_serving(
             "reason_missing",
             f"{subject} serves {served}: its deletion needs a reason.",
             subject=subject,
-            next_step="Say why with --reason.",
         )
 
 

@@ -268,7 +268,7 @@ def parse_rule(text: str) -> Rule:
 def parse_rules(texts: Sequence[str]) -> list[Rule]:
     """Parses the rules of a gate. Raises Usage for more than MAX_RULES."""
     if len(texts) > MAX_RULES:
-        raise Usage("too_many_rules", f"A gate has at most {MAX_RULES} rules.", next_step="Leave some out.")
+        raise Usage("too_many_rules", f"A gate has at most {MAX_RULES} rules.")
     return [parse_rule(text) for text in texts]
 
 

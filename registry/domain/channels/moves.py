@@ -330,12 +330,9 @@ def _served_before(session: Session, channel: Channel, current: Move, to: Versio
             "release_yanked",
             f"{full_name(release)} is yanked: {release.yank_reason}.",
             subject=subject,
-            next_step="Choose another version.",
         )
     if release.id == current.to_release_id:
-        raise Refused(
-            "already_served", f"{subject} already serves {to}.", subject=subject, next_step="There is nothing to do."
-        )
+        raise Refused("already_served", f"{subject} already serves {to}.", subject=subject)
     back = _way_back(current).subquery()
     last = select(func.max(back.c.id)).where(back.c.to_release_id == release.id)
     if (move_id := session.scalar(last)) is None:
@@ -447,6 +444,4 @@ def _record_move(session: Session, move: Mapping[str, Any], key: str, seen: int 
 
 
 def _moved(subject: str) -> Stale:
-    return Stale(
-        "channel_moved", f"{subject} has moved since you looked.", subject=subject, next_step="Look again and decide."
-    )
+    return Stale("channel_moved", f"{subject} has moved since you looked.", subject=subject)

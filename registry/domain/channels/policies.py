@@ -96,7 +96,7 @@ def set_policy(
     if expected is not None and revision != expected + 1:  # now that the row is locked; the error undoes the write
         name = f"{repositories.name_of(repository)}@{channel}"
         message = f"The policy of {name} has changed since you looked."
-        raise Stale("policy_changed", message, subject=name, next_step="Look at it again, and change it then.")
+        raise Stale("policy_changed", message, subject=name)
     return revision
 
 

@@ -112,7 +112,6 @@ def cancel(session: Session, actor: Actor, promotion: Promotion) -> Promotion:
         "promotion_cancelled",
         f"{actor.name} cancelled the promotion of {promotion.release.version} to {subject}.",
         subject=subject,
-        next_step="Promote it again if that was a mistake.",
     )
     pending.end(session, actor, promotion, "cancelled", error)
     return promotion

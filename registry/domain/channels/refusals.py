@@ -66,7 +66,6 @@ def refuse_force(actor: Actor, policy: ChannelPolicy, wanted: PromotionRequest) 
             "force_not_allowed",
             f"The policy of {wanted.subject} lets {who} force a promotion.",
             subject=wanted.subject,
-            next_step="Promote without --force to see what fails.",
         )
 
 
@@ -83,5 +82,4 @@ def refuse_unpromotable(yanked: str | None, wanted: PromotionRequest) -> None:
             "reason_missing",
             "A forced promotion needs a reason.",
             subject=wanted.subject,
-            next_step="Say why with --reason.",
         )

@@ -201,7 +201,6 @@ def _by_commit(session: Session, reference: Reference) -> ResolvedRow | None:
             "commit_ambiguous",
             f"Several commits begin with {reference.commit}.",
             subject=str(reference),
-            next_step="Give more digits.",
         )
     return _warn_if_yanked(rows[0]) if rows else None
 
@@ -217,7 +216,6 @@ def _by_channel(session: Session, reference: Reference) -> ResolvedRow:
             "no_match",
             f"{reference} serves only yanked releases.",
             subject=str(reference),
-            next_step="Promote a release to it.",
         )
     row = _by_id(session, serving.to_release_id)
     if not rows:  # the channel's first move was committed just now

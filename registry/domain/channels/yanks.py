@@ -38,9 +38,7 @@ def unyank(session: Session, actor: Actor, release: Release, reason: str) -> Rel
 def need_reason(act: str, release: Release, reason: str) -> None:
     """Raises Usage for a blank reason."""
     if not reason.strip():
-        raise Usage(
-            "reason_missing", f"{act} needs a reason.", subject=full_name(release), next_step="Say why with --reason."
-        )
+        raise Usage("reason_missing", f"{act} needs a reason.", subject=full_name(release))
 
 
 def _lock(session: Session, release: Release) -> None:

@@ -75,7 +75,6 @@ def find(session: Session, actor: Actor, check_id: int) -> ConflictCheck:
             "conflicts_unknown",
             f"There is no conflict check {check_id}.",
             subject=str(check_id),
-            next_step="Request one with POST /v1/conflicts.",
         )
     return check
 

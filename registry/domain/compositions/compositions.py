@@ -148,7 +148,6 @@ def unknown(composition_id: int) -> NotFound:
         "composition_unknown",
         f"There is no composition {composition_id}.",
         subject=str(composition_id),
-        next_step="Create one with `adaptory compose RECIPE`.",
     )
 
 
@@ -252,7 +251,6 @@ def inputs_of(session: Session, lock: Lock) -> list[Release]:
                 "lock_broken",
                 f"{full_name(release)} is not the commit {locked.commit[:12]} that the lock names.",
                 subject=full_name(release),
-                next_step="Ask the registry's operators to run `adaptory fsck`.",
             )
         releases_used.append(release)
     return releases_used
@@ -265,7 +263,6 @@ def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
         raise Usage(
             "no_output",
             "The recipe names neither an adapter nor a model to publish.",
-            next_step="Add `adapter: NAMESPACE/NAME:VERSION`, or use --plan.",
         )
     targets: list[_Target] = []
     for text, kind in outputs:
@@ -275,11 +272,10 @@ def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
                 "bad_output",
                 f"{reference} is not NAMESPACE/NAME:VERSION.",
                 subject=str(reference),
-                next_step="Give the version to publish.",
             )
         targets.append(_Target(reference.repository, reference.version, kind))
     if len({target.repository for target in targets}) < len(targets):
-        raise Usage("one_repository", "Adapter and model need separate repositories.", next_step="Rename one of them.")
+        raise Usage("one_repository", "Adapter and model need separate repositories.")
     return targets
 
 

@@ -60,7 +60,6 @@ def resolve_inputs(session: Session, recipe: Recipe) -> tuple[Base, list[Release
                 "release_yanked",
                 f"{full_name(release)} is yanked: {release.yank_reason}.",
                 subject=full_name(release),
-                next_step="Choose another version.",
             )
     return base, inputs
 
@@ -240,5 +239,4 @@ def _refuse_duplicates(inputs: Sequence[Release]) -> None:
                 "input_twice",
                 f"{name} is named {count} times among the recipe's inputs.",
                 subject=name,
-                next_step="Name it once, with the sum of the weights.",
             )

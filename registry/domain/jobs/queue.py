@@ -85,7 +85,6 @@ def enqueue(
             "too_many_jobs",
             f"{MAX_QUEUED} jobs of {actor.name} are already queued.",
             subject=actor.name,
-            next_step="Wait for some of them, or cancel them: `adaptory jobs`.",
         )
     job = Job(
         kind=kind,
@@ -134,9 +133,7 @@ def find_all(session: Session, ids: Sequence[int]) -> Sequence[Job]:
 
 def unknown(job_id: int) -> NotFound:
     """The error for a job that does not exist or that the actor may not see."""
-    return NotFound(
-        "job_unknown", f"There is no job {job_id}.", subject=str(job_id), next_step="`adaptory jobs` lists them."
-    )
+    return NotFound("job_unknown", f"There is no job {job_id}.", subject=str(job_id))
 
 
 def list_page(session: Session, reach: Reach, *, before: int, limit: int) -> list[Job]:

@@ -145,7 +145,6 @@ def by_of(session: Session, actor: Actor, order: Order, values: dict[str, Any]) 
             "bad_sort",
             f"{order.name[:80]!r} is not an order.",
             subject=order.name[:80],
-            next_step="Sort by newest, version or SUITE.METRIC.",
         )
     suite = suites.find(session, suite_name, actor)
     values |= {"by_suite": suite.id, "by_metric": metric}

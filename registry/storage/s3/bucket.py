@@ -14,8 +14,8 @@ from botocore.config import Config  # pyright: ignore[reportMissingTypeStubs]
 from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[reportMissingTypeStubs]
 
 from registry.errors import Unavailable
+from registry.errors.outages import OutageLog
 from registry.formats.references import Digest
-from registry.outages import OutageLog
 from registry.settings import S3Storage
 from registry.storage.blobs import blob_key, blob_missing
 

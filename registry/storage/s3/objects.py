@@ -102,7 +102,6 @@ class S3File:
             "inputs_changed",
             f"{self.name} changed in its bucket since this began.",
             subject=self.name,
-            next_step="Run it again when no process is writing to it.",
         )
 
 

@@ -175,11 +175,9 @@ class StoreProbe:
             answer = httpx2.put(url, content=body, headers=list(headers), timeout=self._storage.read_timeout_s)
         except httpx2.TransportError as error:
             log.warning("The blob store does not answer: %s", error)
-            raise Unavailable("store_unavailable", "The blob store does not answer.", next_step="Try again.") from error
+            raise Unavailable("store_unavailable", "The blob store does not answer.") from error
         if answer.status_code >= 500 and answer.status_code != NOT_IMPLEMENTED:
-            raise Unavailable(
-                "store_unavailable", f"The blob store answers {answer.status_code}.", next_step="Try again."
-            )
+            raise Unavailable("store_unavailable", f"The blob store answers {answer.status_code}.")
         return answer.status_code < 300
 
     def _tells_bodies_apart(self) -> bool:
@@ -195,7 +193,6 @@ class StoreProbe:
                     "store_unfit",
                     "The blob store does not support conditional copies (ETag, CopySourceIfMatch), so an upload could "
                     "be replaced after it was checked.",
-                    next_step="Use a store that does, such as AWS S3, Ceph, Swift, or JuiceFS with --keep-etag.",
                 )
         finally:
             self._remove(probe)

@@ -61,9 +61,7 @@ class S3Store:
                 self._client.upload_file(str(source), named["Bucket"], named["Key"])
             stat = self.stat(sha256)
         if stat is None or stat.size_bytes != source.stat().st_size:
-            raise Unavailable(
-                "store_wrong", f"The store did not keep all of {sha256}.", subject=sha256, next_step="Push again."
-            )
+            raise Unavailable("store_wrong", f"The store did not keep all of {sha256}.", subject=sha256)
         if move:
             source.unlink()
         return stat

@@ -203,7 +203,6 @@ class S3Arrivals:
                     "store_unavailable",
                     f"The store gives other bytes of the upload of {arrival.sha256} each time.",
                     subject=arrival.sha256,
-                    next_step="Try again.",
                 )
             self.discard(arrival)
             raise _differs(arrival, f"has the sha256 {read}")
@@ -227,7 +226,6 @@ def _incomplete(arrival: IncomingUpload) -> Conflict:
         "upload_incomplete",
         f"{arrival.sha256} has not completely arrived.",
         subject=arrival.sha256,
-        next_step="Request the upload again (POST /v1/uploads), and send what is missing.",
     )
 
 
@@ -236,5 +234,4 @@ def _differs(arrival: IncomingUpload, what: str) -> Invalid:
         "digest_differs",
         f"The upload of {arrival.sha256} {what}.",
         subject=arrival.sha256,
-        next_step="Send the file again.",
     )

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, cast
 
-from registry.error_families import of_row
 from registry.errors import NotAllowed, RegistryError, Unavailable
+from registry.errors.translation import of_row
 from registry.settings import EngineSettings
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray_runner import UnitRunner
@@ -305,7 +305,6 @@ class RayEngine:
                 "unit_lost",
                 f"The process of {unit.name} died {deaths} times, the last time so: {_last_line(error)}",
                 subject=unit.name,
-                next_step="Look at the node's memory and at its log, then start the work again.",
             )
         state.left.appendleft(unit)
         self.redone += 1

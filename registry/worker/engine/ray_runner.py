@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from composer.errors import ComposerError
-from registry.error_families import of_failed_work
 from registry.errors import RegistryError, Unavailable
+from registry.errors.translation import of_failed_work
 from registry.settings import Settings
 from registry.worker.engine.units import Node, Task, Unit, last_log_lines, open_node, run_unit
 
@@ -69,5 +69,4 @@ def _defect(error: Exception) -> Unavailable:
     return Unavailable(
         "unit_failed",
         f"{type(error).__name__} in {where}: {error}",
-        next_step="Look at the last lines of its log, which the job has.",
     )

@@ -18,8 +18,8 @@ from markdown_it.token import Token
 from markupsafe import Markup, escape
 
 from registry.errors import RegistryError
+from registry.errors.outages import OutageLog
 from registry.formats.references import Digest
-from registry.outages import OutageLog
 
 MAX_BYTES = 256 << 10
 MAX_MARKS = 10_000

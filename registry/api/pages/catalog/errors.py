@@ -4,9 +4,8 @@ from fastapi import APIRouter, Request, Response
 
 from registry.api.pages.html.render import page
 from registry.api.pages.html.wire import PageCaller, PageRoute
-from registry.error_codes import REGISTER
-from registry.error_families import family_of, is_registered
 from registry.errors import FAMILIES, NotFound
+from registry.errors.translation import CODES, family_of, is_registered
 
 router = APIRouter(route_class=PageRoute)
 
@@ -14,7 +13,7 @@ router = APIRouter(route_class=PageRoute)
 @router.get("/docs/errors")
 def list_errors(request: Request, actor: PageCaller) -> Response:
     """Every code by family."""
-    families = [(family, sorted(REGISTER[family].items())) for family in FAMILIES]
+    families = [(family, sorted(CODES[family].items())) for family in FAMILIES]
     return page(request, "errors.html", families=families)
 
 
@@ -26,4 +25,4 @@ def show_error(code: str, request: Request, actor: PageCaller) -> Response:
             "code_unknown", f"No error has the code {code}.", subject=code, next_step="/docs/errors has all."
         )
     family = family_of(code)
-    return page(request, "error_code.html", code=code, family=family, fix=REGISTER[family].get(code))
+    return page(request, "error_code.html", code=code, family=family, fix=CODES[family].get(code))

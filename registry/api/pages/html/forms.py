@@ -86,7 +86,6 @@ async def read_form(request: Request) -> Form:
         raise NotAllowed(
             "form_token",
             "The form belongs to another session.",
-            next_step="Load the page again, and repeat what you did there.",
         )
     return form
 

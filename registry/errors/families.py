@@ -1,6 +1,6 @@
 """Errors that users see. The family decides exit code, HTTP status and the client's exception.
 
-error_codes.py has the family of every code.
+Each family has its codes, with what to do about each; an error says more where it knows more.
 
 RegistryError
 ├── Refused      1  a check or a gate said no
@@ -14,16 +14,21 @@ RegistryError
 
 import errno
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+
+from registry.errors import codes, input_codes
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Errnos of a full disk and of an exhausted quota: only freeing space fixes them."""
 
 
 class RegistryError(Exception):
-    """`code` is stable, `subject` names what it is about, `next_step` says what to do, `findings` are the details."""
+    """`code` is stable, `subject` names what it is about, `findings` are the details. `next_step` says what to do: by
+    default the text of the code."""
 
+    codes: ClassVar[Mapping[str, str]]
+    """The family's codes, and the next step of each."""
     exit_code: ClassVar[int]
     status: ClassVar[int]
     title: ClassVar[str]
@@ -35,13 +40,19 @@ class RegistryError(Exception):
     """Seconds after which to retry; None if retrying is pointless. An error may set its own."""
 
     def __init__(
-        self, code: str, detail: str, *, subject: str = "", next_step: str = "", findings: Sequence[dict[str, Any]] = ()
+        self,
+        code: str,
+        detail: str,
+        *,
+        subject: str = "",
+        next_step: str | None = None,
+        findings: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__(detail)
         self.code = code
         self.detail = detail
         self.subject = subject
-        self.next_step = next_step
+        self.next_step = self.codes.get(code, "") if next_step is None else next_step
         self.findings = list(findings)
 
     def __str__(self) -> str:
@@ -60,48 +71,58 @@ class RegistryError(Exception):
 
 
 class Refused(RegistryError):
+    codes = codes.REFUSED
     exit_code, status, title, family = 1, 422, "Refused by a check", "refused"
 
 
 class Usage(RegistryError):
+    codes = input_codes.USAGE
     exit_code, status, title, family = 2, 400, "Bad request", "usage"
 
 
 class NotFound(RegistryError):
+    codes = codes.NOT_FOUND
     exit_code, status, title, family = 3, 404, "Not found", "not_found"
 
 
 class Conflict(RegistryError):
+    codes = codes.CONFLICT
     exit_code, status, title, family = 4, 409, "Conflict", "conflict"
 
 
 class Stale(Conflict):
     """A Conflict whose precondition (`If-Match`) no longer holds."""
 
+    codes = codes.STALE
     status, title, family = 412, "Precondition failed", "stale"
 
 
 class NotAllowed(RegistryError):
+    codes = codes.NOT_ALLOWED
     exit_code, status, title, family = 5, 403, "Not allowed", "not_allowed"
 
 
 class Unauthenticated(NotAllowed):
     """A NotAllowed for a missing or invalid token."""
 
+    codes = codes.UNAUTHENTICATED
     status, title, family = 401, "Unauthenticated", "unauthenticated"
 
 
 class Invalid(RegistryError):
+    codes = input_codes.INVALID
     exit_code, status, title, family = 6, 422, "Invalid input", "invalid"
 
 
 class TooLarge(Invalid):
     """An Invalid that was refused by its size, before it was read."""
 
+    codes = codes.TOO_LARGE
     status, title, family = 413, "Too large", "too_large"
 
 
 class Unavailable(RegistryError):
+    codes = codes.UNAVAILABLE
     exit_code, status, title, family = 7, 503, "Unavailable", "unavailable"
     retry_after_s = 5
 
@@ -109,6 +130,7 @@ class Unavailable(RegistryError):
 class TooMany(Unavailable):
     """An Unavailable for this caller only, who sends too many requests at once."""
 
+    codes = codes.TOO_MANY
     status, title, family = 429, "Too many requests", "too_many"
     retry_after_s = 1
 
