@@ -108,7 +108,6 @@ def _refuse_adapter_beside(directory: Path) -> None:
             "two_checkpoints",
             f"{directory.name} has an adapter beside its model, which transformers would apply to it ({ADAPTER_FILE}).",
             subject=ADAPTER_FILE,
-            next_step="Remove the one that you do not want.",
         )
 
 
