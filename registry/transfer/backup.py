@@ -7,7 +7,7 @@ way back the rows come last.
 
 import gzip
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,7 +15,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
-from typing import Protocol
+from typing import IO, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import false, select
@@ -196,27 +196,34 @@ class _Copy:
             self._target.delete(sha256)  # a store leaves a blob of the right size as it is
         with NamedTemporaryFile(dir=self._scratch, delete=False) as file:
             path = Path(file.name)
-            trouble = _trouble(self._source, sha256, file.write)
+            trouble = _trouble(self._source, sha256, file)
         if not trouble:
             self._target.put(sha256, path, move=True)
         path.unlink(missing_ok=True)
         return not trouble, trouble
 
 
-def _trouble(store: BlobStore, sha256: Digest, write: Callable[[bytes], object] | None) -> str:
-    """Reads a blob, into `write` if given, and returns what is wrong with it; empty if nothing is."""
-    digest = hashlib.sha256()
-    try:
-        with store.open(sha256) as reader:
-            for block in _blocks(reader):
-                digest.update(block)
-                if write is not None:
-                    write(block)
-    except NotFound:
-        return "missing"
-    except _Unreadable as error:
-        return str(error)
-    return "" if digest.hexdigest() == sha256 else "damaged"
+def _trouble(store: BlobStore, sha256: Digest, copy: IO[bytes] | None) -> str:
+    """Reads a blob, into `copy` if given, and returns what is wrong with it; empty if nothing is. Reads a damaged one
+    again: one wrong read may be the network's or the memory's fault."""
+    for _ in range(2):
+        digest = hashlib.sha256()
+        if copy is not None:
+            copy.seek(0)
+            copy.truncate()
+        try:
+            with store.open(sha256) as reader:
+                for block in _blocks(reader):
+                    digest.update(block)
+                    if copy is not None:
+                        copy.write(block)
+        except NotFound:
+            return "missing"
+        except _Unreadable as error:
+            return str(error)
+        if digest.hexdigest() == sha256:
+            return ""
+    return "damaged"
 
 
 class _Unreadable(Exception):

@@ -32,6 +32,7 @@ from registry.storage.local import write_hashed
 from registry.transfer import publishing, uploads
 from registry.transfer.publishing import Push
 from registry.transfer.resources import Resources
+from registry.transfer.verified import read_verified
 
 MAX_LINE_BYTES = 1 << 20
 """Maximum length of a line without the content of its file."""
@@ -187,7 +188,7 @@ def _stated_base(resources: Resources, files: list[ManifestFile]) -> str | None:
             document = read_json(Path(directory) / CONFIG_FILE, "missing_config", "Save the adapter again with PEFT.")
         stated.append(document.get("base_model_name_or_path"))
     if card := by_path.get(CARD_FILE):
-        content = publishing.read_verified(resources.store, card)
+        content = read_verified(resources.store, card)
         stated.append(card_provenance(content)[0].get("base_model"))
     names = [name for name in stated if isinstance(name, str) and name]
     with resources.read() as session:

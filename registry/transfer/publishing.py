@@ -1,14 +1,12 @@
 """Publishing: verifies the bytes, then writes the rows; for both the API and the worker."""
 
-import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
@@ -47,6 +45,7 @@ from registry.formats.signatures import (
 from registry.storage.blobs import BlobStore
 from registry.transfer import reported
 from registry.transfer.resources import Resources
+from registry.transfer.verified import copy_verified
 
 _BLOCK_BYTES = 1 << 20
 _CARD_BYTES = 1_000_000
@@ -209,7 +208,7 @@ def materialise(store: BlobStore, files: Sequence[ManifestFile], directory: Path
             continue
         staging = target.with_name(f".{target.name}.partial")
         with staging.open("wb") as copy:
-            _copy_verified(store, file, copy)
+            copy_verified(store, file, copy)
         staging.replace(target)
 
 
@@ -220,13 +219,6 @@ def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
         ManifestFile(file.path, file.size_bytes, Digest(file.sha256))
         for file in releases.files_of(session, release)[release.revision_id]
     ]
-
-
-def read_verified(store: BlobStore, file: ManifestFile) -> bytes:
-    """A small file of a release. Raises Unavailable if its bytes are not those of its digest, also when read again."""
-    content = io.BytesIO()
-    _copy_verified(store, file, content)
-    return content.getvalue()
 
 
 def _look_again(resources: Resources, files: Sequence[ManifestFile], look: Callable[[], T]) -> T:
@@ -242,7 +234,7 @@ def _look_again(resources: Resources, files: Sequence[ManifestFile], look: Calla
             read_bytes += file.size_bytes
             if read_bytes > _VERIFIED_BYTES:  # the second look must do
                 break
-            _copy_verified(resources.store, file, None)
+            copy_verified(resources.store, file, None)
         return look()
 
 
@@ -304,17 +296,24 @@ def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _I
 
 
 def misfit(resources: Resources, name: str, files: Sequence[ManifestFile], architecture: Architecture) -> str:
-    """Why a stored adapter does not fit the architecture; empty if it does. Reads only headers."""
-    with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
-        wanted = [file for file in files if file.path in (CONFIG_FILE, WEIGHTS_FILE)]
-        _materialise_headers(resources, wanted, Path(directory))
-        try:
-            refuse_errors(inspect(Path(directory), architecture).findings, name)
-        except ComposerError as error:
-            return error.message
-        except RegistryError as error:
-            return error.detail
+    """Why a stored adapter does not fit the architecture; empty if it does. Reads only headers, and verifies them
+    before it says so. Raises Unavailable if the store gives other bytes than it got."""
+    wanted = [file for file in files if file.path in (CONFIG_FILE, WEIGHTS_FILE)]
+    try:
+        _look_again(resources, wanted, lambda: _refuse_misfit(resources, name, wanted, architecture))
+    except Unavailable:
+        raise
+    except ComposerError as error:
+        return error.message
+    except RegistryError as error:
+        return error.detail
     return ""
+
+
+def _refuse_misfit(resources: Resources, name: str, files: Sequence[ManifestFile], architecture: Architecture) -> None:
+    with TemporaryDirectory(dir=resources.work_directory, prefix="inspect-") as directory:
+        _materialise_headers(resources, files, Path(directory))
+        refuse_errors(inspect(Path(directory), architecture).findings, name)
 
 
 def _inspect_adapter(directory: Path, architecture: Architecture, subject: str, card: bytes) -> _Inspected:
@@ -425,26 +424,3 @@ def inspect_model(directory: Path, architecture: Architecture) -> dict[str, Any]
         "size_bytes": sum(sizes),
         "dtype": ",".join(dtypes),
     }
-
-
-def _copy_verified(store: BlobStore, file: ManifestFile, copy: IO[bytes] | None) -> None:
-    """Reads the file, twice if need be: one wrong read may be the network's or the memory's fault. With None only
-    verifies it."""
-    for _ in range(2):
-        digest = hashlib.sha256()
-        if copy is not None:
-            copy.seek(0)
-            copy.truncate()
-        with store.open(file.sha256) as source:
-            while block := source.read(_BLOCK_BYTES):
-                digest.update(block)
-                if copy is not None:
-                    copy.write(block)
-        if digest.hexdigest() == file.sha256:
-            return
-    raise Unavailable(
-        "blob_corrupt",
-        f"The stored bytes of {file.path} are damaged ({file.sha256[:12]}).",
-        subject=file.path,
-        next_step="Ask the registry's operators to run `adaptory fsck --full --discard`; then push the file again.",
-    )

@@ -14,6 +14,10 @@ from composer.formats.checkpoints.reported import (
 )
 from registry.formats.manifest import ManifestFile
 from registry.transfer.resources import Resources
+from registry.transfer.verified import read_verified
+
+_VERIFIED_BYTES = 16 << 20
+"""How long a card may be to be read as a whole, which is what its digest is of."""
 
 
 def read(resources: Resources, files: Sequence[ManifestFile]) -> tuple[list[ReportedScore], list[Finding]]:
@@ -25,14 +29,17 @@ def read(resources: Resources, files: Sequence[ManifestFile]) -> tuple[list[Repo
         if file.size_bytes > MAX_FILE_BYTES:
             doubts.append(doubt(file.path, f"{file.path} is not read: it has more than {MAX_FILE_BYTES:,} bytes."))
             continue
-        contents[file.path] = _first_bytes(resources, file)
+        contents[file.path] = read_verified(resources.store, file)
     for file in files:
         if file.path == CARD_FILE:  # a card of any length: its front matter must end within the bound
-            contents[file.path] = _first_bytes(resources, file)
+            contents[file.path] = _card(resources, file)
     scores, unusable = reported_scores(contents)
     return scores, [*doubts, *unusable]
 
 
-def _first_bytes(resources: Resources, file: ManifestFile) -> bytes:
-    with resources.store.open(file.sha256, 0, min(file.size_bytes, 2 * MAX_FILE_BYTES)) as source:
+def _card(resources: Resources, file: ManifestFile) -> bytes:
+    """The card, or the beginning of one that is too long to be verified."""
+    if file.size_bytes <= _VERIFIED_BYTES:
+        return read_verified(resources.store, file)
+    with resources.store.open(file.sha256, 0, 2 * MAX_FILE_BYTES) as source:
         return source.read()

@@ -13,9 +13,11 @@ from registry.domain.access.audit import Actor
 from registry.domain.catalog import suites
 from registry.domain.catalog.suites import Measurement
 from registry.errors import Invalid, Unavailable
+from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
 from registry.transfer import uploads
 from registry.transfer.resources import Resources
+from registry.transfer.verified import read_verified
 
 Row = Mapping[str, Any]
 """An example's `nats`, `tokens`, `score` and, unless teacher-forced, `answer` and `cut`. A harness gives no `nats`."""
@@ -62,8 +64,7 @@ def load(resources: Resources, digest: str) -> bytes:
             next_step="Restore the blob from a backup, or run `adaptory eval` again.",
         )
     uploads.refuse_damaged(stat, size_bytes, "the results")
-    with resources.store.open(stat.sha256) as reader:
-        return reader.read()
+    return read_verified(resources.store, ManifestFile("the results", stat.size_bytes, stat.sha256))
 
 
 def _stored(resources: Resources, actor: Actor, namespace: str, content: bytes) -> Digest:

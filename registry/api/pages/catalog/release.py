@@ -33,9 +33,11 @@ from registry.domain.catalog import lineage, releases, suites
 from registry.domain.catalog.lineage import Descendant
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves, resolve
+from registry.formats.manifest import ManifestFile
 from registry.formats.references import RepositoryName, is_version, parse_reference, parse_version
 from registry.storage.blobs import BlobStore
 from registry.transfer.resources import Resources
+from registry.transfer.verified import read_verified
 
 router = APIRouter(route_class=PageRoute)
 
@@ -204,5 +206,5 @@ def _card_file(release: Json) -> Json | None:
 
 
 def _text(store: BlobStore, file: Json) -> str:
-    with store.open(file["sha256"], 0, file["size_bytes"]) as reader:
-        return reader.read(file["size_bytes"]).decode(errors="replace")
+    card_file = ManifestFile(file["path"], file["size_bytes"], file["sha256"])
+    return read_verified(store, card_file).decode(errors="replace")
