@@ -33,6 +33,14 @@ class BaseCache:
                 os.utime(entry)
             return entry in self._used
 
+    def discard(self, entry: Path) -> None:
+        """Stops using an entry, and removes it unless another process uses it. Does nothing for other directories."""
+        with self._lock:
+            handle = self._used.pop(entry, None)
+        if handle is not None:
+            os.close(handle)
+            remove_unused(entry)
+
     def release(self) -> None:
         """Stops using all entries."""
         with self._lock:

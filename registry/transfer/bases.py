@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from composer.errors import Mismatch
 from composer.formats.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from composer.formats.checkpoints.hashing import verify_checkpoint
 from registry.errors import Invalid, NotFound, Unavailable
 from registry.formats.s3_address import SCHEME, parse_s3_address
 from registry.hub_client import bases as hub_bases
@@ -57,6 +59,21 @@ class Bases:
                 "a cluster name the bases in their directories with --resources.",
             )
         return open_checkpoint(directory)
+
+    def open_verified(
+        self, digest: str, locations: Sequence[str], size_bytes: int, check: Callable[[int], None] = lambda _done: None
+    ) -> Checkpoint:
+        """The checkpoint that `open` finds, with its weights verified: the files at a location may have changed. What
+        differs is read again, and downloaded again if it is a copy of what is in a bucket: one wrong read may be the
+        network's or the memory's fault. Raises Mismatch with `base_changed`, and what `open` raises."""
+        checkpoint = self.open(digest, locations, size_bytes, lambda: check(0))
+        try:
+            verify_checkpoint(checkpoint, digest, check)
+        except Mismatch:
+            self._cache.discard(checkpoint.path)
+            checkpoint = self.open(digest, locations, size_bytes, lambda: check(0))
+            verify_checkpoint(checkpoint, digest, check)
+        return checkpoint
 
     def release(self) -> None:
         """Stops using the bases that were found."""

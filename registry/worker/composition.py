@@ -10,7 +10,6 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint
-from composer.formats.checkpoints.hashing import verify_checkpoint
 from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import AnySettings, parse_settings
 from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
@@ -155,9 +154,7 @@ class CompositionRun:
 def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_bytes: int) -> Checkpoint:
     """A base's checkpoint on this host, downloaded if a location is on a hub. Verifies its weights: the files at a
     location may have changed."""
-    checkpoint = held.engine.bases.open(digest, locations, size_bytes, held.check)
-    verify_checkpoint(checkpoint, digest, held.check)
-    return checkpoint
+    return held.engine.bases.open_verified(digest, locations, size_bytes, held.check)
 
 
 def fetch_adapter(store: BlobStore, files: Sequence[ManifestFile], directory: Path) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.checkpoints.checkpoint import Checkpoint
-from composer.formats.checkpoints.hashing import verify_checkpoint
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.units import Node
 from registry.worker.node_files import Row
@@ -60,12 +59,8 @@ def base_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkp
     """The base's checkpoint on this host, with its weights verified once by this process: the files at a location may
     have changed. Raises NotFound with `base_not_here`, and Mismatch with `base_changed`."""
 
-    def verified() -> Checkpoint:
-        checkpoint = opened_checkpoint(node, digest, hints)
-        verify_checkpoint(checkpoint, digest)
-        return checkpoint
-
-    return node.kept("base", digest, verified)
+    size_bytes = int(hints["size_bytes"])
+    return node.kept("base", digest, lambda: node.bases.open_verified(digest, hints["locations"], size_bytes))
 
 
 def opened_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkpoint:

@@ -32,6 +32,7 @@ from registry.worker.steps import KINDS
 from tests.composer.small_model import save_llama
 from tests.s3_server import BUCKET, S3Server
 from tests.scenarios.test_crashes import LATER, Killed, resources_of
+from tests.scenarios.test_evaluations import write_suite
 from tests.scenarios.test_roles_of_a_composition import asking
 from tests.scenarios.traces import api_of, home_of, traces
 from tests.scenarios.world import Cli, World
@@ -370,3 +371,15 @@ def test_only_what_lies_right_below_the_prefix_is_read(site: Site, world: World)
     assert site.job["state"] == "done"
     paths = {row["path"] for row in site.cli.json("show", "acme/merged:1.0.0")["files"]}
     assert paths == {path.name for path in world.base.iterdir()} | {"adaptory.json"}
+
+
+def test_a_copy_of_a_base_that_was_downloaded_wrongly_is_downloaded_again(site: Site, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        site.cli.ok("suite", "add", write_suite(tmp_path, name))
+    site.cli.ok("eval", "acme/sql:1.0.0", "--suite", "one", "--queue")
+    copy, *_ = sorted((home_of(site.cli) / "cache" / "bases").rglob("model-*.safetensors"))
+    content = bytearray(right := copy.read_bytes())
+    content[-1] ^= 1
+    copy.write_bytes(content)
+    site.cli.ok("eval", "acme/sql:1.0.0", "--suite", "other", "--queue")
+    assert copy.read_bytes() == right
