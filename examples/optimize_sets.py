@@ -29,9 +29,8 @@ from composer.conflicts.evidence.outcome import Effect, effect_of
 from composer.evaluation.model import LoadedModel, load_model
 from composer.optimize.candidates import Candidate
 from composer.optimize.combiner import Combiner
-from composer.optimize.journal import Journal
 from composer.optimize.objective import kept_share
-from composer.optimize.optimize import optimize
+from composer.optimize.optimize import Journal, optimize
 from composer.optimize.problem import Member, Problem
 from composer.optimize.report import OptimizeReport, headline
 

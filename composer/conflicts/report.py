@@ -278,11 +278,7 @@ def _advice(
 def _check_names(names: Sequence[str], weights: int) -> None:
     if not names or len(set(names)) < len(names) or len(names) != weights:
         message = f"A conflict check needs adapters with different names and one weight each, not {names}."
-        raise Mismatch(
-            "conflict_members",
-            message,
-            subject="adapters",
-        )
+        raise Mismatch("conflict_members", message, subject="adapters")
 
 
 def _of_evidence(evidence: ProbeResult | Activations | None, policy: Policy, pair: Outcome | None = None) -> Verdict:

@@ -80,9 +80,7 @@ def _in_memory(module: nn.Module, name: str, path: str) -> nn.Parameter | None:
     old = module._parameters.get(name)
     if old is not None and old.is_meta:
         raise NotSupported(
-            "streamed",
-            f"{path}'s {name} is changed as a whole, and the base does not fit in memory.",
-            subject=path,
+            "streamed", f"{path}'s {name} is changed as a whole, and the base does not fit in memory.", subject=path
         )
     return old
 
@@ -165,11 +163,7 @@ def _refuse_unlike(module: nn.Module, path: str, layout: Layout, shape: tuple[in
     weight = module._parameters.get("weight")
     if not known or weight is None:
         actual = type(module).__name__
-        raise NotSupported(
-            "module_class",
-            f"{path} is a {actual}: a {layout} delta can't be applied.",
-            subject=path,
-        )
+        raise NotSupported("module_class", f"{path} is a {actual}: a {layout} delta can't be applied.", subject=path)
     stored = shape if layout is Layout.LINEAR else shape[::-1]
     if tuple(weight.shape) != stored:
         message = f"The delta of {path} is for a weight of shape {stored}, the model's is {tuple(weight.shape)}."

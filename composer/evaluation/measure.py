@@ -62,9 +62,7 @@ def encode(loaded: LoadedModel, example: Example, chat: bool, ends: bool = True)
     scored = [*completion, _eos(loaded)] if ends else completion
     if not scored:
         raise Mismatch(
-            "empty_completion",
-            f"The completion {example.completion[:60]!r} has no tokens.",
-            subject="tokenizer",
+            "empty_completion", f"The completion {example.completion[:60]!r} has no tokens.", subject="tokenizer"
         )
     ids = (*prompt, *scored)
     refuse_beyond_context(loaded, len(ids), example.prompt)
@@ -85,11 +83,7 @@ def refuse_beyond_context(loaded: LoadedModel, tokens: int, prompt: str) -> None
 def _eos(loaded: LoadedModel) -> int:
     eos: int | None = loaded.tokenizer.eos_token_id
     if eos is None:
-        raise Mismatch(
-            "no_eos",
-            "The base's tokenizer has no end-of-sequence token.",
-            subject="tokenizer",
-        )
+        raise Mismatch("no_eos", "The base's tokenizer has no end-of-sequence token.", subject="tokenizer")
     return eos
 
 

@@ -91,9 +91,7 @@ def load_model(
         raise  # the first two are not the checkpoint's fault
     except Exception as error:  # tokenizers raises a plain Exception for a damaged file
         raise InvalidFile(
-            "model_not_loadable",
-            f"{directory}: transformers cannot load it: {error}",
-            subject=str(directory),
+            "model_not_loadable", f"{directory}: transformers cannot load it: {error}", subject=str(directory)
         ) from error
     return LoadedModel(
         model.eval() if streamed else model.eval().to(chosen), with_budget(tokenizer), checkpoint.architecture, streamed

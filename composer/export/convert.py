@@ -30,7 +30,7 @@ from composer.formats.adapters.placement.naming import (
 from composer.formats.adapters.placement.result import CONV1D_MODELS, shape_text
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.hashing import hash_file
-from composer.methods.tied import pair_for_head
+from composer.methods.structural import pair_for_head
 
 _OF_THE_START = {"loftq_config", "corda_config", "lora_ga_config"}
 

@@ -32,7 +32,7 @@ from composer.formats.checkpoints.staging import refuse_existing
 from composer.formats.checkpoints.tying import head_tensors
 from composer.methods.matrix import Matrix
 from composer.methods.spectral import Compression, compress_dense, total_loss
-from composer.methods.tied import pair_for_head
+from composer.methods.structural import pair_for_head
 
 USUAL_RANK = 32
 """The rank if neither a rank nor a share of the energy is given."""

@@ -25,8 +25,7 @@ from composer.formats.checkpoints.hashing import Identity, refuse_changed
 from composer.formats.checkpoints.header import FLOAT_DTYPES
 from composer.formats.checkpoints.staging import NOTE_FILE, staged_directory, write_json
 from composer.methods.join import stack_factors
-from composer.methods.structural import is_tied_duplicate
-from composer.methods.tied import on_own_head, pair_for_head
+from composer.methods.structural import is_tied_duplicate, on_own_head, pair_for_head
 
 _SPARE_BYTES = 1 << 20
 _OS_ERROR = re.compile(r"os error ([0-9]{1,4})")
@@ -61,10 +60,7 @@ def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftAdapter
     if one_rank and len({one.rank for one in pairs}) > 1:
         pairs = wrapped(slots, max(one.rank for one in pairs))
     if not pairs:
-        raise NotSupported(
-            "no_pairs",
-            "There is no low-rank pair to write, and an adapter can hold nothing else.",
-        )
+        raise NotSupported("no_pairs", "There is no low-rank pair to write, and an adapter can hold nothing else.")
     full = [delta for delta in deltas if isinstance(delta, Replacement)]
     return PeftAdapter(pairs, full, any(map(is_tied_duplicate, slots)))
 

@@ -90,9 +90,7 @@ def plan_rebuild(merged: Path, checkpoint: Checkpoint, adapters: Sequence[Path])
     for path, digest in digests.items():
         if digest not in {one.digest for one in parsed.adapters}:
             raise Mismatch(
-                "other_adapter",
-                f"{path.name} ({digest[:12]}) is not one of the merged adapters.",
-                subject=path.name,
+                "other_adapter", f"{path.name} ({digest[:12]}) is not one of the merged adapters.", subject=path.name
             )
     return plan_merge(
         checkpoint,

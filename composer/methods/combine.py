@@ -37,8 +37,7 @@ from composer.methods.pipeline import Selections, SlotDelta, WeightSlot, combine
 from composer.methods.protect import TOGETHER, drop_pages_of, project_out_protected
 from composer.methods.regmean import Fit, FitReport, Observe, fit
 from composer.methods.spectral import Compression, decomposing
-from composer.methods.structural import is_tied_duplicate, resolve_tied, structural
-from composer.methods.tied import for_head, heads_alike, on_own_head
+from composer.methods.structural import for_head, heads_alike, is_tied_duplicate, on_own_head, resolve_tied, structural
 
 Result = tuple[list[Additive], Compression | None]
 
@@ -87,11 +86,7 @@ def combine_parsed(
     """
     given = weights_of(weights)
     if len(adapters) != len(given) or not adapters:
-        raise Mismatch(
-            "weights",
-            f"There are {len(adapters)} adapters but {len(given)} weights.",
-            subject="weights",
-        )
+        raise Mismatch("weights", f"There are {len(adapters)} adapters but {len(given)} weights.", subject="weights")
     loaded = participating(adapters, given, settings)
     tied = resolve_tied(loaded, settings)
     settings = settings.with_tied(tied)

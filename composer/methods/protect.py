@@ -22,7 +22,7 @@ from composer.formats.recipes.methods import Combined, MethodSettings
 from composer.formats.recipes.weights import Weight
 from composer.methods.basis import factored, norm_of
 from composer.methods.spectral import decomposing
-from composer.methods.tied import on_own_head
+from composer.methods.structural import on_own_head
 
 TOGETHER = 16  # slots whose results are in memory at once
 _At = tuple[int, int]  # adapter, index of the delta in it

@@ -4,15 +4,26 @@ The objective, the race and the candidates were chosen by what they kept on unse
 (docs/how-to/find-a-combination.md).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
 
-from composer.conflicts.evidence.bench import Bench, Elsewhere, Probed, Record, References, Results, Runner, not_run
+from composer.conflicts.evidence.bench import (
+    Bench,
+    Elsewhere,
+    Key,
+    Probed,
+    Record,
+    References,
+    Results,
+    Runner,
+    not_run,
+)
 from composer.conflicts.evidence.outcome import Outcome
 from composer.errors import Mismatch, NotSupported
+from composer.evaluation.journal import JournalFile
 from composer.evaluation.measure import Measured
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Example
@@ -20,13 +31,31 @@ from composer.formats.recipes.weights import Weight
 from composer.optimize.candidates import Candidate, fitted, full_space, low_rank, weighted_sum
 from composer.optimize.combiner import Combiner, FitOn
 from composer.optimize.evolution import Evolution
-from composer.optimize.examples import Split
-from composer.optimize.journal import Journal
-from composer.optimize.objective import LEAST_GAIN, Standing, best_first, simplest_of_the_best
-from composer.optimize.problem import Problem
-from composer.optimize.race import race
+from composer.optimize.objective import LEAST_GAIN, Standing, best_first, race, simplest_of_the_best
+from composer.optimize.problem import Problem, Split
 from composer.optimize.report import Confirmed, OptimizeReport, Tried, choose
 from composer.optimize.surface import Point, proposed
+
+
+# The journal of a search, from which a run resumes.
+class Journal(Record):
+    """What was measured: a row for each pass over a batch. The pass of a torn row is run again as it was: in another
+    batch the last bits would differ. Measurements of another problem, such as one with an older suite, are discarded.
+    """
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__()
+        self._file = JournalFile(path, {"problem": problem})
+        for row in self._file.rows:
+            for who, suite, example, nats, tokens, exact in row:
+                self.known[who, suite, example] = Measured(nats, tokens, exact)
+
+    def add(self, measured: Iterable[tuple[Key, Measured]]) -> None:
+        """Records the results of a pass, in the file before the call returns."""
+        rows = dict(measured)
+        super().add(rows.items())
+        self._file.append([[*key, one.nats, one.tokens, one.exact] for key, one in rows.items()])
+
 
 _BEST = 3
 _GUARDS_FROM = 4

@@ -10,12 +10,49 @@ from composer.conflicts.evidence.outcome import Limits
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
 from composer.evaluation.model import LoadedModel
+from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.policy import THRESHOLDS, Policy
 from composer.formats.recipes.recipe import CONFIRM, SEARCH, Optimize
-from composer.formats.recipes.suite import Contradiction, Suite, contradicting_suites
+from composer.formats.recipes.suite import Contradiction, Example, Suite, contradicting_suites
 from composer.formats.recipes.weights import Weight
 from composer.optimize.evolution import require_cmaes
-from composer.optimize.examples import Split, splits
+
+
+# Which examples of a suite a search may see, and which the best are confirmed on.
+#
+# No example is in both. Gates are judged on all that the search did not see: confirmation only chooses among the best.
+@dataclass(frozen=True)
+class Split:
+    """The first examples of the suite's fixed random order are for the search, later ones for the confirmation."""
+
+    suite: Suite
+    search: tuple[Example, ...]
+    confirm: tuple[Example, ...]
+
+    def part(self, examples: Sequence[Example]) -> Suite:
+        """A suite of some of the examples, for a fit."""
+        return Suite(**{**self.suite.content, "examples": tuple(examples)})  # pyright: ignore[reportArgumentType]
+
+    def to_json(self) -> dict[str, object]:
+        """The digests of the search examples, in the form of a lock's calibration sets."""
+        return CalibrationSet(self.suite, len(self.search)).to_json()
+
+
+def splits(members: Sequence[Suite], guards: Sequence[Suite], search: int, confirm: int) -> dict[str, Split]:
+    """A split of each suite by digest. The members' have equally many search examples, at most half of the smallest
+    one; a smaller guard has fewer. Raises Mismatch for a member's suite of fewer than two examples."""
+    for suite in members:
+        if len(suite.examples) < 2:
+            message = f"{suite.name} has only {len(suite.examples)} example: a search needs some to see and others."
+            raise Mismatch("suite_too_small", message, subject=suite.name, next_step="Add examples to the suite.")
+    searched = min(search, *(len(suite.examples) // 2 for suite in members))
+    seen = {suite.digest: suite.sample(min(searched, len(suite.examples) // 2)) for suite in (*members, *guards)}
+    anywhere = frozenset(one for examples in seen.values() for one in examples)
+    return {
+        suite.digest: Split(suite, seen[suite.digest], suite.sample(confirm, without=anywhere))
+        for suite in (*members, *guards)
+    }
+
 
 _OF_THE_RESULT = ("rank", "energy", "tied")
 

@@ -56,10 +56,10 @@ HUB: tuple[str, ...] = ("oauth", "xet", "files", "push", "models")
 """Modules of the hub API, which only servers have. They come late: their paths begin with a namespace, or with /api."""
 PAGES: tuple[str, ...] = (
     "catalog.search", "html.assets",
-    *(f"accounts.{module}" for module in ("login", "provider", "account", "members", "audit")),
-    *("catalog.bases", "catalog.errors"),
+    *(f"accounts.{module}" for module in ("login", "provider", "account")),
+    "catalog.bases",
     *(f"jobs.{module}" for module in ("conflicts", "compose", "jobs")),
-    *(f"channels.{module}" for module in ("moving", "waiting", "policy_form", "withdrawing", "channel")),
+    *(f"channels.{module}" for module in ("moving", "waiting", "policy", "withdrawing", "channel")),
     *("catalog.compare", "channels.history", "catalog.release", "catalog.repository"),
 )  # fmt: skip
 """Modules of the pages, which only servers have. They come last, since they answer every path of one to three parts.

@@ -79,10 +79,7 @@ class Api:
         with _translate_transport_errors(put["url"]):
             response = self._http.put(put["url"], content=content, headers=put["headers"])
         if 400 <= response.status_code < 500 and not _is_problem(response):
-            raise Conflict(
-                "store_refused",
-                f"The blob store answered {response.status_code}: {response.text[:200]}",
-            )
+            raise Conflict("store_refused", f"The blob store answered {response.status_code}: {response.text[:200]}")
         _raise_problem(response)
 
     @contextmanager

@@ -345,10 +345,6 @@ def _alone(staging: Path, target: Path) -> Generator[None]:
             raise BlockingIOError  # the other pull has just finished
         yield
     except BlockingIOError:
-        raise Conflict(
-            "pull_running",
-            f"Another pull is writing {target}.",
-            subject=str(target),
-        ) from None
+        raise Conflict("pull_running", f"Another pull is writing {target}.", subject=str(target)) from None
     finally:
         os.close(handle)

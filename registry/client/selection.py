@@ -161,11 +161,7 @@ def _files_below(directory: Path) -> Iterator[str]:
 def _refuse_idle(include: Sequence[str], there: Sequence[str]) -> None:
     for pattern in include:
         if not any(_matches(path, [pattern]) for path in there):
-            raise Usage(
-                "nothing_included",
-                f"--include {pattern} does not match any file.",
-                subject=pattern,
-            )
+            raise Usage("nothing_included", f"--include {pattern} does not match any file.", subject=pattern)
 
 
 def _refuse_another_kind(directory: Path, there: Sequence[str], kind: str) -> None:

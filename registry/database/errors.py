@@ -33,9 +33,7 @@ def translate_database_errors() -> Generator[None]:
         if table is None:
             raise
         raise Conflict(
-            "raced",
-            f"Another request has just added the same row to {table.replace('_', ' ')}.",
-            subject=table,
+            "raced", f"Another request has just added the same row to {table.replace('_', ' ')}.", subject=table
         ) from error
     except DataError as error:
         raise Invalid(
@@ -45,8 +43,7 @@ def translate_database_errors() -> Generator[None]:
         ) from error
     except PoolTimeout as error:
         raise Unavailable(
-            "database_busy",
-            "All of this process's database connections are in use (ADAPTORY_DATABASE_POOL_SIZE).",
+            "database_busy", "All of this process's database connections are in use (ADAPTORY_DATABASE_POOL_SIZE)."
         ) from error
     except InvalidRequestError as error:
         if error.args[:1] != (_DROPPED_AGAIN,):

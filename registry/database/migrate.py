@@ -65,10 +65,7 @@ def ensure_schema(database: Database, *, create: bool, newer: bool = False) -> N
     if revision is None and create:
         migrate(database)
     elif revision is None or revision < head:
-        raise Unavailable(
-            "schema_old",
-            f"The database is at schema {revision or 'none'}, this version needs {head}.",
-        )
+        raise Unavailable("schema_old", f"The database is at schema {revision or 'none'}, this version needs {head}.")
     elif newer and revision > head and works_with(database, head):
         return
     _refuse_newer(revision)
@@ -140,7 +137,4 @@ def works_with(database: Database, code: str) -> bool:
 
 def _refuse_newer(revision: str | None) -> None:
     if revision is not None and revision > (head := head_revision()):
-        raise Unavailable(
-            "schema_new",
-            f"The database is at schema {revision}, newer than {head}.",
-        )
+        raise Unavailable("schema_new", f"The database is at schema {revision}, newer than {head}.")

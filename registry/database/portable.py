@@ -137,11 +137,7 @@ def load(session: Session, lines: Iterable[bytes], leave_out: Collection[str] = 
         if name in leave_out:
             continue
         if name not in known or not {one for one, _ in columns} <= known[name]:
-            raise Invalid(
-                "backup_damaged",
-                f"The rows of {name} do not fit the schema of the backup.",
-                subject=name,
-            )
+            raise Invalid("backup_damaged", f"The rows of {name} do not fit the schema of the backup.", subject=name)
         counts[name] = loader(session, name, columns, (row for _, row in rows))
     return counts
 

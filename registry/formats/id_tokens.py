@@ -126,10 +126,7 @@ def check(token: IdToken, audience: str, now: datetime) -> datetime:
     expires, issued = _moment(token.claims, "exp"), _moment(token.claims, "iat")
     starts = _moment(token.claims, "nbf") if "nbf" in token.claims else issued
     if now >= expires + LEEWAY:
-        raise Unauthenticated(
-            "id_token_expired",
-            f"The ID token expired at {expires:%Y-%m-%d %H:%M:%S} UTC.",
-        )
+        raise Unauthenticated("id_token_expired", f"The ID token expired at {expires:%Y-%m-%d %H:%M:%S} UTC.")
     if now < max(issued, starts) - LEEWAY:
         raise invalid("it is not valid yet: compare the clocks of the issuer and of this server")
     if expires > now + MAX_AHEAD:

@@ -52,11 +52,7 @@ def check_path(path: str) -> str:
         or any(len(part.encode()) > MAX_PART_BYTES for part in parts)
     )
     if bad:
-        raise Invalid(
-            "bad_path",
-            f"{path[:120]!r} cannot be a file of a release.",
-            subject=path[:120],
-        )
+        raise Invalid("bad_path", f"{path[:120]!r} cannot be a file of a release.", subject=path[:120])
     return path
 
 
@@ -64,11 +60,7 @@ def refuse_hidden(path: str) -> None:
     """Raises Invalid for hidden files, which programs may run wherever they are, but for `.eval_results/*.yaml`, where
     Hugging Face keeps reported scores. Releases from before this check may have some."""
     if not is_results_file(path) and any(_HIDDEN.match(part) for part in path.split("/")):
-        raise Invalid(
-            "hidden_file",
-            f"{path[:120]!r} is hidden or in a hidden directory.",
-            subject=path[:120],
-        )
+        raise Invalid("hidden_file", f"{path[:120]!r} is hidden or in a hidden directory.", subject=path[:120])
 
 
 def refuse_unportable(path: str) -> None:

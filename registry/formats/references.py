@@ -101,11 +101,7 @@ def parse_repository(text: str) -> RepositoryName:
     """Parses `namespace/name`. Raises Usage for anything else."""
     namespace, slash, name = text.partition("/")
     if not slash or "/" in name or namespace in ("", ".", "..", "~"):
-        raise Usage(
-            "bad_repository",
-            f"{text[:80]!r} is not a repository.",
-            subject=text[:80],
-        )
+        raise Usage("bad_repository", f"{text[:80]!r} is not a repository.", subject=text[:80])
     return RepositoryName(parse_name(namespace, "namespace"), parse_name(name, "repository name"))
 
 
@@ -266,11 +262,7 @@ def parse_range(text: str) -> Range:
         alternatives = [_bounds(part) for part in text.split("||")]
         if text.strip() and None not in alternatives:
             return Range(text, tuple(bounds for bounds in alternatives if bounds is not None))
-    raise Usage(
-        "bad_range",
-        f"{text[:80]!r} is neither a version nor a range.",
-        subject=text[:80],
-    )
+    raise Usage("bad_range", f"{text[:80]!r} is neither a version nor a range.", subject=text[:80])
 
 
 def _bounds(text: str) -> tuple[_Bound, ...] | None:
@@ -362,11 +354,7 @@ def parse_reference(text: str) -> Reference:
         return Reference(repository, channel=parse_name(rest, "channel"))
     if match.group() == "#":
         if not _COMMIT.fullmatch(rest):
-            raise Usage(
-                "bad_commit",
-                f"{rest[:80]!r} is not a commit.",
-                subject=text[:160],
-            )
+            raise Usage("bad_commit", f"{rest[:80]!r} is not a commit.", subject=text[:160])
         return Reference(repository, commit=rest)
     if _EXACT.fullmatch(rest):
         return Reference(repository, version=parse_version(rest))
@@ -378,11 +366,7 @@ def single_version(target: str, bump: str | None) -> Reference:
     reference = parse_reference(target)
     if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
         both = f" and --bump {bump} do" if bump else " does"
-        raise Usage(
-            "bad_target",
-            f"{target}{both} not name a single version.",
-            subject=target,
-        )
+        raise Usage("bad_target", f"{target}{both} not name a single version.", subject=target)
     return reference
 
 
@@ -390,9 +374,5 @@ def parse_channel_reference(text: str) -> tuple[RepositoryName, str]:
     """Parses `REPO@CHANNEL`, the argument of rollback, history and gate."""
     reference = parse_reference(text)
     if reference.channel is None:
-        raise Usage(
-            "bad_channel",
-            f"{text[:160]!r} does not name a channel.",
-            subject=text[:160],
-        )
+        raise Usage("bad_channel", f"{text[:160]!r} does not name a channel.", subject=text[:160])
     return reference.repository, reference.channel

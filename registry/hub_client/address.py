@@ -41,8 +41,6 @@ def parse_hub_address(text: str) -> HubAddress:
     match = _ADDRESS.fullmatch(text)
     if match is None or ".." in text or "--" in match.group(1):
         raise Usage(
-            "bad_hub_address",
-            f"{text[:200]!r} does not name a repository of a Hugging Face Hub.",
-            subject=text[:200],
+            "bad_hub_address", f"{text[:200]!r} does not name a repository of a Hugging Face Hub.", subject=text[:200]
         )
     return HubAddress(*match.groups())

@@ -68,11 +68,7 @@ def _of_answer(endpoint: str, what: str, error: Exception, status: int) -> Regis
 
 
 def _unavailable(endpoint: str, what: str, error: BaseException) -> Unavailable:
-    return Unavailable(
-        "hub_unavailable",
-        f"{endpoint} failed at {what}: {_text(error)}",
-        subject=what,
-    )
+    return Unavailable("hub_unavailable", f"{endpoint} failed at {what}: {_text(error)}", subject=what)
 
 
 def _text(error: BaseException) -> str:

@@ -112,9 +112,7 @@ class Hub:
             public = private and not self._api.model_info(address.repository, expand=["private"]).private
         if public:
             raise NotAllowed(
-                "hub_public",
-                f"{address} at {self.endpoint} exists already, and is public.",
-                subject=str(address),
+                "hub_public", f"{address} at {self.endpoint} exists already, and is public.", subject=str(address)
             )
 
     def tagged(self, address: HubAddress) -> Snapshot | None:

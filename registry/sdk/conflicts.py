@@ -52,10 +52,7 @@ class AdapterGroup:
         ]
         digests = {release["base"]["digest"] for release in self.releases if release}
         if len(digests) > 1:
-            raise Usage(
-                "bases_differ",
-                "These adapters were made for different bases.",
-            )
+            raise Usage("bases_differ", "These adapters were made for different bases.")
         self.base: Json | None = None
         if base and Path(base).is_dir():
             self.base_directory = Path(base)
@@ -115,10 +112,7 @@ class AdapterGroup:
 
         k, most = effort
         if not k and (own or guards):
-            raise Usage(
-                "idle_suite",
-                "--suite and --guard have no effect without --probe.",
-            )
+            raise Usage("idle_suite", "--suite and --guard have no effect without --probe.")
         if (k or prompts) and self.base is None and self.base_directory is None:
             raise Usage("base_missing", "This needs the base's weights.")
         return Evidence(

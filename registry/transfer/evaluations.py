@@ -76,11 +76,7 @@ def report(session: Session, actor: Actor, job_id: int) -> Json:
     job = session.get(Job, job_id)
     job = None if job is None or job.kind != evaluations.KIND else job
     if job is None or not (evaluations.is_own(session, actor, job) or administers(actor, job.namespace)):
-        raise NotFound(
-            "evaluation_unknown",
-            f"You have no evaluation {job_id}.",
-            subject=str(job_id),
-        )
+        raise NotFound("evaluation_unknown", f"You have no evaluation {job_id}.", subject=str(job_id))
     return _report(session, job)
 
 

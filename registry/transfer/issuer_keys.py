@@ -108,11 +108,7 @@ def reason(error: Exception) -> str:
 
 def unavailable(issuer: str, why: str) -> Unavailable:
     """The error for an issuer that cannot be asked; `why` is a sentence without its end."""
-    return Unavailable(
-        "issuer_unavailable",
-        f"{why[:1].upper()}{why[1:]}.",
-        subject=issuer,
-    )
+    return Unavailable("issuer_unavailable", f"{why[:1].upper()}{why[1:]}.", subject=issuer)
 
 
 def issuer_client() -> httpx2.Client:

@@ -53,10 +53,7 @@ class TokenExchange:
         """
         resources, audience = self.resources, self.resources.settings.oidc_audience
         if not audience:
-            raise Refused(
-                "exchange_disabled",
-                "This registry exchanges no ID tokens.",
-            )
+            raise Refused("exchange_disabled", "This registry exchanges no ID tokens.")
         actor, job = Actor(ANONYMOUS, resources.clock(), {}, source=source), None
         try:
             assertion = self._verified(text, audience, actor.at)

@@ -90,11 +90,7 @@ def report(session: Session, actor: Actor, job_id: int) -> Json:
     row = evaluations.find(session, job_id) if job is not None and job.kind == evaluations.KIND else None
     may = row is not None and job is not None and evaluations.is_own(session, actor, job)
     if job is None or row is None or row.upgrade is None or not (may or administers(actor, job.namespace)):
-        raise NotFound(
-            "upgrade_unknown",
-            f"You have no upgrade {job_id}.",
-            subject=str(job_id),
-        )
+        raise NotFound("upgrade_unknown", f"You have no upgrade {job_id}.", subject=str(job_id))
     return _report(session, actor, row.upgrade, queue.find(session, job_id), row.results)
 
 
@@ -105,11 +101,7 @@ def _plan(
     otherwise."""
     before, after = bases.find(session, old), bases.find(session, new)
     if before.digest == after.digest:
-        raise Usage(
-            "same_base",
-            f"{old} and {new} are the same base.",
-            subject=new,
-        )
+        raise Usage("same_base", f"{old} and {new} are the same base.", subject=new)
     named = [suites.with_examples(suites.find(session, name, actor)) for name in suite_names]
     for suite in named:
         scorers.refuse_disabled(suite, enabled)

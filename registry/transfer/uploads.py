@@ -90,11 +90,7 @@ def sign_part(resources: Resources, actor: Actor, upload_id: str, number: int, s
     row = _find(resources, actor, upload_id)
     arrivals, arrival = resources.store.arrivals, _arrival(row)
     if arrivals is None or arrival.multipart_id is None or number > len(arrival.part_sizes):
-        raise NotFound(
-            "part_unknown",
-            f"Upload {upload_id} has no part {number:,}.",
-            subject=upload_id,
-        )
+        raise NotFound("part_unknown", f"Upload {upload_id} has no part {number:,}.", subject=upload_id)
     left_s = max(1, int((row.expires_at - actor.at).total_seconds()))
     return arrivals.sign_part(arrival, number, sha256, left_s)
 
@@ -119,10 +115,7 @@ def finish_arrival(
         return file
     if arrivals is None:
         raise Conflict(
-            "upload_incomplete",
-            f"No bytes have arrived for {file.sha256}.",
-            subject=file.sha256,
-            next_step=how_to_send,
+            "upload_incomplete", f"No bytes have arrived for {file.sha256}.", subject=file.sha256, next_step=how_to_send
         )
     stat = arrivals.finish(arrival)
     register_blob(resources, actor, row.namespace, stat)
@@ -138,11 +131,7 @@ def receive_body(
     if row.sha256 != sha256:
         raise _unknown(upload_id)
     if resources.store.arrivals is not None:
-        raise Usage(
-            "sent_directly",
-            "This registry does not receive bytes: send them to its store.",
-            subject=sha256,
-        )
+        raise Usage("sent_directly", "This registry does not receive bytes: send them to its store.", subject=sha256)
     receive_file(resources, actor, row, chunks, size_bytes)
 
 
@@ -159,16 +148,8 @@ def receive_file(resources: Resources, actor: Actor, row: Upload, chunks: Iterab
     """Receives the bytes of an announced upload into a file, checks them, and stores them."""
     sha256 = Digest(row.sha256)
     if size_bytes != row.size_bytes:
-        raise Invalid(
-            "size_differs",
-            f"{row.size_bytes:,} bytes were announced, not {size_bytes:,}.",
-            subject=sha256,
-        )
-    differs = Invalid(
-        "digest_differs",
-        f"The bytes received are not those of {sha256}.",
-        subject=sha256,
-    )
+        raise Invalid("size_differs", f"{row.size_bytes:,} bytes were announced, not {size_bytes:,}.", subject=sha256)
+    differs = Invalid("digest_differs", f"The bytes received are not those of {sha256}.", subject=sha256)
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         path = Path(directory) / "blob"
         received = write_hashed(path, within(chunks, size_bytes, differs), "The upload", sha256)
@@ -239,11 +220,7 @@ def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
         size_bytes = size_of(session, sha256)
     stat = resources.store.stat(sha256) if shown else None
     if stat is None:
-        raise NotFound(
-            "blob_unknown",
-            f"Blob {sha256} does not exist, or you have no access to it.",
-            subject=sha256,
-        )
+        raise NotFound("blob_unknown", f"Blob {sha256} does not exist, or you have no access to it.", subject=sha256)
     refuse_damaged(stat, size_bytes, f"blob {sha256}")
     return stat
 
@@ -300,11 +277,7 @@ def _refuse_leaving(session: Session, digests: Sequence[str]) -> None:
     """Raises Unavailable for blobs that a collection is removing: they must be gone before they can be sent again."""
     leaving = select(Blob.sha256).where(Blob.sha256.in_(digests), Blob.removing_at.is_not(None)).limit(1)
     if (blob := session.scalar(leaving)) is not None:
-        raise Unavailable(
-            "blob_leaving",
-            f"The unused blob {blob} is being removed.",
-            subject=blob,
-        )
+        raise Unavailable("blob_leaving", f"The unused blob {blob} is being removed.", subject=blob)
 
 
 def has_bytes(resources: Resources, file: ManifestFile) -> bool:
@@ -440,11 +413,7 @@ def _find(resources: Resources, actor: Actor, upload_id: str) -> Upload:
 
 
 def _unknown(upload_id: str) -> NotFound:
-    return NotFound(
-        "upload_unknown",
-        f"There is no upload {upload_id[:64]}.",
-        subject=upload_id[:64],
-    )
+    return NotFound("upload_unknown", f"There is no upload {upload_id[:64]}.", subject=upload_id[:64])
 
 
 def check_size(resources: Resources, subject: str, size_bytes: int) -> None:
@@ -452,7 +421,5 @@ def check_size(resources: Resources, subject: str, size_bytes: int) -> None:
     limit = resources.settings.max_file_bytes
     if not 0 <= size_bytes <= limit:
         raise TooLarge(
-            "file_too_large",
-            f"{subject} has {size_bytes:,} bytes; the limit is {limit:,}.",
-            subject=subject,
+            "file_too_large", f"{subject} has {size_bytes:,} bytes; the limit is {limit:,}.", subject=subject
         )

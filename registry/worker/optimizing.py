@@ -26,11 +26,7 @@ def optimize(held: JobRun) -> None:
             compositions.lock_choice(session, work.composition_id, lock, held.resources.clock())
         work = composition_of(held)
     if work.lock.optimized and work.lock.optimized["choice"] is None:
-        raise Refused(
-            "nothing_fits",
-            f"{work.lock.optimized['headline']}.",
-            subject="optimize",
-        )
+        raise Refused("nothing_fits", f"{work.lock.optimized['headline']}.", subject="optimize")
 
 
 def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:

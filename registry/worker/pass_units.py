@@ -18,8 +18,7 @@ from registry.worker.node_models import base_checkpoint, base_hints, loaded_base
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
-    from composer.conflicts.evidence.bench import Pass
-    from composer.conflicts.evidence.passes import PassRunner
+    from composer.conflicts.evidence.bench import Pass, PassRunner
     from composer.conflicts.examine import Evidence
     from composer.deltas.variants.load import LoadedAdapter
     from composer.evaluation.measure import Measured
@@ -150,7 +149,7 @@ def _member(node: Node, content: Row, name: str, hints: Mapping[str, Any], row: 
 def _search(
     node: Node, content: Row, hints: Mapping[str, Any], members: "Sequence[Member]", guards: Sequence[Suite]
 ) -> "PassRunner":
-    from composer.optimize.passes import pass_runner
+    from composer.optimize.combiner import pass_runner
     from composer.optimize.problem import Effort, Problem
 
     return pass_runner(

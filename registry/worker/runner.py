@@ -304,10 +304,7 @@ def _go_on(held: JobRun, job: Job, kind: JobKind) -> None:
     if job.cancel_requested:
         raise JobLost
     if job.attempts > queue.MAX_ATTEMPTS:
-        raise Unavailable(
-            "worker_lost",
-            f"The worker was lost {queue.MAX_ATTEMPTS} times.",
-        )
+        raise Unavailable("worker_lost", f"The worker was lost {queue.MAX_ATTEMPTS} times.")
     for step in job.steps:
         if step["state"] != "done":
             held.start_step(step["name"])

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from composer.conflicts.evidence.bench import Pass
-from composer.conflicts.evidence.passes import PassRunner
+from composer.conflicts.evidence.bench import Pass, PassRunner
 from composer.evaluation.measure import Measured
 
 

@@ -87,11 +87,7 @@ def activations(
     If `chat` is None, each prompt is a user turn if the base has a chat template. Raises Mismatch without prompts.
     """
     if not prompts:
-        raise Mismatch(
-            "no_prompts",
-            "Activations need at least one prompt.",
-            subject="prompts",
-        )
+        raise Mismatch("no_prompts", "Activations need at least one prompt.", subject="prompts")
     as_turn = loaded.tokenizer.chat_template is not None if chat is None else chat
     ids = [tuple(encode_prompt(loaded, prompt, as_turn)) for prompt in prompts]
     examples = [Encoded(one, len(one)) for one in ids]

@@ -14,9 +14,8 @@ from typing import Protocol
 
 import torch
 
-from composer.conflicts.evidence.bench import Bench, Elsewhere, Probed, Runner, not_run, weighted
+from composer.conflicts.evidence.bench import Bench, Elsewhere, PassRunner, Probed, Runner, not_run, weighted
 from composer.conflicts.evidence.outcome import Limits, Outcome
-from composer.conflicts.evidence.passes import PassRunner
 from composer.deltas.delta import Delta
 from composer.deltas.tensors import CPU
 from composer.deltas.variants.load import LoadedAdapter

@@ -1,5 +1,6 @@
 """What scores an answer: one of Adaptory's scorers, or one by entry point that the operator has enabled."""
 
+import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoints, entry_points
@@ -8,9 +9,30 @@ from typing import Any, Protocol
 
 from composer.errors import InvalidFile, NotSupported
 from composer.evaluation.scorers.json_match import JsonMatch
-from composer.evaluation.scorers.match import TextMatch
 from composer.formats.recipes.suite import Example
 from composer.formats.recipes.tasks import JsonSettings, MatchSettings, ScorerChoice
+
+
+# Text that is the same but for its writing.
+@dataclass(frozen=True, slots=True)
+class TextMatch:
+    """1 if answer and completion are the same text after normalization, else 0."""
+
+    settings: MatchSettings
+
+    def __call__(self, answer: str, example: Example) -> float:
+        return float(normalized(answer, self.settings) == normalized(example.completion, self.settings))
+
+
+def normalized(text: str, settings: MatchSettings) -> str:
+    """The text in Unicode's form NFKC, with single spaces; in one case, and without punctuation, unless they count."""
+    text = unicodedata.normalize("NFKC", text)
+    if not settings.case:
+        text = text.casefold()
+    if not settings.punctuation:
+        text = "".join(one for one in text if not unicodedata.category(one).startswith("P"))
+    return " ".join(text.split())
+
 
 GROUP = "adaptory.scorers"
 """The group of entry points: each is called with the suite's settings as keywords, and returns a scorer."""
@@ -76,11 +98,7 @@ def scorer_named(chosen: ScorerChoice, enabled: Collection[str]) -> Scorer:
 
 
 def settings_refused(name: str, why: str) -> InvalidFile:
-    return InvalidFile(
-        "scorer_settings",
-        f"The scorer {name} does not take these settings: {why}",
-        subject=name,
-    )
+    return InvalidFile("scorer_settings", f"The scorer {name} does not take these settings: {why}", subject=name)
 
 
 def installed_scorers(name: str, enabled: Collection[str]) -> EntryPoints:
@@ -137,7 +155,5 @@ def checked_score(
 
 def scorer_failed(name: str, where: str, why: str) -> NotSupported:
     return NotSupported(
-        "scorer_failed",
-        f"The scorer {name} failed{f' on {where}' if where else ''}: {why[:500]}.",
-        subject=name,
+        "scorer_failed", f"The scorer {name} failed{f' on {where}' if where else ''}: {why[:500]}.", subject=name
     )

@@ -112,11 +112,7 @@ def read_adapter(path: Path) -> Adapter:
         raise missing_weights(path, WEIGHTS_FILE)
     config = parse_config(read_bytes(contained(path, CONFIG_FILE), CONFIG_BYTES))
     if not header.tensors:
-        raise InvalidFile(
-            "empty_adapter",
-            f"{WEIGHTS_FILE} has no tensors.",
-            subject=WEIGHTS_FILE,
-        )
+        raise InvalidFile("empty_adapter", f"{WEIGHTS_FILE} has no tensors.", subject=WEIGHTS_FILE)
     for name, entry in header.tensors.items():
         if config.peft_type == "LORA" and split_key(name).part in FACTOR_PARTS and _is_ungathered(entry):
             message = f"{name} has the shape {list(entry.shape)}: it is a shard that was saved without gathering."

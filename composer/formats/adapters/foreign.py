@@ -240,11 +240,7 @@ def _refuse_listed(names: list[str], subject: str, what: str) -> None:
     if names:
         listed = ", ".join(repr(name[:200]) for name in names[:10])
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        raise InvalidFile(
-            "unknown_keys",
-            f"{subject} has {what}: {listed}{more}.",
-            subject=names[0][:200],
-        )
+        raise InvalidFile("unknown_keys", f"{subject} has {what}: {listed}{more}.", subject=names[0][:200])
 
 
 # The parts whose first side is the rank; a LoKr with two full sides has none of them, and no rank.

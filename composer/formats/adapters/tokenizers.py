@@ -133,11 +133,7 @@ def _common_template(tokenizers: Sequence[Tokenizer]) -> Tokenizer | None:
 
 def _differ(one: Tokenizer, other: Tokenizer, what: str) -> Mismatch:
     names = f"{one.name} and {other.name}"
-    return Mismatch(
-        "tokenizers_differ",
-        f"{names} were trained with {what}, and one model has one.",
-        subject=names,
-    )
+    return Mismatch("tokenizers_differ", f"{names} were trained with {what}, and one model has one.", subject=names)
 
 
 def _tokens(content: Mapping[str, Any]) -> dict[str, int] | None:

@@ -250,11 +250,7 @@ def read_json(path: Path, code: str, next_step: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         value, wanted = None, f"JSON: {error}"
     if not isinstance(value, dict):
-        raise InvalidFile(
-            "bad_json",
-            f"{path.name} is not {wanted}.",
-            subject=path.name,
-        )
+        raise InvalidFile("bad_json", f"{path.name} is not {wanted}.", subject=path.name)
     return cast(dict[str, Any], value)
 
 
@@ -276,11 +272,7 @@ def _files_of(path: Path, weights: Weights | None, wanted: Mapping[str, str]) ->
     for shard in sorted(set(wanted.values())):
         file = _file_of(path, weights, shard)
         if file is None:
-            raise InvalidFile(
-                "missing_shard",
-                f"{path.name} has no {shard}, which its index names.",
-                subject=shard,
-            )
+            raise InvalidFile("missing_shard", f"{path.name} has no {shard}, which its index names.", subject=shard)
         files[shard] = file
     return files
 

@@ -140,11 +140,7 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
         refuse_endless(path)
         return stored_header(LocalFile(path), limits)
     except OSError as error:
-        raise InvalidFile(
-            "unreadable",
-            f"{path} cannot be read: {error.strerror}.",
-            subject=path.name,
-        ) from error
+        raise InvalidFile("unreadable", f"{path} cannot be read: {error.strerror}.", subject=path.name) from error
 
 
 def stored_header(file: StoredFile, limits: Limits = DEFAULT_LIMITS) -> Header:
@@ -179,11 +175,7 @@ def _pickle(subject: str) -> InvalidFile:
 
 
 def _bad(subject: str, why: str) -> InvalidFile:
-    return InvalidFile(
-        "bad_safetensors",
-        f"{subject} is not a valid safetensors file: {why}.",
-        subject=subject,
-    )
+    return InvalidFile("bad_safetensors", f"{subject} is not a valid safetensors file: {why}.", subject=subject)
 
 
 @cache

@@ -112,8 +112,4 @@ def _positive(stated: Mapping[str, Any], name: str) -> bool:
 
 
 def _bad(name: str, why: str) -> InvalidFile:
-    return InvalidFile(
-        "bad_quantization",
-        f"{name} cannot be decoded: {why}.",
-        subject=name,
-    )
+    return InvalidFile("bad_quantization", f"{name} cannot be decoded: {why}.", subject=name)

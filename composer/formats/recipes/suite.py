@@ -299,9 +299,7 @@ def _jsonl(path: Path) -> list[tuple[str, object]]:
         except (ValueError, RecursionError) as error:  # a plain ValueError: a number of over 4300 digits
             problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise InvalidFile(
-                "suite_json",
-                f"{path}:{number}: not valid JSON: {problem}.",
-                subject=str(path),
+                "suite_json", f"{path}:{number}: not valid JSON: {problem}.", subject=str(path)
             ) from error
     return rows
 

@@ -53,7 +53,5 @@ class FileOrigin:
 def no_such_address(sha256: Digest) -> NotFound:
     """The error for an address that this registry did not give, that has expired, or whose file is gone."""
     return NotFound(
-        "address_expired",
-        "This address of a file has expired, or this registry did not give it.",
-        subject=sha256,
+        "address_expired", "This address of a file has expired, or this registry did not give it.", subject=sha256
     )

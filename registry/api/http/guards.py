@@ -74,10 +74,7 @@ class BodyLimit:
 
 def headers_too_large(limit_bytes: int) -> TooLarge:
     """The error for headers and query above the limit."""
-    return TooLarge(
-        "headers_too_large",
-        f"Headers and query are longer than {limit_bytes:,} bytes.",
-    )
+    return TooLarge("headers_too_large", f"Headers and query are longer than {limit_bytes:,} bytes.")
 
 
 class HeaderLimit:
@@ -159,10 +156,7 @@ class CallerLimits:
         return None
 
     def _too_many(self, rate: "RateLimitItem", key: str, whom: str) -> TooMany:
-        error = TooMany(
-            "too_many_requests",
-            f"More than {rate} requests with {whom}.",
-        )
+        error = TooMany("too_many_requests", f"More than {rate} requests with {whom}.")
         return error.again_in(self._window.get_window_stats(rate, key).reset_time - time.time())
 
 

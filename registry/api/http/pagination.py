@@ -40,21 +40,14 @@ def decode_cursor(cursor: str | None) -> str:
             raise ValueError
         return text
     except ValueError:  # not ASCII, not base64, not UTF-8
-        raise Usage(
-            "bad_cursor",
-            f"{cursor[:80]!r} is not a cursor.",
-            subject=cursor[:80],
-        ) from None
+        raise Usage("bad_cursor", f"{cursor[:80]!r} is not a cursor.", subject=cursor[:80]) from None
 
 
 def decode_number(cursor: str | None) -> int:
     """The row number of a cursor; 0 for none. Raises Usage for a cursor of another list."""
     text = decode_cursor(cursor) or "0"
     if not text.isdecimal() or len(text) > MAX_DIGITS:
-        raise Usage(
-            "bad_cursor",
-            f"{cursor!r} is not a cursor of this list.",
-        )
+        raise Usage("bad_cursor", f"{cursor!r} is not a cursor of this list.")
     return int(text)
 
 
@@ -83,8 +76,5 @@ def expected_from(if_match: str | None, if_none_match: str | None) -> Expected |
         return None
     text = if_match.strip().removeprefix("W/").strip('"')
     if not text.isdecimal() or len(text) > MAX_DIGITS:
-        raise Usage(
-            "bad_precondition",
-            f"If-Match {if_match[:40]!r} is not the ETag of a channel.",
-        )
+        raise Usage("bad_precondition", f"If-Match {if_match[:40]!r} is not the ETag of a channel.")
     return Expected(int(text))

@@ -220,10 +220,7 @@ def _disk_error(request: Request, error: Exception) -> Response:
     """A disk that is full, gone or read-only, in any route."""
     outages.warn(f"The disk cannot be used, as in {request.method} {request.url.path[:200]!r}", error)
     reason = cast(OSError, error).strerror or type(error).__name__
-    failure = Unavailable(
-        "disk_error",
-        f"The registry cannot use its disk: {reason}.",
-    )
+    failure = Unavailable("disk_error", f"The registry cannot use its disk: {reason}.")
     return error_response(request.scope, failure)
 
 

@@ -102,11 +102,7 @@ class UploadThreads:
                 f"{UPLOAD_THREADS - free} of {UPLOAD_THREADS} uploads are under way, as many as this process takes.",
             )
         if self._per_user is not None and self._running[user] >= self._per_user:
-            raise TooMany(
-                "too_many_uploads",
-                f"{user} is sending {self._per_user} files already.",
-                subject=user,
-            )
+            raise TooMany("too_many_uploads", f"{user} is sending {self._per_user} files already.", subject=user)
         self._running[user] += 1
         try:
             return await to_thread.run_sync(receive, limiter=self._limiter)

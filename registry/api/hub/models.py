@@ -194,7 +194,5 @@ def show_nameless(name: str) -> Response:
 def answer_nothing(request: Request, path: str) -> Response:
     """All other calls of the client."""
     raise NotFound(
-        "hub_route_unknown",
-        f"This registry does not support {request.method} /api/{path[:120]}.",
-        subject=path[:120],
+        "hub_route_unknown", f"This registry does not support {request.method} /api/{path[:120]}.", subject=path[:120]
     )

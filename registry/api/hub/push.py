@@ -217,9 +217,7 @@ def create_branch(
             waits = isinstance(promotions.request(session, actor, wanted), Promotion)
         except Stale as error:  # with `exist_ok`, clients pass over a conflict
             raise Conflict(
-                "channel_exists",
-                f"{repository}@{channel} exists already.",
-                subject=f"{repository}@{channel}",
+                "channel_exists", f"{repository}@{channel} exists already.", subject=f"{repository}@{channel}"
             ) from error
     warning = (
         {"X-HF-Warning": f"promotion; {repository}@{channel} waits for what its policy asks for."} if waits else {}

@@ -144,11 +144,7 @@ def file_response(
     url = _address(request, resources, sha256, disposition)
     stat = resources.recent.stat(resources.store, sha256) if url else resources.store.stat(sha256)
     if stat is None:
-        raise Unavailable(
-            "blob_lost",
-            f"The store has lost the bytes of {named} ({file.sha256}).",
-            subject=file.sha256,
-        )
+        raise Unavailable("blob_lost", f"The store has lost the bytes of {named} ({file.sha256}).", subject=file.sha256)
     uploads.refuse_damaged(stat, file.size_bytes, named)
     return _sent(resources, stat, url, byte_range)
 

@@ -242,8 +242,5 @@ def required(verdict: str | None) -> "Verdict | None":
 def _error(composition: Json) -> RegistryError:
     """Why it ended; without the findings, which are shown with the composition."""
     if composition["error"] is None:
-        return Refused(
-            "composition_cancelled",
-            "The composition was cancelled.",
-        )
+        return Refused("composition_cancelled", "The composition was cancelled.")
     return of_row({**composition["error"], "findings": []})

@@ -13,8 +13,7 @@ from registry.cli.composition import optimize as optimizing
 from registry.cli.composition.compose import Method, Require, Rules, Settings, required, settings_of, with_rules
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected
-from registry.cli.console.groups import root
-from registry.cli.console.idle import refuse_idle
+from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.render import JsonFlag
 from registry.cli.evaluation.quality import BaseDir, Device
 from registry.errors import Usage
@@ -204,8 +203,5 @@ def _weights(text: str | None, count: int) -> list[float]:
     except ValueError:
         weights = []
     if len(weights) != count:
-        raise Usage(
-            "bad_weights",
-            f"--weights {text} is not {count} numbers of magnitude {LARGEST:g} at most.",
-        )
+        raise Usage("bad_weights", f"--weights {text} is not {count} numbers of magnitude {LARGEST:g} at most.")
     return weights

@@ -1,11 +1,13 @@
 """The command list of `adaptory --help`: grouped by task, one example per group."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
+
+from registry.errors import Usage
 
 GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
@@ -102,3 +104,10 @@ def group(name: str, text: str) -> typer.Typer:
     added = typer.Typer(cls=Commands, help=text, no_args_is_help=True, rich_markup_mode=None)
     root.add_typer(added, name=name)
     return added
+
+
+def refuse_idle(options: Mapping[str, object], why: str, next_step: str) -> None:
+    """Raises Usage for the first of these options that was given. `why` completes "NAME has no effect"."""
+    for name, value in options.items():
+        if value:
+            raise Usage("idle_option", f"{name} has no effect {why}.", subject=name, next_step=next_step)

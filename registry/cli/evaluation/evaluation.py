@@ -11,8 +11,7 @@ import typer
 from composer.errors import ComposerError
 from registry.cli.console import complete, render
 from registry.cli.console.connect import base_checkpoint, connected, release_directory
-from registry.cli.console.groups import root
-from registry.cli.console.idle import refuse_idle
+from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.render import JsonFlag
 from registry.cli.evaluation import harness as harnesses
 from registry.cli.evaluation import queued_evaluation

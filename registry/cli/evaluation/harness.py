@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from registry.cli.console import complete, render
-from registry.cli.console.idle import refuse_idle
+from registry.cli.console.groups import refuse_idle
 from registry.errors import Conflict
 from registry.sdk.connection import Connection
 

@@ -7,8 +7,7 @@ import typer
 
 from registry.cli.console import following, render
 from registry.cli.console.connect import connected, jobs_running
-from registry.cli.console.groups import root
-from registry.cli.console.idle import refuse_idle
+from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.render import JsonFlag
 from registry.errors import Refused, RegistryError
 from registry.errors.translation import of_row

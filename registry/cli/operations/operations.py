@@ -108,9 +108,7 @@ def _probe_store(resources: "Resources") -> None:
 
 def _beyond_loopback(host: str) -> NotAllowed:
     return NotAllowed(
-        "not_loopback",
-        f"Without tokens the registry listens on loopback only, not on {host}.",
-        subject=host,
+        "not_loopback", f"Without tokens the registry listens on loopback only, not on {host}.", subject=host
     )
 
 
@@ -128,9 +126,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise Unavailable(
-            "port_unusable",
-            f"Cannot listen on {host}:{port}: {error.strerror or error}.",
-            subject=f"{host}:{port}",
+            "port_unusable", f"Cannot listen on {host}:{port}: {error.strerror or error}.", subject=f"{host}:{port}"
         ) from error
 
 
@@ -142,10 +138,7 @@ def _refuse_without_tokens(resources: "Resources") -> None:
         if tokens.exist(session):
             return
     resources.close()
-    raise NotAllowed(
-        "no_tokens",
-        "There is no token, so nobody could use this server.",
-    )
+    raise NotAllowed("no_tokens", "There is no token, so nobody could use this server.")
 
 
 class WorkerJobs(StrEnum):

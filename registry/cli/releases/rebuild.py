@@ -25,16 +25,10 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
     lineage: list[Json] = connection.api.get(release_path(release))["inputs"]
     if release["kind"] != "model" or not lineage:
         raise Refused(
-            "no_lineage",
-            f"{name} is not a merged model from a composition, so it cannot be rebuilt.",
-            subject=name,
+            "no_lineage", f"{name} is not a merged model from a composition, so it cannot be rebuilt.", subject=name
         )
     if any(row["repository"] is None for row in lineage):
-        raise NotAllowed(
-            "hidden_input",
-            f"{name} was made from adapters to which you have no access.",
-            subject=name,
-        )
+        raise NotAllowed("hidden_input", f"{name} was made from adapters to which you have no access.", subject=name)
     inputs = [resolved(connection, f"{row['repository']}:{row['version']}") for row in lineage]
     adapters = [release_directory(connection, one) for one in inputs]
     checkpoint = base_checkpoint(connection.api.base(release["base"]["digest"]), base_dir)
@@ -43,9 +37,7 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
     known = Counter(zip(map(_weights_digest, inputs), (row["weight"] for row in lineage), strict=True))
     if known != Counter((use.digest, use.weight.value) for use in plan.adapters):
         raise Invalid(
-            "lineage_differs",
-            f"The note in {name} names other adapters or weights than the registry.",
-            subject=name,
+            "lineage_differs", f"The note in {name} names other adapters or weights than the registry.", subject=name
         )
     with render.progress(f"rebuild {name}", plan.size_bytes) as done:
         return rebuild(plan, directory, progress=done).to_json()

@@ -10,13 +10,10 @@ import typer
 from composer.formats.untrusted import read_text
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, release_directory, resolved
-from registry.cli.console.groups import root
-from registry.cli.console.idle import refuse_idle
+from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.render import JsonFlag
-from registry.cli.releases.channel import NewChannel, confirm_new_channel
-from registry.cli.releases.promotion import show_promotion
-from registry.cli.releases.release import Ref, show_move, warn_of_move_since
-from registry.cli.releases.sign import SignatureCovers, refuse_narrow
+from registry.cli.releases.promotion import NewChannel, confirm_new_channel, show_promotion
+from registry.cli.releases.release import Ref, SignatureCovers, refuse_narrow, show_move, warn_of_move_since
 from registry.errors import Refused, RegistryError, Usage
 from registry.formats.references import parse_name, parse_reference, single_version
 from registry.formats.signatures import Signed

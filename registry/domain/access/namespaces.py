@@ -169,9 +169,6 @@ def _settings(row: Namespace) -> Mapping[str, Any]:
 def _check_keys(keys: Sequence[str]) -> None:
     """Raises Invalid for more than MAX_SIGNING_KEYS, and for one that cannot verify: it would refuse every push."""
     if len(keys) > MAX_SIGNING_KEYS:
-        raise Invalid(
-            "too_many_keys",
-            f"A namespace has at most {MAX_SIGNING_KEYS} signing keys.",
-        )
+        raise Invalid("too_many_keys", f"A namespace has at most {MAX_SIGNING_KEYS} signing keys.")
     for key in keys:
         fingerprint(key)

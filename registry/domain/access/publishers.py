@@ -241,7 +241,4 @@ def _rule(row: TrustedPublisher) -> dict[str, str | None]:
 
 
 def bad_publisher(why: str) -> Invalid:
-    return Invalid(
-        "bad_publisher",
-        f"The trusted publisher cannot be added: {why}.",
-    )
+    return Invalid("bad_publisher", f"The trusted publisher cannot be added: {why}.")

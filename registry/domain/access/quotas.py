@@ -95,8 +95,4 @@ def _held_bytes(session: Session, namespace: str, now: datetime) -> int:
 
 
 def _exceeded(namespace: str, what: str) -> Refused:
-    return Refused(
-        "quota_exceeded",
-        f"{namespace} {what}.",
-        subject=namespace,
-    )
+    return Refused("quota_exceeded", f"{namespace} {what}.", subject=namespace)

@@ -90,10 +90,7 @@ def lifetime_of(session: Session, actor: Actor, days: float | None, settings: Se
     if days is None:
         return min(timedelta(days=settings.token_days), most, left or most)
     if (wanted := timedelta(days=days)) > most:
-        raise Invalid(
-            "token_too_long",
-            f"A token lasts at most {settings.max_token_days:g} days here, not {days:g}.",
-        )
+        raise Invalid("token_too_long", f"A token lasts at most {settings.max_token_days:g} days here, not {days:g}.")
     if left is not None and wanted > left:
         raise NotAllowed(
             "token_not_allowed",

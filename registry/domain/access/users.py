@@ -61,11 +61,7 @@ def remove(session: Session, actor: Actor, user: str) -> RemovedUser:
     roles. Free text, such as reasons and notes, is not searched. Raises NotFound for a name that nothing has.
     """
     if user == actor.name:
-        raise Usage(
-            "own_name",
-            f"{user} cannot remove their own name.",
-            subject=user,
-        )
+        raise Usage("own_name", f"{user} cannot remove their own name.", subject=user)
     pseudonym = PSEUDONYM + token_hex(4)
     ended = update(Token).where(Token.user == user, Token.revoked_at.is_(None)).values(revoked_at=actor.at)
     session.execute(ended, execution_options=_UNTRACKED)

@@ -128,9 +128,7 @@ def _checked_architecture(new: NewBase) -> Architecture:
         )
     if sum(spec.elements for spec in tensors.values()) > MAX_PARAMETERS:
         raise Invalid(
-            "base_too_large",
-            f"The tensor table of {new.name!r} states an impossible size.",
-            subject=new.name,
+            "base_too_large", f"The tensor table of {new.name!r} states an impossible size.", subject=new.name
         )
     return Architecture(new.model_type, new.tied, tensors)
 
@@ -211,11 +209,7 @@ def remove_alias(session: Session, actor: Actor, alias: str) -> Base:
     """Removes an alias; returns its base, which keeps its own name."""
     row = session.get(BaseAlias, alias)
     if row is None:
-        raise NotFound(
-            "alias_unknown",
-            f"No base has the alias {alias[:200]!r}.",
-            subject=alias[:200],
-        )
+        raise NotFound("alias_unknown", f"No base has the alias {alias[:200]!r}.", subject=alias[:200])
     base = session.get_one(Base, row.base_digest)
     _refuse_stranger(actor, base)
     session.delete(row)
@@ -326,18 +320,12 @@ def list_page(session: Session, *, after: str, limit: int) -> list[Base]:
 
 def _refuse_taken_name(session: Session, new: NewBase) -> None:
     if _DIGEST_LIKE.fullmatch(new.name):
-        raise Usage(
-            "bad_name",
-            f"{new.name!r} looks like a digest.",
-            subject=new.name,
-        )
+        raise Usage("bad_name", f"{new.name!r} looks like a digest.", subject=new.name)
     other = session.scalar(select(Base.digest).where(Base.name == new.name))
     other = other or session.scalar(select(BaseAlias.base_digest).where(BaseAlias.alias == new.name))
     if other:
         raise Conflict(
-            "base_name_taken",
-            f"{new.name!r} names the base {other[:12]}, whose weights differ.",
-            subject=new.name,
+            "base_name_taken", f"{new.name!r} names the base {other[:12]}, whose weights differ.", subject=new.name
         )
 
 
@@ -348,11 +336,7 @@ def _refuse_stranger(actor: Actor, base: Base) -> None:
 def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[str]) -> None:
     for alias in wanted:
         if not _ALIAS.fullmatch(alias) or _DIGEST_LIKE.fullmatch(alias):
-            raise Usage(
-                "bad_alias",
-                f"{alias[:80]!r} cannot be an alias.",
-                subject=alias[:80],
-            )
+            raise Usage("bad_alias", f"{alias[:80]!r} cannot be an alias.", subject=alias[:80])
         owner = session.scalar(select(Base.digest).where(Base.name == alias))
         row = session.get(BaseAlias, alias)
         owner = owner or (row.base_digest if row else None)
@@ -363,9 +347,7 @@ def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[st
             audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after={"alias": alias})
         elif owner != base.digest:
             raise Conflict(
-                "alias_taken",
-                f"{alias!r} names the base {owner[:12]}, whose weights differ.",
-                subject=alias,
+                "alias_taken", f"{alias!r} names the base {owner[:12]}, whose weights differ.", subject=alias
             )
 
 
@@ -410,11 +392,7 @@ def _add_relation(session: Session, actor: Actor, base: Base, new: NewBase) -> N
             subject=base.name,
         )
     if base.digest in _origins(session, origin):
-        raise Invalid(
-            "relation_circular",
-            f"{origin.name!r} is itself derived from {base.name!r}.",
-            subject=base.name,
-        )
+        raise Invalid("relation_circular", f"{origin.name!r} is itself derived from {base.name!r}.", subject=base.name)
     if new.relation == "cast" and base.architecture_digest != origin.architecture_digest:
         raise Invalid(
             "not_a_cast",

@@ -134,11 +134,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
 def refuse_long_notes(notes: str, subject: str) -> None:
     """Raises Invalid for notes longer than MAX_NOTES characters."""
     if len(notes) > MAX_NOTES:
-        raise Invalid(
-            "notes_too_long",
-            f"Notes are limited to {MAX_NOTES:,} characters.",
-            subject=subject,
-        )
+        raise Invalid("notes_too_long", f"Notes are limited to {MAX_NOTES:,} characters.", subject=subject)
 
 
 def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:
@@ -151,11 +147,7 @@ def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[Manife
     for file in files:
         stored = sizes.get(file.sha256)
         if stored is None:
-            raise NotFound(
-                "blob_missing",
-                f"The bytes of {file.path} were not uploaded.",
-                subject=file.path,
-            )
+            raise NotFound("blob_missing", f"The bytes of {file.path} were not uploaded.", subject=file.path)
         if stored != file.size_bytes:
             raise Invalid(
                 "size_differs",
@@ -191,11 +183,7 @@ def spectrum_of(session: Session, name: RepositoryName, version: Version, kind: 
     release = find(session, name, version, kind)
     spectrum = session.scalar(select(Release.spectrum).where(Release.id == release.id))
     if spectrum is None:
-        raise NotFound(
-            "spectrum_unknown",
-            f"{full_name(release)} has no spectrum.",
-            subject=full_name(release),
-        )
+        raise NotFound("spectrum_unknown", f"{full_name(release)} has no spectrum.", subject=full_name(release))
     return spectrum
 
 

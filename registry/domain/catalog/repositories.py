@@ -36,11 +36,7 @@ def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Re
 
 def unknown(name: str, kind: Kind | None = None) -> NotFound:
     """The error for an unknown repository, or one of another kind."""
-    return NotFound(
-        "repository_unknown",
-        f"There is no {kind or 'repository'} {name[:160]}.",
-        subject=name[:160],
-    )
+    return NotFound("repository_unknown", f"There is no {kind or 'repository'} {name[:160]}.", subject=name[:160])
 
 
 def exists(session: Session, name: RepositoryName) -> bool:
@@ -140,9 +136,7 @@ def _check_kind(repository: Repository, kind: Kind) -> None:
     if repository.kind != kind:
         name = name_of(repository)
         raise Conflict(
-            "kind_differs",
-            f"{name} holds {repository.kind} releases, not {kind} releases.",
-            subject=str(name),
+            "kind_differs", f"{name} holds {repository.kind} releases, not {kind} releases.", subject=str(name)
         )
 
 

@@ -89,11 +89,7 @@ def parse_condition(text: str) -> Condition:
             value = math.nan
         if math.isfinite(value):
             return Condition(suite, metric, operator, value)
-    raise Usage(
-        "bad_condition",
-        f"{text[:120]!r} is not a condition on a score.",
-        subject=text[:120],
-    )
+    raise Usage("bad_condition", f"{text[:120]!r} is not a condition on a score.", subject=text[:120])
 
 
 def add(session: Session, actor: Actor, content: SuiteContent) -> tuple[Suite, bool]:
@@ -198,9 +194,7 @@ def with_examples(suite: Suite) -> Suite:
     which no worker can run."""
     if suite.task in ELSEWHERE:
         raise Usage(
-            "suite_elsewhere",
-            f"{suite.name} has no examples here: it is {ELSEWHERE[suite.task]}.",
-            subject=suite.name,
+            "suite_elsewhere", f"{suite.name} has no examples here: it is {ELSEWHERE[suite.task]}.", subject=suite.name
         )
     return suite
 
@@ -376,11 +370,7 @@ def delete(session: Session, actor: Actor, subject: Release | Base, named: str, 
     owned = select(Score).where(_of(subject), Score.suite_id == suite.id, Score.metric == metric)
     score = session.scalar(owned.with_for_update(of=Score))
     if score is None:
-        raise NotFound(
-            "score_unknown",
-            f"{name} has no score {suite.name}.{metric}.",
-            subject=f"{suite.name}.{metric}",
-        )
+        raise NotFound("score_unknown", f"{name} has no score {suite.name}.{metric}.", subject=f"{suite.name}.{metric}")
     namespace = subject.repository.namespace if isinstance(subject, Release) else EVERYWHERE
     if score.measured_by != actor.name and not holds(actor, Role.ADMIN, namespace):
         raise NotAllowed(

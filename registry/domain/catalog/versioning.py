@@ -34,11 +34,7 @@ def next_version(session: Session, repository: Repository, bump: str | None, new
     `auto` increments what the change since the highest stable release requires.
     """
     if bump not in BUMPS:
-        raise Usage(
-            "version_missing",
-            "A push needs a version.",
-            subject=str(repositories.name_of(repository)),
-        )
+        raise Usage("version_missing", "A push needs a version.", subject=str(repositories.name_of(repository)))
     if bump == "auto":
         return _auto(session, repository, lambda _previous: new)
     latest = _highest_number(session, repository)

@@ -53,11 +53,7 @@ def _refuse_serving(
         )
     permit(actor, Role.ADMIN, repository.namespace)
     if not reason.strip():
-        raise Usage(
-            "reason_missing",
-            f"{subject} serves {served}: its deletion needs a reason.",
-            subject=subject,
-        )
+        raise Usage("reason_missing", f"{subject} serves {served}: its deletion needs a reason.", subject=subject)
 
 
 def _forget(session: Session, actor: Actor, repository: Repository, channel: Channel, reason: str) -> None:

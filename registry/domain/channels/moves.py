@@ -326,11 +326,7 @@ def _served_before(session: Session, channel: Channel, current: Move, to: Versio
             next_step=f"Promote it: {_promoting(channel, to, subject)}.",
         )
     if release.yanked:
-        raise Refused(
-            "release_yanked",
-            f"{full_name(release)} is yanked: {release.yank_reason}.",
-            subject=subject,
-        )
+        raise Refused("release_yanked", f"{full_name(release)} is yanked: {release.yank_reason}.", subject=subject)
     if release.id == current.to_release_id:
         raise Refused("already_served", f"{subject} already serves {to}.", subject=subject)
     back = _way_back(current).subquery()

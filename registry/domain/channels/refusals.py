@@ -63,9 +63,7 @@ def refuse_force(actor: Actor, policy: ChannelPolicy, wanted: PromotionRequest) 
     if policy.forced_by == "never" or not holds(actor, Role(policy.forced_by), wanted.repository.namespace):
         who = "nobody" if policy.forced_by == "never" else f"only the role {policy.forced_by}"
         raise NotAllowed(
-            "force_not_allowed",
-            f"The policy of {wanted.subject} lets {who} force a promotion.",
-            subject=wanted.subject,
+            "force_not_allowed", f"The policy of {wanted.subject} lets {who} force a promotion.", subject=wanted.subject
         )
 
 
@@ -78,8 +76,4 @@ def refuse_unpromotable(yanked: str | None, wanted: PromotionRequest) -> None:
             next_step="Promote another release.",
         )
     if wanted.force and not wanted.reason.strip():
-        raise Usage(
-            "reason_missing",
-            "A forced promotion needs a reason.",
-            subject=wanted.subject,
-        )
+        raise Usage("reason_missing", "A forced promotion needs a reason.", subject=wanted.subject)

@@ -197,11 +197,7 @@ def _by_commit(session: Session, reference: Reference) -> ResolvedRow | None:
     digits = reference.commit or ""
     rows = _rows(session, _OF_COMMIT, reference.repository, named=digits, last=digits.ljust(40, "g"))
     if len({row.revision_id for row in rows}) > 1:
-        raise Usage(
-            "commit_ambiguous",
-            f"Several commits begin with {reference.commit}.",
-            subject=str(reference),
-        )
+        raise Usage("commit_ambiguous", f"Several commits begin with {reference.commit}.", subject=str(reference))
     return _warn_if_yanked(rows[0]) if rows else None
 
 
@@ -212,11 +208,7 @@ def _by_channel(session: Session, reference: Reference) -> ResolvedRow:
     channel = moves.find(session, repository, reference.channel or "")
     serving = moves.effective_move(session, channel)
     if serving is None:
-        raise NotFound(
-            "no_match",
-            f"{reference} serves only yanked releases.",
-            subject=str(reference),
-        )
+        raise NotFound("no_match", f"{reference} serves only yanked releases.", subject=str(reference))
     row = _by_id(session, serving.to_release_id)
     if not rows:  # the channel's first move was committed just now
         return ResolvedRow(row)

@@ -71,11 +71,7 @@ def find(session: Session, actor: Actor, check_id: int) -> ConflictCheck:
     """The check. Raises NotFound unless the actor may read all of its adapters."""
     check = session.get(ConflictCheck, check_id)
     if check is None or not may_look(actor, check):
-        raise NotFound(
-            "conflicts_unknown",
-            f"There is no conflict check {check_id}.",
-            subject=str(check_id),
-        )
+        raise NotFound("conflicts_unknown", f"There is no conflict check {check_id}.", subject=str(check_id))
     return check
 
 

@@ -144,11 +144,7 @@ def find_all(session: Session, ids: Sequence[int]) -> list[tuple[Composition, Jo
 
 def unknown(composition_id: int) -> NotFound:
     """The error for a composition that does not exist or that the actor may not see."""
-    return NotFound(
-        "composition_unknown",
-        f"There is no composition {composition_id}.",
-        subject=str(composition_id),
-    )
+    return NotFound("composition_unknown", f"There is no composition {composition_id}.", subject=str(composition_id))
 
 
 def lock_choice(session: Session, composition_id: int, lock: Lock, now: datetime) -> None:
@@ -260,19 +256,12 @@ def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
     """The outputs to publish, each with its version and in its own repository."""
     outputs = [(text, kind) for text, kind in ((recipe.adapter, Kind.ADAPTER), (recipe.model, Kind.MODEL)) if text]
     if not plan_only and not outputs:
-        raise Usage(
-            "no_output",
-            "The recipe names neither an adapter nor a model to publish.",
-        )
+        raise Usage("no_output", "The recipe names neither an adapter nor a model to publish.")
     targets: list[_Target] = []
     for text, kind in outputs:
         reference = parse_reference(text)
         if reference.version is None:
-            raise Usage(
-                "bad_output",
-                f"{reference} is not NAMESPACE/NAME:VERSION.",
-                subject=str(reference),
-            )
+            raise Usage("bad_output", f"{reference} is not NAMESPACE/NAME:VERSION.", subject=str(reference))
         targets.append(_Target(reference.repository, reference.version, kind))
     if len({target.repository for target in targets}) < len(targets):
         raise Usage("one_repository", "Adapter and model need separate repositories.")

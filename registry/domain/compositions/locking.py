@@ -57,9 +57,7 @@ def resolve_inputs(session: Session, recipe: Recipe) -> tuple[Base, list[Release
             )
         if release.yanked:
             raise Refused(
-                "release_yanked",
-                f"{full_name(release)} is yanked: {release.yank_reason}.",
-                subject=full_name(release),
+                "release_yanked", f"{full_name(release)} is yanked: {release.yank_reason}.", subject=full_name(release)
             )
     return base, inputs
 
@@ -235,8 +233,4 @@ def _refuse_duplicates(inputs: Sequence[Release]) -> None:
     counts = Counter(map(full_name, inputs))
     for name, count in counts.items():
         if count > 1:
-            raise Usage(
-                "input_twice",
-                f"{name} is named {count} times among the recipe's inputs.",
-                subject=name,
-            )
+            raise Usage("input_twice", f"{name} is named {count} times among the recipe's inputs.", subject=name)

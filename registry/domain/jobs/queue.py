@@ -81,11 +81,7 @@ def enqueue(
     _refuse_high(actor, wish.priority, namespace)
     waiting = select(func.count()).select_from(Job).where(Job.state == "queued", Job.created_by == actor.name)
     if (session.scalar(waiting) or 0) >= MAX_QUEUED:
-        raise TooMany(
-            "too_many_jobs",
-            f"{MAX_QUEUED} jobs of {actor.name} are already queued.",
-            subject=actor.name,
-        )
+        raise TooMany("too_many_jobs", f"{MAX_QUEUED} jobs of {actor.name} are already queued.", subject=actor.name)
     job = Job(
         kind=kind,
         namespace=namespace,

@@ -99,9 +99,7 @@ class S3File:
     def changed(self) -> RefusedOutput:
         """The error for an object that has changed since it was opened."""
         return RefusedOutput(
-            "inputs_changed",
-            f"{self.name} changed in its bucket since this began.",
-            subject=self.name,
+            "inputs_changed", f"{self.name} changed in its bucket since this began.", subject=self.name
         )
 
 

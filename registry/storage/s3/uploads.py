@@ -222,16 +222,8 @@ def _upload_of(head: dict[str, Any]) -> str | None:
 
 
 def _incomplete(arrival: IncomingUpload) -> Conflict:
-    return Conflict(
-        "upload_incomplete",
-        f"{arrival.sha256} has not completely arrived.",
-        subject=arrival.sha256,
-    )
+    return Conflict("upload_incomplete", f"{arrival.sha256} has not completely arrived.", subject=arrival.sha256)
 
 
 def _differs(arrival: IncomingUpload, what: str) -> Invalid:
-    return Invalid(
-        "digest_differs",
-        f"The upload of {arrival.sha256} {what}.",
-        subject=arrival.sha256,
-    )
+    return Invalid("digest_differs", f"The upload of {arrival.sha256} {what}.", subject=arrival.sha256)

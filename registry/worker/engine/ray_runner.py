@@ -66,7 +66,4 @@ def _first_setting(error: ValidationError) -> str:
 def _defect(error: Exception) -> Unavailable:
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{last.filename.rpartition('/')[2]}:{last.lineno}"
-    return Unavailable(
-        "unit_failed",
-        f"{type(error).__name__} in {where}: {error}",
-    )
+    return Unavailable("unit_failed", f"{type(error).__name__} in {where}: {error}")

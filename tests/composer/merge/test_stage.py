@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from composer.merge.stage import Stage
+from composer.merge.shards import Stage
 
 
 def test_no_more_jobs_are_unfinished_than_allowed() -> None:

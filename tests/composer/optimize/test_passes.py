@@ -3,8 +3,8 @@
 import json
 from dataclasses import replace
 
+from composer.optimize.combiner import pass_runner
 from composer.optimize.optimize import optimize
-from composer.optimize.passes import pass_runner
 from composer.optimize.problem import Problem
 from composer.optimize.report import OptimizeReport
 from tests.composer.elsewhere import Other

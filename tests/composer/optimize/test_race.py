@@ -14,10 +14,9 @@ from composer.evaluation.measure import Measured
 from composer.findings import Verdict
 from composer.formats.recipes.suite import Example, Suite
 from composer.optimize.candidates import Candidate, fitted, low_rank, weighted_sum
-from composer.optimize.examples import splits
-from composer.optimize.journal import Journal
-from composer.optimize.objective import LEAST_GAIN, Standing, simplest_of_the_best
-from composer.optimize.race import race, rungs
+from composer.optimize.objective import LEAST_GAIN, Standing, race, rungs, simplest_of_the_best
+from composer.optimize.optimize import Journal
+from composer.optimize.problem import splits
 from composer.optimize.report import Confirmed, choose
 from composer.optimize.surface import Point, proposed, unknowns
 

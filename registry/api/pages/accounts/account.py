@@ -1,20 +1,26 @@
 """Who somebody is here: roles, tokens and sessions. A new token is shown once, in the answer to its form."""
 
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import urlencode
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
+from registry.api.http.pagination import Cursor, decode_number, first_rows
 from registry.api.http.request import ResourcesOf
-from registry.api.http.rules import CallersOf
+from registry.api.http.rules import CallersOf, Where
 from registry.api.pages.html.forms import Form, FormOf
 from registry.api.pages.html.render import page, redirect
-from registry.api.pages.html.wire import PageCaller, PageRoute
-from registry.api.schemas.access import TokenIn
-from registry.domain.access import tokens
+from registry.api.pages.html.wire import PageAdmin, PageCaller, PageRoute, PageRule, parses
+from registry.api.routes.views import audit_view
+from registry.api.schemas.access import MemberIn, TokenIn
+from registry.api.schemas.work import EventFilters
+from registry.domain.access import audit, namespaces, tokens
+from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds, refuse_anonymous
 from registry.domain.access.tokens import NewToken
+from registry.formats.references import parse_name
 
 router = APIRouter(route_class=PageRoute)
 
@@ -78,3 +84,34 @@ def validated(model: type[Any], document: dict[str, Any]) -> Any:
         return model.model_validate(document)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
+
+
+@router.post("/{namespace}/-/members")
+def set_member(namespace: str, resources: ResourcesOf, actor: PageAdmin, callers: CallersOf, form: FormOf) -> Response:
+    """Add a member, change its role, or remove it: an empty role. No repository is called `-`."""
+    name = parse_name(namespace, "namespace")
+    body: MemberIn = validated(MemberIn, {"user": form.get("user", "").strip(), "role": form.get("role") or None})
+    with resources.write() as session:
+        namespaces.find(session, name)  # only REST and the command line create one
+        namespaces.set_member(session, actor, name, body.user, Role(body.role) if body.role else None)
+    callers.forget()
+    return redirect(f"/{name}#members")
+
+
+ENTRIES = 50
+PageAdminSomewhere = Annotated[Actor, Depends(PageRule(Where.ANYWHERE, Role.ADMIN))]
+
+
+@router.get("/audit", openapi_extra=parses(*EventFilters.model_fields))
+def show_audit(request: Request, resources: ResourcesOf, actor: PageAdminSomewhere, cursor: Cursor = None) -> Response:
+    """The rows that REST lists to this admin, newest first. Empty fields of the form are ignored."""
+    given = {name: value for name, value in request.query_params.items() if value and name in EventFilters.model_fields}
+    filters: EventFilters = validated(EventFilters, given)
+    with resources.read() as session:
+        before = decode_number(cursor)
+        rows = audit.list_newest_first(session, filters.query(actor), before=before, limit=ENTRIES + 1)
+        listed, following = first_rows(rows, ENTRIES, lambda row: row.id)
+        views = [audit_view(row) for row in listed]
+    more = urlencode({**given, "cursor": following}) if following else None
+    address = "/v1/audit" + (f"?{urlencode(given)}" if given else "")
+    return page(request, "audit.html", events=views, asked=given, acts=list(Act), more=more, json_address=address)

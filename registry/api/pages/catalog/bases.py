@@ -1,4 +1,4 @@
-"""Bases and suites."""
+"""Bases, suites and error codes."""
 
 from typing import Annotated, Any
 
@@ -9,11 +9,13 @@ from registry.api.http.request import ResourcesOf
 from registry.api.http.rules import Where
 from registry.api.pages.html import scores
 from registry.api.pages.html.render import page
-from registry.api.pages.html.wire import PageRoute, PageRule
+from registry.api.pages.html.wire import PageCaller, PageRoute, PageRule
 from registry.api.routes.views import base_page, base_view, suite_page, suite_view
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, suites
 from registry.domain.catalog.suites import ELSEWHERE
+from registry.errors import FAMILIES, NotFound
+from registry.errors.translation import CODES, family_of, is_registered
 
 router = APIRouter(route_class=PageRoute)
 
@@ -66,3 +68,21 @@ def show_suite(suite: str, request: Request, resources: ResourcesOf, actor: Page
         examples=content.get("examples", [])[:EXAMPLES],
         json_address=f"/v1/suites/{suite}",
     )
+
+
+@router.get("/docs/errors")
+def list_errors(request: Request, actor: PageCaller) -> Response:
+    """Every code by family."""
+    families = [(family, sorted(CODES[family].items())) for family in FAMILIES]
+    return page(request, "errors.html", families=families)
+
+
+@router.get("/docs/errors/{code}")
+def show_error(code: str, request: Request, actor: PageCaller) -> Response:
+    """One code. A code that ends in a name from a file has no general fix: its message says what to do."""
+    if not is_registered(code):
+        raise NotFound(
+            "code_unknown", f"No error has the code {code}.", subject=code, next_step="/docs/errors has all."
+        )
+    family = family_of(code)
+    return page(request, "error_code.html", code=code, family=family, fix=CODES[family].get(code))

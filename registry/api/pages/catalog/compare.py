@@ -9,10 +9,9 @@ from fastapi import APIRouter, Query, Request, Response
 
 from registry.api.http.request import ResourcesOf
 from registry.api.pages.html import scores
-from registry.api.pages.html.modules import cells
-from registry.api.pages.html.paths import RepositoryOf
+from registry.api.pages.html.drawings import cells
 from registry.api.pages.html.render import link, page_about, redirect
-from registry.api.pages.html.wire import PageReader, PageRoute
+from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf
 from registry.api.routes.documents import release_documents
 from registry.domain.catalog import releases
 from registry.errors import Usage

@@ -15,12 +15,10 @@ from registry.api.http.threads import in_store_threads
 from registry.api.pages.catalog import answers, card
 from registry.api.pages.catalog.answers import Answer, Channels
 from registry.api.pages.html import scores
-from registry.api.pages.html.drawings import Cell
-from registry.api.pages.html.modules import MAX_ROWS, cells, frame_of
-from registry.api.pages.html.paths import RepositoryOf, VersionOf
+from registry.api.pages.html.drawings import MAX_ROWS, Cell, cells, frame_of
 from registry.api.pages.html.render import HEADERS, link, page_about, redirect
 from registry.api.pages.html.scores import History
-from registry.api.pages.html.wire import PageReader, PageRoute
+from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf, VersionOf
 from registry.api.routes.blobs import file_response
 from registry.api.routes.documents import release_documents
 from registry.api.routes.views import channel_view, score_view

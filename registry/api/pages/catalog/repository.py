@@ -11,9 +11,8 @@ from registry.api.http.pagination import Cursor, decode_cursor, first_rows
 from registry.api.http.request import ResourcesOf
 from registry.api.pages.catalog.answers import FIRST_CHOICE
 from registry.api.pages.html import scores
-from registry.api.pages.html.paths import RepositoryOf
 from registry.api.pages.html.render import page, page_about
-from registry.api.pages.html.wire import PageReader, PageRoute
+from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf
 from registry.api.routes.documents import release_documents
 from registry.api.routes.views import channel_view, repository_page
 from registry.api.schemas.quality import ChannelOut

@@ -7,9 +7,8 @@ from fastapi import APIRouter, Response
 from registry.api.http.pagination import Cursor, decode_number, first_rows
 from registry.api.pages.channels import policy
 from registry.api.pages.html import gates
-from registry.api.pages.html.paths import CHANNEL, ChannelRequestOf
 from registry.api.pages.html.render import page_about
-from registry.api.pages.html.wire import PageReader, PageRoute
+from registry.api.pages.html.wire import CHANNEL, ChannelRequestOf, PageReader, PageRoute
 from registry.api.routes.views import channel_view, move_view, promotion_view
 from registry.api.schemas.quality import ChannelOut
 from registry.database.engine import Session

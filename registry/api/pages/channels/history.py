@@ -7,9 +7,8 @@ from fastapi import APIRouter, Query, Request, Response
 from registry.api.http.request import ResourcesOf
 from registry.api.pages.html import drawings, scores
 from registry.api.pages.html.drawings import Interval, Point
-from registry.api.pages.html.paths import RepositoryOf
 from registry.api.pages.html.render import page_about
-from registry.api.pages.html.wire import PageReader, PageRoute
+from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf
 from registry.api.routes.views import score_view
 from registry.database.engine import Session
 from registry.database.tables import Repository, Score

@@ -9,9 +9,8 @@ from fastapi import APIRouter, Response
 from registry.api.pages.accounts.account import validated
 from registry.api.pages.html import gates
 from registry.api.pages.html.forms import FormOf, number_shown
-from registry.api.pages.html.paths import CHANNEL, ChannelRequest, ChannelRequestOf, VersionOf
 from registry.api.pages.html.render import page_about, redirect
-from registry.api.pages.html.wire import PageReleaser, PageRoute
+from registry.api.pages.html.wire import CHANNEL, ChannelRequest, ChannelRequestOf, PageReleaser, PageRoute, VersionOf
 from registry.api.routes.views import judgement_view
 from registry.api.schemas.quality import PromoteIn, RollbackIn
 from registry.domain.access.audit import Actor

@@ -10,9 +10,15 @@ from fastapi import APIRouter, Response
 from registry.api.pages.accounts.account import validated
 from registry.api.pages.html import gates
 from registry.api.pages.html.forms import Form, FormOf, number_shown
-from registry.api.pages.html.paths import CHANNEL, ChannelRequest, ChannelRequestOf
 from registry.api.pages.html.render import page_about, redirect
-from registry.api.pages.html.wire import PagePublisher, PageReleaser, PageRoute
+from registry.api.pages.html.wire import (
+    CHANNEL,
+    ChannelRequest,
+    ChannelRequestOf,
+    PagePublisher,
+    PageReleaser,
+    PageRoute,
+)
 from registry.api.routes.views import promotion_view
 from registry.api.schemas.quality import ApprovalIn
 from registry.database.engine import Session

@@ -10,9 +10,8 @@ from registry.api.http.problems import as_registry_error
 from registry.api.http.request import ResourcesOf
 from registry.api.pages.accounts.account import validated
 from registry.api.pages.html.forms import Form, FormOf
-from registry.api.pages.html.paths import RepositoryOf, VersionOf
 from registry.api.pages.html.render import link, page_about, redirect
-from registry.api.pages.html.wire import ERRORS, PageReleaser, PageRoute
+from registry.api.pages.html.wire import ERRORS, PageReleaser, PageRoute, RepositoryOf, VersionOf
 from registry.api.schemas.catalog import DeprecateIn, YankIn
 from registry.database.engine import Session
 from registry.database.tables import Release

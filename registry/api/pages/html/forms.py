@@ -83,10 +83,7 @@ async def read_form(request: Request) -> Form:
     refuse_longer(request, "form", MAX_FORM_BYTES, "Send less; the command line has no such limit.")
     form = _parsed(request, await document(request))
     if not hmac.compare_digest(form.get(FORM_TOKEN, "").encode(), form_token(request).encode()):
-        raise NotAllowed(
-            "form_token",
-            "The form belongs to another session.",
-        )
+        raise NotAllowed("form_token", "The form belongs to another session.")
     return form
 
 

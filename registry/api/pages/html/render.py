@@ -17,7 +17,7 @@ from composer.formats.adapters.serving import VLLM_RANKS
 from composer.formats.recipes.suite import guard_cost
 from registry.api.http.request import SAFE_METHODS
 from registry.api.http.rules import callers_of
-from registry.api.pages.html import assets, drawings, modules
+from registry.api.pages.html import assets, drawings
 from registry.api.pages.html.forms import form_token
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import ANONYMOUS, Role, granted
@@ -118,7 +118,7 @@ def _environment() -> Environment:
         "change": change,
         "coded": coded,
         "document": document,
-        "module": modules.short,
+        "module": drawings.short,
         "vllm_rank": vllm_rank,
     }
     environment.globals.update(names)  # pyright: ignore[reportUnknownMemberType]  (jinja2 leaves them untyped)

@@ -10,14 +10,16 @@ from fastapi.exceptions import RequestValidationError
 from composer.errors import ComposerError
 from registry.api.http.callers import Credentials
 from registry.api.http.problems import as_registry_error
-from registry.api.http.request import SAFE_METHODS
+from registry.api.http.request import SAFE_METHODS, ResourcesOf
 from registry.api.http.routes import Route
 from registry.api.http.rules import Rule, Where, rules_of
 from registry.api.pages.html.forms import drop_session, read_form, refuse_other_site, session_of
-from registry.api.pages.html.render import HEADERS, page
+from registry.api.pages.html.render import HEADERS, link, page
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role
 from registry.errors import RegistryError
+from registry.formats.references import RepositoryName, Version, parse_name, parse_repository, parse_version
+from registry.transfer.resources import Resources
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +88,48 @@ def error_page(request: Request, error: RegistryError, status: int | None = None
     if error.code == "session_ended":
         drop_session(response)
     return response
+
+
+CHANNEL = "/{namespace}/{name}@{channel}"
+
+
+async def _repository(namespace: str, name: str) -> RepositoryName:
+    return parse_repository(f"{namespace}/{name}")
+
+
+async def _channel(channel: str) -> str:
+    return parse_name(channel, "channel")
+
+
+async def _version(version: str) -> Version:
+    return parse_version(version)
+
+
+RepositoryOf = Annotated[RepositoryName, Depends(_repository)]
+ChannelOf = Annotated[str, Depends(_channel)]
+VersionOf = Annotated[Version, Depends(_version)]
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelRequest:
+    """A request about one channel."""
+
+    named: RepositoryName
+    channel: str
+    request: Request
+    resources: Resources
+
+    @property
+    def address(self) -> str:
+        """The address of the channel's page."""
+        return link(str(self.named), channel=self.channel)
+
+
+async def _channel_request(
+    named: RepositoryOf, channel: ChannelOf, request: Request, resources: ResourcesOf
+) -> ChannelRequest:
+    # Asynchronous, like the dependencies above: FastAPI would call the class itself in a thread.
+    return ChannelRequest(named, channel, request, resources)
+
+
+ChannelRequestOf = Annotated[ChannelRequest, Depends(_channel_request)]

@@ -10,8 +10,7 @@ from markupsafe import Markup, escape
 
 from composer.formats.recipes.suite import guard_cost
 from registry.api.pages.html import drawings
-from registry.api.pages.html.drawings import Cell, Interval
-from registry.api.pages.html.modules import cells
+from registry.api.pages.html.drawings import Cell, Interval, cells
 from registry.api.pages.jobs.chosen import Chosen
 
 Json = Mapping[str, Any]
