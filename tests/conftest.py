@@ -5,13 +5,12 @@ import os
 import re
 import ssl
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import boto3
 import botocore.session
@@ -122,8 +121,9 @@ def pytest_collection_finish() -> None:
 
 
 def _mark_further_ways(items: list[pytest.Item]) -> None:
-    """By default a test that can run in several ways runs in one, which its name decides; the others are `long`. Two of
-    three run in the first way, which needs no service: PostgreSQL and S3 take four times the CPU."""
+    """By default a test that can run in several ways runs in one; the others are `long`. That is the first, which needs
+    no service, unless the test has a mark such as `pytest.mark.on("PostgreSQL")`: PostgreSQL and S3 take four times the
+    CPU."""
     ways: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("long"):
@@ -131,10 +131,21 @@ def _mark_further_ways(items: list[pytest.Item]) -> None:
         if not {item.path.name, getattr(item, "originalname", "")}.isdisjoint(ON_BOTH_DATABASES):
             continue
         ways[WAY.sub("", item.nodeid)].append(item)
-    for name, several in ways.items():
-        del several[crc32(name.encode()) % (len(several) + 1) % len(several)]
+    for several in ways.values():
+        del several[_default_way(several)]
         for item in several:
             item.add_marker(pytest.mark.long)
+
+
+def _default_way(several: Sequence[pytest.Item]) -> int:
+    """The index of the way that runs by default."""
+    mark = several[0].get_closest_marker("on")
+    if mark is None or len(several) == 1:
+        return 0
+    runs = [
+        way is not None and way[1].startswith(mark.args[0]) for way in map(WAY.search, (one.nodeid for one in several))
+    ]
+    return runs.index(True)
 
 
 @pytest.hookimpl(optionalhook=True)

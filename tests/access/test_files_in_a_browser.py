@@ -63,6 +63,7 @@ def test_a_file_from_a_page_has_its_name_and_the_sandbox_of_a_file(furnished: Ho
     assert "weights.safetensors" in answer.headers["content-disposition"]
 
 
+@pytest.mark.on("PostgreSQL")
 def test_no_answer_leaves_a_browser_to_guess_its_type(furnished: House) -> None:
     for path in ("/", "/healthz", "/v1/whoami", "/v1/nothing", RELEASE, "/openapi.json", "/static/0/x.css"):
         answer = furnished.ask("reader", "GET", path)
@@ -100,6 +101,7 @@ def test_two_hosts_are_refused(tmp_path: Path) -> None:
     assert b'"bad_http"' in answer
 
 
+@pytest.mark.on("PostgreSQL")
 def test_files_of_users_come_from_a_host_of_their_own_by_signed_addresses(furnished: House) -> None:
     """With a store that has addresses, they come from the store's host already."""
     own = {"files_url": "https://files.example", "files_secret": "x" * 32}

@@ -130,6 +130,7 @@ def test_every_route_that_asks_the_store_answers_503_when_its_threads_are_taken(
             assert (answer.status_code, "Retry-After" in answer.headers) == (503, True), route
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_request_that_finds_all_threads_taken_gets_one_when_it_is_soon_free(house: House) -> None:
     with hung(house, "stat") as there:
         there.fill(STORE_THREADS)

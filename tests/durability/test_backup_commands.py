@@ -83,6 +83,7 @@ def filled(cli: Cli, tmp_path: Path) -> Cli:
     return cli
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_backup_of_a_busy_registry_is_restored_on_the_other_database_and_store(
     environ: Environment, tmp_path: Path
 ) -> None:

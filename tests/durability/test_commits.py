@@ -279,6 +279,7 @@ def test_what_a_model_of_the_retention_keeps_is_there_and_nothing_else(
     assert [finding for finding in fsck.check(held, read_bytes=True) if finding.severity == "error"] == []
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_tag_beside_a_collection_makes_a_complete_release_or_none(held: Resources, tmp_path: Path) -> None:
     """Every commit is forgotten as soon as the next one is there."""
     create(held)
@@ -302,6 +303,7 @@ def test_a_tag_beside_a_collection_makes_a_complete_release_or_none(held: Resour
     assert [finding for finding in fsck.check(held, read_bytes=True) if finding.severity == "error"] == []
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_tag_of_a_commit_that_is_being_forgotten_leaves_main_where_it_is(
     held: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +350,7 @@ def _wait_for_more(journal: Journal, before: int, deadline: float) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.long)])
 def test_no_kill_of_a_committer_or_of_a_collector_loses_a_tag(
     environ: dict[str, str], tmp_path: Path, kills: int
@@ -386,6 +389,7 @@ def test_no_kill_of_a_committer_or_of_a_collector_loses_a_tag(
     assert broken_promises(environ, read_bytes=True) == [], seed
 
 
+@pytest.mark.on("PostgreSQL")
 def test_an_expired_upload_that_a_collection_removes_meanwhile_is_announced_anew(held: Resources) -> None:
     file, tomorrow = ManifestFile("a.bin", 3, Digest("1" * 64)), later(held, 2)
     uploads.announce(held, actor(held), NAME.namespace, [file])

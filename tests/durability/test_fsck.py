@@ -65,6 +65,7 @@ def test_a_registry_with_nothing_in_it_is_not_called_clean_without_more(environ:
     assert set(Cli(environ).json("fsck")["checked"].values()) == {0}
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_search_that_would_not_find_what_a_channel_gives_out_is_an_error(
     furnished: Cli, environ: dict[str, str]
 ) -> None:
@@ -142,6 +143,7 @@ def test_no_blob_is_discarded_without_an_audit_row_wherever_it_ends(
     assert (row["subject"], row["reason"]) == (sha256, "damaged")
 
 
+@pytest.mark.on("PostgreSQL")
 def test_damage_is_reported_when_nothing_of_it_can_be_discarded(
     furnished: Cli, environ: dict[str, str], tmp_path: Path
 ) -> None:

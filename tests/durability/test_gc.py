@@ -114,6 +114,7 @@ def test_an_unused_blob_goes_after_the_grace_and_not_before_and_a_release_keeps_
     assert digests(held) == everything, "and it can come again"
 
 
+@pytest.mark.on("PostgreSQL")
 def test_an_upload_that_expires_before_its_bytes_come_is_in_its_namespaces_audit_and_one_that_came_is_not(
     api: Api, held: Resources, tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_yanked_release_keeps_its_blobs(api: Api, held: Resources, tmp_path: P
     assert digests(held) == kept
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_dry_run_counts_what_would_go_and_removes_nothing(api: Api, held: Resources, tmp_path: Path) -> None:
     send(api, "acme", notes(tmp_path / "unused", 2), lambda _count: None)
     orphan(held, tmp_path, b"left by a crash")
@@ -168,6 +170,7 @@ def collect_one(path: Path) -> ManifestFile:
     return collect(select_files(alone, "model"))[0].manifest
 
 
+@pytest.mark.on("PostgreSQL")
 def test_bytes_without_a_row_are_reported_by_fsck_and_go_after_the_grace(
     environ: dict[str, str], held: Resources, tmp_path: Path
 ) -> None:
@@ -181,6 +184,7 @@ def test_bytes_without_a_row_are_reported_by_fsck_and_go_after_the_grace(
     assert broken_promises(environ) == []
 
 
+@pytest.mark.on("PostgreSQL")
 def test_bytes_that_are_announced_wait_for_that_and_fsck_and_a_dry_run_say_so(
     api: Api, held: Resources, tmp_path: Path
 ) -> None:
@@ -205,6 +209,7 @@ def test_bytes_that_are_announced_wait_for_that_and_fsck_and_a_dry_run_say_so(
     assert fsck.check(held) == []
 
 
+@pytest.mark.on("PostgreSQL")
 def test_pushes_arrive_whole_while_a_collection_without_any_grace_runs(
     environ: dict[str, str], url: str, api: Api, tmp_path: Path
 ) -> None:
@@ -348,6 +353,7 @@ def test_the_command_tells_what_it_removed(environ: dict[str, str], api: Api, tm
     }
 
 
+@pytest.mark.on("PostgreSQL")
 def test_uploads_that_expired_are_counted_however_many_there_are_and_each_is_audited(
     environ: dict[str, str], api: Api, held: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ LONGEST_LIFE_S = {"sqlite": 0.4, "postgresql": 1.0}
 """What an act takes on an idle machine, and some more: with S3 a push is a dozen requests."""
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("kills", [6, *further(100)])
 def test_many_kills_lose_nothing_and_leave_nothing_torn(
     environ: dict[str, str], tmp_path: Path, record_property: Callable[[str, object], None], kills: int

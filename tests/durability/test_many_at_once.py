@@ -78,6 +78,7 @@ def together(apis: list[Api], act: Callable[[int, Api], object]) -> list[object]
         return list(pool.map(run, range(len(apis))))
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("enough_moves", [200, *further(2_000)])
 def test_sixteen_clients_move_one_channel_and_history_has_every_accepted_move_once_in_order(
     environ: dict[str, str], url: str, tmp_path: Path, enough_moves: int
@@ -151,6 +152,7 @@ def test_of_many_different_pushes_of_one_version_one_wins_and_the_others_are_ref
     assert broken_promises(environ, read_bytes=True) == []
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("races", [2, *further(5)])
 def test_of_two_releases_at_once_that_break_each_other_only_one_is_published(
     environ: dict[str, str], url: str, tmp_path: Path, races: int
@@ -169,6 +171,7 @@ def test_of_two_releases_at_once_that_break_each_other_only_one_is_published(
     assert broken_promises(environ) == []
 
 
+@pytest.mark.on("PostgreSQL")
 def test_many_pushes_that_ask_for_the_next_number_get_one_each(
     environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
@@ -182,6 +185,7 @@ def test_many_pushes_that_ask_for_the_next_number_get_one_each(
     assert broken_promises(environ, read_bytes=True) == []
 
 
+@pytest.mark.on("PostgreSQL")
 def test_of_many_equal_pushes_one_makes_the_release_and_all_succeed(
     environ: dict[str, str], url: str, tmp_path: Path
 ) -> None:
@@ -201,6 +205,7 @@ def test_of_many_equal_pushes_one_makes_the_release_and_all_succeed(
     assert broken_promises(environ) == []
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("turns", [6, *further(20)])
 def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_before(
     environ: dict[str, str], url: str, tmp_path: Path, turns: int

@@ -65,6 +65,7 @@ def test_results_stay_as_long_as_their_score_and_go_once_another_replaces_them(
         assert traces(cli).blobs == before
 
 
+@pytest.mark.on("PostgreSQL")
 def test_results_that_a_score_is_not_made_of_are_refused_and_not_stored(
     environ: dict[str, str], tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def test_a_move_waits_for_a_yank_and_then_sees_it(two: Two, environ: dict[str, s
     assert broken_promises(environ) == []
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("channel", ["prod", "edge"])
 def test_a_yank_waits_for_a_move_and_the_channel_gives_out_what_lies_below(
     two: Two, environ: dict[str, str], channel: str

@@ -29,6 +29,7 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     house.close()
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(("method", "path"), HUB, ids=[" ".join(route) for route in HUB])
 def test_whatever_the_hub_api_is_asked_it_answers_and_says_why_not(house: House, method: str, path: str) -> None:
     template = path.replace(":path}", "}")

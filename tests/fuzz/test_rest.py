@@ -150,6 +150,7 @@ SIGNED = "/v1/files/{sha256}"
 """Only an address that the registry gave leads to something there."""
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(("method", "path"), STATED, ids=[" ".join(route) for route in STATED])
 def test_whatever_a_route_is_asked_its_answer_is_one_that_the_document_states(
     site: Site, method: str, path: str

@@ -34,6 +34,7 @@ def pulled(stocked_embedded: Cli, world: World, keys: Keys, tmp_path: Path) -> P
     return tmp_path / "pulled"
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("known", [True, False])
 def test_files_that_were_signed_and_yanked_cannot_come_back_under_another_number_name_or_base(
     stocked_embedded: Cli, world: World, keys: Keys, pulled: Path, tmp_path: Path, known: bool
@@ -132,6 +133,7 @@ def test_a_release_is_signed_afterwards_by_a_key_that_its_namespace_trusts(
     assert stocked("pull", "acme/sql", "-o", tmp_path / "no", "--verify", stranger.public).code == 1
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_release_that_two_keys_signed_can_be_promoted_while_either_key_is_trusted(
     stocked: Cli, world: World, keys: Keys, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def suite_file(directory: Path, name: str, rows: list[tuple[str, str]]) -> Path:
     return path
 
 
+@pytest.mark.on("PostgreSQL")
 def test_members_that_want_other_answers_to_the_same_prompts_are_named_first(team: Cli, tmp_path: Path) -> None:
     for suite, ref, answer in (("up", PAIR[0], "A"), ("low", PAIR[1], "a")):
         team.ok("suite", "add", suite_file(tmp_path, suite, [(f"case {number}", answer) for number in range(6)]))
@@ -119,6 +120,7 @@ def test_members_that_want_other_answers_to_the_same_prompts_are_named_first(tea
     assert (planned["verdict"], planned["findings"][0]["code"]) == ("warn", "same_prompts")
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_policy_decides_the_verdict_and_the_exit_code(team: Cli, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("input_overlap: error\nthresholds: {input_overlap: -1}\n")

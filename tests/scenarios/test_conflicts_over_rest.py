@@ -121,6 +121,7 @@ def test_other_weights_settings_or_an_other_order_are_another_check(office: Offi
     assert done[1]["report"]["adapters"][0]["name"] == PAIR[1]
 
 
+@pytest.mark.on("PostgreSQL")
 def test_what_one_may_not_read_is_neither_computed_nor_shown(office: Office) -> None:
     sue, rex = office.apis["sue"], office.apis["rex"]
     with pytest.raises(NotFound, match="amespace den does not exist"):
@@ -171,6 +172,7 @@ def test_a_check_that_was_cancelled_is_computed_when_it_is_asked_for_again(offic
         rex.post(f"/v1/jobs/{again['job']}/cancel")
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_report_is_kept_for_thirty_days(office: Office) -> None:
     rex = office.apis["rex"]
     check = rex.post("/v1/conflicts", wanted())

@@ -190,6 +190,7 @@ def test_a_worker_that_dies_between_the_bytes_of_two_outputs_has_published_neith
     assert len(cli.json("log", "acme/both")["items"]) == 1
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_job_that_kills_every_worker_is_given_up(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     cli, environ = team(stocked_embedded, world), stocked_embedded.environment
     begin(cli, tmp_path)
@@ -218,6 +219,7 @@ def test_a_command_does_its_own_job_and_leaves_those_of_others_to_workers_and_to
     assert cli.json("jobs", 1)["state"] == "done"
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_server_killed_in_the_middle_of_a_composition_does_not_lose_it(
     pairing: dict[str, str], world: World, tmp_path: Path
 ) -> None:
@@ -361,6 +363,7 @@ def test_a_pull_killed_at_any_moment_leaves_a_whole_directory_or_none(
     assert {path.name for path in tmp_path.iterdir() if ".partial" in path.name} == set(), "a finished pull tidies up"
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_pull_never_trusts_what_an_earlier_one_left(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     cli = stocked_embedded
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")

@@ -27,6 +27,7 @@ def dense_deltas(directory: Path, scale: float) -> dict[str, np.ndarray[Any, np.
     }
 
 
+@pytest.mark.on("SQLite")
 def test_two_releases_are_compared_in_everything_they_say(stocked: Cli, world: World, tmp_path: Path) -> None:
     cli = stocked
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
@@ -72,6 +73,7 @@ def test_a_breaking_change_is_called_one_with_its_reasons(stocked_embedded: Cli,
     assert statuses == {"q_proj": "changed", "v_proj": "removed", "o_proj": "added"}
 
 
+@pytest.mark.on("PostgreSQL")
 def test_scores_are_compared_with_the_error_of_their_difference(stocked_embedded: Cli, world: World) -> None:
     cli = stocked_embedded
     digest = next(one["digest"] for one in cli.json("suite", "list")["items"] if one["name"] == "sql-exact")

@@ -26,6 +26,7 @@ def states(ran: Ran) -> dict[str, str]:
     return {name: one["state"] for name, one in checks(ran).items()}
 
 
+@pytest.mark.on("SQLite")
 def test_an_installation_that_works_passes_every_check(stocked: Cli, world: World) -> None:
     stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
     ran = beside(stocked)("doctor", "--json")
@@ -95,6 +96,7 @@ def test_a_server_that_is_not_there_is_said(on_disk: Cli) -> None:
     assert (ran.code, states(ran)) == (1, {"server": "error"})
 
 
+@pytest.mark.on("PostgreSQL")
 def test_the_bundle_has_what_a_bug_report_needs_and_no_secret(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:

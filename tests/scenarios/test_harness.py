@@ -69,6 +69,7 @@ def test_harness_tasks_are_recorded_as_suites_with_the_version_of_the_harness(
     assert (planned.code, "it is a task of an evaluation harness" in planned.err) == (2, True)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_the_content_of_a_task_is_its_configuration_and_documents_wherever_these_are(team: Cli, tmp_path: Path) -> None:
     for copy in ("first", "second"):
         write_task(tmp_path / copy, "colours", CHOICES, [0, 1, 2])
@@ -86,6 +87,7 @@ def test_the_content_of_a_task_is_its_configuration_and_documents_wherever_these
     assert team.json("suite", "list")["items"][-1]["version"].startswith("2.0.0-lm-eval.")
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_harness_task_does_not_take_the_name_of_a_suite_and_errors_are_said_in_one_line(
     team: Cli, tmp_path: Path
 ) -> None:

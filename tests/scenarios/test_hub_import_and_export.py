@@ -101,6 +101,7 @@ def scores(release: dict[str, Any]) -> dict[str, tuple[float, bool]]:
     return {f"{one['suite']}.{one['metric']}": (one["value"], one["reported"]) for one in release["scores"]}
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_release_goes_from_hub_to_hub_and_stays_the_same(
     stocked: Cli, far: Far, world: World, tmp_path: Path
 ) -> None:

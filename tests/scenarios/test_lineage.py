@@ -34,6 +34,7 @@ def recipe(path: Path, version: str, weight: float = 1.0, **changes: Any) -> Pat
     return path
 
 
+@pytest.mark.on("PostgreSQL")
 def test_plan_show_and_diff_tell_rules_method_and_settings(team: Cli, tmp_path: Path) -> None:
     first = recipe(tmp_path / "recipe.yaml", "1.0.0")
     planned = team.ok("compose", first, "--plan", "--wide").out
@@ -78,6 +79,7 @@ def test_members_are_listed_in_the_recipes_order_with_its_method_whatever_was_pu
     assert [row for row in rows if row["old"] != row["new"]] == []
 
 
+@pytest.mark.on("PostgreSQL")
 def test_the_directory_of_a_local_combination_says_what_it_was_combined_from(
     embedded: Cli, world: World, tmp_path: Path
 ) -> None:

@@ -257,6 +257,7 @@ def test_a_rollback_before_the_answer_to_a_move_is_missed_stays(
     assert moves(somebody) == [("rollback", "1.0.0"), ("promote", "1.0.1"), ("promote", "1.0.0")]
 
 
+@pytest.mark.on("PostgreSQL")
 @served
 @pytest.mark.parametrize("reaches", [True, *further(False)])
 def test_a_rollback_whose_request_or_answer_was_lost_goes_back_once(
@@ -270,6 +271,7 @@ def test_a_rollback_whose_request_or_answer_was_lost_goes_back_once(
     assert moves(stocked)[:2] == [("rollback", "1.0.1"), ("promote", "1.0.2")]
 
 
+@pytest.mark.on("PostgreSQL")
 @served
 def test_what_a_request_found_done_already_is_its_answer_too(network: Network, push: Push, somebody: Cli) -> None:
     """Nothing was moved or published by it, and a repetition that came later would undo what others did meanwhile."""

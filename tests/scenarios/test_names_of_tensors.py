@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.scenarios.hub_client import WEIGHTS
@@ -44,6 +45,7 @@ def test_a_push_says_under_which_names_an_adapter_would_do_nothing_and_a_channel
         assert (promoted.code, refusal in promoted.err) == (code, bool(code)), promoted.err
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_policy_names_a_server_that_there_is(stocked_embedded: Cli, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("version: 1\nloads_in: [vllm:17]\n")

@@ -13,6 +13,7 @@ from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_moment_outside_of_the_calendar_is_refused(embedded: Cli) -> None:
     for option, moment in (("--since", "0001-01-01T00:00:00+14:00"), ("--until", "9999-12-31T23:59:59-00:01")):
         refused = embedded("audit", option, moment)
@@ -21,6 +22,7 @@ def test_a_moment_outside_of_the_calendar_is_refused(embedded: Cli) -> None:
         assert "years 1 to 9999" in refused.err
 
 
+@pytest.mark.on("SQLite")
 def test_a_text_with_a_nul_is_refused_by_every_database_alike(stocked: Cli, world: World) -> None:
     release = "/v1/adapters/acme/sql/releases/1.0.0"
     stocked.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
@@ -62,6 +64,7 @@ def test_a_number_that_is_none_or_too_large_is_refused(
     assert message in ran.err
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from registry.domain.jobs import evaluations
@@ -40,6 +41,7 @@ def working(cli: Cli) -> Generator[None]:
         resources.close()
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_promotion_waits_for_the_scores_that_it_lacks_and_then_completes_or_fails_by_itself(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
@@ -112,6 +114,7 @@ def test_a_promotion_that_another_person_must_approve_waits_for_it(
     assert acts["promotion:approve"] == "rosa"
 
 
+@pytest.mark.on("PostgreSQL")
 def test_an_evaluation_that_is_stopped_goes_on_with_what_is_not_measured(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ def documented(world: World, tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.on("SQLite")
 def test_a_release_keeps_what_its_card_says_and_what_is_stated_wins(
     stocked: Cli, documented: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +99,7 @@ def _search(cli: Cli, *asked: object) -> list[str]:
     return [item["repository"] for item in cli.json("search", *asked)["items"]]
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("text", ["trainr:x", "trainer", "trainer: ", "hyperparameters:3", "hyperparameters.:3", ":x"])
 def test_a_search_for_what_no_provenance_has_lists_what_there_is(stocked_embedded: Cli, text: str) -> None:
     refused = stocked_embedded("search", "--provenance", text)
@@ -150,6 +152,7 @@ def test_what_is_misspelt_is_refused_by_the_command_and_by_the_registry(
                 api.post("/v1/adapters/acme/sql/releases", {**request, "provenance": stated})
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_release_tells_which_ranks_it_uses_and_the_push_hints_at_it(stocked: Cli, tmp_path: Path) -> None:
     cli, names = stocked, [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
     strong, idle = ([size * part for part in (4.0, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)] for size in (1, 1e-4))

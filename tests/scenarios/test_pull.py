@@ -55,6 +55,7 @@ def test_a_blob_damaged_in_the_store_is_named_and_never_delivered_nor_published(
     assert traces(stocked).releases == ("acme/sql:1.0.0",)
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(
     "harm",
     [lambda content: content[:100], lambda content: b"", lambda content: content + b"more"],
@@ -74,6 +75,7 @@ def test_a_blob_of_another_size_is_named_as_damaged_at_once(
         api.get(f"/v1/blobs/{digest}")
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_file_that_the_database_says_is_another_is_named_as_damaged(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
@@ -189,6 +191,7 @@ def test_a_release_that_is_as_it_was_pulled_is_not_pulled_again(stocked_embedded
     cli.ok("inspect", "acme/sql")
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="there is one file system only")
 def test_a_cache_on_another_file_system_is_copied_from(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     others = (path for path in (SHARED_MEMORY, Path(gettempdir())) if path.stat().st_dev != tmp_path.stat().st_dev)
@@ -259,6 +262,7 @@ def test_files_that_a_check_refuses_never_appear(stocked_embedded: Cli, world: W
     assert list(tmp_path.glob("*out*")) == []
 
 
+@pytest.mark.on("SQLite")
 def test_a_lost_blob_is_reported_by_the_registry(stocked: Cli, world: World, tmp_path: Path) -> None:
     digest = pushed(stocked, world)[WEIGHTS]
     with api_of(stocked) as api:

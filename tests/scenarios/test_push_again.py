@@ -34,6 +34,7 @@ def beside(cli: Cli) -> Cli:
     return Cli({**cli.environment, **cli.served_with, "ADAPTORY_HOME": str(home_of(cli)), "ADAPTORY_URL": ""})
 
 
+@pytest.mark.on("PostgreSQL")
 def test_the_same_signed_push_again_changes_nothing(stocked: Cli, adapter: Path, keys: Keys, tmp_path: Path) -> None:
     signed = ("--base", "tiny", "--include", "data.txt", "--sign", keys.private)
     first = stocked.json("push", adapter, "acme/sql:1.0.0", *signed)

@@ -36,6 +36,7 @@ def recorded(cli: Cli, reference: str) -> set[str]:
     return {row["suite"] for row in cli.json("show", reference)["scores"]}
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("queued", [True, False], ids=["worker", "command"])
 def test_a_scorer_that_fails_or_never_ends_costs_no_score_of_another_suite(scored: Cli, queued: bool) -> None:
     suites = [word for name in ("broken", "endless", "fine", "sql-exact") for word in ("--suite", name)]

@@ -93,6 +93,7 @@ def test_an_evaluation_needs_what_recording_its_scores_needs_and_is_bounded(team
     assert team.json("show", "acme/sql:1.0.0")["scores"] == []
 
 
+@pytest.mark.on("PostgreSQL")
 def test_an_upgrade_measures_the_new_base_for_its_owner_alone(team: Cli, world: World, tmp_path: Path) -> None:
     following = scaled(world.base, tmp_path / "following")
     team.ok("base", "add", following, "--name", "following")

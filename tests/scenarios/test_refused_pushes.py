@@ -142,6 +142,7 @@ def test_an_unknown_base_is_not_found_and_leaves_nothing(stocked_embedded: Cli, 
     assert traces(stocked_embedded) == Traces(frozenset(), frozenset(), ())
 
 
+@pytest.mark.on("SQLite")
 def test_the_server_refuses_by_itself_whatever_a_client_sends(stocked: Cli, world: World, tmp_path: Path) -> None:
     """Blobs may stay as orphans, since they were right bytes when they came; a release or a work file may not."""
     name = parse_repository("acme/sql")
@@ -163,6 +164,7 @@ def test_the_server_refuses_by_itself_whatever_a_client_sends(stocked: Cli, worl
     assert stocked("log", "acme/sql").code == 3
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_release_cannot_name_bytes_that_nobody_sent_or_a_pickle(stocked_embedded: Cli, world: World) -> None:
     def row(path: str, content: bytes) -> dict[str, object]:
         return {"path": path, "size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -214,6 +216,7 @@ def test_a_file_that_shrinks_while_it_is_pushed_is_named(stocked: Cli, world: Wo
     assert traces(stocked).releases == ()
 
 
+@pytest.mark.on("PostgreSQL")
 def test_an_adapter_of_zeros_is_published_with_a_warning(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     directory = shutil.copytree(world.adapters["sql"], tmp_path / "zeros")
     in_tensors(lambda tensors: {n: t * 0 if "lora_B" in n else t for n, t in tensors.items()})(directory)
@@ -224,6 +227,7 @@ def test_an_adapter_of_zeros_is_published_with_a_warning(stocked_embedded: Cli, 
     assert traces(stocked_embedded).releases == ("acme/sql:1.0.0",)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_an_activated_lora_is_stored_and_shown_but_never_merged_or_composed(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:

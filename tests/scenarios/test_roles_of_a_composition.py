@@ -141,6 +141,7 @@ def test_what_the_creator_may_still_do_is_done_in_the_creators_name(office: Offi
         assert (row["actor"], row["token"]) == ("pia", office.token_id)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_an_output_in_a_namespace_that_the_asker_cannot_make_is_refused_at_once(office: Office) -> None:
     office.give(EVERYWHERE, Role.PUBLISHER)
     with pytest.raises(NotAllowed, match="admin"):

@@ -122,6 +122,7 @@ def test_a_signature_names_what_is_released_and_no_other_file_of_the_directory(
     assert set(open_signature(content, [keys.pem]).files) == {path.name for path in directory.glob("[!.]*")}
 
 
+@pytest.mark.on("PostgreSQL")
 def test_an_unsigned_release_is_refused_by_policy_and_by_who_verifies(
     stocked: Cli, world: World, keys: Keys, stranger: Keys, tmp_path: Path
 ) -> None:
@@ -168,6 +169,7 @@ def test_the_registry_refuses_a_signature_that_is_not_of_these_files(
         assert publish() == fingerprint(keys.pem)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_signature_that_no_policy_asks_for_is_kept_and_claims_nothing(
     stocked_embedded: Cli, signed: Path, keys: Keys, stranger: Keys
 ) -> None:
@@ -320,6 +322,7 @@ def test_a_policy_takes_only_keys_that_can_verify(stocked_embedded: Cli, keys: K
             api.put("/v1/namespaces/acme", {"require_signature": True, "signing_keys": [keys.pem, pem]})
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_key_that_cannot_sign_or_verify_says_so(
     stocked_embedded: Cli, world: World, keys: Keys, tmp_path: Path
 ) -> None:

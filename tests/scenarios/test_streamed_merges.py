@@ -140,6 +140,7 @@ def test_a_base_that_suites_load_is_downloaded_once(site: Site, world: World, tm
     assert changed.stat().st_mtime_ns == before
 
 
+@pytest.mark.on("PostgreSQL")
 def test_processes_that_need_a_base_at_once_wait_for_one_download(site: Site, world: World) -> None:
     """As the runners of one node do."""
     bases = Bases(Settings(home=home_of(site.cli)))
@@ -151,6 +152,7 @@ def test_processes_that_need_a_base_at_once_wait_for_one_download(site: Site, wo
     assert (list(directory.parent.iterdir()), reasons) == ([directory], ())
 
 
+@pytest.mark.on("PostgreSQL")
 def test_weights_that_the_index_does_not_name_are_not_downloaded(site: Site, world: World) -> None:
     """As the copy for other programs that some models have beside their shards."""
     site.s3.client().put_object(Bucket=BUCKET, Key=f"{site.prefix}/consolidated.safetensors", Body=b"other" * 1000)
@@ -195,6 +197,7 @@ CHANGES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 }
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("change", ["bytes of a tensor", pytest.param("its size", marks=pytest.mark.long)])
 def test_a_base_that_is_another_one_by_now_is_refused_and_nothing_is_published(
     change: str, site: Site, world: World
@@ -294,6 +297,7 @@ def test_an_object_that_changes_during_the_merge_is_refused_and_nothing_is_publi
     assert traces(site.cli).releases == before
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_killed_merge_goes_on_with_its_finished_shards_and_leaves_what_a_sweep_removes(
     site: Site, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +344,7 @@ def test_a_merge_that_fails_leaves_nothing_in_the_store(site: Site, monkeypatch:
     assert traces(site.cli).blobs == before.blobs
 
 
+@pytest.mark.on("PostgreSQL")
 def test_only_an_admin_of_the_registry_adds_a_location_in_a_bucket(site: Site, tmp_path: Path) -> None:
     with resources_of(site.cli.environment) as resources:
         host = Actor("host", resources.clock(), {EVERYWHERE: Role.ADMIN}, mints=True)
@@ -361,6 +366,7 @@ def test_only_an_admin_of_the_registry_adds_a_location_in_a_bucket(site: Site, t
             assert f"{site.location}-other" in api.post("/v1/bases", request)["locations"]
 
 
+@pytest.mark.on("PostgreSQL")
 def test_only_what_lies_right_below_the_prefix_is_read(site: Site, world: World) -> None:
     for key in (f"{site.prefix}-secret/notes.txt", f"{site.prefix}/deeper/notes.txt", f"{site.prefix}/.env"):
         site.s3.client().put_object(Bucket=BUCKET, Key=key, Body=b"secret")

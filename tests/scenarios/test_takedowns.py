@@ -49,6 +49,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_takedown_removes_the_bytes_for_good_and_leaves_a_tombstone(
     stocked: Cli, adapter: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_weights_stay_if_they_were_published_without_the_file_that_has_to_go(
     assert f"{WEIGHTS} has the weights of" in refused.err
 
 
+@pytest.mark.on("PostgreSQL")
 def test_the_bytes_of_a_takedown_go_even_if_it_dies_before_it_removes_them(
     stocked_embedded: Cli, adapter: Path
 ) -> None:
@@ -144,6 +146,7 @@ def test_the_bytes_of_a_takedown_go_even_if_it_dies_before_it_removes_them(
     held.close()
 
 
+@pytest.mark.on("PostgreSQL")
 def test_retention_takes_down_old_yanked_releases_and_pre_releases_that_nothing_serves(
     stocked_embedded: Cli, adapter: Path
 ) -> None:
@@ -174,6 +177,7 @@ def test_retention_takes_down_old_yanked_releases_and_pre_releases_that_nothing_
     push(cli, adapter, "acme/sql:1.2.0")  # what went by its age alone may come back
 
 
+@pytest.mark.on("SQLite")
 def test_a_namespace_holds_no_more_than_its_quota(stocked: Cli, adapter: Path) -> None:
     push(stocked, adapter, "acme/sql:1.0.0")
     used = stocked.json("namespace", "usage", "acme")

@@ -128,6 +128,7 @@ class Meanwhile(TrainerCallback):
                 registry.push(self._directory, "acme/sql:1.0.0", base="tiny")
 
 
+@pytest.mark.on("SQLite")
 def test_a_push_that_fails_at_the_end_raises_and_the_adapter_is_kept(cli: Cli, world: World, tmp_path: Path) -> None:
     output = tmp_path / "out"
     callback = AdaptoryCallback("acme/sql:1.0.0", base="tiny")

@@ -78,6 +78,7 @@ def test_a_new_version_with_one_changed_file_sends_that_file_alone(stocked: Cli,
     assert {digest: store.stat(Digest(digest)) for digest in before} == written, "the others were left alone"
 
 
+@pytest.mark.on("SQLite")
 def test_a_file_that_changes_while_it_is_sent_is_named_and_nothing_of_it_kept(
     stocked: Cli, world: World, tmp_path: Path
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_file_that_changes_while_it_is_sent_is_named_and_nothing_of_it_kept(
     assert not traces(stocked).blobs & promised
 
 
+@pytest.mark.on("PostgreSQL")
 def test_two_who_push_the_same_bytes_at_once_both_succeed(stocked: Cli, world: World, tmp_path: Path) -> None:
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     (adapter / "data.txt").write_bytes(os.urandom(12 << 20))

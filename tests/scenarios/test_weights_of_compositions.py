@@ -82,6 +82,7 @@ def test_weights_of_a_composition_that_has_been_taken_down_keep_its_inputs(
     assert inputs(cli, "other/name:1.0.0") == made != []
 
 
+@pytest.mark.on("PostgreSQL")
 def test_one_changed_weight_ends_what_is_inherited(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     cli = stocked_embedded
     composed(cli, world, tmp_path)

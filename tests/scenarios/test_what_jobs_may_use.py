@@ -111,6 +111,7 @@ def test_a_base_that_is_not_here_is_named_without_its_directory(
     assert str(world.base.parent) not in json.dumps(cli.json("jobs", 1))
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_scorer_inherits_no_secret_of_its_worker(
     stocked_embedded: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,7 @@ def failing(name: str, error: Exception) -> dict[str, JobKind]:
     return replacing(name, step)
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("disk", one_of_each(OUTAGES, lambda disk: type(OUTAGES[disk][0])))
 def test_a_composition_waits_out_a_disk_that_is(disk: str, site: Site) -> None:
     error, code = OUTAGES[disk]
@@ -124,6 +125,7 @@ def test_a_worker_without_the_base_leaves_a_composition_to_one_that_has_it(site:
     assert (site.job, site.waits_for) == ({"state": "done", "code": None}, None)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_composition_whose_base_no_worker_has_ends_after_an_hour_and_says_so(site: Site) -> None:
     site.base.rename(site.base.with_name("away"))
     for minutes, state in ((0, "queued"), (59, "queued"), (61, "failed")):
@@ -186,6 +188,7 @@ def test_a_job_waits_for_a_device_with_its_memory_and_may_ask_for_less(site: Sit
     assert site.job == {"state": "refused", "code": "device_too_small"}
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_job_of_an_older_version_is_taken_by_a_worker_that_has_what_it_needs(site: Site) -> None:
     with site.resources.write() as session:
         session.execute(delete(JobNeed))
@@ -209,6 +212,7 @@ def test_a_job_of_a_newer_version_is_left_to_its_workers(site: Site) -> None:
     assert site.waits_for == "a worker that has enclave:sealed"
 
 
+@pytest.mark.on("PostgreSQL")
 def test_the_command_that_does_the_work_itself_says_at_once_that_the_base_is_not_here(
     site: Site, tmp_path: Path
 ) -> None:
@@ -268,6 +272,7 @@ def test_a_stopped_step_gives_its_job_back_before_it_has_read_or_measured_all(na
     assert (site.job["state"], seen[0]) == ("done", name)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_suite_that_is_replaced_while_the_candidate_is_measured_fails_its_gate(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:

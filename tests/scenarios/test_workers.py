@@ -50,6 +50,7 @@ def test_a_cancelled_composition_publishes_nothing_and_leaves_nothing(
     assert cli("cancel", 1).code == 4
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_waiting_composition_is_cancelled_at_once(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
     cli = team(stocked_embedded, world)
     begin(cli, tmp_path)
@@ -90,6 +91,7 @@ def test_a_stopped_worker_hands_its_job_back_without_a_wait(
     assert (first, second) == (["check", "combine"], ["evaluate", "gate", "merge", "publish"])
 
 
+@pytest.mark.on("PostgreSQL")
 def test_code_that_exits_the_process_ends_the_worker_instead_of_silencing_it(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
@@ -149,6 +151,7 @@ def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> No
             held.progress(0.9)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_worker_process_that_is_terminated_hands_its_job_back(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
@@ -223,6 +226,7 @@ def test_a_worker_on_another_host_makes_again_what_lies_on_the_dead_ones_disk(
     assert {"acme/both:1.0.0", "acme/merged:1.0.0"} <= set(traces(cli).releases)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_base_that_changed_on_disk_is_neither_merged_nor_scored(embedded: Cli, world: World, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(world.base, base)
@@ -280,6 +284,7 @@ def test_the_probe_measures_the_weights_that_the_method_ends_up_with(
     assert risks[0] == pytest.approx(risks[1], abs=1e-6)
 
 
+@pytest.mark.on("SQLite")
 def test_a_file_whose_name_needs_quoting_is_pushed_and_pulled(stocked: Cli, world: World, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(world.adapters["sql"], adapter)

@@ -68,6 +68,7 @@ def held(stocked_embedded: Cli, world: World) -> Generator[tuple[Cli, Resources,
         yield cli, replace(resources, store=store), store  # type: ignore[arg-type]
 
 
+@pytest.mark.on("PostgreSQL")
 def test_one_wrong_read_does_not_disturb_a_job_and_two_postpone_it(
     held: tuple[Cli, Resources, Misread], tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def pushed(resources: Resources, directory: Path, name: str = "new") -> Registry
     return None
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(("name", "at"), [("adapter_model.safetensors", 9), ("adapter_config.json", 0)])
 def test_a_push_whose_blob_is_read_wrongly_is_not_blamed_on_the_file(
     held: tuple[Cli, Resources, Misread], world: World, name: str, at: int
@@ -130,6 +132,7 @@ def test_a_push_whose_blob_is_read_wrongly_is_not_blamed_on_the_file(
     assert not store.wrong
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_file_that_is_wrong_itself_is_still_refused_as_such(
     held: tuple[Cli, Resources, Misread], world: World, tmp_path: Path
 ) -> None:

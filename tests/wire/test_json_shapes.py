@@ -62,6 +62,7 @@ def test_the_shapes_of_json_output_are_the_ones_in_the_snapshot(documents: dict[
     snapshots.check("json_shapes.json", json.dumps(shapes, indent=1, sort_keys=True))
 
 
+@pytest.mark.on("PostgreSQL")
 def test_json_output_has_the_fields_that_scripts_rely_on(documents: dict[str, Any]) -> None:
     release = {
         "repository",

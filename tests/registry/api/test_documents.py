@@ -71,6 +71,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_change_made_elsewhere_is_rendered_at_once(database: Database, elsewhere: Database) -> None:
     items, documents = stock(database, count=20), RenderedReleaseCache()
     changed = next(item for item in items if not item.yanked)

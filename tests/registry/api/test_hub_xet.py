@@ -122,6 +122,7 @@ def test_servers_beside_each_other_take_parts_of_one_push(house: House, named: s
         other.close()
 
 
+@pytest.mark.on("PostgreSQL")
 def test_only_publishers_begin_a_push_and_are_refused_in_words(house: House) -> None:
     address = "/api/models/acme/sql/xet-write-token/main"
     refused = house.ask("reader", "GET", address)
@@ -149,6 +150,7 @@ def test_a_token_is_for_the_pushes_of_its_user_and_repository_alone(house: House
         assert (answer.status_code, answer.json()["code"]) == (401, "upload_token_invalid")
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_token_ends_after_an_hour_and_a_push_after_a_day(house: House, named: str) -> None:
     push = begin(house, repository=named)
     upload = push.path.removeprefix("/xet/")
@@ -203,6 +205,7 @@ def test_a_xorb_is_cut_off_at_its_limit(house: House) -> None:
 BOMB = chunk(bytes(900_000), claimed=1000)
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -376,6 +379,7 @@ def test_after_a_revocation_a_push_stores_nothing_more(house: House, named: str,
     assert not is_held(house, content[1])
 
 
+@pytest.mark.on("PostgreSQL")
 def test_what_is_sent_counts_at_once_as_what_it_unpacks_to(house: House, named: str) -> None:
     usage, quota = f"/v1/namespaces/{PRIVATE}/usage", f"/v1/namespaces/{PRIVATE}/quota"
     before = house.ask("publisher", "GET", usage).json()["size_bytes"]

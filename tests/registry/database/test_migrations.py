@@ -303,6 +303,7 @@ def _first_detail(row: tables.AuditRow) -> dict[str, Any]:
     return {name: value for name, value in after.items() if name != "signed_by"}
 
 
+@pytest.mark.on("PostgreSQL")
 def test_nothing_starts_on_an_earlier_schema_and_each_command_says_what_to_run(earlier: Cli, revision: str) -> None:
     for command in (("serve", "--port", 0), ("worker",), ("fsck",), ("gc",), ("list",)):
         refused = earlier(*command)
@@ -311,6 +312,7 @@ def test_nothing_starts_on_an_earlier_schema_and_each_command_says_what_to_run(e
         assert "adaptory migrate" in refused.err
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_registry_of_an_earlier_schema_is_served_as_before_once_it_is_migrated(
     earlier: Cli, revision: str, filled: Cli
 ) -> None:
@@ -363,6 +365,7 @@ def test_policies_and_approvals_mean_after_a_migration_what_they_meant(earlier: 
     resources.close()
 
 
+@pytest.mark.on("PostgreSQL")
 def test_what_was_done_before_a_migration_is_shown_with_its_reason_and_its_change(
     earlier: Cli, revision: str, filled: Cli
 ) -> None:

@@ -25,6 +25,7 @@ SIGNED_BY = {1: "team", 2: "worker", 3: None, 4: "worker", 5: "team", 6: "shared
 """2, 5 and 6 were composed: a worker signed 2, its team 5, later; 6 by somebody whose key no worker has used."""
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("kind", services.DATABASES)
 def test_what_a_workers_key_signed_of_compositions_is_a_workers_and_the_rest_is_a_publishers(
     kind: str, tmp_path: Path

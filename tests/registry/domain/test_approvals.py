@@ -108,6 +108,7 @@ def test_an_approval_is_for_one_promotion_and_can_be_withdrawn(house: House) -> 
     assert isinstance(promote(house, at=NOW + 6 * HOUR), Promotion)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_an_approval_is_spent_by_the_move_after_it_whatever_the_clocks_say(house: House) -> None:
     """The approver's server is two minutes ahead, and the one that promotes again two minutes behind."""
     demand(house, approval={})
@@ -127,6 +128,7 @@ def test_an_approval_is_spent_by_the_move_after_it_whatever_the_clocks_say(house
     assert seen(house, second)[0] == "completed", "one given after the rollback counts"
 
 
+@pytest.mark.on("PostgreSQL")
 def test_an_approval_that_is_sent_again_after_the_move_does_not_serve_for_the_next_one(house: House) -> None:
     """As a client does that has lost the answer."""
     demand(house, approval={})
@@ -142,6 +144,7 @@ def test_an_approval_that_is_sent_again_after_the_move_does_not_serve_for_the_ne
     assert isinstance(promote(house), Promotion)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_an_approval_for_a_channel_that_was_deleted_and_comes_back_counts_if_it_is_new(house: House) -> None:
     """Both were given at the same moment, and its earlier moves stay in the history."""
 

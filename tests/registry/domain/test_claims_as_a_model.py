@@ -90,6 +90,7 @@ def database(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     opened.close()
 
 
+@pytest.mark.on("PostgreSQL")
 @settings(max_examples=40)
 @given(steps=st.lists(st.one_of(ENQUEUE, CLAIM, CLAIM, FINISH, PASS), min_size=15, max_size=60))
 def test_a_worker_gets_the_job_that_is_first_and_none_is_passed_over_for_ever(
@@ -141,6 +142,7 @@ def _finish(database: Database, model: Model, number: int) -> None:
     job["state"] = "done"
 
 
+@pytest.mark.on("PostgreSQL")
 def test_what_no_worker_lacks_is_claimed_and_what_one_lacks_waits(database: Database) -> None:
     with database.write() as session:
         session.execute(delete(Job))

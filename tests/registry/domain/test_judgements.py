@@ -94,6 +94,7 @@ def test_a_channel_that_does_not_exist_is_judged_as_an_empty_one(house: House) -
     assert (seen["gates"][1]["value"], seen["gates"][1]["limit"], seen["gates"][1]["at_least"]) == (0.5, 9.0, False)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_yank_and_a_missing_signature_refuse_whatever_the_rules_say(house: House) -> None:
     demand(house, rules=["exact.nll <= 9"])
     with house.resources.write() as session:
@@ -108,6 +109,7 @@ def test_a_yank_and_a_missing_signature_refuse_whatever_the_rules_say(house: Hou
             promote(house, version)
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(
     ("channel", "version", "status", "code"),
     [
@@ -125,6 +127,7 @@ def test_what_no_promotion_could_name_is_an_error(
     assert (answer.status_code, answer.json()["code"]) == (status, code)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_the_scores_of_hidden_inputs_are_in_no_field(house: House) -> None:
     """PUBLIC's release is made of one in PRIVATE, whose scores a stranger may not read."""
     composed, source = RepositoryName(PUBLIC, "sql"), RepositoryName(PRIVATE, "sql")

@@ -125,6 +125,7 @@ def test_a_missing_score_is_measured_on_the_pinned_content(house: House) -> None
     assert len(wanted) == 2
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(
     ("rule", "why"),
     [

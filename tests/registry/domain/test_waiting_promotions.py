@@ -137,6 +137,7 @@ def test_each_rule_is_named_with_its_numbers(house: House) -> None:
     assert not [rule for rule in refusal(house, NEW) if rule.startswith("verdict")], "others pass"
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_verdict_of_before_without_default_limits_counts_unless_a_recipe_had_its_own(house: House) -> None:
     demand(house, verdict="ok")
     with house.resources.write() as session:
@@ -152,6 +153,7 @@ def test_a_verdict_of_before_without_default_limits_counts_unless_a_recipe_had_i
     assert isinstance(promote(house), ChannelMove)
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(
     ("namespace", "why"),
     [
@@ -182,6 +184,7 @@ def test_a_refusal_does_not_count_what_may_still_come_as_failed(house: House) ->
         promote(house)
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_reported_score_does_not_count_where_a_measured_one_is_asked_for(house: House) -> None:
     demand(house, rules=["exact.accuracy >= 0.5"], measured=True)
     with house.resources.write() as session:
@@ -233,6 +236,7 @@ def test_a_newer_request_replaces_it_and_it_can_be_cancelled_and_expires(house: 
     assert seen(house, third) == ("expired", "promotion_expired")
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("shown", ["/v1/adapters/acme/sql/channels/prod/promotions", "/acme/sql@prod"])
 def test_a_look_at_one_that_has_expired_ends_it_though_no_worker_runs(house: House, shown: str) -> None:
     demand(house, rules=["exact.accuracy >= 0.5"])
@@ -252,6 +256,7 @@ def test_a_look_at_one_that_has_expired_ends_it_though_no_worker_runs(house: Hou
         assert (row.actor, row.after) == ("releaser", {"state": "expired"})
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("how", ["expired", "conflict", "replaced"])
 def test_what_a_promotion_queued_to_be_measured_ends_with_it(house: House, how: str) -> None:
     demand(house, rules=["exact.accuracy >= 0.5"])
@@ -269,6 +274,7 @@ def test_what_a_promotion_queued_to_be_measured_ends_with_it(house: House, how: 
         assert session.get_one(Job, job_id).state == "cancelled"
 
 
+@pytest.mark.on("PostgreSQL")
 def test_cancelling_a_promotion_leaves_the_evaluation_that_somebody_else_asked_for(house: House) -> None:
     demand(house, rules=["exact.accuracy >= 0.5"])
     asked = evaluations.request(
@@ -282,6 +288,7 @@ def test_cancelling_a_promotion_leaves_the_evaluation_that_somebody_else_asked_f
         assert session.get_one(Job, asked["job"]).state == "queued"
 
 
+@pytest.mark.on("PostgreSQL")
 def test_rights_and_the_policy_are_judged_again_when_it_completes(house: House) -> None:
     demand(house, approval={"role": "releaser"})
     first = waiting(house)
@@ -328,6 +335,7 @@ def test_rules_that_a_gate_had_before_policies_refuse_what_lacks_a_score(house: 
         assert (policy.rules, policy.approval is not None, revision) == ((), True, 4)
 
 
+@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(
     ("force", "advice"), [("releaser", "a releaser may"), ("admin", "an admin may"), ("never", "lets nobody force")]
 )
@@ -338,6 +346,7 @@ def test_a_refusal_advises_a_force_that_the_policy_allows(house: House, force: s
     assert advice in caught.value.next_step
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_repeated_request_gets_the_promotion_that_it_began(house: House) -> None:
     demand(house, approval={})
     path = f"/v1/adapters/{NAME}/channels/prod"
@@ -351,6 +360,7 @@ def test_a_repeated_request_gets_the_promotion_that_it_began(house: House) -> No
     assert row["error"]["code"] == "promotion_cancelled"
 
 
+@pytest.mark.on("PostgreSQL")
 def test_an_evaluation_that_fails_ends_the_promotion_with_its_reason(house: House) -> None:
     demand(house, rules=["exact.accuracy >= 0.5"])
     began = waiting(house)
@@ -363,6 +373,7 @@ def test_an_evaluation_that_fails_ends_the_promotion_with_its_reason(house: Hous
         assert "cannot find the base" in result["detail"]
 
 
+@pytest.mark.on("PostgreSQL")
 def test_the_evaluation_of_an_input_of_another_namespace_is_shown_to_its_requester_alone(house: House) -> None:
     with house.resources.write() as session:
         release, made = releases.find(session, NAME, OLD), session.scalars(select(Composition)).first()
@@ -401,6 +412,7 @@ def test_a_promotion_does_not_fail_with_an_evaluation_that_somebody_else_asked_f
         assert session.get_one(Job, asked + 1).created_by == "releaser"
 
 
+@pytest.mark.on("PostgreSQL")
 def test_a_metric_that_workers_do_not_measure_is_waited_for_without_a_job(house: House) -> None:
     with house.resources.write() as session:
         release, suite = releases.find(session, NAME, OLD), suites.find(session, "exact")
