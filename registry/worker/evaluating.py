@@ -86,7 +86,7 @@ def _evaluate(
             return error
         if error.code in RETRYABLE or (isinstance(caught, RegistryError) and error.code != "taken_down"):
             raise
-        failure = shown_row(held.job_id, error)
+        failure = shown_row(held, error)
         row: Row = {"scores": [], "error": f"{failure['detail']} {failure['next']}".strip(), "failure": failure}
         with held.resources.write() as session:
             evaluations.add_result(session, held.job_id, {**asdict(wanted), **row})

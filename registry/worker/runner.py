@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from composer.errors import ComposerError, Interrupted
@@ -87,7 +88,8 @@ class JobRun:
     def fail_step(self, log: Sequence[str] = ()) -> None:
         """Records that the current step failed, if one was started, with the log of the unit that failed."""
         if self._step:
-            shown = [without_directories(line) for line in log]
+            known = own_directories(self.resources)
+            shown = [without_directories(line, known) for line in log]
             self._write("failed", replace(self._amount, log=shown) if log else self._noted)
             self._ended(self._step, "failed", self._step_began_s)
 
@@ -318,18 +320,24 @@ def _finish(held: JobRun, kind: JobKind, state: str, error: RegistryError | None
     """
     if not _cleaned(held, kind):
         return
-    row = shown_row(held.job_id, error) if error is not None else None
+    row = shown_row(held, error) if error is not None else None
     with held.resources.write() as session:
         queue.finish(session, held.job_id, held.worker, state, held.resources.clock(), row)
     held.ended(state)
 
 
-def shown_row(job_id: int, error: RegistryError) -> dict[str, Any]:
+def own_directories(resources: Resources, subject: str = "") -> set[str]:
+    """This host's own directories, and that of the subject of an error if it is a path."""
+    own = {str(resources.settings.home_directory), str(resources.work_directory)}
+    return own | {str(Path(subject).parent)} if subject.startswith("/") else own
+
+
+def shown_row(held: JobRun, error: RegistryError) -> dict[str, Any]:
     """The error's row for everybody who may see the job: without this host's directories, which the log has."""
     row: dict[str, Any] = error.to_row()
-    shown: dict[str, Any] = document_without_directories(row)
+    shown: dict[str, Any] = document_without_directories(row, own_directories(held.resources, row["subject"] or ""))
     if shown != row:
-        log.warning("Job %s: %s", job_id, error.detail)
+        log.warning("Job %s: %s", held.job_id, error.detail)
     return shown
 
 
@@ -345,7 +353,7 @@ def _cleaned(held: JobRun, kind: JobKind) -> bool:
 def _put_off(held: JobRun, pause: timedelta, error: RegistryError) -> None:
     """The next worker continues from the finished steps."""
     log.warning("Job %s waits for %s and is tried again: %s", held.job_id, pause, error)
-    row = document_without_directories(error.to_row())
+    row = shown_row(held, error)
     with held.resources.write() as session:
         queue.retry_later(session, held.job_id, held.worker, database_now(session) + pause, row)
 

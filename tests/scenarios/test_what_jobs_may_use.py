@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,9 @@ def write_simple_recipe(directory: Path) -> Path:
     [
         OSError(5, "Input/output error", "/srv/secret/work/x.safetensors"),
         RuntimeError("cannot open '/srv/secret/work/x.safetensors' for file:///srv/secret/base"),
+        RuntimeError(
+            "failed:/srv/secret/x.safetensors, sqlite:////srv/secret/db, file:/srv/secret/a and //srv/secret/b"
+        ),
         RefusedOutput(
             "busy", "It is at /srv/secret/out.", subject="/srv/secret/out", next_step="Look into /srv/secret/x."
         ),
@@ -92,6 +96,22 @@ def test_the_error_of_a_job_names_no_directory_of_its_worker(
     assert cli.json("jobs", 1)["error"]
     assert "secret" not in shown
     assert ("x.safetensors" in shown) == isinstance(error, RuntimeError), "the file may be named"
+
+
+def test_a_directory_with_blanks_in_its_name_is_not_named_either(
+    stocked_embedded: Cli, world: World, tmp_path: Path
+) -> None:
+    cli = team(stocked_embedded, world)
+    begin(cli, tmp_path)
+    with resources_of(cli.environment) as resources:
+        settings = resources.settings.model_copy(update={"home": Path("/srv/Secret Support/my secret home")})
+        subject = "/srv/our secret, old bases (2)/tiny"
+        texts = f"{subject} differs from {settings.home_directory}/work/composition-1/x."
+        error = RefusedOutput("busy", texts, subject=subject, next_step=f"Look into {subject}/config.json.")
+        assert run_one(replace(resources, settings=settings), failing("combine", error), "worker")
+    shown = cli.json("jobs", 1)["error"]
+    assert (shown["subject"], shown["next"]) == ("…/tiny", "Look into …/tiny/config.json.")
+    assert "ecret" not in json.dumps(cli.json("jobs", 1))
 
 
 def test_a_base_that_is_not_here_is_named_without_its_directory(
