@@ -13,7 +13,7 @@ from composer.errors import InvalidFile
 from composer.evaluation.memory import free_bytes
 from composer.evaluation.modules import modules_bounded
 from composer.evaluation.templates import with_budget
-from composer.formats.checkpoints.bounds import refuse_larger_than_its_tensors
+from composer.formats.checkpoints.bounds import refuse_growing_text, refuse_larger_than_its_tensors
 from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint, open_checkpoint
 from composer.formats.checkpoints.staging import ADAPTER_FILE
 
@@ -71,6 +71,7 @@ def load_model(
 
     checkpoint = open_checkpoint(Path(directory))
     refuse_larger_than_its_tensors(checkpoint)
+    refuse_growing_text(checkpoint.path)
     _refuse_adapter_beside(checkpoint.path)
     chosen = torch_device(device)
     limit = int(_free_bytes(chosen) * _WEIGHTS_SHARE) if memory is None else memory

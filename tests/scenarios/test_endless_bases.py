@@ -80,6 +80,30 @@ def test_a_configuration_beyond_its_tensors_is_refused_at_once(based: tuple[Cli,
     assert (refused.code, f"config.json: {field}" in said, "allow" in said) == (6, True, True), refused.err
 
 
+DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+LONGER = {"type": "Replace", "pattern": {"Regex": "a*"}, "content": "a" * 40}
+
+
+@pytest.mark.parametrize(
+    ("part", "steps"),
+    [
+        ("normalizer", {"type": "Sequence", "normalizers": [DOUBLED] * 33}),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [LONGER] * 2}] * 9}),
+        ("decoder", {"type": "Sequence", "decoders": [DOUBLED] * 33}),
+    ],
+)
+def test_a_tokenizer_that_makes_gigabytes_of_a_line_is_refused(
+    based: tuple[Cli, Path], part: str, steps: dict[str, Any]
+) -> None:
+    cli, base = based
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    honest = {"type": "Replace", "pattern": {"String": " "}, "content": " "}
+    for asked, code in ((honest, 0), (steps, 6)):
+        (base / "tokenizer.json").write_text(json.dumps(tokenizer | {part: asked}))
+        ran = cli("eval", "acme/sql:1.0.0", "--suite", "sql-exact", "--limit", 1)
+        assert (ran.code, f"its {part} makes a text" in ran.err) == (code, bool(code)), ran.err
+
+
 @pytest.mark.parametrize(
     "asked",
     [

@@ -1,10 +1,14 @@
 """A model's configuration against the tensors beside it: what it makes transformers build must be there."""
 
+import json
 from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
 from typing import Any, cast
 
 from composer.errors import InvalidFile
-from composer.formats.checkpoints.checkpoint import Checkpoint
+from composer.formats.checkpoints.checkpoint import MAX_JSON_BYTES, Checkpoint, contained
+from composer.formats.untrusted import read_bytes
 
 _LAYERS = frozenset({
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
@@ -19,6 +23,8 @@ _SIZES = frozenset({
     "ffn_dim", "n_inner", "d_ff", "vocab_size", "head_dim", "n_positions", "kv_lora_rank", "q_lora_rank",
     "rotary_dim", "state_size", "partial_rotary_factor",
 })  # fmt: skip
+_TOKENIZER = "tokenizer.json"
+_GROWTH = 1_000
 _PACKING = 64
 """How many elements a quantized tensor may keep in one of its own."""
 
@@ -40,6 +46,41 @@ def refuse_larger_than_its_tensors(checkpoint: Checkpoint) -> None:
                 subject="config.json",
                 next_step="Take config.json from where the weights are from.",
             )
+
+
+def refuse_growing_text(directory: Path) -> None:
+    """Raises InvalidFile if the tokenizer beside a model replaces texts by longer ones again and again: thirty steps
+    that double it make gigabytes of a line, in one call that nothing can stop."""
+    path = directory / _TOKENIZER
+    if not path.is_file():
+        return
+    try:
+        content: object = json.loads(read_bytes(contained(directory, _TOKENIZER), MAX_JSON_BYTES))
+    except (ValueError, RecursionError):
+        return  # transformers says what is wrong with it
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if isinstance(content, dict) and _growth(cast("dict[str, object]", content).get(part)) > _GROWTH:
+            raise InvalidFile(
+                "bad_config",
+                f"{_TOKENIZER}: its {part} makes a text more than {_GROWTH:,} times as long.",
+                subject=_TOKENIZER,
+                next_step=f"Take {_TOKENIZER} from where the weights are from.",
+            )
+
+
+def _growth(part: object) -> float:
+    """How many times as long a part of a tokenizer makes a text at most, by its replacements, one after another."""
+    if isinstance(part, list):
+        return min(prod(map(_growth, cast("list[object]", part))), 2.0 * _GROWTH)
+    if not isinstance(part, dict):
+        return 1.0
+    stated = cast("dict[str, object]", part)
+    if stated.get("type") != "Replace":
+        return _growth([cast("list[object]", one) for one in stated.values() if isinstance(one, list)])
+    pattern, content = stated.get("pattern"), stated.get("content")
+    text = cast("dict[str, object]", pattern).get("String") if isinstance(pattern, dict) else None
+    new = len(content) if isinstance(content, str) else 0
+    return max(1.0, new / len(text) if isinstance(text, str) and text else 1.0 + new)  # a regex may match nothing
 
 
 def _numbers(value: object, field: str) -> Iterator[tuple[str, int | float]]:
