@@ -145,7 +145,8 @@ def keep(
 
 
 def receive_file(resources: Resources, actor: Actor, row: Upload, chunks: Iterable[bytes], size_bytes: int) -> None:
-    """Receives the bytes of an announced upload into a file, checks them, and stores them."""
+    """Receives the bytes of an announced upload into a file, checks them, and stores them. They may take hours: raises
+    NotFound or NotAllowed if the sender has lost the token or the role meanwhile."""
     sha256 = Digest(row.sha256)
     if size_bytes != row.size_bytes:
         raise Invalid("size_differs", f"{row.size_bytes:,} bytes were announced, not {size_bytes:,}.", subject=sha256)
@@ -155,6 +156,9 @@ def receive_file(resources: Resources, actor: Actor, row: Upload, chunks: Iterab
         received = write_hashed(path, within(chunks, size_bytes, differs), "The upload", sha256)
         if received != (sha256, size_bytes):
             raise differs
+        with resources.read() as session:
+            sender = sender_now(session, actor.name, row.namespace, actor.token_id, actor.at)
+        permit_uploads(sender, row.namespace, hidden=_unknown(row.id))
         store_file(resources, actor, row.namespace, sha256, path, move=True)
 
 

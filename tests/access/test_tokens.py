@@ -1,5 +1,6 @@
 """Tokens: what they are worth, and what they cannot do."""
 
+import hashlib
 from collections.abc import Generator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -10,14 +11,14 @@ from hypothesis import strategies as st
 from sqlalchemy import select, text
 
 from registry.database.engine import Row
-from registry.database.tables import ReleaseInput
+from registry.database.tables import BlobHolder, ReleaseInput
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds
 from registry.domain.access.tokens import NewToken
 from registry.domain.catalog import releases
 from registry.errors import Unauthenticated
-from registry.formats.references import RepositoryName, Version
+from registry.formats.references import Digest, RepositoryName, Version
 from tests import services
 from tests.access.house import HOST, NOW, OTHER, PRIVATE, PUBLIC, House, build_house, entered, new_environment, opened
 
@@ -136,6 +137,15 @@ def test_an_admin_of_everything_but_one_namespace_neither_reads_its_audit_log_no
     assert (refused.status_code, refused.json()["code"]) == (403, "scope_too_narrow")
     assert house.ask("spared", "PUT", f"/v1/namespaces/{OTHER}/quota", json=quota).status_code == 200
     assert house.ask("spared", "GET", f"/v1/namespaces/{PRIVATE}/usage").status_code == 200, "it may read"
+    for method, path, body in (
+        ("PUT", "/v1/namespaces/*/members", {"user": "stranger", "role": "admin"}),
+        ("PUT", "/v1/users/publisher/person", {"subject": "mallory", "issuer": "https://login.example"}),
+        ("DELETE", "/v1/users/publisher", None),
+    ):
+        refused = house.ask("spared", method, path, json=body)
+        assert (refused.status_code, refused.json()["code"]) == (403, "scope_too_narrow"), "its effect is also there"
+    member = {"user": "new", "role": "reader"}
+    assert house.ask("operator", "PUT", "/v1/namespaces/*/members", json=member).status_code == 200
     listed = {row["id"] for row in house.ask("spared", "GET", "/v1/jobs").json()["items"]}
     assert house.things[PRIVATE].job_id not in listed
     assert house.things[OTHER].job_id in listed
@@ -289,6 +299,40 @@ def test_a_commit_whose_body_took_longer_than_its_token_or_role_is_not_made(hous
     sent = house.ask("publisher", "POST", f"{path}/commit/main", content=lines(), headers={"Content-Length": "139"})
     assert sent.status_code == (404 if ending == "role" else 401)
     assert house.ask("operator", "GET", f"{path}/revision/main").json()["sha"] == before
+
+
+@pytest.mark.parametrize("house", services.PAIRINGS[:1], indirect=True)
+@pytest.mark.parametrize("ending", ["token", "role"])
+@pytest.mark.parametrize("way", ["rest", "lfs"])
+def test_a_file_whose_body_took_longer_than_its_token_or_role_is_not_stored(
+    house: House, way: str, ending: str
+) -> None:
+    content = b"weights that come slowly"
+    sha256 = hashlib.sha256(content).hexdigest()
+    if way == "rest":
+        row = {"path": "w.dat", "size_bytes": len(content), "sha256": sha256}
+        plan = house.ask("publisher", "POST", "/v1/uploads", json={"namespace": PRIVATE, "files": [row]}).json()
+        sender, url = "publisher", plan["files"][0]["put"]["url"]
+    else:
+        batch = {"operation": "upload", "objects": [{"oid": sha256, "size": len(content)}]}
+        plan = house.ask("publisher", "POST", f"/{PRIVATE}/sql.git/info/lfs/objects/batch", json=batch).json()
+        sender, url = "nobody", plan["objects"][0]["actions"]["upload"]["href"]
+
+    def slow() -> Generator[bytes]:
+        yield content[:3]
+        if ending == "token":
+            ended = house.ask("operator", "DELETE", f"/v1/tokens/{house.ids['publisher']}")
+        else:
+            member = {"user": "publisher", "role": "reader"}
+            ended = house.ask("operator", "PUT", f"/v1/namespaces/{PRIVATE}/members", json=member)
+        assert ended.status_code == 200
+        yield content[3:]
+
+    sent = house.ask(sender, "PUT", url, content=slow(), headers={"Content-Length": str(len(content))})
+    assert sent.status_code == (404 if ending == "token" else 403)
+    with house.resources.read() as session:
+        assert session.get(BlobHolder, (sha256, PRIVATE)) is None
+    assert house.resources.store.stat(Digest(sha256)) is None
 
 
 NAMESPACES = st.sampled_from(["acme", "open", EVERYWHERE])

@@ -30,7 +30,7 @@ from registry.domain.access import namespaces, people, quotas, tokens, users
 from registry.domain.access.namespaces import Change
 from registry.domain.access.people import Person
 from registry.domain.access.quotas import Quota, Retention
-from registry.domain.access.roles import EVERYWHERE, Role, permit, refuse_anonymous
+from registry.domain.access.roles import EVERYWHERE, Role, permit, permit_everywhere, refuse_anonymous
 from registry.domain.access.tokens import NewToken
 from registry.errors import Refused
 from registry.formats.references import parse_name
@@ -139,7 +139,9 @@ def list_members(namespace: str, resources: ResourcesOf, actor: Admin) -> Member
 @router.put("/namespaces/{namespace}/members")
 def set_member(namespace: str, body: MemberIn, resources: ResourcesOf, actor: Admin, callers: CallersOf) -> MembersOut:
     role = Role(body.role) if body.role else None
-    if namespace != EVERYWHERE:
+    if namespace == EVERYWHERE:
+        permit_everywhere(actor)
+    else:
         parse_name(namespace, "namespace")
     with resources.write() as session:
         namespaces.set_member(session, actor, namespace, body.user, role)
@@ -153,6 +155,7 @@ def link_user(
     user: Annotated[str, Path(max_length=128)], body: PersonIn, resources: ResourcesOf, actor: RegistryAdmin
 ) -> PersonOut:
     """Let a person of the OpenID provider sign in as this user."""
+    permit_everywhere(actor)
     issuer = body.issuer or (resources.settings.sign_in and resources.settings.sign_in.issuer)
     if not issuer:
         raise Refused(
@@ -169,6 +172,7 @@ def link_user(
 @router.delete("/users/{user}")
 def remove_user(user: str, resources: ResourcesOf, actor: RegistryAdmin, callers: CallersOf) -> UserOut:
     """Put a pseudonym in place of a user's name everywhere, and end the user's tokens, sessions and roles."""
+    permit_everywhere(actor)
     with resources.write() as session:
         removed = users.remove(session, actor, user)
     callers.forget()

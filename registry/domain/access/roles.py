@@ -78,6 +78,13 @@ def permit(actor: Actor, role: Role, resource: str = EVERYWHERE, *, hidden: NotF
     raise hidden or _out_of_scope(actor, role, namespace) or unknown_namespace(namespace)
 
 
+def permit_everywhere(actor: Actor) -> None:
+    """Raises unless the actor is an admin of the registry and of every namespace, for what gives or takes roles in all
+    of them: a token's scope may leave some out."""
+    for resource in (EVERYWHERE, *namespaces_of(actor)):
+        permit(actor, Role.ADMIN, resource)
+
+
 def permit_uploads(actor: Actor, namespace: str, *, hidden: NotFound | None = None) -> None:
     """Raises unless the actor may publish in the namespace or in a repository of it, whose files are uploaded to the
     namespace."""
