@@ -2,17 +2,25 @@
 
 A server for one user listens on loopback, which every user of the machine reaches. It asks for a secret that only its
 own user can read: `server-PORT.secret` in the home, new at each start and removed when the server ends.
+
+Other users may listen on the port at other loopback addresses, and at this one after the server was killed. So the
+secret is sent only to the address of its server, `server-ADDRESS-PORT.secret` for any but 127.0.0.1, and only while the
+server holds a lock on the file.
 """
 
+import fcntl
 import logging
 import os
 import secrets
-from contextlib import suppress
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkstemp
 from urllib.parse import urlsplit
 
 from registry.addresses import is_loopback
+from registry.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +30,13 @@ _MAX_BYTES = 1000
 
 def close_directory(path: Path) -> None:
     """Makes the directory, with mode 0700 whatever the umask. One of this user that others may look into is closed to
-    them, with a warning if there is something in it."""
+    them, with a warning if there is something in it. Raises Unavailable for one that all users share, such as /tmp."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700, exist_ok=True)
     state = path.stat()
+    shared = state.st_mode & stat.S_ISVTX and state.st_mode & stat.S_IWOTH
+    if shared or path.resolve() == Path(path.anchor or "/"):
+        raise _unusable(path, "all users of this machine use it")
     if state.st_uid == os.geteuid() and state.st_mode & _OTHERS:
         path.chmod(0o700)
         if any(path.iterdir()):
@@ -41,35 +52,38 @@ def close_file(path: Path) -> None:
         path.chmod(0o600)
 
 
-def secret_path(home: Path, port: int) -> Path:
-    """Where the secret of the server at that port is."""
-    return home / f"server-{port}.secret"
+def secret_path(home: Path, host: str, port: int) -> Path:
+    """Where the secret of the server at that address is."""
+    return home / f"server-{_address(host)}{port}.secret"
 
 
-def link_path(home: Path, port: int) -> Path:
+def link_path(home: Path, host: str, port: int) -> Path:
     """Where the code of its sign-in link is, until the link is used."""
-    return home / f"server-{port}.link"
+    return secret_path(home, host, port).with_suffix(".link")
 
 
-def begin_serving(home: Path, port: int, secret: str | None) -> tuple[str, str]:
-    """Writes the files of a server that starts. Returns its secret, a new one unless given, and the code of its
-    link."""
+@contextmanager
+def serving(home: Path, host: str, port: int, given: str | None = None) -> Generator[tuple[str, str]]:
+    """Keeps the files of a server while it runs. Yields its secret, a new one unless given, and the code of its link.
+    Raises Unavailable for a home that belongs to another user, who could put other files in their place."""
     close_directory(home)
-    secret, code = secret or secrets.token_urlsafe(32), secrets.token_urlsafe(24)
-    _write(secret_path(home, port), secret)
-    _write(link_path(home, port), code)
-    return secret, code
+    if home.stat().st_uid not in (os.geteuid(), 0):
+        raise _unusable(home, "it belongs to another user")
+    _remove_dead(home)
+    secret, code = given or secrets.token_urlsafe(32), secrets.token_urlsafe(24)
+    paths = secret_path(home, host, port), link_path(home, host, port)
+    locks = [_write(path, text) for path, text in zip(paths, (secret, code), strict=True)]
+    try:
+        yield secret, code
+    finally:
+        for path, lock in zip(paths, locks, strict=True):
+            path.unlink(missing_ok=True)
+            os.close(lock)
 
 
-def end_serving(home: Path, port: int) -> None:
-    """Removes the files of a server that has ended."""
-    secret_path(home, port).unlink(missing_ok=True)
-    link_path(home, port).unlink(missing_ok=True)
-
-
-def use_link(home: Path, port: int, code: str) -> bool:
+def use_link(home: Path, host: str, port: int, code: str) -> bool:
     """Whether the code is that of the server's link, which has not been used. It is used from then on."""
-    path = link_path(home, port)
+    path = link_path(home, host, port)
     try:
         if not secrets.compare_digest(path.read_bytes(), code.encode()):
             return False
@@ -79,23 +93,66 @@ def use_link(home: Path, port: int, code: str) -> bool:
     return True
 
 
-def secret_for(home: Path, url: str) -> str | None:
-    """The secret of the server at that address, if it runs on this machine and from this home."""
+def with_secret(home: Path, url: str) -> tuple[str, str | None]:
+    """The address to send to, and the secret of the server there, if one runs on this machine and from this home.
+    `localhost` may stand for several addresses; it becomes the server's."""
     parts = urlsplit(url)
-    if parts.scheme != "http" or not is_loopback(parts.hostname or ""):
-        return None
-    path = secret_path(home, parts.port or 80)
+    host = parts.hostname or ""
+    if parts.scheme != "http" or not is_loopback(host):
+        return url, None
+    secret = _secret_in(secret_path(home, host, parts.port or 80))
+    if secret is not None and host == "localhost":
+        return parts._replace(netloc=f"127.0.0.1:{parts.port or 80}").geturl(), secret
+    return url, secret
+
+
+def _secret_in(path: Path) -> str | None:
     try:
         state = path.stat()
         own = state.st_uid == os.geteuid() and not state.st_mode & _OTHERS and state.st_size <= _MAX_BYTES
-        return path.read_text().strip() or None if own else None
+        return path.read_text().strip() or None if own and _is_locked(path) else None
     except OSError:  # another home, or a server with tokens
         return None
 
 
-def _write(path: Path, text: str) -> None:
-    """Replaces the file; it is never readable by others."""
+def _address(host: str) -> str:
+    """What its files are called after, with a dash; empty for 127.0.0.1, where `--host localhost` listens too."""
+    return "" if host in ("127.0.0.1", "localhost") else f"{host}-"
+
+
+def _remove_dead(home: Path) -> None:
+    """Removes the files of servers that were killed."""
+    for path in (*home.glob("server-*.secret"), *home.glob("server-*.link")):
+        with suppress(FileNotFoundError):
+            if not _is_locked(path):
+                path.unlink()
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether the server of the file runs: the lock ends with its process, however that ends."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _write(path: Path, text: str) -> int:
+    """Replaces the file; it is never readable by others. Returns a descriptor that holds its lock."""
     descriptor, name = mkstemp(dir=path.parent, prefix=".server.")  # mode 0600, always a new file
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.write(descriptor, text.encode())
     Path(name).replace(path)
+    return descriptor
+
+
+def _unusable(path: Path, why: str) -> Unavailable:
+    return Unavailable(
+        "home_unusable",
+        f"{path} cannot be used: {why}.",
+        subject=str(path),
+        next_step="Set ADAPTORY_HOME to a directory of your own.",
+    )

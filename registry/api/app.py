@@ -81,9 +81,7 @@ def create_app(
 
     """
     app = _application(resources, tokens=tokens)
-    if secret is not None:
-        app.state.secret = Secret(resources.settings.home_directory, secret)
-        app.add_middleware(AskForSecret, secret=app.state.secret)
+    _ask_for(app, resources, secret)
     if on_demand:
         app.add_middleware(RoutesOnDemand, load=partial(_include, app))
     _guard(app, resources, tokens=tokens)
@@ -98,9 +96,10 @@ def create_app(
     return app
 
 
-def create_worker_app(resources: Resources, metrics: "Metrics", *, tokens: bool) -> FastAPI:
+def create_worker_app(resources: Resources, metrics: "Metrics", *, tokens: bool, secret: str | None = None) -> FastAPI:
     """Creates the application of a worker: `/metrics` with its own numbers, and `/healthz`."""
     app = _application(resources, tokens=tokens)
+    _ask_for(app, resources, secret)
     app.state.metrics = metrics
     _guard(app, resources, tokens=tokens)
     served = (route for router in routers() for route in router.routes)
@@ -134,6 +133,12 @@ def _application(resources: Resources, *, tokens: bool) -> FastAPI:
     app.state.documents = RenderedReleaseCache()
     problems.install(app)
     return app
+
+
+def _ask_for(app: FastAPI, resources: Resources, secret: str | None) -> None:
+    if secret is not None:
+        app.state.secret = Secret(resources.settings.home_directory, secret)
+        app.add_middleware(AskForSecret, secret=app.state.secret)
 
 
 def _guard(app: FastAPI, resources: Resources, *, tokens: bool) -> None:

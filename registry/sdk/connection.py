@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from registry.errors import Unavailable, Usage
-from registry.home import secret_for
+from registry.home import with_secret
 from registry.sdk.profile_file import LOCAL, Profiles
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ def _remote(settings: "Settings") -> tuple[str, str | None, str] | None:
     user is its secret, if it runs from the same home."""
     if settings.profile is None and settings.url:
         token = settings.token.get_secret_value() if settings.token else None
-        return settings.url, token or secret_for(settings.home_directory, settings.url), ""
+        url, secret = with_secret(settings.home_directory, settings.url)
+        return (settings.url, token, "") if token else (url, secret, "")
     if settings.profile == LOCAL:
         return None
     profiles = Profiles(settings.home_directory)
@@ -160,8 +161,8 @@ def _remote(settings: "Settings") -> tuple[str, str | None, str] | None:
     if name is None:
         return None
     profile = profiles.find(name)
-    token = profile.token or secret_for(settings.home_directory, profile.url)
-    return profile.url, token, f" (profile {name})"
+    url, secret = with_secret(settings.home_directory, profile.url)
+    return (profile.url if profile.token else url, profile.token or secret, f" (profile {name})")
 
 
 def _embedded(settings: "Settings") -> str:

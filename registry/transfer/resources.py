@@ -59,7 +59,8 @@ def open_resources(settings: Settings, *, serving: str = "") -> Resources:
     """Opens the database and the store. An empty embedded database gets its tables; any other must have the current
     schema. `serving` names a process that goes on while the next version takes over, `serve` or `worker`: it also
     accepts a later schema that this version works with."""
-    close_directory(settings.home_directory)
+    for directory in (settings.home_directory, settings.home_directory / "cache"):  # before others make it wider
+        close_directory(directory)
     if settings.database_url is None:
         close_file(settings.home_directory / DATABASE_FILE)
     patience = DatabaseTimeouts(settings.database_connect_timeout_s, settings.database_timeout_s)

@@ -14,7 +14,10 @@ import pytest
 
 from registry import home
 from registry.sdk.connection import load_settings, open_registry
+from tests import services
 from tests.eventually import eventually
+from tests.forked import start_command
+from tests.scenarios.terminal import on_terminal
 from tests.scenarios.world import Cli, environment, server
 
 HTML = {"Accept": "text/html"}
@@ -33,7 +36,7 @@ def port_of(url: str) -> int:
 
 
 def secret_of(url: str, directory: Path) -> str:
-    return home.secret_path(directory, port_of(url)).read_text()
+    return home.secret_path(directory, "127.0.0.1", port_of(url)).read_text()
 
 
 def modes(directory: Path) -> dict[str, str]:
@@ -104,8 +107,12 @@ def test_a_hub_client_takes_the_secret_as_its_token(closed: tuple[str, Path]) ->
 def test_the_link_that_serve_prints_signs_one_browser_in(closed: tuple[str, Path]) -> None:
     url, directory = closed
     said = directory.with_name("home.log").read_text()
-    link = next(word for word in said.split() if "/login?code=" in word)
-    assert secret_of(url, directory) not in said, "it would stay in terminals and logs"
+    path = home.link_path(directory, "127.0.0.1", port_of(url))
+    assert f"{url}/login?code=$(cat {path})" in said
+    code = path.read_text()
+    for secret in (code, secret_of(url, directory)):
+        assert secret not in said, "others may read a log"
+    link = f"{url}/login?code={code}"
     assert httpx2.get(f"{url}/login?code=wrong", headers=HTML).status_code == 401
     with httpx2.Client(base_url=url, headers=HTML) as browser:
         answer = browser.get(link)
@@ -116,6 +123,8 @@ def test_the_link_that_serve_prints_signs_one_browser_in(closed: tuple[str, Path
         assert browser.get("/v1/adapters").status_code == 200, "pages link to it"
         change = browser.post("/v1/namespaces/acme", json={})
         assert (change.status_code, change.json()["code"]) == (401, "secret_missing"), "a page elsewhere could send it"
+        batch = browser.post("/acme/sql.git/info/lfs/objects/batch", json={"operation": "upload", "objects": []})
+        assert (batch.status_code, "secret_missing" in batch.text) == (401, True)
     again = httpx2.get(link, headers=HTML)
     assert (again.status_code, "set-cookie" in again.headers) == (401, False)
     assert "has been used" in again.text
@@ -160,7 +169,7 @@ def test_a_home_is_closed_to_others_whatever_the_umask(tmp_path: Path) -> None:
     directory = tmp_path / "new" / "home"
     with umask(0):
         Cli({"ADAPTORY_HOME": str(directory)}).ok("list")
-        assert modes(directory) == {}
+        assert (modes(directory), (directory / "cache").is_dir()) == ({}, True), "others would make it wider"
         with server(directory, ADAPTORY_LOOPBACK_OPEN="false"):
             assert modes(directory) == {}
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
@@ -185,13 +194,76 @@ def test_a_home_that_others_could_look_into_is_closed_with_a_warning(
     assert caplog.text == ""
 
 
-def test_a_secret_that_others_may_read_is_not_sent(tmp_path: Path) -> None:
-    """Nor to another machine, nor to another port: who listens there would have it."""
-    home.begin_serving(tmp_path, 8470, "mine")
-    assert home.secret_for(tmp_path, "http://127.0.0.1:8470") == "mine"
-    assert home.secret_for(tmp_path, "http://localhost:8470") == "mine"
-    assert home.secret_for(tmp_path, "http://127.0.0.1:8471") is None
-    assert home.secret_for(tmp_path, "http://adapters.example:8470") is None
-    assert home.secret_for(tmp_path, "https://localhost:8470") is None
-    home.secret_path(tmp_path, 8470).chmod(0o644)
-    assert home.secret_for(tmp_path, "http://127.0.0.1:8470") is None
+def test_a_terminal_shows_the_link_itself(tmp_path: Path) -> None:
+    shown = on_terminal(
+        Cli({"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_LOOPBACK_OPEN": "false"}), "serve", "--port", "0"
+    )
+    shown.read_until("hub clients")
+    (link,) = tmp_path.glob("server-*.link")
+    assert f"/login?code={link.read_text()}" in shown.text.replace("\r\n", "").replace(" ", "")
+    shown.process.terminate()
+    shown.end()
+
+
+def test_a_secret_is_sent_to_its_own_server_alone(tmp_path: Path) -> None:
+    """Not to another machine, nor to another port or address of this one: who listens there would have it."""
+    url = "http://127.0.0.1:8470"
+    with home.serving(tmp_path, "127.0.0.1", 8470, "mine"), home.serving(tmp_path, "::1", 8472, "other"):
+        assert home.with_secret(tmp_path, url) == (url, "mine")
+        assert home.with_secret(tmp_path, "http://localhost:8470") == (url, "mine"), "which may be ::1 too"
+        assert home.with_secret(tmp_path, "http://[::1]:8472") == ("http://[::1]:8472", "other")
+        for elsewhere in (
+            "http://127.0.0.1:8471", "http://127.0.0.2:8470", "http://[::1]:8470", "http://127.0.0.1:8472",
+            "http://localhost:8472", "http://adapters.example:8470", "https://localhost:8470",
+        ):  # fmt: skip
+            assert home.with_secret(tmp_path, elsewhere) == (elsewhere, None)
+        home.secret_path(tmp_path, "127.0.0.1", 8470).chmod(0o644)
+        assert home.with_secret(tmp_path, url) == (url, None), "others may read it"
+
+
+def test_the_secret_of_a_killed_server_is_not_sent_and_removed_by_the_next(tmp_path: Path) -> None:
+    directory, settings = tmp_path / "home", {"ADAPTORY_LOOPBACK_OPEN": "false", "ADAPTORY_LOOPBACK_SECRET": "mine"}
+    with server(directory, **settings) as (url, process):
+        assert home.with_secret(directory, url)[1] == "mine"
+        process.kill()
+        process.join(20)
+        path = home.secret_path(directory, "127.0.0.1", port_of(url))
+        assert path.read_text() == "mine"
+        assert home.with_secret(directory, url) == (url, None)
+    with server(directory, **settings) as (url, _):
+        assert not path.exists() or port_of(url) == int(path.stem.split("-")[1])
+        assert home.with_secret(directory, url)[1] == "mine"
+
+
+def test_a_directory_that_all_users_share_is_refused_as_a_home(tmp_path: Path) -> None:
+    shared = tmp_path / "tmp"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    for directory in (str(shared), "/"):
+        refused = Cli({"ADAPTORY_HOME": directory})("list")
+        assert (refused.code, "all users of this machine use it" in refused.err) == (7, True), refused.err
+    assert (stat.S_IMODE(shared.stat().st_mode), list(shared.iterdir())) == (0o1777, [])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a directory of another user")
+def test_no_server_with_a_secret_runs_from_the_home_of_another_user(tmp_path: Path) -> None:
+    os.chown(tmp_path, 65534, -1)
+    refused = Cli({"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_LOOPBACK_OPEN": "false"})("serve", "--port", "0")
+    assert (refused.code, "it belongs to another user" in refused.err) == (7, True), refused.err
+
+
+def test_the_metrics_of_a_worker_ask_for_a_secret_too(tmp_path: Path) -> None:
+    port = services.free_port()
+    values = {**os.environ, "ADAPTORY_HOME": str(tmp_path), "ADAPTORY_LOOPBACK_OPEN": "false"}
+    worker = start_command(["worker", "--metrics", str(port)], values, tmp_path / "log")
+    url = f"http://127.0.0.1:{port}"
+    try:
+        eventually(lambda: "metrics on" in (tmp_path / "log").read_text())
+        eventually(lambda: httpx2.get(f"{url}/healthz").status_code == 200)
+        assert httpx2.get(f"{url}/metrics").json()["code"] == "secret_missing"
+        headers = {"Authorization": f"Bearer {secret_of(url, tmp_path)}"}
+        assert "adaptory_worker" in httpx2.get(f"{url}/metrics", headers=headers).text
+    finally:
+        worker.terminate()
+        worker.join(20)
+    assert list(tmp_path.glob("server-*")) == []

@@ -17,7 +17,7 @@ from registry.errors import Unauthenticated
 
 _OPEN = re.compile(rf"(?:{'|'.join(HEALTH_PATHS)}|{SIGN_IN_PATH})\Z|/static/|/xet/|/api/lfs/")
 """Xet and LFS clients send what the server gave them for one push in place of the token."""
-_PROGRAMS = re.compile(r"/v1/|/api/|/oauth/")
+_PROGRAMS = re.compile(r"/v1/|/api/|/oauth/|/[^/]+/[^/]+\.git/")
 """Changes here need the secret itself: a page of another server on this machine could make a browser send a cookie."""
 
 
@@ -33,7 +33,7 @@ class Secret:
 
     def use_link(self, request: Request, code: str) -> bool:
         """Whether the code of a sign-in link is valid, which it is once."""
-        return home.use_link(self._home, _port(request), code)
+        return home.use_link(self._home, *_server(request), code)
 
     def is_known(self, request: Request) -> bool:
         """Whether the request has the secret, or comes from a browser that has signed in."""
@@ -70,7 +70,7 @@ def _refusal(request: Request) -> Response:
         "secret_missing",
         "This server is for one user of its machine, and the request does not have its secret.",
         next_step="Open the link that `adaptory serve` printed. Programs send the content of "
-        f"ADAPTORY_HOME/server-{_port(request)}.secret as a token (ADAPTORY_TOKEN, HF_TOKEN).",
+        f"ADAPTORY_HOME/{home.secret_path(Path(), *_server(request))} as a token (ADAPTORY_TOKEN, HF_TOKEN).",
     )
     return error_response(
         request.scope, error, headers={"X-Error-Message": header_text(f"{error.detail} {error.next_step}")}
@@ -79,8 +79,10 @@ def _refusal(request: Request) -> Response:
 
 def _name(request: Request) -> str:
     """The cookie's name: browsers do not tell the ports of a host apart."""
-    return f"adaptory-{_port(request)}"
+    return f"adaptory-{_server(request)[1]}"
 
 
-def _port(request: Request) -> int:
-    return int((request.scope.get("server") or ("", 0))[1] or 0)
+def _server(request: Request) -> tuple[str, int]:
+    """The address and port that the server listens on."""
+    host, port = request.scope.get("server") or ("127.0.0.1", 0)
+    return host, int(port or 0)

@@ -3,8 +3,8 @@
 import signal
 import socket
 import threading
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from enum import StrEnum
 from functools import partial
 from itertools import islice
@@ -58,7 +58,7 @@ def serve(
     if with_worker and settings.engine.kind == "ray":
         raise _without_worker()
     listener = _listen(host, port)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    url = _url_of(host, listener)
     with with_secret(settings, url) as (settings, lines):
         _serve(settings, listener, processes, [f"listening on {url}", *lines], with_worker=with_worker)
 
@@ -170,12 +170,10 @@ def worker(
         signal.signal(number, lambda _number, _frame: stop.set())
     kinds = {kind.value: KINDS[kind.value] for kind in only} if only else KINDS
     render.say("waiting for jobs" + (": " + ", ".join(kinds) if only else ""))
-    try:
-        observers = [_serve_metrics(resources, metrics)] if metrics else []
+    with closing(resources), ExitStack() as stack:
+        observers = [stack.enter_context(_metrics_served(resources, metrics))] if metrics else []
         observers += [_traced(begin=True)] if resources.settings.traces else []
         run_worker(resources, kinds, stop, observe=partial(_observe_all, observers))
-    finally:
-        resources.close()
 
 
 def _observe_all(observers: "list[Observe]", kind: str, step: str | None, state: str, seconds: float) -> None:
@@ -192,10 +190,11 @@ def _traced(*, begin: bool) -> "Observe":
     return traces.trace_work
 
 
-def _serve_metrics(resources: "Resources", address: str) -> "Observe":
-    """Serves the worker's metrics from a thread, with the rules of the server's own, and returns what counts."""
+@contextmanager
+def _metrics_served(resources: "Resources", address: str) -> "Generator[Observe]":
+    """Serves the worker's metrics from a thread, with the rules of the server's own. Yields what counts."""
     from registry.addresses import is_loopback
-    from registry.cli.operations.server import serve_worker
+    from registry.cli.operations.server import serve_worker, with_secret
     from registry.worker.metrics import WorkerMetrics
 
     host, _, port = address.rpartition(":")
@@ -210,9 +209,16 @@ def _serve_metrics(resources: "Resources", address: str) -> "Observe":
     if resources.settings.access != "tokens" and not is_loopback(host):
         raise _beyond_loopback(host)
     metrics, listener = WorkerMetrics(), _listen(host, int(port))
-    threading.Thread(target=serve_worker, args=(resources, metrics, listener), name="metrics", daemon=True).start()
-    render.say(f"metrics on http://{listener.getsockname()[0]}:{listener.getsockname()[1]}/metrics")
-    return metrics.observe
+    url = _url_of(host, listener)
+    with with_secret(resources.settings, url) as (settings, _):
+        arguments = resources, metrics, listener, settings.loopback_secret
+        threading.Thread(target=serve_worker, args=arguments, name="metrics", daemon=True).start()
+        render.say(f"metrics on {url}/metrics")
+        yield metrics.observe
+
+
+def _url_of(host: str, listener: socket.socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 @root.command()

@@ -35,7 +35,7 @@ def login(
     """
     from registry.addresses import registry_url
     from registry.client.api import Api
-    from registry.home import secret_for
+    from registry.home import with_secret
     from registry.sdk.connection import load_settings
 
     try:
@@ -48,7 +48,8 @@ def login(
     if profile_name == LOCAL:
         raise Usage("bad_profile", "local is the embedded registry.", subject=LOCAL)
     token = _read_token()
-    api = Api(address, token=token or secret_for(settings.home_directory, address))
+    own, secret = with_secret(settings.home_directory, address)
+    api = Api(address, token=token) if token else Api(own, token=secret)
     try:
         user = api.get("/v1/whoami")["user"]
     finally:

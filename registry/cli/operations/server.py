@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from fastapi import FastAPI
+    from pydantic import SecretStr
     from uvicorn import Config
     from uvicorn.supervisors import Multiprocess
 
@@ -66,13 +67,17 @@ def serve_here(resources: "Resources", listener: socket.socket) -> None:
     Server(Config(lambda: _application(resources), factory=True, **_options(resources.settings))).run([listener])
 
 
-def serve_worker(resources: "Resources", metrics: "WorkerMetrics", listener: socket.socket) -> None:
-    """Serves a worker's /metrics and /healthz until the process ends; for a thread."""
+def serve_worker(
+    resources: "Resources", metrics: "WorkerMetrics", listener: socket.socket, secret: "SecretStr | None"
+) -> None:
+    """Serves a worker's /metrics and /healthz until the process ends; for a thread. On loopback, it may ask for a
+    secret as a server does."""
     from uvicorn import Config, Server
 
     from registry.api.app import create_worker_app
 
-    app = create_worker_app(resources, metrics, tokens=resources.settings.access == "tokens")
+    settings = resources.settings
+    app = create_worker_app(resources, metrics, tokens=settings.access == "tokens", secret=_asked_for(settings, secret))
     Server(Config(app, **_options(resources.settings))).run([listener])
 
 
@@ -146,18 +151,17 @@ def with_secret(settings: "Settings", url: str) -> "Generator[tuple[Settings, Se
     if settings.access == "tokens" or settings.loopback_open:
         yield settings, ()
         return
-    directory, port, given = settings.home_directory, urlsplit(url).port or 80, settings.loopback_secret
-    secret, code = home.begin_serving(directory, port, given.get_secret_value() if given else None)
-    os.environ["ADAPTORY_LOOPBACK_SECRET"] = secret
-    path = shlex.quote(str(home.secret_path(directory, port)))
-    lines = (
-        f"pages: {url}/login?code={code} signs a browser in, once",
-        f"hub clients: export HF_ENDPOINT={url} HF_TOKEN=$(cat {path})",
-    )
-    try:
+    directory, given, parts = settings.home_directory, settings.loopback_secret, urlsplit(url)
+    address = parts.hostname or "", parts.port or 80
+    with home.serving(directory, *address, given.get_secret_value() if given else None) as (secret, code):
+        os.environ["ADAPTORY_LOOPBACK_SECRET"] = secret
+        path, link = (shlex.quote(str(of(directory, *address))) for of in (home.secret_path, home.link_path))
+        shown = code if sys.stderr.isatty() else f"$(cat {link})"  # others may read where a log goes
+        lines = (
+            f"pages: {url}/login?code={shown} signs a browser in, once",
+            f"hub clients: export HF_ENDPOINT={url} HF_TOKEN=$(cat {path})",
+        )
         yield settings.model_copy(update={"loopback_secret": SecretStr(secret)}), lines
-    finally:
-        home.end_serving(directory, port)
 
 
 def _options(settings: "Settings") -> dict[str, Any]:
@@ -185,8 +189,8 @@ def _application(resources: "Resources") -> "FastAPI":
     from registry.api.app import create_app
 
     settings = resources.settings
-    own, tokens = settings.loopback_secret, settings.access == "tokens"
-    secret = own.get_secret_value() if own is not None and not tokens and not settings.loopback_open else None
+    secret = _asked_for(settings, settings.loopback_secret)
+    tokens = settings.access == "tokens"
     application = create_app(resources, tokens=tokens, secret=secret, access_log=settings.access_log)
     if resources.settings.traces:
         from registry.transfer import traces
@@ -198,6 +202,12 @@ def _application(resources: "Resources") -> "FastAPI":
     gc.freeze()
     _drain_on_sigterm(application, resources.settings.drain_s)
     return application
+
+
+def _asked_for(settings: "Settings", secret: "SecretStr | None") -> str | None:
+    """The secret that requests need; None with tokens, and where everybody of the machine may come."""
+    is_open = settings.access == "tokens" or settings.loopback_open
+    return None if is_open or secret is None else secret.get_secret_value()
 
 
 def _drain_on_sigterm(application: "FastAPI", drain_s: float) -> None:

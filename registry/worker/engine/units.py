@@ -139,6 +139,7 @@ def open_node(settings: Settings) -> Node:
     Raises Unavailable or Invalid as opening the store does."""
     work = settings.work_directory
     close_directory(settings.home_directory)
+    close_directory(settings.home_directory / "cache")
     close_directory(work)
     for directory in work.glob(f"{_WORK}*"):
         if _is_left(directory):
