@@ -25,7 +25,7 @@ from registry.domain.jobs import queue
 from registry.errors import RegistryError
 from registry.formats.references import ABSENT
 from registry.home import close_directory
-from registry.settings import LocalStorage, Settings
+from registry.settings import LocalStorage, S3Storage, Settings
 from registry.transfer import fsck
 from registry.transfer.resources import Resources, open_resources
 from registry.transfer.store_facts import probe_of
@@ -104,7 +104,7 @@ def _check_directories(settings: Settings) -> Iterator[Check]:
 def _check_packages(settings: Settings) -> Iterator[Check]:
     needed = {
         "psycopg": ("postgres", (settings.database_url or "").startswith("postgresql")),
-        "boto3": ("s3", not isinstance(settings.storage, LocalStorage)),
+        "boto3": ("s3", isinstance(settings.storage, S3Storage)),
         "joserfc": ("oidc", bool(settings.oidc_audience) or settings.sign_in is not None),
         "cryptography": ("sign", settings.signing_key is not None),
     }

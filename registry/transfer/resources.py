@@ -12,7 +12,7 @@ from registry.database.engine import Database, DatabaseTimeouts
 from registry.database.migrate import SchemaWatch, ensure_schema
 from registry.domain.access.namespaces import NEW_NAMESPACE_BYTES
 from registry.home import close_directory, close_file
-from registry.settings import DATABASE_FILE, LocalStorage, Settings
+from registry.settings import DATABASE_FILE, LocalStorage, S3Storage, Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.local import LocalStore
 from registry.storage.recent import RecentStats
@@ -73,18 +73,22 @@ def open_resources(settings: Settings, *, serving: str = "") -> Resources:
 
 def open_store(settings: Settings, database: Database | None) -> BlobStore:
     """The store that the settings name. The database keeps what was learned about it; a node has none."""
-    if isinstance(settings.storage, LocalStorage):
-        return LocalStore(settings.store_directory)
-    from registry.storage.s3.store import S3Store  # boto3 is loaded where it is used
-    from registry.transfer.store_facts import DatabaseRecord
+    match settings.storage:
+        case LocalStorage():
+            return LocalStore(settings.store_directory)
+        case S3Storage() as storage:
+            from registry.storage.s3.store import S3Store  # boto3 is loaded where it is used
+            from registry.transfer.store_facts import DatabaseRecord
 
-    return S3Store(settings.storage, DatabaseRecord(database, settings.storage, utc_now) if database else None)
+            return S3Store(storage, DatabaseRecord(database, storage, utc_now) if database else None)
 
 
 def open_unit_results(settings: Settings) -> UnitResults:
     """Where results of units are kept, beside the blobs."""
-    if isinstance(settings.storage, LocalStorage):
-        return LocalResults(settings.store_directory)
-    from registry.storage.s3.unit_results import S3Results
+    match settings.storage:
+        case LocalStorage():
+            return LocalResults(settings.store_directory)
+        case S3Storage() as storage:
+            from registry.storage.s3.unit_results import S3Results
 
-    return S3Results(settings.storage)
+            return S3Results(storage)
