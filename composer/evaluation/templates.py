@@ -25,8 +25,11 @@ def with_budget(tokenizer: Any) -> Any:
 
     @wraps(render)
     def rendered(*given: Any, **options: Any) -> Any:
-        with _budget():
-            return render(*given, **options)
+        try:
+            with _budget():
+                return render(*given, **options)
+        except RecursionError as error:  # it calls itself, or is nested too deeply to be compiled
+            raise _endless() from error
 
     tokenizer.apply_chat_template = rendered
     return tokenizer
@@ -42,11 +45,7 @@ def _budget() -> Generator[None]:
         if event == "line":
             steps += 1
             if steps > STEPS or (steps % _CLOCK_STEPS == 0 and time.monotonic() > ends_at):
-                raise InvalidFile(
-                    "chat_template_endless",
-                    "The chat template of the base's tokenizer takes too many steps for one prompt.",
-                    subject="chat_template",
-                )
+                raise _endless()
         return count
 
     before = sys.gettrace()
@@ -55,3 +54,11 @@ def _budget() -> Generator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+def _endless() -> InvalidFile:
+    return InvalidFile(
+        "chat_template_endless",
+        "The chat template of the base's tokenizer takes too many steps for one prompt.",
+        subject="chat_template",
+    )

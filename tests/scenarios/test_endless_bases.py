@@ -14,6 +14,7 @@ from tests.scenarios.test_evaluations import write_suite
 from tests.scenarios.world import Cli, World
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
+CALLS = "{% macro call() %}{{ call() }}{% endmacro %}{{ call() }}"
 LISTS = "{% for a in range(99999) %}{% set b = range(99999) | list | string | length %}{% endfor %}x"
 
 
@@ -32,7 +33,7 @@ def set_template(base: Path, template: str) -> None:
     (base / "chat_template.jinja").write_text(template)
 
 
-@pytest.mark.parametrize("template", [LOOPS, LISTS])
+@pytest.mark.parametrize("template", [LOOPS, LISTS, CALLS, "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}"])
 def test_a_chat_template_that_loops_ends_the_job_within_seconds(based: tuple[Cli, Path], template: str) -> None:
     cli, base = based
     set_template(base, template)
