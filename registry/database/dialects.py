@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import BigInteger, ColumnElement, Integer, Select, String, bindparam, column
+from sqlalchemy import BigInteger, ColumnElement, Integer, Select, bindparam
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -36,13 +36,6 @@ def in_list(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
     return _Spelled("{0} IN (SELECT value FROM json_each({1}))", unnest, column, bindparam(name))
 
 
-def unnest(name: str) -> ColumnElement[str]:
-    """The column of a subquery with the texts in the parameter, a list."""
-    # PostgreSQL names the column as the table.
-    texts = _Spelled("json_each({0})", "unnest(CAST({0} AS TEXT[]))", bindparam(name))
-    return texts.table_valued(column("value", String), name="value").c.value
-
-
 def in_subquery(column: ColumnElement[Any], rows: Select[*tuple[Any, ...]]) -> ColumnElement[bool]:
     """A condition: the column has one of the values of the subquery `rows`, which are few and do not depend on the
     outer query.
@@ -51,6 +44,12 @@ def in_subquery(column: ColumnElement[Any], rows: Select[*tuple[Any, ...]]) -> C
     would rather scan the table and look for each of its rows among them.
     """
     return _Spelled("{0} IN {1}", "{0} = ANY (ARRAY{1})", column, rows.scalar_subquery())
+
+
+def in_set(column: ColumnElement[Any], rows: Select[*tuple[Any, ...]]) -> ColumnElement[bool]:
+    """The same condition for a statement that reads its own table in order: the values are read once, and each row's is
+    looked for among them. No index of the column is used."""
+    return _Spelled("+{0} IN {1}", "({0} IN {1}) IS TRUE", column, rows.scalar_subquery())
 
 
 def padded(values: Sequence[T]) -> list[T]:

@@ -31,13 +31,13 @@ def _unwatched(_connection: Connection, _text: str) -> AbstractContextManager[No
 
 class Prepared:
     """A query with bind parameters; `in_list` takes lists of values. It sees flushed changes. A callable `statement` is
-    called with the kind of database when it is first used there."""
+    called when it is first used on a kind of database."""
 
     watch: ClassVar[Callable[[Connection, str], AbstractContextManager[None]]] = staticmethod(_unwatched)
     """Around each statement; SQLAlchemy's events do not see it. Traces set it."""
 
-    def __init__(self, statement: Query | Callable[[str], Query]) -> None:
-        self._make: Callable[[str], Query] = statement if callable(statement) else lambda _kind: statement
+    def __init__(self, statement: Query | Callable[[], Query]) -> None:
+        self._make: Callable[[], Query] = statement if callable(statement) else lambda: statement
         self._compiled: dict[str, _Compiled] = {}
 
     def rows(self, session: Session, values: Mapping[str, Any]) -> Rows:
@@ -53,7 +53,7 @@ class Prepared:
     def _for(self, dialect: Dialect) -> "_Compiled":
         compiled = self._compiled.get(dialect.name)
         if compiled is None:
-            compiled = self._compiled[dialect.name] = _Compiled(self._make(dialect.name), dialect)
+            compiled = self._compiled[dialect.name] = _Compiled(self._make(), dialect)
         return compiled
 
     def column(self, session: Session, values: Mapping[str, Any]) -> list[Any]:
@@ -61,14 +61,12 @@ class Prepared:
         return [row[0] for row in self.rows(session, values)]
 
 
-def prepared(make: Callable[P, Query], *, postgresql: Callable[P, Query] | None = None) -> Callable[P, Prepared]:
-    """Wraps a function that builds a query: the result is prepared and cached by its arguments. `postgresql` builds the
-    same query there, in SQL that SQLite lacks."""
-    makes = {"sqlite": make, "postgresql": postgresql or make}
+def prepared(make: Callable[P, Query]) -> Callable[P, Prepared]:
+    """Wraps a function that builds a query: the result is prepared and cached by its arguments."""
 
     @lru_cache(FORMS)
     def kept(*arguments: P.args, **named: P.kwargs) -> Prepared:
-        return Prepared(lambda kind: makes[kind](*arguments, **named))
+        return Prepared(lambda: make(*arguments, **named))
 
     return cast(Callable[P, Prepared], kept)
 

@@ -33,7 +33,7 @@ USAGE = {
     "bad_scope": "Write NAMESPACE=ROLE.",
     "bad_score_name": "Write SUITE.METRIC, as in sql-exact.accuracy.",
     "bad_setting": "See the settings of the method in docs/methods/index.md.",
-    "bad_sort": "Sort by newest, version or SUITE.METRIC.",
+    "bad_sort": "Sort by newest, version, size, rank or SUITE.METRIC.",
     "bad_backup_target": "Write another directory, or s3://BUCKET/PREFIX, which is not the registry's store.",
     "bad_target": "Write REPO:VERSION, or REPO and --bump.",
     "bad_token": "Use the token exactly as it was printed.",

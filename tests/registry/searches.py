@@ -1,4 +1,4 @@
-"""Searches of the shelf, and any search as one statement over releases, without access paths or interned traits."""
+"""Searches of the shelf, and any search as one statement over releases, without lookups or interned traits."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -16,7 +16,7 @@ from registry.domain.catalog import bases
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.search_index import parse_stated, text_terms
 from registry.domain.catalog.suites import Condition
-from registry.domain.search.ordering import NEWEST, VERSION
+from registry.domain.search.ordering import NEWEST, RANK, SIZE, VERSION
 from registry.domain.search.query import REFUSED, RELATED, Query
 from registry.formats.licenses import spdx
 from registry.formats.references import RepositoryName
@@ -111,11 +111,22 @@ def plain_search(session: Session, actor: Actor, query: Query, order: str, bette
         asked.append(~Release.yanked)
     statement = select(Release.id).join(Release.repository).where(readable(actor, Repository.namespace), *asked)
     suite, _, metric = order.rpartition(".")
-    keys: dict[str, Any] = {NEWEST: Release.id, VERSION: Release.sort_key}
+    keys: dict[str, Any] = {
+        NEWEST: Release.id,
+        VERSION: Release.sort_key,
+        SIZE: Release.size_bytes,
+        RANK: Release.rank_max,
+    }
+    if order == RANK:
+        statement = statement.where(Release.rank_max.is_not(None))
     if order not in keys:
         statement = statement.join(Score, Score.release_id == Release.id).where(_measures(suite, metric))
     ordered = (keys.get(order, Score.value), Release.id)
-    return list(session.scalars(statement.order_by(*(key.desc() if better else key for key in ordered))))
+    return list(
+        session.scalars(
+            statement.order_by(*(key.desc() if better and order not in (SIZE, RANK) else key for key in ordered))
+        )
+    )
 
 
 def _measures(suite: str, metric: str) -> ColumnElement[bool]:

@@ -135,6 +135,27 @@ def test_pages_do_not_shift_when_releases_arrive(shelf: Cli, world: World) -> No
     assert by_version["items"][0]["repository"] == "acme/newer"
 
 
+SORTED_BY: dict[str, Callable[[dict], int]] = {
+    "size": lambda item: sum(file["size_bytes"] for file in item["files"]),
+    "rank": lambda item: item["adapter"]["rank_max"],
+}
+
+
+@pytest.mark.parametrize("order", SORTED_BY)
+def test_the_smallest_come_first_page_by_page(shelf: Cli, order: str) -> None:
+    items: list[dict] = []
+    cursor: tuple[str, ...] | None = ()
+    while cursor is not None:
+        page = shelf.json("search", "--sort", order, "--limit", "1", *cursor)
+        items += page["items"]
+        cursor = ("--cursor", page["next"]) if page["next"] else None
+    facts = [SORTED_BY[order](item) for item in items]
+    assert len({item["repository"] for item in items}) == 3
+    assert facts == sorted(facts)
+    newest = shelf.json("search", "--limit", "1")["next"]
+    assert shelf("search", "--sort", order, "--limit", "1", "--cursor", newest).code == 2
+
+
 def test_words_are_found_a_page_at_a_time_past_newer_releases_without_them(shelf: Cli, world: World) -> None:
     shelf.ok("push", world.adapters["other-sql"], "acme/newer:1.0.0", "--base", "tiny")
     asked = ("tickets", "trained", "--limit", "1")

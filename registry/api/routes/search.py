@@ -36,7 +36,7 @@ from registry.domain.catalog import suites
 from registry.domain.channels import resolve
 from registry.domain.channels.resolve import ResolvedRow
 from registry.domain.search import search
-from registry.domain.search.ordering import NEWEST, VERSION, Hit, Order, Position
+from registry.domain.search.ordering import NEWEST, RANK, SIZE, VERSION, Hit, Order, Position
 from registry.domain.search.search import SearchResult
 from registry.errors import Usage
 from registry.formats.references import parse_reference
@@ -174,8 +174,9 @@ def _position(query: SearchIn) -> Position | None:
         fingerprint, key, release_id = json.loads(decode_cursor(query.cursor))
     except (ValueError, TypeError):
         fingerprint, key, release_id = None, None, 0
-    kind = {NEWEST: NoneType, VERSION: str}.get(query.sort, float)
-    valid = isinstance(key, kind) and type(release_id) is int and 0 < release_id <= MAX_INT64
+    kind = {NEWEST: NoneType, VERSION: str, SIZE: int, RANK: int}.get(query.sort, float)
+    valid = type(key) is kind and type(release_id) is int and 0 < release_id <= MAX_INT64
+    valid = valid and not (isinstance(key, int) and abs(key) > MAX_INT64)
     if not valid or fingerprint != _fingerprint(query):
         raise Usage(
             "bad_cursor",

@@ -85,7 +85,8 @@ class SearchIn(Wire):
     sort: str = Field(
         default="newest",
         max_length=150,
-        description="newest, version (highest first) or suite.metric (best first, only releases that have it). "
+        description="newest, version (highest first), size or rank (lowest first), or suite.metric (best first, only "
+        "releases that have it). "
         "A metric that no release you may read has is unknown.",
     )
     limit: int = Field(default=50, ge=1, le=500, description="Items per page.")

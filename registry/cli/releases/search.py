@@ -60,7 +60,7 @@ def search(  # noqa: PLR0913
     ] = False,
     include_yanked: Annotated[bool, typer.Option("--include-yanked", help="Yanked releases too.")] = False,
     sort: Annotated[
-        str | None, typer.Option(help="newest, version, or suite.metric: the best first, only releases that have it.")
+        str | None, typer.Option(help="newest, version, size, rank or suite.metric (only releases that have it).")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=500, help="Maximum number.")] = 50,
     cursor: Annotated[str | None, typer.Option(help="`next` of the previous page.")] = None,

@@ -10,11 +10,21 @@ from functools import cached_property, partial
 from operator import eq
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, Select, not_, select
+from sqlalchemy import BindParameter, ColumnElement, Select, bindparam, not_, select
 
 from composer.formats.adapters.serving import Profile
-from registry.database.dialects import in_list, in_subquery
-from registry.database.tables import Base, Channel, Release, Repository, TargetSet, TargetSetMember, Traits
+from registry.database.dialects import in_list, in_set, in_subquery
+from registry.database.tables import (
+    Base,
+    Channel,
+    Release,
+    ReleaseWord,
+    Repository,
+    Score,
+    TargetSet,
+    TargetSetMember,
+    Traits,
+)
 from registry.domain.catalog import bases
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.search_index import target_set_key
@@ -24,9 +34,13 @@ from registry.formats.references import RepositoryName
 
 RELATED, REFUSED = "related", "refused"
 
-_base, _channel, _member, _release, _repository, _set, _traits = (
-    table.__table__.c for table in (Base, Channel, TargetSetMember, Release, Repository, TargetSet, Traits)
+_base, _channel, _member, _release, _repository = (
+    table.__table__.c for table in (Base, Channel, TargetSetMember, Release, Repository)
 )
+_score, _set, _traits, _word = (table.__table__.c for table in (Score, TargetSet, Traits, ReleaseWord))
+
+Lookup = Select[*tuple[Any, ...]]
+"""A statement for the ids of the releases that meet one condition."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +134,14 @@ def _within(names: BindParameter[Any]) -> Select[*tuple[Any, ...]]:
     return select(_member.target_set_id).where(in_list(_member.target, names.key), ~outside.exists())
 
 
-def _in_repository(*conditions: ColumnElement[bool]) -> ColumnElement[bool]:
-    return exists_for_release(select(_repository.id).where(_repository.id == _release.repository_id, *conditions))
+def _part(bound: BindParameter[Any], name: str) -> BindParameter[Any]:
+    """A further parameter of the same condition."""
+    return bindparam(f"{bound.key}_{name}")
 
 
-def _is_served(channel: BindParameter[Any]) -> ColumnElement[bool]:
-    """Whether the channel of the release's repository serves it."""
-    of_repository = (_channel.repository_id == _release.repository_id, _channel.name == channel)
-    return exists_for_release(select(_channel.id).where(*of_repository, _channel.served_id == _release.id))
+def _scored(limit: BindParameter[Any]) -> Lookup:
+    measured = (_score.suite_id == _part(limit, "suite"), _score.metric == _part(limit, "metric"))
+    return select(_score.release_id).where(*measured, _score.release_id.is_not(None))
 
 
 def _newer_stable_exists() -> ColumnElement[bool]:
@@ -168,10 +182,27 @@ ON_RELEASES: dict[str, Filter] = {
     "stable": Filter(lambda _: _release.stable.is_(True), lambda query: query.latest or query.stable),
     "latest": Filter(lambda _: ~_newer_stable_exists()),
     "max_size_bytes": Filter(lambda size: _release.size_bytes <= size),
-    "namespaces": Filter(lambda names: _in_repository(in_list(_repository.namespace, names.key)), lambda _: None),
-    "repository": Filter(
-        lambda name: _in_repository(_repository.name == name), lambda query: query.repository and query.repository.name
+    "namespaces": Filter(
+        lambda names: in_set(
+            _release.repository_id, select(_repository.id).where(in_list(_repository.namespace, names.key))
+        ),
+        lambda _: None,
     ),
-    "channel": Filter(_is_served),
+    "repository": Filter(
+        lambda name: exists_for_release(
+            select(_repository.id).where(_repository.id == _release.repository_id, _repository.name == name)
+        ),
+        lambda query: query.repository and query.repository.name,
+    ),
 }
 """Conditions on releases beside those on their traits. `namespaces` depends on the actor too."""
+
+LOOKUPS: dict[str, Callable[[BindParameter[Any]], Lookup]] = {
+    "word": lambda word: select(_word.release_id).where(_word.word.between(word, _part(word, "end"))),
+    "stated": lambda entry: select(_word.release_id).where(_word.word == entry),
+    "at_least": lambda limit: _scored(limit).where(_score.value >= limit),
+    "at_most": lambda limit: _scored(limit).where(_score.value <= limit),
+    "channel": lambda name: select(_channel.served_id).where(_channel.name == name, _channel.served_id.is_not(None)),
+}
+"""Conditions on rows that name releases, as statements for their ids: an index has the rows of each value together. A
+query may have several of a kind, so their parameters are numbered."""

@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+import orjson
 from sqlalchemy.orm import Session
 
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, suites
-from registry.domain.search.access_paths import PATHS, Search
-from registry.domain.search.filters import QueryShape, bind
-from registry.domain.search.ordering import Hit, Order, SortKey, by_of
+from registry.domain.search import statement
+from registry.domain.search.filters import Bound, bind
+from registry.domain.search.ordering import Hit, Order, SortKey, sort_key
 from registry.domain.search.query import RELATED, Query
-from registry.domain.search.term_index import id_bounds, most_selective_term
 from registry.errors import NotFound
 
 
@@ -41,18 +40,20 @@ def _search(session: Session, actor: Actor, query: Query, order: Order) -> Searc
     base = bases.identify(session, query.base) if query.base and not query.base_name else None
     relations = bases.related(session, base[0]) if base and RELATED in query.include else {base[0]: ""} if base else {}
     scored = [suites.find(session, condition.suite, actor).id for condition in query.score]
-    shape, values = bind(actor, query, list(relations), scored)
-    by = by_of(session, actor, order, values)
-    hits = [] if values.get("namespaces") == [] else _first_page(session, shape, by, values)
+    bound = bind(actor, query, list(relations), scored)
+    by = sort_key(session, actor, order, bound.values)
+    hits = [] if bound.values.get("namespaces") == [] else _first_page(session, bound, by)
     if query.base_name and not hits:
         bases.identify(session, query.base_name)  # no matches: raises if the base is unknown
     return SearchResult(hits, base, relations)
 
 
-def _first_page(session: Session, shape: QueryShape, by: SortKey, values: dict[str, Any]) -> list[Hit]:
-    term, listed = None, shape.terms
-    if by.column == "id":
-        values |= id_bounds(session, values) if "homes" in values else {}
-        term, listed = most_selective_term(session, shape, values)
-    asked = Search(shape, by, values, term, listed)
-    return next(hits for path in PATHS if (hits := path(session, asked)) is not None)
+def _first_page(session: Session, bound: Bound, by: SortKey) -> list[Hit]:
+    first, number = statement.rarest(session, *bound)
+    if not number:
+        return []
+    [(text, suites)] = statement.page(bound.names, by, first).rows(session, bound.values)
+    return [
+        Hit(None if by.column == "id" else float(key) if by.column == "value" else key, release_id, (stamp, suites))
+        for key, release_id, stamp in orjson.loads(text or "[]")
+    ]
