@@ -148,7 +148,6 @@ def test_commits_without_a_parent_lose_nothing(house: House, named: str) -> None
     assert paths(house, named) == [f"{number}.txt" for number in range(6)]
 
 
-@pytest.mark.on("PostgreSQL")
 def test_an_empty_repository_has_a_commit(house: House, named: str) -> None:
     assert (head(house, named), paths(house, named)) == (EMPTY, [])
     assert commit(house, named, file("a.txt", b"a"), parent=EMPTY).status_code == 200
@@ -180,7 +179,6 @@ def test_a_line_that_cannot_be_is_refused_and_nothing_recorded(
     assert head(house, named) == EMPTY
 
 
-@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("line", [b"\n", json.dumps(deleted("absent")).encode() + b"\n"], ids=["empty", "deletion"])
 def test_a_commit_of_many_lines_is_refused_before_it_costs_much(house: House, named: str, line: bytes) -> None:
     """Each line used to be searched for in all that had arrived: a megabyte of them took more than a minute."""
@@ -193,7 +191,6 @@ def test_a_commit_of_many_lines_is_refused_before_it_costs_much(house: House, na
     assert (answer.status_code, answer.json()["code"]) == (413, "too_many_files"), answer.text
 
 
-@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("path", ["preupload/main", "objects"])
 def test_a_plan_of_more_files_than_a_release_has_is_refused(house: House, named: str, path: str) -> None:
     many = [{"path": str(number), "oid": f"{number:064x}", "size": 2} for number in range(MAX_FILES + 1)]
@@ -360,7 +357,6 @@ def test_an_adapter_that_does_not_fit_is_refused_at_the_commit_that_completes_it
     assert (tag.status_code, tag.json()["code"]) == (404, "base_unknown")
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_digest_alone_gives_no_access_to_another_namespace(house: House, named: str) -> None:
     content = b"weights of other"
     answer = commit(house, named, lfs("stolen.safetensors", content))
@@ -424,7 +420,6 @@ def test_a_repository_is_as_private_as_its_namespace(house: House) -> None:
     assert create(name="x", organization="open", visibility="public").status_code == 200
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_refusal_to_create_is_shown_in_its_words(house: House) -> None:
     """For a missing repository the client has words of its own: how to create it."""
 
@@ -472,7 +467,6 @@ def test_a_release_made_elsewhere_is_a_step_of_main(house: House) -> None:
     assert (gone.status_code, "yanked" in gone.headers["X-Error-Message"]) == (403, True)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_what_cannot_be_undone_is_refused_in_words(house: House) -> None:
     def ask(method: str, path: str, **body: object) -> tuple[int, str]:
         answer = house.ask("admin", method, path, json=body)

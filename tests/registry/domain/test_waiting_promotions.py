@@ -137,7 +137,6 @@ def test_each_rule_is_named_with_its_numbers(house: House) -> None:
     assert not [rule for rule in refusal(house, NEW) if rule.startswith("verdict")], "others pass"
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_verdict_of_before_without_default_limits_counts_unless_a_recipe_had_its_own(house: House) -> None:
     demand(house, verdict="ok")
     with house.resources.write() as session:
@@ -184,7 +183,6 @@ def test_a_refusal_does_not_count_what_may_still_come_as_failed(house: House) ->
         promote(house)
 
 
-@pytest.mark.on("PostgreSQL")
 def test_a_reported_score_does_not_count_where_a_measured_one_is_asked_for(house: House) -> None:
     demand(house, rules=["exact.accuracy >= 0.5"], measured=True)
     with house.resources.write() as session:
@@ -236,7 +234,6 @@ def test_a_newer_request_replaces_it_and_it_can_be_cancelled_and_expires(house: 
     assert seen(house, third) == ("expired", "promotion_expired")
 
 
-@pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize("shown", ["/v1/adapters/acme/sql/channels/prod/promotions", "/acme/sql@prod"])
 def test_a_look_at_one_that_has_expired_ends_it_though_no_worker_runs(house: House, shown: str) -> None:
     demand(house, rules=["exact.accuracy >= 0.5"])
@@ -274,7 +271,6 @@ def test_what_a_promotion_queued_to_be_measured_ends_with_it(house: House, how: 
         assert session.get_one(Job, job_id).state == "cancelled"
 
 
-@pytest.mark.on("PostgreSQL")
 def test_cancelling_a_promotion_leaves_the_evaluation_that_somebody_else_asked_for(house: House) -> None:
     demand(house, rules=["exact.accuracy >= 0.5"])
     asked = evaluations.request(
