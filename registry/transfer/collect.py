@@ -24,7 +24,7 @@ from registry.database.tables import Blob, RevisionFile, Score, Upload, XetUploa
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog import commits
-from registry.domain.channels import takedowns
+from registry.domain.channels import withdrawals
 from registry.domain.compositions import checks, retention
 from registry.errors import Conflict
 from registry.formats.references import Digest
@@ -72,7 +72,7 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
             forgotten = commits.forgettable(followed_before)
             jobs = retention.expired(ended_before).subquery()
             collected.jobs = session.scalar(select(func.count()).select_from(jobs)) or 0
-            collected.releases = len(takedowns.expired(session, now, limit=None))
+            collected.releases = len(withdrawals.expired(session, now, limit=None))
             collected.commits = session.scalar(select(func.count()).select_from(forgotten.subquery())) or 0
             unused = _unused(before, now, RevisionFile.revision_id.in_(forgotten))
             sizes = list(session.scalars(select(Blob.size_bytes).where(*unused)))
@@ -117,12 +117,12 @@ def _take_down_expired(resources: Resources, now: datetime) -> int:
     operator, count = audit.operator_actor(resources.settings.user, now), 0
     while True:
         with resources.read() as session:
-            expired = takedowns.expired(session, now, limit=_BATCH)
+            expired = withdrawals.expired(session, now, limit=_BATCH)
         if not expired:
             return count
         for release_id in expired:
             with resources.write() as session:
-                count += takedowns.take_down_if_expired(session, operator, release_id)
+                count += withdrawals.take_down_if_expired(session, operator, release_id)
 
 
 @dataclass(frozen=True, slots=True)

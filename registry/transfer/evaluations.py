@@ -9,7 +9,7 @@ from registry.database.tables import Base, Job, Release
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, administers, permit, permit_somewhere, refuse_other_owner
-from registry.domain.catalog import bases, repositories, scorers, suites
+from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import resolve
 from registry.domain.jobs import evaluations
@@ -54,7 +54,7 @@ def request(
         named_suites = [suites.find(session, name, actor) for name in on]
         wanted_suites = [one if one.task == suites.HARNESS else suites.with_examples(one) for one in named_suites]
         for suite in wanted_suites:
-            scorers.refuse_disabled(suite, resources.settings.enabled_scorers.names)
+            metrics.refuse_disabled(suite, resources.settings.enabled_scorers.names)
         subjects = [(one.id, one.base_digest) for one in releases] + [(None, one.digest) for one in named]
         wanted = [Wanted(release, base, suite.digest) for release, base in subjects for suite in wanted_suites]
         job = evaluations.create(session, actor, namespaces, wanted, wish=wish)

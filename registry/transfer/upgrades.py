@@ -11,7 +11,7 @@ from registry.database.tables import Base, Job, Release
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, administers, holds, may_read, owns
-from registry.domain.catalog import bases, repositories, scorers, suites, upgrades
+from registry.domain.catalog import bases, metrics, repositories, suites, upgrades
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import gates
 from registry.domain.channels.gates import Measured
@@ -104,13 +104,13 @@ def _plan(
         raise Usage("same_base", f"{old} and {new} are the same base.", subject=new)
     named = [suites.with_examples(suites.find(session, name, actor)) for name in suite_names]
     for suite in named:
-        scorers.refuse_disabled(suite, enabled)
+        metrics.refuse_disabled(suite, enabled)
     same = before.architecture_digest == after.architecture_digest and before.model_type == after.model_type
     plan = _Plan(before.digest, after.digest, same, bases.architecture(session, after.digest))
     for release in upgrades.adapters_on(session, actor, before):
         scored = [score.suite for score in suites.scores_of(session, release)]
         usable = [suite for suite in scored if suite.task not in suites.ELSEWHERE]
-        own = dict.fromkeys(suite.digest for suite in usable if not scorers.disabled(suite, enabled))
+        own = dict.fromkeys(suite.digest for suite in usable if not metrics.disabled(suite, enabled))
         plan.adapters.append(
             _Adapter(
                 release=release.id,

@@ -25,7 +25,7 @@ from registry.domain.access import namespaces
 from registry.domain.access.audit import Act, Actor, EventQuery, list_oldest_first
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.catalog import commits, releases
-from registry.domain.channels import revisions, yanks
+from registry.domain.channels import revisions, withdrawals
 from registry.errors import Conflict, NotFound, RegistryError, Unavailable
 from registry.formats.manifest import ManifestFile, parse_manifest
 from registry.formats.references import Digest, RepositoryName, parse_version
@@ -106,7 +106,7 @@ def is_complete(held: Resources, revision: str, name: RepositoryName = NAME) -> 
 def yanked(held: Resources, version: str, *, back: bool = False) -> None:
     with held.write() as session:
         release = releases.find(session, NAME, parse_version(version))
-        (yanks.unyank if back else yanks.yank)(session, actor(held), release, "leaks a name")
+        (withdrawals.unyank if back else withdrawals.yank)(session, actor(held), release, "leaks a name")
 
 
 def main_of(held: Resources, who: Actor | None = None, revision: str = "main") -> str | None:

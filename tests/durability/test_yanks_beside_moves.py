@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from registry.client.api import Api, line_path
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import releases
-from registry.domain.channels import promotions, yanks
+from registry.domain.channels import promotions, withdrawals
 from registry.domain.channels.moves import PromotionRequest
 from registry.domain.search import search
 from registry.domain.search.ordering import Order
@@ -36,7 +36,7 @@ def operator() -> Actor:
 
 
 def yank(session: Session, _channel: str) -> None:
-    yanks.yank(session, operator(), releases.find(session, NAME, SECOND), "wrong data")
+    withdrawals.yank(session, operator(), releases.find(session, NAME, SECOND), "wrong data")
 
 
 def promote(session: Session, channel: str) -> None:

@@ -19,7 +19,7 @@ from registry.domain.catalog.bases import NewBase, TensorRow
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
-from registry.domain.channels import promotions, yanks
+from registry.domain.channels import promotions, withdrawals
 from registry.domain.channels.moves import PromotionRequest
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
@@ -160,7 +160,7 @@ def _move_and_yank(session: Session, chance: random.Random, items: list[Item]) -
             made.setdefault((item.repository, channel), []).append(item.id)
     for item in items:
         if chance.random() < 0.25:
-            yanks.yank(session, HOST, releases.find(session, item.repository, item.version), "wrong data")
+            withdrawals.yank(session, HOST, releases.find(session, item.repository, item.version), "wrong data")
             by_id[item.id] = replace(by_id[item.id], yanked=True)
     for (_, channel), stack in made.items():
         served = next((number for number in reversed(stack) if not by_id[number].yanked), None)

@@ -13,7 +13,7 @@ import pytest
 from registry.domain.access.audit import operator_actor
 from registry.domain.catalog import releases
 from registry.domain.catalog.commits import EMPTY
-from registry.domain.channels import takedowns
+from registry.domain.channels import withdrawals
 from registry.formats.references import RepositoryName, Version
 from registry.transfer.collect import collect, remove_marked
 from registry.transfer.fsck import check
@@ -137,7 +137,7 @@ def test_the_bytes_of_a_takedown_go_even_if_it_dies_before_it_removes_them(
     held = opened(stocked_embedded)
     with held.write() as session:
         release = releases.find(session, RepositoryName("acme", "sql"), Version(1, 0, 0))
-        takedowns.take_down(session, operator_actor("mia", held.clock()), release, "customer data")
+        withdrawals.take_down(session, operator_actor("mia", held.clock()), release, "customer data")
     assert len(list(held.store.iterate())) > 0
     assert collect(held, grace=timedelta(days=1)).blobs > 0, "younger than the grace of what is only unused"
     assert list(held.store.iterate()) == []

@@ -10,7 +10,7 @@ import yaml
 
 from composer.formats.adapters.facts import WEIGHTS_FILE
 from registry.domain.catalog import releases
-from registry.domain.channels import takedowns
+from registry.domain.channels import withdrawals
 from registry.formats.references import parse_repository, parse_version
 from registry.transfer import commits as transfers
 from tests.durability import test_commits as hub
@@ -76,7 +76,7 @@ def test_weights_of_a_composition_that_has_been_taken_down_keep_its_inputs(
     made = inputs(cli, "acme/both:1.0.0")
     with resources_of(cli.environment) as resources, resources.write() as session:
         release = releases.find(session, parse_repository("acme/both"), parse_version("1.0.0"))
-        takedowns.take_down(session, hub.actor(resources), release, "it is old", bar=False)
+        withdrawals.take_down(session, hub.actor(resources), release, "it is old", bar=False)
     cli.ok("gc", "--grace-hours", "0")
     cli.ok("push", directory, "other/name:1.0.0", "--base", "tiny")
     assert inputs(cli, "other/name:1.0.0") == made != []

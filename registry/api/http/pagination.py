@@ -9,7 +9,7 @@ from fastapi import Query
 from registry.api.http.request import MAX_DIGITS
 from registry.api.schemas.wire import Page, Wire
 from registry.domain.channels.moves import NOTHING_YET
-from registry.domain.channels.refusals import Expected
+from registry.domain.channels.policies import Expected
 from registry.errors import Usage
 
 Row = TypeVar("Row")

@@ -30,7 +30,7 @@ from registry.api.schemas.wire import Page
 from registry.database import idempotency
 from registry.database.engine import Session
 from registry.database.tables import Promotion, Repository
-from registry.domain.channels import deletions, judgements, moves, pending, pins, policies, promotions, timeline
+from registry.domain.channels import moves, pending, pins, policies, promotions, timeline, withdrawals
 from registry.formats.channel_policy import read_policy
 from registry.formats.references import parse_name, parse_version
 from registry.transfer.promotions import settle, settle_overdue
@@ -159,7 +159,7 @@ def delete(
     gives a reason."""
     known = parse_version(serving) if serving else None
     with resources.write() as session:
-        served = deletions.delete(session, actor, named.find(session), channel, serving=known, reason=reason)
+        served = withdrawals.delete_channel(session, actor, named.find(session), channel, serving=known, reason=reason)
         return ChannelDeleted(repository=str(named.name), channel=channel, served=served)
 
 
@@ -199,7 +199,7 @@ def judge(
     channel that does not exist yet is judged as an empty one."""
     wanted = moves.PromotionRequest(named.name, parse_version(version), channel, named.kind)
     with resources.snapshot() as session:
-        judgement = judgements.judge(session, actor, wanted)
+        judgement = promotions.judge(session, actor, wanted)
     response.headers["ETag"] = etag(judgement.move)
     return judgement_view(judgement, wanted)
 

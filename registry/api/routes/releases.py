@@ -33,7 +33,7 @@ from registry.domain.access import namespaces
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
 from registry.domain.catalog.repositories import Wanted
-from registry.domain.channels import takedowns, yanks
+from registry.domain.channels import withdrawals
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_digest, parse_name, parse_version
 
@@ -218,20 +218,24 @@ def deprecate(
 @repository_routes.post("/{namespace}/{name}/releases/{version}/yank")
 def yank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
     with resources.write() as session:
-        return release_view(session, actor, yanks.yank(session, actor, named.release(session, version), body.reason))
+        return release_view(
+            session, actor, withdrawals.yank(session, actor, named.release(session, version), body.reason)
+        )
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/unyank")
 def unyank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
     with resources.write() as session:
-        return release_view(session, actor, yanks.unyank(session, actor, named.release(session, version), body.reason))
+        return release_view(
+            session, actor, withdrawals.unyank(session, actor, named.release(session, version), body.reason)
+        )
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/takedown")
 def take_down(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Admin) -> TakedownOut:
     """Remove the files of a release, and of versions with the same ones, for good. A tombstone stays."""
     with resources.write() as session:
-        taken = takedowns.take_down(session, actor, named.release(session, version), body.reason)
+        taken = withdrawals.take_down(session, actor, named.release(session, version), body.reason)
     from registry.transfer.collect import remove_marked  # which loads more than all other routes here need
 
     remove_marked(resources)

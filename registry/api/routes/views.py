@@ -21,8 +21,8 @@ from registry.database.tables import (
 )
 from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.channels import moves, resolve
-from registry.domain.channels.judgements import Judgement
 from registry.domain.channels.moves import PromotionRequest
+from registry.domain.channels.promotions import Judgement
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue

@@ -4,19 +4,21 @@ The direction belongs to the suite's name, in all versions of its content. Score
 private scores reveal of a metric is not shown to those who may not read them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import inf
 
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
+from composer.formats.recipes.suite import Suite as SuiteContent
+from composer.formats.recipes.tasks import ANSWER_SCORERS
 from registry.database.engine import insert_if_absent
 from registry.database.tables import Release, Repository, Score, Suite, SuiteMetric
 from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role, holds, readable_names
-from registry.errors import Invalid
+from registry.errors import Invalid, Refused
 
 HIGHER_IS_BETTER = {"nll": False, "accuracy": True}
 """The metrics that `adaptory eval` measures, on every suite."""
@@ -177,3 +179,27 @@ def stated(session: Session, suites: Sequence[Suite]) -> dict[str, dict[str, boo
     for row in session.scalars(query):
         directions[row.suite][row.metric] = row.higher_is_better
     return directions
+
+
+# Python scorers of suites: workers run those that the operator has enabled.
+
+
+def refuse_disabled(suite: Suite, enabled: Collection[str]) -> None:
+    """Raises Refused for a suite whose answers a Python scorer scores that is not enabled."""
+    if name := disabled(suite, enabled):
+        raise Refused(
+            "scorer_disabled",
+            f"The scorer {name} of {suite.name} is Python code, which this server has not enabled.",
+            subject=name,
+            next_step=f"If you trust it, set ADAPTORY_SCORERS={','.join([*enabled, name])} for the server and its "
+            "workers, and install it where workers run.",
+        )
+
+
+def disabled(suite: Suite, enabled: Collection[str]) -> str | None:
+    """The Python scorer of the suite's answers, if it has one that is not enabled."""
+    if suite.task != "generation":
+        return None
+    chosen = SuiteContent.from_json(suite.content).scoring
+    name = chosen.name if chosen else "match"
+    return None if name in ANSWER_SCORERS or name in enabled else name

@@ -13,9 +13,8 @@ from registry.domain.access import audit, namespaces
 from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import releases, repositories, signatures
 from registry.domain.catalog.releases import full_name
-from registry.domain.channels import pending, policies, refusals, timeline
-from registry.domain.channels.policies import Report, Verdict
-from registry.domain.channels.refusals import Expected, PromotionRequest
+from registry.domain.channels import pending, policies, timeline
+from registry.domain.channels.policies import Expected, PromotionRequest, Report, Verdict
 from registry.domain.channels.requirements import Question
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.jobs.evaluations import Wanted
@@ -125,7 +124,7 @@ def attempt(
     release = _load_release_and_policy(session, wanted)
     refuse_unsigned(session, release.id, release, (release.signed_by, release.covers), wanted)
     current = session.execute(_STATE, {"channel": release.channel_id, "release": release.id}).one()
-    refusals.refuse_unpromotable(current.yank_reason, wanted)
+    policies.refuse_unpromotable(current.yank_reason, wanted)
     _check_expected(current.move_id, wanted.expected, wanted.subject)
     # A request that waited here may be older than the last move.
     actor = replace(actor, at=max(actor.at, current.at or actor.at))
@@ -133,12 +132,12 @@ def attempt(
     report = judge(session, actor, release.id, wanted.channel, release.channel_id, policy, given_up or {})
     verdict = report.verdict(served=current.to_release_id == release.id)
     if report.failed and wanted.force:
-        refusals.refuse_force(actor, policy, wanted)
+        policies.refuse_force(actor, policy, wanted)
     elif verdict is Verdict.WAITS:
         seen, mapped = current.move_id or NOTHING_YET, session.get_one(Release, release.id)
         return Waiting(channel_id=release.channel_id, release=mapped, seen=seen, policy=policy, report=report)
     elif verdict is Verdict.REFUSED:
-        raise refusals.gate_failed(wanted, report, policy)
+        raise policies.gate_failed(wanted, report, policy)
     if current.to_release_id == release.id:
         return replace(ChannelMove.of_row(current), changed=False)
     move = _record_promotion(session, actor, wanted, release, current, report, completing)

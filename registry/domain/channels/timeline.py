@@ -1,6 +1,6 @@
-"""The moves of channels, as they are read: of one channel, of a release, and the latest of the registry."""
+"""Moves as they are read: of a channel, of a release, the latest of the registry; and what channels serve now."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
-from registry.database.dialects import in_list
-from registry.database.prepared import Query, prepared
+from registry.database.dialects import in_list, padded
+from registry.database.prepared import Prepared, Query, prepared
 from registry.database.tables import Channel, Move, Release, Repository
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import readable_names
@@ -119,3 +119,30 @@ def of_release(session: Session, release: Release, *, before: int, limit: int) -
     query = _OF_RELEASE.where(_move.id < before) if before else _OF_RELEASE
     named = {"repository": release.repository_id, "release": release.id}
     return [(row.channel, ChannelMove.of_row(row)) for row in session.execute(query.limit(limit), named)]
+
+
+# Which channels serve which releases, for lists of releases of many repositories.
+
+_channel, _release = Channel.__table__.c, Release.__table__.c
+# By way of the repository, which has an index; on columns, since mapped objects would take most of the time.
+_SERVED = Prepared(
+    select(_channel.served_id, _channel.name)
+    .select_from(Release.__table__)
+    .join(
+        Channel.__table__,
+        (_channel.repository_id == _release.repository_id) & (_channel.served_id == _release.id),
+    )
+    .where(in_list(_release.id, "releases"))
+    .order_by(_channel.name)
+)
+
+
+def channels_of(session: Session, releases: Collection[int]) -> Mapping[int, list[str]]:
+    """By id of these releases, the names of the channels that serve it now, in order.
+
+    The caller has checked that they may be read.
+    """
+    serving: dict[int, list[str]] = {}
+    for release, channel in _SERVED.rows(session, {"releases": padded(list(releases))}):
+        serving.setdefault(release, []).append(channel)
+    return serving

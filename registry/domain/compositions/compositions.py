@@ -13,7 +13,7 @@ from registry.database.tables import Base, Composition, Job, Namespace, Release,
 from registry.domain.access import audit, tokens
 from registry.domain.access.audit import Act, Actor, EventQuery
 from registry.domain.access.roles import EVERYWHERE, Role, granted, holds, may, may_read, permit, unknown_namespace
-from registry.domain.catalog import metrics, releases, repositories, scorers, signatures, suites, versioning
+from registry.domain.catalog import metrics, releases, repositories, signatures, suites, versioning
 from registry.domain.catalog.releases import full_name
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import gates
@@ -61,7 +61,7 @@ def create(  # noqa: PLR0913
     for name in (*recipe.evaluate, *(source.suite for source in recipe.inputs if source.suite)):
         suites.with_examples(suites.find(session, name))
     for name in () if plan_only else locking.evaluated(recipe, lock):
-        scorers.refuse_disabled(suites.find(session, name), enabled)
+        metrics.refuse_disabled(suites.find(session, name), enabled)
     _check_gates(session, recipe, lock)
     wanted = STEPS[:1] if plan_only else STEPS
     if recipe.optimize:

@@ -10,7 +10,7 @@ from registry.database.engine import Database, Session
 from registry.database.tables import Release
 from registry.domain.catalog import suites
 from registry.domain.catalog.suites import Measurement
-from registry.domain.channels import yanks
+from registry.domain.channels import withdrawals
 from registry.domain.search import search
 from registry.domain.search.ordering import Order
 from registry.domain.search.query import Query
@@ -63,8 +63,8 @@ def another_suite(session: Session, _release: Release) -> object:
 
 
 CHANGES: dict[str, Change] = {
-    "yanked": lambda session, release: yanks.yank(session, HOST, release, "a reason of its own"),
-    "and no more": lambda session, release: yanks.unyank(session, HOST, release, "it was right"),
+    "yanked": lambda session, release: withdrawals.yank(session, HOST, release, "a reason of its own"),
+    "and no more": lambda session, release: withdrawals.unyank(session, HOST, release, "it was right"),
     "measured": measured(0.125),
     "measured again": measured(0.375),
     "with another suite": another_suite,

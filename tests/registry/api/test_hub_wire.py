@@ -12,7 +12,7 @@ from registry.database.tables import Blob, BlobHolder
 from registry.domain.catalog import bases, releases
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import promotions, yanks
+from registry.domain.channels import promotions, withdrawals
 from registry.domain.channels.moves import PromotionRequest
 from registry.errors import Conflict
 from registry.formats.manifest import ManifestFile
@@ -41,7 +41,7 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     _publish(house, "early", "1.0.0-rc.1", {"weights.safetensors": b"early"})
     with house.resources.write() as session:
         promotions.request(session, HOST, PromotionRequest(_named("tables"), parse_version("1.0.0"), "prod"))
-        yanks.yank(session, HOST, releases.find(session, _named("tables"), parse_version("1.2.0")), "wrong data")
+        withdrawals.yank(session, HOST, releases.find(session, _named("tables"), parse_version("1.2.0")), "wrong data")
     yield house
     house.close()
 
@@ -341,7 +341,7 @@ def test_a_yanked_release_comes_with_a_warning(house: House) -> None:
 def test_a_repository_whose_releases_are_all_yanked_has_no_main(house: House) -> None:
     _publish(house, "gone", "1.0.0", {"weights.safetensors": b"gone"})
     with house.resources.write() as session:
-        yanks.yank(session, HOST, releases.find(session, _named("gone"), parse_version("1.0.0")), "lost")
+        withdrawals.yank(session, HOST, releases.find(session, _named("gone"), parse_version("1.0.0")), "lost")
     answer = ask(house, "/api/models/acme/gone")
     assert (answer.status_code, answer.headers["X-Error-Code"]) == (404, "RevisionNotFound")
     assert ask(house, "/api/models/acme/gone/refs").json()["branches"] == []

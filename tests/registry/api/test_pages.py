@@ -19,7 +19,7 @@ from registry.domain.catalog import releases, repositories, suites
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import Measurement
-from registry.domain.channels import moves, promotions, yanks
+from registry.domain.channels import moves, promotions, withdrawals
 from registry.domain.channels.moves import PromotionRequest
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
@@ -190,7 +190,7 @@ def test_a_history_has_the_newest_thirty_versions_that_are_not_yanked(house: Hou
             metrics = ("nll", *(f"f{number}" for number in range(8)))
             measured = [Measurement(suite.digest, one, 1 / minor, 0.01, 1, higher_is_better=False) for one in metrics]
             suites.record(session, HOST, release, measured)
-        yanks.yank(session, HOST, releases.find(session, name, Version(1, 20, 0)), "wrong data")
+        withdrawals.yank(session, HOST, releases.find(session, name, Version(1, 20, 0)), "wrong data")
     with single_user(house.resources) as http:
         of_repository, of_release = http.get("/open/sql"), http.get("/open/sql/1.21.0")
         of_metric, unknown = (

@@ -12,7 +12,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.people import Person
 from registry.domain.access.roles import Role
 from registry.domain.catalog import releases, repositories
-from registry.domain.channels import deletions, moves, promotions, requirements
+from registry.domain.channels import moves, promotions, requirements, withdrawals
 from registry.domain.channels.timeline import ChannelMove
 from registry.errors import NotAllowed
 from registry.transfer.promotions import settle
@@ -158,7 +158,7 @@ def test_an_approval_for_a_channel_that_was_deleted_and_comes_back_counts_if_it_
     demand(house, "beta")
     with house.resources.write() as session:
         repository = repositories.find(session, NAME)
-        deletions.delete(session, person(house, "admin"), repository, "beta", serving=OLD, reason="a typo")
+        withdrawals.delete_channel(session, person(house, "admin"), repository, "beta", serving=OLD, reason="a typo")
     demand(house, "beta", approval={})
     began = waiting(house, OLD, "beta")
     approve()

@@ -31,8 +31,8 @@ from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.releases import NewRelease
 from registry.domain.catalog.repositories import Kind
-from registry.domain.channels import moves, promotions, yanks
-from registry.domain.channels.refusals import Expected, PromotionRequest
+from registry.domain.channels import moves, promotions, withdrawals
+from registry.domain.channels.policies import Expected, PromotionRequest
 from registry.domain.channels.timeline import ChannelMove
 from registry.errors import NotFound, Refused, RegistryError, Stale
 from registry.formats.manifest import ManifestFile
@@ -193,10 +193,10 @@ class ChannelMachine(RuleBasedStateMachine):
         with self.database.write() as session:
             release = releases.find(session, self.name, parse_version(version))
             if back:
-                yanks.unyank(session, actor, release, "it was right")
+                withdrawals.unyank(session, actor, release, "it was right")
                 self.yanked.discard(version)
             else:
-                yanks.yank(session, actor, release, "because")
+                withdrawals.yank(session, actor, release, "because")
                 self.yanked.add(version)
 
     @invariant()

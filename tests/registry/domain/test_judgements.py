@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from registry.database.tables import AuditRow, Channel, Job, Move, Namespace, Promotion, ReleaseInput
 from registry.domain.catalog import releases, suites
 from registry.domain.catalog.suites import Measurement
-from registry.domain.channels import policies, yanks
+from registry.domain.channels import policies, withdrawals
 from registry.domain.channels.timeline import ChannelMove
 from registry.errors import Refused
 from registry.formats.channel_policy import read_policy
@@ -98,7 +98,7 @@ def test_a_channel_that_does_not_exist_is_judged_as_an_empty_one(house: House) -
 def test_a_yank_and_a_missing_signature_refuse_whatever_the_rules_say(house: House) -> None:
     demand(house, rules=["exact.nll <= 9"])
     with house.resources.write() as session:
-        yanks.yank(session, HOST, releases.find(session, NAME, OLD), "leaks names")
+        withdrawals.yank(session, HOST, releases.find(session, NAME, OLD), "leaks names")
     seen = judged(house)
     assert (seen["verdict"], seen["gates"][0]["passed"], seen["error"]["code"]) == ("refused", True, "release_yanked")
     with house.resources.write() as session:

@@ -11,7 +11,7 @@ from registry.api.schemas.quality import ChannelOut
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
-from registry.domain.channels import judgements, moves, timeline
+from registry.domain.channels import moves, promotions, timeline
 from registry.formats.references import RepositoryName, parse_repository, parse_version
 
 FIRST_CHOICE = "prod"
@@ -98,7 +98,7 @@ def _served(version: str, channel: str, moved: Sequence[Json], others: Sequence[
 def _judged(session: Session, actor: Actor, release: Release, channel: str, others: Sequence[str]) -> Answer:
     named = parse_repository(f"{release.repository.namespace}/{release.repository.name}")
     asked = moves.PromotionRequest(named, parse_version(release.version), channel, None)
-    view = judgement_view(judgements.judge(session, actor, asked), asked).model_dump(mode="json")
+    view = judgement_view(promotions.judge(session, actor, asked), asked).model_dump(mode="json")
     report = gates.lines(view["gates"])
     sentences = {
         "passes": ("ok", f"It can be promoted to {channel}{': all gates pass' if report else ''}."),

@@ -18,7 +18,7 @@ from registry.api.pages.html.wire import ERRORS, PageCaller, PageRoute
 from registry.api.routes.documents import Json, RenderedReleaseCache
 from registry.api.routes.search import PARAMETERS, Results, find_releases
 from registry.domain.access.audit import Actor
-from registry.domain.channels import served, timeline
+from registry.domain.channels import timeline
 from registry.transfer.resources import Resources
 
 router = APIRouter(route_class=PageRoute)
@@ -44,7 +44,10 @@ def home(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respons
     """Search, the newest releases, and the last moves of channels."""
     results = _find(request, resources, actor, [("limit", "10")])
     with resources.read() as session:
-        latest, serving = timeline.latest(session, actor, limit=MOVES), served.channels_of(session, results.release_ids)
+        latest, serving = (
+            timeline.latest(session, actor, limit=MOVES),
+            timeline.channels_of(session, results.release_ids),
+        )
     facts: dict[str, Any] = {**_rows(results, serving), "moves": latest}
     return page(request, "home.html", **facts, json_address="/v1/releases?limit=10")
 
@@ -70,7 +73,7 @@ def search(request: Request, resources: ResourcesOf, actor: PageCaller) -> Respo
     without_cursor = [(name, value) for name, value in given if name != "cursor"]
     more = f"/search?{urlencode([*without_cursor, ('cursor', results.following)])}" if results.following else None
     with resources.read() as session:
-        serving = served.channels_of(session, results.release_ids)
+        serving = timeline.channels_of(session, results.release_ids)
     facts: dict[str, Any] = {**_rows(results, serving), "more": more, "asked": _asked(given)}
     facts["not_loading"] = _not_loading(request, resources, actor, without_cursor)
     return page(request, "search.html", error=None, **facts, json_address=f"/v1/releases?{urlencode(limited)}")

@@ -15,8 +15,8 @@ from registry.api.routes.views import judgement_view
 from registry.api.schemas.quality import PromoteIn, RollbackIn
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
-from registry.domain.channels import judgements, moves, pending, promotions
-from registry.domain.channels.refusals import Expected, PromotionRequest
+from registry.domain.channels import moves, pending, promotions
+from registry.domain.channels.policies import Expected, PromotionRequest
 from registry.errors import RegistryError, Usage
 from registry.formats.references import parse_version
 
@@ -82,7 +82,7 @@ def _promotion_page(
     asked: ChannelRequest, actor: Actor, wanted: PromotionRequest, error: RegistryError | None = None
 ) -> Response:
     with asked.resources.snapshot() as session:
-        judgement = judgement_view(judgements.judge(session, actor, wanted), wanted).model_dump(mode="json")
+        judgement = judgement_view(promotions.judge(session, actor, wanted), wanted).model_dump(mode="json")
         waiting = pending.of_name(session, repositories.find(session, asked.named), asked.channel)
         replaced = waiting.release.version if waiting else None
     return page_about(

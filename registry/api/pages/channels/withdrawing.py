@@ -17,7 +17,7 @@ from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import deprecations, releases
-from registry.domain.channels import moves, yanks
+from registry.domain.channels import moves, withdrawals
 from registry.errors import RegistryError
 from registry.formats.references import RepositoryName, Version
 from registry.transfer.resources import Resources
@@ -75,7 +75,7 @@ def deprecate(asked: WithdrawalOf, form: FormOf) -> Response:
 
 def _yank(session: Session, actor: Actor, release: Release, form: Form) -> None:
     body: YankIn = validated(YankIn, {"reason": form.get("reason", "").strip()})
-    (yanks.unyank if form.get("undo") == "yes" else yanks.yank)(session, actor, release, body.reason)
+    (withdrawals.unyank if form.get("undo") == "yes" else withdrawals.yank)(session, actor, release, body.reason)
 
 
 def _deprecate(session: Session, actor: Actor, release: Release, form: Form) -> None:

@@ -1,4 +1,4 @@
-"""Takedowns: the files of a release go for good, and a tombstone stays."""
+"""Withdrawals: releases that are yanked or taken down, and channels that are deleted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from registry.database.tables import (
     BlobHolder,
     Channel,
     Commit,
+    Move,
     Namespace,
     Release,
     ReleaseInput,
@@ -27,10 +28,13 @@ from registry.database.tables import (
 from registry.database.tables.catalog import new_stamp
 from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
-from registry.domain.catalog import barred, repositories, search_index
+from registry.domain.access.roles import Role, permit
+from registry.domain.catalog import barred, releases, repositories, search_index
 from registry.domain.catalog.releases import full_name
-from registry.domain.channels import yanks
+from registry.domain.channels import moves, pending, policies
+from registry.errors import Refused, Usage
 from registry.formats.manifest import parse_manifest
+from registry.formats.references import Version
 
 _UNTRACKED = {"synchronize_session": False}
 TAKEN_DOWN_BY = "takedown"
@@ -62,7 +66,7 @@ def take_down(session: Session, actor: Actor, release: Release, reason: str, *, 
     another release or commit names stay. The blobs of the others are marked, so that nobody relies on them: the caller,
     or the next collection, removes their bytes. Repeated, it changes nothing.
     """
-    yanks.need_reason("A takedown", release, reason)
+    need_reason("A takedown", release, reason)
     repositories.lock(session, release.repository_id)
     lock_blobs_exclusive(session)  # nobody publishes these files meanwhile
     revision = release.revision
@@ -147,7 +151,7 @@ def _is_old(release: type[Release], row: Namespace, now: datetime) -> ColumnElem
 def _bury(session: Session, actor: Actor, release: Release, reason: str) -> None:
     """Yanks a release and empties its texts."""
     if not release.yanked:
-        yanks.yank(session, actor, release, reason)
+        yank(session, actor, release, reason)
     repository = release.repository
     release.notes, release.provenance, release.stamp = "", {}, new_stamp()
     kept = search_index.namespace_terms(repository.namespace, repository.name)
@@ -199,3 +203,150 @@ def _kept_files(session: Session, namespace: str, digests: Sequence[str]) -> dic
         for mark in [f":{version}" for version in versions] or [f"#{commit[:12]}"]:
             kept[f"{namespace}/{repository}{mark}"] = paths
     return kept
+
+
+# A yanked release is excluded from ranges and channels.
+
+
+def yank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
+    """Yanks a release: ranges, channels and rollbacks skip it; its exact version and commit resolve with a warning.
+
+    A yanked release gets the new reason; the same reason again is a retry.
+    """
+    need_reason("A yank", release, reason)
+    _lock(session, release)
+    if not (release.yanked and release.yank_reason == reason):
+        _set_yank(session, actor, release, Act.RELEASE_YANK, reason, yank_reason=reason)
+    return release
+
+
+def unyank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
+    """Undoes a yank. For a release that is not yanked, does nothing and writes no audit row: it may be a retry. Raises
+    Refused for one that was taken down."""
+    need_reason("An unyank", release, reason)
+    _lock(session, release)
+    releases.refuse_taken_down(full_name(release), release.revision)
+    if release.yanked:
+        _set_yank(session, actor, release, Act.RELEASE_UNYANK, reason, yank_reason=None)
+    return release
+
+
+def need_reason(act: str, release: Release, reason: str) -> None:
+    """Raises Usage for a blank reason."""
+    if not reason.strip():
+        raise Usage("reason_missing", f"{act} needs a reason.", subject=full_name(release))
+
+
+def _lock(session: Session, release: Release) -> None:
+    """Serializes yanks, so that the audit's `before` is right, and channel creation in the repository. A concurrent
+    move either sees the yank or is seen by it (`_channels_of`)."""
+    repositories.lock(session, release.repository_id)
+    session.refresh(release, ["yanked", "yank_reason"])
+
+
+def _set_yank(
+    session: Session, actor: Actor, release: Release, act: Act, reason: str, *, yank_reason: str | None
+) -> None:
+    before = {"yanked": release.yanked, "yank_reason": release.yank_reason}
+    release.yanked, release.yank_reason = yank_reason is not None, yank_reason
+    release.yanked_at = actor.at if release.yanked else None
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        act,
+        full_name(release),
+        namespace=release.repository.namespace,
+        reason=reason,
+        before=before,
+        after={"yanked": release.yanked, "yank_reason": release.yank_reason},
+    )
+    for channel in _channels_of(session, release):
+        served = moves.effective_move(session, channel)
+        channel.served_id = served.to_release_id if served else None
+        channel.served_key = served.to_release.sort_key if served else None
+
+
+def _channels_of(session: Session, release: Release) -> list[Channel]:
+    """All channels of the repository, locked: what any of them serves may change."""
+    query = select(Channel).where(Channel.repository_id == release.repository_id).order_by(Channel.id)
+    return list(session.scalars(query.with_for_update().execution_options(populate_existing=True)))
+
+
+# Deletion of a channel that nobody follows, such as one with a misspelt name.
+
+
+def delete_channel(
+    session: Session, actor: Actor, repository: Repository, name: str, *, serving: Version | None, reason: str
+) -> str | None:
+    """Deletes a channel; returns the version that it served. Its history stays and ends with the deletion. A channel of
+    this name that is created later begins with nothing.
+
+    Raises Refused for a channel with a policy, and for one that serves a release, unless an admin of its namespace
+    names that release as `serving` and gives a reason.
+    """
+    session.scalar(moves.locked(repository, name))
+    channel = moves.find(session, repository, name)
+    subject = f"{repositories.name_of(repository)}@{name}"
+    policy, _ = policies.find(session, repository, name)
+    if not policies.is_empty(policy):
+        raise Refused(
+            "channel_has_policy",
+            f"{subject} has a policy.",
+            subject=subject,
+            next_step=f"An admin removes it first: `adaptory policy set {subject} --clear`.",
+        )
+    served = moves.effective_move(session, channel)
+    version = served.to_release.version if served else None
+    if version is not None:
+        _refuse_serving(actor, repository, subject, version, None if serving is None else str(serving), reason)
+    _forget(session, actor, repository, channel, reason)
+    return version
+
+
+def _refuse_serving(
+    actor: Actor, repository: Repository, subject: str, served: str, named: str | None, reason: str
+) -> None:
+    if served != named:
+        raise Refused(
+            "channel_serves",
+            f"{subject} serves {served}.",
+            subject=subject,
+            next_step="Clients that follow it would find nothing. If there are none, an admin may delete it with "
+            f"`adaptory channel delete {subject} --serving {served} --reason TEXT`.",
+        )
+    permit(actor, Role.ADMIN, repository.namespace)
+    if not reason.strip():
+        raise Usage("reason_missing", f"{subject} serves {served}: its deletion needs a reason.", subject=subject)
+
+
+def _forget(session: Session, actor: Actor, repository: Repository, channel: Channel, reason: str) -> None:
+    subject, last = f"{repositories.name_of(repository)}@{channel.name}", moves.current_of(session, channel)
+    if waiting := pending.of_channel(session, channel.id):
+        pending.end_moved(session, actor, waiting.id)
+    left = last.to_release
+    move = Move(
+        channel_id=channel.id,
+        kind=moves.DELETION,
+        from_release_id=left.id,
+        to_release_id=left.id,
+        below_id=None,
+        actor=actor.name,
+        reason=reason,
+        forced=False,
+        gates=[],
+        at=max(actor.at, last.at),
+    )
+    session.add(move)
+    channel.move_id = channel.served_id = channel.served_key = None
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        Act.CHANNEL_DELETE,
+        subject,
+        namespace=repository.namespace,
+        reason=reason,
+        before={"move": last.id, "version": left.version, "commit": left.revision.commit},
+        after={"move": move.id},
+    )
