@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from registry.api.schemas.catalog import ReleaseOut
-from registry.api.schemas.search import FoundOut, ResolvedOut
+from registry.api.schemas.search import FoundOut, FoundPage, ResolvedOut
 from tests.scenarios.conftest import serving, stock
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World
@@ -190,6 +190,7 @@ def test_a_misspelt_parameter_is_named_with_what_was_meant(
             assert (refused["code"], refused["subject"]) == ("unknown_parameter", wrong)
             assert refused["next"] == f"Did you mean {meant}?"
         assert http.get("/healthz", params={"verbose": 1}).json()["next"] == "Leave it out."
+        assert http.get("/v1/releases", params={"facets": "rank"}).status_code == 422
         repeated = http.get("/v1/releases", params={"targets_within": ["q_proj", "v_proj,o_proj"]})
         assert repeated.status_code == 200
         for bad in ({"base": "nothing"}, {"score": "nosuite.accuracy>=0"}, {"sort": "nosuite.accuracy"}):
@@ -282,6 +283,13 @@ def test_the_best_come_first_with_documents_that_keep_to_their_schema(
         items = http.get("/v1/releases", params=asked).json()["items"]
         assert len([FoundOut.model_validate(item) for item in items]) == 3
         assert items[0]["scores"][0]["value"] == 0.75
+        counted = http.get("/v1/releases", params={"facets": "base,kind,measured", "limit": 1}).json()
+        facets = FoundPage.model_validate(counted).facets or {}
+        assert [(one.value, one.count, one.more) for one in facets["base"]] == [("tiny", 3, False)]
+        assert [one.value for one in facets["kind"]] == ["adapter"]
+        assert {one.value: one.count for one in facets["measured"]}["guard-exact.nll"] == 3
+        following = http.get("/v1/releases", params={"cursor": counted["next"]}).json()
+        assert (len(following["items"]), "facets" in following) == (2, False)
         listed = http.get("/v1/adapters/acme/sql/releases").json()["items"]
         shown = http.get("/v1/adapters/acme/sql/releases/1.0.0").json()
         assert listed == [shown] == [ReleaseOut.model_validate(shown).model_dump(mode="json")]

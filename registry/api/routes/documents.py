@@ -165,9 +165,10 @@ class RenderedReleaseCache:
                 self.kept_bytes -= oldest.size_bytes
 
 
-def page_response(items: Sequence[bytes], following: str | None) -> Response:
-    """A Page of documents that are serialized already."""
-    body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(following))
+def page_response(items: Sequence[bytes], following: str | None, facets: Json | None = None) -> Response:
+    """A Page of documents that are serialized already, and the choices of each facet if there are any."""
+    further = b',"facets":%b' % orjson.dumps(facets) if facets else b""
+    body = b'{"items":[%b],"next":%b%b}' % (b",".join(items), orjson.dumps(following), further)
     return Response(body, media_type="application/json")
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import NoneType
 from typing import Annotated, cast
 
@@ -27,15 +27,15 @@ from registry.api.routes.documents import (
     json_response,
     page_response,
 )
-from registry.api.schemas.search import FoundOut, ResolvedOut, SearchIn
-from registry.api.schemas.wire import MAX_INT64, Page, Problem
+from registry.api.schemas.search import FoundPage, ResolvedOut, SearchIn
+from registry.api.schemas.wire import MAX_INT64, Problem
 from registry.database.engine import Session
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import suites
 from registry.domain.channels import resolve
 from registry.domain.channels.resolve import ResolvedRow
-from registry.domain.search import search
+from registry.domain.search import facets, search
 from registry.domain.search.ordering import NEWEST, RANK, SIZE, VERSION, Hit, Order, Position
 from registry.domain.search.search import SearchResult
 from registry.errors import Usage
@@ -53,11 +53,13 @@ PARAMETERS = [
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """A page of results: documents as FoundOut, the ids of their releases, the cursor of the next page."""
+    """A page of results: documents as FoundOut, the ids of their releases, the cursor of the next page, the choices of
+    each facet."""
 
     documents: list[bytes]
     release_ids: list[int]
     following: str | None
+    facets: Json
 
 
 @cached_by_query
@@ -75,7 +77,7 @@ def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
 
 @router.get(
     "/releases",
-    response_model=Page[FoundOut],
+    response_model=FoundPage,
     responses={422: {"model": Problem}},
     openapi_extra={"parameters": PARAMETERS},
 )
@@ -84,7 +86,7 @@ def _parse_query(query: bytes) -> tuple[SearchIn, search.Query]:
 def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> Response:
     """Search the releases that the caller may read; all conditions must hold."""
     results = find_releases(resources, actor, request.scope["query_string"], _documents(request))
-    return page_response(results.documents, results.following)
+    return page_response(results.documents, results.following, results.facets)
 
 
 def find_releases(resources: Resources, actor: Actor, asked: bytes, documents: RenderedReleaseCache) -> Results:
@@ -102,7 +104,15 @@ def find_releases(resources: Resources, actor: Actor, asked: bytes, documents: R
             rendered = _render(session, actor, documents, result, query.limit)
     matching = [one.with_remarks(_remarks(one, result, wanted.loads_in)) for one in rendered]
     following = _cursor(query, result.hits[len(rendered) - 1]) if len(result.hits) > len(rendered) else None
-    return Results(matching, [hit.release_id for hit in result.hits[: len(rendered)]], following)
+    counted: Json = {}
+    if query.facets:
+        with resources.read() as session:
+            counted = {name: _choices(session, actor, wanted, name) for name in query.facets}
+    return Results(matching, [hit.release_id for hit in result.hits[: len(rendered)]], following, counted)
+
+
+def _choices(session: Session, actor: Actor, wanted: search.Query, name: str) -> list[Json]:
+    return [asdict(one) for one in facets.choices(session, actor, wanted, name)]
 
 
 def _search(session: Session, actor: Actor, query: SearchIn, wanted: search.Query, order: Order) -> SearchResult:
@@ -159,7 +169,7 @@ def _metrics(query: SearchIn, wanted: search.Query) -> list[tuple[str, str]]:
 
 def _fingerprint(query: SearchIn) -> str:
     """A digest of everything that determines the results and their order; a cursor is valid only for that."""
-    asked = query.model_dump_json(exclude={"limit", "cursor"}, exclude_defaults=True)
+    asked = query.model_dump_json(exclude={"limit", "cursor", "facets"}, exclude_defaults=True)
     return hashlib.sha256(asked.encode()).hexdigest()[:12]
 
 

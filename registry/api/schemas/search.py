@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from composer.formats.adapters.serving import parse_profile
 from registry.api.schemas.catalog import BaseRef, DeprecationOut, FileRow, ReleaseOut
-from registry.api.schemas.wire import MAX_INT32, MAX_INT64, Wire
+from registry.api.schemas.wire import MAX_INT32, MAX_INT64, Page, Wire
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import parse_condition
 from registry.domain.search.query import REFUSED, RELATED, Query
@@ -18,7 +18,7 @@ Rank = Annotated[int | None, Field(ge=1, le=MAX_INT32)]
 Word = Annotated[str | None, Field(max_length=200)]
 Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=200)]
 
-LISTS = ("include", "targets_within", "targets_include", "targets_exact")
+LISTS = ("include", "facets", "targets_within", "targets_include", "targets_exact")
 """Parameters with lists of names, which contain no commas."""
 UNSPLIT = ("score", "provenance")
 """Lists whose items may contain commas."""
@@ -89,6 +89,11 @@ class SearchIn(Wire):
         "releases that have it). "
         "A metric that no release you may read has is unknown.",
     )
+    facets: list[Literal["base", "channel", "kind", "license", "loads_in", "measured", "namespace"]] = Field(
+        default=[],
+        max_length=7,
+        description="Counts what each choice of these conditions would find, up to 1,000; measured: suite.metric.",
+    )
     limit: int = Field(default=50, ge=1, le=500, description="Items per page.")
     cursor: str | None = Field(default=None, max_length=1000, description="`next` of the previous page.")
 
@@ -156,6 +161,20 @@ class FoundOut(ReleaseOut):
 
     related: RelatedOut | None
     loads_in: LoadingOut | None
+
+
+class ChoiceOut(Wire):
+    """A value of a facet and the number of releases that the search would find with it; `more` if that is the limit."""
+
+    value: str
+    count: int
+    more: bool
+
+
+class FoundPage(Page[FoundOut]):
+    """`facets` has the choices of each facet that was named, the most frequent first."""
+
+    facets: dict[str, list[ChoiceOut]] | None = None
 
 
 class ResolvedRelease(Wire):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import orjson
 from sqlalchemy.orm import Session
@@ -9,7 +10,7 @@ from sqlalchemy.orm import Session
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, suites
 from registry.domain.search import statement
-from registry.domain.search.filters import Bound, bind
+from registry.domain.search.filters import bind
 from registry.domain.search.ordering import Hit, Order, SortKey, sort_key
 from registry.domain.search.query import RELATED, Query
 from registry.errors import NotFound
@@ -36,24 +37,51 @@ def search(session: Session, actor: Actor, query: Query, order: Order) -> Search
         return SearchResult([])
 
 
-def _search(session: Session, actor: Actor, query: Query, order: Order) -> SearchResult:
+def count(session: Session, actor: Actor, query: Query, order: Order) -> int:
+    """The number of hits that `search` returns; 0 for an unknown base or suite."""
+    try:
+        asked = _bind(session, actor, query, order)
+    except NotFound:
+        return 0
+    if not asked.possible:
+        return 0
+    return statement.count(asked.names, asked.by, asked.first).column(session, asked.values)[0]
+
+
+class _Asked(NamedTuple):
+    """A bound query and order. It is `possible` that releases match; `first` is the condition to look up first."""
+
+    names: tuple[str, ...]
+    values: dict[str, Any]
+    by: SortKey
+    possible: bool
+    first: str | None
+    base: tuple[str, str] | None
+    relations: Mapping[str, str]
+
+
+def _bind(session: Session, actor: Actor, query: Query, order: Order) -> _Asked:
     base = bases.identify(session, query.base) if query.base and not query.base_name else None
     relations = bases.related(session, base[0]) if base and RELATED in query.include else {base[0]: ""} if base else {}
     scored = [suites.find(session, condition.suite, actor).id for condition in query.score]
-    bound = bind(actor, query, list(relations), scored)
-    by = sort_key(session, actor, order, bound.values)
-    hits = [] if bound.values.get("namespaces") == [] else _first_page(session, bound, by)
+    names, values = bind(actor, query, list(relations), scored)
+    by = sort_key(session, actor, order, values)
+    first, number = (None, 0) if values.get("namespaces") == [] else statement.rarest(session, names, values)
+    return _Asked(names, values, by, number > 0, first, base, relations)
+
+
+def _search(session: Session, actor: Actor, query: Query, order: Order) -> SearchResult:
+    asked = _bind(session, actor, query, order)
+    hits = _page(session, asked) if asked.possible else []
     if query.base_name and not hits:
         bases.identify(session, query.base_name)  # no matches: raises if the base is unknown
-    return SearchResult(hits, base, relations)
+    return SearchResult(hits, asked.base, asked.relations)
 
 
-def _first_page(session: Session, bound: Bound, by: SortKey) -> list[Hit]:
-    first, number = statement.rarest(session, *bound)
-    if not number:
-        return []
-    [(text, suites)] = statement.page(bound.names, by, first).rows(session, bound.values)
+def _page(session: Session, asked: _Asked) -> list[Hit]:
+    column = asked.by.column
+    [(text, suites)] = statement.page(asked.names, asked.by, asked.first).rows(session, asked.values)
     return [
-        Hit(None if by.column == "id" else float(key) if by.column == "value" else key, release_id, (stamp, suites))
+        Hit(None if column == "id" else float(key) if column == "value" else key, release_id, (stamp, suites))
         for key, release_id, stamp in orjson.loads(text or "[]")
     ]

@@ -7,7 +7,7 @@ order. Hence one shortcut: `rarest` finds a condition that few releases meet, an
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Integer, Select, bindparam, func, literal_column, select, tuple_
+from sqlalchemy import ColumnElement, Integer, Select, Subquery, bindparam, func, literal_column, select, tuple_
 from sqlalchemy.orm import Session
 
 from registry.database.dialects import float_text, in_list, in_subquery, json_rows
@@ -53,6 +53,20 @@ def _counts(names: Names, lookups: Names, most: int) -> Selection:
 def page(names: Names, by: SortKey, first: str | None) -> Selection:
     """The page as JSON rows of key, id and stamp, and the current suites. `first` names the condition to look up first,
     or None."""
+    hits = _hits(names, by, first).c
+    # Looked up for the page alone: the index that is read in order does not have it.
+    stamp = select(_release.stamp).where(_release.id == hits.id).scalar_subquery()
+    key = float_text(hits.key) if by.column == "value" else hits.key
+    return select(json_rows(key, hits.id, stamp), CURRENT_SUITES)
+
+
+@prepared
+def count(names: Names, by: SortKey, first: str | None) -> Selection:
+    """The number of releases on the page."""
+    return select(func.count()).select_from(_hits(names, by, first))
+
+
+def _hits(names: Names, by: SortKey, first: str | None) -> Subquery:
     of_score = by.column == "value"
     key, release_id = (_score.value, _score.release_id) if of_score else (_release[by.column], _release.id)
     rows = select(key.label("key"), _release.id.label("id"))
@@ -72,10 +86,7 @@ def page(names: Names, by: SortKey, first: str | None) -> Selection:
         reached, end = tuple_(*columns), tuple_(*ends[-len(columns) :])
         rows = rows.where(reached < end if by.descending else reached > end)
     ordered = [column.desc() if by.descending else column.asc() for column in columns]
-    hits = rows.order_by(*ordered).limit(bindparam("limit")).subquery("hits").c
-    # Looked up for the page alone: the index that is read in order does not have it.
-    stamp = select(_release.stamp).where(_release.id == hits.id).scalar_subquery()
-    return select(json_rows(float_text(hits.key) if of_score else hits.key, hits.id, stamp), CURRENT_SUITES)
+    return rows.order_by(*ordered).limit(bindparam("limit")).subquery("hits")
 
 
 def _conditions(names: Names, first: str | None) -> list[ColumnElement[bool]]:

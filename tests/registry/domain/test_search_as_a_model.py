@@ -19,7 +19,7 @@ from registry.database.engine import Database
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE
 from registry.domain.catalog.suites import Condition
-from registry.domain.search import search, statement
+from registry.domain.search import facets, search, statement
 from registry.domain.search.ordering import NEWEST, RANK, SIZE, VERSION, Order
 from registry.domain.search.query import RELATED, Query
 from tests.registry.searches import NOWHERE, STATEMENTS, plain_search, queries, with_each_value
@@ -107,6 +107,25 @@ def test_each_condition_alone_finds_what_a_look_at_every_release_finds(shelf: Sh
         results.append(_all_pages(shelf.database, query, NEWEST, ACTORS[0], 500))
         assert results[-1] == _expected(shelf, query, NEWEST, ACTORS[0]), query
     assert len(set(map(tuple, results))) > 1, "no value that is tried makes a difference"
+
+
+@pytest.mark.parametrize("name", facets.FACETS)
+@pytest.mark.parametrize(
+    "query", [Query(), Query(license="apache-2.0", channel="prod"), Query(text="tick", max_rank=8)]
+)
+@pytest.mark.parametrize("actor", ACTORS, ids=lambda actor: actor.name)
+def test_a_choice_of_a_facet_finds_as_many_as_it_counts(
+    shelf: Shelf, name: str, query: Query, actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facets, "MOST", 5)
+    with shelf.database.read() as session:
+        choices = facets.choices(session, actor, query, name)
+    for choice in choices:
+        chosen, order = facets.FACETS[name].chosen(query, choice.value)
+        listed = _all_pages(shelf.database, chosen, order, actor, 50)
+        assert (choice.count, choice.more) == (min(len(listed), 5), len(listed) > 5), choice
+        assert listed == _expected(shelf, chosen, order, actor)
+    assert bool(choices) == bool(actor.grants)
 
 
 def _all_pages(database: Database, query: Query, order: str, actor: Actor, limit: int) -> list[int]:
