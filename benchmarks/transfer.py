@@ -26,7 +26,7 @@ from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json
 from registry.client.cache import BlobCache
 from registry.client.pull import pull
-from registry.client.push import LocalFile, collect, push, send
+from registry.client.push import PushedFile, collect, push, send
 from registry.client.selection import select_files
 from registry.formats.references import parse_repository
 from tests import s3_server
@@ -97,7 +97,7 @@ class Bench:
                 if row["Key"].rpartition("/")[2] not in kept:
                     self.client.delete_object(Bucket=BUCKET, Key=row["Key"])
 
-    def _collect(self) -> list[LocalFile]:
+    def _collect(self) -> list[PushedFile]:
         return [file for file in collect(select_files(self.pushed, "model")) if file.manifest.path.startswith("data-")]
 
     def _change(self) -> None:

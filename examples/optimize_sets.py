@@ -30,7 +30,7 @@ from composer.evaluation.model import LoadedModel, load_model
 from composer.optimize.candidates import Candidate
 from composer.optimize.combiner import Combiner
 from composer.optimize.objective import kept_share
-from composer.optimize.optimize import Journal, optimize
+from composer.optimize.optimize import SearchJournal, optimize
 from composer.optimize.problem import Member, Problem
 from composer.optimize.report import OptimizeReport, headline
 
@@ -77,7 +77,7 @@ def searched(loaded: LoadedModel, members: Sequence[study_sets.Member], names: S
         begun = process_time()
         report = optimize(problem, journal=journal)
         cpu_s = process_time() - begun
-        bench = Bench(Runner(problem.load), Journal(journal, problem.name))
+        bench = Bench(Runner(problem.load), SearchJournal(journal, problem.name))
         combiner = Combiner(problem, lambda _count: None)
         values = {one.candidate.key: unseen(bench, combiner, problem, one.candidate) for one in report.tried}
     first, second = ({key: value[half] for key, value in values.items()} for half in (0, 1))

@@ -96,7 +96,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class ComparedAdapter:
     """One adapter of the set: its share of the weighted energy, what the method retains of it, and its size."""
 
     name: str
@@ -123,7 +123,7 @@ class ConflictReport:
     of the pairs, of the findings, and of the whole set if it was measured. `by_default` has the findings and the
     verdict of the same numbers without the policy. `advice` is for the whole set."""
 
-    members: tuple[Member, ...]
+    members: tuple[ComparedAdapter, ...]
     pairs: tuple[Pair, ...]
     together: SetMetrics
     layers: Mapping[int, SetMetrics]
@@ -224,7 +224,7 @@ def conflicts(  # noqa: PLR0913
 class _Numbers:
     """What was measured and computed. `fixed` are the findings that have no threshold."""
 
-    members: Sequence[Member]
+    members: Sequence[ComparedAdapter]
     pairs: Sequence[Pair]
     total: Relations
     fixed: Sequence[Finding]
@@ -315,7 +315,9 @@ def _retention(
     return retained(adapters, combine_parsed(adapters, weights, settings).deltas)
 
 
-def _member(compared: Compared, index: int, rounded: Mapping[str, AtBase], retention: Sequence[float | None]) -> Member:
+def _member(
+    compared: Compared, index: int, rounded: Mapping[str, AtBase], retention: Sequence[float | None]
+) -> ComparedAdapter:
     touched = {module: one for module, one in compared.modules.items() if module in compared.touched[index]}
     at = {module: rounded[module] for module in touched if module in rounded}
     sizes = {
@@ -326,7 +328,7 @@ def _member(compared: Compared, index: int, rounded: Mapping[str, AtBase], reten
     }
     ratios = [one.spectral_amplification for one in sizes.values() if one.spectral_amplification is not None]
     size = DeltaSize.of(compared.total, index, sum(one.energy for one in at.values()))
-    return Member(
+    return ComparedAdapter(
         name=compared.names[index],
         weight=compared.weights[index],
         share=compared.total.sums.shares()[index],

@@ -16,7 +16,7 @@ from composer.deltas.stored import SpillFile
 from composer.evaluation.hooks import module_of
 from composer.evaluation.measure import Encoded, encode, encode_prompt
 from composer.evaluation.model import LoadedModel
-from composer.evaluation.observe import Pass, Watch, observe
+from composer.evaluation.observe import ForwardPass, Watch, observe
 from composer.evaluation.stack_inputs import Stack
 from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import Regmean
@@ -79,7 +79,7 @@ class _Collector:
         self._spill, self._lock = SpillFile(), Lock()
 
     def watch(self, path: str) -> Watch:
-        def keep(seen: Pass, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        def keep(seen: ForwardPass, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             energy = float(seen.rows(output, path).float().square().sum())
             latest = self._latest.get(seen.indices)
             if latest is None or latest[0] is not inputs[0]:
@@ -95,7 +95,7 @@ class _Collector:
         """For stacked matrices of one module: each with the keys and indices of its experts. The parts of one expert
         (its gate and up projections) have the same inputs, and share the energy of both."""
 
-        def keep(seen: Pass, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+        def keep(seen: ForwardPass, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
             for stack, keys in stacks:
                 kept: dict[int, tuple[torch.Tensor, float]] = {}
                 for key, expert in keys:

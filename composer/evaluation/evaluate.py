@@ -32,7 +32,7 @@ MAX_ANSWER_CHARS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class SuiteScore:
     """One metric of one suite, and the suite's task. `stderr` is over the examples; None if there is only one."""
 
     suite: str
@@ -80,7 +80,7 @@ def evaluate(
     examples: Sequence[Example] | None = None,
     scorers: PythonScorers = NO_PYTHON,
     keep: Keep | None = None,
-) -> list[Score]:
+) -> list[SuiteScore]:
     """The suite's scores with `deltas` active, of all its examples or of these; see `examine` and `scores`."""
     return scores(suite, examine(loaded, suite, deltas, examples, scorers, keep))
 
@@ -117,7 +117,7 @@ def examine(
     return [results[index] for index in range(len(asked))]
 
 
-def scores(suite: Suite, results: Sequence[Result]) -> list[Score]:
+def scores(suite: Suite, results: Sequence[Result]) -> list[SuiteScore]:
     """`nll` in nats per completion token, `accuracy` the mean score of an answer.
 
     nll is total nats over total tokens, with the standard error of a ratio estimator. That of accuracy is the binomial
@@ -134,8 +134,8 @@ def scores(suite: Suite, results: Sequence[Result]) -> list[Score]:
     if n > 1 and set(answers) <= {0, 1}:
         accuracy_stderr = sqrt(accuracy * (1 - accuracy) / n)
     return [
-        Score(*asked, "nll", nll, nll_stderr, n, higher_is_better=False),
-        Score(*asked, "accuracy", accuracy, accuracy_stderr, n, higher_is_better=True),
+        SuiteScore(*asked, "nll", nll, nll_stderr, n, higher_is_better=False),
+        SuiteScore(*asked, "accuracy", accuracy, accuracy_stderr, n, higher_is_better=True),
     ]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.errors import ComposerError, Interrupted, InvalidFile, Mismatch, NotSupported
-from composer.evaluation.evaluate import MAX_ANSWER_CHARS, Score
+from composer.evaluation.evaluate import MAX_ANSWER_CHARS, SuiteScore
 from composer.evaluation.hooks import Deltas, deltas_applied
 from composer.evaluation.measure import no_chat_template
 from composer.formats.recipes.elsewhere import Documents, HarnessTask, HarnessVersion
@@ -93,7 +93,7 @@ class Outcome:
     """The scores of a task. `examples` has the score of each document in order, if the harness gives one from 0 to 1 of
     `metric`, and the answer; empty otherwise. `skipped` says which metrics have no score."""
 
-    scores: list[Score]
+    scores: list[SuiteScore]
     metric: str = ""
     examples: list[Json] = field(default_factory=list[Json])
     skipped: list[str] = field(default_factory=list[str])
@@ -356,7 +356,7 @@ def _outcome(suite: HarnessTask, values: Mapping[str, Any], directions: Mapping[
             continue
         stderr = _number(values.get(f"{metric}_stderr,{filter_name}"))
         scored = (suite.name, suite.digest, suite.task, name, number, stderr, n)
-        outcome.scores.append(Score(*scored, higher_is_better=bool(better)))
+        outcome.scores.append(SuiteScore(*scored, higher_is_better=bool(better)))
     return outcome
 
 

@@ -22,7 +22,7 @@ from composer.formats.adapters.placement.naming import is_head
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class ForwardPass:
     """One forward pass over the examples `indices`; `tokens` (B x P) selects tokens, none of them padding."""
 
     indices: tuple[int, ...]
@@ -42,12 +42,12 @@ class Pass:
         return values.flatten(0, -2)
 
 
-Watch = Callable[[Pass, tuple[torch.Tensor, ...], torch.Tensor], None]
+Watch = Callable[[ForwardPass, tuple[torch.Tensor, ...], torch.Tensor], None]
 """Arguments: pass, a module's inputs, the base's output W x. Called from several threads, in the order of the
 modules.
 """
 
-_PASS: ContextVar[Pass] = ContextVar("_PASS")
+_PASS: ContextVar[ForwardPass] = ContextVar("_PASS")
 
 
 def observe(
@@ -94,7 +94,7 @@ def _run(
     for row, index in enumerate(batch):
         tokens_BP[row, : len(looked_at[index])] = looked_at[index]
     is_padded = len({len(examples[index].ids) for index in batch}) > 1
-    _PASS.set(Pass(tuple(batch), tokens_BP, is_padded))
+    _PASS.set(ForwardPass(tuple(batch), tokens_BP, is_padded))
     loaded.model(input_ids=ids_BP.to(loaded.device), use_cache=False, **spared)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from composer.errors import NotSupported
-from composer.evaluation.observe import Pass
+from composer.evaluation.observe import ForwardPass
 
 _FIRST = {"gate_up_proj", "up_proj"}
 _SECOND = "down_proj"
@@ -36,7 +36,7 @@ class Stack:
         known = {*_FIRST, _SECOND} if hasattr(owner, "_apply_gate") else {"weight"}
         return cls(owner, path, values.detach()) if name in known and values.ndim in (2, 3) else None
 
-    def rows(self, seen: Pass, inputs: tuple[Any, ...], expert: int) -> torch.Tensor:
+    def rows(self, seen: ForwardPass, inputs: tuple[Any, ...], expert: int) -> torch.Tensor:
         """N x I, the inputs of the expert's matrix. `inputs` are the owner's: hidden states, then the experts of each
         token."""
         hidden_TI = cast(torch.Tensor, inputs[0]).flatten(0, -2)

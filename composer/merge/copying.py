@@ -21,7 +21,7 @@ _NO_KERNEL_COPY = frozenset({
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
+class CopiedRange:
     """Bytes that are the same in the base and the output."""
 
     file: StoredFile
@@ -29,7 +29,7 @@ class Range:
     target: int
     size_bytes: int
 
-    def joined(self, after: "Range") -> "Range | None":
+    def joined(self, after: "CopiedRange") -> "CopiedRange | None":
         """Both as one range, if `after` follows in the base and the output."""
         follows = (self.file, self.source + self.size_bytes, self.target + self.size_bytes)
         if follows != (after.file, after.source, after.target):
@@ -52,25 +52,25 @@ def clone_file(source: int, target: int) -> bool:
     return True
 
 
-def copied_ranges(tensors: Iterable[TensorPlan]) -> list[Range]:
+def copied_ranges(tensors: Iterable[TensorPlan]) -> list[CopiedRange]:
     """The ranges of an output shard's unchanged tensors, with neighbours joined; one range if nothing changes."""
-    ranges: list[Range] = []
+    ranges: list[CopiedRange] = []
     for tensor in tensors:
-        part = Range(tensor.file, tensor.source.begin, tensor.target.begin, tensor.target.size_bytes)
+        part = CopiedRange(tensor.file, tensor.source.begin, tensor.target.begin, tensor.target.size_bytes)
         if tensor.copied and part.size_bytes:
             joined = ranges[-1].joined(part) if ranges else None
             ranges[-1 if joined else len(ranges) :] = [joined or part]
     return ranges
 
 
-def pieces(part: Range) -> Iterator[Range]:
+def pieces(part: CopiedRange) -> Iterator[CopiedRange]:
     """The range in pieces of at most _COPY_BYTES."""
     for done in range(0, part.size_bytes, _COPY_BYTES):
         size = min(_COPY_BYTES, part.size_bytes - done)
-        yield Range(part.file, part.source + done, part.target + done, size)
+        yield CopiedRange(part.file, part.source + done, part.target + done, size)
 
 
-def copy_range(part: Range, source: int, target: int) -> None:
+def copy_range(part: CopiedRange, source: int, target: int) -> None:
     """Copies inside the kernel, or through user space if the file system does not support that."""
     done = 0
     while done < part.size_bytes:
@@ -86,7 +86,7 @@ def copy_range(part: Range, source: int, target: int) -> None:
         done += count
 
 
-def _copy_plainly(part: Range, done: int, source: int, target: int) -> None:
+def _copy_plainly(part: CopiedRange, done: int, source: int, target: int) -> None:
     buffer = memoryview(bytearray(_COMPARE_BYTES))
     while done < part.size_bytes:
         block = buffer[: part.size_bytes - done]
@@ -95,7 +95,7 @@ def _copy_plainly(part: Range, done: int, source: int, target: int) -> None:
         done += block.nbytes
 
 
-def equal(part: Range, source: int, target: int) -> bool:
+def equal(part: CopiedRange, source: int, target: int) -> bool:
     """Whether the range has the same bytes in both files."""
     # Compared as 64-bit words, eight times as fast as bytes. After a short last block, the buffers hold the previous
     # block's bytes, which were equal.

@@ -27,7 +27,7 @@ from composer.formats.checkpoints.staging import NOTE_FILE
 from composer.formats.recipes.methods import PIPELINES
 from composer.formats.recipes.rounding import Rounding, parse_rounding
 from composer.merge.chunks import Chunk, Rewriter, chunks_of, prepare
-from composer.merge.copying import Range, copied_ranges, equal, pieces
+from composer.merge.copying import CopiedRange, copied_ranges, equal, pieces
 from composer.merge.io.source import Source, source_rows
 from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.run import index_of
@@ -222,7 +222,7 @@ class _Comparing:
     rewriter: Rewriter
     report: Progress
 
-    def copied(self, part: Range, target: LocalFile) -> int:
+    def copied(self, part: CopiedRange, target: LocalFile) -> int:
         """The number of bytes in pieces that differ."""
         self.report(part.size_bytes)
         return 0 if equal(part, local_file(part.file).descriptor, target.descriptor) else part.size_bytes

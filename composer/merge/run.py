@@ -16,7 +16,7 @@ from composer.formats.checkpoints.hashing import architecture_digest, refuse_cha
 from composer.formats.checkpoints.staging import NOTE_FILE, staged_directory, write_json
 from composer.formats.recipes.methods import PIPELINES
 from composer.merge.chunks import Rewriter
-from composer.merge.io.journal import Journal
+from composer.merge.io.journal import ShardJournal
 from composer.merge.plan import MergePlan
 from composer.merge.rounding_loss import RoundingLoss, find_lost, total
 from composer.merge.shards import Written, write_shards
@@ -79,7 +79,7 @@ def run_merge(
     started = time.monotonic()
     chosen = torch_device(device)
     with staged_directory(out_dir, plan.size_bytes + _SPARE_BYTES, plan.key) as staging:
-        journal = Journal(staging)
+        journal = ShardJournal(staging)
         written = write_shards(plan.shards, journal, Rewriter(chosen, plan.rounding), progress)
         refuse_changed(plan.inputs)
         # Last, since shards have their full size from the start: without these, nothing loads an incomplete merge.

@@ -20,8 +20,8 @@ from composer.deltas.tensors import tensor_bytes, torch_threads
 from composer.formats.checkpoints.files import OpenFile, StoredFile, local_file
 from composer.formats.checkpoints.header import read_header
 from composer.merge.chunks import Chunk, Rewriter, TensorPlan, TensorWork, chunks_of, prepare
-from composer.merge.copying import Range, clone_file, copied_ranges, copy_range, equal, pieces
-from composer.merge.io.journal import Journal
+from composer.merge.copying import CopiedRange, clone_file, copied_ranges, copy_range, equal, pieces
+from composer.merge.io.journal import ShardJournal
 from composer.merge.io.output_file import OutputFile
 from composer.merge.io.source import write_all
 from composer.merge.rounding_loss import RoundingLoss, confirm, unconfirmed
@@ -131,7 +131,7 @@ class _Countdown:
 
 
 def write_shards(
-    shards: Sequence[ShardPlan], journal: Journal, rewriter: Rewriter, progress: Progress | None
+    shards: Sequence[ShardPlan], journal: ShardJournal, rewriter: Rewriter, progress: Progress | None
 ) -> Written:
     """Writes all shards into the journal's directory, synced and verified; finished ones are only verified.
 
@@ -179,7 +179,7 @@ class _ShardRun:
     shard: ShardPlan
     target: OutputFile
     rewriter: Rewriter
-    journal: Journal
+    journal: ShardJournal
     write: Stage
     confirm: Stage
     sync: Stage
@@ -221,7 +221,7 @@ class _ShardRun:
             write_all(self.target.file, memoryview(self.shard.head), 0)
         self.report(len(self.shard.head))
 
-    def _copy(self, part: Range, cloned: bool) -> None:
+    def _copy(self, part: CopiedRange, cloned: bool) -> None:
         """Copies and compares; cloned blocks are identical and need no comparison."""
         source = local_file(part.file).descriptor
         if self.target.fresh and not cloned:

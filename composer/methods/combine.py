@@ -43,7 +43,7 @@ Result = tuple[list[Additive], Compression | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Combination:
+class CombinedDeltas:
     """The deltas to add, and the loss for each compressed module. `findings` are those of `structural` that are not
     errors. `tied` is the resolved setting: with `untie`, the head's deltas address the head's own tensor; a head's
     delta that is also the embedding's is its twin."""
@@ -62,7 +62,7 @@ def combine_deltas(
     settings: Mapping[str, object] | None = None,
     observe: Observe | None = None,
     device: torch.device = CPU,
-) -> Combination:
+) -> CombinedDeltas:
     """Combines the deltas of all adapters by the method of that name. Raises what `combine_parsed` raises, and
     NotSupported for an unknown method or setting."""
     return combine_parsed(adapters, weights, parse_settings(method, settings), observe, device)
@@ -74,7 +74,7 @@ def combine_parsed(
     settings: AnySettings,
     observe: Observe | None = None,
     device: torch.device = CPU,
-) -> Combination:
+) -> CombinedDeltas:
     """Combines the deltas of all adapters by the method; replacements are copied.
 
     Factors are computed on `device`, and kept on the CPU or on disk. A method that decides about single entries
@@ -104,7 +104,7 @@ def combine_parsed(
     if isinstance(settings, PeftCombination):
         made = _like_peft(loaded, slots, settings, tally, device)
         deltas, findings = [*replaced, *(delta for delta, _ in made)], findings + tally.findings(names)
-        return Combination(deltas, [lost for _, lost in made if lost is not None], findings, tied)
+        return CombinedDeltas(deltas, [lost for _, lost in made if lost is not None], findings, tied)
     with torch_threads(1), ThreadPoolExecutor(workers_on(device), "combine") as pool:
         if isinstance(settings, Magnitude) and settings.scope == "model":  # otherwise prepared in turn and released
             slots = list(pool.map(lambda slot: prepared(slot.to(device), settings).to(CPU), slots))
@@ -119,7 +119,7 @@ def combine_parsed(
     if tied == "untie":
         deltas += [for_head(delta, heads[delta.weight]) for delta in deltas if delta.weight in heads]
     findings += tally.findings(names)
-    return Combination(deltas, compressions, findings, tied, fitted.report if fitted else None)
+    return CombinedDeltas(deltas, compressions, findings, tied, fitted.report if fitted else None)
 
 
 def _fitted(

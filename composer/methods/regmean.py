@@ -117,7 +117,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
+class ModuleFit:
     """One module's factors and inputs. `A` (r_i x I) and `B` (O x r_i) have an entry per member, of rank 0 if it has no
     delta. Scales and weights are folded into B."""
 
@@ -198,7 +198,7 @@ def fit(
     return Fit([replace(one, deltas=tuple(fitted.get(index, ()))) for index, one in enumerate(adapters)], report)
 
 
-def solve_input(module: Module, a: Sequence[float], w0: float, ridge: float) -> list[torch.Tensor]:
+def solve_input(module: ModuleFit, a: Sequence[float], w0: float, ridge: float) -> list[torch.Tensor]:
     """A* of each member over the whole input side, by the smaller of two equivalent systems: the primal of size I x I,
 
     A*_i = A_i (a_i S_i + rho w0) (Σ_j a_j S_j + rho)^-1,  S = X^T X,
@@ -212,7 +212,7 @@ def solve_input(module: Module, a: Sequence[float], w0: float, ridge: float) -> 
     return (primal if inputs.columns < inputs.rows else dual)(module, a, w0, rho)
 
 
-def primal(module: Module, a: Sequence[float], w0: float, rho: float) -> list[torch.Tensor]:
+def primal(module: ModuleFit, a: Sequence[float], w0: float, rho: float) -> list[torch.Tensor]:
     weighted = [one * S_II for one, S_II in zip(a, module.inputs.moments, strict=True)]
     factor = _factor(torch.stack(weighted).sum(0), rho)
     return [
@@ -220,7 +220,7 @@ def primal(module: Module, a: Sequence[float], w0: float, rho: float) -> list[to
     ]
 
 
-def dual(module: Module, a: Sequence[float], w0: float, rho: float) -> list[torch.Tensor]:
+def dual(module: ModuleFit, a: Sequence[float], w0: float, rho: float) -> list[torch.Tensor]:
     """A*_i = w0 A_i + A_i Y^T (E_i - w0) (Y Y^T + rho)^-1 Y,  Y = [√a_m X_m] (N x I),  E_i is 1 on i's rows, else 0."""
     some = module.X[0]
     owner_N = torch.tensor([member for member, X in enumerate(module.X) for _ in range(len(X))], device=some.device)
@@ -239,7 +239,7 @@ def _factor(system: torch.Tensor, rho: float) -> torch.Tensor:
     return torch.linalg.cholesky(system + rho * torch.eye(len(system), dtype=system.dtype, device=system.device))
 
 
-def solve_core(module: Module, a: Sequence[float], w0: float, ridge: float) -> list[torch.Tensor]:
+def solve_core(module: ModuleFit, a: Sequence[float], w0: float, ridge: float) -> list[torch.Tensor]:
     """A* = M A: recombines the rows of A by one R x R matrix:
 
     M = (Σ a_m E_m K_m + rho w0 G) (Σ a_m K_m + rho G)^-1,  K_m = A X_m^T X_m A^T,  G = A A^T,  E_m keeps m's rows.
@@ -263,7 +263,7 @@ def solve_core(module: Module, a: Sequence[float], w0: float, ridge: float) -> l
     return [M_RR[block] @ A_RI for block in module.blocks]
 
 
-Solve = Callable[[Module, Sequence[float]], list[torch.Tensor]]
+Solve = Callable[[ModuleFit, Sequence[float]], list[torch.Tensor]]
 """(a module, each member's a) -> A* of each member."""
 
 
@@ -308,7 +308,7 @@ class _Problem:
                     inner[member] += own[member] / one[name].base_energy
         return problem
 
-    def each(self, compute: Callable[[str, Module], T]) -> Iterator[tuple[str, T]]:
+    def each(self, compute: Callable[[str, ModuleFit], T]) -> Iterator[tuple[str, T]]:
         """`compute` of each module, in order. Modules with the same inputs (q, k and v) follow each other and share
         products; others are computed side by side, on a thread each."""
 
@@ -332,14 +332,14 @@ class _Problem:
         sizes = [8 * sum(part.numel() for one in self.seen for part in one[name].parts) for name in self.pairs]
         return max(1, min(os.cpu_count() or 1, _ROWS_BYTES // max(sizes, default=1)))
 
-    def _module(self, name: str, inputs: Inputs) -> Module:
+    def _module(self, name: str, inputs: Inputs) -> ModuleFit:
         """The module's factors in float64."""
         pairs = {member: pair.to(self.device) for member, pair in self.pairs[name].items()}
         some = next(iter(pairs.values()))
         A, B = [some.A_RI[:0].double()] * len(self.seen), [some.B_OR[:, :0].double()] * len(self.seen)
         for member, pair in pairs.items():
             A[member], B[member] = pair.A_RI.double(), pair.B_OR.double() * pair.scale
-        return Module(A, B, inputs)
+        return ModuleFit(A, B, inputs)
 
     def alpha(self, name: str) -> list[float]:
         """a_m = 1 / (|W X_m|² t_m); 0 if the base does nothing. A member that does nothing has no t_m."""
@@ -365,7 +365,7 @@ class _Problem:
     def solved(self, solve: Solve) -> tuple[dict[str, list[torch.Tensor]], list[float]]:
         """Each module's fitted A by member, in float32, and each member's relative error on the inputs."""
 
-        def fitted(name: str, module: Module) -> tuple[list[torch.Tensor], list[float]]:
+        def fitted(name: str, module: ModuleFit) -> tuple[list[torch.Tensor], list[float]]:
             alpha = self.alpha(name)
             factors = solve(module, alpha)
             errors = [one * module.error(factors, member) for member, one in enumerate(alpha)]

@@ -38,7 +38,7 @@ from composer.optimize.surface import Point, proposed
 
 
 # The journal of a search, from which a run resumes.
-class Journal(Record):
+class SearchJournal(Record):
     """What was measured: a row for each pass over a batch. The pass of a torn row is run again as it was: in another
     batch the last bits would differ. Measurements of another problem, such as one with an older suite, are discarded.
     """
@@ -79,7 +79,7 @@ def optimize(
     Raises what `Problem.check` and `encode` raise, and Mismatch or NotSupported if no candidate can be made.
     """
     problem.check()
-    record = Journal(journal, problem.name) if journal else Record()
+    record = SearchJournal(journal, problem.name) if journal else Record()
     search = _Search(problem, Bench(Runner(problem.load, progress), record, elsewhere), progress)
     contradictions = problem.contradictions()
     best, tried = ([], []) if contradictions else search.run(given)

@@ -20,7 +20,7 @@ NOTE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class LineageInput:
     """An input. `name` is a repository, with version and commit; for local merges a directory, with a digest."""
 
     name: str
@@ -37,11 +37,11 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Composition:
+class Lineage:
     """What a composition was made of. `method` is empty if only the members are known; `dtype` and `rounding` are empty
     for defaults."""
 
-    members: tuple[Member, ...]
+    members: tuple[LineageInput, ...]
     method: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     dtype: str = ""
@@ -86,7 +86,7 @@ def rule_words(rule: WeightRule) -> str:
     return f"{rule.weight:g} in {' of '.join(part for part in (layers, rule.modules) if part)}"
 
 
-def side_by_side(old: Composition | None, new: Composition | None) -> list[Json]:
+def side_by_side(old: Lineage | None, new: Lineage | None) -> list[Json]:
     """Rows {name, old, new} of both compositions; none if neither is one."""
     before, after = (one.rows() if one else {} for one in (old, new))
     return [
@@ -94,27 +94,28 @@ def side_by_side(old: Composition | None, new: Composition | None) -> list[Json]
     ]
 
 
-def of_lock(lock: Mapping[str, Any]) -> Composition:
+def of_lock(lock: Mapping[str, Any]) -> Lineage:
     """The composition of a lock, or of an adaptory.json's excerpt of it, which names inputs only by commit."""
     members = tuple(_locked(row) for row in lock["inputs"])
     return _composition(members, lock)
 
 
-def of_note(content: bytes) -> Composition | None:
+def of_note(content: bytes) -> Lineage | None:
     """The composition that an adaptory.json describes, or None: its content is untrusted."""
     try:
         note = json.loads(content)
         if lock := note["note"].get("lock"):
             return of_lock(lock)
         members = [
-            Member(str(row["name"]), "", str(row["digest"]), parse_weight(row["weight"])) for row in note["adapters"]
+            LineageInput(str(row["name"]), "", str(row["digest"]), parse_weight(row["weight"]))
+            for row in note["adapters"]
         ]
         return _composition(tuple(members), note)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ComposerError):
         return None
 
 
-def of_release(release: Json, note: bytes) -> Composition | None:
+def of_release(release: Json, note: bytes) -> Lineage | None:
     """The composition of a release, or None. Members and weights come from the registry, which hides those that the
     reader may not see. Rules, method and order come from the release's own `note`, if that names the same members; its
     order is the recipe's."""
@@ -127,7 +128,7 @@ def of_release(release: Json, note: bytes) -> Composition | None:
         rows[row["commit"], row["weight"]].append(row)
     if noted and Counter(map(_key, noted.members)) == {key: len(alike) for key, alike in rows.items()}:
         return replace(noted, members=tuple(_member(rows[_key(one)].pop(0), one.weight) for one in noted.members))
-    return Composition(tuple(_member(row, Weight(row["weight"])) for row in known))
+    return Lineage(tuple(_member(row, Weight(row["weight"])) for row in known))
 
 
 def fetch_note(api: Api, release: Json) -> bytes:
@@ -153,18 +154,18 @@ def fetch_note(api: Api, release: Json) -> bytes:
     return bytes(content)
 
 
-def _key(member: Member) -> tuple[str, float]:
+def _key(member: LineageInput) -> tuple[str, float]:
     return member.commit, member.weight.value
 
 
-def _member(row: Json, weight: Weight) -> Member:
-    return Member(row["repository"] or "hidden", row["version"] or "-", row["commit"], weight)
+def _member(row: Json, weight: Weight) -> LineageInput:
+    return LineageInput(row["repository"] or "hidden", row["version"] or "-", row["commit"], weight)
 
 
-def _composition(members: tuple[Member, ...], stated: Mapping[str, Any]) -> Composition:
+def _composition(members: tuple[LineageInput, ...], stated: Mapping[str, Any]) -> Lineage:
     rounding: Mapping[str, Any] = stated.get("rounding") or {}
     stochastic = rounding.get("mode", "nearest") != "nearest"
-    return Composition(
+    return Lineage(
         members,
         str(stated["method"]),
         dict(stated["settings"]),
@@ -173,9 +174,9 @@ def _composition(members: tuple[Member, ...], stated: Mapping[str, Any]) -> Comp
     )
 
 
-def _locked(row: Mapping[str, Any]) -> Member:
+def _locked(row: Mapping[str, Any]) -> LineageInput:
     commit, weight = str(row["commit"]), parse_weight({"value": row["weight"], "rules": row.get("rules", [])})
-    return Member(str(row.get("repository", commit[:12])), str(row.get("version", "")), commit, weight)
+    return LineageInput(str(row.get("repository", commit[:12])), str(row.get("version", "")), commit, weight)
 
 
 def _short(value: Any) -> str:

@@ -21,25 +21,25 @@ _CHANGED = ("digest_differs", "size_differs")
 
 
 @dataclass(frozen=True, slots=True)
-class LocalFile:
+class PushedFile:
     """A file to push, with its digest."""
 
     source: Path
     manifest: ManifestFile
 
 
-def collect(selection: Selection, progress: Progress = lambda _count: None) -> list[LocalFile]:
+def collect(selection: Selection, progress: Progress = lambda _count: None) -> list[PushedFile]:
     """Hashes the selected files."""
 
-    def hashed(name: str) -> LocalFile:
+    def hashed(name: str) -> PushedFile:
         path = selection.directory / name
-        return LocalFile(path, ManifestFile(name, path.stat().st_size, Digest(hash_file(path, progress))))
+        return PushedFile(path, ManifestFile(name, path.stat().st_size, Digest(hash_file(path, progress))))
 
     return map_in_threads(hashed, selection.paths)
 
 
 def push(
-    api: Api, files: Sequence[LocalFile], name: RepositoryName, kind: str, release: Json, progress: Progress
+    api: Api, files: Sequence[PushedFile], name: RepositoryName, kind: str, release: Json, progress: Progress
 ) -> Json:
     """Sends what the store lacks, then publishes the release. `release` is the request without its files.
 
@@ -51,7 +51,7 @@ def push(
     return {**published, "sent": sent}
 
 
-def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progress) -> int:
+def send(api: Api, namespace: str, files: Sequence[PushedFile], progress: Progress) -> int:
     """Sends files until the namespace holds all of them. Returns how many were incomplete at the start.
 
     After a failure, asks again what is missing, so that nothing is sent twice; gives up after several attempts without
@@ -79,7 +79,7 @@ def send(api: Api, namespace: str, files: Sequence[LocalFile], progress: Progres
         plan = with_retries(lambda: _plan(api, namespace, files), left)
 
 
-def _plan(api: Api, namespace: str, files: Sequence[LocalFile]) -> list[Json]:
+def _plan(api: Api, namespace: str, files: Sequence[PushedFile]) -> list[Json]:
     return api.post("/v1/uploads", {"namespace": namespace, "files": _rows(files)})["files"]
 
 
@@ -98,7 +98,7 @@ class _Upload:
     """The upload of one file. The thread that sends the last piece completes it."""
 
     upload_id: str
-    file: LocalFile
+    file: PushedFile
     pieces: list[_Piece]
     unsent: int = field(init=False)
 
@@ -117,7 +117,7 @@ class _Attempt:
         self._api, self._progress = api, progress
         self._lock = Lock()
         self.error: RegistryError | None = None
-        self.broken: list[LocalFile] = []
+        self.broken: list[PushedFile] = []
         self.came_further = False
         self.reported = 0
 
@@ -171,7 +171,7 @@ class _Attempt:
         self._progress(count)
 
 
-def _uploads(plan: Sequence[Json], files: Sequence[LocalFile]) -> list[_Upload]:
+def _uploads(plan: Sequence[Json], files: Sequence[PushedFile]) -> list[_Upload]:
     """The uploads to do; one for files of the same content."""
     wanted = {row["sha256"]: row for row in plan if not row["present"]}
     by_digest = {file.manifest.sha256: file for file in files}
@@ -180,7 +180,7 @@ def _uploads(plan: Sequence[Json], files: Sequence[LocalFile]) -> list[_Upload]:
     ]
 
 
-def _pieces(row: Json, file: LocalFile) -> list[_Piece]:
+def _pieces(row: Json, file: PushedFile) -> list[_Piece]:
     if row["put"] is not None:
         return [_Piece(0, file.manifest.size_bytes, row["put"])]
     pieces: list[_Piece] = []
@@ -192,11 +192,11 @@ def _pieces(row: Json, file: LocalFile) -> list[_Piece]:
     return pieces
 
 
-def _rows(files: Sequence[LocalFile]) -> list[Json]:
+def _rows(files: Sequence[PushedFile]) -> list[Json]:
     return [asdict(file.manifest) for file in files]
 
 
-def _refuse_changed(files: Sequence[LocalFile]) -> None:
+def _refuse_changed(files: Sequence[PushedFile]) -> None:
     """Raises Invalid for a changed file: stores refuse unexpected bytes mostly by hanging up, as if the network
     failed."""
     for file in files:
@@ -204,7 +204,7 @@ def _refuse_changed(files: Sequence[LocalFile]) -> None:
             raise _changed(file)
 
 
-def _changed(file: LocalFile) -> Invalid:
+def _changed(file: PushedFile) -> Invalid:
     return Invalid(
         "digest_differs",
         f"{file.manifest.path} has changed since the push began.",

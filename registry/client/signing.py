@@ -8,7 +8,7 @@ from pathlib import Path
 
 from composer.formats.checkpoints.hashing import hash_file
 from registry.client.api import Api, Json, line_path, refuse_other_answer, release_path, understood, untrusted
-from registry.client.push import LocalFile, push, send
+from registry.client.push import PushedFile, push, send
 from registry.client.retries import Progress, pauses, with_retries
 from registry.client.selection import refuse_no_file
 from registry.errors import Invalid, NotFound, Refused, RegistryError
@@ -40,7 +40,7 @@ class Publication:
 
 
 def push_signed(
-    api: Api, files: Sequence[LocalFile], wanted: Publication, key: Path, staging: Path, progress: Progress
+    api: Api, files: Sequence[PushedFile], wanted: Publication, key: Path, staging: Path, progress: Progress
 ) -> Json:
     """Pushes with a signature over the files and the release. A bump determines the version first, which requires the
     files to be in the store."""
@@ -54,7 +54,9 @@ def push_signed(
     return {**published, "sent": published["sent"] + sent}
 
 
-def sign_files(api: Api, files: Sequence[LocalFile], wanted: Publication, key: Path, staging: Path) -> list[LocalFile]:
+def sign_files(
+    api: Api, files: Sequence[PushedFile], wanted: Publication, key: Path, staging: Path
+) -> list[PushedFile]:
     """Adds a signature over the files and the release to the files; writes it to the directory `staging`.
 
     Resolves a bump to a version in the request; the files must then be in the store already. A retry reuses this key's
@@ -76,10 +78,10 @@ def sign_files(api: Api, files: Sequence[LocalFile], wanted: Publication, key: P
     signature = staging / SIGNATURE_FILE
     signature.write_bytes(content)
     manifest = ManifestFile(SIGNATURE_FILE, len(content), Digest(hash_file(signature)))
-    return [*kept, LocalFile(signature, manifest)]
+    return [*kept, PushedFile(signature, manifest)]
 
 
-def _next_version(api: Api, wanted: Publication, files: Sequence[LocalFile]) -> str:
+def _next_version(api: Api, wanted: Publication, files: Sequence[PushedFile]) -> str:
     rows = [asdict(file.manifest) for file in files]
     body = {"bump": wanted.request["bump"], "base": wanted.request["base"], "files": rows}
     path = f"{line_path(wanted.target, wanted.kind)}/next-version"

@@ -28,7 +28,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from composer.errors import NotSupported
 from composer.findings import Verdict
 from composer.formats.adapters.serving import parse_profile
-from composer.formats.recipes.documents import LISTED, Document, Reader, Refusal, one_of, problem_of
+from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues, one_of, problem_of
 from registry.errors import Invalid
 
 VERSION = 1
@@ -77,7 +77,7 @@ def _version(value: object) -> int:
 
 def _name(value: str) -> str:
     if not value.strip() or not value.isprintable():
-        raise Refusal("it is not a name of printable characters")
+        raise RefusedValues("it is not a name of printable characters")
     return value
 
 
@@ -95,7 +95,7 @@ class Combination(Document):
     @model_validator(mode="after")
     def _refuse_empty(self) -> Self:
         if not self.given():
-            raise Refusal("it names no licence", "Name one of base, adapter or data.")
+            raise RefusedValues("it names no licence", "Name one of base, adapter or data.")
         return self
 
 
@@ -130,13 +130,13 @@ def _server(value: str) -> str:
     try:
         return str(parse_profile(value))
     except NotSupported as error:
-        raise Refusal(error.message.rstrip("."), error.next_step) from error
+        raise RefusedValues(error.message.rstrip("."), error.next_step) from error
 
 
 class ChannelPolicy(Document):
     """What a promotion to one channel needs. All of it must hold; rollbacks need none of it."""
 
-    version: Annotated[int, Reader(_version, {"const": VERSION})] = Field(description="Version of this format.")
+    version: Annotated[int, ParsedBy(_version, {"const": VERSION})] = Field(description="Version of this format.")
     rules: Annotated[
         tuple[Annotated[ScoreRule, BeforeValidator(_with_conditions, json_schema_input_type=ScoreRule | Rule)], ...],
         Field(max_length=MAX_RULES),

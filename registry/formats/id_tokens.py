@@ -46,7 +46,7 @@ class IdToken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class CiJob:
     """The job that a token was made for, as far as rules compare it. `project_id` is the issuer's own number of the
     project, if its tokens have one."""
 
@@ -144,7 +144,7 @@ def replay_key(token: IdToken) -> str:
     return hashlib.sha256(f"{token.issuer}\n{what}".encode()).hexdigest()
 
 
-def job_of(token: IdToken, layout: Layout) -> Job:
+def job_of(token: IdToken, layout: Layout) -> CiJob:
     """The job that a verified token describes, from the claims that its issuer makes. Raises Unauthenticated for a
     token without a project, and for a job that runs the code of strangers."""
     claims = token.claims
@@ -166,7 +166,7 @@ def job_of(token: IdToken, layout: Layout) -> Job:
     if layout != "other" and number is None:
         raise invalid("it does not have the number of its project")
     kept = {name: shown(claims[name]) for name in details if name in claims}
-    return Job(
+    return CiJob(
         issuer=token.issuer,
         project=project,
         project_id=number,

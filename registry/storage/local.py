@@ -45,7 +45,7 @@ class LocalStore:
         except FileNotFoundError:
             raise blob_missing(sha256) from None
         file.seek(start)
-        return file if length is None else _Window(file, length)
+        return file if length is None else _BoundedFile(file, length)
 
     def put(self, sha256: Digest, source: Path, *, move: bool = False) -> BlobStat:
         target = self.path(sha256)
@@ -176,7 +176,7 @@ def remove_stale(paths: Iterable[Path], before: datetime) -> int:
     return removed
 
 
-class _Window(Reader):
+class _BoundedFile(Reader):
     """A binary file that ends after `length` bytes; has only what readers of a blob call."""
 
     def __init__(self, file: BinaryIO, length: int) -> None:

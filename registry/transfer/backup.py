@@ -46,14 +46,14 @@ _PARALLEL = 8
 _STALE = timedelta(days=1)
 
 
-class Progress(Protocol):
+class BytesProgress(Protocol):
     """Called with bytes that are done; `expect` sets their total."""
 
     def __call__(self, count: int) -> None: ...
     def expect(self, total: int) -> None: ...
 
 
-class Document(BaseModel):
+class BackupDocument(BaseModel):
     """A file of a backup, by its digest."""
 
     model_config = ConfigDict(frozen=True)
@@ -71,8 +71,8 @@ class Manifest(BaseModel):
     adaptory: str
     schema_revision: str
     tables: dict[str, int]
-    rows: Document
-    blobs: Document
+    rows: BackupDocument
+    blobs: BackupDocument
     blob_count: int
     blob_bytes: int
     missing: dict[str, str]
@@ -100,7 +100,9 @@ class Restored:
     kept: int
 
 
-def back_up(resources: Resources, archive: Archive, *, keep: int | None, read_bytes: bool, progress: Progress) -> Saved:
+def back_up(
+    resources: Resources, archive: Archive, *, keep: int | None, read_bytes: bool, progress: BytesProgress
+) -> Saved:
     """Adds a backup to the archive, which then keeps the newest `keep`. `read_bytes` hashes the blobs that the archive
     has already, instead of looking at their sizes.
 
@@ -241,9 +243,9 @@ def _blocks(reader: Reader) -> Iterator[bytes]:
         yield block
 
 
-def _document(path: Path) -> Document:
+def _document(path: Path) -> BackupDocument:
     with path.open("rb") as file:
-        return Document(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=path.stat().st_size)
+        return BackupDocument(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=path.stat().st_size)
 
 
 def complete(archive: Archive) -> list[str]:
@@ -303,7 +305,7 @@ def damaged(name: str, why: str) -> Invalid:
     return Invalid("backup_damaged", f"{name} of the backup is damaged: {why}.", subject=name)
 
 
-def _fetched(archive: Archive, name: str, document: str, expected: Document, work: Path) -> Path:
+def _fetched(archive: Archive, name: str, document: str, expected: BackupDocument, work: Path) -> Path:
     """The document on this machine, as its digest says."""
     path = work / f"{name}-{document}"
     with archive.open(f"{name}/{document}") as reader, path.open("wb") as file:
@@ -321,7 +323,7 @@ def restore(
     manifest: Manifest,
     *,
     leave_out: Iterable[str] = (),
-    progress: Progress,
+    progress: BytesProgress,
 ) -> Restored:
     """Puts a backup into an empty registry: its blobs first, then all rows in one transaction, then this version's
     schema. Blobs that the store has already are hashed. May be repeated after it died.

@@ -21,7 +21,7 @@ from composer.formats.checkpoints.card import CARD_FILE, card_provenance
 from composer.formats.checkpoints.checkpoint import read_json
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, commits, releases
-from registry.domain.catalog.commits import Addition, Change, Deletion
+from registry.domain.catalog.commits import Addition, CommitChange, Deletion
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import revisions
 from registry.errors import Conflict, Invalid, NotFound, TooLarge, Usage
@@ -55,7 +55,7 @@ def receive(
     with resources.snapshot() as session:
         revisions.refuse_no_branch(session, name, revision)
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
-        change, added = _parse(_Lines(chunks, Path(directory)))
+        change, added = _parse(_CommitLines(chunks, Path(directory)))
         with resources.snapshot() as session:
             commits.files_after(session, name, change)  # refuses most of what it would refuse later, before it stores
 
@@ -79,7 +79,7 @@ def receive(
 
 
 def _check_adapter(
-    resources: Resources, name: RepositoryName, change: Change, files: list[ManifestFile]
+    resources: Resources, name: RepositoryName, change: CommitChange, files: list[ManifestFile]
 ) -> list[Finding]:
     """Checks an adapter as its release will be, if the change adds a part of it or the card that names its base, and
     that base is registered. Its signature may come later. Returns the findings that do not refuse it."""
@@ -195,13 +195,13 @@ def _stated_base(resources: Resources, files: list[ManifestFile]) -> str | None:
         return next((name for name in names if bases.is_known(session, name)), names[0] if names else None)
 
 
-def _parse(lines: "_Lines") -> tuple[Change, list[Addition]]:
+def _parse(lines: "_CommitLines") -> tuple[CommitChange, list[Addition]]:
     """The change, and the files that came with it."""
-    change, inline = Change(""), list[Addition]()
+    change, inline = CommitChange(""), list[Addition]()
     operations: list[Addition | Deletion] = []
     for key, value, content in lines:
         if key == "header":
-            change = Change(_text(value, "summary"), str(value.get("description") or ""), _parent(value))
+            change = CommitChange(_text(value, "summary"), str(value.get("description") or ""), _parent(value))
         elif key == "file" and content is not None:
             if (encoding := value.get("encoding", "base64")) != "base64":  # its text may read as base64
                 raise _bad(f"the encoding {encoding!r:.80} is not supported")
@@ -243,7 +243,7 @@ def _bad(why: str, next_step: str = "Use another huggingface_hub.") -> Usage:
 
 
 @dataclass(slots=True)
-class _Lines:
+class _CommitLines:
     """The lines of a commit: key, value, and the content of a file, which is in `directory` under its sha256."""
 
     chunks: Iterable[bytes]

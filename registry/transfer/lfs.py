@@ -29,7 +29,7 @@ PERMIT_S = 3600
 """How long bytes may be sent through the API; the client asks for another address then."""
 
 
-class Act(StrEnum):
+class PermittedAct(StrEnum):
     """What an address permits: to send the bytes to the API, or to say that the store has them."""
 
     SEND = "send"
@@ -37,11 +37,11 @@ class Act(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Permit:
+class LfsPermit:
     """The permission in an address. The key of its signature is the upload's own, which no answer contains. It holds as
     long as the token of the user who asked for it, `token_id`."""
 
-    act: Act
+    act: PermittedAct
     namespace: str
     sha256: Digest
     expires: int
@@ -67,8 +67,8 @@ class Sending:
     put: str | None = None
     parts: Sequence[str] = ()
     part_bytes: int = 0
-    send: Permit | None = None
-    finish: Permit | None = None
+    send: LfsPermit | None = None
+    finish: LfsPermit | None = None
 
 
 def plan(
@@ -96,7 +96,7 @@ def receive(resources: Resources, permitted: Permitted, chunks: Iterable[bytes],
     uploads.receive_file(resources, permitted.actor, permitted.row, chunks, size_bytes)
 
 
-def finish(resources: Resources, permit: Permit) -> None:
+def finish(resources: Resources, permit: LfsPermit) -> None:
     """Checks what arrived in the store and makes a blob of it. May be repeated. Raises Conflict if bytes are missing,
     Invalid if they are not those announced, and NotFound if the permit is not valid."""
     upload = permitted(resources, permit)
@@ -107,16 +107,16 @@ def finish(resources: Resources, permit: Permit) -> None:
 def _sending(resources: Resources, actor: Actor, file: ManifestFile, row: Upload, *, in_parts: bool) -> Sending:
     arrivals = resources.store.arrivals
     if arrivals is None:
-        return Sending(file, send=_signed(actor, row, Act.SEND, int(actor.at.timestamp()) + PERMIT_S))
+        return Sending(file, send=_signed(actor, row, PermittedAct.SEND, int(actor.at.timestamp()) + PERMIT_S))
     expires_s = resources.settings.upload_expires_s
     expires = int((actor.at + timedelta(seconds=expires_s)).timestamp())
     if row.part_bytes is None or not in_parts:
         put = arrivals.sign_object(_arrival(row, None), expires_s, sent_before=False, known=True)
-        return Sending(file, put=put.url if put else None, finish=_signed(actor, row, Act.FINISH, expires))
+        return Sending(file, put=put.url if put else None, finish=_signed(actor, row, PermittedAct.FINISH, expires))
     arrival = _arrival(row, arrivals.begin(_arrival(row, None)))
     numbers = range(1, len(arrival.part_sizes) + 1)
     parts = [arrivals.sign_part(arrival, number, file.sha256, expires_s).url for number in numbers]
-    finish_permit = _signed(actor, row, Act.FINISH, expires, arrival.multipart_id or "")
+    finish_permit = _signed(actor, row, PermittedAct.FINISH, expires, arrival.multipart_id or "")
     return Sending(file, parts=parts, part_bytes=row.part_bytes, finish=finish_permit)
 
 
@@ -126,8 +126,8 @@ def _arrival(row: Upload, multipart_id: str | None) -> IncomingUpload:
     return IncomingUpload(row.id, Digest(row.sha256), row.size_bytes, multipart_id, part_bytes, unchecked=True)
 
 
-def _signed(actor: Actor, row: Upload, act: Act, expires: int, multipart_id: str = "") -> Permit:
-    permit = Permit(
+def _signed(actor: Actor, row: Upload, act: PermittedAct, expires: int, multipart_id: str = "") -> LfsPermit:
+    permit = LfsPermit(
         act=act,
         namespace=row.namespace,
         sha256=Digest(row.sha256),
@@ -138,7 +138,7 @@ def _signed(actor: Actor, row: Upload, act: Act, expires: int, multipart_id: str
     return replace(permit, signature=_signature(row, permit))
 
 
-def _signature(row: Upload, permit: Permit) -> str:
+def _signature(row: Upload, permit: LfsPermit) -> str:
     fields = (permit.act, permit.namespace, permit.sha256, str(permit.expires), permit.multipart_id, permit.token_id)
     return hmac.new((row.permit_key or secrets.token_hex()).encode(), "\n".join(fields).encode(), "sha256").hexdigest()
 
@@ -153,7 +153,7 @@ def _with_key(resources: Resources, row: Upload) -> Upload:
         return session.get_one(Upload, row.id, populate_existing=True)
 
 
-def permitted(resources: Resources, permit: Permit) -> Permitted:
+def permitted(resources: Resources, permit: LfsPermit) -> Permitted:
     """What the permit is for. Raises NotFound if it is not valid."""
     now = resources.clock()
     with resources.read() as session:
@@ -176,6 +176,6 @@ def permitted(resources: Resources, permit: Permit) -> Permitted:
     return Permitted(row, actor)
 
 
-def _find(session: Session, permit: Permit) -> Upload | None:
+def _find(session: Session, permit: LfsPermit) -> Upload | None:
     query = select(Upload).where(Upload.namespace == permit.namespace, Upload.sha256 == permit.sha256)
     return session.scalar(query)

@@ -18,7 +18,7 @@ from registry.domain.access.publishers import (
 from registry.domain.access.roles import ANONYMOUS
 from registry.errors import Invalid, NotAllowed, Refused, Unauthenticated
 from registry.formats import id_tokens
-from registry.formats.id_tokens import Job, shown
+from registry.formats.id_tokens import CiJob, shown
 from registry.formats.references import RepositoryName
 from registry.settings import Claims, Settings
 from registry.transfer.issuer_keys import IssuerKeys
@@ -82,7 +82,7 @@ class TokenExchange:
         expires_at = id_tokens.check(token, audience, now)
         return Assertion(id_tokens.job_of(token, layout), id_tokens.replay_key(token), expires_at)
 
-    def _record(self, actor: Actor, repository: RepositoryName, error: NotAllowed, job: Job | None) -> None:
+    def _record(self, actor: Actor, repository: RepositoryName, error: NotAllowed, job: CiJob | None) -> None:
         if not self._refusals[job is not None].spend():
             return
         detail: dict[str, Any] = {"code": error.code}

@@ -58,7 +58,7 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Permit:
+class XetPermit:
     """A token for sending to the address `upload_id`, until `expires` (Unix time)."""
 
     upload_id: str
@@ -67,7 +67,7 @@ class Permit:
 
 
 @dataclass(frozen=True, slots=True)
-class Push:
+class XetPush:
     """One push, and the user who pushes."""
 
     upload_id: str
@@ -75,7 +75,7 @@ class Push:
     actor: Actor
 
 
-def begin(resources: Resources, actor: Actor, name: RepositoryName) -> Permit:
+def begin(resources: Resources, actor: Actor, name: RepositoryName) -> XetPermit:
     """Begins a push. Its token is valid for every push of this user to this repository that is under way. Raises
     TooMany if the user has begun as many as uploads may be open, and Unavailable without lz4."""
     require_lz4()
@@ -100,10 +100,10 @@ def begin(resources: Resources, actor: Actor, name: RepositoryName) -> Permit:
             token_id=actor.token_id,
         )
         session.add(row)
-    return Permit(upload_id, f"xet_{upload_id}_{secret}", int(actor.at.timestamp()) + PERMIT_S)
+    return XetPermit(upload_id, f"xet_{upload_id}_{secret}", int(actor.at.timestamp()) + PERMIT_S)
 
 
-def authenticate(resources: Resources, upload_id: str, token: str) -> Push:
+def authenticate(resources: Resources, upload_id: str, token: str) -> XetPush:
     """The push at an address. Raises Unauthenticated unless the token is one of its user and repository, and the user's
     own one, with which it was begun, still publishes there."""
     now, match = resources.clock(), _TOKEN.fullmatch(token)
@@ -120,10 +120,10 @@ def authenticate(resources: Resources, upload_id: str, token: str) -> Push:
         raise _unauthenticated("The address of this upload is not valid, or no longer.")
     if not may(actor, Role.PUBLISHER, f"{row.namespace}/{row.repository}"):
         raise _unauthenticated(f"{row.created_by} may no longer publish in {row.namespace}/{row.repository}.")
-    return Push(upload_id, row.namespace, actor)
+    return XetPush(upload_id, row.namespace, actor)
 
 
-def receive_xorb(resources: Resources, push: Push, xorb: str, chunks: Iterable[bytes]) -> bool:
+def receive_xorb(resources: Resources, push: XetPush, xorb: str, chunks: Iterable[bytes]) -> bool:
     """Stores a xorb and returns whether it is new. Raises Invalid for one that cannot be read, and TooLarge."""
     if not _HASH.fullmatch(xorb):
         raise Invalid("bad_xorb", "The address does not end in the hash of a xorb.", next_step="Push again.")
@@ -139,7 +139,7 @@ def receive_xorb(resources: Resources, push: Push, xorb: str, chunks: Iterable[b
         return insert_if_absent(session, XetXorb, upload_id=push.upload_id, hash=xorb, sha256=sha256, headers=headers)
 
 
-def receive_shard(resources: Resources, push: Push, chunks: Iterable[bytes]) -> None:
+def receive_shard(resources: Resources, push: XetPush, chunks: Iterable[bytes]) -> None:
     """Puts the files of a shard together and stores them. May be repeated. Raises Invalid for a shard that does not
     agree with the xorbs, before anything is written, and TooLarge."""
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
@@ -169,7 +169,7 @@ def _check(resources: Resources, path: Path, assembly: "_Assembly") -> int:
     return total
 
 
-def _is_held(resources: Resources, push: Push, file: ShardFile) -> bool:
+def _is_held(resources: Resources, push: XetPush, file: ShardFile) -> bool:
     """Whether the namespace holds a file already, and keeps it for the commit."""
     if file.sha256 is None:
         return False
@@ -180,7 +180,7 @@ def _is_held(resources: Resources, push: Push, file: ShardFile) -> bool:
     return held
 
 
-def _make(resources: Resources, push: Push, file: ShardFile, assembly: "_Assembly", target: Path) -> None:
+def _make(resources: Resources, push: XetPush, file: ShardFile, assembly: "_Assembly", target: Path) -> None:
     sha256 = assembly.write(file, target)
     if file.sha256 not in (None, sha256):
         raise Invalid(
@@ -201,7 +201,7 @@ class _Xorb:
 class _Assembly:
     """Reads chunks of a push's xorbs. Remembers the last ones that were read alone: files of zeros repeat one chunk."""
 
-    def __init__(self, resources: Resources, push: Push) -> None:
+    def __init__(self, resources: Resources, push: XetPush) -> None:
         self._resources, self._push = resources, push
         self._find = lru_cache(_REMEMBERED)(self._load)
         self._one = lru_cache(_REMEMBERED)(self._read_one)
@@ -267,7 +267,7 @@ def _within(chunks: Iterable[bytes], path: Path, limit_bytes: int) -> Iterator[b
     return uploads.within(chunks, limit_bytes, too_large)
 
 
-def _count(resources: Resources, push: Push, column: InstrumentedAttribute[int], size_bytes: int) -> None:
+def _count(resources: Resources, push: XetPush, column: InstrumentedAttribute[int], size_bytes: int) -> None:
     """Counts bytes of a push. Raises TooLarge beyond the limit, and Refused beyond the namespace's quota: what was sent
     counts there as what it is unpacked, before a shard makes a file of it."""
     limit = _LARGEST_FILES * resources.settings.max_file_bytes

@@ -18,7 +18,7 @@ from registry.client.inprocess import InProcessTransport
 from registry.database.tables import Blob, BlobHolder, Upload
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
-from registry.domain.access.namespaces import Change
+from registry.domain.access.namespaces import NamespaceChange
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
 from registry.domain.catalog import bases, releases, suites
@@ -141,7 +141,7 @@ def build_house(environ: Mapping[str, str]) -> House:
     _publish_yardsticks(resources)
     things = {name: _furnish(resources, name) for name in (PRIVATE, PUBLIC, OTHER)}
     with resources.write() as session:
-        namespaces.change(session, HOST, PUBLIC, Change(public=True))
+        namespaces.change(session, HOST, PUBLIC, NamespaceChange(public=True))
     secrets, ids = _hand_out(resources)
     return House(environ, resources, things, secrets, ids, InProcessTransport(create_app(resources, tokens=True)))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from registry.client.push import LocalFile, collect
+from registry.client.push import PushedFile, collect
 from registry.client.selection import select_files
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -20,7 +20,7 @@ def write_base(directory: Path) -> Path:
     return directory
 
 
-def adapter_files(directory: Path, seed: int, rank: int = RANK) -> list[LocalFile]:
+def adapter_files(directory: Path, seed: int, rank: int = RANK) -> list[PushedFile]:
     """The files of an adapter that was just written, hashed, as a push sends them."""
     return collect(select_files(write_adapter(directory, seed, rank)))
 

@@ -142,7 +142,7 @@ def test_where_main_serves_releases_commits_are_drafts_of_publishers(held: Resou
     create(held)
     first = commit(held, adapter(1))
     with held.write() as session:
-        namespaces.change(session, actor(held), NAME.namespace, namespaces.Change(main="release"))
+        namespaces.change(session, actor(held), NAME.namespace, namespaces.NamespaceChange(main="release"))
     reader = Actor("rita", held.clock(), {NAME.namespace: Role.READER.value})
     robot = Actor("robot", held.clock(), {str(NAME): Role.PUBLISHER.value})
     seen = {one: [main_of(held, who, one) for who in (reader, robot)] for one in ("main", "next", first, first[:9])}
@@ -159,7 +159,7 @@ def test_where_main_serves_releases_commits_are_drafts_of_publishers(held: Resou
     yanked(held, "1.1.0")
     assert main_of(held, reader) == first
     with held.write() as session:
-        namespaces.change(session, actor(held), NAME.namespace, namespaces.Change(main="commit"))
+        namespaces.change(session, actor(held), NAME.namespace, namespaces.NamespaceChange(main="commit"))
     third = commit(held, {"notes.txt": b"unreleased"})
     assert [main_of(held, reader), main_of(held, reader, "next")] == [third, None]
 
@@ -168,7 +168,7 @@ def test_who_knows_the_digest_of_a_draft_reads_it_only_as_a_publisher(held: Reso
     create(held)
     first = commit(held, adapter(1))
     with held.write() as session:
-        namespaces.change(session, actor(held), NAME.namespace, namespaces.Change(main="release"))
+        namespaces.change(session, actor(held), NAME.namespace, namespaces.NamespaceChange(main="release"))
     tag(held, "1.0.0", "main")
     second = commit(held, {"notes.txt": b"more"})
     reader = Actor("rita", held.clock(), {NAME.namespace: Role.READER.value})

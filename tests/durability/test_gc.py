@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import func, select, update
 
 from registry.client.api import Api, line_path
-from registry.client.push import LocalFile, collect, push, send
+from registry.client.push import PushedFile, collect, push, send
 from registry.client.selection import select_files
 from registry.database.locks import exclusive_collection
 from registry.database.tables import Blob, Upload
@@ -70,7 +70,7 @@ def after(held: Resources, wait: timedelta) -> Resources:
     return replace(held, clock=lambda: datetime.now(UTC) + wait)
 
 
-def notes(directory: Path, seed: int, size_bytes: int = 1_000) -> list[LocalFile]:
+def notes(directory: Path, seed: int, size_bytes: int = 1_000) -> list[PushedFile]:
     """A file that no other has the bytes of."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "notes.txt").write_bytes(random.Random(seed).randbytes(size_bytes))

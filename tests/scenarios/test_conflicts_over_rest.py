@@ -14,7 +14,7 @@ from registry.client.api import Api
 from registry.client.inprocess import InProcessTransport
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
-from registry.domain.access.namespaces import Change
+from registry.domain.access.namespaces import NamespaceChange
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
 from registry.errors import Conflict, NotFound, Refused, RegistryError
@@ -145,7 +145,7 @@ def test_what_one_may_not_read_is_neither_computed_nor_shown(office: Office) -> 
 def test_without_a_token_one_sees_what_is_kept_and_starts_no_work(office: Office) -> None:
     with office.resources.write() as session:
         for namespace in ("acme", "den"):
-            namespaces.change(session, host(office.resources), namespace, Change(public=True))
+            namespaces.change(session, host(office.resources), namespace, NamespaceChange(public=True))
     transport = InProcessTransport(create_app(office.resources, tokens=True))
     with httpx2.Client(base_url="http://registry", transport=transport) as http:
         refused = http.post("/v1/conflicts", json=wanted())

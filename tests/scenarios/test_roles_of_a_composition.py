@@ -14,7 +14,7 @@ from registry.client.api import Api
 from registry.client.inprocess import InProcessTransport
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
-from registry.domain.access.namespaces import Change
+from registry.domain.access.namespaces import NamespaceChange
 from registry.domain.access.roles import EVERYWHERE, Role
 from registry.domain.access.tokens import NewToken
 from registry.errors import NotAllowed
@@ -51,7 +51,7 @@ class Office:
 
     def publish_acme(self) -> None:
         with self.resources.write() as session:
-            namespaces.change(session, self.host, "acme", Change(public=True))
+            namespaces.change(session, self.host, "acme", NamespaceChange(public=True))
 
     def revoke(self) -> None:
         with self.resources.write() as session:

@@ -14,7 +14,7 @@ from composer.formats.checkpoints.hashing import hash_file
 from registry.api.app import create_app
 from registry.client.api import Api
 from registry.client.inprocess import InProcessTransport
-from registry.client.push import LocalFile, send
+from registry.client.push import PushedFile, send
 from registry.domain.jobs.queue import PAUSES
 from registry.errors import Invalid, RegistryError, Unavailable
 from registry.formats.manifest import ManifestFile
@@ -107,7 +107,7 @@ def pushed(resources: Resources, directory: Path, name: str = "new") -> Registry
     ]
     rows = [{"path": one.path, "size_bytes": one.size_bytes, "sha256": one.sha256} for one in manifest]
     try:
-        send(api, "acme", [LocalFile(directory / one.path, one) for one in manifest], lambda _count: None)
+        send(api, "acme", [PushedFile(directory / one.path, one) for one in manifest], lambda _count: None)
         api.post(f"/v1/adapters/acme/{name}/releases", {"bump": "minor", "base": "tiny", "files": rows})
     except RegistryError as error:
         return error

@@ -22,7 +22,7 @@ from composer.errors import Mismatch
 from composer.evaluation.hooks import Deltas, acting_factor, module_of
 from composer.evaluation.measure import Encoded, encode_prompt
 from composer.evaluation.model import LoadedModel
-from composer.evaluation.observe import Pass, observe
+from composer.evaluation.observe import ForwardPass, observe
 
 MAX_PROMPTS = 1000
 
@@ -138,7 +138,7 @@ class _Watch:
         self._base = 0.0
         self._lock = Lock()
 
-    def __call__(self, seen: Pass, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def __call__(self, seen: ForwardPass, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         A_RI = self._A_RI.to(output.device)
         if self._layout is Layout.EMBEDDING:
             H_NR = seen.rows(nn.functional.embedding(inputs[0], A_RI.T), self._path)

@@ -15,7 +15,7 @@ from composer.deltas.delta import Delta, LowRank, Replacement, spilled
 from composer.deltas.stored import MappedFile, SpillFile
 from composer.deltas.tensors import all_finite, torch_threads
 from composer.deltas.variants import lora, products, rescaled, rotations, shared, spectral
-from composer.deltas.variants.source import Module, Read
+from composer.deltas.variants.source import ModuleParts, Read
 from composer.deltas.variants.tied import mark_tied_pairs
 from composer.errors import InvalidFile, Mismatch, NotSupported
 from composer.findings import Finding, Severity, next_step
@@ -92,7 +92,7 @@ class StoredDeltas(Sequence[Delta]):
         with self._making:
             if id(module) in self._made:
                 return self._made[id(module)]
-            deltas = _read(Module(self._adapter, self._file, module))
+            deltas = _read(ModuleParts(self._adapter, self._file, module))
             if len(deltas) != _count(self._adapter, module):
                 raise RuntimeError(
                     f"the reader of {module.module} makes {len(deltas)} deltas: add up those of one weight"
@@ -118,9 +118,9 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
     file = MappedFile.open(adapter.weights_path)
     with torch_threads(1):  # small tensors, read one by one: more threads would only wait for each other
         for module in placed.adapted:
-            _refuse_not_finite(Module(adapter, file, module))
+            _refuse_not_finite(ModuleParts(adapter, file, module))
     placed = mark_tied_pairs(adapter, file, placed, on_a_base=architecture is not None)
-    copies = {one.weight: Module(adapter, file, one).only for one in placed.modules if one.kind == "base_copy"}
+    copies = {one.weight: ModuleParts(adapter, file, one).only for one in placed.modules if one.kind == "base_copy"}
     deltas = StoredDeltas(adapter, file, [module for module in placed.modules if module.kind != "base_copy"])
     return LoadedAdapter(
         name=adapter.name, path=path, config=adapter.config, placed=placed, deltas=deltas, base_copies=copies
@@ -170,7 +170,7 @@ def _count(adapter: Adapter, module: PlacedModule) -> int:
     return 0 if empty else 1
 
 
-def _read(module: Module) -> list[Delta]:
+def _read(module: ModuleParts) -> list[Delta]:
     placed = module.placed
     if placed.kind != "replacement":
         return _reader(module.config, placed)(module)
@@ -187,7 +187,7 @@ def _reader(config: AdapterConfig, module: PlacedModule) -> Read:
     return READERS[config.peft_type]
 
 
-def _refuse_not_finite(module: Module) -> None:
+def _refuse_not_finite(module: ModuleParts) -> None:
     if not all(all_finite(module[part]) for part in module.placed.parts):
         name = module.placed.module
         message = f"{module.adapter.name} has a NaN or an infinite value in {name}."

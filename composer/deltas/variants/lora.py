@@ -7,28 +7,28 @@ import torch
 
 from composer.deltas.delta import Delta, ExpertSlice, Layout, LowRank, RowwiseDelta
 from composer.deltas.stored import Factor, tensor_of
-from composer.deltas.variants.source import Module
+from composer.deltas.variants.source import ModuleParts
 from composer.formats.adapters.placement.naming import TOKENS, split_key
 from composer.formats.adapters.placement.result import Piece
 
 
-def pair(module: Module) -> list[Delta]:
+def pair(module: ModuleParts) -> list[Delta]:
     """s B A (arXiv 2106.09685). In a convolution, A has the kernel after its inputs, and B is 1 x 1."""
     return [module.low_rank(*_stored(module), module.placed.scale)]
 
 
-def factors(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
+def factors(module: ModuleParts) -> tuple[torch.Tensor, torch.Tensor]:
     """(A, B), R x I and O x R."""
     A, B = _stored(module)
     return tensor_of(A), tensor_of(B)
 
 
-def _stored(module: Module) -> tuple[Factor, Factor]:
+def _stored(module: ModuleParts) -> tuple[Factor, Factor]:
     prefix = "lora_embedding_" if module.layout is Layout.EMBEDDING else "lora_"
     return module.factor(f"{prefix}A"), module.factor(f"{prefix}B")
 
 
-def block_diagonal(module: Module) -> list[Delta]:
+def block_diagonal(module: ModuleParts) -> list[Delta]:
     """BD-LoRA, which stores only the blocks of A or B, stacked vertically."""
     A_RI, B_OR = factors(module)
     blocks = module.config.blocks
@@ -41,7 +41,7 @@ def block_diagonal(module: Module) -> list[Delta]:
     return [module.low_rank(A_RI, B_OR, module.placed.scale)]
 
 
-def experts(module: Module) -> list[Delta]:
+def experts(module: ModuleParts) -> list[Delta]:
     """s B[:, :, e] A[e] for each expert, which is the slow index of A's rows and the fast index of B's columns."""
     placed, rank = module.placed, module.placed.rank
     A, B = module.factor("lora_A"), module.factor("lora_B")
@@ -75,7 +75,7 @@ def experts(module: Module) -> list[Delta]:
     return [one(piece) for piece in placed.pieces]
 
 
-def bias(module: Module) -> list[Delta]:
+def bias(module: ModuleParts) -> list[Delta]:
     """lora_B's own bias, times s."""
     b_M = module["lora_B_bias"]
     scale = module.placed.scale
@@ -86,7 +86,7 @@ def bias(module: Module) -> list[Delta]:
     return [module.computed(rows, reads_base=False)]
 
 
-def tokens(module: Module) -> list[Delta]:
+def tokens(module: ModuleParts) -> list[Delta]:
     """Replaces W[ids] by the trained rows, despite the part's name. `ids` are in the config's order."""
     placed, new_TN = module.placed, module[TOKENS]
     ids_T = torch.tensor(module.config.tokens_of(_embedding(module)), dtype=torch.long)
@@ -105,6 +105,6 @@ def tokens(module: Module) -> list[Delta]:
     return [changed]
 
 
-def _embedding(module: Module) -> str:
+def _embedding(module: ModuleParts) -> str:
     """The embedding's name, from the key: a tied head's rows are the embedding's."""
     return split_key(module.placed.parts[TOKENS]).module

@@ -6,10 +6,10 @@ Shapes: O outputs, I inputs, R rank, G blocks of GraLoRA.
 import torch
 
 from composer.deltas.delta import Delta
-from composer.deltas.variants.source import Module, Read
+from composer.deltas.variants.source import ModuleParts, Read
 
 
-def adalora(module: Module) -> list[Delta]:
+def adalora(module: ModuleParts) -> list[Delta]:
     """s B (E * A), s = alpha / (init_r + 1e-5) (arXiv 2303.10512). A module whose budget fell to 0 adds nothing."""
     A_RI, E_R1 = module.value("lora_A"), module.value("lora_E")
     if not len(A_RI):
@@ -19,7 +19,7 @@ def adalora(module: Module) -> list[Delta]:
     return [module.low_rank(A_RI * E_R1, module.value("lora_B"), alpha / (rank + 1e-5))]
 
 
-def delora(module: Module) -> list[Delta]:
+def delora(module: ModuleParts) -> list[Delta]:
     """B diag(lambda / (R |A_r| |B_r|)) A, each input scaled by the norm its weights had (arXiv 2503.18225)."""
     A_RI, B_OR = module.value("delora_A"), module.value("delora_B")
     norms_R = (A_RI.norm(dim=1).clamp(min=1e-4) * B_OR.norm(dim=0).clamp(min=1e-4))[:, None]
@@ -27,7 +27,7 @@ def delora(module: Module) -> list[Delta]:
     return [module.low_rank(scaled_RI, B_OR)]
 
 
-def gralora(module: Module) -> list[Delta]:
+def gralora(module: ModuleParts) -> list[Delta]:
     """Block (j, n) is A[n]'s j-th share of the rank times B[j]'s n-th (arXiv 2505.20355): total rank G R, plus a plain
     pair; s = alpha / (R + hybrid_r)."""
     A_GIR, B_GRO = module.value("gralora_A"), module.value("gralora_B")
@@ -43,7 +43,7 @@ def gralora(module: Module) -> list[Delta]:
     return [module.low_rank(A_RI, B_RO.T, module.config.alpha / (rank + hybrid))]
 
 
-def miss(module: Module) -> list[Delta]:
+def miss(module: ModuleParts) -> list[Delta]:
     """Input i gets row i mod R of the block (arXiv 2409.15371). `mini` repeats the block along the outputs; `bat` also
     adds W's own blocks times it."""
     if module.options["init_weights"] == "bat":
@@ -55,7 +55,7 @@ def miss(module: Module) -> list[Delta]:
     return [module.low_rank(select_RI, block_RO.repeat(1, outputs // block_RO.shape[1]).T)]
 
 
-def _bat(module: Module) -> list[Delta]:
+def _bat(module: ModuleParts) -> list[Delta]:
     block_PRR = module.value("miss_block")
     rank = block_PRR.shape[1]
 
@@ -69,7 +69,7 @@ def _bat(module: Module) -> list[Delta]:
     return [module.computed(rows)]
 
 
-def loha(module: Module) -> list[Delta]:
+def loha(module: ModuleParts) -> list[Delta]:
     """s (w1_a w1_b) * (w2_a w2_b), element by element, s = alpha / R (arXiv 2108.06098); a convolution may have a core
     t between the two."""
     scale = module.config.scale_for(module.placed.module)
@@ -87,7 +87,7 @@ def loha(module: Module) -> list[Delta]:
     return [module.computed(rows, reads_base=False)]
 
 
-def lokr(module: Module) -> list[Delta]:
+def lokr(module: ModuleParts) -> list[Delta]:
     """s kron(w1, w2), s = alpha / R whatever w1 and w2 are made of, as in PEFT (arXiv 2309.14859)."""
     scale = module.config.scale_for(module.placed.module)
 
@@ -104,7 +104,7 @@ def lokr(module: Module) -> list[Delta]:
     return [module.computed(rows, reads_base=False)]
 
 
-def _kronecker(module: Module, name: str, like: torch.Tensor) -> torch.Tensor:
+def _kronecker(module: ModuleParts, name: str, like: torch.Tensor) -> torch.Tensor:
     """One side of the product, in the dtype and on the device of `like`."""
     if name in module:
         return module.value(name).to(like)

@@ -4,10 +4,10 @@ import torch
 
 from composer.deltas.delta import Delta
 from composer.deltas.variants.lora import factors
-from composer.deltas.variants.source import Module, Read
+from composer.deltas.variants.source import ModuleParts, Read
 
 
-def dora(module: Module) -> list[Delta]:
+def dora(module: ModuleParts) -> list[Delta]:
     """m / |V| * V - W with V = W + s B A, norms over the inputs of each output (arXiv 2402.09353, eq. 5)."""
     A_RI, B_OR = factors(module)
     m_O, scale = module["magnitude"].flatten(), module.placed.scale
@@ -21,7 +21,7 @@ def dora(module: Module) -> list[Delta]:
     return [module.computed(rows)]
 
 
-def kasa(module: Module) -> list[Delta]:
+def kasa(module: ModuleParts) -> list[Delta]:
     """s B diag(v) A on a base without its R smallest singular triples (arXiv 2412.06071)."""
     A_RI, B_OR = factors(module)
     v_R, scale, rank = module["lora_diag"], module.placed.scale, module.placed.rank
@@ -34,7 +34,7 @@ def kasa(module: Module) -> list[Delta]:
     return [module.computed(rows, alone=True, all_rows=True)]
 
 
-def ia3(module: Module) -> list[Delta]:
+def ia3(module: ModuleParts) -> list[Delta]:
     """W * l - W, l for outputs (O x 1) or inputs (1 x I) (arXiv 2205.05638). A bias is scaled as an output."""
     l_OI = module["ia3_l"]
 
@@ -45,7 +45,7 @@ def ia3(module: Module) -> list[Delta]:
     return [module.computed(rows)]
 
 
-def hira(module: Module) -> list[Delta]:
+def hira(module: ModuleParts) -> list[Delta]:
     """W * (B A), element by element (Huang et al., ICLR 2025)."""
     prefix = "hira_embedding_" if "hira_embedding_A" in module else "hira_"
     A_RI, B_OR = module[f"{prefix}A"], module[f"{prefix}B"]

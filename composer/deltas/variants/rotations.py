@@ -6,11 +6,11 @@ K blocks of B x B on a diagonal.
 import torch
 
 from composer.deltas.delta import Delta
-from composer.deltas.variants.source import Module, Read
+from composer.deltas.variants.source import ModuleParts, Read
 from composer.formats.adapters.config.parts import oft_block
 
 
-def oft(module: Module) -> list[Delta]:
+def oft(module: ModuleParts) -> list[Delta]:
     """W R^T - W, R the Cayley transform of skew blocks (arXiv 2306.07280), by default its Neumann series as in PEFT."""
     entries_KE, options = module["oft_R"], module.options
     size = oft_block(entries_KE.shape[1])
@@ -29,7 +29,7 @@ def oft(module: Module) -> list[Delta]:
     return [module.computed(rows)]
 
 
-def boft(module: Module) -> list[Delta]:
+def boft(module: ModuleParts) -> list[Delta]:
     """s * (W C^T) - W with one butterfly factor, whose blocks C are Cayley transforms (arXiv 2311.06243)."""
     R_KBB, s_O1 = module["boft_R"].squeeze(0), module["boft_s"]
 
@@ -41,7 +41,7 @@ def boft(module: Module) -> list[Delta]:
     return [module.computed(rows)]
 
 
-def hra(module: Module) -> list[Delta]:
+def hra(module: ModuleParts) -> list[Delta]:
     """W H - W, H a product of Householder reflections along u's columns (arXiv 2405.17484); with apply_GS, the
     columns are orthogonalized first."""
     u_IR, orthogonal = module["hra_u"], module.options["apply_GS"]
@@ -57,7 +57,7 @@ def hra(module: Module) -> list[Delta]:
     return [module.computed(rows)]
 
 
-def road(module: Module) -> list[Delta]:
+def road(module: ModuleParts) -> list[Delta]:
     """R W - W: in each group of outputs the halves (y, z) become (c y - s z, s y + c z), c = a cos t and s = a sin t
     (arXiv 2409.00119, eq. 4). A bias is rotated as an output; road_2 and road_4 have a c and an s for each output."""
     theta, alpha, options = module["road_theta"], module["road_alpha"], module.options

@@ -6,10 +6,10 @@ Shapes: O outputs, I inputs, R rank, K bases of RandLoRA; T tiles, L the length 
 import torch
 
 from composer.deltas.delta import Delta
-from composer.deltas.variants.source import Module, Read
+from composer.deltas.variants.source import ModuleParts, Read
 
 
-def vera(module: Module) -> list[Delta]:
+def vera(module: ModuleParts) -> list[Delta]:
     """diag(b) B diag(d) A, cut from the shared A and B (arXiv 2310.11454). For PVeRA, the mean half of d and A."""
     prefix = "pvera_" if "pvera_A" in module else "vera_"
     outputs, inputs = module.size
@@ -19,7 +19,7 @@ def vera(module: Module) -> list[Delta]:
     return [module.low_rank(A_RI, module.value(f"{prefix}lambda_b")[:, None] * B_OR)]
 
 
-def randlora(module: Module) -> list[Delta]:
+def randlora(module: ModuleParts) -> list[Delta]:
     """s Σ_k B_k diag(lambda_k) A_k diag(gamma_k), transposed if O < I (arXiv 2502.00987). It has full rank, so rows are
     computed. A and B are flattened over rank and bases in different orders, as in PEFT."""
     lambda_RK, gamma_KS = module["randlora_lambda"], module["randlora_gamma"]
@@ -37,13 +37,13 @@ def randlora(module: Module) -> list[Delta]:
     return [module.computed(rows, reads_base=False)]
 
 
-def vblora(module: Module) -> list[Delta]:
+def vblora(module: ModuleParts) -> list[Delta]:
     """B A from tiles that mix a few vectors of the bank (arXiv 2405.15179)."""
     A_RTL, B_TRL = _mixed(module, "vblora_logits_A"), _mixed(module, "vblora_logits_B")
     return [module.low_rank(A_RTL.flatten(1), B_TRL.transpose(1, 2).flatten(0, 1))]
 
 
-def _mixed(module: Module, name: str) -> torch.Tensor:
+def _mixed(module: ModuleParts, name: str) -> torch.Tensor:
     bank_VL = module.value("vblora_vector_bank")
     if name in module:
         best, indices = module.value(name).topk(int(module.options["topk"]), dim=-1)
@@ -55,7 +55,7 @@ def _mixed(module: Module, name: str) -> torch.Tensor:
     return (weights[..., None] * bank_VL[indices]).sum(dim=-2)
 
 
-def unilora(module: Module) -> list[Delta]:
+def unilora(module: ModuleParts) -> list[Delta]:
     """B A whose entries are picked from one vector and scaled (arXiv 2506.00799)."""
     theta = module.value("unilora_theta_d")
     A_RI, B_OR = (

@@ -20,7 +20,7 @@ _ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
+class ModuleParts:
     """`module["lora_A"]` is the part's tensor, mapped from `file`, the adapter's weights."""
 
     adapter: Adapter
@@ -115,5 +115,5 @@ class Module:
         return indices
 
 
-Read = Callable[[Module], list[Delta]]
+Read = Callable[[ModuleParts], list[Delta]]
 """Makes the deltas of a placed module: one with all that it adds to its weight, or one for each piece of experts."""

@@ -4,10 +4,10 @@ of the weight."""
 import torch
 
 from composer.deltas.delta import Delta
-from composer.deltas.variants.source import Module, Read
+from composer.deltas.variants.source import ModuleParts, Read
 
 
-def fourierft(module: Module) -> list[Delta]:
+def fourierft(module: ModuleParts) -> list[Delta]:
     """scaling * Re ifft2(F) of a sparse F (arXiv 2405.03003), whose positions torch draws on the CPU from the seed."""
     spectrum, options = module["fourierft_spectrum"], module.options
     outputs, inputs = module.size
@@ -22,7 +22,7 @@ def fourierft(module: Module) -> list[Delta]:
     return [module.computed(rows, reads_base=False, all_rows=True)]
 
 
-def c3a(module: Module) -> list[Delta]:
+def c3a(module: ModuleParts) -> list[Delta]:
     """Circulant blocks: entry (o, i) is the kernel's (i - o) mod b, over I (arXiv 2407.19342)."""
     kernel_PQB = module["c3a_kernel"]
     inputs, size = module.size[1], kernel_PQB.shape[2]
@@ -35,7 +35,7 @@ def c3a(module: Module) -> list[Delta]:
     return [module.computed(rows, reads_base=False)]
 
 
-def supertuning(module: Module) -> list[Delta]:
+def supertuning(module: ModuleParts) -> list[Delta]:
     """Values at chosen positions of the flat weight, plus s B A if there is a rank (arXiv 2607.09287)."""
     (outputs, inputs), options = module.size, module.options
     positions, values = module.indices("supertuning_indices", outputs * inputs), module["supertuning_values"]
@@ -53,7 +53,7 @@ def supertuning(module: Module) -> list[Delta]:
     return [module.computed(rows, reads_base=False)]
 
 
-def shira(module: Module) -> list[Delta]:
+def shira(module: ModuleParts) -> list[Delta]:
     """Values at saved (row, column) positions (arXiv 2406.13175)."""
     outputs, inputs = module.size
     rows_K = module.indices("shira_indices", outputs, slice(0, 1))[0]

@@ -7,7 +7,7 @@ import torch
 
 from composer.deltas.stored import MappedFile
 from composer.deltas.variants import lora
-from composer.deltas.variants.source import Module
+from composer.deltas.variants.source import ModuleParts
 from composer.errors import Mismatch
 from composer.formats.adapters.facts import Adapter
 from composer.formats.adapters.placement.naming import is_embedding, is_head
@@ -30,7 +30,7 @@ def mark_tied_pairs(adapter: Adapter, file: MappedFile, placed: PlacementResult,
 
 def _saved(adapter: Adapter, file: MappedFile, placed: PlacementResult, kind: str) -> Sequence[PlacedModule]:
     sides = _sides(module for module in placed.modules if module.kind == kind and module.tied and not module.twin)
-    tensors = [[Module(adapter, file, side)[part] for part in side.parts] for side in sides]
+    tensors = [[ModuleParts(adapter, file, side)[part] for part in side.parts] for side in sides]
     return sides if sides and _equal(*tensors) else ()
 
 
@@ -40,8 +40,8 @@ def _pairs(adapter: Adapter, file: MappedFile, placed: PlacementResult, *, on_a_
     if not sides:
         return ()
     embedding, head = sides
-    A_RI, B_OR = lora.factors(Module(adapter, file, embedding))
-    if _equal((B_OR.T, A_RI.T), lora.factors(Module(adapter, file, head))):
+    A_RI, B_OR = lora.factors(ModuleParts(adapter, file, embedding))
+    if _equal((B_OR.T, A_RI.T), lora.factors(ModuleParts(adapter, file, head))):
         # Each side has its own magnitude, and its own scale if a pattern names one of them.
         plain = embedding.parts.keys() | head.parts.keys() <= FACTOR_PARTS and embedding.scale == head.scale
         return sides if plain else ()

@@ -32,7 +32,7 @@ Status = Literal["changed", "same", "added", "removed", "reshaped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change(Summed):
+class EnergyChange(Summed):
     """Energies (squares of Frobenius norms) of two deltas. They add up over modules; quotients are taken last."""
 
     old: float = 0.0
@@ -74,20 +74,20 @@ class ModuleChange:
     status: Status
     rank_old: int | None
     rank_new: int | None
-    change: Change | None
+    change: EnergyChange | None
 
     def to_json(self) -> dict[str, Any]:
         document = {"module": self.module, "kind": self.kind, "status": self.status}
-        numbers = self.change.to_json() if self.change else dict.fromkeys(Change().to_json())
+        numbers = self.change.to_json() if self.change else dict.fromkeys(EnergyChange().to_json())
         return {**document, "rank_old": self.rank_old, "rank_new": self.rank_new, **numbers}
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class AdapterComparison:
     """`overall` sums the deltas, without replacements; `left_out` names modules that could not be read as numbers."""
 
     modules: tuple[ModuleChange, ...]
-    overall: Change
+    overall: EnergyChange
     left_out: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class _Side:
         return all(self.adapter.header.tensors[key].dtype in FLOAT_DTYPES for key in self.placed.parts.values())
 
 
-def compare(old: Adapter, new: Adapter, old_placed: PlacementResult, new_placed: PlacementResult) -> Comparison:
+def compare(old: Adapter, new: Adapter, old_placed: PlacementResult, new_placed: PlacementResult) -> AdapterComparison:
     """Every module of either adapter, the largest change first. Variants' additions to s B A (DoRA) are ignored; deltas
     of another form are left out."""
     before, after = _sides(old, old_placed), _sides(new, new_placed)
@@ -129,13 +129,13 @@ def compare(old: Adapter, new: Adapter, old_placed: PlacementResult, new_placed:
         rank_old, rank_new = (side.placed.rank if side and kind == "delta" else None for side in (one, other))
         status = _status(one, other, change)
         if change and status == "same":
-            change = Change(old=change.old, new=change.new, inner=change.inner)
+            change = EnergyChange(old=change.old, new=change.new, inner=change.inner)
         changes.append(
             ModuleChange(module=name, kind=kind, status=status, rank_old=rank_old, rank_new=rank_new, change=change)
         )
-    overall = sum((row.change for row in changes if row.change and row.kind == "delta"), Change())
+    overall = sum((row.change for row in changes if row.change and row.kind == "delta"), EnergyChange())
     changes.sort(key=lambda row: row.change.difference if row.change else float("inf"), reverse=True)
-    return Comparison(tuple(changes), overall, tuple(left_out))
+    return AdapterComparison(tuple(changes), overall, tuple(left_out))
 
 
 def _sides(adapter: Adapter, placed: PlacementResult) -> dict[tuple[Kind, str], _Side]:
@@ -148,7 +148,7 @@ def _sides(adapter: Adapter, placed: PlacementResult) -> dict[tuple[Kind, str], 
     return sides
 
 
-def _status(old: _Side | None, new: _Side | None, change: Change | None) -> Status:
+def _status(old: _Side | None, new: _Side | None, change: EnergyChange | None) -> Status:
     if old is None:
         return "added"
     if new is None:
@@ -158,12 +158,12 @@ def _status(old: _Side | None, new: _Side | None, change: Change | None) -> Stat
     return "same" if change.difference <= _SAME**2 * max(change.old, change.new) else "changed"
 
 
-def _change(kind: Kind, old: _Side | None, new: _Side | None) -> Change:
+def _change(kind: Kind, old: _Side | None, new: _Side | None) -> EnergyChange:
     with np.errstate(over="ignore", invalid="ignore"):
         return _of_deltas(old, new) if kind == "delta" else _of_tensors(old, new)
 
 
-def _of_deltas(old: _Side | None, new: _Side | None) -> Change:
+def _of_deltas(old: _Side | None, new: _Side | None) -> EnergyChange:
     """Both deltas in one basis, as cores; a missing delta is zero."""
     pairs = [factors(side.adapter, side.placed) for side in (old, new) if side]
     R_B, R_A = (
@@ -181,7 +181,7 @@ def _of_deltas(old: _Side | None, new: _Side | None) -> Change:
     return _split(*(float(product.sum()) for product in (D * D, N * N, D * N, (N - D) ** 2)))
 
 
-def _of_tensors(old: _Side | None, new: _Side | None) -> Change:
+def _of_tensors(old: _Side | None, new: _Side | None) -> EnergyChange:
     """Streamed a few million elements at a time: a replaced head has hundreds of millions."""
     before = _elements(old) if old else (np.zeros(len(block)) for block in _elements(new))
     after = _elements(new) if new else (np.zeros(len(block)) for block in _elements(old))
@@ -191,13 +191,13 @@ def _of_tensors(old: _Side | None, new: _Side | None) -> Change:
     return _split(*sums.tolist())
 
 
-def _split(old: float, new: float, inner: float, difference: float) -> Change:
+def _split(old: float, new: float, inner: float, difference: float) -> EnergyChange:
     """The energies of D and D', <D, D'> and |D' - D|^2, with what was gained and lost."""
     along = inner / old if old else 1.0
     rescaled = (along - 1) ** 2 * old
     beside = max(difference - rescaled, 0.0)
     gained, lost = (beside + rescaled, 0.0) if along > 1 else (beside, rescaled)
-    return Change(old=old, new=new, inner=inner, difference=difference, gained=gained, lost=lost)
+    return EnergyChange(old=old, new=new, inner=inner, difference=difference, gained=gained, lost=lost)
 
 
 def _elements(side: _Side | None) -> Iterator[Float64]:

@@ -29,7 +29,7 @@ _MERGE = "merge: bake it into a checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class ServerProfile:
     """A server with its start options. `max_rank` is None if it sets no known limit."""
 
     server: str
@@ -58,7 +58,7 @@ class Loading:
         return asdict(self) | {"reasons": list(self.reasons), "way_out": list(self.way_out)}
 
 
-def parse_profile(text: str) -> Profile:
+def parse_profile(text: str) -> ServerProfile:
     """Parses `vllm:<max_lora_rank>` (`vllm` is `vllm:16`, its default), `sglang`, `lorax`, `llamacpp`, `peft`. Raises
     NotSupported for any other, and for a max_lora_rank that vLLM does not accept."""
     server, colon, limit = text.partition(":")
@@ -68,13 +68,13 @@ def parse_profile(text: str) -> Profile:
             "unknown_profile", message, subject=text[:80], next_step=f"Use one of {', '.join(PROFILES)}."
         )
     if server != "vllm":
-        return Profile(server)
+        return ServerProfile(server)
     if colon and limit not in map(str, VLLM_RANKS):
         message = f"{text[:80]!r} is not a profile: max_lora_rank is one of {', '.join(map(str, VLLM_RANKS))}."
         raise NotSupported(
             "unknown_profile", message, subject=text[:80], next_step=f"Use one of {', '.join(PROFILES)}."
         )
-    return Profile(server, int(limit) if colon else VLLM_DEFAULT_RANK)
+    return ServerProfile(server, int(limit) if colon else VLLM_DEFAULT_RANK)
 
 
 def judge(
@@ -104,7 +104,7 @@ def judge(
     return mask, refusals
 
 
-def loads(servers: int, refusals: Mapping[str, Any], rank_max: int, profile: Profile) -> Loading:
+def loads(servers: int, refusals: Mapping[str, Any], rank_max: int, profile: ServerProfile) -> Loading:
     """The verdict for one server from the result of `judge`; only here is the rank compared."""
     refused: Mapping[str, Any] = refusals.get(profile.server, {})
     reasons: list[str] = list(refused.get("reasons", []))

@@ -85,7 +85,7 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class HeaderLimits:
     """Limits on a header. An honest one takes 8 times its bytes in memory when parsed, so the default stays below
     safetensors' own 100 MB; 90 000 tensors need 12 MB.
 
@@ -101,10 +101,10 @@ class Limits:
     name_chars: int = 1024
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = HeaderLimits()
 
 
-def header_length(first: bytes | bytearray, file_size: int, limits: Limits, subject: str) -> int:
+def header_length(first: bytes | bytearray, file_size: int, limits: HeaderLimits, subject: str) -> int:
     """Length of the JSON in bytes, bounded by the limits and the file. `first` has at least the file's first 8
     bytes.
     """
@@ -122,7 +122,7 @@ def header_length(first: bytes | bytearray, file_size: int, limits: Limits, subj
     return length
 
 
-def parse_header(head: bytes, file_size: int, limits: Limits = DEFAULT_LIMITS, subject: str = "file") -> Header:
+def parse_header(head: bytes, file_size: int, limits: HeaderLimits = DEFAULT_LIMITS, subject: str = "file") -> Header:
     """Header of a file of `file_size` bytes that starts with `head` (at least the 8 bytes and the JSON).
 
     Raises InvalidFile, and nothing else, whatever the bytes are: bad JSON, duplicate names, unknown dtypes, sizes
@@ -132,7 +132,7 @@ def parse_header(head: bytes, file_size: int, limits: Limits = DEFAULT_LIMITS, s
     return _in_turn(data_begin, lambda: _parse(head[_LENGTH_BYTES:data_begin], data_begin, file_size, limits, subject))
 
 
-def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
+def read_header(path: Path, limits: HeaderLimits = DEFAULT_LIMITS) -> Header:
     """Header of the safetensors file at `path`. Raises InvalidFile (also for pickles and a missing file)."""
     if path.suffix in PICKLE_SUFFIXES:
         raise _pickle(path.name)
@@ -143,7 +143,7 @@ def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
         raise InvalidFile("unreadable", f"{path} cannot be read: {error.strerror}.", subject=path.name) from error
 
 
-def stored_header(file: StoredFile, limits: Limits = DEFAULT_LIMITS) -> Header:
+def stored_header(file: StoredFile, limits: HeaderLimits = DEFAULT_LIMITS) -> Header:
     """Header of a file that is read by range: first 8 bytes, and the rest only once its length is bounded. Raises
     InvalidFile, and what the file raises."""
     first = read_range(file, 0, min(_LENGTH_BYTES, file.size_bytes))
@@ -204,7 +204,7 @@ def _parse_alone(parse: Callable[[], Header]) -> Header:
         raise
 
 
-def _parse(text: bytes | bytearray, data_begin: int, file_size: int, limits: Limits, subject: str) -> Header:
+def _parse(text: bytes | bytearray, data_begin: int, file_size: int, limits: HeaderLimits, subject: str) -> Header:
     if _LENGTH_BYTES + len(text) < data_begin:
         raise _bad(subject, "its header is cut off")
     _bound_structure(text, limits, subject)
@@ -225,7 +225,7 @@ def _parse(text: bytes | bytearray, data_begin: int, file_size: int, limits: Lim
     return Header({entry.name: entry for entry in entries}, metadata, data_begin, file_size)
 
 
-def _bound_structure(text: bytes | bytearray, limits: Limits, subject: str) -> None:
+def _bound_structure(text: bytes | bytearray, limits: HeaderLimits, subject: str) -> None:
     """Raises InvalidFile if JSON would build more from `text` than the limits allow."""
     at_most = text.count(b",") + text.count(b"[") + text.count(b"{")  # also within strings, but 20 times as fast
     if at_most > limits.structure and re.match(b"%b{%d}+" % (_STRUCTURE, limits.structure + 1), text, re.DOTALL):
@@ -261,7 +261,7 @@ def _parse_metadata(value: object, subject: str) -> dict[str, str]:
     return cast(dict[str, str], metadata)
 
 
-def _parse_entry(name: str, value: object, data_begin: int, limits: Limits, subject: str) -> TensorEntry:
+def _parse_entry(name: str, value: object, data_begin: int, limits: HeaderLimits, subject: str) -> TensorEntry:
     if not name or len(name) > limits.name_chars or _UNSAFE_NAME.search(name):
         raise _bad(subject, f"tensor name {name[:80]!r} is empty, too long or has control characters")
     fields = cast(dict[str, object], value) if isinstance(value, dict) else {}

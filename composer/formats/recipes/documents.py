@@ -62,7 +62,7 @@ class UnknownField(ValueError):
         self.key, self.names = key, names
 
 
-class Refusal(ValueError):
+class RefusedValues(ValueError):
     """Raised by a validator for values that contradict each other; `why` ends a sentence that begins with the field."""
 
     def __init__(self, why: str, next_step: str = "", *, path: Loc = ()) -> None:
@@ -101,7 +101,7 @@ def refuse_unknown(document: object, names: list[str]) -> object:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reader:
+class ParsedBy:
     """Annotates a field that is parsed by `read`, also from a command line's text. `read` raises ValueError, saying
     what the value must be. `schema` is what an editor suggests."""
 
@@ -115,7 +115,7 @@ class Reader:
         return dict(self.schema)  # pydantic adds the default of the field to it
 
 
-def one_of(*words: str | None) -> Reader:
+def one_of(*words: str | None) -> ParsedBy:
     """Annotates a field for a text that is one of these words; None stands for the default."""
     known = [None if word is None else str(word) for word in words]
 
@@ -124,11 +124,11 @@ def one_of(*words: str | None) -> Reader:
             raise ValueError(f"one of {', '.join(filter(None, known))}")
         return value
 
-    return Reader(read, {"enum": known})
+    return ParsedBy(read, {"enum": known})
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class DocumentProblem:
     """The first error in a document: where, why and, if known, what to do. `value` is the wrong value, and `expected`
     what it must be, if that is the entire problem."""
 
@@ -149,7 +149,7 @@ class Problem:
         return f"{subject}: {self.path}" if self.loc else subject
 
 
-def problem_of(error: ValidationError) -> Problem:
+def problem_of(error: ValidationError) -> DocumentProblem:
     """The first of pydantic's errors, in our words."""
     first = error.errors(include_url=False)[0]
     context, loc = first.get("ctx", {}), tuple(part for part in first["loc"] if part != "[key]")
@@ -159,31 +159,31 @@ def problem_of(error: ValidationError) -> Problem:
         case ValidationError() as inner:  # of a document in this one
             problem = problem_of(inner)
             return replace(problem, loc=(*loc, *problem.loc))
-        case Refusal() as refusal:
-            return Problem((*loc, *refusal.path), str(refusal), refusal.next_step)
+        case RefusedValues() as refusal:
+            return DocumentProblem((*loc, *refusal.path), str(refusal), refusal.next_step)
         case _:
             pass
     match first["type"]:
         case "missing":
-            return Problem(loc, "it is missing")
+            return DocumentProblem(loc, "it is missing")
         case "too_short":
-            return Problem(
+            return DocumentProblem(
                 loc, f"it has {context['actual_length']} entries, and at least {context['min_length']} is needed"
             )
         case "too_long":
-            return Problem(
+            return DocumentProblem(
                 loc, f"it has {context['actual_length']} entries, and at most {context['max_length']} are allowed"
             )
         case _:
             value, expected = first["input"], _expected(first)
-            return Problem(loc, f"{printable(value)} is not {expected}", value=value, expected=expected)
+            return DocumentProblem(loc, f"{printable(value)} is not {expected}", value=value, expected=expected)
 
 
-def _unknown(loc: Loc, key: object, names: list[str]) -> Problem:
+def _unknown(loc: Loc, key: object, names: list[str]) -> DocumentProblem:
     near = get_close_matches(key.lower(), names, 1) if isinstance(key, str) else []
     hint = f"Did you mean {near[0]}? " if near else ""
     next_step = f"{hint}Known fields: {', '.join(names)}."
-    return Problem(loc, f"unknown field {printable(key)}", next_step, value=key, unknown=True)
+    return DocumentProblem(loc, f"unknown field {printable(key)}", next_step, value=key, unknown=True)
 
 
 def _expected(error: ErrorDetails) -> str:

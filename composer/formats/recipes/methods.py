@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator
 
 from composer.errors import NotSupported
-from composer.formats.recipes.documents import Document, Reader, problem_of
+from composer.formats.recipes.documents import Document, ParsedBy, problem_of
 from composer.formats.recipes.weights import Factor, NormalizedWeight, Weight, real, weights_of
 from composer.formats.untrusted import printable
 
@@ -49,7 +49,7 @@ def _truth(value: object) -> bool:
     return truths[word]
 
 
-def _number(expected: str, holds: Callable[[float], bool], **schema: float) -> Reader:
+def _number(expected: str, holds: Callable[[float], bool], **schema: float) -> ParsedBy:
     def parse(value: object) -> float:
         try:
             number = real(value)
@@ -59,10 +59,10 @@ def _number(expected: str, holds: Callable[[float], bool], **schema: float) -> R
             raise ValueError(expected)
         return number
 
-    return Reader(parse, {"type": "number", **schema})
+    return ParsedBy(parse, {"type": "number", **schema})
 
 
-def _integer(least: int, most: int) -> Reader:
+def _integer(least: int, most: int) -> ParsedBy:
     expected = f"a whole number from {least} to {most}"
     number = _number(expected, lambda number: number == int(number) and least <= number <= most)
 
@@ -74,7 +74,7 @@ def _integer(least: int, most: int) -> Reader:
             raise ValueError(expected)
         return int(parsed)
 
-    return Reader(parse, {"type": "integer", "minimum": least, "maximum": most})
+    return ParsedBy(parse, {"type": "integer", "minimum": least, "maximum": most})
 
 
 _POSITION = _integer(1, 1000)
@@ -89,7 +89,7 @@ def _positions(value: object) -> tuple[int, ...]:
         raise ValueError("the numbers of inputs, counted from 1: 1, or 1,3") from error
 
 
-Truth = Annotated[bool, Reader(_truth, {"type": "boolean"})]
+Truth = Annotated[bool, ParsedBy(_truth, {"type": "boolean"})]
 Share = Annotated[
     float, _number("a number above 0, at most 1", lambda number: 0 < number <= 1, exclusiveMinimum=0, maximum=1)
 ]
@@ -103,7 +103,9 @@ Rank = Annotated[int, _integer(1, 65_536)]
 Seed = Annotated[int, _integer(0, 2**53)]
 Positions = Annotated[
     tuple[int, ...],
-    Reader(_positions, {"anyOf": [_POSITION.schema, {"type": "array", "items": _POSITION.schema}, {"type": "string"}]}),
+    ParsedBy(
+        _positions, {"anyOf": [_POSITION.schema, {"type": "array", "items": _POSITION.schema}, {"type": "string"}]}
+    ),
 ]
 Tied = Literal["auto", "untie", "shared", "refuse"]
 

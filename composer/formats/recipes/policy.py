@@ -9,7 +9,7 @@ from pydantic import ValidationError, create_model
 
 from composer.errors import InvalidFile
 from composer.findings import HARD, Finding, Severity, Verdict
-from composer.formats.recipes.documents import Document, Reader, Refusal, one_of, problem_of
+from composer.formats.recipes.documents import Document, ParsedBy, RefusedValues, one_of, problem_of
 from composer.formats.recipes.weights import real
 
 MAX_POLICY_CHARS = 100_000
@@ -134,18 +134,18 @@ def _threshold(code: str) -> Any:
 
     number, default = {"type": "number"}, THRESHOLDS[code]
     schema = {"anyOf": [number, {"type": "string", "pattern": f" {word}$"}]} if word else number
-    return Annotated[_Threshold, Reader(read, schema | ({} if default is None else {"default": default}))]
+    return Annotated[_Threshold, ParsedBy(read, schema | ({} if default is None else {"default": default}))]
 
 
 def _stays_an_error(value: object) -> object:
     if value != Severity.ERROR:
-        raise Refusal("nothing can be merged with this conflict, so it stays an error")
+        raise RefusedValues("nothing can be merged with this conflict, so it stays an error")
     return value
 
 
 _NUMBERS: dict[str, Any] = {code: (_threshold(code), None) for code in THRESHOLDS}
 _Thresholds = create_model("Thresholds", __base__=Document, **_NUMBERS)
-_STAYS = Annotated[str, Reader(_stays_an_error, {"const": "error"})]
+_STAYS = Annotated[str, ParsedBy(_stays_an_error, {"const": "error"})]
 _VERDICT = Annotated[str | None, one_of(*Verdict, None)]
 _SEVERITY = Annotated[str, one_of(*Severity, IGNORE)]
 _FIELDS: dict[str, Any] = {

@@ -30,7 +30,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from composer.errors import InvalidFile
-from composer.formats.recipes.documents import LISTED, Document, Reader, Refusal, one_of, problem_of
+from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues, one_of, problem_of
 from composer.formats.recipes.methods import METHOD_NAMES, PIPELINES, settings_of
 from composer.formats.recipes.policy import PolicyDocument
 from composer.formats.recipes.rounding import Mode, Rounding, parse_rounding
@@ -52,7 +52,7 @@ MAX_FILE_BYTES = 200_000  # YAML needs 300 times its text in memory, and a secon
 
 def _refuse_blank(prompt: str) -> str:
     if not prompt.strip():
-        raise Refusal("it is empty")
+        raise RefusedValues("it is empty")
     return prompt
 
 
@@ -80,7 +80,9 @@ class _RoundingDocument(Document):
     @model_validator(mode="after")
     def _refuse_idle_seed(self) -> Self:
         if self.mode != Mode.STOCHASTIC and "seed" in self.model_fields_set:
-            raise Refusal("it is for stochastic rounding", "Leave it out, or write mode: stochastic.", path=("seed",))
+            raise RefusedValues(
+                "it is for stochastic rounding", "Leave it out, or write mode: stochastic.", path=("seed",)
+            )
         return self
 
 
@@ -106,7 +108,7 @@ def _settings(value: object, info: ValidationInfo) -> object:
 
 def _method(value: object) -> str:
     if not isinstance(value, str) or value not in PIPELINES:
-        raise Refusal(f"there is no method {printable(value)}")
+        raise RefusedValues(f"there is no method {printable(value)}")
     return value
 
 
@@ -137,7 +139,7 @@ class Recipe(Document):
         Field(min_length=1, max_length=MAX_INPUTS),
         LISTED,
     ]
-    method: Annotated[str, Reader(_method, {"enum": list(PIPELINES)})] = Field(
+    method: Annotated[str, ParsedBy(_method, {"enum": list(PIPELINES)})] = Field(
         "mean", description="Required unless `optimize` is given."
     )
     base: str | None = Field(None, description="The base of the inputs.")
@@ -171,7 +173,7 @@ class Recipe(Document):
     @model_validator(mode="after")
     def _refuse_missing_method(self) -> Self:
         if self.optimize is None and "method" not in self.model_fields_set:
-            raise Refusal("it is missing", path=("method",))
+            raise RefusedValues("it is missing", path=("method",))
         return self
 
     @model_validator(mode="after")
@@ -179,10 +181,10 @@ class Recipe(Document):
         for index, source in enumerate(self.inputs):
             if source.prompts and self.optimize:
                 why, path = "a search is fitted on suites", ("inputs", index, "prompts")
-                raise Refusal(why, "Leave them out, or leave out optimize.", path=path)
+                raise RefusedValues(why, "Leave them out, or leave out optimize.", path=path)
             if source.prompts and not PIPELINES[self.method].fitted:
                 why, path = f"{self.method} is not fitted on anything", ("inputs", index, "prompts")
-                raise Refusal(why, "Leave them out, or use regmean.", path=path)
+                raise RefusedValues(why, "Leave them out, or use regmean.", path=path)
         return self
 
     def to_json(self) -> dict[str, Any]:

@@ -28,7 +28,15 @@ from pydantic import ConfigDict, FailFast, Field, Strict, ValidationError, model
 from pydantic.dataclasses import dataclass
 
 from composer.errors import InvalidFile
-from composer.formats.recipes.documents import LISTED, Document, Reader, Refusal, path_of, problem_of, refuse_unknown
+from composer.formats.recipes.documents import (
+    LISTED,
+    Document,
+    ParsedBy,
+    RefusedValues,
+    path_of,
+    problem_of,
+    refuse_unknown,
+)
 from composer.formats.recipes.tasks import TEACHER_FORCED, Generation, ScorerChoice, ScorerField, Task, scorer_of
 from composer.formats.untrusted import LONE_SURROGATE, read_text
 
@@ -60,13 +68,13 @@ def guard_cost(loss: float, base: float) -> str:
     return f"costs {words} (base {base:.2f})"
 
 
-def _named(pattern: re.Pattern[str], expected: str) -> Reader:
+def _named(pattern: re.Pattern[str], expected: str) -> ParsedBy:
     def read(value: object) -> str:
         if not isinstance(value, str) or not pattern.fullmatch(value):
             raise ValueError(expected)
         return value
 
-    return Reader(read, {"type": "string", "pattern": f"^{pattern.pattern}$"})
+    return ParsedBy(read, {"type": "string", "pattern": f"^{pattern.pattern}$"})
 
 
 Name = Annotated[str, _named(NAME, "a name of lower-case letters, digits, - and _, at most 64")]
@@ -81,7 +89,7 @@ def _read_version(value: object) -> str | None:
 
 
 VersionLabel = Annotated[
-    str | None, Reader(_read_version, {"type": ["string", "null"], "pattern": f"^{VERSION.pattern}$"})
+    str | None, ParsedBy(_read_version, {"type": ["string", "null"], "pattern": f"^{VERSION.pattern}$"})
 ]
 
 
@@ -130,17 +138,17 @@ class Suite(Document):
     @model_validator(mode="after")
     def _check_task(self) -> "Suite":
         if self.task != "generation" and "generation" in self.model_fields_set:
-            raise Refusal("it is set, and the task is not", "Add `task: generation`.", path=("generation",))
+            raise RefusedValues("it is set, and the task is not", "Add `task: generation`.", path=("generation",))
         try:
             scorer_of(self.task, self.scorer)
         except ValidationError as error:
             problem = problem_of(error)
-            raise Refusal(problem.why, problem.next_step, path=("scorer", "settings", *problem.loc)) from error
-        except Refusal as refusal:
-            raise Refusal(str(refusal), refusal.next_step, path=("scorer",)) from refusal
+            raise RefusedValues(problem.why, problem.next_step, path=("scorer", "settings", *problem.loc)) from error
+        except RefusedValues as refusal:
+            raise RefusedValues(str(refusal), refusal.next_step, path=("scorer",)) from refusal
         for index, example in enumerate(self.examples):
             if why := _misfit(self.task, example):
-                raise Refusal(why, path=("examples", index, "choices"))
+                raise RefusedValues(why, path=("examples", index, "choices"))
         return self
 
     @property

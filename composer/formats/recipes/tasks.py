@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field
 
-from composer.formats.recipes.documents import LISTED, Document, Reader, Refusal
+from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues
 
 Task = Literal["teacher_forced", "generation", "multiple_choice"]
 TEACHER_FORCED: Task = "teacher_forced"
@@ -89,14 +89,14 @@ def _read_settings(value: object) -> dict[str, Any]:
     return cast("dict[str, Any]", json.loads(text))
 
 
-JsonMapping = Annotated[dict[str, Any], Reader(_read_settings, {"type": "object"})]
+JsonMapping = Annotated[dict[str, Any], ParsedBy(_read_settings, {"type": "object"})]
 """JSON values of at most MAX_SETTINGS_CHARS."""
 
 
 class ScorerChoice(Document):
     """The scorer of answers, by name, and its settings."""
 
-    name: Annotated[str, Reader(_read_name, {"type": "string", "pattern": f"^{SCORER_NAME.pattern}$"})]
+    name: Annotated[str, ParsedBy(_read_name, {"type": "string", "pattern": f"^{SCORER_NAME.pattern}$"})]
     settings: JsonMapping = Field(default_factory=dict[str, Any])
 
 
@@ -110,13 +110,13 @@ def scorer_of(task: Task, chosen: ScorerChoice | None) -> ScorerChoice | None:
     """
     if task == TEACHER_FORCED:
         if chosen is not None:
-            raise Refusal("only generated answers and choices have a scorer", "Add `task: generation`.")
+            raise RefusedValues("only generated answers and choices have a scorer", "Add `task: generation`.")
         return None
     chosen = chosen or ScorerChoice(name=_DEFAULTS[task])
     known = _OF_CHOICES if task == "multiple_choice" else ANSWER_SCORERS
     others = ANSWER_SCORERS if task == "multiple_choice" else _OF_CHOICES
     if chosen.name in others or (task == "multiple_choice" and chosen.name not in known):
-        raise Refusal(f"{chosen.name} does not score {task}", f"Scorers for it: {', '.join(known)}.")
+        raise RefusedValues(f"{chosen.name} does not score {task}", f"Scorers for it: {', '.join(known)}.")
     if chosen.name not in known:
         return chosen
     settings = known[chosen.name].model_validate(chosen.settings)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self, TypeVar, cast
 from pydantic import Field, ValidationError, model_validator
 
 from composer.errors import Mismatch, NotSupported
-from composer.formats.recipes.documents import LISTED, Document, Reader, Refusal, problem_of
+from composer.formats.recipes.documents import LISTED, Document, ParsedBy, RefusedValues, problem_of
 from composer.formats.untrusted import printable
 
 MAX_RULES = 100
@@ -64,14 +64,14 @@ def _glob(value: object) -> str:
     return value
 
 
-Factor = Annotated[float, Reader(factor, {"type": "number", "minimum": -LARGEST, "maximum": LARGEST})]
+Factor = Annotated[float, ParsedBy(factor, {"type": "number", "minimum": -LARGEST, "maximum": LARGEST})]
 Layers = Annotated[
     tuple[int, int],
-    Reader(
+    ParsedBy(
         _layers, {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": f"^{_RANGE.pattern}$"}]}
     ),
 ]
-Modules = Annotated[str, Reader(_glob, {"type": "string"})]
+Modules = Annotated[str, ParsedBy(_glob, {"type": "string"})]
 
 
 class WeightRule(Document):
@@ -85,7 +85,7 @@ class WeightRule(Document):
     @model_validator(mode="after")
     def _refuse_empty(self) -> Self:
         if not self.model_fields_set & {"layers", "modules"}:
-            raise Refusal("it needs layers or modules")
+            raise RefusedValues("it needs layers or modules")
         return self
 
     def holds(self, module: str) -> bool:

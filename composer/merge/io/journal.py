@@ -16,7 +16,7 @@ from composer.formats.checkpoints.staging import sync
 JOURNAL_FILE = ".journal"
 
 
-class Journal:
+class ShardJournal:
     """The finished shards of the merge that writes into `directory`. Opening it removes all other files."""
 
     def __init__(self, directory: Path) -> None:

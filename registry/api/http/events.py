@@ -61,7 +61,7 @@ Key = tuple[Documents, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class DocumentEvent:
     """A document as an event: its text, its id, and whether it is the last."""
 
     text: str
@@ -69,7 +69,7 @@ class Snapshot:
     ended: bool
 
     @classmethod
-    def of(cls, document: "JobOut | CompositionOut") -> "Snapshot":
+    def of(cls, document: "JobOut | CompositionOut") -> "DocumentEvent":
         """The heartbeat is left out of the id: it moves although nothing has changed."""
         same = document.model_dump_json(exclude={"heartbeat_at"})
         return cls(document.model_dump_json(), sha256(same.encode()).hexdigest()[:16], document.state in FINISHED)
@@ -81,11 +81,11 @@ class Followed:
     cannot be read."""
 
     streams: int = 0
-    latest: Snapshot | None = None
+    latest: DocumentEvent | None = None
     is_lost: bool = False
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def put(self, snapshot: Snapshot | None) -> None:
+    def put(self, snapshot: DocumentEvent | None) -> None:
         if snapshot is None or self.latest is None or snapshot.id != self.latest.id:
             self.latest, self.is_lost = snapshot, snapshot is None
             self.wake()
@@ -127,7 +127,7 @@ class Feed:
     async def _read_on(self) -> None:
         while self._followed:
             await asyncio.sleep(POLL_S)
-            followed, snapshots = dict(self._followed), dict[Key, Snapshot]()
+            followed, snapshots = dict(self._followed), dict[Key, DocumentEvent]()
             try:
                 snapshots = await run_in_threadpool(self._read, list(followed))
             except RegistryError:  # ends the streams: the next request gets this error
@@ -138,15 +138,15 @@ class Feed:
                     if self._state.draining:
                         one.wake()
 
-    def _read(self, keys: Sequence[Key]) -> dict[Key, Snapshot]:
+    def _read(self, keys: Sequence[Key]) -> dict[Key, DocumentEvent]:
         wanted = defaultdict[Documents, list[int]](list)
         for documents, row_id in keys:
             wanted[documents].append(row_id)
-        read = dict[Key, Snapshot]()
+        read = dict[Key, DocumentEvent]()
         with self._resources.read() as session:
             for documents, ids in wanted.items():
                 rows = documents(session, ids).items()
-                read |= {(documents, row_id): Snapshot.of(document) for row_id, document in rows}
+                read |= {(documents, row_id): DocumentEvent.of(document) for row_id, document in rows}
         return read
 
 
@@ -175,7 +175,7 @@ class EventStreams:
 async def stream(request: Request, actor: Actor, look: Look, key: Key, seen: str | None) -> Response:
     """The events after the one that was `seen`; 204 if that was the last one, which stops a browser from reconnecting.
     `key` leads to the same document as `look`. Raises what `look` raises, and TooMany."""
-    first = Snapshot.of(await run_in_threadpool(look, actor))
+    first = DocumentEvent.of(await run_in_threadpool(look, actor))
     if first.ended and first.id == seen:
         return Response(status_code=204, headers=_HEADERS)
     return _Events(request, actor, look, key, first, seen)
@@ -184,7 +184,9 @@ async def stream(request: Request, actor: Actor, look: Look, key: Key, seen: str
 class _Events(StreamingResponse):
     """Counts as open until it has been sent or the client has hung up."""
 
-    def __init__(self, request: Request, actor: Actor, look: Look, key: Key, first: Snapshot, seen: str | None) -> None:
+    def __init__(
+        self, request: Request, actor: Actor, look: Look, key: Key, first: DocumentEvent, seen: str | None
+    ) -> None:
         super().__init__((), headers=_HEADERS, media_type="text/event-stream")
         self._request, self._actor, self._look, self._key = request, actor, look, key
         self._first, self._seen = first, seen

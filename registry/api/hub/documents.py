@@ -12,9 +12,9 @@ from registry.database.tables import Repository
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, at_least, namespaces_of
 from registry.domain.catalog import bases, commits, releases, repositories
-from registry.domain.catalog.commits import Entry
+from registry.domain.catalog.commits import HistoryEntry
 from registry.domain.catalog.release_rows import ReleaseRow, load_details
-from registry.domain.catalog.releases import Published
+from registry.domain.catalog.releases import PublishedEntry
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.tags import LIBRARIES, list_tags
 from registry.domain.channels import resolve
@@ -122,7 +122,7 @@ def _tree_entry(entry: TreeEntry, commit: str) -> Json:
     return {"type": "file", "path": entry.path, "oid": oid, "size": file.size_bytes, "lfs": lfs}
 
 
-def _last_commit(entry: TreeEntry, brought: Mapping[str, Published]) -> Json | None:
+def _last_commit(entry: TreeEntry, brought: Mapping[str, PublishedEntry]) -> Json | None:
     """The release that brought a file; for a directory, the last one that brought a file below it."""
     if entry.file:
         last = brought.get(entry.path)
@@ -150,7 +150,7 @@ def _ref(kind: str, name: str, commit: str | None) -> Json:
     return {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit}
 
 
-def commit_view(entry: Entry) -> Json:
+def commit_view(entry: HistoryEntry) -> Json:
     return {
         "id": entry.commit,
         "title": entry.title,

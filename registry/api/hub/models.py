@@ -13,7 +13,7 @@ from registry.api.hub import documents
 from registry.api.hub.wire import HubRoute, next_page, revision_headers
 from registry.domain.access.roles import refuse_anonymous
 from registry.domain.catalog import commits, releases, repositories
-from registry.domain.catalog.repositories import Wanted
+from registry.domain.catalog.repositories import RepositoryFilter
 from registry.domain.catalog.tags import narrow
 from registry.domain.channels import revisions
 from registry.domain.channels.revisions import MAIN
@@ -59,7 +59,7 @@ def list_models(  # noqa: PLR0913
 ) -> Response:
     """Lists the models that the caller may read, by name."""
     size = min(limit, PAGE)
-    asked = Wanted(namespace=author and author.lower(), words=[word.lower() for word in search])
+    asked = RepositoryFilter(namespace=author and author.lower(), words=[word.lower() for word in search])
     with resources.snapshot() as session:
         wanted, after = narrow(session, asked, filters), decode_cursor(cursor)
         rows = repositories.list_page(session, actor, wanted, after=after, limit=size + 1) if wanted else []

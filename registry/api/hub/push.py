@@ -119,10 +119,16 @@ def plan_uploads(
 
 
 def permit_of(  # noqa: PLR0913
-    namespace: str, sha256: str, act: lfs.Act, expires: int, signature: str, multipart: str = "", token: str = ""
-) -> lfs.Permit:
+    namespace: str,
+    sha256: str,
+    act: lfs.PermittedAct,
+    expires: int,
+    signature: str,
+    multipart: str = "",
+    token: str = "",
+) -> lfs.LfsPermit:
     """The permission in an address. The client sends no token with it."""
-    return lfs.Permit(
+    return lfs.LfsPermit(
         act=act,
         namespace=parse_name(namespace, "namespace"),
         sha256=parse_digest(sha256),
@@ -133,7 +139,7 @@ def permit_of(  # noqa: PLR0913
     )
 
 
-PermitOf = Annotated[lfs.Permit, Depends(permit_of)]
+PermitOf = Annotated[lfs.LfsPermit, Depends(permit_of)]
 
 
 def permitted(permit: PermitOf, resources: ResourcesOf) -> lfs.Permitted:
@@ -312,7 +318,7 @@ def _lfs_object(request: Request, file: ManifestFile, sending: lfs.Sending | Non
     return {**described, "actions": {**actions, "verify": finish} if finish else actions}
 
 
-def _permitted_url(request: Request, permit: lfs.Permit | None) -> str:
+def _permitted_url(request: Request, permit: lfs.LfsPermit | None) -> str:
     if permit is None:
         return ""
     query = {"act": permit.act, "expires": permit.expires, "signature": permit.signature}

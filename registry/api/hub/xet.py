@@ -20,7 +20,7 @@ from registry.domain.channels import revisions
 from registry.formats.references import parse_repository
 from registry.transfer import xet
 from registry.transfer.resources import Resources
-from registry.transfer.xet import Push
+from registry.transfer.xet import XetPush
 
 router = APIRouter(route_class=HubRoute)
 Pusher = Annotated[Actor, Depends(Rule(Where.NAMESPACE, Role.PUBLISHER, changes=True))]
@@ -39,19 +39,19 @@ def begin(
     return JSONResponse({"accessToken": permit.token, "exp": permit.expires, "casUrl": address})
 
 
-def push_of(upload: str, request: Request, resources: ResourcesOf) -> Push:
+def push_of(upload: str, request: Request, resources: ResourcesOf) -> XetPush:
     """The push at an address, for the holder of a token for it."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     return xet.authenticate(resources, upload, token if scheme.lower() == "bearer" else "")
 
 
-def _chunks(request: Request, push: Push, resources: Resources) -> Iterator[bytes]:
+def _chunks(request: Request, push: XetPush, resources: Resources) -> Iterator[bytes]:
     """The body, which may take hours. Raises at its end if the token has ended meanwhile."""
     yield from body_chunks(request)
     push_of(push.upload_id, request, resources)
 
 
-PushOf = Annotated[Push, Depends(push_of)]
+PushOf = Annotated[XetPush, Depends(push_of)]
 
 
 @router.post("/xet/{upload}/v1/xorbs/default/{xorb}")

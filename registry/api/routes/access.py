@@ -27,7 +27,7 @@ from registry.api.schemas.access import (
 from registry.api.schemas.wire import Page
 from registry.database.tables import Namespace
 from registry.domain.access import namespaces, people, quotas, tokens, users
-from registry.domain.access.namespaces import Change
+from registry.domain.access.namespaces import NamespaceChange
 from registry.domain.access.people import Person
 from registry.domain.access.quotas import Quota, Retention
 from registry.domain.access.roles import EVERYWHERE, Role, permit, permit_everywhere, refuse_anonymous
@@ -91,7 +91,7 @@ def set_namespace(
     namespace: str, body: NamespaceIn, resources: ResourcesOf, actor: Admin, callers: CallersOf
 ) -> NamespaceOut:
     """Change the fields given in the body. Creates the namespace, if the caller is a registry admin."""
-    wanted = Change(body.public, body.require_signature, body.signing_keys, body.signature_covers, body.main)
+    wanted = NamespaceChange(body.public, body.require_signature, body.signing_keys, body.signature_covers, body.main)
     with resources.write() as session:
         view = _namespace_view(namespaces.change(session, actor, namespace, wanted))
     callers.forget()

@@ -32,7 +32,7 @@ from registry.database.tables import Release
 from registry.domain.access import namespaces
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
-from registry.domain.catalog.repositories import Wanted
+from registry.domain.catalog.repositories import RepositoryFilter
 from registry.domain.channels import withdrawals
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_digest, parse_name, parse_version
@@ -53,7 +53,7 @@ def list_repositories(
     """List the repositories that the caller may read, of one namespace if it is given."""
     if namespace is not None:
         permit(actor, Role.READER, parse_name(namespace, "namespace"))
-    wanted = Wanted([kind], namespace)
+    wanted = RepositoryFilter([kind], namespace)
     with resources.snapshot() as session:
         if namespace is not None:
             namespaces.find(session, namespace)

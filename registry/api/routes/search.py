@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import QueryParams
 
-from composer.formats.adapters.serving import Profile, loads
+from composer.formats.adapters.serving import ServerProfile, loads
 from registry.api.http.pagination import decode_cursor, encode_cursor
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route, cached_by_query, needs_only_request
@@ -201,7 +201,7 @@ def _documents(request: Request) -> RenderedReleaseCache:
     return cast(RenderedReleaseCache, request.app.state.documents)
 
 
-def _remarks(row: RenderedRelease, result: SearchResult, profile: Profile | None) -> bytes:
+def _remarks(row: RenderedRelease, result: SearchResult, profile: ServerProfile | None) -> bytes:
     """The fields that FoundOut adds: whether the release is for a related base, and whether the server loads it."""
     if not profile and not (result.base and result.relations[row.base_digest]):
         return NO_REMARKS

@@ -88,7 +88,7 @@ class _Nothing:
         pass
 
 
-class _Lines:
+class _ProgressLines:
     """A line for the job's state and for each step that begins, ends or redoes something."""
 
     def __init__(self, label: str) -> None:
@@ -113,7 +113,7 @@ class _Lines:
 def shown_steps(label: str, *, lines: bool) -> Generator[Shown]:
     """Shows a job's states on stderr: as bars on a terminal, elsewhere as lines, or not at all."""
     if not sys.stderr or not sys.stderr.isatty():
-        yield _Lines(label) if lines else _Nothing()
+        yield _ProgressLines(label) if lines else _Nothing()
         return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn

@@ -305,7 +305,7 @@ def _mark(result: Mapping[str, Any]) -> str:
     return "wait" if result.get("waiting") else "FAIL" if result.get("required", True) else "warn"
 
 
-class Progress:
+class StepProgress:
     """Progress callback: called with each amount done, from any thread. This one shows nothing."""
 
     def __call__(self, count: int) -> None:
@@ -324,7 +324,7 @@ class Progress:
                 self.step(step["name"], step["done"], step["total"], step["unit"])
 
 
-class _Bar(Progress):
+class _Bar(StepProgress):
     def __init__(self, bars: "Bars", label: str, total: int | None, unit: str) -> None:
         self._bars = bars
         self._label: str = label
@@ -350,20 +350,20 @@ class _Bar(Progress):
 
 
 @contextmanager
-def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Progress]:
+def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[StepProgress]:
     """A bar with amount, rate and time left, on stderr if that is a terminal; otherwise nothing.
 
     The callback's amounts are in `unit`. Without a total, the bar appears with the first amount or step.
     """
     if not sys.stderr or not sys.stderr.isatty() or total == 0:
-        yield Progress()
+        yield StepProgress()
         return
     from rich.console import Console
     from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
     from rich.progress import Progress as Bars
     from rich.text import Text
 
-    class Amount(ProgressColumn):
+    class AmountColumn(ProgressColumn):
         def render(self, task: Task) -> Text:
             if task.total is None:
                 return Text("")
@@ -384,7 +384,7 @@ def progress(label: str, total: int | None, unit: str = "bytes") -> Generator[Pr
     def _amount(count: float, task: Task) -> str:
         return size(int(count)) if task.fields["unit"] == "bytes" else f"{count:.3g}" if count % 1 else f"{count:.0f}"
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(14), Amount(), Left())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(14), AmountColumn(), Left())
     bars = Bars(*columns, console=Console(stderr=True), transient=True)
     shown = _Bar(bars, label, total, unit)
     if total is not None:

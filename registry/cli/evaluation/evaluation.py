@@ -16,7 +16,7 @@ from registry.cli.console.render import JsonFlag
 from registry.cli.evaluation import harness as harnesses
 from registry.cli.evaluation import queued_evaluation
 from registry.cli.evaluation.harness import ChatTemplate, HarnessChoice, NumFewshot, TaskDirectory, TaskNames
-from registry.cli.evaluation.quality import BaseDir, Device, Subject, release_or_base
+from registry.cli.evaluation.quality import BaseDir, Device, EvaluationTarget, release_or_base
 from registry.cli.operations.jobs import MemoryOption, PriorityOption, wishes
 from registry.errors import RegistryError, Usage
 from registry.errors.codes import RETRYABLE
@@ -26,7 +26,7 @@ from registry.sdk.suites import fetch_suite
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
-    from composer.evaluation.evaluate import Result, Score
+    from composer.evaluation.evaluate import Result, SuiteScore
     from composer.evaluation.journal import ResultJournal
     from composer.evaluation.model import LoadedModel
     from composer.formats.recipes.suite import Example, Suite
@@ -36,10 +36,10 @@ _HELP = "See `adaptory eval --help`."
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class SuiteRun:
     """One subject on one suite: a subject, a suite, the examples and what an interrupted run has measured."""
 
-    subject: Subject
+    subject: EvaluationTarget
     suite: "Suite"
     examples: "Sequence[Example]"
     journal: "ResultJournal"
@@ -107,7 +107,7 @@ def _evaluated(
         sweep_journals(connection.settings, datetime.now(UTC))
         plan = harnesses.load(choice) if choice.names else None
         suites = [fetch_suite(connection, name) for name in suite_names]
-        subjects = [Subject(name, *release_or_base(connection, name)) for name in what]
+        subjects = [EvaluationTarget(name, *release_or_base(connection, name)) for name in what]
         tasks = [_task(connection, subject, one, choice.limit) for subject in subjects for one in suites]
         unmeasured = [task.subject for task in tasks if task.journal.missing(task.examples)]
         models = _Models(connection, subjects if plan else unmeasured, where)
@@ -141,7 +141,7 @@ class _Where:
     base_dir: Path | None
 
 
-def _task(connection: Connection, subject: Subject, suite: "Suite", limit: int | None) -> Task:
+def _task(connection: Connection, subject: EvaluationTarget, suite: "Suite", limit: int | None) -> SuiteRun:
     from composer.evaluation.journal import ResultJournal
     from composer.evaluation.scorers.process import open_scorer
     from registry.transfer.collect import evaluation_journal
@@ -151,11 +151,11 @@ def _task(connection: Connection, subject: Subject, suite: "Suite", limit: int |
             pass
     identity = f"{subject.identity} {suite.digest}"
     journal = ResultJournal(evaluation_journal(connection.settings, identity), identity)
-    return Task(subject, suite, suite.sample(limit), journal)
+    return SuiteRun(subject, suite, suite.sample(limit), journal)
 
 
 def _run(
-    connection: Connection, tasks: Sequence[Task], models: "_Models", *, recorded: bool
+    connection: Connection, tasks: Sequence[SuiteRun], models: "_Models", *, recorded: bool
 ) -> tuple[dict[str, list[Json]], RegistryError | None]:
     """The scores by subject, and the first error. Records the scores of each task as it ends. Everything is fetched
     before the first pass.
@@ -167,7 +167,7 @@ def _run(
     if known:
         render.say(f"resumed: {known} of {known + left} examples were measured before")
     rows: dict[str, list[Json]] = {task.subject.name: [] for task in tasks}
-    failed: list[tuple[Task, ComposerError]] = []
+    failed: list[tuple[SuiteRun, ComposerError]] = []
     label = f"eval {next(iter(rows))}" if len(rows) == 1 else f"eval {len(rows)} subjects"
     with render.progress(label, left, "examples") as done:
         for task in sorted(tasks, key=lambda task: task.subject.weights):
@@ -189,7 +189,7 @@ def _run(
     return rows, _first(failed, len(tasks))
 
 
-def _first(failed: "Sequence[tuple[Task, ComposerError]]", count: int) -> RegistryError | None:
+def _first(failed: "Sequence[tuple[SuiteRun, ComposerError]]", count: int) -> RegistryError | None:
     """The first error, with the release and the suite that it is about."""
     if not failed:
         return None
@@ -205,14 +205,14 @@ class _Models:
     """Fetches the files of all subjects, and loads the weights of one after the other: those in memory stay there for
     all subjects that use them."""
 
-    def __init__(self, connection: Connection, subjects: Sequence[Subject], where: _Where) -> None:
+    def __init__(self, connection: Connection, subjects: Sequence[EvaluationTarget], where: _Where) -> None:
         self._device = where.device
         self._current: tuple[Path, LoadedModel] | None = None
         self._releases = {one.name: release_directory(connection, one.release) for one in subjects if one.release}
         bases = {one.weights: one.base for one in subjects if not one.is_model}
         self._bases = {key: base_checkpoint(base, where.base_dir).path for key, base in bases.items()}
 
-    def of(self, subject: Subject) -> "tuple[LoadedModel, Sequence[Delta]]":
+    def of(self, subject: EvaluationTarget) -> "tuple[LoadedModel, Sequence[Delta]]":
         """The model in memory and the subject's deltas on it."""
         from composer.deltas.variants.load import load_deltas
 
@@ -232,8 +232,8 @@ class _Models:
 
 
 def _measured(
-    connection: Connection, task: Task, models: _Models, done: Callable[[int], None]
-) -> "tuple[list[Score], list[Result]]":
+    connection: Connection, task: SuiteRun, models: _Models, done: Callable[[int], None]
+) -> "tuple[list[SuiteScore], list[Result]]":
     from composer.evaluation.evaluate import scores
     from composer.evaluation.journal import examine_rest
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from composer.evaluation.harness_model import AnswerJournal, HarnessModel
     from composer.evaluation.model import LoadedModel
     from composer.formats.recipes.elsewhere import HarnessTask
-    from registry.cli.evaluation.quality import Subject
+    from registry.cli.evaluation.quality import EvaluationTarget
 
 Json = dict[str, Any]
 
@@ -85,8 +85,8 @@ def evaluate(
     connection: Connection,
     choice: HarnessChoice,
     plan: "Plan",
-    subjects: "Sequence[Subject]",
-    model_of: "Callable[[Subject], tuple[LoadedModel, Sequence[Delta]]]",
+    subjects: "Sequence[EvaluationTarget]",
+    model_of: "Callable[[EvaluationTarget], tuple[LoadedModel, Sequence[Delta]]]",
 ) -> dict[str, list[Json]]:
     """The scores by subject. Records those of each task as it ends; an interrupted run resumes at the request where it
     stopped."""
@@ -107,8 +107,8 @@ class _Run:
     connection: Connection
     choice: HarnessChoice
     plan: "Plan"
-    subject: "Subject"
-    model_of: "Callable[[Subject], tuple[LoadedModel, Sequence[Delta]]]"
+    subject: "EvaluationTarget"
+    model_of: "Callable[[EvaluationTarget], tuple[LoadedModel, Sequence[Delta]]]"
     journals: "list[AnswerJournal]" = field(default_factory=list["AnswerJournal"])
 
     def scores(self) -> list[Json]:
@@ -126,7 +126,9 @@ class _Run:
             rows += self._recorded(group.suite, run_group(group, outcomes))
         return rows
 
-    def _measured(self, model: "HarnessModel", name: str, deltas: "Sequence[Delta]", bar: render.Progress) -> "Outcome":
+    def _measured(
+        self, model: "HarnessModel", name: str, deltas: "Sequence[Delta]", bar: render.StepProgress
+    ) -> "Outcome":
         from composer.evaluation.harness import run_task
         from composer.evaluation.harness_model import AnswerJournal
         from registry.transfer.collect import evaluation_journal

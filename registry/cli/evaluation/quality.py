@@ -23,7 +23,7 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class EvaluationTarget:
     """A release or a base that suites are run on; `release` is None for a base."""
 
     name: str
@@ -113,7 +113,7 @@ def delete(
         next_step = "Write SUITE.METRIC, as in sql-exact.accuracy."
         raise Usage("bad_score_name", f"{score} does not name a score.", subject=score, next_step=next_step)
     with connected() as connection:
-        path = Subject(what, *release_or_base(connection, what)).scores_path
+        path = EvaluationTarget(what, *release_or_base(connection, what)).scores_path
         deleted = connection.api.delete(f"{path}/{quote(suite, safe='')}/{quote(metric, safe='')}")
     render.document(deleted, json, lambda: render.out(f"deleted {score} = {render.cell(deleted['value'])} of {what}"))
 

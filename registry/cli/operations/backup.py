@@ -9,7 +9,7 @@ from registry.cli.console import render
 from registry.cli.console.connect import own_settings
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
-from registry.cli.operations.maintenance import Check, own_resources
+from registry.cli.operations.maintenance import FsckResult, own_resources
 from registry.errors import Usage
 from registry.home import close_directory
 
@@ -119,7 +119,7 @@ def restore(
     finally:
         database.close()
     with own_resources() as resources:
-        check = Check.of(resources, read_bytes=False)  # each blob was hashed on its way
+        check = FsckResult.of(resources, read_bytes=False)  # each blob was hashed on its way
     document = {
         "name": manifest.name,
         "rows": sum(restored.tables.values()),
@@ -134,7 +134,7 @@ def restore(
         raise typer.Exit(1)
 
 
-def _show_restored(restored: "Restored", check: Check) -> None:
+def _show_restored(restored: "Restored", check: FsckResult) -> None:
     contents = _contents(sum(restored.tables.values()), restored.manifest.blob_count)
     render.out(f"{restored.manifest.name}: {contents}; copied {render.counted(restored.copied, 'blob')}")
     if restored.kept:

@@ -102,7 +102,7 @@ def fsck(
 ) -> None:
     """Check the registry's integrity; changes nothing without --discard. Exits 1 if a check fails."""
     with own_resources() as resources:
-        check = Check.of(resources, read_bytes=full)
+        check = FsckResult.of(resources, read_bytes=full)
         failure = check.discard(resources) if discard else None
     document = check.to_json()
     if discard:
@@ -115,7 +115,7 @@ def fsck(
 
 
 @dataclass(slots=True)
-class Check:
+class FsckResult:
     """What fsck found, and what it discarded."""
 
     extent: "Extent"
@@ -125,7 +125,7 @@ class Check:
     discarded: list[str] = field(default_factory=list[str])
 
     @classmethod
-    def of(cls, resources: "Resources", *, read_bytes: bool) -> "Check":
+    def of(cls, resources: "Resources", *, read_bytes: bool) -> "FsckResult":
         from registry.transfer import fsck as promises
 
         extent, database_url = promises.extent(resources), resources.database.shown_url

@@ -18,9 +18,9 @@ from registry.errors.translation import refuse_errors
 from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
-    from composer.formats.adapters.compare import Comparison
+    from composer.formats.adapters.compare import AdapterComparison
     from composer.formats.adapters.inspection import Inspection
-    from registry.client.lineage import Composition
+    from registry.client.lineage import Lineage
 
 Json = dict[str, Any]
 
@@ -29,7 +29,7 @@ EXAMPLE_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class DiffSide:
     """One side: its release as the API shows it, its directory if its modules can be compared, its lineage if it is a
     composition, and its results by suite digest, example by example. Of a base, `release` has the scores, and `path`
     is that of the base; a directory has no `path`."""
@@ -37,7 +37,7 @@ class Subject:
     name: str
     release: Json
     directory: Path | None
-    made: "Composition | None"
+    made: "Lineage | None"
     path: str = ""
     is_base: bool = False
     results: dict[str, Json] = field(default_factory=dict[str, Json])
@@ -91,7 +91,7 @@ def diff(
     render.document(document, json, lambda: _show(document, everything=everything))
 
 
-def _subjects(old: str, new: str, *, with_suites: bool) -> tuple[Subject, Subject, list[Json]]:
+def _subjects(old: str, new: str, *, with_suites: bool) -> tuple[DiffSide, DiffSide, list[Json]]:
     """The two sides, and the suites that both have results on, if asked for; two directories need no registry."""
     if Path(old).is_dir() and Path(new).is_dir():
         return _directory(Path(old)), _directory(Path(new)), []
@@ -105,11 +105,11 @@ def _subjects(old: str, new: str, *, with_suites: bool) -> tuple[Subject, Subjec
         return before, after, [connection.api.get(f"/v1/suites/{digest}") for digest in compared]
 
 
-def _digests(subject: Subject) -> set[str]:
+def _digests(subject: DiffSide) -> set[str]:
     return {score["suite_digest"] for score in subject.release["scores"]}
 
 
-def _warn_of_base(before: Subject, after: Subject) -> None:
+def _warn_of_base(before: DiffSide, after: DiffSide) -> None:
     """Raises Usage for a directory, which has no scores. Says so if the release is for another base, and which
     command records what is missing."""
     for one, other in ((before, after), (after, before)):
@@ -121,7 +121,7 @@ def _warn_of_base(before: Subject, after: Subject) -> None:
         render.say(f"no suite has scores of both: adaptory eval {before.name} {after.name} --suite NAME records them")
 
 
-def _results(connection: Connection, subject: Subject, digests: set[str]) -> dict[str, Json]:
+def _results(connection: Connection, subject: DiffSide, digests: set[str]) -> dict[str, Json]:
     """The results by suite digest, of those suites for which they were recorded."""
     results: dict[str, Json] = {}
     for digest in sorted(digests):
@@ -130,20 +130,20 @@ def _results(connection: Connection, subject: Subject, digests: set[str]) -> dic
     return results
 
 
-def _registered(connection: Connection, text: str) -> Subject:
+def _registered(connection: Connection, text: str) -> DiffSide:
     """A release or a base."""
     from registry.client.api import release_path
     from registry.client.lineage import fetch_note, of_note, of_release
 
     named, base = release_or_base(connection, text)
     if named is None:
-        return Subject(text, base, None, None, f"/v1/bases/{base['digest']}", is_base=True)
+        return DiffSide(text, base, None, None, f"/v1/bases/{base['digest']}", is_base=True)
     path = release_path(named)
     release = connection.api.get(path)
     directory = release_directory(connection, release) if release["kind"] == "adapter" else None
     note = _note(directory) if directory else fetch_note(connection.api, release)
     made = of_release(release, note) or of_note(note)
-    return Subject(f"{release['repository']}:{release['version']}", release, directory, made, path)
+    return DiffSide(f"{release['repository']}:{release['version']}", release, directory, made, path)
 
 
 def _note(directory: Path) -> bytes:
@@ -155,7 +155,7 @@ def _note(directory: Path) -> bytes:
         return file.read(NOTE_BYTES)
 
 
-def _directory(directory: Path) -> Subject:
+def _directory(directory: Path) -> DiffSide:
     """Describes a directory as its release would be described, as far as its files allow."""
     from composer.formats.adapters.serving import SERVERS, judge
     from composer.formats.adapters.spectrum import spectrum
@@ -177,7 +177,7 @@ def _directory(directory: Path) -> Subject:
         "scores": [],
         "files": [asdict(file.manifest) for file in collect(select_files(directory))],
     }
-    return Subject(str(directory), release, directory, of_note(_note(directory)))
+    return DiffSide(str(directory), release, directory, of_note(_note(directory)))
 
 
 def _inspected(directory: Path) -> "Inspection":
@@ -188,7 +188,7 @@ def _inspected(directory: Path) -> "Inspection":
     return seen
 
 
-def _compare(old: Path | None, new: Path | None) -> "Comparison | None":
+def _compare(old: Path | None, new: Path | None) -> "AdapterComparison | None":
     from composer.formats.adapters.compare import compare
 
     if old is None or new is None:

@@ -78,7 +78,7 @@ def _followed(connection: Connection, release: Json, promotion: Json) -> Json:
         raise
 
 
-def _show_job(connection: Connection, promotion: Json, bar: render.Progress) -> None:
+def _show_job(connection: Connection, promotion: Json, bar: render.StepProgress) -> None:
     """Moves the bar to the running step of the promotion's evaluation."""
     if promotion["job"] is None or promotion["state"] != "pending":
         return

@@ -16,7 +16,7 @@ from registry.formats.signatures import Signed
 from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
-    from registry.client.lineage import Composition
+    from registry.client.lineage import Lineage
 
 Ref = Annotated[
     str, typer.Argument(help="REPO, REPO:VERSION, REPO@CHANNEL or REPO#COMMIT.", autocompletion=complete.references)
@@ -308,7 +308,7 @@ def used_ranks(facts: Json) -> str | None:
     return f"95 % in rank {used['rank_95']}, 99 % in rank {used['rank_99']}" if used else None
 
 
-def _made_of(connection: Connection, release: Json) -> "Composition | None":
+def _made_of(connection: Connection, release: Json) -> "Lineage | None":
     """The release's lineage; without its note, and with a warning, if the store has lost that."""
     from registry.client.lineage import fetch_note, of_release
 
@@ -336,7 +336,7 @@ def _guard_costs(connection: Connection, release: Json) -> list[tuple[str, str]]
     ]
 
 
-def _show_release(release: Json, made: "Composition | None", costs: list[tuple[str, str]]) -> None:
+def _show_release(release: Json, made: "Lineage | None", costs: list[tuple[str, str]]) -> None:
     from registry.client.diff import stated_provenance
 
     facts = release["adapter"] or release["model"]

@@ -24,7 +24,7 @@ Main = Literal["release", "commit"]
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class NamespaceChange:
     """Changes to the columns of a namespace that have these names; None leaves one unchanged."""
 
     public: bool | None = None
@@ -74,7 +74,7 @@ def find_or_create(session: Session, actor: Actor, name: str) -> Namespace:
     return row
 
 
-def change(session: Session, actor: Actor, name: str, wanted: Change) -> Namespace:
+def change(session: Session, actor: Actor, name: str, wanted: NamespaceChange) -> Namespace:
     """Changes the given settings of a namespace, creating it if needed. Waits for transactions that publish under the
     current settings. Raises Refused if it would require signatures without a key."""
     row = find_or_create(session, actor, name)
@@ -163,7 +163,7 @@ def roles_of(session: Session, user: str) -> dict[str, str]:
 
 
 def _settings(row: Namespace) -> Mapping[str, Any]:
-    return {one.name: getattr(row, one.name) for one in fields(Change)}
+    return {one.name: getattr(row, one.name) for one in fields(NamespaceChange)}
 
 
 def _check_keys(keys: Sequence[str]) -> None:

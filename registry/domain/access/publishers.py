@@ -19,7 +19,7 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import Role
 from registry.domain.access.tokens import NewToken
 from registry.errors import Invalid, NotAllowed, NotFound, Unauthenticated
-from registry.formats.id_tokens import Job
+from registry.formats.id_tokens import CiJob
 from registry.formats.references import RepositoryName
 
 LIFETIME = timedelta(hours=1)
@@ -49,7 +49,7 @@ class NewPublisher:
 class Assertion:
     """A verified ID token: its job, what identifies it, and until when it has to be remembered."""
 
-    job: Job
+    job: CiJob
     replay_key: str
     expires_at: datetime
 
@@ -172,7 +172,7 @@ def job_name(issuer: str, project: str) -> str:
     return f"{_SHORT.get(issuer, issuer.partition('//')[2])}/{project}"
 
 
-def claims_of(job: Job) -> Mapping[str, str | None]:
+def claims_of(job: CiJob) -> Mapping[str, str | None]:
     """What an audit row says of a job."""
     return {
         "issuer": job.issuer,
@@ -185,7 +185,7 @@ def claims_of(job: Job) -> Mapping[str, str | None]:
     }
 
 
-def _matching(session: Session, repository: RepositoryName, job: Job) -> TrustedPublisher:
+def _matching(session: Session, repository: RepositoryName, job: CiJob) -> TrustedPublisher:
     """The rule that allows the job, locked. Raises NotAllowed."""
     renamed = False
     for row in list_of(session, repository):
@@ -217,7 +217,7 @@ def _is_any_branch(ref: str) -> bool:
     return ref.endswith("*") and "refs/heads/".startswith(ref.removesuffix("*"))
 
 
-def _allows(row: TrustedPublisher, job: Job) -> bool:
+def _allows(row: TrustedPublisher, job: CiJob) -> bool:
     if row.ref is None or job.ref is None:
         same_ref = row.ref is None
     elif row.ref.endswith("*"):

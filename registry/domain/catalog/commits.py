@@ -58,7 +58,7 @@ class Deletion:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class CommitChange:
     """What a commit does, in order. With a `parent` (7 digits or more), it applies only to that commit."""
 
     title: str
@@ -101,13 +101,13 @@ def _is_servable(commit: type[Commit]) -> ColumnElement[bool]:
     return ~gone & (~released.where(release.yanked) | released.where(~release.yanked))
 
 
-def files_after(session: Session, name: RepositoryName, change: Change) -> list[ManifestFile]:
+def files_after(session: Session, name: RepositoryName, change: CommitChange) -> list[ManifestFile]:
     """The files of `main` after a change. Raises as `append`."""
     return _plan(session, repositories.find(session, name), change).files
 
 
 def append(
-    session: Session, actor: Actor, name: RepositoryName, change: Change, checked: Sequence[ManifestFile]
+    session: Session, actor: Actor, name: RepositoryName, change: CommitChange, checked: Sequence[ManifestFile]
 ) -> str | None:
     """Applies a change to `main` and returns the new commit id; None if it does not make the files that the caller has
     checked, since `main` has moved. Returns the head's id, and records nothing, if the head has the resulting files
@@ -129,31 +129,31 @@ def append(
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _CommitPlan:
     """The files that a change leaves, and the head's id if it has them already."""
 
     files: list[ManifestFile]
     unchanged: str | None = None
 
 
-def _plan(session: Session, repository: Repository, change: Change) -> _Plan:
+def _plan(session: Session, repository: Repository, change: CommitChange) -> _CommitPlan:
     current = head(session, repository)
     at = current.commit if current else EMPTY
     is_parent = change.parent is None or at.startswith(change.parent)
     start = current if is_parent else find_revision(session, repository, change.parent or "")
     files = _applied(session, parse_manifest(start.manifest) if start else [], change.operations)
     if files and commit_id(canonical_manifest(files)) == at:
-        return _Plan(files, at)
+        return _CommitPlan(files, at)
     if not is_parent:
         raise Stale(
             "head_moved",
             f"main of {repositories.name_of(repository)} is at {at}, not at {change.parent}.",
             subject=str(repositories.name_of(repository)),
         )
-    return _Plan(files, EMPTY if not change.operations and current is None else None)
+    return _CommitPlan(files, EMPTY if not change.operations and current is None else None)
 
 
-def added_files(session: Session, change: Change) -> list[ManifestFile]:
+def added_files(session: Session, change: CommitChange) -> list[ManifestFile]:
     """The files that a change adds, with the sizes that the client states, or those of the blobs."""
     added = [one for one in change.operations if isinstance(one, Addition)]
     sizes = _sizes(session, [one.sha256 for one in added])
@@ -226,7 +226,7 @@ def forget(session: Session, operator: Actor, before: datetime, limit: int) -> i
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class HistoryEntry:
     """A commit or a release, as an entry of a repository's history."""
 
     commit: str
@@ -236,21 +236,21 @@ class Entry:
     created_at: datetime
 
 
-def list_history(session: Session, name: RepositoryName, last: str, *, drafts: bool = True) -> list[Entry]:
+def list_history(session: Session, name: RepositoryName, last: str, *, drafts: bool = True) -> list[HistoryEntry]:
     """The commits and the releases up to the commit `last`, the newest first; a release that is also a commit once.
     Without `drafts`, only commits that were released."""
     columns = (Revision.commit, Commit.title, Commit.message, Commit.author, Commit.created_at)
     query = select(*columns).join(Revision, Revision.id == Commit.revision_id)
     query = query.join(Repository, Repository.id == Commit.repository_id).order_by(Commit.id.desc())
     query = query.where(Repository.namespace == name.namespace, Repository.name == name.name)
-    committed = [Entry(*row) for row in session.execute(query)]
+    committed = [HistoryEntry(*row) for row in session.execute(query)]
     listed = releases.list_history(session, name)
     if not drafts:
         published = {one.commit for one in listed}
         committed = [entry for entry in committed if entry.commit in published]
     known = {entry.commit for entry in committed}
     released = [
-        Entry(one.commit, one.version, one.notes, one.created_by, one.created_at)
+        HistoryEntry(one.commit, one.version, one.notes, one.created_by, one.created_at)
         for one in listed
         if one.commit not in known
     ]

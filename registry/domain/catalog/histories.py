@@ -22,7 +22,7 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class VersionScore:
     """A version's score."""
 
     version: str
@@ -51,11 +51,11 @@ def newest_measured(session: Session, repository: Repository) -> Release | None:
     return session.scalar(measured.order_by(Release.sort_key.desc()).limit(1))
 
 
-def of_metric(session: Session, repository: Repository, score: Score, *, limit: int) -> list[Entry]:
+def of_metric(session: Session, repository: Repository, score: Score, *, limit: int) -> list[VersionScore]:
     """The metric of a score over the repository's versions, yanked ones included, highest version first."""
     query = select(Release.version, Release.created_at, Release.yanked, Score)
     query = query.join(Release, Score.release_id == Release.id).where(
         Release.repository_id == repository.id, Score.suite_id == score.suite_id, Score.metric == score.metric
     )
     rows = session.execute(query.order_by(Release.sort_key.desc()).limit(limit))
-    return [Entry(*row) for row in rows]
+    return [VersionScore(*row) for row in rows]

@@ -231,7 +231,7 @@ def unknown_file(release: str, path: str) -> NotFound:
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class PublishedEntry:
     """A release as an entry of its repository's history."""
 
     id: int
@@ -242,9 +242,9 @@ class Published:
     created_by: str
 
 
-def list_history(session: Session, name: RepositoryName) -> list[Published]:
+def list_history(session: Session, name: RepositoryName) -> list[PublishedEntry]:
     """A repository's releases in reverse order of publication."""
-    return [Published(*row) for row in session.execute(_history(name).order_by(Release.id.desc()))]
+    return [PublishedEntry(*row) for row in session.execute(_history(name).order_by(Release.id.desc()))]
 
 
 def list_versions(session: Session, name: RepositoryName) -> dict[str, str]:
@@ -253,7 +253,7 @@ def list_versions(session: Session, name: RepositoryName) -> dict[str, str]:
     return {row.version: row.commit for row in session.execute(query)}
 
 
-def list_introductions(session: Session, name: RepositoryName, revision_id: int) -> dict[str, Published]:
+def list_introductions(session: Session, name: RepositoryName, revision_id: int) -> dict[str, PublishedEntry]:
     """For each file of a revision, the first release of the repository that had it with this content, by path; without
     those that none has."""
     file, earlier = RevisionFile.__table__.alias("file"), Release.__table__.alias("earlier")
@@ -268,7 +268,7 @@ def list_introductions(session: Session, name: RepositoryName, revision_id: int)
     )
     ids = dict(session.execute(first).all())
     rows = session.execute(_history(name).where(Release.id.in_(set(ids.values()))))
-    published = {row.id: Published(*row) for row in rows}
+    published = {row.id: PublishedEntry(*row) for row in rows}
     return {path: published[number] for path, number in ids.items()}
 
 

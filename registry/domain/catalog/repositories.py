@@ -141,7 +141,7 @@ def _check_kind(repository: Repository, kind: Kind) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RepositoryFilter:
     """Which repositories to list. All conditions must hold; None and () mean no condition.
 
     `words` are parts of NAMESPACE/NAME, in lower case. A repository has a base or a licence, each in several spellings,
@@ -168,7 +168,7 @@ class Wanted:
         return conditions
 
 
-def list_page(session: Session, actor: Actor, wanted: Wanted, *, after: str, limit: int) -> list[Repository]:
+def list_page(session: Session, actor: Actor, wanted: RepositoryFilter, *, after: str, limit: int) -> list[Repository]:
     """The repositories that the actor may read, by full name; `after` is the last one of the previous page."""
     namespace, _, name = after.partition("/")
     key = tuple_(Repository.namespace, Repository.name)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from sqlalchemy.orm import Session
 
 from registry.domain.catalog import bases
-from registry.domain.catalog.repositories import Kind, Wanted
+from registry.domain.catalog.repositories import Kind, RepositoryFilter
 from registry.errors import NotFound, Usage
 from registry.formats.licenses import spdx, spellings
 
@@ -26,7 +26,7 @@ def list_tags(kind: Kind, base_names: Sequence[str], license_: str | None) -> li
     return [LIBRARIES[kind], *of_base, *([_LICENSE + spdx(license_).lower()] if license_ else [])]
 
 
-def narrow(session: Session, wanted: Wanted, tags: Sequence[str]) -> Wanted | None:
+def narrow(session: Session, wanted: RepositoryFilter, tags: Sequence[str]) -> RepositoryFilter | None:
     """The conditions, and that a repository has all these tags. None if no repository can have them."""
     for tag in tags:
         if tag in LIBRARIES.values():
@@ -46,5 +46,5 @@ def narrow(session: Session, wanted: Wanted, tags: Sequence[str]) -> Wanted | No
     return wanted
 
 
-def _of_kind(wanted: Wanted, kind: Kind) -> Wanted:
+def _of_kind(wanted: RepositoryFilter, kind: Kind) -> RepositoryFilter:
     return replace(wanted, kinds=(*wanted.kinds, kind))

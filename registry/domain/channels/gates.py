@@ -164,7 +164,7 @@ class Keeps(Comparison):
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class ScoreConditions:
     """Conditions on every score that a rule uses: at least `min_n` examples, and not a `reported` one."""
 
     min_n: int = 1
@@ -313,7 +313,9 @@ def judge(rules: Sequence[Rule], candidate: Scores, against: References) -> list
     return [judge_rule(rule, candidate, against) for rule in rules]
 
 
-def judge_rule(rule: Rule, candidate: Scores, against: References, needs: Needs = Needs()) -> GateResult:
+def judge_rule(
+    rule: Rule, candidate: Scores, against: References, needs: ScoreConditions = ScoreConditions()
+) -> GateResult:
     """Evaluates one rule on the scores that count."""
     if isinstance(rule, Comparison) and against.serves_base(rule):
         result = _judge(replace(rule, other="base"), candidate, against, needs)
@@ -333,7 +335,7 @@ def _with_cost(rule: Rule, result: GateResult, candidate: Scores, against: Refer
     return replace(result, detail=f"{result.detail}; {guard_cost(own.value, base.value)}")
 
 
-def _judge(rule: Rule, candidate: Scores, against: References, needs: Needs) -> GateResult:
+def _judge(rule: Rule, candidate: Scores, against: References, needs: ScoreConditions) -> GateResult:
     key, text = (rule.suite, rule.metric), f"{rule}{needs}"
     own = candidate.get(key)
     if own is None:
@@ -380,7 +382,7 @@ def _figures_of_comparison(rule: Comparison, own: Measured, other: Measured) -> 
     return Figures(own, limit, own.higher_is_better, other, sure)
 
 
-def lacking(rule: Rule, candidate: Scores, against: References, needs: Needs) -> list[str]:
+def lacking(rule: Rule, candidate: Scores, against: References, needs: ScoreConditions) -> list[str]:
     """All whose score the rule uses and that have none that counts, as `GateResult.lacks` names them."""
     key, other = (rule.suite, rule.metric), compared_with(rule)
     other = "base" if against.serves_base(rule) else other
@@ -399,7 +401,7 @@ def refuse_unknown(session: Session, actor: Actor, rule: Rule) -> None:
     refuse_keeping_losses(session, rule)
 
 
-def refuse_impossible(rule: Rule, suite: Suite, needs: "Needs") -> None:
+def refuse_impossible(rule: Rule, suite: Suite, needs: "ScoreConditions") -> None:
     """Raises Usage for a rule that no score on this content of its suite can pass."""
     if suite.task == suites.REPORTED:
         if needs.measured or needs.min_n > 1:

@@ -14,7 +14,7 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import releases, repositories, signatures
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import pending, policies, timeline
-from registry.domain.channels.policies import Expected, PromotionRequest, Report, Verdict
+from registry.domain.channels.policies import Expected, PromotionRequest, PromotionVerdict, Report
 from registry.domain.channels.requirements import Question
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.jobs.evaluations import Wanted
@@ -133,10 +133,10 @@ def attempt(
     verdict = report.verdict(served=current.to_release_id == release.id)
     if report.failed and wanted.force:
         policies.refuse_force(actor, policy, wanted)
-    elif verdict is Verdict.WAITS:
+    elif verdict is PromotionVerdict.WAITS:
         seen, mapped = current.move_id or NOTHING_YET, session.get_one(Release, release.id)
         return Waiting(channel_id=release.channel_id, release=mapped, seen=seen, policy=policy, report=report)
-    elif verdict is Verdict.REFUSED:
+    elif verdict is PromotionVerdict.REFUSED:
         raise policies.gate_failed(wanted, report, policy)
     if current.to_release_id == release.id:
         return replace(ChannelMove.of_row(current), changed=False)

@@ -17,7 +17,7 @@ from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import metrics, repositories, suites
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import gates, pins, requirements
-from registry.domain.channels.gates import Contents, GateResult, Needs, Rule
+from registry.domain.channels.gates import Contents, GateResult, Rule, ScoreConditions
 from registry.domain.channels.requirements import Question
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import NotAllowed, Refused, Stale, Usage
@@ -29,7 +29,7 @@ _HOW = {"version", "min_n", "measured", "missing", "force", "expires_hours"}
 _REQUIREMENTS = tuple(name for name in ChannelPolicy.model_fields if name not in _HOW)
 
 
-class Verdict(StrEnum):
+class PromotionVerdict(StrEnum):
     """What a promotion leads to."""
 
     PASSES = "passes"
@@ -54,12 +54,12 @@ class Report:
         """Whether all that is not passed may still pass by itself."""
         return bool(self.failed) and all(result.waiting for result in self.failed)
 
-    def verdict(self, *, served: bool) -> Verdict:
+    def verdict(self, *, served: bool) -> PromotionVerdict:
         """What a promotion without force leads to. `served` says whether the last move is to the release: it then waits
         for nothing."""
         if self.failed and not self.waits:
-            return Verdict.REFUSED
-        return Verdict.WAITS if self.failed and not served else Verdict.PASSES
+            return PromotionVerdict.REFUSED
+        return PromotionVerdict.WAITS if self.failed and not served else PromotionVerdict.PASSES
 
     @property
     def until(self) -> datetime | None:
@@ -164,7 +164,7 @@ def _pins(
     pinned = pins.pin(session, actor, rules, kept)
     contents = pins.contents(session, rules, pinned)
     for rule, row in zip(rules, policy.rules, strict=True):
-        gates.refuse_impossible(rule, contents.suites[rule.suite], Needs(*policy.of_rule(row)))
+        gates.refuse_impossible(rule, contents.suites[rule.suite], ScoreConditions(*policy.of_rule(row)))
     return pinned
 
 
@@ -216,7 +216,7 @@ def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -
     results: list[GateResult] = []
     lacking: dict[Wanted, None] = {}
     for rule, row in zip(rules, policy.rules, strict=True):
-        needs = Needs(*policy.of_rule(row))
+        needs = ScoreConditions(*policy.of_rule(row))
         best = None if of_inputs is None else gates.best_of([needs.counting(one) for one in of_inputs])
         against = gates.References(base=of_base, served=served, inputs=best, guards=guards, hides_inputs=hidden)
         result = gates.judge_rule(rule, own, against, needs)
@@ -237,7 +237,7 @@ def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -
 def _awaited(
     question: Question,
     rule: Rule,
-    needs: Needs,
+    needs: ScoreConditions,
     result: GateResult,
     subjects: Sequence[tuple[int | None, str]],
     contents: Contents,

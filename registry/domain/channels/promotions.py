@@ -18,7 +18,7 @@ from registry.domain.channels import moves, pending, policies, requirements
 from registry.domain.channels.gates import GateResult
 from registry.domain.channels.moves import Waiting
 from registry.domain.channels.pending import PENDING
-from registry.domain.channels.policies import Expected, PromotionRequest, Report, Verdict
+from registry.domain.channels.policies import Expected, PromotionRequest, PromotionVerdict, Report
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.jobs import evaluations, queue
 from registry.domain.jobs.evaluations import Wanted
@@ -292,7 +292,7 @@ class Judgement:
     """`results` are those of the policy's rules. `error` is what refuses the promotion besides them. `served` is the
     version that the channel serves, None for an empty one, `move` the id of its last move, or NOTHING_YET."""
 
-    verdict: Verdict
+    verdict: PromotionVerdict
     results: Sequence[GateResult]
     error: Refused | None
     served: str | None
@@ -314,7 +314,7 @@ def judge(session: Session, actor: Actor, wanted: PromotionRequest) -> Judgement
     verdict = report.verdict(served=current is not None and current.to_release_id == release.id)
     given = moves.effective_move(session, channel) if channel else None
     return Judgement(
-        verdict=Verdict.REFUSED if error else verdict,
+        verdict=PromotionVerdict.REFUSED if error else verdict,
         results=report.results,
         error=error,
         served=given.to_release.version if given else None,

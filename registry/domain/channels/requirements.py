@@ -9,7 +9,7 @@ from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from composer.findings import Verdict
-from composer.formats.adapters.serving import Profile, loads, parse_profile
+from composer.formats.adapters.serving import ServerProfile, loads, parse_profile
 from registry.database.tables import Approval, Channel, Composition, Move, Namespace, Release, ReleaseInput
 from registry.domain.access import namespaces, tokens
 from registry.domain.access.audit import Actor
@@ -174,7 +174,7 @@ def _verdict_of(row: Row[*tuple[Any, ...]], rule: str, worst: Verdict) -> GateRe
     return GateResult(rule, Verdict.worst([worst, verdict]) is worst, detail)
 
 
-def _loads(release: Release, server: Profile) -> GateResult:
+def _loads(release: Release, server: ServerProfile) -> GateResult:
     """A model passes: servers load it as a checkpoint, not as an adapter."""
     rule = f"loads in {server}"
     if release.rank_max is None:

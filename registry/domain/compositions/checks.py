@@ -19,7 +19,7 @@ from registry.database.tables import ConflictCheck, Job
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds, may_read, refuse_anonymous
 from registry.domain.jobs import queue
-from registry.domain.jobs.needs import Needs
+from registry.domain.jobs.needs import WorkerNeeds
 from registry.errors import NotFound
 from registry.formats.references import parse_reference
 
@@ -57,7 +57,7 @@ def request(session: Session, actor: Actor, lock: Lock) -> ConflictCheck:
         namespaces = namespaces_of(check)
         owner = next(iter(namespaces)) if len(namespaces) == 1 else None
         job = queue.enqueue(session, actor, KIND, STEPS, owner)
-        queue.declare(session, job, Needs())
+        queue.declare(session, job, WorkerNeeds())
         check.job_id, check.report = job.id, None
         session.flush()
     return check

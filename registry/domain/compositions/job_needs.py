@@ -10,11 +10,11 @@ from registry.domain.catalog import suites
 from registry.domain.compositions import locking
 from registry.domain.jobs import evaluations, needs, queue
 from registry.domain.jobs.evaluations import Wanted
-from registry.domain.jobs.needs import EVOLUTION, Needs, base_need
+from registry.domain.jobs.needs import EVOLUTION, WorkerNeeds, base_need
 from registry.errors import RegistryError
 
 
-def needs_of(session: Session, recipe: Recipe, lock: Lock, *, plan_only: bool) -> Needs:
+def needs_of(session: Session, recipe: Recipe, lock: Lock, *, plan_only: bool) -> WorkerNeeds:
     """A search, a probe, a fit and an evaluation load the base; a merge only reads it. Combining adapters without any
     of these does not need it."""
     own = locking.member_suites(session, recipe, [locking.release_of(session, one) for one in lock.inputs])
@@ -26,7 +26,7 @@ def needs_of(session: Session, recipe: Recipe, lock: Lock, *, plan_only: bool) -
         names.add(base_need(lock.base))
     if recipe.optimize and recipe.optimize.evolve:
         names.add(EVOLUTION)
-    return Needs(frozenset(names), memory_bytes=session.get_one(Base, lock.base).size_bytes if loads else 0)
+    return WorkerNeeds(frozenset(names), memory_bytes=session.get_one(Base, lock.base).size_bytes if loads else 0)
 
 
 def declare_missing(session: Session) -> None:
@@ -36,16 +36,16 @@ def declare_missing(session: Session) -> None:
         try:
             needed = _needs_of_job(session, job)
         except RegistryError:
-            needed = Needs()
+            needed = WorkerNeeds()
         queue.declare(session, job, needed)
 
 
-def _needs_of_job(session: Session, job: Job) -> Needs:
+def _needs_of_job(session: Session, job: Job) -> WorkerNeeds:
     if job.kind == evaluations.KIND:
         row = session.get_one(Evaluation, job.id)
         return evaluations.needs_of(session, [Wanted(**one) for one in row.wanted])
     composition = session.scalar(select(Composition).where(Composition.job_id == job.id))
     if composition is None:  # a conflict check, which reads weights of adapters alone
-        return Needs()
+        return WorkerNeeds()
     recipe, lock = parse_recipe(composition.recipe), Lock.from_json(composition.lock)
     return needs_of(session, recipe, lock, plan_only=composition.plan_only)

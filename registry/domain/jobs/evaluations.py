@@ -15,7 +15,7 @@ from registry.domain.access import tokens
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, may
 from registry.domain.jobs import queue
-from registry.domain.jobs.needs import HARNESS, Needs, base_need, scorer_need
+from registry.domain.jobs.needs import HARNESS, WorkerNeeds, base_need, scorer_need
 from registry.domain.jobs.queue import PLAIN, Wish
 
 KIND = "evaluation"
@@ -55,7 +55,7 @@ def create(
     return job
 
 
-def needs_of(session: Session, wanted: Sequence[Wanted]) -> Needs:
+def needs_of(session: Session, wanted: Sequence[Wanted]) -> WorkerNeeds:
     """What a worker needs to measure this: the largest base in memory, each base but for models, which are loaded from
     their own files, and what the suites are measured with."""
     suites = session.scalars(select(Suite).where(Suite.digest.in_({one.suite for one in wanted})))
@@ -63,7 +63,7 @@ def needs_of(session: Session, wanted: Sequence[Wanted]) -> Needs:
     models = _models(session, {one.release for one in wanted if one.release is not None})
     names |= {base_need(one.base) for one in wanted if one.release not in models}
     sizes = select(Base.size_bytes).where(Base.digest.in_({one.base for one in wanted}))
-    return Needs(frozenset(names), memory_bytes=max(session.scalars(sizes), default=0))
+    return WorkerNeeds(frozenset(names), memory_bytes=max(session.scalars(sizes), default=0))
 
 
 def suite_needs(suite: Suite) -> set[str]:

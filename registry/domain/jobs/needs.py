@@ -37,7 +37,7 @@ _BATCH = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class WorkerNeeds:
     """What a worker must have: needs by name, and bytes of its device's memory."""
 
     names: frozenset[str] = frozenset()
@@ -53,7 +53,7 @@ class Offer:
     names: frozenset[str] = field(default=frozenset())
     memory_bytes: int
 
-    def lacking(self, needs: Needs) -> set[str]:
+    def lacking(self, needs: WorkerNeeds) -> set[str]:
         """What it does not meet."""
         return {*(needs.names - self.names), *({_MEMORY} if needs.memory_bytes > self.memory_bytes else ())}
 
@@ -78,7 +78,7 @@ def scorer_of(need: str) -> str | None:
     return need.removeprefix(_SCORER) if need.startswith(_SCORER) else None
 
 
-def declare(session: Session, job: Job, needs: Needs) -> None:
+def declare(session: Session, job: Job, needs: WorkerNeeds) -> None:
     """States what the job needs, in place of what was stated before."""
     session.execute(delete(JobNeed).where(JobNeed.job_id == job.id))
     if needs.names:
@@ -98,13 +98,13 @@ def undeclared(session: Session) -> list[Job]:
     return list(session.scalars(query.order_by(Job.id).limit(_BATCH).with_for_update(skip_locked=True)))
 
 
-def needs_of(session: Session, jobs: Collection[Job]) -> dict[int, Needs]:
+def needs_of(session: Session, jobs: Collection[Job]) -> dict[int, WorkerNeeds]:
     """The declared needs of jobs, by their numbers."""
     names: dict[int, set[str]] = {job.id: set() for job in jobs}
     query = select(JobNeed.job_id, JobNeed.need).where(JobNeed.job_id.in_(names))
     for job_id, need in session.execute(query):
         names[job_id].add(need)
-    return {job.id: Needs(frozenset(names[job.id]), memory_bytes=job.memory_bytes or 0) for job in jobs}
+    return {job.id: WorkerNeeds(frozenset(names[job.id]), memory_bytes=job.memory_bytes or 0) for job in jobs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ def waiting(session: Session, jobs: Collection[Job], now: datetime) -> dict[int,
     return {job.id: _waits_for(job, needs[job.id], live, names, now) for job in queued}
 
 
-def _waits_for(job: Job, needs: Needs, live: Sequence[Offer], names: Mapping[str, str], now: datetime) -> str:
+def _waits_for(job: Job, needs: WorkerNeeds, live: Sequence[Offer], names: Mapping[str, str], now: datetime) -> str:
     if job.heartbeat_at is not None and job.heartbeat_at > now:
         return f"its next attempt, at {job.heartbeat_at:%H:%M:%S} UTC"
     if not live:
@@ -175,12 +175,12 @@ def _waits_for(job: Job, needs: Needs, live: Sequence[Offer], names: Mapping[str
     return f"a worker that has {' and '.join(_described(need, needs, names) for need in sorted(lacking))}"
 
 
-def _least_lacking(needs: Needs, offers: Sequence[Offer]) -> set[str]:
+def _least_lacking(needs: WorkerNeeds, offers: Sequence[Offer]) -> set[str]:
     """What the offer that meets most of the needs lacks."""
     return min((offer.lacking(needs) for offer in offers), key=lambda one: (len(one), sorted(one)))
 
 
-def _described(need: str, needs: Needs, names: Mapping[str, str]) -> str:
+def _described(need: str, needs: WorkerNeeds, names: Mapping[str, str]) -> str:
     if (digest := base_of(need)) is not None:
         return f"the base {names.get(digest, digest[:12])}"
     if (scorer := scorer_of(need)) is not None:
@@ -229,7 +229,7 @@ def _kind_of(need: str) -> str:
     return need.partition(":")[0]
 
 
-def _error(session: Session, need: str, needs: Needs) -> RegistryError:
+def _error(session: Session, need: str, needs: WorkerNeeds) -> RegistryError:
     """The error of a job that waited in vain: the one that a worker which lacks this raises when it is alone."""
     waited = f"No worker that has it took the job within {_patience_of(need).total_seconds() / 60:.0f} minutes."
     if (digest := base_of(need)) is not None:

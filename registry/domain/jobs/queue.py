@@ -25,7 +25,7 @@ from registry.domain.access import audit
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Reach, Role, permit
 from registry.domain.jobs import needs
-from registry.domain.jobs.needs import LEASE, Needs, Offer
+from registry.domain.jobs.needs import LEASE, Offer, WorkerNeeds
 from registry.errors import Conflict, NotFound, RegistryError, TooMany
 
 OVERDUE = timedelta(hours=6)
@@ -107,7 +107,7 @@ def _refuse_high(actor: Actor, priority: Priority, namespace: str | None) -> Non
         permit(actor, Role.RELEASER, namespace or EVERYWHERE)
 
 
-def declare(session: Session, job: Job, needed: Needs, wish: Wish = PLAIN) -> None:
+def declare(session: Session, job: Job, needed: WorkerNeeds, wish: Wish = PLAIN) -> None:
     """States what the job needs, with the memory that was asked for in place of that of its bases."""
     if wish.memory_bytes is not None:
         needed = replace(needed, memory_bytes=wish.memory_bytes)

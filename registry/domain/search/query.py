@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import BindParameter, ColumnElement, Select, bindparam, not_, select
 
-from composer.formats.adapters.serving import Profile
+from composer.formats.adapters.serving import ServerProfile
 from registry.database.dialects import in_list, in_set, in_subquery
 from registry.database.tables import (
     Base,
@@ -73,7 +73,7 @@ class Query:
     channel: str | None = None
     text: str = ""
     provenance: Sequence[str] = ()
-    loads_in: Profile | None = None
+    loads_in: ServerProfile | None = None
     include_yanked: bool = False
     stable: bool = False
     latest: bool = False
@@ -86,7 +86,7 @@ class Query:
         return self.base if by_name else None
 
     @property
-    def server(self) -> Profile | None:
+    def server(self) -> ServerProfile | None:
         """The server that must load the releases."""
         return None if REFUSED in self.include else self.loads_in
 

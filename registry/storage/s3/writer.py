@@ -59,7 +59,7 @@ class CopySupport:
 
 
 @dataclass(slots=True)
-class _Run:
+class _CopyRun:
     """Bytes that can be copied. `kept` are the first of them, until they are enough for a part."""
 
     source: S3File
@@ -88,7 +88,7 @@ class S3Writer:
         self._buffer, self._filled = bytearray(), 0
         self._free: deque[bytearray] = deque()
         """Buffers of parts that were sent, to be used again: malloc keeps freed ones for each thread."""
-        self._run: _Run | None = None
+        self._run: _CopyRun | None = None
         self._size_bytes = 0
         self._copied_from = set[S3File]()
         self.copied_bytes = 0
@@ -107,7 +107,7 @@ class S3Writer:
             if lead == block.nbytes:
                 return
             block, offset = block[lead:], offset + lead
-            self._run = _Run(source, offset)
+            self._run = _CopyRun(source, offset)
         self._extend(self._run, block)
 
     def finish(self, sha256: Digest) -> BlobStat:
@@ -155,12 +155,12 @@ class S3Writer:
         full = self._filled == self._part_bytes
         return self._buffer if full else bytes(memoryview(self._buffer)[: self._filled])
 
-    def _extend(self, run: _Run, block: memoryview) -> None:
+    def _extend(self, run: _CopyRun, block: memoryview) -> None:
         run.kept += block[: max(0, self._least - len(run.kept))]
         run.size_bytes += block.nbytes
         if run.size_bytes >= max(_LARGEST_BYTES, self._least):
             self._end_run()
-            self._run = _Run(run.source, run.end)
+            self._run = _CopyRun(run.source, run.end)
 
     def _end_run(self) -> None:
         """Copies the run, or uploads one that is too short for a part."""
@@ -212,7 +212,7 @@ class S3Writer:
     def _put_part(self, upload: dict[str, str], number: int, content: bytes | bytearray) -> dict[str, Any]:
         return self._client.upload_part(**upload, PartNumber=number, Body=content)
 
-    def _copy_part(self, upload: dict[str, str], number: int, run: _Run) -> _Sent:
+    def _copy_part(self, upload: dict[str, str], number: int, run: _CopyRun) -> _Sent:
         if self._copying.works:
             try:
                 answer = self._client.upload_part_copy(

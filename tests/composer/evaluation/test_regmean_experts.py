@@ -13,7 +13,7 @@ from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.evaluation.calibration import Calibration
 from composer.evaluation.hooks import deltas_applied
 from composer.evaluation.model import LoadedModel, load_model
-from composer.evaluation.observe import Pass
+from composer.evaluation.observe import ForwardPass
 from composer.evaluation.stack_inputs import Stack
 from composer.export.combine import combine
 from composer.formats.checkpoints.checkpoint import open_checkpoint
@@ -109,7 +109,7 @@ def test_the_inputs_of_experts_give_the_output_of_their_layer(model: str, tmp_pa
 
     def compare(_module: object, inputs: tuple[torch.Tensor, ...], put_out: torch.Tensor) -> None:
         hidden, chosen, weights = inputs
-        full_pass = Pass((0,), torch.ones(1, len(hidden), dtype=torch.bool), is_padded=False)
+        full_pass = ForwardPass((0,), torch.ones(1, len(hidden), dtype=torch.bool), is_padded=False)
         total = torch.zeros_like(put_out)
         for expert in range(owner.num_experts):
             rows = stack.rows(full_pass, inputs, expert)

@@ -10,24 +10,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer.formats.adapters.compare import Change, Comparison, compare
+from composer.formats.adapters.compare import AdapterComparison, EnergyChange, compare
 from composer.formats.adapters.inspection import Inspection
 from tests.composer.handmade import Factors, dense, random_factors, write_adapter
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 
 
-def compared(old: Inspection, new: Inspection) -> Comparison:
+def compared(old: Inspection, new: Inspection) -> AdapterComparison:
     return compare(old.adapter, new.adapter, old.placed, new.placed)
 
 
-def change_of(comparison: Comparison, module: str) -> Change:
+def change_of(comparison: AdapterComparison, module: str) -> EnergyChange:
     change = next(row.change for row in comparison.modules if row.module == module)
     assert change is not None
     return change
 
 
-def assert_equals_dense(change: Change, old: npt.NDArray[np.float64], new: npt.NDArray[np.float64]) -> None:
+def assert_equals_dense(change: EnergyChange, old: npt.NDArray[np.float64], new: npt.NDArray[np.float64]) -> None:
     """The definitions, spelled out on the dense matrices."""
     document = change.to_json()
     assert document["norm_old"] == pytest.approx(np.linalg.norm(old), rel=1e-10)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from composer.deltas.tensors import TORCH_DTYPES
 from composer.errors import InvalidFile
-from composer.formats.checkpoints.header import Limits, TensorSpec, encode_header, parse_header, read_header
+from composer.formats.checkpoints.header import HeaderLimits, TensorSpec, encode_header, parse_header, read_header
 
 
 def file_with(table: object, data_bytes: int = 0) -> bytes:
@@ -115,9 +115,9 @@ def test_a_broken_file_is_refused_with_its_name_and_the_reason(case: str, tmp_pa
 def test_limits_bound_what_is_parsed() -> None:
     content = file_with({"a": entry(0, 4), "b": entry(4, 8)}, 8)
     with pytest.raises(InvalidFile, match="2 tensors, more than the 1"):
-        parse_header(content, len(content), Limits(tensors=1))
+        parse_header(content, len(content), HeaderLimits(tensors=1))
     with pytest.raises(InvalidFile, match="more than the 10"):
-        parse_header(content, len(content), Limits(header_bytes=10))
+        parse_header(content, len(content), HeaderLimits(header_bytes=10))
 
 
 def test_a_huge_claimed_header_is_not_read(tmp_path: Path) -> None:
@@ -205,15 +205,15 @@ def test_brackets_within_strings_do_not_count() -> None:
     """kohya's trainer keeps whole JSON documents in its metadata."""
     metadata = {"ss_datasets": json.dumps([{"tags": {'a "b" \\': [1, 2]}}] * 100), "ss_end": "\\"}
     content = file_with({"__metadata__": metadata, "a": entry(0, 4)}, 4)
-    assert parse_header(content, len(content), Limits(structure=10)).metadata == metadata
+    assert parse_header(content, len(content), HeaderLimits(structure=10)).metadata == metadata
     with pytest.raises(InvalidFile, match="more than the 9 commas and opening brackets"):
-        parse_header(content, len(content), Limits(structure=9))
+        parse_header(content, len(content), HeaderLimits(structure=9))
 
 
 @pytest.mark.parametrize("string", ['"', '""', "\\", '\\"', '\\\\"[', "[\n,", "é{", '{"a":[1,2]}', "", "\u0000"])
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_what_counts_is_exactly_what_stands_outside_of_strings(string: str, ascii_only: bool) -> None:
     content = file_with(json.dumps({"__metadata__": {string: string, "k": string}}, ensure_ascii=ascii_only).encode())
-    assert parse_header(content, len(content), Limits(structure=3)).metadata["k"] == string
+    assert parse_header(content, len(content), HeaderLimits(structure=3)).metadata["k"] == string
     with pytest.raises(InvalidFile, match="more than the 2 commas"):
-        parse_header(content, len(content), Limits(structure=2))
+        parse_header(content, len(content), HeaderLimits(structure=2))

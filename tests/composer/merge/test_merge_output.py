@@ -221,7 +221,7 @@ def test_a_bit_that_flips_on_the_way_of_a_copied_range_is_noticed(
 ) -> None:
     copy = copying.copy_range
 
-    def flipping(part: copying.Range, source: int, target: int) -> None:
+    def flipping(part: copying.CopiedRange, source: int, target: int) -> None:
         copy(part, source, target)
         flip(target, part.target + part.size_bytes - 1)
 
@@ -281,14 +281,14 @@ def test_a_file_system_that_shares_blocks_is_asked_to_and_nothing_is_copied_then
 ) -> None:
     """What FICLONE does on btrfs and XFS, which are rarely there, done by copying."""
     cloned: list[int] = []
-    copied: list[copying.Range] = []
+    copied: list[copying.CopiedRange] = []
     copy = copying.copy_range
 
     def clone(target: int, request: int, source: int) -> None:
         assert request == 0x40049409
         cloned.append(os.sendfile(target, source, 0, os.fstat(source).st_size))
 
-    def counted(part: copying.Range, source: int, target: int) -> None:
+    def counted(part: copying.CopiedRange, source: int, target: int) -> None:
         copied.append(part)
         copy(part, source, target)
 

@@ -18,8 +18,8 @@ from composer.errors import Interrupted, RefusedOutput
 from composer.formats.checkpoints import staging
 from composer.formats.checkpoints.checkpoint import open_checkpoint
 from composer.formats.checkpoints.staging import staged_directory
-from composer.merge.copying import Range, copy_range
-from composer.merge.io.journal import JOURNAL_FILE, Journal
+from composer.merge.copying import CopiedRange, copy_range
+from composer.merge.io.journal import JOURNAL_FILE, ShardJournal
 from composer.merge.plan import MergePlan, plan_merge
 from composer.merge.run import run_merge
 from tests.composer.tiny import MakeAdapter, MakeModel
@@ -259,13 +259,13 @@ def test_of_two_that_finish_at_once_one_is_refused_and_the_other_whole(
 def test_a_journal_is_believed_up_to_the_line_that_a_crash_spoilt(spoilt: bytes, tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / name).write_bytes(name.encode())
-    journal = Journal(tmp_path)
+    journal = ShardJournal(tmp_path)
     assert not journal.holds("a")
     (tmp_path / "a").write_bytes(b"a")
     journal.finish(tmp_path / "a")
     with (tmp_path / JOURNAL_FILE).open("ab") as file:
         file.write(spoilt)
-    again = Journal(tmp_path)
+    again = ShardJournal(tmp_path)
     assert again.holds("a")
     assert {file.name for file in tmp_path.iterdir()} == {"a", JOURNAL_FILE}
 
@@ -273,6 +273,6 @@ def test_a_journal_is_believed_up_to_the_line_that_a_crash_spoilt(spoilt: bytes,
 def test_copying_a_range_of_nothing_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"abc")
     with (tmp_path / "source").open("rb") as source, (tmp_path / "target").open("w+b") as target:
-        copy_range(Range(tmp_path / "source", 1, 0, 0), source.fileno(), target.fileno())
-        copy_range(Range(tmp_path / "source", 1, 4, 2), source.fileno(), target.fileno())
+        copy_range(CopiedRange(tmp_path / "source", 1, 0, 0), source.fileno(), target.fileno())
+        copy_range(CopiedRange(tmp_path / "source", 1, 4, 2), source.fileno(), target.fileno())
     assert (tmp_path / "target").read_bytes() == b"\0\0\0\0bc"

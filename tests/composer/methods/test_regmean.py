@@ -14,7 +14,7 @@ from composer.deltas.delta import Delta, Layout, LowRank
 from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.weights import Weight
-from composer.methods.regmean import Fit, Inputs, Module, ModuleInputs, dual, fit, primal, solve_core, solve_input
+from composer.methods.regmean import Fit, Inputs, ModuleFit, ModuleInputs, dual, fit, primal, solve_core, solve_input
 
 INPUTS, OUTPUTS = 7, 5
 SEEDS = st.integers(0, 2**32 - 1)
@@ -25,17 +25,17 @@ def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def module(seed: int, ranks: Sequence[int] = (2, 3), rows: Sequence[int] = (4, 9)) -> Module:
+def module(seed: int, ranks: Sequence[int] = (2, 3), rows: Sequence[int] = (4, 9)) -> ModuleFit:
     A = [random(seed + 10 * m, rank, INPUTS) for m, rank in enumerate(ranks)]
     B = [random(seed + 10 * m + 1, OUTPUTS, rank) for m, rank in enumerate(ranks)]
-    return Module(A, B, Inputs([random(seed + 10 * m + 2, count, INPUTS) for m, count in enumerate(rows)]))
+    return ModuleFit(A, B, Inputs([random(seed + 10 * m + 2, count, INPUTS) for m, count in enumerate(rows)]))
 
 
 def product(B: Sequence[torch.Tensor], A: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(B), dim=1) @ torch.cat(list(A))
 
 
-def least_squares(one: Module, a: Sequence[float], w0: float, rho: float) -> torch.Tensor:
+def least_squares(one: ModuleFit, a: Sequence[float], w0: float, rho: float) -> torch.Tensor:
     """D (O x I) of the objective itself, as one stacked least-squares problem over dense matrices."""
     deltas = [B @ A for A, B in zip(one.A, one.B, strict=True)]
     rows = [X * weight**0.5 for X, weight in zip(one.X, a, strict=True)]
@@ -64,7 +64,7 @@ def test_one_member_stays_itself_on_what_it_saw(seed: int, core: bool):
 def test_without_a_ridge_each_member_acts_as_alone_on_inputs_that_nobody_else_has():
     apart = module(1, rows=(3, 3))
     first, other = apart.X
-    apart = Module(
+    apart = ModuleFit(
         apart.A,
         apart.B,
         Inputs([torch.nn.functional.pad(first[:, :3], (0, 4)), torch.nn.functional.pad(other[:, :4], (3, 0))]),
@@ -85,7 +85,7 @@ def test_an_endless_ridge_leaves_the_weighted_sum(solve: Callable[..., list[torc
 def test_the_core_form_does_not_depend_on_how_a_delta_is_split_into_factors(seed: int):
     one = module(seed % 10**6)
     G = random(seed % 10**6 + 5, 2, 2) + 3 * torch.eye(2, dtype=torch.float64)
-    other = Module([G @ one.A[0], one.A[1]], [one.B[0] @ torch.linalg.inv(G), one.B[1]], one.inputs)
+    other = ModuleFit([G @ one.A[0], one.A[1]], [one.B[0] @ torch.linalg.inv(G), one.B[1]], one.inputs)
     for solve in (solve_core, solve_input):
         before, after = (product(m.B, solve(m, [1.0, 2.0], 0.4, 0.1)) for m in (one, other))
         torch.testing.assert_close(before, after, rtol=1e-6, atol=1e-7)

@@ -15,7 +15,7 @@ from composer.findings import Verdict
 from composer.formats.recipes.suite import Example, Suite
 from composer.optimize.candidates import Candidate, fitted, low_rank, weighted_sum
 from composer.optimize.objective import LEAST_GAIN, Standing, race, rungs, simplest_of_the_best
-from composer.optimize.optimize import Journal
+from composer.optimize.optimize import SearchJournal
 from composer.optimize.problem import splits
 from composer.optimize.report import Confirmed, choose
 from composer.optimize.surface import Point, proposed, unknowns
@@ -171,11 +171,11 @@ def test_too_few_points_or_points_on_a_line_give_no_surface() -> None:
 def test_a_journal_is_read_again_after_a_torn_last_line_and_begins_anew_for_another_problem(tmp_path: Path) -> None:
     path = tmp_path / "search.jsonl"
     key, measured = ("mean", "suite", "example"), Measured(0.1 + 0.2, 3, exact=True)
-    Journal(path, "one").add([(key, measured)])
+    SearchJournal(path, "one").add([(key, measured)])
     with path.open("a") as file:
         file.write('["mean", "suite", "oth')
-    again = Journal(path, "one")
+    again = SearchJournal(path, "one")
     assert again.known == {key: measured}
     again.add([(("sum", "suite", "example"), measured)])
-    assert len(Journal(path, "one").known) == 2
-    assert Journal(path, "two").known == {}
+    assert len(SearchJournal(path, "one").known) == 2
+    assert SearchJournal(path, "two").known == {}

@@ -30,8 +30,8 @@ from registry.transfer import commits as transfers
 from registry.transfer import fsck
 from registry.transfer import lfs as lfs_transfers
 from registry.transfer.collect import collect
-from registry.transfer.commits import MAX_LINES, _Lines
-from registry.transfer.lfs import Act
+from registry.transfer.commits import MAX_LINES, _CommitLines
+from registry.transfer.lfs import PermittedAct
 from tests import services
 from tests.access.house import House, build_house, new_environment
 from tests.scenarios.world import SMALL_PARTS
@@ -182,7 +182,7 @@ def test_a_line_that_cannot_be_is_refused_and_nothing_recorded(
 @pytest.mark.parametrize("line", [b"\n", json.dumps(deleted("absent")).encode() + b"\n"], ids=["empty", "deletion"])
 def test_a_commit_of_many_lines_is_refused_before_it_costs_much(house: House, named: str, line: bytes) -> None:
     """Each line used to be searched for in all that had arrived: a megabyte of them took more than a minute."""
-    lines = _Lines([line * MAX_LINES], Path())
+    lines = _CommitLines([line * MAX_LINES], Path())
     started = time.thread_time()
     for _ in lines:
         pass
@@ -265,7 +265,9 @@ def test_an_address_serves_for_its_file_alone_and_for_its_time(house: House, nam
     ):
         answer = send(house, method, changed, content)
         assert (answer.status_code, answer.json()["code"]) == (404, "upload_address_invalid"), changed
-    early = permit_of("acme", hashlib.sha256(content).hexdigest(), Act(query["act"]), int(query["expires"]), "")
+    early = permit_of(
+        "acme", hashlib.sha256(content).hexdigest(), PermittedAct(query["act"]), int(query["expires"]), ""
+    )
     given = {"signature": query["signature"], "multipart_id": query.get("multipart", ""), "token_id": query["token"]}
     permit = replace(early, **given)
     hour = replace(house.resources, clock=lambda: datetime.now(UTC) + timedelta(minutes=59))

@@ -17,7 +17,7 @@ from registry.database.tables import Job
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Reach
 from registry.domain.jobs import needs, queue
-from registry.domain.jobs.needs import Needs, Offer
+from registry.domain.jobs.needs import Offer, WorkerNeeds
 from registry.domain.jobs.queue import OVERDUE, Priority, Wish
 from tests import services
 
@@ -102,7 +102,7 @@ def test_a_worker_gets_the_job_that_is_first_and_none_is_passed_over_for_ever(
     for step in steps:
         match step:
             case ("enqueue", kind, namespace, priority, names, memory):
-                _enqueue(database, model, kind, namespace, priority, Needs(names, memory_bytes=memory))
+                _enqueue(database, model, kind, namespace, priority, WorkerNeeds(names, memory_bytes=memory))
             case ("claim", number):
                 with database.write() as session:
                     claimed = queue.claim(session, f"w{number}", model.now, KINDS, OFFERS[number])
@@ -118,7 +118,7 @@ def test_a_worker_gets_the_job_that_is_first_and_none_is_passed_over_for_ever(
 
 
 def _enqueue(
-    database: Database, model: Model, kind: str, namespace: str | None, priority: Priority, needed: Needs
+    database: Database, model: Model, kind: str, namespace: str | None, priority: Priority, needed: WorkerNeeds
 ) -> None:
     actor = Actor("mia", model.now, {"*": "admin"})
     with database.write() as session:
@@ -147,8 +147,8 @@ def test_what_no_worker_lacks_is_claimed_and_what_one_lacks_waits(database: Data
     with database.write() as session:
         session.execute(delete(Job))
     model = Model()
-    _enqueue(database, model, "evaluation", "acme", Priority.HIGH, Needs(frozenset({"base:c"})))
-    _enqueue(database, model, "evaluation", "acme", Priority.LOW, Needs(memory_bytes=11))
+    _enqueue(database, model, "evaluation", "acme", Priority.HIGH, WorkerNeeds(frozenset({"base:c"})))
+    _enqueue(database, model, "evaluation", "acme", Priority.LOW, WorkerNeeds(memory_bytes=11))
     with database.write() as session:
         assert queue.claim(session, "small", START, KINDS, OFFERS[1]) is None
         for number, offer in enumerate(OFFERS[:2]):
@@ -169,7 +169,7 @@ def test_a_job_that_is_cancelled_while_its_store_is_away_does_not_wait_for_its_n
         session.execute(delete(Job))
     for cancelled in (False, True):
         model = Model()
-        _enqueue(database, model, "evaluation", "acme", Priority.NORMAL, Needs())
+        _enqueue(database, model, "evaluation", "acme", Priority.NORMAL, WorkerNeeds())
         (job_id,) = model.jobs
         with database.write() as session:
             assert queue.claim(session, "w", START, KINDS)

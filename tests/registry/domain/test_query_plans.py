@@ -17,7 +17,7 @@ import pytest
 from psycopg import sql
 
 from benchmarks import stock
-from composer.formats.adapters.serving import Profile
+from composer.formats.adapters.serving import ServerProfile
 from registry.api.routes import views
 from registry.api.routes.documents import RenderedReleaseCache
 from registry.database.engine import Database, Session
@@ -140,7 +140,10 @@ def stocked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 NARROW: dict[str, tuple[Query, Order]] = {
     "what fits": (FITTING, Order()),
     "what fits, the next page": (FITTING, Order(after=Position(None, 5_000))),
-    "what fits and loads": (Query(base=BASE, loads_in=Profile("vllm", 8), targets_exact=("q_proj", "v_proj")), Order()),
+    "what fits and loads": (
+        Query(base=BASE, loads_in=ServerProfile("vllm", 8), targets_exact=("q_proj", "v_proj")),
+        Order(),
+    ),
     "what fits, by version": (FITTING, Order(VERSION)),
     "what fits, by score": (FITTING, Order("sql-exact.accuracy")),
     "what fits, by score, the next page": (FITTING, Order("sql-exact.accuracy", after=Position(0.9, 5_000))),

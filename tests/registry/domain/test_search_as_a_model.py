@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from composer.formats.adapters.serving import Profile
+from composer.formats.adapters.serving import ServerProfile
 from registry.database.engine import Database
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE
@@ -91,7 +91,7 @@ def test_the_model_and_the_registry_agree_on_something(shelf: Shelf, order: str)
         *(Query(provenance=(text,)) for text in STATEMENTS if text not in NOWHERE),
         Query(latest=True),
         Query(latest=True, include_yanked=True),
-        Query(loads_in=Profile("vllm", 16)),
+        Query(loads_in=ServerProfile("vllm", 16)),
         Query(score=(Condition("sql-exact", "accuracy", ">=", 0.5),)),
     ):
         listed = _all_pages(shelf.database, query, order, ACTORS[0], 7)

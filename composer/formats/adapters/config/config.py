@@ -56,7 +56,7 @@ PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RefusedType:
     """Why an adapter cannot be merged exactly, and what its owner can do."""
 
     reason: str
@@ -142,21 +142,21 @@ class AdapterConfig:
             return "dora" if self.flags[0] == "use_dora" else self.flags[0]
         return "rslora" if self.use_rslora else "lora"
 
-    def unsupported(self) -> Refusal | None:
+    def unsupported(self) -> RefusedType | None:
         """Why this adapter cannot be merged or combined; None if it can."""
         if self.peft_type != "LORA":
             return _refused_type(self)
         for flag in self.flags:
             if _VARIANTS.get(flag):
-                return Refusal(f"{flag}: {_VARIANTS[flag]}")
+                return RefusedType(f"{flag}: {_VARIANTS[flag]}")
         if self.init == "loftq":
             reason = "init_lora_weights=loftq: its factors make up for the error of the quantized base, not of this one"
-            return Refusal(reason, "Serve it on the quantized base that it was trained on.")
+            return RefusedType(reason, "Serve it on the quantized base that it was trained on.")
         if self.init in PLAIN_INITS:
             return None
         changed = "it" if self.init.startswith(REBASED_INITS) else "this version does not know it, and it may have"
         reason = f"init_lora_weights={self.init[:80]}: {changed} changed the base at the start"
-        return Refusal(f"{reason}, so that the factors do not fit it", _CONVERT_INIT)
+        return RefusedType(f"{reason}, so that the factors do not fit it", _CONVERT_INIT)
 
     @property
     def base_model_name_or_path(self) -> str | None:
@@ -230,15 +230,15 @@ def _other_type(raw: dict[str, Any], peft_type: str, subject: str) -> AdapterCon
     )
 
 
-def _refused_type(config: AdapterConfig) -> Refusal | None:
+def _refused_type(config: AdapterConfig) -> RefusedType | None:
     if config.peft_type not in TYPES:
         why = REFUSED.get(config.peft_type, "this version does not know it")
         done = "Merge it into its base" if config.peft_type in MERGED_BY_PEFT else "Serve it"
-        return Refusal(f"{printable(config.peft_type)}: {why}", f"{done} with PEFT itself, or train a LoRA.")
+        return RefusedType(f"{printable(config.peft_type)}: {why}", f"{done} with PEFT itself, or train a LoRA.")
     option, why = TYPES[config.peft_type].needs
     if not option or config.options[option]:
         return None
-    return Refusal(f"{config.peft_type}: {why}", f"Save it with {option}=True.")
+    return RefusedType(f"{config.peft_type}: {why}", f"Save it with {option}=True.")
 
 
 def _bad(subject: str, why: str) -> InvalidFile:

@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class AnswerBlock:
     """`kind` is that of the block's edge and mark. `move` is the one by which `channel` serves the release, and
     `judged` the promotion whose gates are shown; of what is not served, `report` is the judgement of now, and `next`
     what to do. `others` are the channels that it can be judged for too."""
@@ -57,25 +57,25 @@ def moves_of(session: Session, named: RepositoryName, release: Release, limit: i
     return [move_view(move, named, channel).model_dump(mode="json") for channel, move in rows]
 
 
-def answer(session: Session, actor: Actor, release: Release, channels: Channels, moved: Sequence[Json]) -> Answer:
+def answer(session: Session, actor: Actor, release: Release, channels: Channels, moved: Sequence[Json]) -> AnswerBlock:
     """The answer for the channel that was asked for, or else for one that serves the release, or for prod, or the first
     one. `moved` are its moves, newest first."""
     if release.revision.taken_down_at is not None:
         why = release.revision.takedown_reason or ""
-        return Answer(kind="bad", sentence="This release was taken down.", detail=why)
+        return AnswerBlock(kind="bad", sentence="This release was taken down.", detail=why)
     if release.yanked:
-        return Answer(kind="bad", sentence="This release is yanked.", detail=release.yank_reason or "")
+        return AnswerBlock(kind="bad", sentence="This release is yanked.", detail=release.yank_reason or "")
     serving = [one.channel for one in channels.serving]
     channel = channels.asked or next(iter((*serving, *channels.preferred)), None)
     if channel is None:
-        return Answer(kind="", sentence="No channel serves this release; there is none yet.")
+        return AnswerBlock(kind="", sentence="No channel serves this release; there is none yet.")
     others = [one for one in channels.names if one != channel]
     if channel in serving:
         return _served(release.version, channel, moved, others)
     return _judged(session, actor, release, channel, others)
 
 
-def _served(version: str, channel: str, moved: Sequence[Json], others: Sequence[str]) -> Answer:
+def _served(version: str, channel: str, moved: Sequence[Json], others: Sequence[str]) -> AnswerBlock:
     own = [one for one in moved if one["channel"] == channel and one["to_version"] == version]
     judged = next((one for one in own if one["kind"] == "promote"), None)
     report = gates.lines(judged["gates"]) if judged else []
@@ -83,7 +83,7 @@ def _served(version: str, channel: str, moved: Sequence[Json], others: Sequence[
     passed = "" if not report else f" It passed all {len(report)} gates." if len(report) > 1 else " It passed its gate."
     if failed:
         passed = f" It was forced: {failed} of {len(report)} gates failed."
-    return Answer(
+    return AnswerBlock(
         kind="warn" if failed else "ok",
         sentence=f"{channel} serves this release.{passed}",
         channel=channel,
@@ -95,7 +95,7 @@ def _served(version: str, channel: str, moved: Sequence[Json], others: Sequence[
     )
 
 
-def _judged(session: Session, actor: Actor, release: Release, channel: str, others: Sequence[str]) -> Answer:
+def _judged(session: Session, actor: Actor, release: Release, channel: str, others: Sequence[str]) -> AnswerBlock:
     named = parse_repository(f"{release.repository.namespace}/{release.repository.name}")
     asked = moves.PromotionRequest(named, parse_version(release.version), channel, None)
     view = judgement_view(promotions.judge(session, actor, asked), asked).model_dump(mode="json")
@@ -107,7 +107,7 @@ def _judged(session: Session, actor: Actor, release: Release, channel: str, othe
     }
     kind, sentence = sentences[view["verdict"]]
     error = view["error"]
-    return Answer(
+    return AnswerBlock(
         kind=kind,
         sentence=sentence if not error else f"It cannot be promoted to {channel}.",
         channel=channel,

@@ -25,7 +25,7 @@ Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class ComparedScore:
     """A release's score on a suite; against that of the first release, `comparison` as `scores.compare`."""
 
     value: float
@@ -94,7 +94,7 @@ def _same(columns: Sequence[Mapping[str, Any]]) -> int:
     return sum(all(column.get(name) == value for column in columns) for name, value in columns[0].items())
 
 
-def score_rows(shown: Sequence[Json]) -> list[tuple[str, list[Measured | None]]]:
+def score_rows(shown: Sequence[Json]) -> list[tuple[str, list[ComparedScore | None]]]:
     """Each suite's metric that at least one release has, with the score of every release on the same content, in the
     order of the release that has the most."""
     by_key = [{(one["suite_digest"], one["metric"]): one for one in release["scores"]} for release in shown]
@@ -106,12 +106,12 @@ def score_rows(shown: Sequence[Json]) -> list[tuple[str, list[Measured | None]]]
     ]
 
 
-def _measured(score: Json | None, first: Json | None) -> Measured | None:
+def _measured(score: Json | None, first: Json | None) -> ComparedScore | None:
     if score is None:
         return None
     if first is None:
-        return Measured(value=score["value"], change=None, comparison="")
-    return Measured(
+        return ComparedScore(value=score["value"], change=None, comparison="")
+    return ComparedScore(
         value=score["value"], change=score["value"] - first["value"], comparison=scores.compare(score, first)
     )
 

@@ -13,7 +13,7 @@ from composer.formats.adapters.serving import SERVERS
 from registry.api.http.request import ResourcesOf
 from registry.api.http.threads import in_store_threads
 from registry.api.pages.catalog import answers, card
-from registry.api.pages.catalog.answers import Answer, Channels
+from registry.api.pages.catalog.answers import AnswerBlock, Channels
 from registry.api.pages.html import scores
 from registry.api.pages.html.drawings import MAX_ROWS, Cell, cells, frame_of
 from registry.api.pages.html.render import HEADERS, link, page_about, redirect
@@ -47,7 +47,7 @@ ChannelQuery = Annotated[str | None, Query(max_length=64, description="The chann
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
+class ReleasePage:
     """A release and what its page puts beside it. `before` is the next lower version that is not yanked."""
 
     release: Json
@@ -57,7 +57,7 @@ class Shown:
     frame: Collection[Cell]
     serving: Sequence[ChannelOut]
     moves: Sequence[Json]
-    answer: Answer
+    answer: AnswerBlock
     descendants: Sequence[Descendant]
     histories: Sequence[History]
     latest: str | None
@@ -167,7 +167,7 @@ def _maps(spectrum: Mapping[str, Any] | None) -> list[Json]:
     ]
 
 
-def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, channel: str | None) -> Shown:
+def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, channel: str | None) -> ReleasePage:
     repository = row.repository
     lower = releases.list_page(session, repository, before=row.sort_key, limit=10)
     before = next((one for one in lower if not one.yanked), None)
@@ -180,7 +180,7 @@ def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, 
     moved = answers.moves_of(session, named, row, limit=MAX_MOVES + 1)
     names = [one.name for one in listed]
     base_scores = suites.scores_of_bases(session, row.base)[row.base_digest]
-    return Shown(
+    return ReleasePage(
         release=read[0],
         before=read[1] if len(read) > 1 else None,
         base_scores=[score_view(one).model_dump(mode="json") for one in base_scores],

@@ -19,7 +19,7 @@ from registry.api.schemas.quality import ChannelOut
 from registry.domain.access import namespaces
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
-from registry.domain.catalog.repositories import Wanted
+from registry.domain.catalog.repositories import RepositoryFilter
 from registry.domain.channels import moves
 from registry.formats.references import parse_name
 
@@ -34,7 +34,7 @@ def show_namespace(
     namespace: str, request: Request, resources: ResourcesOf, actor: PageReader, cursor: Cursor = None
 ) -> Response:
     name = parse_name(namespace, "namespace")
-    wanted = Wanted(namespace=name)
+    wanted = RepositoryFilter(namespace=name)
     with resources.snapshot() as session:
         namespaces.find(session, name)
         rows = repositories.list_page(session, actor, wanted, after=decode_cursor(cursor), limit=SHOWN + 1)

@@ -16,7 +16,7 @@ from registry.api.pages.html.forms import FormOf
 from registry.api.pages.html.render import page, redirect
 from registry.api.pages.html.wire import ERRORS, PageContributor, PageRoute, parses
 from registry.api.pages.jobs.chosen import Chosen, Fields, values_of
-from registry.api.pages.jobs.recipe_form import RecipeForm, Row, as_yaml, number
+from registry.api.pages.jobs.recipe_form import InputRow, RecipeForm, as_yaml, number
 from registry.api.routes.compositions import create_composition
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import suites
@@ -96,7 +96,7 @@ def _page(
     with resources.read() as session:
         listed = suites.list_page(session, after=0, limit=MAX_SUITES)
         known = {one.name: one.kind for one in listed if one.task not in suites.ELSEWHERE}
-    rows = [*form.rows, *[Row()] * min(spare, MAX_INPUTS - len(form.rows))]
+    rows = [*form.rows, *[InputRow()] * min(spare, MAX_INPUTS - len(form.rows))]
     return page(
         request,
         "compose.html",

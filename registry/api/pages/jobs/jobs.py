@@ -30,7 +30,7 @@ COMPOSITION = "composition"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class ComparedRow:
     """A score of a composition's candidate, or below it one of an input or of the base on the same examples."""
 
     name: str
@@ -125,7 +125,7 @@ def show_conflicts_of_composition(
     )
 
 
-def _compared(score: Mapping[str, Any]) -> list[Compared]:
+def _compared(score: Mapping[str, Any]) -> list[ComparedRow]:
     """The candidate's score of a suite's metric, and below it the others on the same axis."""
     named = f"{score['suite']}.{score['metric']}"
     rows: list[tuple[str, str | None, Mapping[str, Any], str]] = [("result", None, score, "now")]
@@ -140,7 +140,7 @@ def _compared(score: Mapping[str, Any]) -> list[Compared]:
     ]
     low, high = scores.axis(score["metric"], bars)
     return [
-        Compared(
+        ComparedRow(
             name=named,
             subject=subject,
             address=address,

@@ -23,7 +23,7 @@ _OF_RECIPES = {"base", "inputs", "method", "settings", *_TEXTS, "probe", "evalua
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class InputRow:
     """An input, as it was written."""
 
     adapter: str = ""
@@ -47,7 +47,7 @@ class RecipeForm:
     """`texts` are outputs, precision and notes; `numbers` those of the probe and the search. All values are texts.
     Where `recipe` is not empty, it is the recipe in YAML, and the other fields are ignored."""
 
-    rows: tuple[Row, ...] = ()
+    rows: tuple[InputRow, ...] = ()
     method: str = ""
     settings: Mapping[str, str]
     texts: Mapping[str, str]
@@ -64,7 +64,7 @@ class RecipeForm:
         """From a posted form. Rows without an adapter, and the one that `drop` numbers, are left out."""
         given = {name: value.strip() for name, value in fields}
         columns = [values_of(fields, name) for name in ("input", "weight", "suite")]
-        rows = [Row(*(part.strip() for part in row)) for row in zip(*columns, strict=False)]
+        rows = [InputRow(*(part.strip() for part in row)) for row in zip(*columns, strict=False)]
         suites = [*values_of(fields, "evaluate"), *given.get("more_suites", "").replace(",", " ").split()]
         settings = {name: value.strip() for name, value in fields if name.startswith(SETTING) and value.strip()}
         return cls(
@@ -92,7 +92,7 @@ class RecipeForm:
         settings: Json = document.get("settings") or {}
         return cls(
             rows=tuple(
-                Row(str(one["adapter"]), _text(one.get("weight", 1)), _text(one.get("suite")))
+                InputRow(str(one["adapter"]), _text(one.get("weight", 1)), _text(one.get("suite")))
                 for one in document["inputs"]
             ),
             method=str(document.get("method", "")),
