@@ -140,7 +140,6 @@ def test_of_commits_with_one_parent_one_is_made(house: House, named: str) -> Non
     assert len(titles) == 2
 
 
-@pytest.mark.on("PostgreSQL")
 def test_commits_without_a_parent_lose_nothing(house: House, named: str) -> None:
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda n: commit(house, named, file(f"{n}.txt", b"x")), range(6)))
@@ -265,9 +264,8 @@ def test_an_address_serves_for_its_file_alone_and_for_its_time(house: House, nam
     ):
         answer = send(house, method, changed, content)
         assert (answer.status_code, answer.json()["code"]) == (404, "upload_address_invalid"), changed
-    early = permit_of(
-        "acme", hashlib.sha256(content).hexdigest(), PermittedAct(query["act"]), int(query["expires"]), ""
-    )
+    digest, act = hashlib.sha256(content).hexdigest(), PermittedAct(query["act"])
+    early = permit_of("acme", digest, act, int(query["expires"]), "")
     given = {"signature": query["signature"], "multipart_id": query.get("multipart", ""), "token_id": query["token"]}
     permit = replace(early, **given)
     hour = replace(house.resources, clock=lambda: datetime.now(UTC) + timedelta(minutes=59))
