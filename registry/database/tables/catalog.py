@@ -235,8 +235,8 @@ class TargetSetMember(Row):
 class Traits(Row):
     """An interned combination of the facts that searches filter by, identified by a sha256 of all of them.
 
-    Thousands of releases share a few hundred combinations. A search finds the matching ones, then reads only their
-    releases, in the wanted order. If none matches, it reads no release.
+    Thousands of releases share a few hundred combinations. A search checks a release by its combination. If few
+    releases have the matching ones, it reads only those; if none matches, it reads no release.
     """
 
     __tablename__ = "traits"

@@ -50,7 +50,7 @@ class SuiteMetric(Row):
 
 class Score(Row):
     """One metric of one suite for one release or one base. A new measurement replaces it, and the audit log keeps both.
-    `traits_id` is the release's, so that the best of those with some traits are found without reading others.
+    `traits_id` is the release's: servers before 0.2 read it and its index, which can go once no server does.
     `results_sha256` is the blob with the results of each example, if these were recorded. `reported` scores are
     somebody's word: they were not measured on the suite by an evaluation, and their `n` is 0 if it is not known.
     `source` is the harness that measured it, with its version, or the file that reports it."""
@@ -91,7 +91,7 @@ class Channel(Row):
     first).
 
     `served_id` is the release that it serves: that of the last move or, if that is yanked, what a rollback would
-    return to; None if there is nothing. `served_key` is that release's sort key. Searches read them in order.
+    return to; None if there is nothing. `served_key` is that release's sort key, which servers before 0.2 read.
     """
 
     __tablename__ = "channels"
