@@ -5,7 +5,6 @@ without this bound, a client could fill the server's memory with one endless hea
 """
 
 import asyncio
-from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -27,34 +26,6 @@ MAX_DISCARDED_BYTES, LINGER_S = 4 << 20, 2
 """How much of a refused head is still read, and for how long."""
 
 
-class Gathered:
-    """A transport that sends everything written in one turn of the event loop together.
-
-    The server writes head and body separately: two packets would wake the client twice.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop = transport, loop
-        self._parts: list[bytes] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if not self._parts:
-            self._loop.call_soon(self._send)
-        self._parts.append(data)
-
-    def close(self) -> None:
-        self._send()
-        self._transport.close()
-
-    def _send(self) -> None:
-        parts, self._parts = self._parts, []
-        if parts and not self._transport.is_closing():
-            self._transport.writelines(parts)
-
-
 class BoundedHttp(HttpToolsProtocol):
     """Answers 431 and closes the connection if a head is too long; closes it if a head is too slow, or if trailers or
     chunk framing are too long.
@@ -69,9 +40,6 @@ class BoundedHttp(HttpToolsProtocol):
     _loose_bytes = 0
     """Bytes received since the last end of a head or the last piece of a body."""
     _too_late: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(cast(Any, Gathered(cast(asyncio.Transport, transport), self.loop)))
 
     def data_received(self, data: bytes) -> None:
         self._loose_bytes += len(data)
