@@ -16,10 +16,11 @@ _audit = cast(Table, AuditRow.__table__)
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who acts, when, with which token and from where. `registry.domain.access.roles` says what the grants allow.
+    """The actor of a change, with its time, token and address. `registry.domain.access.roles` defines the
+    grants.
 
     `grants` maps a namespace, `*` for all, or one repository (NAMESPACE/NAME) to a role; `public` are the namespaces
-    that everyone may read. `mints` says whether the actor may create tokens, which a scoped token may not.
+    that everyone may read. `mints` tells whether the actor may create tokens, which a scoped token may not.
     """
 
     name: str

@@ -105,8 +105,8 @@ def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list
 
 
 def main_of(row: Namespace) -> Main:
-    """What `main` of its repositories is: the newest release where signatures are required, else the last commit,
-    unless an admin has said otherwise."""
+    """The meaning of `main` in its repositories: the newest release where signatures are required, else the last
+    commit, unless an admin has set it."""
     if row.main is None:
         return "release" if row.require_signature else "commit"
     return "release" if row.main == "release" else "commit"

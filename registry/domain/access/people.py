@@ -24,7 +24,7 @@ class Person:
 
 
 def user_of(session: Session, person: Person) -> str:
-    """The person's user name here: that of the first sign-in, whatever the provider says now.
+    """The person's user name here: that of the first sign-in, whatever name the provider has for it now.
 
     Raises Invalid for the reserved name, and NotAllowed for a name that belongs to another person of the provider, or
     to a user who was here without it, until an admin links the two.

@@ -173,7 +173,7 @@ def job_name(issuer: str, project: str) -> str:
 
 
 def claims_of(job: CiJob) -> Mapping[str, str | None]:
-    """What an audit row says of a job."""
+    """The description of a job in an audit row."""
     return {
         "issuer": job.issuer,
         "project": job.project,

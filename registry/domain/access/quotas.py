@@ -38,7 +38,7 @@ class Holdings:
 
 
 def measure(session: Session, namespace: str, now: datetime) -> Holdings:
-    """What the namespace holds now."""
+    """The current contents of the namespace."""
     return Holdings(_held_bytes(session, namespace, now), _count_releases(session, namespace))
 
 

@@ -124,8 +124,8 @@ def readable_names(actor: Actor) -> set[str] | None:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Where an actor has a role: in `only` these namespaces, or with None in all, and what belongs to none, `but`
-    those whose own grant gives less."""
+    """The namespaces in which an actor has a role: `only` those, or with None all of them and what belongs to none,
+    `but` those whose own grant is less."""
 
     only: frozenset[str] | None
     but: frozenset[str] = frozenset()

@@ -69,7 +69,7 @@ def authenticate(session: Session, text: str, now: datetime) -> Caller:
 
 
 def end(session: Session, actor: Actor) -> None:
-    """Ends the actor's session. What it has asked for goes on, which a revocation would stop."""
+    """Ends the actor's session. Its jobs go on, which a revocation would stop."""
     row = session.get(Token, actor.token_id) if actor.token_id else None
     if row is None or not row.session:
         return
@@ -107,7 +107,7 @@ def _begin(session: Session, actor: Actor, parent: Token | None, roles: Mapping[
 
 
 def _name(source: str | None) -> str:
-    """Where a session was begun: its address and browser. Browsers say what they like."""
+    """The address and the browser that began a session. Browsers may name themselves anything."""
     text = (source or "")[:_MAX_NAME]
     return "".join(character if character.isprintable() else "?" for character in text)
 

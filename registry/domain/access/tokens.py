@@ -80,9 +80,9 @@ def create(session: Session, actor: Actor, new: NewToken) -> tuple[Token, str]:
 
 
 def lifetime_of(session: Session, actor: Actor, days: float | None, settings: Settings) -> timedelta:
-    """The lifetime of a new token: what was asked for, or the default. Raises Invalid beyond the maximum.
+    """The lifetime of a new token: the requested one, or the default. Raises Invalid beyond the maximum.
 
-    A token gives no longer life than it has, so that a stolen one ends: raises NotAllowed. Sign-ins by a provider and
+    A token cannot create one that outlives it, so that a stolen one ends: raises NotAllowed. Sign-ins by a provider and
     admins of the registry may.
     """
     most = timedelta(days=settings.max_token_days)
@@ -102,7 +102,7 @@ def lifetime_of(session: Session, actor: Actor, days: float | None, settings: Se
 
 
 def _time_left(session: Session, actor: Actor) -> timedelta | None:
-    """How long the actor's token is still valid, also the one that a session was begun with; None without an end."""
+    """The remaining lifetime of the actor's token, also of one that began a session; None without an end."""
     row = session.get(Token, actor.token_id) if actor.token_id else None
     if row is not None and row.session:
         row = session.get(Token, row.parent_id) if row.parent_id else None
@@ -218,7 +218,7 @@ def mints(row: Token) -> bool:
 
 
 def caller_of(session: Session, row: Token, *, mints: bool) -> Caller:
-    """Who acts by a token of a user, or by a session."""
+    """The actor behind a token or a session."""
     roles = _roles(session, row)
     grants, own = effective_grants(roles, row.scope), effective_grants(roles, FULL_SCOPE)
     everywhere = own.get(EVERYWHERE, "")
@@ -283,7 +283,7 @@ def roles_given(session: Session, token_id: str, now: datetime) -> dict[str, str
 
 
 def actor_now(session: Session, user: str, token_id: str | None, source: str | None, now: datetime) -> Actor:
-    """Who asked for work that continues after the request, with the token's current grants.
+    """The requester of work that continues after the request, with the token's current grants.
 
     Without a token, it was the user of a registry without access control, who may do everything.
     """

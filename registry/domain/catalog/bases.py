@@ -224,7 +224,7 @@ def find(session: Session, text: str) -> Base:
 
 
 def is_known(session: Session, text: str) -> bool:
-    """Whether `find` finds a base."""
+    """Whether the text names a registered base."""
     return len(_matches(session, text)) == 1
 
 

@@ -25,7 +25,7 @@ def wilson(share: float, n: int) -> Interval:
 
 
 def error_text(value: float, stderr: float | None, n: int, form: str) -> str:
-    """What follows a value: its standard error, or Wilson's interval if none or all of `n` examples count, whose
+    """The text after a value: its standard error, or Wilson's interval if none or all of `n` examples count, whose
     standard error is 0 although the share is not certain. Empty without an error. `form` is that of a number."""
     if stderr is None:
         return ""

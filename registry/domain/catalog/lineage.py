@@ -62,7 +62,7 @@ def descendants(session: Session, actor: Actor, release: Release, *, before: int
 
 def with_inherited(session: Session, actor: Actor, new: NewRelease) -> tuple[NewRelease, list[Finding]]:
     """A pushed release with the inputs and the composition of an earlier one whose weights it has, if there is one that
-    the actor may read, and a warning that says so. Files of a composition do not lose their licences and their verdict
+    the actor may read, and a warning about it. Files of a composition do not lose their licences and their verdict
     by being pushed again."""
     source = _composed_with(session, actor, new) if not new.inputs else None
     if source is None:

@@ -78,7 +78,7 @@ def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, b
     """Publishes a release. Returns it and whether it is new. The same content again is a retry.
 
     The blobs must be stored already. Raises Conflict for different content under the version, and Refused for a
-    breaking change whose version lies within `^previous`, unless `allow_breaking` says why.
+    breaking change whose version lies within `^previous`, unless `allow_breaking` states a reason.
     """
     refuse_long_notes(new.notes, str(new.repository))
     commit = commit_id(canonical_manifest(new.files))
@@ -179,7 +179,7 @@ def unknown(session: Session, name: RepositoryName, version: Version) -> NotFoun
 
 
 def spectrum_of(session: Session, name: RepositoryName, version: Version, kind: Kind) -> dict[str, Any]:
-    """How much of its rank each module uses: the JSON of `composer.formats.adapters.spectrum`."""
+    """The share of its rank that each module uses: the JSON of `composer.formats.adapters.spectrum`."""
     release = find(session, name, version, kind)
     spectrum = session.scalar(select(Release.spectrum).where(Release.id == release.id))
     if spectrum is None:
@@ -201,7 +201,7 @@ def find_file(session: Session, release: Release, path: str) -> RevisionFile:
 
 
 def find_revision_file(session: Session, revision_id: int, path: str, release: str) -> RevisionFile:
-    """As `find_file`, by the id of the revision; `release` is the name that an error gives to the release."""
+    """As `find_file`, by the id of the revision; `release` is its name in errors."""
     file = session.get(RevisionFile, (revision_id, path)) if "\0" not in path else None
     if file is None:
         if (revision := session.get(Revision, revision_id)) is not None:
@@ -339,7 +339,7 @@ def _refuse_files_only(namespace: str, needed: str, covers: str | None, publishe
 
 
 def signable(repository: str, version: str, base_digest: str, files: Sequence[ManifestFile]) -> SignedRelease:
-    """What a signature of the release must state; it excludes the signature file itself."""
+    """The statement that a signature of the release must make; it excludes the signature file itself."""
     kept = [file for file in files if file.path != SIGNATURE_FILE]
     return SignedRelease(repository, version, base_digest, commit_id(canonical_manifest(kept)))
 

@@ -93,7 +93,7 @@ def signed_as(session: Session, signed_by: str) -> SignedAs:
 
 
 def signers(session: Session, release: Release, keys: Iterable[str]) -> dict[str, str | None]:
-    """Who signed the release itself with one of the keys: `SignedAs` by fingerprint, None where it is not known."""
+    """The signers of the release itself among the keys: `SignedAs` by fingerprint, None where it is not known."""
     rows = {row.signed_by: row.signed_as for row in of_release(session, release)}
     if release.signed_by and release.signature_covers == "release":
         rows[release.signed_by] = release.signed_as
@@ -108,7 +108,7 @@ def unsigned_input(session: Session, keys: Sequence[str], inputs: Iterable[Relea
 
 
 def _is_vouched_for(session: Session, keys: Sequence[str], release: Release) -> bool:
-    """A worker signs what it was given: its signature says only as much as those of its inputs."""
+    """A worker signs what it was given: its signature proves only as much as those of its inputs."""
     left, seen = [release], {release.id}
     while left:
         one = left.pop()

@@ -51,7 +51,7 @@ class Measurement:
 
     @classmethod
     def of(cls, score: Mapping[str, Any], results_sha256: str | None = None) -> Self:
-        """What a worker measured, from the JSON of a score."""
+        """Parses what a worker measured from the JSON of a score."""
         names = ("suite_digest", "metric", "value", "stderr", "n", "higher_is_better")
         source = score.get("source")
         return cls(**{name: score[name] for name in names}, results_sha256=results_sha256, source=source)
@@ -147,7 +147,7 @@ def _labels(suite: Suite) -> dict[str, str]:
 
 
 def _refuse_reserved(name: str) -> None:
-    """Whether such a name is taken would say which benchmarks private releases report."""
+    """Refuses such names: whether one is taken would reveal which benchmarks private releases report."""
     if name.startswith(REPORTED_PREFIX):
         raise Conflict(
             "suite_name_taken",
@@ -421,7 +421,7 @@ def other_scores(session: Session, subject: Release | Base, used: Collection[Sui
 
 
 def label(suite: Suite) -> str:
-    """How messages name a content: by its version, or else by its digest."""
+    """The name of a content in messages: its version, or else its digest."""
     return suite.version or suite.digest[:12]
 
 

@@ -211,7 +211,7 @@ class Contents:
     directions: Mapping[tuple[str, str], bool]
 
     def named(self, suite: str) -> str:
-        """How messages name the content."""
+        """The name of the content in messages."""
         content = self.suites.get(suite)
         return f"the current {suite}" if content is None or content.current else f"{suite} {suites.label(content)}"
 
@@ -289,7 +289,7 @@ class References:
     contents: Contents = CURRENT
 
     def moved_on(self, side: str, key: tuple[str, str]) -> str:
-        """What a message adds if the side has a score on another content; otherwise nothing."""
+        """The remark of a message about a score on another content; otherwise empty."""
         other = self.others.get(side, {}).get(key)
         return f" (the suite has moved on: {other})" if other else ""
 

@@ -35,7 +35,7 @@ class Stated:
         return f"{self.part} {self.name or 'without a licence'}"
 
     def choices(self, rules: Licenses) -> Sequence[Choice]:
-        """What its users may choose from and the policy's list allows; everything if that allows nothing of it."""
+        """The choices that the policy's list allows; all of them if it allows none."""
         every = choices(self.name) if self.name is not None else ()
         return [one for one in every if is_allowed(rules, self, one)] or every
 

@@ -242,7 +242,7 @@ def roll_back(  # noqa: PLR0913
 
 
 def _serves(move_id: int, version: str, commit: str) -> dict[str, Any]:
-    """What a channel serves after a move, for the audit row."""
+    """The release that a channel serves after a move, for the audit row."""
     return {"move": move_id, "version": version, "commit": commit}
 
 

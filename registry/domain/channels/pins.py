@@ -41,7 +41,7 @@ def of_channel(session: Session, repository_id: int, channel: str) -> Pins:
 
 
 def contents(session: Session, rules: Sequence[Rule], pins: Pins) -> Contents:
-    """What the rules are judged on: what they are pinned to, else what is current."""
+    """The content and directions that the rules are judged on: pinned ones, or else the current ones."""
     names = {rule.suite for rule in rules}
     current = {one.name: one for one in session.scalars(select(Suite).where(Suite.name.in_(names), Suite.current))}
     digests = [pin["digest"] for name, pin in pins.items() if name in names]
@@ -51,7 +51,7 @@ def contents(session: Session, rules: Sequence[Rule], pins: Pins) -> Contents:
 
 
 def announced(session: Session, pins: Pins) -> dict[str, str]:
-    """What has changed since the rules were pinned, by suite, in words."""
+    """Describes the changes since the rules were pinned, by suite."""
     now = suites.current_labels(session, pins)
     digests = [pin["digest"] for pin in pins.values()]
     pinned = {one.name: one for one in session.scalars(select(Suite).where(Suite.digest.in_(digests)))}

@@ -55,8 +55,8 @@ class Report:
         return bool(self.failed) and all(result.waiting for result in self.failed)
 
     def verdict(self, *, served: bool) -> PromotionVerdict:
-        """What a promotion without force leads to. `served` says whether the last move is to the release: it then waits
-        for nothing."""
+        """The outcome of a promotion without force. `served`: the last move is to the release, which then
+        waits for nothing."""
         if self.failed and not self.waits:
             return PromotionVerdict.REFUSED
         return PromotionVerdict.WAITS if self.failed and not served else PromotionVerdict.PASSES
@@ -175,7 +175,7 @@ def all_rules(session: Session, repository: Repository) -> dict[str, list[Rule]]
 
 
 def forced_past_approval(session: Session) -> list[str]:
-    """The channels whose policy asks for an approval and lets a releaser force a promotion without it."""
+    """The channels whose policy requires an approval and lets a releaser force a promotion without it."""
     query = select(Gate, Repository).join(Repository, Repository.id == Gate.repository_id)
     rows = session.execute(query.order_by(Repository.namespace, Repository.name, Gate.channel))
     asked = [(gate, repository, of_columns(gate.rules, gate.policy)) for gate, repository in rows]

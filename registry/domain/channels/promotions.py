@@ -120,7 +120,7 @@ def cancel(session: Session, actor: Actor, promotion: Promotion) -> Promotion:
 
 def approve(session: Session, actor: Actor, release: Release, channel: str, reason: str) -> Approval:
     """Approves a release for a channel, under the lock that moves of the channel take. Raises Refused if its policy
-    asks for no approval, NotAllowed without the role or for one's own promotion."""
+    requires no approval, NotAllowed without the role or for one's own promotion."""
     repository = release.repository
     policy, _ = policies.find(session, repository, channel)
     subject = f"{repositories.name_of(repository)}@{channel}"
@@ -187,7 +187,7 @@ def waiting_for(session: Session, release: Release, channel: str) -> Promotion |
 
 
 def _wait(session: Session, actor: Actor, promotion: Promotion, outcome: Waiting) -> None:
-    """Keeps the report, queues what is to be measured, and says when to look again."""
+    """Stores the report, queues the missing measurements, and returns when to look again."""
     promotion.gates = _rows(outcome.report)
     if wanted := outcome.report.lacking:
         job = evaluations.under_way(session, wanted)
@@ -216,7 +216,7 @@ def _rows(report: Report) -> list[dict[str, Any]]:
 
 
 def _given_up(session: Session, promotion: Promotion) -> Mapping[Wanted, str]:
-    """What the promotion's evaluation was to measure, once it has ended: what is still missing will not come. Has
+    """The measurements that the promotion's evaluation still lacked when it ended: they will not come. Has
     the errors of a job within the promotion's namespace only."""
     if promotion.job_id is None:
         return {}
@@ -334,7 +334,7 @@ def _channel(session: Session, release: Release, wanted: PromotionRequest) -> Ch
 
 
 def _refusal(session: Session, release: Release, wanted: PromotionRequest) -> Refused | None:
-    """What refuses the promotion whatever the policy says: a missing signature, or a yank."""
+    """Refusals that no policy can lift: a missing signature, or a yank."""
     namespace = session.get_one(Namespace, wanted.repository.namespace)
     named = (release.signed_by, release.signature_covers)
     try:

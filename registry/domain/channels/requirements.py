@@ -1,4 +1,4 @@
-"""What a policy asks for besides scores: a soak in another channel, approvals, a signature, a verdict, servers."""
+"""The requirements of a policy besides scores: a soak in another channel, approvals, a signature, a verdict, servers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -37,7 +37,7 @@ class Question:
 
 
 def judge(session: Session, policy: ChannelPolicy, question: Question) -> list[GateResult]:
-    """The results of all that the policy asks for besides scores."""
+    """Judges the requirements of the policy besides scores."""
     release, results = question.release, [_soak(session, policy, soak, question) for soak in policy.soak]
     if policy.approval is not None:
         results.append(_approval(session, policy.approval, question))

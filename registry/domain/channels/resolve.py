@@ -70,7 +70,7 @@ _BY_ID = Prepared(_RELEASES.where(_release.id == bindparam("named")))
 
 @dataclass(frozen=True, slots=True)
 class ResolvedRow:
-    """A row of `_RELEASES`. `remark` says if it is yanked or replaces a yanked release."""
+    """A row of `_RELEASES`. `remark` is set if it is yanked or replaces a yanked release."""
 
     row: Any
     remark: str = ""
@@ -91,7 +91,7 @@ class ResolvedRow:
 
 
 def deprecation_text(what: str, reason: str | None, successor: str | None) -> str:
-    """What a deprecation says; empty without one."""
+    """The text of a deprecation; empty without one."""
     if reason is None:
         return ""
     return f"{what} is deprecated: {reason}" + (f"; use {successor}." if successor else ".")

@@ -48,7 +48,7 @@ _OF_RELEASE = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelMove:
     """A channel's move; `gates` are the recorded results, empty where they were not read. It has not `changed` the
-    channel if a promotion asked for what the channel served already: this is then its last move."""
+    channel if a promotion named the release that the channel served already: this is then its last move."""
 
     id: int
     kind: str

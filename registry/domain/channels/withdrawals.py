@@ -109,7 +109,7 @@ def expired(session: Session, now: datetime, *, limit: int | None) -> list[int]:
 
 
 def take_down_if_expired(session: Session, operator: Actor, release_id: int) -> bool:
-    """Takes a release down if its namespace's retention still says so."""
+    """Takes a release down if its namespace's retention still requires it."""
     release = session.get_one(Release, release_id)
     row = session.get_one(Namespace, release.repository.namespace)
     repositories.lock(session, release.repository_id)
@@ -188,7 +188,7 @@ def _mark_unnamed(session: Session, actor: Actor, namespace: str, digests: Seque
 
 
 def _kept_files(session: Session, namespace: str, digests: Sequence[str]) -> dict[str, list[str]]:
-    """Which of the files releases and commits of the namespace still have: paths by their names."""
+    """The files that other releases and commits of the namespace still have: paths by their names."""
     query = (
         select(Repository.name, Revision.id, Revision.commit, RevisionFile.path)
         .join(Revision, Revision.repository_id == Repository.id)

@@ -32,7 +32,7 @@ ANEW = ("failed", "cancelled")
 
 
 def key_of(lock: Lock) -> str:
-    """What identifies the check of these locked inputs with this method."""
+    """The key of the check of these locked inputs with this method."""
     return hashlib.sha256(f"{version('adaptory')} {lock.digest}".encode()).hexdigest()
 
 

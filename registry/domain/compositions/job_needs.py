@@ -31,7 +31,7 @@ def needs_of(session: Session, recipe: Recipe, lock: Lock, *, plan_only: bool) -
 
 def declare_missing(session: Session) -> None:
     """Declares the needs of some jobs that an older version queued. One whose needs can no longer be known, since what
-    it names has changed, has none: its worker says why it fails."""
+    it names has changed, has none: its worker reports why it fails."""
     for job in needs.undeclared(session):
         try:
             needed = _needs_of_job(session, job)

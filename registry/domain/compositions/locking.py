@@ -63,7 +63,7 @@ def resolve_inputs(session: Session, recipe: Recipe) -> tuple[Base, list[Release
 
 
 def lock_inputs(session: Session, recipe: Recipe, base: Base, inputs: Sequence[Release]) -> Lock:
-    """What determines the combination in memory: the inputs with their weights, the method and its settings."""
+    """The facts that determine the combination in memory: the inputs with their weights, the method and its settings."""
     settings = parse_settings(recipe.method, recipe.settings)
     locked = tuple(
         LockedInput(

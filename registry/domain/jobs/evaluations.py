@@ -32,7 +32,7 @@ class Wanted:
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Self:
-        """What a result that `add_result` keeps was measured of."""
+        """The subject of a result that `add_result` keeps."""
         return cls(result["release"], result["base"], result["suite"])
 
 
@@ -56,7 +56,7 @@ def create(
 
 
 def needs_of(session: Session, wanted: Sequence[Wanted]) -> WorkerNeeds:
-    """What a worker needs to measure this: the largest base in memory, each base but for models, which are loaded from
+    """The needs of this measurement: the largest base in memory, each base but for models, which are loaded from
     their own files, and what the suites are measured with."""
     suites = session.scalars(select(Suite).where(Suite.digest.in_({one.suite for one in wanted})))
     names = {name for suite in suites for name in suite_needs(suite)}
@@ -67,7 +67,7 @@ def needs_of(session: Session, wanted: Sequence[Wanted]) -> WorkerNeeds:
 
 
 def suite_needs(suite: Suite) -> set[str]:
-    """What a worker needs to measure the suite, besides a model."""
+    """The needs of the suite, besides a model."""
     if suite.task == "harness":
         return {HARNESS}
     if suite.task != "generation":
@@ -109,7 +109,7 @@ def is_own(session: Session, actor: Actor, job: Job, role: Role = Role.READER) -
 
 
 def requester(session: Session, job_id: int, now: datetime) -> Actor:
-    """Who asked for the evaluation, with the current grants."""
+    """The requester of the evaluation, with the current grants."""
     row, job = find(session, job_id), queue.find(session, job_id)
     return tokens.actor_now(session, job.created_by, row.token_id, row.source, now)
 

@@ -54,7 +54,7 @@ class Offer:
     memory_bytes: int
 
     def lacking(self, needs: WorkerNeeds) -> set[str]:
-        """What it does not meet."""
+        """The needs that the offer does not meet."""
         return {*(needs.names - self.names), *({_MEMORY} if needs.memory_bytes > self.memory_bytes else ())}
 
 
@@ -118,7 +118,7 @@ class Wanted:
 
 
 def wanted(session: Session) -> Wanted:
-    """What a worker looks for on its host."""
+    """The names that a worker looks for on its host."""
     jobs = select(Job.id).where(Job.state.in_(UNFINISHED))
     names = frozenset(session.scalars(select(JobNeed.need).where(JobNeed.job_id.in_(jobs)).distinct()))
     digests = [digest for digest in map(base_of, names) if digest is not None]
@@ -151,7 +151,7 @@ def forget_workers(session: Session, now: datetime) -> None:
 
 
 def waiting(session: Session, jobs: Collection[Job], now: datetime) -> dict[int, str]:
-    """What each queued job waits for, by its number, such as `a worker that has the base tiny`."""
+    """Names what each queued job waits for, by its number, such as `a worker that has the base tiny`."""
     queued = [job for job in jobs if job.state == "queued"]
     if not queued:
         return {}
@@ -176,7 +176,7 @@ def _waits_for(job: Job, needs: WorkerNeeds, live: Sequence[Offer], names: Mappi
 
 
 def _least_lacking(needs: WorkerNeeds, offers: Sequence[Offer]) -> set[str]:
-    """What the offer that meets most of the needs lacks."""
+    """The needs that the best offer does not meet."""
     return min((offer.lacking(needs) for offer in offers), key=lambda one: (len(one), sorted(one)))
 
 

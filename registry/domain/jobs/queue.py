@@ -58,8 +58,7 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What the caller of a request says of its job: its priority, and the memory of a device that it takes, None for
-    what its bases take."""
+    """The caller's settings for a job: its priority, and the device memory that it needs, None for that of its bases."""
 
     priority: Priority = Priority.NORMAL
     memory_bytes: int | None = None
@@ -76,7 +75,7 @@ def enqueue(
     namespace: str | None,
     wish: Wish = PLAIN,
 ) -> Job:
-    """Adds a job with these steps; `declare` says what it needs. Raises TooMany if the user has MAX_QUEUED jobs
+    """Adds a job with these steps; `declare` states its needs. Raises TooMany if the user has MAX_QUEUED jobs
     waiting, and NotAllowed for a high priority unless the user is a releaser of the namespace."""
     _refuse_high(actor, wish.priority, namespace)
     waiting = select(func.count()).select_from(Job).where(Job.state == "queued", Job.created_by == actor.name)
@@ -108,7 +107,7 @@ def _refuse_high(actor: Actor, priority: Priority, namespace: str | None) -> Non
 
 
 def declare(session: Session, job: Job, needed: WorkerNeeds, wish: Wish = PLAIN) -> None:
-    """States what the job needs, with the memory that was asked for in place of that of its bases."""
+    """States what the job needs, with the requested memory in place of that of its bases."""
     if wish.memory_bytes is not None:
         needed = replace(needed, memory_bytes=wish.memory_bytes)
     needs.declare(session, job, needed)
@@ -195,7 +194,7 @@ def _running(now: datetime) -> Any:
 
 
 def _order(now: datetime, running: ColumnElement[int]) -> tuple[Any, ...]:
-    """What goes first. `running` is how many jobs of its namespace run."""
+    """The order of jobs: the first goes first. `running` is the number of running jobs of its namespace."""
     overdue = Job.created_at < now - OVERDUE
     last = case((overdue, 0), else_=1)
     return last, case((overdue, 0), else_=running), case((overdue, 0), else_=-Job.priority), Job.id

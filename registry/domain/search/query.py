@@ -1,4 +1,4 @@
-"""What a search can ask for: the fields of a query, and the condition of each.
+"""The fields of a search query, and the condition of each.
 
 Conditions use bind parameters, so that searches of the same shape share statements: building one takes longer than
 running it. `filters.py` puts them together.
