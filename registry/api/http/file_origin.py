@@ -34,7 +34,7 @@ class FileOrigin:
         return urlsplit(self.url).hostname or ""
 
     def address(self, sha256: Digest, expires_s: int, disposition: str | None) -> str:
-        """Where the file can be fetched until then, without a token."""
+        """The address of the file, valid until then without a token."""
         expires, disposition = int(time.time()) + expires_s, disposition or ""
         query = {"expires": expires, "signature": self._signature(sha256, expires, disposition)}
         query |= {"disposition": disposition} if disposition else {}

@@ -1,4 +1,4 @@
-"""A server for one user, on a loopback address that every user of the machine reaches: it asks for its secret."""
+"""The secret of a server for one user, on a loopback address that every user of the machine reaches."""
 
 import hashlib
 import hmac

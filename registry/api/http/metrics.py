@@ -62,7 +62,7 @@ class ServerMetrics:
 
 
 class _Jobs(Collector):
-    """The queue, asked at each scrape."""
+    """The queue, read at each scrape."""
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources

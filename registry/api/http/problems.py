@@ -72,7 +72,7 @@ def problem_response(
 def error_response(
     scope: Scope, error: RegistryError, status: int | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """As `problem_response`, or as a page for a browser that asks a server with pages, but never below /v1."""
+    """As `problem_response`, or as a page for a browser if the server has pages, but never below /v1."""
     shown = cast("ErrorPage | None", getattr(scope["app"].state, "error_page", None))
     accepted = b",".join(value for name, value in scope["headers"] if name == b"accept")
     problem = problem_response(error, status, headers)
@@ -192,7 +192,7 @@ def _of_validation(error: RequestValidationError) -> Invalid:
 
 
 def _wrong(error: Mapping[str, Any]) -> str:
-    """What is wrong; the next step lists the allowed values."""
+    """Describes what is wrong; the next step lists the allowed values."""
     return f"{str(error['input'])[:100]!r} is unknown" if error["type"] in _CHOICES else str(error["msg"])
 
 

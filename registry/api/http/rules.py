@@ -1,4 +1,4 @@
-"""Access rules: the type of a route's actor says who may call it. A test fails for a route without one.
+"""Access rules: the type of a route's actor decides who may call it. A test fails for a route without one.
 
 def yank(named: RepositoryOf, actor: Releaser, ...)   releasers of the namespace in the path
 def list_bases(actor: Member, ...)                    anyone with a role in any namespace

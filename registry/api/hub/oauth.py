@@ -29,7 +29,7 @@ _NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
 
 
 async def fields_of(request: Request) -> dict[str, str]:
-    """The fields of the request: JSON, which the client sends, or the form that the standard asks for."""
+    """The fields of the request: JSON, which the client sends, or the form that the standard requires."""
     refuse_longer(request, "body", MAX_STRANGERS_BYTES, "Send only the ID token and its resource.")
     content = await document(request)
     try:

@@ -110,7 +110,7 @@ def plan_commit(
 def plan_uploads(
     namespace: str, name: str, body: BatchIn, request: Request, resources: ResourcesOf, actor: Publisher
 ) -> Response:
-    """How to send files before a commit: to the store or through the API, by addresses that are the permission."""
+    """Plans the upload of files before a commit, to the store or through the API; the addresses are the permission."""
     files = [ManifestFile(one.oid, one.size, parse_digest(one.oid)) for one in body.objects]
     planned = lfs.plan(resources, actor, namespace, files, in_parts="multipart" in body.transfers)
     objects = [_lfs_object(request, file, planned[file.sha256]) for file in files]
@@ -295,7 +295,7 @@ def _is_left_out(path: str) -> bool:
 
 
 def _oids(resources: Resources, held: list[ManifestFile]) -> dict[str, str]:
-    """What the client compares its files with, to leave out those that have not changed: the sha256 of one that would
+    """The digest that a client compares a file with, to leave out unchanged ones: the sha256 of one that would
     come before the commit, git's name for one that would come in it."""
     from registry.transfer import commits as transfers
 

@@ -100,7 +100,7 @@ def set_namespace(
 
 @router.get("/namespaces/{namespace}/usage")
 def show_usage(namespace: str, resources: ResourcesOf, actor: Caller) -> UsageOut:
-    """What the namespace holds, and its quota. Not for anonymous callers."""
+    """The contents of the namespace, and its quota. Not for anonymous callers."""
     permit(actor, Role.READER, namespace)
     refuse_anonymous(actor)
     with resources.snapshot() as session:
@@ -120,7 +120,7 @@ def set_quota(namespace: str, body: QuotaIn, resources: ResourcesOf, actor: Regi
 
 @router.put("/namespaces/{namespace}/retention")
 def set_retention(namespace: str, body: RetentionIn, resources: ResourcesOf, actor: Admin) -> NamespaceOut:
-    """Set after how many days `gc` takes down yanked releases and pre-releases."""
+    """Set the days after which `gc` takes down yanked releases and pre-releases."""
     with resources.write() as session:
         row = namespaces.find(session, namespace)
         quotas.set_limits(session, actor, row, Retention(body.keep_yanked_days, body.keep_prerelease_days))

@@ -58,7 +58,7 @@ def plan_upload(body: UploadIn, resources: ResourcesOf, actor: Caller) -> Upload
 @router.post("/uploads/{upload_id}/parts/{number}")
 @in_store_threads
 def plan_part(upload_id: UploadId, number: PartNumber, body: PartIn, resources: ResourcesOf, actor: Caller) -> PutOut:
-    """How to PUT one part of a large file. Stores that can do so refuse bytes that do not match `sha256`."""
+    """Plan the PUT of one part of a large file. Stores that can do so refuse bytes that do not match `sha256`."""
     return _put_out(uploads.sign_part(resources, actor, upload_id, number, parse_digest(body.sha256)))
 
 
@@ -126,7 +126,7 @@ def fetch(  # noqa: PLR0913
 
 
 def origin_of(request: Request) -> FileOrigin | None:
-    """Where this server has its users' files, if that is another host name."""
+    """The origin of users' files, if that is another host name."""
     return cast("FileOrigin | None", request.app.state.file_origin)
 
 

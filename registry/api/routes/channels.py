@@ -111,7 +111,7 @@ def promote(  # noqa: PLR0913
 def _made(
     session: Session, named: NamedRepository, channel: str, made: dict[str, int]
 ) -> timeline.ChannelMove | Promotion:
-    """What an earlier request with the same key led to."""
+    """The answer of an earlier request with the same key."""
     if "move" in made:
         return _move(session, named, channel, made["move"])
     return pending.find(session, named.find(session), channel, made["promotion"])
@@ -195,7 +195,7 @@ def list_moves_of_release(
 def judge(
     named: RepositoryOf, channel: str, version: VersionQuery, resources: ResourcesOf, actor: Reader, response: Response
 ) -> JudgementOut:
-    """What promoting the version to the channel would lead to now, with the result of each rule. Changes nothing. A
+    """Judge a promotion of the version to the channel now, with the result of each rule. Changes nothing. A
     channel that does not exist yet is judged as an empty one."""
     wanted = moves.PromotionRequest(named.name, parse_version(version), channel, named.kind)
     with resources.snapshot() as session:
@@ -238,7 +238,7 @@ def cancel_promotion(
 def approve(
     named: RepositoryOf, channel: str, body: ApprovalIn, resources: ResourcesOf, actor: Publisher
 ) -> ApprovalOut:
-    """Approve a release for the channel, with the role that its policy asks for. A promotion that waits for it is
+    """Approve a release for the channel, with the role that its policy requires. A promotion that waits for it is
     judged again."""
     with resources.write() as session:
         release = named.release(session, body.version)
@@ -255,7 +255,7 @@ def approve(
 def withdraw(
     named: RepositoryOf, channel: str, version: str, resources: ResourcesOf, actor: Publisher
 ) -> dict[str, bool]:
-    """Withdraw one's own approval; `withdrawn` says whether there was one."""
+    """Withdraw one's own approval; `withdrawn` tells whether there was one."""
     with resources.write() as session:
         return {"withdrawn": promotions.withdraw(session, actor, named.release(session, version), channel)}
 

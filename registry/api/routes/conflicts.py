@@ -38,8 +38,8 @@ def show(check_id: RowId, resources: ResourcesOf, actor: Caller) -> ConflictsOut
 
 
 def last_check(resources: Resources, actor: Actor, body: ConflictsIn) -> tuple[Lock, ConflictsOut | None]:
-    """What would be combined, and its latest check, also one that failed. Raises as `permit` unless the actor may read
-    each adapter, and as `locking.resolve_inputs` for adapters that cannot be combined."""
+    """The adapters to combine, and their latest check, also one that failed. Raises as `permit` unless the actor may
+    read each adapter, and as `locking.resolve_inputs` for adapters that cannot be combined."""
     recipe = recipe_of(body)
     for source in recipe.inputs:
         permit(actor, Role.READER, parse_reference(source.adapter).repository.namespace)

@@ -21,7 +21,7 @@ def request(body: EvaluationIn, resources: ResourcesOf, actor: Caller) -> Evalua
 
 @router.get("/{job_id}")
 def show(job_id: RowId, resources: ResourcesOf, actor: Caller) -> EvaluationOut:
-    """Show an evaluation, as far as it is done. Only for the caller who asked for it and registry admins. It is
+    """Show an evaluation, as far as it is done. Only for its requester and registry admins. It is
     cancelled by its job."""
     with resources.read() as session:
         return EvaluationOut.model_validate(evaluations.report(session, actor, job_id))

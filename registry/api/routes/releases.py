@@ -163,7 +163,7 @@ def list_descendants(
 
 @repository_routes.get("/{namespace}/{name}/releases/{version}/spectrum")
 def show_spectrum(named: RepositoryOf, version: str, resources: ResourcesOf, actor: Reader) -> SpectrumOut:
-    """How much of its rank each module uses; 404 if not computed, as for merged models."""
+    """The share of its rank that each module uses; 404 if not computed, as for merged models."""
     with resources.read() as session:
         return SpectrumOut(**releases.spectrum_of(session, named.name, parse_version(version), named.kind))
 

@@ -89,7 +89,7 @@ def search_releases(request: Request, resources: ResourcesOf, actor: Caller) -> 
 
 
 def find_releases(resources: Resources, actor: Actor, asked: bytes, documents: RenderedReleaseCache) -> Results:
-    """What a query string asks for."""
+    """Runs the search that a query string describes."""
     query, wanted = _parse_query(asked)
     order = Order(query.sort, query.limit + 1, _position(query))
     # Conditions on a release's neighbours are evaluated in one statement and checked in another.

@@ -102,8 +102,8 @@ class RetentionIn(WireIn):
 
 
 class PersonIn(WireIn):
-    """Who signs in as the user: the `subject` (`sub`) that the provider gives the person. Without `issuer`, that of the
-    server's provider."""
+    """The person who signs in as the user: the `subject` (`sub`) that the provider gives the person. Without `issuer`,
+    that of the server's provider."""
 
     subject: str = Field(min_length=1, max_length=255)
     issuer: str | None = Field(default=None, min_length=1, max_length=200)

@@ -1,4 +1,5 @@
-"""The requirements of a policy besides scores: a soak in another channel, approvals, a signature, a verdict, servers."""
+"""Requirements of a policy besides scores: soak in another channel, approvals, signature, licences, verdict,
+servers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

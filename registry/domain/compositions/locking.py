@@ -63,7 +63,8 @@ def resolve_inputs(session: Session, recipe: Recipe) -> tuple[Base, list[Release
 
 
 def lock_inputs(session: Session, recipe: Recipe, base: Base, inputs: Sequence[Release]) -> Lock:
-    """The facts that determine the combination in memory: the inputs with their weights, the method and its settings."""
+    """The facts that determine a combination in memory: its inputs with weights, its method and the method's
+    settings."""
     settings = parse_settings(recipe.method, recipe.settings)
     locked = tuple(
         LockedInput(

@@ -58,7 +58,7 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """The caller's settings for a job: its priority, and the device memory that it needs, None for that of its bases."""
+    """A caller's settings of a job: its priority, and the device memory that it needs, None for that of its bases."""
 
     priority: Priority = Priority.NORMAL
     memory_bytes: int | None = None

@@ -73,7 +73,7 @@ def sign_in_of(request: Request) -> SignIn:
 
 
 def secret_of(request: Request) -> Secret | None:
-    """What a server for one user asks for."""
+    """The sign-in page of a server for one user."""
     return cast("Secret | None", request.app.state.secret)
 
 

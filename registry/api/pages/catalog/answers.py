@@ -39,7 +39,7 @@ class AnswerBlock:
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """A repository's channels, those that serve the release, and the one that the reader asked about."""
+    """A repository's channels, those that serve the release, and the one in the reader's address."""
 
     names: Sequence[str]
     serving: Sequence[ChannelOut]
@@ -58,7 +58,7 @@ def moves_of(session: Session, named: RepositoryName, release: Release, limit: i
 
 
 def answer(session: Session, actor: Actor, release: Release, channels: Channels, moved: Sequence[Json]) -> AnswerBlock:
-    """The answer for the channel that was asked for, or else for one that serves the release, or for prod, or the first
+    """The answer for the requested channel, or else for one that serves the release, or for prod, or the first
     one. `moved` are its moves, newest first."""
     if release.revision.taken_down_at is not None:
         why = release.revision.takedown_reason or ""

@@ -117,7 +117,7 @@ def _measured(score: Json | None, first: Json | None) -> ComparedScore | None:
 
 
 def _facts(release: Json) -> dict[str, Any]:
-    """What a release is, by the names that its page uses."""
+    """The facts of a release, by the names that its page uses."""
     facts, stated = release["adapter"] or release["model"], release["provenance"]
     spectrum: Json = facts.get("spectrum") or {}
     listed: dict[str, Any] = {

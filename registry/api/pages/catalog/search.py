@@ -27,7 +27,7 @@ SHOWN, SUGGESTED, MOVES, COUNTED = 25, 25, 5, 100
 
 @dataclass(frozen=True, slots=True)
 class NotLoading:
-    """Releases that fit, but do not load in the server that was asked for."""
+    """Releases that fit, but do not load in the requested server."""
 
     number: int
     """Of the first COUNTED that fit; there may be more of them."""
@@ -95,7 +95,7 @@ def _read(results: Results) -> list[Json]:
 
 
 def _rows(results: Results, serving: Mapping[int, list[str]]) -> dict[str, Any]:
-    """What `parts.release_rows` takes."""
+    """The arguments of `parts.release_rows`."""
     items = _read(results)
     rows = zip(items, results.release_ids, strict=True)
     channels = {(one["repository"], one["version"]): serving.get(release, []) for one, release in rows}
@@ -116,7 +116,7 @@ def _not_loading(
 
 
 def _asked(given: list[tuple[str, str]]) -> dict[str, str]:
-    """What the form shows: each field's value, several with commas."""
+    """The values of the form's fields, several joined by commas."""
     values: dict[str, list[str]] = {}
     for name, value in given:
         values.setdefault(name, []).append(value)

@@ -1,8 +1,7 @@
 """Forms that move a channel: promotion, with its gates judged before, and rollback.
 
-Each form carries the move that its page showed. If the channel has moved since, nothing happens, and the page says what
-it serves now.
-"""
+Each form carries the move that its page showed. If the channel has moved since, nothing happens, and the page shows
+what it serves now. """
 
 from fastapi import APIRouter, Response
 
@@ -28,7 +27,7 @@ SHOWN = 200
 
 @router.get(CHANNEL + "/promote")
 def show_promotion(asked: ChannelRequestOf, version: VersionOf, actor: PageReleaser) -> Response:
-    """What the promotion would lead to, and the form that makes it."""
+    """The outcome of the promotion, judged now, and the form that makes it."""
     return _promotion_page(asked, actor, PromotionRequest(asked.named, version, asked.channel))
 
 
@@ -57,7 +56,7 @@ def promote(asked: ChannelRequestOf, actor: PageReleaser, form: FormOf) -> Respo
 
 @router.get(CHANNEL + "/rollback")
 def show_rollback(asked: ChannelRequestOf, actor: PageReleaser) -> Response:
-    """What the channel serves, and the form that returns to an earlier release."""
+    """The release that the channel serves, and the form that returns to an earlier one."""
     return _rollback_page(asked, RollbackIn(reason=""))
 
 

@@ -14,7 +14,7 @@ from registry.formats.channel_policy import ChannelPolicy, Combination, Licenses
 
 
 def stated(policy: ChannelPolicy) -> list[tuple[str, list[str]]]:
-    """What a promotion needs: a heading and its lines for each part that asks for something."""
+    """The requirements of a promotion: a heading and its lines for each part of the policy."""
     needs = {
         "Scores": [_rule(policy, one) for one in policy.rules],
         "Served before": [f"by {one.channel} for {_hours(one.hours)}, and not rolled back" for one in policy.soak],

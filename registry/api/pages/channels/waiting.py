@@ -1,6 +1,6 @@
 """Forms about the promotion that a channel waits for: one approves it, one cancels it.
 
-Each form carries the promotion that its page showed. If that one has ended, nothing happens, and the page says so.
+Each form carries the promotion that its page showed. If that one has ended, nothing happens, and the page shows it.
 """
 
 from typing import Any
@@ -33,13 +33,13 @@ router = APIRouter(route_class=PageRoute)
 
 @router.get(CHANNEL + "/approve")
 def show_approval(asked: ChannelRequestOf, actor: PagePublisher) -> Response:
-    """What waits and what it lacks, and the form that approves it."""
+    """The waiting promotion, what it lacks, and the form that approves it."""
     return _page(asked, "approve.html")
 
 
 @router.post(CHANNEL + "/approve")
 def approve(asked: ChannelRequestOf, actor: PagePublisher, form: FormOf) -> Response:
-    """Approves as REST does, with the role that the policy asks for, and goes on to the channel's page."""
+    """Approves as REST does, with the role that the policy requires, and goes on to the channel's page."""
     try:
         with asked.resources.write() as session:
             promotion = _shown(session, asked, form)
@@ -55,7 +55,7 @@ def approve(asked: ChannelRequestOf, actor: PagePublisher, form: FormOf) -> Resp
 
 @router.get(CHANNEL + "/cancel")
 def show_cancellation(asked: ChannelRequestOf, actor: PageReleaser) -> Response:
-    """What waits, and the form that cancels it."""
+    """The waiting promotion, and the form that cancels it."""
     return _page(asked, "cancel.html")
 
 

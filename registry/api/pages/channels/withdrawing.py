@@ -51,7 +51,7 @@ Change = Callable[[Session, Actor, Release, Form], None]
 
 @router.get(RELEASE + "/yank")
 def show_yank(asked: WithdrawalOf) -> Response:
-    """What a yank does, and the form for it; of a yanked release, the form that undoes it."""
+    """Explains a yank, with the form for it; of a yanked release, the form that undoes it."""
     return _page(asked, "yank.html")
 
 
@@ -63,7 +63,7 @@ def yank(asked: WithdrawalOf, form: FormOf) -> Response:
 
 @router.get(RELEASE + "/deprecate")
 def show_deprecation(asked: WithdrawalOf) -> Response:
-    """What a deprecation does, and the form for it."""
+    """Explains a deprecation, with the form for it."""
     return _page(asked, "deprecate.html")
 
 

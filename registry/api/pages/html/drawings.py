@@ -92,7 +92,7 @@ class Point:
 
 
 def history(named: str, points: Sequence[Point]) -> Markup:
-    """Scores with error bars over versions, lowest first. Each says its value on hover."""
+    """Scores with error bars over versions, lowest first. Each shows its value on hover."""
     ends = [end for one in points for end in (one.score.low, one.score.high)]
     margin = 0.06 * ((max(ends) - min(ends)) or abs(ends[0]) or 1.0)
     low, high = min(ends) - margin, max(ends) + margin

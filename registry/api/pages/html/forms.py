@@ -64,13 +64,13 @@ def number_shown(form: Form, field: str) -> int:
 
 def is_private(request: Request) -> bool:
     """Whether a browser keeps the cookie, and nobody on the way reads the secret: by https, or within this machine.
-    `ADAPTORY_TRUSTED_PROXIES` says whose word the server takes for the scheme."""
+    `ADAPTORY_TRUSTED_PROXIES` names the proxies that are believed about the scheme."""
     return request.url.scheme == "https" or is_loopback(request.url.hostname or "")
 
 
 def form_token(request: Request) -> str:
-    """What a posted form has to carry: bound to the session's secret, and for the only user of a server to one of its
-    processes. A stranger has nothing to protect, and an empty one."""
+    """The token that a posted form has to carry: bound to the session's secret, and for the only user of a server to
+    one of its processes. A stranger has nothing to protect, and an empty one."""
     if callers_of(request).single_user:
         secret = bytes(multiprocessing.current_process().authkey)  # random, and the same in processes started by one
     else:
@@ -88,7 +88,8 @@ async def read_form(request: Request) -> Form:
 
 
 def refuse_other_site(request: Request) -> None:
-    """Raises NotAllowed unless a page of this server sent the request: every browser says so in one of two headers."""
+    """Raises NotAllowed unless a page of this server sent the request: every browser states it in one of two
+    headers."""
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     own = f"{request.url.scheme}://{request.headers.get('host', '')}"
     if site in (None, "same-origin") and origin in (None, own) and (site or origin):

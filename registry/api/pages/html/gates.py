@@ -34,7 +34,7 @@ def lines(report: Sequence[Json]) -> list[GateLine]:
 
 
 def summary(report: Sequence[Json]) -> str:
-    """How many rules pass: `2 of 3 pass`; empty without rules."""
+    """The number of rules that pass, as `2 of 3 pass`; empty without rules."""
     return f"{sum(bool(one['passed']) for one in report)} of {len(report)} pass" if report else ""
 
 

@@ -21,7 +21,7 @@ Json = Mapping[str, Any]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreLine:
     """A suite's metric: values, and whether this release is `better` or `worse` than the one before, `none shown` if
-    the difference is within its error, empty without one before. `cost` is what a guard says beside the base, in
+    the difference is within its error, empty without one before. `cost` compares a guard with the base, in
     words."""
 
     name: str
@@ -86,7 +86,7 @@ def lines(now: Sequence[Json], before: Sequence[Json], base: Sequence[Json]) -> 
 
 
 def histories(session: Session, release: Release) -> list[History]:
-    """How each metric of a release went over the versions of its repository, where others have it too."""
+    """The history of each metric over the versions of the repository, where others have it too."""
     series: dict[str, list[tuple[str, Json]]] = {}
     for one in stored.of_release(session, release, limit=VERSIONS):
         score = {"metric": one.metric, "value": one.value, "stderr": one.stderr, "n": one.n}

@@ -24,7 +24,7 @@ from registry.transfer.resources import Resources
 
 @dataclass(frozen=True, slots=True)
 class PageRule(Rule):
-    """A rule for a page: the cookie alone says who the caller is. Tokens are for REST."""
+    """A rule for a page: only the cookie identifies the caller. Tokens are for REST."""
 
     def credentials(self, request: Request) -> Credentials:
         return replace(Rule.credentials(self, request), authorization="", session=session_of(request))
@@ -81,7 +81,7 @@ def parses(*names: str) -> dict[str, Any]:
 
 
 def error_page(request: Request, error: RegistryError, status: int | None = None) -> Response:
-    """What is wrong and what to do. What a caller may not see does not exist, so it says 404 too."""
+    """The page of an error. What a caller may not see is a 404, like what does not exist."""
     response = page(request, "error.html", status=status or error.status, error=error)
     for name, value in HEADERS.items():
         response.headers[name] = value

@@ -1,4 +1,4 @@
-"""A conflict report as pages show it: what it says, what to do, what each adapter loses, and where adapters meet."""
+"""A conflict report as pages show it: its verdict, its advice, each adapter's loss, and where adapters meet."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -62,8 +62,8 @@ DEFAULT_MEASURE = "input_excess"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossLine:
-    """What a member loses on its own suite, or a guard, and whether that is too much (`bad`), open or neither. `cost`
-    says what a guard loses beside the base, in words."""
+    """The loss of a member on its own suite, or of a guard, and whether that is too much (`bad`), open or neither.
+    `cost` compares a guard with the base, in words."""
 
     name: str
     suite: str
@@ -134,7 +134,7 @@ def readable(report: Json | None) -> Json | None:
 
 
 def read(report: Json, address: OptionAddress) -> Report:
-    """The report of REST for a page. `address` says where options lead to that its advice names. Reports of before 1.0
+    """The report of REST for a page. `address` makes links of the options that its advice names. Reports of before 1.0
     may lack the summary, the advice for all, and what is tolerated."""
     verdict, summary = str(report["verdict"]), report.get("summary", _NO_SUMMARY)
     pairs = sorted(report["pairs"], key=lambda one: (-_rank(one["verdict"]), -(one["risk"] or 0.0)))
@@ -199,7 +199,7 @@ def _linked(advice: str, address: OptionAddress) -> Markup:
 
 
 def options_of(chosen: Chosen) -> OptionAddress:
-    """Where options that advice names lead to: a recipe for the chosen adapters that has them."""
+    """Links of the options in an advice: to a recipe for the chosen adapters that has them."""
 
     def address(name: str, value: str) -> str | None:
         if name == "method":
@@ -235,7 +235,7 @@ def _losses(report: Json, pairs: Sequence[Json]) -> list[Losses]:
 
 
 def _ends(effect: Json) -> list[float]:
-    """What the axis has to show: the loss and what is tolerated. Intervals of a few examples are cut at its ends."""
+    """The range of the axis: the loss and its limit. Intervals of a few examples are cut at its ends."""
     tolerated = effect.get("tolerated")
     return [effect["loss"], *([] if tolerated is None else [tolerated])]
 
