@@ -1,4 +1,4 @@
-"""What cannot be read, combined or merged. Each error names the file or module and says what to do next.
+"""Errors: what cannot be read, combined or merged. Each names the file or module and the next step.
 
 ComposerError
 ├── InvalidFile      a file is damaged, missing or not what it claims to be
@@ -46,6 +46,6 @@ class Interrupted(Exception):
 
 
 def became_shorter(subject: str) -> InvalidFile:
-    """The error for a file that ends before its own header says."""
+    """The error for a file that is shorter than its own header states."""
     message = f"{subject} became shorter while it was read."
     return InvalidFile("cut_off", message, subject=subject)

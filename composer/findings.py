@@ -73,7 +73,7 @@ class Finding:
 
 
 def next_step(code: str, otherwise: str) -> str:
-    """What to do about a finding of this code that the file's owner or a setting can fix."""
+    """The next step for a finding of this code that the file's owner or a setting can fix."""
     return _NEXT_STEPS.get(code, otherwise)
 
 

@@ -141,7 +141,7 @@ class StoredFactor:
         return StoredFactor(self.file, self.tensor[index])
 
     def read_into(self, out: torch.Tensor) -> None:
-        """Copies the values to `out`, in its dtype, from the file: takes no memory but `out` and as much again.
+        """Copies the values to `out`, in its dtype, from the file: needs no memory but `out` and as much again.
 
         Raises InvalidFile if the file has become shorter.
         """

@@ -76,7 +76,7 @@ def torch_threads(count: int) -> Generator[None]:
 
 
 def most_threads() -> int:
-    """How many threads an operator uses outside of `torch_threads`: the cores, or fewer if OMP_NUM_THREADS says so."""
+    """The number of threads of an operator outside of `torch_threads`: the cores, or fewer by OMP_NUM_THREADS."""
     with _ASKING:
         return _asked[0] if _asked else torch.get_num_threads()
 

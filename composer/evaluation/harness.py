@@ -43,7 +43,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """How documents are asked: after `num_fewshot` examples, by default the task's own number, and with `chat` in the
+    """The form of the prompts: after `num_fewshot` examples, by default the task's own number, and with `chat` in the
     turns of the base's chat template. The harness keeps a task's own number if it is 0."""
 
     num_fewshot: int | None = None
@@ -51,7 +51,7 @@ class Asked:
 
     @property
     def config(self) -> Json:
-        """What it adds to the content of a suite."""
+        """The part of a suite's content that states it."""
         return {"apply_chat_template": True} if self.chat else {}
 
 
@@ -60,7 +60,7 @@ PLAINLY = Asked()
 
 @dataclass(frozen=True, slots=True)
 class LoadedTask:
-    """A task that the harness has loaded, how it is asked, and the suite that it is."""
+    """A task that the harness has loaded, the form of its prompts, and its suite."""
 
     suite: HarnessTask
     task: Any
@@ -91,7 +91,7 @@ class Plan:
 @dataclass(slots=True)
 class Outcome:
     """The scores of a task. `examples` has the score of each document in order, if the harness gives one from 0 to 1 of
-    `metric`, and the answer; empty otherwise. `skipped` says which metrics have no score."""
+    `metric`, and the answer; empty otherwise. `skipped` names the metrics that have no score."""
 
     scores: list[SuiteScore]
     metric: str = ""
@@ -306,8 +306,8 @@ def _suite_name(name: str) -> str:
 
 
 def _label(task_version: object, shots: int | None, *, chat: bool) -> str:
-    """A semantic version: the task's, as far as it is one, with that of the harness as its pre-release, and how it is
-    asked if that is not the task's own way."""
+    """A semantic version: the task's, as far as it is one, with that of the harness as its pre-release, and the form
+    of the prompts if that is not the task's own."""
     numbers = [str(int(one)) for one in _NUMBERS.findall(str(task_version))][:3] if task_version is not None else []
     build = ".".join(re.sub(r"[^0-9A-Za-z-]", "-", part) for part in version(HARNESS).split(".") if part)
     how = (f".{shots}-shot" if shots is not None else "") + (".chat" if chat else "")
@@ -315,7 +315,7 @@ def _label(task_version: object, shots: int | None, *, chat: bool) -> str:
 
 
 def _documents(documents: Iterable[Any]) -> Documents:
-    """How many documents there are, and one hash over the canonical JSON of each."""
+    """The number of documents, and one hash over the canonical JSON of each."""
     count, digest = 0, sha256()
     for count, one in enumerate(documents, start=1):  # noqa: B007
         text = json.dumps(one, sort_keys=True, ensure_ascii=False, default=str)
@@ -324,7 +324,7 @@ def _documents(documents: Iterable[Any]) -> Documents:
 
 
 def _name_of(value: object) -> object:
-    """What stands for a value that JSON does not have: not its address in memory."""
+    """The text for a value that JSON does not have, without its address in memory."""
     return getattr(value, "__qualname__", None) or type(value).__qualname__
 
 

@@ -37,13 +37,14 @@ class Encoded:
         return self.ids[: self.prompt_tokens]
 
     def after(self, prefix: int) -> "Encoded":
-        """What follows the first `prefix` tokens of the prompt."""
+        """The tokens after the first `prefix` of the prompt."""
         return Encoded(self.ids[prefix:], self.prompt_tokens - prefix)
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One example under one model: nats over the whole completion, its tokens, and whether greedy decoding gives it."""
+    """One example under one model: nats over the whole completion, its tokens, and whether greedy decoding reproduces
+    it."""
 
     nats: float
     tokens: int
@@ -143,7 +144,7 @@ def measure(
 
 
 def split_prefix(loaded: LoadedModel, encoded: Sequence[Encoded]) -> tuple[Prefix, list[Encoded]]:
-    """What all examples begin with, and what follows it in each."""
+    """The common beginning of all examples, and the rest of each."""
     prefix = Prefix.of(loaded, [one.prompt for one in encoded])
     return prefix, [one.after(len(prefix.ids)) for one in encoded]
 

@@ -26,7 +26,7 @@ _building = _Building()
 @contextmanager
 def modules_bounded(checkpoint: Checkpoint) -> Generator[None]:
     """Raises InvalidFile in the block as soon as this thread builds a model of many more modules than the checkpoint
-    has tensors, whatever field of the configuration asks for them."""
+    has tensors, whatever field of the configuration states them."""
     _count_modules()
     before, _building.left = _building.left, _MODULES + _MODULES_A_TENSOR * len(checkpoint.architecture.tensors)
     try:

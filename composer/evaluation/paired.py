@@ -93,7 +93,7 @@ def share_difference_interval(gained: int, lost: int, n: int) -> tuple[float, fl
 
 
 def _crossing(falls: Callable[[float], float], low: float, high: float) -> float:
-    """Where a falling function crosses 0."""
+    """The point at which a falling function crosses 0."""
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if falls(middle) > 0 else (low, middle)

@@ -68,8 +68,8 @@ def kronecker(module: str, tensors: Tensors, alpha: float | None) -> Kronecker:
 
 
 def as_peft(modules: list[Kronecker]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors by PEFT's key without prefix, their config). Raises NotSupported if no single decompose_factor gives the
-    splits of all modules."""
+    """(tensors by PEFT's key without prefix, their config). Raises NotSupported if no single decompose_factor produces
+    the splits of all modules."""
     both = any(not one.is_full("lokr_w1") for one in modules)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}

@@ -302,7 +302,7 @@ class _Batch:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes in memory, read and computed."""
+        """The bytes that it occupies in memory, read and computed."""
         made = sum(chunk.size_bytes for span in self.spans for chunk in span.chunks)
         return self.spans[-1].end - self.spans[0].begin + made
 

@@ -206,7 +206,7 @@ def restored(pairs: Sequence[Pair], norms: Sequence[float]) -> list[Pair]:
 
 
 def cancellation(pairs: Sequence[Pair], weights: Sequence[float], norm: float) -> float:
-    """How many times smaller than `norm` the weighted sum of the pairs is; infinite if only noise is left."""
+    """The factor by which the weighted sum of the pairs is smaller than `norm`; infinite if only noise is left."""
     B = torch.cat([B * weight for (B, _), weight in zip(pairs, weights, strict=True)], dim=1)
     now = norm_of((B, torch.cat([A for _, A in pairs])))
     return restoring_factor(now, norm) or (inf if norm else 0.0)

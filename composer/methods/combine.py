@@ -178,7 +178,7 @@ def _run(slot: WeightSlot, settings: Compressed, selections: Selections, tally: 
 
 
 def _spill_results(spill: SpillFile, slots: Sequence[WeightSlot], results: Sequence[Result]) -> list[Result]:
-    """Spills the results' own factors to disk and drops the pages of the inputs, so that neither takes memory,
+    """Spills the results' own factors to disk and drops the pages of the inputs, so that neither occupies memory,
     however many slots there are."""
     made = [delta for deltas, _ in results for delta in deltas if isinstance(delta, LowRank) and not delta.stored]
     by_identity = dict(zip(map(id, made), spilled(spill, made), strict=True))

@@ -130,8 +130,8 @@ def prepared(slot: WeightSlot, settings: MethodSettings) -> WeightSlot:
 
 
 def cancelled(slot: WeightSlot, settings: MethodSettings) -> float:
-    """How many times smaller the sum of a prepared slot is than the norm Pico restores. 1 for other methods and for an
-    election, which sums nothing that cancels."""
+    """The factor by which the sum of a prepared slot is smaller than the norm that Pico restores. 1 for other methods
+    and for an election, which sums nothing that cancels."""
     if slot.norm is None or settings.pipeline.combine == "elect":
         return 1.0
     return cancellation([pair_of(part.low_rank) for part in slot.parts], slot.weights, slot.norm)
@@ -346,7 +346,7 @@ class _Once:
 
 
 def nothing(delta: Additive, device: torch.device) -> torch.Tensor:
-    """A base matrix of zeros, for deltas that do not read the base; it takes no memory."""
+    """A base matrix of zeros, for deltas that do not read the base; it occupies no memory."""
     return torch.zeros((), device=device).expand(delta.stored_shape)
 
 

@@ -268,7 +268,7 @@ Solve = Callable[[ModuleFit, Sequence[float]], list[torch.Tensor]]
 
 
 def _solver(settings: Regmean, w_T: Sequence[float]) -> Solve:
-    """How the settings say that a module is solved. Unless they ask for the weights alone, those are equal."""
+    """The way in which the settings solve a module. Unless they choose the weights alone, those are equal."""
     if settings.form == "weights":
         return lambda module, _a: [w * A for w, A in zip(w_T, module.A, strict=True)]
     solve = solve_core if settings.form == "core" else solve_input
@@ -325,8 +325,8 @@ class _Problem:
                 yield from group
 
     def _side_by_side(self) -> int:
-        """How many modules may be computed at once: one for each core, if their rows fit in _ROWS_BYTES; on an
-        accelerator, one."""
+        """The number of modules that may be computed at once: one for each core, if their rows fit in _ROWS_BYTES; on
+        an accelerator, one."""
         if self.device.type != "cpu":
             return 1
         sizes = [8 * sum(part.numel() for one in self.seen for part in one[name].parts) for name in self.pairs]

@@ -99,7 +99,7 @@ def _check_rows(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Fin
 
 
 def _check_order(weight: str, adding: Sequence[tuple[str, Additive]], *, in_order: bool) -> list[Finding]:
-    """Refuses two deltas that each rescale the base's weight, since their order is unknown unless the user gives one
+    """Refuses two deltas that each rescale the base's weight, since their order is unknown unless the user states one
     (`in_order`), and a delta that drops a part of the weight that another was trained on."""
     alone = [(name, delta) for name, delta in adding if isinstance(delta, RowwiseDelta) and delta.alone]
     if alone and len({name for name, _ in adding}) > 1:

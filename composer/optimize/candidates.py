@@ -90,7 +90,7 @@ def low_rank(count: int) -> list[Candidate]:
 
 
 def fitted(count: int, seed: int = 0) -> list[Candidate]:
-    """What is fitted on inputs: one weight for each member, then RegMean in one step, and in two, which take twice as
+    """The fitted candidates: one weight for each member, then RegMean in one step, and in two, which take twice as
     long. `seed` chooses the tokens of long examples."""
     weights = ("least-squares weights", "fitted weights", {"form": "weights", "steps": 1})
     regmean = [

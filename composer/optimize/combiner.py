@@ -1,4 +1,4 @@
-"""Combines the members as a candidate says. Fits take seconds, so they are kept."""
+"""Combines the members by a candidate's method and weights. Keeps fits, since each takes seconds."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -110,7 +110,7 @@ def race(
     ahead: Ahead = lambda _candidates, _k: None,
 ) -> list[list[Standing]]:
     """Each rung's standings, best first; the last rung's are on `most` examples of each suite, unless the budget ended
-    before. Empty if no candidate can be made. `affordable` is asked with the number of candidates times added examples
+    before. Empty if no candidate can be made. `affordable` is called with the number of candidates times added examples
     of a rung; the first rung is always run. `ahead` is called with what a rung will measure."""
     runners, history, done = list(candidates), list[list[Standing]](), 0
     for k in rungs(most):

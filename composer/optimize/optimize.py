@@ -151,8 +151,8 @@ class _Search:
         return list(named.values())
 
     def _finalists(self, history: Sequence[Sequence[Standing]]) -> list[Standing]:
-        """What reached the last rung, refined weights and, if all of that is harmful, full-space methods: all on the
-        same examples."""
+        """The candidates that reached the last rung, refined weights and, if all of them are harmful, full-space
+        methods: all on the same examples."""
         last = list(history[-1])
         reached = last[0].outcome.k
         last += self._refined(history, reached)
@@ -270,7 +270,7 @@ class _Search:
     def _outcome(
         self, candidate: Candidate, chosen: Callable[[Split], tuple[Example, ...]], *, halves: bool, claims: int
     ) -> Outcome | None:
-        """What the candidate does on the chosen examples; None, with the reason in `left_out`, if it cannot be made."""
+        """Measures the candidate on the chosen examples; None, with the reason in `left_out`, if it cannot be made."""
         examples = {digest: chosen(split) for digest, split in self.problem.splits.items()}
         guards = [guard for guard in self.problem.other_guards if examples[guard.digest]]
         references = self.bench.references(self.members, guards, lambda suite: examples[suite.digest])

@@ -59,7 +59,7 @@ _OF_THE_RESULT = ("rank", "energy", "tied")
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """An adapter to combine: its own weight, which is positive, and the suite that says what it is for."""
+    """An adapter to combine: its own weight, which is positive, and the suite of what it is for."""
 
     adapter: LoadedAdapter
     suite: Suite
@@ -81,7 +81,7 @@ class Effort:
 
     @classmethod
     def of(cls, asked: Optimize) -> "Effort":
-        """The effort that a recipe asks for."""
+        """The effort that a recipe states."""
         seconds = inf if asked.minutes is None else asked.minutes * 60
         return cls(asked.search, asked.confirm, asked.passes or inf, seconds, asked.seed, asked.evolve)
 

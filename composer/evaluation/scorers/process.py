@@ -134,8 +134,8 @@ class ScorerProcess:
 
 
 def _environment() -> dict[str, str]:
-    """What a scorer's process inherits: how programs run here, and what is meant for scorers. The rest has tokens,
-    passwords and addresses of databases in it, under whatever names."""
+    """The environment of a scorer's process: what programs need here, and what is meant for scorers. The rest has
+    tokens, passwords and addresses of databases in it, under whatever names."""
     kept = {name: text for name, text in os.environ.items() if name in _INHERITED or name.startswith(_INHERITED_OF)}
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 

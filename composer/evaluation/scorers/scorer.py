@@ -62,7 +62,7 @@ class Scorer(Protocol):
 
 
 class ScorerFailure(Exception):
-    """A scorer in another process failed, on `example` unless that is None; the message says why."""
+    """A scorer in another process failed, on `example` unless that is None; the message has the reason."""
 
     example: Example | None = None
 
@@ -133,7 +133,7 @@ def package_of(chosen: ScorerChoice | None) -> str:
 def checked_score(
     scorer: Scorer, name: str, answer: str, example: Example, named: Callable[[Example], str] = prompt_of
 ) -> float:
-    """The answer's score; `named` names an example in errors. Raises NotSupported if the scorer fails, takes too long
+    """The answer's score; `named` names an example in errors. Raises NotSupported if the scorer fails, is too slow
     or returns something else: a score that was not measured must not be recorded as 0."""
     try:
         score = float(scorer(answer, example))

@@ -174,7 +174,7 @@ def _names(grouped: Mapping[str, object], layout: str, architecture: Architectur
 
 
 def _scale(settings: Mapping[str, Any], layout: str) -> float:
-    """The scale of a module's delta if no tensor gives it: from MLX's config, otherwise 1."""
+    """The scale of a module's delta if no tensor states it: from MLX's config, otherwise 1."""
     if layout != MLX:
         return 1.0
     stated: object = settings.get("lora_parameters") or {}

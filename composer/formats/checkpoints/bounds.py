@@ -69,7 +69,7 @@ def refuse_growing_text(directory: Path) -> None:
 
 
 def _growth(part: object) -> float:
-    """How many times as long a part of a tokenizer makes a text at most, by its replacements, one after another."""
+    """The largest factor by which the replacements of a tokenizer's part, one after another, lengthen a text."""
     if isinstance(part, list):
         return min(prod(map(_growth, cast("list[object]", part))), 2.0 * _GROWTH)
     if not isinstance(part, dict):

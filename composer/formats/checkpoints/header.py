@@ -86,7 +86,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class HeaderLimits:
-    """Limits on a header. An honest one takes 8 times its bytes in memory when parsed, so the default stays below
+    """Limits on a header. An honest one needs 8 times its bytes in memory when parsed, so the default stays below
     safetensors' own 100 MB; 90 000 tensors need 12 MB.
 
     One of empty lists took 35 times its bytes, and four seconds, most of them in the garbage collector. So `structure`
@@ -157,7 +157,7 @@ def stored_header(file: StoredFile, limits: HeaderLimits = DEFAULT_LIMITS) -> He
 
 def encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
     """First bytes of a file with these tensors: in the given order, the widest dtype first so that each is aligned.
-    Their length is a multiple of 8; `parse_header` of them gives the position of each tensor."""
+    Their length is a multiple of 8; `parse_header` of them returns the position of each tensor."""
     table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, spec in sorted(tensors.items(), key=lambda item: -DTYPE_BITS[item[1].dtype]):

@@ -128,5 +128,5 @@ def stored_name(model_type: str, name: str) -> str:
 
 
 def made_by(model_type: str, name: str) -> str:
-    """How transformers makes the tensor if it is not a single one on disk; otherwise empty."""
+    """Describes how transformers makes the tensor if it is not a single one on disk; otherwise empty."""
     return next((how for pattern, how in _MADE.get(model_type, ()) if re.search(pattern, name)), "")

@@ -34,7 +34,7 @@ def _weights_of(modules: tuple[str, ...], tensors: Iterable[str]) -> list[str]:
 
 
 def said_tied(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
-    """Whether the head shares the embedding's tensor. As the config says, unless the model's class ties nothing. If the
+    """Whether the head shares the embedding's tensor. By the config, unless the model's class ties nothing. If the
     config is silent, a causal model without a head does."""
     model_type: object = config.get("model_type")
     if not isinstance(model_type, str | None):

@@ -40,7 +40,7 @@ class Documents(Document):
 class _Elsewhere(Document):
     @property
     def content(self) -> dict[str, object]:
-        """What tells it from others, as JSON: all but `version` and `metrics`."""
+        """Its identity as JSON: all fields but `version` and `metrics`."""
         return self.model_dump(mode="json", exclude={"version", "metrics"})
 
     @property
@@ -75,7 +75,7 @@ class HarnessTask(_Elsewhere):
         return {metric: better == "higher" for metric, better in self.metrics.items()}
 
     def to_json(self) -> dict[str, object]:
-        """As the registry takes it."""
+        """The JSON that the registry accepts."""
         return self.content | self.model_dump(mode="json", include={"version", "metrics"}, exclude_defaults=True)
 
 

@@ -1,4 +1,4 @@
-"""A recipe says what to compose; a lock is the recipe with every input resolved to a digest.
+"""A recipe states what to compose; a lock is the recipe with every input resolved to a digest.
 
 base: smollm2                        # optional: the base of the inputs
 inputs:

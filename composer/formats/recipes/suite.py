@@ -1,4 +1,4 @@
-"""Evaluation suites: what a model is asked and the one answer that counts; YAML and JSONL, versioned by content.
+"""Evaluation suites: prompts and the one answer that counts for each; YAML and JSONL, versioned by content.
 
 name: sql-exact
 version: 1.0.0              # optional: a label of this content
@@ -60,7 +60,7 @@ LEAST_COST = 0.005
 
 
 def guard_cost(loss: float, base: float) -> str:
-    """What a model's loss on a guard says, beside the base's on the same content, both in nats a token: `costs 3.3 nats
+    """Describes a model's loss on a guard beside the base's on the same content, both in nats a token: `costs 3.3 nats
     of general ability (base 0.78)`."""
     cost = loss - base
     rounded = f"{cost:.1f}" if cost >= 1 else f"{cost:.2f}"
@@ -173,7 +173,7 @@ class Suite(Document):
 
     def sample(self, count: int | None, without: Container[Example] = ()) -> tuple[Example, ...]:
         """`count` examples chosen by the suite's digest: the same ones everywhere, and a larger count contains a
-        smaller one's. None, or more than there are, gives all in their own order. Leaves out those in `without`."""
+        smaller one's. None, or more than there are, selects all in their own order. Leaves out those in `without`."""
         left = [index for index, example in enumerate(self.examples) if example not in without]
         if count is None or count >= len(left):
             return tuple(self.examples[index] for index in left)
@@ -313,7 +313,7 @@ def _jsonl(path: Path) -> list[tuple[str, object]]:
 
 
 def _validated(document: object, subject: str, locate: Callable[[int], str]) -> Suite:
-    """The suite; `locate` gives the position of an example by its index. Raises InvalidFile."""
+    """Parses a suite; `locate` returns the position of an example by its index. Raises InvalidFile."""
     try:
         return Suite.model_validate(document)
     except ValidationError as error:

@@ -1,6 +1,6 @@
-"""What a suite's examples ask of a model, and how an answer is scored.
+"""Tasks of a suite: what a model does with an example, and how the answer is scored.
 
-teacher_forced     the completion's loss, and whether greedy decoding gives it; nothing is generated
+teacher_forced     the completion's loss, and whether greedy decoding reproduces it; nothing is generated
 generation         an answer is generated, and a scorer compares it with the completion
 multiple_choice    of the example's choices the likeliest one is the answer
 """

@@ -115,7 +115,7 @@ def _own_parts(config: AdapterConfig) -> frozenset[str]:
 
 
 def _place_other(placement: Placement, module: str, parts: Mapping[str, str], shared: Mapping[str, str]) -> None:
-    """Places a module of a type other than LoRA; composer.formats.adapters.config.parts says what its parts fit."""
+    """Places a module of a type other than LoRA; composer.formats.adapters.config.parts defines what its parts fit."""
     kind = TYPES[placement.config.peft_type]
     own = {part: key for part, key in parts.items() if part in kind.parts}
     target = placement.find(module, "weight", next(iter(own.values()))) if own else None

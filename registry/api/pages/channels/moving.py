@@ -1,7 +1,7 @@
 """Forms that move a channel: promotion, with its gates judged before, and rollback.
 
 Each form carries the move that its page showed. If the channel has moved since, nothing happens, and the page shows
-what it serves now. """
+what it serves now."""
 
 from fastapi import APIRouter, Response
 
