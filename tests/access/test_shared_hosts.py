@@ -125,6 +125,8 @@ def test_the_link_that_serve_prints_signs_one_browser_in(closed: tuple[str, Path
         assert (change.status_code, change.json()["code"]) == (401, "secret_missing"), "a page elsewhere could send it"
         batch = browser.post("/acme/sql.git/info/lfs/objects/batch", json={"operation": "upload", "objects": []})
         assert (batch.status_code, "secret_missing" in batch.text) == (401, True)
+        begun = browser.get("/api/models/acme/sql/xet-write-token/main")
+        assert (begun.status_code, "secret_missing" in begun.text) == (401, True), "a GET that begins an upload"
     again = httpx2.get(link, headers=HTML)
     assert (again.status_code, "set-cookie" in again.headers) == (401, False)
     assert "has been used" in again.text

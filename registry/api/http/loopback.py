@@ -19,6 +19,8 @@ _OPEN = re.compile(rf"(?:{'|'.join(HEALTH_PATHS)}|{SIGN_IN_PATH})\Z|/static/|/xe
 """Xet and LFS clients send what the server gave them for one push in place of the token."""
 _PROGRAMS = re.compile(r"/v1/|/api/|/oauth/|/[^/]+/[^/]+\.git/")
 """Changes here need the secret itself: a page of another server on this machine could make a browser send a cookie."""
+_BEGINS_UPLOAD = re.compile(r"/api/.*/xet-write-token/")
+"""A GET that is a change."""
 
 
 class Secret:
@@ -43,7 +45,9 @@ class Secret:
         cookie = request.cookies.get(_name(request), "")
         if not hmac.compare_digest(cookie.encode(), self._cookie.encode()):
             return False
-        return request.method in SAFE_METHODS or not _PROGRAMS.match(request.url.path)
+        path = str(request.scope["path"])
+        changes = request.method not in SAFE_METHODS or _BEGINS_UPLOAD.match(path)
+        return not (changes and _PROGRAMS.match(path))
 
     def remember(self, request: Request, response: Response) -> None:
         """Sets a cookie that ends with the browser. It is not `Secure`, since loopback is served over http."""

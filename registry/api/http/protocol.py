@@ -19,7 +19,7 @@ it."""
 MAX_PIPELINED = 100
 """Maximum number of requests that may wait for earlier responses on a connection."""
 HEAD_S = 30
-"""Time within which a head must end."""
+"""Time within which a head must end; that of the first request counts from the connection."""
 STUCK_S = 10.0
 """How long a stopping server waits for a client that has stopped reading: a stream of events has no end."""
 MAX_DISCARDED_BYTES, LINGER_S = 4 << 20, 2
@@ -41,6 +41,10 @@ class BoundedHttp(HttpToolsProtocol):
     """Bytes received since the last end of a head or the last piece of a body."""
     _too_late: asyncio.TimerHandle | None = None
 
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._too_late = self.loop.call_later(HEAD_S, self.transport.close)
+
     def data_received(self, data: bytes) -> None:
         self._loose_bytes += len(data)
         if self._refused:
@@ -53,7 +57,7 @@ class BoundedHttp(HttpToolsProtocol):
                 self._refuse()
             else:
                 self.transport.close()
-        elif self._in_head and self._too_late is None:  # usually a head arrives at once and needs no timer
+        elif self._in_head and self._too_late is None:  # usually a later head arrives at once and needs no timer
             self._too_late = self.loop.call_later(HEAD_S, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
