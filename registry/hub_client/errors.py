@@ -71,7 +71,12 @@ def _unavailable(endpoint: str, what: str, error: BaseException) -> Unavailable:
     return Unavailable("hub_unavailable", f"{endpoint} failed at {what}: {_text(error)}", subject=what)
 
 
+def printed(text: str) -> str:
+    """A hub's text without what would change a terminal."""
+    return "".join(one if one.isprintable() else " " for one in text)
+
+
 def _text(error: BaseException) -> str:
     """What the hub says; otherwise the error's first lines in one."""
-    text = getattr(error, "server_message", None) or " ".join(str(error).split()) or type(error).__name__
-    return text[:_MESSAGE_CHARS]
+    text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return " ".join(printed(text).split())[:_MESSAGE_CHARS]

@@ -5,8 +5,8 @@ Only the hub that HF_ENDPOINT names (https://huggingface.co by default) gets a t
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 from composer.formats.checkpoints.hashing import hash_file
 from registry.errors import Conflict, Invalid, NotAllowed, Unavailable, Usage
 from registry.hub_client.address import HubAddress
-from registry.hub_client.errors import translate_hub_errors
+from registry.hub_client.errors import printed, translate_hub_errors
+from registry.hub_client.limits import limited
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -61,21 +62,20 @@ class Hub:
     Whatever a hub answers, its methods end with a result or with the errors that they name."""
 
     def __init__(self, endpoint: str | None = None, *, with_token: bool = True) -> None:
-        api_class, own = _library()
+        self._api_class, own = _library()
         self.endpoint = own if endpoint is None else _address_of(endpoint)
-        token = None if self.endpoint == own and with_token else False
-        self._api: HfApi = api_class(endpoint=self.endpoint, token=token, library_name="adaptory")
+        self._token = None if self.endpoint == own and with_token else False
 
     def snapshot(self, address: HubAddress) -> Snapshot:
         """The commit that the address names now, and its files. Raises NotFound, NotAllowed, Unavailable."""
-        with self._translated(address):
-            commit: object = self._api.model_info(address.repository, revision=address.revision).sha
+        with self._asked(address) as api:
+            commit: object = api.model_info(address.repository, revision=address.revision).sha
         pinned = address.at(commit if isinstance(commit, str) else "")
         if not pinned.pinned:
             message = f"{self.endpoint} does not say which commit {address} is."
             raise Conflict("hub_conflict", message, subject=str(address), next_step="Name a commit of 40 digits.")
-        with self._translated(pinned):
-            return Snapshot(pinned, self._list(pinned))
+        with self._asked(pinned) as api:
+            return Snapshot(pinned, _list(api, pinned))
 
     def download(self, snapshot: Snapshot, paths: Iterable[str], directory: Path) -> None:
         """Brings these files of the snapshot into the directory; resumes what an earlier call has left there.
@@ -107,9 +107,9 @@ class Hub:
 
     def create(self, address: HubAddress, *, private: bool) -> None:
         """Makes the repository unless it exists. Raises NotAllowed if it is to be private and exists publicly."""
-        with self._translated(address):
-            self._api.create_repo(address.repository, private=private or None, exist_ok=True)
-            public = private and not self._api.model_info(address.repository, expand=["private"]).private
+        with self._asked(address) as api:
+            api.create_repo(address.repository, private=private or None, exist_ok=True)
+            public = private and not api.model_info(address.repository, expand=["private"]).private
         if public:
             raise NotAllowed(
                 "hub_public", f"{address} at {self.endpoint} exists already, and is public.", subject=str(address)
@@ -117,10 +117,10 @@ class Hub:
 
     def tagged(self, address: HubAddress) -> Snapshot | None:
         """The commit that the tag of this name has, and its files; None without such a tag."""
-        with self._translated(address):
-            tags = self._api.list_repo_refs(address.repository).tags
+        with self._asked(address) as api:
+            tags = api.list_repo_refs(address.repository).tags
             commits = [tag.target_commit for tag in tags if tag.name == address.revision]
-            return self.snapshot(address) if commits else None
+        return self.snapshot(address) if commits else None
 
     def write(
         self, address: HubAddress, files: Mapping[str, Content], removed: Sequence[str], message: tuple[str, str]
@@ -132,56 +132,42 @@ class Hub:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         title, text = message
-        with self._translated(address):
-            head = self._api.model_info(address.repository).sha
+        size_bytes = sum(one.stat().st_size if isinstance(one, Path) else len(one) for one in files.values())
+        with self._asked(address, size_bytes) as api:
+            head = api.model_info(address.repository).sha
             operations: list[Any] = [CommitOperationAdd(path, content) for path, content in files.items()]
             operations += [CommitOperationDelete(path) for path in removed]
-            commit = self._api.create_commit(
+            commit = api.create_commit(
                 address.repository, operations, commit_message=title, commit_description=text, parent_commit=head
             ).oid
-            self._api.create_tag(
-                address.repository, tag=str(address.revision), revision=commit, tag_message=text or title
-            )
+            api.create_tag(address.repository, tag=str(address.revision), revision=commit, tag_message=text or title)
         return commit
 
     def head(self, address: HubAddress) -> Mapping[str, HubFile]:
         """The files of the main branch; none in a repository without commits."""
-        with self._translated(address):
-            if not self._api.model_info(address.repository).siblings:
+        with self._asked(address) as api:
+            if not api.model_info(address.repository).siblings:
                 return {}
-            return self._list(HubAddress(address.repository))
-
-    def _list(self, address: HubAddress) -> dict[str, HubFile]:
-        from huggingface_hub.hf_api import RepoFile
-
-        entries = self._api.list_repo_tree(address.repository, recursive=True, revision=address.revision)
-        files = [one for one in entries if isinstance(one, RepoFile)]
-        return {
-            one.path: _listed(one.path, one.size, one.lfs.sha256 if one.lfs else None, one.blob_id) for one in files
-        }
+            return _list(api, HubAddress(address.repository))
 
     def _download(self, snapshot: Snapshot, paths: Sequence[str], directory: Path | None) -> Path:
         """Downloads into the directory, or into the cache. Raises Unavailable for a snapshot without some of the files:
         the client returns such a one, with a warning, if it cannot reach the server."""
-        from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
-
-        with self._translated(snapshot.address):
+        size_bytes = sum(snapshot.files[path].size_bytes for path in paths)
+        with self._asked(snapshot.address, size_bytes) as api:
             directory = Path(
-                snapshot_download(  # pyright: ignore[reportUnknownArgumentType]
+                api.snapshot_download(  # pyright: ignore[reportUnknownMemberType]
                     snapshot.address.repository,
                     revision=snapshot.address.revision,
                     allow_patterns=[escape(path) for path in paths],
                     local_dir=directory,
-                    endpoint=self._api.endpoint,
-                    token=self._api.token,
-                    library_name="adaptory",
                 )
             )
         if missing := [path for path in paths if not (directory / path).is_file()]:
             raise Unavailable(
                 "hub_unavailable",
-                f"{missing[0]} of {snapshot.address} has not arrived from {self.endpoint}.",
-                subject=missing[0],
+                f"{printed(missing[0])} of {snapshot.address} has not arrived from {self.endpoint}.",
+                subject=printed(missing[0]),
             )
         return directory
 
@@ -191,13 +177,25 @@ class Hub:
         path.unlink()  # or the next download would take it for complete
         raise Invalid(
             "digest_differs",
-            f"{listed.path} of {snapshot.address} is not what {self.endpoint} lists.",
-            subject=listed.path,
+            f"{printed(listed.path)} of {snapshot.address} is not what {self.endpoint} lists.",
+            subject=printed(listed.path),
             next_step="Try again. If it persists, do not use the repository.",
         )
 
-    def _translated(self, address: HubAddress) -> AbstractContextManager[None]:
-        return translate_hub_errors(self.endpoint, str(address))
+    @contextmanager
+    def _asked(self, address: HubAddress, files_bytes: int = 0) -> "Generator[HfApi]":
+        """The client for one call about the address. Translates its errors."""
+        what = str(address)
+        with translate_hub_errors(self.endpoint, what), limited(self.endpoint, what, files_bytes) as headers:
+            yield self._api_class(endpoint=self.endpoint, token=self._token, library_name="adaptory", headers=headers)
+
+
+def _list(api: "HfApi", address: HubAddress) -> dict[str, HubFile]:
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = api.list_repo_tree(address.repository, recursive=True, revision=address.revision)
+    files = [one for one in entries if isinstance(one, RepoFile)]
+    return {one.path: _listed(one.path, one.size, one.lfs.sha256 if one.lfs else None, one.blob_id) for one in files}
 
 
 def _listed(path: object, size_bytes: object, sha256: object, git_blob: object) -> HubFile:
@@ -205,9 +203,9 @@ def _listed(path: object, size_bytes: object, sha256: object, git_blob: object) 
     if not isinstance(path, str):
         raise ValueError(f"it lists a file named {path!r:.200}")
     if not isinstance(size_bytes, int) or size_bytes < 0:
-        raise ValueError(f"it lists {path:.200} with a size of {size_bytes!r:.40}")
+        raise ValueError(f"it lists {path!r:.200} with a size of {size_bytes!r:.40}")
     if not isinstance(git_blob, str) or not isinstance(sha256, str | None):
-        raise ValueError(f"it lists {path:.200} with a digest that is not text")
+        raise ValueError(f"it lists {path!r:.200} with a digest that is not text")
     return HubFile(path, size_bytes, sha256, git_blob)
 
 

@@ -22,13 +22,14 @@ LARGE_BYTES = 2_000
 class SmallHub:
     """Repositories by name: files by path at each commit, and the commit of `main`. `sizes` are listed instead of true
     ones, `changed` what is answered in JSON. `broken` are paths whose download ends in the middle. `seen` calls back
-    before an answer to a path."""
+    before an answer to a path, and `instead` answers itself if it returns True."""
 
     commits: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict[str, dict[str, dict[str, bytes]]])
     heads: dict[str, str] = field(default_factory=dict[str, str])
     sizes: dict[str, int] = field(default_factory=dict[str, int])
     broken: set[str] = field(default_factory=set[str])
     seen: Callable[[str], None] = lambda _path: None
+    instead: Callable[[BaseHTTPRequestHandler, str], bool] = lambda _handler, _path: False
     changed: Callable[[Any], Any] = lambda document: document
     requests: list[tuple[str, str, str | None]] = field(default_factory=list[tuple[str, str, str | None]])
     url: str = ""
@@ -80,6 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Authorization")))
         self.hub.seen(path)
+        if self.hub.instead(self, path):
+            return
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             name, what, revision = "/".join(parts[2:4]), parts[4] if len(parts) > 4 else "revision", parts[5:6]

@@ -1,13 +1,19 @@
 """A hub that answers what no hub answers."""
 
 import copy
-from collections.abc import Generator, Iterator
+import gzip
+import json
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from registry.errors import RegistryError
+from registry.hub_client import limits
 from registry.hub_client.address import parse_hub_address
 from registry.hub_client.remote import Hub
 from tests.scenarios.small_hub import SmallHub, small_hub
@@ -73,3 +79,133 @@ def test_an_answer_that_is_no_document_is_refused_with_a_code(hub: SmallHub, bod
     with pytest.raises(RegistryError) as refused:
         Hub(hub.url).snapshot(parse_hub_address("hf://acme/sql"))
     assert refused.value.code in {"hub_refused", "hub_unavailable", "hub_conflict"}
+
+
+HUGE = 64 << 20
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+def send(handler: BaseHTTPRequestHandler, body: bytes = b"[]", status: int = 200, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in {"Content_Length": str(len(body)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    if handler.command == "GET":
+        with suppress(OSError):  # the client may have enough
+            handler.wfile.write(body)
+
+
+def endless(handler: BaseHTTPRequestHandler, chunk: bytes = b" " * (1 << 16), pause_s: float = 0) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    handler.close_connection = True
+    ends = time.monotonic() + 30
+    with suppress(OSError):
+        while time.monotonic() < ends:
+            handler.wfile.write(chunk)
+            time.sleep(pause_s)
+
+
+def endless_pages(handler: BaseHTTPRequestHandler) -> None:
+    host, number = handler.headers["Host"], str(time.monotonic_ns())
+    send(handler, Link=f'<http://{host}{handler.path.partition("?")[0]}?cursor={number}>; rel="next"')
+
+
+ANSWERS: dict[str, Answer] = {
+    "a bomb": lambda handler: send(handler, gzip.compress(b" " * HUGE), Content_Encoding="gzip"),
+    "a long one": lambda handler: send(handler, b" " * HUGE),
+    "an endless one": endless,
+    "a slow one": lambda handler: endless(handler, b" ", 0.05),
+    "a silent one": lambda handler: endless(handler, b" ", 5),
+    "endless pages": endless_pages,
+    "no page": lambda handler: send(handler, Link='<http://[>; rel="next"'),
+    "a redirect to itself": lambda handler: send(handler, status=302, Location=handler.path),
+    "later": lambda handler: send(handler, status=429, Retry_After="999999999"),
+    "much later": lambda handler: send(handler, status=429, ratelimit='"api";r=0;t=999999999'),
+}
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "DOCUMENTS_S", 3.0)
+    monkeypatch.setattr(limits, "READ_S", 1.0)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_an_answer_without_an_end_is_refused_soon_with_the_address_of_the_hub(hub: SmallHub, answer: str) -> None:
+    hub.put("acme/sql", FILES)
+    hub.instead = lambda handler, path: "/tree/" in path and (ANSWERS[answer](handler) or True)
+    started = time.monotonic()
+    with pytest.raises(RegistryError) as refused:
+        Hub(hub.url).snapshot(parse_hub_address("hf://acme/sql"))
+    assert time.monotonic() - started < 12
+    assert refused.value.code in {"hub_refused", "hub_unavailable"}
+    assert hub.url in refused.value.detail
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("answer", ["a bomb", "a long one", "an endless one", "a slow one"])
+def test_a_file_brings_no_more_than_the_hub_lists(hub: SmallHub, tmp_path: Path, answer: str) -> None:
+    commit = hub.put("acme/sql", {"config.json": b"{}"})
+
+    def instead(handler: BaseHTTPRequestHandler, path: str) -> bool:
+        if "/resolve/" not in path:
+            return False
+        if handler.command == "HEAD":
+            send(handler, ETag='"a"', X_Repo_Commit=commit, Content_Length=str(HUGE))
+        else:
+            ANSWERS[answer](handler)
+        return True
+
+    hub.instead = instead
+    client = Hub(hub.url)
+    snapshot = client.snapshot(parse_hub_address("hf://acme/sql"))
+    started = time.monotonic()
+    with pytest.raises(RegistryError) as refused:
+        client.download(snapshot, ["config.json"], tmp_path / "here")
+    assert time.monotonic() - started < 12
+    assert refused.value.code in {"hub_refused", "hub_unavailable"}
+    assert hub.url in refused.value.detail
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 1 << 20
+
+
+def import_config(directory: Path) -> None:
+    client = Hub()
+    client.download(client.snapshot(parse_hub_address("hf://acme/sql")), ["config.json"], directory)
+
+
+@pytest.mark.parametrize("link", ["next", "xet-auth"])
+def test_no_other_host_gets_the_users_token(
+    hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    commit = hub.put("acme/sql", {"config.json": b"{}"})
+    with small_hub() as other:
+
+        def instead(handler: BaseHTTPRequestHandler, path: str) -> bool:
+            linked = f'<{other.url}/api/models/acme/sql/x>; rel="{link}"'
+            if link == "next" and "/tree/" in path:
+                send(handler, Link=linked)
+            elif link == "xet-auth" and "/resolve/" in path:
+                send(handler, b"{}", ETag='"a"', X_Repo_Commit=commit, X_Xet_Hash="0" * 64, Link=linked)
+            else:
+                return False
+            return True
+
+        hub.instead = instead
+        with pytest.raises(RegistryError) as refused:
+            import_config(tmp_path)
+        assert {token for _, _, token in hub.requests} == {"Bearer hf_secret"}
+        assert other.requests == []
+    assert (refused.value.code, hub.url in refused.value.detail) == ("hub_refused", True)
+
+
+def test_what_a_hub_says_changes_no_terminal(hub: SmallHub) -> None:
+    body = json.dumps({"error": "no\x1b[2J\x1b]0;you\x07 \u202ere\r\n"}).encode()
+    hub.instead = lambda handler, _path: send(handler, body, 400, Content_Type="application/json") or True
+    with pytest.raises(RegistryError) as refused:
+        Hub(hub.url).snapshot(parse_hub_address("hf://acme/sql"))
+    assert refused.value.detail.isprintable()
+    assert "[2J" in refused.value.detail, "the rest is what it says"
