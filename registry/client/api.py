@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import httpx2
@@ -23,6 +23,13 @@ _PAGE = 500
 """Maximum items per page."""
 _UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 _TIMEOUT = httpx2.Timeout(30.0, read=300.0)
+
+
+class _Document(dict[str, Any]):
+    """An object of an answer. A field that is missing raises Invalid, wherever it is read."""
+
+    def __missing__(self, name: str) -> Any:
+        raise untrusted("bad_answer", f"it has no field {name!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +164,9 @@ class Api:
     def architecture(self, base: str) -> Architecture:
         """The base's tensors, which an adapter is checked against before its bytes are sent."""
         answer = self.get(f"/v1/bases/{quote(base)}", tensors=True)
-        tensors = {row["name"]: TensorSpec(row["dtype"], tuple(row["shape"])) for row in answer["tensors"]}
-        return Architecture(answer["model_type"], answer["tied"], tensors)
+        with understood():
+            tensors = {row["name"]: TensorSpec(row["dtype"], tuple(row["shape"])) for row in answer["tensors"]}
+            return Architecture(answer["model_type"], answer["tied"], tensors)
 
     def _call(
         self,
@@ -175,7 +183,7 @@ class Api:
         with _translate_transport_errors(self.url, changes=method != "GET"):
             response = self._http.request(method, path, params=given, json=body, headers=headers)
         _raise_problem(response)
-        return response.json()
+        return _document(response)
 
 
 class _Outside(httpx2.BaseTransport):
@@ -217,7 +225,7 @@ def understood() -> Generator[None]:
     """Raises Invalid if part of an answer is missing or has another type."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise untrusted("bad_answer", f"{type(error).__name__} {error}") from error
 
 
@@ -312,14 +320,25 @@ def _raise_problem(response: httpx2.Response) -> None:
             f"{response.url.host} answered {response.status_code} without saying why.",
             next_step=f"Wait {wait}, and try again." if wait else "Look at the log of the server.",
         )
-    problem: Json = response.json()
-    raise _family(response.status_code, problem)(
-        problem["code"],
-        problem["detail"],
-        subject=problem.get("subject", ""),
-        next_step=problem.get("next", "").replace("as long as Retry-After says", wait or "a while"),
-        findings=problem.get("findings", ()),
-    )
+    problem = _document(response)
+    with understood():
+        error = _family(response.status_code, problem)(
+            problem["code"],
+            problem["detail"],
+            subject=problem.get("subject", ""),
+            next_step=problem.get("next", "").replace("as long as Retry-After says", wait or "a while"),
+            findings=problem.get("findings", ()),
+        )
+    raise error
+
+
+def _document(response: httpx2.Response) -> Json:
+    """The object that an answer has. Raises Invalid for anything else."""
+    with understood():
+        document = response.json(object_hook=_Document)
+    if not isinstance(document, dict):
+        raise untrusted("bad_answer", f"{response.url.path} is not an object")
+    return cast(Json, document)
 
 
 def _wait(retry_after: str) -> str:

@@ -385,8 +385,7 @@ def test_nobody_plans_work_for_the_workers_without_being_a_publisher(house: Hous
     body = {"recipe": recipe, "plan": True}
     for caller, status in {"nobody": 401, "reader": 403, "publisher": 202}.items():
         assert house.ask(caller, "POST", "/v1/compositions", json=body).status_code == status
-    for _ in range(150):
-        answer = house.ask("publisher", "POST", "/v1/compositions", json=body)
+    answer = [house.ask("publisher", "POST", "/v1/compositions", json=body) for _ in range(150)][-1]
     assert (answer.status_code, answer.json()["code"]) == (429, "too_many_jobs")
 
 

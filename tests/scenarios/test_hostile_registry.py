@@ -34,6 +34,7 @@ class HostileRegistry:
     def __init__(self, url: str) -> None:
         self.url = url
         self.release: Json = {}
+        self.body: bytes | None = None
         self.asked: list[str] = []
 
 
@@ -53,6 +54,7 @@ def _listening() -> Generator[HostileRegistry]:
             registry.asked.append(self.path)
             resolving = self.path.startswith("/v1/resolve")
             body = json.dumps({"release": registry.release, "warning": ""}).encode() if resolving else CONTENT
+            body, resolving = (registry.body, True) if registry.body is not None else (body, resolving)
             self.send_response(200)
             self.send_header("Content-Type", "application/json" if resolving else "application/octet-stream")
             self.send_header("Content-Length", str(len(body)))
@@ -213,6 +215,20 @@ def test_an_answer_of_another_form_is_not_signed(
     hostile.release = release_of(row()) | changed
     ran = cli("sign", "acme/sql:1.0.0", "--key", Keys(tmp_path, "team").private)
     assert (ran.code, "answer cannot be trusted" in ran.err, "Traceback" in ran.err) == (6, True, False), ran.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["list", "show acme/sql:1.0.0", "pull acme/sql:1.0.0", "diff acme/sql:1.0.0 acme/sql:1.1.0", "base show tiny",
+     "search", "policy show acme/sql@prod", "whoami", "jobs", "log acme/sql", "suite list", "token list"],
+)  # fmt: skip
+def test_an_answer_without_what_a_command_reads_is_refused_with_a_code(
+    hostile: HostileRegistry, cli: Cli, words: str
+) -> None:
+    for body in (b"{}", b"[]", b"null", b"<html>", b"\xff", b'{"items": [{}]}', b"[" * 100_000):
+        hostile.body = body
+        ran = cli(*words.split())
+        assert (ran.code, "Traceback" in ran.err) == (6, False), (body[:20], ran.err)
 
 
 def test_bytes_that_are_not_the_promised_never_appear(hostile: HostileRegistry, cli: Cli, tmp_path: Path) -> None:

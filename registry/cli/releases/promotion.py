@@ -217,13 +217,16 @@ def show(channel: Channel, json: JsonFlag = False) -> None:
 
 
 def _show_policy(channel: str, document: Json) -> None:
+    import json
+
     import yaml
 
     render.out(f"# {channel}, revision {document['revision']}")
     for suite, pin in document["pins"].items():
         changed = f": {pin['changed']} (`adaptory gate {channel} --repin` takes it)" if pin["changed"] else ""
         render.out(f"# {suite} is {pin['digest'][:12]}{changed}")
-    for line in yaml.safe_dump(document["policy"], sort_keys=False, allow_unicode=True).splitlines():
+    policy = json.loads(json.dumps(document["policy"]))  # YAML knows no subclass of dict
+    for line in yaml.safe_dump(policy, sort_keys=False, allow_unicode=True).splitlines():
         render.out(line)
 
 
