@@ -18,6 +18,7 @@ NEXT_STEPS = {
     "busy": "Try again.",
     "changed_base_layer": "Merge it into the base it was trained on.",
     "chat_template_endless": "Correct the template, or set `chat: false` in the suite.",
+    "chat_template_failed": "Correct the template or the suite's messages, or set `chat: false` in the suite.",
     "conflict_members": "Give each adapter a weight and its own name.",
     "cut_off": "Try again when no process is writing to the file.",
     "device": "Use auto, cpu, cuda or cuda:N.",

@@ -94,8 +94,9 @@ def load_model(
         raise InvalidFile(
             "model_not_loadable", f"{directory}: transformers cannot load it: {error}", subject=str(directory)
         ) from error
+    tokenizer = with_budget(tokenizer, checkpoint.path.name)
     return LoadedModel(
-        model.eval() if streamed else model.eval().to(chosen), with_budget(tokenizer), checkpoint.architecture, streamed
+        model.eval() if streamed else model.eval().to(chosen), tokenizer, checkpoint.architecture, streamed
     )
 
 

@@ -18,25 +18,29 @@ SECONDS = 20.0
 _CLOCK_STEPS = 100
 
 
-def with_budget(tokenizer: Any) -> Any:
-    """The tokenizer, whose `apply_chat_template` raises InvalidFile for a template that goes beyond the budget. What
-    others render is as transformers does it."""
+def with_budget(tokenizer: Any, base: str) -> Any:
+    """The tokenizer of the base, whose `apply_chat_template` raises InvalidFile for a template that goes beyond the
+    budget or fails. What others render is as transformers does it."""
+    from jinja2 import TemplateError
+
     render = tokenizer.apply_chat_template
 
     @wraps(render)
     def rendered(*given: Any, **options: Any) -> Any:
         try:
-            with _budget():
+            with _budget(base):
                 return render(*given, **options)
         except RecursionError as error:  # it calls itself, or is nested too deeply to be compiled
-            raise _endless() from error
+            raise _endless(base) from error
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise _failed(base, error) from error
 
     tokenizer.apply_chat_template = rendered
     return tokenizer
 
 
 @contextmanager
-def _budget() -> Generator[None]:
+def _budget(base: str) -> Generator[None]:
     """Counts the lines that this thread runs in the block. Jinja's sandbox bounds a range, and not loops in loops."""
     steps, ends_at = 0, time.monotonic() + SECONDS
 
@@ -45,7 +49,7 @@ def _budget() -> Generator[None]:
         if event == "line":
             steps += 1
             if steps > STEPS or (steps % _CLOCK_STEPS == 0 and time.monotonic() > ends_at):
-                raise _endless()
+                raise _endless(base)
         return count
 
     before = sys.gettrace()
@@ -56,9 +60,19 @@ def _budget() -> Generator[None]:
         sys.settrace(before)
 
 
-def _endless() -> InvalidFile:
+def _failed(base: str, error: Exception) -> InvalidFile:
+    """What the template itself raises, or what its expressions do."""
+    said = "".join(one if one.isprintable() else " " for one in str(error)[:300])
+    return InvalidFile(
+        "chat_template_failed",
+        f"The chat template of the base {base} fails: {type(error).__name__}: {said}",
+        subject="chat_template",
+    )
+
+
+def _endless(base: str) -> InvalidFile:
     return InvalidFile(
         "chat_template_endless",
-        "The chat template of the base's tokenizer takes too many steps for one prompt.",
+        f"The chat template of the base {base} takes too many steps for one prompt.",
         subject="chat_template",
     )

@@ -45,6 +45,18 @@ def test_a_chat_template_that_loops_ends_the_job_within_seconds(based: tuple[Cli
     assert (job["state"], job["error"]["code"]) == ("failed", "chat_template_endless"), job
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no\\x1b[2J system') }}", "{{ 1 / 0 }}", "{{ a.b.c }}", "{% x %}"]
+)
+def test_a_chat_template_that_fails_is_an_error_of_its_base(based: tuple[Cli, Path], template: str) -> None:
+    cli, base = based
+    set_template(base, template)
+    assert cli("eval", "acme/sql:1.0.0", "--suite", "talk", "--queue").code == 6
+    error = cli.json("jobs")["items"][0]["error"]
+    assert (error["code"], "chat template of the base base fails" in error["detail"]) == ("chat_template_failed", True)
+    assert error["detail"].isprintable()
+
+
 def test_a_chat_template_within_the_budget_renders_as_transformers_does(world: World, tmp_path: Path) -> None:
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
