@@ -41,7 +41,7 @@ class BoundedHttp(HttpToolsProtocol):
     """Bytes received since the last end of a head or the last piece of a body."""
     _too_late: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._too_late = self.loop.call_later(HEAD_S, self.transport.close)
 
