@@ -53,12 +53,12 @@ def close_file(path: Path) -> None:
 
 
 def secret_path(home: Path, host: str, port: int) -> Path:
-    """Where the secret of the server at that address is."""
+    """The file with the secret of the server at that address."""
     return home / f"server-{_address(host)}{port}.secret"
 
 
 def link_path(home: Path, host: str, port: int) -> Path:
-    """Where the code of its sign-in link is, until the link is used."""
+    """The file with the code of its sign-in link, until the link is used."""
     return secret_path(home, host, port).with_suffix(".link")
 
 

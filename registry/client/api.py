@@ -77,7 +77,7 @@ class Api:
         return self._call("DELETE", path, query=query)
 
     def send(self, put: Json, chunks: Iterable[bytes]) -> None:
-        """Sends a file as an upload's plan says; its url is the registry's, or that of the store behind it.
+        """Sends a file by an upload's plan; its url is the registry's, or that of the store behind it.
 
         Raises Unavailable if a retry may succeed, and Conflict if the store refuses: then the request has expired, or
         the bytes are not those that it was signed for. Raises Invalid for a different number of bytes.
@@ -187,7 +187,7 @@ class Api:
 
 
 class _Outside(httpx2.BaseTransport):
-    """HTTP transport that is opened by its first request: reading the certificates takes 40 ms, and few commands leave
+    """HTTP transport that is opened by its first request: reading the certificates costs 40 ms, and few commands leave
     the process."""
 
     @cached_property
@@ -230,7 +230,7 @@ def understood() -> Generator[None]:
 
 
 def untrusted(code: str, why: str) -> Invalid:
-    """The error for an answer that is malformed or not what was asked for."""
+    """The error for an answer that is malformed or not about what was requested."""
     return Invalid(
         code,
         f"The registry's answer cannot be trusted: {why.rstrip('.')}.",

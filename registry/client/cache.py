@@ -1,6 +1,6 @@
 """This machine's shared cache of pulled files, by SHA-256.
 
-A file in a pulled directory is a hard link to its entry, so it takes no extra space. It is read-only: writing to it
+A file in a pulled directory is a hard link to its entry, so it needs no extra space. It is read-only: writing to it
 would change every directory that links it. Entries are hashed on every use (1 to 2 GB/s), since root or a failing disk
 can still change them; damaged ones are removed and fetched again.
 """

@@ -41,7 +41,7 @@ def differences(old: Json, new: Json, old_results: Results, new_results: Results
 
 
 def differences_in_scores(old: Json, new: Json, old_results: Results, new_results: Results) -> Json:
-    """What `differences` returns, of a base and a release, which have nothing but scores in common."""
+    """The result of `differences` for a base and a release, which have nothing but scores in common."""
     return {
         "change": None,
         "breaking": [],

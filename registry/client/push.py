@@ -54,9 +54,8 @@ def push(
 def send(api: Api, namespace: str, files: Sequence[PushedFile], progress: Progress) -> int:
     """Sends files until the namespace holds all of them. Returns how many were incomplete at the start.
 
-    After a failure, asks again what is missing, so that nothing is sent twice; gives up after several attempts without
-    progress. Raises Invalid with the name of a file that changed meanwhile.
-    """
+    After a failure, queries again what is missing, so that nothing is sent twice; gives up after several attempts
+    without progress. Raises Invalid with the name of a file that changed meanwhile."""
     left = pauses()
     plan, reported = with_retries(lambda: _plan(api, namespace, files), left), 0
     lacking = len(_uploads(plan, files))

@@ -157,7 +157,8 @@ def read_private_key(path: Path) -> bytes:
 
 
 def bound_release(release: Json) -> SignedRelease:
-    """What a signature of this release must state. Raises Invalid if the registry's commit is not that of the files."""
+    """The statement that a signature of this release must make. Raises Invalid if the registry's commit is not that of
+    the files."""
     with understood():
         files = [ManifestFile(row["path"], row["size_bytes"], parse_digest(row["sha256"])) for row in release["files"]]
         repository, version, base = release["repository"], release["version"], release["base"]["digest"]

@@ -49,7 +49,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 class Row(DeclarativeBase):
-    """Every table; the naming convention gives each constraint the name that migrations use."""
+    """Every table; the naming convention names each constraint as migrations do."""
 
     metadata = MetaData(
         naming_convention={

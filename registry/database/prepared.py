@@ -30,7 +30,7 @@ def _unwatched(_connection: Connection, _text: str) -> AbstractContextManager[No
 
 
 class Prepared:
-    """A query with bind parameters; `in_list` takes lists of values. It sees flushed changes. A callable `statement` is
+    """A query with bind parameters; `in_list` names lists of values. It sees flushed changes. A callable `statement` is
     called when it is first used on a kind of database."""
 
     watch: ClassVar[Callable[[Connection, str], AbstractContextManager[None]]] = staticmethod(_unwatched)
@@ -88,7 +88,7 @@ class _Compiled:
         self._received = [(index, convert) for index, (_, convert) in enumerate(received) if convert]
 
     def rows(self, connection: Connection, values: Mapping[str, Any]) -> Rows:
-        """Runs the statement in the driver: going through SQLAlchemy takes twice as long as SQLite for most of these
+        """Runs the statement in the driver: going through SQLAlchemy costs twice the time of SQLite for most of these
         queries."""
         parameters = self._parameters(values)
         driver: Any = connection.connection.driver_connection

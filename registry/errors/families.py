@@ -1,6 +1,6 @@
 """Errors that users see. The family decides exit code, HTTP status and the client's exception.
 
-Each family has its codes, with what to do about each; an error says more where it knows more.
+Each family has its codes, with the next step of each; an error states its own where it knows more.
 
 RegistryError
 ├── Refused      1  a check or a gate said no
@@ -24,8 +24,8 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class RegistryError(Exception):
-    """`code` is stable, `subject` names what it is about, `findings` are the details. `next_step` says what to do: by
-    default the text of the code."""
+    """`code` is stable, `subject` names what it is about, `findings` are the details. `next_step` is by default the
+    text of the code."""
 
     codes: ClassVar[Mapping[str, str]]
     """The family's codes, and the next step of each."""

@@ -69,7 +69,7 @@ def of_composer(error: ComposerError) -> RegistryError:
 
 
 def of_failed_work(error: RegistryError | ComposerError | OSError) -> RegistryError:
-    """An error that ends a worker's work, as the job gets it: of a disk, it says what to look at."""
+    """An error that ends a worker's work, as the job records it; an error of a disk is named as one."""
     if isinstance(error, RegistryError):
         return error
     if isinstance(error, ComposerError):

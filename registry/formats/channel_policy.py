@@ -1,4 +1,4 @@
-"""The policy of a channel: what a promotion to it needs.
+"""The policy of a channel: the requirements of a promotion to it.
 
 version: 1                           # of this format
 rules:                               # as `adaptory gate` takes them, or with conditions of their own
@@ -193,7 +193,7 @@ class ChannelPolicy(Document):
 
 
 def of_rules(rules: list[str]) -> ChannelPolicy:
-    """The policy that says what gate rules alone do."""
+    """The policy that is equal to gate rules alone."""
     return ChannelPolicy.model_validate({"version": VERSION, "missing": "refuse", "rules": rules})
 
 

@@ -34,7 +34,7 @@ class Surface:
 
 
 def surface(base_digest: str, facts: Mapping[str, Any], files: Iterable[ManifestFile]) -> Surface:
-    """What a server must support to load a release: base, type, rank, adapted modules and weight files."""
+    """The features that a server must support to load a release: base, type, rank, adapted modules and weight files."""
     replaced = [module.rpartition(".")[2] for module in facts.get("modules_to_save", ())]
     return Surface(
         base=base_digest,

@@ -64,7 +64,7 @@ Choice = frozenset[str]
 
 @lru_cache(1024)
 def choices(stated: str) -> tuple[Choice, ...]:
-    """What a user of something under this licence may choose from: each item of an `OR` is a choice, and all items of
+    """The choices of a user of something under this licence: each item of an `OR` is a choice, and all items of
     an `AND` hold together. A text that is not an expression has one choice, with every licence that it names."""
     text = _LATER.sub("-or-later", " ".join(_plain(stated).split()))
     tokens = [part.strip() for part in _OPERATOR.split(text) if part.strip()]

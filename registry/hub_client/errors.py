@@ -77,6 +77,6 @@ def printed(text: str) -> str:
 
 
 def _text(error: BaseException) -> str:
-    """What the hub says; otherwise the error's first lines in one."""
+    """The hub's message; otherwise the error's first lines in one."""
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
     return " ".join(printed(text).split())[:_MESSAGE_CHARS]

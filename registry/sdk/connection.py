@@ -166,7 +166,7 @@ def _remote(settings: "Settings") -> tuple[str, str | None, str] | None:
 
 
 def _embedded(settings: "Settings") -> str:
-    """Where the embedded registry keeps its rows: the home, or the database without its credentials."""
+    """The place of the embedded registry's rows: the home, or the database without its credentials."""
     if settings.database_url is None:
         return str(settings.home_directory)
     url = urlsplit(settings.database_url)

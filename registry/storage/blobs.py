@@ -105,8 +105,8 @@ class DirectUploads(Protocol):
         ...
 
     def sign_object(self, arrival: IncomingUpload, expires_s: int, *, sent_before: bool, known: bool) -> Put | None:
-        """How to send the file; None if it has arrived, which is checked only if it was `sent_before`. `known` means
-        that such a blob exists already, which unchecked bytes must not touch."""
+        """The request that sends the file; None if it has arrived, which is checked only if it was `sent_before`.
+        `known` means that such a blob exists already, which unchecked bytes must not touch."""
         ...
 
     def parts(self, arrival: IncomingUpload) -> list[Part] | None:
@@ -114,7 +114,7 @@ class DirectUploads(Protocol):
         ...
 
     def sign_part(self, arrival: IncomingUpload, number: int, sha256: Digest, expires_s: int) -> Put:
-        """How to send that part. If the store can, it refuses bytes of another sha256."""
+        """The request that sends that part. If the store can, it refuses bytes of another sha256."""
         ...
 
     def finish(self, arrival: IncomingUpload) -> BlobStat:
@@ -136,7 +136,7 @@ class BlobWriter(Protocol):
 
     @property
     def copied_bytes(self) -> int:
-        """How many bytes the store copied by itself; known after `finish`."""
+        """The number of bytes that the store copied by itself; known after `finish`."""
         ...
 
     def write(self, block: memoryview, source: StoredFile | None = None, offset: int = 0) -> None:

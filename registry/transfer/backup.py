@@ -189,7 +189,7 @@ class _Copy:
                     yield size
 
     def _bring(self, blob: tuple[Digest, int]) -> tuple[bool, str]:
-        """Whether it was copied, and what prevented that."""
+        """Copies the blob; returns whether it was copied, and what prevented that."""
         sha256, size = blob
         complete = self._present.get(bytes.fromhex(sha256)) == size
         if complete and not (self._read and _trouble(self._target, sha256, None)):
@@ -306,7 +306,7 @@ def damaged(name: str, why: str) -> Invalid:
 
 
 def _fetched(archive: Archive, name: str, document: str, expected: BackupDocument, work: Path) -> Path:
-    """The document on this machine, as its digest says."""
+    """The document on this machine, checked by its digest."""
     path = work / f"{name}-{document}"
     with archive.open(f"{name}/{document}") as reader, path.open("wb") as file:
         for block in _blocks(reader):

@@ -23,7 +23,7 @@ class Bases:
     def find(
         self, locations: Sequence[str], size_bytes: int, check: Callable[[], None] = lambda: None
     ) -> tuple[Path | None, list[str]]:
-        """A base's checkpoint, downloaded if it is not there yet; or None, and why no location gives one. `size_bytes`
+        """A base's checkpoint, downloaded if it is not there yet; or None, and why no location has one. `size_bytes`
         is the size of its tensors, which bounds a download; `check` is called often while one from a bucket goes on.
         Raises Unavailable if a hub or a bucket does not answer, and what `check` raises."""
         outage: Unavailable | None = None

@@ -112,8 +112,8 @@ def remove_marked(resources: Resources) -> bool:
 
 
 def _take_down_expired(resources: Resources, now: datetime) -> int:
-    """Takes down what the namespaces' retention says, one transaction each since a takedown holds locks. Returns how
-    many."""
+    """Takes down the releases that the namespaces' retention ends, one transaction each since a takedown holds locks.
+    Returns their number."""
     operator, count = audit.operator_actor(resources.settings.user, now), 0
     while True:
         with resources.read() as session:

@@ -71,7 +71,7 @@ def request(
 
 
 def report(session: Session, actor: Actor, job_id: int) -> Json:
-    """The report of an evaluation, as far as it is done. Only for the user who asked for it, who must still read what
+    """The report of an evaluation, as far as it is done. Only for its requester, who must still read what
     it measures, and registry admins."""
     job = session.get(Job, job_id)
     job = None if job is None or job.kind != evaluations.KIND else job

@@ -42,7 +42,7 @@ NEWEST_JOBS = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """What a check saw; `next_step` says what to do, unless it is ok."""
+    """The result of a check; `next_step` is empty if it is ok."""
 
     name: str
     state: State
@@ -146,7 +146,7 @@ def _check_database(settings: Settings) -> Iterator[Check]:
 
 
 def _server_facts(session: Session, *, sqlite: bool) -> tuple[str, float, int | None]:
-    """Version, its clock minus this machine's in seconds, and the most connections that it takes."""
+    """Version, its clock minus this machine's in seconds, and the most connections that it allows."""
     if sqlite:
         return f"SQLite {session.scalar(text('SELECT sqlite_version()'))}", 0.0, None
     version = str(session.scalar(text("SHOW server_version"))).partition(" ")[0]

@@ -1,9 +1,8 @@
 """The keys of issuers of ID tokens: found by OpenID Connect's discovery, cached, and fetched anew for an unknown key.
 
-Only issuers that the operator names are asked. No redirect is followed, the keys are on the issuer's own host, and time
-and size are bounded, so that neither a token nor an issuer makes the server call anything else. The issuer that signs
-users in is trusted with more, and may have its keys on another host.
-"""
+Only issuers that the operator names are contacted. No redirect is followed, the keys are on the issuer's own host, and
+time and size are bounded, so that neither a token nor an issuer makes the server call anything else. The issuer that
+signs users in is trusted with more, and may have its keys on another host."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -55,7 +54,7 @@ class IssuerKeys:
 
     def find(self, issuer: str, key_id: str) -> Mapping[str, Any]:
         """The issuer's key with that id. Raises Unauthenticated if the issuer has none, and Unavailable if it cannot be
-        asked."""
+        reached."""
         known = self._known.setdefault(issuer, _Known())
         if (key := self._fresh(known).get(key_id)) is not None:
             return key
@@ -70,7 +69,7 @@ class IssuerKeys:
         raise invalid(f"{issuer} has no such key")
 
     def describe(self, issuer: str) -> Mapping[str, Any]:
-        """What the issuer says of itself: its addresses. Raises Unavailable if it cannot be asked."""
+        """The issuer's own description: its addresses. Raises Unavailable if it cannot be reached."""
         known = self._known.setdefault(issuer, _Known())
         with known.lock:
             if not self._is_fresh(known):
@@ -107,7 +106,7 @@ def reason(error: Exception) -> str:
 
 
 def unavailable(issuer: str, why: str) -> Unavailable:
-    """The error for an issuer that cannot be asked; `why` is a sentence without its end."""
+    """The error for an issuer that cannot be reached; `why` is a sentence without its end."""
     return Unavailable("issuer_unavailable", f"{why[:1].upper()}{why[1:]}.", subject=issuer)
 
 

@@ -38,8 +38,8 @@ class PermittedAct(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LfsPermit:
-    """The permission in an address. The key of its signature is the upload's own, which no answer contains. It holds as
-    long as the token of the user who asked for it, `token_id`."""
+    """The permission in an address. The key of its signature is the upload's own, which no answer contains. It is valid
+    as long as the token of its requester, `token_id`."""
 
     act: PermittedAct
     namespace: str
@@ -74,7 +74,7 @@ class Sending:
 def plan(
     resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile], *, in_parts: bool
 ) -> dict[Digest, Sending | None]:
-    """How to send each file; None if the namespace holds it. `in_parts`: the client can send parts."""
+    """Plans the request for each file; None if the namespace holds it. `in_parts`: the client can send parts."""
     for file in files:
         uploads.check_size(resources, file.path, file.size_bytes)
     rows = uploads.keep(resources, actor, namespace, files)
@@ -154,7 +154,7 @@ def _with_key(resources: Resources, row: Upload) -> Upload:
 
 
 def permitted(resources: Resources, permit: LfsPermit) -> Permitted:
-    """What the permit is for. Raises NotFound if it is not valid."""
+    """The act that the permit allows. Raises NotFound if it is not valid."""
     now = resources.clock()
     with resources.read() as session:
         row = _find(session, permit)

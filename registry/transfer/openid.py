@@ -83,7 +83,7 @@ class OpenIdProvider:
     keys: IssuerKeys = field(default_factory=lambda: IssuerKeys(own_host=False))
 
     def address(self, attempt: Attempt, redirect_uri: str) -> str:
-        """Where the browser goes to sign in. Raises Unavailable if the provider cannot be asked."""
+        """The address at which the browser signs in. Raises Unavailable if the provider cannot be reached."""
         query = {
             "response_type": "code",
             "client_id": self.settings.client_id,

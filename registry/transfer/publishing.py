@@ -222,8 +222,8 @@ def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
 
 
 def _look_again(resources: Resources, files: Sequence[ManifestFile], look: Callable[[], T]) -> T:
-    """What `look` returns. Where it refuses the files, makes sure that these are what was looked at: what it reads of
-    them in parts is not verified. Raises Unavailable if the store gives other bytes than it got."""
+    """Returns what `look` returns. Where it refuses the files, makes sure that these are what was looked at: what it
+    reads of them in parts is not verified. Raises Unavailable if the store gives other bytes than it got."""
     try:
         return look()
     except Unavailable:
@@ -296,8 +296,8 @@ def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _I
 
 
 def misfit(resources: Resources, name: str, files: Sequence[ManifestFile], architecture: Architecture) -> str:
-    """Why a stored adapter does not fit the architecture; empty if it does. Reads only headers, and verifies them
-    before it says so. Raises Unavailable if the store gives other bytes than it got."""
+    """The reason why a stored adapter does not fit the architecture; empty if it does. Reads only headers, and verifies
+    them before it says so. Raises Unavailable if the store gives other bytes than it got."""
     wanted = [file for file in files if file.path in (CONFIG_FILE, WEIGHTS_FILE)]
     try:
         _look_again(resources, wanted, lambda: _refuse_misfit(resources, name, wanted, architecture))

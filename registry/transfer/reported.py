@@ -21,7 +21,7 @@ _VERIFIED_BYTES = 16 << 20
 
 
 def read(resources: Resources, files: Sequence[ManifestFile]) -> tuple[list[ReportedScore], list[Finding]]:
-    """What the README and `.eval_results/*.yaml` report, and a warning for each part that cannot be used."""
+    """The scores that the README and `.eval_results/*.yaml` report, and a warning for each part that cannot be used."""
     results = [file for file in files if is_results_file(file.path)]
     doubts = [doubt(file.path, f"{file.path} is not read: only {MAX_FILES} are.") for file in results[MAX_FILES:]]
     contents: dict[str, bytes] = {}

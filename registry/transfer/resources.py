@@ -84,7 +84,7 @@ def open_store(settings: Settings, database: Database | None) -> BlobStore:
 
 
 def open_unit_results(settings: Settings) -> UnitResults:
-    """Where results of units are kept, beside the blobs."""
+    """Opens the store of units' results, beside the blobs."""
     match settings.storage:
         case LocalStorage():
             return LocalResults(settings.store_directory)

@@ -46,7 +46,7 @@ class TokenExchange:
     """Apart for tokens whose job is known, which can be sent again and again."""
 
     def exchange(self, text: str, repository: RepositoryName, source: str) -> Exchanged:
-        """Verifies the ID token and gives its job a token. Every refusal of the token has an audit row.
+        """Verifies the ID token and issues a token to its job. Every refusal of the token has an audit row.
 
         Raises Unauthenticated for a token that is not valid here, NotAllowed for a job that may not publish in the
         repository, Unavailable if its issuer cannot be asked, and Refused where no tokens are exchanged.

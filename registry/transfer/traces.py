@@ -92,7 +92,7 @@ def _failed_statement(context: ExceptionContext) -> None:
 
 
 def _begun(connection: Connection, text: str) -> "Span | None":
-    """A new span, within a request only: a worker that waits asks for jobs all the time."""
+    """A new span, within a request only: a waiting worker looks for jobs all the time."""
     from opentelemetry import trace
 
     if not trace.get_current_span().is_recording():

@@ -1,5 +1,5 @@
 """Uploads: authorization, instructions for sending, and verification. A namespace holds a blob only after it has sent
-the bytes: knowing a digest gives no access."""
+the bytes: knowing a digest grants no access."""
 
 import logging
 import secrets
@@ -39,7 +39,7 @@ ARRIVED = exists().where(BlobHolder.sha256 == Upload.sha256, BlobHolder.namespac
 @dataclass(frozen=True, slots=True)
 class PlannedUpload:
     """A file of an upload plan. `upload_id` is None if the namespace already holds its bytes. Otherwise it is sent in
-    one request by `put`, or in `parts` (`part` says how), or `through_the_api` if the store has no address. With none
+    one request by `put`, or in `parts` (planned by `part`), or `through_the_api` if the store has no address. With none
     of these, all bytes have arrived and wait to be completed."""
 
     file: ManifestFile
@@ -85,7 +85,7 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
 
 
 def sign_part(resources: Resources, actor: Actor, upload_id: str, number: int, sha256: Digest) -> Put:
-    """How to send one part of a file that was planned in parts. The store checks the part's digest if it can, which
+    """Plans the request for one part of a file in parts. The store checks the part's digest if it can, which
     catches a wrong part early; the file is hashed all the same."""
     row = _find(resources, actor, upload_id)
     arrivals, arrival = resources.store.arrivals, _arrival(row)
@@ -163,8 +163,8 @@ def receive_file(resources: Resources, actor: Actor, row: Upload, chunks: Iterab
 
 
 def sender_now(session: Session, user: str, namespace: str, token_id: str | None, now: datetime) -> Actor:
-    """Who sends to an address that was made for a user's push, with what the user's token allows now. Without a token,
-    it is the user of a registry without access control, or the push began before an upgrade."""
+    """The sender behind an address that was made for a user's push, with what the user's token allows now. Without a
+    token, it is the user of a registry without access control, or the push began before an upgrade."""
     grants = tokens.grants_of(session, token_id) if token_id else {namespace: Role.PUBLISHER.value}
     return Actor(user, now, grants, token_id=token_id)
 

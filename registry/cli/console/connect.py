@@ -34,7 +34,7 @@ def _announce(registry: str) -> None:
 
 @contextmanager
 def connected() -> Generator[Connection]:
-    """The registry that the settings name. The first change says which one it is."""
+    """The registry that the settings name. The first change announces which one it is."""
     with open_registry(load_settings(), _announce) as connection:
         yield connection
 

@@ -41,7 +41,7 @@ def follow(connection: Connection, job_id: int, *, lines: bool) -> Json:
 
 
 def goes_on(job_id: int) -> str:
-    """What to say when a command that follows the job is interrupted."""
+    """The message of an interrupted command that follows the job."""
     return (
         f"job {job_id} goes on; `adaptory jobs {job_id} --follow` follows it again, `adaptory cancel {job_id}` ends it"
     )
@@ -49,7 +49,7 @@ def goes_on(job_id: int) -> str:
 
 @contextmanager
 def left_running(job_id: int) -> Generator[None]:
-    """An interrupt in this block leaves the job running, and says so."""
+    """An interrupt in this block leaves the job running, with a message."""
     interrupts.kept = goes_on(job_id)
     yield
     interrupts.kept = ""
@@ -74,7 +74,7 @@ def _latest(connection: Connection, job_id: int) -> Json:
 
 
 def amount(step: Mapping[str, Any]) -> str:
-    """How much of a step is done, such as `12 of 40 units, 3 redone`; empty if it has no amount."""
+    """The progress of a step, such as `12 of 40 units, 3 redone`; empty if it has no amount."""
     if not step.get("total"):
         return ""
     redone = f", {step['redone']:,} redone" if step.get("redone") else ""
@@ -127,7 +127,7 @@ def shown_steps(label: str, *, lines: bool) -> Generator[Shown]:
     bars = Bars(*columns, console=Console(stderr=True), transient=True)
 
     class Steps:
-        """A bar for each step; the first says what a job that has not begun waits for."""
+        """A bar for each step; the first names what a job that has not begun waits for."""
 
         def __init__(self) -> None:
             self._tasks, self._began_s = dict[str, Any](), dict[str, float]()

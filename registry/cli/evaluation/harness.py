@@ -52,7 +52,7 @@ ChatTemplate = Annotated[
 @dataclass(frozen=True, slots=True)
 class HarnessChoice:
     """The tasks to run, by name, from a directory of YAML files or those of the harness; `limit` is the maximum number
-    of documents. `num_fewshot` and `chat` say how they are asked."""
+    of documents. `num_fewshot` and `chat` set the form of their prompts."""
 
     names: Sequence[str]
     directory: Path | None = None

@@ -66,7 +66,7 @@ def serve(
 def _serve(
     settings: "Settings", listener: socket.socket, processes: int, lines: Sequence[str], *, with_worker: bool
 ) -> None:
-    """Serves until this process is asked to stop. Prints the lines once everything is open."""
+    """Serves until this process is signalled to stop. Prints the lines once everything is open."""
     from registry.cli.operations.server import serve_beside, serve_here
     from registry.transfer.resources import open_resources
     from registry.worker.runner import run_worker
@@ -182,7 +182,7 @@ def _observe_all(observers: "list[Observe]", kind: str, step: str | None, state:
 
 
 def _traced(*, begin: bool) -> "Observe":
-    """What makes spans of jobs and steps. A server in the same process has begun their export."""
+    """The tracer of jobs and steps. A server in the same process has begun their export."""
     from registry.transfer import traces
 
     if begin:

@@ -59,7 +59,7 @@ HUNG_S = 30
 
 
 def serve_here(resources: "Resources", listener: socket.socket) -> None:
-    """Serves in this process until it is asked to stop; then returns or exits, so that the caller can clean up."""
+    """Serves in this process until it is signalled to stop; then returns or exits, so that the caller can clean up."""
     from uvicorn import Config, Server
 
     # The server re-raises the signal when it has stopped, and SIGTERM would kill the process immediately.
@@ -82,9 +82,9 @@ def serve_worker(
 
 
 def serve_beside(settings: "Settings", listener: socket.socket, processes: int) -> None:
-    """Serves from several processes until this one is asked to stop; a process that dies or hangs is replaced.
+    """Serves from several processes until this one is signalled to stop; a process that dies or hangs is replaced.
 
-    Each opens the registry itself, as the environment says. Raises Unavailable if one of them cannot.
+    Each opens the registry itself, by the environment. Raises Unavailable if one of them cannot.
     """
     with TemporaryDirectory(prefix="adaptory-metrics-") as shared:
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", shared)  # any process answers for all

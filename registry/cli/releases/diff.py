@@ -92,7 +92,7 @@ def diff(
 
 
 def _subjects(old: str, new: str, *, with_suites: bool) -> tuple[DiffSide, DiffSide, list[Json]]:
-    """The two sides, and the suites that both have results on, if asked for; two directories need no registry."""
+    """The two sides, and the suites that both have results on, if wanted; two directories need no registry."""
     if Path(old).is_dir() and Path(new).is_dir():
         return _directory(Path(old)), _directory(Path(new)), []
     with connected() as connection:

@@ -106,7 +106,7 @@ class Blob(Row):
 
 
 class BlobHolder(Row):
-    """A namespace that has sent a blob's bytes: knowing a digest gives no access."""
+    """A namespace that has sent a blob's bytes: knowing a digest grants no access."""
 
     __tablename__ = "blob_holders"
 
@@ -269,16 +269,14 @@ class ReleaseWord(Row):
 
 
 class Release(Row):
-    """A version given to a revision. The typed columns are facts that searches ask for; `facts` has the rest.
+    """A version given to a revision. The typed columns are facts that searches use; `facts` has the rest.
 
-    `provenance` says how it was trained, `spectrum` what its ranks are used for. `servers` has a bit for each server of
-    `composer.formats.adapters.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
+    `provenance` records how it was trained, `spectrum` what its ranks are used for. `servers` has a bit for each server
+    of `composer.formats.adapters.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
     `breaking_reason` is set when a breaking change was let through; `signed_by` is the fingerprint of the signer's key,
     `signature_covers` says whether it signed the `release` or its `files` alone, and `signed_as` whether a `publisher`
-    or a `worker` did; None where no migration could tell.
-    A deprecated release has a reason, and perhaps the name of its `successor`.
-    `stamp` changes whenever its document changes: by a yank, by a score, or with its base.
-    """
+    or a `worker` did; None where no migration could tell. A deprecated release has a reason, and perhaps the name of
+    its `successor`. `stamp` changes whenever its document changes: by a yank, by a score, or with its base."""
 
     __tablename__ = "releases"
     __table_args__ = (
@@ -334,7 +332,7 @@ class Release(Row):
 
 class Signature(Row):
     """A bundle that signs a release, made after it; one per key. A signature that came with the files is among them.
-    `signed_as` says whether a `publisher` or a `worker` made it."""
+    `signed_as` is `publisher` or `worker`, by who made it."""
 
     __tablename__ = "signatures"
 

@@ -39,7 +39,8 @@ class Parts:
         return self._bucket.client.create_multipart_upload(**named, **how)["UploadId"]
 
     def put(self, upload: dict[str, str], number: int, size_bytes: int, sha256: Digest | None, expires_s: int) -> Put:
-        """How to send a part. Its number and length are signed, and its sha256 if the upload is `checked`."""
+        """Signs the request that sends a part. Its number and length are signed, and its sha256 if the upload is
+        `checked`."""
         params = {**upload, "PartNumber": number, "ContentLength": size_bytes}
         headers = {"Content-Length": str(size_bytes)}
         if sha256 is not None:

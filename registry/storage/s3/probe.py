@@ -47,7 +47,7 @@ SignedPut = Callable[[IncomingUpload, dict[str, str], int, Mapping[str, str]], P
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreFacts:
-    """What a store was seen to verify.
+    """The checks that a store was seen to make.
 
     `bodies`: it refuses a body of another sha256 than the signed one.
     `signed_end`: it accepts the right body with the signed `NEVER`, and with nothing else in its place.
@@ -121,7 +121,7 @@ class StoreProbe:
         return self.facts().signed_end if allowed == "auto" else allowed
 
     def checks_parts(self) -> bool:
-        """Raises Unavailable for a store that takes no uploads in parts."""
+        """Raises Unavailable for a store that accepts no uploads in parts."""
         checks = self.facts().parts
         if checks is None:
             raise Unavailable(

@@ -142,8 +142,8 @@ class S3Arrivals:
     def _put_of(
         self, arrival: IncomingUpload, named: dict[str, str], expires_s: int, more: Mapping[str, str] = NO_HEADERS
     ) -> Put:
-        """How to send the object. Length, sha256, the upload and the headers `more` are signed: the request serves for
-        these bytes and no others."""
+        """Signs the request that sends the object. Length, sha256, the upload and the headers `more` are signed: the
+        request serves for these bytes and no others."""
         sha256 = checksum(arrival.sha256)
         params = {
             **named,
@@ -156,7 +156,7 @@ class S3Arrivals:
         return Put(url, {"Content-Length": str(arrival.size_bytes), **headers})
 
     def _arrived(self, arrival: IncomingUpload) -> dict[str, Any] | None:
-        """The incoming object, or the blob itself if this upload wrote it; `incoming` says which."""
+        """The incoming object, or the blob itself if this upload wrote it; `incoming` tells which."""
         head = self._bucket.head(self._incoming(arrival))
         if head is not None:
             return {**head, "incoming": True}
