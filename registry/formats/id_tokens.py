@@ -149,7 +149,7 @@ def job_of(token: IdToken, layout: Layout) -> CiJob:
     token without a project, and for a job that runs the code of strangers."""
     claims = token.claims
     if layout == "github":
-        if claims.get("event_name") in _IN_FORK:
+        if _text(claims, "event_name") in _IN_FORK:
             raise invalid(
                 "it comes from a workflow on pull_request_target, which strangers can start with input of their own"
             )

@@ -4,7 +4,7 @@ A base's location `hf://ORG/NAME@COMMIT` is read from there, and downloaded if i
 """
 
 import importlib.util
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from composer.errors import ComposerError
@@ -23,14 +23,18 @@ _WITHHELD = "No token was sent, since ADAPTORY_HUB_TOKEN_ORGS does not name its 
 
 
 def download_base(
-    address: HubAddress, at_most_bytes: int | None = None, *, with_token: bool = True
+    address: HubAddress,
+    at_most_bytes: int | None = None,
+    *,
+    with_token: bool = True,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[HubAddress, Path]:
     """The checkpoint at the address in the hub's own cache, complete, and its pinned address.
 
-    `at_most_bytes` is the size of its tensors, if known; `with_token` sends the token of this host's user. Raises
-    NotFound, NotAllowed or Unavailable, Invalid before a download of more than that, and for a repository that has its
-    weights only as pickles."""
-    hub = Hub(with_token=with_token)
+    `at_most_bytes` is the size of its tensors, if known; `with_token` sends the token of this host's user; `check` is
+    called often, and ends the download by what it raises. Raises NotFound, NotAllowed or Unavailable, Invalid before a
+    download of more than that, and for a repository that has its weights only as pickles."""
+    hub = Hub(with_token=with_token, check=check)
     if address.pinned and (directory := hub.cached(address)) and _is_complete(directory):
         return address, directory
     snapshot = hub.snapshot(address)
@@ -40,11 +44,13 @@ def download_base(
     return snapshot.address, hub.bring_into_cache(snapshot, paths)
 
 
-def find_base(locations: Sequence[str], size_bytes: int, token_for: Collection[str]) -> tuple[Path | None, list[str]]:
+def find_base(
+    locations: Sequence[str], size_bytes: int, token_for: Collection[str], check: Callable[[], None] = lambda: None
+) -> tuple[Path | None, list[str]]:
     """A base's checkpoint on this machine: in a directory, in the hub's cache, or downloaded into that; or None, and
     why each address on a hub gives none. `size_bytes` is the size of its tensors. Others wrote the locations: this
-    host's token is sent only for the organisations in `token_for`. Raises Unavailable if no location
-    gives it and a hub does not answer, which may pass."""
+    host's token is sent only for the organisations in `token_for`. Raises what `check` raises, and Unavailable if no
+    location gives it and a hub does not answer, which may pass."""
     if directory := local_directory(locations):
         return directory, []
     reasons: list[str] = []
@@ -59,7 +65,7 @@ def find_base(locations: Sequence[str], size_bytes: int, token_for: Collection[s
                 reasons.append(f"{url} names no commit")
                 continue
             trusted = address.organisation in token_for
-            return download_base(address, size_bytes, with_token=trusted)[1], []
+            return download_base(address, size_bytes, with_token=trusted, check=check)[1], []
         except RegistryError as error:
             withheld = error.code in ("hub_repository_unknown", "hub_access") and not trusted
             reasons.append(f"{error.detail} {_WITHHELD}" if withheld else error.detail)

@@ -8,7 +8,7 @@ import importlib
 import re
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -38,9 +38,11 @@ class Limits:
     ends: float
     documents_bytes: int
     files_bytes: int
+    check: Callable[[], None]
 
     def check_time(self, wait_s: float = 0) -> None:
-        """Raises Unavailable if the call would not have ended after `wait_s`."""
+        """Raises Unavailable if the call would not have ended after `wait_s`, and what `check` raises."""
+        self.check()
         if time.monotonic() + wait_s > self.ends:
             message = f"{self.endpoint} takes too long to answer about {self.what}."
             raise Unavailable("hub_unavailable", message, subject=self.what)
@@ -66,13 +68,16 @@ _installing = threading.Lock()
 
 
 @contextmanager
-def limited(endpoint: str, what: str, files_bytes: int = 0) -> Generator[dict[str, str]]:
+def limited(
+    endpoint: str, what: str, files_bytes: int = 0, check: Callable[[], None] = lambda: None
+) -> Generator[dict[str, str]]:
     """Limits the requests that have the yielded headers. `files_bytes` is the size of the files that are sent or
-    received, each perhaps twice: a download that is interrupted may begin again."""
+    received, each perhaps twice: a download that is interrupted may begin again. `check` is called often, also in
+    other threads, and ends the call by what it raises."""
     _install()
     request_id = str(uuid4())
     ends = time.monotonic() + DOCUMENTS_S + files_bytes / SLOWEST_BYTES_PER_S
-    _in_force[request_id] = Limits(endpoint, what, ends, DOCUMENTS_BYTES, 2 * files_bytes + _SLACK_BYTES)
+    _in_force[request_id] = Limits(endpoint, what, ends, DOCUMENTS_BYTES, 2 * files_bytes + _SLACK_BYTES, check)
     try:
         yield {_REQUEST_ID: request_id}
     finally:

@@ -5,7 +5,7 @@ Only the hub that HF_ENDPOINT names (https://huggingface.co by default) gets a t
 """
 
 import hashlib
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from glob import escape
@@ -57,14 +57,18 @@ class Snapshot:
 
 class Hub:
     """The hub at `endpoint`, by default the one that HF_ENDPOINT names, which gets this user's token unless
-    `with_token` is False. Raises Unavailable without the extra `hub`, Usage for what is not an address.
+    `with_token` is False. `check` is called often during each call, also in other threads, and ends the call by what
+    it raises. Raises Unavailable without the extra `hub`, Usage for what is not an address.
 
     Whatever a hub answers, its methods end with a result or with the errors that they name."""
 
-    def __init__(self, endpoint: str | None = None, *, with_token: bool = True) -> None:
+    def __init__(
+        self, endpoint: str | None = None, *, with_token: bool = True, check: Callable[[], None] = lambda: None
+    ) -> None:
         self._api_class, own = _library()
         self.endpoint = own if endpoint is None else _address_of(endpoint)
         self._token = None if self.endpoint == own and with_token else False
+        self._check = check
 
     def snapshot(self, address: HubAddress) -> Snapshot:
         """The commit that the address names now, and its files. Raises NotFound, NotAllowed, Unavailable."""
@@ -186,7 +190,10 @@ class Hub:
     def _asked(self, address: HubAddress, files_bytes: int = 0) -> "Generator[HfApi]":
         """The client for one call about the address. Translates its errors."""
         what = str(address)
-        with translate_hub_errors(self.endpoint, what), limited(self.endpoint, what, files_bytes) as headers:
+        with (
+            translate_hub_errors(self.endpoint, what),
+            limited(self.endpoint, what, files_bytes, self._check) as headers,
+        ):
             yield self._api_class(endpoint=self.endpoint, token=self._token, library_name="adaptory", headers=headers)
 
 

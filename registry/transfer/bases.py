@@ -24,11 +24,12 @@ class Bases:
         self, locations: Sequence[str], size_bytes: int, check: Callable[[], None] = lambda: None
     ) -> tuple[Path | None, list[str]]:
         """A base's checkpoint, downloaded if it is not there yet; or None, and why no location has one. `size_bytes`
-        is the size of its tensors, which bounds a download; `check` is called often while one from a bucket goes on.
+        is the size of its tensors, which bounds a download; `check` is called often while one goes on.
         Raises Unavailable if a hub or a bucket does not answer, and what `check` raises."""
         outage: Unavailable | None = None
         try:
-            directory, reasons = hub_bases.find_base(locations, size_bytes, self._settings.hub_token_organisations)
+            trusted = self._settings.hub_token_organisations
+            directory, reasons = hub_bases.find_base(locations, size_bytes, trusted, check)
         except Unavailable as error:
             directory, reasons, outage = None, [error.detail], error
         for url in in_buckets(locations) if directory is None else ():

@@ -60,10 +60,12 @@ def base_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkp
     have changed. Raises NotFound with `base_not_here`, and Mismatch with `base_changed`."""
 
     size_bytes = int(hints["size_bytes"])
-    return node.kept("base", digest, lambda: node.bases.open_verified(digest, hints["locations"], size_bytes))
+    return node.kept(
+        "base", digest, lambda: node.bases.open_verified(digest, hints["locations"], size_bytes, node.check)
+    )
 
 
 def opened_checkpoint(node: Node, digest: str, hints: Mapping[str, Any]) -> Checkpoint:
     """The base's checkpoint on this host, downloaded if need be. Its weights are not verified. Raises NotFound with
     `base_not_here`."""
-    return node.bases.open(digest, hints["locations"], int(hints["size_bytes"]))
+    return node.bases.open(digest, hints["locations"], int(hints["size_bytes"]), lambda: node.check(0))

@@ -194,6 +194,7 @@ def _refused(ci: Issuer) -> list[tuple[str, str, str]]:
         ("an address of certificates", signed(good, x5u=f"{ci.url}/evil"), "id_token_invalid"),
         ("other claims under the signature", _with_other_claims(signed(good)), "id_token_invalid"),
         ("thousands of lists", nested, "id_token_invalid"),
+        ("a list of events", ci.token(event_name=["push"]), "id_token_invalid"),
         ("huge", ci.token(sub="x" * 20_000), "id_token_invalid"),
         ("not a token", "hf_abc", "id_token_invalid"),
     ]

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from composer.errors import Interrupted
 from registry.errors import RegistryError
 from registry.hub_client import limits
 from registry.hub_client.address import parse_hub_address
+from registry.hub_client.bases import find_base
 from registry.hub_client.remote import Hub
 from tests.scenarios.small_hub import SmallHub, small_hub
 
@@ -170,6 +172,43 @@ def test_a_file_brings_no_more_than_the_hub_lists(hub: SmallHub, tmp_path: Path,
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 1 << 20
 
 
+def is_own(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if HF_ENDPOINT had named it when the process began."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+class Cancelled(Interrupted):
+    pass
+
+
+@pytest.mark.parametrize("slow", ["/tree/", "/resolve/"])
+def test_a_job_that_is_cancelled_or_whose_worker_stops_waits_for_no_download_of_its_base(
+    hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    is_own(hub, monkeypatch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = hub.put("acme/tiny", FILES)
+    since: list[float] = []
+
+    def instead(handler: BaseHTTPRequestHandler, path: str) -> bool:
+        if slow not in path or handler.command == "HEAD":
+            return False
+        since.append(time.monotonic())
+        endless(handler, b" ", 0.05)
+        return True
+
+    def check() -> None:
+        if since:
+            raise Cancelled
+
+    hub.instead = instead
+    with pytest.raises(Cancelled):
+        find_base([f"hf://acme/tiny@{commit}"], 3000, (), check)
+    assert time.monotonic() - since[0] < 5
+
+
 def import_config(directory: Path) -> None:
     client = Hub()
     client.download(client.snapshot(parse_hub_address("hf://acme/sql")), ["config.json"], directory)
@@ -179,7 +218,7 @@ def import_config(directory: Path) -> None:
 def test_no_other_host_gets_the_users_token(
     hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    is_own(hub, monkeypatch)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     commit = hub.put("acme/sql", {"config.json": b"{}"})
     with small_hub() as other:

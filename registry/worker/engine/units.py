@@ -11,7 +11,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,6 +58,8 @@ class Node:
     results: UnitResults
     work_directory: Path
     bases: Bases
+    check: Count = lambda _done: None
+    """Called often while the current unit fetches a base; may raise to stop it."""
     _kept: dict[str, tuple[str, Any]] = field(default_factory=dict[str, tuple[str, Any]])
     _id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     """A process may have several: threads that use an embedded registry."""
@@ -174,7 +176,7 @@ def run_unit(node: Node, task: Task, unit: Unit, count: Count = lambda _done: No
     """Runs the unit and keeps its result before this returns, with the process that made it and its seconds. Raises
     what the task and `count` raise, and Invalid for a result that is too large."""
     began_s = time.monotonic()
-    result = task.run(node, unit, count)
+    result = task.run(replace(node, check=count), unit, count)
     made = {"by": f"{socket.gethostname()} {os.getpid()}", "seconds": time.monotonic() - began_s}
     document = json.dumps({"unit": unit.name, **made, "result": result}).encode()
     _refuse_too_large(f"The result of {unit.name}", document)
