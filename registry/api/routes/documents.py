@@ -21,7 +21,7 @@ from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import may_read
-from registry.domain.catalog.release_rows import BATCH_SIZE, ReleaseDetails, ReleaseRow, Stamp, load_details
+from registry.domain.catalog.release_rows import BATCH_SIZE, SHOWN, ReleaseDetails, ReleaseRow, Stamp, load_details
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels.gates import NO_FIGURES
 from registry.domain.channels.timeline import ChannelMove
@@ -182,21 +182,15 @@ def release_document(actor: Actor, described: ReleaseDetails) -> Json:
     adapter = row.kind == Kind.ADAPTER
     return {
         "repository": f"{row.namespace}/{row.repository}",
-        "kind": row.kind,
-        "version": row.version,
-        "commit": row.commit,
+        **{name: getattr(row, name) for name in SHOWN},
         "base": {"digest": row.base_digest, "name": row.base_name},
         "adapter": orjson.Fragment(row.facts) if adapter else None,
         "model": None if adapter else orjson.Fragment(row.facts),
         "scores": _scores(described),
         "yanked": bool(row.yanked),
-        "yank_reason": row.yank_reason,
         "taken_down": row.taken_down_at and {"at": row.taken_down_at, "reason": row.takedown_reason},
         "deprecated": deprecation(row.deprecated_reason, row.successor),
         "base_deprecated": deprecation(row.base_deprecated_reason, row.base_successor),
-        "notes": row.notes,
-        "created_at": row.created_at,
-        "created_by": row.created_by,
         "files": files_of(row.manifest),
         "inputs": [
             {
@@ -211,10 +205,6 @@ def release_document(actor: Actor, described: ReleaseDetails) -> Json:
         "licenses": _licenses(row),
         "servers": _servers(row.servers),
         "loading": orjson.Fragment(row.loading),
-        "signed_by": row.signed_by,
-        "signature_covers": row.signature_covers,
-        "signed_as": row.signed_as,
-        "breaking_reason": row.breaking_reason,
     }
 
 

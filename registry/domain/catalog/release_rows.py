@@ -1,17 +1,18 @@
-"""Everything about a page of releases, in one statement.
+"""What is read about releases, each fact declared once; a page of them in one statement.
 
 JSON stays text and nothing is validated again: pages are read many times a second, mostly to be sent on unchanged.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import orjson
-from sqlalchemy import FromClause, Text, cast, select
+from sqlalchemy import JSON, ColumnElement, FromClause, Text, cast, select
 from sqlalchemy.orm import Session
 
 from registry.database.dialects import float_text, in_list, json_list, json_rows, padded, timestamp_text
+from registry.database.engine import UtcDateTime
 from registry.database.prepared import Prepared
 from registry.database.tables import Base, Release, ReleaseInput, Repository, Revision, Score, Suite
 
@@ -25,40 +26,53 @@ _base, _input, _release, _repository, _revision, _score, _suite = (
 _follower = Base.__table__.alias("follower")
 
 
-class ReleaseRow(NamedTuple):
-    """`manifest`, `facts`, `provenance` and `loading` are JSON text; times are formatted as in documents."""
+def fact(column: ColumnElement[Any], *, shown: bool = False) -> Any:
+    """Declares a field of `ReleaseRow` by its column. One that is `shown` is in documents as it is, by its name."""
+    return field(metadata={"column": column, "shown": shown})
 
-    id: int
-    namespace: str
-    repository: str
-    kind: str
-    version: str
-    commit: str
-    manifest: str
-    base_digest: str
-    base_name: str
-    rank_max: int | None
-    facts: str
-    provenance: str
-    loading: str
-    servers: int
-    breaking_reason: str | None
-    signed_by: str | None
-    signature_covers: str | None
-    signed_as: str | None
-    notes: str
-    yanked: bool
-    yank_reason: str | None
-    taken_down_at: str | None
-    takedown_reason: str | None
-    deprecated_reason: str | None
-    successor: str | None
-    base_deprecated_reason: str | None
-    base_successor: str | None
-    base_license: str | None
-    created_at: str
-    created_by: str
-    stamp: int
+
+@dataclass(slots=True)
+class ReleaseRow:
+    """Everything that is read about a release: the statements here and in `resolve`, and the document, follow this
+    list. In a page, JSON is text, and times are formatted as in documents."""
+
+    id: int = fact(_release.id)
+    revision_id: int = fact(_release.revision_id)
+    namespace: str = fact(_repository.namespace)
+    repository: str = fact(_repository.name)
+    kind: str = fact(_repository.kind, shown=True)
+    version: str = fact(_release.version, shown=True)
+    commit: str = fact(_revision.commit, shown=True)
+    manifest: str = fact(_revision.manifest)
+    base_digest: str = fact(_base.digest)
+    base_name: str = fact(_base.name)
+    rank_max: int | None = fact(_release.rank_max)
+    size_bytes: int = fact(_release.size_bytes)
+    facts: str = fact(_release.facts)
+    provenance: str = fact(_release.provenance)
+    loading: str = fact(_release.loading)
+    servers: int = fact(_release.servers)
+    breaking_reason: str | None = fact(_release.breaking_reason, shown=True)
+    signed_by: str | None = fact(_release.signed_by, shown=True)
+    signature_covers: str | None = fact(_release.signature_covers, shown=True)
+    signed_as: str | None = fact(_release.signed_as, shown=True)
+    notes: str = fact(_release.notes, shown=True)
+    yanked: bool = fact(_release.yanked)
+    yank_reason: str | None = fact(_release.yank_reason, shown=True)
+    taken_down_at: str | None = fact(_revision.taken_down_at)
+    takedown_reason: str | None = fact(_revision.takedown_reason)
+    deprecated_reason: str | None = fact(_release.deprecated_reason)
+    successor: str | None = fact(_release.successor)
+    base_deprecated_reason: str | None = fact(_base.deprecated_reason)
+    base_successor: str | None = fact(_follower.c.name)
+    base_license: str | None = fact(_base.license)
+    created_at: str = fact(_release.created_at, shown=True)
+    created_by: str = fact(_release.created_by, shown=True)
+    stamp: int = fact(_release.stamp)
+
+
+COLUMNS: dict[str, ColumnElement[Any]] = {one.name: one.metadata["column"] for one in fields(ReleaseRow)}
+SHOWN = tuple(one.name for one in fields(ReleaseRow) if one.metadata["shown"])
 
 
 ScoreRow = list[Any]
@@ -72,49 +86,20 @@ _NAMED: FromClause = (
     Release.__table__.join(Repository.__table__, _repository.id == _release.repository_id)
     .join(Revision.__table__, _revision.id == _release.revision_id)
 )  # fmt: skip
-_RELEASES = (
-    select(
-        json_rows(
-            _release.id,
-            _repository.namespace,
-            _repository.name,
-            _repository.kind,
-            _release.version,
-            _revision.commit,
-            _revision.manifest,
-            _base.digest,
-            _base.name,
-            _release.rank_max,
-            cast(_release.facts, Text),
-            cast(_release.provenance, Text),
-            cast(_release.loading, Text),
-            _release.servers,
-            _release.breaking_reason,
-            _release.signed_by,
-            _release.signature_covers,
-            _release.signed_as,
-            _release.notes,
-            _release.yanked,
-            _release.yank_reason,
-            timestamp_text(_revision.taken_down_at),
-            _revision.takedown_reason,
-            _release.deprecated_reason,
-            _release.successor,
-            _base.deprecated_reason,
-            _follower.c.name,
-            _base.license,
-            timestamp_text(_release.created_at),
-            _release.created_by,
-            _release.stamp,
-        )
-    )
-    .select_from(
-        _NAMED.join(Base.__table__, _base.digest == _release.base_digest).outerjoin(
-            _follower, _follower.c.digest == _base.successor
-        )
-    )
-    .where(in_list(_release.id, "ids"))
+NAMED: FromClause = _NAMED.join(Base.__table__, _base.digest == _release.base_digest).outerjoin(
+    _follower, _follower.c.digest == _base.successor
 )
+"""The tables of COLUMNS."""
+
+
+def _written(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """The column as documents have it: JSON is sent on as text, a time is formatted."""
+    if isinstance(column.type, JSON):
+        return cast(column, Text)
+    return timestamp_text(column) if isinstance(column.type, UtcDateTime) else column
+
+
+_RELEASES = select(json_rows(*map(_written, COLUMNS.values()))).select_from(NAMED).where(in_list(_release.id, "ids"))
 # `+ 0` keeps SQLite from scanning all scores of each suite.
 _SCORES = (
     select(
@@ -175,7 +160,7 @@ def load_details(session: Session, release_ids: Sequence[int]) -> list[ReleaseDe
     for start in range(0, len(release_ids), BATCH_SIZE):
         [(*texts, suites)] = _PAGE.rows(session, {"ids": padded(release_ids[start : start + BATCH_SIZE])})
         releases, scores, inputs = (orjson.loads(text or "[]") for text in texts)
-        for row in map(ReleaseRow._make, releases):
+        for row in (ReleaseRow(*values) for values in releases):
             details[row.id] = ReleaseDetails(row, (row.stamp, suites))
         for row in sorted(scores, key=lambda row: (row[0], row[-1] == "guard", row[1], row[2])):
             details[row[0]].scores.append(row)

@@ -7,47 +7,25 @@ from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
 from registry.database.prepared import Prepared
-from registry.database.tables import Base, Channel, Move, Release, Repository, Revision
+from registry.database.tables import Channel, Move, Release, Repository, Revision
 from registry.domain.catalog import releases, repositories
+from registry.domain.catalog.release_rows import COLUMNS, NAMED
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves
 from registry.errors import NotFound, Usage
 from registry.formats.references import Reference, RepositoryName, parse_version
 
-_base, _channel, _move, _release, _repository, _revision = (
-    table.__table__.c for table in (Base, Channel, Move, Release, Repository, Revision)
+_channel, _move, _release, _repository, _revision = (
+    table.__table__.c for table in (Channel, Move, Release, Repository, Revision)
 )
 """Tables, not mapped classes: mapping rows would cost as much as the statement itself."""
-_follower = Base.__table__.alias("follower")
 
-_RELEASES = (
-    select(
-        _release.id,
-        _release.revision_id,
-        _repository.namespace,
-        _repository.name.label("repository"),
-        _repository.kind,
-        _release.version,
-        _revision.commit,
-        _revision.manifest,
-        _revision.taken_down_at,
-        _revision.takedown_reason,
-        _base.digest.label("base_digest"),
-        _base.name.label("base_name"),
-        _release.yanked,
-        _release.yank_reason,
-        _release.deprecated_reason,
-        _release.successor,
-        _base.deprecated_reason.label("base_deprecated_reason"),
-        _follower.c.name.label("base_successor"),
-        _release.size_bytes,
-    )
-    .select_from(Release.__table__)
-    .join(Repository.__table__, _repository.id == _release.repository_id)
-    .join(Revision.__table__, _revision.id == _release.revision_id)
-    .join(Base.__table__, _base.digest == _release.base_digest)
-    .outerjoin(_follower, _follower.c.digest == _base.successor)
+_NEEDED = (
+    *("id", "revision_id", "namespace", "repository", "kind", "version", "commit", "manifest", "size_bytes"),
+    *("taken_down_at", "takedown_reason", "base_digest", "base_name", "yanked", "yank_reason"),
+    *("deprecated_reason", "successor", "base_deprecated_reason", "base_successor"),
 )
+_RELEASES = select(*(COLUMNS[name].label(name) for name in _NEEDED)).select_from(NAMED)
 """Everything needed to fetch a release, in one statement: serving nodes need nothing else."""
 
 _IN_REPOSITORY = _RELEASES.where(
