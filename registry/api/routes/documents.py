@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
+from operator import attrgetter
 from threading import Lock
 from typing import Any
 
@@ -29,6 +30,7 @@ from registry.formats.licenses import spdx
 from registry.formats.references import RepositoryName
 
 Json = dict[str, Any]
+_shown = attrgetter(*SHOWN)
 _NO_PROVENANCE = Provenance().model_dump()
 _MANIFEST = '{"files":', "}"
 """Prefix and suffix of the file rows in a canonical manifest."""
@@ -182,7 +184,7 @@ def release_document(actor: Actor, described: ReleaseDetails) -> Json:
     adapter = row.kind == Kind.ADAPTER
     return {
         "repository": f"{row.namespace}/{row.repository}",
-        **{name: getattr(row, name) for name in SHOWN},
+        **dict(zip(SHOWN, _shown(row), strict=True)),
         "base": {"digest": row.base_digest, "name": row.base_name},
         "adapter": orjson.Fragment(row.facts) if adapter else None,
         "model": None if adapter else orjson.Fragment(row.facts),
