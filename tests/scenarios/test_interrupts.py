@@ -20,7 +20,7 @@ BEGIN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
 START = "from registry.cli.start import main; main()"
 STUCK = """
 import time
-from registry.cli import transfer
+from registry.cli.releases import transfer
 def never_ends(*arguments):
     try:
         print("begun", flush=True)
@@ -31,7 +31,7 @@ transfer.resolved = never_ends
 """
 DESTRUCTOR = """
 import time
-from registry.cli import transfer
+from registry.cli.releases import transfer
 class Slow:
     def __del__(self):
         print("begun", flush=True)

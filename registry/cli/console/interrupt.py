@@ -1,10 +1,8 @@
 """Ctrl-C: ends any command within two seconds, with exit code 130 and one line.
 
-Python raises KeyboardInterrupt wherever the main thread is: in an import, whose module then fails in its own way; in a
-destructor, which prints and swallows it; or after a long call into C. So the first interrupt raises. At a second one,
-or if the command has not ended after `PATIENCE_S`, the process exits immediately. Every command survives that, as it
-would survive a power cut.
-"""
+The first interrupt raises KeyboardInterrupt. An import, a destructor or a long call into C may swallow or delay it: at
+a second interrupt, or `PATIENCE_S` after the first, the process exits immediately. Every command survives that, as it
+would survive a power cut."""
 
 import os
 import signal
@@ -18,8 +16,6 @@ INTERRUPTED = 130
 PATIENCE_S = 1.5
 _ONE_S = 0.5
 """Interrupts this close together count as one: a terminal signals the process group, and a parent may forward it."""
-_DESTRUCTOR_S = 0.02
-"""Enough time to leave a destructor that was interrupted."""
 KEPT = {
     "promote": "nothing was moved, unless `adaptory history` shows it",
     "push": "what was sent is kept; the same command sends the rest",
@@ -50,7 +46,7 @@ class Interrupts:
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             return
         signal.signal(signal.SIGINT, self._on_signal)
-        sys.unraisablehook = self._on_unraisable
+        sys.unraisablehook = _print_unless_interrupt
 
     def say(self, kept: str = "") -> None:
         """Prints the line, once."""
@@ -77,7 +73,7 @@ class Interrupts:
             time.sleep(seconds)
         except KeyboardInterrupt:
             return True
-        self._watch()
+        self._begin_to_wait()
         return False
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
@@ -85,30 +81,23 @@ class Interrupts:
             return
         if self.happened or not self.raising:
             self.end()
-        self._watch()
+        self._begin_to_wait()
         raise KeyboardInterrupt
 
-    def _watch(self) -> None:
+    def _begin_to_wait(self) -> None:
         self.happened, self._last_s = True, time.monotonic()
-        threading.Thread(target=self._end_when_late, name="interrupt", daemon=True).start()
+        threading.Thread(target=self._end_when_late, args=(self._last_s,), name="interrupt", daemon=True).start()
 
-    def _end_when_late(self) -> None:
-        begun_s = self._last_s
+    def _end_when_late(self, begun_s: float) -> None:
         time.sleep(PATIENCE_S)
         if self.happened and self._last_s == begun_s:
             self.end()
 
-    def _on_unraisable(self, unraisable: Any) -> None:
-        """Raises an interrupt that a destructor swallowed again where it can be caught."""
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Thread(target=self._again, name="interrupt", daemon=True).start()
-        else:
-            sys.__unraisablehook__(unraisable)
 
-    def _again(self) -> None:
-        time.sleep(_DESTRUCTOR_S)
-        self.happened = False
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # also interrupts a call into C
+def _print_unless_interrupt(unraisable: Any) -> None:
+    """Prints what a destructor raised, but not the interrupt that it swallowed: the process ends by `PATIENCE_S`."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
 
 
 interrupts = Interrupts()
