@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Generator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from composer.errors import RefusedOutput
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests.composer.scorers import install_scorer
+from tests.eventually import eventually
+from tests.forked import start_command
 from tests.scenarios.small_hub import SmallHub, small_hub
 from tests.scenarios.test_crashes import begin, resources_of, team
 from tests.scenarios.test_evaluations import write_suite
+from tests.scenarios.test_hostile_hub import endless
 from tests.scenarios.test_hub_import_and_export import online, stored
 from tests.scenarios.test_worker_hosts import failing
-from tests.scenarios.world import Cli, World
+from tests.scenarios.world import Cli, World, own_environment
 
 SECRETS = {
     "HF_TOKEN": "hf_secret",
@@ -150,3 +154,40 @@ def test_a_scorer_inherits_no_secret_of_its_worker(
     assert {"PATH", "PYTHONPATH", "SCORER_KEY"} <= names
     assert not names & SECRETS.keys()
     assert not any(name.startswith("ADAPTORY_") for name in names)
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "queued"])
+def test_a_worker_that_fetches_a_base_from_a_slow_hub_heeds_a_cancellation_and_its_end(
+    on_disk: Cli, hub: SmallHub, world: World, tmp_path: Path, ending: str
+) -> None:
+    hub.put("acme/base", stored(world.base))
+    me = online(on_disk, tmp_path / "me").having(HF_ENDPOINT=hub.url)
+    me.ok("base", "add", "hf://acme/base", "--name", "tiny")
+    me.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
+    me.ok("suite", "add", write_suite(tmp_path, "exact"))
+    shutil.rmtree(tmp_path / "me" / "hf")
+    asked: list[str] = []
+
+    def instead(handler: BaseHTTPRequestHandler, path: str) -> bool:
+        if "/resolve/" not in path or handler.command == "HEAD":
+            return False
+        asked.append(path)
+        endless(handler, b" ", 0.1)
+        return True
+
+    hub.instead = instead
+    me.ok("eval", "acme/sql:1.0.0", "--suite", "exact", "--queue", "--no-wait")
+    environment = {**own_environment(me), "HF_HOME": str(tmp_path / "me" / "hf"), "HF_HUB_OFFLINE": "0"}
+    worker = start_command(["worker"], environment, tmp_path / "worker.log")
+    try:
+        eventually(lambda: bool(asked), within_s=30)
+        if ending == "cancelled":
+            me.ok("cancel", 1)
+        else:
+            worker.terminate()
+            worker.join(15)
+            assert worker.exitcode is not None
+        eventually(lambda: me.json("jobs", 1)["state"] == ending)
+    finally:
+        worker.kill()
+        worker.join()
