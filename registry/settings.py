@@ -79,10 +79,16 @@ def _database_url(text: str) -> str:
     from sqlalchemy.engine import make_url  # loaded only where a database is named
     from sqlalchemy.exc import ArgumentError
 
+    if not text:
+        return text
     try:
-        known = not text or make_url(text).drivername in _DRIVERS
+        url = make_url(text)
+        known = url.drivername in _DRIVERS
+        in_memory = url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
     except (ArgumentError, ValueError):  # ValueError: a port that is not a number
-        known = False
+        known = in_memory = False
+    if known and in_memory and text.startswith("sqlite"):
+        raise PydanticCustomError("database", "it names no file, as sqlite:////var/lib/a.db does")
     if not known:
         raise PydanticCustomError(
             "database",

@@ -112,6 +112,13 @@ def test_a_database_that_is_neither_sqlite_nor_postgresql_is_named(tmp_path: Pat
         refused(cli(command), 2, "ADAPTORY_DATABASE_URL", "sqlite", "postgresql://user@host/name")
 
 
+@pytest.mark.parametrize("address", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"])
+def test_a_database_that_would_end_with_the_command_is_refused(tmp_path: Path, address: str) -> None:
+    cli = Cli({"ADAPTORY_HOME": str(tmp_path), "ADAPTORY_DATABASE_URL": address})
+    for command in ("list", "migrate", "doctor"):
+        refused(cli(command), 2, "ADAPTORY_DATABASE_URL", "names no file")
+
+
 @pytest.mark.parametrize("rate", ["foo", "0/minute", "-1/minute", "10/minute;5/second", " ", "10"])
 def test_what_is_no_rate_is_refused(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
     monkeypatch.setenv("ADAPTORY_RATE_LIMIT", rate)
