@@ -35,7 +35,7 @@ from registry.database.tables import (
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog.releases import full_name
-from registry.domain.channels.moves import DELETION, effective_move
+from registry.domain.channels.moves import DELETION, serving_move
 from registry.errors import RegistryError
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.formats.references import ABSENT, RESERVED_NAMESPACES, Digest, parse_version
@@ -246,7 +246,7 @@ def _check_moves(subject: str, channel: Channel, moves: Sequence[Move]) -> Itera
 
 def _check_served(session: Session, subject: str, channel: Channel) -> Iterator[Finding]:
     """Checks that a search finds the release that the channel serves."""
-    move = effective_move(session, channel)
+    move = serving_move(session, channel)
     served = (move.to_release_id, move.to_release.sort_key) if move else (None, None)
     if (channel.served_id, channel.served_key) != served:
         yield _error("channel_adrift", subject, f"Search does not find the release that {subject} serves.")

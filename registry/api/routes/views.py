@@ -95,7 +95,7 @@ def _directions(stated: Mapping[str, bool]) -> dict[str, str]:
 def channel_view(session: Session, row: Channel, repository: Repository) -> ChannelOut:
     """The channel with the release that it serves; `passes_over` is the version of its last move if that one is
     yanked."""
-    move, served = moves.current_of(session, row), moves.effective_move(session, row)
+    move, served = moves.current_of(session, row), moves.serving_move(session, row)
     return ChannelOut(
         repository=str(repositories.name_of(repository)),
         channel=row.name,

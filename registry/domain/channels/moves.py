@@ -246,7 +246,7 @@ def _serves(move_id: int, version: str, commit: str) -> dict[str, Any]:
     return {"move": move_id, "version": version, "commit": commit}
 
 
-def effective_move(session: Session, channel: Channel) -> Move | None:
+def serving_move(session: Session, channel: Channel) -> Move | None:
     """The move whose release the channel serves: the current one or, if its release is yanked, the one that a rollback
     returns to. A yank never leads to a release that a rollback has left. None before the first move."""
     current = session.get(Move, channel.move_id) if channel.move_id else None
@@ -404,12 +404,12 @@ def judge(  # noqa: PLR0913
         return Report([], [])
     # Compare with what users get: not with a yanked release on the channel.
     channel = None if channel_id is None else session.get_one(Channel, channel_id, populate_existing=True)
-    given = effective_move(session, channel) if channel else None
+    serving = serving_move(session, channel) if channel else None
     question = Question(
         actor=actor,
         release=session.get_one(Release, release_id),
         channel=name,
-        served=given.to_release if given else None,
+        served=serving.to_release if serving else None,
         given_up=given_up,
     )
     return policies.judge(session, policy, question)

@@ -312,12 +312,12 @@ def judge(session: Session, actor: Actor, wanted: PromotionRequest) -> Judgement
     report = moves.judge(session, actor, release.id, wanted.channel, channel.id if channel else None, policy, {})
     error = _refusal(session, release, wanted)
     verdict = report.verdict(served=current is not None and current.to_release_id == release.id)
-    given = moves.effective_move(session, channel) if channel else None
+    serving = moves.serving_move(session, channel) if channel else None
     return Judgement(
         verdict=PromotionVerdict.REFUSED if error else verdict,
         results=report.results,
         error=error,
-        served=given.to_release.version if given else None,
+        served=serving.to_release.version if serving else None,
         move=current.id if current else moves.NOTHING_YET,
     )
 

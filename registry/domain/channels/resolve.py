@@ -146,9 +146,10 @@ def heads(session: Session, *listed: Repository) -> dict[int, Heads]:
     moved = select(Channel, Release.version, Release.yanked).join(Move, Move.id == Channel.move_id)
     moved = moved.join(Release, Release.id == Move.to_release_id).where(Channel.repository_id.in_(heads_by_id))
     for channel, version, yanked in session.execute(moved.order_by(Channel.name)):
-        served = moves.effective_move(session, channel) if yanked else None
-        if served or not yanked:
-            heads_by_id[channel.repository_id].channels[channel.name] = served.to_release.version if served else version
+        serving = moves.serving_move(session, channel) if yanked else None
+        if serving or not yanked:
+            heads = heads_by_id[channel.repository_id]
+            heads.channels[channel.name] = serving.to_release.version if serving else version
     return heads_by_id
 
 
@@ -184,7 +185,7 @@ def _by_channel(session: Session, reference: Reference) -> ResolvedRow:
     rows = _rows(session, _OF_CHANNEL, reference.repository, named=reference.channel or "")
     repository = repositories.find(session, reference.repository)
     channel = moves.find(session, repository, reference.channel or "")
-    serving = moves.effective_move(session, channel)
+    serving = moves.serving_move(session, channel)
     if serving is None:
         raise NotFound("no_match", f"{reference} serves only yanked releases.", subject=str(reference))
     row = _by_id(session, serving.to_release_id)

@@ -262,9 +262,9 @@ def _set_yank(
         after={"yanked": release.yanked, "yank_reason": release.yank_reason},
     )
     for channel in _channels_of(session, release):
-        served = moves.effective_move(session, channel)
-        channel.served_id = served.to_release_id if served else None
-        channel.served_key = served.to_release.sort_key if served else None
+        serving = moves.serving_move(session, channel)
+        channel.served_id = serving.to_release_id if serving else None
+        channel.served_key = serving.to_release.sort_key if serving else None
 
 
 def _channels_of(session: Session, release: Release) -> list[Channel]:
@@ -296,8 +296,8 @@ def delete_channel(
             subject=subject,
             next_step=f"An admin removes it first: `adaptory policy set {subject} --clear`.",
         )
-    served = moves.effective_move(session, channel)
-    version = served.to_release.version if served else None
+    move = moves.serving_move(session, channel)
+    version = move.to_release.version if move else None
     if version is not None:
         _refuse_serving(actor, repository, subject, version, None if serving is None else str(serving), reason)
     _forget(session, actor, repository, channel, reason)

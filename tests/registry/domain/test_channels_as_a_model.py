@@ -203,7 +203,7 @@ class ChannelMachine(RuleBasedStateMachine):
     def the_channel_serves_what_the_model_says(self) -> None:
         with self.database.read() as session:
             channel = self.channel(session)
-            serving = moves.effective_move(session, channel) if channel is not None else None
+            serving = moves.serving_move(session, channel) if channel is not None else None
             top = self.live[-1] if self.live else None
             if top in self.yanked:  # what a rollback would return to
                 top = self.live[max(self.back)] if self.back else None

@@ -83,7 +83,7 @@ _EMPTY: dict[str, Any] = {"serving": None, "move": None, "since": None, "timelin
 def _moved(session: Session, repository: Repository, channel: str, cursor: str | None) -> dict[str, Any]:
     """The release that the channel serves, since when and why, and a page of its moves."""
     named, row = repositories.name_of(repository), moves.find(session, repository, channel)
-    served = moves.effective_move(session, row)
+    served = moves.serving_move(session, row)
     rows = timeline.history(session, row, before=decode_number(cursor), limit=SHOWN + 1)
     listed, more = first_rows(rows, SHOWN, lambda move: move.id)
     views = [move_view(move, named, channel).model_dump(mode="json") for move in listed]

@@ -101,7 +101,7 @@ def _promotion_page(
 def _rollback_page(asked: ChannelRequest, typed: RollbackIn, error: RegistryError | None = None) -> Response:
     with asked.resources.snapshot() as session:
         row = moves.find(session, repositories.find(session, asked.named), asked.channel)
-        current, served = moves.current_of(session, row), moves.effective_move(session, row)
+        current, served = moves.current_of(session, row), moves.serving_move(session, row)
         below = moves.before(session, current)
         values = {
             "serves": served.to_release.version if served else None,
