@@ -133,12 +133,17 @@ def load(session: Session, lines: Iterable[bytes], leave_out: Collection[str] = 
     counts: dict[str, int] = {}
     if loader is _load_sqlite:
         session.execute(text("PRAGMA defer_foreign_keys=ON"))
-    for (name, columns), rows in groupby(_sections(lines), key=itemgetter(0)):
-        if name in leave_out:
-            continue
-        if name not in known or not {one for one, _ in columns} <= known[name]:
-            raise Invalid("backup_damaged", f"The rows of {name} do not fit the schema of the backup.", subject=name)
-        counts[name] = loader(session, name, columns, (row for _, row in rows))
+    try:
+        for (name, columns), rows in groupby(_sections(lines), key=itemgetter(0)):
+            if name in leave_out:
+                continue
+            if name not in known or not {one for one, _ in columns} <= known[name]:
+                message = f"The rows of {name} do not fit the schema of the backup."
+                raise Invalid("backup_damaged", message, subject=name)
+            counts[name] = loader(session, name, columns, (row for _, row in rows))
+    except (LookupError, RecursionError, TypeError, ValueError) as error:  # somebody else has written them
+        message = f"The backup has rows that no registry has: {type(error).__name__}."
+        raise Invalid("backup_damaged", message, subject="rows") from error
     return counts
 
 
@@ -169,6 +174,8 @@ def _converted(
     ways: dict[str, Callable[[Any], Any] | None] = {"bytes": b64decode, "timestamp": timestamp}
     converted = [(index, way) for index, (_, kind) in enumerate(columns) if (way := ways.get(kind))]
     for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"{len(row)} values for {len(columns)} columns")
         for index, way in converted:
             if row[index] is not None:
                 row[index] = way(row[index])

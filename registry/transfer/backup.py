@@ -69,7 +69,7 @@ class Manifest(BaseModel):
     name: str
     created_at: datetime
     adaptory: str
-    schema_revision: str
+    schema_revision: str = Field(pattern=r"^[0-9]{4}$")
     tables: dict[str, int]
     rows: BackupDocument
     blobs: BackupDocument
@@ -347,6 +347,8 @@ def restore(
             _refuse_filled(session, manifest, left_out)
             with gzip.open(rows, "rb") as lines:
                 counts = portable.load(session, lines, left_out)
+            if any(counts.get(name, 0) != count for name, count in manifest.tables.items() if name not in left_out):
+                raise damaged(f"{manifest.name}/{_ROWS}", "its numbers of rows are not those of the manifest")
         migrate(database)
     kept = copied.seen - copied.count - len(copied.missing)
     return Restored(manifest, counts, copied.count, copied.size_bytes, kept)

@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -220,6 +220,24 @@ def test_a_damaged_document_of_a_backup_is_refused_by_name(small: Cli, tmp_path:
     refused = empty("restore", tmp_path / "saved")
     assert refused.code == 6
     assert f"{report['name']}/{name} of the backup is damaged" in refused.err
+    assert empty.json("list")["items"] == []
+
+
+@pytest.mark.parametrize(
+    "change", [lambda _: b"", lambda rows: rows[: len(rows) // 2], lambda rows: rows + b"[]\n", lambda _: b"[" * 99_999]
+)
+def test_rows_that_somebody_else_has_written_are_refused_with_a_code(
+    small: Cli, tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
+    snapshot = tmp_path / "saved" / "snapshots" / small.json("backup", tmp_path / "saved")["name"]
+    rows = gzip.compress(change(gzip.decompress((snapshot / "rows.jsonl.gz").read_bytes())))
+    (snapshot / "rows.jsonl.gz").write_bytes(rows)
+    manifest = json.loads((snapshot / "manifest.json").read_text())
+    described = {"sha256": sha256(rows).hexdigest(), "size_bytes": len(rows)}
+    (snapshot / "manifest.json").write_text(json.dumps({**manifest, "rows": described}))
+    empty = Cli({"ADAPTORY_HOME": str(tmp_path / "restored")})
+    refused = empty("restore", tmp_path / "saved")
+    assert (refused.code, "The backup has rows" in refused.err or "is damaged" in refused.err) == (6, True), refused.err
     assert empty.json("list")["items"] == []
 
 
