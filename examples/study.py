@@ -20,12 +20,15 @@ from typing import Any
 from tasks import STUDY_TASKS, TASKS, Task
 from train import ADAPTERS, ALL_RUNS, RUNS
 
+from composer.conflicts.comparison import compare_all
 from composer.conflicts.evidence.activations import activation_interference
 from composer.conflicts.report import conflicts
+from composer.deltas.lowrank import PairSums
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.evaluation.measure import Encoded, Measured, encode, measure, ratio
 from composer.evaluation.model import LoadedModel, load_model
 from composer.formats.recipes.suite import Example, Suite
+from composer.formats.recipes.weights import weights_of
 from composer.methods.combine import combine_deltas
 
 OLDER = {"sql-migration": "sql", "terraform-review": "terraform", "support-macros": "support"}
@@ -174,14 +177,19 @@ def _nll(kept: Mapping[str, Any], part: slice = slice(None)) -> float:
 
 
 def weights_say(one: Member, other: Member) -> dict[str, Any]:
-    """Every number of the conflict report for the complete model, and the most decisive ones for each module."""
-    (pair,) = conflicts([one.adapter, other.adapter], [1.0, 1.0]).pairs
+    """Every number of the conflict report for the complete model, the most decisive ones for each module, and norms."""
+    both = [one.adapter, other.adapter]
+    (pair,), compared = conflicts(both, [1.0, 1.0]).pairs, compare_all(both, weights_of([1.0, 1.0]))
     rows = [
-        {"module": module, **{key: getattr(numbers, key) for key in ("norm_a", "norm_b", "cosine")}}
+        {"module": module, **norms_of(compared.modules[module]), "cosine": numbers.cosine}
         | {"input_ab": numbers.input_overlap_ab, "input_ba": numbers.input_overlap_ba}
         for module, numbers in pair.modules.items()
     ]
-    return {"whole": asdict(pair.numbers), "modules": rows}
+    return {"whole": {**asdict(pair.numbers), **norms_of(compared.total)}, "modules": rows}
+
+
+def norms_of(sums: PairSums) -> dict[str, float]:
+    return {"norm_a": sums.norm(0), "norm_b": sums.norm(1)}
 
 
 def activations_say(loaded: LoadedModel, one: Member, other: Member) -> dict[str, Any]:

@@ -105,14 +105,16 @@ DIRECTED: dict[str, tuple[str, Callable[[Row, str, str], float]]] = {
     "the same, a mean over modules": ("activations", mean_strength),
     "across x strength": ("activations", in_the_way),
 }
+DROPPED = {"c_max (Pico)": "crowding", "sign excess": "sign_excess", "sign weighted": "sign_weighted"}
+"""Numbers of the kept rows that predicted nothing; reports no longer compute them, nor do rows measured since."""
 PAIRED: dict[str, tuple[str, Callable[[Row], float]]] = {
     **{
-        {"crowding": "c_max (Pico)"}.get(name, name.replace("_", " ")): ("weights", overall(name))
+        name.replace("_", " "): ("weights", overall(name))
         for name in (
             "cosine", "input_overlap", "input_excess", "output_overlap", "output_excess", "dominance", "interference",
-            "crowding", "sign_excess", "sign_weighted",
         )
     },
+    **{label: ("weights", overall(name)) for label, name in DROPPED.items()},
     "input excess x dominance": (
         "weights", lambda row: max(0.0, overall("input_excess")(row)) * overall("dominance")(row)
     ),
@@ -154,6 +156,7 @@ def _paired(rows: Sequence[Row], names: Sequence[str], method: str) -> list[Rank
     predictors = [
         _rank(name, kind, np.array([of(row) for row in rows]), loss, pairs, names)
         for name, (kind, of) in PAIRED.items()
+        if name not in DROPPED or DROPPED[name] in rows[0]["weights"]["whole"]
     ]
     for k in rows[0]["losses"][method]["probe"]:
         probed = np.array([max(row["losses"][method]["probe"][k].values()) for row in rows])

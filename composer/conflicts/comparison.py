@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from composer.deltas.delta import LowRank, RowwiseDelta, names_of
-from composer.deltas.lowrank import Relations, relations
+from composer.deltas.lowrank import PairSums, relations
 from composer.deltas.tensors import all_finite
 from composer.deltas.variants.load import LoadedAdapter
 from composer.formats.recipes.weights import Weight, layer_of
@@ -23,9 +23,9 @@ class Compared:
     names: Sequence[str]
     weights: Sequence[Weight]
     slots: Mapping[Slot, Sequence[LowRank | None]]
-    modules: Mapping[str, Relations]
-    layers: Mapping[int, Relations]
-    total: Relations
+    modules: Mapping[str, PairSums]
+    layers: Mapping[int, PairSums]
+    total: PairSums
     touched: Sequence[frozenset[str]]
     factored: bool
 
@@ -35,15 +35,15 @@ def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) ->
     factors, or differ in shape at one slot; other checks name them. Raises NotSupported for numbers too large to
     compare."""
     slots = _slots(adapters)
-    modules: dict[str, Relations] = {}
+    modules: dict[str, PairSums] = {}
     # Sequential: the work is many small calls, and two Python threads were no faster than one.
     for (module, _), deltas in slots.items():
         names = names_of(next(delta for delta in deltas if delta))
         with decomposing(module):
             one = relations(deltas, [weight.of(*names) for weight in weights])
         modules[module] = modules[module] + one if module in modules else one
-    nothing = Relations.zero(len(adapters))
-    layers: dict[int, Relations] = {}
+    nothing = PairSums.zero(len(adapters))
+    layers: dict[int, PairSums] = {}
     for module, one in modules.items():
         layer = layer_of(module)
         if layer is not None:

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
 
 from composer.conflicts.advice import alike, by_weight, cancelling, near_duplicate
-from composer.conflicts.amplification import AtBase
 from composer.conflicts.comparison import Compared, finite
 from composer.conflicts.evidence.interval import Interval, share_interval
 from composer.conflicts.evidence.outcome import LEAST_ANSWERED, LEAST_EXAMPLES, NOTICEABLE_NATS, Effect, Limits, Outcome
-from composer.conflicts.metrics import DeltaSize, PairMetrics
+from composer.conflicts.metrics import PairMetrics
+from composer.conflicts.rounding import Rounded
 from composer.deltas.delta import NOTHING, LowRank, RowwiseDelta, names_of
 from composer.deltas.lowrank import PairSums
 from composer.deltas.variants.load import LoadedAdapter
@@ -34,11 +34,8 @@ WEAK_EVIDENCE = {
 _WATCHED = {
     "input_overlap": ("input_excess", "share input directions beyond chance"),
     "output_overlap": ("output_excess", "share output directions beyond chance"),
-    "crowding": ("crowding", "over-share one output direction"),
-    "sign_conflict": ("sign_excess", "pull entries in opposite directions more than their angle explains"),
 }
 """Codes without a default threshold; only a policy sets one. Each has the pair's number and what it means."""
-_NAMES = {"crowding": "Pico's c_max"}
 
 
 def of_adapters(adapters: Sequence[LoadedAdapter], compared: Compared, weights: Sequence[Weight]) -> list[Finding]:
@@ -71,7 +68,7 @@ def _zero_deltas(adapter: LoadedAdapter, index: int, compared: Compared, weight:
     touched = [module for module in compared.touched[index] if own[module]]
     if not touched:
         return zero_deltas(adapter.name, compared.touched[index], len(compared.touched[index]))
-    zero = [module for module in touched if _vanishes(compared.modules[module].sums, index)]
+    zero = [module for module in touched if _vanishes(compared.modules[module], index)]
     return zero_deltas(adapter.name, zero, len(touched))
 
 
@@ -79,28 +76,7 @@ def _vanishes(sums: PairSums, index: int) -> bool:
     return float(sums.weighted[index, index]) ** 0.5 < NOTHING
 
 
-def of_sizes(sizes: Mapping[str, tuple[DeltaSize, Mapping[str, DeltaSize]]], policy: Policy) -> list[Finding]:
-    """Deltas larger than the weights they are added to: for each adapter, in total and in its worst module."""
-    findings: list[Finding] = []
-    most = _threshold(policy, "amplified")
-    for name, (size, modules) in sizes.items():
-        if size.amplification is not None and size.amplification > most:
-            message = (
-                f"{name} is {size.amplification:.2g} times as large as the weights it is added to: it replaces them."
-            )
-            findings.append(Finding("amplified", Severity.WARNING, name, message, size.amplification))
-        ratios = {module: one.spectral_amplification or 0.0 for module, one in modules.items()}
-        worst = max(ratios, key=lambda module: ratios[module], default="")
-        if worst and ratios[worst] > most:
-            message = (
-                f"The strongest direction of {name} in {worst} is {ratios[worst]:.2g} times as strong as the base's "
-                "strongest one there: it replaces what the base does rather than adapting it."
-            )
-            findings.append(Finding("amplified", Severity.WARNING, f"{name}: {worst}", message, ratios[worst]))
-    return findings
-
-
-def of_rounding(rounded: Mapping[str, AtBase]) -> list[Finding]:
+def of_rounding(rounded: Mapping[str, Rounded]) -> list[Finding]:
     """Deltas that rounding loses because they are too small."""
     survivals = {module: one.survival for module, one in rounded.items()}
     return find_lost(survivals, {module: one.dtype for module, one in rounded.items()}, Rounding())
@@ -114,6 +90,12 @@ def of_retention(retained: Mapping[str, float | None], policy: Policy) -> list[F
         for name, share in retained.items()
         if least is not None and share is not None and share < least
     ]
+
+
+def of_dropped(policy: Policy) -> list[Finding]:
+    """Codes in the policy whose numbers reports no longer have."""
+    message = "The policy names {}, a number that reports no longer have: it does nothing. Remove it from the policy."
+    return [Finding("dropped_code", Severity.NOTICE, code, message.format(code)) for code in policy.dropped]
 
 
 def weak_evidence(pairs: Iterable[tuple[str, str, str]]) -> list[Finding]:
@@ -149,7 +131,7 @@ def of_pair(names: tuple[str, str], numbers: PairMetrics, outcome: Outcome | Non
     for code, (number, says) in _WATCHED.items():
         value = getattr(numbers, number)
         if value >= _threshold(policy, code):
-            message = f"{a} and {b} {says} ({_NAMES.get(number, number)} {value:.2f})."
+            message = f"{a} and {b} {says} ({number} {value:.2f})."
             findings.append(Finding(code, Severity.WARNING, subject, message, value))
     return findings + (of_outcome(outcome, policy) if outcome else [])
 

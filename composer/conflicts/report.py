@@ -5,13 +5,12 @@ Hard conflicts refuse. A probe is measured damage: it ends `ok`, `undecided` or 
 and only a policy can make them fail.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
 from composer.conflicts.advice import Case, EvidenceKind, Explanation, SetCase, cancelling, explain, explain_set
-from composer.conflicts.amplification import AtBase, at_base
 from composer.conflicts.comparison import Compared, compare_all
 from composer.conflicts.evidence.activations import Activations, Directed
 from composer.conflicts.evidence.interval import Interval
@@ -21,16 +20,18 @@ from composer.conflicts.findings import (
     of_adapters,
     of_cancelling,
     of_contradictions,
+    of_dropped,
     of_outcome,
     of_pair,
     of_retention,
     of_rounding,
-    of_sizes,
     weak_evidence,
 )
-from composer.conflicts.metrics import DeltaSize, PairMetrics, SetMetrics, rounded_for_json
+from composer.conflicts.metrics import PairMetrics, SetMetrics, rounded_for_json
 from composer.conflicts.retention import retained, too_large
-from composer.deltas.lowrank import Relations
+from composer.conflicts.rounding import Rounded, rounded_at
+from composer.conflicts.view import SCHEMA
+from composer.deltas.lowrank import PairSums
 from composer.deltas.tensors import torch_threads
 from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import Mismatch
@@ -44,8 +45,6 @@ from composer.merge.rounding_loss import total
 from composer.methods.combine import combine_parsed, participating, projected_off_protected, with_deltas
 from composer.methods.structural import structural
 
-SCHEMA = 2
-"""Version of `ConflictReport.to_json`; it changes when a key is removed or changes its meaning."""
 MAX_ROWS = 20_000
 """Module rows in the JSON, over all pairs. Beyond this, each pair keeps the modules with the largest shares."""
 
@@ -55,9 +54,7 @@ _UNITS = {"probe": "nats per token", "activations": "strength beside the base's 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
     """Two adapters. `risk` depends on the evidence. Probe: the loss of the worse one in nats per token, within
-    `interval`. Activations: how strongly one acts on the other's inputs. Weights alone: None. `flat` is the crowding
-    that each module would have if all directions of both were equally strong.
-    """
+    `interval`. Activations: how strongly one acts on the other's inputs. Weights alone: None."""
 
     a: str
     b: str
@@ -71,7 +68,6 @@ class Pair:
     layers: Mapping[int, PairMetrics]
     modules: Mapping[str, PairMetrics]
     outcome: Outcome | None
-    flat: Mapping[str, float]
 
     def to_json(self, limits: Limits, most: int = MAX_ROWS) -> dict[str, object]:
         """The pair with at most `most` modules, largest shares first if some are cut."""
@@ -97,14 +93,13 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedAdapter:
-    """One adapter of the set: its share of the weighted energy, what the method retains of it, and its size."""
+    """One adapter of the set: its share of the weighted energy, what the method retains of it, and its modules."""
 
     name: str
     weight: Weight
     share: float
     retention: float | None
-    size: DeltaSize
-    modules: Mapping[str, DeltaSize]
+    modules: Sequence[str]
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -112,8 +107,7 @@ class ComparedAdapter:
             "weight": self.weight.to_json(),
             "share": rounded_for_json(self.share),
             "retention": None if self.retention is None else rounded_for_json(self.retention),
-            **self.size.to_json(),
-            "modules": [{"module": module, **size.to_json()} for module, size in self.modules.items()],
+            "modules": [{"module": module} for module in self.modules],
         }
 
 
@@ -194,9 +188,9 @@ def conflicts(  # noqa: PLR0913
     blocked = any(finding.code in HARD for finding in hard)
     taking_part = adapters if blocked else projected_off_protected(adapters, weights_of(weights), settings)
     compared = compare_all(taking_part, effective_weights(weights, settings))
-    rounded = at_base(compared, base) if base else {}
+    rounded = rounded_at(compared, base) if base else {}
     retention = [None] * len(names) if blocked else _retention(adapters, weights, settings, compared.total)
-    members = tuple(_member(compared, index, rounded, retention) for index in range(len(names)))
+    members = tuple(_member(compared, index, retention) for index in range(len(names)))
     by_prompts = of_contradictions(contradictions, rules)
     both = list(combinations(range(len(names)), 2))
     pairs = tuple(_pair(compared, indices, evidence, by_prompts, rules, settings.method) for indices in both)
@@ -226,7 +220,7 @@ class _Numbers:
 
     members: Sequence[ComparedAdapter]
     pairs: Sequence[Pair]
-    total: Relations
+    total: PairSums
     fixed: Sequence[Finding]
     contradictions: Sequence[Contradiction]
     evidence: ProbeResult | Activations | None
@@ -237,7 +231,7 @@ class _Numbers:
         findings = [
             *of_contradictions(self.contradictions, rules),
             *self.fixed,
-            *of_sizes({member.name: (member.size, member.modules) for member in self.members}, rules),
+            *of_dropped(rules),
             *weak_evidence([(pair.a, pair.b, pair.evidence) for pair in self.pairs]),
             *(one for pair in self.pairs for one in of_pair((pair.a, pair.b), pair.numbers, pair.outcome, rules)),
             *of_retention({member.name: member.retention for member in self.members}, rules),
@@ -249,7 +243,7 @@ class _Numbers:
 
 def _advice(
     pairs: Sequence[Pair],
-    total: Relations,
+    total: PairSums,
     findings: Sequence[Finding],
     evidence: ProbeResult | Activations | None,
     policy: Policy,
@@ -264,9 +258,9 @@ def _advice(
     if not pairs:
         return fixes
     case = SetCase(
-        members=len(total.sums.shares()),
+        members=len(total.shares()),
         contradicting=[one.subject for one in findings if one.code == "same_prompts"],
-        cancel=cancelling(total.sums.interference(), sum(total.sums.shares()), policy),
+        cancel=cancelling(total.interference(), sum(total.shares()), policy),
         outcome=evidence.overall if isinstance(evidence, ProbeResult) else None,
         method=method,
     )
@@ -290,51 +284,40 @@ def _of_evidence(evidence: ProbeResult | Activations | None, policy: Policy, pai
 
 
 def _of_set(
-    names: Sequence[str], total: Relations, evidence: ProbeResult | Activations | None, policy: Policy
+    names: Sequence[str], total: PairSums, evidence: ProbeResult | Activations | None, policy: Policy
 ) -> list[Finding]:
-    findings = of_cancelling(names, total.sums.interference(), sum(total.sums.shares()), policy)
+    findings = of_cancelling(names, total.interference(), sum(total.shares()), policy)
     return [*findings, *(of_outcome(evidence.overall, policy) if isinstance(evidence, ProbeResult) else [])]
 
 
-def _together(compared: Relations, *rounded: AtBase) -> SetMetrics:
+def _together(compared: PairSums, *rounded: Rounded) -> SetMetrics:
     survival = total(one.survival for one in rounded)
-    return SetMetrics.of(compared, survival.lost_share if survival.entries else None)
+    return SetMetrics(
+        interference=compared.interference(), lost_share=survival.lost_share if survival.entries else None
+    )
 
 
 def _retention(
-    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], settings: AnySettings, total: Relations
+    adapters: Sequence[LoadedAdapter], weights: Sequence[Weight | float], settings: AnySettings, total: PairSums
 ) -> list[float | None]:
     """Reads the retention of a plain sum from the factors; otherwise compares the method's result with each adapter."""
     pipeline = settings.pipeline
     if pipeline.fitted:  # the result depends on the examples
         return [None] * len(adapters)
     if pipeline in (Pipeline(), Pipeline(combine="mean")) and not settings.alters:
-        return [total.sums.retention(i) if total.sums.norm(i) else None for i in range(len(adapters))]
+        return [total.retention(i) if total.norm(i) else None for i in range(len(adapters))]
     if (pipeline.space == "full" or pipeline.parity) and too_large(adapters):
         return [None] * len(adapters)
     return retained(adapters, combine_parsed(adapters, weights, settings).deltas)
 
 
-def _member(
-    compared: Compared, index: int, rounded: Mapping[str, AtBase], retention: Sequence[float | None]
-) -> ComparedAdapter:
-    touched = {module: one for module, one in compared.modules.items() if module in compared.touched[index]}
-    at = {module: rounded[module] for module in touched if module in rounded}
-    sizes = {
-        module: DeltaSize.of(one, index, at[module].energy, at[module].sigma)
-        if module in at
-        else DeltaSize.of(one, index, None)
-        for module, one in touched.items()
-    }
-    ratios = [one.spectral_amplification for one in sizes.values() if one.spectral_amplification is not None]
-    size = DeltaSize.of(compared.total, index, sum(one.energy for one in at.values()))
+def _member(compared: Compared, index: int, retention: Sequence[float | None]) -> ComparedAdapter:
     return ComparedAdapter(
         name=compared.names[index],
         weight=compared.weights[index],
-        share=compared.total.sums.shares()[index],
+        share=compared.total.shares()[index],
         retention=retention[index],
-        size=replace(size, spectral_amplification=max(ratios, default=None)),
-        modules=sizes,
+        modules=[module for module in compared.modules if module in compared.touched[index]],
     )
 
 
@@ -347,8 +330,8 @@ def _pair(
     method: str,
 ) -> Pair:
     a, b = (compared.names[index] for index in indices)
-    total = compared.total.sums.pick(*indices)
-    picked = {module: one.sums.pick(*indices) for module, one in compared.modules.items()}
+    total = compared.total.pick(*indices)
+    picked = {module: one.pick(*indices) for module, one in compared.modules.items()}
     shared = {module: sums for module, sums in picked.items() if sums.norm(0) and sums.norm(1)}
     numbers = PairMetrics.of(total)
     outcome = evidence.pair(a, b) if isinstance(evidence, ProbeResult) else None
@@ -378,21 +361,10 @@ def _pair(
         evidence=kind,
         explanation=explain(case, policy),
         numbers=numbers,
-        layers={layer: PairMetrics.of(one.sums.pick(*indices)) for layer, one in compared.layers.items()},
+        layers={layer: PairMetrics.of(one.pick(*indices)) for layer, one in compared.layers.items()},
         modules={module: PairMetrics.of(sums) for module, sums in shared.items()},
         outcome=outcome,
-        flat=_flat(compared, indices, shared),
     )
-
-
-def _flat(compared: Compared, indices: tuple[int, int], modules: Iterable[str]) -> dict[str, float]:
-    """One over the sum of both ranks, by module; for a stack of experts, the largest."""
-    flat = dict.fromkeys(modules, 0.0)
-    for (module, _), deltas in compared.slots.items():
-        ranks = sum(delta.rank for index in indices if (delta := deltas[index]) is not None)
-        if module in flat and ranks:
-            flat[module] = max(flat[module], 1 / ranks)
-    return flat
 
 
 def _risk(outcome: Outcome | None, directed: tuple[str, Directed] | None) -> tuple[EvidenceKind, float | None]:

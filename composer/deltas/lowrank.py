@@ -1,4 +1,4 @@
-"""Inner products, angles, overlaps and spectra of low-rank deltas, from their factors alone.
+"""Inner products, angles and overlaps of low-rank deltas, from their factors alone.
 
 Delta_i = s_i B_i A_i in the module's own orientation, whatever the storage: the columns of B span its outputs, the rows
 of A its inputs. Shapes: T deltas, O outputs, I inputs, R sum of the ranks, r one rank, K a numerical rank. Everything
@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate, pairwise
-from math import acos, pi
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +19,6 @@ from composer.formats.checkpoints.numeric import Float64, Summed
 
 NOISE = 1e-5
 """A direction below this share of the largest singular value is float32 noise in the factors, not part of the span."""
-SAMPLED_SIDE = 128
-"""Rows and columns on which signs are compared: 16 thousand entries per module."""
 
 Singular = tuple[torch.Tensor, torch.Tensor]
 """sigma_K, and M_rK for which the near factor times M has orthonormal columns."""
@@ -34,11 +30,7 @@ class PairSums(Summed):
 
     inner: <Delta_i, Delta_j>; weighted: the same for w_i Delta_i; carried: <w_i Delta_i, Delta_j>. outputs: energy of
     Delta_i inside the output span of Delta_j, |P_j Delta_i|_F^2; inputs: the same for input spans. *_chance: what
-    random spans of the same dimensions would catch, |Delta_i|^2 K_j / O (or / I). outputs_aligned: <Delta_i Delta_i^T,
-    Delta_j Delta_j^T> = |Delta_i^T Delta_j|_F^2; inputs_aligned: for Delta^T Delta. crowd: |B_i|^2 + |B_j|^2 of the
-    concatenated balanced factors; crowd_top: their largest squared singular value. signs: sampled entries where both
-    are nonzero; differ: those with different signs; by_chance: how many would differ from the cosine alone; shared: sum
-    of min(|x_i|, |x_j|) over `signs`; opposed: the same over `differ`. largest (T): sigma_1^2.
+    random spans of the same dimensions would catch, |Delta_i|^2 K_j / O (or / I).
     """
 
     inner: Float64
@@ -48,21 +40,10 @@ class PairSums(Summed):
     inputs: Float64
     outputs_chance: Float64
     inputs_chance: Float64
-    outputs_aligned: Float64
-    inputs_aligned: Float64
-    crowd: Float64
-    crowd_top: Float64
-    signs: Float64
-    differ: Float64
-    by_chance: Float64
-    shared: Float64
-    opposed: Float64
-    largest: Float64
 
     @classmethod
     def zero(cls, count: int) -> "PairSums":
-        square = {field.name: np.zeros((count, count)) for field in fields(cls)}
-        return cls(**square | {"largest": np.zeros(count)})
+        return cls(**{field.name: np.zeros((count, count)) for field in fields(cls)})
 
     def norm(self, i: int) -> float:
         """|Delta_i|_F."""
@@ -88,40 +69,6 @@ class PairSums(Summed):
         """`input_overlap` with chance removed: (o - K/I) / (1 - K/I), 0 at chance, 1 for full overlap."""
         return _excess(self.inputs[i, j], self.inputs_chance[i, j], self.inner[i, i])
 
-    def output_alignment(self, i: int, j: int) -> float:
-        """The cosine of Delta Delta^T: whether the strongest output directions coincide, whatever feeds them."""
-        both = self.outputs_aligned
-        return _quotient(both[i, j], (both[i, i] * both[j, j]) ** 0.5)
-
-    def input_alignment(self, i: int, j: int) -> float:
-        """The cosine of Delta^T Delta: whether the strongest input directions coincide, whatever they produce."""
-        both = self.inputs_aligned
-        return _quotient(both[i, j], (both[i, i] * both[j, j]) ** 0.5)
-
-    def crowding(self, i: int, j: int) -> float:
-        """The share of the strongest direction of both B together, as Pico's c_max (arXiv 2604.16826); 1/R when flat.
-
-        Uses the balanced factors U sqrt(S), which do not depend on how an adapter splits its product; Pico uses the
-        adapter's own. The presets `pico_...` put all of S in B, which makes c_max larger.
-        """
-        return _quotient(self.crowd_top[i, j], self.crowd[i, j])
-
-    def sign_conflict(self, i: int, j: int) -> float:
-        """The share of sampled entries with different signs; one half for independent deltas."""
-        return _quotient(self.differ[i, j], self.signs[i, j])
-
-    def sign_excess(self, i: int, j: int) -> float:
-        """`sign_conflict` beyond arccos(cosine) / pi, which the angle alone explains."""
-        return _quotient(self.differ[i, j] - self.by_chance[i, j], self.signs[i, j])
-
-    def sign_weighted(self, i: int, j: int) -> float:
-        """The share of different signs, each entry weighted by min(|x_i|, |x_j|); on a different scale."""
-        return _quotient(self.opposed[i, j], self.shared[i, j])
-
-    def stable_rank(self, i: int) -> float:
-        """|Delta|_F^2 / sigma_1^2; for several modules, the quotient of the sums."""
-        return _quotient(self.inner[i, i], self.largest[i])
-
     def retention(self, i: int) -> float:
         """<M, Delta_i> / |Delta_i|^2 for the weighted sum M: its own weight if the others are orthogonal to it."""
         return _quotient(self.carried[:, i].sum(), self.inner[i, i])
@@ -137,10 +84,7 @@ class PairSums(Summed):
     def pick(self, *indices: int) -> "PairSums":
         """The sums for some of the deltas, in the order given."""
         square = np.ix_(indices, indices)
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PairSums(
-            **{name: value[square] if value.ndim == 2 else value[list(indices)] for name, value in values.items()}
-        )
+        return PairSums(**{field.name: getattr(self, field.name)[square] for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -206,24 +150,6 @@ class Grams:
             columns.append(((S_KR @ own) * S_KR).sum(0) @ self.membership)
         return torch.stack(columns, dim=1).numpy()
 
-    def aligned(self, near: torch.Tensor, far: torch.Tensor) -> Float64:
-        """<Delta_i Delta_i^T, Delta_j Delta_j^T> = sum over the entries of (F_i N_ij F_j) * N_ij, near side outputs."""
-        own = self.diagonal_blocks(far)
-        return self.blocks((own @ near @ own) * near)
-
-    def merged(self, weights: Sequence[float]) -> float:
-        """The spectral norm of sum w_i Delta_i."""
-        w_R = self.membership @ torch.tensor(weights, dtype=torch.float64)
-        sigma, _ = singular(w_R[:, None] * self.outputs * w_R, self.inputs)
-        return float(sigma[0]) if len(sigma) else 0.0
-
-    def balanced(self) -> list[list[torch.Tensor]]:
-        """Blocks of the Gram matrix of the balanced B_i = U_i sqrt(S_i)."""
-        turned = [M_rK * sigma_K.sqrt() for sigma_K, M_rK in self.output_spectra]
-        T_RK = torch.block_diag(*turned)
-        sizes = [turn.shape[1] for turn in turned]
-        return [list(row.split(sizes, dim=1)) for row in (T_RK.T @ self.outputs @ T_RK).split(sizes)]
-
 
 def numerical_rank(sigma: torch.Tensor) -> int:
     """The number of singular values (descending) above float32 noise."""
@@ -245,54 +171,19 @@ def singular(near: torch.Tensor, far: torch.Tensor) -> Singular:
     return sigma[:K], half @ vectors.flip(1)[:, :K] / sigma[:K]
 
 
-@dataclass(frozen=True, slots=True)
-class Relations:
-    """For one module or several: the sums, and the maxima over the modules of each delta's sigma_1 (T), of the weighted
-    sum's sigma_1, and of the crowding of all B together."""
-
-    sums: PairSums
-    sigmas: Float64
-    spectral_norm: float = 0.0
-    crowding: float = 0.0
-
-    @classmethod
-    def zero(cls, count: int) -> "Relations":
-        return cls(PairSums.zero(count), np.zeros(count))
-
-    def __add__(self, other: "Relations") -> "Relations":
-        return Relations(
-            self.sums + other.sums,
-            np.maximum(self.sigmas, other.sigmas),
-            max(self.spectral_norm, other.spectral_norm),
-            max(self.crowding, other.crowding),
-        )
-
-    @property
-    def weighted_sigmas(self) -> list[float]:
-        """|w| sigma_1 of each delta; for one module only."""
-        inner, weighted = self.sums.inner.diagonal(), self.sums.weighted.diagonal()
-        return [float(one) * _quotient(w, i) ** 0.5 for one, w, i in zip(self.sigmas, weighted, inner, strict=True)]
-
-
-def relations(deltas: Sequence[LowRank | None], weights: Sequence[float] | None = None) -> Relations:
-    """The relations of T deltas of one module, None for adapters that do not change it. Ranks may differ. Weights
-    default to 1."""
+def relations(deltas: Sequence[LowRank | None], weights: Sequence[float] | None = None) -> PairSums:
+    """The sums of T deltas of one module, None for adapters that do not change it. Ranks may differ. Weights default
+    to 1."""
     given = [1.0] * len(deltas) if weights is None else weights
     present = [index for index, delta in enumerate(deltas) if delta is not None]
     sums = PairSums.zero(len(deltas))
     if not present:
-        return Relations.zero(len(deltas))
-    here = [delta for delta in deltas if delta is not None]
-    own = [given[index] for index in present]
-    grams = Grams.of(here)
-    crowd, crowd_top, crowding = _crowding(grams.balanced())
-    values: dict[str, Any] = (
-        _angles(grams, own) | _signs(here, grams.inner()) | {"crowd": crowd, "crowd_top": crowd_top}
-    )
+        return sums
+    grams = Grams.of([delta for delta in deltas if delta is not None])
     block = np.ix_(present, present)
-    for name, value in values.items():
-        getattr(sums, name)[block if value.ndim == 2 else present] = value
-    return Relations(sums, np.sqrt(sums.largest), grams.merged(own), crowding)
+    for name, value in _angles(grams, [given[index] for index in present]).items():
+        getattr(sums, name)[block] = value
+    return sums
 
 
 def _angles(grams: Grams, weights: Sequence[float]) -> dict[str, Float64]:
@@ -308,55 +199,7 @@ def _angles(grams: Grams, weights: Sequence[float]) -> dict[str, Float64]:
         "inputs": grams.energy_inside(inputs, outputs, grams.input_spectra),
         "outputs_chance": norms * K / grams.shape[0],
         "inputs_chance": norms * K / grams.shape[1],
-        "outputs_aligned": grams.aligned(outputs, inputs),
-        "inputs_aligned": grams.aligned(inputs, outputs),
-        "largest": np.array([float(sigma[0]) ** 2 if len(sigma) else 0.0 for sigma, _ in grams.output_spectra]),
     }
-
-
-def _crowding(balanced: list[list[torch.Tensor]]) -> tuple[Float64, Float64, float]:
-    """(T x T total, T x T top, c_max of all)."""
-    T = len(balanced)
-    total, top = np.zeros((T, T)), np.zeros((T, T))
-    for i in range(T):
-        for j in range(i, T):
-            rows = [[balanced[a][b] for b in (i, j)[: 1 + (i != j)]] for a in (i, j)[: 1 + (i != j)]]
-            total[i, j], top[i, j] = _crowd(rows)
-            total[j, i], top[j, i] = total[i, j], top[i, j]
-    energy, most = _crowd(balanced)
-    return total, top, _quotient(most, energy)
-
-
-def _crowd(blocks: list[list[torch.Tensor]]) -> tuple[float, float]:
-    gram = torch.cat([torch.cat(row, dim=1) for row in blocks])
-    if not len(gram):
-        return 0.0, 0.0
-    return float(gram.trace()), float(torch.linalg.eigvalsh(gram)[-1])
-
-
-def _signs(deltas: Sequence[LowRank], inner: Float64) -> dict[str, Float64]:
-    """Counts signs on a fixed spread of rows and columns: the same in every run, and unrelated to any order in a
-    model."""
-    T = len(deltas)
-    rows, columns = (_spread(size) for size in (deltas[0].B_OR.shape[0], deltas[0].A_RI.shape[1]))
-    X = [(delta.B_OR[rows].float() * delta.scale) @ delta.A_RI[:, columns].float() for delta in deltas]
-    sizes = [one.abs() for one in X]
-    counts = {name: np.zeros((T, T)) for name in ("signs", "differ", "by_chance", "shared", "opposed")}
-    norms = np.sqrt(inner.diagonal().clip(min=0))
-    for i in range(T):
-        for j in range(i + 1, T):
-            apart = torch.sign(X[i]) * torch.sign(X[j])
-            smaller, differ = torch.minimum(sizes[i], sizes[j]), apart < 0
-            signs = float(apart.count_nonzero())
-            cosine = min(1.0, max(-1.0, _quotient(inner[i, j], norms[i] * norms[j])))
-            values = (signs, differ.sum(), signs * acos(cosine) / pi, smaller.sum(), smaller[differ].sum())
-            for name, value in zip(counts, values, strict=True):
-                counts[name][i, j] = counts[name][j, i] = float(value)
-    return counts
-
-
-def _spread(size: int) -> torch.Tensor:
-    return torch.linspace(0, size - 1, min(size, SAMPLED_SIDE)).round().long()
 
 
 def _quotient(part: float, total: float) -> float:

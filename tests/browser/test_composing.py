@@ -18,9 +18,9 @@ def compared(site: Site, tab: Page) -> Locator:
     answer = tab.get_by_role("region", name="Not measured: weights alone do not show a risk.")
     expect(answer).to_contain_text("What to do before composing")
     expect(tab.get_by_role("img", name="input overlap of")).to_have_count(1)
-    tab.get_by_role("link", name="crowding").click()
-    expect(tab.get_by_role("img", name="crowding of")).to_have_count(1)
-    expect(tab).to_have_url(f"{shared}&show=crowding")
+    tab.get_by_role("link", name="dominance - 0.5").click()
+    expect(tab.get_by_role("img", name="dominance - 0.5 of")).to_have_count(1)
+    expect(tab).to_have_url(f"{shared}&show=dominance")
     return answer
 
 

@@ -27,7 +27,7 @@ def test_evidence_grows_from_weights_over_activations_to_a_probe(team: Cli, tmp_
     assert probed["pairs"][0]["probe"]["k"] in (2, 4)
     assert probed["pairs"][0]["risk_low"] <= probed["pairs"][0]["risk"] <= probed["pairs"][0]["risk_high"]
     assert [guard["suite"] for guard in probed["pairs"][0]["probe"]["guards"]] == ["guard-exact"]
-    assert probed["adapters"][0]["amplification"] > 0, "the base is at hand where it was probed"
+    assert probed["whole"]["lost_share"] is not None, "the base is at hand where it was probed"
     explained = team.ok("conflicts", *PAIR, "--probe", "2", "--probe-max", "0", "--explain").out
     assert "nats per token, measured" in explained
     assert "Adapters" in explained
@@ -89,7 +89,7 @@ def test_eight_examples_that_nothing_harms_are_ok(world: World, tmp_path: Path) 
     cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home")})
     suites = [suite_file(tmp_path, name, [(f"{name} {number}", "yes") for number in range(9)]) for name in "ab"]
     policy = tmp_path / "policy.yaml"
-    policy.write_text("amplified: ignore\nthresholds: {probe_loss: 1000, probe_answers: 0}\n")
+    policy.write_text("thresholds: {probe_loss: 1000, probe_answers: 0}\n")
     pair = (world.adapters["sql"], world.adapters["terraform"])
     asked = ("conflicts", *pair, "--base", world.base, "--suite", suites[0], "--suite", suites[1], "--policy", policy)
     assert cli.ok(*asked, "--probe", "8", "--require", "ok").out.startswith("Verdict: ok, measured on 8 examples")
@@ -160,9 +160,8 @@ def test_directories_are_compared_beside_a_base_without_any_registry_entry(
     on_disk: Cli, world: World, tmp_path: Path
 ) -> None:
     pair = (world.adapters["sql"], world.adapters["terraform"])
-    assert on_disk.json("conflicts", *pair)["adapters"][0]["amplification"] is None
+    assert on_disk.json("conflicts", *pair)["whole"]["lost_share"] is None
     beside = on_disk.json("conflicts", *pair, "--base", world.base)
-    assert beside["adapters"][0]["amplification"] > 0
     assert beside["whole"]["lost_share"] is not None
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("hello\n")
@@ -220,13 +219,19 @@ def test_a_policy_in_a_recipe_can_end_a_composition_and_a_bad_one_is_refused_at_
         "adapter": "acme/both:1.0.0",
         "probe": 0,
     }
-    recipe.write_text(yaml.safe_dump(content | {"policy": {"crowding": "error", "thresholds": {"crowding": 0.01}}}))
+    recipe.write_text(
+        yaml.safe_dump(content | {"policy": {"input_overlap": "error", "thresholds": {"input_overlap": -1}}})
+    )
     ended = team("compose", recipe, "--follow")
     assert ended.code == 1
-    assert "over-share one output direction" in ended.err
+    assert "share input directions beyond chance" in ended.err
     assert team("show", "acme/both:1.0.0").code == 3, "nothing was published"
-    recipe.write_text(yaml.safe_dump(content | {"policy": {"crowding": "fatal"}}))
+    recipe.write_text(yaml.safe_dump(content | {"policy": {"input_overlap": "fatal"}}))
     refused = team("compose", recipe)
     assert refused.code == 6
     assert "policy" in refused.err
     assert "'fatal'" in refused.err
+    recipe.write_text(yaml.safe_dump(content | {"policy": {"crowding": "error", "thresholds": {"crowding": 0.01}}}))
+    planned = team.json("compose", recipe, "--plan")["conflicts"]
+    assert planned["verdict"] == "unmeasured", "the report no longer has that number"
+    assert "dropped_code" in [finding["code"] for finding in planned["findings"]]

@@ -18,7 +18,7 @@ from composer.findings import Finding, Severity, Verdict, next_step
 from composer.formats.recipes.suite import guard_cost
 from composer.formats.untrusted import cut
 
-COLUMNS = ("cosine", "input overlap", "output overlap", "norms", "dominance", "interference", "sign excess", "c_max")
+COLUMNS = ("cosine", "input overlap", "output overlap", "dominance", "interference")
 AS_WELL_NATS = 0.04
 """Members answer as well as alone if no loss exceeds this at the upper end of its interval."""
 LOUDEST_FIRST = (Severity.ERROR, Severity.WARNING, Severity.NOTICE)
@@ -288,35 +288,12 @@ def _members(report: ConflictReport) -> Table:
             f"{member.weight.value:.3g}" + (" with rules" if member.weight.rules else ""),
             f"{member.share:.0%}",
             "-" if member.retention is None else f"{member.retention:.2f}",
-            f"{member.size.norm:.3g}",
-            f"{member.size.spectral_norm:.3g}",
-            f"{member.size.stable_rank:.1f}",
-            _ratio(member.size.amplification),
-            _ratio(member.size.spectral_amplification),
         )
         for member in report.members
     ]
-    columns = (
-        "adapter",
-        "weight",
-        "energy",
-        "retention",
-        "norm",
-        "spectral norm",
-        "stable rank",
-        "amplification",
-        "spectral amplification",
-    )
-    note = (
-        "Retention: how much of the adapter is in the combination (its weight, if the others do not affect it). "
-        "Amplification: its norm over that of the base's weights; spectral: the same for its strongest direction, in "
-        "the worst module sampled."
-    )
+    columns = ("adapter", "weight", "energy", "retention")
+    note = "Retention: how much of the adapter is in the combination (its weight, if the others do not affect it)."
     return Table("Adapters", columns, tuple(rows), note)
-
-
-def _ratio(size: float | None) -> str:
-    return "-" if size is None else f"{size:.3g}"
 
 
 def _pairs(report: ConflictReport) -> Table:
@@ -325,8 +302,7 @@ def _pairs(report: ConflictReport) -> Table:
         ("pair", *COLUMNS),
         tuple((name(pair), *_cells(pair.numbers)) for pair in report.pairs),
         "Overlap: share of one's energy in the other's span (excess over chance). Interference: 1 is independent; "
-        "above 1 they add up, below 1 they cancel. c_max (Pico, arXiv 2604.16826): energy share of the strongest "
-        "output direction of both B together. These explain a risk; they do not predict one.",
+        "above 1 they add up, below 1 they cancel. These explain a risk; they do not predict one.",
     )
 
 
@@ -335,11 +311,8 @@ def _cells(numbers: PairMetrics) -> tuple[str, ...]:
         f"{numbers.cosine:+.3f}",
         f"{numbers.input_overlap:.3f} ({numbers.input_excess:+.3f})",
         f"{numbers.output_overlap:.3f} ({numbers.output_excess:+.3f})",
-        f"{numbers.norm_a:.3g} : {numbers.norm_b:.3g}",
         f"{numbers.dominance:.0%}",
         f"{numbers.interference:.3f}",
-        f"{numbers.sign_excess:+.3f}",
-        f"{numbers.crowding:.2f}",
     )
 
 

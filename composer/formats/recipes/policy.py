@@ -24,23 +24,23 @@ THRESHOLDS: dict[str, float | None] = {
     "probe_loss": 0.1,
     "probe_answers": 0.9,
     "probe_guard": 0.05,
-    "amplified": 1.0,
     "input_overlap": None,
     "output_overlap": None,
-    "crowding": None,
-    "sign_conflict": None,
     "low_retention": None,
 }
 """The codes with a threshold, and its default: a finding has at least this value, or less than it for `cancelling` and
 `low_retention`; docs/concepts/conflicts.md says what is compared. None: measurements support no threshold, so
 only a policy that sets one gets the finding."""
 
+DROPPED = frozenset({"amplified", "crowding", "sign_conflict"})
+"""Codes of numbers that reports no longer have. A policy may name them: they do nothing, and a notice says so."""
+
 MODES = {"probe_loss": "of gain", "probe_answers": "by interval"}
 """Words that may follow a threshold: `0.5 of gain` is a share of a member's gain, not nats per token; `0.5 by interval`
 fails if a binomial test is sure, not by the counted share."""
 
 CODES = frozenset({
-    *THRESHOLDS, *HARD, "weak_evidence", "probe_open", "zero_delta", "zero_modules", "not_factors",
+    *THRESHOLDS, *HARD, "weak_evidence", "probe_open", "zero_delta", "zero_modules", "not_factors", "dropped_code",
     "bf16_swallow", "f16_swallow", "tied_shared", "tied_untied",
 })  # fmt: skip
 """The severity of the findings that a conflict report may have."""
@@ -62,6 +62,11 @@ class Policy:
     def threshold(self, code: str) -> float | None:
         """The threshold of a finding, by default that of THRESHOLDS."""
         return self.thresholds.get(code, THRESHOLDS[code])
+
+    @property
+    def dropped(self) -> list[str]:
+        """The codes of DROPPED that the policy names."""
+        return sorted(DROPPED & {*self.overrides, *self.thresholds})
 
     def judged(self, findings: Iterable[Finding]) -> list[Finding]:
         """The findings with the severities of this policy, without ignored ones."""
@@ -132,9 +137,10 @@ def _threshold(code: str) -> Any:
         except ValueError as error:
             raise ValueError(f"a finite number, alone or with `{word}`" if word else str(error)) from error
 
-    number, default = {"type": "number"}, THRESHOLDS[code]
+    number, default = {"type": "number"}, THRESHOLDS.get(code)
     schema = {"anyOf": [number, {"type": "string", "pattern": f" {word}$"}]} if word else number
-    return Annotated[_Threshold, ParsedBy(read, schema | ({} if default is None else {"default": default}))]
+    schema |= {"deprecated": True} if code in DROPPED else {} if default is None else {"default": default}
+    return Annotated[_Threshold, ParsedBy(read, schema)]
 
 
 def _stays_an_error(value: object) -> object:
@@ -143,7 +149,7 @@ def _stays_an_error(value: object) -> object:
     return value
 
 
-_NUMBERS: dict[str, Any] = {code: (_threshold(code), None) for code in THRESHOLDS}
+_NUMBERS: dict[str, Any] = {code: (_threshold(code), None) for code in (*THRESHOLDS, *sorted(DROPPED))}
 _Thresholds = create_model("Thresholds", __base__=Document, **_NUMBERS)
 _STAYS = Annotated[str, ParsedBy(_stays_an_error, {"const": "error"})]
 _VERDICT = Annotated[str | None, one_of(*Verdict, None)]
@@ -151,7 +157,7 @@ _SEVERITY = Annotated[str, one_of(*Severity, IGNORE)]
 _FIELDS: dict[str, Any] = {
     "require": (_VERDICT, None),
     "thresholds": (_Thresholds | None, None),
-    **{code: (_STAYS if code in HARD else _SEVERITY, None) for code in sorted(CODES)},
+    **{code: (_STAYS if code in HARD else _SEVERITY, None) for code in sorted(CODES | DROPPED)},
 }
 PolicyDocument = create_model("Policy", __base__=Document, **_FIELDS)
 """A policy document: the severity of findings by code, or `ignore`; `require`, the worst accepted verdict; and

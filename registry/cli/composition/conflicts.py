@@ -121,9 +121,9 @@ def conflicts(  # noqa: PLR0913
         refuse_idle({"--budget": budget}, "without --optimize", "Add --optimize, or leave it out.")
         evidence = group.evidence(suite or [], guard or [], (probe, probe_max), _prompts(prompts), device)
         report = group.examine(given, settings, evidence, rules)
-    if html:
-        _write_page(html, report)
     rendered = document(report)
+    if html:
+        _write_page(html, rendered)
     render.document(rendered, json, lambda: _explain(report, modules) if explain else _show(rendered))
     _require(rules, report.verdict)
 
@@ -172,7 +172,7 @@ def _explain(report: "ConflictReport", modules: int) -> None:
         render.out(line)
 
 
-def _write_page(path: Path, report: "ConflictReport") -> None:
+def _write_page(path: Path, report: Json) -> None:
     from composer.conflicts.render.html import page
     from registry.client.cache import is_regular
 

@@ -60,7 +60,7 @@ def test_only_what_is_left_of_the_energy_says_that_deltas_cancel(red: LoadedAdap
 def test_those_that_cancel_only_together_are_found(red: LoadedAdapter, green: LoadedAdapter, load: Load) -> None:
     """Four, and as much as all of them taken away: of no two is less than 0.6 of their energy left."""
     four = [red, green, load("blue", 5), load("white", 6)]
-    norms = [member.size.norm for member in conflicts(four, [1.0] * 4).members]
+    norms = [relative**0.5 for relative in (member.share for member in conflicts(four, [1.0] * 4).members)]
     alone = [scaled(one, 1 / norm, one.name) for one, norm in zip(four, norms, strict=True)]
     minus = replace(scaled(red, 1.0, "minus"), deltas=tuple(summed_and_turned(alone)))
     report = conflicts([*alone, minus], [1.0] * 5)

@@ -5,18 +5,21 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from composer.conflicts.advice import FROM_WEIGHTS
 from composer.conflicts.examine import Evidence, examine
 from composer.conflicts.metrics import PairMetrics
-from composer.conflicts.render.html import MEASURES, page
-from composer.conflicts.render.text import explanations
+from composer.conflicts.render.html import page as page_of
+from composer.conflicts.render.text import document, explanations
 from composer.conflicts.report import ConflictReport, conflicts
+from composer.conflicts.view import LEAST_SCALE, MEASURES, cell_of
 from composer.deltas.variants.load import LoadedAdapter, load_deltas
 from composer.evaluation.model import load_model
 from composer.formats.recipes.suite import Example, Suite
@@ -91,6 +94,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ConflictReport:
     return conflicts(named, [1.0, 1.0, 0.5])
 
 
+def page(report: ConflictReport) -> str:
+    return page_of(json.loads(json.dumps(document(report))))
+
+
 def maps(tree: Node) -> list[Node]:
     return [node for node in tree.find("div") if "measure" in str(node.attributes.get("class"))]
 
@@ -129,8 +136,8 @@ def test_a_map_has_a_row_a_layer_a_column_a_kind_and_the_number_in_every_cell(re
     rows = cosine.find("tr")
     assert [cell.full_text() for cell in rows[0].find("th")] == [
         "layer",
-        "self_attn.q_proj",
-        "self_attn.v_proj",
+        "q_proj",
+        "v_proj",
         "lm_head",
     ]
     assert [row.find("th")[0].full_text() for row in rows[1:]] == ["0", "1", "other"]
@@ -138,7 +145,7 @@ def test_a_map_has_a_row_a_layer_a_column_a_kind_and_the_number_in_every_cell(re
     module = "model.layers.1.self_attn.v_proj"
     cell = rows[2].find("td")[1]
     assert float(cell.full_text()) == pytest.approx(first.modules[module].cosine, abs=0.0051)
-    assert cell.attributes["title"] == f"{module}: {first.modules[module].cosine:.4g}"
+    assert cell.attributes["title"] == f"1 v_proj: {first.modules[module].cosine:.4g}"
     assert [one.full_text() for one in rows[3].find("td")[:2]] == ["", ""]
 
 
@@ -147,28 +154,25 @@ def test_colour_follows_the_distance_from_chance_on_one_scale_for_all_maps(repor
     for measure, colouring in MEASURES.items():
         own = [node for node in shown if f"m-{measure}" in str(node.attributes["class"])]
         (scale,) = {str(node.find("caption")[0].full_text()) for node in own}
-        most = float(re.search(r"the strongest ([\d.e+-]+) from there", scale).group(1))  # pyright: ignore
-        assert most >= colouring.least
+        most = float(re.search(r"the strongest at ([\d.e+-]+) in all", scale).group(1))  # pyright: ignore
+        assert most >= LEAST_SCALE
         for pair, node in zip(report.pairs, own, strict=True):
-            for cell in (cell for cell in node.find("td") if cell.attributes):
-                module, _, value = str(cell.attributes["title"]).rpartition(": ")
-                chance = colouring.chance if colouring.chance is not None else pair.flat[module]
-                if measure == "share":
-                    chance = 1 / len(pair.modules)
-                distance = float(value) - chance if colouring.signed else max(0.0, float(value) - chance)
+            cells = [cell for cell in node.find("td") if cell.attributes]
+            values = [getattr(one, measure) - colouring.origin for one in pair.modules.values()]
+            shown_values = [float(str(cell.attributes["title"]).rpartition(": ")[2]) for cell in cells]
+            assert sorted(shown_values) == pytest.approx(sorted(values), rel=1e-3, abs=1e-5)
+            for cell, distance in zip(cells, shown_values, strict=True):
                 shade = str(cell.attributes["class"])
-                assert abs(int(shade[1:]) - 8 * abs(distance) / most) <= 0.53, (measure, module)
+                assert abs(int(shade[1:]) - 8 * abs(distance) / most) <= 0.53, measure
                 assert shade[1:] == "0" or shade[0] == ("h" if distance >= 0 else "c")
 
 
 def test_what_chance_gives_has_no_colour(report: ConflictReport) -> None:
     first = report.pairs[0]
-    module, numbers = next(iter(first.modules.items()))
-    flat = replace(numbers, cosine=0.004, dominance=0.5, crowding=first.flat[module], sign_excess=-0.005)
-    assert [_level(report, measure, flat)[1:] for measure in ("cosine", "dominance", "crowding", "sign_excess")] == [
-        "0"
-    ] * 4
-    assert first.flat[module] == pytest.approx(1 / 6), "one over the ranks of both"
+    numbers = next(iter(first.modules.values()))
+    flat = replace(numbers, cosine=0.004, dominance=0.5, interference=1.0, output_excess=-0.005)
+    measures = ("cosine", "dominance", "interference", "output_excess")
+    assert [_level(report, measure, flat)[1:] for measure in measures] == ["0"] * 4
     assert _level(report, "cosine", replace(numbers, cosine=-0.9)) == "c8"
     assert _level(report, "dominance", replace(numbers, dominance=1.0)) == "h8"
 
@@ -180,8 +184,10 @@ def _level(report: ConflictReport, measure: str, numbers: PairMetrics) -> str:
     changed = replace(first, modules={**first.modules, module: numbers})
     tree = Tree(page(replace(report, pairs=(changed, *report.pairs[1:])))).root
     node = next(one for one in maps(tree) if f"m-{measure}" in str(one.attributes["class"]))
+    kind, layer = cell_of(module)
+    title = f"{'other' if layer is None else layer} {kind}: "
     return next(
-        str(cell.attributes["class"]) for cell in node.find("td") if module in str(cell.attributes.get("title"))
+        str(cell.attributes["class"]) for cell in node.find("td") if str(cell.attributes.get("title")).startswith(title)
     )
 
 
@@ -233,11 +239,38 @@ def test_the_probe_and_the_activations_have_tables_of_their_own(tmp_path: Path) 
     ]
     probed = Evidence(load=lambda: loaded, suites=suites, k=2)
     prompted = Evidence(load=lambda: loaded, prompts=["hello"])
-    for evidence, title, other in ((probed, "Probe", "Activations"), (prompted, "Activations", "Probe")):
+    for evidence, title, other in ((probed, "Losses", "Activations"), (prompted, "Activations", "Losses")):
         tree = Tree(page(examine(adapters, [1.0, 1.0], evidence=evidence))).root
         titles = [node.full_text() for node in tree.find("h3")]
         assert titles.count(title) == 1
         assert other not in titles
+
+
+STORED = json.loads((Path(__file__).parent / "schema_2.json").read_text(encoding="utf-8"))
+
+
+def schema_1() -> dict[str, Any]:
+    """A stored report as schema 1 had it: no summary, no advice for all, no verdict or limit of what was measured."""
+    stored = deepcopy(STORED)
+    (pair,) = stored["pairs"]
+    for part in (pair, *pair["probe"]["effects"]):
+        for later in ("verdict", "tolerated", "answers_required", "answers_interval"):
+            part.pop(later, None)
+    stored["whole"].pop("advice")
+    return {name: one for name, one in stored.items() if name not in ("summary", "by_default")} | {"schema": 1}
+
+
+@pytest.mark.parametrize("stored", [STORED, schema_1()], ids=["schema 2", "schema 1"])
+def test_a_stored_report_of_an_earlier_schema_is_drawn_without_the_dropped_numbers(stored: dict[str, Any]) -> None:
+    text = page_of(stored)
+    tree = Tree(text).root
+    assert f"Verdict: {stored['verdict']}" in tree.full_text()
+    assert "+0.30 [+0.28, +0.32]" in text
+    assert len(maps(tree)) == len(MEASURES)
+    for gone in ("crowding", "c_max", "sign", "amplification", "norm"):
+        assert gone not in tree.full_text().replace(str(tree.find("style")[0].text), ""), gone
+    earlier = "by the rules of an earlier version" in text
+    assert earlier is (stored["schema"] == 1), "what schema 1 called ok may never have been measured"
 
 
 ASK = """<script>
@@ -245,7 +278,7 @@ const seen = () => [...document.querySelectorAll("section.pair")].map(pair => [.
   .filter(map => getComputedStyle(map).display !== "none").map(map => map.className.split("m-")[1]));
 const style = getComputedStyle(document.body);
 const state = {first: seen(), paper: style.backgroundColor, ink: style.color, wide: document.body.scrollWidth};
-document.getElementById("crowding").click();
+document.getElementById("dominance").click();
 state.chosen = seen();
 document.title = JSON.stringify(state);
 </script>"""
@@ -267,7 +300,7 @@ def test_a_browser_shows_the_chosen_measure_alone_in_light_and_in_dark(
     (title,) = Tree(shown).root.find("title")
     measured = json.loads(title.full_text())
     assert measured["first"] == [["input_excess"]] * len(report.pairs)
-    assert measured["chosen"] == [["crowding"]] * len(report.pairs)
+    assert measured["chosen"] == [["dominance"]] * len(report.pairs)
     paper, ink = (sum(map(int, re.findall(r"\d+", measured[name])[:3])) / 765 for name in ("paper", "ink"))
     assert (paper < 0.2 < 0.8 < ink) if dark else (ink < 0.2 < 0.8 < paper)
     assert measured["wide"] <= 1200, "what is wide scrolls by itself"

@@ -18,12 +18,14 @@ def finding(code: str, severity: Severity) -> Finding:
 
 
 def test_a_policy_gives_severities_and_thresholds_and_leaves_the_rest() -> None:
-    policy = parse_policy("near_duplicate: error\ndominance: ignore\nthresholds: {near_duplicate: 0.6, crowding: 1}\n")
+    policy = parse_policy(
+        "near_duplicate: error\ndominance: ignore\nthresholds: {near_duplicate: 0.6, low_retention: 1}\n"
+    )
     findings = [finding("near_duplicate", Severity.WARNING), finding("dominance", Severity.WARNING)]
     assert policy.judged(findings) == [finding("near_duplicate", Severity.ERROR)]
     assert policy.verdict(findings) is Verdict.REFUSE
     assert policy.verdict(findings[1:]) is Verdict.OK
-    assert (policy.threshold("near_duplicate"), policy.threshold("crowding")) == (0.6, 1.0)
+    assert (policy.threshold("near_duplicate"), policy.threshold("low_retention")) == (0.6, 1.0)
     assert policy.threshold("dominance") == THRESHOLDS["dominance"]
 
 

@@ -88,8 +88,8 @@ def test_a_conflict_report_measures_only_what_a_4_bit_base_has_in_full(
     stored = {name: one.flatten().view(storage) for name, one in tensors.items() if name.endswith("proj.weight")}
     save_file({**tensors, **stored}, base / "model.safetensors", {"format": "pt"})
     checkpoint = open_checkpoint(base, dequantize=True)
-    (member,) = conflicts([load_deltas(adapter, checkpoint.architecture)], [1.0], base=checkpoint).members
-    assert [module for module, size in member.modules.items() if size.amplification is not None] == ["lm_head"]
+    report = conflicts([load_deltas(adapter, checkpoint.architecture)], [1.0], base=checkpoint)
+    assert [module for module, one in report.modules.items() if one.lost_share is not None] == ["lm_head"]
 
 
 def test_an_adapter_that_was_trained_on_a_4_bit_base_says_how_far_the_full_one_is_away(pair: tuple[Path, Path]) -> None:

@@ -13,11 +13,10 @@ from composer.conflicts.examine import Evidence, examine
 from composer.conflicts.report import conflicts
 from composer.deltas.delta import Delta, Layout, LowRank
 from composer.deltas.lowrank import Grams
-from composer.deltas.variants.load import LoadedAdapter, load_deltas
+from composer.deltas.variants.load import LoadedAdapter
 from composer.errors import ComposerError, Mismatch, NotSupported
 from composer.evaluation.model import LoadedModel
-from composer.export.combine import combine
-from composer.formats.recipes.methods import parse_settings
+from composer.formats.recipes.methods import effective_weights, parse_settings
 from composer.formats.recipes.weights import Weight, parse_rule, weights_of
 from composer.methods.combine import combine_deltas
 from composer.methods.protect import project_out_protected
@@ -115,7 +114,7 @@ def test_a_delta_that_lies_in_a_protected_one_becomes_zero(red: LoadedAdapter) -
     assert float(moved(red, [pair(1, 3), pair(1, 3)], "both").norm()) == 0
     report = conflicts([red, replace(red, name="again")], [1.0, 1.0], parse_settings("stack", {"protect": 1}))
     assert report.pairs[0].numbers.cosine == 0
-    assert report.members[1].size.norm == 0
+    assert report.members[1].share == 0
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -207,27 +206,25 @@ def test_a_report_is_of_the_deltas_that_are_combined(
 ) -> None:
     adapters, weights = [red, green, load("blue", 3)], [1.0, 0.7, -0.5]
     settings: dict[str, object] = {"protect": "1", "protect_side": side}
-    report = conflicts(adapters, weights, parse_settings(method, settings))
+    parsed = parse_settings(method, settings)
+    report = conflicts(adapters, weights, parsed)
     plain = conflicts(adapters, weights, parse_settings(method))
-    assert report.together.norm == pytest.approx(norm(combine_deltas(adapters, weights, method, settings).deltas))
-    assert report.together.norm != pytest.approx(plain.together.norm, rel=1e-3)
+    moved_off = project_out_protected(adapters, weights_of(weights), parsed)
+    parts = [
+        weight.of("m") * norm(one.deltas)
+        for one, weight in zip(moved_off, effective_weights(weights, parsed), strict=True)
+    ]
+    energy = norm(combine_deltas(adapters, weights, method, settings).deltas) ** 2
+    assert report.together.interference == pytest.approx(energy / sum(part**2 for part in parts))
+    assert report.together.interference != pytest.approx(plain.together.interference, rel=1e-3)
     for one in report.pairs[:2]:
         assert one.numbers.cosine == pytest.approx(0, abs=1e-6)
         assert one.numbers.interference == pytest.approx(1, abs=1e-6)
         if side != "output":
             assert one.numbers.input_overlap == pytest.approx(0, abs=1e-6)
-    assert report.pairs[2].numbers.norm_a < plain.pairs[2].numbers.norm_a, "both are off the protected one"
+    cosines = [one.pairs[2].numbers.cosine for one in (report, plain)]
+    assert cosines[0] != pytest.approx(cosines[1], rel=1e-3), "both are off the protected one"
     assert report.members[0].retention == pytest.approx(1 / 1.2 if method == "mean" else 1.0, abs=1e-5)
-
-
-def test_the_norm_of_a_report_is_that_of_the_adapter_that_is_written(
-    red: LoadedAdapter, green: LoadedAdapter, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    out = tmp_path_factory.mktemp("protect") / "out"
-    combine([(red.path, 1.0), (green.path, 0.7)], out, None, "stack", {"protect": 2})
-    written = load_deltas(out, None).deltas
-    report = conflicts([red, green], [1.0, 0.7], parse_settings("stack", {"protect": 2}))
-    assert report.together.norm == pytest.approx(norm(written), rel=1e-5)
 
 
 def test_activations_are_those_of_the_deltas_that_are_combined(

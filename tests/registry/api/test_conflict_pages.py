@@ -3,11 +3,16 @@
 import re
 from collections.abc import Generator
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
+from composer.conflicts.render.text import document
+from composer.conflicts.report import conflicts
+from composer.conflicts.view import MEASURES
+from registry.api.pages.html import drawings
 from registry.api.pages.jobs import report
 from registry.api.pages.jobs.chosen import Chosen
 from registry.database.tables import ConflictCheck
@@ -18,6 +23,7 @@ from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName, Version
 from tests.access.browser import Browser
 from tests.access.house import FACTS, HOST, PRIVATE, PUBLIC, House
+from tests.composer.conflicts.test_page import STORED, adapter, schema_1
 
 MAX_PAGE_BYTES = 100_000
 LARGE = 12
@@ -125,14 +131,14 @@ def large_report() -> dict[str, Any]:
     """Of a base of 32 layers with seven modules each, all changed by all."""
     modules = [f"model.layers.{layer}.self_attn.{kind}" for layer in range(32) for kind in KINDS]
     names = [f"acme/sql:1.0.{number}" for number in range(1, LARGE + 1)]
-    numbers = {"cosine": 0.1, "input_excess": -0.2, "output_excess": 0.3, "interference": 1.2, "crowding": 0.4}
-    rows = [{"module": module, "norm": 1.0, **numbers} for module in modules]
+    numbers = {"cosine": 0.1, "input_excess": -0.2, "output_excess": 0.3, "interference": 1.2, "dominance": 0.6}
+    rows = [{"module": module, **numbers} for module in modules]
     advice = ["Shrink the sum: --set lambda=0.7, or --method mean.", "Find it: --optimize (optimize: {} in a recipe)."]
     of_pair = {"verdict": "unmeasured", "risk": None, "risk_unit": None, "risk_low": None, "probe": None, **numbers}
     return {
         "verdict": "warn",
         "summary": {"headline": "warn", "lines": ["They cancel."], "fix": ""},
-        "adapters": [{"name": name, "share": 1 / LARGE, "norm": 1.0, "modules": rows} for name in names],
+        "adapters": [{"name": name, "share": 1 / LARGE, "modules": rows} for name in names],
         "pairs": [
             {"a": a, "b": b, **of_pair, "causes": [{"module": modules[0], "share": 0.5}], "modules": rows}
             for a, b in combinations(names, 2)
@@ -184,26 +190,41 @@ def test_a_map_tells_below_from_above() -> None:
         {"a": "one", "b": "two", "modules": [_row(0, 0.5), _row(1, -0.5)]},
         {"a": "one", "b": "three", "modules": [_row(0, 0.001)]},
     ]
-    stated = {"pairs": pairs, "adapters": [{"modules": [{"module": "layers.3.q_proj", "norm": 1.0}]}]}
+    stated = {"pairs": pairs, "adapters": [{"modules": [{"module": "layers.3.q_proj"}]}]}
     drawn = report.maps(stated, "cosine")
-    first, second = (str(one.drawing) for one in drawn.drawn)
+    first, second = (
+        str(drawings.layer_map("cosine", one.in_layers, drawn.top, drawn.frame, signed=True)) for one in drawn.drawn
+    )
     assert ('class="h7"' in first, 'class="c7"' in first) == (True, True)
     assert 'class="z"' in second, "a small difference keeps no colour on a common scale"
-    assert (drawn.top, drawn.undrawn) == (0.5, 0)
+    assert (drawn.top, len(drawn.drawn)) == (0.5, drawn.pairs)
     assert re.search('width="[0-9]+"', first)[0] == re.search('width="[0-9]+"', second)[0]  # type: ignore[index]
 
 
-def test_a_report_of_an_earlier_version_is_read_or_left_to_the_json() -> None:
-    effect = {
-        "member": "one", "suite": "exact", "loss": 0.5, "loss_interval": None, "answered": 0, "kept": 0.4,
-    }  # fmt: skip
-    pair = {"a": "one", "b": "two", "verdict": "ok", "risk": 0.5, "probe": {"k": 1, "effects": [effect], "guards": []}}
-    stated = {"schema": 2, "verdict": "ok", "adapters": [], "pairs": [pair], "whole": {}, "findings": []}
-    read = report.read(stated, lambda _name, _value: None)
-    assert (read.lines, read.advice, read.losses[0].kind) == ((), [], "")
-    assert "loses +0.50" in str(read.losses[0].lines[0].drawing)
-    assert report.readable(stated) is stated
-    assert report.readable({**stated, "schema": 1}) is None
+@pytest.mark.parametrize("stored", [STORED, schema_1()], ids=["schema 2", "schema 1"])
+def test_a_stored_report_of_an_earlier_schema_is_shown(house: House, reader: Browser, stored: dict[str, Any]) -> None:
+    chosen = Chosen.of_address(query_of(f"{pair_of(PRIVATE)}&method=ties&set=density=0.{stored['schema']}"))
+    check = house.ask("reader", "POST", "/v1/conflicts", json=chosen.document()).json()
+    with house.resources.write() as session:
+        session.get_one(ConflictCheck, check["id"]).report = stored
+    page = reader.open(chosen.address("/conflicts"))
+    assert page.status_code == 200
+    assert "red on red-exact loses +0.30" in page.text
+    assert page.text.count('class="map"') == 1
+    assert ("by the rules of an earlier version" in page.text) is (stored["schema"] == 1)
+
+
+def test_a_report_is_shown_as_the_composer_writes_it(house: House, reader: Browser, tmp_path: Path) -> None:
+    members = [adapter(tmp_path, name, 10 * seed) for seed, name in enumerate(("red", "green"), 1)]
+    chosen = Chosen.of_address(query_of(f"{pair_of(PRIVATE)}&method=svd&set=rank=4"))
+    check = house.ask("reader", "POST", "/v1/conflicts", json=chosen.document()).json()
+    with house.resources.write() as session:
+        session.get_one(ConflictCheck, check["id"]).report = document(conflicts(members, [1.0, 0.5]))
+    for measure, one in MEASURES.items():
+        page = reader.open(chosen.address("/conflicts", show=measure))
+        assert page.status_code == 200, measure
+        assert f"{one.name} of red + green" in page.text
+    assert " % of the energy</span>" in page.text
 
 
 def _row(layer: int, value: float) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from composer.conflicts.view import LossLine
 from registry.database.engine import Session
 from registry.database.tables import Base
 from registry.domain.catalog import bases
@@ -240,21 +241,24 @@ def signed_key(top: float) -> Markup:
     return _svg(f"Key: from {ends[0]} to {ends[2]}; zero has no colour", width, 28, "".join(parts), "key")
 
 
-def loss(named: str, row: Interval, tolerated: float | None, low: float, high: float) -> Markup:
+def loss(row: LossLine, axis: tuple[float, float]) -> Markup:
     """A loss with its interval, cut at the ends of the axis, beside zero and what is tolerated, a dashed line."""
-    left, right, height = 6.0, 164.0, 18
+    left, right, height, (low, high) = 6.0, 164.0, 18, axis
+    kind = {"warn": "loss", "undecided": "open"}.get(row.verdict, "now")
+    start, end = (row.loss if one is None else one for one in (row.low, row.high))
 
     def x(value: float) -> float:
         return round(left + (right - left) * (min(high, max(low, value)) - low) / (high - low), 1)
 
     parts = [f'<line class="axis" x1="{left:g}" x2="{right:g}" y1="9" y2="9"/>']
     parts.append(f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="0" y2="{height}"/>')
-    if tolerated is not None:
-        parts.append(f'<line class="limit" x1="{x(tolerated)}" x2="{x(tolerated)}" y1="1" y2="17"/>')
-    parts.append(f'<line class="bar {row.kind}" x1="{x(row.low)}" x2="{x(row.high)}" y1="9" y2="9"/>')
-    parts.append(f'<circle class="dot {row.kind}" cx="{x(row.value)}" cy="9" r="3.5"/>')
-    said = f"{named} loses {row.value:+.2f}, 95 % {row.low:+.2f} to {row.high:+.2f}"
-    return _svg(said + ("" if tolerated is None else f"; {tolerated:.2f} is tolerated"), 170, height, "".join(parts))
+    if row.tolerated is not None:
+        parts.append(f'<line class="limit" x1="{x(row.tolerated)}" x2="{x(row.tolerated)}" y1="1" y2="17"/>')
+    parts.append(f'<line class="bar {kind}" x1="{x(start)}" x2="{x(end)}" y1="9" y2="9"/>')
+    parts.append(f'<circle class="dot {kind}" cx="{x(row.loss)}" cy="9" r="3.5"/>')
+    tolerated = "" if row.tolerated is None else f"; {row.tolerated:.2f} is tolerated"
+    said = f"{row.name} on {row.suite} loses {row.loss:+.2f}, 95 % {start:+.2f} to {end:+.2f}{tolerated}"
+    return _svg(said, 170, height, "".join(parts))
 
 
 def _bars(rows: Sequence[Interval], x: Callable[[float], float]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from urllib.parse import parse_qsl
 import yaml
 from fastapi import APIRouter, Request, Response
 
+from composer.conflicts.view import DEFAULT_MEASURE
 from composer.formats.recipes.methods import PIPELINES
 from registry.api.http.problems import as_registry_error
 from registry.api.http.request import ResourcesOf
@@ -40,7 +41,7 @@ def show_conflicts(request: Request, resources: ResourcesOf, actor: PageCaller) 
     given = parse_qsl(request.url.query, keep_blank_values=True)
     if any(name in FIELDS for name, _ in given):
         return redirect(Chosen.of_form(given).address("/conflicts"))
-    shown = dict(given).get("show", report.DEFAULT_MEASURE)
+    shown = dict(given).get("show", DEFAULT_MEASURE)
     return _page(request, resources, actor, Chosen.of_address(given), shown)
 
 
@@ -52,7 +53,7 @@ def request_conflicts(request: Request, resources: ResourcesOf, actor: PageCalle
         lock, _ = last_check(resources, actor, validated(ConflictsIn, chosen.document()))
         request_check(resources, actor, lock)
     except ERRORS as error:
-        return _page(request, resources, actor, chosen, report.DEFAULT_MEASURE, _beside_form(error))
+        return _page(request, resources, actor, chosen, DEFAULT_MEASURE, _beside_form(error))
     return redirect(chosen.address("/conflicts"))
 
 
@@ -70,7 +71,6 @@ def _page(
             _, check = last_check(resources, actor, validated(ConflictsIn, chosen.document()))
         except ERRORS as refused:
             error = _beside_form(refused)
-    measure = shown if shown in report.MEASURES else report.DEFAULT_MEASURE
     stated = check.report if check else None
     finished = check is None or stated is not None or check.state in FINISHED  # a report is kept before its job ends
     answer = page(
@@ -81,10 +81,7 @@ def _page(
         error=error,
         check=check,
         finished=finished,
-        report=report.read(stated, report.options_of(chosen)) if stated else None,
-        maps=report.maps(stated, measure) if stated else None,
-        measures=report.MEASURES,
-        addresses={name: chosen.address("/conflicts", show=name) for name in report.MEASURES},
+        **report.shown(stated, report.options_of(chosen), shown, lambda name: chosen.address("/conflicts", show=name)),
         known=known_adapters(request, resources, actor, check.base.digest if check else None),
         methods=list(PIPELINES),
         most=MAX_CHECKED,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from markupsafe import Markup
 
+from composer.conflicts.view import DEFAULT_MEASURE
 from registry.api.http.pagination import Cursor, decode_number, first_rows
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.pages.html import drawings, gates, scores
@@ -80,7 +81,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         pair = compositions.find(session, composition_id)
         compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
         view, job = composition_view(*pair), job_view(session, pair[1])
-    made, stated = of_lock(view.lock), report.readable(view.conflicts)
+    made, stated = of_lock(view.lock), view.conflicts
     return page(
         request,
         "composition.html",
@@ -105,22 +106,19 @@ def show_conflicts_of_composition(
     request: Request,
     resources: ResourcesOf,
     actor: PageCaller,
-    show: Annotated[str, Query(max_length=40)] = report.DEFAULT_MEASURE,
+    show: Annotated[str, Query(max_length=40)] = DEFAULT_MEASURE,
 ) -> Response:
     """All of the conflict report of a composition: losses, pairs, maps and findings."""
     with resources.read() as session:
         pair = compositions.find(session, composition_id)
         compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
-        stated = report.readable(pair[0].conflicts)
+        stated = pair[0].conflicts
     path = f"/compositions/{composition_id}/conflicts"
     return page(
         request,
         "composition_conflicts.html",
         composition_id=composition_id,
-        report=report.read(stated, report.options_for(composition_id)) if stated else None,
-        maps=report.maps(stated, show if show in report.MEASURES else report.DEFAULT_MEASURE) if stated else None,
-        measures=report.MEASURES,
-        addresses={name: f"{path}?show={name}" for name in report.MEASURES},
+        **report.shown(stated, report.options_for(composition_id), show, lambda name: f"{path}?show={name}"),
         json_address=f"/v1/compositions/{composition_id}",
     )
 

@@ -1,0 +1,275 @@
+"""The view model of a conflict report, read from its JSON: the page of `--html` and the registry's pages draw this one.
+
+Reports are stored, so every schema up to this one can be read; what an older report lacks stays empty. Needs no torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from composer.formats.recipes.suite import guard_cost
+from composer.formats.recipes.weights import layer_of
+
+Json = Mapping[str, Any]
+Cell = tuple[str, int | None]
+"""Kind of module and layer; a module outside of the layers is a kind of its own, with None."""
+
+SCHEMA = 3
+"""Version of a report's JSON; it changes when a key is removed or changes its meaning."""
+KINDS = {"ok": "ok", "warn": "warn", "refuse": "bad"}
+"""The mark of a verdict; others have none."""
+SENTENCES = {
+    "ok": "Measured, and nothing is harmed.",
+    "undecided": "Measured, and still open.",
+    "unmeasured": "Not measured: weights alone do not show a risk.",
+    "warn": "Not like this.",
+    "refuse": "They cannot be combined like this.",
+}
+"""From the best verdict to the worst."""
+WORDS = {"ok": "no harm", "undecided": "open: too few examples to tell", "warn": "harmed"}
+"""The verdict on one measured combination."""
+SEVERITIES = {"error": "bad", "warning": "warn", "notice": ""}
+"""The marks of findings, loudest first."""
+LEAST_SCALE = 0.1
+"""The least value with the strongest colour: smaller differences do not matter, and would look as if they did."""
+_AXIS = 0.1
+_NO_SUMMARY: Json = {"headline": "", "lines": ()}
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What maps show: the distance from `origin`, which chance gives. One that is `signed` has two colours."""
+
+    name: str
+    meaning: str
+    origin: float = 0.0
+    signed: bool = True
+
+
+MEASURES = {
+    "input_excess": Measure("input overlap", "Share of one's input directions that the other uses too, beyond chance."),
+    "output_excess": Measure("output overlap", "Share of output directions that both write to, beyond chance."),
+    "cosine": Measure("cosine", "1: the same change; -1: the opposite one."),
+    "interference": Measure("interference - 1", "Energy of the sum beside that of both: below 0, they cancel.", 1.0),
+    "dominance": Measure("dominance - 0.5", "The larger one's share of the energy beyond one half.", 0.5, signed=False),
+}
+DEFAULT_MEASURE = "input_excess"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossLine:
+    """The loss of a member on its own suite, or of a guard, in nats per token: `verdict` judges it against `tolerated`.
+    `low` and `high` are None without an interval. `cost` compares a guard with the base, in words."""
+
+    name: str
+    suite: str
+    verdict: str
+    loss: float
+    low: float | None
+    high: float | None
+    tolerated: float | None
+    answers: str
+    kept: float | None
+    cost: str
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """One measured combination, of all adapters or of two, on `examples` of each suite."""
+
+    name: str
+    examples: int
+    verdict: str
+    lines: Sequence[LossLine]
+
+    @property
+    def kind(self) -> str:
+        return KINDS.get(self.verdict, "")
+
+    @property
+    def word(self) -> str:
+        return WORDS.get(self.verdict, self.verdict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairRow:
+    """Two adapters. `risk` is None if unknown. `causes` are the modules where they meet most, with their shares."""
+
+    name: str
+    verdict: str
+    risk: float | None
+    unit: str
+    low: float | None
+    high: float | None
+    meaning: str
+    causes: Sequence[tuple[str, float]]
+    advice: Sequence[str]
+    numbers: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class PairMap:
+    """Where two adapters meet: each common module's distance from chance. `modules` counts them."""
+
+    name: str
+    modules: int
+    cells: Mapping[Cell, float]
+
+    @property
+    def in_layers(self) -> dict[tuple[str, int], float]:
+        return {(kind, layer): value for (kind, layer), value in self.cells.items() if layer is not None}
+
+    def farthest(self, most: int) -> list[tuple[tuple[str, int], float]]:
+        """The cells in layers with the largest distances."""
+        return sorted(self.in_layers.items(), key=lambda one: -abs(one[1]))[:most]
+
+
+@dataclass(frozen=True, slots=True)
+class Maps:
+    """The maps of a measure, worst pairs first, on one scale that ends at `top`. `frame` has the cells of all adapters;
+    `pairs` counts all pairs."""
+
+    measure: Measure
+    top: float
+    frame: Sequence[Cell]
+    drawn: Sequence[PairMap]
+    pairs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """`sentence` has the kind of its mark; `lines` say why. `note` holds for all pairs. `pairs` are the worst ones of
+    `all_pairs`, `findings` the loudest ones of `all_findings`; `axis` has the ends for all losses."""
+
+    kind: str
+    verdict: str
+    measured: str
+    sentence: str
+    lines: Sequence[str]
+    advice: Sequence[str]
+    members: Sequence[Json]
+    note: str
+    pairs: Sequence[PairRow]
+    all_pairs: int
+    losses: Sequence[Losses]
+    axis: tuple[float, float]
+    activations: Json | None
+    findings: Sequence[tuple[str, Json]]
+    all_findings: int
+
+
+def read(report: Json, most_pairs: int | None = None, most_findings: int | None = None) -> Report:
+    """The view of a report's JSON, with at most that many pairs and findings."""
+    verdict, summary = str(report["verdict"]), report.get("summary", _NO_SUMMARY)
+    current = report.get("schema", SCHEMA) > 1  # an earlier `ok` may be unmeasured
+    earlier = f"The verdict is {verdict}, by the rules of an earlier version."
+    pairs = _by_verdict(report)
+    findings = sorted(report["findings"], key=lambda one: list(SEVERITIES).index(one["severity"]))
+    losses = _losses(report, pairs[:most_pairs])
+    return Report(
+        kind=KINDS.get(verdict, "") if current else "",
+        verdict=verdict,
+        measured=summary["headline"].partition(", ")[2],
+        sentence=SENTENCES.get(verdict, f"The verdict is {verdict}.") if current else earlier,
+        lines=summary["lines"],
+        advice=report["whole"].get("advice", ()),
+        members=report["adapters"],
+        note=next((pair["meaning"] for pair in pairs if pair.get("evidence") == "weights"), ""),
+        pairs=[_pair(pair) for pair in pairs[:most_pairs]],
+        all_pairs=len(pairs),
+        losses=losses,
+        axis=_axis([line for one in losses for line in one.lines]),
+        activations=report.get("activations"),
+        findings=[(SEVERITIES[one["severity"]], one) for one in findings[:most_findings]],
+        all_findings=len(findings),
+    )
+
+
+def maps(report: Json, measure: str) -> Maps:
+    """The maps of a measure; a pair without common modules has none."""
+    chosen, pairs = MEASURES[measure], _by_verdict(report)
+    drawn = [
+        PairMap(
+            _name(pair),
+            len(pair["modules"]),
+            {cell_of(one["module"]): one[measure] - chosen.origin for one in pair["modules"]},
+        )
+        for pair in pairs
+        if pair["modules"]
+    ]
+    top = max([LEAST_SCALE, *(abs(value) for one in drawn for value in one.cells.values())])
+    frame = dict.fromkeys(cell_of(one["module"]) for member in report["adapters"] for one in member["modules"])
+    return Maps(chosen, top, list(frame), drawn, len(pairs))
+
+
+def cell_of(module: str) -> Cell:
+    """A module's kind, without its block, and its layer."""
+    layer = layer_of(module)
+    kind = f".{module}".partition(f".{layer}.")[2] or module
+    return kind.removeprefix("self_attn.").removeprefix("mlp."), layer
+
+
+def _name(pair: Json) -> str:
+    return f"{pair['a']} + {pair['b']}"
+
+
+def _by_verdict(report: Json) -> list[Json]:
+    """The pairs, worst first; schema 1 has no verdict of a pair."""
+    return sorted(report["pairs"], key=lambda one: (-_rank(one.get("verdict", "ok")), -(one.get("risk") or 0.0)))
+
+
+def _rank(verdict: str) -> int:
+    """From best to worst; an unknown one is best."""
+    return list(SENTENCES).index(verdict) if verdict in SENTENCES else -1
+
+
+def _pair(pair: Json) -> PairRow:
+    return PairRow(
+        name=_name(pair),
+        verdict=pair.get("verdict", ""),
+        risk=pair.get("risk"),
+        unit=pair.get("risk_unit") or "",
+        low=pair.get("risk_low"),
+        high=pair.get("risk_high"),
+        meaning="" if pair.get("evidence") == "weights" else pair.get("meaning", ""),
+        causes=[(one["module"], one["share"]) for one in pair.get("causes", ())],
+        advice=pair.get("advice", ()),
+        numbers={name: pair.get(name) for name in MEASURES},
+    )
+
+
+def _losses(report: Json, pairs: Sequence[Json]) -> list[Losses]:
+    """Those of all adapters together, then those of pairs."""
+    together = report["whole"].get("probe")
+    measured = [("All together", together)] if together and len(report["pairs"]) > 1 else []
+    measured += [(_name(pair), pair["probe"]) for pair in pairs if pair.get("probe")]
+    return [_combination(name, probe) for name, probe in measured]
+
+
+def _combination(name: str, probe: Json) -> Losses:
+    lines = [_line(row) for row in (*probe["effects"], *probe["guards"])]
+    return Losses(name, probe["k"], max((one.verdict for one in lines), key=_rank), lines)
+
+
+def _line(row: Json) -> LossLine:
+    guard = "member" not in row
+    sure = row["rise_interval" if guard else "loss_interval"]
+    return LossLine(
+        name="guard" if guard else row["member"],
+        suite=row["suite"],
+        verdict=row.get("verdict", ""),
+        loss=row["rise" if guard else "loss"],
+        low=sure["low"] if sure else None,
+        high=sure["high"] if sure else None,
+        tolerated=row.get("tolerated"),
+        answers="" if guard or not row["answered"] else f"{row['still_answered']} of {row['answered']}",
+        kept=None if guard else row["kept"],
+        cost=guard_cost(row["combined"], row["base"]) if guard else "",
+    )
+
+
+def _axis(lines: Sequence[LossLine]) -> tuple[float, float]:
+    """The ends of an axis for members' losses and limits. Intervals of a few examples are cut there."""
+    own = [one for one in lines if not one.cost]
+    ends = [_AXIS, *(one.loss for one in own), *(one.tolerated for one in own if one.tolerated is not None)]
+    return min(*ends, -max(ends) / 2), max(ends)
