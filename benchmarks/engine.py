@@ -32,11 +32,13 @@ from composer.optimize.problem import Effort, Member, Problem
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
 from registry.settings import EngineSettings, LocalStorage, Settings
+from registry.transfer.resources import open_store
 from registry.worker.engine.opened import WorkerEngine
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.ray import base_resource
+from registry.worker.node_files import share_architecture, to_rows
 from registry.worker.node_models import base_hints
-from registry.worker.pass_units import Combined, SpreadPasses
+from registry.worker.pass_units import Passes, how_to_search
 from tests.engine import counted
 from tests.engine.cluster import RayCluster
 
@@ -100,7 +102,8 @@ def _cluster(home: Path, digest: str) -> Iterator[RayCluster]:
 
 def _engine(home: Path, cluster: RayCluster, runners: int) -> WorkerEngine:
     known = EngineSettings(kind="ray", address=cluster.address, token_path=cluster.token_path, runners=runners)
-    return WorkerEngine(Settings(home=home, storage=LocalStorage(), engine=known))
+    settings = Settings(home=home, storage=LocalStorage(), engine=known)
+    return WorkerEngine(settings, open_store(settings, None))
 
 
 def _units_that_do_nothing(engine: WorkerEngine, home: Path, count: int) -> float:
@@ -142,6 +145,10 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
             node.store.put(file.sha256, path)
         files.append(own)
     problem = Problem(load=cache(lambda: load_model(chosen.base)), members=members, effort=effort, as_adapter=True)
+    rows = [
+        {"name": one.name, "weight": one.weight.to_json(), "suite": one.suite.to_json(), "files": to_rows(own)}
+        for one, own in zip(members, files, strict=True)
+    ]
     size_bytes = sum(spec.size_bytes for spec in architecture.tensors.values())
     hints = base_hints([f"file://{chosen.base.resolve()}"], size_bytes)
     print(f"\n### A search over {', '.join(names)}: {effort.search} and {effort.confirm} examples of each suite\n")
@@ -151,7 +158,9 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
         for runners in (1, 2) if number % 2 == 0 else (2, 1):
             node.results.sweep(datetime.now(UTC))
             held = Held(engines[runners])
-            measured, choice = _run(held, problem, digest, hints=hints, files=files)
+            key = share_architecture(node, architecture)
+            document = {"base": digest, "architecture": key, "members": rows, "guards": [], **how_to_search(problem)}
+            measured, choice = _run(held, problem, document, hints)
             times[runners].append(measured)
             choices.add(choice)
     for runners, rows in times.items():
@@ -162,11 +171,8 @@ def _search(chosen: Any, home: Path, digest: str, engines: dict[int, WorkerEngin
     print(f"two nodes are {ratio:.2f} times as fast; {len(choices)} choice{'s' * (len(choices) > 1)}")
 
 
-def _run(
-    held: Held, problem: Problem, digest: str, *, hints: dict[str, Any], files: list[list[ManifestFile]]
-) -> tuple[Times, str]:
-    document = Combined(base=digest, members=problem.members, files=files, guards=()).for_search(problem)
-    elsewhere = SpreadPasses(held, digest, document, hints, held.check)  # pyright: ignore[reportArgumentType]
+def _run(held: Held, problem: Problem, document: dict[str, Any], hints: dict[str, Any]) -> tuple[Times, str]:
+    elsewhere = Passes(held, document, hints, held.check)  # pyright: ignore[reportArgumentType]
     started = time.monotonic()
     report = optimize(problem, elsewhere=elsewhere)
     over = time.monotonic()

@@ -1,7 +1,7 @@
 """Examines a set of adapters: gathers the strongest available evidence and builds the report on it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from composer.conflicts.evidence.activations import MAX_PROMPTS, Activations, activations
 from composer.conflicts.evidence.bench import Elsewhere
@@ -30,7 +30,7 @@ class Evidence:
     probed on `k` to `most` examples, guards included, in this process or `elsewhere`. Otherwise, with prompts, their
     activations are compared. The suites' prompts are always compared. A fitted method is fitted on the `calibration`
     and probed on other examples; without a calibration it is not measured. The probe also leaves out examples that are
-    in `searched`. `progress` counts the probe's examples."""
+    in `searched`. `progress` counts the probe's examples. `spent_s` is the time that the probe took so far."""
 
     load: Callable[[], LoadedModel]
     suites: Sequence[Suite | None] = ()
@@ -42,6 +42,7 @@ class Evidence:
     searched: Sequence[CalibrationSet] = ()
     progress: Progress | None = None
     elsewhere: Elsewhere | None = None
+    spent_s: float = 0.0
 
 
 def examine(
@@ -105,7 +106,8 @@ def _measured(
         sets = [*evidence.searched, *(evidence.calibration.sets if evidence.calibration else ())]
         used_examples = used_in(sets, [*suites, *evidence.guards])
         counted = (used_examples, evidence.progress, evidence.elsewhere)
-        return probe(evidence.load, members, evidence.guards, effort, combine, *counted)
+        probed = probe(evidence.load, members, evidence.guards, effort, combine, *counted)
+        return replace(probed, seconds=evidence.spent_s + probed.seconds)
     if evidence.prompts:
         own = effective_weights(weights, how)
         taking_part = projected_off_protected(adapters, weights_of(weights), how, evidence.load().device)

@@ -37,7 +37,7 @@ class Combiner:
         self._progress(0)
         members = self._problem.members
         # In memory, each side of a tied weight is a separate module, whatever a merge does with it.
-        adapters, settings = [one.adapter for one in members], candidate.parsed.with_tied("untie")
+        adapters, settings = [one.loaded for one in members], candidate.parsed.with_tied("untie")
         weights = candidate.weights([one.weight for one in members])
         if self._problem.as_adapter:
             refuse_uncombinable(adapters, weights, settings)
@@ -93,7 +93,7 @@ def pass_runner(problem: Problem, progress: Callable[[int], None] = lambda _coun
     """Runs passes of the problem's search, and keeps what a fit observes for the next pass. Its calls raise what
     `Combiner.deltas` and `Runner` raise."""
     combiner = Combiner(problem, progress)
-    members = [Probed(one.adapter.name, one.adapter.deltas, one.weight, one.suite) for one in problem.members]
+    members = [Probed(one.name, one.loaded.deltas, one.weight, one.suite) for one in problem.members]
     rows = [(split.suite, example) for split in problem.splits.values() for example in (*split.search, *split.confirm)]
 
     def combined(who: str) -> Deltas:

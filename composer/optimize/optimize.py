@@ -23,6 +23,7 @@ from composer.conflicts.evidence.bench import (
 )
 from composer.conflicts.evidence.outcome import Outcome
 from composer.errors import Mismatch, NotSupported
+from composer.evaluation.hooks import Deltas
 from composer.evaluation.journal import JournalFile
 from composer.evaluation.measure import Measured
 from composer.findings import Verdict
@@ -32,7 +33,7 @@ from composer.optimize.candidates import Candidate, fitted, full_space, low_rank
 from composer.optimize.combiner import Combiner, FitOn
 from composer.optimize.evolution import Evolution
 from composer.optimize.objective import LEAST_GAIN, Standing, best_first, race, simplest_of_the_best
-from composer.optimize.problem import Problem, Split
+from composer.optimize.problem import Member, Problem, Split
 from composer.optimize.report import Confirmed, OptimizeReport, Tried, choose
 from composer.optimize.surface import Point, proposed
 
@@ -84,7 +85,7 @@ def optimize(
     contradictions = problem.contradictions()
     best, tried = ([], []) if contradictions else search.run(given)
     return OptimizeReport(
-        members=tuple(one.adapter.name for one in problem.members),
+        members=tuple(one.name for one in problem.members),
         choice=choose(best[:_BEST]),
         best=tuple(best),
         tried=tuple(tried),
@@ -97,6 +98,10 @@ def optimize(
         confirm_s=monotonic() - search.started - search.search_s,
         seed=problem.effort.seed,
     )
+
+
+def _deltas_of(member: Member) -> Deltas:
+    return () if isinstance(member.adapter, str) else member.adapter.deltas
 
 
 def expected_passes(problem: Problem, given: Sequence[Candidate] = ()) -> int:
@@ -114,7 +119,7 @@ class _Search:
     def __init__(self, problem: Problem, bench: Bench, progress: Callable[[int], None] = lambda _count: None) -> None:
         self.started, self.search_s = monotonic(), 0.0
         self.problem, self.limits, self.bench = problem, problem.limits, bench
-        self.members = [Probed(one.adapter.name, one.adapter.deltas, 1.0, one.suite) for one in problem.members]
+        self.members = [Probed(one.name, _deltas_of(one), 1.0, one.suite) for one in problem.members]
         self.combiner = Combiner(problem, progress)
         self.left_out: dict[str, str] = {}
         self._failure: Mismatch | NotSupported | None = None

@@ -59,11 +59,23 @@ _OF_THE_RESULT = ("rank", "energy", "tied")
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """An adapter to combine: its own weight, which is positive, and the suite of what it is for."""
+    """An adapter to combine: its own weight, which is positive, and the suite of what it is for. Its name is enough
+    where passes are run elsewhere."""
 
-    adapter: LoadedAdapter
+    adapter: LoadedAdapter | str
     suite: Suite
     weight: Weight = field(default_factory=Weight)
+
+    @property
+    def name(self) -> str:
+        return self.adapter if isinstance(self.adapter, str) else self.adapter.name
+
+    @property
+    def loaded(self) -> LoadedAdapter:
+        """The adapter. Raises TypeError for a name."""
+        if isinstance(self.adapter, str):
+            raise TypeError(f"{self.adapter} is not loaded: its passes are run elsewhere")
+        return self.adapter
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,7 @@ class Problem:
     @property
     def name(self) -> str:
         """Names the problem in a journal: what a result depends on beside the base's and the adapters' content."""
-        members = [[one.adapter.name, one.weight.to_json(), one.suite.digest] for one in self.members]
+        members = [[one.name, one.weight.to_json(), one.suite.digest] for one in self.members]
         return json.dumps([members, [guard.digest for guard in self.other_guards], self.effort.search])
 
     @property
@@ -138,7 +150,7 @@ class Problem:
 
     def contradictions(self) -> list[Contradiction]:
         """The pairs of members for which no single model can serve both."""
-        suites = {one.adapter.name: one.suite for one in self.members}
+        suites = {one.name: one.suite for one in self.members}
         return [one for one in contradicting_suites(suites) if one.share >= self.same_prompts]
 
     def check(self) -> None:
@@ -146,11 +158,11 @@ class Problem:
         NotSupported if the package that evolves weights is missing."""
         if self.effort.evolve:
             require_cmaes()
-        names = [one.adapter.name for one in self.members]
+        names = [one.name for one in self.members]
         if len(names) < 2 or len(set(names)) < len(names):
             message = f"A search needs at least two members with different names, not {names}."
             raise Mismatch("probe_members", message, subject="members")
         for one in self.members:
             if one.weight.value <= 0:
-                message = f"{one.adapter.name} has the weight {one.weight.value:g}: there is nothing of it to keep."
-                raise Mismatch("weights", message, subject=one.adapter.name, next_step="Give it a positive weight.")
+                message = f"{one.name} has the weight {one.weight.value:g}: there is nothing of it to keep."
+                raise Mismatch("weights", message, subject=one.name, next_step="Give it a positive weight.")

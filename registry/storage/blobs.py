@@ -10,6 +10,7 @@ from typing import Protocol, Self
 from composer.formats.checkpoints.files import StoredFile
 from registry.errors import NotFound
 from registry.formats.references import Digest
+from registry.storage.unit_results import UnitResults
 
 
 def blob_key(sha256: Digest) -> str:
@@ -191,6 +192,10 @@ class BlobStore(Protocol):
 
     def iterate(self) -> Iterator[BlobStat]:
         """Yields every blob that exists from before the call until its end, in any order."""
+        ...
+
+    def unit_results(self) -> UnitResults:
+        """The results of units of work, beside the blobs."""
         ...
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:

@@ -15,6 +15,7 @@ from registry.errors import NO_SPACE, Unavailable
 from registry.formats.references import Digest
 from registry.home import close_directory
 from registry.storage.blobs import BlobStat, Reader, blob_key, blob_missing
+from registry.storage.unit_results import MAX_RESULT_BYTES, WORK
 
 
 class LocalStore:
@@ -105,6 +106,9 @@ class LocalStore:
             if stat is not None:
                 yield stat
 
+    def unit_results(self) -> "LocalResults":
+        return LocalResults(self.directory)
+
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
         del keep  # an upload is a single request here
         return remove_stale(self.incoming.iterdir(), before)
@@ -134,6 +138,40 @@ class LocalWriter:
     def abort(self) -> None:
         self._file.close()
         self._path.unlink(missing_ok=True)
+
+
+class LocalResults:
+    """One file per result, which every process of the host, or of a shared file system, can read."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory / WORK
+
+    def read(self, key: str) -> bytes | None:
+        try:
+            with self._path(key).open("rb") as file:
+                return file.read(MAX_RESULT_BYTES)
+        except FileNotFoundError:
+            return None
+
+    def write(self, key: str, content: bytes) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=self._directory, prefix=".", delete=False) as file:
+            staged = Path(file.name)
+        try:
+            staged.write_bytes(content)
+            sync(staged)
+            staged.replace(self._path(key))
+        finally:
+            staged.unlink(missing_ok=True)
+
+    def delete(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+
+    def sweep(self, before: datetime) -> int:
+        return remove_stale(self._directory.glob("*"), before)
+
+    def _path(self, key: str) -> Path:
+        return self._directory / f"{key}.json"
 
 
 def unwritable(what: str, subject: str, error: OSError) -> Unavailable:

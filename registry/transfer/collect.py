@@ -36,7 +36,8 @@ from registry.transfer.uploads import ARRIVED
 
 _BATCH = 100
 _UPLOADS_BATCH = 1_000
-_SCRATCH = ("upload-*", "inspect-*", "signature-*", "backup-*", "stream-*")
+_SCRATCH = ("upload-*", "inspect-*", "signature-*", "backup-*", "stream-*", "evaluation-*", "conflicts-*")
+"""Below the work directory. Version 0.1 left the last two."""
 _UNTRACKED = {"synchronize_session": False}
 _JOURNALS = ("cache", "eval")
 """Below the home directory."""
@@ -109,6 +110,20 @@ def remove_marked(resources: Resources) -> bool:
             raise
         return False
     return True
+
+
+def discard(resources: Resources, digests: Iterable[Digest]) -> None:
+    """Removes bytes at once that were made for a release which is not published. Keeps what has a row, or was announced
+    by others. While a collection runs, the bytes stay for a later one."""
+    run, now = uuid.uuid4().hex, resources.clock()
+    stats = [stat for digest in digests if (stat := resources.store.stat(digest)) is not None]
+    try:
+        with exclusive_collection(resources.database):
+            claimed = _claim_orphans(resources, run, now, {stat.sha256: stat.size_bytes for stat in stats})
+            _remove(resources, run, claimed, Collected())
+    except Conflict as error:
+        if error.code != "collecting":
+            raise
 
 
 def _take_down_expired(resources: Resources, now: datetime) -> int:

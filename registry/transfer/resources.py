@@ -16,7 +16,6 @@ from registry.settings import DATABASE_FILE, LocalStorage, S3Storage, Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.local import LocalStore
 from registry.storage.recent import RecentStats
-from registry.storage.unit_results import LocalResults, UnitResults
 
 
 def utc_now() -> datetime:
@@ -81,14 +80,3 @@ def open_store(settings: Settings, database: Database | None) -> BlobStore:
             from registry.transfer.store_facts import DatabaseRecord
 
             return S3Store(storage, DatabaseRecord(database, storage, utc_now) if database else None)
-
-
-def open_unit_results(settings: Settings) -> UnitResults:
-    """Opens the store of units' results, beside the blobs."""
-    match settings.storage:
-        case LocalStorage():
-            return LocalResults(settings.store_directory)
-        case S3Storage() as storage:
-            from registry.storage.s3.unit_results import S3Results
-
-            return S3Results(storage)

@@ -1,6 +1,5 @@
 """A composition as its steps see it: read again by each step, so that any step can be the first after a crash."""
 
-import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +8,11 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from composer.formats.checkpoints.checkpoint import Architecture, Checkpoint
+from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.recipes.calibration_sets import CalibrationSet
 from composer.formats.recipes.methods import AnySettings, parse_settings
 from composer.formats.recipes.recipe import Lock, Recipe, parse_recipe
 from composer.formats.recipes.suite import Suite as SuiteContent
-from composer.formats.recipes.weights import Weight
 from registry.database.tables import Base
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import bases, suites
@@ -23,7 +21,6 @@ from registry.domain.compositions import compositions, locking
 from registry.domain.jobs.queue import Amount
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_reference
-from registry.storage.blobs import BlobStore
 from registry.transfer import publishing, uploads
 from registry.worker.runner import JobRun
 from registry.worker.workspace import work_of
@@ -39,7 +36,6 @@ class Output:
 
     target: str
     kind: Kind
-    directory: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +57,9 @@ class CompositionRun:
         return parse_settings(self.lock.method, self.lock.settings)
 
     @property
-    def adapter_directory(self) -> Path:
-        return self.directory / "adapter"
-
-    @property
-    def model_directory(self) -> Path:
-        return self.directory / "model"
+    def names(self) -> list[str]:
+        """The inputs as REPO:VERSION."""
+        return [f"{locked.repository}:{locked.version}" for locked in self.lock.inputs]
 
     @property
     def results_file(self) -> Path:
@@ -90,11 +83,8 @@ class CompositionRun:
     @property
     def outputs(self) -> list[Output]:
         """The adapter and the model to publish, as far as the recipe names them."""
-        made = (
-            (self.recipe.adapter, Kind.ADAPTER, self.adapter_directory),
-            (self.recipe.model, Kind.MODEL, self.model_directory),
-        )
-        return [Output(target, kind, directory) for target, kind, directory in made if target]
+        made = ((self.recipe.adapter, Kind.ADAPTER), (self.recipe.model, Kind.MODEL))
+        return [Output(target, kind) for target, kind in made if target]
 
     @property
     def evaluated(self) -> list[str]:
@@ -131,38 +121,10 @@ class CompositionRun:
         contents = suites_named(held, [row["suite_digest"] for row in rows])
         return [CalibrationSet(content, len(row["examples"])) for content, row in zip(contents, rows, strict=True)]
 
-    def members(self, held: JobRun) -> list[tuple[Path, Weight]]:
-        """Each input's directory, with its files verified, and its weight with its rules."""
-        members: list[tuple[Path, Weight]] = []
-        for locked, files in zip(self.lock.inputs, self.files, strict=True):
-            held.check()
-            directory = self.directory / "inputs" / locked.commit  # this directory name ends up in adaptory.json
-            publishing.materialise(held.resources.store, files, directory)
-            members.append((directory, locked.weighted))
-        return members
-
-    def base_checkpoint(self, held: JobRun) -> Checkpoint:
-        """The base's checkpoint on this host."""
-        return verified_base(held, self.lock.base, self.locations, self.base_bytes)
-
     @property
     def base_bytes(self) -> int:
         """The size of the base's tensors."""
         return sum(spec.size_bytes for spec in self.architecture.tensors.values())
-
-
-def verified_base(held: JobRun, digest: str, locations: Sequence[str], size_bytes: int) -> Checkpoint:
-    """A base's checkpoint on this host, downloaded if a location is on a hub. Verifies its weights: the files at a
-    location may have changed."""
-    return held.engine.bases.open_verified(digest, locations, size_bytes, held.check)
-
-
-def fetch_adapter(store: BlobStore, files: Sequence[ManifestFile], directory: Path) -> None:
-    """Writes an adapter's files from the store to the directory, whole or not at all."""
-    staging = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # a process that was killed may have left files of another fit
-    publishing.materialise(store, files, staging)
-    staging.replace(directory)
 
 
 def register_files(held: JobRun, target: str, files: Sequence[ManifestFile]) -> None:
@@ -216,6 +178,11 @@ class ProgressCount:
         self._held, self._unit, self._total, self._done = held, unit, total, 0
         self._lock = threading.Lock()
 
+    @property
+    def done(self) -> int:
+        """What is counted so far."""
+        return self._done
+
     def __call__(self, count: int) -> None:
         with self._lock:
             self._done += count
@@ -227,6 +194,8 @@ class ProgressCount:
         """What is done at least, by whatever process."""
         with self._lock:
             self._done = max(self._done, done)
+            if self._total:
+                self._total = max(self._total, self._done)
             self._write()
 
     def expect(self, total: int) -> None:

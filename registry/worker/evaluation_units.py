@@ -1,19 +1,21 @@
-"""Evaluations spread over nodes: each unit is a slice of a suite's examples, on a base with an adapter or without."""
+"""Evaluations as units: each measures a slice of a suite's examples, on a base with an adapter or without."""
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from composer.formats.recipes.elsewhere import HarnessTask
 from composer.formats.recipes.suite import Example, Suite
 from registry.errors import Unavailable
 from registry.formats.manifest import ManifestFile
-from registry.transfer.publishing import materialise
+from registry.transfer.collect import evaluation_journal
+from registry.worker.composition import ProgressCount
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
-from registry.worker.node_files import from_rows, to_rows
+from registry.worker.harness import measure_task
+from registry.worker.node_files import fetched, to_rows
 from registry.worker.node_models import base_checkpoint, base_hints, loaded_base, needs_of_model
 from registry.worker.runner import JobRun
 
@@ -22,13 +24,10 @@ if TYPE_CHECKING:
     from composer.evaluation.evaluate import Result as ExampleResult
     from composer.evaluation.model import LoadedModel
 
-SLICE = 32
-"""Examples of one unit: seconds of a small model, minutes of a large one."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examined:
-    """What nodes measure: a base, by its digest and where it is, with an adapter of these files, or a `model` of
+    """What units measure: a base, by its digest and where it is, with an adapter of these files, or a `model` of
     them."""
 
     base: str
@@ -43,37 +42,52 @@ class Examined:
             return needs_of_model(self.base, self.hints)
         return needs_of_model(None, base_hints((), sum(file.size_bytes for file in self.files)))
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What it adds to the content of a unit."""
+        return {"base": self.base, "files": to_rows(self.files), "model": self.model}
 
-def examine_on_nodes(
-    held: JobRun, examined: Examined, suite: Suite, examples: Sequence[Example], progress: Callable[[int], None]
+
+def examine(
+    held: JobRun, examined: Examined, suite: Suite, examples: Sequence[Example], progress: ProgressCount
 ) -> "list[ExampleResult]":
-    """The result of each of the examples, in order. `progress` gets the number of examples just done. Raises as
-    `composer.evaluation.evaluate.examine` does."""
+    """The result of each of the examples, in order. Raises as `composer.evaluation.evaluate.examine` does."""
     from composer.evaluation.evaluate import Result as ExampleResult
     from composer.evaluation.scorers.scorer import package_of
 
     document = suite.to_json() | {"examples": [example.to_json() for example in examples]}
-    measured = {"base": examined.base, "files": to_rows(examined.files), "model": examined.model}
     scorer = {"scorers": held.resources.settings.scorers, "package": package_of(suite.scoring)}
-    content = {**measured, **scorer}
-    asked = held.engine.node.share(json.dumps(document, sort_keys=True).encode())
+    shared = held.engine.node.share(json.dumps(document, sort_keys=True).encode())
+    size, before = held.engine.slice_examples, progress.done
     units = [
         Unit(
-            name=f"{suite.name}, examples {begin + 1} to {min(begin + SLICE, len(examples))}",
-            content={**content, "suite": asked, "begin": begin, "end": min(begin + SLICE, len(examples))},
+            name=f"{suite.name}, examples {begin + 1} to {end}",
+            content={**examined.content, **scorer, "suite": shared, "begin": begin, "end": end},
             hints=examined.hints,
         )
-        for begin in range(0, len(examples), SLICE)
+        for begin in range(0, len(examples), size)
+        for end in [min(begin + size, len(examples))]
     ]
     results: dict[int, list[ExampleResult]] = {}
-    for unit, result in held.engine.map(EVALUATE, units, examined.needs, held.check):
+    for unit, result in held.engine.map(EVALUATE, units, examined.needs, progress):
         results[unit.content["begin"]] = [ExampleResult(**row) for row in result["results"]]
-        progress(len(result["results"]))
+        progress.reached(before + sum(map(len, results.values())))
     return [one for begin in sorted(results) for one in results[begin]]
 
 
-def _run(node: Node, unit: Unit, _count: Count) -> Result:
-    from composer.evaluation.evaluate import examine
+def run_harness(held: JobRun, examined: Examined, task: HarnessTask, progress: ProgressCount) -> Result:
+    """The `scores` of a task of lm-evaluation-harness, and the `examples` of their `metric`. Raises what
+    `measure_task` raises."""
+    before, code = progress.done, {"job": held.job_id}  # the code of a task is not part of its content
+    content = {**examined.content, **code, "suite": held.engine.node.share(json.dumps(task.to_json()).encode())}
+    unit = Unit(name=task.name, content=content, hints=examined.hints)
+    ((_, result),) = held.engine.map(HARNESS, [unit], examined.needs, progress)
+    progress.reached(before + task.count)
+    return result
+
+
+def _run(node: Node, unit: Unit, count: Count) -> Result:
+    from composer.evaluation.journal import ResultJournal, examine_rest
     from composer.evaluation.scorers.scorer import package_of
 
     content = unit.content
@@ -86,10 +100,19 @@ def _run(node: Node, unit: Unit, _count: Count) -> Result:
             subject=suite.name,
             next_step="Install the same version of the scorer's package on every node and worker.",
         )
-    examples = suite.examples[content["begin"] : content["end"]]
-    loaded, deltas = _subject(node, content, unit.hints)
-    results = examine(loaded, suite, deltas, examples, node.settings.enabled_scorers)
+    examples, key = suite.examples[content["begin"] : content["end"]], EVALUATE.key(unit)
+    journal = ResultJournal(evaluation_journal(node.settings, key), key)
+    count(len(examples) - len(journal.missing(examples)))
+    scorers = node.settings.enabled_scorers
+    results = examine_rest(lambda: _subject(node, content, unit.hints), suite, examples, journal, scorers, count)
+    journal.discard()
     return {"results": [asdict(one) for one in results]}
+
+
+def _run_harness(node: Node, unit: Unit, count: Count) -> Result:
+    task = HarnessTask.model_validate(json.loads(node.shared(unit.content["suite"])))
+    named = {name: unit.content[name] for name in ("base", "files", "model", "job")}
+    return measure_task(node, task, lambda: _subject(node, unit.content, unit.hints), json.dumps(named), count)
 
 
 def _subject(node: Node, content: Mapping[str, Any], hints: Mapping[str, Any]) -> "tuple[LoadedModel, Sequence[Delta]]":
@@ -100,17 +123,13 @@ def _subject(node: Node, content: Mapping[str, Any], hints: Mapping[str, Any]) -
     base, files = content["base"], content["files"]
     key = hashlib.sha256(json.dumps([base, files]).encode()).hexdigest()[:16]
 
-    def downloaded() -> Path:
-        directory = node.kept_directory(key)
-        materialise(node.store, from_rows(files), directory)
-        return directory
-
     def deltas() -> "Sequence[Delta]":
-        return load_deltas(downloaded(), base_checkpoint(node, base, hints).architecture).deltas
+        return load_deltas(fetched(node, files), base_checkpoint(node, base, hints).architecture).deltas
 
     if content["model"]:
-        return node.kept("model", key, lambda: load_model(downloaded())), ()
+        return node.kept("model", key, lambda: load_model(fetched(node, files))), ()
     return loaded_base(node, base, hints), node.kept("deltas", key, deltas) if files else ()
 
 
 EVALUATE = Task(name="evaluate", version=1, run=_run, intact=always_intact)
+HARNESS = Task(name="harness", version=1, run=_run_harness, intact=always_intact)

@@ -1,12 +1,12 @@
-"""Tasks of lm-evaluation-harness on a worker that has the extra `eval`, if it makes the same content of them."""
+"""Tasks of lm-evaluation-harness on a host that has the extra `eval`, if it makes the same content of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.errors import NotSupported
 from composer.formats.recipes.elsewhere import HarnessTask
+from registry.transfer.collect import evaluation_journal
+from registry.worker.engine.units import Count, Node, Result
 
 if TYPE_CHECKING:
     from composer.deltas.delta import Delta
@@ -14,66 +14,54 @@ if TYPE_CHECKING:
     from composer.evaluation.harness_model import HarnessModel
     from composer.evaluation.model import LoadedModel
 
-Row = dict[str, Any]
+_Subject = Callable[[], "tuple[LoadedModel, Sequence[Delta]]"]
 
 
-@dataclass(slots=True)
-class Harness:
-    """Loads each task once, from a directory of YAML files or those of the harness."""
+def measure_task(node: Node, suite: HarnessTask, subject: _Subject, identity: str, progress: Count) -> Result:
+    """The suite's scores, and what is measured of each example. `identity` names the subject; answers are kept by it,
+    so that a task goes on where it ended, and a group has those of its tasks. `progress` gets the number of documents
+    just done.
 
-    directory: Path | None
-    _plans: "dict[str, Plan]" = field(default_factory=dict[str, "Plan"])
+    Raises NotSupported without the harness, and if it makes other content of the task.
+    """
+    plan = node.kept("harness", suite.digest, lambda: _plan(node, suite))
+    from composer.evaluation.harness import run_group, source
+    from composer.evaluation.harness_model import AnswerJournal, HarnessModel
 
-    def measure(
-        self,
-        suite: HarnessTask,
-        subject: "Callable[[], tuple[LoadedModel, Sequence[Delta]]]",
-        journal: Callable[[str], tuple[Path, str]],
-        progress: Callable[[int], None],
-    ) -> "tuple[list[Row], Outcome]":
-        """The suite's scores. `journal` gives the file of what is answered of a suite by its digest, and the identity
-        of its rows; `progress` gets the number of documents just done.
+    def run(task: "LoadedTask") -> "Outcome":
+        own = f"{identity} {task.suite.digest}"
+        journal = AnswerJournal(evaluation_journal(node.settings, own), own)
+        return _run(model, task, deltas, journal, progress)
 
-        Raises NotSupported without the harness, and if it makes other content of the task.
-        """
-        plan = self._plan(suite)
-        from composer.evaluation.harness import run_group, source
-        from composer.evaluation.harness_model import HarnessModel
+    loaded, deltas = subject()
+    model = HarnessModel(loaded)
+    outcomes = {name: run(one) for name, one in plan.tasks.items()}
+    tasks = {one.suite.digest: name for name, one in plan.tasks.items()}
+    groups = {one.suite.digest: one for one in plan.groups}
+    digest = suite.digest
+    outcome = outcomes[tasks[digest]] if digest in tasks else run_group(groups[digest], outcomes)
+    scores = [{**score.to_json(), "source": source()} for score in outcome.scores]
+    return {"scores": scores, "examples": outcome.examples, "metric": outcome.metric}
 
-        loaded, deltas = subject()
-        model = HarnessModel(loaded)
-        outcomes = {name: _run(model, one, deltas, journal, progress) for name, one in plan.tasks.items()}
-        tasks = {one.suite.digest: name for name, one in plan.tasks.items()}
-        groups = {one.suite.digest: one for one in plan.groups}
-        digest = suite.digest
-        outcome = outcomes[tasks[digest]] if digest in tasks else run_group(groups[digest], outcomes)
-        return [{**score.to_json(), "source": source()} for score in outcome.scores], outcome
 
-    def _plan(self, suite: HarnessTask) -> "Plan":
-        if suite.digest not in self._plans:
-            try:
-                from composer.evaluation.harness import load_suite
+def _plan(node: Node, suite: HarnessTask) -> "Plan":
+    try:
+        from composer.evaluation.harness import load_suite
 
-                self._plans[suite.digest] = load_suite(suite, self.directory)
-            except ModuleNotFoundError as error:
-                raise NotSupported(
-                    "harness_missing",
-                    f"{suite.name} is a task of lm-evaluation-harness, which this worker does not have.",
-                    subject=suite.name,
-                ) from error
-        return self._plans[suite.digest]
+        return load_suite(suite, node.settings.harness_path)
+    except ModuleNotFoundError as error:
+        raise NotSupported(
+            "harness_missing",
+            f"{suite.name} is a task of lm-evaluation-harness, which this worker does not have.",
+            subject=suite.name,
+        ) from error
 
 
 def _run(
-    model: "HarnessModel",
-    task: "LoadedTask",
-    deltas: "Sequence[Delta]",
-    journal: Callable[[str], tuple[Path, str]],
-    progress: Callable[[int], None],
+    model: "HarnessModel", task: "LoadedTask", deltas: "Sequence[Delta]", journal: Any, progress: Count
 ) -> "Outcome":
     """Runs a task. Reports progress in documents of the suite, although the harness counts requests."""
     from composer.evaluation.harness import run_task
-    from composer.evaluation.harness_model import AnswerJournal
 
     counted = 0
 
@@ -83,4 +71,4 @@ def _run(
         progress(documents - counted)
         counted = documents
 
-    return run_task(model, task, deltas, AnswerJournal(*journal(task.suite.digest)), answered)
+    return run_task(model, task, deltas, journal, answered)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.recipes.suite import Example, Suite
@@ -18,10 +17,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is measured: an adapter on the base, or the merged model, by its directory on this host and its files in the
-    store; the base itself without them."""
+    """What is measured: an adapter on the base, or the merged model, by its files in the store; the base itself without
+    them."""
 
-    directory: Path | None = None
     files: Sequence[ManifestFile] = ()
     merged: bool = False
 

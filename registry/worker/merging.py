@@ -4,7 +4,8 @@ plan    which shards there are: from the base's headers and the adapters
 shard   one shard, streamed from the base to a blob; it reads every tensor of the base's file, and returns their hashes
 texts   the small files beside the weights, once all shards are there
 
-Together the hashes prove which base was merged, before anything is published.
+Together the hashes prove which base was merged, before anything is published. A quantized base is decoded from files of
+one host, so that one unit merges it on a disk.
 """
 
 import hashlib
@@ -15,22 +16,22 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from composer.errors import Mismatch
-from composer.formats.checkpoints.checkpoint import local_directory
+from composer.formats.checkpoints.checkpoint import Checkpoint, local_directory
 from composer.formats.checkpoints.files import StoredFile
 from composer.formats.checkpoints.hashing import weights_digest
 from composer.formats.recipes.rounding import Rounding
 from composer.formats.recipes.weights import parse_weight
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
-from registry.hub_client.address import SCHEME as HUB
 from registry.storage.blobs import BlobWriter
 from registry.transfer import uploads
 from registry.transfer.bases import in_buckets, open_in_bucket
-from registry.worker.composition import CompositionRun, ProgressCount, register_files
+from registry.worker.combine_units import combined_adapter, member_rows
+from registry.worker.composition import CompositionRun, ProgressCount
 from registry.worker.engine.protocol import Needs
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
-from registry.worker.node_files import Row, are_stored, from_rows, member_directory, store_directory, to_rows
-from registry.worker.node_models import PROCESS_BYTES, base_hints, everywhere, opened_checkpoint
+from registry.worker.node_files import Row, are_stored, fetched, from_rows, store_directory, to_rows
+from registry.worker.node_models import PROCESS_BYTES, base_checkpoint, base_hints, everywhere, opened_checkpoint
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
@@ -47,30 +48,24 @@ class StoredModel:
     report: Row
 
 
-def is_streamed(held: JobRun, work: CompositionRun) -> bool:
-    """Whether units stream the merge into the store: on the nodes of a cluster always. In this process only if the base
-    is in a bucket alone, and no suite is going to load the model."""
-    if held.engine.spreads:
-        return True
-    if work.evaluated and not work.recipe.adapter:
-        return False
-    near = local_directory(work.locations) is not None or any(url.startswith(HUB) for url in work.locations)
-    return not near and not work.settings.pipeline.fitted and bool(in_buckets(work.locations))
-
-
-def stored_model(held: JobRun, work: CompositionRun, adapter: Sequence[ManifestFile]) -> StoredModel:
-    """The merged model, made by the units that have not ended yet. `adapter` has the files of a fitted adapter, which
-    the model is made from.
+def merged_model(held: JobRun, work: CompositionRun) -> StoredModel:
+    """The merged model, made by the units that have not ended yet.
 
     Raises Mismatch unless all that the units have read is the locked base, and what the units raise.
     """
-    started, target = monotonic(), work.recipe.model or ""
-    merge = _content(work, adapter)
+    started = monotonic()
+    merge = _content(work, combined_adapter(held, work) if work.settings.pipeline.fitted else ())
     own = {**merge, "composition": work.composition_id}  # a location may have other headers and texts next time
     hints = base_hints(work.locations, work.base_bytes)
     needs = Needs(memory_bytes=PROCESS_BYTES, base=None if everywhere(hints) else work.lock.base)
     ((_, plan),) = held.engine.map(PLAN, [Unit(name="plan", content=own, hints=hints)], needs, held.check)
     count = ProgressCount(held, "bytes", sum(shard["size_bytes"] for shard in plan["shards"]))
+    if plan["decoded"]:
+        unit = Unit(name="merge", content={**own, "note": work.note}, hints=hints)
+        ((_, made),) = held.engine.map(MERGE, [unit], needs, count)
+        files = from_rows(made["files"])
+        held.made.update(file.sha256 for file in files)
+        return StoredModel(files=files, report=made["report"])
     units = [
         Unit(name=shard["file"], content={**merge, "file": shard["file"], "layout": shard["layout"]}, hints=hints)
         # The longest first: one begun last would leave the other nodes idle.
@@ -78,7 +73,7 @@ def stored_model(held: JobRun, work: CompositionRun, adapter: Sequence[ManifestF
     ]
     rows: dict[str, Row] = {}
     for unit, row in held.engine.map(SHARD, units, needs, count):
-        register_files(held, target, [file_of(row)])
+        held.made.add(file_of(row).sha256)
         rows[unit.name] = row
         count.reached(sum(row["size_bytes"] for row in rows.values()))
     ordered = [rows[shard["file"]] for shard in plan["shards"]]
@@ -91,7 +86,7 @@ def stored_model(held: JobRun, work: CompositionRun, adapter: Sequence[ManifestF
     content = {**own, "shards": shards, "note": work.note}
     ((_, texts),) = held.engine.map(TEXTS, [Unit(name="texts", content=content, hints=hints)], needs, held.check)
     small = from_rows(texts["files"])
-    register_files(held, target, small)
+    held.made.update(file.sha256 for file in small)
     report = {**texts["report"], "seconds": monotonic() - started}
     return StoredModel(files=[*(file_of(row) for row in ordered), *small], report=report)
 
@@ -121,13 +116,9 @@ def _content(work: CompositionRun, adapter: Sequence[ManifestFile]) -> Row:
     lock = work.lock
     how: Row = {"base": lock.base, "dtype": lock.dtype, "rounding": asdict(lock.rounding) if lock.rounding else None}
     if work.settings.pipeline.fitted:  # reuse the fitted factors: another fit would differ in the last bits
-        members = [{"name": work.adapter_directory.name, "weight": 1.0, "files": to_rows(adapter)}]
+        members = [{"name": "adapter", "weight": 1.0, "files": to_rows(adapter)}]
         return {**how, "method": "stack", "settings": None, "members": members}
-    members = [
-        {"name": locked.commit, "weight": locked.weighted.to_json(), "files": to_rows(files)}
-        for locked, files in zip(lock.inputs, work.files, strict=True)
-    ]
-    return {**how, "method": lock.method, "settings": lock.settings, "members": members}
+    return {**how, "method": lock.method, "settings": lock.settings, "members": member_rows(work)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,19 +138,21 @@ def _planned(node: Node, unit: Unit) -> "MergePlan":
     key = hashlib.sha256(json.dumps([merge, unit.hints], sort_keys=True).encode()).hexdigest()
 
     def plan() -> "MergePlan":
-        from composer.merge.plan import plan_merge
-
-        directory = node.kept_directory(f"merge-{key[:16]}")
         locations: list[str] = unit.hints["locations"]
         if local_directory(locations) is None and (buckets := in_buckets(locations)):
-            checkpoint = open_in_bucket(node.settings, buckets[0], directory / "base")
-        else:
-            checkpoint = opened_checkpoint(node, merge["base"], unit.hints)
-        members = [(member_directory(node, directory, one), parse_weight(one["weight"])) for one in merge["members"]]
-        rounding = Rounding(**merge["rounding"]) if merge["rounding"] else None
-        return plan_merge(checkpoint, members, merge["method"], merge["settings"], merge["dtype"], rounding)
+            directory = node.kept_directory(f"merge-{key[:16]}")
+            return _plan_of(node, merge, open_in_bucket(node.settings, buckets[0], directory / "base"))
+        return _plan_of(node, merge, opened_checkpoint(node, merge["base"], unit.hints))
 
     return node.kept("plan", key, plan)
+
+
+def _plan_of(node: Node, merge: Mapping[str, Any], checkpoint: Checkpoint) -> "MergePlan":
+    from composer.merge.plan import plan_merge
+
+    members = [(fetched(node, one["files"], one["name"]), parse_weight(one["weight"])) for one in merge["members"]]
+    rounding = Rounding(**merge["rounding"]) if merge["rounding"] else None
+    return plan_merge(checkpoint, members, merge["method"], merge["settings"], merge["dtype"], rounding)
 
 
 def _plan(node: Node, unit: Unit, _count: Count) -> Result:
@@ -173,7 +166,8 @@ def _plan(node: Node, unit: Unit, _count: Count) -> Result:
         }
         for shard in plan.shards
     ]
-    return {"shards": shards}
+    decoded = any(tensor.decoded for shard in plan.shards for tensor in shard.tensors)
+    return {"shards": shards, "decoded": decoded}
 
 
 def layout_of(plan: "MergePlan", shard: "ShardPlan") -> str:
@@ -225,6 +219,17 @@ def _texts(node: Node, unit: Unit, _count: Count) -> Result:
     return {"files": to_rows(files), "report": {**report, "server_copied_bytes": copied}}
 
 
+def _merge(node: Node, unit: Unit, count: Count) -> Result:
+    from composer.merge.run import run_merge
+
+    checkpoint = base_checkpoint(node, unit.content["base"], unit.hints)
+    with node.scratch() as directory:
+        plan = _plan_of(node, unit.content, checkpoint)
+        report = run_merge(plan, directory / "model", progress=count, note=unit.content["note"]).to_json()
+        del report["out_dir"]
+        return {"files": to_rows(store_directory(node, directory / "model")), "report": report}
+
+
 def _written(shards: Sequence["StreamedShard"]) -> "Written":
     from composer.merge.shards import Written
 
@@ -242,10 +247,11 @@ def _shard_is_stored(node: Node, result: Result) -> bool:
     return are_stored(node, [file_of(result)])
 
 
-def _texts_are_stored(node: Node, result: Result) -> bool:
+def _files_are_stored(node: Node, result: Result) -> bool:
     return are_stored(node, from_rows(result["files"]))
 
 
-PLAN = Task(name="merge plan", version=1, run=_plan, intact=always_intact)
+PLAN = Task(name="merge plan", version=2, run=_plan, intact=always_intact)
 SHARD = Task(name="merge shard", version=1, run=_stream, intact=_shard_is_stored)
-TEXTS = Task(name="merge texts", version=1, run=_texts, intact=_texts_are_stored)
+TEXTS = Task(name="merge texts", version=1, run=_texts, intact=_files_are_stored)
+MERGE = Task(name="merge on a disk", version=1, run=_merge, intact=_files_are_stored)

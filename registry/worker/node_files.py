@@ -1,14 +1,22 @@
 """Files of units: named by rows of JSON, read from the store and written to it. Nodes have no database."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.hashing import hash_file
+from composer.formats.checkpoints.header import TensorSpec
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
 from registry.transfer.publishing import materialise
 from registry.worker.engine.units import Node
+
+if TYPE_CHECKING:
+    from composer.deltas.variants.load import LoadedAdapter
 
 Row = dict[str, Any]
 
@@ -29,12 +37,20 @@ def are_stored(node: Node, files: Sequence[ManifestFile]) -> bool:
     return all(one and one.size_bytes == file.size_bytes for one, file in zip(stored, files, strict=True))
 
 
-def member_directory(node: Node, directory: Path, member: Mapping[str, Any]) -> Path:
-    """An adapter's directory below `directory`, filled from the store. Its name, which is the member's, ends up in
-    adaptory.json."""
-    own = directory / "inputs" / member["name"]
-    materialise(node.store, from_rows(member["files"]), own)
-    return own
+def fetched(node: Node, rows: Sequence[Sequence[Any]], name: str = "files") -> Path:
+    """A directory with the files of `rows`, written once by this process. Its `name` ends up in the adaptory.json of
+    what is made of an adapter."""
+    key = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    directory = node.kept_directory(f"files-{key}") / name
+    materialise(node.store, from_rows(rows), directory)
+    return directory
+
+
+def loaded_adapter(node: Node, member: Mapping[str, Any], architecture: Architecture) -> "LoadedAdapter":
+    """The adapter of a member's `files`, under the member's `name`."""
+    from composer.deltas.variants.load import load_deltas
+
+    return replace(load_deltas(fetched(node, member["files"]), architecture), name=member["name"])
 
 
 def store_directory(node: Node, directory: Path) -> list[ManifestFile]:
@@ -45,3 +61,19 @@ def store_directory(node: Node, directory: Path) -> list[ManifestFile]:
         files.append(ManifestFile(path.relative_to(directory).as_posix(), size_bytes, digest))
         node.store.put(digest, path, move=True)
     return files
+
+
+def share_architecture(node: Node, architecture: Architecture) -> str:
+    """Keeps a base's architecture for units that combine adapters without the base. Returns its key."""
+    tensors = [[name, spec.dtype, spec.shape] for name, spec in architecture.tensors.items()]
+    return node.share(json.dumps([architecture.model_type, architecture.tied, tensors]).encode())
+
+
+def shared_architecture(node: Node, key: str) -> Architecture:
+    """The architecture under the key of `share_architecture`."""
+
+    def read() -> Architecture:
+        model_type, tied, tensors = json.loads(node.shared(key))
+        return Architecture(model_type, tied, {name: TensorSpec(dtype, tuple(shape)) for name, dtype, shape in tensors})
+
+    return node.kept("architecture", key, read)

@@ -1,6 +1,6 @@
 """Models that a process keeps between the units that it runs: the base once, however many units measure on it."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.checkpoints.checkpoint import Checkpoint
@@ -18,18 +18,8 @@ _LOAD_SHARE = 1.25
 _REMOTE = ("hf://", "s3://")
 
 
-class OneModel:
-    """The model that was loaded last: two need not fit at a time."""
-
-    def __init__(self) -> None:
-        self._current: tuple[Hashable, LoadedModel] | None = None
-
-    def get(self, key: Hashable, load: "Callable[[], LoadedModel]") -> "LoadedModel":
-        """The model of the key, loaded if it was not the last one."""
-        if self._current is None or self._current[0] != key:
-            self._current = None
-            self._current = key, load()
-        return self._current[1]
+WITHOUT_MODEL = Needs(memory_bytes=PROCESS_BYTES)
+"""The needs of a unit that loads no model."""
 
 
 def base_hints(locations: Sequence[str], size_bytes: int) -> Row:

@@ -1,7 +1,7 @@
 """The step that searches for method, settings and weights, and writes its choice into the lock."""
 
 from dataclasses import replace
-from functools import cache
+from typing import NoReturn
 
 from composer.formats.recipes.policy import read_policy
 from composer.formats.recipes.recipe import Lock, Optimize
@@ -10,7 +10,7 @@ from registry.domain.compositions.locking import Choice
 from registry.errors import Refused
 from registry.transfer.collect import evaluation_journal
 from registry.worker.composition import CompositionRun, ProgressCount, composition_of, suites_named
-from registry.worker.pass_units import search_elsewhere
+from registry.worker.pass_units import search_passes
 from registry.worker.runner import JobRun
 
 
@@ -31,8 +31,6 @@ def optimize(held: JobRun) -> None:
 
 def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     """The lock with what the search chose and its evidence; without a choice, with the evidence alone."""
-    from composer.deltas.variants.load import load_deltas
-    from composer.evaluation.model import load_model
     from composer.optimize.candidates import Candidate
     from composer.optimize.optimize import expected_passes, optimize
     from composer.optimize.problem import Effort, Member, Problem
@@ -41,15 +39,11 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     suites = suites_named(held, [name or "" for name in work.member_suites])
     guards = [suite for suite in suites_named(held, work.recipe.evaluate) if suite.kind == "guard"]
     members = [
-        Member(
-            adapter=replace(load_deltas(directory, work.architecture), name=f"{locked.repository}:{locked.version}"),
-            suite=suite,
-            weight=weight,
-        )
-        for (directory, weight), locked, suite in zip(work.members(held), work.lock.inputs, suites, strict=True)
+        Member(adapter=name, suite=suite, weight=locked.weighted)
+        for name, locked, suite in zip(work.names, work.lock.inputs, suites, strict=True)
     ]
     problem = Problem(
-        load=cache(lambda: load_model(work.base_checkpoint(held).path)),
+        load=_no_base,
         members=members,
         guards=guards,
         effort=Effort.of(asked),
@@ -66,7 +60,7 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
     done = ProgressCount(held, "examples", expected_passes(problem, [own]))
     content = f"search {work.lock.base} {[one.commit for one in work.lock.inputs]} {problem.name}"
     journal = evaluation_journal(held.resources.settings, content)
-    report = optimize(problem, [own], journal, done, search_elsewhere(held, work, problem, done))
+    report = optimize(problem, [own], journal, done, search_passes(held, work, problem, done))
     choice, lock, evidence = report.choice, work.lock, document(report)
     if choice is None:
         return replace(lock, optimized=evidence)
@@ -81,3 +75,7 @@ def _searched(held: JobRun, work: CompositionRun, asked: Optimize) -> Lock:
             evidence=evidence,
         ),
     )
+
+
+def _no_base() -> NoReturn:
+    raise AssertionError("a search loads no base: its passes do")

@@ -1,114 +1,121 @@
-"""Searches and probes spread over nodes: each unit is one pass, some examples under one combination."""
+"""Searches and probes as units: each is one pass, some examples under one combination."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.suite import Suite
 from composer.formats.recipes.weights import parse_weight
-from registry.transfer.publishing import materialise
+from registry.worker.combine_units import calibration_of, calibration_rows, member_rows
 from registry.worker.composition import CompositionRun
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
-from registry.worker.fit_units import calibration_of, calibration_rows
-from registry.worker.node_files import Row, from_rows, to_rows
-from registry.worker.node_models import base_checkpoint, base_hints, loaded_base, needs_of_model
+from registry.worker.node_files import Row, loaded_adapter, share_architecture, shared_architecture
+from registry.worker.node_models import base_hints, loaded_base, needs_of_model
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
     from composer.conflicts.evidence.bench import Pass, PassRunner
-    from composer.conflicts.examine import Evidence
-    from composer.deltas.variants.load import LoadedAdapter
     from composer.evaluation.measure import Measured
     from composer.evaluation.model import LoadedModel
     from composer.optimize.problem import Member, Problem
 
 _NAME_CHARS = 60
+Named = tuple[str, list[list[str]]]
+"""A pass: which deltas, and [suite, example] by their digests for each example."""
+Progress = Callable[[int], None]
+"""Called with the number of examples just measured."""
 
 
-def _document(work: CompositionRun, members: "Sequence[Member]", guards: Sequence[Suite], how: Row) -> bytes:
-    """What passes combine, as nodes read it: the base, and adapters by their files, with their suites and weights.
-    `how` says what the passes are for."""
+def search_passes(held: JobRun, work: CompositionRun, problem: "Problem", progress: Progress) -> "Passes":
+    """The passes of a search."""
+    suites = [one.suite for one in problem.members]
+    return _passes(held, work, suites, problem.guards, how_to_search(problem), progress)
+
+
+def how_to_search(problem: "Problem") -> Row:
+    """What a document of passes says about the search that they are for."""
+    effort = {"search": problem.effort.search, "confirm": problem.effort.confirm, "seed": problem.effort.seed}
+    return {"for": "search", "effort": effort, "as_adapter": problem.as_adapter}
+
+
+def probe_passes(
+    held: JobRun, work: CompositionRun, suites: Sequence[Suite], guards: Sequence[Suite], progress: Progress
+) -> "Passes":
+    """The passes of a probe of the inputs on a suite of each."""
+    fitted = work.settings.pipeline.fitted
+    rows = calibration_rows(work.calibration_sets(held)) if fitted else None
+    how = {"for": "probe", "method": work.lock.method, "settings": work.lock.settings, "calibration": rows}
+    return _passes(held, work, suites, guards, how, progress)
+
+
+def _passes(
+    held: JobRun,
+    work: CompositionRun,
+    suites: Sequence[Suite],
+    guards: Sequence[Suite],
+    how: Row,
+    progress: Progress,
+) -> "Passes":
     rows = [
-        {"name": one.adapter.name, "weight": one.weight.to_json(), "suite": one.suite.to_json(),
-         "files": to_rows(files)}
-        for one, files in zip(members, work.files, strict=True)
-    ]  # fmt: skip
-    content = {"base": work.lock.base, "members": rows, "guards": [guard.to_json() for guard in guards]}
-    return json.dumps({**content, **how}, sort_keys=True).encode()
+        {**row, "name": name, "suite": suite.to_json()}
+        for row, name, suite in zip(member_rows(work), work.names, suites, strict=True)
+    ]
+    architecture = share_architecture(held.engine.node, work.architecture)
+    combined = {"base": work.lock.base, "architecture": architecture, "members": rows}
+    document = {**combined, "guards": [guard.to_json() for guard in guards], **how}
+    return Passes(held, document, base_hints(work.locations, work.base_bytes), progress)
 
 
-class SpreadPasses:
-    """Runs the passes of one document on the engine: `Elsewhere` for a search or a probe."""
+class Passes:
+    """Runs the passes of one document on the engine: `Elsewhere` for a search. The document has the `base`, its
+    `architecture` (a key), the `members` by their files, with suites and weights, the `guards`, and what the passes are
+    `for`."""
 
-    def __init__(self, held: JobRun, work: CompositionRun, document: bytes, progress: Callable[[int], None]) -> None:
-        self._held, self._base, self._progress = held, work.lock.base, progress
-        self._hints = base_hints(work.locations, work.base_bytes)
-        self._document = held.engine.node.share(document)
+    def __init__(self, held: JobRun, document: Row, hints: Row, progress: Progress) -> None:
+        self._held, self._base, self._hints, self._progress = held, document["base"], hints, progress
+        self._document = held.engine.node.share(json.dumps(document, sort_keys=True).encode())
 
     def measure(self, wanted: "Pass") -> "Sequence[Measured]":
-        ((_, result),) = self._mapped([wanted])
-        return _measured(result)
+        ((_, result),) = self.run([named(wanted)])
+        return measured_of(result)
 
     def spread(self, passes: "Sequence[Pass]") -> "Iterator[tuple[Pass, Sequence[Measured]]]":
-        for one, result in self._mapped(passes):
+        given = {json.dumps(named(one)): one for one in passes}
+        for wanted, result in self.run([named(one) for one in passes]):
             if "cannot" not in result:
-                yield one, _measured(result)
+                yield given[json.dumps(wanted)], measured_of(result)
 
-    def _mapped(self, passes: "Sequence[Pass]") -> "Iterator[tuple[Pass, Result]]":
-        units = {self._unit(one).name: (self._unit(one), one) for one in passes}
+    def run(self, wanted: Sequence[Named]) -> Iterator[tuple[Named, Result]]:
+        """Yields each pass with its result, as they end: `measured`, or why its combination `cannot` be made."""
+        units = {unit.name: (unit, one) for one in wanted for unit in [self._unit(one)]}
         needs = needs_of_model(self._base, self._hints)
         for unit, result in self._held.engine.map(PASS, [unit for unit, _ in units.values()], needs, self._held.check):
             one = units[unit.name][1]
-            self._progress(0 if "cannot" in result else len(one.asked))
+            self._progress(0 if "cannot" in result else len(one[1]))
             yield one, result
 
-    def _unit(self, wanted: "Pass") -> Unit:
-        asked = [[suite, example] for _, suite, example in wanted.keys]
-        content = {"document": self._document, "who": wanted.who, "asked": asked}
+    def _unit(self, wanted: Named) -> Unit:
+        who, asked = wanted
+        content = {"document": self._document, "who": who, "asked": asked}
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
-        return Unit(name=f"{wanted.who[:_NAME_CHARS]} {digest}", content=content, hints=self._hints)
+        return Unit(name=f"{who[:_NAME_CHARS]} {digest}", content=content, hints=self._hints)
 
 
-def search_elsewhere(
-    held: JobRun, work: CompositionRun, problem: "Problem", progress: Callable[[int], None]
-) -> SpreadPasses | None:
-    """Runs a search's passes on the nodes of an engine that has some; None for this process."""
-    if not held.engine.spreads:
-        return None
-    effort = {"search": problem.effort.search, "confirm": problem.effort.confirm, "seed": problem.effort.seed}
-    how = {"for": "search", "effort": effort, "as_adapter": problem.as_adapter}
-    return SpreadPasses(held, work, _document(work, problem.members, problem.guards, how), progress)
+def named(wanted: "Pass") -> Named:
+    """A pass as units name it."""
+    return wanted.who, [[suite, example] for _, suite, example in wanted.keys]
 
 
-def probe_elsewhere(
-    held: JobRun, work: CompositionRun, adapters: "Sequence[LoadedAdapter]", evidence: "Evidence"
-) -> SpreadPasses | None:
-    """Runs a probe's passes on the nodes of an engine that has some. None for this process, and without a probe."""
-    from composer.optimize.problem import Member
-
-    suites = [suite for suite in evidence.suites if suite is not None]
-    if not held.engine.spreads or not evidence.k or len(suites) < len(adapters):
-        return None
-    members = [
-        Member(adapter=adapter, suite=suite, weight=locked.weighted)
-        for adapter, suite, locked in zip(adapters, suites, work.lock.inputs, strict=True)
-    ]
-    rows = calibration_rows(evidence.calibration.sets) if evidence.calibration is not None else None
-    how = {"for": "probe", "method": work.lock.method, "settings": work.lock.settings, "calibration": rows}
-    document = _document(work, members, evidence.guards, how)
-    return SpreadPasses(held, work, document, evidence.progress or (lambda _count: None))
-
-
-def _measured(result: Result) -> "list[Measured]":
+def measured_of(result: Result) -> "list[Measured]":
+    """The results of a pass, by example. Raises the error of a combination that cannot be made."""
     from composer.errors import Mismatch, NotSupported
     from composer.evaluation.measure import Measured
 
     if "cannot" in result:
-        kind = {"Mismatch": Mismatch, "NotSupported": NotSupported}[result["cannot"].pop("kind")]
-        raise kind(**result["cannot"])
+        kinds, row = {"Mismatch": Mismatch, "NotSupported": NotSupported}, dict(result["cannot"])
+        raise kinds[row.pop("kind")](**row)
     return [Measured(nats, tokens, exact) for nats, tokens, exact in result["measured"]]
 
 
@@ -128,21 +135,16 @@ def _run(node: Node, unit: Unit, _count: Count) -> Result:
 def _opened(node: Node, document: str, hints: Mapping[str, Any]) -> "PassRunner":
     """The base and adapters of the document, ready for its passes."""
     content: Row = json.loads(node.shared(document))
-    members = [_member(node, content, f"{document[:16]}-{number}", hints, row) for number, row in
-               enumerate(content["members"])]  # fmt: skip
+    members = [_member(node, content, row) for row in content["members"]]
     guards = [Suite.from_json(guard) for guard in content["guards"]]
     runner = {"search": _search, "probe": _probe}[content["for"]]
     return runner(node, content, hints, members, guards)
 
 
-def _member(node: Node, content: Row, name: str, hints: Mapping[str, Any], row: Row) -> "Member":
-    from composer.deltas.variants.load import load_deltas
+def _member(node: Node, content: Row, row: Row) -> "Member":
     from composer.optimize.problem import Member
 
-    directory = node.kept_directory(name)
-    materialise(node.store, from_rows(row["files"]), directory)
-    architecture = base_checkpoint(node, content["base"], hints).architecture
-    adapter = replace(load_deltas(directory, architecture), name=row["name"])
+    adapter = loaded_adapter(node, row, shared_architecture(node, content["architecture"]))
     return Member(adapter=adapter, suite=Suite.from_json(row["suite"]), weight=parse_weight(row["weight"]))
 
 
@@ -159,7 +161,8 @@ def _search(
             guards=guards,
             effort=Effort(**content["effort"]),
             as_adapter=content["as_adapter"],
-        )
+        ),
+        node.check,
     )
 
 
@@ -174,9 +177,9 @@ def _probe(
 
     settings = parse_settings(content["method"], content["settings"])
     calibration = calibration_of(load, content["base"], content["calibration"], settings)
-    probed = [Probed(one.adapter.name, one.adapter.deltas, one.weight, one.suite) for one in members]
-    combine = by_method([one.adapter for one in members], settings, calibration, load().device)
-    return pass_runner(Runner(load), probed, guards, combine)
+    probed = [Probed(one.name, one.loaded.deltas, one.weight, one.suite) for one in members]
+    combine = by_method([one.loaded for one in members], settings, calibration, load().device)
+    return pass_runner(Runner(load, node.check), probed, guards, combine)
 
 
-PASS = Task(name="pass", version=1, run=_run, intact=always_intact)
+PASS = Task(name="pass", version=2, run=_run, intact=always_intact)

@@ -22,6 +22,7 @@ from registry.errors import RegistryError, Unavailable
 from registry.errors.codes import RETRYABLE
 from registry.errors.translation import of_failed_work
 from registry.formats.paths import document_without_directories, without_directories
+from registry.formats.references import Digest
 from registry.transfer.promotions import settle_due
 from registry.transfer.resources import Resources
 from registry.worker.engine.opened import WorkerEngine
@@ -66,6 +67,8 @@ class JobRun:
     is_own: bool = False
     """Whether a command runs its own job, and its user waits."""
     engine: WorkerEngine = field(kw_only=True)
+    made: set[Digest] = field(default_factory=set[Digest])
+    """Blobs that units have stored for releases which are not published yet."""
     _began_s: float = field(default_factory=time.monotonic)
     _step_began_s: float = 0.0
     _step: str = ""
@@ -140,7 +143,7 @@ class JobKind:
     """Steps by name. `clean` runs before the job is recorded as ended, and may run again."""
 
     steps: Mapping[str, Step]
-    clean: Step
+    clean: Step = lambda _held: None
 
 
 def run_worker(
@@ -187,7 +190,7 @@ def _work(
     worker = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:12]}"
     host = None if only is not None else Host(resources, kinds)
     sweep_at = unmet_at = 0.0
-    engine = WorkerEngine(resources.settings)
+    engine = WorkerEngine(resources.settings, resources.store)
     while not stop.is_set():
         try:
             if time.monotonic() >= sweep_at:
@@ -242,7 +245,7 @@ def run_one(  # noqa: PLR0913
         job = queue.claim(session, worker, now, kinds, offer, only=only)
     if job is None:
         return False
-    spread = engine or WorkerEngine(resources.settings)
+    spread = engine or WorkerEngine(resources.settings, resources.store)
     held = JobRun(
         resources, worker, job.id, stop or threading.Event(), host, kind=job.kind, observe=observe, engine=spread
     )

@@ -7,15 +7,15 @@ Each step can be repeated after a crash: finished results are in the work direct
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING
 
-from composer.formats.adapters.tokenizers import chosen_tokenizer
+from composer.findings import Finding, Severity, Verdict
 from composer.formats.recipes.calibration_sets import used_in
-from composer.formats.recipes.methods import Regmean
 from composer.formats.recipes.policy import read_policy
+from composer.formats.recipes.suite import Example, Suite
 from registry.database.tables import Base, Release
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import suites
@@ -25,91 +25,98 @@ from registry.domain.catalog.suites import Measurement
 from registry.domain.channels import gates
 from registry.domain.compositions import checks, compositions
 from registry.domain.jobs import evaluations
-from registry.errors import Refused
-from registry.errors.translation import refuse_errors
+from registry.errors import Refused, Unavailable
+from registry.errors.translation import of_row, refuse_errors
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_reference
 from registry.transfer import publishing, results
+from registry.transfer.collect import discard
 from registry.transfer.publishing import Push
-from registry.worker import checking, evaluating, merging
+from registry.worker import checking, evaluating
+from registry.worker.combine_units import calibration_rows, combined_adapter, member_rows
 from registry.worker.composition import (
     CompositionRun,
     Output,
     ProgressCount,
     composition_of,
     creator,
-    fetch_adapter,
+    register_files,
     store,
     suites_named,
 )
-from registry.worker.examining import candidate_of, examiner, store_output
-from registry.worker.fit_units import fitted_adapter
+from registry.worker.evaluation_units import Examined, examine
 from registry.worker.judging import Examination, Member, Subject, judge, with_inputs
+from registry.worker.merging import merged_model
+from registry.worker.node_files import Row, share_architecture
+from registry.worker.node_models import base_hints
 from registry.worker.optimizing import optimize
-from registry.worker.pass_units import probe_elsewhere
+from registry.worker.pass_units import probe_passes
+from registry.worker.report_units import conflict_report
 from registry.worker.runner import JobKind, JobRun
 from registry.worker.signed import publish_signed
 from registry.worker.workspace import work_of
 
 if TYPE_CHECKING:
-    from composer.conflicts.examine import Evidence
-    from composer.deltas.variants.load import LoadedAdapter
-    from composer.evaluation.calibration import Calibration
-    from composer.evaluation.model import LoadedModel
+    from composer.evaluation.evaluate import Result
 
 
 def check(held: JobRun) -> None:
     """Runs the structural checks and the conflict report. Refuses hard conflicts, a verdict worse than the policy
     requires, and a combination that no adapter file can represent."""
-    from composer.conflicts.examine import examine
-    from composer.conflicts.render.text import document, summary
-    from composer.deltas.variants.load import load_deltas
-    from composer.export.combine import refuse_uncombinable
-
     work = composition_of(held)
-    members = work.members(held)
-    loaded = [
-        replace(load_deltas(directory, work.architecture), name=f"{locked.repository}:{locked.version}")
-        for (directory, _), locked in zip(members, work.lock.inputs, strict=True)
-    ]
-    chosen_tokenizer(None, [(one.name, one.path) for one in loaded])  # before any work: two that differ are refused
     policy = read_policy(work.recipe.policy)
-    report = examine(
-        loaded,
-        [weight for _, weight in members],
-        work.settings,
-        evidence=_evidence(held, work, loaded),
-        policy=policy,
-    )
-    store(held, work, conflicts=document(report))
-    refuse_errors(report.findings, "recipe", "Change the recipe.")
-    if not policy.accepts(report.verdict):
-        message = f"The verdict of the conflict check is {report.verdict}, and {policy.require} is required."
-        raise Refused("verdict", message, subject="recipe", next_step=summary(report).fix or "Change the recipe.")
-    if work.recipe.adapter:
-        refuse_uncombinable(loaded, [weight for _, weight in members], work.settings)
+    made = _reported(held, work)
+    report = made["report"]
+    store(held, work, conflicts=report)
+    findings = [
+        Finding(row["code"], Severity(row["severity"]), row["subject"], row["message"], row["measure"])
+        for row in report["findings"]
+    ]
+    refuse_errors(findings, "recipe", "Change the recipe.")
+    if not policy.accepts(Verdict(report["verdict"])):
+        message = f"The verdict of the conflict check is {report['verdict']}, and {policy.require} is required."
+        next_step = report["summary"]["fix"] or "Change the recipe."
+        raise Refused("verdict", message, subject="recipe", next_step=next_step)
+    if made["uncombinable"] is not None:
+        raise of_row(made["uncombinable"])
+
+
+def _reported(held: JobRun, work: CompositionRun) -> Row:
+    """The conflict report on a probe, if every member has a suite and the recipe asks for a probe; otherwise on weaker
+    evidence, as it says. The suites' prompts are always compared."""
+    named = {suite.name: suite for suite in suites_named(held, [suite for suite in work.member_suites if suite])}
+    member_suites = [named[name] if name else None for name in work.member_suites]
+    guards = [suite for suite in suites_named(held, work.recipe.evaluate) if suite.kind == "guard"]
+    progress = ProgressCount(held, "examples")
+    fitted = work.settings.pipeline.fitted
+    probe = {
+        "base": work.lock.base,
+        "suites": [suite.to_json() if suite else None for suite in member_suites],
+        "guards": [guard.to_json() for guard in guards],
+        "k": work.recipe.probe,
+        "calibration": calibration_rows(work.calibration_sets(held)) if fitted else None,
+        "searched": calibration_rows(work.searched(held)),
+    }
+    document = {
+        "architecture": share_architecture(held.engine.node, work.architecture),
+        "members": [{**row, "name": name} for row, name in zip(member_rows(work), work.names, strict=True)],
+        "method": work.lock.method,
+        "settings": work.lock.settings,
+        "policy": work.recipe.policy,
+        "as_adapter": bool(work.recipe.adapter),
+        "probe": probe,
+    }
+    probed = [suite for suite in member_suites if suite is not None]
+    if not work.recipe.probe or len(probed) < len(member_suites):
+        return conflict_report(held, document)
+    return conflict_report(held, document, probe_passes(held, work, probed, guards, progress), progress)
 
 
 def combine(held: JobRun) -> None:
     """Makes the candidate if the recipe names an adapter: one PEFT adapter, combined as the recipe says."""
-    from composer.evaluation.model import load_model
-    from composer.export.combine import combine as combine_adapters
-
     work = composition_of(held)
-    if not work.recipe.adapter or work.adapter_directory.is_dir():
-        return
-    if held.engine.spreads and work.settings.pipeline.fitted:
-        fetch_adapter(held.resources.store, fitted_adapter(held, work), work.adapter_directory)
-        return
-    combine_adapters(
-        work.members(held),
-        work.adapter_directory,
-        work.architecture,
-        work.lock.method,
-        work.lock.settings,
-        note=work.note,
-        calibration=_calibration(held, work, cache(lambda: load_model(work.base_checkpoint(held).path))),
-    )
+    if work.recipe.adapter:
+        combined_adapter(held, work)
 
 
 def evaluate(held: JobRun) -> None:
@@ -119,18 +126,27 @@ def evaluate(held: JobRun) -> None:
     if not work.evaluated:
         store(held, work, candidate_scores=[])
         return
-    (combine if work.recipe.adapter else merge)(held)  # an earlier host may have done it, on its own disk
-    candidate = candidate_of(held, work)
+    if work.recipe.adapter:
+        candidate = Subject(files=combined_adapter(held, work))
+    else:
+        candidate = Subject(files=_merged(held, work), merged=True)
     contents = suites_named(held, work.evaluated)
     done = ProgressCount(held, "examples")
     used = used_in([*work.calibration_sets(held), *work.searched(held)], contents)
-    examination = Examination(suites=contents, used=used, examine=examiner(held, work, done))
+    hints = base_hints(work.locations, work.base_bytes)
+
+    def measured_by_units(subject: Subject, suite: Suite, examples: Sequence[Example]) -> "Sequence[Result]":
+        examined = Examined(base=work.lock.base, hints=hints, files=subject.files, model=subject.merged)
+        return examine(held, examined, suite, examples, done)
+
+    examination = Examination(suites=contents, used=used, examine=measured_by_units)
     compared = _compared(held, work)
     done.expect(examination.examples(compared))
     measured = {suite.digest: examination.measured(candidate, suite) for suite in contents}
     scores = [row for rows, _ in measured.values() for row in rows]
     complete = [suite.digest for suite in contents if examination.count(suite) == len(suite.examples)]
     by_example = {digest: [one.to_json() for one in measured[digest][1]] for digest in complete}
+    work.directory.mkdir(parents=True, exist_ok=True)
     work.results_file.write_text(json.dumps({"scores": scores, "results": by_example}), encoding="utf-8")
     store(held, work, candidate_scores=with_inputs(scores, examination, compared))
 
@@ -149,11 +165,9 @@ def _compared(held: JobRun, work: CompositionRun) -> list[Member]:
             version=locked.version,
             suite=suite,
             recorded=scores,
-            subject=Subject(directory=directory, files=files),
+            subject=Subject(files=files),
         )
-        for locked, suite, scores, (directory, _), files in zip(
-            work.lock.inputs, work.member_suites, recorded, work.members(held), work.files, strict=True
-        )
+        for locked, suite, scores, files in zip(work.lock.inputs, work.member_suites, recorded, work.files, strict=True)
     ]
 
 
@@ -184,37 +198,20 @@ def gate(held: JobRun) -> None:
 
 
 def merge(held: JobRun) -> None:
-    """Writes the merged checkpoint, shard by shard and verified: to this host's disk, or into the store."""
-    from composer.merge.plan import plan_merge
-    from composer.merge.run import run_merge
-
+    """Merges the checkpoint into the store, shard by shard and verified."""
     work = composition_of(held)
-    if not work.recipe.model or work.model_directory.is_dir():
-        return
-    if merging.is_streamed(held, work):
-        model = merging.stored_model(held, work, _fitted_files(held, work))
-        with held.resources.read() as session:
-            known = compositions.find(session, work.composition_id)[0].merge
-        if not known:  # a later step calls this too, and finds what has been made in no time
-            store(held, work, merge=model.report)
-        return
-    base, how = work.base_checkpoint(held), (work.lock.method, work.lock.settings)
-    if work.settings.pipeline.fitted:  # reuse the fitted factors: another fit would differ in the last bits
-        combine(held)
-        plan = plan_merge(base, [(work.adapter_directory, 1.0)], dtype=work.lock.dtype, rounding=work.lock.rounding)
-    else:
-        plan = plan_merge(base, work.members(held), *how, work.lock.dtype, work.lock.rounding)
-    done = ProgressCount(held, "bytes", plan.size_bytes)
-    report = run_merge(plan, work.model_directory, progress=done, note=work.note)
-    store(held, work, merge={key: value for key, value in report.to_json().items() if key != "out_dir"})
+    if work.recipe.model:
+        _merged(held, work)
 
 
-def _fitted_files(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
-    """The files of the adapter that a fitted method made, in the store: the model is made from them."""
-    if not work.settings.pipeline.fitted:
-        return []
-    combine(held)
-    return store_output(held, work.outputs[0])
+def _merged(held: JobRun, work: CompositionRun) -> Sequence[ManifestFile]:
+    """The files of the merged model. Records the report of the merge, which the first call makes."""
+    model = merged_model(held, work)
+    with held.resources.read() as session:
+        known = compositions.find(session, work.composition_id)[0].merge
+    if not known:  # an evaluation has recorded what it has made
+        store(held, work, merge=model.report)
+    return model.files
 
 
 def publish(held: JobRun) -> None:
@@ -224,8 +221,6 @@ def publish(held: JobRun) -> None:
     """
     with held.resources.read() as session:
         actor = creator(held, session)
-    combine(held)
-    merge(held)
     work = composition_of(held)
     prepared = [publishing.prepare(held.resources, _upload(held, work, output))[0] for output in work.outputs]
     measured = _measured(held, actor, work)
@@ -243,10 +238,14 @@ def publish(held: JobRun) -> None:
         for release in made:
             if release.repository.kind == Kind.ADAPTER:
                 suites.record(session, actor, release, measured)
+    held.made.clear()
 
 
 def clean(held: JobRun) -> None:
-    """Deletes inputs, candidate and merged checkpoint; what was published is in the store."""
+    """Deletes the candidate's results, and outputs that were not published."""
+    if held.made:
+        with suppress(Unavailable):  # a store that is away does not keep a job from ending; `gc` removes them
+            discard(held.resources, held.made)
     with held.resources.read() as session:
         composition = compositions.find_by_job(session, held.job_id)
     shutil.rmtree(work_of(held.resources, composition.id), ignore_errors=True)
@@ -270,45 +269,11 @@ KINDS = {
 }
 
 
-def _evidence(held: JobRun, work: CompositionRun, adapters: "Sequence[LoadedAdapter]") -> "Evidence":
-    """A probe in memory, if every member has a suite and the recipe asks for a probe; otherwise weaker evidence, as the
-    report says. The suites' prompts are always compared."""
-    from composer.conflicts.evidence.probe import usual_most
-    from composer.conflicts.examine import Evidence
-    from composer.evaluation.model import load_model
-
-    named = suites_named(held, [suite for suite in work.member_suites if suite])
-    suites = {suite.name: suite for suite in named}
-    load = cache(lambda: load_model(work.base_checkpoint(held).path))
-    evidence = Evidence(
-        load=load,
-        suites=[suites[name] if name else None for name in work.member_suites],
-        guards=[suite for suite in suites_named(held, work.recipe.evaluate) if suite.kind == "guard"],
-        k=work.recipe.probe,
-        most=usual_most(work.recipe.probe),
-        calibration=_calibration(held, work, load),
-        searched=work.searched(held),
-        progress=ProgressCount(held, "examples"),
-    )
-    return replace(evidence, elsewhere=probe_elsewhere(held, work, adapters, evidence))
-
-
-def _calibration(held: JobRun, work: CompositionRun, load: "Callable[[], LoadedModel]") -> "Calibration | None":
-    """The calibration of a fitted method; loads the base on first use."""
-    settings = work.settings
-    if not isinstance(settings, Regmean):
-        return None
-    from composer.evaluation.calibration import Calibration
-
-    return Calibration(load, work.calibration_sets(held), settings, base=work.lock.base)
-
-
 def _upload(held: JobRun, work: CompositionRun, output: Output) -> Push:
     reference = parse_reference(output.target)
-    if output.kind is Kind.MODEL and merging.is_streamed(held, work):
-        files = merging.stored_model(held, work, _fitted_files(held, work)).files  # made by the step before
-    else:
-        files = store_output(held, output)
+    # Made by the steps before, and found.
+    files = list(_merged(held, work)) if output.kind is Kind.MODEL else combined_adapter(held, work)
+    register_files(held, output.target, files)
     return Push(
         repository=reference.repository,
         kind=output.kind,

@@ -44,6 +44,14 @@ class Site:
         own = {"ADAPTORY_HOME": str(self.worker_home)}
         return {**others_environ(), **self.cli.environment, **self.cluster.driver_environ, **own}
 
+    def here(self, *words: object) -> Any:
+        """The output of a command whose units run in its own process. Its results are removed, so that no node finds
+        them."""
+        made = self.cli.json(*words)
+        for key in unit_etags(self):
+            services.shared_s3().client().delete_object(Bucket=BUCKET, Key=key)
+        return made
+
     def on_cluster(self, *words: object) -> Any:
         """The output of a command in a process of its own, which is the driver."""
         out, errors = (self.worker_home.with_name(f"command.{name}") for name in ("out", "errors"))

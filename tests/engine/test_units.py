@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 
 from composer.evaluation.scorers.scorer import package_of
-from composer.formats.checkpoints.hashing import hash_file
 from composer.formats.recipes.tasks import ScorerChoice
 from registry.errors import Invalid
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
 from registry.settings import Settings
-from registry.worker.composition import fetch_adapter
 from registry.worker.engine import units
 from registry.worker.engine.ray_runner import UnitRunner
 from registry.worker.engine.units import Unit, finished, open_node, run_unit
@@ -104,17 +102,3 @@ def test_a_merged_model_needs_memory_for_its_own_size_and_no_node_that_has_the_b
     base, merged = Examined(base="b", hints=hints), Examined(base="b", hints=hints, files=wider, model=True)
     assert (base.needs.base, merged.needs.base) == ("b", None)
     assert merged.needs.device_bytes == 2 * base.needs.device_bytes
-
-
-def test_an_adapter_from_a_node_has_nothing_of_one_that_a_killed_worker_was_fetching(tmp_path: Path) -> None:
-    store, made = open_node(Settings(home=tmp_path)).store, tmp_path / "made"
-    left = tmp_path / ".adapter.partial"
-    for directory, content in ((made, b"fitted"), (left, b"before")):
-        directory.mkdir()
-        (directory / "adapter_model.safetensors").write_bytes(content)
-    (left / "others").write_bytes(b"before")
-    digest = Digest(hash_file(made / "adapter_model.safetensors"))
-    store.put(digest, made / "adapter_model.safetensors", move=True)
-    fetch_adapter(store, [ManifestFile("adapter_model.safetensors", 6, digest)], tmp_path / "adapter")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
-    assert files == {"adapter_model.safetensors": b"fitted"}

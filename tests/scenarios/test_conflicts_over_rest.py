@@ -24,7 +24,7 @@ from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests.scenarios.test_crashes import resources_of, team
 from tests.scenarios.test_roles_of_a_composition import asking
-from tests.scenarios.world import Cli, World
+from tests.scenarios.world import Cli, World, environment
 
 PAIR = ("acme/sql:1.0.0", "den/support:1.0.0")
 ROLES = {
@@ -43,7 +43,8 @@ class Office:
     apis: dict[str, Api]
 
     def work(self) -> bool:
-        return run_one(self.resources, KINDS, "worker")
+        with environment(self.cli.environment, ["adaptory"]):
+            return run_one(self.resources, KINDS, "worker")
 
     def jobs(self, who: str) -> list[int]:
         return [row["id"] for row in self.apis[who].pages("/v1/jobs")]

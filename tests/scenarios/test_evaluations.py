@@ -161,11 +161,11 @@ def test_a_job_whose_worker_stops_inside_a_suite_goes_on_at_the_example_where_it
     asked.write_text(yaml.safe_dump({"version": 1, "rules": ["long.nll <= 99"]}))
     cli.ok("policy", "set", "acme/sql@prod", asked)
     waiting = cli.json("promote", "acme/sql:1.0.0", "--to", "prod", "--no-wait")
-    stop, work = threading.Event(), Path(cli.environment["ADAPTORY_HOME"]) / "work"
+    stop, kept = threading.Event(), Path(cli.environment["ADAPTORY_HOME"]) / "cache" / "eval"
 
     def journal() -> Path:
         deadline = time.monotonic() + 60
-        while not (seen := [*work.glob("evaluation-*/*.jsonl")]) or seen[0].read_text().count("\n") < 2:
+        while not (seen := [*kept.glob("*.jsonl")]) or seen[0].read_text().count("\n") < 2:
             assert time.monotonic() < deadline
             time.sleep(0.002)
         stop.set()
@@ -177,7 +177,7 @@ def test_a_job_whose_worker_stops_inside_a_suite_goes_on_at_the_example_where_it
         assert run_one(resources, KINDS, "first", stop)
         watching.join()
         assert cli.json("jobs", waiting["job"])["state"] == "queued"
-        [path] = work.glob("evaluation-*/*.jsonl")
+        [path] = kept.glob("*.jsonl")
         head, batch, *rest = path.read_text().splitlines()
         assert len(rest) < 50, "of 60 batches"
         rows = json.loads(batch)

@@ -5,6 +5,7 @@ import sqlite3
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -15,8 +16,11 @@ from safetensors.torch import load_file, save_file
 from registry.cli.operations.operations import WorkerJobs
 from registry.domain.jobs import queue
 from registry.errors import NotFound, Unavailable
-from registry.worker import runner
+from registry.worker import combine_units, merging, runner
+from registry.worker.combine_units import COMBINE
 from registry.worker.engine.opened import WorkerEngine
+from registry.worker.engine.units import Count, Node, Result, Unit
+from registry.worker.merging import SHARD
 from registry.worker.runner import JobRun, run_one
 from registry.worker.steps import KINDS
 from tests import services
@@ -116,21 +120,24 @@ def test_code_that_exits_the_process_ends_the_worker_instead_of_silencing_it(
 
 
 def test_a_worker_stopped_in_a_merge_leaves_what_is_finished_to_the_next_one(
-    stocked_embedded: Cli, world: World, tmp_path: Path
+    stocked_embedded: Cli, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cli = team(stocked_embedded, world)
-    work = Path(cli.environment["ADAPTORY_HOME"]) / "work"
+    cli, stop, second = team(stocked_embedded, world), threading.Event(), list[str]()
     begin(cli, tmp_path)
 
-    class OnceItMerges(threading.Event):
-        def is_set(self) -> bool:
-            return bool(list(work.glob("*/model.partial-*")))
+    def stopped(node: Node, unit: Unit, count: Count) -> Result:
+        stop.set()
+        return SHARD.run(node, unit, count)
 
-    second: list[str] = []
+    def repeated(_node: Node, unit: Unit, _count: Count) -> Result:
+        raise AssertionError(f"{unit.name} was made before")
+
     with resources_of(cli.environment) as resources:
-        assert run_one(resources, watched([]), "first", OnceItMerges())
+        with monkeypatch.context() as patched:
+            patched.setattr(merging, "SHARD", replace(SHARD, run=stopped))
+            assert run_one(resources, watched([]), "first", stop)
         assert cli.json("jobs", 1)["state"] == "queued"
-        assert len(list(work.glob("*/model.partial-*/.journal"))) == 1
+        monkeypatch.setattr(combine_units, "COMBINE", replace(COMBINE, run=repeated))
         assert run_one(resources, watched(second), "second")
     assert (second, cli.json("jobs", 1)["state"]) == (["merge", "publish"], "done")
 
@@ -140,7 +147,9 @@ def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> No
     on_disk.ok("list")
     environ = {**on_disk.environment, "ADAPTORY_DATABASE_TIMEOUT_S": "0.2"}
     with resources_of(environ) as resources:
-        held = JobRun(resources, "worker", 1, threading.Event(), engine=WorkerEngine(resources.settings))
+        held = JobRun(
+            resources, "worker", 1, threading.Event(), engine=WorkerEngine(resources.settings, resources.store)
+        )
         other = sqlite3.connect(Path(environ["ADAPTORY_HOME"]) / "registry.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(Unavailable):

@@ -14,6 +14,7 @@ from registry.cli.console.connect import connected
 from registry.client.api import Api
 from registry.settings import Settings
 from registry.storage.s3.probe import PROBE
+from registry.storage.unit_results import WORK
 from registry.transfer.resources import Resources, open_resources
 from tests.scenarios.world import Cli, environment
 
@@ -116,10 +117,11 @@ def _objects(cli: Cli) -> Iterator[dict[str, Any]]:
 
 
 def _in_s3(cli: Cli) -> tuple[set[str], set[str]]:
-    """Names of blobs, and the keys of what is neither blob nor finished, but for what a server tries the store with."""
+    """Names of blobs, and the keys of what is neither blob nor finished, without what a server tries the store with,
+    and without the results of units, which it keeps for a week."""
     client, bucket, prefix = s3_of(cli)
     keys = {row["Key"].removeprefix(prefix) for row in _objects(cli)}
     parts = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ())
     blobs = {key for key in keys if key.startswith("blobs/")}
-    others = {key for key in keys - blobs if not key.startswith(f"incoming/{PROBE}")}
+    others = {key for key in keys - blobs if not key.startswith((f"incoming/{PROBE}", WORK))}
     return {key.rpartition("/")[2] for key in blobs}, others | {row["Key"] for row in parts}

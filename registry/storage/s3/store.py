@@ -13,6 +13,7 @@ from registry.settings import S3Storage
 from registry.storage.blobs import BlobStat, Reader
 from registry.storage.s3.bucket import Bucket, code_of, open_bucket, translate_store_errors
 from registry.storage.s3.probe import FactsRecord
+from registry.storage.s3.unit_results import S3Results
 from registry.storage.s3.uploads import S3Arrivals
 from registry.storage.s3.writer import CopySupport, S3Writer
 
@@ -73,6 +74,9 @@ class S3Store:
         named = {"ResponseContentDisposition": disposition} if disposition is not None else {}
         request = {**self._bucket.blob(sha256), **_PLAIN, **named}
         return self._client.generate_presigned_url("get_object", Params=request, ExpiresIn=expires_s)
+
+    def unit_results(self) -> S3Results:
+        return S3Results(self._bucket)
 
     def delete(self, sha256: Digest) -> None:
         with translate_store_errors(sha256):

@@ -5,16 +5,15 @@ from typing import Any
 
 from botocore.exceptions import ClientError  # pyright: ignore[reportMissingTypeStubs]
 
-from registry.settings import S3Storage
-from registry.storage.s3.bucket import MISSING, code_of, open_bucket, translate_store_errors
+from registry.storage.s3.bucket import MISSING, Bucket, code_of, translate_store_errors
 from registry.storage.unit_results import MAX_RESULT_BYTES, WORK
 
 
 class S3Results:
     """One object per result: S3 shows an object whole or not at all."""
 
-    def __init__(self, storage: S3Storage) -> None:
-        self._bucket = open_bucket(storage)
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
         self._client: Any = self._bucket.client
 
     def read(self, key: str) -> bytes | None:

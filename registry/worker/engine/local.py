@@ -1,5 +1,6 @@
 """The engine in this process: the default."""
 
+import sys
 from collections.abc import Iterator, Sequence
 
 from registry.worker.engine.protocol import Needs
@@ -9,7 +10,7 @@ from registry.worker.engine.units import Count, Node, Result, Task, Unit, finish
 class LocalEngine:
     """Runs one unit after the other in this process."""
 
-    spreads = False
+    slice_examples = sys.maxsize
     redone = 0
 
     def __init__(self, node: Node) -> None:

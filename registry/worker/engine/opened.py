@@ -6,7 +6,7 @@ from functools import cached_property
 
 from registry.errors import Unavailable
 from registry.settings import Settings
-from registry.transfer.bases import Bases
+from registry.storage.blobs import BlobStore
 from registry.worker.engine.local import LocalEngine
 from registry.worker.engine.protocol import Engine, Needs
 from registry.worker.engine.units import Count, Node, Result, Task, Unit, open_node
@@ -18,16 +18,14 @@ KEPT = timedelta(days=7)
 class WorkerEngine:
     """A worker's engine: opened when a step first needs it, and reopened after its cluster was lost."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self.bases = Bases(settings)
-        """The bases that steps load in this process."""
+    def __init__(self, settings: Settings, store: BlobStore) -> None:
+        self._settings, self._store = settings, store
         self._opened: Engine | None = None
 
     @cached_property
     def node(self) -> Node:
         """What units have on this host."""
-        return open_node(self._settings)
+        return open_node(self._settings, self._store)
 
     def sweep(self, now: datetime) -> int:
         """Removes results that are older than KEPT. Returns their number."""
@@ -39,9 +37,14 @@ class WorkerEngine:
             self.node.results.delete(task.key(unit))
 
     @property
-    def spreads(self) -> bool:
-        """Whether the settings name a cluster."""
-        return self._settings.engine.kind != "local"
+    def slice_examples(self) -> int:
+        return self._engine.slice_examples
+
+    @property
+    def _engine(self) -> Engine:
+        if self._opened is None:
+            self._opened = open_engine(self._settings, self.node)
+        return self._opened
 
     @property
     def redone(self) -> int:
@@ -49,10 +52,8 @@ class WorkerEngine:
         return self._opened.redone if self._opened is not None else 0
 
     def map(self, task: Task, units: Sequence[Unit], needs: Needs, check: Count) -> Iterator[tuple[Unit, Result]]:
-        if self._opened is None:
-            self._opened = open_engine(self._settings, self.node)
         try:
-            yield from self._opened.map(task, units, needs, check)
+            yield from self._engine.map(task, units, needs, check)
         except Unavailable as error:
             if error.code == "engine_unavailable":
                 self.close()
@@ -60,7 +61,6 @@ class WorkerEngine:
 
     def release(self) -> None:
         """At the end of a job."""
-        self.bases.release()
         if self._opened is not None:
             self._opened.release()
 

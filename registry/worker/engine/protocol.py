@@ -32,8 +32,8 @@ class Engine(Protocol):
     """Runs units."""
 
     @property
-    def spreads(self) -> bool:
-        """Whether units run side by side, on other hosts too."""
+    def slice_examples(self) -> int:
+        """The most examples of a suite that one unit measures: few where units run side by side."""
         ...
 
     @property

@@ -87,7 +87,8 @@ class RayEngine:
     Raises Unavailable if the cluster cannot be reached, and NotAllowed if it needs no token.
     """
 
-    spreads = True
+    slice_examples = 32
+    """Seconds of a small model, minutes of a large one."""
 
     def __init__(self, settings: EngineSettings, node: Node) -> None:
         self._settings, self._node = settings, node

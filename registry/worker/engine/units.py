@@ -23,7 +23,7 @@ from registry.settings import Settings
 from registry.storage.blobs import BlobStore
 from registry.storage.unit_results import MAX_RESULT_BYTES, UnitResults
 from registry.transfer.bases import Bases
-from registry.transfer.resources import open_store, open_unit_results
+from registry.transfer.resources import open_store
 
 Count = Callable[[int], None]
 """Called by a unit with what it has just done, often with 0; may raise to stop it."""
@@ -59,7 +59,7 @@ class Node:
     work_directory: Path
     bases: Bases
     check: Count = lambda _done: None
-    """Called often while the current unit fetches a base; may raise to stop it."""
+    """Called often during the current unit's long work; may raise to stop it."""
     _kept: dict[str, tuple[str, Any]] = field(default_factory=dict[str, tuple[str, Any]])
     _id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     """A process may have several: threads that use an embedded registry."""
@@ -135,8 +135,9 @@ def always_intact(_node: Node, _result: Result) -> bool:
     return True
 
 
-def open_node(settings: Settings) -> Node:
-    """Opens the store that the settings name, on this host, and removes what killed units left in its work directory.
+def open_node(settings: Settings, store: BlobStore | None = None) -> Node:
+    """What units have on this host: the store, or else the one that the settings name. Removes what killed units left
+    in its work directory.
 
     Raises Unavailable or Invalid as opening the store does."""
     work = settings.work_directory
@@ -146,7 +147,8 @@ def open_node(settings: Settings) -> Node:
     for directory in work.glob(f"{_WORK}*"):
         if _is_left(directory):
             shutil.rmtree(directory, ignore_errors=True)
-    return Node(settings, open_store(settings, None), open_unit_results(settings), work, Bases(settings))
+    own = store or open_store(settings, None)
+    return Node(settings, own, own.unit_results(), work, Bases(settings))
 
 
 def _is_left(directory: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The fit of an adapter by a fitted method, as one unit: it loads the base, and its result is the adapter's files."""
+"""The adapter of a composition, as one unit, whose result is the adapter's files; a fitted method loads the base."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,10 +8,19 @@ from composer.formats.recipes.methods import Regmean, parse_settings
 from composer.formats.recipes.suite import Suite
 from composer.formats.recipes.weights import parse_weight
 from registry.formats.manifest import ManifestFile
-from registry.worker.composition import CompositionRun, register_files
+from registry.worker.composition import CompositionRun
 from registry.worker.engine.units import Count, Node, Result, Task, Unit
-from registry.worker.node_files import Row, are_stored, from_rows, member_directory, store_directory, to_rows
-from registry.worker.node_models import base_checkpoint, base_hints, loaded_base, needs_of_model
+from registry.worker.node_files import (
+    Row,
+    are_stored,
+    fetched,
+    from_rows,
+    share_architecture,
+    shared_architecture,
+    store_directory,
+    to_rows,
+)
+from registry.worker.node_models import WITHOUT_MODEL, base_hints, loaded_base, needs_of_model
 from registry.worker.runner import JobRun
 
 if TYPE_CHECKING:
@@ -20,27 +29,33 @@ if TYPE_CHECKING:
     from composer.formats.recipes.methods import AnySettings
 
 
-def fitted_adapter(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
-    """The files of the composition's adapter, which are in the store. Raises what the unit raises."""
+def combined_adapter(held: JobRun, work: CompositionRun) -> list[ManifestFile]:
+    """The files of the composition's adapter, in the store. Made by the first call, and found by others. Raises what
+    the unit raises."""
     lock, hints = work.lock, base_hints(work.locations, work.base_bytes)
-    members = [
-        {"name": locked.commit, "weight": locked.weighted.to_json(), "files": to_rows(files)}
-        for locked, files in zip(lock.inputs, work.files, strict=True)
-    ]
     content = {
         "base": lock.base,
+        "architecture": share_architecture(held.engine.node, work.architecture),
         "method": lock.method,
         "method_version": work.settings.pipeline.version,
         "settings": lock.settings,
-        "members": members,
+        "members": member_rows(work),
         "note": work.note,
-        "calibration": calibration_rows(work.calibration_sets(held)),
+        "calibration": calibration_rows(work.calibration_sets(held)) if work.settings.pipeline.fitted else None,
     }
-    unit = Unit(name="fit", content=content, hints=hints)
-    ((_, result),) = held.engine.map(FIT, [unit], needs_of_model(lock.base, hints), held.check)
+    needs = needs_of_model(lock.base, hints) if work.settings.pipeline.fitted else WITHOUT_MODEL
+    ((_, result),) = held.engine.map(COMBINE, [Unit(name="combine", content=content, hints=hints)], needs, held.check)
     files = from_rows(result["files"])
-    register_files(held, work.outputs[0].target, files)
+    held.made.update(file.sha256 for file in files)
     return files
+
+
+def member_rows(work: CompositionRun) -> list[Row]:
+    """The inputs as units name them: by commit, with weight and files."""
+    return [
+        {"name": locked.commit, "weight": locked.weighted.to_json(), "files": to_rows(files)}
+        for locked, files in zip(work.lock.inputs, work.files, strict=True)
+    ]
 
 
 def calibration_rows(sets: Sequence[CalibrationSet]) -> list[Row]:
@@ -48,6 +63,14 @@ def calibration_rows(sets: Sequence[CalibrationSet]) -> list[Row]:
     return [
         {"suite": one.suite.to_json() if one.suite else None, "count": one.count, "prompts": list(one.prompts)}
         for one in sets
+    ]
+
+
+def calibration_sets(rows: Sequence[Row]) -> list[CalibrationSet]:
+    """The sets of `calibration_rows`."""
+    return [
+        CalibrationSet(Suite.from_json(row["suite"]) if row["suite"] else None, row["count"], tuple(row["prompts"]))
+        for row in rows
     ]
 
 
@@ -60,27 +83,23 @@ def calibration_of(
 
     if rows is None or not isinstance(settings, Regmean):
         return None
-    sets = [
-        CalibrationSet(Suite.from_json(row["suite"]) if row["suite"] else None, row["count"], tuple(row["prompts"]))
-        for row in rows
-    ]
-    return Calibration(load, sets, settings, base=base)
+    return Calibration(load, calibration_sets(rows), settings, base=base)
 
 
-def _fit(node: Node, unit: Unit, _count: Count) -> Result:
+def _combine(node: Node, unit: Unit, _count: Count) -> Result:
     from composer.export.combine import combine
 
     content, hints = unit.content, unit.hints
-    architecture = base_checkpoint(node, content["base"], hints).architecture
     calibration = calibration_of(
         lambda: loaded_base(node, content["base"], hints),
         content["base"],
         content["calibration"],
         parse_settings(content["method"], content["settings"]),
     )
+    members = [(fetched(node, one["files"], one["name"]), parse_weight(one["weight"])) for one in content["members"]]
+    architecture = shared_architecture(node, content["architecture"])
     with node.scratch() as directory:
         made = directory / "adapter"
-        members = [(member_directory(node, directory, one), parse_weight(one["weight"])) for one in content["members"]]
         how: tuple[Any, ...] = (content["method"], content["settings"], content["note"], calibration)
         combine(members, made, architecture, *how)
         return {"files": to_rows(store_directory(node, made))}
@@ -90,4 +109,4 @@ def _is_stored(node: Node, result: Result) -> bool:
     return are_stored(node, from_rows(result["files"]))
 
 
-FIT = Task(name="fit", version=1, run=_fit, intact=_is_stored)
+COMBINE = Task(name="combine", version=1, run=_combine, intact=_is_stored)

@@ -1,0 +1,149 @@
+"""The conflict report, as a unit that measures nothing itself: it names the passes that it needs, which are units of
+their own, and runs again with their results."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from composer.errors import ComposerError
+from composer.formats.adapters.tokenizers import chosen_tokenizer
+from composer.formats.recipes.methods import parse_settings
+from composer.formats.recipes.policy import read_policy
+from composer.formats.recipes.suite import Suite
+from composer.formats.recipes.weights import parse_weight
+from registry.errors.translation import of_composer
+from registry.worker.combine_units import calibration_of, calibration_sets
+from registry.worker.composition import ProgressCount
+from registry.worker.engine.units import Count, Node, Result, Task, Unit, always_intact
+from registry.worker.node_files import Row, loaded_adapter, shared_architecture
+from registry.worker.node_models import WITHOUT_MODEL
+from registry.worker.pass_units import Named, Passes, measured_of, named
+from registry.worker.runner import JobRun
+
+if TYPE_CHECKING:
+    from composer.conflicts.evidence.bench import Pass
+    from composer.conflicts.examine import Evidence
+    from composer.deltas.variants.load import LoadedAdapter
+    from composer.evaluation.measure import Measured
+
+
+def conflict_report(
+    held: JobRun, document: Row, passes: Passes | None = None, progress: ProgressCount | None = None
+) -> Result:
+    """The `report` on the document's adapters and, if they are to become one, why they are `uncombinable`. `document`
+    has `architecture` (a key), `members` (with name, weight and files), `method` and `settings`, and may have `probe`,
+    `policy` and `as_adapter`. Raises what the unit and its passes raise."""
+    shared = held.engine.node.share(json.dumps(document, sort_keys=True).encode())
+    known: list[tuple[Named, Result]] = []
+    began_s = monotonic()
+    while True:
+        content = {"document": shared, "known": held.engine.node.share(json.dumps(known).encode())}
+        unit = Unit(name="report", content=content, hints={"spent_s": monotonic() - began_s})
+        ((_, result),) = held.engine.map(REPORT, [unit], WITHOUT_MODEL, held.check)
+        if passes is None or progress is None or "wanted" not in result:
+            return result
+        progress.expect(result["expected"])
+        known += passes.run([(who, asked) for who, asked in result["wanted"]])
+
+
+class _Missing(Exception):
+    """Passes whose results are not known yet."""
+
+    def __init__(self, wanted: "Sequence[Pass]") -> None:
+        super().__init__()
+        self.wanted = [named(one) for one in wanted]
+
+
+class _Known:
+    """Results of passes, as `Elsewhere` for a probe. Raises _Missing if it lacks one."""
+
+    def __init__(self, rows: Sequence[tuple[Sequence[Any], Result]]) -> None:
+        self._results = {json.dumps(list(wanted)): result for wanted, result in rows}
+
+    def measure(self, wanted: "Pass") -> "Sequence[Measured]":
+        return measured_of(self._result(wanted, [wanted]))
+
+    def spread(self, passes: "Sequence[Pass]") -> "Iterator[tuple[Pass, Sequence[Measured]]]":
+        missing = [one for one in passes if self._key(one) not in self._results]
+        results = [(one, self._result(one, missing)) for one in passes]
+        yield from ((one, measured_of(result)) for one, result in results if "cannot" not in result)
+
+    def _result(self, wanted: "Pass", missing: "Sequence[Pass]") -> Result:
+        if (result := self._results.get(self._key(wanted))) is None:
+            raise _Missing(missing)
+        return result
+
+    @staticmethod
+    def _key(wanted: "Pass") -> str:
+        return json.dumps(list(named(wanted)))
+
+
+class _Expected:
+    """The examples that a probe will measure."""
+
+    total = 0
+
+    def expect(self, total: int) -> None:
+        self.total = total
+
+    def __call__(self, count: int) -> None:
+        """Passes count."""
+
+
+def _report(node: Node, unit: Unit, _count: Count) -> Result:
+    from composer.conflicts.examine import examine
+    from composer.conflicts.render.text import document as rendered
+    from composer.export.combine import refuse_uncombinable
+
+    content: Row = json.loads(node.shared(unit.content["document"]))
+    architecture = shared_architecture(node, content["architecture"])
+    adapters: list[LoadedAdapter] = []
+    for member in content["members"]:
+        node.check(0)
+        adapters.append(loaded_adapter(node, member, architecture))
+    weights = [parse_weight(member["weight"]) for member in content["members"]]
+    settings, expected = parse_settings(content["method"], content["settings"]), _Expected()
+    if "as_adapter" in content:  # before any work: two tokenizers that differ are refused
+        chosen_tokenizer(None, [(one.name, one.path) for one in adapters])
+    evidence: Evidence | None = None
+    if content.get("probe"):
+        known = _Known(json.loads(node.shared(unit.content["known"])))
+        evidence = replace(_evidence(content, expected, known), spent_s=unit.hints["spent_s"])
+    try:
+        report = examine(adapters, weights, settings, evidence=evidence, policy=read_policy(content.get("policy")))
+    except _Missing as missing:
+        return {"wanted": missing.wanted, "expected": expected.total}
+    made: Result = {"report": rendered(report), "uncombinable": None}
+    if content.get("as_adapter"):
+        try:
+            refuse_uncombinable(adapters, weights, settings)
+        except ComposerError as error:
+            made["uncombinable"] = of_composer(error).to_row()
+    return made
+
+
+def _evidence(content: Row, expected: _Expected, known: _Known) -> "Evidence":
+    from composer.conflicts.evidence.probe import usual_most
+    from composer.conflicts.examine import Evidence
+
+    probe, settings = content["probe"], parse_settings(content["method"], content["settings"])
+    return Evidence(
+        load=_no_base,
+        suites=[Suite.from_json(suite) if suite else None for suite in probe["suites"]],
+        guards=[Suite.from_json(guard) for guard in probe["guards"]],
+        k=probe["k"],
+        most=usual_most(probe["k"]),
+        calibration=calibration_of(_no_base, probe["base"], probe["calibration"], settings),
+        searched=calibration_sets(probe["searched"]),
+        progress=expected,
+        elsewhere=known,
+    )
+
+
+def _no_base() -> NoReturn:
+    raise AssertionError("a report loads no base: its passes do")
+
+
+REPORT = Task(name="conflict report", version=1, run=_report, intact=always_intact)
