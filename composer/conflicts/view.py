@@ -166,6 +166,8 @@ def read(report: Json, most_pairs: int | None = None, most_findings: int | None 
     pairs = _by_verdict(report)
     findings = sorted(report["findings"], key=lambda one: list(SEVERITIES).index(one["severity"]))
     losses = _losses(report, pairs[:most_pairs])
+    meanings = {pair.get("meaning", "") for pair in pairs if pair.get("evidence") == "weights"}
+    note = meanings.pop() if len(meanings) == 1 else ""  # schema 1 has one for each pair
     return Report(
         kind=KINDS.get(verdict, "") if current else "",
         verdict=verdict,
@@ -174,8 +176,8 @@ def read(report: Json, most_pairs: int | None = None, most_findings: int | None 
         lines=summary["lines"],
         advice=report["whole"].get("advice", ()),
         members=report["adapters"],
-        note=next((pair["meaning"] for pair in pairs if pair.get("evidence") == "weights"), ""),
-        pairs=[_pair(pair) for pair in pairs[:most_pairs]],
+        note=note,
+        pairs=[_pair(pair, note) for pair in pairs[:most_pairs]],
         all_pairs=len(pairs),
         losses=losses,
         axis=_axis([line for one in losses for line in one.lines]),
@@ -223,7 +225,7 @@ def _rank(verdict: str) -> int:
     return list(SENTENCES).index(verdict) if verdict in SENTENCES else -1
 
 
-def _pair(pair: Json) -> PairRow:
+def _pair(pair: Json, note: str) -> PairRow:
     return PairRow(
         name=_name(pair),
         verdict=pair.get("verdict", ""),
@@ -231,7 +233,7 @@ def _pair(pair: Json) -> PairRow:
         unit=pair.get("risk_unit") or "",
         low=pair.get("risk_low"),
         high=pair.get("risk_high"),
-        meaning="" if pair.get("evidence") == "weights" else pair.get("meaning", ""),
+        meaning=pair.get("meaning", "").removeprefix(note),
         causes=[(one["module"], one["share"]) for one in pair.get("causes", ())],
         advice=pair.get("advice", ()),
         numbers={name: pair.get(name) for name in MEASURES},

@@ -224,6 +224,14 @@ def test_what_is_the_same_for_all_pairs_is_said_once(report: ConflictReport) -> 
     assert not any(FROM_WEIGHTS in line for line in explanations(report)[1:])
 
 
+def test_pairs_of_an_old_report_keep_meanings_of_their_own(report: ConflictReport) -> None:
+    stored = document(report)
+    for number, pair in enumerate(stored["pairs"]):
+        pair["meaning"] = f"Risk {number} of 1, from weights alone."
+    text = page_of(stored)
+    assert [text.count(pair["meaning"]) for pair in stored["pairs"]] == [1, 1, 1]
+
+
 def test_a_pair_without_common_modules_has_no_map(tmp_path: Path) -> None:
     one, other = adapter(tmp_path, "one", 1, MODULES[:1]), adapter(tmp_path, "other", 2, MODULES[1:2])
     tree = Tree(page(conflicts([one, other], [1.0, 1.0]))).root
