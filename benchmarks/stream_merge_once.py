@@ -93,7 +93,7 @@ def main() -> None:
     else:
         directory = Path(base)
         if how == "downloaded":
-            directory = remote.download_checkpoint(storage, address, given / "cache", 1 << 40)
+            directory = remote.download_checkpoint(storage, address, given / "cache", 1 << 40, lambda: None)
         result = merged(open_checkpoint(directory), Path(adapter), store, given, digest)
     seconds = time.perf_counter() - started
     print(json.dumps({"seconds": seconds, "requests": requests.total(), "by": requests, **result}))

@@ -13,7 +13,7 @@ def small_disk(path: Path, size: str = "1m") -> Generator[Path]:
     """Mounts one at `path`, of a size as `mount` takes it. Skips the test for users who may not mount."""
     path.mkdir()
     mounted = subprocess.run(
-        ["/bin/mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, check=False
+        ["/bin/mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", path], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
