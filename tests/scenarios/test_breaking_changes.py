@@ -61,7 +61,7 @@ def test_a_line_at_the_largest_number_is_not_bumped_beyond_what_can_be_asked_for
         refused = stocked("push", world.adapters[name], "acme/sql", "--bump", bump, "--base", "tiny")
         assert refused.code == 2, refused.err
         assert "No major version follows 999999999999999999.0.0" in refused.err
-        assert "next: Name a version yourself" in refused.err
+        assert "next: Choose a version yourself" in refused.err
     stocked.ok("push", world.adapters["other-sql"], "acme/sql", "--bump", "minor", "--base", "tiny")
     stocked.ok("show", "acme/sql:999999999999999999.1.0")
     stocked.ok("yank", last, "--reason", "a number by mistake")

@@ -162,14 +162,14 @@ def test_a_merge_into_what_a_4_bit_base_stands_for_is_made_again_too(
 
 INTERRUPTED = """
 import os, signal, time
-from composer.merge.io.journal import Journal
+from composer.merge.io.journal import ShardJournal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
-finish = Journal.finish
+finish = ShardJournal.finish
 def finish_and_be_interrupted(self, path):
     finish(self, path)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.5)
-Journal.finish = finish_and_be_interrupted
+ShardJournal.finish = finish_and_be_interrupted
 from registry.cli.start import main
 main()
 """

@@ -1,7 +1,6 @@
 """Starting a server: it says where it listens, and why it cannot."""
 
 import hashlib
-import json
 import os
 import re
 import signal
@@ -161,17 +160,13 @@ def test_a_header_without_an_end_is_cut_off_and_costs_no_memory(tmp_path: Path) 
         assert httpx2.get(f"{url}/healthz").status_code == 200
 
 
-def test_an_answer_comes_as_one_packet_and_those_to_requests_sent_together_in_their_order(tmp_path: Path) -> None:
+def test_answers_to_requests_that_are_sent_together_come_in_their_order(tmp_path: Path) -> None:
     with server(tmp_path / "home") as (url, _):
-        asked = [f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() for path in ("/healthz", "/v1/whoami")]
+        sent = [f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() for path in ("/healthz", "/v1/whoami")]
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as line:
-            for _ in range(50):
-                line.sendall(asked[0])
-                head, _, body = line.recv(1 << 16).partition(b"\r\n\r\n")
-                assert (head[:15], json.loads(body)) == (b"HTTP/1.1 200 OK", {"status": "ok"})
-            line.sendall(b"".join(asked))
+            line.sendall(b"".join(sent))
             received = b""
-            while received.count(b"HTTP/1.1 200 OK") < len(asked) or not received.endswith(b"}"):
+            while received.count(b"HTTP/1.1 200 OK") < len(sent) or not received.endswith(b"}"):
                 received += line.recv(1 << 16)
             first, second = received.split(b"HTTP/1.1 200 OK")[1:]
             assert (b'"status"' in first, b'"user"' in second) == (True, True)
