@@ -2,13 +2,15 @@
 
 cli/        commands: call the API through client/, and print
 sdk/        registries as Python objects: opens the one of a URL, or the embedded one in this process
-api/        REST under /v1: the app, callers, limits, problems, routes, schemas; hub API in api.hub, pages in api.pages
+api/        REST under /v1: the app, callers, limits, problems, routes; hub API in api.hub, pages in api.pages
 worker/     jobs: the steps of a composition
 transfer/   bytes and rows together: uploads, publishing, collection, fsck
 domain/     rules over rows: access, catalog, channels, search, jobs, compositions
 storage/    blobs in a directory or in S3; client/ speaks to a server, for the trainer's process too
 hub_client/ speaks to a Hugging Face Hub, for imports, exports and bases
-database/   engine, tables, locks, migrations; formats/ parses references, manifests and signatures
+database/   engine, tables, locks, migrations
+wire/       the documents of the API, as types
+formats/    parses references, manifests and signatures
 home        the home directory, closed to other users, with the secrets of servers for one user
 errors/     an exit code a family, the codes of each; how errors of others become ours; settings;
             addresses of registries and hosts; composer_name refuses another package of that name

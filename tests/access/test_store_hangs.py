@@ -14,8 +14,8 @@ import pytest
 
 from registry.api.app import create_app
 from registry.api.http.threads import PATIENCE_S, STORE_ROOM, STORE_THREADS
-from registry.api.schemas.transfer import UploadIn
 from registry.client.inprocess import InProcessTransport
+from registry.wire.transfer import UploadIn
 from tests import services
 from tests.access.house import PRIVATE, House, build_house, new_environment
 

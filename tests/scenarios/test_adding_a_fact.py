@@ -33,7 +33,7 @@ EDITS = {
         "    yanked: bool = fact(_release.yanked)\n",
         "    reviewed_by: str | None = fact(_release.reviewed_by, shown=True)\n",
     ),
-    "registry/api/schemas/catalog.py": ("    yank_reason: str | None\n", "    reviewed_by: str | None\n"),
+    "registry/wire/catalog.py": ("    yank_reason: str | None\n", "    reviewed_by: str | None\n"),
 }
 """What is there once, and what is added below it."""
 

@@ -8,8 +8,8 @@ import httpx2
 import pytest
 from safetensors.torch import load_file, save_file
 
-from registry.api.schemas.catalog import ReleaseOut
-from registry.api.schemas.search import FoundOut, FoundPage, ResolvedOut
+from registry.wire.catalog import ReleaseOut
+from registry.wire.search import FoundOut, FoundPage, ResolvedOut
 from tests.scenarios.conftest import serving, stock
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World

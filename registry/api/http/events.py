@@ -31,7 +31,7 @@ from registry.errors import RegistryError, TooMany
 from registry.transfer.resources import Resources
 
 if TYPE_CHECKING:
-    from registry.api.schemas.work import CompositionOut, JobOut
+    from registry.wire.work import CompositionOut, JobOut
 
 PER_USER, PER_PROCESS = 20, 200
 """Streams at a time."""

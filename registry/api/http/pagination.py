@@ -7,10 +7,10 @@ from typing import Annotated, TypeVar
 from fastapi import Query
 
 from registry.api.http.request import MAX_DIGITS
-from registry.api.schemas.wire import Page, Wire
 from registry.domain.channels.moves import NOTHING_YET
 from registry.domain.channels.policies import Expected
 from registry.errors import Usage
+from registry.wire.document import Page, Wire
 
 Row = TypeVar("Row")
 Item = TypeVar("Item", bound=Wire)

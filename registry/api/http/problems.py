@@ -16,7 +16,6 @@ from starlette.types import Scope
 
 from composer.errors import ComposerError
 from registry.api.http.exchanges import request_id
-from registry.api.schemas.wire import Problem
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
 from registry.errors import FAMILIES, Invalid, RegistryError, Unauthenticated, Unavailable, Usage
@@ -24,6 +23,7 @@ from registry.errors.outages import OutageLog
 from registry.errors.translation import of_composer
 from registry.formats.references import nearest
 from registry.transfer.resources import Resources
+from registry.wire.document import Problem
 
 log = logging.getLogger(__name__)
 outages = OutageLog(log)

@@ -11,11 +11,11 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from registry.api.http.threads import UploadThreads
-from registry.api.schemas.wire import MAX_INT64
 from registry.database.idempotency import IdempotentRequest
 from registry.domain.access.audit import Actor
 from registry.errors import TooLarge, Usage
 from registry.transfer.resources import Resources
+from registry.wire.document import MAX_INT64
 
 R = TypeVar("R")
 

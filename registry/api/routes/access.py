@@ -8,7 +8,16 @@ from registry.api.http.pagination import Cursor, Limit, decode_cursor, page
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route
 from registry.api.http.rules import Admin, Caller, CallersOf, Member, Reader, RegistryAdmin
-from registry.api.schemas.access import (
+from registry.database.tables import Namespace
+from registry.domain.access import namespaces, people, quotas, tokens, users
+from registry.domain.access.namespaces import NamespaceChange
+from registry.domain.access.people import Person
+from registry.domain.access.quotas import Quota, Retention
+from registry.domain.access.roles import EVERYWHERE, Role, permit, permit_everywhere, refuse_anonymous
+from registry.domain.access.tokens import NewToken
+from registry.errors import Refused
+from registry.formats.references import parse_name
+from registry.wire.access import (
     MemberIn,
     MembersOut,
     NamespaceIn,
@@ -24,16 +33,7 @@ from registry.api.schemas.access import (
     UserOut,
     WhoOut,
 )
-from registry.api.schemas.wire import Page
-from registry.database.tables import Namespace
-from registry.domain.access import namespaces, people, quotas, tokens, users
-from registry.domain.access.namespaces import NamespaceChange
-from registry.domain.access.people import Person
-from registry.domain.access.quotas import Quota, Retention
-from registry.domain.access.roles import EVERYWHERE, Role, permit, permit_everywhere, refuse_anonymous
-from registry.domain.access.tokens import NewToken
-from registry.errors import Refused
-from registry.formats.references import parse_name
+from registry.wire.document import Page
 
 router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
 

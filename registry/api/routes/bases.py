@@ -9,11 +9,11 @@ from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route
 from registry.api.http.rules import Contributor, Member
 from registry.api.routes.views import base_page, base_view
-from registry.api.schemas.catalog import BaseIn, BaseOut, DeprecateIn
-from registry.api.schemas.wire import Page
 from registry.domain.catalog import bases
 from registry.domain.catalog.bases import NewBase, TensorRow
 from registry.formats.references import parse_digest
+from registry.wire.catalog import BaseIn, BaseOut, DeprecateIn
+from registry.wire.document import Page
 
 router = APIRouter(prefix="/v1/bases", tags=["bases"], route_class=Route)
 

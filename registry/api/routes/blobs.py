@@ -12,8 +12,6 @@ from registry.api.http.request import ResourcesOf, body_chunks, content_length, 
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller
 from registry.api.http.threads import BlobResponse, in_store_threads
-from registry.api.schemas.transfer import CompletedOut, PartIn, PartOut, PutOut, UploadIn, UploadOut, UploadRow
-from registry.api.schemas.wire import MAX_INT64
 from registry.database.tables import RevisionFile
 from registry.domain.access.roles import permit_uploads
 from registry.errors import Unavailable
@@ -23,6 +21,8 @@ from registry.storage.blobs import BlobStat, Put
 from registry.transfer import uploads
 from registry.transfer.resources import Resources
 from registry.transfer.uploads import PlannedUpload
+from registry.wire.document import MAX_INT64
+from registry.wire.transfer import CompletedOut, PartIn, PartOut, PutOut, UploadIn, UploadOut, UploadRow
 
 router = APIRouter(prefix="/v1", tags=["blobs"], route_class=Route)
 

@@ -11,7 +11,15 @@ from registry.api.http.rules import Admin, Publisher, Reader, Releaser
 from registry.api.routes.documents import json_response, move_document
 from registry.api.routes.repository import NamedRepository, RepositoryOf, RepositoryRouter
 from registry.api.routes.views import channel_view, judgement_view, move_view, promotion_view
-from registry.api.schemas.quality import (
+from registry.database import idempotency
+from registry.database.engine import Session
+from registry.database.tables import Promotion, Repository
+from registry.domain.channels import moves, pending, pins, policies, promotions, timeline, withdrawals
+from registry.formats.channel_policy import read_policy
+from registry.formats.references import parse_name, parse_version
+from registry.transfer.promotions import settle, settle_overdue
+from registry.wire.document import Page
+from registry.wire.quality import (
     ApprovalIn,
     ApprovalOut,
     ChannelDeleted,
@@ -26,14 +34,6 @@ from registry.api.schemas.quality import (
     PromotionOut,
     RollbackIn,
 )
-from registry.api.schemas.wire import Page
-from registry.database import idempotency
-from registry.database.engine import Session
-from registry.database.tables import Promotion, Repository
-from registry.domain.channels import moves, pending, pins, policies, promotions, timeline, withdrawals
-from registry.formats.channel_policy import read_policy
-from registry.formats.references import parse_name, parse_version
-from registry.transfer.promotions import settle, settle_overdue
 
 repository_routes = RepositoryRouter(tags=["channels"], route_class=Route)
 

@@ -11,7 +11,6 @@ from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller
 from registry.api.routes.views import composition_documents, composition_view
-from registry.api.schemas.work import CompositionIn, CompositionOut
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import permit
 from registry.domain.compositions import compositions
@@ -19,6 +18,7 @@ from registry.domain.jobs.queue import PLAIN, Wish
 from registry.formats.signatures import own_fingerprint
 from registry.settings import Settings
 from registry.transfer.resources import Resources
+from registry.wire.work import CompositionIn, CompositionOut
 
 router = APIRouter(prefix="/v1/compositions", tags=["compositions"], route_class=Route)
 
@@ -31,7 +31,8 @@ def signer_of(settings: Settings) -> str | None:
 @router.post("", status_code=202)
 def create(body: CompositionIn, resources: ResourcesOf, actor: Caller) -> CompositionOut:
     """Resolve and lock a recipe immediately; its steps wait for a worker. Even a plan requires the publisher role."""
-    return create_composition(resources, actor, parse_recipe(body.recipe), plan_only=body.plan, wish=body.wish)
+    wish = Wish(priority=body.priority, memory_bytes=body.memory_bytes)
+    return create_composition(resources, actor, parse_recipe(body.recipe), plan_only=body.plan, wish=wish)
 
 
 def create_composition(

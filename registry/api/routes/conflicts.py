@@ -7,13 +7,13 @@ from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller
 from registry.api.routes.views import conflicts_view
-from registry.api.schemas.work import ConflictsIn, ConflictsOut
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, permit
 from registry.domain.compositions import checks, locking
 from registry.domain.jobs.queue import FINISHED
 from registry.formats.references import parse_reference
 from registry.transfer.resources import Resources
+from registry.wire.work import ConflictsIn, ConflictsOut
 
 router = APIRouter(prefix="/v1/conflicts", tags=["compositions"], route_class=Route)
 

@@ -17,7 +17,6 @@ import orjson
 from starlette.responses import Response
 
 from composer.formats.adapters.serving import SERVERS
-from registry.api.schemas.catalog import Provenance, ReleaseOut
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
@@ -28,6 +27,7 @@ from registry.domain.channels.gates import NO_FIGURES
 from registry.domain.channels.timeline import ChannelMove
 from registry.formats.licenses import spdx
 from registry.formats.references import RepositoryName
+from registry.wire.catalog import Provenance, ReleaseOut
 
 Json = dict[str, Any]
 _shown = attrgetter(*SHOWN)

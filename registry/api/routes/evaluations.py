@@ -5,8 +5,9 @@ from fastapi import APIRouter
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller
-from registry.api.schemas.work import EvaluationIn, EvaluationOut
+from registry.domain.jobs.queue import Wish
 from registry.transfer import evaluations
+from registry.wire.work import EvaluationIn, EvaluationOut
 
 router = APIRouter(prefix="/v1/evaluations", tags=["quality"], route_class=Route)
 
@@ -15,7 +16,15 @@ router = APIRouter(prefix="/v1/evaluations", tags=["quality"], route_class=Route
 def request(body: EvaluationIn, resources: ResourcesOf, actor: Caller) -> EvaluationOut:
     """Queue the evaluation of releases and bases on suites as one job, which loads each base once. Needs the role
     publisher in each release's namespace, and each base to be the caller's own, as recording the scores does."""
-    document = evaluations.request(resources, actor, body.releases, body.bases, body.suites, body.wish)
+    wish = Wish(priority=body.priority, memory_bytes=body.memory_bytes)
+    document = evaluations.request(
+        resources,
+        actor,
+        body.releases,
+        body.bases,
+        body.suites,
+        wish,
+    )
     return EvaluationOut.model_validate(document)
 
 

@@ -14,9 +14,8 @@ from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
 from registry.api.http.rules import AdminSomewhere, Caller, Contributor
 from registry.api.http.threads import in_store_threads
+from registry.api.routes.queries import EventFilters
 from registry.api.routes.views import audit_view, job_documents, job_page, job_view
-from registry.api.schemas.wire import Page
-from registry.api.schemas.work import AuditOut, EventFilters, JobOut, PriorityIn
 from registry.database.engine import Session
 from registry.database.migrate import ensure_schema
 from registry.database.tables import Job
@@ -27,6 +26,8 @@ from registry.domain.jobs import queue
 from registry.errors import Unavailable
 from registry.formats.references import ABSENT
 from registry.transfer.resources import Resources
+from registry.wire.document import Page
+from registry.wire.work import AuditOut, JobOut, PriorityIn
 
 router = APIRouter(tags=["operations"], route_class=Route)
 

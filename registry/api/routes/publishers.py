@@ -7,14 +7,14 @@ from fastapi import APIRouter, Depends, Path, Response
 from registry.api.http.request import ResourcesOf
 from registry.api.http.routes import Route
 from registry.api.http.rules import Admin, CallersOf
-from registry.api.schemas.access import PublisherIn, PublisherOut
-from registry.api.schemas.wire import Page
 from registry.database.tables import TrustedPublisher
 from registry.domain.access import publishers
 from registry.domain.access.publishers import NewPublisher
 from registry.formats.references import RepositoryName, parse_name
 from registry.transfer.resources import Resources
 from registry.transfer.token_exchange import parse_publisher
+from registry.wire.access import PublisherIn, PublisherOut
+from registry.wire.document import Page
 
 router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
 

@@ -11,7 +11,15 @@ from registry.api.routes.blobs import BYTES, ByteRange, file_response
 from registry.api.routes.documents import page_response, release_documents, release_view
 from registry.api.routes.repository import KindOf, RepositoryOf, RepositoryRouter
 from registry.api.routes.views import repository_page
-from registry.api.schemas.catalog import (
+from registry.database.tables import Release
+from registry.domain.access import namespaces
+from registry.domain.access.roles import Role, permit
+from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
+from registry.domain.catalog.repositories import RepositoryFilter
+from registry.domain.channels import withdrawals
+from registry.formats.manifest import ManifestFile
+from registry.formats.references import parse_digest, parse_name, parse_version
+from registry.wire.catalog import (
     DeprecateIn,
     DescendantOut,
     NextOut,
@@ -27,15 +35,7 @@ from registry.api.schemas.catalog import (
     TargetSuiteOut,
     YankIn,
 )
-from registry.api.schemas.wire import Page
-from registry.database.tables import Release
-from registry.domain.access import namespaces
-from registry.domain.access.roles import Role, permit
-from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
-from registry.domain.catalog.repositories import RepositoryFilter
-from registry.domain.channels import withdrawals
-from registry.formats.manifest import ManifestFile
-from registry.formats.references import parse_digest, parse_name, parse_version
+from registry.wire.document import Page
 
 repository_routes = RepositoryRouter(tags=["releases"], route_class=Route)
 """Mounted once under /v1/adapters and once under /v1/models."""

@@ -27,8 +27,7 @@ from registry.api.routes.documents import (
     json_response,
     page_response,
 )
-from registry.api.schemas.search import FoundPage, ResolvedOut, SearchIn
-from registry.api.schemas.wire import MAX_INT64, Problem
+from registry.api.routes.queries import SearchIn
 from registry.database.engine import Session
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, permit
@@ -41,6 +40,8 @@ from registry.domain.search.search import SearchResult
 from registry.errors import Usage
 from registry.formats.references import parse_reference
 from registry.transfer.resources import Resources
+from registry.wire.document import MAX_INT64, Problem
+from registry.wire.search import FoundPage, ResolvedOut
 
 router = APIRouter(prefix="/v1", tags=["search"], route_class=Route)
 

@@ -12,15 +12,6 @@ from registry.api.http.rules import Contributor, Member, Publisher, Reader
 from registry.api.http.threads import in_store_threads
 from registry.api.routes.repository import RepositoryOf, RepositoryRouter
 from registry.api.routes.views import score_view, suite_page, suite_view
-from registry.api.schemas.quality import (
-    ScoreOut,
-    ScoresImported,
-    ScoresIn,
-    ScoresOut,
-    SuiteOut,
-    SuiteResultsOut,
-)
-from registry.api.schemas.wire import Page
 from registry.domain.access.audit import Actor
 from registry.domain.access.roles import EVERYWHERE, refuse_other_owner
 from registry.domain.catalog import bases, suites
@@ -28,6 +19,15 @@ from registry.domain.catalog.suites import Measurement
 from registry.formats.references import parse_version
 from registry.transfer.promotions import settle_on_base
 from registry.transfer.resources import Resources
+from registry.wire.document import Page
+from registry.wire.quality import (
+    ScoreOut,
+    ScoresImported,
+    ScoresIn,
+    ScoresOut,
+    SuiteOut,
+    SuiteResultsOut,
+)
 
 router = APIRouter(prefix="/v1", tags=["quality"], route_class=Route)
 repository_routes = RepositoryRouter(tags=["quality"], route_class=Route)

@@ -5,8 +5,8 @@ from fastapi import APIRouter, Response
 from registry.api.http.request import ResourcesOf, RowId
 from registry.api.http.routes import Route
 from registry.api.http.rules import Caller, Contributor
-from registry.api.schemas.work import UpgradeIn, UpgradeOut
 from registry.transfer import upgrades
+from registry.wire.work import UpgradeIn, UpgradeOut
 
 router = APIRouter(prefix="/v1/upgrades", tags=["bases"], route_class=Route)
 

@@ -3,9 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from registry.api.routes.documents import deprecation, move_document
-from registry.api.schemas.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
-from registry.api.schemas.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
-from registry.api.schemas.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut
 from registry.database.engine import Session, database_now
 from registry.database.tables import (
     AuditRow,
@@ -26,8 +23,11 @@ from registry.domain.channels.promotions import Judgement
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
-from registry.domain.jobs.queue import Priority
+from registry.formats.priority import Priority
 from registry.formats.references import RepositoryName
+from registry.wire.catalog import BaseOut, BaseRef, RepositoryOut, TensorRow
+from registry.wire.quality import ChannelOut, JudgementOut, MoveOut, PromotionOut, ScoreOut, SuiteOut
+from registry.wire.work import AuditOut, CheckedInput, CompositionOut, ConflictsOut, JobOut
 
 
 def score_view(row: Score) -> ScoreOut:
@@ -167,7 +167,7 @@ def _job_views(session: Session, rows: Sequence[Job]) -> list[JobOut]:
     return [
         JobOut.of(
             row,
-            priority=Priority.of(row),
+            priority=Priority.of(row.priority),
             needs=sorted(needed[row.id].names),
             waits_for=waiting.get(row.id),
             stalled_since=queue.stalled_since(row, now),

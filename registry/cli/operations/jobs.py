@@ -1,6 +1,5 @@
 """Jobs: list, show, follow, order, cancel."""
 
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -11,18 +10,13 @@ from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.render import JsonFlag
 from registry.errors import Refused, RegistryError
 from registry.errors.translation import of_row
+from registry.formats.priority import Priority
 
 Json = dict[str, Any]
 
 
-class PriorityName(StrEnum):
-    LOW = "low"
-    NORMAL = "normal"
-    HIGH = "high"
-
-
 PriorityOption = Annotated[
-    PriorityName | None,
+    Priority | None,
     typer.Option("--priority", help="Priority among the jobs of its namespace; high needs the role releaser there."),
 ]
 MemoryOption = Annotated[
@@ -34,7 +28,7 @@ MemoryOption = Annotated[
 _HELP = "adaptory jobs"
 
 
-def wishes(priority: PriorityName | None, memory_bytes: int | None) -> Json:
+def wishes(priority: Priority | None, memory_bytes: int | None) -> Json:
     """The fields of a request for a job: those that are given, since an older server does not know them."""
     given = {"priority": priority.value if priority else None, "memory_bytes": memory_bytes}
     return {name: value for name, value in given.items() if value is not None}
@@ -47,7 +41,7 @@ def jobs(
         bool, typer.Option("--follow", help="With ID: wait until it ends, with a bar for each step.")
     ] = False,
     priority: Annotated[
-        PriorityName | None,
+        Priority | None,
         typer.Option(help="With ID: give it another priority; high needs the role releaser in its namespace."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum number.")] = 50,

@@ -13,7 +13,6 @@ jobs go before it.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
@@ -27,6 +26,7 @@ from registry.domain.access.roles import EVERYWHERE, Reach, Role, permit
 from registry.domain.jobs import needs
 from registry.domain.jobs.needs import LEASE, Offer, WorkerNeeds
 from registry.errors import Conflict, NotFound, RegistryError, TooMany
+from registry.formats.priority import Priority
 
 OVERDUE = timedelta(hours=6)
 """How long a job lets less busy namespaces and higher priorities go first."""
@@ -36,24 +36,6 @@ PAUSES = (timedelta(seconds=15), timedelta(minutes=5))
 MAX_QUEUED = 100
 """Maximum queued jobs per user."""
 FINISHED = ("done", "refused", "failed", "cancelled")
-
-
-class Priority(StrEnum):
-    """Of equally busy namespaces, jobs of higher priority go first."""
-
-    LOW = "low"
-    NORMAL = "normal"
-    HIGH = "high"
-
-    @property
-    def rank(self) -> int:
-        """As the job's row has it."""
-        return {"low": -1, "normal": 0, "high": 1}[self]
-
-    @classmethod
-    def of(cls, job: Job) -> "Priority":
-        """A job's own."""
-        return cls.NORMAL if job.priority == 0 else cls.HIGH if job.priority > 0 else cls.LOW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,7 +298,7 @@ def set_priority(session: Session, actor: Actor, job_id: int, priority: Priority
     job = _locked(session, job_id)
     _refuse_high(actor, priority, job.namespace)
     _refuse_finished(job, "Only a job that waits has a priority.")
-    before, job.priority = Priority.of(job), priority.rank
+    before, job.priority = Priority.of(job.priority), priority.rank
     if before is not priority:
         state = {"priority": before.value}, {"priority": priority.value}
         audit.record(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from composer.errors import InvalidFile
 from composer.formats.checkpoints import card
 from composer.formats.checkpoints.card import card_provenance, front_matter, load_mapping, parse_provenance, provenance
-from registry.api.schemas.catalog import Provenance
+from registry.wire.catalog import Provenance
 
 FULL = """---
 license: apache-2.0

@@ -18,7 +18,8 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Reach
 from registry.domain.jobs import needs, queue
 from registry.domain.jobs.needs import Offer, WorkerNeeds
-from registry.domain.jobs.queue import OVERDUE, Priority, Wish
+from registry.domain.jobs.queue import OVERDUE, Wish
+from registry.formats.priority import Priority
 from tests import services
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

@@ -13,14 +13,14 @@ from registry.api.http.rules import CallersOf, Where
 from registry.api.pages.html.forms import Form, FormOf
 from registry.api.pages.html.render import page, redirect
 from registry.api.pages.html.wire import PageAdmin, PageCaller, PageRoute, PageRule, parses
+from registry.api.routes.queries import EventFilters
 from registry.api.routes.views import audit_view
-from registry.api.schemas.access import MemberIn, TokenIn
-from registry.api.schemas.work import EventFilters
 from registry.domain.access import audit, namespaces, tokens
 from registry.domain.access.audit import Act, Actor
 from registry.domain.access.roles import EVERYWHERE, Role, holds, refuse_anonymous
 from registry.domain.access.tokens import NewToken
 from registry.formats.references import parse_name
+from registry.wire.access import MemberIn, TokenIn
 
 router = APIRouter(route_class=PageRoute)
 

@@ -7,12 +7,12 @@ from typing import Any
 from registry.api.pages.html import gates
 from registry.api.pages.html.gates import GateLine
 from registry.api.routes.views import judgement_view, move_view
-from registry.api.schemas.quality import ChannelOut
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
 from registry.domain.channels import moves, promotions, timeline
 from registry.formats.references import RepositoryName, parse_repository, parse_version
+from registry.wire.quality import ChannelOut
 
 FIRST_CHOICE = "prod"
 """The channel that a promotion is judged for, if there is one of this name."""

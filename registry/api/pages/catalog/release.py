@@ -22,7 +22,6 @@ from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf, Ve
 from registry.api.routes.blobs import file_response
 from registry.api.routes.documents import release_documents
 from registry.api.routes.views import channel_view, score_view
-from registry.api.schemas.quality import ChannelOut
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
@@ -36,6 +35,7 @@ from registry.formats.references import RepositoryName, is_version, parse_refere
 from registry.storage.blobs import BlobStore
 from registry.transfer.resources import Resources
 from registry.transfer.verified import read_verified
+from registry.wire.quality import ChannelOut
 
 router = APIRouter(route_class=PageRoute)
 

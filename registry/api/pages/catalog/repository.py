@@ -15,13 +15,13 @@ from registry.api.pages.html.render import page, page_about
 from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf
 from registry.api.routes.documents import release_documents
 from registry.api.routes.views import channel_view, repository_page
-from registry.api.schemas.quality import ChannelOut
 from registry.domain.access import namespaces
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.repositories import RepositoryFilter
 from registry.domain.channels import moves
 from registry.formats.references import parse_name
+from registry.wire.quality import ChannelOut
 
 router = APIRouter(route_class=PageRoute)
 

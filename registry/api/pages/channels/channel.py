@@ -10,7 +10,6 @@ from registry.api.pages.html import gates
 from registry.api.pages.html.render import page_about
 from registry.api.pages.html.wire import CHANNEL, ChannelRequestOf, PageReader, PageRoute
 from registry.api.routes.views import channel_view, move_view, promotion_view
-from registry.api.schemas.quality import ChannelOut
 from registry.database.engine import Session
 from registry.database.tables import Promotion, Repository
 from registry.domain.access.audit import Actor
@@ -20,6 +19,7 @@ from registry.domain.channels import moves, pending, pins, policies, timeline
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName
 from registry.transfer.promotions import settle_overdue
+from registry.wire.quality import ChannelOut
 
 router = APIRouter(route_class=PageRoute)
 

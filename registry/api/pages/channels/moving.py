@@ -11,13 +11,13 @@ from registry.api.pages.html.forms import FormOf, number_shown
 from registry.api.pages.html.render import page_about, redirect
 from registry.api.pages.html.wire import CHANNEL, ChannelRequest, ChannelRequestOf, PageReleaser, PageRoute, VersionOf
 from registry.api.routes.views import judgement_view
-from registry.api.schemas.quality import PromoteIn, RollbackIn
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
 from registry.domain.channels import moves, pending, promotions
 from registry.domain.channels.policies import Expected, PromotionRequest
 from registry.errors import RegistryError, Usage
 from registry.formats.references import parse_version
+from registry.wire.quality import PromoteIn, RollbackIn
 
 router = APIRouter(route_class=PageRoute)
 

@@ -20,13 +20,13 @@ from registry.api.pages.html.wire import (
     PageRoute,
 )
 from registry.api.routes.views import promotion_view
-from registry.api.schemas.quality import ApprovalIn
 from registry.database.engine import Session
 from registry.database.tables import Promotion
 from registry.domain.catalog import repositories
 from registry.domain.channels import pending, promotions
 from registry.errors import RegistryError
 from registry.transfer.promotions import settle, settle_overdue
+from registry.wire.quality import ApprovalIn
 
 router = APIRouter(route_class=PageRoute)
 

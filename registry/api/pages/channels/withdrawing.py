@@ -12,7 +12,6 @@ from registry.api.pages.accounts.account import validated
 from registry.api.pages.html.forms import Form, FormOf
 from registry.api.pages.html.render import link, page_about, redirect
 from registry.api.pages.html.wire import ERRORS, PageReleaser, PageRoute, RepositoryOf, VersionOf
-from registry.api.schemas.catalog import DeprecateIn, YankIn
 from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
@@ -21,6 +20,7 @@ from registry.domain.channels import moves, withdrawals
 from registry.errors import RegistryError
 from registry.formats.references import RepositoryName, Version
 from registry.transfer.resources import Resources
+from registry.wire.catalog import DeprecateIn, YankIn
 
 router = APIRouter(route_class=PageRoute)
 

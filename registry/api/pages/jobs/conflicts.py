@@ -20,11 +20,11 @@ from registry.api.pages.html.wire import ERRORS, PageCaller, PageRoute, parses
 from registry.api.pages.jobs import report
 from registry.api.pages.jobs.chosen import Chosen
 from registry.api.routes.conflicts import last_check, request_check
-from registry.api.schemas.work import MAX_CHECKED, ConflictsIn, ConflictsOut
 from registry.domain.access.audit import Actor
 from registry.domain.jobs.queue import FINISHED
 from registry.errors import RegistryError, Unauthenticated
 from registry.transfer.resources import Resources
+from registry.wire.work import MAX_CHECKED, ConflictsIn, ConflictsOut
 
 router = APIRouter(route_class=PageRoute)
 

@@ -1,11 +1,11 @@
-"""Schemas of uploads."""
+"""Documents of uploads."""
 
 from typing import Literal
 
 from pydantic import Field
 
-from registry.api.schemas.catalog import FileRow
-from registry.api.schemas.wire import Wire, WireIn
+from registry.wire.catalog import FileRow
+from registry.wire.document import Wire, WireIn
 
 
 class UploadIn(WireIn):

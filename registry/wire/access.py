@@ -1,11 +1,11 @@
-"""Schemas of tokens, namespaces and members."""
+"""Documents of tokens, namespaces and members."""
 
 from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from registry.api.schemas.wire import Wire, WireIn
+from registry.wire.document import Wire, WireIn
 
 RoleName = Literal["reader", "publisher", "releaser", "admin"]
 User = Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f/*]+$")

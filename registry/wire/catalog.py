@@ -1,4 +1,4 @@
-"""Schemas of bases, repositories and releases."""
+"""Documents of bases, repositories and releases."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import FailFast, Field
 
 from composer.formats.checkpoints.card import MAX_HYPERPARAMETERS, MAX_ITEMS, MAX_TEXT
-from registry.api.schemas.quality import ScoreOut
-from registry.api.schemas.wire import MAX_INT64, Wire, WireIn
+from registry.wire.document import MAX_INT64, Wire, WireIn
+from registry.wire.quality import ScoreOut
 
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 Count = Annotated[int, Field(ge=0, le=MAX_INT64)]

@@ -1,4 +1,4 @@
-"""Schemas of suites, scores, channels, moves and gates."""
+"""Documents of suites, scores, channels, moves and gates."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from composer.formats.recipes.suite import MAX_EXAMPLES
-from registry.api.schemas.wire import MAX_INT32, Wire, WireIn
+from registry.wire.document import MAX_INT32, Wire, WireIn
 
 MAX_ANSWER_CHARS = 2_000
 MAX_NATS = 1e100

@@ -1,18 +1,19 @@
-"""Schemas of search and resolve."""
+"""Query strings of search and of the audit log."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from composer.formats.adapters.serving import parse_profile
-from registry.api.schemas.catalog import BaseRef, DeprecationOut, FileRow, ReleaseOut
-from registry.api.schemas.wire import MAX_INT32, MAX_INT64, Page, Wire
+from registry.domain.access.audit import Act, Actor, EventQuery
+from registry.domain.access.roles import Role, granted
 from registry.domain.catalog.repositories import Kind
 from registry.domain.catalog.suites import parse_condition
 from registry.domain.search.query import REFUSED, RELATED, Query
 from registry.errors import Usage
 from registry.formats.references import parse_name, parse_repository
+from registry.wire.document import MAX_INT32, MAX_INT64, Moment, Wire, WireIn
 
 Rank = Annotated[int | None, Field(ge=1, le=MAX_INT32)]
 Word = Annotated[str | None, Field(max_length=200)]
@@ -142,60 +143,26 @@ def _value(name: str, given: list[str]) -> str | list[str]:
     return given if name in UNSPLIT else given[0]
 
 
-class RelatedOut(Wire):
-    """The base searched for, and its relation to the release's own base."""
+class EventFilters(WireIn):
+    """Conditions on rows of the audit log; all must hold."""
 
-    base: BaseRef
-    relation: str
+    model_config = ConfigDict(extra="ignore")  # it is given the cursor too; routes refuse unknown parameters
 
+    namespace: str | None = Field(default=None, max_length=64)
+    subject: str | None = Field(default=None, max_length=300, description="acme/sql@prod, or a prefix: acme/*")
+    by: str | None = Field(default=None, max_length=128, description="The user who did it.")
+    act: Act | None = None
+    since: Moment | None = None
+    until: Moment | None = None
 
-class LoadingOut(Wire):
-    profile: str
-    loads: bool
-    reasons: list[str]
-    way_out: list[str]
-
-
-class FoundOut(ReleaseOut):
-    """`related` is set if the release was made for a different base than the one searched for."""
-
-    related: RelatedOut | None
-    loads_in: LoadingOut | None
-
-
-class ChoiceOut(Wire):
-    """A value of a facet and the number of releases that the search would find with it; `more` if that is the limit."""
-
-    value: str
-    count: int
-    more: bool
-
-
-class FoundPage(Page[FoundOut]):
-    """`facets` has the choices of each facet that was named, the most frequent first."""
-
-    facets: dict[str, list[ChoiceOut]] | None = None
-
-
-class ResolvedRelease(Wire):
-    """What is needed to fetch a release; GET it for facts and scores. `size_bytes` is the total size of its files."""
-
-    repository: str
-    kind: str
-    version: str
-    commit: str
-    base: BaseRef
-    yanked: bool
-    yank_reason: str | None
-    deprecated: DeprecationOut | None
-    base_deprecated: DeprecationOut | None
-    size_bytes: int
-    files: list[FileRow]
-
-
-class ResolvedOut(Wire):
-    """`warning` says if the reference resolved to something other than expected, or to a yanked or deprecated release,
-    or to one on a deprecated base."""
-
-    release: ResolvedRelease
-    warning: str
+    def query(self, actor: Actor) -> EventQuery:
+        """A registry admin reads all rows, an admin of namespaces those of their namespaces."""
+        return EventQuery(
+            visible=granted(actor, Role.ADMIN).within,
+            namespace=self.namespace,
+            subject=self.subject,
+            actor=self.by,
+            act=self.act,
+            since=self.since,
+            until=self.until,
+        )

@@ -1,15 +1,13 @@
-"""Schemas of compositions, jobs and audit rows."""
+"""Documents of compositions, jobs and audit rows."""
 
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from registry.api.schemas.catalog import BaseRef
-from registry.api.schemas.wire import MAX_INT64, Moment, Wire, WireIn
-from registry.domain.access.audit import Act, Actor, EventQuery
-from registry.domain.access.roles import Role, granted
-from registry.domain.jobs.queue import Priority, Wish
+from registry.formats.priority import Priority
+from registry.wire.catalog import BaseRef
+from registry.wire.document import MAX_INT64, Wire, WireIn
 
 MAX_CHECKED = 16
 """Adapters in one conflict check, which every reader may request."""
@@ -29,10 +27,6 @@ class WishIn(WireIn):
         le=MAX_INT64,
         description="Memory of a device that the job takes; by default the size of its largest base, if it is loaded.",
     )
-
-    @property
-    def wish(self) -> Wish:
-        return Wish(priority=self.priority, memory_bytes=self.memory_bytes)
 
 
 class PriorityIn(WireIn):
@@ -234,31 +228,6 @@ class EvaluationOut(Wire):
     steps: list[StepOut]
     error: dict[str, Any] | None
     items: list[EvaluatedPair]
-
-
-class EventFilters(WireIn):
-    """Conditions on rows of the audit log; all must hold."""
-
-    model_config = ConfigDict(extra="ignore")  # it is given the cursor too; routes refuse unknown parameters
-
-    namespace: str | None = Field(default=None, max_length=64)
-    subject: str | None = Field(default=None, max_length=300, description="acme/sql@prod, or a prefix: acme/*")
-    by: str | None = Field(default=None, max_length=128, description="The user who did it.")
-    act: Act | None = None
-    since: Moment | None = None
-    until: Moment | None = None
-
-    def query(self, actor: Actor) -> EventQuery:
-        """A registry admin reads all rows, an admin of namespaces those of their namespaces."""
-        return EventQuery(
-            visible=granted(actor, Role.ADMIN).within,
-            namespace=self.namespace,
-            subject=self.subject,
-            actor=self.by,
-            act=self.act,
-            since=self.since,
-            until=self.until,
-        )
 
 
 class AuditOut(Wire):

@@ -1,0 +1,63 @@
+"""Documents of search and resolve."""
+
+from registry.wire.catalog import BaseRef, DeprecationOut, FileRow, ReleaseOut
+from registry.wire.document import Page, Wire
+
+
+class RelatedOut(Wire):
+    """The base searched for, and its relation to the release's own base."""
+
+    base: BaseRef
+    relation: str
+
+
+class LoadingOut(Wire):
+    profile: str
+    loads: bool
+    reasons: list[str]
+    way_out: list[str]
+
+
+class FoundOut(ReleaseOut):
+    """`related` is set if the release was made for a different base than the one searched for."""
+
+    related: RelatedOut | None
+    loads_in: LoadingOut | None
+
+
+class ChoiceOut(Wire):
+    """A value of a facet and the number of releases that the search would find with it; `more` if that is the limit."""
+
+    value: str
+    count: int
+    more: bool
+
+
+class FoundPage(Page[FoundOut]):
+    """`facets` has the choices of each facet that was named, the most frequent first."""
+
+    facets: dict[str, list[ChoiceOut]] | None = None
+
+
+class ResolvedRelease(Wire):
+    """What is needed to fetch a release; GET it for facts and scores. `size_bytes` is the total size of its files."""
+
+    repository: str
+    kind: str
+    version: str
+    commit: str
+    base: BaseRef
+    yanked: bool
+    yank_reason: str | None
+    deprecated: DeprecationOut | None
+    base_deprecated: DeprecationOut | None
+    size_bytes: int
+    files: list[FileRow]
+
+
+class ResolvedOut(Wire):
+    """`warning` says if the reference resolved to something other than expected, or to a yanked or deprecated release,
+    or to one on a deprecated base."""
+
+    release: ResolvedRelease
+    warning: str
