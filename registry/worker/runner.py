@@ -36,6 +36,9 @@ SETTLE_S = 2.0
 SWEEP_S = 600.0
 UNMET_S = 30.0
 """How often a worker looks for jobs that no worker has met for long."""
+_NOT_AWAITED = ("engine_unavailable", "blob_corrupt")
+"""What a command's own job is not retried for, since its user waits: a cluster that is not there, and bytes that were
+wrong twice in a row."""
 _PROGRESS_STEP = 0.05
 _PROGRESS_S = 1.0
 """Progress is written whenever this share more is done and, if an amount is known, this often as well."""
@@ -297,8 +300,8 @@ def _run(held: JobRun, job: Job, kind: JobKind) -> None:
 
 def _handle_failure(held: JobRun, job: Job, kind: JobKind, error: RegistryError) -> None:
     """Postpones the job, or ends it."""
-    absent = held.is_own and error.code == "engine_unavailable"
-    if error.code in RETRYABLE and job.attempts < queue.MAX_ATTEMPTS and not absent:
+    given_up = held.is_own and error.code in _NOT_AWAITED
+    if error.code in RETRYABLE and job.attempts < queue.MAX_ATTEMPTS and not given_up:
         _put_off(held, queue.PAUSES[job.attempts - 1], error)
         return
     held.fail_step(error.log_lines)
