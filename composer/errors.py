@@ -11,8 +11,8 @@ from composer.next_steps import NEXT_STEPS
 
 
 class ComposerError(Exception):
-    """`code` is stable and for machines, `subject` names the file or module, `next_step` says what to do: by default
-    the text of the code."""
+    """`code` is stable and for machines, `subject` names the file or module, `next_step` is by default the text of the
+    code."""
 
     def __init__(self, code: str, message: str, *, subject: str = "", next_step: str | None = None) -> None:
         super().__init__(message)
@@ -38,7 +38,7 @@ class NotSupported(ComposerError):
 
 
 class RefusedOutput(ComposerError):
-    """The output directory exists, or the disk cannot take the result."""
+    """The output directory exists, or the disk has no space for the result."""
 
 
 class Interrupted(Exception):

@@ -8,13 +8,13 @@ HARD = frozenset({
     "replacement_conflict", "replacement_and_delta", "two_rescale", "changed_base", "token_conflict", "tied_weight",
     "tied_both_sides", "vocabulary_mismatch", "shape_conflict", "not_finite",
 })  # fmt: skip
-"""Codes that a merge refuses whatever a policy says."""
+"""Codes that a merge refuses regardless of the policy."""
 _NEXT_STEPS = {
-    "no_target": "Take the name out of adapter_config.json, or save the adapter again with all of its tensors.",
+    "no_target": "Remove the name from adapter_config.json, or save the adapter again with all of its tensors.",
     "tied_weight": "Choose with --set tied=untie or --set tied=shared; in a recipe, settings: {tied: untie}.",
     "tied_both_sides": "Choose --set tied=untie; in a recipe, settings: {tied: untie}.",
-    "replacement_conflict": "Leave one of the two out, or take the difference to the base: --set replacements=delta.",
-    "replacement_and_delta": "Leave one of the two out, or take the difference to the base: --set replacements=delta.",
+    "replacement_conflict": "Leave one of the two out, or use the difference to the base: --set replacements=delta.",
+    "replacement_and_delta": "Leave one of the two out, or use the difference to the base: --set replacements=delta.",
     "two_rescale": (
         "Leave all but one of them out, or merge them in the order in which you give them: --sequential (in a recipe, "
         "settings: {sequential: true}), with the method stack or linear."
@@ -37,7 +37,8 @@ class Severity(StrEnum):
 
 
 class Verdict(StrEnum):
-    """From best to worst. `ok`: measured, on enough examples. `undecided`: measured, and still open. `unmeasured`: not
+    """The outcome of a check, from best to worst. `ok`: measured, on enough examples. `undecided`: measured, and still
+    open. `unmeasured`: not
     probed."""
 
     OK = "ok"
@@ -78,9 +79,9 @@ def next_step(code: str, otherwise: str) -> str:
 
 
 def zero_deltas(name: str, zero: Collection[str], touched: int) -> list[Finding]:
-    """The finding for an adapter that adds nothing, or nothing to the modules `zero`, whatever the reason."""
+    """The finding for an adapter that adds nothing, or nothing to the modules `zero`, for any reason."""
     if zero and len(zero) == touched:
-        why = "It is untrained, or its lora_alpha, its weight or lambda is 0 or next to it."
+        why = "It is untrained, or its lora_alpha, its weight or lambda is (almost) 0."
         message = f"{name} adds nothing: all of its {touched} deltas are zero. {why}"
         return [Finding("zero_delta", Severity.WARNING, name, message, float(touched))]
     if zero:

@@ -1,4 +1,4 @@
-"""What to do about each error of the composer: the next step of an error that states none of its own."""
+"""The next step of each code of the composer, for errors that state none of their own."""
 
 NEXT_STEPS = {
     "a_checkpoint": "Name an adapter's directory.",
@@ -80,7 +80,7 @@ NEXT_STEPS = {
     "scorer_failed": "Correct the scorer or the suite: every answer must have a score from 0 to 1.",
     "scorer_missing": "Install the package of the scorer where evaluations run.",
     "scorer_settings": "Correct `scorer.settings` in the suite.",
-    "scorer_timeout": "Bound the time that the scorer takes, or give it more: ADAPTORY_SCORER_TIMEOUT_S.",
+    "scorer_timeout": "Bound the scorer's time, or allow more: ADAPTORY_SCORER_TIMEOUT_S.",
     "seed": "Use a whole number from 0 to 2^64 - 1.",
     "shape_mismatch": "Name its true base with --base, or save the adapter again.",
     "streamed": "Measure on a machine with more memory, or run only the weight checks.",
@@ -107,5 +107,5 @@ NEXT_STEPS = {
     "vocabulary_mismatch": "Combine adapters that were trained with the same vocabulary.",
     "weighted_replacement": "Give the adapter the weight 1, or set replacements=delta.",
     "weights": "Give one weight per adapter.",
-    "zero_weight_sum": "Change a weight, or take the sum.",
+    "zero_weight_sum": "Change a weight, or use the sum.",
 }

@@ -1,4 +1,4 @@
-"""The import name `composer` is ours, and also that of MosaicML's training library."""
+"""Guards the import name `composer`, which is ours and also that of MosaicML's training library."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,12 +7,12 @@ from registry.errors import Unavailable
 
 _OURS = Path(__file__).parents[1] / "composer"
 _THEIRS = "trainer"
-"""A folder of MosaicML's package, and of no version of ours."""
+"""A folder of MosaicML's package that no version of ours has."""
 
 
 def refuse_other_composer() -> None:
-    """Raises Unavailable if `import composer` would not give our package: another one comes before it on the path, or
-    was installed over it. Imports neither."""
+    """Raises Unavailable if `import composer` would not import our package: another one precedes it on the path, or was
+    installed over it. Imports neither."""
     spec = find_spec("composer")
     directories = [Path(one) for one in (spec and spec.submodule_search_locations) or ()]
     if directories and directories[0].resolve() == _OURS.resolve() and not (_OURS / _THEIRS).exists():

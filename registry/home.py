@@ -29,8 +29,8 @@ _MAX_BYTES = 1000
 
 
 def close_directory(path: Path) -> None:
-    """Makes the directory, with mode 0700 whatever the umask. One of this user that others may look into is closed to
-    them, with a warning if there is something in it. Raises Unavailable for one that all users share, such as /tmp."""
+    """Makes the directory, with mode 0700 whatever the umask. A directory of this user that others may read is closed
+    to them, with a warning if it is not empty. Raises Unavailable for one that all users share, such as /tmp."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700, exist_ok=True)
     state = path.stat()
@@ -40,7 +40,7 @@ def close_directory(path: Path) -> None:
     if state.st_uid == os.geteuid() and state.st_mode & _OTHERS:
         path.chmod(0o700)
         if any(path.iterdir()):
-            log.warning("Other users of this machine could look into %s; now its mode is 0700.", path)
+            log.warning("Other users of this machine could read %s; its mode is now 0700.", path)
 
 
 def close_file(path: Path) -> None:
@@ -65,7 +65,7 @@ def link_path(home: Path, host: str, port: int) -> Path:
 @contextmanager
 def serving(home: Path, host: str, port: int, given: str | None = None) -> Generator[tuple[str, str]]:
     """Keeps the files of a server while it runs. Yields its secret, a new one unless given, and the code of its link.
-    Raises Unavailable for a home that belongs to another user, who could put other files in their place."""
+    Raises Unavailable for a home that belongs to another user, who could replace the files."""
     close_directory(home)
     if home.stat().st_uid not in (os.geteuid(), 0):
         raise _unusable(home, "it belongs to another user")
@@ -82,7 +82,7 @@ def serving(home: Path, host: str, port: int, given: str | None = None) -> Gener
 
 
 def use_link(home: Path, host: str, port: int, code: str) -> bool:
-    """Whether the code is that of the server's link, which has not been used. It is used from then on."""
+    """Whether the code is that of the server's link, which has not been used. The link is used up from then on."""
     path = link_path(home, host, port)
     try:
         if not secrets.compare_digest(path.read_bytes(), code.encode()):
@@ -95,7 +95,7 @@ def use_link(home: Path, host: str, port: int, code: str) -> bool:
 
 def with_secret(home: Path, url: str) -> tuple[str, str | None]:
     """The address to send to, and the secret of the server there, if one runs on this machine and from this home.
-    `localhost` may stand for several addresses; it becomes the server's."""
+    `localhost` may stand for several addresses; it is replaced by the server's."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     if parts.scheme != "http" or not is_loopback(host):
@@ -116,7 +116,8 @@ def _secret_in(path: Path) -> str | None:
 
 
 def _address(host: str) -> str:
-    """What its files are called after, with a dash; empty for 127.0.0.1, where `--host localhost` listens too."""
+    """The part of its files' names for the address, with a dash; empty for 127.0.0.1, where `--host localhost` listens
+    too."""
     return "" if host in ("127.0.0.1", "localhost") else f"{host}-"
 
 
@@ -129,7 +130,7 @@ def _remove_dead(home: Path) -> None:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether the server of the file runs: the lock ends with its process, however that ends."""
+    """Whether the server of the file is running: the lock ends with its process, however that ends."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -21,7 +21,7 @@ DATABASE_FILE = "registry.db"
 DEFAULT_RATE = "6000/minute"
 DEFAULT_ISSUERS = "github:https://token.actions.githubusercontent.com,gitlab:https://gitlab.com"
 Claims = Literal["github", "gitlab", "other"]
-"""Whose claims an issuer's ID tokens have."""
+"""The kinds of issuers, by the claims of their ID tokens."""
 _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 
 
@@ -216,7 +216,7 @@ class LocalStorage(BaseModel):
     kind: Literal["local"] = "local"
     """Blobs in a directory; the default without a bucket."""
     directory: Path | None = None
-    """Where the blobs are; `$ADAPTORY_HOME/store` unless set."""
+    """The directory of the blobs; `$ADAPTORY_HOME/store` unless set."""
 
 
 class S3Storage(BaseModel):
@@ -229,7 +229,7 @@ class S3Storage(BaseModel):
     bucket: str
     """The bucket; it must exist."""
     prefix: Annotated[str, AfterValidator(_prefix)] = ""
-    """What every key begins with, as it is, such as `team/`; no part may be empty, `.` or `..`."""
+    """The literal prefix of every key, such as `team/`; no part may be empty, `.` or `..`."""
     endpoint_url: Annotated[str, AfterValidator(_store_url)] | None = None
     """The address of a compatible store, such as `https://s3.example.org`; not for AWS."""
     connect_timeout_s: float = Field(default=5.0, gt=0)
@@ -244,12 +244,13 @@ class S3Storage(BaseModel):
     part_bytes: int = Field(default=64 * 2**20, ge=5 * 2**20)
     """The size of a part; larger if there would be more than 10,000."""
     checksums: Literal["when_supported", "when_required"] = "when_supported"
-    """`when_required` is for old stores, which do not understand the checksums that boto3 adds to its own requests."""
+    """`when_required` is for old stores, which do not support the checksums that boto3 adds to its own requests."""
     hash_arrivals: bool = False
-    """Read back and hash every file that arrives, even if the store was found to refuse wrong bytes."""
+    """Read back and hash every received file, even if the store was found to refuse wrong bytes."""
     direct: bool | Literal["auto"] = "auto"
     """Let clients write directly under a blob's final key if the store refuses wrong bytes; saves the store a copy of
-    each file. `auto`: if the store was found to enforce a signed expiry. True is for publishers who trust each other:
+    each file. `auto`: only if the store was found to enforce a signed expiry. True is for publishers who trust each
+    other:
     on a store that accepts another expiry, the first sender of a blob could let it expire later."""
 
 
@@ -281,15 +282,15 @@ class SignInSettings(BaseModel):
     client_secret: SecretStr | None = None
     """This registry's secret at the provider; none for a public client, which PKCE alone protects."""
     user_claim: str = "preferred_username"
-    """The claim that is the user's name here; `email` only with `email_verified`. Users must not be able to
-    choose another's."""
+    """The claim with the user's name; `email` only with `email_verified`. Users must not be able to choose
+    another's."""
     groups_claim: str = "groups"
-    """The claim with the user's groups, a list or a text."""
+    """The claim with the user's groups, a list or a string."""
     scopes: str = "openid profile email"
-    """What is asked for; some providers need `groups` too."""
+    """The requested scopes; some providers need `groups` too."""
     roles: Annotated[str, AfterValidator(_group_roles)] = ""
-    """Comma-separated `GROUP=NAMESPACE:ROLE`, such as `ml-team=acme:publisher,platform=*:admin`: what members of
-    a group may do while they are signed in."""
+    """Comma-separated `GROUP=NAMESPACE:ROLE`, such as `ml-team=acme:publisher,platform=*:admin`: the roles of a group's
+    members while they are signed in."""
 
     @property
     def group_roles(self) -> list[tuple[str, str, str]]:
@@ -299,18 +300,19 @@ class SignInSettings(BaseModel):
 
 
 class EngineSettings(BaseModel):
-    """Where the parts of a job run: in the worker's own process, or on the nodes of a Ray cluster."""
+    """Settings of the engine, which runs the parts of a job: in the worker's own process, or on the nodes of a Ray
+    cluster."""
 
     model_config = ConfigDict(frozen=True, defer_build=True)
     kind: Literal["local", "ray"] = "local"
     """`local`: in the worker. `ray`: on a Ray cluster, with the extra `ray` on workers and nodes."""
     address: Annotated[str, AfterValidator(_cluster)] = "auto"
-    """The address of the cluster's head, such as `10.0.0.5:6379`. The worker's host must be a node of it; `auto` takes
-    the cluster whose node it is."""
+    """The address of the cluster's head, such as `10.0.0.5:6379`. The worker's host must be a node of it; `auto` uses
+    the cluster of this node."""
     token_path: Path | None = None
     """A file with the cluster's token; without one, `RAY_AUTH_TOKEN` or Ray's own file."""
     insecure: bool = False
-    """Use a cluster without tokens: everybody who reaches its ports can run code on all nodes."""
+    """Use a cluster without tokens: anyone who reaches its ports can run code on all nodes."""
     runners: int = Field(default=64, gt=0, le=10_000)
     """Maximum processes on the cluster for one job."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -345,15 +347,14 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(default=64 * 2**30, gt=0)
     """Maximum size of a file in a release; beyond it 413. One push by Xet has at most four times as much."""
     namespace_bytes: int = Field(default=2**40, ge=0)
-    """The quota that a new namespace gets, in bytes: 1 TiB by default, 0 for none. `adaptory namespace quota` changes
+    """The quota of a new namespace, in bytes: 1 TiB by default, 0 for none. `adaptory namespace quota` changes
     it."""
     upload_expires_s: int = Field(default=24 * 3600, gt=0, le=7 * 24 * 3600)
-    """How long an announced upload, and its signed requests, may take to arrive; S3 signs requests for a week at
-    most."""
+    """How long an announced upload and its signed requests stay valid; S3 signs requests for a week at most."""
     commit_retention_days: float = Field(default=30.0, ge=0, le=36_500)
     """How long `gc` keeps a commit without a release after another commit has followed it."""
     max_open_uploads: int = Field(default=10_000, gt=0)
-    """Maximum files per user that were announced and whose bytes have not arrived yet; beyond it 429, or 413 if
+    """Maximum number of a user's announced files whose bytes have not been received yet; beyond it 429, or 413 if
     one announcement has more."""
     max_document_bytes: int = Field(default=16 * 2**20, gt=0)
     """Maximum size of a JSON or YAML body: a tensor table, a suite, a recipe. Beyond it 413, before the body is
@@ -367,12 +368,12 @@ class Settings(BaseSettings):
     """A line on stderr for each request, with route, status, seconds, actor and request id: `text`, `json` or
     `off`. With `json` warnings and tracebacks are JSON lines too."""
     traces: bool = False
-    """Whether servers and workers send OpenTelemetry traces, to where `OTEL_EXPORTER_OTLP_ENDPOINT` says. It needs the
-    extra `otel`."""
+    """Whether servers and workers send OpenTelemetry traces, to `OTEL_EXPORTER_OTLP_ENDPOINT`. Needs the extra
+    `otel`."""
     token_days: float = Field(default=90.0, gt=0, le=3660)
-    """How long a token is valid if its creator does not say."""
+    """The default lifetime of a token."""
     max_token_days: float = Field(default=366.0, gt=0, le=3660)
-    """Maximum lifetime of a new token. Tokens that exist keep theirs."""
+    """Maximum lifetime of a new token. Existing tokens keep theirs."""
     download_expires_s: int = Field(default=300, ge=1, le=7 * 24 * 3600)
     """How long a presigned download URL of S3 is valid, even if the token is revoked meanwhile."""
     rate_limit: Annotated[str, AfterValidator(_rate)] = DEFAULT_RATE
@@ -381,10 +382,10 @@ class Settings(BaseSettings):
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = ""
     """Comma-separated addresses and networks of proxies whose `X-Forwarded-For` a server trusts; none by default."""
     files_url: Annotated[str, AfterValidator(_files_url)] | None = None
-    """An address of this server under another host name, such as `https://files.adapters.example`: files of users come
-    from there, by signed addresses, and nothing else does. Files in S3 come from the store's host already."""
+    """An address of this server under another host name, such as `https://files.adapters.example`: it serves only files
+    of users, by signed addresses. Files in S3 come from the store's host already."""
     files_secret: Annotated[SecretStr, Field(min_length=32)] | None = None
-    """What the addresses of files are signed with: the same for all servers, at least 32 characters; needed with
+    """The secret that signs the addresses of files: the same for all servers, at least 32 characters; needed with
     `ADAPTORY_FILES_URL`."""
     hosts: Annotated[str, AfterValidator(_hosts)] = ""
     """Comma-separated host names, without ports, that a server with tokens answers to, others with 421; empty for any.
@@ -393,13 +394,13 @@ class Settings(BaseSettings):
     """This registry's address, as clients have it in `HF_ENDPOINT`: ID tokens of continuous integration must be meant
     for it. Without it, none is exchanged for a token."""
     oidc_issuers: Annotated[str, AfterValidator(_issuers)] = DEFAULT_ISSUERS
-    """Comma-separated issuers whose ID tokens trusted publishers may have. `github:` and `gitlab:` before the
-    address say whose claims their tokens have; for others the project is the subject (`sub`)."""
+    """Comma-separated issuers of the ID tokens of trusted publishers. `github:` or `gitlab:` before the address selects
+    the form of their claims; for others the project is the subject (`sub`)."""
     sign_in: SignInSettings | None = None
     """An OpenID provider whose users sign in to pages, beside the holders of tokens; none by default."""
     max_concurrent_uploads: int = Field(default=16, gt=0)
     """Maximum bodies that one user may be sending to one server process at a time; beyond it 429. A process receives
-    128; a user gets no more of them than are left for others, then 503 with `Retry-After`."""
+    128; one user at most as many as remain free for others, then 503 with `Retry-After`."""
     max_header_bytes: int = Field(default=32 * 1024, gt=0)
     """Maximum total size of a request's headers; beyond it 431. A head of half a MiB, or one that takes longer
     than 30 s, also ends the connection."""
@@ -412,12 +413,12 @@ class Settings(BaseSettings):
     """Comma-separated organisations on the hub for whose bases this machine sends its hub token (`HF_TOKEN`) when a
     job needs one; none by default. Any publisher may register a base by its address there."""
     harness_path: Path | None = None
-    """A directory of YAML files of lm-evaluation-harness tasks that evaluations on this machine run, in place of those
-    that come with the harness, and the code that they name."""
+    """A directory of YAML files of lm-evaluation-harness tasks that evaluations on this machine run instead of those of
+    the harness, with the code that they name."""
     device_memory_bytes: int | None = Field(default=None, gt=0)
-    """Memory of the device of a worker: it takes no job that needs more. By default that of the first CUDA device or,
+    """Memory of the worker's device: it claims no job that needs more. By default that of the first CUDA device or,
     without one, of the host or its container. With Ray, that of the cluster's smallest GPU: units share one only if
-    this is set and has room for both, and unless it is set, the worker takes jobs of any size."""
+    this is set and has room for both, and unless it is set, the worker claims jobs of any size."""
     base_cache_bytes: int | None = Field(default=None, gt=0)
     """Maximum size of the bases that this machine keeps from buckets: before a download, the least recently
     used ones are removed. By default the disk is the limit. Bases that a job uses stay even beyond it."""
@@ -425,24 +426,25 @@ class Settings(BaseSettings):
     """How long `gc` keeps a job after it has ended; longer if a release was made by its composition, or a promotion
     waited for it."""
     signing_key: Path | None = None
-    """A key in PEM that signs what compositions publish, if their namespace trusts it. Workers need the private key;
+    """A key in PEM that signs releases made by compositions, if their namespace trusts it. Workers need the private
+    key;
     servers may have the public one, and then accept compositions where signatures are required."""
     drain_s: float = Field(default=0.0, ge=0, le=3600)
-    """How long a server that was asked to stop (SIGTERM) still takes requests. /readyz says from the start that it
-    stops, so that a load balancer sends none by then."""
+    """How long a stopping server (SIGTERM) still accepts requests. /readyz reports the stop from the start, so that a
+    load balancer sends none by then."""
     token: Annotated[SecretStr, AfterValidator(_token)] | None = None
     """The token that the command line sends to the registry at `url`."""
     loopback_secret: Annotated[SecretStr, AfterValidator(_token)] | None = None
-    """The secret that a server without tokens asks for. By default a new one at each start; either is in
+    """The secret that a server without tokens requires. By default a new one at each start; either is in
     `$ADAPTORY_HOME/server-PORT.secret` while it runs."""
     loopback_open: bool = False
-    """Let everybody on this machine use a server without tokens: for machines with one user."""
+    """Let every user of this machine use a server without tokens: for machines with one user."""
     user: Annotated[str, AfterValidator(_user)] = Field(default_factory=_login_name, min_length=1, max_length=128)
     """The name recorded in moves and audit rows of the embedded registry; the login name by default."""
 
     @classmethod
     def variables(cls) -> set[str]:
-        """Names of all environment variables that are read."""
+        """Names of all environment variables that the settings read."""
         stores = {f"storage__{name}" for one in STORAGES for name in one.model_fields}
         sign_in = {f"sign_in__{name}" for name in SignInSettings.model_fields}
         engine = {f"engine__{name}" for name in EngineSettings.model_fields}
@@ -472,7 +474,7 @@ class Settings(BaseSettings):
 
     @property
     def hub_token_organisations(self) -> frozenset[str]:
-        """In lower case, as hubs compare them."""
+        """The organisations in lower case, as hubs compare them."""
         return frozenset(name.strip().lower() for name in self.hub_token_orgs.split(",") if name.strip())
 
     @property
@@ -481,7 +483,7 @@ class Settings(BaseSettings):
 
     @property
     def issuers(self) -> dict[str, Claims]:
-        """The issuers whose ID tokens are accepted, with whose claims their tokens have."""
+        """The issuers whose ID tokens are accepted, with the kind of their claims."""
         named: dict[str, Claims] = {}
         for part in self.oidc_issuers.split(",") if self.oidc_issuers else ():
             claims, colon, url = part.strip().partition(":")

@@ -1,4 +1,4 @@
-"""What every test may ask for: a tiny real model with adapters, databases, and a registry driven as its users do."""
+"""Fixtures for every test: a tiny real model with adapters, databases, and a registry driven as its users do."""
 
 import gc
 import os
@@ -36,7 +36,7 @@ from tests.s3_server import S3Server
 
 # 770,000 objects last as long as the tests do: scanning them again and again took a sixth of their time.
 gc.set_threshold(OBJECTS_TO_COLLECT)
-# A server that is set up in this shell is not meant for the tests.
+# A server configured in this shell is not meant for the tests.
 for _name in [name for name in os.environ if name.startswith("ADAPTORY_")]:
     if not _name.startswith(("ADAPTORY_TEST_", "ADAPTORY_REQUIRE_", "ADAPTORY_SNAPSHOTS")):
         del os.environ[_name]
@@ -44,7 +44,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Several test processes share the cores: threads that wait for each other's small matrices took 80 % of the time.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-# How fast inputs are made says how busy the machine is, and how warm its imports: it fails no test.
+# Slow generation of inputs shows a busy machine or cold imports: it fails no test.
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -60,7 +60,7 @@ WITHOUT_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA
 
 @pytest.fixture(params=[second_device.NAME, pytest.param("cuda", marks=[pytest.mark.cuda, WITHOUT_CUDA])])
 def accelerator(request: pytest.FixtureRequest) -> str:
-    """A device to compare with the CPU: one that every machine has, and a GPU where there is one."""
+    """A device to compare with the CPU: one that every machine has, and a GPU if there is one."""
     second_device.register()
     return request.param
 
@@ -84,7 +84,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 TESTS = Path(__file__).parent
 WAY = re.compile(rf"(?<=[\[-])({'|'.join(('embedded', *services.PAIRINGS, *services.DATABASES))})(?=[\]-])")
-"""Where the name of a test says in which way of running a registry it runs, or on which database."""
+"""The part of a test's name that tells its way of running a registry, or its database."""
 ON_BOTH_DATABASES = (
     *("test_query_plans.py", "test_prepared.py", "test_search_as_a_model.py", "test_directions.py"),
     "test_the_migrated_schema_has_no_difference_from_the_models",
@@ -96,13 +96,13 @@ SLOWEST_FIRST = (
     "engine", "browser", "durability", "scenarios", "tutorials", "access", "fuzz", "registry",
     "wire", "deploy", "house", "examples", "composer",
 )  # fmt: skip
-"""Tests that take minutes come before those that take milliseconds, which fill the time of all processes to the end."""
+"""Tests that take minutes come before those that take milliseconds, which occupy all processes until the end."""
 
 TOGETHER = (
     *("test_pages_in_a_browser.py", "test_hub_clients.py", "test_query_plans.py", "test_search_as_a_model.py"),
     *("test_tutorials.py", "test_ray.py"),
 )
-"""What these tests share takes longer to make than the tests take: they stay in one process."""
+"""The common fixtures of these tests take longer than the tests: they stay in one process."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -110,7 +110,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _mark_further_ways(items)
     yield
     items.sort(key=lambda item: SLOWEST_FIRST.index(item.path.relative_to(TESTS).parts[0]))
-    # Each test process begins with a continuous part of the list: deal the slow ones out to all.
+    # Each test process begins with a contiguous part of the list: distribute the slow tests over all.
     processes = getattr(config, "workerinput", {"workercount": 1})["workercount"]
     hands = [list(hand) for _, hand in groupby(items, lambda item: item.path if item.path.name in TOGETHER else item)]
     items[:] = [item for first in range(processes) for hand in hands[first::processes] for item in hand]
@@ -121,9 +121,9 @@ def pytest_collection_finish() -> None:
 
 
 def _mark_further_ways(items: list[pytest.Item]) -> None:
-    """By default a test that can run in several ways runs in one; the others are `long`. That is the first, which needs
-    no service, unless the test has a mark such as `pytest.mark.on("PostgreSQL")`: PostgreSQL and S3 take four times the
-    CPU."""
+    """By default a test that can run in several ways runs in one; the others are `long`. The default is the first,
+    which needs no service, unless the test has a mark such as `pytest.mark.on("PostgreSQL")`: PostgreSQL and S3 need
+    four times the CPU."""
     ways: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("long"):
@@ -150,7 +150,7 @@ def _default_way(several: Sequence[pytest.Item]) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """Brings what a test process did not find to the process that prints the summary."""
+    """Passes the list of missing services from a test process to the process that prints the summary."""
     services.add_missing(getattr(node, "workeroutput", {}).get("missing", {}))
 
 
@@ -167,9 +167,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _read_once() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
-    """What a command does once a process: build its options, read what S3 is from 2 MB of JSON, and the machine's
-    certificates, compile its SQL; and once a registry: migrate. Here one process runs thousands of commands, which took
-    a half of the time of the shorter ones."""
+    """Caches work that a command does once per process: building its options, reading boto3's 2 MB description of S3
+    and the machine's certificates, compiling SQL; and once per registry: migrating. One process runs thousands of
+    commands here; this took half of the time of the shorter ones."""
     statements = LRUCache[Any, Any](5000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", lru_cache(typer.main.get_command))
@@ -240,7 +240,7 @@ def pairing(request: pytest.FixtureRequest) -> dict[str, str]:
 
 @pytest.fixture(scope="module", params=services.DATABASES)
 def migrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Database]:
-    """A database of each kind with our tables, which the tests of a module share."""
+    """A database of each kind with our tables, shared by the tests of a module."""
     directory = tmp_path_factory.mktemp("migrated")
     database = Database(services.new_database_of(request.param, directory, migrated=True))
     yield database

@@ -1,1 +1,1 @@
-"""What adapters would do to each other, on the strongest evidence that there is."""
+"""The effects that adapters would have on each other, on the strongest available evidence."""

@@ -1,4 +1,4 @@
-"""Explains the risk of a pair: what it means, which modules cause it, and what to do about it."""
+"""Explains the risk of a pair: its meaning, the modules that cause it, and the remedies."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from composer.formats.recipes.weights import layer_of
 EvidenceKind = Literal["probe", "activations", "weights"]
 FROM_WEIGHTS = (
     "Nothing was measured: weights alone give no risk. What two adapters have in common shows where they meet, but "
-    "says almost nothing about what will happen."
+    "hardly predicts what will happen."
 )
 """The meaning of every pair that is neither probed nor compared by activations."""
 # If one kind of module holds at least this share of what two adapters have in common, leaving it out is worth a try.
@@ -59,7 +59,7 @@ class Explanation:
 class Case:
     """A pair to explain: names and positions, numbers, sums over the model and over the modules that both touch, and
     the measurement: an outcome, or the worse victim and what is done to it. `factored` is as in Compared. They
-    `contradict` if they want different answers to the same prompts. `method` combines them."""
+    `contradict` if they require different answers to the same prompts. `method` combines them."""
 
     names: tuple[str, str]
     positions: tuple[int, int]
@@ -141,7 +141,7 @@ def near_duplicate(numbers: PairMetrics, policy: Policy) -> bool:
 
 
 def alike(numbers: PairMetrics) -> bool:
-    """Whether they look like one task trained twice, whatever lower threshold a policy sets."""
+    """Whether they look like one task trained twice, even if a policy sets a lower threshold."""
     return numbers.weighted_cosine >= (THRESHOLDS["near_duplicate"] or 1)
 
 
@@ -157,7 +157,7 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
     if case.contradict:
         advice.append(_SERVE_APART)
     if near_duplicate(numbers, policy) and alike(numbers):
-        advice.append("They do the same: keep one of them, or take their mean (--method mean).")
+        advice.append("They do the same: keep one of them, or use their mean (--method mean).")
     if cancelling(numbers.interference, numbers.dominance, policy):
         advice.append(_CANCEL)
     if case.outcome is None:
@@ -173,7 +173,7 @@ def _advice(case: Case, policy: Policy, shares: Mapping[str, float]) -> list[str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetCase:
-    """More than two adapters together. `contradicting` are pairs that want different answers to the same prompts.
+    """More than two adapters together. `contradicting` are pairs that require different answers to the same prompts.
     `outcome` is that of the set, None if it was not probed."""
 
     members: int
@@ -211,7 +211,7 @@ def _fit(method: str) -> list[str]:
 
 
 def _more_examples(outcome: Outcome, limits: Limits) -> str:
-    """How to get more examples for an open question: some suites have no more."""
+    """The way to get more examples for an open question: some suites have no more."""
     undecided = [one for one in (*outcome.effects, *outcome.guards) if one.verdict(limits) is Verdict.UNDECIDED]
     exhausted = [one for one in undecided if one.examples < outcome.k]
     if exhausted:

@@ -26,10 +26,11 @@ from composer.methods.structural import structural
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What may be measured. `load` returns the base when it is needed. With `k` and a suite for each adapter, they are
-    probed on `k` to `most` examples, guards included, in this process or `elsewhere`. Otherwise, with prompts, their
-    activations are compared. The suites' prompts are always compared. A fitted method is fitted on the `calibration`
-    and probed on other examples; without a calibration it is not measured. The probe also leaves out examples that are
+    """The measurements that are possible. `load` returns the base when it is needed. With `k` and a suite for each
+    adapter, they are probed on `k` to `most` examples, guards included, in this process or `elsewhere`. Otherwise, with
+    prompts, their activations are compared. The suites' prompts are always compared. A fitted method is fitted on the
+    `calibration` and probed on other examples; without a calibration it is not measured. The probe also leaves out
+    examples that are
     in `searched`. `progress` counts the probe's examples. `spent_s` is the time that the probe took so far."""
 
     load: Callable[[], LoadedModel]
@@ -101,7 +102,7 @@ def _measured(
         if isinstance(how, Regmean) and evidence.calibration is None:
             return None
         effort = Effort(evidence.k, max(evidence.k, evidence.most), Limits.of(policy))
-        device = evidence.load().device if evidence.elsewhere is None else CPU  # what is elsewhere combines there
+        device = evidence.load().device if evidence.elsewhere is None else CPU  # remote runners combine there
         combine = by_method(adapters, how, evidence.calibration, device)
         sets = [*evidence.searched, *(evidence.calibration.sets if evidence.calibration else ())]
         used_examples = used_in(sets, [*suites, *evidence.guards])

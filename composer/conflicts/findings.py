@@ -21,7 +21,7 @@ from composer.merge.rounding_loss import find_lost
 
 WEAK_EVIDENCE = {
     "weights": (
-        "Nothing was measured. Across recipes, weights alone say almost nothing: the statistic that ranked best on "
+        "Nothing was measured. Across recipes, weights alone hardly predict damage: the statistic that ranked best on "
         "half of the study's adapters correlates at 0.25 on the other half and at -0.12 on fresh adapters. Give each "
         "adapter a suite and probe them."
     ),
@@ -35,7 +35,7 @@ _WATCHED = {
     "input_overlap": ("input_excess", "share input directions beyond chance"),
     "output_overlap": ("output_excess", "share output directions beyond chance"),
 }
-"""Codes without a default threshold; only a policy sets one. Each has the pair's number and what it means."""
+"""Codes without a default threshold; only a policy sets one. Each has the pair's number and its meaning."""
 
 
 def of_adapters(adapters: Sequence[LoadedAdapter], compared: Compared, weights: Sequence[Weight]) -> list[Finding]:
@@ -93,7 +93,7 @@ def of_retention(retained: Mapping[str, float | None], policy: Policy) -> list[F
 
 
 def of_dropped(policy: Policy) -> list[Finding]:
-    """Codes in the policy whose numbers reports no longer have."""
+    """Findings for codes in the policy that reports no longer have."""
     message = "The policy names {}, a number that reports no longer have: it does nothing. Remove it from the policy."
     return [Finding("dropped_code", Severity.NOTICE, code, message.format(code)) for code in policy.dropped]
 
@@ -156,14 +156,14 @@ def of_cancelling(names: Sequence[str], interference: float, energy: float, poli
 
 
 def of_contradictions(contradictions: Iterable[Contradiction], policy: Policy) -> list[Finding]:
-    """Findings for members whose suites want different answers to the same prompts."""
+    """Findings for members whose suites require different answers to the same prompts."""
     return [
         Finding(
             "same_prompts",
             Severity.WARNING,
             f"{one.a} + {one.b}",
-            f"{one.a} and {one.b} share {one.shared} prompts and want different answers to {one.different} of them: no "
-            "single model serves both. Serve them separately and route each request to its adapter.",
+            f"{one.a} and {one.b} share {one.shared} prompts and require different answers to {one.different} of "
+            "them: no single model serves both. Serve them separately and route each request to its adapter.",
             one.share,
         )
         for one in contradictions
@@ -172,7 +172,7 @@ def of_contradictions(contradictions: Iterable[Contradiction], policy: Policy) -
 
 
 def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
-    """What a probe shows: a member that loses something or too much, a guard made worse, and what stays open."""
+    """Findings of a probe: a member that loses something or too much, a guard made worse, and open questions."""
     together, limits = " + ".join(outcome.members), Limits.of(policy)
     findings = [finding for effect in outcome.effects for finding in _of_effect(together, effect, limits)]
     findings += [finding for effect in outcome.effects for finding in _open(together, effect, limits)]
@@ -195,7 +195,7 @@ def of_outcome(outcome: Outcome, policy: Policy) -> list[Finding]:
 
 
 def _open(together: str, effect: Effect, limits: Limits) -> Iterator[Finding]:
-    """What is undecided for this member, with the numbers so far: its loss, its answers, or too few examples."""
+    """The open question for this member, with the numbers so far: its loss, its answers, or too few examples."""
     start = f"In {together}, it is open after {_examples(effect.examples)} whether {effect.member}"
     subject, open_loss = f"{together}: {effect.member}", effect.of_loss(limits) is Verdict.UNDECIDED
     if open_loss:

@@ -1,8 +1,7 @@
-"""Whether adapters can be combined, how much they interfere, and on what evidence.
-
-Hard conflicts refuse. A probe is measured damage: it ends `ok`, `undecided` or `warn`, and without one the verdict is
-`unmeasured`. Numbers from activations or weights explain and locate. Those without a measured threshold are shown,
-and only a policy can make them fail.
+"""Reports whether adapters can be combined, how much they interfere, and on which evidence. Hard conflicts refuse. A
+probe is measured damage: it ends `ok`, `undecided` or `warn`, and without one the verdict is `unmeasured`. Numbers from
+activations or weights explain and locate. Those without a measured threshold are shown, and only a policy can make them
+fail.
 """
 
 from collections.abc import Mapping, Sequence
@@ -216,7 +215,7 @@ def conflicts(  # noqa: PLR0913
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """What was measured and computed. `fixed` are the findings that have no threshold."""
+    """The measured and computed numbers. `fixed` are the findings that have no threshold."""
 
     members: Sequence[ComparedAdapter]
     pairs: Sequence[Pair]
@@ -249,8 +248,8 @@ def _advice(
     policy: Policy,
     method: str,
 ) -> list[str]:
-    """Advice for the whole set: how to settle errors and warnings that a setting or a file settles, then what helps the
-    set or, where that needs nothing, the pairs that do not end `ok`. For two adapters, the pair is the set."""
+    """Advice for the whole set: first for errors and warnings that a setting or a file resolves, then for the set or,
+    if that needs none, for the pairs that do not end `ok`. For two adapters, the pair is the set."""
     loud = [one for one in findings if one.severity is not Severity.NOTICE]
     fixes = [f"{one.subject}: {fix}" for one in loud if (fix := next_step(one.code, ""))]
     if len(pairs) == 1:

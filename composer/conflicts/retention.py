@@ -1,4 +1,4 @@
-"""How much of each adapter is left in the combination M: <M, Δ_i> / |Δ_i|^2 over the whole model.
+"""The retention of each adapter in the combination M: <M, Δ_i> / |Δ_i|^2 over the whole model.
 
 For a plain sum of orthogonal deltas, this is the adapter's own weight. For any method, it is the weight with which Δ_i
 alone explains most of M.

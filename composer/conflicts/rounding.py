@@ -1,4 +1,4 @@
-"""Estimates what rounding to a base's dtype leaves of a combination, from sampled rows of the base's weights."""
+"""Estimates how much of a combination survives rounding to a base's dtype, from sampled rows of the base's weights."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,8 @@ SAMPLED_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """What rounding leaves of the weighted sum of the deltas in one module, and the dtype it is rounded to."""
+    """The part of the weighted sum of the deltas in one module that survives rounding, and the dtype it is rounded
+    to."""
 
     survival: RoundingLoss
     dtype: str

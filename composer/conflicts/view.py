@@ -1,6 +1,6 @@
-"""The view model of a conflict report, read from its JSON: the page of `--html` and the registry's pages draw this one.
-
-Reports are stored, so every schema up to this one can be read; what an older report lacks stays empty. Needs no torch.
+"""The view model of a conflict report, read from its JSON: the page of `--html` and the registry's pages both draw it.
+Reports are stored, so every schema up to this one can be read; fields that an older report lacks stay empty. Needs no
+torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ _NO_SUMMARY: Json = {"headline": "", "lines": ()}
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What maps show: the distance from `origin`, which chance gives. One that is `signed` has two colours."""
+    """A measure shown in maps: the distance from `origin`, the value by chance. A `signed` one has two colours."""
 
     name: str
     meaning: str
@@ -50,7 +50,9 @@ MEASURES = {
     "input_excess": Measure("input overlap", "Share of one's input directions that the other uses too, beyond chance."),
     "output_excess": Measure("output overlap", "Share of output directions that both write to, beyond chance."),
     "cosine": Measure("cosine", "1: the same change; -1: the opposite one."),
-    "interference": Measure("interference - 1", "Energy of the sum beside that of both: below 0, they cancel.", 1.0),
+    "interference": Measure(
+        "interference - 1", "Energy of the sum relative to that of both: below 0, they cancel.", 1.0
+    ),
     "dominance": Measure("dominance - 0.5", "The larger one's share of the energy beyond one half.", 0.5, signed=False),
 }
 DEFAULT_MEASURE = "input_excess"
@@ -109,7 +111,7 @@ class PairRow:
 
 @dataclass(frozen=True, slots=True)
 class PairMap:
-    """Where two adapters meet: each common module's distance from chance. `modules` counts them."""
+    """A map of two adapters: each common module's distance from chance. `modules` counts them."""
 
     name: str
     modules: int
@@ -138,7 +140,8 @@ class Maps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """`sentence` has the kind of its mark; `lines` say why. `note` holds for all pairs. `pairs` are the worst ones of
+    """`sentence` has the kind of its mark; `lines` give the reasons. `note` holds for all pairs. `pairs` are the worst
+    ones of
     `all_pairs`, `findings` the loudest ones of `all_findings`; `axis` has the ends for all losses."""
 
     kind: str
@@ -241,7 +244,7 @@ def _pair(pair: Json, note: str) -> PairRow:
 
 
 def _losses(report: Json, pairs: Sequence[Json]) -> list[Losses]:
-    """Those of all adapters together, then those of pairs."""
+    """The losses of all adapters together, then those of pairs."""
     together = report["whole"].get("probe")
     measured = [("All together", together)] if together and len(report["pairs"]) > 1 else []
     measured += [(_name(pair), pair["probe"]) for pair in pairs if pair.get("probe")]

@@ -1,1 +1,1 @@
-"""What adapters add to weights, as tensors."""
+"""The deltas that adapters add to weights, as tensors."""

@@ -1,8 +1,6 @@
-"""What one adapter adds to one weight.
-
-For every type of adapter, merging is W + Σ w_i Δ_i(W): a sum over deltas computed from the base's W or, if an order is
-given, each from W plus those before it. Most deltas are a low-rank product of factors. The others are computed row by
-row, and some of them read W (DoRA, OFT, …).
+"""The delta that one adapter adds to one weight. For every type of adapter, merging is W + Σ w_i Δ_i(W): a sum over
+deltas computed from the base's W or, if an order is given, each from W plus those before it. Most deltas are a low-rank
+product of factors. The others are computed row by row, and some of them read W (DoRA, OFT, …).
 
 Shapes: O outputs and I inputs of the module, R rank. A weight is stored O x I by `nn.Linear`; by GPT-2's `Conv1D` and
 by `nn.Embedding` it is stored I x O ("transposed"), where I of an embedding is the vocabulary. A stored tensor with
@@ -72,7 +70,7 @@ class LowRank:
 
     @property
     def A_RI(self) -> torch.Tensor:  # noqa: N802
-        """A as a tensor. If it is stored, what is read of it stays in memory until `drop_pages`."""
+        """A as a tensor. If it is stored, the pages read stay in memory until `drop_pages`."""
         return tensor_of(self.A)
 
     @property

@@ -26,7 +26,7 @@ Singular = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSums(Summed):
-    """What T deltas have in common, T x T float64. The sums add up over modules; quotients are taken last.
+    """Sums that relate T deltas, T x T float64. The sums add up over modules; quotients are taken last.
 
     inner: <Delta_i, Delta_j>; weighted: the same for w_i Delta_i; carried: <w_i Delta_i, Delta_j>. outputs: energy of
     Delta_i inside the output span of Delta_j, |P_j Delta_i|_F^2; inputs: the same for input spans. *_chance: what

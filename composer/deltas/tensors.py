@@ -88,15 +88,16 @@ def execution_device(model: torch.nn.Module) -> torch.device:
 
 def torch_device(name: str) -> torch.device:
     """The device for `auto` (CUDA if available), `cpu`, `cuda` or `cuda:N`, or another one that torch was extended
-    with. Float32 products on it are float32's own from here on, not TF32's. Raises NotSupported if it is missing."""
+    with. From then on, float32 products on it are computed in float32, not TF32. Raises NotSupported if it is missing.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise NotSupported("no_cuda", "There is no CUDA device here.", subject=name)
+        raise NotSupported("no_cuda", "This machine has no CUDA device.", subject=name)
     kind, _, number = name.partition(":")
     known = {"cpu": 0, "cuda": torch.cuda.device_count(), torch._C._get_privateuse1_backend_name(): 1}
     if kind not in known or number not in ("", *map(str, range(known[kind]))):
-        message = f"There is no device {printable(name)} here."
+        message = f"This machine has no device {printable(name)}."
         raise NotSupported("device", message, subject=name)
     # TF32 keeps 10 bits of a factor's 23. NVIDIA's containers turn it on by an environment variable.
     torch.set_float32_matmul_precision("highest")

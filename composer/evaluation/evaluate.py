@@ -96,8 +96,8 @@ def examine(
     """The result of each example, in order, with `deltas` active. `scorers` are the Python scorers that may be used.
 
     Every task has the loss of the reference completion. The score is 1 if greedy decoding reproduces the completion; if
-    its scorer says so of a generated answer; or if the completion is the likeliest choice. What shares a batch does not
-    change a result, up to float rounding. Raises what `encode` and `open_scorer` raise, before the first pass.
+    its scorer says so of a generated answer; or if the completion is the likeliest choice. The composition of batches
+    does not change a result, up to float rounding. Raises what `encode` and `open_scorer` raise, before the first pass.
     """
     asked = suite.examples if examples is None else examples
     prepare = {"generation": _generation, "multiple_choice": _choices}.get(suite.task, _teacher_forced)

@@ -17,7 +17,8 @@ from composer.evaluation.model import LoadedModel
 from composer.formats.recipes.tasks import Generation
 
 MAX_ROWS = {"cpu": 16, "cuda": 128}
-"""A step reads all weights for one token a row: rows share that, until their keys and values take longer to read."""
+"""A step reads all weights for one token per row: rows share this cost, until their keys and values take longer to
+read."""
 _CACHED_TOKENS = 8
 """The positions that a batch may cache, in units of the tokens of one forward pass."""
 _TOKENS_A_CHARACTER = 4  # a byte each, at worst
@@ -71,7 +72,7 @@ def generation_batches(loaded: LoadedModel, prompts: Sequence[Prompt], settings:
 
 @torch.inference_mode()
 def generate_batch(loaded: LoadedModel, prompts: Sequence[Prompt], settings: Generation) -> list[Answer]:
-    """The model's answers. What shares a batch does not change an answer, but for float rounding.
+    """The model's answers. The composition of batches does not change an answer, up to float rounding.
 
     Settings of a checkpoint's generation_config, such as a repetition penalty, have no effect.
     """
@@ -131,7 +132,7 @@ class _Step:
 
 
 def _draws(seed: int, key: str) -> torch.Generator:
-    """Each prompt draws by itself, so that its answer does not depend on the others."""
+    """Each prompt has its own random draws, so that its answer does not depend on the others."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 

@@ -33,7 +33,8 @@ SEEDS = (0, 1234)
 """Of Python, and of numpy, torch and the choice of few-shot examples: the harness' own defaults."""
 BOOTSTRAPS = 1_000
 _ELSEWHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata", "tag", "task_alias", "custom_dataset")
-"""Fields of a configuration that say where documents come from, which are identified by their content, and labels."""
+"""Fields of a configuration that describe the source of documents, which are identified by their content, and
+labels."""
 _IDENTITY = ("harness", "config", "documents")
 _UNFIT = re.compile(r"[^a-z0-9_]+")
 _NUMBERS = re.compile(r"\d{1,9}")
@@ -117,8 +118,8 @@ def load_suite(suite: HarnessTask, directory: Path | None = None) -> Plan:
         why = f": {' and '.join(differs)} differ" if differs else ""
         raise NotSupported(
             "harness_differs",
-            f"{suite.name} was recorded with {suite.harness.name} {suite.harness.version}; here {source()} makes other "
-            f"content of it{why}.",
+            f"{suite.name} was recorded with {suite.harness.name} {suite.harness.version}; here {source()} gives it "
+            f"other content{why}.",
             subject=suite.name,
             next_step="Install the same version where workers run, with the same data; or record the task again.",
         )
@@ -129,7 +130,7 @@ def load_tasks(names: Sequence[str], directory: Path | None = None, asked: Asked
     """Loads tasks and groups by name: those that come with the harness or, with `directory`, those of the YAML files in
     it, whose `!function` runs code of that directory.
 
-    Raises Mismatch for an unknown name, and InvalidFile for what the harness cannot load.
+    Raises Mismatch for an unknown name, and InvalidFile for one that the harness cannot load.
     """
     from lm_eval.tasks import TaskManager
 
@@ -201,7 +202,7 @@ def run_task(
 
 
 def run_group(loaded: LoadedGroup, outcomes: Mapping[str, Outcome]) -> Outcome:
-    """The group's scores, made of those of its members by the harness."""
+    """The group's scores, which the harness computes from those of its members."""
     own = {name: outcomes[name].aggregated for name in loaded.members}
     directions: dict[str, bool] = {}
     for task in loaded.group.get_all_tasks():
@@ -211,7 +212,7 @@ def run_group(loaded: LoadedGroup, outcomes: Mapping[str, Outcome]) -> Outcome:
 
 @contextmanager
 def _translated(name: str, verb: str) -> Generator[None]:
-    """Raises InvalidFile for what the harness or a task's own code raises."""
+    """Translates errors of the harness or of a task's own code into InvalidFile."""
     import torch
 
     try:
@@ -351,7 +352,7 @@ def _outcome(suite: HarnessTask, values: Mapping[str, Any], directions: Mapping[
         name, better = _metric(metric, filter_name), directions.get(metric)
         number = _number(value)
         if number is None or better is None or not METRIC.fullmatch(name):
-            why = "it is not a number" if number is None else "the harness does not say which direction is better"
+            why = "it is not a number" if number is None else "the harness does not state which direction is better"
             outcome.skipped.append(f"{suite.name}: {key} is not recorded: {why}.")
             continue
         stderr = _number(values.get(f"{metric}_stderr,{filter_name}"))

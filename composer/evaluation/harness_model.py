@@ -1,6 +1,6 @@
 """lm-evaluation-harness' view of a base in memory. Importing this module imports the harness.
 
-Answers are kept in a file as they come, so that an interrupted evaluation resumes at the request where it stopped.
+Answers are written to a file one by one, so that an interrupted evaluation resumes at the request where it stopped.
 """
 
 import json

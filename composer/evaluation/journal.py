@@ -1,4 +1,5 @@
-"""Results kept in a file as they come, from which an interrupted evaluation resumes at the example where it stopped."""
+"""A file of results written one by one, from which an interrupted evaluation resumes at the example where it
+stopped."""
 
 import json
 from collections.abc import Callable, Collection, Mapping

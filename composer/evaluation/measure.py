@@ -22,7 +22,8 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An example as token ids: `ids` is the prompt followed by what is scored, the completion and, unless the suite's
+    """An example as token ids: `ids` is the prompt followed by the scored tokens, the completion and, unless the
+    suite's
     completions do not end, the tokenizer's eos."""
 
     ids: tuple[int, ...]

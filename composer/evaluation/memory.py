@@ -1,4 +1,4 @@
-"""How much memory this process may still use: what is free on the machine and within its control groups."""
+"""The memory that this process may still use: free on the machine and within its control groups."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _MOUNT = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """The files of a control group: limit, usage, and the line of memory.stat with the cache that it would give up."""
+    """The files of a control group: limit, usage, and the line of memory.stat with the reclaimable cache."""
 
     limit: str
     usage: str

@@ -101,8 +101,8 @@ def load_model(
 
 
 def _refuse_adapter_beside(directory: Path) -> None:
-    """Raises InvalidFile for an adapter beside the model: transformers would apply it, and what is measured would not
-    be what the weights' digest names."""
+    """Raises InvalidFile for an adapter beside the model: transformers would apply it, and the measured model would not
+    be the one of the weights' digest."""
     if (directory / ADAPTER_FILE).exists():
         raise InvalidFile(
             "two_checkpoints",

@@ -11,7 +11,7 @@ from composer.errors import InvalidFile
 from composer.formats.checkpoints.checkpoint import Checkpoint
 
 _MODULES, _MODULES_A_TENSOR = 1_000, 16
-"""How many modules a model may have, and how many more for each tensor. Llama has one and a half a tensor."""
+"""Limit on a model's modules: a constant, and an allowance for each tensor. Llama has 1.5 per tensor."""
 
 
 class _Building(threading.local):
@@ -37,7 +37,7 @@ def modules_bounded(checkpoint: Checkpoint) -> Generator[None]:
 
 @cache
 def _count_modules() -> None:
-    """Once for the process: torch goes through its hooks in all threads that build models."""
+    """Installs the counter, once per process: torch calls its hooks in all threads that build models."""
 
     def count(_module: object, _name: str, _added: object) -> None:
         if _building.left is None:

@@ -63,12 +63,12 @@ def observe(
     default). Raises what `deltas_applied` and the watches raise.
     """
     looked_at = tokens or [torch.ones(len(one.ids), dtype=torch.bool) for one in examples]
-    # Watched before the deltas are put on, whose hooks change the output.
+    # Watched before the deltas are applied, whose hooks change the output.
     with ExitStack() as undo:
         for path, watch in watches.items():
             undo.enter_context(loaded.model.get_submodule(path).register_forward_hook(_shown_to(watch)))
         undo.enter_context(deltas_applied(loaded.model, active))
-        # What one pass costs beside its tokens is reading the weights: from memory, next to nothing.
+        # The fixed cost of a pass is reading the weights: from memory, next to nothing.
         batches = batches_of(examples, loaded.batch_tokens if loaded.streamed else 1)
         workers = max(1, min(loaded.passes, len(examples)))
         undo.enter_context(torch_threads(max(1, most_threads() // workers)))
@@ -86,7 +86,7 @@ def _run(
     *,
     with_head: bool,
 ) -> None:
-    # The head is the largest matrix; one position is enough unless somebody watches it.
+    # The head is the largest matrix; one position is enough unless it is watched.
     sparing = not with_head and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
     spared = {"logits_to_keep": 1} if sparing else {}
     ids_BP = padded([examples[index] for index in batch])

@@ -1,4 +1,4 @@
-"""Computes what all examples begin with, such as a chat template's system prompt, once for all of them.
+"""Computes the common beginning of all examples, such as a chat template's system prompt, only once.
 
 A causal model's keys and values of a prefix do not depend on what follows. Shapes: B examples of a batch.
 """
@@ -15,7 +15,7 @@ import torch
 
 from composer.evaluation.model import LoadedModel
 
-# A pass over a prefix costs at least what reading the weights takes. It must save this many tokens of the others.
+# A pass over a prefix costs at least reading the weights once. It must save this many tokens of other passes.
 _WORTHWHILE_TOKENS = {"cpu": 32, "cuda": 8192}
 
 
@@ -71,7 +71,7 @@ def _new_cache(model: Any) -> Any:
 
 
 def _has_plain_cache(loaded: LoadedModel) -> bool:
-    """Whether keys and values are all that a later token needs of earlier ones, and each layer has its own. Not with
+    """Whether a later token needs only keys and values of earlier ones, and each layer has its own. Not with
     recurrent layers, which have a state, and not with positions that are encoded by the length of the whole text. Where
     weights are read from the disk, a pass costs more than the tokens that it saves."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer

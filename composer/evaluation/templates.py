@@ -1,4 +1,4 @@
-"""Chat templates come with a base from anybody, and are programs: they run under a budget."""
+"""Runs chat templates under a budget: they are programs, and come with bases from anyone."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ _CLOCK_STEPS = 100
 
 def with_budget(tokenizer: Any, base: str) -> Any:
     """The tokenizer of the base, whose `apply_chat_template` raises InvalidFile for a template that goes beyond the
-    budget or fails. What others render is as transformers does it."""
+    budget or fails. Other templates render as in transformers."""
     from jinja2 import TemplateError
 
     render = tokenizer.apply_chat_template
@@ -61,7 +61,7 @@ def _budget(base: str) -> Generator[None]:
 
 
 def _failed(base: str, error: Exception) -> InvalidFile:
-    """What the template itself raises, or what its expressions do."""
+    """An error raised by the template itself, or by its expressions."""
     said = "".join(one if one.isprintable() else " " for one in str(error)[:300])
     return InvalidFile(
         "chat_template_failed",

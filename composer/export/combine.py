@@ -78,7 +78,8 @@ def combine(  # noqa: PLR0913
     if architecture is None and not _exact(parsed):
         _refuse_stacks(loaded, method)
     refuse_uncombinable(loaded, [weight for _, weight in adapters], parsed)
-    # An adapter does not change the weights, so a tied tensor has two sides here, whatever a merge would do with it.
+    # An adapter does not change the weights, so a tied tensor has two sides here, regardless of how a merge would treat
+    # it.
     untied, observe = parsed.with_tied("untie"), calibration.observe if calibration else None
     combined = combine_parsed(loaded, [weight for _, weight in adapters], untied, observe, torch_device(device))
     form = peft_form(combined.deltas, one_rank=parsed.rank is not None)
@@ -112,7 +113,8 @@ def refuse_uncombinable(
     weights: Sequence[Weight | float],
     settings: AnySettings,
 ) -> None:
-    """Raises, before any work, what `combine` would raise in the end: Mismatch for a rule or protected input that does
+    """Raises, before any work, the errors that `combine` would raise in the end: Mismatch for a rule or protected input
+    that does
     not exist, NotSupported for a sum that no adapter can hold."""
     cut = settings.pipeline.compress or settings.cuts
     dense = settings.pipeline.space == "full" and not cut

@@ -78,7 +78,7 @@ def convert_rebased(path: Path, out_dir: Path, architecture: Architecture) -> Co
     adapter = read_adapter(path)
     init, config = adapter.config.init, replace(adapter.config, init="true")
     if config.peft_type != "LORA" or init in PLAIN_INITS:
-        message = f"{adapter.name} did not change its base at the start of training, so there is no residual base."
+        message = f"{adapter.name} did not change its base at the start of training, so it has no residual base."
         raise NotSupported("not_rebased", message, subject=adapter.name)
     placed = place_or_refuse(replace(adapter, config=config), architecture, "converted")
     file = MappedFile.open(adapter.weights_path)

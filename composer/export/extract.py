@@ -1,4 +1,4 @@
-"""Extracts a LoRA from a fine-tuned checkpoint: what it adds to its base, each matrix cut to a rank.
+"""Extracts a LoRA from a fine-tuned checkpoint: the difference to its base, each matrix cut to a rank.
 
 Shapes: M x N a weight as stored, O outputs and I inputs of its module, R rank.
 """
@@ -77,7 +77,7 @@ def extract(  # noqa: PLR0913
     device: str = "auto",
     progress: Callable[[int], None] = lambda _count: None,
 ) -> ExtractReport:
-    """Writes what `finetuned` adds to `base` as one PEFT adapter in float32, with s = 1.
+    """Writes the difference between `finetuned` and `base` as one PEFT adapter in float32, with s = 1.
 
     The weight of each linear layer and embedding becomes a pair of at most `rank` directions, or as many as hold the
     share `energy` of |Δ|² (USUAL_RANK if neither is given). Norms and biases that changed are saved in full. One matrix
@@ -226,7 +226,7 @@ class _Extraction:
 
 
 def _same(name: str, W: torch.Tensor, changed: torch.Tensor, files: tuple[MappedFile, MappedFile]) -> bool:
-    """Whether the values are equal, whatever the dtypes. Looks at a part at a time and drops its pages: an embedding
+    """Whether the values are equal, whatever the dtypes. Compares part by part and drops the pages read: an embedding
     may have a billion values. Raises InvalidFile for one that is not finite."""
     same = True
     parts = zip(W.flatten().split(_CHECKED_TOGETHER), changed.flatten().split(_CHECKED_TOGETHER), strict=True)
@@ -247,7 +247,7 @@ def _refuse_not_finite(values: torch.Tensor, name: str, owner: str, next_step: s
 
 
 def _slots(base: Checkpoint, finetuned: Checkpoint) -> dict[str, _Slot]:
-    """Every stored tensor of the base with its owner. What a module is called, and its class, only its code knows. The
+    """Every stored tensor of the base with its owner. Only its code defines the names and classes of modules. The
     two checkpoints may have different names for one parameter, as GPT-2's have with and without `transformer.`. Raises
     Mismatch unless both have the same parameters, of the same shapes."""
     model = _skeleton(base)

@@ -35,7 +35,7 @@ NO_FILES: Mapping[str, Path] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class PeftAdapter:
-    """An adapter in PEFT's form: what it wraps, and fully saved tensors. `tied` means that the head's pair is the
+    """An adapter in PEFT's form: wrapped modules, and fully saved tensors. `tied` means that the head's pair is the
     embedding's, for which PEFT has a flag."""
 
     wrapped: list[PeftModule]
@@ -60,7 +60,9 @@ def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftAdapter
     if one_rank and len({one.rank for one in pairs}) > 1:
         pairs = wrapped(slots, max(one.rank for one in pairs))
     if not pairs:
-        raise NotSupported("no_pairs", "There is no low-rank pair to write, and an adapter can hold nothing else.")
+        raise NotSupported(
+            "no_pairs", "Nothing to write: an adapter holds low-rank pairs alone, and the result has none."
+        )
     full = [delta for delta in deltas if isinstance(delta, Replacement)]
     return PeftAdapter(pairs, full, any(map(is_tied_duplicate, slots)))
 

@@ -18,7 +18,8 @@ from composer.methods.basis import Pair
 
 @dataclass(frozen=True, slots=True)
 class PeftModule:
-    """What PEFT wraps under one name, with one rank. `name` is used in targets and patterns: a module or (with
+    """A module or parameter that PEFT wraps under one name, with one rank. `name` is used in targets and patterns: a
+    module or (with
     `is_parameter`) a parameter. `tensors` are its factors by key, without the prefix, with all scales folded in."""
 
     name: str

@@ -23,13 +23,14 @@ def printable(value: object) -> str:
 
 
 def has_more_values(content: bytes, most: int) -> bool:
-    """Whether JSON would build more values from it. Objects take thirty times the memory of their text, so a limit on
+    """Whether parsing the JSON would create more values than the limit. Objects take thirty times the memory of their
+    text, so a limit on
     bytes is not enough."""
     return sum(map(content.count, (b",", b"[", b"{"))) > most
 
 
 class DuplicateKey(ValueError):
-    """A duplicate key of a JSON object: readers take one of the two values, and not all the same one."""
+    """A duplicate key of a JSON object: readers use one of the two values, but not all the same one."""
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Plans a merge before a byte is written: which files are copied, and what is added to which tensor."""
+"""Plans a merge before a byte is written: which files are copied, and which deltas are added to which tensors."""
 
 import hashlib
 import json
@@ -49,8 +49,8 @@ from composer.methods.spectral import Compression
 
 _DTYPES = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "fp32": "F32", "float32": "F32"}
 _REPORTED = {OTHER_PATHS, MISSING_MODULES, "no_prefix", "pattern_unused", "raw_keys"}
-"""Findings about an adapter's keys that a merge reports too: what is lost, or what other tools read differently."""
-_BYTES_VERSION = 8  # raised when the same inputs give different bytes, so that no merge resumes an older version's
+"""Findings about an adapter's keys that a merge reports too: losses, and keys that other tools read differently."""
+_BYTES_VERSION = 8  # raised when the same inputs result in different bytes, so that no merge resumes an older version's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -197,7 +197,7 @@ def _other_copy(path: Path, original: Path) -> str:
 
 
 def _more_weights(plan: MergePlan, merged: Path) -> list[FileDifference]:
-    """Weight files that are not the merge's, which a loader may take for the model's."""
+    """Weight files that the merge did not write, which a loader may mistake for the model's."""
     made = {shard.file for shard in plan.shards}
     weights = sorted(path.name for path in merged.iterdir() if path.suffix in {".safetensors", *PICKLE_SUFFIXES})
     return [FileDifference(name, 0, 0, "does not belong to this merge") for name in weights if name not in made]

@@ -1,4 +1,4 @@
-"""Checks written values against sampled rows recomputed in float64, and measures what rounding left of Δ.
+"""Checks written values against sampled rows recomputed in float64, and measures how much of Δ survived rounding.
 
 Checking every value would add a third to a merge's time. So the sample is the rows that verification recomputes anyway:
 nine or ten of each tensor, about 20 thousand values of a small one.
@@ -95,7 +95,7 @@ def find_lost(survivals: dict[str, RoundingLoss], dtypes: dict[str, str], roundi
 
 @torch.inference_mode()
 def confirm(work: TensorWork, source: StoredFile, target: StoredFile, rounding: Rounding) -> RoundingLoss:
-    """Verifies a rewritten tensor on sampled rows, recomputed in float64, and returns what rounding left of Δ.
+    """Verifies a rewritten tensor on sampled rows, recomputed in float64, and returns how much of Δ survived rounding.
 
     Each written value must lie within half a step of its dtype (a full step for stochastic rounding), plus the rounding
     of R float32 additions (a few hundred for a delta without factors). Raises RefusedOutput naming the tensor

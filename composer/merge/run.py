@@ -30,8 +30,8 @@ class MergeReport:
     """The result of a merge. Bytes were copied by the kernel and compared, or rewritten through float32.
     `resumed_bytes` of both come from an earlier, interrupted run and were verified again.
 
-    `survival` is what rounding to the output's dtype left of all deltas together; `findings` name those too small for
-    it. `compressions` have each module's loss where the method cuts to a rank: rounding comes after that.
+    `survival` is the share of all deltas together that survived rounding to the output's dtype; `findings` name those
+    too small for it. `compressions` have each module's loss where the method cuts to a rank: rounding comes after that.
     """
 
     out_dir: str

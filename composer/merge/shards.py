@@ -1,4 +1,5 @@
-"""Runs a merge plan: the kernel copies what no adapter touches, threads rewrite the rest, and everything is verified.
+"""Runs a merge plan: the kernel copies tensors that no adapter touches, threads rewrite the rest, and everything is
+verified.
 
 Three stages, each with a bounded number of unfinished jobs, so that memory holds a few chunks:
 write    copies a piece and compares it while it is cached, or computes a chunk and writes it; in file order
@@ -51,7 +52,7 @@ class Stage:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Submits a job once there is room. Raises what an earlier job raised."""
+        """Submits a job once there is room. Raises the error of an earlier job."""
         self._room.acquire()
         try:
             with self._lock:
@@ -64,7 +65,7 @@ class Stage:
             raise
 
     def drain(self) -> None:
-        """Waits for all jobs. Raises what the first failed one raised."""
+        """Waits for all jobs. Raises the error of the first failed one."""
         for future in self._begun:
             future.result()
 

@@ -18,7 +18,7 @@ _LISTED = 5
 
 @dataclass(frozen=True, slots=True)
 class SideFiles:
-    """What lies beside the weights: the files by name, and what is to be said of the tokenizer among them."""
+    """The files beside the weights, by name, and remarks about the tokenizer among them."""
 
     files: dict[str, Path]
     tokenizer: ChosenTokenizer
@@ -31,8 +31,8 @@ class SideFiles:
 def planned_side_files(
     base: Path, adapters: Sequence[LoadedAdapter], vocabulary: Vocabulary, *, as_before: bool = False
 ) -> SideFiles:
-    """The side files of a merge into the base. `as_before`: as merges whose note names no tokenizer chose them, which
-    was the adapter's for a grown vocabulary alone.
+    """The side files of a merge into the base. `as_before`: chosen as in merges whose note names no tokenizer: the
+    adapter's only for a grown vocabulary.
 
     Raises Mismatch for two tokenizers that differ, and for trained tokens that no tokenizer has.
     """
@@ -83,5 +83,5 @@ def _findings(base: Path, chosen: ChosenTokenizer, vocabulary: Vocabulary) -> It
         message = f"The chat template is that of {chosen.template.name}, not the base's."
         yield Finding("adapter_template", Severity.NOTICE, "chat_template", message)
     if chosen.loses_template:
-        message = "The tokenizer that is taken has no chat template; that of the other is in its tokenizer_config.json."
+        message = "The chosen tokenizer has no chat template; the other one's is in its tokenizer_config.json."
         yield Finding("no_chat_template", Severity.WARNING, "chat_template", message)

@@ -38,7 +38,7 @@ _MOST_UNCONFIRMED = 16  # tensors, whose factors stay in memory
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a file of the base has the same bytes."""
+    """The position of the same bytes in a file of the base."""
 
     file: StoredFile
     offset: int
@@ -54,7 +54,7 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedShard:
-    """A shard that a sink has taken completely. `survivals` are by tensor; `tensor_hashes` has the sha256 of each of
+    """A shard that a sink has received completely. `survivals` are by tensor; `tensor_hashes` has the sha256 of each of
     the base's tensors that were read with it."""
 
     file: str
@@ -82,7 +82,8 @@ def stream_shard(
     may raise Interrupted.
 
     Raises NotSupported for a quantized base, RefusedOutput for a value too large for the output's dtype or a sampled
-    row that is not as planned, and what the base's files and the sink raise; the sink then has a part of the file.
+    row that differs from the plan, and errors of the base's files and of the sink; the sink then has a part of the
+    file.
     """
     if any(tensor.decoded for tensor in shard.tensors):
         raise NotSupported(
@@ -133,7 +134,7 @@ def _is_replaced(tensor: TensorPlan) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Span:
-    """Bytes [begin, end) of a base's file, and what becomes of them: chunks of `work`, the same bytes (`copied`), or
+    """Bytes [begin, end) of a base's file, and their use: chunks of `work`, the same bytes (`copied`), or
     nothing. `hashed` is the tensor that they are part of, if its hash is taken here."""
 
     file: StoredFile
@@ -223,7 +224,7 @@ class _Blocks:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """A part of a file that is in memory. What lies outside of it is read again."""
+    """A part of a file that is in memory. Bytes outside of it are read again."""
 
     file: StoredFile
     begin: int
@@ -262,7 +263,7 @@ class _Rows:
 
 @dataclass(slots=True)
 class _Sample:
-    """What a tensor's confirmation needs: its sampled rows, of the base and as written."""
+    """The sample for confirming a tensor: rows of the base and as written."""
 
     work: TensorWork
     source: _Rows
@@ -294,7 +295,7 @@ class _Sample:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Neighbouring spans: their bytes, and what is made of each."""
+    """Neighbouring spans: their bytes, and the results of each."""
 
     spans: Sequence[_Span]
     read: "Future[memoryview]"
@@ -369,7 +370,7 @@ class _Stream:
         return made
 
     def _take(self, batch: _Batch) -> None:
-        """Hashes and writes what a batch has made."""
+        """Hashes and writes the results of a batch."""
         content = batch.read.result()
         for span, computed in zip(batch.spans, batch.made, strict=True):
             block = content[span.begin - batch.spans[0].begin :][: span.end - span.begin]

@@ -195,7 +195,7 @@ def _refuse_idle(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight], s
             raise Mismatch("protect_unknown", message, subject="protect")
         adapter, weight = adapters[position - 1], weights[position - 1]
         if not (any(weight.of(*names_of(delta)) for delta in adapter.deltas) if weight.rules else weight.value):
-            message = f"protect names {adapter.name}, whose weight is 0: it takes no part, so nothing is protected."
+            message = f"protect names {adapter.name}, whose weight is 0, so nothing is protected."
             next_step = "Leave it out of protect, or give it a weight."
             raise Mismatch("protect_idle", message, subject="protect", next_step=next_step)
     for adapter, weight in zip(adapters, weights, strict=True):

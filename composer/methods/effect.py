@@ -16,7 +16,8 @@ _MOST_RESTORED = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What each input adds, and how far inputs cancel. Filled slot by slot, from any number of threads. The method
+    """Records what each input adds, and how far inputs cancel. Filled slot by slot, from any number of threads. The
+    method
     multiplies its result by `factor`."""
 
     factor: float
@@ -54,7 +55,7 @@ class Tally:
         if large:
             worst = max(large, key=lambda module: large[module])
             message = (
-                f"The inputs nearly cancel in {len(large)} modules: Pico multiplies what remains of {worst} by "
+                f"The inputs nearly cancel in {len(large)} modules: Pico multiplies the remainder of {worst} by "
                 f"{large[worst]:.3g}. Change a weight, or set restore=none."
             )
             findings.append(Finding("restored_norm", Severity.WARNING, worst, message, large[worst]))

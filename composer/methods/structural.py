@@ -1,4 +1,4 @@
-"""Structural checks: what cannot be combined, whatever the values are. Returns findings, never raises them."""
+"""Structural checks: combinations that are impossible regardless of values. Returns findings, never raises them."""
 
 import itertools
 from collections import defaultdict

@@ -1,6 +1,5 @@
-"""The combinations that are tried, simplest first: an equal result of a simpler one wins.
-
-What is tried, and what is left out, follows what was measured on real adapters (docs/how-to/find-a-combination.md).
+"""The combinations that are tried, simplest first: at equal results the simpler one wins. The choice of candidates
+follows measurements on real adapters (docs/how-to/find-a-combination.md).
 """
 
 import json
@@ -46,7 +45,7 @@ class Candidate:
         return self.method == "stack" and "protect" not in self.settings
 
     def with_settings(self, settings: Mapping[str, object]) -> "Candidate":
-        """The candidate with those of the settings that its method has, beside its own."""
+        """The candidate with further settings, as far as its method has them."""
         known = type(self.parsed).model_fields.keys()
         return replace(self, settings={**{k: v for k, v in settings.items() if k in known}, **self.settings})
 
@@ -69,7 +68,7 @@ def weighted_sum(name: str, family: str, factors: Sequence[float]) -> Candidate:
 
 
 def low_rank(count: int) -> list[Candidate]:
-    """The candidates that keep low rank, for `count` members: each takes a fraction of a second an example."""
+    """The candidates that keep low rank, for `count` members: each takes a fraction of a second per example."""
     ones = (1.0,) * count
     mean = weighted_sum("mean", "mean", [1 / count] * count)
     sums = [
@@ -90,7 +89,7 @@ def low_rank(count: int) -> list[Candidate]:
 
 
 def fitted(count: int, seed: int = 0) -> list[Candidate]:
-    """The fitted candidates: one weight for each member, then RegMean in one step, and in two, which take twice as
+    """The fitted candidates: one weight for each member, then RegMean in one step, and in two, which takes twice as
     long. `seed` chooses the tokens of long examples."""
     weights = ("least-squares weights", "fitted weights", {"form": "weights", "steps": 1})
     regmean = [

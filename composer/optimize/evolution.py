@@ -1,7 +1,6 @@
 """Weights of many members by an evolution strategy: CMA-ES (Hansen, arXiv 1604.00772), from the package `cmaes`.
 
-A response surface needs the more points the more members there are, an evolution strategy only the order of each
-generation.
+A response surface needs more points with more members, an evolution strategy only the order of each generation.
 """
 
 import importlib.util
@@ -28,7 +27,7 @@ def require_cmaes() -> None:
 
 
 class Evolution:
-    """Asks for generations of weights around `start`, each between LEAST and LARGEST: none is left out. The same `seed`
+    """Proposes generations of weights around `start`, each between LEAST and LARGEST: none is left out. The same `seed`
     and the same order of each generation give the same weights."""
 
     def __init__(self, start: Weights, seed: int) -> None:

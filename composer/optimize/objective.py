@@ -1,4 +1,4 @@
-"""What a good combination is: every member keeps what it does, no guard rises, and the worst member counts."""
+"""The objective of a search: every member keeps its effect, no guard rises, and the worst member counts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ from composer.conflicts.evidence.outcome import LEAST_EXAMPLES, NOTICEABLE_NATS,
 from composer.optimize.candidates import Candidate
 
 LEAST_GAIN = 0.05
-"""Nats per token: a smaller gain counts as this much, so that noise around nothing is not a share of anything."""
+"""Nats per token: a smaller gain counts as this much, so that shares are not computed from noise around zero."""
 ANSWERS_WEIGHT = 0.1
-"""What the share of exact matches retained counts beside the share of the gain. At equal kept gain it chose .244 of the
+"""The weight of the retained share of exact matches relative to the share of the gain. At equal kept gain it chose .244
+of the
 answers instead of .197; on fewer than LEAST_EXAMPLES examples it is noise."""
 TIE = 0.01
 """Within this much of the best, the simpler candidate wins."""
@@ -18,7 +19,7 @@ TIE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A candidate and what it does, on the examples that it has been measured on so far."""
+    """A candidate and its results on the examples measured so far."""
 
     candidate: Candidate
     outcome: Outcome
@@ -51,7 +52,8 @@ class Standing:
         return least + ANSWERS_WEIGHT * min(left, default=1.0)
 
     def rank(self, limits: Limits) -> tuple[float, float]:
-        """Sorts standings, the best first: those within the limits by value, then the others by what they exceed."""
+        """A sort key of standings, best first: those within the limits by value, then the others by what they
+        exceed."""
         return self.excess(limits), -self.value
 
 
@@ -111,7 +113,7 @@ def race(
 ) -> list[list[Standing]]:
     """Each rung's standings, best first; the last rung's are on `most` examples of each suite, unless the budget ended
     before. Empty if no candidate can be made. `affordable` is called with the number of candidates times added examples
-    of a rung; the first rung is always run. `ahead` is called with what a rung will measure."""
+    of a rung; the first rung is always run. `ahead` is called with the measurements that a rung will make."""
     runners, history, done = list(candidates), list[list[Standing]](), 0
     for k in rungs(most):
         if history and not affordable(len(runners) * (k - done)):

@@ -1,4 +1,4 @@
-"""Finds the method, settings and weights under which the worst member keeps most.
+"""Finds the method, settings and weights under which the worst member retains the most.
 
 The objective, the race and the candidates were chosen by what they kept on unseen examples
 (docs/how-to/find-a-combination.md).
@@ -40,8 +40,9 @@ from composer.optimize.surface import Point, proposed
 
 # The journal of a search, from which a run resumes.
 class SearchJournal(Record):
-    """What was measured: a row for each pass over a batch. The pass of a torn row is run again as it was: in another
-    batch the last bits would differ. Measurements of another problem, such as one with an older suite, are discarded.
+    """The journal of measurements: a row for each pass over a batch. The pass of a torn row is run again as it was: in
+    another batch the last bits would differ. Measurements of another problem, such as one with an older suite, are
+    discarded.
     """
 
     def __init__(self, path: Path, problem: str) -> None:
@@ -72,10 +73,10 @@ def optimize(
 ) -> OptimizeReport:
     """Searches for the best combination of the members and confirms it on examples that the search did not see.
 
-    `given` are candidates to try beside the usual ones. A run with the same `journal` resumes: what was measured is not
-    measured again, and the choice is the same. `progress` gets the number of examples just measured, 0 from within
-    other work, and may raise. Passes are run in this process, on the problem's base, or `elsewhere`, those of a round
-    side by side; the choice is the same.
+    `given` are candidates to try besides the usual ones. A run with the same `journal` resumes without repeating
+    measurements, and the choice is the same. `progress` gets the number of examples just measured, 0 from within other
+    work, and may raise. Passes are run in this process, on the problem's base, or `elsewhere`, those of a round side by
+    side; the choice is the same.
 
     Raises what `Problem.check` and `encode` raise, and Mismatch or NotSupported if no candidate can be made.
     """
@@ -114,7 +115,7 @@ def expected_passes(problem: Problem, given: Sequence[Candidate] = ()) -> int:
 
 
 class _Search:
-    """One search: combines, fits and measures candidates, and keeps what is needed again."""
+    """One search: combines, fits and measures candidates, and caches what is needed again."""
 
     def __init__(self, problem: Problem, bench: Bench, progress: Callable[[int], None] = lambda _count: None) -> None:
         self.started, self.search_s = monotonic(), 0.0
@@ -144,7 +145,8 @@ class _Search:
         return [one for one in confirmed if one is not None], [Tried.of(one, self.limits) for one in tried.values()]
 
     def _candidates(self, given: Sequence[Candidate]) -> list[Candidate]:
-        """Each once, under its first name: the mean of two is half of their sum. The search decides on how many
+        """The candidates, each once, under its first name: the mean of two is half of their sum. The search decides on
+        how many
         examples a given one is fitted."""
         count, named = len(self.members), dict[str, Candidate]()
         fits = fitted(count, self.problem.effort.seed) if self.problem.searched > 1 else []
@@ -179,7 +181,8 @@ class _Search:
 
     def _refined(self, history: Sequence[Sequence[Standing]], reached: int) -> list[Standing]:
         """Weights that a response surface proposes, measured as the finalists are; each measurement improves it. They
-        are worth it if some sum is a finalist. Then the surface is fitted on all sums, those that left early too."""
+        are worth it if some sum is a finalist. Then the surface is fitted on all sums, including those eliminated
+        early."""
         if not any(one.candidate.is_weighted_sum for one in history[-1]):
             return []
         all_sums = [one.candidate for one in history[0] if one.candidate.is_weighted_sum]

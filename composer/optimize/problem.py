@@ -1,4 +1,4 @@
-"""What is to be combined, what counts, and how long the search may take."""
+"""The problem of a search: its members, its limits, and the time it may take."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +59,7 @@ _OF_THE_RESULT = ("rank", "energy", "tied")
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """An adapter to combine: its own weight, which is positive, and the suite of what it is for. Its name is enough
+    """An adapter to combine: its own weight, which is positive, and its target suite. Its name is enough
     where passes are run elsewhere."""
 
     adapter: LoadedAdapter | str
@@ -100,9 +100,10 @@ class Effort:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What to combine, and what counts. `load` returns the base, the same one every time. With `as_adapter`, only what
-    one adapter can hold is tried. `settings` are the recipe's: what they say about the result (rank, energy, tied)
-    holds for every candidate. Members contradict each other if at least the share `same_prompts` of their prompts have
+    """The members to combine, and the limits. `load` returns the base, the same one every time. With `as_adapter`, only
+    what one adapter can hold is tried. `settings` are the recipe's: their requirements on the result (rank, energy,
+    tied)
+    hold for every candidate. Members contradict each other if at least the share `same_prompts` of their prompts have
     other answers."""
 
     load: Callable[[], LoadedModel]
@@ -139,7 +140,8 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """Names the problem in a journal: what a result depends on beside the base's and the adapters' content."""
+        """Names the problem in a journal by everything that a result depends on besides the content of the base and the
+        adapters."""
         members = [[one.name, one.weight.to_json(), one.suite.digest] for one in self.members]
         return json.dumps([members, [guard.digest for guard in self.other_guards], self.effort.search])
 
@@ -164,5 +166,5 @@ class Problem:
             raise Mismatch("probe_members", message, subject="members")
         for one in self.members:
             if one.weight.value <= 0:
-                message = f"{one.name} has the weight {one.weight.value:g}: there is nothing of it to keep."
+                message = f"{one.name} has the weight {one.weight.value:g}, so it has no effect to keep."
                 raise Mismatch("weights", message, subject=one.name, next_step="Give it a positive weight.")

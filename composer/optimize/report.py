@@ -1,4 +1,4 @@
-"""What a search found, for people and for a lock."""
+"""The result of a search, for people and for a lock."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -123,7 +123,7 @@ def headline(report: OptimizeReport) -> str:
     chosen = next(one for one in report.best if one.candidate is report.choice)
     count, name = chosen.unseen, report.choice.name
     if chosen.verdict is Verdict.OK:
-        return f"{name}, confirmed on {count} unseen examples a suite"
+        return f"{name}, confirmed on {count} unseen examples per suite"
     if count < LEAST_EXAMPLES:
         return f"{name}, not confirmed: only {count} unseen examples"
-    return f"{name}, undecided on {count} unseen examples a suite"
+    return f"{name}, undecided on {count} unseen examples per suite"

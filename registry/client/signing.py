@@ -230,7 +230,7 @@ def _best(bundles: Sequence[bytes], public_key: str) -> Signed:
     if not bundles:
         raise Refused(
             "unsigned",
-            f"There is no {SIGNATURE_FILE}: these files are not signed.",
+            f"These files are not signed: {SIGNATURE_FILE} is missing.",
             subject=SIGNATURE_FILE,
             next_step="Ask its publisher to sign it (`adaptory sign REF --key KEY.pem`), or use it without --verify.",
         )

@@ -10,7 +10,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 T = TypeVar("T")
 PLANNED_VALUES = 10
-"""Length of a list in a plan that PostgreSQL keeps."""
+"""The length of lists in PostgreSQL's kept plans."""
 
 
 class _Spelled(FunctionElement[Any]):
@@ -41,14 +41,14 @@ def in_subquery(column: ColumnElement[Any], rows: Select[*tuple[Any, ...]]) -> C
     outer query.
 
     They are read first, and each is looked up in an index of the column. PostgreSQL cannot know that they are few, and
-    would rather scan the table and look for each of its rows among them.
+    would otherwise scan the table and look up each row among them.
     """
     return _Spelled("{0} IN {1}", "{0} = ANY (ARRAY{1})", column, rows.scalar_subquery())
 
 
 def in_set(column: ColumnElement[Any], rows: Select[*tuple[Any, ...]]) -> ColumnElement[bool]:
-    """The same condition for a statement that reads its own table in order: the values are read once, and each row's is
-    looked for among them. No index of the column is used."""
+    """The same condition for a statement that reads its own table in order: the values are read once, and the value of
+    each row is looked up among them. No index of the column is used."""
     return _Spelled("+{0} IN {1}", "({0} IN {1}) IS TRUE", column, rows.scalar_subquery())
 
 

@@ -29,7 +29,7 @@ from registry.errors import Unavailable
 SQLITE_POOL_SIZE = 40
 _SQLITE_MOST_S = 24 * 3600
 MMAP_BYTES = 256 << 20
-"""SQLite's own cache is 2 MB; reading through the page cache made a search over 10,000 releases 2 to 4 times faster."""
+"""SQLite's own cache is 2 MB; with memory-mapped reads, a search over 10,000 releases was 2 to 4 times faster."""
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -49,7 +49,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 class Row(DeclarativeBase):
-    """Every table; the naming convention names each constraint as migrations do."""
+    """The base of all tables; its naming convention gives constraints the names that migrations use."""
 
     metadata = MetaData(
         naming_convention={
@@ -102,7 +102,7 @@ class Database:
 
     @property
     def shown_url(self) -> str:
-        """The address for people, without the password, and without the query, which may have one too."""
+        """The address for display, without the password and the query, which may have one too."""
         return self.url.set(query={}).render_as_string(hide_password=True)
 
     @property
@@ -151,7 +151,7 @@ class Database:
             yield
             return
         if not self._turn.acquire(timeout=self._longest_turn_s):
-            raise Unavailable("database_busy", "Another change takes too long.")
+            raise Unavailable("database_busy", "Another change is taking too long.")
         try:
             yield
         finally:
@@ -162,8 +162,8 @@ class Database:
 
 
 def database_now(session: Session) -> datetime:
-    """The time by the database's clock, the one clock that all servers and workers share; what they agree on by time,
-    as leases, goes by it. SQLite's is that of the one host which may use it."""
+    """The time by the database's clock, the one clock that all servers and workers share; leases and expiries use it.
+    SQLite's clock is that of the only host that may use the database."""
     if session.get_bind().dialect.name == "sqlite":
         shown = session.scalar(text("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')"))
         return datetime.fromisoformat(str(shown)).replace(tzinfo=UTC)
@@ -173,7 +173,7 @@ def database_now(session: Session) -> datetime:
 
 def insert_if_absent(session: Session, table: type[Row], **values: Any) -> bool:
     """Adds a row unless one with the same key exists, and returns whether it did. Waits for another transaction that is
-    adding it. For facts that two writers may state at the same time."""
+    adding it. For rows that two writers may add at the same time."""
     if session.get_bind().dialect.name == "sqlite":
         from sqlalchemy.dialects.sqlite import insert
     else:
@@ -194,7 +194,7 @@ def _sqlite(url: URL, patience: DatabaseTimeouts) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: object) -> None:  # pyright: ignore[reportUnusedFunction]
-        connection.isolation_level = None  # the driver would begin by itself, and never IMMEDIATE
+        connection.isolation_level = None  # otherwise the driver begins transactions itself, never IMMEDIATE
         for pragma in (
             "journal_mode=WAL",
             "synchronous=FULL",
@@ -215,6 +215,6 @@ def _sqlite(url: URL, patience: DatabaseTimeouts) -> Engine:
 
 
 def _postgresql(url: URL, patience: DatabaseTimeouts, pool_size: int, role: str) -> Engine:
-    from registry.database.postgres import postgresql_engine  # psycopg is loaded where it is used
+    from registry.database.postgres import postgresql_engine  # psycopg is imported only where it is used
 
     return postgresql_engine(url, pool_size, patience.connect_s, patience.statement_s, role)

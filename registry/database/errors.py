@@ -77,7 +77,7 @@ def _unusable(error: DBAPIError) -> Unavailable | None:
 
 def _away(error: OperationalError) -> Unavailable:
     if _is_limit(error.orig):
-        outages.warn("The database lets no more connections in", error.orig)
+        outages.warn("The database accepts no more connections", error.orig)
         return _no_connection_left()
     outages.warn("The database cannot be used", error.orig)
     return Unavailable(
@@ -106,7 +106,7 @@ def _no_connection_left() -> Unavailable:
 
 
 def _doubled(error: IntegrityError) -> str | None:
-    """The table that already has such a row; None for a violation of another constraint."""
+    """The table that already has an equal row; None for a violation of another constraint."""
     if getattr(error.orig, "sqlstate", None) == UNIQUE_VIOLATION:
         diagnosis: Any = getattr(error.orig, "diag", None)
         return str(diagnosis.table_name)

@@ -1,4 +1,4 @@
-"""Locks between processes: of pushes and collections within a transaction, of collections and probes for longer."""
+"""Locks between processes: for pushes and collections within a transaction, for collections and probes longer."""
 
 import fcntl
 from collections.abc import Callable, Generator
@@ -17,23 +17,21 @@ _BLOBS_LOCK, _COLLECTION_LOCK, _PROBE_LOCK = 0x424C4F42, 0x434F4C4C, 0x50524F42
 
 
 def exclusive_collection(database: Database) -> AbstractContextManager[None]:
-    """Holds the lock of a collection of blobs, or of a backup: one at a time, on all machines. Raises Conflict if
-    another is running.
-
-    A second collection would take the first one's marked blobs for those of a dead one, and remove bytes that were sent
-    again meanwhile. Beside a backup, it would remove blobs that are still to be copied.
+    """Holds the lock for a collection of blobs, or for a backup: one at a time, on all machines. Raises Conflict if
+    another is running. A second collection would treat the first one's marked blobs as leftovers of a dead one, and
+    remove bytes that were sent again meanwhile. During a backup, it would remove blobs that are still to be copied.
     """
     return _process_lock(database, "collecting", _COLLECTION_LOCK, _collecting)
 
 
 def exclusive_probe(database: Database) -> AbstractContextManager[None]:
-    """Holds the lock of a store probe: one at a time, on all machines. Waits for another."""
+    """Holds the lock for probing a store: one probe at a time, on all machines. Waits for another one to end."""
     return _process_lock(database, "probing", _PROBE_LOCK, None)
 
 
 @contextmanager
 def _process_lock(database: Database, name: str, key: int, refusal: Callable[[], Conflict] | None) -> Generator[None]:
-    """A lock that ends with the process that holds it. Waits for it where there is no `refusal` to raise."""
+    """A lock that ends with the process that holds it. Raises `refusal` if it is taken; waits if `refusal` is None."""
     if database.is_sqlite:
         with Path(f"{database.url.database}.{name}").open("w") as file:
             try:
@@ -63,16 +61,15 @@ def _collecting() -> Conflict:
 
 
 def lock_blobs_shared(session: Session) -> None:
-    """No collection starts until this transaction ends: for callers that rely on existing blobs.
-
-    Row locks are not enough: a reference takes one that does not conflict with a collection's writes. SQLite has one
+    """Prevents collections from starting until this transaction ends, for callers that rely on existing blobs. Row
+    locks are not enough: a foreign key takes one that does not conflict with a collection's writes. SQLite has one
     writer at a time anyway.
     """
     _advisory_lock(session, "pg_advisory_xact_lock_shared")
 
 
 def lock_blobs_exclusive(session: Session) -> None:
-    """Nobody starts to rely on a blob until this transaction ends. Waits for those who are about to."""
+    """Prevents new uses of blobs until this transaction ends. Waits for transactions that are adding some."""
     _advisory_lock(session, "pg_advisory_xact_lock")
 
 

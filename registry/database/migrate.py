@@ -16,11 +16,11 @@ from registry.database.errors import translate_database_errors
 from registry.errors import RegistryError, Unavailable
 
 LOOK_S = 2.0
-"""How often a process that writes looks whether its code still works with the schema."""
+"""The interval at which a writing process checks whether its code still works with the schema."""
 
 
 def migrations_directory() -> Path:
-    """Inside the installed package, or at the top of a source checkout."""
+    """The directory of migrations: inside the installed package, or at the top of a source checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "migrations"
     return installed if installed.is_dir() else package.parent / "migrations"
@@ -34,7 +34,7 @@ def head_revision() -> str:
 
 
 def schema_revision(database: Database) -> str | None:
-    """None for a database without our tables."""
+    """The revision of the database's schema; None without our tables."""
     with translate_database_errors():
         if not inspect(database.engine).has_table("alembic_version"):
             return None
@@ -43,7 +43,7 @@ def schema_revision(database: Database) -> str | None:
 
 
 def migrate(database: Database, revision: str = "head") -> None:
-    """Runs the migrations up to `revision`; a second process doing the same waits and finds nothing left to do.
+    """Runs the migrations up to `revision`; a concurrent second process waits and then has nothing to do.
 
     Raises Unavailable for a database that a newer version has migrated.
     """
@@ -73,16 +73,16 @@ def ensure_schema(database: Database, *, create: bool, newer: bool = False) -> N
 
 class SchemaWatch:
     """Refuses the changes of a process that started before an incompatible migration: its statements may still succeed,
-    and leave rows that break what the new code relies on. One process looks every `LOOK_S` seconds at most, not once
-    for each change."""
+    and leave rows that break what the new code relies on. A process checks at most every `LOOK_S` seconds, not at each
+    change."""
 
     def __init__(self) -> None:
         self._looking = threading.Lock()
-        self._looked_at = time.monotonic()  # opening the database included a look
+        self._looked_at = time.monotonic()  # opening the database included a check
         self._refusal: RegistryError | None = None
 
     def ensure_writable(self, database: Database) -> None:
-        """Raises Unavailable while this code does not work with the schema. Reads go on."""
+        """Raises Unavailable while this code does not work with the schema. Reads remain possible."""
         if time.monotonic() - self._looked_at >= LOOK_S and self._looking.acquire(blocking=False):
             try:
                 self._refusal = _refusal_of_changes(database)
@@ -103,15 +103,15 @@ def _refusal_of_changes(database: Database) -> RegistryError | None:
             raise
         return Unavailable(
             error.code,
-            f"{error.detail} This process does not work with it: it reads, and changes nothing.",
-            next_step="Use a server of the version that migrated the database, and stop the processes of the other.",
+            f"{error.detail} This process does not work with that schema, so it is read-only.",
+            next_step="Use a server of the version that migrated the database, and stop the processes of others.",
         )
     return None
 
 
 def connected(database: Database) -> list[str] | None:
     """The names and addresses of the clients that are connected to the database besides this one, for an operator.
-    None on SQLite, which does not know. A process that has been idle for a minute has no connection."""
+    None on SQLite, which does not record them. A process that has been idle for a minute has no connection."""
     if database.is_sqlite:
         return None
     query = text("""

@@ -59,7 +59,7 @@ _BATCH = 1_000
 
 
 def tables(leave_out: Iterable[type[Row]] = ()) -> list[Table]:
-    """Our tables, those that others refer to first."""
+    """Our tables, referenced ones first."""
     skipped = {one.__tablename__ for one in leave_out}
     return [one for one in Row.metadata.sorted_tables if one.name not in skipped]
 
@@ -95,14 +95,14 @@ def _line(value: Any) -> bytes:
 
 
 def lock_tables(session: Session) -> None:
-    """Nobody else writes until this transaction ends. SQLite has one writer at a time anyway."""
+    """Blocks other writers until this transaction ends. SQLite has one writer at a time anyway."""
     if session.get_bind().dialect.name == "postgresql":
         names = ", ".join(_present(session))
         session.execute(text(f"LOCK TABLE {names} IN ACCESS EXCLUSIVE MODE"))
 
 
 def first_filled(session: Session, leave_out: Iterable[type[Row]] = ()) -> str | None:
-    """A table of ours that has rows; None for an empty registry."""
+    """The first of our tables that has rows; None for an empty registry."""
     skipped = {one.__tablename__ for one in leave_out}
     for name in _present(session):
         if name not in skipped and session.scalar(select(exists().select_from(table(name)))):
@@ -125,7 +125,7 @@ def load(session: Session, lines: Iterable[bytes], leave_out: Collection[str] = 
     """Adds the rows of a dump to a database of the same schema, and returns their number by table. Tables named in
     `leave_out` stay empty.
 
-    Foreign keys are checked when all rows of a table are there, or all rows at all: some refer to rows of their own
+    Foreign keys are checked once all rows of a table, or of all tables, are loaded: some refer to rows of their own
     table. Raises Invalid for lines that are not a dump of this schema.
     """
     loader = _load_sqlite if session.get_bind().dialect.name == "sqlite" else _load_postgresql
@@ -141,8 +141,8 @@ def load(session: Session, lines: Iterable[bytes], leave_out: Collection[str] = 
                 message = f"The rows of {name} do not fit the schema of the backup."
                 raise Invalid("backup_damaged", message, subject=name)
             counts[name] = loader(session, name, columns, (row for _, row in rows))
-    except (LookupError, RecursionError, TypeError, ValueError) as error:  # somebody else has written them
-        message = f"The backup has rows that no registry has: {type(error).__name__}."
+    except (LookupError, RecursionError, TypeError, ValueError) as error:  # somebody else may have written them
+        message = f"The backup has rows that are impossible in a registry: {type(error).__name__}."
         raise Invalid("backup_damaged", message, subject="rows") from error
     return counts
 
@@ -194,12 +194,12 @@ def _load_sqlite(session: Session, name: str, columns: Columns, rows: Iterator[l
 
 
 def _sqlite_timestamp(value: str) -> str:
-    """As SQLAlchemy writes it there."""
+    """The timestamp in the form that SQLAlchemy writes on SQLite."""
     return datetime.fromisoformat(value).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
 def _load_postgresql(session: Session, name: str, columns: Columns, rows: Iterator[list[Any]]) -> int:
-    """By COPY, which is one statement: a row may refer to a later one of its table."""
+    """Loads with COPY, which is one statement: a row may refer to a later one of its table."""
     import psycopg
 
     quote = session.get_bind().dialect.identifier_preparer.quote
@@ -223,7 +223,7 @@ def _load_postgresql(session: Session, name: str, columns: Columns, rows: Iterat
 
 
 def _count_on(session: Session, name: str) -> None:
-    """PostgreSQL numbers further rows after the highest, and plans with the numbers of rows that there are now."""
+    """Makes PostgreSQL number new rows after the highest, and plan with the current row counts."""
     for key in Row.metadata.tables[name].primary_key.columns:
         sequence = session.scalar(text("SELECT pg_get_serial_sequence(:name, :key)"), {"name": name, "key": key.name})
         if sequence is not None:

@@ -1,7 +1,7 @@
-"""PostgreSQL through psycopg: an engine whose statements end, whatever the server does.
+"""PostgreSQL through psycopg: an engine whose statements always end, even if the server hangs.
 
-The server ends a statement that takes too long, but a server that hangs ends nothing, and its kernel goes on
-acknowledging packets, so that no TCP timeout fires. Therefore the client has a timeout too.
+The server ends a statement that takes too long, but a hanging server ends nothing, and its kernel keeps acknowledging
+packets, so that no TCP timeout fires. Therefore the client has a timeout too.
 """
 
 import os
@@ -23,7 +23,7 @@ from sqlalchemy.util.queue import Empty
 
 T = TypeVar("T")
 _GRACE_S = 2.0
-"""Extra time for the server's own timeout, whose message says more."""
+"""Extra time for the server's own timeout, whose message is more specific."""
 IDLE_S = 60.0
 """Idle time after which a connection is closed, so that other processes can have it."""
 BUSY_S = 30.0
@@ -31,7 +31,7 @@ BUSY_S = 30.0
 _RETRY_S = 0.25
 TOO_MANY = "53300"
 _LIMITS = ("too many clients", "remaining connection slots", "too many connections", "no more connections allowed")
-"""What PostgreSQL and PgBouncer say at their limits. Before a session exists, psycopg has no SQLSTATE."""
+"""Messages of PostgreSQL and PgBouncer at their limits. Before a session exists, psycopg has no SQLSTATE."""
 
 
 class Connection(psycopg.Connection[Any]):
@@ -52,7 +52,7 @@ class Connection(psycopg.Connection[Any]):
 
 
 def is_limit(error: BaseException | None) -> bool:
-    """Whether a connection failed because the server, the database or the user has as many as it allows."""
+    """Whether a connection failed because the server, the database or the user has reached its limit."""
     return isinstance(error, psycopg.OperationalError) and (
         error.sqlstate == TOO_MANY or any(limit in str(error) for limit in _LIMITS)
     )
@@ -60,7 +60,7 @@ def is_limit(error: BaseException | None) -> bool:
 
 class PatientPool(QueuePool):
     """A pool that waits for one of its own connections if the server accepts no more, and closes idle ones. It hands
-    out the last returned one first, so that the others become idle when there is less to do."""
+    out the most recently returned one first, so that others become idle when the load is low."""
 
     connect_s = 5.0
 
@@ -97,7 +97,7 @@ class PatientPool(QueuePool):
                 self._dec_overflow()
 
     def _longest_idle(self) -> Any:
-        """Takes one out of the queue; None if none has been idle for long."""
+        """Removes the longest idle connection from the queue; None if none has been idle for long."""
         waiting: Any = self._pool
         with waiting.mutex:
             if waiting.queue and waiting.queue[0].info.get("idle_since", 0) < time.monotonic() - IDLE_S:
@@ -120,10 +120,10 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
     name of the process and its `role`, unless the URL or PGAPPNAME names them."""
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
-    # Compiling a plan takes 100 ms or more, which none of our statements runs long enough to regain.
+    # JIT compilation of a plan takes 100 ms or more, and none of our statements runs long enough to profit.
     options = f"{url.query.get('options', '')} -c jit=off"
     if statement_s is not None:
-        # A process that hangs in the middle of a transaction must not keep its locks either.
+        # A process that hangs within a transaction must not keep its locks either.
         limit_ms = int(statement_s * 1000)
         options += f" -c statement_timeout={limit_ms} -c idle_in_transaction_session_timeout={limit_ms}"
     engine = create_engine(
@@ -149,19 +149,19 @@ def postgresql_engine(url: URL, pool_size: int, connect_s: int, statement_s: flo
     @event.listens_for(engine, "checkout")
     def _look(connection: Connection, _record: object, _proxy: object) -> None:  # pyright: ignore[reportUnusedFunction]
         if connection.closed or _has_news(connection):
-            raise DisconnectionError  # the pool tries another one
+            raise DisconnectionError  # the pool then tries another connection
 
     return engine
 
 
 def _name(role: str) -> str:
-    """`adaptory serve host 4711`: at most 63 bytes, which is what PostgreSQL keeps."""
+    """`adaptory serve host 4711`: at most 63 bytes, PostgreSQL's limit."""
     return " ".join(filter(None, ("adaptory", role, socket.gethostname()[:40], str(os.getpid()))))
 
 
 def _has_news(connection: Connection) -> bool:
-    """Whether the server has closed the connection: it sends nothing else unasked. Looking at the socket is free;
-    SQLAlchemy's `pool_pre_ping` asks the server each time, which costs as much as resolving a channel."""
+    """Whether the server has closed the connection: it sends nothing else unsolicited. Looking at the socket is free;
+    SQLAlchemy's `pool_pre_ping` makes a round trip each time, which costs as much as resolving a channel."""
     waiting = select.poll()
     waiting.register(connection.fileno(), select.POLLIN)
     return bool(waiting.poll(0))

@@ -1,7 +1,7 @@
 """Prepared statements for hot queries: compiled once, sent directly to the driver, answered in few rows.
 
-SQLAlchemy keeps compiled statements too. But finding one again, fitting lists into its text and wrapping its rows takes
-longer than the databases take for most of these queries. And SQLite's driver switches threads at every row: eight
+SQLAlchemy caches compiled statements too. But looking one up, expanding lists in its text and wrapping its rows takes
+longer than most of these queries take in the databases. And SQLite's driver switches threads at every row: eight
 threads each read a page of fifty rows in nine times the time of one thread, and in little more than its time if the
 page is one row of JSON.
 """
@@ -34,7 +34,7 @@ class Prepared:
     called when it is first used on a kind of database."""
 
     watch: ClassVar[Callable[[Connection, str], AbstractContextManager[None]]] = staticmethod(_unwatched)
-    """Around each statement; SQLAlchemy's events do not see it. Traces set it."""
+    """A hook around each statement, set by traces; SQLAlchemy's events do not see these statements."""
 
     def __init__(self, statement: Query | Callable[[], Query]) -> None:
         self._make: Callable[[], Query] = statement if callable(statement) else lambda: statement

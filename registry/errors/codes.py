@@ -1,7 +1,6 @@
-"""The codes of each family of errors, and what to do about each.
-
-A code has one family, hence one exit code and one HTTP status. The text is the next step of an error that states none
-of its own, and what docs/reference/errors.md lists. input_codes.py has the codes of wrong input.
+"""The codes of each family of errors, with the next step of each. A code has one family, hence one exit code and one
+HTTP status. The text is the next step of an error that states none of its own; docs/reference/errors.md lists it.
+input_codes.py has the codes of wrong input.
 """
 
 REFUSED = {
@@ -9,12 +8,12 @@ REFUSED = {
     "approval_not_needed": "There is nothing to approve.",
     "base_changed": "Name the right directory with --base-dir, or register its current content as another base.",
     "base_not_evaluated": "Run `adaptory eval BASE --suite SUITE`, and compose again.",
-    "breaking_change": "Publish it as the next major version, or say why with --allow-breaking.",
+    "breaking_change": "Publish it as the next major version, or state a reason with --allow-breaking.",
     "changed_base": "Leave out either it or all others.",
     "composition_cancelled": "Compose again if that was a mistake.",
     "earlier_method": "Compose it again with the current version.",
     "evaluation_cancelled": "Request it again.",
-    "device_too_small": "Start a worker on a larger device, or ask again with a lower `memory_bytes`.",
+    "device_too_small": "Start a worker on a larger device, or repeat the request with a lower `memory_bytes`.",
     "evolution_missing": "Install adaptory with its extra `optimize` where workers run, or leave `evolve` out.",
     "exchange_disabled": "Ask an operator to set ADAPTORY_OIDC_AUDIENCE to the registry's address.",
     "file_tampered": "Do not use it: a file differs from the signed one.",
@@ -40,7 +39,7 @@ REFUSED = {
     "replacement_conflict": "Leave one of the two out, or set replacements=delta.",
     "scorer_disabled": "If you trust the scorer, name it in ADAPTORY_SCORERS where evaluations run.",
     "shape_conflict": "Combine adapters of one base.",
-    "sign_in_disabled": "docs/how-to/operate.md says what the server needs for it.",
+    "sign_in_disabled": "docs/how-to/operate.md describes what the server needs for it.",
     "sign_in_insecure": "Use the https address of this registry.",
     "signature_files_only": "Ask its publisher to sign the release: `adaptory sign REF --key KEY.pem`.",
     "signature_of_other_release": "Ask its signer to sign this release: `adaptory sign REF --key KEY.pem`.",
@@ -150,7 +149,7 @@ NOT_ALLOWED = {
     "not_yours": "Ask its author, or an admin.",
     "other_site": "Use a page of this registry, or a client that is not a browser.",
     "name_taken": "If both are you, ask an admin of the registry: `adaptory user link NAME --subject SUB`.",
-    "own_promotion": "Ask somebody else with the role.",
+    "own_promotion": "Ask someone else with the role.",
     "publisher_refused": "Ask an admin of the namespace to add the job: `adaptory publisher add REPO …`.",
     "role_lost": "Ask an admin of the namespace for the role, and compose again.",
     "role_missing": "Ask an admin for the role, or use a token whose scope has it.",
@@ -234,4 +233,4 @@ RETRYABLE = frozenset({
     "database_busy", "disk_full", "disk_error", "busy", "hub_unavailable", "engine_node_differs", "engine_too_small",
     "engine_unavailable",
 })  # fmt: skip
-"""Errors that pass, or that an operator fixes: a job that fails with one of them is retried."""
+"""Codes of temporary errors, and of errors that an operator fixes: a job that fails with one of them is retried."""

@@ -1,15 +1,15 @@
 """Errors that users see. The family decides exit code, HTTP status and the client's exception.
 
-Each family has its codes, with the next step of each; an error states its own where it knows more.
+Each family has its codes, with the next step of each; an error states its own if it knows more.
 
 RegistryError
-├── Refused      1  a check or a gate said no
+├── Refused      1  a check or a gate refused
 ├── Usage        2  the command line or the request makes no sense
-├── NotFound     3  nothing of that name (or nothing you may see)
-├── Conflict     4  it exists already, or somebody was faster
+├── NotFound     3  nothing has that name (or you may not see it)
+├── Conflict     4  it exists already, or another request was faster
 ├── NotAllowed   5  the role does not suffice, or the caller is not authenticated
 ├── Invalid      6  the input is damaged or does not fit
-└── Unavailable  7  a store or a database is away, full or too slow
+└── Unavailable  7  a store or a database is unreachable, full or too slow
 """
 
 import errno
@@ -24,7 +24,7 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class RegistryError(Exception):
-    """`code` is stable, `subject` names what it is about, `findings` are the details. `next_step` is by default the
+    """`code` is stable, `subject` names the affected thing, `findings` has the details. `next_step` is by default the
     text of the code."""
 
     codes: ClassVar[Mapping[str, str]]
@@ -35,7 +35,7 @@ class RegistryError(Exception):
     family: ClassVar[str]
     """The family's name on the wire."""
     log_lines: Sequence[str] = ()
-    """The last lines that the process logged, if it was another than this one."""
+    """The last lines that the failed process logged, if it was not this one."""
     retry_after_s: int | None = None
     """Seconds after which to retry; None if retrying is pointless. An error may set its own."""
 
@@ -59,7 +59,7 @@ class RegistryError(Exception):
         return f"{self.detail} {self.next_step}".strip()
 
     def to_row(self) -> dict[str, Any]:
-        """The error as jobs and promotions keep it."""
+        """The error in the form that jobs and promotions store."""
         return {
             "code": self.code,
             "detail": self.detail,
@@ -115,7 +115,7 @@ class Invalid(RegistryError):
 
 
 class TooLarge(Invalid):
-    """An Invalid that was refused by its size, before it was read."""
+    """An Invalid for input refused by its size, before it was read."""
 
     codes = codes.TOO_LARGE
     status, title, family = 413, "Too large", "too_large"

@@ -1,4 +1,4 @@
-"""The codes of errors in a command, a request or a file, and what to do about each. See codes.py."""
+"""The codes of errors in a command, a request or a file, with the next step of each. See codes.py."""
 
 USAGE = {
     "bad_address": "Write PORT or HOST:PORT.",
@@ -17,7 +17,7 @@ USAGE = {
     "bad_cursor": "Use `next` of the previous page unchanged.",
     "bad_digest": "Give 64 lower-case hexadecimal digits.",
     "bad_evaluation": "Request several evaluations.",
-    "bad_grant": "Send what docs/how-to/publish-from-ci.md says: grant_type, subject_token and the other fields.",
+    "bad_grant": "Send the fields that docs/how-to/publish-from-ci.md lists: grant_type, subject_token and others.",
     "bad_http": "Send HTTP/1.1, one request after the other.",
     "bad_kind": "Use adapter or model.",
     "bad_lifetime": "Give a number of days with --expires-in-days, or leave it out for no expiry.",
@@ -57,7 +57,7 @@ USAGE = {
     "input_twice": "Name it once, with the sum of the weights.",
     "kinds_differ": "Compare two of the same kind.",
     "length_missing": "Send the size of the body.",
-    "limit_missing": "Give a limit, or say that there is none.",
+    "limit_missing": "Give a limit, or state that there is none.",
     "needs_examples": "Give each adapter a suite or prompts: --suite FILE, once for each.",
     "not_peft": "Wrap the model with get_peft_model, or give TRL's trainer a peft_config.",
     "no_adapter": "Name each one with --adapter DIR=WEIGHT.",
@@ -75,7 +75,7 @@ USAGE = {
     "page_unwritable": "Name a file in a writable directory.",
     "own_successor": "Name another one, or none.",
     "policy_missing": "Name the policy's file, or --clear.",
-    "reason_missing": "Say why with --reason.",
+    "reason_missing": "State a reason with --reason.",
     "repeated_parameter": "Give the parameter once.",
     "same_base": "Name two bases; `adaptory base list` shows them.",
     "sent_directly": "Send them to the url that POST /v1/uploads names.",
@@ -124,7 +124,7 @@ INVALID = {
     "duplicate_target": "Save the adapter again with PEFT.",
     "duplicate_tensor": "Save the adapter again with PEFT.",
     "empty_directory": "Name the directory that training wrote.",
-    "grouped_convolution": "Take the layer out of the adapter: it is not merged here.",
+    "grouped_convolution": "Remove the layer from the adapter: it is not merged here.",
     "hidden_file": "Release it without hidden files: programs act on some (.git, .envrc) wherever they are.",
     "issuer_unknown": "Use one of the issuers in ADAPTORY_OIDC_ISSUERS.",
     "lineage_differs": "Do not serve it; ask its publisher.",
@@ -139,7 +139,7 @@ INVALID = {
     "missing_weights": "Name a directory that has its weights as safetensors.",
     "model_differs": "Name its true base.",
     "no_file": "Move it away: only regular files can be released.",
-    "no_target": "Take the name out of adapter_config.json, or save the adapter again with all of its tensors.",
+    "no_target": "Remove the name from adapter_config.json, or save the adapter again with all of its tensors.",
     "not_a_cast": "Name another relation: quantized, finetuned or merged.",
     "notes_too_long": "Shorten them, and put the long text into a file of the release.",
     "other_release": "Check ADAPTORY_URL, and inform the registry's operators.",
@@ -151,9 +151,9 @@ INVALID = {
     "too_many_keys": "Keep only the keys that are still in use.",
     "unindexed_tensor": "Save or download the checkpoint again.",
     "unknown_dtype": "Save it in one of the dtypes of safetensors.",
-    "unsupported_layer": "Take the layer out of the adapter: it is not merged here.",
+    "unsupported_layer": "Remove the layer from the adapter: it is not merged here.",
     "untargeted_tensor": "Save the adapter again with PEFT.",
-    "user_reserved": "Choose another name; `adaptory namespace set` lets everybody read a namespace.",
+    "user_reserved": "Choose another name; `adaptory namespace set` makes a namespace public.",
     "wrong_base": "Name the base that fits with --base; the message lists those that do.",
     "wrong_prefix": "Save the adapter with PEFT, or name its true base with --base.",
 }

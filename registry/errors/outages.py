@@ -10,7 +10,7 @@ EVERY_S = 1.0
 
 @dataclass(slots=True)
 class OutageLog:
-    """A logger's warnings of one service. What comes within a second of the last line is counted into the next one."""
+    """A logger's warnings about one service. Warnings within a second of the last line are counted in the next one."""
 
     log: logging.Logger
     _last: float = float("-inf")

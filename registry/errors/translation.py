@@ -1,4 +1,4 @@
-"""Errors in the family of their code: those of the composer, of a stored row and of findings."""
+"""Converts errors of the composer, of a stored row and of findings into the family of their code."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,12 +44,12 @@ _OF_COMPOSER: dict[type[RegistryError], str] = {
         busy not_writable verification
     """,
 }
-"""The codes of the composer, by family. What to do about each is in composer/next_steps.py."""
+"""The codes of the composer, by family. Their next steps are in composer/next_steps.py."""
 CODES: dict[type[RegistryError], dict[str, str]] = {
     family: {**family.codes, **{code: NEXT_STEPS[code] for code in _OF_COMPOSER.get(family, "").split()}}
     for family in FAMILIES
 }
-"""What to do about each code, by family: the register that the documentation lists."""
+"""The next step of each code, by family: the register that the documentation lists."""
 _FAMILIES = {code: family for family, codes in CODES.items() for code in codes}
 
 
@@ -69,7 +69,8 @@ def of_composer(error: ComposerError) -> RegistryError:
 
 
 def of_failed_work(error: RegistryError | ComposerError | OSError) -> RegistryError:
-    """An error that ends a worker's work, as the job records it; an error of a disk is named as one."""
+    """Converts an error that ends a worker's job into the one that the job records; errors of the disk get their own
+    code."""
     if isinstance(error, RegistryError):
         return error
     if isinstance(error, ComposerError):
@@ -82,7 +83,7 @@ def of_failed_work(error: RegistryError | ComposerError | OSError) -> RegistryEr
 
 
 def of_row(row: Mapping[str, Any]) -> RegistryError:
-    """The error that `to_row` kept. A code of a newer server has the family of its exit code."""
+    """The error stored by `to_row`. A code of a newer server has the family of its exit code."""
     code = row["code"]
     family = (
         family_of(code)

@@ -45,9 +45,11 @@ ChannelName = Annotated[str, Field(min_length=1, max_length=64)]
 class ScoreRule(Document):
     """A gate rule, with conditions on the scores that it uses."""
 
-    rule: Rule = Field(description="As `adaptory gate` takes it: sql-exact.accuracy >= 0.5")
-    min_n: MinN | None = Field(None, description="The least number of examples; by default that of the policy.")
-    measured: bool | None = Field(None, description="No score that was only reported; by default as in the policy.")
+    rule: Rule = Field(description="The rule, as for `adaptory gate`: sql-exact.accuracy >= 0.5")
+    min_n: MinN | None = Field(None, description="The minimum number of examples; by default that of the policy.")
+    measured: bool | None = Field(
+        None, description="Whether scores that were only reported are excluded; by default as in the policy."
+    )
 
     @classmethod
     def of(cls, rule: str) -> Self:
@@ -56,7 +58,7 @@ class ScoreRule(Document):
 
 
 class Soak(Document):
-    """How long another channel must have served the release."""
+    """A period for which another channel must have served the release."""
 
     channel: ChannelName
     hours: Annotated[float, Field(gt=0, le=MAX_HOURS)]
@@ -86,7 +88,7 @@ Part = Literal["base", "adapter", "data"]
 
 
 class Combination(Document):
-    """Licences that must not come together; each that is given must be there."""
+    """Licences that must not occur together; all given ones must be present."""
 
     base: LicenseName | None = None
     adapter: LicenseName | None = None
@@ -106,8 +108,8 @@ def _refused(value: object) -> str | Combination:
 
 
 class Licenses(Document):
-    """What licences a release may have: those of its base, of itself, and of its data. SPDX names match however they
-    are spelled."""
+    """The licences that a release may have: of its base, of itself, and of its data. SPDX names match in any
+    spelling."""
 
     stated: Annotated[tuple[Part, ...], Field(max_length=3), LISTED] = Field(
         (), description="The parts whose licence must be known."
@@ -134,7 +136,7 @@ def _server(value: str) -> str:
 
 
 class ChannelPolicy(Document):
-    """What a promotion to one channel needs. All of it must hold; rollbacks need none of it."""
+    """The requirements of promotions to one channel. All of them must hold; rollbacks have none."""
 
     version: Annotated[int, ParsedBy(_version, {"const": VERSION})] = Field(description="Version of this format.")
     rules: Annotated[
@@ -142,13 +144,13 @@ class ChannelPolicy(Document):
         Field(max_length=MAX_RULES),
         LISTED,
     ] = Field((), description="Gate rules.")
-    min_n: MinN | None = Field(None, description="The least number of examples behind any score that a rule uses.")
-    measured: bool = Field(False, description="No rule uses a score that was only reported.")
+    min_n: MinN | None = Field(None, description="The minimum number of examples behind any score that a rule uses.")
+    measured: bool = Field(False, description="Whether rules ignore scores that were only reported.")
     missing: Literal["evaluate", "refuse"] = Field(
-        "evaluate", description="What to do about a score that is missing: measure it and wait, or refuse."
+        "evaluate", description="How to treat a missing score: measure it and wait, or refuse."
     )
     soak: Annotated[tuple[Soak, ...], Field(max_length=10), LISTED] = Field(
-        (), description="Channels that must have served the release for a time, and not have rolled it back."
+        (), description="Channels that must have served the release for some time without rolling it back."
     )
     approval: Approval | None = Field(None, description="Approvals by people other than the one who promotes.")
     signature: Literal["release", "files", "publisher"] | None = Field(
@@ -175,7 +177,7 @@ class ChannelPolicy(Document):
     )
 
     def to_json(self) -> dict[str, Any]:
-        """The document, without the fields that it leaves out; a rule without conditions is its text."""
+        """The document, without unset fields; a rule without conditions is only its text."""
         document = self.model_dump(mode="json", exclude_unset=True)
         if "rules" in document:
             document["rules"] = [row["rule"] if len(row) == 1 else row for row in document["rules"]]
@@ -183,7 +185,7 @@ class ChannelPolicy(Document):
 
     @property
     def forced_by(self) -> Literal["releaser", "admin", "never"]:
-        """The lowest role that may force a promotion: who promotes must not replace others' approval."""
+        """The lowest role that may force a promotion. By default nobody may bypass an approval."""
         return self.force or ("releaser" if self.approval is None else "never")
 
     def of_rule(self, row: ScoreRule) -> tuple[int, bool]:
@@ -198,7 +200,7 @@ def of_rules(rules: list[str]) -> ChannelPolicy:
 
 
 def parse_policy(text: str, subject: str) -> ChannelPolicy:
-    """Parses a policy in YAML. Raises Invalid if it is not one, naming the field."""
+    """Parses a policy in YAML. Raises Invalid for an invalid one, naming the field."""
     if len(text) > MAX_CHARS:
         raise _bad(subject, f"it is longer than {MAX_CHARS:,} characters")
     try:

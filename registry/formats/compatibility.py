@@ -1,8 +1,7 @@
-"""Semver for adapters: which changes break users of a range, and the version that such a change needs.
-
-A server that is set up for one release (its base, its highest rank, the modules it adapts) must be able to load the
-next one that `^version` resolves to. A change that it could not load is breaking and belongs outside that range: in a
-new major number. In 0.y.z, which semver leaves open, it follows npm and Cargo: a new minor number (in 0.0.z a new patch
+"""Semver for adapters: the changes that break users of a range, and the version that such a change requires. A server
+that is set up for one release (its base, its highest rank, the modules it adapts) must be able to load the next one
+that `^version` resolves to. A change that it could not load is breaking and belongs outside that range: in a new major
+number. For 0.y.z, which semver leaves open, this follows npm and Cargo: a new minor number (in 0.0.z a new patch
 number).
 """
 
@@ -22,7 +21,7 @@ _WEIGHT_SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """What a release requires of a server, and the digests of what it computes with. Facts are None for a model.
+    """The requirements of a release on a server, and the digests of its weights. Facts are None for a model.
     `touched` has the last path components of every module it adapts or replaces."""
 
     base: str
@@ -34,7 +33,7 @@ class Surface:
 
 
 def surface(base_digest: str, facts: Mapping[str, Any], files: Iterable[ManifestFile]) -> Surface:
-    """The features that a server must support to load a release: base, type, rank, adapted modules and weight files."""
+    """The surface of a release: base, type, rank, adapted modules and weight files."""
     replaced = [module.rpartition(".")[2] for module in facts.get("modules_to_save", ())]
     return Surface(
         base=base_digest,

@@ -1,7 +1,7 @@
-"""ID tokens (OpenID Connect) of continuous integration: read, verified, and reduced to what rules compare.
+"""ID tokens (OpenID Connect) of continuous integration: read, verified, and reduced to the claims that rules compare.
 
-A token does not choose how it is verified: its algorithm is one of three, its key is one of its issuer's, and a header
-that brings or points to a key is refused.
+A token does not choose how it is verified: its algorithm is one of three, its key belongs to its issuer, and a header
+that contains or points to a key is refused.
 """
 
 import base64
@@ -17,12 +17,12 @@ import orjson
 from registry.errors import Unauthenticated, Unavailable
 
 KEY_TYPES = {"RS256": "RSA", "PS256": "RSA", "ES256": "EC"}
-"""The type of key that each accepted algorithm takes."""
+"""The key type of each accepted algorithm."""
 MAX_CHARACTERS = 16 << 10
 LEEWAY = timedelta(seconds=30)
-"""How far the issuer's clock may differ from ours."""
+"""The permitted difference between the issuer's clock and ours."""
 MAX_AHEAD = timedelta(days=7)
-"""The longest that a token may be valid, and is remembered."""
+"""The maximum validity of a token, for which it is remembered."""
 _PUBLIC = {"RSA": ("kty", "n", "e"), "EC": ("kty", "crv", "x", "y")}
 _MIN_RSA_BYTES = 256
 _FOREIGN_KEY = ("jku", "jwk", "x5u", "x5c", "crit", "b64")
@@ -36,7 +36,7 @@ Layout = Literal["github", "gitlab", "other"]
 
 @dataclass(frozen=True, slots=True)
 class IdToken:
-    """A token whose signature is not verified yet."""
+    """A token whose signature has not been verified yet."""
 
     text: str
     algorithm: str
@@ -47,7 +47,7 @@ class IdToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CiJob:
-    """The job that a token was made for, as far as rules compare it. `project_id` is the issuer's own number of the
+    """The properties of a token's job that rules compare. `project_id` is the issuer's own number of the
     project, if its tokens have one."""
 
     issuer: str
@@ -58,11 +58,11 @@ class CiJob:
     workflow: str | None
     """The path of its file in the project."""
     details: Mapping[str, str]
-    """What helps to find the job: its run, commit and workflow."""
+    """Further claims that identify the job: its run, commit and workflow."""
 
 
 def parse(text: str) -> IdToken:
-    """Reads a token. Raises Unauthenticated for anything that could not be verified."""
+    """Parses a token. Raises Unauthenticated for one that cannot be verified."""
     parts = text.split(".") if len(text) <= MAX_CHARACTERS else []
     if len(parts) != 3 or not all(_PART.fullmatch(part) for part in parts):
         raise invalid("it is not a JSON Web Token")
@@ -109,7 +109,7 @@ def verify(token: IdToken, key: Mapping[str, Any]) -> None:
 
 
 def check(token: IdToken, audience: str, now: datetime) -> datetime:
-    """Checks for whom and when a verified token is valid. Returns the moment after which it is not. Raises
+    """Checks the audience and validity period of a verified token. Returns the end of its validity. Raises
     Unauthenticated.
 
     A token for several audiences is refused: each of them could use it here.
@@ -135,8 +135,8 @@ def check(token: IdToken, audience: str, now: datetime) -> datetime:
 
 
 def replay_key(token: IdToken) -> str:
-    """A sha256 that is the same for every copy of the token: of its id (jti), or of all that is signed, since a
-    signature has other spellings."""
+    """A sha256 that is the same for every copy of the token: of its id (jti), or of the signed part, since signatures
+    have several encodings."""
     own = token.claims.get("jti")
     if own is not None and (not isinstance(own, str) or not 0 < len(own) <= _MAX_ID):
         raise invalid("its id (jti) is not a short string")
@@ -151,7 +151,7 @@ def job_of(token: IdToken, layout: Layout) -> CiJob:
     if layout == "github":
         if _text(claims, "event_name") in _IN_FORK:
             raise invalid(
-                "it comes from a workflow on pull_request_target, which strangers can start with input of their own"
+                "it comes from a workflow on pull_request_target, which strangers can start with their own input"
             )
         named, number, ref = "repository", _number(claims, "repository_id"), _text(claims, "ref")
         details = ("sub", "sha", "workflow_ref", "run_id", "run_attempt", "actor", "event_name")
@@ -164,7 +164,7 @@ def job_of(token: IdToken, layout: Layout) -> CiJob:
     if project is None:
         raise invalid(f"it names no project ({named})")
     if layout != "other" and number is None:
-        raise invalid("it does not have the number of its project")
+        raise invalid("it lacks the number of its project")
     kept = {name: shown(claims[name]) for name in details if name in claims}
     return CiJob(
         issuer=token.issuer,
@@ -214,7 +214,7 @@ def _gitlab_ref(claims: Claims) -> str | None:
 
 
 def _text(claims: Claims, name: str) -> str | None:
-    """A claim that rules compare, None without one. Raises Unauthenticated for a value that no rule can have."""
+    """A claim that rules compare; None if absent. Raises Unauthenticated for a value that no rule can have."""
     value = claims.get(name)
     if value is None or value == "":
         return None
@@ -224,7 +224,7 @@ def _text(claims: Claims, name: str) -> str | None:
 
 
 def _number(claims: Claims, name: str) -> str | None:
-    """A project's number, which GitHub and GitLab write as a text."""
+    """A project's number, which GitHub and GitLab write as a string."""
     value = claims.get(name)
     text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
     return text if re.fullmatch(r"[0-9]{1,20}", text) else None

@@ -1,4 +1,4 @@
-"""Names of licences: SPDX's where it has one, else as stated; and what an expression of them lets a user choose."""
+"""Names of licences: SPDX's if it has one, else as stated; and the choices that a licence expression offers."""
 
 import re
 import unicodedata
@@ -18,19 +18,19 @@ _OTHER_NAMES = {
     "odc-by": "ODC-By-1.0",
     "pddl": "PDDL-1.0",
 }
-"""What model cards write for a licence that SPDX has under another name."""
+"""Names in model cards for licences that SPDX has under another name."""
 
 
 @lru_cache(1024)
 def spdx(stated: str) -> str:
-    """The SPDX name or expression, however it is spelled; the text itself if SPDX has none, as for `llama3.1`."""
+    """The SPDX name or expression for any spelling of it; the text itself if SPDX has none, as for `llama3.1`."""
     text = " ".join(stated.split())
     known = _OTHER_NAMES.get(text.casefold(), text)
     return _canonical(known) or text
 
 
 def _canonical(text: str) -> str | None:
-    """As SPDX writes the expression; None if a part of it has no name there."""
+    """The expression in SPDX's form; None if a part of it has no SPDX name."""
     try:
         return str(canonicalize_license_expression(text))
     except InvalidLicenseExpression:
@@ -45,7 +45,7 @@ def spellings(name: str) -> list[str]:
 
 
 MAX_CHOICES = 256
-"""Of one expression; further ones are not looked at, which refuses more and never less."""
+"""Limit on the choices of one expression. Ignoring further ones can only refuse more."""
 _MAX_PARENTHESES = 20
 _OPERATOR = re.compile(r"([()]|(?<![^\s()])(?:and|or|with)(?![^\s()]))", re.IGNORECASE)
 _LATER = re.compile(r"(?<=\S)\s+or\s+(?:any\s+)?(?:later|newer)(?:\s+versions?)?(?![^\s()])", re.IGNORECASE)
@@ -55,17 +55,17 @@ _GNU = re.compile(
 )
 _SEPARATOR = re.compile(r"\s*[,;/|&]\s*")
 _WORDS = re.compile(r"^the |(?: licen[cs]e)?[.\s]*$", re.IGNORECASE)
-"""What people write around a name."""
+"""Words that people write around a name."""
 _SUFFIX = re.compile(r"(?:\+|-only|-or-later)$")
 
 Choice = frozenset[str]
-"""Licences that hold together, as keys: lower case, and the same for a version `only` and one `or later`."""
+"""Licences that apply together, as keys: lower case, and equal for `only` and `or later` versions."""
 
 
 @lru_cache(1024)
 def choices(stated: str) -> tuple[Choice, ...]:
-    """The choices of a user of something under this licence: each item of an `OR` is a choice, and all items of
-    an `AND` hold together. A text that is not an expression has one choice, with every licence that it names."""
+    """The choices of a user of something under this licence: each item of an `OR` is a choice, and all items of an
+    `AND` apply together. A text that is not an expression has one choice, with every licence that it names."""
     text = _LATER.sub("-or-later", " ".join(_plain(stated).split()))
     tokens = [part.strip() for part in _OPERATOR.split(text) if part.strip()]
     if text.count("(") <= _MAX_PARENTHESES:
@@ -79,8 +79,8 @@ def choices(stated: str) -> tuple[Choice, ...]:
 
 
 def meets(rule: str, choice: Choice) -> bool:
-    """Whether a rule, which names a licence or several that hold together, is about the choice. One without an
-    exception is also about the licence with it."""
+    """Whether a rule, which names one or more licences that apply together, covers the choice. A licence in a rule also
+    covers the same licence with an exception."""
     offered = choices(rule)
     return len(offered) == 1 and all(
         any(one == key or one.startswith(f"{key} with ") for one in choice) for key in offered[0]
@@ -119,7 +119,7 @@ def _one(tokens: list[str]) -> tuple[list[str], list[Choice]]:
 
 
 def _keys(name: str) -> Choice:
-    """The key of a name; those of all in a list of known ones, such as `MIT, GPL-3.0`."""
+    """The key of a name, or the keys of a list of known names, such as `MIT, GPL-3.0`."""
     listed = [one for one in _SEPARATOR.split(name) if one]
     if len(listed) > 1 and all(_is_known(one) for one in listed):
         return frozenset(map(_key, listed))
@@ -127,18 +127,18 @@ def _keys(name: str) -> Choice:
 
 
 def _is_known(name: str) -> bool:
-    """Whether SPDX has the licence, or GNU."""
+    """Whether the licence is one of SPDX's or GNU's."""
     return _canonical(name) is not None or _GNU.fullmatch(name.casefold()) is not None
 
 
 def _plain(stated: str) -> str:
-    """The text with one form of each letter and of the hyphen, and without what nobody sees."""
+    """The text with normalized letters and hyphens, and without invisible characters."""
     categories = ((one, unicodedata.category(one)) for one in unicodedata.normalize("NFKC", stated))
     return "".join("-" if category == "Pd" else one for one, category in categories if category != "Cf")
 
 
 def _key(name: str) -> str:
-    """The same for every spelling of a licence: `GPLv3`, `GPL-3.0`, `GPL-3.0-only` and `GPL-3.0-or-later`."""
+    """A key that is equal for all spellings of a licence: `GPLv3`, `GPL-3.0`, `GPL-3.0-only` and `GPL-3.0-or-later`."""
     name = _WORDS.sub("", name)
     text = (_canonical(re.sub("[ _]+", "-", name)) or spdx(name)).casefold()  # `CC BY-NC 4.0`
     gnu = _GNU.fullmatch(text)

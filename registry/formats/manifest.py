@@ -16,12 +16,12 @@ from registry.formats.references import Digest
 MAX_FILES = 2_000
 MAX_PATH_CHARACTERS = 400
 MAX_PART_BYTES = 240
-"""File systems allow 255; the name of an unfinished copy needs some of them."""
+"""File systems allow 255; the name of an unfinished copy needs some of these."""
 _WINDOWS = re.compile(
     r"[<>|*?\":]|[. ]$|^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(\..*)?$", re.IGNORECASE
 )
 WEIGHTS_SUFFIXES = (".safetensors", ".gguf")
-"""Of files with tensors, in whatever layout."""
+"""Suffixes of files with tensors, in any layout."""
 _HIDDEN = re.compile(r"\.|git~\d+$", re.IGNORECASE)
 """Windows also calls `.git` `GIT~1`."""
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -52,20 +52,20 @@ def check_path(path: str) -> str:
         or any(len(part.encode()) > MAX_PART_BYTES for part in parts)
     )
     if bad:
-        raise Invalid("bad_path", f"{path[:120]!r} cannot be a file of a release.", subject=path[:120])
+        raise Invalid("bad_path", f"{path[:120]!r} is not a valid path for a file of a release.", subject=path[:120])
     return path
 
 
 def refuse_hidden(path: str) -> None:
-    """Raises Invalid for hidden files, which programs may run wherever they are, but for `.eval_results/*.yaml`, where
+    """Raises Invalid for hidden files, which programs may execute anywhere, except `.eval_results/*.yaml`, where
     Hugging Face keeps reported scores. Releases from before this check may have some."""
     if not is_results_file(path) and any(_HIDDEN.match(part) for part in path.split("/")):
         raise Invalid("hidden_file", f"{path[:120]!r} is hidden or in a hidden directory.", subject=path[:120])
 
 
 def refuse_unportable(path: str) -> None:
-    """Raises Invalid for a new file that Windows cannot store: a device's name, with any extension, or a character that
-    means something there. Releases from before this check may have some, and pulls get them."""
+    """Raises Invalid for a new file that Windows cannot store: a device's name, with any extension, or a character with
+    a special meaning there. Releases from before this check may have some, and pulls get them."""
     if any(_WINDOWS.search(part) for part in path.split("/")):
         raise Invalid(
             "bad_path",
@@ -76,7 +76,7 @@ def refuse_unportable(path: str) -> None:
 
 
 def is_weights(path: str) -> bool:
-    """Whether the file has tensors, by its name: an adapter's weights, a shard of a model."""
+    """Whether a file of this name has tensors: an adapter's weights, or a shard of a model."""
     return path.lower().endswith(WEIGHTS_SUFFIXES)
 
 
@@ -100,7 +100,7 @@ def check_paths(paths: Sequence[str]) -> None:
             next_step="Pack many small files into one.",
         )
     keyed = sorted((_collision_key(path), path) for path in map(check_path, paths))
-    for (key, path), (next_key, next_path) in pairwise(keyed):  # paths below a path follow it directly
+    for (key, path), (next_key, next_path) in pairwise(keyed):  # paths below another path directly follow it
         if next_key[: len(key)] == key:
             raise Invalid(
                 "bad_manifest",

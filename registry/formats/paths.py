@@ -1,4 +1,4 @@
-"""Paths in texts that people elsewhere read."""
+"""Shortens paths in texts that are shown on other machines."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -25,7 +25,7 @@ def without_directories(text: str, known: Collection[str] = ()) -> str:
 
 
 def document_without_directories(value: Any, known: Collection[str] = ()) -> Any:
-    """A JSON document with all its texts so."""
+    """A JSON document with all its texts shortened by `without_directories`."""
     match value:
         case str():
             return without_directories(value, known)

@@ -1,4 +1,4 @@
-"""Pickles by name and by content: every one is refused, since loading one runs code."""
+"""Refuses pickles, by name and by content, since loading one runs code."""
 
 import pickletools
 import re
@@ -6,7 +6,7 @@ import re
 from registry.errors import Invalid
 
 ENDS_BYTES = 64 << 10
-"""How much of a file's beginning and end is read."""
+"""The number of bytes read at a file's beginning and end."""
 
 _PICKLE_NAME = re.compile(
     r"\.(?:bin|ckpt|cloudpickle|dill|distcp|joblib|mar|nemo|pckl|pickle|pkl|pt|pt2|pth|ptl)"
@@ -25,9 +25,9 @@ _IMPORTS = frozenset({"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"})
 
 _CALLS = frozenset({"BUILD", "INST", "NEWOBJ", "NEWOBJ_EX", "OBJ", "REDUCE"})
 
-_NAME = rb"[A-Za-z_][\w.]*\n"  # two lines of a text rarely are
+_NAME = rb"[A-Za-z_][\w.]*\n"  # rarely two lines of a text
 
-_INTEGER = rb"(?:[ \t\v\f\r]*[+-]?[0-9]\w*[ \t\v\f\r]*|[^\n\0]*\0[^\n]*)\n"  # in any base, and C reads on to a NUL
+_INTEGER = rb"(?:[ \t\v\f\r]*[+-]?[0-9]\w*[ \t\v\f\r]*|[^\n\0]*\0[^\n]*)\n"  # in any base, and C reads up to a NUL
 
 _FLOAT = rb"(?:[ \t\v\f\r]*[+-]?(?:nan|inf(?:inity)?|[0-9._]+(?:e[+-]?[0-9_]+)?)[ \t\v\f\r]*|[^\n\0]*\0[^\n]*)\n"
 
@@ -46,7 +46,7 @@ _LINES = {
         "INST": _NAME * 2,
     }.items()
 }
-"""Patterns of what a loader reads as the argument of a line-based opcode; `pickletools` accepts less."""
+"""Patterns of the arguments that loaders accept for line-based opcodes; `pickletools` accepts fewer."""
 
 _LENGTH_BYTES = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
@@ -65,7 +65,7 @@ _NUMPY_OBJECTS = re.compile(rb"\x93NUMPY.{4,6}\{[^}]*'\|O", re.DOTALL)
 
 
 def refuse_pickle_name(path: str) -> None:
-    """Raises Invalid for a name of a pickle, before a byte is sent."""
+    """Raises Invalid for the name of a pickle, before any byte is sent."""
     if _PICKLE_NAME.search(path):
         why = "is refused by its name: such files are usually pickles, which run code when loaded"
         raise _pickle(path, why, " Rename it if it is not a pickle.")
@@ -76,8 +76,8 @@ def is_zip(first: bytes) -> bool:
 
 
 def refuse_pickle_content(path: str, first: bytes, last: bytes = b"") -> None:
-    """Raises Invalid if the bytes at a file's two ends are those of a pickle, whatever its name. For a file that is not
-    a zip, the first ones suffice."""
+    """Raises Invalid if the bytes at a file's two ends are those of a pickle, regardless of its name. For a file that
+    is not a zip, the first bytes suffice."""
     if (
         _PICKLE.match(first)
         or _is_old_pickle(first)
@@ -94,7 +94,7 @@ def _is_old_pickle(first: bytes) -> bool:
     Texts begin with letters that are opcodes too, but do not continue so that each opcode finds its operands on the
     stack. One pickle may follow another, as in old files of torch.save.
     """
-    depths = [0]  # of the stack, and above each mark
+    depths = [0]  # sizes of the stack, and above each mark
     imported, alone, at = False, True, 0
     while at < len(first):
         opcode = _OPCODES.get(first[at])
@@ -128,7 +128,7 @@ def _takes(depths: list[int], opcode: pickletools.OpcodeInfo) -> bool:
     """Applies the opcode to the stack; False if the stack lacks its operands."""
     taken = opcode.stack_before
     if opcode.name == "POP" and depths[-1] == 0:
-        taken = [pickletools.markobject]  # it takes a mark, too
+        taken = [pickletools.markobject]  # it consumes a mark too
     if pickletools.markobject in taken:
         below = taken.index(pickletools.markobject)
         above = len(taken) - below - 1 - (pickletools.stackslice in taken)

@@ -25,9 +25,9 @@ RESERVED_NAMESPACES = frozenset(
         *("robots.txt", "search", "spaces", "static", "suites", "v1", "v2", "xet"),
     )
 )
-"""Names that addresses of a server begin with, or that clients of the Hugging Face Hub do not take for a namespace."""
+"""Names that begin addresses of a server, or that clients of the Hugging Face Hub do not accept as a namespace."""
 _NUMBER_DIGITS = 18
-_NUMBER = rf"(?:0|[1-9][0-9]{{0,{_NUMBER_DIGITS - 1}}})"  # not \d, which takes the digits of every script
+_NUMBER = rf"(?:0|[1-9][0-9]{{0,{_NUMBER_DIGITS - 1}}})"  # not \d, which matches the digits of every script
 _IDENTIFIER = rf"(?:{_NUMBER}|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
 _VERSION = re.compile(rf"v?({_NUMBER})\.({_NUMBER})\.({_NUMBER})(?:-({_IDENTIFIER}(?:\.{_IDENTIFIER})*))?")
 _EXACT = re.compile(r"v?\d+\.\d+\.\d+(?:[-+]\S*)?")
@@ -53,7 +53,7 @@ characters."""
 Digest = NewType("Digest", str)
 """A sha256 as 64 lower-case hexadecimal digits."""
 ABSENT = Digest("0" * 64)
-"""A digest that no bytes have: asking a store for it shows whether the store answers."""
+"""A digest that no bytes have: requesting it shows whether a store answers."""
 
 
 def nearest(text: str, known: Iterable[str], otherwise: str) -> str:
@@ -63,7 +63,7 @@ def nearest(text: str, known: Iterable[str], otherwise: str) -> str:
 
 
 def _are_alike(text: str, name: str) -> bool:
-    """Whether the parts behind the namespace are alike; a long namespace in both makes any two names alike."""
+    """Whether the parts behind the namespace are alike; a long common namespace would make any two names alike."""
     return bool(get_close_matches(text.rpartition("/")[2], [name.rpartition("/")[2]], cutoff=_ALIKE))
 
 
@@ -79,7 +79,7 @@ def parse_name(text: str, what: str) -> str:
     if not _PART.fullmatch(text):
         raise Usage(
             "bad_name",
-            f"{text[:80]!r} is not a {what}.",
+            f"{text[:80]!r} is not a valid {what}.",
             subject=text[:80],
             next_step="Use at most 64 of a-z, 0-9, '.', '_' and '-', beginning and ending with a letter or digit.",
         )
@@ -101,7 +101,7 @@ def parse_repository(text: str) -> RepositoryName:
     """Parses `namespace/name`. Raises Usage for anything else."""
     namespace, slash, name = text.partition("/")
     if not slash or "/" in name or namespace in ("", ".", "..", "~"):
-        raise Usage("bad_repository", f"{text[:80]!r} is not a repository.", subject=text[:80])
+        raise Usage("bad_repository", f"{text[:80]!r} is not a valid repository name.", subject=text[:80])
     return RepositoryName(parse_name(namespace, "namespace"), parse_name(name, "repository name"))
 
 
@@ -110,7 +110,7 @@ def refuse_reserved_namespace(name: str) -> None:
     if name in RESERVED_NAMESPACES:
         raise Usage(
             "namespace_reserved",
-            f"No namespace can be called {name}: addresses of the server begin with it.",
+            f"{name} is reserved: addresses of the server begin with it.",
             subject=name,
         )
 
@@ -120,7 +120,7 @@ def refuse_git_name(name: RepositoryName) -> None:
     if name.name.endswith(".git"):
         raise Usage(
             "bad_name",
-            f"{name} cannot be a repository: its name ends in .git.",
+            f"{name} is not allowed as a repository name: it ends in .git.",
             subject=str(name),
             next_step="Leave the .git out.",
         )
@@ -155,8 +155,8 @@ class Version:
     def sort_key(self) -> str:
         """Text whose byte order is the order of semver 2.0.0 section 11, so that a database index sorts releases.
 
-        Numbers have their length in front (two digits, then the digits). Identifiers end with a character below all
-        others. A stable version has a mark above any pre-release.
+        Numbers are prefixed with their length (two digits). Identifiers end with a character below all others. A stable
+        version has a mark above any pre-release.
         """
         core = "".join(_number_key(part) for part in (self.major, self.minor, self.patch))
         if self.stable:
@@ -195,14 +195,14 @@ def refuse_ambiguous_channel(name: str) -> None:
     if is_version(name) or _COMMIT.fullmatch(name):
         raise Usage(
             "bad_name",
-            f"{name!r} is not a name for a channel: it reads as a {'version' if is_version(name) else 'commit'}.",
+            f"{name!r} is not allowed as a channel name: it reads as a {'version' if is_version(name) else 'commit'}.",
             subject=name,
             next_step="Name the channel after its use, such as prod.",
         )
 
 
 def is_version(text: str) -> bool:
-    """Whether `parse_version` takes the text."""
+    """Whether `parse_version` accepts the text."""
     return _match_version(text) is not None
 
 
@@ -266,7 +266,7 @@ def parse_range(text: str) -> Range:
 
 
 def _bounds(text: str) -> tuple[_Bound, ...] | None:
-    """The bounds of one alternative; an empty list holds everything. None if it cannot be parsed."""
+    """The bounds of one alternative; an empty list matches everything. None if it cannot be parsed."""
     if between := _BETWEEN.fullmatch(text):
         first, last = (_Partial.of(one) for one in between.groups())
         return first and last and (*first.bounds(">="), *last.bounds("<="))
@@ -362,7 +362,7 @@ def parse_reference(text: str) -> Reference:
 
 
 def single_version(target: str, bump: str | None) -> Reference:
-    """Parses REPO:VERSION, or REPO if a `bump` will find the version. Raises Usage for anything else."""
+    """Parses REPO:VERSION, or REPO if a `bump` determines the version. Raises Usage for anything else."""
     reference = parse_reference(target)
     if reference.range or reference.channel or reference.commit or bool(reference.version) == bool(bump):
         both = f" and --bump {bump} do" if bump else " does"

@@ -2,9 +2,9 @@
 
 The bundle is one that model-signing reads (a DSSE envelope around an in-toto statement that lists each file with its
 sha256), so that tool verifies the files too. `predicate.release`, which it ignores, names the release: the same files
-under another name, number or base are another release, which nobody has signed. Bundles without it, such as
-model-signing's own, cover the files alone. Since digests are signed, a registry checks a signature against a manifest
-without reading a byte of the weights.
+under another name, number or base are another release, which is not signed. Bundles without it, such as model-signing's
+own, cover the files alone. Since digests are signed, a registry checks a signature against a manifest without reading a
+byte of the weights.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SIGNATURE_FILE = "model.sig"
 MAX_SIGNATURE_BYTES = 16_000_000
-"""A bundle of 2,000 files, the most that a release holds, has 1.2 MB."""
+"""A bundle over 2,000 files, the maximum of a release, has 1.2 MB."""
 Covers = Literal["release", "files"]
 
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -36,7 +36,8 @@ _CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
 
 @dataclass(frozen=True, slots=True)
 class SignedRelease:
-    """What a signature binds its files to: NAMESPACE/NAME, the number, the base's digest, and the commit of the signed
+    """The identity that a signature binds its files to: NAMESPACE/NAME, the number, the base's digest, and the commit
+    of the signed
     files (a release that carries its own `model.sig` has another commit, which covers that file too)."""
 
     repository: str
@@ -107,12 +108,12 @@ def public_key_of(pem: bytes) -> str:
 
 
 def is_key_of(keys: Iterable[str], signed_by: str | None) -> bool:
-    """Whether it is the fingerprint of one of these public keys in PEM."""
+    """Whether the fingerprint belongs to one of these public keys in PEM."""
     return signed_by in {fingerprint(key) for key in keys}
 
 
 def fingerprint(public_key: str) -> str:
-    """The fingerprint of a public key in PEM: the sha256 of its canonical PEM, which a bundle has as its key's hint.
+    """The fingerprint of a public key in PEM: the sha256 of its canonical PEM, which bundles contain as the key hint.
     Raises Invalid for anything but a public key on P-256, P-384 or P-521."""
     return _fingerprint(_load(public_key))
 
@@ -140,7 +141,7 @@ def open_signature(
     next_step: str = "Sign it with --sign and a key that is trusted here.",
 ) -> Signed:
     """Verifies a bundle by one of the keys and returns its content. Raises Refused, with that next step, if none of
-    them signed it or the signed text was changed; Invalid if it is not such a bundle."""
+    them signed it or the signed text was changed, and Invalid for an invalid bundle."""
     envelope = _envelope(content)
     keys = [_load(key) for key in public_keys]
     key = next((key for key in keys if _is_by(key, envelope)), None)
@@ -182,8 +183,8 @@ def refuse_other_release(signed: Signed, release: SignedRelease) -> None:
 def unverifiable_signature(content: bytes, files: Mapping[str, str]) -> tuple[Signed | None, list[Finding]]:
     """The content of an unverified bundle, and a warning if it lists other files than these or cannot be read.
 
-    For namespaces without a trusted key: anybody may have written the content, so it proves nothing. But a reader who
-    trusts the key later could not use such a release.
+    For namespaces without a trusted key: anyone may have written the content, so it proves nothing. But readers who
+    trust the key later could not use a release with a wrong bundle.
     """
     try:
         signed = _statement("", _envelope(content).payload)
@@ -203,13 +204,13 @@ def _stale(why: str) -> Finding:
 
 
 def _differences(signed: Mapping[str, str], files: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The paths that differ from what was signed, and how."""
+    """The paths that differ from the signed ones, and how."""
     differences: list[tuple[str, str]] = []
     there = {path: sha256 for path, sha256 in files.items() if path != SIGNATURE_FILE}
     for path in sorted({*there, *signed}):
         own, expected = there.get(path), signed.get(path)
         if own != expected:
-            what = "is signed, but not there" if own is None else "was changed after it was signed"
+            what = "is signed, but missing" if own is None else "was changed after it was signed"
             differences.append((path, "is not covered by the signature" if expected is None else what))
     return differences
 
@@ -235,19 +236,19 @@ def _envelope(content: bytes) -> _Envelope:
 
 
 def _statement(fingerprint: str, payload: bytes) -> Signed:
-    """Parses the signed statement. To be trusted only once the signature is verified."""
+    """Parses the signed statement. Do not trust it before the signature is verified."""
     try:
         statement = cast("dict[str, Any]", json.loads(payload))
         if (statement["_type"], statement["predicateType"]) != (_STATEMENT, _PREDICATE):
             raise _bad("it is not a statement of model-signing 1.0 or later")
         resources = cast("list[dict[str, str]]", statement["predicate"]["resources"])
         if any(resource["algorithm"] != "sha256" for resource in resources):
-            raise _bad("it lists other digests than sha256 of whole files")
+            raise _bad("it lists digests other than the sha256 of complete files")
         files = {str(resource["name"]): str(resource["digest"]) for resource in resources}
         named = cast("dict[str, object] | None", statement["predicate"].get("release"))
         release = None if named is None else SignedRelease(**{name: str(value) for name, value in named.items()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _bad("its statement does not have the form of model-signing's") from error
+        raise _bad("its statement does not have model-signing's form") from error
     if len(files) != len(resources):
         raise _bad("it lists a file twice")
     return Signed(fingerprint, files, release)

@@ -36,5 +36,5 @@ def select_entries(files: Sequence[ManifestFile], paths: Sequence[str]) -> list[
 
 
 def _parents(path: str, start: int) -> list[str]:
-    """The directories of a path that are longer than `start` characters."""
+    """The directories of a path whose paths are longer than `start` characters."""
     return [path[:index] for index in range(start, len(path)) if path[index] == "/"]

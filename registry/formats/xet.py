@@ -1,7 +1,6 @@
-"""The formats in which clients with `hf_xet` send files: xorbs, which are chunks, and shards, which make files of them.
-
-Both come from outside. What they say is compared with what is there before anything is decompressed or written: a
-small upload could otherwise become a huge file.
+"""The formats in which clients with `hf_xet` send files: xorbs, which contain chunks, and shards, which assemble files
+from them. Both are untrusted. Their stated sizes are checked before anything is decompressed or written: a small upload
+could otherwise become a huge file.
 """
 
 import struct
@@ -16,11 +15,11 @@ import numpy.typing as npt
 from registry.errors import Invalid, Unavailable
 
 HEADER_BYTES = 8
-"""Of a chunk: version 0, length as stored (3 bytes), scheme, plain length (3 bytes); little endian."""
+"""The header of a chunk: version 0, stored length (3 bytes), scheme, plain length (3 bytes); little endian."""
 MAX_CHUNK_BYTES, MAX_CHUNKS = 256 << 10, 8192
 """Clients make chunks of at most 128 KiB, and at most 8,192 for a xorb."""
 MAX_SEGMENTS = 100_000
-"""Of one file. A file of 64 GiB has about a thousand."""
+"""Limit for one file. A file of 64 GiB has about a thousand."""
 _PLAIN, _LZ4, _GROUPED_LZ4 = range(3)
 _GROUPS = 4
 _TAG, _VERSION = b"HFRepoMetaData\0", 2
@@ -32,18 +31,19 @@ _CHUNK = np.dtype([("version", "u1"), ("stored", "u1", 3), ("scheme", "u1"), ("p
 
 
 def hex_of(raw: bytes) -> str:
-    """A hash as clients write it in addresses: four little-endian words."""
+    """A hash in the form that clients use in addresses: four little-endian words."""
     return "".join(f"{word:016x}" for word in struct.unpack("<4Q", raw))
 
 
 class ChunkScanner:
-    """Collects the headers of a xorb's chunks while it arrives, in whatever pieces. Ignores what follows the chunks."""
+    """Collects the headers of a xorb's chunks while it arrives, in pieces of any size. Ignores bytes after the
+    chunks."""
 
     def __init__(self) -> None:
         self._headers, self._partial, self._skip, self._ended = bytearray(), b"", 0, False
 
     def feed(self, data: bytes) -> None:
-        """Raises Invalid for a chunk that cannot be."""
+        """Reads the next bytes. Raises Invalid for an impossible chunk."""
         start = 0
         while start < len(data) and not self._ended:
             passed = min(self._skip, len(data) - start)
@@ -60,13 +60,13 @@ class ChunkScanner:
                     raise _bad_xorb(f"it has more than {MAX_CHUNKS:,} chunks")
 
     def watch(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Yields the pieces, and feeds each of them first. Raises Invalid for a chunk that cannot be."""
+        """Yields the pieces, and feeds each of them first. Raises Invalid for an impossible chunk."""
         for piece in pieces:
             self.feed(piece)
             yield piece
 
     def finish(self) -> bytes:
-        """The headers, one after the other. Raises Invalid if the xorb ends within a chunk, or has none."""
+        """The concatenated headers. Raises Invalid if the xorb ends within a chunk, or has none."""
         if self._skip or (self._partial and not self._ended):
             raise _bad_xorb("it ends within a chunk")
         if not self._headers:
@@ -75,7 +75,7 @@ class ChunkScanner:
 
 
 def _check_chunk(header: bytes) -> int:
-    """The length of a chunk as stored. Raises Invalid for one that cannot be."""
+    """The stored length of a chunk. Raises Invalid for an impossible one."""
     stored, scheme, plain = int.from_bytes(header[1:4], "little"), header[4], int.from_bytes(header[5:8], "little")
     if scheme not in (_PLAIN, _LZ4, _GROUPED_LZ4):
         raise _bad_xorb(f"a chunk has the unknown compression {scheme}")
@@ -92,8 +92,8 @@ def _bad_xorb(why: str) -> Invalid:
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """The chunks of a xorb. `starts` has where each begins, and as the last one the end of all; `plain_starts` the same
-    of their plain bytes."""
+    """The chunks of a xorb. `starts` has the start of each, and finally the end of all; `plain_starts` the same for
+    their plain bytes."""
 
     starts: npt.NDArray[np.int64]
     plain_starts: npt.NDArray[np.int64]
@@ -129,7 +129,7 @@ def _starts(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def decompress(scheme: int, stored: bytes, plain_bytes: int) -> bytes:
-    """The plain bytes of a chunk. Never makes more than `plain_bytes`. Raises Invalid if there are not just as many."""
+    """The plain bytes of a chunk. Produces exactly `plain_bytes` bytes; raises Invalid otherwise."""
     if scheme == _PLAIN:
         return stored
     data = _decompress_frame(stored, plain_bytes)
@@ -149,7 +149,7 @@ def _decompress_frame(stored: bytes, plain_bytes: int) -> bytes:
 
 
 def has_lz4() -> bool:
-    """Whether this server can read what clients with `hf_xet` send."""
+    """Whether this server can read uploads of clients with `hf_xet`."""
     return find_spec("lz4") is not None
 
 
@@ -160,14 +160,14 @@ def require_lz4() -> Any:
     except ImportError as error:
         raise Unavailable(
             "extra_missing",
-            "Clients with hf_xet compress what they send by LZ4, and this server lacks the package lz4.",
+            "Clients with hf_xet compress uploads with LZ4, and this server lacks the package lz4.",
             next_step="Install lz4 on the server, or push with HF_HUB_DISABLE_XET=1.",
         ) from error
     return frame
 
 
 def _ungroup(data: bytes) -> bytes:
-    """Undoes the order of floats: first all bytes at positions 0 mod 4, then 1, 2 and 3."""
+    """Undoes the grouping of float bytes: first all bytes at positions 0 mod 4, then 1, 2 and 3."""
     grouped, plain = np.frombuffer(data, np.uint8), np.empty(len(data), np.uint8)
     start = 0
     for group in range(_GROUPS):
@@ -179,7 +179,7 @@ def _ungroup(data: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The chunks `first` to `end`, without the last, of a xorb; `size_bytes` is their plain length."""
+    """The chunks `first` to `end` (exclusive) of a xorb; `size_bytes` is their plain length."""
 
     xorb: str
     first: int
@@ -189,7 +189,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """How a file is put together. `sha256` is None if the shard does not state it."""
+    """The segments of a file. `sha256` is None if the shard does not state it."""
 
     name: str
     sha256: str | None
@@ -209,10 +209,10 @@ class ShardFile:
 
 
 def read_shard(source: BinaryIO) -> Iterator[ShardFile]:
-    """The files of a shard, one at a time. What follows them is not read. Raises Invalid."""
+    """Yields the files of a shard. Data after them is not read. Raises Invalid."""
     header = source.read(_RECORD_BYTES)
     if len(header) < _RECORD_BYTES or not header.startswith(_TAG):
-        raise _bad_shard("it does not begin as a shard")
+        raise _bad_shard("it does not begin like a shard")
     if (version := int.from_bytes(header[32:40], "little")) != _VERSION:
         raise _bad_shard(f"its version is {version}, not {_VERSION}")
     while True:

@@ -1,1 +1,1 @@
-"""A Hugging Face Hub as another place for models: read from and written to by its own client, the extra `hub`."""
+"""Reads models from, and writes them to, a Hugging Face Hub, through the hub's own client (the extra `hub`)."""

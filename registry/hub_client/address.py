@@ -20,12 +20,12 @@ class HubAddress:
 
     @property
     def pinned(self) -> bool:
-        """Whether it names a commit, which never changes."""
+        """Whether the address names a commit, which never changes."""
         return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
 
     @property
     def organisation(self) -> str:
-        """In lower case, since hubs ignore the case."""
+        """The organisation in lower case, since hubs ignore the case."""
         return self.repository.partition("/")[0].lower()
 
     def at(self, revision: str) -> "HubAddress":

@@ -18,7 +18,7 @@ from registry.hub_client.remote import Hub, Snapshot
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 _WEIGHTS = ".safetensors"
 _HEADER_SHARE, _HEADER_BYTES = 1.1, 100 << 20
-"""What files may be larger than the tensors in them."""
+"""The overhead allowed for files beyond their tensors."""
 _WITHHELD = "No token was sent, since ADAPTORY_HUB_TOKEN_ORGS does not name its organisation on this host."
 
 
@@ -32,7 +32,7 @@ def download_base(
     """The checkpoint at the address in the hub's own cache, complete, and its pinned address.
 
     `at_most_bytes` is the size of its tensors, if known; `with_token` sends the token of this host's user; `check` is
-    called often, and ends the download by what it raises. Raises NotFound, NotAllowed or Unavailable, Invalid before a
+    called often, and ends the download by raising. Raises NotFound, NotAllowed or Unavailable, Invalid before a
     download of more than that, and for a repository that has its weights only as pickles."""
     hub = Hub(with_token=with_token, check=check)
     if address.pinned and (directory := hub.cached(address)) and _is_complete(directory):
@@ -47,10 +47,10 @@ def download_base(
 def find_base(
     locations: Sequence[str], size_bytes: int, token_for: Collection[str], check: Callable[[], None] = lambda: None
 ) -> tuple[Path | None, list[str]]:
-    """A base's checkpoint on this machine: in a directory, in the hub's cache, or downloaded into that; or None, and
-    why each address on a hub gives none. `size_bytes` is the size of its tensors. Others wrote the locations: this
+    """A base's checkpoint on this machine: in a directory, in the hub's cache, or downloaded into the cache; or None,
+    and the reason for each address on a hub. `size_bytes` is the size of its tensors. Others wrote the locations: this
     host's token is sent only for the organisations in `token_for`. Raises what `check` raises, and Unavailable if no
-    location gives it and a hub does not answer, which may pass."""
+    location has it and a hub did not answer, which may be temporary."""
     if directory := local_directory(locations):
         return directory, []
     reasons: list[str] = []
@@ -76,8 +76,8 @@ def find_base(
 
 
 def may_find_base(locations: Sequence[str]) -> bool:
-    """Whether `find_base` is likely to: in a directory, in the hub's cache, or at a commit on a hub that may be asked.
-    Asks no server."""
+    """Whether `find_base` is likely to succeed: in a directory, in the hub's cache, or at a commit on a permitted hub.
+    Contacts no server."""
     if local_directory(locations):
         return True
     addresses = [url for url in locations if url.startswith(SCHEME)]
@@ -91,13 +91,13 @@ def may_find_base(locations: Sequence[str]) -> bool:
             kept = Hub().cached(address) if HF_HUB_OFFLINE else None
             if address.pinned and (not HF_HUB_OFFLINE or (kept is not None and _is_complete(kept))):
                 return True
-        except RegistryError:  # `find_base` says what is wrong with it
+        except RegistryError:  # `find_base` raises the error for it
             continue
     return False
 
 
 def _is_complete(directory: Path) -> bool:
-    """Whether all that it names is there: a download may have been interrupted."""
+    """Whether all files that it names exist: a download may have been interrupted."""
     try:
         open_checkpoint(directory)
     except ComposerError:
@@ -134,5 +134,5 @@ def _refuse_larger(snapshot: Snapshot, paths: Sequence[str], at_most_bytes: int)
             "too_large",
             f"{snapshot.address} has {total:,} bytes, and the base's tensors have {at_most_bytes:,}.",
             subject=str(snapshot.address),
-            next_step="It is not this base: register the commit that has it.",
+            next_step="This is another base: register the commit that has the right one.",
         )

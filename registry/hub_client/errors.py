@@ -1,4 +1,4 @@
-"""Errors of `huggingface_hub` as those of this registry."""
+"""Translates errors of `huggingface_hub` into those of this registry."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ _MESSAGE_CHARS = 600
 
 @contextmanager
 def translate_hub_errors(endpoint: str, what: str) -> Generator[None]:
-    """Translates what the client raises; `what` is the address that the call is about. Other errors pass."""
+    """Translates errors of the client; `what` is the address of the call. Other errors pass."""
     from huggingface_hub import errors
 
     # The hub's own error derives from the one of the HTTP library, which depends on the client's version.
@@ -32,11 +32,11 @@ def translate_hub_errors(endpoint: str, what: str) -> Generator[None]:
         raise _unavailable(endpoint, what, error) from error
     except OSError as error:
         if error.errno is not None:
-            raise  # of the disk
+            raise  # an error of the disk
         raise _unavailable(endpoint, what, error) from error  # a download whose size is wrong, or without a commit
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        # The client takes for granted what an answer has.
-        message = f"{endpoint} does not answer as a hub about {what}: {type(error).__name__}: {_text(error)}"
+        # The client does not validate answers.
+        message = f"{endpoint} does not answer like a hub about {what}: {type(error).__name__}: {_text(error)}"
         next_step = "Check that HF_ENDPOINT is a hub, and ask its operator."
         raise Refused("hub_refused", message, subject=what, next_step=next_step) from error
 
@@ -44,7 +44,7 @@ def translate_hub_errors(endpoint: str, what: str) -> Generator[None]:
 def _of_answer(endpoint: str, what: str, error: Exception, status: int) -> RegistryError:
     from huggingface_hub import errors
 
-    said = f"{endpoint} says of {what}: {_text(error)}"
+    said = f"{endpoint} answers about {what}: {_text(error)}"
     if isinstance(error, errors.GatedRepoError):
         next_step = "Accept its conditions on its page, and set HF_TOKEN."
         return NotAllowed("hub_access", f"{what} is gated.", subject=what, next_step=next_step)
@@ -61,7 +61,7 @@ def _of_answer(endpoint: str, what: str, error: Exception, status: int) -> Regis
         next_step = "Set HF_ENDPOINT to this hub and HF_TOKEN to a token of it that may do this."
         return NotAllowed("hub_access", said, subject=what, next_step=next_step)
     if status in (409, 412):
-        return Conflict("hub_conflict", said, subject=what, next_step="Somebody else has changed it: try again.")
+        return Conflict("hub_conflict", said, subject=what, next_step="It was changed meanwhile: try again.")
     if status == 429 or status >= 500:
         return _unavailable(endpoint, what, error)
     return Refused("hub_refused", said, subject=what)
@@ -72,7 +72,7 @@ def _unavailable(endpoint: str, what: str, error: BaseException) -> Unavailable:
 
 
 def printed(text: str) -> str:
-    """A hub's text without what would change a terminal."""
+    """A hub's text without characters that control a terminal."""
     return "".join(one if one.isprintable() else " " for one in text)
 
 

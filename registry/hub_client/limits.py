@@ -1,6 +1,6 @@
 """Limits of one call of a hub: the size and time of its answers, and the host that gets this user's token.
 
-`huggingface_hub` has none of them. Its calls in a process share an HTTP client: hooks there recognise a call by its
+`huggingface_hub` has no such limits. Its calls in a process share an HTTP client: hooks there recognise a call by its
 request id, and leave the calls of other programs alone.
 """
 
@@ -23,7 +23,7 @@ DOCUMENTS_BYTES = 16 << 20
 DOCUMENTS_S, READ_S = 120.0, 30.0
 """How long a call may take without files, and how long it waits for the next bytes."""
 SLOWEST_BYTES_PER_S = 32 << 10
-"""What files take longer than this is too long."""
+"""The time that files may take in addition."""
 _SLACK_BYTES = 1 << 20
 _REQUEST_ID = "X-Request-Id"
 _WAIT = re.compile(r"\bt\s*=\s*(\d{1,9})")
@@ -31,7 +31,7 @@ _WAIT = re.compile(r"\bt\s*=\s*(\d{1,9})")
 
 @dataclass(slots=True)
 class Limits:
-    """What is left of a call of the hub at `endpoint` about `what`; `ends` is monotonic time."""
+    """The remaining limits of a call of the hub at `endpoint` about `what`; `ends` is monotonic time."""
 
     endpoint: str
     what: str
@@ -41,14 +41,14 @@ class Limits:
     check: Callable[[], None]
 
     def check_time(self, wait_s: float = 0) -> None:
-        """Raises Unavailable if the call would not have ended after `wait_s`, and what `check` raises."""
+        """Raises Unavailable if waiting `wait_s` would exceed the limit, and the errors of `check`."""
         self.check()
         if time.monotonic() + wait_s > self.ends:
             message = f"{self.endpoint} takes too long to answer about {self.what}."
             raise Unavailable("hub_unavailable", message, subject=self.what)
 
     def spend(self, size_bytes: int, *, document: bool) -> None:
-        """Raises Refused for more bytes than are left."""
+        """Raises Refused for more bytes than remain."""
         if document:
             self.documents_bytes -= size_bytes
         else:
@@ -72,8 +72,8 @@ def limited(
     endpoint: str, what: str, files_bytes: int = 0, check: Callable[[], None] = lambda: None
 ) -> Generator[dict[str, str]]:
     """Limits the requests that have the yielded headers. `files_bytes` is the size of the files that are sent or
-    received, each perhaps twice: a download that is interrupted may begin again. `check` is called often, also in
-    other threads, and ends the call by what it raises."""
+    received, each perhaps twice: a download that is interrupted may begin again. `check` is called often, also in other
+    threads, and ends the call by raising."""
     _install()
     request_id = str(uuid4())
     ends = time.monotonic() + DOCUMENTS_S + files_bytes / SLOWEST_BYTES_PER_S

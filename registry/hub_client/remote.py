@@ -27,7 +27,7 @@ Content = bytes | Path
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file as a hub lists it: by its sha256, or for a small one in git by the sha1 of its blob."""
+    """A file in a hub's listing, identified by its sha256 or, for a small file in git, by the sha1 of its blob."""
 
     path: str
     size_bytes: int
@@ -35,7 +35,7 @@ class HubFile:
     git_blob: str
 
     def holds(self, content: Content) -> bool:
-        """Whether it has this content."""
+        """Whether the file has this content."""
         if self.sha256 is not None:
             sha256 = hash_file(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
             return sha256 == self.sha256
@@ -57,10 +57,9 @@ class Snapshot:
 
 class Hub:
     """The hub at `endpoint`, by default the one that HF_ENDPOINT names, which gets this user's token unless
-    `with_token` is False. `check` is called often during each call, also in other threads, and ends the call by what
-    it raises. Raises Unavailable without the extra `hub`, Usage for what is not an address.
-
-    Whatever a hub answers, its methods end with a result or with the errors that they name."""
+    `with_token` is False. `check` is called often during each call, also in other threads, and ends the call by
+    raising. Raises Unavailable without the extra `hub`, and Usage for an invalid address. For any answer of a hub, the
+    methods return a result or raise the errors that they name."""
 
     def __init__(
         self, endpoint: str | None = None, *, with_token: bool = True, check: Callable[[], None] = lambda: None
@@ -76,13 +75,13 @@ class Hub:
             commit: object = api.model_info(address.repository, revision=address.revision).sha
         pinned = address.at(commit if isinstance(commit, str) else "")
         if not pinned.pinned:
-            message = f"{self.endpoint} does not say which commit {address} is."
+            message = f"{self.endpoint} does not state the commit of {address}."
             raise Conflict("hub_conflict", message, subject=str(address), next_step="Name a commit of 40 digits.")
         with self._asked(pinned) as api:
             return Snapshot(pinned, _list(api, pinned))
 
     def download(self, snapshot: Snapshot, paths: Iterable[str], directory: Path) -> None:
-        """Brings these files of the snapshot into the directory; resumes what an earlier call has left there.
+        """Brings these files of the snapshot into the directory; resumes an earlier, interrupted call.
 
         Raises Invalid for a file whose content is not the one that the hub lists."""
         wanted = list(paths)
@@ -98,7 +97,7 @@ class Hub:
         return WeakFileLock(directory.with_name(f"{directory.name}.lock"))
 
     def cached(self, address: HubAddress) -> Path | None:
-        """The snapshot of a pinned address in the hub's own cache, perhaps without some files; asks no server."""
+        """The snapshot of a pinned address in the hub's own cache, possibly incomplete; contacts no server."""
         from huggingface_hub.constants import HF_HUB_CACHE
 
         name = f"models--{address.repository.replace('/', '--')}"
@@ -131,8 +130,8 @@ class Hub:
     ) -> str:
         """Commits the files to the main branch of the address's repository, and tags the commit with its revision.
 
-        `message` has a title and a text. `removed` are deleted if they are there. What the branch has already is not
-        sent again. Returns the commit. Raises Conflict if somebody else writes at the same time."""
+        `message` has a title and a text. `removed` are deleted if they are there. Files that the branch already has are
+        not sent again. Returns the commit. Raises Conflict if another client writes at the same time."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         title, text = message
@@ -155,8 +154,8 @@ class Hub:
             return _list(api, HubAddress(address.repository))
 
     def _download(self, snapshot: Snapshot, paths: Sequence[str], directory: Path | None) -> Path:
-        """Downloads into the directory, or into the cache. Raises Unavailable for a snapshot without some of the files:
-        the client returns such a one, with a warning, if it cannot reach the server."""
+        """Downloads into the directory, or into the cache. Raises Unavailable if some of the files are missing: the
+        client returns such a snapshot, with a warning, if it cannot reach the server."""
         size_bytes = sum(snapshot.files[path].size_bytes for path in paths)
         with self._asked(snapshot.address, size_bytes) as api:
             directory = Path(
@@ -170,7 +169,7 @@ class Hub:
         if missing := [path for path in paths if not (directory / path).is_file()]:
             raise Unavailable(
                 "hub_unavailable",
-                f"{printed(missing[0])} of {snapshot.address} has not arrived from {self.endpoint}.",
+                f"{printed(missing[0])} of {snapshot.address} was not received from {self.endpoint}.",
                 subject=printed(missing[0]),
             )
         return directory
@@ -178,10 +177,10 @@ class Hub:
     def _refuse_other_content(self, snapshot: Snapshot, path: Path, listed: HubFile) -> None:
         if listed.holds(path):
             return
-        path.unlink()  # or the next download would take it for complete
+        path.unlink()  # or the next download would treat it as complete
         raise Invalid(
             "digest_differs",
-            f"{printed(listed.path)} of {snapshot.address} is not what {self.endpoint} lists.",
+            f"{printed(listed.path)} of {snapshot.address} differs from the listing of {self.endpoint}.",
             subject=printed(listed.path),
             next_step="Try again. If it persists, do not use the repository.",
         )
@@ -206,7 +205,7 @@ def _list(api: "HfApi", address: HubAddress) -> dict[str, HubFile]:
 
 
 def _listed(path: object, size_bytes: object, sha256: object, git_blob: object) -> HubFile:
-    """A file as the hub lists it. Raises ValueError for what no file is: the client passes on what it was given."""
+    """A file from a listing. Raises ValueError for an impossible one: the client does not validate what it receives."""
     if not isinstance(path, str):
         raise ValueError(f"it lists a file named {path!r:.200}")
     if not isinstance(size_bytes, int) or size_bytes < 0:
@@ -225,7 +224,7 @@ def _library() -> "tuple[type[HfApi], str]":
             raise
         raise Unavailable(
             "extra_missing",
-            "A Hugging Face Hub is read with its own client, huggingface_hub, which is not installed.",
+            "Access to a Hugging Face Hub needs its client, huggingface_hub, which is not installed.",
             subject="huggingface_hub",
             next_step="Install it: pip install 'adaptory[hub]'.",
         ) from error

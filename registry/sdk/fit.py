@@ -72,7 +72,7 @@ def base_by_name_or_location(api: "Api", text: str) -> Json:
         step = error.next_step
         if wanted.is_dir():
             step = f"Register it: `adaptory base add {text} --name NAME`, or name another base with --base."
-        raise NotFound("base_unknown", f"There is no base {text!r}.", subject=text, next_step=step) from None
+        raise NotFound("base_unknown", f"The base {text!r} does not exist.", subject=text, next_step=step) from None
 
 
 def _directory(location: str) -> Path | None:

@@ -41,7 +41,7 @@ class Profiles:
         """The profile of that name. Raises NotFound, with the nearest name."""
         if name not in self.known:
             step = nearest(name, self.known, "`adaptory profile list` shows them, `adaptory login URL` makes one.")
-            raise NotFound("profile_unknown", f"There is no profile {name!r}.", subject=name, next_step=step)
+            raise NotFound("profile_unknown", f"The profile {name!r} does not exist.", subject=name, next_step=step)
         return self.known[name]
 
     def save(self) -> None:

@@ -1,4 +1,4 @@
-"""Where backups are kept: blobs as in a store, and documents by name."""
+"""Archives of backups: blobs as in a store, and documents by name."""
 
 import shutil
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ class Archive(Protocol):
 
 
 DOCUMENTS = "snapshots/"
-"""How the key of each document begins."""
+"""The prefix of each document's key."""
 
 
 def unknown_document(name: str) -> NotFound:
@@ -91,7 +91,7 @@ class LocalArchive:
     def delete(self, name: str) -> None:
         path = self._path(name)
         path.unlink(missing_ok=True)
-        with suppress(OSError):  # another document is left
+        with suppress(OSError):  # skips documents outside the archive
             path.parent.rmdir()
 
     def _path(self, name: str) -> Path:

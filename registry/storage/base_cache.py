@@ -1,4 +1,4 @@
-"""Downloaded bases: complete directories, removed when others need the room.
+"""Downloaded bases: complete directories, removed when others need the space.
 
 A process holds a shared lock on each entry that it uses. An entry is removed only under an exclusive lock, and is
 renamed first. The kernel releases the locks of a process that dies.
@@ -49,7 +49,7 @@ class BaseCache:
             self._used = {}
 
     def make_room(self, size_bytes: int) -> None:
-        """Removes entries that nobody uses, the one used longest ago first, until another of this size has room."""
+        """Removes unused entries, least recently used first, until an entry of this size fits."""
         sizes = {entry: _size(entry) for entry in self._entries()}
         for entry in sorted(sizes, key=_used_at):
             if self._has_room(sum(sizes.values()), size_bytes):
@@ -77,7 +77,7 @@ def remove_unused(entry: Path) -> bool:
         if not _is_same(handle, entry):
             return False
         gone = entry.with_name(f"{entry.name}.removed-{secrets.token_hex(4)}")
-        entry.rename(gone)  # what is half removed must not look complete
+        entry.rename(gone)  # a half-removed entry must not look complete
         shutil.rmtree(gone, ignore_errors=True)
     except BlockingIOError:
         return False

@@ -54,9 +54,9 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class IncomingUpload:
-    """Bytes that a client announced. `upload_id` is unique to the upload; the rest is what the client claims.
-    `multipart_id` and `part_bytes` are set if they come in parts of that size, the last one shorter. `unchecked` bytes
-    are sent without headers, so that the store cannot compare a digest: they have a place of their own, and are hashed.
+    """Bytes that a client announced. `upload_id` is unique to the upload; the client claims the rest. `multipart_id`
+    and `part_bytes` are set if they come in parts of that size, the last one shorter. `unchecked` bytes are sent
+    without headers, so the store cannot compare a digest: they go to a location of their own, and are hashed.
     """
 
     upload_id: str
@@ -119,16 +119,17 @@ class DirectUploads(Protocol):
         ...
 
     def finish(self, arrival: IncomingUpload) -> BlobStat:
-        """Checks the size and digest of what arrived, and makes a blob of it. May be repeated. Raises Conflict if
+        """Checks the size and digest of the received bytes, and makes a blob of them. May be repeated. Raises Conflict
+        if
         something is still missing, and Invalid if the bytes are not those announced, which are then removed."""
         ...
 
     def abandon(self, arrival: IncomingUpload) -> None:
-        """Removes the parts that came for this `multipart_id`, and nothing else of the upload."""
+        """Removes the parts received for this `multipart_id`, and nothing else of the upload."""
         ...
 
     def discard(self, arrival: IncomingUpload) -> None:
-        """Removes what arrived, unless it has become a blob. May be called for what never came."""
+        """Removes the received bytes, unless they have become a blob. May be called if nothing was received."""
         ...
 
 
@@ -141,21 +142,21 @@ class BlobWriter(Protocol):
         ...
 
     def write(self, block: memoryview, source: StoredFile | None = None, offset: int = 0) -> None:
-        """Takes the next bytes. A `source` has the same bytes at `offset`, so that a store may copy them from there.
+        """Writes the next bytes. A `source` has the same bytes at `offset`, so a store may copy them from there.
         Raises RefusedOutput if the source has changed since it was opened."""
         ...
 
     def finish(self, sha256: Digest) -> BlobStat:
-        """Stores what was written as the blob of this digest, which the caller has computed."""
+        """Stores the written bytes as the blob of this digest, which the caller has computed."""
         ...
 
     def abort(self) -> None:
-        """Removes what was written. If a writer is neither finished nor aborted, `sweep` removes it later."""
+        """Removes the written bytes. If a writer is neither finished nor aborted, `sweep` removes them later."""
         ...
 
 
 class BlobStore(Protocol):
-    """The contract of a store. Errors: `NotFound` for missing bytes, `Unavailable` if the store is unavailable or
+    """The contract of a store. Errors: `NotFound` for missing bytes, `Unavailable` if the store cannot be reached or is
     full.
     """
 
@@ -178,7 +179,7 @@ class BlobStore(Protocol):
         ...
 
     def begin_write(self, size_bytes: int) -> BlobWriter:
-        """Begins a file of that size, whose digest is not known yet."""
+        """Begins a file of that size whose digest is not known yet."""
         ...
 
     def url(self, sha256: Digest, expires_s: int, disposition: str | None = None) -> str | None:

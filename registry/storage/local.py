@@ -175,7 +175,7 @@ class LocalResults:
 
 
 def unwritable(what: str, subject: str, error: OSError) -> Unavailable:
-    """The error of a failed write: a full disk has another next step than an unwritable or broken one."""
+    """The error for a failed write; its next step distinguishes a full disk from an unwritable or broken one."""
     full = error.errno in NO_SPACE
     return Unavailable(
         "store_full" if full else "store_unavailable",
@@ -183,7 +183,7 @@ def unwritable(what: str, subject: str, error: OSError) -> Unavailable:
         subject=subject,
         next_step="Free some space and repeat."
         if full
-        else "Check on the server that its directory is writable and its disk is sound, and repeat.",
+        else "Check on the server that the directory is writable and the disk is sound, then repeat.",
     )
 
 
@@ -203,7 +203,7 @@ def write_hashed(path: Path, pieces: Iterable[bytes], what: str, subject: str) -
 
 
 def remove_stale(paths: Iterable[Path], before: datetime) -> int:
-    """Removes files and directories last written before that time, while their owners may be at work. Returns their
+    """Removes files and directories last written before that time; their owners may still be running. Returns their
     number."""
     removed = 0
     for path in paths:

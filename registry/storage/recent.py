@@ -1,4 +1,4 @@
-"""Remembers for half a minute that a store has a blob, for many clients that download one release at the same time."""
+"""Caches for half a minute that a store has a blob, for many clients that download one release at the same time."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ _MOST = 10_000
 
 
 class RecentStats:
-    """What a store has said about blobs that it has. `clock` counts seconds.
+    """A cache of a store's answers about existing blobs. `clock` counts seconds.
 
     A blob that is lost meanwhile is noticed REMEMBERED_S later; until then its address leads to the store's own 404.
     """

@@ -1,4 +1,5 @@
-"""Results of units of work, by a key of what determines them: what one process finished, no other does again.
+"""Results of units of work, by a key of everything that determines them, so that finished work is not repeated by
+another process.
 
 They are small JSON documents in the blob store's directory or bucket, under `work/`. The bytes that a unit makes are
 blobs.
@@ -9,18 +10,18 @@ from typing import Protocol
 
 WORK = "work/"
 MAX_RESULT_BYTES = 64 << 20
-"""Of a result: one is written by this version's own code, but a store may hold anything."""
+"""Limit on the size of a result: our own code writes small ones, but a store may hold anything."""
 
 
 class UnitResults(Protocol):
-    """Where results are kept. Errors: Unavailable if the store is away or full."""
+    """The contract of a store of results. Errors: Unavailable if the store cannot be reached or is full."""
 
     def read(self, key: str) -> bytes | None:
-        """The result under the key, at most MAX_RESULT_BYTES of it; None if there is none."""
+        """The result under the key, up to MAX_RESULT_BYTES; None if absent."""
         ...
 
     def write(self, key: str, content: bytes) -> None:
-        """Keeps a result, whole or not at all. The last of several writers wins: they had the same work to do."""
+        """Keeps a result, completely or not at all. The last of several writers wins: their work was the same."""
         ...
 
     def delete(self, key: str) -> None:

@@ -33,10 +33,10 @@ from registry.storage.blobs import BlobStore, Reader
 from registry.transfer.resources import Resources
 
 UNSAVED = (Upload, XetUpload, XetXorb, StoreFactsRow, WorkerRow)
-"""What uploads under way left in the old store, what that store was found to verify, and the workers that now run:
-nothing for another registry."""
+"""Tables that mean nothing to another registry: unfinished uploads in the old store, the facts about that store, and
+the running workers."""
 _ONLY = {Token.__tablename__: Token.session == false()}
-"""Browser sessions end with their registry."""
+"""Browser sessions are not restored."""
 _ROWS, _BLOBS, _MANIFEST = "rows.jsonl.gz", "blobs.txt.gz", "manifest.json"
 _FORMAT = 1
 _MAX_MANIFEST_BYTES = 1 << 24
@@ -80,7 +80,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A backup that was made: what of it was copied now, and how many earlier backups were removed."""
+    """A finished backup: the blobs copied for it, and the number of earlier backups removed."""
 
     manifest: Manifest
     copied: int
@@ -90,8 +90,8 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What came back: rows by table, and the blobs that were copied; `kept` counts those that the store had, from a
-    restore that died, or because it is the old store."""
+    """The result of a restore: rows by table, and the copied blobs; `kept` counts those that the store had already,
+    from an interrupted restore or because it is the old store."""
 
     manifest: Manifest
     tables: dict[str, int]
@@ -104,9 +104,9 @@ def back_up(
     resources: Resources, archive: Archive, *, keep: int | None, read_bytes: bool, progress: BytesProgress
 ) -> Saved:
     """Adds a backup to the archive, which then keeps the newest `keep`. `read_bytes` hashes the blobs that the archive
-    has already, instead of looking at their sizes.
+    already has, instead of comparing only their sizes.
 
-    A backup that died is continued: its blobs stay. Raises Conflict while a collection or another backup runs.
+    An interrupted backup is continued: its blobs stay. Raises Conflict while a collection or another backup runs.
     """
     with exclusive_collection(resources.database):
         archive.blobs.sweep(resources.clock() - _STALE, ())
@@ -189,13 +189,13 @@ class _Copy:
                     yield size
 
     def _bring(self, blob: tuple[Digest, int]) -> tuple[bool, str]:
-        """Copies the blob; returns whether it was copied, and what prevented that."""
+        """Copies the blob; returns whether it was copied, and otherwise the reason."""
         sha256, size = blob
         complete = self._present.get(bytes.fromhex(sha256)) == size
         if complete and not (self._read and _trouble(self._target, sha256, None)):
             return False, ""
         if bytes.fromhex(sha256) in self._present:
-            self._target.delete(sha256)  # a store leaves a blob of the right size as it is
+            self._target.delete(sha256)  # a store does not replace a blob of the right size
         with NamedTemporaryFile(dir=self._scratch, delete=False) as file:
             path = Path(file.name)
             trouble = _trouble(self._source, sha256, file)
@@ -206,8 +206,8 @@ class _Copy:
 
 
 def _trouble(store: BlobStore, sha256: Digest, copy: IO[bytes] | None) -> str:
-    """Reads a blob, into `copy` if given, and returns what is wrong with it; empty if nothing is. Reads a damaged one
-    again: one wrong read may be the network's or the memory's fault."""
+    """Reads a blob, into `copy` if given, and returns a description of its damage; empty if it is intact. Reads a
+    damaged blob again: one wrong read may be the network's or the memory's fault."""
     for _ in range(2):
         digest = hashlib.sha256()
         if copy is not None:
@@ -229,7 +229,7 @@ def _trouble(store: BlobStore, sha256: Digest, copy: IO[bytes] | None) -> str:
 
 
 class _Unreadable(Exception):
-    """A disk does not give out a blob's bytes."""
+    """The disk failed to read a blob's bytes."""
 
 
 def _blocks(reader: Reader) -> Iterator[bytes]:
@@ -249,12 +249,12 @@ def _document(path: Path) -> BackupDocument:
 
 
 def complete(archive: Archive) -> list[str]:
-    """The names of the complete backups, the oldest first."""
+    """The names of the complete backups, oldest first."""
     return sorted(name.split("/")[0] for name in archive.names() if name.endswith(f"/{_MANIFEST}"))
 
 
 def _remove_old(archive: Archive, keep: int) -> int:
-    """Removes all backups but the newest, then the blobs that only they named. Returns the number of backups."""
+    """Removes all but the newest backups, then the blobs that only the removed ones named. Returns their number."""
     kept = complete(archive)[-keep:]
     gone = {name.split("/")[0] for name in archive.names()} - set(kept)
     for name in sorted(gone):
@@ -277,7 +277,7 @@ def read_manifest(archive: Archive, name: str | None) -> Manifest:
     if not known or name not in (None, *known):
         raise NotFound(
             "backup_missing",
-            f"There is no complete backup{f' {name}' if name else ''}.",
+            f"{f'Backup {name} does not exist, or is incomplete' if name else 'The archive has no complete backup'}.",
             subject=name or "",
             next_step=f"Name one of {', '.join(known[-5:])}." if known else "Name the target of `adaptory backup`.",
         )
@@ -289,7 +289,7 @@ def read_manifest(archive: Archive, name: str | None) -> Manifest:
     except ValidationError as error:
         raise damaged(f"{chosen}/{_MANIFEST}", f"it is not a manifest ({error.error_count()} errors)") from error
     if manifest.name != chosen:  # it becomes part of paths
-        raise damaged(f"{chosen}/{_MANIFEST}", f"it is that of the backup {manifest.name[:80]!r}")
+        raise damaged(f"{chosen}/{_MANIFEST}", f"it belongs to the backup {manifest.name[:80]!r}")
     if manifest.format > _FORMAT or manifest.schema_revision > head_revision():
         raise Unavailable(
             "schema_new",
@@ -301,12 +301,12 @@ def read_manifest(archive: Archive, name: str | None) -> Manifest:
 
 
 def damaged(name: str, why: str) -> Invalid:
-    """The error for a document of a backup that is not what was written."""
+    """The error for a document of a backup that differs from what was written."""
     return Invalid("backup_damaged", f"{name} of the backup is damaged: {why}.", subject=name)
 
 
 def _fetched(archive: Archive, name: str, document: str, expected: BackupDocument, work: Path) -> Path:
-    """The document on this machine, checked by its digest."""
+    """The document, copied to this machine and checked by its digest."""
     path = work / f"{name}-{document}"
     with archive.open(f"{name}/{document}") as reader, path.open("wb") as file:
         for block in _blocks(reader):
@@ -326,7 +326,7 @@ def restore(
     progress: BytesProgress,
 ) -> Restored:
     """Puts a backup into an empty registry: its blobs first, then all rows in one transaction, then this version's
-    schema. Blobs that the store has already are hashed. May be repeated after it died.
+    schema. Blobs that the store has already are hashed. May be repeated after an interruption.
 
     `leave_out` names tables that stay empty. Raises Conflict for a registry with rows, before anything is changed; its
     code says whether they are those of the backup, so that an earlier restore was complete.
@@ -363,14 +363,15 @@ def _ensure_empty(database: Database, manifest: Manifest, left_out: Collection[s
     if revision > manifest.schema_revision:
         raise Conflict(
             "registry_not_empty",
-            f"The database has tables of schema {revision} already, and the backup has schema "
+            f"The database already has tables of schema {revision}, and the backup has schema "
             f"{manifest.schema_revision}.",
             next_step="Restore into a database without tables: they are created and migrated.",
         )
 
 
 def _refuse_filled(session: Session, manifest: Manifest, left_out: Collection[str]) -> None:
-    """Compares numbers of rows: they come back in one transaction, and every change adds one to the audit log."""
+    """Raises Conflict unless the tables are empty. Numbers of rows tell whether the backup was restored completely: all
+    come back in one transaction, and every change adds one to the audit log."""
     filled = portable.first_filled(session, [StoreFactsRow])
     if filled is None:
         return
@@ -380,7 +381,7 @@ def _refuse_filled(session: Session, manifest: Manifest, left_out: Collection[st
         raise Conflict(
             "already_restored",
             f"The registry has the {sum(expected.values()):,} rows of the backup {manifest.name} already, and no "
-            "later ones: if it was restored from it, that was complete.",
+            "later ones: if this backup was restored, that was complete.",
             subject=manifest.name,
         )
     raise Conflict(

@@ -1,4 +1,4 @@
-"""Finds the checkpoint of a base: on this machine, downloaded to it, or where it is in a bucket."""
+"""Finds the checkpoint of a base: on this machine, downloaded to it, or in a bucket."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from registry.storage.base_cache import BaseCache
 
 
 class Bases:
-    """The bases of this machine. Those that were found in buckets stay on it until `release`."""
+    """The bases on this machine. Those downloaded from buckets stay until `release`."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -23,7 +23,7 @@ class Bases:
     def find(
         self, locations: Sequence[str], size_bytes: int, check: Callable[[], None] = lambda: None
     ) -> tuple[Path | None, list[str]]:
-        """A base's checkpoint, downloaded if it is not there yet; or None, and why no location has one. `size_bytes`
+        """A base's checkpoint, downloaded if necessary; or None, and the reason for each location. `size_bytes`
         is the size of its tensors, which bounds a download; `check` is called often while one goes on.
         Raises Unavailable if a hub or a bucket does not answer, and what `check` raises."""
         outage: Unavailable | None = None
@@ -33,7 +33,7 @@ class Bases:
         except Unavailable as error:
             directory, reasons, outage = None, [error.detail], error
         for url in in_buckets(locations) if directory is None else ():
-            from registry.storage.s3.checkpoint import download_checkpoint  # boto3 is loaded where it is used
+            from registry.storage.s3.checkpoint import download_checkpoint  # boto3 is imported only where it is used
 
             address = parse_s3_address(url)
             try:
@@ -64,9 +64,9 @@ class Bases:
     def open_verified(
         self, digest: str, locations: Sequence[str], size_bytes: int, check: Callable[[int], None] = lambda _done: None
     ) -> Checkpoint:
-        """The checkpoint that `open` finds, with its weights verified: the files at a location may have changed. What
-        differs is read again, and downloaded again if it is a copy of what is in a bucket: one wrong read may be the
-        network's or the memory's fault. Raises Mismatch with `base_changed`, and what `open` raises."""
+        """The checkpoint that `open` finds, with its weights verified: the files at a location may have changed.
+        Differing weights are read again, and downloaded again if they are a copy from a bucket: one wrong read may be
+        the network's or the memory's fault. Raises Mismatch with `base_changed`, and what `open` raises."""
         checkpoint = self.open(digest, locations, size_bytes, lambda: check(0))
         try:
             verify_checkpoint(checkpoint, digest, check)
@@ -77,7 +77,7 @@ class Bases:
         return checkpoint
 
     def release(self) -> None:
-        """Stops using the bases that were found."""
+        """Stops using the bases found so far."""
         self._cache.release()
 
 

@@ -4,7 +4,8 @@ A blob is removed in three steps: its row is marked in a transaction that checks
 its bytes are deleted; then its row, in one transaction with an audit row. A marked blob cannot be used again, so after
 a crash the next collection finishes the removal. A takedown marks blobs whatever their age.
 
-Retention takes yanked releases and pre-releases down first, where a namespace asks for it, and removes finished jobs.
+Before that, retention takes down yanked releases and pre-releases of namespaces that require it, and removes finished
+jobs.
 """
 
 import uuid
@@ -45,7 +46,7 @@ _JOURNALS = ("cache", "eval")
 
 @dataclass(slots=True)
 class Collected:
-    """What a collection removed. `unfinished` and `leftovers` are those of `Swept`; a caller may add leftovers of its
+    """The results of a collection. `unfinished` and `leftovers` are those of `Swept`; a caller may add leftovers of its
     own."""
 
     releases: int = 0
@@ -99,7 +100,8 @@ def collect(resources: Resources, *, grace: timedelta, dry_run: bool = False) ->
 
 
 def remove_marked(resources: Resources) -> bool:
-    """Removes the blobs that a takedown has marked. False if a collection is running, which will, or the next one."""
+    """Removes the blobs that a takedown has marked. False if a collection is running: that one or the next will remove
+    them."""
     run, now = uuid.uuid4().hex, resources.clock()
     try:
         with exclusive_collection(resources.database):
@@ -113,8 +115,8 @@ def remove_marked(resources: Resources) -> bool:
 
 
 def discard(resources: Resources, digests: Iterable[Digest]) -> None:
-    """Removes bytes at once that were made for a release which is not published. Keeps what has a row, or was announced
-    by others. While a collection runs, the bytes stay for a later one."""
+    """Immediately removes bytes made for a release that is not published. Keeps bytes that have a row, or that others
+    announced. While a collection runs, the bytes stay for a later one."""
     run, now = uuid.uuid4().hex, resources.clock()
     stats = [stat for digest in digests if (stat := resources.store.stat(digest)) is not None]
     try:
@@ -142,7 +144,7 @@ def _take_down_expired(resources: Resources, now: datetime) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """`uploads` expired before their bytes came; `leftovers` are pieces of these and of dead processes."""
+    """`uploads` expired before their bytes came; `leftovers` are parts of these and files of dead processes."""
 
     uploads: int
     leftovers: int
@@ -171,7 +173,7 @@ def sweep(resources: Resources, now: datetime) -> Swept:
 
 
 def evaluation_journal(settings: Settings, identity: str) -> Path:
-    """The file of what an interrupted evaluation on this machine has measured."""
+    """The file with the measurements of an interrupted evaluation on this machine."""
     return _evaluation_journals(settings) / f"{sha256(identity.encode()).hexdigest()[:32]}.jsonl"
 
 
@@ -180,7 +182,7 @@ def _evaluation_journals(settings: Settings) -> Path:
 
 
 def sweep_journals(settings: Settings, now: datetime) -> int:
-    """Removes journals of evaluations that nobody has gone on with for the upload expiry. Returns their number."""
+    """Removes journals of evaluations that were not continued within the upload expiry. Returns their number."""
     before = now - timedelta(seconds=settings.upload_expires_s)
     return remove_stale(_evaluation_journals(settings).glob("*.jsonl"), before)
 
@@ -191,7 +193,7 @@ def _count_expired(session: Session, now: datetime) -> int:
 
 
 def _forget_xet_pushes(session: Session, now: datetime) -> None:
-    """Removes the rows of pushes by `hf_xet` that are over. Their xorbs are unused blobs by then."""
+    """Removes the rows of finished pushes by `hf_xet`. Their xorbs are unused blobs by then."""
     over = select(XetUpload.id).where(XetUpload.expires_at < now)
     session.execute(delete(XetXorb).where(XetXorb.upload_id.in_(over)))
     session.execute(delete(XetUpload).where(XetUpload.expires_at < now))
@@ -199,7 +201,7 @@ def _forget_xet_pushes(session: Session, now: datetime) -> None:
 
 def _forget_expired(resources: Resources, now: datetime) -> int | None:
     """Removes the next expired uploads and returns how many of them had no bytes; None when there are no more. One
-    transaction per batch, since there may be as many as all users together announced in a day."""
+    transaction per batch, since there may be as many uploads as all users announced in a day."""
     operator = audit.operator_actor(resources.settings.user, now)
     with resources.write() as session:
         expired = select(Upload.id, ARRIVED).where(Upload.expires_at < now).limit(_UPLOADS_BATCH)
@@ -263,7 +265,7 @@ def _orphans(resources: Resources, before: datetime, now: datetime) -> Iterator[
 
 
 def _claim_orphans(resources: Resources, run: str, now: datetime, sizes: dict[Digest, int]) -> dict[Digest, int]:
-    """Adds a marked row for each, unless somebody announced or completed the same bytes meanwhile."""
+    """Adds a marked row for each, unless the same bytes were announced or completed meanwhile."""
     with resources.write() as session:
         lock_blobs_exclusive(session)
         wanted = _wanted(session, sizes, now)

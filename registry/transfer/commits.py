@@ -35,29 +35,31 @@ from registry.transfer.resources import Resources
 from registry.transfer.verified import read_verified
 
 MAX_LINE_BYTES = 1 << 20
-"""Maximum length of a line without the content of its file."""
+"""Maximum length of a line, without the content of its file."""
 MAX_LINES = 10_000
-"""Of one commit, empty ones included: five times the files of a release."""
+"""Limit on the files of one commit, empty ones included: five times that of a release."""
 _CONTENT = re.compile(rb'"content"\s*:\s*"')
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _MAX_DOCUMENT_BYTES = 1 << 20
 _ADAPTER = {CONFIG_FILE, WEIGHTS_FILE}
 _MAX_COMPARED_BYTES = 200 << 20
-"""How much of a commit's files is read to compare them with the client's, before it sends them."""
+"""The number of bytes of a commit's files that are read to compare them with the client's before it sends them."""
 _BLOCK_BYTES, _PARALLEL = 1 << 20, 8
 
 
 def receive(
     resources: Resources, actor: Actor, name: RepositoryName, chunks: Iterable[bytes], revision: str = revisions.MAIN
 ) -> tuple[str, list[Finding]]:
-    """Reads a commit, stores its files, and applies it to the last one. Returns the commit id, and what is doubtful
-    about an adapter that it adds."""
+    """Reads a commit, stores its files, and applies it to the last one. Returns the commit id, and doubts about an
+    adapter that it adds."""
     with resources.snapshot() as session:
         revisions.refuse_no_branch(session, name, revision)
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         change, added = _parse(_CommitLines(chunks, Path(directory)))
         with resources.snapshot() as session:
-            commits.files_after(session, name, change)  # refuses most of what it would refuse later, before it stores
+            commits.files_after(
+                session, name, change
+            )  # refuses early what it would mostly refuse later, before storing
 
         def store(sha256: Digest) -> None:
             uploads.store_file(resources, actor, name.namespace, sha256, Path(directory) / sha256, move=True)
@@ -68,7 +70,7 @@ def receive(
         files = commits.added_files(session, change)
         releases.refuse_absent_blobs(session, name.namespace, files)  # before their bytes are read
     publishing.refuse_pickled(resources, files)
-    while True:  # a commit beside this one may leave another adapter than the one that was checked
+    while True:  # a concurrent commit may result in another adapter than the one checked
         with resources.snapshot() as session:
             files = commits.files_after(session, name, change)
         findings = _check_adapter(resources, name, change, files)
@@ -95,7 +97,7 @@ def _check_adapter(
         message = f"The adapter was not checked: {what}. It cannot be released before it is."
         return [] if only_card else [Finding("unchecked", Severity.WARNING, CONFIG_FILE, message)]
     if only_card and base == _stated_base(resources, [file for file in files if file.path != CARD_FILE]):
-        return []  # the configuration names it, so the adapter was checked when it came
+        return []  # the configuration names it, so the adapter was checked on arrival
     unsigned = [file for file in files if file.path != SIGNATURE_FILE]
     return publishing.prepare(
         resources, Push(repository=name, kind=Kind.ADAPTER, version=None, bump=None, base=base, files=unsigned)
@@ -160,7 +162,7 @@ def release(
 
 
 def _base_of(resources: Resources, files: list[ManifestFile]) -> str:
-    """The base that the files name. Raises Invalid if they name none, NotFound if it is not registered."""
+    """The base named by the files. Raises Invalid if they name none, NotFound if it is not registered."""
     stated = _stated_base(resources, files)
     if stated is None:
         raise Invalid(
@@ -196,7 +198,7 @@ def _stated_base(resources: Resources, files: list[ManifestFile]) -> str | None:
 
 
 def _parse(lines: "_CommitLines") -> tuple[CommitChange, list[Addition]]:
-    """The change, and the files that came with it."""
+    """The change and its files."""
     change, inline = CommitChange(""), list[Addition]()
     operations: list[Addition | Deletion] = []
     for key, value, content in lines:

@@ -37,7 +37,7 @@ def request(
 ) -> Json:
     """Queues the evaluation of releases and bases on suites; each base is loaded once. Returns its report.
 
-    Needs what recording the scores needs: the publisher role for each release, and each base to be the actor's own.
+    Requires the same rights as recording the scores: the publisher role for each release, and ownership of each base.
     Raises NotFound, NotAllowed, TooMany, Refused for a scorer that is not enabled, and Usage
     for too many or for a suite that workers cannot run.
     """
@@ -76,7 +76,9 @@ def report(session: Session, actor: Actor, job_id: int) -> Json:
     job = session.get(Job, job_id)
     job = None if job is None or job.kind != evaluations.KIND else job
     if job is None or not (evaluations.is_own(session, actor, job) or administers(actor, job.namespace)):
-        raise NotFound("evaluation_unknown", f"You have no evaluation {job_id}.", subject=str(job_id))
+        raise NotFound(
+            "evaluation_unknown", f"Evaluation {job_id} does not exist, or is not yours.", subject=str(job_id)
+        )
     return _report(session, job)
 
 
@@ -85,8 +87,8 @@ def _refuse_too_many(subjects: int, on: int) -> None:
     if not pairs or subjects > MAX_SUBJECTS or on > MAX_SUITES or pairs > MAX_PAIRS:
         raise Usage(
             "bad_evaluation",
-            f"{subjects} subjects on {on} suites: an evaluation has 1 to {MAX_SUBJECTS} on 1 to {MAX_SUITES}, and at "
-            f"most {MAX_PAIRS:,} pairs.",
+            f"{subjects} subjects on {on} suites: an evaluation has 1 to {MAX_SUBJECTS} subjects on 1 to "
+            f"{MAX_SUITES} suites, and at most {MAX_PAIRS:,} pairs.",
         )
 
 

@@ -96,7 +96,7 @@ def check(resources: Resources, *, read_bytes: bool = False, progress: Progress 
 def discard(resources: Resources, findings: Iterable[Finding]) -> Iterator[Digest]:
     """Deletes the blobs that `check` found damaged, and yields each once it is gone.
 
-    The next push that names a deleted blob sends its bytes, which it would not while the store has a blob of that size.
+    The next push that names a deleted blob sends its bytes; it would not while the store has a blob of that size.
     Each is hashed once more first, since it may have been restored meanwhile. A blob with the right bytes is never
     deleted.
     """
@@ -121,7 +121,7 @@ def discard(resources: Resources, findings: Iterable[Finding]) -> Iterator[Diges
 
 @contextmanager
 def _as_it_was(resources: Resources, stat: BlobStat) -> Generator[Session | None]:
-    """A transaction during which nobody starts to rely on the blob; None if it was rewritten meanwhile."""
+    """A transaction that blocks new uses of the blob; None if it was rewritten meanwhile."""
     with resources.write() as session:
         lock_blobs_exclusive(session)
         yield session if resources.store.stat(stat.sha256) == stat else None
@@ -203,7 +203,7 @@ def _check_commits(session: Session) -> Iterator[Finding]:
 
 
 def _check_names(session: Session) -> Iterator[Finding]:
-    """Names from before they were refused."""
+    """Reports names that are refused today."""
     for name in session.scalars(select(Namespace.name).where(Namespace.name.in_(RESERVED_NAMESPACES))):
         message = f"The server has addresses of its own below /{name}: clients of the hub may not see this namespace."
         yield Finding("namespace_reserved", Severity.NOTICE, name, message)
@@ -281,7 +281,7 @@ def _is_version(text: str) -> bool:
 
 
 def _check_blobs(resources: Resources, *, read_bytes: bool, progress: Progress) -> Iterator[Finding]:
-    """Asks the store about one batch at a time, outside any transaction."""
+    """Queries the store for one batch at a time, outside any transaction."""
 
     def look(blob: Blob) -> Finding | None:
         finding = _look(resources, blob, read_bytes=read_bytes)
@@ -329,7 +329,7 @@ def _digest(resources: Resources, sha256: Digest) -> str:
 
 
 def _with_names(resources: Resources, finding: Finding) -> Finding:
-    """Names the affected files and releases: from a digest alone, nobody knows what to restore."""
+    """Names the affected files and releases: a digest alone does not tell an operator what to restore."""
     query = (
         select(Repository.namespace, Repository.name, Release.version, RevisionFile.path)
         .join(Release, Release.repository_id == Repository.id)
@@ -355,7 +355,7 @@ def _with_names(resources: Resources, finding: Finding) -> Finding:
     if scores:
         named.append(f"the results behind {scores} score{'s' * (scores > 1)}")
     if not named:
-        return Finding(finding.code, Severity.NOTICE, finding.subject, f"{finding.message} Nothing names it.")
+        return Finding(finding.code, Severity.NOTICE, finding.subject, f"{finding.message} No release uses it.")
     return Finding(finding.code, finding.severity, finding.subject, f"{finding.message} It is {'; '.join(named)}.")
 
 

@@ -35,7 +35,7 @@ LEAST_FREE_BYTES = 1 << 30
 CLOCK_S = 5.0
 """Leases and expiries compare times of several machines."""
 WAITING = timedelta(minutes=10)
-"""A queued job that is older, with no worker at work, has none."""
+"""The age after which a queued job without a running worker is reported."""
 REMOVING = timedelta(days=1)
 NEWEST_JOBS = 50
 
@@ -53,8 +53,8 @@ class Check:
 def check_installation(settings: Settings, *, contents: bool, progress: fsck.Progress) -> Iterator[Check]:
     """Checks the installation that the settings describe; with `contents`, every row and every blob's size too.
 
-    Changes nothing, but that a store is probed anew and an empty embedded database is created. Where a directory
-    or the database cannot be used, what needs both is not checked.
+    Changes nothing, but that a store is probed anew and an empty embedded database is created. Checks that depend on an
+    unusable directory or database are skipped.
     """
     failed = False
     for check in (_check_directories, _check_packages, _check_database):
@@ -75,7 +75,7 @@ def check_installation(settings: Settings, *, contents: bool, progress: fsck.Pro
 
 
 def _caught(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """The checks; an error is a failed one."""
+    """The checks; an error becomes a failed check."""
     try:
         yield from check()
     except RegistryError as error:
@@ -94,7 +94,7 @@ def _check_directories(settings: Settings) -> Iterator[Check]:
                 free = shutil.disk_usage(directory).free
         except OSError as error:
             detail = f"{directory} cannot be written: {error.strerror}."
-            yield Check(name=name, state="error", detail=detail, next_step="Give this user the right to write there.")
+            yield Check(name=name, state="error", detail=detail, next_step="Give this user write access to it.")
             continue
         state: State = "ok" if free >= LEAST_FREE_BYTES else "warning"
         detail = f"{directory}, {free / 1e9:.1f} GB free"
@@ -193,22 +193,22 @@ def _check_access(resources: Resources) -> Iterator[Check]:
         yield Check(name="access", state="ok", detail="tokens")
     else:
         step = "Grant yourself admin in `*` and make a token: `adaptory namespace grant '*' YOU admin`."
-        yield Check(name="access", state="warning", detail="tokens, and there is none.", next_step=step)
+        yield Check(name="access", state="warning", detail="tokens, and none exists.", next_step=step)
 
 
 def _check_policies(resources: Resources) -> Iterator[Check]:
-    """Whether those who promote can do without the approval that a policy asks for."""
+    """Warns about policies whose required approval can be bypassed."""
     with resources.read() as session:
         forced = policies.forced_past_approval(session)
     if forced:
-        ask = f"{len(forced):,} policies ask" if len(forced) > 1 else "1 policy asks"
-        detail = f"{ask} for an approval that a releaser can do without: {', '.join(forced[:5])}."
-        step = "Take `force: releaser` out, for never: `adaptory policy set REPO@CHANNEL FILE`."
+        ask = f"{len(forced):,} policies require an approval" if len(forced) > 1 else "1 policy requires an approval"
+        detail = f"{ask} that a releaser can bypass: {', '.join(forced[:5])}."
+        step = "Remove `force: releaser`; the default is never: `adaptory policy set REPO@CHANNEL FILE`."
         yield Check(name="policies", state="warning", detail=detail, next_step=step)
 
 
 def _check_publishers(resources: Resources) -> Iterator[Check]:
-    """Whether trusted publishers of GitHub name their workflow, as new ones must."""
+    """Warns about trusted publishers of GitHub without a workflow, which new ones must name."""
     issuers = [url for url, layout in resources.settings.issuers.items() if layout == "github"]
     with resources.read() as session:
         names = [f"{row.namespace}/{row.repository}" for row in publishers.without_workflow(session, issuers)]
@@ -229,7 +229,7 @@ def _check_workers(resources: Resources) -> Iterator[Check]:
     oldest = min((since for _, state, _, since in unfinished if state == "queued"), default=now)
     detail = f"{counts['queued']:,} jobs are queued" + (", one or more run" if at_work else "")
     if counts["stalled"]:
-        detail = f"{detail}, and {counts['stalled']:,} stalled: the worker fell silent, and no other one goes on."
+        detail = f"{detail}, and {counts['stalled']:,} stalled: their worker fell silent, and no other one took over."
         yield Check(name="workers", state="warning", detail=detail, next_step="Start one: `adaptory worker`.")
     elif now - oldest > WAITING and not at_work:
         minutes = (now - oldest) / timedelta(minutes=1)
@@ -249,7 +249,7 @@ def _check_removals(resources: Resources) -> Iterator[Check]:
 
 
 def _check_bases(resources: Resources) -> Iterator[Check]:
-    """Whether jobs can run here: a base needs a location that this machine can read."""
+    """Warns about bases without a location that this machine can read: jobs on them cannot run here."""
     if find_spec("torch") is None:
         return
     with resources.read() as session:
@@ -265,7 +265,7 @@ def _check_bases(resources: Resources) -> Iterator[Check]:
 
 
 def _is_within_reach(location: str) -> bool:
-    """Whether this machine can have the files; those elsewhere are taken to be there."""
+    """Whether this machine can read the files; those on other hosts are assumed to exist."""
     parts = urlsplit(location)
     return parts.scheme != "file" or Path(unquote(parts.path)).is_dir()
 

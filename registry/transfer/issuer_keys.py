@@ -18,22 +18,22 @@ from registry.errors import Unavailable
 from registry.formats.id_tokens import KEY_TYPES, invalid
 
 MAX_AGE_S = 3600
-"""How long keys are used without asking again, and thus how late a withdrawn one is noticed."""
+"""How long keys are cached, and thus how late a withdrawn one is noticed."""
 MIN_INTERVAL_S = 60
-"""The shortest time between two fetches: tokens with invented keys cause no more."""
+"""The shortest time between two fetches: tokens with invented keys cause no further ones."""
 RETRY_S = 10
-"""The same after a fetch that failed."""
+"""The same after a failed fetch."""
 MAX_BYTES = 256 << 10
 MAX_KEYS = 100
 FETCH_S = 10
 _STEP_S = 5
 _WITH_OBJECT = (200, 400, 401)
-"""The statuses of answers that are read: an error of a token's address says which (RFC 6749, 5.2)."""
+"""The statuses of answers that are read: errors of a token endpoint carry a description (RFC 6749, 5.2)."""
 
 
 @dataclass(slots=True)
 class _Known:
-    """An issuer's description of itself, and its keys by id. `error` is why the last fetch failed."""
+    """An issuer's discovery document, and its keys by id. `error` is the reason why the last fetch failed."""
 
     lock: Lock = field(default_factory=Lock)
     description: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -69,7 +69,7 @@ class IssuerKeys:
         raise invalid(f"{issuer} has no such key")
 
     def describe(self, issuer: str) -> Mapping[str, Any]:
-        """The issuer's own description: its addresses. Raises Unavailable if it cannot be reached."""
+        """The issuer's discovery document: its addresses. Raises Unavailable if it cannot be reached."""
         known = self._known.setdefault(issuer, _Known())
         with known.lock:
             if not self._is_fresh(known):
@@ -85,7 +85,7 @@ class IssuerKeys:
         return self.clock() - known.fetched_at < MAX_AGE_S
 
     def _fetch(self, issuer: str, known: _Known) -> None:
-        """Unless that was tried a moment ago."""
+        """Fetches the keys, unless that was tried a moment ago."""
         if self.clock() - known.tried_at < (RETRY_S if known.error else MIN_INTERVAL_S):
             return
         known.tried_at = self.clock()
@@ -98,7 +98,7 @@ class IssuerKeys:
 
 
 FETCH_ERRORS = (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError)
-"""What asking an issuer may raise: it is away, or answers something else."""
+"""The errors of a request to an issuer: it cannot be reached, or its answer is invalid."""
 
 
 def reason(error: Exception) -> str:
@@ -111,14 +111,14 @@ def unavailable(issuer: str, why: str) -> Unavailable:
 
 
 def issuer_client() -> httpx2.Client:
-    """A client that follows no redirect, and waits for no answer long."""
+    """A client that follows no redirects and has short timeouts."""
     headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
     return httpx2.Client(timeout=_STEP_S, follow_redirects=False, headers=headers)
 
 
 def _fetch_keys(issuer: str, *, own_host: bool) -> tuple[Mapping[str, Any], dict[str, Mapping[str, Any]]]:
-    """The issuer's description, and its public keys for signatures by id. Raises ValueError for documents that are not
-    the issuer's."""
+    """The issuer's discovery document, and its public keys for signatures by id. Raises ValueError for documents of
+    another issuer."""
     deadline = time.monotonic() + FETCH_S
     with issuer_client() as http:
         discovery = _get(http, f"{issuer.removesuffix('/')}/.well-known/openid-configuration", deadline)
@@ -156,7 +156,7 @@ def fetch_table(
     http: httpx2.Client, method: str, url: str, deadline: float, **request: Any
 ) -> tuple[int, dict[str, Any]]:
     """The status and the JSON object of an answer, an empty one for an error without. Raises one of FETCH_ERRORS, also
-    for an answer that is something else, too long or too late."""
+    for an answer that is malformed, too long or too late."""
     content = bytearray()
     with http.stream(method, url, **request) as response:
         status = response.status_code

@@ -1,8 +1,8 @@
 """Uploads by LFS clients of the Hugging Face Hub. They send bytes without a token, and without headers of our choice.
 
-So every address carries its permission. With a store that clients send to, the bytes go to a place of their own, which
-nothing else uses, and are always hashed there before they become a blob. Otherwise they pass the API, which is
-permitted for an hour.
+So every address carries its permission. If clients send to the store directly, the bytes go to a location that nothing
+else uses, and are always hashed there before they become a blob. Otherwise they pass through the API; the permission
+lasts an hour.
 """
 
 import hmac
@@ -30,7 +30,7 @@ PERMIT_S = 3600
 
 
 class PermittedAct(StrEnum):
-    """What an address permits: to send the bytes to the API, or to say that the store has them."""
+    """The act that an address permits: sending the bytes to the API, or reporting that the store has them."""
 
     SEND = "send"
     FINISH = "finish"
@@ -92,7 +92,7 @@ def plan(
 
 
 def receive(resources: Resources, permitted: Permitted, chunks: Iterable[bytes], size_bytes: int) -> None:
-    """Receives the bytes of a file. The right bytes can do no harm."""
+    """Receives the bytes of a file. Repetition is harmless: only the announced bytes are kept."""
     uploads.receive_file(resources, permitted.actor, permitted.row, chunks, size_bytes)
 
 
@@ -121,7 +121,7 @@ def _sending(resources: Resources, actor: Actor, file: ManifestFile, row: Upload
 
 
 def _arrival(row: Upload, multipart_id: str | None) -> IncomingUpload:
-    """The bytes in the place that only LFS clients use."""
+    """The bytes at the location that only LFS clients use."""
     part_bytes = row.part_bytes if multipart_id else None
     return IncomingUpload(row.id, Digest(row.sha256), row.size_bytes, multipart_id, part_bytes, unchecked=True)
 
@@ -144,7 +144,7 @@ def _signature(row: Upload, permit: LfsPermit) -> str:
 
 
 def _with_key(resources: Resources, row: Upload) -> Upload:
-    """The upload with a key: a server of a version before 0022 has announced it without."""
+    """The upload with a key; servers before migration 0022 announced uploads without one."""
     if row.permit_key is not None:
         return row
     with resources.write() as session:
@@ -168,7 +168,7 @@ def permitted(resources: Resources, permit: LfsPermit) -> Permitted:
     ):
         raise NotFound(
             "upload_address_invalid",
-            "The address of this upload is not valid, or no longer.",
+            "The address of this upload is invalid or has expired.",
             subject=permit.sha256,
             next_step="Push again: the client asks for a new address.",
         )

@@ -1,7 +1,7 @@
-"""Who a user is, by an OpenID provider: the authorization code flow with PKCE (RFC 7636), state and nonce.
+"""Identifies users by an OpenID provider: the authorization code flow with PKCE (RFC 7636), state and nonce.
 
 The browser keeps one random secret of an attempt in a cookie. State, nonce and PKCE's verifier are derived from it, so
-any server process finishes what another began, nothing is stored, and an answer without that cookie is worth nothing.
+any server process finishes what another began, nothing is stored, and an answer without that cookie is useless.
 """
 
 import base64
@@ -98,17 +98,17 @@ class OpenIdProvider:
         return f"{address}{'&' if '?' in address else '?'}{urlencode(query)}"
 
     def identify(self, attempt: Attempt, answer: Mapping[str, str], redirect_uri: str, now: datetime) -> Identity:
-        """The user of the answer that the browser brought back: the fields of its address.
-
+        """The user identified by the provider's answer: the query fields of the address that the browser returned to.
         Raises Unauthenticated for an answer of another attempt or provider, a refusal, a code that the provider does
-        not take, and an ID token that is not valid for this attempt; Unavailable if the provider cannot be asked.
+        not accept, and an ID token that is not valid for this attempt; Unavailable if the provider cannot be
+        reached.
         """
         if not hmac.compare_digest(answer.get("state", "").encode(), attempt.state.encode()):
             raise refused("it belongs to another attempt, or the attempt took too long")
         if answer.get("iss", self.settings.issuer) != self.settings.issuer:  # RFC 9207
             raise refused("it comes from another provider")
         if "error" in answer:
-            raise refused(f"the provider says {shown(answer['error'])}")
+            raise refused(f"the provider answers {shown(answer['error'])}")
         code = answer.get("code", "")
         if not 0 < len(code) <= _MAX_CODE:
             raise refused("it has no code")
@@ -146,7 +146,7 @@ class OpenIdProvider:
         return text
 
     def _client_credentials(self) -> tuple[dict[str, str], dict[str, str]]:
-        """The fields and headers by which the provider knows this client."""
+        """The fields and headers that authenticate this client to the provider."""
         settings = self.settings
         if settings.client_secret is None:
             return {"client_id": settings.client_id}, {}
@@ -181,7 +181,7 @@ class OpenIdProvider:
             raise refused("the provider has not verified the address (email_verified)")
         readable = isinstance(user, str) and 0 < len(user) <= MAX_USER and user.isprintable() and user == user.strip()
         if not readable or any(character in "/*" for character in cast(str, user)):
-            raise refused(f"its ID token has no name in {name} that a user here can have")
+            raise refused(f"the claim {name} of its ID token is not a valid user name here")
         return cast(str, user)
 
     def _roles(self, claims: id_tokens.Claims) -> dict[str, Role]:
@@ -195,7 +195,7 @@ class OpenIdProvider:
 
 
 def refused(why: str) -> Unauthenticated:
-    """The error for an answer that signs nobody in."""
+    """The error for an answer that is not a valid sign-in."""
     return Unauthenticated(
         "sign_in_refused",
         f"The provider's answer is not a valid sign-in: {why.removesuffix('.')}.",
@@ -204,10 +204,10 @@ def refused(why: str) -> Unauthenticated:
 
 
 def _subject(claims: id_tokens.Claims) -> str:
-    """The person's number at the provider."""
+    """The person's identifier at the provider."""
     subject = claims.get("sub")
     if not isinstance(subject, str) or not 0 < len(subject) <= MAX_SUBJECT or not subject.isprintable():
-        raise refused("its ID token does not say who the user is (sub)")
+        raise refused("its ID token does not identify the user (sub)")
     return subject
 
 

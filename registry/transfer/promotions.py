@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def settle_due(resources: Resources) -> None:
-    """Settles the promotions that are to be judged again."""
+    """Settles the promotions that are due to be judged again."""
     with resources.read() as session:
         due = pending.due(session, resources.clock())
     _settle(resources, due)
@@ -28,7 +28,8 @@ def settle_on_base(resources: Resources, digest: str) -> None:
 
 
 def settle_overdue(resources: Resources, name: RepositoryName, kind: Kind | None, channel: str) -> None:
-    """Ends the channel's promotion if it has expired. For those who look at it: no worker may have done so."""
+    """Ends the channel's promotion if it has expired. Called when the promotion is read, in case no worker has done
+    so."""
     with resources.read() as session:
         waiting = pending.overdue(session, repositories.find(session, name, kind), channel, resources.clock())
     settle(resources, waiting)
@@ -44,5 +45,5 @@ def _settle(resources: Resources, waiting: Sequence[int]) -> None:
         try:
             with resources.write() as session:
                 promotions.settle(session, promotion_id, resources.clock())
-        except Unavailable as error:  # a worker tries again
+        except Unavailable as error:  # a worker will try again
             log.warning("Promotion %s could not be judged: %s", promotion_id, error)

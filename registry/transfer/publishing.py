@@ -1,4 +1,4 @@
-"""Publishing: verifies the bytes, then writes the rows; for both the API and the worker."""
+"""Publishes: verifies the bytes, then writes the rows; for both the API and the worker."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +51,7 @@ _BLOCK_BYTES = 1 << 20
 _CARD_BYTES = 1_000_000
 _PARALLEL = 8
 _VERIFIED_BYTES = 1 << 30
-"""How much is read to make sure that a refusal is right: all of an adapter, and not a model's shards."""
+"""The bytes that are read again to confirm a refusal: all of an adapter, but not a model's shards."""
 T = TypeVar("T")
 
 
@@ -59,8 +59,8 @@ T = TypeVar("T")
 class Push:
     """A release to publish; `version` or `bump` is set, and the bytes of `files` are in the store.
 
-    `provenance` is stated by the publisher; it overrides the model card. `moves_main`: files that no commit has become
-    the head of `main`.
+    `provenance` is stated by the publisher; it overrides the model card. `moves_main`: files that are not those of a
+    commit become the head of `main`.
     """
 
     repository: RepositoryName
@@ -88,7 +88,7 @@ class Published:
 
 def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentRequest | None = None) -> Published:
     """Reads the facts from the files, checks them against the base, and makes the release. Raises Invalid with every
-    error finding if the files do not fit; nothing is written then."""
+    error finding, and writes nothing, if the files do not fit."""
     if keyed is not None:
         with resources.read() as session:
             known = idempotency.find_answer(session, keyed)
@@ -110,7 +110,7 @@ def publish(resources: Resources, actor: Actor, push: Push, keyed: IdempotentReq
 
 
 def prepare(resources: Resources, push: Push) -> tuple[NewRelease, list[Finding]]:
-    """Does everything but writing the rows, so that several releases can be published in one transaction."""
+    """Does everything except writing the rows, so that several releases can be published in one transaction."""
     for file in push.files:
         check_path(file.path)
         refuse_hidden(file.path)
@@ -188,8 +188,8 @@ def add_signature(
 def import_scores(
     resources: Resources, actor: Actor, target: tuple[RepositoryName, Version, Kind]
 ) -> tuple[list[int], list[Finding]]:
-    """Records what the files of a published release report, as its publication does. Returns the ids of the scores,
-    and a warning for each that is not kept."""
+    """Records the scores that the files of a published release report, as its publication does. Returns the ids of the
+    scores, and a warning for each that is not kept."""
     with resources.read() as session:
         files = manifest_files(session, releases.find(session, *target))
     stated, doubts = reported.read(resources, files)
@@ -222,8 +222,8 @@ def manifest_files(session: Session, release: Release) -> list[ManifestFile]:
 
 
 def _look_again(resources: Resources, files: Sequence[ManifestFile], look: Callable[[], T]) -> T:
-    """Returns what `look` returns. Where it refuses the files, makes sure that these are what was looked at: what it
-    reads of them in parts is not verified. Raises Unavailable if the store gives other bytes than it got."""
+    """Returns the result of `look`. If that refuses the files, confirms that the bytes were read correctly, since
+    partial reads are not verified. Raises Unavailable if the store returns other bytes than it received."""
     try:
         return look()
     except Unavailable:
@@ -240,7 +240,7 @@ def _look_again(resources: Resources, files: Sequence[ManifestFile], look: Calla
 
 @dataclass(frozen=True, slots=True)
 class _Inspected:
-    """What the files contain. `card` is the README's text, empty if there is none or it is too long. `servers` and
+    """The contents of the files. `card` is the README's text, empty if it is missing or too long. `servers` and
     `loading` are those of `composer.formats.adapters.serving`; a model has neither, nor a spectrum."""
 
     facts: Mapping[str, Any]
@@ -272,7 +272,7 @@ def refuse_pickled(resources: Resources, files: Sequence[ManifestFile]) -> None:
 
 
 def _check_header(store: BlobStore, file: ManifestFile, first: bytes) -> None:
-    """Raises InvalidFile for anything but a safetensors file; `first` are its first bytes."""
+    """Raises InvalidFile unless the file is safetensors; `first` are its first bytes."""
     rest = 8 + header_length(first, file.size_bytes, DEFAULT_LIMITS, file.path) - len(first)
     if rest > 0:
         with store.open(file.sha256, len(first), rest) as source:
@@ -297,7 +297,7 @@ def _inspect(resources: Resources, push: Push, architecture: Architecture) -> _I
 
 def misfit(resources: Resources, name: str, files: Sequence[ManifestFile], architecture: Architecture) -> str:
     """The reason why a stored adapter does not fit the architecture; empty if it does. Reads only headers, and verifies
-    them before it says so. Raises Unavailable if the store gives other bytes than it got."""
+    them before reporting a misfit. Raises Unavailable if the store returns other bytes than it received."""
     wanted = [file for file in files if file.path in (CONFIG_FILE, WEIGHTS_FILE)]
     try:
         _look_again(resources, wanted, lambda: _refuse_misfit(resources, name, wanted, architecture))
@@ -345,8 +345,8 @@ def _judge_signature(resources: Resources, push: Push, keys: Sequence[str]) -> t
     """The verified signature; its fingerprint is empty if the namespace has no keys. None without a signature.
 
     Raises Refused for a signature by none of the namespace's keys, and for files that differ from the signed ones.
-    Without keys nobody can say who signed; a signature of other files is then kept, with a warning, unless it is too
-    large. The signed release is checked once the release has its number.
+    Without keys the signer is unknown; a signature of other files is then kept, with a warning, unless it is too large.
+    The signed release name is checked once the release has its number.
     """
     files = push.files
     signature = next((file for file in files if file.path == SIGNATURE_FILE), None)
@@ -389,7 +389,7 @@ def _presentable(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _materialise_headers(resources: Resources, files: Sequence[ManifestFile], directory: Path) -> None:
-    """Copies JSON files completely, and of a shard only its header, with a hole for the tensors: inspecting must not
+    """Copies JSON files completely, but of a shard only its header, with a hole for the tensors: inspection must not
     cost a copy."""
     materialise(resources.store, [file for file in files if file.path.endswith(".json")], directory)
     for file in files:

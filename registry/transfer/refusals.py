@@ -1,4 +1,4 @@
-"""How many refusals of strangers get audit rows: anyone can cause any number of them."""
+"""Limits the audit rows for refusals of unauthenticated callers, who can cause any number of them."""
 
 import time
 from collections import deque
@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 from threading import Lock
 
 MAX_REFUSALS = 60
-"""Audit rows a minute, of one kind and in one process."""
+"""Audit rows per minute, of one kind and in one process."""
 _MINUTE_S = 60
 
 
 @dataclass(slots=True)
 class RefusalBudget:
-    """The rows of the last minute."""
+    """The rows written in the last minute."""
 
     _recorded: deque[float] = field(default_factory=deque[float])
     _lock: Lock = field(default_factory=Lock)
 
     def spend(self) -> bool:
-        """Whether there is room for one more row, which is then counted."""
+        """Whether one more row may be written; counts it if so."""
         now = time.monotonic()
         with self._lock:
             while self._recorded and now - self._recorded[0] >= _MINUTE_S:

@@ -1,4 +1,4 @@
-"""Scores that the files of a release report, read from the store within bounds."""
+"""Reads the scores reported in files of a release from the store, within bounds."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from registry.transfer.resources import Resources
 from registry.transfer.verified import read_verified
 
 _VERIFIED_BYTES = 16 << 20
-"""How long a card may be to be read as a whole, which is what its digest is of."""
+"""The maximum size of a card that is read completely and verified by its digest."""
 
 
 def read(resources: Resources, files: Sequence[ManifestFile]) -> tuple[list[ReportedScore], list[Finding]]:

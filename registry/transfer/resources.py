@@ -24,7 +24,7 @@ def utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a procedure needs: settings, database, blob store, work directory and clock. `recent` is for downloads
+    """The resources of a procedure: settings, database, blob store, work directory and clock. `recent` is for downloads
     that the store itself serves."""
 
     settings: Settings
@@ -56,9 +56,12 @@ class Resources:
 
 def open_resources(settings: Settings, *, serving: str = "") -> Resources:
     """Opens the database and the store. An empty embedded database gets its tables; any other must have the current
-    schema. `serving` names a process that goes on while the next version takes over, `serve` or `worker`: it also
+    schema. `serving` names a process that keeps running during an upgrade, `serve` or `worker`: it also
     accepts a later schema that this version works with."""
-    for directory in (settings.home_directory, settings.home_directory / "cache"):  # before others make it wider
+    for directory in (
+        settings.home_directory,
+        settings.home_directory / "cache",
+    ):  # before another process creates it with a wider mode
         close_directory(directory)
     if settings.database_url is None:
         close_file(settings.home_directory / DATABASE_FILE)
@@ -71,7 +74,7 @@ def open_resources(settings: Settings, *, serving: str = "") -> Resources:
 
 
 def open_store(settings: Settings, database: Database | None) -> BlobStore:
-    """The store that the settings name. The database keeps what was learned about it; a node has none."""
+    """Opens the store of the settings. The database keeps the facts about it; a node has no database."""
     match settings.storage:
         case LocalStorage():
             return LocalStore(settings.store_directory)

@@ -39,7 +39,7 @@ def store(
     results: Mapping[str, Results],
 ) -> list[Measurement]:
     """Stores results by suite digest, each as a blob of the namespace, and returns the measurements with these blobs'
-    digests. Raises Invalid for results that are not of all examples, or that a measurement is not made of."""
+    digests. Raises Invalid for results that lack examples, or that do not agree with a measurement."""
     blobs: dict[str, Digest] = {}
     for digest, own in results.items():
         with resources.read() as session:
@@ -87,6 +87,6 @@ def _check(suite: str, count: int, results: Results, measurements: Sequence[Meas
         raise Invalid(
             "bad_results",
             f"These are results of {len(rows)} of {count} examples of {suite}"
-            + (f", and {', '.join(differing)} is not made of them." if differing else "."),
+            + (f", and {', '.join(differing)} does not agree with them." if differing else "."),
             subject=suite,
         )

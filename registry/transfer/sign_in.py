@@ -27,17 +27,17 @@ class SignedIn:
 
 @dataclass(slots=True)
 class SignIn:
-    """One for each process."""
+    """Signs users in; one instance per process."""
 
     resources: Resources
     provider: OpenIdProvider | None = None
     _refusals: RefusalBudget = field(default_factory=RefusalBudget)
 
     def with_token(self, text: str, before: Actor) -> SignedIn:
-        """Begins a session with a token, and ends the one that the request came with. Raises Unauthenticated for
+        """Begins a session with a token, and ends the request's previous one. Raises Unauthenticated for
         anything but a token in force, and NotAllowed for one of continuous integration."""
         try:
-            with self.resources.read() as session:  # wrong ones need no lock for writing
+            with self.resources.read() as session:  # invalid tokens need no write lock
                 tokens.authenticate(session, text, before.at)
             return self._begin(before, lambda session, actor: sessions.begin_with_token(session, actor, text))
         except RegistryError as error:
@@ -45,9 +45,9 @@ class SignIn:
             raise
 
     def with_provider(self, attempt: Attempt, answer: Mapping[str, str], redirect_uri: str, before: Actor) -> SignedIn:
-        """Begins a session of the user that the provider's answer vouches for, as `with_token` does. Raises
-        Unauthenticated for an answer that does not, NotAllowed for the name of another user here, and Unavailable if
-        the provider cannot be asked."""
+        """Begins a session of the user identified by the provider's answer, as `with_token` does. Raises
+        Unauthenticated for an invalid answer, NotAllowed for the name of another user here, and Unavailable if the
+        provider cannot be reached."""
         assert self.provider is not None  # noqa: S101
         try:
             known = self.provider.identify(attempt, answer, redirect_uri, before.at)

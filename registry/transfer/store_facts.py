@@ -1,4 +1,4 @@
-"""What a store verifies, as probed, in the database by endpoint, bucket and version of the probe."""
+"""Keeps the facts from probing a store in the database, by endpoint, bucket and version of the probe."""
 
 import logging
 from collections.abc import Callable
@@ -49,13 +49,13 @@ class DatabaseRecord:
 
 
 def probe_of(store: BlobStore) -> StoreProbe | None:
-    """None for a directory, whose files the registry writes itself."""
+    """The probe of a store; None for a directory, whose files the registry writes itself."""
     return store.arrivals.probe if isinstance(store, S3Store) else None
 
 
 def probe_if_unknown(store: BlobStore) -> None:
-    """Probes the store unless that was done before, so that the first push need not. If the store does not answer now,
-    that push probes it."""
+    """Probes the store unless it was probed before, so that the first push need not. If the store does not answer now,
+    the first push probes it."""
     probe = probe_of(store)
     try:
         if probe is not None:

@@ -43,13 +43,12 @@ class TokenExchange:
     _refusals: dict[bool, RefusalBudget] = field(
         default_factory=lambda: {known: RefusalBudget() for known in (False, True)}
     )
-    """Apart for tokens whose job is known, which can be sent again and again."""
+    """A separate budget for tokens of known jobs, which can be sent repeatedly."""
 
     def exchange(self, text: str, repository: RepositoryName, source: str) -> Exchanged:
-        """Verifies the ID token and issues a token to its job. Every refusal of the token has an audit row.
-
-        Raises Unauthenticated for a token that is not valid here, NotAllowed for a job that may not publish in the
-        repository, Unavailable if its issuer cannot be asked, and Refused where no tokens are exchanged.
+        """Verifies the ID token and issues a token to its job. Every refusal of the token gets an audit row. Raises
+        Unauthenticated for a token that is not valid here, NotAllowed for a job that may not publish in the repository,
+        Unavailable if its issuer cannot be reached, and Refused if the registry exchanges no tokens.
         """
         resources, audience = self.resources, self.resources.settings.oidc_audience
         if not audience:
@@ -96,7 +95,7 @@ class TokenExchange:
 
 
 def parse_publisher(settings: Settings, new: NewPublisher) -> NewPublisher:
-    """A rule as it was written, with the issuer's address in place of its short name. Raises Invalid for a rule that no
+    """The rule, with the issuer's address in place of its short name. Raises Invalid for a rule that no
     job could meet."""
     issuer = next((url for url, layout in settings.issuers.items() if layout == new.issuer != "other"), new.issuer)
     if issuer not in settings.issuers:
@@ -104,7 +103,7 @@ def parse_publisher(settings: Settings, new: NewPublisher) -> NewPublisher:
             "issuer_unknown",
             f"{shown(new.issuer)} is not an issuer that this registry accepts.",
             subject=shown(new.issuer),
-            next_step=f"ADAPTORY_OIDC_ISSUERS of the server has {', '.join(settings.issuers) or 'none'}.",
+            next_step=f"ADAPTORY_OIDC_ISSUERS of the server lists {', '.join(settings.issuers) or 'none'}.",
         )
     rule = replace(new, issuer=issuer)
     if settings.issuers[issuer] == "github" and rule.workflow is not None and "/" not in rule.workflow:
@@ -114,7 +113,7 @@ def parse_publisher(settings: Settings, new: NewPublisher) -> NewPublisher:
     if not all(text and text.isprintable() and text == text.strip() for text in texts):
         raise bad_publisher("a value is empty, or has spaces around it or unprintable characters")
     if "*" in rule.project or "*" in (rule.workflow or ""):
-        raise bad_publisher("a * stands for anything only at the end of a ref; add each project on its own")
+        raise bad_publisher("a * is allowed only at the end of a ref; add each project separately")
     if len(job_name(issuer, rule.project)) > MAX_USER:
         raise bad_publisher("the name of the project is too long")
     if rule.ref is not None and "*" in rule.ref.removesuffix("*"):
@@ -124,7 +123,7 @@ def parse_publisher(settings: Settings, new: NewPublisher) -> NewPublisher:
 
 
 def _check_of_issuer(rule: NewPublisher, layout: Claims) -> None:
-    """Raises Invalid for what the issuer's tokens never have, or must be named for them."""
+    """Raises Invalid for fields that the issuer's tokens never have, or if a required one is missing."""
     named = layout != "other"
     if named and rule.ref is not None and not rule.ref.startswith(("refs/heads/", "refs/tags/")):
         raise bad_publisher("its ref begins with neither refs/heads/ nor refs/tags/")
@@ -133,7 +132,7 @@ def _check_of_issuer(rule: NewPublisher, layout: Claims) -> None:
     if layout == "github" and rule.workflow is None:
         raise bad_publisher("it names no workflow, so every workflow of the project could publish")
     if not named and rule.workflow is not None:
-        raise bad_publisher("its issuer says nothing of workflows; only GitHub's and GitLab's tokens name their file")
+        raise bad_publisher("its issuer's tokens do not name a workflow; only GitHub's and GitLab's do")
     if rule.project_id is not None and not (named and re.fullmatch(r"[0-9]{1,20}", rule.project_id)):
         raise bad_publisher(
             "its project has another kind of id: GitHub's and GitLab's are numbers, other issuers have none"

@@ -1,6 +1,6 @@
 """OpenTelemetry traces: requests, SQL statements, requests to S3, and steps of jobs.
 
-Where they go is for OpenTelemetry's own environment variables to say, such as OTEL_EXPORTER_OTLP_ENDPOINT. A statement
+OpenTelemetry's own environment variables, such as OTEL_EXPORTER_OTLP_ENDPOINT, set their destination. A statement
 is recorded without its values.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 QUIET = "healthz,readyz,metrics"
-"""Paths that are asked all the time."""
+"""Paths that are polled continually."""
 MAX_STATEMENT = 2_000
 _NAME = "adaptory"
 
@@ -92,7 +92,7 @@ def _failed_statement(context: ExceptionContext) -> None:
 
 
 def _begun(connection: Connection, text: str) -> "Span | None":
-    """A new span, within a request only: a waiting worker looks for jobs all the time."""
+    """A new span, within a request only: an idle worker polls for jobs continually."""
     from opentelemetry import trace
 
     if not trace.get_current_span().is_recording():

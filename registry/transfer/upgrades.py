@@ -1,4 +1,4 @@
-"""Upgrades of a base: which adapters fit the new one, and what they are worth there."""
+"""Upgrades of a base: the adapters that fit the new one, and their scores on it."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ Json = dict[str, Any]
 
 @dataclass(slots=True, kw_only=True)
 class _Adapter:
-    """An adapter on the old base; `suites` are the digests of those that it is to be measured on."""
+    """An adapter on the old base; `suites` are the digests of the suites to measure it on."""
 
     release: int
     name: str
@@ -90,15 +90,15 @@ def report(session: Session, actor: Actor, job_id: int) -> Json:
     row = evaluations.find(session, job_id) if job is not None and job.kind == evaluations.KIND else None
     may = row is not None and job is not None and evaluations.is_own(session, actor, job)
     if job is None or row is None or row.upgrade is None or not (may or administers(actor, job.namespace)):
-        raise NotFound("upgrade_unknown", f"You have no upgrade {job_id}.", subject=str(job_id))
+        raise NotFound("upgrade_unknown", f"Upgrade {job_id} does not exist, or is not yours.", subject=str(job_id))
     return _report(session, actor, row.upgrade, queue.find(session, job_id), row.results)
 
 
 def _plan(
     session: Session, actor: Actor, old: str, new: str, suite_names: Sequence[str], enabled: Collection[str]
 ) -> _Plan:
-    """`enabled` are the Python scorers that workers run: suites with others are refused if they are named, and left out
-    otherwise."""
+    """Plans the measurements. `enabled` are the Python scorers that workers run: suites with other scorers are refused
+    if they are named, and left out otherwise."""
     before, after = bases.find(session, old), bases.find(session, new)
     if before.digest == after.digest:
         raise Usage("same_base", f"{old} and {new} are the same base.", subject=new)
@@ -154,7 +154,7 @@ def _report(session: Session, actor: Actor, upgrade: Json, job: Job | None, resu
 
 
 def _compared(before: gates.Scores, base: gates.Scores, results: Sequence[Json]) -> list[Json]:
-    """Each score on the new base beside the one on the old base and that of the new base alone. `gain` is positive
+    """Compares each score on the new base with the one on the old base and with the new base alone. `gain` is positive
     where the new one is better than the old one."""
     rows: list[Json] = []
     for score in (score for result in results for score in result["scores"]):

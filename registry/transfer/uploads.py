@@ -61,7 +61,7 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
         refuse_pickle_name(file.path)
     wanted = {file.sha256: file for file in files}
     kept = _kept_for_good(resources, namespace, wanted)
-    # Announced before it is checked: from here on nobody removes a blob that no release names yet.
+    # Announced before it is checked: from here on no collection removes a blob that no release names yet.
     rows = announce(resources, actor, namespace, [file for file in wanted.values() if file.sha256 not in kept])
     with resources.read() as session:
         held = held_by(session, namespace, wanted)
@@ -96,7 +96,8 @@ def sign_part(resources: Resources, actor: Actor, upload_id: str, number: int, s
 
 
 def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile:
-    """Checks what arrived and makes a blob of it that the namespace holds. May be repeated. Raises Conflict if bytes
+    """Checks the received bytes and makes a blob of them that the namespace holds. May be repeated. Raises Conflict if
+    bytes
     are still missing, and Invalid if they are not those announced; nothing is kept then."""
     row = _find(resources, actor, upload_id)
     how_to_send = f"PUT them to /v1/blobs/{row.sha256}?upload={upload_id}."
@@ -106,7 +107,8 @@ def complete(resources: Resources, actor: Actor, upload_id: str) -> ManifestFile
 def finish_arrival(
     resources: Resources, actor: Actor, row: Upload, arrival: IncomingUpload, how_to_send: str
 ) -> ManifestFile:
-    """Makes a blob of what arrived for an upload, as `complete` does. `how_to_send` is the next step if nothing did."""
+    """Makes a blob of the bytes received for an upload, as `complete` does. `how_to_send` is the next step if none
+    were."""
     file = ManifestFile("", row.size_bytes, Digest(row.sha256))
     arrivals = resources.store.arrivals
     if holds_bytes(resources, row.namespace, file):
@@ -163,7 +165,7 @@ def receive_file(resources: Resources, actor: Actor, row: Upload, chunks: Iterab
 
 
 def sender_now(session: Session, user: str, namespace: str, token_id: str | None, now: datetime) -> Actor:
-    """The sender behind an address that was made for a user's push, with what the user's token allows now. Without a
+    """The sender behind an address issued for a user's push, with the current rights of the user's token. Without a
     token, it is the user of a registry without access control, or the push began before an upgrade."""
     grants = tokens.grants_of(session, token_id) if token_id else {namespace: Role.PUBLISHER.value}
     return Actor(user, now, grants, token_id=token_id)
@@ -187,8 +189,8 @@ def store_file(resources: Resources, actor: Actor, namespace: str, sha256: Diges
 
 
 def register_stored(resources: Resources, actor: Actor, namespace: str, files: Sequence[ManifestFile]) -> None:
-    """Writes the rows of blobs that are in the store already; what put them there has hashed them. Raises NotFound for
-    one that is not, or not in full."""
+    """Writes the rows of blobs that are already in the store, hashed by their writer. Raises NotFound for a blob that
+    is missing or incomplete."""
     announce(resources, actor, namespace, files)
     for file in files:
         stat = resources.store.stat(file.sha256)
@@ -197,14 +199,15 @@ def register_stored(resources: Resources, actor: Actor, namespace: str, files: S
                 "blob_missing",
                 f"The store has no blob {file.sha256}.",
                 subject=file.path,
-                next_step="Try again: what is missing is made again.",
+                next_step="Try again: missing blobs are made again.",
             )
         register_blob(resources, actor, namespace, stat)
 
 
 @contextmanager
 def aborted_on_error(writer: BlobWriter) -> Generator[None]:
-    """Removes what was written if the block raises. What a store that is away keeps, `sweep` removes."""
+    """Removes the written bytes if the block raises. If the store cannot be reached then, `sweep` removes them
+    later."""
     try:
         yield
     except BaseException:
@@ -217,7 +220,7 @@ def aborted_on_error(writer: BlobWriter) -> Generator[None]:
 
 def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
     """The blob, if the actor may read one of the namespaces that hold it; where commits are drafts, only publishers see
-    what is not released. Raises NotFound otherwise."""
+    unreleased files. Raises NotFound otherwise."""
     with resources.read() as session:
         holders = session.scalars(select(BlobHolder.namespace).where(BlobHolder.sha256 == sha256)).all()
         shown = any(may_read(actor, one) and _is_shown(session, actor, one, sha256) for one in holders)
@@ -261,7 +264,7 @@ def held_by(session: Session, namespace: str, digests: Iterable[str]) -> list[Di
 
 
 def _kept_for_good(resources: Resources, namespace: str, digests: Iterable[str]) -> set[str]:
-    """The digests that the namespace holds and some release names, which are never deleted; commits may be."""
+    """The digests that the namespace holds and a release names. Unlike commits, releases are never deleted."""
     with resources.read() as session:
         held = held_by(session, namespace, digests)
         released = select(RevisionFile.sha256).join(Release, Release.revision_id == RevisionFile.revision_id)
@@ -285,7 +288,7 @@ def _refuse_leaving(session: Session, digests: Sequence[str]) -> None:
 
 
 def has_bytes(resources: Resources, file: ManifestFile) -> bool:
-    """Whether the store really has the bytes: it may have lost some that have rows."""
+    """Whether the store actually has the bytes: it may have lost some that have rows."""
     stat = resources.store.stat(file.sha256)
     return stat is not None and stat.size_bytes == file.size_bytes
 
@@ -334,7 +337,7 @@ def announce(
                 )
         rows = {row.sha256: row for row in session.scalars(mine)}
         for file in files:
-            if file.sha256 in before.keys() - open_still:  # it no longer belongs to the user who let it expire
+            if file.sha256 in before.keys() - open_still:  # the upload no longer belongs to the user who let it expire
                 rows[file.sha256].created_by = actor.name
             rows[file.sha256].expires_at = expires_at
             if rows[file.sha256].size_bytes != file.size_bytes:
@@ -343,7 +346,7 @@ def announce(
                     f"{file.path} was announced with {rows[file.sha256].size_bytes:,} bytes before, "
                     f"now with {file.size_bytes:,}.",
                     subject=file.path,
-                    next_step="Check the file: one digest has one size.",
+                    next_step="Check the file: its digest belongs to a blob of another size.",
                 )
     return {sha256: (row, sha256 in before) for sha256, row in rows.items()}
 
@@ -417,7 +420,7 @@ def _find(resources: Resources, actor: Actor, upload_id: str) -> Upload:
 
 
 def _unknown(upload_id: str) -> NotFound:
-    return NotFound("upload_unknown", f"There is no upload {upload_id[:64]}.", subject=upload_id[:64])
+    return NotFound("upload_unknown", f"Upload {upload_id[:64]} does not exist.", subject=upload_id[:64])
 
 
 def check_size(resources: Resources, subject: str, size_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Files of releases as they are read from the store, each verified by its digest."""
+"""Reads files of releases from the store, each verified by its digest."""
 
 import hashlib
 import io
@@ -19,8 +19,8 @@ def read_verified(store: BlobStore, file: ManifestFile) -> bytes:
 
 
 def copy_verified(store: BlobStore, file: ManifestFile, copy: IO[bytes] | None) -> None:
-    """Reads the file, twice if need be: one wrong read may be the network's or the memory's fault. With None only
-    verifies it."""
+    """Copies the file, reading twice if needed: one wrong read may be the network's or the memory's fault. With None,
+    only verifies it."""
     for _ in range(2):
         digest = hashlib.sha256()
         if copy is not None:

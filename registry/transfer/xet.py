@@ -1,8 +1,9 @@
-"""Uploads by clients with `hf_xet`: xorbs first, which are chunks of files, then shards, which put files together.
+"""Uploads by clients with `hf_xet`: xorbs first, which contain chunks of files, then shards, which assemble files from
+them.
 
 Each push has an address of its own and shares nothing with others. Its xorbs are blobs of the namespace, so any server
-process may receive any of them, and a collection removes them like every file that was sent and never used. A file that
-was put together is a blob like one that came by LFS.
+process may receive any of them, and a collection removes them like every file that was sent and never used. An
+assembled file is a blob like one that came by LFS.
 """
 
 import hashlib
@@ -47,11 +48,11 @@ PERMIT_S = 3600
 """How long a token is valid. The client asks for another one then, and stays at the address of the first."""
 MAX_XORB_BYTES, MAX_SHARD_BYTES = 65 << 20, 64 << 20
 MAX_FILES = 10_000
-"""Of one shard."""
+"""Maximum size of one shard."""
 _LARGEST_FILES = 4
-"""As many of the largest files may be sent in one push, and be made of it."""
+"""One push may send, and assemble, this many times the maximum file size."""
 _LEAST_CHUNK_BYTES, _SMALL_CHUNKS = 1 << 10, 16
-"""Clients make chunks of at least 8 KiB, but for the last one of a file."""
+"""Clients make chunks of at least 8 KiB, except the last one of a file."""
 _REMEMBERED = 32
 _TOKEN = re.compile(r"xet_([0-9a-f]{32})_([0-9a-f]{64})")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -104,8 +105,8 @@ def begin(resources: Resources, actor: Actor, name: RepositoryName) -> XetPermit
 
 
 def authenticate(resources: Resources, upload_id: str, token: str) -> XetPush:
-    """The push at an address. Raises Unauthenticated unless the token is one of its user and repository, and the user's
-    own one, with which it was begun, still publishes there."""
+    """The push at an address. Raises Unauthenticated unless the token belongs to its user and repository, and the
+    user's own token, with which it was begun, may still publish there."""
     now, match = resources.clock(), _TOKEN.fullmatch(token)
     with resources.read() as session:
         permit = session.get(XetUpload, match[1]) if match else None
@@ -115,9 +116,9 @@ def authenticate(resources: Resources, upload_id: str, token: str) -> XetPush:
         )
     known = match is not None and permit is not None and hmac.compare_digest(permit.secret_sha256, _hash(match[2]))
     if not known or permit is None or actor is None or permit.created_at + timedelta(seconds=PERMIT_S) < now:
-        raise _unauthenticated("The token of this upload is not valid, or no longer.")
+        raise _unauthenticated("The token of this upload is invalid or has expired.")
     if row is None or row.expires_at < now or _owner(row) != _owner(permit):
-        raise _unauthenticated("The address of this upload is not valid, or no longer.")
+        raise _unauthenticated("The address of this upload is invalid or has expired.")
     if not may(actor, Role.PUBLISHER, f"{row.namespace}/{row.repository}"):
         raise _unauthenticated(f"{row.created_by} may no longer publish in {row.namespace}/{row.repository}.")
     return XetPush(upload_id, row.namespace, actor)
@@ -140,7 +141,7 @@ def receive_xorb(resources: Resources, push: XetPush, xorb: str, chunks: Iterabl
 
 
 def receive_shard(resources: Resources, push: XetPush, chunks: Iterable[bytes]) -> None:
-    """Puts the files of a shard together and stores them. May be repeated. Raises Invalid for a shard that does not
+    """Assembles the files of a shard and stores them. May be repeated. Raises Invalid for a shard that does not
     agree with the xorbs, before anything is written, and TooLarge."""
     with TemporaryDirectory(dir=resources.work_directory, prefix="upload-") as directory:
         path, assembly = Path(directory) / "shard", _Assembly(resources, push)
@@ -199,7 +200,7 @@ class _Xorb:
 
 
 class _Assembly:
-    """Reads chunks of a push's xorbs. Remembers the last ones that were read alone: files of zeros repeat one chunk."""
+    """Reads chunks of a push's xorbs. Caches the last chunks that were read alone: files of zeros repeat one chunk."""
 
     def __init__(self, resources: Resources, push: XetPush) -> None:
         self._resources, self._push = resources, push
@@ -207,7 +208,7 @@ class _Assembly:
         self._one = lru_cache(_REMEMBERED)(self._read_one)
 
     def check(self, file: ShardFile) -> None:
-        """Raises Invalid for a file that its xorbs do not have, or that consists of more chunks than a client makes."""
+        """Raises Invalid for a file that its xorbs do not contain, or that has more chunks than a client makes."""
         count = 0
         for segment in file.segments:
             chunks = self._find(segment.xorb).chunks
@@ -221,7 +222,7 @@ class _Assembly:
             raise _bad(f"a file of {file.size_bytes:,} bytes has {count:,} chunks")
 
     def write(self, file: ShardFile, target: Path) -> Digest:
-        """Writes a file that was checked, and returns its sha256."""
+        """Writes a checked file, and returns its sha256."""
         content = (plain for segment in file.segments for plain in self._plain(segment))
         return write_hashed(target, content, "The file", file.name)[0]
 
@@ -250,7 +251,7 @@ class _Assembly:
 
 
 def _exactly(source: Reader, stored_bytes: int) -> bytes:
-    """The bytes of a chunk, behind its header."""
+    """The bytes of a chunk, after its header."""
     data = b""
     while len(data) < HEADER_BYTES + stored_bytes and (more := source.read(HEADER_BYTES + stored_bytes - len(data))):
         data += more
@@ -268,8 +269,8 @@ def _within(chunks: Iterable[bytes], path: Path, limit_bytes: int) -> Iterator[b
 
 
 def _count(resources: Resources, push: XetPush, column: InstrumentedAttribute[int], size_bytes: int) -> None:
-    """Counts bytes of a push. Raises TooLarge beyond the limit, and Refused beyond the namespace's quota: what was sent
-    counts there as what it is unpacked, before a shard makes a file of it."""
+    """Counts bytes of a push. Raises TooLarge beyond the limit, and Refused beyond the namespace's quota: sent data
+    counts with its unpacked size until a shard makes a file of it."""
     limit = _LARGEST_FILES * resources.settings.max_file_bytes
     fits = (XetUpload.id == push.upload_id) & (column + size_bytes <= limit)
     with resources.write() as session:

@@ -1,4 +1,4 @@
-"""A browser without a window: it keeps cookies as browsers do, and says which page a form was on."""
+"""A browser without a window: keeps cookies as browsers do, and sends the headers that tell where a form came from."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ HTML = {"Accept": "text/html,application/xhtml+xml"}
 
 
 class Browser:
-    """Its forms carry what the page had that it loaded last, unless a test says otherwise."""
+    """A browser whose forms carry the fields of the last page that it loaded, unless a test overrides them."""
 
     def __init__(self, house: House, origin: str = ORIGIN) -> None:
         self.origin = origin

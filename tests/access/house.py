@@ -94,7 +94,7 @@ def borrowed(house: House) -> httpx2.BaseTransport:
 
 
 class _Borrowed(httpx2.BaseTransport):
-    """A client closes its transport with itself."""
+    """A transport that stays open when its client closes."""
 
     def __init__(self, lender: httpx2.BaseTransport) -> None:
         self._lender = lender
@@ -130,7 +130,7 @@ def entered(house: House, environ: Mapping[str, str], **limits: object) -> House
 
 
 def furnished_house(pairing: str, home: Path) -> House:
-    """One that is closed, to be copied for each test."""
+    """A closed registry, to be copied for each test."""
     house = build_house(new_environment(pairing, home))
     house.close()
     return house

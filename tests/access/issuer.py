@@ -30,7 +30,8 @@ _KEYS: dict[str, Callable[[], RSAKey | ECKey]] = {
 
 @cache
 def key_of(name: str) -> RSAKey | ECKey:
-    """`other` has the id of the first, but is not published. Made when it is used: each takes half a second."""
+    """A key of the issuer; `other` has the id of the first, but is not published. Made on first use: each takes half a
+    second."""
     return _KEYS[name]()
 
 
@@ -52,7 +53,7 @@ class Issuer:
         self.pages[path] = (status, headers, json.dumps(document).encode())
 
     def claims(self, **changed: Any) -> dict[str, Any]:
-        """Those of a job on GitHub; None leaves one out."""
+        """The claims of a job on GitHub; None leaves one out."""
         now = int(time.time())
         claims = {
             "iss": self.url,
@@ -92,7 +93,7 @@ def issuer() -> Generator[Issuer]:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Nothing."""
+            """Logs nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     local.url = f"http://127.0.0.1:{server.server_address[1]}"

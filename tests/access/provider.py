@@ -1,4 +1,4 @@
-"""A local OpenID provider: a real HTTP server on loopback that signs one user in, and checks what clients send it."""
+"""A local OpenID provider: a real HTTP server on loopback that signs one user in, and checks its clients' requests."""
 
 import base64
 import hashlib
@@ -23,7 +23,8 @@ REDIRECT = "https://registry/login/callback"
 
 @dataclass
 class Provider:
-    """What it does next can be changed: claims of the ID token (None leaves one out), its key, its answers by path."""
+    """A provider whose next answers can be changed: claims of the ID token (None leaves one out), its key, answers by
+    path."""
 
     url: str = ""
     claims: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +51,7 @@ class Provider:
         }
 
     def authorize(self, query: dict[str, str]) -> str:
-        """Where it sends the browser: the user is signed in there already."""
+        """The redirect of the authorization endpoint: the user is already signed in there."""
         expected = {"response_type": "code", "client_id": CLIENT, "redirect_uri": REDIRECT, "tenant": "acme"}
         assert expected.items() <= query.items(), query
         assert query["code_challenge_method"] == "S256"
@@ -107,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _scripted(self, path: str) -> bool:
         if path == self.local.hangs_at:
-            self.local.released.wait(20)  # nobody waits for the answer any more
+            self.local.released.wait(20)  # the client no longer waits for the answer
         elif path in self.local.answers:
             self._send(*self.local.answers[path])
         return path in self.local.answers or path == self.local.hangs_at
@@ -120,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Logs nothing."""
 
 
 @contextmanager
@@ -140,7 +141,7 @@ def provider() -> Generator[Provider]:
 
 
 def visit(address: str) -> str:
-    """As a browser that the provider knows: the address that it is sent back to."""
+    """Visits the provider as a signed-in browser; returns the address of the redirect."""
     answer = httpx2.get(address, follow_redirects=False)
     assert answer.status_code == 302, answer.text
     return answer.headers["location"]

@@ -27,7 +27,7 @@ PROCESSES = 4
 
 @pytest.fixture
 def url() -> Generator[str]:
-    """Of a database in a cluster of its own with the default settings; not below pytest's directory, which another
+    """The URL of a database in its own cluster with the default settings, outside pytest's directory, which another
     session of pytest closes to the user that runs the cluster."""
     if services.postgres_binaries() is None:
         services.unavailable("PostgreSQL", "apt-get install postgresql")
@@ -53,7 +53,7 @@ def test_a_process_that_gets_no_further_connection_waits_for_one_of_its_own(url:
             session.execute(text("SELECT pg_sleep(0.05)"))
             return int(session.scalar(text("SELECT 1")) or 0)
 
-    with ThreadPoolExecutor(20) as pool:  # of which the cluster has room for ten
+    with ThreadPoolExecutor(20) as pool:  # the cluster has room for ten of them
         assert list(pool.map(ask, range(100))) == [1] * 100
     others[1].close()
     more = Database(url, pool_size=20)
@@ -91,7 +91,7 @@ def test_idle_connections_are_closed(url: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_pg_dump_and_the_command_line_get_in_while_four_processes_are_loaded(url: str, tmp_path: Path) -> None:
-    """At PostgreSQL's default limit, with the default settings of ours."""
+    """At PostgreSQL's default limit, with Adaptory's default settings."""
     database = Database(url)
     migrate(database)
     database.close()
@@ -113,7 +113,7 @@ def test_pg_dump_and_the_command_line_get_in_while_four_processes_are_loaded(url
     try:
         _wait_until_ready(port)
         with ThreadPoolExecutor(160) as pool:
-            with locked(url, "suites"):  # requests wait, so that each process takes all the connections it may
+            with locked(url, "suites"):  # requests wait, so that each process opens as many connections as it may
                 loads = [pool.submit(load, number) for number in range(160)]
                 most = _count_at_rest(url)
             listing = [sys.executable, "-m", "registry.cli.main", "list", "--json"]

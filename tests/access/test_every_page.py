@@ -1,8 +1,6 @@
-"""Every page, with every kind of caller, on a private namespace and a public one; every form, as other sites send it.
-
-The pages are those of the application: a new one is tried without anybody thinking of it, and fails when it has no
-rule, or another one than `STATED_PAGES` says.
-"""
+"""Every page, with every kind of caller, on a private and a public namespace; every form, as other sites would send it.
+The pages are listed from the application: a new one is tried automatically, and fails without a rule, or if its rule
+differs from `STATED_PAGES`."""
 
 import re
 from collections.abc import Generator
@@ -61,7 +59,7 @@ def test_every_page_has_the_rule_that_is_stated() -> None:
 
 
 def _summary(method: str, route: Any) -> str:
-    """As it is stated; what a page decides for itself is not to be seen from outside."""
+    """The rule as stated; a page's own decisions are not visible from outside."""
     rules = rules_of(route.dependant)
     if not rules:
         return "open"
@@ -72,7 +70,7 @@ def _summary(method: str, route: Any) -> str:
 
 
 def test_whatever_changes_something_is_a_page_route() -> None:
-    """That is the one place where forms are checked."""
+    """PageRoute is the only class that checks forms."""
     changing = [(method, route) for method, route in PAGES if method not in SAFE_METHODS]
     assert changing
     for method, route in changing:
@@ -97,7 +95,7 @@ def test_every_form_that_is_posted_carries_its_token_and_goes_to_a_page() -> Non
 
 @pytest.mark.parametrize("path", FORMS)
 def test_a_form_is_refused_without_its_token_and_from_other_sites(path: str, house: House) -> None:
-    """Of a route that is found here without being named, by a caller who may use each of them."""
+    """Tries each route, found without being named, as a caller who may use it."""
     with Browser(house) as browser:
         browser.sign_in(house.secrets["operator"])
         filled = _filled(path, PRIVATE, house.things[PRIVATE])
@@ -153,8 +151,8 @@ def _expected(whom: str, caller: str, namespace: str) -> int | str:
 
 
 def _denied(answer: httpx2.Response) -> bool:
-    """A token that does not work, one that is not the caller's to revoke, a release without a spectrum and a commit
-    without a release do not mean that the page was denied."""
+    """Whether the page denied access. A token that does not work, one that is not the caller's to revoke, a release
+    without a spectrum and a commit without a release are no denials."""
     for code in ("token_invalid", "token_unknown", "token_not_allowed", "spectrum_unknown", "no_match"):
         if f"<code>{code}</code>" in answer.text or "You are not signed in" in answer.text:
             return False

@@ -1,8 +1,6 @@
-"""Every route, with every kind of caller, on a private namespace, a public one, and one that is somebody else's.
-
-The routes are those of the application: a new one is asked here without anybody thinking of it, and fails when it has
-no rule, or another one than `STATED` says.
-"""
+"""Every route, with every kind of caller, on a private namespace, a public one, and one of somebody else. The routes
+are listed from the application: a new one is tried automatically, and fails without a rule, or if its rule differs from
+`STATED`."""
 
 import re
 from collections.abc import Generator
@@ -45,7 +43,7 @@ def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def house(furnished: House, tmp_path: Path) -> Generator[House]:
-    """A house of its own for each route: some of them change things."""
+    """A separate house for each route: some of them change things."""
     copy = entered(furnished, copy_of(furnished, tmp_path / "home"))
     yield copy
     copy.close()
@@ -81,7 +79,7 @@ def test_the_application_serves_these_routes_and_no_others(house: House) -> None
 
 
 def test_nothing_is_served_beside_them(house: House) -> None:
-    """What is put on the application itself could be hidden from its description."""
+    """Routes added to the application itself could be hidden from its description."""
     known = {id(route) for router in (*routers(), *hub_routers(), *page_routers()) for route in router.routes}
     beside = [route for route in create_app(house.resources, tokens=True).routes if id(route) not in known]
     assert [getattr(route, "path", route) for route in beside] == ["/openapi.json"]
@@ -92,7 +90,7 @@ def test_every_route_has_the_rule_that_is_stated() -> None:
 
 
 def _summary(rule: Rule | None, stated: str) -> str:
-    """As `STATED` says it; what a route decides for itself is not to be seen from outside."""
+    """The rule in the form of `STATED`; a route's own decisions are not visible from outside."""
     if rule is None:
         return stated if stated in ("absent", OWN_TOKEN) else "open"
     inside = stated if stated.startswith("inside: ") else "inside"
@@ -105,7 +103,7 @@ def _summary(rule: Rule | None, stated: str) -> str:
 
 
 def test_no_route_is_hidden_by_one_before_it() -> None:
-    """`/v1/bases/{base:path}` matches everything below it, so a route that comes after it would never be called."""
+    """`/v1/bases/{base:path}` matches everything below it, so a later route would never be called."""
     patterns = [(method, path, compile_path(path)[0]) for method, path, _ in ROUTES]
     for method, path, _ in ROUTES:
         requested = re.sub(r"\{[^}]*\}", "x", path)
@@ -184,16 +182,16 @@ def test_an_admin_reads_the_audit_rows_of_the_own_namespaces_alone(house: House)
 
 
 def _denied(answer: httpx2.Response) -> bool:
-    """A 404 of what was let in, such as an upload whose bytes have not come, is no denial."""
+    """Whether access was denied: a 404 after admission, such as an upload without bytes, is no denial."""
     hidden = ("namespace", "repository", "job", "composition", "conflicts", "upload", "blob")
     codes = {f"{thing}_unknown" for thing in hidden}
     if answer.status_code == 403 and answer.json()["code"] in ("never_deleted", "settings_of_namespace"):
-        return False  # nobody may
+        return False  # allowed to nobody
     return answer.status_code in (401, 403) or (answer.status_code == 404 and answer.json()["code"] in codes)
 
 
 def _expected(method: str, path: str, caller: str, namespace: str) -> int | str:
-    """A status, or that the caller is allowed in."""
+    """The expected status, or that the caller is admitted."""
     whom = STATED[method, path]
     if whom in FOR_ALL:
         return FOR_ALL[whom]
@@ -255,7 +253,7 @@ def _filled(method: str, path: str, things: Things, house: House) -> str:
 
 
 def _body(method: str, path: str, things: Things) -> dict[str, Any]:
-    """What the route needs to come to its decision; a rule that the path decides comes before the body."""
+    """The body that the route needs for its decision; a rule decided by the path precedes the body."""
     if (method, path) == ("POST", "/v1/uploads"):
         file = {"path": "a.safetensors", "size_bytes": 1, "sha256": "1" * 64}
         return {"json": {"namespace": things.namespace, "files": [file]}}

@@ -1,4 +1,4 @@
-"""What a request and its answer leave behind: an id, a line of the log, a problem document."""
+"""The traces of a request and its answer: an id, a line of the log, a problem document."""
 
 import json
 import logging

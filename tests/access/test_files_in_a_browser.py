@@ -1,5 +1,5 @@
-"""What a user sent is saved by a browser and never shown as a page of the server, and the server answers to its names
-alone."""
+"""Files of users are saved by browsers and never shown as pages of the server, and the server answers only to its own
+names."""
 
 import re
 import socket
@@ -103,7 +103,7 @@ def test_two_hosts_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.on("PostgreSQL")
 def test_files_of_users_come_from_a_host_of_their_own_by_signed_addresses(furnished: House) -> None:
-    """With a store that has addresses, they come from the store's host already."""
+    """If the store has addresses, files come from the store's host already."""
     own = {"files_url": "https://files.example", "files_secret": "x" * 32}
     house = entered(furnished, furnished.environ, hosts="adapters.example", **own)
     main, files = {"Host": "adapters.example"}, {"Host": "files.example"}

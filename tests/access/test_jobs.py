@@ -1,4 +1,4 @@
-"""Jobs: who may raise a priority, and server-sent events, which lose and repeat nothing after a reconnection."""
+"""Jobs: the right to raise a priority, and server-sent events without losses or repetitions after a reconnection."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def new_job(house: House) -> tuple[int, int]:
 
 
 def move(house: House, job_id: int, done: int | None) -> None:
-    """What a worker writes: the job is taken, done so far, or with None done."""
+    """A worker's writes: claims the job, records progress or, with None, finishes it."""
     with house.resources.write() as session:
         now = house.resources.clock()
         if done == 0:
@@ -68,7 +68,7 @@ def parsed(text: str) -> list[Event]:
 
 @contextmanager
 def opened(house: House, path: str, last: str | None = None) -> Generator[httpx2.Response]:
-    """A stream that is read as it comes; leaving hangs up."""
+    """A stream that is read as it arrives; leaving the block hangs up."""
     headers = {"Authorization": f"Bearer {house.secrets['admin']}", **({"Last-Event-ID": last} if last else {})}
     client = httpx2.Client(base_url="http://registry", transport=borrowed(house))
     with client, client.stream("GET", path, headers=headers) as answer:
@@ -164,7 +164,7 @@ def test_a_user_has_a_limited_number_of_streams_and_gets_one_back_by_hanging_up(
     house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(events, "PER_USER", 2)
-    monkeypatch.setattr(events, "KEEP_ALIVE_S", 0.3)  # in this process, who hung up is noticed by the next message
+    monkeypatch.setattr(events, "KEEP_ALIVE_S", 0.3)  # in this process, a disconnect is noticed at the next message
     _, job_id = new_job(house)
     path = f"/v1/jobs/{job_id}/events"
 

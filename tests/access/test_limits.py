@@ -1,4 +1,4 @@
-"""How much one caller may ask for: headers, bodies, requests, uploads at a time."""
+"""Limits for one caller: headers, bodies, requests, concurrent uploads."""
 
 import socket
 import threading
@@ -30,7 +30,8 @@ BASE = {"name": "x", "model_type": "llama", "tied": False, "weights_digest": "0"
 
 @pytest.fixture(scope="module")
 def furnished(tmp_path_factory: pytest.TempPathFactory) -> Generator[House]:
-    """Of a directory: bytes that go to S3 do not pass the server, and limits are its own and no database's."""
+    """A registry on a directory store: bytes sent to S3 do not pass the server, and the limits concern the server
+    alone."""
     house = build_house(new_environment(services.PAIRINGS[0], tmp_path_factory.mktemp("house")))
     yield house
     house.close()
@@ -270,7 +271,7 @@ def test_a_token_is_one_caller_however_the_header_is_spelled(furnished: House) -
 
 
 def guess(house: House, times: int, method: str = "GET", path: str = "/v1/whoami") -> list[tuple[httpx2.Response, int]]:
-    """The answers to so many tokens that look right and are not, and their statuses."""
+    """The statuses of answers to many well-formed but invalid tokens."""
     answers: list[tuple[httpx2.Response, int]] = []
     for number in range(times):
         body = f"adp_{'a' * 12}_{number:064x}"
@@ -402,7 +403,7 @@ def test_slow_uploads_of_three_users_do_not_hold_up_the_push_of_another(tmp_path
         assert time.monotonic() - began < 5
 
         def full() -> bool:
-            """Whether ann has as many as are left for others: the last of her uploads may have met this one."""
+            """Whether ann has reached the number left for others: the last of her uploads may have met this one."""
             if send("ann").status_code == 503:
                 return True
             stall("ann", 1)

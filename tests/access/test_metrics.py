@@ -1,4 +1,4 @@
-"""Which way a metric is better is the word of the suite's author, and shows nobody what others measure in private."""
+"""A suite's author decides which direction of a metric is better, without learning what others measure privately."""
 
 from collections.abc import Generator
 from pathlib import Path

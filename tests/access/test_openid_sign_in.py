@@ -1,4 +1,4 @@
-"""Signing in by an OpenID provider: what its answer is worth, and everything that makes it worth nothing."""
+"""Sign-in through an OpenID provider: valid answers, and everything that makes an answer invalid."""
 
 from collections.abc import Generator
 from dataclasses import replace
@@ -179,7 +179,7 @@ def test_an_answer_is_taken_once(house: House, browser: Browser, idp: Provider) 
     assert browser.open(back).status_code == 303
     browser.post("/logout")
     assert browser.open(back).status_code == 401
-    with Browser(house) as thief:  # who has the cookie, too
+    with Browser(house) as thief:  # also with the cookie
         thief.http.cookies.set(ATTEMPT_COOKIE, attempt, domain="registry.local", path="/")
         again = thief.open(back)
         assert (again.status_code, "invalid_grant" in again.text, signed_in(thief)) == (401, True, False)
@@ -296,7 +296,7 @@ def test_a_provider_that_hangs_is_given_up(
 
 
 class _fresh(Browser):  # noqa: N801
-    """At a server that knows nothing of the provider yet."""
+    """A provider object that knows nothing of the provider yet."""
 
     def __init__(self, house: House, idp: Provider, **changed: Any) -> None:
         settings = house.resources.settings.model_copy(update={"sign_in": settings_of(idp, **changed)})
@@ -401,7 +401,7 @@ def test_settings_that_cannot_be_meant_are_refused(wrong: dict[str, str]) -> Non
 
 
 def test_the_provider_is_real(idp: Provider) -> None:
-    """It refuses what a wrong client sends, so that what it takes says something."""
+    """The test provider refuses wrong requests, so that its acceptance proves something."""
     wrong = httpx2.post(f"{idp.url}/token", data={"code": "x", "code_verifier": "y"}, auth=(CLIENT, "wrong"))
     assert (wrong.status_code, wrong.json()) == (401, {"error": "invalid_client"})
 

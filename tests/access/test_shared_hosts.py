@@ -1,4 +1,4 @@
-"""A server for one user on a machine with several: its home is closed to them, and loopback asks for a secret."""
+"""A single-user server on a shared machine: its home is closed to other users, and loopback requires a secret."""
 
 import io
 import os
@@ -25,7 +25,7 @@ HTML = {"Accept": "text/html"}
 
 @pytest.fixture
 def closed(tmp_path: Path) -> Generator[tuple[str, Path]]:
-    """The URL of a server that asks for its secret, and its home."""
+    """The URL of a server that requires its secret, and its home."""
     directory = tmp_path / "home"
     with server(directory, ADAPTORY_LOOPBACK_OPEN="false") as (url, _):
         yield url, directory
@@ -40,7 +40,7 @@ def secret_of(url: str, directory: Path) -> str:
 
 
 def modes(directory: Path) -> dict[str, str]:
-    """The permissions that others have on what is in a home, but within its closed directories."""
+    """Others' permissions on the contents of a home, except within its closed directories."""
     paths = [directory, *directory.iterdir()]
     return {path.name: oct(path.stat().st_mode & 0o077) for path in paths if path.stat().st_mode & 0o077}
 
@@ -189,7 +189,7 @@ def test_a_home_that_others_could_look_into_is_closed_with_a_warning(
     directory.chmod(0o755)
     (directory / "registry.db").chmod(0o644)
     cli.ok("list")
-    assert "Other users of this machine could look into" in caplog.text
+    assert "Other users of this machine could read" in caplog.text
     assert modes(directory) == {}
     caplog.clear()
     cli.ok("list")
@@ -208,7 +208,7 @@ def test_a_terminal_shows_the_link_itself(tmp_path: Path) -> None:
 
 
 def test_a_secret_is_sent_to_its_own_server_alone(tmp_path: Path) -> None:
-    """Not to another machine, nor to another port or address of this one: who listens there would have it."""
+    """Not to another machine, nor to another port or address of this one, where others may listen."""
     url = "http://127.0.0.1:8470"
     with home.serving(tmp_path, "127.0.0.1", 8470, "mine"), home.serving(tmp_path, "::1", 8472, "other"):
         assert home.with_secret(tmp_path, url) == (url, "mine")

@@ -1,4 +1,4 @@
-"""Sessions of browsers: how they begin and end, what takes them, and which forms are refused."""
+"""Browser sessions: their beginning and end, the pages that accept them, and the forms that are refused."""
 
 import logging
 from collections.abc import Generator
@@ -147,7 +147,7 @@ def test_revoking_a_token_or_a_session_ends_the_session_at_once(house: House, br
 
 
 def test_a_session_whose_token_was_revoked_by_an_older_server_has_ended(house: House, browser: Browser) -> None:
-    """One that knows no sessions revokes the row of the token alone."""
+    """A server without sessions revokes only the row of the token."""
     made = new_token(house)
     browser.sign_in(made["token"])
     with house.resources.write() as session:
@@ -385,7 +385,7 @@ def home_of(house: House, home: Path) -> dict[str, str]:
 
 @pytest.mark.long
 def test_a_proxy_says_how_a_page_was_loaded_and_any_process_takes_its_forms(house: House, tmp_path: Path) -> None:
-    """A real server of two processes, behind one that speaks https with browsers."""
+    """A real server with two processes, behind a proxy that speaks https with browsers."""
     house.resources.database.engine.dispose()
     environ = home_of(house, tmp_path / "home")
     tls = {"X-Forwarded-Proto": "https", "Host": "registry.example"}

@@ -1,4 +1,4 @@
-"""A store that hangs: its routes answer 503 in good time, and all others do not notice."""
+"""A hanging store: its routes answer 503 in time, and all other routes are unaffected."""
 
 import gc
 import threading
@@ -23,13 +23,13 @@ RELEASES = f"/v1/adapters/{PRIVATE}/sql/releases"
 FILE = f"{RELEASES}/1.0.0/files/weights.safetensors"
 MANY = STORE_THREADS + STORE_ROOM + 50
 SOON_S = 5.0
-"""Far more than an answer takes that waits for nothing, even here and now; the store is let go on much later."""
+"""Far longer than an answer takes that waits for nothing, even on a busy machine; the store is released much later."""
 WITHOUT_STORE = (f"/v1/resolve?ref={PRIVATE}/sql@prod", f"/v1/releases?namespace={PRIVATE}", RELEASES, "/v1/whoami")
 
 
 @dataclass
 class HangingStore:
-    """The real store, but for a method, or the reading of what it opened, that ends only when it is let go on."""
+    """The real store, except that one method, or reading from it, hangs until released."""
 
     store: Any
     where: str
@@ -64,7 +64,7 @@ class Hung:
         return self.pool.submit(self.house.ask, caller, method, path, **request)
 
     def fill(self, count: int) -> list["Future[httpx2.Response]"]:
-        """So many downloads, of which as many as there are threads hang in the store by now."""
+        """Starts this many downloads; as many as there are threads hang in the store afterwards."""
         asked = [self.ask("reader", "GET", FILE) for _ in range(count)]
         for _ in range(STORE_THREADS):
             assert self.store.asked.acquire(timeout=60)
@@ -143,7 +143,7 @@ def test_a_request_that_finds_all_threads_taken_gets_one_when_it_is_soon_free(ho
 
 @pytest.mark.parametrize("house", services.PAIRINGS[:1], indirect=True)
 def test_what_a_request_sent_that_found_no_thread_is_kept_no_longer(house: House) -> None:
-    """The threads' own queue drops those that gave up only when a thread is free, which may be hours later."""
+    """The threads' own queue drops abandoned requests only when a thread is free, possibly hours later."""
     files = [{"path": "weights.safetensors", "size_bytes": 15, "sha256": house.things[PRIVATE].announced}]
     with hung(house, "stat") as there:
         there.fill(STORE_THREADS)
@@ -157,7 +157,7 @@ def test_what_a_request_sent_that_found_no_thread_is_kept_no_longer(house: House
 
 @pytest.mark.parametrize("house", services.PAIRINGS[:1], indirect=True)
 def test_a_directory_that_hangs_in_the_middle_of_downloads_holds_up_no_one_else(house: House) -> None:
-    """From S3 the bytes come past the server."""
+    """With S3, the bytes do not pass the server."""
     with hung(house, "read") as there:
         downloads = there.fill(MANY)
         there.assert_others_do_not_wait()

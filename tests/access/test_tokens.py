@@ -1,4 +1,4 @@
-"""Tokens: what they are worth, and what they cannot do."""
+"""Tokens: their rights and their limits."""
 
 import hashlib
 from collections.abc import Generator

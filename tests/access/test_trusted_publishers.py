@@ -1,4 +1,4 @@
-"""Jobs of continuous integration: what an ID token is worth, and everything that makes it worth nothing."""
+"""Jobs of continuous integration: valid ID tokens, and everything that makes a token invalid."""
 
 import base64
 import hashlib
@@ -89,7 +89,7 @@ def test_a_job_publishes_in_its_repository_and_nowhere_else(house: House, ci: Is
     upload = {"namespace": PRIVATE, "files": [file]}
     score = {"suite_digest": "0" * 64, "metric": "nll", "value": 1, "n": 1, "higher_is_better": False}
     for method, path, body, status, code in (
-        ("POST", f"/v1/adapters/{REPOSITORY}/releases", release, 404, "blob_missing"),  # let in
+        ("POST", f"/v1/adapters/{REPOSITORY}/releases", release, 404, "blob_missing"),  # accepted
         ("POST", "/v1/uploads", upload, 200, None),
         ("GET", f"/api/models/{REPOSITORY}/auth-check/write", None, 200, None),
         ("GET", f"/v1/models/{PRIVATE}/merged", None, 200, None),
@@ -143,7 +143,7 @@ def _keyed_with_the_public_key(claims: dict[str, Any]) -> str:
 
 
 def _refused(ci: Issuer) -> list[tuple[str, str, str]]:
-    """What is wrong with a token, the token, and the code that says so."""
+    """A defect, a token with it, and the expected code."""
     good, now = ci.claims(), int(time.time())
     nested = _unsigned({"alg": "RS256", "kid": "rsa"}, good).replace(".", f".{_b64(b'[' * 9000)}", 1)
     wrong = [

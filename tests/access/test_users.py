@@ -1,4 +1,4 @@
-"""A user's name goes, what the user did stays."""
+"""A user's name is removed; the record of the user's acts stays."""
 
 from collections.abc import Generator
 

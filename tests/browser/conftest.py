@@ -1,4 +1,4 @@
-"""A server over a small real registry with one of everything that pages show, and a browser."""
+"""A server with a small real registry that has one of everything that pages show, and a browser."""
 
 import json
 import os
@@ -44,15 +44,15 @@ Schema changes in words, answered by one statement.
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Pictures are taken only when they are asked for."""
+    """Pictures are taken only on request."""
     unwanted = collection_path.name == "test_screenshots.py" and not config.getoption("--screenshots")
     return True if unwanted else None
 
 
 @dataclass(frozen=True)
 class Site:
-    """A running registry: its address, and the numbers of a composition that published, after one that was refused,
-    and of an evaluation."""
+    """A running registry: its address, and the ids of a composition that published, one that was refused, and an
+    evaluation."""
 
     url: str
     cli: Cli
@@ -62,7 +62,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Furnished:
-    """A registry that nobody serves: the directory of its home, and the numbers of `Site`."""
+    """A registry that is not served yet: the directory of its home, and the ids of `Site`."""
 
     world: World
     home: Path
@@ -72,7 +72,7 @@ class Furnished:
 
 @pytest.fixture(scope="session")
 def furnished() -> Furnished:
-    """Built by the first test process that asks for it, for all of them: it takes ten seconds of two cores."""
+    """Built once, by the first test process that needs it: it takes ten seconds of two cores."""
     directory = Path(os.environ[services.DIRECTORY]) / "site"
     directory.mkdir(exist_ok=True)
     kept = directory / "furnished.json"
@@ -112,7 +112,7 @@ def site(furnished: Furnished, tmp_path_factory: pytest.TempPathFactory) -> Gene
 
 
 def _publish_many(cli: Cli) -> None:
-    """A repository of 32 measured versions, straight into the tables: a push of each would take ten seconds."""
+    """A repository of 32 measured versions, written straight into the tables: a push of each would take ten seconds."""
     with resources_of(cli.environment) as resources, resources.write() as session:
         actor = Actor("mia", resources.clock(), {EVERYWHERE: Role.ADMIN})
         old = releases.find(session, RepositoryName("acme", "sql"), Version(1, 0, 0))
@@ -214,7 +214,7 @@ def browser() -> Generator[Browser]:
 
 
 def grave_findings(tab: Page) -> list[str]:
-    """What axe finds that is serious, or worse, on what the tab shows."""
+    """The serious and critical findings of axe on the page in the tab."""
     violations = Axe().run(tab).response["violations"]
     grave = [one for one in violations if one["impact"] in ("serious", "critical")]
     return [f"{one['id']}: {node['html'][:200]}" for one in grave for node in one["nodes"]]
@@ -222,7 +222,7 @@ def grave_findings(tab: Page) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tab(browser: Browser) -> Generator[Page]:
-    """One tab for the module: opening one for each page would take half of the time."""
+    """One tab for the module: a new one for each page would take half of the time."""
     context = browser.new_context(reduced_motion="reduce")
     yield context.new_page()
     context.close()
@@ -230,7 +230,7 @@ def tab(browser: Browser) -> Generator[Page]:
 
 @pytest.fixture
 def complaints(tab: Page) -> Generator[list[str]]:
-    """What the browser's console says, violations of the content security policy included."""
+    """Messages on the browser's console, including violations of the content security policy."""
     said: list[str] = []
 
     def listen(message: object) -> None:

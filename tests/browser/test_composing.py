@@ -1,4 +1,4 @@
-"""A composer's story in a browser: will these fight, a plan, a composition, and what came out beside its inputs."""
+"""A composer's story in a browser: a comparison, a plan, a composition, and the result beside its inputs."""
 
 from playwright.sync_api import Browser, Locator, Page, expect
 
@@ -6,7 +6,7 @@ from tests.browser.conftest import Site
 
 
 def compared(site: Site, tab: Page) -> Locator:
-    """Two adapters are chosen, and a worker compares them. The answer."""
+    """Chooses two adapters and lets a worker compare them. Returns the answer."""
     tab.goto(f"{site.url}/conflicts?with=acme/sql:1.0.0*0.5")
     tab.get_by_label("Adapter 2", exact=True).fill("acme/support@prod")
     tab.get_by_label("Weight of adapter 2").fill("0.5")

@@ -37,7 +37,7 @@ def test_a_promotion_is_refused_forced_and_rolled_back(
     expect(refused.get_by_role("row", name="failed: guard-exact.accuracy >= 0.99")).to_be_visible()
     assert grave_findings(tab) == []
     tab.get_by_role("button", name="Force the promotion").click()
-    expect(dialog).to_be_visible()  # the browser wants a reason
+    expect(dialog).to_be_visible()  # the browser requires a reason
     tab.get_by_label("Reason (required)").fill("the release party is at noon")
     tab.get_by_label("Promote although rules fail.").check()
     tab.get_by_role("button", name="Force the promotion").click()

@@ -54,8 +54,8 @@ PAGES = (
 STATUS = {"/nobody/nothing": 404, REFUSED: 404, "/search?score=nonsense": 400}
 VIEWS = (("light", 1280), ("light", 800), ("dark", 390))
 CHECKED = (("light", 1280), ("dark", 390))
-"""Where axe looks: both themes, two columns and one. By default at each page in one of them, since its looks take most
-of the file's time."""
+"""The variants that axe checks: both themes, one and two columns. By default each page in one of them, since the checks
+take most of the file's time."""
 MAX_BYTES = 100_000
 
 

@@ -1,7 +1,5 @@
-"""The pictures of the documentation, of the demo's registry: `make screenshots`. Each is also a page that looks right.
-
-They are taken only with `--screenshots HOME`, the home of the registry that `make demo` leaves behind.
-"""
+"""The pictures of the documentation, taken of the demo's registry: `make screenshots`. Each is also a test of its page.
+They are taken only with `--screenshots HOME`, the home of the registry that `make demo` leaves behind."""
 
 import shutil
 from collections.abc import Generator
@@ -24,7 +22,7 @@ CHOSEN = "&".join(f"with={one}" for one in THREE)
 
 @dataclass(frozen=True)
 class Picture:
-    """A page, in the colours of `theme`. `shows` is a heading that it has, and `at` one that it is scrolled to."""
+    """A page, in the colours of `theme`. `shows` is a heading that it has, and `at` the one to scroll to."""
 
     name: str
     path: str

@@ -1,4 +1,4 @@
-"""Signing in, in a real browser, with its own idea of cookies and of the headers that say where a form comes from."""
+"""Sign-in in a real browser, with its own handling of cookies and of the headers that tell where a form comes from."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -25,7 +25,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Generator[tuple[str, str
 
 
 def readable(tab: Page) -> None:
-    """On a phone, in both themes: nothing grave for axe, and the page itself does not scroll to the side."""
+    """On a phone, in both themes: axe reports nothing serious, and the page does not scroll sideways."""
     for theme in ("light", "dark"):
         tab.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
         tab.set_viewport_size({"width": 390, "height": 844})

@@ -1,4 +1,4 @@
-"""Adapters of any type that PEFT knows, trained by chance, and what PEFT itself makes of them."""
+"""Adapters of all types of PEFT with random parameters, and PEFT's own results for them."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ def save_adapted(base: Path, config: PeftConfig, directory: Path, seed: int = 1,
 
 
 def save_adapted_layers(layers: nn.Module, config: PeftConfig, directory: Path) -> Weights:
-    """An adapter of layers that are no language model; what PEFT's merge makes of their tensors."""
+    """An adapter of layers outside a language model, and the tensors that result from PEFT's merge."""
     return _adapted(layers, config, directory, 0.3).merge_and_unload().state_dict()
 
 
@@ -45,7 +45,7 @@ def assert_rows_follow_the_device(delta: RowwiseDelta, accelerator: str) -> None
 
 
 def _adapted(model: nn.Module, config: PeftConfig, directory: Path, size: float) -> PeftModel:
-    """Every trained number is moved by chance, so that no part of a formula is multiplied with zero."""
+    """The adapted model; every trained number is random, so that no part of a formula is multiplied by zero."""
     adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -99,14 +99,14 @@ def merge(base: Path, adapter: Path, out: Path, **settings: object) -> MergePlan
 
 
 def assert_merged_like_peft(base: Path, adapter: Path, out: Path, tolerance: float = 1e-6) -> None:
-    """Tensor by tensor what PEFT's merge gives, every other one unchanged; and the merged checkpoint, loaded again,
-    computes what PEFT computes with the adapter active."""
+    """Each tensor equals that of PEFT's merge and all others are unchanged; the merged checkpoint, loaded again,
+    computes the same as PEFT with the active adapter."""
     touched = merge(base, adapter, out).touched
     expected, merged = peft_merged(base, adapter), load_model(out).state_dict()
     assert touched
     assert merged.keys() == expected.keys()
     assert_all_close(merged, expected, tolerance)
-    # A logit is a sum of thousands of products: their rounding adds up.
+    # A logit is a sum of thousands of products, whose rounding errors add up.
     assert relative(logits(out), peft_logits(base, adapter)) <= 10 * tolerance
 
 

@@ -17,7 +17,7 @@ from tests.composer.tiny import MakeAdapter, MakeModel, adapter_maker, model_mak
 
 @pytest.fixture(scope="session", autouse=True)
 def _auto_is_the_tests_device() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
-    """What a test leaves to choose by itself is computed on the fake device too, if `pytest --device` says so."""
+    """Automatic choices of a device are the fake device too, with `pytest --device`."""
     from tests.device import DEVICE  # this file is imported before the option is known
 
     with pytest.MonkeyPatch.context() as patch:
@@ -39,7 +39,7 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a tokenizer: what suites and conflict reports look at."""
+    """A model with a tokenizer, for suites and conflict reports."""
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 

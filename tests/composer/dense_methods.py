@@ -1,4 +1,4 @@
-"""The methods once more, on dense float64 matrices and without any of the composer's code: what it is compared with."""
+"""A reference implementation of the methods, on dense float64 matrices and without any of the composer's code."""
 
 import hashlib
 from collections.abc import Sequence

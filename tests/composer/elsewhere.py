@@ -9,7 +9,7 @@ from composer.evaluation.measure import Measured
 
 @dataclass
 class Other:
-    """Another process, which runs passes in another order; what names `left_out` cannot be spread."""
+    """Another process, which runs passes in another order; it cannot run passes named in `left_out`."""
 
     run: PassRunner
     left_out: str = "nothing"

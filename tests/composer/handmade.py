@@ -46,7 +46,7 @@ def random_factors(seed: int, outputs: int = 24, inputs: int = 17, rank: int = 3
 
 
 def factors_of(sigma: list[float], outputs: int = 40, inputs: int = 30) -> Factors:
-    """Factors whose product has just these singular values, through a random change of basis between them."""
+    """Factors whose product has exactly these singular values, with a random change of basis between them."""
     random = np.random.default_rng(len(sigma))
     rank = len(sigma)
     U = np.linalg.qr(random.standard_normal((outputs, rank)))[0]

@@ -1,4 +1,4 @@
-"""A Python scorer that does what the answer says, installed as pip would leave it."""
+"""A Python scorer that does what the answer tells it to, installed as pip would install it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A real, tiny language model on disk with a character tokenizer, and PEFT adapters for it whose B is not zero."""
+"""A real, tiny language model on disk with a character tokenizer, and PEFT adapters for it with a nonzero B."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,7 +67,7 @@ def save_gpt2(directory: Path) -> Path:
 
 
 def save_gemma(directory: Path) -> Path:
-    """Its embedding multiplies what it looks up by the root of the hidden size."""
+    """Saves a Gemma, whose embedding multiplies rows by the square root of the hidden size."""
     torch.manual_seed(1)
     config = Gemma3TextConfig(**SIZES, **WIDTHS, head_dim=8, tie_word_embeddings=False, pad_token_id=None)
     return _saved(Gemma3ForCausalLM(config), directory)
@@ -80,7 +80,8 @@ def _saved(model: PreTrainedModel, directory: Path) -> Path:
 
 
 def save_adapter(model: torch.nn.Module, directory: Path, seed: int, **config: object) -> PeftModel:
-    """Train nothing: give every factor random values, save, and return PEFT's own model with the adapter active."""
+    """Sets every factor to random values instead of training, saves, and returns PEFT's own model with the active
+    adapter."""
     torch.manual_seed(seed)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
@@ -104,7 +105,7 @@ def scaled(adapter: LoadedAdapter, factor: float, name: str) -> LoadedAdapter:
 
 
 def dense(delta: Delta) -> torch.Tensor:
-    """Of a delta that does not look at the base, in float64, as its module uses it."""
+    """The dense matrix, in float64 and in the module's orientation, of a delta that does not read the base."""
     if isinstance(delta, LowRank):
         return delta.scale * delta.B_OR.double() @ delta.A_RI.double()
     assert isinstance(delta, RowwiseDelta)

@@ -1,4 +1,4 @@
-"""Adding nothing, and inputs that cancel: the same findings whatever the cause and whichever command sees it."""
+"""Adapters that add nothing, and inputs that cancel: the same findings for any cause and in any command."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ SUMS = ["pico_stack", "pico_svd", "pico_tsv", "pico_iso", "pico_magnitude_prune_
 
 
 def added(adapter: LoadedAdapter, weight: float, method: str) -> tuple[float, set[str]]:
-    """The norm of what is added for an adapter and its own opposite, and the codes of the findings."""
+    """The norm of the sum of an adapter and its opposite, and the codes of the findings."""
     made = combine_deltas([adapter, adapter], [weight, -1.0], method, {"tied": "untie"})
     norms = [norm_of(pair_of(delta)) for delta in made.deltas if isinstance(delta, LowRank)]
     return sum(one**2 for one in norms) ** 0.5, {finding.code for finding in made.findings}

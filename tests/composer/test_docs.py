@@ -1,4 +1,4 @@
-"""The documentation's example is run as it stands."""
+"""The documentation's example runs unchanged."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""An adapter that changes both sides of a tied weight alike: one change, whether it is merged or combined first."""
+"""An adapter that changes both sides of a tied weight equally: one change, whether merged or combined first."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ RANDOM = sorted(name for name, pipeline in PIPELINES.items() if pipeline.random 
 
 
 def both_sides_saved() -> dict[str, object]:
-    """Made anew each time: PEFT takes tied names out of the list that it is given."""
+    """Made anew each time: PEFT removes tied names from the list that it receives."""
     return {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
 
 
@@ -34,7 +34,7 @@ def merge(base: Path, adapters: list[Path], out: Path, method: str = "stack", **
 
 
 def assert_same_sides(merged: Path, combined: Path) -> None:
-    """`merged` is tied, and both of `combined` are what its one tensor is."""
+    """`merged` is tied, and both sides of `combined` equal its single tensor."""
     tensors, sides = tensors_in(merged), tensors_in(combined)
     assert HEAD not in tensors
     for name in (HEAD, EMBEDDING):

@@ -1,4 +1,4 @@
-"""Tiny real models: what the tests of this directory share."""
+"""Tiny real models shared by the tests of this directory."""
 
 import hashlib
 import shutil
@@ -72,16 +72,16 @@ _KEPT = 8
 
 
 def load_model(path: Path) -> PreTrainedModel:
-    """A model of one's own. The same bytes are loaded once: loading took a quarter of the composer's tests."""
+    """A model for one test. The same bytes are loaded once: loading took a quarter of the composer's tests."""
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
     loaded = _LOADED.pop(digest.hexdigest(), None) or AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    _LOADED[digest.hexdigest()] = loaded  # the last one used comes last
+    _LOADED[digest.hexdigest()] = loaded  # most recently used last
     if len(_LOADED) > _KEPT:
         del _LOADED[next(iter(_LOADED))]
     model = deepcopy(loaded)
-    model.name_or_path = str(path)  # an adapter's config says which model it was trained on
+    model.name_or_path = str(path)  # an adapter's config names the model that it was trained on
     return model
 
 

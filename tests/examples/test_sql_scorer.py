@@ -149,7 +149,7 @@ def test_a_setup_makes_fills_and_changes_tables() -> None:
 def test_a_suite_that_cannot_be_scored_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ComposerError, match="setup: "):
         scorer(setup="CREATE TABEL x")
-    with pytest.raises(ComposerError, match="does not take these settings"):
+    with pytest.raises(ComposerError, match="does not accept these settings"):
         scorer(strict=True)
     with pytest.raises(ComposerError, match="no such table"):
         score(WANTED, "SELECT * FROM missing")

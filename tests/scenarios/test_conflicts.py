@@ -110,7 +110,7 @@ def test_members_that_want_other_answers_to_the_same_prompts_are_named_first(tea
         team.ok("suite", "add", suite_file(tmp_path, suite, [(f"case {number}", answer) for number in range(6)]))
         team.ok("eval", ref, "--suite", suite)
     shown = team.ok("conflicts", *PAIR).out
-    assert "share 6 prompts and want different answers to 6 of them: no single model" in " ".join(shown.split())
+    assert "share 6 prompts and require different answers to 6 of them: no single model" in " ".join(shown.split())
     assert shown.splitlines()[0] == "Verdict: warn"
     assert "fix: Serve them separately and route" in shown
     recipe = tmp_path / "recipe.yaml"

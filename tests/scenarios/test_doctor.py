@@ -65,7 +65,7 @@ def test_what_is_wrong_is_said_with_what_to_do(stocked_embedded: Cli, world: Wor
     assert wrong == {
         "contents": "error", "policies": "warning", "workers": "warning", "gc": "warning", "bases": "warning"
     }  # fmt: skip
-    assert seen["policies"]["detail"] == "1 policy asks for an approval that a releaser can do without: acme/sql@prod."
+    assert seen["policies"]["detail"] == "1 policy requires an approval that a releaser can bypass: acme/sql@prod."
     assert all(seen[name]["next_step"] for name in wrong)
     assert "blob_leaving" in seen["contents"]["detail"]
     assert "the oldest for 2,880 minutes" in seen["workers"]["detail"]

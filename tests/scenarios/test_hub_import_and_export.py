@@ -222,7 +222,7 @@ def test_what_cannot_be_imported_says_why(stocked_on_disk: Cli, hub: SmallHub, w
         ("hf://acme/ghost", 3, "has no hf://acme/ghost, or does not show it to you"),
         ("hf://acme/near@2.0.0", 3, "RevisionNotFound"),
         ("hf://acme/pickled", 6, "weights only as a pickle (adapter_model.bin), which runs code when opened"),
-        ("hf://acme/near", 3, "There is no base 'Acme/Tiny-Lama'"),
+        ("hf://acme/near", 3, "The base 'Acme/Tiny-Lama' does not exist"),
         ("hf://acme/near", 3, "Acme/Tiny-Llama"),
         ("hf://acme/data", 6, "has no adapter_model.safetensors"),
         ("hf://acme/photo", 6, "has no file of an adapter or a model"),
@@ -294,7 +294,9 @@ def test_a_file_that_is_not_what_the_hub_lists_is_not_published(
 
     hub.seen = swap
     refused = me("import", "hf://acme/sql", "acme/sql:1.0.0", "--endpoint", hub.url)
-    assert (refused.code, f"{CARD} of hf://acme/sql@{commit} is not what" in refused.err) == (6, True), refused.err
+    assert (refused.code, f"{CARD} of hf://acme/sql@{commit} differs from the listing" in refused.err) == (6, True), (
+        refused.err
+    )
     assert stocked_on_disk.json("list")["items"] == []
 
 

@@ -109,7 +109,7 @@ def test_a_yank_and_taking_it_back_are_refused_without_a_reason(stocked: Cli, wo
         before = stocked.json("show", "acme/sql:1.0.0")["yanked"]
         assert stocked(act, "acme/sql:1.0.0").code == 2
         blank = stocked(act, "acme/sql:1.0.0", "--reason", " ")
-        assert (blank.code, "Say why with --reason." in blank.err) == (2, True)
+        assert (blank.code, "State a reason with --reason." in blank.err) == (2, True)
         for body in (None, {}, {"reason": ""}, {"reason": " "}):
             with api_of(stocked) as api, pytest.raises((Invalid, Usage)):
                 api.post(f"{release}/{act}", body)

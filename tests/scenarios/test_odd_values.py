@@ -68,9 +68,9 @@ def test_a_number_that_is_none_or_too_large_is_refused(
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"gates": ["sql-exact.accuracy keeps 0.\uff19 of inputs"]}, "is not a gate rule"),
-        ({"gates": ["sql-exact.nll within \uff10.1 of base"]}, "is not a gate rule"),
-        ({"gates": ["sql-exact.nll <= 1_0"]}, "is not a gate rule"),
+        ({"gates": ["sql-exact.accuracy keeps 0.\uff19 of inputs"]}, "is not a valid gate rule"),
+        ({"gates": ["sql-exact.nll within \uff10.1 of base"]}, "is not a valid gate rule"),
+        ({"gates": ["sql-exact.nll <= 1_0"]}, "is not a valid gate rule"),
         ({"gates": ["sql-exact.nll keeps 0.9 of inputs"]}, "nll is better when lower"),
         ({"gates": ["sql-exact.rouge_l >= 0.5"]}, "a composition measures nll and accuracy, not rouge_l"),
         ({"notes": "x" * 20_001}, "Notes are limited to 20,000 characters"),

@@ -83,7 +83,7 @@ def test_an_evaluation_needs_what_recording_its_scores_needs_and_is_bounded(team
         job = ask(publisher, ["acme/sql:1.0.0"], [])
         with resources.read() as session:
             assert evaluations.report(session, publisher, job)["state"] == "queued"
-            with pytest.raises(NotFound, match="no evaluation"):
+            with pytest.raises(NotFound, match="is not yours"):
                 evaluations.report(session, reader, job)
         team.ok("namespace", "revoke", "acme", "pia")
         assert run_one(resources, KINDS, "worker")

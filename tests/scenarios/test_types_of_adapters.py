@@ -53,7 +53,7 @@ def test_another_layout_is_looked_at_converted_and_elsewhere_named(embedded: Cli
         facts = report["adapter"]
         assert (report["layout"], facts["type"], facts["rank_max"], facts["alpha"]) == ("kohya", "lora", 4, 8.0)
         assert {row["loads"] for row in report["loads_in"]} == {False}
-    assert "`adaptory convert` makes PEFT's of it" in embedded.ok("inspect", kohya).out
+    assert "`adaptory convert` converts it to PEFT's" in embedded.ok("inspect", kohya).out
     commands: list[tuple[object, ...]] = [
         ("merge", "--base", base, "--adapter", kohya, "-o", tmp_path / "out"),
         ("combine", "--base", base, "--adapter", kohya, "-o", tmp_path / "out"),

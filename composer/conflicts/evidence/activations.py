@@ -1,4 +1,5 @@
-"""What each adapter does to the activations on another one's examples: weaker evidence than a probe, without suites.
+"""The effect of each adapter on the activations on another one's examples: weaker evidence than a probe, but without
+suites.
 
 The best predictor of damage is how strongly the intruder acts on the victim's inputs, |Δ_j x| / |W x|. Over 66 pairs
 (docs/methods/study.md), on the members' own examples with completions, its rank correlation with the loss of the worse

@@ -21,7 +21,7 @@ Key = tuple[str, str, str]
 Results = Mapping[str, Sequence[Measured]]
 """By the suite's digest, in the order of the examples."""
 BASE, ALONE, WEIGHTED = "base", "alone: ", "weighted: "
-"""How passes of references are named: the base, and members by their names."""
+"""The names of reference passes: the base, and members by their names."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def weighted(deltas: Deltas, weight: Weight | float) -> list[Delta]:
 
 @dataclass(frozen=True)
 class Pass:
-    """Some examples under one set of deltas, which `who` names."""
+    """A pass over some examples under one set of deltas, named by `who`."""
 
     who: str
     deltas: Callable[[], Deltas]
@@ -54,7 +54,7 @@ class Pass:
 
     @property
     def keys(self) -> list[Key]:
-        """Of the results, in the order of the examples."""
+        """The keys of the results, in the order of the examples."""
         return [(self.who, suite.digest, example_digest(example)) for suite, example in self.asked]
 
 
@@ -93,7 +93,7 @@ class Runner:
 
 
 def not_run(wanted: Pass) -> list[Measured]:
-    """Takes the place of a Runner to count the passes: every example has the same result, and nothing is run."""
+    """Replaces a Runner to count the passes: runs nothing and returns the same result for every example."""
     return [Measured(1.0, 1, exact=False) for _ in wanted.asked]
 
 
@@ -108,9 +108,9 @@ class Record:
 
 
 class Bench:
-    """Measures what is not in the record yet: with `measure` in this process, or elsewhere. `passes` counts the results
-    that were asked for, each once, whether they were run now or were in the record, so that a budget ends a resumed
-    search where it ends any other; `run_now` counts those run now."""
+    """Measures results that are not in the record yet: with `measure` in this process, or elsewhere. `passes` counts
+    the requested results, each once, whether run now or recorded before, so that a budget ends a resumed search at the
+    same point as any other; `run_now` counts those run now."""
 
     def __init__(self, measure: Measure, record: Record | None = None, elsewhere: Elsewhere | None = None) -> None:
         self._measure = elsewhere.measure if elsewhere is not None else measure
@@ -143,8 +143,8 @@ class Bench:
         return results
 
     def run_ahead(self, ask: Callable[[], object]) -> None:
-        """Runs the missing passes that `ask` asks for side by side, if passes are run elsewhere. `ask` is called once,
-        and the results that it gets mean nothing."""
+        """Runs the missing passes that `ask` requests in parallel, if passes are run elsewhere. `ask` is called once,
+        and gets meaningless results."""
         if self._elsewhere is None:
             return
         self._planned = planned = list[Pass]()
@@ -187,8 +187,8 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class References:
-    """What a combination of the members is compared with: results on the same examples without it. `asked` has the
-    examples by their suite's digest."""
+    """The references of a combination of the members: results on the same examples without it. `asked` has the examples
+    by their suite's digest."""
 
     members: Sequence[Probed]
     guards: Sequence[Suite]
@@ -202,7 +202,7 @@ class References:
         return [row for rows in self.asked.values() for row in rows]
 
     def outcome(self, k: int, combined: Results, member_claims: int, guard_claims: int = 1) -> Outcome:
-        """What the combination does. The intervals of that number of claims hold together."""
+        """The outcome of the combination. The intervals of that number of claims hold simultaneously."""
         effects = tuple(
             effect_of(
                 (one.name, one.suite.name),
@@ -243,7 +243,7 @@ class PassRunner:
 
     def __call__(self, who: str, asked: Sequence[tuple[str, str]]) -> list[Measured]:
         """The results of the examples, in order. Raises what `Runner` and `combined` raise, and KeyError for an example
-        that is not among those of this runner."""
+        that this runner does not have."""
         return self._run(Pass(who, lambda: self._deltas(who), [self._asked[key] for key in asked]))
 
     def _deltas(self, who: str) -> Deltas:

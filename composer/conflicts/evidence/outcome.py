@@ -1,4 +1,4 @@
-"""What a combination does to its members and guards, and whether that is too much.
+"""The effects of a combination on its members and guards, and whether they are acceptable.
 
 Losses are judged by their intervals. Answers are judged by the share that is left, which a mean in nats cannot
 replace: of 262 adapters, half of those that kept 0.8 to 0.9 of their gain in nats kept under 22 % of their answers.
@@ -19,7 +19,7 @@ examples rarely include that one."""
 LEAST_ANSWERED = 8
 """Examples that a member must answer word for word alone before the share that is left is judged."""
 COVERAGE = {8: 0.95, 16: 0.96}
-"""How often both members' 95 % intervals held together, by examples per suite (docs/methods/study.md)."""
+"""The share of pairs in which both members' 95 % intervals held, by examples per suite (docs/methods/study.md)."""
 NOTICEABLE_NATS = 0.02
 """A loss below this many nats per token changes a token's probability by 2 %, which no reader would notice. No
 interval of a loss is narrower than this on either side. One in twelve of the study's examples fails, and a few
@@ -27,7 +27,7 @@ uniform examples without a failure give far too narrow an interval. With this fl
 coverage; what Student's t alone missed lay within it."""
 
 _ROUNDING_NATS = 1e-5
-"""A smaller difference may come from rounding: an example's last bits depend on what shares its pass."""
+"""A smaller difference may come from rounding: an example's last bits depend on the other examples in its pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

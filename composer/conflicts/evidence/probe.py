@@ -1,7 +1,6 @@
-"""Measures in memory what combining adapters does to each of them, on a few examples of their own suites.
-
-Of everything tried on real adapters (docs/methods/study.md), only this predicts the damage: Spearman 0.93 [0.70, 0.99]
-between four examples per suite and the loss on other examples. Nothing is written to disk.
+"""Measures in memory the effect of a combination on each adapter, on a few examples of their own suites. Of all methods
+tried on real adapters (docs/methods/study.md), only this one predicts the damage: Spearman 0.93 [0.70, 0.99] between
+four examples per suite and the loss on other examples. Nothing is written to disk.
 """
 
 import json
@@ -100,8 +99,8 @@ def by_method(
     its members, and a fitted method is fitted on the two members' sets in the `calibration`, which has one set per
     adapter.
 
-    In memory, each side of a tied weight is a separate module, whatever a merge does with it. The returned function
-    raises what `combine_parsed` raises.
+    In memory, each side of a tied weight is a separate module, regardless of how a merge treats it. The returned
+    function raises what `combine_parsed` raises.
     """
     loaded = {adapter.name: adapter for adapter in adapters}
     positions = {adapter.name: number for number, adapter in enumerate(adapters, start=1)}

@@ -30,7 +30,8 @@ def page(report: Json) -> str:
 
 
 def rows(drawn: PairMap) -> dict[str, list[tuple[str, float | None]]]:
-    """The layers of a map, then what is in none: kinds of module with their values, None for a missing module."""
+    """The layers of a map, then modules outside all layers: kinds of module with their values, None for a missing
+    module."""
     # Modules outside the layers come last, as in the rows.
     columns = dict.fromkeys(kind for kind, _ in sorted(drawn.cells, key=lambda cell: cell[1] is None))
     layers = sorted({layer for _, layer in drawn.cells}, key=lambda layer: (layer is None, layer or 0))

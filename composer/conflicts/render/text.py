@@ -36,7 +36,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A screenful: the verdict and how it was measured, about three lines, and what to do (empty: nothing)."""
+    """A screenful: the verdict and its evidence, about three lines, and the advice (may be empty)."""
 
     headline: str
     lines: tuple[str, ...]
@@ -52,8 +52,8 @@ def document(report: ConflictReport) -> dict[str, Any]:
 
 
 def summary(report: ConflictReport) -> Summary:
-    """What decides the verdict: prompts with contradicting answers, else an error, else the worst measured combination,
-    else another warning."""
+    """Summarizes what decides the verdict: prompts with contradicting answers, else an error, else the worst measured
+    combination, else another warning."""
     decisive = _decisive(report.findings)
     if report.probe is None:
         headline = f"{report.verdict}"
@@ -147,7 +147,7 @@ def _unmeasured_lines(report: ConflictReport) -> tuple[str, ...]:
         for pair in pairs[:1]
         for module, _ in pair.explanation.causes[:1]
     ]
-    return (compared, "weights alone say almost nothing about damage, across recipes", *meeting)
+    return (compared, "weights alone hardly predict damage across recipes", *meeting)
 
 
 def _count(count: int, what: str) -> str:
@@ -195,14 +195,14 @@ def _measured(who: str, outcome: Outcome) -> str:
 
 
 def explanations(report: ConflictReport) -> list[str]:
-    """What the risks mean, one line per pair, after the lines that hold for all pairs."""
+    """Explains the risks, one line per pair, after the lines that hold for all pairs."""
     from_weights = any(pair.evidence == "weights" for pair in report.pairs)
     lines = [*([FROM_WEIGHTS] if from_weights else []), *(explanation(pair) for pair in report.pairs)]
     return [line for line in lines if line]
 
 
 def explanation(pair: Pair) -> str:
-    """What this pair's risk means, unless all pairs share that, and which modules cause it."""
+    """Explains this pair's risk, unless all pairs share the explanation, and names the modules that cause it."""
     own = "" if pair.evidence == "weights" else pair.explanation.meaning
     return f"{own} {causes(pair)}".strip()
 
@@ -235,7 +235,7 @@ def _loudest(finding: Finding) -> tuple[bool, int]:
 
 
 def advice(report: ConflictReport, *, cut_names: bool = False) -> list[str]:
-    """What can be done, one line each with its pair, worst pair first."""
+    """The advice, one line each with its pair, worst pair first."""
     alone = cut_names and len(report.pairs) == 1
     lines: list[str] = []
     for pair in by_verdict(report):
@@ -273,7 +273,7 @@ def probe_table(probe: ProbeResult) -> Table:
 
 
 def coverage(combinations: int) -> str:
-    """How often the intervals held in the study, and what they are not corrected for."""
+    """The coverage of the intervals in the study, and the effects that they are not corrected for."""
     held = " and ".join(f"{share:.2f} on {k}" for k, share in COVERAGE.items())
     note = f"On the study's pairs, both members' intervals held together with frequency {held} examples."
     if combinations > 1:

@@ -1,1 +1,1 @@
-"""What each type of adapter adds to a weight."""
+"""The deltas of each type of adapter."""

@@ -18,7 +18,7 @@ _FENCED = re.compile(r"\s*```[a-z]{0,10}\n(.*?)\n?```\s*", re.DOTALL)
 @dataclass(frozen=True, slots=True)
 class JsonMatch:
     """1 if answer and completion are JSON with the same value, else 0. The order of keys, white space and the writing
-    of numbers don't matter; a list's order does. An answer may stand in one Markdown fence.
+    of numbers don't matter; a list's order does. An answer may be enclosed in one Markdown fence.
 
     An answer that is longer than MAX_CHARS, deeper than MAX_DEPTH, has a key twice or a number that JSON lacks is
     wrong. Time and memory are proportional to its length.
@@ -79,7 +79,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _comparable(value: object, depth: int) -> object:
-    """With its type beside each value: in Python, True equals 1."""
+    """The value with the type of each part: in Python, True equals 1."""
     if depth > MAX_DEPTH:
         raise ValueError("too deep")
     if isinstance(value, Mapping):

@@ -69,7 +69,7 @@ class ScorerProcess:
     process group."""
 
     def __init__(self, chosen: ScorerChoice, limit_s: float) -> None:
-        """Raises InvalidFile for settings that the scorer does not take, and ScorerFailure if it does not start."""
+        """Raises InvalidFile for settings that the scorer does not accept, and ScorerFailure if it does not start."""
         self._limit_s = limit_s
         self._lock = threading.Lock()
         self._ended: ScorerFailure | None = None
@@ -78,7 +78,7 @@ class ScorerProcess:
         self._process = subprocess.Popen(  # noqa: S603, our own module
             command,
             stdin=subprocess.DEVNULL,
-            stdout=2,  # what a scorer prints must not end up in a document
+            stdout=2,  # output of a scorer must not end up in a document
             pass_fds=[child.fileno()],
             env=_environment(),
             start_new_session=True,
@@ -134,8 +134,8 @@ class ScorerProcess:
 
 
 def _environment() -> dict[str, str]:
-    """The environment of a scorer's process: what programs need here, and what is meant for scorers. The rest has
-    tokens, passwords and addresses of databases in it, under whatever names."""
+    """The environment of a scorer's process: the variables that programs need here, and those meant for scorers. Others
+    contain tokens, passwords and addresses of databases, under any name."""
     kept = {name: text for name, text in os.environ.items() if name in _INHERITED or name.startswith(_INHERITED_OF)}
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 

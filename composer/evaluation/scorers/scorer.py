@@ -1,4 +1,4 @@
-"""What scores an answer: one of Adaptory's scorers, or one by entry point that the operator has enabled."""
+"""Scorers of answers: Adaptory's own, and those by entry point that the operator has enabled."""
 
 import unicodedata
 from collections.abc import Callable, Collection, Mapping
@@ -43,7 +43,7 @@ LIMIT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class PythonScorers:
-    """The Python scorers that the operator has enabled, and the seconds that one may take for an example."""
+    """The Python scorers that the operator has enabled, and the seconds allowed for each example."""
 
     names: Collection[str] = ()
     limit_s: float = LIMIT_S
@@ -56,8 +56,8 @@ class Scorer(Protocol):
     """Scores one answer after the other."""
 
     def __call__(self, answer: str, example: Example) -> float:
-        """From 0, wrong, to 1, right. The same answer has the same score. Whatever the answer is, the call ends within
-        bounds of the scorer's own, raises nothing, and changes nothing outside."""
+        """The score from 0, wrong, to 1, right. The same answer has the same score. For any answer the call ends within
+        the scorer's own bounds, raises nothing, and has no side effects."""
         ...
 
 
@@ -87,7 +87,7 @@ BUILT_IN: Mapping[str, Callable[[dict[str, Any]], Scorer]] = {
 
 def scorer_named(chosen: ScorerChoice, enabled: Collection[str]) -> Scorer:
     """The scorer of that name, in this process. Raises NotSupported for a Python scorer that is not `enabled` or not
-    installed, and InvalidFile for settings that it does not take."""
+    installed, and InvalidFile for settings that it does not accept."""
     if chosen.name in BUILT_IN:
         return BUILT_IN[chosen.name](chosen.settings)
     make: Callable[..., Scorer] = installed_scorers(chosen.name, enabled)[chosen.name].load()
@@ -98,7 +98,7 @@ def scorer_named(chosen: ScorerChoice, enabled: Collection[str]) -> Scorer:
 
 
 def settings_refused(name: str, why: str) -> InvalidFile:
-    return InvalidFile("scorer_settings", f"The scorer {name} does not take these settings: {why}", subject=name)
+    return InvalidFile("scorer_settings", f"The scorer {name} does not accept these settings: {why}", subject=name)
 
 
 def installed_scorers(name: str, enabled: Collection[str]) -> EntryPoints:
@@ -122,8 +122,8 @@ def installed_scorers(name: str, enabled: Collection[str]) -> EntryPoints:
 
 
 def package_of(chosen: ScorerChoice | None) -> str:
-    """The installed package of a Python scorer, with its version: another one may give other scores. Empty for one of
-    Adaptory's, and for one that is not installed."""
+    """The installed package of a Python scorer, with its version: another package may score differently. Empty for one
+    of Adaptory's, and for one that is not installed."""
     if chosen is None or chosen.name in BUILT_IN:
         return ""
     packages = [one.dist for one in entry_points(group=GROUP, name=chosen.name) if one.dist is not None]
@@ -141,7 +141,7 @@ def checked_score(
         late = named(error.example or example)
         raise NotSupported(
             "scorer_timeout",
-            f"The scorer {name} was ended: it gave {late} no score within {error.limit_s:g} s.",
+            f"The scorer {name} was ended: it returned {late} no score within {error.limit_s:g} s.",
             subject=name,
         ) from error
     except ScorerFailure as error:

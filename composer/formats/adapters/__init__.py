@@ -1,1 +1,1 @@
-"""Adapters of every layout: what they are, what they fit, which servers load them."""
+"""Adapters of every layout: their facts, their fit to a base, and the servers that load them."""

@@ -1,4 +1,4 @@
-"""What changed between two adapters, module by module, from their factors alone. No torch.
+"""Compares two adapters, module by module, from their factors alone. No torch.
 
 With D the old delta of a module and D' the new one, a = <D, D'> / |D|^2 and E = D' - a D (the part of D'
 orthogonal to D), the change D' - D = (a - 1) D + E has orthogonal parts, and its energy is split into
@@ -192,7 +192,7 @@ def _of_tensors(old: _Side | None, new: _Side | None) -> EnergyChange:
 
 
 def _split(old: float, new: float, inner: float, difference: float) -> EnergyChange:
-    """The energies of D and D', <D, D'> and |D' - D|^2, with what was gained and lost."""
+    """The energies of D and D', <D, D'> and |D' - D|^2, with the energy gained and lost."""
     along = inner / old if old else 1.0
     rescaled = (along - 1) ** 2 * old
     beside = max(difference - rescaled, 0.0)

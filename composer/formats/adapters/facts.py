@@ -123,7 +123,7 @@ def read_adapter(path: Path) -> Adapter:
 
 
 def _refuse_unopened(path: Path) -> None:
-    """Opens the file with safetensors' own reader, as everybody else does; the header is already checked."""
+    """Opens the file with safetensors' own reader, as other programs do; the header is already checked."""
     try:
         with safe_open(path, framework="numpy"):
             pass

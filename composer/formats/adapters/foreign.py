@@ -35,7 +35,7 @@ from composer.formats.untrusted import printable
 
 _MLX_SCALE = 20.0
 _METADATA = "lora_adapter_metadata"
-# Suffix of a key -> part of a module; the parts have PEFT's orientation but for mlx, whose are transposed.
+# Suffix of a key -> part of a module; the parts have PEFT's orientation, except for mlx, whose parts are transposed.
 _PARTS = {
     KOHYA: {
         ".lora_down.weight": "A", ".lora_up.weight": "B", ".lora_A.weight": "A", ".lora_B.weight": "B",
@@ -49,7 +49,7 @@ _PARTS = {
     },
     MLX: {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"},
 }  # fmt: skip
-# MLX calls an expert's own tensors alike in every model, where some checkpoints have Mixtral's names.
+# MLX uses the same names for an expert's tensors in every model, where some checkpoints have Mixtral's names.
 _MLX_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 # Known parts, and why they are not converted.
 _PARTS_REFUSED = {
@@ -231,7 +231,7 @@ def _scale_of(
             raise InvalidFile("bad_config", message, subject=_METADATA, next_step=next_step)
     config, rank = configs[component], next(iter(header.tensors[parts["A"]].shape), 0)
     if rank == 0 or ("r" in config.raw and config.rank_for(module) != rank):
-        message = f"{raw} has the rank {rank}; {_METADATA} says {config.rank_for(module)}."
+        message = f"{raw} has the rank {rank}; {_METADATA} states {config.rank_for(module)}."
         raise InvalidFile("rank_mismatch", message, subject=raw)
     return config.alpha_for(module) / (sqrt(rank) if config.use_rslora else rank)
 

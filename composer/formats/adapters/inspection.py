@@ -29,7 +29,7 @@ class Inspection:
 
 def inspect(directory: Path, architecture: Architecture | None) -> Inspection:
     """Inspects an adapter: before a push, in the registry that receives it, and for `adaptory inspect`. Without an
-    architecture the fit is not checked. Raises InvalidFile and NotSupported for what cannot be read."""
+    architecture the fit is not checked. Raises InvalidFile and NotSupported for an unreadable one."""
     adapter = facts.read_adapter(directory)
     placed = place(adapter.config, adapter.header, architecture, adapter.name)
     summary = facts.facts(adapter.config, adapter.header, placed)
@@ -40,6 +40,6 @@ def inspect_foreign(path: Path, architecture: Architecture | None) -> tuple[Adap
     """The facts and findings of an adapter in another layout that `convert` reads. Without an architecture the modules
     keep the file's names. Raises what `read_foreign` raises."""
     foreign = read_foreign(path, architecture)
-    message = f"It is in the layout of {foreign.layout}; `adaptory convert` makes PEFT's of it."
+    message = f"It is in the layout of {foreign.layout}; `adaptory convert` converts it to PEFT's."
     findings = [Finding("another_layout", Severity.NOTICE, foreign.weights_path.name, message)]
     return foreign_facts(foreign), [*findings, *facts.health(foreign.weights_path, foreign.header)]

@@ -1,4 +1,4 @@
-"""Which layout an adapter directory or file has, by its names and keys: PEFT's, or another that `convert` reads or
+"""Detects the layout of an adapter directory or file, by its names and keys: PEFT's, or another that `convert` reads or
 refuses. No torch.
 
 kohya        `lora_te_…lora_down.weight`, `.lora_up.weight`, `.alpha`; LyCORIS' `hada_*` and `lokr_*` beside it
@@ -101,7 +101,7 @@ def _is_kohya(keys: Iterable[str]) -> bool:
 
 
 def _of_file(path: Path) -> Recognised:
-    if path.suffix in (".nemo", ".gguf"):  # whatever is in it: no loader looks for weights under these names
+    if path.suffix in (".nemo", ".gguf"):  # regardless of content: no loader looks for weights under these names
         return Recognised(path.suffix[1:])
     if re.fullmatch(r"adapter_.*\.pt", path.name):
         return Recognised("torchtune")

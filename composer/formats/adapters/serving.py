@@ -1,7 +1,6 @@
-"""Which servers load an adapter unchanged, why not, and the fix: from the servers' sources.
-
-What does not depend on a server's start options is computed once (`judge`) and can be kept: a bit for each server and
-the reasons of those that refuse. `loads` then combines it with a server's rank limit.
+"""The servers that load an adapter unchanged, with reasons and fixes for the others, from the servers' sources. What
+does not depend on a server's start options is computed once (`judge`) and can be kept: a bit for each server and the
+reasons of those that refuse. `loads` then combines it with a server's rank limit.
 """
 
 from collections.abc import Mapping
@@ -46,7 +45,7 @@ class ServerProfile:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Whether this server loads the adapter and serves what was trained. `way_out` has a fix for each reason that has
+    """Whether this server loads the adapter and serves it as trained. `way_out` has a fix for each reason that has
     one."""
 
     profile: str
@@ -63,7 +62,7 @@ def parse_profile(text: str) -> ServerProfile:
     NotSupported for any other, and for a max_lora_rank that vLLM does not accept."""
     server, colon, limit = text.partition(":")
     if server not in SERVERS or (colon and server != "vllm"):
-        message = f"There is no profile {text[:80]!r}."
+        message = f"Unknown profile {text[:80]!r}."
         raise NotSupported(
             "unknown_profile", message, subject=text[:80], next_step=f"Use one of {', '.join(PROFILES)}."
         )

@@ -1,4 +1,5 @@
-"""How much of an adapter's ranks is used: the singular values of every delta, from its factors alone. No torch.
+"""Measures how much of an adapter's ranks is used: the singular values of every delta, from its factors alone. No
+torch.
 
 Delta = s B A has the singular values of s B_half A_half^T, where the halves are square roots of the R x R Gram matrices
 of the factors; the O x I product is never formed. Per module: the effective rank exp(H(p)) with p = sigma / sum(sigma)
@@ -20,7 +21,7 @@ from composer.formats.adapters.placement.result import PlacedModule, PlacementRe
 from composer.formats.checkpoints.numeric import Float64
 
 NEAR_ZERO = 0.01
-"""A module whose entries are below this share of the adapter's root mean square adds next to nothing."""
+"""A module whose entries are below this share of the adapter's root mean square adds practically nothing."""
 MAX_RANK = 512
 MAX_MODULES = 20_000
 """Per-module rows beyond this number are not kept; the summary still counts them."""

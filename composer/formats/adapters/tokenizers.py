@@ -1,7 +1,7 @@
 """Tokenizers and chat templates that adapters bring: the one that a combination or a merged model needs.
 
-Trainers save the tokenizer beside the adapter, mostly the base's own. Where it has other tokens or another template,
-the adapter was trained with them, and cannot be used without them.
+Trainers save the tokenizer beside the adapter, mostly the base's own. If it has other tokens or another template, the
+adapter was trained with them, and cannot be used without them.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ TOKENIZER_FILES = (*VOCABULARY_FILES, CONFIG_FILE, "special_tokens_map.json", TE
 class Tokenizer:
     """The tokenizer beside an adapter or a base, with a `name` for messages: the paths of its files by name, the ids of
     its tokens, and its chat template, empty if it has none. `tokens` is None without a file that lists them, and
-    `digest` is of what cannot be read that way."""
+    `digest` covers files that cannot be read that way."""
 
     name: str
     files: Mapping[str, Path]
@@ -49,7 +49,7 @@ _NONE = Tokenizer("", {}, None, "", "")
 
 @dataclass(frozen=True, slots=True)
 class ChosenTokenizer:
-    """Whose vocabulary and whose template a result has; None for the base's. `loses_template`: the base's, or another
+    """The owners of a result's vocabulary and template; None for the base's. `loses_template`: the base's, or another
     adapter's, lies in a file that the vocabulary's owner has too."""
 
     vocabulary: Tokenizer | None = None
@@ -80,8 +80,8 @@ class ChosenTokenizer:
 
 
 def read_tokenizer(directory: Path, name: str = "") -> Tokenizer:
-    """The tokenizer in the directory of a checkpoint or an adapter. Files that are not what their names say count by
-    their bytes."""
+    """The tokenizer in the directory of a checkpoint or an adapter. Files whose content does not fit their name are
+    compared by their bytes."""
     there = set(side_files(directory))
     files = {file: contained(directory, file) for file in TOKENIZER_FILES if file in there}
     content = _json(files.get("tokenizer.json"))
@@ -97,7 +97,7 @@ def chosen_tokenizer(base: Path | None, adapters: Sequence[tuple[str, Path]]) ->
     """The tokenizer that a result of these adapters needs, each with its name and directory. Without a base, that of
     the adapters.
 
-    Takes the vocabulary of the adapter whose tokens extend those of all others, and the template that the adapters
+    Chooses the vocabulary of the adapter whose tokens extend those of all others, and the template that the adapters
     have. Raises Mismatch naming two adapters that differ otherwise: one model has one tokenizer.
     """
     own = _NONE if base is None else read_tokenizer(base)

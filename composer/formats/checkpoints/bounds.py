@@ -1,4 +1,4 @@
-"""A model's configuration against the tensors beside it: what it makes transformers build must be there."""
+"""Checks a model's configuration against the tensors beside it: everything that transformers would build must exist."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ _SIZES = frozenset({
 _TOKENIZER = "tokenizer.json"
 _GROWTH = 1_000
 _PACKING = 64
-"""How many elements a quantized tensor may keep in one of its own."""
+"""The number of elements that a quantized tensor may pack into one."""
 
 
 def refuse_larger_than_its_tensors(checkpoint: Checkpoint) -> None:
@@ -49,15 +49,15 @@ def refuse_larger_than_its_tensors(checkpoint: Checkpoint) -> None:
 
 
 def refuse_growing_text(directory: Path) -> None:
-    """Raises InvalidFile if the tokenizer beside a model replaces texts by longer ones again and again: thirty steps
-    that double it make gigabytes of a line, in one call that nothing can stop."""
+    """Raises InvalidFile if the tokenizer beside a model repeatedly replaces texts by longer ones: thirty doublings
+    turn a line into gigabytes, in one call that cannot be interrupted."""
     path = directory / _TOKENIZER
     if not path.is_file():
         return
     try:
         content: object = json.loads(read_bytes(contained(directory, _TOKENIZER), MAX_JSON_BYTES))
     except (ValueError, RecursionError):
-        return  # transformers says what is wrong with it
+        return  # transformers reports the error in it
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if isinstance(content, dict) and _growth(cast("dict[str, object]", content).get(part)) > _GROWTH:
             raise InvalidFile(
@@ -84,7 +84,7 @@ def _growth(part: object) -> float:
 
 
 def _numbers(value: object, field: str) -> Iterator[tuple[str, int | float]]:
-    """All numbers by the dotted path of their field; those in a list by that of the list."""
+    """All numbers by the dotted path of their field; numbers in a list by the path of the list."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         yield field, value
     elif isinstance(value, Mapping):

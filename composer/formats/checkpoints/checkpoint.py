@@ -25,7 +25,7 @@ from composer.formats.untrusted import LONE_SURROGATE, has_more_values, printabl
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DEQUANTIZE = "or let `adaptory merge --dequantize` take this one as the values that it stands for"
+DEQUANTIZE = "or use `adaptory merge --dequantize`, which decodes this one"
 """The fix for a base that can be decoded."""
 MAX_JSON_BYTES = 100_000_000
 _JSON_VALUES = 1_000_000  # an index of as many tensors
@@ -36,7 +36,7 @@ _FP8_FORMATS = (None, "float-quantized")  # of compressed-tensors: the others pa
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Everything that the check of an adapter needs to know about a base: no weights, so a registry can keep it.
+    """Everything about a base that checking an adapter requires: no weights, so a registry can store it.
 
     `tied`: the output head shares the input embedding's tensor, or is stored again with the same bytes, so that loading
     makes them one. `tensors` are named as on disk.
@@ -77,8 +77,8 @@ class Checkpoint:
 
     @cached_property
     def own_head(self) -> str | None:
-        """The head whose bytes differ from the embedding's although the config says that they are tied: loading
-        believes the file, and so does this. None if the config is right."""
+        """The head whose bytes differ from the embedding's although the config says that they are tied: loading trusts
+        the file, and so does this. None if the config is right."""
         heads, embeddings = head_tensors(self._shard_by_tensor), embedding_tensors(self._shard_by_tensor)
         if len(heads) != 1 or len(embeddings) != 1 or not said_tied(self.config, self._shard_by_tensor):
             return None

@@ -103,7 +103,7 @@ def _check_sizes(packed: Nf4, known: set[str], locate: Locate) -> None:
         else:  # the bytes, whatever dtype they are stored as (bnb_4bit_quant_storage)
             fits = entry.dtype in _STORAGE and entry.size_bytes == -(-values // 2)
         if not fits:
-            raise _bad(packed.name, f"{tensor} does not have the size that its quantization state says")
+            raise _bad(packed.name, f"{tensor} does not have the size that its quantization state requires")
 
 
 def _positive(stated: Mapping[str, Any], name: str) -> bool:

@@ -1,7 +1,7 @@
 """Scores that a release's files report: the `model-index` of a model card, and Hugging Face's `.eval_results/*.yaml`.
 
-The files are untrusted and the scores are somebody's word. What cannot be used is a finding with one clear sentence,
-never an error: no release should fail because of its README.
+The files are untrusted and the scores are claims. An unusable part is a finding, never an error: no release should fail
+because of its README.
 """
 
 import re

@@ -47,7 +47,7 @@ def staged_directory(out_dir: Path, size_bytes: int, key: str | None = None) -> 
 
     `key` identifies the content: a block that was killed or interrupted leaves its directory, and the next one with the
     same key gets it back, with everything in it. Such directories of other keys are removed, unless in use. Keys have
-    12 hexadecimal digits: a directory with another name beside `out_dir` belongs to somebody else.
+    12 hexadecimal digits: a directory with another name beside `out_dir` is not ours.
     """
     refuse_existing(out_dir)
     parent = out_dir.absolute().parent
@@ -94,7 +94,7 @@ def _held(staging: Path, out_dir: Path) -> Generator[None]:
     dies.
     """
     try:
-        if staging.is_symlink():  # its target belongs to somebody else
+        if staging.is_symlink():  # its target is not ours
             raise FileExistsError(errno.EEXIST, "a link has the name of the staging directory", str(staging))
         staging.mkdir(exist_ok=True)
     except OSError as error:
@@ -126,7 +126,7 @@ def _locked(handle: int) -> bool:
 
 
 def _remove_abandoned(out_dir: Path, staging: Path) -> None:
-    """Staging directories for the same output that a killed process left: nobody holds their lock any more."""
+    """Removes staging directories that a killed process left for the same output: their locks are free."""
     ours = re.compile(re.escape(f"{out_dir.name}{_STAGING}") + _KEY)
     for other in staging.parent.iterdir():
         if other == staging or not ours.fullmatch(other.name) or other.is_symlink() or not other.is_dir():

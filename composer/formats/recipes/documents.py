@@ -102,8 +102,8 @@ def refuse_unknown(document: object, names: list[str]) -> object:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParsedBy:
-    """Annotates a field that is parsed by `read`, also from a command line's text. `read` raises ValueError, saying
-    what the value must be. `schema` is what an editor suggests."""
+    """Annotates a field that is parsed by `read`, also from a command line's text. `read` raises ValueError with a
+    description of valid values. `schema` is what an editor suggests."""
 
     read: Callable[[object], object]
     schema: dict[str, Any]
@@ -129,8 +129,8 @@ def one_of(*words: str | None) -> ParsedBy:
 
 @dataclass(frozen=True, slots=True)
 class DocumentProblem:
-    """The first error in a document: where, why and, if known, what to do. `value` is the wrong value, and `expected`
-    what it must be, if that is the entire problem."""
+    """The first error in a document: position, reason and, if known, a next step. `value` is the wrong value, and
+    `expected` describes a valid one, if that is the entire problem."""
 
     loc: Loc
     why: str

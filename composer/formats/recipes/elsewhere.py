@@ -1,5 +1,5 @@
-"""Contents of suites whose examples are not here: a task of an evaluation harness, and a benchmark that somebody
-reports a score of. No model can be run on them by what they say; they tell scores on one content from scores on others.
+"""Contents of suites whose examples the registry does not have: a task of an evaluation harness, and a benchmark of
+reported scores. Models cannot be run on them here; they distinguish scores on one content from scores on others.
 """
 
 import hashlib

@@ -118,7 +118,7 @@ class MethodSettings(Document):
     pipeline: ClassVar[Pipeline]
 
     factor: Factor = Field(1.0, alias="lambda", description="Multiplies the result.")
-    tied: Tied = Field("auto", description="What becomes of a tensor that is both output head and input embedding.")
+    tied: Tied = Field("auto", description="The treatment of a tensor that is both output head and input embedding.")
     replacements: Literal["refuse", "delta"] = Field(
         "refuse", description="Whether tensors that an adapter saves in full are refused where they cannot be copied."
     )
@@ -203,7 +203,7 @@ class Linear(Sum):
 
 
 class Restoring(MethodSettings):
-    restore: Literal["merged", "each", "none"] = Field("merged", description="Whose norm is restored.")
+    restore: Literal["merged", "each", "none"] = Field("merged", description="The reference whose norm is restored.")
 
 
 class Gauged(MethodSettings):
@@ -224,12 +224,14 @@ class Ctm(MethodSettings):
     ctm_rank: Rank | None = Field(
         None, description="The rank of the bases; if not set, the rank, or the highest of the inputs."
     )
-    beta: BelowOne = Field(0.0, description="How much a delta's size counts in the choice of the bases.")
+    beta: BelowOne = Field(0.0, description="The influence of a delta's size on the choice of the bases.")
 
 
 class Magnitude(MethodSettings):
     density: Share = Field(0.2, description="The share of the entries that is kept.")
-    scope: Literal["tensor", "model"] = Field("tensor", description="Where the largest entries are chosen from.")
+    scope: Literal["tensor", "model"] = Field(
+        "tensor", description="The scope from which the largest entries are chosen."
+    )
 
 
 class Dare(MethodSettings):
@@ -239,7 +241,9 @@ class Dare(MethodSettings):
 
 class Della(MethodSettings):
     density: Share = Field(0.5, description="The mean probability with which an entry is kept.")
-    epsilon: BelowOne = Field(0.15, description="How far the probabilities lie from the mean.", validate_default=True)
+    epsilon: BelowOne = Field(
+        0.15, description="The spread of the probabilities around the mean.", validate_default=True
+    )
     seed: Seed = 0
 
     @field_validator("epsilon")
@@ -261,8 +265,10 @@ class Sce(MethodSettings):
 
 
 class Elect(MethodSettings):
-    vote: Literal["plain", "weighted", "count"] = Field("plain", description="How an entry's sign is elected.")
-    divide: Literal["count", "weights", "none"] = Field("count", description="What the kept entries are divided by.")
+    vote: Literal["plain", "weighted", "count"] = Field(
+        "plain", description="The way in which an entry's sign is elected."
+    )
+    divide: Literal["count", "weights", "none"] = Field("count", description="The divisor of the kept entries.")
 
 
 class _Fit(MethodSettings):
@@ -373,7 +379,7 @@ def parse_settings(method: str, settings: Mapping[str, object] | None = None) ->
     if method not in PIPELINES:
         raise NotSupported(
             "unknown_method",
-            f"There is no method {printable(method)}.",
+            f"Unknown method {printable(method)}.",
             subject=method,
             next_step=f"Use one of {METHOD_NAMES}.",
         )

@@ -1,4 +1,4 @@
-"""Policies: which findings matter, and their thresholds. YAML that a team keeps beside its recipes."""
+"""Policies: the severity of findings, and their thresholds. YAML that a team keeps beside its recipes."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace

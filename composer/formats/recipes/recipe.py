@@ -5,7 +5,7 @@ inputs:
   - {adapter: acme/sql-migration@prod, weight: 1.0, suite: sql-exact}   # or prompts: [...], for a fit
   - adapter: acme/support-macros:^1.0
     weight: 0.7
-    rules: [{layers: 0-9, modules: mlp.*, weight: 0.3}]   # other weights in places: the first rule that holds
+    rules: [{layers: 0-9, modules: mlp.*, weight: 0.3}]   # other weights in places: the first matching rule
 method: ties                         # any of docs/methods/index.md; may be left out with `optimize`
 settings: {density: 0.4, rank: 32}   # of the method; tied: auto | untie | shared | refuse
 adapter: acme/assistant:1.0.0        # the combined adapter's release
@@ -66,11 +66,11 @@ class RecipeInput(Document):
 
     adapter: str = Field(description="A release: NAMESPACE/NAME:VERSION, or @CHANNEL.")
     weight: Factor = 1.0
-    suite: str | None = Field(None, description="The target suite that says what the adapter is for.")
-    rules: Rules = Field((), description="Other weights in some layers or modules: the first rule that holds counts.")
+    suite: str | None = Field(None, description="The target suite, which defines the adapter's purpose.")
+    rules: Rules = Field((), description="Other weights in some layers or modules: the first matching rule applies.")
     prompts: Annotated[
         tuple[Annotated[str, AfterValidator(_refuse_blank)], ...], Field(max_length=MAX_PROMPTS), LISTED
-    ] = Field((), description="What a fitted method is fitted on, instead of the suite.")
+    ] = Field((), description="The examples for a fitted method, instead of the suite.")
 
 
 class _RoundingDocument(Document):
@@ -108,12 +108,12 @@ def _settings(value: object, info: ValidationInfo) -> object:
 
 def _method(value: object) -> str:
     if not isinstance(value, str) or value not in PIPELINES:
-        raise RefusedValues(f"there is no method {printable(value)}")
+        raise RefusedValues(f"unknown method {printable(value)}")
     return value
 
 
 class Optimize(Document):
-    """How method, settings and weights are searched for, on examples of the inputs' suites."""
+    """The search for method, settings and weights, on examples of the inputs' suites."""
 
     search: Annotated[int, Field(ge=2, le=MAX_PROBE)] = Field(
         SEARCH, description="Examples of each suite that the search sees. No gate is judged on them."

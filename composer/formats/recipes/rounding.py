@@ -36,7 +36,7 @@ class Rounding:
 def parse_rounding(mode: str, seed: int = 0) -> Rounding:
     """Parses a rounding. Raises NotSupported for an unknown mode or a seed that is not a 64-bit number."""
     if mode not in list(Mode):
-        message = f"There is no rounding {printable(mode)}."
+        message = f"Unknown rounding {printable(mode)}."
         raise NotSupported("rounding", message, subject=mode, next_step=f"Use one of {', '.join(Mode)}.")
     if not 0 <= seed < 2**64:
         raise NotSupported("seed", f"{seed} is not a seed.", subject=str(seed))

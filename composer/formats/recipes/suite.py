@@ -60,7 +60,8 @@ LEAST_COST = 0.005
 
 
 def guard_cost(loss: float, base: float) -> str:
-    """Describes a model's loss on a guard beside the base's on the same content, both in nats a token: `costs 3.3 nats
+    """Describes a model's loss on a guard relative to the base's on the same content, both in nats per token: `costs
+    3.3 nats
     of general ability (base 0.78)`."""
     cost = loss - base
     rounded = f"{cost:.1f}" if cost >= 1 else f"{cost:.2f}"
@@ -115,9 +116,10 @@ class Example:
 class Suite(Document):
     """A named set of examples. Two suites are the same version exactly if their `digest` is the same.
 
-    With `ends` the end-of-sequence token after each completion is scored too. `metrics` says of each whether a higher
-    or a lower value is better. The digest excludes it: it affects how scores are read, not how they are measured, so a
-    correction keeps them. It excludes `version`, the label of a digest, and every field that has its default.
+    With `ends` the end-of-sequence token after each completion is scored too. `metrics` states for each whether a
+    higher or a lower value is better. The digest excludes it: it affects how scores are read, not how they are
+    measured, so a correction keeps them. It excludes `version`, the label of a digest, and every field that has its
+    default.
     """
 
     name: Name
@@ -131,7 +133,7 @@ class Suite(Document):
         default_factory=dict[Metric, Better],
         description="The better direction of metrics that `adaptory eval` does not measure.",
     )
-    task: Task = Field(TEACHER_FORCED, description="What is asked: a loss, a generated answer, or a choice.")
+    task: Task = Field(TEACHER_FORCED, description="The kind of task: a loss, a generated answer, or a choice.")
     generation: Generation = Field(default=Generation(), description="Settings of `task: generation`.")
     scorer: ScorerField | None = Field(None, description="match, json, likelihood, or a Python entry point.")
 
@@ -232,7 +234,7 @@ def _misfit(task: Task, example: Example) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Contradiction:
-    """Two suites, by name, that share `shared` prompts and want other completions for `different` of them, which is
+    """Two suites, by name, that share `shared` prompts and have other completions for `different` of them, which is
     `share` of the smaller one's prompts."""
 
     a: str
@@ -243,7 +245,7 @@ class Contradiction:
 
 
 def contradicting_suites(suites: Mapping[str, Suite]) -> list[Contradiction]:
-    """Every pair of suites that wants different completions for the same prompt: one model cannot give both. A prompt
+    """Every pair of suites that has different completions for the same prompt: one model cannot produce both. A prompt
     that a suite has twice is contradicted if no completion is in both suites."""
     wanted = {name: _completions(suite) for name, suite in suites.items()}
     contradictions: list[Contradiction] = []

@@ -1,4 +1,4 @@
-"""Tasks of a suite: what a model does with an example, and how the answer is scored.
+"""Tasks of a suite: the use of an example, and the scoring of the answer.
 
 teacher_forced     the completion's loss, and whether greedy decoding reproduces it; nothing is generated
 generation         an answer is generated, and a scorer compares it with the completion
@@ -43,7 +43,7 @@ class Generation(Document):
 
 
 class MatchSettings(Document):
-    """What `match` compares beside the words of a text."""
+    """What `match` compares besides the words of a text."""
 
     case: bool = Field(default=False, description="Whether upper and lower case differ.")
     punctuation: bool = Field(default=True, description="Whether punctuation counts.")
@@ -58,7 +58,7 @@ class LikelihoodSettings(Document):
 
     per: Literal["choice", "token", "character"] = Field(
         default="choice",
-        description="What a choice's log-likelihood is divided by; long choices have less.",
+        description="The divisor of a choice's log-likelihood; long choices have less.",
     )
 
 

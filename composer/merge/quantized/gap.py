@@ -62,7 +62,7 @@ def _evidence(adapter: LoadedAdapter) -> str:
     except InvalidFile:  # a README should not make a merge fail
         return ""
     if _LOADED_IN_FOUR_BITS.search(card):
-        return f"its {CARD_FILE} says load_in_4bit"
+        return f"its {CARD_FILE} states load_in_4bit"
     if _IN_FOUR_BITS.search(named := stated.get("base_model", "")):
         return f"its {CARD_FILE} names {named[:80]}"
     return f"its {CARD_FILE} has the tag qlora" if "qlora" in map(str.lower, stated.get("tags", ())) else ""

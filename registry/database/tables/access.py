@@ -10,11 +10,12 @@ from registry.database.engine import Row, UtcDateTime
 
 
 class Namespace(Row):
-    """The unit of permission. `signing_keys` are the public keys (PEM) that releases must be signed with, if any.
-    `signature_covers` is what a required signature must cover: the `release`, or its `files` alone. `main` says what
-    hub clients get as `main`: a `release` or the last `commit`; None is the default. `max_bytes` and `max_releases` are
-    its quota, None without one. After `keep_yanked_days` and `keep_prerelease_days` the files of
-    yanked releases and of pre-releases go; None keeps them."""
+    """The unit of permission. Releases must be signed by one of `signing_keys` (public keys, PEM), if any.
+    `signature_covers` is the required extent of a signature: the `release`, or its `files` alone. `main` determines
+    what hub clients get as `main`: a `release` or the last `commit`; None is the default. `max_bytes` and
+    `max_releases` are
+    its quota, None without one. After `keep_yanked_days` and `keep_prerelease_days` the files of yanked releases and of
+    pre-releases are removed; None keeps them."""
 
     __tablename__ = "namespaces"
 
@@ -43,7 +44,7 @@ class Member(Row):
 
 
 class KeptAnswer(Row):
-    """The stored answer to a request that came with an idempotency key. `request` is the sha256 of its content."""
+    """The stored answer to a request with an idempotency key. `request` is the sha256 of its content."""
 
     __tablename__ = "kept_answers"
 
@@ -57,11 +58,11 @@ class KeptAnswer(Row):
 class Token(Row):
     """A secret that acts for a user, kept as its sha256. `scope` maps namespaces, or `*`, to its highest role there.
 
-    A token of a trusted publisher (`publisher_id`) has no user's roles: `scope` is what it may do, as long as the rule
+    A token of a trusted publisher (`publisher_id`) has no user's roles: its `scope` are its rights, as long as the rule
     exists. `last_used_at` is exact to the hour.
 
-    A browser session (`session`) is valid on pages alone. `parent_id` is the token that it was begun with, which it
-    does not outlive; without one it was begun by an OpenID provider. Its user then has, besides the own roles,
+    A browser session (`session`) is valid on pages alone. `parent_id` is the token that began the session, which it
+    does not outlive; without one, an OpenID provider began it. Its user then has, besides their own roles,
     `session_roles`, which map namespaces to roles.
     """
 
@@ -84,7 +85,8 @@ class Token(Row):
 
 
 class ProviderUser(Row):
-    """A user who signs in by an OpenID provider, which knows the person as `subject`, under whatever name."""
+    """A user who signs in through an OpenID provider, which identifies the person by `subject`; the provider's name may
+    change."""
 
     __tablename__ = "provider_users"
     __table_args__ = (UniqueConstraint("issuer", "subject"),)
@@ -97,10 +99,10 @@ class ProviderUser(Row):
 class TrustedPublisher(Row):
     """A rule: jobs of this project and workflow, at this ref and in this environment, may publish in one repository.
 
-    The repository need not exist yet. `project_id` is the issuer's own number of the project, which another project
-    that later gets the same name does not have; the first exchange sets it. `workflow` is the file of its jobs; rules
-    of before migration 0022 have none, and allow any. Ids are random, so that no token of a removed rule belongs to a
-    later one.
+    The repository need not exist yet. `project_id` is the issuer's own number of the project, set by the first
+    exchange; another project that later gets the same name has a different one. `workflow` is the file of its jobs;
+    rules from before migration 0022 have none, and allow any. Ids are random, so that no token of a removed rule
+    belongs to a later one.
     """
 
     __tablename__ = "trusted_publishers"

@@ -21,10 +21,10 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.database.engine import Row, UtcDateTime
 
-Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only in an INTEGER key
+Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite generates ids only for an INTEGER key
 
 
-ByteOrdered = String(200).with_variant(String(200, collation="C"), "postgresql")  # a locale has an order of its own
+ByteOrdered = String(200).with_variant(String(200, collation="C"), "postgresql")  # a locale would have its own order
 
 
 def new_stamp() -> int:
@@ -116,8 +116,8 @@ class BlobHolder(Row):
 
 class Upload(Row):
     """An announced upload: by whom, for which namespace, and until when. `multipart_id` and `part_bytes` are set if the
-    store takes the file in parts. `permit_key` signs the addresses that LFS clients get, and leaves the database
-    never; an upload that has had none has no key."""
+    store takes the file in parts. `permit_key` signs the addresses that LFS clients get, and never leaves the database;
+    an upload without such addresses has no key."""
 
     __tablename__ = "uploads"
     __table_args__ = (UniqueConstraint("namespace", "sha256"),)
@@ -135,9 +135,9 @@ class Upload(Row):
 
 
 class XetUpload(Row):
-    """A push by a client with `hf_xet`: who may send what it consists of, to which repository, and until when. Its
-    token is stored as a hash; `token_id` is the user's, which it does not outlive. Xorbs whose chunks have `sent_bytes`
-    have arrived, and files of `made_bytes` were made of them."""
+    """A push by a client with `hf_xet`: its sender, its repository, and its expiry. Its
+    token is stored as a hash; `token_id` is the user's, which it does not outlive. `sent_bytes` is the size of the
+    chunks received in xorbs, `made_bytes` that of the files assembled from them."""
 
     __tablename__ = "xet_uploads"
 
@@ -171,7 +171,7 @@ class Revision(Row):
     __tablename__ = "revisions"
     __table_args__ = (
         UniqueConstraint("repository_id", "commit"),
-        # Partial in the database (WHERE barred, migration 0018). To say so here would import both dialects.
+        # Partial in the database (WHERE barred, migration 0018). Declaring it here would import both dialects.
         Index("ix_revisions_barred", "id"),
     )
 
@@ -271,10 +271,10 @@ class ReleaseWord(Row):
 class Release(Row):
     """A version given to a revision. The typed columns are facts that searches use; `facts` has the rest.
 
-    `provenance` records how it was trained, `spectrum` what its ranks are used for. `servers` has a bit for each server
+    `provenance` records how it was trained, `spectrum` how its ranks are used. `servers` has a bit for each server
     of `composer.formats.adapters.serving` that loads it whatever its rank, `loading` the reasons of those that do not.
     `breaking_reason` is set when a breaking change was let through; `signed_by` is the fingerprint of the signer's key,
-    `signature_covers` says whether it signed the `release` or its `files` alone, and `signed_as` whether a `publisher`
+    `signature_covers` tells whether it signed the `release` or its `files` alone, and `signed_as` whether a `publisher`
     or a `worker` did; None where no migration could tell. A deprecated release has a reason, and perhaps the name of
     its `successor`. `stamp` changes whenever its document changes: by a yank, by a score, or with its base."""
 
@@ -331,8 +331,8 @@ class Release(Row):
 
 
 class Signature(Row):
-    """A bundle that signs a release, made after it; one per key. A signature that came with the files is among them.
-    `signed_as` is `publisher` or `worker`, by who made it."""
+    """A bundle that signs a release, one per key; includes the signature that came with the files. `signed_as` is
+    `publisher` or `worker`."""
 
     __tablename__ = "signatures"
 

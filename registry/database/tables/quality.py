@@ -11,7 +11,7 @@ from registry.database.tables.catalog import ByteOrdered, Id, Release
 
 
 class Suite(Row):
-    """A suite is its content: a changed example makes another digest under the same name. The last one added is
+    """One content of a suite: a changed example results in another digest under the same name. The last one added is
     current. A `version` labels one content of its name."""
 
     __tablename__ = "suites"
@@ -35,8 +35,9 @@ class Suite(Row):
 
 
 class SuiteMetric(Row):
-    """The direction of a metric, for all versions of the suite of that name. Everybody may read one that is `stated` in
-    the suite's file. One that its author's score has fixed is for those who may read a score of the metric."""
+    """The direction of a metric, for all versions of the suite of that name. Everyone may read a direction `stated` in
+    the suite's file. A direction fixed by the author's score is visible only to users who may read a score of the
+    metric."""
 
     __tablename__ = "suite_metrics"
 
@@ -51,8 +52,8 @@ class SuiteMetric(Row):
 class Score(Row):
     """One metric of one suite for one release or one base. A new measurement replaces it, and the audit log keeps both.
     `traits_id` is the release's: servers before 0.2 read it and its index, which can go once no server does.
-    `results_sha256` is the blob with the results of each example, if these were recorded. `reported` scores are
-    somebody's word: they were not measured on the suite by an evaluation, and their `n` is 0 if it is not known.
+    `results_sha256` is the blob with the results of each example, if these were recorded. `reported` scores are claims:
+    no evaluation measured them on the suite, and their `n` is 0 if unknown.
     `source` is the harness that measured it, with its version, or the file that reports it."""
 
     __tablename__ = "scores"
@@ -60,7 +61,7 @@ class Score(Row):
         UniqueConstraint("release_id", "suite_id", "metric"),
         UniqueConstraint("base_digest", "suite_id", "metric"),
         Index("ix_scores_of_release", "release_id", "suite_id", "metric", "value"),
-        # The best first, for releases with the same traits and for all.
+        # Best first, for releases with the same traits and for all.
         Index("ix_scores_traits_best", "suite_id", "metric", "traits_id", "value", "release_id"),
         Index("ix_scores_best", "suite_id", "metric", "value", "release_id"),
         Index("ix_scores_results", "results_sha256"),
@@ -80,7 +81,7 @@ class Score(Row):
     results_sha256: Mapped[str | None] = mapped_column(String(64))
     reported: Mapped[bool] = mapped_column(default=False, server_default=false())
     source: Mapped[str | None] = mapped_column(String(300))
-    provenance: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)  # read by nothing, and to be dropped
+    provenance: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)  # unused, to be dropped
     measured_at: Mapped[datetime] = mapped_column(UtcDateTime)
     measured_by: Mapped[str] = mapped_column(String(128))
     suite: Mapped[Suite] = relationship(lazy="joined", innerjoin=True)
@@ -135,8 +136,9 @@ class Move(Row):
 
 class Gate(Row):
     """The policy of one channel of one repository, in the form of `registry.formats.channel_policy`. `revision` counts
-    its changes. `rules` are its gate rules, for processes of before it; without a `policy`, they are all of it. `pins`
-    has what the rules ask, by suite: the `digest` of its content, and by metric whether `higher_is_better`."""
+    its changes. `rules` are its gate rules, for processes older than `policy`; without a `policy`, they are all of it.
+    `pins` has, by suite, what the rules were set on: the `digest` of its content, and by metric whether
+    `higher_is_better`."""
 
     __tablename__ = "gates"
 
@@ -153,7 +155,7 @@ class Promotion(Row):
 
     pending -> completed | refused | conflict | replaced | cancelled | expired. A channel has at most one that is
     pending. It completes only while the channel is at `expected_move` (0 for no move yet). `gates` is the last report;
-    `due_at` is when it is to be judged again by itself; `error` says why it ended without a move.
+    `due_at` is when it is next judged again; `error` tells why it ended without a move.
     """
 
     __tablename__ = "promotions"
@@ -190,9 +192,9 @@ class Promotion(Row):
 
 
 class Approval(Row):
-    """Somebody's approval of a release for one channel of its repository. `token_id` is None for a registry without
+    """An approval of a release for one channel of its repository. `token_id` is None for a registry without
     tokens. `after_move` is the channel's last move when it was given, 0 before the first: the next one to the release
-    spends it."""
+    uses the approval up."""
 
     __tablename__ = "approvals"
 

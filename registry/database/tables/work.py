@@ -11,8 +11,8 @@ from registry.database.tables.catalog import Id
 
 
 class AuditRow(Row):
-    """An act, written in the transaction that performed it: by whom, with which token, from where, why, and what it
-    changed. Admins of `namespace` may read the row; None belongs to the registry."""
+    """A recorded act, written in the transaction that performed it: actor, token, address, reason and changes. Admins
+    of `namespace` may read the row; None belongs to the registry."""
 
     __tablename__ = "audit"
     __table_args__ = (
@@ -70,8 +70,8 @@ class JobNeed(Row):
 
 
 class WorkerRow(Row):
-    """A worker process, as it last said: the kinds of jobs that it runs, which needs of unfinished jobs it meets, and
-    the memory of its device."""
+    """A worker process and its last announcement: the kinds of jobs that it runs, the needs of unfinished jobs that it
+    meets, and the memory of its device."""
 
     __tablename__ = "workers"
 
@@ -100,7 +100,7 @@ class Composition(Row):
 
 
 class ConflictCheck(Row):
-    """A conflict report from weights alone, kept under what it depends on: `key` is a sha256 of that. `lock` has the
+    """A conflict report from weights alone, `key` is a sha256 of everything that it depends on. `lock` has the
     inputs, `report` is null until the job is done."""
 
     __tablename__ = "conflict_checks"
@@ -140,7 +140,7 @@ class ReleaseInput(Row):
 
 
 class StoreFactsRow(Row):
-    """What a probe of a store found, by the version of the probe."""
+    """The facts found by probing a store, by the version of the probe."""
 
     __tablename__ = "store_facts"
 

@@ -18,8 +18,8 @@ from registry.formats.signatures import Covers, fingerprint
 
 MAX_SIGNING_KEYS = 20
 NEW_NAMESPACE_BYTES = "new_namespace_bytes"
-"""The key in `Session.info` of the quota that a namespace gets which this transaction creates: publishing, grants and
-commits all may create one."""
+"""The key in `Session.info` of the quota of a namespace created by this transaction: publishing, grants and commits all
+may create one."""
 Main = Literal["release", "commit"]
 
 
@@ -105,8 +105,8 @@ def list_page(session: Session, actor: Actor, *, after: str, limit: int) -> list
 
 
 def main_of(row: Namespace) -> Main:
-    """The meaning of `main` in its repositories: the newest release where signatures are required, else the last
-    commit, unless an admin has set it."""
+    """What `main` means in its repositories: the setting of an admin or, by default, the newest release where
+    signatures are required, else the last commit."""
     if row.main is None:
         return "release" if row.require_signature else "commit"
     return "release" if row.main == "release" else "commit"
@@ -167,7 +167,8 @@ def _settings(row: Namespace) -> Mapping[str, Any]:
 
 
 def _check_keys(keys: Sequence[str]) -> None:
-    """Raises Invalid for more than MAX_SIGNING_KEYS, and for one that cannot verify: it would refuse every push."""
+    """Raises Invalid for more than MAX_SIGNING_KEYS keys, and for a key that cannot verify signatures: it would refuse
+    every push."""
     if len(keys) > MAX_SIGNING_KEYS:
         raise Invalid("too_many_keys", f"A namespace has at most {MAX_SIGNING_KEYS} signing keys.")
     for key in keys:

@@ -1,5 +1,6 @@
-"""People whom an OpenID provider vouches for. The provider knows a person by a subject (`sub`) that never changes, and
-so does the registry from the first sign-in on: a name that it gives to somebody else later is not theirs."""
+"""People whom an OpenID provider vouches for. The provider identifies a person by a subject (`sub`) that never changes,
+and so does the registry from the first sign-in on: a name that the provider later gives to somebody else does not
+become theirs here."""
 
 from dataclasses import dataclass
 
@@ -24,10 +25,10 @@ class Person:
 
 
 def user_of(session: Session, person: Person) -> str:
-    """The person's user name here: that of the first sign-in, whatever name the provider has for it now.
+    """The person's user name here: that of the first sign-in, whatever the provider calls the person now.
 
     Raises Invalid for the reserved name, and NotAllowed for a name that belongs to another person of the provider, or
-    to a user who was here without it, until an admin links the two.
+    to a user who existed here before, until an admin links the two.
     """
     refuse_reserved(person.name)
     own = (ProviderUser.issuer == person.issuer) & (ProviderUser.subject == person.subject)
@@ -40,7 +41,7 @@ def user_of(session: Session, person: Person) -> str:
             return user
     raise NotAllowed(
         "name_taken",
-        f"The name {person.name} belongs to another user here; the provider's number of yours is {person.subject}.",
+        f"The name {person.name} belongs to another user here; the provider identifies you as {person.subject}.",
         subject=person.name,
         next_step=f"If both are you, ask an admin of the registry: `adaptory user link {person.name} "
         f"--subject {person.subject} --issuer {person.issuer}`.",
@@ -73,9 +74,8 @@ def link(session: Session, actor: Actor, person: Person) -> None:
 
 
 def _is_local(session: Session, name: str) -> bool:
-    """Whether the name was a user's before a provider's sign-in had it: it has a role or a token, or has acted.
-
-    Migration 0022 forgot nobody: who signed in before it, and was nobody before that, is the provider's.
+    """Whether the name belonged to a local user before any sign-in through a provider: it has a role or a token, or has
+    acted. Sign-ins before migration 0022 are known too: a user that began with one belongs to the provider.
     """
     signed_in = (AuditRow.actor == name) & (AuditRow.act == Act.SESSION_BEGIN) & AuditRow.token_id.is_(None)
     first = session.execute(select(AuditRow.id, AuditRow.at).where(signed_in).order_by(AuditRow.id).limit(1)).first()

@@ -1,7 +1,7 @@
 """Trusted publishers: rules by which a job of continuous integration gets a token for one repository, for an hour.
 
-The job proves who it is with an ID token of its issuer, which somebody else verifies. Rules are added by admins of the
-namespace, may precede their repository, and end their tokens when they are removed.
+The job proves its identity with an ID token of its issuer, which the caller has verified. Admins of the namespace add
+rules, also before the repository exists; removing a rule ends its tokens.
 """
 
 from collections.abc import Collection, Mapping
@@ -47,7 +47,7 @@ class NewPublisher:
 
 @dataclass(frozen=True, slots=True)
 class Assertion:
-    """A verified ID token: its job, what identifies it, and until when it has to be remembered."""
+    """A verified ID token: its job, its identity, and the time until which it must be remembered."""
 
     job: CiJob
     replay_key: str
@@ -55,16 +55,15 @@ class Assertion:
 
 
 def add(session: Session, actor: Actor, repository: RepositoryName, new: NewPublisher) -> tuple[TrustedPublisher, bool]:
-    """Adds a rule. Returns it, and whether it is new: the same again changes nothing.
-
-    Raises Invalid for a rule that any job of the project meets, also one on a pull request's branch or on any branch.
+    """Adds a rule. Returns it, and whether it is new: adding it again changes nothing. Raises Invalid for a rule that
+    any job of the project would meet, including jobs on pull requests and on any branch.
     """
     namespaces.find_for_share(session, repository.namespace)
     if new.ref is None and new.environment is None:
         raise bad_publisher("it names neither a ref nor an environment, so every job of the project could publish")
     if new.environment is None and new.ref is not None and _is_any_branch(new.ref):
         raise bad_publisher(
-            f"its ref {new.ref} is every branch, which anyone who may push can make; name an environment"
+            f"its ref {new.ref} matches every branch, which anyone who may push can make; name an environment"
         )
     rows = list_of(session, repository)
     for row in rows:
@@ -98,7 +97,7 @@ def add(session: Session, actor: Actor, repository: RepositoryName, new: NewPubl
 
 
 def list_of(session: Session, repository: RepositoryName) -> list[TrustedPublisher]:
-    """A repository's rules, the oldest first."""
+    """A repository's rules, oldest first."""
     query = select(TrustedPublisher).where(
         TrustedPublisher.namespace == repository.namespace, TrustedPublisher.repository == repository.name
     )
@@ -145,7 +144,7 @@ def exchange(session: Session, actor: Actor, repository: RepositoryName, asserti
     """Gives a job a token for the repository. Returns it and its secret text, which is not stored.
 
     Raises NotAllowed if no rule of the repository allows the job, and Unauthenticated for an ID token that was
-    exchanged before. A refused one can be sent again.
+    exchanged before. A refused token can be sent again.
     """
     _expire(session, actor.at)
     job = assertion.job
@@ -201,13 +200,13 @@ def _matching(session: Session, repository: RepositoryName, job: CiJob) -> Trust
         f"environment {job.environment or 'none'}"
     )
     what = (
-        f"its number {job.project_id} is not that of the project of this name that was trusted"
+        f"its number {job.project_id} differs from that of the project of this name that was trusted"
         if renamed
         else described
     )
     raise NotAllowed(
         "publisher_refused",
-        f"No trusted publisher of {repository} is this job: {what}.",
+        f"No trusted publisher of {repository} matches this job: {what}.",
         subject=str(repository),
         next_step=f"Ask an admin of {repository.namespace} to add it: `adaptory publisher add {repository} …`.",
     )
@@ -230,7 +229,7 @@ def _allows(row: TrustedPublisher, job: CiJob) -> bool:
 
 
 def _expire(session: Session, now: datetime) -> None:
-    """Removes what is remembered of ID tokens that have expired, and jobs' tokens that did so long ago."""
+    """Removes the records of expired ID tokens, and jobs' tokens that expired long ago."""
     session.execute(delete(UsedIdToken).where(UsedIdToken.expires_at < now))
     old = (Token.expires_at < now - _KEPT) & Token.publisher_id.is_not(None)
     session.execute(delete(Token).where(old))

@@ -1,4 +1,4 @@
-"""What a namespace may hold: bytes of blobs that it has sent, and releases that have files."""
+"""Quotas of namespaces: bytes of the blobs that they have sent, and releases that have files."""
 
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -30,8 +30,8 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """What a namespace holds. `size_bytes` counts each blob once, uploads that are still announced, and what was sent
-    in chunks, unpacked, before it becomes a file."""
+    """The current contents of a namespace. `size_bytes` counts each blob once, announced uploads, and data sent in
+    chunks (unpacked) before it becomes a file."""
 
     size_bytes: int
     releases: int
@@ -43,7 +43,7 @@ def measure(session: Session, namespace: str, now: datetime) -> Holdings:
 
 
 def set_limits(session: Session, actor: Actor, row: Namespace, wanted: Quota | Retention) -> None:
-    """Sets the columns that have the names of its fields. What is held already stays."""
+    """Sets the columns named like its fields. Existing contents stay."""
     after = asdict(wanted)
     before = {name: getattr(row, name) for name in after}
     for name, value in after.items():

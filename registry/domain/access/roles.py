@@ -1,6 +1,6 @@
 """Roles and access checks: whether an actor may do something in a namespace, and what it may read.
 
-Denies by default. For what an actor may not read, the answer is the same 404 as for what does not exist.
+Denies by default. An object that the actor may not read and one that does not exist get the same 404.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def may_read(actor: Actor, namespace: str) -> bool:
 
 
 def administers(actor: Actor, namespace: str | None) -> bool:
-    """Whether an admin of the registry is one in the namespace too: a token's scope may give less there."""
+    """Whether an admin of the registry is one in the namespace too: a token's scope may be narrower there."""
     return holds(actor, Role.ADMIN) and holds(actor, Role.ADMIN, namespace or EVERYWHERE)
 
 
@@ -79,8 +79,8 @@ def permit(actor: Actor, role: Role, resource: str = EVERYWHERE, *, hidden: NotF
 
 
 def permit_everywhere(actor: Actor) -> None:
-    """Raises unless the actor is an admin of the registry and of every namespace, for what gives or takes roles in all
-    of them: a token's scope may leave some out."""
+    """Raises unless the actor is an admin of the registry and of every namespace (a token's scope may exclude some).
+    Required for changes to roles in all of them."""
     for resource in (EVERYWHERE, *namespaces_of(actor)):
         permit(actor, Role.ADMIN, resource)
 
@@ -164,7 +164,7 @@ def refuse_reserved(user: str) -> None:
 
 
 def owns(actor: Actor, owner: str | None) -> bool:
-    """Whether the actor may change what everyone relies on: a base, its scores, a suite."""
+    """Whether the actor may change something that everyone relies on: a base, its scores, a suite."""
     return owner is None or owner == actor.name or holds(actor, Role.ADMIN)
 
 
@@ -193,7 +193,7 @@ def _namespace(resource: str) -> str:
 
 
 def _out_of_scope(actor: Actor, role: Role, namespace: str) -> NotFound | None:
-    """Says what the user's role is and which is needed, but not whether the namespace exists."""
+    """The error that names the user's role and the required one, but does not reveal whether the namespace exists."""
     own = actor.hidden.get(namespace, actor.hidden.get(EVERYWHERE))
     if own is None:
         return None

@@ -1,6 +1,7 @@
 """Browser sessions: begun with a token or by an OpenID provider, for half a day, on pages alone.
 
-A session is a token of its own kind: listed and revoked as one. It may do what its parent token may, and ends with it.
+A session is a kind of token, and is listed and revoked like one. It has the rights of its parent token, and ends with
+it.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from registry.errors import NotAllowed, Unauthenticated
 
 LIFETIME = timedelta(hours=12)
 _KEPT = timedelta(days=30)
-"""How long the row of a session stays after its end: what it has asked for may still wait. The audit log names it
+"""How long the row of a session stays after its end: its requests may still be waiting. The audit log names it
 longer."""
 _MAX_NAME = 100
 
@@ -43,8 +44,9 @@ def begin_with_token(session: Session, actor: Actor, text: str) -> tuple[Token, 
 
 
 def begin_with_roles(session: Session, actor: Actor, person: Person, roles: Mapping[str, Role]) -> tuple[Token, str]:
-    """Begins a session of a person whom a provider vouches for, with the roles that it gives, beside the own ones.
-    Earlier sessions lose the roles that it no longer gives. Returns the session and its secret, which is not stored.
+    """Begins a session of a person whom a provider vouches for, with the roles granted by the provider in addition to
+    the person's own. Earlier sessions lose the roles that the provider no longer grants. Returns the session and its
+    secret, which is not stored.
     Raises what `people.user_of` raises."""
     user = people.user_of(session, person)
     earlier = select(Token).where(Token.user == user, Token.session_roles.is_not(None))

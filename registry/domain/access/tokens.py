@@ -32,7 +32,7 @@ from registry.settings import Settings
 FULL_SCOPE = {EVERYWHERE: Role.ADMIN.value}
 """The scope of a token that may do everything its user may."""
 TOKEN, SESSION = "adp", "ads"
-"""What secrets begin with. It is hashed with the rest, so that neither passes for the other."""
+"""The prefixes of secrets. They are hashed with the rest, so that neither kind passes for the other."""
 _SHAPE = re.compile(r"((ad[ps])_([a-z2-7]{12})_[0-9a-f]{64})([0-9a-f]{8})")
 
 
@@ -133,7 +133,7 @@ def add(
 
 
 def new_secret(kind: str) -> tuple[str, str, str]:
-    """The id of a new token or session, what is stored of its secret, and the text that its user gets."""
+    """The id of a new token or session, the stored hash of its secret, and the text for its user."""
     token_id = random_id()
     body = f"{kind}_{token_id}_{secrets.token_hex(32)}"
     return token_id, _hash(body), body + _checksum(body)
@@ -153,7 +153,7 @@ def revoke(session: Session, actor: Actor, token_id: str) -> Token:
     if row is None:
         raise NotFound(
             "token_unknown",
-            f"There is no token {token_id[:16]} that you may revoke with the current one.",
+            f"With the current token you cannot revoke a token {token_id[:16]}.",
             subject=token_id[:16],
             next_step="`adaptory token list` shows yours; one with a scope revokes only itself.",
         )
@@ -201,10 +201,10 @@ def find_secret(session: Session, text: str, now: datetime, kind: str) -> Token:
     if match is None or _checksum(match.group(1)) != match.group(4):
         raise _invalid("is not a token: a character is missing or mistyped")
     if match.group(2) != kind:
-        raise _invalid("is not one: it is the secret of a browser session, which only pages accept")
+        raise _invalid("is the secret of a browser session, which only pages accept")
     row = session.get(Token, match.group(3))
     if row is None or not hmac.compare_digest(row.secret_sha256, _hash(match.group(1))):
-        raise _invalid("is not known here")
+        raise _invalid("is unknown here")
     if row.revoked_at is not None:
         raise _invalid("was revoked")
     if row.expires_at is not None and row.expires_at <= now:
@@ -266,8 +266,8 @@ def grants_of(session: Session, token_id: str) -> dict[str, str]:
 
 
 def roles_given(session: Session, token_id: str, now: datetime) -> dict[str, str]:
-    """The roles that an approval has from its token itself, besides the user's own: those of a trusted publisher's
-    rule, or those that a provider gives the user in a session that is in force now. None once the token is revoked."""
+    """The roles that an approval gets from its token, besides the user's own: those of a trusted publisher's rule, or
+    those that a provider grants the user in a session that is in force now. None once the token is revoked."""
     row = session.get(Token, token_id)
     if row is None or row.revoked_at is not None or row.publisher_id is not None:
         return grants_of(session, token_id)
@@ -292,7 +292,7 @@ def actor_now(session: Session, user: str, token_id: str | None, source: str | N
 
 
 def _roles(session: Session, row: Token) -> dict[str, str]:
-    """The user's role by namespace; for a session, the higher of it and the one that its provider gives."""
+    """The user's role by namespace; for a session, at least the role that its provider grants."""
     roles = namespaces.roles_of(session, row.user)
     given: Mapping[str, str] = row.session_roles or {}
     for namespace, role in given.items():

@@ -1,4 +1,4 @@
-"""Removes a person's name. What was done stays, under a pseudonym; tokens, sessions and roles end."""
+"""Removes a person's name. Records of their acts stay, under a pseudonym; tokens, sessions and roles end."""
 
 import json
 from dataclasses import dataclass
@@ -57,8 +57,8 @@ class RemovedUser:
 
 
 def remove(session: Session, actor: Actor, user: str) -> RemovedUser:
-    """Puts a pseudonym in place of a user's name, also in the audit log, and ends the user's tokens, sessions and
-    roles. Free text, such as reasons and notes, is not searched. Raises NotFound for a name that nothing has.
+    """Replaces a user's name by a pseudonym, also in the audit log, and ends the user's tokens, sessions and roles.
+    Free text, such as reasons and notes, is not searched. Raises NotFound for a name that does not occur.
     """
     if user == actor.name:
         raise Usage("own_name", f"{user} cannot remove their own name.", subject=user)
@@ -78,14 +78,14 @@ def remove(session: Session, actor: Actor, user: str) -> RemovedUser:
         renamed = update(table).where(column == user).values({name: pseudonym}).returning(column)
         rows += len(session.execute(renamed, execution_options=_UNTRACKED).all())
     if not rows:
-        raise NotFound("user_unknown", f"Nothing has the name {user}.", subject=user)
+        raise NotFound("user_unknown", f"The name {user} does not occur anywhere.", subject=user)
     session.expire_all()
     audit.record(session, actor, Act.USER_REMOVE, pseudonym, namespace=None, after={"rows": rows})
     return RemovedUser(pseudonym, rows)
 
 
 def _rename_in_audit(session: Session, user: str, pseudonym: str) -> int:
-    """Renames what audit rows say about the user: the subject of a membership, and values that are the name."""
+    """Renames the user in audit rows: the subject of a membership, and values that are the name."""
     member = f"/members/{user}"
     quoted = json.dumps(user)
     names = [cast(column, Text).contains(quoted, autoescape=True) for column in _DOCUMENTS]

@@ -1,4 +1,4 @@
-"""What a takedown bars: the namespace publishes neither the same set of files again, nor any of its weights."""
+"""Bars of takedowns: the namespace may publish neither the same set of files again, nor any of its weights."""
 
 from collections.abc import Iterable, Sequence
 
@@ -33,7 +33,7 @@ def refuse_files(session: Session, namespace: str, files: Sequence[ManifestFile]
 
 
 def gone_weights(session: Session, namespace: str, files: Iterable[ManifestFile]) -> list[ManifestFile]:
-    """Those of the files that are weights, and that no release or commit of the namespace has."""
+    """The weights among the files that no release or commit of the namespace has."""
     weights = [file for file in files if is_weights(file.path)]
     query = (
         select(RevisionFile.sha256)

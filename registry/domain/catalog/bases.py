@@ -50,7 +50,7 @@ def is_name(text: str) -> bool:
 
 
 def digest_of(name: ColumnElement[str]) -> ColumnElement[str]:
-    """A subquery for the digest of a name; saves most searches a statement."""
+    """A subquery for the digest of a name; it saves most searches a statement."""
     return select(_base.digest).where(_called(name)).limit(1).scalar_subquery()
 
 
@@ -200,7 +200,7 @@ def own_successor(name: str) -> Usage:
 
 
 def _touch_releases(session: Session, base: Base) -> None:
-    """The documents of its releases say something about the base."""
+    """Changes the stamps of its releases, whose documents describe the base."""
     session.flush()
     session.execute(update(Release).where(Release.base_digest == base.digest).values(stamp=new_stamp()))
 
@@ -234,16 +234,16 @@ def identify(session: Session, text: str) -> tuple[str, str]:
     if not matches:
         raise NotFound(
             "base_unknown",
-            f"There is no base {text!r}.",
+            f"The base {text!r} does not exist.",
             subject=text,
             next_step=nearest(
                 text,
                 _all_names(session),
-                "Register it with `adaptory base add DIR --name NAME`; `adaptory base list` shows those known.",
+                "Register it with `adaptory base add DIR --name NAME`; `adaptory base list` shows the registered ones.",
             ),
         )
     if len(matches) > 1:
-        raise Usage("base_ambiguous", f"Several bases begin with {text}.", subject=text)
+        raise Usage("base_ambiguous", f"Several bases have digests that begin with {text}.", subject=text)
     [(digest, name)] = matches
     return digest, name
 
@@ -336,7 +336,7 @@ def _refuse_stranger(actor: Actor, base: Base) -> None:
 def _add_aliases(session: Session, actor: Actor, base: Base, wanted: Sequence[str]) -> None:
     for alias in wanted:
         if not _ALIAS.fullmatch(alias) or _DIGEST_LIKE.fullmatch(alias):
-            raise Usage("bad_alias", f"{alias[:80]!r} cannot be an alias.", subject=alias[:80])
+            raise Usage("bad_alias", f"{alias[:80]!r} is not allowed as an alias.", subject=alias[:80])
         owner = session.scalar(select(Base.digest).where(Base.name == alias))
         row = session.get(BaseAlias, alias)
         owner = owner or (row.base_digest if row else None)
@@ -356,7 +356,7 @@ def _add_locations(session: Session, actor: Actor, base: Base, wanted: Sequence[
         if not url.startswith(_SCHEMES) or len(url) > 1000:
             raise Usage(
                 "bad_location",
-                f"{url[:120]!r} is not a location.",
+                f"{url[:120]!r} is not a valid location.",
                 subject=url[:120],
                 next_step=f"Begin it with one of {', '.join(_SCHEMES)}.",
             )
@@ -365,7 +365,7 @@ def _add_locations(session: Session, actor: Actor, base: Base, wanted: Sequence[
         if session.get(BaseLocation, (base.digest, url)) is None:
             _refuse_stranger(actor, base)
             if url.startswith((_FILE, S3)):
-                permit(actor, Role.ADMIN)  # workers read there with rights and credentials of their own
+                permit(actor, Role.ADMIN)  # workers read from there with their own rights and credentials
             session.add(BaseLocation(base_digest=base.digest, url=url))
             session.flush()
             audit.record(session, actor, Act.BASE_UPDATE, base.digest, namespace=None, after={"location": url})

@@ -109,9 +109,9 @@ def files_after(session: Session, name: RepositoryName, change: CommitChange) ->
 def append(
     session: Session, actor: Actor, name: RepositoryName, change: CommitChange, checked: Sequence[ManifestFile]
 ) -> str | None:
-    """Applies a change to `main` and returns the new commit id; None if it does not make the files that the caller has
-    checked, since `main` has moved. Returns the head's id, and records nothing, if the head has the resulting files
-    already: a client that lost the answer sends a commit again.
+    """Applies a change to `main` and returns the new commit id; None if the result differs from the files that the
+    caller has checked, since `main` has moved. Returns the head's id, and records nothing, if the head has the
+    resulting files already: a client that lost the answer sends a commit again.
 
     Raises Stale if `main` has moved past the parent.
     """
@@ -205,8 +205,8 @@ def forgettable(before: datetime) -> Select[int]:
 
 
 def forget(session: Session, operator: Actor, before: datetime, limit: int) -> int:
-    """Removes up to `limit` forgettable revisions with their commits, and returns their number. Their blobs are unused
-    then, if nothing else names them. Nobody publishes or commits a revision meanwhile."""
+    """Removes up to `limit` forgettable revisions with their commits, and returns their number. Blobs that nothing else
+    names are unused afterwards. Locks ensure that no revision is published or committed meanwhile."""
     lock_blobs_exclusive(session)
     query = select(Revision.id, Revision.commit, Repository.namespace, Repository.name)
     query = query.join(Repository, Repository.id == Revision.repository_id).where(Revision.id.in_(forgettable(before)))
@@ -237,7 +237,7 @@ class HistoryEntry:
 
 
 def list_history(session: Session, name: RepositoryName, last: str, *, drafts: bool = True) -> list[HistoryEntry]:
-    """The commits and the releases up to the commit `last`, the newest first; a release that is also a commit once.
+    """The commits and the releases up to the commit `last`, newest first; a release that is also a commit appears once.
     Without `drafts`, only commits that were released."""
     columns = (Revision.commit, Commit.title, Commit.message, Commit.author, Commit.created_at)
     query = select(*columns).join(Revision, Revision.id == Commit.revision_id)
@@ -260,7 +260,7 @@ def list_history(session: Session, name: RepositoryName, last: str, *, drafts: b
 
 
 def find_revision(session: Session, repository: Repository, digits: str) -> Revision | None:
-    """The revision of a commit or a release, by 7 digits or more of its id."""
+    """The revision of a commit or a release, by at least 7 digits of its id."""
     between = Revision.commit.between(digits, digits.ljust(40, "g"))
     rows = session.scalars(select(Revision).where(Revision.repository_id == repository.id, between).limit(2)).all()
     return rows[0] if len(rows) == 1 else None
@@ -270,7 +270,7 @@ def _applied(
     session: Session, before: Sequence[ManifestFile], operations: Sequence[Addition | Deletion]
 ) -> list[ManifestFile]:
     """The files after the operations. Raises Invalid for a name that a release cannot have, and NotFound for the
-    deletion of what is absent."""
+    deletion of an absent file."""
     files = {file.path: file for file in before}
     sizes = _sizes(session, [one.sha256 for one in operations if isinstance(one, Addition)])
     for operation in operations:

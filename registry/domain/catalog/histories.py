@@ -1,4 +1,4 @@
-"""How scores went over the versions of a repository."""
+"""The history of scores over the versions of a repository."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,7 +11,7 @@ from registry.database.tables import Release, Repository, Score, Suite
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A version's score on a suite, as columns: a page draws hundreds."""
+    """A version's score on a suite, as plain columns, since a page draws hundreds."""
 
     version: str
     suite: str

@@ -43,10 +43,10 @@ def is_sure(
     slope: float = 0.0,
 ) -> bool | None:
     """Whether the value is farther from the limit than their error. `own` is the value's interval. `other` is another
-    score with its interval: the limit moves by `slope` for each unit of it. None if an interval is missing.
+    score with its interval: the limit moves by `slope` for each unit of that score. None if an interval is missing.
 
-    The half widths that face each other are added as squares (Newcombe's interval of a difference), since the scores
-    are not paired.
+    The half widths that face each other are combined as the root of the sum of squares (Newcombe's interval of a
+    difference), since the scores are not paired.
     """
     if own is None:
         return None

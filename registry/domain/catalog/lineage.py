@@ -62,8 +62,8 @@ def descendants(session: Session, actor: Actor, release: Release, *, before: int
 
 def with_inherited(session: Session, actor: Actor, new: NewRelease) -> tuple[NewRelease, list[Finding]]:
     """A pushed release with the inputs and the composition of an earlier one whose weights it has, if there is one that
-    the actor may read, and a warning about it. Files of a composition do not lose their licences and their verdict
-    by being pushed again."""
+    the actor may read, and a warning about it. Pushing the files of a composition again does not remove their licences
+    and verdict."""
     source = _composed_with(session, actor, new) if not new.inputs else None
     if source is None:
         return new, []
@@ -77,9 +77,8 @@ def with_inherited(session: Session, actor: Actor, new: NewRelease) -> tuple[New
 
 
 def _composed_with(session: Session, actor: Actor, new: NewRelease) -> Release | None:
-    """The earliest composed release of the kind that has no other weight files than these, and that the actor may
-    read, with this token or another. Further files beside the weights make no difference, nor that its files have been
-    taken down since."""
+    """The earliest composed release of the kind with exactly these weight files that the actor may read, with this
+    token or another. Other files make no difference, nor does a takedown of its files since."""
     weights = _weights(new.kind, new.files)
     is_weight = func.lower(RevisionFile.path).endswith(_WEIGHTS)
     own = RevisionFile.revision_id == Release.revision_id
@@ -103,13 +102,13 @@ def _composed_with(session: Session, actor: Actor, new: NewRelease) -> Release |
 
 
 def _made_of(composed: Release, kind: Kind) -> set[str]:
-    """The digests of its weights, also once its files were taken down."""
+    """The digests of its weights, even after its files were taken down."""
     return _weights(kind, parse_manifest(composed.revision.manifest))
 
 
 def _repeats_a_push(session: Session, composed: Release, made_of: set[str]) -> bool:
-    """Whether a release that nobody composed had these weights before. Else anybody could give an adapter other inputs
-    by composing it alone, for when its author pushes it again."""
+    """Whether a release that was not composed had these weights before. Otherwise anyone could attach inputs to
+    somebody's adapter: compose it alone, and wait for its author to push it again."""
     query = select(Release.id).join(RevisionFile, RevisionFile.revision_id == Release.revision_id)
     query = query.where(Release.id < composed.id, RevisionFile.sha256.in_(made_of), ~_IS_COMPOSED)
     query = query.group_by(Release.id).having(func.count(RevisionFile.sha256.distinct()) == len(made_of))
@@ -117,15 +116,15 @@ def _repeats_a_push(session: Session, composed: Release, made_of: set[str]) -> b
 
 
 def _weights(kind: Kind, files: Sequence[ManifestFile]) -> set[str]:
-    """The digests of the files that are loaded: an adapter's one file, all shards of a model."""
+    """The digests of the files with weights: an adapter's single file, or all shards of a model."""
     if kind is Kind.ADAPTER:
         return {file.sha256 for file in files if file.path == WEIGHTS_FILE}
     return {file.sha256 for file in files if file.path.lower().endswith(_WEIGHTS)}
 
 
 def _may_be_read(actor: Actor) -> ColumnElement[bool]:
-    """A SQL condition: the user may read the repository. A token of a narrower scope changes nothing, or it would be a
-    way to shed the lineage."""
+    """A SQL condition: the user may read the repository. A token's narrower scope changes nothing; otherwise it could
+    be used to shed the lineage."""
     if EVERYWHERE in actor.hidden:
         return true()
     return or_(readable(actor, Repository.namespace), Repository.namespace.in_(list(actor.hidden)))

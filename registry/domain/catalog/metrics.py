@@ -1,7 +1,7 @@
 """Whether higher or lower is better for a suite's metric: stated in its file, or fixed by its author's first score.
 
-The direction belongs to the suite's name, in all versions of its content. Scores by others do not fix it, and what only
-private scores reveal of a metric is not shown to those who may not read them.
+The direction belongs to the suite's name, in all versions of its content. Scores by others do not fix it. A direction
+known only from private scores is not shown to users who may not read them.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -77,7 +77,7 @@ def _align(session: Session, suite: str, metric: str, better: bool) -> None:
 def check(session: Session, actor: Actor, suite: Suite, metric: str, better: bool, *, fixes: bool = True) -> None:
     """Checks a score's direction. The author's first score of a metric fixes it if `fixes`; a reported one never does.
 
-    Raises Invalid for a different direction, and for a metric that the suite does not state as far as the actor sees.
+    Raises Invalid for a different direction, and for a metric whose direction is unknown as far as the actor may see.
     """
     if metric in HIGHER_IS_BETTER:
         expected = HIGHER_IS_BETTER[metric]
@@ -181,11 +181,11 @@ def stated(session: Session, suites: Sequence[Suite]) -> dict[str, dict[str, boo
     return directions
 
 
-# Python scorers of suites: workers run those that the operator has enabled.
+# Python scorers of suites: workers run the ones that the operator has enabled.
 
 
 def refuse_disabled(suite: Suite, enabled: Collection[str]) -> None:
-    """Raises Refused for a suite whose answers a Python scorer scores that is not enabled."""
+    """Raises Refused for a suite with a Python scorer that is not enabled."""
     if name := disabled(suite, enabled):
         raise Refused(
             "scorer_disabled",

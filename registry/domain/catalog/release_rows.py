@@ -1,6 +1,5 @@
-"""What is read about releases, each fact declared once; a page of them in one statement.
-
-JSON stays text and nothing is validated again: pages are read many times a second, mostly to be sent on unchanged.
+"""The columns that are read about releases, each fact declared once; a page of them in one statement. JSON stays text
+and is not validated again: pages are read many times a second, mostly to be sent on unchanged.
 """
 
 from collections.abc import Sequence
@@ -93,7 +92,7 @@ NAMED: FromClause = _NAMED.join(Base.__table__, _base.digest == _release.base_di
 
 
 def _written(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """The column as documents have it: JSON is sent on as text, a time is formatted."""
+    """The column in the form that documents use: JSON stays text, a time is formatted."""
     if isinstance(column.type, JSON):
         return cast(column, Text)
     return timestamp_text(column) if isinstance(column.type, UtcDateTime) else column

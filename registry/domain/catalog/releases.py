@@ -51,7 +51,7 @@ class NewRelease:
     `allow_breaking` is why a breaking change may keep a version number that promises compatibility. `facts`, `servers`
     and `loading`, and `spectrum` come from facts.py, serving.py and spectrum.py in composer/formats/adapters/. `signed`
     is the content of a signature among or beside the files; `signed_by` is its key's fingerprint if that is trusted,
-    and `signed_as` says whose signature it is.
+    and `signed_as` tells whether a publisher or a worker signed.
     """
 
     repository: RepositoryName
@@ -75,7 +75,7 @@ class NewRelease:
 
 
 def publish(session: Session, actor: Actor, new: NewRelease) -> tuple[Release, bool]:
-    """Publishes a release. Returns it and whether it is new. The same content again is a retry.
+    """Publishes a release. Returns it and whether it is new. Publishing the same content again is a retry.
 
     The blobs must be stored already. Raises Conflict for different content under the version, and Refused for a
     breaking change whose version lies within `^previous`, unless `allow_breaking` states a reason.
@@ -151,9 +151,10 @@ def refuse_absent_blobs(session: Session, namespace: str, files: Sequence[Manife
         if stored != file.size_bytes:
             raise Invalid(
                 "size_differs",
-                f"{file.path} is stated to have {file.size_bytes:,} bytes, but the blob of its digest has {stored:,}.",
+                f"{file.path} has a stated size of {file.size_bytes:,} bytes, but the blob of its digest has "
+                f"{stored:,}.",
                 subject=file.path,
-                next_step="Check the file: one digest has one size.",
+                next_step="Check the file: its digest belongs to a blob of another size.",
             )
 
 
@@ -166,7 +167,7 @@ def find(session: Session, name: RepositoryName, version: Version, kind: Kind | 
 
 
 def unknown(session: Session, name: RepositoryName, version: Version) -> NotFound:
-    """The error for an unknown version; it lists the repository's highest ones."""
+    """The error for an unknown version; lists the repository's highest ones."""
     query = select(Release.version).join(Repository, Repository.id == Release.repository_id)
     query = query.where(Repository.namespace == name.namespace, Repository.name == name.name)
     there = list(session.scalars(query.order_by(Release.sort_key.desc()).limit(_LISTED)))
@@ -363,7 +364,7 @@ def yanked_twin(session: Session, namespace: str, files: Sequence[ManifestFile])
 
 
 def refuse_yanked_files(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:
-    """Raises Refused for the files of a yanked release: its old signature must not bring them back."""
+    """Raises Refused for the files of a yanked release: its old signature must not make them available again."""
     twin = yanked_twin(session, namespace, files)
     if twin is not None:
         raise Refused(
@@ -396,11 +397,11 @@ def find_or_create_revision(
     session: Session, actor: Actor, repository: Repository, files: Sequence[ManifestFile]
 ) -> Revision:
     """The repository's revision with these files, whose blobs its namespace must hold. Raises Refused for files that
-    were taken down; those that went by retention may come back."""
+    were taken down, except by retention: those may come back."""
     manifest = canonical_manifest(files)
     commit = commit_id(manifest)
     query = select(Revision).where(Revision.repository_id == repository.id, Revision.commit == commit)
-    lock_blobs_shared(session)  # a collection forgets revisions too
+    lock_blobs_shared(session)  # a collection deletes revisions too
     barred.refuse_files(session, repository.namespace, files)
     revision = session.scalar(query)
     if revision is not None and revision.taken_down_at is None:

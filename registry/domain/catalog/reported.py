@@ -1,7 +1,9 @@
-"""Scores that a release's own files report. They are recorded as reported, and never replace a measured one.
+"""Scores reported by a release's own files. They are recorded as reported, and never replace a measured score.
 
-A data set with the name of a suite of this registry is that suite, unless the file states a revision that is neither
-the suite's current version nor its digest. Any other gets a suite of its own, `reported-…`, without owner or examples.
+A data set with the name of a suite of this registry refers to that suite, unless the file states a revision that is
+neither the suite's current version nor its digest. Any other data set gets a suite of its own, `reported-…`, without
+owner or
+examples.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from registry.errors import Conflict, Invalid
 def record(
     session: Session, actor: Actor, release: Release, reported: Sequence[ReportedScore]
 ) -> tuple[list[Score], list[Finding]]:
-    """Records the scores; returns them, and a warning for each that is not kept."""
+    """Records the scores; returns the recorded ones, and a warning for each of the others."""
     rows: list[Score] = []
     doubts: list[Finding] = []
     for one in reported:
@@ -40,12 +42,12 @@ def record(
 
 
 def _suite(session: Session, actor: Actor, reported: ReportedScore) -> Suite:
-    """The suite that the score is of. Raises Conflict for another revision of a suite of this registry."""
+    """The suite of the score. Raises Conflict for another revision of a suite of this registry."""
     if own := _own_suite(session, reported.dataset):
         if reported.revision not in (None, own.version, own.digest):
             raise Conflict(
                 "suite_moved_on",
-                f"It is of revision {reported.revision}, and {own.name} is now {suites.label(own)}.",
+                f"It was measured on revision {reported.revision}, and {own.name} is now {suites.label(own)}.",
                 subject=own.name,
             )
         return own

@@ -1,4 +1,4 @@
-"""Repositories, found or created by name. Each holds releases of one kind."""
+"""Finds or creates repositories by name. Each holds releases of one kind."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Kind(StrEnum):
 
 
 def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Repository:
-    """The repository. Raises NotFound, also if it is of another kind."""
+    """The repository. Raises NotFound, also for one of another kind."""
     repository = find_if_exists(session, name)
     if repository is None or (kind and repository.kind != kind):
         raise unknown(str(name), kind)
@@ -36,7 +36,9 @@ def find(session: Session, name: RepositoryName, kind: Kind | None = None) -> Re
 
 def unknown(name: str, kind: Kind | None = None) -> NotFound:
     """The error for an unknown repository, or one of another kind."""
-    return NotFound("repository_unknown", f"There is no {kind or 'repository'} {name[:160]}.", subject=name[:160])
+    return NotFound(
+        "repository_unknown", f"The {kind or 'repository'} {name[:160]} does not exist.", subject=name[:160]
+    )
 
 
 def exists(session: Session, name: RepositoryName) -> bool:
@@ -65,7 +67,7 @@ def unknown_channel(session: Session, repository: Repository, channel: str) -> N
     step = f"{has} To create it, promote a release with --to {channel}."
     if is_version(channel):
         step = f"{has} For the version, write {name_of(repository)}:{channel}."
-    return NotFound("channel_unknown", f"There is no channel {full}.", subject=full, next_step=step)
+    return NotFound("channel_unknown", f"The channel {full} does not exist.", subject=full, next_step=step)
 
 
 def find_or_create(session: Session, actor: Actor, name: RepositoryName, kind: Kind) -> Repository:
@@ -94,7 +96,7 @@ def _refuse_revision(session: Session, name: RepositoryName) -> None:
         if repository is not None and (is_version(revision) or has_channel(session, repository, revision)):
             raise Conflict(
                 "name_is_revision",
-                f"{name} stands for {shorter} at {revision} in clients that cannot name a revision.",
+                f"Clients that cannot name a revision use {name} for {shorter} at {revision}.",
                 subject=str(name),
                 next_step="Choose another name, such as one with '-' instead of the dot.",
             )
@@ -107,8 +109,8 @@ def refuse_shadowed(session: Session, name: RepositoryName, revision: str) -> No
         if exists(session, longer):
             raise Conflict(
                 "revision_is_name",
-                f"{name} cannot have {revision}: in clients that cannot name a revision, the repository {longer} would "
-                "be taken for it.",
+                f"{name} cannot have {revision}: clients that cannot name a revision would confuse it with the "
+                f"repository {longer}.",
                 subject=str(longer),
             )
 
@@ -144,8 +146,8 @@ def _check_kind(repository: Repository, kind: Kind) -> None:
 class RepositoryFilter:
     """Which repositories to list. All conditions must hold; None and () mean no condition.
 
-    `words` are parts of NAMESPACE/NAME, in lower case. A repository has a base or a licence, each in several spellings,
-    if one of its releases that is not yanked has it.
+    `words` are parts of NAMESPACE/NAME, in lower case. A repository matches a base or a licence (each in several
+    spellings) if one of its releases that are not yanked does.
     """
 
     kinds: Sequence[Kind] = ()

@@ -1,6 +1,6 @@
 """Signatures added after publication: by `adaptory sign REF`, and with a worker's key.
 
-Whatever a worker's key signs counts as signed by a worker: its bundles can be downloaded and sent again by anybody.
+Every signature by a worker's key counts as a worker's, since anyone can download its bundles and send them again.
 """
 
 from collections.abc import Iterable, Sequence
@@ -87,7 +87,7 @@ def of_release(session: Session, release: Release) -> list[Signature]:
 
 
 def signed_as(session: Session, signed_by: str) -> SignedAs:
-    """Whose key it is: a worker's if a worker has signed with it here."""
+    """The kind of the key: a worker's if a worker has signed with it here."""
     query = select(Signature.signed_by).where(Signature.signed_by == signed_by, Signature.signed_as == SignedAs.WORKER)
     return SignedAs.WORKER if session.execute(query.limit(1)).first() else SignedAs.PUBLISHER
 
@@ -102,13 +102,14 @@ def signers(session: Session, release: Release, keys: Iterable[str]) -> dict[str
 
 
 def unsigned_input(session: Session, keys: Sequence[str], inputs: Iterable[Release]) -> Release | None:
-    """The first of these releases that none of the keys vouches for: it has no signature of the release by one of
-    them, or only a worker's, and an input of its own lacks one."""
+    """The first of these releases that none of the keys vouches for: none of them signed the release, or only a worker
+    did and one of its inputs lacks a signature."""
     return next((one for one in inputs if not _is_vouched_for(session, keys, one)), None)
 
 
 def _is_vouched_for(session: Session, keys: Sequence[str], release: Release) -> bool:
-    """A worker signs what it was given: its signature proves only as much as those of its inputs."""
+    """Whether a signature vouches for the release. A worker's proves only as much as those of the inputs that it
+    signed."""
     left, seen = [release], {release.id}
     while left:
         one = left.pop()
@@ -124,8 +125,8 @@ def _is_vouched_for(session: Session, keys: Sequence[str], release: Release) -> 
 
 
 def refuse_unsigned_inputs(session: Session, namespace: str, keys: Sequence[str], inputs: Iterable[Release]) -> None:
-    """Raises Refused if a worker could sign the composition of these releases for the namespace only by vouching for
-    what nobody has signed."""
+    """Raises Refused if a worker's signature of the composition of these releases would vouch for inputs that nobody
+    has signed."""
     unsigned = unsigned_input(session, keys, inputs)
     if unsigned is None:
         return
@@ -136,7 +137,7 @@ def refuse_unsigned_inputs(session: Session, namespace: str, keys: Sequence[str]
     what = "was composed from releases that no key of it has signed" if own else "is not signed by a key of it"
     raise Refused(
         "inputs_unsigned",
-        f"{namespace} accepts only signed releases, and {name} {what}: a worker signs only what was made of signed "
+        f"{namespace} accepts only signed releases, and {name} {what}: a worker signs only compositions of signed "
         "releases.",
         subject=name,
         next_step=f"Sign it with a key that {both} trusts: `adaptory sign {name} --key KEY.pem`. "

@@ -35,7 +35,7 @@ ELSEWHERE = {HARNESS: "a task of an evaluation harness", REPORTED: "a benchmark 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One metric of one suite; `stderr` in the units of `value`, `n` examples, 0 if a reported score does not say it.
+    """One metric of one suite; `stderr` in the units of `value`, `n` examples, 0 if a reported score does not state it.
     `results_sha256` is the stored blob with the results of each example. `source` is the harness that measured it and
     its version, or the file that reports it."""
 
@@ -147,7 +147,7 @@ def _labels(suite: Suite) -> dict[str, str]:
 
 
 def _refuse_reserved(name: str) -> None:
-    """Refuses such names: whether one is taken would reveal which benchmarks private releases report."""
+    """Raises Invalid for reserved names: whether one is taken would reveal which benchmarks private releases report."""
     if name.startswith(REPORTED_PREFIX):
         raise Conflict(
             "suite_name_taken",
@@ -164,20 +164,20 @@ def _refuse_other_label(session: Session, content: SuiteContent, known: Suite | 
     if labelled is not None and labelled.digest != content.digest:
         raise Conflict(
             "suite_version_taken",
-            f"{content.name} {content.version} already labels other content ({labelled.digest[:12]}).",
+            f"{content.name}@{content.version} already labels other content ({labelled.digest[:12]}).",
             subject=f"{content.name}@{content.version}",
         )
     if known is not None and known.version not in (None, content.version):
         raise Conflict(
             "suite_version_differs",
-            f"This content is {content.name} {known.version} already.",
+            f"This content is already {content.name}@{known.version}.",
             subject=f"{content.name}@{content.version}",
             next_step=f"Write `version: {known.version}`, or leave it out.",
         )
 
 
 def _refuse_other_origin(session: Session, content: SuiteContent) -> None:
-    """A harness' task named as somebody's suite would otherwise take its name, and gates would lose its scores."""
+    """Refuses to replace a suite by a harness task of the same name, since gates would lose its scores."""
     replaced = session.scalar(select(Suite).where(Suite.name == content.name, Suite.current))
     if replaced is None or ELSEWHERE.get(replaced.task) == ELSEWHERE.get(content.task):
         return
@@ -190,8 +190,8 @@ def _refuse_other_origin(session: Session, content: SuiteContent) -> None:
 
 
 def with_examples(suite: Suite) -> Suite:
-    """The suite, if the registry has its examples. Raises Usage for a task of a harness and for what is only reported,
-    which no worker can run."""
+    """The suite, if the registry has its examples. Raises Usage for a task of a harness and for a benchmark of reported
+    scores, which workers cannot run."""
     if suite.task in ELSEWHERE:
         raise Usage(
             "suite_elsewhere", f"{suite.name} has no examples here: it is {ELSEWHERE[suite.task]}.", subject=suite.name
@@ -231,15 +231,15 @@ def add_reported(session: Session, actor: Actor, benchmark: ReportedBenchmark) -
 def find(session: Session, text: str, reader: Actor | None = None) -> Suite:
     """Finds a suite by digest, by `NAME@VERSION`, or the current one by name. Its content is loaded lazily.
 
-    The files of private releases name the benchmarks that scores are only reported of: these are found only for a
-    `reader` who may read such a score.
+    Benchmarks with only reported scores are named in files of private releases, so they are found only for a `reader`
+    who may read such a score.
     """
     suite = find_any(session, text)
     hidden = suite is not None and suite.task == REPORTED
     if suite is None or (hidden and not (reader and metrics.has_readable_score(session, reader, suite))):
         raise NotFound(
             "suite_unknown",
-            f"There is no suite {text!r}.",
+            f"The suite {text!r} does not exist.",
             subject=text,
             next_step=nearest(text, _names(session), "If it is new, add it with `adaptory suite add FILE`."),
         )
@@ -275,7 +275,7 @@ def refuse_unknown_metric(session: Session, actor: Actor, suite: str, metric: st
 
 
 def list_page(session: Session, *, after: int, limit: int) -> list[Suite]:
-    """A page of current suites by id, from the first one after `after` on, without those that are only reported of."""
+    """A page of current suites by id, from the first one after `after` on, without benchmarks of reported scores."""
     listed = select(Suite).where(Suite.id > after, Suite.current, Suite.task != REPORTED)
     return list(session.scalars(listed.order_by(Suite.id).limit(limit)))
 
@@ -331,15 +331,15 @@ def record(session: Session, actor: Actor, subject: Release | Base, measurements
 
 
 def _of_measurement(session: Session, measurement: Measurement) -> Suite:
-    """Only scores read from a release's own files, which have no `n`, are of benchmarks that `find` hides."""
+    """The suite of the measurement. Only scores read from a release's own files, which have no `n`, belong to
+    benchmarks that `find` hides."""
     of_file = measurement.reported and measurement.n == 0
     suite = find_any(session, measurement.suite_digest) if of_file else None
     return suite or find(session, measurement.suite_digest)
 
 
 def _check_measurement(measurement: Measurement, suite: Suite) -> None:
-    """Raises Invalid for a score that cannot come from the suite. Values that are only reported of a benchmark are in
-    the units of their source."""
+    """Raises Invalid for a score that cannot come from the suite. Reported values are in the units of their source."""
     open_range = (-math.inf, math.inf)
     least, most = open_range if suite.task == REPORTED else metrics.RANGES.get(measurement.metric, open_range)
     fewest = 0 if measurement.reported else 1
@@ -421,7 +421,7 @@ def other_scores(session: Session, subject: Release | Base, used: Collection[Sui
 
 
 def label(suite: Suite) -> str:
-    """The name of a content in messages: its version, or else its digest."""
+    """The label of a content in messages: its version, or else its digest."""
     return suite.version or suite.digest[:12]
 
 
@@ -445,7 +445,7 @@ def scores_on(session: Session, subject: Release | Base, used: Collection[Suite]
 
 
 def with_ids(session: Session, ids: Sequence[int]) -> list[Score]:
-    """The scores of these ids that are still there, by suite and metric."""
+    """The scores with these ids that still exist, by suite and metric."""
     return list(session.scalars(select(Score).join(Suite).where(Score.id.in_(ids)).order_by(Suite.name, Score.metric)))
 
 

@@ -27,7 +27,7 @@ def list_tags(kind: Kind, base_names: Sequence[str], license_: str | None) -> li
 
 
 def narrow(session: Session, wanted: RepositoryFilter, tags: Sequence[str]) -> RepositoryFilter | None:
-    """The conditions, and that a repository has all these tags. None if no repository can have them."""
+    """Adds to the conditions that a repository has all these tags. None if no repository can have them."""
     for tag in tags:
         if tag in LIBRARIES.values():
             wanted = _of_kind(wanted, next(kind for kind, library in LIBRARIES.items() if library == tag))

@@ -1,4 +1,4 @@
-"""The adapters on a base, for its upgrade to another."""
+"""The adapters on a base, for an upgrade to another base."""
 
 from collections.abc import Sequence
 
@@ -31,7 +31,7 @@ def adapters_on(session: Session, actor: Actor, base: Base) -> Sequence[Release]
             "too_many_adapters",
             f"More than {MAX_ADAPTERS} adapters use {base.name}.",
             subject=base.name,
-            next_step="Upgrade with a token that reads fewer namespaces, one after the other.",
+            next_step="Upgrade in parts, with tokens that read fewer namespaces.",
         )
     return rows
 

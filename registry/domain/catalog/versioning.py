@@ -29,7 +29,7 @@ def highest_stable(session: Session, repository: Repository, below: Version | No
 
 
 def next_version(session: Session, repository: Repository, bump: str | None, new: Surface) -> Version:
-    """The highest stable version, including yanked ones since none is reused, incremented as `bump` says.
+    """The highest stable version, including yanked ones since none is reused, incremented by `bump`.
 
     `auto` increments what the change since the highest stable release requires.
     """
@@ -58,9 +58,9 @@ def refuse_breaking(
     """Raises Refused for a breaking change under a version that promises compatibility, unless there is an `allowed`
     reason.
 
-    Returns the reason if it was needed, else None. A release is compared with what a range would have resolved to: the
-    highest stable release below it that is not yanked. The next release above it must not break it either, since it
-    would be an update of this one. A pre-release is judged like the release that it leads to.
+    Returns the reason if it was needed, else None. A release is compared with the one that a range would have resolved
+    to: the highest stable release below it that is not yanked. It must not break with the next release above it either,
+    since that would be an update of this one. A pre-release is judged like the release that it leads to.
     """
     findings, previous = _broken_neighbour(session, repository, version, lambda _neighbour: new)
     if not findings or (allowed and allowed.strip()):
@@ -74,7 +74,7 @@ def refuse_breaking(
 
 
 def refuse_other_base(session: Session, repository: Repository, version: Version, base_digest: str) -> None:
-    """`refuse_breaking` for a release whose base alone is known yet."""
+    """As `refuse_breaking`, for a release whose base alone is known yet."""
 
     def beside(neighbour: Surface) -> Surface:
         return replace(neighbour, base=base_digest, weights=frozenset())

@@ -6,8 +6,8 @@ guard-general.nll within 0.1 of base      not worse than the base by more than 0
 sql-exact.nll within 0.1 of inputs        not worse than the best input of the composition by more than 0.1
 sql-exact.accuracy keeps 0.9 of inputs    at least 0.9 of the best input's exact match
 
-A guard says what an adapter costs in general ability, so the base's score stands beside it. While a channel serves
-nothing, a rule that compares a guard with what it serves compares it with the base.
+A guard measures what an adapter costs in general ability, so the base's score is shown beside it. While a channel
+serves nothing, a rule that compares a guard with the served release uses the base instead.
 """
 
 import re
@@ -58,9 +58,9 @@ class Measured:
 @dataclass(frozen=True, slots=True)
 class Figures:
     """The numbers that a rule was judged by. `limit` is what the own score is compared with, once a margin or share has
-    been applied to the `other` score; a rule `at_least` passes from the limit upwards, others up to it. `sure` says
+    been applied to the `other` score; a rule `at_least` passes from the limit upwards, others up to it. `sure` tells
     whether the 95 % interval stays on its side of the limit. All but `own` are None where the rule compares nothing, or
-    may not show with what."""
+    must not show the other score."""
 
     own: Measured
     limit: float | None = None
@@ -82,13 +82,13 @@ class Figures:
 NO_FIGURES: Mapping[str, None] = dict.fromkeys(
     ("value", "stderr", "n", "higher_is_better", "limit", "at_least", "other", "sure")
 )
-"""Of a rule that is not about a score, and of what was recorded before results had figures."""
+"""For a rule that is not about a score, and for results recorded before figures existed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison(ABC):
-    """A rule that compares a score with that of `other`: what the channel has `served`, the `base`, or the best of the
-    `inputs`. A new one is named in COMPARISONS."""
+    """A rule that compares a score with that of `other`: the release `served` by the channel, the `base`, or the best
+    of the `inputs`. New subclasses are listed in COMPARISONS."""
 
     suite: str
     metric: str
@@ -96,7 +96,7 @@ class Comparison(ABC):
     other: str
 
     form: ClassVar[str]
-    """How it is written, for messages."""
+    """The syntax, for messages."""
     pattern: ClassVar[re.Pattern[str]]
     """Has a group for each field."""
 
@@ -110,11 +110,11 @@ class Comparison(ABC):
 
     @abstractmethod
     def limit(self, other: Measured) -> float | None:
-        """The value at which the rule begins to pass; None if none passes."""
+        """The value from which on the rule passes; None if it cannot pass."""
 
     @property
     def slope(self) -> float:
-        """By how much the limit moves with the other score."""
+        """The change of the limit per unit of the other score."""
         return 1.0
 
 
@@ -192,20 +192,19 @@ Rule = Condition | Comparison
 
 
 def compared_with(rule: Rule) -> str:
-    """Whose score the rule compares with; empty for a condition on the score itself."""
+    """The subject of the score to compare with; empty for a condition on the score itself."""
     return rule.other if isinstance(rule, Comparison) else ""
 
 
 Scores = Mapping[tuple[str, str], Measured]
 """By suite name and metric; only scores on one content of each suite."""
 Others = Mapping[tuple[str, str], str]
-"""By suite name and metric, of scores on another content: what was measured, and on what."""
+"""By suite name and metric, for scores on another content: a description of what was measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What rules are judged on: one content of each suite, by its name, and the direction of metrics that the rules
-    are pinned to."""
+    """The basis for judging rules: one content of each suite, by its name, and the pinned direction of metrics."""
 
     suites: Mapping[str, Suite]
     directions: Mapping[tuple[str, str], bool]
@@ -216,7 +215,7 @@ class Contents:
         return f"the current {suite}" if content is None or content.current else f"{suite} {suites.label(content)}"
 
     def to_measure(self, suite: str) -> str:
-        """The suite as commands take it."""
+        """The suite in the form that commands accept."""
         content = self.suites.get(suite)
         return suite if content is None or content.current else content.digest
 
@@ -227,8 +226,8 @@ CURRENT = Contents({}, {})
 @dataclass(frozen=True, slots=True)
 class GateResult:
     """The outcome of one rule; `detail` has the numbers in words, `figures` as numbers if the candidate has the score.
-    `lacks` names whose score is missing: the `candidate`, `base`, `served` or `inputs`. A `waiting` rule does not pass
-    yet, but may by itself, at `until` if that is known."""
+    `lacks` names the subject of the missing score: the `candidate`, `base`, `served` or `inputs`. A `waiting` rule does
+    not pass yet, but may pass later without further action, at `until` if that is known."""
 
     rule: str
     passed: bool
@@ -258,7 +257,7 @@ def parse_rule(text: str) -> Rule:
     except Usage as error:
         raise Usage(
             "bad_rule",
-            f"{text[:120]!r} is not a gate rule.",
+            f"{text[:120]!r} is not a valid gate rule.",
             subject=text[:120],
             next_step="Write SUITE.METRIC>=NUMBER, SUITE.METRIC<=NUMBER, "
             f"{' or '.join(comparison.form for comparison in COMPARISONS)}.",
@@ -274,11 +273,12 @@ def parse_rules(texts: Sequence[str]) -> list[Rule]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class References:
-    """What a candidate is compared with. `served` is None for an empty channel. `inputs` is the best input's score for
-    each suite and metric, None without lineage. `guards` names the suites that are guards. With `hides_inputs`, results
-    do not show the inputs' scores, only whether the rule passes: not every reader may read every input. `earlier` has
+    """The scores that a candidate is compared with. `served` is None for an empty channel. `inputs` is the best input's
+    score for each suite and metric, None without lineage. `guards` names the suites that are guards. With
+    `hides_inputs`, results do not show the inputs' scores, only whether the rule passes: not every reader may read
+    every input. `earlier` has
     scores on replaced contents, of the `candidate`, of `served` and of the `base`: rules compare one content only, and
-    say that a suite has moved on."""
+    mention that a suite has moved on."""
 
     base: Scores
     served: Scores | None = None
@@ -327,7 +327,7 @@ def judge_rule(
 
 
 def _with_cost(rule: Rule, result: GateResult, candidate: Scores, against: References) -> GateResult:
-    """The result, with what a guard's loss costs beside the base's."""
+    """The result, with the cost of a guard's loss relative to the base."""
     key = (rule.suite, rule.metric)
     own, base = candidate.get(key), against.base.get(key)
     if rule.suite not in against.guards or rule.metric != "nll" or own is None or base is None:
@@ -383,7 +383,7 @@ def _figures_of_comparison(rule: Comparison, own: Measured, other: Measured) -> 
 
 
 def lacking(rule: Rule, candidate: Scores, against: References, needs: ScoreConditions) -> list[str]:
-    """All whose score the rule uses and that have none that counts, as `GateResult.lacks` names them."""
+    """The subjects without a score that counts among those that the rule uses, named as in `GateResult.lacks`."""
     key, other = (rule.suite, rule.metric), compared_with(rule)
     other = "base" if against.serves_base(rule) else other
     compared = {"base": against.base, "served": against.served, "inputs": against.inputs}.get(other)
@@ -392,7 +392,7 @@ def lacking(rule: Rule, candidate: Scores, against: References, needs: ScoreCond
 
 
 def refuse_unknown(session: Session, actor: Actor, rule: Rule) -> None:
-    """Raises NotFound for a rule on an unknown suite or metric, Usage for one that no release can pass."""
+    """Raises NotFound for a rule on an unknown suite or metric, and Usage for one that no release can pass."""
     suite = suites.find(session, rule.suite, actor)
     if suite.name != rule.suite:
         why = f"a digest is not a name. Rules are pinned to the content that {suite.name} has when they are set"
@@ -406,14 +406,16 @@ def refuse_impossible(rule: Rule, suite: Suite, needs: "ScoreConditions") -> Non
     if suite.task == suites.REPORTED:
         if needs.measured or needs.min_n > 1:
             asked = "a measured score" if needs.measured else f"{needs.min_n} examples"
-            raise _bad(rule, f"scores of {suite.name} are only reported, and it asks for {asked}", "Leave that out.")
+            raise _bad(
+                rule, f"scores of {suite.name} are only reported, and the rule requires {asked}", "Leave that out."
+            )
         return
     if needs.min_n > suite.examples:
         raise _bad(rule, f"{needs.min_n} examples are needed, and {suite.name} has {suite.examples}", "Lower min_n.")
     if isinstance(rule, Condition) and (valid := metrics.RANGES.get(rule.metric)) is not None:
         least, most = valid
         if rule.value > most if rule.operator == ">=" else rule.value < least:
-            raise _bad(rule, f"{rule.metric} is from {least:g} to {most:g}", "Write a number that it can reach.")
+            raise _bad(rule, f"{rule.metric} is from {least:g} to {most:g}", "Write a number in this range.")
 
 
 def _bad(rule: Rule, why: str, step: str) -> Usage:
@@ -454,7 +456,7 @@ def hides(session: Session, release: Release, inputs: Sequence[Release]) -> bool
 
 
 def scores(session: Session, subject: Release | Base, contents: Contents | None = None) -> Scores:
-    """The scores of a release or base on these contents, else on what is current, by suite and metric."""
+    """The scores of a release or base on these contents, else on the current ones, by suite and metric."""
     if contents is None:
         return {(row.suite.name, row.metric): measured(row) for row in suites.scores_of(session, subject)}
     rows = {(row.suite.name, row.metric): row for row in suites.scores_on(session, subject, contents.suites.values())}

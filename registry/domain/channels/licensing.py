@@ -1,7 +1,7 @@
 """Licences of a release, its base and its data, judged by a policy.
 
-`A OR B` passes if one of the two does, since a user may choose, and `A AND B` if both do. What an input in a private
-namespace states is judged as everything else, but not shown.
+`A OR B` passes if one of the two does, since a user may choose, and `A AND B` if both do. Licences of inputs in private
+namespaces are judged like all others, but not shown.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ from registry.formats.licenses import Choice, choices, meets, spdx
 
 PARTS = ("base", "adapter", "data")
 _MAX_STATES = 1000
-"""Of the ways to choose among all licences; further ones are not looked at, which refuses more and never less."""
+"""Limit on the ways to choose among all licences. Ignoring further ones can only refuse more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """A licence, None if it is not stated, of a `part`: the base, the adapter, or its data. A `hidden` one is an
-    input's in another, private namespace."""
+    """The licence of a `part`: the base, the adapter, or its data; None if it is not stated. A `hidden` one belongs to
+    an input in another, private namespace."""
 
     part: str
     name: str | None
@@ -67,7 +67,7 @@ def judge(session: Session, policy: Licenses, release: Release) -> list[GateResu
 
 
 def results_of(policy: Licenses, stated: Sequence[Stated]) -> list[GateResult]:
-    """As `judge`, for what is stated."""
+    """As `judge`, for the stated licences."""
     results: list[GateResult] = []
     for part in policy.stated:
         own = [one for one in stated if one.part == part]

@@ -23,7 +23,8 @@ from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName, Version, parse_name, refuse_ambiguous_channel
 
 DELETION = "delete"
-"""The kind of a channel's last move, which leaves a release for nothing: `to_release_id` repeats what it leaves."""
+"""The kind of a channel's last move, after which it serves nothing: `to_release_id` repeats the release that it
+leaves."""
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
 
@@ -119,7 +120,7 @@ def attempt(
     `Waiting`, and changes nothing, if the release lacks only what may still come.
 
     If the channel already serves the release, returns its current move. `completing` is the waiting promotion that this
-    completes; a move ends any other one of the channel. `given_up` are scores that will not come.
+    completes; a move ends any other waiting promotion of the channel. `given_up` are scores that will not come.
     """
     release = _load_release_and_policy(session, wanted)
     refuse_unsigned(session, release.id, release, (release.signed_by, release.covers), wanted)
@@ -195,8 +196,8 @@ def roll_back(  # noqa: PLR0913
     reason: str = "",
     expected: Expected | None = None,
 ) -> ChannelMove:
-    """Returns to the release served before the current one was promoted; skips yanked ones, and those that a rollback
-    has left since. `to` names an earlier one."""
+    """Returns to the release served before the current one was promoted; skips yanked releases, and those that a
+    rollback has left since. `to` names an earlier version."""
     session.scalar(locked(repository, channel_name))
     channel = find(session, repository, channel_name)
     subject = f"{repositories.name_of(repository)}@{channel_name}"
@@ -292,15 +293,15 @@ def before(session: Session, current: Move) -> Move | None:
 
 
 def earlier_versions(session: Session, move: Move, *, limit: int) -> Sequence[str]:
-    """The versions that a channel whose current move is `move` can be rolled back to, the last served first."""
+    """The versions that a channel whose current move is `move` can be rolled back to, last served first."""
     back = _way_back(move).subquery()
     query = select(Release.version).join(back, back.c.to_release_id == Release.id).where(~Release.yanked)
     return session.scalars(query.group_by(Release.id).order_by(func.max(back.c.id).desc()).limit(limit)).all()
 
 
 def _way_back(current: Move) -> Select[Any, Any]:
-    """The moves below the current one whose release the channel may return to: another one, which no rollback has left
-    since. A release that was left came back only by a promotion, which its policy judged."""
+    """The earlier moves whose release the channel may return to: a different release, which no rollback has left since.
+    Only a promotion, judged by the policy, brings back a release that was left."""
     columns = (Move.id, Move.to_release_id, Move.below_id)
     below = select(*columns).where(Move.id == current.below_id).cte("below", recursive=True)
     below = below.union_all(select(*columns).join(below, Move.id == below.c.below_id))
@@ -314,7 +315,7 @@ def _way_back(current: Move) -> Select[Any, Any]:
 
 def _served_before(session: Session, channel: Channel, current: Move, to: Version, subject: str) -> Move:
     """The last move on the way back that served this version. Raises Refused for a version that was never served, is
-    yanked, is served now, or would be a way forward, past the channel's policy."""
+    yanked, is served now, or would move the channel forward past its policy."""
     served = select(Release).join(Move, Move.to_release_id == Release.id)
     release = session.scalars(served.where(Move.channel_id == channel.id, Release.version == str(to)).limit(1)).first()
     if release is None:
@@ -345,7 +346,7 @@ def _promoting(channel: Channel, to: Version, subject: str) -> str:
 
 
 def _load_release_and_policy(session: Session, wanted: PromotionRequest) -> Any:
-    """Loads the release and policy, and creates the channel if needed. Raises NotFound for anything else missing."""
+    """Loads the release and policy, and creates the channel if needed. Raises NotFound if anything else is missing."""
     name = wanted.repository
     values = {
         "in_namespace": name.namespace,
@@ -366,7 +367,7 @@ def _create(session: Session, repository_id: int, name: RepositoryName, channel:
     repositories.lock(session, repository_id)  # a yank locks all existing channels
     refuse_ambiguous_channel(channel)
     repositories.refuse_shadowed(session, name, channel)
-    # If several create it at once, one succeeds and the others wait for its result.
+    # If several transactions create it at once, one succeeds and the others wait for its result.
     insert_if_absent(session, Channel, repository_id=repository_id, name=channel, move_id=None)
 
 
@@ -416,8 +417,7 @@ def judge(  # noqa: PLR0913
 
 
 def locked(repository: Repository, name: str) -> Select[Channel]:
-    """Locks the channel, so that moves wait for each other instead of failing, unless they state the move that they
-    expect."""
+    """Locks the channel, so that moves wait for each other instead of failing, unless they state the expected move."""
     query = select(Channel).where(Channel.repository_id == repository.id, Channel.name == name)
     return query.with_for_update().execution_options(populate_existing=True)
 

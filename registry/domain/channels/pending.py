@@ -16,7 +16,7 @@ PENDING = "pending"
 
 
 def find(session: Session, repository: Repository, channel: str, promotion_id: int) -> Promotion:
-    """The promotion of that channel. Raises NotFound."""
+    """The channel's promotion with this id. Raises NotFound."""
     row = session.get(Promotion, promotion_id)
     if row is None or row.channel.repository_id != repository.id or row.channel.name != channel:
         subject = f"{repositories.name_of(repository)}@{channel}"
@@ -51,7 +51,7 @@ def list_page(session: Session, repository: Repository, channel: str, *, before:
 
 
 def due(session: Session, now: datetime) -> list[int]:
-    """The promotions that are to be judged again."""
+    """The promotions that are due to be judged again."""
     query = select(Promotion.id).where(Promotion.state == PENDING, Promotion.due_at <= now)
     return list(session.scalars(query.order_by(Promotion.due_at)))
 
@@ -143,8 +143,8 @@ def end_moved(session: Session, actor: Actor, promotion_id: int) -> None:
 
 
 def end_replaced(session: Session, actor: Actor, promotion: Promotion, version: str) -> None:
-    """Ends a promotion for which a newer request came, which may go on with its evaluation: `cancel_evaluation` is for
-    the caller."""
+    """Ends a promotion that a newer request replaces. The new one may go on with its evaluation, so `cancel_evaluation`
+    is left to the caller."""
     named = subject(promotion)
     error = Conflict(
         "promotion_replaced",

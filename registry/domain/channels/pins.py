@@ -1,7 +1,7 @@
 """Pins: the content of each suite, and the direction of each metric, that a channel's gate rules were set on.
 
-A suite's author may have no role in the namespace. What the author changes later is announced, and judges nothing until
-an admin of the namespace takes it.
+A suite's author may have no role in the namespace. The author's later changes are announced, and take effect only when
+an admin of the namespace accepts them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,8 @@ Pins = Mapping[str, Mapping[str, Any]]
 
 
 def pin(session: Session, actor: Actor, rules: Sequence[Rule], kept: Pins) -> dict[str, Any]:
-    """The pins of these rules: those `kept`, and for a suite or metric without one what it is now. Raises NotFound for
+    """The pins of these rules: those `kept`, and the current state of each suite or metric without one. Raises NotFound
+    for
     a suite that the actor may not name."""
     pins: dict[str, dict[str, Any]] = {}
     for rule in rules:
@@ -36,7 +37,7 @@ def pin(session: Session, actor: Actor, rules: Sequence[Rule], kept: Pins) -> di
 
 
 def of_channel(session: Session, repository_id: int, channel: str) -> Pins:
-    """The pins of a channel's policy; none for rules that were set by a version without pins."""
+    """The pins of a channel's policy; none for rules set by a version without pins."""
     return session.scalar(select(Gate.pins).where(Gate.repository_id == repository_id, Gate.channel == channel)) or {}
 
 

@@ -1,4 +1,4 @@
-"""Policies of channels: set, read, and judged for a release that is to be promoted."""
+"""Sets and reads policies of channels, and judges releases by them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +25,12 @@ from registry.formats.channel_policy import ChannelPolicy, ScoreRule, of_rules, 
 from registry.formats.references import RepositoryName, Version, parse_name
 
 _HOW = {"version", "min_n", "measured", "missing", "force", "expires_hours"}
-"""Fields of a policy that ask for nothing by themselves."""
+"""Fields of a policy that require nothing by themselves."""
 _REQUIREMENTS = tuple(name for name in ChannelPolicy.model_fields if name not in _HOW)
 
 
 class PromotionVerdict(StrEnum):
-    """What a promotion leads to."""
+    """The outcome of a promotion."""
 
     PASSES = "passes"
     WAITS = "waits"
@@ -51,7 +51,7 @@ class Report:
 
     @property
     def waits(self) -> bool:
-        """Whether all that is not passed may still pass by itself."""
+        """Whether every rule that does not pass yet may pass without further action."""
         return bool(self.failed) and all(result.waiting for result in self.failed)
 
     def verdict(self, *, served: bool) -> PromotionVerdict:
@@ -63,7 +63,7 @@ class Report:
 
     @property
     def until(self) -> datetime | None:
-        """The first moment at which a rule may pass by itself."""
+        """The first moment at which a rule may pass without further action."""
         return min((result.until for result in self.results if result.until is not None), default=None)
 
 
@@ -158,7 +158,7 @@ def _store(  # noqa: PLR0913
 def _pins(
     session: Session, actor: Actor, policy: ChannelPolicy, rules: Sequence[Rule], kept: pins.Pins
 ) -> dict[str, Any]:
-    """The pins of the rules. Raises for a rule that is on nothing known, or that can never pass."""
+    """The pins of the rules. Raises for a rule on something unknown, or that can never pass."""
     for rule in rules:
         gates.refuse_unknown(session, actor, rule)
     pinned = pins.pin(session, actor, rules, kept)
@@ -229,7 +229,7 @@ def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -
             lacking |= dict.fromkeys(lacks)
         if note := changed.get(rule.suite):
             command = f"adaptory gate {repositories.name_of(release.repository)}@{question.channel} --repin"
-            result = replace(result, detail=f"{result.detail}; {note} (`{command}` takes it)")
+            result = replace(result, detail=f"{result.detail}; {note} (`{command}` accepts the change)")
         results.append(result)
     return results, list(lacking)
 
@@ -242,7 +242,7 @@ def _awaited(
     subjects: Sequence[tuple[int | None, str]],
     contents: Contents,
 ) -> tuple[GateResult, list[Wanted]]:
-    """The result, waiting if the missing scores of the subjects can still come, and what is to be measured for it."""
+    """The result, waiting if the missing scores of the subjects can still come, and the measurements that it needs."""
     suite = contents.suites.get(rule.suite)
     if suite is None or suite.task == suites.REPORTED:  # nobody can measure it
         return result, []
@@ -261,7 +261,8 @@ def _awaited(
 
 
 def _subjects(question: Question, lacks: str, inputs: Sequence[Release]) -> list[tuple[int | None, str]]:
-    """Whose score is missing: (release id, base digest). None for inputs whose scores the actor may not record."""
+    """The subjects whose score is missing: (release id, base digest). None for inputs whose scores the actor may not
+    record."""
     release = question.release
     if lacks == "base":
         return [(None, release.base_digest)]
@@ -272,7 +273,7 @@ def _subjects(question: Question, lacks: str, inputs: Sequence[Release]) -> list
     return [(one.id, one.base_digest)] if one is not None else []
 
 
-# What is to be promoted, and why it is refused.
+# The request of a promotion, and the errors that refuse it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +308,7 @@ class PromotionRequest:
 _FORCED_BY = {
     "releaser": "a releaser may use --force with a --reason",
     "admin": "an admin may use --force with a --reason",
-    "never": "the policy lets nobody force a promotion",
+    "never": "the policy allows nobody to force a promotion",
 }
 
 
@@ -327,7 +328,9 @@ def refuse_force(actor: Actor, policy: ChannelPolicy, wanted: PromotionRequest) 
     if policy.forced_by == "never" or not holds(actor, Role(policy.forced_by), wanted.repository.namespace):
         who = "nobody" if policy.forced_by == "never" else f"only the role {policy.forced_by}"
         raise NotAllowed(
-            "force_not_allowed", f"The policy of {wanted.subject} lets {who} force a promotion.", subject=wanted.subject
+            "force_not_allowed",
+            f"The policy of {wanted.subject} allows {who} to force a promotion.",
+            subject=wanted.subject,
         )
 
 

@@ -1,4 +1,4 @@
-"""Promotions: judged without being made; and those that wait, requested, judged again, completed or cancelled."""
+"""Judges promotions without making them; requests, judges again, completes and cancels those that wait."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +30,8 @@ RECHECK = timedelta(seconds=15)
 
 
 def request(session: Session, actor: Actor, wanted: PromotionRequest) -> ChannelMove | Promotion:
-    """Promotes, or starts to wait for what the release lacks, as `moves.attempt` does. A channel waits for one
-    promotion: this one replaces an earlier one."""
+    """Promotes the release, or waits for what it lacks (see `moves.attempt`). A channel has one waiting promotion: a
+    new one replaces an earlier one."""
     outcome = moves.attempt(session, actor, wanted)
     if isinstance(outcome, ChannelMove):
         return outcome
@@ -76,8 +76,8 @@ def request(session: Session, actor: Actor, wanted: PromotionRequest) -> Channel
 
 
 def settle(session: Session, promotion_id: int, now: datetime) -> Promotion:
-    """Judges a waiting promotion again, with the rights that its requester has now: completes it, ends it, or lets it
-    wait. The move, if any, is recorded in this transaction, under the lock that all moves of the channel take."""
+    """Judges a waiting promotion again, with the rights that its requester has now: completes it, ends it, or leaves it
+    waiting. The move, if any, is recorded in this transaction, under the lock that all moves of the channel take."""
     promotion = _locked(session, promotion_id)
     if promotion.state != PENDING:
         return promotion
@@ -137,9 +137,9 @@ def approve(session: Session, actor: Actor, release: Release, channel: str, reas
     if own is not None and own.actor == actor.name:
         raise NotAllowed(
             "own_promotion",
-            f"{actor.name} promotes {release.version} to {subject}, so another person must approve it.",
+            f"{actor.name} promotes {release.version} to {subject}, so someone else must approve it.",
             subject=subject,
-            next_step=f"Ask somebody else with the role {policy.approval.role}.",
+            next_step=f"Ask someone else with the role {policy.approval.role}.",
         )
     row = session.get(Approval, (release.id, channel, actor.name))
     counts = row in requirements.unspent_approvals(session, release, channel)
@@ -199,8 +199,8 @@ def _wait(session: Session, actor: Actor, promotion: Promotion, outcome: Waiting
 
 
 def _namespaces(session: Session, promotion: Promotion, wanted: Sequence[Wanted]) -> set[str]:
-    """Those of the promotion and of what is measured. If an input is in another one, the job belongs to none: its error
-    may name that input."""
+    """The namespaces of the promotion and of the measured releases. With an input in another one, the job belongs to
+    none: its error may name that input."""
     measured = select(Release).where(Release.id.in_([one.release for one in wanted if one.release is not None]))
     return {promotion.release.repository.namespace, *(one.repository.namespace for one in session.scalars(measured))}
 
@@ -223,7 +223,9 @@ def _given_up(session: Session, promotion: Promotion) -> Mapping[Wanted, str]:
     job = queue.find(session, promotion.job_id)
     if job.state not in queue.FINISHED:
         return {}
-    if job.state != "done" and job.created_by != promotion.actor:  # joined, and ended for reasons of its requester
+    if (
+        job.state != "done" and job.created_by != promotion.actor
+    ):  # a joined job, which ended for reasons of its own requester
         return {}
     why = f"job {job.id} is {job.state}"
     shown = job.namespace == promotion.release.repository.namespace
@@ -237,7 +239,7 @@ def _given_up(session: Session, promotion: Promotion) -> Mapping[Wanted, str]:
 
 
 def _locked(session: Session, promotion_id: int) -> Promotion:
-    """The promotion as it is once its channel is locked, for which moves wait."""
+    """The promotion, read after locking its channel against moves."""
     promotion = session.get_one(Promotion, promotion_id)
     lock = select(Channel).where(Channel.id == promotion.channel_id).with_for_update()
     session.scalars(lock.execution_options(populate_existing=True)).one()
@@ -284,12 +286,12 @@ def _refuse_without_role(actor: Actor, promotion: Promotion, wanted: PromotionRe
         )
 
 
-# What a promotion would lead to, without making it.
+# Judging a promotion without making it.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """`results` are those of the policy's rules. `error` is what refuses the promotion besides them. `served` is the
+    """`results` are those of the policy's rules. `error` refuses the promotion for another reason. `served` is the
     version that the channel serves, None for an empty one, `move` the id of its last move, or NOTHING_YET."""
 
     verdict: PromotionVerdict

@@ -28,7 +28,7 @@ from registry.formats.signatures import is_key_of
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """A promotion to be judged. `channel` need not exist yet, and `served` is the release that it serves. `given_up`
-    maps scores that nobody will measure any more to the reason."""
+    maps scores that will no longer be measured to the reason."""
 
     actor: Actor
     release: Release
@@ -52,7 +52,7 @@ def judge(session: Session, policy: ChannelPolicy, question: Question) -> list[G
 
 
 def _soak(session: Session, policy: ChannelPolicy, soak: Soak, question: Question) -> GateResult:
-    """The last stretch of time in which the channel served the release. One that a rollback ended does not count."""
+    """The last period in which the channel served the release. A period ended by a rollback does not count."""
     rule = f"{soak.hours:g} h in {soak.channel}"
     moves = _last_moves(session, question.release, soak.channel)
     if moves is None:
@@ -100,9 +100,9 @@ def _approval(session: Session, needed: NeededApproval, question: Question) -> G
 
 
 def unspent_approvals(session: Session, release: Release, channel: str) -> list[Approval]:
-    """The approvals of a release for a channel, oldest first. The first move to the release after an approval spends
-    it, and the next one ends those that came while the channel served it: after a rollback, the release needs new
-    ones, also if an approval was sent again."""
+    """The approvals of a release for a channel, oldest first. The first move to the release after an approval uses it
+    up, and the next one ends those given while the channel served it: after a rollback, the release needs new
+    approvals, even if one was sent again."""
     query = select(Approval).where(Approval.release_id == release.id, Approval.channel == channel)
     last = _last_moves(session, release, channel)
     given = session.scalars(query.order_by(Approval.at, Approval.user))
@@ -143,8 +143,9 @@ def _signature_of_publisher(session: Session, namespace: Namespace, release: Rel
 
 
 def _verdict(session: Session, worst: Verdict, release: Release) -> GateResult:
-    """The verdict of the release's composition or, if that passes, of the first one in its lineage that does not:
-    composed once more, alone, it would have no conflict. A release that no composition of this registry made passes."""
+    """The verdict of the release's composition or, if that passes, of the first composition in its lineage that does
+    not: composing its output once more, alone, would show no conflict. A release that was not composed in this registry
+    passes."""
     rule = f"verdict {worst}" if worst is Verdict.OK else f"verdict {worst} or better"
     made = select(Composition.conflicts, Composition.recipe)
     made = made.join(ReleaseInput, ReleaseInput.composition_id == Composition.id)
@@ -161,7 +162,7 @@ def _verdict(session: Session, worst: Verdict, release: Release) -> GateResult:
 
 
 def _verdict_of(row: Row[*tuple[Any, ...]], rule: str, worst: Verdict) -> GateResult:
-    """Judged under the default limits: a composition's recipe may have loosened its own."""
+    """The verdict under the default limits: a composition's recipe may have loosened its own."""
     if row.conflicts is None:
         return GateResult(rule, False, "its composition has no conflict report")
     own, judged = Verdict(row.conflicts["verdict"]), row.conflicts.get("by_default")
@@ -176,7 +177,7 @@ def _verdict_of(row: Row[*tuple[Any, ...]], rule: str, worst: Verdict) -> GateRe
 
 
 def _loads(release: Release, server: ServerProfile) -> GateResult:
-    """A model passes: servers load it as a checkpoint, not as an adapter."""
+    """Whether servers load the release. A model passes: they load it as a checkpoint, not as an adapter."""
     rule = f"loads in {server}"
     if release.rank_max is None:
         return GateResult(rule, True, "a model")

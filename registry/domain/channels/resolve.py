@@ -26,7 +26,7 @@ _NEEDED = (
     *("deprecated_reason", "successor", "base_deprecated_reason", "base_successor"),
 )
 _RELEASES = select(*(COLUMNS[name].label(name) for name in _NEEDED)).select_from(NAMED)
-"""Everything needed to fetch a release, in one statement: serving nodes need nothing else."""
+"""Everything that serving nodes need to fetch a release, in one statement."""
 
 _IN_REPOSITORY = _RELEASES.where(
     _repository.namespace == bindparam("in_namespace"), _repository.name == bindparam("in_repository")
@@ -89,7 +89,8 @@ def resolve(session: Session, reference: Reference, kind: Kind | None = None) ->
 
 
 def locate(session: Session, reference: Reference, kind: Kind | None = None) -> ResolvedRow:
-    """Resolves a reference. Finds yanked releases only by exact version or commit, and none that was taken down. Raises
+    """Resolves a reference. Finds yanked releases only by exact version or commit, and never one that was taken down.
+    Raises
     NotFound."""
     resolved = resolve_exact(session, reference)
     if resolved is None and reference.range:
@@ -103,7 +104,7 @@ def locate(session: Session, reference: Reference, kind: Kind | None = None) -> 
 
 
 def resolve_exact(session: Session, reference: Reference) -> ResolvedRow | None:
-    """Resolves with a single statement, which sees one consistent state. None if that is not enough."""
+    """Resolves with a single statement, which sees one consistent state. None if it needs more than that."""
     if reference.range:
         return None
     if reference.commit:

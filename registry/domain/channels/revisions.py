@@ -4,7 +4,7 @@ A revision is `main`, a version with or without `v`, a channel, or a commit. `ma
 release. Programs that cannot name a revision write it behind the repository: `acme/sql.prod`, `acme/sql.v1.2.0`.
 
 In a namespace whose `main` serves releases alone, commits are drafts: publishers find them by their ids, and the last
-one as `next`. To everybody else they do not exist.
+one as `next`. For everybody else, drafts do not exist.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ _LISTED = 5
 
 @dataclass(frozen=True, slots=True)
 class Refs:
-    """The commits that a repository's names stand for: `main` if it has a release, channels, and versions; `drafts` if
+    """The commits behind a repository's names: `main` if it has a release, channels, and versions; `drafts` if
     the actor sees any."""
 
     main: str | None
@@ -82,7 +82,8 @@ def start_of_commit(session: Session, repository: RepositoryName) -> Located:
 
 
 def to_release(session: Session, actor: Actor, repository: RepositoryName, revision: str) -> Located:
-    """The files that a tag at a revision publishes; without one, a client sends `main`, which means the last commit."""
+    """The files that a tag at a revision publishes; clients send `main`, the last commit, if the user names no
+    revision."""
     if revision == MAIN and (located := _head(session, repository)):
         return located
     return locate(session, actor, str(repository), revision)
@@ -114,7 +115,7 @@ def released_version(session: Session, actor: Actor, repository: RepositoryName,
 
 
 def list_refs(session: Session, actor: Actor, named: str) -> Refs:
-    """All names of commits in a repository, or in the one that `named` is an alias in. Call it in a snapshot."""
+    """All names of commits in a repository, or in the one that `named` is an alias in. Must run in one snapshot."""
     exact = _parsed(named)
     if exact and repositories.exists(session, exact.repository):
         repository = exact.repository
@@ -143,7 +144,7 @@ def _is_publisher(actor: Actor, repository: RepositoryName) -> bool:
 
 
 def _readings(named: str) -> Iterator[tuple[RepositoryName, str]]:
-    """The repositories that a name may stand for, each with the revision behind it: the longest repository first."""
+    """The repositories that a name may stand for, each with its revision, longest repository name first."""
     namespace, _, name = named.partition("/")
     ends = [len(name), *(index for index in range(len(name) - 2, 0, -1) if name[index] == ".")]
     for end in ends:
@@ -190,7 +191,7 @@ def _head(session: Session, repository: RepositoryName) -> Located | None:
 
 
 def _newest_accepted(session: Session, row: Repository) -> Located | None:
-    """The newest release with the signature that its namespace requires now: others may be older than the rule."""
+    """The newest release with the signature that its namespace requires now: some may be older than the requirement."""
     namespace, name = namespaces.find(session, row.namespace), repositories.name_of(row)
     order = (Release.stable.desc(), Release.sort_key.desc())
     query = select(Release).where(Release.repository_id == row.id, ~Release.yanked).order_by(*order)
@@ -248,7 +249,7 @@ def _of_release(resolved: ResolvedRow) -> Located:
 
 
 def _pinned(session: Session, repository: RepositoryName, revision: str) -> Located | None:
-    """The release with a version, which comes first since it never moves, or in a channel. Raises NotFound for a
+    """The release with that version, which comes first since it never moves, or in that channel. Raises NotFound for a
     channel that serves only yanked releases."""
     version, channel = _parsed(f"{repository}:{revision}"), _parsed(f"{repository}@{revision}")
     if version and version.version and (resolved := resolve.resolve_exact(session, version)):

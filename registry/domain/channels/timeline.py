@@ -1,4 +1,4 @@
-"""Moves as they are read: of a channel, of a release, the latest of the registry; and what channels serve now."""
+"""Reads moves: of a channel, of a release, the latest of the registry; and the releases that channels serve now."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import readable_names
 
 LATEST_AMONG = 2_000
-"""`latest` looks at this many of a registry's last moves: a caller who may read few of them waits no longer."""
+"""`latest` reads this many of a registry's last moves, so that a caller who may see few of them waits no longer."""
 
 _channel, _move, _release, _repository = (table.__table__.c for table in (Channel, Move, Release, Repository))
 LEFT = Release.__table__.alias("left")
@@ -47,8 +47,8 @@ _OF_RELEASE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelMove:
-    """A channel's move; `gates` are the recorded results, empty where they were not read. It has not `changed` the
-    channel if a promotion named the release that the channel served already: this is then its last move."""
+    """A channel's move; `gates` are the recorded results, empty where they were not read. `changed` is false for a
+    promotion to the release that the channel already served: the move is then its last one."""
 
     id: int
     kind: str
@@ -63,7 +63,7 @@ class ChannelMove:
 
     @classmethod
     def of_row(cls, row: Any) -> "ChannelMove":
-        """From a row with the columns `COLUMNS`, perhaps without gates, and perhaps with others."""
+        """From a row with the columns `COLUMNS`, possibly without gates or with further columns."""
         columns = row._asdict()
         return cls(**{name: columns[name] for name in cls.__dataclass_fields__ if name in columns})
 
@@ -78,7 +78,7 @@ class ChannelMove:
 
 @prepared
 def _latest(everywhere: bool) -> Query:
-    """Of all repositories, or of those in the namespaces of the parameter."""
+    """The last moves of all repositories, or of those in the namespaces of the parameter."""
     query = (
         select(
             _repository.namespace,
@@ -121,10 +121,10 @@ def of_release(session: Session, release: Release, *, before: int, limit: int) -
     return [(row.channel, ChannelMove.of_row(row)) for row in session.execute(query.limit(limit), named)]
 
 
-# Which channels serve which releases, for lists of releases of many repositories.
+# The channels that serve each release, for lists of releases of many repositories.
 
 _channel, _release = Channel.__table__.c, Release.__table__.c
-# By way of the repository, which has an index; on columns, since mapped objects would take most of the time.
+# Joined through the repository, which has an index; on columns, since mapped objects would take most of the time.
 _SERVED = Prepared(
     select(_channel.served_id, _channel.name)
     .select_from(Release.__table__)

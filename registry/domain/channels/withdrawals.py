@@ -38,13 +38,14 @@ from registry.formats.references import Version
 
 _UNTRACKED = {"synchronize_session": False}
 TAKEN_DOWN_BY = "takedown"
-"""The run that `Blob.removing_by` names: no collection has begun the removal."""
+"""The value of `Blob.removing_by` while no collection has begun the removal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Takedown:
-    """`releases` have lost their files. `blobs` of `size_bytes` go, since nothing names them any more. `kept_files` are
-    the paths of files that stay, by the releases and commits that still have them. `barred` are the paths of the
+    """`releases` have lost their files. `blobs` of `size_bytes` are removed, since nothing names them any more.
+    `kept_files` has the paths of files that stay, by the releases and commits that still have them. `barred` are the
+    paths of the
     weights that the namespace may not publish again."""
 
     releases: list[str]
@@ -59,8 +60,8 @@ class Takedown:
 
 
 def take_down(session: Session, actor: Actor, release: Release, reason: str, *, bar: bool = True) -> Takedown:
-    """Takes the files of a release down, and yanks every version that has the same ones. Keeps who published what, and
-    when; notes and provenance go, since they may repeat what must not be seen.
+    """Takes the files of a release down, and yanks every version that has the same ones. Keeps the record of the
+    publication; removes notes and provenance, since they may repeat what must not be seen.
 
     With `bar`, the namespace may not publish the same files or weights again (`barred.refuse_files`). Files that
     another release or commit names stay. The blobs of the others are marked, so that nobody relies on them: the caller,
@@ -68,7 +69,7 @@ def take_down(session: Session, actor: Actor, release: Release, reason: str, *, 
     """
     need_reason("A takedown", release, reason)
     repositories.lock(session, release.repository_id)
-    lock_blobs_exclusive(session)  # nobody publishes these files meanwhile
+    lock_blobs_exclusive(session)  # blocks publications of these files
     revision = release.revision
     session.refresh(revision, ["taken_down_at", "takedown_reason"])
     versions = session.scalars(select(Release).where(Release.revision_id == revision.id).order_by(Release.id)).all()
@@ -163,8 +164,8 @@ def _bury(session: Session, actor: Actor, release: Release, reason: str) -> None
 
 
 def _mark_unnamed(session: Session, actor: Actor, namespace: str, digests: Sequence[str]) -> list[int]:
-    """Marks the blobs that nothing names any more, and returns their sizes. The namespace gives up those that only
-    others name, and announced uploads of what it gives up."""
+    """Marks the blobs that nothing names any more, and returns their sizes. The namespace gives up blobs that only
+    other namespaces name, with their announced uploads."""
     named = exists().where(RevisionFile.sha256 == Blob.sha256)
     named_here = (
         exists()
@@ -239,7 +240,7 @@ def need_reason(act: str, release: Release, reason: str) -> None:
 
 def _lock(session: Session, release: Release) -> None:
     """Serializes yanks, so that the audit's `before` is right, and channel creation in the repository. A concurrent
-    move either sees the yank or is seen by it (`_channels_of`)."""
+    move either sees the yank, or the yank sees the move (`_channels_of`)."""
     repositories.lock(session, release.repository_id)
     session.refresh(release, ["yanked", "yank_reason"])
 
@@ -273,14 +274,14 @@ def _channels_of(session: Session, release: Release) -> list[Channel]:
     return list(session.scalars(query.with_for_update().execution_options(populate_existing=True)))
 
 
-# Deletion of a channel that nobody follows, such as one with a misspelt name.
+# Deletion of a channel that has no followers, such as one with a misspelt name.
 
 
 def delete_channel(
     session: Session, actor: Actor, repository: Repository, name: str, *, serving: Version | None, reason: str
 ) -> str | None:
-    """Deletes a channel; returns the version that it served. Its history stays and ends with the deletion. A channel of
-    this name that is created later begins with nothing.
+    """Deletes a channel; returns the version that it served. Its history stays and ends with the deletion. A channel
+    created later under this name starts empty.
 
     Raises Refused for a channel with a policy, and for one that serves a release, unless an admin of its namespace
     names that release as `serving` and gives a reason.
@@ -312,7 +313,7 @@ def _refuse_serving(
             "channel_serves",
             f"{subject} serves {served}.",
             subject=subject,
-            next_step="Clients that follow it would find nothing. If there are none, an admin may delete it with "
+            next_step="Its followers would find nothing. If it has none, an admin may delete it with "
             f"`adaptory channel delete {subject} --serving {served} --reason TEXT`.",
         )
     permit(actor, Role.ADMIN, repository.namespace)

@@ -28,7 +28,7 @@ STEPS = ("check",)
 KEPT = timedelta(days=30)
 """How long a check is kept after it has ended."""
 ANEW = ("failed", "cancelled")
-"""States of a job whose check is computed again when it is next asked for."""
+"""States of a job after which the next request computes the check again."""
 
 
 def key_of(lock: Lock) -> str:
@@ -71,12 +71,12 @@ def find(session: Session, actor: Actor, check_id: int) -> ConflictCheck:
     """The check. Raises NotFound unless the actor may read all of its adapters."""
     check = session.get(ConflictCheck, check_id)
     if check is None or not may_look(actor, check):
-        raise NotFound("conflicts_unknown", f"There is no conflict check {check_id}.", subject=str(check_id))
+        raise NotFound("conflicts_unknown", f"Conflict check {check_id} does not exist.", subject=str(check_id))
     return check
 
 
 def may_look(actor: Actor, check: ConflictCheck) -> bool:
-    """Whether the actor may read all adapters: the report has their names and what their weights have in common."""
+    """Whether the actor may read all adapters: the report has their names and compares their weights."""
     return all(may_read(actor, namespace) for namespace in namespaces_of(check))
 
 

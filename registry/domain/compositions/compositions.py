@@ -25,7 +25,7 @@ from registry.formats.references import RepositoryName, Version, nearest, parse_
 from registry.formats.signatures import fingerprint
 
 STEPS = ("check", "combine", "evaluate", "gate", "merge", "publish")
-"""Resolving and locking happen with the request, so that a recipe that cannot work is refused immediately. With
+"""Recipes are resolved and locked at the request, so that an impossible one is refused immediately. With
 `optimize`, a search that chooses method and weights comes first."""
 
 
@@ -121,7 +121,7 @@ def creator(session: Session, composition: Composition, now: datetime) -> Actor:
         if not may(actor, role, namespace):
             raise NotAllowed(
                 "role_lost",
-                f"{actor.name}, who created this composition, is no longer a {role} in {namespace}.",
+                f"{actor.name}, who created this composition, no longer has the role {role} in {namespace}.",
                 subject=namespace,
                 next_step=f"Ask an admin of {namespace} for the role, and compose again.",
             )
@@ -144,7 +144,7 @@ def find_all(session: Session, ids: Sequence[int]) -> list[tuple[Composition, Jo
 
 def unknown(composition_id: int) -> NotFound:
     """The error for a composition that does not exist or that the actor may not see."""
-    return NotFound("composition_unknown", f"There is no composition {composition_id}.", subject=str(composition_id))
+    return NotFound("composition_unknown", f"Composition {composition_id} does not exist.", subject=str(composition_id))
 
 
 def lock_choice(session: Session, composition_id: int, lock: Lock, now: datetime) -> None:
@@ -178,8 +178,8 @@ def permit_look(actor: Actor, composition: Composition, job: Job, hidden: NotFou
 
 
 def permit_job(session: Session, actor: Actor, job: Job, role: Role = Role.READER) -> None:
-    """Raises unless the actor may see the job. An evaluation of releases in several namespaces is its
-    requester's, with a token that has the role in all of them, and that of publishers of the whole registry."""
+    """Raises unless the actor may see the job. An evaluation of releases in several namespaces is visible to its
+    requester, with a token that has the role in all of them, and to publishers of the registry."""
     hidden = queue.unknown(job.id)
     if job.kind == checks.KIND:
         checks.permit_job(session, actor, job)
@@ -256,7 +256,7 @@ def _targets(recipe: Recipe, *, plan_only: bool) -> list[_Target]:
     """The outputs to publish, each with its version and in its own repository."""
     outputs = [(text, kind) for text, kind in ((recipe.adapter, Kind.ADAPTER), (recipe.model, Kind.MODEL)) if text]
     if not plan_only and not outputs:
-        raise Usage("no_output", "The recipe names neither an adapter nor a model to publish.")
+        raise Usage("no_output", "The recipe names no adapter and no model to publish.")
     targets: list[_Target] = []
     for text, kind in outputs:
         reference = parse_reference(text)
@@ -280,21 +280,21 @@ def _check_target(session: Session, recipe: Recipe, lock: Lock, target: _Target)
 
 
 def _refuse_other_content(session: Session, occupant: Release, recipe: Recipe, lock: Lock) -> None:
-    """Raises Conflict unless the same recipe and lock made the release: they give the same files, so publishing those
-    again is a retry."""
+    """Raises Conflict unless the same recipe and lock made the release: they result in the same files, so publishing
+    them again is a retry."""
     query = select(Composition).join(ReleaseInput, ReleaseInput.composition_id == Composition.id)
     made_by = session.scalars(query.where(ReleaseInput.release_id == occupant.id).limit(1)).first()
     if made_by is None or made_by.recipe != recipe.to_json() or not _same_result(made_by.lock, recipe, lock):
         raise Conflict(
             "version_exists",
-            f"{full_name(occupant)} was not made by this recipe from these inputs; a release never changes.",
+            f"{full_name(occupant)} was not composed by this recipe from these inputs; a release never changes.",
             subject=full_name(occupant),
             next_step="Give a new version in the recipe.",
         )
 
 
 def _same_result(earlier: Mapping[str, Any], recipe: Recipe, lock: Lock) -> bool:
-    """Whether the lock leads to what the earlier one did. A search has yet to choose: the same inputs then suffice, and
+    """Whether the lock has the same result as the earlier one. Before a search has chosen, equal inputs suffice, and
     publishing compares the files."""
     if recipe.optimize:
         return [row["commit"] for row in earlier["inputs"]] == [one.commit for one in lock.inputs]
@@ -310,7 +310,7 @@ def _refuse_namespace(session: Session, actor: Actor, name: str, signer: str | N
     elif namespace.require_signature and signer not in {fingerprint(key) for key in namespace.signing_keys}:
         raise Refused(
             "unsigned",
-            f"{name} accepts only releases signed by one of its keys, and the workers have none of them.",
+            f"{name} accepts only releases signed by one of its keys, and the workers have none of these keys.",
             subject=name,
             next_step="Compose into another namespace, pull the result, and push it here with --sign KEY.pem; or give "
             f"the workers a key of {name} (ADAPTORY_SIGNING_KEY).",

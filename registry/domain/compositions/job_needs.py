@@ -1,4 +1,4 @@
-"""What the jobs of compositions need of their workers, and of jobs that an older version queued."""
+"""The needs of compositions' jobs, and of jobs that an older version queued."""
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -15,8 +15,8 @@ from registry.errors import RegistryError
 
 
 def needs_of(session: Session, recipe: Recipe, lock: Lock, *, plan_only: bool) -> WorkerNeeds:
-    """A search, a probe, a fit and an evaluation load the base; a merge only reads it. Combining adapters without any
-    of these does not need it."""
+    """The needs of a composition. A search, a probe, a fit and an evaluation load the base; a merge only reads it;
+    combining adapters alone does not need it."""
     own = locking.member_suites(session, recipe, [locking.release_of(session, one) for one in lock.inputs])
     measured = [] if plan_only else locking.evaluated(recipe, lock, own)
     fitted = parse_settings(lock.method, lock.settings).pipeline.fitted
@@ -30,8 +30,8 @@ def needs_of(session: Session, recipe: Recipe, lock: Lock, *, plan_only: bool) -
 
 
 def declare_missing(session: Session) -> None:
-    """Declares the needs of some jobs that an older version queued. One whose needs can no longer be known, since what
-    it names has changed, has none: its worker reports why it fails."""
+    """Declares the needs of some jobs that an older version queued. A job whose needs can no longer be determined,
+    since its subjects have changed, gets none: its worker reports why it fails."""
     for job in needs.undeclared(session):
         try:
             needed = _needs_of_job(session, job)

@@ -98,7 +98,7 @@ def _refuse_unsearchable(recipe: Recipe, own: Sequence[str | None]) -> None:
         raise Usage("no_adapter", message, subject="optimize", next_step="Add `adapter: NAMESPACE/NAME:VERSION`.")
     for source, name in zip(recipe.inputs, own, strict=True):
         if source.weight <= 0:
-            message = f"{source.adapter} has the weight {source.weight:g}: a search keeps what an input does."
+            message = f"{source.adapter} has the weight {source.weight:g}: a search preserves the effect of each input."
             raise Usage("bad_weight", message, subject=source.adapter, next_step="Give it a positive weight.")
         if name is None:
             raise _without_suite(source.adapter, "A search is judged by each input's suite", "a suite")
@@ -115,7 +115,7 @@ def _without_suite(adapter: str, why: str, missing: str) -> Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What a search found: `factors` multiply the inputs' weights, `calibration` are the examples that the method is
+    """The result of a search: `factors` multiply the inputs' weights, `calibration` are the examples that the method is
     fitted on, `evidence` is the search's report."""
 
     method: str
@@ -201,7 +201,7 @@ def _calibration(
     session: Session, recipe: Recipe, settings: AnySettings, own: Sequence[str | None]
 ) -> tuple[dict[str, object], ...]:
     """The examples that a fitted method uses: each input's prompts, or the first examples of its suite. Raises Refused
-    if there are none, or none would be left for evaluation."""
+    if there are none, or if none would be left for evaluation."""
     if not isinstance(settings, Regmean):
         return ()
     if recipe.model and not recipe.adapter:

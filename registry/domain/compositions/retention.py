@@ -1,4 +1,4 @@
-"""Retention: finished jobs go after a time, unless something that stays refers to them."""
+"""Retention: finished jobs are removed after a time, unless something that stays refers to them."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -13,8 +13,8 @@ from registry.domain.jobs.queue import FINISHED
 
 
 def expired(ended_before: datetime) -> Select[int]:
-    """The jobs that ended before then, but for those whose composition made a release, which is its lineage, those that
-    a promotion waited for, and those whose conflict report is kept."""
+    """The jobs that ended before then, except those that a release was composed by (its lineage), that a promotion
+    waited for, or whose conflict report is kept."""
     made = exists().where(ReleaseInput.composition_id == Composition.id, Composition.job_id == Job.id)
     awaited = exists().where(Promotion.job_id == Job.id)
     checked = exists().where(ConflictCheck.job_id == Job.id)
@@ -22,8 +22,8 @@ def expired(ended_before: datetime) -> Select[int]:
 
 
 def forget(session: Session, operator: Actor, ended_before: datetime, limit: int) -> int:
-    """Removes some expired jobs with their compositions and evaluations, and returns their number. What they did stays
-    in the audit log, and the scores that they measured with their releases."""
+    """Removes some expired jobs with their compositions and evaluations, and returns their number. The audit log keeps
+    their acts, and releases keep the scores that they measured."""
     query = select(Job).where(Job.id.in_(expired(ended_before).limit(limit))).with_for_update(skip_locked=True)
     jobs: Sequence[Job] = list(session.scalars(query))
     ids = [job.id for job in jobs]

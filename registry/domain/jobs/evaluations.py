@@ -1,4 +1,4 @@
-"""Evaluations that workers do: releases and bases on suites. Their results are scores, or only a report."""
+"""Evaluations by workers, of releases and bases on suites. Their results are scores, or only a report."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +24,8 @@ STEPS = ("measure",)
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to measure: a release by its row's id, None for the base alone, on a base and a suite, by their digests."""
+    """A measurement to make: a release by its row's id, None for the base alone, on a base and a suite, by their
+    digests."""
 
     release: int | None
     base: str
@@ -78,7 +79,7 @@ def suite_needs(suite: Suite) -> set[str]:
 
 
 def _models(session: Session, releases: Collection[int]) -> set[int]:
-    """Those of the releases that are models."""
+    """The releases that are models."""
     query = select(Release.id).join(Repository, Repository.id == Release.repository_id)
     return set(session.scalars(query.where(Release.id.in_(releases), Repository.kind == "model")))
 

@@ -1,7 +1,6 @@
-"""What a job needs of its worker, which workers meet that, and what a job waits for.
-
-Each worker announces every few seconds what it has (`WorkerRow`), and claims only jobs whose needs it meets. A job that
-no worker meets says what it waits for, and after PATIENCE ends with the error for what is missing.
+"""The needs of jobs, the offers of workers, and the needs that a job waits for. Each worker announces its offer every
+few seconds (`WorkerRow`), and claims only jobs whose needs it meets. A job that no worker meets shows what it waits
+for, and ends after PATIENCE with an error that names what is missing.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -38,7 +37,7 @@ _BATCH = 100
 
 @dataclass(frozen=True, slots=True)
 class WorkerNeeds:
-    """What a worker must have: needs by name, and bytes of its device's memory."""
+    """Requirements on a worker: needs by name, and bytes of its device's memory."""
 
     names: frozenset[str] = frozenset()
     _: KW_ONLY
@@ -47,7 +46,8 @@ class WorkerNeeds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """What a worker has: the kinds of jobs that it runs, which needs it meets, and bytes of its device's memory."""
+    """A worker's capabilities: the kinds of jobs that it runs, the needs that it meets, and bytes of its device's
+    memory."""
 
     kinds: frozenset[str]
     names: frozenset[str] = field(default=frozenset())
@@ -79,7 +79,7 @@ def scorer_of(need: str) -> str | None:
 
 
 def declare(session: Session, job: Job, needs: WorkerNeeds) -> None:
-    """States what the job needs, in place of what was stated before."""
+    """Declares the job's needs, replacing earlier ones."""
     session.execute(delete(JobNeed).where(JobNeed.job_id == job.id))
     if needs.names:
         session.execute(insert(JobNeed), [{"job_id": job.id, "need": need} for need in sorted(needs.names)])
@@ -93,7 +93,7 @@ def are_undeclared(session: Session) -> bool:
 
 
 def undeclared(session: Session) -> list[Job]:
-    """Some unfinished jobs whose needs nobody has declared, locked: they were queued by an older version."""
+    """Some unfinished jobs without declared needs, locked: an older version queued them."""
     query = select(Job).where(Job.state.in_(UNFINISHED), Job.memory_bytes.is_(None))
     return list(session.scalars(query.order_by(Job.id).limit(_BATCH).with_for_update(skip_locked=True)))
 
@@ -138,7 +138,7 @@ def met_by(offer: Offer) -> ColumnElement[bool]:
 
 
 def announce(session: Session, worker: str, offer: Offer, now: datetime) -> None:
-    """Records what the worker has, and that it lives."""
+    """Records the worker's offer, and that it is alive."""
     insert_if_absent(session, WorkerRow, name=worker, seen_at=now, kinds=[], offers=[], memory_bytes=0)
     row = session.get_one(WorkerRow, worker, populate_existing=True)
     row.seen_at, row.kinds, row.offers = now, sorted(offer.kinds), sorted(offer.names)
@@ -230,7 +230,7 @@ def _kind_of(need: str) -> str:
 
 
 def _error(session: Session, need: str, needs: WorkerNeeds) -> RegistryError:
-    """The error of a job that waited in vain: the one that a worker which lacks this raises when it is alone."""
+    """The error of a job that waited in vain: the same that a worker without this raises when it is the only one."""
     waited = f"No worker that has it took the job within {_patience_of(need).total_seconds() / 60:.0f} minutes."
     if (digest := base_of(need)) is not None:
         base = session.get_one(Base, digest)
@@ -253,15 +253,15 @@ def _error(session: Session, need: str, needs: WorkerNeeds) -> RegistryError:
         return Refused("evolution_missing", message, subject="evolve", next_step=step)
     return Refused(
         "device_too_small",
-        f"No worker that has the rest has {_size(needs.memory_bytes)} of device memory. {waited}",
+        f"No worker that meets the other needs has {_size(needs.memory_bytes)} of device memory. {waited}",
         subject="memory_bytes",
-        next_step="Start a worker on a larger device, or ask again with a lower `memory_bytes`: a model that does not "
-        "fit is then read from disk, layer by layer.",
+        next_step="Start a worker on a larger device, or repeat the request with a lower `memory_bytes`: a model "
+        "that does not fit is then read from disk, layer by layer.",
     )
 
 
 def _workers(session: Session) -> list[tuple[datetime, Offer]]:
-    """All workers that are not forgotten: when each was last seen, and what it had."""
+    """All recorded workers: when each was last seen, and its offer then."""
     return [
         (
             row.seen_at,

@@ -3,10 +3,10 @@
 queued -> running -> done | refused | failed | cancelled. A worker holds a running job while its heartbeat is fresh;
 afterwards the job is stalled, and another worker takes over at the first unfinished step. A queued job with a heartbeat
 in the future waits until then. Heartbeats, and each `now` that is compared with them, are times of `database_now`: a
-worker whose clock is wrong neither takes a job from another one nor keeps it for too long.
+worker whose clock is wrong neither claims another worker's job nor keeps its own for too long.
 
 Among the jobs that a worker can run, those of the namespace with the fewest running jobs go first, then those of higher
-priority, then the older ones. A job that has waited for OVERDUE goes before all that have not: from then on, only older
+priority, then the older ones. A job that has waited for OVERDUE goes before all others that have not, so only older
 jobs go before it.
 """
 
@@ -57,7 +57,7 @@ def enqueue(
     namespace: str | None,
     wish: Wish = PLAIN,
 ) -> Job:
-    """Adds a job with these steps; `declare` states its needs. Raises TooMany if the user has MAX_QUEUED jobs
+    """Adds a job with these steps; `declare` declares its needs. Raises TooMany if the user has MAX_QUEUED jobs
     waiting, and NotAllowed for a high priority unless the user is a releaser of the namespace."""
     _refuse_high(actor, wish.priority, namespace)
     waiting = select(func.count()).select_from(Job).where(Job.state == "queued", Job.created_by == actor.name)
@@ -89,7 +89,7 @@ def _refuse_high(actor: Actor, priority: Priority, namespace: str | None) -> Non
 
 
 def declare(session: Session, job: Job, needed: WorkerNeeds, wish: Wish = PLAIN) -> None:
-    """States what the job needs, with the requested memory in place of that of its bases."""
+    """Declares the job's needs, with the requested memory instead of that of its bases."""
     if wish.memory_bytes is not None:
         needed = replace(needed, memory_bytes=wish.memory_bytes)
     needs.declare(session, job, needed)
@@ -110,7 +110,7 @@ def find_all(session: Session, ids: Sequence[int]) -> Sequence[Job]:
 
 def unknown(job_id: int) -> NotFound:
     """The error for a job that does not exist or that the actor may not see."""
-    return NotFound("job_unknown", f"There is no job {job_id}.", subject=str(job_id))
+    return NotFound("job_unknown", f"Job {job_id} does not exist.", subject=str(job_id))
 
 
 def list_page(session: Session, reach: Reach, *, before: int, limit: int) -> list[Job]:
@@ -147,7 +147,7 @@ def claim(
     only: int | None = None,
 ) -> Job | None:
     """Claims the first job of these kinds that is due or whose worker fell silent, and whose needs the offer meets;
-    without an offer, whatever its needs. A job that is only to be cancelled needs nothing. `only` is the one job that
+    without an offer, needs are ignored. A job that only has to be cancelled needs nothing. `only` is the one job that
     may be claimed.
 
     A job beyond `MAX_ATTEMPTS` has killed its workers: the caller must end it.
@@ -220,8 +220,8 @@ LOG_LINES, LOG_CHARS = 200, 400
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """Progress of a step, in bytes, examples or units. `redone` of them were done again; `log` is that of a unit that
-    failed."""
+    """Progress of a step, in bytes, examples or units. `redone` of them were done again; `log` is the log of a failed
+    unit."""
 
     done: int
     total: int
@@ -234,8 +234,8 @@ class Amount:
         return min(1.0, self.done / max(self.total, 1))
 
     def to_row(self) -> dict[str, Any]:
-        """As the step's row has it, with the last lines of the log; what is 0 or empty is left out, since servers of
-        the version before do not know it."""
+        """The document in the step's row, with the last lines of the log. Omits fields that are 0 or empty, since
+        servers of the previous version do not know them."""
         row: dict[str, Any] = {"done": self.done, "total": self.total, "unit": self.unit}
         if self.redone:
             row["redone"] = self.redone
@@ -297,7 +297,7 @@ def set_priority(session: Session, actor: Actor, job_id: int, priority: Priority
     job's namespace, and Conflict for a job that has ended."""
     job = _locked(session, job_id)
     _refuse_high(actor, priority, job.namespace)
-    _refuse_finished(job, "Only a job that waits has a priority.")
+    _refuse_finished(job, "Only a waiting job has a priority.")
     before, job.priority = Priority.of(job.priority), priority.rank
     if before is not priority:
         state = {"priority": before.value}, {"priority": priority.value}

@@ -1,4 +1,4 @@
-"""Facets of a search: for each choice of a condition, how many releases the search would find with it."""
+"""Facets of a search: the number of releases that the search would find with each choice of a condition."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from registry.domain.search.query import Query
 from registry.domain.search.search import count
 
 MOST = 1_000
-"""Counts stop here."""
+"""Counts stop at this number."""
 CHOICES = 50
 """Maximum choices of a facet that are counted, the first by name."""
 

@@ -17,7 +17,7 @@ LAST = "\U0010ffff"
 
 class Bound(NamedTuple):
     """`names` are those of ON_TRAITS, ON_RELEASES and, with a number, of LOOKUPS: queries with the same names share
-    statements. `homes` is added if the namespaces to search are few."""
+    statements. `homes` is added if there are few namespaces to search."""
 
     names: tuple[str, ...]
     values: dict[str, Any]
@@ -27,7 +27,7 @@ def bind(actor: Actor, query: Query, digests: Sequence[str], suites: Sequence[in
     """Binds a query of an actor.
 
     `digests` are those of the base and related ones, empty if the base is a name or None; `suites` are the suite ids of
-    `query.score`. The value `namespaces` is an empty list if the actor may read none of those that the query names.
+    `query.score`. The value `namespaces` is an empty list if the actor may read none of the query's namespaces.
     """
     filters = dict(query.values)
     if digests:
@@ -63,8 +63,8 @@ def _words(query: Query) -> list[str]:
     if (query.text and not words) or len(words) > MAX_WORDS:
         raise Invalid(
             "bad_text",
-            f"{query.text[:80]!r} is not 1 to {MAX_WORDS} words.",
+            f"{query.text[:80]!r} must have 1 to {MAX_WORDS} words.",
             subject=query.text[:80],
-            next_step="Give prefixes of words: letters and digits.",
+            next_step="Search for prefixes of words: letters and digits.",
         )
     return words

@@ -61,7 +61,7 @@ def sort_key(session: Session, actor: Actor, order: Order, values: dict[str, Any
         return SortKey(*_COLUMNS[order.name], goes_on)
     suite_name, dot, metric = order.name.rpartition(".")
     if not dot:
-        raise Usage("bad_sort", f"{order.name[:80]!r} is not an order.", subject=order.name[:80])
+        raise Usage("bad_sort", f"Unknown sort order {order.name[:80]!r}.", subject=order.name[:80])
     suite = suites.find(session, suite_name, actor)
     values |= {"by_suite": suite.id, "by_metric": metric}
     return SortKey("value", metrics.is_higher_better(session, suite.name, metric), goes_on)

@@ -101,8 +101,8 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """`condition` makes SQL from a bind parameter of the filter's name; `value` takes what to bind from a query, by
-    default its field of that name. If that is None, False or empty, the query does not have the condition."""
+    """`condition` makes SQL from a bind parameter of the filter's name; `value` reads the value to bind from a query,
+    by default its field of that name. If that is None, False or empty, the query does not have the condition."""
 
     condition: Callable[[BindParameter[Any]], ColumnElement[bool]]
     value: Callable[[Query], Any] | None = None
@@ -195,7 +195,7 @@ ON_RELEASES: dict[str, Filter] = {
         lambda query: query.repository and query.repository.name,
     ),
 }
-"""Conditions on releases beside those on their traits. `namespaces` depends on the actor too."""
+"""Conditions on releases besides those on their traits. `namespaces` depends on the actor too."""
 
 LOOKUPS: dict[str, Callable[[BindParameter[Any]], Lookup]] = {
     "word": lambda word: select(_word.release_id).where(_word.word.between(word, _part(word, "end"))),

@@ -49,7 +49,8 @@ def count(session: Session, actor: Actor, query: Query, order: Order) -> int:
 
 
 class _Asked(NamedTuple):
-    """A bound query and order. It is `possible` that releases match; `first` is the condition to look up first."""
+    """A bound query and order. `possible` is false if no release can match; `first` is the condition to look up
+    first."""
 
     names: tuple[str, ...]
     values: dict[str, Any]

@@ -36,7 +36,7 @@ class Bucket:
     prefix: str
 
     def blob(self, sha256: Digest) -> dict[str, str]:
-        """The object of a blob, as boto3 names it."""
+        """The object of a blob, as arguments of boto3's calls."""
         return self.object(blob_key(sha256))
 
     def object(self, key: str) -> dict[str, str]:
@@ -56,7 +56,7 @@ class Bucket:
     def signed_url(
         self, operation: str, params: Mapping[str, Any], expires_s: int, headers: Mapping[str, str] = NO_HEADERS
     ) -> str:
-        """Signs a request. `headers` are signed too: those that boto3 has no parameter for."""
+        """Signs a request. `headers`, for which boto3 has no parameter, are signed too."""
         token = _to_sign.set(headers)
         try:
             with translate_store_errors(params["Key"]):
@@ -77,7 +77,7 @@ def open_bucket(storage: S3Storage) -> Bucket:
     store has a host name per bucket.
 
     A hanging store costs a request `(connect + read timeout) * attempts` seconds, then the caller gets an error.
-    Retries are standard, not adaptive: adaptive ones go on waiting after the store is back.
+    Retries are standard, not adaptive: adaptive ones keep waiting after the store is back.
     """
     config = Config(
         signature_version="s3v4",
@@ -109,7 +109,7 @@ def translate_store_errors(subject: str) -> Generator[None]:
             raise blob_missing(subject) from error
         outages.warn(
             "The blob store does not respond as expected", error
-        )  # the answer must not reveal the store's address
+        )  # the message must not reveal the store's address
         raise Unavailable(
             "store_unavailable",
             "The blob store does not respond as expected.",

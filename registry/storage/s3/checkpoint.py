@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket: opened where they are, or downloaded."""
+"""Checkpoints in a bucket: opened in the bucket, or downloaded."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from registry.storage.s3.objects import S3File, list_files, open_file
 
 _TEXTS = ("config.json", INDEX_FILE)
 _TEXTS_BYTES = 256 << 20
-"""The most that is fetched besides weights."""
+"""The maximum size of the files fetched besides weights."""
 _WEIGHTS = ".safetensors"
 _BLOCK_BYTES = 8 << 20
 _PARALLEL = 8
@@ -29,7 +29,7 @@ _OTHERS = ("busy", "exists")
 """Refusals of a directory that another process is writing, or has written meanwhile."""
 _POLL_S = 1.0
 _HEADER_SHARE, _HEADER_BYTES = 1.1, 100 << 20
-"""What files may be larger than the tensors in them, besides texts."""
+"""The overhead allowed for files beyond their tensors, besides texts."""
 
 
 def location_bucket(storage: Storage, address: S3Address) -> Bucket:
@@ -76,7 +76,7 @@ def download_checkpoint(
             "too_large",
             f"{address} has {total:,} bytes, and the base's tensors have {at_most_bytes:,}.",
             subject=str(address),
-            next_step="It is not this base: correct the location.",
+            next_step="The location holds another base: correct it.",
         )
     home = cache.directory / _digest(str(address))
     directory = home / _digest(*(f"{name} {file.size_bytes} {file.etag}" for name, file in sorted(files.items())))
@@ -98,7 +98,7 @@ def _download(files: Mapping[str, S3File], directory: Path, total: int, check: C
     key = _digest(directory.name)[:12]
     with staged_directory(directory, total, key) as staging, ThreadPoolExecutor(_PARALLEL, "download") as pool:
         list(pool.map(partial(_fetch, staging, check=check), files.values()))
-    for other in directory.parent.iterdir():  # what the address had before
+    for other in directory.parent.iterdir():  # an earlier state of the address
         if other != directory:
             remove_unused(other)
 

@@ -11,11 +11,11 @@ from registry.storage.blobs import Put
 from registry.storage.s3.bucket import Bucket, code_of
 
 Stored = Mapping[int, Mapping[str, Any]]
-"""Maps part numbers to what the store says about parts that have arrived."""
-_FORGOTTEN = {"NoSuchUpload", "404", "NoSuchKey"}  # Ceph says NoSuchKey of parts
+"""Maps part numbers to the store's records of received parts."""
+_FORGOTTEN = {"NoSuchUpload", "404", "NoSuchKey"}  # Ceph answers NoSuchKey for parts
 _NAMING = ("ETag", "ChecksumSHA256")
-"""The fields that identify a part when it is joined. AWS lists the sha256 of parts that came with one, and wants it
-back."""
+"""The fields that identify a part when it is joined. AWS lists the sha256 of parts that came with one, and requires it
+here."""
 
 
 def checksum(sha256: Digest) -> str:
@@ -34,7 +34,7 @@ class Parts:
 
     def begin(self, named: dict[str, str], *, checked: bool) -> str:
         """Begins an upload to the object `named` and returns its id. `checked`: every part comes with its sha256. AWS
-        wants that announced at the beginning, and then accepts no other parts."""
+        requires this to be announced at the beginning, and then accepts no other parts."""
         how = {"ChecksumAlgorithm": "SHA256"} if checked else {}
         return self._bucket.client.create_multipart_upload(**named, **how)["UploadId"]
 
@@ -48,7 +48,7 @@ class Parts:
         return Put(self._bucket.signed_url("upload_part", params, expires_s), headers)
 
     def stored(self, upload: dict[str, str]) -> Stored | None:
-        """The parts that have arrived. None if the store does not know the upload: it was joined, ended or
+        """The received parts. None if the store does not know the upload: it was joined, ended or
         forgotten.
         """
         parts: dict[int, dict[str, Any]] = {}

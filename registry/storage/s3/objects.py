@@ -31,7 +31,7 @@ _PIECE_BYTES = 256 << 10
 
 @dataclass(frozen=True, slots=True)
 class S3File:
-    """A `StoredFile` as it was when it was opened: a changed object is refused."""
+    """A `StoredFile` pinned to its state at opening: a changed object is refused."""
 
     bucket: Bucket
     name: str
@@ -88,7 +88,7 @@ class S3File:
 
     @property
     def named(self) -> dict[str, str]:
-        """The object, as boto3 names it."""
+        """The object, as arguments of boto3's calls."""
         return self.bucket.object(self.name)
 
     def refuse_changed(self) -> None:

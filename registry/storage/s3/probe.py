@@ -1,4 +1,4 @@
-"""Probes what a store verifies about direct uploads, on objects of its own: once per store, not per process."""
+"""Probes which checks a store makes on direct uploads, using objects of its own: once per store, not per process."""
 
 import hashlib
 import logging
@@ -29,11 +29,11 @@ takes them for the last moment that it knows (in 2286); other stores ignore them
 VERSION = 1
 """Raised when the probe changes: facts of another version are not used."""
 PROBE = "probe-"
-"""How the upload ids of a probe's own objects begin."""
+"""The prefix of the upload ids of a probe's own objects."""
 STALE_S = 60.0
-"""An older object of a probe was left by a process that was killed."""
+"""An object of a probe older than this was left by a killed process."""
 FAILED_S = 5.0
-"""How long a probe that the store did not answer is not repeated: as long as `Retry-After` says."""
+"""The pause after a probe that the store did not answer, also stated in `Retry-After`."""
 NOT_IMPLEMENTED = 501
 """The status with which some stores refuse an unknown header."""
 _SOON = "60"
@@ -50,8 +50,8 @@ class StoreFacts:
     """The checks that a store was seen to make.
 
     `bodies`: it refuses a body of another sha256 than the signed one.
-    `signed_end`: it accepts the right body with the signed `NEVER`, and with nothing else in its place.
-    `parts`: it refuses a part of another sha256 than the signed one. None: it takes no uploads in parts at all.
+    `signed_end`: it accepts the right body with the signed `NEVER`, and with no other expiry. `parts`: it refuses a
+    part of another sha256 than the signed one; None if it accepts no uploads in parts at all.
     """
 
     bodies: bool
@@ -60,7 +60,7 @@ class StoreFacts:
 
 
 class FactsRecord(Protocol):
-    """Where the facts about one store are kept, for all processes."""
+    """The shared record of the facts about one store, for all processes."""
 
     def load(self) -> StoreFacts | None: ...
     def save(self, facts: StoreFacts) -> None: ...
@@ -90,8 +90,8 @@ class StoreProbe:
     def facts(self) -> StoreFacts:
         """The recorded facts; probes the store if there are none.
 
-        Raises Unavailable if the store does not answer or copies whatever the condition. Callers that waited for a
-        failed probe fail with it: one after the other they would wait as long again, each with a thread of the server.
+        Raises Unavailable if the store does not answer, or ignores the condition of a copy. Callers that waited for a
+        failed probe fail with it: retrying one after the other would block a thread of the server each time.
         """
         if self._facts is None:
             with self._lock:
@@ -110,7 +110,7 @@ class StoreProbe:
             return self._probe_and_save()
 
     def checks_bodies(self) -> bool:
-        """Whether what the store took under a signed request needs no second look."""
+        """Whether bytes that the store accepted under a signed request need no second check."""
         return self.facts().bodies and not self._storage.hash_arrivals
 
     def allows_in_place(self) -> bool:
@@ -146,7 +146,7 @@ class StoreProbe:
             bodies=bodies, signed_end=bodies and self._holds_to_the_signed_end(), parts=self._tells_parts_apart()
         )
         log.info("The blob store verifies: %s", facts)
-        if self._record is not None and facts.parts is not None:  # a store may be taught to take parts
+        if self._record is not None and facts.parts is not None:  # a store may be upgraded to accept parts
             self._record.save(facts)
         self._facts = facts
         return facts
@@ -181,8 +181,8 @@ class StoreProbe:
         return answer.status_code < 300
 
     def _tells_bodies_apart(self) -> bool:
-        """Whether the store refuses wrong bytes. Raises Unavailable if it refuses right ones, or copies whatever the
-        condition."""
+        """Whether the store refuses wrong bytes. Raises Unavailable if it refuses right ones, or ignores the condition
+        of a copy."""
         probe = _probe()
         copy = replace(probe, upload_id=f"{probe.upload_id}-copy")
         refuses = not self._takes(probe, _WRONG)
@@ -200,7 +200,7 @@ class StoreProbe:
         return refuses
 
     def _tells_parts_apart(self) -> bool | None:
-        """Whether it refuses wrong parts. None if it takes no part of either kind."""
+        """Whether it refuses wrong parts. None if it accepts no parts of either kind."""
         if self._joins_right_parts(_probe(), checked=True):
             return True
         return False if self._joins_right_parts(_probe(), checked=False) else None

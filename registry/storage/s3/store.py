@@ -28,7 +28,7 @@ would believe."""
 
 
 class S3Store:
-    """A BlobStore in a bucket. A `record` keeps what the store was found to verify."""
+    """A BlobStore in a bucket. A `record` keeps the checks that the store was found to make."""
 
     def __init__(self, storage: S3Storage, record: FactsRecord | None = None) -> None:
         self._bucket: Bucket = open_bucket(storage)
@@ -49,7 +49,7 @@ class S3Store:
             try:
                 answer = self._client.get_object(**self._bucket.blob(sha256), **wanted)
             except ClientError as error:
-                if code_of(error) == "InvalidRange":  # nothing to read from the end on, which is not an error
+                if code_of(error) == "InvalidRange":  # reading from the end on is not an error
                     return Body(None)
                 raise
         return Body(answer["Body"])

@@ -10,7 +10,7 @@ from registry.storage.unit_results import MAX_RESULT_BYTES, WORK
 
 
 class S3Results:
-    """One object per result: S3 shows an object whole or not at all."""
+    """One object per result: S3 shows an object completely or not at all."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket

@@ -15,7 +15,7 @@ from registry.storage.s3.probe import NEVER, PROBE, STALE_S, FactsRecord, StoreP
 from registry.storage.s3.writer import INCOMING, LARGE_COPY
 
 UNCHECKED = ".lfs"
-"""Ending of the key of an upload that comes without headers."""
+"""Suffix of the key of an upload that comes without headers."""
 CHECKED = "sha256:"
 """Prefix of the `multipart_id` of an upload whose parts come with their sha256: all of them do, or none."""
 _MAX_PARTS = 10_000
@@ -27,10 +27,10 @@ class S3Arrivals:
     """Direct uploads to S3.
 
     A file in one request goes straight to the key of its blob if the store refuses a body of another sha256 and a
-    signed request cannot be used for anything else, as `StoreProbe` finds or the settings say.
+    signed request cannot be used for anything else, as determined by `StoreProbe` or the settings.
 
     A client can repeat such a request with the same bytes, and on Swift could set an expiry on a blob that others rely
-    on by then, by adding a header (`X-Delete-After`). So that header is signed, with a time that nobody will see
+    on by then, by adding a header (`X-Delete-After`). That header is therefore signed, with a time in the remote future
     (`NEVER`).
 
     Everything else goes to `incoming/` and is read back, hashed and copied: files that clients send without headers;
@@ -97,7 +97,7 @@ class S3Arrivals:
         if arrived is not None and arrived["incoming"]:
             self._accept(arrival, arrived["ETag"])
         head = self._bucket.head(self._bucket.blob(arrival.sha256))
-        # If nothing arrived, the upload may have become the blob before: a copy keeps the id of its upload.
+        # If nothing arrived, the upload may have become the blob already: a copy keeps the id of its upload.
         if head is None or (arrived is None and _upload_of(head) != arrival.upload_id):
             raise _incomplete(arrival)
         return BlobStat(arrival.sha256, head["ContentLength"], head["LastModified"])
@@ -113,7 +113,7 @@ class S3Arrivals:
             self._client.delete_object(**self._incoming(arrival))
 
     def sweep(self, before: datetime, keep: Collection[str]) -> int:
-        """Also ends our own uploads in parts, and removes what the probe of a killed process left."""
+        """Also ends our own uploads in parts, and removes objects left by the probe of a killed process."""
         removed, probes_before = 0, self._now() - timedelta(seconds=STALE_S)
 
         def is_left(key: str, since: datetime) -> bool:
@@ -142,8 +142,8 @@ class S3Arrivals:
     def _put_of(
         self, arrival: IncomingUpload, named: dict[str, str], expires_s: int, more: Mapping[str, str] = NO_HEADERS
     ) -> Put:
-        """Signs the request that sends the object. Length, sha256, the upload and the headers `more` are signed: the
-        request serves for these bytes and no others."""
+        """Signs the request that sends the object. Length, sha256, the upload and the headers `more` are signed, so the
+        request serves for these bytes only."""
         sha256 = checksum(arrival.sha256)
         params = {
             **named,
@@ -195,13 +195,13 @@ class S3Arrivals:
             )
 
     def _check_digest(self, arrival: IncomingUpload, etag: str) -> None:
-        """Raises Invalid if the upload has another digest. Reads it again first: that may be one wrong read."""
+        """Raises Invalid if the upload has another digest. Reads it once more first, in case of a single wrong read."""
         read = self._digest(arrival, etag)
         if read != arrival.sha256 and (again := self._digest(arrival, etag)) != arrival.sha256:
             if again != read:
                 raise Unavailable(
                     "store_unavailable",
-                    f"The store gives other bytes of the upload of {arrival.sha256} each time.",
+                    f"The store returns different bytes of the upload of {arrival.sha256} on each read.",
                     subject=arrival.sha256,
                 )
             self.discard(arrival)

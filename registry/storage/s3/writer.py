@@ -34,15 +34,15 @@ LARGE_COPY = TransferConfig(multipart_threshold=5 * 1024 * _MIB, multipart_chunk
 _COPY_IN_PARTS = TransferConfig(multipart_threshold=256 * _MIB, multipart_chunksize=256 * _MIB)
 """Copying several gigabytes in one request can take longer than our timeout, or the store's."""
 LEAST_BYTES = 5 * _MIB
-"""The least that S3 takes as a part, but for the last one."""
+"""The minimum size of a part in S3, except the last one."""
 _USUAL_BYTES, _LARGEST_BYTES, _USUAL_PARTS = 16 * _MIB, 64 * _MIB, 200
 _MAX_PARTS = 9_000  # of 10,000: the last one may be small
 _IN_FLIGHT = 4
 _MISSING = 404
 _NAMING = ("ETag", "ChecksumCRC32", "ChecksumCRC32C", "ChecksumCRC64NVME", "ChecksumSHA1", "ChecksumSHA256")
-"""What a store returns for a part, and wants back when the parts are joined."""
+"""The fields that a store returns for a part, and requires when the parts are joined."""
 _Sent = tuple[dict[str, Any], int]
-"""What the store returned for a part, and how many of its bytes it copied by itself."""
+"""The store's fields for a part, and the number of bytes that the store copied by itself."""
 _Send = Callable[[dict[str, str]], _Sent]
 
 
@@ -60,7 +60,7 @@ class CopySupport:
 
 @dataclass(slots=True)
 class _CopyRun:
-    """Bytes that can be copied. `kept` are the first of them, until they are enough for a part."""
+    """Bytes that can be copied. `kept` holds the first of them, until they suffice for a part."""
 
     source: S3File
     begin: int
@@ -73,7 +73,7 @@ class _CopyRun:
 
 
 class S3Writer:
-    """A `BlobWriter`. At most four parts are on their way at once, and in memory."""
+    """A `BlobWriter`. At most four parts are in flight at once, and in memory."""
 
     def __init__(self, bucket: Bucket, size_bytes: int, copying: CopySupport) -> None:
         self._bucket, self._client, self._copying = bucket, bucket.client, copying
@@ -87,7 +87,7 @@ class S3Writer:
         self._sent: list[Future[_Sent]] = []
         self._buffer, self._filled = bytearray(), 0
         self._free: deque[bytearray] = deque()
-        """Buffers of parts that were sent, to be used again: malloc keeps freed ones for each thread."""
+        """Buffers of sent parts, to be reused: malloc would keep freed ones in per-thread arenas."""
         self._run: _CopyRun | None = None
         self._size_bytes = 0
         self._copied_from = set[S3File]()
@@ -101,7 +101,7 @@ class S3Writer:
             return
         if self._run is None or (self._run.source, self._run.end) != (source, offset):
             self._end_run()
-            # What is uploaded before must be large enough for a part of its own.
+            # The bytes uploaded before must be large enough for a part of their own.
             lead = min(block.nbytes, max(0, self._least - self._filled)) if self._filled else 0
             self._append(block[:lead])
             if lead == block.nbytes:
@@ -190,7 +190,7 @@ class S3Writer:
         self._start(send)
 
     def _start(self, send: _Send) -> None:
-        """Sends the next part once there is room. Raises what an earlier one raised."""
+        """Sends the next part once a slot is free. Raises the error of an earlier part."""
         if self._upload is None:
             with translate_store_errors(self._named["Key"]):
                 self._upload = {**self._named, "UploadId": self._parts.begin(self._named, checked=False)}

@@ -1,4 +1,4 @@
-"""Activation interference against the dense products that it stands for."""
+"""Activation interference against the dense products that it represents."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -188,7 +188,7 @@ def test_prompts_are_lines_and_empty_ones_are_none() -> None:
 
 @pytest.fixture(scope="module")
 def streamed(loaded: LoadedModel) -> LoadedModel:
-    """The same base, of which only the embedding and a layer fit in the memory that it is given."""
+    """The same base, of which only the embedding and one layer fit into the given memory."""
     measured = load_model(loaded.model.name_or_path, device="cpu", memory=60_000)
     assert measured.streamed
     assert any(one.is_meta for one in measured.model.parameters())
@@ -225,7 +225,7 @@ def test_a_delta_that_changes_a_weight_as_a_whole_is_refused_on_a_streamed_base(
 
 
 def test_fused_experts_act_and_are_not_looked_at(tmp_path: Path) -> None:
-    """No module of the model is one of them; the attention beside them is seen as ever."""
+    """None of the model's modules is one of them; the attention beside them is still measured."""
     base = save_base(qwen3(), tmp_path / "base")
     save_tokenizer(base)
     model = load_model(base, device=DEVICE)

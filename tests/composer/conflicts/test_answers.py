@@ -1,4 +1,4 @@
-"""What a probe says of answers, of the whole set, and of adapters that have no factors to look at."""
+"""Findings of a probe about answers, about the complete set, and about adapters without factors."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Deltas that take each other away, or add up since their weights turn them: it is what is combined that counts."""
+"""Deltas that cancel, or that add up because of their weights: the combination counts."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -58,7 +58,7 @@ def test_only_what_is_left_of_the_energy_says_that_deltas_cancel(red: LoadedAdap
 
 
 def test_those_that_cancel_only_together_are_found(red: LoadedAdapter, green: LoadedAdapter, load: Load) -> None:
-    """Four, and as much as all of them taken away: of no two is less than 0.6 of their energy left."""
+    """Four adapters whose sum is zero, while every pair keeps at least 0.6 of its energy."""
     four = [red, green, load("blue", 5), load("white", 6)]
     norms = [relative**0.5 for relative in (member.share for member in conflicts(four, [1.0] * 4).members)]
     alone = [scaled(one, 1 / norm, one.name) for one, norm in zip(four, norms, strict=True)]

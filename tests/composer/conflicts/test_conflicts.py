@@ -1,4 +1,4 @@
-"""Conflict reports on real PEFT adapters of a tiny model, and what is said about them."""
+"""Conflict reports on real PEFT adapters of a tiny model, and their messages."""
 
 import json
 from dataclasses import replace
@@ -86,7 +86,7 @@ def test_the_same_adapter_twice_is_a_warning_since_the_sum_overshoots(red: Loade
 def test_a_lowered_threshold_makes_nobody_alike(
     red: LoadedAdapter, green: LoadedAdapter, cosine: float, said: str
 ) -> None:
-    """The policy may ask for the finding at any cosine; what is said of it has to be true all the same."""
+    """The policy may request the finding at any cosine; its text must still be true."""
     numbers = replace(conflicts([red, green], [1.0, 1.0]).pairs[0].numbers, dominance=0.5, interference=1 + cosine)
     (report,) = of_pair(("red", "green"), numbers, None, parse_policy("thresholds: {near_duplicate: -1, dominance: 2}"))
     assert said in report.message

@@ -1,4 +1,4 @@
-"""The strongest evidence that there can be, and the document that tells it."""
+"""The strongest possible evidence, and the document that reports it."""
 
 import json
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def test_the_evidence_that_is_weak_is_said_to_be(adapters: list[LoadedAdapter], 
             ("probe", Evidence(load=lambda: loaded, suites=suites(3), k=2)),
         )
     }  # fmt: skip
-    assert any("weights alone say almost nothing" in one for one in said["weights"])
+    assert any("weights alone hardly predict" in one for one in said["weights"])
     assert any(
         "weaker evidence than a probe: on the members' own examples, with completions," in one
         for one in said["activations"]
@@ -170,7 +170,7 @@ def test_what_cannot_be_combined_is_not_measured(base: Path, loaded: LoadedModel
 def test_every_report_is_what_the_documented_schema_says(
     adapters: list[LoadedAdapter], loaded: LoadedModel, base: Path
 ) -> None:
-    """A key more, a key less or another type is a change of the contract: `SCHEMA` counts them."""
+    """An additional or missing key, or another type, is a change of the contract: `SCHEMA` counts them."""
     schema = json.loads(DOCUMENTED.read_text())
     validator = jsonschema_rs.validator_for(schema)
     assert schema["properties"]["schema"] == {"const": SCHEMA}

@@ -1,4 +1,4 @@
-"""Student's t against tables, and what an interval promises against draws."""
+"""Student's t against tables, and the promise of an interval against random draws."""
 
 from math import inf
 

@@ -48,7 +48,7 @@ class Node:
 
 
 class Tree(HTMLParser):
-    """A tree of the elements; what is closed must be what was opened last."""
+    """A tree of the elements, in which only the last opened element may be closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ STORED = json.loads((Path(__file__).parent / "schema_2.json").read_text(encoding
 
 
 def schema_1() -> dict[str, Any]:
-    """A stored report as schema 1 had it: no summary, no advice for all, no verdict or limit of what was measured."""
+    """A stored report of schema 1: without summary, advice for the set, verdict or limits of the measurement."""
     stored = deepcopy(STORED)
     (pair,) = stored["pairs"]
     for part in (pair, *pair["probe"]["effects"]):

@@ -1,4 +1,4 @@
-"""A probe against the evaluations it stands for."""
+"""A probe against the evaluations that it replaces."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What rounding to a base's dtype would lose of a combination, on real PEFT adapters of a tiny model."""
+"""The loss from rounding a combination to a base's dtype, on real PEFT adapters of a tiny model."""
 
 from pathlib import Path
 

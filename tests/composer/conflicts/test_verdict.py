@@ -1,4 +1,4 @@
-"""What a probe comes to: the verdict, what is said of it, and what to do."""
+"""The outcome of a probe: verdict, messages and advice."""
 
 from dataclasses import replace
 

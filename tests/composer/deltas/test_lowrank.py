@@ -1,4 +1,4 @@
-"""Statistics from factors against the dense float64 matrices they stand for."""
+"""Statistics from factors against the dense float64 matrices that they represent."""
 
 from dataclasses import fields, replace
 

@@ -1,4 +1,4 @@
-"""What must hold for the statistics of any two low-rank deltas."""
+"""Laws for the statistics of any two low-rank deltas."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def deltas(draw: st.DrawFn) -> LowRank:
     A_RI = torch.randn(rank, INPUTS, generator=generator)
     B_OR = torch.randn(OUTPUTS, rank, generator=generator)
     if draw(st.booleans()):
-        B_OR[:, -1] = B_OR[:, 0]  # a rank-deficient B: nominal rank says more than the delta has, when rank > 1
+        B_OR[:, -1] = B_OR[:, 0]  # a rank-deficient B: the nominal rank is higher than the delta's, when rank > 1
     layout = draw(st.sampled_from(Layout))
     return LowRank(module="m", weight="m.weight", layout=layout, A=A_RI, B=B_OR, scale=draw(st.floats(0.01, 8.0)))
 

@@ -1,4 +1,4 @@
-"""A target of the config that no tensor belongs to: of another model, or one whose tensors were lost."""
+"""Targets of the config without tensors: those of another model, or of an adapter that lost tensors."""
 
 import pytest
 from peft import PeftModel
@@ -34,4 +34,4 @@ def test_a_target_that_is_an_error_says_what_to_do(make_model: MakeModel, make_a
     change_config(adapter, target_modules=["w_pack"])
     with pytest.raises(Mismatch, match="w_pack") as caught:
         load_deltas(adapter, open_checkpoint(base).architecture)
-    assert caught.value.next_step.startswith("Take the name out of adapter_config.json")
+    assert caught.value.next_step.startswith("Remove the name from adapter_config.json")

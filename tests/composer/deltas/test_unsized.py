@@ -1,4 +1,4 @@
-"""Types whose files do not tell the size of a weight: read on a base, refused by name without one."""
+"""Types whose files do not contain the size of a weight: read on a base, refused by name without one."""
 
 from copy import deepcopy
 from pathlib import Path

@@ -117,7 +117,7 @@ def test_experts_on_a_loaded_model_are_the_adapter_itself(
 
 
 def test_an_adapter_of_separate_experts_is_added_to_their_own_tensors(tmp_path: Path) -> None:
-    """As they were trained when each expert was a module: matched with the checkpoint's names directly."""
+    """Trained when each expert was a module of its own: matched directly with the checkpoint's names."""
     base = save_base(mixtral(), tmp_path / "base")
     name = "model.layers.1.block_sparse_moe.experts.2.w3"
     A, B = random_factors(1, outputs=24, inputs=16, rank=3)

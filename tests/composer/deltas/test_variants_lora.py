@@ -1,4 +1,4 @@
-"""LoRA's variants on every kind of layer, merged as PEFT merges them; and what two of them cannot do together."""
+"""LoRA's variants on every kind of layer, merged as PEFT merges them; and combinations of two that are impossible."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_a_delta_on_a_loaded_model_is_the_adapter_itself(case: str, tmp_path: Pa
 
 
 class Layers(nn.Module):
-    """What no language model of these tests has."""
+    """Layers that none of the language models in these tests has."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every type of adapter beside LoRA: merged as PEFT merges it, and refused by name where nothing can be true to it."""
+"""Every adapter type other than LoRA: merged as PEFT merges it, and refused by name where no exact merge exists."""
 
 import itertools
 import json
@@ -106,7 +106,7 @@ GPT2_CASES: dict[str, peft.PeftConfig] = {
 
 def test_every_type_that_is_read_has_a_case_and_a_function() -> None:
     assert {config.peft_type.value for config in LLAMA_CASES.values()} == set(TYPES)
-    assert set(READERS) == set(TYPES) - {"TRAINABLE_TOKENS"}  # whose rows are read as LoRA's are
+    assert set(READERS) == set(TYPES) - {"TRAINABLE_TOKENS"}  # their rows are read like LoRA's
 
 
 def test_a_reader_that_makes_two_deltas_of_one_weight_is_an_error(
@@ -177,7 +177,7 @@ def test_convolutions_change_as_in_peft(
     model = Convolution()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings: Any = {"r": rank, "alpha": 2, "target_modules": ["wide", "point"], "use_effective_conv2d": effective}
-    if (kind, effective, rank) != (peft.LoKrConfig, True, 1):  # of which PEFT makes a tensor that it cannot use
+    if (kind, effective, rank) != (peft.LoKrConfig, True, 1):  # PEFT makes a tensor from it that it cannot use
         settings["target_modules"].append("line")
     merged = save_adapted_layers(model, kind(**settings), tmp_path / "adapter")
     changed = changed_by(Convolution(), before, tmp_path / "adapter")
@@ -273,7 +273,7 @@ def test_a_setting_that_is_unknown_or_of_another_kind_is_named(
     assert caught.value.code == code
 
 
-# What may be wrong with a tensor: each makes another shape of it, or moves its numbers out of range.
+# Defects of a tensor: each changes its shape, or moves its numbers out of range.
 HARMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cut": lambda tensor: tensor[: max(1, len(tensor) - 1)],
     "none of it": lambda tensor: tensor[:0],
@@ -287,7 +287,7 @@ HARMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("case", ONE_OF_EACH_TYPE)
 def test_a_damaged_part_is_an_error_and_never_another_delta(case: str, tmp_path: Path, make_model: MakeModel) -> None:
-    """Whatever is done to one tensor: the composer's own error, or deltas of the base's shape."""
+    """For any damage to one tensor: one of the composer's errors, or deltas of the base's shape."""
     base = make_model(shard="1GB")
     architecture, W = open_checkpoint(base).architecture, tensors_in(base)
     adapter = save_adapted(base, LLAMA_CASES[case], tmp_path / "adapter")
@@ -367,7 +367,7 @@ def test_rows_are_the_same_in_any_cut_and_computed_where_the_weight_is(
             assert torch.equal(W_MN, before)
             cuts = [0, len(W_MN)] if delta.all_rows else [0, 1, 6, 11, len(W_MN)]
             parts = [delta.rows(W_MN[begin:end], begin) for begin, end in itertools.pairwise(cuts)]
-            # A small Δ is the difference of two weights, whose rounding it keeps.
+            # A small Δ is the difference of two weights, and includes their rounding.
             assert_all_close({case: torch.cat(parts)}, {case: full}, 1e-5 if dtype is torch.float32 else 1e-13)
             assert_rows_follow_the_device(delta, accelerator)
 
@@ -437,7 +437,7 @@ def test_numbers_that_are_no_plain_floating_point_are_refused(
 def test_another_number_of_coefficients_than_the_config_says_is_refused(
     fields: dict[str, object], tmp_path: Path, make_model: MakeModel
 ) -> None:
-    """PEFT would not load them: it draws as many places as the config says."""
+    """PEFT would not load them: it draws as many positions as the config states."""
     base = make_model()
     adapter = save_adapted(base, LLAMA_CASES["FourierFT"], tmp_path / "adapter")
     change_config(adapter, **fields)

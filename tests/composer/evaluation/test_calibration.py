@@ -1,4 +1,4 @@
-"""Fitting on a real tiny model: in memory, streamed, over different targets, and what may judge the result."""
+"""Fits on a tiny real model: in memory, streamed, over other targets; and the examples that may judge the result."""
 
 import json
 from dataclasses import replace
@@ -89,7 +89,7 @@ def test_without_examples_nothing_is_fitted(red: LoadedAdapter, green: LoadedAda
 def test_a_prompt_beyond_the_context_is_refused_before_it_is_run(
     loaded: LoadedModel, red: LoadedAdapter, green: LoadedAdapter
 ) -> None:
-    """A recipe of 200 kB could hold a worker for hours: attention takes the square of a prompt's length."""
+    """A recipe of 200 kB could occupy a worker for hours: attention is quadratic in a prompt's length."""
     long = CalibrationSet(prompts=("red " * (loaded.model.config.max_position_embeddings + 1),))
     observe = Calibration(lambda: loaded, [long, long], settings=Regmean()).observe
     with pytest.raises(Mismatch, match="the model's context is") as caught:

@@ -154,7 +154,7 @@ def test_one_teacher_forced_pass_says_exactly_whether_greedy_decoding_gives_the_
 
 
 def eos_after(loaded: LoadedModel, ids: torch.Tensor) -> LowRank:
-    """A delta of the head that makes eos the answer after `ids`, and leaves the answer before its last token alone."""
+    """A delta of the head that makes eos the answer after `ids`, but keeps the answer before its last token."""
     hidden = loaded.model.model(input_ids=ids[None].to(DEVICE)).last_hidden_state
     before, last = hidden[0, -2:].detach().cpu()
     direction = last - before * (before @ last) / (before @ before)

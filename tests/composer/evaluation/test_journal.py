@@ -1,4 +1,4 @@
-"""An evaluation that stops goes on at the example where it stopped."""
+"""An interrupted evaluation resumes at the example where it stopped."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ class Stopped(Exception):
 def test_a_stopped_evaluation_measures_only_the_rest_and_ends_with_the_same_scores(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "BATCH_TOKENS", {"cpu": 100})  # several batches, whatever the device
+    monkeypatch.setattr(model, "BATCH_TOKENS", {"cpu": 100})  # several batches on any device
     path, batches = tmp_path / "results" / "one.jsonl", list[int]()
 
     def stop(count: int) -> None:

@@ -1,4 +1,4 @@
-"""How much memory is left to a process in control groups, of either version, as the kernel writes their files."""
+"""The memory left to a process in control groups of either version, from files as the kernel writes them."""
 
 from pathlib import Path
 

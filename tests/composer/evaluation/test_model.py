@@ -1,4 +1,4 @@
-"""What a base is computed in: its own numbers where the device multiplies in them, float32 where it does not."""
+"""The dtype of a base's computation: its own if the device multiplies in it, float32 otherwise."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Two models compared example by example: intervals that hold, and verdicts that follow from them."""
+"""Two models compared example by example: valid intervals, and verdicts that follow from them."""
 
 from math import sqrt
 
@@ -28,7 +28,7 @@ def test_the_interval_of_two_shares_excludes_0_exactly_if_mcnemars_test_finds_a_
 
 @pytest.mark.parametrize(("gained", "lost", "n"), [(12, 2, 44), (1, 0, 30), (0, 0, 25), (30, 31, 70), (5, 20, 200)])
 def test_the_interval_ends_where_the_score_test_begins_to_reject(gained: int, lost: int, n: int) -> None:
-    """With the likeliest share of losses under a true difference found by search, not by Tango's closed form."""
+    """The likeliest share of losses under a true difference is found by search, not by Tango's closed form."""
     for true in share_difference_interval(gained, lost, n):
         losses = np.linspace(max(0, -true), (1 - true) / 2, 200_001)[1:-1]
         likelihood = gained * np.log(losses + true) + lost * np.log(losses)

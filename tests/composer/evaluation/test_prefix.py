@@ -1,4 +1,4 @@
-"""What examples begin with is run once, where a later token needs only keys and values of earlier ones."""
+"""The common beginning of examples is run only once, if a later token needs only keys and values of earlier ones."""
 
 import random
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "
 
 
 def examples(count: int = 5) -> list[Encoded]:
-    """Prompts of 22 to 29 tokens that begin alike, with completions of 2 to 6."""
+    """Prompts of 22 to 29 tokens with a common beginning, and completions of 2 to 6."""
     lengths = [(2 + 2 * number % 9, 2 + number % 5) for number in range(count)]
     return [
         Encoded((*PREFIX, *(GENERATOR.randrange(3, 40) for _ in range(rest + scored))), 20 + rest)
@@ -57,7 +57,7 @@ NOT_SHARING = {
 
 
 def tokens_run(model: Any, encoded: Sequence[Encoded], loaded: LoadedModel, deltas: Sequence[LowRank] = ()) -> int:
-    """Measures the examples together, which must give what each gives alone, and counts the tokens of all passes."""
+    """Measures the examples together, with the same results as separately, and counts the tokens of all passes."""
     torch.manual_seed(3)
     own = LoadedModel(model.eval(), None, loaded.architecture)
     alone = [measure(own, [one], deltas)[0] for one in encoded]

@@ -98,8 +98,7 @@ def test_a_routers_weight_is_fitted_on_what_the_router_sees(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_inputs_of_experts_give_the_output_of_their_layer(model: str, tmp_path: Path) -> None:
-    """Σ over experts of the router's weight times W x + b, with x the inputs that a fit is given, is what the layer
-    itself puts out."""
+    """The layer's output is Σ over experts of the router's weight times W x + b, where x are the inputs of a fit."""
     _, loaded = base_of(model, tmp_path)
     path = "model.layers.0.mlp.experts"
     owner: Any = loaded.model.get_submodule(path)

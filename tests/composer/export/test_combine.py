@@ -1,4 +1,4 @@
-"""A combination is an ordinary PEFT adapter whose forward is the weighted sum of its members' deltas."""
+"""A combination is an ordinary PEFT adapter whose forward pass is the weighted sum of its members' deltas."""
 
 import json
 import shutil
@@ -225,7 +225,7 @@ def test_unknown_methods_and_settings_name_the_known_ones(
 
 @pytest.mark.parametrize("method", PIPELINES)
 def test_every_setting_says_what_it_takes(method: str) -> None:
-    """In its own words, not Python's."""
+    """In our words, not in Python's."""
     for name in settings_of(method).field_names():
         for value in ("a1", "", [], {}, "nan", "1e400", 10**400):
             if name == "protect" and value == []:
@@ -249,7 +249,7 @@ def test_an_existing_output_is_left_alone(tmp_path: Path, make_model: MakeModel,
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no directory here that nobody can write to")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a directory that nobody can write to")
 def test_a_place_where_nothing_can_be_written_is_named(make_model: MakeModel, make_adapter: MakeAdapter) -> None:
     adapter = make_adapter(make_model())
     with pytest.raises(RefusedOutput, match="Nothing can be written to /proc: ") as caught:
@@ -323,7 +323,7 @@ def test_a_tensor_saved_whole_is_refused_by_its_weight_after_lambda_and_normaliz
 def test_an_input_that_is_replaced_meanwhile_is_refused_and_nothing_is_written(
     method: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its digest would be the new file's, and the numbers the old one's."""
+    """Otherwise its digest would be the new file's, and its numbers the old one's."""
     base = make_model()
     one, other = (make_adapter(base, name, seed=seed) for seed, name in enumerate("ab"))
 

@@ -39,7 +39,7 @@ Members = list[tuple[Path, Weight | float]]
 
 
 def members_of(base: Path, tmp_path: Path) -> Members:
-    """Two of unlike ranks, one of them on a part of what the other is on."""
+    """Two members with different ranks, one of them on some of the other's modules."""
     settings: list[dict[str, Any]] = [{"r": 2, "lora_alpha": 3}, {"r": 3, "use_rslora": True}]
     targets = [(GATE, DOWN), (DOWN,)]
     return [
@@ -74,7 +74,7 @@ def test_stacks_of_experts_are_combined_and_packed_again(model: str, method: str
 
 
 def test_a_sum_shares_the_inputs_of_gate_and_up_and_keeps_its_rank(tmp_path: Path) -> None:
-    """The checkpoint splits what PEFT trained as one: put side by side it would have twice the rank."""
+    """The checkpoint splits what PEFT trained as one: concatenation would double the rank."""
     base = save_base(mixtral(), tmp_path / "base")
     report = assert_the_same(base, members_of(base, tmp_path), tmp_path, "stack")
     assert report.ranks == {5: 4, 2: 2}
@@ -95,7 +95,7 @@ def test_stacks_are_packed_without_a_base_too(tmp_path: Path) -> None:
 def test_what_is_more_than_a_sum_of_stacks_needs_the_base(
     method: str, settings: dict[str, object], tmp_path: Path
 ) -> None:
-    """A checkpoint that keeps gate and up apart has two places where the adapters have one."""
+    """A checkpoint that separates gate and up has two slots where the adapters have one."""
     base = save_base(mixtral(), tmp_path / "base")
     with pytest.raises(NotSupported, match=r"down_proj is a stack of experts") as caught:
         combine(members_of(base, tmp_path)[1:], tmp_path / "combined", None, method, settings)
@@ -120,7 +120,7 @@ def test_a_router_is_a_stack_of_one(tmp_path: Path) -> None:
 
 
 def separate(directory: Path) -> Path:
-    """Every expert of a layer as a module of its own, as they were trained before the stacks."""
+    """Every expert of a layer as a separate module, as they were trained before stacks existed."""
     sides = {"w1": (24, 16), "w3": (24, 16), "w2": (16, 24)}
     names = [
         (f"model.layers.1.block_sparse_moe.experts.{e}.{name}", size) for e in range(4) for name, size in sides.items()

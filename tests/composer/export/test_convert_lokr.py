@@ -37,7 +37,7 @@ PAIR_W1 = {"lokr_w1_a": random(4, 1), "lokr_w1_b": random(1, 4)}
 FULL_W2 = {"lokr_w2": random(4, 4)}
 PAIR_W2 = {"lokr_w2_a": random(4, 1), "lokr_w2_b": random(1, 4)}
 WIDE = {"lokr_w1": random(4, 4), "lokr_w2_a": random(8, 3), "lokr_w2_b": random(3, 4)}  # of 32 x 16
-# What q_proj (16 x 16) has, and up_proj (32 x 16).
+# The shapes of q_proj (16 x 16) and up_proj (32 x 16).
 KRONECKERS: dict[str, tuple[Tensors, Tensors]] = {
     "both whole": (FULL_W1 | FULL_W2, {}),
     "a second that is a pair": (FULL_W1 | PAIR_W2, {}),
@@ -76,7 +76,7 @@ def test_a_kronecker_product_is_a_lokr_of_pefts(case: str, tmp_path: Path, make_
 
 
 def dense_kronecker(parts: Tensors, alpha: float) -> torch.Tensor:
-    """As LyCORIS has it: alpha / rank, and 1 where both sides are whole."""
+    """The product as in LyCORIS: alpha / rank, and 1 if both sides are full matrices."""
     ranks = [tensor.shape[0] for name, tensor in parts.items() if name.endswith("_b")]
     sides = [
         parts[side] if side in parts else parts[f"{side}_a"] @ parts[f"{side}_b"] for side in ("lokr_w1", "lokr_w2")

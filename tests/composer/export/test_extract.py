@@ -1,4 +1,4 @@
-"""A LoRA extracted from a fine-tuned checkpoint."""
+"""Extracts a LoRA from a fine-tuned checkpoint."""
 
 import json
 import shutil

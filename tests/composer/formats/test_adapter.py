@@ -147,7 +147,7 @@ def narrow(adapter: Path) -> None:
     change_tensors(adapter, change)
 
 
-# case -> (what to break, code, subject, words of the message)
+# case -> (damage, code, subject, words of the message)
 MISPLACED: dict[str, tuple[Callable[[Path], None], str, str, str]] = {
     "a wrong prefix": (
         renamed("model.model.layers", "model.transformer.layers"),

@@ -1,4 +1,4 @@
-"""Model cards: what they say of where an adapter comes from, and that no card can do harm."""
+"""Model cards: the provenance that they state, and that no card can do harm."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""What changed between two adapters, against the dense float64 deltas they stand for."""
+"""Changes between two adapters, against the dense float64 deltas that they represent."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_a_small_change_of_large_factors_keeps_its_digits(tmp_path: Path, step: 
 
 @given(st.floats(-3, 3), st.floats(0, 2))
 def test_what_is_gained_and_lost_is_the_energy_of_the_change(along: float, beside: float) -> None:
-    """On D' = along D + beside E with |D| = 2, |E| = 1 and E orthogonal to D."""
+    """For D' = along D + beside E with |D| = 2, |E| = 1 and E orthogonal to D."""
     from composer.formats.adapters.compare import _split  # pyright: ignore[reportPrivateUsage]
 
     old, new, inner = 4.0, 4 * along**2 + beside**2, 4 * along

@@ -1,7 +1,5 @@
-"""Every model that transformers converts as it loads it: its checkpoints are found here, or refused with a reason.
-
-This fails where a new release of transformers renames, cuts or joins what renames.py does not know.
-"""
+"""Every model that transformers converts on loading: its checkpoints are matched, or refused with a reason. Fails if a
+new release of transformers renames, cuts or joins tensors that renames.py does not know."""
 
 from typing import Any
 
@@ -20,7 +18,7 @@ from composer.formats.checkpoints.header import TensorSpec
 from composer.formats.checkpoints.renames import made_by
 from tests.doses import one_of_each
 
-# What a config needs that makes no model by its defaults.
+# Fields of configs that build no model with their defaults.
 OWN: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "hunyuan_v1_moe": {"head_dim": 64},
@@ -35,11 +33,11 @@ CONVERTED = {
     for kind, name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())
     if (conversions := get_checkpoint_conversion_mapping(kind) or get_checkpoint_conversion_mapping(str(name)))
 }
-"""The models, each with what its conversion renames."""
+"""The models, each with the part that its conversion renames."""
 
 
 LAYERS = 12
-"""Enough for each kind of layer that a model has; all of them take four times as long."""
+"""Enough for each kind of layer of a model; all of them would take four times as long."""
 
 
 def shallow(config: PretrainedConfig) -> PretrainedConfig:

@@ -1,4 +1,4 @@
-"""Laws of the documents that users write: what is read is what was written, and all else is one error of ours."""
+"""Laws of documents that users write: reading returns what was written, and all else is one of our errors."""
 
 import copy
 import json

@@ -1,8 +1,6 @@
-"""Recipes, suites, policies and settings as they have always been read, and schemas for editors.
-
-`documents.jsonl` has [kind, YAML, outcome, detail] of documents that were read before pydantic did it: for `ok` the
-detail is a digest of what was read, for an error's code its subject.
-"""
+"""Recipes, suites, policies and settings are read as ever, and have schemas for editors. `documents.jsonl` has [kind,
+YAML, outcome, detail] of documents read before pydantic did it: for `ok` the detail is a digest of the result, for an
+error's code its subject."""
 
 import hashlib
 import json
@@ -24,7 +22,7 @@ ROWS = [json.loads(line) for line in Path(__file__).with_name("documents.jsonl")
 
 
 def read(kind: str, document: Any) -> object:
-    """What the document says, as JSON."""
+    """The content of the document, as JSON."""
     if kind == "recipe":
         return parse_recipe(document).to_json()
     if kind == "suite":

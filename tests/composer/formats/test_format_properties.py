@@ -1,4 +1,4 @@
-"""Laws of the formats: any bytes give a header or InvalidFile; the weights digest sees weights and nothing else."""
+"""Laws of the formats: any bytes result in a header or InvalidFile; the weights digest depends on weights alone."""
 
 import json
 import tempfile

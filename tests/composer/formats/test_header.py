@@ -1,4 +1,4 @@
-"""Safetensors headers: what is read, and that each way of being wrong is one precise error."""
+"""Safetensors headers: correct reading, and one precise error for each defect."""
 
 import json
 import subprocess

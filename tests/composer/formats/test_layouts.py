@@ -1,4 +1,4 @@
-"""An adapter that is not in PEFT's layout is named as what it is, wherever it is opened, and can be looked at."""
+"""An adapter in another layout than PEFT's is named as such wherever it is opened, and can be inspected."""
 
 import os
 from collections.abc import Callable

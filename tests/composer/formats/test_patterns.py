@@ -1,4 +1,4 @@
-"""Patterns of strangers: what `re` would answer, without what it would cost."""
+"""Untrusted patterns: the answers of `re`, without its cost."""
 
 import re
 import time
@@ -49,7 +49,7 @@ def test_whatever_is_not_refused_matches_as_in_re(pattern: str, text: str) -> No
     ],
 )
 def test_no_pattern_freezes(pattern: str, text: str) -> None:
-    """Each would keep `re` busy for seconds up to centuries."""
+    """Each would occupy `re` for seconds to centuries."""
     began = time.process_time()
     assert not matches_end(pattern, text)
     assert time.process_time() - began < 2

@@ -1,4 +1,4 @@
-"""Policies: which findings count, and from what number on."""
+"""Policies: the findings that count, and their thresholds."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A recipe that cannot be read is one clear error, whatever a stranger wrote into it."""
+"""An unreadable recipe is one clear error, for any content."""
 
 import json
 from dataclasses import replace
@@ -48,7 +48,7 @@ def test_what_no_recipe_can_say_is_refused_in_a_short_message_that_can_be_stored
 
 
 def test_a_number_that_yaml_takes_for_a_text_is_a_number() -> None:
-    """YAML 1.1 wants a dot in `1e-3`."""
+    """YAML 1.1 requires a dot in `1e-3`."""
     (row,) = load_recipe("inputs: [{adapter: a/b, weight: 1e-3}]\nmethod: stack").inputs
     assert row.weight == 1e-3
 

@@ -1,4 +1,4 @@
-"""Models that transformers loads under other names than their checkpoints have: an adapter names what is in memory."""
+"""Models that transformers loads under other names than their checkpoints have: adapters name modules in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ MAMBA: dict[str, Any] = {"layer_types": ["attention"] * 2, "mamba_n_heads": 8, "
 GRANITE = ["block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"]
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
-# model type, what is its own in the config, modules, parameters
+# model type, its own config fields, modules, parameters
 CASES: dict[str, tuple[str, dict[str, Any], list[str], list[str]]] = {
     "Nemotron-H": ("nemotron_h", NEMOTRON, ["q_proj", "o_proj", "up_proj"], []),
     "Nemotron-H, experts": ("nemotron_h", NEMOTRON, ["v_proj"], ["mixer.experts.up_proj", "mixer.experts.down_proj"]),
@@ -99,7 +99,7 @@ def save_base(model_type: str, own: dict[str, Any], directory: Path) -> Path:
 
 
 def save(model: PreTrainedModel, directory: Path) -> Path:
-    """Every number by chance: some parameters start as zeros, or as whatever was in memory."""
+    """Saves with random numbers: some parameters start as zeros, or as uninitialized memory."""
     with torch.no_grad():
         for parameter in model.float().parameters():
             parameter.normal_(std=0.2)

@@ -1,4 +1,4 @@
-"""Where an adapter loads: what each server refuses, why, and that what was judged once answers for every rank limit."""
+"""Servers that load an adapter: refusals with reasons, and a judgement that is valid for every rank limit."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def loading_of(adapter: Path, profile: str) -> Loading:
 def test_what_is_judged_once_answers_for_every_rank_limit(
     case: str, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
-    """A search has the mask, the reasons and the rank of a release, and nothing else."""
+    """A search has only the mask, the reasons and the rank of a release."""
     adapter = make_adapter(make_model(), **LOADS[case][0])
     opened, summary = read_adapter(adapter), facts_of(adapter)
     mask, refusals = judge(opened.config, summary, placed_on(adapter, None))

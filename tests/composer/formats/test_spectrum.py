@@ -1,4 +1,4 @@
-"""What ranks are used for, against dense float64 matrices and against singular values that a test has chosen."""
+"""The use of ranks, against dense float64 matrices and against singular values chosen by the test."""
 
 import json
 import subprocess
@@ -74,7 +74,7 @@ def test_a_rank_that_is_not_used_is_a_hint_with_its_number(tmp_path: Path) -> No
 
 
 def test_one_rank_for_all_modules_is_counted_over_their_energy_together(tmp_path: Path) -> None:
-    """A weak module with a flat spectrum does not ask for more rank than a strong one with a single direction."""
+    """A weak module with a flat spectrum does not require more rank than a strong one with a single direction."""
     seen = write_adapter(tmp_path / "a", {Q0: factors_of([100.0, 0.1, 0.1]), Q1: factors_of([1.0, 1.0, 1.0])})
     assert (spectrum_of(seen).rank_95, max(module.rank_95 for module in spectrum_of(seen).modules)) == (1, 3)
 

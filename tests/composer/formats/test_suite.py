@@ -1,4 +1,4 @@
-"""Suites: what a file may say, what its digest depends on, and where an error is."""
+"""Suites: permitted content, the fields that the digest depends on, and the positions of errors."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What suites ask: tasks, generation and scorers, in the digest exactly if they are not the defaults."""
+"""Tasks, generation and scorers of suites, which are in the digest exactly if they are not the defaults."""
 
 from typing import Any
 

@@ -21,7 +21,7 @@ GROWN = 70
 
 
 def save_grown(base: Path, directory: Path, **settings: object) -> Path:
-    """A base with six new tokens, and an adapter that was trained on it."""
+    """A base with six new tokens, and an adapter trained on it."""
     torch.manual_seed(3)
     model = load_model(base)
     model.resize_token_embeddings(GROWN)

@@ -1,4 +1,4 @@
-"""A merge that cuts to a rank says what that lost, and calls rounding rounding."""
+"""A merge that cuts to a rank reports the loss, separately from rounding."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The truth of a merge: what PEFT's own merge gives, tensor by tensor, for every supported kind of adapter."""
+"""Merges equal PEFT's own, tensor by tensor, for every supported kind of adapter."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Checkpoints in fp8: refused by name, or dequantized on request; and what else a checkpoint may lack."""
+"""Checkpoints in fp8: refused by name, or dequantized on request; and other defects of checkpoints."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def spread(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def to_fp8(base: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Quantize the linear layers of a checkpoint in place; the values that they stand for."""
+    """Quantizes the linear layers of a checkpoint in place; returns the values that they represent."""
     values: dict[str, torch.Tensor] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in load_file(base / "model.safetensors").items():

@@ -1,4 +1,4 @@
-"""What a merge holds in memory, little of it factors."""
+"""The memory of a merge, which hardly includes factors."""
 
 import os
 from collections.abc import Callable
@@ -24,7 +24,7 @@ MB = 1 << 20
 
 
 def mapped_bytes() -> int:
-    """Resident memory of this process that lies in files, on a disk or in memory."""
+    """Resident memory of this process that is mapped from files, on disk or in memory."""
     status = Path("/proc/self/status").read_text()
     return sum(int(status.split(kind)[1].split()[0]) * 1024 for kind in ("RssFile:", "RssShmem:"))
 
@@ -49,7 +49,7 @@ def mappings_of(path: Path) -> int:
 
 
 def test_all_tensors_of_a_file_share_one_mapping_that_goes_with_the_last_of_them(tmp_path: Path) -> None:
-    """A process may have some 65,000: fewer than many adapters have tensors."""
+    """A process may have some 65,000 mappings: fewer than the tensors of many adapters."""
     path = tmp_path / "file.safetensors"
     names = [f"w{number}" for number in range(50)]
     save_file({name: torch.full((100,), number) for number, name in enumerate(names)}, path)
@@ -75,7 +75,7 @@ def test_a_file_larger_than_all_memory_is_mapped(tmp_path: Path) -> None:
     size = len(head) + sum(spec.size_bytes for spec in specs.values())
     with path.open("wb") as file:
         file.write(head)
-        file.truncate(size)  # a hole: it takes no room on the disk
+        file.truncate(size)  # a hole: it occupies no space on the disk
     entries = parse_header(head, size).tensors
     assert map_tensor(path, entries["small"]).tolist() == [0, 0, 0]
     assert int(map_tensor(path, entries["large"])[-1].sum()) == 0
@@ -116,7 +116,7 @@ def test_a_view_of_a_mapped_matrix_is_read_as_it_is(view: str, dtype: torch.dtyp
 def test_a_merge_looks_at_no_factor_where_it_is_mapped(
     make_model: MakeModel, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
-    """So that what a merge takes does not grow with its adapters, whatever the kernel has of their files."""
+    """The memory of a merge must not grow with its adapters, even if the kernel caches their files."""
     base = make_model()
     adapters = [(make_adapter(base, r=rank, target_modules="all-linear"), 1.0) for rank in (4, 16, 80)]
     plan = plan_merge(open_checkpoint(base), adapters)

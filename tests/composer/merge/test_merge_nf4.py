@@ -1,4 +1,4 @@
-"""4-bit bases: merged as the values that they stand for, and adapters that were trained on one."""
+"""4-bit bases: merged as the values that they represent, and adapters trained on one."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.device import DEVICE
 
 
 def pack(base: Path) -> dict[str, torch.Tensor]:
-    """The linear layers of a checkpoint in 4 bits, as bitsandbytes stores them; the values that they stand for."""
+    """Packs a checkpoint's linear layers in 4 bits, as bitsandbytes does; returns the values that they represent."""
     values: dict[str, torch.Tensor] = {}
     tensors: dict[str, torch.Tensor] = {}
     levels = torch.tensor(nf4.LEVELS)
@@ -137,8 +137,8 @@ TAGGED = "---\nbase_model: acme/base\n{}\n---\n# A card\n"
 @pytest.mark.parametrize(
     ("card", "evidence"),
     [
-        (PEFTS_OWN.format("True"), "README.md says load_in_4bit"),
-        (AXOLOTLS.format(""), "README.md says load_in_4bit"),
+        (PEFTS_OWN.format("True"), "README.md states load_in_4bit"),
+        (AXOLOTLS.format(""), "README.md states load_in_4bit"),
         (TAGGED.format("tags: [lora, QLoRA]"), "README.md has the tag qlora"),
         ("---\nbase_model: [acme/base-bnb-4bit]\n---\n", "README.md names acme/base-bnb-4bit"),
         (PEFTS_OWN.format("False"), ""),

@@ -1,4 +1,4 @@
-"""What a merge leaves on the disk: all of it, or nothing; and that verification sees what went wrong on the way."""
+"""The output of a merge on disk: all of it, or nothing; and verification that detects errors in between."""
 
 import fcntl
 import json
@@ -131,7 +131,7 @@ def test_a_merge_that_fails_leaves_nothing(plan: MergePlan, tmp_path: Path) -> N
 def test_a_merge_that_fails_closes_its_files_only_once_no_job_writes_to_them(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number of a file that was closed too early may be that of another file by then: a database, say."""
+    """The descriptor of a file closed too early may already belong to another file, such as a database."""
     pwrite, close, writing, events = os.pwrite, os.close, threading.Event(), list[str]()
 
     def slowly(file: int, buffer: bytes, offset: int) -> int:
@@ -159,7 +159,7 @@ def test_a_merge_that_fails_closes_its_files_only_once_no_job_writes_to_them(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own of 1 MB."""
+    """A separate file system of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)  # noqa: S607
@@ -257,7 +257,7 @@ def test_a_base_shard_cut_off_after_planning_is_named(plan: MergePlan, tmp_path:
     shard = next(shard for shard in plan.shards if not shard.rewritten)
     with (plan.checkpoint.path / shard.file).open("r+b") as file:
         file.truncate(shard.size_bytes - 16)
-    # Where the file system clones, nothing is read, and the header tells.
+    # If the file system clones, nothing is read, and the header shows the difference.
     with pytest.raises(InvalidFile, match=rf"became shorter|{shard.file} is not a valid safetensors file"):
         run_merge(plan, tmp_path / "merged", device=DEVICE)
     assert nothing_is_left(tmp_path)
@@ -279,7 +279,7 @@ def test_a_file_system_without_kernel_copies_is_copied_plainly(
 def test_a_file_system_that_shares_blocks_is_asked_to_and_nothing_is_copied_then(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What FICLONE does on btrfs and XFS, which are rarely there, done by copying."""
+    """Emulates FICLONE, which btrfs and XFS have, by copying."""
     cloned: list[int] = []
     copied: list[copying.CopiedRange] = []
     copy = copying.copy_range

@@ -1,5 +1,5 @@
-"""A config that ties the head to the embedding, beside files that store the head as well: what transformers loads,
-what PEFT trains and merges on it, and what is merged here."""
+"""A config that ties the head to the embedding, beside files that also store the head: loading by transformers,
+training and merging by PEFT, and our merge."""
 
 import json
 import shutil
@@ -75,7 +75,7 @@ def apart(once: Path) -> Path:
 
 
 def test_transformers_ties_a_stored_head_only_if_it_is_the_embedding(twice: Path, apart: Path) -> None:
-    """What all others here stand on: a release of transformers that loads otherwise fails this one."""
+    """All other tests here rely on this: a release of transformers that loads differently fails it."""
     for base, tied in ((twice, True), (apart, False)):
         assert is_loaded_tied(base) is tied
         checkpoint = open_checkpoint(base)
@@ -181,7 +181,7 @@ def test_a_merge_with_a_stored_head_can_be_rebuilt(
 
 
 def test_rows_of_tokens_that_are_saved_for_both_sides_are_merged_once(once: Path, tmp_path: Path) -> None:
-    """As PEFT saves them, where nothing else is trained. Rows of its own for the head untie it."""
+    """As PEFT saves them if nothing else is trained. Separate rows for the head untie it."""
     adapter = save_adapted(once, peft.TrainableTokensConfig(token_indices=[7, 2, 30]), tmp_path / "adapter")
     assert {split_key(key).module for key in load_file(adapter / "adapter_model.safetensors")} == {
         "model.embed_tokens",

@@ -1,4 +1,4 @@
-"""Quantized tensors that nothing decodes: named, whatever the config says and wherever the adapter acts."""
+"""Quantized tensors without a decoder: refused by name, for any config and any position of the adapter."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def packed_int4(name: str, weight: torch.Tensor) -> Weights:
 
 
 def mxfp4(name: str, weight: torch.Tensor) -> Weights:
-    """As experts are packed that no `.weight` is of."""
+    """Packed experts, which have no `.weight`."""
     module, (rows, columns) = name.removesuffix(".weight"), weight.shape
     blocks = torch.zeros(rows, columns // 32 or 1, 16, dtype=torch.uint8)
     return {f"{module}_blocks": blocks, f"{module}_scales": blocks[:, :, 0].contiguous()}
@@ -55,7 +55,7 @@ def fp4(name: str, weight: torch.Tensor) -> Weights:
 
 
 def quantize(base: Path, how: Callable[[str, torch.Tensor], Weights], stated: dict[str, object] | None) -> None:
-    """The linear layers but for the head, in place; `stated` is what the config says of it."""
+    """Quantizes the linear layers except the head in place; `stated` is the description in the config."""
     tensors: Weights = {}
     for name, weight in load_file(base / "model.safetensors").items():
         tensors |= how(name, weight.float()) if name.endswith("proj.weight") else {name: weight}

@@ -126,7 +126,7 @@ def test_an_adapter_of_the_language_model_alone_finds_it_with_a_warning_that_no_
     plan = merge(base, adapter, tmp_path / "merged")
     changed = plan.touched
     assert len(changed) == 4
-    if "model.layers.0.mlp.down_proj.weight" in changed:  # named so on disk: what it is in memory is not known here
+    if "model.layers.0.mlp.down_proj.weight" in changed:  # its name on disk: the name in memory is unknown here
         return
     assert all("language_model" in name for name in changed)
     assert OTHER_PATHS in {finding.code for finding in plan.findings}

@@ -1,4 +1,4 @@
-"""4-bit weights that bitsandbytes packed (`data/nf4.safetensors`, by 0.50), beside what they were packed from."""
+"""4-bit weights packed by bitsandbytes 0.50 (`data/nf4.safetensors`), beside the original values."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ DATA = Path(__file__).parent / "data" / "nf4.safetensors"
 
 
 class OneFile:
-    """What a checkpoint answers, of one file."""
+    """A checkpoint of one file."""
 
     def __init__(self, path: Path) -> None:
         self._path, self.tensors = path, read_header(path).tensors

@@ -1,4 +1,4 @@
-"""What many threads write into one file, past the page cache and through it."""
+"""Concurrent writes to one file, past the page cache and through it."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ cuts = st.lists(st.integers(0, 12 * BLOCK_BYTES), min_size=2, max_size=12, uniqu
 
 
 def placed(data: bytes, offset: int) -> np.ndarray:
-    """The bytes in memory that lies in a block as they will lie in the file."""
+    """The bytes in memory, aligned in a block as they will be in the file."""
     room = np.zeros(len(data) + BLOCK_BYTES, np.uint8)
     first = (offset - room.ctypes.data) % BLOCK_BYTES
     room[first : first + len(data)] = np.frombuffer(data, np.uint8)
@@ -74,7 +74,7 @@ def test_a_disk_with_larger_blocks_is_written_through_the_page_cache(tmp_path: P
     with ExitStack() as stack:
         target = OutputFile.opened(tmp_path / "file", True, os.fdatasync, stack)
         array = placed(data, 8)
-        # What the kernel says of a disk whose blocks are larger, it says of memory that is not where it seems.
+        # The kernel's error for a disk with larger blocks is the same as for misaligned memory.
         target.write(array.data, 0, 0)
         assert target.unsynced == (len(data) if target.direct is None else 8)
     assert (tmp_path / "file").read_bytes() == data

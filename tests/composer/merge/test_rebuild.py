@@ -1,4 +1,4 @@
-"""A merged checkpoint made again from what its note names, and compared: the same, rounding, another thing."""
+"""Rebuilds a merged checkpoint from its note and compares: equal, rounding, or different."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def test_a_merge_made_again_is_the_same_whatever_the_adapters_order_and_what_a_r
 def test_products_of_other_shapes_may_differ_in_their_last_bit_which_counts_as_rounding(
     base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks of other sizes stand for another machine: another kernel adds in another order."""
+    """Chunks of another size imitate another machine, whose kernel adds in another order."""
     out = merged(base, adapters, tmp_path / "merged")
     monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 40)
     assert again(base, adapters, out).verdict in ("same", "rounding")

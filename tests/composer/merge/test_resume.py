@@ -1,4 +1,4 @@
-"""A merge that is killed leaves nothing that looks complete, and the same merge goes on where it stopped."""
+"""A killed merge leaves nothing that looks complete, and the same merge resumes where it stopped."""
 
 import fcntl
 import os
@@ -42,7 +42,7 @@ run_merge(plan, out, DEVICE, lambda count: time.sleep(0.005))
 
 
 ENDS = [KeyboardInterrupt, Interrupted]
-"""By a terminal, and by a caller's own progress."""
+"""Interrupted by a terminal, and by a caller's own progress."""
 
 
 @pytest.fixture
@@ -71,10 +71,8 @@ def staging_directories(directory: Path) -> list[Path]:
 def interrupt_after_shards(
     plan: MergePlan, out: Path, count: int, end: type[BaseException] = KeyboardInterrupt
 ) -> None:
-    """Ends the merge as Ctrl-C does, or as a caller may, once `count` shards are written down and others are begun.
-
-    One thread waits for that, the first that has a part of another one: the others may have what is still missing.
-    """
+    """Ends the merge like Ctrl-C, or like a caller, once `count` shards are recorded and others have begun. One thread
+    waits for that, the first to work on another shard: the others may still hold missing parts."""
     enough, done, waiting = sum(shard.size_bytes for shard in plan.shards[: count + 1]), 0, threading.Lock()
 
     def interrupt(size_bytes: int) -> None:
@@ -152,7 +150,7 @@ def test_a_shard_that_somebody_wrote_to_since_is_written_anew(plan: MergePlan, t
 
 
 def test_a_finished_shard_is_verified_again(plan: MergePlan, tmp_path: Path) -> None:
-    """A disk that lies: other bytes, and yet the size and the time that were written down."""
+    """A lying disk: other bytes, with the recorded size and time."""
     interrupt_after_shards(plan, tmp_path / "merged", 2)
     (staging,) = staging_directories(tmp_path)
     shard = staging / (staging / JOURNAL_FILE).read_text().split('"')[1]

@@ -1,4 +1,4 @@
-"""Adapters whose deltas depend on an order: one after the other, as PEFT merges them, where the user states it."""
+"""Adapters whose deltas depend on an order: merged one after the other, as in PEFT, if the user requests it."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def test_a_stated_order_is_that_of_merging_one_and_then_the_other_with_peft(
     model_type, *both = ORDERED[case]
     base = make_model(model_type, tied=False, shard="1GB")
     one, two = (save_adapted(base, lora(**own), tmp_path / f"{i}", seed=i) for i, own in enumerate(both))
-    # PEFT saves the embedding's base beside its pair, and would load that over what the first one trained.
+    # PEFT saves the embedding's base beside its pair, and would overwrite the first adapter's training with it.
     change_tensors(two, lambda all_: {key: one for key, one in all_.items() if "base_layer" not in key})
     first = PeftModel.from_pretrained(load_model(base), one).merge_and_unload()
     first.save_pretrained(tmp_path / "first")

@@ -1,4 +1,4 @@
-"""A stage of a merge: how many jobs wait for it, and what becomes of the rest once one fails."""
+"""A stage of a merge: the number of waiting jobs, and the end of the others after a failure."""
 
 import threading
 import time
@@ -48,7 +48,7 @@ def test_the_first_failure_in_order_is_raised_by_every_later_submission_and_at_t
         stage.submit(fail_second)
         with pytest.raises(ValueError, match="first"):
             stage.drain()
-        for _ in range(20):  # more often than there is room: a refused job takes none
+        for _ in range(20):  # more often than there are slots: a refused job uses none
             with pytest.raises(ValueError, match="first"):
                 stage.submit(lambda: None)
 

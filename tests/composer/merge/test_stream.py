@@ -1,4 +1,4 @@
-"""A merge that streams from files elsewhere: the bytes of a merge on a disk, and a hash of every tensor that passed."""
+"""A merge that streams from remote files: the bytes of a local merge, and a hash of every tensor that passed."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ STOCHASTIC = Rounding(Mode.STOCHASTIC, 7)
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A file that is not on this machine, for all that the composer can know; counts what is read."""
+    """A file that is remote as far as the composer can tell; counts the bytes read."""
 
     name: str
     content: bytes
@@ -52,7 +52,7 @@ class Elsewhere:
 
 @dataclass
 class Taken:
-    """A sink that keeps the file; copies what has an origin from there, as a store would."""
+    """A sink that keeps the file; copies bytes with an origin from there, as a store would."""
 
     content: bytearray = field(default_factory=bytearray)
     copied_bytes: int = 0
@@ -143,7 +143,7 @@ CASES: dict[str, tuple[dict[str, object], Sequence[dict[str, object]], str, dict
 def test_a_streamed_merge_has_the_bytes_of_one_on_a_disk(
     case: str, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In small chunks and reads, so that tensors are cut in many."""
+    """With small chunks and reads, so that tensors are split often."""
     monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 200)
     monkeypatch.setattr(stream, "READ_BYTES", 1500)
     monkeypatch.setattr(stream, "_AHEAD_BYTES", 5000)
@@ -167,7 +167,7 @@ def test_a_delta_that_needs_all_rows_at_once_is_streamed(tmp_path: Path, make_mo
 def test_a_head_that_is_stored_beside_its_embedding_is_hashed_too(
     noise: float, tmp_path: Path, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
-    """Without noise it is left out of the output, with the file that holds nothing else."""
+    """Without noise it is left out of the output, with the file that contains nothing else."""
     tied = make_model(tied=True)
     adapter = make_adapter(tied, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=not noise)
     base = with_head(tied, noise, "with-head")

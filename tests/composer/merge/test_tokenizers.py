@@ -125,7 +125,7 @@ def test_a_merge_of_before_is_rebuilt_with_the_tokenizer_that_it_had(base: Path,
     note = json.loads((out / "adaptory.json").read_text())
     del note["tokenizer"]
     (out / "adaptory.json").write_text(json.dumps(note))
-    for name in ("tokenizer_config.json", "chat_template.jinja"):  # what a merge of before had copied
+    for name in ("tokenizer_config.json", "chat_template.jinja"):  # copied by an earlier merge
         (out / name).unlink(missing_ok=True)
         if (base / name).is_file():
             (out / name).write_bytes((base / name).read_bytes())

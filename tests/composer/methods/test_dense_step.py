@@ -1,4 +1,4 @@
-"""One dense matrix at a time, and the same bits whatever the number of threads."""
+"""One dense matrix at a time, and the same bits for any number of threads."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ SIDE = 96
 
 
 class Inside:
-    """How many threads are inside at once: the most that there were, and how often one came."""
+    """Counts the threads inside at once: their maximum, and the number of entries."""
 
     def __init__(self) -> None:
         self._lock, self._now, self.most, self.times = Lock(), 0, 0, 0
@@ -33,7 +33,7 @@ class Inside:
                 self._now, self.times = self._now + 1, self.times + 1
                 self.most = max(self.most, self._now)
             try:
-                sleep(0.02)  # so that another one would come
+                sleep(0.02)  # so that another one could enter
                 return work(*given)
             finally:
                 with self._lock:

@@ -1,4 +1,4 @@
-"""Adapters of few directions, or that share them: what a method makes of them is never left to chance, nor nothing."""
+"""Adapters with few or common directions: the result of a method is never random, nor zero."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from tests.composer.methods.test_methods import as_stored, combined, error, low_
 
 
 def sharing() -> list[LowRank]:
-    """Two adapters whose A was frozen, so that both read the same inputs."""
+    """Two adapters with a frozen A, so that both read the same inputs."""
     one, two, _ = low_ranks()
     return [replace(one, A=two.A_RI, B=torch.cat([one.B_OR, one.B_OR[:, :2].flip(0)], dim=1)), two]
 

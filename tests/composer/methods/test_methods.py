@@ -1,4 +1,4 @@
-"""Every method beside a dense float64 reference, and the laws that each has to keep."""
+"""Every method against a dense float64 reference, and the laws that each must satisfy."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -41,14 +41,14 @@ def low_ranks(seed: int = 0, layout: Layout = Layout.LINEAR) -> list[LowRank]:
 
 
 def known(method: str, wanted: dict[str, object]) -> dict[str, object]:
-    """Of the settings those that the method has."""
+    """The settings that the method has."""
     return {name: value for name, value in wanted.items() if name in settings_of(method).field_names()}
 
 
 def combined(
     method: str, deltas: Sequence[Additive], weights: Sequence[float], settings: dict[str, object] | None = None
 ) -> torch.Tensor:
-    """What the method adds, dense and as stored, in float64."""
+    """The result of the method, dense and as stored, in float64."""
     parts = [SlotDelta(i, delta, weight, f"{i}") for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True))]
     slot = WeightSlot(parts, sum(weights))
     parsed = parse_settings(method, settings or {})
@@ -245,7 +245,7 @@ def test_a_compression_reports_the_error_that_it_made() -> None:
         assert lost is not None
         assert isinstance(made, LowRank)
         assert (lost.rank, made.rank) == (5, 5)
-        if method != "ties_svd":  # whose dense delta is not the plain sum
+        if method != "ties_svd":  # whose dense delta differs from the plain sum
             assert lost.error == pytest.approx(float((as_stored(made) - exact).norm()), rel=1e-4)
             assert lost.error == pytest.approx(float((dense.truncated(exact, 5) - exact).norm()), rel=1e-4)
             assert lost.norm == pytest.approx(float(exact.norm()), rel=1e-5)

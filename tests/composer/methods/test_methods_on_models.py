@@ -1,4 +1,4 @@
-"""What methods make of whole adapters: weights of 0, deltas that look at the base, half precision, slips."""
+"""Methods on complete adapters: weights of 0, deltas that read the base, half precision, mistakes."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ PARITY = [name for name in PIPELINES if name.startswith("peft_")]
 
 @dataclass(frozen=True)
 class Shared:
-    """A base and three adapters of it, which no test may change."""
+    """A base and three adapters of it, which tests must not change."""
 
     base: Path
     adapters: tuple[Path, Path, Path]
@@ -148,7 +148,7 @@ def test_an_adapter_of_weight_0_is_absent_from_every_method(method: str, shared:
 def test_a_method_computes_on_a_device_what_it_computes_on_the_cpu(
     method: str, accelerator: str, shared: Shared
 ) -> None:
-    """Its factors at once, its elections with the rows that they are about."""
+    """Its factors immediately, its elections with the rows that they concern."""
     one, two, _ = shared.adapters
     both, settings = loaded(shared.base, one, two), {"protect": 1} if method == "stack" else {}
     parsed, before = parse_settings(method, settings), second_device.CALLS["mm"]

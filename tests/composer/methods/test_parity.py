@@ -70,7 +70,7 @@ def test_a_parity_mode_has_the_values_of_peft(
 def test_the_wrong_scale_that_peft_gives_rslora_is_reproduced(
     combination: str, make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
-    """That of the new rank, also where one of them is alone at a place or has a lower rank of its own there."""
+    """The scale of the new rank, even in modules where one adapter is alone or has a lower rank."""
     base = make_model()
     adapters = [
         make_adapter(base, "a0", seed=1, use_rslora=True, target_modules=["q_proj", "down_proj"]),
@@ -121,7 +121,7 @@ def test_random_masks_are_those_of_torch_when_peft_is_given_the_same_seed(
     make_model: MakeModel, make_adapter: MakeAdapter
 ) -> None:
     base = make_model()
-    # One module, since the masks follow one another in the order of modules.
+    # One module, since the masks follow each other in the order of modules.
     target = "model.layers.0.self_attn.q_proj"
     adapters = [make_adapter(base, f"a{i}", seed=i + 1, target_modules=[target]) for i in (0, 1)]
     for combination in ("dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"):
@@ -132,7 +132,7 @@ def test_random_masks_are_those_of_torch_when_peft_is_given_the_same_seed(
 
 
 def of_peft_seeded(base: Path, adapters: list[Path], combination: str) -> dict[str, torch.Tensor]:
-    """With the seed set right before the combination: loading draws numbers too."""
+    """Sets the seed right before the combination: loading draws numbers too."""
     model = PeftModel.from_pretrained(load_model(base), adapters[0], adapter_name="a0")
     model.load_adapter(adapters[1], "a1")
     original = model.base_model._generalized_task_arithmetic_weighted_adapter

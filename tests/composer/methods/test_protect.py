@@ -1,4 +1,4 @@
-"""Room for protected adapters: what follows from their deltas alone, beside a dense reference."""
+"""Protected adapters: consequences of their deltas alone, against a dense reference."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -110,7 +110,7 @@ def test_an_untrained_protected_delta_changes_nothing(red: LoadedAdapter, seed: 
 
 
 def test_a_delta_that_lies_in_a_protected_one_becomes_zero(red: LoadedAdapter) -> None:
-    """Not noise, of which every quotient in a report would be made."""
+    """Exactly zero, not noise from which a report would compute quotients."""
     assert float(moved(red, [pair(1, 3), pair(1, 3)], "both").norm()) == 0
     report = conflicts([red, replace(red, name="again")], [1.0, 1.0], parse_settings("stack", {"protect": 1}))
     assert report.pairs[0].numbers.cosine == 0
@@ -119,7 +119,7 @@ def test_a_delta_that_lies_in_a_protected_one_becomes_zero(red: LoadedAdapter) -
 
 @pytest.mark.parametrize("side", SIDES)
 def test_an_embedding_and_a_head_of_one_tensor_are_turned_to_each_other(red: LoadedAdapter, side: str) -> None:
-    """One's outputs are the other's inputs: `protect_side` is meant as the protected one has it."""
+    """The outputs of one are the inputs of the other: `protect_side` refers to the protected one's orientation."""
     (B, A), (B_head, A_head) = pair(1, 3), pair(2, 3)
     parsed = parse_settings("stack", {"protect": 2, "protect_side": side}).with_tied("shared")
     adapters = [held(red, (A.T, B.T), Layout.EMBEDDING), held(red, (B_head, A_head))]
@@ -192,7 +192,7 @@ def test_what_has_no_factors_is_refused_only_where_something_is_to_be_moved(red:
 
 
 def norm(deltas: Sequence[Delta]) -> float:
-    """Of their sum, over all places."""
+    """The norm of their sum, over all modules."""
     own = [delta for delta in deltas if isinstance(delta, LowRank)]
     assert len(own) == len(deltas)
     by_module = {delta.module: [one for one in own if one.module == delta.module] for delta in own}

@@ -113,7 +113,7 @@ def adapter(seed: int, name: str = "one", rank: int = 2, modules: Sequence[str] 
 
 
 def seeing(*seeds: int, hidden: Sequence[str] = ()) -> Callable[..., Mapping[str, ModuleInputs]]:
-    """The same rows whatever is active, other ones for each member and module."""
+    """The same rows for any active deltas, different ones for each member and module."""
 
     def observe(member: int, _active: Sequence[Delta], modules: Sequence[str]) -> dict[str, ModuleInputs]:
         rows = {path: random(seeds[member] + 100 * index, 6, INPUTS) for index, path in enumerate(modules)}

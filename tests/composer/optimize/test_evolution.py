@@ -9,7 +9,7 @@ GENERATIONS = 60
 
 
 def worst(weights: Weights) -> float:
-    """How far the worst member is from its best weight."""
+    """The distance of the worst member from its best weight."""
     return float(np.abs(np.array(weights) - BEST).max())
 
 

@@ -1,4 +1,4 @@
-"""A search on a real, tiny model. Each member's suite has what the member itself answers."""
+"""A search on a real, tiny model. Each member's suite has the member's own answers."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def report(problem: Problem) -> OptimizeReport:
 
 
 def decided(report: OptimizeReport) -> dict[str, object]:
-    """What two runs of one search have in common: all but the time and the passes."""
+    """The common results of two runs of one search: all except the time and the passes."""
     return {name: value for name, value in document(report).items() if name not in ("seconds", "run")}
 
 
@@ -179,7 +179,7 @@ def test_weights_between_the_tried_ones_are_tried_as_a_family_of_their_own(repor
 
 
 def test_the_members_own_weights_and_rules_are_part_of_what_is_chosen(problem: Problem) -> None:
-    """At factors 2 and 4, weights of a half and a quarter are those of the plain adapters."""
+    """With factors 2 and 4, weights of a half and a quarter equal those of the plain adapters."""
     red, blue = problem.members
     rule = parse_rule("*v_proj=0.25")
     weights = Weight(0.5), Weight(0.25, (rule,))

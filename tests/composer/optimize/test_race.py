@@ -29,7 +29,7 @@ def suite(count: int, name: str = "asked") -> Suite:
 
 
 def standing(candidate: Candidate, nats: list[float], alone: float = 0.1, base: float = 3.0) -> Standing:
-    """A candidate that has these nats a token on its only member's examples."""
+    """A candidate with these nats per token on its only member's examples."""
 
     def measured(values: list[float]) -> list[Measured]:
         return [Measured(value, 1, exact=False) for value in values]

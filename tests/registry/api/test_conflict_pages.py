@@ -116,9 +116,9 @@ def query_of(address: str) -> list[tuple[str, str]]:
 
 def test_what_cannot_be_combined_is_said_beside_the_form(reader: Browser) -> None:
     for query, status, said in (
-        ("with=acme/sql:1.0.0&with=acme/none:1.0.0", 404, "There is no adapter acme/none"),
+        ("with=acme/sql:1.0.0&with=acme/none:1.0.0", 404, "The adapter acme/none does not exist"),
         ("with=acme/sql:1.0.0&with=acme/sql:1.0.0", 400, "is named 2 times"),
-        ("with=acme/sql:1.0.0&with=acme/sql:1.1.0&method=none", 422, "there is no method"),
+        ("with=acme/sql:1.0.0&with=acme/sql:1.1.0&method=none", 422, "unknown method"),
         ("with=acme/sql:1.0.0&with=acme/sql:1.1.0&method=ties&set=density=2", 422, "density"),
         ("with=acme/sql:1.0.0&with=acme/sql:1.1.0*nan", 422, "finite"),
     ):

@@ -160,7 +160,7 @@ def test_an_empty_repository_has_a_commit(house: House, named: str) -> None:
         ({"key": "file", "value": {"content": "###", "path": "x"}}, 400, "not base64"),
         ({"key": "file", "value": {"content": "text", "path": "x", "encoding": "utf-8"}}, 400, "'utf-8' is not"),
         ({"key": "lfsFile", "value": {"path": "x", "oid": "abc"}}, 400, "not a SHA-256"),
-        ({"key": "file", "value": {"content": "eA==", "path": "../x"}}, 422, "cannot be a file"),
+        ({"key": "file", "value": {"content": "eA==", "path": "../x"}}, 422, "is not a valid path"),
         ({"key": "file", "value": {"content": "eA==", "path": "model.pkl"}}, 422, "model.pkl"),
         ({"key": "file", "value": {"content": "eA==", "path": "a.safetensors"}}, 422, "a.safetensors"),
         ({"key": "file", "value": {"content": "gASVAA==", "path": "innocent.json"}}, 422, "innocent.json"),
@@ -271,7 +271,7 @@ def test_an_address_serves_for_its_file_alone_and_for_its_time(house: House, nam
     hour = replace(house.resources, clock=lambda: datetime.now(UTC) + timedelta(minutes=59))
     late = replace(house.resources, clock=lambda: datetime.now(UTC) + timedelta(days=1, minutes=1))
     late = late if method == "POST" else replace(late, clock=lambda: datetime.now(UTC) + timedelta(minutes=61))
-    with pytest.raises(NotFound, match="no longer"):
+    with pytest.raises(NotFound, match="has expired"):
         lfs_transfers.receive(late, lfs_transfers.permitted(late, permit), [content], len(content))
     if method == "PUT":
         lfs_transfers.receive(hour, lfs_transfers.permitted(hour, permit), [content], len(content))

@@ -230,7 +230,7 @@ Shards = Callable[[str, str], bytes]
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (lambda _, __: b"", "does not begin as a shard"),
+        (lambda _, __: b"", "does not begin like a shard"),
         (lambda _, __: b"HFRepoMetaData".ljust(32, b"\0") + b"\3" + bytes(15), "version is 3, not 2"),
         (lambda one, _: shard(([Segment(one, 0, 1, CHUNK)], None))[:-60], "ends too early"),
         (lambda one, _: shard(([Segment(one, 0, 2, CHUNK)], None)), "has 1 chunks, not 2"),

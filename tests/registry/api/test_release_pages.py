@@ -111,7 +111,7 @@ def number_in(page: str) -> str:
 def test_another_person_approves_a_promotion_that_waits(house: House, admin: Browser) -> None:
     page = await_approval(admin, "reviewed")
     own = admin.post(f"{page}/approve", {"promotion": number_in(admin.open(f"{page}/approve").text)})
-    assert (own.status_code, "another person must approve it" in own.text) == (403, True)
+    assert (own.status_code, "someone else must approve it" in own.text) == (403, True)
     with Browser(house) as other:
         other.sign_in(house.secrets["publisher"])
         assert f"{page}/approve" not in other.open(page).text

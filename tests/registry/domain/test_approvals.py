@@ -75,7 +75,7 @@ def test_an_approval_counts_with_a_role_that_a_group_gives_while_it_does(house: 
 
 def test_who_promotes_does_not_force_past_the_approval_of_others_unless_the_policy_says_so(house: House) -> None:
     demand(house, approval={})
-    with pytest.raises(NotAllowed, match="lets nobody force"):
+    with pytest.raises(NotAllowed, match="allows nobody to force"):
         promote(house, force=True, reason="now")
     demand(house, approval={}, force="releaser")
     assert isinstance(promote(house, force=True, reason="now"), ChannelMove)

@@ -63,7 +63,7 @@ def test_who_flips_a_metric_does_not_let_a_worse_release_pass(house: House) -> N
     (after,) = refusal(house)
     assert after.startswith(before)
     assert "pinned to higher rouge being better, which is now lower" in after
-    assert f"`adaptory gate {NAME}@prod --repin` takes it" in after
+    assert f"`adaptory gate {NAME}@prod --repin` accepts the change" in after
     shown = house.ask("reader", "GET", f"{CHANNEL}/policy").json()["pins"]["theirs"]
     assert (shown["digest"], shown["higher_is_better"]) == (digest, {"rouge": True})
     assert "is now lower" in shown["changed"]

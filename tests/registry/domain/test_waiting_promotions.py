@@ -290,7 +290,7 @@ def test_rights_and_the_policy_are_judged_again_when_it_completes(house: House) 
     first = waiting(house)
     with house.resources.write() as session:
         release = releases.find(session, NAME, OLD)
-        with pytest.raises(NotAllowed, match="another person"):
+        with pytest.raises(NotAllowed, match="someone else"):
             promotions.approve(session, person(house), release, "prod", "")
         promotions.approve(session, person(house, "admin", NOW + HOUR), release, "prod", "")
         namespaces.set_member(session, HOST, PRIVATE, "admin", Role.PUBLISHER)
@@ -333,7 +333,7 @@ def test_rules_that_a_gate_had_before_policies_refuse_what_lacks_a_score(house: 
 
 @pytest.mark.on("PostgreSQL")
 @pytest.mark.parametrize(
-    ("force", "advice"), [("releaser", "a releaser may"), ("admin", "an admin may"), ("never", "lets nobody force")]
+    ("force", "advice"), [("releaser", "a releaser may"), ("admin", "an admin may"), ("never", "allows nobody to")]
 )
 def test_a_refusal_advises_a_force_that_the_policy_allows(house: House, force: str, advice: str) -> None:
     demand(house, rules=["exact.nll <= 0.1"], force=force)

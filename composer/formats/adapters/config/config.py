@@ -57,7 +57,7 @@ PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica
 
 @dataclass(frozen=True, slots=True)
 class RefusedType:
-    """Why an adapter cannot be merged exactly, and what its owner can do."""
+    """The reason why an adapter cannot be merged exactly, and the remedy for its owner."""
 
     reason: str
     way_out: str = MERGE_NEXT

@@ -1,6 +1,6 @@
 """Modules that the config targets and the file has no tensors for: a layer that was lost when the adapter was saved.
 
-PEFT warns and leaves such a module as it is, and servers load the rest in silence.
+PEFT warns and leaves such a module as it is, and servers load the rest silently.
 """
 
 import re
@@ -50,13 +50,13 @@ def _is_targeted(config: AdapterConfig, path: str) -> bool:
 
 def _finding(lost: list[str], severity: Severity, why: str) -> Finding:
     listed = ", ".join(lost[:_LISTED]) + (f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else "")
-    message = f"The file has no tensors for {listed}: {why}. What was trained there is lost."
+    message = f"The file has no tensors for {listed}: {why}. Their training is lost."
     return Finding(CODE, severity, lost[0], message, float(len(lost)))
 
 
 def _gaps(modules: Iterable[str]) -> Iterator[str]:
-    """The modules that a few layers between the first and the last lack. Where most lack them, as the attention of a
-    hybrid model, that is how the model is built."""
+    """The modules that a few layers between the first and the last lack. If most layers lack them, such as attention in
+    a hybrid model, the model is built that way."""
     layers: dict[str, dict[int, str]] = defaultdict(dict)
     seen: set[int] = set()
     for module in modules:

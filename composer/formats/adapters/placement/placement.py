@@ -283,8 +283,9 @@ def _check_looked_up(placement: Placement) -> None:
     for placed in placement.modules:
         if placed.kind == "tokens" or placed.layout == "embedding":
             message = (
-                f"{placed.module} of {placement.model_type} normalises the rows that it looks up, but not what PEFT "
-                "trained: no weight gives the same. Serve it with PEFT, or train the embedding whole."
+                f"{placed.module} of {placement.model_type} normalises the rows that it looks up, but not the ones "
+                "that PEFT trained: no weight has the same effect. Serve it with PEFT, or train the complete "
+                "embedding."
             )
             # Checked first: PEFT saves the norm as well, and its finding would hide this one.
             placement.findings.insert(0, Finding("unsupported_layer", Severity.ERROR, placed.module, message))
@@ -349,8 +350,8 @@ def _as_text(modules: set[str]) -> str:
 
 
 def _in_base(placement: Placement, target: str) -> bool:
-    """Whether PEFT wraps a module by this name. Not an expert: experts are one parameter in memory, whatever the file
-    has."""
+    """Whether PEFT wraps a module by this name. Not an expert: experts are one parameter in memory, however the file
+    stores them."""
     if placement.architecture is None:
         return False
     matrices = (name for name, entry in placement.architecture.tensors.items() if len(entry.shape) > 1)

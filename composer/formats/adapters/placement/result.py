@@ -68,7 +68,7 @@ class PlacedModule:
 
 @dataclass(frozen=True, slots=True)
 class PlacementResult:
-    """The placed modules, and what was found on the way."""
+    """The placed modules, and the findings of the placement."""
 
     modules: list[PlacedModule]
     findings: list[Finding]
@@ -146,8 +146,9 @@ class Placement:
         if not names or names & self._called:
             return ""
         return (
-            f" It has nothing called {', '.join(sorted(names))}: if transformers renames what it loads of "
-            f"{self.model_type or 'this model'}, that is not known here yet, and PEFT can merge it."
+            f" It has nothing named {', '.join(sorted(names))}: if transformers renames modules of "
+            f"{self.model_type or 'this model'}, this version does not know the renaming, but PEFT can merge the "
+            "adapter."
         )
 
     def _note_elsewhere(self, module: str, target: Target, architecture: Architecture) -> None:
