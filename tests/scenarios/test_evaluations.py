@@ -48,7 +48,9 @@ def test_a_version_labels_one_content_and_a_gate_says_when_its_suite_has_moved_o
     assert second["digest"] != first["digest"]
     assert "said@1.1.0" in cli.ok("suite", "list").out
     shown = cli.ok("policy", "show", "acme/sql@prod").out
-    assert "pinned to said 1.0.0, which is now 1.1.0 (`adaptory gate acme/sql@prod --repin` accepts the change)" in shown
+    assert (
+        "pinned to said 1.0.0, which is now 1.1.0 (`adaptory gate acme/sql@prod --repin` accepts the change)" in shown
+    )
     moved = cli.json("promote", "acme/sql:1.0.0", "--to", "prod")
     assert "pinned to said 1.0.0, which is now 1.1.0" in moved["gates"][0]["detail"]
     cli.ok("gate", "acme/sql@staging", "--rule", "said.nll <= 1000")
