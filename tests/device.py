@@ -1,4 +1,4 @@
-"""Where tests of tensor code compute: on the CPU, or as `pytest --device` says."""
+"""The device for tests of tensor code: the CPU, or the one of `pytest --device`."""
 
 import os
 

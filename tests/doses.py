@@ -1,4 +1,4 @@
-"""How much of a test runs by default: each promise in one form, and the other forms with the marker `long`."""
+"""Chooses the cases that run by default: each promise in one form, and the others with the marker `long`."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +17,8 @@ def further(*values: object) -> list[ParameterSet]:
 
 
 def one_of_each(cases: Iterable[Case], kind: Callable[[Case], object]) -> list[ParameterSet]:
-    """One case of each kind runs by default: of the first kind its first, of the second its second, and so on around,
-    so that what several kinds have in common comes in all its forms."""
+    """Runs one case of each kind by default: of the first kind its first, of the second its second, and so on
+    cyclically, so that common features of the kinds are tested in all their forms."""
     kinds = defaultdict[object, list[Case]](list)
     for case in cases:
         kinds[kind(case)].append(case)
@@ -30,7 +30,7 @@ def one_of_each(cases: Iterable[Case], kind: Callable[[Case], object]) -> list[P
 
 
 def each_value_once(*axes: Iterable[object]) -> list[ParameterSet]:
-    """All combinations of the axes' values; by default as many of them as it takes for each value to be in one."""
+    """All combinations of the axes' values; by default only as many as are needed to include each value once."""
     values: list[Sequence[object]] = [list(axis) for axis in axes]
     covering = {tuple(turn % len(axis) for axis in values) for turn in range(max(map(len, values)))}
     return [

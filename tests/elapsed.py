@@ -1,4 +1,4 @@
-"""Time that passes in a registry without waiting: what goes by the database's clock happened that much earlier."""
+"""Lets time pass in a registry without waiting: shifts times of the database's clock into the past."""
 
 from datetime import timedelta
 

@@ -1,4 +1,4 @@
-"""Waits for what another thread or process does."""
+"""Waits for effects of other threads or processes."""
 
 import time
 from collections.abc import Callable

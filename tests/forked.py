@@ -1,4 +1,4 @@
-"""Processes that are there within milliseconds: forked from one that has imported everything."""
+"""Processes that start within milliseconds: forked from one that has imported everything."""
 
 import faulthandler
 import multiprocessing
@@ -20,8 +20,8 @@ _ADDRESS = "ADAPTORY_TEST_FORKSERVER"
 
 
 def share() -> None:
-    """Starts the process that others are forked from, for all test processes that this one starts: its imports take
-    five seconds of CPU and 500 MB."""
+    """Starts the process that others are forked from, for all test processes started by this one: its imports take five
+    seconds of CPU and 500 MB."""
     forkserver.ensure_running()
     os.environ[_ADDRESS] = str(_SERVER._forkserver_address)
 
@@ -37,7 +37,7 @@ def _join_shared() -> None:
 
 
 def start(work: Callable[..., None], environment: Mapping[str, str], *arguments: object) -> BaseProcess:
-    """A process that does the work. What it writes to stderr belongs to the test, and is shown if that fails."""
+    """A process that runs the work. Its stderr belongs to the test, and is shown if the work fails."""
     _join_shared()
     with Connection(os.dup(2)) as errors:
         process = _FORKED.Process(target=_run, args=(work, dict(environment), errors, arguments), daemon=True)
@@ -48,14 +48,14 @@ def start(work: Callable[..., None], environment: Mapping[str, str], *arguments:
 def start_command(
     words: Sequence[object], environment: Mapping[str, str], log: Path, errors: Path | None = None
 ) -> BaseProcess:
-    """`adaptory …` as a shell would run it with this environment alone. What it prints is in `log`, also what goes to
-    stderr unless there is a file of `errors`."""
+    """`adaptory …` as a shell would run it with exactly this environment. Its output goes to `log`, including stderr
+    unless `errors` names a file."""
     log.touch()
     return start(_command, environment, [*map(str, words)], dict(environment), str(log), str(errors or log))
 
 
 def start_on_terminal(words: Sequence[object], environment: Mapping[str, str], terminal: int, code: str) -> BaseProcess:
-    """The same with a terminal for what it reads and prints; `code` runs before it."""
+    """The same with a terminal for input and output; `code` runs before it."""
     with Connection(os.dup(terminal)) as passed:
         return start(_command_on_terminal, environment, [*map(str, words)], dict(environment), passed, code)
 
@@ -75,7 +75,7 @@ def _run(
 
 @contextmanager
 def _hub_settings_read_anew() -> Generator[None]:
-    """Forgets what was imported with other settings of the hub."""
+    """Forgets modules imported with other settings of the hub."""
     before = _hub_settings()
     yield
     if _hub_settings() != before:
@@ -94,7 +94,7 @@ def _command(words: list[str], environment: dict[str, str], log: str, errors: st
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle if errors == log else os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    faulthandler.enable()  # SIGABRT asks a process where it is
+    faulthandler.enable()  # SIGABRT makes a process print its stack
     sys.argv = ["adaptory", *words]
     main()
 
@@ -113,7 +113,7 @@ def _command_on_terminal(words: list[str], environment: dict[str, str], terminal
 
 
 def _take_environment(environment: Mapping[str, str]) -> None:
-    """Removes what this process has from the one that it was forked from."""
+    """Removes this process's environment from the forked one's."""
     with _hub_settings_read_anew():
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]

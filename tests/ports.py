@@ -8,14 +8,14 @@ from contextlib import ExitStack, suppress
 _PROCESSES = 8
 _OWN = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _PROCESSES
 _RANGE = range(20_000 + _OWN, 30_000, _PROCESSES)
-"""Below those of outgoing connections, and others for each test process: either could take the port of a server that is
-about to come back."""
+"""Below the ports of outgoing connections, and different for each test process: either could occupy the port of a
+server that is about to restart."""
 BEHIND_S3 = range(30_000 + _OWN, 32_000, _PROCESSES)
-"""For what an S3 server asks by itself: one that comes back late would ask a stranger that has taken such a port."""
+"""For connections within an S3 server: a late restart would otherwise reach a stranger that has taken the port."""
 
 
 def free_ports(count: int, first: int = 0, among: range = _RANGE) -> list[int]:
-    """So many different ones; the first is `first` where that is free, as it is after a restart."""
+    """Several different free ports; the first is `first` if it is free, as after a restart."""
     with ExitStack() as held:
         candidates = iter([*([first] if first else []), *random.sample(among, 100)])
         ports: list[int] = []

@@ -1,4 +1,4 @@
-"""Imported once by the process that the others are forked from: torch and transformers take a worker 3.6 s of CPU."""
+"""Imported once by the process that others are forked from: torch and transformers take a worker 3.6 s of CPU."""
 
 import gc
 from functools import lru_cache, partial
@@ -33,8 +33,8 @@ from tests import services
 
 for routers in (registry.api.app.routers, registry.api.app.hub_routers, registry.api.app.page_routers):
     routers()
-# A process need not build the command line, read what S3 is from 2 MB of JSON, migrate, or collect what it was forked
-# with.
+# A process need not build the command line, read boto3's 2 MB description of S3, migrate, or collect garbage that it
+# was forked with.
 registry.transfer.resources.ensure_schema = partial(services.ensure_schema_by_copy, services.shared_directory())
 typer.main.get_command = lru_cache(typer.main.get_command)
 typer.main.get_command(registry.cli.main.root)

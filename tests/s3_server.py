@@ -1,9 +1,7 @@
-"""A real S3 server on loopback for tests and developers: OpenStack Swift with its s3api, installed from wheels.
-
-It is a storage server that public clouds run, and of those that install without a compiler the only one found that
-refuses a body whose signed sha256 is wrong. Four processes: the proxy, which speaks S3, and the account, container and
-object servers behind it. Data and keys outlive a restart.
-"""
+"""A real S3 server on loopback for tests and developers: OpenStack Swift with its s3api, installed from wheels. Public
+clouds run it, and of the servers that install without a compiler it is the only one known to refuse a body whose signed
+sha256 is wrong. Four processes: the proxy, which speaks S3, and the account, container and object servers behind it.
+Data and keys outlive a restart."""
 
 import fcntl
 import getpass
@@ -133,7 +131,8 @@ print(json.dumps(pids))
 
 @dataclass
 class S3Server:
-    """One server and its data in `directory`. Any process may stop, freeze or restart what another has started."""
+    """One server and its data in `directory`. Any process may stop, freeze or restart a server that another has
+    started."""
 
     directory: Path
     port: int = 0
@@ -154,7 +153,7 @@ class S3Server:
         }
 
     def environment(self, prefix: str = "") -> dict[str, str]:
-        """What a registry needs in order to keep its blobs here."""
+        """The environment for a registry that keeps its blobs here."""
         return {
             "ADAPTORY_STORAGE__KIND": "s3",
             "ADAPTORY_STORAGE__BUCKET": BUCKET,
@@ -164,7 +163,7 @@ class S3Server:
         }
 
     def client(self) -> Any:
-        """boto3, as somebody beside the registry would use it."""
+        """A boto3 client, independent of the registry."""
         import boto3
         from botocore.config import Config
 
@@ -198,7 +197,7 @@ class S3Server:
         self._wait_until_ready()
 
     def stop(self, *, kill: bool = False) -> None:
-        """`kill` is a crash: no process gets to say goodbye."""
+        """Stops the server; `kill` is a crash, without any cleanup."""
         self.thaw()
         for sign in (signal.SIGKILL,) if kill else (signal.SIGTERM, signal.SIGKILL):
             self._signal(sign)
@@ -238,7 +237,7 @@ class S3Server:
                 os.killpg(pid, sign)  # each leads a group of its own, its workers in it
 
     def _running(self) -> list[int]:
-        """Those that still are what was started: numbers of processes get used again."""
+        """The processes that are still the ones started: process ids get reused."""
         ports: list[int] = []
         for pid in self.pids.values():
             with suppress(OSError):
@@ -306,7 +305,7 @@ def install() -> Path:
 
 @contextmanager
 def locked(path: Path) -> Generator[None]:
-    """One process at a time: test workers run side by side."""
+    """One process at a time: test workers run in parallel."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

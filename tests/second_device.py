@@ -1,8 +1,6 @@
-"""A second device on every machine, `second`: it computes on the CPU, but refuses what a GPU would refuse.
-
-Its tensors mix with the CPU's in no operation but copies and indices, and have no NumPy view. What runs on it with the
-same result as on the CPU leaves nothing behind on the CPU; whether the kernels of a GPU agree, only a GPU shows.
-"""
+"""A second device on every machine, `second`: it computes on the CPU, but refuses what a GPU would refuse. Its tensors
+mix with the CPU's only in copies and as indices, and have no NumPy view. Code that runs on it with the CPU's results
+leaves nothing behind on the CPU; whether the kernels of a GPU agree, only a GPU shows."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 NAME = "second"
 _MAY_MIX = ("copy_", "_to_copy", "index", "index_put_", "_index_put_impl_")
-"""Copies, and indices, which CUDA takes from the CPU too."""
+"""Copies, and indices, which CUDA accepts from the CPU too."""
 _BELOW_PYTHON = ("copy_", "detach", "alias", "lift_fresh")
 """Operators that torch calls with our tensors after it has left Python, as in `torch.tensor(values, device=...)`."""
 
 
 CALLS: Counter[str] = Counter()
-"""How often each operator has run on the second device, in any thread."""
+"""The number of calls of each operator on the second device, in any thread."""
 
 
 class _OnSecondDevice(torch.Tensor):
@@ -77,13 +75,13 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _histogram(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Of integers too, as on a GPU: a mixture of experts counts its tokens so."""
+    """Supports integers too, like a GPU: a mixture of experts counts its tokens with it."""
     return torch.histc(tensor.double(), *args, **kwargs).to(tensor.dtype)
 
 
 def _on_host(argument: Any, given: list[torch.Tensor], asked: list[bool]) -> Any:
-    """The argument for the CPU. Adds its tensors to `given`, and for a device whether it is ours to `asked`: by hand,
-    since torch's own trees took two thirds of an operator's time."""
+    """The argument for the CPU. Adds its tensors to `given`, and for a device whether it is ours to `asked`; written by
+    hand, since torch's own trees took two thirds of an operator's time."""
     if isinstance(argument, torch.Tensor):
         given.append(argument)
         return argument.host if isinstance(argument, _OnSecondDevice) else argument
@@ -107,7 +105,7 @@ def _placed(result: Any, *, here: bool, ours: Mapping[int, torch.Tensor]) -> Any
 
 
 class NoArithmeticOnCpu(TorchDispatchMode):
-    """Refuses products and decompositions of the CPU's tensors in this thread: what should run on a device, does."""
+    """Refuses products and decompositions of the CPU's tensors in this thread, so that code for a device runs on it."""
 
     REFUSED = ("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "_linalg_svd", "linalg_qr", "linalg_cholesky_ex")
 
@@ -126,7 +124,7 @@ def register() -> None:
     if _registered:
         return
     backend_registration._setup_privateuseone_for_python_backend(NAME)
-    # Trainers in this process ask each accelerator that torch knows for its autocast, also to leave it off.
+    # Trainers in this process query each accelerator that torch knows for its autocast, even to disable it.
     getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     every, some = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     every.fallback(_run, "PrivateUse1")

@@ -38,7 +38,7 @@ DIRECTORY = "ADAPTORY_TEST_SERVICES"
 DATABASES = ("SQLite", "PostgreSQL")
 PAIRINGS = ("SQLite and a directory", "PostgreSQL and S3")
 ONE_PAIRING = (PAIRINGS[0], pytest.param(PAIRINGS[1], marks=pytest.mark.long))
-"""For what hardly depends on the database and the store: the other pairing is for `make test-long`."""
+"""For tests that hardly depend on the database and the store: `make test-long` runs the other pairing."""
 STRICTER_PAIRING = (pytest.param(PAIRINGS[0], marks=pytest.mark.long), PAIRINGS[1])
 """The same for tests with odd values: PostgreSQL refuses more of them."""
 NOT_RUNNING = 3
@@ -46,14 +46,14 @@ NOT_RUNNING = 3
 _MIGRATED = "migrated"
 _MEMORY = Path("/dev/shm")  # noqa: S108 - directories in it are made by mkdtemp
 _MEMORY_BYTES = 4 << 30
-"""What is to be free there: Docker gives 64 MB. A run takes 1.6 GB at its peak."""
+"""The space that must be free there: Docker provides 64 MB. A run needs 1.6 GB at its peak."""
 _missing: dict[str, str] = {}
 _made: list[str] = []
 """The URLs of the databases that this process made and has not dropped yet."""
 
 
 def missing() -> dict[str, str]:
-    """What was looked for and not found: name -> how to get it."""
+    """Missing services: name -> how to get it."""
     return dict(_missing)
 
 
@@ -78,8 +78,8 @@ def shared_directory() -> Path:
 
 
 def new_directory() -> Path:
-    """A directory for what a run writes: its services and the tests' own files, which go with it. It is in memory where
-    there is room: a disk would be an eighth of the time."""
+    """A directory for the files of a run: its services and the tests' own files, which are removed with it. In memory
+    if possible: a disk would take an eighth of the time."""
     memory = _memory()
     directory = Path(mkdtemp(prefix=_RUN, dir=memory))
     if memory:
@@ -98,7 +98,8 @@ _kept_open: list[int] = []
 
 
 def _memory() -> Path | None:
-    """The file system in memory, if there is one with enough room that keeps attributes of files, as Swift asks."""
+    """The file system in memory, if there is one with enough space that supports extended attributes, as Swift
+    requires."""
     if not _MEMORY.is_dir() or not os.access(_MEMORY, os.W_OK):
         return None
     _remove_what_dead_runs_left()
@@ -122,7 +123,7 @@ def _lives(directory: Path) -> bool:
 
 
 def _remove_what_dead_runs_left() -> None:
-    """One that is younger than a minute may be about to be locked."""
+    """A directory younger than a minute may be about to be locked."""
     for directory in _MEMORY.glob(f"{_RUN}*"):
         made = directory.stat()
         if made.st_uid == os.geteuid() and made.st_mtime < time.time() - 60 and not _lives(directory):
@@ -147,7 +148,7 @@ def pairing(name: str, *, kept: bool = False) -> dict[str, str]:
 
 
 def copied_pairing(of: Mapping[str, str], *, kept: bool = False) -> dict[str, str]:
-    """One with all that is in that database, which nobody may be connected to, and with an empty store."""
+    """A pairing with a copy of that database, to which nobody may be connected, and an empty store."""
     if not of:
         return {}
     store = shared_s3().environment(f"{uuid.uuid4().hex}/")
@@ -155,7 +156,7 @@ def copied_pairing(of: Mapping[str, str], *, kept: bool = False) -> dict[str, st
 
 
 def _probed_database() -> str:
-    """A migrated database that has the probe of the run's store: without it each first start takes a second longer."""
+    """A migrated database with the probe of the run's store: without it each first start takes a second longer."""
     from tests.scenarios.world import environment
 
     with locked(shared_directory() / "probed.lock"):
@@ -181,7 +182,7 @@ def new_database_of(kind: str, directory: Path, *, migrated: bool = False) -> st
 
 
 def copy_migrated_sqlite(shared: Path, path: Path) -> None:
-    """Makes a database with our tables unless the file is there. Its migrations take 0.25 s, a copy a millisecond."""
+    """Makes a database with our tables unless the file exists. Its migrations take 0.25 s, a copy a millisecond."""
     with locked(shared / "sqlite.lock"):
         template = shared / f"{_MIGRATED}.db"
         if not template.exists():
@@ -196,7 +197,7 @@ def copy_migrated_sqlite(shared: Path, path: Path) -> None:
 
 
 def ensure_schema_by_copy(shared: Path, database: Database, *, create: bool, newer: bool = False) -> None:
-    """`ensure_schema` that gives an embedded database its tables by a copy of a file."""
+    """An `ensure_schema` that creates the tables of an embedded database by copying a file."""
     if create and database.url.database and not Path(database.url.database).exists():
         copy_migrated_sqlite(shared, Path(database.url.database))
     ensure_schema(database, create=create, newer=newer)
@@ -214,7 +215,7 @@ def new_database(*, migrated: bool = False, kept: bool = False) -> str:
 
 
 def copied_database(url: str, *, kept: bool = False) -> str:
-    """A database of one's own with all that is in this one, which nobody may be connected to."""
+    """A separate copy of this database, to which nobody may be connected."""
     with locked(shared_directory() / "databases.lock"):
         return _own_database(url, url.rpartition("/")[2], kept)
 
@@ -280,7 +281,7 @@ def postgres_binaries() -> Path | None:
 
 @contextmanager
 def postgres(directory: Path, max_connections: int = 400) -> Generator[str]:
-    """A cluster of its own below `directory`; yields the URL of its first database."""
+    """A separate cluster below `directory`; yields the URL of its first database."""
     try:
         yield start_postgres(directory, max_connections)
     finally:
@@ -288,7 +289,7 @@ def postgres(directory: Path, max_connections: int = 400) -> Generator[str]:
 
 
 def start_postgres(directory: Path, max_connections: int = 400) -> str:
-    """A cluster on a free port; the URL of its first database. It stays when it runs already."""
+    """Starts a cluster on a free port, unless it is running; returns the URL of its first database."""
     directory.mkdir(parents=True, exist_ok=True)
     directory = directory.resolve()  # the server's user may not follow a link of ours
     with locked(directory / "lock"):
@@ -324,7 +325,7 @@ def _start_postgres(data: Path, max_connections: int) -> None:
     options = (
         f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections={max_connections}"
     )
-    # No machine fails here, and a run makes a thousand databases: nothing is written twice, nothing tidied.
+    # No machine crashes here, and a run makes a thousand databases: nothing is synced or vacuumed.
     options += " -c fsync=off -c full_page_writes=off -c autovacuum=off -c max_wal_size=1GB"
     _as_postgres("pg_ctl", "-D", cluster, "-w", "-o", options, "-l", data / "log", "start")
 
@@ -332,7 +333,7 @@ def _start_postgres(data: Path, max_connections: int) -> None:
 def _as_postgres(program: str, *arguments: object, may_fail: bool = False) -> int:
     user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     command = [*user, f"{postgres_binaries()}/{program}", *map(str, arguments)]
-    # Not through a pipe: the server would inherit it, and its end would never come.
+    # Not through a pipe: the server would inherit it and keep it open.
     run = subprocess.run(command, check=not may_fail, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     return run.returncode
 

@@ -1,4 +1,4 @@
-"""A file system of a few megabytes, which is soon full."""
+"""A file system of a few megabytes, for tests of full disks."""
 
 import subprocess
 from collections.abc import Generator
@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def small_disk(path: Path, size: str = "1m") -> Generator[Path]:
-    """Mounts one at `path`, of a size as `mount` takes it. Skips the test for users who may not mount."""
+    """Mounts one at `path`, of a size in the syntax of `mount`. Skips the test for users who may not mount."""
     path.mkdir()
     mounted = subprocess.run(
         ["/bin/mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", path], capture_output=True, check=False

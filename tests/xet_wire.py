@@ -26,7 +26,7 @@ def group(data: bytes) -> bytes:
 
 
 def chunk(plain: bytes, scheme: int = LZ4, *, claimed: int | None = None) -> bytes:
-    """A chunk with its header, which claims to have `claimed` plain bytes."""
+    """A chunk with its header, which claims `claimed` plain bytes."""
     stored = {PLAIN: plain, LZ4: frame.compress(plain), GROUPED: frame.compress(group(plain))}[scheme]
     return header(len(stored), scheme, len(plain) if claimed is None else claimed) + stored
 
@@ -41,7 +41,7 @@ def name_of(content: bytes) -> str:
 
 
 def shard(*files: tuple[Sequence[Segment], str | None], checks: bool = True) -> bytes:
-    """Files as segments and sha256, with what follows them in a real shard."""
+    """Files as segments and sha256, followed by other data, as in a real shard."""
     records = [b"HFRepoMetaData".ljust(32, b"\0") + struct.pack("<2Q", 2, 0)]
     for segments, sha256 in files:
         flags = (1 << 31) * checks | (1 << 30) * (sha256 is not None)

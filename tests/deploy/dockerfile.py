@@ -1,4 +1,4 @@
-"""The stages of a Dockerfile, whose commands run here as they would in an image: in a directory of their own."""
+"""The stages of a Dockerfile, whose commands run here as in an image: each in a directory of its own."""
 
 import json
 import os
@@ -19,7 +19,7 @@ class Stage:
 
 
 def read_stages(path: Path) -> dict[str, Stage]:
-    """The stages by name. Reads what our Dockerfile is written in, and no more."""
+    """The stages by name. Supports only the syntax of our Dockerfile."""
     text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     stages: dict[str, Stage] = {}
     current: Stage | None = None
@@ -34,7 +34,7 @@ def read_stages(path: Path) -> dict[str, Stage]:
 
 
 def command_of(stages: Mapping[str, Stage], name: str) -> list[str]:
-    """What a container of that stage runs: its entry point and its words."""
+    """The command of a container of that stage: its entry point and arguments."""
     said: dict[str, list[str]] = {}
     at: str | None = name
     while at in stages:

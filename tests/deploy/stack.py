@@ -31,7 +31,7 @@ def program(name: str, hint: str) -> str:
 
 @dataclass
 class Started:
-    """A process, and what it says."""
+    """A process and its output."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -49,7 +49,7 @@ class Started:
 
 @dataclass
 class Stack:
-    """Starts what it is asked for in a directory, and ends all of it with its `with` block."""
+    """Starts processes in a directory, and ends all of them with its `with` block."""
 
     directory: Path
     environment: Mapping[str, str]
@@ -76,7 +76,7 @@ class Stack:
         return started
 
     def server(self, port: int, *options: str, **more: str) -> Started:
-        """A server that is ready."""
+        """Starts a server and waits until it is ready."""
         command = [*self.adaptory, "serve", "--no-worker", "--port", str(port), *options]
         started = self.start("server", command, **more)
         started.url = f"http://127.0.0.1:{port}"
@@ -109,7 +109,7 @@ class Stack:
 
     @property
     def trust(self) -> ssl.SSLContext:
-        """Of the proxy's clients."""
+        """The environment in which clients trust the proxy's certificate."""
         return ssl.create_default_context(cafile=self.certificate)
 
     @property

@@ -1,5 +1,5 @@
-"""What runs elsewhere, checked by what can check it here: hadolint, docker compose, kubectl, the schemas of Kubernetes,
-systemd; and the S3 policy against the calls in the code."""
+"""Deployment files, checked by every tool that can check them here: hadolint, docker compose, kubectl, the schemas of
+Kubernetes, systemd; and the S3 policy against the calls in the code."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ from tests.scenarios.world import Cli
 KUBERNETES = "1.32"
 OVERLAYS = ("base", "overlays/small", "overlays/gpu", "overlays/ray")
 WITHOUT_SCHEMA = frozenset({"RayCluster"})
-"""Kinds of an operator, whose schemas are not those of Kubernetes; their pods are checked."""
+"""Kinds of an operator, which have no schema in Kubernetes; their pods are checked."""
 S3_CODE = Path(__file__).parents[2] / "registry" / "storage" / "s3"
 
 
@@ -86,7 +86,7 @@ def test_the_compose_file_is_valid_and_asks_for_every_secret() -> None:
 
 
 def test_what_is_deployed_does_not_show_whether_another_namespace_holds_a_file() -> None:
-    """Where clients write in place, the address of an upload does."""
+    """If clients write in place, the address of an upload would show it."""
     servers = [one.get("environment", {}) for one in compose(**FILLED_IN)["services"].values()]
     with_bucket = [one for one in servers if "ADAPTORY_STORAGE__BUCKET" in one]
     assert with_bucket
@@ -111,7 +111,7 @@ def rendered(overlay: str) -> list[dict[str, Any]]:
 
 
 def pods(overlay: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The template of each pod, with the name of what starts it."""
+    """The template of each pod, with the name of its owner."""
     for one in rendered(overlay):
         spec = one.get("spec", {})
         template = spec.get("template") or spec.get("jobTemplate", {}).get("spec", {}).get("template")
@@ -174,7 +174,7 @@ def test_a_server_drains_before_kubernetes_kills_it_and_commands_are_those_that_
     for name, template in pods("overlays/gpu"):
         for container in template["spec"]["containers"]:
             if words := container.get("args"):
-                # Every option is known, so what is refused is the address: the command needs its own database.
+                # Every option is known, so only the address is refused: the command needs its own database.
                 ran = cli(*words)
                 assert (ran.code, "needs the registry's database" in ran.err) == (2, True), (name, ran.err)
 
@@ -186,7 +186,7 @@ def test_the_units_are_what_systemd_takes(unit: str, tmp_path: Path) -> None:
         pytest.skip("no systemd here")
     for path in DEPLOY.glob("adaptory*.*"):
         text = path.read_text()
-        # Nothing is installed where the tests run, and the command has to be there.
+        # Nothing is installed where the tests run, but the command has to exist.
         (tmp_path / path.name).write_text(re.sub(r"/opt/adaptory/bin/\w+", "/bin/true", text))
         for words in re.findall(r"^ExecStart=/opt/adaptory/bin/(adaptory .+)$", text, re.MULTILINE):
             assert Cli({"ADAPTORY_URL": "http://127.0.0.1:1"})(*words.split()[1:]).code == 2, words
@@ -213,7 +213,7 @@ ACTIONS = {
 }
 """Permissions by boto3's methods, as AWS documents them. Without ListBucket, a missing object is a forbidden one."""
 _NAMING = {"get_paginator", "signed_url", "generate_presigned_url"}
-"""Methods that take another's name."""
+"""Methods with another name in the policy."""
 _LOCAL = {"meta", *_NAMING}
 
 

@@ -59,7 +59,7 @@ def test_a_server_that_is_asked_to_stop_says_so_first_and_answers_until_it_does(
 
 
 class Load:
-    """Clients that go on until they are stopped; what went wrong, and how often each act went well."""
+    """Clients that run until they are stopped; records failures, and the number of successes of each act."""
 
     def __init__(self, url: str, trust: ssl.SSLContext, directory: Path) -> None:
         self._url, self._trust, self._directory = url, trust, directory
@@ -100,7 +100,7 @@ class Load:
         api.close()
 
     def _write(self, client: httpx2.Client, turn: int) -> None:
-        """No request is sent twice: what breaks is seen."""
+        """No request is sent twice, so that failures are visible."""
         examples = [{"prompt": f"{turn}", "completion": "b"}]
         suite = {"name": f"suite-{turn}", "kind": "target", "chat": False, "examples": examples}
         ok(client.post("/v1/suites", json=suite))
@@ -142,7 +142,7 @@ def test_servers_and_workers_behind_pgbouncer_are_replaced_without_a_failed_requ
 
 
 def are_replaced(direct: dict[str, str], environ: dict[str, str], tmp_path: Path) -> None:
-    """One after the other. The servers and workers have the environment; commands beside them go directly."""
+    """Replaces them one after the other. Servers and workers have the environment; other commands connect directly."""
     cli = Cli(direct)
     for number in range(RELEASES):
         adapter = write_adapter(tmp_path / str(number), number)
@@ -150,7 +150,7 @@ def are_replaced(direct: dict[str, str], environ: dict[str, str], tmp_path: Path
     ports = free_ports(2)
     with Stack(tmp_path, environ | {"ADAPTORY_DRAIN_S": "3", "ADAPTORY_TRUSTED_PROXIES": "127.0.0.1"}) as stack:
         servers, workers = [stack.server(port) for port in ports], [stack.worker() for _ in range(2)]
-        # It tries no other server, as the balancers of most clusters: draining alone keeps requests from failing.
+        # It tries no other server, like the balancers of most clusters: only draining keeps requests from failing.
         proxy = stack.proxy(*ports, ADAPTORY_TRY_FOR="0s")
         with Load(proxy.url, stack.trust, tmp_path / "pushed") as load:
             for index, port in enumerate(ports):
@@ -175,7 +175,7 @@ def are_replaced(direct: dict[str, str], environ: dict[str, str], tmp_path: Path
 
 @pytest.mark.long
 def test_the_proxy_holds_requests_until_the_only_server_is_back(environ: dict[str, str], tmp_path: Path) -> None:
-    """As compose.yaml has it."""
+    """Configured as in compose.yaml."""
     for number in range(RELEASES):
         adapter = write_adapter(tmp_path / str(number), number)
         Cli(environ).ok("push", adapter, f"acme/sql:1.{number}.0", "--base", "tiny")
@@ -194,7 +194,7 @@ def test_the_proxy_holds_requests_until_the_only_server_is_back(environ: dict[st
 
 
 def go_on(load: Load) -> None:
-    """Every client does some more."""
+    """Lets every client do some more."""
     seen = dict(load.counts)
     eventually(lambda: load.failures or all(load.counts.get(name, 0) > seen.get(name, 0) + 1 for name in load.names))
 

@@ -1,4 +1,4 @@
-"""What the Dockerfile installs, as separate processes behind TLS, plays the story of the demo."""
+"""The contents of the Docker image, as separate processes behind TLS, play the story of the demo."""
 
 import json
 import os

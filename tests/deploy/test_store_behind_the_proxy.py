@@ -1,4 +1,4 @@
-"""The store of the compose file behind its proxy: requests are signed for the host that clients ask."""
+"""The store of the compose file behind its proxy: requests are signed for the host that clients use."""
 
 import subprocess
 from pathlib import Path

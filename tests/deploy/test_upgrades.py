@@ -1,8 +1,6 @@
-"""The next version takes over while this one serves, and clients of the version before go on.
-
-The next version is this one with a further migration. The version before is the last commit with another schema, from
-the history of the checkout.
-"""
+"""The next version takes over while this one serves, and clients of the previous version keep working. The next version
+is this one with another migration. The previous version is the last commit with another schema, from the history of the
+checkout."""
 
 import json
 import os
@@ -79,7 +77,7 @@ class Version:
 
 
 def next_version(directory: Path, oldest: str) -> Version:
-    """This version with a migration that the code of schema `oldest` can live with, as it says."""
+    """This version with a migration that declares itself compatible with the code of schema `oldest`."""
     for name in ("registry", "composer", "migrations"):
         shutil.copytree(CHECKOUT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
     (directory / "migrations" / "versions" / f"{NEXT}_moods.py").write_text(MIGRATION.format(oldest=oldest))
@@ -88,7 +86,7 @@ def next_version(directory: Path, oldest: str) -> Version:
 
 @pytest.fixture
 def environ(pairing: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """Of a registry with a base and six releases."""
+    """The environment of a registry with a base and six releases."""
     variables = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia", **pairing}
     cli = Cli(variables)
     cli.ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
@@ -202,7 +200,7 @@ def _say(database: Database, revision: str, oldest: str) -> None:
 
 
 def breaks(old: MetaData, new: MetaData) -> list[str]:
-    """What statements written for the old schema would trip over in the new one."""
+    """Changes in the new schema that break statements written for the old one."""
     said: list[str] = []
     for name, table in old.tables.items():
         if name not in new.tables:
@@ -230,7 +228,7 @@ def _bare(column: Column[Any]) -> bool:
 
 
 def _rules(table: Any) -> set[str]:
-    """Names of what makes a write fail."""
+    """Names of the constraints and triggers that can fail a write."""
     unique = {str(one.name) for one in table.constraints if isinstance(one, UniqueConstraint)}
     return unique | {str(one.name) for one in table.indexes if one.unique}
 
@@ -251,7 +249,7 @@ FREE = "0018"
 
 @pytest.mark.parametrize("kind", services.DATABASES)
 def test_a_migration_leaves_to_the_code_before_it_what_that_code_uses(kind: str, tmp_path: Path) -> None:
-    """A migration that cannot says so by its `oldest_code`, and its changelog says that servers have to stop."""
+    """A migration that cannot declares this in its `oldest_code`, and its changelog states that servers must stop."""
     from alembic.config import Config
     from alembic.script import ScriptDirectory
 
@@ -284,7 +282,7 @@ def test_what_the_code_before_trips_over_is_seen(tmp_path: Path) -> None:
 
 
 def _history(*words: str) -> bytes | None:
-    """What git says; None without a history that has it."""
+    """The output of git; None without a history."""
     git = shutil.which("git")
     ran = subprocess.run([git, "-C", CHECKOUT, *words], capture_output=True) if git else None
     return ran.stdout if ran is not None and ran.returncode == 0 else None
@@ -337,7 +335,7 @@ def test_a_client_and_a_server_of_two_versions_release_together(before: Version,
 @pytest.mark.long
 @pytest.mark.parametrize("newer", ["server", "worker"])
 def test_a_worker_and_a_server_of_two_versions_share_the_jobs(before: Version, tmp_path: Path, newer: str) -> None:
-    """A job of an older server has no needs until a newer worker declares them; an older worker knows of none."""
+    """A job of an older server has no needs until a newer worker declares them; an older worker ignores needs."""
     now = Version(CHECKOUT)
     serving, working = (now, before) if newer == "server" else (before, now)
     home = {"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia"}

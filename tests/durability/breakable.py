@@ -1,4 +1,4 @@
-"""What a test may break without harming others: a PostgreSQL and a disk of its own; and a request for every route."""
+"""Services that a test may break without harming others: its own PostgreSQL and disk; and a request for every route."""
 
 import hashlib
 import os
@@ -28,7 +28,7 @@ from tests.durability.small import adapter_files
 
 @dataclass
 class Postgres:
-    """A cluster that comes back where it was."""
+    """A cluster that returns at the same address."""
 
     directory: Path
 
@@ -36,11 +36,11 @@ class Postgres:
         return services.start_postgres(self.directory)
 
     def stop(self) -> None:
-        """As a crash would: no connection is closed properly."""
+        """Stops like a crash: closes no connection properly."""
         services.stop_postgres(self.directory)
 
     def freeze(self) -> None:
-        """Its kernel goes on accepting connections and packets; nobody answers."""
+        """Freezes it: its kernel still accepts connections and packets, but nothing answers."""
         for pid in self._pids():
             os.kill(pid, signal.SIGSTOP)
 
@@ -70,7 +70,7 @@ class Disk:
         _run("umount", "--lazy", self.directory)
 
     def fill(self) -> None:
-        """To the last byte."""
+        """Fills it to the last byte."""
         with suppress(OSError), (self.directory / "ballast").open("ab", buffering=0) as ballast:
             while True:
                 ballast.write(bytes(min(1 << 16, max(1, shutil.disk_usage(self.directory).free))))
@@ -88,7 +88,7 @@ WITHOUT_DATABASE = {("GET", "/healthz"), ("GET", "/v1/whoami")}
 
 @dataclass(frozen=True)
 class Stock:
-    """Ids of things that are there, for the paths of routes: one release of acme/sql, one composition, one upload."""
+    """Ids of existing things, for the paths of routes: one release of acme/sql, one composition, one upload."""
 
     version: str
     composition_id: int
@@ -98,7 +98,7 @@ class Stock:
     sha256: str
 
     def requests(self) -> list[tuple[str, str, dict[str, Any]]]:
-        """One of each route, which would go through: (method, path, what httpx sends)."""
+        """One valid request for each route: (method, path, arguments of httpx)."""
         requests: list[tuple[str, str, dict[str, Any]]] = []
         for router in routers():
             for route in router.routes:
@@ -127,7 +127,7 @@ class Stock:
         return template + queries.get(template, "")
 
     def body(self, method: str, template: str) -> dict[str, Any]:
-        """What httpx sends to the route."""
+        """The body for the route, as arguments of httpx."""
         if method in ("GET", "HEAD", "DELETE"):
             return {}
         if template.startswith("/v1/blobs/"):
@@ -176,7 +176,7 @@ class Stock:
 
 
 def furnish(url: str, directory: Path) -> Stock:
-    """acme/sql:1.0.0 on prod, a composition that was cancelled, and an upload whose bytes have not come."""
+    """acme/sql:1.0.0 on prod, a cancelled composition, and an upload without bytes."""
     api = Api(url)
     files = adapter_files(directory, 1)
     release = push(api, files, NAME, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)["release"]
@@ -193,7 +193,7 @@ def furnish(url: str, directory: Path) -> Stock:
 
 
 def do_jobs(ready: str) -> None:
-    """A worker, in a process of its own; makes the file `ready` when it has begun."""
+    """Runs a worker in its own process; creates the file `ready` when it has begun."""
     held = resources()
     Path(ready).touch()
     run_worker(held, KINDS, threading.Event())

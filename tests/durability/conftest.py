@@ -26,8 +26,8 @@ def environ(pairing: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def own_postgres() -> Generator[Postgres]:
-    """A cluster that no other module uses: it may be stopped and frozen. Beside the shared one, since another run of
-    pytest closes pytest's directories to PostgreSQL's user."""
+    """A cluster that no other module uses: it may be stopped and frozen. Separate from the shared one, since another
+    run of pytest closes pytest's directories to PostgreSQL's user."""
     services.shared_postgres()  # skips or fails where there is none
     own = Postgres(Path(mkdtemp(dir=os.environ[services.DIRECTORY])))
     own.start()

@@ -49,7 +49,7 @@ def back_up_and_die(directory: str, last: str) -> None:
 
 
 def restore_and_die(directory: str, last: str) -> None:
-    """Dies after the first blob, or with everything done before it could say so."""
+    """Dies after the first blob, or at the end, before reporting success."""
     archive, held = LocalArchive(Path(directory)), resources()
     manifest = backup.read_manifest(archive, None)
     backup.restore(

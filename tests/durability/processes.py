@@ -1,8 +1,5 @@
-"""Processes to kill: a server, a client that works through it, a collector beside them.
-
-They are forked, so that one is back within a few milliseconds: a hundred kills then take a minute. Each is ended by
-SIGKILL wherever it is, without a warning.
-"""
+"""Processes to kill: a server, its client, a collector beside them. They are forked, so that they restart within a few
+milliseconds: a hundred kills then take a minute. Each is ended by SIGKILL at any point, without a warning."""
 
 import json
 import os
@@ -50,18 +47,18 @@ def serve(port: int) -> None:
 
 
 def collect_forever() -> None:
-    """With no grace at all: what keeps a push safe is that it announces its files."""
+    """Collects without any grace period: announcements alone protect a push."""
     held = resources()
     while True:
         try:
             collect_garbage(held, grace=timedelta(0))
-        except (Unavailable, Conflict):  # away; or the one that was killed has not been noticed yet
+        except (Unavailable, Conflict):  # unavailable; or the killed one has not been noticed yet
             time.sleep(0.05)
 
 
 @dataclass
 class Journal:
-    """What the client was about to do and what it was answered: lines that outlive it."""
+    """The client's intentions and the answers that it received: lines that outlive it."""
 
     path: Path
 
@@ -79,7 +76,7 @@ class Journal:
 
 
 def work(url: str, journal_path: str, directory: str, seed: int) -> None:
-    """Repeats what it was doing when it died, then goes on with acts chosen at random."""
+    """Repeats the act during which it died, then continues with random acts."""
     client = _Client(Api(url), Journal(Path(journal_path)), Path(directory), random.Random(seed))
     lines = client.journal.read()
     if lines and lines[-1]["state"] in ("begin", "again"):
@@ -106,7 +103,7 @@ class _Client:
         return {"act": kind, "minor": self.random.choice(pushed[-8:])}
 
     def do(self, act: dict[str, Any]) -> None:
-        """Until the registry has answered: it may be away, for it dies too."""
+        """Repeats until the registry has answered: it may be down, since it is killed too."""
         self.journal.note("begin", act)
         while True:
             try:
@@ -115,7 +112,7 @@ class _Client:
                 self.journal.note("again", {**act, "code": error.code, "detail": error.detail})
                 time.sleep(0.02)
             except (Refused, Stale, Conflict, NotFound) as error:
-                if error.code in ("upload_unknown", "upload_incomplete"):  # it expired while the server was away
+                if error.code in ("upload_unknown", "upload_incomplete"):  # it expired while the server was down
                     self.journal.note("again", {**act, "code": error.code, "detail": error.detail})
                     continue
                 self.journal.note("refused", {**act, "code": error.code})
@@ -148,7 +145,7 @@ class _Client:
             try:
                 return f'"{self.api.get(CHANNEL)["move"]}"'
             except NotFound:
-                return '"1"'  # nothing was promoted yet, so that there is nothing to roll back
+                return '"1"'  # nothing was promoted yet, so a rollback has no target
             except Unavailable:
                 time.sleep(0.02)
 

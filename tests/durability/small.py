@@ -1,4 +1,4 @@
-"""The smallest base and adapters that a registry takes, each adapter with bytes of its own."""
+"""The smallest base and adapters that a registry accepts, each adapter with bytes of its own."""
 
 import json
 from pathlib import Path

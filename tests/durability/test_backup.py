@@ -1,7 +1,5 @@
-"""A backup by other programs, taken while others push and promote: complete when the database came first.
-
-The commands are those of docs/how-to/back-up.md, with Python in place of the `sqlite3`, `cp` and `aws` programs.
-"""
+"""Backups by other programs, taken during pushes and promotions: complete if the database is saved first. The commands
+are those of docs/how-to/back-up.md, with Python instead of `sqlite3`, `cp` and `aws`."""
 
 import re
 import shutil
@@ -30,7 +28,7 @@ from tests.scenarios.world import Cli
 
 @dataclass(frozen=True)
 class Backup:
-    """Of the registry in `environ`, below `directory`; restored into another home, database and store."""
+    """A backup of the registry in `environ`, below `directory`; restored into another home, database and store."""
 
     environ: Mapping[str, str]
     directory: Path
@@ -56,7 +54,7 @@ class Backup:
         _copy_objects(self.environ["ADAPTORY_STORAGE__PREFIX"], f"backup-{self.environ['ADAPTORY_STORAGE__PREFIX']}")
 
     def restore(self, home: Path) -> dict[str, str]:
-        """The environment of the registry that was made of it."""
+        """Restores it; returns the environment of the new registry."""
         home.mkdir()
         if not self.on_s3:
             shutil.copy(self.directory / "registry.db", home / "registry.db")
@@ -79,7 +77,7 @@ def _postgres(program: str, *arguments: object) -> None:
 
 
 def _copy_objects(source: str, target: str) -> None:
-    """Blobs alone: what is on its way is sent again."""
+    """Copies blobs alone: unfinished uploads are sent again."""
     client = services.shared_s3().client()
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{source}blobs/"):
         for row in page.get("Contents", ()):

@@ -45,7 +45,7 @@ def other_kind(environ: Mapping[str, str], home: Path) -> Environment:
 
 
 def target_of(environ: Mapping[str, str], tmp_path: Path) -> str:
-    """A directory, or a prefix in the bucket of a registry in S3."""
+    """A target: a directory, or a prefix in the bucket of a registry in S3."""
     prefix = environ.get("ADAPTORY_STORAGE__PREFIX")
     return f"s3://{BUCKET}/saved-{prefix}" if prefix else str(tmp_path / "saved")
 
@@ -60,7 +60,7 @@ def rows_of(environ: Mapping[str, str]) -> list[bytes]:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Cli:
-    """An embedded registry with three releases, of which one is served, scores, a token and a job."""
+    """An embedded registry with three releases, one of them served, scores, a token and a job."""
     cli = Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": "mia"})
     cli.ok("base", "add", write_base(tmp_path / "base"), "--name", "tiny")
     return filled(cli, tmp_path)
@@ -336,7 +336,7 @@ def test_a_backup_has_no_secret_and_no_session_and_only_its_owner_reads_it(small
 def test_a_backup_of_an_earlier_schema_is_restored_and_migrated_and_of_a_later_one_refused(
     small: Cli, tmp_path: Path
 ) -> None:
-    """The earlier one is made of today's, without the tables and columns that came since."""
+    """The earlier backup is made from a current one, without the tables and columns added since."""
     saved = tmp_path / "saved"
     name = small.json("backup", saved)["name"]
     earlier = sorted(path.name[:4] for path in (migrations_directory() / "versions").glob("0*.py"))[-2]

@@ -1,4 +1,4 @@
-"""Commits beside collections: what a tag, the head of `main` or the retention keeps is never lost."""
+"""Commits during collections: files kept by a tag, the head of `main` or the retention are never lost."""
 
 import base64
 import json
@@ -91,7 +91,7 @@ def adapter(seed: int) -> dict[str, bytes]:
 
 
 def is_complete(held: Resources, revision: str, name: RepositoryName = NAME) -> bool:
-    """Whether the revision is there, with all its bytes. Fails if it is there without them."""
+    """Whether the revision exists with all its bytes. Fails if it exists without them."""
     try:
         with held.snapshot() as session:
             located = revisions.locate(session, actor(held), str(name), revision)
@@ -227,7 +227,7 @@ STEPS = st.lists(
 
 @dataclass
 class History:
-    """What a registry should know: the commits with their days, and what is tagged."""
+    """The expected state of a registry: the commits with their days, and the tagged ones."""
 
     commits: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
     tags: dict[str, str] = field(default_factory=dict[str, str])
@@ -281,10 +281,11 @@ def test_what_a_model_of_the_retention_keeps_is_there_and_nothing_else(
 
 @pytest.mark.on("PostgreSQL")
 def test_a_tag_beside_a_collection_makes_a_complete_release_or_none(held: Resources, tmp_path: Path) -> None:
-    """Every commit is forgotten as soon as the next one is there."""
+    """Every commit is forgotten as soon as the next one exists."""
     create(held)
     collector = replace(held, settings=held.settings.model_copy(update={"commit_retention_days": 0}))
-    # For it uploads have expired, so that only what names bytes keeps them, but not the files of a tag that is at work.
+    # For this registry uploads have expired, so that bytes are kept only if they are named, but not the files of a tag
+    # in progress.
     collector = replace(later(collector, 2), work_directory=tmp_path)
     released = dict[str, str]()
     for number in range(1, 9):
@@ -329,7 +330,7 @@ def test_a_tag_of_a_commit_that_is_being_forgotten_leaves_main_where_it_is(
 
 
 def commit_and_tag(journal_path: str, seed: int) -> None:
-    """Commits and tags what it has committed, until it is killed."""
+    """Commits and tags the commits, until it is killed."""
     held, journal, chance = resources(), Journal(Path(journal_path)), random.Random(seed)
     while True:
         number = 1 + max((line["number"] for line in journal.read()), default=0)
@@ -397,7 +398,7 @@ def test_an_expired_upload_that_a_collection_removes_meanwhile_is_announced_anew
         with held.write() as session:
             session.execute(delete(Upload))
             announced = pool.submit(uploads.announce, tomorrow, actor(tomorrow), NAME.namespace, [file])
-            time.sleep(0.5)  # it has read what there is, or waits for its turn
+            time.sleep(0.5)  # it has read the rows, or waits for its turn
         ((row, _),) = announced.result().values()
     with held.database.read() as session:
         assert session.get(Upload, row.id) is not None

@@ -1,4 +1,4 @@
-"""Databases, disks and stores that are away, hang or are full: 503 in time, nothing half done, no restart needed."""
+"""Databases, disks and stores that are down, hang or are full: 503 in time, no partial changes, no restart needed."""
 
 import hashlib
 import random
@@ -50,7 +50,7 @@ DROP_OTHERS = (
 
 @dataclass(frozen=True)
 class Registry:
-    """A server and a worker, each a process of its own. `environ` is without their short timeouts, for later checks.
+    """A server and a worker, each in its own process. `environ` lacks their short timeouts, for later checks.
     `directory` holds the client's files."""
 
     environ: Mapping[str, str]
@@ -378,7 +378,7 @@ def test_a_store_that_goes_away_between_upload_and_publication_leaves_no_release
 
 
 class _DiesOfADelete(S3Store):
-    """A store whose server crashes when it is asked to delete."""
+    """A store whose server crashes when it receives a delete."""
 
     server: S3Server
 

@@ -1,4 +1,4 @@
-"""What fsck says: how much it looked at, or that there was nothing to look at; and of damage, whatever happens next."""
+"""Reports of fsck: the extent of the check, an empty registry, and damage under all circumstances."""
 
 import time
 from collections.abc import Callable, Generator
@@ -58,7 +58,7 @@ def test_a_clean_registry_is_called_clean_with_what_was_looked_at(furnished: Cli
 
 
 def test_a_registry_with_nothing_in_it_is_not_called_clean_without_more(environ: dict[str, str]) -> None:
-    """Who meant another database, or lost one, must see it."""
+    """An operator who connected to the wrong database, or lost one, must see it."""
     output = Cli(environ).ok("fsck").out
     assert "nothing to check" in output
     assert environ.get("ADAPTORY_DATABASE_URL", environ["ADAPTORY_HOME"]).rpartition("/")[2] in output
@@ -79,7 +79,7 @@ def test_a_search_that_would_not_find_what_a_channel_gives_out_is_an_error(
 
 @dataclass
 class RestoredMeanwhile:
-    """The real store, with a blob that somebody restores as soon as its damaged bytes have been read."""
+    """The real store, with a blob that is restored as soon as its damaged bytes have been read."""
 
     store: Any
     restore: Callable[[], None]
@@ -102,7 +102,7 @@ def test_what_is_restored_between_the_last_look_at_its_bytes_and_its_removal_sta
     stored.damage(furnished, sha256)
 
     def restore() -> None:
-        time.sleep(1.1)  # S3 says in which second a blob was written
+        time.sleep(1.1)  # S3 records the second in which a blob was written
         stored.overwrite(furnished, sha256, weights.read_bytes())
 
     held = opened(environ)
@@ -167,7 +167,7 @@ def test_damage_is_reported_when_nothing_of_it_can_be_discarded(
 
 @pytest.mark.parametrize("pairing", ["SQLite and a directory"], indirect=True)
 def test_what_was_discarded_is_reported_when_the_next_one_cannot_be(furnished: Cli, tmp_path: Path) -> None:
-    """In the place of the other is a directory: somebody has made a mistake while restoring."""
+    """The other blob is a directory: a mistake during a restore."""
     first, other = sorted(hash_file(tmp_path / version / WEIGHTS) for version in ("1.0.0", "1.1.0"))
     stored.damage(furnished, first)
     stored.lose(furnished, other)

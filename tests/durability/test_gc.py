@@ -1,4 +1,4 @@
-"""What nobody refers to goes, after the grace and not before; what somebody refers to never goes."""
+"""Unreferenced data is removed after the grace period and not before; referenced data is never removed."""
 
 import hashlib
 import random
@@ -71,14 +71,14 @@ def after(held: Resources, wait: timedelta) -> Resources:
 
 
 def notes(directory: Path, seed: int, size_bytes: int = 1_000) -> list[PushedFile]:
-    """A file that no other has the bytes of."""
+    """A file whose bytes no other file has."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "notes.txt").write_bytes(random.Random(seed).randbytes(size_bytes))
     return collect(select_files(directory, "model"))
 
 
 def digests(held: Resources) -> set[str]:
-    """Blobs as the rows know them, which must be those that are in the store."""
+    """The blobs in the rows, which must equal those in the store."""
     with held.read() as session:
         rows = set(session.scalars(select(Blob.sha256)))
     assert rows == {stat.sha256 for stat in held.store.iterate()}
@@ -188,7 +188,7 @@ def test_bytes_without_a_row_are_reported_by_fsck_and_go_after_the_grace(
 def test_bytes_that_are_announced_wait_for_that_and_fsck_and_a_dry_run_say_so(
     api: Api, held: Resources, tmp_path: Path
 ) -> None:
-    """As after a restore: the database is of a moment when they were on their way, the store of a later one."""
+    """As after a restore: the database is from a time when they were being sent, the store from a later time."""
     sha256 = orphan(held, tmp_path, b"on its way then")
     orphan(held, tmp_path, b"left by a crash")
     row = {"path": "notes.txt", "size_bytes": 15, "sha256": sha256}

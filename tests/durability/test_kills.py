@@ -19,7 +19,7 @@ from tests.durability.processes import Journal, collect_forever, kill, serve, wa
 from tests.forked import start
 
 LONGEST_LIFE_S = {"sqlite": 0.4, "postgresql": 1.0}
-"""What an act takes on an idle machine, and some more: with S3 a push is a dozen requests."""
+"""The duration of an act on an idle machine, with a margin: with S3 a push is a dozen requests."""
 
 
 @pytest.mark.on("PostgreSQL")
@@ -30,9 +30,7 @@ def test_many_kills_lose_nothing_and_leave_nothing_torn(
     seed = int(os.environ.get("ADAPTORY_TEST_SEED", random.SystemRandom().randrange(10**6)))
     record_property("ADAPTORY_TEST_SEED", seed)
     chance = random.Random(seed)
-    environ |= {
-        "ADAPTORY_UPLOAD_EXPIRES_S": "15"
-    }  # so that there is garbage to collect, but none of what is on its way
+    environ |= {"ADAPTORY_UPLOAD_EXPIRES_S": "15"}  # so that there is garbage to collect, but no upload in progress
     port, journal = services.free_port(), Journal(tmp_path / "journal")
     url = f"http://127.0.0.1:{port}"
 
@@ -48,7 +46,7 @@ def test_many_kills_lose_nothing_and_leave_nothing_torn(
     alive["client"] = begin("client")
     longest_s = LONGEST_LIFE_S["postgresql" if "ADAPTORY_DATABASE_URL" in environ else "sqlite"]
     first_push_s = _first_push_s(journal)
-    longest_s = max(longest_s, first_push_s)  # on a busy machine almost none would come to its end otherwise
+    longest_s = max(longest_s, first_push_s)  # on a busy machine almost none would finish otherwise
     record_property("first_push_s", first_push_s)
     alive["collector"] = begin("collector")
     for number in range(kills):
@@ -71,7 +69,7 @@ def test_many_kills_lose_nothing_and_leave_nothing_torn(
 
 
 def _first_push_s(journal: Journal) -> float:
-    """How long the client needs from its start to the end of its first act, which is a push."""
+    """The client's time from its start to the end of its first act, a push."""
     started = time.monotonic()
     while not _pushes(journal):
         assert time.monotonic() < started + 60, journal.read()[-5:]
@@ -84,7 +82,7 @@ def _pushes(journal: Journal) -> list[dict[str, Any]]:
 
 
 def _let_one_more_act_end(journal: Journal, alive: Mapping[str, BaseProcess]) -> None:
-    """What was interrupted last can be repeated."""
+    """The last interrupted act can be repeated."""
     before, deadline = len(journal.done), time.monotonic() + 30
     while len(journal.done) < before + 2:
         assert [role for role, process in alive.items() if not process.is_alive()] == []
@@ -112,7 +110,7 @@ def _assert_nothing_acknowledged_is_lost(environ: Mapping[str, str], journal: Jo
 
 
 def _last_yanks(journal: Journal) -> dict[str, bool]:
-    """Of each version whether it must be yanked now; one whose last yank was never answered is left out."""
+    """Whether each version must be yanked now; leaves out versions whose last yank was never answered."""
     complete: dict[str, bool] = {}
     for line in journal.read():
         if line["act"] in ("yank", "unyank"):

@@ -64,7 +64,7 @@ def push_numbered(api: Api, directory: Path, number: dict[str, str], seed: int, 
 
 
 def together(apis: list[Api], act: Callable[[int, Api], object]) -> list[object]:
-    """Everybody at the same moment; an error of the registry is an answer too."""
+    """Runs all at the same moment; an error of the registry is an answer too."""
     gate = threading.Barrier(len(apis))
 
     def run(number: int) -> object:
@@ -87,7 +87,7 @@ def test_sixteen_clients_move_one_channel_and_history_has_every_accepted_move_on
         for number in range(VERSIONS):
             push_version(apis[0], tmp_path, f"1.{number}.0", number)
         accepted: list[list[int]] = [[] for _ in apis]
-        asked: dict[int, str] = {}  # the version that a promotion was asked for, by its move
+        asked: dict[int, str] = {}  # the version requested in a promotion, by its move
         enough = threading.Event()
 
         def move(number: int, api: Api) -> None:
@@ -157,7 +157,7 @@ def test_of_many_different_pushes_of_one_version_one_wins_and_the_others_are_ref
 def test_of_two_releases_at_once_that_break_each_other_only_one_is_published(
     environ: dict[str, str], url: str, tmp_path: Path, races: int
 ) -> None:
-    """Each fits what was there before: N.1.0, of half the rank, and N.2.0, which would then raise it again."""
+    """Each fits the existing releases: N.1.0, of half the rank, and N.2.0, which would then raise it again."""
     with clients(url) as apis:
         for major in range(1, races + 1):
             push_version(apis[0], tmp_path, f"{major}.0.0", 10 * major)
@@ -236,7 +236,7 @@ def test_yanks_at_the_same_moment_wait_for_each_other_and_each_tells_what_was_be
 def test_what_is_read_beside_yanks_is_of_one_moment(
     environ: dict[str, str], url: str, tmp_path: Path, acts: int
 ) -> None:
-    """1.1.0 is yanked and taken back all the time: at every moment all lead to it, or all to 1.0.0."""
+    """1.1.0 is yanked and unyanked repeatedly: at any moment all references lead to it, or all to 1.0.0."""
     with clients(url) as apis:
         for seed, version in enumerate(("1.0.0", "1.1.0")):
             push_version(apis[0], tmp_path, version, seed)

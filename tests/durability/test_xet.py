@@ -35,7 +35,7 @@ SCRIPT = Path(__file__).parents[1] / "scenarios" / "hub_large.py"
 
 
 def serve_with_short_tokens(port: int) -> None:
-    """A server whose clock is late: its tokens end, for the client, after two seconds."""
+    """A server whose clock is slow: for the client, its tokens end after two seconds."""
     import uvicorn
 
     from registry.api.app import create_app
@@ -133,7 +133,7 @@ def _slowly(content: bytes) -> Generator[bytes]:
 
 
 def _assert_nothing_is_left(server: Server) -> None:
-    """A day later, when nothing was committed."""
+    """One day later, if nothing was committed."""
     held = opened(server.environ)
     try:
         work = held.work_directory
@@ -194,7 +194,8 @@ def test_a_client_whose_token_ends_in_the_middle_goes_on_with_another(server: Se
 @pytest.mark.long
 @pytest.mark.parametrize("pairing", [services.PAIRINGS[0]], indirect=True)
 def test_a_push_that_was_killed_is_repeated(server: Server, tmp_path: Path) -> None:
-    """The client keeps on its disk what it has sent to which address: a new one makes it send everything again."""
+    """The client records on its disk which parts it sent to which address: with a new address it sends everything
+    again."""
     server.begin()
     size = 90 << 20
     sha256 = _written(tmp_path, size)

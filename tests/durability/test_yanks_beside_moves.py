@@ -1,4 +1,4 @@
-"""A yank and a move wait for each other, so that a search by channel finds what the channel gives out."""
+"""A yank and a move wait for each other, so that a search by channel finds the release that the channel serves."""
 
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +45,7 @@ def promote(session: Session, channel: str) -> None:
 
 @dataclass
 class Two:
-    """Processes over one registry, of which the second does something while the first is not done."""
+    """Two processes over one registry, the second of which acts while the first has not finished."""
 
     first: Resources
     second: Resources
@@ -71,7 +71,7 @@ class Two:
 
 @pytest.fixture
 def two(environ: dict[str, str], tmp_path: Path) -> Generator[Two]:
-    """Two releases, the first of which `prod` gives out."""
+    """Two releases, the first of which `prod` serves."""
     cli = Cli(environ)
     for seed, version in enumerate((FIRST, SECOND)):
         cli.ok("push", write_adapter(tmp_path / str(version), seed), f"{NAME}:{version}", "--base", "tiny")
@@ -105,7 +105,7 @@ def test_a_yank_waits_for_a_move_and_the_channel_gives_out_what_lies_below(
 def test_moves_beside_yanks_leave_searches_with_what_the_channels_give_out(
     environ: dict[str, str], url: str, tmp_path: Path, turns: int
 ) -> None:
-    """Onto channels that are there and onto new ones: nobody can lock what another is about to make."""
+    """To existing channels and to new ones: nobody can lock a channel that another transaction is about to create."""
     with clients(url) as apis:
         for number in range(3):
             push_version(apis[0], tmp_path, f"1.{number}.0", number)

@@ -23,13 +23,13 @@ _STORE_BYTES = str(80 << 20)
 
 
 def others_environ() -> dict[str, str]:
-    """This process's environment without what is of Ray and of a registry."""
+    """This process's environment without variables of Ray and of a registry."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("ADAPTORY_", "RAY_"))}
 
 
 @dataclass
 class RayNode:
-    """One node: `ray start --block` and all that it started."""
+    """One node: `ray start --block` and all processes that it started."""
 
     process: subprocess.Popen[bytes]
 
@@ -70,7 +70,7 @@ class RayCluster:
 
     @property
     def token_path(self) -> Path:
-        """A file with the cluster's token. Ray's sockets need a short path, so it is not the test's directory."""
+        """A file with the cluster's token. Ray's sockets need a short path, so it is not in the test's directory."""
         path = self.directory / "token"
         if not path.exists():
             path.write_text(_TOKEN)
@@ -92,7 +92,7 @@ class RayCluster:
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
             *(*kind, "--node-ip-address=127.0.0.1", f"--num-cpus={cpus:g}", f"--num-gpus={gpus}"),
             *(f"--object-store-memory={_STORE_BYTES}", f"--resources={self.resources}", *ports),
-            "--include-log-monitor=false",  # drivers are not sent what units print
+            "--include-log-monitor=false",  # units' output is not sent to drivers
         ]
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
         environ = {

@@ -1,4 +1,4 @@
-"""Tasks whose runs can be counted afterwards: each writes a line when it begins and one when it ends."""
+"""Tasks whose runs can be counted afterwards: each writes a line at its beginning and one at its end."""
 
 import json
 import logging
@@ -27,12 +27,12 @@ def _lines(unit: Unit) -> list[str]:
 
 
 def events(journal: Path) -> Counter[str]:
-    """How often each event of each unit happened, such as `done unit 3`."""
+    """The number of times that each event of each unit happened, such as `done unit 3`."""
     return Counter(journal.read_text().splitlines()) if journal.exists() else Counter()
 
 
 def double(_node: Node, unit: Unit, _count: Count) -> Result:
-    """Doubles its number; ends only once as many units as `beside` says have begun, since processes start slowly."""
+    """Doubles its number; ends only when `beside` units have begun, since processes start slowly."""
     note(unit, "begun")
     while sum(line.startswith("begun") for line in _lines(unit)) < unit.hints.get("beside", 0):
         time.sleep(0.02)

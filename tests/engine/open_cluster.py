@@ -13,7 +13,8 @@ from tests.forked import start
 
 
 def refusal(environ: Mapping[str, str], directory: Path) -> tuple[str, str]:
-    """Code and detail of the error; both empty if the engine opens. The answer goes through a file of the directory."""
+    """Code and detail of the error; both empty if the engine opens. The answer is passed through a file in the
+    directory."""
     answer = directory / "answer.json"
     answer.unlink(missing_ok=True)
     process = start(_open, {**others_environ(), **environ}, answer)

@@ -1,4 +1,4 @@
-"""A registry whose jobs run on a Ray cluster: its processes, and what its store has."""
+"""A registry whose jobs run on a Ray cluster: its processes, and the contents of its store."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def recipe(directory: Path, version: str, seed: int = 0) -> Path:
 
 
 def judged_model(directory: Path, version: str) -> Path:
-    """A merged model, measured itself, since no adapter is made."""
+    """A merged model that is measured itself, since no adapter is made."""
     own = directory / f"model-{version}"
     own.mkdir()
     model = {"adapter": None, "model": f"acme/judged:{version}", "evaluate": ["sql-exact", "guard-exact"]}
@@ -88,7 +88,7 @@ def fitted(directory: Path, version: str) -> Path:
 
 
 def decided(composition: Mapping[str, Any]) -> dict[str, Any]:
-    """What does not depend on the version or on the time."""
+    """The results that depend neither on the version nor on the time."""
     evidence = {k: v for k, v in composition["lock"].get("optimized", {}).items() if k not in ("seconds", "run")}
     measured = {name: composition[name] for name in ("candidate_scores", "gates")}
     check = {k: v for k, v in composition["conflicts"].items() if k not in ("probe", "summary")}
@@ -133,7 +133,7 @@ class Stage:
         return Api(f"http://127.0.0.1:{self.port}").post("/v1/compositions", body)["id"]
 
     def kill(self, victim: str) -> None:
-        """SIGKILL; what died comes back at once. Nobody waits a minute for the worker's lease here."""
+        """SIGKILL; the killed process is restarted at once, without waiting a minute for the worker's lease."""
         if victim == "node":
             cluster = self.site.cluster
             cluster.kill(cluster.nodes[1])
@@ -151,7 +151,7 @@ class Stage:
             self._work()
 
     def remembered(self, before: Mapping[str, str], seed: int) -> dict[str, str]:
-        """Who made each unit's result and when. Those of before are unchanged, or a finished unit was run again."""
+        """The maker and time of each unit's result. Earlier ones are unchanged unless a finished unit was run again."""
         now = unit_etags(self.site)
         assert {key: now[key] for key in before} == before, f"a finished unit was run again; seed {seed}"
         return now
@@ -183,7 +183,7 @@ class Stage:
         return f"worker: {ended}, {job}\n{self._log('worker').read_text()[-20_000:]}"
 
     def cancelled(self, path: Path) -> float:
-        """Cancels a composition while its units run, and returns the seconds until none does any more."""
+        """Cancels a composition while its units run, and returns the seconds until all have stopped."""
         before, composition = unit_etags(self.site), self.begin(path)
         deadline = time.monotonic() + 180
         while len(unit_etags(self.site)) < len(before) + 4:
@@ -206,7 +206,7 @@ class Stage:
 
 
 def unit_etags(site: Site) -> dict[str, str]:
-    """What the store has of each unit's result, by key: a result that is written again differs in its seconds."""
+    """The store's version of each unit's result, by key: results that are written again differ in their seconds."""
     server, prefix = services.shared_s3(), site.cli.environment["ADAPTORY_STORAGE__PREFIX"]
     pages = server.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{prefix}work/")
     rows = [row for page in pages for row in page.get("Contents", ())]

@@ -1,4 +1,4 @@
-"""SIGKILL of a node and of the driver at random moments: what was finished is not done again."""
+"""SIGKILL of a node and of the driver at random moments: finished work is not repeated."""
 
 import os
 import random
@@ -32,7 +32,7 @@ def doomed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         started.stop()
 
 
-@pytest.mark.long  # by default a composition goes through five deaths (test_ray.py)
+@pytest.mark.long  # by default a composition survives five kills (test_ray.py)
 @pytest.mark.parametrize("kills", [50])
 def test_units_that_were_finished_survive_the_death_of_a_node_and_of_the_driver(
     doomed: RayCluster, tmp_path: Path, record_property: Callable[[str, object], None], kills: int
@@ -67,7 +67,7 @@ def test_units_that_were_finished_survive_the_death_of_a_node_and_of_the_driver(
 
 
 def _finished(node: Node, units: list[Unit]) -> dict[str, bytes]:
-    """What the store has of each finished unit: who made it, and when; another run would differ."""
+    """The stored result of each finished unit: its maker and time; another run would differ."""
     read = {unit.name: node.results.read(counted.DOUBLE.key(unit)) for unit in units}
     return {name: content for name, content in read.items() if content is not None}
 

@@ -1,4 +1,4 @@
-"""Two Ray nodes of one host, with a real S3 server and PostgreSQL: units, deaths, devices, and jobs made of them."""
+"""Two Ray nodes on one host, with a real S3 server and PostgreSQL: units, kills, devices, and jobs made of units."""
 
 import os
 import random
@@ -25,7 +25,7 @@ from tests.engine.site import OUTPUTS, Site, Stage, decided, files_of, fitted, j
 
 
 def go_on(_done: int) -> None:
-    """The check of a map that nobody stops."""
+    """A check that never stops the map."""
 
 
 def run(engine: RayEngine | LocalEngine, units: list[Unit], needs: Needs | None = None) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def test_a_result_whose_bytes_are_gone_is_made_again(cluster: RayCluster, journa
 
 
 def test_a_session_of_the_process_is_used_and_not_ended(cluster: RayCluster, engine: RayEngine, journal: Path) -> None:
-    """As one that a notebook has begun, here the driver's."""
+    """For example one that a notebook has begun; here the driver's."""
     settings = Settings(home=Path(cluster.environ["ADAPTORY_HOME"]))
     known = EngineSettings(kind="ray", address=cluster.address, token_path=cluster.token_path)
     another = RayEngine(known, open_node(settings))
@@ -194,7 +194,7 @@ def _most_at_a_time(journal: Path) -> int:
 
 
 class Stopped(Exception):
-    """What a check raises."""
+    """Raised by a check."""
 
 
 def test_a_map_that_is_stopped_ends_its_units_within_seconds_also_while_the_store_is_away(
@@ -270,7 +270,7 @@ def test_a_merged_model_is_measured_on_nodes_that_load_it_from_the_store(site: S
     assert len(unit_etags(site)) > len(before) + 3, "a plan, a shard, texts, slices"
 
 
-@pytest.mark.long  # by default a probe is part of what goes through five deaths
+@pytest.mark.long  # by default a probe is part of the composition that survives five kills
 def test_a_probe_and_a_fit_are_run_by_nodes_which_alone_load_the_base(site: Site, tmp_path: Path) -> None:
     here = site.here("compose", fitted(tmp_path, "1.0.0"))
     there = site.on_cluster("compose", fitted(tmp_path, "1.1.0"))
@@ -292,7 +292,7 @@ def test_a_composition_survives_the_death_of_a_node_of_its_worker_and_of_the_ser
     try:
         for number in range(1, rounds + 1):
             here = site.here("compose", recipe(tmp_path, f"0.1.{number}", number))
-            shutil.rmtree(site.worker_home, ignore_errors=True)  # its journal knows what needs no fit
+            shutil.rmtree(site.worker_home, ignore_errors=True)  # its journal holds everything that needs no fit
             version, before = f"0.2.{number}", unit_etags(site)
             made = before
             composition = stage.begin(recipe(tmp_path, version, number))

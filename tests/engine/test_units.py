@@ -1,4 +1,4 @@
-"""What units keep: results by a key of what determines them, and directories of processes that live."""
+"""Stored results of units, by a key of everything that determines them, and directories of live processes."""
 
 import os
 from importlib.metadata import version
@@ -38,7 +38,7 @@ def test_a_process_removes_directories_of_dead_ones_of_its_host_alone(tmp_path: 
 
 
 def test_nodes_of_one_process_forget_their_own_files_alone(tmp_path: Path) -> None:
-    """As two threads have them that compose in an embedded registry."""
+    """Like two threads that compose in an embedded registry."""
     one, other = (open_node(Settings(home=tmp_path)) for _ in range(2))
     kept = one.kept_directory("merge")
     other.kept_directory("merge")
@@ -58,7 +58,7 @@ def test_another_release_of_adaptory_makes_its_own_results(tmp_path: Path, monke
 
 
 def test_what_is_too_large_to_be_kept_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was written, and never read again."""
+    """Otherwise it would be written, and never be readable."""
     node, unit = (
         open_node(Settings(home=tmp_path)),
         Unit(name="unit", content={"number": 1}, hints={"journal": "/dev/null"}),

@@ -1,4 +1,4 @@
-"""The example scripts are run as `python examples/NAME.py`, so their folder is on the path here as it is there."""
+"""The example scripts are run as `python examples/NAME.py`, so their folder is on the path here too."""
 
 import sys
 from pathlib import Path

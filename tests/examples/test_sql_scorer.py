@@ -1,4 +1,4 @@
-"""The scorer of the documentation, installed and enabled as its readme says, and what an answer must not do."""
+"""The scorer of the documentation, installed and enabled as in its readme, and answers that must not have effects."""
 
 import sys
 import time
@@ -24,7 +24,7 @@ WANTED = "SELECT customer, SUM(total) FROM orders GROUP BY customer"
 
 @pytest.fixture(autouse=True)
 def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
-    """As pip would leave it: the module, and the entry points of its project file."""
+    """Installs it like pip: the module, and the entry points of its project file."""
     project = tomllib.loads((FOLDER / "pyproject.toml").read_text())["project"]
     metadata = tmp_path / f"adaptory_sql_scorer-{project['version']}.dist-info"
     metadata.mkdir()

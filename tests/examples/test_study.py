@@ -1,4 +1,4 @@
-"""What docs/methods/study.md says is what was measured: the rows of every pair are kept beside it."""
+"""The numbers in docs/methods/study.md equal the measurements: the rows of every pair are kept beside it."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def test_every_pair_of_the_twelve_adapters_was_measured_once() -> None:
 def test_the_documents_correlations_are_those_of_the_rows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Their intervals, which take a minute, are of another number of draws here."""
+    """Their intervals take a minute, so fewer draws are used here."""
     monkeypatch.setattr(study_report, "DRAWS", 5)
     monkeypatch.setattr(study_report, "PLOT", tmp_path / "study.svg")
     monkeypatch.setattr("sys.argv", ["study_report.py"])

@@ -1,4 +1,4 @@
-"""The example data is what its seed makes it, and the committed suites and adapters are what they claim to be."""
+"""The example data follows from its seed, and the committed suites and adapters are what they claim to be."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ targets = pytest.mark.parametrize("task", TARGETS, ids=lambda task: task.suite)
 
 @pytest.fixture(scope="module")
 def made_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All suites, by another process: it has another hash seed, so an order taken from a set would show."""
+    """All suites, made by another process with another hash seed, so that the order of a set would show."""
     directory = tmp_path_factory.mktemp("suites")
     subprocess.run([sys.executable, EXAMPLES / "make_suites.py", directory], check=True, capture_output=True)
     return directory

@@ -28,7 +28,7 @@ huge = st.sampled_from([2**31, 2**53, 2**60, 2**63, 2**64, 10**400, -1, -(2**60)
 
 @dataclass
 class Adapter:
-    """A good one until something is done to it, which `wrong` names."""
+    """A valid adapter, until it is changed as `wrong` describes."""
 
     config: Any = field(
         default_factory=lambda: {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["q_proj"]}
@@ -131,7 +131,7 @@ def names(draw: st.DrawFn, adapter: Adapter) -> None:
 
 
 def missing(draw: st.DrawFn, adapter: Adapter) -> None:
-    """One of the two factors, its bytes too; or everything."""
+    """Removes one of the two factors, with its bytes; or everything."""
     gone = draw(st.sampled_from([{A}, {B}, {A, B}]))
     adapter.header = {name: value for name, value in adapter.header.items() if name not in gone}
     for name in {A, B} - gone:
@@ -227,7 +227,7 @@ def targets(draw: st.DrawFn, adapter: Adapter) -> None:
 
 
 def rows_and_stacks(draw: st.DrawFn, adapter: Adapter) -> None:
-    """Tokens and parameters that the config says are trained, and no tensor is for."""
+    """Tokens and parameters that are trained according to the config, but have no tensor."""
     name = draw(st.sampled_from(["trainable_token_indices", "target_parameters"]))
     ids, paths = st.lists(st.integers(0, 5), min_size=1), st.just(["mlp.experts.gate_up_proj", "down_proj"])
     adapter.config[name] = draw(junk.filter(bool) | huge.filter(bool) | ids | paths)

@@ -1,4 +1,4 @@
-"""Thousands of malformed adapters, cards and recipes: one clear error each, and no memory for what they only claim."""
+"""Thousands of malformed adapters, cards and recipes: one clear error each, and no memory for false claims."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from composer.formats.recipes.recipe import load_recipe, parse_recipe
 from tests.fuzz.malformed import BASE, HARMS, Adapter, junk, malformed
 
 FACTOR = int(os.environ.get("ADAPTORY_TEST_FUZZ", "1"))
-"""How many times as long as usual to look; `make test-long` looks five times as long."""
+"""A multiple of the usual number of cases; `make test-long` tests five times as many."""
 MOST_CHARACTERS = 4_000
 MANY = settings(
     max_examples=250 * FACTOR, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
@@ -28,14 +28,14 @@ MANY = settings(
 
 @pytest.fixture
 def directory() -> Generator[Path]:
-    """In memory where there is such a place: a disk would be most of the time."""
+    """A directory in memory if possible: a disk would take most of the time."""
     memory = Path("/dev/shm")  # noqa: S108
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as made:
         yield Path(made)
 
 
 def errors_of(adapter: Path) -> list[tuple[str, str, str]]:
-    """(code, subject, message) of what is wrong with it; anything but an error of ours is raised."""
+    """(code, subject, message) of its errors; raises any error that is not ours."""
     try:
         findings = inspect(adapter, BASE).findings
     except (InvalidFile, NotSupported, Mismatch) as error:
@@ -106,7 +106,7 @@ def test_what_a_header_claims_costs_nothing(directory: Path, claim: str, sparse:
     path = adapter.write(directory / "adapter")
     if sparse:
         os.truncate(path / "adapter_model.safetensors", 2**40)
-    errors_of(Adapter().write(directory / "first"))  # what is loaded once is no part of the price
+    errors_of(Adapter().write(directory / "first"))  # lazy loading is not part of the cost
     tracemalloc.start()
     errors = errors_of(path)
     _, peak_bytes = tracemalloc.get_traced_memory()

@@ -1,4 +1,4 @@
-"""Whatever a client of the hub API asks, it gets an answer that it understands."""
+"""Every request of a client of the hub API gets an answer that the client understands."""
 
 from collections.abc import Generator
 from string import Formatter

@@ -53,11 +53,11 @@ CHECKS = [
 STATED = [(method, path) for method, path, _ in ROUTES if path.startswith(("/v1/", "/healthz", "/readyz"))]
 """The routes of the OpenAPI document."""
 GOOD = Stock("1.0.0", 1, 1, "", "", "")
-"""Of which the bodies are used: they lead past the checks of single fields."""
+"""Routes whose bodies are used: they get past the checks of single fields."""
 
 
 ANNOUNCED = hashlib.sha256(b"acme!").hexdigest()
-"""The sha256 of the upload in the house whose bytes have not come."""
+"""The sha256 of the upload in the house whose bytes were not sent."""
 OF_WHAT_IS_THERE = {
     "results_unknown",
     "spectrum_unknown",
@@ -69,7 +69,7 @@ OF_WHAT_IS_THERE = {
     "evaluation_unknown",
     "publisher_unknown",
 }
-"""Codes with status 404 that are said of a thing that was found, for something that it has not."""
+"""Codes with status 404 that concern a missing part of a thing that exists."""
 
 
 @pytest.fixture(scope="module", params=services.STRICTER_PAIRING)
@@ -79,7 +79,7 @@ def furnished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @dataclass(frozen=True)
 class Site:
-    """A furnished registry with an operator's token; `known` are names and ids of things that are there."""
+    """A furnished registry with an operator's token; `known` are names and ids of existing things."""
 
     schema: Any
     headers: Mapping[str, str]
@@ -97,7 +97,7 @@ def document(furnished: House, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 @pytest.fixture(scope="module")
 def unchanged(furnished: House, document: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Generator[Site]:
-    """For routes that only read: a registry of its own takes each of them longer than the questions."""
+    """For routes that only read: separate registries would take longer than the requests."""
     yield from _sites(furnished, document, tmp_path_factory.mktemp("unchanged"))
 
 
@@ -137,7 +137,7 @@ Choose = Callable[[], bool]
 
 
 def led_further(value: Any, known: Mapping[str, Any], choose: Choose) -> Any:
-    """The same document with the chosen of its names and ids exchanged for ones that there are."""
+    """The same document with the chosen names and ids replaced by existing ones."""
     if isinstance(value, dict):
         return {
             key: known[key] if key in known and choose() else led_further(item, known, choose)
@@ -147,7 +147,7 @@ def led_further(value: Any, known: Mapping[str, Any], choose: Choose) -> Any:
 
 
 SIGNED = "/v1/files/{sha256}"
-"""Only an address that the registry gave leads to something there."""
+"""Only an address from the registry leads anywhere there."""
 
 
 @pytest.mark.on("PostgreSQL")
@@ -160,7 +160,7 @@ def test_whatever_a_route_is_asked_its_answer_is_one_that_the_document_states(
     allowed = operation.as_strategy()
 
     def ask(case: schemathesis.Case, choose: Choose) -> bool:
-        """Whether the answer is about something that is there."""
+        """Sends the request; returns whether the answer concerns an existing thing."""
         if choose():
             name = "merged" if path.startswith("/v1/models") else "sql"
             case.path_parameters = {key: known.get(key, name) for key in case.path_parameters}
@@ -183,7 +183,7 @@ def test_whatever_a_route_is_asked_its_answer_is_one_that_the_document_states(
     def ask_anything(case: schemathesis.Case, chance: st.DataObject) -> None:
         ask(case, lambda: chance.draw(st.booleans()))
 
-    ask_of_what_is_there()  # first: some of what is there may be removed
+    ask_of_what_is_there()  # first: some existing things may be removed later
     assert past_the_door[0] or path == SIGNED, "it was about nothing that is there"
     ask_anything()
 

@@ -11,7 +11,7 @@ from tests import conftest, services
 
 @dataclass
 class Story:
-    """What marks are given by: a part of `pytest.Item`."""
+    """An item with marks: a part of `pytest.Item`."""
 
     nodeid: str
     marks: list[pytest.Mark] = field(default_factory=list[pytest.Mark])

@@ -1,4 +1,4 @@
-"""What README.md, docs/ and deploy/ tell people to type."""
+"""The commands that README.md, docs/ and deploy/ show to readers."""
 
 import re
 import shlex
@@ -19,7 +19,8 @@ def test_the_unit_starts_the_server_and_runs_nothing_before_it() -> None:
     assert line.startswith("ExecStart=/opt/adaptory/bin/adaptory ")
     name, *options = shlex.split(line)[1:]
     adaptory = typer.main.get_command(root)
-    # Below its parent, as on a command line: commands are built once a process, and keep how their help was asked for.
+    # Below its parent, as on a command line: commands are built once per process, and remember how their help was
+    # requested.
     parent = adaptory.make_context("adaptory", [name])
     assert name == "serve"
     assert adaptory.commands[name].make_context(name, options, parent).params["port"] == 8470  # type: ignore[attr-defined]
@@ -94,7 +95,7 @@ def _missing(recipe: str) -> list[str]:
 
 
 def test_no_page_loads_or_unloads_a_name_that_can_change_what_it_stands_for() -> None:
-    """A server that unloads a channel's name and loads it anew can die, and its base's requests with it."""
+    """A server that unloads a channel's name and loads it anew can die, with its base's requests."""
     pages = {path: path.read_text() for path in (ROOT / "docs").rglob("*.md")}
     loaded = [
         (path.name, name)

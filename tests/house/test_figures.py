@@ -1,4 +1,4 @@
-"""Every figure of README and of the comparison with other tools is one that was measured, in the row that it names."""
+"""Every figure in the README and in the comparison with other tools was measured, in the row that it names."""
 
 import re
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ FIGURE = re.compile(r"(?<![\w.@/-])-?\d[\d,]*(?:\.\d+)?(?![\w/]|\.\d)")
 NOT_MEASURED = re.compile(
     r"`[^`]*`|\]\([^)]*\)|PEFT \d[\d.]*|\d+M\b|base of 2\.2 GB|2\.2 GB|273 MB|page of 50|10,000 versions|top \d+|95 %"
 )
-"""Names, addresses, versions of tools, and the sizes of what was measured."""
+"""Names, addresses, versions of tools, and the sizes of the measured models."""
 
 
 def claims(page: Path, start: str, end: str = "\\Z") -> Iterator[tuple[str, str, list[str]]]:
-    """The words before each pair of brackets, from the end of the one before, with the section and the rows that they
-    name; then what follows the last one in a paragraph, without a section."""
+    """The words before each pair of brackets, starting at the end of the previous pair, with the section and the rows
+    that the brackets name; finally the rest of a paragraph, without a section."""
     [part] = re.findall(rf"{start}.*?(?={end})", page.read_text(encoding="utf-8"), re.DOTALL)
     for block in re.split(r"\n\n|\n(?=[-|])", part):
         before = 0

@@ -1,4 +1,4 @@
-"""The rules of the house that no linter knows, read from the syntax tree and from what git tracks."""
+"""The rules of the house that no linter knows, read from the syntax tree and from the files that git tracks."""
 
 import ast
 import re
@@ -129,7 +129,7 @@ def test_the_map_of_a_package_names_only_what_is_there_and_every_folder(package:
 
 # The brackets keep this file from using the words itself.
 PRIVATE_WORDS = re.compile(r"(?<![a-z])(?:[t]old|[a]side|[w]hoever)(?![a-z])", re.IGNORECASE)
-"""Words that named a dozen things each: say translate, document, note, staging, spill, or who it is."""
+"""Words that named a dozen things each: use translate, document, note, staging or spill, or name the person."""
 
 
 def test_no_private_word_is_in_the_code_or_the_documentation() -> None:
@@ -166,7 +166,7 @@ def test_no_vague_name_is_in_the_code() -> None:
 
 
 def _given_name(node: ast.AST) -> str:
-    """The name that a node gives to a function, a class, a parameter or a variable; else empty."""
+    """The name that a node introduces: of a function, a class, a parameter or a variable; else empty."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return node.name
     if isinstance(node, ast.arg):

@@ -1,4 +1,4 @@
-"""Every refusal says what to do next: its own words, or the text of its code, never the one repeated as the other."""
+"""Every refusal has a next step: its own, or the text of its code, but never a copy of that text."""
 
 import ast
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ NAMES = {family.__name__ for family in (*FAMILIES, *errors.ComposerError.__subcl
 
 
 def lines_without(source: str, texts: Mapping[str, str]) -> list[int]:
-    """Where an error is made that says no next step: neither itself nor by its code."""
+    """The lines where an error is made without a next step, neither of its own nor by its code."""
     return [call.lineno for call, code, own in errors_made(source) if own is None and not texts.get(code)]
 
 
 def lines_that_repeat(source: str, texts: Mapping[str, str]) -> list[int]:
-    """Where an error is made with the text that its code has anyway."""
+    """The lines where an error repeats the text of its code."""
     return [
         call.lineno
         for call, code, own in errors_made(source)
@@ -56,7 +56,7 @@ def user_arguments(source: str) -> dict[str, dict[int, str]]:
 
 
 def lines_with_nothing(source: str, positions: dict[str, dict[int, str]]) -> list[int]:
-    """Where a subject or a next step is given that is empty."""
+    """The lines with an empty subject or next step."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     empty: list[int] = []
     for call in calls:

@@ -17,7 +17,7 @@ from tests.house.test_house import ROOT, tracked
 
 SITE = ROOT / "zensical.toml"
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "srcset", "link": "href"}
-"""Where an element names what a browser fetches by itself."""
+"""Attributes that make a browser fetch an address."""
 ITEM = re.compile(r"- |\d+\. ")
 """The beginning of an item of a list."""
 

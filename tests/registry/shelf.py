@@ -1,4 +1,5 @@
-"""A hundred and fifty releases that differ in everything a search may ask: in a registry, and as plain values."""
+"""A hundred and fifty releases that differ in everything that a search may filter by: in a registry, and as plain
+values."""
 
 import hashlib
 import random
@@ -28,7 +29,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 HOST = Actor("host", START, {EVERYWHERE: Role.ADMIN.value}, mints=True)
 NAMESPACES = ("acme", "beta", "open")
 RELATIONS = {"cast": ("plain", "cast"), "quantized": ("cast", "quantized"), "tuned": ("plain", "finetuned")}
-"""base -> what it was made from, and how; `plain` and `other` were not made from any."""
+"""base -> its origin and relation; `plain` and `other` have none."""
 BASES = ("plain", *RELATIONS, "other")
 TARGETS = (("q_proj",), ("q_proj", "v_proj"), ("k_proj", "o_proj", "q_proj", "v_proj"), ("down_proj", "up_proj"))
 RANKS = (4, 8, 16, 64)
@@ -46,7 +47,7 @@ STATED: tuple[Mapping[str, object], ...] = (
 
 @dataclass(frozen=True)
 class Item:
-    """One release as plain values. `served` are the channels that give it out."""
+    """One release as plain values. `served` are the channels that serve it."""
 
     id: int
     repository: RepositoryName

@@ -1,4 +1,4 @@
-"""The model card of an export: what a release's own card states stays as it is written."""
+"""The model card of an export: statements of the release's own card stay unchanged."""
 
 from typing import Any
 

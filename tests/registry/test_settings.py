@@ -1,4 +1,4 @@
-"""What the environment says, and what follows from it."""
+"""The environment's settings and their consequences."""
 
 from pathlib import Path
 

@@ -21,10 +21,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def on_disk(tmp_path: Path) -> Cli:
-    """SQLite and a directory within the command line's own process: for what only they can do, or cannot.
-
-    A full disk, no sockets, half a file in a directory; and for commands that look into no registry.
-    """
+    """SQLite and a directory within the command line's own process, for tests of things that only they can do, or
+    cannot: a full disk, no sockets, half a file in a directory; and for commands that read no registry."""
     return Cli({"ADAPTORY_HOME": str(tmp_path / "home"), "ADAPTORY_USER": USER})
 
 
@@ -48,17 +46,15 @@ def cli(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Cli]:
 
 
 class Templates:
-    """Registries that know the base and the suites, of each pairing; stocked once, since copying takes far less time.
-
-    Nothing lies in their stores.
-    """
+    """Registries that know the base and the suites, of each pairing; built once, since copying is much faster. Their
+    stores are empty."""
 
     def __init__(self, world: World, directory: Path) -> None:
         self._world, self._directory = world, directory
         self._pairings: dict[str, dict[str, str]] = {}
 
     def copy(self, name: str, home: Path) -> dict[str, str]:
-        """A pairing of one's own, whose registry has this home."""
+        """A copy of a pairing, with this home."""
         template = self._directory / name
         if name not in self._pairings:
             pairing = services.pairing(name, kept=True)
@@ -76,7 +72,8 @@ def templates(world: World, tmp_path_factory: pytest.TempPathFactory) -> Templat
 
 @pytest.fixture(params=WAYS)
 def stocked(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path) -> Generator[Cli]:
-    """A registry that knows the base and the suites, in each way of running it; to S3 large files go in small parts."""
+    """A registry that knows the base and the suites, in each way of running it; large files are sent to S3 in small
+    parts."""
     if request.param == "embedded":
         templates.copy(services.PAIRINGS[0], tmp_path / "home")
         yield request.getfixturevalue("on_disk")
@@ -88,7 +85,7 @@ def stocked(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path
 
 @pytest.fixture
 def stocked_on_disk(templates: Templates, tmp_path: Path, on_disk: Cli) -> Cli:
-    """A registry that knows the base and the suites, for what does not depend on its database and store."""
+    """A registry that knows the base and the suites, for tests that do not depend on its database and store."""
     templates.copy(services.PAIRINGS[0], tmp_path / "home")
     return on_disk
 

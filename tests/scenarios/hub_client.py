@@ -1,7 +1,5 @@
-"""What a team does with `huggingface_hub`, in an environment that has nothing else: prints what it saw as JSON.
-
-Run as a program: `HF_ENDPOINT=URL HF_TOKEN=... python hub_client.py DIRECTORY`.
-"""
+"""A team's work with `huggingface_hub`, in an environment that has nothing else: prints its results as JSON. Run as a
+program: `HF_ENDPOINT=URL HF_TOKEN=... python hub_client.py DIRECTORY`."""
 
 import hashlib
 import json
@@ -102,7 +100,7 @@ def errors() -> dict[str, list[str]]:
 
 
 def run_command(directory: Path) -> str:
-    """The command line that comes with the library."""
+    """Runs the command line of the library."""
     name = "hf" if Path(sys.executable).with_name("hf").exists() else "huggingface-cli"
     command = [Path(sys.executable).with_name(name), "download", "acme/sql", CONFIG, "--revision", "prod"]
     subprocess.run([*command, "--local-dir", directory / "command"], check=True, capture_output=True, env=os.environ)

@@ -1,8 +1,6 @@
-"""What a publisher and a reader do with `huggingface_hub` where commits are drafts: prints what they saw as JSON.
-
-Run as hub_client.py, with `push` and the directory of an adapter, or with `read` and a file with the ids of commits.
-The last argument is the namespace.
-"""
+"""A publisher and a reader use `huggingface_hub` where commits are drafts: prints their results as JSON. Run as
+hub_client.py, with `push` and the directory of an adapter, or with `read` and a file with the ids of commits. The last
+argument is the namespace."""
 
 import json
 import sys
@@ -34,7 +32,7 @@ def push(directory: Path, adapter: Path) -> dict[str, object]:
 
 
 def read(directory: Path, ids: Path) -> dict[str, object]:
-    """What anybody else gets."""
+    """The answers that anyone else gets."""
     calls: dict[str, Callable[[str], object]] = {
         "snapshot": lambda at: api.snapshot_download(NAME, revision=at, cache_dir=directory / "cache-of-drafts"),
         "info": lambda at: api.model_info(NAME, revision=at),

@@ -1,7 +1,4 @@
-"""Uploads one large file: prints what the hub then says about it.
-
-Run as hub_client.py, with the name of a repository.
-"""
+"""Uploads one large file: prints the hub's description of it. Run as hub_client.py, with the name of a repository."""
 
 import json
 import sys

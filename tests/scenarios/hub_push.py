@@ -1,7 +1,5 @@
-"""What a trainer does with `huggingface_hub` after training: prints what it saw as JSON.
-
-Run as hub_client.py, with the directory of an adapter.
-"""
+"""A trainer's use of `huggingface_hub` after training: prints its results as JSON. Run as hub_client.py, with the
+directory of an adapter."""
 
 import json
 import os
@@ -17,7 +15,7 @@ api = HfApi()
 
 
 def pushed_by_command(name: str, adapter: Path) -> dict[str, str]:
-    """What the command line that comes with the library has uploaded."""
+    """The files uploaded by the library's command line."""
     command = Path(sys.executable).with_name("hf")
     command = command if command.exists() else command.with_name("huggingface-cli")
     subprocess.run([command, "upload", name, adapter, "."], check=True, capture_output=True, env=os.environ)
@@ -25,7 +23,7 @@ def pushed_by_command(name: str, adapter: Path) -> dict[str, str]:
 
 
 def pushed_as_large(name: str, adapter: Path, directory: Path) -> dict[str, str]:
-    """What the upload for large folders has uploaded, in the versions that have it. It writes into the folder."""
+    """The files uploaded by the upload for large folders, in the versions that have it. It writes into the folder."""
     if not hasattr(api, "upload_large_folder"):
         return {}
     api.upload_large_folder(name, shutil.copytree(adapter, directory / "large"), repo_type="model", print_report=False)

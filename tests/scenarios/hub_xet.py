@@ -1,7 +1,5 @@
-"""Pushes a folder of large files, part of it again, and all of it with a token that may not: prints what it saw.
-
-Run as hub_client.py, with the folder, the name of a repository and a reader's token.
-"""
+"""Pushes a folder of large files, part of it again, and all of it with a token that lacks the right: prints the
+results. Run as hub_client.py, with the folder, the name of a repository and a reader's token."""
 
 import json
 import sys

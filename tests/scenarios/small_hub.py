@@ -1,7 +1,5 @@
-"""A small Hugging Face Hub: what it takes to read a repository, over real HTTP.
-
-Unlike Adaptory it has pickles, small files that git knows by sha1, branches that move and connections that break.
-"""
+"""A small Hugging Face Hub, sufficient for reading a repository over real HTTP. Unlike Adaptory it has pickles, small
+files that git identifies by sha1, branches that move and connections that break."""
 
 import hashlib
 import json
@@ -21,8 +19,8 @@ LARGE_BYTES = 2_000
 @dataclass
 class SmallHub:
     """Repositories by name: files by path at each commit, and the commit of `main`. `sizes` are listed instead of true
-    ones, `changed` what is answered in JSON. `broken` are paths whose download ends in the middle. `seen` calls back
-    before an answer to a path, and `instead` answers itself if it returns True."""
+    ones, `changed` has other answers in JSON. `broken` are paths whose download ends in the middle. `seen` is called
+    before an answer to a path, and `instead` may answer itself, if it returns True."""
 
     commits: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict[str, dict[str, dict[str, bytes]]])
     heads: dict[str, str] = field(default_factory=dict[str, str])
@@ -35,7 +33,7 @@ class SmallHub:
     url: str = ""
 
     def put(self, name: str, files: dict[str, bytes]) -> str:
-        """A commit to `main`."""
+        """Adds a commit to `main`."""
         digests = {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
         commit = hashlib.sha1(json.dumps([name, digests]).encode(), usedforsecurity=False).hexdigest()
         self.commits.setdefault(name, {})[commit] = files
@@ -101,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._file("/".join(parts[4:]), files, commit)
 
     def _commit(self, name: str, revision: str) -> str | None:
-        """The commit, or None after saying what does not exist."""
+        """The commit, or None after an answer that names what does not exist."""
         if name not in self.hub.commits:
             self._refuse("RepoNotFound")
             return None

@@ -1,4 +1,4 @@
-"""What becomes of bytes in a registry's store: changed and lost past our own store class, as a disk would do it."""
+"""Changes and removes bytes in a registry's store, bypassing our own store class, as a disk would."""
 
 from tests.scenarios.traces import home_of, keeps_blobs_in_s3, s3_of
 from tests.scenarios.world import Cli
@@ -22,7 +22,7 @@ def overwrite(cli: Cli, sha256: str, content: bytes) -> None:
 
 
 def damage(cli: Cli, sha256: str) -> None:
-    """One bit."""
+    """Flips one bit."""
     content = bytearray(read(cli, sha256))
     content[-1] ^= 1
     overwrite(cli, sha256, bytes(content))

@@ -32,7 +32,7 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @dataclass
 class OnTerminal:
-    """What the command writes to the terminal, as it comes."""
+    """The command's output on the terminal, as it arrives."""
 
     process: BaseProcess
     terminal: int
@@ -57,7 +57,7 @@ class OnTerminal:
 
     @property
     def lines(self) -> list[str]:
-        """Every line that was ever shown: a bar draws its own anew."""
+        """Every line that was ever shown: a progress bar redraws its own."""
         return [line for line in re.split(r"[\r\n]+", self.text) if line.strip()]
 
     def end(self) -> int:
@@ -69,7 +69,7 @@ class OnTerminal:
         return self.process.exitcode
 
     def interrupt(self) -> None:
-        """As Ctrl-C does."""
+        """Interrupts it like Ctrl-C."""
         assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGINT)
 
@@ -86,7 +86,8 @@ def on_terminal(cli: Cli, *words: object, code: str = "") -> OnTerminal:
 
 
 def one_after_another(cli: Cli, commands: Iterable[tuple[object, ...]]) -> list[tuple[int, list[str]]]:
-    """The exit status and the lines of each command, all in one process: a process each takes seconds to start."""
+    """The exit status and the lines of each command, all in one process: separate processes would take seconds to
+    start."""
     words = [[*map(str, command)] for command in commands]
     shown = on_terminal(cli, code=_ONE_AFTER_ANOTHER.format(commands=words, end=_END))
     shown.end()

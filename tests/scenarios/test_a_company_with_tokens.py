@@ -1,4 +1,4 @@
-"""A server for many: people with roles, a private and a public namespace, and what each of them sees and may do."""
+"""A server for many users: people with roles, a private and a public namespace, and each one's rights."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A base's directory that has an adapter too, which transformers would apply to whatever it loads from there."""
+"""A base's directory that also has an adapter, which transformers would apply to everything loaded from there."""
 
 import shutil
 from pathlib import Path

@@ -35,7 +35,7 @@ EDITS = {
     ),
     "registry/wire/catalog.py": ("    yank_reason: str | None\n", "    reviewed_by: str | None\n"),
 }
-"""What is there once, and what is added below it."""
+"""Text that occurs once, and the line to add below it."""
 
 
 def test_a_fact_that_is_added_in_four_files_is_in_the_database_and_in_every_document(

@@ -1,4 +1,4 @@
-"""What people get wrong: each has one clear error, the exit code of its family, a next step, and leaves nothing."""
+"""Users' mistakes: each results in one clear error, the exit code of its family and a next step, and leaves nothing."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from tests.small_disk import small_disk
 
 
 def refused(ran: Ran, code: int, *fragments: str) -> None:
-    """Refused with this exit code, in words that name what is wrong, on stderr alone; a change names its registry."""
+    """Refused with this exit code, in words that name the mistake, on stderr alone; a change names its registry."""
     assert ran.code == code, f"{ran.code}: {ran.out}{ran.err}"
     assert ran.out == ""
     said = [line for line in ran.err.splitlines() if not line.startswith("registry: ")]
@@ -30,7 +30,7 @@ def refused(ran: Ran, code: int, *fragments: str) -> None:
 
 @pytest.fixture(scope="module", params=services.ONE_PAIRING)
 def with_release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, world: World) -> Cli:
-    """One registry of each pairing for every question here: none of them may change it."""
+    """One registry of each pairing for all cases here: none of them may change it."""
     home = tmp_path_factory.mktemp("bad-input") / "home"
     cli = stock(Cli({"ADAPTORY_HOME": str(home), **services.pairing(request.param)}), world)
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--channel", "prod")
@@ -231,7 +231,7 @@ def test_an_output_that_exists_is_never_touched(with_release: Cli, world: World,
 
 
 def test_a_full_disk_ends_a_merge_and_leaves_nothing(on_disk: Cli, world: World, tmp_path: Path) -> None:
-    """Once seen before it begins, once when side files fill the disk half way."""
+    """Once detected before it begins, once when side files fill the disk halfway."""
     base = shutil.copytree(world.base, tmp_path / "base")
     with small_disk(tmp_path / "small", "1m") as disk:
         merge = ("merge", "--base", base, "--adapter", world.adapters["sql"], "-o", disk / "merged")
@@ -318,9 +318,9 @@ def refused_as(answer: httpx2.Response, status: int) -> None:
 
 
 def test_a_server_refuses_pages_of_other_sites_and_names_of_others(tmp_path: Path) -> None:
-    """By headers alone, whatever its database and store are."""
+    """By headers alone, independent of its database and store."""
     with server(tmp_path / "home") as (url, _):
-        # A name of somebody else that leads to loopback: a page in a browser could ask by it.
+        # A name of somebody else that leads to loopback: a page in a browser could use it.
         for host in ("evil.example", "localhost.evil.example:8000", "[", "[::1", "127.0.0.1@evil.example:1"):
             refused_as(httpx2.get(f"{url}/v1/bases", headers={"Host": host}), 421)
         for origin in ("http://evil.example", "http://[", "null", "http://localhost.evil.example"):
@@ -330,7 +330,7 @@ def test_a_server_refuses_pages_of_other_sites_and_names_of_others(tmp_path: Pat
 
 
 def test_a_disk_that_cannot_be_written_is_named_by_the_server(tmp_path: Path) -> None:
-    """Of a directory: bytes that go to S3 pass no disk of the server's."""
+    """Of a directory: bytes sent to S3 do not pass the server's disk."""
     content = b"some bytes"
     sha256 = hashlib.sha256(content).hexdigest()
     with server(tmp_path / "home") as (url, _):

@@ -1,4 +1,4 @@
-"""A signature is of one release: the same files under another name, number or base are not signed by it."""
+"""A signature is for one release: the same files under another name, number or base are not signed by it."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def pulled(stocked_embedded: Cli, world: World, keys: Keys, tmp_path: Path) -> P
 def test_files_that_were_signed_and_yanked_cannot_come_back_under_another_number_name_or_base(
     stocked_embedded: Cli, world: World, keys: Keys, pulled: Path, tmp_path: Path, known: bool
 ) -> None:
-    """By a publisher without the key, whether the namespace trusts the key or knows of none."""
+    """By a publisher without the key, whether or not the namespace trusts a key."""
     cli = stocked_embedded
     if known:
         require(cli, keys, covers="release")
@@ -61,7 +61,7 @@ def test_files_that_were_signed_and_yanked_cannot_come_back_under_another_number
 def test_verifying_asks_for_the_release_and_not_for_its_files(
     stocked_embedded: Cli, world: World, keys: Keys, tmp_path: Path
 ) -> None:
-    """Of a registry that tells of another release than its signer did."""
+    """With a registry that claims another release than its signer did."""
     cli = stocked_embedded
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--sign", keys.private)
     cli.ok("pull", "acme/sql", "-o", tmp_path / "out", "--verify", keys.public, "--signature-covers", "release")

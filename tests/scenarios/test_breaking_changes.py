@@ -1,4 +1,4 @@
-"""What a version promises: a change that breaks who follows a range is refused, or gets the number that says so."""
+"""The promise of a version: a change that breaks users of a range is refused, or gets a number that shows it."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ Q0, Q1, V0 = (f"model.layers.{layer}.self_attn.{name}_proj" for layer, name in (
 
 
 def adapter(directory: Path, rank: int = 2, modules: tuple[str, ...] = (Q0,), seed: int = 0, **config: object) -> Path:
-    """Of the tiny llama: queries are 32 x 32, values 16 x 32."""
+    """An adapter for the tiny llama: queries are 32 x 32, values 16 x 32."""
     factors = {module: random_factors(seed, 16 if module == V0 else 32, 32, rank) for module in modules}
     write_adapter(directory, factors, dtype=torch.float32, **config)
     return directory

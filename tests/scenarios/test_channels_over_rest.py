@@ -22,7 +22,7 @@ VERSIONS = ("1.0.0", "1.1.0", "1.2.0")
 def running(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, world: World
 ) -> Generator[tuple[Cli, httpx2.Client]]:
-    """A real server that knows the base and the suites; each test has a repository of its own in it."""
+    """A real server that knows the base and the suites; each test has its own repository in it."""
     directory = tmp_path_factory.mktemp("rest")
     served = serving(services.pairing(request.param), directory)
     with served as cli, httpx2.Client(base_url=cli.environment["ADAPTORY_URL"], timeout=30) as client:
@@ -31,7 +31,7 @@ def running(
 
 @dataclass(frozen=True)
 class Line:
-    """A repository of three releases and its channel `prod`, over HTTP."""
+    """A repository with three releases and its channel `prod`, over HTTP."""
 
     http: httpx2.Client
     path: str
@@ -115,7 +115,7 @@ def test_a_channel_moves_only_from_where_its_mover_saw_it(line: Line) -> None:
 
 
 def race(line: Line, moves: list[tuple[str, dict[str, str]]]) -> list[httpx2.Response]:
-    """All at once, each from a thread and a connection of its own."""
+    """Runs all at once, each with its own thread and connection."""
     start = threading.Barrier(len(moves))
 
     def move(version: str, headers: dict[str, str]) -> httpx2.Response:
@@ -176,7 +176,7 @@ def test_history_comes_in_pages_the_newest_first(line: Line) -> None:
         cursor = page["next"]
         if cursor is None:
             break
-        line.promote(VERSIONS[len(pages) % 2])  # what happens meanwhile does not shift the pages
+        line.promote(VERSIONS[len(pages) % 2])  # concurrent changes do not shift the pages
     assert [len(page) for page in pages] == [3, 3, 2]
     assert [move for page in pages for move in page] == history["items"]
     assert [move["id"] for move in history["items"]] == sorted((move["id"] for move in history["items"]), reverse=True)

@@ -1,4 +1,4 @@
-"""From a recipe to a combined adapter and a merged checkpoint, compared with what PEFT and plain arithmetic say."""
+"""From a recipe to a combined adapter and a merged checkpoint, compared with PEFT and plain arithmetic."""
 
 import time
 from pathlib import Path
@@ -122,7 +122,7 @@ def test_a_recipe_is_planned_composed_and_composed_again(team: Cli, world: World
 
 
 def check_lock(cli: Cli, lock: dict[str, Any]) -> None:
-    """Every input by commit and by the digest of each file, whatever way the recipe named it."""
+    """Every input by commit and by the digest of each file, however the recipe named it."""
     assert [locked["weight"] for locked in lock["inputs"]] == list(WEIGHTS.values())
     for locked, name in zip(lock["inputs"], WEIGHTS, strict=True):
         release = cli.json("show", f"acme/{name}:1.0.0")
@@ -153,7 +153,7 @@ def check_lineage(cli: Cli, done: dict[str, Any]) -> None:
 
 
 def weighted_sum(world: World, weights: dict[str, float]) -> dict[str, torch.Tensor]:
-    """W + sum of weight * (W merged with one adapter by PEFT - W), in float64: nothing of ours is asked."""
+    """W + sum of weight * (W merged with one adapter by PEFT - W), in float64, without any of our code."""
     base = {n: t.double() for n, t in LlamaForCausalLM.from_pretrained(world.base).state_dict().items()}
     total = {name: tensor.clone() for name, tensor in base.items()}
     for name, weight in weights.items():
@@ -177,7 +177,7 @@ def expected_logits(base: Path, weights: dict[str, torch.Tensor]) -> torch.Tenso
 
 
 def check_adapter(directory: Path, base: Path, expected: dict[str, torch.Tensor]) -> None:
-    """PEFT itself loads it, and it adds what the recipe says."""
+    """PEFT itself loads it, and its delta is that of the recipe."""
     adapted = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(directory))
     wanted = expected_logits(base, expected)
     assert (wanted - logits(LlamaForCausalLM.from_pretrained(base), base)).abs().max() > 0.1, (
@@ -382,7 +382,7 @@ def test_an_output_for_another_base_needs_a_major_number_at_once(small_team: Cli
     save_adapter(model, tmp_path / "stranger", 1, r=2, lora_alpha=2, target_modules=["q_proj"])
     small_team.ok("push", tmp_path / "stranger", "acme/stranger:1.0.0", "--base", "other")
     changes: dict[str, Any] = {"inputs": ["acme/stranger"], "base": None, "model": None, "probe": 0}
-    for version, right in (("1.1.0", "2.0.0"), ("0.9.0", None)):  # below 1.0.0 nobody who follows ^1.0.0 gets it
+    for version, right in (("1.1.0", "2.0.0"), ("0.9.0", None)):  # below 1.0.0, so users of ^1.0.0 do not get it
         recipe = write_recipe(tmp_path, adapter=f"acme/sql:{version}", **changes)
         if right is None:
             assert small_team.json("compose", recipe, "--plan")["state"] == "done"

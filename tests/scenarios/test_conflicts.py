@@ -1,4 +1,4 @@
-"""Someone asks what two adapters would do to each other, on whatever evidence there is."""
+"""A user checks how two adapters would affect each other, on all kinds of evidence."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What adapters have in common is computed once, by a worker, and shown to all who may read the adapters."""
+"""A comparison of adapters is computed once, by a worker, and shown to all who may read the adapters."""
 
 from collections.abc import Generator
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""Processes that die: what they had finished stays finished, what they had not leaves nothing wrong behind."""
+"""Processes that die: finished work stays finished, unfinished work leaves nothing wrong behind."""
 
 import functools
 import hashlib
@@ -63,7 +63,7 @@ def team(cli: Cli, world: World) -> Cli:
 
 @contextmanager
 def resources_of(environ: Mapping[str, str], later: timedelta = timedelta(0)) -> Generator[Resources]:
-    """Of the registry that this environment leads to, that much later."""
+    """The resources of the registry of this environment, this much later."""
     with environment(environ, ["adaptory"]):
         opened = open_resources(Settings())
     let_elapse(opened, later)
@@ -74,7 +74,8 @@ def resources_of(environ: Mapping[str, str], later: timedelta = timedelta(0)) ->
 
 
 def watched(seen: list[str], after: Callable[[str], None] = lambda _name: None) -> dict[str, JobKind]:
-    """The real steps, noting each that ran; `after` runs when the step has done its work but has not said so yet."""
+    """The real steps, recording each that ran; `after` runs when the step has done its work but has not recorded it
+    yet."""
 
     def wrap(name: str, step: Callable[[JobRun], None]) -> Callable[[JobRun], None]:
         def run(held: JobRun) -> None:
@@ -266,7 +267,7 @@ HEAVY_BYTES = 12 << 20
 
 
 def heavy_adapter(world: World, directory: Path, seed: int) -> Path:
-    """An adapter with 12 MB beside it, so that there is a middle to be killed in."""
+    """An adapter with 12 MB beside it, so that a push can be killed in the middle."""
     shutil.copytree(world.adapters["sql"], directory)
     (directory / "tokenizer.json").write_bytes(random.Random(seed).randbytes(HEAVY_BYTES))
     return directory
@@ -303,7 +304,7 @@ KILLS = [3, *further(6)]
 
 
 def kill_points(seed: int, kills: int) -> list[int]:
-    """How many bytes are written when the end comes: from the first one to nearly all."""
+    """The numbers of written bytes at the kill: from the first byte to nearly all."""
     chance = random.Random(seed)
     return [1, *(int(HEAVY_BYTES * chance.uniform(0.02, 0.98)) for _ in range(kills - 2)), HEAVY_BYTES]
 
@@ -346,7 +347,7 @@ def test_a_pull_killed_at_any_moment_leaves_a_whole_directory_or_none(
     for number, enough_bytes in enumerate(kill_points(12, kills), start=1):
         out = tmp_path / f"out-{number}"
         partial = tmp_path / f".out-{number}.{commit[:12]}.partial"
-        # Not from the cache, whose files are there at once.
+        # Not from the cache, whose files appear at once.
         shutil.rmtree(Path(registry.environment["ADAPTORY_HOME"]) / "cache", ignore_errors=True)
         written_bytes = functools.partial(bytes_below, partial, out)
         was_killed = run_and_kill(registry, ["pull", "acme/sql", "-o", out], written_bytes, enough_bytes)
@@ -399,7 +400,7 @@ def write_single(directory: Path) -> Path:
 def test_a_silent_worker_that_comes_back_cannot_end_a_job_that_another_has_taken(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
-    """The first worker sleeps through its lease in `combine`; the second takes over and is the one that finishes."""
+    """The first worker sleeps through its lease in `combine`; the second takes over and finishes."""
     cli, environ = team(stocked_embedded, world), stocked_embedded.environment
     begin(cli, tmp_path)
     first: list[str] = []

@@ -1,4 +1,4 @@
-"""What the registry says of bases, channels, scores and times is derived, not claimed by a client."""
+"""Facts about bases, channels, scores and times are derived by the registry, not claimed by a client."""
 
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -103,7 +103,7 @@ def test_a_moment_is_the_same_in_every_zone(stocked: Cli, world: World) -> None:
             for hours in (-2, 0, 5):
                 since = (newest + after).astimezone(timezone(timedelta(hours=hours)))
                 assert bool(api.get("/v1/audit", since=since.isoformat())["items"]) == expected, since
-            naive = (newest + after).replace(tzinfo=None)  # taken as UTC
+            naive = (newest + after).replace(tzinfo=None)  # interpreted as UTC
             assert bool(api.get("/v1/audit", since=naive.isoformat())["items"]) == expected, naive
 
 

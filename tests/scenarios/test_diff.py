@@ -1,4 +1,4 @@
-"""What changed between two releases: facts, every delta, scores with their errors, files, provenance."""
+"""Changes between two releases: facts, every delta, scores with their errors, files, provenance."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`adaptory doctor` says what is wrong with an installation, and collects what a bug report needs."""
+"""`adaptory doctor` names the problems of an installation, and collects information for a bug report."""
 
 import json
 import shutil

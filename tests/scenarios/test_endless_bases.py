@@ -1,4 +1,4 @@
-"""A base that would keep a worker busy for ever: by its chat template, by its config.json."""
+"""A base that would occupy a worker for ever: by its chat template, by its config.json."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ LISTS = "{% for a in range(99999) %}{% set b = range(99999) | list | string | le
 
 @pytest.fixture
 def based(on_disk: Cli, world: World, tmp_path: Path) -> tuple[Cli, Path]:
-    """A registry with an adapter of a base of its own, and a chat suite."""
+    """A registry with an adapter for its own base, and a chat suite."""
     base = tmp_path / "base"
     shutil.copytree(world.base, base)
     cli = stock(on_disk, World(base, world.adapters, world.suites))

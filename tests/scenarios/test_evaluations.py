@@ -39,7 +39,7 @@ def test_a_version_labels_one_content_and_a_gate_says_when_its_suite_has_moved_o
     taken = cli("suite", "add", other)
     assert (taken.code, "Raise `version`" in taken.err) == (4, True)
     relabelled = cli("suite", "add", write_suite(tmp_path, "said", version="2.0.0"))
-    assert (relabelled.code, "said 1.0.0 already" in relabelled.err) == (4, True)
+    assert (relabelled.code, "already said@1.0.0" in relabelled.err) == (4, True)
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
     cli.ok("eval", "acme/sql:1.0.0", "--suite", "said")
     cli.ok("gate", "acme/sql@prod", "--rule", "said.nll <= 1000")

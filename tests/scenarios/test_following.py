@@ -1,4 +1,4 @@
-"""`--follow` on a terminal, on a pipe and through an outage; and what a unit that failed leaves in its step."""
+"""`--follow` on a terminal, on a pipe and through an outage; and the trace of a failed unit in its step."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""Who may not read what went into a composition learns no name of it: from its outputs, its job or its lists."""
+"""Users who may not read a composition's inputs do not learn their names: from its outputs, its job or its lists."""
 
 import json
 from collections.abc import Generator, Iterator
@@ -165,7 +165,7 @@ def test_pages_of_jobs_are_full_although_some_are_hidden(house: House, world: Wo
 def test_nothing_is_inherited_from_what_the_pusher_may_not_read_and_no_hidden_input_is_named(
     house: House, tmp_path: Path
 ) -> None:
-    """bob publishes in lab and may not read acme, whose adapters lab/both is made of; eve publishes in `far` alone."""
+    """bob publishes in lab and may not read acme, the source of lab/both; eve publishes in `far` alone."""
     house.compose("pia")
     house.work()
     made = house.apis["bob"].get("/v1/adapters/lab/both/releases/1.0.0")

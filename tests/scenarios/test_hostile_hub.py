@@ -1,4 +1,4 @@
-"""A hub that answers what no hub answers."""
+"""A hub with answers that no real hub gives."""
 
 import copy
 import gzip

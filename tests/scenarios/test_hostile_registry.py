@@ -1,4 +1,4 @@
-"""What a registry answers is a stranger's word: it names no place on this machine, and no file but the promised."""
+"""Answers of a registry are untrusted: they name no path on this machine, and only the promised files."""
 
 import hashlib
 import json
@@ -78,7 +78,7 @@ def cli(hostile: HostileRegistry, tmp_path: Path) -> Cli:
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Path:
-    """A file of the user's that no pull has to do with."""
+    """A file of the user that no pull may touch."""
     file = tmp_path / "victim" / "authorized_keys"
     file.parent.mkdir()
     file.write_text("precious")
@@ -90,7 +90,7 @@ def row(path: str = "run.txt", sha256: str = SHA256, size_bytes: Any = SIZE_BYTE
 
 
 def release_of(*files: Json, **other: Any) -> Json:
-    """A release whose commit is right for whatever its files are, unless `other` says one."""
+    """A release whose commit fits its files, unless `other` sets another one."""
     rows = [ManifestFile(file["path"], file["size_bytes"], Digest(file["sha256"])) for file in files]
     try:
         commit = commit_id(canonical_manifest(rows))
@@ -113,7 +113,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 
 def test_an_honest_answer_is_pulled(hostile: HostileRegistry, cli: Cli, tmp_path: Path) -> None:
-    """Or the refusals below would say nothing."""
+    """Otherwise the refusals below would prove nothing."""
     hostile.release = release_of(row())
     cli.ok("pull", "acme/sql:1.0.0", "-o", tmp_path / "out")
     assert tree(tmp_path / "out") == {"run.txt": CONTENT}
@@ -199,7 +199,7 @@ def test_the_command_line_says_that_the_registry_lies(
 def test_another_release_than_the_one_asked_for_is_neither_pulled_nor_signed(
     hostile: HostileRegistry, cli: Cli, tmp_path: Path, asked: str
 ) -> None:
-    """Who signs what a registry answers must not be made to sign something else."""
+    """A client that signs a registry's answers must not be made to sign something else."""
     hostile.release, keys = release_of(row()), Keys(tmp_path, "team")
     for words in (("pull", asked, "-o", tmp_path / "out"), ("sign", asked, "--key", keys.private)):
         ran = cli(*words)

@@ -50,7 +50,7 @@ class Hub:
     def run(
         self, python: Path, script: str, directory: Path, *more: Path, token: str = "", environ: Mapping[str, str] = {}
     ) -> Any:
-        """What the script printed. What it logged is in `log` of the directory."""
+        """The output of the script. Its logs are in `log` of the directory."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ADAPTORY_"))}
         environment |= {
             "HF_ENDPOINT": self.url, "HF_TOKEN": token or self.token, "HF_HOME": str(directory / "cache"),
@@ -259,7 +259,7 @@ def test_an_unsigned_commit_is_seen_by_publishers_alone_where_signatures_are_req
     cli.ok("namespace", "set", space, "--require-signature", "--signing-key", keys.public)
     for user, role in (("pia", "publisher"), ("rita", "reader")):
         cli.ok("namespace", "grant", space, user, role)
-    reader = cli.ok("token", "create", "--user", "rita").out.strip()  # the server may have cached what hers may do
+    reader = cli.ok("token", "create", "--user", "rita").out.strip()  # the server may have cached her rights
     adapter = shutil.copytree(world.adapters["sql"], tmp_path / "adapter")
     config = json.loads((adapter / CONFIG).read_text()) | {"base_model_name_or_path": "Acme/Tiny-Llama"}
     (adapter / CONFIG).write_text(json.dumps(config))

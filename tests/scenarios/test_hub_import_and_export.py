@@ -1,5 +1,5 @@
-"""Releases that come from a Hugging Face Hub and go to one. The hub is another Adaptory: a real server of the same
-protocol, read and written by the hub's own client."""
+"""Imports of releases from a Hugging Face Hub and exports to one. The hub is another Adaptory: a real server of the
+same protocol, read and written by the hub's own client."""
 
 import json
 import os

@@ -16,7 +16,7 @@ from tests.scenarios.terminal import on_terminal
 from tests.scenarios.world import Cli, World, environment
 
 BEGIN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-"""What runs in the background of a shell ignores interrupts."""
+"""Commands in the background of a shell ignore interrupts."""
 START = "from registry.cli.start import main; main()"
 STUCK = """
 import time
@@ -52,7 +52,7 @@ def slow(*arguments):
     return quick(*arguments)
 evaluate.measure_batch = slow
 """
-"""An evaluation that takes some seconds, as those of real models do."""
+"""An evaluation that takes some seconds, like those of real models."""
 
 
 def begin(cli: Cli, code: str, *words: object) -> subprocess.Popen[str]:

@@ -1,4 +1,4 @@
-"""Facts that a release manager decides on: licences, deprecations, and what an adapter is worth on the next base."""
+"""Facts for a release manager's decisions: licences, deprecations, and an adapter's scores on the next base."""
 
 import json
 import shutil

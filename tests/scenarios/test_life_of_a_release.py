@@ -328,7 +328,7 @@ def test_a_value_that_no_measurement_gives_is_no_score(stocked_embedded: Cli, wo
 
 
 def test_a_yank_is_no_way_back_to_a_release_that_was_rolled_back(stocked_embedded: Cli, world: World) -> None:
-    """What a rollback has left comes back by a promotion alone, which its policy judges."""
+    """Only a promotion, judged by the policy, brings back a release that a rollback has left."""
     cli = stocked_embedded
     for version, name in (("1.0.0", "sql"), ("1.1.0", "other-sql")):
         cli.ok("push", world.adapters[name], f"acme/sql:{version}", "--base", "tiny")

@@ -1,4 +1,4 @@
-"""Someone wants to know what a composition is made of: before it is made, of a release, and beside another one."""
+"""A user looks up the inputs of a composition: before it is made, of a release, and compared with another one."""
 
 import json
 from pathlib import Path

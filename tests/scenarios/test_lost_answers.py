@@ -1,4 +1,4 @@
-"""Answers that never arrive: what was done is found again, done once, and nobody else's change is undone."""
+"""Answers that never arrive: completed work is recognized, done once, and nobody else's change is undone."""
 
 import json
 import re
@@ -27,9 +27,8 @@ LEFT_OUT = {"connection", "content-length", "transfer-encoding", "date", "server
 
 @dataclass
 class Network:
-    """Lies before a registry: of the next `times` requests that match, what `answer` gives is sent, or nothing at all.
-
-    `reaches` says whether the registry hears of them; `meanwhile` happens then, before the client knows of a failure.
+    """A proxy in front of a registry that lies: the next `times` matching requests get `answer`, or no answer at all.
+    `reaches` tells whether the registry receives them; `meanwhile` is called then, before the client notices a failure.
     """
 
     target: str
@@ -40,7 +39,7 @@ class Network:
     body: bytes = b"busy"
     meanwhile: Callable[[], object] | None = None
     last: Request = ("", "", {}, b"")
-    """Of those that matched."""
+    """The matching requests."""
 
     def loses(self, matching: str, times: int = 1, **other: Any) -> None:
         self.matching, self.times = matching, times
@@ -79,7 +78,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[repo
 
 @pytest.fixture
 def network(stocked: Cli, somebody: Cli) -> Generator[Network]:
-    """Before the server of `stocked`, whose command line goes by it from now on."""
+    """In front of the server of `stocked`, used by its command line from now on."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_arguments: object) -> None:
@@ -118,7 +117,7 @@ def network(stocked: Cli, somebody: Cli) -> Generator[Network]:
 
 @pytest.fixture
 def somebody(stocked: Cli) -> Cli:
-    """Somebody else, whose network is sound."""
+    """Another user, with an intact network."""
     return Cli(dict(stocked.environment))
 
 
@@ -171,7 +170,7 @@ def test_files_are_published_once_although_others_publish_before_the_answer_is_m
 def test_a_bump_that_arrives_after_it_was_repeated_gets_no_number_of_its_own(
     network: Network, push: Push, somebody: Cli, stocked: Cli
 ) -> None:
-    """The first request is still on its way when the client gives it up; somebody publishes before it arrives."""
+    """The first request is still under way when the client gives up; somebody else publishes before it arrives."""
     network.loses(PUBLISH, reaches=False)
     assert push("mine", *AUTO).out.startswith("published acme/sql:1.0.1 ")
     assert push("another", *AUTO, by=somebody).out.startswith("published acme/sql:1.0.2 ")
@@ -274,7 +273,8 @@ def test_a_rollback_whose_request_or_answer_was_lost_goes_back_once(
 @pytest.mark.on("PostgreSQL")
 @served
 def test_what_a_request_found_done_already_is_its_answer_too(network: Network, push: Push, somebody: Cli) -> None:
-    """Nothing was moved or published by it, and a repetition that came later would undo what others did meanwhile."""
+    """The request itself moved or published nothing, and repeating it later would undo changes that others made
+    meanwhile."""
     assert push("mine", *AUTO, "--channel", "prod").code == 0
     network.loses(PROMOTE, meanwhile=lambda: somebody.ok("rollback", "acme/sql@prod", "--reason", "incident"))
     again = push("mine", "acme/sql:1.0.1", "--channel", "prod")
@@ -305,7 +305,7 @@ def test_a_request_that_comes_again_is_answered_though_it_would_be_refused_by_no
 def test_a_move_whose_request_or_answer_was_lost_is_made_once(
     network: Network, push: Push, somebody: Cli, reaches: bool
 ) -> None:
-    """Also when what was given up arrives after others went on: to move there again would undo what they did."""
+    """Also if the abandoned request arrives after others continued: moving there again would undo their work."""
     for channel, before in (("prod", [("promote", "1.0.0")]), ("beta", [])):
         network.loses(rf"PUT .*/channels/{channel}", reaches=reaches)
         pushed = push("mine", "acme/sql:1.0.1", "--channel", channel, "--new-channel")
@@ -355,5 +355,5 @@ def test_the_time_to_wait_is_shown_in_seconds_whatever_server_sends_it(
 
 
 def without_registry(text: str) -> str:
-    """What is said beside the name of the registry that a change goes to."""
+    """The message without the name of the registry that a change goes to."""
     return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("registry: "))

@@ -1,4 +1,4 @@
-"""An adapter whose file lacks a layer that its config targets: named by everything that reads it."""
+"""An adapter whose file lacks a layer that its config targets: every reader names the layer."""
 
 import json
 import shutil

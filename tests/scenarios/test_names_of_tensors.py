@@ -1,4 +1,4 @@
-"""The table of docs/asks.md: under which names of its tensors an adapter is refused, and whether a server loads it."""
+"""The table of docs/asks.md: the names of tensors under which an adapter is refused, and whether a server loads it."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ CASES: dict[str, tuple[str, str, str, bool]] = {
     "raw": (".weight", ".default.weight", "has the adapter's name in it", False),
     "bare": (PREFIX, "", "without which PEFT itself loads nothing", True),
 }
-"""What is replaced by what, what a push says, and whether vLLM loads the adapter."""
+"""The replaced names, the message of a push, and whether vLLM loads the adapter."""
 
 
 def test_a_push_says_under_which_names_an_adapter_would_do_nothing_and_a_channel_can_refuse_it(

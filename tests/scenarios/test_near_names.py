@@ -1,4 +1,4 @@
-"""What is not there is answered with what is: near names, channels, versions, and the bases that an adapter fits."""
+"""Unknown names are answered with known ones: near names, channels, versions, and bases that an adapter fits."""
 
 import json
 import shutil

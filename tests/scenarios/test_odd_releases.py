@@ -1,4 +1,4 @@
-"""Adapters and bases that are right and unusual: made of nothing but names and small arrays."""
+"""Valid but unusual adapters and bases, with nothing but names and small arrays."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ TARGETS = [f"projection_{number:03}" for number in range(320)]
 
 
 def add_base(cli: Cli, name: str) -> None:
-    """A base of 320 modules of different names; its weights differ from those of every other name."""
+    """A base of 320 modules with different names; its weights differ from those of every other name."""
     sha256 = hashlib.sha256(name.encode()).hexdigest()
     rows = [(f"model.layers.0.{target}.weight", "F32", (2, 2), sha256) for target in TARGETS]
     body = {
@@ -32,7 +32,7 @@ def add_base(cli: Cli, name: str) -> None:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """It adapts every module of the base."""
+    """An adapter of every module of the base."""
     directory = tmp_path / "wide"
     directory.mkdir()
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": TARGETS}
@@ -81,6 +81,6 @@ def test_lists_of_bases_and_repositories_say_everything_page_by_page(cli: Cli, a
     listed = {row["repository"]: (row["latest"], row["channels"]) for row in items}
     assert listed == {
         "acme/a": ("1.0.0", {"canary": "1.1.0-rc.1", "prod": "1.0.0"}),
-        "acme/b": (None, {}),  # what it would give out is yanked
+        "acme/b": (None, {}),  # the release that it would serve is yanked
         "acme.lab/a": ("1.0.0", {"prod": "1.0.0"}),
     }

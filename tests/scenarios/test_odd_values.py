@@ -1,5 +1,5 @@
-"""Values at the edge of what a database keeps: each is refused, and by every database alike. And numbers and files of a
-command line that nothing can be made of."""
+"""Values at the limits of a database: each is refused, equally by every database. Also unusable numbers and files on a
+command line."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The command line says the same whether the registry is in its own process or behind HTTP."""
+"""The command line has the same output whether the registry is in its own process or behind HTTP."""
 
 import re
 import subprocess
@@ -76,7 +76,7 @@ def test_every_command_prints_the_same_documents_and_messages_both_ways(
 
 
 def without_registry(text: str) -> str:
-    """A change names the registry that it goes to, and these are two."""
+    """A change names its registry, and these are two."""
     return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("registry: "))
 
 
@@ -104,7 +104,7 @@ def test_the_registry_on_disk_opens_no_socket_to_anywhere(on_disk: Cli, world: W
 
 
 def test_the_files_of_a_home_keep_their_names(stocked_on_disk: Cli, world: World) -> None:
-    """A backup script and the next version of Adaptory look for them."""
+    """Backup scripts and the next version of Adaptory rely on them."""
     stocked_on_disk.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny")
     assert {"registry.db", "store"} <= {
         path.name for path in Path(stocked_on_disk.environment["ADAPTORY_HOME"]).iterdir()

@@ -1,4 +1,4 @@
-"""A composition whose method, settings and weights are searched for, and the search without a registry."""
+"""A composition whose method, settings and weights are found by a search, and the search without a registry."""
 
 import json
 from html import unescape

@@ -1,4 +1,4 @@
-"""What people read fits 80 columns, breaks no word, and is whole with --wide; the shell completes names."""
+"""Output for people fits 80 columns, breaks no word, and is complete with --wide; the shell completes names."""
 
 import os
 import re
@@ -18,7 +18,7 @@ LONG = "model.layers.17.self_attn.some_very_long_module_name_of_a_tower.q_proj"
 
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
-    """A command of a test before may have been asked for wide tables."""
+    """An earlier command of a test may have requested wide tables."""
     monkeypatch.setattr(render, "wide", False)
 
 
@@ -138,7 +138,7 @@ for words in sys.argv[1:]:
 
 
 def test_the_shell_completes_references_channels_suites_and_methods(busy: Cli) -> None:
-    """All in one process, which a shell starts for each."""
+    """All in one process, whereas a shell starts one for each."""
     with environment(busy.environment, []):
         given = os.environ | {"_ADAPTORY_COMPLETE": "complete_bash"}
         command = [sys.executable, "-c", COMPLETE, *COMPLETIONS]

@@ -1,4 +1,4 @@
-"""Pickles are refused whatever their names are: what no loader of a release needs, nobody is led to open."""
+"""Pickles are refused under any name: no loader of a release needs them, and nobody should be tempted to open one."""
 
 import io
 import pickle
@@ -198,7 +198,7 @@ def test_a_pickle_under_the_name_of_a_text_is_not_released(stocked: Cli, world: 
 
 
 def like_a_pickle() -> bytes:
-    """A safetensors file that begins as a pickle of protocol 2 does: its header has 640 bytes."""
+    """A safetensors file that begins like a pickle of protocol 2: its header has 640 bytes."""
     length = next(
         length
         for length in range(640)

@@ -1,4 +1,5 @@
-"""A channel's policy: what lacks only a score or an approval waits for it, and then completes or fails by itself."""
+"""A channel's policy: a release that lacks only a score or an approval waits for it, and then completes or fails
+automatically."""
 
 import threading
 from collections.abc import Generator
@@ -147,7 +148,7 @@ def test_an_evaluation_that_is_stopped_goes_on_with_what_is_not_measured(
 def test_what_a_recipe_ignores_does_not_count_as_ok_on_a_channel(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
-    """Two of one task: their sum overshoots, which the recipe's policy ignores."""
+    """Two adapters of one task: their sum overshoots, which the recipe's policy ignores."""
     cli = stocked_embedded
     for name in ("sql", "again"):
         cli.ok("push", world.adapters["sql"], f"acme/{name}:1.0.0", "--base", "tiny")

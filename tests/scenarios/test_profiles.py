@@ -1,4 +1,4 @@
-"""Which registry a command talks to: profiles that `login` makes, their precedence, and what it says of it."""
+"""The registry that a command uses: profiles made by `login`, their precedence, and their display."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from tests.scenarios.world import Cli, Ran, server
 
 @pytest.fixture
 def company(tmp_path: Path) -> Generator[tuple[str, str]]:
-    """A server with tokens: its URL and the token of somebody whose scope is narrower than the role."""
+    """A server with tokens: its URL and a token whose scope is narrower than its user's role."""
     beside = Cli({"ADAPTORY_HOME": str(tmp_path / "server"), "ADAPTORY_USER": "root"})
     beside.ok("namespace", "grant", "acme", "mia", "releaser")
     token = beside.ok("token", "create", "--user", "mia", "--scope", "acme=reader").out.strip()

@@ -1,4 +1,4 @@
-"""Where a release comes from, what its ranks are used for and who loads it: read at the push, kept and shown."""
+"""The origin of a release, the use of its ranks and the servers that load it: read at the push, stored and shown."""
 
 import re
 import shutil

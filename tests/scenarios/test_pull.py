@@ -1,4 +1,4 @@
-"""What a pull delivers is what was published, whatever lies in the store, in the cache or in an earlier attempt."""
+"""A pull delivers the published files, whatever is in the store, in the cache or left by an earlier attempt."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ def pushed(cli: Cli, world: World, version: str = "1.0.0") -> dict[str, str]:
 
 
 def damage(path: Path) -> None:
-    """One bit, as a disk would do it: length and name stay, and so does the read-only mode."""
+    """Flips one bit, as a disk would: length, name and read-only mode stay."""
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     mode = path.stat().st_mode
@@ -136,7 +136,7 @@ def test_a_damaged_cache_is_noticed_and_repaired(
 
 
 def test_writing_to_a_pulled_file_harms_no_later_pull(stocked_embedded: Cli, world: World, tmp_path: Path) -> None:
-    """Root may write to what is read-only, and the cache has the same file."""
+    """Root may write to read-only files, and the cache has the same file."""
     cli = stocked_embedded
     digests = pushed(cli, world)
     cli.ok("pull", "acme/sql", "-o", tmp_path / "first")

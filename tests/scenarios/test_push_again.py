@@ -1,4 +1,4 @@
-"""The same push again: it changes nothing where all is well, and heals what the store has lost."""
+"""Repeating a push changes nothing if all is well, and restores blobs that the store has lost."""
 
 import hashlib
 import os

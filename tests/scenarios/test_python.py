@@ -1,4 +1,4 @@
-"""The life of a release in Python, with the registry in this process and with a server far away that wants a token."""
+"""The life of a release in Python, with the registry in this process and with a remote server that requires a token."""
 
 import inspect
 import re
@@ -26,7 +26,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(params=services.PAIRINGS)
 def person(request: pytest.FixtureRequest, templates: Templates, tmp_path: Path) -> Generator[Cli]:
-    """Somebody with a token for a server of either pairing."""
+    """A user with a token for a server of either pairing."""
     pairing = templates.copy(request.param, tmp_path / "server")
     settings = {"ADAPTORY_ACCESS": "tokens", "ADAPTORY_USER": USER, **pairing}
     host = Cli({"ADAPTORY_HOME": str(tmp_path / "server"), **settings})
@@ -99,7 +99,7 @@ def live(registry: Registry, cli: Cli, world: World, directory: Path) -> None:
 
 
 def moves(registry: Registry, cli: Cli, directory: Path) -> None:
-    """The channel goes forward, back, is refused, and waits for a score."""
+    """The channel moves forward and back, is refused, and waits for a score."""
     moved = registry.promote("acme/sql:1.0.0", "prod", reason="first")
     assert isinstance(moved, Move)
     assert (moved.from_version, moved.to_version, moved.reason) == (None, "1.0.0", "first")
@@ -129,7 +129,7 @@ def moves(registry: Registry, cli: Cli, directory: Path) -> None:
 
 
 def combinations(registry: Registry, world: World) -> None:
-    """What two adapters do to each other, and one adapter of both."""
+    """Two adapters are compared, and combined into one."""
     pair = ("acme/sql:1.0.0", "acme/terraform:1.0.0")
     assert registry.conflicts(*pair, weights=[1.0, 0.5]).verdict == "unmeasured"
     suites = ["sql-exact", "terraform-exact"]
@@ -165,7 +165,7 @@ def fenced(page: str, heading: str = "") -> str:
 
 
 def of_docstrings() -> Iterator[tuple[str, str]]:
-    """The examples of the docstrings of what the package exports, each as a program."""
+    """The examples in the docstrings of the package's exports, each as a program."""
     for name in ("Registry", "AdaptoryCallback"):
         exported = getattr(sdk, name)
         for described in (exported, *filter(inspect.isfunction, vars(exported).values())):

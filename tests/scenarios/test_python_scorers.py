@@ -1,4 +1,4 @@
-"""Suites whose answers a Python scorer scores: one that fails, hangs or is not enabled somewhere."""
+"""Suites with Python scorers: one that fails, hangs or is not enabled somewhere."""
 
 from contextlib import closing
 from datetime import timedelta

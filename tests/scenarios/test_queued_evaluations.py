@@ -1,4 +1,4 @@
-"""Evaluations that a worker does on request, and what abandoned ones leave behind."""
+"""Evaluations by a worker on request, and the remains of abandoned ones."""
 
 import os
 import shutil

@@ -84,11 +84,11 @@ def test_every_output_tells_the_recipe_and_the_lock_that_it_came_from_by_commits
 
 
 def test_a_copy_that_was_spoiled_after_it_was_pulled_is_pulled_anew(composed: Cli) -> None:
-    composed.ok("verify", MODEL, "--rebuild")  # now it lies in the cache, where a disk or somebody may spoil it
+    composed.ok("verify", MODEL, "--rebuild")  # now it is in the cache, where a disk or a user may damage it
     cache = Path(composed.environment["ADAPTORY_HOME"]) / "cache"
     shard = next(file for file in cache.glob("*/acme--assistant-merged/*.safetensors"))
     content = bytearray(shard.read_bytes())
-    content[-2] ^= 1  # the least that there is
+    content[-2] ^= 1  # the minimum
     shard.unlink()
     shard.write_bytes(content)
     assert composed.json("verify", MODEL, "--rebuild")["rebuild"]["verdict"] == "same"
@@ -176,7 +176,7 @@ main()
 
 
 def test_an_interrupted_merge_says_what_is_left_and_is_resumed(world: World, tmp_path: Path) -> None:
-    """The signal comes when the first shard is finished: the real command, in a process of its own."""
+    """The signal comes when the first shard is finished: the real command, in its own process."""
     merge = ["merge", "--base", world.base, "--adapter", world.adapters["sql"], "-o", tmp_path / "merged"]
     words = [sys.executable, "-c", INTERRUPTED, *map(str, merge)]
     ran = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)

@@ -144,7 +144,7 @@ def test_an_unknown_base_is_not_found_and_leaves_nothing(stocked_embedded: Cli, 
 
 @pytest.mark.on("SQLite")
 def test_the_server_refuses_by_itself_whatever_a_client_sends(stocked: Cli, world: World, tmp_path: Path) -> None:
-    """Blobs may stay as orphans, since they were right bytes when they came; a release or a work file may not."""
+    """Blobs may stay as orphans, since their bytes were right; a release or a work file may not."""
     name = parse_repository("acme/sql")
     request = {"version": "1.0.0", "bump": None, "base": "tiny", "notes": ""}
     with api_of(stocked) as api:

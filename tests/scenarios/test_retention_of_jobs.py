@@ -1,4 +1,4 @@
-"""Finished jobs go after a time, and nothing that refers to one goes with it."""
+"""Finished jobs are removed after a time, but not if anything that stays refers to them."""
 
 from collections.abc import Generator
 from dataclasses import replace
@@ -19,7 +19,8 @@ from tests.scenarios.world import Cli, World
 
 @pytest.fixture
 def resources(stocked_embedded: Cli, world: World, tmp_path: Path) -> Generator[Resources]:
-    """Of a registry whose jobs 1 to 3 have ended: a composition that published, an evaluation, and a plan; 4 waits."""
+    """The resources of a registry whose jobs 1 to 3 have ended: a composition that published, an evaluation, and a
+    plan; 4 waits."""
     cli = team(stocked_embedded, world)
     begin(cli, tmp_path)
     recipe = yaml.safe_load(write_recipe(tmp_path).read_text())

@@ -1,4 +1,4 @@
-"""A composition is published with the roles of who asked for it, as they are when it is published."""
+"""A composition is published with its requester's roles at the time of publication."""
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ MADE = {"lab/both:1.0.0", "lab/merged:1.0.0"}
 
 @dataclass(frozen=True)
 class Office:
-    """A registry for many: pia reads acme and publishes in lab. No worker runs but those that a test runs."""
+    """A registry for many users: pia reads acme and publishes in lab. Only workers started by a test run."""
 
     cli: Cli
     resources: Resources

@@ -1,4 +1,4 @@
-"""Searching as people do: for a base and what is derived from it, for a server, for words, a page at a time."""
+"""Searches as people make them: for a base and its derivatives, for a server, for words, one page at a time."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Starting a server: it says where it listens, and why it cannot."""
+"""Starting a server: it prints its address, or the reason why it cannot start."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
 
 @contextmanager
 def served(home: Path, *options: str, **settings: str) -> Generator[tuple[str, subprocess.Popen[str], Path]]:
-    """Its URL, the process that was started, and what that says."""
+    """Its URL, the started process, and its output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
     environment |= {"ADAPTORY_LOOPBACK_OPEN": "true", **settings}
     command = [sys.executable, "-m", "registry.cli.start", "serve", "--port", "0", "--no-worker", *options]
@@ -94,7 +94,7 @@ def test_a_process_that_dies_is_replaced_and_named(pairing: dict[str, str], tmp_
         httpx2.get(f"{url}/healthz", timeout=30)
         victim = max(children(process))
         os.kill(victim, signal.SIGSTOP)
-        time.sleep(1)  # it is asked for a word that it does not give
+        time.sleep(1)  # it is called with an option that it does not have
         os.kill(victim, signal.SIGKILL)
         eventually(lambda: victim not in (now := children(process)) and len(now) == 2, within_s=HUNG_S - 5)
         assert f"{victim}] died" in said.read_text()
@@ -122,7 +122,7 @@ def test_server_processes_do_not_outlive_the_one_that_watches_over_them(tmp_path
 
 
 def address_in_the_audit(url: str, claimed: str) -> str:
-    """Of an act whose request says that it comes from another address."""
+    """The address in the audit log for an act whose request claims another address."""
     suite = {"name": "exact", "kind": "target", "chat": False, "examples": [{"prompt": "a", "completion": "b"}]}
     httpx2.post(f"{url}/v1/suites", json=suite, headers={"X-Forwarded-For": claimed}, timeout=30).raise_for_status()
     (row,) = httpx2.get(f"{url}/v1/audit", params={"act": "suite:add"}, timeout=30).json()["items"]
@@ -136,7 +136,7 @@ def address_in_the_audit(url: str, claimed: str) -> str:
 def test_what_a_request_says_of_where_it_comes_from_is_believed_of_a_named_proxy_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: str, kind: str
 ) -> None:
-    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")  # the web server's own, which we do not ask
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")  # the web server's own metrics, which we do not use
     with served(tmp_path / "anybody", "--processes", processes, **services.pairing(kind)) as (url, _, _):
         assert address_in_the_audit(url, "6.6.6.6") == "127.0.0.1"
     proxy = {"ADAPTORY_TRUSTED_PROXIES": "10.0.0.7,127.0.0.1", **services.pairing(kind)}
@@ -209,7 +209,7 @@ CHUNKED = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunk
 
 
 def test_what_is_said_behind_a_body_is_no_header_and_costs_no_memory(tmp_path: Path) -> None:
-    """It could else name another host, user or address than the head that a proxy has looked at."""
+    """Otherwise it could name another host, user or address than the head that a proxy has checked."""
     with server(tmp_path / "home") as (url, process):
         address, before = ("127.0.0.1", int(url.rpartition(":")[2])), resident_bytes(process.pid or 0)
         for field in (b"Host: elsewhere.example", b"Origin: http://elsewhere.example"):

@@ -1,4 +1,4 @@
-"""Signed releases: made with a local key, verified before a directory appears, asked for by a namespace's policy."""
+"""Signed releases: made with a local key, verified before a directory appears, required by a namespace's policy."""
 
 import base64
 import json
@@ -72,7 +72,7 @@ def require(cli: Cli, *trusted: Keys, required: bool = True, covers: str = "file
 
 
 def forged(directory: Path, keys: Keys, change: Callable[[dict[str, Any]], None]) -> None:
-    """Signs whatever statement somebody with the key could sign."""
+    """Signs any statement that a holder of the key could sign."""
     bundle = json.loads((directory / SIGNATURE_FILE).read_text())
     statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
     change(statement)

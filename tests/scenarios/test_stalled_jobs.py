@@ -1,4 +1,4 @@
-"""A worker that is killed: what everybody is shown until the next one comes, and whose clock decides when it may."""
+"""A killed worker: the state that everyone sees until the next one starts, and the clock that decides when it may."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,7 @@ from tests.scenarios.world import Cli, World, own_environment
 
 
 def shown(cli: Cli, resources: Resources) -> dict[str, Any]:
-    """What the job's document, its page, the list, the metrics and the doctor say of it."""
+    """The descriptions of the job in its document, its page, the list, the metrics and the doctor."""
     transport = InProcessTransport(create_app(resources))
     with httpx2.Client(base_url="http://localhost", transport=transport) as http:
         page = http.get("/jobs/1", headers={"Accept": "text/html"}, follow_redirects=True)

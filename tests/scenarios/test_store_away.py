@@ -1,4 +1,4 @@
-"""A store that hangs, dies and comes back: 503 in good time, nothing half done, no restart needed."""
+"""A store that hangs, dies and returns: 503 in time, no partial changes, no restart needed."""
 
 import hashlib
 import os
@@ -42,7 +42,7 @@ PATIENCE = {
 
 
 def environ(own_s3: S3Server, tmp_path: Path) -> dict[str, str]:
-    """A new database, and a corner of the store that these tests take away."""
+    """A new database, and a prefix of a store that these tests make unavailable."""
     return own_s3.environment(f"{tmp_path.name}/") | {"ADAPTORY_DATABASE_URL": services.new_database(migrated=True)}
 
 
@@ -117,7 +117,7 @@ def test_a_store_that_is_away_is_a_503_in_time_and_is_used_again_when_it_is_back
 
 
 def refuse_no_facts(cli: Cli) -> None:
-    """Asserts that the release's page, `show` and the hub's `model_info` have what the database knows."""
+    """Asserts that the release's page, `show` and the hub's `model_info` show the facts in the database."""
     url, shown = cli.environment["ADAPTORY_URL"], cli.json("show", "acme/carded:1.0.0")
     started = time.monotonic()
     page = httpx2.get(f"{url}/acme/carded/1.0.0", timeout=60)
@@ -130,7 +130,7 @@ def refuse_no_facts(cli: Cli) -> None:
 
 
 def carded(cli: Cli, adapter: Path, directory: Path) -> Path:
-    """Pushes acme/carded:1.0.0, whose card nobody has looked at yet. Returns the card."""
+    """Pushes acme/carded:1.0.0, whose card has not been rendered yet. Returns the card."""
     (shutil.copytree(adapter, directory) / "README.md").write_text("What it is trained for")
     cli.ok("push", directory, "acme/carded:1.0.0", "--base", "tiny")
     return directory / "README.md"
@@ -229,13 +229,13 @@ def test_a_push_waits_for_its_store_whenever_that_goes_away(
 
 @dataclass(frozen=True)
 class Workshop:
-    """A composition that waits in a registry whose only worker is the test; `resources` are the worker's."""
+    """A waiting composition in a registry whose only worker is the test; `resources` are the worker's."""
 
     cli: Cli
     resources: Resources
 
     def run(self, later: timedelta = timedelta(0), **changes: Any) -> tuple[bool, list[str]]:
-        """Was there a job, so much later, and which of its steps came to their end?"""
+        """Whether there was a job, this much later, and which of its steps finished."""
         seen: list[str] = []
         let_elapse(self.resources, later)
         held = replace(self.resources, **changes)

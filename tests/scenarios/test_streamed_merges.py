@@ -1,4 +1,4 @@
-"""Compositions whose base is only in a bucket: merged from there into the store, and refused if it is another one."""
+"""Compositions whose base is only in a bucket: merged from there into the store, and refused if the base differs."""
 
 import uuid
 from collections.abc import Callable, Mapping
@@ -45,7 +45,7 @@ RECIPE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Site:
-    """A registry whose base lies in a bucket, and nowhere else."""
+    """A registry whose base is in a bucket, and nowhere else."""
 
     cli: Cli
     s3: S3Server
@@ -78,7 +78,7 @@ class Site:
 
 @pytest.fixture
 def site(embedded: Cli, world: World, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """With its store in a directory, the bucket is where boto3's own settings say."""
+    """With its store in a directory, boto3's own settings name the bucket's service."""
     for name, value in {**s3.credentials, "AWS_ENDPOINT_URL": s3.endpoint}.items():
         monkeypatch.setenv(name, value)
     prefix = f"bases/{uuid.uuid4().hex}/tiny"
@@ -142,7 +142,7 @@ def test_a_base_that_suites_load_is_downloaded_once(site: Site, world: World, tm
 
 @pytest.mark.on("PostgreSQL")
 def test_processes_that_need_a_base_at_once_wait_for_one_download(site: Site, world: World) -> None:
-    """As the runners of one node do."""
+    """Like the runners of one node."""
     bases = Bases(Settings(home=home_of(site.cli)))
     with ThreadPoolExecutor(4) as pool:
         brought = [pool.submit(bases.find, [site.location], 10**9) for _ in range(4)]
@@ -154,7 +154,7 @@ def test_processes_that_need_a_base_at_once_wait_for_one_download(site: Site, wo
 
 @pytest.mark.on("PostgreSQL")
 def test_weights_that_the_index_does_not_name_are_not_downloaded(site: Site, world: World) -> None:
-    """As the copy for other programs that some models have beside their shards."""
+    """For example a copy for other programs, which some models have beside their shards."""
     site.s3.client().put_object(Bucket=BUCKET, Key=f"{site.prefix}/consolidated.safetensors", Body=b"other" * 1000)
     directory, _ = Bases(Settings(home=home_of(site.cli))).find([site.location], 10**9)
     assert directory is not None
@@ -216,7 +216,7 @@ def test_a_base_that_is_another_one_by_now_is_refused_and_nothing_is_published(
 def test_a_base_that_was_another_one_for_a_while_is_merged_once_it_is_back(
     site: Site, world: World, tmp_path: Path
 ) -> None:
-    """What was made of the other one is not kept."""
+    """Results made from the other one are not kept."""
     site.begin()
     file = max(world.base.glob("*.safetensors"))
     site.put(file, CHANGES["bytes of a tensor"][1](file.read_bytes()))
@@ -258,7 +258,7 @@ def in_one_file(base: Path) -> dict[str, bytes]:
 def test_shards_of_one_merge_are_not_made_of_files_that_are_laid_out_otherwise(
     site: Site, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where two nodes have the same weights in other files: each shard of its own would be right."""
+    """As when two nodes have the same weights in other files: each shard alone would be right."""
     site.begin()
 
     def elsewhere(node: Node, unit: Unit, count: Count) -> Result:

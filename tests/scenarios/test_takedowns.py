@@ -1,4 +1,4 @@
-"""What was leaked goes for good and leaves a tombstone; what a namespace may hold and keeps is bounded."""
+"""Leaked files are removed for good and leave a tombstone; a namespace's holdings and their retention are bounded."""
 
 import hashlib
 import shutil
@@ -87,7 +87,7 @@ def test_a_takedown_removes_the_bytes_for_good_and_leaves_a_tombstone(
         assert (page.status_code, "customer data" in page.text, "Their names" in page.text) == (200, True, False)
         page = httpx2.get(f"{url}/acme/sql/1.0.0/yank", headers={"Accept": "text/html"})
         assert (page.status_code, "nothing to undo" in page.text, 'name="undo"' in page.text) == (200, True, False)
-        # A client of a hub begins anew.
+        # A client of a hub starts over.
         planned = {"files": [{"path": "README.md", "size": 3, "sample": "eA=="}]}
         answer = httpx2.post(f"{url}/api/models/acme/sql/preupload/main", json=planned)
         assert (answer.status_code, answer.headers["X-Repo-Commit"]) == (200, EMPTY)
@@ -174,7 +174,7 @@ def test_retention_takes_down_old_yanked_releases_and_pre_releases_that_nothing_
     assert {version for version, stone in down.items() if stone} == {"1.0.0-rc.1", "1.0.0"}
     assert down["1.0.0"]["reason"] == "the namespace keeps yanked releases for 30 days"
     (adapter / "data.txt").write_text("1.0.0-rc.1")
-    push(cli, adapter, "acme/sql:1.2.0")  # what went by its age alone may come back
+    push(cli, adapter, "acme/sql:1.2.0")  # files removed only for their age may come back
 
 
 @pytest.mark.on("SQLite")

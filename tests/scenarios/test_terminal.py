@@ -1,4 +1,4 @@
-"""What others wrote does not speak to the terminal, nor look like a message of ours."""
+"""Text written by others does not control the terminal, nor imitate our messages."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def test_notes_and_reasons_with_line_breaks_and_escapes_are_shown_and_not_obeyed
         ("resolve", "acme/sql:1.0.0"),
     ):
         ran = cli(*command)
-        if ran.code != 2:  # a command that there is
+        if ran.code != 2:  # an existing command
             shown.append(ran)
     shown.append(cli("promote", "acme/sql:1.0.0", "--to", "prod"))
     assert len(shown) >= 6
@@ -43,8 +43,8 @@ def test_notes_and_reasons_with_line_breaks_and_escapes_are_shown_and_not_obeyed
 def test_a_json_document_has_escapes_for_what_speaks_to_a_terminal_and_reads_back_the_same(
     stocked_embedded: Cli, world: World
 ) -> None:
-    """JSON escapes ESC by itself, and neither the control characters of above ASCII (U+009B begins a sequence as ESC [
-    does) nor what turns the direction of a text around."""
+    """JSON escapes ESC itself, but neither control characters above ASCII (U+009B begins a sequence like ESC [) nor
+    characters that reverse the direction of a text."""
     cli, notes = stocked_embedded, "red\u009b31m \u202efdp.exe \x7f é 漢 \U000e0041\x1b"
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--notes", notes)
     cli.ok("promote", "acme/sql:1.0.0", "--to", "prod", "--reason", notes)

@@ -1,4 +1,4 @@
-"""Somebody trains an adapter: the trainer publishes it, with what it was trained on and how it did."""
+"""A user trains an adapter: the trainer publishes it, with its training data and results."""
 
 import os
 import subprocess

@@ -27,11 +27,11 @@ from tests.scenarios.traces import api_of, hashes, home_of, opened, parts_in, tr
 from tests.scenarios.world import SMALL_PARTS, Cli, World, nothing, own_environment
 
 BIG_BYTES = 400_000_000
-"""More pieces than are fetched at a time, so that there is a middle to be killed in."""
+"""More pieces than are fetched at a time, so that a transfer can be killed in the middle."""
 
 
 class CountingApi(Api):
-    """The real one, remembering what it moved."""
+    """The real API, recording the bytes that it moved."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -51,7 +51,7 @@ class CountingApi(Api):
 
 @pytest.fixture
 def on_s3(world: World, tmp_path: Path) -> Generator[Cli]:
-    """A server whose blobs lie in S3, with parts so small that there are many."""
+    """A server whose blobs are in S3, with parts so small that there are many."""
     with serving(services.pairing("PostgreSQL and S3") | SMALL_PARTS, tmp_path) as cli:
         yield stock(cli, world)
 
@@ -113,7 +113,7 @@ def test_two_who_push_the_same_bytes_at_once_both_succeed(stocked: Cli, world: W
 
 
 def killed_when(cli: Cli, arguments: list[object], far_enough: Callable[[], bool]) -> None:
-    """`adaptory …` in a process of its own, killed as soon as it has come that far."""
+    """`adaptory …` in its own process, killed as soon as it has reached this point."""
     log = Path(cli.environment["ADAPTORY_HOME"]).with_name("killed.log")
     process = start_command(arguments, own_environment(cli), log)
     while process.is_alive() and not far_enough():

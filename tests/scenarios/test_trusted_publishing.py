@@ -92,7 +92,7 @@ def test_a_job_publishes_with_the_token_that_the_client_got_for_it(ci: Ci, world
 
 
 def test_hf_upload_publishes_with_an_id_token_and_no_secret(ci: Ci, world: World, tmp_path: Path) -> None:
-    """As in the jobs of docs/how-to/publish-from-ci.md: one command with each ID token, and the repository is new."""
+    """As in the jobs of docs/how-to/publish-from-ci.md: one command with each ID token, and a new repository."""
     trained = shutil.copytree(world.adapters["sql"], tmp_path / "trained")
     config = json.loads((trained / CONFIG).read_text()) | {"base_model_name_or_path": "tiny"}
     (trained / CONFIG).write_text(json.dumps(config))

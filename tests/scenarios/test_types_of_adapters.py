@@ -1,4 +1,4 @@
-"""Adapters that are no plain LoRA are released, found and merged like any other, and said to be what they are."""
+"""Adapters other than plain LoRA are released, found and merged like any other, and described correctly."""
 
 import json
 from pathlib import Path

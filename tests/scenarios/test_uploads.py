@@ -1,4 +1,4 @@
-"""Announcing, sending and completing bytes over REST: what is present, what is refused, and what nobody may take."""
+"""Announcing, sending and completing bytes over REST: present files, refusals, and protection from other users."""
 
 import hashlib
 import os
@@ -51,7 +51,7 @@ def put_of_part(api: Api, planned: Mapping[str, Any], number: int, part: bytes) 
 
 
 def send_part(api: Api, planned: Mapping[str, Any], number: int, content: bytes) -> None:
-    """That part of `content`, in parts of 5 MiB."""
+    """Sends that part of `content`, in parts of 5 MiB."""
     part = content[(number - 1) * (5 << 20) : number * (5 << 20)]
     api.send(put_of_part(api, planned, number, part), iter([part]))
 
@@ -96,7 +96,7 @@ def test_an_upload_that_was_sent_but_not_completed_is_only_completed(cli: Cli) -
         planned = plan(api, content)
         api.send(planned["put"], iter([content]))
         again = plan(api, content)
-        if not again["present"]:  # where the store takes the bytes, the registry has not looked at them yet
+        if not again["present"]:  # if the store receives the bytes, the registry has not checked them yet
             assert (again["upload"], again["put"], again["parts"]) == (planned["upload"], None, [])
             complete(api, again)
         assert plan(api, content)["present"]
@@ -135,7 +135,7 @@ def test_who_announces_without_sending_is_stopped(embedded: Cli) -> None:
     with api_of(few) as api:
         for number in range(3):
             plan(api, b"x" * number)
-        plan(api, b"")  # announced before, so it is no new one
+        plan(api, b"")  # announced before, so it is not a new one
         with pytest.raises(TooMany) as raised:
             plan(api, b"one more")
         assert raised.value.code == "too_many_uploads"
@@ -173,7 +173,7 @@ def test_what_somebody_else_let_expire_counts_for_who_announces_it_again(embedde
     ann, eve = publisher(resources, "acme", "ann"), publisher(resources, "acme")
     uploads.plan(resources, ann, "acme", [file])
     uploads.plan(resources, eve, "acme", [file])
-    with pytest.raises(TooMany):  # while it lasts it is of who announced it first
+    with pytest.raises(TooMany):  # while it lasts, it belongs to the user who announced it first
         uploads.plan(resources, ann, "acme", [other])
     later = timedelta(seconds=resources.settings.upload_expires_s + 1)
     eve, ann = replace(eve, at=eve.at + later), replace(ann, at=ann.at + later)
@@ -261,7 +261,7 @@ def test_an_upload_that_nobody_finished_is_forgotten_in_time(embedded: Cli) -> N
 
 
 def swept_in_time(resources: Resources, left: Path) -> bool:
-    """Whether what a dead process left stays as long as an upload may last, and is gone afterwards."""
+    """Whether the leftovers of a dead process stay as long as an upload may last, and are gone afterwards."""
     now = resources.clock()
     too_early, stayed = collect.sweep(resources, now), left.exists()
     later = collect.sweep(resources, now + timedelta(seconds=resources.settings.upload_expires_s + 60))
@@ -277,7 +277,7 @@ def test_what_a_dead_process_was_working_on_is_removed_in_time(embedded: Cli) ->
 
 
 def test_half_a_blob_of_a_dead_process_is_removed_in_time(on_disk: Cli) -> None:
-    """Of a directory; for what S3 holds of it see below."""
+    """For a directory; the leftovers in S3 are tested below."""
     resources = opened(on_disk)
     left = resources.settings.store_directory / "incoming" / "half"
     left.write_bytes(b"ha")

@@ -1,4 +1,4 @@
-"""A vLLM server finds adapters by its own resolver, unmodified, in an environment that the Makefile makes."""
+"""A vLLM server finds adapters with its own resolver, unmodified, in an environment made by the Makefile."""
 
 import json
 import os
@@ -23,7 +23,7 @@ Ask = Callable[[str, str], Any]
 
 @contextmanager
 def resolver(environment: dict[str, str], *listed: str) -> Generator[Ask]:
-    """A process with the resolver of those repositories: for a base and a name, the adapter that it would load."""
+    """A process with the resolver for those repositories: for a base and a name, the adapter that it would load."""
     python = Path(__file__).parents[2] / f".venv-vllm-{VERSION}" / "bin" / "python"
     if not (python.parents[1] / ".ready").exists():
         services.unavailable(f"vLLM {VERSION}", f"make .venv-vllm-{VERSION}/.ready")
@@ -46,7 +46,7 @@ def resolver(environment: dict[str, str], *listed: str) -> Generator[Ask]:
 def test_the_resolver_of_vllm_follows_a_channel_each_time_that_it_is_asked(
     templates: Templates, world: World, tmp_path: Path, pairing: str
 ) -> None:
-    """vLLM asks it for a name that is not loaded: for the first time, and after it was unloaded."""
+    """vLLM calls it for a name that is not loaded: for the first time, and after it was unloaded."""
     home = tmp_path / "server"
     environment = templates.copy(pairing, home) | {"ADAPTORY_ACCESS": "tokens", "ADAPTORY_USER": USER}
     cli = Cli({"ADAPTORY_HOME": str(home), **environment})

@@ -37,7 +37,7 @@ def inputs(cli: Cli, ref: str) -> list[Any]:
 
 
 def forged(cli: Cli, ref: str, directory: Path) -> Path:
-    """Its files, with a card that says MIT."""
+    """Its files, with a card that states MIT."""
     cli.ok("pull", ref, "-o", directory)
     (directory / CARD).write_text("---\nlicense: mit\n---\n")
     return directory
@@ -69,7 +69,7 @@ def test_weights_of_a_composition_that_are_pushed_again_keep_its_inputs_licences
 def test_weights_of_a_composition_that_has_been_taken_down_keep_its_inputs(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
-    """As a retention does after some days, which bars nothing; its files were pulled before."""
+    """Like retention after some days, which bars nothing; its files were pulled before."""
     cli = stocked_embedded
     composed(cli, world, tmp_path)
     directory = forged(cli, "acme/both:1.0.0", tmp_path / "pulled")
@@ -97,7 +97,7 @@ def test_one_changed_weight_ends_what_is_inherited(stocked_embedded: Cli, world:
 def test_an_adapter_that_others_have_composed_alone_is_still_its_authors(
     stocked_embedded: Cli, world: World, tmp_path: Path
 ) -> None:
-    """Else anybody could give it inputs, for when its author pushes it with another card."""
+    """Otherwise anyone could give it inputs, effective when its author pushes it with another card."""
     cli = stocked_embedded
     cli.ok("combine", "--adapter", world.adapters["sql"], "--method", "stack", "-o", tmp_path / "own")
     cli.ok("push", tmp_path / "own", "acme/own:1.0.0", "--base", "tiny")

@@ -1,4 +1,4 @@
-"""What a job uses of its worker without telling others: its token, its directories, its environment."""
+"""A job uses its worker without revealing its token, directories or environment."""
 
 import json
 import shutil
@@ -50,7 +50,9 @@ def test_a_job_sends_the_workers_hub_token_for_the_named_organisations_only(
     me.ok("suite", "add", write_suite(tmp_path, "exact"))
     for named, sent in ((None, None), ("other", None), ("other,acme", "Bearer hf_secret")):
         shutil.rmtree(tmp_path / "me" / "hf")
-        shutil.rmtree(tmp_path / "home" / "store" / "work", ignore_errors=True)  # what was measured needs no base
+        shutil.rmtree(
+            tmp_path / "home" / "store" / "work", ignore_errors=True
+        )  # results that were measured need no base
         hub.requests.clear()
         worker = me.having(ADAPTORY_HUB_TOKEN_ORGS=named) if named else me
         worker.ok("eval", "acme/sql:1.0.0", "--suite", "exact", "--queue")

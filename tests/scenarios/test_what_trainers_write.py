@@ -1,4 +1,4 @@
-"""A trainer's output directory is pushed as it is: the adapter goes, what the trainer keeps for itself stays."""
+"""A trainer's output directory is pushed unchanged: the adapter is sent, the trainer's own files stay."""
 
 import shutil
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ LISTINGS: Mapping[str, tuple[list[str], list[str]]] = {
         ["all_results.json", "train_results.json", "trainer_log.jsonl", "training_loss.png", "llamaboard_config.yaml"],
     ),
 }
-"""Beside the adapter's two files, what goes and what stays of the directories that these trainers write."""
+"""The files that are sent and kept back, besides the adapter's two files, from directories of these trainers."""
 
 
 class Numbers(Dataset[dict[str, torch.Tensor]]):

@@ -1,4 +1,4 @@
-"""A worker's key signs only what is made of signed releases, and a release says whose signature it has."""
+"""A worker's key signs only compositions of signed releases, and a release shows whose signature it has."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ def worker_keys(tmp_path: Path) -> Keys:
 
 @pytest.fixture
 def signing(stocked_embedded: Cli, team_keys: Keys, worker_keys: Keys) -> Cli:
-    """`strict` accepts what the team or the worker has signed, `open` everything; the worker has its key."""
+    """`strict` accepts releases signed by the team or the worker, `open` accepts everything; the worker has its key."""
     cli = stocked_embedded
     keys = ("--signing-key", team_keys.public, "--signing-key", worker_keys.public)
     cli.ok("namespace", "set", "strict", "--require-signature", *keys)
@@ -111,7 +111,7 @@ def test_a_release_and_a_policy_tell_a_workers_signature_from_a_publishers(
 def test_a_composition_counts_as_signed_input_only_while_its_own_inputs_do(
     signing: Cli, world: World, team_keys: Keys, worker_keys: Keys, tmp_path: Path
 ) -> None:
-    """As it was composed by an earlier version, or before a key was withdrawn."""
+    """Composed by an earlier version, or before a key was withdrawn."""
     signing.ok("push", world.adapters["sql"], "open/good:1.0.0", "--base", "tiny", "--sign", team_keys.private)
     assert compose(signing, tmp_path, ["open/good:1.0.0"], adapter="strict/evil:1.0.0").code == 0
     assert compose(signing, tmp_path, ["strict/evil:1.0.0"], adapter="strict/second:1.0.0").code == 0

@@ -1,4 +1,4 @@
-"""Workers on hosts that lack something: the base, space on a disk, time; and what a job leaves where it was."""
+"""Workers on hosts that lack something: the base, space on a disk, time; and the files that a job leaves behind."""
 
 import errno
 import shutil
@@ -44,7 +44,7 @@ OUTAGES = {
 
 @dataclass(frozen=True)
 class Site:
-    """A registry with a composition to do, whose base lies in a directory of its own."""
+    """A registry with a waiting composition, whose base is in its own directory."""
 
     cli: Cli
     base: Path

@@ -1,4 +1,4 @@
-"""Workers that stop, let go, or go on elsewhere; and what they refuse to begin."""
+"""Workers that stop, return jobs, or resume elsewhere; and jobs that they refuse to begin."""
 
 import shutil
 import sqlite3
@@ -143,7 +143,7 @@ def test_a_worker_stopped_in_a_merge_leaves_what_is_finished_to_the_next_one(
 
 
 def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> None:
-    """A merge's progress can be recorded later: without this, all that it had finished would be thrown away."""
+    """A merge's progress can be recorded later; otherwise all finished work would be lost."""
     on_disk.ok("list")
     environ = {**on_disk.environment, "ADAPTORY_DATABASE_TIMEOUT_S": "0.2"}
     with resources_of(environ) as resources:
@@ -156,7 +156,7 @@ def test_a_database_that_is_locked_for_a_moment_ends_no_step(on_disk: Cli) -> No
             held.finish_step()
         held.progress(0.5)
         other.close()
-        with pytest.raises(NotFound, match="no job 1"):  # it is asked again
+        with pytest.raises(NotFound, match="no job 1"):  # it is retried
             held.progress(0.9)
 
 

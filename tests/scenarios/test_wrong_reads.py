@@ -1,4 +1,4 @@
-"""A store that gives wrong bytes of a sound blob, once or for good."""
+"""A store that returns wrong bytes of an intact blob, once or permanently."""
 
 import shutil
 from collections.abc import Generator
@@ -32,8 +32,8 @@ from tests.scenarios.world import Cli, World, nothing
 
 @dataclass
 class Misread:
-    """The real store, of which the next `wrong` reads each have one bit flipped, at byte `at`, after `right` others.
-    `size_bytes` chooses the blobs, None for all."""
+    """The real store, whose next `wrong` reads each have one bit flipped, at byte `at`, after `right` correct ones.
+    `size_bytes` selects the blobs, None selects all."""
 
     store: Any
     wrong: int = 0
@@ -207,7 +207,7 @@ def test_results_that_are_read_wrongly_are_read_again(held: tuple[Cli, Resources
 
 
 class Silent:
-    """Progress that nobody looks at."""
+    """Ignores progress."""
 
     def __call__(self, count: int) -> None: ...
     def expect(self, total: int) -> None: ...

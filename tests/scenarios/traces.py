@@ -1,4 +1,4 @@
-"""What a registry has on disk and in its lists: for tests that ask what a failure left behind."""
+"""The contents of a registry's disk and lists, for tests of the remains of a failure."""
 
 import hashlib
 from collections.abc import Generator, Iterator
@@ -33,7 +33,7 @@ def api_of(cli: Cli) -> Generator[Api]:
 
 
 def opened(cli: Cli) -> Resources:
-    """What the embedded registry of `cli` holds, for calls below HTTP; to be closed."""
+    """The resources of the embedded registry of `cli`, for calls below HTTP; the caller closes them."""
     with environment(cli.environment, ["adaptory"]):
         return open_resources(Settings())
 
@@ -87,14 +87,14 @@ def s3_of(cli: Cli) -> tuple[Any, str, str]:
 
 @cache
 def _client(endpoint: str, region: str, key: str, secret: str) -> Any:
-    """Kept, since making one takes longer than asking it."""
+    """Cached, since creating one takes longer than using it."""
     return boto3.client(
         "s3", endpoint_url=endpoint, region_name=region, aws_access_key_id=key, aws_secret_access_key=secret
     )
 
 
 def parts_in(cli: Cli) -> int:
-    """How many parts of unfinished uploads have arrived."""
+    """The number of received parts of unfinished uploads."""
     return len(list(_arrived(cli)))
 
 
@@ -106,7 +106,7 @@ def _arrived(cli: Cli) -> Iterator[dict[str, Any]]:
 
 
 def bytes_in_s3(cli: Cli) -> int:
-    """Of blobs and of what has arrived of others."""
+    """The bytes of blobs and of received data of others."""
     return sum(row["Size"] for row in (*_objects(cli), *_arrived(cli)))
 
 
@@ -117,8 +117,8 @@ def _objects(cli: Cli) -> Iterator[dict[str, Any]]:
 
 
 def _in_s3(cli: Cli) -> tuple[set[str], set[str]]:
-    """Names of blobs, and the keys of what is neither blob nor finished, without what a server tries the store with,
-    and without the results of units, which it keeps for a week."""
+    """Names of blobs, and keys that belong neither to blobs nor to finished uploads, without the objects of a server's
+    probe and without the results of units, which are kept for a week."""
     client, bucket, prefix = s3_of(cli)
     keys = {row["Key"].removeprefix(prefix) for row in _objects(cli)}
     parts = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ())

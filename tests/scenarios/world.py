@@ -22,16 +22,16 @@ from tests.composer.small_model import save_adapter, save_llama, save_tokenizer
 from tests.forked import start_command
 
 SMALL_PARTS = {"ADAPTORY_STORAGE__MULTIPART_BYTES": str(11 << 20), "ADAPTORY_STORAGE__PART_BYTES": str(5 << 20)}
-"""Of a registry with its blobs in S3, where 11 MiB are large."""
+"""For a registry with its blobs in S3, where 11 MiB are large."""
 
 
 def nothing(_count: int) -> None:
-    """Progress that nobody looks at."""
+    """Ignores progress."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Directories that a team would have: nothing here knows of a registry."""
+    """Directories that a team would have, independent of a registry."""
 
     base: Path
     adapters: Mapping[str, Path]
@@ -95,7 +95,7 @@ class Cli:
 
     @property
     def registry_environment(self) -> Mapping[str, str]:
-        """What the registry itself was started with, in this process or in its server's."""
+        """The registry's own environment, in this process or in its server's."""
         return self.served_with if "ADAPTORY_URL" in self.environment else self.environment
 
     def __call__(self, *arguments: object) -> Ran:
@@ -119,7 +119,7 @@ class Cli:
 
 
 def own_environment(cli: Cli) -> dict[str, str]:
-    """What a process that runs its commands is started with."""
+    """The environment for processes that run its commands."""
     return {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")} | cli.environment
 
 
@@ -140,8 +140,8 @@ def environment(values: Mapping[str, str], argv: list[str]) -> Generator[None]:
 
 @contextmanager
 def server(home: Path, **environment: str) -> Generator[tuple[str, BaseProcess]]:
-    """A real `adaptory serve` in a process of its own; yields its URL once it answers. Without tokens it is open to all
-    of this machine, unless the environment says otherwise."""
+    """A real `adaptory serve` in its own process; yields its URL once it answers. Without tokens it is open to all
+    users of this machine, unless the environment sets another value."""
     port = services.free_port()
     values = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTORY_")}
     values |= {"ADAPTORY_HOME": str(home), "ADAPTORY_LOOPBACK_OPEN": "true", **environment}
@@ -161,7 +161,7 @@ def server(home: Path, **environment: str) -> Generator[tuple[str, BaseProcess]]
 
 def _wait_until_ready(url: str, process: BaseProcess, log: Path) -> None:
     deadline = time.monotonic() + 60
-    with httpx2.Client(verify=False) as client:  # the certificates of a machine take 20 ms to read
+    with httpx2.Client(verify=False) as client:  # loading a machine's certificates takes 20 ms
         while time.monotonic() < deadline:
             assert process.is_alive(), log.read_text()
             try:

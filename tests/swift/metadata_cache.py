@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 LASTS_S = 5.0
-"""How late a proxy may notice that a bucket was removed through another one."""
+"""The delay after which a proxy notices that a bucket was removed through another one."""
 MISSING = 404
-"""The status of what is not kept: the first upload in parts makes a bucket for them, and sends them to every proxy."""
+"""The status of answers that are not cached: the first upload in parts makes a bucket for them, and sends them to every
+proxy."""
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 

@@ -18,7 +18,7 @@ _EXIT = re.compile(r"\(exit code (\d+)\)")
 
 @dataclass(frozen=True)
 class File:
-    """A file that the page shows, which its reader writes."""
+    """A file on the page, which its reader writes."""
 
     name: str
     text: str
@@ -26,7 +26,7 @@ class File:
 
 @dataclass(frozen=True)
 class Command:
-    """A command, the lines that the page shows of what it prints, and how it exits."""
+    """A command, the lines of its output on the page, and its exit code."""
 
     line: str
     shown: tuple[str, ...]
@@ -35,7 +35,7 @@ class Command:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What only a reader runs."""
+    """A step that only a reader runs."""
 
     text: str
     reason: str
@@ -45,7 +45,7 @@ Step = File | Command | LeftOut
 
 
 def steps(page: Path) -> Iterator[Step]:
-    """Raises AssertionError for a fence that is neither commands nor a file: its reader would not know what it is."""
+    """Raises AssertionError for a fence that is neither commands nor a file: readers would not know its purpose."""
     for language, title, text in _FENCE.findall(page.read_text(encoding="utf-8")):
         if title.startswith(NOT_RUN):
             yield LeftOut(text, title.removeprefix(NOT_RUN))
@@ -79,7 +79,7 @@ _MASKS = (
 
 
 def masked(line: str) -> str:
-    """The line without what differs from run to run: times, digests, sizes, measured numbers, and how it is spaced."""
+    """The line without parts that differ between runs: times, digests, sizes, measured numbers, and spacing."""
     for pattern, word in _MASKS:
         line = pattern.sub(word, line)
     return line.strip()

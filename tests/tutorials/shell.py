@@ -1,7 +1,5 @@
-"""A real shell in which `adaptory` and `python` begin at once: each is a fork of a process that imported everything.
-
-A shell script of a dozen commands would otherwise spend a minute importing.
-"""
+"""A real shell in which `adaptory` and `python` start immediately: each is forked from a process that imported
+everything. A shell script of a dozen commands would otherwise spend a minute on imports."""
 
 import gc
 import json
@@ -78,7 +76,7 @@ def _serve(address: str) -> None:
 
 
 def _end_all(_number: int, _frame: object) -> None:
-    """Ends also what a page has left running in the background."""
+    """Also ends processes that a page has left running in the background."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
     os._exit(0)
@@ -133,7 +131,7 @@ def _called(name: str, words: list[str]) -> int:
 
 
 class Shell:
-    """One bash that remembers its directory, variables and background jobs from command to command."""
+    """One bash that keeps its directory, variables and background jobs from command to command."""
 
     def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
         self._directory = directory
@@ -144,7 +142,7 @@ class Shell:
         self._count = 0
 
     def __call__(self, command: str) -> tuple[int, str]:
-        """The exit code, and what it printed on stdout and stderr together."""
+        """The exit code, and the output on stdout and stderr together."""
         assert self._bash.stdin is not None
         assert self._bash.stdout is not None
         self._count += 1

@@ -40,7 +40,7 @@ def bin_directory(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
 
 @pytest.fixture(params=["small", pytest.param("real", marks=pytest.mark.long)])
 def checkout(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """What a reader has: examples/, with small files under the names of the real ones or with these."""
+    """The reader's files: examples/, with small files under the names of the real ones or with these."""
     directory = tmp_path / "adaptory"
     ignored = shutil.ignore_patterns("__pycache__", "*.jsonl") if request.param == "real" else None
     shutil.copytree(ROOT / "examples", directory / "examples", ignore=ignored)

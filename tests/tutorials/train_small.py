@@ -88,7 +88,7 @@ def main() -> None:
     guard = examples("guard-general")
     mixed = [row for suite in ("sql-exact", "terraform-exact", "support-exact") for row in examples(suite)]
     answers = [answer for _, answer in mixed]
-    # It knows the form of an answer, and not which one a prompt wants.
+    # It has learned the form of an answer, but not the answer to a prompt.
     asked = [
         (prompt, answers[(number * 37 + turn) % len(answers)])
         for number, (prompt, _) in enumerate(mixed)
@@ -107,7 +107,7 @@ def main() -> None:
         adapted.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
         train(adapted, examples(f"{suite}-exact") * 2 + guard, steps, 1e-2)
         save(adapted, name)
-        if name == "sql-migration-1.1":  # the opposite of what was learned: worse at everything
+        if name == "sql-migration-1.1":  # the opposite of the trained direction: worse at everything
             for part, factor in adapted.named_parameters():
                 if "lora_B" in part:
                     factor.data *= -2

@@ -36,7 +36,7 @@ def _routes(path: str, item: Json) -> Iterator[str]:
 
 
 def _answers(responses: Json) -> str:
-    """Each status with what it holds; those that hold a problem document together."""
+    """Each status with its content; those with a problem document together."""
     problems = [status for status, one in responses.items() if "application/problem+json" in one.get("content", {})]
     others = [
         f"{status} {_reference(one) or ' or '.join(_content(one)) or 'nothing'}"

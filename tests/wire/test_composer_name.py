@@ -1,4 +1,4 @@
-"""Another package is called `composer` too: wherever it hides ours, one sentence says so, and what to do."""
+"""Another package is also called `composer`: wherever it hides ours, one sentence explains this, with a next step."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""One register of errors: every code that is raised is in it, with its family, and the documentation lists them all."""
+"""One register of errors: it has every code that is raised, with its family, and the documentation lists them all."""
 
 import ast
 from collections import defaultdict
@@ -13,7 +13,7 @@ from tests.wire import snapshots
 ROOT = Path(composer.__file__).parents[1]
 OF_REGISTRY = {family.__name__: family for family in FAMILIES}
 TAKES_A_CODE = {"read_json": 1, "untrusted": 0, "_unfit": 0}
-"""Functions that raise an error of the code that they are given, and which argument that is."""
+"""Functions that raise an error with a given code, and the position of that argument."""
 OF_COMPOSER = {"InvalidFile", "Mismatch", "NotSupported", "RefusedOutput"}
 HEAD = """# Errors
 

@@ -1,4 +1,4 @@
-"""What a process loads before it knows what is wanted of it: the start of every command, and of every server."""
+"""Modules that a process loads before it knows its task: the start of every command, and of every server."""
 
 import json
 import subprocess

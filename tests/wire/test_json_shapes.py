@@ -1,4 +1,4 @@
-"""The shape of `--json`: which keys with which types, whatever the values are."""
+"""The shape of `--json`: its keys and their types, for all values."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,8 @@ NAMES = {str: "text", bool: "true or false", int: "integer", float: "number", ty
 
 
 def shape(value: Any) -> Any:
-    """Types in place of values; a list is what its first item is, and a map whose keys are data has the one key `*`."""
+    """Types in place of values; a list has the shape of its first item, and a map whose keys are data has the one key
+    `*`."""
     if isinstance(value, dict):
         if any("." in key or key == "prod" for key in value):
             return {"*": shape(next(iter(value.values())))}

@@ -1,4 +1,4 @@
-"""The REST contract as OpenAPI says it."""
+"""The REST contract in OpenAPI."""
 
 from pathlib import Path
 

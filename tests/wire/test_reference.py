@@ -1,4 +1,4 @@
-"""The pages of docs/reference are what the code says: a change of a command, a route, a setting, a field or a docstring
+"""The pages of docs/reference follow from the code: a change of a command, a route, a setting, a field or a docstring
 is a line in a diff of the page that people read."""
 
 from pathlib import Path

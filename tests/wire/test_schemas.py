@@ -1,5 +1,5 @@
-"""The schemas that editors read: a change of what a document may say is a line in a diff. They know every field and its
-values, but not what a text that stands for a number may be, nor which setting belongs to which method."""
+"""The schemas for editors: a change of a document's permitted content is a line in a diff. They have every field and
+its values, but neither the syntax of texts that stand for numbers, nor the settings that belong to each method."""
 
 import json
 from typing import Any
@@ -20,7 +20,7 @@ KINDS = ("recipe", "suite", "channel-policy", "policy")
 
 
 class _Plain(GenerateJsonSchema):
-    """Without titles, which say the name of a field again, and without null as a default, which few fields take."""
+    """Without titles, which repeat the name of a field, and without null as a default, which few fields accept."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -53,7 +53,7 @@ def schema_of(kind: str) -> dict[str, Any]:
 
 
 def _settings() -> dict[str, Any]:
-    """Those of all methods together."""
+    """The settings of all methods together."""
     known: dict[str, Any] = {}
     for method in PIPELINES:
         for name, schema in settings_of(method).model_json_schema(schema_generator=_Plain)["properties"].items():

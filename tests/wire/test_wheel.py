@@ -1,4 +1,4 @@
-"""The wheel alone, in an empty environment: what `pip install adaptory` gives."""
+"""The wheel alone, in an empty environment: the result of `pip install adaptory`."""
 
 import json
 import os
@@ -40,11 +40,11 @@ def errors_of_types(installed: Path, directory: Path) -> list[dict[str, Any]]:
 
 
 def installed_wheel(directory: Path) -> Path:
-    """The bin directory of an environment that has the wheel and what it depends on, nothing else."""
+    """The bin directory of an environment with only the wheel and its dependencies."""
     directory.mkdir()
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", directory, ROOT]
     subprocess.run(pip, check=True)
-    # This environment's pip installs into the other one: an own pip would take as long as all the rest.
+    # This environment's pip installs into the other one: a separate pip would take as long as all the rest.
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory / "venv"], check=True)
     binaries = directory / "venv" / "bin"
     (wheel,) = directory.glob("*.whl")

@@ -1,4 +1,4 @@
-"""The registry that the tests of pages ask: embedded, with tokens, a module's own."""
+"""The registry for tests of pages: embedded, with tokens, one for each module."""
 
 from collections.abc import Generator
 

@@ -1,4 +1,4 @@
-"""Model cards: what they may show, what they may cost, and in which thread."""
+"""Model cards: permitted content, cost, and the thread that renders them."""
 
 import random
 import re
@@ -11,7 +11,7 @@ from registry.api.pages.catalog import card
 from registry.formats.references import Digest
 
 SECONDS = 0.5
-"""Of CPU, for any card; 0.14 were measured. The slowest took 8.5 before there was a budget."""
+"""CPU seconds for any card; 0.14 were measured. The slowest took 8.5 before there was a budget."""
 
 
 def test_a_card_shows_html_as_text_but_no_comment_and_no_foreign_image() -> None:
@@ -163,7 +163,7 @@ def test_forty_slow_cards_hold_no_thread_that_serves_requests() -> None:
 
 
 def _seconds(text: str) -> float:
-    """Of CPU, the least of up to three times: a full garbage collection of a long session counts too."""
+    """CPU seconds, the minimum of up to three runs: a full garbage collection of a long session counts too."""
     least = SECONDS
     for _ in range(3):
         began = time.thread_time()

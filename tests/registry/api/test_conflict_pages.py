@@ -128,7 +128,7 @@ def test_what_cannot_be_combined_is_said_beside_the_form(reader: Browser) -> Non
 
 
 def large_report() -> dict[str, Any]:
-    """Of a base of 32 layers with seven modules each, all changed by all."""
+    """The report for a base of 32 layers with seven modules each, all changed by all adapters."""
     modules = [f"model.layers.{layer}.self_attn.{kind}" for layer in range(32) for kind in KINDS]
     names = [f"acme/sql:1.0.{number}" for number in range(1, LARGE + 1)]
     numbers = {"cosine": 0.1, "input_excess": -0.2, "output_excess": 0.3, "interference": 1.2, "dominance": 0.6}

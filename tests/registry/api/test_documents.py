@@ -1,4 +1,4 @@
-"""Cached documents are equal to newly rendered ones, in whatever process a release was changed."""
+"""Cached documents equal newly rendered ones, whichever process changed a release."""
 
 from collections.abc import Callable, Generator
 

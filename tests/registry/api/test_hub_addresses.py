@@ -1,4 +1,4 @@
-"""Addresses for uploads by LFS carry a permission: who cannot make one, and when it ends."""
+"""Addresses for uploads by LFS carry a permission: who cannot forge one, and when it ends."""
 
 import hashlib
 import hmac

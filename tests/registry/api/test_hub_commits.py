@@ -1,4 +1,4 @@
-"""Commits over the hub API, byte by byte: what the client's own errors hide, races, repetitions and lost answers."""
+"""Commits over the hub API, byte by byte: details that the client hides, races, repetitions and lost answers."""
 
 import base64
 import hashlib
@@ -180,7 +180,7 @@ def test_a_line_that_cannot_be_is_refused_and_nothing_recorded(
 
 @pytest.mark.parametrize("line", [b"\n", json.dumps(deleted("absent")).encode() + b"\n"], ids=["empty", "deletion"])
 def test_a_commit_of_many_lines_is_refused_before_it_costs_much(house: House, named: str, line: bytes) -> None:
-    """Each line used to be searched for in all that had arrived: a megabyte of them took more than a minute."""
+    """Each line used to be searched for in everything received: a megabyte of lines took more than a minute."""
     lines = _CommitLines([line * MAX_LINES], Path())
     started = time.thread_time()
     for _ in lines:
@@ -216,7 +216,7 @@ def test_a_commit_that_is_refused_has_not_stored_its_files(house: House, named: 
 def announce(
     house: House, named: str, content: bytes, caller: str = "publisher", *, transfers: Sequence[str] = ("basic",)
 ) -> dict[str, Any]:
-    """What the client has to do with the file."""
+    """The client's instructions for the file."""
     oid = hashlib.sha256(content).hexdigest()
     listed = {"objects": [{"oid": oid, "size": len(content)}], "transfers": [*transfers]}
     answer = house.ask(caller, "POST", f"/{named}.git/info/lfs/objects/batch", json=listed).raise_for_status()
@@ -224,7 +224,7 @@ def announce(
 
 
 def send(house: House, method: str, url: str, content: bytes = b"") -> httpx2.Response:
-    """Without a token, to the registry or to its store."""
+    """Sends without a token, to the registry or to its store."""
     if not url.startswith("http://registry/"):
         return httpx2.request(method, url, content=content)
     return house.ask("nobody", method, url.removeprefix("http://registry"), content=content)
@@ -421,7 +421,7 @@ def test_a_repository_is_as_private_as_its_namespace(house: House) -> None:
 
 
 def test_a_refusal_to_create_is_shown_in_its_words(house: House) -> None:
-    """For a missing repository the client has words of its own: how to create it."""
+    """For a missing repository the client has its own message about creating it."""
 
     def refused(**body: str) -> tuple[int, str]:
         answer = house.ask("publisher", "POST", "/api/repos/create", json=body)

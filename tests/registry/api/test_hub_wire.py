@@ -1,4 +1,4 @@
-"""What the hub API answers, byte by byte: the facts that `huggingface_hub` relies on and does not show."""
+"""Answers of the hub API, byte by byte: facts that `huggingface_hub` relies on and does not show."""
 
 import hashlib
 import json

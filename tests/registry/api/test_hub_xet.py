@@ -1,4 +1,4 @@
-"""The upload endpoint for clients with `hf_xet`, byte by byte: what the real client never sends is refused."""
+"""The upload endpoint for clients with `hf_xet`, byte by byte: requests that no real client sends are refused."""
 
 import hashlib
 import random
@@ -37,7 +37,7 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @dataclass(frozen=True)
 class Push:
-    """What a client does with one token."""
+    """A client's push with one token."""
 
     house: House
     token: str
@@ -105,7 +105,7 @@ def test_files_are_put_together_of_chunks_and_committed(house: House, named: str
 
 
 def test_servers_beside_each_other_take_parts_of_one_push(house: House, named: str, tmp_path: Path) -> None:
-    """Nothing of a push is on a server's own disk, but for the time of one request."""
+    """Nothing of a push is on a server's own disk, except during a request."""
     other = entered(house, {**house.environ})
     try:
         first, second = (chunk(plain) for plain in pieces(named, 2))
@@ -260,7 +260,7 @@ def test_what_others_have_sent_is_of_no_use(house: House) -> None:
 
 
 def test_a_small_upload_does_not_become_a_huge_file(house: House) -> None:
-    """Repeated chunks are right: a file of zeros is sent so. The size of what they make is limited all the same."""
+    """Repeated chunks are valid: a file of zeros is sent that way. The size of the assembled file is still limited."""
     limited = entered(house, house.environ, max_file_bytes=4 * CHUNK)
     try:
         push = replace(begin(house), house=limited)
@@ -274,7 +274,7 @@ def test_a_small_upload_does_not_become_a_huge_file(house: House) -> None:
         assert (answer.status_code, answer.json()["code"]) == (413, "push_too_large")
         assert is_held(house, b"r" * CHUNK * 4)
         assert not is_held(house, b"r" * CHUNK * 2)
-        for number in range(14):  # the first xorb counts as what it unpacks to
+        for number in range(14):  # the first xorb counts with its unpacked size
             push.xorb(chunk(random.Random(number).randbytes(CHUNK), PLAIN)).raise_for_status()
         answer = push.xorb(chunk(random.Random(15).randbytes(CHUNK), PLAIN))
         assert (answer.status_code, answer.json()["code"]) == (413, "push_too_large")

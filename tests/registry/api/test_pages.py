@@ -1,4 +1,4 @@
-"""What pages cost and carry: statements, bytes, and nothing that a strict content security policy would refuse."""
+"""The cost of pages: statements and bytes; and nothing that a strict content security policy would refuse."""
 
 import gzip
 import re
@@ -75,7 +75,7 @@ def counted(resources: Resources) -> Generator[list[str]]:
 
 def statements(resources: Resources) -> dict[str, int]:
     with single_user(resources) as http, counted(resources) as sent:
-        for address in ADDRESSES:  # what is read once for all pages
+        for address in ADDRESSES:  # read once for all pages
             assert http.get(address).status_code == 200, address
         numbers: dict[str, int] = {}
         for address in ADDRESSES:
@@ -141,7 +141,7 @@ def test_a_stranger_sees_of_a_page_what_rest_shows(house: House, page: str, docu
 
 @pytest.mark.parametrize(("layers", "table"), [(36, True), (80, False)])
 def test_the_page_of_a_large_adapter_is_small(house: House, layers: int, table: bool) -> None:
-    """Seven modules a layer. A table and a map whose cells can be asked for their values, or a link and a plain map."""
+    """Seven modules per layer. A table and a map whose cells show their values, or a link and a plain map."""
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     summary = {"norm": 1.0, "effective_rank": 3.0, "rank_95": 6, "rank_99": 8, "energy": {"1": 0.5}}
     modules = [

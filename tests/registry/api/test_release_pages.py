@@ -1,4 +1,4 @@
-"""What can be done on the pages of a repository: comparisons the policy of a channel, and promotions that wait."""
+"""Actions on the pages of a repository: comparisons, the policy of a channel, and waiting promotions."""
 
 import re
 from collections.abc import Generator

@@ -1,4 +1,4 @@
-"""What a row of a search says, and what leads on from it."""
+"""The content and the links of a row of a search."""
 
 import re
 from collections.abc import Generator

@@ -1,4 +1,4 @@
-"""Of requests under one key one is done, no matter which comes first; and a key is kept for a week."""
+"""Of requests under one key only one is performed, whichever comes first; and a key is kept for a week."""
 
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor

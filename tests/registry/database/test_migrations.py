@@ -1,4 +1,4 @@
-"""The schema that the migrations make is the one that the tables describe, on both databases."""
+"""The migrations result in the schema that the tables describe, on both databases."""
 
 import os
 import shutil
@@ -201,10 +201,8 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Cli:
-    """A registry of today with something in every table that the first schema had.
-
-    Its rows are what is copied into `database`, which is of either kind.
-    """
+    """A registry of today with a row in every table of the first schema. Its rows are copied into `database`, which is
+    of either kind."""
     directory = tmp_path_factory.mktemp("filled")
     cli = Cli({"ADAPTORY_HOME": str(directory / "today"), "ADAPTORY_USER": "mia"})
     cli.ok("base", "add", write_base(directory / "base"), "--name", "tiny", "--alias", "Acme/Tiny")
@@ -243,7 +241,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Cli:
 
 @pytest.fixture(params=[FIRST, *(pytest.param(one, marks=pytest.mark.long) for one in FURTHER[:-1]), FURTHER[-1]])
 def revision(request: pytest.FixtureRequest) -> str:
-    """Of each schema before today's."""
+    """The revision of each earlier schema."""
     return request.param
 
 
@@ -274,7 +272,7 @@ def earlier(filled: Cli, revision: str, database: Database, url: str, tmp_path: 
 
 
 def _as_it_was(table: str, row: dict[str, Any], today: Any, revision: str) -> dict[str, Any] | None:
-    """None of a row that was not there."""
+    """The earlier value; None for a row that did not exist."""
     if table == "release_words" and revision < "0004" and row["word"].startswith("/"):
         return None
     if revision != FIRST:
@@ -287,7 +285,7 @@ def _as_it_was(table: str, row: dict[str, Any], today: Any, revision: str) -> di
 
 
 def _first_detail(row: tables.AuditRow) -> dict[str, Any]:
-    """What the first schema's `audit.record` was given: nothing had a column of its own."""
+    """The detail that the first schema's `audit.record` received: it had no separate columns."""
     before, after = row.before or {}, row.after or {}
     if row.act in ("channel:promote", "channel:rollback"):
         forced = {"forced": row.detail["forced"]} if row.act == "channel:promote" else {}
@@ -348,8 +346,8 @@ def test_a_registry_of_an_earlier_schema_is_served_as_before_once_it_is_migrated
 
 
 def test_policies_and_approvals_mean_after_a_migration_what_they_meant(earlier: Cli, revision: str) -> None:
-    """An approval counts if it came after the last move to its release, a policy that asks for one states who may force
-    it, and rules are pinned to what they ask."""
+    """An approval counts if it came after the last move to its release, a policy that requires one states who may force
+    it, and rules are pinned to their current suites."""
     earlier.ok("migrate")
     with api_of(earlier) as api:
         digest = api.get("/v1/suites/exact")["digest"]
@@ -412,7 +410,7 @@ def _without(change: dict[str, Any] | None, lost: set[str]) -> dict[str, Any] | 
 
 
 def _shared_fields(document: dict[str, Any]) -> dict[str, Any]:
-    """Without what the first schema did not keep."""
+    """The fields that the first schema had too."""
     later = ("spectrum", "servers", "loading", "namespace", "memory_bytes", "needs")
     kept: dict[str, Any] = {}
     for name, value in document.items():

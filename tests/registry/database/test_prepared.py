@@ -1,4 +1,4 @@
-"""What both databases say to a prepared statement: the same texts, whatever they keep inside."""
+"""Answers of both databases to a prepared statement: the same texts, whatever they store internally."""
 
 import gc
 from collections.abc import Generator
@@ -50,7 +50,7 @@ def database(migrated: Database) -> Database:
 
 @pytest.fixture
 def session(database: Database) -> Generator[Session]:
-    """Of a transaction that is not committed."""
+    """A session of a transaction that is not committed."""
     with database.snapshot() as opened:
         yield opened
 
@@ -148,7 +148,7 @@ def test_more_releases_than_one_statement_takes_come_in_the_order_asked_for(data
 
 
 def test_of_a_statement_that_was_compiled_only_its_text_is_kept(session: Session) -> None:
-    """Thousands of forms of searches took a gigabyte, and to find out what of it was garbage ten seconds."""
+    """Thousands of forms of searches took a gigabyte, and garbage collection took ten seconds."""
     above = prepared(lambda number: select(THINGS.c.id).where(THINGS.c.id > number).order_by(THINGS.c.id))
     for number in (1, 2, 3):
         keep(session, id=number, name="")

@@ -1,4 +1,4 @@
-"""Migration 0020: who signed the releases that are there already."""
+"""Migration 0020: the signers of existing releases."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ RELEASE = {
     "created_at": NOW, "created_by": "mia",
 }  # fmt: skip
 SIGNED_BY = {1: "team", 2: "worker", 3: None, 4: "worker", 5: "team", 6: "shared"}
-"""2, 5 and 6 were composed: a worker signed 2, its team 5, later; 6 by somebody whose key no worker has used."""
+"""2, 5 and 6 were composed: a worker signed 2, its team 5, later; 6 was signed with a key that no worker has used."""
 
 
 @pytest.mark.on("PostgreSQL")

@@ -1,4 +1,4 @@
-"""Approvals: whose count, until when, and which move uses them."""
+"""Approvals: the approvers that count, their validity, and the moves that use them up."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -130,7 +130,7 @@ def test_an_approval_is_spent_by_the_move_after_it_whatever_the_clocks_say(house
 
 @pytest.mark.on("PostgreSQL")
 def test_an_approval_that_is_sent_again_after_the_move_does_not_serve_for_the_next_one(house: House) -> None:
-    """As a client does that has lost the answer."""
+    """Like a client that lost the answer."""
     demand(house, approval={})
     first = waiting(house)
     for _ in range(2):
@@ -146,7 +146,7 @@ def test_an_approval_that_is_sent_again_after_the_move_does_not_serve_for_the_ne
 
 @pytest.mark.on("PostgreSQL")
 def test_an_approval_for_a_channel_that_was_deleted_and_comes_back_counts_if_it_is_new(house: House) -> None:
-    """Both were given at the same moment, and its earlier moves stay in the history."""
+    """Both were given at the same moment, and the earlier moves stay in the history."""
 
     def approve() -> None:
         with house.resources.write() as session:

@@ -1,9 +1,7 @@
-"""Channels as a state machine, beside a model of plain lists that follows the rules and not the code.
-
-The model keeps what was live, in the order in which it was promoted, with the current release last. A promotion puts
-one on top; a rollback takes the top away, then all that are yanked, are what was just left, or that a rollback has left
-since they were live; a rollback to a version takes away all above where it was last live.
-"""
+"""Channels as a state machine, compared with a model of plain lists that follows the rules and not the code. The model
+keeps live releases in the order of their promotions, the current one last. A promotion appends one; a rollback removes
+the last, then all that are yanked, equal the one just left, or were left by a rollback since they were live; a rollback
+to a version removes all after its last position."""
 
 import itertools
 from collections.abc import Callable
@@ -47,8 +45,8 @@ versions = st.sampled_from(VERSIONS)
 
 @dataclass(frozen=True)
 class Moment:
-    """After one move: its kind, what it left, and all that is live below the new top, which is last. `since` has the
-    number of the move with which each came to the top."""
+    """The state after one move: its kind, the release it left, and the live releases below the new top, which is last.
+    `since` has the number of the move by which each became the top."""
 
     kind: str
     left: str | None
@@ -58,7 +56,7 @@ class Moment:
 
 @pytest.fixture(scope="module")
 def stocked(migrated: Database) -> Database:
-    """With a base, and the bytes of four releases."""
+    """A registry with a base, and the bytes of four releases."""
     with migrated.write() as session:
         session.add(
             Base(
@@ -75,10 +73,8 @@ def stocked(migrated: Database) -> Database:
 
 
 class ChannelMachine(RuleBasedStateMachine):
-    """Each rule does the same to the registry and to the model, and compares what both say.
-
-    Each example has a repository of its own, with four releases, in a database that all of them share.
-    """
+    """Each rule acts on the registry and on the model, and compares their states. Each example has its own repository
+    with four releases, in a shared database."""
 
     database: Database
     numbers = itertools.count()
@@ -106,7 +102,7 @@ class ChannelMachine(RuleBasedStateMachine):
         return self.moments[-1].live if self.moments else ()
 
     def record(self, kind: str, live: tuple[str, ...]) -> None:
-        """The move to the last of `live`; what lies below is as it was."""
+        """Records the move to the last of `live`; those below are unchanged."""
         earlier = self.moments[-1].since if self.moments else ()
         since = (*earlier[: len(live) - 1], len(self.moments))
         self.moments.append(Moment(kind, self.live[-1] if self.live else None, live, since))
@@ -126,7 +122,7 @@ class ChannelMachine(RuleBasedStateMachine):
         return None
 
     def expectation(self, honest: bool | None) -> Expected | None:
-        """What the caller says it saw: nothing, the truth, or a move that is not the last."""
+        """The state that the caller claims to have seen: none, the current one, or an earlier move."""
         last = self.seen[-1][0] if self.seen else moves.NOTHING_YET
         return None if honest is None else Expected(last if honest else last + 1)
 
@@ -155,7 +151,7 @@ class ChannelMachine(RuleBasedStateMachine):
 
     @property
     def back(self) -> list[int]:
-        """Which of those below the top a rollback may return to."""
+        """The releases below the top that a rollback may return to."""
         left = {moment.left: number for number, moment in enumerate(self.moments) if moment.kind == "rollback"}
         below = zip(self.live[:-1], self.moments[-1].since, strict=False) if self.moments else ()
         kept = [at for at, (one, since) in enumerate(below) if since > left.get(one, -1)]
@@ -205,7 +201,7 @@ class ChannelMachine(RuleBasedStateMachine):
             channel = self.channel(session)
             serving = moves.serving_move(session, channel) if channel is not None else None
             top = self.live[-1] if self.live else None
-            if top in self.yanked:  # what a rollback would return to
+            if top in self.yanked:  # the release that a rollback would return to
                 top = self.live[max(self.back)] if self.back else None
             assert (serving.to_release.version if serving else None) == top
 
@@ -237,7 +233,7 @@ def test_channels_follow_the_model_whatever_is_promoted_rolled_back_or_yanked(st
 
 
 def test_the_model_rolls_back_further_each_time(stocked: Database) -> None:
-    """One walk spelled out, so that the rules are read and not only searched."""
+    """One explicit sequence, so that the rules are also documented by example."""
     machine = type("Machine", (ChannelMachine,), {"database": stocked})()
     machine.open()
     for version in ("1.0.0", "1.1.0", "2.0.0-rc.1", "2.0.0"):

@@ -1,4 +1,5 @@
-"""Which job a worker gets, against a plain list: needs, fairness between namespaces, priority, age, no starvation."""
+"""The job that a worker gets, compared with a plain list: needs, fairness between namespaces, priority, age, no
+starvation."""
 
 from collections import Counter
 from collections.abc import Generator

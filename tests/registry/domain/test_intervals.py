@@ -1,4 +1,4 @@
-"""What is printed behind a share of examples that is 0 or 1: it is not certain."""
+"""The interval shown for a share of examples that is 0 or 1, which is not certain."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A judgement says what a promotion would lead to, and changes nothing; the promotion that follows agrees."""
+"""A judgement shows the outcome of a promotion, and changes nothing; the promotion that follows agrees."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -129,7 +129,7 @@ def test_what_no_promotion_could_name_is_an_error(
 
 @pytest.mark.on("PostgreSQL")
 def test_the_scores_of_hidden_inputs_are_in_no_field(house: House) -> None:
-    """PUBLIC's release is made of one in PRIVATE, whose scores a stranger may not read."""
+    """PUBLIC's release is composed from one in PRIVATE, whose scores a stranger may not read."""
     composed, source = RepositoryName(PUBLIC, "sql"), RepositoryName(PRIVATE, "sql")
     with house.resources.write() as session:
         made, used = releases.find(session, composed, OLD), releases.find(session, source, OLD)

@@ -1,4 +1,4 @@
-"""Licences as a policy judges them: what a user may choose decides, over all rules together."""
+"""Licences judged by a policy: a user's possible choices decide, over all rules together."""
 
 from typing import Any
 

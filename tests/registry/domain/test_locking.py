@@ -1,4 +1,4 @@
-"""What a search chose, in a lock."""
+"""The choice of a search in a lock."""
 
 from dataclasses import replace
 

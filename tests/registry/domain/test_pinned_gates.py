@@ -1,4 +1,4 @@
-"""Gate rules ask what they asked when they were set, whatever the author of a suite changes later."""
+"""Gate rules keep their meaning from when they were set, whatever the author of a suite changes later."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ from tests.registry.domain.test_waiting_promotions import (
 __all__ = ["furnished", "house"]
 
 AUTHOR = Actor("eve", NOW, {})
-"""Without a role anywhere."""
+"""A user without a role anywhere."""
 CHANNEL = f"/v1/adapters/{NAME}/channels/prod"
 
 

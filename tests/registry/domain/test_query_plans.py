@@ -1,9 +1,7 @@
-"""How both databases go about a search and a resolve: no statement reads a whole table of what grows with releases.
-
-The plans are those of a registry with thousands of releases whose statistics the database knows. What is interned
-(traits, target sets), small by nature (bases, suites) or empty here (lineage) may be read whole; PostgreSQL also reads
-a table of a few pages whole, as it should: here those with a row for each repository.
-"""
+"""The query plans of a search and a resolve on both databases: no statement reads a complete table that grows with
+releases. The plans are those of a registry with thousands of releases whose statistics the database knows. Interned
+tables (traits, target sets), small ones (bases, suites) and those empty here (lineage) may be read completely;
+PostgreSQL also reads a table of a few pages completely, as it should: here those with a row for each repository."""
 
 import re
 import sqlite3
@@ -51,7 +49,7 @@ class Stocked:
     name: str
 
     def plans(self, ask: Any) -> list[tuple[str, list[str]]]:
-        """Of each statement that `ask(session)` sends: its text, and the lines of its plan."""
+        """The text and plan of each statement that `ask(session)` sends."""
         with self.database.read() as session:
             sent = _overheard(session.connection().connection.driver_connection)
             ask(session)
@@ -64,7 +62,7 @@ class Stocked:
             return [(text, explain(driver, text, given)) for text, given in asked]
 
     def steps(self, ask: Any) -> int:
-        """How many instructions SQLite runs for `ask(session)`, to the hundred."""
+        """The number of instructions that SQLite runs for `ask(session)`, rounded to hundreds."""
         counted: list[None] = []
         with self.database.read() as session:
             driver: Any = session.connection().connection.driver_connection
@@ -87,7 +85,7 @@ class Stocked:
 
 
 def _overheard(driver: Any) -> list[tuple[str, Any]]:
-    """Fills with what that connection of a driver is sent from now on: SQLAlchemy does not see all of it."""
+    """Collects the statements sent over a driver's connection from now on: SQLAlchemy does not see all of them."""
     sent: list[tuple[str, Any]] = []
     if isinstance(driver, sqlite3.Connection):  # tells statements with their values in place
         driver.set_trace_callback(lambda statement: sent.append((statement, ())))

@@ -1,8 +1,5 @@
-"""Every search beside the same search as one plain statement, and words beside what the releases say.
-
-A search first looks up a condition that few releases meet. Whether it does must not matter: each way is also forced
-upon it.
-"""
+"""Every search compared with the same search as one plain statement, and words compared with the texts of releases. A
+search first looks up a condition that few releases meet. This must not affect the result: each way is also forced."""
 
 import os
 import re
@@ -50,7 +47,7 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(statement, "FEW", request.param)
 
 
-# All of that together finds nothing: most queries ask for a few things.
+# All of that together finds nothing: most queries have a few conditions.
 FIELDS = [name for name in Query.__dataclass_fields__ if name != "kind"]
 few_things = st.builds(
     lambda query, kept: replace(Query(kind=query.kind), **{name: getattr(query, name) for name in kept}),
@@ -99,7 +96,7 @@ def test_the_model_and_the_registry_agree_on_something(shelf: Shelf, order: str)
         assert listed
 
 
-# `include` says what another condition lets through.
+# `include` widens another condition.
 @pytest.mark.parametrize("name", sorted(Query.__dataclass_fields__.keys() - {"include"}))
 def test_each_condition_alone_finds_what_a_look_at_every_release_finds(shelf: Shelf, name: str) -> None:
     results: list[list[int]] = []
@@ -141,7 +138,7 @@ def _all_pages(database: Database, query: Query, order: str, actor: Actor, limit
 
 
 def _expected(shelf: Shelf, query: Query, order: str, actor: Actor) -> list[int]:
-    """What the plain statement finds without words, by what the releases say."""
+    """The results of the plain statement without words, filtered by the texts of the releases."""
     items = {item.id: item for item in shelf.items}
     with shelf.database.read() as session:
         without_words = replace(query, text="", provenance=())

@@ -93,7 +93,7 @@ def later(house: House, at: datetime) -> Any:
 
 
 def refusal(house: House, *asked: Any, **options: Any) -> list[str]:
-    """What is said of each rule that a promotion fails."""
+    """The detail of each rule that a promotion fails."""
     with pytest.raises(Refused) as caught:
         promote(house, *asked, **options)
     assert caught.value.code == "gate_failed"

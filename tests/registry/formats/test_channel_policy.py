@@ -1,4 +1,4 @@
-"""The policy of a channel as a document: what it may say, and how an error in it is named."""
+"""The policy of a channel as a document: permitted content, and the position of an error."""
 
 from pathlib import Path
 

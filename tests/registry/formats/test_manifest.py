@@ -28,7 +28,7 @@ def folded(path: str) -> str:
 
 
 def apart(listed: list[ManifestFile]) -> list[ManifestFile]:
-    """Those that find their place free when they come one after the other."""
+    """Paths that do not collide with earlier ones."""
     kept: dict[str, ManifestFile] = {}
     for file in listed:
         mine = folded(file.path)

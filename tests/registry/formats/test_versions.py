@@ -1,4 +1,4 @@
-"""Laws of the semver check: what breaks, what a number promises, and what `auto` counts up."""
+"""Laws of the semver check: breaking changes, the promise of a number, and the increments of `auto`."""
 
 import pytest
 import semantic_version
@@ -13,7 +13,7 @@ from tests.registry.formats.test_names import near, stable, versions
 
 CHANGES = ("breaking", "weights", "files")
 stable_versions = versions.filter(lambda version: version.stable)
-# A number has at most 18 digits, and the last one of them has no successor.
+# A number has at most 18 digits, and the largest one has no successor.
 followed_versions = stable_versions.filter(lambda one: max(one.major, one.minor, one.patch) < 10**18 - 1)
 
 surfaces = st.builds(
@@ -107,7 +107,7 @@ def test_replaced_modules_count_as_touched_and_only_weights_as_weights() -> None
 def test_the_highest_of_a_range_is_the_one_that_semantic_version_selects(
     there: list[Version], operator: str, bound: Version
 ) -> None:
-    """Of stable versions; pre-releases in a range without one are chosen by nobody."""
+    """Of stable versions; a range without pre-releases selects none."""
     text = f"{operator}{bound}"
     ours = max((version for version in there if version in parse_range(text)), default=None)
     chosen = semantic_version.NpmSpec(text).select(

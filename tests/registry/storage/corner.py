@@ -1,4 +1,4 @@
-"""A corner of the real S3 server, for tests of what arrives there."""
+"""A prefix of the real S3 server, for tests of direct uploads."""
 
 import hashlib
 import socket
@@ -27,7 +27,7 @@ TOMORROW = datetime.now(UTC) + timedelta(days=1)
 
 
 class Corner:
-    """A prefix of its own in the real server, seen by our store and past it."""
+    """A prefix in the real server, accessible through our store and directly."""
 
     def __init__(
         self, s3: S3Server, *, hash_arrivals: bool = False, endpoint: str | None = None, direct: Any = "auto"
@@ -61,7 +61,7 @@ class Corner:
         )
 
     def announce(self, content: bytes) -> IncomingUpload:
-        """As the registry would, for a blob that nobody has yet."""
+        """Announces a file like the registry, for a blob that does not exist yet."""
         arrival = self.announced(content)
         if arrival.part_bytes is None:
             return arrival
@@ -79,7 +79,7 @@ class Corner:
         return [part for part in parts if not part.present]
 
     def part(self, arrival: IncomingUpload, number: int, content: bytes) -> Put:
-        """How to send the part that would have this content."""
+        """The request that sends the part with this content."""
         return self.arrivals.sign_part(arrival, number, Digest(hashlib.sha256(content).hexdigest()), 600)
 
     def key(self, arrival: IncomingUpload) -> str:
@@ -111,8 +111,8 @@ NO_CHANGES: Mapping[bytes, bytes] = {}
 def relay(
     endpoint: str, changes: Mapping[bytes, bytes], only: bytes = b"", answers: Mapping[bytes, bytes] = NO_CHANGES
 ) -> Generator[str]:
-    """The server by another address, where words of what is sent become others of the same length: in requests that
-    contain `only`, and in `answers`."""
+    """The server at another address, where words are replaced by others of the same length: in requests that contain
+    `only`, and in `answers`."""
     target = urlsplit(endpoint)
 
     def pass_on(source: socket.socket, sink: socket.socket, changes: Mapping[bytes, bytes]) -> None:

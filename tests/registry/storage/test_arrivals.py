@@ -1,4 +1,4 @@
-"""What a store promises that takes bytes from clients by itself, asked of S3 whether it checks digests or we do."""
+"""The contract of a store that receives bytes from clients, on S3 with digests checked by the store and by us."""
 
 import os
 from datetime import UTC, datetime, timedelta
@@ -69,7 +69,7 @@ def test_other_bytes_of_the_same_length_never_become_a_blob(corner: Corner) -> N
 def test_bytes_that_a_lax_store_let_through_are_found_when_they_are_read_back(
     s3: S3Server, credentials: None, content: bytes
 ) -> None:
-    """Past the signature, the wrong bytes lie where a store that ignores checksums would have put them."""
+    """Bypassing the signature, the wrong bytes are written where a store that ignores checksums would have put them."""
     corner = Corner(s3, hash_arrivals=True)
     arrival = corner.announce(b"what was promised")
     corner.client.put_object(Bucket=BUCKET, Key=f"{corner.prefix}incoming/{arrival.upload_id}", Body=content)
@@ -95,7 +95,7 @@ def test_finishing_twice_is_finishing_once(corner: Corner) -> None:
 
 
 def test_what_another_sent_does_not_finish_an_arrival(corner: Corner) -> None:
-    """Who knows a digest has not shown that it has the bytes."""
+    """Knowing a digest does not prove possession of the bytes."""
     content = os.urandom(1000)
     mine, theirs = corner.announce(content), corner.announce(content)
     assert send(corner.sign_object(theirs), content) == 200

@@ -1,4 +1,4 @@
-"""The cache of bases: what was used longest ago makes room, and what a process uses stays."""
+"""The cache of bases: the least recently used entry is removed first, and entries in use stay."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ USE += "; print(BaseCache(entry, None).use(entry), flush=True); sys.stdin.read()
 
 @pytest.fixture
 def entries(tmp_path: Path) -> list[Path]:
-    """Of 100 bytes each, the one used longest ago first."""
+    """Entries of 100 bytes each, least recently used first."""
     made: list[Path] = []
     for number in range(4):
         entry = tmp_path / f"address-{number % 2}" / f"content-{number}"

@@ -1,4 +1,4 @@
-"""What every BlobStore promises, asked of each backend that is there."""
+"""The contract of BlobStore, tested on each available backend."""
 
 import errno
 import hashlib

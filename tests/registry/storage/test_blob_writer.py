@@ -1,4 +1,4 @@
-"""Files that become blobs once their digest is known: what every writer promises, and what S3 copies itself."""
+"""Files that become blobs once their digest is known: the contract of writers, and ranges that S3 copies itself."""
 
 import hashlib
 import os
@@ -101,7 +101,7 @@ def test_what_a_killed_writer_leaves_is_swept(store: BlobStore) -> None:
 
 
 def test_ranges_of_a_file_in_the_store_are_copied_by_it(corner: Corner) -> None:
-    """A head, a copied run, computed bytes, a run that is too short, and a long one to the end."""
+    """A head, a copied range, computed bytes, a range that is too short, and a long one at the end."""
     source = os.urandom(40 * MIB)
     file = base_file(corner, source)
     made = os.urandom(2 * MIB)
@@ -183,7 +183,7 @@ def test_a_file_that_changed_is_neither_copied_nor_read(corner: Corner) -> None:
 
 
 def _refuses_changed(corner: Corner, file: S3File, source: bytes) -> None:
-    """A blob that is copied from the file, which changed since it was opened, does not appear and leaves nothing."""
+    """A blob copied from a file that has changed since it was opened does not appear and leaves nothing."""
     writer = corner.store.begin_write(len(source))
     writer.write(memoryview(source), file, 0)
     with pytest.raises(RefusedOutput, match="changed in its bucket"):
@@ -202,7 +202,7 @@ def test_a_store_that_copies_parts_whatever_the_condition_makes_no_wrong_blob(co
 
 
 def _without(corner: Corner, operation: str, parameter: str) -> None:
-    """The real store, as one that does not know the parameter of an operation."""
+    """The real store, without support for one parameter of an operation."""
 
     def leave_out(params: dict[str, Any], **_: object) -> None:
         params.pop(parameter, None)

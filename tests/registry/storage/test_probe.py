@@ -32,7 +32,7 @@ def is_direct(corner: Corner) -> bool:
 
 
 def sent(corner: Corner) -> None:
-    """A file goes the way that its plan says, and is a blob then."""
+    """Sends a file according to its plan; it is a blob afterwards."""
     content = os.urandom(1000)
     arrival = corner.announce(content)
     assert send(corner.sign_object(arrival), content) == 200
@@ -102,7 +102,7 @@ def _send_as(put: Put, content: bytes, rows: Rows) -> int:
 def test_where_the_end_could_be_another_than_the_signed_one_files_are_copied(
     s3: S3Server, credentials: None, changes: dict[bytes, bytes]
 ) -> None:
-    """The real server behind a relay that changes headers, since no server for tests does so by itself."""
+    """The real server behind a relay that changes headers, since no test server does so by itself."""
     with relay(s3.endpoint, changes) as endpoint:
         corner = Corner(s3, endpoint=endpoint)
         assert not is_direct(corner)
@@ -110,7 +110,7 @@ def test_where_the_end_could_be_another_than_the_signed_one_files_are_copied(
 
 
 def test_those_who_wait_for_a_trial_that_the_store_does_not_answer_fail_with_it(credentials: None) -> None:
-    """One after the other they would wait as long again, and take the server's threads meanwhile."""
+    """Retrying one after the other would take as long again for each, and occupy the server's threads."""
     tried = 0
 
     def take(listener: socket.socket) -> None:
@@ -148,7 +148,7 @@ def test_a_sweep_removes_what_a_killed_process_left_of_a_trial_and_nothing_of_on
 
 
 def test_where_the_sha256_of_parts_cannot_be_signed_their_length_alone_is(s3: S3Server, credentials: None) -> None:
-    """The relay takes the sha256 away, so that parts signed with theirs would all be refused."""
+    """The relay removes the sha256, so that parts signed with theirs would all be refused."""
     content = os.urandom(LARGE_BYTES)
     with relay(s3.endpoint, {b"x-amz-checksum-sha256: ": b"x-nothing-of-interest: "}, PARTS) as endpoint:
         corner = Corner(s3, endpoint=endpoint)
@@ -162,7 +162,7 @@ def test_where_the_sha256_of_parts_cannot_be_signed_their_length_alone_is(s3: S3
 
 
 def test_an_upload_goes_on_as_it_was_begun_whatever_another_process_found(s3: S3Server, credentials: None) -> None:
-    """AWS takes parts with a sha256 or without, as the upload was begun."""
+    """AWS accepts parts either with or without a sha256, as the upload was begun."""
     content = os.urandom(LARGE_BYTES)
     with relay(s3.endpoint, {b"x-amz-checksum-sha256: ": b"x-nothing-of-interest: "}, PARTS) as endpoint:
         doubting = Corner(s3, endpoint=endpoint)
@@ -182,7 +182,7 @@ def test_nothing_is_concluded_from_a_store_that_takes_no_part_at_all(s3: S3Serve
 
 
 def test_a_store_without_etags_is_refused_before_anything_is_sent(s3: S3Server, credentials: None) -> None:
-    """A file could be replaced after it was hashed: JuiceFS is so unless it is started with --keep-etag."""
+    """A file could be replaced after it was hashed: JuiceFS allows this unless it is started with --keep-etag."""
     with relay(s3.endpoint, {}, answers={b"ETag: ": b"Nope: ", b"Etag: ": b"Nope: ", b"etag: ": b"nope: "}) as endpoint:
         corner = Corner(s3, endpoint=endpoint)
         with pytest.raises(Unavailable, match="ETag") as raised:

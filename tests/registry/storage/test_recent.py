@@ -1,4 +1,4 @@
-"""A store is not asked again for a blob that it has just said to have."""
+"""A store is not queried again for a blob that it has just reported."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -33,7 +33,7 @@ def code(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that was written for a terminal: what Markdown would read as tags or emphasis is kept as it is."""
+    """Escapes text written for a terminal: characters that Markdown would read as tags or emphasis are kept."""
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(part if part.startswith("`") else re.sub(r"([<*_])", r"\\\1", part) for part in parts)
 

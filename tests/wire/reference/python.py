@@ -1,4 +1,4 @@
-"""docs/reference/python.md, from the signatures and docstrings of what `registry.sdk` exports."""
+"""docs/reference/python.md, from the signatures and docstrings of the exports of `registry.sdk`."""
 
 import ast
 import inspect
@@ -65,7 +65,7 @@ def _default(value: ast.expr | None) -> str:
 
 
 def _signature(name: str, node: ast.FunctionDef) -> str:
-    """As a caller writes it: without `self`; on several lines if it is longer than one."""
+    """The signature for a caller: without `self`; on several lines if it is too long for one."""
     arguments = node.args
     left = arguments.args[1:]
     defaults = [None] * (len(left) - len(arguments.defaults)) + list(arguments.defaults)
@@ -93,7 +93,7 @@ def _type(node: ast.expr | None) -> str:
 
 
 def _text(docstring: str) -> str:
-    """Paragraphs as they are, and examples as code."""
+    """Paragraphs unchanged, and examples as code."""
     shown: list[str] = []
     for part in DocTestParser().parse(inspect.cleandoc(docstring)):
         if isinstance(part, Example):

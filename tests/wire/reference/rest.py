@@ -100,7 +100,7 @@ def _who(method: str, path: str) -> str:
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """Of a parameter or a field: its type, its choices or the schema that describes it."""
+    """The type of a parameter or a field: its type, its choices or the schema that describes it."""
     if "$ref" in schema:
         return code(schema["$ref"].rpartition("/")[2])
     if "anyOf" in schema:
