@@ -209,7 +209,7 @@ def set_policy(
 
 @policy_app.command()
 def show(channel: Channel, json: JsonFlag = False) -> None:
-    """Show a channel's policy in YAML, as `policy set` takes it."""
+    """Show a channel's policy in YAML, in the form for `policy set`."""
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         document = connection.api.get(f"{connection.api.repository_path(str(repository))}/channels/{name}/policy")
@@ -223,7 +223,7 @@ def _show_policy(channel: str, document: Json) -> None:
 
     render.out(f"# {channel}, revision {document['revision']}")
     for suite, pin in document["pins"].items():
-        changed = f": {pin['changed']} (`adaptory gate {channel} --repin` takes it)" if pin["changed"] else ""
+        changed = f": {pin['changed']} (`adaptory gate {channel} --repin` accepts the change)" if pin["changed"] else ""
         render.out(f"# {suite} is {pin['digest'][:12]}{changed}")
     policy = json.loads(json.dumps(document["policy"]))  # YAML knows no subclass of dict
     for line in yaml.safe_dump(policy, sort_keys=False, allow_unicode=True).splitlines():

@@ -17,14 +17,14 @@ snapshots` writes it.
 
 """
 ABOUT = {
-    "recipe": "[`adaptory compose`](cli.md#adaptory-compose) takes it ([Compositions](../concepts/compositions.md)).",
-    "suite": "[`adaptory suite add`](cli.md#adaptory-suite-add) takes it ([Evaluate](../how-to/evaluate.md)).",
+    "recipe": "[`adaptory compose`](cli.md#adaptory-compose) accepts it ([Compositions](../concepts/compositions.md)).",
+    "suite": "[`adaptory suite add`](cli.md#adaptory-suite-add) accepts it ([Evaluate](../how-to/evaluate.md)).",
     "channel-policy": (
-        "[`adaptory policy set`](cli.md#adaptory-policy-set) takes it ([Gates and policies](../how-to/policies.md))."
+        "[`adaptory policy set`](cli.md#adaptory-policy-set) accepts it ([Gates and policies](../how-to/policies.md))."
     ),
     "policy": (
         "The severity of each finding of a conflict check. [`adaptory conflicts --policy`](cli.md#adaptory-conflicts) "
-        "takes it, and `policy` of a recipe ([Findings and policies](../concepts/conflicts.md#findings-and-policies))."
+        "accepts it, and so does `policy` of a recipe ([Findings and policies](../concepts/conflicts.md#findings-and-policies))."
     ),
 }
 
