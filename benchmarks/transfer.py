@@ -23,12 +23,13 @@ from boto3.s3.transfer import TransferConfig
 from benchmarks import harness, load
 from benchmarks.harness import Sample
 from composer.formats.checkpoints.hashing import hash_file
-from registry.client.api import Api, Json
+from registry.client.api import Api
 from registry.client.cache import BlobCache
 from registry.client.pull import pull
 from registry.client.push import PushedFile, collect, push, send
 from registry.client.selection import select_files
 from registry.formats.references import parse_repository
+from registry.wire.catalog import FileRow, ReleaseOut
 from tests import s3_server
 from tests.s3_server import BUCKET, S3Server
 from tests.scenarios.world import Cli, build_world, nothing
@@ -51,10 +52,11 @@ class Bench:
             path.write_bytes(os.urandom(file_bytes))
         self.release = self._publish()
 
-    def _publish(self) -> Json:
+    def _publish(self) -> ReleaseOut:
         request = {"version": "1.0.0", "bump": None, "base": "tiny", "notes": ""}
         name = parse_repository("acme/bench")
-        return push(self.api, collect(select_files(self.pushed, "model")), name, "adapter", request, nothing)["release"]
+        files = collect(select_files(self.pushed, "model"))
+        return push(self.api, files, name, "adapter", request, nothing)[0].release
 
     def push_ours(self, api: Api) -> Sample:
         self._change()
@@ -77,13 +79,13 @@ class Bench:
     def pull_raw(self, config: TransferConfig, parallel: int, *, hashed: bool = False) -> Sample:
         target = self.directory / "raw"
         target.mkdir()
-        rows = [row for row in self.release["files"] if row["path"].startswith("data-")]
+        rows = [row for row in self.release.files if row.path.startswith("data-")]
 
-        def one(row: Json) -> None:
-            key = f"bench/blobs/sha256/{row['sha256'][:2]}/{row['sha256']}"
-            self.client.download_file(BUCKET, key, str(target / row["path"]), Config=config)
+        def one(row: FileRow) -> None:
+            key = f"bench/blobs/sha256/{row.sha256[:2]}/{row.sha256}"
+            self.client.download_file(BUCKET, key, str(target / row.path), Config=config)
             if hashed:
-                check_and_sync(target / row["path"], row["sha256"])
+                check_and_sync(target / row.path, row.sha256)
 
         sample = self._timed(lambda: _each(parallel, one, rows))
         shutil.rmtree(target)
@@ -91,7 +93,7 @@ class Bench:
 
     def forget_pushed(self) -> None:
         """Changes the files, so that every round sends new bytes; the disk should not have them cached."""
-        kept = {row["sha256"] for row in self.release["files"]}
+        kept = {row.sha256 for row in self.release.files}
         for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
             for row in page.get("Contents", ()):
                 if row["Key"].rpartition("/")[2] not in kept:

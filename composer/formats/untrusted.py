@@ -11,6 +11,10 @@ from composer.errors import InvalidFile
 # JSON and YAML escapes can spell an unpaired surrogate, which no encoding, database or tokenizer accepts.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN_INT = 10**20
+MAX_TEXT, MAX_ITEMS, MAX_HYPERPARAMETERS = 1_000, 100, 200
+"""Limits of a release's provenance: characters of a text, items of a list, hyperparameters."""
+MAX_EXAMPLES = 100_000
+"""Maximum examples of a suite."""
 
 
 def printable(value: object) -> str:

@@ -1,5 +1,5 @@
-"""Calls to a registry, over HTTP or in process. Answers are the JSON objects of the wire; errors are of the seven
-families."""
+"""Calls to a registry, over HTTP or in process. Answers are validated here, once, as documents of `registry.wire`;
+errors are of the seven families."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -8,28 +8,30 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any, TypeVar, cast, overload
 from urllib.parse import quote
 
 import httpx2
+from pydantic import ValidationError
 
 from composer.formats.checkpoints.checkpoint import Architecture
 from composer.formats.checkpoints.header import TensorSpec
 from registry.errors import FAMILIES, Conflict, Invalid, NotFound, RegistryError, Unavailable
 from registry.formats.references import Reference, RepositoryName, parse_version
+from registry.wire.catalog import BaseOut, NamedRelease
+from registry.wire.document import Page, Problem, Wire
+from registry.wire.search import ResolvedOut
+from registry.wire.transfer import PutOut
 
 Json = dict[str, Any]
+"""A document as it comes, for callers that name no type."""
+Answer = TypeVar("Answer", bound=Wire)
+Item = TypeVar("Item", bound=Wire)
 _PAGE = 500
 """Maximum items per page."""
+_Rows = Page[Json]
 _UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 _TIMEOUT = httpx2.Timeout(30.0, read=300.0)
-
-
-class _Document(dict[str, Any]):
-    """An object of an answer. A field that is missing raises Invalid, wherever it is read."""
-
-    def __missing__(self, name: str) -> Any:
-        raise untrusted("bad_answer", f"it has no field {name!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,11 @@ class Stream:
 
 
 class Api:
-    """A registry's API. `transport` is None for HTTP; `on_change` is called before each change. Thread-safe."""
+    """A registry's API. `transport` is None for HTTP; `on_change` is called before each change. Thread-safe.
+
+    Methods that are called with a class of `registry.wire` return a document of it, or raise `bad_answer`, which names
+    the address and the field. Without one, they return the object as it comes.
+    """
 
     def __init__(
         self,
@@ -64,27 +70,50 @@ class Api:
     def close(self) -> None:
         self._http.close()
 
-    def get(self, path: str, **query: Any) -> Json:
-        return self._call("GET", path, query=query)
+    @overload
+    def get(self, path: str, answer: type[Answer], /, **query: Any) -> Answer: ...
+    @overload
+    def get(self, path: str, /, **query: Any) -> Json: ...
+    def get(self, path: str, answer: type[Answer] | None = None, /, **query: Any) -> Answer | Json:
+        return _as(answer, path, self._call("GET", path, query=query))
 
-    def post(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Json:
-        return self._call("POST", path, body=body if body is not None else {}, headers=headers)
+    @overload
+    def post(self, path: str, body: Any, answer: type[Answer], headers: Mapping[str, str] | None = None) -> Answer: ...
+    @overload
+    def post(
+        self, path: str, body: Any = None, answer: None = None, headers: Mapping[str, str] | None = None
+    ) -> Json: ...
+    def post(
+        self,
+        path: str,
+        body: Any = None,
+        answer: type[Answer] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer | Json:
+        return _as(answer, path, self._call("POST", path, body=body if body is not None else {}, headers=headers))
 
-    def put(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Json:
-        return self._call("PUT", path, body=body, headers=headers)
+    @overload
+    def put(self, path: str, body: Any, answer: type[Answer], headers: Mapping[str, str] | None = None) -> Answer: ...
+    @overload
+    def put(self, path: str, body: Any, answer: None = None, headers: Mapping[str, str] | None = None) -> Json: ...
+    def put(
+        self, path: str, body: Any, answer: type[Answer] | None = None, headers: Mapping[str, str] | None = None
+    ) -> Answer | Json:
+        return _as(answer, path, self._call("PUT", path, body=body, headers=headers))
 
-    def delete(self, path: str, **query: Any) -> Json:
-        return self._call("DELETE", path, query=query)
+    def delete(self, path: str, answer: type[Answer], /, **query: Any) -> Answer:
+        return read(answer, path, self._call("DELETE", path, query=query))
 
-    def send(self, put: Json, chunks: Iterable[bytes]) -> None:
+    def send(self, put: PutOut, chunks: Iterable[bytes]) -> None:
         """Sends a file by an upload's plan; its url is the registry's, or that of the store behind it.
 
         Raises Unavailable if a retry may succeed, and Conflict if the store refuses: then the request has expired, or
         the bytes are not those that it was signed for. Raises Invalid for a different number of bytes.
         """
-        content = _exactly(int(put["headers"]["Content-Length"]), chunks)
-        with _translate_transport_errors(put["url"]):
-            response = self._http.put(put["url"], content=content, headers=put["headers"])
+        with understood(put.url):
+            size_bytes = int(put.headers["Content-Length"])
+        with _translate_transport_errors(put.url):
+            response = self._http.put(put.url, content=_exactly(size_bytes, chunks), headers=put.headers)
         if 400 <= response.status_code < 500 and not _is_problem(response):
             raise Conflict("store_refused", f"The blob store answered {response.status_code}: {response.text[:200]}")
         _raise_problem(response)
@@ -105,24 +134,28 @@ class Api:
                 raise Unavailable("range_ignored", f"{url} does not support ranges.")
             yield Stream(str(response.url), response.iter_raw())
 
-    def first(self, path: str, most: int, **query: Any) -> tuple[list[Json], str | None]:
+    def first(self, path: str, item: type[Item], most: int, **query: Any) -> tuple[list[Item], str | None]:
         """At most `most` items of a list, and the cursor for further ones, or None."""
-        answer: list[Json] = []
+        items: list[Item] = []
         cursor: str | None = query.pop("cursor", None)
         while True:
-            page = self.get(path, cursor=cursor, limit=min(most - len(answer), _PAGE), **query)
-            answer += page["items"]
-            cursor = page["next"]
-            if cursor is None or len(answer) >= most:
-                return answer, cursor
+            page = self.get(path, _Rows, cursor=cursor, limit=min(most - len(items), _PAGE), **query)
+            items += [read(item, path, row) for row in page.items]
+            cursor = page.next
+            if cursor is None or len(items) >= most:
+                return items, cursor
 
-    def pages(self, path: str, **query: Any) -> Iterator[Json]:
+    @overload
+    def pages(self, path: str, item: type[Item], /, **query: Any) -> Iterator[Item]: ...
+    @overload
+    def pages(self, path: str, /, **query: Any) -> Iterator[Json]: ...
+    def pages(self, path: str, item: type[Item] | None = None, /, **query: Any) -> Iterator[Item | Json]:
         """Every item of a list, a page at a time."""
         cursor: str | None = None
         while True:
-            page = self.get(path, cursor=cursor, **query)
-            yield from page["items"]
-            cursor = page["next"]
+            page = self.get(path, _Rows, cursor=cursor, **query)
+            yield from (_as(item, path, row) for row in page.items)
+            cursor = page.next
             if cursor is None:
                 return
 
@@ -135,12 +168,10 @@ class Api:
             _raise_problem(response)
             yield from _lines(response.iter_bytes())
 
-    def resolve(self, reference: Reference) -> Json:
-        """Resolves a reference to {release, warning}: what is needed to fetch it; GET its `release_path` for facts and
-        scores."""
-        answer = self.get("/v1/resolve", ref=str(reference))
-        with understood():
-            refuse_other_answer(reference, answer["release"])
+    def resolve(self, reference: Reference) -> ResolvedOut:
+        """Resolves a reference to what is needed to fetch a release; GET its `path` for facts and scores."""
+        answer = self.get("/v1/resolve", ResolvedOut, ref=str(reference))
+        refuse_other_answer(reference, answer.release)
         return answer
 
     def repository_path(self, repository: str) -> str:
@@ -158,15 +189,17 @@ class Api:
             raise NotFound(unknown.code, detail, subject=repository, next_step=unknown.next_step) from unknown
         return adapters
 
-    def base(self, text: str) -> Json:
-        return self.get(f"/v1/bases/{quote(text)}")
+    def base(self, text: str) -> BaseOut:
+        return self.get(f"/v1/bases/{quote(text)}", BaseOut)
 
     def architecture(self, base: str) -> Architecture:
         """The base's tensors, which an adapter is checked against before its bytes are sent."""
-        answer = self.get(f"/v1/bases/{quote(base)}", tensors=True)
-        with understood():
-            tensors = {row["name"]: TensorSpec(row["dtype"], tuple(row["shape"])) for row in answer["tensors"]}
-            return Architecture(answer["model_type"], answer["tied"], tensors)
+        path = f"/v1/bases/{quote(base)}"
+        answer = self.get(path, BaseOut, tensors=True)
+        if answer.tensors is None:
+            raise untrusted("bad_answer", f"{path} lacks tensors")
+        tensors = {row.name: TensorSpec(row.dtype, tuple(row.shape)) for row in answer.tensors}
+        return Architecture(answer.model_type, answer.tied, tensors)
 
     def _call(
         self,
@@ -220,13 +253,28 @@ def line_path(name: RepositoryName, kind: str = "adapter") -> str:
     return f"/v1/{kind}s/{name}"
 
 
+def read(answer: type[Answer], path: str, document: Mapping[str, Any]) -> Answer:
+    """The document of an answer. Raises Invalid, with the path and the field, if it is not of this form."""
+    try:
+        return answer.read(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        why = f"lacks {field}" if first["type"] == "missing" else f"has a wrong {field}: {first['msg']}"
+        raise untrusted("bad_answer", f"{path} {why}") from error
+
+
+def _as(answer: type[Answer] | None, path: str, document: Json) -> Answer | Json:
+    return document if answer is None else read(answer, path, document)
+
+
 @contextmanager
-def understood() -> Generator[None]:
-    """Raises Invalid if part of an answer is missing or has another type."""
+def understood(path: str) -> Generator[None]:
+    """Raises Invalid, with the path, for an answer that cannot be read."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise untrusted("bad_answer", f"{type(error).__name__} {error}") from error
+    except (KeyError, ValueError, RecursionError) as error:
+        raise untrusted("bad_answer", f"{path}: {type(error).__name__} {error}") from error
 
 
 def untrusted(code: str, why: str) -> Invalid:
@@ -238,26 +286,21 @@ def untrusted(code: str, why: str) -> Invalid:
     )
 
 
-def refuse_other_answer(asked: Reference, release: Json) -> None:
+def refuse_other_answer(asked: Reference, release: NamedRelease) -> None:
     """Raises Invalid for a release that the reference does not name.
 
     Which version of a range is the highest, and which one a channel serves, only the registry knows.
     """
-    repository, version, commit = (str(release[name]) for name in ("repository", "version", "commit"))
-    is_asked = (
-        repository == str(asked.repository)
-        and (asked.version is None or version == str(asked.version))
-        and (asked.range is None or parse_version(version) in asked.range)
-        and commit.startswith(asked.commit or "")
-    )
+    with understood(release.path):
+        is_asked = (
+            release.repository == str(asked.repository)
+            and (asked.version is None or release.version == str(asked.version))
+            and (asked.range is None or parse_version(release.version) in asked.range)
+            and release.commit.startswith(asked.commit or "")
+        )
     if not is_asked:
-        answered = f"{repository[:160]}:{version[:80]} {commit[:40]}"
+        answered = f"{release.repository[:160]}:{release.version[:80]} {release.commit[:40]}"
         raise untrusted("other_release", f"it answered {asked} with {answered}")
-
-
-def release_path(release: Json) -> str:
-    """The path of a release, given its wire document."""
-    return f"/v1/{release['kind']}s/{release['repository']}/releases/{release['version']}"
 
 
 def _lines(chunks: Iterable[bytes]) -> Generator[str]:
@@ -320,22 +363,20 @@ def _raise_problem(response: httpx2.Response) -> None:
             f"{response.url.host} answered {response.status_code} without saying why.",
             next_step=f"Wait {wait}, and try again." if wait else "Look at the log of the server.",
         )
-    problem = _document(response)
-    with understood():
-        error = _family(response.status_code, problem)(
-            problem["code"],
-            problem["detail"],
-            subject=problem.get("subject", ""),
-            next_step=problem.get("next", "").replace("as long as Retry-After says", wait or "a while"),
-            findings=problem.get("findings", ()),
-        )
-    raise error
+    problem = read(Problem, response.url.path, _document(response))
+    raise _family(response.status_code, problem.family)(
+        problem.code,
+        problem.detail,
+        subject=problem.subject,
+        next_step=problem.next.replace("as long as Retry-After says", wait or "a while"),
+        findings=problem.findings,
+    )
 
 
 def _document(response: httpx2.Response) -> Json:
     """The object that an answer has. Raises Invalid for anything else."""
-    with understood():
-        document = response.json(object_hook=_Document)
+    with understood(response.url.path):
+        document = response.json()
     if not isinstance(document, dict):
         raise untrusted("bad_answer", f"{response.url.path} is not an object")
     return cast(Json, document)
@@ -353,10 +394,10 @@ def _wait(retry_after: str) -> str:
     return f"{max(1, round(left_s.total_seconds())):,} s"
 
 
-def _family(status: int, problem: Json) -> type[RegistryError]:
+def _family(status: int, name: str) -> type[RegistryError]:
     """The family that the problem names, else (older servers) the one of the status."""
     if status >= 500:
         return Unavailable
-    named = [family for family in FAMILIES if family.family == problem.get("family")]
+    named = [family for family in FAMILIES if family.family == name]
     matching = [family for family in FAMILIES if family.status == status]
     return (named or matching or [Invalid])[0]

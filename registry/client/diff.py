@@ -1,26 +1,56 @@
 """Compares two releases, as the API shows them: facts, provenance, files, and scores, example by example."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import hypot
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from composer.findings import Finding
 from registry.formats import compatibility
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest
+from registry.wire.catalog import ReleaseOut
+from registry.wire.quality import ScoreOut, SuiteOut, SuiteResultsOut
 
 Json = dict[str, Any]
+"""A part of the report, or facts and provenance, which are compared by name whatever they are."""
 
 STANDARD_ERRORS = 2.0
 """A score difference is significant beyond this many of its standard errors."""
 
 
-Results = Mapping[str, Json]
-"""{metric, examples} by suite digest, of the suites for which the result of each example was recorded; the mean of
-their scores is the metric, `accuracy` if it is not named."""
+Results = Mapping[str, SuiteResultsOut]
+"""By suite digest, of the suites for which the result of each example was recorded."""
 
 
-def differences(old: Json, new: Json, old_results: Results, new_results: Results) -> Json:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What is compared of a release or a directory. A directory may lack the digest of its base; a base has only
+    scores."""
+
+    base_digest: str = ""
+    base_name: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    servers: Sequence[str] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    files: Sequence[ManifestFile] = ()
+    scores: Sequence[ScoreOut] = ()
+
+    @classmethod
+    def of(cls, release: ReleaseOut) -> Self:
+        facts = release.adapter or release.model
+        return cls(
+            base_digest=release.base.digest,
+            base_name=release.base.name,
+            facts=facts.document if facts else {},
+            servers=release.servers,
+            provenance=release.provenance.document,
+            files=[ManifestFile(row.path, row.size_bytes, Digest(row.sha256)) for row in release.files],
+            scores=release.scores,
+        )
+
+
+def differences(old: Compared, new: Compared, old_results: Results, new_results: Results) -> Json:
     """{change, breaking: [finding], facts, provenance: [{name, old, new}], files: {added, removed, changed}, scores}.
 
     Lists contain only what differs, except scores, which are complete. `change` is what the version number must
@@ -34,13 +64,13 @@ def differences(old: Json, new: Json, old_results: Results, new_results: Results
         "change": change,
         "breaking": [finding.to_json() for finding in broken],
         "facts": _changed(_facts(old, new), _facts(new, old)),
-        "provenance": _changed(stated_provenance(old), stated_provenance(new)),
+        "provenance": _changed(stated_provenance(old.provenance), stated_provenance(new.provenance)),
         "files": files,
-        "scores": score_differences(old["scores"], new["scores"], old_results, new_results),
+        "scores": score_differences(old.scores, new.scores, old_results, new_results),
     }
 
 
-def differences_in_scores(old: Json, new: Json, old_results: Results, new_results: Results) -> Json:
+def differences_in_scores(old: Compared, new: Compared, old_results: Results, new_results: Results) -> Json:
     """The result of `differences` for a base and a release, which have nothing but scores in common."""
     return {
         "change": None,
@@ -48,17 +78,17 @@ def differences_in_scores(old: Json, new: Json, old_results: Results, new_result
         "facts": [],
         "provenance": [],
         "files": {"added": [], "removed": [], "changed": []},
-        "scores": score_differences(old["scores"], new["scores"], old_results, new_results),
+        "scores": score_differences(old.scores, new.scores, old_results, new_results),
     }
 
 
-def changed_examples(suite: Json, old: Json, new: Json) -> list[Json]:
+def changed_examples(suite: SuiteOut, old: SuiteResultsOut, new: SuiteResultsOut) -> list[Json]:
     """The examples of a suite whose answer's score changed, those that lost most first. The registry does not have the
     prompts of a harness."""
-    pairs = list(zip(old["examples"], new["examples"], strict=True))
-    known: list[Json] = suite["content"].get("examples") or [{}] * len(pairs)
+    pairs: list[tuple[Json, Json]] = list(zip(old.document["examples"], new.document["examples"], strict=True))
+    known: list[Json] = (suite.content or {}).get("examples") or [{}] * len(pairs)
     rows: list[Json] = [
-        {"suite": suite["name"], "example": index + 1, "prompt": example.get("prompt")}
+        {"suite": suite.name, "example": index + 1, "prompt": example.get("prompt")}
         | {"completion": example.get("completion"), "old": before, "new": after}
         for index, (example, (before, after)) in enumerate(zip(known, pairs, strict=True))
         if before["score"] != after["score"]
@@ -66,30 +96,28 @@ def changed_examples(suite: Json, old: Json, new: Json) -> list[Json]:
     return sorted(rows, key=lambda row: row["new"]["score"] - row["old"]["score"])
 
 
-def _surface(release: Json) -> compatibility.Surface:
-    facts = release["adapter"] or release["model"]
-    files = [ManifestFile(row["path"], row["size_bytes"], Digest(row["sha256"])) for row in release["files"]]
-    return compatibility.surface(release["base"]["digest"] or "", facts, files)
+def _surface(side: Compared) -> compatibility.Surface:
+    return compatibility.surface(side.base_digest, side.facts, side.files)
 
 
-def _breaks(old: Json, new: Json) -> list[Finding]:
+def _breaks(old: Compared, new: Compared) -> list[Finding]:
     """The breaking changes; a new base only if both digests are known, which directories may lack."""
     changes = compatibility.breaking_changes(_surface(old), _surface(new))
-    known = old["base"]["digest"] and new["base"]["digest"]
+    known = old.base_digest and new.base_digest
     return [finding for finding in changes if known or finding.code != "new_base"]
 
 
-def _facts(release: Json, other: Json) -> Json:
+def _facts(side: Compared, other: Compared) -> Json:
     """The facts to compare. The base only if both sides have a digest or neither has: a directory knows only the name
     that its base was loaded from."""
-    alike = bool(release["base"]["digest"]) == bool(other["base"]["digest"])
-    base = {"base": release["base"]["name"]} if alike else {}
-    return {**base, **_flat(release["adapter"] or release["model"]), "servers": release["servers"]}
+    alike = bool(side.base_digest) == bool(other.base_digest)
+    base = {"base": side.base_name} if alike else {}
+    return {**base, **_flat(side.facts), "servers": side.servers}
 
 
-def stated_provenance(release: Json) -> Json:
+def stated_provenance(provenance: Mapping[str, Any]) -> Json:
     """A release's provenance as names and values."""
-    stated = dict(release["provenance"])
+    stated = dict(provenance)
     rows: list[Json] = stated.pop("data", [])
     return {**_flat(stated), "data": [" ".join(str(value) for value in row.values() if value) for row in rows]}
 
@@ -114,8 +142,8 @@ def _changed(old: Json, new: Json) -> list[Json]:
     ]
 
 
-def _files(old: Json, new: Json) -> dict[str, list[str]]:
-    before, after = ({row["path"]: row["sha256"] for row in release["files"]} for release in (old, new))
+def _files(old: Compared, new: Compared) -> dict[str, list[str]]:
+    before, after = ({file.path: file.sha256 for file in side.files} for side in (old, new))
     return {
         "added": sorted(set(after) - set(before)),
         "removed": sorted(set(before) - set(after)),
@@ -123,58 +151,60 @@ def _files(old: Json, new: Json) -> dict[str, list[str]]:
     }
 
 
-def score_differences(old: list[Json], new: list[Json], old_results: Results, new_results: Results) -> list[Json]:
+def score_differences(
+    old: Sequence[ScoreOut], new: Sequence[ScoreOut], old_results: Results, new_results: Results
+) -> list[Json]:
     """Each score's comparison, with `paired` where both sides have results on the same examples."""
-    before, after = ({(row["suite"], row["metric"]): row for row in rows} for rows in (old, new))
+    before, after = ({(row.suite, row.metric): row for row in rows} for rows in (old, new))
     rows: list[Json] = []
     for key in dict.fromkeys([*before, *after]):
         row = _score(key, before.get(key), after.get(key))
-        digest = before[key]["suite_digest"] if row["difference"] is not None else ""
+        digest = before[key].suite_digest if row["difference"] is not None else ""
         paired = _paired(key[1], old_results.get(digest), new_results.get(digest))
         rows.append(row | {"paired": paired})
     return rows
 
 
-def _paired(metric: str, old: Json | None, new: Json | None) -> Json | None:
+def _paired(metric: str, old: SuiteResultsOut | None, new: SuiteResultsOut | None) -> Json | None:
     from composer.evaluation.paired import compare_losses, compare_scores, describe
 
     if old is None or new is None:
         return None
-    before, after = old["examples"], new["examples"]
-    if metric == (new.get("metric") or "accuracy"):
-        paired = compare_scores([row["score"] for row in before], [row["score"] for row in after])
-    elif metric == "nll" and all(row.get("nats") is not None for row in (*before, *after)):
-        paired = compare_losses(*([(row["nats"], row["tokens"]) for row in rows] for rows in (before, after)))
+    before, after = old.examples, new.examples
+    if metric == new.metric:
+        paired = compare_scores([row.score for row in before], [row.score for row in after])
+    elif metric == "nll" and all(row.nats is not None for row in (*before, *after)):
+        paired = compare_losses(*([(row.nats or 0.0, row.tokens or 1) for row in rows] for rows in (before, after)))
     else:
         return None
     return {**paired.to_json(), "in_words": describe(paired)}
 
 
-def _score(key: tuple[str, str], old: Json | None, new: Json | None) -> Json:
+def _score(key: tuple[str, str], old: ScoreOut | None, new: ScoreOut | None) -> Json:
     """Compares a score. `stderr` is that of the difference of two independent means. On the same examples the true one
     is smaller, so a difference `beyond` it is real. None if a score is missing or the suite's content differs."""
     row: Json = {
         "suite": key[0],
-        "task": (new or old or {})["task"],
+        "task": new.task if new else old.task if old else "",
         "metric": key[1],
-        "old": old["value"] if old else None,
-        "old_stderr": old["stderr"] if old else None,
-        "old_n": old["n"] if old else None,
-        "old_reported": bool(old and old.get("reported")),
-        "new": new["value"] if new else None,
-        "new_stderr": new["stderr"] if new else None,
-        "new_n": new["n"] if new else None,
-        "new_reported": bool(new and new.get("reported")),
+        "old": old.value if old else None,
+        "old_stderr": old.stderr if old else None,
+        "old_n": old.n if old else None,
+        "old_reported": bool(old and old.reported),
+        "new": new.value if new else None,
+        "new_stderr": new.stderr if new else None,
+        "new_n": new.n if new else None,
+        "new_reported": bool(new and new.reported),
         "difference": None,
         "stderr": None,
         "better": None,
         "beyond": None,
     }
-    if old is None or new is None or old["suite_digest"] != new["suite_digest"]:
+    if old is None or new is None or old.suite_digest != new.suite_digest:
         return row
-    row["difference"] = new["value"] - old["value"]
-    row["better"] = (row["difference"] > 0) == new["higher_is_better"] if row["difference"] else None
-    if old["stderr"] is not None and new["stderr"] is not None:
-        row["stderr"] = hypot(old["stderr"], new["stderr"])
+    row["difference"] = new.value - old.value
+    row["better"] = (row["difference"] > 0) == new.higher_is_better if row["difference"] else None
+    if old.stderr is not None and new.stderr is not None:
+        row["stderr"] = hypot(old.stderr, new.stderr)
         row["beyond"] = abs(row["difference"]) > STANDARD_ERRORS * row["stderr"]
     return row

@@ -11,8 +11,9 @@ from typing import Any
 from composer.errors import ComposerError
 from composer.formats.recipes.methods import parse_settings
 from composer.formats.recipes.weights import Weight, WeightRule, parse_weight
-from registry.client.api import Api, Json, release_path
+from registry.client.api import Api, Json
 from registry.errors import Unavailable
+from registry.wire.catalog import InputOut, ReleaseOut
 
 NOTE_FILE = "adaptory.json"
 NOTE_BYTES = 64 << 20
@@ -115,40 +116,40 @@ def of_note(content: bytes) -> Lineage | None:
         return None
 
 
-def of_release(release: Json, note: bytes) -> Lineage | None:
+def of_release(release: ReleaseOut, note: bytes) -> Lineage | None:
     """The composition of a release, or None. Members and weights come from the registry, which hides those that the
     reader may not see. Rules, method and order come from the release's own `note`, if that names the same members; its
     order is the recipe's."""
-    known: list[Json] = release["inputs"]
+    known = release.inputs
     if not known:
         return None
     noted = of_note(note)
-    rows: dict[tuple[str, float], list[Json]] = defaultdict(list)
+    rows: dict[tuple[str, float], list[InputOut]] = defaultdict(list)
     for row in known:
-        rows[row["commit"], row["weight"]].append(row)
+        rows[row.commit, row.weight].append(row)
     if noted and Counter(map(_key, noted.members)) == {key: len(alike) for key, alike in rows.items()}:
         return replace(noted, members=tuple(_member(rows[_key(one)].pop(0), one.weight) for one in noted.members))
-    return Lineage(tuple(_member(row, Weight(row["weight"])) for row in known))
+    return Lineage(tuple(_member(row, Weight(row.weight)) for row in known))
 
 
-def fetch_note(api: Api, release: Json) -> bytes:
+def fetch_note(api: Api, release: ReleaseOut) -> bytes:
     """The verified adaptory.json of a composed release; empty if there is none.
 
     Raises Unavailable if the bytes are not those that were published.
     """
-    row = next((row for row in release["files"] if row["path"] == NOTE_FILE), None)
-    if row is None or not release["inputs"] or row["size_bytes"] > NOTE_BYTES:
+    row = next((row for row in release.files if row.path == NOTE_FILE), None)
+    if row is None or not release.inputs or row.size_bytes > NOTE_BYTES:
         return b""
     content = bytearray()
-    with api.stream(f"{release_path(release)}/files/{NOTE_FILE}") as stream:
+    with api.stream(f"{release.path}/files/{NOTE_FILE}") as stream:
         for block in stream.chunks:
             content += block
-            if len(content) > row["size_bytes"]:
+            if len(content) > row.size_bytes:
                 break
-    if hashlib.sha256(content).hexdigest() != row["sha256"]:
+    if hashlib.sha256(content).hexdigest() != row.sha256:
         raise Unavailable(
             "blob_corrupt",
-            f"{NOTE_FILE} of {release['repository']}:{release['version']} was damaged on the way or in the store.",
+            f"{NOTE_FILE} of {release.name} was damaged on the way or in the store.",
             subject=NOTE_FILE,
         )
     return bytes(content)
@@ -158,8 +159,8 @@ def _key(member: LineageInput) -> tuple[str, float]:
     return member.commit, member.weight.value
 
 
-def _member(row: Json, weight: Weight) -> LineageInput:
-    return LineageInput(row["repository"] or "hidden", row["version"] or "-", row["commit"], weight)
+def _member(row: InputOut, weight: Weight) -> LineageInput:
+    return LineageInput(row.repository or "hidden", row.version or "-", row.commit, weight)
 
 
 def _composition(members: tuple[LineageInput, ...], stated: Mapping[str, Any]) -> Lineage:

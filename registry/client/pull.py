@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from operator import index, itemgetter
+from operator import itemgetter
 from pathlib import Path
 from tempfile import mkdtemp
 from threading import Lock
@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from composer.errors import InvalidFile
 from composer.formats.checkpoints.hashing import hash_file
-from registry.client.api import Api, Json, release_path, untrusted
+from registry.client.api import Api, untrusted
 from registry.client.cache import BlobCache, is_regular
 from registry.client.partial_files import PartialFile
 from registry.client.retries import Progress, map_in_threads, pauses
@@ -27,6 +27,7 @@ from registry.errors import NO_SPACE, Conflict, RegistryError, Unavailable
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id, refuse_hidden
 from registry.formats.references import RepositoryName, Version, parse_digest, parse_repository, parse_version
 from registry.home import close_directory
+from registry.wire.search import AnyRelease
 
 _SIGNS_OF_A_RELEASE = ("adapter_config.json", "config.json")
 """Every adapter has the first one, every model the second."""
@@ -46,37 +47,25 @@ class _Release:
     files: tuple[ManifestFile, ...]
 
 
-def _parse_release(release: Json) -> _Release:
+def _parse_release(release: AnyRelease) -> _Release:
     try:
-        files = tuple(
-            ManifestFile(row["path"], _parse_size(row["size_bytes"]), parse_digest(row["sha256"]))
-            for row in release["files"]
-        )
-        repository, version = parse_repository(release["repository"]), parse_version(release["version"])
-        path, claimed, commit = release_path(release), release["commit"], commit_id(canonical_manifest(files))
+        files = tuple(ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in release.files)
+        repository, version = parse_repository(release.repository), parse_version(release.version)
+        commit = commit_id(canonical_manifest(files))
     except RegistryError as error:
         raise untrusted("bad_answer", error.detail) from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise untrusted("bad_answer", f"it is not a release: {type(error).__name__} {error}.") from error
-    if claimed != commit:
+    if release.commit != commit:
         raise untrusted(
             "commit_differs", f"the commit of {repository}:{version} is not that of its files, {commit[:12]}."
         )
     for file in files:
         refuse_hidden(file.path)
-    return _Release(repository, version, commit, path, files)
-
-
-def _parse_size(value: object) -> int:
-    size_bytes = index(value)  # pyright: ignore[reportArgumentType]  (raises TypeError for non-integers)
-    if not 0 <= size_bytes < 1 << 63:
-        raise ValueError("a size beyond 64 bits")
-    return size_bytes
+    return _Release(repository, version, commit, release.path, files)
 
 
 def pull(  # noqa: PLR0913
     api: Api,
-    release: Json,
+    release: AnyRelease,
     target: Path,
     progress: Progress,
     cache: BlobCache | None = None,
@@ -120,7 +109,7 @@ def pull(  # noqa: PLR0913
     return target
 
 
-def cached(api: Api, release: Json, cache: Path, progress: Progress) -> Path:
+def cached(api: Api, release: AnyRelease, cache: Path, progress: Progress) -> Path:
     """A shared cache directory with exactly the release's files.
 
     Pulled once and verified on every use (1 to 2 GB/s per file), since root, a failing disk or a careless script could

@@ -5,6 +5,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -16,6 +17,8 @@ from registry.client.selection import Selection
 from registry.errors import Conflict, Invalid, NotFound, RegistryError, Unavailable
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import Digest, RepositoryName
+from registry.wire.catalog import PublishedOut
+from registry.wire.transfer import PutOut, UploadOut, UploadRow
 
 _CHANGED = ("digest_differs", "size_differs")
 
@@ -40,15 +43,15 @@ def collect(selection: Selection, progress: Progress = lambda _count: None) -> l
 
 def push(
     api: Api, files: Sequence[PushedFile], name: RepositoryName, kind: str, release: Json, progress: Progress
-) -> Json:
+) -> tuple[PublishedOut, int]:
     """Sends what the store lacks, then publishes the release. `release` is the request without its files.
 
-    Returns the registry's answer, with `sent`, the number of files that the store lacked.
+    Returns the registry's answer, and the number of files that the store lacked.
     """
     sent = send(api, name.namespace, files, progress)
     path, body = f"{line_path(name, kind)}/releases", {**release, "files": _rows(files)}
-    published, _ = send_once(lambda headers: api.post(path, body, headers), f"adaptory log {name}")
-    return {**published, "sent": sent}
+    published, _ = send_once(partial(api.post, path, body, PublishedOut), f"adaptory log {name}")
+    return published, sent
 
 
 def send(api: Api, namespace: str, files: Sequence[PushedFile], progress: Progress) -> int:
@@ -78,8 +81,8 @@ def send(api: Api, namespace: str, files: Sequence[PushedFile], progress: Progre
         plan = with_retries(lambda: _plan(api, namespace, files), left)
 
 
-def _plan(api: Api, namespace: str, files: Sequence[PushedFile]) -> list[Json]:
-    return api.post("/v1/uploads", {"namespace": namespace, "files": _rows(files)})["files"]
+def _plan(api: Api, namespace: str, files: Sequence[PushedFile]) -> list[UploadRow]:
+    return api.post("/v1/uploads", {"namespace": namespace, "files": _rows(files)}, UploadOut).files
 
 
 @dataclass(slots=True)
@@ -88,7 +91,7 @@ class _Piece:
 
     start: int
     size_bytes: int
-    put: Json | None = None
+    put: PutOut | None = None
     number: int | None = None
 
 
@@ -134,13 +137,13 @@ class _Attempt:
             if self._was_last(upload):
                 self._api.post(f"/v1/uploads/{upload.upload_id}/complete")
 
-    def _put_of_part(self, upload: _Upload, piece: _Piece) -> Json:
+    def _put_of_part(self, upload: _Upload, piece: _Piece) -> PutOut:
         """Hashes the part just before it is sent, so that the second read comes from the page cache."""
         digest = hashlib.sha256()
         for block in _blocks(upload.file.source, piece):
             digest.update(block)
         path = f"/v1/uploads/{upload.upload_id}/parts/{piece.number}"
-        return self._api.post(path, {"sha256": digest.hexdigest()})
+        return self._api.post(path, {"sha256": digest.hexdigest()}, PutOut)
 
     def _complete(self, upload: _Upload) -> None:
         with self._noted(upload):
@@ -170,24 +173,24 @@ class _Attempt:
         self._progress(count)
 
 
-def _uploads(plan: Sequence[Json], files: Sequence[PushedFile]) -> list[_Upload]:
+def _uploads(plan: Sequence[UploadRow], files: Sequence[PushedFile]) -> list[_Upload]:
     """The uploads to do; one for files of the same content."""
-    wanted = {row["sha256"]: row for row in plan if not row["present"]}
-    by_digest = {file.manifest.sha256: file for file in files}
+    wanted = {row.sha256: row for row in plan if not row.present}
+    by_digest: dict[str, PushedFile] = {file.manifest.sha256: file for file in files}
     return [
-        _Upload(row["upload"], by_digest[sha256], _pieces(row, by_digest[sha256])) for sha256, row in wanted.items()
+        _Upload(row.upload or "", by_digest[sha256], _pieces(row, by_digest[sha256])) for sha256, row in wanted.items()
     ]
 
 
-def _pieces(row: Json, file: PushedFile) -> list[_Piece]:
-    if row["put"] is not None:
-        return [_Piece(0, file.manifest.size_bytes, row["put"])]
+def _pieces(row: UploadRow, file: PushedFile) -> list[_Piece]:
+    if row.put is not None:
+        return [_Piece(0, file.manifest.size_bytes, row.put)]
     pieces: list[_Piece] = []
     start = 0
-    for part in row["parts"]:
-        if not part["present"]:
-            pieces.append(_Piece(start, part["size_bytes"], number=part["number"]))
-        start += part["size_bytes"]
+    for part in row.parts:
+        if not part.present:
+            pieces.append(_Piece(start, part.size_bytes, number=part.number))
+        start += part.size_bytes
     return pieces
 
 

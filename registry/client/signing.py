@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from composer.formats.checkpoints.hashing import hash_file
-from registry.client.api import Api, Json, line_path, refuse_other_answer, release_path, understood, untrusted
+from registry.client.api import Api, Json, line_path, refuse_other_answer, untrusted
 from registry.client.push import PushedFile, push, send
 from registry.client.retries import Progress, pauses, with_retries
 from registry.client.selection import refuse_no_file
@@ -26,6 +26,8 @@ from registry.formats.signatures import (
     refuse_tampered,
     sign,
 )
+from registry.wire.catalog import NextOut, PublishedOut, ReleaseOut, SignaturesOut
+from registry.wire.search import AnyRelease
 
 _OTHER_KEY = "Get the signer's public key from them and verify with it. If this is that key, do not trust the release."
 
@@ -41,17 +43,17 @@ class Publication:
 
 def push_signed(
     api: Api, files: Sequence[PushedFile], wanted: Publication, key: Path, staging: Path, progress: Progress
-) -> Json:
-    """Pushes with a signature over the files and the release. A bump determines the version first, which requires the
-    files to be in the store."""
+) -> tuple[PublishedOut, int]:
+    """Pushes with a signature over the files and the release, returning as `push` does. A bump determines the version
+    first, which requires the files to be in the store."""
     read_private_key(key)  # before anything is sent
     if wanted.request["version"]:
         signed = sign_files(api, files, wanted, key, staging)
         return push(api, signed, wanted.target, wanted.kind, wanted.request, progress)
     sent = send(api, wanted.target.namespace, files, progress)
     signed = sign_files(api, files, wanted, key, staging)
-    published = push(api, signed, wanted.target, wanted.kind, wanted.request, lambda _count: None)
-    return {**published, "sent": published["sent"] + sent}
+    published, further = push(api, signed, wanted.target, wanted.kind, wanted.request, lambda _count: None)
+    return published, sent + further
 
 
 def sign_files(
@@ -66,7 +68,7 @@ def sign_files(
     request, private_key = wanted.request, read_private_key(key)
     kept = [file for file in files if file.manifest.path != SIGNATURE_FILE]
     digests = {file.manifest.path: file.manifest.sha256 for file in kept}
-    base = api.base(request["base"])["digest"]
+    base = api.base(request["base"]).digest
     again = _released(api, wanted, digests, base, public_key_of(private_key))
     if again is not None:
         request["version"], content = again
@@ -85,7 +87,7 @@ def _next_version(api: Api, wanted: Publication, files: Sequence[PushedFile]) ->
     rows = [asdict(file.manifest) for file in files]
     body = {"bump": wanted.request["bump"], "base": wanted.request["base"], "files": rows}
     path = f"{line_path(wanted.target, wanted.kind)}/next-version"
-    return with_retries(lambda: api.post(path, body), pauses())["version"]
+    return with_retries(lambda: api.post(path, body, NextOut), pauses()).version
 
 
 def _released(
@@ -94,31 +96,32 @@ def _released(
     """The version and signature of an existing release with these files and base, signed by this key: the release that
     the request names or, for a bump, the highest stable one, which such a push would repeat."""
     for release in _releases(api, wanted):
-        there = {row["path"]: row["sha256"] for row in release["files"]}
-        if there.pop(SIGNATURE_FILE, None) is None or there != digests or release["base"]["digest"] != base:
+        there = _digests(release)
+        if there.pop(SIGNATURE_FILE, None) is None or there != digests or release.base.digest != base:
             continue
         content = with_retries(partial(_signature_of, api, release), pauses())
         if _holds(content, public_key, release):
-            return str(release["version"]), content
+            return release.version, content
     return None
 
 
-def _releases(api: Api, wanted: Publication) -> Iterator[Json]:
+def _releases(api: Api, wanted: Publication) -> Iterator[ReleaseOut]:
     path, version = f"{line_path(wanted.target, wanted.kind)}/releases", wanted.request["version"]
     try:
         if version:
-            yield api.get(f"{path}/{version}")
+            yield api.get(f"{path}/{version}", ReleaseOut)
             return
-        stable = (one for one in api.pages(path) if not one["yanked"] and parse_version(one["version"]).stable)
+        releases = api.pages(path, ReleaseOut)
+        stable = (one for one in releases if not one.yanked and parse_version(one.version).stable)
         yield from islice(stable, 1)
     except NotFound:  # the first release of the repository
         return
 
 
-def _signature_of(api: Api, release: Json) -> bytes:
+def _signature_of(api: Api, release: ReleaseOut) -> bytes:
     """The signature's content, up to one byte beyond the maximum."""
     content = bytearray()
-    with api.stream(f"{release_path(release)}/files/{SIGNATURE_FILE}") as stream:
+    with api.stream(f"{release.path}/files/{SIGNATURE_FILE}") as stream:
         for chunk in stream.chunks:
             content += chunk
             if len(content) > MAX_SIGNATURE_BYTES:
@@ -126,7 +129,7 @@ def _signature_of(api: Api, release: Json) -> bytes:
     return bytes(content[: MAX_SIGNATURE_BYTES + 1])
 
 
-def _holds(content: bytes, public_key: str, release: Json) -> bool:
+def _holds(content: bytes, public_key: str, release: AnyRelease) -> bool:
     try:
         signed = open_signature(content, [public_key])
         refuse_tampered(signed, _digests(release))
@@ -156,31 +159,29 @@ def read_private_key(path: Path) -> bytes:
     )
 
 
-def bound_release(release: Json) -> SignedRelease:
+def bound_release(release: AnyRelease) -> SignedRelease:
     """The statement that a signature of this release must make. Raises Invalid if the registry's commit is not that of
     the files."""
-    with understood():
-        files = [ManifestFile(row["path"], row["size_bytes"], parse_digest(row["sha256"])) for row in release["files"]]
-        repository, version, base = release["repository"], release["version"], release["base"]["digest"]
-        claimed = release["commit"]
-    if commit_id(canonical_manifest(files)) != claimed:
-        raise untrusted("commit_differs", f"the commit of {repository}:{version} is not that of its files")
+    files = [ManifestFile(row.path, row.size_bytes, parse_digest(row.sha256)) for row in release.files]
+    if commit_id(canonical_manifest(files)) != release.commit:
+        raise untrusted("commit_differs", f"the commit of {release.name} is not that of its files")
     kept = [file for file in files if file.path != SIGNATURE_FILE]
-    return SignedRelease(repository, version, base, commit_id(canonical_manifest(kept)))
+    commit = commit_id(canonical_manifest(kept))
+    return SignedRelease(release.repository, release.version, release.base.digest, commit)
 
 
-def sign_release(api: Api, release: Json, key: Path) -> tuple[Json, str]:
+def sign_release(api: Api, release: AnyRelease, key: Path) -> tuple[ReleaseOut, str]:
     """Signs a published release. Returns the updated release and the key's fingerprint. Raises Invalid for a key that
     cannot sign."""
     bound = bound_release(release)
     files = {path: sha256 for path, sha256 in _digests(release).items() if path != SIGNATURE_FILE}
     private = read_private_key(key)
-    signed = api.post(f"{release_path(release)}/signatures", {"bundle": sign(private, bound, files).decode()})
+    signed = api.post(f"{release.path}/signatures", {"bundle": sign(private, bound, files).decode()}, ReleaseOut)
     return signed, fingerprint(public_key_of(private))
 
 
-def _digests(release: Json) -> dict[str, str]:
-    return {row["path"]: row["sha256"] for row in release["files"]}
+def _digests(release: AnyRelease) -> dict[str, str]:
+    return {row.path: row.sha256 for row in release.files}
 
 
 def read_public_key(path: Path) -> str:
@@ -199,7 +200,7 @@ def read_public_key(path: Path) -> str:
     return public_key
 
 
-def verify_release(api: Api, release: Json, asked: Reference, directory: Path, public_key: str) -> Signed:
+def verify_release(api: Api, release: AnyRelease, asked: Reference, directory: Path, public_key: str) -> Signed:
     """Verifies a release whose files in `directory` were just checked against their SHA-256.
 
     Uses the signature among its files or one added later; prefers one that binds the release. Raises Refused if it is
@@ -216,13 +217,12 @@ def verify_release(api: Api, release: Json, asked: Reference, directory: Path, p
     return signed
 
 
-def _later_signatures(api: Api, release: Json) -> list[bytes]:
+def _later_signatures(api: Api, release: AnyRelease) -> list[bytes]:
     try:
-        document = api.get(f"{release_path(release)}/signatures")
+        document = api.get(f"{release.path}/signatures", SignaturesOut)
     except NotFound:  # an older registry without later signatures
         return []
-    with understood():
-        return [row["bundle"].encode() for row in document["signatures"]]
+    return [row.bundle.encode() for row in document.signatures]
 
 
 def _best(bundles: Sequence[bytes], public_key: str) -> Signed:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from registry.errors import Refused, Usage
 from registry.sdk.connection import Connection
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from composer.formats.recipes.policy import Policy
     from composer.formats.recipes.suite import Suite
     from composer.formats.recipes.weights import Weight
-
-Json = dict[str, Any]
+    from registry.wire.catalog import BaseOut
+    from registry.wire.search import ResolvedRelease
 
 
 class AdapterGroup:
@@ -47,13 +47,13 @@ class AdapterGroup:
             raise Usage("too_few", "Conflicts need two or more adapters.")
         self._connect, self._display = connect, display
         self.names, self.base_directory = names, base_directory
-        self.releases: list[Json | None] = [
+        self.releases: list[ResolvedRelease | None] = [
             None if Path(name).is_dir() else resolved(self.connection, name, display.warn) for name in names
         ]
-        digests = {release["base"]["digest"] for release in self.releases if release}
+        digests = {release.base.digest for release in self.releases if release}
         if len(digests) > 1:
             raise Usage("bases_differ", "These adapters were made for different bases.")
-        self.base: Json | None = None
+        self.base: BaseOut | None = None
         if base and Path(base).is_dir():
             self.base_directory = Path(base)
         elif base or digests:
@@ -71,7 +71,7 @@ class AdapterGroup:
 
         architecture = None
         if self.base:
-            architecture = self.connection.api.architecture(self.base["digest"])
+            architecture = self.connection.api.architecture(self.base.digest)
         elif self.base_directory:
             architecture = open_checkpoint(self.base_directory).architecture
         directories = [
@@ -90,10 +90,10 @@ class AdapterGroup:
         from composer.formats.checkpoints.hashing import hash_checkpoint, hash_file
 
         adapters = [
-            release["commit"] if release else [hash_file(Path(name) / file) for file in (CONFIG_FILE, WEIGHTS_FILE)]
+            release.commit if release else [hash_file(Path(name) / file) for file in (CONFIG_FILE, WEIGHTS_FILE)]
             for name, release in zip(self.names, self.releases, strict=True)
         ]
-        base = self.base["digest"] if self.base else hash_checkpoint(open_checkpoint(self._directory)).weights_digest
+        base = self.base.digest if self.base else hash_checkpoint(open_checkpoint(self._directory)).weights_digest
         return f"{base} {adapters}"
 
     def evidence(
@@ -169,10 +169,10 @@ class AdapterGroup:
 
         return fetch_suite(self.connection, name) if NAME.fullmatch(name) else parse_suite(name)
 
-    def _own_suite(self, release: Json) -> str | None:
-        from registry.client.api import release_path
+    def _own_suite(self, release: "ResolvedRelease") -> str | None:
+        from registry.wire.catalog import TargetSuiteOut
 
-        return self.connection.api.get(f"{release_path(release)}/target-suite")["target_suite"]
+        return self.connection.api.get(f"{release.path}/target-suite", TargetSuiteOut).target_suite
 
 
 def calibration_of(

@@ -2,8 +2,8 @@
 
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from registry.errors import Invalid, NotFound, Usage
 from registry.errors.translation import refuse_errors
@@ -11,8 +11,8 @@ from registry.errors.translation import refuse_errors
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Architecture
     from registry.client.api import Api
+    from registry.wire.catalog import BaseOut
 
-Json = dict[str, Any]
 _TRIED = 50
 """Maximum number of registered bases to try an adapter on: each costs a table of tensors."""
 
@@ -37,11 +37,11 @@ def fitting_base(api: "Api", directory: Path, base: str | None, kind: str) -> st
         raise NotFound(
             unknown.code, unknown.detail, subject=unknown.subject, next_step=f"{fits}{unknown.next_step}"
         ) from None
-    seen = inspect(directory, api.architecture(known["digest"]))
+    seen = inspect(directory, api.architecture(known.digest))
     if any(finding.severity == "error" for finding in seen.findings):
         _refuse_wrong_base(api, directory, known)
         refuse_errors(seen.findings, str(directory))
-    return base or known["digest"]
+    return base or known.digest
 
 
 def _base_of_model(api: "Api", directory: Path, base: str | None) -> str:
@@ -57,17 +57,19 @@ def _unnamed(directory: Path, what: str) -> Usage:
     return Usage("base_missing", f"{directory} does not say which base it {what}.")
 
 
-def base_by_name_or_location(api: "Api", text: str) -> Json:
+def base_by_name_or_location(api: "Api", text: str) -> "BaseOut":
     """A registered base by name, alias, digest, or the directory that it was registered from.
 
     Trainers write the path they loaded the base from into `base_model_name_or_path`. Raises NotFound.
     """
+    from registry.wire.catalog import BaseOut
+
     try:
-        return api.get(f"/v1/bases/{quote(text.lstrip('/'))}")
+        return api.base(text.lstrip("/"))
     except NotFound as error:
         wanted = Path(text).expanduser().resolve()
-        for base in api.pages("/v1/bases"):
-            if any(_directory(location) == wanted for location in base["locations"]):
+        for base in api.pages("/v1/bases", BaseOut):
+            if any(_directory(location) == wanted for location in base.locations):
                 return base
         step = error.next_step
         if wanted.is_dir():
@@ -80,15 +82,15 @@ def _directory(location: str) -> Path | None:
     return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
 
-def _refuse_wrong_base(api: "Api", directory: Path, base: Json) -> None:
+def _refuse_wrong_base(api: "Api", directory: Path, base: "BaseOut") -> None:
     """Raises Invalid if the adapter fits another registered base: then the base is wrong, not the adapter's keys.
 
     Returns if it fits none, or if the adapter is faulty on any base.
     """
-    if fitting := _fitting(api, directory, base["digest"]):
+    if fitting := _fitting(api, directory, base.digest):
         raise Invalid(
             "wrong_base",
-            f"{directory} does not fit the base {base['name']}: modules are missing there or differ in shape.",
+            f"{directory} does not fit the base {base.name}: modules are missing there or differ in shape.",
             subject=str(directory),
             next_step=f"It fits {', '.join(fitting)}: name one with --base.",
         )
@@ -97,11 +99,12 @@ def _refuse_wrong_base(api: "Api", directory: Path, base: Json) -> None:
 def _fitting(api: "Api", directory: Path, without: str = "") -> list[str]:
     """Names of the registered bases that the adapter fits; none if the adapter is faulty on every base."""
     from composer.formats.adapters.inspection import inspect
+    from registry.wire.catalog import BaseOut
 
     def fits(architecture: "Architecture | None") -> bool:
         return not any(finding.severity == "error" for finding in inspect(directory, architecture).findings)
 
     if not fits(None):
         return []
-    others = [one for one in islice(api.pages("/v1/bases"), _TRIED) if one["digest"] != without]
-    return [one["name"] for one in others if fits(api.architecture(one["digest"]))]
+    others = [base for base in islice(api.pages("/v1/bases", BaseOut), _TRIED) if base.digest != without]
+    return [base.name for base in others if fits(api.architecture(base.digest))]

@@ -16,8 +16,11 @@ from composer.formats.checkpoints.card import CARD_FILE, front_matter
 from composer.formats.checkpoints.reported import DIRECTORY
 from registry.formats.licenses import spdx
 from registry.hub_client.address import SCHEME
+from registry.wire.catalog import BaseOut, ReleaseOut
+from registry.wire.quality import ScoreOut
 
 Json = dict[str, Any]
+"""A part of a card, which is as hubs have it."""
 _FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)^(?:---|\.\.\.)[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LIBRARIES = {"adapter": "peft", "model": "transformers"}
@@ -26,7 +29,7 @@ _REST_OF_LINE = re.compile(r"\A[ \t]*\r?\n")
 _INDEX = "model-index"
 
 
-def exported_card(release: Json, base: Json, existing: bytes | None) -> bytes:
+def exported_card(release: ReleaseOut, base: BaseOut, existing: bytes | None) -> bytes:
     """The model card of an export. Raises InvalidFile if the existing one has a front matter that cannot be read."""
     stated, wanted = front_matter(existing or b""), _stated(release, base)
     added = {name: value for name, value in wanted.items() if name not in stated}
@@ -35,7 +38,7 @@ def exported_card(release: Json, base: Json, existing: bytes | None) -> bytes:
     if results := _results(release):
         known: object = stated.get(_INDEX)
         index = cast("list[object]", known) if isinstance(known, list) else []
-        entry = {"name": f"{release['repository']}:{release['version']}", "results": results}
+        entry = {"name": release.name, "results": results}
         if entry not in index:
             added[_INDEX] = [*index, entry]
     if existing is None:
@@ -46,66 +49,65 @@ def exported_card(release: Json, base: Json, existing: bytes | None) -> bytes:
     return f"---\n{_extended(block, added)}---\n{body}".encode("utf-8", "surrogateescape")
 
 
-def results_file(release: Json) -> tuple[str, bytes] | None:
+def results_file(release: ReleaseOut) -> tuple[str, bytes] | None:
     """Path and content of the measured scores as `.eval_results` has them; None without any."""
     rows = [
         {
-            "dataset": {"id": score["suite"], "task_id": score["metric"], "revision": score["suite_digest"]},
-            "value": score["value"],
-            "date": score["measured"],
+            "dataset": {"id": score.suite, "task_id": score.metric, "revision": score.suite_digest},
+            "value": score.value,
+            "date": score.measured.isoformat().replace("+00:00", "Z"),
             "notes": ", ".join(
-                [f"n={score['n']}"] + ([f"standard error {score['stderr']:.3g}"] if score["stderr"] is not None else [])
+                [f"n={score.n}"] + ([f"standard error {score.stderr:.3g}"] if score.stderr is not None else [])
             ),
         }
         for score in _measured(release)
-        if score["higher_is_better"]
+        if score.higher_is_better
     ]
     if not rows:
         return None
-    name = release["repository"].replace("/", "-")
+    name = release.repository.replace("/", "-")
     return f"{DIRECTORY}adaptory-{name}.yaml", yaml.safe_dump(rows, sort_keys=False).encode()
 
 
-def _measured(release: Json) -> list[Json]:
-    return [score for score in release["scores"] if not score["reported"]]
+def _measured(release: ReleaseOut) -> list[ScoreOut]:
+    return [score for score in release.scores if not score.reported]
 
 
-def _stated(release: Json, base: Json) -> Json:
-    facts: Json | None = release["adapter"]
-    tags = ["adaptory", *([str(facts["type"]).lower()] if facts else [])]
-    stated: Json = {"base_model": _base_name(base), "library_name": _LIBRARIES[release["kind"]], "tags": tags}
-    if license_ := release["licenses"]["adapter"]:
+def _stated(release: ReleaseOut, base: BaseOut) -> Json:
+    tags = ["adaptory", *([release.adapter.type.lower()] if release.adapter else [])]
+    stated: Json = {"base_model": _base_name(base), "library_name": _LIBRARIES[release.kind], "tags": tags}
+    if license_ := release.licenses.adapter:
         name = spdx(license_)
         stated |= {"license": name.lower()} if _SPDX.fullmatch(name) else {"license": "other", "license_name": name}
     return stated
 
 
-def _base_name(base: Json) -> str:
+def _base_name(base: BaseOut) -> str:
     """The base's name on a hub: an alias of that form, or the repository that it was registered from; its name here if
     it has neither."""
-    hubs = [url.removeprefix(SCHEME).partition("@")[0] for url in base["locations"] if url.startswith(SCHEME)]
-    named = [name for name in (*hubs, *base["aliases"]) if _HUB_NAME.fullmatch(name)]
-    return named[0] if named else base["name"]
+    hubs = [url.removeprefix(SCHEME).partition("@")[0] for url in base.locations if url.startswith(SCHEME)]
+    named = [name for name in (*hubs, *base.aliases) if _HUB_NAME.fullmatch(name)]
+    return named[0] if named else base.name
 
 
-def _results(release: Json) -> list[Json]:
+def _results(release: ReleaseOut) -> list[Json]:
     """The measured scores as the results of a model index, by suite."""
-    by_suite: dict[str, list[Json]] = {}
+    by_suite: dict[str, list[ScoreOut]] = {}
     for score in _measured(release):
-        by_suite.setdefault(score["suite"], []).append(score)
+        by_suite.setdefault(score.suite, []).append(score)
     return [
         {
             "task": {"type": "text-generation"},
-            "dataset": {"type": suite, "name": suite, "revision": scores[0]["suite_digest"]},
-            "metrics": [{"type": score["metric"], "value": score["value"]} for score in scores],
+            "dataset": {"type": suite, "name": suite, "revision": scores[0].suite_digest},
+            "metrics": [{"type": score.metric, "value": score.value} for score in scores],
         }
         for suite, scores in by_suite.items()
     ]
 
 
-def _names_base(stated: object, base: Json) -> bool:
+def _names_base(stated: object, base: BaseOut) -> bool:
     """Whether it can be what a hub shows as the base: a list, a name of this base, or any name of a hub's form."""
-    names = (base["name"], *base["aliases"])
+    names = (base.name, *base.aliases)
     return isinstance(stated, list) or stated in names or _HUB_NAME.fullmatch(str(stated)) is not None
 
 
@@ -137,8 +139,8 @@ def _dump(document: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
 
 
-def _text(release: Json) -> str:
-    notes = f"\n{release['notes']}\n" if release["notes"] else ""
-    kind = "An adapter" if release["kind"] == "adapter" else "A merged model"
-    name = release["repository"].partition("/")[2]
-    return f"# {name}\n\n{kind} for {release['base']['name']}, released as {release['version']}.\n{notes}"
+def _text(release: ReleaseOut) -> str:
+    notes = f"\n{release.notes}\n" if release.notes else ""
+    kind = "An adapter" if release.kind == "adapter" else "A merged model"
+    name = release.repository.partition("/")[2]
+    return f"# {name}\n\n{kind} for {release.base.name}, released as {release.version}.\n{notes}"

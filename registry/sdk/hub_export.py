@@ -1,12 +1,11 @@
 """Export: a release as a commit and a tag of a Hugging Face Hub, with a card and the measured scores."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from composer.errors import InvalidFile
 from composer.formats.checkpoints.card import CARD_FILE
-from registry.client.api import release_path
 from registry.errors import Conflict, Usage
 from registry.formats.signatures import SIGNATURE_FILE
 from registry.hub_client.address import HubAddress
@@ -14,17 +13,30 @@ from registry.hub_client.remote import Content, Hub, HubFile
 from registry.sdk.connection import Connection
 from registry.sdk.display import Display
 from registry.sdk.hub_card import exported_card, results_file
-from registry.sdk.local_files import release_directory, resolved
+from registry.sdk.local_files import release_directory, resolved, total_bytes
+from registry.wire.catalog import ReleaseOut
 
-Json = dict[str, Any]
 _LOADED = (".safetensors", ".json", ".jinja", ".model", ".tiktoken")
 """Endings of files by which a program loads a model."""
 _LISTED = 6
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """What was exported. `created` is false if it was there already; `scores` is the number of measured ones."""
+
+    release: str
+    exported_to: str
+    endpoint: str
+    tag: str
+    created: bool
+    files: list[str]
+    scores: int
+
+
 def export_release(
     connection: Connection, ref: str, target: HubAddress, endpoint: str | None, display: Display, *, private: bool
-) -> Json:
+) -> Export:
     """Uploads the release that `ref` names to the main branch of the repository, and tags it with its version.
 
     The same release again changes nothing (`created` is False). Raises Conflict if the tag has other content. A file
@@ -38,9 +50,9 @@ def export_release(
             next_step="Name the repository alone: the tag is the release's version.",
         )
     hub = Hub(endpoint)
-    release = connection.api.get(release_path(resolved(connection, ref, display.warn)))
+    release = connection.api.get(resolved(connection, ref, display.warn).path, ReleaseOut)
     files = _contents(connection, release, display)
-    tag = target.at(release["version"])
+    tag = target.at(release.version)
     hub.create(target, private=private)
     known = hub.tagged(tag)
     if known is not None:
@@ -48,29 +60,28 @@ def export_release(
         commit = str(known.address.revision)
     else:
         removed = _superfluous(hub.head(target), files)
-        title = f"{release['repository']}:{release['version']}"
-        size_bytes = sum(row["size_bytes"] for row in release["files"])
-        with display.progress(f"export {title}", size_bytes) as done:
-            commit = hub.write(tag, files, removed, (title, release["notes"]))
+        size_bytes = total_bytes(release)
+        with display.progress(f"export {release.name}", size_bytes) as done:
+            commit = hub.write(tag, files, removed, (release.name, release.notes))
             done(size_bytes)
-    return {
-        "release": f"{release['repository']}:{release['version']}",
-        "exported_to": str(target.at(commit)),
-        "endpoint": hub.endpoint,
-        "tag": release["version"],
-        "created": known is None,
-        "files": sorted(files),
-        "scores": sum(not score["reported"] for score in release["scores"]),
-    }
+    return Export(
+        release=release.name,
+        exported_to=str(target.at(commit)),
+        endpoint=hub.endpoint,
+        tag=release.version,
+        created=known is None,
+        files=sorted(files),
+        scores=sum(not score.reported for score in release.scores),
+    )
 
 
-def _contents(connection: Connection, release: Json, display: Display) -> dict[str, Content]:
+def _contents(connection: Connection, release: ReleaseOut, display: Display) -> dict[str, Content]:
     """The files of the export: those of the release, with the card and the scores."""
     directory = release_directory(connection, release, display)
-    files: dict[str, Content] = {row["path"]: directory / row["path"] for row in release["files"]}
+    files: dict[str, Content] = {row.path: directory / row.path for row in release.files}
     card = files.get(CARD_FILE)
     existing = card.read_bytes() if isinstance(card, Path) else None
-    base = connection.api.base(release["base"]["digest"])
+    base = connection.api.base(release.base.digest)
     try:
         files[CARD_FILE] = exported_card(release, base, existing)
     except InvalidFile as error:

@@ -23,8 +23,7 @@ from registry.sdk.publishing import publish
 
 if TYPE_CHECKING:
     from registry.client.api import Api
-
-Json = dict[str, Any]
+    from registry.wire.catalog import PublishedOut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +33,26 @@ class Import:
 
     source: HubAddress
     target: Reference
-    request: Json
+    request: dict[str, Any]
     endpoint: str | None = None
     base: str | None = None
     key: Path | None = None
 
 
-def import_release(connection: Connection, wanted: Import, display: Display) -> Json:
-    """Downloads what a push includes, checks and publishes it. Returns the registry's answer, with `imported_from`,
-    `endpoint`, and `left_out`, which names the files of the hub that are not published.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """What was published, the number of `sent` files, and where it is from. `left_out` are the files of the hub that
+    are not published."""
+
+    published: "PublishedOut"
+    sent: int
+    imported_from: str
+    endpoint: str
+    left_out: tuple[str, ...]
+
+
+def import_release(connection: Connection, wanted: Import, display: Display) -> Imported:
+    """Downloads what a push includes, checks and publishes it.
 
     The commit is resolved once. What has been downloaded stays in the cache until it is published.
     """
@@ -60,14 +70,16 @@ def import_release(connection: Connection, wanted: Import, display: Display) -> 
         publication = Publication(
             wanted.target.repository, kind, {**wanted.request, "base": base, "provenance": stated}
         )
-        published = publish(connection.api, select_files(selection.directory, kind), publication, display, wanted.key)
+        files = select_files(selection.directory, kind)
+        published, sent = publish(connection.api, files, publication, display, wanted.key)
         shutil.rmtree(selection.directory)
-    return {
-        **published,
-        "imported_from": str(snapshot.address),
-        "endpoint": hub.endpoint,
-        "left_out": list(selection.left_out),
-    }
+    return Imported(
+        published=published,
+        sent=sent,
+        imported_from=str(snapshot.address),
+        endpoint=hub.endpoint,
+        left_out=selection.left_out,
+    )
 
 
 def _kind(snapshot: Snapshot) -> str:
@@ -139,7 +151,7 @@ def _base(api: "Api", directory: Path, given: str | None, kind: str) -> str:
     if stated is None:
         return fitting_base(api, directory, given, kind)
     try:
-        known = api.base(stated)["digest"]
+        known = api.base(stated).digest
     except NotFound as unknown:
         try:
             return fitting_base(api, directory, None, kind)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from registry.errors import NotFound
 from registry.formats.references import parse_reference
@@ -11,35 +11,32 @@ from registry.sdk.display import Display
 
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
+    from registry.wire.catalog import BaseOut
+    from registry.wire.search import AnyRelease, ResolvedRelease
 
-Json = dict[str, Any]
 
-
-def resolved(connection: Connection, ref: str, warn: Callable[[str], None]) -> Json:
+def resolved(connection: Connection, ref: str, warn: Callable[[str], None]) -> "ResolvedRelease":
     """The release that `ref` names. Warns of a yanked or deprecated one."""
     resolution = connection.api.resolve(parse_reference(ref))
-    if resolution["warning"]:
-        warn(resolution["warning"])
-    return resolution["release"]
+    if resolution.warning:
+        warn(resolution.warning)
+    return resolution.release
 
 
-def release_directory(connection: Connection, release: Json, display: Display) -> Path:
+def release_directory(connection: Connection, release: "AnyRelease", display: Display) -> Path:
     """The directory of the release's files on this machine, just verified."""
     from registry.client.pull import cached
 
-    with display.progress(f"pull {release['repository']}:{release['version']}", total_bytes(release)) as done:
+    with display.progress(f"pull {release.name}", total_bytes(release)) as done:
         return cached(connection.api, release, connection.cache, done)
 
 
-def total_bytes(release: Json) -> int:
-    """Total size of a release's files. Raises Invalid for a malformed answer."""
-    from registry.client.api import understood
-
-    with understood():
-        return sum(row["size_bytes"] for row in release["files"])
+def total_bytes(release: "AnyRelease") -> int:
+    """Total size of a release's files."""
+    return sum(file.size_bytes for file in release.files)
 
 
-def base_checkpoint(base: Json, override: Path | None, display: Display) -> "Checkpoint":
+def base_checkpoint(base: "BaseOut", override: Path | None, display: Display) -> "Checkpoint":
     """The base's weights on this machine, verified by hash: a path does not prove what was measured. Downloads
     them from a hub or a bucket if they are not here. Raises NotFound if no location gives them, Mismatch for other
     weights."""
@@ -50,18 +47,18 @@ def base_checkpoint(base: Json, override: Path | None, display: Display) -> "Che
 
     directory, reasons = override, list[str]()
     if directory is None:
-        with display.progress(f"find {base['name']}", None):
+        with display.progress(f"find {base.name}", None):
             # In use until this process ends: it may load the base at any time.
-            directory, reasons = Bases(load_settings()).find(base["locations"], base["size_bytes"])
+            directory, reasons = Bases(load_settings()).find(base.locations, base.size_bytes)
     if directory is None:
         raise NotFound(
             "base_not_here",
-            " ".join([f"No location of {base['name']} is on this machine.", *reasons]),
-            subject=base["name"],
+            " ".join([f"No location of {base.name} is on this machine.", *reasons]),
+            subject=base.name,
             next_step="Name its directory with --base-dir, or run `adaptory base add DIR` here.",
         )
     checkpoint = open_checkpoint(directory)
     total = sum(header.size_bytes for header in checkpoint.shards.values())
-    with display.progress(f"verify {base['name']}", total) as done:
-        verify_checkpoint(checkpoint, base["digest"], done)
+    with display.progress(f"verify {base.name}", total) as done:
+        verify_checkpoint(checkpoint, base.digest, done)
     return checkpoint

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from registry.sdk.display import Display
 
@@ -10,15 +10,14 @@ if TYPE_CHECKING:
     from registry.client.api import Api
     from registry.client.selection import Selection
     from registry.client.signing import Publication
-
-Json = dict[str, Any]
+    from registry.wire.catalog import PublishedOut
 
 
 def publish(
     api: "Api", selection: "Selection", publication: "Publication", display: Display, key: Path | None = None
-) -> Json:
-    """Publishes the files as the release, signed with the private key if there is one. Returns the registry's
-    answer."""
+) -> "tuple[PublishedOut, int]":
+    """Publishes the files as the release, signed with the private key if there is one. Returns the registry's answer,
+    and the number of files that the store lacked."""
     from registry.client.push import collect, push
     from registry.client.signing import push_signed
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from registry.client import channel_moves
-from registry.client.api import Api, release_path
+from registry.client.api import Api
 from registry.client.cache import BlobCache
 from registry.client.pull import cached, pull
 from registry.client.selection import select_files
@@ -23,13 +23,15 @@ from registry.sdk.display import Quiet
 from registry.sdk.fit import fitting_base
 from registry.sdk.publishing import publish
 from registry.sdk.results import Composition, Move, Promotion, Release, Score
+from registry.wire.catalog import ReleaseOut
+from registry.wire.quality import SuiteOut
+from registry.wire.search import FoundOut, ResolvedRelease
 
 if TYPE_CHECKING:
     from composer.conflicts.report import ConflictReport
     from composer.formats.recipes.policy import Policy
     from composer.formats.recipes.weights import Weight
 
-Json = dict[str, Any]
 _POLL_S = 0.5
 
 
@@ -73,7 +75,7 @@ class Registry:
         >>> release = registry.resolve("acme/sql@prod")
         >>> print(release.version, release.base, release.document["adapter"]["rank_max"])
         """
-        return Release.of(self.api.get(release_path(self._resolved(ref))))
+        return Release.of(self.api.get(self._resolved(ref).path, ReleaseOut))
 
     def push(  # noqa: PLR0913
         self,
@@ -98,7 +100,7 @@ class Registry:
         >>> registry.push("out", "acme/sql:1.1.0", base="smollm2", provenance={"data": [{"name": "acme/queries"}]})
         """
         reference = single_version(target, bump)
-        request: Json = {
+        request: dict[str, Any] = {
             "version": str(reference.version) if reference.version else None,
             "bump": bump,
             "notes": notes,
@@ -108,10 +110,10 @@ class Registry:
         }
         selection = select_files(Path(directory), kind, include)
         wanted = Publication(reference.repository, kind, request)
-        published = publish(self.api, selection, wanted, Quiet(), Path(sign) if sign else None)
-        for finding in published["warnings"]:
+        published, _ = publish(self.api, selection, wanted, Quiet(), Path(sign) if sign else None)
+        for finding in published.warnings:
             warnings.warn(finding["message"], stacklevel=2)
-        return Release.of(published["release"])
+        return Release.of(published.release)
 
     def pull(
         self,
@@ -146,7 +148,7 @@ class Registry:
 
         >>> names = [str(one) for one in registry.search("migration", base="smollm2", max_rank=16, loads_in="vllm:32")]
         """
-        yield from map(Release.of, self.api.pages("/v1/releases", text=" ".join(words) or None, **filters))
+        yield from map(Release.of, self.api.pages("/v1/releases", FoundOut, text=" ".join(words) or None, **filters))
 
     def promote(
         self, ref: str | Release, channel: str, *, reason: str = "", force: bool = False, wait: bool = True
@@ -160,10 +162,10 @@ class Registry:
         """
         release = self._resolved(ref)
         answer, _ = channel_moves.promote(self.api, release, channel, reason, force=force)
-        if "state" in answer and wait:
-            with self._connection.worker(answer["job"]):
-                answer = channel_moves.wait_for(self.api, answer, release["kind"])
-        return Promotion.of(answer) if "state" in answer else Move.of(answer)
+        if isinstance(answer, Promotion) and wait:
+            with self._connection.worker(answer.job):
+                return channel_moves.wait_for(self.api, answer, release.kind)
+        return answer
 
     def rollback(self, channel: str, *, to: str | None = None, reason: str = "") -> Move:
         """Returns REPO@CHANNEL to the release that it served before, or to `to`, a version that it served before that
@@ -173,7 +175,7 @@ class Registry:
         """
         line, name = self._line(channel)
         move, _ = channel_moves.roll_back(self.api, line, name, {"to": to, "reason": reason})
-        return Move.of(move)
+        return move
 
     def history(self, channel: str) -> Iterator[Move]:
         """The moves of REPO@CHANNEL, the newest first.
@@ -182,7 +184,7 @@ class Registry:
         ...     print(move.at, move.kind, move.to_version, move.actor, move.reason)
         """
         line, name = self._line(channel)
-        yield from map(Move.of, self.api.pages(f"{line}/channels/{name}/history"))
+        yield from self.api.pages(f"{line}/channels/{name}/history", Move)
 
     def record_scores(self, ref: str | Release, scores: Iterable[Score]) -> None:
         """Records scores of a release on registered suites, each on the suite's current content.
@@ -190,13 +192,13 @@ class Registry:
         >>> registry.record_scores("acme/sql:1.1.0", [Score(suite="sql-exact", metric="accuracy", value=0.8, n=32)])
         """
         digests: dict[str, str] = {}
-        rows: list[Json] = []
+        rows: list[dict[str, Any]] = []
         for score in scores:
             if score.suite not in digests:
-                digests[score.suite] = self.api.get(f"/v1/suites/{quote(score.suite, safe='')}")["digest"]
+                digests[score.suite] = self.api.get(f"/v1/suites/{quote(score.suite, safe='')}", SuiteOut).digest
             own = {name: getattr(score, name) for name in Score.__slots__ if name != "suite"}
             rows.append({"suite_digest": digests[score.suite], **own})
-        self.api.post(f"{release_path(self._resolved(ref))}/scores", {"scores": rows, "results": []})
+        self.api.post(f"{self._resolved(ref).path}/scores", {"scores": rows, "results": []})
 
     def conflicts(  # noqa: PLR0913
         self,
@@ -255,24 +257,24 @@ class Registry:
             if isinstance(recipe, Mapping)
             else load_recipe(read_text(Path(recipe), MAX_FILE_BYTES), str(recipe))
         )
-        document = self.api.post("/v1/compositions", {"recipe": given.to_json(), "plan": plan})
+        composition = self.api.post("/v1/compositions", {"recipe": given.to_json(), "plan": plan}, Composition)
         if wait or plan or self._connection.resources is not None:
-            with self._connection.worker(document["job"]):
-                while document["state"] in ("queued", "running"):
+            with self._connection.worker(composition.job):
+                while composition.state in ("queued", "running"):
                     time.sleep(_POLL_S)
-                    document = self.api.get(f"/v1/compositions/{document['id']}")
-        if document["error"] is not None:
-            raise of_row(document["error"])
-        if document["state"] == "cancelled":
-            message = f"The composition {document['id']} was cancelled."
+                    composition = self.api.get(f"/v1/compositions/{composition.id}", Composition)
+        if composition.error is not None:
+            raise of_row(composition.error)
+        if composition.state == "cancelled":
+            message = f"The composition {composition.id} was cancelled."
             raise Refused("composition_cancelled", message)
-        return Composition.of(document)
+        return composition
 
-    def _resolved(self, ref: str | Release) -> Json:
+    def _resolved(self, ref: str | Release) -> ResolvedRelease:
         answer = self.api.resolve(parse_reference(str(ref)))
-        if answer["warning"]:
-            warnings.warn(answer["warning"], stacklevel=3)
-        return answer["release"]
+        if answer.warning:
+            warnings.warn(answer.warning, stacklevel=3)
+        return answer.release
 
     def _line(self, channel: str) -> tuple[str, str]:
         """The route of the repository of REPO@CHANNEL, and the channel's name."""

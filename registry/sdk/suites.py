@@ -14,19 +14,20 @@ def fetch_suite(connection: Connection, name: str) -> "Suite":
     """Fetches a suite. Raises Usage for text that cannot be a name, before any request, and for a suite whose examples
     the registry does not have."""
     from composer.formats.recipes.suite import Suite
+    from registry.wire.quality import SuiteOut
 
     refuse_bad_suite_name(name)
-    document = connection.api.get(f"/v1/suites/{quote(name, safe='')}")
-    if document["task"] in ("harness", "reported"):
+    document = connection.api.get(f"/v1/suites/{quote(name, safe='')}", SuiteOut)
+    if document.task in ("harness", "reported"):
         raise Usage(
             "suite_elsewhere",
             f"The registry does not have the examples of {name}.",
             subject=name,
-            next_step=f"Run the task of a harness by its name: `adaptory eval REF --harness {document['name']}`."
-            if document["task"] == "harness"
+            next_step=f"Run the task of a harness by its name: `adaptory eval REF --harness {document.name}`."
+            if document.task == "harness"
             else "Scores on it are only reported; register a suite with its examples to measure some.",
         )
-    return Suite.from_json(document["content"], name)
+    return Suite.from_json(document.content, name)
 
 
 def refuse_bad_suite_name(name: str) -> None:

@@ -21,6 +21,7 @@ from registry.formats.references import single_version
 from registry.sdk.fit import base_by_name_or_location
 from registry.sdk.registry import Registry
 from registry.sdk.results import Release, Score
+from registry.wire.quality import SuiteOut
 
 SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "num_train_epochs", "max_steps",
@@ -107,9 +108,9 @@ class AdaptoryCallback(TrainerCallback):
             if self._base is not None:
                 base_by_name_or_location(registry.api, self._base)
             if self._suite is not None:
-                suite = registry.api.get(f"/v1/suites/{quote(self._suite, safe='')}")
-                self._suite_examples = suite["examples"]
-                self._directions |= {name: better == "higher" for name, better in suite["metrics"].items()}
+                suite = registry.api.get(f"/v1/suites/{quote(self._suite, safe='')}", SuiteOut)
+                self._suite_examples = suite.examples
+                self._directions |= {name: better == "higher" for name, better in suite.metrics.items()}
             if self._stated:
                 _refuse_existing(registry, self._target)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field
 
-from composer.formats.checkpoints.card import MAX_HYPERPARAMETERS, MAX_ITEMS, MAX_TEXT
+from composer.formats.untrusted import MAX_HYPERPARAMETERS, MAX_ITEMS, MAX_TEXT
 from registry.wire.document import MAX_INT64, Wire, WireIn
 from registry.wire.quality import ScoreOut
 
@@ -220,7 +220,32 @@ class TakenDownOut(Wire):
     reason: str
 
 
-class ReleaseOut(Wire):
+class NamedRelease(Wire):
+    """What names a release."""
+
+    repository: str
+    kind: str
+    version: str
+    commit: str
+    base: BaseRef
+
+    @property
+    def name(self) -> str:
+        """`acme/sql:1.0.0`"""
+        return f"{self.repository}:{self.version}"
+
+    @property
+    def line(self) -> str:
+        """The path of its repository in the API."""
+        return f"/v1/{self.kind}s/{self.repository}"
+
+    @property
+    def path(self) -> str:
+        """Its own path in the API."""
+        return f"{self.line}/releases/{self.version}"
+
+
+class ReleaseOut(NamedRelease):
     """`servers` can load it if its rank is within their limit; `loading` says why others cannot.
 
     `signed_by` is the SHA-256 of the signing key's PEM; `signature_covers` says whether the signature binds the release
@@ -229,11 +254,6 @@ class ReleaseOut(Wire):
     range.
     """
 
-    repository: str
-    kind: str
-    version: str
-    commit: str
-    base: BaseRef
     adapter: AdapterFactsOut | None
     model: ModelFactsOut | None
     scores: list[ScoreOut]

@@ -1,6 +1,13 @@
-"""The API's schemas: pydantic only. Field names are the contract of the REST API and of `--json`."""
+"""The documents of the API, as types: what a server answers and what a client reads. Field names are the contract.
 
+A document that was read keeps the object that it was made of (`Wire.document`), since `--json` and the Python API show
+it as it came: with the fields of a newer server, and numbers and times as they were written. Keeping unknown fields in
+the types instead (`extra="allow"`) would lose the latter, and would let a server answer with misspelt ones.
+"""
+
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import chain
 from typing import Annotated, Any, Generic, Self, TypeVar, cast
 
@@ -28,7 +35,7 @@ Moment = Annotated[datetime, AfterValidator(_in_utc)]
 
 
 class Wire(BaseModel):
-    """Refuses unknown fields: a misspelt option would otherwise be dropped silently."""
+    """Refuses unknown fields: a misspelt option would otherwise be dropped silently. Only `read` ignores them."""
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
@@ -37,6 +44,24 @@ class Wire(BaseModel):
         """The document of a row or a value: `others`, and its attributes with the names of the other fields."""
         own = {name: getattr(row, name) for name in cls.model_fields.keys() - others.keys()}
         return cls.model_validate(own | others)
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Self:
+        """The document that a server of this version or a newer one wrote. Raises ValidationError."""
+        answer = cls.model_validate(document, extra="ignore")
+        answer._keep(document)
+        return answer
+
+    @cached_property
+    def document(self) -> Mapping[str, Any]:
+        """The object that this was read from; of an item of a list, and of what was not read, its fields."""
+        return self.model_dump(mode="json")
+
+    def _keep(self, document: Mapping[str, Any]) -> None:
+        vars(self)["document"] = document
+        for name, value in self:
+            if isinstance(value, Wire):
+                value._keep(document[name])
 
 
 class WireIn(Wire):
@@ -71,7 +96,7 @@ class Page(Wire, Generic[T]):
     next: str | None = None
 
 
-class Problem(BaseModel):
+class Problem(Wire):
     """RFC 9457 with `code` and `family` (docs/reference/errors.md lists both), `subject`, `next` (what to do), `help`
     (the page of the code, relative to the request's address), the findings behind a refusal, and the id that the access
     log has of the request (`X-Request-Id`)."""
@@ -87,5 +112,5 @@ class Problem(BaseModel):
     subject: str = ""
     next: str = ""
     help: str = ""
-    findings: list[dict[str, object]] = []
+    findings: list[dict[str, Any]] = []
     request_id: str | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from composer.formats.recipes.suite import MAX_EXAMPLES
+from composer.formats.untrusted import MAX_EXAMPLES
 from registry.wire.document import MAX_INT32, Wire, WireIn
 
 MAX_ANSWER_CHARS = 2_000
@@ -142,7 +142,9 @@ class GateResultOut(Wire):
 
 
 class MoveOut(Wire):
-    """`changed` is false in the answer to a promotion of what the channel served already: it is then the last move."""
+    """A channel's move, by a promotion, a rollback or a deletion; `from_version` is null for the first one.
+
+    `changed` is false in the answer to a promotion of what the channel served already: it is then the last move."""
 
     id: int
     repository: str
@@ -199,6 +201,11 @@ class PromotionOut(Wire):
     expires_at: datetime
     ended_at: datetime | None
 
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The rules that do not pass yet, each with why."""
+        return tuple(f"{gate.rule}: {gate.detail}" for gate in self.gates if gate.waiting)
+
 
 class JudgementOut(Wire):
     """What a promotion would lead to now: `passes`, `waits` or `refused`. `served` is the version that the channel
@@ -230,6 +237,12 @@ class ApprovalOut(Wire):
     reason: str
     at: datetime
     promotion: PromotionOut | None
+
+
+class WithdrawnOut(Wire):
+    """Whether there was an approval to withdraw."""
+
+    withdrawn: bool
 
 
 class PinOut(Wire):

@@ -1,6 +1,6 @@
 """Documents of search and resolve."""
 
-from registry.wire.catalog import BaseRef, DeprecationOut, FileRow, ReleaseOut
+from registry.wire.catalog import BaseRef, DeprecationOut, FileRow, NamedRelease, ReleaseOut
 from registry.wire.document import Page, Wire
 
 
@@ -39,20 +39,18 @@ class FoundPage(Page[FoundOut]):
     facets: dict[str, list[ChoiceOut]] | None = None
 
 
-class ResolvedRelease(Wire):
+class ResolvedRelease(NamedRelease):
     """What is needed to fetch a release; GET it for facts and scores. `size_bytes` is the total size of its files."""
 
-    repository: str
-    kind: str
-    version: str
-    commit: str
-    base: BaseRef
     yanked: bool
     yank_reason: str | None
     deprecated: DeprecationOut | None
     base_deprecated: DeprecationOut | None
     size_bytes: int
     files: list[FileRow]
+
+
+AnyRelease = ResolvedRelease | ReleaseOut
 
 
 class ResolvedOut(Wire):

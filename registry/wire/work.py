@@ -59,9 +59,15 @@ class ResultRow(Wire):
     version: str
     commit: str
 
+    @property
+    def name(self) -> str:
+        """`acme/sql:1.0.0`"""
+        return f"{self.repository}:{self.version}"
+
 
 class CompositionOut(Wire):
-    """`result` is the first of `results`: the combined adapter's release, or the model's if there is no adapter."""
+    """A composition or its plan. `result` is the first of `results`: the combined adapter's release, or the model's if
+    there is no adapter."""
 
     id: int
     job: int
@@ -77,6 +83,16 @@ class CompositionOut(Wire):
     results: list[ResultRow]
     steps: list[StepOut]
     error: dict[str, Any] | None
+
+    @property
+    def verdict(self) -> str | None:
+        """That of the conflict check; None before it."""
+        return self.conflicts["verdict"] if self.conflicts else None
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        """The releases that it made."""
+        return tuple(row.name for row in self.results)
 
 
 class ConflictInput(WireIn):

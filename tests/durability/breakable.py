@@ -179,7 +179,8 @@ def furnish(url: str, directory: Path) -> Stock:
     """acme/sql:1.0.0 on prod, a cancelled composition, and an upload without bytes."""
     api = Api(url)
     files = adapter_files(directory, 1)
-    release = push(api, files, NAME, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)["release"]
+    published, _ = push(api, files, NAME, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
+    release = published.release.document
     api.put(CHANNEL, {"version": "1.0.0"})
     composition = api.post("/v1/compositions", {"recipe": {"inputs": ["acme/sql"], "method": "stack"}, "plan": True})
     job = api.get("/v1/jobs")["items"][0]

@@ -137,8 +137,8 @@ class _Client:
     def _push(self, minor: int) -> dict[str, Any]:
         files = adapter_files(self.directory / str(minor), minor)
         request = {"version": f"1.{minor}.0", "base": "tiny"}
-        answer = push(self.api, files, NAME, "adapter", request, lambda _count: None)
-        return {"commit": answer["release"]["commit"]}
+        answer, _ = push(self.api, files, NAME, "adapter", request, lambda _count: None)
+        return {"commit": answer.release.commit}
 
     def _etag(self) -> str:
         while True:

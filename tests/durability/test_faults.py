@@ -26,6 +26,7 @@ from registry.formats.references import Digest
 from registry.settings import S3Storage
 from registry.storage.s3.store import S3Store
 from registry.transfer import collect
+from registry.wire.catalog import ReleaseOut
 from registry.worker.runner import run_one
 from tests import services
 from tests.doses import further
@@ -70,7 +71,7 @@ class Registry:
     def pull(self, version: str) -> bytes:
         target = self.directory / f"pulled-{version}-{time.monotonic_ns()}"
         api = Api(self.url)
-        pull(api, api.get(f"{line_path(NAME)}/releases/{version}"), target, lambda _count: None)
+        pull(api, api.get(f"{line_path(NAME)}/releases/{version}", ReleaseOut), target, lambda _count: None)
         api.close()
         return (target / "adapter_model.safetensors").read_bytes()
 

@@ -27,6 +27,7 @@ from registry.transfer import fsck
 from registry.transfer.collect import Collected
 from registry.transfer.collect import collect as collect_garbage
 from registry.transfer.resources import Resources
+from registry.wire.transfer import PutOut
 from tests import services
 from tests.durability.conftest import broken_promises, opened
 from tests.durability.processes import NAME, collect_forever, kill, serve, wait_for_port
@@ -284,7 +285,7 @@ def test_an_upload_in_parts_that_nobody_goes_on_with_leaves_nothing(
     (planned,) = api.post("/v1/uploads", {"namespace": "acme", "files": [row]})["files"]
     first = file.source.read_bytes()[: planned["parts"][0]["size_bytes"]]
     part = f"/v1/uploads/{planned['upload']}/parts/1"
-    api.send(api.post(part, {"sha256": hashlib.sha256(first).hexdigest()}), [first])
+    api.send(api.post(part, {"sha256": hashlib.sha256(first).hexdigest()}, PutOut), [first])
     assert unfinished(environ) == 1
     assert collect_garbage(held, grace=NONE).unfinished == 0, "it may go on"
     assert unfinished(environ) == 1

@@ -60,7 +60,7 @@ def push_version(api: Api, directory: Path, version: str, seed: int) -> dict[str
 
 def push_numbered(api: Api, directory: Path, number: dict[str, str], seed: int, rank: int = RANK) -> dict[str, Any]:
     files = adapter_files(directory / str(seed), seed, rank)
-    return push(api, files, NAME, "adapter", {**number, "base": "tiny"}, lambda _count: None)
+    return dict(push(api, files, NAME, "adapter", {**number, "base": "tiny"}, lambda _count: None)[0].document)
 
 
 def together(apis: list[Api], act: Callable[[int, Api], object]) -> list[object]:
@@ -193,7 +193,8 @@ def test_of_many_equal_pushes_one_makes_the_release_and_all_succeed(
     with clients(url) as apis:
 
         def race(_number: int, api: Api) -> object:
-            return push(api, files, NAME, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
+            published, _ = push(api, files, NAME, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
+            return published.document
 
         answers = together(apis, race)
         assert all(isinstance(answer, dict) for answer in answers), answers
@@ -318,7 +319,8 @@ def test_many_first_pushes_into_a_namespace_that_is_not_there_yet_all_arrive(
             name = RepositoryName("fresh", f"line-{number}")
             while True:
                 try:
-                    return push(api, files, name, "adapter", {"version": "1.0.0", "base": "tiny"}, lambda _count: None)
+                    request = {"version": "1.0.0", "base": "tiny"}
+                    return push(api, files, name, "adapter", request, lambda _count: None)[0].document
                 except Conflict as error:
                     if error.code != "raced":
                         raise

@@ -11,22 +11,39 @@ from composer.formats.checkpoints.card import front_matter
 from composer.formats.checkpoints.reported import reported_scores
 from registry.hub_client.address import parse_hub_address
 from registry.sdk.hub_card import exported_card, results_file
+from registry.wire.catalog import BaseOut, ReleaseOut
 
 DIGEST = "ab" * 32
-BASE: dict[str, Any] = {"name": "tiny", "aliases": ["tiny-2", "Acme/Tiny"], "locations": ["file:///models/tiny"]}
+TIMES = {"created_at": "2026-01-01T00:00:00Z", "created_by": "ann"}
+BASE = BaseOut.read(
+    {"digest": DIGEST, "architecture_digest": DIGEST, "name": "tiny", "aliases": ["tiny-2", "Acme/Tiny"]}
+    | {"locations": ["file:///models/tiny"], "model_type": "llama", "tied": True, "parameters": 1, "size_bytes": 1}
+    | {"tensor_count": 1, "scores": [], "derived_from": None, "relation": None, "license": None, "deprecated": None}
+    | TIMES
+)
+FACTS = {
+    "type": "LORA", "variant": "lora", "rank_max": 8, "alpha": 16.0, "targets": [], "modules": 1, "parameters": 1,
+    "size_bytes": 1, "dtype": "F32", "modules_to_save": [], "use_rslora": False, "ranks": {}, "alphas": {},
+    "base_model_name_or_path": None, "peft_version": None,
+}  # fmt: skip
 
 
 def score(suite: str, metric: str, value: float, **more: Any) -> dict[str, Any]:
-    row = {"suite": suite, "suite_digest": DIGEST, "metric": metric, "value": value, "stderr": None, "n": 6}
-    return row | {"higher_is_better": metric != "nll", "reported": False, "measured": "2026-01-01T00:00:00Z"} | more
+    row = {"suite": suite, "suite_digest": DIGEST, "kind": "target", "task": "exact", "metric": metric, "value": value}
+    row |= {"stderr": None, "n": 6, "source": None, "higher_is_better": metric != "nll", "reported": False}
+    return row | {"measured": "2026-01-01T00:00:00Z"} | more
 
 
-def release(*scores: dict[str, Any], **more: Any) -> dict[str, Any]:
+def release(*scores: dict[str, Any], notes: str = "", license_: str | None = None) -> ReleaseOut:
     document = {
-        "repository": "acme/sql", "version": "1.0.0", "kind": "adapter", "notes": "", "base": {"name": "tiny"},
-        "adapter": {"type": "LORA"}, "licenses": {"adapter": None}, "scores": list(scores),
+        "repository": "acme/sql", "version": "1.0.0", "kind": "adapter", "commit": "ab" * 20, "notes": notes,
+        "base": {"digest": DIGEST, "name": "tiny"}, "adapter": FACTS, "model": None, "scores": list(scores),
+        "licenses": {"adapter": license_, "base": None, "data": []}, "yanked": False, "yank_reason": None,
+        "taken_down": None, "deprecated": None, "base_deprecated": None, "files": [], "inputs": [], "provenance": {},
+        "servers": [], "loading": {}, "signed_by": None, "signature_covers": None, "signed_as": None,
+        "breaking_reason": None,
     }  # fmt: skip
-    return document | more
+    return ReleaseOut.read(document | TIMES)
 
 
 def card(existing: str, *scores: dict[str, Any]) -> str:
@@ -34,7 +51,7 @@ def card(existing: str, *scores: dict[str, Any]) -> str:
 
 
 def test_a_release_without_a_card_gets_one() -> None:
-    made = exported_card(release(notes="More joins.", licenses={"adapter": "Apache-2.0"}), BASE, None).decode()
+    made = exported_card(release(notes="More joins.", license_="Apache-2.0"), BASE, None).decode()
     assert yaml.safe_load(made.split("---\n")[1]) == {
         "base_model": "Acme/Tiny", "library_name": "peft", "tags": ["adaptory", "lora"], "license": "apache-2.0",
     }  # fmt: skip
@@ -134,9 +151,9 @@ def test_results_have_metrics_for_which_higher_is_better() -> None:
 
 
 def test_the_base_is_named_as_on_the_hub_that_it_is_from() -> None:
-    from_hub = BASE | {"locations": [f"hf://Other/Tiny@{'a' * 40}"]}
+    from_hub = BASE.model_copy(update={"locations": [f"hf://Other/Tiny@{'a' * 40}"]})
     assert front_matter(exported_card(release(), from_hub, None))["base_model"] == "Other/Tiny"
-    unknown = BASE | {"aliases": []}
+    unknown = BASE.model_copy(update={"aliases": []})
     assert front_matter(exported_card(release(), unknown, None))["base_model"] == "tiny"
 
 

@@ -14,6 +14,7 @@ from registry.client.signing import verify_release
 from registry.errors import Invalid, Refused
 from registry.formats.references import parse_reference
 from registry.formats.signatures import SIGNATURE_FILE, fingerprint
+from registry.wire.catalog import BaseRef, ReleaseOut
 from tests.scenarios.test_signatures import Keys, require, stock_sign
 from tests.scenarios.traces import api_of
 from tests.scenarios.world import Cli, World
@@ -66,13 +67,13 @@ def test_verifying_asks_for_the_release_and_not_for_its_files(
     cli.ok("push", world.adapters["sql"], "acme/sql:1.0.0", "--base", "tiny", "--sign", keys.private)
     cli.ok("pull", "acme/sql", "-o", tmp_path / "out", "--verify", keys.public, "--signature-covers", "release")
     with api_of(cli) as api:
-        release = api.get("/v1/adapters/acme/sql/releases/1.0.0")
+        release = api.get("/v1/adapters/acme/sql/releases/1.0.0", ReleaseOut)
         asked = parse_reference("acme/sql")
         verify_release(api, release, asked, tmp_path / "out", keys.pem)
-        base = {**release["base"], "digest": "0" * 64}
+        base = BaseRef(digest="0" * 64, name="tiny")
         for changed in ({"version": "2.0.0"}, {"base": base}):
             with pytest.raises(Refused, match="another release"):
-                verify_release(api, release | changed, asked, tmp_path / "out", keys.pem)
+                verify_release(api, release.model_copy(update=changed), asked, tmp_path / "out", keys.pem)
         for other in ("acme/support", "acme/sql:^2", "acme/sql:1.0.1", "acme/sql#abcdef0"):
             with pytest.raises(Invalid, match=rf"answered {re.escape(other)} with acme/sql:1\.0\.0"):
                 verify_release(api, release, parse_reference(other), tmp_path / "out", keys.pem)

@@ -271,7 +271,9 @@ def test_a_merged_model_of_another_base_breaks_too(stocked_embedded: Cli, world:
 
         def publish(base: str, directory: Path, **number: str) -> dict[str, Any]:
             files, name = collect(select_files(directory, "model")), parse_repository("acme/merged")
-            return push(api, files, name, "model", {"base": base, **number}, lambda _count: None)["release"]
+            return dict(
+                push(api, files, name, "model", {"base": base, **number}, lambda _count: None)[0].release.document
+            )
 
         assert publish("tiny", world.base, version="1.0.0")["version"] == "1.0.0"
         with pytest.raises(Refused, match="Its base is"):

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx2
@@ -15,6 +16,8 @@ from registry.cli.console import following
 from registry.client.inprocess import InProcessTransport
 from registry.domain.jobs.queue import LOG_CHARS, LOG_LINES, Amount
 from registry.errors import Unavailable
+from registry.formats.priority import Priority
+from registry.wire.work import JobOut, StepOut
 from registry.worker.runner import JobKind, JobRun, run_one
 from registry.worker.steps import KINDS
 from tests import services
@@ -70,17 +73,21 @@ def test_steps_are_shown_as_bars_within_80_columns_or_as_one_line_for_each_chang
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
     names = ("optimize", "a-step-with-a-very-long-name")
-    first, second = ({"name": name, "state": "waiting", "progress": 0.0, "done": None, "total": None} for name in names)
-    job = {"state": "queued", "waits_for": f"a worker that has the base {'tiny' * 30}", "steps": [first, second]}
+    first, second = (StepOut(name=name, state="waiting", progress=0.0) for name in names)
+    job = JobOut(
+        id=7, kind="composition", namespace=None, state="queued", cancel_requested=False, heartbeat_at=None, error=None,
+        created_at=datetime.now(UTC), created_by="ann", finished_at=None, priority=Priority.NORMAL, needs=[],
+        memory_bytes=None, stalled_since=None, waits_for=f"a worker that has the base {'tiny' * 30}",
+        steps=[first, second],
+    )  # fmt: skip
     with following.shown_steps("job 7", lines=True) as shown:
         shown.show(job)
-        job |= {"state": "running", "waits_for": None}
         for done in (0, 1, 40):
-            first |= {"state": "running", "progress": done / 40, "done": done, "total": 40, "unit": "units"}
-            first["redone"] = 3 if done == 40 else 0
+            amount = {"state": "running", "progress": done / 40, "done": done, "total": 40, "unit": "units"}
+            first = first.model_copy(update=amount | {"redone": 3 if done == 40 else 0})
+            job = job.model_copy(update={"state": "running", "waits_for": None, "steps": [first, second]})
             shown.show(job)
-        job["state"] = "refused"
-        shown.show(job)
+        shown.show(job.model_copy(update={"state": "refused"}))
     text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", stream.getvalue())
     if on_a_terminal:
         assert max(map(len, re.split(r"[\r\n]+", text))) <= 80

@@ -20,6 +20,7 @@ from registry.domain.access.tokens import NewToken
 from registry.errors import NotFound
 from registry.formats.references import parse_repository
 from registry.transfer.resources import Resources
+from registry.wire.catalog import ReleaseOut
 from registry.worker.runner import run_one
 from registry.worker.steps import KINDS
 from tests.scenarios.test_crashes import resources_of, team
@@ -98,13 +99,13 @@ def test_an_output_still_tells_what_it_was_made_of_and_names_it_to_who_may_read_
     house.work()
     made = {}
     for user in ("pia", "rex"):
-        release = house.apis[user].get("/v1/adapters/lab/both/releases/1.0.0")
+        release = house.apis[user].get("/v1/adapters/lab/both/releases/1.0.0", ReleaseOut)
         note = fetch_note(house.apis[user], release)
         made[user] = of_release(release, note)
         assert json.loads(note)["note"]["recipe"]["settings"] == RECIPE["settings"]
         alone = of_note(note)
         assert alone is not None
-        assert [one.name for one in alone.members] == [row["commit"][:12] for row in release["inputs"]]
+        assert [one.name for one in alone.members] == [row.commit[:12] for row in release.inputs]
     assert made["pia"]
     assert made["rex"]
     assert [str(one).split(" x ")[1].split(":")[0] for one in made["pia"].members] == ["acme/sql", "acme/support"]
@@ -185,7 +186,8 @@ def test_nothing_is_inherited_from_what_the_pusher_may_not_read_and_no_hidden_in
             apis[name] = stack.enter_context(asking(house.resources, secret))
         for who, target in (("bob", "lab/again"), ("eve", "far/eve"), ("narrow", "far/narrow")):
             wanted = {"base": "tiny", "version": "1.0.0", "notes": ""}
-            pushed = push(apis[who], files, parse_repository(target), "adapter", wanted, nothing)
+            published, _ = push(apis[who], files, parse_repository(target), "adapter", wanted, nothing)
+            pushed = published.document
             inherited = pushed["release"]["inputs"]
             expected = [] if who == "eve" else made["inputs"]
             assert [one["commit"] for one in inherited] == [one["commit"] for one in expected]

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from registry.client.api import Api
+from registry.client.api import Api, read
 from registry.client.cache import BlobCache
 from registry.client.pull import cached, pull
 from registry.errors import Invalid, Unavailable, Usage
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.formats.references import Digest
+from registry.wire.search import ResolvedRelease
 from tests.scenarios.test_signatures import Keys
 from tests.scenarios.world import Cli, nothing
 
@@ -104,8 +105,15 @@ def release_of(*files: Json, **other: Any) -> Json:
         "base": {"digest": SHA256, "name": "tiny"},
         "yanked": False,
         "yank_reason": None,
+        "deprecated": None,
+        "base_deprecated": None,
+        "size_bytes": SIZE_BYTES,
         "files": list(files),
     } | other
+
+
+def resolved(hostile: HostileRegistry) -> ResolvedRelease:
+    return read(ResolvedRelease, "/v1/resolve", hostile.release)
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -155,8 +163,10 @@ def test_an_answer_that_does_not_hold_together_is_refused_before_anything_is_wri
     hostile.release = answer(victim)
     before, api = tree(tmp_path), Api(hostile.url)
     for fetch in (
-        lambda: pull(api, hostile.release, tmp_path / "new" / "out", nothing, BlobCache(tmp_path / "cache" / "blobs")),
-        lambda: cached(api, hostile.release, tmp_path / "cache", nothing),
+        lambda: pull(
+            api, resolved(hostile), tmp_path / "new" / "out", nothing, BlobCache(tmp_path / "cache" / "blobs")
+        ),
+        lambda: cached(api, resolved(hostile), tmp_path / "cache", nothing),
     ):
         with pytest.raises(Invalid, match="answer cannot be trusted") as raised:
             fetch()
@@ -174,8 +184,8 @@ def test_a_hidden_file_is_not_written_even_if_a_registry_releases_it(
     hostile.release, api = release_of(row(path)), Api(hostile.url)
     cache = tmp_path / "cache"
     for fetch in (
-        lambda: pull(api, hostile.release, tmp_path / "out", nothing, BlobCache(cache / "blobs")),
-        lambda: cached(api, hostile.release, cache, nothing),
+        lambda: pull(api, resolved(hostile), tmp_path / "out", nothing, BlobCache(cache / "blobs")),
+        lambda: cached(api, resolved(hostile), cache, nothing),
     ):
         with pytest.raises(Invalid, match=f"'{path}' is hidden"):
             fetch()
@@ -247,7 +257,7 @@ def test_a_release_larger_than_the_disk_is_refused_before_it_takes_space_or_memo
     tracemalloc.start()
     try:
         with pytest.raises(Unavailable, match="disk is full") as raised:
-            pull(api, hostile.release, tmp_path / "out", nothing, BlobCache(tmp_path / "blobs"))
+            pull(api, resolved(hostile), tmp_path / "out", nothing, BlobCache(tmp_path / "blobs"))
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
@@ -263,7 +273,7 @@ def test_many_files_that_fit_alone_but_not_together_are_refused(hostile: Hostile
     hostile.release = release_of(*[row(f"{number}.txt", str(number) * 64, share) for number in range(4)])
     api = Api(hostile.url)
     with pytest.raises(Unavailable) as raised:
-        pull(api, hostile.release, tmp_path / "out", nothing)
+        pull(api, resolved(hostile), tmp_path / "out", nothing)
     api.close()
     assert raised.value.code == "disk_full"
     assert tree(tmp_path) == {}

@@ -16,9 +16,9 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from sqlalchemy import delete
 
-from registry.client.api import release_path
 from registry.database.tables import BaseLocation
 from registry.domain.catalog import bases
+from registry.wire.catalog import ReleaseOut
 from tests import services
 from tests.composer.small_model import save_llama
 from tests.forked import start_command
@@ -94,7 +94,7 @@ def record(cli: Cli, ref: str, **values: float) -> None:
              "higher_is_better": name != "nll"}
             for name, value in values.items()
         ]  # fmt: skip
-        api.post(f"{release_path(cli.json('show', ref))}/scores", {"scores": rows, "results": []})
+        api.post(f"{ReleaseOut.read(cli.json('show', ref)).path}/scores", {"scores": rows, "results": []})
 
 
 def scores(release: dict[str, Any]) -> dict[str, tuple[float, bool]]:

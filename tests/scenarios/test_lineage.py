@@ -9,6 +9,7 @@ import yaml
 
 from composer.formats.recipes.weights import parse_rule
 from registry.client.lineage import NOTE_FILE, of_note, of_release, rule_words, side_by_side
+from registry.wire.catalog import ReleaseOut
 from tests.scenarios import stored
 from tests.scenarios.world import Cli, World
 
@@ -99,12 +100,12 @@ def test_a_member_that_may_not_be_seen_stays_hidden_and_another_note_is_not_beli
     team.ok("pull", "acme/both:1.0.0", "-o", tmp_path / "both")
     note, release = (tmp_path / "both" / NOTE_FILE).read_bytes(), team.json("show", "acme/both:1.0.0")
     release["inputs"][0] |= {"repository": None, "version": None}
-    made = of_release(release, note)
+    made = of_release(ReleaseOut.read(release), note)
     assert made is not None
     assert str(made.members[0]).startswith(f"{RULED} x hidden:- ")
     assert made.method == "dare_ties_svd"
     release["inputs"][1]["weight"] = 7.0
-    made = of_release(release, note)
+    made = of_release(ReleaseOut.read(release), note)
     assert made is not None
     assert (made.method, [one.weight.value for one in made.members]) == ("", [0.8, 7.0])
 

@@ -15,6 +15,7 @@ from registry.client.partial_files import PIECE_BYTES
 from registry.client.pull import pull
 from registry.client.retries import PAUSES_S
 from registry.errors import Refused, Unavailable
+from registry.wire.catalog import ReleaseOut
 from tests.scenarios import stored
 from tests.scenarios.test_bad_input import small_disk
 from tests.scenarios.traces import api_of, hashes, opened, traces
@@ -201,7 +202,7 @@ def test_a_cache_on_another_file_system_is_copied_from(stocked_embedded: Cli, wo
     cache = other / f"adaptory-{os.getpid()}"
     try:
         with api_of(stocked_embedded) as api:
-            release = stocked_embedded.json("show", "acme/sql")
+            release = ReleaseOut.read(stocked_embedded.json("show", "acme/sql"))
             for name in ("first", "second"):
                 pull(api, release, tmp_path / name, nothing, BlobCache(cache))
                 assert hashes(tmp_path / name) == digests
@@ -219,7 +220,13 @@ def test_a_cache_on_a_full_disk_keeps_nothing_and_holds_up_nothing(
 ) -> None:
     digests = pushed(stocked_embedded, world)
     with small_disk(tmp_path / "small", "8k") as disk, api_of(stocked_embedded) as api:
-        pull(api, stocked_embedded.json("show", "acme/sql"), tmp_path / "pulled", nothing, BlobCache(disk / "cache"))
+        pull(
+            api,
+            ReleaseOut.read(stocked_embedded.json("show", "acme/sql")),
+            tmp_path / "pulled",
+            nothing,
+            BlobCache(disk / "cache"),
+        )
         assert hashes(disk / "cache").keys() < set(digests.values()), "what has no room is not kept, nor a part of it"
     assert hashes(tmp_path / "pulled") == digests
 
@@ -234,7 +241,7 @@ def test_a_file_of_several_pieces_arrives_whole_and_a_wrong_piece_found_on_disk_
     number = [file["path"] for file in release["files"]].index("data.txt")
     counted: list[int] = []
     with api_of(stocked) as api:
-        pull(api, release, tmp_path / "out", counted.append)
+        pull(api, ReleaseOut.read(release), tmp_path / "out", counted.append)
         assert hashes(tmp_path / "out") == hashes(adapter)
         assert sum(counted) == sum(file["size_bytes"] for file in release["files"])
         partial = tmp_path / f".again.{release['commit'][:12]}.partial"
@@ -245,7 +252,7 @@ def test_a_file_of_several_pieces_arrives_whole_and_a_wrong_piece_found_on_disk_
         for journal in ("0\n1\n2\n", "0\n2\n", "nonsense\n-1\n99\n2"):
             (partial / "pieces" / str(number)).write_text(journal)
         counted.clear()
-        pull(api, release, tmp_path / "again", counted.append)
+        pull(api, ReleaseOut.read(release), tmp_path / "again", counted.append)
     assert hashes(tmp_path / "again") == hashes(adapter)
     assert sum(counted) == sum(file["size_bytes"] for file in release["files"])
 
@@ -258,7 +265,7 @@ def test_files_that_a_check_refuses_never_appear(stocked_embedded: Cli, world: W
         raise Refused("not_signed", "Nobody signed this.")
 
     with api_of(stocked_embedded) as api, pytest.raises(Refused):
-        pull(api, stocked_embedded.json("show", "acme/sql"), tmp_path / "out", nothing, None, refuse)
+        pull(api, ReleaseOut.read(stocked_embedded.json("show", "acme/sql")), tmp_path / "out", nothing, None, refuse)
     assert list(tmp_path.glob("*out*")) == []
 
 
@@ -266,7 +273,7 @@ def test_files_that_a_check_refuses_never_appear(stocked_embedded: Cli, world: W
 def test_a_lost_blob_is_reported_by_the_registry(stocked: Cli, world: World, tmp_path: Path) -> None:
     digest = pushed(stocked, world)[WEIGHTS]
     with api_of(stocked) as api:
-        release = stocked.json("show", "acme/sql")
+        release = ReleaseOut.read(stocked.json("show", "acme/sql"))
         stored.lose(stocked, digest)
         with pytest.raises(Unavailable) as raised:
             pull(api, release, tmp_path / "out", nothing)

@@ -19,6 +19,7 @@ from registry.client import push
 from registry.client.selection import Selection, select_files
 from registry.errors import Invalid, NotFound, RegistryError
 from registry.formats.references import parse_repository
+from registry.wire.transfer import PutOut
 from tests import services
 from tests.composer.small_model import save_adapter
 from tests.scenarios.conftest import stock
@@ -203,7 +204,9 @@ def test_an_upload_whose_bytes_are_others_leaves_nothing(stocked_embedded: Cli) 
         put = api.post("/v1/uploads", {"namespace": "acme", "files": [row]})["files"][0]["put"]
         for content, claimed in ((b"what was delivered", 18), (b"what was", 17), (b"what was promised and more", 17)):
             with pytest.raises(RegistryError):
-                api.send(put | {"headers": put["headers"] | {"Content-Length": str(claimed)}}, iter([content]))
+                api.send(
+                    PutOut.read(put | {"headers": put["headers"] | {"Content-Length": str(claimed)}}), iter([content])
+                )
     assert traces(stocked_embedded) == Traces(frozenset(), frozenset(), ())
 
 

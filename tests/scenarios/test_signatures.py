@@ -155,7 +155,7 @@ def test_the_registry_refuses_a_signature_that_is_not_of_these_files(
         def publish() -> str | None:
             request = {"version": "1.0.0", "base": "tiny"}
             files, name = collect(select_files(signed, "model")), parse_repository("acme/sql")
-            return push(api, files, name, "adapter", request, lambda _count: None)["release"]["signed_by"]
+            return push(api, files, name, "adapter", request, lambda _count: None)[0].release.signed_by
 
         with pytest.raises(Refused, match=r"added\.txt.* not covered"):
             publish()

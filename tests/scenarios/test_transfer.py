@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from registry.client import partial_files
-from registry.client.api import Api, Json, Stream
+from registry.client.api import Api, Stream
 from registry.client.cache import BlobCache
 from registry.client.pull import pull
 from registry.client.push import collect, send
@@ -20,6 +20,8 @@ from registry.client.selection import select_files
 from registry.errors import Invalid
 from registry.formats.references import Digest
 from registry.storage.blobs import BlobStore
+from registry.wire.catalog import ReleaseOut
+from registry.wire.transfer import PutOut
 from tests import services
 from tests.forked import start_command
 from tests.scenarios.conftest import serving, stock
@@ -38,9 +40,9 @@ class CountingApi(Api):
         self.sent: list[int] = []
         self.fetched: list[tuple[int, int | None]] = []
 
-    def send(self, put: Json, chunks: Iterable[bytes]) -> None:
+    def send(self, put: PutOut, chunks: Iterable[bytes]) -> None:
         super().send(put, chunks)
-        self.sent.append(int(put["headers"]["Content-Length"]))
+        self.sent.append(int(put.headers["Content-Length"]))
 
     @contextmanager
     def stream(self, url: str, start: int = 0, length: int | None = None) -> Generator[Stream]:
@@ -144,7 +146,7 @@ def test_a_killed_push_and_a_killed_pull_go_on_where_they_stopped(on_s3: Cli, wo
     killed_when(on_s3, ["pull", "acme/sql", "-o", out], lambda: journal.exists() and journal.read_text() != "")
     done = len(journal.read_text().split())
     api.fetched.clear()
-    pull(api, release, out, nothing, BlobCache(tmp_path / "cache"))
+    pull(api, ReleaseOut.read(release), out, nothing, BlobCache(tmp_path / "cache"))
     spans = [(start, length) for start, length in api.fetched if length == partial_files.PIECE_BYTES]
     assert 1 <= done < 11
     assert len(spans) == 11 - done, "pieces that were there are not fetched again"

@@ -22,6 +22,7 @@ from registry.transfer import collect, uploads
 from registry.transfer.collect import Swept
 from registry.transfer.resources import Resources
 from registry.transfer.uploads import PlannedUpload
+from registry.wire.transfer import PutOut
 from tests import services
 from tests.scenarios.conftest import USER
 from tests.scenarios.traces import api_of, opened, s3_of, traces
@@ -42,7 +43,7 @@ def complete(api: Api, planned: Mapping[str, Any]) -> dict[str, Any]:
 
 def put(api: Api, content: bytes, namespace: str = "acme") -> None:
     planned = plan(api, content, namespace)
-    api.send(planned["put"], iter([content]))
+    api.send(PutOut.read(planned["put"]), iter([content]))
     complete(api, planned)
 
 
@@ -53,7 +54,7 @@ def put_of_part(api: Api, planned: Mapping[str, Any], number: int, part: bytes) 
 def send_part(api: Api, planned: Mapping[str, Any], number: int, content: bytes) -> None:
     """Sends that part of `content`, in parts of 5 MiB."""
     part = content[(number - 1) * (5 << 20) : number * (5 << 20)]
-    api.send(put_of_part(api, planned, number, part), iter([part]))
+    api.send(PutOut.read(put_of_part(api, planned, number, part)), iter([part]))
 
 
 def test_bytes_are_announced_sent_and_completed_and_present_afterwards(cli: Cli) -> None:
@@ -61,7 +62,7 @@ def test_bytes_are_announced_sent_and_completed_and_present_afterwards(cli: Cli)
     with api_of(cli) as api:
         planned = plan(api, content)
         assert (planned["present"], planned["put"]["method"]) == (False, "PUT")
-        api.send(planned["put"], iter([content]))
+        api.send(PutOut.read(planned["put"]), iter([content]))
         done = complete(api, planned)
         assert done == {"sha256": row(content)["sha256"], "size_bytes": len(content)}
         assert complete(api, planned) == done, "completing twice is fine"
@@ -84,7 +85,7 @@ def test_what_one_namespace_has_sent_is_not_present_in_another_until_it_sends_th
         with pytest.raises((Conflict, NotFound)) as raised:
             complete(api, planned)
         assert raised.value.code == "upload_incomplete", "knowing the digest is not enough"
-        api.send(planned["put"], iter([content]))
+        api.send(PutOut.read(planned["put"]), iter([content]))
         complete(api, planned)
         assert plan(api, content, "globex")["present"]
     assert (len(traces(cli).blobs), traces(cli).work) == (1, frozenset())
@@ -94,7 +95,7 @@ def test_an_upload_that_was_sent_but_not_completed_is_only_completed(cli: Cli) -
     content = b"sent by a client that died"
     with api_of(cli) as api:
         planned = plan(api, content)
-        api.send(planned["put"], iter([content]))
+        api.send(PutOut.read(planned["put"]), iter([content]))
         again = plan(api, content)
         if not again["present"]:  # if the store receives the bytes, the registry has not checked them yet
             assert (again["upload"], again["put"], again["parts"]) == (planned["upload"], None, [])
@@ -299,7 +300,7 @@ def test_the_registry_takes_no_bytes_where_the_store_takes_them(on_s3: Cli, worl
         assert httpx2.URL(planned["put"]["url"]).host == "127.0.0.1", "the address of the store"
         by_the_registry = {"url": f"/v1/blobs/{planned['sha256']}?upload={planned['upload']}", "headers": {}}
         with pytest.raises(Usage) as raised:
-            api.send(by_the_registry | {"headers": {"Content-Length": "7"}}, iter([content]))
+            api.send(PutOut.read(by_the_registry | {"headers": {"Content-Length": "7"}}), iter([content]))
         assert raised.value.code == "sent_directly"
 
 
@@ -315,7 +316,7 @@ def test_wrong_bytes_are_never_a_blob_of_the_opened(on_s3: Cli) -> None:
         assert (raised.value.code, raised.value.subject) == ("digest_differs", planned["sha256"])
         small = plan(api, b"promised")
         with pytest.raises(Conflict):
-            api.send(small["put"], iter([b"smuggled"]))
+            api.send(PutOut.read(small["put"]), iter([b"smuggled"]))
         with pytest.raises(NotFound), api.stream(f"/v1/blobs/{planned['sha256']}"):
             pass
         assert not plan(api, content)["present"]
@@ -347,10 +348,10 @@ def test_a_wrong_part_is_refused_by_the_store_and_the_others_stay(on_s3: Cli) ->
         second = content[5 << 20 : 10 << 20]
         promised = put_of_part(api, planned, 2, second)
         with pytest.raises(Conflict) as raised:
-            api.send(promised, iter([second[:-1] + bytes([second[-1] ^ 1])]))
+            api.send(PutOut.read(promised), iter([second[:-1] + bytes([second[-1] ^ 1])]))
         assert raised.value.code == "store_refused"
         assert [part["present"] for part in plan(api, content)["parts"]] == [True, False, False]
-        api.send(promised, iter([second]))
+        api.send(PutOut.read(promised), iter([second]))
         send_part(api, planned, 3, content)
         complete(api, planned)
 

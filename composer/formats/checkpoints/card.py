@@ -14,14 +14,11 @@ import yaml
 
 from composer.errors import InvalidFile
 from composer.findings import Finding, Severity
-from composer.formats.untrusted import LONE_SURROGATE, printable
+from composer.formats.untrusted import LONE_SURROGATE, MAX_HYPERPARAMETERS, MAX_ITEMS, MAX_TEXT, printable
 
 CARD_FILE = "README.md"
 FRONT_MATTER_BYTES = 65_536
 MAX_DEPTH = 20
-MAX_TEXT = 1_000
-MAX_ITEMS = 100
-MAX_HYPERPARAMETERS = 200
 
 TEXTS = (
     "trainer", "run_url", "code_commit", "base_license", "license", "license_link", "library_name", "base_model",

@@ -38,13 +38,12 @@ from composer.formats.recipes.documents import (
     refuse_unknown,
 )
 from composer.formats.recipes.tasks import TEACHER_FORCED, Generation, ScorerChoice, ScorerField, Task, scorer_of
-from composer.formats.untrusted import LONE_SURROGATE, read_text
+from composer.formats.untrusted import LONE_SURROGATE, MAX_EXAMPLES, read_text
 
 Kind = Literal["target", "guard"]
 Better = Literal["higher", "lower"]
 
 MAX_FILE_BYTES = 64 * 2**20
-MAX_EXAMPLES = 100_000
 MAX_TEXT_CHARS = 100_000
 _SUITE = "A suite has name, kind, chat and examples of {prompt, completion}."
 _EXAMPLE = "Write {prompt: …, completion: …}."

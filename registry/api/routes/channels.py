@@ -33,6 +33,7 @@ from registry.wire.quality import (
     PromoteIn,
     PromotionOut,
     RollbackIn,
+    WithdrawnOut,
 )
 
 repository_routes = RepositoryRouter(tags=["channels"], route_class=Route)
@@ -252,12 +253,10 @@ def approve(
 
 
 @repository_routes.delete(CHANNEL + "/approvals/{version}")
-def withdraw(
-    named: RepositoryOf, channel: str, version: str, resources: ResourcesOf, actor: Publisher
-) -> dict[str, bool]:
+def withdraw(named: RepositoryOf, channel: str, version: str, resources: ResourcesOf, actor: Publisher) -> WithdrawnOut:
     """Withdraw one's own approval; `withdrawn` tells whether there was one."""
     with resources.write() as session:
-        return {"withdrawn": promotions.withdraw(session, actor, named.release(session, version), channel)}
+        return WithdrawnOut(withdrawn=promotions.withdraw(session, actor, named.release(session, version), channel))
 
 
 @repository_routes.get(CHANNEL + "/policy")

@@ -22,6 +22,7 @@ from registry.sdk.connection import Connection
 if TYPE_CHECKING:
     from composer.findings import Verdict
     from composer.formats.recipes.weights import Weight, WeightRule
+    from registry.wire.work import CompositionOut
 
 Settings = Annotated[
     list[str] | None,
@@ -46,6 +47,7 @@ Require = Annotated[
     ),
 ]
 Json = dict[str, Any]
+"""A lock, a conflict report or scores of a composition, which are the composer's documents."""
 
 _ASKED_S = 1.2
 """How long to wait for a second interrupt: the first one ends the command within two seconds."""
@@ -74,6 +76,7 @@ def compose(  # noqa: PLR0913
     A conflict verdict worse than `require` of the recipe's policy ends the composition; --require replaces it.
     """
     from composer.formats.recipes.recipe import MAX_FILE_BYTES, Optimize, load_recipe
+    from registry.wire.work import CompositionOut
 
     wanted = load_recipe(read_text(recipe, MAX_FILE_BYTES), str(recipe))
     if (verdict := required(require)) is not None:
@@ -82,11 +85,11 @@ def compose(  # noqa: PLR0913
         wanted = wanted.model_copy(update={"optimize": Optimize.model_validate({})})
     with connected() as connection:
         body = {"recipe": wanted.to_json(), "plan": plan, **wishes(priority, memory)}
-        composition = connection.api.post("/v1/compositions", body)
+        composition = connection.api.post("/v1/compositions", body, CompositionOut)
         if plan or follow or connection.resources is not None:
-            with jobs_running(connection, composition["job"]):
+            with jobs_running(connection, composition.job):
                 composition = _follow_or_cancel(connection, composition, lines=follow)
-    failure = _error(composition) if composition["state"] in ("refused", "failed", "cancelled") else None
+    failure = _error(composition) if composition.state in ("refused", "failed", "cancelled") else None
     render.document(composition, json, lambda: _show(composition), failure)
 
 
@@ -123,63 +126,64 @@ def settings_of(texts: list[str] | None, *, sequential: bool = False) -> dict[st
     return settings
 
 
-def _follow_or_cancel(connection: Connection, composition: Json, *, lines: bool) -> Json:
+def _follow_or_cancel(connection: Connection, composition: "CompositionOut", *, lines: bool) -> "CompositionOut":
     """An interrupt cancels a composition of this process; one on a server continues unless interrupted twice."""
+    from registry.wire.work import CompositionOut
+
     try:
-        following.follow(connection, composition["job"], lines=lines)
-        return connection.api.get(f"/v1/compositions/{composition['id']}")
+        following.follow(connection, composition.job, lines=lines)
+        return connection.api.get(f"/v1/compositions/{composition.id}", CompositionOut)
     except KeyboardInterrupt:
-        name = f"composition {composition['id']}"
+        name = f"composition {composition.id}"
         if connection.resources is None:
             render.say(f"{name} continues at {connection.api.url}; interrupt again to cancel it")
             if not interrupts.wait_for_another(_ASKED_S):
-                job = composition["job"]
+                job = composition.job
                 interrupts.kept = f"{name} continues: `adaptory jobs {job}` shows it, `adaptory cancel {job}` ends it"
                 raise
-        connection.api.post(f"/v1/compositions/{composition['id']}/cancel")
+        connection.api.post(f"/v1/compositions/{composition.id}/cancel")
         interrupts.kept = f"{name} is cancelled, and nothing was published"
         raise
 
 
-def _show(composition: Json) -> None:
-    what = "plan" if composition["plan"] else "composition"
-    render.heading(f"{what} {composition['id']}: {composition['state']}")
-    if composition["state"] == "queued":
-        render.out(f"A worker of the server composes it: `adaptory jobs {composition['job']}` shows its progress.")
-    if optimized := composition["lock"].get("optimized"):
+def _show(composition: "CompositionOut") -> None:
+    what = "plan" if composition.plan else "composition"
+    render.heading(f"{what} {composition.id}: {composition.state}")
+    if composition.state == "queued":
+        render.out(f"A worker of the server composes it: `adaptory jobs {composition.job}` shows its progress.")
+    if optimized := composition.lock.get("optimized"):
         optimizing.show(optimized)
-    _show_lock(composition["lock"])
-    if composition["conflicts"]:
-        _show_conflicts(composition["conflicts"])
-    if composition["candidate_scores"]:
-        render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(composition["candidate_scores"]))
-        if unjudged := _unjudged(composition):
+    _show_lock(composition.lock)
+    if composition.conflicts:
+        _show_conflicts(composition.conflicts)
+    if composition.candidate_scores:
+        render.table("scores", ("suite", "metric", "of", "value", "n"), _side_by_side(composition.candidate_scores))
+        if unjudged := _unjudged(composition.candidate_scores, composition.lock):
             render.out(
                 f"not compared on a suite of their own: {', '.join(unjudged)}. What the result keeps of them is "
                 "not known: name a suite for each (`suite` of an input in the recipe)."
             )
-    elif composition["results"]:
+    elif composition.results:
         render.out(
             "scores: none, so what the result keeps of its inputs is not known. Name suites under `evaluate`, or "
             "evaluate each input: its suite then has gates."
         )
-    if composition["gates"]:
-        render.gate_lines(composition["gates"])
-    if composition["merge"]:
-        merged = composition["merge"]
+    if composition.gates:
+        render.gate_lines(composition.gates)
+    if merged := composition.merge:
         render.out(f"merged {merged['touched_tensors']} tensors in {merged['seconds']:.1f} s on {merged['device']}")
-    for row in composition["results"]:
-        render.out(f"published {row['repository']}:{row['version']} {row['commit'][:12]}")
+    for row in composition.results:
+        render.out(f"published {row.name} {row.commit[:12]}")
 
 
-def _unjudged(composition: Json) -> list[str]:
+def _unjudged(scores: list[Json], lock: Json) -> list[str]:
     """The inputs to be kept that the candidate was not compared with on their own suite. Older compositions do not say
     which suite is an input's own."""
-    compared = [one for score in composition["candidate_scores"] for one in score.get("inputs", [])]
+    compared = [one for score in scores for one in score.get("inputs", [])]
     if any("own_suite" not in one for one in compared):
         return []
     judged = {(one["repository"], one["version"]) for one in compared if one["own_suite"]}
-    inputs = [one for one in composition["lock"]["inputs"] if one["weight"] > 0]
+    inputs = [one for one in lock["inputs"] if one["weight"] > 0]
     missing = [one for one in inputs if (one["repository"], one["version"]) not in judged]
     return [f"{one['repository']}:{one['version']}" for one in missing]
 
@@ -239,8 +243,8 @@ def required(verdict: str | None) -> "Verdict | None":
     return Verdict(verdict)
 
 
-def _error(composition: Json) -> RegistryError:
+def _error(composition: "CompositionOut") -> RegistryError:
     """Why it ended; without the findings, which are shown with the composition."""
-    if composition["error"] is None:
+    if composition.error is None:
         return Refused("composition_cancelled", "The composition was cancelled.")
-    return of_row({**composition["error"], "findings": []})
+    return of_row({**composition.error, "findings": []})

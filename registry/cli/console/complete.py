@@ -1,10 +1,17 @@
 """Shell completion of references and names. Completes nothing if the registry does not answer."""
 
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from registry.cli.console.connect import connected
 from registry.errors import RegistryError
+
+if TYPE_CHECKING:
+    from registry.wire.catalog import RepositoryOut
+    from registry.wire.document import Wire
+    from registry.wire.quality import SuiteOut
+
+Row = TypeVar("Row", bound="Wire")
 
 _MOST = 200
 
@@ -16,35 +23,37 @@ def references(incomplete: str) -> list[str]:
         if separator:
             names = _versions(repository) if mark == ":" else _channels(repository)
             return [one for one in names if one.startswith(incomplete)]
-    return [one["repository"] for one in _repositories() if one["repository"].startswith(incomplete)][:_MOST]
+    return [row.repository for row in _repositories() if row.repository.startswith(incomplete)][:_MOST]
 
 
 def channels(incomplete: str) -> list[str]:
     """`acme/sql@prod`."""
-    names = [f"{row['repository']}@{name}" for row in _repositories() for name in row["channels"]]
+    names = [f"{row.repository}@{name}" for row in _repositories() for name in row.channels]
     return [one for one in names if one.startswith(incomplete)][:_MOST]
 
 
 def channel_names(incomplete: str) -> list[str]:
     """`prod`, for --to."""
-    names = {name for row in _repositories() for name in row["channels"]}
+    names = {name for row in _repositories() for name in row.channels}
     return sorted(one for one in names if one.startswith(incomplete))[:_MOST]
 
 
 def suites(incomplete: str) -> list[str]:
-    return [row["name"] for row in _rows("/v1/suites") if row["name"].startswith(incomplete)][:_MOST]
+    return [suite.name for suite in _suites() if suite.name.startswith(incomplete)][:_MOST]
 
 
 def harness_tasks(incomplete: str) -> list[str]:
     """The tasks of a harness that this registry has scores on: the harness' own list takes seconds to read."""
     begun, comma, last = incomplete.rpartition(",")
-    names = [row["name"] for row in _rows("/v1/suites") if row["task"] == "harness" and row["name"].startswith(last)]
+    names = [suite.name for suite in _suites() if suite.task == "harness" and suite.name.startswith(last)]
     return [f"{begun}{comma}{name}" for name in names][:_MOST]
 
 
 def bases(incomplete: str) -> list[str]:
     """Names and aliases."""
-    names = {name for row in _rows("/v1/bases") for name in (row["name"], *row["aliases"])}
+    from registry.wire.catalog import BaseOut
+
+    names = {name for base in _rows("/v1/bases", BaseOut) for name in (base.name, *base.aliases)}
     return sorted(one for one in names if one.startswith(incomplete))[:_MOST]
 
 
@@ -55,21 +64,31 @@ def methods(incomplete: str) -> list[str]:
 
 
 def _versions(repository: str) -> list[str]:
-    rows = [row for kind in ("adapters", "models") for row in _rows(f"/v1/{kind}/{repository}/releases")]
-    return [f"{repository}:{row['version']}" for row in rows]
+    from registry.wire.catalog import NamedRelease
+
+    rows = [row for kind in ("adapters", "models") for row in _rows(f"/v1/{kind}/{repository}/releases", NamedRelease)]
+    return [row.name for row in rows]
 
 
 def _channels(repository: str) -> list[str]:
-    rows = [row for row in _repositories() if row["repository"] == repository]
-    return [f"{repository}@{name}" for row in rows for name in row["channels"]]
+    rows = [row for row in _repositories() if row.repository == repository]
+    return [f"{repository}@{name}" for row in rows for name in row.channels]
 
 
-def _repositories() -> list[dict[str, Any]]:
-    return [row for kind in ("adapters", "models") for row in _rows(f"/v1/{kind}")]
+def _repositories() -> "list[RepositoryOut]":
+    from registry.wire.catalog import RepositoryOut
+
+    return [row for kind in ("adapters", "models") for row in _rows(f"/v1/{kind}", RepositoryOut)]
 
 
-def _rows(path: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _suites() -> "list[SuiteOut]":
+    from registry.wire.quality import SuiteOut
+
+    return _rows("/v1/suites", SuiteOut)
+
+
+def _rows(path: str, row: type[Row]) -> list[Row]:
+    rows: list[Row] = []
     with suppress(RegistryError), connected() as connection:
-        rows += connection.api.pages(path)
+        rows += connection.api.pages(path, row)
     return rows

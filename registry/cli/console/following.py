@@ -2,18 +2,19 @@
 
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from math import ceil
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from registry.cli.console import render
 from registry.cli.console.interrupt import interrupts
 from registry.errors import Unavailable
 from registry.sdk.connection import Connection
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from registry.wire.work import JobOut, StepOut
 
 POLL_S = 0.3
 RECONNECT_S = 2.0
@@ -24,18 +25,18 @@ _NAME_CHARS, _BAR_CHARS = 14, 14
 class Shown(Protocol):
     """What shows a job."""
 
-    def show(self, job: Mapping[str, Any]) -> None:
+    def show(self, job: "JobOut") -> None:
         """Called with every state of the job."""
 
 
-def follow(connection: Connection, job_id: int, *, lines: bool) -> Json:
+def follow(connection: Connection, job_id: int, *, lines: bool) -> "JobOut":
     """Returns the job once it has ended. Polls, so that it survives an outage and works with any server. With `lines`,
     prints each change on a stderr that is not a terminal."""
     with shown_steps(f"job {job_id}", lines=lines) as shown:
         while True:
             job = _latest(connection, job_id)
             shown.show(job)
-            if job["state"] not in UNFINISHED:
+            if job.state not in UNFINISHED:
                 return job
             time.sleep(POLL_S)
 
@@ -55,11 +56,13 @@ def left_running(job_id: int) -> Generator[None]:
     interrupts.kept = ""
 
 
-def _latest(connection: Connection, job_id: int) -> Json:
+def _latest(connection: Connection, job_id: int) -> "JobOut":
+    from registry.wire.work import JobOut
+
     away = False
     while True:
         try:
-            job: Json = connection.api.get(f"/v1/jobs/{job_id}")
+            job = connection.api.get(f"/v1/jobs/{job_id}", JobOut)
         except Unavailable as error:
             if connection.resources is not None:
                 raise
@@ -73,18 +76,18 @@ def _latest(connection: Connection, job_id: int) -> Json:
             return job
 
 
-def amount(step: Mapping[str, Any]) -> str:
+def amount(step: "StepOut") -> str:
     """The progress of a step, such as `12 of 40 units, 3 redone`; empty if it has no amount."""
-    if not step.get("total"):
+    if not step.total:
         return ""
-    redone = f", {step['redone']:,} redone" if step.get("redone") else ""
-    if step["unit"] == "bytes":
-        return f"{render.size(step['done'])} of {render.size(step['total'])}{redone}"
-    return f"{step['done']:,} of {step['total']:,} {step['unit']}{redone}"
+    redone = f", {step.redone:,} redone" if step.redone else ""
+    if step.unit == "bytes":
+        return f"{render.size(step.done or 0)} of {render.size(step.total)}{redone}"
+    return f"{step.done or 0:,} of {step.total:,} {step.unit}{redone}"
 
 
 class _Nothing:
-    def show(self, job: Mapping[str, Any]) -> None:
+    def show(self, job: "JobOut") -> None:
         pass
 
 
@@ -94,14 +97,14 @@ class _ProgressLines:
     def __init__(self, label: str) -> None:
         self._label, self._said = label, dict[str, str]()
 
-    def show(self, job: Mapping[str, Any]) -> None:
-        waits = f", waits for {job['waits_for']}" if job.get("waits_for") else ""
-        stalled = ", stalled: its worker fell silent" if job.get("stalled_since") else ""
-        self._say(self._label, f"{job['state']}{waits}{stalled}")
-        for number, step in enumerate(job["steps"], start=1):
-            if step["state"] != "waiting":
-                redone = f", {step['redone']:,} units redone" if step.get("redone") else ""
-                self._say(f"{number}/{len(job['steps'])} {step['name']}", f"{step['state']}{redone}")
+    def show(self, job: "JobOut") -> None:
+        waits = f", waits for {job.waits_for}" if job.waits_for else ""
+        stalled = ", stalled: its worker fell silent" if job.stalled_since else ""
+        self._say(self._label, f"{job.state}{waits}{stalled}")
+        for number, step in enumerate(job.steps, start=1):
+            if step.state != "waiting":
+                redone = f", {step.redone:,} units redone" if step.redone else ""
+                self._say(f"{number}/{len(job.steps)} {step.name}", f"{step.state}{redone}")
 
     def _say(self, name: str, state: str) -> None:
         if self._said.get(name) != state:
@@ -132,26 +135,26 @@ def shown_steps(label: str, *, lines: bool) -> Generator[Shown]:
         def __init__(self) -> None:
             self._tasks, self._began_s = dict[str, Any](), dict[str, float]()
 
-        def show(self, job: Mapping[str, Any]) -> None:
-            for number, step in enumerate(job["steps"], start=1):
-                name = step["name"]
+        def show(self, job: "JobOut") -> None:
+            for number, step in enumerate(job.steps, start=1):
+                name = step.name
                 if name not in self._tasks:
-                    shown = render.middle(f"{number}/{len(job['steps'])} {render.plain(name)}", _NAME_CHARS)
+                    shown = render.middle(f"{number}/{len(job.steps)} {render.plain(name)}", _NAME_CHARS)
                     self._tasks[name] = bars.add_task(shown.ljust(_NAME_CHARS), total=1.0, said="")
-                if step["state"] == "running":
+                if step.state == "running":
                     self._began_s.setdefault(name, time.monotonic())
-                waits = job.get("waits_for") if number == 1 and step["state"] == "waiting" else None
+                waits = job.waits_for if number == 1 and step.state == "waiting" else None
                 said = f"waits for {waits}" if waits else self._said(step)
                 said = render.middle(render.plain(said), 80 - _NAME_CHARS - _BAR_CHARS - 3)
-                bars.update(self._tasks[name], completed=step["progress"], said=said)
+                bars.update(self._tasks[name], completed=step.progress, said=said)
 
-        def _said(self, step: Mapping[str, Any]) -> str:
-            if step["state"] != "running" or not step.get("total"):
-                return step["state"]
-            seconds = time.monotonic() - self._began_s[step["name"]]
-            if seconds < 1 or not step["done"]:
+        def _said(self, step: "StepOut") -> str:
+            if step.state != "running" or not step.total:
+                return step.state
+            seconds = time.monotonic() - self._began_s[step.name]
+            if seconds < 1 or not step.done:
                 return amount(step)
-            left_s = seconds * (step["total"] - step["done"]) / step["done"]
+            left_s = seconds * (step.total - step.done) / step.done
             return f"{amount(step)}, {timedelta(seconds=ceil(left_s))} left"
 
     with bars:

@@ -9,11 +9,11 @@ import re
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from math import ceil
 from shutil import get_terminal_size
 from textwrap import wrap
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO, cast
 
 import typer
 
@@ -24,6 +24,9 @@ from registry.errors.translation import of_composer
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
+
+    from registry.wire.quality import GateResultOut
+    from registry.wire.work import StepOut
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Failure = RegistryError | ComposerError | OSError
@@ -39,14 +42,20 @@ _LABEL_CHARS = 26
 
 
 def document(value: Any, as_json: bool, show: Callable[[], None], failure: Failure | None = None) -> None:
-    """Prints the document as JSON, or calls `show`. Then ends the command with `failure`, if there is one, on stderr
-    alone: a second document on stdout would break its readers."""
+    """Prints the document as JSON, or calls `show`; what the registry answered is printed as it came. Then ends the
+    command with `failure`, if there is one, on stderr alone: a second document on stdout would break its readers."""
     if as_json:
-        print(escaped(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
+        print(escaped(json.dumps(value, indent=2, ensure_ascii=False, default=_as_json)))
     else:
         show()
     if failure is not None:
         raise typer.Exit(fail(failure, as_json=False))
+
+
+def _as_json(value: object) -> object:
+    from registry.wire.document import Wire
+
+    return value.document if isinstance(value, Wire) else str(value)
 
 
 def listing(
@@ -223,22 +232,50 @@ def with_error(value: float, stderr: float | None, n: int = 0) -> str:
     return f"{value:.3f}{error_text(value, stderr, n, '.3f')}"
 
 
-def score_table(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
+class Scored(Protocol):
+    """A score, recorded or just measured."""
+
+    @property
+    def suite(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def value(self) -> float: ...
+    @property
+    def stderr(self) -> float | None: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def reported(self) -> bool: ...
+    @property
+    def source(self) -> str | None: ...
+
+
+def score_table(title: str, scores: Sequence[Scored]) -> None:
     """A table of scores. Those that somebody only reports are marked, with the file that reports them; others have the
     harness that measured them, if any."""
     rows = [
         (
-            score["suite"],
-            score["metric"],
-            with_error(score["value"], score["stderr"], score["n"]),
-            score["n"] or "",
-            " ".join(filter(None, ["reported" if score.get("reported") else "", score.get("source")])),
+            score.suite,
+            score.metric,
+            with_error(score.value, score.stderr, score.n),
+            score.n or "",
+            " ".join(filter(None, ["reported" if score.reported else "", score.source])),
         )
         for score in scores
     ]
     noted = any(row[-1] for row in rows)
     columns = ("suite", "metric", "value", "n", *(("note",) if noted else ()))
     table(title, columns, [row[: len(columns)] for row in rows])
+
+
+def second(at: datetime | None) -> str:
+    """A time to the second; empty for none."""
+    return at.isoformat()[:19] if at else ""
+
+
+def minute(at: datetime | None) -> str:
+    return at.isoformat()[:16] if at else ""
 
 
 def size(count: int) -> str:
@@ -271,10 +308,8 @@ def fields(document: Mapping[str, Any], *left_out: str) -> list[tuple[str, Any]]
     ]
 
 
-def changes(row: dict[str, Any]) -> list[tuple[str, str]]:
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The fields that an audit row changed, such as (`version`, `1.0.0 -> 1.1.0`)."""
-    before: dict[str, Any] = row["before"] or {}
-    after: dict[str, Any] = row["after"] or {}
     return [
         (
             name,
@@ -285,9 +320,10 @@ def changes(row: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def gate_lines(report: Sequence[dict[str, Any]]) -> None:
+def gate_lines(report: "Sequence[GateResultOut | Mapping[str, Any]]") -> None:
     """Prints one line per gate, with its mark."""
-    for result in report:
+    for gate in report:
+        result = gate if isinstance(gate, Mapping) else gate.document
         mark = _mark(result)
         line = f"  {mark}  {result['rule']}: {result['detail']}"
         if len(line) <= _width():
@@ -317,11 +353,11 @@ class StepProgress:
     def step(self, label: str, done: int | None, total: int | None, unit: str | None) -> None:
         """Starts or updates the bar of the current step, indeterminate if no total is known."""
 
-    def show_running(self, steps: Sequence[Mapping[str, Any]]) -> None:
+    def show_running(self, steps: "Sequence[StepOut]") -> None:
         """As `step`, for the running one of a job's steps, if there is one."""
         for step in steps:
-            if step["state"] == "running":
-                self.step(step["name"], step["done"], step["total"], step["unit"])
+            if step.state == "running":
+                self.step(step.name, step.done, step.total, step.unit)
 
 
 class _Bar(StepProgress):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from composer.formats.recipes.suite import Example, Suite
 
 Json = dict[str, Any]
+"""A score as it is printed and as a request has it."""
 _HELP = "See `adaptory eval --help`."
 
 
@@ -129,7 +130,7 @@ def _queue(
         registered = harnesses.register(connection, harnesses.load(choice)) if choice.names else []
         on = list(dict.fromkeys([*suites, *registered]))
         document = queued_evaluation.queue(connection, list(dict.fromkeys(what)), on, wish, wait=wait)
-    failure = queued_evaluation.error_of(document) if wait else None
+    failure = queued_evaluation.error_of(document.job, document.state, document.error) if wait else None
     render.document(document, json, lambda: queued_evaluation.show(document), failure)
 
 
@@ -243,5 +244,8 @@ def _measured(
 
 
 def _show(documents: Sequence[Json]) -> None:
+    from registry.sdk.results import Score
+
     for document in documents:
-        render.score_table(document["subject"], document["scores"])
+        known = [{name: row[name] for name in Score.__slots__ if name in row} for row in document["scores"]]
+        render.score_table(document["subject"], [Score(**one) for one in known])

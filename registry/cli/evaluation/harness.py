@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from registry.cli.evaluation.quality import EvaluationTarget
 
 Json = dict[str, Any]
-
+"""A score as it is printed and as a request has it."""
 
 TaskNames = Annotated[
     list[str] | None,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import typer
@@ -15,11 +15,17 @@ from registry.cli.console.render import JsonFlag
 from registry.errors import NotFound, Usage
 from registry.sdk.connection import Connection
 
+if TYPE_CHECKING:
+    from registry.wire.catalog import BaseOut
+    from registry.wire.quality import SuiteOut
+    from registry.wire.search import ResolvedRelease
+
 suite_app = group("suite", "Evaluation sets, versioned by content.")
 score_app = group("score", "Recorded scores.")
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
 BaseDir = Annotated[Path | None, typer.Option("--base-dir", help="Directory of the base's weights on this machine.")]
 Json = dict[str, Any]
+"""A score, or the results of a suite, as a request has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +33,27 @@ class EvaluationTarget:
     """A release or a base that suites are run on; `release` is None for a base."""
 
     name: str
-    release: Json | None
-    base: Json
+    release: "ResolvedRelease | None"
+    base: "BaseOut"
 
     @property
     def is_model(self) -> bool:
-        return self.release is not None and self.release["kind"] == "model"
+        return self.release is not None and self.release.kind == "model"
 
     @property
     def weights(self) -> str:
         """Names what must be in memory: the base, or a merged model of its own."""
-        return self.identity if self.is_model else self.base["digest"]
+        return self.identity if self.is_model else self.base.digest
 
     @property
     def identity(self) -> str:
         """Names the bytes that are measured."""
         release = self.release
-        return f"{self.base['digest']}+{release['repository']}#{release['commit']}" if release else self.base["digest"]
+        return f"{self.base.digest}+{release.repository}#{release.commit}" if release else self.base.digest
 
     @property
     def scores_path(self) -> str:
-        from registry.client.api import release_path
-
-        return f"{release_path(self.release) if self.release else '/v1/bases/' + self.base['digest']}/scores"
+        return f"{self.release.path if self.release else f'/v1/bases/{self.base.digest}'}/scores"
 
     def record(self, connection: Connection, scores: Sequence[Json], results: Sequence[Json]) -> None:
         """Records scores as `eval` prints them, and the results of each example behind them."""
@@ -67,10 +71,11 @@ def add(
     them by adding the file again.
     """
     from composer.formats.recipes.suite import parse_suite
+    from registry.wire.quality import SuiteOut
 
     contents = [parse_suite(file) for file in files]
     with connected() as connection:
-        suites = [connection.api.post("/v1/suites", content.to_json()) for content in contents]
+        suites = [connection.api.post("/v1/suites", content.to_json(), SuiteOut) for content in contents]
     render.document(
         suites[0] if len(suites) == 1 else {"items": suites, "next": None}, json, lambda: _show_suites(suites)
     )
@@ -79,22 +84,23 @@ def add(
 @suite_app.command("list")
 def list_suites(json: JsonFlag = False) -> None:
     """List the current suites."""
+    from registry.wire.quality import SuiteOut
+
     with connected() as connection:
-        suites = list(connection.api.pages("/v1/suites"))
+        suites = list(connection.api.pages("/v1/suites", SuiteOut))
     render.document({"items": suites, "next": None}, json, lambda: _show_suites(suites))
 
 
-def _show_suites(suites: list[Json]) -> None:
-    stated = [[f"{metric}: {better}" for metric, better in suite["metrics"].items()] for suite in suites]
+def _show_suites(suites: "list[SuiteOut]") -> None:
     rows = [
         (
-            f"{suite['name']}@{suite['version']}" if suite["version"] else suite["name"],
-            suite["kind"] if suite["task"] == "teacher_forced" else f"{suite['kind']}, {suite['task']}",
-            suite["examples"],
-            suite["digest"][:12],
-            metrics,
+            f"{suite.name}@{suite.version}" if suite.version else suite.name,
+            suite.kind if suite.task == "teacher_forced" else f"{suite.kind}, {suite.task}",
+            suite.examples,
+            suite.digest[:12],
+            [f"{metric}: {better}" for metric, better in suite.metrics.items()],
         )
-        for suite, metrics in zip(suites, stated, strict=True)
+        for suite in suites
     ]
     render.table("", ("suite", "kind", "examples", "digest", "better"), rows)
 
@@ -108,14 +114,16 @@ def delete(
     json: JsonFlag = False,
 ) -> None:
     """Delete a score that you recorded; admins may delete any. The audit log keeps the value."""
+    from registry.wire.quality import ScoreOut
+
     suite, _, metric = score.rpartition(".")
     if "/" in score or not suite or not metric:
         next_step = "Write SUITE.METRIC, as in sql-exact.accuracy."
         raise Usage("bad_score_name", f"{score} does not name a score.", subject=score, next_step=next_step)
     with connected() as connection:
         path = EvaluationTarget(what, *release_or_base(connection, what)).scores_path
-        deleted = connection.api.delete(f"{path}/{quote(suite, safe='')}/{quote(metric, safe='')}")
-    render.document(deleted, json, lambda: render.out(f"deleted {score} = {render.cell(deleted['value'])} of {what}"))
+        deleted = connection.api.delete(f"{path}/{quote(suite, safe='')}/{quote(metric, safe='')}", ScoreOut)
+    render.document(deleted, json, lambda: render.out(f"deleted {score} = {render.cell(deleted.value)} of {what}"))
 
 
 @score_app.command("import")
@@ -126,25 +134,24 @@ def import_scores(
 
     They are shown as reported. They never replace measured scores, and a policy with `measured: true` ignores them.
     """
-    from registry.client.api import release_path
+    from registry.wire.quality import ScoresImported
 
     with connected() as connection:
         release = resolved(connection, ref)
-        imported = connection.api.post(f"{release_path(release)}/scores/import")
-    for finding in imported["warnings"]:
+        imported = connection.api.post(f"{release.path}/scores/import", None, ScoresImported)
+    for finding in imported.warnings:
         render.say(f"{finding['severity']}: {finding['message']}")
-    title = f"{release['repository']}:{release['version']}"
 
     def show() -> None:
-        if imported["scores"]:
-            render.score_table(title, imported["scores"])
+        if imported.scores:
+            render.score_table(release.name, imported.scores)
         else:
-            render.out(f"{title} reports no scores that can be recorded.")
+            render.out(f"{release.name} reports no scores that can be recorded.")
 
     render.document(imported, json, show)
 
 
-def release_or_base(connection: Connection, what: str) -> tuple[Json | None, Json]:
+def release_or_base(connection: Connection, what: str) -> "tuple[ResolvedRelease | None, BaseOut]":
     """A release and its base, or a base alone. A base's alias may look like a repository."""
     try:
         release = resolved(connection, what)
@@ -153,4 +160,4 @@ def release_or_base(connection: Connection, what: str) -> tuple[Json | None, Jso
             return None, connection.api.base(what)
         except NotFound as unknown:
             raise (error if "/" in what else unknown) from None
-    return release, connection.api.base(release["base"]["digest"])
+    return release, connection.api.base(release.base.digest)

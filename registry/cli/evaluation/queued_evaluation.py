@@ -1,7 +1,7 @@
 """`eval --queue`: a worker of the server measures, in one job."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry.cli.console import following, render
 from registry.cli.console.connect import jobs_running
@@ -12,11 +12,16 @@ from registry.errors.translation import of_row
 from registry.sdk.connection import Connection
 from registry.sdk.suites import refuse_bad_suite_name
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from registry.wire.work import EvaluationOut
 
 
-def queue(connection: Connection, what: Sequence[str], suites: Sequence[str], wish: Json, *, wait: bool) -> Json:
-    """Asks for the evaluation and, with `wait`, follows it to its end. Returns its report."""
+def queue(
+    connection: Connection, what: Sequence[str], suites: Sequence[str], wish: dict[str, Any], *, wait: bool
+) -> "EvaluationOut":
+    """Requests the evaluation and, with `wait`, follows it to its end. Returns its report."""
+    from registry.wire.work import EvaluationOut
+
     for name in suites:
         refuse_bad_suite_name(name)
     releases: list[str] = []
@@ -24,50 +29,41 @@ def queue(connection: Connection, what: Sequence[str], suites: Sequence[str], wi
     for name in what:
         release, base = release_or_base(connection, name)
         if release is None:
-            bases.append(base["digest"])
+            bases.append(base.digest)
         else:
-            releases.append(f"{release['repository']}:{release['version']}")
+            releases.append(release.name)
     body = {"releases": releases, "bases": bases, "suites": list(suites), **wish}
-    document = connection.api.post("/v1/evaluations", body)
+    document = connection.api.post("/v1/evaluations", body, EvaluationOut)
     if not wait:
         return document
-    job = document["job"]
+    job = document.job
     with jobs_running(connection, job):
         with following.left_running(job):
             following.follow(connection, job, lines=True)
-        return connection.api.get(f"/v1/evaluations/{job}")
+        return connection.api.get(f"/v1/evaluations/{job}", EvaluationOut)
 
 
-def show(document: Json) -> None:
+def show(document: "EvaluationOut") -> None:
     """Shows the scores of each pair that is measured, and why others were not."""
-    render.heading(f"evaluation {document['job']}: {document['state']}")
-    if document["state"] in UNFINISHED:
-        render.out(f"A worker of the server measures it: `adaptory jobs {document['job']}` shows its progress.")
+    render.heading(f"evaluation {document.job}: {document.state}")
+    if document.state in UNFINISHED:
+        render.out(f"A worker of the server measures it: `adaptory jobs {document.job}` shows its progress.")
     rows: list[tuple[Any, ...]] = []
-    for item in document["items"]:
-        subject = f"{item['repository']}:{item['version']}" if item["repository"] else item["base"]["name"]
-        for score in item["scores"] or ():
-            metric = score["metric"]
-            rows.append(
-                (
-                    subject,
-                    item["suite"],
-                    metric,
-                    render.with_error(score["value"], score["stderr"], score["n"]),
-                    score["n"],
-                )
-            )
-        if item["error"]:
-            rows.append((subject, item["suite"], "", item["error"], ""))
+    for item in document.items:
+        subject = f"{item.repository}:{item.version}" if item.repository else item.base.name
+        for score in item.scores or ():
+            value = render.with_error(score.value, score.stderr, score.n)
+            rows.append((subject, item.suite, score.metric, value, score.n))
+        if item.error:
+            rows.append((subject, item.suite, "", item.error, ""))
     if rows:
         render.table("", ("subject", "suite", "metric", "value", "n"), rows)
 
 
-def error_of(document: Json) -> RegistryError | None:
+def error_of(job: int | None, state: str | None, error: dict[str, Any] | None) -> RegistryError | None:
     """Why the job did not end well, if it did not."""
-    if document["error"] is not None:
-        return of_row(document["error"])
-    if document["state"] == "cancelled":
-        job = str(document["job"])
-        return Refused("evaluation_cancelled", f"Job {job} was cancelled.", subject=job)
+    if error is not None:
+        return of_row(error)
+    if state == "cancelled":
+        return Refused("evaluation_cancelled", f"Job {job} was cancelled.", subject=str(job))
     return None

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import typer
@@ -16,10 +16,12 @@ from registry.cli.console.groups import group, root
 from registry.cli.console.render import JsonFlag
 from registry.errors import Usage
 
+if TYPE_CHECKING:
+    from registry.wire.access import NamespaceOut
+
 tokens = group("token", "Manage access tokens.")
 namespaces = group("namespace", "Manage namespaces, the unit of permission.")
 users = group("user", "Manage the names of users.")
-Json = dict[str, Any]
 _UNLIMITED = {"*": "admin"}  # what its user may do, whatever that is
 _KEY_BYTES = 10_000  # larger than any PEM key
 
@@ -32,9 +34,11 @@ NamespaceName = Annotated[
 @root.command("whoami")
 def who_am_i(json: JsonFlag = False) -> None:
     """Show the current user and roles."""
+    from registry.wire.access import WhoOut
+
     with connected() as connection:
-        document = connection.api.get("/v1/whoami")
-    limited = document.get("limited", {})
+        document = connection.api.get("/v1/whoami", WhoOut)
+    limited = document.limited
     pairs = [
         (
             namespace,
@@ -42,9 +46,9 @@ def who_am_i(json: JsonFlag = False) -> None:
             if namespace in limited
             else role,
         )
-        for namespace, role in sorted({**dict.fromkeys(limited, "none"), **document["grants"]}.items())
+        for namespace, role in sorted({**dict.fromkeys(limited, "none"), **document.grants}.items())
     ]
-    render.document(document, json, lambda: render.lines(document["user"], pairs))
+    render.document(document, json, lambda: render.lines(document.user, pairs))
 
 
 @tokens.command("create")
@@ -61,37 +65,41 @@ def create_token(
     json: JsonFlag = False,
 ) -> None:
     """Create a token and print it once. It can do what both its user's roles and its scope allow."""
+    from registry.wire.access import NewTokenOut
+
     if expires_in_days is not None and not isfinite(expires_in_days):  # JSON has no NaN or infinity
         raise Usage(
             "bad_lifetime",
             f"A token cannot last {expires_in_days} days.",
             next_step="Give a number of days with --expires-in-days, or leave it out for the default.",
         )
-    body: Json = {"user": user, "name": name, "expires_in_days": expires_in_days}
+    body: dict[str, Any] = {"user": user, "name": name, "expires_in_days": expires_in_days}
     if scope:
         body["scope"] = dict(_pair(text) for text in scope)
     with connected() as connection:
-        document = connection.api.post("/v1/tokens", body)
-    render.document(document, json, lambda: render.out(document["token"]))
-    if sys.stdout.isatty():  # scripts read the token
-        render.say(f"valid until {document['expires_at'][:10]}")
+        document = connection.api.post("/v1/tokens", body, NewTokenOut)
+    render.document(document, json, lambda: render.out(document.token))
+    if sys.stdout.isatty() and document.expires_at:  # scripts read the token
+        render.say(f"valid until {document.expires_at:%Y-%m-%d}")
 
 
 @tokens.command("list")
 def list_tokens(json: JsonFlag = False) -> None:
     """List your tokens; a registry admin sees everyone's. Secrets are never shown again."""
+    from registry.wire.access import TokenOut
+
     with connected() as connection:
-        items = list(connection.api.pages("/v1/tokens"))
+        items = list(connection.api.pages("/v1/tokens", TokenOut))
     rows = [
         (
-            row["id"],
-            row["user"],
-            "session" if row["session"] else "token",
-            row["name"],
-            "unlimited" if row["scope"] == _UNLIMITED else [f"{name}={role}" for name, role in row["scope"].items()],
-            (row["expires_at"] or "")[:19],
-            (row["revoked_at"] or "")[:19],
-            (row["last_used_at"] or "")[:16],
+            row.id,
+            row.user,
+            "session" if row.session else "token",
+            row.name,
+            "unlimited" if row.scope == _UNLIMITED else [f"{name}={role}" for name, role in row.scope.items()],
+            render.second(row.expires_at),
+            render.second(row.revoked_at),
+            render.minute(row.last_used_at),
         )
         for row in items
     ]
@@ -105,17 +113,21 @@ def revoke_token(
     json: JsonFlag = False,
 ) -> None:
     """Revoke a token immediately, by the id that `token list` shows (the 12 characters after adp_)."""
+    from registry.wire.access import TokenOut
+
     with connected() as connection:
-        document = connection.api.delete(f"/v1/tokens/{quote(token, safe='')}")
-    render.document(document, json, lambda: render.out(f"revoked {document['id']} of {document['user']}"))
+        document = connection.api.delete(f"/v1/tokens/{quote(token, safe='')}", TokenOut)
+    render.document(document, json, lambda: render.out(f"revoked {document.id} of {document.user}"))
 
 
 @namespaces.command("list")
 def list_namespaces(json: JsonFlag = False) -> None:
     """List the namespaces that you may read."""
+    from registry.wire.access import NamespaceOut
+
     with connected() as connection:
-        items = list(connection.api.pages("/v1/namespaces"))
-    rows = [(row["namespace"], _visibility(row), row["require_signature"], row["created_by"]) for row in items]
+        items = list(connection.api.pages("/v1/namespaces", NamespaceOut))
+    rows = [(row.namespace, _visibility(row), row.require_signature, row.created_by) for row in items]
     render.listing(items, json, ("namespace", "visible", "signed only", "by"), rows)
 
 
@@ -148,6 +160,8 @@ def set_namespace(  # noqa: PLR0913
     json: JsonFlag = False,
 ) -> None:
     """Create a namespace, or change who may read it and which releases it accepts."""
+    from registry.wire.access import NamespaceOut
+
     keys = [read_text(path, _KEY_BYTES) for path in signing_key] if signing_key else None
     body = {
         "public": public,
@@ -157,12 +171,12 @@ def set_namespace(  # noqa: PLR0913
         "main": main,
     }
     with connected() as connection:
-        document = connection.api.put(_namespace_path(namespace), body)
+        document = connection.api.put(_namespace_path(namespace), body, NamespaceOut)
     pairs = [
         ("visible", _visibility(document)),
-        ("signed only", document["require_signature"]),
-        ("signature covers", document["signature_covers"]),
-        ("main is", f"the last {document['main']}"),
+        ("signed only", document.require_signature),
+        ("signature covers", document.signature_covers),
+        ("main is", f"the last {document.main}"),
     ]
     render.document(document, json, lambda: render.lines(f"namespace {namespace}", pairs))
 
@@ -170,11 +184,13 @@ def set_namespace(  # noqa: PLR0913
 @namespaces.command("usage")
 def show_usage(namespace: NamespaceName, json: JsonFlag = False) -> None:
     """Show what a namespace holds, and its quota."""
+    from registry.wire.access import UsageOut
+
     with connected() as connection:
-        used = connection.api.get(f"{_namespace_path(namespace)}/usage")
+        used = connection.api.get(f"{_namespace_path(namespace)}/usage", UsageOut)
     pairs = [
-        ("bytes", _of_quota(render.size(used["size_bytes"]), used["max_bytes"], render.size)),
-        ("releases", _of_quota(f"{used['releases']:,}", used["max_releases"], "{:,}".format)),
+        ("bytes", _of_quota(render.size(used.size_bytes), used.max_bytes, render.size)),
+        ("releases", _of_quota(f"{used.releases:,}", used.max_releases, "{:,}".format)),
     ]
     render.document(used, json, lambda: render.lines(f"usage of {namespace}", pairs))
 
@@ -233,9 +249,11 @@ def set_retention(
 @namespaces.command("members")
 def list_members(namespace: NamespaceName, json: JsonFlag = False) -> None:
     """List a namespace's members and roles; `*` lists the roles that hold in every namespace."""
+    from registry.wire.access import MembersOut
+
     with connected() as connection:
-        document = connection.api.get(_members_path(namespace))
-    render.document(document, json, lambda: render.lines(f"members of {namespace}", list(document["members"].items())))
+        document = connection.api.get(_members_path(namespace), MembersOut)
+    render.document(document, json, lambda: render.lines(f"members of {namespace}", list(document.members.items())))
 
 
 @namespaces.command("grant")
@@ -263,9 +281,12 @@ def link_user(
     json: JsonFlag = False,
 ) -> None:
     """Let a person of the OpenID provider sign in as a user who was here before, with the user's roles."""
+    from registry.wire.access import PersonOut
+
+    body = {"subject": subject, "issuer": issuer}
     with connected() as connection:
-        linked = connection.api.put(f"/v1/users/{quote(user, safe='')}/person", {"subject": subject, "issuer": issuer})
-    render.document(linked, json, lambda: render.out(f"{user} signs in as {linked['subject']} of {linked['issuer']}"))
+        linked = connection.api.put(f"/v1/users/{quote(user, safe='')}/person", body, PersonOut)
+    render.document(linked, json, lambda: render.out(f"{user} signs in as {linked.subject} of {linked.issuer}"))
 
 
 @users.command("remove")
@@ -274,12 +295,14 @@ def remove_user(user: User, json: JsonFlag = False) -> None:
 
     The user's tokens, sessions and roles end. What the user did stays. Free text, such as reasons, is not searched.
     """
+    from registry.wire.access import UserOut
+
     with connected() as connection:
-        removed = connection.api.delete(f"/v1/users/{quote(user, safe='')}")
+        removed = connection.api.delete(f"/v1/users/{quote(user, safe='')}", UserOut)
     render.document(
         removed,
         json,
-        lambda: render.out(f"{user} is now {removed['user']}, in {render.counted(removed['rows'], 'row')}"),
+        lambda: render.out(f"{user} is now {removed.user}, in {render.counted(removed.rows, 'row')}"),
     )
 
 
@@ -308,8 +331,8 @@ def _of_quota(used: str, limit: int | None, written: Callable[[int], str]) -> st
     return f"{used} of {written(limit)}" if limit is not None else f"{used}, no limit"
 
 
-def _visibility(row: Json) -> str:
-    return "public" if row["public"] else "private"
+def _visibility(row: "NamespaceOut") -> str:
+    return "public" if row.public else "private"
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -84,6 +84,7 @@ def _check_here(settings: "Settings", *, contents: bool) -> "Iterator[Check]":
 def _check_server(settings: "Settings") -> "Iterator[Check]":
     """The way to a server: the connection, its readiness, its clock, the token."""
     from registry.transfer.installation import CLOCK_S, Check
+    from registry.wire.access import WhoOut
 
     with open_registry(settings) as connection:
         api = connection.api
@@ -95,12 +96,12 @@ def _check_server(settings: "Settings") -> "Iterator[Check]":
             if abs(offset := _clock_offset(api.url)) > CLOCK_S:
                 detail = f"The server's clock is {offset:+.0f} s from this machine's."
                 yield Check(name="clock", state="warning", detail=detail, next_step="Set both by NTP.")
-            who = api.get("/v1/whoami")
+            who = api.get("/v1/whoami", WhoOut)
         except RegistryError as error:
             yield Check(name="server", state="error", detail=error.detail, next_step=error.next_step)
             return
-    roles = ", ".join(f"{role} in {namespace}" for namespace, role in sorted(who["grants"].items()))
-    yield Check(name="token", state="ok", detail=f"{who['user']}: {roles or 'reads what is public'}")
+    roles = ", ".join(f"{role} in {namespace}" for namespace, role in sorted(who.grants.items()))
+    yield Check(name="token", state="ok", detail=f"{who.user}: {roles or 'reads what is public'}")
 
 
 def _clock_offset(url: str) -> float:

@@ -1,6 +1,6 @@
 """Jobs: list, show, follow, order, cancel."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,8 @@ from registry.errors import Refused, RegistryError
 from registry.errors.translation import of_row
 from registry.formats.priority import Priority
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from registry.wire.work import JobOut, StepOut
 
 
 PriorityOption = Annotated[
@@ -28,7 +29,7 @@ MemoryOption = Annotated[
 _HELP = "adaptory jobs"
 
 
-def wishes(priority: Priority | None, memory_bytes: int | None) -> Json:
+def wishes(priority: Priority | None, memory_bytes: int | None) -> dict[str, Any]:
     """The fields of a request for a job: those that are given, since an older server does not know them."""
     given = {"priority": priority.value if priority else None, "memory_bytes": memory_bytes}
     return {name: value for name, value in given.items() if value is not None}
@@ -49,21 +50,23 @@ def jobs(
     json: JsonFlag = False,
 ) -> None:
     """List jobs, newest first, or show one."""
+    from registry.wire.work import JobOut
+
     if job is None:
         refuse_idle({"--follow": follow, "--priority": priority}, "without the ID of a job", _HELP)
         with connected() as connection:
-            items, more = connection.api.first("/v1/jobs", limit, cursor=cursor)
+            items, more = connection.api.first("/v1/jobs", JobOut, limit, cursor=cursor)
         render.document({"items": items, "next": more}, json, lambda: _table(items))
         render.more(more, json)
         return
     with connected() as connection:
         if priority is not None:
             connection.api.post(f"/v1/jobs/{job}/priority", {"priority": priority.value})
-        document = connection.api.get(f"/v1/jobs/{job}")
-        if follow and document["state"] in following.UNFINISHED:
+        document = connection.api.get(f"/v1/jobs/{job}", JobOut)
+        if follow and document.state in following.UNFINISHED:
             with following.left_running(job), jobs_running(connection, job):
                 document = following.follow(connection, job, lines=True)
-    failure = _failure(document) if follow and document["state"] != "done" else None
+    failure = _failure(document) if follow and document.state != "done" else None
     render.document(document, json, lambda: _show(document), failure)
 
 
@@ -72,58 +75,59 @@ def cancel(
     job: Annotated[int, typer.Argument(metavar="ID", help="As `adaptory jobs` shows it.")], json: JsonFlag = False
 ) -> None:
     """Cancel a job; nothing of it is published."""
+    from registry.wire.work import JobOut
+
     with connected() as connection:
-        document = connection.api.post(f"/v1/jobs/{job}/cancel")
-    render.document(document, json, lambda: render.out(f"job {document['id']}: {document['state']}"))
+        document = connection.api.post(f"/v1/jobs/{job}/cancel", None, JobOut)
+    render.document(document, json, lambda: render.out(f"job {document.id}: {document.state}"))
 
 
-def _failure(job: Json) -> RegistryError:
-    if job["error"]:
-        return of_row(job["error"])
-    named = str(job["id"])
+def _failure(job: "JobOut") -> RegistryError:
+    if job.error:
+        return of_row(job.error)
+    named = str(job.id)
     return Refused("job_cancelled", f"Job {named} was cancelled.", subject=named)
 
 
-def _show(job: Json) -> None:
+def _show(job: "JobOut") -> None:
     _table([job])
-    if job.get("waits_for"):
-        render.out(f"It waits for {job['waits_for']}.")
-    if job.get("stalled_since"):
+    if job.waits_for:
+        render.out(f"It waits for {job.waits_for}.")
+    if job.stalled_since:
         render.out("Its worker has stopped without a word. The next worker goes on with it: `adaptory worker`.")
-    for step in job["steps"]:
-        if step.get("log"):
-            render.heading(f"the last lines of a unit of {step['name']} that failed")
-            for line in step["log"]:
+    for step in job.steps:
+        if step.log:
+            render.heading(f"the last lines of a unit of {step.name} that failed")
+            for line in step.log:
                 print(f"  {render.plain(line)}")
 
 
-def _table(rows: list[Json]) -> None:
+def _table(rows: "list[JobOut]") -> None:
     cells = [
         (
-            row["id"],
-            row["kind"],
+            row.id,
+            row.kind,
             _state(row),
-            [f"{step['name']}: {_progress(step, row['state'])}" for step in row["steps"]],
-            row["created_by"],
+            [f"{step.name}: {_progress(step, row.state)}" for step in row.steps],
+            row.created_by,
         )
         for row in rows
     ]
     render.table("", ("job", "kind", "state", "steps", "by"), cells)
 
 
-def _state(row: Json) -> str:
+def _state(row: "JobOut") -> str:
     """A job's state with a priority that is not normal, its cancellation, and since when its worker is silent."""
-    unfinished = row["state"] in following.UNFINISHED
-    priority = row.get("priority", "normal")
-    notes = [f"{priority} priority"] if unfinished and priority != "normal" else []
-    notes += ["to be cancelled"] if row["cancel_requested"] and unfinished else []
-    if row.get("stalled_since"):
-        notes.append(f"stalled since {row['stalled_since'][:16]}")
-    return ", ".join([row["state"], *notes])
+    unfinished = row.state in following.UNFINISHED
+    notes = [f"{row.priority} priority"] if unfinished and row.priority is not Priority.NORMAL else []
+    notes += ["to be cancelled"] if row.cancel_requested and unfinished else []
+    if row.stalled_since:
+        notes.append(f"stalled since {render.minute(row.stalled_since)}")
+    return ", ".join([row.state, *notes])
 
 
-def _progress(step: Json, of_job: str) -> str:
-    if step["state"] == "waiting" and of_job not in following.UNFINISHED:
+def _progress(step: "StepOut", of_job: str) -> str:
+    if step.state == "waiting" and of_job not in following.UNFINISHED:
         return "not run"
-    done = following.amount(step) if step["state"] in ("running", "failed") else ""
-    return (done if step["state"] == "running" else f"failed at {done}") if done else step["state"]
+    done = following.amount(step) if step.state in ("running", "failed") else ""
+    return (done if step.state == "running" else f"failed at {done}") if done else step.state

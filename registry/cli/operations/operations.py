@@ -23,6 +23,7 @@ from registry.formats.signatures import fingerprint
 if TYPE_CHECKING:
     from registry.settings import Settings
     from registry.transfer.resources import Resources
+    from registry.wire.work import AuditOut
     from registry.worker.runner import Observe
 
 After = Annotated[str | None, typer.Option("--cursor", help="`next` of the previous page.")]
@@ -277,6 +278,8 @@ def audit(  # noqa: PLR0913
     json: JsonFlag = False,
 ) -> None:
     """Show the audit log: who changed what, from where and why; newest first, with --jsonl oldest first."""
+    from registry.wire.work import AuditOut
+
     if export and cursor:
         raise Usage("no_pages", "An export has no pages.", subject=cursor)
     query = {"subject": subject, "namespace": namespace, "by": by, "act": event or act, "since": since, "until": until}
@@ -286,24 +289,24 @@ def audit(  # noqa: PLR0913
                 for line in islice(lines, limit):
                     print(render.escaped(line))
             return
-        events, more = connection.api.first("/v1/audit", limit or AUDIT_ROWS, cursor=cursor, **query)
+        events, more = connection.api.first("/v1/audit", AuditOut, limit or AUDIT_ROWS, cursor=cursor, **query)
     render.document({"items": events, "next": more}, json, lambda: _show_events(events))
     render.more(more, json)
 
 
-def _show_events(events: list[dict[str, Any]]) -> None:
+def _show_events(events: "list[AuditOut]") -> None:
     """Shows a record for each event, with everything that it changed."""
     for row in events:
         pairs = [
-            ("event", row["act"]),
-            ("subject", row["subject"]),
-            ("by", row["actor"]),
-            ("from", row["source"]),
-            *((name, value) for name, value in row["detail"].items() if value not in ([], {})),
-            *render.changes(row | {when: _with_short_keys(row[when]) for when in ("before", "after")}),
-            ("reason", row["reason"]),
+            ("event", row.act),
+            ("subject", row.subject),
+            ("by", row.actor),
+            ("from", row.source),
+            *((name, value) for name, value in row.detail.items() if value not in ([], {})),
+            *render.changes(_with_short_keys(row.before), _with_short_keys(row.after)),
+            ("reason", row.reason),
         ]
-        render.lines(f"{row['id']}  {row['at'][:19]}", pairs)
+        render.lines(f"{row.id}  {render.second(row.at)}", pairs)
 
 
 def _with_short_keys(state: dict[str, Any] | None) -> dict[str, Any]:

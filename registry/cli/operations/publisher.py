@@ -1,6 +1,6 @@
 """Trusted publishers: publisher add | list | remove."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import quote
 
 import typer
@@ -11,8 +11,10 @@ from registry.cli.console.groups import group
 from registry.cli.console.render import JsonFlag
 from registry.formats.references import parse_repository
 
+if TYPE_CHECKING:
+    from registry.wire.access import PublisherOut
+
 publisher_app = group("publisher", "Let jobs of continuous integration publish without a secret.")
-Json = dict[str, Any]
 Repository = Annotated[str, typer.Argument(metavar="REPO", help="Such as acme/sql; it need not exist yet.")]
 
 
@@ -35,6 +37,8 @@ def add(  # noqa: PLR0913
 ) -> None:
     """Let jobs of a project publish in a repository; each gets a token for an hour. Requires --ref, --environment or
     both, and on GitHub --workflow."""
+    from registry.wire.access import PublisherOut
+
     body = {
         "issuer": issuer,
         "project": project,
@@ -44,26 +48,28 @@ def add(  # noqa: PLR0913
         "workflow": workflow,
     }
     with connected() as connection:
-        document = connection.api.post(_path(repository), body)
+        document = connection.api.post(_path(repository), body, PublisherOut)
     render.document(document, json, lambda: render.out(_line(document)))
-    if not document["exchanges"]:
+    if not document.exchanges:
         render.warn("this registry exchanges no ID tokens, so no job can use it yet: set ADAPTORY_OIDC_AUDIENCE there")
 
 
 @publisher_app.command("list")
 def list_publishers(repository: Repository, json: JsonFlag = False) -> None:
     """List a repository's trusted publishers."""
+    from registry.wire.access import PublisherOut
+
     with connected() as connection:
-        items = connection.api.get(_path(repository))["items"]
+        items = list(connection.api.pages(_path(repository), PublisherOut))
     rows = [
         (
-            row["id"],
-            row["issuer"],
-            row["project"],
-            row["project_id"] or "",
-            row["ref"] or "any",
-            row["environment"] or "any",
-            row["workflow"] or "any",
+            row.id,
+            row.issuer,
+            row.project,
+            row.project_id or "",
+            row.ref or "any",
+            row.environment or "any",
+            row.workflow or "any",
         )
         for row in items
     ]
@@ -77,16 +83,18 @@ def remove(
     json: JsonFlag = False,
 ) -> None:
     """Remove a trusted publisher; the tokens of its jobs end too."""
+    from registry.wire.access import PublisherOut
+
     with connected() as connection:
-        document = connection.api.delete(f"{_path(repository)}/{quote(publisher, safe='')}")
-    render.document(document, json, lambda: render.out(f"removed {document['id']} from {document['repository']}"))
+        document = connection.api.delete(f"{_path(repository)}/{quote(publisher, safe='')}", PublisherOut)
+    render.document(document, json, lambda: render.out(f"removed {document.id} from {document.repository}"))
 
 
 def _path(repository: str) -> str:
     return f"/v1/publishers/{parse_repository(repository)}"
 
 
-def _line(row: Json) -> str:
-    named = [f"{name} {row[name]}" for name in ("environment", "workflow") if row[name]]
-    where = [*([row["ref"]] if row["ref"] else []), *named]
-    return f"{row['id']} {row['project']} of {row['issuer']} ({', '.join(where)}) may publish in {row['repository']}"
+def _line(row: "PublisherOut") -> str:
+    stated = (("", row.ref), ("environment ", row.environment), ("workflow ", row.workflow))
+    where = ", ".join(f"{what}{value}" for what, value in stated if value)
+    return f"{row.id} {row.project} of {row.issuer} ({where}) may publish in {row.repository}"

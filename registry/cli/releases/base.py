@@ -21,6 +21,8 @@ from registry.sdk.connection import Connection, load_settings
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
     from composer.formats.checkpoints.hashing import BaseIdentity
+    from registry.wire.catalog import BaseOut
+    from registry.wire.work import UpgradeOut
 
 _POLL_S = 0.5
 KnownBase = Annotated[str, typer.Argument(help="Name, alias or digest.", autocompletion=complete.bases)]
@@ -110,21 +112,20 @@ def _free_name(connection: Connection, hub_name: str | None, digest: str) -> lis
         known = connection.api.base(hub_name)
     except NotFound:
         return [hub_name]
-    if known["digest"] == digest:
+    if known.digest == digest:
         return [hub_name]
-    render.say(f"note: {hub_name} remains an alias of {known['name']}, whose weights differ.")
+    render.say(f"note: {hub_name} remains an alias of {known.name}, whose weights differ.")
     return []
 
 
 @app.command("list")
 def list_bases(json: JsonFlag = False) -> None:
     """List the registered bases."""
+    from registry.wire.catalog import BaseOut
+
     with connected() as connection:
-        items = list(connection.api.pages("/v1/bases"))
-    rows = [
-        (base["name"], base["digest"][:12], base["model_type"], f"{base['parameters']:,}", base["aliases"])
-        for base in items
-    ]
+        items = list(connection.api.pages("/v1/bases", BaseOut))
+    rows = [(base.name, base.digest[:12], base.model_type, f"{base.parameters:,}", base.aliases) for base in items]
     render.listing(items, json, ("base", "digest", "type", "parameters", "aliases"), rows)
 
 
@@ -139,9 +140,11 @@ def show(base: KnownBase, json: JsonFlag = False) -> None:
 @app.command()
 def unalias(alias: Annotated[str, typer.Argument(help="As `base list` shows it.")], json: JsonFlag = False) -> None:
     """Remove an alias from its base; only for the base's creator and registry admins."""
+    from registry.wire.catalog import BaseOut
+
     with connected() as connection:
-        document = connection.api.delete(f"/v1/bases/aliases/{quote(alias)}")
-    render.document(document, json, lambda: render.out(f"{alias} no longer names a base; {document['name']} stays"))
+        document = connection.api.delete(f"/v1/bases/aliases/{quote(alias)}", BaseOut)
+    render.document(document, json, lambda: render.out(f"{alias} no longer names a base; {document.name} stays"))
 
 
 @app.command()
@@ -155,10 +158,12 @@ def deprecate(
     json: JsonFlag = False,
 ) -> None:
     """Mark a base as deprecated: its releases say so too, and nothing is blocked. Only for its creator and admins."""
+    from registry.wire.catalog import BaseOut
+
     body = deprecation_body(base, reason, successor, undo=undo)
     with connected() as connection:
-        document = connection.api.post(f"/v1/bases/{quote(base)}/deprecate", body)
-    render.document(document, json, lambda: show_deprecation(document["name"], document))
+        document = connection.api.post(f"/v1/bases/{quote(base)}/deprecate", body, BaseOut)
+    render.document(document, json, lambda: show_deprecation(document.name, document.deprecated))
 
 
 @app.command()
@@ -186,84 +191,87 @@ def upgrade(
 
     Their scores on the new base are only reported: a release stays on the base that it was made for.
     """
+    from registry.wire.work import UpgradeOut
+
     with connected() as connection:
         following = new or _successor(connection, old)
         body = {"old": old, "new": following, "suites": suite or [], "evaluate": not plan}
-        document = connection.api.post("/v1/upgrades", body)
-        if document["job"] is not None and wait:
-            with jobs_running(connection, document["job"]):
-                document = _followed(connection, document)
-    failure = queued_evaluation.error_of(document) if wait else None
+        document = connection.api.post("/v1/upgrades", body, UpgradeOut)
+        if document.job is not None and wait:
+            with jobs_running(connection, document.job):
+                document = _followed(connection, document, document.job)
+    failure = queued_evaluation.error_of(document.job, document.state, document.error) if wait else None
     render.document(document, json, lambda: _show_upgrade(document), failure)
 
 
 def _successor(connection: Connection, old: str) -> str:
     """The successor of a deprecated base. Raises Usage if it has none."""
-    deprecated = connection.api.base(old)["deprecated"]
-    if not deprecated or not deprecated["successor"]:
+    deprecated = connection.api.base(old).deprecated
+    if not deprecated or not deprecated.successor:
         raise Usage(
             "successor_missing",
             f"{old} has no successor.",
             subject=old,
             next_step=f"Name the new base: `adaptory base upgrade {old} NEW`.",
         )
-    return deprecated["successor"]
+    return deprecated.successor
 
 
-def _followed(connection: Connection, document: dict[str, Any]) -> dict[str, Any]:
+def _followed(connection: Connection, document: "UpgradeOut", job: int) -> "UpgradeOut":
     """Waits until the upgrade's evaluation ends; returns the complete report."""
-    interrupts.kept = f"job {document['job']} goes on; `adaptory jobs {document['job']}` shows it"
+    from registry.wire.work import JobOut, UpgradeOut
+
+    interrupts.kept = f"job {job} goes on; `adaptory jobs {job}` shows it"
     with render.progress("upgrade", None) as bar:
-        while document["state"] in ("queued", "running"):
+        while document.state in ("queued", "running"):
             time.sleep(_POLL_S)
-            bar.show_running(connection.api.get(f"/v1/jobs/{document['job']}")["steps"])
-            document = connection.api.get(f"/v1/upgrades/{document['job']}")
+            bar.show_running(connection.api.get(f"/v1/jobs/{job}", JobOut).steps)
+            document = connection.api.get(f"/v1/upgrades/{job}", UpgradeOut)
     return document
 
 
-def _show_upgrade(document: dict[str, Any]) -> None:
-    fitting = sum(row["fits"] for row in document["adapters"])
-    render.heading(
-        f"{len(document['adapters'])} adapters on {document['old']['name']}, {fitting} fit {document['new']['name']}"
-    )
+def _show_upgrade(document: "UpgradeOut") -> None:
+    fitting = sum(adapter.fits for adapter in document.adapters)
+    render.heading(f"{len(document.adapters)} adapters on {document.old.name}, {fitting} fit {document.new.name}")
     rows = [
         (
-            f"{row['repository']}:{row['version']}",
-            row["channels"],
-            "fits" if row["fits"] else "does not fit",
-            row["why"] or "; ".join(row["errors"]),
+            f"{adapter.repository}:{adapter.version}",
+            adapter.channels,
+            "fits" if adapter.fits else "does not fit",
+            adapter.why or "; ".join(adapter.errors),
         )
-        for row in document["adapters"]
+        for adapter in document.adapters
     ]
     render.table("", ("adapter", "channels", "", "why"), rows)
     scores = [
-        (f"{row['repository']}:{row['version']}", one["suite"], one["metric"], *_values(one))
-        for row in document["adapters"]
-        for one in row["scores"]
+        (
+            f"{adapter.repository}:{adapter.version}",
+            *(score.suite, score.metric, score.old, score.new, score.gain, score.base, score.n),
+        )
+        for adapter in document.adapters
+        for score in adapter.scores
     ]
     if scores:
         columns = ("adapter", "suite", "metric", "old", "new", "gain", "base", "n")
         render.table("scores", columns, scores)
-    elif document["job"] is not None:
-        render.out(f"job {document['job']} is {document['state']}")
+    elif document.job is not None:
+        render.out(f"job {document.job} is {document.state}")
 
 
-def _values(score: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(score[name] for name in ("old", "new", "gain", "base", "n"))
-
-
-def _registered(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
+def _registered(connection: Connection, request: dict[str, Any]) -> "BaseOut":
     """Registers the base. If it belongs to someone else, who alone may add locations, or if its location is a
     directory, which only admins of the registry may add, retries without the location."""
+    from registry.wire.catalog import BaseOut
+
     try:
-        return connection.api.post("/v1/bases", request)
+        return connection.api.post("/v1/bases", request, BaseOut)
     except NotAllowed as error:
         [location] = request["locations"]
         if error.code == "not_yours":
             request = {**request, "license": None}
         elif error.code != "role_missing" or not location.startswith("file://"):
             raise
-        document = connection.api.post("/v1/bases", {**request, "locations": []})
+        document = connection.api.post("/v1/bases", {**request, "locations": []}, BaseOut)
         render.say(f"note: {error.detail} {location} was not added to its locations.")
         return document
 
@@ -295,25 +303,22 @@ def base_request(
     }
 
 
-def _show(base: dict[str, Any]) -> None:
+def _show(base: "BaseOut") -> None:
     pairs = [
-        ("digest", base["digest"]),
-        ("architecture", base["architecture_digest"]),
-        ("aliases", base["aliases"] or None),
-        ("model type", base["model_type"]),
-        ("license", base["license"]),
-        ("deprecated", deprecation_words(base["deprecated"])),
-        ("tensors", base["tensor_count"]),
-        ("parameters", f"{base['parameters']:,}"),
-        ("size", render.size(base["size_bytes"])),
-        ("locations", base["locations"]),
-        ("made from", f"{base['derived_from']['name']} ({base['relation']})" if base["derived_from"] else None),
+        ("digest", base.digest),
+        ("architecture", base.architecture_digest),
+        ("aliases", base.aliases or None),
+        ("model type", base.model_type),
+        ("license", base.license),
+        ("deprecated", deprecation_words(base.deprecated)),
+        ("tensors", base.tensor_count),
+        ("parameters", f"{base.parameters:,}"),
+        ("size", render.size(base.size_bytes)),
+        ("locations", base.locations),
+        ("made from", f"{base.derived_from.name} ({base.relation})" if base.derived_from else None),
     ]
-    render.lines(f"base {base['name']}", pairs)
-    for score in base["scores"]:
-        value = render.with_error(score["value"], score["stderr"], score["n"])
-        notes = filter(
-            None,
-            [f"n={score['n']}" if score["n"] else "", "reported" if score.get("reported") else "", score.get("source")],
-        )
-        render.out(f"  {score['suite']} {score['metric']}  {value}  ({', '.join(notes)})")
+    render.lines(f"base {base.name}", pairs)
+    for score in base.scores:
+        value = render.with_error(score.value, score.stderr, score.n)
+        notes = filter(None, [f"n={score.n}" if score.n else "", "reported" if score.reported else "", score.source])
+        render.out(f"  {score.suite} {score.metric}  {value}  ({', '.join(notes)})")

@@ -1,7 +1,7 @@
 """Differences between two releases or directories: facts, factors, scores, files, provenance."""
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +20,12 @@ from registry.sdk.connection import Connection
 if TYPE_CHECKING:
     from composer.formats.adapters.compare import AdapterComparison
     from composer.formats.adapters.inspection import Inspection
+    from registry.client.diff import Compared
     from registry.client.lineage import Lineage
+    from registry.wire.quality import SuiteOut, SuiteResultsOut
 
 Json = dict[str, Any]
+"""The report, or a part of it."""
 
 TOP_MODULES = 20
 EXAMPLE_CHARS = 300
@@ -30,17 +33,16 @@ EXAMPLE_CHARS = 300
 
 @dataclass(frozen=True, slots=True)
 class DiffSide:
-    """One side: its release as the API shows it, its directory if its modules can be compared, its lineage if it is a
-    composition, and its results by suite digest, example by example. Of a base, `release` has the scores, and `path`
-    is that of the base; a directory has no `path`."""
+    """One side, of the kind adapter, model or base: its directory if its modules can be compared, its lineage if it is
+    a composition, and its results by suite digest, example by example. A directory has no `path` in the API."""
 
     name: str
-    release: Json
-    directory: Path | None
-    made: "Lineage | None"
+    kind: str
+    compared: "Compared"
+    directory: Path | None = None
+    made: "Lineage | None" = None
     path: str = ""
-    is_base: bool = False
-    results: dict[str, Json] = field(default_factory=dict[str, Json])
+    results: "dict[str, SuiteResultsOut]" = field(default_factory=dict[str, "SuiteResultsOut"])
 
 
 @root.command()
@@ -68,17 +70,17 @@ def diff(
     from registry.client.lineage import side_by_side
 
     before, after, suites = _subjects(old, new, with_suites=examples)
-    with_base = before.is_base or after.is_base
+    with_base = "base" in (before.kind, after.kind)
     if with_base:
         _warn_of_base(before, after)
-    elif bool(before.release["adapter"]) != bool(after.release["adapter"]):
+    elif before.kind != after.kind:
         raise Usage("kinds_differ", f"{old} and {new} are an adapter and a model.")
     deltas = None if with_base else _compare(before.directory, after.directory)
     compare = differences_in_scores if with_base else differences
     document = {
         "old": before.name,
         "new": after.name,
-        **compare(before.release, after.release, before.results, after.results),
+        **compare(before.compared, after.compared, before.results, after.results),
         "composition": side_by_side(before.made, after.made),
         "deltas": deltas.to_json() if deltas else None,
     }
@@ -86,13 +88,15 @@ def diff(
         document["examples"] = [
             row
             for suite in suites
-            for row in changed_examples(suite, before.results[suite["digest"]], after.results[suite["digest"]])
+            for row in changed_examples(suite, before.results[suite.digest], after.results[suite.digest])
         ]
     render.document(document, json, lambda: _show(document, everything=everything))
 
 
-def _subjects(old: str, new: str, *, with_suites: bool) -> tuple[DiffSide, DiffSide, list[Json]]:
+def _subjects(old: str, new: str, *, with_suites: bool) -> "tuple[DiffSide, DiffSide, list[SuiteOut]]":
     """The two sides, and the suites that both have results on, if wanted; two directories need no registry."""
+    from registry.wire.quality import SuiteOut
+
     if Path(old).is_dir() and Path(new).is_dir():
         return _directory(Path(old)), _directory(Path(new)), []
     with connected() as connection:
@@ -102,11 +106,11 @@ def _subjects(old: str, new: str, *, with_suites: bool) -> tuple[DiffSide, DiffS
         common = _digests(before) & _digests(after)
         before, after = (replace(one, results=_results(connection, one, common)) for one in (before, after))
         compared = sorted(before.results.keys() & after.results.keys()) if with_suites else []
-        return before, after, [connection.api.get(f"/v1/suites/{digest}") for digest in compared]
+        return before, after, [connection.api.get(f"/v1/suites/{digest}", SuiteOut) for digest in compared]
 
 
 def _digests(subject: DiffSide) -> set[str]:
-    return {score["suite_digest"] for score in subject.release["scores"]}
+    return {score.suite_digest for score in subject.compared.scores}
 
 
 def _warn_of_base(before: DiffSide, after: DiffSide) -> None:
@@ -115,35 +119,38 @@ def _warn_of_base(before: DiffSide, after: DiffSide) -> None:
     for one, other in ((before, after), (after, before)):
         if not one.path:
             raise Usage("kinds_differ", f"{other.name} is a base, {one.name} a directory.", next_step="Name a release.")
-        if one.is_base and not other.is_base and other.release["base"]["digest"] != one.release["digest"]:
-            render.say(f"warning: {other.name} is for the base {other.release['base']['name']}, not for {one.name}")
+        if one.kind == "base" != other.kind and other.compared.base_digest != one.compared.base_digest:
+            render.say(f"warning: {other.name} is for the base {other.compared.base_name}, not for {one.name}")
     if not _digests(before) & _digests(after):
         render.say(f"no suite has scores of both: adaptory eval {before.name} {after.name} --suite NAME records them")
 
 
-def _results(connection: Connection, subject: DiffSide, digests: set[str]) -> dict[str, Json]:
+def _results(connection: Connection, subject: DiffSide, digests: set[str]) -> "dict[str, SuiteResultsOut]":
     """The results by suite digest, of those suites for which they were recorded."""
-    results: dict[str, Json] = {}
+    from registry.wire.quality import SuiteResultsOut
+
+    results: dict[str, SuiteResultsOut] = {}
     for digest in sorted(digests):
         with suppress(NotFound):
-            results[digest] = connection.api.get(f"{subject.path}/scores/{digest}/results")
+            results[digest] = connection.api.get(f"{subject.path}/scores/{digest}/results", SuiteResultsOut)
     return results
 
 
 def _registered(connection: Connection, text: str) -> DiffSide:
     """A release or a base."""
-    from registry.client.api import release_path
+    from registry.client.diff import Compared
     from registry.client.lineage import fetch_note, of_note, of_release
+    from registry.wire.catalog import ReleaseOut
 
     named, base = release_or_base(connection, text)
     if named is None:
-        return DiffSide(text, base, None, None, f"/v1/bases/{base['digest']}", is_base=True)
-    path = release_path(named)
-    release = connection.api.get(path)
-    directory = release_directory(connection, release) if release["kind"] == "adapter" else None
+        scores = Compared(base_digest=base.digest, base_name=base.name, scores=base.scores)
+        return DiffSide(text, "base", scores, path=f"/v1/bases/{base.digest}")
+    release = connection.api.get(named.path, ReleaseOut)
+    directory = release_directory(connection, release) if release.kind == "adapter" else None
     note = _note(directory) if directory else fetch_note(connection.api, release)
     made = of_release(release, note) or of_note(note)
-    return DiffSide(f"{release['repository']}:{release['version']}", release, directory, made, path)
+    return DiffSide(release.name, release.kind, Compared.of(release), directory, made, release.path)
 
 
 def _note(directory: Path) -> bytes:
@@ -160,6 +167,7 @@ def _directory(directory: Path) -> DiffSide:
     from composer.formats.adapters.serving import SERVERS, judge
     from composer.formats.adapters.spectrum import spectrum
     from composer.formats.checkpoints.card import CARD_FILE, card_provenance
+    from registry.client.diff import Compared
     from registry.client.lineage import of_note
     from registry.client.push import collect
     from registry.client.selection import select_files
@@ -168,16 +176,14 @@ def _directory(directory: Path) -> DiffSide:
     servers, _ = judge(seen.adapter.config, seen.facts, seen.placed)
     used = spectrum(seen.adapter, seen.placed)
     card = directory / CARD_FILE
-    release = {
-        "base": {"digest": None, "name": seen.facts.base_model_name_or_path},
-        "adapter": seen.facts.to_json() | {"spectrum": used.summary() if used else None},
-        "model": None,
-        "servers": [server for bit, server in enumerate(SERVERS) if servers >> bit & 1],
-        "provenance": card_provenance(card.read_bytes())[0] if card.is_file() else {},
-        "scores": [],
-        "files": [asdict(file.manifest) for file in collect(select_files(directory))],
-    }
-    return DiffSide(str(directory), release, directory, of_note(_note(directory)))
+    compared = Compared(
+        base_name=seen.facts.base_model_name_or_path,
+        facts=seen.facts.to_json() | {"spectrum": used.summary() if used else None},
+        servers=[server for bit, server in enumerate(SERVERS) if servers >> bit & 1],
+        provenance=card_provenance(card.read_bytes())[0] if card.is_file() else {},
+        files=[file.manifest for file in collect(select_files(directory))],
+    )
+    return DiffSide(str(directory), "adapter", compared, directory, of_note(_note(directory)))
 
 
 def _inspected(directory: Path) -> "Inspection":

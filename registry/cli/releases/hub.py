@@ -1,7 +1,8 @@
 """adaptory import | export: releases from and to Hugging Face Hubs."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +14,9 @@ from registry.cli.releases.release import Ref
 from registry.cli.releases.transfer import AllowBreaking, BaseName, Bump, SigningKey, Target, show_push, show_warnings
 from registry.formats.references import single_version
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from registry.sdk.hub_export import Export
+
 Endpoint = Annotated[
     str | None,
     typer.Option(metavar="URL", help="The hub; by default that of HF_ENDPOINT, the only one that gets HF_TOKEN."),
@@ -55,15 +58,16 @@ def import_(  # noqa: PLR0913
     )
     with connected() as connection:
         imported = import_release(connection, wanted, render)
-    if imported["left_out"]:
-        render.say(f"left out: {Selection(Path(), (), tuple(imported['left_out'])).summary()}")
-    show_warnings(imported)
+    if imported.left_out:
+        render.say(f"left out: {Selection(Path(), (), imported.left_out).summary()}")
+    show_warnings(imported.published)
 
     def show() -> None:
-        show_push(imported)
-        render.out(f"  from {imported['imported_from']} at {imported['endpoint']}")
+        show_push(imported.published, imported.sent)
+        render.out(f"  from {imported.imported_from} at {imported.endpoint}")
 
-    render.document(imported, json, show)
+    own = {name: getattr(imported, name) for name in ("sent", "imported_from", "endpoint", "left_out")}
+    render.document({**imported.published.document, **own}, json, show)
 
 
 @root.command()
@@ -84,11 +88,11 @@ def export(
     address = parse_hub_address(target)
     with connected() as connection:
         exported = export_release(connection, ref, address, endpoint, render, private=private)
-    render.document(exported, json, lambda: _show_export(exported))
+    render.document(asdict(exported), json, lambda: _show_export(exported))
 
 
-def _show_export(exported: Json) -> None:
-    done = "exported" if exported["created"] else "already exported, nothing to do:"
-    render.out(f"{done} {exported['release']} to {exported['exported_to']} at {exported['endpoint']}")
-    files, scores = len(exported["files"]), exported["scores"]
-    render.out(f"  tag {exported['tag']}, {render.counted(files, 'file')}, {render.counted(scores, 'measured score')}")
+def _show_export(exported: "Export") -> None:
+    done = "exported" if exported.created else "already exported, nothing to do:"
+    render.out(f"{done} {exported.release} to {exported.exported_to} at {exported.endpoint}")
+    files, scores = render.counted(len(exported.files), "file"), render.counted(exported.scores, "measured score")
+    render.out(f"  tag {exported.tag}, {files}, {scores}")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Architecture
 
 Json = dict[str, Any]
+"""What was seen in a directory."""
 
 PROFILES = ("vllm:16", "vllm:64", "sglang", "llamacpp", "peft")
 """The servers that `inspect` checks by default."""
@@ -55,7 +56,7 @@ def inspect(
         with connected() as connection:
             if not directory.exists():
                 release = resolved(connection, what)
-                directory, base = release_directory(connection, release), base or release["base"]["digest"]
+                directory, base = release_directory(connection, release), base or release.base.digest
             architecture = None if in_directory else connection.api.architecture(base or "")
     if in_directory:
         architecture = open_checkpoint(Path(base or ""), dequantize=True).architecture
@@ -104,7 +105,9 @@ def _show_inspection(what: str, document: Json) -> None:
     )  # fmt: skip
     own = render.fields({name: named[name] for name in names}, *(() if named["rank"] else ("rank", "alpha")))
     size = ("size", render.size(facts["size_bytes"]))
-    render.lines(f"adapter {what}", [("layout", document["layout"]), *own, size, ("energy", used_ranks(facts))])
+    used = facts["spectrum"]
+    energy = used_ranks(used["rank_95"], used["rank_99"]) if used else None
+    render.lines(f"adapter {what}", [("layout", document["layout"]), *own, size, ("energy", energy)])
     for finding in document["findings"]:
         render.out(f"  {finding['severity']}: {finding['message']}")
     rows = [

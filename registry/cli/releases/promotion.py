@@ -4,7 +4,7 @@ list | cancel, approve."""
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,10 @@ from registry.errors import NotFound, Usage
 from registry.formats.references import parse_channel_reference
 from registry.sdk.connection import Connection
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from registry.wire.catalog import NamedRelease
+    from registry.wire.quality import MoveOut, PolicyOut, PromotionOut
+
 NewChannel = Annotated[
     bool, typer.Option("--new-channel", help="The channel may be new, though the repository has others.")
 ]
@@ -47,87 +50,94 @@ def promote(  # noqa: PLR0913
     """
     from registry.cli.releases.release import warn_of_move_since
     from registry.client import channel_moves
+    from registry.wire.quality import PromotionOut
 
     with connected() as connection:
         release = resolved(connection, ref)
-        line = f"/v1/{release['kind']}s/{release['repository']}"
-        confirm_new_channel(connection, line, to, agreed=new_channel)
+        confirm_new_channel(connection, release.line, to, agreed=new_channel)
         answer, since = channel_moves.promote(connection.api, release, to, reason, force=force)
-        if "state" in answer and wait:
-            with jobs_running(connection, answer["job"]):
+        if isinstance(answer, PromotionOut) and wait:
+            with jobs_running(connection, answer.job):
                 answer = _followed(connection, release, answer)
-    render.document(answer, json, lambda: show_promotion(answer) if "state" in answer else show_move(answer))
+    render.document(answer, json, lambda: show_outcome(answer))
     warn_of_move_since(answer, since)
 
 
-def _followed(connection: Connection, release: Json, promotion: Json) -> Json:
+def show_outcome(answer: "MoveOut | PromotionOut") -> None:
+    """Shows the move of a promotion, or the promotion that waits."""
+    from registry.wire.quality import MoveOut
+
+    if isinstance(answer, MoveOut):
+        show_move(answer)
+    else:
+        show_promotion(answer)
+
+
+def _followed(connection: Connection, release: "NamedRelease", promotion: "PromotionOut") -> "MoveOut":
     """Waits until the promotion ends, with its evaluation's bar; returns its move."""
     from registry.client import channel_moves
 
     render.say(_headline(promotion))
-    for line in _open_rules(promotion):
+    for line in promotion.missing:
         render.say(f"  {line}")
     try:
         with render.progress("promote", None) as bar:
             return channel_moves.wait_for(
-                connection.api, promotion, release["kind"], lambda seen: _show_job(connection, seen, bar)
+                connection.api, promotion, release.kind, lambda seen: _show_job(connection, seen, bar)
             )
     except KeyboardInterrupt:
-        where = f"{promotion['repository']}@{promotion['channel']}"
-        interrupts.kept = f"promotion {promotion['id']} goes on waiting; `adaptory promotion cancel {where}` cancels it"
+        where = f"{promotion.repository}@{promotion.channel}"
+        interrupts.kept = f"promotion {promotion.id} goes on waiting; `adaptory promotion cancel {where}` cancels it"
         raise
 
 
-def _show_job(connection: Connection, promotion: Json, bar: render.StepProgress) -> None:
+def _show_job(connection: Connection, promotion: "PromotionOut", bar: render.StepProgress) -> None:
     """Moves the bar to the running step of the promotion's evaluation."""
-    if promotion["job"] is None or promotion["state"] != "pending":
+    from registry.wire.work import JobOut
+
+    if promotion.job is None or promotion.state != "pending":
         return
     with suppress(NotFound):  # another namespace's job, which measures the same
-        bar.show_running(connection.api.get(f"/v1/jobs/{promotion['job']}")["steps"])
+        bar.show_running(connection.api.get(f"/v1/jobs/{promotion.job}", JobOut).steps)
 
 
-def _headline(promotion: Json) -> str:
-    where = f"{promotion['repository']}@{promotion['channel']}"
-    return (
-        f"promotion {promotion['id']} of {promotion['version']} to {where} waits, until "
-        f"{promotion['expires_at'][:16]} at most:"
-    )
+def _headline(promotion: "PromotionOut") -> str:
+    where = f"{promotion.repository}@{promotion.channel}"
+    until = render.minute(promotion.expires_at)
+    return f"promotion {promotion.id} of {promotion.version} to {where} waits, until {until} at most:"
 
 
-def _open_rules(promotion: Json) -> list[str]:
-    return [f"{row['rule']}: {row['detail']}" for row in promotion["gates"] if row["waiting"]]
-
-
-def show_promotion(promotion: Json) -> None:
-    where = f"{promotion['repository']}@{promotion['channel']}"
-    if promotion["state"] == "pending":
+def show_promotion(promotion: "PromotionOut") -> None:
+    where = f"{promotion.repository}@{promotion.channel}"
+    if promotion.state == "pending":
         render.out(_headline(promotion))
     else:
-        render.out(f"promotion {promotion['id']} of {promotion['version']} to {where}: {promotion['state']}")
-    render.gate_lines(promotion["gates"])
-    if promotion["state"] == "pending" and promotion["job"] is not None:
-        job = promotion["job"]
-        render.out(f"A worker measures what is missing: `adaptory jobs {job}` shows its progress.")
-    if promotion["error"]:
-        render.out(promotion["error"]["detail"])
+        render.out(f"promotion {promotion.id} of {promotion.version} to {where}: {promotion.state}")
+    render.gate_lines(promotion.gates)
+    if promotion.state == "pending" and promotion.job is not None:
+        render.out(f"A worker measures what is missing: `adaptory jobs {promotion.job}` shows its progress.")
+    if promotion.error:
+        render.out(promotion.error["detail"])
 
 
 @promotion_app.command("list")
 def list_promotions(channel: Channel, json: JsonFlag = False) -> None:
     """List the promotions to a channel that wait or have waited, newest first."""
+    from registry.wire.quality import PromotionOut
+
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         path = f"{connection.api.repository_path(str(repository))}/channels/{name}/promotions"
-        items = list(connection.api.pages(path))
+        items = list(connection.api.pages(path, PromotionOut))
     rows = [
         (
-            row["id"],
-            row["version"],
-            row["state"],
-            row["actor"],
-            row["created_at"][:19],
-            row["move"],
-            _open_rules(row) if row["state"] == "pending" else [row["error"]["detail"] if row["error"] else ""],
+            row.id,
+            row.version,
+            row.state,
+            row.actor,
+            render.second(row.created_at),
+            row.move,
+            row.missing if row.state == "pending" else [row.error["detail"] if row.error else ""],
         )
         for row in items
     ]
@@ -138,10 +148,12 @@ def list_promotions(channel: Channel, json: JsonFlag = False) -> None:
 @promotion_app.command()
 def cancel(channel: Channel, json: JsonFlag = False) -> None:
     """Cancel the promotion that a channel waits for."""
+    from registry.wire.quality import PromotionOut
+
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         path = f"{connection.api.repository_path(str(repository))}/channels/{name}/promotions"
-        waiting = next((row for row in connection.api.pages(path) if row["state"] == "pending"), None)
+        waiting = next((row for row in connection.api.pages(path, PromotionOut) if row.state == "pending"), None)
         if waiting is None:
             raise NotFound(
                 "promotion_unknown",
@@ -149,7 +161,7 @@ def cancel(channel: Channel, json: JsonFlag = False) -> None:
                 subject=channel,
                 next_step=f"`adaptory promotion list {channel}` shows those that have waited.",
             )
-        document = connection.api.post(f"{path}/{waiting['id']}/cancel")
+        document = connection.api.post(f"{path}/{waiting.id}/cancel", None, PromotionOut)
     render.document(document, json, lambda: show_promotion(document))
 
 
@@ -162,26 +174,24 @@ def approve(
     json: JsonFlag = False,
 ) -> None:
     """Approve a release for a channel whose policy asks for it; a promotion that waits for it may complete."""
+    from registry.wire.quality import ApprovalOut, WithdrawnOut
+
     with connected() as connection:
         release = resolved(connection, ref)
-        path = f"/v1/{release['kind']}s/{release['repository']}/channels/{to}/approvals"
+        path = f"{release.line}/channels/{to}/approvals"
         if withdraw:
-            document = connection.api.delete(f"{path}/{release['version']}")
-        else:
-            document = connection.api.post(path, {"version": release["version"], "reason": reason})
-    name = f"{release['repository']}:{release['version']}"
-    render.document(document, json, lambda: _show_approval(name, to, document))
+            undone = connection.api.delete(f"{path}/{release.version}", WithdrawnOut)
+            line = f"approval of {release.name} for {to} withdrawn" if undone.withdrawn else "no approval to withdraw"
+            render.document(undone, json, lambda: render.out(line))
+            return
+        given = connection.api.post(path, {"version": release.version, "reason": reason}, ApprovalOut)
 
+    def show() -> None:
+        render.out(f"{given.user} approves {release.name} for {to}")
+        if given.promotion:
+            show_promotion(given.promotion)
 
-def _show_approval(name: str, channel: str, document: Json) -> None:
-    if "withdrawn" in document:
-        render.out(
-            f"approval of {name} for {channel} withdrawn" if document["withdrawn"] else "no approval to withdraw"
-        )
-        return
-    render.out(f"{document['user']} approves {name} for {channel}")
-    if document["promotion"]:
-        show_promotion(document["promotion"])
+    render.document(given, json, show)
 
 
 @policy_app.command("set")
@@ -194,6 +204,7 @@ def set_policy(
     """Replace a channel's policy, its gate rules included."""
     from composer.formats.untrusted import read_text
     from registry.formats.channel_policy import MAX_CHARS, parse_policy
+    from registry.wire.quality import PolicyOut
 
     if (file is None) is not clear:
         raise Usage(
@@ -203,40 +214,43 @@ def set_policy(
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         path = f"{connection.api.repository_path(str(repository))}/channels/{name}/policy"
-        document = connection.api.put(path, policy)
+        document = connection.api.put(path, policy, PolicyOut)
     render.document(document, json, lambda: _show_policy(channel, document))
 
 
 @policy_app.command()
 def show(channel: Channel, json: JsonFlag = False) -> None:
     """Show a channel's policy in YAML, in the form for `policy set`."""
+    from registry.wire.quality import PolicyOut
+
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        document = connection.api.get(f"{connection.api.repository_path(str(repository))}/channels/{name}/policy")
+        line = connection.api.repository_path(str(repository))
+        document = connection.api.get(f"{line}/channels/{name}/policy", PolicyOut)
     render.document(document, json, lambda: _show_policy(channel, document))
 
 
-def _show_policy(channel: str, document: Json) -> None:
-    import json
-
+def _show_policy(channel: str, document: "PolicyOut") -> None:
     import yaml
 
-    render.out(f"# {channel}, revision {document['revision']}")
-    for suite, pin in document["pins"].items():
-        changed = f": {pin['changed']} (`adaptory gate {channel} --repin` accepts the change)" if pin["changed"] else ""
-        render.out(f"# {suite} is {pin['digest'][:12]}{changed}")
-    policy = json.loads(json.dumps(document["policy"]))  # YAML knows no subclass of dict
-    for line in yaml.safe_dump(policy, sort_keys=False, allow_unicode=True).splitlines():
+    render.out(f"# {channel}, revision {document.revision}")
+    for suite, pin in document.pins.items():
+        changed = f": {pin.changed} (`adaptory gate {channel} --repin` accepts the change)" if pin.changed else ""
+        render.out(f"# {suite} is {pin.digest[:12]}{changed}")
+    for line in yaml.safe_dump(document.policy, sort_keys=False, allow_unicode=True).splitlines():
         render.out(line)
 
 
 def confirm_new_channel(connection: Connection, line: str, channel: str, *, agreed: bool) -> None:
     """Says that a promotion creates the channel, if it does; `line` is the repository's route. Where the repository has
     other channels, the name may be misspelt: asks on a terminal, and raises Usage elsewhere, unless `agreed`."""
+    from registry.wire.catalog import RepositoryOut
+    from registry.wire.quality import PolicyOut
+
     known: list[str] = []
     with suppress(NotFound):
-        known = sorted(connection.api.get(line)["channels"])
-    if channel in known or (known and connection.api.get(f"{line}/channels/{channel}/policy")["revision"]):
+        known = sorted(connection.api.get(line, RepositoryOut).channels)
+    if channel in known or (known and connection.api.get(f"{line}/channels/{channel}/policy", PolicyOut).revision):
         return  # or somebody has set its policy
     listed = ", ".join(known[:_LISTED]) + (", …" if len(known) > _LISTED else "")
     message = f"creates channel {channel}" + (f"; channels here: {listed}" if known else "")
@@ -265,9 +279,11 @@ def delete(
     A channel that serves a release is refused: its clients would find nothing. If it has none, an admin may delete it
     with --serving and --reason.
     """
+    from registry.wire.quality import ChannelDeleted
+
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         path = f"{connection.api.repository_path(str(repository))}/channels/{name}"
-        document = connection.api.delete(path, serving=serving, reason=reason)
-    served = f", which served {document['served']}" if document["served"] else ""
+        document = connection.api.delete(path, ChannelDeleted, serving=serving, reason=reason)
+    served = f", which served {document.served}" if document.served else ""
     render.document(document, json, lambda: render.out(f"deleted {channel}{served}"))

@@ -2,39 +2,43 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from registry.cli.console import render
 from registry.cli.console.connect import base_checkpoint, release_directory, resolved
 from registry.errors import Invalid, NotAllowed, Refused, Usage
 from registry.sdk.connection import Connection
 
+if TYPE_CHECKING:
+    from registry.wire.search import ResolvedRelease
+
 Json = dict[str, Any]
+"""The report of a rebuild."""
 
 
-def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Path | None) -> Json:
+def rebuilt(connection: Connection, release: "ResolvedRelease", directory: Path, base_dir: Path | None) -> Json:
     """Pulls the inputs, merges them into the base again and compares with the release's verified files in `directory`.
 
     The registry knows the inputs and weights, the release's own note how they were merged. Raises Refused for a release
     that is not a composition's, Invalid if registry and note disagree, NotAllowed for a hidden input.
     """
     from composer.merge.rebuild import plan_rebuild, rebuild
-    from registry.client.api import release_path
+    from registry.wire.catalog import ReleaseOut
 
-    name = f"{release['repository']}:{release['version']}"
-    lineage: list[Json] = connection.api.get(release_path(release))["inputs"]
-    if release["kind"] != "model" or not lineage:
+    name = release.name
+    lineage = connection.api.get(release.path, ReleaseOut).inputs
+    if release.kind != "model" or not lineage:
         raise Refused(
             "no_lineage", f"{name} is not a merged model from a composition, so it cannot be rebuilt.", subject=name
         )
-    if any(row["repository"] is None for row in lineage):
+    if any(row.repository is None for row in lineage):
         raise NotAllowed("hidden_input", f"{name} was made from adapters to which you have no access.", subject=name)
-    inputs = [resolved(connection, f"{row['repository']}:{row['version']}") for row in lineage]
+    inputs = [resolved(connection, f"{row.repository}:{row.version}") for row in lineage]
     adapters = [release_directory(connection, one) for one in inputs]
-    checkpoint = base_checkpoint(connection.api.base(release["base"]["digest"]), base_dir)
+    checkpoint = base_checkpoint(connection.api.base(release.base.digest), base_dir)
     plan = plan_rebuild(directory, checkpoint, adapters)
     # Compared as multisets: the note keeps the recipe's order, the registry that of publication.
-    known = Counter(zip(map(_weights_digest, inputs), (row["weight"] for row in lineage), strict=True))
+    known = Counter(zip(map(_weights_digest, inputs), (row.weight for row in lineage), strict=True))
     if known != Counter((use.digest, use.weight.value) for use in plan.adapters):
         raise Invalid(
             "lineage_differs", f"The note in {name} names other adapters or weights than the registry.", subject=name
@@ -43,11 +47,11 @@ def rebuilt(connection: Connection, release: Json, directory: Path, base_dir: Pa
         return rebuild(plan, directory, progress=done).to_json()
 
 
-def _weights_digest(release: Json) -> str:
+def _weights_digest(release: "ResolvedRelease") -> str:
     """The SHA-256 of an adapter's weights, by which a note names the adapter."""
     from composer.formats.adapters.facts import WEIGHTS_FILE
 
-    return next(file["sha256"] for file in release["files"] if file["path"] == WEIGHTS_FILE)
+    return next(file.sha256 for file in release.files if file.path == WEIGHTS_FILE)
 
 
 def rebuilt_here(directory: Path, base_dir: Path | None, adapters: list[Path], *, dequantize: bool) -> Json:

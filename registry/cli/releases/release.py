@@ -17,6 +17,9 @@ from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from registry.client.lineage import Lineage
+    from registry.wire.catalog import AdapterFactsOut, DeprecationOut, LicensesOut, ReleaseOut, SpectrumOut
+    from registry.wire.quality import MoveOut, PromotionOut
+    from registry.wire.search import ResolvedRelease
 
 Ref = Annotated[
     str, typer.Argument(help="REPO, REPO:VERSION, REPO@CHANNEL or REPO#COMMIT.", autocompletion=complete.references)
@@ -28,7 +31,6 @@ Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the history.
 Why = Annotated[str, typer.Option("--reason", help="Why; required.")]
 WhyDeprecated = Annotated[str | None, typer.Option("--reason", help="Why it should not be used any more.")]
 Undo = Annotated[bool, typer.Option("--undo", help="Undo a deprecation instead.")]
-Json = dict[str, Any]
 
 
 @root.command("list")
@@ -41,14 +43,16 @@ def list_repositories(
     json: JsonFlag = False,
 ) -> None:
     """List the repositories of adapters and models, or the releases of one."""
+    from registry.wire.catalog import RepositoryOut
+
     if name and "/" in name:
         log(name, json)
         return
     with connected() as connection:
         kinds = ("models",) if models else ("adapters", "models")
-        items = [row for kind in kinds for row in connection.api.pages(f"/v1/{kind}", namespace=name)]
+        items = [row for kind in kinds for row in connection.api.pages(f"/v1/{kind}", RepositoryOut, namespace=name)]
     rows = [
-        (row["repository"], row["kind"], row["latest"], [f"{c}={v}" for c, v in row["channels"].items()])
+        (row.repository, row.kind, row.latest, [f"{channel}={served}" for channel, served in row.channels.items()])
         for row in items
     ]
     render.listing(items, json, ("repository", "kind", "latest", "channels"), rows)
@@ -59,9 +63,11 @@ def log(
     repository: Annotated[str, typer.Argument(metavar="REPO", help="NAMESPACE/NAME.")], json: JsonFlag = False
 ) -> None:
     """List a repository's releases, highest version first."""
+    from registry.wire.catalog import ReleaseOut
+
     with connected() as connection:
         line = connection.api.repository_path(str(parse_repository(repository)))
-        items = list(connection.api.pages(f"{line}/releases"))
+        items = list(connection.api.pages(f"{line}/releases", ReleaseOut))
     render.document({"items": items, "next": None}, json, lambda: show_releases(items))
 
 
@@ -77,13 +83,15 @@ def show(
     json: JsonFlag = False,
 ) -> None:
     """Show a release's facts, scores, files and lineage."""
+    from registry.wire.catalog import ReleaseOut, SpectrumOut
+
     with connected() as connection:
-        path = _path(resolved(connection, ref))
+        path = resolved(connection, ref).path
         if modules:
-            spectrum = connection.api.get(f"{path}/spectrum")
+            spectrum = connection.api.get(f"{path}/spectrum", SpectrumOut)
             render.document(spectrum, json, lambda: _show_spectrum(ref, spectrum))
             return
-        release = connection.api.get(path)
+        release = connection.api.get(path, ReleaseOut)
         made = None if json else _made_of(connection, release)
         costs = [] if json else _guard_costs(connection, release)
     render.document(release, json, lambda: _show_release(release, made, costs))
@@ -112,19 +120,22 @@ def roll_back(
 @root.command()
 def history(channel: Channel, json: JsonFlag = False) -> None:
     """List every move of a channel, newest first."""
+    from registry.wire.quality import MoveOut
+
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
-        moves = list(connection.api.pages(f"{connection.api.repository_path(str(repository))}/channels/{name}/history"))
+        line = connection.api.repository_path(str(repository))
+        moves = list(connection.api.pages(f"{line}/channels/{name}/history", MoveOut))
     rows = [
         (
-            move["id"],
-            move["at"][:19],
-            move["kind"],
-            move["from_version"],
-            None if move["kind"] == "delete" else move["to_version"],
-            move["actor"],
-            "forced" if move["forced"] else "",
-            move["reason"],
+            move.id,
+            render.second(move.at),
+            move.kind,
+            move.from_version,
+            None if move.kind == "delete" else move.to_version,
+            move.actor,
+            "forced" if move.forced else "",
+            move.reason,
         )
         for move in moves
     ]
@@ -143,15 +154,17 @@ def gate(
     json: JsonFlag = False,
 ) -> None:
     """Show a channel's gates, or replace all of them."""
+    from registry.wire.quality import GatesOut
+
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         path = f"{connection.api.repository_path(str(repository))}/gates"
-        document = (
-            connection.api.put(path, {"channel": name, "rules": rule or ([] if clear else None), "repin": repin})
-            if rule or clear or repin
-            else connection.api.get(path)
-        )
-    rules: list[str] = document["gates"].get(name, [])
+        if rule or clear or repin:
+            body = {"channel": name, "rules": rule or ([] if clear else None), "repin": repin}
+            document = connection.api.put(path, body, GatesOut)
+        else:
+            document = connection.api.get(path, GatesOut)
+    rules = document.gates.get(name, [])
     render.document(
         {"channel": channel, "rules": rules},
         json,
@@ -162,21 +175,24 @@ def gate(
 @root.command()
 def yank(ref: Ref, reason: Why = "", json: JsonFlag = False) -> None:
     """Exclude a release from resolution; its exact version still resolves, with a warning."""
+    from registry.wire.catalog import ReleaseOut
+
     _need_reason("A yank", ref, reason)
     with connected() as connection:
-        release = connection.api.post(f"{_path(_exactly(connection, ref))}/yank", {"reason": reason})
-    render.document(release, json, lambda: render.out(f"yanked {release['repository']}:{release['version']}: {reason}"))
+        release = connection.api.post(f"{_exactly(connection, ref).path}/yank", {"reason": reason}, ReleaseOut)
+    render.document(release, json, lambda: render.out(f"yanked {release.name}: {reason}"))
 
 
 @root.command()
 def unyank(ref: Ref, reason: Why = "", json: JsonFlag = False) -> None:
     """Undo a yank."""
+    from registry.wire.catalog import ReleaseOut
+
     _need_reason("An unyank", ref, reason)
     with connected() as connection:
         before = _exactly(connection, ref, warned=True)
-        release = connection.api.post(f"{_path(before)}/unyank", {"reason": reason})
-    name = f"{release['repository']}:{release['version']}"
-    line = f"unyanked {name}: {reason}" if before["yanked"] else f"{name} is not yanked: nothing to do"
+        release = connection.api.post(f"{before.path}/unyank", {"reason": reason}, ReleaseOut)
+    line = f"unyanked {release.name}: {reason}" if before.yanked else f"{release.name} is not yanked: nothing to do"
     render.document(release, json, lambda: render.out(line))
 
 
@@ -196,17 +212,19 @@ def takedown(
 
     Versions with the same files go with it, and the namespace cannot publish them or their weights again.
     """
+    from registry.wire.catalog import TakedownOut
+
     with connected() as connection:
-        taken = connection.api.post(f"{_path(_exactly(connection, ref))}/takedown", {"reason": reason})
+        taken = connection.api.post(f"{_exactly(connection, ref).path}/takedown", {"reason": reason}, TakedownOut)
 
     def show() -> None:
-        for name in taken["releases"]:
+        for name in taken.releases:
             render.out(f"took down {name}: {reason}")
-        render.out(f"{render.counted(taken['blobs'], 'blob')} gone for good ({render.size(taken['size_bytes'])})")
-        for path in taken.get("barred", ()):  # a server of a release before does not say
+        render.out(f"{render.counted(taken.blobs, 'blob')} gone for good ({render.size(taken.size_bytes)})")
+        for path in taken.barred:
             render.out(f"{path}: these weights cannot be published here again")
-        for name in taken["named_by"]:
-            files = ", ".join(taken.get("kept_files", {}).get(name, ())) or "some of these files"
+        for name in taken.named_by:
+            files = ", ".join(taken.kept_files.get(name, ())) or "some of these files"
             render.say(f"warning: {name} still has {files}.")
 
     render.document(taken, json, show)
@@ -223,13 +241,16 @@ def deprecate(
     json: JsonFlag = False,
 ) -> None:
     """Mark a release as deprecated, and warn wherever it is resolved; nothing is blocked."""
+    from registry.wire.catalog import ReleaseOut
+
     body = deprecation_body(ref, reason, successor, undo=undo)
     with connected() as connection:
-        release = connection.api.post(f"{_path(_exactly(connection, ref, warned=True))}/deprecate", body)
-    render.document(release, json, lambda: show_deprecation(f"{release['repository']}:{release['version']}", release))
+        path = _exactly(connection, ref, warned=True).path
+        release = connection.api.post(f"{path}/deprecate", body, ReleaseOut)
+    render.document(release, json, lambda: show_deprecation(release.name, release.deprecated))
 
 
-def deprecation_body(what: str, reason: str | None, successor: str | None, *, undo: bool) -> Json:
+def deprecation_body(what: str, reason: str | None, successor: str | None, *, undo: bool) -> dict[str, str | None]:
     """The request of a deprecation. Raises Usage unless there is a reason, or `undo` alone."""
     if undo is (reason is not None) or (undo and successor):
         raise Usage(
@@ -241,26 +262,25 @@ def deprecation_body(what: str, reason: str | None, successor: str | None, *, un
     return {"reason": reason, "successor": successor}
 
 
-def show_deprecation(name: str, document: Json) -> None:
-    words = deprecation_words(document["deprecated"])
+def show_deprecation(name: str, deprecated: "DeprecationOut | None") -> None:
+    words = deprecation_words(deprecated)
     render.out(f"{name} is deprecated: {words}" if words else f"{name} is not deprecated")
 
 
-def deprecation_words(deprecated: Json | None) -> str | None:
+def deprecation_words(deprecated: "DeprecationOut | None") -> str | None:
     """Why something is deprecated and what follows it; None if it is not."""
     if deprecated is None:
         return None
-    return deprecated["reason"] + (f"; use {deprecated['successor']}" if deprecated["successor"] else "")
+    return deprecated.reason + (f"; use {deprecated.successor}" if deprecated.successor else "")
 
 
-def license_words(licenses: Json) -> list[str] | None:
+def license_words(licenses: "LicensesOut") -> list[str] | None:
     """`base MIT`, `adapter Apache-2.0`, …; None if nothing is stated."""
-    stated = [(part, licenses[part]) for part in ("base", "adapter") if licenses[part]]
-    stated += [("data", name) for name in licenses["data"]]
-    return [f"{part} {name}" for part, name in stated] or None
+    stated = [("base", licenses.base), ("adapter", licenses.adapter), *(("data", name) for name in licenses.data)]
+    return [f"{part} {name}" for part, name in stated if name] or None
 
 
-def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> Json:
+def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> "ResolvedRelease":
     """The release that an exact reference names. Raises Usage for a moving one: repeating the command would hit the
     next release."""
     named = parse_reference(ref)
@@ -274,41 +294,34 @@ def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> Json:
     return resolved(connection, ref, warned=warned)
 
 
-def _path(release: Json) -> str:
-    from registry.client.api import release_path
-
-    return release_path(release)
-
-
-def _show_spectrum(ref: str, spectrum: Json) -> None:
-    ranks = [*spectrum["energy"]]
+def _show_spectrum(ref: str, spectrum: "SpectrumOut") -> None:
+    ranks = [*spectrum.energy]
     rows = [
         (
-            row["module"],
-            row["rank"],
-            f"{row['norm']:.4g}",
-            f"{row['effective_rank']:.1f}",
-            *(f"{row['energy'][rank]:.1%}" if rank in row["energy"] else "" for rank in ranks),
-            row["rank_95"],
-            row["rank_99"],
-            "near zero" if row["near_zero"] else "",
+            row.module,
+            row.rank,
+            f"{row.norm:.4g}",
+            f"{row.effective_rank:.1f}",
+            *(f"{row.energy[rank]:.1%}" if rank in row.energy else "" for rank in ranks),
+            row.rank_95,
+            row.rank_99,
+            "near zero" if row.near_zero else "",
         )
-        for row in spectrum["modules"]
+        for row in spectrum.modules
     ]
     cuts = [f"at {rank}" for rank in ranks]
     render.table(ref, ("module", "rank", "norm", "effective", *cuts, "95 %", "99 %", ""), rows)
     render.out("at R: energy kept at rank R; 95 %: rank that keeps 95 % of the energy")
-    for module in spectrum["left_out"]:
+    for module in spectrum.left_out:
         render.out(f"  {module}: not computed")
 
 
-def used_ranks(facts: Json) -> str | None:
-    """The ranks that hold 95 % and 99 % of the energy, in words; None without a spectrum."""
-    used = facts.get("spectrum")
-    return f"95 % in rank {used['rank_95']}, 99 % in rank {used['rank_99']}" if used else None
+def used_ranks(rank_95: int, rank_99: int) -> str:
+    """The ranks that hold 95 % and 99 % of the energy, in words."""
+    return f"95 % in rank {rank_95}, 99 % in rank {rank_99}"
 
 
-def _made_of(connection: Connection, release: Json) -> "Lineage | None":
+def _made_of(connection: Connection, release: "ReleaseOut") -> "Lineage | None":
     """The release's lineage; without its note, and with a warning, if the store has lost that."""
     from registry.client.lineage import fetch_note, of_release
 
@@ -320,86 +333,92 @@ def _made_of(connection: Connection, release: Json) -> "Lineage | None":
     return of_release(release, note)
 
 
-def _guard_costs(connection: Connection, release: Json) -> list[tuple[str, str]]:
+def _guard_costs(connection: Connection, release: "ReleaseOut") -> list[tuple[str, str]]:
     """By guard, what its loss costs beside the base's on the same content."""
     from composer.formats.recipes.suite import guard_cost
 
-    losses = [row for row in release["scores"] if row["kind"] == "guard" and row["metric"] == "nll"]
+    losses = [score for score in release.scores if score.kind == "guard" and score.metric == "nll"]
     if not losses:
         return []
-    scores = connection.api.get(f"/v1/bases/{release['base']['digest']}")["scores"]
-    base = {row["suite_digest"]: row["value"] for row in scores if row["metric"] == "nll"}
-    unknown = f"unknown until `adaptory eval {release['base']['name']}` measures the base on it"
+    scores = connection.api.base(release.base.digest).scores
+    base = {score.suite_digest: score.value for score in scores if score.metric == "nll"}
+    unknown = f"unknown until `adaptory eval {release.base.name}` measures the base on it"
     return [
-        (row["suite"], guard_cost(row["value"], base[row["suite_digest"]]) if row["suite_digest"] in base else unknown)
-        for row in losses
+        (score.suite, guard_cost(score.value, base[score.suite_digest]) if score.suite_digest in base else unknown)
+        for score in losses
     ]
 
 
-def _show_release(release: Json, made: "Lineage | None", costs: list[tuple[str, str]]) -> None:
+def _adapter_lines(facts: "AdapterFactsOut") -> list[tuple[str, Any]]:
+    return [
+        ("rank", facts.rank_max or None),
+        ("alpha", facts.alpha if facts.rank_max else None),
+        ("targets", facts.targets),
+        ("modules", facts.modules),
+        ("energy", used_ranks(facts.spectrum.rank_95, facts.spectrum.rank_99) if facts.spectrum else None),
+    ]
+
+
+def _show_release(release: "ReleaseOut", made: "Lineage | None", costs: list[tuple[str, str]]) -> None:
     from registry.client.diff import stated_provenance
 
-    facts = release["adapter"] or release["model"]
+    facts = release.adapter or release.model
+    own = dict(_adapter_lines(release.adapter)) if release.adapter else {}
     pairs: list[tuple[str, Any]] = [
-        ("commit", release["commit"]),
-        ("base", f"{release['base']['name']} ({release['base']['digest'][:12]})"),
-        ("breaking", release["breaking_reason"]),
-        ("licenses", license_words(release["licenses"])),
+        ("commit", release.commit),
+        ("base", f"{release.base.name} ({release.base.digest[:12]})"),
+        ("breaking", release.breaking_reason),
+        ("licenses", license_words(release.licenses)),
         ("signed by", signer(release)),
-        ("type", ", ".join(dict.fromkeys([facts["type"], facts["variant"]]))),
-        ("rank", facts.get("rank_max") or None),
-        ("alpha", facts.get("alpha") if facts.get("rank_max") else None),
-        ("targets", facts.get("targets")),
-        ("modules", facts.get("modules")),
-        ("parameters", f"{facts['parameters']:,}"),
-        ("energy", used_ranks(facts)),
-        ("servers", release["servers"] or None),
-        ("dtype", facts["dtype"]),
-        ("size", render.size(sum(row["size_bytes"] for row in release["files"]))),
-        ("notes", release["notes"]),
-        ("yanked", release["yank_reason"] if release["yanked"] else None),
-        ("deprecated", deprecation_words(release["deprecated"])),
-        ("base deprecated", deprecation_words(release["base_deprecated"])),
-        ("published", f"{release['created_at'][:19]} by {release['created_by']}"),
+        ("type", ", ".join(dict.fromkeys([facts.type, facts.variant])) if facts else None),
+        *((name, own.get(name)) for name in ("rank", "alpha", "targets", "modules")),
+        ("parameters", f"{facts.parameters:,}" if facts else None),
+        ("energy", own.get("energy")),
+        ("servers", release.servers or None),
+        ("dtype", facts.dtype if facts else None),
+        ("size", render.size(sum(file.size_bytes for file in release.files))),
+        ("notes", release.notes),
+        ("yanked", release.yank_reason if release.yanked else None),
+        ("deprecated", deprecation_words(release.deprecated)),
+        ("base deprecated", deprecation_words(release.base_deprecated)),
+        ("published", f"{render.second(release.created_at)} by {release.created_by}"),
         ("inputs", list(map(str, made.members)) if made else None),
         ("method", made.how if made else None),
-        ("rounding", made.rounding if made and release["kind"] == "model" else None),
+        ("rounding", made.rounding if made and release.kind == "model" else None),
     ]
-    render.lines(f"{release['kind']} {release['repository']}:{release['version']}", pairs)
-    if stated := [(name, value) for name, value in stated_provenance(release).items() if value not in (None, [])]:
+    render.lines(f"{release.kind} {release.name}", pairs)
+    provenance = stated_provenance(release.provenance.document)
+    if stated := [(name, value) for name, value in provenance.items() if value not in (None, [])]:
         render.lines("provenance", stated)
-    if release["scores"]:
-        render.score_table("", release["scores"])
+    if release.scores:
+        render.score_table("", release.scores)
         if costs:
             render.lines("guards", costs)
-    render.table(
-        "",
-        ("file", "size", "sha256"),
-        [(f["path"], render.size(f["size_bytes"]), f["sha256"][:16]) for f in release["files"]],
-    )
+    files = [(file.path, render.size(file.size_bytes), file.sha256[:16]) for file in release.files]
+    render.table("", ("file", "size", "sha256"), files)
 
 
-def warn_of_move_since(move: Json, since: str | None) -> None:
+def warn_of_move_since(move: "MoveOut | PromotionOut", since: str | None) -> None:
     """Warns that the channel was moved again after a move whose response was lost; `since` is its current version."""
     if since is not None:
-        where = f"{move['repository']}@{move['channel']}"
+        where = f"{move.repository}@{move.channel}"
         render.say(
             f"warning: a response was lost; {where} was moved as requested, and by others since: it is at {since}. "
             f"It is left there; see `adaptory history {where}`."
         )
 
 
-def show_move(move: Json) -> None:
+def show_move(move: "MoveOut") -> None:
     """Shows a move with its time. Promoting what is served already returns the last move, and changes nothing."""
-    if not move.get("changed", True):
-        made = f"{move['kind']}, move {move['id']} at {move['at'][:19]}"
-        render.out(f"{move['repository']}@{move['channel']} serves {move['to_version']} already: no change ({made})")
+    if not move.changed:
+        made = f"{move.kind}, move {move.id} at {render.second(move.at)}"
+        render.out(f"{move.repository}@{move.channel} serves {move.to_version} already: no change ({made})")
         return
-    forced = " (forced)" if move["forced"] else ""
-    way = f"{move['from_version'] or 'nothing'} -> {move['to_version']}"
-    made = f"{move['kind']}{forced}, move {move['id']} at {move['at'][:19]}"
-    render.out(f"{move['repository']}@{move['channel']}: {way} ({made})")
-    render.gate_lines(move["gates"])
+    forced = " (forced)" if move.forced else ""
+    way = f"{move.from_version or 'nothing'} -> {move.to_version}"
+    made = f"{move.kind}{forced}, move {move.id} at {render.second(move.at)}"
+    render.out(f"{move.repository}@{move.channel}: {way} ({made})")
+    render.gate_lines(move.gates)
 
 
 SignatureCovers = Annotated[
@@ -421,17 +440,16 @@ def sign(
 
     with connected() as connection:
         release, signed_by = sign_release(connection.api, resolved(connection, ref), key)
-    name = f"{release['repository']}:{release['version']}"
-    render.document(release, json, lambda: render.out(f"signed {name} {release['commit'][:12]} by {signed_by}"))
+    render.document(release, json, lambda: render.out(f"signed {release.name} {release.commit[:12]} by {signed_by}"))
 
 
-def signer(release: dict[str, Any]) -> str | None:
+def signer(release: "ReleaseOut") -> str | None:
     """The signer that the registry knows, a publisher or a worker, marked if the signature covers only files."""
-    if not release["signed_by"]:
+    if not release.signed_by:
         return None
-    only = " (files only)" if release["signature_covers"] == "files" else ""
-    by = f" by a {release['signed_as']}" if release["signed_as"] else ""
-    return f"{release['signed_by']}{by}{only}"
+    only = " (files only)" if release.signature_covers == "files" else ""
+    by = f" by a {release.signed_as}" if release.signed_as else ""
+    return f"{release.signed_by}{by}{only}"
 
 
 def refuse_narrow(signed: Signed, needed: str) -> None:

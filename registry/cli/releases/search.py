@@ -1,6 +1,7 @@
 """adaptory search"""
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,7 +10,10 @@ from registry.cli.console.connect import connected
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from registry.wire.catalog import ReleaseOut
+    from registry.wire.quality import ScoreOut
+    from registry.wire.search import FoundPage
 
 
 WIRE_NAMES = {"adapter_type": "type", "license_": "license"}
@@ -73,22 +77,28 @@ def search(  # noqa: PLR0913
         if name != "json" and value is not None
     }
     given["text"] = " ".join(text or []) or None
+    page = _matching(given)
+    render.document(page, json, lambda: show_releases(page.items))
+    render.more(page.next, json)
+
+
+def _matching(query: dict[str, Any]) -> "FoundPage":
+    from registry.wire.search import FoundPage
+
     with connected() as connection:
-        page = connection.api.get("/v1/releases", **given)
-    render.document(page, json, lambda: show_releases(page["items"]))
-    render.more(page["next"], json)
+        return connection.api.get("/v1/releases", FoundPage, **query)
 
 
-def show_releases(releases: list[Json]) -> None:
+def show_releases(releases: "Sequence[ReleaseOut]") -> None:
     """Prints releases as a table with their scores and remarks."""
     rows = [
         (
-            f"{release['repository']}:{release['version']}",
-            release["commit"][:12],
-            release["base"]["name"],
-            (release["adapter"]["rank_max"] or None) if release["adapter"] else None,
-            release["adapter"]["targets"] if release["adapter"] else None,
-            [_score(score) for score in release["scores"]],
+            release.name,
+            release.commit[:12],
+            release.base.name,
+            (release.adapter.rank_max or None) if release.adapter else None,
+            release.adapter.targets if release.adapter else None,
+            [_score(score) for score in release.scores],
             "; ".join(_remarks(release)),
         )
         for release in releases
@@ -96,18 +106,22 @@ def show_releases(releases: list[Json]) -> None:
     render.table("", ("release", "commit", "base", "rank", "targets", "scores", "note"), rows)
 
 
-def _remarks(release: Json) -> list[str]:
-    """Notes on why a hit needs care: it is yanked, for another base, or refused by the server."""
-    remarks = ["taken down" if release.get("taken_down") else "yanked"] if release["yanked"] else []
-    for what, deprecated in (("deprecated", release["deprecated"]), ("base deprecated", release["base_deprecated"])):
+def _remarks(release: "ReleaseOut") -> list[str]:
+    """Notes on why a release needs care: it is yanked; as a hit, also for another base, or refused by the server."""
+    from registry.wire.search import FoundOut
+
+    remarks = ["taken down" if release.taken_down else "yanked"] if release.yanked else []
+    for what, deprecated in (("deprecated", release.deprecated), ("base deprecated", release.base_deprecated)):
         if deprecated:
-            remarks.append(f"{what}: use {deprecated['successor']}" if deprecated["successor"] else what)
-    if related := release.get("related"):
-        remarks.append(f"not for {related['base']['name']}: {related['relation']}")
-    if (loading := release.get("loads_in")) and not loading["loads"]:
-        remarks.append(f"{loading['profile']} refuses it: {', '.join(loading['reasons'])}")
+            remarks.append(f"{what}: use {deprecated.successor}" if deprecated.successor else what)
+    if not isinstance(release, FoundOut):
+        return remarks
+    if release.related:
+        remarks.append(f"not for {release.related.base.name}: {release.related.relation}")
+    if (loading := release.loads_in) and not loading.loads:
+        remarks.append(f"{loading.profile} refuses it: {', '.join(loading.reasons)}")
     return remarks
 
 
-def _score(score: Json) -> str:
-    return f"{score['suite']} {score['metric']} {score['value']:.3f}{' reported' if score.get('reported') else ''}"
+def _score(score: "ScoreOut") -> str:
+    return f"{score.suite} {score.metric} {score.value:.3f}{' reported' if score.reported else ''}"

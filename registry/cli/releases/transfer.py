@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,8 +12,8 @@ from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, release_directory, resolved
 from registry.cli.console.groups import refuse_idle, root
 from registry.cli.console.render import JsonFlag
-from registry.cli.releases.promotion import NewChannel, confirm_new_channel, show_promotion
-from registry.cli.releases.release import Ref, SignatureCovers, refuse_narrow, show_move, warn_of_move_since
+from registry.cli.releases.promotion import NewChannel, confirm_new_channel, show_outcome
+from registry.cli.releases.release import Ref, SignatureCovers, refuse_narrow, warn_of_move_since
 from registry.errors import Refused, RegistryError, Usage
 from registry.formats.references import parse_name, parse_reference, single_version
 from registry.formats.signatures import Signed
@@ -21,7 +21,13 @@ from registry.sdk.connection import Connection
 from registry.sdk.fit import fitting_base
 from registry.sdk.local_files import total_bytes
 
+if TYPE_CHECKING:
+    from registry.wire.catalog import NamedRelease, PublishedOut
+    from registry.wire.quality import MoveOut, PromotionOut
+    from registry.wire.search import ResolvedRelease
+
 Json = dict[str, Any]
+"""A document of this command, or a part of one."""
 
 SigningKey = Annotated[Path | None, typer.Option(metavar="KEY.pem", help="Sign the release with this private key.")]
 BaseName = Annotated[
@@ -70,6 +76,7 @@ def push(  # noqa: PLR0913
     from registry.client.selection import select_files
     from registry.client.signing import Publication
     from registry.sdk.publishing import publish
+    from registry.wire.quality import MoveOut, PromotionOut
 
     reference = single_version(target, bump)
     if channel:
@@ -89,35 +96,36 @@ def push(  # noqa: PLR0913
             confirm_new_channel(connection, f"/v1/{kind}s/{reference.repository}", channel, agreed=new_channel)
         request["base"] = fitting_base(connection.api, directory, base, kind)
         publication = Publication(reference.repository, kind, request)
-        published = publish(connection.api, selection, publication, render, sign)
+        published, sent = publish(connection.api, selection, publication, render, sign)
         show_warnings(published)
         if not json:
-            show_push(published)  # before the channel moves: the release is published even if that fails
-        document: Json = {**published, "left_out": list(selection.left_out), "move": None}
-        failure = _promote(connection, document, channel) if channel else None
-    render.document(document, json, lambda: _show_moved(document), failure)
+            show_push(published, sent)  # before the channel moves: the release is published even if that fails
+        moved = _promote(connection, published.release, channel) if channel else None
+    left_out, move = list(selection.left_out), moved if isinstance(moved, MoveOut) else None
+    document: Json = {**published.document, "sent": sent, "left_out": left_out, "move": move}
+    if isinstance(moved, PromotionOut):
+        document["promotion"] = moved
+    failure = moved if isinstance(moved, RegistryError) else None
+    if failure:
+        document["error"] = render.problem(failure)
+    render.document(document, json, lambda: _show_moved(moved), failure)
 
 
-def _show_moved(document: Json) -> None:
-    if document["move"]:
-        show_move(document["move"])
-    elif "promotion" in document:
-        show_promotion(document["promotion"])
+def _show_moved(moved: "MoveOut | PromotionOut | RegistryError | None") -> None:
+    if moved and not isinstance(moved, RegistryError):
+        show_outcome(moved)
 
 
-def _promote(connection: Connection, document: Json, channel: str) -> RegistryError | None:
-    """Moves the channel to the published release, and adds the move to the document, or the promotion that waits, or
-    the error."""
+def _promote(connection: Connection, release: "NamedRelease", channel: str) -> "MoveOut | PromotionOut | RegistryError":
+    """Moves the channel to the published release. Returns the move, the promotion that waits, or the error."""
     from registry.client.channel_moves import promote
 
     try:
-        answer, since = promote(connection.api, document["release"], channel)
-        document["promotion" if "state" in answer else "move"] = answer
-        warn_of_move_since(answer, since)
+        answer, since = promote(connection.api, release, channel)
     except RegistryError as error:
-        document["error"] = render.problem(error)
         return error
-    return None
+    warn_of_move_since(answer, since)
+    return answer
 
 
 def _kind(text: str) -> str:
@@ -165,13 +173,13 @@ def pull(
                 blobs = BlobCache(connection.cache / "blobs")
                 client.pull(connection.api, release, output, done, blobs, check, replace=force)
     document = {
-        "repository": release["repository"],
-        "version": release["version"],
-        "commit": release["commit"],
+        "repository": release.repository,
+        "version": release.version,
+        "commit": release.commit,
         "directory": str(output),
         **_signature(signed[0] if signed else None),
     }
-    render.say(f"{release['repository']}:{release['version']} {release['commit']}")
+    render.say(f"{release.name} {release.commit}")
     render.document(document, json, lambda: print(output))
 
 
@@ -205,7 +213,7 @@ def verify(  # noqa: PLR0913
     if not rebuild:
         refuse_idle({"--base-dir": base_dir, **local}, "here: it is for merges that are rebuilt with --rebuild", _HELP)
     document: Json = {"what": what}
-    release: Json | None = None
+    release: ResolvedRelease | None = None
     connection: Connection | None = None
     with ExitStack() as stack:
         if not directory.is_dir():
@@ -278,23 +286,17 @@ def _provenance(path: Path) -> Json:
     return parse_provenance(load_mapping(read_text(path, FRONT_MATTER_BYTES), path.name), path.name)
 
 
-def show_warnings(published: Json) -> None:
+def show_warnings(published: "PublishedOut") -> None:
     """Shows what a push warns of."""
-    for finding in published["warnings"]:
+    for finding in published.warnings:
         render.say(f"{finding['severity']}: {finding['message']}")
 
 
-def show_push(published: Json) -> None:
+def show_push(published: "PublishedOut", sent: int) -> None:
     """Shows what a push has published, or that it was there already."""
-    release, done = published["release"], "published"
-    if not published["created"]:
-        done = (
-            "already published, its lost files sent again:"
-            if published["sent"]
-            else "already published, nothing to do:"
-        )
-    render.out(
-        f"{done} {release['repository']}:{release['version']} {release['commit'][:12]} on {release['base']['name']}"
-    )
-    if release["yanked"]:
-        render.say(f"warning: it is yanked: {release['yank_reason']}.")
+    release, done = published.release, "published"
+    if not published.created:
+        done = "already published, its lost files sent again:" if sent else "already published, nothing to do:"
+    render.out(f"{done} {release.name} {release.commit[:12]} on {release.base.name}")
+    if release.yanked:
+        render.say(f"warning: it is yanked: {release.yank_reason}.")

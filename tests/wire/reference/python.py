@@ -15,13 +15,16 @@ HEAD = """# Python API
 What `registry.sdk` exports: a registry as an object, what it answers, and a callback for trainers.
 [Python](../how-to/python.md) shows how it is used. This page is made from the docstrings: `make snapshots` writes it.
 
-Results are frozen dataclasses; `document` of each has all that REST answers. Every call raises the errors of
+Releases and scores are frozen dataclasses, the others the documents of REST as types. `document` of each has all
+that REST answers. Every call raises the errors of
 `registry.errors`: their family is the class, and `code` is stable ([Errors](errors.md)). A local file that cannot be
 read as an adapter or a checkpoint raises one of `composer.errors`. The package is typed (`py.typed`).
 
 """
 FOLDER = Path(sdk.__file__).parent
 ORDER = ("Registry", "AdaptoryCallback", "Release", "Score", "Move", "Promotion", "Composition")
+DOCUMENTS = {"Move": "MoveOut", "Promotion": "PromotionOut", "Composition": "CompositionOut"}
+"""Names of documents of the API, and of their classes."""
 IMPORT = re.compile("import |from ")
 
 
@@ -29,19 +32,19 @@ def page() -> str:
     assert set(ORDER) == set(sdk.__all__)
     classes = {
         node.name: node
-        for path in sorted(FOLDER.glob("*.py"))
+        for path in sorted([*FOLDER.glob("*.py"), *FOLDER.with_name("wire").glob("*.py")])
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef)
     }
-    return joined(HEAD, *(part for name in ORDER for part in _class(classes[name])))
+    return joined(HEAD, *(part for name in ORDER for part in _class(name, classes[DOCUMENTS.get(name, name)])))
 
 
-def _class(node: ast.ClassDef) -> Iterator[str]:
-    yield f"## {node.name}\n\n"
+def _class(name: str, node: ast.ClassDef) -> Iterator[str]:
+    yield f"## {name}\n\n"
     methods = [one for one in node.body if isinstance(one, ast.FunctionDef)]
     begin = [one for one in methods if one.name == "__init__"]
     if begin:
-        yield fence(_signature(node.name, begin[0]), "python") + "\n"
+        yield fence(_signature(name, begin[0]), "python") + "\n"
     yield _text(ast.get_docstring(node) or "")
     fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
     yield table(
@@ -49,15 +52,19 @@ def _class(node: ast.ClassDef) -> Iterator[str]:
         [
             (code(ast.unparse(one.target)), code(ast.unparse(one.annotation)), code(_default(one.value)))
             for one in fields
-        ],
+        ]
+        + [(code(one.name), code(_type(one.returns)), "") for one in methods if _decorators(one) & {"property"}],
     ) + ("\n" if fields else "")
     for one in methods:
-        decorators = {ast.unparse(decorator) for decorator in one.decorator_list}
-        if one.name.startswith("_") or "classmethod" in decorators or one.name.startswith("on_"):
+        if one.name.startswith("_") or _decorators(one) & {"classmethod", "property"} or one.name.startswith("on_"):
             continue
-        yield f"### {node.name}.{one.name}\n\n"
+        yield f"### {name}.{one.name}\n\n"
         yield fence(_signature(one.name, one), "python") + "\n"
         yield _text(ast.get_docstring(one) or "")
+
+
+def _decorators(method: ast.FunctionDef) -> set[str]:
+    return {ast.unparse(decorator) for decorator in method.decorator_list}
 
 
 def _default(value: ast.expr | None) -> str:
