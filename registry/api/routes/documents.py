@@ -73,10 +73,15 @@ def release_documents(session: Session, actor: Actor, release_ids: Sequence[int]
     return written
 
 
+def releases_shown(session: Session, actor: Actor, release_ids: Sequence[int]) -> list[ReleaseOut]:
+    """As `release_documents`, typed."""
+    return [ReleaseOut.model_validate_json(one) for one in release_documents(session, actor, release_ids)]
+
+
 def release_view(session: Session, actor: Actor, release: Release) -> ReleaseOut:
-    """One release, validated."""
+    """One release, typed."""
     session.flush()
-    return ReleaseOut.model_validate_json(release_documents(session, actor, [release.id])[0])
+    return releases_shown(session, actor, [release.id])[0]
 
 
 def _in_parts(release_ids: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from registry.api.pages.html import gates
 from registry.api.pages.html.gates import GateLine
@@ -12,11 +11,10 @@ from registry.database.tables import Release
 from registry.domain.access.audit import Actor
 from registry.domain.channels import moves, promotions, timeline
 from registry.formats.references import RepositoryName, parse_repository, parse_version
-from registry.wire.quality import ChannelOut
+from registry.wire.quality import ChannelOut, MoveOut
 
 FIRST_CHOICE = "prod"
 """The channel that a promotion is judged for, if there is one of this name."""
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +26,8 @@ class AnswerBlock:
     kind: str
     sentence: str
     channel: str | None = None
-    move: Json | None = None
-    judged: Json | None = None
+    move: MoveOut | None = None
+    judged: MoveOut | None = None
     report: Sequence[GateLine] = ()
     other: str | None = None
     detail: str = ""
@@ -51,13 +49,15 @@ class Channels:
         return sorted(self.names, key=lambda name: name != FIRST_CHOICE)
 
 
-def moves_of(session: Session, named: RepositoryName, release: Release, limit: int) -> list[Json]:
+def moves_of(session: Session, named: RepositoryName, release: Release, limit: int) -> list[MoveOut]:
     """The moves to a release and away from it, newest first."""
     rows = timeline.of_release(session, release, before=0, limit=limit)
-    return [move_view(move, named, channel).model_dump(mode="json") for channel, move in rows]
+    return [move_view(move, named, channel) for channel, move in rows]
 
 
-def answer(session: Session, actor: Actor, release: Release, channels: Channels, moved: Sequence[Json]) -> AnswerBlock:
+def answer(
+    session: Session, actor: Actor, release: Release, channels: Channels, moved: Sequence[MoveOut]
+) -> AnswerBlock:
     """The answer for the requested channel, or else for one that serves the release, or for prod, or the first
     one. `moved` are its moves, newest first."""
     if release.revision.taken_down_at is not None:
@@ -75,10 +75,10 @@ def answer(session: Session, actor: Actor, release: Release, channels: Channels,
     return _judged(session, actor, release, channel, others)
 
 
-def _served(version: str, channel: str, moved: Sequence[Json], others: Sequence[str]) -> AnswerBlock:
-    own = [one for one in moved if one["channel"] == channel and one["to_version"] == version]
-    judged = next((one for one in own if one["kind"] == "promote"), None)
-    report = gates.lines(judged["gates"]) if judged else []
+def _served(version: str, channel: str, moved: Sequence[MoveOut], others: Sequence[str]) -> AnswerBlock:
+    own = [move for move in moved if move.channel == channel and move.to_version == version]
+    judged = next((move for move in own if move.kind == "promote"), None)
+    report = gates.lines(judged.gates) if judged else []
     failed = sum(one.kind != "ok" for one in report)
     passed = "" if not report else f" It passed all {len(report)} gates." if len(report) > 1 else " It passed its gate."
     if failed:
@@ -90,7 +90,7 @@ def _served(version: str, channel: str, moved: Sequence[Json], others: Sequence[
         move=own[0] if own else None,
         judged=judged,
         report=report,
-        other=judged["from_version"] if judged else None,
+        other=judged.from_version if judged else None,
         others=others,
     )
 
@@ -98,21 +98,21 @@ def _served(version: str, channel: str, moved: Sequence[Json], others: Sequence[
 def _judged(session: Session, actor: Actor, release: Release, channel: str, others: Sequence[str]) -> AnswerBlock:
     named = parse_repository(f"{release.repository.namespace}/{release.repository.name}")
     asked = moves.PromotionRequest(named, parse_version(release.version), channel, None)
-    view = judgement_view(promotions.judge(session, actor, asked), asked).model_dump(mode="json")
-    report = gates.lines(view["gates"])
+    view = judgement_view(promotions.judge(session, actor, asked), asked)
+    report = gates.lines(view.gates)
     sentences = {
         "passes": ("ok", f"It can be promoted to {channel}{': all gates pass' if report else ''}."),
         "waits": ("warn", f"A promotion to {channel} would wait."),
         "refused": ("bad", f"It cannot be promoted to {channel}: {_failed(report)}."),
     }
-    kind, sentence = sentences[view["verdict"]]
-    error = view["error"]
+    kind, sentence = sentences[view.verdict]
+    error = view.error
     return AnswerBlock(
         kind=kind,
         sentence=sentence if not error else f"It cannot be promoted to {channel}.",
         channel=channel,
         report=report,
-        other=view["served"],
+        other=view.served,
         detail=error["detail"] if error else "",
         next=error["next"] if error else "",
         others=others,

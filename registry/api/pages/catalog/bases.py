@@ -38,9 +38,12 @@ def show_base(base: str, request: Request, resources: ResourcesOf, actor: PageMe
     """A base by digest, name or alias."""
     with resources.read() as session:
         view = base_view(session, bases.find(session, base))
-    measured = [one.model_dump(mode="json") for one in view.scores]
     return page(
-        request, "base_model.html", base=view, scores=scores.lines(measured, [], []), json_address=f"/v1/bases/{base}"
+        request,
+        "base_model.html",
+        base=view,
+        scores=scores.lines(view.scores, [], []),
+        json_address=f"/v1/bases/{base}",
     )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Query, Request, Response
 
 from registry.api.http.request import ResourcesOf
@@ -12,16 +11,17 @@ from registry.api.pages.html import scores
 from registry.api.pages.html.drawings import cells
 from registry.api.pages.html.render import link, page_about, redirect
 from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf
-from registry.api.routes.documents import release_documents
+from registry.api.routes.documents import releases_shown
 from registry.domain.catalog import releases
 from registry.errors import Usage
 from registry.formats.references import parse_version
+from registry.wire.catalog import ReleaseOut
+from registry.wire.quality import ScoreOut
 
 router = APIRouter(route_class=PageRoute)
 
 BETWEEN = "..."
 MOST = 4
-Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ def compare(
     with resources.snapshot() as session:
         rows = [releases.find(session, named, parse_version(one)) for one in wanted]
         spectra = [row.spectrum for row in rows]
-        shown: list[Json] = [orjson.loads(one) for one in release_documents(session, actor, [row.id for row in rows])]
+        shown = releases_shown(session, actor, [row.id for row in rows])
     sizes = [cells(one, "norm") for one in spectra]
     return page_about(
         request,
@@ -77,9 +77,9 @@ def compare(
         sizes=sizes,
         top=max((value for one in sizes for value in one.values()), default=0.0),
         frame={cell for one in sizes for cell in one},
-        files=differing([{row["path"]: row["sha256"][:16] for row in one["files"]} for one in shown]),
-        same_files=_same([{row["path"]: row["sha256"] for row in one["files"]} for one in shown]),
-        json_address=f"/v1/{shown[0]['kind']}s/{named}/releases/{wanted[0]}",
+        files=differing([{file.path: file.sha256[:16] for file in one.files} for one in shown]),
+        same_files=_same([{file.path: file.sha256 for file in one.files} for one in shown]),
+        json_address=shown[0].path,
     )
 
 
@@ -94,54 +94,52 @@ def _same(columns: Sequence[Mapping[str, Any]]) -> int:
     return sum(all(column.get(name) == value for column in columns) for name, value in columns[0].items())
 
 
-def score_rows(shown: Sequence[Json]) -> list[tuple[str, list[ComparedScore | None]]]:
+def score_rows(shown: Sequence[ReleaseOut]) -> list[tuple[str, list[ComparedScore | None]]]:
     """Each suite's metric that at least one release has, with the score of every release on the same content, in the
     order of the release that has the most."""
-    by_key = [{(one["suite_digest"], one["metric"]): one for one in release["scores"]} for release in shown]
+    by_key = [{(score.suite_digest, score.metric): score for score in release.scores} for release in shown]
     most_first = sorted(by_key, key=len, reverse=True)
-    names = {key: f"{one['suite']}.{one['metric']}" for column in most_first for key, one in column.items()}
+    names = {key: f"{one.suite}.{one.metric}" for column in most_first for key, one in column.items()}
     return [
         (name, [_measured(one.get(key), by_key[0].get(key) if number else None) for number, one in enumerate(by_key)])
         for key, name in names.items()
     ]
 
 
-def _measured(score: Json | None, first: Json | None) -> ComparedScore | None:
+def _measured(score: ScoreOut | None, first: ScoreOut | None) -> ComparedScore | None:
     if score is None:
         return None
     if first is None:
-        return ComparedScore(value=score["value"], change=None, comparison="")
-    return ComparedScore(
-        value=score["value"], change=score["value"] - first["value"], comparison=scores.compare(score, first)
-    )
+        return ComparedScore(value=score.value, change=None, comparison="")
+    return ComparedScore(value=score.value, change=score.value - first.value, comparison=scores.compare(score, first))
 
 
-def _facts(release: Json) -> dict[str, Any]:
+def _facts(release: ReleaseOut) -> dict[str, Any]:
     """The facts of a release, by the names that its page uses."""
-    facts, stated = release["adapter"] or release["model"], release["provenance"]
-    spectrum: Json = facts.get("spectrum") or {}
+    facts, adapter, stated = release.adapter or release.model, release.adapter, release.provenance
+    spectrum = adapter.spectrum if adapter else None
     listed: dict[str, Any] = {
-        "Base": release["base"]["name"],
-        "Base's digest": release["base"]["digest"][:12],
-        "Type": facts["type"],
-        "Precision": facts["dtype"],
-        "Rank": facts.get("rank_max"),
-        "Alpha": facts.get("alpha"),
-        "Targets": ", ".join(facts.get("targets", [])),
-        "Modules": facts.get("modules"),
-        "Parameters": facts["parameters"],
-        "Bytes": facts["size_bytes"],
-        "Norm": round(spectrum["norm"], 3) if spectrum else None,
-        "Rank for 95 %": spectrum.get("rank_95"),
-        "Loads in": ", ".join(release["servers"]),
-        "Licence": release["licenses"]["adapter"],
-        "Trainer": stated["trainer"],
-        "Code": stated["code_commit"],
-        "Data": ", ".join(one["name"] for one in stated["data"]),
-        "PEFT": facts.get("peft_version"),
-        "Yanked": release["yank_reason"] or ("yes" if release["yanked"] else "no"),
-        "Signed by": (release["signed_by"] or "")[:12],
-        "Made from": ", ".join(f"{one['weight']:g} x {one['commit'][:12]}" for one in release["inputs"]),
-        "Notes": release["notes"],
+        "Base": release.base.name,
+        "Base's digest": release.base.digest[:12],
+        "Type": facts and facts.type,
+        "Precision": facts and facts.dtype,
+        "Rank": adapter and adapter.rank_max,
+        "Alpha": adapter and adapter.alpha,
+        "Targets": ", ".join(adapter.targets) if adapter else "",
+        "Modules": adapter and adapter.modules,
+        "Parameters": facts and facts.parameters,
+        "Bytes": facts and facts.size_bytes,
+        "Norm": spectrum and round(spectrum.norm, 3),
+        "Rank for 95 %": spectrum and spectrum.rank_95,
+        "Loads in": ", ".join(release.servers),
+        "Licence": release.licenses.adapter,
+        "Trainer": stated.trainer,
+        "Code": stated.code_commit,
+        "Data": ", ".join(row.name for row in stated.data),
+        "PEFT": adapter and adapter.peft_version,
+        "Yanked": release.yank_reason or ("yes" if release.yanked else "no"),
+        "Signed by": (release.signed_by or "")[:12],
+        "Made from": ", ".join(f"{one.weight:g} x {one.commit[:12]}" for one in release.inputs),
+        "Notes": release.notes,
     }
-    return {**listed, **{f"{name}, trained with": value for name, value in stated["hyperparameters"].items()}}
+    return {**listed, **{f"{name}, trained with": value for name, value in stated.hyperparameters.items()}}

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Annotated, Any
 from urllib.parse import quote
 
-import orjson
 from fastapi import APIRouter, Query, Request, Response
 
 from composer.formats.adapters.serving import SERVERS
@@ -20,7 +19,7 @@ from registry.api.pages.html.render import HEADERS, link, page_about, redirect
 from registry.api.pages.html.scores import History
 from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf, VersionOf
 from registry.api.routes.blobs import file_response
-from registry.api.routes.documents import release_documents
+from registry.api.routes.documents import releases_shown
 from registry.api.routes.views import channel_view, score_view
 from registry.database.engine import Session
 from registry.database.tables import Release
@@ -31,17 +30,17 @@ from registry.domain.catalog.lineage import Descendant
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves, resolve
 from registry.formats.manifest import ManifestFile
-from registry.formats.references import RepositoryName, is_version, parse_reference, parse_version
+from registry.formats.references import Digest, RepositoryName, is_version, parse_reference, parse_version
 from registry.storage.blobs import BlobStore
 from registry.transfer.resources import Resources
 from registry.transfer.verified import read_verified
-from registry.wire.quality import ChannelOut
+from registry.wire.catalog import FileRow, ReleaseOut
+from registry.wire.quality import ChannelOut, MoveOut, ScoreOut
 
 router = APIRouter(route_class=PageRoute)
 
 CARD = "README.md"
 MAX_CHANNELS, MAX_SERVING, MAX_MOVES, MAX_DESCENDANTS, MAX_FILES = 100, 10, 20, 10, 100
-Json = dict[str, Any]
 _cards = card.Cards()
 ChannelQuery = Annotated[str | None, Query(max_length=64, description="The channel that a promotion is judged for.")]
 
@@ -50,13 +49,13 @@ ChannelQuery = Annotated[str | None, Query(max_length=64, description="The chann
 class ReleasePage:
     """A release and what its page puts beside it. `before` is the next lower version that is not yanked."""
 
-    release: Json
-    before: Json | None
-    base_scores: Sequence[Json]
+    release: ReleaseOut
+    before: ReleaseOut | None
+    base_scores: Sequence[ScoreOut]
     spectrum: Mapping[str, Any] | None
     frame: Collection[Cell]
     serving: Sequence[ChannelOut]
-    moves: Sequence[Json]
+    moves: Sequence[MoveOut]
     answer: AnswerBlock
     descendants: Sequence[Descendant]
     histories: Sequence[History]
@@ -77,7 +76,7 @@ def show_release(
     with resources.snapshot() as session:
         shown = _shown(session, actor, named, releases.find(session, named, parse_version(version)), channel)
     release = shown.release
-    compared = scores.lines(release["scores"], shown.before["scores"] if shown.before else [], shown.base_scores)
+    compared = scores.lines(release.scores, shown.before.scores if shown.before else [], shown.base_scores)
     return page_about(
         request,
         "release.html",
@@ -88,7 +87,7 @@ def show_release(
         serving=shown.serving,
         moves=shown.moves[:MAX_MOVES],
         more_moves=len(shown.moves) > MAX_MOVES,
-        highest=shown.latest == release["version"],
+        highest=shown.latest == release.version,
         before=shown.before,
         scores=compared,
         histories=shown.histories,
@@ -99,10 +98,10 @@ def show_release(
         max_files=MAX_FILES,
         descendants=shown.descendants[:MAX_DESCENDANTS],
         more_descendants=len(shown.descendants) > MAX_DESCENDANTS,
-        loading=[(server, release["loading"].get(server)) for server in SERVERS],
+        loading=[(server, release.loading.get(server)) for server in SERVERS],
         has_card=(file := _card_file(release)) is not None,
-        card=_cards.show(file["sha256"], partial(_text, resources.store, file)) if file else None,
-        json_address=f"/v1/{release['kind']}s/{named}/releases/{release['version']}",
+        card=_cards.show(Digest(file.sha256), partial(_text, resources.store, file)) if file else None,
+        json_address=release.path,
     )
 
 
@@ -159,7 +158,7 @@ def show_modules(
     )
 
 
-def _maps(spectrum: Mapping[str, Any] | None) -> list[Json]:
+def _maps(spectrum: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The maps of a release: how large its change is, and how much of its rank that uses."""
     return [
         {"id": "size", "name": "Size of the change", "unit": "Frobenius norm", "cells": cells(spectrum, "norm")},
@@ -171,8 +170,7 @@ def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, 
     repository = row.repository
     lower = releases.list_page(session, repository, before=row.sort_key, limit=10)
     before = next((one for one in lower if not one.yanked), None)
-    documents = release_documents(session, actor, [row.id, *([before.id] if before else [])])
-    read = [orjson.loads(one) for one in documents]
+    read = releases_shown(session, actor, [row.id, *([before.id] if before else [])])
     listed = moves.list_page(session, repository, after="", limit=MAX_CHANNELS)
     served_by = moves.list_page(session, repository, served=row, after="", limit=MAX_SERVING)
     _kept = moves.load_current(session, *served_by)
@@ -183,7 +181,7 @@ def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, 
     return ReleasePage(
         release=read[0],
         before=read[1] if len(read) > 1 else None,
-        base_scores=[score_view(one).model_dump(mode="json") for one in base_scores],
+        base_scores=list(map(score_view, base_scores)),
         spectrum=row.spectrum,
         frame=frame_of(session, row.base) if row.spectrum else (),
         serving=serving,
@@ -195,14 +193,14 @@ def _shown(session: Session, actor: Actor, named: RepositoryName, row: Release, 
     )
 
 
-def _card_file(release: Json) -> Json | None:
+def _card_file(release: ReleaseOut) -> FileRow | None:
     """The model card's file, if there is one of a size that a person reads. A release that was taken down has none."""
-    if release["taken_down"]:
+    if release.taken_down:
         return None
-    cards = (one for one in release["files"] if one["path"] == CARD and one["size_bytes"] <= card.MAX_BYTES)
+    cards = (file for file in release.files if file.path == CARD and file.size_bytes <= card.MAX_BYTES)
     return next(cards, None)
 
 
-def _text(store: BlobStore, file: Json) -> str:
-    card_file = ManifestFile(file["path"], file["size_bytes"], file["sha256"])
+def _text(store: BlobStore, file: FileRow) -> str:
+    card_file = ManifestFile(file.path, file.size_bytes, Digest(file.sha256))
     return read_verified(store, card_file).decode(errors="replace")

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
 
 from registry.api.http.pagination import Cursor, decode_cursor, first_rows
@@ -13,7 +12,7 @@ from registry.api.pages.catalog.answers import FIRST_CHOICE
 from registry.api.pages.html import scores
 from registry.api.pages.html.render import page, page_about
 from registry.api.pages.html.wire import PageReader, PageRoute, RepositoryOf
-from registry.api.routes.documents import release_documents
+from registry.api.routes.documents import releases_shown
 from registry.api.routes.views import channel_view, repository_page
 from registry.domain.access import namespaces
 from registry.domain.access.roles import Role, holds
@@ -21,12 +20,12 @@ from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.repositories import RepositoryFilter
 from registry.domain.channels import moves
 from registry.formats.references import parse_name
+from registry.wire.catalog import ReleaseOut
 from registry.wire.quality import ChannelOut
 
 router = APIRouter(route_class=PageRoute)
 
 SHOWN, MAX_CHANNELS = 20, 100
-Json = dict[str, Any]
 
 
 @router.get("/{namespace}")
@@ -39,10 +38,10 @@ def show_namespace(
         namespaces.find(session, name)
         rows = repositories.list_page(session, actor, wanted, after=decode_cursor(cursor), limit=SHOWN + 1)
         listed, more = first_rows(rows, SHOWN, lambda row: str(repositories.name_of(row)))
-        views = [one.model_dump(mode="json") for one in repository_page(session, listed)]
+        views = repository_page(session, listed)
         members = namespaces.members(session, name) if holds(actor, Role.ADMIN, name) else None
     roles = [role.value for role in Role]
-    facts: Json = {"namespace": name, "repositories": views, "more": more, "members": members, "roles": roles}
+    facts: dict[str, Any] = {"namespace": name, "repositories": views, "more": more, "members": members, "roles": roles}
     return page(request, "namespace.html", **facts, json_address=f"/v1/adapters?namespace={name}")
 
 
@@ -57,13 +56,12 @@ def show_repository(
         _kept = moves.load_current(session, *served)
         channels = [channel_view(session, one, row) for one in served]
         rows = releases.list_page(session, row, before=decode_cursor(cursor), limit=SHOWN + 1)
-        documents = release_documents(session, actor, [row.id for row in rows[:SHOWN]])
-        _, more = first_rows(rows, len(documents), lambda row: row.sort_key)
+        shown = releases_shown(session, actor, [row.id for row in rows[:SHOWN]])
+        _, more = first_rows(rows, len(shown), lambda row: row.sort_key)
         newest = next((one for one in rows if not one.yanked), None) if cursor is None else None
         drawn = scores.histories(session, newest) if newest else []
         summary = repository_page(session, [row])[0]
-    read = [orjson.loads(one) for one in documents]
-    shown, by_channel = _release_to_use(read, channels)
+    to_use, by_channel = _release_to_use(shown, channels)
     serving: dict[tuple[str, str | None], list[str]] = {}
     for one in channels:
         serving.setdefault((str(named), one.version), []).append(one.channel)
@@ -74,32 +72,34 @@ def show_repository(
         summary=summary,
         channels=channels,
         histories=drawn,
-        releases=read,
+        releases=shown,
         serving=serving,
-        changes=_changes(read),
-        to_use=shown,
+        changes=_changes(shown),
+        to_use=to_use,
         by_channel=by_channel,
         more=more,
         json_address=f"/v1/{summary.kind}s/{named}",
     )
 
 
-def _changes(listed: Sequence[Json]) -> dict[str, float]:
+def _changes(listed: Sequence[ReleaseOut]) -> dict[str, float]:
     """By version, how the first score of a release differs from that of the release below it, on the same content."""
     changes: dict[str, float] = {}
     for release, before in pairwise(listed):
-        scored = {(one["suite_digest"], one["metric"]): one["value"] for one in before["scores"]}
-        for one in release["scores"][:1]:
-            if (key := (one["suite_digest"], one["metric"])) in scored:
-                changes[release["version"]] = one["value"] - scored[key]
+        scored = {(score.suite_digest, score.metric): score.value for score in before.scores}
+        for score in release.scores[:1]:
+            if (key := (score.suite_digest, score.metric)) in scored:
+                changes[release.version] = score.value - scored[key]
     return changes
 
 
-def _release_to_use(listed: Sequence[Json], channels: Sequence[ChannelOut]) -> tuple[Json | None, str | None]:
+def _release_to_use(
+    listed: Sequence[ReleaseOut], channels: Sequence[ChannelOut]
+) -> tuple[ReleaseOut | None, str | None]:
     """The listed release that the page explains how to use, and the channel that serves it: FIRST_CHOICE if it serves
     one, else any other. Without such a channel, the newest release that is not yanked."""
     for one in sorted(channels, key=lambda one: one.channel != FIRST_CHOICE):
         for release in listed:
-            if release["version"] == one.version:
+            if release.version == one.version:
                 return release, one.channel
-    return next((release for release in listed if not release["yanked"]), None), None
+    return next((release for release in listed if not release.yanked), None), None

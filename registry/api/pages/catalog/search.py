@@ -6,7 +6,6 @@ from http import HTTPStatus
 from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode
 
-import orjson
 from fastapi import APIRouter, Request, Response
 
 from registry.api.http.problems import as_registry_error
@@ -14,11 +13,12 @@ from registry.api.http.request import ResourcesOf
 from registry.api.http.threads import in_search_threads
 from registry.api.pages.html.render import page
 from registry.api.pages.html.wire import ERRORS, PageCaller, PageRoute
-from registry.api.routes.documents import Json, RenderedReleaseCache
+from registry.api.routes.documents import RenderedReleaseCache
 from registry.api.routes.search import PARAMETERS, Results, find_releases
 from registry.domain.access.audit import Actor
 from registry.domain.channels import timeline
 from registry.transfer.resources import Resources
+from registry.wire.search import FoundOut
 
 router = APIRouter(route_class=PageRoute)
 
@@ -82,7 +82,7 @@ def known_adapters(
     """Adapters to suggest, of a base if one is given: each repository's highest stable release, and its base."""
     given = [("latest", "true"), ("limit", str(SUGGESTED)), *([("base", base)] if base else [])]
     items = _read(_find(request, resources, actor, given))
-    return [(f"{one['repository']}:{one['version']}", one["base"]["name"]) for one in items]
+    return [(release.name, release.base.name) for release in items]
 
 
 def _find(request: Request, resources: Resources, actor: Actor, given: list[tuple[str, str]]) -> Results:
@@ -90,15 +90,15 @@ def _find(request: Request, resources: Resources, actor: Actor, given: list[tupl
     return find_releases(resources, actor, urlencode(given).encode(), documents)
 
 
-def _read(results: Results) -> list[Json]:
-    return [orjson.loads(document) for document in results.documents]
+def _read(results: Results) -> list[FoundOut]:
+    return [FoundOut.model_validate_json(document) for document in results.documents]
 
 
 def _rows(results: Results, serving: Mapping[int, list[str]]) -> dict[str, Any]:
     """The arguments of `parts.release_rows`."""
     items = _read(results)
     rows = zip(items, results.release_ids, strict=True)
-    channels = {(one["repository"], one["version"]): serving.get(release, []) for one, release in rows}
+    channels = {(one.repository, one.version): serving.get(release, []) for one, release in rows}
     return {"releases": items, "serving": channels}
 
 
@@ -111,7 +111,7 @@ def _not_loading(
     asked = [*given, ("include", "refused")]
     counted = [(name, value) for name, value in asked if name != "limit"]
     results = _find(request, resources, actor, [*counted, ("limit", str(COUNTED))])
-    number = sum(not one["loads_in"]["loads"] for one in _read(results))
+    number = sum(one.loads_in is not None and not one.loads_in.loads for one in _read(results))
     return NotLoading(number, results.following is not None, urlencode(asked)) if number else None
 
 

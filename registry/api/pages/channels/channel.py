@@ -62,11 +62,11 @@ def _awaited(actor: Actor, named: RepositoryName, needed: ChannelPolicy, waiting
     """The promotion that waits, its report, and whether it lacks an approval that the viewer can give."""
     if waiting is None:
         return {"waiting": None, "waiting_report": [], "approver": False}
-    shown = promotion_view(waiting).model_dump(mode="json")
-    unapproved = any(one["rule"].startswith("approval by ") and not one["passed"] for one in shown["gates"])
+    shown = promotion_view(waiting)
+    unapproved = any(gate.rule.startswith("approval by ") and not gate.passed for gate in shown.gates)
     wanted = Role(needed.approval.role) if needed.approval and waiting.actor != actor.name else None
     may = unapproved and wanted is not None and holds(actor, wanted, str(named))
-    return {"waiting": shown, "waiting_report": gates.lines(shown["gates"]), "approver": may}
+    return {"waiting": shown, "waiting_report": gates.lines(shown.gates), "approver": may}
 
 
 def _promotable(session: Session, repository: Repository, serving: ChannelOut | None) -> list[str]:
@@ -86,12 +86,12 @@ def _moved(session: Session, repository: Repository, channel: str, cursor: str |
     served = moves.serving_move(session, row)
     rows = timeline.history(session, row, before=decode_number(cursor), limit=SHOWN + 1)
     listed, more = first_rows(rows, SHOWN, lambda move: move.id)
-    views = [move_view(move, named, channel).model_dump(mode="json") for move in listed]
+    views = [move_view(move, named, channel) for move in listed]
     current = timeline.history(session, row, before=0, limit=1)[0] if cursor else rows[0]
     return {
         "serving": channel_view(session, row, repository),
         "move": move_view(current, named, channel),
         "since": served.at if served else None,
-        "timeline": [(move, gates.lines(move["gates"]), gates.summary(move["gates"])) for move in views],
+        "timeline": [(move, gates.lines(move.gates), gates.summary(move.gates)) for move in views],
         "more": more,
     }

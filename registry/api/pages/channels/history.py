@@ -34,10 +34,10 @@ def show_history(
         known = _metrics(session, repository)
         chosen = _chosen(known, metric)
         entries = histories.of_metric(session, repository, known[chosen], limit=SHOWN) if chosen else []
-        stated = [score_view(one.score).model_dump(mode="json") for one in entries]
+        stated = [score_view(one.score) for one in entries]
         rows = [(one, score, scores.interval(score)) for one, score in zip(entries, stated, strict=True)]
         kind = repository.kind
-    points = [Point(one.version, Interval(score["value"], *ends, "now"), score["n"]) for one, score, ends in rows]
+    points = [Point(one.version, Interval(score.value, *ends, "now"), score.n) for one, score, ends in rows]
     return page_about(
         request,
         "history.html",

@@ -81,7 +81,7 @@ def _promotion_page(
     asked: ChannelRequest, actor: Actor, wanted: PromotionRequest, error: RegistryError | None = None
 ) -> Response:
     with asked.resources.snapshot() as session:
-        judgement = judgement_view(promotions.judge(session, actor, wanted), wanted).model_dump(mode="json")
+        judgement = judgement_view(promotions.judge(session, actor, wanted), wanted)
         waiting = pending.of_name(session, repositories.find(session, asked.named), asked.channel)
         replaced = waiting.release.version if waiting else None
     return page_about(
@@ -92,7 +92,7 @@ def _promotion_page(
         channel=asked.channel,
         version=str(wanted.version),
         judgement=judgement,
-        report=gates.lines(judgement["gates"]),
+        report=gates.lines(judgement.gates),
         replaced=replaced,
         reason=wanted.reason,
     )

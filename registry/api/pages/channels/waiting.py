@@ -3,8 +3,6 @@
 Each form carries the promotion that its page showed. If that one has ended, nothing happens, and the page shows it.
 """
 
-from typing import Any
-
 from fastapi import APIRouter, Response
 
 from registry.api.pages.accounts.account import validated
@@ -82,8 +80,8 @@ def _page(asked: ChannelRequest, template: str, error: RegistryError | None = No
     settle_overdue(asked.resources, asked.named, None, asked.channel)
     with asked.resources.snapshot() as session:
         row = pending.of_name(session, repositories.find(session, asked.named), asked.channel)
-        waiting: dict[str, Any] | None = promotion_view(row).model_dump(mode="json") if row else None
-    report = gates.lines(waiting["gates"]) if waiting else []
+        waiting = promotion_view(row) if row else None
+    report = gates.lines(waiting.gates) if waiting else []
     return page_about(
         asked.request, template, asked.named, error=error, channel=asked.channel, waiting=waiting, report=report
     )

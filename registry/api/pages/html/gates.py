@@ -1,16 +1,14 @@
 """Reports of gates as pages show them: each rule with its mark, and where the value lies beside the limit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
 from registry.api.pages.html import drawings
 from registry.api.pages.html.drawings import Interval
-from registry.domain.catalog import intervals
-
-Json = Mapping[str, Any]
+from registry.api.pages.html.scores import ends
+from registry.wire.quality import GateResultOut, PromotionGateOut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,40 +27,36 @@ class GateLine:
     drawing: Markup | None
 
 
-def lines(report: Sequence[Json]) -> list[GateLine]:
+def lines(report: Sequence[GateResultOut]) -> list[GateLine]:
     return [_line(one) for one in report]
 
 
-def summary(report: Sequence[Json]) -> str:
+def summary(report: Sequence[GateResultOut]) -> str:
     """The number of rules that pass, as `2 of 3 pass`; empty without rules."""
-    return f"{sum(bool(one['passed']) for one in report)} of {len(report)} pass" if report else ""
+    return f"{sum(gate.passed for gate in report)} of {len(report)} pass" if report else ""
 
 
-def _line(gate: Json) -> GateLine:
-    waiting = bool(gate.get("waiting")) and not gate["passed"]
-    kind, word = ("ok", "passed") if gate["passed"] else ("warn", "waits") if waiting else ("bad", "failed")
-    value, limit, other = gate.get("value"), gate.get("limit"), gate.get("other")
+def _line(gate: GateResultOut) -> GateLine:
+    waiting = isinstance(gate, PromotionGateOut) and gate.waiting and not gate.passed
+    kind, word = ("ok", "passed") if gate.passed else ("warn", "waits") if waiting else ("bad", "failed")
     return GateLine(
-        rule=gate["rule"],
+        rule=gate.rule,
         kind=kind,
         word=word,
-        detail=gate["detail"],
-        value=value,
-        limit=limit,
-        other=None if other is None else other["value"],
-        sure=gate.get("sure"),
-        drawing=None if value is None or limit is None else _drawing(gate, value, limit, other),
+        detail=gate.detail,
+        value=gate.value,
+        limit=gate.limit,
+        other=gate.other.value if gate.other else None,
+        sure=gate.sure,
+        drawing=_drawing(gate),
     )
 
 
-def _drawing(gate: Json, value: float, limit: float, other: Json | None) -> Markup:
-    metric = str(gate["rule"]).partition(" ")[0].rpartition(".")[2]
-    rows = [Interval(value, *_interval(metric, gate), "now")]
-    if other is not None:
-        rows.append(Interval(other["value"], *_interval(metric, other), "before"))
-    return drawings.against_limit(gate["rule"], rows, limit, above=bool(gate["at_least"]))
-
-
-def _interval(metric: str, score: Json) -> tuple[float, float]:
-    value = float(score["value"])
-    return intervals.interval(metric, value, score["stderr"], score["n"]) or (value, value)
+def _drawing(gate: GateResultOut) -> Markup | None:
+    if gate.value is None or gate.limit is None:
+        return None
+    metric = gate.rule.partition(" ")[0].rpartition(".")[2]
+    rows = [Interval(gate.value, *ends(metric, gate.value, gate.stderr, gate.n or 0), "now")]
+    if other := gate.other:
+        rows.append(Interval(other.value, *ends(metric, other.value, other.stderr, other.n), "before"))
+    return drawings.against_limit(gate.rule, rows, gate.limit, above=bool(gate.at_least))

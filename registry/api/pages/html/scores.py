@@ -1,9 +1,8 @@
 """Scores as a release page shows them: beside those of the release before and of the base, with what can be said."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 from markupsafe import Markup
 
@@ -14,8 +13,8 @@ from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.catalog import histories as stored
 from registry.domain.catalog import intervals
-
-Json = Mapping[str, Any]
+from registry.domain.catalog.histories import Value
+from registry.wire.quality import ScoreOut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +51,13 @@ class History:
     drawing: Markup
 
 
-def interval(score: Json) -> tuple[float, float]:
+def ends(metric: str, value: float, stderr: float | None, n: int) -> tuple[float, float]:
     """The 95 % interval of a score; the value itself without an error."""
-    value = float(score["value"])
-    return intervals.interval(score["metric"], value, score["stderr"], int(score["n"])) or (value, value)
+    return intervals.interval(metric, value, stderr, n) or (value, value)
+
+
+def interval(score: ScoreOut | Value) -> tuple[float, float]:
+    return ends(score.metric, score.value, score.stderr, score.n)
 
 
 def axis(metric: str, rows: Sequence[Interval]) -> tuple[float, float]:
@@ -65,21 +67,21 @@ def axis(metric: str, rows: Sequence[Interval]) -> tuple[float, float]:
     return min(0.0, *(row.low for row in rows)), drawings.axis_end([row.high for row in rows])
 
 
-def compare(now: Json, before: Json) -> str:
+def compare(now: ScoreOut, before: ScoreOut) -> str:
     """`better` or `worse` if the difference is beyond 1.96 of its unpaired standard error, else `none shown`."""
-    if now["stderr"] is None or before["stderr"] is None:
+    if now.stderr is None or before.stderr is None:
         return "none shown"
-    difference = float(now["value"]) - float(before["value"])
+    difference = now.value - before.value
     low, high = interval(now)
     other_low, other_high = interval(before)
     # Half widths of intervals, so that a share of 0 or 1 has an error too.
     error = sqrt(((high - low) / 2) ** 2 + ((other_high - other_low) / 2) ** 2)
     if abs(difference) <= error:
         return "none shown"
-    return "better" if (difference > 0) == bool(now["higher_is_better"]) else "worse"
+    return "better" if (difference > 0) == now.higher_is_better else "worse"
 
 
-def lines(now: Sequence[Json], before: Sequence[Json], base: Sequence[Json]) -> list[ScoreLine]:
+def lines(now: Sequence[ScoreOut], before: Sequence[ScoreOut], base: Sequence[ScoreOut]) -> list[ScoreLine]:
     """A line for each score of this release, in the order of suites; others are compared on the same content only."""
     earlier, of_base = _by_key(before), _by_key(base)
     return [_line(score, earlier.get(_key(score)), of_base.get(_key(score))) for score in now]
@@ -87,51 +89,54 @@ def lines(now: Sequence[Json], before: Sequence[Json], base: Sequence[Json]) -> 
 
 def histories(session: Session, release: Release) -> list[History]:
     """The history of each metric over the versions of the repository, where others have it too."""
-    series: dict[str, list[tuple[str, Json]]] = {}
-    for one in stored.of_release(session, release, limit=VERSIONS):
-        score = {"metric": one.metric, "value": one.value, "stderr": one.stderr, "n": one.n}
-        series.setdefault(f"{one.suite}.{one.metric}", []).append((one.version, score))
+    series: dict[str, list[Value]] = {}
+    for score in stored.of_release(session, release, limit=VERSIONS):
+        series.setdefault(f"{score.suite}.{score.metric}", []).append(score)
     drawn: list[History] = []
     room = POINTS
     for name, points in series.items():
-        own = any(version == release.version for version, _ in points)
+        own = any(score.version == release.version for score in points)
         if own and 1 < len(points) <= room:
             room -= len(points)
             drawn.append(_history(name, points, release.version))
     return drawn
 
 
-def _history(name: str, points: Sequence[tuple[str, Json]], shown: str) -> History:
+def _history(name: str, points: Sequence[Value], shown: str) -> History:
     drawn = [
-        Point(version, Interval(score["value"], *interval(score), "now" if version == shown else "before"), score["n"])
-        for version, score in points
+        Point(
+            score.version,
+            Interval(score.value, *interval(score), "now" if score.version == shown else "before"),
+            score.n,
+        )
+        for score in points
     ]
     return History(name, len(points), drawings.history(name, drawn))
 
 
-def _line(score: Json, before: Json | None, base: Json | None) -> ScoreLine:
+def _line(score: ScoreOut, before: ScoreOut | None, base: ScoreOut | None) -> ScoreLine:
     given = [("base", base), ("before", before), ("now", score)]
-    rows = [Interval(float(one["value"]), *interval(one), kind) for kind, one in given if one is not None]
-    low, high = axis(score["metric"], rows)
-    name = f"{score['suite']}.{score['metric']}"
-    guards = base is not None and score["kind"] == "guard" and score["metric"] == "nll"
-    cost = guard_cost(score["value"], base["value"]) if base is not None and guards else ""
+    rows = [Interval(one.value, *interval(one), kind) for kind, one in given if one is not None]
+    low, high = axis(score.metric, rows)
+    name = f"{score.suite}.{score.metric}"
+    guards = base is not None and score.kind == "guard" and score.metric == "nll"
+    cost = guard_cost(score.value, base.value) if base is not None and guards else ""
     return ScoreLine(
         name=name,
-        n=score["n"],
-        reported=score["reported"],
-        value=score["value"],
-        before=None if before is None else before["value"],
-        base=None if base is None else base["value"],
+        n=score.n,
+        reported=score.reported,
+        value=score.value,
+        before=None if before is None else before.value,
+        base=None if base is None else base.value,
         cost=cost,
         comparison="" if before is None else compare(score, before),
         drawing=drawings.intervals(name, rows, low, high),
     )
 
 
-def _key(score: Json) -> tuple[str, str]:
-    return score["suite_digest"], score["metric"]
+def _key(score: ScoreOut) -> tuple[str, str]:
+    return score.suite_digest, score.metric
 
 
-def _by_key(scores: Sequence[Json]) -> dict[tuple[str, str], Json]:
+def _by_key(scores: Sequence[ScoreOut]) -> dict[tuple[str, str], ScoreOut]:
     return {_key(score): score for score in scores}

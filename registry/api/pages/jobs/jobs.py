@@ -22,6 +22,7 @@ from registry.client.lineage import of_lock, rule_words
 from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
 from registry.domain.jobs.queue import FINISHED
+from registry.wire.quality import GateResultOut
 
 router = APIRouter(route_class=PageRoute)
 
@@ -82,6 +83,7 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         compositions.permit_look(actor, *pair, hidden=compositions.unknown(composition_id))
         view, job = composition_view(*pair), job_view(session, pair[1])
     made, stated = of_lock(view.lock), view.conflicts
+    judged = [GateResultOut.read(gate) for gate in view.gates or []]
     return page(
         request,
         "composition.html",
@@ -93,8 +95,8 @@ def show_composition(composition_id: RowId, request: Request, resources: Resourc
         search=view.lock.get("optimized"),
         report=report.read(stated, report.options_for(view.id)) if stated else None,
         compared=[_compared(score) for score in view.candidate_scores or []],
-        gate_lines=gates.lines(view.gates or []),
-        passed=gates.summary(view.gates or []),
+        gate_lines=gates.lines(judged),
+        passed=gates.summary(judged),
         recipe=as_yaml(view.recipe),
         json_address=f"/v1/compositions/{composition_id}",
     )
@@ -132,9 +134,9 @@ def _compared(score: Mapping[str, Any]) -> list[ComparedRow]:
         rows.append((f"{one['repository']} {one['version']}", address, one, "before"))
     if score.get("base"):
         rows.append(("base", None, score["base"], "base"))
-    measured = [{"metric": score["metric"], **one} for _, _, one, _ in rows]
     bars = [
-        Interval(one["value"], *scores.interval(one), kind) for one, (_, _, _, kind) in zip(measured, rows, strict=True)
+        Interval(one["value"], *scores.ends(score["metric"], one["value"], one["stderr"], one["n"]), kind)
+        for _, _, one, kind in rows
     ]
     low, high = scores.axis(score["metric"], bars)
     return [
