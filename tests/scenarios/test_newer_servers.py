@@ -109,7 +109,7 @@ def test_every_command_ignores_the_fields_that_it_does_not_know_and_prints_them_
     cli.ok("pull", "acme/sql:1.0.0", "-o", tmp_path / "out")
     home, url = {"ADAPTORY_HOME": cli.environment["ADAPTORY_HOME"]}, cli.environment["ADAPTORY_URL"]
     with environment(home, []), Registry(url) as registry:
-        assert registry.resolve("acme/sql:1.0.0").document[NEW] == {"n": 1}
+        assert registry.resolve("acme/sql:1.1.0").document[NEW] == {"n": 1}
         assert all(move.document[NEW] == {"n": 1} for move in registry.history("acme/sql@prod"))
 
 

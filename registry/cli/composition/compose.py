@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composer.formats.untrusted import read_text
+from registry import wire
 from registry.cli.composition import optimize as optimizing
 from registry.cli.console import complete, following, render
 from registry.cli.console.connect import connected, jobs_running
@@ -22,7 +23,6 @@ from registry.sdk.connection import Connection
 if TYPE_CHECKING:
     from composer.findings import Verdict
     from composer.formats.recipes.weights import Weight, WeightRule
-    from registry.wire.work import CompositionOut
 
 Settings = Annotated[
     list[str] | None,
@@ -76,7 +76,6 @@ def compose(  # noqa: PLR0913
     A conflict verdict worse than `require` of the recipe's policy ends the composition; --require replaces it.
     """
     from composer.formats.recipes.recipe import MAX_FILE_BYTES, Optimize, load_recipe
-    from registry.wire.work import CompositionOut
 
     wanted = load_recipe(read_text(recipe, MAX_FILE_BYTES), str(recipe))
     if (verdict := required(require)) is not None:
@@ -85,7 +84,7 @@ def compose(  # noqa: PLR0913
         wanted = wanted.model_copy(update={"optimize": Optimize.model_validate({})})
     with connected() as connection:
         body = {"recipe": wanted.to_json(), "plan": plan, **wishes(priority, memory)}
-        composition = connection.api.post("/v1/compositions", body, CompositionOut)
+        composition = connection.api.post("/v1/compositions", body, wire.work.CompositionOut)
         if plan or follow or connection.resources is not None:
             with jobs_running(connection, composition.job):
                 composition = _follow_or_cancel(connection, composition, lines=follow)
@@ -126,13 +125,13 @@ def settings_of(texts: list[str] | None, *, sequential: bool = False) -> dict[st
     return settings
 
 
-def _follow_or_cancel(connection: Connection, composition: "CompositionOut", *, lines: bool) -> "CompositionOut":
+def _follow_or_cancel(
+    connection: Connection, composition: "wire.work.CompositionOut", *, lines: bool
+) -> "wire.work.CompositionOut":
     """An interrupt cancels a composition of this process; one on a server continues unless interrupted twice."""
-    from registry.wire.work import CompositionOut
-
     try:
         following.follow(connection, composition.job, lines=lines)
-        return connection.api.get(f"/v1/compositions/{composition.id}", CompositionOut)
+        return connection.api.get(f"/v1/compositions/{composition.id}", wire.work.CompositionOut)
     except KeyboardInterrupt:
         name = f"composition {composition.id}"
         if connection.resources is None:
@@ -146,7 +145,7 @@ def _follow_or_cancel(connection: Connection, composition: "CompositionOut", *, 
         raise
 
 
-def _show(composition: "CompositionOut") -> None:
+def _show(composition: "wire.work.CompositionOut") -> None:
     what = "plan" if composition.plan else "composition"
     render.heading(f"{what} {composition.id}: {composition.state}")
     if composition.state == "queued":
@@ -243,7 +242,7 @@ def required(verdict: str | None) -> "Verdict | None":
     return Verdict(verdict)
 
 
-def _error(composition: "CompositionOut") -> RegistryError:
+def _error(composition: "wire.work.CompositionOut") -> RegistryError:
     """Why it ended; without the findings, which are shown with the composition."""
     if composition.error is None:
         return Refused("composition_cancelled", "The composition was cancelled.")

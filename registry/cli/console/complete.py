@@ -3,13 +3,12 @@
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
+from registry import wire
 from registry.cli.console.connect import connected
 from registry.errors import RegistryError
 
 if TYPE_CHECKING:
-    from registry.wire.catalog import RepositoryOut
     from registry.wire.document import Wire
-    from registry.wire.quality import SuiteOut
 
 Row = TypeVar("Row", bound="Wire")
 
@@ -51,9 +50,7 @@ def harness_tasks(incomplete: str) -> list[str]:
 
 def bases(incomplete: str) -> list[str]:
     """Names and aliases."""
-    from registry.wire.catalog import BaseOut
-
-    names = {name for base in _rows("/v1/bases", BaseOut) for name in (base.name, *base.aliases)}
+    names = {name for base in _rows("/v1/bases", wire.catalog.BaseOut) for name in (base.name, *base.aliases)}
     return sorted(one for one in names if one.startswith(incomplete))[:_MOST]
 
 
@@ -64,9 +61,11 @@ def methods(incomplete: str) -> list[str]:
 
 
 def _versions(repository: str) -> list[str]:
-    from registry.wire.catalog import NamedRelease
-
-    rows = [row for kind in ("adapters", "models") for row in _rows(f"/v1/{kind}/{repository}/releases", NamedRelease)]
+    rows = [
+        row
+        for kind in ("adapters", "models")
+        for row in _rows(f"/v1/{kind}/{repository}/releases", wire.catalog.NamedRelease)
+    ]
     return [row.name for row in rows]
 
 
@@ -75,16 +74,12 @@ def _channels(repository: str) -> list[str]:
     return [f"{repository}@{name}" for row in rows for name in row.channels]
 
 
-def _repositories() -> "list[RepositoryOut]":
-    from registry.wire.catalog import RepositoryOut
-
-    return [row for kind in ("adapters", "models") for row in _rows(f"/v1/{kind}", RepositoryOut)]
+def _repositories() -> "list[wire.catalog.RepositoryOut]":
+    return [row for kind in ("adapters", "models") for row in _rows(f"/v1/{kind}", wire.catalog.RepositoryOut)]
 
 
-def _suites() -> "list[SuiteOut]":
-    from registry.wire.quality import SuiteOut
-
-    return _rows("/v1/suites", SuiteOut)
+def _suites() -> "list[wire.quality.SuiteOut]":
+    return _rows("/v1/suites", wire.quality.SuiteOut)
 
 
 def _rows(path: str, row: type[Row]) -> list[Row]:

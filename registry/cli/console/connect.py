@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from registry import wire
 from registry.errors import Usage
 from registry.sdk import local_files
 from registry.sdk.connection import Connection, load_settings, open_registry
@@ -12,8 +13,6 @@ from registry.sdk.connection import Connection, load_settings, open_registry
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
     from registry.settings import Settings
-    from registry.wire.catalog import BaseOut
-    from registry.wire.search import AnyRelease, ResolvedRelease
 
 
 def own_settings() -> "Settings":
@@ -48,21 +47,21 @@ def jobs_running(connection: Connection, job: int | None) -> Generator[None]:
         yield
 
 
-def resolved(connection: Connection, ref: str, *, warned: bool = False) -> "ResolvedRelease":
+def resolved(connection: Connection, ref: str, *, warned: bool = False) -> "wire.search.ResolvedRelease":
     """The release that `ref` names. Prints its warning unless `warned`."""
     from registry.cli.console import render
 
     return local_files.resolved(connection, ref, (lambda _message: None) if warned else render.warn)
 
 
-def release_directory(connection: Connection, release: "AnyRelease") -> Path:
+def release_directory(connection: Connection, release: "wire.search.AnyRelease") -> Path:
     """The directory of the release's files on this machine, just verified."""
     from registry.cli.console import render
 
     return local_files.release_directory(connection, release, render)
 
 
-def base_checkpoint(base: "BaseOut", override: Path | None) -> "Checkpoint":
+def base_checkpoint(base: "wire.catalog.BaseOut", override: Path | None) -> "Checkpoint":
     """The base's weights on this machine, verified by hash."""
     from registry.cli.console import render
 

@@ -6,15 +6,13 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from math import ceil
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from registry import wire
 from registry.cli.console import render
 from registry.cli.console.interrupt import interrupts
 from registry.errors import Unavailable
 from registry.sdk.connection import Connection
-
-if TYPE_CHECKING:
-    from registry.wire.work import JobOut, StepOut
 
 POLL_S = 0.3
 RECONNECT_S = 2.0
@@ -25,11 +23,11 @@ _NAME_CHARS, _BAR_CHARS = 14, 14
 class Shown(Protocol):
     """What shows a job."""
 
-    def show(self, job: "JobOut") -> None:
+    def show(self, job: "wire.work.JobOut") -> None:
         """Called with every state of the job."""
 
 
-def follow(connection: Connection, job_id: int, *, lines: bool) -> "JobOut":
+def follow(connection: Connection, job_id: int, *, lines: bool) -> "wire.work.JobOut":
     """Returns the job once it has ended. Polls, so that it survives an outage and works with any server. With `lines`,
     prints each change on a stderr that is not a terminal."""
     with shown_steps(f"job {job_id}", lines=lines) as shown:
@@ -56,13 +54,11 @@ def left_running(job_id: int) -> Generator[None]:
     interrupts.kept = ""
 
 
-def _latest(connection: Connection, job_id: int) -> "JobOut":
-    from registry.wire.work import JobOut
-
+def _latest(connection: Connection, job_id: int) -> "wire.work.JobOut":
     away = False
     while True:
         try:
-            job = connection.api.get(f"/v1/jobs/{job_id}", JobOut)
+            job = connection.api.get(f"/v1/jobs/{job_id}", wire.work.JobOut)
         except Unavailable as error:
             if connection.resources is not None:
                 raise
@@ -76,7 +72,7 @@ def _latest(connection: Connection, job_id: int) -> "JobOut":
             return job
 
 
-def amount(step: "StepOut") -> str:
+def amount(step: "wire.work.StepOut") -> str:
     """The progress of a step, such as `12 of 40 units, 3 redone`; empty if it has no amount."""
     if not step.total:
         return ""
@@ -87,7 +83,7 @@ def amount(step: "StepOut") -> str:
 
 
 class _Nothing:
-    def show(self, job: "JobOut") -> None:
+    def show(self, job: "wire.work.JobOut") -> None:
         pass
 
 
@@ -97,7 +93,7 @@ class _ProgressLines:
     def __init__(self, label: str) -> None:
         self._label, self._said = label, dict[str, str]()
 
-    def show(self, job: "JobOut") -> None:
+    def show(self, job: "wire.work.JobOut") -> None:
         waits = f", waits for {job.waits_for}" if job.waits_for else ""
         stalled = ", stalled: its worker fell silent" if job.stalled_since else ""
         self._say(self._label, f"{job.state}{waits}{stalled}")
@@ -135,7 +131,7 @@ def shown_steps(label: str, *, lines: bool) -> Generator[Shown]:
         def __init__(self) -> None:
             self._tasks, self._began_s = dict[str, Any](), dict[str, float]()
 
-        def show(self, job: "JobOut") -> None:
+        def show(self, job: "wire.work.JobOut") -> None:
             for number, step in enumerate(job.steps, start=1):
                 name = step.name
                 if name not in self._tasks:
@@ -148,7 +144,7 @@ def shown_steps(label: str, *, lines: bool) -> Generator[Shown]:
                 said = render.middle(render.plain(said), 80 - _NAME_CHARS - _BAR_CHARS - 3)
                 bars.update(self._tasks[name], completed=step.progress, said=said)
 
-        def _said(self, step: "StepOut") -> str:
+        def _said(self, step: "wire.work.StepOut") -> str:
             if step.state != "running" or not step.total:
                 return step.state
             seconds = time.monotonic() - self._began_s[step.name]

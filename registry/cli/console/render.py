@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TextIO, cast
 import typer
 
 from composer.errors import ComposerError
+from registry import wire
 from registry.domain.catalog.intervals import error_text
 from registry.errors import RegistryError, Unavailable
 from registry.errors.translation import of_composer
@@ -25,8 +26,6 @@ from registry.errors.translation import of_composer
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
-    from registry.wire.quality import GateResultOut
-    from registry.wire.work import StepOut
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Failure = RegistryError | ComposerError | OSError
@@ -320,7 +319,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[s
     ]
 
 
-def gate_lines(report: "Sequence[GateResultOut | Mapping[str, Any]]") -> None:
+def gate_lines(report: "Sequence[wire.quality.GateResultOut | Mapping[str, Any]]") -> None:
     """Prints one line per gate, with its mark."""
     for gate in report:
         result = gate if isinstance(gate, Mapping) else gate.document
@@ -353,7 +352,7 @@ class StepProgress:
     def step(self, label: str, done: int | None, total: int | None, unit: str | None) -> None:
         """Starts or updates the bar of the current step, indeterminate if no total is known."""
 
-    def show_running(self, steps: "Sequence[StepOut]") -> None:
+    def show_running(self, steps: "Sequence[wire.work.StepOut]") -> None:
         """As `step`, for the running one of a job's steps, if there is one."""
         for step in steps:
             if step.state == "running":

@@ -3,22 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
 
+from registry import wire
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, resolved
 from registry.cli.console.groups import group
 from registry.cli.console.render import JsonFlag
 from registry.errors import NotFound, Usage
 from registry.sdk.connection import Connection
-
-if TYPE_CHECKING:
-    from registry.wire.catalog import BaseOut
-    from registry.wire.quality import SuiteOut
-    from registry.wire.search import ResolvedRelease
 
 suite_app = group("suite", "Evaluation sets, versioned by content.")
 score_app = group("score", "Recorded scores.")
@@ -33,8 +29,8 @@ class EvaluationTarget:
     """A release or a base that suites are run on; `release` is None for a base."""
 
     name: str
-    release: "ResolvedRelease | None"
-    base: "BaseOut"
+    release: "wire.search.ResolvedRelease | None"
+    base: "wire.catalog.BaseOut"
 
     @property
     def is_model(self) -> bool:
@@ -71,11 +67,10 @@ def add(
     them by adding the file again.
     """
     from composer.formats.recipes.suite import parse_suite
-    from registry.wire.quality import SuiteOut
 
     contents = [parse_suite(file) for file in files]
     with connected() as connection:
-        suites = [connection.api.post("/v1/suites", content.to_json(), SuiteOut) for content in contents]
+        suites = [connection.api.post("/v1/suites", content.to_json(), wire.quality.SuiteOut) for content in contents]
     render.document(
         suites[0] if len(suites) == 1 else {"items": suites, "next": None}, json, lambda: _show_suites(suites)
     )
@@ -84,14 +79,12 @@ def add(
 @suite_app.command("list")
 def list_suites(json: JsonFlag = False) -> None:
     """List the current suites."""
-    from registry.wire.quality import SuiteOut
-
     with connected() as connection:
-        suites = list(connection.api.pages("/v1/suites", SuiteOut))
+        suites = list(connection.api.pages("/v1/suites", wire.quality.SuiteOut))
     render.document({"items": suites, "next": None}, json, lambda: _show_suites(suites))
 
 
-def _show_suites(suites: "list[SuiteOut]") -> None:
+def _show_suites(suites: "list[wire.quality.SuiteOut]") -> None:
     rows = [
         (
             f"{suite.name}@{suite.version}" if suite.version else suite.name,
@@ -114,15 +107,15 @@ def delete(
     json: JsonFlag = False,
 ) -> None:
     """Delete a score that you recorded; admins may delete any. The audit log keeps the value."""
-    from registry.wire.quality import ScoreOut
-
     suite, _, metric = score.rpartition(".")
     if "/" in score or not suite or not metric:
         next_step = "Write SUITE.METRIC, as in sql-exact.accuracy."
         raise Usage("bad_score_name", f"{score} does not name a score.", subject=score, next_step=next_step)
     with connected() as connection:
         path = EvaluationTarget(what, *release_or_base(connection, what)).scores_path
-        deleted = connection.api.delete(f"{path}/{quote(suite, safe='')}/{quote(metric, safe='')}", ScoreOut)
+        deleted = connection.api.delete(
+            f"{path}/{quote(suite, safe='')}/{quote(metric, safe='')}", wire.quality.ScoreOut
+        )
     render.document(deleted, json, lambda: render.out(f"deleted {score} = {render.cell(deleted.value)} of {what}"))
 
 
@@ -134,11 +127,9 @@ def import_scores(
 
     They are shown as reported. They never replace measured scores, and a policy with `measured: true` ignores them.
     """
-    from registry.wire.quality import ScoresImported
-
     with connected() as connection:
         release = resolved(connection, ref)
-        imported = connection.api.post(f"{release.path}/scores/import", None, ScoresImported)
+        imported = connection.api.post(f"{release.path}/scores/import", None, wire.quality.ScoresImported)
     for finding in imported.warnings:
         render.say(f"{finding['severity']}: {finding['message']}")
 
@@ -151,7 +142,9 @@ def import_scores(
     render.document(imported, json, show)
 
 
-def release_or_base(connection: Connection, what: str) -> "tuple[ResolvedRelease | None, BaseOut]":
+def release_or_base(
+    connection: Connection, what: str
+) -> "tuple[wire.search.ResolvedRelease | None, wire.catalog.BaseOut]":
     """A release and its base, or a base alone. A base's alias may look like a repository."""
     try:
         release = resolved(connection, what)

@@ -1,8 +1,9 @@
 """`eval --queue`: a worker of the server measures, in one job."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from registry import wire
 from registry.cli.console import following, render
 from registry.cli.console.connect import jobs_running
 from registry.cli.console.following import UNFINISHED
@@ -12,16 +13,11 @@ from registry.errors.translation import of_row
 from registry.sdk.connection import Connection
 from registry.sdk.suites import refuse_bad_suite_name
 
-if TYPE_CHECKING:
-    from registry.wire.work import EvaluationOut
-
 
 def queue(
     connection: Connection, what: Sequence[str], suites: Sequence[str], wish: dict[str, Any], *, wait: bool
-) -> "EvaluationOut":
+) -> "wire.work.EvaluationOut":
     """Requests the evaluation and, with `wait`, follows it to its end. Returns its report."""
-    from registry.wire.work import EvaluationOut
-
     for name in suites:
         refuse_bad_suite_name(name)
     releases: list[str] = []
@@ -33,17 +29,17 @@ def queue(
         else:
             releases.append(release.name)
     body = {"releases": releases, "bases": bases, "suites": list(suites), **wish}
-    document = connection.api.post("/v1/evaluations", body, EvaluationOut)
+    document = connection.api.post("/v1/evaluations", body, wire.work.EvaluationOut)
     if not wait:
         return document
     job = document.job
     with jobs_running(connection, job):
         with following.left_running(job):
             following.follow(connection, job, lines=True)
-        return connection.api.get(f"/v1/evaluations/{job}", EvaluationOut)
+        return connection.api.get(f"/v1/evaluations/{job}", wire.work.EvaluationOut)
 
 
-def show(document: "EvaluationOut") -> None:
+def show(document: "wire.work.EvaluationOut") -> None:
     """Shows the scores of each pair that is measured, and why others were not."""
     render.heading(f"evaluation {document.job}: {document.state}")
     if document.state in UNFINISHED:

@@ -4,20 +4,18 @@ import sys
 from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
 
 from composer.formats.untrusted import read_text
+from registry import wire
 from registry.cli.console import render
 from registry.cli.console.connect import connected
 from registry.cli.console.groups import group, root
 from registry.cli.console.render import JsonFlag
 from registry.errors import Usage
-
-if TYPE_CHECKING:
-    from registry.wire.access import NamespaceOut
 
 tokens = group("token", "Manage access tokens.")
 namespaces = group("namespace", "Manage namespaces, the unit of permission.")
@@ -34,10 +32,8 @@ NamespaceName = Annotated[
 @root.command("whoami")
 def who_am_i(json: JsonFlag = False) -> None:
     """Show the current user and roles."""
-    from registry.wire.access import WhoOut
-
     with connected() as connection:
-        document = connection.api.get("/v1/whoami", WhoOut)
+        document = connection.api.get("/v1/whoami", wire.access.WhoOut)
     limited = document.limited
     pairs = [
         (
@@ -65,8 +61,6 @@ def create_token(
     json: JsonFlag = False,
 ) -> None:
     """Create a token and print it once. It can do what both its user's roles and its scope allow."""
-    from registry.wire.access import NewTokenOut
-
     if expires_in_days is not None and not isfinite(expires_in_days):  # JSON has no NaN or infinity
         raise Usage(
             "bad_lifetime",
@@ -77,7 +71,7 @@ def create_token(
     if scope:
         body["scope"] = dict(_pair(text) for text in scope)
     with connected() as connection:
-        document = connection.api.post("/v1/tokens", body, NewTokenOut)
+        document = connection.api.post("/v1/tokens", body, wire.access.NewTokenOut)
     render.document(document, json, lambda: render.out(document.token))
     if sys.stdout.isatty() and document.expires_at:  # scripts read the token
         render.say(f"valid until {document.expires_at:%Y-%m-%d}")
@@ -86,10 +80,8 @@ def create_token(
 @tokens.command("list")
 def list_tokens(json: JsonFlag = False) -> None:
     """List your tokens; a registry admin sees everyone's. Secrets are never shown again."""
-    from registry.wire.access import TokenOut
-
     with connected() as connection:
-        items = list(connection.api.pages("/v1/tokens", TokenOut))
+        items = list(connection.api.pages("/v1/tokens", wire.access.TokenOut))
     rows = [
         (
             row.id,
@@ -113,20 +105,16 @@ def revoke_token(
     json: JsonFlag = False,
 ) -> None:
     """Revoke a token immediately, by the id that `token list` shows (the 12 characters after adp_)."""
-    from registry.wire.access import TokenOut
-
     with connected() as connection:
-        document = connection.api.delete(f"/v1/tokens/{quote(token, safe='')}", TokenOut)
+        document = connection.api.delete(f"/v1/tokens/{quote(token, safe='')}", wire.access.TokenOut)
     render.document(document, json, lambda: render.out(f"revoked {document.id} of {document.user}"))
 
 
 @namespaces.command("list")
 def list_namespaces(json: JsonFlag = False) -> None:
     """List the namespaces that you may read."""
-    from registry.wire.access import NamespaceOut
-
     with connected() as connection:
-        items = list(connection.api.pages("/v1/namespaces", NamespaceOut))
+        items = list(connection.api.pages("/v1/namespaces", wire.access.NamespaceOut))
     rows = [(row.namespace, _visibility(row), row.require_signature, row.created_by) for row in items]
     render.listing(items, json, ("namespace", "visible", "signed only", "by"), rows)
 
@@ -160,8 +148,6 @@ def set_namespace(  # noqa: PLR0913
     json: JsonFlag = False,
 ) -> None:
     """Create a namespace, or change who may read it and which releases it accepts."""
-    from registry.wire.access import NamespaceOut
-
     keys = [read_text(path, _KEY_BYTES) for path in signing_key] if signing_key else None
     body = {
         "public": public,
@@ -171,7 +157,7 @@ def set_namespace(  # noqa: PLR0913
         "main": main,
     }
     with connected() as connection:
-        document = connection.api.put(_namespace_path(namespace), body, NamespaceOut)
+        document = connection.api.put(_namespace_path(namespace), body, wire.access.NamespaceOut)
     pairs = [
         ("visible", _visibility(document)),
         ("signed only", document.require_signature),
@@ -184,10 +170,8 @@ def set_namespace(  # noqa: PLR0913
 @namespaces.command("usage")
 def show_usage(namespace: NamespaceName, json: JsonFlag = False) -> None:
     """Show what a namespace holds, and its quota."""
-    from registry.wire.access import UsageOut
-
     with connected() as connection:
-        used = connection.api.get(f"{_namespace_path(namespace)}/usage", UsageOut)
+        used = connection.api.get(f"{_namespace_path(namespace)}/usage", wire.access.UsageOut)
     pairs = [
         ("bytes", _of_quota(render.size(used.size_bytes), used.max_bytes, render.size)),
         ("releases", _of_quota(f"{used.releases:,}", used.max_releases, "{:,}".format)),
@@ -249,10 +233,8 @@ def set_retention(
 @namespaces.command("members")
 def list_members(namespace: NamespaceName, json: JsonFlag = False) -> None:
     """List a namespace's members and roles; `*` lists the roles that hold in every namespace."""
-    from registry.wire.access import MembersOut
-
     with connected() as connection:
-        document = connection.api.get(_members_path(namespace), MembersOut)
+        document = connection.api.get(_members_path(namespace), wire.access.MembersOut)
     render.document(document, json, lambda: render.lines(f"members of {namespace}", list(document.members.items())))
 
 
@@ -281,11 +263,9 @@ def link_user(
     json: JsonFlag = False,
 ) -> None:
     """Let a person of the OpenID provider sign in as a user who was here before, with the user's roles."""
-    from registry.wire.access import PersonOut
-
     body = {"subject": subject, "issuer": issuer}
     with connected() as connection:
-        linked = connection.api.put(f"/v1/users/{quote(user, safe='')}/person", body, PersonOut)
+        linked = connection.api.put(f"/v1/users/{quote(user, safe='')}/person", body, wire.access.PersonOut)
     render.document(linked, json, lambda: render.out(f"{user} signs in as {linked.subject} of {linked.issuer}"))
 
 
@@ -295,10 +275,8 @@ def remove_user(user: User, json: JsonFlag = False) -> None:
 
     The user's tokens, sessions and roles end. What the user did stays. Free text, such as reasons, is not searched.
     """
-    from registry.wire.access import UserOut
-
     with connected() as connection:
-        removed = connection.api.delete(f"/v1/users/{quote(user, safe='')}", UserOut)
+        removed = connection.api.delete(f"/v1/users/{quote(user, safe='')}", wire.access.UserOut)
     render.document(
         removed,
         json,
@@ -331,7 +309,7 @@ def _of_quota(used: str, limit: int | None, written: Callable[[int], str]) -> st
     return f"{used} of {written(limit)}" if limit is not None else f"{used}, no limit"
 
 
-def _visibility(row: "NamespaceOut") -> str:
+def _visibility(row: "wire.access.NamespaceOut") -> str:
     return "public" if row.public else "private"
 
 

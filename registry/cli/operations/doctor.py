@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from registry import wire
 from registry.cli.console import render
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
@@ -84,7 +85,6 @@ def _check_here(settings: "Settings", *, contents: bool) -> "Iterator[Check]":
 def _check_server(settings: "Settings") -> "Iterator[Check]":
     """The way to a server: the connection, its readiness, its clock, the token."""
     from registry.transfer.installation import CLOCK_S, Check
-    from registry.wire.access import WhoOut
 
     with open_registry(settings) as connection:
         api = connection.api
@@ -96,7 +96,7 @@ def _check_server(settings: "Settings") -> "Iterator[Check]":
             if abs(offset := _clock_offset(api.url)) > CLOCK_S:
                 detail = f"The server's clock is {offset:+.0f} s from this machine's."
                 yield Check(name="clock", state="warning", detail=detail, next_step="Set both by NTP.")
-            who = api.get("/v1/whoami", WhoOut)
+            who = api.get("/v1/whoami", wire.access.WhoOut)
         except RegistryError as error:
             yield Check(name="server", state="error", detail=error.detail, next_step=error.next_step)
             return

@@ -1,9 +1,10 @@
 """Jobs: list, show, follow, order, cancel."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from registry import wire
 from registry.cli.console import following, render
 from registry.cli.console.connect import connected, jobs_running
 from registry.cli.console.groups import refuse_idle, root
@@ -11,10 +12,6 @@ from registry.cli.console.render import JsonFlag
 from registry.errors import Refused, RegistryError
 from registry.errors.translation import of_row
 from registry.formats.priority import Priority
-
-if TYPE_CHECKING:
-    from registry.wire.work import JobOut, StepOut
-
 
 PriorityOption = Annotated[
     Priority | None,
@@ -50,19 +47,17 @@ def jobs(
     json: JsonFlag = False,
 ) -> None:
     """List jobs, newest first, or show one."""
-    from registry.wire.work import JobOut
-
     if job is None:
         refuse_idle({"--follow": follow, "--priority": priority}, "without the ID of a job", _HELP)
         with connected() as connection:
-            items, more = connection.api.first("/v1/jobs", JobOut, limit, cursor=cursor)
+            items, more = connection.api.first("/v1/jobs", wire.work.JobOut, limit, cursor=cursor)
         render.document({"items": items, "next": more}, json, lambda: _table(items))
         render.more(more, json)
         return
     with connected() as connection:
         if priority is not None:
             connection.api.post(f"/v1/jobs/{job}/priority", {"priority": priority.value})
-        document = connection.api.get(f"/v1/jobs/{job}", JobOut)
+        document = connection.api.get(f"/v1/jobs/{job}", wire.work.JobOut)
         if follow and document.state in following.UNFINISHED:
             with following.left_running(job), jobs_running(connection, job):
                 document = following.follow(connection, job, lines=True)
@@ -75,21 +70,19 @@ def cancel(
     job: Annotated[int, typer.Argument(metavar="ID", help="As `adaptory jobs` shows it.")], json: JsonFlag = False
 ) -> None:
     """Cancel a job; nothing of it is published."""
-    from registry.wire.work import JobOut
-
     with connected() as connection:
-        document = connection.api.post(f"/v1/jobs/{job}/cancel", None, JobOut)
+        document = connection.api.post(f"/v1/jobs/{job}/cancel", None, wire.work.JobOut)
     render.document(document, json, lambda: render.out(f"job {document.id}: {document.state}"))
 
 
-def _failure(job: "JobOut") -> RegistryError:
+def _failure(job: "wire.work.JobOut") -> RegistryError:
     if job.error:
         return of_row(job.error)
     named = str(job.id)
     return Refused("job_cancelled", f"Job {named} was cancelled.", subject=named)
 
 
-def _show(job: "JobOut") -> None:
+def _show(job: "wire.work.JobOut") -> None:
     _table([job])
     if job.waits_for:
         render.out(f"It waits for {job.waits_for}.")
@@ -102,7 +95,7 @@ def _show(job: "JobOut") -> None:
                 print(f"  {render.plain(line)}")
 
 
-def _table(rows: "list[JobOut]") -> None:
+def _table(rows: "list[wire.work.JobOut]") -> None:
     cells = [
         (
             row.id,
@@ -116,7 +109,7 @@ def _table(rows: "list[JobOut]") -> None:
     render.table("", ("job", "kind", "state", "steps", "by"), cells)
 
 
-def _state(row: "JobOut") -> str:
+def _state(row: "wire.work.JobOut") -> str:
     """A job's state with a priority that is not normal, its cancellation, and since when its worker is silent."""
     unfinished = row.state in following.UNFINISHED
     notes = [f"{row.priority} priority"] if unfinished and row.priority is not Priority.NORMAL else []
@@ -126,7 +119,7 @@ def _state(row: "JobOut") -> str:
     return ", ".join([row.state, *notes])
 
 
-def _progress(step: "StepOut", of_job: str) -> str:
+def _progress(step: "wire.work.StepOut", of_job: str) -> str:
     if step.state == "waiting" and of_job not in following.UNFINISHED:
         return "not run"
     done = following.amount(step) if step.state in ("running", "failed") else ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from registry import home
+from registry import home, wire
 from registry.cli.console import render
 from registry.cli.console.connect import connected, own_settings
 from registry.cli.console.groups import root
@@ -23,7 +23,6 @@ from registry.formats.signatures import fingerprint
 if TYPE_CHECKING:
     from registry.settings import Settings
     from registry.transfer.resources import Resources
-    from registry.wire.work import AuditOut
     from registry.worker.runner import Observe
 
 After = Annotated[str | None, typer.Option("--cursor", help="`next` of the previous page.")]
@@ -278,8 +277,6 @@ def audit(  # noqa: PLR0913
     json: JsonFlag = False,
 ) -> None:
     """Show the audit log: who changed what, from where and why; newest first, with --jsonl oldest first."""
-    from registry.wire.work import AuditOut
-
     if export and cursor:
         raise Usage("no_pages", "An export has no pages.", subject=cursor)
     query = {"subject": subject, "namespace": namespace, "by": by, "act": event or act, "since": since, "until": until}
@@ -289,12 +286,14 @@ def audit(  # noqa: PLR0913
                 for line in islice(lines, limit):
                     print(render.escaped(line))
             return
-        events, more = connection.api.first("/v1/audit", AuditOut, limit or AUDIT_ROWS, cursor=cursor, **query)
+        events, more = connection.api.first(
+            "/v1/audit", wire.work.AuditOut, limit or AUDIT_ROWS, cursor=cursor, **query
+        )
     render.document({"items": events, "next": more}, json, lambda: _show_events(events))
     render.more(more, json)
 
 
-def _show_events(events: "list[AuditOut]") -> None:
+def _show_events(events: "list[wire.work.AuditOut]") -> None:
     """Shows a record for each event, with everything that it changed."""
     for row in events:
         pairs = [

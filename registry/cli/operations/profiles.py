@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from registry import wire
 from registry.cli.console import render
 from registry.cli.console.groups import group, root
 from registry.cli.console.render import JsonFlag
@@ -37,7 +38,6 @@ def login(
     from registry.client.api import Api
     from registry.home import with_secret
     from registry.sdk.connection import load_settings
-    from registry.wire.access import WhoOut
 
     try:
         address = registry_url(url)
@@ -52,7 +52,7 @@ def login(
     own, secret = with_secret(settings.home_directory, address)
     api = Api(address, token=token) if token else Api(own, token=secret)
     try:
-        user = api.get("/v1/whoami", WhoOut).user
+        user = api.get("/v1/whoami", wire.access.WhoOut).user
     finally:
         api.close()
     profiles = Profiles(settings.home_directory)

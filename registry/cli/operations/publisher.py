@@ -1,18 +1,16 @@
 """Trusted publishers: publisher add | list | remove."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 from urllib.parse import quote
 
 import typer
 
+from registry import wire
 from registry.cli.console import render
 from registry.cli.console.connect import connected
 from registry.cli.console.groups import group
 from registry.cli.console.render import JsonFlag
 from registry.formats.references import parse_repository
-
-if TYPE_CHECKING:
-    from registry.wire.access import PublisherOut
 
 publisher_app = group("publisher", "Let jobs of continuous integration publish without a secret.")
 Repository = Annotated[str, typer.Argument(metavar="REPO", help="Such as acme/sql; it need not exist yet.")]
@@ -37,8 +35,6 @@ def add(  # noqa: PLR0913
 ) -> None:
     """Let jobs of a project publish in a repository; each gets a token for an hour. Requires --ref, --environment or
     both, and on GitHub --workflow."""
-    from registry.wire.access import PublisherOut
-
     body = {
         "issuer": issuer,
         "project": project,
@@ -48,7 +44,7 @@ def add(  # noqa: PLR0913
         "workflow": workflow,
     }
     with connected() as connection:
-        document = connection.api.post(_path(repository), body, PublisherOut)
+        document = connection.api.post(_path(repository), body, wire.access.PublisherOut)
     render.document(document, json, lambda: render.out(_line(document)))
     if not document.exchanges:
         render.warn("this registry exchanges no ID tokens, so no job can use it yet: set ADAPTORY_OIDC_AUDIENCE there")
@@ -57,10 +53,8 @@ def add(  # noqa: PLR0913
 @publisher_app.command("list")
 def list_publishers(repository: Repository, json: JsonFlag = False) -> None:
     """List a repository's trusted publishers."""
-    from registry.wire.access import PublisherOut
-
     with connected() as connection:
-        items = list(connection.api.pages(_path(repository), PublisherOut))
+        items = list(connection.api.pages(_path(repository), wire.access.PublisherOut))
     rows = [
         (
             row.id,
@@ -83,10 +77,8 @@ def remove(
     json: JsonFlag = False,
 ) -> None:
     """Remove a trusted publisher; the tokens of its jobs end too."""
-    from registry.wire.access import PublisherOut
-
     with connected() as connection:
-        document = connection.api.delete(f"{_path(repository)}/{quote(publisher, safe='')}", PublisherOut)
+        document = connection.api.delete(f"{_path(repository)}/{quote(publisher, safe='')}", wire.access.PublisherOut)
     render.document(document, json, lambda: render.out(f"removed {document.id} from {document.repository}"))
 
 
@@ -94,7 +86,7 @@ def _path(repository: str) -> str:
     return f"/v1/publishers/{parse_repository(repository)}"
 
 
-def _line(row: "PublisherOut") -> str:
+def _line(row: "wire.access.PublisherOut") -> str:
     stated = (("", row.ref), ("environment ", row.environment), ("workflow ", row.workflow))
     where = ", ".join(f"{what}{value}" for what, value in stated if value)
     return f"{row.id} {row.project} of {row.issuer} ({where}) may publish in {row.repository}"

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import typer
 
+from registry import wire
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, jobs_running
 from registry.cli.console.groups import group
@@ -21,8 +22,6 @@ from registry.sdk.connection import Connection, load_settings
 if TYPE_CHECKING:
     from composer.formats.checkpoints.checkpoint import Checkpoint
     from composer.formats.checkpoints.hashing import BaseIdentity
-    from registry.wire.catalog import BaseOut
-    from registry.wire.work import UpgradeOut
 
 _POLL_S = 0.5
 KnownBase = Annotated[str, typer.Argument(help="Name, alias or digest.", autocompletion=complete.bases)]
@@ -121,10 +120,8 @@ def _free_name(connection: Connection, hub_name: str | None, digest: str) -> lis
 @app.command("list")
 def list_bases(json: JsonFlag = False) -> None:
     """List the registered bases."""
-    from registry.wire.catalog import BaseOut
-
     with connected() as connection:
-        items = list(connection.api.pages("/v1/bases", BaseOut))
+        items = list(connection.api.pages("/v1/bases", wire.catalog.BaseOut))
     rows = [(base.name, base.digest[:12], base.model_type, f"{base.parameters:,}", base.aliases) for base in items]
     render.listing(items, json, ("base", "digest", "type", "parameters", "aliases"), rows)
 
@@ -140,10 +137,8 @@ def show(base: KnownBase, json: JsonFlag = False) -> None:
 @app.command()
 def unalias(alias: Annotated[str, typer.Argument(help="As `base list` shows it.")], json: JsonFlag = False) -> None:
     """Remove an alias from its base; only for the base's creator and registry admins."""
-    from registry.wire.catalog import BaseOut
-
     with connected() as connection:
-        document = connection.api.delete(f"/v1/bases/aliases/{quote(alias)}", BaseOut)
+        document = connection.api.delete(f"/v1/bases/aliases/{quote(alias)}", wire.catalog.BaseOut)
     render.document(document, json, lambda: render.out(f"{alias} no longer names a base; {document.name} stays"))
 
 
@@ -158,11 +153,9 @@ def deprecate(
     json: JsonFlag = False,
 ) -> None:
     """Mark a base as deprecated: its releases say so too, and nothing is blocked. Only for its creator and admins."""
-    from registry.wire.catalog import BaseOut
-
     body = deprecation_body(base, reason, successor, undo=undo)
     with connected() as connection:
-        document = connection.api.post(f"/v1/bases/{quote(base)}/deprecate", body, BaseOut)
+        document = connection.api.post(f"/v1/bases/{quote(base)}/deprecate", body, wire.catalog.BaseOut)
     render.document(document, json, lambda: show_deprecation(document.name, document.deprecated))
 
 
@@ -191,12 +184,10 @@ def upgrade(
 
     Their scores on the new base are only reported: a release stays on the base that it was made for.
     """
-    from registry.wire.work import UpgradeOut
-
     with connected() as connection:
         following = new or _successor(connection, old)
         body = {"old": old, "new": following, "suites": suite or [], "evaluate": not plan}
-        document = connection.api.post("/v1/upgrades", body, UpgradeOut)
+        document = connection.api.post("/v1/upgrades", body, wire.work.UpgradeOut)
         if document.job is not None and wait:
             with jobs_running(connection, document.job):
                 document = _followed(connection, document, document.job)
@@ -217,20 +208,18 @@ def _successor(connection: Connection, old: str) -> str:
     return deprecated.successor
 
 
-def _followed(connection: Connection, document: "UpgradeOut", job: int) -> "UpgradeOut":
+def _followed(connection: Connection, document: "wire.work.UpgradeOut", job: int) -> "wire.work.UpgradeOut":
     """Waits until the upgrade's evaluation ends; returns the complete report."""
-    from registry.wire.work import JobOut, UpgradeOut
-
     interrupts.kept = f"job {job} goes on; `adaptory jobs {job}` shows it"
     with render.progress("upgrade", None) as bar:
         while document.state in ("queued", "running"):
             time.sleep(_POLL_S)
-            bar.show_running(connection.api.get(f"/v1/jobs/{job}", JobOut).steps)
-            document = connection.api.get(f"/v1/upgrades/{job}", UpgradeOut)
+            bar.show_running(connection.api.get(f"/v1/jobs/{job}", wire.work.JobOut).steps)
+            document = connection.api.get(f"/v1/upgrades/{job}", wire.work.UpgradeOut)
     return document
 
 
-def _show_upgrade(document: "UpgradeOut") -> None:
+def _show_upgrade(document: "wire.work.UpgradeOut") -> None:
     fitting = sum(adapter.fits for adapter in document.adapters)
     render.heading(f"{len(document.adapters)} adapters on {document.old.name}, {fitting} fit {document.new.name}")
     rows = [
@@ -258,20 +247,18 @@ def _show_upgrade(document: "UpgradeOut") -> None:
         render.out(f"job {document.job} is {document.state}")
 
 
-def _registered(connection: Connection, request: dict[str, Any]) -> "BaseOut":
+def _registered(connection: Connection, request: dict[str, Any]) -> "wire.catalog.BaseOut":
     """Registers the base. If it belongs to someone else, who alone may add locations, or if its location is a
     directory, which only admins of the registry may add, retries without the location."""
-    from registry.wire.catalog import BaseOut
-
     try:
-        return connection.api.post("/v1/bases", request, BaseOut)
+        return connection.api.post("/v1/bases", request, wire.catalog.BaseOut)
     except NotAllowed as error:
         [location] = request["locations"]
         if error.code == "not_yours":
             request = {**request, "license": None}
         elif error.code != "role_missing" or not location.startswith("file://"):
             raise
-        document = connection.api.post("/v1/bases", {**request, "locations": []}, BaseOut)
+        document = connection.api.post("/v1/bases", {**request, "locations": []}, wire.catalog.BaseOut)
         render.say(f"note: {error.detail} {location} was not added to its locations.")
         return document
 
@@ -303,7 +290,7 @@ def base_request(
     }
 
 
-def _show(base: "BaseOut") -> None:
+def _show(base: "wire.catalog.BaseOut") -> None:
     pairs = [
         ("digest", base.digest),
         ("architecture", base.architecture_digest),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from composer.formats.untrusted import cut
+from registry import wire
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, release_directory
 from registry.cli.console.groups import root
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from composer.formats.adapters.inspection import Inspection
     from registry.client.diff import Compared
     from registry.client.lineage import Lineage
-    from registry.wire.quality import SuiteOut, SuiteResultsOut
 
 Json = dict[str, Any]
 """The report, or a part of it."""
@@ -42,7 +42,9 @@ class DiffSide:
     directory: Path | None = None
     made: "Lineage | None" = None
     path: str = ""
-    results: "dict[str, SuiteResultsOut]" = field(default_factory=dict[str, "SuiteResultsOut"])
+    results: "dict[str, wire.quality.SuiteResultsOut]" = field(
+        default_factory=dict[str, "wire.quality.SuiteResultsOut"]
+    )
 
 
 @root.command()
@@ -93,10 +95,8 @@ def diff(
     render.document(document, json, lambda: _show(document, everything=everything))
 
 
-def _subjects(old: str, new: str, *, with_suites: bool) -> "tuple[DiffSide, DiffSide, list[SuiteOut]]":
+def _subjects(old: str, new: str, *, with_suites: bool) -> "tuple[DiffSide, DiffSide, list[wire.quality.SuiteOut]]":
     """The two sides, and the suites that both have results on, if wanted; two directories need no registry."""
-    from registry.wire.quality import SuiteOut
-
     if Path(old).is_dir() and Path(new).is_dir():
         return _directory(Path(old)), _directory(Path(new)), []
     with connected() as connection:
@@ -106,7 +106,7 @@ def _subjects(old: str, new: str, *, with_suites: bool) -> "tuple[DiffSide, Diff
         common = _digests(before) & _digests(after)
         before, after = (replace(one, results=_results(connection, one, common)) for one in (before, after))
         compared = sorted(before.results.keys() & after.results.keys()) if with_suites else []
-        return before, after, [connection.api.get(f"/v1/suites/{digest}", SuiteOut) for digest in compared]
+        return before, after, [connection.api.get(f"/v1/suites/{digest}", wire.quality.SuiteOut) for digest in compared]
 
 
 def _digests(subject: DiffSide) -> set[str]:
@@ -125,14 +125,14 @@ def _warn_of_base(before: DiffSide, after: DiffSide) -> None:
         render.say(f"no suite has scores of both: adaptory eval {before.name} {after.name} --suite NAME records them")
 
 
-def _results(connection: Connection, subject: DiffSide, digests: set[str]) -> "dict[str, SuiteResultsOut]":
+def _results(connection: Connection, subject: DiffSide, digests: set[str]) -> "dict[str, wire.quality.SuiteResultsOut]":
     """The results by suite digest, of those suites for which they were recorded."""
-    from registry.wire.quality import SuiteResultsOut
-
-    results: dict[str, SuiteResultsOut] = {}
+    results: dict[str, wire.quality.SuiteResultsOut] = {}
     for digest in sorted(digests):
         with suppress(NotFound):
-            results[digest] = connection.api.get(f"{subject.path}/scores/{digest}/results", SuiteResultsOut)
+            results[digest] = connection.api.get(
+                f"{subject.path}/scores/{digest}/results", wire.quality.SuiteResultsOut
+            )
     return results
 
 
@@ -140,13 +140,12 @@ def _registered(connection: Connection, text: str) -> DiffSide:
     """A release or a base."""
     from registry.client.diff import Compared
     from registry.client.lineage import fetch_note, of_note, of_release
-    from registry.wire.catalog import ReleaseOut
 
     named, base = release_or_base(connection, text)
     if named is None:
         scores = Compared(base_digest=base.digest, base_name=base.name, scores=base.scores)
         return DiffSide(text, "base", scores, path=f"/v1/bases/{base.digest}")
-    release = connection.api.get(named.path, ReleaseOut)
+    release = connection.api.get(named.path, wire.catalog.ReleaseOut)
     directory = release_directory(connection, release) if release.kind == "adapter" else None
     note = _note(directory) if directory else fetch_note(connection.api, release)
     made = of_release(release, note) or of_note(note)

@@ -4,10 +4,11 @@ list | cancel, approve."""
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from registry import wire
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, jobs_running, resolved
 from registry.cli.console.groups import group, root
@@ -17,10 +18,6 @@ from registry.cli.releases.release import Channel, Ref, show_move
 from registry.errors import NotFound, Usage
 from registry.formats.references import parse_channel_reference
 from registry.sdk.connection import Connection
-
-if TYPE_CHECKING:
-    from registry.wire.catalog import NamedRelease
-    from registry.wire.quality import MoveOut, PolicyOut, PromotionOut
 
 NewChannel = Annotated[
     bool, typer.Option("--new-channel", help="The channel may be new, though the repository has others.")
@@ -50,30 +47,29 @@ def promote(  # noqa: PLR0913
     """
     from registry.cli.releases.release import warn_of_move_since
     from registry.client import channel_moves
-    from registry.wire.quality import PromotionOut
 
     with connected() as connection:
         release = resolved(connection, ref)
         confirm_new_channel(connection, release.line, to, agreed=new_channel)
         answer, since = channel_moves.promote(connection.api, release, to, reason, force=force)
-        if isinstance(answer, PromotionOut) and wait:
+        if isinstance(answer, wire.quality.PromotionOut) and wait:
             with jobs_running(connection, answer.job):
                 answer = _followed(connection, release, answer)
     render.document(answer, json, lambda: show_outcome(answer))
     warn_of_move_since(answer, since)
 
 
-def show_outcome(answer: "MoveOut | PromotionOut") -> None:
+def show_outcome(answer: "wire.quality.MoveOut | wire.quality.PromotionOut") -> None:
     """Shows the move of a promotion, or the promotion that waits."""
-    from registry.wire.quality import MoveOut
-
-    if isinstance(answer, MoveOut):
+    if isinstance(answer, wire.quality.MoveOut):
         show_move(answer)
     else:
         show_promotion(answer)
 
 
-def _followed(connection: Connection, release: "NamedRelease", promotion: "PromotionOut") -> "MoveOut":
+def _followed(
+    connection: Connection, release: "wire.catalog.NamedRelease", promotion: "wire.quality.PromotionOut"
+) -> "wire.quality.MoveOut":
     """Waits until the promotion ends, with its evaluation's bar; returns its move."""
     from registry.client import channel_moves
 
@@ -91,23 +87,21 @@ def _followed(connection: Connection, release: "NamedRelease", promotion: "Promo
         raise
 
 
-def _show_job(connection: Connection, promotion: "PromotionOut", bar: render.StepProgress) -> None:
+def _show_job(connection: Connection, promotion: "wire.quality.PromotionOut", bar: render.StepProgress) -> None:
     """Moves the bar to the running step of the promotion's evaluation."""
-    from registry.wire.work import JobOut
-
     if promotion.job is None or promotion.state != "pending":
         return
     with suppress(NotFound):  # another namespace's job, which measures the same
-        bar.show_running(connection.api.get(f"/v1/jobs/{promotion.job}", JobOut).steps)
+        bar.show_running(connection.api.get(f"/v1/jobs/{promotion.job}", wire.work.JobOut).steps)
 
 
-def _headline(promotion: "PromotionOut") -> str:
+def _headline(promotion: "wire.quality.PromotionOut") -> str:
     where = f"{promotion.repository}@{promotion.channel}"
     until = render.minute(promotion.expires_at)
     return f"promotion {promotion.id} of {promotion.version} to {where} waits, until {until} at most:"
 
 
-def show_promotion(promotion: "PromotionOut") -> None:
+def show_promotion(promotion: "wire.quality.PromotionOut") -> None:
     where = f"{promotion.repository}@{promotion.channel}"
     if promotion.state == "pending":
         render.out(_headline(promotion))
@@ -123,12 +117,10 @@ def show_promotion(promotion: "PromotionOut") -> None:
 @promotion_app.command("list")
 def list_promotions(channel: Channel, json: JsonFlag = False) -> None:
     """List the promotions to a channel that wait or have waited, newest first."""
-    from registry.wire.quality import PromotionOut
-
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         path = f"{connection.api.repository_path(str(repository))}/channels/{name}/promotions"
-        items = list(connection.api.pages(path, PromotionOut))
+        items = list(connection.api.pages(path, wire.quality.PromotionOut))
     rows = [
         (
             row.id,
@@ -148,12 +140,12 @@ def list_promotions(channel: Channel, json: JsonFlag = False) -> None:
 @promotion_app.command()
 def cancel(channel: Channel, json: JsonFlag = False) -> None:
     """Cancel the promotion that a channel waits for."""
-    from registry.wire.quality import PromotionOut
-
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         path = f"{connection.api.repository_path(str(repository))}/channels/{name}/promotions"
-        waiting = next((row for row in connection.api.pages(path, PromotionOut) if row.state == "pending"), None)
+        waiting = next(
+            (row for row in connection.api.pages(path, wire.quality.PromotionOut) if row.state == "pending"), None
+        )
         if waiting is None:
             raise NotFound(
                 "promotion_unknown",
@@ -161,7 +153,7 @@ def cancel(channel: Channel, json: JsonFlag = False) -> None:
                 subject=channel,
                 next_step=f"`adaptory promotion list {channel}` shows those that have waited.",
             )
-        document = connection.api.post(f"{path}/{waiting.id}/cancel", None, PromotionOut)
+        document = connection.api.post(f"{path}/{waiting.id}/cancel", None, wire.quality.PromotionOut)
     render.document(document, json, lambda: show_promotion(document))
 
 
@@ -174,17 +166,15 @@ def approve(
     json: JsonFlag = False,
 ) -> None:
     """Approve a release for a channel whose policy asks for it; a promotion that waits for it may complete."""
-    from registry.wire.quality import ApprovalOut, WithdrawnOut
-
     with connected() as connection:
         release = resolved(connection, ref)
         path = f"{release.line}/channels/{to}/approvals"
         if withdraw:
-            undone = connection.api.delete(f"{path}/{release.version}", WithdrawnOut)
+            undone = connection.api.delete(f"{path}/{release.version}", wire.quality.WithdrawnOut)
             line = f"approval of {release.name} for {to} withdrawn" if undone.withdrawn else "no approval to withdraw"
             render.document(undone, json, lambda: render.out(line))
             return
-        given = connection.api.post(path, {"version": release.version, "reason": reason}, ApprovalOut)
+        given = connection.api.post(path, {"version": release.version, "reason": reason}, wire.quality.ApprovalOut)
 
     def show() -> None:
         render.out(f"{given.user} approves {release.name} for {to}")
@@ -204,7 +194,6 @@ def set_policy(
     """Replace a channel's policy, its gate rules included."""
     from composer.formats.untrusted import read_text
     from registry.formats.channel_policy import MAX_CHARS, parse_policy
-    from registry.wire.quality import PolicyOut
 
     if (file is None) is not clear:
         raise Usage(
@@ -214,23 +203,21 @@ def set_policy(
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         path = f"{connection.api.repository_path(str(repository))}/channels/{name}/policy"
-        document = connection.api.put(path, policy, PolicyOut)
+        document = connection.api.put(path, policy, wire.quality.PolicyOut)
     render.document(document, json, lambda: _show_policy(channel, document))
 
 
 @policy_app.command()
 def show(channel: Channel, json: JsonFlag = False) -> None:
     """Show a channel's policy in YAML, in the form for `policy set`."""
-    from registry.wire.quality import PolicyOut
-
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         line = connection.api.repository_path(str(repository))
-        document = connection.api.get(f"{line}/channels/{name}/policy", PolicyOut)
+        document = connection.api.get(f"{line}/channels/{name}/policy", wire.quality.PolicyOut)
     render.document(document, json, lambda: _show_policy(channel, document))
 
 
-def _show_policy(channel: str, document: "PolicyOut") -> None:
+def _show_policy(channel: str, document: "wire.quality.PolicyOut") -> None:
     import yaml
 
     render.out(f"# {channel}, revision {document.revision}")
@@ -244,13 +231,12 @@ def _show_policy(channel: str, document: "PolicyOut") -> None:
 def confirm_new_channel(connection: Connection, line: str, channel: str, *, agreed: bool) -> None:
     """Says that a promotion creates the channel, if it does; `line` is the repository's route. Where the repository has
     other channels, the name may be misspelt: asks on a terminal, and raises Usage elsewhere, unless `agreed`."""
-    from registry.wire.catalog import RepositoryOut
-    from registry.wire.quality import PolicyOut
-
     known: list[str] = []
     with suppress(NotFound):
-        known = sorted(connection.api.get(line, RepositoryOut).channels)
-    if channel in known or (known and connection.api.get(f"{line}/channels/{channel}/policy", PolicyOut).revision):
+        known = sorted(connection.api.get(line, wire.catalog.RepositoryOut).channels)
+    if channel in known or (
+        known and connection.api.get(f"{line}/channels/{channel}/policy", wire.quality.PolicyOut).revision
+    ):
         return  # or somebody has set its policy
     listed = ", ".join(known[:_LISTED]) + (", …" if len(known) > _LISTED else "")
     message = f"creates channel {channel}" + (f"; channels here: {listed}" if known else "")
@@ -279,11 +265,9 @@ def delete(
     A channel that serves a release is refused: its clients would find nothing. If it has none, an admin may delete it
     with --serving and --reason.
     """
-    from registry.wire.quality import ChannelDeleted
-
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         path = f"{connection.api.repository_path(str(repository))}/channels/{name}"
-        document = connection.api.delete(path, ChannelDeleted, serving=serving, reason=reason)
+        document = connection.api.delete(path, wire.quality.ChannelDeleted, serving=serving, reason=reason)
     served = f", which served {document.served}" if document.served else ""
     render.document(document, json, lambda: render.out(f"deleted {channel}{served}"))

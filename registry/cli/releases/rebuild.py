@@ -2,31 +2,30 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from registry import wire
 from registry.cli.console import render
 from registry.cli.console.connect import base_checkpoint, release_directory, resolved
 from registry.errors import Invalid, NotAllowed, Refused, Usage
 from registry.sdk.connection import Connection
 
-if TYPE_CHECKING:
-    from registry.wire.search import ResolvedRelease
-
 Json = dict[str, Any]
 """The report of a rebuild."""
 
 
-def rebuilt(connection: Connection, release: "ResolvedRelease", directory: Path, base_dir: Path | None) -> Json:
+def rebuilt(
+    connection: Connection, release: "wire.search.ResolvedRelease", directory: Path, base_dir: Path | None
+) -> Json:
     """Pulls the inputs, merges them into the base again and compares with the release's verified files in `directory`.
 
     The registry knows the inputs and weights, the release's own note how they were merged. Raises Refused for a release
     that is not a composition's, Invalid if registry and note disagree, NotAllowed for a hidden input.
     """
     from composer.merge.rebuild import plan_rebuild, rebuild
-    from registry.wire.catalog import ReleaseOut
 
     name = release.name
-    lineage = connection.api.get(release.path, ReleaseOut).inputs
+    lineage = connection.api.get(release.path, wire.catalog.ReleaseOut).inputs
     if release.kind != "model" or not lineage:
         raise Refused(
             "no_lineage", f"{name} is not a merged model from a composition, so it cannot be rebuilt.", subject=name
@@ -47,7 +46,7 @@ def rebuilt(connection: Connection, release: "ResolvedRelease", directory: Path,
         return rebuild(plan, directory, progress=done).to_json()
 
 
-def _weights_digest(release: "ResolvedRelease") -> str:
+def _weights_digest(release: "wire.search.ResolvedRelease") -> str:
     """The SHA-256 of an adapter's weights, by which a note names the adapter."""
     from composer.formats.adapters.facts import WEIGHTS_FILE
 

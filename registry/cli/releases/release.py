@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from registry import wire
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, resolved
 from registry.cli.console.groups import root
@@ -17,9 +18,6 @@ from registry.sdk.connection import Connection
 
 if TYPE_CHECKING:
     from registry.client.lineage import Lineage
-    from registry.wire.catalog import AdapterFactsOut, DeprecationOut, LicensesOut, ReleaseOut, SpectrumOut
-    from registry.wire.quality import MoveOut, PromotionOut
-    from registry.wire.search import ResolvedRelease
 
 Ref = Annotated[
     str, typer.Argument(help="REPO, REPO:VERSION, REPO@CHANNEL or REPO#COMMIT.", autocompletion=complete.references)
@@ -43,14 +41,16 @@ def list_repositories(
     json: JsonFlag = False,
 ) -> None:
     """List the repositories of adapters and models, or the releases of one."""
-    from registry.wire.catalog import RepositoryOut
-
     if name and "/" in name:
         log(name, json)
         return
     with connected() as connection:
         kinds = ("models",) if models else ("adapters", "models")
-        items = [row for kind in kinds for row in connection.api.pages(f"/v1/{kind}", RepositoryOut, namespace=name)]
+        items = [
+            row
+            for kind in kinds
+            for row in connection.api.pages(f"/v1/{kind}", wire.catalog.RepositoryOut, namespace=name)
+        ]
     rows = [
         (row.repository, row.kind, row.latest, [f"{channel}={served}" for channel, served in row.channels.items()])
         for row in items
@@ -63,11 +63,9 @@ def log(
     repository: Annotated[str, typer.Argument(metavar="REPO", help="NAMESPACE/NAME.")], json: JsonFlag = False
 ) -> None:
     """List a repository's releases, highest version first."""
-    from registry.wire.catalog import ReleaseOut
-
     with connected() as connection:
         line = connection.api.repository_path(str(parse_repository(repository)))
-        items = list(connection.api.pages(f"{line}/releases", ReleaseOut))
+        items = list(connection.api.pages(f"{line}/releases", wire.catalog.ReleaseOut))
     render.document({"items": items, "next": None}, json, lambda: show_releases(items))
 
 
@@ -83,15 +81,13 @@ def show(
     json: JsonFlag = False,
 ) -> None:
     """Show a release's facts, scores, files and lineage."""
-    from registry.wire.catalog import ReleaseOut, SpectrumOut
-
     with connected() as connection:
         path = resolved(connection, ref).path
         if modules:
-            spectrum = connection.api.get(f"{path}/spectrum", SpectrumOut)
+            spectrum = connection.api.get(f"{path}/spectrum", wire.catalog.SpectrumOut)
             render.document(spectrum, json, lambda: _show_spectrum(ref, spectrum))
             return
-        release = connection.api.get(path, ReleaseOut)
+        release = connection.api.get(path, wire.catalog.ReleaseOut)
         made = None if json else _made_of(connection, release)
         costs = [] if json else _guard_costs(connection, release)
     render.document(release, json, lambda: _show_release(release, made, costs))
@@ -120,12 +116,10 @@ def roll_back(
 @root.command()
 def history(channel: Channel, json: JsonFlag = False) -> None:
     """List every move of a channel, newest first."""
-    from registry.wire.quality import MoveOut
-
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         line = connection.api.repository_path(str(repository))
-        moves = list(connection.api.pages(f"{line}/channels/{name}/history", MoveOut))
+        moves = list(connection.api.pages(f"{line}/channels/{name}/history", wire.quality.MoveOut))
     rows = [
         (
             move.id,
@@ -154,16 +148,14 @@ def gate(
     json: JsonFlag = False,
 ) -> None:
     """Show a channel's gates, or replace all of them."""
-    from registry.wire.quality import GatesOut
-
     repository, name = parse_channel_reference(channel)
     with connected() as connection:
         path = f"{connection.api.repository_path(str(repository))}/gates"
         if rule or clear or repin:
             body = {"channel": name, "rules": rule or ([] if clear else None), "repin": repin}
-            document = connection.api.put(path, body, GatesOut)
+            document = connection.api.put(path, body, wire.quality.GatesOut)
         else:
-            document = connection.api.get(path, GatesOut)
+            document = connection.api.get(path, wire.quality.GatesOut)
     rules = document.gates.get(name, [])
     render.document(
         {"channel": channel, "rules": rules},
@@ -175,23 +167,21 @@ def gate(
 @root.command()
 def yank(ref: Ref, reason: Why = "", json: JsonFlag = False) -> None:
     """Exclude a release from resolution; its exact version still resolves, with a warning."""
-    from registry.wire.catalog import ReleaseOut
-
     _need_reason("A yank", ref, reason)
     with connected() as connection:
-        release = connection.api.post(f"{_exactly(connection, ref).path}/yank", {"reason": reason}, ReleaseOut)
+        release = connection.api.post(
+            f"{_exactly(connection, ref).path}/yank", {"reason": reason}, wire.catalog.ReleaseOut
+        )
     render.document(release, json, lambda: render.out(f"yanked {release.name}: {reason}"))
 
 
 @root.command()
 def unyank(ref: Ref, reason: Why = "", json: JsonFlag = False) -> None:
     """Undo a yank."""
-    from registry.wire.catalog import ReleaseOut
-
     _need_reason("An unyank", ref, reason)
     with connected() as connection:
         before = _exactly(connection, ref, warned=True)
-        release = connection.api.post(f"{before.path}/unyank", {"reason": reason}, ReleaseOut)
+        release = connection.api.post(f"{before.path}/unyank", {"reason": reason}, wire.catalog.ReleaseOut)
     line = f"unyanked {release.name}: {reason}" if before.yanked else f"{release.name} is not yanked: nothing to do"
     render.document(release, json, lambda: render.out(line))
 
@@ -212,10 +202,10 @@ def takedown(
 
     Versions with the same files go with it, and the namespace cannot publish them or their weights again.
     """
-    from registry.wire.catalog import TakedownOut
-
     with connected() as connection:
-        taken = connection.api.post(f"{_exactly(connection, ref).path}/takedown", {"reason": reason}, TakedownOut)
+        taken = connection.api.post(
+            f"{_exactly(connection, ref).path}/takedown", {"reason": reason}, wire.catalog.TakedownOut
+        )
 
     def show() -> None:
         for name in taken.releases:
@@ -241,12 +231,10 @@ def deprecate(
     json: JsonFlag = False,
 ) -> None:
     """Mark a release as deprecated, and warn wherever it is resolved; nothing is blocked."""
-    from registry.wire.catalog import ReleaseOut
-
     body = deprecation_body(ref, reason, successor, undo=undo)
     with connected() as connection:
         path = _exactly(connection, ref, warned=True).path
-        release = connection.api.post(f"{path}/deprecate", body, ReleaseOut)
+        release = connection.api.post(f"{path}/deprecate", body, wire.catalog.ReleaseOut)
     render.document(release, json, lambda: show_deprecation(release.name, release.deprecated))
 
 
@@ -262,25 +250,25 @@ def deprecation_body(what: str, reason: str | None, successor: str | None, *, un
     return {"reason": reason, "successor": successor}
 
 
-def show_deprecation(name: str, deprecated: "DeprecationOut | None") -> None:
+def show_deprecation(name: str, deprecated: "wire.catalog.DeprecationOut | None") -> None:
     words = deprecation_words(deprecated)
     render.out(f"{name} is deprecated: {words}" if words else f"{name} is not deprecated")
 
 
-def deprecation_words(deprecated: "DeprecationOut | None") -> str | None:
+def deprecation_words(deprecated: "wire.catalog.DeprecationOut | None") -> str | None:
     """Why something is deprecated and what follows it; None if it is not."""
     if deprecated is None:
         return None
     return deprecated.reason + (f"; use {deprecated.successor}" if deprecated.successor else "")
 
 
-def license_words(licenses: "LicensesOut") -> list[str] | None:
+def license_words(licenses: "wire.catalog.LicensesOut") -> list[str] | None:
     """`base MIT`, `adapter Apache-2.0`, …; None if nothing is stated."""
     stated = [("base", licenses.base), ("adapter", licenses.adapter), *(("data", name) for name in licenses.data)]
     return [f"{part} {name}" for part, name in stated if name] or None
 
 
-def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> "ResolvedRelease":
+def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> "wire.search.ResolvedRelease":
     """The release that an exact reference names. Raises Usage for a moving one: repeating the command would hit the
     next release."""
     named = parse_reference(ref)
@@ -294,7 +282,7 @@ def _exactly(connection: Connection, ref: str, *, warned: bool = False) -> "Reso
     return resolved(connection, ref, warned=warned)
 
 
-def _show_spectrum(ref: str, spectrum: "SpectrumOut") -> None:
+def _show_spectrum(ref: str, spectrum: "wire.catalog.SpectrumOut") -> None:
     ranks = [*spectrum.energy]
     rows = [
         (
@@ -321,7 +309,7 @@ def used_ranks(rank_95: int, rank_99: int) -> str:
     return f"95 % in rank {rank_95}, 99 % in rank {rank_99}"
 
 
-def _made_of(connection: Connection, release: "ReleaseOut") -> "Lineage | None":
+def _made_of(connection: Connection, release: "wire.catalog.ReleaseOut") -> "Lineage | None":
     """The release's lineage; without its note, and with a warning, if the store has lost that."""
     from registry.client.lineage import fetch_note, of_release
 
@@ -333,7 +321,7 @@ def _made_of(connection: Connection, release: "ReleaseOut") -> "Lineage | None":
     return of_release(release, note)
 
 
-def _guard_costs(connection: Connection, release: "ReleaseOut") -> list[tuple[str, str]]:
+def _guard_costs(connection: Connection, release: "wire.catalog.ReleaseOut") -> list[tuple[str, str]]:
     """By guard, what its loss costs beside the base's on the same content."""
     from composer.formats.recipes.suite import guard_cost
 
@@ -349,7 +337,7 @@ def _guard_costs(connection: Connection, release: "ReleaseOut") -> list[tuple[st
     ]
 
 
-def _adapter_lines(facts: "AdapterFactsOut") -> list[tuple[str, Any]]:
+def _adapter_lines(facts: "wire.catalog.AdapterFactsOut") -> list[tuple[str, Any]]:
     return [
         ("rank", facts.rank_max or None),
         ("alpha", facts.alpha if facts.rank_max else None),
@@ -359,7 +347,7 @@ def _adapter_lines(facts: "AdapterFactsOut") -> list[tuple[str, Any]]:
     ]
 
 
-def _show_release(release: "ReleaseOut", made: "Lineage | None", costs: list[tuple[str, str]]) -> None:
+def _show_release(release: "wire.catalog.ReleaseOut", made: "Lineage | None", costs: list[tuple[str, str]]) -> None:
     from registry.client.diff import stated_provenance
 
     facts = release.adapter or release.model
@@ -398,7 +386,7 @@ def _show_release(release: "ReleaseOut", made: "Lineage | None", costs: list[tup
     render.table("", ("file", "size", "sha256"), files)
 
 
-def warn_of_move_since(move: "MoveOut | PromotionOut", since: str | None) -> None:
+def warn_of_move_since(move: "wire.quality.MoveOut | wire.quality.PromotionOut", since: str | None) -> None:
     """Warns that the channel was moved again after a move whose response was lost; `since` is its current version."""
     if since is not None:
         where = f"{move.repository}@{move.channel}"
@@ -408,7 +396,7 @@ def warn_of_move_since(move: "MoveOut | PromotionOut", since: str | None) -> Non
         )
 
 
-def show_move(move: "MoveOut") -> None:
+def show_move(move: "wire.quality.MoveOut") -> None:
     """Shows a move with its time. Promoting what is served already returns the last move, and changes nothing."""
     if not move.changed:
         made = f"{move.kind}, move {move.id} at {render.second(move.at)}"
@@ -443,7 +431,7 @@ def sign(
     render.document(release, json, lambda: render.out(f"signed {release.name} {release.commit[:12]} by {signed_by}"))
 
 
-def signer(release: "ReleaseOut") -> str | None:
+def signer(release: "wire.catalog.ReleaseOut") -> str | None:
     """The signer that the registry knows, a publisher or a worker, marked if the signature covers only files."""
     if not release.signed_by:
         return None

@@ -1,20 +1,15 @@
 """adaptory search"""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from registry import wire
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected
 from registry.cli.console.groups import root
 from registry.cli.console.render import JsonFlag
-
-if TYPE_CHECKING:
-    from registry.wire.catalog import ReleaseOut
-    from registry.wire.quality import ScoreOut
-    from registry.wire.search import FoundPage
-
 
 WIRE_NAMES = {"adapter_type": "type", "license_": "license"}
 """Search parameters whose REST name differs, because Python reserves it."""
@@ -82,14 +77,12 @@ def search(  # noqa: PLR0913
     render.more(page.next, json)
 
 
-def _matching(query: dict[str, Any]) -> "FoundPage":
-    from registry.wire.search import FoundPage
-
+def _matching(query: dict[str, Any]) -> "wire.search.FoundPage":
     with connected() as connection:
-        return connection.api.get("/v1/releases", FoundPage, **query)
+        return connection.api.get("/v1/releases", wire.search.FoundPage, **query)
 
 
-def show_releases(releases: "Sequence[ReleaseOut]") -> None:
+def show_releases(releases: "Sequence[wire.catalog.ReleaseOut]") -> None:
     """Prints releases as a table with their scores and remarks."""
     rows = [
         (
@@ -106,15 +99,13 @@ def show_releases(releases: "Sequence[ReleaseOut]") -> None:
     render.table("", ("release", "commit", "base", "rank", "targets", "scores", "note"), rows)
 
 
-def _remarks(release: "ReleaseOut") -> list[str]:
+def _remarks(release: "wire.catalog.ReleaseOut") -> list[str]:
     """Notes on why a release needs care: it is yanked; as a hit, also for another base, or refused by the server."""
-    from registry.wire.search import FoundOut
-
     remarks = ["taken down" if release.taken_down else "yanked"] if release.yanked else []
     for what, deprecated in (("deprecated", release.deprecated), ("base deprecated", release.base_deprecated)):
         if deprecated:
             remarks.append(f"{what}: use {deprecated.successor}" if deprecated.successor else what)
-    if not isinstance(release, FoundOut):
+    if not isinstance(release, wire.search.FoundOut):
         return remarks
     if release.related:
         remarks.append(f"not for {release.related.base.name}: {release.related.relation}")
@@ -123,5 +114,5 @@ def _remarks(release: "ReleaseOut") -> list[str]:
     return remarks
 
 
-def _score(score: "ScoreOut") -> str:
+def _score(score: "wire.quality.ScoreOut") -> str:
     return f"{score.suite} {score.metric} {score.value:.3f}{' reported' if score.reported else ''}"

@@ -3,11 +3,12 @@
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from composer.formats.untrusted import read_text
+from registry import wire
 from registry.cli.console import complete, render
 from registry.cli.console.connect import connected, release_directory, resolved
 from registry.cli.console.groups import refuse_idle, root
@@ -20,11 +21,6 @@ from registry.formats.signatures import Signed
 from registry.sdk.connection import Connection
 from registry.sdk.fit import fitting_base
 from registry.sdk.local_files import total_bytes
-
-if TYPE_CHECKING:
-    from registry.wire.catalog import NamedRelease, PublishedOut
-    from registry.wire.quality import MoveOut, PromotionOut
-    from registry.wire.search import ResolvedRelease
 
 Json = dict[str, Any]
 """A document of this command, or a part of one."""
@@ -76,7 +72,6 @@ def push(  # noqa: PLR0913
     from registry.client.selection import select_files
     from registry.client.signing import Publication
     from registry.sdk.publishing import publish
-    from registry.wire.quality import MoveOut, PromotionOut
 
     reference = single_version(target, bump)
     if channel:
@@ -101,9 +96,9 @@ def push(  # noqa: PLR0913
         if not json:
             show_push(published, sent)  # before the channel moves: the release is published even if that fails
         moved = _promote(connection, published.release, channel) if channel else None
-    left_out, move = list(selection.left_out), moved if isinstance(moved, MoveOut) else None
+    left_out, move = list(selection.left_out), moved if isinstance(moved, wire.quality.MoveOut) else None
     document: Json = {**published.document, "sent": sent, "left_out": left_out, "move": move}
-    if isinstance(moved, PromotionOut):
+    if isinstance(moved, wire.quality.PromotionOut):
         document["promotion"] = moved
     failure = moved if isinstance(moved, RegistryError) else None
     if failure:
@@ -111,12 +106,14 @@ def push(  # noqa: PLR0913
     render.document(document, json, lambda: _show_moved(moved), failure)
 
 
-def _show_moved(moved: "MoveOut | PromotionOut | RegistryError | None") -> None:
+def _show_moved(moved: "wire.quality.MoveOut | wire.quality.PromotionOut | RegistryError | None") -> None:
     if moved and not isinstance(moved, RegistryError):
         show_outcome(moved)
 
 
-def _promote(connection: Connection, release: "NamedRelease", channel: str) -> "MoveOut | PromotionOut | RegistryError":
+def _promote(
+    connection: Connection, release: "wire.catalog.NamedRelease", channel: str
+) -> "wire.quality.MoveOut | wire.quality.PromotionOut | RegistryError":
     """Moves the channel to the published release. Returns the move, the promotion that waits, or the error."""
     from registry.client.channel_moves import promote
 
@@ -213,7 +210,7 @@ def verify(  # noqa: PLR0913
     if not rebuild:
         refuse_idle({"--base-dir": base_dir, **local}, "here: it is for merges that are rebuilt with --rebuild", _HELP)
     document: Json = {"what": what}
-    release: ResolvedRelease | None = None
+    release: wire.search.ResolvedRelease | None = None
     connection: Connection | None = None
     with ExitStack() as stack:
         if not directory.is_dir():
@@ -286,13 +283,13 @@ def _provenance(path: Path) -> Json:
     return parse_provenance(load_mapping(read_text(path, FRONT_MATTER_BYTES), path.name), path.name)
 
 
-def show_warnings(published: "PublishedOut") -> None:
+def show_warnings(published: "wire.catalog.PublishedOut") -> None:
     """Shows what a push warns of."""
     for finding in published.warnings:
         render.say(f"{finding['severity']}: {finding['message']}")
 
 
-def show_push(published: "PublishedOut", sent: int) -> None:
+def show_push(published: "wire.catalog.PublishedOut", sent: int) -> None:
     """Shows what a push has published, or that it was there already."""
     release, done = published.release, "published"
     if not published.created:
