@@ -379,6 +379,10 @@ class Settings(BaseSettings):
     rate_limit: Annotated[str, AfterValidator(_rate)] = DEFAULT_RATE
     """Maximum requests to one server process per token, or per address without one; beyond it 429 with
     `Retry-After`. Empty for no limit."""
+    streams: int = Field(default=200, ge=1, le=100_000)
+    """Maximum event streams and waiting polls of one server process at a time; each takes about 60 kB."""
+    streams_per_token: int = Field(default=20, ge=1, le=100_000)
+    """The same for one token, or for one address without a token."""
     trusted_proxies: Annotated[str, AfterValidator(_addresses)] = ""
     """Comma-separated addresses and networks of proxies whose `X-Forwarded-For` a server trusts; none by default."""
     files_url: Annotated[str, AfterValidator(_files_url)] | None = None

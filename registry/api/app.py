@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from registry.api.http import problems
 from registry.api.http.callers import ActorCache
-from registry.api.http.events import EventStreams, Feed
 from registry.api.http.exchanges import AccessLog, Exchanges, Observe
+from registry.api.http.feed import Feed, OpenStreams
 from registry.api.http.file_origin import FileOrigin
 from registry.api.http.guards import BodyLimit, CallerLimits, HeaderLimit, OwnHost, SameSite
 from registry.api.http.loopback import AskForSecret, Secret
@@ -37,6 +37,7 @@ ROUTERS: tuple[Entry, ...] = (
     # Tried in order, most used first. Suites before bases: /v1/bases/{base:path} matches everything.
     ("search", "router", ("releases", "resolve")),
     ("channels", "repository_routes", ("channels", "gates", "moves")),
+    ("follow", "router", ("follow",)),
     ("releases", "repository_routes", ("adapters", "models")),
     ("suites", "repository_routes", ("scores", "target-suite")),
     ("suites", "router", ("suites", "bases")),
@@ -123,7 +124,7 @@ def _application(resources: Resources, *, tokens: bool) -> FastAPI:
     app.state.secret = None
     app.state.file_origin = FileOrigin.of(resources.settings) if tokens else None
     app.state.uploads = UploadThreads(resources.settings.max_concurrent_uploads if tokens else None)
-    app.state.event_streams = EventStreams()
+    app.state.open_streams = OpenStreams(resources.settings.streams_per_token, resources.settings.streams)
     app.state.feed = Feed(resources, app.state)
     app.state.downloads_limiter = CapacityLimiter(DOWNLOAD_THREADS)
     app.state.callers = ActorCache(resources, single_user=not tokens)

@@ -16,6 +16,7 @@ licenses:                            # of the base, the adapter and its data; of
   refuse: [CC-BY-NC-4.0, {base: llama3.1, adapter: Apache-2.0}]   # a name, or a combination
 verdict: ok                          # the worst accepted verdict of a composed release's conflict check
 loads_in: ["vllm:16", peft]          # servers that must load an adapter as it is
+on_yank: keep                        # go on serving a release that is yanked, until the next move; or `fall_back`
 force: admin                         # the role that may force a promotion; or `never`, as without it beside an approval
 expires_hours: 24                    # how long a promotion waits for what it lacks
 """
@@ -171,6 +172,11 @@ class ChannelPolicy(Document):
     force: Literal["releaser", "admin", "never"] | None = Field(
         None,
         description="The lowest role that may force a promotion; by default never with an approval, else releaser.",
+    )
+    on_yank: Literal["fall_back", "keep"] = Field(
+        "fall_back",
+        description="What the channel serves when its release is yanked: the one before, or the same until it is "
+        "moved.",
     )
     expires_hours: Annotated[float, Field(gt=0, le=MAX_HOURS)] = Field(
         24.0, description="How long a promotion waits for what it lacks."

@@ -35,7 +35,7 @@ from registry.database.tables import (
 from registry.domain.access import audit
 from registry.domain.access.audit import Act
 from registry.domain.catalog.releases import full_name
-from registry.domain.channels.moves import DELETION, serving_move
+from registry.domain.channels.serving import CHANGES, DELETION, serving_move
 from registry.errors import RegistryError
 from registry.formats.manifest import ManifestFile, canonical_manifest, commit_id
 from registry.formats.references import ABSENT, RESERVED_NAMESPACES, Digest, parse_version
@@ -226,7 +226,8 @@ def _check_channels(session: Session, progress: Progress) -> Iterator[Finding]:
 
 
 def _check_moves(subject: str, channel: Channel, moves: Sequence[Move]) -> Iterator[Finding]:
-    """The history is one chain: each move starts where the one before it ended."""
+    """The moves are one chain: each starts where the one before it ended."""
+    moves = [move for move in moves if move.kind not in CHANGES]
     last = moves[-1] if moves and moves[-1].kind != DELETION else None
     if (last.id if last else None) != channel.move_id:
         yield _error("channel_adrift", subject, f"{subject} is not where its last move put it.")
@@ -253,7 +254,7 @@ def _check_served(session: Session, subject: str, channel: Channel) -> Iterator[
 
 
 def _check_audit(session: Session, subject: str, moves: set[int]) -> Iterator[Finding]:
-    acts = (Act.CHANNEL_PROMOTE, Act.CHANNEL_ROLLBACK, Act.CHANNEL_DELETE)
+    acts = (Act.CHANNEL_PROMOTE, Act.CHANNEL_ROLLBACK, Act.CHANNEL_DELETE, *CHANGES.values())
     rows = session.scalars(select(AuditRow).where(AuditRow.subject == subject, AuditRow.act.in_(acts))).all()
     recorded = [(row.after or row.detail).get("move") for row in rows]  # before schema 0002 it was a detail
     if sorted(move for move in recorded if move is not None) != sorted(moves):

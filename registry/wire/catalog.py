@@ -347,3 +347,21 @@ class YankIn(WireIn):
     """The reason of a yank, an unyank or a takedown."""
 
     reason: str = Field(min_length=1, max_length=1000)
+
+
+class WithdrawIn(YankIn):
+    dry_run: bool = Field(default=False, description="Change nothing; the answer says what would be served.")
+
+
+class ServedChangeOut(Wire):
+    """A channel that serves another version than `before`: `after`. Null is nothing."""
+
+    channel: str
+    before: str | None
+    after: str | None
+
+
+class WithdrawnOut(ReleaseOut):
+    """The release after a yank or an unyank, and the channels that serve another release because of it."""
+
+    channels: list[ServedChangeOut]

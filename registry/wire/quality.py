@@ -102,17 +102,34 @@ class SuiteOut(Wire):
 
 
 class ChannelOut(Wire):
-    """`move` is the id of the last move and the channel's ETag. `version` is what the channel serves, null if every
-    candidate is yanked; `passes_over` is the version of the last move, if that is yanked."""
+    """`move` is the id of the last move. `version` is what the channel serves, null if every candidate is yanked;
+    `passes_over` is the version of the last move, if that is yanked and not served; `yanked` says that it is served all
+    the same, since the channel's policy keeps it until the next move."""
 
     repository: str
     channel: str
     version: str | None
     commit: str | None
     passes_over: str | None = None
+    yanked: bool = False
     moved_at: datetime
     moved_by: str
     move: int
+
+
+class FollowedOut(Wire):
+    """A followed channel: its last move, and the version and commit that it serves, null if every candidate is
+    yanked."""
+
+    move: int
+    version: str | None
+    commit: str | None
+
+
+class FollowOut(Wire):
+    """The followed channels by name; null for one that does not exist or that the caller may not read."""
+
+    channels: dict[str, FollowedOut | None]
 
 
 class OtherScoreOut(Wire):
@@ -142,7 +159,9 @@ class GateResultOut(Wire):
 
 
 class MoveOut(Wire):
-    """A channel's move, by a promotion, a rollback or a deletion; `from_version` is null for the first one.
+    """An entry of a channel's history: a move, by a promotion, a rollback or a deletion, or a change of what is served
+    of the `kind` yank, unyank or policy. `from_version` is null if nothing was served, and equal to `to_version` if
+    nothing is served afterwards.
 
     `changed` is false in the answer to a promotion of what the channel served already: it is then the last move."""
 

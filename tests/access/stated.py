@@ -14,6 +14,7 @@
 _ROUTES = """
 GET    /v1/releases                                                             inside: everybody
 GET    /v1/resolve                                                              inside: reader
+GET    /v1/follow                                                               inside: everybody
 GET    /v1/{kind}/{namespace}/{name}/channels                                   reader
 GET    /v1/{kind}/{namespace}/{name}/channels/{channel}                         reader
 DELETE /v1/{kind}/{namespace}/{name}/channels/{channel}                         releaser

@@ -245,6 +245,8 @@ def _filled(method: str, path: str, things: Things, house: House) -> str:
     assert "{" not in path, f"say here what {path} is filled with"
     if path == "/v1/resolve":
         path += f"?ref={things.namespace}/sql:1.0.0"
+    if path == "/v1/follow":
+        path += f"?channels={things.namespace}/sql@prod,{PUBLIC}/sql@prod"
     if path.endswith("/judgement"):
         path += "?version=1.0.0"
     if path.startswith("/v1/blobs/") and method == "PUT":

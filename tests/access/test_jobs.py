@@ -21,7 +21,7 @@ from registry.domain.compositions import compositions
 from registry.domain.jobs import queue
 from registry.domain.jobs.queue import Amount
 from tests import services
-from tests.access.house import HOST, PRIVATE, PUBLIC, House, borrowed, build_house, new_environment
+from tests.access.house import HOST, PRIVATE, PUBLIC, House, borrowed, build_house, entered, new_environment
 from tests.eventually import eventually
 from tests.registry.api.test_pages import counted
 
@@ -160,39 +160,39 @@ def test_a_role_that_is_lost_ends_a_stream_and_who_has_none_gets_no_event(house:
     assert time.monotonic() - began < 15
 
 
-def test_a_user_has_a_limited_number_of_streams_and_gets_one_back_by_hanging_up(
+def test_a_token_has_a_limited_number_of_streams_and_gets_one_back_by_hanging_up(
     house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(events, "PER_USER", 2)
     monkeypatch.setattr(events, "KEEP_ALIVE_S", 0.3)  # in this process, a disconnect is noticed at the next message
     _, job_id = new_job(house)
     path = f"/v1/jobs/{job_id}/events"
+    limited = entered(house, house.environ, streams_per_token=2, streams=2)
 
     def another(streams: ExitStack) -> list[httpx2.Response]:
-        """Another open stream, once one that was hung up, here or by a test before, has been noticed."""
-        answer = streams.enter_context(opened(house, path))
+        """Another open stream, once one that was hung up has been noticed."""
+        answer = streams.enter_context(opened(limited, path))
         return [answer] if answer.status_code == 200 else []
 
-    with ExitStack() as all_of_them:
+    with ExitStack() as both:
         for _ in range(2):
-            read(eventually(partial(another, all_of_them), within_s=10)[0], 1)
-        refused = house.ask("admin", "GET", path)
+            read(another(both)[0], 1)
+        refused = limited.ask("admin", "GET", path)
         assert (refused.status_code, refused.json()["code"]) == (429, "too_many_streams")
-        assert "2 for a user" in refused.json()["detail"]
-        monkeypatch.setattr(events, "PER_PROCESS", 2)
-        assert house.ask("operator", "GET", path).json()["code"] == "too_many_streams", "of all users together"
+        assert "2 for a token" in refused.json()["detail"]
+        assert limited.ask("operator", "GET", path).json()["code"] == "too_many_streams", "of all callers together"
     with ExitStack() as one_of_them:
         eventually(partial(another, one_of_them), within_s=10)
-    house.ask("admin", "POST", f"/v1/jobs/{job_id}/cancel")  # ends the last stream at once
+    limited.ask("admin", "POST", f"/v1/jobs/{job_id}/cancel")  # ends the last stream at once
     assert not [record for record in caplog.records if record.levelname == "ERROR"], "a hang-up is not a defect"
+    limited.close()
 
 
 def test_one_reader_reads_a_job_once_for_all_streams_that_follow_it(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many follow, an interval costs the same statements; all of them get each change."""
+    """However many follow, a commit costs the same statements; all of them get each change."""
     monkeypatch.setattr(events, "KEEP_ALIVE_S", 60.0)
-    monkeypatch.setattr(events, "ASK_AGAIN_S", 60.0)
+    house = entered(house, house.environ, access_cache_s=5)
     job_ids = [new_job(house)[1] for _ in range(2)]
     states = list[list[str]]()
 
@@ -205,14 +205,18 @@ def test_one_reader_reads_a_job_once_for_all_streams_that_follow_it(
         one.start()
     time.sleep(2)
     with counted(house.resources) as sent:
-        time.sleep(2)
+        for _ in range(5):
+            with house.resources.write() as session:
+                queue.find(session, job_ids[0]).heartbeat_at = house.resources.clock()
+            time.sleep(0.4)
         statements = len(sent)
     for job_id in job_ids:
         house.ask("admin", "POST", f"/v1/jobs/{job_id}/cancel")
     for one in threads:
         one.join(20)
     assert states == [["queued", "cancelled"]] * 18
-    assert 2 <= statements <= 5 * 8, "five intervals of at most eight statements"
+    house.close()
+    assert 5 <= statements <= 5 * 12, "five commits of at most twelve statements, their own included"
 
 
 def test_publishers_order_their_jobs_and_a_high_priority_needs_a_releaser(house: House) -> None:

@@ -94,7 +94,7 @@ def test_a_channel_moves_only_from_where_its_mover_saw_it(line: Line) -> None:
     problem(line.promote("1.1.0", If_None_Match="*"), 412, "channel_moved")
 
     seen = line.look()
-    assert seen.headers["ETag"] == created.headers["ETag"] == f'"{move["id"]}"'
+    assert seen.headers["ETag"] == created.headers["ETag"] == f'"{move["id"]}-1.0.0"'
     assert (seen.json()["version"], seen.json()["moved_by"]) == ("1.0.0", USER)
     assert len(seen.json()["commit"]) == 40
 

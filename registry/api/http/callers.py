@@ -1,5 +1,6 @@
 """Identifies callers: the single user of an embedded registry, the user of a token, or anonymous."""
 
+import asyncio
 import hashlib
 import logging
 import time
@@ -7,6 +8,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from datetime import datetime
 from threading import Lock
+
+from starlette.concurrency import run_in_threadpool
 
 from registry.domain.access import namespaces, sessions, tokens
 from registry.domain.access.audit import Actor
@@ -58,6 +61,7 @@ class ActorCache:
     single_user: bool
     _known: "OrderedDict[str, tuple[float, Caller]]" = field(default_factory=OrderedDict[str, tuple[float, Caller]])
     _public: tuple[float, frozenset[str]] = (0.0, frozenset())
+    _asking: "dict[str, asyncio.Future[Actor]]" = field(default_factory=dict[str, "asyncio.Future[Actor]"])
     _generation: int = 0
     _lock: Lock = field(default_factory=Lock)
 
@@ -76,6 +80,18 @@ class ActorCache:
         if known is None or known[0] < time.monotonic() or not _in_force(known[1], now):
             return None
         return _actor(known[1], now, public, credentials)
+
+    async def ask_once(self, credentials: Credentials) -> Actor:
+        """`ask` in a thread, for a request that only reads. Requests of the same caller that come meanwhile, such as
+        all streams of a token that are woken, share the read."""
+        key = credentials.key
+        if self.resources.settings.access_cache_s and key in self._asking:
+            await asyncio.wait([self._asking[key]])
+            if actor := self.remembered(credentials):
+                return actor
+        asking = self._asking[key] = asyncio.ensure_future(run_in_threadpool(self.ask, credentials))
+        asking.add_done_callback(lambda done: self._asking.pop(key) if self._asking.get(key) is done else None)
+        return await asyncio.shield(asking)
 
     def ask(self, credentials: Credentials) -> Actor:
         """The actor, from the database. Raises Unauthenticated for a token or a session that is not in force."""

@@ -1,235 +1,181 @@
-"""Server-sent events: the document of a job or composition, on every change until it has ended.
+"""Server-sent events: the document of a job or composition, or what channels serve, on every change.
 
-Each event is the whole document, and its id is a digest of the document. A client that sends the last id it has seen
-(`Last-Event-ID`) gets the current document if it differs. It misses nothing, since a later document says all that an
+Each event is the complete state, and its id is a digest of it. A client that sends the last id that it has seen
+(`Last-Event-ID`) gets the current state if that differs. It misses nothing, since a later state says all that an
 earlier one did, and sees nothing twice.
-
-One reader a process reads every followed document, however many streams follow it, and wakes the streams of those that
-have changed.
 """
 
-import asyncio
 import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Header, Request, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import State
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from registry.api.http.feed import Feed, Follower, Key, OpenStreams
 from registry.api.http.rules import ASKED_AGAIN
 from registry.database.engine import Session
 from registry.domain.access.audit import Actor
 from registry.domain.jobs.queue import FINISHED
-from registry.errors import RegistryError, TooMany
-from registry.transfer.resources import Resources
+from registry.errors import RegistryError
 
 if TYPE_CHECKING:
     from registry.wire.work import CompositionOut, JobOut
 
-PER_USER, PER_PROCESS = 20, 200
-"""Streams at a time."""
-POLL_S = 0.5
-ASK_AGAIN_S = 5.0
-"""How late a stream without events notices that its token was revoked."""
 KEEP_ALIVE_S = 15.0
 """Proxies close connections that are idle for about a minute."""
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+MEDIA_TYPE = "text/event-stream"
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 """nginx would collect events into blocks."""
 
 EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {}}},
+    200: {"content": {MEDIA_TYPE: {}}},
     204: {"description": "It has ended, and `Last-Event-ID` names its last event."},
 }
-"""What a route of events answers."""
+"""The answers of a route of events."""
 LastEventId = Annotated[
     str | None, Header(description="The id of the last event that was seen: the stream goes on after it.")
 ]
-
-
 Look = Callable[[Actor], "JobOut | CompositionOut"]
-"""What the actor may see now. Called in a thread; raises once the actor may no longer see it."""
+"""Reads what the actor may see now. Called in a thread; raises once the actor may no longer see it."""
 Documents = Callable[[Session, Sequence[int]], "Mapping[int, JobOut | CompositionOut]"]
-"""The documents with these ids; those that no longer exist are left out."""
-Key = tuple[Documents, int]
+"""Reads the documents with these ids; leaves out those that no longer exist."""
 
 
 @dataclass(frozen=True, slots=True)
-class DocumentEvent:
-    """A document as an event: its text, its id, and whether it is the last."""
+class Event:
+    """A state as an event, and whether it is the last. Two with the same id are equal."""
 
-    text: str
     id: str
-    ended: bool
-
-    @classmethod
-    def of(cls, document: "JobOut | CompositionOut") -> "DocumentEvent":
-        """The heartbeat is left out of the id: it moves although nothing has changed."""
-        same = document.model_dump_json(exclude={"heartbeat_at"})
-        return cls(document.model_dump_json(), sha256(same.encode()).hexdigest()[:16], document.state in FINISHED)
+    text: str = field(compare=False)
+    is_last: bool = field(default=False, compare=False)
 
 
-@dataclass(slots=True)
-class Followed:
-    """A document that streams follow. `latest` is None before it has been read for all of them, and `is_lost` once it
-    cannot be read."""
-
-    streams: int = 0
-    latest: DocumentEvent | None = None
-    is_lost: bool = False
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def put(self, snapshot: DocumentEvent | None) -> None:
-        if snapshot is None or self.latest is None or snapshot.id != self.latest.id:
-            self.latest, self.is_lost = snapshot, snapshot is None
-            self.wake()
-
-    def wake(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
-
-    async def news(self, within_s: float) -> None:
-        """Returns at the next change, or after that time."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                await self._news.wait()
+Render = Callable[[Mapping[Key, Hashable | None], Actor], Event | None]
+"""Makes the event of the followed states that the actor may read; None ends the stream."""
+AskAgain = Callable[[Actor], None]
+"""Raises if the actor, whose rights have changed, may no longer follow. Called in a thread."""
 
 
-class Feed:
-    """Reads the followed documents every POLL_S, all in one transaction. Used in its process's event loop alone."""
-
-    def __init__(self, resources: Resources, state: State) -> None:
-        self._resources, self._state = resources, state
-        self._followed: dict[Key, Followed] = {}
-        self._reader: asyncio.Task[None] | None = None
-
-    @contextmanager
-    def follow(self, key: Key) -> Generator[Followed]:
-        """Follows a document; the first stream starts the reader, and the last one ends it."""
-        followed = self._followed.setdefault(key, Followed())
-        followed.streams += 1
-        followed.latest = None  # the new stream may have seen another one
-        if self._reader is None or self._reader.done():
-            self._reader = asyncio.create_task(self._read_on())
-        try:
-            yield followed
-        finally:
-            followed.streams -= 1
-            if not followed.streams:
-                del self._followed[key]
-
-    async def _read_on(self) -> None:
-        while self._followed:
-            await asyncio.sleep(POLL_S)
-            followed, snapshots = dict(self._followed), dict[Key, DocumentEvent]()
-            try:
-                snapshots = await run_in_threadpool(self._read, list(followed))
-            except RegistryError:  # ends the streams: the next request gets this error
-                continue
-            finally:
-                for key, one in followed.items():
-                    one.put(snapshots.get(key))
-                    if self._state.draining:
-                        one.wake()
-
-    def _read(self, keys: Sequence[Key]) -> dict[Key, DocumentEvent]:
-        wanted = defaultdict[Documents, list[int]](list)
-        for documents, row_id in keys:
-            wanted[documents].append(row_id)
-        read = dict[Key, DocumentEvent]()
-        with self._resources.read() as session:
-            for documents, ids in wanted.items():
-                rows = documents(session, ids).items()
-                read |= {(documents, row_id): DocumentEvent.of(document) for row_id, document in rows}
-        return read
+def document_event(document: "JobOut | CompositionOut") -> Event:
+    """The event of a document. Its heartbeat is left out of the id: it moves although nothing has changed."""
+    same = document.model_dump_json(exclude={"heartbeat_at"})
+    return Event(sha256(same.encode()).hexdigest()[:16], document.model_dump_json(), document.state in FINISHED)
 
 
-class EventStreams:
-    """Counts the streams of this process. Used in its event loop alone."""
+class DocumentEvents:
+    """Reads documents as events. Equal for the same `documents`, so that the streams of all callers share one read."""
 
-    def __init__(self) -> None:
-        self._open: Counter[str] = Counter()
+    __slots__ = ("_documents",)
 
-    def open(self, user: str) -> None:
-        """Raises TooMany if the user, or the process, has reached its limit."""
-        if self._open[user] >= PER_USER or self._open.total() >= PER_PROCESS:
-            raise TooMany(
-                "too_many_streams",
-                f"{user} has {self._open[user]} event streams open, and this process {self._open.total()}; the limits "
-                f"are {PER_USER} for a user and {PER_PROCESS} for a process.",
-                subject=user,
-            )
-        self._open[user] += 1
+    def __init__(self, documents: Documents) -> None:
+        self._documents = documents
 
-    def close(self, user: str) -> None:
-        self._open[user] -= 1
-        self._open += Counter()  # without the users that have none
+    def __call__(self, session: Session, ids: Sequence[int]) -> Mapping[int, Event]:
+        return {row_id: document_event(document) for row_id, document in self._documents(session, ids).items()}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DocumentEvents) and other._documents is self._documents
+
+    def __hash__(self) -> int:
+        return hash(self._documents)
 
 
-async def stream(request: Request, actor: Actor, look: Look, key: Key, seen: str | None) -> Response:
-    """The events after the one that was `seen`; 204 if that was the last one, which stops a browser from reconnecting.
-    `key` leads to the same document as `look`. Raises what `look` raises, and TooMany."""
-    first = DocumentEvent.of(await run_in_threadpool(look, actor))
-    if first.ended and first.id == seen:
-        return Response(status_code=204, headers=_HEADERS)
-    return _Events(request, actor, look, key, first, seen)
+async def stream(
+    request: Request, actor: Actor, look: Look, documents: Documents, row_id: int, seen: str | None
+) -> Response:
+    """The events of a job or composition after the one that was `seen`; 204 if that was the last one, which stops a
+    browser from reconnecting. Raises what `look` raises, and TooMany."""
+    first = document_event(await run_in_threadpool(look, actor))
+    if first.is_last and first.id == seen:
+        return Response(status_code=204, headers=HEADERS)
+    key: Key = (DocumentEvents(documents), row_id)
+
+    def render(snapshots: Mapping[Key, Hashable | None], _actor: Actor) -> Event | None:
+        event = snapshots[key]
+        return event if isinstance(event, Event) else None
+
+    def ask_again(now: Actor) -> None:
+        look(now)
+
+    return EventStream(request, actor, [key], render, seen, ask_again)
 
 
-class _Events(StreamingResponse):
-    """Counts as open until it has been sent or the client has hung up."""
+class EventStream(StreamingResponse):
+    """Sends the event of what is followed whenever its id changes, until it is the last or the caller may no longer
+    follow. Counts as open until it has been sent or the client has hung up."""
 
     def __init__(
-        self, request: Request, actor: Actor, look: Look, key: Key, first: DocumentEvent, seen: str | None
+        self,
+        request: Request,
+        actor: Actor,
+        keys: Sequence[Key],
+        render: Render,
+        seen: str | None,
+        ask_again: AskAgain = lambda _actor: None,
     ) -> None:
-        super().__init__((), headers=_HEADERS, media_type="text/event-stream")
-        self._request, self._actor, self._look, self._key = request, actor, look, key
-        self._first, self._seen = first, seen
+        streams_of(request).refuse_more(stream_owner(actor))
+        super().__init__((), headers=HEADERS, media_type=MEDIA_TYPE)
+        self._request, self._actor, self._keys = request, actor, keys
+        self._render, self._seen, self._ask_again = render, seen, ask_again
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        state, user = self._request.app.state, self._actor.name
-        streams: EventStreams = state.event_streams
-        feed: Feed = state.feed
-        streams.open(user)
-        try:
-            with feed.follow(self._key) as followed:
-                self.body_iterator = self._events(followed)
-                await super().__call__(scope, receive, send)
-        finally:
-            streams.close(user)
+        with (
+            streams_of(self._request).one(stream_owner(self._actor)),
+            feed_of(self._request).follow(self._keys) as follower,
+        ):
+            self.body_iterator = self._events(follower)
+            await super().__call__(scope, receive, send)
 
-    async def _events(self, followed: Followed) -> AsyncIterator[str]:
-        snapshot, seen, said = self._first, self._seen, time.monotonic()
+    async def _events(self, follower: Follower) -> AsyncIterator[str]:
+        seen, said = self._seen, time.monotonic()
         while True:
-            if snapshot.id != seen:
-                seen, said = snapshot.id, time.monotonic()
-                yield f"id: {snapshot.id}\ndata: {snapshot.text}\n\n"
+            await follower.news(KEEP_ALIVE_S)
+            if follower.is_lost or not await self._may_go_on():
+                return
+            event = self._render(follower.snapshots, self._actor) if follower.snapshots else None
+            if follower.snapshots and event is None:
+                return
+            if event is not None and event.id != seen:
+                seen, said = event.id, time.monotonic()
+                yield f"id: {event.id}\ndata: {event.text}\n\n"
             elif time.monotonic() - said >= KEEP_ALIVE_S:
                 said = time.monotonic()
                 yield ": keep-alive\n\n"
-            if snapshot.ended or self._request.app.state.draining:  # another server goes on
+            if (event is not None and event.is_last) or self._request.app.state.draining:  # another server goes on
                 return
-            await followed.news(max(POLL_S, min(ASK_AGAIN_S, KEEP_ALIVE_S)))
-            if followed.is_lost or not await self._may_go_on():
-                return
-            snapshot = followed.latest or snapshot
 
     async def _may_go_on(self) -> bool:
-        """Whether the caller may still see the document: a revoked token or a lost role ends the stream, and the next
-        request gets the error, since the answer has begun. What a document shows to whom changes with roles alone."""
+        """Whether the caller may still follow: a revoked token or a lost role ends the stream, and the next request
+        gets the error, since the answer has begun. What a document shows to whom changes with roles alone."""
         try:
             actor = await ASKED_AGAIN(self._request)
             if _rights(actor) != _rights(self._actor):
-                await run_in_threadpool(self._look, actor)
+                await run_in_threadpool(self._ask_again, actor)
         except RegistryError:
             return False
         self._actor = actor
         return True
+
+
+def feed_of(request: Request) -> Feed:
+    feed: Feed = request.app.state.feed
+    return feed
+
+
+def streams_of(request: Request) -> OpenStreams:
+    streams: OpenStreams = request.app.state.open_streams
+    return streams
+
+
+def stream_owner(actor: Actor) -> str:
+    """Whose streams are counted together: a token's, or those of an address without one."""
+    address = (actor.source or "").partition(" ")[0]
+    return f"{actor.name} {address}" if actor.token_id is None else f"token {actor.token_id}"
 
 
 def _rights(actor: Actor) -> tuple[object, ...]:

@@ -23,6 +23,7 @@ BLOB_PATHS = "/v1/blobs/"
 STREAMED = re.compile(rf"{BLOB_PATHS}|/api/lfs/|/api/models/[^/]+/[^/]+/commit/|/xet/")
 """Limited when they are received: they never are in memory."""
 SIGN_IN_PATH = "/login"
+FOLLOW_PATH = "/v1/follow"
 HEALTH_PATHS = ("/healthz", "/readyz")
 """Not counted: probes are frequent, and share the address of a proxy in front."""
 NAMELESS_PATHS = (*HEALTH_PATHS, "/metrics")
@@ -102,6 +103,8 @@ class CallerLimits:
 
     A wrong token that somebody signs in with is counted so too; after too many, nobody signs in from the address.
 
+    Streams and waiting polls are not counted here but while they are open (`OpenStreams`).
+
     Each server process counts separately.
     """
 
@@ -129,14 +132,14 @@ class CallerLimits:
                 self._window.hit(rate, _guesses(credentials))
             await send(message)
 
-        error = await self._refusal(rate, credentials, signs_in=signs_in) if rate else None
+        error = await self._refusal(rate, credentials, signs_in=signs_in, streams=_streams(scope)) if rate else None
         if error is not None:
             await error_response(scope, error)(scope, receive, send)
         else:
             await self.app(scope, receive, count_guesses)
 
     async def _refusal(
-        self, rate: "RateLimitItem", credentials: Credentials, *, signs_in: bool
+        self, rate: "RateLimitItem", credentials: Credentials, *, signs_in: bool, streams: bool
     ) -> RegistryError | None:
         """Counts the request. Returns the error if it is refused."""
         guesses = _guesses(credentials)
@@ -150,7 +153,7 @@ class CallerLimits:
                 return self._too_many(rate, guesses, "invalid tokens from this address")
             except RegistryError as error:
                 return error
-        if not self._window.hit(rate, credentials.key):
+        if not streams and not self._window.hit(rate, credentials.key):
             whom = "this token" if credentials.authorization else "no token, from this address"
             return self._too_many(rate, credentials.key, whom)
         return None
@@ -158,6 +161,13 @@ class CallerLimits:
     def _too_many(self, rate: "RateLimitItem", key: str, whom: str) -> TooMany:
         error = TooMany("too_many_requests", f"More than {rate} requests with {whom}.")
         return error.again_in(self._window.get_window_stats(rate, key).reset_time - time.time())
+
+
+def _streams(scope: Scope) -> bool:
+    """Whether the request follows channels for a while."""
+    headers = dict(scope["headers"])
+    waits = b"text/event-stream" in headers.get(b"accept", b"") or b"wait" in headers.get(b"prefer", b"")
+    return scope["path"] == FOLLOW_PATH and waits
 
 
 def _guesses(credentials: Credentials) -> str:

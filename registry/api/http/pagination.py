@@ -8,7 +8,7 @@ from fastapi import Query
 
 from registry.api.http.request import MAX_DIGITS
 from registry.domain.channels.moves import NOTHING_YET
-from registry.domain.channels.policies import Expected
+from registry.domain.channels.policies import SERVES_NOTHING, Expected
 from registry.errors import Usage
 from registry.wire.document import Page, Wire
 
@@ -57,13 +57,15 @@ def page(items: Sequence[Item], limit: int, keys: Sequence[str | int]) -> Page[I
     return Page(items=list(items[:limit]), next=encode_cursor(keys[limit - 1]) if more else None)
 
 
-def etag(move_id: int) -> str:
-    """The ETag of a channel whose last move is this one."""
-    return f'"{move_id}"'
+def etag(move_id: int, served: str | None) -> str:
+    """The ETag of a channel: its last move, and the version that it serves, None for nothing. A yank changes that
+    without a move."""
+    return f'"{move_id}-{served or SERVES_NOTHING}"'
 
 
 def expected_from(if_match: str | None, if_none_match: str | None) -> Expected | None:
-    """Parses preconditions: `If-Match: "17"` is the last move seen; `If-None-Match: *` requires a new channel."""
+    """Parses preconditions: `If-Match: "17-1.2.0"` is the ETag that was seen last, `"17"` the last move alone;
+    `If-None-Match: *` requires a new channel."""
     if if_none_match is not None:
         if if_none_match.strip() != "*":
             raise Usage(
@@ -74,7 +76,7 @@ def expected_from(if_match: str | None, if_none_match: str | None) -> Expected |
         return Expected(NOTHING_YET)
     if if_match is None or if_match.strip() == "*":
         return None
-    text = if_match.strip().removeprefix("W/").strip('"')
-    if not text.isdecimal() or len(text) > MAX_DIGITS:
+    move, _, served = if_match.strip().removeprefix("W/").strip('"').partition("-")
+    if not move.isdecimal() or len(move) > MAX_DIGITS:
         raise Usage("bad_precondition", f"If-Match {if_match[:40]!r} is not the ETag of a channel.")
-    return Expected(int(text))
+    return Expected(int(move), served or None)

@@ -47,7 +47,11 @@ class Rule:
     async def _permitted(self, request: Request, *, changes: bool) -> Actor:
         callers = callers_of(request)
         credentials = self.credentials(request)
-        actor = callers.remembered(credentials, changes=changes) or await run_in_threadpool(callers.ask, credentials)
+        actor = callers.remembered(credentials, changes=changes)
+        if actor is None and changes:
+            actor = await run_in_threadpool(callers.ask, credentials)
+        elif actor is None:
+            actor = await callers.ask_once(credentials)
         request.state.actor = actor  # for errors that suggest alternatives
         if (exchange := current.get()) is not None:
             exchange.actor = actor.name

@@ -41,7 +41,8 @@ repository_routes = RepositoryRouter(tags=["channels"], route_class=Route)
 CHANNEL = "/{namespace}/{name}/channels/{channel}"
 IfMatch = Annotated[str | None, Header(description="The channel's ETag that you last saw.")]
 VersionQuery = Annotated[str, Query(max_length=100)]
-IfNoneMatch = Annotated[str | None, Header(description="`*`: only if the channel does not exist yet.")]
+IfNew = Annotated[str | None, Header(alias="If-None-Match", description="`*`: only if the channel does not exist yet.")]
+IfNoneMatch = Annotated[str | None, Header(description="The channel's ETag that you last saw.")]
 
 
 @repository_routes.get("/{namespace}/{name}/channels")
@@ -61,15 +62,25 @@ def list_channels(
         return page(items, limit, [row.name for row in rows])
 
 
-@repository_routes.get(CHANNEL)
+@repository_routes.get(CHANNEL, response_model=ChannelOut, responses={304: {}})
 def show_channel(
-    named: RepositoryOf, channel: str, resources: ResourcesOf, actor: Reader, response: Response
-) -> ChannelOut:
+    named: RepositoryOf,
+    channel: str,
+    resources: ResourcesOf,
+    actor: Reader,
+    response: Response,
+    if_none_match: IfNoneMatch = None,
+) -> Any:
+    """The channel, and what it serves now. 304 if that is as it was with the ETag of `If-None-Match`."""
     with resources.snapshot() as session:
         repository = named.find(session)
         row = moves.find(session, repository, channel)
-        response.headers["ETag"] = etag(row.move_id or 0)
-        return channel_view(session, row, repository)
+        view = channel_view(session, row, repository)
+    tag = etag(view.move, view.version)
+    if if_none_match is not None and tag in if_none_match.replace("W/", ""):
+        return Response(status_code=304, headers={"ETag": tag})
+    response.headers["ETag"] = tag
+    return view
 
 
 @repository_routes.put(CHANNEL, response_model=MoveOut, responses={202: {"model": PromotionOut}})
@@ -81,7 +92,7 @@ def promote(  # noqa: PLR0913
     actor: Releaser,
     request: Request,
     if_match: IfMatch = None,
-    if_none_match: IfNoneMatch = None,
+    if_none_match: IfNew = None,
     key: RequestKey = None,
 ) -> Response:
     """422 with the numbers if a gate fails; 412 if the channel no longer has the given ETag. 202 if the release lacks
@@ -106,7 +117,7 @@ def promote(  # noqa: PLR0913
             idempotency.store_answer(session, asked, {kind: outcome.id})
         if isinstance(outcome, Promotion):
             return Response(promotion_view(outcome).model_dump_json(), 202, media_type="application/json")
-    return json_response(move_document(outcome, named.name, channel), ETag=etag(outcome.id))
+    return json_response(move_document(outcome, named.name, channel), ETag=etag(outcome.id, outcome.to_version))
 
 
 def _made(
@@ -139,7 +150,7 @@ def roll_back(  # noqa: PLR0913
             repository = named.find(session)
             move = moves.roll_back(session, actor, repository, channel, to=to, reason=body.reason, expected=expected)
             idempotency.store_answer(session, asked, {"move": move.id})
-    return json_response(move_document(move, named.name, channel), ETag=etag(move.id))
+    return json_response(move_document(move, named.name, channel), ETag=etag(move.id, move.to_version))
 
 
 def _move(session: Session, named: NamedRepository, channel: str, move_id: int) -> timeline.ChannelMove:
@@ -201,7 +212,7 @@ def judge(
     wanted = moves.PromotionRequest(named.name, parse_version(version), channel, named.kind)
     with resources.snapshot() as session:
         judgement = promotions.judge(session, actor, wanted)
-    response.headers["ETag"] = etag(judgement.move)
+    response.headers["ETag"] = etag(judgement.move, judgement.served)
     return judgement_view(judgement, wanted)
 
 

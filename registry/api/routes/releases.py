@@ -1,5 +1,8 @@
 """Repositories and their releases. The same routes serve adapters and models."""
 
+from collections.abc import Callable
+from functools import partial
+
 from fastapi import Request, Response
 
 from registry.api.http.pagination import Cursor, Limit, decode_cursor, decode_number, encode_cursor, page
@@ -9,16 +12,20 @@ from registry.api.http.rules import Admin, Caller, Publisher, Reader, Releaser
 from registry.api.http.threads import in_store_threads
 from registry.api.routes.blobs import BYTES, ByteRange, file_response
 from registry.api.routes.documents import page_response, release_documents, release_view
-from registry.api.routes.repository import KindOf, RepositoryOf, RepositoryRouter
+from registry.api.routes.repository import KindOf, NamedRepository, RepositoryOf, RepositoryRouter
 from registry.api.routes.views import repository_page
+from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access import namespaces
+from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import deprecations, lineage, releases, repositories, signatures
 from registry.domain.catalog.repositories import RepositoryFilter
 from registry.domain.channels import withdrawals
+from registry.domain.channels.serving import ServedChange
 from registry.formats.manifest import ManifestFile
 from registry.formats.references import parse_digest, parse_name, parse_version
+from registry.transfer.resources import Resources
 from registry.wire.catalog import (
     DeprecateIn,
     DescendantOut,
@@ -27,12 +34,15 @@ from registry.wire.catalog import (
     ReleaseIn,
     ReleaseOut,
     RepositoryOut,
+    ServedChangeOut,
     SignatureIn,
     SignatureOut,
     SignaturesOut,
     SpectrumOut,
     TakedownOut,
     TargetSuiteOut,
+    WithdrawIn,
+    WithdrawnOut,
     YankIn,
 )
 from registry.wire.document import Page
@@ -216,19 +226,32 @@ def deprecate(
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/yank")
-def yank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
-    with resources.write() as session:
-        return release_view(
-            session, actor, withdrawals.yank(session, actor, named.release(session, version), body.reason)
-        )
+def yank(named: RepositoryOf, version: str, body: WithdrawIn, resources: ResourcesOf, actor: Releaser) -> WithdrawnOut:
+    """Yank a release. `channels` are those that serve another release now; with `dry_run`, that would."""
+    return _withdraw(resources, actor, named, version, body, withdrawals.yank)
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/unyank")
-def unyank(named: RepositoryOf, version: str, body: YankIn, resources: ResourcesOf, actor: Releaser) -> ReleaseOut:
+def unyank(
+    named: RepositoryOf, version: str, body: WithdrawIn, resources: ResourcesOf, actor: Releaser
+) -> WithdrawnOut:
+    """Undo a yank. `channels` are those that serve another release now; with `dry_run`, that would."""
+    return _withdraw(resources, actor, named, version, body, withdrawals.unyank)
+
+
+def _withdraw(
+    resources: Resources,
+    actor: Actor,
+    named: NamedRepository,
+    version: str,
+    body: WithdrawIn,
+    change: Callable[[Session, Actor, Release, str], list[ServedChange]],
+) -> WithdrawnOut:
     with resources.write() as session:
-        return release_view(
-            session, actor, withdrawals.unyank(session, actor, named.release(session, version), body.reason)
-        )
+        release = named.release(session, version)
+        act = partial(change, session, actor, release, body.reason)
+        changes = [ServedChangeOut.of(one) for one in (withdrawals.preview(session, act) if body.dry_run else act())]
+        return WithdrawnOut(**dict(release_view(session, actor, release)), channels=changes)
 
 
 @repository_routes.post("/{namespace}/{name}/releases/{version}/takedown")

@@ -20,6 +20,7 @@ from registry.domain.catalog import bases, metrics, repositories, suites
 from registry.domain.channels import moves, resolve
 from registry.domain.channels.moves import PromotionRequest
 from registry.domain.channels.promotions import Judgement
+from registry.domain.channels.serving import serving_move
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.compositions import compositions
 from registry.domain.jobs import needs, queue
@@ -95,13 +96,14 @@ def _directions(stated: Mapping[str, bool]) -> dict[str, str]:
 def channel_view(session: Session, row: Channel, repository: Repository) -> ChannelOut:
     """The channel with the release that it serves; `passes_over` is the version of its last move if that one is
     yanked."""
-    move, served = moves.current_of(session, row), moves.serving_move(session, row)
+    move, served = moves.current_of(session, row), serving_move(session, row)
     return ChannelOut(
         repository=str(repositories.name_of(repository)),
         channel=row.name,
         version=served.to_release.version if served else None,
         commit=served.to_release.revision.commit if served else None,
         passes_over=None if served == move else move.to_release.version,
+        yanked=served is not None and served.to_release.yanked,
         moved_at=move.at,
         moved_by=move.actor,
         move=move.id,

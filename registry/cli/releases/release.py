@@ -126,7 +126,7 @@ def history(channel: Channel, json: JsonFlag = False) -> None:
             render.second(move.at),
             move.kind,
             move.from_version,
-            None if move.kind == "delete" else move.to_version,
+            None if move.from_version == move.to_version else move.to_version,
             move.actor,
             "forced" if move.forced else "",
             move.reason,

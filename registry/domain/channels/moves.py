@@ -14,17 +14,21 @@ from registry.domain.access.audit import Act, Actor
 from registry.domain.catalog import releases, repositories, signatures
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import pending, policies, timeline
-from registry.domain.channels.policies import Expected, PromotionRequest, PromotionVerdict, Report
+from registry.domain.channels.policies import (
+    SERVES_NOTHING,
+    Expected,
+    PromotionRequest,
+    PromotionVerdict,
+    Report,
+)
 from registry.domain.channels.requirements import Question
+from registry.domain.channels.serving import move_before, serving_move, way_back
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import Refused, Stale
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName, Version, parse_name, refuse_ambiguous_channel
 
-DELETION = "delete"
-"""The kind of a channel's last move, after which it serves nothing: `to_release_id` repeats the release that it
-leaves."""
 NOTHING_YET = 0
 """The expected move of a channel that must not exist yet."""
 
@@ -63,7 +67,7 @@ _ASKED = (
 )
 """The release and the namespace's policy, locked until the transaction ends. Moves of one channel, and yanks, wait for
 each other here instead of failing, unless they state the move that they expect."""
-_asked_for = Release.__table__.alias("asked_for")
+_asked_for, _served = Release.__table__.alias("asked_for"), Release.__table__.alias("served")
 _STATE = (
     select(
         _asked_for.c.yank_reason,
@@ -73,6 +77,7 @@ _STATE = (
         _promotion.id.label("pending_id"),
         _move.to_release_id,
         _revision.commit,
+        _served.c.version.label("served_version"),
         *timeline.COLUMNS,
     )
     .select_from(Channel.__table__)
@@ -84,6 +89,7 @@ _STATE = (
     .outerjoin(Release.__table__, _release.id == _move.to_release_id)
     .outerjoin(Revision.__table__, _revision.id == _release.revision_id)
     .outerjoin(timeline.LEFT, timeline.LEFT.c.id == _move.from_release_id)
+    .outerjoin(_served, _served.c.id == _channel.served_id)
     .outerjoin(_asked_for, (_asked_for.c.id == bindparam("release")) & _asked_for.c.yanked)
     .where(_channel.id == bindparam("channel"))
 )
@@ -126,7 +132,7 @@ def attempt(
     refuse_unsigned(session, release.id, release, (release.signed_by, release.covers), wanted)
     current = session.execute(_STATE, {"channel": release.channel_id, "release": release.id}).one()
     policies.refuse_unpromotable(current.yank_reason, wanted)
-    _check_expected(current.move_id, wanted.expected, wanted.subject)
+    _check_expected(current.move_id, current.served_version, wanted.expected, wanted.subject)
     # A request that waited here may be older than the last move.
     actor = replace(actor, at=max(actor.at, current.at or actor.at))
     policy = policies.of_columns(current.rules, current.policy)
@@ -201,10 +207,10 @@ def roll_back(  # noqa: PLR0913
     session.scalar(locked(repository, channel_name))
     channel = find(session, repository, channel_name)
     subject = f"{repositories.name_of(repository)}@{channel_name}"
-    _check_expected(channel.move_id, expected, subject)
+    _check_expected(channel.move_id, served_version(session, channel), expected, subject)
     current = current_of(session, channel)
     actor = replace(actor, at=max(actor.at, current.at))
-    target = _served_before(session, channel, current, to, subject) if to else before(session, current)
+    target = _served_before(session, channel, current, to, subject) if to else move_before(session, current)
     if target is None:
         raise Refused(
             "nothing_below",
@@ -247,13 +253,6 @@ def _serves(move_id: int, version: str, commit: str) -> dict[str, Any]:
     return {"move": move_id, "version": version, "commit": commit}
 
 
-def serving_move(session: Session, channel: Channel) -> Move | None:
-    """The move whose release the channel serves: the current one or, if its release is yanked, the one that a rollback
-    returns to. A yank never leads to a release that a rollback has left. None before the first move."""
-    current = session.get(Move, channel.move_id) if channel.move_id else None
-    return before(session, current) if current and current.to_release.yanked else current
-
-
 def find(session: Session, repository: Repository, name: str) -> Channel:
     """The channel. Raises NotFound for one that was never moved."""
     channel = session.scalar(select(Channel).where(Channel.repository_id == repository.id, Channel.name == name))
@@ -284,35 +283,6 @@ def load_current(session: Session, *channels: Channel) -> list[Move]:
     return list(session.scalars(loaded))
 
 
-def before(session: Session, current: Move) -> Move | None:
-    """The move that a rollback from the current one returns to; None if no release before it can be served, or
-    rollbacks have left them all since."""
-    back = _way_back(current).subquery()
-    query = select(Move).join(back, back.c.id == Move.id).join(Release, Release.id == Move.to_release_id)
-    return session.scalars(query.where(~Release.yanked).order_by(Move.id.desc()).limit(1)).first()
-
-
-def earlier_versions(session: Session, move: Move, *, limit: int) -> Sequence[str]:
-    """The versions that a channel whose current move is `move` can be rolled back to, last served first."""
-    back = _way_back(move).subquery()
-    query = select(Release.version).join(back, back.c.to_release_id == Release.id).where(~Release.yanked)
-    return session.scalars(query.group_by(Release.id).order_by(func.max(back.c.id).desc()).limit(limit)).all()
-
-
-def _way_back(current: Move) -> Select[Any, Any]:
-    """The earlier moves whose release the channel may return to: a different release, which no rollback has left since.
-    Only a promotion, judged by the policy, brings back a release that was left."""
-    columns = (Move.id, Move.to_release_id, Move.below_id)
-    below = select(*columns).where(Move.id == current.below_id).cte("below", recursive=True)
-    below = below.union_all(select(*columns).join(below, Move.id == below.c.below_id))
-    rollbacks = select(Move.from_release_id, func.max(Move.id).label("id"))
-    rollbacks = rollbacks.where(Move.channel_id == current.channel_id, Move.kind == "rollback")
-    left = rollbacks.group_by(Move.from_release_id).subquery()
-    query = select(below.c.id, below.c.to_release_id).outerjoin(left, left.c.from_release_id == below.c.to_release_id)
-    kept = left.c.id.is_(None) | (left.c.id < below.c.id)
-    return query.where(kept, below.c.to_release_id != current.to_release_id)
-
-
 def _served_before(session: Session, channel: Channel, current: Move, to: Version, subject: str) -> Move:
     """The last move on the way back that served this version. Raises Refused for a version that was never served, is
     yanked, is served now, or would move the channel forward past its policy."""
@@ -329,7 +299,7 @@ def _served_before(session: Session, channel: Channel, current: Move, to: Versio
         raise Refused("release_yanked", f"{full_name(release)} is yanked: {release.yank_reason}.", subject=subject)
     if release.id == current.to_release_id:
         raise Refused("already_served", f"{subject} already serves {to}.", subject=subject)
-    back = _way_back(current).subquery()
+    back = way_back(current).subquery()
     last = select(func.max(back.c.id)).where(back.c.to_release_id == release.id)
     if (move_id := session.scalar(last)) is None:
         raise Refused(
@@ -405,12 +375,12 @@ def judge(  # noqa: PLR0913
         return Report([], [])
     # Compare with what users get: not with a yanked release on the channel.
     channel = None if channel_id is None else session.get_one(Channel, channel_id, populate_existing=True)
-    serving = serving_move(session, channel) if channel else None
+    served = serving_move(session, channel) if channel else None
     question = Question(
         actor=actor,
         release=session.get_one(Release, release_id),
         channel=name,
-        served=serving.to_release if serving else None,
+        served=served.to_release if served else None,
         given_up=given_up,
     )
     return policies.judge(session, policy, question)
@@ -422,8 +392,15 @@ def locked(repository: Repository, name: str) -> Select[Channel]:
     return query.with_for_update().execution_options(populate_existing=True)
 
 
-def _check_expected(move_id: int | None, expected: Expected | None, subject: str) -> None:
-    if expected is not None and (move_id or NOTHING_YET) != expected.move_id:
+def served_version(session: Session, channel: Channel) -> str | None:
+    """The version that the channel serves; None for nothing."""
+    return session.get_one(Release, channel.served_id).version if channel.served_id else None
+
+
+def _check_expected(move_id: int | None, served: str | None, expected: Expected | None, subject: str) -> None:
+    if expected is None:
+        return
+    if (move_id or NOTHING_YET) != expected.move_id or expected.served not in (None, served or SERVES_NOTHING):
         raise _moved(subject)
 
 

@@ -19,12 +19,13 @@ from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import gates, pins, requirements
 from registry.domain.channels.gates import Contents, GateResult, Rule, ScoreConditions
 from registry.domain.channels.requirements import Question
+from registry.domain.channels.serving import POLICY, refresh_served
 from registry.domain.jobs.evaluations import Wanted
 from registry.errors import NotAllowed, Refused, Stale, Usage
 from registry.formats.channel_policy import ChannelPolicy, ScoreRule, of_rules, read_policy
 from registry.formats.references import RepositoryName, Version, parse_name
 
-_HOW = {"version", "min_n", "measured", "missing", "force", "expires_hours"}
+_HOW = {"version", "min_n", "measured", "missing", "force", "expires_hours", "on_yank"}
 """Fields of a policy that require nothing by themselves."""
 _REQUIREMENTS = tuple(name for name in ChannelPolicy.model_fields if name not in _HOW)
 
@@ -152,6 +153,7 @@ def _store(  # noqa: PLR0913
         revision=row.revision,
         pins=row.pins,
     )
+    refresh_served(session, actor, repository, POLICY, "")
     return row.revision
 
 
@@ -276,11 +278,17 @@ def _subjects(question: Question, lacks: str, inputs: Sequence[Release]) -> list
 # The request of a promotion, and the errors that refuse it.
 
 
+SERVES_NOTHING = "none"
+"""In an ETag, in the place of a version."""
+
+
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """The id of the channel's move that the caller last saw, from its ETag; `NOTHING_YET` of `moves` for no channel."""
+    """What the caller last saw of the channel, from its ETag: the id of the last move (`NOTHING_YET` of `moves` for no
+    channel), and what it served (SERVES_NOTHING, or a version). A move's own ETag leaves that out."""
 
     move_id: int
+    served: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from registry.domain.channels.gates import GateResult
 from registry.domain.channels.moves import Waiting
 from registry.domain.channels.pending import PENDING
 from registry.domain.channels.policies import Expected, PromotionRequest, PromotionVerdict, Report
+from registry.domain.channels.serving import serving_move
 from registry.domain.channels.timeline import ChannelMove
 from registry.domain.jobs import evaluations, queue
 from registry.domain.jobs.evaluations import Wanted
@@ -314,7 +315,7 @@ def judge(session: Session, actor: Actor, wanted: PromotionRequest) -> Judgement
     report = moves.judge(session, actor, release.id, wanted.channel, channel.id if channel else None, policy, {})
     error = _refusal(session, release, wanted)
     verdict = report.verdict(served=current is not None and current.to_release_id == release.id)
-    serving = moves.serving_move(session, channel) if channel else None
+    serving = serving_move(session, channel) if channel else None
     return Judgement(
         verdict=PromotionVerdict.REFUSED if error else verdict,
         results=report.results,

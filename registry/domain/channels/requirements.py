@@ -1,7 +1,7 @@
 """Requirements of a policy besides scores: soak in another channel, approvals, signature, licences, verdict,
 servers."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -19,6 +19,7 @@ from registry.domain.catalog import signatures
 from registry.domain.catalog.signatures import SignedAs
 from registry.domain.channels import licensing
 from registry.domain.channels.gates import GateResult, lineage_of
+from registry.domain.channels.serving import CHANGES, leads_somewhere
 from registry.domain.jobs.evaluations import Wanted
 from registry.formats.channel_policy import Approval as NeededApproval
 from registry.formats.channel_policy import ChannelPolicy, Soak
@@ -74,11 +75,14 @@ def _soak(session: Session, policy: ChannelPolicy, soak: Soak, question: Questio
     return GateResult(rule, False, f"{detail}, until {until:%Y-%m-%d %H:%M} UTC", waiting=True, until=until)
 
 
-def _last_moves(session: Session, release: Release, channel: str) -> tuple[Move, Move | None] | None:
-    """The last move of the channel to the release, and the one after it, if any. None if there was none."""
+def _last_moves(
+    session: Session, release: Release, channel: str, *, besides: Collection[str] = ()
+) -> tuple[Move, Move | None] | None:
+    """The last entry in the channel's history that led to the release, and the one after it, if any; `besides` are
+    kinds that are left out. None if there was none."""
     of_channel = (Channel.repository_id == release.repository_id, Channel.name == channel)
-    moves = select(Move).join(Channel, Channel.id == Move.channel_id).where(*of_channel)
-    to_it = moves.where(Move.to_release_id == release.id, Move.kind != "delete")
+    moves = select(Move).join(Channel, Channel.id == Move.channel_id).where(*of_channel, Move.kind.not_in(besides))
+    to_it = moves.where(Move.to_release_id == release.id, leads_somewhere())
     began = session.scalars(to_it.order_by(Move.id.desc()).limit(1)).first()
     if began is None:
         return None
@@ -104,7 +108,7 @@ def unspent_approvals(session: Session, release: Release, channel: str) -> list[
     up, and the next one ends those given while the channel served it: after a rollback, the release needs new
     approvals, even if one was sent again."""
     query = select(Approval).where(Approval.release_id == release.id, Approval.channel == channel)
-    last = _last_moves(session, release, channel)
+    last = _last_moves(session, release, channel, besides=CHANGES)
     given = session.scalars(query.order_by(Approval.at, Approval.user))
     return [one for one in given if last is None or one.after_move >= (last[1] or last[0]).id]
 

@@ -12,6 +12,7 @@ from registry.domain.catalog import releases, repositories
 from registry.domain.catalog.release_rows import COLUMNS, NAMED
 from registry.domain.catalog.repositories import Kind
 from registry.domain.channels import moves
+from registry.domain.channels.serving import serving_move
 from registry.errors import NotFound, Usage
 from registry.formats.references import Reference, RepositoryName, parse_version
 
@@ -147,7 +148,7 @@ def heads(session: Session, *listed: Repository) -> dict[int, Heads]:
     moved = select(Channel, Release.version, Release.yanked).join(Move, Move.id == Channel.move_id)
     moved = moved.join(Release, Release.id == Move.to_release_id).where(Channel.repository_id.in_(heads_by_id))
     for channel, version, yanked in session.execute(moved.order_by(Channel.name)):
-        serving = moves.serving_move(session, channel) if yanked else None
+        serving = serving_move(session, channel) if yanked else None
         if serving or not yanked:
             heads = heads_by_id[channel.repository_id]
             heads.channels[channel.name] = serving.to_release.version if serving else version
@@ -186,13 +187,15 @@ def _by_channel(session: Session, reference: Reference) -> ResolvedRow:
     rows = _rows(session, _OF_CHANNEL, reference.repository, named=reference.channel or "")
     repository = repositories.find(session, reference.repository)
     channel = moves.find(session, repository, reference.channel or "")
-    serving = moves.serving_move(session, channel)
+    serving = serving_move(session, channel)
     if serving is None:
         raise NotFound("no_match", f"{reference} serves only yanked releases.", subject=str(reference))
     row = _by_id(session, serving.to_release_id)
     if not rows:  # the channel's first move was committed just now
         return ResolvedRow(row)
     name, reason = ResolvedRow(rows[0]).full_name, rows[0].yank_reason
+    if row.id == rows[0].id:
+        return ResolvedRow(row, f"{name} is yanked ({reason}); the policy of {reference} keeps it until the next move.")
     return ResolvedRow(row, f"{name} is yanked ({reason}); {reference} serves {row.version}.")
 
 

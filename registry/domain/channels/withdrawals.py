@@ -1,6 +1,6 @@
 """Withdrawals: releases that are yanked or taken down, and channels that are deleted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
@@ -32,6 +32,7 @@ from registry.domain.access.roles import Role, permit
 from registry.domain.catalog import barred, releases, repositories, search_index
 from registry.domain.catalog.releases import full_name
 from registry.domain.channels import moves, pending, policies
+from registry.domain.channels.serving import DELETION, UNYANK, YANK, ServedChange, refresh_served, serving_move
 from registry.errors import Refused, Usage
 from registry.formats.manifest import parse_manifest
 from registry.formats.references import Version
@@ -77,13 +78,13 @@ def take_down(session: Session, actor: Actor, release: Release, reason: str, *, 
     if revision.taken_down_at is not None:
         return Takedown(releases=names, blobs=0, size_bytes=0, kept_files={}, barred=[])
     digests = list(session.scalars(select(RevisionFile.sha256).where(RevisionFile.revision_id == revision.id)))
+    revision.taken_down_at, revision.takedown_reason, revision.barred = actor.at, reason, bar
     for one in versions:
         _bury(session, actor, one, reason)
     session.execute(delete(Commit).where(Commit.revision_id == revision.id), execution_options=_UNTRACKED)
     session.execute(delete(RevisionFile).where(RevisionFile.revision_id == revision.id), execution_options=_UNTRACKED)
-    session.expire(revision, ["files"])
-    revision.taken_down_at, revision.takedown_reason, revision.barred = actor.at, reason, bar
     session.flush()
+    session.expire(revision, ["files"])
     namespace = release.repository.namespace
     marked = _mark_unnamed(session, actor, namespace, digests)
     weights = barred.gone_weights(session, namespace, parse_manifest(revision.manifest)) if bar else []
@@ -151,9 +152,11 @@ def _is_old(release: type[Release], row: Namespace, now: datetime) -> ColumnElem
 
 def _bury(session: Session, actor: Actor, release: Release, reason: str) -> None:
     """Yanks a release and empties its texts."""
+    repository = release.repository
     if not release.yanked:
         yank(session, actor, release, reason)
-    repository = release.repository
+    else:  # a channel may have kept it
+        refresh_served(session, actor, repository, YANK, reason)
     release.notes, release.provenance, release.stamp = "", {}, new_stamp()
     kept = search_index.namespace_terms(repository.namespace, repository.name)
     kept += search_index.text_terms(f"{repository.namespace} {repository.name}")
@@ -209,27 +212,37 @@ def _kept_files(session: Session, namespace: str, digests: Sequence[str]) -> dic
 # A yanked release is excluded from ranges and channels.
 
 
-def yank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
-    """Yanks a release: ranges, channels and rollbacks skip it; its exact version and commit resolve with a warning.
+def yank(session: Session, actor: Actor, release: Release, reason: str) -> list[ServedChange]:
+    """Yanks a release: ranges and rollbacks skip it, and so do channels, unless their policies keep it; its exact
+    version and commit resolve with a warning. Returns the channels that serve another release now.
 
     A yanked release gets the new reason; the same reason again is a retry.
     """
     need_reason("A yank", release, reason)
     _lock(session, release)
-    if not (release.yanked and release.yank_reason == reason):
-        _set_yank(session, actor, release, Act.RELEASE_YANK, reason, yank_reason=reason)
-    return release
+    if release.yanked and release.yank_reason == reason:
+        return []
+    return _set_yank(session, actor, release, Act.RELEASE_YANK, reason, yank_reason=reason)
 
 
-def unyank(session: Session, actor: Actor, release: Release, reason: str) -> Release:
-    """Undoes a yank. For a release that is not yanked, does nothing and writes no audit row: it may be a retry. Raises
-    Refused for one that was taken down."""
+def unyank(session: Session, actor: Actor, release: Release, reason: str) -> list[ServedChange]:
+    """Undoes a yank. Returns the channels that serve another release now. For a release that is not yanked, does
+    nothing and writes no audit row: it may be a retry. Raises Refused for one that was taken down."""
     need_reason("An unyank", release, reason)
     _lock(session, release)
     releases.refuse_taken_down(full_name(release), release.revision)
-    if release.yanked:
-        _set_yank(session, actor, release, Act.RELEASE_UNYANK, reason, yank_reason=None)
-    return release
+    if not release.yanked:
+        return []
+    return _set_yank(session, actor, release, Act.RELEASE_UNYANK, reason, yank_reason=None)
+
+
+def preview(session: Session, act: Callable[[], list[ServedChange]]) -> list[ServedChange]:
+    """The channels that would serve another release after the act, which is done and undone."""
+    attempt = session.begin_nested()
+    try:
+        return act()
+    finally:
+        attempt.rollback()
 
 
 def need_reason(act: str, release: Release, reason: str) -> None:
@@ -240,14 +253,14 @@ def need_reason(act: str, release: Release, reason: str) -> None:
 
 def _lock(session: Session, release: Release) -> None:
     """Serializes yanks, so that the audit's `before` is right, and channel creation in the repository. A concurrent
-    move either sees the yank, or the yank sees the move (`_channels_of`)."""
+    move either sees the yank, or the yank sees the move (`refresh_served`)."""
     repositories.lock(session, release.repository_id)
     session.refresh(release, ["yanked", "yank_reason"])
 
 
 def _set_yank(
     session: Session, actor: Actor, release: Release, act: Act, reason: str, *, yank_reason: str | None
-) -> None:
+) -> list[ServedChange]:
     before = {"yanked": release.yanked, "yank_reason": release.yank_reason}
     release.yanked, release.yank_reason = yank_reason is not None, yank_reason
     release.yanked_at = actor.at if release.yanked else None
@@ -262,16 +275,7 @@ def _set_yank(
         before=before,
         after={"yanked": release.yanked, "yank_reason": release.yank_reason},
     )
-    for channel in _channels_of(session, release):
-        serving = moves.serving_move(session, channel)
-        channel.served_id = serving.to_release_id if serving else None
-        channel.served_key = serving.to_release.sort_key if serving else None
-
-
-def _channels_of(session: Session, release: Release) -> list[Channel]:
-    """All channels of the repository, locked: what any of them serves may change."""
-    query = select(Channel).where(Channel.repository_id == release.repository_id).order_by(Channel.id)
-    return list(session.scalars(query.with_for_update().execution_options(populate_existing=True)))
+    return refresh_served(session, actor, release.repository, YANK if release.yanked else UNYANK, reason)
 
 
 # Deletion of a channel that has no followers, such as one with a misspelt name.
@@ -297,7 +301,7 @@ def delete_channel(
             subject=subject,
             next_step=f"An admin removes it first: `adaptory policy set {subject} --clear`.",
         )
-    move = moves.serving_move(session, channel)
+    move = serving_move(session, channel)
     version = move.to_release.version if move else None
     if version is not None:
         _refuse_serving(actor, repository, subject, version, None if serving is None else str(serving), reason)
@@ -328,7 +332,7 @@ def _forget(session: Session, actor: Actor, repository: Repository, channel: Cha
     left = last.to_release
     move = Move(
         channel_id=channel.id,
-        kind=moves.DELETION,
+        kind=DELETION,
         from_release_id=left.id,
         to_release_id=left.id,
         below_id=None,

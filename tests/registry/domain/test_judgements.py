@@ -43,7 +43,7 @@ def judged(house: House, version: Version = OLD, channel: str = "prod", caller: 
     answer = house.ask(caller, "GET", path, params={"version": str(version)})
     assert answer.status_code == 200, answer.text
     assert written(house) == before
-    assert answer.headers["ETag"] == f'"{answer.json()["move"]}"'
+    assert answer.headers["ETag"] == f'"{answer.json()["move"]}-{answer.json()["served"] or "none"}"'
     return answer.json()
 
 

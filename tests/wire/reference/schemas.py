@@ -24,7 +24,8 @@ ABOUT = {
     ),
     "policy": (
         "The severity of each finding of a conflict check. [`adaptory conflicts --policy`](cli.md#adaptory-conflicts) "
-        "accepts it, and so does `policy` of a recipe ([Findings and policies](../concepts/conflicts.md#findings-and-policies))."
+        "accepts it, and so does `policy` of a recipe "
+        "([Findings and policies](../concepts/conflicts.md#findings-and-policies))."
     ),
 }
 

@@ -16,6 +16,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.access.roles import Role, holds
 from registry.domain.catalog import releases, repositories
 from registry.domain.channels import moves, pending, pins, policies, timeline
+from registry.domain.channels.serving import serving_move
 from registry.formats.channel_policy import ChannelPolicy
 from registry.formats.references import RepositoryName
 from registry.transfer.promotions import settle_overdue
@@ -83,11 +84,11 @@ _EMPTY: dict[str, Any] = {"serving": None, "move": None, "since": None, "timelin
 def _moved(session: Session, repository: Repository, channel: str, cursor: str | None) -> dict[str, Any]:
     """The release that the channel serves, since when and why, and a page of its moves."""
     named, row = repositories.name_of(repository), moves.find(session, repository, channel)
-    served = moves.serving_move(session, row)
+    served = serving_move(session, row)
     rows = timeline.history(session, row, before=decode_number(cursor), limit=SHOWN + 1)
     listed, more = first_rows(rows, SHOWN, lambda move: move.id)
     views = [move_view(move, named, channel) for move in listed]
-    current = timeline.history(session, row, before=0, limit=1)[0] if cursor else rows[0]
+    [current] = timeline.history(session, row, before=(row.move_id or 0) + 1, limit=1)
     return {
         "serving": channel_view(session, row, repository),
         "move": move_view(current, named, channel),

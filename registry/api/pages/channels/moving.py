@@ -15,6 +15,7 @@ from registry.domain.access.audit import Actor
 from registry.domain.catalog import repositories
 from registry.domain.channels import moves, pending, promotions
 from registry.domain.channels.policies import Expected, PromotionRequest
+from registry.domain.channels.serving import earlier_versions, move_before, serving_move
 from registry.errors import RegistryError, Usage
 from registry.formats.references import parse_version
 from registry.wire.quality import PromoteIn, RollbackIn
@@ -101,13 +102,13 @@ def _promotion_page(
 def _rollback_page(asked: ChannelRequest, typed: RollbackIn, error: RegistryError | None = None) -> Response:
     with asked.resources.snapshot() as session:
         row = moves.find(session, repositories.find(session, asked.named), asked.channel)
-        current, served = moves.current_of(session, row), moves.serving_move(session, row)
-        below = moves.before(session, current)
+        current, served = moves.current_of(session, row), serving_move(session, row)
+        below = move_before(session, current)
         values = {
             "serves": served.to_release.version if served else None,
             "expected": current.id,
             "before": below.to_release.version if below else None,
-            "versions": moves.earlier_versions(session, current, limit=SHOWN),
+            "versions": earlier_versions(session, current, limit=SHOWN),
         }
     return page_about(
         asked.request, "rollback.html", asked.named, error=error, channel=asked.channel, typed=typed, **values

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -16,7 +17,8 @@ from registry.database.engine import Session
 from registry.database.tables import Release
 from registry.domain.access.audit import Actor
 from registry.domain.catalog import deprecations, releases
-from registry.domain.channels import moves, withdrawals
+from registry.domain.channels import withdrawals
+from registry.domain.channels.serving import ServedChange
 from registry.errors import RegistryError
 from registry.formats.references import RepositoryName, Version
 from registry.transfer.resources import Resources
@@ -25,7 +27,6 @@ from registry.wire.catalog import DeprecateIn, YankIn
 router = APIRouter(route_class=PageRoute)
 
 RELEASE = "/{namespace}/{name}/{version}"
-MAX_SERVING = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ async def _withdrawal(
     return Withdrawal(named, version, request, resources, actor)
 
 
+YANK_FORM = "yank.html"
 WithdrawalOf = Annotated[Withdrawal, Depends(_withdrawal)]
 Change = Callable[[Session, Actor, Release, Form], None]
 
@@ -52,13 +54,13 @@ Change = Callable[[Session, Actor, Release, Form], None]
 @router.get(RELEASE + "/yank")
 def show_yank(asked: WithdrawalOf) -> Response:
     """Explains a yank, with the form for it; of a yanked release, the form that undoes it."""
-    return _page(asked, "yank.html")
+    return _page(asked, YANK_FORM)
 
 
 @router.post(RELEASE + "/yank")
 def yank(asked: WithdrawalOf, form: FormOf) -> Response:
     """Yanks as REST does, or undoes it, and goes on to the release's page."""
-    return _withdraw(asked, form, "yank.html", _yank)
+    return _withdraw(asked, form, YANK_FORM, _yank)
 
 
 @router.get(RELEASE + "/deprecate")
@@ -75,7 +77,8 @@ def deprecate(asked: WithdrawalOf, form: FormOf) -> Response:
 
 def _yank(session: Session, actor: Actor, release: Release, form: Form) -> None:
     body: YankIn = validated(YankIn, {"reason": form.get("reason", "").strip()})
-    (withdrawals.unyank if form.get("undo") == "yes" else withdrawals.yank)(session, actor, release, body.reason)
+    change = withdrawals.unyank if form.get("undo") == "yes" else withdrawals.yank
+    change(session, actor, release, body.reason)
 
 
 def _deprecate(session: Session, actor: Actor, release: Release, form: Form) -> None:
@@ -96,14 +99,18 @@ def _withdraw(asked: Withdrawal, form: Form, template: str, change: Change) -> R
 
 
 def _page(asked: Withdrawal, template: str, error: RegistryError | None = None) -> Response:
-    with asked.resources.snapshot() as session:
+    """The form. That of a yank says what each channel would serve."""
+    with asked.resources.write() as session:
         row = releases.find(session, asked.named, asked.version)
-        serving = moves.list_page(session, row.repository, served=row, after="", limit=MAX_SERVING)
+        changes = list[ServedChange]()
+        if template == YANK_FORM and row.revision.taken_down_at is None:
+            change = withdrawals.unyank if row.yanked else withdrawals.yank
+            changes = withdrawals.preview(session, partial(change, session, asked.actor, row, "as it would be"))
         values: dict[str, Any] = {
             "taken_down": row.revision.taken_down_at is not None,
             "yanked": row.yank_reason if row.yanked else None,
             "deprecated": row.deprecated_reason,
             "successor": row.successor,
-            "serving": [channel.name for channel in serving],
+            "changes": changes,
         }
     return page_about(asked.request, template, asked.named, error=error, version=str(asked.version), **values)

@@ -1,0 +1,139 @@
+"""Follows channels: what they serve, as it changes."""
+
+import re
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from hashlib import sha256
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from registry.api.http.events import (
+    HEADERS,
+    MEDIA_TYPE,
+    Event,
+    EventStream,
+    LastEventId,
+    feed_of,
+    stream_owner,
+    streams_of,
+)
+from registry.api.http.feed import Follower, Key
+from registry.api.http.request import ResourcesOf
+from registry.api.http.routes import Route
+from registry.api.http.rules import ASKED_AGAIN, Caller
+from registry.domain.access.audit import Actor
+from registry.domain.access.roles import may_read, refuse_anonymous
+from registry.domain.channels.serving import ChannelName, ChannelState, states
+from registry.errors import Usage
+from registry.formats.references import parse_reference
+from registry.transfer.resources import Resources
+from registry.wire.quality import FollowedOut, FollowOut
+
+router = APIRouter(tags=["channels"], route_class=Route)
+
+MAX_CHANNELS = 100
+MAX_WAIT_S = 60
+HUNG_UP_S = 1.0
+"""How often a long poll looks whether its client is still there."""
+_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})\"?")
+Names = Annotated[str, Query(max_length=20_000, description="NAMESPACE/NAME@CHANNEL, several with commas.")]
+Prefer = Annotated[str | None, Header(description="`wait=30`: wait as many seconds for a change, 60 at most.")]
+IfNoneMatch = Annotated[str | None, Header(description="The ETag of the state that was seen last.")]
+
+
+@router.get("/v1/follow", response_model=FollowOut, responses={200: {"content": {MEDIA_TYPE: {}}}, 304: {}})
+async def follow(  # noqa: PLR0913
+    channels: Names,
+    resources: ResourcesOf,
+    actor: Caller,
+    request: Request,
+    prefer: Prefer = None,
+    if_none_match: IfNoneMatch = None,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """The state of the channels: the last move of each, and the version and commit that it serves. A channel that does
+    not exist, or that the caller may not read, is null.
+
+    With `Accept: text/event-stream`, an event at every change, after the one of `Last-Event-ID`, and a comment after 15
+    seconds without changes. Otherwise one answer: at once, or with `Prefer: wait=30` and `If-None-Match` when the state
+    has changed, and 304 if it has not.
+    """
+    names = _parse(channels)
+    if not any(may_read(actor, name.repository.namespace) for name in names):
+        refuse_anonymous(actor)
+    keys: list[Key] = [(states, name) for name in names]
+    if MEDIA_TYPE in request.headers.get("accept", ""):
+        return EventStream(request, actor, keys, _event, last_event_id)
+    seen = None if if_none_match is None else if_none_match.strip().removeprefix("W/").strip('"')
+    wait_s = _wait_s(prefer)
+    event = await _changed(request, resources, actor, keys, seen, wait_s)
+    headers = {**HEADERS, "ETag": f'"{event.id}"', "Vary": "Accept, Authorization, Prefer"}
+    if wait_s:
+        headers["Preference-Applied"] = f"wait={wait_s}"
+    if event.id == seen:
+        return Response(status_code=304, headers=headers)
+    return Response(event.text, media_type="application/json", headers=headers)
+
+
+async def _changed(
+    request: Request, resources: Resources, actor: Actor, keys: Sequence[Key], seen: str | None, wait_s: int
+) -> Event:
+    """The state once it is another one than `seen`, or when the time is up."""
+    if not wait_s:
+        return _event(await run_in_threadpool(_read, resources, keys), actor)
+    until = time.monotonic() + wait_s
+    with streams_of(request).one(stream_owner(actor)), feed_of(request).follow(keys) as follower:
+        while (left_s := until - time.monotonic()) > 0:
+            await follower.news(min(left_s, HUNG_UP_S))
+            if _is_over(request, follower) or await request.is_disconnected():
+                break
+            if follower.snapshots and _event(follower.snapshots, actor).id != seen:
+                break
+    read = await run_in_threadpool(_read, resources, keys)
+    return _event(read, await ASKED_AGAIN(request))
+
+
+def _is_over(request: Request, follower: Follower) -> bool:
+    """Whether the answer must be given now: the server is stopping, or the next read says why the last one failed."""
+    return follower.is_lost or bool(request.app.state.draining)
+
+
+def _read(resources: Resources, keys: Sequence[Key]) -> Mapping[Key, Hashable | None]:
+    with resources.snapshot() as session:
+        read = states(session, [name for _, name in keys if isinstance(name, ChannelName)])
+    return {key: read.get(name) for key in keys if isinstance(name := key[1], ChannelName)}
+
+
+def _event(snapshots: Mapping[Key, Hashable | None], actor: Actor) -> Event:
+    shown: dict[str, FollowedOut | None] = {}
+    for (_, name), state in snapshots.items():
+        if isinstance(name, ChannelName):
+            readable = may_read(actor, name.repository.namespace) and isinstance(state, ChannelState)
+            shown[str(name)] = FollowedOut.of(state) if readable else None
+    text = FollowOut(channels=dict(sorted(shown.items()))).model_dump_json()
+    return Event(sha256(text.encode()).hexdigest()[:16], text)
+
+
+def _parse(channels: str) -> list[ChannelName]:
+    """The channels by name. Raises Usage for what names none, or for too many."""
+    names: dict[ChannelName, None] = {}
+    for text in filter(None, map(str.strip, channels.split(","))):
+        reference = parse_reference(text)
+        if reference.channel is None:
+            raise Usage("bad_channels", f"{text[:200]!r} names no channel.", subject=text[:200])
+        names[ChannelName(reference.repository, reference.channel)] = None
+    if not 1 <= len(names) <= MAX_CHANNELS:
+        raise Usage(
+            "bad_channels",
+            f"{len(names)} channels are named, and 1 to {MAX_CHANNELS} can be followed at once.",
+            subject="channels",
+        )
+    return list(names)
+
+
+def _wait_s(prefer: str | None) -> int:
+    """The seconds of `Prefer: wait=N` (RFC 7240), at most MAX_WAIT_S; 0 without it."""
+    wait = _WAIT.search(prefer or "")
+    return min(int(wait[1]), MAX_WAIT_S) if wait else 0

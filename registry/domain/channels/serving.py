@@ -1,0 +1,209 @@
+"""What channels serve: by their moves, by yanks and by their policies; and as those who follow them see it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, func, or_, select
+from sqlalchemy.orm import Session
+
+from registry.database.dialects import in_list
+from registry.database.prepared import Prepared
+from registry.database.tables import Channel, Gate, Move, Release, Repository, Revision
+from registry.domain.access import audit
+from registry.domain.access.audit import Act, Actor
+from registry.domain.catalog import repositories
+from registry.formats.references import RepositoryName
+
+DELETION = "delete"
+"""The kind of a channel's last move, which leaves a release for nothing."""
+YANK, UNYANK, POLICY = "yank", "unyank", "policy"
+"""Kinds of entries in a channel's history that are no moves: another release is served, since one was yanked or a yank
+undone, or since the channel's policy treats a yank in another way. The channel's last move stays what it was."""
+CHANGES = {YANK: Act.CHANNEL_YANK, UNYANK: Act.CHANNEL_UNYANK, POLICY: Act.CHANNEL_POLICY}
+
+
+def serving_move(session: Session, channel: Channel) -> Move | None:
+    """The move whose release the channel serves: the current one or, if its release is yanked and the channel's policy
+    does not keep it, the one that a rollback returns to. A yank never leads to a release that a rollback has left. None
+    before the first move."""
+    current = session.get(Move, channel.move_id) if channel.move_id else None
+    if current is None or not current.to_release.yanked or keeps_yanked(session, channel, current.to_release):
+        return current
+    return move_before(session, current)
+
+
+def keeps_yanked(session: Session, channel: Channel, release: Release) -> bool:
+    """Whether the channel goes on serving the release although it is yanked. One that was taken down has no files."""
+    gate = session.get(Gate, (channel.repository_id, channel.name))
+    kept = gate is not None and (gate.policy or {}).get("on_yank") == "keep"
+    return kept and release.revision.taken_down_at is None
+
+
+def leads_somewhere() -> ColumnElement[bool]:
+    """A SQL condition on a move: the channel served its `to_release_id` afterwards. What leads to nothing repeats the
+    release that it leaves."""
+    return or_(Move.from_release_id.is_(None), Move.from_release_id != Move.to_release_id)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedChange:
+    """The versions that a channel served before and serves now; None for nothing."""
+
+    channel: str
+    before: str | None
+    after: str | None
+
+
+def refresh_served(
+    session: Session, actor: Actor, repository: Repository, kind: str, reason: str
+) -> list[ServedChange]:
+    """Sets what each channel of the repository serves, after a yank, an unyank or a new policy. Locks the channels.
+    Records a change, of this `kind`, in the channel's history and in the audit log, and returns it."""
+    query = select(Channel).where(Channel.repository_id == repository.id).order_by(Channel.id)
+    changes: list[ServedChange] = []
+    for channel in session.scalars(query.with_for_update().execution_options(populate_existing=True)).all():
+        serving, served = serving_move(session, channel), channel.served_id
+        if channel.move_id is None or (serving.to_release_id if serving else None) == served:
+            continue
+        left = session.get_one(Release, served) if served else None
+        reached = serving.to_release if serving else None
+        channel.served_id = reached.id if reached else None
+        channel.served_key = reached.sort_key if reached else None
+        _record(session, actor, repository, channel, kind, reason, left, reached)
+        changes.append(ServedChange(channel.name, left.version if left else None, reached.version if reached else None))
+    return changes
+
+
+def _record(  # noqa: PLR0913
+    session: Session,
+    actor: Actor,
+    repository: Repository,
+    channel: Channel,
+    kind: str,
+    reason: str,
+    left: Release | None,
+    reached: Release | None,
+) -> None:
+    last, ended = session.get_one(Move, channel.move_id), reached or left
+    entry = Move(
+        channel_id=channel.id,
+        kind=kind,
+        from_release_id=left.id if left else None,
+        to_release_id=ended.id if ended else last.to_release_id,
+        below_id=None,
+        actor=actor.name,
+        reason=reason,
+        forced=False,
+        gates=[],
+        at=max(actor.at, last.at),
+    )
+    session.add(entry)
+    session.flush()
+    audit.record(
+        session,
+        actor,
+        CHANGES[kind],
+        f"{repositories.name_of(repository)}@{channel.name}",
+        namespace=repository.namespace,
+        reason=reason,
+        before=_named(last.id, left),
+        after=_named(entry.id, reached),
+    )
+
+
+def _named(move_id: int, release: Release | None) -> dict[str, Any]:
+    """The release that a channel serves, for the audit row."""
+    version, commit = (release.version, release.revision.commit) if release else (None, None)
+    return {"move": move_id, "version": version, "commit": commit}
+
+
+def move_before(session: Session, current: Move) -> Move | None:
+    """The move that a rollback from the current one returns to; None if no release before it can be served, or
+    rollbacks have left them all since."""
+    back = way_back(current).subquery()
+    query = select(Move).join(back, back.c.id == Move.id).join(Release, Release.id == Move.to_release_id)
+    return session.scalars(query.where(~Release.yanked).order_by(Move.id.desc()).limit(1)).first()
+
+
+def earlier_versions(session: Session, move: Move, *, limit: int) -> Sequence[str]:
+    """The versions that a channel whose current move is `move` can be rolled back to, last served first."""
+    back = way_back(move).subquery()
+    query = select(Release.version).join(back, back.c.to_release_id == Release.id).where(~Release.yanked)
+    return session.scalars(query.group_by(Release.id).order_by(func.max(back.c.id).desc()).limit(limit)).all()
+
+
+def way_back(current: Move) -> Select[Any, Any]:
+    """The earlier moves whose release the channel may return to: a different release, which no rollback has left since.
+    Only a promotion, judged by the policy, brings back a release that was left."""
+    columns = (Move.id, Move.to_release_id, Move.below_id)
+    below = select(*columns).where(Move.id == current.below_id).cte("below", recursive=True)
+    below = below.union_all(select(*columns).join(below, Move.id == below.c.below_id))
+    rollbacks = select(Move.from_release_id, func.max(Move.id).label("id"))
+    rollbacks = rollbacks.where(Move.channel_id == current.channel_id, Move.kind == "rollback")
+    left = rollbacks.group_by(Move.from_release_id).subquery()
+    query = select(below.c.id, below.c.to_release_id).outerjoin(left, left.c.from_release_id == below.c.to_release_id)
+    kept = left.c.id.is_(None) | (left.c.id < below.c.id)
+    return query.where(kept, below.c.to_release_id != current.to_release_id)
+
+
+# The states of channels that are followed.
+
+_channel, _release, _repository, _revision = (table.__table__.c for table in (Channel, Release, Repository, Revision))
+# The lists are read separately, each by its index; the few combinations that nobody named are left out afterwards.
+_STATES = Prepared(
+    select(
+        _repository.namespace,
+        _repository.name.label("repository"),
+        _channel.name.label("channel"),
+        _channel.move_id,
+        _release.version,
+        _revision.commit,
+    )
+    .select_from(Repository.__table__)
+    .join(Channel.__table__, _channel.repository_id == _repository.id)
+    .outerjoin(Release.__table__, _release.id == _channel.served_id)
+    .outerjoin(Revision.__table__, _revision.id == _release.revision_id)
+    .where(
+        in_list(_repository.namespace, "namespaces"),
+        in_list(_repository.name, "repositories"),
+        in_list(_channel.name, "channels"),
+        _channel.move_id.is_not(None),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelName:
+    """NAMESPACE/NAME@CHANNEL."""
+
+    repository: RepositoryName
+    channel: str
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.channel}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelState:
+    """A channel's last move, and the release that it serves: none if every candidate is yanked."""
+
+    move: int
+    version: str | None
+    commit: str | None
+
+
+def states(session: Session, names: Sequence[ChannelName]) -> Mapping[ChannelName, ChannelState]:
+    """The states of these channels, in one query. A channel that was never moved, or is deleted, has none."""
+    values = {
+        "namespaces": sorted({name.repository.namespace for name in names}),
+        "repositories": sorted({name.repository.name for name in names}),
+        "channels": sorted({name.channel for name in names}),
+    }
+    wanted = frozenset(names)
+    by_name: dict[ChannelName, ChannelState] = {}
+    for namespace, repository, channel, *state in _STATES.rows(session, values):
+        name = ChannelName(RepositoryName(namespace, repository), channel)
+        if name in wanted:
+            by_name[name] = ChannelState(*state)
+    return by_name
