@@ -264,7 +264,7 @@ def _kind_of(storage: object) -> str:
 
 STORAGES: tuple[type[BaseModel], ...] = (LocalStorage, S3Storage)
 """The members of `Storage`. registry/transfer/resources.py opens the store of each."""
-_KINDS = ", ".join(str(one.model_fields["kind"].default) for one in STORAGES)
+_KINDS = ", ".join(str(storage.model_fields["kind"].default) for storage in STORAGES)
 Storage = Annotated[
     Annotated[LocalStorage, Tag("local")] | Annotated[S3Storage, Tag("s3")],
     Discriminator(_kind_of, custom_error_type="kind", custom_error_message=f"its KIND is not one of {_KINDS}"),
@@ -449,7 +449,7 @@ class Settings(BaseSettings):
     @classmethod
     def variables(cls) -> set[str]:
         """Names of all environment variables that the settings read."""
-        stores = {f"storage__{name}" for one in STORAGES for name in one.model_fields}
+        stores = {f"storage__{name}" for storage in STORAGES for name in storage.model_fields}
         sign_in = {f"sign_in__{name}" for name in SignInSettings.model_fields}
         engine = {f"engine__{name}" for name in EngineSettings.model_fields}
         names = (set(cls.model_fields) - {"storage", "sign_in", "engine"}) | stores | sign_in | engine

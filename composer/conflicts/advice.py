@@ -212,8 +212,10 @@ def _fit(method: str) -> list[str]:
 
 def _more_examples(outcome: Outcome, limits: Limits) -> str:
     """The way to get more examples for an open question: some suites have no more."""
-    undecided = [one for one in (*outcome.effects, *outcome.guards) if one.verdict(limits) is Verdict.UNDECIDED]
-    exhausted = [one for one in undecided if one.examples < outcome.k]
+    undecided = [
+        effect for effect in (*outcome.effects, *outcome.guards) if effect.verdict(limits) is Verdict.UNDECIDED
+    ]
+    exhausted = [effect for effect in undecided if effect.examples < outcome.k]
     if exhausted:
         first = exhausted[0]
         return f"Undecided: add examples to {first.suite}, which has only {first.examples}, and measure again."

@@ -44,10 +44,10 @@ def compare_all(adapters: Sequence[LoadedAdapter], weights: Sequence[Weight]) ->
         modules[module] = modules[module] + one if module in modules else one
     nothing = PairSums.zero(len(adapters))
     layers: dict[int, PairSums] = {}
-    for module, one in modules.items():
+    for module, sums in modules.items():
         layer = layer_of(module)
         if layer is not None:
-            layers[layer] = layers.get(layer, nothing) + one
+            layers[layer] = layers.get(layer, nothing) + sums
     touched = [
         frozenset(module for (module, _), deltas in slots.items() if deltas[index] is not None)
         for index in range(len(adapters))
@@ -76,4 +76,4 @@ def _slots(adapters: Sequence[LoadedAdapter]) -> dict[Slot, list[LowRank | None]
             if isinstance(delta, LowRank) and finite(delta):
                 slots[delta.module, delta.begin][index] = delta
     # Deltas of different shapes have no inner product; `structural` refuses them with both shapes named.
-    return {slot: deltas for slot, deltas in slots.items() if len({one.stored_shape for one in deltas if one}) == 1}
+    return {slot: deltas for slot, deltas in slots.items() if len({own.stored_shape for own in deltas if own}) == 1}

@@ -97,7 +97,8 @@ def _measured(
     given = list(zip(adapters, weights, strict=True))
     if evidence.k and len(suites) == len(adapters):
         members = [
-            Probed(one.name, one.deltas, weight, suite) for (one, weight), suite in zip(given, suites, strict=True)
+            Probed(adapter.name, adapter.deltas, weight, suite)
+            for (adapter, weight), suite in zip(given, suites, strict=True)
         ]
         if isinstance(how, Regmean) and evidence.calibration is None:
             return None
@@ -112,6 +113,8 @@ def _measured(
     if evidence.prompts:
         own = effective_weights(weights, how)
         taking_part = projected_off_protected(adapters, weights_of(weights), how, evidence.load().device)
-        alone = {one.name: weighted(one.deltas, weight) for one, weight in zip(taking_part, own, strict=True)}
+        alone = {
+            adapter.name: weighted(adapter.deltas, weight) for adapter, weight in zip(taking_part, own, strict=True)
+        }
         return activations(evidence.load(), alone, evidence.prompts)
     return None

@@ -78,8 +78,8 @@ def _vanishes(sums: PairSums, index: int) -> bool:
 
 def of_rounding(rounded: Mapping[str, Rounded]) -> list[Finding]:
     """Deltas that rounding loses because they are too small."""
-    survivals = {module: one.survival for module, one in rounded.items()}
-    return find_lost(survivals, {module: one.dtype for module, one in rounded.items()}, Rounding())
+    survivals = {module: loss.survival for module, loss in rounded.items()}
+    return find_lost(survivals, {module: loss.dtype for module, loss in rounded.items()}, Rounding())
 
 
 def of_retention(retained: Mapping[str, float | None], policy: Policy) -> list[Finding]:
@@ -161,13 +161,14 @@ def of_contradictions(contradictions: Iterable[Contradiction], policy: Policy) -
         Finding(
             "same_prompts",
             Severity.WARNING,
-            f"{one.a} + {one.b}",
-            f"{one.a} and {one.b} share {one.shared} prompts and require different answers to {one.different} of "
+            f"{contradiction.a} + {contradiction.b}",
+            f"{contradiction.a} and {contradiction.b} share {contradiction.shared} prompts and require "
+            f"different answers to {contradiction.different} of "
             "them: no single model serves both. Serve them separately and route each request to its adapter.",
-            one.share,
+            contradiction.share,
         )
-        for one in contradictions
-        if one.share >= _threshold(policy, "same_prompts")
+        for contradiction in contradictions
+        if contradiction.share >= _threshold(policy, "same_prompts")
     ]
 
 

@@ -144,8 +144,8 @@ class ConflictReport:
             "whole": {
                 **self.together.to_json(),
                 "shares": {member.name: rounded_for_json(member.share) for member in self.members},
-                "layers": [{"layer": layer, **one.to_json()} for layer, one in self.layers.items()],
-                "modules": [{"module": module, **one.to_json()} for module, one in self.modules.items()],
+                "layers": [{"layer": layer, **numbers.to_json()} for layer, numbers in self.layers.items()],
+                "modules": [{"module": module, **numbers.to_json()} for module, numbers in self.modules.items()],
                 "probe": self.probe.overall.to_json(self.limits) if self.probe else None,
                 "advice": list(self.advice),
             },
@@ -153,7 +153,9 @@ class ConflictReport:
             "findings": [finding.to_json() for finding in self.findings],
             "by_default": {
                 "verdict": str(self.by_default[1]),
-                "findings": [one.to_json() for one in self.by_default[0] if one.severity is not Severity.NOTICE],
+                "findings": [
+                    finding.to_json() for finding in self.by_default[0] if finding.severity is not Severity.NOTICE
+                ],
             },
         }
 
@@ -201,8 +203,10 @@ def conflicts(  # noqa: PLR0913
         members=members,
         pairs=pairs,
         together=_together(compared.total, *rounded.values()),
-        layers={layer: _together(one) for layer, one in compared.layers.items()},
-        modules={name: _together(one, *filter(None, [rounded.get(name)])) for name, one in compared.modules.items()},
+        layers={layer: _together(deltas) for layer, deltas in compared.layers.items()},
+        modules={
+            name: _together(deltas, *filter(None, [rounded.get(name)])) for name, deltas in compared.modules.items()
+        },
         findings=tuple(judged),
         evidence=evidence,
         verdict=verdict,
@@ -232,7 +236,11 @@ class _Numbers:
             *self.fixed,
             *of_dropped(rules),
             *weak_evidence([(pair.a, pair.b, pair.evidence) for pair in self.pairs]),
-            *(one for pair in self.pairs for one in of_pair((pair.a, pair.b), pair.numbers, pair.outcome, rules)),
+            *(
+                finding
+                for pair in self.pairs
+                for finding in of_pair((pair.a, pair.b), pair.numbers, pair.outcome, rules)
+            ),
             *of_retention({member.name: member.retention for member in self.members}, rules),
             *(_of_set(names, self.total, self.evidence, rules) if len(names) > 2 else []),
         ]
@@ -250,22 +258,25 @@ def _advice(
 ) -> list[str]:
     """Advice for the whole set: first for errors and warnings that a setting or a file resolves, then for the set or,
     if that needs none, for the pairs that do not end `ok`. For two adapters, the pair is the set."""
-    loud = [one for one in findings if one.severity is not Severity.NOTICE]
-    fixes = [f"{one.subject}: {fix}" for one in loud if (fix := next_step(one.code, ""))]
+    loud = [finding for finding in findings if finding.severity is not Severity.NOTICE]
+    fixes = [f"{finding.subject}: {fix}" for finding in loud if (fix := next_step(finding.code, ""))]
     if len(pairs) == 1:
         return [*fixes, *pairs[0].explanation.advice]
     if not pairs:
         return fixes
     case = SetCase(
         members=len(total.shares()),
-        contradicting=[one.subject for one in findings if one.code == "same_prompts"],
+        contradicting=[finding.subject for finding in findings if finding.code == "same_prompts"],
         cancel=cancelling(total.interference(), sum(total.shares()), policy),
         outcome=evidence.overall if isinstance(evidence, ProbeResult) else None,
         method=method,
     )
     together = explain_set(case, Limits.of(policy))
     harmed = [pair for pair in pairs if pair.verdict not in (Verdict.OK, Verdict.UNMEASURED)]
-    return [*fixes, *(together or [f"{one.a} + {one.b}: {line}" for one in harmed for line in one.explanation.advice])]
+    return [
+        *fixes,
+        *(together or [f"{pair.a} + {pair.b}: {line}" for pair in harmed for line in pair.explanation.advice]),
+    ]
 
 
 def _check_names(names: Sequence[str], weights: int) -> None:
@@ -290,7 +301,7 @@ def _of_set(
 
 
 def _together(compared: PairSums, *rounded: Rounded) -> SetMetrics:
-    survival = total(one.survival for one in rounded)
+    survival = total(loss.survival for loss in rounded)
     return SetMetrics(
         interference=compared.interference(), lost_share=survival.lost_share if survival.entries else None
     )
@@ -330,12 +341,12 @@ def _pair(
 ) -> Pair:
     a, b = (compared.names[index] for index in indices)
     total = compared.total.pick(*indices)
-    picked = {module: one.pick(*indices) for module, one in compared.modules.items()}
+    picked = {module: deltas.pick(*indices) for module, deltas in compared.modules.items()}
     shared = {module: sums for module, sums in picked.items() if sums.norm(0) and sums.norm(1)}
     numbers = PairMetrics.of(total)
     outcome = evidence.pair(a, b) if isinstance(evidence, ProbeResult) else None
     directed = evidence.worse(a, b) if isinstance(evidence, Activations) else None
-    contradicting = [one for one in by_prompts if one.subject == f"{a} + {b}"]
+    contradicting = [finding for finding in by_prompts if finding.subject == f"{a} + {b}"]
     case = Case(
         names=(a, b),
         positions=(indices[0] + 1, indices[1] + 1),
@@ -360,7 +371,7 @@ def _pair(
         evidence=kind,
         explanation=explain(case, policy),
         numbers=numbers,
-        layers={layer: PairMetrics.of(one.pick(*indices)) for layer, one in compared.layers.items()},
+        layers={layer: PairMetrics.of(sums.pick(*indices)) for layer, sums in compared.layers.items()},
         modules={module: PairMetrics.of(sums) for module, sums in shared.items()},
         outcome=outcome,
     )
@@ -378,8 +389,8 @@ def _activations_json(evidence: ProbeResult | Activations | None) -> dict[str, o
     if not isinstance(evidence, Activations):
         return None
     rows: list[dict[str, object]] = []
-    for (victim, intruder), one in evidence.directed.items():
-        numbers = {name: rounded_for_json(value) for name, value in asdict(one).items() if name != "modules"}
-        modules = [{"module": module, "share": rounded_for_json(share)} for module, share in one.modules.items()]
+    for (victim, intruder), directed in evidence.directed.items():
+        numbers = {name: rounded_for_json(value) for name, value in asdict(directed).items() if name != "modules"}
+        modules = [{"module": module, "share": rounded_for_json(share)} for module, share in directed.modules.items()]
         rows.append({"on": victim, "of": intruder, **numbers, "modules": modules})
     return {"prompts": evidence.prompts, "directed": rows}

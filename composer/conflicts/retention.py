@@ -56,9 +56,9 @@ def retained(adapters: Sequence[LoadedAdapter], combined: Sequence[Delta]) -> li
 
 def _against(delta: LowRank, merged: Sequence[Additive]) -> tuple[float, float]:
     """(|Δ|^2, <M, Δ>) at one slot."""
-    factors = [one for one in merged if isinstance(one, LowRank)]
+    factors = [other for other in merged if isinstance(other, LowRank)]
     inner: Float64 = Grams.of([delta, *factors]).inner()
-    dense = sum(_dense_product(one, delta) for one in merged if isinstance(one, RowwiseDelta))
+    dense = sum(_dense_product(other, delta) for other in merged if isinstance(other, RowwiseDelta))
     return float(inner[0, 0]), float(inner[0, 1:].sum()) + dense
 
 

@@ -30,7 +30,7 @@ def rounded_at(compared: Compared, base: Checkpoint) -> dict[str, Rounded]:
     estimates: dict[str, Rounded] = {}
     for (module, begin), deltas in compared.slots.items():
         both = zip(deltas, compared.weights, strict=True)
-        own = [(one, weight.of(*names_of(one))) for one, weight in both if one is not None]
+        own = [(delta, weight.of(*names_of(delta))) for delta, weight in both if delta is not None]
         first = own[0][0]
         spec = base.architecture.tensors.get(first.weight)
         # For a packed weight, the architecture has the unpacked dtype; its bytes may be stored as any dtype.
@@ -41,8 +41,8 @@ def rounded_at(compared: Compared, base: Checkpoint) -> dict[str, Rounded]:
         rows = torch.linspace(0, count - 1, min(count, SAMPLED_ROWS)).round().long().tolist()
         W = picked_rows(Source(file, entry, columns), [begin + row for row in rows]).double()
         delta = torch.zeros_like(W)
-        for one, factor in own:
-            left, right = one.stored_rows(rows, torch.float64)
+        for part, factor in own:
+            left, right = part.stored_rows(rows, torch.float64)
             delta += (left * factor) @ right
         survival = survival_of(W, delta, (W + delta).float().to(TORCH_DTYPES[entry.dtype]))
         before = estimates.get(module, Rounded(RoundingLoss(), entry.dtype))

@@ -183,9 +183,9 @@ def read(report: Json, most_pairs: int | None = None, most_findings: int | None 
         pairs=[_pair(pair, note) for pair in pairs[:most_pairs]],
         all_pairs=len(pairs),
         losses=losses,
-        axis=_axis([line for one in losses for line in one.lines]),
+        axis=_axis([line for block in losses for line in block.lines]),
         activations=report.get("activations"),
-        findings=[(SEVERITIES[one["severity"]], one) for one in findings[:most_findings]],
+        findings=[(SEVERITIES[finding["severity"]], finding) for finding in findings[:most_findings]],
         all_findings=len(findings),
     )
 
@@ -197,13 +197,13 @@ def maps(report: Json, measure: str) -> Maps:
         PairMap(
             _name(pair),
             len(pair["modules"]),
-            {cell_of(one["module"]): one[measure] - chosen.origin for one in pair["modules"]},
+            {cell_of(module["module"]): module[measure] - chosen.origin for module in pair["modules"]},
         )
         for pair in pairs
         if pair["modules"]
     ]
-    top = max([LEAST_SCALE, *(abs(value) for one in drawn for value in one.cells.values())])
-    frame = dict.fromkeys(cell_of(one["module"]) for member in report["adapters"] for one in member["modules"])
+    top = max([LEAST_SCALE, *(abs(value) for pair_map in drawn for value in pair_map.cells.values())])
+    frame = dict.fromkeys(cell_of(module["module"]) for member in report["adapters"] for module in member["modules"])
     return Maps(chosen, top, list(frame), drawn, len(pairs))
 
 
@@ -237,7 +237,7 @@ def _pair(pair: Json, note: str) -> PairRow:
         low=pair.get("risk_low"),
         high=pair.get("risk_high"),
         meaning=pair.get("meaning", "").removeprefix(note),
-        causes=[(one["module"], one["share"]) for one in pair.get("causes", ())],
+        causes=[(cause["module"], cause["share"]) for cause in pair.get("causes", ())],
         advice=pair.get("advice", ()),
         numbers={name: pair.get(name) for name in MEASURES},
     )
@@ -253,7 +253,7 @@ def _losses(report: Json, pairs: Sequence[Json]) -> list[Losses]:
 
 def _combination(name: str, probe: Json) -> Losses:
     lines = [_line(row) for row in (*probe["effects"], *probe["guards"])]
-    return Losses(name, probe["k"], max((one.verdict for one in lines), key=_rank), lines)
+    return Losses(name, probe["k"], max((line.verdict for line in lines), key=_rank), lines)
 
 
 def _line(row: Json) -> LossLine:
@@ -275,6 +275,6 @@ def _line(row: Json) -> LossLine:
 
 def _axis(lines: Sequence[LossLine]) -> tuple[float, float]:
     """The ends of an axis for members' losses and limits. Intervals of a few examples are cut there."""
-    own = [one for one in lines if not one.cost]
-    ends = [_AXIS, *(one.loss for one in own), *(one.tolerated for one in own if one.tolerated is not None)]
+    own = [line for line in lines if not line.cost]
+    ends = [_AXIS, *(line.loss for line in own), *(line.tolerated for line in own if line.tolerated is not None)]
     return min(*ends, -max(ends) / 2), max(ends)

@@ -79,7 +79,7 @@ class PairSums(Summed):
 
     def shares(self) -> list[float]:
         """w_i^2 |Delta_i|^2 / sum over all: each delta's share of the energy; all 0 if there is none."""
-        return [_quotient(one, self.weighted.trace()) for one in self.weighted.diagonal()]
+        return [_quotient(energy, self.weighted.trace()) for energy in self.weighted.diagonal()]
 
     def pick(self, *indices: int) -> "PairSums":
         """The sums for some of the deltas, in the order given."""

@@ -201,7 +201,7 @@ class SpillFile:
         """Writes the tensors and returns them mapped. Not thread-safe. Raises RefusedOutput if the disk is full."""
         if not tensors:
             return []
-        begins = [0, *accumulate(-(-one.nbytes // _ALIGNED) * _ALIGNED for one in tensors)]
+        begins = [0, *accumulate(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors)]
         size = begins[-1] or _ALIGNED
         try:
             for begin, tensor in zip(begins, tensors, strict=False):
@@ -217,6 +217,6 @@ class SpillFile:
         mapping = MappedFile(self._file, gettempdir(), self._end, size)
         self._end += -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         return [
-            StoredFactor(mapping, mapping.at(begin, one.nbytes, one.dtype).reshape(one.shape))
-            for begin, one in zip(begins, tensors, strict=False)
+            StoredFactor(mapping, mapping.at(begin, tensor.nbytes, tensor.dtype).reshape(tensor.shape))
+            for begin, tensor in zip(begins, tensors, strict=False)
         ]

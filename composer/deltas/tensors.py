@@ -83,7 +83,7 @@ def most_threads() -> int:
 
 def execution_device(model: torch.nn.Module) -> torch.device:
     """The device of a model's input: that of its first parameter in memory, not left on disk."""
-    return next((one.device for one in model.parameters() if not one.is_meta), torch.device("cpu"))
+    return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
 
 
 def torch_device(name: str) -> torch.device:

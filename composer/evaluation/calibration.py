@@ -40,7 +40,7 @@ class Calibration:
         return self.load()
 
     def to_json(self) -> list[dict[str, object]]:
-        return [one.to_json() for one in self.sets]
+        return [examples.to_json() for examples in self.sets]
 
     def pick(self, members: Sequence[int]) -> "Calibration":
         """The calibration of some of the adapters, by their indices."""
@@ -119,10 +119,10 @@ class _Collector:
 def _encoded(loaded: LoadedModel, used: CalibrationSet) -> list[Encoded]:
     """Encodes prompts; they are user turns if the base has a chat template."""
     if used.suite is not None:
-        return [encode(loaded, one, used.suite.chat, used.suite.ends) for one in used.examples]
+        return [encode(loaded, example, used.suite.chat, used.suite.ends) for example in used.examples]
     chat = loaded.tokenizer.chat_template is not None
     ids = [tuple(encode_prompt(loaded, prompt, chat)) for prompt in used.prompts]
-    return [Encoded(one, len(one)) for one in ids]
+    return [Encoded(token_ids, len(token_ids)) for token_ids in ids]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -134,7 +134,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _chosen(examples: Sequence[Encoded], most: int, seed: int) -> list[torch.Tensor]:
     """Selects the tokens of each example that are used: all, or `most` of them at random."""
-    lengths = [len(one.ids) for one in examples]
+    lengths = [len(example.ids) for example in examples]
     chosen = torch.ones(sum(lengths), dtype=torch.bool)
     if len(chosen) > most:
         order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))

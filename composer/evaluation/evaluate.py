@@ -127,8 +127,8 @@ def scores(suite: Suite, results: Sequence[Result]) -> list[SuiteScore]:
         message = f"Every example of {suite.name} was used to fit the method: none is left to judge it by."
         raise Mismatch("no_examples_left", message, subject=suite.name)
     n, asked = len(results), (suite.name, suite.digest, suite.task)
-    nll, nll_stderr = ratio([one.nats for one in results], [one.tokens for one in results])
-    answers = [one.score for one in results]
+    nll, nll_stderr = ratio([result.nats for result in results], [result.tokens for result in results])
+    answers = [result.score for result in results]
     accuracy = sum(answers) / n
     accuracy_stderr = ratio(answers, [1] * n)[1]
     if n > 1 and set(answers) <= {0, 1}:
@@ -142,11 +142,11 @@ def scores(suite: Suite, results: Sequence[Result]) -> list[SuiteScore]:
 def _teacher_forced(
     loaded: LoadedModel, suite: Suite, examples: Sequence[Example], _open: _Open
 ) -> tuple[list[list[int]], _Run]:
-    prefix, rest = split_prefix(loaded, [encode(loaded, one, suite.chat, suite.ends) for one in examples])
+    prefix, rest = split_prefix(loaded, [encode(loaded, example, suite.chat, suite.ends) for example in examples])
 
     def run(batch: Sequence[int]) -> list[Result]:
         measured = measure_batch(prefix, [rest[index] for index in batch])
-        return [Result(one.nats, one.tokens, float(one.exact)) for one in measured]
+        return [Result(result.nats, result.tokens, float(result.exact)) for result in measured]
 
     return spread_batches(loaded, rest), run
 
@@ -156,21 +156,21 @@ def _generation(
 ) -> tuple[list[list[int]], _Run]:
     chosen, settings = suite.scoring or ScorerChoice(name="match"), suite.generation
     scorer = open_one(chosen)
-    encoded = [encode(loaded, one, suite.chat, suite.ends) for one in examples]
-    prompts = [encode_for_generation(loaded, one.prompt, suite.chat, settings) for one in examples]
+    encoded = [encode(loaded, example, suite.chat, suite.ends) for example in examples]
+    prompts = [encode_for_generation(loaded, example.prompt, suite.chat, settings) for example in examples]
 
     def run(batch: Sequence[int]) -> list[Result]:
         measured = _measured(loaded, [encoded[index] for index in batch])
         answers = generate_batch(loaded, [prompts[index] for index in batch], settings)
         return [
             Result(
-                one.nats,
-                one.tokens,
+                result.nats,
+                result.tokens,
                 checked_score(scorer, chosen.name, answer.text, examples[index], partial(_named, suite)),
                 answer.text,
                 answer.cut,
             )
-            for index, one, answer in zip(batch, measured, answers, strict=True)
+            for index, result, answer in zip(batch, measured, answers, strict=True)
         ]
 
     return generation_batches(loaded, prompts, settings), run
@@ -186,8 +186,8 @@ def _choices(
 ) -> tuple[list[list[int]], _Run]:
     per = LikelihoodSettings(**(suite.scoring.settings if suite.scoring else {})).per
     encoded = [
-        [encode(loaded, Example(one.prompt, choice), suite.chat, suite.ends) for choice in one.choices]
-        for one in examples
+        [encode(loaded, Example(example.prompt, choice), suite.chat, suite.ends) for choice in example.choices]
+        for example in examples
     ]
 
     def run(batch: Sequence[int]) -> list[Result]:
@@ -202,10 +202,10 @@ def _likeliest(example: Example, measured: Sequence[Measured], per: str) -> Resu
     """Of equally likely choices, the first one is chosen."""
     lengths = {
         "choice": [1.0] * len(measured),
-        "token": [float(one.tokens) for one in measured],
+        "token": [float(result.tokens) for result in measured],
         "character": [float(len(choice)) for choice in example.choices],
     }[per]
-    cost = [one.nats / length for one, length in zip(measured, lengths, strict=True)]
+    cost = [result.nats / length for result, length in zip(measured, lengths, strict=True)]
     chosen = example.choices[cost.index(min(cost))]
     right = measured[example.choices.index(example.completion)]
     return Result(right.nats, right.tokens, float(chosen == example.completion), chosen)

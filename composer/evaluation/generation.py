@@ -76,7 +76,7 @@ def generate_batch(loaded: LoadedModel, prompts: Sequence[Prompt], settings: Gen
 
     Settings of a checkpoint's generation_config, such as a repetition penalty, have no effect.
     """
-    rows = [_Row(one, _draws(settings.seed, one.key)) for one in prompts]
+    rows = [_Row(prompt, _draws(settings.seed, prompt.key)) for prompt in prompts]
     step = _Step(loaded, [row.prompt.ids for row in rows])
     left = list(rows)
     for _ in range(settings.max_new_tokens):

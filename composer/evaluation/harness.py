@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def suites(self) -> list[HarnessTask]:
-        return [one.suite for one in (*self.tasks.values(), *self.groups)]
+        return [task.suite for task in (*self.tasks.values(), *self.groups)]
 
 
 @dataclass(slots=True)
@@ -112,9 +112,9 @@ def load_suite(suite: HarnessTask, directory: Path | None = None) -> Plan:
     name = suite.config.get("group", suite.config.get("task"))
     asked = Asked(suite.config.get("num_fewshot"), bool(suite.config.get("apply_chat_template")))
     plan = load_tasks([str(name)], directory, asked)
-    here = next((one for one in plan.suites if one.name == suite.name), None)
+    here = next((known for known in plan.suites if known.name == suite.name), None)
     if here is None or here.digest != suite.digest:
-        differs = [one for one in _IDENTITY if here is not None and getattr(here, one) != getattr(suite, one)]
+        differs = [part for part in _IDENTITY if here is not None and getattr(here, part) != getattr(suite, part)]
         why = f": {' and '.join(differs)} differ" if differs else ""
         raise NotSupported(
             "harness_differs",
@@ -245,7 +245,7 @@ def _task(name: str, task: Any, asked: Asked) -> LoadedTask:
             config["fewshot_documents"] = _documents(task.fewshot_docs() or []).sha256
         config = json.loads(json.dumps(config | asked.config, sort_keys=True, default=_name_of))
     filters = [ensemble.name for ensemble in getattr(task, "_filters", [])] or ["none"]
-    pairs = [(metric, one) for metric in task.higher_is_better() for one in filters]
+    pairs = [(metric, filter_) for metric in task.higher_is_better() for filter_ in filters]
     label = _label(task.VERSION, shots if shots != own else None, chat=asked.chat)
     return LoadedTask(_suite(name, label, config, documents, task.higher_is_better(), pairs), task, asked.chat)
 
@@ -309,7 +309,9 @@ def _suite_name(name: str) -> str:
 def _label(task_version: object, shots: int | None, *, chat: bool) -> str:
     """A semantic version: the task's, as far as it is one, with that of the harness as its pre-release, and the form
     of the prompts if that is not the task's own."""
-    numbers = [str(int(one)) for one in _NUMBERS.findall(str(task_version))][:3] if task_version is not None else []
+    numbers = (
+        [str(int(number)) for number in _NUMBERS.findall(str(task_version))][:3] if task_version is not None else []
+    )
     build = ".".join(re.sub(r"[^0-9A-Za-z-]", "-", part) for part in version(HARNESS).split(".") if part)
     how = (f".{shots}-shot" if shots is not None else "") + (".chat" if chat else "")
     return f"{'.'.join([*numbers, '0', '0', '0'][:3])}-{HARNESS}.{build}{how}"
@@ -318,8 +320,8 @@ def _label(task_version: object, shots: int | None, *, chat: bool) -> str:
 def _documents(documents: Iterable[Any]) -> Documents:
     """The number of documents, and one hash over the canonical JSON of each."""
     count, digest = 0, sha256()
-    for count, one in enumerate(documents, start=1):  # noqa: B007
-        text = json.dumps(one, sort_keys=True, ensure_ascii=False, default=str)
+    for count, document in enumerate(documents, start=1):  # noqa: B007
+        text = json.dumps(document, sort_keys=True, ensure_ascii=False, default=str)
         digest.update(sha256(text.encode("utf-8", "surrogatepass")).digest())
     return Documents(count=count, sha256=digest.hexdigest())
 
@@ -377,12 +379,14 @@ def _add_examples(outcome: Outcome, task: Any, samples: Sequence[Mapping[str, An
         metric, comma, filter_name = key.partition(",")
         if not comma or metric.endswith("_stderr") or _metric(metric, filter_name) not in names:
             continue
-        own = sorted((one for one in samples if one["filter"] == filter_name), key=lambda one: one["doc_id"])
-        values = [_number(one.get(metric)) for one in own]
-        score = next(one for one in outcome.scores if one.metric == _metric(metric, filter_name))
+        own = sorted((sample for sample in samples if sample["filter"] == filter_name), key=lambda one: one["doc_id"])
+        values = [_number(sample.get(metric)) for sample in own]
+        score = next(known for known in outcome.scores if known.metric == _metric(metric, filter_name))
         if len(values) == score.n and all(value is not None and 0 <= value <= 1 for value in values):
             outcome.metric = score.metric
-            outcome.examples = [{"score": value, **_answer(task, one)} for value, one in zip(values, own, strict=True)]
+            outcome.examples = [
+                {"score": value, **_answer(task, sample)} for value, sample in zip(values, own, strict=True)
+            ]
             return
 
 
@@ -390,7 +394,7 @@ def _answer(task: Any, sample: Mapping[str, Any]) -> Json:
     """The generated text, or the likeliest of several continuations."""
     answers = sample["filtered_resps"]
     if task.OUTPUT_TYPE == "multiple_choice" and len(answers) == len(sample["arguments"]) > 0:
-        nats = [float(one[0]) for one in answers]
+        nats = [float(answer[0]) for answer in answers]
         text = str(sample["arguments"][nats.index(max(nats))][1]).strip()
     elif task.OUTPUT_TYPE == "generate_until" and answers:
         text = str(answers[0])

@@ -78,7 +78,7 @@ class HarnessModel(HFLM):
         for begin in range(0, len(order), self._part):
             part = order[begin : begin + self._part]
             answers = answer([requests[index] for index in part])
-            new = {keys[index]: one for index, one in zip(part, answers, strict=True)}
+            new = {keys[index]: answer for index, answer in zip(part, answers, strict=True)}
             if self.journal:
                 self.journal.add(new)
             known |= new

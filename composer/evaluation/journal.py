@@ -57,14 +57,23 @@ class ResultJournal(JournalFile):
         self.known.update(results)
         self.append(
             [
-                [one.prompt, one.completion, one.choices, own.nats, own.tokens, own.score, own.answer, own.cut]
-                for one, own in results.items()
+                [
+                    example.prompt,
+                    example.completion,
+                    example.choices,
+                    own.nats,
+                    own.tokens,
+                    own.score,
+                    own.answer,
+                    own.cut,
+                ]
+                for example, own in results.items()
             ]
         )
 
     def missing(self, examples: Collection[Example]) -> list[Example]:
         """The examples without a result, each once."""
-        return [one for one in dict.fromkeys(examples) if one not in self.known]
+        return [example for example in dict.fromkeys(examples) if example not in self.known]
 
 
 def examine_rest(

@@ -146,8 +146,8 @@ def measure(
 
 def split_prefix(loaded: LoadedModel, encoded: Sequence[Encoded]) -> tuple[Prefix, list[Encoded]]:
     """The common beginning of all examples, and the rest of each."""
-    prefix = Prefix.of(loaded, [one.prompt for one in encoded])
-    return prefix, [one.after(len(prefix.ids)) for one in encoded]
+    prefix = Prefix.of(loaded, [example.prompt for example in encoded])
+    return prefix, [example.after(len(prefix.ids)) for example in encoded]
 
 
 def run_batches(
@@ -177,7 +177,7 @@ def spread_batches(loaded: LoadedModel, encoded: Sequence[Encoded], batch_tokens
     """Batches for all cores: a few examples are spread too, since one batch over all cores would wait at barriers. They
     become one batch a core where they can: with a third batch on two cores, one core waits."""
     most = batch_tokens or loaded.batch_tokens
-    limit = min(most, sum(len(one.ids) for one in encoded) // loaded.passes + 1)
+    limit = min(most, sum(len(example.ids) for example in encoded) // loaded.passes + 1)
     while len(batches := list(batches_of(encoded, limit))) > loaded.passes and limit < most:
         limit = min(most, limit + limit // 8 + 1)
     return batches
@@ -196,25 +196,25 @@ def batches_of(encoded: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
 def measure_batch(prefix: Prefix, batch: Sequence[Encoded]) -> list[Measured]:
     """One teacher-forced forward pass over what follows the prefix in the batch's examples."""
     ids_BT = padded(batch).to(prefix.loaded.device)
-    first = min(one.prompt_tokens for one in batch) - 1
+    first = min(example.prompt_tokens for example in batch) - 1
     logits_BTV = _logits_from(prefix, ids_BT, first)
     measured: list[Measured] = []
-    for row, one in enumerate(batch):
-        start = one.prompt_tokens - 1 - first
-        logits_TV = logits_BTV[row, start : start + one.completion_tokens].float()
-        target_T = ids_BT[row, one.prompt_tokens : len(one.ids)]
+    for row, example in enumerate(batch):
+        start = example.prompt_tokens - 1 - first
+        logits_TV = logits_BTV[row, start : start + example.completion_tokens].float()
+        target_T = ids_BT[row, example.prompt_tokens : len(example.ids)]
         nats = nn.functional.cross_entropy(logits_TV, target_T, reduction="sum").item()
         exact = bool((logits_TV.argmax(dim=-1) == target_T).all())
-        measured.append(Measured(nats, one.completion_tokens, exact))
+        measured.append(Measured(nats, example.completion_tokens, exact))
     return measured
 
 
 def padded(batch: Sequence[Encoded]) -> torch.Tensor:
     """B x T ids. Padding is on the right, where a causal model's earlier positions cannot see it: no mask and no
     shifted positions are needed."""
-    ids_BT = torch.zeros(len(batch), max(len(one.ids) for one in batch), dtype=torch.long)
-    for row, one in enumerate(batch):
-        ids_BT[row, : len(one.ids)] = torch.tensor(one.ids)
+    ids_BT = torch.zeros(len(batch), max(len(example.ids) for example in batch), dtype=torch.long)
+    for row, example in enumerate(batch):
+        ids_BT[row, : len(example.ids)] = torch.tensor(example.ids)
     return ids_BT
 
 

@@ -62,7 +62,7 @@ def observe(
     The output is the base's, before any delta. `tokens` selects tokens for each example (a boolean vector; all by
     default). Raises what `deltas_applied` and the watches raise.
     """
-    looked_at = tokens or [torch.ones(len(one.ids), dtype=torch.bool) for one in examples]
+    looked_at = tokens or [torch.ones(len(example.ids), dtype=torch.bool) for example in examples]
     # Watched before the deltas are applied, whose hooks change the output.
     with ExitStack() as undo:
         for path, watch in watches.items():

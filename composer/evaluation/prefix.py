@@ -31,7 +31,7 @@ class Prefix:
     @classmethod
     def of(cls, loaded: LoadedModel, prompts: Sequence[tuple[int, ...]]) -> "Prefix":
         """The longest prefix of all prompts that leaves a token of each, if computing it once is worthwhile."""
-        columns = zip(*(one[:-1] for one in prompts), strict=False)
+        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
         shared = tuple(ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns))
         saved = len(shared) * (len(prompts) - 1)
         worthwhile = saved >= _WORTHWHILE_TOKENS.get(loaded.device.type, _WORTHWHILE_TOKENS["cuda"])

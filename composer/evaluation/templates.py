@@ -62,7 +62,7 @@ def _budget(base: str) -> Generator[None]:
 
 def _failed(base: str, error: Exception) -> InvalidFile:
     """An error raised by the template itself, or by its expressions."""
-    said = "".join(one if one.isprintable() else " " for one in str(error)[:300])
+    said = "".join(character if character.isprintable() else " " for character in str(error)[:300])
     return InvalidFile(
         "chat_template_failed",
         f"The chat template of the base {base} fails: {type(error).__name__}: {said}",

@@ -45,7 +45,7 @@ class CombineReport:
         return total_loss(self.compressions)
 
     def to_json(self) -> dict[str, Any]:
-        rows = [asdict(one) | {"relative": one.relative} for one in self.compressions]
+        rows = [asdict(compression) | {"relative": compression.relative} for compression in self.compressions]
         fit = {"fit": self.fit.to_json() if self.fit else None}
         return asdict(self) | {"compressions": rows, "lost": self.lost} | fit
 
@@ -73,7 +73,7 @@ def combine(  # noqa: PLR0913
     """
     parsed = parse_settings(method, settings)
     loaded = [load_deltas(path, architecture) for path, _ in adapters]
-    tokenizer = chosen_tokenizer(None, [(one.name, one.path) for one in loaded]).files
+    tokenizer = chosen_tokenizer(None, [(adapter.name, adapter.path) for adapter in loaded]).files
     inputs = identities([*files_of(path for path, _ in adapters), *tokenizer.values()])
     if architecture is None and not _exact(parsed):
         _refuse_stacks(loaded, method)
@@ -99,7 +99,7 @@ def combine(  # noqa: PLR0913
     return CombineReport(
         out_dir=str(out_dir),
         modules=len(form.wrapped),
-        ranks=dict(Counter(one.rank for one in form.wrapped)),
+        ranks=dict(Counter(module.rank for module in form.wrapped)),
         replacements=len(form.replacements),
         size_bytes=size,
         compressions=tuple(combined.compressions),
@@ -165,4 +165,8 @@ def _if_they_cover(field: str, names: set[str], paths: Sequence[str], touched: s
 
 def _dropped_copies(loaded: Sequence[LoadedAdapter]) -> list[Finding]:
     message = "The adapter's copy of this base weight was left out, unchecked: combining does not read the base."
-    return [Finding("base_copy_dropped", Severity.NOTICE, name, message) for one in loaded for name in one.base_copies]
+    return [
+        Finding("base_copy_dropped", Severity.NOTICE, name, message)
+        for adapter in loaded
+        for name in adapter.base_copies
+    ]

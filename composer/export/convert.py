@@ -62,7 +62,7 @@ def convert(path: Path, out_dir: Path, architecture: Architecture) -> ConvertRep
     fields: dict[str, Any] = {"fan_in_fan_out": architecture.model_type in CONV1D_MODELS, "task_type": "CAUSAL_LM"}
     form, magnitudes = peft_form(deltas), _magnitudes(foreign)
     if magnitudes:
-        form = replace(form, wrapped=[_with_magnitude(one, magnitudes) for one in form.wrapped])
+        form = replace(form, wrapped=[_with_magnitude(module, magnitudes) for module in form.wrapped])
     fields["use_dora"] = bool(magnitudes)
     size = write_adapter(form, out_dir, fields, note)
     return ConvertReport(foreign.layout, len(deltas), max(delta.rank for delta in deltas), str(out_dir), size)

@@ -63,7 +63,7 @@ class ExtractReport:
         return total_loss(self.compressions)
 
     def to_json(self) -> dict[str, Any]:
-        rows = [asdict(one) | {"relative": one.relative} for one in self.compressions]
+        rows = [asdict(compression) | {"relative": compression.relative} for compression in self.compressions]
         return asdict(self) | {"compressions": rows, "lost": self.lost}
 
 
@@ -92,8 +92,8 @@ def extract(  # noqa: PLR0913
     slots = _slots(base, finetuned)
     if rank is None and energy is None:
         rank = USUAL_RANK
-    files = [one.path / shard for one in (base, finetuned) for shard in one.shards]
-    inputs = identities([*files, *(one.path / "config.json" for one in (base, finetuned))])
+    files = [checkpoint.path / shard for checkpoint in (base, finetuned) for shard in checkpoint.shards]
+    inputs = identities([*files, *(checkpoint.path / "config.json" for checkpoint in (base, finetuned))])
     work = _Extraction(base, finetuned, (rank, energy), torch_device(device))
     for name, slot in slots.items():
         if slot.theirs:
@@ -119,8 +119,8 @@ def extract(  # noqa: PLR0913
     return ExtractReport(
         out_dir=str(out_dir),
         modules=len(form.wrapped),
-        ranks=dict(Counter(one.rank for one in form.wrapped)),
-        saved=tuple(one.weight for one in form.replacements),
+        ranks=dict(Counter(module.rank for module in form.wrapped)),
+        saved=tuple(replacement.weight for replacement in form.replacements),
         unchanged=work.unchanged,
         size_bytes=size,
         compressions=tuple(work.compressions),
@@ -193,7 +193,7 @@ class _Extraction:
     def complete(self, slots: Mapping[str, _Slot]) -> list[Delta]:
         """The deltas, with the unchanged parameters of modules whose weight is saved: PEFT loads such a module only in
         full."""
-        held = {one.weight: one.module for one in self.deltas if isinstance(one, Replacement)}
+        held = {delta.weight: delta.module for delta in self.deltas if isinstance(delta, Replacement)}
         full = {module for name, module in held.items() if name.endswith(".weight")}
         for name, slot in slots.items():
             if slot.module in full and name not in held:
@@ -256,7 +256,7 @@ def _slots(base: Checkpoint, finetuned: Checkpoint) -> dict[str, _Slot]:
     slots = {name: _Slot("", None, "" if unread(name) else name) for name in ours.tensors}
     for path, module in model.named_modules():
         for parameter in module._parameters:
-            target, other = (find_weight(path, parameter, one) for one in (ours, theirs))
+            target, other = (find_weight(path, parameter, checkpoint) for checkpoint in (ours, theirs))
             if not isinstance(target, Target) or (ours.tied and is_head(path)):
                 continue
             layout = _layout(module) if parameter == "weight" else None

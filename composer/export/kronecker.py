@@ -55,27 +55,27 @@ class Kronecker:
 
 def kronecker(module: str, tensors: Tensors, alpha: float | None) -> Kronecker:
     """The module with these parts of a file. Raises InvalidFile for parts that do not form a product of matrices."""
-    flat = {name: one.flatten(1) if one.shape[2:] == (1, 1) else one for name, one in tensors.items()}
-    if odd := next((name for name, one in flat.items() if one.dim() != 2 or not one.numel()), None):
+    flat = {name: tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor for name, tensor in tensors.items()}
+    if odd := next((name for name, tensor in flat.items() if tensor.dim() != 2 or not tensor.numel()), None):
         raise misfit("shape_mismatch", module, f"has {odd} of shape {list(flat[odd].shape)}")
-    ranks = {one.shape[0] for name, one in flat.items() if name.endswith("_b")}
+    ranks = {tensor.shape[0] for name, tensor in flat.items() if name.endswith("_b")}
     if len(ranks) > 1:
         raise misfit("shape_mismatch", module, f"has factors of the ranks {', '.join(map(str, sorted(ranks)))}")
     rank = next(iter(ranks), 0)
     scale = alpha / rank if rank and alpha is not None else 1.0
-    scaled = {name: one * scale if name in ("lokr_w2", "lokr_w2_b") else one for name, one in flat.items()}
+    scaled = {name: tensor * scale if name in ("lokr_w2", "lokr_w2_b") else tensor for name, tensor in flat.items()}
     return Kronecker(module, scaled, rank)
 
 
 def as_peft(modules: list[Kronecker]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors by PEFT's key without prefix, their config). Raises NotSupported if no single decompose_factor produces
     the splits of all modules."""
-    both = any(not one.is_full("lokr_w1") for one in modules)
+    both = any(not module.is_full("lokr_w1") for module in modules)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
-    for one in modules:
-        ranks[one.module], own = _as_made(one, both)
-        tensors |= {f"{one.module}.{name}": tensor for name, tensor in own.items()}
+    for converted in modules:
+        ranks[converted.module], own = _as_made(converted, both)
+        tensors |= {f"{converted.module}.{name}": tensor for name, tensor in own.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{module}": own for module, own in ranks.items() if own != rank}
     return tensors, {
@@ -103,7 +103,9 @@ def _as_made(one: Kronecker, both: bool) -> tuple[int, Tensors]:
 
 def _factor(modules: list[Kronecker]) -> int:
     """The decompose_factor with which PEFT splits every module as here."""
-    splits = {(own, other) for one in modules for own, other in zip(one.shape("lokr_w1"), one.size, strict=True)}
+    splits = {
+        (own, other) for module in modules for own, other in zip(module.shape("lokr_w1"), module.size, strict=True)
+    }
     for factor in (-1, *sorted({own for own, _ in splits}, reverse=True)):
         if all(_first(product, factor) == own for own, product in splits):
             return factor
@@ -117,7 +119,9 @@ def _first(dimension: int, factor: int) -> int:
     if factor > 0 and dimension % factor == 0:
         return factor
     limit = dimension if factor == -1 else factor
-    return max(one for one in range(1, int(dimension**0.5) + 1) if dimension % one == 0 and one <= limit)
+    return max(
+        divisor for divisor in range(1, int(dimension**0.5) + 1) if dimension % divisor == 0 and divisor <= limit
+    )
 
 
 def misfit(code: str, module: str, what: str) -> InvalidFile:

@@ -44,11 +44,11 @@ class PeftAdapter:
 
     @property
     def modules(self) -> list[str]:
-        return [one.name for one in self.wrapped if not one.is_parameter]
+        return [module.name for module in self.wrapped if not module.is_parameter]
 
     @property
     def parameters(self) -> list[str]:
-        return [one.name for one in self.wrapped if one.is_parameter]
+        return [module.name for module in self.wrapped if module.is_parameter]
 
 
 def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftAdapter:
@@ -57,8 +57,8 @@ def peft_form(deltas: Sequence[Delta], *, one_rank: bool = False) -> PeftAdapter
     refuse_unheld(deltas)
     slots = _as_twins(_one_per_slot(deltas))
     pairs = wrapped(slots)
-    if one_rank and len({one.rank for one in pairs}) > 1:
-        pairs = wrapped(slots, max(one.rank for one in pairs))
+    if one_rank and len({pair.rank for pair in pairs}) > 1:
+        pairs = wrapped(slots, max(pair.rank for pair in pairs))
     if not pairs:
         raise NotSupported(
             "no_pairs", "Nothing to write: an adapter holds low-rank pairs alone, and the result has none."
@@ -130,15 +130,17 @@ def _one_per_slot(deltas: Sequence[Delta]) -> list[LowRank]:
     for delta in map(on_own_head, deltas):  # an adapter does not change the weights: a tied tensor has two sides
         if isinstance(delta, LowRank):
             slots[delta.weight, delta.begin].append(delta)
-    summed = [one for own in slots.values() for one in stack_factors(own, [1.0] * len(own))]
-    return [one for one in summed if isinstance(one, LowRank)]
+    summed = [delta for own in slots.values() for delta in stack_factors(own, [1.0] * len(own))]
+    return [delta for delta in summed if isinstance(delta, LowRank)]
 
 
 def _as_twins(slots: Sequence[LowRank]) -> list[LowRank]:
     """The deltas with a twin head given its embedding's exact factors, since a scale may be folded into the other
     one."""
-    embedding = next((one for one in slots if one.twin and not is_head(one.module)), None)
-    return [pair_for_head(embedding, one.module) if embedding and is_tied_duplicate(one) else one for one in slots]
+    embedding = next((delta for delta in slots if delta.twin and not is_head(delta.module)), None)
+    return [
+        pair_for_head(embedding, delta.module) if embedding and is_tied_duplicate(delta) else delta for delta in slots
+    ]
 
 
 def refuse_unheld(deltas: Iterable[Delta], *, cut: bool = False, dense: bool = False) -> None:
@@ -171,7 +173,7 @@ def _tensors(form: PeftAdapter) -> dict[str, torch.Tensor]:
         inside = ".base_layer" if delta.module in modules else ""
         return f"{delta.module}{inside}.{delta.weight.rsplit('.', 1)[-1]}"
 
-    pairs = ((key, tensor) for one in form.wrapped for key, tensor in one.tensors.items())
+    pairs = ((key, tensor) for module in form.wrapped for key, tensor in module.tensors.items())
     full = ((key_of(delta), delta.tensor) for delta in form.replacements)
     return by_key((f"{PEFT_PREFIX}{key}", tensor) for key, tensor in chain(pairs, full))
 
@@ -184,8 +186,8 @@ def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _config(form: PeftAdapter) -> dict[str, Any]:
-    rank = Counter(one.rank for one in form.wrapped).most_common(1)[0][0]
-    ranks = {f"^{one.name}": one.rank for one in form.wrapped if one.rank != rank}
+    rank = Counter(module.rank for module in form.wrapped).most_common(1)[0][0]
+    ranks = {f"^{module.name}": module.rank for module in form.wrapped if module.rank != rank}
     tying = {"ensure_weight_tying": True} if form.tied else {}
     parameters = {"target_parameters": sorted(form.parameters)} if form.parameters else {}
     return {

@@ -70,7 +70,7 @@ def _layer_of(weight: str) -> str | None:
 def _module(name: str, deltas: Sequence[LowRank], least: int) -> PeftModule:
     """A module's own pair; for a packed attention, together with its output projection's, which has the same rank."""
     rank = max(least, *(delta.rank for delta in deltas))
-    return PeftModule(name, rank, by_key(one for delta in deltas for one in _pair(name, delta, rank)))
+    return PeftModule(name, rank, by_key(pair for delta in deltas for pair in _pair(name, delta, rank)))
 
 
 def _pair(name: str, delta: LowRank, rank: int) -> Iterator[tuple[str, torch.Tensor]]:

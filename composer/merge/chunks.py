@@ -59,13 +59,13 @@ class Factors:
 
     def left_into(self, own: slice, out_MR: torch.Tensor) -> torch.Tensor:
         """Reads rows `own` of the stacked left factors, M x R, into `out_MR`."""
-        for part, columns in zip(self.parts, out_MR.split([one.rank for one in self.parts], dim=1), strict=True):
+        for part, columns in zip(self.parts, out_MR.split([factor.rank for factor in self.parts], dim=1), strict=True):
             part.stored_left_into(own, columns)
         return out_MR
 
     def right_into(self, out_RN: torch.Tensor) -> torch.Tensor:
         """Reads the stacked right factors, R x N, into `out_RN`."""
-        for part, rows in zip(self.parts, out_RN.split([one.rank for one in self.parts]), strict=True):
+        for part, rows in zip(self.parts, out_RN.split([factor.rank for factor in self.parts]), strict=True):
             part.stored_right_into(rows)
         return out_RN
 
@@ -85,7 +85,7 @@ class _Rights:
         with self._lock:
             right = self._made.get((id(factors), dtype))
             size = factors.rank * columns * dtype.itemsize
-            if right is None and size + sum(one.nbytes for one in self._made.values()) <= _KEPT_BYTES:
+            if right is None and size + sum(kept.nbytes for kept in self._made.values()) <= _KEPT_BYTES:
                 right = factors.right_into(torch.empty(factors.rank, columns, dtype=dtype))
                 self._made[id(factors), dtype] = right
             return right
@@ -150,12 +150,12 @@ def prepare(tensor: TensorPlan, device: torch.device) -> TensorWork:
     """Prepares the work on a tensor. Its factors are uploaded to an accelerator; on the CPU, nothing is read yet."""
     additions = [delta for delta in tensor.deltas if not isinstance(delta, Replacement)]
     replacement = next((delta.tensor.reshape(-1, 1) for delta in tensor.deltas if isinstance(delta, Replacement)), None)
-    computed = [one for one in additions if isinstance(one, RowwiseDelta)]
-    factors = _together([one for one in additions if isinstance(one, LowRank)])
-    shapes = [one.stored_shape for one in additions] + ([tensor.decoded.shape] if tensor.decoded else [])
+    computed = [addition for addition in additions if isinstance(addition, RowwiseDelta)]
+    factors = _together([addition for addition in additions if isinstance(addition, LowRank)])
+    shapes = [addition.stored_shape for addition in additions] + ([tensor.decoded.shape] if tensor.decoded else [])
     columns = 1 if replacement is not None or not shapes else shapes[-1][1]
     rows = tensor.target.spec.elements // max(1, columns)
-    uploaded = [one.to(device) for one in factors]  # once per tensor, not per chunk
+    uploaded = [factor.to(device) for factor in factors]  # once per tensor, not per chunk
     wait_for(device)
     return TensorWork(
         plan=tensor,
@@ -196,7 +196,7 @@ def _blocks(deltas: Sequence[LowRank]) -> Iterator[tuple[LowRank, ...]]:
 def chunks_of(work: TensorWork) -> Iterator[Chunk]:
     """The tensor's rows in chunks of about _CHUNK_ELEMENTS values; in one if a delta needs all rows at once."""
     step = max(1, _CHUNK_ELEMENTS // max(1, work.columns))
-    if any(one.all_rows for one in work.computed):
+    if any(delta.all_rows for delta in work.computed):
         step = max(1, work.rows)
     for begin in range(0, work.rows, step):
         yield Chunk(work, begin, min(work.rows, begin + step))
@@ -295,11 +295,11 @@ class Rewriter:
         computed = [(rows, delta.rows(sum_MN[rows], own.start)) for rows, own, delta in _computed_within(chunk)]
         for rows, delta_MN in computed:
             sum_MN[rows] += delta_MN
-        for one in factors:
-            if common := _common(chunk, one.begin, one.rows):
+        for factor in factors:
+            if common := _common(chunk, factor.begin, factor.rows):
                 rows, own = common
-                left_MR = self._scratch("left", torch.Size((own.stop - own.start, one.rank)), sum_MN)
-                sum_MN[rows].addmm_(one.left_into(own, left_MR), self._right(chunk.work, one, sum_MN))
+                left_MR = self._scratch("left", torch.Size((own.stop - own.start, factor.rank)), sum_MN)
+                sum_MN[rows].addmm_(factor.left_into(own, left_MR), self._right(chunk.work, factor, sum_MN))
 
     def _right(self, work: TensorWork, factors: Factors, sum_MN: torch.Tensor) -> torch.Tensor:
         """The shared right factor, or one kept for this thread's next chunk, which is usually of the same tensor."""

@@ -133,7 +133,7 @@ def plan_merge(  # noqa: PLR0913
         read = [load_deltas(path, vocabulary.architecture) for path, _ in adapters]
     beside = planned_side_files(checkpoint.path, read, vocabulary, as_before=tokenizer_as_before)
     inputs |= identities(beside.files.values())
-    loaded = [with_new_rows(checkpoint, _tokens_on_own_head(checkpoint, one), vocabulary) for one in read]
+    loaded = [with_new_rows(checkpoint, _tokens_on_own_head(checkpoint, adapter), vocabulary) for adapter in read]
     for adapter in loaded:
         _refuse_changed_base(checkpoint, adapter)
     combined = combine_parsed(loaded, [weight for _, weight in adapters], parsed, device=torch_device(device))
@@ -170,7 +170,7 @@ def _stored_dtype(dtype: str | None) -> str | None:
 
 
 def _reported(loaded: Sequence[LoadedAdapter]) -> Iterator[Finding]:
-    return (finding for one in loaded for finding in one.placed.findings if finding.code in _REPORTED)
+    return (finding for adapter in loaded for finding in adapter.placed.findings if finding.code in _REPORTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

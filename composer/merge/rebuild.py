@@ -66,9 +66,9 @@ class Rebuilt:
         inconclusive for an earlier version of the method) or `different`."""
         if not self.different:
             return "same"
-        if not any(one.others or one.why for one in self.different):
+        if not any(difference.others or difference.why for difference in self.different):
             return "rounding"
-        values = all(one.why.startswith(_VALUES) or not one.why for one in self.different)
+        values = all(difference.why.startswith(_VALUES) or not difference.why for difference in self.different)
         return "earlier" if self.earlier and values else "different"
 
     def to_json(self) -> dict[str, Any]:
@@ -86,9 +86,9 @@ def plan_rebuild(merged: Path, checkpoint: Checkpoint, adapters: Sequence[Path])
         raise _bad_note("does not describe a merge")
     parsed = _parsed_note(note)
     digests = {path: hash_file(path / WEIGHTS_FILE) for path in adapters}
-    used = [(_merged(one, digests), one.weight) for one in parsed.adapters]
+    used = [(_merged(adapter, digests), adapter.weight) for adapter in parsed.adapters]
     for path, digest in digests.items():
-        if digest not in {one.digest for one in parsed.adapters}:
+        if digest not in {adapter.digest for adapter in parsed.adapters}:
             raise Mismatch(
                 "other_adapter", f"{path.name} ({digest[:12]}) is not one of the merged adapters.", subject=path.name
             )
@@ -161,8 +161,14 @@ def rebuild(plan: MergePlan, merged: Path, device: str = "auto", progress: Progr
         *_more_weights(plan, merged),
         *_weights(plan, merged, Rewriter(torch_device(device), plan.rounding), progress or (lambda count: None)),
     ]
-    same = tuple(one.file for one in differences if not one.neighbours and not one.others and not one.why)
-    return Rebuilt(same, tuple(one for one in differences if one.file not in same), _earlier(plan, merged))
+    same = tuple(
+        difference.file
+        for difference in differences
+        if not difference.neighbours and not difference.others and not difference.why
+    )
+    return Rebuilt(
+        same, tuple(difference for difference in differences if difference.file not in same), _earlier(plan, merged)
+    )
 
 
 def _earlier(plan: MergePlan, merged: Path) -> str:

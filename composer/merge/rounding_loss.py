@@ -79,7 +79,7 @@ def find_lost(survivals: dict[str, RoundingLoss], dtypes: dict[str, str], roundi
         return []
     findings: list[Finding] = []
     for dtype in ("BF16", "F16"):
-        shares = {name: one.lost_share for name, one in survivals.items() if dtypes[name] == dtype and one.entries}
+        shares = {name: loss.lost_share for name, loss in survivals.items() if dtypes[name] == dtype and loss.entries}
         losing = sorted((share, name) for name, share in shares.items() if share >= _NOTICE)
         if losing:
             share, worst = losing[-1]

@@ -53,7 +53,7 @@ class MergeReport:
         return total_loss(self.compressions)
 
     def to_json(self) -> dict[str, Any]:
-        rows = [asdict(one) | {"relative": one.relative} for one in self.compressions]
+        rows = [asdict(compression) | {"relative": compression.relative} for compression in self.compressions]
         reports = {"survival": self.survival.to_json(), "findings": [finding.to_json() for finding in self.findings]}
         return {**asdict(self), **reports, "lost": self.lost, "compressions": rows}
 

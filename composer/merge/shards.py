@@ -167,7 +167,7 @@ def write_shards(
         copied_bytes=copied,
         rewritten_bytes=sum(shard.size_bytes for shard in shards) - copied,
         resumed_bytes=resumed,
-        verified_rows=sum(one.rows for one in survivals.values()),
+        verified_rows=sum(loss.rows for loss in survivals.values()),
         survivals={name: survivals[name] for name in changed if name in survivals},
     )
 

@@ -40,7 +40,7 @@ def planned_side_files(
         grown = read_tokenizer(vocabulary.grown_by) if vocabulary.grown_by else None
         chosen = ChosenTokenizer(grown if grown and grown.files else None, grown if grown and grown.template else None)
     else:
-        chosen = chosen_tokenizer(base, [(one.name, one.path) for one in adapters])
+        chosen = chosen_tokenizer(base, [(adapter.name, adapter.path) for adapter in adapters])
         _refuse_lost_tokens(chosen.vocabulary or read_tokenizer(base), adapters)
     files = {name: contained(base, name) for name in side_files(base) if name not in chosen.replaced} | chosen.files
     return SideFiles(files, chosen, tuple(_findings(base, chosen, vocabulary)))

@@ -71,7 +71,7 @@ class StreamedShard:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "StreamedShard":
         known = {name: row[name] for name in cls.__dataclass_fields__}
-        survivals = {name: RoundingLoss(**one) for name, one in row["survivals"].items()}
+        survivals = {name: RoundingLoss(**survival) for name, survival in row["survivals"].items()}
         return cls(**{**known, "survivals": survivals})
 
 
@@ -104,7 +104,7 @@ def unwritten(plan: MergePlan, shard: ShardPlan) -> list[tuple[StoredFile, Tenso
     first shard also those of files that the output lacks."""
     files = {shard.file}
     if shard.file == plan.shards[0].file:
-        files |= plan.checkpoint.shards.keys() - {one.file for one in plan.shards}
+        files |= plan.checkpoint.shards.keys() - {other.file for other in plan.shards}
     read = {tensor.source.name for tensor in shard.tensors if _is_its_own(shard, tensor)}
     return [
         (plan.checkpoint.files[file], entry)
@@ -180,7 +180,7 @@ def _together(chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, ...]]:
     """Neighbouring chunks of about READ_BYTES."""
     group = list[Chunk]()
     for chunk in chunks:
-        if group and sum(one.size_bytes for one in group) + chunk.size_bytes > READ_BYTES:
+        if group and sum(queued.size_bytes for queued in group) + chunk.size_bytes > READ_BYTES:
             yield tuple(group)
             group = []
         group.append(chunk)

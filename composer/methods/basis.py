@@ -46,10 +46,10 @@ class Basis:
     def for_entries(self) -> "Basis":
         """The basis in float32 for elementwise steps. Rounding residue of a delta's own zeros becomes zero; otherwise
         chance would decide whether it agrees, for example in the directions of a protected delta."""
-        X = [torch.where(one.abs() > _LEFT * one.abs().max(), one, 0.0).float() for one in self.X]
-        if not all(one.isfinite().all() for one in X):
+        X = [torch.where(core.abs() > _LEFT * core.abs().max(), core, 0.0).float() for core in self.X]
+        if not all(core.isfinite().all() for core in X):
             raise torch.linalg.LinAlgError("an entry is too large")  # pyright: ignore[reportPrivateImportUsage]
-        P, Q = (None if one is None else one.float() for one in (self.P, self.Q))
+        P, Q = (None if matrix is None else matrix.float() for matrix in (self.P, self.Q))
         return replace(self, P=P, Q=Q, X=X)
 
 
@@ -94,7 +94,7 @@ class Cores:
     @property
     def each(self) -> list[torch.Tensor]:
         """The core B A of each delta in the joint basis."""
-        return [one @ other.T for one, other in zip(self.R_B, self.R_A, strict=True)]
+        return [left @ other.T for left, other in zip(self.R_B, self.R_A, strict=True)]
 
 
 def cores(pairs: Sequence[Pair]) -> Cores:

@@ -134,7 +134,7 @@ def _fitted(
         next_step = "Give the base and, for each adapter, a suite or prompts."
         raise Mismatch("needs_examples", message, subject="regmean", next_step=next_step)
     for adapter, weight in zip(loaded, weights, strict=True):
-        for delta in (one for one in adapter.deltas if isinstance(one, Replacement)):
+        for delta in (replacement for replacement in adapter.deltas if isinstance(replacement, Replacement)):
             _refuse_scaled(adapter.name, delta, settings.factor * weight.of(*names_of(delta)))
     return fit(loaded, weights, settings, observe, device)
 
@@ -154,8 +154,10 @@ def participating(
 
 def _left_out(adapters: Sequence[LoadedAdapter], participating: Sequence[LoadedAdapter]) -> list[Finding]:
     """Findings for adapters whose weights are all 0."""
-    idle = [one for one, left in zip(adapters, participating, strict=True) if one.deltas and not left.deltas]
-    modules = [(one.name, {delta.module for delta in one.deltas}) for one in idle]
+    idle = [
+        adapter for adapter, left in zip(adapters, participating, strict=True) if adapter.deltas and not left.deltas
+    ]
+    modules = [(adapter.name, {delta.module for delta in adapter.deltas}) for adapter in idle]
     return [finding for name, touched in modules for finding in zero_deltas(name, touched, len(touched))]
 
 

@@ -47,7 +47,9 @@ class Tally:
 
     def _of_cancelled(self) -> list[Finding]:
         gone = sorted(module for module, factor in self.cancelled.items() if isinf(factor))
-        large = {module: one for module, one in self.cancelled.items() if one > _MOST_RESTORED and not isinf(one)}
+        large = {
+            module: ratio for module, ratio in self.cancelled.items() if ratio > _MOST_RESTORED and not isinf(ratio)
+        }
         findings: list[Finding] = []
         if gone:
             message = f"The inputs cancel in {len(gone)} modules, {gone[0]} first: nothing is added there."
@@ -64,5 +66,5 @@ class Tally:
 
 def _vanishes(delta: LowRank, factor: float) -> bool:
     """Whether no entry of the delta, times the factor, reaches `NOTHING`."""
-    largest = [float(one.abs().amax()) if one.numel() else 0.0 for one in (delta.B_OR, delta.A_RI)]
+    largest = [float(matrix.abs().amax()) if matrix.numel() else 0.0 for matrix in (delta.B_OR, delta.A_RI)]
     return abs(factor * delta.scale) * largest[0] * largest[1] * delta.rank < NOTHING

@@ -50,7 +50,7 @@ class Parity:
         Raises Mismatch for unequal ranks if A and B are combined separately, and NotSupported if the SVD fails.
         """
         lost: Compression | None = None
-        parts = [(replace(one, A=one.A_RI.float(), B=one.B_OR.float()), weight) for one, weight in parts]
+        parts = [(replace(part, A=part.A_RI.float(), B=part.B_OR.float()), weight) for part, weight in parts]
         if self.combination == "cat":
             A_RI = torch.cat([delta.A_RI * (weight * delta.scale) for delta, weight in parts])
             B_OR = torch.cat([delta.B_OR for delta, _ in parts], dim=1)

@@ -104,8 +104,8 @@ class Selections:
             matrices = [_dense(part.to(device).delta, nothing(part.delta, device)) for part in own]
             entries = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
             kept = largest(matrices, int(settings.density * entries))
-            for part, one in zip(own, kept, strict=True):
-                selected[adapter, part.delta.weight, part.delta.begin] = one
+            for part, selection in zip(own, kept, strict=True):
+                selected[adapter, part.delta.weight, part.delta.begin] = selection
         return cls(selected)
 
     def of(self, part: SlotDelta) -> Largest | None:
@@ -374,8 +374,8 @@ def _combined(slot: WeightSlot, settings: Compressed, selections: Selections, W_
     matrices = [_dense(times(part.delta, part.weight) if weighted else part.delta, W_MN) for part in slot.parts]
     chosen = [selections.of(part) for part in slot.parts]
     keep: list[Keep]
-    if all(one is not None for one in chosen):
-        keep = [cast(Largest, one).kept for one in chosen]
+    if all(selection is not None for selection in chosen):
+        keep = [cast(Largest, selection).kept for selection in chosen]
     else:
         keep = keeps(settings, matrices, [part.key for part in slot.parts])
 

@@ -47,13 +47,13 @@ def project_out_protected(
 
     def at(slot: Sequence[_At]) -> tuple[list[_At], list[Additive], list[LowRank]]:
         """(indices of the projected deltas, the inputs, the projected deltas)."""
-        deltas = [(one, cast(Additive, adapters[one[0]].deltas[one[1]])) for one in slot]
+        deltas = [(position, cast(Additive, adapters[position[0]].deltas[position[1]])) for position in slot]
         with decomposing(deltas[0][1].module):
             protected = [factored(delta).to(device) for (adapter, _), delta in deltas if adapter in chosen]
             room = _Room.beside(protected, settings.protect_side)
-            others = [(one, delta) for one, delta in deltas if one[0] not in chosen]
+            others = [(position, delta) for position, delta in deltas if position[0] not in chosen]
             made = [room.without(factored(delta).to(device)) for _, delta in others]
-        return [one for one, _ in others], [delta for _, delta in deltas], made
+        return [position for position, _ in others], [delta for _, delta in deltas], made
 
     with torch_threads(1), ThreadPoolExecutor(workers_on(device), "protect") as pool:
         for begin in range(0, len(shared), TOGETHER):
@@ -62,7 +62,7 @@ def project_out_protected(
                     moved[adapter][number] = delta
                 drop_pages_of(inputs)
     pairs = zip(adapters, moved, strict=True)
-    return [replace(one, deltas=_Moved(one.deltas, own)) if own else one for one, own in pairs]
+    return [replace(adapter, deltas=_Moved(adapter.deltas, own)) if own else adapter for adapter, own in pairs]
 
 
 def drop_pages_of(deltas: Sequence[Additive]) -> None:

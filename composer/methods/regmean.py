@@ -172,7 +172,9 @@ def fit(
     own = [[times(delta, weights[index].of(*names_of(delta))) for delta in adapters[index].deltas] for index in members]
     pairs = _factored(own)
     some = {key: next(iter(own.values())) for key, own in pairs.items()}
-    problem = _Problem.of(pairs, [observe(index, one, some) for index, one in zip(members, own, strict=True)], device)
+    problem = _Problem.of(
+        pairs, [observe(index, active, some) for index, active in zip(members, own, strict=True)], device
+    )
     fitted_T = problem.weights(settings.ridge)
     w0 = fmean(fitted_T)
     w_T = fitted_T if settings.form == "weights" else [w0] * len(members)
@@ -184,18 +186,25 @@ def fit(
             w_T = fitted_T = problem.weights(settings.ridge)
         solved, errors = problem.solved(_solver(settings, w_T))
     fitted = dict(zip(members, _with_factors(own, solved, w_T), strict=True))
-    additive = [one for deltas in own for one in deltas if not isinstance(one, Replacement)]
+    additive = [delta for deltas in own for delta in deltas if not isinstance(delta, Replacement)]
     report = FitReport(
         w0=w0,
         weights=tuple(fitted_T),
         errors=tuple(errors),
         errors_of_sum=tuple(problem.errors_of_sum(w0)),
         fitted=len(
-            {_stack_or_module(one) for by_member in pairs.values() for one in by_member.values() if _key(one) in solved}
+            {
+                _stack_or_module(delta)
+                for by_member in pairs.values()
+                for delta in by_member.values()
+                if _key(delta) in solved
+            }
         ),
-        kept_at_sum=tuple(sorted({_stack_or_module(one) for one in additive if _key(one) not in solved})),
+        kept_at_sum=tuple(sorted({_stack_or_module(delta) for delta in additive if _key(delta) not in solved})),
     )
-    return Fit([replace(one, deltas=tuple(fitted.get(index, ()))) for index, one in enumerate(adapters)], report)
+    return Fit(
+        [replace(adapter, deltas=tuple(fitted.get(index, ()))) for index, adapter in enumerate(adapters)], report
+    )
 
 
 def solve_input(module: ModuleFit, a: Sequence[float], w0: float, ridge: float) -> list[torch.Tensor]:
@@ -206,14 +215,14 @@ def solve_input(module: ModuleFit, a: Sequence[float], w0: float, ridge: float) 
     or its dual of size N x N, if there are fewer rows than inputs.
     """
     inputs = module.inputs
-    rho = ridge * sum(one * energy for one, energy in zip(a, inputs.energies, strict=True)) / inputs.columns
+    rho = ridge * sum(a_m * energy for a_m, energy in zip(a, inputs.energies, strict=True)) / inputs.columns
     if rho <= 0:
         return [w0 * A for A in module.A]
     return (primal if inputs.columns < inputs.rows else dual)(module, a, w0, rho)
 
 
 def primal(module: ModuleFit, a: Sequence[float], w0: float, rho: float) -> list[torch.Tensor]:
-    weighted = [one * S_II for one, S_II in zip(a, module.inputs.moments, strict=True)]
+    weighted = [a_m * S_II for a_m, S_II in zip(a, module.inputs.moments, strict=True)]
     factor = _factor(torch.stack(weighted).sum(0), rho)
     return [
         torch.cholesky_solve((A @ S_II + rho * w0 * A).T, factor).T for A, S_II in zip(module.A, weighted, strict=True)
@@ -249,12 +258,12 @@ def solve_core(module: ModuleFit, a: Sequence[float], w0: float, ridge: float) -
     A_RI = torch.cat(module.A)
     G_RR = A_RI @ A_RI.T
     system_RR, wanted_RR = torch.zeros_like(G_RR), torch.zeros_like(G_RR)
-    for X_NI, one, block in zip(module.X, a, module.blocks, strict=True):
+    for X_NI, a_m, block in zip(module.X, a, module.blocks, strict=True):
         H_RN = A_RI @ X_NI.T
-        K_RR = one * (H_RN @ H_RN.T)
+        K_RR = a_m * (H_RN @ H_RN.T)
         system_RR += K_RR
         wanted_RR[block] += K_RR[block]
-    energy = sum(one * energy for one, energy in zip(a, module.inputs.energies, strict=True))
+    energy = sum(a_m * energy for a_m, energy in zip(a, module.inputs.energies, strict=True))
     rho = ridge * energy / module.inputs.columns
     if rho <= 0:
         return [w0 * A for A in module.A]
@@ -295,17 +304,17 @@ class _Problem:
         seen: Sequence[Mapping[str, ModuleInputs]],
         device: torch.device,
     ) -> "_Problem":
-        pairs = {name: own for name, own in pairs.items() if any(name in one for one in seen)}
+        pairs = {name: own for name, own in pairs.items() if any(name in observed for observed in seen)}
         # An expert that gets no token of a member's examples has no rows there.
         columns = {name: next(iter(own.values())).A_RI.shape[1] for name, own in pairs.items()}
         none = {name: ModuleInputs([torch.zeros(0, count)], 0.0) for name, count in columns.items()}
         inner = [torch.zeros(len(seen), len(seen), dtype=torch.float64) for _ in seen]
-        problem = cls(pairs, seen := [{**none, **one} for one in seen], inner, device)
+        problem = cls(pairs, seen := [{**none, **observed} for observed in seen], inner, device)
         members = range(len(seen))
         for name, own in problem.each(lambda _name, module: [module.inner(member).cpu() for member in members]):
-            for member, one in enumerate(seen):
-                if one[name].base_energy > 0:
-                    inner[member] += own[member] / one[name].base_energy
+            for member, observed in enumerate(seen):
+                if observed[name].base_energy > 0:
+                    inner[member] += own[member] / observed[name].base_energy
         return problem
 
     def each(self, compute: Callable[[str, ModuleFit], T]) -> Iterator[tuple[str, T]]:
@@ -313,11 +322,11 @@ class _Problem:
         products; others are computed side by side, on a thread each."""
 
         def computed(names: Sequence[str]) -> list[tuple[str, T]]:
-            inputs = Inputs([one[names[0]].rows.to(self.device) for one in self.seen])
+            inputs = Inputs([observed[names[0]].rows.to(self.device) for observed in self.seen])
             return [(name, compute(name, self._module(name, inputs))) for name in names]
 
         def inputs_of(name: str) -> list[int]:
-            return [id(part) for one in self.seen for part in one[name].parts]
+            return [id(part) for observed in self.seen for part in observed[name].parts]
 
         groups = [list(names) for _, names in groupby(self.pairs, inputs_of)]
         with torch_threads(1), ThreadPoolExecutor(self._side_by_side(), "regmean") as pool:
@@ -329,7 +338,9 @@ class _Problem:
         an accelerator, one."""
         if self.device.type != "cpu":
             return 1
-        sizes = [8 * sum(part.numel() for one in self.seen for part in one[name].parts) for name in self.pairs]
+        sizes = [
+            8 * sum(part.numel() for observed in self.seen for part in observed[name].parts) for name in self.pairs
+        ]
         return max(1, min(os.cpu_count() or 1, _ROWS_BYTES // max(sizes, default=1)))
 
     def _module(self, name: str, inputs: Inputs) -> ModuleFit:
@@ -343,8 +354,8 @@ class _Problem:
 
     def alpha(self, name: str) -> list[float]:
         """a_m = 1 / (|W X_m|² t_m); 0 if the base does nothing. A member that does nothing has no t_m."""
-        energies = [one[name].base_energy for one in self.seen]
-        return [1 / (one * (t or 1.0)) if one > 0 else 0.0 for one, t in zip(energies, self._t(), strict=True)]
+        energies = [observed[name].base_energy for observed in self.seen]
+        return [1 / (value * (t or 1.0)) if value > 0 else 0.0 for value, t in zip(energies, self._t(), strict=True)]
 
     def weights(self, ridge: float) -> list[float]:
         """The weights w that minimize Σ_m a_m |Σ_i w_i Δ_i X_m - Δ_m X_m|² over all modules together,
@@ -353,9 +364,9 @@ class _Problem:
         each if there were no inputs.
         """
         count = len(self.seen)
-        grams = [one / (t or 1.0) for one, t in zip(self.inner, self._t(), strict=True)]
+        grams = [gram / (t or 1.0) for gram, t in zip(self.inner, self._t(), strict=True)]
         system_TT = torch.stack(grams).sum(0)
-        wanted_T = torch.stack([one[:, member] for member, one in enumerate(grams)]).sum(0)
+        wanted_T = torch.stack([gram[:, member] for member, gram in enumerate(grams)]).sum(0)
         r = ridge * float(system_TT.trace()) / count
         if r <= 0:
             return [1 / count] * count
@@ -368,7 +379,7 @@ class _Problem:
         def fitted(name: str, module: ModuleFit) -> tuple[list[torch.Tensor], list[float]]:
             alpha = self.alpha(name)
             factors = solve(module, alpha)
-            errors = [one * module.error(factors, member) for member, one in enumerate(alpha)]
+            errors = [share * module.error(factors, member) for member, share in enumerate(alpha)]
             return [A.float().cpu() for A in factors], errors
 
         solved = dict(self.each(fitted))
@@ -383,7 +394,7 @@ class _Problem:
             yield sqrt(max(0.0, float(c_T @ inner_TT @ c_T)) / (t or 1.0))
 
     def _t(self) -> list[float]:
-        return [float(one[member, member]) for member, one in enumerate(self.inner)]
+        return [float(gram[member, member]) for member, gram in enumerate(self.inner)]
 
 
 def _factored(own: Sequence[Sequence[Delta]]) -> dict[str, dict[int, LowRank]]:

@@ -54,8 +54,8 @@ class Compression:
 def total_loss(compressions: Iterable[Compression]) -> float:
     """|Δ - Δ'| / |Δ| over all the modules; 0 if there are none."""
     parts = list(compressions)
-    norm = sum(one.norm**2 for one in parts)
-    return (sum(one.error**2 for one in parts) / norm) ** 0.5 if norm else 0.0
+    norm = sum(part.norm**2 for part in parts)
+    return (sum(part.error**2 for part in parts) / norm) ** 0.5 if norm else 0.0
 
 
 @contextmanager

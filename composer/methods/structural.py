@@ -49,7 +49,7 @@ def resolve_tied(loaded: Sequence[LoadedAdapter], settings: MethodSettings) -> T
     not be the adapted one; `shared` if not."""
     if settings.tied != "auto":
         return settings.tied
-    return "untie" if any(delta.tied and not delta.twin for one in loaded for delta in one.deltas) else "shared"
+    return "untie" if any(delta.tied and not delta.twin for adapter in loaded for delta in adapter.deltas) else "shared"
 
 
 def is_tied_duplicate(delta: Delta) -> bool:
@@ -90,11 +90,11 @@ def _check_slot(weight: str, adding: Sequence[tuple[str, Additive]], *, in_order
 def _check_rows(weight: str, adding: Sequence[tuple[str, Additive]]) -> list[Finding]:
     """Refuses rows that two adapters both retrained: only one of them can be used."""
     setting = [(name, delta) for name, delta in adding if isinstance(delta, RowwiseDelta) and delta.sets_rows]
-    for (name, one), (other_name, other) in itertools.combinations(setting, 2):
-        shared = sorted(one.sets_rows & other.sets_rows)
+    for (name, combination), (other_name, other) in itertools.combinations(setting, 2):
+        shared = sorted(combination.sets_rows & other.sets_rows)
         if shared:
             message = f"{name} and {other_name} both retrained token {shared[0]} of {weight} ({len(shared)} in all)."
-            return [_error("token_conflict", one.module, message)]
+            return [_error("token_conflict", combination.module, message)]
     return []
 
 

@@ -37,8 +37,8 @@ class Combiner:
         self._progress(0)
         members = self._problem.members
         # In memory, each side of a tied weight is a separate module, whatever a merge does with it.
-        adapters, settings = [one.loaded for one in members], candidate.parsed.with_tied("untie")
-        weights = candidate.weights([one.weight for one in members])
+        adapters, settings = [member.loaded for member in members], candidate.parsed.with_tied("untie")
+        weights = candidate.weights([member.weight for member in members])
         if self._problem.as_adapter:
             refuse_uncombinable(adapters, weights, settings)
         device = self._problem.load().device
@@ -57,13 +57,13 @@ class Combiner:
         """Each member's examples to fit on. Those of a half leave out the other half's, since suites may share some."""
         problem = self._problem
         if fit_on == "all":
-            return [CalibrationSet(one.suite, problem.searched) for one in problem.members]
+            return [CalibrationSet(member.suite, problem.searched) for member in problem.members]
         first, second = slice(problem.searched // 2), slice(problem.searched // 2, None)
         part, other = (first, second) if fit_on == "first half" else (second, first)
         scored = {example for split in problem.splits.values() for example in split.search[other]}
         sets: list[CalibrationSet] = []
-        for one in problem.members:
-            split = problem.splits[one.suite.digest]
+        for member in problem.members:
+            split = problem.splits[member.suite.digest]
             examples = [example for example in split.search[part] if example not in scored]
             sets.append(CalibrationSet(split.part(examples), len(examples)) if examples else CalibrationSet())
         return sets
@@ -93,7 +93,7 @@ def pass_runner(problem: Problem, progress: Callable[[int], None] = lambda _coun
     """Runs passes of the problem's search, and keeps what a fit observes for the next pass. Its calls raise what
     `Combiner.deltas` and `Runner` raise."""
     combiner = Combiner(problem, progress)
-    members = [Probed(one.name, one.loaded.deltas, one.weight, one.suite) for one in problem.members]
+    members = [Probed(member.name, member.loaded.deltas, member.weight, member.suite) for member in problem.members]
     rows = [(split.suite, example) for split in problem.splits.values() for example in (*split.search, *split.confirm)]
 
     def combined(who: str) -> Deltas:

@@ -47,9 +47,9 @@ class Evolution:
     def ask(self) -> list[Weights]:
         """The next generation."""
         self._asked = [self._strategy.ask() for _ in range(self.population)]
-        return [tuple(round(float(weight), 4) for weight in one) for one in self._asked]
+        return [tuple(round(float(weight), 4) for weight in weights) for weights in self._asked]
 
     def tell(self, best_first: Sequence[int]) -> None:
         """Says which of the generation were the best: indices into it."""
         ranks = np.argsort(best_first)
-        self._strategy.tell([(one, float(rank)) for one, rank in zip(self._asked, ranks, strict=True)])
+        self._strategy.tell([(weights, float(rank)) for weights, rank in zip(self._asked, ranks, strict=True)])

@@ -33,12 +33,14 @@ class Standing:
         """By how much the worst value exceeds its limit, relative to that limit; 0 if all are kept, and infinite for
         nats that are not finite."""
         effects, guards = self.outcome.effects, self.outcome.guards
-        if not all(isfinite(one.combined) for one in (*effects, *guards)):
+        if not all(isfinite(effect.combined) for effect in (*effects, *guards)):
             return inf
-        allowed = [(one.loss, one.limit(limits)) for one in effects] + [(one.rise, limits.guard) for one in guards]
+        allowed = [(effect.loss, effect.limit(limits)) for effect in effects] + [
+            (guard.rise, limits.guard) for guard in guards
+        ]
         values = [(value - limit) / max(abs(limit), NOTICEABLE_NATS) for value, limit in allowed if limit < inf]
         if self.outcome.k >= LEAST_EXAMPLES and limits.answers > 0:
-            left = [one.answers_left for one in effects if one.answers_left is not None]
+            left = [effect.answers_left for effect in effects if effect.answers_left is not None]
             values += [1 - share / limits.answers for share in left]
         return max([0.0, *values])
 
@@ -48,7 +50,7 @@ class Standing:
         least = min(self.kept)
         if self.outcome.k < LEAST_EXAMPLES:
             return least
-        left = [one.answers_left for one in self.outcome.effects if one.answers_left is not None]
+        left = [effect.answers_left for effect in self.outcome.effects if effect.answers_left is not None]
         return least + ANSWERS_WEIGHT * min(left, default=1.0)
 
     def rank(self, limits: Limits) -> tuple[float, float]:
@@ -75,7 +77,7 @@ def simplest_of_the_best(standings: Sequence[Standing], limits: Limits) -> list[
         first = best_first(left, limits)[0]
         if first.excess(limits):
             return chosen + best_first(left, limits)
-        near = [one for one in left if not one.excess(limits) and first.value - one.value <= TIE]
+        near = [standing for standing in left if not standing.excess(limits) and first.value - standing.value <= TIE]
         chosen.append(near[0])
         left.remove(near[0])
     return chosen
@@ -120,10 +122,10 @@ def race(
             break
         ahead(runners, k)
         measured = [measure(candidate, k) for candidate in runners]
-        standings = best_first([one for one in measured if one is not None], limits)
+        standings = best_first([standing for standing in measured if standing is not None], limits)
         if not standings:
             break
         history.append(standings)
         kept = max(LEAST_KEPT, (len(standings) + 1) // 2)
-        runners, done = [one.candidate for one in standings[:kept]], k
+        runners, done = [standing.candidate for standing in standings[:kept]], k
     return history

@@ -56,7 +56,7 @@ class SearchJournal(Record):
         """Records the results of a pass, in the file before the call returns."""
         rows = dict(measured)
         super().add(rows.items())
-        self._file.append([[*key, one.nats, one.tokens, one.exact] for key, one in rows.items()])
+        self._file.append([[*key, row.nats, row.tokens, row.exact] for key, row in rows.items()])
 
 
 _BEST = 3
@@ -86,7 +86,7 @@ def optimize(
     contradictions = problem.contradictions()
     best, tried = ([], []) if contradictions else search.run(given)
     return OptimizeReport(
-        members=tuple(one.name for one in problem.members),
+        members=tuple(member.name for member in problem.members),
         choice=choose(best[:_BEST]),
         best=tuple(best),
         tried=tuple(tried),
@@ -120,7 +120,7 @@ class _Search:
     def __init__(self, problem: Problem, bench: Bench, progress: Callable[[int], None] = lambda _count: None) -> None:
         self.started, self.search_s = monotonic(), 0.0
         self.problem, self.limits, self.bench = problem, problem.limits, bench
-        self.members = [Probed(one.name, _deltas_of(one), 1.0, one.suite) for one in problem.members]
+        self.members = [Probed(member.name, _deltas_of(member), 1.0, member.suite) for member in problem.members]
         self.combiner = Combiner(problem, progress)
         self.left_out: dict[str, str] = {}
         self._failure: Mismatch | NotSupported | None = None
@@ -133,16 +133,22 @@ class _Search:
             message, step = "No combination of these members can be made.", "Serve them separately."
             raise self._failure or Mismatch("conflict_members", message, subject="members", next_step=step)
         finalists = self._finalists(history)
-        order = {one.key: index for index, one in enumerate(candidates)}
+        order = {candidate.key: index for index, candidate in enumerate(candidates)}
         finalists.sort(key=lambda one: order.get(one.candidate.key, len(order)))
-        chosen = [one.candidate for one in simplest_of_the_best(finalists, self.limits)[:_BEST]]
-        tried = {one.candidate.key: one for standings in (*history, finalists) for one in standings}
-        chosen += [one for one in candidates if one.family == "mean" and one.key in tried and one not in chosen]
+        chosen = [standing.candidate for standing in simplest_of_the_best(finalists, self.limits)[:_BEST]]
+        tried = {standing.candidate.key: standing for standings in (*history, finalists) for standing in standings}
+        chosen += [
+            candidate
+            for candidate in candidates
+            if candidate.family == "mean" and candidate.key in tried and candidate not in chosen
+        ]
         self.search_s = monotonic() - self.started
         self.combiner.forget_inputs()
-        self.bench.run_ahead(lambda: [self._confirmed(one, len(chosen)) for one in chosen])
-        confirmed = [self._confirmed(one, len(chosen)) for one in chosen]
-        return [one for one in confirmed if one is not None], [Tried.of(one, self.limits) for one in tried.values()]
+        self.bench.run_ahead(lambda: [self._confirmed(choice, len(chosen)) for choice in chosen])
+        confirmed = [self._confirmed(choice, len(chosen)) for choice in chosen]
+        return [standing for standing in confirmed if standing is not None], [
+            Tried.of(standing, self.limits) for standing in tried.values()
+        ]
 
     def _candidates(self, given: Sequence[Candidate]) -> list[Candidate]:
         """The candidates, each once, under its first name: the mean of two is half of their sum. The search decides on
@@ -150,11 +156,14 @@ class _Search:
         examples a given one is fitted."""
         count, named = len(self.members), dict[str, Candidate]()
         fits = fitted(count, self.problem.effort.seed) if self.problem.searched > 1 else []
-        usual = [one.with_settings(self.problem.result_settings) for one in (*low_rank(count), *fits)]
-        own = [replace(one, settings={k: v for k, v in one.settings.items() if k != "examples"}) for one in given]
-        for one in (*usual, *own):
-            if fits or not one.is_fitted:  # with a single search example there is none to fit on
-                named.setdefault(one.key, one)
+        usual = [candidate.with_settings(self.problem.result_settings) for candidate in (*low_rank(count), *fits)]
+        own = [
+            replace(candidate, settings={k: v for k, v in candidate.settings.items() if k != "examples"})
+            for candidate in given
+        ]
+        for candidate in (*usual, *own):
+            if fits or not candidate.is_fitted:  # with a single search example there is none to fit on
+                named.setdefault(candidate.key, candidate)
         return list(named.values())
 
     def _finalists(self, history: Sequence[Sequence[Standing]]) -> list[Standing]:
@@ -164,14 +173,18 @@ class _Search:
         reached = last[0].outcome.k
         last += self._refined(history, reached)
         last += self._evolved(history, reached)
-        if all(one.outcome.verdict(self.limits) is Verdict.WARN for one in last) and self._affordable(reached):
+        if all(standing.outcome.verdict(self.limits) is Verdict.WARN for standing in last) and self._affordable(
+            reached
+        ):
             result = self.problem.result_settings
-            made = [self._standing(one.with_settings(result), reached) for one in full_space(len(self.members))]
-            last += [one for one in made if one is not None]
+            made = [
+                self._standing(candidate.with_settings(result), reached) for candidate in full_space(len(self.members))
+            ]
+            last += [standing for standing in made if standing is not None]
         return last
 
     def _ahead(self, candidates: Sequence[Candidate], k: int) -> None:
-        self.bench.run_ahead(lambda: [self._standing(one, k) for one in candidates])
+        self.bench.run_ahead(lambda: [self._standing(candidate, k) for candidate in candidates])
 
     def _affordable(self, examples: int) -> bool:
         """Whether `examples` more of every suite are within the budget, counted once for each candidate."""
@@ -183,15 +196,16 @@ class _Search:
         """Weights that a response surface proposes, measured as the finalists are; each measurement improves it. They
         are worth it if some sum is a finalist. Then the surface is fitted on all sums, including those eliminated
         early."""
-        if not any(one.candidate.is_weighted_sum for one in history[-1]):
+        if not any(standing.candidate.is_weighted_sum for standing in history[-1]):
             return []
-        all_sums = [one.candidate for one in history[0] if one.candidate.is_weighted_sum]
+        all_sums = [standing.candidate for standing in history[0] if standing.candidate.is_weighted_sum]
         if not self._affordable(_SURFACE_AT * len(all_sums)):
             return []
-        sums, made = [one for one in map(self._on_surface, all_sums) if one is not None], list[Standing]()
+        sums = [standing for standing in map(self._on_surface, all_sums) if standing is not None]
+        made = list[Standing]()
         for _ in range(_SURFACE_ROUNDS):
             weights = self._proposed(sums) if self._affordable(reached) else None
-            if weights is None or weights in {one.candidate.factors for one in sums}:
+            if weights is None or weights in {standing.candidate.factors for standing in sums}:
                 break
             name = f"sum {' '.join(f'{weight:g}' for weight in weights)}"
             candidate = weighted_sum(name, "refined", weights).with_settings(self.problem.result_settings)
@@ -205,18 +219,21 @@ class _Search:
     def _evolved(self, history: Sequence[Sequence[Standing]], reached: int) -> list[Standing]:
         """The best weights of an evolution strategy that begins with the best sum of the first round, measured as the
         finalists are. A generation is measured on as many examples as a surface's points."""
-        evolve, sums = self.problem.effort.evolve, [one for one in history[0] if one.candidate.is_weighted_sum]
+        evolve = self.problem.effort.evolve
+        sums = [standing for standing in history[0] if standing.candidate.is_weighted_sum]
         if not evolve or not sums:
             return []
         evolution = Evolution(best_first(sums, self.limits)[0].candidate.factors, self.problem.effort.seed)
         tried: list[Standing] = []
         while len(tried) < evolve and self._affordable(_SURFACE_AT * evolution.population + reached):
-            named = [(f"evolved {' '.join(f'{one:g}' for one in weights)}", weights) for weights in evolution.ask()]
+            named = [
+                (f"evolved {' '.join(f'{weight:g}' for weight in weights)}", weights) for weights in evolution.ask()
+            ]
             made = [weighted_sum(name, "evolved", weights) for name, weights in named]
-            candidates = [one.with_settings(self.problem.result_settings) for one in made]
-            self.bench.run_ahead(lambda: [self._on_surface(one) for one in candidates])  # noqa: B023 - called at once
-            generation = [self._on_surface(one) for one in candidates]
-            standings = [one for one in generation if one is not None]
+            candidates = [candidate.with_settings(self.problem.result_settings) for candidate in made]
+            self.bench.run_ahead(lambda: [self._on_surface(candidate) for candidate in candidates])  # noqa: B023 - called at once
+            generation = [self._on_surface(candidate) for candidate in candidates]
+            standings = [standing for standing in generation if standing is not None]
             if len(standings) < len(generation):
                 break
             order = sorted(range(len(standings)), key=lambda index: standings[index].rank(self.limits))
@@ -232,13 +249,14 @@ class _Search:
         if not sums:
             return None
         effects, count = sums[0].outcome.effects, len(self.members)
-        base, alone = [one.base for one in effects], [one.alone for one in effects]
+        base, alone = [effect.base for effect in effects], [effect.alone for effect in effects]
         points = [
-            Point(one.candidate.factors, tuple(effect.combined for effect in one.outcome.effects)) for one in sums
+            Point(standing.candidate.factors, tuple(effect.combined for effect in standing.outcome.effects))
+            for standing in sums
         ]
         points += [Point((0.0,) * count, tuple(base))]
         if all(
-            one.weight == Weight() for one in self.problem.members
+            member.weight == Weight() for member in self.problem.members
         ):  # with other weights, a member alone is another point
             points += [
                 Point(
@@ -252,7 +270,7 @@ class _Search:
     def _standing(self, candidate: Candidate, k: int) -> Standing | None:
         """The candidate on the first `k` search examples of each suite. Guards are measured once few candidates are
         left: they rarely decide."""
-        own = {one.suite.digest for one in self.members}
+        own = {member.suite.digest for member in self.members}
 
         def chosen(split: Split) -> tuple[Example, ...]:
             measured = split.suite.digest in own or k >= min(_GUARDS_FROM, self.problem.searched)
@@ -269,7 +287,7 @@ class _Search:
         outcome = self._outcome(candidate, lambda split: split.confirm, halves=False, claims=claims)
         if outcome is None:
             return None
-        unseen = min(one.examples for one in (*outcome.effects, *outcome.guards))
+        unseen = min(effect.examples for effect in (*outcome.effects, *outcome.guards))
         verdict = outcome.verdict(self.limits)
         if len(outcome.guards) < len(self.problem.other_guards):  # a guard has no unseen example
             verdict = Verdict.worst([verdict, Verdict.UNDECIDED])

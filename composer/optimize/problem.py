@@ -47,7 +47,7 @@ def splits(members: Sequence[Suite], guards: Sequence[Suite], search: int, confi
             raise Mismatch("suite_too_small", message, subject=suite.name, next_step="Add examples to the suite.")
     searched = min(search, *(len(suite.examples) // 2 for suite in members))
     seen = {suite.digest: suite.sample(min(searched, len(suite.examples) // 2)) for suite in (*members, *guards)}
-    anywhere = frozenset(one for examples in seen.values() for one in examples)
+    anywhere = frozenset(example for examples in seen.values() for example in examples)
     return {
         suite.digest: Split(suite, seen[suite.digest], suite.sample(confirm, without=anywhere))
         for suite in (*members, *guards)
@@ -124,14 +124,14 @@ class Problem:
     @cached_property
     def splits(self) -> dict[str, Split]:
         """The examples by suite digest. Raises Mismatch for a suite that is too small."""
-        members = [one.suite for one in self.members]
+        members = [member.suite for member in self.members]
         return splits(members, self.other_guards, self.effort.search, self.effort.confirm)
 
     @cached_property
     def other_guards(self) -> list[Suite]:
         """The guards, each once, without those that are a member's suite."""
-        own = {one.suite.digest for one in self.members}
-        return [one for digest, one in {guard.digest: guard for guard in self.guards}.items() if digest not in own]
+        own = {member.suite.digest for member in self.members}
+        return [guard for digest, guard in {guard.digest: guard for guard in self.guards}.items() if digest not in own]
 
     @property
     def searched(self) -> int:
@@ -142,7 +142,7 @@ class Problem:
     def name(self) -> str:
         """Names the problem in a journal by everything that a result depends on besides the content of the base and the
         adapters."""
-        members = [[one.name, one.weight.to_json(), one.suite.digest] for one in self.members]
+        members = [[member.name, member.weight.to_json(), member.suite.digest] for member in self.members]
         return json.dumps([members, [guard.digest for guard in self.other_guards], self.effort.search])
 
     @property
@@ -152,19 +152,21 @@ class Problem:
 
     def contradictions(self) -> list[Contradiction]:
         """The pairs of members for which no single model can serve both."""
-        suites = {one.name: one.suite for one in self.members}
-        return [one for one in contradicting_suites(suites) if one.share >= self.same_prompts]
+        suites = {member.name: member.suite for member in self.members}
+        return [
+            contradiction for contradiction in contradicting_suites(suites) if contradiction.share >= self.same_prompts
+        ]
 
     def check(self) -> None:
         """Raises Mismatch for fewer than two members, a repeated name, and a weight that is not positive, and
         NotSupported if the package that evolves weights is missing."""
         if self.effort.evolve:
             require_cmaes()
-        names = [one.name for one in self.members]
+        names = [member.name for member in self.members]
         if len(names) < 2 or len(set(names)) < len(names):
             message = f"A search needs at least two members with different names, not {names}."
             raise Mismatch("probe_members", message, subject="members")
-        for one in self.members:
-            if one.weight.value <= 0:
-                message = f"{one.name} has the weight {one.weight.value:g}, so it has no effect to keep."
-                raise Mismatch("weights", message, subject=one.name, next_step="Give it a positive weight.")
+        for member in self.members:
+            if member.weight.value <= 0:
+                message = f"{member.name} has the weight {member.weight.value:g}, so it has no effect to keep."
+                raise Mismatch("weights", message, subject=member.name, next_step="Give it a positive weight.")

@@ -32,7 +32,7 @@ class Confirmed:
             "worst_kept": self.worst_kept,
             "examples": self.unseen,
             "members": [_member(effect) for effect in self.outcome.effects],
-            "guards": [one.to_json() for one in self.outcome.guards],
+            "guards": [guard.to_json() for guard in self.outcome.guards],
         }
 
 
@@ -88,14 +88,19 @@ class OptimizeReport:
         return {
             "members": list(self.members),
             "choice": self.choice.to_json() if self.choice else None,
-            "best": [one.to_json() for one in self.best],
-            "tried": [one.to_json() for one in self.tried],
+            "best": [confirmed.to_json() for confirmed in self.best],
+            "tried": [tried.to_json() for tried in self.tried],
             "left_out": dict(self.left_out),
             "contradictions": [
-                {"a": one.a, "b": one.b, "shared": one.shared, "different": one.different}
-                for one in self.contradictions
+                {
+                    "a": contradiction.a,
+                    "b": contradiction.b,
+                    "shared": contradiction.shared,
+                    "different": contradiction.different,
+                }
+                for contradiction in self.contradictions
             ],
-            "searched": [dict(one) for one in self.searched],
+            "searched": [dict(examples) for examples in self.searched],
             "passes": self.passes,
             "run": self.run,
             "seconds": {"search": round(self.search_s, 1), "confirm": round(self.confirm_s, 1)},
@@ -105,7 +110,7 @@ class OptimizeReport:
 
 def choose(best: Sequence[Confirmed]) -> Candidate | None:
     """The first that breaks no limit on unseen examples. None if all do."""
-    return next((one.candidate for one in best if one.verdict is not Verdict.WARN), None)
+    return next((confirmed.candidate for confirmed in best if confirmed.verdict is not Verdict.WARN), None)
 
 
 def document(report: OptimizeReport) -> dict[str, object]:
@@ -120,7 +125,7 @@ def headline(report: OptimizeReport) -> str:
         return f"nothing was tried: {first.different} of {first.shared} shared prompts have other answers"
     if report.choice is None:
         return f"nothing fits: no combination of {len(report.tried)} keeps the limits"
-    chosen = next(one for one in report.best if one.candidate is report.choice)
+    chosen = next(confirmed for confirmed in report.best if confirmed.candidate is report.choice)
     count, name = chosen.unseen, report.choice.name
     if chosen.verdict is Verdict.OK:
         return f"{name}, confirmed on {count} unseen examples per suite"

@@ -42,7 +42,7 @@ def proposed(
     grid = _grid(count)
     kept, allowed = np.full(len(grid), np.inf), np.ones(len(grid), dtype=bool)
     for member in range(count):
-        known = [(one.weights, nats) for one in points if (nats := one.nats[member]) is not None]
+        known = [(point.weights, nats) for point in points if (nats := point.nats[member]) is not None]
         if len(known) < unknowns(count):
             return None
         terms = _terms(np.array([weights for weights, _ in known]))

@@ -60,8 +60,8 @@ _BATCH = 1_000
 
 def tables(leave_out: Iterable[type[Row]] = ()) -> list[Table]:
     """Our tables, referenced ones first."""
-    skipped = {one.__tablename__ for one in leave_out}
-    return [one for one in Row.metadata.sorted_tables if one.name not in skipped]
+    skipped = {left_out.__tablename__ for left_out in leave_out}
+    return [own for own in Row.metadata.sorted_tables if own.name not in skipped]
 
 
 def dump(
@@ -70,14 +70,14 @@ def dump(
     """Yields the lines of the chosen tables as the session sees them: all of one moment in a `snapshot`. `only` has
     conditions by table."""
     connection = session.connection()
-    for one in chosen:
-        kinds = [_kind(column) for column in one.columns]
+    for own in chosen:
+        kinds = [_kind(column) for column in own.columns]
         yield _line(
-            {"table": one.name, "columns": [[c.name, kind] for c, kind in zip(one.columns, kinds, strict=True)]}
+            {"table": own.name, "columns": [[c.name, kind] for c, kind in zip(own.columns, kinds, strict=True)]}
         )
-        read = [sql_cast(c, Text) if kind == "json" else c for c, kind in zip(one.columns, kinds, strict=True)]
+        read = [sql_cast(c, Text) if kind == "json" else c for c, kind in zip(own.columns, kinds, strict=True)]
         converted = [(index, convert) for index, kind in enumerate(kinds) if (convert := _TO_JSON.get(kind))]
-        query = select(*read).where(only.get(one.name, true())).order_by(*one.primary_key.columns)
+        query = select(*read).where(only.get(own.name, true())).order_by(*own.primary_key.columns)
         for row in connection.execute(query, execution_options={"yield_per": _BATCH}):
             values = list(row)
             for index, convert in converted:
@@ -103,7 +103,7 @@ def lock_tables(session: Session) -> None:
 
 def first_filled(session: Session, leave_out: Iterable[type[Row]] = ()) -> str | None:
     """The first of our tables that has rows; None for an empty registry."""
-    skipped = {one.__tablename__ for one in leave_out}
+    skipped = {left_out.__tablename__ for left_out in leave_out}
     for name in _present(session):
         if name not in skipped and session.scalar(select(exists().select_from(table(name)))):
             return name
@@ -118,7 +118,7 @@ def counts(session: Session) -> dict[str, int]:
 def _present(session: Session) -> list[str]:
     """Our tables that this database has; an older schema lacks some."""
     known = set(inspect(session.connection()).get_table_names())
-    return [one.name for one in tables() if one.name in known]
+    return [own.name for own in tables() if own.name in known]
 
 
 def load(session: Session, lines: Iterable[bytes], leave_out: Collection[str] = ()) -> dict[str, int]:
@@ -137,7 +137,7 @@ def load(session: Session, lines: Iterable[bytes], leave_out: Collection[str] = 
         for (name, columns), rows in groupby(_sections(lines), key=itemgetter(0)):
             if name in leave_out:
                 continue
-            if name not in known or not {one for one, _ in columns} <= known[name]:
+            if name not in known or not {column for column, _ in columns} <= known[name]:
                 message = f"The rows of {name} do not fit the schema of the backup."
                 raise Invalid("backup_damaged", message, subject=name)
             counts[name] = loader(session, name, columns, (row for _, row in rows))
@@ -184,7 +184,7 @@ def _converted(
 
 def _load_sqlite(session: Session, name: str, columns: Columns, rows: Iterator[list[Any]]) -> int:
     quote = session.get_bind().dialect.identifier_preparer.quote
-    names, marks = ", ".join(quote(one) for one, _ in columns), ", ".join("?" for _ in columns)
+    names, marks = ", ".join(quote(name) for name, _ in columns), ", ".join("?" for _ in columns)
     statement, count = f"INSERT INTO {quote(name)} ({names}) VALUES ({marks})", 0  # noqa: S608  (names of this schema)
     values = _converted(columns, rows, _sqlite_timestamp)
     while batch := [tuple(row) for row in islice(values, _BATCH)]:
@@ -203,7 +203,7 @@ def _load_postgresql(session: Session, name: str, columns: Columns, rows: Iterat
     import psycopg
 
     quote = session.get_bind().dialect.identifier_preparer.quote
-    names = ", ".join(quote(one) for one, _ in columns)
+    names = ", ".join(quote(name) for name, _ in columns)
     driver: Any = session.connection().connection.driver_connection
     count = 0
     try:

@@ -83,7 +83,9 @@ class _Compiled:
         types = {name: bound.type.dialect_impl(dialect) for name, bound in compiled.binds.items()}
         self._sent = [(name, convert) for name, own in types.items() if (convert := own.bind_processor(dialect))]
         columns = statement.exported_columns.items()
-        received = [(name, one.type.dialect_impl(dialect).result_processor(dialect, None)) for name, one in columns]
+        received = [
+            (name, column.type.dialect_impl(dialect).result_processor(dialect, None)) for name, column in columns
+        ]
         self._names = [name for name, _ in received]
         self._received = [(index, convert) for index, (_, convert) in enumerate(received) if convert]
 

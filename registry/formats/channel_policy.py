@@ -162,7 +162,7 @@ class ChannelPolicy(Document):
     licenses: Licenses | None = Field(
         None, description="Conditions for the licences of the base, the adapter and its data."
     )
-    verdict: Annotated[str | None, one_of(*(one for one in Verdict if one is not Verdict.REFUSE), None)] = Field(
+    verdict: Annotated[str | None, one_of(*(kind for kind in Verdict if kind is not Verdict.REFUSE), None)] = Field(
         None, description="The worst accepted verdict of a composed release's conflict check."
     )
     loads_in: Annotated[tuple[Annotated[str, AfterValidator(_server)], ...], Field(max_length=10), LISTED] = Field(

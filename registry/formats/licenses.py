@@ -75,7 +75,7 @@ def choices(stated: str) -> tuple[Choice, ...]:
                 return tuple(dict.fromkeys(offered))
         except IndexError:  # an operand is missing
             pass
-    return (frozenset[str]().union(*(_keys(one) for one in tokens if not _OPERATOR.fullmatch(one))),)
+    return (frozenset[str]().union(*(_keys(token) for token in tokens if not _OPERATOR.fullmatch(token))),)
 
 
 def meets(rule: str, choice: Choice) -> bool:
@@ -83,7 +83,7 @@ def meets(rule: str, choice: Choice) -> bool:
     covers the same licence with an exception."""
     offered = choices(rule)
     return len(offered) == 1 and all(
-        any(one == key or one.startswith(f"{key} with ") for one in choice) for key in offered[0]
+        any(part == key or part.startswith(f"{key} with ") for part in choice) for key in offered[0]
     )
 
 
@@ -100,7 +100,7 @@ def _together(tokens: list[str]) -> tuple[list[str], list[Choice]]:
     tokens, offered = _one(tokens)
     while tokens and tokens[0].casefold() == "and":
         tokens, more = _one(tokens[1:])
-        offered = [one | other for one, other in product(offered, more)][:MAX_CHOICES]
+        offered = [choice | other for choice, other in product(offered, more)][:MAX_CHOICES]
     return tokens, offered
 
 
@@ -120,8 +120,8 @@ def _one(tokens: list[str]) -> tuple[list[str], list[Choice]]:
 
 def _keys(name: str) -> Choice:
     """The key of a name, or the keys of a list of known names, such as `MIT, GPL-3.0`."""
-    listed = [one for one in _SEPARATOR.split(name) if one]
-    if len(listed) > 1 and all(_is_known(one) for one in listed):
+    listed = [part for part in _SEPARATOR.split(name) if part]
+    if len(listed) > 1 and all(_is_known(key) for key in listed):
         return frozenset(map(_key, listed))
     return frozenset({_key(name)})
 
@@ -133,8 +133,8 @@ def _is_known(name: str) -> bool:
 
 def _plain(stated: str) -> str:
     """The text with normalized letters and hyphens, and without invisible characters."""
-    categories = ((one, unicodedata.category(one)) for one in unicodedata.normalize("NFKC", stated))
-    return "".join("-" if category == "Pd" else one for one, category in categories if category != "Cf")
+    categories = ((character, unicodedata.category(character)) for character in unicodedata.normalize("NFKC", stated))
+    return "".join("-" if category == "Pd" else character for character, category in categories if category != "Cf")
 
 
 def _key(name: str) -> str:

@@ -30,8 +30,8 @@ def document_without_directories(value: Any, known: Collection[str] = ()) -> Any
         case str():
             return without_directories(value, known)
         case list():
-            return [document_without_directories(one, known) for one in value]  # pyright: ignore[reportUnknownVariableType]
+            return [document_without_directories(item, known) for item in value]  # pyright: ignore[reportUnknownVariableType]
         case Mapping():
-            return {name: document_without_directories(one, known) for name, one in value.items()}  # pyright: ignore[reportUnknownVariableType]
+            return {name: document_without_directories(item, known) for name, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
         case _:
             return value

@@ -58,7 +58,7 @@ ABSENT = Digest("0" * 64)
 
 def nearest(text: str, known: Iterable[str], otherwise: str) -> str:
     """The next step for an unknown name: the nearest known names, then `otherwise`."""
-    near = [one for one in get_close_matches(text, list(known), n=3, cutoff=_ALIKE) if _are_alike(text, one)]
+    near = [name for name in get_close_matches(text, list(known), n=3, cutoff=_ALIKE) if _are_alike(text, name)]
     return f"Did you mean {' or '.join(near)}? {otherwise}" if near else otherwise
 
 
@@ -268,7 +268,7 @@ def parse_range(text: str) -> Range:
 def _bounds(text: str) -> tuple[_Bound, ...] | None:
     """The bounds of one alternative; an empty list matches everything. None if it cannot be parsed."""
     if between := _BETWEEN.fullmatch(text):
-        first, last = (_Partial.of(one) for one in between.groups())
+        first, last = (_Partial.of(group) for group in between.groups())
         return first and last and (*first.bounds(">="), *last.bounds("<="))
     bounds: list[_Bound] = []
     for word in _SPACED.sub(r"\1", text).split():

@@ -146,7 +146,7 @@ def open_signature(
     keys = [_load(key) for key in public_keys]
     key = next((key for key in keys if _is_by(key, envelope)), None)
     if key is None:
-        known = " or ".join(_fingerprint(one)[:12] for one in keys)
+        known = " or ".join(_fingerprint(trusted)[:12] for trusted in keys)
         raise Refused(
             "signature_unknown",
             f"{SIGNATURE_FILE} was not made by {known}, or was changed afterwards.",

@@ -73,7 +73,7 @@ def _unavailable(endpoint: str, what: str, error: BaseException) -> Unavailable:
 
 def printed(text: str) -> str:
     """A hub's text without characters that control a terminal."""
-    return "".join(one if one.isprintable() else " " for one in text)
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _text(error: BaseException) -> str:

@@ -135,7 +135,7 @@ class Hub:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         title, text = message
-        size_bytes = sum(one.stat().st_size if isinstance(one, Path) else len(one) for one in files.values())
+        size_bytes = sum(file.stat().st_size if isinstance(file, Path) else len(file) for file in files.values())
         with self._asked(address, size_bytes) as api:
             head = api.model_info(address.repository).sha
             operations: list[Any] = [CommitOperationAdd(path, content) for path, content in files.items()]
@@ -200,8 +200,10 @@ def _list(api: "HfApi", address: HubAddress) -> dict[str, HubFile]:
     from huggingface_hub.hf_api import RepoFile
 
     entries = api.list_repo_tree(address.repository, recursive=True, revision=address.revision)
-    files = [one for one in entries if isinstance(one, RepoFile)]
-    return {one.path: _listed(one.path, one.size, one.lfs.sha256 if one.lfs else None, one.blob_id) for one in files}
+    files = [entry for entry in entries if isinstance(entry, RepoFile)]
+    return {
+        file.path: _listed(file.path, file.size, file.lfs.sha256 if file.lfs else None, file.blob_id) for file in files
+    }
 
 
 def _listed(path: object, size_bytes: object, sha256: object, git_blob: object) -> HubFile:

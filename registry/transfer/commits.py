@@ -85,7 +85,7 @@ def _check_adapter(
 ) -> list[Finding]:
     """Checks an adapter as its release will be, if the change adds a part of it or the card that names its base, and
     that base is registered. Its signature may come later. Returns the findings that do not refuse it."""
-    added = {one.path for one in change.operations if isinstance(one, Addition)}
+    added = {operation.path for operation in change.operations if isinstance(operation, Addition)}
     if not added & {*_ADAPTER, CARD_FILE} or not {file.path for file in files} >= _ADAPTER:
         return []
     base = _stated_base(resources, files)

@@ -43,7 +43,7 @@ def request(
     """
     references = [parse_reference(name) for name in dict.fromkeys(release_names)]
     _refuse_too_many(len(references) + len(base_names), len(on))
-    namespaces = dict.fromkeys(one.repository.namespace for one in references)
+    namespaces = dict.fromkeys(reference.repository.namespace for reference in references)
     for namespace in namespaces:
         permit(actor, Role.PUBLISHER, namespace)
     if base_names:
@@ -52,13 +52,17 @@ def request(
         releases = [resolve.resolve(session, reference) for reference in references]
         named = [_own_base(session, actor, name) for name in base_names]
         named_suites = [suites.find(session, name, actor) for name in on]
-        wanted_suites = [one if one.task == suites.HARNESS else suites.with_examples(one) for one in named_suites]
+        wanted_suites = [
+            suite if suite.task == suites.HARNESS else suites.with_examples(suite) for suite in named_suites
+        ]
         for suite in wanted_suites:
             metrics.refuse_disabled(suite, resources.settings.enabled_scorers.names)
-        subjects = [(one.id, one.base_digest) for one in releases] + [(None, one.digest) for one in named]
+        subjects = [(subject.id, subject.base_digest) for subject in releases] + [
+            (None, subject.digest) for subject in named
+        ]
         wanted = [Wanted(release, base, suite.digest) for release, base in subjects for suite in wanted_suites]
         job = evaluations.create(session, actor, namespaces, wanted, wish=wish)
-        subject_names = [full_name(one) for one in releases] + [one.name for one in named]
+        subject_names = [full_name(subject) for subject in releases] + [subject.name for subject in named]
         audit.record(
             session,
             actor,
@@ -100,8 +104,8 @@ def _own_base(session: Session, actor: Actor, name: str) -> Base:
 
 def _report(session: Session, job: Job) -> Json:
     row = evaluations.find(session, job.id)
-    done = {Wanted.of(one): one for one in row.results}
-    items = [_item(session, one, done.get(one)) for one in (Wanted(**wanted) for wanted in row.wanted)]
+    done = {Wanted.of(result): result for result in row.results}
+    items = [_item(session, subject, done.get(subject)) for subject in (Wanted(**wanted) for wanted in row.wanted)]
     return {
         "job": job.id,
         "state": job.state,
@@ -122,6 +126,6 @@ def _item(session: Session, wanted: Wanted, result: Json | None) -> Json:
         "suite": suite.name,
         "suite_digest": suite.digest,
         "task": suite.task,
-        "scores": None if result is None else [{name: one[name] for name in names} for one in result["scores"]],
+        "scores": None if result is None else [{name: score[name] for name in names} for score in result["scores"]],
         "error": None if result is None else result["error"],
     }

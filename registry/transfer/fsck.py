@@ -346,7 +346,9 @@ def _with_names(resources: Resources, finding: Finding) -> Finding:
     with resources.read() as session:
         rows = session.execute(query.order_by(Release.id).limit(_NAMED)).all()
         commits = session.execute(committed.order_by(Revision.id.desc()).limit(_NAMED - len(rows))).all()
-        total = sum(session.scalar(select(func.count()).select_from(one.subquery())) or 0 for one in (query, committed))
+        total = sum(
+            session.scalar(select(func.count()).select_from(counted.subquery())) or 0 for counted in (query, committed)
+        )
         scored = select(func.count()).select_from(Score).where(Score.results_sha256 == finding.subject)
         scores = session.scalar(scored) or 0
     named = [f"{path} of {namespace}/{name}:{version}" for namespace, name, version, path in rows]

@@ -58,9 +58,9 @@ def check_installation(settings: Settings, *, contents: bool, progress: fsck.Pro
     """
     failed = False
     for check in (_check_directories, _check_packages, _check_database):
-        for one in _caught(check.__name__, lambda check=check: check(settings)):
-            failed = failed or one.state == "error"
-            yield one
+        for result in _caught(check.__name__, lambda check=check: check(settings)):
+            failed = failed or result.state == "error"
+            yield result
     if failed:
         return
     resources = open_resources(settings)
@@ -170,7 +170,7 @@ def _check_store(resources: Resources) -> Iterator[Check]:
 
 def _check_contents(resources: Resources, progress: fsck.Progress) -> Iterator[Check]:
     findings = fsck.check(resources, progress=progress)
-    broken = Counter(one.code for one in findings if one.severity == "error")
+    broken = Counter(finding.code for finding in findings if finding.severity == "error")
     if broken:
         codes = ", ".join(f"{code} ({count:,})" for code, count in broken.most_common())
         yield Check(name="contents", state="error", detail=codes, next_step="Run `adaptory fsck`: it names each.")

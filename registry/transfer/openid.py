@@ -214,7 +214,7 @@ def _subject(claims: id_tokens.Claims) -> str:
 def _texts(given: object) -> set[str]:
     """The texts in a claim that is a list."""
     rows = cast("list[object]", given)[:_MAX_GROUPS] if isinstance(given, list) else []
-    return {one for one in rows if isinstance(one, str)}
+    return {text for text in rows if isinstance(text, str)}
 
 
 def _base64(content: bytes) -> str:

@@ -44,11 +44,16 @@ def store(
     for digest, own in results.items():
         with resources.read() as session:
             suite = suites.find(session, digest)
-        _check(suite.name, suite.examples, own, [one for one in measurements if one.suite_digest == digest])
+        _check(
+            suite.name,
+            suite.examples,
+            own,
+            [measurement for measurement in measurements if measurement.suite_digest == digest],
+        )
         metric = {} if own.metric == "accuracy" else {"metric": own.metric}
         document = {"suite": suite.name, "suite_digest": digest, **metric, "examples": own.examples}
         blobs[digest] = _stored(resources, actor, namespace, json.dumps(document, separators=(",", ":")).encode())
-    return [replace(one, results_sha256=blobs.get(one.suite_digest)) for one in measurements]
+    return [replace(measurement, results_sha256=blobs.get(measurement.suite_digest)) for measurement in measurements]
 
 
 def load(resources: Resources, digest: str) -> bytes:
@@ -81,8 +86,12 @@ def _check(suite: str, count: int, results: Results, measurements: Sequence[Meas
     values = {results.metric: sum(row["score"] for row in rows) / len(rows)}
     if all("nats" in row and "tokens" in row for row in rows):
         values["nll"] = sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows)
-    made = {one.metric: one for one in measurements if one.metric in values}
-    differing = [name for name, one in made.items() if not isclose(one.value, values[name], rel_tol=1e-6, abs_tol=1e-9)]
+    made = {measurement.metric: measurement for measurement in measurements if measurement.metric in values}
+    differing = [
+        name
+        for name, measurement in made.items()
+        if not isclose(measurement.value, values[name], rel_tol=1e-6, abs_tol=1e-9)
+    ]
     if len(rows) != count or not made or differing:
         raise Invalid(
             "bad_results",

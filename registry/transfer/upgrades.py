@@ -57,21 +57,23 @@ def begin(
     for adapter in plan.adapters:
         if not plan.same:
             adapter.why = publishing.misfit(resources, adapter.name, adapter.files, plan.architecture)
-    rows = [{"release": one.release, "fits": not one.why, "why": one.why} for one in plan.adapters]
+    rows = [{"release": planned.release, "fits": not planned.why, "why": planned.why} for planned in plan.adapters]
     upgrade = {"old": plan.old, "new": plan.new, "adapters": rows}
-    fitting = [one for one in plan.adapters if not one.why and one.measurable]
-    wanted = [Wanted(one.release, plan.new, suite) for one in fitting for suite in one.suites]
+    fitting = [planned for planned in plan.adapters if not planned.why and planned.measurable]
+    wanted = [Wanted(planned.release, plan.new, suite) for planned in fitting for suite in planned.suites]
     if not evaluate or not wanted:
         with resources.read() as session:
             return _report(session, actor, upgrade, None, [])
     with resources.write() as session:
         base = session.get_one(Base, plan.new)
         measured = {score.suite.digest for score in suites.scores_of(session, base)}
-        lacking = {one.suite for one in wanted} - measured if owns(actor, base.created_by) else set[str]()
+        lacking = {subject.suite for subject in wanted} - measured if owns(actor, base.created_by) else set[str]()
         alone = [Wanted(None, plan.new, suite) for suite in lacking]
-        namespaces = {session.get_one(Release, one.release).repository.namespace for one in fitting if one.suites}
+        namespaces = {
+            session.get_one(Release, planned.release).repository.namespace for planned in fitting if planned.suites
+        }
         job = evaluations.create(session, actor, namespaces, [*sorted(alone, key=str), *wanted], upgrade)
-        subjects = [one.name for one in fitting if one.suites]
+        subjects = [planned.name for planned in fitting if planned.suites]
         audit.record(
             session,
             actor,
@@ -131,7 +133,7 @@ def _report(session: Session, actor: Actor, upgrade: Json, job: Job | None, resu
         release = session.get_one(Release, row["release"])
         if not may_read(actor, release.repository.namespace):
             continue
-        own = [one for one in results if one["release"] == release.id]
+        own = [result for result in results if result["release"] == release.id]
         adapters.append(
             {
                 "repository": str(repositories.name_of(release.repository)),
@@ -140,7 +142,7 @@ def _report(session: Session, actor: Actor, upgrade: Json, job: Job | None, resu
                 "fits": row["fits"],
                 "why": row["why"],
                 "scores": _compared(gates.scores(session, release), of_new, own),
-                "errors": [one["error"] for one in own if one["error"]],
+                "errors": [result["error"] for result in own if result["error"]],
             }
         )
     return {

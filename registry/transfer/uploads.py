@@ -80,7 +80,7 @@ def plan(resources: Resources, actor: Actor, namespace: str, files: Sequence[Man
         def way(file: ManifestFile) -> PlannedUpload:
             return _upload_instructions(resources, file, rows[file.sha256], known=file.sha256 in known)
 
-        ways = {one.file.sha256: one for one in pool.map(way, absent)}
+        ways = {planned.file.sha256: planned for planned in pool.map(way, absent)}
     return [replace(ways[file.sha256], file=file) if file.sha256 in ways else PlannedUpload(file) for file in files]
 
 
@@ -223,7 +223,9 @@ def readable(resources: Resources, actor: Actor, sha256: Digest) -> BlobStat:
     unreleased files. Raises NotFound otherwise."""
     with resources.read() as session:
         holders = session.scalars(select(BlobHolder.namespace).where(BlobHolder.sha256 == sha256)).all()
-        shown = any(may_read(actor, one) and _is_shown(session, actor, one, sha256) for one in holders)
+        shown = any(
+            may_read(actor, namespace) and _is_shown(session, actor, namespace, sha256) for namespace in holders
+        )
         size_bytes = size_of(session, sha256)
     stat = resources.store.stat(sha256) if shown else None
     if stat is None:

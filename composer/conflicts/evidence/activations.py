@@ -91,7 +91,7 @@ def activations(
         raise Mismatch("no_prompts", "Activations need at least one prompt.", subject="prompts")
     as_turn = loaded.tokenizer.chat_template is not None if chat is None else chat
     ids = [tuple(encode_prompt(loaded, prompt, as_turn)) for prompt in prompts]
-    examples = [Encoded(one, len(one)) for one in ids]
+    examples = [Encoded(token_ids, len(token_ids)) for token_ids in ids]
     names, deltas = list(members), [list(own) for own in members.values()]
     directed: dict[tuple[str, str], Directed] = {}
     for i, victim in enumerate(names):
@@ -101,13 +101,13 @@ def activations(
 
 
 def _directed(energies: Mapping[str, _Energy], i: int, j: int) -> Directed:
-    either = {module: one for module, one in energies.items() if not one.touching.isdisjoint((i, j))}
-    relative = {module: one.inner / one.base for module, one in either.items() if one.base > 0}
+    either = {module: energy for module, energy in energies.items() if not energy.touching.isdisjoint((i, j))}
+    relative = {module: energy.inner / energy.base for module, energy in either.items() if energy.base > 0}
     if not relative:
         return Directed(ratio=0.0, along=0.0, across=0.0, victim=0.0, intruder=0.0, modules={})
     total = torch.stack(list(relative.values())).sum(0)
     own, other, common = (float(total[index]) for index in ((i, i), (j, j), (i, j)))
-    shares = {module: float(one[j, j]) / other for module, one in relative.items()} if other > 0 else {}
+    shares = {module: float(energy[j, j]) / other for module, energy in relative.items()} if other > 0 else {}
     victim, intruder = sqrt(max(own, 0.0)), sqrt(max(other, 0.0))
     if own <= 0:
         return Directed(ratio=0.0, along=0.0, across=0.0, victim=victim, intruder=intruder, modules=shares)

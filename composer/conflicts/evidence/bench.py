@@ -129,7 +129,7 @@ class Bench:
         keys = Pass(who, deltas, asked).keys
         every = dict(zip(keys, asked, strict=True))
         known = ChainMap(self._record.known, self._assumed)
-        missing = Pass(who, deltas, [one for key, one in every.items() if key not in known])
+        missing = Pass(who, deltas, [example for key, example in every.items() if key not in known])
         if self._planned is not None:
             self._planned += [missing] if missing.asked else []
             self._assumed |= dict(zip(missing.keys, not_run(missing), strict=True))
@@ -152,8 +152,8 @@ class Bench:
             ask()
         finally:
             self._planned, self._assumed = None, {}
-        for one, results in self._elsewhere.spread(planned):
-            self._add(one, results)
+        for planned_pass, results in self._elsewhere.spread(planned):
+            self._add(planned_pass, results)
 
     def _add(self, measured: Pass, results: Sequence[Measured]) -> None:
         self.run_now += len(results)
@@ -163,8 +163,8 @@ class Bench:
         self, members: Sequence[Probed], guards: Sequence[Suite], examples: Callable[[Suite], Sequence[Example]]
     ) -> "References":
         """Runs the base, each member alone and, if it has a weight, at that weight. `examples` are a suite's."""
-        by_suite = {suite.digest: suite for suite in (*(one.suite for one in members), *guards)}
-        asked = {digest: [(suite, one) for one in examples(suite)] for digest, suite in by_suite.items()}
+        by_suite = {suite.digest: suite for suite in (*(member.suite for member in members), *guards)}
+        asked = {digest: [(suite, example) for example in examples(suite)] for digest, suite in by_suite.items()}
         of_guards = [row for guard in guards for row in asked[guard.digest]]
 
         def own(name: str, deltas: Callable[[], Deltas], member: Probed, others: Sequence[Asked] = ()) -> Results:
@@ -205,14 +205,14 @@ class References:
         """The outcome of the combination. The intervals of that number of claims hold simultaneously."""
         effects = tuple(
             effect_of(
-                (one.name, one.suite.name),
-                self.base[one.suite.digest],
-                self.alone[one.name][one.suite.digest],
-                combined[one.suite.digest],
+                (member.name, member.suite.name),
+                self.base[member.suite.digest],
+                self.alone[member.name][member.suite.digest],
+                combined[member.suite.digest],
                 member_claims,
-                self.at_weight[one.name][one.suite.digest] if one.name in self.at_weight else None,
+                self.at_weight[member.name][member.suite.digest] if member.name in self.at_weight else None,
             )
-            for one in self.members
+            for member in self.members
         )
         side_effects = tuple(
             side_effect_of(
@@ -238,7 +238,7 @@ class PassRunner:
         self, run: Runner, members: Sequence[Probed], asked: Iterable[Asked], combined: Callable[[str], Deltas]
     ) -> None:
         self._run, self._combined = run, combined
-        self._members = {one.name: one for one in members}
+        self._members = {member.name: member for member in members}
         self._asked = {(suite.digest, example_digest(example)): (suite, example) for suite, example in asked}
 
     def __call__(self, who: str, asked: Sequence[tuple[str, str]]) -> list[Measured]:

@@ -88,4 +88,4 @@ def _bisected(below: Callable[[float], bool]) -> float:
 def _at_most(count: int, total: int, share: float) -> float:
     """P(X <= count) for a binomial variable; `share` is between 0 and 1."""
     ways = [lgamma(total + 1) - lgamma(seen + 1) - lgamma(total - seen + 1) for seen in range(count + 1)]
-    return sum(exp(one + seen * log(share) + (total - seen) * log1p(-share)) for seen, one in enumerate(ways))
+    return sum(exp(log_ways + seen * log(share) + (total - seen) * log1p(-share)) for seen, log_ways in enumerate(ways))

@@ -199,7 +199,7 @@ class Outcome:
         """The interval of the worst member's loss. All members' intervals hold together, so the largest loss lies
         between their largest lower end and their largest upper end."""
         intervals = [effect.loss_interval for effect in self.effects]
-        return Interval(max(one.low for one in intervals), max(one.high for one in intervals))
+        return Interval(max(interval.low for interval in intervals), max(interval.high for interval in intervals))
 
     def victim(self, limits: Limits) -> Effect:
         """The member with the worst verdict; among several, the one with the largest loss."""
@@ -208,11 +208,11 @@ class Outcome:
 
     def verdict(self, limits: Limits) -> Verdict:
         """The worst verdict of all members and guards: `ok`, `undecided` or `warn`."""
-        return Verdict.worst(one.verdict(limits) for one in (*self.effects, *self.guards))
+        return Verdict.worst(effect.verdict(limits) for effect in (*self.effects, *self.guards))
 
     def is_open(self, limits: Limits) -> bool:
         """Whether any member or guard is undecided."""
-        return any(one.verdict(limits) is Verdict.UNDECIDED for one in (*self.effects, *self.guards))
+        return any(effect.verdict(limits) is Verdict.UNDECIDED for effect in (*self.effects, *self.guards))
 
     def needs_more(self, limits: Limits) -> bool:
         """Whether more examples would help: something is undecided, a guard rose, or lost answers may be chance. Not if
@@ -225,8 +225,8 @@ class Outcome:
     def to_json(self, limits: Limits) -> dict[str, object]:
         return {
             "k": self.k,
-            "effects": [one.judged_json(limits) for one in self.effects],
-            "guards": [one.judged_json(limits) for one in self.guards],
+            "effects": [effect.judged_json(limits) for effect in self.effects],
+            "guards": [guard.judged_json(limits) for guard in self.guards],
         }
 
 
@@ -255,7 +255,7 @@ def effect_of(
         loss_interval=Interval(min(sure.low, loss - NOTICEABLE_NATS), max(sure.high, loss + NOTICEABLE_NATS)),
         kept=(before - after) / (before - own) if before - own > _ROUNDING_NATS else None,
         answered=len(answered),
-        still_answered=sum(one.exact for one in answered),
+        still_answered=sum(result.exact for result in answered),
         examples=len(alone),
         alone_weighted=_nll(as_weighted) if as_weighted else None,
     )
@@ -291,10 +291,10 @@ def _or_none(limit: float) -> float | None:
 
 
 def _nll(measured: Sequence[Measured]) -> float:
-    return ratio([one.nats for one in measured], [one.tokens for one in measured])[0]
+    return ratio([result.nats for result in measured], [result.tokens for result in measured])[0]
 
 
 def _difference(after: Sequence[Measured], before: Sequence[Measured]) -> tuple[float, float | None]:
     """The paired difference in nats per token and its standard error. Examples differ far more than their losses do."""
-    nats = [one.nats - other.nats for one, other in zip(after, before, strict=True)]
-    return ratio(nats, [one.tokens for one in after])
+    nats = [result.nats - other.nats for result, other in zip(after, before, strict=True)]
+    return ratio(nats, [result.tokens for result in after])

@@ -109,7 +109,7 @@ def by_method(
         chosen = [positions[member.name] for member in members]
         own = settings.with_tied("untie")
         if isinstance(own, Combined):
-            own = own.with_protected([chosen.index(one) + 1 for one in own.protect if one in chosen])
+            own = own.with_protected([chosen.index(position) + 1 for position in own.protect if position in chosen])
         weights = [member.weight for member in members]
         observe = calibration.pick([position - 1 for position in chosen]).observe if calibration else None
         return combine_parsed([loaded[member.name] for member in members], weights, own, observe, device).deltas
@@ -157,8 +157,8 @@ def probe(  # noqa: PLR0913
 
 def pass_runner(run: Runner, members: Sequence[Probed], guards: Sequence[Suite], combine: Combine) -> PassRunner:
     """Runs passes of a probe of these members and guards that another process makes."""
-    by_name = {one.name: one for one in members}
-    suites = {suite.digest: suite for suite in (*(one.suite for one in members), *guards)}
+    by_name = {member.name: member for member in members}
+    suites = {suite.digest: suite for suite in (*(member.suite for member in members), *guards)}
 
     @lru_cache(maxsize=1)  # examples grow, and a fit takes seconds
     def combined(who: str) -> Deltas:
@@ -179,7 +179,7 @@ class _Probe:
     _made: tuple[tuple[str, ...], list[Delta]] = ((), [])
 
     def grown(self, chosen: Sequence[Probed], effort: Effort) -> Outcome:
-        available = max(len(suite.examples) for suite in (*(one.suite for one in chosen), *self.guards))
+        available = max(len(suite.examples) for suite in (*(member.suite for member in chosen), *self.guards))
 
         def measured(k: int) -> Outcome:
             self.expect(chosen, k)
@@ -196,13 +196,13 @@ class _Probe:
 
     def outcome(self, bench: Bench, chosen: Sequence[Probed], k: int) -> Outcome:
         references = bench.references(chosen, self.guards, lambda suite: suite.sample(k, self.used))
-        who = f"{_COMBINED}{json.dumps([one.name for one in chosen])}"
+        who = f"{_COMBINED}{json.dumps([member.name for member in chosen])}"
         results = bench.run(who, lambda: self._combined(chosen), references.rows)
         return references.outcome(k, results, len(chosen))
 
     def _combined(self, chosen: Sequence[Probed]) -> Deltas:
         """The combined deltas, made once while the examples grow, since a fit takes seconds."""
-        names = tuple(one.name for one in chosen)
+        names = tuple(member.name for member in chosen)
         if self._made[0] != names:
             self._made = (names, list(self.combine(chosen)))
         return self._made[1]

@@ -20,7 +20,10 @@ def page(report: Json) -> str:
     return _ENVIRONMENT.get_template("report.html").render(
         title=f"Conflicts of {', '.join(member['name'] for member in view.members)}",
         report=view,
-        maps={name: {one.name: one for one in of_measure.drawn[:MAX_MAPS]} for name, of_measure in shown.items()},
+        maps={
+            name: {pair_map.name: pair_map for pair_map in of_measure.drawn[:MAX_MAPS]}
+            for name, of_measure in shown.items()
+        },
         tops={name: of_measure.top for name, of_measure in shown.items()},
         measures=MEASURES,
         mapped=len(shown[next(iter(MEASURES))].drawn),

@@ -63,7 +63,7 @@ def summary(report: ConflictReport) -> Summary:
     if decisive is not None:
         otherwise = next((line for pair in by_verdict(report) for line in pair.explanation.advice), "")
         measured = _measured_lines(report)[1:3] if report.probe else ()
-        alike = sum(one.code == decisive.code for one in report.findings) - 1
+        alike = sum(finding.code == decisive.code for finding in report.findings) - 1
         message = f"{decisive.message} ({alike} more like this: --explain)" if alike else decisive.message
         return Summary(headline, (message, *measured), next_step(decisive.code, otherwise))
     if report.probe is None:
@@ -74,9 +74,9 @@ def summary(report: ConflictReport) -> Summary:
 
 def _decisive(findings: Iterable[Finding]) -> Finding | None:
     """The most severe error or warning, unless the probe has one as severe."""
-    loud = sorted((one for one in findings if one.severity is not Severity.NOTICE), key=_loudest)
-    loudest = [one for one in loud if _loudest(one) == _loudest(loud[0])]
-    return None if any(one.code.startswith("probe_") for one in loudest) else next(iter(loudest), None)
+    loud = sorted((finding for finding in findings if finding.severity is not Severity.NOTICE), key=_loudest)
+    loudest = [finding for finding in loud if _loudest(finding) == _loudest(loud[0])]
+    return None if any(finding.code.startswith("probe_") for finding in loudest) else next(iter(loudest), None)
 
 
 def _outcomes(report: ConflictReport) -> list[Outcome]:
@@ -225,7 +225,9 @@ def tables(report: ConflictReport, worst_modules: int = 5) -> list[Table]:
 
 def remarks(findings: Iterable[Finding]) -> list[str]:
     """One line per finding, most severe first, without the probe's notices, which its table repeats."""
-    shown = [one for one in findings if not (one.severity is Severity.NOTICE and one.code == "probe_loss")]
+    shown = [
+        finding for finding in findings if not (finding.severity is Severity.NOTICE and finding.code == "probe_loss")
+    ]
     return [f"{finding.severity}: {finding.message}" for finding in sorted(shown, key=_loudest)]
 
 

@@ -120,7 +120,7 @@ def load_deltas(path: Path, architecture: Architecture | None) -> LoadedAdapter:
         for module in placed.adapted:
             _refuse_not_finite(ModuleParts(adapter, file, module))
     placed = mark_tied_pairs(adapter, file, placed, on_a_base=architecture is not None)
-    copies = {one.weight: ModuleParts(adapter, file, one).only for one in placed.modules if one.kind == "base_copy"}
+    copies = {copy.weight: ModuleParts(adapter, file, copy).only for copy in placed.modules if copy.kind == "base_copy"}
     deltas = StoredDeltas(adapter, file, [module for module in placed.modules if module.kind != "base_copy"])
     return LoadedAdapter(
         name=adapter.name, path=path, config=adapter.config, placed=placed, deltas=deltas, base_copies=copies

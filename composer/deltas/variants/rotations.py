@@ -67,9 +67,9 @@ def road(module: ModuleParts) -> list[Delta]:
     def columns(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles, scales = theta.to(like), alpha.to(like)
         if variant == "road_4":
-            angles, scales = (one.view(-1, 2, 2, half).transpose(0, 1) for one in (angles, scales))
+            angles, scales = (tensor.view(-1, 2, 2, half).transpose(0, 1) for tensor in (angles, scales))
             return scales[0] * angles[0].cos(), scales[1] * angles[1].sin()
-        angles, scales = (one.view(-1, 1 if variant == "road_1" else 2, half) for one in (angles, scales))
+        angles, scales = (tensor.view(-1, 1 if variant == "road_1" else 2, half) for tensor in (angles, scales))
         return scales * angles.cos(), scales * angles.sin()
 
     def rows(W_OI: torch.Tensor, begin: int) -> torch.Tensor:

@@ -54,7 +54,7 @@ def _pairs(adapter: Adapter, file: MappedFile, placed: PlacementResult, *, on_a_
 def _sides(modules: Iterable[PlacedModule]) -> tuple[PlacedModule, ...]:
     """(embedding, head) if there is exactly one of each; otherwise empty."""
     both = list(modules)
-    embeddings, heads = ([one for one in both if side(one.module)] for side in (is_embedding, is_head))
+    embeddings, heads = ([delta for delta in both if side(delta.module)] for side in (is_embedding, is_head))
     return (embeddings[0], heads[0]) if len(embeddings) == len(heads) == 1 else ()
 
 

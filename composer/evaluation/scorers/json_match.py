@@ -84,7 +84,7 @@ def _comparable(value: object, depth: int) -> object:
         raise ValueError("too deep")
     if isinstance(value, Mapping):
         items = cast("Mapping[str, object]", value).items()
-        return "object", tuple(sorted((key, _comparable(one, depth + 1)) for key, one in items))
+        return "object", tuple(sorted((key, _comparable(item, depth + 1)) for key, item in items))
     if isinstance(value, list):
-        return "array", tuple(_comparable(one, depth + 1) for one in cast("list[object]", value))
+        return "array", tuple(_comparable(item, depth + 1) for item in cast("list[object]", value))
     return type(value).__name__, value

@@ -30,7 +30,7 @@ def normalized(text: str, settings: MatchSettings) -> str:
     if not settings.case:
         text = text.casefold()
     if not settings.punctuation:
-        text = "".join(one for one in text if not unicodedata.category(one).startswith("P"))
+        text = "".join(character for character in text if not unicodedata.category(character).startswith("P"))
     return " ".join(text.split())
 
 
@@ -126,7 +126,9 @@ def package_of(chosen: ScorerChoice | None) -> str:
     of Adaptory's, and for one that is not installed."""
     if chosen is None or chosen.name in BUILT_IN:
         return ""
-    packages = [one.dist for one in entry_points(group=GROUP, name=chosen.name) if one.dist is not None]
+    packages = [
+        entry_point.dist for entry_point in entry_points(group=GROUP, name=chosen.name) if entry_point.dist is not None
+    ]
     return f"{packages[0].name} {packages[0].version}" if packages else ""
 
 

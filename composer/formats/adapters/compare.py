@@ -119,15 +119,15 @@ def compare(old: Adapter, new: Adapter, old_placed: PlacementResult, new_placed:
     changes: list[ModuleChange] = []
     others = {module.module for placed in (old_placed, new_placed) for module in placed.adapted}
     left_out = sorted(others - {name for kind, name in {**before, **after} if kind == "delta"})
-    for (kind, name), one, other in ((key, before.get(key), after.get(key)) for key in {**before, **after}):
-        sides = [side for side in (one, other) if side]
+    for (kind, name), earlier, later in ((key, before.get(key), after.get(key)) for key in {**before, **after}):
+        sides = [side for side in (earlier, later) if side]
         reshaped = len({side.placed.shape for side in sides}) > 1
-        change = _change(kind, one, other) if all(side.readable for side in sides) and not reshaped else None
+        change = _change(kind, earlier, later) if all(side.readable for side in sides) and not reshaped else None
         if not reshaped and (change is None or not change.finite):
             left_out.append(name)
             continue
-        rank_old, rank_new = (side.placed.rank if side and kind == "delta" else None for side in (one, other))
-        status = _status(one, other, change)
+        rank_old, rank_new = (side.placed.rank if side and kind == "delta" else None for side in (earlier, later))
+        status = _status(earlier, later, change)
         if change and status == "same":
             change = EnergyChange(old=change.old, new=change.new, inner=change.inner)
         changes.append(

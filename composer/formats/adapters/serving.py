@@ -242,7 +242,7 @@ def _convolutions(placed: PlacementResult) -> bool:
 
 def _extra_parts(placed: PlacementResult) -> str:
     """Contents of the tensors without a flag in the config: a copy of a base weight."""
-    return ", ".join(sorted({part for one in placed.modules if one.kind == "base_copy" for part in one.parts}))
+    return ", ".join(sorted({part for module in placed.modules if module.kind == "base_copy" for part in module.parts}))
 
 
 def _plain_scale(config: AdapterConfig) -> float:

@@ -69,7 +69,7 @@ class Spectrum:
     def hints(self, known: Sequence[Finding] = ()) -> list[Finding]:
         """Notices about ranks that the next training run could save; not warnings, since no measurement shows what a
         lower rank would cost. And zero_delta for an adapter that adds nothing, unless that is `known`."""
-        idle = not self.norm and not any(one.code == "zero_delta" for one in known)
+        idle = not self.norm and not any(finding.code == "zero_delta" for finding in known)
         findings = zero_deltas("The adapter", [row.module for row in self.modules], len(self.modules)) if idle else []
         if self.norm and self.rank_95 * 2 <= self.rank_max:
             message = (
@@ -191,7 +191,7 @@ def _by_rank(energy: Float64, rank: int) -> dict[int, float]:
     """Empty for a delta of zeros."""
     held, total = np.cumsum(energy), float(energy.sum())
     ranks = (1 << power for power in range((rank - 1).bit_length())) if total else ()
-    return {one: float(held[one - 1]) / total for one in ranks}
+    return {count: float(held[count - 1]) / total for count in ranks}
 
 
 def _json_keys(energy: dict[int, float]) -> dict[str, float]:

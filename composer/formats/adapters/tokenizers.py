@@ -76,7 +76,7 @@ class ChosenTokenizer:
     def to_json(self) -> dict[str, str | None]:
         """By part, the name of the adapter that it comes from."""
         parts = {"vocabulary": self.vocabulary, "template": self.template}
-        return {part: one.name if one else None for part, one in parts.items()}
+        return {part: owner.name if owner else None for part, owner in parts.items()}
 
 
 def read_tokenizer(directory: Path, name: str = "") -> Tokenizer:
@@ -101,8 +101,9 @@ def chosen_tokenizer(base: Path | None, adapters: Sequence[tuple[str, Path]]) ->
     have. Raises Mismatch naming two adapters that differ otherwise: one model has one tokenizer.
     """
     own = _NONE if base is None else read_tokenizer(base)
-    brought = [one for one in (read_tokenizer(path, name) for name, path in adapters) if one.files]
-    vocabulary, template = _largest([one for one in brought if one.has_vocabulary]), _common_template(brought)
+    brought = [tokenizer for tokenizer in (read_tokenizer(path, name) for name, path in adapters) if tokenizer.files]
+    vocabulary = _largest([tokenizer for tokenizer in brought if tokenizer.has_vocabulary])
+    template = _common_template(brought)
     if vocabulary is not None and vocabulary.extends(own) and own.extends(vocabulary):
         vocabulary = None
     if template is not None and template.template == own.template:
@@ -115,19 +116,19 @@ def chosen_tokenizer(base: Path | None, adapters: Sequence[tuple[str, Path]]) ->
 
 def _largest(tokenizers: Sequence[Tokenizer]) -> Tokenizer | None:
     largest: Tokenizer | None = None
-    for one in tokenizers:
-        if largest is None or (one.extends(largest) and not largest.extends(one)):
-            largest = one
-        elif not largest.extends(one):
-            raise _differ(largest, one, "different tokenizers")
+    for candidate in tokenizers:
+        if largest is None or (candidate.extends(largest) and not largest.extends(candidate)):
+            largest = candidate
+        elif not largest.extends(candidate):
+            raise _differ(largest, candidate, "different tokenizers")
     return largest
 
 
 def _common_template(tokenizers: Sequence[Tokenizer]) -> Tokenizer | None:
-    templated = [one for one in tokenizers if one.template]
-    for one in templated[1:]:
-        if one.template != templated[0].template:
-            raise _differ(templated[0], one, "different chat templates")
+    templated = [tokenizer for tokenizer in tokenizers if tokenizer.template]
+    for other in templated[1:]:
+        if other.template != templated[0].template:
+            raise _differ(templated[0], other, "different chat templates")
     return templated[0] if templated else None
 
 
@@ -141,7 +142,7 @@ def _tokens(content: Mapping[str, Any]) -> dict[str, int] | None:
     model = _object(content.get("model"))
     listed: object = model.get("vocab")
     if isinstance(listed, list):  # Unigram: [token, score]
-        pairs = [cast("list[Any]", one) for one in cast("list[object]", listed) if isinstance(one, list) and one]
+        pairs = [cast("list[Any]", pair) for pair in cast("list[object]", listed) if isinstance(pair, list) and pair]
         listed = {str(pair[0]): at for at, pair in enumerate(pairs)}
     if not isinstance(listed, dict):
         return None

@@ -76,7 +76,7 @@ def _growth(part: object) -> float:
         return 1.0
     stated = cast("dict[str, object]", part)
     if stated.get("type") != "Replace":
-        return _growth([cast("list[object]", one) for one in stated.values() if isinstance(one, list)])
+        return _growth([cast("list[object]", step) for step in stated.values() if isinstance(step, list)])
     pattern, content = stated.get("pattern"), stated.get("content")
     text = cast("dict[str, object]", pattern).get("String") if isinstance(pattern, dict) else None
     new = len(content) if isinstance(content, str) else 0

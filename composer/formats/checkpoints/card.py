@@ -151,7 +151,7 @@ def _hub_names(stated: Mapping[str, Any]) -> dict[str, Any]:
 
 def _together(listed: list[object]) -> object:
     """Licences that all hold, as one expression; the first item if it is the only one, or if any is not text."""
-    texts = [f"({one})" if " " in one else one for one in listed if isinstance(one, str)]
+    texts = [f"({text})" if " " in text else text for text in listed if isinstance(text, str)]
     return " AND ".join(texts) if len(texts) == len(listed) > 1 else listed[0]
 
 
@@ -207,7 +207,7 @@ def _hyperparameters(value: object) -> dict[str, Scalar | list[Scalar]]:
     known: dict[str, Scalar | list[Scalar]] = {}
     for key, item in stated.items():
         if isinstance(item, list):
-            known[_text(key)] = [_scalar(one) for one in _list(cast("object", item))]
+            known[_text(key)] = [_scalar(entry) for entry in _list(cast("object", item))]
         elif item is not None:
             known[_text(key)] = _scalar(item)
     return known

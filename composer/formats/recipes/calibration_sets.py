@@ -34,14 +34,16 @@ class CalibrationSet:
         """The digests for a lock: sha256 over the canonical JSON of [prompt, completion] or of the prompt."""
         if self.suite is None:
             return {"prompts": [_digest(prompt) for prompt in self.prompts]}
-        used = [example_digest(one) for one in self.examples]
+        used = [example_digest(example) for example in self.examples]
         return {"suite": self.suite.name, "suite_digest": self.suite.digest, "examples": used}
 
 
 def used_in(sets: Iterable[CalibrationSet], suites: Iterable[Suite]) -> frozenset[Example]:
     """The examples of the suites that are in one of the sets: results are judged on the others."""
     known = list(sets)
-    return frozenset(one for suite in suites for one in suite.examples if any(one in used for used in known))
+    return frozenset(
+        example for suite in suites for example in suite.examples if any(example in used for used in known)
+    )
 
 
 def example_digest(example: Example) -> str:

@@ -84,7 +84,7 @@ def _positions(value: object) -> tuple[int, ...]:
     listed: object = value.split(",") if isinstance(value, str) else value
     try:
         each = cast("Sequence[object]", listed) if isinstance(listed, list | tuple) else [listed]
-        return tuple(cast(int, _POSITION.read(one)) for one in each)
+        return tuple(cast(int, _POSITION.read(position)) for position in each)
     except ValueError as error:
         raise ValueError("the numbers of inputs, counted from 1: 1, or 1,3") from error
 

@@ -163,7 +163,7 @@ def roles_of(session: Session, user: str) -> dict[str, str]:
 
 
 def _settings(row: Namespace) -> Mapping[str, Any]:
-    return {one.name: getattr(row, one.name) for one in fields(NamespaceChange)}
+    return {field.name: getattr(row, field.name) for field in fields(NamespaceChange)}
 
 
 def _check_keys(keys: Sequence[str]) -> None:

@@ -236,7 +236,7 @@ def _expire(session: Session, now: datetime) -> None:
 
 
 def _rule(row: TrustedPublisher) -> dict[str, str | None]:
-    return {one.name: getattr(row, one.name) for one in fields(NewPublisher)}
+    return {field.name: getattr(row, field.name) for field in fields(NewPublisher)}
 
 
 def bad_publisher(why: str) -> Invalid:

@@ -91,7 +91,7 @@ def _held_bytes(session: Session, namespace: str, now: datetime) -> int:
     pushed = select(func.coalesce(func.sum(packed), 0)).where(
         XetUpload.namespace == namespace, XetUpload.expires_at >= now
     )
-    return sum(int(session.scalar(one) or 0) for one in (held, coming, pushed))
+    return sum(int(session.scalar(query) or 0) for query in (held, coming, pushed))
 
 
 def _exceeded(namespace: str, what: str) -> Refused:

@@ -287,9 +287,9 @@ def origins(session: Session, *listed: Base) -> dict[str, str]:
 
 
 def _by_digest(session: Session, digest: Any, text: Any, digests: Collection[str]) -> dict[str, list[str]]:
-    texts: dict[str, list[str]] = {one: [] for one in digests}
-    for of, one in session.execute(select(digest, text).where(digest.in_(texts)).order_by(text)):
-        texts[of].append(one)
+    texts: dict[str, list[str]] = {key: [] for key in digests}
+    for of, name in session.execute(select(digest, text).where(digest.in_(texts)).order_by(text)):
+        texts[of].append(name)
     return texts
 
 

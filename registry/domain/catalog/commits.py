@@ -155,9 +155,9 @@ def _plan(session: Session, repository: Repository, change: CommitChange) -> _Co
 
 def added_files(session: Session, change: CommitChange) -> list[ManifestFile]:
     """The files that a change adds, with the sizes that the client states, or those of the blobs."""
-    added = [one for one in change.operations if isinstance(one, Addition)]
-    sizes = _sizes(session, [one.sha256 for one in added])
-    return [_file(one, sizes) for one in added]
+    added = [addition for addition in change.operations if isinstance(addition, Addition)]
+    sizes = _sizes(session, [addition.sha256 for addition in added])
+    return [_file(addition, sizes) for addition in added]
 
 
 def _file(added: Addition, sizes: Mapping[str, int]) -> ManifestFile:
@@ -246,13 +246,13 @@ def list_history(session: Session, name: RepositoryName, last: str, *, drafts: b
     committed = [HistoryEntry(*row) for row in session.execute(query)]
     listed = releases.list_history(session, name)
     if not drafts:
-        published = {one.commit for one in listed}
+        published = {release.commit for release in listed}
         committed = [entry for entry in committed if entry.commit in published]
     known = {entry.commit for entry in committed}
     released = [
-        HistoryEntry(one.commit, one.version, one.notes, one.created_by, one.created_at)
-        for one in listed
-        if one.commit not in known
+        HistoryEntry(release.commit, release.version, release.notes, release.created_by, release.created_at)
+        for release in listed
+        if release.commit not in known
     ]
     entries = sorted([*committed, *released], key=lambda entry: entry.created_at, reverse=True)
     first = next((index for index, entry in enumerate(entries) if entry.commit == last), len(entries))
@@ -272,7 +272,7 @@ def _applied(
     """The files after the operations. Raises Invalid for a name that a release cannot have, and NotFound for the
     deletion of an absent file."""
     files = {file.path: file for file in before}
-    sizes = _sizes(session, [one.sha256 for one in operations if isinstance(one, Addition)])
+    sizes = _sizes(session, [addition.sha256 for addition in operations if isinstance(addition, Addition)])
     for operation in operations:
         if isinstance(operation, Addition):
             refuse_name(operation.path)

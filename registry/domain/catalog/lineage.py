@@ -96,9 +96,20 @@ def _composed_with(session: Session, actor: Actor, new: NewRelease) -> Release |
     gone = gone.where(or_(false(), *(Revision.manifest.contains(sha256) for sha256 in weights)))
     candidates = [
         *session.scalars(there.limit(_MAX_CANDIDATES)),
-        *(one for one in session.scalars(gone.limit(_MAX_CANDIDATES)) if _made_of(one, new.kind) <= weights),
+        *(
+            release
+            for release in session.scalars(gone.limit(_MAX_CANDIDATES))
+            if _made_of(release, new.kind) <= weights
+        ),
     ]
-    return next((one for one in candidates if not _repeats_a_push(session, one, _made_of(one, new.kind))), None)
+    return next(
+        (
+            candidate
+            for candidate in candidates
+            if not _repeats_a_push(session, candidate, _made_of(candidate, new.kind))
+        ),
+        None,
+    )
 
 
 def _made_of(composed: Release, kind: Kind) -> set[str]:

@@ -70,8 +70,8 @@ class ReleaseRow:
     stamp: int = fact(_release.stamp)
 
 
-COLUMNS: dict[str, ColumnElement[Any]] = {one.name: one.metadata["column"] for one in fields(ReleaseRow)}
-SHOWN = tuple(one.name for one in fields(ReleaseRow) if one.metadata["shown"])
+COLUMNS: dict[str, ColumnElement[Any]] = {declared.name: declared.metadata["column"] for declared in fields(ReleaseRow)}
+SHOWN = tuple(declared.name for declared in fields(ReleaseRow) if declared.metadata["shown"])
 
 
 ScoreRow = list[Any]

@@ -360,7 +360,9 @@ def yanked_twin(session: Session, namespace: str, files: Sequence[ManifestFile])
     query = query.where(Release.yanked, Repository.namespace == namespace, RevisionFile.sha256 == largest)
     candidates = session.scalars(query.order_by(Release.id.desc())).unique().all()
     there = files_of(session, *candidates)
-    return next((one for one in candidates if without_signature(there[one.revision_id]) == digests), None)
+    return next(
+        (candidate for candidate in candidates if without_signature(there[candidate.revision_id]) == digests), None
+    )
 
 
 def refuse_yanked_files(session: Session, namespace: str, files: Sequence[ManifestFile]) -> None:

@@ -28,16 +28,16 @@ def record(
     """Records the scores; returns the recorded ones, and a warning for each of the others."""
     rows: list[Score] = []
     doubts: list[Finding] = []
-    for one in reported:
-        named = f"{one.source}: {one.metric} = {one.value:g} of {one.dataset}"
+    for score in reported:
+        named = f"{score.source}: {score.metric} = {score.value:g} of {score.dataset}"
         try:
-            suite = _suite(session, actor, one)
-            if _is_measured(session, release, suite, one.metric):
-                doubts.append(doubt(one.source, f"{named} is not kept: {suite.name}.{one.metric} is measured."))
+            suite = _suite(session, actor, score)
+            if _is_measured(session, release, suite, score.metric):
+                doubts.append(doubt(score.source, f"{named} is not kept: {suite.name}.{score.metric} is measured."))
                 continue
-            rows += suites.record(session, actor, release, [_measurement(suite, one)])
+            rows += suites.record(session, actor, release, [_measurement(suite, score)])
         except (Conflict, Invalid) as error:
-            doubts.append(doubt(one.source, f"{named} is not kept: {error.detail}"))
+            doubts.append(doubt(score.source, f"{named} is not kept: {error.detail}"))
     return rows, doubts
 
 

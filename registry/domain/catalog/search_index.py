@@ -80,9 +80,9 @@ def _values(provenance: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
             for row in value:
                 yield from (("data_license" if part == "license" else name, item) for part, item in row.items() if item)
         elif name != "hyperparameters":
-            yield from ((name, one) for one in _each(value))
+            yield from ((name, item) for item in _each(value))
     for key, value in provenance.get("hyperparameters", {}).items():
-        yield from ((_SETTING + key, one) for one in _each(value))
+        yield from ((_SETTING + key, item) for item in _each(value))
 
 
 def _each(value: object) -> list[object]:

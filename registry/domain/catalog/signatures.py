@@ -77,7 +77,7 @@ def signer(
     if is_key_of(keys, named[0]):
         return named
     later = session.scalars(select(Signature.signed_by).where(Signature.release_id == release_id))
-    return next(((one, "release") for one in later if is_key_of(keys, one)), named)
+    return next(((key, "release") for key in later if is_key_of(keys, key)), named)
 
 
 def of_release(session: Session, release: Release) -> list[Signature]:
@@ -104,7 +104,7 @@ def signers(session: Session, release: Release, keys: Iterable[str]) -> dict[str
 def unsigned_input(session: Session, keys: Sequence[str], inputs: Iterable[Release]) -> Release | None:
     """The first of these releases that none of the keys vouches for: none of them signed the release, or only a worker
     did and one of its inputs lacks a signature."""
-    return next((one for one in inputs if not _is_vouched_for(session, keys, one)), None)
+    return next((source for source in inputs if not _is_vouched_for(session, keys, source)), None)
 
 
 def _is_vouched_for(session: Session, keys: Sequence[str], release: Release) -> bool:

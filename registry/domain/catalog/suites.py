@@ -415,7 +415,7 @@ def results_of(session: Session, subject: Release | Base, named: str) -> str:
 
 def other_scores(session: Session, subject: Release | Base, used: Collection[Suite]) -> dict[tuple[str, str], Score]:
     """The subject's newest score on a content of these suites other than this one, by suite and metric."""
-    other = Suite.name.in_({one.name for one in used}) & Suite.id.not_in({one.id for one in used})
+    other = Suite.name.in_({suite.name for suite in used}) & Suite.id.not_in({suite.id for suite in used})
     query = select(Score).join(Suite).where(_of(subject), other).order_by(Suite.id)
     return {(score.suite.name, score.metric): score for score in session.scalars(query)}
 
@@ -440,7 +440,7 @@ def scores_of(session: Session, subject: Release | Base) -> list[Score]:
 
 def scores_on(session: Session, subject: Release | Base, used: Collection[Suite]) -> list[Score]:
     """The scores on these contents of suites."""
-    query = select(Score).where(_of(subject), Score.suite_id.in_({one.id for one in used}))
+    query = select(Score).where(_of(subject), Score.suite_id.in_({suite.id for suite in used}))
     return list(session.scalars(query))
 
 

@@ -98,10 +98,10 @@ def _breaking(
 ) -> Refused:
     return Refused(
         "breaking_change",
-        f"{version} would break users of ^{previous}. {' '.join(one.message for one in findings)}",
+        f"{version} would break users of ^{previous}. {' '.join(finding.message for finding in findings)}",
         subject=f"{repositories.name_of(repository)}:{version}",
         next_step=next_step,
-        findings=[one.to_json() for one in findings],
+        findings=[finding.to_json() for finding in findings],
     )
 
 

@@ -451,7 +451,7 @@ def lineage_of(session: Session, release: Release) -> Iterator[Release]:
 
 def hides(session: Session, release: Release, inputs: Sequence[Release]) -> bool:
     """Whether any input is in a private namespace other than the release's own."""
-    others = {one.repository.namespace for one in inputs} - {release.repository.namespace}
+    others = {source.repository.namespace for source in inputs} - {release.repository.namespace}
     return bool(others - namespaces.public_names(session))
 
 

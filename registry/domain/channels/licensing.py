@@ -37,15 +37,17 @@ class Stated:
     def choices(self, rules: Licenses) -> Sequence[Choice]:
         """The choices that the policy's list allows; all of them if it allows none."""
         every = choices(self.name) if self.name is not None else ()
-        return [one for one in every if is_allowed(rules, self, one)] or every
+        return [choice for choice in every if is_allowed(rules, self, choice)] or every
 
 
 def of_release(session: Session, release: Release) -> list[Stated]:
     """The licences of a release and of all inputs of its composition, each once."""
     parts: dict[Stated, None] = {}
     shown = {release.repository.namespace, *namespaces.public_names(session)}
-    for one in lineage_of(session, release):
-        own = _own(session, one, composed=one.id != release.id, hidden=one.repository.namespace not in shown)
+    for ancestor in lineage_of(session, release):
+        own = _own(
+            session, ancestor, composed=ancestor.id != release.id, hidden=ancestor.repository.namespace not in shown
+        )
         parts |= dict.fromkeys(own)
     return sorted(parts, key=lambda stated: (PARTS.index(stated.part), stated.hidden, stated.name or ""))
 
@@ -70,18 +72,20 @@ def results_of(policy: Licenses, stated: Sequence[Stated]) -> list[GateResult]:
     """As `judge`, for the stated licences."""
     results: list[GateResult] = []
     for part in policy.stated:
-        own = [one for one in stated if one.part == part]
-        passed = bool(own) and all(one.name for one in own)
+        own = [licence for licence in stated if licence.part == part]
+        passed = bool(own) and all(licence.name for licence in own)
         results.append(GateResult(f"licence of the {part} is stated", passed, _listed(stated)))
     if policy.allow is not None:
-        named = [one for one in stated if one.name is not None]
+        named = [licence for licence in stated if licence.name is not None]
         others = [
-            one for one in named if not any(is_allowed(policy, one, choice) for choice in choices(one.name or ""))
+            licence
+            for licence in named
+            if not any(is_allowed(policy, licence, choice) for choice in choices(licence.name or ""))
         ]
         detail = f"refused: {_listed(others)}" if others else _listed(stated)
         results.append(GateResult(f"licences in {', '.join(policy.allow)}", not others, detail))
-    plain = [one for one in policy.refuse if isinstance(one, str)]
-    combined = _unavoidable(policy, stated, [one for one in policy.refuse if isinstance(one, Combination)])
+    plain = [rule for rule in policy.refuse if isinstance(rule, str)]
+    combined = _unavoidable(policy, stated, [rule for rule in policy.refuse if isinstance(rule, Combination)])
     for rule in policy.refuse:
         if isinstance(rule, str):
             results.append(_refused(policy, rule, plain, stated))
@@ -96,8 +100,8 @@ def is_allowed(policy: Licenses, stated: Stated, choice: Choice) -> bool:
     """Whether every licence of the choice is in the policy's list, if there is one."""
     if policy.allow is None:
         return True
-    return any(is_named(one, stated) for one in policy.allow) or all(
-        any(meets(one, frozenset({key})) for one in policy.allow) for key in choice
+    return any(is_named(rule, stated) for rule in policy.allow) or all(
+        any(meets(rule, frozenset({key})) for rule in policy.allow) for key in choice
     )
 
 
@@ -113,11 +117,11 @@ def _about(rule: str, stated: Stated, choice: Choice) -> bool:
 def _refused(policy: Licenses, rule: str, plain: Sequence[str], stated: Sequence[Stated]) -> GateResult:
     """A part is refused if each of its choices is, by this rule or another one."""
     refused: list[Stated] = []
-    for one in stated:
-        offered = one.choices(policy)
-        by_all = all(any(_about(other, one, choice) for other in plain) for choice in offered)
-        if offered and by_all and any(_about(rule, one, choice) for choice in offered):
-            refused.append(one)
+    for licence in stated:
+        offered = licence.choices(policy)
+        by_all = all(any(_about(other, licence, choice) for other in plain) for choice in offered)
+        if offered and by_all and any(_about(rule, licence, choice) for choice in offered):
+            refused.append(licence)
     return GateResult(f"no {rule}", not refused, f"refused: {_listed(refused)}" if refused else _listed(stated))
 
 
@@ -125,10 +129,10 @@ def _unavoidable(policy: Licenses, stated: Sequence[Stated], rules: Sequence[Com
     """The combinations that no choice of licences avoids."""
     named = {(part, name) for rule in rules for part, name in _given(rule)}
     states = {frozenset[tuple[str, str]]()}
-    for one in stated:
+    for licence in stated:
         offered = [
-            frozenset((part, name) for part, name in named if part == one.part and _about(name, one, choice))
-            for choice in one.choices(policy)
+            frozenset((part, name) for part, name in named if part == licence.part and _about(name, licence, choice))
+            for choice in licence.choices(policy)
         ]
         states = {state | more for state in states for more in offered} if offered else states
         states = set(sorted(states, key=lambda state: (len(state), sorted(state)))[:_MAX_STATES])

@@ -44,9 +44,11 @@ def of_channel(session: Session, repository_id: int, channel: str) -> Pins:
 def contents(session: Session, rules: Sequence[Rule], pins: Pins) -> Contents:
     """The content and directions that the rules are judged on: pinned ones, or else the current ones."""
     names = {rule.suite for rule in rules}
-    current = {one.name: one for one in session.scalars(select(Suite).where(Suite.name.in_(names), Suite.current))}
+    current = {
+        suite.name: suite for suite in session.scalars(select(Suite).where(Suite.name.in_(names), Suite.current))
+    }
     digests = [pin["digest"] for name, pin in pins.items() if name in names]
-    pinned = {one.name: one for one in session.scalars(select(Suite).where(Suite.digest.in_(digests)))}
+    pinned = {suite.name: suite for suite in session.scalars(select(Suite).where(Suite.digest.in_(digests)))}
     directions = {(name, metric): better for name, pin in pins.items() for metric, better in _directions(pin)}
     return Contents({**current, **pinned}, directions)
 
@@ -55,7 +57,7 @@ def announced(session: Session, pins: Pins) -> dict[str, str]:
     """Describes the changes since the rules were pinned, by suite."""
     now = suites.current_labels(session, pins)
     digests = [pin["digest"] for pin in pins.values()]
-    pinned = {one.name: one for one in session.scalars(select(Suite).where(Suite.digest.in_(digests)))}
+    pinned = {suite.name: suite for suite in session.scalars(select(Suite).where(Suite.digest.in_(digests)))}
     changed: dict[str, str] = {}
     for name, pin in pins.items():
         notes: list[str] = []

@@ -210,7 +210,7 @@ def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -
     contents, changed = pins.contents(session, rules, pinned), pins.announced(session, pinned)
     own, of_base = gates.scores(session, release, contents), gates.scores(session, base, contents)
     served = gates.scores(session, question.served, contents) if question.served else None
-    of_inputs = None if inputs is None else [gates.scores(session, one, contents) for one in inputs]
+    of_inputs = None if inputs is None else [gates.scores(session, source, contents) for source in inputs]
     hidden = inputs is not None and gates.hides(session, release, inputs)
     guards = {name for name, suite in contents.suites.items() if suite.kind == "guard"}
     sides = {"candidate": release, "base": base, **({"served": question.served} if question.served else {})}
@@ -219,14 +219,14 @@ def _judge_scores(session: Session, policy: ChannelPolicy, question: Question) -
     lacking: dict[Wanted, None] = {}
     for rule, row in zip(rules, policy.rules, strict=True):
         needs = ScoreConditions(*policy.of_rule(row))
-        best = None if of_inputs is None else gates.best_of([needs.counting(one) for one in of_inputs])
+        best = None if of_inputs is None else gates.best_of([needs.counting(scores) for scores in of_inputs])
         against = gates.References(base=of_base, served=served, inputs=best, guards=guards, hides_inputs=hidden)
         result = gates.judge_rule(rule, own, against, needs)
         if result.lacks:  # the score may be there, on another content of the suite
             result = gates.judge_rule(rule, own, replace(against, others=others()), needs)
         if result.lacks and policy.missing == "evaluate":
             named = gates.lacking(rule, own, against, needs)
-            subjects = [one for name in named for one in _subjects(question, name, inputs or ())]
+            subjects = [subject for name in named for subject in _subjects(question, name, inputs or ())]
             result, lacks = _awaited(question, rule, needs, result, subjects, contents)
             lacking |= dict.fromkeys(lacks)
         if note := changed.get(rule.suite):
@@ -251,7 +251,7 @@ def _awaited(
     if suite.examples < needs.min_n:
         why = f"{result.detail}; {suite.name} has {suite.examples} examples, and {needs.min_n} are needed"
         return replace(result, detail=why), []
-    lacks = [Wanted(one, base, suite.digest) for one, base in subjects]
+    lacks = [Wanted(release_id, base, suite.digest) for release_id, base in subjects]
     if over := next((question.given_up[lack] for lack in lacks if lack in question.given_up), ""):
         return replace(result, detail=f"{result.detail} ({over})"), []
     if not lacks:
@@ -269,8 +269,8 @@ def _subjects(question: Question, lacks: str, inputs: Sequence[Release]) -> list
     if lacks == "base":
         return [(None, release.base_digest)]
     if lacks == "inputs":
-        may = all(holds(question.actor, Role.PUBLISHER, one.repository.namespace) for one in inputs)
-        return [(one.id, one.base_digest) for one in inputs] if may else []
+        may = all(holds(question.actor, Role.PUBLISHER, source.repository.namespace) for source in inputs)
+        return [(source.id, source.base_digest) for source in inputs] if may else []
     one = question.served if lacks == "served" else release
     return [(one.id, one.base_digest)] if one is not None else []
 

@@ -202,8 +202,13 @@ def _wait(session: Session, actor: Actor, promotion: Promotion, outcome: Waiting
 def _namespaces(session: Session, promotion: Promotion, wanted: Sequence[Wanted]) -> set[str]:
     """The namespaces of the promotion and of the measured releases. With an input in another one, the job belongs to
     none: its error may name that input."""
-    measured = select(Release).where(Release.id.in_([one.release for one in wanted if one.release is not None]))
-    return {promotion.release.repository.namespace, *(one.repository.namespace for one in session.scalars(measured))}
+    measured = select(Release).where(
+        Release.id.in_([subject.release for subject in wanted if subject.release is not None])
+    )
+    return {
+        promotion.release.repository.namespace,
+        *(release.repository.namespace for release in session.scalars(measured)),
+    }
 
 
 def _ended_by(error: RegistryError) -> str:
@@ -234,8 +239,8 @@ def _given_up(session: Session, promotion: Promotion) -> Mapping[Wanted, str]:
         why += f": {job.error['detail']}"
     row = evaluations.find(session, job.id)
     return {
-        **{Wanted(**one): why for one in row.wanted},
-        **{Wanted.of(one): one["error"] for one in row.results if one["error"] and shown},
+        **{Wanted(**subject): why for subject in row.wanted},
+        **{Wanted.of(result): result["error"] for result in row.results if result["error"] and shown},
     }
 
 

@@ -93,11 +93,11 @@ def _approval(session: Session, needed: NeededApproval, question: Question) -> G
     people = f"{needed.count} other people" if needed.count > 1 else "another person"
     rule = f"approval by {people} with the role {needed.role}"
     given = unspent_approvals(session, question.release, question.channel)
-    others = [one for one in given if one.user != question.actor.name]
+    others = [approval for approval in given if approval.user != question.actor.name]
     at = (question.release.repository.namespace, Role(needed.role), question.actor.at)
-    names = [one.user for one in others if _has_role(session, one, *at)]
+    names = [approval.user for approval in others if _has_role(session, approval, *at)]
     detail = f"{len(names)} of {needed.count}" + (f": {', '.join(names)}" if names else "")
-    lost = sorted({one.user for one in others} - set(names))
+    lost = sorted({approval.user for approval in others} - set(names))
     detail += f"; {', '.join(lost)} no longer {'has' if len(lost) == 1 else 'have'} the role" if lost else ""
     passed = len(names) >= needed.count
     return GateResult(rule, passed, detail, waiting=not passed)
@@ -110,7 +110,7 @@ def unspent_approvals(session: Session, release: Release, channel: str) -> list[
     query = select(Approval).where(Approval.release_id == release.id, Approval.channel == channel)
     last = _last_moves(session, release, channel, besides=CHANGES)
     given = session.scalars(query.order_by(Approval.at, Approval.user))
-    return [one for one in given if last is None or one.after_move >= (last[1] or last[0]).id]
+    return [approval for approval in given if last is None or approval.after_move >= (last[1] or last[0]).id]
 
 
 def _has_role(session: Session, approval: Approval, namespace: str, role: Role, now: datetime) -> bool:
@@ -119,8 +119,8 @@ def _has_role(session: Session, approval: Approval, namespace: str, role: Role, 
     if approval.token_id is None:
         return True
     roles = [namespaces.roles_of(session, approval.user), tokens.roles_given(session, approval.token_id, now)]
-    known = (one[name] for one in roles for name in (namespace, EVERYWHERE) if name in one)
-    return any(at_least(one, role) for one in known)
+    known = (granted[name] for granted in roles for name in (namespace, EVERYWHERE) if name in granted)
+    return any(at_least(granted, role) for granted in known)
 
 
 def _signature(session: Session, needed: str, release: Release) -> GateResult:
@@ -154,13 +154,13 @@ def _verdict(session: Session, worst: Verdict, release: Release) -> GateResult:
     made = select(Composition.conflicts, Composition.recipe)
     made = made.join(ReleaseInput, ReleaseInput.composition_id == Composition.id)
     results: list[GateResult] = []
-    for one in lineage_of(session, release):
-        if row := session.execute(made.where(ReleaseInput.release_id == one.id).limit(1)).first():
+    for ancestor in lineage_of(session, release):
+        if row := session.execute(made.where(ReleaseInput.release_id == ancestor.id).limit(1)).first():
             result = _verdict_of(row, rule, worst)
-            shown = one.repository.namespace in (release.repository.namespace, *namespaces.public_names(session))
+            shown = ancestor.repository.namespace in (release.repository.namespace, *namespaces.public_names(session))
             why = result.detail if shown else "it is in a private namespace, and its verdict is not shown"
             of_input = f"for an input that was composed before: {why}"
-            results.append(result if one is release else replace(result, detail=of_input))
+            results.append(result if ancestor is release else replace(result, detail=of_input))
     failed = next((result for result in results if not result.passed), None)
     return failed or next(iter(results), GateResult(rule, True, "not composed here"))
 
@@ -174,7 +174,7 @@ def _verdict_of(row: Row[*tuple[Any, ...]], rule: str, worst: Verdict) -> GateRe
         why = f"its recipe's policy says {own}; the default limits were not recorded with it: compose it again"
         return GateResult(rule, False, why)
     verdict = Verdict(judged["verdict"]) if judged else own
-    codes = ", ".join(dict.fromkeys(one["code"] for one in judged["findings"])) if judged else ""
+    codes = ", ".join(dict.fromkeys(finding["code"] for finding in judged["findings"])) if judged else ""
     detail = f"the conflict check of its inputs says {verdict}{f' ({codes})' if codes else ''}"
     detail += f"; {own} by its recipe's policy, which does not count here" if own is not verdict else ""
     return GateResult(rule, Verdict.worst([worst, verdict]) is worst, detail)

@@ -74,13 +74,13 @@ def take_down(session: Session, actor: Actor, release: Release, reason: str, *, 
     revision = release.revision
     session.refresh(revision, ["taken_down_at", "takedown_reason"])
     versions = session.scalars(select(Release).where(Release.revision_id == revision.id).order_by(Release.id)).all()
-    names = [full_name(one) for one in versions]
+    names = [full_name(version) for version in versions]
     if revision.taken_down_at is not None:
         return Takedown(releases=names, blobs=0, size_bytes=0, kept_files={}, barred=[])
     digests = list(session.scalars(select(RevisionFile.sha256).where(RevisionFile.revision_id == revision.id)))
     revision.taken_down_at, revision.takedown_reason, revision.barred = actor.at, reason, bar
-    for one in versions:
-        _bury(session, actor, one, reason)
+    for version in versions:
+        _bury(session, actor, version, reason)
     session.execute(delete(Commit).where(Commit.revision_id == revision.id), execution_options=_UNTRACKED)
     session.execute(delete(RevisionFile).where(RevisionFile.revision_id == revision.id), execution_options=_UNTRACKED)
     session.flush()

@@ -297,7 +297,7 @@ def _same_result(earlier: Mapping[str, Any], recipe: Recipe, lock: Lock) -> bool
     """Whether the lock has the same result as the earlier one. Before a search has chosen, equal inputs suffice, and
     publishing compares the files."""
     if recipe.optimize:
-        return [row["commit"] for row in earlier["inputs"]] == [one.commit for one in lock.inputs]
+        return [row["commit"] for row in earlier["inputs"]] == [source.commit for source in lock.inputs]
     return earlier["digest"] == lock.digest
 
 

@@ -17,7 +17,7 @@ from registry.errors import RegistryError
 def needs_of(session: Session, recipe: Recipe, lock: Lock, *, plan_only: bool) -> WorkerNeeds:
     """The needs of a composition. A search, a probe, a fit and an evaluation load the base; a merge only reads it;
     combining adapters alone does not need it."""
-    own = locking.member_suites(session, recipe, [locking.release_of(session, one) for one in lock.inputs])
+    own = locking.member_suites(session, recipe, [locking.release_of(session, source) for source in lock.inputs])
     measured = [] if plan_only else locking.evaluated(recipe, lock, own)
     fitted = parse_settings(lock.method, lock.settings).pipeline.fitted
     loads = bool(recipe.optimize or fitted or measured or (recipe.probe and all(own)))
@@ -43,7 +43,7 @@ def declare_missing(session: Session) -> None:
 def _needs_of_job(session: Session, job: Job) -> WorkerNeeds:
     if job.kind == evaluations.KIND:
         row = session.get_one(Evaluation, job.id)
-        return evaluations.needs_of(session, [Wanted(**one) for one in row.wanted])
+        return evaluations.needs_of(session, [Wanted(**subject) for subject in row.wanted])
     composition = session.scalar(select(Composition).where(Composition.job_id == job.id))
     if composition is None:  # a conflict check, which reads weights of adapters alone
         return WorkerNeeds()

@@ -128,9 +128,10 @@ class Choice:
 def with_choice(lock: Lock, choice: Choice) -> Lock:
     """The lock with the method, settings and weights that a search chose, and its evidence."""
     settings = parse_settings(choice.method, choice.settings)
-    weighted = [one.weighted.times(factor) for one, factor in zip(lock.inputs, choice.factors, strict=True)]
+    weighted = [source.weighted.times(factor) for source, factor in zip(lock.inputs, choice.factors, strict=True)]
     inputs = [
-        replace(one, weight=weight.value, rules=weight.rules) for one, weight in zip(lock.inputs, weighted, strict=True)
+        replace(source, weight=weight.value, rules=weight.rules)
+        for source, weight in zip(lock.inputs, weighted, strict=True)
     ]
     return replace(
         lock,
@@ -226,7 +227,7 @@ def _calibration(
                 next_step="Add examples to the suite, or set fewer (settings: {examples: N}).",
             )
         sets.append(CalibrationSet(SuiteContent.from_json(suite.content), count))
-    return tuple(one.to_json() for one in sets)
+    return tuple(examples.to_json() for examples in sets)
 
 
 def _refuse_duplicates(inputs: Sequence[Release]) -> None:

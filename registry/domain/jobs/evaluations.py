@@ -49,7 +49,7 @@ def create(
     `queue.enqueue`."""
     job = queue.enqueue(session, actor, KIND, STEPS, next(iter(namespaces)) if len(namespaces) == 1 else None, wish)
     queue.declare(session, job, needs_of(session, wanted), wish)
-    rows = [asdict(one) for one in dict.fromkeys(wanted)]
+    rows = [asdict(subject) for subject in dict.fromkeys(wanted)]
     asked = {"token_id": actor.token_id, "source": actor.source}
     session.add(Evaluation(job_id=job.id, wanted=rows, results=[], upgrade=upgrade, **asked))
     session.flush()
@@ -59,11 +59,11 @@ def create(
 def needs_of(session: Session, wanted: Sequence[Wanted]) -> WorkerNeeds:
     """The needs of this measurement: the largest base in memory, each base but for models, which are loaded from
     their own files, and what the suites are measured with."""
-    suites = session.scalars(select(Suite).where(Suite.digest.in_({one.suite for one in wanted})))
+    suites = session.scalars(select(Suite).where(Suite.digest.in_({subject.suite for subject in wanted})))
     names = {name for suite in suites for name in suite_needs(suite)}
-    models = _models(session, {one.release for one in wanted if one.release is not None})
-    names |= {base_need(one.base) for one in wanted if one.release not in models}
-    sizes = select(Base.size_bytes).where(Base.digest.in_({one.base for one in wanted}))
+    models = _models(session, {subject.release for subject in wanted if subject.release is not None})
+    names |= {base_need(subject.base) for subject in wanted if subject.release not in models}
+    sizes = select(Base.size_bytes).where(Base.digest.in_({subject.base for subject in wanted}))
     return WorkerNeeds(frozenset(names), memory_bytes=max(session.scalars(sizes), default=0))
 
 
@@ -103,7 +103,7 @@ def is_own(session: Session, actor: Actor, job: Job, role: Role = Role.READER) -
     of the same user does not count."""
     if job.created_by != actor.name:
         return False
-    measured = {one["release"] for one in find(session, job.id).wanted if one["release"] is not None}
+    measured = {subject["release"] for subject in find(session, job.id).wanted if subject["release"] is not None}
     query = select(Repository.namespace).join(Release, Release.repository_id == Repository.id)
     named = session.scalars(query.where(Release.id.in_(measured)).distinct())
     return all(may(actor, role, namespace) for namespace in named)
@@ -119,6 +119,6 @@ def add_result(session: Session, job_id: int, result: dict[str, Any]) -> None:
     """Keeps the result of one release and suite, unless there is one: two workers may have measured it, if one of them
     was thought to be dead."""
     row = session.get_one(Evaluation, job_id, with_for_update=True, populate_existing=True)
-    if Wanted.of(result) in {Wanted.of(one) for one in row.results}:
+    if Wanted.of(result) in {Wanted.of(earlier) for earlier in row.results}:
         return
     row.results = [*row.results, result]

@@ -157,7 +157,7 @@ def waiting(session: Session, jobs: Collection[Job], now: datetime) -> dict[int,
         return {}
     live = [offer for seen_at, offer in _workers(session) if seen_at >= now - LEASE]
     needs = needs_of(session, queued)
-    names = _base_names(session, {need for one in needs.values() for need in one.names})
+    names = _base_names(session, {need for name in needs.values() for need in name.names})
     return {job.id: _waits_for(job, needs[job.id], live, names, now) for job in queued}
 
 
@@ -205,7 +205,7 @@ def unmet(session: Session, due: ColumnElement[bool], now: datetime) -> list[tup
     met = [met_by(offer) for offer in dict.fromkeys(live)]
     run = {kind for offer in live for kind in offer.kinds}
     old = (Job.created_at < now - _SHORTEST, Job.kind.in_(sorted(run)), Job.memory_bytes.is_not(None))
-    query = select(Job).where(due, *old, *(~one for one in met)).order_by(Job.id).limit(_BATCH)
+    query = select(Job).where(due, *old, *(~condition for condition in met)).order_by(Job.id).limit(_BATCH)
     jobs = list(session.scalars(query))
     needs = needs_of(session, jobs)
     ended: list[tuple[Job, RegistryError]] = []

@@ -154,7 +154,7 @@ def claim(
     """
     met = or_(needs.met_by(offer), Job.cancel_requested) if offer is not None else None
     named = None if only is None else Job.id == only
-    free = and_(Job.kind.in_(kinds), _free(now), *(one for one in (met, named) if one is not None))
+    free = and_(Job.kind.in_(kinds), _free(now), *(condition for condition in (met, named) if condition is not None))
     running = _running(now)
     first = select(Job.id).outerjoin(running, running.c.namespace == func.coalesce(Job.namespace, ""))
     first = first.where(free).order_by(*_order(now, func.coalesce(running.c.count, 0))).limit(1)

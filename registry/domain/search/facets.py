@@ -51,7 +51,7 @@ def choices(session: Session, actor: Actor, query: Query, name: str) -> list[Cho
         chosen, order = facet.chosen(query, value)
         number = count(session, actor, chosen, Order(order, MOST + 1))
         counted.append(Choice(str(value), min(number, MOST), number > MOST))
-    return sorted((one for one in counted if one.count), key=lambda one: -one.count)
+    return sorted((choice for choice in counted if choice.count), key=lambda one: -one.count)
 
 
 def _column(names: Select[Any]) -> Callable[[Session, Actor], Sequence[str]]:
@@ -65,7 +65,9 @@ def _namespaces(session: Session, actor: Actor) -> Iterable[str]:
 
 def _measured(session: Session, _actor: Actor) -> set[str]:
     suites = session.scalars(select(Suite.name).where(Suite.current)).all()
-    others = [(one.suite, one.metric) for one in session.scalars(select(SuiteMetric)) if one.suite in suites]
+    others = [
+        (metric.suite, metric.metric) for metric in session.scalars(select(SuiteMetric)) if metric.suite in suites
+    ]
     return {f"{suite}.{metric}" for suite, metric in [*product(suites, HIGHER_IS_BETTER), *others]}
 
 

@@ -94,7 +94,7 @@ class Query:
     def values(self) -> Mapping[str, Any]:
         """The values of the filters that the query has, as drivers take them."""
         filters = {**ON_TRAITS, **ON_RELEASES}.items()
-        values = {name: one.value(self) if one.value else getattr(self, name) for name, one in filters}
+        values = {name: filter_.value(self) if filter_.value else getattr(self, name) for name, filter_ in filters}
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {name: value for name, value in values.items() if value not in (None, []) and value is not False}
 

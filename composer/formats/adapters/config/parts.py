@@ -52,14 +52,14 @@ def unilora(shapes: Shapes, options: Options, base: Size) -> Size:
 def loha(shapes: Shapes, options: Options, base: Size) -> Size:
     """w1_a (O, R), w1_b (R, I) and the same for w2; with t1, t2 (R, R, *kernel) the first is (R, O)."""
     sizes: list[Size] = []
-    for one in "12":
-        first, second = _dims(shapes, f"hada_w{one}_a", 2), _dims(shapes, f"hada_w{one}_b", 2)
+    for side in "12":
+        first, second = _dims(shapes, f"hada_w{side}_a", 2), _dims(shapes, f"hada_w{side}_b", 2)
         kernel: Shape = ()
-        if f"hada_t{one}" in shapes:
-            core, kernel = shapes[f"hada_t{one}"][:2], shapes[f"hada_t{one}"][2:]
-            _require(core == (first[0], second[0]), shapes, f"hada_t{one}", f"hada_w{one}_a")
+        if f"hada_t{side}" in shapes:
+            core, kernel = shapes[f"hada_t{side}"][:2], shapes[f"hada_t{side}"][2:]
+            _require(core == (first[0], second[0]), shapes, f"hada_t{side}", f"hada_w{side}_a")
             first = first[::-1]
-        _require(first[1] == second[0], shapes, f"hada_w{one}_a", f"hada_w{one}_b")
+        _require(first[1] == second[0], shapes, f"hada_w{side}_a", f"hada_w{side}_b")
         sizes.append((first[0], second[1] * prod(kernel)))
     _require(sizes[0] == sizes[1], shapes, "hada_w1_a", "hada_w2_a")
     return sizes[0]

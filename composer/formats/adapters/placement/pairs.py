@@ -174,7 +174,7 @@ def place_tokens(placement: Placement, module: str, parts: Mapping[str, str]) ->
         placement.error("shape_mismatch", module, message)
         return
     saved = (split_key(name) for name in placement.header.tensors)
-    twin = target.tied and not any(one.part == TOKENS and is_head(one.module) for one in saved)
+    twin = target.tied and not any(entry.part == TOKENS and is_head(entry.module) for entry in saved)
     placed = PlacedModule(
         module=module,
         weight=target.weight,

@@ -91,21 +91,21 @@ def _refuse_retired(config: AdapterConfig, header: Header, subject: str) -> None
 def _group(placement: Placement) -> dict[str, dict[str, str]]:
     """Module -> part -> key, in file order."""
     split = [split_key(key) for key in placement.header.tensors]
-    bare = [one for one in split if not one.key.startswith(PEFT_PREFIX) and one.module != SHARED]
-    if bare and any(one.key.startswith(PEFT_PREFIX) for one in split):
+    bare = [entry for entry in split if not entry.key.startswith(PEFT_PREFIX) and entry.module != SHARED]
+    if bare and any(entry.key.startswith(PEFT_PREFIX) for entry in split):
         odd = bare[0].key
         placement.error("wrong_prefix", odd, f"{odd} lacks the prefix {PEFT_PREFIX!r} that other keys have.")
     grouped: dict[str, dict[str, str]] = defaultdict(dict)
-    for one in split:
-        if one.part == "ignored":
+    for entry in split:
+        if entry.part == "ignored":
             continue
-        parts = grouped[one.module]
-        twin = parts.setdefault(one.part, one.key)
-        if twin == one.key:
+        parts = grouped[entry.module]
+        twin = parts.setdefault(entry.part, entry.key)
+        if twin == entry.key:
             continue
-        parts[one.part] = min(twin, one.key, key=is_copy)
-        if is_copy(twin) == is_copy(one.key) or placement.shape(twin) != placement.shape(one.key):
-            placement.error("duplicate_tensor", one.key, f"{one.key} and {twin} are the same part of one module.")
+        parts[entry.part] = min(twin, entry.key, key=is_copy)
+        if is_copy(twin) == is_copy(entry.key) or placement.shape(twin) != placement.shape(entry.key):
+            placement.error("duplicate_tensor", entry.key, f"{entry.key} and {twin} are the same part of one module.")
     return grouped
 
 
@@ -389,4 +389,4 @@ def _adapted_paths(placement: Placement) -> set[str]:
     split = (split_key(key) for key in placement.header.tensors)
     tokens = placement.config.peft_type == "TRAINABLE_TOKENS"
     own = own if tokens else own - {TOKENS}
-    return {owner_of(one.module) for one in split if one.part in own and one.module != SHARED}
+    return {owner_of(entry.module) for entry in split if entry.part in own and entry.module != SHARED}
